@@ -1,0 +1,194 @@
+"""The one tree of errors, cut by what the caller should do next.
+
+    ArtifactStoreError
+    ├── RejectedError            do not retry: the request itself is refused and nothing was recorded
+    │   ├── InvalidRequestError        a field, id, path, cursor or position breaks a rule
+    │   │   ├── InvalidPathError
+    │   │   └── InvalidPositionError
+    │   ├── UnknownRetentionClassError     also a ValueError
+    │   ├── NotFoundError
+    │   │   ├── PackageNotFoundError
+    │   │   └── FileNotFoundInRegistryError
+    │   ├── ConflictError
+    │   │   ├── DuplicateRelativePathError
+    │   │   └── IllegalPackageStateError
+    │   ├── ContentMismatchError       the bytes are not what was declared
+    │   ├── CommandReusedError         a command id came back with another request
+    │   ├── TooLargeError              a limit is exceeded
+    │   └── RangeNotSatisfiableError
+    ├── PushBackError            retry later, after `retry_after` seconds: the system cannot take more now
+    ├── UnavailableError         retry, perhaps elsewhere: a part cannot be reached; the outcome may be unknown
+    │   └── WaitTimeoutError           the view did not reach what was waited for
+    ├── CorruptError             stop: what was read breaks an invariant
+    │   └── LogIdentityError           a position, checkpoint or state belongs to another log
+    └── ConfigurationError       mend the settings; the text says how
+
+Each class carries its HTTP status, its problem type (RFC 9457, the last part of a stable URN) and the exit code of the
+command line, so that every outside maps it in one place.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ArtifactStoreError(Exception):
+    """Root of every error that this project raises on purpose.
+
+    The text says what is wrong and, where something mends it, what does; it never holds a secret.
+    """
+
+    status: ClassVar[int] = 500
+    problem: ClassVar[str] = "internal"
+    exit_code: ClassVar[int] = 1
+
+    @property
+    def detail(self) -> str:
+        """The text for people."""
+        return str(self.args[0]) if self.args else self.__class__.__name__
+
+
+class RejectedError(ArtifactStoreError):
+    """The request is refused for good; nothing was recorded."""
+
+    status = 422
+    problem = "rejected"
+
+
+class InvalidRequestError(RejectedError, ValueError):
+    """A field, identifier, cursor or header breaks a rule that the text names."""
+
+    status = 400
+    problem = "invalid-request"
+
+
+class InvalidPathError(InvalidRequestError):
+    """A relative path breaks a rule that the text names."""
+
+    problem = "invalid-path"
+
+
+class InvalidPositionError(InvalidRequestError):
+    """A log position cannot be read."""
+
+    problem = "invalid-position"
+
+
+class UnknownRetentionClassError(RejectedError, ValueError):
+    """The retention class is not one of the seeded ones."""
+
+    problem = "unknown-retention-class"
+
+
+class NotFoundError(RejectedError):
+    """What was asked for does not exist."""
+
+    status = 404
+    problem = "not-found"
+
+
+class PackageNotFoundError(NotFoundError):
+    """No such package."""
+
+    problem = "package-not-found"
+
+
+class FileNotFoundInRegistryError(NotFoundError):
+    """No such file in the registry."""
+
+    problem = "file-not-found"
+
+
+class ConflictError(RejectedError):
+    """The request does not fit the state of the package."""
+
+    status = 409
+    problem = "conflict"
+
+
+class DuplicateRelativePathError(ConflictError):
+    """The package holds a file of this relative path already."""
+
+    problem = "duplicate-relative-path"
+
+
+class IllegalPackageStateError(ConflictError):
+    """The package is not in the state that the request needs."""
+
+    problem = "illegal-package-state"
+
+
+class ContentMismatchError(RejectedError):
+    """The bytes that arrived are not those that were declared."""
+
+    problem = "content-mismatch"
+
+
+class CommandReusedError(RejectedError):
+    """The command id (`Idempotency-Key`) was used before with another request."""
+
+    problem = "command-reused"
+
+
+class TooLargeError(RejectedError):
+    """A documented limit is exceeded."""
+
+    status = 413
+    problem = "too-large"
+
+
+class RangeNotSatisfiableError(RejectedError):
+    """No byte of the requested range exists (RFC 9110 §15.5.17). `size` is the length of the whole, in bytes."""
+
+    status = 416
+    problem = "range-not-satisfiable"
+
+    def __init__(self, detail: str, size: int) -> None:
+        super().__init__(detail)
+        self.size = size
+
+
+class PushBackError(ArtifactStoreError):
+    """The system cannot take more now. Retry after `retry_after` seconds; nothing was recorded."""
+
+    status = 503
+    problem = "push-back"
+
+    def __init__(self, detail: str, retry_after: float = 1.0) -> None:
+        super().__init__(detail)
+        self.retry_after = retry_after
+
+
+class UnavailableError(ArtifactStoreError):
+    """A part cannot be reached. Retry with the same command id, perhaps elsewhere: the outcome may be unknown."""
+
+    status = 503
+    problem = "unavailable"
+    retry_after: float = 1.0
+
+
+class WaitTimeoutError(UnavailableError):
+    """The view did not reach the sequence that was waited for within the bound."""
+
+    status = 504
+    problem = "wait-timeout"
+
+
+class CorruptError(ArtifactStoreError):
+    """What was read breaks an invariant. Stop; nothing is skipped and nothing resets by itself."""
+
+    problem = "corrupt"
+
+
+class LogIdentityError(CorruptError):
+    """A position, checkpoint or state file belongs to another log than the one at hand."""
+
+    status = 400
+    problem = "foreign-log"
+
+
+class ConfigurationError(ArtifactStoreError):
+    """The settings cannot work. The text says what mends them."""
+
+    problem = "configuration"
+    exit_code = 2
