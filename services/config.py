@@ -1,4 +1,4 @@
-"""Settings: environment, `.env` file or keyword arguments, one name each; an unknown `ARTIFACT_STORE_*` name is an error."""
+"""Settings: environment, `.env` file or keyword arguments; an unknown `ARTIFACT_STORE_*` name is an error."""
 
 from __future__ import annotations
 
@@ -92,5 +92,8 @@ def _known(cls: type[Settings]) -> str:
 
 
 def _explain(error: ValidationError) -> str:
-    lines = [f"{PREFIX}{'.'.join(str(part) for part in e['loc']).upper()}: {e['msg']}" for e in error.errors(include_input=False)]
+    lines = [
+        f"{PREFIX}{'.'.join(str(part) for part in e['loc']).upper()}: {e['msg']}"
+        for e in error.errors(include_input=False)
+    ]
     return "; ".join(lines)

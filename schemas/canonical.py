@@ -1,0 +1,93 @@
+"""Canonical forms: CBOR (RFC 8949 §4.2) for what is digested, JCS (RFC 8785) for JSON that people read."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import cbor2
+import rfc8785
+
+_MAX_SAFE = 2**53
+_MAX_DEPTH = 64
+
+
+def canonical_cbor(value: Any) -> bytes:
+    """Encode deterministically: shortest heads, definite lengths, map keys in bytewise order of their encodings.
+
+    cbor2 sorts keys length first (RFC 7049 §3.9); for keys that are all text strings, as ours are, that is the same
+    order as RFC 8949 §4.2.1 asks for, because the head of a longer string is larger.
+    """
+    return cbor2.dumps(value, canonical=True)
+
+
+def cbor_array_head(length: int) -> bytes:
+    """The head of a definite-length array, so that its items can be encoded one by one."""
+    return cbor2.dumps(length)[:1].translate(_UINT_TO_ARRAY) + cbor2.dumps(length)[1:]
+
+
+_UINT_TO_ARRAY = bytes((b & 0x1F) | 0x80 for b in range(256))
+
+
+def jcs(value: Any) -> str:
+    """The JCS text of a JSON value.
+
+    Numbers are brought to one form first: 1.0 and 1 are the same number and give the same text.
+
+    Raises:
+        ValueError: an integer beyond ±2^53, a non-finite number, a lone surrogate, a key that is no string, more than
+            64 levels, or a type that JSON does not have; the text names the rule.
+    """
+    try:
+        return rfc8785.dumps(_prepare(value, 0)).decode()
+    except UnicodeEncodeError:
+        raise ValueError("text holds a lone surrogate") from None
+
+
+def plain_json(value: Any) -> Any:
+    """The value with every integral number as `int`, so that its canonical CBOR is as unique as its JCS text.
+
+    Raises ValueError as `jcs` does.
+    """
+    match value:
+        case dict():
+            return {k: plain_json(v) for k, v in value.items()}
+        case list() | tuple():
+            return [plain_json(v) for v in value]
+        case float() if value.is_integer():
+            return int(value)
+    return value
+
+
+def _prepare(value: Any, depth: int) -> Any:
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"more than {_MAX_DEPTH} levels deep")
+    match value:
+        case None | bool():
+            return value
+        case str():
+            _check_text(value)
+            return value
+        case int():
+            if abs(value) > _MAX_SAFE:
+                raise ValueError("an integer is beyond ±2^53")
+            # The JCS library draws the line one below; the double of the same value has the same text.
+            return float(value) if abs(value) == _MAX_SAFE else value
+        case float():
+            if not math.isfinite(value):
+                raise ValueError("a number is not finite")
+            return _prepare(int(value), depth) if value.is_integer() else value
+        case dict():
+            for key in value:
+                if not isinstance(key, str):
+                    raise ValueError("a key is not a string")
+                _check_text(key)
+            return {k: _prepare(v, depth + 1) for k, v in value.items()}
+        case list() | tuple():
+            return [_prepare(v, depth + 1) for v in value]
+    raise ValueError(f"{type(value).__name__} is not a JSON type")
+
+
+def _check_text(text: str) -> None:
+    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise ValueError("text holds a lone surrogate")

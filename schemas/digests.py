@@ -1,0 +1,60 @@
+"""Digests: of a payload, and of an event in its package's chain."""
+
+from __future__ import annotations
+
+from blake3 import blake3
+
+from schemas.canonical import canonical_cbor
+from schemas.events import Event, FileIngested, PackageCreated, PackageFinalized, payload_map
+
+
+def payload_digest(payload: PackageCreated | FileIngested) -> bytes:
+    """BLAKE3 over the payload in canonical CBOR (32 bytes).
+
+    A map of the payload's fields by their names: identifiers and metadata as text, digests as byte strings, timestamps
+    as integer µs, absent optionals as null. The payload of `v1.package.finalized` is the manifest: digest its bytes.
+    """
+    return blake3(canonical_cbor(payload_map(payload))).digest()
+
+
+def event_digest(event: Event) -> bytes:
+    """The digest that the package's next event carries as `previous_digest` (32 bytes)."""
+    return chain_digest(
+        event.event_type,
+        str(event.package_id),
+        event.sequence,
+        event.created_at,
+        event.actor,
+        str(event.command_id),
+        event.payload_digest,
+        event.previous_digest,
+    )
+
+
+def chain_digest(
+    event_type: str,
+    package_id: str,
+    sequence: int,
+    created_at: int,
+    actor: str,
+    command_id: str,
+    payload_digest: bytes,
+    previous_digest: bytes,
+) -> bytes:
+    """BLAKE3 over the canonical CBOR array of these values, in this order (32 bytes)."""
+    link = [event_type, package_id, sequence, created_at, actor, command_id, payload_digest, previous_digest]
+    return blake3(canonical_cbor(link)).digest()
+
+
+def manifest_digest(manifest: bytes) -> bytes:
+    """BLAKE3 over the manifest's canonical CBOR (32 bytes)."""
+    return blake3(manifest).digest()
+
+
+def payload_digest_holds(event: Event) -> bool | None:
+    """Whether `payload_digest` is that of the payload; None for a manifest by claim check, which is not at hand."""
+    if isinstance(event.payload, PackageFinalized):
+        if event.payload.manifest is None:
+            return None
+        return manifest_digest(event.payload.manifest) == event.payload_digest
+    return payload_digest(event.payload) == event.payload_digest

@@ -1,0 +1,116 @@
+"""The events: what the log of record can say, as plain frozen dataclasses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+PACKAGE_CREATED = "v1.package.created"
+FILE_INGESTED = "v1.file.ingested"
+PACKAGE_FINALIZED = "v1.package.finalized"
+
+NO_DIGEST = bytes(32)
+"""`previous_digest` of a package's first event."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackageCreated:
+    """Payload of `v1.package.created`. `retention_days` None: for ever; `metadata` is a JSON object in JCS form."""
+
+    name: str
+    producer: str
+    subject: str
+    retention_class: str
+    retention_days: int | None
+    metadata: str
+
+
+@dataclass(frozen=True, slots=True)
+class StorageReceipt:
+    """Proof that bytes were stored: `length` bytes from `offset` of `key`; `stored_at` in µs since 1970, UTC."""
+
+    location_id: UUID
+    backend_id: str
+    key: str
+    offset: int
+    length: int
+    stored_at: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileIngested:
+    """Payload of `v1.file.ingested`. Digests are 32 raw bytes."""
+
+    file_id: UUID
+    relative_path: str
+    media_type: str
+    size_bytes: int
+    blake3: bytes
+    sha256: bytes
+    receipt: StorageReceipt
+
+
+@dataclass(frozen=True, slots=True)
+class PackageFinalized:
+    """Payload of `v1.package.finalized`: the manifest in canonical CBOR, or the key of the blob that holds it."""
+
+    manifest: bytes | None
+    manifest_key: str | None
+    file_count: int
+    total_bytes: int
+
+
+Payload = PackageCreated | FileIngested | PackageFinalized
+
+
+def payload_map(payload: Payload) -> dict[str, Any]:
+    """The payload as a map of its fields by name: the form that is encoded in Avro and, but for the manifest, digested.
+
+    Identifiers are text, digests bytes, timestamps integer µs, absent optionals None.
+    """
+    match payload:
+        case PackageCreated():
+            return {name: getattr(payload, name) for name in PackageCreated.__slots__}
+        case PackageFinalized():
+            return {name: getattr(payload, name) for name in PackageFinalized.__slots__}
+        case FileIngested():
+            receipt = payload.receipt
+            return {
+                "file_id": str(payload.file_id),
+                "relative_path": payload.relative_path,
+                "media_type": payload.media_type,
+                "size_bytes": payload.size_bytes,
+                "blake3": payload.blake3,
+                "sha256": payload.sha256,
+                "receipt": {
+                    "location_id": str(receipt.location_id),
+                    "backend_id": receipt.backend_id,
+                    "key": receipt.key,
+                    "offset": receipt.offset,
+                    "length": receipt.length,
+                    "stored_at": receipt.stored_at,
+                },
+            }
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A fact on the log.
+
+    `created_at` is in µs since 1970-01-01T00:00Z; `command_index` counts from 0 to `command_count` - 1; digests are 32
+    raw bytes.
+    """
+
+    event_id: UUID
+    event_type: str
+    package_id: UUID
+    sequence: int
+    created_at: int
+    actor: str
+    command_id: UUID
+    command_index: int
+    command_count: int
+    payload_digest: bytes
+    previous_digest: bytes
+    payload: Payload

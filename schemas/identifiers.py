@@ -1,0 +1,28 @@
+"""Identifiers that are derived, never drawn, so that a replay gives the same ones (UUIDv5, RFC 9562 §5.5)."""
+
+from __future__ import annotations
+
+from uuid import UUID, uuid5
+
+_PACKAGES = UUID("6f1d7c1e-54a4-5d0b-9a53-6d3f0a4c2b11")
+"""Namespace of package ids; drawn once, fixed for good."""
+
+
+def package_id(actor: str, command_id: UUID) -> UUID:
+    """The id of the package that this command of this actor creates, so that a retry finds it again."""
+    return uuid5(uuid5(_PACKAGES, actor), str(command_id))
+
+
+def event_id(package: UUID, sequence: int) -> UUID:
+    """The id of the package's event number `sequence` (from 1)."""
+    return uuid5(package, str(sequence))
+
+
+def file_id(package: UUID, relative_path: str) -> UUID:
+    """The id of the package's file of this path."""
+    return uuid5(package, f"file:{relative_path}")
+
+
+def location_id(file: UUID, backend_id: str, key: str, offset: int, length: int) -> UUID:
+    """The id of one place where the file's bytes lie."""
+    return uuid5(file, f"location:{backend_id}:{key}:{offset}:{length}")

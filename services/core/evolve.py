@@ -1,0 +1,61 @@
+"""evolve: the state of a package after one more event."""
+
+from __future__ import annotations
+
+from schemas.digests import event_digest
+from schemas.events import Event, FileIngested, PackageCreated, PackageFinalized
+from services.core.manifest import manifest_items
+from services.core.state import FINALIZED, CommandState, FileState, PackageState
+from services.errors import CorruptError
+
+
+def evolve(state: PackageState | None, event: Event) -> PackageState:
+    """Apply the event; `state` is None before the first. The state is changed in place and returned.
+
+    Raises:
+        CorruptError: the event cannot follow the state: a gap in the sequence, a broken chain, an impossible order.
+    """
+    digest = event_digest(event)
+    payload = event.payload
+    if state is None:
+        if not isinstance(payload, PackageCreated) or event.sequence != 1:
+            raise CorruptError(f"package {event.package_id}: {event.event_type} {event.sequence} precedes its creation")
+        state = PackageState(event.package_id, payload, event.created_at, event.created_at, 0, bytes(32))
+    elif isinstance(payload, PackageCreated):
+        raise CorruptError(f"package {event.package_id} is created twice")
+    if event.sequence != state.sequence + 1 or event.previous_digest != state.digest:
+        raise CorruptError(
+            f"package {event.package_id}: event {event.sequence} does not follow event {state.sequence} in the chain"
+        )
+    if state.status == FINALIZED:
+        raise CorruptError(f"package {event.package_id}: {event.event_type} follows its finalization")
+    match payload:
+        case FileIngested():
+            if payload.relative_path in state.files:
+                raise CorruptError(f"package {event.package_id}: event {event.sequence} ingests a path again")
+            item, receipt = manifest_items(payload)
+            state.files[payload.relative_path] = FileState(event.command_id, event.sequence, digest, item, receipt)
+            state.total_bytes += payload.size_bytes
+        case PackageFinalized():
+            state.status = FINALIZED
+            state.manifest_digest = event.payload_digest
+    _note_command(state, event, digest)
+    state.sequence = event.sequence
+    state.digest = digest
+    state.last_event_at = event.created_at
+    return state
+
+
+def _note_command(state: PackageState, event: Event, digest: bytes) -> None:
+    command = state.commands.get(event.command_id)
+    if command is None:
+        command = CommandState(event.event_type, event.actor, event.command_count)
+        state.commands[event.command_id] = command
+    if event.command_index != command.done or (state.unfinished not in (None, event.command_id)):
+        raise CorruptError(f"package {event.package_id}: event {event.sequence} is out of its command's order")
+    command.done += 1
+    command.last_sequence = event.sequence
+    command.last_digest = digest
+    if isinstance(event.payload, FileIngested):
+        command.paths.append(event.payload.relative_path)
+    state.unfinished = None if command.done == command.count else event.command_id

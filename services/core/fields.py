@@ -1,0 +1,43 @@
+"""Rules for the short texts and the metadata of a command."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import Any
+
+from schemas.canonical import jcs
+from services.errors import InvalidRequestError, TooLargeError
+
+MAX_TEXT_CHARACTERS = 256
+
+
+def check_text(field: str, value: str) -> None:
+    """Raise InvalidRequestError, naming `field` and the rule, unless the value is 1 to 256 plain characters."""
+    if not 1 <= len(value) <= MAX_TEXT_CHARACTERS:
+        raise InvalidRequestError(f"{field} must have 1 to {MAX_TEXT_CHARACTERS} characters, not {len(value):,}")
+    if any(unicodedata.category(c) in ("Cc", "Cs") for c in value):
+        raise InvalidRequestError(f"{field} must not hold control characters or surrogates")
+
+
+def metadata_text(metadata: Any, max_bytes: int) -> str:
+    """Bring metadata, a JSON object, to JCS form.
+
+    Raises:
+        InvalidRequestError: it is no object, or holds what I-JSON and JCS do not take.
+        TooLargeError: the JCS form is longer than `max_bytes` bytes of UTF-8.
+    """
+    if not isinstance(metadata, dict):
+        raise InvalidRequestError("metadata must be a JSON object")
+    try:
+        text = jcs(metadata)
+    except ValueError as error:
+        raise InvalidRequestError(f"metadata: {error}") from None
+    check_metadata_size(text, max_bytes)
+    return text
+
+
+def check_metadata_size(text: str, max_bytes: int) -> None:
+    """Raise TooLargeError when the JCS form is longer than `max_bytes` bytes of UTF-8."""
+    size = len(text.encode())
+    if size > max_bytes:
+        raise TooLargeError(f"metadata is {size:,} bytes in JCS form; the limit is {max_bytes:,}")

@@ -1,0 +1,22 @@
+"""Limits that decide checks: how large a command's events may be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+INLINE_MANIFEST_BYTES = 512 * 1024
+"""A manifest above this travels as a claim check."""
+
+EVENT_OVERHEAD_BYTES = 16 * 1024
+"""Room for everything in an event but metadata or manifest: six texts of 256 characters, a path, digests, headers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one deployment allows. Sizes in bytes; `max_event_bytes` is what the log takes in one record."""
+
+    max_file_bytes: int = 5 << 40
+    max_files_per_package: int = 100_000
+    max_metadata_bytes: int = 64 << 10
+    max_event_bytes: int = 1_000_000
+    inline_manifest_bytes: int = INLINE_MANIFEST_BYTES

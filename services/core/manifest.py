@@ -1,0 +1,63 @@
+"""Building manifests: the items of one file when it is ingested, the whole when the package is finalized."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+from schemas.canonical import canonical_cbor, cbor_array_head
+from schemas.events import FileIngested
+from services.core.state import FINALIZED, PackageState
+from services.manifest import MANIFEST_VERSION
+
+
+def manifest_items(file: FileIngested) -> tuple[bytes, bytes]:
+    """The canonical CBOR of a file's entry in `files` and of its entry in `storage_receipts`."""
+    receipt = file.receipt
+    entry = {
+        "file_id": str(file.file_id),
+        "relative_path": file.relative_path,
+        "media_type": file.media_type,
+        "size_bytes": file.size_bytes,
+        "blake3": file.blake3.hex(),
+        "sha256": file.sha256.hex(),
+    }
+    proof = {
+        "file_id": str(file.file_id),
+        "location_id": str(receipt.location_id),
+        "backend_id": receipt.backend_id,
+        "key": receipt.key,
+        "offset": receipt.offset,
+        "length": receipt.length,
+        "stored_at": receipt.stored_at,
+    }
+    return canonical_cbor(entry), canonical_cbor(proof)
+
+
+def manifest_pieces(state: PackageState, finalized_at: int) -> Iterator[bytes]:
+    """The manifest of the package as it stands, in pieces of canonical CBOR; `finalized_at` in µs since 1970.
+
+    The map's keys come in canonical order: by the length of their text, then by its bytes.
+    """
+    created = state.created
+    package = {
+        "id": str(state.package_id),
+        "name": created.name,
+        "producer": created.producer,
+        "subject": created.subject,
+        "retention_class": created.retention_class,
+        "metadata": json.loads(created.metadata),
+        "status": FINALIZED,
+        "created_at": state.created_at,
+        "finalized_at": finalized_at,
+    }
+    # UTF-8 keeps the order of code points, and Python compares strings by code points.
+    files = [state.files[path] for path in sorted(state.files)]
+    yield b"\xa4" + canonical_cbor("files") + cbor_array_head(len(files))
+    for file in files:
+        yield file.manifest_item
+    yield canonical_cbor("package") + canonical_cbor(package)
+    yield canonical_cbor("manifest_version") + canonical_cbor(MANIFEST_VERSION)
+    yield canonical_cbor("storage_receipts") + cbor_array_head(len(files))
+    for file in files:
+        yield file.receipt_item

@@ -1,0 +1,165 @@
+"""The ports to the log of record: `Log` reads it, `CommandWriter` is the only thing that appends to it.
+
+Two adapters fulfil each (`kafka`, `sqlite`) and pass one contract suite (`tests/contract/test_log.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+from uuid import UUID
+
+from schemas.events import Event
+from services.core.commands import Acknowledgement, Command
+from services.log.position import Position
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedEvent(Event):
+    """An event as read from the log, with the position behind it, from which reading goes on."""
+
+    position: Position
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One undecoded record. `offset` counts within `partition`; offsets grow but need not be contiguous."""
+
+    partition: int
+    offset: int
+    key: bytes
+    value: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one poll found: records in log order per partition, and per partition the offset to go on from.
+
+    `next_offsets` may move past the last record (transaction markers take offsets too), and may be present for a
+    partition without records.
+    """
+
+    records: Sequence[Record]
+    next_offsets: Mapping[int, int]
+
+
+class Subscription(Protocol):
+    """One member of a projection's consumer group; used by one task at a time.
+
+    The group spreads the partitions over its members. On every assignment `start_offsets` is asked where to begin.
+    """
+
+    async def poll(self, max_records: int, timeout_seconds: float) -> Batch:
+        """Wait until there is something or the time is over (then an empty batch).
+
+        Raises UnavailableError; CorruptError when a starting offset lies outside the log: nothing resets by itself.
+        """
+
+    @property
+    def assigned(self) -> frozenset[int]:
+        """The partitions that are this member's now."""
+
+    async def commit(self, next_offsets: Mapping[int, int], metadata: str) -> None:
+        """Show the progress in the log's own tools; called after the view holds it. Not what a restart goes by."""
+
+    async def close(self) -> None:
+        """Leave the group at once, so that others take over without waiting for a time-out."""
+
+
+StartOffsets = Callable[[Sequence[int], Mapping[int, tuple[int, str]]], Awaitable[Mapping[int, int]]]
+"""From the assigned partitions, and what the group has committed for them (offset and metadata; absent: nothing), to
+the offset to begin each at."""
+
+
+class Log(Protocol):
+    """Reading the log of record. Only committed events are seen, in order per partition."""
+
+    async def identity(self) -> UUID:
+        """The log's own id: Kafka's topic id, or the id inside the SQLite file. Raises UnavailableError."""
+
+    async def partitions(self) -> int:
+        """How many partitions there are; fixed for good."""
+
+    def partition_of(self, package_id: UUID) -> int:
+        """The partition that holds the package's events. Raises UnavailableError before the log was reached once."""
+
+    async def end(self) -> Position:
+        """The position behind the last committed event of every partition. Raises UnavailableError."""
+
+    def read(
+        self, since: Position | None = None, *, package_id: UUID | None = None, follow: bool = False
+    ) -> AsyncIterator[RecordedEvent]:
+        """Read on from `since` (None: the start), of one package or of all.
+
+        Ends at what was the end when reading began, or never when `follow` is set. Memory is bounded by a batch.
+
+        Raises (on iteration): LogIdentityError, InvalidPositionError (beyond the end), UnavailableError,
+            CorruptError (a record cannot be decoded).
+        """
+
+    async def subscribe(self, projection: str, start_offsets: StartOffsets) -> Subscription:
+        """Join the projection's consumer group. Raises UnavailableError."""
+
+    async def lag(self, projection: str) -> Mapping[int, int]:
+        """Per partition, how many offsets the projection's committed offset is behind the end."""
+
+    async def migrate(self) -> None:
+        """Create the topic or file, or check the one that is there. Safe to repeat.
+
+        Raises ConfigurationError, with the command that mends it, when the log could lose events.
+        """
+
+    async def check(self) -> None:
+        """Return if the log can be reached and may be used. Raises UnavailableError, ConfigurationError."""
+
+    async def close(self) -> None:
+        """Release connections and threads; blocks until done."""
+
+
+class CommandWriter(Protocol):
+    """Appending to the log: commands in, events appended exactly once, acknowledgements out."""
+
+    async def start(self) -> None:
+        """Begin to serve: join the group of writers, or open the file. Returns before partitions are owned."""
+
+    async def submit(self, command: Command) -> Acknowledgement:
+        """Decide the command and append its events; return when they are in the log for good and readable.
+
+        A repeat of a command id gets the first answer. Wherever the package's writer is, the caller sees only delay.
+
+        Raises:
+            RejectedError: refused for good, nothing recorded.
+            PushBackError: nothing recorded, retry after a while.
+            UnavailableError: the outcome is unknown; retry with the same command id.
+        """
+
+    async def check_ingest(self, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None) -> None:
+        """Ask the package's writer whether files of these paths could be ingested now.
+
+        Raises as `submit`: PackageNotFoundError, IllegalPackageStateError, DuplicateRelativePathError, TooLargeError.
+        """
+
+    async def ready(self) -> str | None:
+        """None when every partition can be written to through this process; else what is missing."""
+
+    async def status(self) -> Sequence[PartitionStatus]:
+        """Who owns which partition, for operators."""
+
+    async def close(self) -> None:
+        """Finish what was accepted, hand partitions over, release everything; blocks until done."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionStatus:
+    """One partition's writer. `owner` is a URL or `this process`; None when nobody owns it."""
+
+    partition: int
+    owner: str | None
+    since: int | None = None
+    """When this process took it over (µs since 1970); None when another owns it."""
+    takeover_seconds: float | None = None
+
+
+PutManifest = Callable[[bytes], Awaitable[None]]
+"""Makes a claim-checked manifest durable under its content-addressed key before its event is appended."""
