@@ -1,0 +1,91 @@
+{{/* Names, settings and the parts that every pod has in common. */}}
+
+{{/* The release's name, with the chart's name unless it holds it already; short enough for the longest suffix. */}}
+{{- define "artifact-store.fullname" -}}
+{{- $name := .Release.Name -}}
+{{- if not (contains .Chart.Name $name) }}{{ $name = printf "%s-%s" $name .Chart.Name }}{{ end -}}
+{{- $name | trunc 40 | trimSuffix "-" -}}
+{{- end }}
+
+{{/* Labels that never change in a release; selectors use them. Takes {root, component}. */}}
+{{- define "artifact-store.selector" -}}
+app.kubernetes.io/name: {{ .root.Chart.Name }}
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/component: {{ .component }}
+{{- end }}
+
+{{- define "artifact-store.labels" -}}
+{{ include "artifact-store.selector" . }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
+{{- end }}
+
+{{/* The settings that are no secret, as a YAML map of texts. Helm reads numbers as floats: 5e12 must not stay one. */}}
+{{- define "artifact-store.settings" -}}
+{{- if and .Values.secrets.ARTIFACT_STORE_KAFKA_OPTIONS (hasKey .Values.settings "ARTIFACT_STORE_KAFKA_OPTIONS") -}}
+{{- fail "give the Kafka options once: ARTIFACT_STORE_KAFKA_OPTIONS in settings or in secrets" -}}
+{{- end -}}
+{{- range $name, $value := .Values.settings }}
+{{ $name }}: {{ if kindIs "map" $value }}{{ toJson $value | quote }}{{ else if kindIs "float64" $value }}{{ int64 $value | quote }}{{ else }}{{ $value | quote }}{{ end }}
+{{- end }}
+{{- end }}
+
+{{/* Environment entries that point into existing Secrets. Takes {root, names}. */}}
+{{- define "artifact-store.secretEnv" -}}
+{{- range $name := .names }}
+{{- with get $.root.Values.secrets $name }}
+- name: {{ $name }}
+  valueFrom:
+    secretKeyRef:
+      name: {{ .name }}
+      key: {{ .key }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "artifact-store.image" -}}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- end }}
+
+{{/* What every pod of every kind has in its spec. Service links would set ARTIFACT_STORE_PORT and others for a Service
+of that name, and the program refuses ARTIFACT_STORE_* names that it does not know. */}}
+{{- define "artifact-store.podSpec" -}}
+automountServiceAccountToken: false
+enableServiceLinks: false
+{{- with .Values.imagePullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+securityContext:
+  runAsNonRoot: true
+  runAsUser: 10001
+  runAsGroup: 10001
+  fsGroup: 10001
+  seccompProfile:
+    type: RuntimeDefault
+{{- with .Values.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* What every container has. */}}
+{{- define "artifact-store.container" -}}
+image: {{ include "artifact-store.image" . | quote }}
+imagePullPolicy: {{ .Values.image.pullPolicy }}
+securityContext:
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  capabilities:
+    drop: [ALL]
+{{- end }}
+
+{{/* The account that is there while the release runs; empty means the namespace's default one. */}}
+{{- define "artifact-store.serviceAccountName" -}}
+{{ .Values.serviceAccount.name | default (ternary (include "artifact-store.fullname" .) "" .Values.serviceAccount.create) }}
+{{- end }}
