@@ -1,0 +1,76 @@
+"""The services as containers, where a Docker engine answers: `compose.yaml`, one project for each checkout."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from tests.services.process import ServiceError
+
+_ROOT = Path(__file__).resolve().parents[2]
+_ASK_SECONDS = 10.0
+_START_SECONDS = 900.0  # images may have to be pulled
+
+
+def available() -> bool:
+    """Whether an engine answers and `docker compose` is there. Blocks 20 seconds at most."""
+    if shutil.which("docker") is None:
+        return False
+    try:
+        return all(
+            subprocess.run(["docker", *ask], capture_output=True, timeout=_ASK_SECONDS, check=False).returncode == 0
+            for ask in (["info"], ["compose", "version"])
+        )
+    except subprocess.TimeoutExpired:
+        return False
+
+
+def up(state: dict[str, Any]) -> bool:
+    """Start the containers that do not run; returns whether there were any. Blocks until all are healthy."""
+    if all(status(state).values()):
+        return False
+    _compose(state, "up", "--detach", "--wait")
+    return True
+
+
+def down(state: dict[str, Any]) -> None:
+    """End the containers and delete their volumes."""
+    _compose(state, "down", "--volumes", "--remove-orphans", "--timeout", "10")
+
+
+def status(state: dict[str, Any]) -> dict[str, str | None]:
+    """Endpoint by service; None for one that does not run."""
+    running = _compose(state, "ps", "--services", "--status", "running").split()
+    names = ("kafka", "minio", "postgres")
+    return {name: f"127.0.0.1:{state[name]['port']}" if name in running else None for name in names}
+
+
+def _compose(state: dict[str, Any], *arguments: str) -> str:
+    """Run `docker compose`, with ports and keys in its environment, never on its command line. Returns its output."""
+    project = f"artifact-store-{hashlib.sha256(str(_ROOT).encode()).hexdigest()[:8]}"
+    command = ["docker", "compose", "--project-name", project, "--file", str(_ROOT / "compose.yaml"), *arguments]
+    durable = "on" if state["postgres"]["durable"] else "off"
+    environment = {
+        "KAFKA_PORT": str(state["kafka"]["port"]),
+        "MINIO_PORT": str(state["minio"]["port"]),
+        "POSTGRES_PORT": str(state["postgres"]["port"]),
+        "S3_ACCESS_KEY": state["minio"]["access_key"],
+        "S3_SECRET_KEY": state["minio"]["secret_key"],
+        "POSTGRES_PASSWORD": state["postgres"]["password"],
+        "POSTGRES_DURABLE": durable,
+    }
+    done = subprocess.run(
+        command,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=_START_SECONDS,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise ServiceError(f"docker compose {arguments[0]} failed:\n{done.stderr[-2000:]}")
+    return done.stdout

