@@ -1,0 +1,24 @@
+"""`python -m tests.chart`: builds Helm when it is not there yet, then runs the tests of this folder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.chart.helm import HelmMissingError, helm_binary
+
+
+def main() -> int:
+    """Returns pytest's exit code, or 1 with a message when Helm cannot be had. Further arguments go to pytest."""
+    try:
+        helm_binary()  # minutes at first; inside a test it would count against the test's own time-out
+    except HelmMissingError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return int(pytest.main([str(Path(__file__).parent), *sys.argv[1:]]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

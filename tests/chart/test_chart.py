@@ -1,0 +1,243 @@
+"""The chart lints, renders valid objects, refuses wrong values, and starts processes that know what they are given."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from pydantic import SecretStr
+
+from services.config import PREFIX, Settings
+from tests.chart.commands import STARTED, containers, pod_specs, rendered_commands
+from tests.chart.environment import POD_ADDRESS, environment, secret_names
+from tests.chart.helm import (
+    CHART,
+    NEWEST_KUBERNETES,
+    OLDEST_KUBERNETES,
+    VALUES,
+    ChartError,
+    HelmMissingError,
+    helm_binary,
+    lint,
+    render,
+    value_sets,
+)
+
+# Helm is built in the first test that needs it, where `python -m tests.chart` has not done so before.
+pytestmark = pytest.mark.timeout(1900)
+
+SETS = value_sets()
+WRONG = sorted((VALUES / "wrong").glob("*.yaml"))
+KNOWN_NAMES = {PREFIX + field.upper() for field in Settings.model_fields}
+SECRET_NAMES = {
+    PREFIX + name.upper()
+    for name, field in Settings.model_fields.items()
+    if SecretStr.__name__ in str(field.annotation)
+}
+
+
+@pytest.fixture(scope="module", params=sorted(SETS))
+def values(request: pytest.FixtureRequest) -> list[Path]:
+    """The files of one value set."""
+    return SETS[request.param]
+
+
+@pytest.fixture(scope="module")
+def documents(values: list[Path]) -> list[dict[str, Any]]:
+    """What the chart renders with that value set."""
+    return render(values)
+
+
+def test_without_go_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(HelmMissingError, match="install Go"):
+        helm_binary()
+
+
+def test_lint_finds_nothing_to_warn_of(values: list[Path]) -> None:
+    assert "1 chart(s) linted, 0 chart(s) failed" in lint(values)
+
+
+@pytest.mark.parametrize("version", [OLDEST_KUBERNETES, NEWEST_KUBERNETES])
+def test_every_object_is_valid(values: list[Path], version: str) -> None:
+    rendered = render(values, version)
+    assert [kubernetes_validate.validate(document, version, strict=True) for document in rendered] == [version] * len(
+        rendered
+    )
+
+
+def test_validation_refuses_a_field_that_kubernetes_does_not_know(documents: list[dict[str, Any]]) -> None:
+    gateway = _named(documents, "Deployment", "-gateway")
+    misspelt = {**gateway, "spec": {**gateway["spec"], "replica": 1}}
+    with pytest.raises(kubernetes_validate.ValidationError, match="replica"):
+        kubernetes_validate.validate(misspelt, NEWEST_KUBERNETES, strict=True)
+
+
+@pytest.mark.parametrize("path", WRONG, ids=lambda path: path.stem)
+def test_wrong_values_are_refused_by_name(path: Path) -> None:
+    expected = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# expect: ")
+    with pytest.raises(ChartError) as refusal:
+        render([path])
+    assert expected in str(refusal.value)
+    assert "in-the-open" not in str(refusal.value), "a refusal must not repeat what may be a secret"
+
+
+def test_a_kubernetes_that_is_too_old_is_refused() -> None:
+    with pytest.raises(ChartError, match="incompatible with Kubernetes"):
+        render(kubernetes="1.29")
+
+
+def test_the_chart_installs_the_version_of_this_checkout() -> None:
+    project = tomllib.loads((CHART.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text(encoding="utf-8"))
+    assert chart["appVersion"] == project["version"]
+
+
+def test_containers_run_the_commands_that_the_tests_know() -> None:
+    commands = rendered_commands()
+    assert len(commands) == len(set(commands))
+    assert set(commands) == STARTED
+
+
+def test_no_value_set_runs_an_unknown_command(values: list[Path]) -> None:
+    assert set(rendered_commands(values)) <= STARTED
+
+
+def test_every_process_accepts_its_settings(
+    values: list[Path], documents: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)  # away from a `.env` file
+    wanted = _given_settings(values)
+    for container in _containers(documents):
+        with monkeypatch.context() as patch:
+            for name in KNOWN_NAMES:
+                patch.delenv(name, raising=False)
+            for name, value in environment(container, documents).items():
+                patch.setenv(name, value)
+            settings = Settings.from_env()
+        assert {name: getattr(settings, name.removeprefix(PREFIX).lower()) for name in wanted} == wanted
+
+
+def test_a_gateway_listens_for_others_and_tells_them_its_pod_address(documents: list[dict[str, Any]]) -> None:
+    (container,) = containers(_named(documents, "Deployment", "-gateway"))
+    found = environment(container, documents)
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert found["ARTIFACT_STORE_LISTEN"] == f"0.0.0.0:{ports['http']}"
+    assert found["ARTIFACT_STORE_INTERNAL_LISTEN"] == f"0.0.0.0:{ports['internal']}"
+    assert found["ARTIFACT_STORE_INTERNAL_URL"] == f"http://{POD_ADDRESS}:{ports['internal']}"
+    writable = {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert found["ARTIFACT_STORE_STATE_DIR"] in writable
+
+
+def test_every_setting_is_given_decided_or_secret(documents: list[dict[str, Any]]) -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))["properties"]
+    given = set(schema["settings"]["properties"]) | set(schema["secrets"]["properties"])
+    (gateway,) = containers(_named(documents, "Deployment", "-gateway"))
+    decided = {entry["name"] for entry in gateway["env"] if entry["name"].startswith(PREFIX)}
+    # Only clients are pointed at a gateway; the word for listening without authentication is a value of its own.
+    assert given | decided | {"ARTIFACT_STORE_URL", "ARTIFACT_STORE_INSECURE"} == KNOWN_NAMES
+
+
+def test_nothing_secret_is_rendered(documents: list[dict[str, Any]]) -> None:
+    assert SECRET_NAMES
+    assert "Secret" not in {document["kind"] for document in documents}
+    for container in _containers(documents):
+        plain = set(environment(container, documents)) - secret_names(container)
+        assert not plain & (SECRET_NAMES | {"ARTIFACT_STORE_VIEWS_URL", "ARTIFACT_STORE_S3_ACCESS_KEY"})
+
+
+def test_a_projector_holds_no_key_that_it_does_not_need(documents: list[dict[str, Any]]) -> None:
+    projectors = [c for c in _containers(documents) if "projector" in c["command"]]
+    needed = {"ARTIFACT_STORE_VIEWS_URL", "ARTIFACT_STORE_KAFKA_OPTIONS"}
+    assert all(secret_names(container) <= needed for container in projectors)
+
+
+def test_every_pod_is_confined(documents: list[dict[str, Any]]) -> None:
+    for spec in (spec for document in documents for spec in pod_specs(document)):
+        assert spec["automountServiceAccountToken"] is False
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in spec["containers"]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+
+
+def test_kubernetes_adds_no_settings_of_its_own(documents: list[dict[str, Any]]) -> None:
+    # A Service named artifact-store would otherwise put ARTIFACT_STORE_PORT into every pod, which no process accepts.
+    assert all(spec["enableServiceLinks"] is False for document in documents for spec in pod_specs(document))
+
+
+def test_the_migration_needs_nothing_of_the_release_it_runs_before(documents: list[dict[str, Any]]) -> None:
+    created = {document["metadata"]["name"] for document in documents if document["kind"] == "ServiceAccount"}
+    for job in (document for document in documents if document["kind"] == "Job"):
+        (spec,) = pod_specs(job)
+        (container,) = spec["containers"]
+        assert job["metadata"]["annotations"]["helm.sh/hook"] == "pre-install,pre-upgrade"
+        assert spec.get("serviceAccountName") not in created
+        assert "envFrom" not in container
+        assert all("configMap" not in volume for volume in spec["volumes"])
+
+
+def test_the_migration_has_the_settings_of_the_processes(documents: list[dict[str, Any]]) -> None:
+    (settings,) = (document["data"] for document in documents if document["kind"] == "ConfigMap")
+    for job in (document for document in documents if document["kind"] == "Job"):
+        (container,) = containers(job)
+        assert settings.items() <= environment(container, documents).items()
+
+
+def test_selectors_find_their_own_pods_only(documents: list[dict[str, Any]]) -> None:
+    pods = {d["metadata"]["name"]: d["spec"]["template"]["metadata"]["labels"] for d in documents if any(pod_specs(d))}
+    gateway = _named(documents, "Deployment", "-gateway")["metadata"]["name"]
+    for document in (d for d in documents if "selector" in d.get("spec", {})):
+        selector = document["spec"]["selector"]
+        labels = selector.get("matchLabels", selector)
+        chosen = [name for name, of_pod in pods.items() if labels.items() <= of_pod.items()]
+        own = document["metadata"]["name"] if document["kind"] == "Deployment" else gateway
+        assert chosen == [own]
+
+
+def test_the_service_leaves_the_internal_listener_out(documents: list[dict[str, Any]]) -> None:
+    assert [port["targetPort"] for port in _named(documents, "Service")["spec"]["ports"]] == ["http"]
+
+
+def test_a_drain_leaves_a_gateway_only_where_there_are_several(documents: list[dict[str, Any]]) -> None:
+    several = _named(documents, "Deployment", "-gateway")["spec"]["replicas"] > 1
+    budgets = [document for document in documents if document["kind"] == "PodDisruptionBudget"]
+    assert [budget["spec"]["maxUnavailable"] for budget in budgets] == [1] * several
+
+
+def test_a_changed_setting_starts_new_pods() -> None:
+    before, after = (
+        {_settings_mark(d) for d in render(SETS[name]) if d["kind"] == "Deployment"} for name in ("default", "full")
+    )
+    assert len(before) == len(after) == 1
+    assert before != after
+
+
+def _named(documents: list[dict[str, Any]], kind: str, suffix: str = "") -> dict[str, Any]:
+    (found,) = (d for d in documents if d["kind"] == kind and d["metadata"]["name"].endswith(suffix))
+    return found
+
+
+def _containers(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [container for document in documents for container in containers(document)]
+
+
+def _given_settings(values: list[Path]) -> dict[str, Any]:
+    given: dict[str, Any] = {}
+    for path in [CHART / "values.yaml", *values]:
+        given.update(yaml.safe_load(path.read_text(encoding="utf-8")).get("settings", {}))
+    return given
+
+
+def _settings_mark(deployment: dict[str, Any]) -> str:
+    return str(deployment["spec"]["template"]["metadata"]["annotations"]["artifact-store/settings"])
