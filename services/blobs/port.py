@@ -7,9 +7,22 @@ declared digest.
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterable, AsyncIterator
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Protocol
+
+from services.errors import CorruptError
+
+IDLE_SECONDS = 86_400.0
+"""How long an upload may stand still before `sweep` takes it for abandoned: a day."""
+
+_SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+
+from services.core.content_address import content_key
+
+__all__ = ["BlobStore", "Declared", "StoredBlob", "content_key"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +46,17 @@ class StoredBlob:
     sha256: bytes
 
 
-def content_key(blake3: bytes) -> str:
-    """The content-addressed key of a blob with this BLAKE3 digest (32 raw bytes)."""
-    text = blake3.hex()
-    return f"blobs/blake3/{text[:2]}/{text[2:4]}/{text}"
+def checked_key(key: str) -> str:
+    """The key itself, if every segment is plain ASCII and none is hidden, empty, `.` or `..`.
+
+    Keys come out of events, which are trusted; this holds even if one was forged, so that no key leaves the store.
+
+    Raises:
+        CorruptError: the key breaks the rule.
+    """
+    if len(key) > 512 or not all(_SEGMENT.fullmatch(segment) for segment in key.split("/")):
+        raise CorruptError(f"{key[:80]!r} is no key of a blob")
+    return key
 
 
 class BlobStore(Protocol):
@@ -50,7 +70,9 @@ class BlobStore(Protocol):
         """Stream `body` into the store, hashing on the way; return once the blob is durable.
 
         Holds at most a few parts in memory, whatever the length. The same bytes are stored once at content-addressed
-        keys. Nothing is left behind when it raises, whatever the reason, cancellation included.
+        keys. When it raises, whatever the reason, cancellation included, nothing is left behind but, where the very
+        last step was already under way, a complete blob at its content-addressed key, which a retry finds. What a
+        killed process leaves is found by `sweep`.
 
         Raises:
             ContentMismatchError: length or a digest differs from what was declared.
@@ -63,11 +85,11 @@ class BlobStore(Protocol):
         """Stream `length` bytes from `offset` of a blob, in chunks of at most 1 MiB.
 
         Raises (on iteration): CorruptError: the blob is missing or shorter than `offset + length`.
-            UnavailableError: the store cannot be reached.
+            UnavailableError: the store cannot be reached, or was lost again and again in the middle.
         """
 
     async def size(self, key: str) -> int | None:
-        """Length of the blob in bytes, None if there is none. Raises UnavailableError."""
+        """Length of the blob in bytes, None if there is none. Raises UnavailableError; CorruptError: no possible key."""
 
     async def migrate(self) -> None:
         """Create the bucket or folder if it is missing. Safe to repeat. Raises UnavailableError, ConfigurationError."""
@@ -75,5 +97,12 @@ class BlobStore(Protocol):
     async def check(self) -> None:
         """Return if the store can take writes now. Raises UnavailableError with the reason."""
 
+    async def sweep(self, *, now: datetime, idle_seconds: float = IDLE_SECONDS) -> int:
+        """Abort the uploads that stood still for `idle_seconds` before `now` (aware), and return how many they were.
+
+        Removes unfinished uploads only, never a blob; safe beside running uploads and other sweeps. Raises
+        UnavailableError.
+        """
+
     async def close(self) -> None:
-        """Release connections. Blocks until done; the store cannot be used afterwards."""
+        """Release connections and threads, after what is still being cleaned up. The store cannot be used afterwards."""

@@ -12,6 +12,7 @@ from uuid import UUID
 
 from schemas.events import Event
 from services.core.commands import Acknowledgement, Command
+from services.errors import UnavailableError
 from services.log.position import Position
 
 
@@ -163,3 +164,21 @@ class PartitionStatus:
 
 PutManifest = Callable[[bytes], Awaitable[None]]
 """Makes a claim-checked manifest durable under its content-addressed key before its event is appended."""
+
+
+class PartitionNotOwnedError(UnavailableError):
+    """This process is not the writer of the package's partition now; ask the group who is, and try there."""
+
+    problem = "partition-not-owned"
+
+
+class Forwarder(Protocol):
+    """How a small command reaches the process that owns its partition; bytes of files never travel this way."""
+
+    async def submit(self, owner_url: str, command: Command) -> Acknowledgement:
+        """As `CommandWriter.submit`, at the owner; PartitionNotOwnedError when it is not the owner any more."""
+
+    async def check_ingest(
+        self, owner_url: str, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None
+    ) -> None:
+        """As `CommandWriter.check_ingest`, at the owner; PartitionNotOwnedError when it is not the owner any more."""

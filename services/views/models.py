@@ -1,0 +1,84 @@
+"""What the registry view answers: packages, files, pages; the same from the database and through HTTP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+from uuid import UUID
+
+from services.core.content_address import ContentAddress
+
+Item = TypeVar("Item")
+
+DEFAULT_PAGE = 100
+MAX_PAGE = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """A package as the view has it; times in µs since 1970, UTC. `retain_until` None: for ever, or not known yet."""
+
+    package_id: UUID
+    name: str
+    producer: str
+    subject: str
+    retention_class: str
+    status: str
+    metadata: dict[str, Any]
+    manifest_digest: ContentAddress | None
+    last_event_sequence: int
+    created_at: int
+    finalized_at: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file as the view has it; digests raw, `created_at` in µs since 1970."""
+
+    file_id: UUID
+    package_id: UUID
+    relative_path: str
+    media_type: str
+    size_bytes: int
+    blake3: bytes
+    sha256: bytes
+    created_at: int
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Where one file's bytes lie."""
+
+    backend_id: str
+    content_address: ContentAddress
+    key: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestLocation:
+    """The manifest of a finalized package: inline bytes, or the key of the blob that holds them."""
+
+    digest: ContentAddress
+    inline: bytes | None
+    key: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class PackageFilter:
+    """Which packages to list; None means any."""
+
+    producer: str | None = None
+    subject: str | None = None
+    status: str | None = None
+    retention_class: str | None = None
+    manifest_digest: ContentAddress | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[Item]):
+    """A page of a listing; `next` is the cursor of the following one, None on the last."""
+
+    items: tuple[Item, ...]
+    next: str | None
