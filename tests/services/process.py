@@ -14,6 +14,7 @@ import socket
 import subprocess
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,22 @@ def free_ports(count: int) -> list[int]:
                 continue
             found.append(int(probe.getsockname()[1]))
     raise ServiceError(f"no free port between {_FIRST_PORT} and {_LAST_PORT}")
+
+
+def becomes_true(condition: Callable[[], bool], seconds: float) -> bool:
+    """Wait for a condition, at most that long; whether it came. Blocks."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_SECONDS)
+    return True
+
+
+def wait_until(condition: Callable[[], bool], seconds: float, otherwise: str) -> None:
+    """Wait for a condition. Blocks; raises ServiceError with the text `otherwise` when it does not come in time."""
+    if not becomes_true(condition, seconds):
+        raise ServiceError(f"{otherwise} (waited {seconds:.0f} s)")
 
 
 @dataclass(frozen=True)
@@ -220,18 +237,17 @@ class Server(ABC):
             for child in children:
                 if child.running:
                     _send(child.pid, signal.SIGKILL)
-            if not self._gone_within(10.0) or not _all_gone(children, 10.0):
+            if not self._gone_within(10.0) or not becomes_true(
+                lambda: not any(child.running for child in children), 10.0
+            ):
                 raise ServiceError(f"{self.name} (pid {self.pid}) outlives SIGKILL")
         elif self._child is not None:
             self._child.wait(timeout=10)
         self.identity = None
 
     def _gone_within(self, seconds: float) -> bool:
-        deadline = time.monotonic() + seconds
-        while self.running:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(_POLL_SECONDS)
+        if not becomes_true(lambda: not self.running, seconds):
+            return False
         if self._child is not None:
             self._child.wait(timeout=10)
         return True
@@ -270,12 +286,3 @@ class Server(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _all_gone(identities: list[Identity], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while any(identity.running for identity in identities):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(_POLL_SECONDS)
-    return True

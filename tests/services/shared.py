@@ -21,7 +21,7 @@ from tests.services import docker
 from tests.services.kafka import KafkaBroker
 from tests.services.minio import REGION, MinioServer
 from tests.services.postgres import PostgresServer
-from tests.services.process import Identity, Server, free_ports
+from tests.services.process import Identity, Server, free_ports, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 VAR = ROOT / "var"
@@ -41,7 +41,7 @@ def start(*, durable: bool = False) -> bool:
             state = _draw(durable=durable)
             _write_state(state)
         try:
-            fresh = docker.up(state) if state["engine"] == "docker" else _up(state)
+            fresh = _up_in_docker(state) if state["engine"] == "docker" else _up(state)
         finally:
             _write_state(state)
         _write_private(ENVIRONMENT_FILE, "".join(f"{k}={shlex.quote(v)}\n" for k, v in _environment(state).items()))
@@ -87,6 +87,12 @@ def _up(state: dict[str, Any]) -> bool:
             if isinstance(server, PostgresServer):
                 state[server.name]["home"] = str(server.home)
     return bool(missing)
+
+
+def _up_in_docker(state: dict[str, Any]) -> bool:
+    fresh = docker.up(state)
+    wait_until(lambda: all(server.answers() for server in _servers(state)), 60.0, "the containers give no answer")
+    return fresh
 
 
 def _draw(*, durable: bool) -> dict[str, Any]:
