@@ -40,4 +40,4 @@ class Cleanups:
             async with asyncio.timeout(self._seconds):
                 await work
         except (UnavailableError, TimeoutError) as error:
-            _log.warning("an upload could not be cleaned up and is left to the sweep: %s", error or "out of time")
+            _log.warning("an upload could not be cleaned up and is left to the sweep: %s", str(error) or "out of time")

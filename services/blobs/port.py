@@ -1,8 +1,7 @@
 """The port to blob storage: immutable objects, written once, read by key, offset and length.
 
 Two adapters fulfil it (`s3`, `local`) and pass one contract suite (`tests/contract/test_blobs.py`). Keys are POSIX-like:
-`blobs/blake3/ab/cd/<64 hex digits>` for content-addressed blobs, `uploads/<uuid>` for large bodies that came without a
-declared digest.
+those of `content_key` for content-addressed blobs, `uploads/<uuid>` for large bodies without a declared digest.
 """
 
 from __future__ import annotations
@@ -13,16 +12,15 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
+from services.core.content_address import content_key
 from services.errors import CorruptError
+
+__all__ = ["IDLE_SECONDS", "BlobStore", "Declared", "StoredBlob", "checked_key", "content_key"]
 
 IDLE_SECONDS = 86_400.0
 """How long an upload may stand still before `sweep` takes it for abandoned: a day."""
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
-
-from services.core.content_address import content_key
-
-__all__ = ["BlobStore", "Declared", "StoredBlob", "content_key"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +87,7 @@ class BlobStore(Protocol):
         """
 
     async def size(self, key: str) -> int | None:
-        """Length of the blob in bytes, None if there is none. Raises UnavailableError; CorruptError: no possible key."""
+        """Length of the blob in bytes, None if there is none. Raises UnavailableError, CorruptError (`checked_key`)."""
 
     async def migrate(self) -> None:
         """Create the bucket or folder if it is missing. Safe to repeat. Raises UnavailableError, ConfigurationError."""
@@ -105,4 +103,4 @@ class BlobStore(Protocol):
         """
 
     async def close(self) -> None:
-        """Release connections and threads, after what is still being cleaned up. The store cannot be used afterwards."""
+        """Release connections and threads, once clean-ups are done. The store cannot be used afterwards."""

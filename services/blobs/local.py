@@ -1,0 +1,223 @@
+"""The local adapter of the blob port: blobs as files of a folder, all at their content-addressed keys.
+
+A body is written to `incoming/` in the same file system, hashed on the way, made durable, and then renamed to its key,
+which costs no copy: so no key of another kind is ever needed here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterable, AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+from uuid import uuid4
+
+from services.blobs.cleanup import Cleanups
+from services.blobs.intake import PIECE_BYTES, Digests, Intake
+from services.blobs.port import IDLE_SECONDS, Declared, StoredBlob, checked_key, content_key
+from services.errors import CorruptError, UnavailableError
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+class LocalBlobStore:
+    """Blobs in a folder of this machine. Its file work runs in threads; belongs to one event loop."""
+
+    def __init__(self, root: Path, *, threads: int = 16) -> None:
+        """`root` is the folder, which `migrate` creates; `threads` bounds how many files are worked on at a time."""
+        self._root = root
+        self._incoming = root / "incoming"
+        self._threads = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="blob-file")
+        self._cleanups = Cleanups()
+        self._durable_folders: set[Path] = set()  # their own entries were synced by this process
+
+    @property
+    def backend_id(self) -> str:
+        """`local`."""
+        return "local"
+
+    async def store(self, body: AsyncIterable[bytes], *, declared: Declared, max_bytes: int) -> StoredBlob:
+        """See the port."""
+        intake = Intake(body, declared=declared, max_bytes=max_bytes)
+        if declared.blake3 is not None and declared.size_bytes is not None:
+            key = content_key(declared.blake3)
+            if await self.size(key) == declared.size_bytes:
+                while await intake.take(PIECE_BYTES):  # the bytes are there, but these must prove to be the same
+                    pass
+                return self._stored(await intake.digests())
+        draft = _Draft(self._incoming / f"{uuid4()}.part")
+        try:
+            await self._work(draft.open)
+            while piece := await intake.take(PIECE_BYTES):
+                await self._work(draft.write, piece)
+            digests = await intake.digests()
+            path = self._path(content_key(digests.blake3))
+            await self._work(self._keep, draft, path, digests.length)
+        except BaseException:
+            await self._cleanups.run(self._work(draft.discard))
+            raise
+        return self._stored(digests)
+
+    async def read(self, key: str, offset: int, length: int) -> AsyncIterator[bytes]:
+        """See the port."""
+        path = self._path(key)
+        file = await self._work(_open_for_read, path)
+        try:
+            total = await self._work(lambda: os.fstat(file).st_size)
+            end = offset + length
+            if total < end:
+                raise CorruptError(f"blob {key} has {total} bytes, {end} are expected")
+            while offset < end:
+                chunk = await self._work(os.pread, file, min(PIECE_BYTES, end - offset), offset)
+                if not chunk:
+                    raise CorruptError(f"blob {key} ended at {offset} while it was read, {end} bytes are expected")
+                offset += len(chunk)
+                yield chunk
+        finally:
+            os.close(file)
+
+    async def size(self, key: str) -> int | None:
+        """See the port."""
+        path = self._path(key)
+        return await self._work(_size, path)
+
+    async def migrate(self) -> None:
+        """See the port."""
+        await self._work(lambda: self._incoming.mkdir(parents=True, exist_ok=True))
+
+    async def check(self) -> None:
+        """See the port. Writes a small file and removes it."""
+        draft = _Draft(self._incoming / f"{uuid4()}.part")
+
+        def probe() -> None:
+            try:
+                draft.open()
+                draft.write(b"ok")
+                draft.sync()
+            finally:
+                draft.discard()
+
+        await self._work(probe)
+
+    async def sweep(self, *, now: datetime, idle_seconds: float = IDLE_SECONDS) -> int:
+        """See the port. A file that is being written has a fresh time of modification, however long it takes."""
+        limit = now.timestamp() - idle_seconds
+
+        def remove_idle() -> int:
+            swept = 0
+            for path in self._incoming.iterdir():
+                with suppress(FileNotFoundError):  # finished, or removed by another sweep
+                    if path.stat().st_mtime <= limit:
+                        path.unlink()
+                        swept += 1
+            return swept
+
+        return await self._work(remove_idle)
+
+    async def close(self) -> None:
+        """See the port."""
+        await self._cleanups.drain()
+        await asyncio.to_thread(self._threads.shutdown)
+
+    def _path(self, key: str) -> Path:
+        return self._root / checked_key(key)
+
+    def _stored(self, digests: Digests) -> StoredBlob:
+        key = content_key(digests.blake3)
+        return StoredBlob(self.backend_id, key, 0, digests.length, digests.blake3, digests.sha256)
+
+    def _keep(self, draft: _Draft, path: Path, length: int) -> None:
+        draft.sync()
+        self._make_folder(path.parent)
+        if _size(path) == length:
+            draft.discard()
+        else:  # absent, or not whole: these bytes are verified. Of two at the same time the later one wins, being equal
+            draft.path.replace(path)
+        # Also for a file that was there: its own writer may not have come to this point yet.
+        _sync_folder(path.parent)
+
+    def _make_folder(self, folder: Path) -> None:
+        if folder in self._durable_folders or folder == self._root:
+            return
+        self._make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync_folder(folder.parent)
+        self._durable_folders.add(folder)
+
+    async def _work(self, act: Callable[_P, _T], *args: _P.args, **named: _P.kwargs) -> _T:
+        """Run file work in a thread. A cancelled caller still waits for it: no thread uses what is torn down."""
+        running = asyncio.get_running_loop().run_in_executor(self._threads, partial(act, *args, **named))
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            await asyncio.wait({running})
+            if not running.cancelled():
+                running.exception()  # seen; the cancellation is what the caller hears of
+            raise
+        except FileNotFoundError:
+            if self._incoming.is_dir():
+                raise UnavailableError("a file of the blob folder was removed while it was in use") from None
+            raise UnavailableError(
+                f"there is no blob folder at {self._root}: `artifact-store migrate` creates it"
+            ) from None
+        except OSError as error:
+            raise UnavailableError(f"the blob folder {self._root} cannot be used: {error.strerror}") from error
+
+
+class _Draft:
+    """A file of `incoming/` on its way to its key. Its methods block."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = -1
+
+    def open(self) -> None:
+        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+
+    def write(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._file, view) :]
+
+    def sync(self) -> None:
+        """Make the content durable and close the file."""
+        os.fsync(self._file)
+        self._close()
+
+    def discard(self) -> None:
+        """Close and remove the file, if it is there."""
+        self._close()
+        self.path.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        file, self._file = self._file, -1
+        if file >= 0:
+            os.close(file)
+
+
+def _open_for_read(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CorruptError(f"blob {path.name} is missing") from None
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _sync_folder(folder: Path) -> None:
+    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

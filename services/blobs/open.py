@@ -1,0 +1,69 @@
+"""Which blob store a URL means: `file:` a folder, `s3:` or `s3+http:` a bucket."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from services.blobs.local import LocalBlobStore
+from services.blobs.port import BlobStore
+from services.blobs.s3 import S3BlobStore
+from services.blobs.s3_requests import Endpoint
+from services.config import Settings
+from services.errors import ConfigurationError
+
+_FORMS = "file:FOLDER, s3://host:port/BUCKET (TLS) or s3+http://host:port/BUCKET"
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+
+
+def open_blobs(settings: Settings) -> BlobStore:
+    """The blob store that `settings.blobs_url` names. Connects to nothing yet.
+
+    Raises:
+        ConfigurationError: the URL has another form, or a bucket comes without credentials. The URL itself is not
+            repeated, since somebody may have put credentials into it.
+    """
+    try:
+        url = urlsplit(settings.blobs_url)
+        host, port = url.hostname, url.port
+    except ValueError:
+        raise _wrong("it cannot be read") from None
+    if url.query or url.fragment:
+        raise _wrong("it ends in a query or fragment")
+    if url.scheme == "file":
+        if url.netloc not in {"", "localhost"}:
+            raise _wrong("a file: URL names a folder of this machine: file:./relative or file:///absolute")
+        if not url.path:
+            raise _wrong("the folder is missing")
+        return LocalBlobStore(Path(unquote(url.path)))
+    if url.scheme not in {"s3", "s3+http"}:
+        raise _wrong(
+            f"the scheme {url.scheme!r} is unknown" if "://" in settings.blobs_url else "the scheme is missing"
+        )
+    if url.username is not None or url.password is not None:
+        raise _wrong("credentials belong into ARTIFACT_STORE_S3_ACCESS_KEY and ARTIFACT_STORE_S3_SECRET_KEY")
+    if not host:
+        raise _wrong("the host is missing")
+    bucket = url.path.strip("/")
+    if not _BUCKET.fullmatch(bucket):
+        raise _wrong("the path is not one bucket name (3 to 63 lower case letters, digits, dots and hyphens)")
+    if not settings.s3_access_key or not settings.s3_secret_key.get_secret_value():
+        raise ConfigurationError(
+            "a bucket needs ARTIFACT_STORE_S3_ACCESS_KEY and ARTIFACT_STORE_S3_SECRET_KEY, at least one is unset"
+        )
+    name = f"[{host}]" if ":" in host else host
+    return S3BlobStore(
+        Endpoint(
+            host=name if port is None else f"{name}:{port}",
+            bucket=bucket,
+            secure=url.scheme == "s3",
+            access_key=settings.s3_access_key,
+            secret_key=settings.s3_secret_key.get_secret_value(),
+            region=settings.s3_region,
+        )
+    )
+
+
+def _wrong(reason: str) -> ConfigurationError:
+    return ConfigurationError(f"ARTIFACT_STORE_BLOBS_URL: {reason}; accepted are {_FORMS}")

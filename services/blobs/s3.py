@@ -1,0 +1,239 @@
+"""The S3 adapter of the blob port: any store that speaks S3; MinIO is the one that is tested first.
+
+A body that fits into one part is hashed, checked and sent to its content-addressed key in one request. A longer one is
+sent in parts with bounded memory: to its content-addressed key if its BLAKE3 digest is declared, and to a key of its
+own under `uploads/` if not; it becomes an object only after its digests were checked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterable, AsyncIterator, Callable
+from datetime import UTC, datetime, timedelta
+from typing import TypeVar
+from uuid import uuid4
+
+import urllib3
+from minio import Minio
+from minio.error import MinioException, S3Error
+
+from services.blobs.cleanup import Cleanups
+from services.blobs.intake import PIECE_BYTES, Digests, Intake
+from services.blobs.memory import ByteBudget, Share
+from services.blobs.parts import MAX_PARTS, MIB, PartPlan
+from services.blobs.port import IDLE_SECONDS, Declared, StoredBlob, checked_key, content_key
+from services.blobs.s3_multipart import RECORDS, MultipartUpload, UploadRecord, fill, object_size, remove_upload
+from services.blobs.s3_requests import ATTEMPTS, AccessRefusedError, Endpoint, S3Requests, StoreTroubleError
+from services.errors import ConfigurationError, CorruptError, UnavailableError
+
+PROBE_KEY = "health/write-probe"
+_ASK_FIRST_BYTES = 256 * 1024  # from here on asking whether a blob is there costs less than sending it
+_READ_PAUSE_SECONDS = 0.2
+_OK = frozenset({200})
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+class S3BlobStore:
+    """Blobs as objects of one bucket. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        part_bytes: int = 8 * MIB,
+        held_bytes: int = 32 * MIB,
+        max_parts: int = MAX_PARTS,
+        memory: ByteBudget | None = None,
+        connections: int = 256,
+        attempts: int = ATTEMPTS,
+        clock: Callable[[], datetime] = _utc_now,
+    ) -> None:
+        """Connects at the first request.
+
+        Args:
+            part_bytes: size of the first parts, and most bytes of a body that is sent in one request; at least 5 MiB.
+            held_bytes: most bytes that one upload holds in memory.
+            max_parts: most parts of one upload.
+            memory: what all uploads together may hold; 96 MiB, and at least `held_bytes`, if not given.
+            connections: most connections to the store.
+            attempts: how often a request is tried before UnavailableError.
+            clock: the time that is written into records of uploads (aware).
+        """
+        self._part_bytes = part_bytes
+        self._held_bytes = held_bytes
+        self._max_parts = max_parts
+        self._memory = memory or ByteBudget(max(96 * MIB, held_bytes))
+        if self._memory.limit < held_bytes:
+            raise ValueError("the memory of all uploads must be enough for one")
+        self._requests = S3Requests(endpoint, connections=connections, attempts=attempts)
+        self._attempts = attempts
+        self._clock = clock
+        self._cleanups = Cleanups()
+
+    @property
+    def backend_id(self) -> str:
+        """`s3`."""
+        return "s3"
+
+    async def store(self, body: AsyncIterable[bytes], *, declared: Declared, max_bytes: int) -> StoredBlob:
+        """See the port."""
+        intake = Intake(body, declared=declared, max_bytes=max_bytes)
+        plan = PartPlan(self._part_bytes, self._held_bytes, declared.size_bytes, self._max_parts)
+        with self._memory.share() as share:
+            first = bytearray()
+            if not plan.relayed(1):
+                await share.take(plan.size(1))
+                first = await fill(intake, plan.size(1))
+            if not await intake.at_end():
+                return await self._store_parts(intake, first, declared, plan, share)
+            digests = await intake.digests()
+            key = content_key(digests.blake3)
+            await self._put(key, first)
+            return self._stored(key, digests)
+
+    async def read(self, key: str, offset: int, length: int) -> AsyncIterator[bytes]:
+        """See the port. A connection that is lost is replaced, and reading goes on where it stood."""
+        checked_key(key)
+        end = offset + length
+        if length == 0:
+            self._demand(key, end, await self.size(key))
+        fruitless = 0
+        while offset < end:
+            before = offset
+            try:
+                async with self._requests.get(key, offset, end - 1) as response:
+                    total = _total(response.headers.get("Content-Range")) if response.status != 404 else None
+                    self._demand(key, end, total)
+                    async for chunk in response.content.iter_chunked(PIECE_BYTES):
+                        offset += len(chunk)
+                        yield chunk
+            except StoreTroubleError as error:
+                trouble = error
+            else:
+                trouble = StoreTroubleError(str(self._requests.unavailable("ends its answers early")))
+            fruitless = fruitless + 1 if offset == before else 0
+            if offset < end and fruitless >= self._attempts:
+                raise trouble
+            if fruitless:
+                await asyncio.sleep(_READ_PAUSE_SECONDS * fruitless)
+
+    async def size(self, key: str) -> int | None:
+        """See the port."""
+        return await object_size(self._requests, checked_key(key))
+
+    async def migrate(self) -> None:
+        """See the port."""
+        bucket, region = self._requests.endpoint.bucket, self._requests.endpoint.region
+
+        def create(sdk: Minio) -> None:
+            if not sdk.bucket_exists(bucket):
+                sdk.make_bucket(bucket, location=region)
+
+        try:
+            await self._with_sdk(create)
+        except AccessRefusedError as error:
+            raise ConfigurationError(str(error)) from None
+
+    async def check(self) -> None:
+        """See the port. Writes a small object `health/write-probe`, since a store that is full still answers reads."""
+        await self._requests.send("PUT", PROBE_KEY, _OK, body=b"ok", attempts=1, seconds=5.0)
+
+    async def sweep(self, *, now: datetime, idle_seconds: float = IDLE_SECONDS) -> int:
+        """See the port. A record that cannot be read is logged and left for people to look at."""
+        bucket = self._requests.endpoint.bucket
+
+        def records(sdk: Minio) -> list[str]:
+            found = sdk.list_objects(bucket, prefix=RECORDS, recursive=True)
+            return [item.object_name for item in found if item.object_name is not None]
+
+        swept = 0
+        for record_key in await self._with_sdk(records):
+            answer = await self._requests.send("GET", record_key, frozenset({200, 404}))
+            if answer.status == 404:  # completed meanwhile
+                continue
+            try:
+                record = UploadRecord.decode(answer.body)
+            except CorruptError as error:
+                _log.error("%s: %s", record_key, error)
+                continue
+            if now - record.active_at >= timedelta(seconds=idle_seconds):
+                await remove_upload(self._requests, record_key, record)
+                swept += 1
+        return swept
+
+    async def close(self) -> None:
+        """See the port."""
+        await self._cleanups.drain()
+        await self._requests.close()
+
+    async def _store_parts(
+        self, intake: Intake, first: bytearray, declared: Declared, plan: PartPlan, share: Share
+    ) -> StoredBlob:
+        addressed = declared.blake3 is not None
+        key = content_key(declared.blake3) if declared.blake3 is not None else f"uploads/{uuid4()}"
+        if addressed and declared.size_bytes is not None and await self.size(key) == declared.size_bytes:
+            while await intake.take(PIECE_BYTES):  # the bytes are there, but these must prove to be the same
+                pass
+            return self._stored(key, await intake.digests())
+        upload = MultipartUpload(self._requests, key, plan, share, self._clock)
+        try:
+            await upload.begin()
+            await upload.send(intake, first)
+            digests = await intake.digests()
+            await upload.complete(digests.length, only_if_absent=addressed)
+        except BaseException:
+            await self._cleanups.run(self._abandon(upload, None if addressed else key))
+            raise
+        return self._stored(key, digests)
+
+    async def _abandon(self, upload: MultipartUpload, own_key: str | None) -> None:
+        await upload.abandon()
+        if own_key is not None:  # nobody else ever heard of this key, and the completion may have come through
+            await self._requests.send("DELETE", own_key, frozenset({200, 204, 404}))
+
+    async def _put(self, key: str, data: bytearray) -> None:
+        async def attempt() -> None:
+            if len(data) >= _ASK_FIRST_BYTES and await self.size(key) == len(data):
+                return
+            condition = {"If-None-Match": "*"}
+            expect = frozenset({200, 409, 412})
+            answer = await self._requests.send("PUT", key, expect, headers=condition, body=data, attempts=1)
+            if answer.status == 200 or await self.size(key) == len(data):
+                return
+            # What is there is not what belongs there, or is just going away: these bytes are verified.
+            await self._requests.send("PUT", key, _OK, body=data, attempts=1)
+
+        await self._requests.retry(attempt)
+
+    def _stored(self, key: str, digests: Digests) -> StoredBlob:
+        return StoredBlob(self.backend_id, key, 0, digests.length, digests.blake3, digests.sha256)
+
+    def _demand(self, key: str, end: int, total: int | None) -> None:
+        if total is None:
+            raise CorruptError(f"blob {key} is missing")
+        if total < end:
+            raise CorruptError(f"blob {key} has {total} bytes, {end} are expected")
+
+    async def _with_sdk(self, act: Callable[[Minio], _T]) -> _T:
+        try:
+            return await asyncio.to_thread(lambda: act(self._requests.endpoint.sdk()))
+        except S3Error as error:
+            if error.response.status in {401, 403}:
+                raise self._requests.refused(error.code or "") from None
+            raise self._requests.unavailable(f"answered {error.code}") from None
+        except (MinioException, urllib3.exceptions.HTTPError) as error:
+            raise self._requests.unavailable(f"cannot be reached ({type(error).__name__})") from None
+
+
+def _total(content_range: str | None) -> int:
+    """Length of the whole out of `bytes 0-9/100` or `bytes */100` (RFC 9110 §14.4)."""
+    _, _, total = (content_range or "").rpartition("/")
+    if not total.isdecimal():
+        raise UnavailableError(f"the blob store names no length in Content-Range {content_range!r}")
+    return int(total)

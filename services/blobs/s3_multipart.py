@@ -1,0 +1,252 @@
+"""One multipart upload from its beginning to its completion, or to its abortion.
+
+While it runs, a small record object `multipart/<uuid>` names its key and upload id, because stores do not list
+unfinished uploads reliably. The record is written before the first part and renewed while parts arrive, so that
+`sweep` can tell an upload that stands still from one that is merely long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from datetime import datetime
+from uuid import uuid4
+
+from services.blobs.intake import Intake
+from services.blobs.memory import Share
+from services.blobs.parts import PartPlan
+from services.blobs.s3_requests import Answer, Relay, S3Requests, StoreTroubleError, parse_xml
+from services.errors import CorruptError, UnavailableError
+
+RECORDS = "multipart/"
+RENEW_SECONDS = 3600.0  # far below the day after which an upload counts as idle
+OK = frozenset({200})
+GONE = frozenset({200, 204, 404})
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class UploadRecord:
+    """What the record object of an upload says. `active_at` is when it was last known to move."""
+
+    key: str
+    upload_id: str
+    started_at: datetime
+    active_at: datetime
+
+    def encode(self) -> bytes:
+        """The record as JSON."""
+        return json.dumps(
+            {
+                "key": self.key,
+                "upload_id": self.upload_id,
+                "started_at": self.started_at.isoformat(),
+                "active_at": self.active_at.isoformat(),
+            }
+        ).encode()
+
+    @classmethod
+    def decode(cls, text: bytes) -> UploadRecord:
+        """Raises CorruptError: this is no such record."""
+        try:
+            fields = json.loads(text)
+            started_at, active_at = (datetime.fromisoformat(fields[name]) for name in ("started_at", "active_at"))
+            return cls(str(fields["key"]), str(fields["upload_id"]), started_at, active_at)
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptError(f"not the record of an upload: {error}") from error
+
+
+class MultipartUpload:
+    """A multipart upload to `key`. `begin`, then `send`, then `complete`; after any failure `abandon`."""
+
+    def __init__(
+        self, requests: S3Requests, key: str, plan: PartPlan, share: Share, clock: Callable[[], datetime]
+    ) -> None:
+        self._requests = requests
+        self._key = key
+        self._plan = plan
+        self._share = share
+        self._clock = clock
+        self._record_key = f"{RECORDS}{uuid4()}"
+        self._record: UploadRecord | None = None
+        self._opening: asyncio.Task[None] | None = None
+        self._sending: set[asyncio.Task[None]] = set()
+        self._etags: dict[int, str] = {}
+        self._relaying = False
+
+    async def begin(self) -> None:
+        """Start the upload and write its record. Raises UnavailableError."""
+        self._opening = asyncio.create_task(self._open())
+        await asyncio.shield(self._opening)  # cut off in the middle it would leave an upload whose id nobody knows
+
+    async def send(self, intake: Intake, first: bytearray) -> None:
+        """Send `first` (which the share already counts) as the first part, and all that follows in `intake`.
+
+        Raises:
+            UnavailableError, TooLargeError: a part cannot be stored.
+            Whatever the body raises.
+        """
+        number = 0
+        if first:
+            number = 1
+            self._start(number, first, self._share.held)
+        while not await intake.at_end():
+            number += 1
+            size = self._plan.size(number)
+            if self._plan.relayed(number):
+                await self._settle()
+                await self._relay(number, size, intake)
+            else:
+                await self._room(size)
+                await self._share.take(size)
+                self._start(number, await fill(intake, size), size)
+            await self._renew()
+        await self._settle()
+
+    async def complete(self, length: int, *, only_if_absent: bool) -> None:
+        """Make the upload an object of `length` bytes; with `only_if_absent` one that is there already is kept.
+
+        Returns if the object is there, whoever completed it. Raises UnavailableError.
+        """
+        parts = "".join(
+            f"<Part><PartNumber>{number}</PartNumber><ETag>{etag}</ETag></Part>"
+            for number, etag in sorted(self._etags.items())
+        )
+        body = f"<CompleteMultipartUpload>{parts}</CompleteMultipartUpload>".encode()
+
+        async def ask(condition: dict[str, str]) -> Answer:
+            expect = frozenset({200, 404, 409, 412})
+            answer = await self._requests.send(
+                "POST", self._key, expect, query=self._query(), headers=condition, body=body, attempts=1, seconds=120
+            )
+            root = parse_xml(answer.body)
+            if answer.status == 200 and (root is None or root.tag == "Error"):
+                # The status is sent before the outcome is known (S3 API, CompleteMultipartUpload).
+                raise StoreTroubleError(
+                    str(
+                        self._requests.unavailable(f"failed to complete an upload ({answer.code or 'no reason given'})")
+                    )
+                )
+            return answer
+
+        async def finish() -> None:
+            answer = await ask({"If-None-Match": "*"} if only_if_absent else {})
+            if answer.status == 200 or await object_size(self._requests, self._key) == length:
+                return
+            if answer.status in {409, 412}:  # what is there is not what belongs there: these bytes are verified
+                answer = await ask({})
+            if answer.status != 200:
+                raise self._requests.unavailable(
+                    f"lost an upload ({answer.status} {answer.code}) before its completion"
+                )
+
+        await self._requests.retry(finish)
+        try:
+            await self._remove()
+        except UnavailableError as error:
+            _log.warning("the record of a completed upload stays until the sweep: %s", error)
+
+    async def abandon(self) -> None:
+        """Stop all that is under way and remove every trace. Raises UnavailableError: something may be left."""
+        for task in self._sending:
+            task.cancel()
+        if self._opening is not None:
+            await asyncio.gather(self._opening, *self._sending, return_exceptions=True)
+        await self._remove()
+
+    async def _open(self) -> None:
+        answer = await self._requests.send("POST", self._key, OK, query={"uploads": ""})
+        root = parse_xml(answer.body)
+        upload_id = root.findtext("UploadId") if root is not None else None
+        if not upload_id:
+            raise self._requests.unavailable("began an upload without naming it")
+        now = self._clock()
+        self._record = UploadRecord(self._key, upload_id, now, now)
+        await self._requests.send("PUT", self._record_key, OK, body=self._record.encode())
+
+    async def _renew(self) -> None:
+        record = self._opened()
+        now = self._clock()
+        if (now - record.active_at).total_seconds() >= RENEW_SECONDS:
+            self._record = UploadRecord(record.key, record.upload_id, record.started_at, now)
+            await self._requests.send("PUT", self._record_key, OK, body=self._record.encode())
+
+    async def _remove(self) -> None:
+        if self._record is not None:
+            await remove_upload(self._requests, self._record_key, self._record)
+
+    def _start(self, number: int, part: bytearray, reserved: int) -> None:
+        task = asyncio.create_task(self._put(number, part))
+        self._sending.add(task)
+        # A callback, since a task that is cancelled before it began would skip a `finally` of its own.
+        task.add_done_callback(lambda _: self._share.give(reserved))
+
+    async def _put(self, number: int, body: bytearray | Relay) -> None:
+        query = {**self._query(), "partNumber": str(number)}
+        answer = await self._requests.send("PUT", self._key, OK, query=query, body=body)
+        self._etags[number] = answer.headers.get("ETag", "")
+
+    async def _relay(self, number: int, size: int, intake: Intake) -> None:
+        failure: list[Exception] = []
+
+        async def pieces() -> AsyncIterator[bytes]:
+            left = size
+            try:
+                while left and (piece := await intake.take(left)):
+                    left -= len(piece)
+                    yield piece
+                if left:
+                    await intake.digests()  # shorter than declared: says so
+            except Exception as error:  # kept, as the connection would wrap it into an error of its own
+                failure.append(error)
+                raise
+
+        try:
+            await self._put(number, Relay(pieces(), size))
+        except StoreTroubleError:
+            if failure:
+                raise failure[0] from None
+            raise
+
+    async def _room(self, size: int) -> None:
+        while self._sending and self._share.held + size > self._plan.held_bytes:
+            done, self._sending = await asyncio.wait(self._sending, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+
+    async def _settle(self) -> None:
+        while self._sending:
+            done, self._sending = await asyncio.wait(self._sending, return_when=asyncio.FIRST_EXCEPTION)
+            for task in done:
+                task.result()
+
+    def _opened(self) -> UploadRecord:
+        if self._record is None:
+            raise RuntimeError("the upload has not begun")
+        return self._record
+
+    def _query(self) -> dict[str, str]:
+        return {"uploadId": self._opened().upload_id}
+
+
+async def fill(intake: Intake, size: int) -> bytearray:
+    """The next `size` bytes of a body, fewer at its end, in one buffer."""
+    part = bytearray()
+    while len(part) < size and (piece := await intake.take(size - len(part))):
+        part += piece
+    return part
+
+
+async def object_size(requests: S3Requests, key: str) -> int | None:
+    """Length of an object in bytes, None if there is none. Raises UnavailableError."""
+    answer = await requests.send("HEAD", key, frozenset({200, 404}))
+    return int(answer.headers["Content-Length"]) if answer.status == 200 else None
+
+
+async def remove_upload(requests: S3Requests, record_key: str, record: UploadRecord) -> None:
+    """Abort an upload and remove its record, in this order; one that is completed or aborted already stays so."""
+    await requests.send("DELETE", record.key, GONE, query={"uploadId": record.upload_id})
+    await requests.send("DELETE", record_key, GONE)

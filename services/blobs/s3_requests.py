@@ -1,0 +1,285 @@
+"""Single requests to an S3 store: presigned, timed out, tried a few times, with errors that name the cause.
+
+The MinIO SDK signs (with a fixed region, so that signing asks the store nothing); aiohttp carries the bytes, with an
+unsigned payload, since every body is hashed on its way in anyway. A presigned URL is a credential for as long as it
+lives: it stays inside this file, and no error text or chained exception shows it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+from xml.etree import ElementTree
+
+import aiohttp
+import urllib3
+from minio import Minio
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
+from yarl import URL
+
+from services.errors import UnavailableError
+
+ATTEMPTS = 4
+CONNECT_SECONDS = 5.0
+ANSWER_SECONDS = 30.0
+SLOWEST_BYTES_PER_SECOND = 64 * 1024  # a transfer below this rate is given up
+_SIGNED_FOR = timedelta(minutes=15)  # S3 allows clocks to differ by as much
+_SLICE = 256 * 1024
+_PASSING_CODES = {"SlowDown", "RequestTimeout", "InternalError", "OperationAborted", "ServiceUnavailable"}
+
+_T = TypeVar("_T")
+
+
+class StoreTroubleError(UnavailableError):
+    """Trouble that may pass by itself: another attempt makes sense."""
+
+
+class AccessRefusedError(UnavailableError):
+    """The store does not accept the credentials, or they may not do this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where the store is and how to sign for it."""
+
+    host: str
+    bucket: str
+    secure: bool
+    access_key: str
+    secret_key: str
+    region: str
+
+    def __repr__(self) -> str:
+        return f"Endpoint({self.host}/{self.bucket})"
+
+    def sdk(self) -> Minio:
+        """The synchronous SDK for this store; its own requests have time-outs and few attempts as well."""
+        pool = urllib3.PoolManager(
+            timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=ANSWER_SECONDS),
+            retries=urllib3.Retry(total=2, backoff_factor=0.2, status_forcelist=[500, 502, 503, 504]),
+            cert_reqs="CERT_REQUIRED",
+        )
+        return Minio(
+            self.host,
+            access_key=self.access_key,
+            secret_key=self.secret_key,
+            secure=self.secure,
+            region=self.region,
+            http_client=pool,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the store answered. `body` is read whole: only for requests whose answers are small."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes = b""
+
+    @property
+    def code(self) -> str:
+        """The S3 error code, empty if the body is no S3 error."""
+        root = parse_xml(self.body)
+        return (root.findtext("Code") or "") if root is not None and root.tag == "Error" else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Relay:
+    """A request body of known length that passes through once, so that such a request has one attempt only."""
+
+    pieces: AsyncIterator[bytes]
+    length: int
+
+
+def parse_xml(body: bytes) -> ElementTree.Element | None:
+    """The root of an S3 answer without its namespace, or None if the body is not XML."""
+    try:
+        root = ElementTree.fromstring(body.strip())  # noqa: S314 - the configured store's answers; expat bounds entities
+    except ElementTree.ParseError:
+        return None
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+    return root
+
+
+class S3Requests:
+    """Sends requests for objects of one bucket. Belongs to one event loop, in which its session opens at first use."""
+
+    def __init__(self, endpoint: Endpoint, *, connections: int = 256, attempts: int = ATTEMPTS) -> None:
+        self.endpoint = endpoint
+        self._sdk = endpoint.sdk()
+        self._connections = connections
+        self._attempts = attempts
+        self._session: aiohttp.ClientSession | None = None
+
+    async def send(
+        self,
+        method: str,
+        key: str,
+        expect: frozenset[int],
+        *,
+        query: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
+        body: bytes | bytearray | Relay | None = None,
+        attempts: int | None = None,
+        seconds: float = ANSWER_SECONDS,
+    ) -> Answer:
+        """Send a request until it is answered with one of the statuses in `expect`, and return that answer.
+
+        `seconds` bounds the wait for an answer; a body adds time for its transfer. Blocks for at most
+        `attempts` times that, and short pauses.
+
+        Raises:
+            UnavailableError: the store cannot be reached, is full, or answers otherwise.
+        """
+
+        async def once() -> Answer:
+            return await self._once(method, key, expect, query or {}, headers or {}, body, seconds)
+
+        return await self.retry(once, 1 if isinstance(body, Relay) else attempts)
+
+    async def retry(self, act: Callable[[], Awaitable[_T]], attempts: int | None = None) -> _T:
+        """Run an idempotent act again, after a short pause, while it ends in StoreTroubleError."""
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(StoreTroubleError),
+            stop=stop_after_attempt(attempts or self._attempts),
+            wait=wait_exponential_jitter(initial=0.1, max=2.0, jitter=0.1),
+            reraise=True,
+        )
+        return await retrying(act)
+
+    @asynccontextmanager
+    async def get(self, key: str, first: int, last: int) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Ask once for the bytes `first` to `last` (inclusive); the caller reads the content of the response.
+
+        Trouble while the caller reads is raised out of this context as well.
+
+        Raises:
+            StoreTroubleError, UnavailableError: as `send`. The statuses 206, 404 and 416 are the caller's.
+        """
+        with self._explained(ANSWER_SECONDS):
+            headers = {"Range": f"bytes={first}-{last}"}
+            async with self._opened().request("GET", self._signed("GET", key, {}), headers=headers) as response:
+                if response.status != 206:
+                    answer = Answer(response.status, response.headers, await response.read())
+                    self._judge("GET", key, answer, frozenset({404, 416}))
+                yield response
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    def unavailable(self, reason: str) -> UnavailableError:
+        """An error that names the store and the reason."""
+        return UnavailableError(f"the blob store at {self.endpoint.host} {reason}")
+
+    def refused(self, code: str) -> AccessRefusedError:
+        """The error for credentials that are not accepted."""
+        return AccessRefusedError(
+            f"the blob store at {self.endpoint.host} refuses access ({code or 'no reason given'}): check "
+            "ARTIFACT_STORE_S3_ACCESS_KEY, ARTIFACT_STORE_S3_SECRET_KEY, ARTIFACT_STORE_S3_REGION and the clock"
+        )
+
+    async def _once(
+        self,
+        method: str,
+        key: str,
+        expect: frozenset[int],
+        query: Mapping[str, str],
+        headers: Mapping[str, str],
+        body: bytes | bytearray | Relay | None,
+        seconds: float,
+    ) -> Answer:
+        length = 0 if body is None else body.length if isinstance(body, Relay) else len(body)
+        sent = dict(headers)
+        data: object = None
+        if isinstance(body, Relay):
+            data = body.pieces
+            sent["Content-Length"] = str(length)
+        elif body is not None and length > _SLICE:
+            data = _slices(body)
+            sent["Content-Length"] = str(length)
+        elif body is not None:
+            data = bytes(body)
+        limit = seconds + length / SLOWEST_BYTES_PER_SECOND
+        with self._explained(limit):
+            async with (
+                asyncio.timeout(limit),
+                self._opened().request(method, self._signed(method, key, query), headers=sent, data=data) as response,
+            ):
+                answer = Answer(response.status, response.headers, await response.read())
+        self._judge(method, key, answer, expect)
+        return answer
+
+    def _judge(self, method: str, key: str, answer: Answer, expect: frozenset[int]) -> None:
+        code = answer.code
+        if code == "NoSuchBucket":
+            raise self.unavailable(f"has no bucket {self.endpoint.bucket}: `artifact-store migrate` creates it")
+        if answer.status in expect:
+            return
+        if answer.status in {401, 403}:
+            raise self.refused(code)
+        if answer.status == 507 or code == "XMinioStorageFull":
+            raise self.unavailable("is full")
+        reason = f"answered {answer.status} {code}".rstrip() + f" to {method} {key}"
+        if answer.status >= 500 or answer.status == 429 or code in _PASSING_CODES:
+            raise StoreTroubleError(str(self.unavailable(reason)))
+        raise self.unavailable(reason)
+
+    def _explained(self, limit: float) -> _Explained:
+        return _Explained(self, limit)
+
+    def _signed(self, method: str, key: str, query: Mapping[str, str]) -> URL:
+        url = self._sdk.get_presigned_url(
+            method, self.endpoint.bucket, key, expires=_SIGNED_FOR, extra_query_params=dict(query)
+        )
+        return URL(url, encoded=True)  # anything re-quoted would break the signature
+
+    def _opened(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=self._connections),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=ANSWER_SECONDS),
+                headers={"Accept-Encoding": "identity"},
+                auto_decompress=False,
+                read_bufsize=_SLICE,
+                cookie_jar=aiohttp.DummyCookieJar(),
+            )
+        return self._session
+
+
+class _Explained:
+    """Turns what aiohttp raises, whose texts may hold the URL, into an error without it, and without a chain to it."""
+
+    def __init__(self, requests: S3Requests, limit: float) -> None:
+        self._requests = requests
+        self._limit = limit
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: object) -> None:
+        if isinstance(error, TimeoutError):
+            reason = f"gave no answer in time (at most {self._limit:.0f} s, {CONNECT_SECONDS:.0f} s to connect)"
+        elif isinstance(error, aiohttp.ClientConnectorError):
+            cause = error.os_error
+            reason = f"cannot be reached ({os.strerror(cause.errno) if cause.errno else type(cause).__name__})"
+        elif isinstance(error, aiohttp.ClientError | OSError):
+            reason = f"was lost in the middle of a request ({type(error).__name__})"
+        else:
+            return
+        raise StoreTroubleError(str(self._requests.unavailable(reason))) from None
+
+
+async def _slices(body: bytes | bytearray) -> AsyncIterator[memoryview]:
+    view = memoryview(body)
+    for start in range(0, len(view), _SLICE):
+        yield view[start : start + _SLICE]
