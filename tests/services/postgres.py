@@ -131,7 +131,7 @@ class PostgresServer(Server):
             "max_wal_size": "2GB",
         }
         if not self.durable:
-            settings |= {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+            settings |= {"fsync": "off", "full_page_writes": "off"}
         options = [part for key, value in settings.items() for part in ("-c", f"{key}={value}")]
         return [str(postgres_binaries() / "postgres"), "-D", str(self.data), "-p", str(self.port), *options]
 

@@ -1,0 +1,157 @@
+"""Fixtures that give a test its own topic, bucket and database on the shared services, or embedded parts in a folder.
+
+Only tests with the marker `services` touch the real ones. The environment's own `ARTIFACT_STORE_*` variables are taken
+away from every test, so that a shell that sourced `var/services.env` sees the same results as one that did not.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import asyncpg
+import pytest
+import urllib3
+from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka.admin import AdminClient
+from minio import Minio
+from minio.deleteobjects import DeleteObject
+
+from services.config import PREFIX, Settings
+from tests.services.shared import read_environment
+
+_ADMIN_SECONDS = 30.0
+
+for _name in [name for name in os.environ if name.startswith(PREFIX)]:
+    del os.environ[_name]
+
+
+@dataclass(frozen=True)
+class Endpoints:
+    """Where the shared services are. `kafka` and `s3` are `host:port`, `postgres` is an SQLAlchemy URL for asyncpg."""
+
+    kafka: str
+    s3: str
+    s3_access_key: str
+    s3_secret_key: str
+    s3_region: str
+    postgres: str
+
+
+@pytest.fixture(scope="session")
+def endpoints() -> Endpoints:
+    """The services of `make services`; fails, never skips, when one of them is not there."""
+    found = read_environment()
+    if not found:
+        pytest.fail("the services do not run: run `make services` first", pytrace=False)
+    log, blobs, views = (urlsplit(found[f"{PREFIX}{name}_URL"]) for name in ("LOG", "BLOBS", "VIEWS"))
+    for url in (log, blobs, views):
+        try:
+            socket.create_connection((url.hostname or "", url.port or 0), timeout=5).close()
+        except OSError as error:
+            pytest.fail(
+                f"nothing answers at {url.hostname}:{url.port} ({error}): run `make services` first", pytrace=False
+            )
+    return Endpoints(
+        kafka=log.netloc,
+        s3=blobs.netloc,
+        s3_access_key=found[f"{PREFIX}S3_ACCESS_KEY"],
+        s3_secret_key=found[f"{PREFIX}S3_SECRET_KEY"],
+        s3_region=found[f"{PREFIX}S3_REGION"],
+        postgres=found[f"{PREFIX}VIEWS_URL"],
+    )
+
+
+@pytest.fixture
+def kafka_url(endpoints: Endpoints) -> Iterator[str]:
+    """A log URL with a prefix of its own; its topic is not made here, and deleted afterwards."""
+    prefix = f"test-{uuid.uuid4().hex[:12]}"
+    yield f"kafka://{endpoints.kafka}/{prefix}"
+    admin = AdminClient({"bootstrap.servers": endpoints.kafka})
+    deleted = admin.delete_topics([f"{prefix}.events"], operation_timeout=_ADMIN_SECONDS)
+    for future in deleted.values():
+        try:
+            future.result(timeout=_ADMIN_SECONDS)
+        except KafkaException as error:
+            if error.args[0].code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
+                raise
+
+
+@pytest.fixture
+def s3_bucket(endpoints: Endpoints) -> Iterator[dict[str, Any]]:
+    """Settings that name an empty bucket of its own, which is emptied and removed afterwards."""
+    bucket = f"test-{uuid.uuid4().hex[:12]}"
+    pool = urllib3.PoolManager(timeout=urllib3.Timeout(_ADMIN_SECONDS))
+    keys = (endpoints.s3_access_key, endpoints.s3_secret_key)
+    client = Minio(endpoints.s3, keys[0], keys[1], secure=False, region=endpoints.s3_region, http_client=pool)
+    client.make_bucket(bucket)
+    yield {
+        "blobs_url": f"s3+http://{endpoints.s3}/{bucket}",
+        "s3_access_key": endpoints.s3_access_key,
+        "s3_secret_key": endpoints.s3_secret_key,
+        "s3_region": endpoints.s3_region,
+    }
+    if client.bucket_exists(bucket):
+        keys_left = (DeleteObject(found.object_name or "") for found in client.list_objects(bucket, recursive=True))
+        refused = list(client.remove_objects(bucket, keys_left))
+        assert refused == []
+        client.remove_bucket(bucket)
+    pool.clear()
+
+
+@pytest.fixture
+async def postgres_url(endpoints: Endpoints) -> AsyncIterator[str]:
+    """The SQLAlchemy URL of an empty database of its own, dropped afterwards, with whoever is still connected."""
+    database = f"test_{uuid.uuid4().hex[:12]}"
+    server, _, _ = endpoints.postgres.rpartition("/")
+    await _execute(endpoints.postgres, f"create database {database}")
+    yield f"{server}/{database}"
+    await _execute(endpoints.postgres, f"drop database if exists {database} with (force)")
+
+
+async def _execute(url: str, statement: str) -> None:
+    connection = await asyncpg.connect(url.replace("+asyncpg", ""), timeout=_ADMIN_SECONDS)
+    try:
+        await connection.execute(statement)
+    finally:
+        await connection.close()
+
+
+@pytest.fixture
+def embedded_settings(tmp_path: Path) -> Settings:
+    """The embedded parts in a folder of the test's own."""
+    return Settings(
+        log_url=f"sqlite:///{tmp_path}/log.db",
+        blobs_url=f"file:{tmp_path}/blobs",
+        views_url=f"sqlite+aiosqlite:///{tmp_path}/views.db",
+        state_dir=tmp_path / "state",
+        listen="127.0.0.1:0",
+    )
+
+
+@pytest.fixture
+def real_settings(tmp_path: Path, kafka_url: str, s3_bucket: dict[str, Any], postgres_url: str) -> Settings:
+    """Kafka, MinIO and PostgreSQL with a topic prefix, bucket and database of the test's own."""
+    return Settings(
+        log_url=kafka_url,
+        kafka_partitions=3,
+        kafka_replication_factor=1,
+        kafka_min_insync_replicas=1,
+        **s3_bucket,
+        views_url=postgres_url,
+        state_dir=tmp_path / "state",
+        listen="127.0.0.1:0",
+    )
+
+
+@pytest.fixture(params=["embedded", pytest.param("real", marks=pytest.mark.services)])
+def settings(request: pytest.FixtureRequest) -> Settings:
+    """Both sets of parts, one after the other."""
+    found: Settings = request.getfixturevalue(f"{request.param}_settings")
+    return found
