@@ -64,16 +64,18 @@ def _show() -> bool:
 
 
 def _run(command: list[str], *, durable: bool) -> int:
-    """Leaves alone what ran before. An interrupt goes to the command, which decides when it ends."""
+    """Leaves alone what ran before. An interrupt or SIGTERM goes to the command, once, and it decides when it ends."""
     fresh = shared.start(durable=durable)
     try:
-        with subprocess.Popen(command) as child:
-            while True:
-                try:
-                    return child.wait()
-                except KeyboardInterrupt:
-                    child.send_signal(signal.SIGINT)
+        # In a process group of its own: a terminal's Ctrl-C would reach it a second time otherwise.
+        with subprocess.Popen(command, process_group=0) as child:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda received, _: child.send_signal(received))
+            status = child.wait()
+        return 128 - status if status < 0 else status
     finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # stopping is not interrupted half-way
         if fresh:
             shared.stop()
 

@@ -1,0 +1,89 @@
+# Everything that is done with this checkout; `make help` lists it. Python 3.11 or newer and make are enough for
+# `make demo`; what the services need is in tests/services/install.py.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+RUN := $(VENV)/.run-installed
+DEV := $(VENV)/.dev-installed
+INSTALL := $(PYTHON) -m pip install --quiet --disable-pip-version-check
+SERVICES := $(PYTHON) -m tests.services
+START := $(if $(DURABLE),--durable)
+COMPILE := $(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
+
+.PHONY: help
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: $(RUN) ## The main job on the embedded default, from nothing, with real files
+	@$(PYTHON) -m tests.demo
+
+.PHONY: test
+test: lint chart ## Everything against embedded and real adapters; brings the services up and takes them down
+	@$(SERVICES) run -- $(PYTHON) -m pytest -m "not endurance" --ignore=tests/chart
+
+.PHONY: test-fast
+test-fast: lint ## Lint, types and the tests that need no service
+	@$(PYTHON) -m pytest -m "not services and not endurance" --ignore=tests/chart
+
+.PHONY: endurance
+endurance: $(DEV) ## The tests that take long, on real services
+	@$(SERVICES) run -- $(PYTHON) -m pytest -m endurance --timeout=0
+
+.PHONY: lint
+lint: $(DEV) ## Ruff and mypy --strict on everything
+	@$(VENV)/bin/ruff check --quiet .
+	@$(VENV)/bin/ruff format --quiet --check .
+	@$(VENV)/bin/mypy
+
+.PHONY: chart
+chart: $(DEV) ## The Helm chart: linted, rendered, validated
+	@$(PYTHON) -m tests.chart
+
+.PHONY: services
+services: $(DEV) ## Start Kafka, MinIO and PostgreSQL on free ports; DURABLE=1 for a PostgreSQL that syncs to disk
+	@$(SERVICES) start $(START)
+
+.PHONY: services-stop
+services-stop: $(DEV) ## Stop them, delete their data and var/state
+	@$(SERVICES) stop
+
+.PHONY: run
+run: $(DEV) ## The whole product on the real services, until interrupted
+	@$(SERVICES) run $(START) -- sh -c \
+		'set -a && . ./var/services.env && set +a && $(VENV)/bin/artifact-store migrate && exec $(VENV)/bin/artifact-store serve'
+
+.PHONY: setup
+setup: $(DEV) ## The virtual environment for development, in .venv
+
+.PHONY: lock
+lock: $(DEV) ## Lock the dependencies again; UPGRADE=1 for newer versions
+	@$(COMPILE) $(if $(UPGRADE),--upgrade) requirements/build.in -o requirements/build.txt
+	@$(COMPILE) $(if $(UPGRADE),--upgrade) pyproject.toml -o requirements/run.txt
+	@$(COMPILE) $(if $(UPGRADE),--upgrade) -c requirements/run.txt --extra dev pyproject.toml -o requirements/dev.txt
+
+# --- the virtual environment: made once, filled again when a lock file changes ---
+
+$(PYTHON):
+	@for name in python3 python3.13 python3.12 python3.11 python3.14; do \
+		if $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+			$$name -c 'import ensurepip, venv' 2>/dev/null || { \
+				echo "$$name lacks its venv module (Debian: apt-get install python3-venv)" >&2; exit 1; }; \
+			exec $$name -m venv $(VENV); \
+		fi; \
+	done; \
+	echo "Python 3.11 or newer is needed; found: $$(python3 --version 2>/dev/null || echo none)" >&2; exit 1
+
+# The lock files hold everything, the tool that builds the editable installation included: --no-index proves it.
+$(RUN): requirements/build.txt requirements/run.txt pyproject.toml | $(PYTHON)
+	@echo "installing into $(VENV) …"
+	@$(INSTALL) --require-hashes -r requirements/build.txt -r requirements/run.txt
+	@$(INSTALL) --no-index --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(DEV): requirements/dev.txt $(RUN)
+	@$(INSTALL) --require-hashes -r requirements/dev.txt
+	@touch $@
