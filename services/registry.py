@@ -136,7 +136,7 @@ class Registry(ABC):
         if since_sequence and package_id is None:
             raise InvalidRequestError("since_sequence needs a package_id: sequences count within a package")
         position = Position.parse(since) if isinstance(since, str) else since
-        events = self.read_events(position, package_id=package_id, follow=True, poll_interval=poll_interval_seconds)
+        events = self.read_events(position, package_id=package_id, follow=True, poll_seconds=poll_interval_seconds)
         async for event in events:
             if event.sequence > since_sequence:
                 yield event
@@ -234,7 +234,7 @@ class Registry(ABC):
         *,
         package_id: UUID | None = None,
         follow: bool = False,
-        poll_interval: float = 0.5,
+        poll_seconds: float = 0.1,
     ) -> AsyncIterator[RecordedEvent]:
         """Events behind `since`, up to the end as it was at the call, or for ever when `follow` is set."""
 

@@ -89,11 +89,17 @@ class Log(Protocol):
         """The position behind the last committed event of every partition. Raises UnavailableError."""
 
     def read(
-        self, since: Position | None = None, *, package_id: UUID | None = None, follow: bool = False
+        self,
+        since: Position | None = None,
+        *,
+        package_id: UUID | None = None,
+        follow: bool = False,
+        poll_seconds: float = 0.1,
     ) -> AsyncIterator[RecordedEvent]:
         """Read on from `since` (None: the start), of one package or of all.
 
-        Ends at what was the end when reading began, or never when `follow` is set. Memory is bounded by a batch.
+        Ends at what was the end when reading began, or never when `follow` is set: then new events are looked for at
+        least every `poll_seconds`. Memory is bounded by a batch.
 
         Raises (on iteration): LogIdentityError, InvalidPositionError (beyond the end), UnavailableError,
             CorruptError (a record cannot be decoded).

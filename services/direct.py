@@ -1,0 +1,292 @@
+"""The registry on its parts: log, writer, blobs and views at hand in this process, without a gateway between."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+from uuid import UUID, uuid4
+
+from schemas import identifiers
+from services.blobs.port import BlobStore, Declared
+from services.clock import Clock
+from services.core.commands import Acknowledgement, CreatePackage, FinalizePackage, IngestFiles, StoredFile
+from services.core.content_address import ContentAddress, content_key
+from services.core.fields import check_text, metadata_text
+from services.core.limits import Limits
+from services.core.paths import check_path
+from services.errors import (
+    CorruptError,
+    FileNotFoundInRegistryError,
+    IllegalPackageStateError,
+    InvalidRequestError,
+    PackageNotFoundError,
+    RangeNotSatisfiableError,
+    WaitTimeoutError,
+)
+from services.log.port import CommandWriter, Log, RecordedEvent
+from services.log.position import Position
+from services.manifest import to_json
+from services.registry import ManifestFormat, Registry
+from services.views.models import DEFAULT_PAGE, MAX_PAGE, File, Package, PackageFilter, Page
+from services.views.queries import Queries
+
+Found = TypeVar("Found")
+
+WAIT_SECONDS = 10.0
+"""How long a read waits for the view at most."""
+
+_POLL_SECONDS = 0.02
+_FIRST_POLL_SECONDS = 0.002
+
+
+class DirectRegistry(Registry):
+    """The façade over the parts. `freshen`, where given, brings the views up to the log before every read."""
+
+    def __init__(
+        self,
+        log: Log,
+        writer: CommandWriter,
+        blobs: BlobStore,
+        queries: Queries,
+        *,
+        limits: Limits,
+        clock: Clock,
+        freshen: Callable[[], Awaitable[None]] | None = None,
+        wait_seconds: float = WAIT_SECONDS,
+    ) -> None:
+        self._log = log
+        self._writer = writer
+        self._blobs = blobs
+        self._queries = queries
+        self._limits = limits
+        self._clock = clock
+        self._freshen = freshen
+        self._wait_seconds = wait_seconds
+
+    async def create(
+        self,
+        name: str,
+        producer: str,
+        subject: str,
+        retention_class: str,
+        actor: str,
+        metadata: dict[str, Any],
+        *,
+        command_id: UUID | None = None,
+    ) -> Acknowledgement:
+        check_text("actor", actor)
+        command = command_id or uuid4()
+        return await self._writer.submit(
+            CreatePackage(
+                package_id=identifiers.package_id(actor, command),
+                command_id=command,
+                actor=actor,
+                name=name,
+                producer=producer,
+                subject=subject,
+                retention_class=retention_class,
+                metadata=metadata_text(metadata, self._limits.max_metadata_bytes),
+            )
+        )
+
+    async def check_ingest(self, package_id: UUID, relative_path: str, command_id: UUID | None = None) -> None:
+        check_path(relative_path)
+        await self._writer.check_ingest(package_id, [relative_path], command_id)
+
+    async def ingest(
+        self,
+        package_id: UUID,
+        relative_path: str,
+        media_type: str,
+        body: AsyncIterable[bytes],
+        actor: str,
+        *,
+        declared: Declared,
+        command_id: UUID | None = None,
+    ) -> Acknowledgement:
+        check_text("actor", actor)
+        check_text("media_type", media_type)
+        await self.check_ingest(package_id, relative_path, command_id)
+        blob = await self._blobs.store(body, declared=declared, max_bytes=self._limits.max_file_bytes)
+        file = StoredFile(
+            relative_path=relative_path,
+            media_type=media_type,
+            size_bytes=blob.length,
+            blake3=blob.blake3,
+            sha256=blob.sha256,
+            backend_id=blob.backend_id,
+            key=blob.key,
+            offset=blob.offset,
+            length=blob.length,
+            stored_at=self._clock(),
+        )
+        return await self._writer.submit(IngestFiles(package_id, command_id or uuid4(), actor, (file,)))
+
+    async def finalize(self, package_id: UUID, actor: str, *, command_id: UUID | None = None) -> Acknowledgement:
+        check_text("actor", actor)
+        return await self._writer.submit(FinalizePackage(package_id, command_id or uuid4(), actor))
+
+    async def get_package(self, package_id: UUID, *, wait_sequence: int | None = None) -> Package:
+        package = await self._seen(package_id, lambda: self._queries.package(package_id), wait_sequence)
+        if package is None:
+            raise PackageNotFoundError(f"there is no package {package_id}")
+        return package
+
+    async def list_packages(
+        self, where: PackageFilter | None = None, *, limit: int = DEFAULT_PAGE, cursor: str | None = None
+    ) -> Page[Package]:
+        _check_limit(limit)
+        await self._fresh()
+        return await self._queries.packages(where or PackageFilter(), limit=limit, cursor=cursor)
+
+    async def list_files(
+        self,
+        package_id: UUID,
+        *,
+        limit: int = DEFAULT_PAGE,
+        cursor: str | None = None,
+        wait_sequence: int | None = None,
+    ) -> Page[File]:
+        _check_limit(limit)
+        await self.get_package(package_id, wait_sequence=wait_sequence)
+        return await self._queries.files(package_id, limit=limit, cursor=cursor)
+
+    async def get_file_record(self, file_id: UUID) -> File:
+        file = await self._seen(None, lambda: self._queries.file(file_id), None)
+        if file is None:
+            raise FileNotFoundInRegistryError(f"there is no file {file_id}")
+        return file
+
+    async def get_file_at(self, package_id: UUID, relative_path: str, *, wait_sequence: int | None = None) -> File:
+        check_path(relative_path)
+        file = await self._seen(package_id, lambda: self._queries.file_at(package_id, relative_path), wait_sequence)
+        if file is None:
+            await self.get_package(package_id)
+            raise FileNotFoundInRegistryError(f"package {package_id} has no file {relative_path!r}")
+        return file
+
+    async def open_content(self, file_id: UUID, offset: int = 0, length: int | None = None) -> AsyncIterator[bytes]:
+        file = await self.get_file_record(file_id)
+        if offset < 0 or (length is not None and length < 0):
+            raise InvalidRequestError("offset and length of a range must not be negative")
+        if offset > file.size_bytes or (offset == file.size_bytes and offset > 0):
+            raise RangeNotSatisfiableError(f"the file has {file.size_bytes:,} bytes", file.size_bytes)
+        wanted = min(file.size_bytes - offset, file.size_bytes if length is None else length)
+        places = [(place.key, place.offset) for place in await self._queries.locations(file_id)]
+        places.append((content_key(file.blake3), 0))
+        return await self._first_that_reads(places, offset, wanted)
+
+    async def get_manifest_bytes(
+        self,
+        package_id: UUID,
+        format: ManifestFormat = "cbor",  # noqa: A002 - the documented name
+        *,
+        wait_sequence: int | None = None,
+    ) -> bytes:
+        if format not in ("cbor", "json"):
+            raise InvalidRequestError("a manifest comes as `cbor` or `json`")
+        found = await self._seen(package_id, lambda: self._queries.manifest(package_id), wait_sequence)
+        if found is None:
+            await self.get_package(package_id)
+            raise IllegalPackageStateError(f"package {package_id} is open; it has a manifest once it is finalized")
+        cbor = found.inline if found.inline is not None else await self._claim(found.key, found.digest)
+        return cbor if format == "cbor" else await asyncio.to_thread(to_json, cbor)
+
+    def read_events(
+        self,
+        since: Position | None = None,
+        *,
+        package_id: UUID | None = None,
+        follow: bool = False,
+        poll_seconds: float = 0.1,
+    ) -> AsyncIterator[RecordedEvent]:
+        return self._log.read(since, package_id=package_id, follow=follow, poll_seconds=poll_seconds)
+
+    async def _fresh(self) -> None:
+        if self._freshen is not None:
+            await self._freshen()
+
+    async def _seen(
+        self, package_id: UUID | None, read: Callable[[], Awaitable[Found | None]], wait_sequence: int | None
+    ) -> Found | None:
+        """What `read` finds, once the view is where it has to be.
+
+        With `wait_sequence` that is the package's event of this number. Without, a read that finds nothing waits until
+        the view holds what the log held when the request came, so that what was acknowledged is never denied.
+        """
+        if wait_sequence is not None and package_id is not None:
+            await self._wait_sequence(package_id, wait_sequence)
+        else:
+            await self._fresh()
+        found = await read()
+        if found is not None or self._freshen is not None:
+            return found
+        end = await self._log.end()
+        if package_id is not None:
+            partition = self._log.partition_of(package_id)
+            end = Position(end.log, {partition: end.offsets.get(partition, 0)})
+
+        async def reached() -> bool:
+            checkpoint = await self._queries.checkpoint("registry")
+            return checkpoint is not None and checkpoint.covers(end)
+
+        await self._until(reached, "the registry view did not reach the end of the log")
+        return await read()
+
+    async def _wait_sequence(self, package_id: UUID, sequence: int) -> None:
+        async def reached() -> bool:
+            await self._fresh()
+            package = await self._queries.package(package_id)
+            return package is not None and package.last_event_sequence >= sequence
+
+        await self._until(reached, f"the registry view did not reach event {sequence} of package {package_id}")
+
+    async def _until(self, condition: Callable[[], Awaitable[bool]], otherwise: str) -> None:
+        deadline = time.monotonic() + self._wait_seconds
+        pause = _FIRST_POLL_SECONDS
+        while not await condition():
+            if time.monotonic() >= deadline:
+                raise WaitTimeoutError(f"{otherwise} within {self._wait_seconds:g} s")
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _POLL_SECONDS)
+
+    async def _claim(self, key: str | None, digest: ContentAddress) -> bytes:
+        if key is None:
+            raise CorruptError(f"the view names no place for manifest {digest}")
+        size = await self._blobs.size(key)
+        if size is None:
+            raise CorruptError(f"the blob of manifest {digest} is missing")
+        return b"".join([chunk async for chunk in self._blobs.read(key, 0, size)])
+
+    async def _first_that_reads(self, places: list[tuple[str, int]], offset: int, length: int) -> AsyncIterator[bytes]:
+        """The bytes from the first place that has them; the first chunk is fetched here, so that a miss shows here."""
+        if length == 0:
+            return _nothing()
+        missing: CorruptError | None = None
+        for key, start in dict.fromkeys(places):
+            chunks = self._blobs.read(key, start + offset, length)
+            try:
+                first = await anext(chunks)
+            except CorruptError as error:
+                missing = missing or error
+            else:
+                return _resume(first, chunks)
+        raise missing or CorruptError("the file has no place where its bytes lie")
+
+
+async def _nothing() -> AsyncIterator[bytes]:
+    return
+    yield b""  # makes this an iterator
+
+
+async def _resume(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for chunk in rest:
+        yield chunk
+
+
+def _check_limit(limit: int) -> None:
+    if not 1 <= limit <= MAX_PAGE:
+        raise InvalidRequestError(f"limit must be 1 to {MAX_PAGE}")

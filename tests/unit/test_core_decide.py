@@ -1,0 +1,187 @@
+"""Each rule of decide on its own: what is rejected, with which words, and what a retry or a torn command gets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from uuid import uuid4
+
+import pytest
+
+from schemas.events import PackageCreated, PackageFinalized
+from services.core.commands import Command, IngestFiles
+from services.core.decide import acknowledge, check_ingest, decide
+from services.core.evolve import evolve
+from services.core.limits import Limits
+from services.core.state import PackageState
+from services.errors import (
+    CommandReusedError,
+    CorruptError,
+    DuplicateRelativePathError,
+    IllegalPackageStateError,
+    InvalidPathError,
+    InvalidRequestError,
+    PackageNotFoundError,
+    PushBackError,
+    TooLargeError,
+    UnknownRetentionClassError,
+)
+from tests.unit import commands
+
+LIMITS = Limits()
+CREATE = commands.create()
+PACKAGE = CREATE.package_id
+
+
+def after(*run: Command, limits: Limits = LIMITS) -> PackageState:
+    state: PackageState | None = None
+    for command in run:
+        for event in decide(state, command, 1_000, limits).events:
+            state = evolve(state, event)
+    assert state is not None
+    return state
+
+
+def test_an_unknown_retention_class_is_a_value_error_that_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="unknown retention class") as caught:
+        decide(None, commands.create(retention_class="forever"), 0, LIMITS)
+    assert isinstance(caught.value, UnknownRetentionClassError)
+    assert "raw-evidence" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "days"),
+    [("raw-evidence", 3650), ("report", 1825), ("build-output", 90), ("scratch", 7), ("permanent", None)],
+)
+def test_the_event_records_the_period_that_the_class_stands_for(name: str, days: int | None) -> None:
+    (event,) = decide(None, commands.create(retention_class=name), 0, LIMITS).events
+    assert isinstance(event.payload, PackageCreated)
+    assert event.payload.retention_days == days
+
+
+@pytest.mark.parametrize("field", ["name", "producer", "subject", "actor"])
+@pytest.mark.parametrize("value", ["", "x" * 257, "a\nb", "a\x00b", "a\x7fb", "a\x85b", "\ud800"])
+def test_a_text_that_breaks_its_rule_is_refused_by_name(field: str, value: str) -> None:
+    command = commands.create()
+    broken = {field: value}
+    with pytest.raises(InvalidRequestError, match=field):
+        decide(None, replace(command, **broken), 0, LIMITS)
+
+
+def test_oversized_metadata_is_refused() -> None:
+    with pytest.raises(TooLargeError, match="metadata"):
+        decide(None, commands.create(metadata='{"k":"' + "v" * 65_536 + '"}'), 0, LIMITS)
+
+
+def test_metadata_that_the_log_could_not_take_is_refused_even_when_the_setting_allows_it() -> None:
+    roomy = Limits(max_metadata_bytes=10_000_000)
+    with pytest.raises(TooLargeError, match="larger than the log takes"):
+        decide(None, commands.create(metadata='{"k":"' + "v" * 1_000_000 + '"}'), 0, roomy)
+
+
+def test_files_need_a_package_that_exists_and_is_open() -> None:
+    with pytest.raises(PackageNotFoundError):
+        decide(None, commands.ingest(uuid4(), "a"), 0, LIMITS)
+    with pytest.raises(IllegalPackageStateError, match="finalized"):
+        decide(after(CREATE, commands.finalize(PACKAGE)), commands.ingest(PACKAGE, "a"), 0, LIMITS)
+
+
+def test_a_path_is_ingested_once() -> None:
+    state = after(CREATE, commands.ingest(PACKAGE, "a"))
+    with pytest.raises(DuplicateRelativePathError):
+        decide(state, commands.ingest(PACKAGE, "a", name="other"), 0, LIMITS)
+    with pytest.raises(DuplicateRelativePathError):
+        decide(state, commands.ingest(PACKAGE, "b", "b", name="twice"), 0, LIMITS)
+
+
+def test_a_command_of_many_files_is_all_or_nothing() -> None:
+    state = after(CREATE, commands.ingest(PACKAGE, "a"))
+    with pytest.raises(DuplicateRelativePathError):
+        decide(state, commands.ingest(PACKAGE, "new", "a", name="mixed"), 0, LIMITS)
+    assert set(state.files) == {"a"}
+
+
+def test_a_package_takes_no_more_files_than_the_limit() -> None:
+    limits = Limits(max_files_per_package=2)
+    state = after(CREATE, commands.ingest(PACKAGE, "a", "b"), limits=limits)
+    with pytest.raises(TooLargeError, match="at most 2 files"):
+        decide(state, commands.ingest(PACKAGE, "c", name="more"), 0, limits)
+
+
+def test_an_empty_package_may_be_finalized_but_only_once() -> None:
+    state = after(CREATE, commands.finalize(PACKAGE))
+    assert acknowledge(state, commands.finalize(PACKAGE)).manifest_digest == state.manifest_digest
+    with pytest.raises(IllegalPackageStateError):
+        decide(state, commands.finalize(PACKAGE, name="again"), 0, LIMITS)
+
+
+def test_a_retry_becomes_nothing_and_gets_the_first_answer() -> None:
+    ingest = commands.ingest(PACKAGE, "a", "b")
+    state = after(CREATE, ingest)
+    first = acknowledge(state, ingest)
+    for event in decide(state, commands.ingest(PACKAGE, "c", name="later"), 0, LIMITS).events:
+        evolve(state, event)
+    assert decide(state, ingest, 0, LIMITS).events == ()
+    assert acknowledge(state, ingest) == first
+
+
+def test_a_command_id_with_another_request_is_refused() -> None:
+    state = after(CREATE, commands.ingest(PACKAGE, "a"))
+    for other in (
+        commands.ingest(PACKAGE, "b"),
+        commands.ingest(PACKAGE, "a", "b"),
+        commands.ingest(PACKAGE, "a", actor="eve"),
+        IngestFiles(PACKAGE, commands.command_id("ingest"), "ada", (commands.stored("a", b"other bytes"),)),
+        commands.finalize(PACKAGE, name="ingest"),
+    ):
+        with pytest.raises(CommandReusedError):
+            decide(state, other, 0, LIMITS)
+
+
+def test_the_check_before_the_body_says_what_decide_would_say() -> None:
+    state = after(CREATE, commands.ingest(PACKAGE, "a"))
+    check_ingest(state, PACKAGE, ["b"], None, LIMITS)
+    check_ingest(state, PACKAGE, ["a"], commands.command_id("ingest"), LIMITS)
+    with pytest.raises(DuplicateRelativePathError):
+        check_ingest(state, PACKAGE, ["a"], uuid4(), LIMITS)
+    with pytest.raises(InvalidPathError):
+        check_ingest(state, PACKAGE, ["../a"], None, LIMITS)
+    with pytest.raises(PackageNotFoundError):
+        check_ingest(None, PACKAGE, ["a"], None, LIMITS)
+
+
+def test_a_torn_command_takes_only_its_own_retry_which_appends_the_rest() -> None:
+    ingest = commands.ingest(PACKAGE, "a", "b", "c")
+    state = after(CREATE)
+    whole = decide(state, ingest, 1_000, LIMITS).events
+    evolve(state, whole[0])
+    with pytest.raises(PushBackError):
+        decide(state, commands.finalize(PACKAGE), 0, LIMITS)
+    rest = decide(state, ingest, 1_000, LIMITS).events
+    assert rest == whole[1:]
+    for event in rest:
+        evolve(state, event)
+    assert [file.relative_path for file in acknowledge(state, ingest).files] == ["a", "b", "c"]
+    assert state.unfinished is None
+
+
+def test_a_large_manifest_travels_as_a_claim_check() -> None:
+    limits = Limits(inline_manifest_bytes=400)
+    state = after(CREATE, commands.ingest(PACKAGE, "a"), limits=limits)
+    decision = decide(state, commands.finalize(PACKAGE), 0, limits)
+    payload = decision.events[0].payload
+    assert isinstance(payload, PackageFinalized)
+    assert payload.manifest is None
+    assert payload.manifest_key is not None
+    assert payload.manifest_key.endswith(decision.events[0].payload_digest.hex())
+    assert decision.claim_check is not None
+
+
+def test_evolve_refuses_what_cannot_follow() -> None:
+    state = after(CREATE)
+    first, second = decide(state, commands.ingest(PACKAGE, "a", "b"), 0, LIMITS).events
+    with pytest.raises(CorruptError, match="does not follow"):
+        evolve(state, second)
+    with pytest.raises(CorruptError, match="precedes its creation"):
+        evolve(None, first)
+    with pytest.raises(CorruptError, match="created twice"):
+        evolve(state, decide(None, CREATE, 0, LIMITS).events[0])
