@@ -1,0 +1,272 @@
+"""JSON shapes of requests and answers, with their way to and from the domain's own objects.
+
+Both sides use them: the gateway writes answers with `of`, the client reads them with `model_validate_json` and `to_…`.
+Digests and addresses are text, times RFC 3339 (`services.http.times`). Requests refuse unknown fields; answers may gain
+fields, so a reader ignores those it does not know.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Self
+from uuid import UUID
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from services.core.commands import Acknowledgement, IngestedFile
+from services.core.content_address import ContentAddress
+from services.errors import CorruptError
+from services.http import times
+from services.views.models import File, Package, Page
+
+Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="32 bytes in lower-case hex")]
+AddressText = Annotated[str, Field(pattern=r"^blake3:[0-9a-f]{64}$", description="BLAKE3 content address")]
+TimeText = Annotated[
+    str,
+    Field(
+        pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}Z$",
+        description="RFC 3339, UTC, six digits",
+    ),
+]
+SequenceNumber = Annotated[int, Field(ge=1, description="Number of an event within its package")]
+Size = Annotated[int, Field(ge=0, description="Bytes")]
+
+
+class Request(BaseModel):
+    """A request: nothing unknown, nothing converted."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Answer(BaseModel):
+    """An answer."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class CreatePackageRequest(Request):
+    """A package to create."""
+
+    name: str = Field(min_length=1, max_length=256)
+    producer: str = Field(min_length=1, max_length=256)
+    subject: str = Field(min_length=1, max_length=256)
+    retention_class: str
+    metadata: dict[str, Any] = Field(default_factory=dict)
+
+
+class NothingRequest(Request):
+    """A request without fields: no body, or an empty object."""
+
+
+class PackageCreatedAnswer(Answer):
+    """A package was created."""
+
+    package_id: UUID
+    status: str
+    sequence: SequenceNumber
+    event_digest: Hex32
+
+    @classmethod
+    def of(cls, done: Acknowledgement) -> Self:
+        """The answer that this acknowledgement becomes."""
+        return cls(
+            package_id=done.package_id,
+            status="created",
+            sequence=done.sequence,
+            event_digest=done.event_digest.hex(),
+        )
+
+    def to_acknowledgement(self) -> Acknowledgement:
+        """The acknowledgement again."""
+        return Acknowledgement(self.package_id, self.sequence, bytes.fromhex(self.event_digest))
+
+
+class FileIngestedAnswer(Answer):
+    """A file's bytes and its event are durable."""
+
+    package_id: UUID
+    file_id: UUID
+    relative_path: str
+    content_address: AddressText
+    sha256: Hex32
+    size_bytes: Size
+    sequence: SequenceNumber
+    event_digest: Hex32
+
+    @classmethod
+    def of(cls, done: Acknowledgement) -> Self:
+        """The answer that this acknowledgement of one file becomes."""
+        (file,) = done.files
+        return cls(
+            package_id=done.package_id,
+            file_id=file.file_id,
+            relative_path=file.relative_path,
+            content_address=ContentAddress.of_digest(file.blake3),
+            sha256=file.sha256.hex(),
+            size_bytes=file.size_bytes,
+            sequence=file.sequence,
+            event_digest=file.event_digest.hex(),
+        )
+
+    def to_acknowledgement(self) -> Acknowledgement:
+        """The acknowledgement again."""
+        file = IngestedFile(
+            file_id=self.file_id,
+            relative_path=self.relative_path,
+            size_bytes=self.size_bytes,
+            blake3=ContentAddress(self.content_address).digest,
+            sha256=bytes.fromhex(self.sha256),
+            sequence=self.sequence,
+            event_digest=bytes.fromhex(self.event_digest),
+        )
+        return Acknowledgement(self.package_id, self.sequence, file.event_digest, files=(file,))
+
+
+class PackageFinalizedAnswer(Answer):
+    """A package is frozen under its manifest."""
+
+    package_id: UUID
+    manifest_digest: AddressText
+    sequence: SequenceNumber
+    event_digest: Hex32
+
+    @classmethod
+    def of(cls, done: Acknowledgement) -> Self:
+        """The answer that this acknowledgement becomes. Raises CorruptError when it names no manifest."""
+        if done.manifest_digest is None:
+            raise CorruptError("a package was finalized without a manifest")
+        return cls(
+            package_id=done.package_id,
+            manifest_digest=ContentAddress.of_digest(done.manifest_digest),
+            sequence=done.sequence,
+            event_digest=done.event_digest.hex(),
+        )
+
+    def to_acknowledgement(self) -> Acknowledgement:
+        """The acknowledgement again."""
+        return Acknowledgement(
+            self.package_id,
+            self.sequence,
+            bytes.fromhex(self.event_digest),
+            manifest_digest=ContentAddress(self.manifest_digest).digest,
+        )
+
+
+class PackageAnswer(Answer):
+    """A package as the view has it."""
+
+    package_id: UUID
+    name: str
+    producer: str
+    subject: str
+    retention_class: str
+    status: str
+    metadata: dict[str, Any]
+    manifest_digest: AddressText | None
+    last_event_sequence: SequenceNumber
+    created_at: TimeText
+    finalized_at: TimeText | None
+
+    @classmethod
+    def of(cls, package: Package) -> Self:
+        """The answer that shows this package."""
+        return cls(
+            package_id=package.package_id,
+            name=package.name,
+            producer=package.producer,
+            subject=package.subject,
+            retention_class=package.retention_class,
+            status=package.status,
+            metadata=package.metadata,
+            manifest_digest=package.manifest_digest,
+            last_event_sequence=package.last_event_sequence,
+            created_at=times.to_text(package.created_at),
+            finalized_at=None if package.finalized_at is None else times.to_text(package.finalized_at),
+        )
+
+    def to_package(self) -> Package:
+        """The package again."""
+        return Package(
+            package_id=self.package_id,
+            name=self.name,
+            producer=self.producer,
+            subject=self.subject,
+            retention_class=self.retention_class,
+            status=self.status,
+            metadata=self.metadata,
+            manifest_digest=None if self.manifest_digest is None else ContentAddress(self.manifest_digest),
+            last_event_sequence=self.last_event_sequence,
+            created_at=times.from_text(self.created_at),
+            finalized_at=None if self.finalized_at is None else times.from_text(self.finalized_at),
+        )
+
+
+class FileAnswer(Answer):
+    """A file as the view has it."""
+
+    file_id: UUID
+    package_id: UUID
+    relative_path: str
+    media_type: str
+    size_bytes: Size
+    content_address: AddressText
+    sha256: Hex32
+    created_at: TimeText
+
+    @classmethod
+    def of(cls, file: File) -> Self:
+        """The answer that shows this file."""
+        return cls(
+            file_id=file.file_id,
+            package_id=file.package_id,
+            relative_path=file.relative_path,
+            media_type=file.media_type,
+            size_bytes=file.size_bytes,
+            content_address=ContentAddress.of_digest(file.blake3),
+            sha256=file.sha256.hex(),
+            created_at=times.to_text(file.created_at),
+        )
+
+    def to_file(self) -> File:
+        """The file again."""
+        return File(
+            file_id=self.file_id,
+            package_id=self.package_id,
+            relative_path=self.relative_path,
+            media_type=self.media_type,
+            size_bytes=self.size_bytes,
+            blake3=ContentAddress(self.content_address).digest,
+            sha256=bytes.fromhex(self.sha256),
+            created_at=times.from_text(self.created_at),
+        )
+
+
+class PackagePageAnswer(Answer):
+    """A page of packages, newest first; `next` is the cursor of the following page, null on the last."""
+
+    items: list[PackageAnswer]
+    next: str | None
+
+    @classmethod
+    def of(cls, page: Page[Package]) -> Self:
+        """The answer that shows this page."""
+        return cls(items=[PackageAnswer.of(item) for item in page.items], next=page.next)
+
+    def to_page(self) -> Page[Package]:
+        """The page again."""
+        return Page(tuple(item.to_package() for item in self.items), self.next)
+
+
+class FilePageAnswer(Answer):
+    """A page of files by the bytes of their paths; `next` is the cursor of the following page, null on the last."""
+
+    items: list[FileAnswer]
+    next: str | None
+
+    @classmethod
+    def of(cls, page: Page[File]) -> Self:
+        """The answer that shows this page."""
+        return cls(items=[FileAnswer.of(item) for item in page.items], next=page.next)
+
+    def to_page(self) -> Page[File]:
+        """The page again."""
+        return Page(tuple(item.to_file() for item in self.items), self.next)

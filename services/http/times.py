@@ -1,0 +1,21 @@
+"""Times in HTTP answers: RFC 3339 in UTC with six digits of a second; in µs since 1970 everywhere else."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+
+
+def to_text(micros: int) -> str:
+    """`2026-01-31T12:00:00.000001Z` of a time in µs since 1970, UTC."""
+    return (_EPOCH + timedelta(microseconds=micros)).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def from_text(text: str) -> int:
+    """µs since 1970 of such a text, exactly. Raises ValueError."""
+    time = datetime.fromisoformat(text)
+    if time.tzinfo is None:
+        raise ValueError("a time needs its offset from UTC")
+    return (time - _EPOCH) // _MICROSECOND

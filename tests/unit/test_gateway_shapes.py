@@ -1,0 +1,168 @@
+"""The JSON shapes: what the gateway writes, the client reads back as the same object."""
+
+from __future__ import annotations
+
+from uuid import UUID, uuid4
+
+import pytest
+
+from schemas.events import FileIngested, PackageCreated, PackageFinalized, Payload, StorageReceipt
+from services import errors
+from services.core.commands import Acknowledgement, IngestedFile
+from services.core.content_address import ContentAddress
+from services.errors import (
+    ArtifactStoreError,
+    CorruptError,
+    InvalidPathError,
+    InvalidRequestError,
+    PushBackError,
+    RangeNotSatisfiableError,
+    RejectedError,
+)
+from services.http import times
+from services.http.events import event_line, parse_event
+from services.http.headers import parse_repr_digest, repr_digest
+from services.http.models import (
+    FileAnswer,
+    FileIngestedAnswer,
+    PackageAnswer,
+    PackageCreatedAnswer,
+    PackageFinalizedAnswer,
+)
+from services.http.paths import parse_id, quoted, unquoted
+from services.http.problems import Problem, error_of, problem, problem_of
+from services.log.port import RecordedEvent
+from services.log.position import Position
+from services.views.models import File, Package
+
+_TIME = 1_767_225_600_123_456
+
+_PAYLOADS: list[tuple[str, Payload]] = [
+    ("v1.package.created", PackageCreated("n", "p", "s", "permanent", None, '{"a":[1,2.5,"é"]}')),
+    (
+        "v1.file.ingested",
+        FileIngested(
+            uuid4(),
+            "a/ü",
+            "text/plain",
+            3,
+            bytes(range(32)),
+            bytes(32),
+            StorageReceipt(uuid4(), "local", "blobs/x", 0, 3, _TIME),
+        ),
+    ),
+    ("v1.package.finalized", PackageFinalized(b"\xa0\xff" * 100, None, 0, 0)),
+    ("v1.package.finalized", PackageFinalized(None, "blobs/x", 1, 3)),
+]
+
+
+@pytest.mark.parametrize(("event_type", "payload"), _PAYLOADS)
+def test_an_event_survives_the_way_over_http(event_type: str, payload: Payload) -> None:
+    event = RecordedEvent(
+        event_id=uuid4(),
+        event_type=event_type,
+        package_id=uuid4(),
+        sequence=7,
+        created_at=_TIME,
+        actor="ünï",
+        command_id=uuid4(),
+        command_index=0,
+        command_count=1,
+        payload_digest=bytes(range(32)),
+        previous_digest=bytes(32),
+        payload=payload,
+        position=Position(uuid4(), {0: 3, 5: 2**40}),
+    )
+    line = event_line(event)
+    assert b"\n" not in line
+    assert parse_event(line) == event
+
+
+def test_a_line_that_is_no_event_is_corrupt() -> None:
+    for line in (b"", b"{}", b'{"type":"v9.unknown"}', b"\xff"):
+        with pytest.raises(CorruptError):
+            parse_event(line)
+
+
+def test_acknowledgements_survive_the_way_over_http() -> None:
+    created = Acknowledgement(uuid4(), 1, bytes(range(32)))
+    assert PackageCreatedAnswer.model_validate_json(
+        PackageCreatedAnswer.of(created).model_dump_json()
+    ).to_acknowledgement() == (created)
+    file = IngestedFile(uuid4(), "a/b", 5, bytes(range(32)), bytes(32), 2, bytes(32))
+    ingested = Acknowledgement(created.package_id, 2, file.event_digest, files=(file,))
+    shape = FileIngestedAnswer.model_validate_json(FileIngestedAnswer.of(ingested).model_dump_json())
+    assert shape.to_acknowledgement() == ingested
+    finalized = Acknowledgement(created.package_id, 3, bytes(32), manifest_digest=bytes(range(32)))
+    done = PackageFinalizedAnswer.model_validate_json(PackageFinalizedAnswer.of(finalized).model_dump_json())
+    assert done.to_acknowledgement() == finalized
+
+
+def test_packages_and_files_survive_the_way_over_http() -> None:
+    address = ContentAddress.of_digest(bytes(range(32)))
+    package = Package(uuid4(), "n", "p", "s", "report", "finalized", {"k": 1}, address, 3, _TIME, _TIME + 1)
+    assert PackageAnswer.model_validate_json(PackageAnswer.of(package).model_dump_json()).to_package() == package
+    file = File(uuid4(), package.package_id, "a/b", "text/plain", 5, bytes(range(32)), bytes(32), _TIME)
+    assert FileAnswer.model_validate_json(FileAnswer.of(file).model_dump_json()).to_file() == file
+
+
+def test_times_are_exact_to_the_microsecond() -> None:
+    assert times.to_text(_TIME) == "2026-01-01T00:00:00.123456Z"
+    for micros in (0, 1, 999_999, _TIME, 253_402_300_799_999_999):
+        assert times.from_text(times.to_text(micros)) == micros
+    with pytest.raises(ValueError, match="offset"):
+        times.from_text("2026-01-01T00:00:00")
+
+
+def _classes(kind: type[ArtifactStoreError]) -> list[type[ArtifactStoreError]]:
+    own = [child for child in kind.__subclasses__() if child.__module__ == errors.__name__]
+    return [kind, *(deeper for child in own for deeper in _classes(child))]
+
+
+@pytest.mark.parametrize("kind", _classes(ArtifactStoreError))
+def test_every_error_of_the_tree_comes_back_as_itself(kind: type[ArtifactStoreError]) -> None:
+    error = RangeNotSatisfiableError("why", 12) if kind is RangeNotSatisfiableError else kind("why")
+    back = error_of(Problem.model_validate_json(problem_of(error).model_dump_json()))
+    assert type(back) is kind
+    assert back.detail == "why"
+    if isinstance(back, RangeNotSatisfiableError):
+        assert back.size == 12
+
+
+def test_a_problem_of_an_unknown_kind_tells_by_its_status_what_to_do() -> None:
+    assert isinstance(error_of(problem(406, "not-acceptable", "x")), RejectedError)
+    pushed = error_of(problem(429, "rate", "x", retry_after=2.5))
+    assert isinstance(pushed, PushBackError)
+    assert pushed.retry_after == 2.5
+
+
+def test_paths_are_quoted_and_read_back_once() -> None:
+    for path in ("a/b", "ü/100%/x y", "a%2Fb", "?#;+&", "~"):
+        assert unquoted(quoted(path)) == path
+
+
+@pytest.mark.parametrize("raw", ["a%2Fb", "a%2fb", "a%", "a%zz", "a%4", "%ff", "\udcff"])
+def test_a_path_with_a_bad_encoding_is_refused(raw: str) -> None:
+    with pytest.raises(InvalidPathError):
+        unquoted(raw)
+
+
+def test_an_id_has_one_form() -> None:
+    text = "6f1d7c1e-54a4-5d0b-9a53-6d3f0a4c2b11"
+    assert parse_id("package_id", text) == UUID(text)
+    for other in (text.upper(), text.replace("-", ""), "{" + text + "}", text + "\n", ""):
+        with pytest.raises(InvalidRequestError, match="package_id"):
+            parse_id("package_id", other)
+
+
+def test_repr_digest_reads_sha256_and_ignores_others() -> None:
+    digest = bytes(range(32))
+    assert parse_repr_digest(repr_digest(digest)) == digest
+    assert parse_repr_digest(f"md5=:AAAA:, {repr_digest(digest)}") == digest
+    assert parse_repr_digest("sha-512=:AAAA:") is None
+
+
+@pytest.mark.parametrize("value", ["", "sha-256", "sha-256=abc", "sha-256=:AA:", "sha-256=:AAAA:", "sha-256=:A=A=:"])
+def test_a_malformed_repr_digest_is_refused(value: str) -> None:
+    with pytest.raises(InvalidRequestError):
+        parse_repr_digest(value)
