@@ -59,6 +59,10 @@ run: $(DEV) ## The whole product on the real services, until interrupted
 .PHONY: setup
 setup: $(DEV) ## The virtual environment for development, in .venv
 
+.PHONY: docs
+docs: $(RUN) ## The event catalogue, from the schemas
+	@$(PYTHON) -m schemas.catalogue > docs/events.md
+
 .PHONY: lock
 lock: $(DEV) ## Lock the dependencies again; UPGRADE=1 for newer versions
 	@$(COMPILE) $(if $(UPGRADE),--upgrade) requirements/build.in -o requirements/build.txt
