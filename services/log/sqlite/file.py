@@ -1,0 +1,213 @@
+"""The SQLite file: its tables, how it is created and recognised, and how connections to it are opened.
+
+The file carries this project's application id, a format number and the log's identity. It is in WAL mode, so that
+reading never waits for writing; a commit is on the disk when it returns (`synchronous=FULL`).
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from uuid import UUID, uuid4
+
+from services.errors import (
+    ArtifactStoreError,
+    ConfigurationError,
+    CorruptError,
+    LogIdentityError,
+    PushBackError,
+    UnavailableError,
+)
+from services.log.sqlite.lock import FileLock
+
+PARTITION = 0
+"""The only partition."""
+
+LOCK_SECONDS = 10.0
+"""How long a writer waits for another process to finish its transaction."""
+
+_APPLICATION_ID = 0x61727473
+_FORMAT = 1
+
+_TABLES = (
+    "CREATE TABLE log (identity BLOB NOT NULL)",
+    # Offsets count from 0 without gaps; a row is never changed or deleted.
+    """CREATE TABLE events (
+        offset INTEGER PRIMARY KEY,
+        package_id BLOB NOT NULL,
+        sequence INTEGER NOT NULL,
+        command_id BLOB NOT NULL,
+        value BLOB NOT NULL,
+        UNIQUE (package_id, sequence))""",
+    """CREATE TABLE progress (
+        projection TEXT NOT NULL,
+        partition INTEGER NOT NULL,
+        next_offset INTEGER NOT NULL,
+        metadata TEXT NOT NULL,
+        PRIMARY KEY (projection, partition))""",
+)
+
+
+class LogFile:
+    """One connection to the file; may pass between threads, but serves one at a time."""
+
+    def __init__(self, path: Path, connection: sqlite3.Connection, identity: UUID) -> None:
+        self.path = path
+        self.connection = connection
+        self.identity = identity
+        self._inode = _inode(path)
+
+    def check_in_place(self) -> None:
+        """Raise UnavailableError when the path names another file by now, or none: writing here would be in vain."""
+        if _inode(self.path) != self._inode:
+            raise UnavailableError(f"the log {self.path} was removed or replaced while it was open")
+
+    def close(self) -> None:
+        """Close the connection; blocks while SQLite tidies up. The last one moves the WAL into the file."""
+        self.connection.close()
+
+
+def open_file(path: Path, *, writable: bool = False, identity: UUID | None = None) -> LogFile:
+    """Connect to the log at `path`; blocks. Only a `writable` connection may change it.
+
+    Raises:
+        UnavailableError: there is no file, or it cannot be opened.
+        ConfigurationError: it is not a log, or one of a newer version.
+        LogIdentityError: its identity is not the one that is asked for.
+    """
+    if not path.exists():
+        raise UnavailableError(f"there is no log at {path}; `artifact-store migrate` creates it")
+    with file_errors(path):
+        connection = _connect(path, "rw")
+        try:
+            if _is_new(path, connection):
+                raise UnavailableError(f"the log {path} is empty; `artifact-store migrate` completes it")
+            row = connection.execute("SELECT identity FROM log").fetchone()
+            found = UUID(bytes=row[0])
+            if identity not in (None, found):
+                raise LogIdentityError(f"{path} holds log {found} where log {identity} was before")
+            if not writable:
+                connection.execute("PRAGMA query_only = ON")
+            return LogFile(path, connection, found)
+        except BaseException:
+            connection.close()
+            raise
+
+
+def create_file(path: Path) -> None:
+    """Create the log with its folder, or check the one that is there; blocks. Safe for several processes at once.
+
+    Raises as `open_file`; PushBackError when another process held the file for too long.
+    """
+    with file_errors(path):
+        if path.exists():
+            with closing(_connect(path, "rw")) as connection:
+                if not _is_new(path, connection):
+                    return
+        _make_folder(path.parent)
+        with write_lock(path), closing(_connect(path, "rwc")) as connection:
+            if not _is_new(path, connection):
+                return
+            if connection.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
+                raise ConfigurationError(f"the file system of {path} has no shared memory; put the log on a local disk")
+            connection.execute("BEGIN IMMEDIATE")
+            for table in _TABLES:
+                connection.execute(table)
+            connection.execute("INSERT INTO log VALUES (?)", (uuid4().bytes,))
+            connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+            connection.execute(f"PRAGMA user_version = {_FORMAT}")
+            connection.execute("COMMIT")
+
+
+@contextmanager
+def write_lock(path: Path) -> Iterator[None]:
+    """Hold off every other write and checkpoint of the log, whichever process it is in; blocks until then.
+
+    SQLite before 3.51.3 can lose committed pages when one connection checkpoints while another commits (its "WAL-reset
+    bug"); a checkpoint runs behind a commit, outside SQLite's own lock. Under this one they cannot meet.
+
+    Raises PushBackError when another process held the lock for too long.
+    """
+    lock = FileLock(path.with_name(path.name + ".lock"))
+    if not lock.take(LOCK_SECONDS):
+        raise PushBackError(f"another process has been writing to {path} for more than {LOCK_SECONDS:.0f} s")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def file_errors(path: Path) -> Iterator[None]:
+    """Tell SQLite's and the system's errors in terms of what the caller should do."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise _translated(path, error) from error
+    except OSError as error:
+        raise UnavailableError(f"the log {path}: {error.strerror}") from error
+
+
+def _translated(path: Path, error: sqlite3.Error) -> ArtifactStoreError:
+    text = f"the log {path}: {error}"
+    match getattr(error, "sqlite_errorcode", 0) & 0xFF:
+        case sqlite3.SQLITE_NOTADB:
+            return ConfigurationError(f"{path} is not a log but some other file; set another log URL")
+        case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_CONSTRAINT:
+            return CorruptError(text)
+        case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
+            return PushBackError(text)
+    return UnavailableError(text)
+
+
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    connection = sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode={mode}",
+        uri=True,
+        isolation_level=None,
+        check_same_thread=False,
+        timeout=LOCK_SECONDS,
+    )
+    connection.execute("PRAGMA synchronous = FULL")
+    # Only macOS knows the difference: there a plain fsync leaves data in the drive's cache.
+    connection.execute("PRAGMA fullfsync = ON")
+    connection.execute("PRAGMA checkpoint_fullfsync = ON")
+    return connection
+
+
+def _is_new(path: Path, connection: sqlite3.Connection) -> bool:
+    """Whether the file is still without tables. Raises ConfigurationError when it belongs to something else."""
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    if (application, version, tables) == (0, 0, 0):
+        return True
+    if application != _APPLICATION_ID:
+        raise ConfigurationError(f"{path} is not a log but another program's database; set another log URL")
+    if version != _FORMAT:
+        raise ConfigurationError(f"{path} has log format {version}, this version reads {_FORMAT}; use a newer version")
+    return False
+
+
+def _make_folder(folder: Path) -> None:
+    """Create the folder and make its name durable: a log that a power cut takes away with its folder was lost."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    descriptor = os.open(folder.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino

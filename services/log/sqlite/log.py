@@ -1,0 +1,137 @@
+"""Reading the embedded log: the `Log` port on the SQLite file."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from uuid import UUID
+
+from schemas.events import Event
+from services.errors import ConfigurationError, CorruptError, InvalidPositionError
+from services.log.port import RecordedEvent, StartOffsets, Subscription
+from services.log.position import Position
+from services.log.sqlite.file import PARTITION, LogFile, create_file
+from services.log.sqlite.readers import Readers
+from services.log.sqlite.records import (
+    BATCH_RECORDS,
+    decoded,
+    end_offset,
+    package_records_from,
+    progress_of,
+    records_from,
+    sequence_before,
+)
+from services.log.sqlite.subscription import SqliteSubscription
+
+_FIELDS = tuple(Event.__slots__)
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+"""What a projection may be called: the name becomes part of a file's name."""
+
+
+class SqliteLog:
+    """The log in the file at `path`. The file need not be there before `migrate`, or before a writer has started.
+
+    Following looks for new events every `poll_seconds`.
+    """
+
+    def __init__(self, path: Path, *, poll_seconds: float = 0.1) -> None:
+        self._path = path
+        self._poll_seconds = poll_seconds
+        self._readers = Readers(path)
+
+    async def identity(self) -> UUID:
+        """See `Log`."""
+        return await self._readers.run(lambda file: file.identity)
+
+    async def partitions(self) -> int:
+        """Always one."""
+        return 1
+
+    def partition_of(self, package_id: UUID) -> int:
+        """Always the only one."""
+        return PARTITION
+
+    async def end(self) -> Position:
+        """See `Log`."""
+        return await self._readers.run(lambda file: Position(file.identity, {PARTITION: end_offset(file.connection)}))
+
+    async def read(
+        self, since: Position | None = None, *, package_id: UUID | None = None, follow: bool = False
+    ) -> AsyncIterator[RecordedEvent]:
+        """See `Log`."""
+        cursor = await self._readers.run(lambda file: _Cursor(file, since, package_id, follow))
+        while True:
+            events = await self._readers.run(cursor.next_batch)
+            for event in events:
+                yield event
+            if not events:
+                if not follow:
+                    return
+                await asyncio.sleep(self._poll_seconds)
+
+    async def subscribe(self, projection: str, start_offsets: StartOffsets) -> Subscription:
+        """See `Log`. The one partition belongs to one member at a time, in whichever process; the others wait."""
+        if not _NAME.fullmatch(projection):
+            raise ConfigurationError(f"{projection!r} is no name of a projection")
+        return SqliteSubscription(self._path, self._readers, projection, start_offsets, self._poll_seconds)
+
+    async def lag(self, projection: str) -> Mapping[int, int]:
+        """See `Log`."""
+
+        def work(file: LogFile) -> Mapping[int, int]:
+            committed, _ = progress_of(file.connection, projection).get(PARTITION, (0, ""))
+            return {PARTITION: max(0, end_offset(file.connection) - committed)}
+
+        return await self._readers.run(work)
+
+    async def migrate(self) -> None:
+        """See `Log`. Creates the folder too."""
+        await asyncio.to_thread(create_file, self._path)
+
+    async def check(self) -> None:
+        """See `Log`."""
+        await self._readers.run(lambda file: end_offset(file.connection))
+
+    async def close(self) -> None:
+        """See `Log`."""
+        await self._readers.close()
+
+
+class _Cursor:
+    """Where one reader stands. Its methods block and are called one after another."""
+
+    def __init__(self, file: LogFile, since: Position | None, package_id: UUID | None, follow: bool) -> None:
+        end = end_offset(file.connection)
+        self._offset = 0 if since is None else _start(since, file.identity, end)
+        self._end = None if follow else end
+        self._package_id = package_id
+        self._sequence = 0 if package_id is None else sequence_before(file.connection, package_id, self._offset)
+
+    def next_batch(self, file: LogFile) -> list[RecordedEvent]:
+        """Read on; empty when there is nothing more now."""
+        if self._package_id is None:
+            records = records_from(file.connection, self._offset, self._end, BATCH_RECORDS)
+        else:
+            records = package_records_from(file.connection, self._package_id, self._sequence, self._end, BATCH_RECORDS)
+        events = []
+        for record in records:
+            event = decoded(record)
+            position = Position(file.identity, {PARTITION: record.offset + 1})
+            events.append(RecordedEvent(**{name: getattr(event, name) for name in _FIELDS}, position=position))
+        if records:
+            self._offset, self._sequence = records[-1].offset + 1, events[-1].sequence
+        elif end_offset(file.connection) < self._offset:
+            raise CorruptError("the log is shorter than it was: what was read before is not in it any more")
+        return events
+
+
+def _start(since: Position, identity: UUID, end: int) -> int:
+    since.require(identity)
+    offset = since.offsets.get(PARTITION, 0)
+    if not since.offsets.keys() <= {PARTITION}:
+        raise InvalidPositionError("the position names partitions that this log does not have")
+    if offset > end:
+        raise InvalidPositionError(f"the position is beyond the log's end: offset {offset}, end {end}")
+    return offset

@@ -1,0 +1,84 @@
+"""Queries on the file's events; every answer is bounded in rows and bytes. All of them block."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Mapping
+from uuid import UUID
+
+from schemas.codec import UndecodableEventError, decode
+from schemas.events import Event
+from services.errors import CorruptError
+from services.log.port import Record
+from services.log.sqlite.file import PARTITION
+
+BATCH_RECORDS = 500
+_BATCH_BYTES = 4 << 20
+"""Manifests make records of half a megabyte: a batch ends early when it holds so much."""
+
+
+_NO_END = (1 << 63) - 1
+
+
+def end_offset(connection: sqlite3.Connection) -> int:
+    """The offset behind the last event."""
+    (last,) = connection.execute("SELECT max(offset) FROM events").fetchone()
+    return 0 if last is None else last + 1
+
+
+def records_from(connection: sqlite3.Connection, offset: int, end: int | None, limit: int) -> list[Record]:
+    """The records from `offset` on, below `end` if there is one."""
+    rows = connection.execute(
+        "SELECT offset, package_id, value FROM events WHERE offset >= ? AND offset < ? ORDER BY offset LIMIT ?",
+        (offset, _NO_END if end is None else end, limit),
+    )
+    return _bounded(rows)
+
+
+def package_records_from(
+    connection: sqlite3.Connection, package_id: UUID, sequence: int, end: int | None, limit: int
+) -> list[Record]:
+    """The package's records behind event number `sequence`, below offset `end` if there is one."""
+    rows = connection.execute(
+        "SELECT offset, package_id, value FROM events"
+        " WHERE package_id = ? AND sequence > ? AND offset < ? ORDER BY sequence LIMIT ?",
+        (package_id.bytes, sequence, _NO_END if end is None else end, limit),
+    )
+    return _bounded(rows)
+
+
+def sequence_before(connection: sqlite3.Connection, package_id: UUID, offset: int) -> int:
+    """The number of the package's last event below `offset`, 0 if there is none."""
+    (last,) = connection.execute(
+        "SELECT max(sequence) FROM events WHERE package_id = ? AND offset < ?", (package_id.bytes, offset)
+    ).fetchone()
+    return last or 0
+
+
+def progress_of(connection: sqlite3.Connection, projection: str) -> Mapping[int, tuple[int, str]]:
+    """What the projection has committed: per partition the next offset and the metadata."""
+    rows = connection.execute(
+        "SELECT partition, next_offset, metadata FROM progress WHERE projection = ?", (projection,)
+    ).fetchall()
+    return {partition: (offset, metadata) for partition, offset, metadata in rows}
+
+
+def decoded(record: Record) -> Event:
+    """The record's event. Raises CorruptError, which names partition and offset."""
+    try:
+        return decode(record.value)
+    except UndecodableEventError as error:
+        raise CorruptError(
+            f"the log's record at partition {record.partition}, offset {record.offset}: {error}"
+        ) from None
+
+
+def _bounded(rows: Iterable[tuple[int, bytes, bytes]]) -> list[Record]:
+    found: list[Record] = []
+    size = 0
+    for offset, package_id, value in rows:
+        found.append(Record(PARTITION, offset, str(UUID(bytes=package_id)).encode(), value))
+        size += len(value)
+        if size >= _BATCH_BYTES:
+            break
+    return found

@@ -1,0 +1,112 @@
+"""A projection's membership in the embedded log: one member at a time, in whichever process, holds the partition."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+
+from services.errors import CorruptError, UnavailableError
+from services.log.port import Batch, Record, StartOffsets
+from services.log.sqlite.file import PARTITION, LogFile, file_errors, open_file, write_lock
+from services.log.sqlite.lock import FileLock
+from services.log.sqlite.readers import Readers
+from services.log.sqlite.records import end_offset, progress_of, records_from
+
+_NOTHING = Batch((), {})
+
+
+class SqliteSubscription:
+    """See `Subscription`. Membership is a lock on a file beside the log, which the system frees when a process dies."""
+
+    def __init__(
+        self, path: Path, readers: Readers, projection: str, start_offsets: StartOffsets, poll_seconds: float
+    ) -> None:
+        self._path = path
+        self._readers = readers
+        self._projection = projection
+        self._start_offsets = start_offsets
+        self._poll_seconds = poll_seconds
+        self._lock = FileLock(path.with_name(f"{path.name}.{projection}.lock"))
+        self._next: int | None = None
+        self._progress: LogFile | None = None
+
+    @property
+    def assigned(self) -> frozenset[int]:
+        """See `Subscription`."""
+        return frozenset() if self._next is None else frozenset({PARTITION})
+
+    async def poll(self, max_records: int, timeout_seconds: float) -> Batch:
+        """See `Subscription`. A member without the partition takes it here, once it is free."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_seconds
+        while True:
+            if self._next is None:
+                await self._try_to_join()
+            if self._next is not None:
+                records = await self._read(self._next, max_records)
+                if records:
+                    self._next = records[-1].offset + 1
+                    return Batch(records, {PARTITION: self._next})
+            left = deadline - loop.time()
+            if left <= 0:
+                return _NOTHING
+            await asyncio.sleep(min(self._poll_seconds, left))
+
+    async def commit(self, next_offsets: Mapping[int, int], metadata: str) -> None:
+        """See `Subscription`. Raises UnavailableError when the partition is not this member's; PushBackError."""
+        if not next_offsets.keys() <= self.assigned:
+            raise UnavailableError(f"{self._projection} commits a partition that is another member's")
+        if next_offsets:
+            await asyncio.to_thread(self._store, next_offsets[PARTITION], metadata)
+
+    async def close(self) -> None:
+        """See `Subscription`."""
+        self._leave()
+        progress, self._progress = self._progress, None
+        if progress is not None:
+            await asyncio.to_thread(progress.close)
+
+    async def _try_to_join(self) -> None:
+        with file_errors(self._path):
+            if not self._lock.take():
+                return
+        try:
+            committed = await self._readers.run(lambda file: progress_of(file.connection, self._projection))
+            start = (await self._start_offsets([PARTITION], committed))[PARTITION]
+            end = await self._readers.run(lambda file: end_offset(file.connection))
+            if not 0 <= start <= end:
+                raise CorruptError(
+                    f"{self._projection} stands at offset {start}, which lies outside the log (0 to {end})"
+                )
+            self._next = start
+        finally:
+            if self._next is None:
+                self._leave()
+
+    def _leave(self) -> None:
+        self._next = None
+        self._lock.release()
+
+    async def _read(self, start: int, max_records: int) -> list[Record]:
+        def work(file: LogFile) -> list[Record]:
+            found = records_from(file.connection, start, None, max_records)
+            if not found and end_offset(file.connection) < start:
+                raise CorruptError(f"the log is shorter than it was when {self._projection} stood at offset {start}")
+            return found
+
+        return await self._readers.run(work)
+
+    def _store(self, next_offset: int, metadata: str) -> None:
+        with file_errors(self._path):
+            if self._progress is None:
+                self._progress = open_file(self._path, writable=True)
+                # For people's eyes only: a power cut may take the last ones away, and no commit waits for the disk.
+                self._progress.connection.execute("PRAGMA synchronous = NORMAL")
+            self._progress.check_in_place()
+            with write_lock(self._path):
+                self._progress.connection.execute(
+                    "INSERT INTO progress VALUES (?, ?, ?, ?) ON CONFLICT (projection, partition)"
+                    " DO UPDATE SET next_offset = excluded.next_offset, metadata = excluded.metadata",
+                    (self._projection, PARTITION, next_offset, metadata),
+                )
