@@ -16,7 +16,7 @@ MAX_PAGE = 1000
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """A package as the view has it; times in µs since 1970, UTC. `retain_until` None: for ever, or not known yet."""
+    """A package as the view has it; times in µs since 1970, UTC."""
 
     package_id: UUID
     name: str
@@ -82,3 +82,17 @@ class Page(Generic[Item]):
 
     items: tuple[Item, ...]
     next: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """How long a package is kept: `retention_days` after `counted_from`; None in either form means for ever.
+
+    Times in µs since 1970, UTC.
+    """
+
+    package_id: UUID
+    retention_class: str
+    retention_days: int | None
+    counted_from: int
+    retain_until: int | None

@@ -1,0 +1,184 @@
+"""Checkpoints: how far a view has come, moved in one transaction with its rows, under a guard.
+
+Two things fence a fold that is behind the times. The offsets that it starts from must be those of the checkpoint, so
+that of two folds of one batch one alone is applied; and the generation must be the live one, so that a fold that began
+before a reset cannot write into what was built since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from uuid import UUID, uuid4
+
+from sqlalchemy import delete, select, text, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from schemas.events import Event
+from services.errors import ConfigurationError, LogIdentityError, UnavailableError
+from services.log.position import Position
+from services.views.engine import Views
+from services.views.projections import Projection
+from services.views.tables import metadata, projection_checkpoints, projection_generations
+
+
+class StaleCheckpointError(UnavailableError):
+    """The view does not stand where the batch begins: another has moved it. Nothing was applied; read it again."""
+
+    problem = "stale-checkpoint"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Where one generation of a view stands in the log."""
+
+    generation: UUID
+    position: Position
+
+
+async def load_checkpoint(views: Views, projection: Projection, log: UUID) -> Checkpoint:
+    """Where the view stands in `log`; a view that has folded nothing yet belongs to that log from now on.
+
+    Raises LogIdentityError (it was folded from another log), UnavailableError, ConfigurationError.
+    """
+    async with views.reading(snapshot=True) as connection:
+        generation, owner = await _generation(connection, projection)
+        offsets = await read_offsets(connection, generation)
+    if owner is None:
+        async with views.writing() as connection:
+            await connection.execute(
+                update(projection_generations)
+                .where(projection_generations.c.generation == generation, projection_generations.c.log.is_(None))
+                .values(log=log)
+            )
+        return await load_checkpoint(views, projection, log)
+    if owner != log:
+        raise LogIdentityError(
+            f"the view {projection.name} was folded from log {owner}, this is log {log}: set the URLs of a log and "
+            f"views that belong together, or `artifact-store replay {projection.name}` to fold it from this log"
+        )
+    return Checkpoint(generation, Position(log, offsets))
+
+
+async def apply(
+    views: Views,
+    projection: Projection,
+    events: Sequence[Event],
+    *,
+    since: Checkpoint,
+    next_offsets: Mapping[int, int],
+) -> Checkpoint:
+    """Fold the events and move the checkpoint, in one transaction; returns the checkpoint behind them.
+
+    `events` are what lies between `since` and `next_offsets` in the partitions that the latter names.
+
+    Raises:
+        StaleCheckpointError: the view does not stand at `since` in one of these partitions, or is of another
+            generation; nothing was changed.
+        CorruptError: an event does not follow what was folded before; nothing was changed.
+        UnavailableError: the transaction may or may not be there; the checkpoint tells.
+    """
+    before = since.position.offsets
+    async with views.writing() as connection:
+        live, log = await _generation(connection, projection, lock=True)
+        if live != since.generation or log != since.position.log:
+            raise StaleCheckpointError(f"the view {projection.name} was reset: this fold is of an older generation")
+        for partition in sorted(next_offsets):  # one order for all, so that no two wait for each other
+            expected, following = before.get(partition, 0), next_offsets[partition]
+            if not await _advance(connection, projection, live, partition, expected, following):
+                raise StaleCheckpointError(f"the view {projection.name} is not at {expected} of partition {partition}")
+        if events:
+            await projection.fold(connection, events)
+    return Checkpoint(since.generation, Position(since.position.log, {**before, **next_offsets}))
+
+
+async def reset(views: Views, projection: Projection) -> UUID:
+    """Empty the projection's tables and begin a new generation at the log's start; returns its id.
+
+    One transaction: readers see the old rows until it commits. Folds that are under way fail at their guard. Tables of
+    another layout are made anew.
+    """
+    generation = uuid4()
+    async with views.writing() as connection:
+        table = projection_generations
+        mine = table.c.projection == projection.name
+        # The row is updated, never replaced: a fold that waits for its lock must find it again.
+        layout = (await connection.execute(select(table.c.layout).where(mine).with_for_update())).scalar_one()
+        fresh = {"generation": generation, "layout": projection.layout, "log": None}
+        await connection.execute(update(table).where(mine).values(fresh))
+        await connection.execute(
+            delete(projection_checkpoints).where(projection_checkpoints.c.projection == projection.name)
+        )
+        if layout != projection.layout:
+            await connection.run_sync(metadata.drop_all, tables=projection.tables)
+            await connection.run_sync(metadata.create_all, tables=projection.tables)
+        elif views.dialect == "postgresql":
+            names = ", ".join(table.name for table in projection.tables)  # our own names, not anyone's input
+            await connection.execute(text(f"TRUNCATE {names}"))
+        else:
+            for table in projection.tables:
+                await connection.execute(delete(table))
+    return generation
+
+
+async def read_position(connection: AsyncConnection, projection: Projection) -> Position | None:
+    """Where the view stands; None before it has folded from any log."""
+    generation, log = await _generation(connection, projection)
+    return None if log is None else Position(log, await read_offsets(connection, generation))
+
+
+async def read_offsets(connection: AsyncConnection, generation: UUID) -> dict[int, int]:
+    """From partition to the offset of the next record, for one generation."""
+    table = projection_checkpoints.c
+    query = select(table.partition, table.next_offset).where(table.generation == generation).order_by(table.partition)
+    return {row.partition: row.next_offset for row in await connection.execute(query)}
+
+
+async def _generation(
+    connection: AsyncConnection, projection: Projection, *, lock: bool = False
+) -> tuple[UUID, UUID | None]:
+    """The live generation and its log. With `lock` neither changes before the transaction ends."""
+    table = projection_generations.c
+    query = select(table.generation, table.log).where(table.projection == projection.name)
+    if lock:
+        query = query.with_for_update(read=True)
+    row = (await connection.execute(query)).one_or_none()
+    if row is None:
+        raise ConfigurationError(f"the views have no {projection.name}: `artifact-store migrate` creates it")
+    return row.generation, row.log
+
+
+async def _advance(
+    connection: AsyncConnection,
+    projection: Projection,
+    generation: UUID,
+    partition: int,
+    expected: int,
+    following: int,
+) -> bool:
+    """Move one partition's offset from `expected`; whether it stood there. An absent row stands at 0."""
+    table = projection_checkpoints
+    if expected == 0:
+        make = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+        row = {
+            "generation": generation,
+            "partition": partition,
+            "projection": projection.name,
+            "next_offset": following,
+        }
+        put = make(table).values(row)
+        moved = await connection.execute(
+            put.on_conflict_do_update(
+                index_elements=[table.c.generation, table.c.partition],
+                set_={"next_offset": following},
+                where=table.c.next_offset == 0,
+            )
+        )
+    else:
+        moved = await connection.execute(
+            update(table)
+            .where(table.c.generation == generation, table.c.partition == partition, table.c.next_offset == expected)
+            .values(next_offset=following)
+        )
+    return moved.rowcount == 1

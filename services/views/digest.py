@@ -1,0 +1,70 @@
+"""The digest of a view: BLAKE3 over a canonical dump of its tables, the same on every database.
+
+The dump is a sequence of canonical CBOR items (RFC 8949 §4.2): for each table, in the projection's order, the map
+{"table": name, "columns": [name, …]}, then for each row, by the bytes of its primary key, the array of its values.
+Identifiers and digests are byte strings, texts are texts, times and counts integers, absent values null. Checkpoints,
+generations and seeds stand outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from blake3 import blake3
+from sqlalchemy import LargeBinary, Table, Uuid, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from schemas.canonical import canonical_cbor
+from services.core.content_address import ContentAddress
+from services.log.position import Position
+from services.views.checkpoints import read_position
+from services.views.engine import Views
+from services.views.projections import Projection
+
+_ROWS_AT_ONCE = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class ViewDigest:
+    """The digest of one view, how many rows it covers, and the position that the view had reached (None: nowhere)."""
+
+    projection: str
+    digest: ContentAddress
+    rows: int
+    position: Position | None
+
+
+async def digest_view(views: Views, projection: Projection) -> ViewDigest:
+    """Digest the view as it stands, in one snapshot and constant memory. Raises UnavailableError."""
+    hasher = blake3()
+    rows = 0
+    async with views.reading(snapshot=True) as connection:
+        position = await read_position(connection, projection)
+        for table in projection.tables:
+            hasher.update(canonical_cbor({"table": table.name, "columns": table.columns.keys()}))
+            async for dump in _dump(connection, table):
+                hasher.update(b"".join(dump))
+                rows += len(dump)
+    return ViewDigest(projection.name, ContentAddress.of_digest(hasher.digest()), rows, position)
+
+
+async def _dump(connection: AsyncConnection, table: Table) -> AsyncIterator[list[bytes]]:
+    """The rows of a table in canonical form, some at a time."""
+    query = select(table).order_by(*table.primary_key.columns)
+    identifiers = [i for i, column in enumerate(table.columns) if isinstance(column.type, Uuid)]
+    binaries = [i for i, column in enumerate(table.columns) if isinstance(column.type, LargeBinary)]
+    async with connection.stream(query, execution_options={"yield_per": _ROWS_AT_ONCE}) as result:
+        async for rows in result.partitions():
+            yield [_canonical(list(row), identifiers, binaries) for row in rows]
+
+
+def _canonical(values: list[Any], identifiers: list[int], binaries: list[int]) -> bytes:
+    for i in identifiers:
+        value: UUID | None = values[i]
+        values[i] = None if value is None else value.bytes
+    for i in binaries:
+        values[i] = None if values[i] is None else bytes(values[i])
+    return canonical_cbor(values)

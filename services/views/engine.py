@@ -1,0 +1,184 @@
+"""The views' database: opening it, its layout, and the two kinds of transactions on it.
+
+SQLite runs in WAL mode: readers never wait for the one writer, and a crash loses no more than transactions that hold
+rows and checkpoint together, so that folding goes on from what is there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from sqlalchemy import event, insert, select, text
+from sqlalchemy.engine import URL, Connection, make_url
+from sqlalchemy.exc import ArgumentError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from services.core.retention import RETENTION_CLASSES
+from services.errors import ConfigurationError
+from services.views.failures import database_errors
+from services.views.projections import PROJECTIONS
+from services.views.tables import metadata, projection_generations, retention_classes
+
+_BUSY_SECONDS = 10
+_CONNECT_SECONDS = 10
+_STATEMENT_SECONDS = 300  # a frozen server must not hold a projector for ever
+_MIGRATION_LOCK = 0x61727466  # any number, the same for every process of ours
+
+
+class Views:
+    """One views database, opened from its URL. Connections are made when they are needed; `close` releases them."""
+
+    def __init__(self, url: str) -> None:
+        """`sqlite+aiosqlite:///PATH` or `postgresql+asyncpg://…`. Does not connect; makes SQLite's folder.
+
+        Raises ConfigurationError: another kind of URL. The text never holds the URL, which may have a password in it.
+        """
+        parsed = _parse(url)
+        self.dialect = "sqlite" if parsed.drivername == "sqlite+aiosqlite" else "postgresql"
+        self.engine = _open_sqlite(parsed) if self.dialect == "sqlite" else _open_postgresql(parsed)
+        self._writing = self.engine.execution_options(writes=True)
+        self.folding: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        """One lock a projection: folds of one process wait for each other here instead of racing to the guard."""
+
+    @asynccontextmanager
+    async def reading(self, *, snapshot: bool = False) -> AsyncIterator[AsyncConnection]:
+        """A connection to read by. With `snapshot` all statements see one state of the database.
+
+        Raises UnavailableError, ConfigurationError (tables are missing), also for what is raised inside.
+        """
+        with database_errors():
+            async with self.engine.connect() as connection:
+                if snapshot and self.dialect == "postgresql":  # a transaction on SQLite is a snapshot anyway
+                    await connection.execution_options(isolation_level="REPEATABLE READ")
+                yield connection
+
+    @asynccontextmanager
+    async def writing(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction that commits on leaving, or rolls back on an error; the only writer on SQLite, waited for.
+
+        Raises UnavailableError (after which a commit may or may not have happened), CorruptError (a row that is there
+        already, or a value that no column takes), ConfigurationError (tables are missing).
+        """
+        with database_errors():
+            async with self._writing.begin() as connection:
+                yield connection
+
+    async def migrate(self) -> None:
+        """Create the tables and seeds that are missing. Safe to repeat, also by several processes at once.
+
+        Raises ConfigurationError when a projection's tables have another layout: they are then folded again.
+        """
+        async with self.writing() as connection:
+            await self._create(connection)
+        await self.check()
+
+    async def create_missing(self) -> None:
+        """As `migrate`, without looking at layouts: for a replay, which is what mends them."""
+        async with self.writing() as connection:
+            await self._create(connection)
+
+    async def check(self) -> None:
+        """Return if the database can be reached and its tables are those of this version.
+
+        Raises UnavailableError, ConfigurationError.
+        """
+        async with self.reading() as connection:
+            found = {row.projection: row.layout for row in await connection.execute(select(projection_generations))}
+        for name, projection in PROJECTIONS.items():
+            if name not in found:
+                raise ConfigurationError(f"the views have no {name}: `artifact-store migrate` creates it")
+            if found[name] != projection.layout:
+                raise ConfigurationError(
+                    f"the tables of {name} have layout {found[name]}, this version needs {projection.layout}: "
+                    f"`artifact-store replay {name}` builds them from the log"
+                )
+
+    async def close(self) -> None:
+        """Release every connection; blocks until done."""
+        await self.engine.dispose()
+
+    async def _create(self, connection: AsyncConnection) -> None:
+        if self.dialect == "postgresql":  # two that create one table at once would collide in the catalogue
+            await connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
+        await connection.run_sync(metadata.create_all)
+        known = set((await connection.execute(select(projection_generations.c.projection))).scalars())
+        fresh = [
+            {"projection": name, "generation": uuid4(), "layout": projection.layout, "log": None}
+            for name, projection in PROJECTIONS.items()
+            if name not in known
+        ]
+        if fresh:
+            await connection.execute(insert(projection_generations), fresh)
+        await _seed(connection)
+
+
+async def _seed(connection: AsyncConnection) -> None:
+    """Bring the retention classes to what this version knows; writes nothing when they are so already."""
+    columns = [retention_classes.c[name] for name in ("name", "days", "immutable", "description")]
+    wanted = {(c.name, c.days, c.immutable, c.description) for c in RETENTION_CLASSES}
+    if {tuple(row) for row in await connection.execute(select(*columns))} != wanted:
+        await connection.execute(retention_classes.delete())
+        seeds = [dict(zip((column.name for column in columns), row, strict=True)) for row in sorted(wanted, key=str)]
+        await connection.execute(insert(retention_classes), seeds)
+
+
+def _parse(url: str) -> URL:
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        parsed = None
+    if parsed is None or parsed.drivername not in ("sqlite+aiosqlite", "postgresql+asyncpg"):
+        raise ConfigurationError(
+            "the views URL must be sqlite+aiosqlite:///PATH or postgresql+asyncpg://USER:PASSWORD@HOST:PORT/DATABASE"
+        ) from None
+    if parsed.drivername == "sqlite+aiosqlite" and parsed.database in (None, "", ":memory:"):
+        raise ConfigurationError("the views URL must name a file: a view in memory would end with its connection")
+    return parsed
+
+
+def _open_sqlite(url: URL) -> AsyncEngine:
+    try:
+        Path(str(url.database)).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"the folder of the views file cannot be made: {error.strerror}") from error
+    engine = create_async_engine(url, hide_parameters=True, connect_args={"timeout": _BUSY_SECONDS})
+    event.listen(engine.sync_engine, "connect", _prepare_sqlite)
+    event.listen(engine.sync_engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: Any, _record: object) -> None:
+    """Take transactions away from the driver (it would begin them late), and set what lasts as long as a connection."""
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "temp_store = MEMORY"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    """Writers take the lock at once: a reader that turned writer could find that its snapshot is out of date."""
+    writes = connection.get_execution_options().get("writes", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _open_postgresql(url: URL) -> AsyncEngine:
+    return create_async_engine(
+        url,
+        hide_parameters=True,
+        pool_pre_ping=True,  # a database that was restarted costs no request its answer
+        pool_size=5,
+        max_overflow=10,
+        pool_timeout=_CONNECT_SECONDS,
+        connect_args={
+            "timeout": _CONNECT_SECONDS,
+            "command_timeout": _STATEMENT_SECONDS,
+            "server_settings": {"application_name": "artifact-store", "jit": "off"},
+        },
+    )

@@ -1,0 +1,94 @@
+"""What a database's errors mean: one place that turns them into the tree of `services.errors`.
+
+No statement, parameter or URL gets into a text: they may hold secrets or a producer's data.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import asyncpg
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from services.errors import ArtifactStoreError, ConfigurationError, CorruptError, UnavailableError
+
+# Classes and codes of SQLSTATE (PostgreSQL documentation, appendix A).
+_CONFIGURATION = ("28", "3D", "3F", "42501", "42P01", "42703")
+_CORRUPT = ("22", "23")
+_UNAVAILABLE = ("08", "25006", "25P03", "40", "53", "55P03", "57", "58")
+
+_SQLITE_UNAVAILABLE = {
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_READONLY,
+}
+_SQLITE_CORRUPT = {sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_TOOBIG}
+
+_MIGRATE = "`artifact-store migrate` creates what is missing"
+
+
+@contextmanager
+def database_errors() -> Iterator[None]:
+    """Raise UnavailableError, CorruptError or ConfigurationError in place of what the drivers raise.
+
+    An error that says nothing about the database's state is a mistake in this program and passes unchanged.
+    """
+    try:
+        yield
+    except ArtifactStoreError:
+        raise
+    except PoolTimeoutError as error:
+        raise UnavailableError("the views database: every connection is in use") from error
+    except (DBAPIError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+        # `from None`: SQLAlchemy's own text shows statement and parameters.
+        meaning = _meaning(error)
+        if meaning is None:
+            raise
+        raise meaning from None
+
+
+def _meaning(error: BaseException) -> ArtifactStoreError | None:
+    if isinstance(error, DBAPIError):
+        if isinstance(error.orig, sqlite3.Error):
+            return _of_sqlite(error.orig)
+        invalidated = error.connection_invalidated
+        cause: BaseException = error.orig if error.orig is not None else error
+    else:
+        invalidated, cause = False, error
+    state = getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None) or ""
+    text = _first_line(cause)
+    if state.startswith(_CONFIGURATION):
+        return ConfigurationError(f"the views database refuses: {text}; {_MIGRATE}")
+    if state.startswith(_CORRUPT):
+        return CorruptError(f"the views cannot take this: {text}")
+    if state.startswith(_UNAVAILABLE) or invalidated or isinstance(cause, OSError | TimeoutError):
+        return UnavailableError(f"the views database cannot be reached: {text}")
+    if not state and "connection" in text.lower():  # the driver's own errors about a connection carry no state
+        return UnavailableError(f"the views database cannot be reached: {text}")
+    return None
+
+
+def _of_sqlite(error: sqlite3.Error) -> ArtifactStoreError | None:
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # the low byte is the primary code
+    text = _first_line(error)
+    if code in _SQLITE_UNAVAILABLE:
+        return UnavailableError(f"the views database cannot be used now: {text}")
+    if code in _SQLITE_CORRUPT:
+        return CorruptError(f"the views cannot take this: {text}")
+    if text.startswith(("no such table", "no such column")):
+        return ConfigurationError(f"the views database: {text}; {_MIGRATE}")
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    """What the driver says in one line; for a connection refused that is an address and never a password."""
+    lines = str(error).splitlines()
+    # The dialect puts the driver's class before the message: "<class '…'>: message".
+    said = lines[0].rpartition("'>: ")[2] if lines else ""
+    return said or type(error).__name__

@@ -1,0 +1,88 @@
+"""Retention: one row a package, saying until when it must be kept; computed from events alone.
+
+A package counts from its creation while it is open, and from its finalization after that. The period is the one that
+its creation recorded, whatever the seeded classes say today.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+from sqlalchemy import Table, bindparam, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from schemas.events import Event, PackageCreated, PackageFinalized
+from services.core.retention import retain_until
+from services.views.bulk import insert_rows
+from services.views.projections.order import check_follows, known_packages
+from services.views.tables import retention_state
+
+
+@dataclass(slots=True)
+class _Change:
+    last_sequence: int
+    retention_class: str
+    days: int | None
+    counted_from: int
+    begun_here: bool = False
+
+
+class RetentionProjection:
+    """`retention_state`."""
+
+    name = "retention"
+    layout = 1
+    tables: Sequence[Table] = (retention_state,)
+
+    async def fold(self, connection: AsyncConnection, events: Sequence[Event]) -> None:
+        """As `Projection.fold`: at most three statements a batch."""
+        row = retention_state.c
+        columns = (row.last_event_sequence, row.retention_class, row.retention_days, row.counted_from)
+        known = await known_packages(connection, row.package_id, columns, events)
+        changes = {package_id: _Change(*found) for package_id, found in known.items()}
+        for event in events:
+            change = changes.get(event.package_id)
+            check_follows(event, change.last_sequence if change else 0)
+            match event.payload:
+                case PackageCreated(retention_class=name, retention_days=days):
+                    change = changes[event.package_id] = _Change(0, name, days, event.created_at, begun_here=True)
+                case PackageFinalized() if change:
+                    change.counted_from = event.created_at
+            if change:
+                change.last_sequence = event.sequence
+        await insert_rows(
+            connection,
+            retention_state,
+            [
+                (
+                    package_id,
+                    c.retention_class,
+                    c.days,
+                    c.counted_from,
+                    retain_until(c.counted_from, c.days),
+                    c.last_sequence,
+                )
+                for package_id, c in changes.items()
+                if c.begun_here
+            ],
+        )
+        await _update(connection, {package_id: c for package_id, c in changes.items() if not c.begun_here})
+
+
+async def _update(connection: AsyncConnection, changes: dict[UUID, _Change]) -> None:
+    """Bring the packages that earlier batches began up to date, in one prepared statement."""
+    if not changes:
+        return
+    values = [
+        {
+            "package": package_id,
+            "counted_from": c.counted_from,
+            "retain_until": retain_until(c.counted_from, c.days),
+            "last_event_sequence": c.last_sequence,
+        }
+        for package_id, c in changes.items()
+    ]
+    row = update(retention_state).where(retention_state.c.package_id == bindparam("package"))
+    await connection.execute(row.values({name: bindparam(name) for name in values[0] if name != "package"}), values)

@@ -1,0 +1,177 @@
+"""Reading the views: packages, files, locations, manifests, retention, and where a view stands in the log."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Row, Select, Uuid, literal, select, tuple_
+
+from services.core.content_address import ContentAddress
+from services.core.fields import check_text
+from services.core.paths import check_path
+from services.errors import InvalidRequestError
+from services.log.position import Position
+from services.views.checkpoints import read_position
+from services.views.cursor import read_cursor, write_cursor
+from services.views.engine import Views
+from services.views.models import (
+    DEFAULT_PAGE,
+    MAX_PAGE,
+    File,
+    Location,
+    ManifestLocation,
+    Package,
+    PackageFilter,
+    Page,
+    Retention,
+)
+from services.views.projections import projection_named
+from services.views.tables import (
+    artifact_files,
+    artifact_manifests,
+    artifact_packages,
+    retention_state,
+    storage_locations,
+)
+
+_MAX_BIGINT = 2**63 - 1
+
+
+class Queries:
+    """Questions to the views. What is not there is None or an empty page; each call is one short transaction.
+
+    Every method may raise UnavailableError, and ConfigurationError when tables are missing.
+    """
+
+    def __init__(self, views: Views) -> None:
+        self._views = views
+
+    async def package(self, package_id: UUID) -> Package | None:
+        """The package of this id."""
+        row = await self._one(select(artifact_packages).where(artifact_packages.c.id == package_id))
+        return _package(row) if row else None
+
+    async def packages(
+        self, where: PackageFilter | None = None, limit: int = DEFAULT_PAGE, cursor: str | None = None
+    ) -> Page[Package]:
+        """Packages, newest first. A package is on one page at most, whatever is created between the pages.
+
+        Raises InvalidRequestError: a bad cursor, limit or filter.
+        """
+        table = artifact_packages.c
+        query = select(artifact_packages).order_by(table.created_at.desc(), table.id.desc())
+        for name in ("producer", "subject", "status", "retention_class", "manifest_digest"):
+            wanted = getattr(where, name, None)
+            if wanted is not None:
+                check_text(name, wanted)
+                query = query.where(table[name] == wanted)
+        if cursor is not None:
+            created_at, raw_id = read_cursor(cursor, "packages", int, bytes)
+            if len(raw_id) != 16 or not 0 <= created_at <= _MAX_BIGINT:
+                raise InvalidRequestError("the cursor is not one that this listing has given out")
+            last = tuple_(literal(created_at, table.created_at.type), literal(UUID(bytes=raw_id), Uuid()))
+            query = query.where(tuple_(table.created_at, table.id) < last)
+        rows, more = await self._page(query, limit)
+        following = write_cursor("packages", rows[-1].created_at, rows[-1].id.bytes) if more else None
+        return Page(tuple(_package(row) for row in rows), following)
+
+    async def files(self, package_id: UUID, limit: int = DEFAULT_PAGE, cursor: str | None = None) -> Page[File]:
+        """The package's files by the UTF-8 bytes of their paths; an empty page when the package is not known.
+
+        Raises InvalidRequestError: a bad cursor or limit.
+        """
+        table = artifact_files.c
+        query = select(artifact_files).where(table.package_id == package_id).order_by(table.relative_path)
+        if cursor is not None:
+            (path,) = read_cursor(cursor, "files", str)
+            check_path(path)  # it was a path when it was given out, and no other text reaches the database
+            query = query.where(table.relative_path > path)
+        rows, more = await self._page(query, limit)
+        return Page(tuple(_file(row) for row in rows), write_cursor("files", rows[-1].relative_path) if more else None)
+
+    async def file(self, file_id: UUID) -> File | None:
+        """The file of this id."""
+        row = await self._one(select(artifact_files).where(artifact_files.c.id == file_id))
+        return _file(row) if row else None
+
+    async def file_at(self, package_id: UUID, relative_path: str) -> File | None:
+        """The package's file of this path. Raises InvalidPathError, naming the rule that the path breaks."""
+        check_path(relative_path)
+        table = artifact_files.c
+        row = await self._one(
+            select(artifact_files).where(table.package_id == package_id, table.relative_path == relative_path)
+        )
+        return _file(row) if row else None
+
+    async def locations(self, file_id: UUID) -> tuple[Location, ...]:
+        """Where the file's bytes lie, in the order of the locations' ids; empty when the file is not known."""
+        table = storage_locations.c
+        query = select(storage_locations).where(table.artifact_file_id == file_id).order_by(table.id)
+        async with self._views.reading() as connection:
+            rows = (await connection.execute(query)).all()
+        return tuple(
+            Location(row.backend_id, ContentAddress(row.content_address), row.key, row.offset, row.length)
+            for row in rows
+        )
+
+    async def manifest(self, package_id: UUID) -> ManifestLocation | None:
+        """Where the manifest of a finalized package is; None for one that is open or not known."""
+        row = await self._one(select(artifact_manifests).where(artifact_manifests.c.package_id == package_id))
+        return ManifestLocation(ContentAddress(row.digest), row.manifest, row.manifest_key) if row else None
+
+    async def retention(self, package_id: UUID) -> Retention | None:
+        """How long the package is kept, as far as the retention view has come."""
+        row = await self._one(select(retention_state).where(retention_state.c.package_id == package_id))
+        if row is None:
+            return None
+        return Retention(row.package_id, row.retention_class, row.retention_days, row.counted_from, row.retain_until)
+
+    async def checkpoint(self, projection: str) -> Position | None:
+        """Where the view stands; None before it has folded from any log. Raises InvalidRequestError: no such view."""
+        known = projection_named(projection)
+        async with self._views.reading() as connection:
+            return await read_position(connection, known)
+
+    async def _one(self, query: Select[Any]) -> Row[Any] | None:
+        async with self._views.reading() as connection:
+            found: Row[Any] | None = (await connection.execute(query)).one_or_none()
+        return found
+
+    async def _page(self, query: Select[Any], limit: int) -> tuple[list[Row[Any]], bool]:
+        """At most `limit` rows, and whether there are more."""
+        if not 1 <= limit <= MAX_PAGE:
+            raise InvalidRequestError(f"limit must be 1 to {MAX_PAGE}")
+        async with self._views.reading() as connection:
+            rows = list((await connection.execute(query.limit(limit + 1))).all())
+        return rows[:limit], len(rows) > limit
+
+
+def _package(row: Row[Any]) -> Package:
+    return Package(
+        package_id=row.id,
+        name=row.name,
+        producer=row.producer,
+        subject=row.subject,
+        retention_class=row.retention_class,
+        status=row.status,
+        metadata=json.loads(row.metadata),
+        manifest_digest=None if row.manifest_digest is None else ContentAddress(row.manifest_digest),
+        last_event_sequence=row.last_event_sequence,
+        created_at=row.created_at,
+        finalized_at=row.finalized_at,
+    )
+
+
+def _file(row: Row[Any]) -> File:
+    return File(
+        file_id=row.id,
+        package_id=row.package_id,
+        relative_path=row.relative_path,
+        media_type=row.media_type,
+        size_bytes=row.size_bytes,
+        blake3=row.blake3,
+        sha256=row.sha256,
+        created_at=row.created_at,
+    )

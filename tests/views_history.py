@@ -1,0 +1,111 @@
+"""Histories for tests of the views: valid events, made by the core itself, and the views' rows as plain values."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+from uuid import UUID
+
+from blake3 import blake3
+from sqlalchemy import select
+
+from schemas import identifiers
+from schemas.events import Event
+from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles, StoredFile
+from services.core.content_address import content_key
+from services.core.decide import decide
+from services.core.evolve import evolve
+from services.core.limits import Limits
+from services.core.retention import RETENTION_CLASSES
+from services.core.state import PackageState
+from services.views.engine import Views
+from services.views.projections import PROJECTIONS
+
+START = 1_750_000_000_000_000
+"""The time of the first event, in µs since 1970."""
+
+
+def stored_file(path: str, content: bytes, stored_at: int = START) -> StoredFile:
+    """A file of this content, as a local store would have kept it."""
+    digest = blake3(content).digest()
+    sha256 = hashlib.sha256(content).digest()
+    key = content_key(digest)
+    return StoredFile(path, "text/plain", len(content), digest, sha256, "local", key, 0, len(content), stored_at)
+
+
+class History:
+    """A log's worth of events in the order in which they were decided; the same for the same seed."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.events: list[Event] = []
+        self._states: dict[UUID, PackageState] = {}
+        self._random = random.Random(seed)
+        self._now = START
+
+    def create(self, name: str = "package", retention_class: str = "report", **more: str) -> UUID:
+        """Create a package; `more` are further fields of the command."""
+        command_id = self._draw()
+        package_id = identifiers.package_id("tester", command_id)
+        fields = {"actor": "tester", "name": name, "producer": "build", "subject": "main", "metadata": "{}", **more}
+        self._decide(CreatePackage(package_id, command_id, retention_class=retention_class, **fields))
+        return package_id
+
+    def ingest(self, package_id: UUID, *paths: str) -> None:
+        """Ingest files of these paths in one command; their content is drawn."""
+        files = tuple(stored_file(path, self._random.randbytes(8), self._now) for path in paths)
+        self._decide(IngestFiles(package_id, self._draw(), "tester", files))
+
+    def finalize(self, package_id: UUID, *, inline: bool = True) -> None:
+        """Finalize the package; with `inline` False its manifest is a claim check."""
+        limits = Limits() if inline else Limits(inline_manifest_bytes=0)
+        self._decide(FinalizePackage(package_id, self._draw(), "tester"), limits)
+
+    def fill(self, packages: int, files: int) -> History:
+        """Packages of every kind, their commands interleaved; two of three are finalized."""
+        classes = [c.name for c in RETENTION_CLASSES]
+        opened: list[tuple[UUID, int]] = []
+        for number in range(packages):
+            metadata = f'{{"n":{number},"é":"ü"}}'
+            kind = classes[number % len(classes)]
+            opened.append(
+                (self.create(f"package {number}", kind, metadata=metadata, producer=f"p{number % 3}"), number)
+            )
+        for round_ in range(files):
+            self._random.shuffle(opened)
+            for package_id, number in opened:
+                self.ingest(package_id, *(f"dir/ü{number}-{round_}-{i}" for i in range(1 + number % 3)))
+        for package_id, number in opened:
+            if number % 3:
+                self.finalize(package_id, inline=number % 2 == 0)
+        return self
+
+    def _decide(self, command: Command, limits: Limits | None = None) -> None:
+        self._now += self._random.randrange(1, 1000)
+        state = self._states.get(command.package_id)
+        for event in decide(state, command, self._now, limits or Limits()).events:
+            state = evolve(state, event)
+            self.events.append(event)
+        assert state is not None
+        self._states[command.package_id] = state
+
+    def _draw(self) -> UUID:
+        return UUID(int=self._random.getrandbits(128), version=4)
+
+
+def batches(events: Sequence[Event], size: int) -> Iterator[Sequence[Event]]:
+    """The events in runs of `size`."""
+    for start in range(0, len(events), size):
+        yield events[start : start + size]
+
+
+async def view_rows(views: Views) -> Mapping[str, list[tuple[Any, ...]]]:
+    """Every row of every projection's tables, by table name, in the order of the primary key."""
+    found: dict[str, list[tuple[Any, ...]]] = {}
+    async with views.reading(snapshot=True) as connection:
+        for projection in PROJECTIONS.values():
+            for table in projection.tables:
+                rows = await connection.execute(select(table).order_by(*table.primary_key.columns))
+                found[table.name] = [tuple(row) for row in rows]
+    return found
