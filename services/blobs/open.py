@@ -52,6 +52,8 @@ def open_blobs(settings: Settings) -> BlobStore:
         raise ConfigurationError(
             "a bucket needs ARTIFACT_STORE_S3_ACCESS_KEY and ARTIFACT_STORE_S3_SECRET_KEY, at least one is unset"
         )
+    if not settings.s3_region:
+        raise ConfigurationError("ARTIFACT_STORE_S3_REGION is empty: us-east-1 is right for most stores but Amazon's")
     name = f"[{host}]" if ":" in host else host
     return S3BlobStore(
         Endpoint(

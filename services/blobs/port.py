@@ -1,6 +1,6 @@
 """The port to blob storage: immutable objects, written once, read by key, offset and length.
 
-Two adapters fulfil it (`s3`, `local`) and pass one contract suite (`tests/contract/test_blobs.py`). Keys are POSIX-like:
+Two adapters fulfil it (`s3`, `local`) and pass one contract suite, `tests/contract/test_blobs.py`. Keys are POSIX-like:
 those of `content_key` for content-addressed blobs, `uploads/<uuid>` for large bodies without a declared digest.
 """
 

@@ -108,7 +108,9 @@ class S3BlobStore:
             before = offset
             try:
                 async with self._requests.get(key, offset, end - 1) as response:
-                    total = _total(response.headers.get("Content-Range")) if response.status != 404 else None
+                    # 416 tells the length in Content-Range only on some stores.
+                    partial = response.status == 206
+                    total = _total(response.headers.get("Content-Range")) if partial else await self.size(key)
                     self._demand(key, end, total)
                     async for chunk in response.content.iter_chunked(PIECE_BYTES):
                         offset += len(chunk)
@@ -232,7 +234,7 @@ class S3BlobStore:
 
 
 def _total(content_range: str | None) -> int:
-    """Length of the whole out of `bytes 0-9/100` or `bytes */100` (RFC 9110 §14.4)."""
+    """Length of the whole out of `bytes 0-9/100` (RFC 9110 §14.4)."""
     _, _, total = (content_range or "").rpartition("/")
     if not total.isdecimal():
         raise UnavailableError(f"the blob store names no length in Content-Range {content_range!r}")

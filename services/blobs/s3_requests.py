@@ -54,6 +54,10 @@ class Endpoint:
     secret_key: str
     region: str
 
+    def __post_init__(self) -> None:
+        if not self.region:
+            raise ValueError("without a region the SDK would ask the store for it while it signs")
+
     def __repr__(self) -> str:
         return f"Endpoint({self.host}/{self.bucket})"
 
@@ -149,7 +153,7 @@ class S3Requests:
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(StoreTroubleError),
             stop=stop_after_attempt(attempts or self._attempts),
-            wait=wait_exponential_jitter(initial=0.1, max=2.0, jitter=0.1),
+            wait=wait_exponential_jitter(multiplier=0.1, max=2.0, jitter=0.1),
             reraise=True,
         )
         return await retrying(act)

@@ -1,0 +1,80 @@
+"""A TCP proxy in front of a store that breaks the connection when a certain request passes."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+
+class Tripwire:
+    """Breaks the connection, at most so many times, once a request begins with a pattern.
+
+    The request reaches the store. What the store answers is lost from its `after`-th byte on.
+    """
+
+    def __init__(self, host: str, request: bytes, *, times: int = 1, after: int = 0) -> None:
+        self._upstream = host.split(":")
+        self._request = re.compile(request)
+        self._left = times
+        self._after = after
+        self._connections: set[asyncio.Task[None]] = set()
+        self.tripped = 0
+
+    @asynccontextmanager
+    async def listening(self) -> AsyncIterator[str]:
+        """`host:port` of the proxy, which is there until the context ends."""
+
+        def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            task = asyncio.create_task(self._serve(reader, writer))
+            self._connections.add(task)
+            task.add_done_callback(self._connections.discard)
+
+        server = await asyncio.start_server(connected, "127.0.0.1", 0)
+        try:
+            yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        finally:
+            server.close()
+            for task in set(self._connections):
+                task.cancel()
+            await asyncio.gather(*self._connections, return_exceptions=True)
+            await server.wait_closed()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        up_reader, up_writer = await asyncio.open_connection(*self._upstream)
+        tripped = asyncio.Event()
+        ways = [
+            asyncio.create_task(self._forth(reader, up_writer, tripped)),
+            asyncio.create_task(self._back(up_reader, writer, tripped)),
+        ]
+        try:
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for way in ways:
+                way.cancel()
+            await asyncio.gather(*ways, return_exceptions=True)
+            for end in (writer, up_writer):
+                end.close()
+            await asyncio.gather(writer.wait_closed(), up_writer.wait_closed(), return_exceptions=True)
+
+    async def _forth(self, reader: asyncio.StreamReader, up: asyncio.StreamWriter, tripped: asyncio.Event) -> None:
+        while data := await reader.read(65536):
+            if self._left and self._request.match(data):
+                self._left -= 1
+                self.tripped += 1
+                tripped.set()
+            up.write(data)
+            await up.drain()
+
+    async def _back(self, up: asyncio.StreamReader, writer: asyncio.StreamWriter, tripped: asyncio.Event) -> None:
+        passed = 0
+        while data := await up.read(65536):
+            if not tripped.is_set():
+                writer.write(data)
+            else:
+                writer.write(data[: max(0, self._after - passed)])
+                passed += len(data)
+                if passed >= self._after:
+                    return
+            await writer.drain()

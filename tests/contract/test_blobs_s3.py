@@ -1,0 +1,243 @@
+"""What only the S3 adapter has to get right: parts, lost answers, lost connections, credentials, records of uploads."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from blake3 import blake3
+
+from services.blobs.memory import ByteBudget
+from services.blobs.port import Declared, content_key
+from services.blobs.s3 import S3BlobStore
+from services.blobs.s3_multipart import RECORDS, UploadRecord
+from services.blobs.s3_requests import Endpoint
+from services.errors import ConfigurationError, ContentMismatchError, TooLargeError, UnavailableError
+from tests.contract.blobs_stage import LIMIT, PART, body, declared, endpoint, got, objects, put, s3_store, some_bytes
+from tests.contract.blobs_tripwire import Tripwire
+
+pytestmark = pytest.mark.services
+
+
+@pytest.fixture
+def at(s3_bucket: dict[str, Any]) -> Endpoint:
+    return endpoint(s3_bucket)
+
+
+@asynccontextmanager
+async def opened(at: Endpoint, **options: Any) -> AsyncIterator[S3BlobStore]:
+    store = s3_store(at, **options)
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+@pytest.mark.parametrize("times", [1, 3])
+async def test_a_reader_goes_on_where_the_connection_was_lost(
+    s3_bucket: dict[str, Any], at: Endpoint, times: int
+) -> None:
+    data = some_bytes(2 * PART)
+    async with opened(at) as direct:
+        blob = await put(direct, data)
+    wire = Tripwire(at.host, rb"GET ", times=times, after=1 << 20)
+    async with wire.listening() as host, opened(endpoint(s3_bucket, host)) as store:
+        assert await got(store, blob) == data
+    assert wire.tripped == times
+
+
+async def test_a_reader_gives_up_when_no_attempt_brings_it_further(s3_bucket: dict[str, Any], at: Endpoint) -> None:
+    async with opened(at) as direct:
+        blob = await put(direct, some_bytes(1000))
+    wire = Tripwire(at.host, rb"GET ", times=100)
+    async with wire.listening() as host, opened(endpoint(s3_bucket, host), attempts=2) as store:
+        with pytest.raises(UnavailableError, match=host):
+            await got(store, blob)
+    assert 2 <= wire.tripped <= 4  # the client library repeats a request once that an idle connection lost
+
+
+@pytest.mark.parametrize(
+    ("lost", "size", "said"),
+    [
+        (rb"PUT /[^/]+/blobs/", 1000, False),
+        (rb"PUT /[^/]+/uploads/.*partNumber=2", 3 * PART, False),
+        (rb"POST /[^/]+/uploads/.*\?uploadId=", 2 * PART, False),
+        (rb"POST /[^/]+/blobs/.*\?uploadId=", 2 * PART, True),
+        (rb"PUT /[^/]+/multipart/", 2 * PART, False),
+        (rb"DELETE /[^/]+/multipart/", 2 * PART, False),
+    ],
+    ids=["put", "part", "complete", "complete-addressed", "record", "remove-record"],
+)
+async def test_an_answer_that_is_lost_does_not_lose_the_upload(
+    s3_bucket: dict[str, Any], at: Endpoint, lost: bytes, size: int, said: bool
+) -> None:
+    data = some_bytes(size)
+    wire = Tripwire(at.host, lost)
+    async with wire.listening() as host, opened(endpoint(s3_bucket, host)) as store:
+        blob = await put(store, data, declared(data) if said else None)
+        assert await got(store, blob) == data
+    assert wire.tripped == 1
+    assert objects(at) == {blob.key}
+
+
+@pytest.mark.parametrize("lost", [rb"PUT /[^/]+/uploads/", rb"POST /[^/]+/uploads/.*\?uploadId="], ids=["part", "end"])
+async def test_an_upload_whose_store_keeps_failing_leaves_nothing(
+    s3_bucket: dict[str, Any], at: Endpoint, lost: bytes
+) -> None:
+    wire = Tripwire(at.host, lost, times=100)
+    async with wire.listening() as host, opened(endpoint(s3_bucket, host), attempts=2) as store:
+        with pytest.raises(UnavailableError, match=host) as failed:
+            await put(store, some_bytes(2 * PART))
+    assert "X-Amz" not in str(failed.value)
+    assert failed.value.__cause__ is None
+    assert objects(at) == set()
+
+
+async def test_an_aborted_upload_is_unknown_to_the_store(at: Endpoint) -> None:
+    waiting = asyncio.Event()
+
+    async def endless() -> AsyncIterator[bytes]:
+        async for chunk in body(some_bytes(3 * PART)):
+            yield chunk
+        waiting.set()
+        await asyncio.Event().wait()
+
+    async with opened(at) as store:
+        upload = asyncio.create_task(store.store(endless(), declared=Declared(), max_bytes=LIMIT))
+        await waiting.wait()
+        (record_key,) = objects(at)
+        answer = at.sdk().get_object(at.bucket, record_key)
+        record = UploadRecord.decode(answer.read())
+        answer.close()
+        assert record.key.startswith("uploads/")
+        upload.cancel()
+        await asyncio.gather(upload, return_exceptions=True)
+        assert objects(at) == set()
+        parts = await store._requests.send(
+            "GET", record.key, frozenset({200, 404}), query={"uploadId": record.upload_id}
+        )
+        assert (parts.status, parts.code) == (404, "NoSuchUpload")
+
+
+async def test_parts_too_large_for_memory_are_relayed(at: Endpoint) -> None:
+    data = some_bytes(4 * PART + 17)
+    async with opened(at, held_bytes=PART, max_parts=2) as store:
+        for said in (Declared(size_bytes=len(data)), declared(data)):
+            blob = await put(store, data, said)
+            assert await got(store, blob) == data
+        assert len(objects(at)) == 2
+
+
+async def test_a_relayed_body_that_fails_raises_its_own_error_and_leaves_nothing(at: Endpoint) -> None:
+    class LostProducerError(Exception):
+        pass
+
+    data = some_bytes(4 * PART)
+
+    async def torn() -> AsyncIterator[bytes]:
+        async for chunk in body(data[: 3 * PART]):
+            yield chunk
+        raise LostProducerError
+
+    async with opened(at, held_bytes=PART, max_parts=2) as store:
+        with pytest.raises(LostProducerError):
+            await store.store(torn(), declared=Declared(size_bytes=len(data)), max_bytes=LIMIT)
+        with pytest.raises(ContentMismatchError):
+            await put(store, data[:-1], Declared(size_bytes=len(data)))
+        with pytest.raises(ContentMismatchError):
+            await put(store, data, Declared(size_bytes=len(data), sha256=bytes(32)))
+        upload = asyncio.create_task(put(store, data, Declared(size_bytes=len(data))))
+        await asyncio.wait({upload}, timeout=0.05)
+        upload.cancel()
+        await asyncio.gather(upload, return_exceptions=True)
+    assert not {key for key in objects(at) if key.startswith(RECORDS)}
+
+
+async def test_a_body_of_undeclared_size_that_needs_too_many_parts_is_refused_with_the_way_out(at: Endpoint) -> None:
+    async with opened(at, held_bytes=PART, max_parts=2) as store:
+        with pytest.raises(TooLargeError, match="declare its size"):
+            await put(store, some_bytes(2 * PART + 1))
+        assert objects(at) == set()
+        assert (await put(store, some_bytes(2 * PART))).length == 2 * PART
+
+
+async def test_many_uploads_share_one_budget_and_give_it_back(at: Endpoint) -> None:
+    memory = ByteBudget(3 * PART)
+    data = [some_bytes(size, seed=size) for size in (10, 1000, PART, 2 * PART, 3 * PART, PART + 1) for _ in range(3)]
+    async with opened(at, memory=memory) as store:
+        blobs = await asyncio.gather(*(put(store, each) for each in data))
+        assert [blob.blake3 for blob in blobs] == [blake3(each).digest() for each in data]
+        with pytest.raises(ContentMismatchError):
+            await put(store, data[-1], Declared(sha256=bytes(32)))
+    assert memory.free == memory.limit
+
+
+async def test_an_upload_is_idle_only_if_nothing_moved_for_long(at: Endpoint) -> None:
+    now = datetime(2030, 1, 1, tzinfo=UTC)
+    paused, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow() -> AsyncIterator[bytes]:
+        nonlocal now
+        for _ in range(3):
+            yield some_bytes(PART)
+            now += timedelta(hours=20)
+        yield b"the last byte makes the third part a whole one"
+        paused.set()
+        await go_on.wait()
+
+    async with opened(at, clock=lambda: now) as store:
+        upload = asyncio.create_task(store.store(slow(), declared=Declared(), max_bytes=LIMIT))
+        await paused.wait()
+        assert await store.sweep(now=now + timedelta(hours=3)) == 0  # begun sixty hours ago, but it moved
+        go_on.set()
+        assert (await upload).length > 3 * PART
+
+
+async def test_a_sweep_leaves_a_record_that_it_cannot_read(at: Endpoint, caplog: pytest.LogCaptureFixture) -> None:
+    async with opened(at) as store:
+        await store._requests.send("PUT", f"{RECORDS}strange", frozenset({200}), body=b"not a record")
+        assert await store.sweep(now=datetime.now(UTC) + timedelta(days=2)) == 0
+        assert objects(at) == {f"{RECORDS}strange"}
+    assert "strange" in caplog.text
+
+
+async def test_a_sweep_never_removes_the_blob_of_an_upload_whose_record_was_left(at: Endpoint) -> None:
+    async with opened(at) as store:
+        blob = await put(store, some_bytes(2 * PART))
+        then = datetime.now(UTC)
+        record = UploadRecord(blob.key, "an-upload-that-was-completed", then, then)
+        await store._requests.send("PUT", f"{RECORDS}left", frozenset({200}), body=record.encode())
+        assert await store.sweep(now=then + timedelta(days=2)) == 1
+        assert objects(at) == {blob.key}
+        assert await got(store, blob) == some_bytes(2 * PART)
+
+
+@pytest.mark.parametrize("wrong", ["access_key", "secret_key"])
+async def test_wrong_credentials_are_named_but_not_shown(at: Endpoint, wrong: str) -> None:
+    keys = {"access_key": at.access_key, "secret_key": at.secret_key, wrong: "not-the-right-one"}
+    async with opened(Endpoint(at.host, at.bucket, False, keys["access_key"], keys["secret_key"], at.region)) as store:
+        with pytest.raises(ConfigurationError, match="ARTIFACT_STORE_S3_SECRET_KEY"):
+            await store.migrate()
+        for act in (store.check(), store.size(content_key(bytes(32))), put(store, b"x")):
+            with pytest.raises(UnavailableError, match="refuses access") as refused:
+                await act
+            assert "not-the-right-one" not in str(refused.value)
+        with pytest.raises(UnavailableError, match="refuses access"):
+            await anext(aiter(store.read(content_key(bytes(32)), 0, 1)))
+
+
+async def test_a_bucket_that_is_missing_is_made_by_migrate_and_named_until_then(at: Endpoint) -> None:
+    other = Endpoint(at.host, f"{at.bucket}-new", False, at.access_key, at.secret_key, at.region)
+    async with opened(other) as store:
+        for act in (store.check(), put(store, b"x"), anext(aiter(store.read(content_key(bytes(32)), 0, 1)))):
+            with pytest.raises(UnavailableError, match="has no bucket"):
+                await act
+        await store.migrate()
+        await store.migrate()
+        blob = await put(store, b"x")
+        other.sdk().remove_object(other.bucket, blob.key)
+        other.sdk().remove_bucket(other.bucket)
