@@ -36,7 +36,7 @@ def _append(servers: str, value: bytes) -> None:
 
 
 def _read(servers: str, count: int) -> list[bytes | None]:
-    consumer = Consumer({"bootstrap.servers": servers, "group.id": "reader", "auto.offset.reset": "earliest"})
+    consumer = Consumer({"bootstrap.servers": servers, "group.id": "reader", "enable.auto.commit": False})
     try:
         consumer.assign([TopicPartition(TOPIC, 0, 0)])
         messages = consumer.consume(count, timeout=60)
