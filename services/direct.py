@@ -29,6 +29,7 @@ from services.log.port import CommandWriter, Log, RecordedEvent
 from services.log.position import Position
 from services.manifest import to_json
 from services.registry import ManifestFormat, Registry
+from services.streams import from_any
 from services.views.models import DEFAULT_PAGE, MAX_PAGE, File, Package, PackageFilter, Page
 from services.views.queries import Queries
 
@@ -263,7 +264,7 @@ class DirectRegistry(Registry):
     async def _first_that_reads(self, places: list[tuple[str, int]], offset: int, length: int) -> AsyncIterator[bytes]:
         """The bytes from the first place that has them; the first chunk is fetched here, so that a miss shows here."""
         if length == 0:
-            return _nothing()
+            return from_any(())
         missing: CorruptError | None = None
         for key, start in dict.fromkeys(places):
             chunks = self._blobs.read(key, start + offset, length)
@@ -274,11 +275,6 @@ class DirectRegistry(Registry):
             else:
                 return _resume(first, chunks)
         raise missing or CorruptError("the file has no place where its bytes lie")
-
-
-async def _nothing() -> AsyncIterator[bytes]:
-    return
-    yield b""  # makes this an iterator
 
 
 async def _resume(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

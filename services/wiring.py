@@ -3,14 +3,157 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
 
+from schemas.digests import manifest_digest
+from services.blobs.open import open_blobs
+from services.blobs.port import BlobStore, Declared
+from services.clock import Clock, system_clock
 from services.config import Settings
+from services.core.limits import Limits
+from services.direct import DirectRegistry
+from services.errors import ConfigurationError
+from services.log.port import CommandWriter, Log, PutManifest
+from services.log.sqlite import SqliteLog, SqliteWriter
 from services.registry import Registry
+from services.streams import from_any
+from services.views.catch_up import catch_up
+from services.views.engine import Views
+from services.views.projections import PROJECTIONS
+from services.views.queries import Queries
+
+__all__ = ["Parts", "limits_of", "open_blobs", "open_log", "open_views", "open_writer", "parts", "registry"]
+
+_SQLITE = "sqlite:///"
+_FORMS = "sqlite:///PATH or kafka://host:port[,host:port]/PREFIX"
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Everything that a gateway works with; what `parts` opened, it closes."""
+
+    settings: Settings
+    log: Log
+    writer: CommandWriter
+    blobs: BlobStore
+    views: Views
+    registry: DirectRegistry
+
+
+def limits_of(settings: Settings) -> Limits:
+    """The limits that `decide` checks."""
+    return Limits(
+        max_file_bytes=settings.max_file_bytes,
+        max_files_per_package=settings.max_files_per_package,
+        max_metadata_bytes=settings.max_metadata_bytes,
+    )
+
+
+def is_embedded(settings: Settings) -> bool:
+    """Whether the log is a file of this machine. Raises ConfigurationError when the log URL has no known form."""
+    scheme = urlsplit(settings.log_url).scheme
+    if scheme not in ("sqlite", "kafka"):
+        raise ConfigurationError(f"ARTIFACT_STORE_LOG_URL has no known form; accepted are {_FORMS}")
+    return scheme == "sqlite"
+
+
+def open_log(settings: Settings) -> Log:
+    """The log that `settings.log_url` names. Connects to nothing yet. Raises ConfigurationError."""
+    if is_embedded(settings):
+        return SqliteLog(_sqlite_path(settings))
+    from services.log.kafka import KafkaLog  # loads librdkafka, which the embedded parts do without
+
+    return KafkaLog(settings)
+
+
+def open_views(settings: Settings) -> Views:
+    """The views that `settings.views_url` names. Connects to nothing yet. Raises ConfigurationError."""
+    return Views(settings.views_url)
+
+
+@asynccontextmanager
+async def open_writer(
+    settings: Settings, log: Log, put_manifest: PutManifest, *, clock: Clock = system_clock
+) -> AsyncIterator[CommandWriter]:
+    """The writer to the log, started; with Kafka, a member of the group of writers with its internal listener."""
+    if is_embedded(settings):
+        writer: CommandWriter = SqliteWriter(
+            _sqlite_path(settings), limits=limits_of(settings), put_manifest=put_manifest, clock=clock
+        )
+        await writer.start()
+        try:
+            yield writer
+        finally:
+            await writer.close()
+        return
+    from ingest_gateway.ownership import kafka_writer  # a gateway's: the listener for forwarded commands is HTTP
+
+    async with kafka_writer(settings, log, limits=limits_of(settings), put_manifest=put_manifest, clock=clock) as owned:
+        yield owned
+
+
+@asynccontextmanager
+async def parts(settings: Settings, *, clock: Clock = system_clock) -> AsyncIterator[Parts]:
+    """Open every part and the registry on them. The embedded parts are created when they are missing.
+
+    Raises:
+        ConfigurationError: settings that cannot work. UnavailableError: an embedded part cannot be opened.
+    """
+    async with AsyncExitStack() as stack:
+        blobs = open_blobs(settings)
+        stack.push_async_callback(blobs.close)
+        views = open_views(settings)
+        stack.push_async_callback(views.close)
+        log = open_log(settings)
+        stack.push_async_callback(log.close)
+        embedded = is_embedded(settings)
+        if embedded:
+            await log.migrate()
+            await blobs.migrate()
+            await views.migrate()
+
+        async def put_manifest(manifest: bytes) -> None:
+            declared = Declared(size_bytes=len(manifest), blake3=manifest_digest(manifest))
+            await blobs.store(from_any(manifest), declared=declared, max_bytes=len(manifest))
+
+        async def freshen() -> None:
+            await catch_up(views, log, PROJECTIONS["registry"])
+
+        writer = await stack.enter_async_context(open_writer(settings, log, put_manifest, clock=clock))
+        opened = DirectRegistry(
+            log,
+            writer,
+            blobs,
+            Queries(views),
+            limits=limits_of(settings),
+            clock=clock,
+            freshen=freshen if embedded else None,
+        )
+        yield Parts(settings, log, writer, blobs, views, opened)
 
 
 @asynccontextmanager
 async def registry(settings: Settings) -> AsyncIterator[Registry]:
     """The registry of these settings, as `services.registry.open_registry` gives it."""
-    raise NotImplementedError
-    yield  # pragma: no cover
+    if settings.url is not None:
+        from services.client import GatewayRegistry
+
+        async with GatewayRegistry(settings) as remote:
+            yield remote
+    elif not is_embedded(settings):
+        raise ConfigurationError(
+            "a Kafka log is written through a gateway: start `artifact-store gateway` and set ARTIFACT_STORE_URL"
+        )
+    else:
+        async with parts(settings) as opened:
+            yield opened.registry
+
+
+def _sqlite_path(settings: Settings) -> Path:
+    path = settings.log_url.removeprefix(_SQLITE)
+    if not settings.log_url.startswith(_SQLITE) or not path or "?" in path:
+        raise ConfigurationError(f"ARTIFACT_STORE_LOG_URL has no known form; accepted are {_FORMS}")
+    return Path(path)

@@ -58,7 +58,12 @@ class SqliteLog:
         return await self._readers.run(lambda file: Position(file.identity, {PARTITION: end_offset(file.connection)}))
 
     async def read(
-        self, since: Position | None = None, *, package_id: UUID | None = None, follow: bool = False
+        self,
+        since: Position | None = None,
+        *,
+        package_id: UUID | None = None,
+        follow: bool = False,
+        poll_seconds: float = 0.1,
     ) -> AsyncIterator[RecordedEvent]:
         """See `Log`."""
         cursor = await self._readers.run(lambda file: _Cursor(file, since, package_id, follow))
@@ -69,7 +74,7 @@ class SqliteLog:
             if not events:
                 if not follow:
                     return
-                await asyncio.sleep(self._poll_seconds)
+                await asyncio.sleep(poll_seconds)
 
     async def subscribe(self, projection: str, start_offsets: StartOffsets) -> Subscription:
         """See `Log`. The one partition belongs to one member at a time, in whichever process; the others wait."""
