@@ -1,0 +1,146 @@
+"""Processes of the product itself: `serve`, `gateway`, `projector`, and single commands, as users start them.
+
+Needs no more than the product does, so that the demonstration can use it too. A process belongs to a `with` block,
+which ends it; what it wrote is at the end of the error when something fails.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import SecretStr
+
+from services.config import PREFIX, Settings
+from tests.services.process import Server, free_ports
+
+COMMAND = [sys.executable, "-m", "services.cli"]
+"""The command line, as `artifact-store` runs it, with this very interpreter."""
+
+COMMAND_SECONDS = 120.0
+"""How long a single command may take at most."""
+
+
+def variables(settings: Settings) -> dict[str, str]:
+    """The environment variables that stand for these settings."""
+    found = {}
+    for name in Settings.model_fields:
+        value = getattr(settings, name)
+        if isinstance(value, SecretStr):
+            value = value.get_secret_value()
+        if value is not None and value != "":
+            found[PREFIX + name.upper()] = json.dumps(value) if isinstance(value, dict | bool) else str(value)
+    return found
+
+
+class ProductProcess(Server):
+    """One long-running command of the product, with settings of its own."""
+
+    name: ClassVar[str] = "artifact-store"
+    start_seconds: ClassVar[float] = 60.0
+
+    def __init__(
+        self, settings: Settings, folder: Path, *arguments: str, listens: bool = True, port: int | None = None
+    ) -> None:
+        """`arguments` are the command and its own; one that `listens` does so on `port` and is asked for readiness.
+
+        Its log is `folder`/artifact-store.log; nothing else is written there.
+        """
+        super().__init__(folder, port)
+        self._arguments = arguments
+        self._listens = listens
+        self._settings = settings.model_copy(update={"listen": f"127.0.0.1:{self.port}"})
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def prepare(self) -> None:
+        """Nothing: `migrate` has made what the process needs."""
+
+    def command(self) -> list[str]:
+        return [*COMMAND, *self._arguments]
+
+    def environment(self) -> dict[str, str]:
+        return {**variables(self._settings), "PYTHONUNBUFFERED": "1"}
+
+    def answers(self) -> bool:
+        """Whether it is ready; a projector is, as soon as it runs: whoever needs a view waits for the view."""
+        return not self._listens or get(f"{self.endpoint}/readyz") == 200
+
+
+def get(url: str) -> int | None:
+    """The status of a plain GET; None when nothing answers within two seconds."""
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:  # noqa: S310  a loopback address of our own
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code
+    except OSError:
+        return None
+
+
+def run_command(
+    settings: Settings | None, *arguments: str | Path, url: str | None = None, seconds: float = COMMAND_SECONDS
+) -> subprocess.CompletedProcess[bytes]:
+    """Run a command of the product to its end, whatever its exit code; through the gateway at `url` when it is given.
+
+    Without settings it knows `url` alone, as a client's machine would.
+    """
+    given = variables(settings) if settings is not None else {}
+    if url is not None:
+        given[f"{PREFIX}URL"] = url
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        cwd="/",
+        env={**os.environ, **given},
+        timeout=seconds,
+        check=False,
+    )
+
+
+def output_of(settings: Settings | None, *arguments: str | Path, url: str | None = None) -> bytes:
+    """The standard output of a command that must succeed. Raises AssertionError with what it said otherwise."""
+    done = run_command(settings, *arguments, url=url)
+    if done.returncode != 0:
+        said = (done.stdout[-2000:] + done.stderr[-4000:]).decode(errors="replace")
+        raise AssertionError(f"`{' '.join(map(str, arguments))}` ended with exit code {done.returncode}:\n{said}")
+    return done.stdout
+
+
+@contextmanager
+def serving(settings: Settings, folder: Path) -> Iterator[ProductProcess]:
+    """Gateway and projections in one process, on parts that are made first."""
+    output_of(settings, "migrate")
+    with ProductProcess(settings, folder / "serve", "serve") as process:
+        yield process
+
+
+@contextmanager
+def deployed(settings: Settings, folder: Path) -> Iterator[Mapping[str, ProductProcess]]:
+    """The product as it is scaled out: a gateway and one projector a projection, by the names `gateway`, `registry`
+    and `retention`."""
+    output_of(settings, "migrate")
+    ports = free_ports(3)
+    processes = {
+        "gateway": ProductProcess(settings, folder / "gateway", "gateway", port=ports[0]),
+        **{
+            name: ProductProcess(settings, folder / name, "projector", name, listens=False, port=port)
+            for name, port in zip(("registry", "retention"), ports[1:], strict=True)
+        },
+    }
+    with ExitStack() as stack:
+        for name in ("registry", "retention", "gateway"):  # the gateway last: it is waited for
+            stack.enter_context(processes[name])
+        yield processes
