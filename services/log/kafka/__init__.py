@@ -1,0 +1,5 @@
+"""The log of record on Kafka: one topic, read by committed readers, written by one fenced producer per partition."""
+
+from services.log.kafka.log import KafkaLog
+
+__all__ = ["KafkaLog"]

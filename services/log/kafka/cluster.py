@@ -1,0 +1,152 @@
+"""What is asked of the Kafka cluster: the topic's identity and shape, offsets, groups. Every question blocks."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any
+from uuid import UUID
+
+import confluent_kafka.admin
+from confluent_kafka import (
+    ConsumerGroupState,
+    ConsumerGroupTopicPartitions,
+    IsolationLevel,
+    KafkaError,
+    KafkaException,
+    TopicCollection,
+    TopicPartition,
+)
+from confluent_kafka.admin import AdminClient
+
+from services.log.kafka.clients import make_admin
+from services.log.kafka.failures import explaining, kafka_error
+from services.log.kafka.settings import KafkaSettings
+
+# The package's types neither cover all that its documentation names nor mark it as exported.
+_admin: Any = confluent_kafka.admin
+
+ANSWER_SECONDS = 10.0
+"""How long a question waits for its answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """The topic as the cluster has it: Kafka's topic id (KIP-516), and `replicas`, the fewest of any partition."""
+
+    identity: UUID
+    partitions: int
+    replicas: int
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One member of a consumer group and the partitions of our topic that are assigned to it."""
+
+    member_id: str
+    client_id: str
+    partitions: frozenset[int]
+
+
+class Cluster:
+    """Questions to the cluster, from any thread; each blocks for ANSWER_SECONDS at most.
+
+    All raise UnavailableError, and ConfigurationError when the topic or the right to see it is missing.
+    """
+
+    def __init__(self, kafka: KafkaSettings) -> None:
+        """Connects to nothing yet."""
+        self._kafka = kafka
+        self._lock = Lock()
+        self._made: AdminClient | None = None
+
+    def topic(self) -> Topic:
+        """Describe the topic."""
+        name = self._kafka.topic
+        found = self._ask("describing the topic", lambda admin: admin.describe_topics(TopicCollection([name])))[name]
+        identity = UUID(bytes=base64.urlsafe_b64decode(f"{found.topic_id}=="))
+        return Topic(identity, len(found.partitions), min(len(p.replicas) for p in found.partitions))
+
+    def topic_settings(self) -> Mapping[str, str]:
+        """The topic's settings in effect, whatever level they come from."""
+        resource = _admin.ConfigResource(_admin.ResourceType.TOPIC, self._kafka.topic)
+        found = self._ask("reading the topic's settings", lambda admin: admin.describe_configs([resource]))
+        return {name: entry.value for name, entry in found[resource].items()}
+
+    def create_topic(self, settings: Mapping[str, str]) -> bool:
+        """Create the topic; False when it was there already. Raises ConfigurationError when the cluster refuses it."""
+        kafka = self._kafka
+        topic = _admin.NewTopic(kafka.topic, kafka.partitions, kafka.replication_factor, config=dict(settings))
+        try:
+            self._answers(lambda admin: admin.create_topics([topic]))
+        except KafkaException as error:
+            found = kafka_error(error)
+            if found is not None and found.code() == KafkaError.TOPIC_ALREADY_EXISTS:
+                return False
+            with explaining("creating the topic"):
+                raise
+        except TimeoutError:
+            with explaining("creating the topic"):
+                raise
+        return True
+
+    def earliest(self, partitions: Iterable[int]) -> dict[int, int]:
+        """Per partition, the first offset that is still there."""
+        return self._offsets(partitions, _admin.OffsetSpec.earliest(), IsolationLevel.READ_UNCOMMITTED)
+
+    def last_stable(self, partitions: Iterable[int]) -> dict[int, int]:
+        """Per partition, the offset up to which every transaction is decided; committed readers get this far."""
+        return self._offsets(partitions, _admin.OffsetSpec.latest(), IsolationLevel.READ_COMMITTED)
+
+    def high_watermark(self, partitions: Iterable[int]) -> dict[int, int]:
+        """Per partition, the offset behind the last replicated record, open transactions included."""
+        return self._offsets(partitions, _admin.OffsetSpec.latest(), IsolationLevel.READ_UNCOMMITTED)
+
+    def committed(self, group: str) -> dict[int, int]:
+        """What the group has committed, by partition; a partition without a commit is absent."""
+        request = ConsumerGroupTopicPartitions(group)
+        found = self._ask("reading a group's offsets", lambda admin: admin.list_consumer_group_offsets([request]))
+        of_topic = [p for p in found[group].topic_partitions if p.topic == self._kafka.topic]
+        return {p.partition: p.offset for p in of_topic if p.offset >= 0}
+
+    def members(self, group: str) -> list[Member] | None:
+        """The group's members; None while it is between two assignments."""
+        found = self._ask("describing a group", lambda admin: admin.describe_consumer_groups([group]))[group]
+        if found.state not in (ConsumerGroupState.STABLE, ConsumerGroupState.EMPTY, ConsumerGroupState.DEAD):
+            return None
+        return [Member(m.member_id, m.client_id, self._assigned(m)) for m in found.members]
+
+    def _assigned(self, member: Any) -> frozenset[int]:
+        parts = member.assignment.topic_partitions if member.assignment is not None else []
+        return frozenset(p.partition for p in parts if p.topic == self._kafka.topic)
+
+    def _offsets(self, partitions: Iterable[int], spec: Any, isolation: IsolationLevel) -> dict[int, int]:
+        request = {TopicPartition(self._kafka.topic, p): spec for p in partitions}
+        if not request:
+            return {}
+        found = self._ask("asking for offsets", lambda admin: admin.list_offsets(request, isolation_level=isolation))
+        return {p.partition: result.offset for p, result in found.items()}
+
+    def _ask(self, doing: str, question: Callable[[AdminClient], dict[Any, Future[Any]]]) -> dict[Any, Any]:
+        with explaining(doing):
+            return self._answers(question)
+
+    def _answers(self, question: Callable[[AdminClient], dict[Any, Future[Any]]]) -> dict[Any, Any]:
+        admin = self._admin()
+        admin.poll(0)  # hands over what the client has to log
+        return {key: future.result(ANSWER_SECONDS) for key, future in question(admin).items()}
+
+    def _admin(self) -> AdminClient:
+        with self._lock:
+            if self._made is None:
+                # A request must not outlive the wait for it.
+                self._made = make_admin({"socket.timeout.ms": int(ANSWER_SECONDS * 1000), **self._kafka.admin()})
+            return self._made
+
+    def close(self) -> None:
+        """Release the connections."""
+        with self._lock:
+            self._made = None

@@ -1,0 +1,182 @@
+"""The log of record on Kafka: the `Log` port over one topic."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+from uuid import UUID
+
+from services.config import Settings
+from services.errors import CorruptError, InvalidPositionError, LogIdentityError, UnavailableError
+from services.log.kafka import topic
+from services.log.kafka.cluster import Cluster, Topic
+from services.log.kafka.decoding import event_of, recorded
+from services.log.kafka.partitioner import partition_of, record_key
+from services.log.kafka.reader import Reader
+from services.log.kafka.settings import KafkaSettings
+from services.log.kafka.subscription import KafkaSubscription
+from services.log.port import RecordedEvent, StartOffsets
+from services.log.position import Position
+
+_BATCH = 500
+_POLL_SECONDS = 0.5
+_IDENTITY_SECONDS = 10.0
+"""How often a reader that follows looks whether the topic is still the same one."""
+
+_T = TypeVar("_T")
+
+
+class KafkaLog:
+    """See `Log`. Its identity is Kafka's topic id (KIP-516): a topic made anew under the same name has another."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Connects to nothing yet. Raises ConfigurationError for settings that cannot work."""
+        self.kafka = KafkaSettings.of(settings)
+        self.cluster = Cluster(self.kafka)
+        self._threads = ThreadPoolExecutor(4, thread_name_prefix="log-ask")
+        self._topic: Topic | None = None
+
+    async def identity(self) -> UUID:
+        """See `Log`."""
+        return (await self._look()).identity
+
+    async def partitions(self) -> int:
+        """See `Log`."""
+        return (self._topic or await self._look()).partitions
+
+    def partition_of(self, package_id: UUID) -> int:
+        """See `Log`."""
+        if self._topic is None:
+            raise UnavailableError("the log was not reached yet")
+        return partition_of(package_id, self._topic.partitions)
+
+    async def end(self) -> Position:
+        """See `Log`. The last stable offsets: what lies beyond is of transactions that are not decided."""
+        found = await self._look()
+        ends = await self.blocking(lambda: self.cluster.last_stable(range(found.partitions)))
+        return Position(found.identity, ends)
+
+    async def read(
+        self, since: Position | None = None, *, package_id: UUID | None = None, follow: bool = False
+    ) -> AsyncIterator[RecordedEvent]:
+        """See `Log`. One consumer and one thread while the caller iterates."""
+        found = await self._look()
+        position = since or Position(found.identity, {})
+        position.require(found.identity)
+        if any(p >= found.partitions for p in position.offsets):
+            raise InvalidPositionError("the position names a partition that the log does not have")
+        wanted = range(found.partitions) if package_id is None else [partition_of(package_id, found.partitions)]
+        starts = {p: position.offsets.get(p, 0) for p in wanted}
+        ends = await self._checked_ends(starts)
+        if not follow:
+            starts = {p: offset for p, offset in starts.items() if offset < ends[p]}
+            if not starts:
+                return
+        key = None if package_id is None else record_key(package_id)
+        reading = _Reading(self, starts, None if follow else ends, key, position)
+        try:
+            while (events := await reading.some()) is not None:
+                for event in events:
+                    yield event
+        finally:
+            await reading.close()
+
+    async def subscribe(self, projection: str, start_offsets: StartOffsets) -> KafkaSubscription:
+        """See `Log`."""
+        await self._look()
+        return await KafkaSubscription(self.kafka, self.cluster, projection, start_offsets).open()
+
+    async def lag(self, projection: str) -> Mapping[int, int]:
+        """See `Log`. A partition without a commit lags by all it holds."""
+        ends = (await self.end()).offsets
+        committed = await self.blocking(lambda: self.cluster.committed(self.kafka.projector_group(projection)))
+        return {p: max(0, end - committed.get(p, 0)) for p, end in ends.items()}
+
+    async def migrate(self) -> None:
+        """See `Log`."""
+        self._topic = await self.blocking(lambda: topic.migrate(self.kafka, self.cluster))
+
+    async def check(self) -> None:
+        """See `Log`."""
+        self._topic = await self.blocking(lambda: topic.check(self.kafka, self.cluster))
+
+    async def close(self) -> None:
+        """See `Log`."""
+        await asyncio.get_running_loop().run_in_executor(self._threads, self.cluster.close)
+        self._threads.shutdown(wait=False)
+
+    async def blocking(self, call: Callable[[], _T]) -> _T:
+        """Run a blocking question in one of the log's threads."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+    async def _look(self) -> Topic:
+        self._topic = await self.blocking(self.cluster.topic)
+        return self._topic
+
+    async def _checked_ends(self, starts: Mapping[int, int]) -> dict[int, int]:
+        ends, earliest = await asyncio.gather(
+            self.blocking(lambda: self.cluster.last_stable(starts)),
+            self.blocking(lambda: self.cluster.earliest(starts)),
+        )
+        for p, offset in starts.items():
+            if offset > ends[p]:
+                raise InvalidPositionError(f"the position is beyond the end of partition {p}")
+            if offset < earliest[p]:
+                raise CorruptError(f"partition {p} begins at offset {earliest[p]}: events before it are gone")
+        return ends
+
+
+class _Reading:
+    """One pass over the log: a reader in its own thread, asked for one batch at a time, so that memory is bounded."""
+
+    def __init__(
+        self, log: KafkaLog, starts: dict[int, int], ends: dict[int, int] | None, key: bytes | None, position: Position
+    ) -> None:
+        self._log = log
+        self._starts = starts
+        self._ends = ends
+        self._key = key
+        self._position = position
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="log-read")
+        self._reader: Reader | None = None
+        self._done = False
+        self._looked = time.monotonic()
+
+    async def some(self) -> list[RecordedEvent] | None:
+        """The next events, perhaps none; None behind the last."""
+        if self._done:
+            return None
+        if self._ends is None and time.monotonic() > self._looked + _IDENTITY_SECONDS:
+            await self._same_log()
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._take)
+
+    async def close(self) -> None:
+        """Release consumer and thread."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._close)
+        self._thread.shutdown(wait=False)
+
+    async def _same_log(self) -> None:
+        if await self._log.identity() != self._position.log:
+            raise LogIdentityError("the topic was made anew while it was read")
+        self._looked = time.monotonic()
+
+    def _take(self) -> list[RecordedEvent]:
+        if self._reader is None:
+            self._reader = Reader(self._log.kafka, self._starts)
+        events = []
+        for record in self._reader.take(_BATCH, _POLL_SECONDS if self._ends is None else 0.05):
+            if self._ends is not None and record.offset >= self._ends[record.partition]:
+                continue
+            if self._key in (None, record.key):
+                self._position = self._position.after(record.partition, record.offset)
+                events.append(recorded(event_of(record), self._position))
+        if self._ends is not None:
+            self._done = all(offset >= self._ends[p] for p, offset in self._reader.reached().items())
+        return events
+
+    def _close(self) -> None:
+        if self._reader is not None:
+            self._reader.close()

@@ -1,0 +1,79 @@
+"""Reading committed records from given partitions: under `Log.read`, a writer's take-over and its read-back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from confluent_kafka import Consumer, Message, TopicPartition
+
+from services.errors import UnavailableError
+from services.log.kafka.clients import make_consumer
+from services.log.kafka.failures import explained, explaining
+from services.log.kafka.settings import KafkaSettings
+from services.log.port import Record
+
+_DOING = "reading the log"
+
+
+class Reader:
+    """A read_committed consumer of partitions that it is given; used by one thread at a time. Every method blocks."""
+
+    def __init__(self, kafka: KafkaSettings, starts: Mapping[int, int]) -> None:
+        """`starts`: the offset to begin at, by partition. Raises ConfigurationError."""
+        self._parts = [TopicPartition(kafka.topic, p, offset) for p, offset in starts.items()]
+        self._starts = dict(starts)
+        self._consumer = make_consumer(kafka.reader())
+        with explaining(_DOING):
+            self._consumer.assign(self._parts)
+
+    def take(self, limit: int, timeout: float) -> list[Record]:
+        """What is there, `limit` at most, after waiting `timeout` seconds at most for the first.
+
+        Raises UnavailableError; CorruptError when the offset to read is not in the log; ConfigurationError.
+        """
+        with explaining(_DOING):
+            return records(take_messages(self._consumer, limit, timeout))
+
+    def take_exactly(self, count: int, timeout: float) -> list[Record]:
+        """Wait until `count` records are there, `timeout` seconds at most; fewer when the time is over. As `take`."""
+        with explaining(_DOING):
+            return records(self._consumer.consume(count, timeout))
+
+    def reached(self) -> dict[int, int]:
+        """Per partition the offset to read next: behind all that was taken, and behind markers that follow it."""
+        with explaining(_DOING):
+            return {**self._starts, **positions(self._consumer, self._parts)}
+
+    def close(self) -> None:
+        """Release the connections."""
+        self._consumer.close()
+
+
+def take_messages(consumer: Consumer, limit: int, timeout: float) -> list[Message]:
+    """The first message that comes and all that wait behind it.
+
+    `consume` alone would wait for the full number or the whole time.
+    """
+    found: list[Message] = consumer.consume(1, timeout)
+    if found and limit > 1:
+        found += consumer.consume(limit - 1, 0)
+    return found
+
+
+def records(messages: Iterable[Message]) -> list[Record]:
+    """The records; an error among the messages is raised as an error of our tree."""
+    found = []
+    for message in messages:
+        error = message.error()
+        if error is not None:
+            raise explained(error, _DOING)
+        partition, offset = message.partition(), message.offset()
+        if partition is None or offset is None:
+            raise UnavailableError("the Kafka client returned a record without a place")
+        found.append(Record(partition, offset, message.key() or b"", message.value() or b""))
+    return found
+
+
+def positions(consumer: Consumer, partitions: list[TopicPartition]) -> dict[int, int]:
+    """The consumer's positions where it has one: transaction markers move it, although they are no messages."""
+    return {p.partition: p.offset for p in consumer.position(partitions) if p.offset >= 0}

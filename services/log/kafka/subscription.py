@@ -1,0 +1,176 @@
+"""A member of a projection's consumer group: committed records of the partitions that are assigned to it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Self, TypeVar
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+
+from services.errors import ArtifactStoreError, CorruptError, UnavailableError
+from services.log.kafka.clients import make_consumer
+from services.log.kafka.cluster import ANSWER_SECONDS, Cluster
+from services.log.kafka.failures import explaining, kafka_error
+from services.log.kafka.reader import positions, records, take_messages
+from services.log.kafka.settings import KafkaSettings
+from services.log.port import Batch, StartOffsets
+
+_START_SECONDS = 30.0
+"""How long the projection may take to say where an assignment begins."""
+
+_LOST = frozenset(
+    {
+        KafkaError.ILLEGAL_GENERATION,
+        KafkaError.UNKNOWN_MEMBER_ID,
+        KafkaError.REBALANCE_IN_PROGRESS,
+        KafkaError._ASSIGNMENT_LOST,
+        KafkaError._NO_OFFSET,
+        KafkaError._STATE,
+    }
+)
+
+_T = TypeVar("_T")
+
+
+class KafkaSubscription:
+    """See `Subscription`. One thread of its own makes every call to the consumer, callbacks included."""
+
+    def __init__(self, kafka: KafkaSettings, cluster: Cluster, projection: str, start_offsets: StartOffsets) -> None:
+        """Must be made on the event loop, which `start_offsets` then runs on."""
+        self._kafka = kafka
+        self._cluster = cluster
+        self._group = kafka.projector_group(projection)
+        self._start_offsets = start_offsets
+        self._loop = asyncio.get_running_loop()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"log-subscribe-{projection}")
+        self._consumer: Consumer | None = None
+        self._reached: dict[int, int] = {}
+        self._refused: ArtifactStoreError | None = None
+
+    async def open(self) -> Self:
+        """Join the group; returns before anything is assigned. Raises ConfigurationError, UnavailableError."""
+        await self._run(self._join)
+        return self
+
+    async def poll(self, max_records: int, timeout_seconds: float) -> Batch:
+        """See `Subscription`."""
+        return await self._run(lambda: self._poll(max_records, timeout_seconds))
+
+    @property
+    def assigned(self) -> frozenset[int]:
+        """See `Subscription`."""
+        return frozenset(self._reached)
+
+    async def commit(self, next_offsets: Mapping[int, int], metadata: str) -> None:
+        """See `Subscription`. What was taken away meanwhile is left to its new owner."""
+        await self._run(lambda: self._commit(next_offsets, metadata))
+
+    async def close(self) -> None:
+        """See `Subscription`."""
+        await self._run(self._leave)
+        self._thread.shutdown(wait=False)
+
+    async def _run(self, call: Callable[[], _T]) -> _T:
+        return await self._loop.run_in_executor(self._thread, call)
+
+    def _join(self) -> None:
+        self._consumer = make_consumer(self._kafka.member(self._group, "artifact-store-projector"))
+        with explaining("joining the projection's group"):
+            self._consumer.subscribe(
+                [self._kafka.topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_revoke
+            )
+
+    def _leave(self) -> None:
+        consumer, self._consumer = self._consumer, None
+        self._reached = {}
+        if consumer is not None:
+            consumer.close()
+
+    def _poll(self, max_records: int, timeout: float) -> Batch:
+        if self._consumer is None:
+            # An assignment could not begin; joining again asks for it once more.
+            self._join()
+        consumer = self._joined()
+        with explaining("reading the log"):
+            messages = take_messages(consumer, max_records, timeout)
+        if self._refused is not None:
+            refused, self._refused = self._refused, None
+            self._leave()
+            raise refused
+        # A rebalance may have happened between the records of this very batch.
+        found = [record for record in records(messages) if record.partition in self._reached]
+        with explaining("reading the log"):
+            now = positions(consumer, [TopicPartition(self._kafka.topic, p) for p in self._reached])
+        moved = {p: offset for p, offset in now.items() if offset > self._reached.get(p, offset)}
+        self._reached.update(moved)
+        return Batch(found, moved)
+
+    def _commit(self, next_offsets: Mapping[int, int], metadata: str) -> None:
+        offsets = [
+            TopicPartition(self._kafka.topic, p, offset, metadata)
+            for p, offset in next_offsets.items()
+            if p in self._reached
+        ]
+        if not offsets:
+            return
+        try:
+            self._joined().commit(offsets=offsets, asynchronous=False)
+        except KafkaException as error:
+            found = kafka_error(error)
+            # It only shows progress: whoever owns the partition now shows its own.
+            if found is not None and found.code() in _LOST:
+                return
+            with explaining("committing a projection's offsets"):
+                raise
+
+    def _joined(self) -> Consumer:
+        if self._consumer is None:
+            raise UnavailableError("the subscription is closed")
+        return self._consumer
+
+    def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        """Runs within a poll; an error here must not pass through the client, so it is kept for that poll to raise."""
+        try:
+            starts = self._starts(consumer, partitions)
+        except ArtifactStoreError as error:
+            self._refused = error
+            consumer.incremental_assign([])
+            return
+        # The projection's own failure, a database that is down for instance, ends the poll in the same way.
+        except Exception as error:  # noqa: BLE001 - raised by the poll as UnavailableError, with its cause
+            self._refused = UnavailableError(f"the projection cannot say where to begin: {type(error).__name__}")
+            self._refused.__cause__ = error
+            consumer.incremental_assign([])
+            return
+        consumer.incremental_assign([TopicPartition(self._kafka.topic, p, o) for p, o in starts.items()])
+        self._reached.update(starts)
+
+    def _on_revoke(self, _: Consumer, partitions: list[TopicPartition]) -> None:
+        for p in partitions:
+            self._reached.pop(p.partition, None)
+
+    def _starts(self, consumer: Consumer, partitions: list[TopicPartition]) -> dict[int, int]:
+        if not partitions:
+            return {}
+        with explaining("asking where a projection stands"):
+            committed = {
+                p.partition: (p.offset, p.metadata or "")
+                for p in consumer.committed(partitions, ANSWER_SECONDS)
+                if p.offset >= 0
+            }
+        numbers = [p.partition for p in partitions]
+        asked = asyncio.run_coroutine_threadsafe(self._ask(numbers, committed), self._loop)
+        starts = asked.result(_START_SECONDS)
+        earliest, end = self._cluster.earliest(numbers), self._cluster.last_stable(numbers)
+        for p in numbers:
+            if not earliest[p] <= starts[p] <= end[p]:
+                raise CorruptError(
+                    f"partition {p} holds offsets {earliest[p]} to {end[p]}, reading was to begin at {starts[p]}: "
+                    "the log was truncated, re-created or restored"
+                )
+        return {p: starts[p] for p in numbers}
+
+    async def _ask(self, partitions: list[int], committed: Mapping[int, tuple[int, str]]) -> Mapping[int, int]:
+        return await self._start_offsets(partitions, committed)
