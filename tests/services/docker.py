@@ -11,7 +11,8 @@ from typing import Any
 
 from tests.services.process import ServiceError
 
-_ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[2]
+COMPOSE_FILE = ROOT / "compose.yaml"
 _ASK_SECONDS = 10.0
 _START_SECONDS = 900.0  # images may have to be pulled
 
@@ -49,23 +50,26 @@ def status(state: dict[str, Any]) -> dict[str, str | None]:
     return {name: f"127.0.0.1:{state[name]['port']}" if name in running else None for name in names}
 
 
-def _compose(state: dict[str, Any], *arguments: str) -> str:
-    """Run `docker compose`, with ports and keys in its environment, never on its command line. Returns its output."""
-    project = f"artifact-store-{hashlib.sha256(str(_ROOT).encode()).hexdigest()[:8]}"
-    command = ["docker", "compose", "--project-name", project, "--file", str(_ROOT / "compose.yaml"), *arguments]
-    durable = "on" if state["postgres"]["durable"] else "off"
-    environment = {
+def environment(state: dict[str, Any]) -> dict[str, str]:
+    """The variables that compose.yaml leaves open."""
+    return {
         "KAFKA_PORT": str(state["kafka"]["port"]),
         "MINIO_PORT": str(state["minio"]["port"]),
         "POSTGRES_PORT": str(state["postgres"]["port"]),
         "S3_ACCESS_KEY": state["minio"]["access_key"],
         "S3_SECRET_KEY": state["minio"]["secret_key"],
         "POSTGRES_PASSWORD": state["postgres"]["password"],
-        "POSTGRES_DURABLE": durable,
+        "POSTGRES_DURABLE": "on" if state["postgres"]["durable"] else "off",
     }
+
+
+def _compose(state: dict[str, Any], *arguments: str) -> str:
+    """Run `docker compose`, with ports and keys in its environment, never on its command line. Returns its output."""
+    project = f"artifact-store-{hashlib.sha256(str(ROOT).encode()).hexdigest()[:8]}"
+    command = ["docker", "compose", "--project-name", project, "--file", str(COMPOSE_FILE), *arguments]
     done = subprocess.run(
         command,
-        env={**os.environ, **environment},
+        env={**os.environ, **environment(state)},
         capture_output=True,
         text=True,
         timeout=_START_SECONDS,

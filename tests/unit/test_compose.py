@@ -1,0 +1,43 @@
+"""`compose.yaml` opens nothing to the network, holds no secret, and is given every variable that it leaves open."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from tests.services.docker import COMPOSE_FILE, environment
+from tests.services.install import MINIO_RELEASE
+
+TEXT = COMPOSE_FILE.read_text(encoding="utf-8")
+SERVICES: dict[str, dict[str, Any]] = yaml.safe_load(TEXT)["services"]
+
+
+def test_it_has_the_three_services_and_each_says_when_it_is_ready() -> None:
+    assert sorted(SERVICES) == ["kafka", "minio", "postgres"]
+    assert all("healthcheck" in service for service in SERVICES.values())
+
+
+def test_every_port_is_on_the_loopback_interface() -> None:
+    ports = [port for service in SERVICES.values() for port in service["ports"]]
+    assert len(ports) == 3
+    assert [port for port in ports if not port.startswith("127.0.0.1:")] == []
+
+
+def test_every_open_variable_is_set_and_no_other() -> None:
+    state = {
+        "kafka": {"port": 1},
+        "minio": {"port": 2, "access_key": "a", "secret_key": "b"},
+        "postgres": {"port": 3, "password": "c", "durable": False},
+    }
+    assert set(re.findall(r"\$\{(\w+)", TEXT)) == set(environment(state))
+
+
+def test_secrets_have_no_default() -> None:
+    for name in ("S3_ACCESS_KEY", "S3_SECRET_KEY", "POSTGRES_PASSWORD"):
+        assert re.findall(rf"\$\{{{name}(..)", TEXT) == [":?"]
+
+
+def test_its_object_store_is_the_release_that_is_built_elsewhere() -> None:
+    assert SERVICES["minio"]["image"].endswith(f":{MINIO_RELEASE}")
