@@ -141,7 +141,7 @@ async def registry(settings: Settings) -> AsyncIterator[Registry]:
     if settings.url is not None:
         from services.client import GatewayRegistry
 
-        async with GatewayRegistry(settings) as remote:
+        async with GatewayRegistry(settings.url) as remote:
             yield remote
     elif not is_embedded(settings):
         raise ConfigurationError(
