@@ -1,0 +1,188 @@
+"""A log in memory with several partitions, for tests of what reads it: a fake of the `Log` port that can be disturbed.
+
+As on Kafka, offsets have holes (where transaction markers would lie), a group spreads the partitions over its members,
+and a rebalance begins each partition anew where `start_offsets` says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from uuid import UUID, uuid4
+
+from schemas.codec import decode, encode
+from schemas.events import Event
+from services.errors import CorruptError, InvalidPositionError, UnavailableError
+from services.log.port import Batch, Record, RecordedEvent, StartOffsets
+from services.log.position import Position
+
+_FIELDS = tuple(Event.__slots__)
+
+
+class MemoryLog:
+    """See `Log`. `hole` offsets are left out after every `every`-th record of a partition."""
+
+    def __init__(self, partitions: int = 3, *, every: int = 5, hole: int = 1) -> None:
+        self.id = uuid4()
+        self.unavailable = False
+        self.members: list[MemorySubscription] = []
+        self.committed: dict[str, dict[int, tuple[int, str]]] = {}
+        self._records: list[list[Record]] = [[] for _ in range(partitions)]
+        self._ends = [0] * partitions
+        self._every = every
+        self._hole = hole
+        self._changed = asyncio.Event()
+
+    def append(self, *events: Event) -> None:
+        """Append the events, each to its package's partition."""
+        for event in events:
+            self.append_raw(self.partition_of(event.package_id), encode(event), str(event.package_id).encode())
+
+    def append_raw(self, partition: int, value: bytes, key: bytes = b"") -> None:
+        """Append a record of this value, whatever it is."""
+        records = self._records[partition]
+        records.append(Record(partition, self._ends[partition], key, value))
+        self._ends[partition] += 1
+        if len(records) % self._every == 0:
+            self._ends[partition] += self._hole
+        self._changed.set()
+
+    def truncate(self, partition: int) -> None:
+        """Lose every record of the partition, as a restore from an older copy would."""
+        self._records[partition].clear()
+        self._ends[partition] = 0
+
+    async def identity(self) -> UUID:
+        self._reach()
+        return self.id
+
+    async def partitions(self) -> int:
+        return len(self._records)
+
+    def partition_of(self, package_id: UUID) -> int:
+        return package_id.int % len(self._records)
+
+    async def end(self) -> Position:
+        self._reach()
+        return Position(self.id, dict(enumerate(self._ends)))
+
+    async def read(
+        self,
+        since: Position | None = None,
+        *,
+        package_id: UUID | None = None,
+        follow: bool = False,
+        poll_seconds: float = 0.1,
+    ) -> AsyncIterator[RecordedEvent]:
+        assert not follow, "following is not needed by these tests"
+        end = await self.end()
+        at = since or Position(self.id, {})
+        at.require(self.id)
+        if not end.covers(at):
+            raise InvalidPositionError("the position is beyond the log's end")
+        for partition, records in enumerate(self._records):
+            start = at.offsets.get(partition, 0)
+            for record in [r for r in records if start <= r.offset < end.offsets[partition]]:
+                await asyncio.sleep(0)
+                event = decode(record.value)
+                at = at.after(partition, record.offset)
+                if package_id in (None, event.package_id):
+                    yield RecordedEvent(**{name: getattr(event, name) for name in _FIELDS}, position=at)
+
+    async def subscribe(self, projection: str, start_offsets: StartOffsets) -> MemorySubscription:
+        self._reach()
+        joined = MemorySubscription(self, projection, start_offsets)
+        self.members.append(joined)
+        self.rebalance(projection)
+        return joined
+
+    async def lag(self, projection: str) -> Mapping[int, int]:
+        done = self.committed.get(projection, {})
+        return {p: end - done.get(p, (0, ""))[0] for p, end in enumerate(self._ends)}
+
+    async def migrate(self) -> None:
+        """Nothing to make."""
+
+    async def check(self) -> None:
+        self._reach()
+
+    async def close(self) -> None:
+        """Nothing to release."""
+
+    def rebalance(self, projection: str) -> None:
+        """Spread the partitions anew; every member asks again where to begin."""
+        members = [member for member in self.members if member.projection == projection]
+        for i, member in enumerate(members):
+            member.assign([p for p in range(len(self._records)) if p % len(members) == i])
+        self._changed.set()
+
+    def take(self, partition: int, start: int, most: int) -> tuple[list[Record], int]:
+        """Records from an offset on, and the offset behind them, over a hole at the end."""
+        if start > self._ends[partition]:
+            raise CorruptError(f"offset {start} lies outside the log")
+        found = [record for record in self._records[partition] if record.offset >= start]
+        if len(found) > most:
+            return found[:most], found[most].offset
+        return found, self._ends[partition]
+
+    async def wait_for_change(self, seconds: float) -> None:
+        """Return when something was appended or rebalanced, or the time is over."""
+        self._changed.clear()
+        try:
+            await asyncio.wait_for(self._changed.wait(), seconds)
+        except TimeoutError:
+            return
+
+    def _reach(self) -> None:
+        if self.unavailable:
+            raise UnavailableError("the log cannot be reached")
+
+
+class MemorySubscription:
+    """See `Subscription`."""
+
+    def __init__(self, log: MemoryLog, projection: str, start_offsets: StartOffsets) -> None:
+        self.projection = projection
+        self._log = log
+        self._start_offsets = start_offsets
+        self._fresh: Sequence[int] | None = None
+        self._next: dict[int, int] = {}
+
+    @property
+    def assigned(self) -> frozenset[int]:
+        return frozenset(self._next)
+
+    def assign(self, partitions: Sequence[int]) -> None:
+        """Take effect at the next poll."""
+        self._fresh = partitions
+
+    async def poll(self, max_records: int, timeout_seconds: float) -> Batch:
+        for last in (False, True):
+            if self._log.unavailable:
+                raise UnavailableError("the log cannot be reached")
+            if self._fresh is not None:
+                partitions, self._fresh = self._fresh, None
+                self._next = dict(await self._start_offsets(partitions, self._log.committed.get(self.projection, {})))
+            records: list[Record] = []
+            moved: dict[int, int] = {}
+            for partition, start in self._next.items():
+                found, behind = self._log.take(partition, start, max_records - len(records))
+                records += found
+                if behind != start:
+                    moved[partition] = behind
+            self._next.update(moved)
+            if moved or last or not timeout_seconds:
+                return Batch(records, moved)
+            await self._log.wait_for_change(timeout_seconds)
+        raise AssertionError("unreachable")
+
+    async def commit(self, next_offsets: Mapping[int, int], metadata: str) -> None:
+        if self._log.unavailable:
+            raise UnavailableError("the log cannot be reached")
+        committed = self._log.committed.setdefault(self.projection, {})
+        committed.update({p: (offset, metadata) for p, offset in next_offsets.items() if p in self._next})
+
+    async def close(self) -> None:
+        if self in self._log.members:
+            self._log.members.remove(self)
+            self._log.rebalance(self.projection)
