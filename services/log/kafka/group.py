@@ -1,0 +1,137 @@
+"""The group of writers: the gateways' consumer group, by which partitions are assigned and owners are found.
+
+Assignment decides who tries to write, the fence who may. The group's consumer reads nothing: its partitions are paused.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from threading import Event as Flag
+from threading import Thread
+
+from confluent_kafka import Consumer, KafkaException, TopicPartition
+
+from services.errors import ConfigurationError
+from services.log.kafka.clients import make_consumer
+from services.log.kafka.cluster import Cluster, Member
+from services.log.kafka.failures import explained, kafka_error
+from services.log.kafka.settings import KafkaSettings
+
+NO_URL = "artifact-store"
+"""The client id of a gateway that no other can forward to."""
+
+_POLL_SECONDS = 0.25
+_REJOIN_SECONDS = 0.5
+
+_LOG = logging.getLogger(__name__)
+
+
+class WriterGroup:
+    """This process's membership; `client_id` is the URL that other gateways reach it by, or NO_URL.
+
+    `assigned` and `revoked` are called in the group's own thread; a partition is given to another when `revoked` has
+    returned, unless it was lost already (the second argument).
+    """
+
+    def __init__(
+        self,
+        kafka: KafkaSettings,
+        cluster: Cluster,
+        client_id: str,
+        assigned: Callable[[int], None],
+        revoked: Callable[[Sequence[int], bool], None],
+    ) -> None:
+        self.trouble: str | None = "the group of writers was not joined yet"
+        self._kafka = kafka
+        self._cluster = cluster
+        self._client_id = client_id
+        self._assigned = assigned
+        self._revoked = revoked
+        self._closing = Flag()
+        self._rejoin = Flag()
+        self._member_id: str | None = None
+        self._thread = Thread(target=self._run, name="log-writers", daemon=True)
+
+    def start(self) -> None:
+        """Join in the background. Does not block."""
+        self._thread.start()
+
+    def rejoin(self) -> None:
+        """Leave and join again: the group and this process disagree on who owns what. Does not block."""
+        self._rejoin.set()
+
+    def close(self) -> None:
+        """Leave the group at once; blocks until the partitions are handed over."""
+        self._closing.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def members(self) -> list[Member] | None:
+        """Who writes to what; None between two assignments. Blocks. Raises UnavailableError."""
+        return self._cluster.members(self._kafka.writers_group)
+
+    def is_self(self, member: Member) -> bool:
+        """Whether the member is this process."""
+        return member.member_id == self._member_id
+
+    def holds(self, partition: int) -> bool | None:
+        """Whether the group has the partition assigned to this process; None between two assignments. As `members`."""
+        members = self.members()
+        if members is None:
+            return None
+        return any(self.is_self(member) and partition in member.partitions for member in members)
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            self._rejoin.clear()
+            try:
+                self._be_member()
+            except ConfigurationError as error:
+                self._note(error.detail)
+            except KafkaException as error:
+                found = kafka_error(error)
+                self._note(explained(found, "joining the writers").detail if found else "the group cannot be joined")
+            self._closing.wait(_REJOIN_SECONDS)
+
+    def _be_member(self) -> None:
+        """Join, stay until told otherwise, leave."""
+        consumer = make_consumer(self._kafka.member(self._kafka.writers_group, self._client_id))
+        try:
+            consumer.subscribe(
+                [self._kafka.topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
+            )
+            while not self._closing.is_set() and not self._rejoin.is_set():
+                message = consumer.poll(_POLL_SECONDS)
+                error = message.error() if message is not None else None
+                if error is not None:
+                    self._note(explained(error, "staying in the group of writers").detail)
+        finally:
+            consumer.close()
+            self._member_id = None
+
+    def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        # A position is given only so that the client does not look one up.
+        consumer.incremental_assign([TopicPartition(p.topic, p.partition, 0) for p in partitions])
+        consumer.pause(partitions)
+        self._member_id = consumer.memberid()
+        self.trouble = None
+        for p in partitions:
+            self._assigned(p.partition)
+
+    def _on_revoke(self, _: Consumer, partitions: list[TopicPartition]) -> None:
+        self._hand_over(partitions, lost=False)
+
+    def _on_lost(self, _: Consumer, partitions: list[TopicPartition]) -> None:
+        self._hand_over(partitions, lost=True)
+
+    def _hand_over(self, partitions: list[TopicPartition], *, lost: bool) -> None:
+        began = time.monotonic()
+        self._revoked([p.partition for p in partitions], lost)
+        _LOG.info("%d partitions were handed over in %.2f s", len(partitions), time.monotonic() - began)
+
+    def _note(self, text: str) -> None:
+        if text != self.trouble:
+            _LOG.warning("group of writers: %s", text)
+        self.trouble = text

@@ -1,0 +1,133 @@
+"""Requests that wait for a partition's writer: a bounded queue from the event loop to the writer's thread."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from threading import Condition
+from uuid import UUID
+
+from services.core.commands import Acknowledgement, Command, CreatePackage, IngestFiles
+from services.errors import PushBackError
+from services.log.port import PartitionNotOwnedError
+
+MAX_WAITING_BYTES = 32 << 20
+"""About how much memory the requests of one partition may wait in; the next one is pushed back."""
+
+MAX_BATCH_EVENTS = 1_000
+"""How many events one transaction takes, or one command if it alone has more."""
+
+TOGETHER = 2
+"""How often a command fails together with others before it is tried alone."""
+
+_EVENT_BYTES = 1_500
+
+
+@dataclass(frozen=True, slots=True)
+class IngestCheck:
+    """The question whether files of these paths could be ingested now."""
+
+    package_id: UUID
+    relative_paths: Sequence[str]
+    command_id: UUID | None
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A command or a question, and who waits for the answer; `failures` counts the transactions that failed with it."""
+
+    asked: Command | IngestCheck
+    answer: asyncio.Future[Acknowledgement | None]
+    failures: int = 0
+    last_failure: Exception | None = None
+    cancelled: bool = False
+    """Nobody waits any more: it need not be begun."""
+
+    @property
+    def events(self) -> int:
+        """How many events it may become."""
+        return len(self.asked.files) if isinstance(self.asked, IngestFiles) else 1
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it takes while it waits."""
+        match self.asked:
+            case IngestFiles(files=files):
+                return _EVENT_BYTES * (1 + len(files))
+            case CreatePackage(metadata=metadata):
+                return _EVENT_BYTES + len(metadata)
+            case IngestCheck(relative_paths=paths):
+                return _EVENT_BYTES + 100 * len(paths)
+        return _EVENT_BYTES
+
+
+class Waiting:
+    """The queue of one partition. `put` never blocks, `take` does."""
+
+    def __init__(self) -> None:
+        self._changed = Condition()
+        self._queue: deque[Request] = deque()
+        self._size = 0
+        self._closed = False
+
+    def put(self, request: Request) -> None:
+        """Raises PushBackError when the queue is full, PartitionNotOwnedError when it is closed."""
+        size = request.size
+        with self._changed:
+            if self._closed:
+                raise PartitionNotOwnedError("this process does not write to the package's partition any more")
+            if self._queue and self._size + size > MAX_WAITING_BYTES:
+                raise PushBackError("too many commands wait for the package's partition")
+            self._queue.append(request)
+            self._size += size
+            self._changed.notify()
+
+    def put_back(self, requests: Iterable[Request]) -> None:
+        """Put requests that failed before all others, in their order."""
+        with self._changed:
+            for request in reversed(list(requests)):
+                self._queue.appendleft(request)
+                self._size += request.size
+
+    def take(self, timeout: float) -> list[Request] | None:
+        """Wait `timeout` seconds for requests and take what fits into one transaction; None once the queue is closed.
+
+        A request that failed before together with others comes alone.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._closed, timeout)
+            return None if self._closed else self._next_batch()
+
+    def close(self) -> None:
+        """Take no more, and let nothing be taken; what waits is left for `drain`."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def drain(self) -> list[Request]:
+        """Everything that still waits."""
+        with self._changed:
+            left = list(self._queue)
+            self._queue.clear()
+            self._size = 0
+            return left
+
+    def _next_batch(self) -> list[Request]:
+        batch: list[Request] = []
+        events = 0
+        while self._queue:
+            request = self._queue[0]
+            alone = request.failures >= TOGETHER
+            if batch and (alone or events + request.events > MAX_BATCH_EVENTS):
+                break
+            self._queue.popleft()
+            self._size -= request.size
+            if request.cancelled:
+                continue
+            batch.append(request)
+            events += request.events
+            if alone:
+                break
+        return batch

@@ -1,0 +1,277 @@
+"""The writer of one partition: a thread that takes the waiting commands, decides them and appends their events.
+
+Whatever goes wrong between the beginning of a transaction and its read-back, the answer is the same: throw away
+producer and state, take over again, and decide the same commands on the state that the log gives. Those that the log
+holds are recognised by their command ids; the others are appended. Nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
+from dataclasses import dataclass
+from threading import Event as Flag
+from threading import Thread
+from typing import Final
+from uuid import UUID
+
+from schemas.codec import encode
+from schemas.events import Event
+from services.clock import Clock
+from services.core.commands import Acknowledgement
+from services.core.decide import acknowledge, check_ingest, decide
+from services.core.limits import Limits
+from services.errors import (
+    ArtifactStoreError,
+    ConfigurationError,
+    CorruptError,
+    RejectedError,
+    UnavailableError,
+)
+from services.log.kafka.cluster import Cluster
+from services.log.kafka.failures import spoiled_by_record
+from services.log.kafka.requests import TOGETHER, IngestCheck, Request, Waiting
+from services.log.kafka.settings import KafkaSettings
+from services.log.kafka.state import PartitionState
+from services.log.kafka.tenure import Tenure
+from services.log.port import PartitionNotOwnedError, PutManifest
+
+PUT_SECONDS = 15.0
+"""How long a manifest may take to be stored; the partition waits for it."""
+
+_IDLE_SECONDS = 5.0
+_ASK_SECONDS = 0.2
+_RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0)
+
+_LOG = logging.getLogger(__name__)
+
+
+class _Recorded:
+    """Stands for the acknowledgement of a command that the log will hold once the batch is appended."""
+
+
+_RECORDED: Final = _Recorded()
+_Outcome = _Recorded | Exception | None
+
+
+@dataclass(frozen=True, slots=True)
+class WriterContext:
+    """What the writers of a process share."""
+
+    kafka: KafkaSettings
+    cluster: Cluster
+    identity: UUID
+    limits: Limits
+    put_manifest: PutManifest
+    clock: Clock
+    loop: asyncio.AbstractEventLoop
+    holds: Callable[[int], bool | None]
+    """Asks the group whether the partition is this process's; None when it cannot say now. Blocks."""
+    disowned: Callable[[int], None]
+    """Told, in the writer's thread, that the group has given the partition to another."""
+
+
+class PartitionWriter:
+    """Starts with `start`; `stop` only asks it to end, `join` waits for that."""
+
+    def __init__(self, partition: int, context: WriterContext) -> None:
+        self.partition = partition
+        self.since: int | None = None
+        self.takeover_seconds: float | None = None
+        self.trouble: str | None = "it is being taken over"
+        self._context = context
+        self._waiting = Waiting()
+        self._stop = Flag()
+        # A daemon: one that hangs in a call to a frozen broker must not keep the process; its fence protects the log.
+        self._thread = Thread(target=self._run, name=f"log-write-{partition}", daemon=True)
+
+    def start(self) -> None:
+        """Begin to take over. Does not block."""
+        self._thread.start()
+
+    def submit(self, request: Request) -> None:
+        """Let the request wait for its turn. Does not block. Raises PushBackError, PartitionNotOwnedError."""
+        self._waiting.put(request)
+
+    def stop(self) -> None:
+        """End after the transaction at hand. Does not block; what still waits is told that the partition moves."""
+        self._stop.set()
+        self._waiting.close()
+
+    def join(self, timeout: float) -> bool:
+        """Block until the writer has ended, `timeout` seconds at most; whether it has."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        failed = 0
+        try:
+            while not self._stop.is_set():
+                try:
+                    self._hold()
+                except PartitionNotOwnedError:
+                    if not self._stop.is_set():
+                        self._context.disowned(self.partition)
+                    return
+                except (CorruptError, ConfigurationError) as error:
+                    self._note(error)
+                    self._refuse_all(error)
+                    return
+                # Everything else is met by taking over again: the state that the log gives says what has happened.
+                except Exception as error:  # noqa: BLE001 - see above; the cause is shown in `trouble` and logged
+                    failed = 0 if self.since is not None else failed + 1
+                    self._note(error)
+                    if failed:
+                        self._stop.wait(_RETRY_SECONDS[min(failed, len(_RETRY_SECONDS)) - 1])
+                finally:
+                    self.since = None
+        finally:
+            self._waiting.close()
+            moved = PartitionNotOwnedError("this process does not write to the package's partition any more")
+            self._deliver([(request, moved) for request in self._waiting.drain()])
+
+    def _hold(self) -> None:
+        """One tenure: take over, then serve until told to stop."""
+        if not self._is_ours():
+            raise PartitionNotOwnedError("the group has given the partition to another process")
+        context, began = self._context, time.monotonic()
+        tenure = Tenure(context.kafka, context.cluster, self.partition, context.identity, self._stop.is_set)
+        try:
+            self.takeover_seconds = time.monotonic() - began
+            self.since = context.clock()
+            self.trouble = None
+            while (batch := self._waiting.take(_IDLE_SECONDS)) is not None:
+                if batch:
+                    self._serve(tenure, batch)
+                else:
+                    tenure.idle()
+        finally:
+            tenure.close()
+
+    def _is_ours(self) -> bool:
+        """Ask the group before `init_transactions`: a process that woke up late would cut off the rightful owner."""
+        while not self._stop.is_set():
+            try:
+                answer = self._context.holds(self.partition)
+            except UnavailableError as error:
+                self._note(error)
+                answer = None
+            if answer is not None:
+                return answer
+            self._stop.wait(_ASK_SECONDS)
+        return False
+
+    def _serve(self, tenure: Tenure, batch: list[Request]) -> None:
+        try:
+            answers = self._answers(tenure, batch)
+        except Exception as error:
+            for request in batch:
+                request.failures += 1
+                request.last_failure = error
+            self._waiting.put_back(batch)
+            raise
+        self._deliver(list(zip(batch, answers, strict=True)))
+
+    def _answers(self, tenure: Tenure, batch: Sequence[Request]) -> list[Acknowledgement | Exception | None]:
+        """Decide the batch, append what it becomes, and only then say so."""
+        while True:
+            staged: list[tuple[Event, bytes]] = []
+            outcomes = [self._decide(tenure.state, request, staged) for request in batch]
+            if staged:
+                tenure.append(staged)
+                break
+            if not any(isinstance(outcome, RejectedError) for outcome in outcomes) or not tenure.catch_up():
+                break
+        return [
+            self._acknowledged(tenure.state, request) if isinstance(outcome, _Recorded) else outcome
+            for request, outcome in zip(batch, outcomes, strict=True)
+        ]
+
+    def _decide(self, state: PartitionState, request: Request, staged: list[tuple[Event, bytes]]) -> _Outcome:
+        asked, limits = request.asked, self._context.limits
+        package = state.package(asked.package_id)
+        try:
+            if isinstance(asked, IngestCheck):
+                check_ingest(package, asked.package_id, asked.relative_paths, asked.command_id, limits)
+                return None
+            decision = decide(package, asked, max(self._context.clock(), state.last_created_at), limits)
+            if decision.events and request.failures > TOGETHER:
+                return _given_up(request)
+            if decision.claim_check is not None:
+                self._put(decision.claim_check)
+            records = [(event, encode(event)) for event in decision.events]
+        except ArtifactStoreError as error:
+            return error
+        # Nothing was appended; one command that the code cannot handle must not stop the partition.
+        except Exception as error:  # noqa: BLE001 - see above; the cause is logged whole
+            _LOG.exception("a command of package %s cannot be decided", asked.package_id)
+            return RejectedError(f"the command cannot be carried out: {type(error).__name__}")
+        for event, _ in records:
+            state.apply(event)
+        staged += records
+        return _RECORDED
+
+    def _acknowledged(self, state: PartitionState, request: Request) -> Acknowledgement | Exception:
+        asked = request.asked
+        package = state.package(asked.package_id)
+        if isinstance(asked, IngestCheck) or package is None:
+            return UnavailableError("the package's state was lost; retry with the same command id")
+        return acknowledge(package, asked)
+
+    def _put(self, manifest: bytes) -> None:
+        """Make a manifest durable before its event is appended. Raises UnavailableError, PushBackError."""
+        stored = asyncio.run_coroutine_threadsafe(_awaited(self._context.put_manifest, manifest), self._context.loop)
+        try:
+            stored.result(PUT_SECONDS)
+        except (TimeoutError, CancelledError):
+            stored.cancel()
+            raise UnavailableError("the manifest could not be stored in time; nothing is recorded") from None
+        except ArtifactStoreError:
+            raise
+        # Whatever the blob store's own failure is, the command is not recorded and may be tried again.
+        except Exception as error:
+            raise UnavailableError(
+                f"the manifest could not be stored ({type(error).__name__}); nothing is recorded"
+            ) from error
+
+    def _refuse_all(self, error: Exception) -> None:
+        """The partition cannot be written to as it is; say so to everyone until the process gives it up."""
+        while (batch := self._waiting.take(_IDLE_SECONDS)) is not None:
+            self._deliver([(request, error) for request in batch])
+
+    def _note(self, error: Exception) -> None:
+        text = error.detail if isinstance(error, ArtifactStoreError) else f"{type(error).__name__}: {error}"
+        if text != self.trouble:
+            _LOG.warning("partition %d of the log is taken over again: %s", self.partition, text)
+        self.trouble = text
+
+    def _deliver(self, answers: Sequence[tuple[Request, Acknowledgement | Exception | None]]) -> None:
+        """Hand answers to the event loop in one go; who was cancelled meanwhile gets none."""
+
+        def settle() -> None:
+            for request, answer in answers:
+                if request.answer.done():
+                    continue
+                if isinstance(answer, Exception):
+                    request.answer.set_exception(answer)
+                else:
+                    request.answer.set_result(answer)
+
+        if answers and not self._context.loop.is_closed():
+            self._context.loop.call_soon_threadsafe(settle)
+
+
+async def _awaited(put_manifest: PutManifest, manifest: bytes) -> None:
+    await put_manifest(manifest)
+
+
+def _given_up(request: Request) -> Exception:
+    """The answer to a command that failed together with others and alone, and of which the log holds nothing."""
+    cause = request.last_failure
+    if cause is not None and spoiled_by_record(cause):
+        return RejectedError("Kafka does not take an event of this command; nothing is recorded")
+    kind = type(cause).__name__ if cause is not None else "unknown"
+    return UnavailableError(f"the command's transaction failed {request.failures} times ({kind}); nothing is recorded")

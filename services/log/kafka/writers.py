@@ -1,0 +1,277 @@
+"""Appending to the log on Kafka: the `CommandWriter` port over the writers of this process and those of others."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar, cast
+from uuid import UUID
+
+from services.clock import Clock, system_clock
+from services.config import Settings
+from services.core.commands import Acknowledgement, Command
+from services.core.limits import Limits
+from services.errors import ConfigurationError, LogIdentityError, PushBackError, UnavailableError
+from services.log.kafka.group import NO_URL, WriterGroup
+from services.log.kafka.log import KafkaLog
+from services.log.kafka.owners import Owners
+from services.log.kafka.requests import IngestCheck, Request
+from services.log.kafka.writer import PartitionWriter, WriterContext
+from services.log.port import Forwarder, PartitionNotOwnedError, PartitionStatus, PutManifest
+
+SUBMIT_SECONDS = 30.0
+"""How long a command may look for its owner and wait for its turn; the outcome is unknown after that."""
+
+THIS_PROCESS = "this process"
+
+_HAND_OVER_SECONDS = 15.0
+_FIRST_PAUSE = 0.02
+_LONGEST_PAUSE = 0.5
+_IDENTITY_SECONDS = 10.0
+
+_T = TypeVar("_T")
+
+
+class KafkaWriter:
+    """See `CommandWriter`. Commands of partitions that another gateway owns go there through `forwarder`.
+
+    `internal_url` is where others reach this process; without it, and without a forwarder, one gateway works alone.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        log: KafkaLog,
+        *,
+        limits: Limits,
+        put_manifest: PutManifest,
+        clock: Clock = system_clock,
+        forwarder: Forwarder | None = None,
+        internal_url: str | None = None,
+        submit_seconds: float = SUBMIT_SECONDS,
+    ) -> None:
+        """Connects to nothing yet. `settings` are those that `log` was made of."""
+        self._log = log
+        self._limits = limits
+        self._put_manifest = put_manifest
+        self._clock = clock
+        self._forwarder = forwarder
+        self._submit_seconds = submit_seconds
+        self._group = WriterGroup(log.kafka, log.cluster, internal_url or NO_URL, self._assigned, self._revoked)
+        self._owners = Owners(log, self._group)
+        self._writers: dict[int, PartitionWriter] = {}
+        self._ending: list[PartitionWriter] = []
+        self._context: WriterContext | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._foreign: LogIdentityError | None = None
+        self._under_way = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._closing = False
+
+    async def start(self) -> None:
+        """See `CommandWriter`. Raises ConfigurationError when the topic could lose events, UnavailableError."""
+        await self._log.check()
+        self._context = WriterContext(
+            kafka=self._log.kafka,
+            cluster=self._log.cluster,
+            identity=await self._log.identity(),
+            limits=self._limits,
+            put_manifest=self._put_manifest,
+            clock=self._clock,
+            loop=asyncio.get_running_loop(),
+            holds=self._group.holds,
+            disowned=self._disowned,
+        )
+        self._group.start()
+        self._watch = asyncio.create_task(self._watch_identity(self._context.identity), name="log-identity")
+
+    async def submit(self, command: Command) -> Acknowledgement:
+        """See `CommandWriter`."""
+        return await self._routed(
+            command.package_id,
+            lambda deadline: self._here(command, deadline),
+            lambda forwarder, url: forwarder.submit(url, command),
+        )
+
+    async def check_ingest(self, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None) -> None:
+        """See `CommandWriter`."""
+        asked = IngestCheck(package_id, tuple(relative_paths), command_id)
+        await self._routed(
+            package_id,
+            lambda deadline: self._here(asked, deadline),
+            lambda forwarder, url: forwarder.check_ingest(url, package_id, relative_paths, command_id),
+        )
+
+    async def submit_here(self, command: Command) -> Acknowledgement:
+        """As `submit`, but PartitionNotOwnedError when this process is not the partition's writer."""
+        return cast("Acknowledgement", await self._accepted(command))
+
+    async def check_ingest_here(self, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None) -> None:
+        """As `check_ingest`, but PartitionNotOwnedError when this process is not the partition's writer."""
+        await self._accepted(IngestCheck(package_id, tuple(relative_paths), command_id))
+
+    async def ready(self) -> str | None:
+        """See `CommandWriter`."""
+        if self._context is None:
+            return "the log's writers are not started"
+        if self._foreign is not None:
+            return self._foreign.detail
+        owners = await self._owners.all()
+        for p in range(await self._log.partitions()):
+            writer, owner = self._writers.get(p), owners.get(p)
+            if writer is not None:
+                if writer.trouble is not None:
+                    return f"partition {p} cannot be written to: {writer.trouble}"
+            elif owner is None or owner.is_self:
+                return self._group.trouble or f"partition {p} has no writer yet"
+            elif owner.url is None or self._forwarder is None:
+                return f"partition {p} is written by another process that commands cannot be forwarded to"
+        return None
+
+    async def status(self) -> Sequence[PartitionStatus]:
+        """See `CommandWriter`."""
+        owners = await self._owners.all()
+        found = []
+        for p in range(await self._log.partitions()):
+            writer, owner = self._writers.get(p), owners.get(p)
+            if writer is not None:
+                found.append(PartitionStatus(p, THIS_PROCESS, writer.since, writer.takeover_seconds))
+            elif owner is None or owner.is_self:
+                found.append(PartitionStatus(p, None))
+            else:
+                found.append(PartitionStatus(p, owner.url or "another process"))
+        return found
+
+    async def close(self) -> None:
+        """See `CommandWriter`."""
+        self._closing = True
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
+        await self._idle.wait()
+        await asyncio.to_thread(self._close_threads)
+
+    def _close_threads(self) -> None:
+        self._group.close()
+        for writer in [*self._writers.values(), *self._ending]:
+            writer.stop()
+            writer.join(_HAND_OVER_SECONDS)
+
+    async def _accepted(self, asked: Command | IngestCheck) -> Acknowledgement | None:
+        if self._closing:
+            raise PartitionNotOwnedError("this process hands its partitions over")
+        with self._counted():
+            return await self._here(asked, self._deadline())
+
+    async def _routed(
+        self,
+        package_id: UUID,
+        here: Callable[[float], Awaitable[Acknowledgement | None]],
+        there: Callable[[Forwarder, str], Awaitable[_T]],
+    ) -> _T:
+        """Bring a request to the partition's writer, wherever it is; retrying is safe, for it carries its id."""
+        if self._closing:
+            raise PushBackError("this gateway is being shut down")
+        loop, deadline, pause = asyncio.get_running_loop(), self._deadline(), _FIRST_PAUSE
+        partition = self._log.partition_of(package_id)
+        with self._counted():
+            while True:
+                trouble = f"partition {partition} has no writer now"
+                try:
+                    if partition in self._writers:
+                        return cast("_T", await here(deadline))
+                except PartitionNotOwnedError as error:
+                    trouble = error.detail
+                try:
+                    owner = (await self._owners.all()).get(partition)
+                    if owner is not None and not owner.is_self:
+                        trouble = f"partition {partition} is written by another process that cannot be reached"
+                        if owner.url is not None and self._forwarder is not None:
+                            async with asyncio.timeout_at(deadline):
+                                return await there(self._forwarder, owner.url)
+                except UnavailableError as error:
+                    trouble = error.detail
+                except TimeoutError:
+                    trouble = "the partition's writer gave no answer in time"
+                self._owners.forget()
+                if loop.time() + pause > deadline:
+                    raise UnavailableError(f"{trouble}; the outcome is unknown, retry with the same command id")
+                await asyncio.sleep(pause * random.uniform(0.5, 1.5))
+                pause = min(2 * pause, _LONGEST_PAUSE)
+
+    async def _here(self, asked: Command | IngestCheck, deadline: float) -> Acknowledgement | None:
+        """Let this process's writer carry it out. Raises UnavailableError when the answer does not come in time."""
+        partition = self._log.partition_of(asked.package_id)
+        writer = self._writers.get(partition)
+        if self._foreign is not None:
+            raise self._foreign
+        if writer is None:
+            raise PartitionNotOwnedError("this process does not write to the package's partition")
+        request = Request(asked, asyncio.get_running_loop().create_future())
+        writer.submit(request)
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await request.answer
+        except TimeoutError:
+            trouble = writer.trouble or "its writer gave no answer in time"
+            raise UnavailableError(
+                f"partition {partition}: {trouble}; the outcome is unknown, retry with the same command id"
+            ) from None
+        finally:
+            request.cancelled = True
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """What `close` waits for."""
+        self._under_way += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self._idle.set()
+
+    def _assigned(self, partition: int) -> None:
+        """Called in the group's thread."""
+        if self._context is not None and self._foreign is None:
+            writer = PartitionWriter(partition, self._context)
+            self._writers[partition] = writer
+            writer.start()
+
+    def _revoked(self, partitions: Sequence[int], lost: bool) -> None:
+        """Called in the group's thread. What was lost is another's already, and fenced: waiting would help nobody."""
+        gone = [writer for p in partitions if (writer := self._writers.pop(p, None)) is not None]
+        for writer in gone:
+            writer.stop()
+        if not lost:
+            deadline = time.monotonic() + _HAND_OVER_SECONDS
+            for writer in gone:
+                writer.join(max(0.0, deadline - time.monotonic()))
+        self._ending = [writer for writer in [*self._ending, *gone] if not writer.join(0)]
+
+    def _disowned(self, partition: int) -> None:
+        """Called in a writer's thread, which ends."""
+        self._writers.pop(partition, None)
+        self._group.rejoin()
+
+    async def _watch_identity(self, identity: UUID) -> None:
+        """Stop writing when the topic was made anew under our feet: what we know of the packages is not in it."""
+        while True:
+            await asyncio.sleep(_IDENTITY_SECONDS)
+            try:
+                now = await self._log.identity()
+            except (UnavailableError, ConfigurationError):
+                continue
+            if now != identity:
+                self._foreign = LogIdentityError(f"the topic was made anew: it was log {identity}, it is log {now}")
+                for writer in list(self._writers.values()):
+                    writer.stop()
+                return
+
+    def _deadline(self) -> float:
+        return asyncio.get_running_loop().time() + self._submit_seconds
