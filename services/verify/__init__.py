@@ -8,20 +8,21 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from services.blobs.open import open_blobs
-from services.config import Settings
+from services.blobs.port import BlobStore
+from services.log.port import Log
 from services.verify.log import LogCheck, Progress
 from services.verify.report import Report, Violation
 from services.verify.views import check_view
 from services.views.engine import Views
 from services.views.projections import PROJECTIONS
-from services.wiring import open_log, open_views
 
 __all__ = ["Progress", "Report", "Violation", "verify"]
 
 
-async def verify(settings: Settings, *, check_bytes: bool = False, progress: Progress | None = None) -> Report:
-    """Check every invariant on the parts that the settings name; with `check_bytes` every blob is read and hashed.
+async def verify(
+    log: Log, blobs: BlobStore, views: Views, *, check_bytes: bool = False, progress: Progress | None = None
+) -> Report:
+    """Check every invariant on these parts; with `check_bytes` every blob is read and hashed.
 
     Runs beside writers and projectors: the log is read to the end as it is now, each view is compared with a fresh fold
     of the log up to where that view stands.
@@ -30,22 +31,14 @@ async def verify(settings: Settings, *, check_bytes: bool = False, progress: Pro
     """
     report = Report()
     notify = progress or (lambda _: None)
-    log = open_log(settings)
-    blobs = open_blobs(settings)
-    views = open_views(settings)
-    try:
-        await LogCheck(log, blobs, report, check_bytes=check_bytes, progress=notify).run()
-        with tempfile.TemporaryDirectory(prefix="artifact-store-verify-") as folder:
-            fresh = Views(f"sqlite+aiosqlite:///{Path(folder) / 'views.db'}")
-            try:
-                await fresh.migrate()
-                for projection in PROJECTIONS.values():
-                    await check_view(log, views, fresh, projection, report)
-                    notify(report)
-            finally:
-                await fresh.close()
-    finally:
-        await views.close()
-        await blobs.close()
-        await log.close()
+    await LogCheck(log, blobs, report, check_bytes=check_bytes, progress=notify).run()
+    with tempfile.TemporaryDirectory(prefix="artifact-store-verify-") as folder:
+        fresh = Views(f"sqlite+aiosqlite:///{Path(folder) / 'views.db'}")
+        try:
+            await fresh.migrate()
+            for projection in PROJECTIONS.values():
+                await check_view(log, views, fresh, projection, report)
+                notify(report)
+        finally:
+            await fresh.close()
     return report

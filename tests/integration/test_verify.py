@@ -15,7 +15,9 @@ from schemas.codec import decode, encode
 from schemas.events import Event, FileIngested, PackageCreated, PackageFinalized
 from services.config import Settings
 from services.registry import Registry, open_registry
-from services.verify import Report, verify
+from services.verify import Progress, Report
+from services.verify import verify as verify_parts
+from services.wiring import open_blobs, open_log, open_views
 
 Damage = Callable[[Event], Event]
 
@@ -35,6 +37,16 @@ async def whole(embedded_settings: Settings) -> Settings:
         await registry.get_package(package)
         await registry.create_package("open", "lab", "sample", "scratch")
     return embedded_settings
+
+
+async def verify(settings: Settings, *, check_bytes: bool = False, progress: Progress | None = None) -> Report:
+    log, blobs, views = open_log(settings), open_blobs(settings), open_views(settings)
+    try:
+        return await verify_parts(log, blobs, views, check_bytes=check_bytes, progress=progress)
+    finally:
+        await views.close()
+        await blobs.close()
+        await log.close()
 
 
 def log_file(settings: Settings) -> Path:
