@@ -1,0 +1,148 @@
+"""The folder that a package is pulled into: every name is hostile, nothing is written outside and through no link.
+
+Folders are opened one segment at a time relative to the one above, without following links, so that nothing that
+changes meanwhile can lead elsewhere (openat(2), O_NOFOLLOW).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from uuid import uuid4
+
+from blake3 import blake3
+
+from services.core.paths import check_path
+from services.errors import ConflictError
+from services.streams import CHUNK_BYTES
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Destination:
+    """One folder, held open until `close`. Its methods block on the disk; `blake3_of` while it reads a whole file."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open the folder, creating it if need be; it may itself be named through a link. Raises ConflictError."""
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._root = os.open(folder.resolve(), _FOLDER)
+        except NotADirectoryError:
+            raise ConflictError(f"{folder} is no folder") from None
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        os.close(self._root)
+
+    def blake3_of(self, relative_path: str, size_bytes: int) -> bytes | None:
+        """The digest of the file that is there; None when there is none, empty when it has another length.
+
+        Raises ConflictError: something is there that is no regular file, or a folder on the way is none.
+        """
+        with self._folder(relative_path, create=False) as (folder, name):
+            if folder is None:
+                return None
+            try:
+                # Without O_NONBLOCK the opening of a pipe would wait for a writer.
+                descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+            except FileNotFoundError:
+                return None
+            except OSError as error:
+                why = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
+                raise ConflictError(f"{relative_path!r} is there and cannot be taken for a file: {why}") from None
+        with os.fdopen(descriptor, "rb", buffering=0) as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise ConflictError(f"{relative_path!r} is there and no regular file")
+            if found.st_size != size_bytes:
+                return b""
+            hashed = blake3()
+            while chunk := file.read(CHUNK_BYTES):
+                hashed.update(chunk)
+            return hashed.digest()
+
+    @contextmanager
+    def new_file(self, relative_path: str) -> Iterator[Landing]:
+        """A file under a temporary name beside its place; removed unless it was put into place."""
+        with self._folder(relative_path, create=True) as (folder, name):
+            if folder is None:
+                raise ConflictError(f"the folder of {relative_path!r} is gone")
+            landing = Landing(folder, name, relative_path)
+            try:
+                yield landing
+            finally:
+                landing.discard()
+
+    @contextmanager
+    def _folder(self, relative_path: str, *, create: bool) -> Iterator[tuple[int | None, str]]:
+        """The open folder of the path, and the path's last segment; no folder when it is not there."""
+        check_path(relative_path)
+        *above, name = relative_path.split("/")
+        current = os.dup(self._root)
+        try:
+            for depth, part in enumerate(above, start=1):
+                try:
+                    if create:
+                        with suppress(FileExistsError):
+                            os.mkdir(part, dir_fd=current)
+                    below = os.open(part, _FOLDER, dir_fd=current)
+                except FileNotFoundError:
+                    yield None, name
+                    return
+                except OSError as error:
+                    way = "/".join(above[:depth])
+                    raise ConflictError(f"{way!r} is no folder that can be written into: {error.strerror}") from None
+                os.close(current)
+                current = below
+            yield current, name
+        finally:
+            os.close(current)
+
+
+class Landing:
+    """One file on its way to its place."""
+
+    def __init__(self, folder: int, name: str, relative_path: str) -> None:
+        self._folder = folder
+        self._name = name
+        self._path = relative_path
+        self._temporary = f".artifact-store-{uuid4().hex}.part"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._file = os.fdopen(os.open(self._temporary, flags, 0o666, dir_fd=folder), "wb", buffering=0)
+        self._hashed = blake3()
+        self.size_bytes = 0
+
+    def write(self, chunk: bytes) -> None:
+        """Append, and hash on the way."""
+        view = memoryview(chunk)
+        while view:
+            view = view[self._file.write(view) or 0 :]
+        self._hashed.update(chunk)
+        self.size_bytes += len(chunk)
+
+    @property
+    def blake3(self) -> bytes:
+        """The digest of what was written (32 raw bytes)."""
+        return self._hashed.digest()
+
+    def put_into_place(self, *, replace: bool) -> None:
+        """Give the file its name in one step.
+
+        Raises ConflictError: something is there now, or, with `replace`, something that is no regular file.
+        """
+        self._file.close()
+        with suppress(FileNotFoundError):
+            there = os.stat(self._name, dir_fd=self._folder, follow_symlinks=False)
+            if not replace or not stat.S_ISREG(there.st_mode):
+                raise ConflictError(f"something took the place of {self._path!r} meanwhile")
+        os.rename(self._temporary, self._name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
+
+    def discard(self) -> None:
+        """Remove the temporary name, if it is still there."""
+        self._file.close()
+        with suppress(FileNotFoundError):
+            os.unlink(self._temporary, dir_fd=self._folder)

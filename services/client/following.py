@@ -1,0 +1,72 @@
+"""Events from a gateway: NDJSON, read on from the last position when the connection is lost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from uuid import UUID
+
+import aiohttp
+
+from services.client.retries import unavailable
+from services.client.transport import Transport
+from services.errors import CorruptError, UnavailableError
+from services.http.events import parse_event
+from services.log.port import RecordedEvent
+from services.log.position import Position
+
+_LONGEST_LINE_BYTES = 16 << 20
+_BARREN_CONNECTIONS = 5
+_PAUSE_SECONDS = 0.5
+
+
+async def follow_events(
+    transport: Transport, since: Position | None, package_id: UUID | None, *, follow: bool
+) -> AsyncIterator[RecordedEvent]:
+    """Events behind `since`, as `Registry.read_events` promises them: each once, over any number of connections.
+
+    Raises what the gateway answers; UnavailableError when it stays away; CorruptError for what is no event.
+    """
+    position = since
+    barren = 0
+    while True:
+        query = {"since": position, "package_id": package_id, "follow": "true" if follow else None}
+        response = await transport.open(
+            "/v1/events",
+            query=query,
+            headers={"Accept": "application/x-ndjson"},
+            endless=follow,
+        )
+        try:
+            async for line in _lines(transport, response):
+                event = parse_event(line)
+                barren = 0
+                position = event.position
+                yield event
+            if not follow:
+                return
+        except UnavailableError:
+            barren += 1
+            if barren >= _BARREN_CONNECTIONS:
+                raise
+        finally:
+            response.close()
+        await asyncio.sleep(_PAUSE_SECONDS)
+
+
+async def _lines(transport: Transport, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    """The answer's lines; blank ones, which only show that the connection lives, are left out."""
+    kept = bytearray()
+    while chunk := await transport.read_chunk(response):
+        kept += chunk
+        if b"\n" not in chunk:
+            if len(kept) > _LONGEST_LINE_BYTES:
+                raise CorruptError("the gateway sent a line that is too long for an event")
+            continue
+        *whole, rest = kept.split(b"\n")
+        kept = rest
+        for line in whole:
+            if line.strip():
+                yield bytes(line)
+    if kept:
+        raise unavailable("the gateway ended the answer within an event")

@@ -1,0 +1,180 @@
+"""Pull: a finalized package becomes files in a folder, every byte checked against its manifest.
+
+The manifest is checked against the package's content address, each file against the manifest, and nothing that fails
+ever gets its name. What is there already and equal is left alone, so that an interrupted pull can be run again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import UUID
+
+from schemas.digests import manifest_digest
+from services.client.destination import Destination, Landing
+from services.client.transfers import DEFAULT_CONCURRENCY, NoProgress, TransferProgress, at_once
+from services.core.content_address import ContentAddress
+from services.core.paths import check_path
+from services.errors import (
+    ConflictError,
+    CorruptError,
+    IllegalPackageStateError,
+    InvalidPathError,
+    PackageNotFoundError,
+)
+from services.manifest import Manifest, ManifestFile, decode
+from services.registry import Registry
+from services.views.models import PackageFilter
+
+_MOST_CONFLICTS_SHOWN = 10
+_WRITTEN_AT_ONCE_BYTES = 64 * 1024
+"""Up to here writing takes less time than handing the chunk to a thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """What a pull gave. `size_bytes` counts every file; `kept` are the files that were there already."""
+
+    package_id: UUID
+    manifest_digest: ContentAddress
+    files: int
+    size_bytes: int
+    kept: int
+
+
+async def pull(
+    registry: Registry,
+    which: UUID | ContentAddress,
+    destination: Path,
+    *,
+    force: bool = False,
+    concurrency: int = DEFAULT_CONCURRENCY,
+    progress: TransferProgress | None = None,
+) -> Pulled:
+    """Bring the package's files into `destination`, which is created if need be. Memory is bounded.
+
+    Files that are there and equal are kept; different ones are an error before anything is written, unless `force`
+    says that they are to be replaced. Nothing else in the folder is touched.
+
+    Raises:
+        PackageNotFoundError: no such package. IllegalPackageStateError: it is not finalized.
+        CorruptError: manifest or bytes are not what they must be, or a path would lead out of the folder.
+        ConflictError: something else is in the way.
+    """
+    told = progress or NoProgress()
+    package_id, address = await _package(registry, which)
+    manifest = await read_manifest(registry, package_id, address)
+    told.expect(len(manifest.files), sum(file.size_bytes for file in manifest.files))
+    folder = await asyncio.to_thread(Destination, destination)
+    try:
+        wanted = await asyncio.to_thread(_missing, folder, manifest.files, force=force)
+        _tell_kept(manifest.files, wanted, told)
+
+        async def fetch(file: ManifestFile) -> None:
+            await _fetch(registry, folder, file, told, replace=force)
+            told.finish_file()
+
+        await at_once(wanted, concurrency, fetch)
+    finally:
+        folder.close()
+    total = sum(file.size_bytes for file in manifest.files)
+    return Pulled(package_id, address, len(manifest.files), total, len(manifest.files) - len(wanted))
+
+
+async def read_manifest(registry: Registry, package_id: UUID, address: ContentAddress) -> Manifest:
+    """The package's manifest, checked against `address` and for what a folder cannot hold. Raises CorruptError."""
+    data = await registry.get_manifest_bytes(package_id)
+    if manifest_digest(data) != address.digest:
+        raise CorruptError(f"the manifest of package {package_id} is not what {address} stands for")
+    manifest = await asyncio.to_thread(decode, data)
+    if manifest.package.id != package_id:
+        raise CorruptError(f"the manifest of package {package_id} is that of package {manifest.package.id}")
+    _check_files(manifest.files)
+    return manifest
+
+
+async def _package(registry: Registry, which: UUID | ContentAddress) -> tuple[UUID, ContentAddress]:
+    if isinstance(which, ContentAddress):
+        page = await registry.list_packages(PackageFilter(manifest_digest=which), limit=1)
+        if not page.items:
+            raise PackageNotFoundError(f"no package is frozen under {which}")
+        return page.items[0].package_id, which
+    package = await registry.get_package(which)
+    if package.manifest_digest is None:
+        raise IllegalPackageStateError(f"package {which} is open; it can be pulled once it is finalized")
+    return which, package.manifest_digest
+
+
+def _check_files(files: tuple[ManifestFile, ...]) -> None:
+    paths = {file.relative_path for file in files}
+    if len(paths) != len(files):
+        raise CorruptError("the manifest names a path twice")
+    for file in files:
+        try:
+            check_path(file.relative_path)
+            if file.size_bytes < 0 or len(bytes.fromhex(file.blake3)) != 32:
+                raise ValueError("no size or no digest")
+        except (InvalidPathError, ValueError, TypeError, AttributeError) as error:
+            raise CorruptError(f"the manifest's entry {str(file.relative_path)[:100]!r} cannot be: {error}") from None
+        parts = file.relative_path.split("/")
+        for depth in range(1, len(parts)):
+            above = "/".join(parts[:depth])
+            if above in paths:
+                raise ConflictError(
+                    f"the package holds {above!r} and {file.relative_path!r}: no folder can hold them both"
+                )
+
+
+def _missing(folder: Destination, files: Iterable[ManifestFile], *, force: bool) -> list[ManifestFile]:
+    """The files that are to be fetched. Raises ConflictError when others are in their place. Blocks: reads what is."""
+    missing: list[ManifestFile] = []
+    different: list[str] = []
+    for file in files:
+        there = folder.blake3_of(file.relative_path, file.size_bytes)
+        if there == bytes.fromhex(file.blake3):
+            continue
+        if there is not None and not force:
+            different.append(file.relative_path)
+        missing.append(file)
+    if different:
+        more = len(different) - _MOST_CONFLICTS_SHOWN
+        shown = ", ".join(map(repr, different[:_MOST_CONFLICTS_SHOWN])) + (f" and {more} more" if more > 0 else "")
+        raise ConflictError(f"nothing was written: other files are there by the name of {shown}")
+    return missing
+
+
+def _tell_kept(files: Iterable[ManifestFile], wanted: list[ManifestFile], told: TransferProgress) -> None:
+    fetched = {file.relative_path for file in wanted}
+    for file in files:
+        if file.relative_path not in fetched:
+            told.advance(file.size_bytes)
+            told.finish_file()
+
+
+async def _fetch(
+    registry: Registry, folder: Destination, file: ManifestFile, told: TransferProgress, *, replace: bool
+) -> None:
+    with folder.new_file(file.relative_path) as landing:
+        try:
+            await _receive(registry, landing, file, told)
+        except BaseException:
+            told.advance(-landing.size_bytes)
+            raise
+        landing.put_into_place(replace=replace)
+
+
+async def _receive(registry: Registry, landing: Landing, file: ManifestFile, told: TransferProgress) -> None:
+    if file.size_bytes:
+        # A range, although it is the whole: the bytes are checked here, once.
+        async for chunk in await registry.open_content(file.file_id, 0, file.size_bytes):
+            if landing.size_bytes + len(chunk) > file.size_bytes:
+                raise CorruptError(f"{file.relative_path!r} has more bytes than its manifest says")
+            if len(chunk) > _WRITTEN_AT_ONCE_BYTES:
+                await asyncio.to_thread(landing.write, chunk)
+            else:
+                landing.write(chunk)
+            told.advance(len(chunk))
+    if landing.size_bytes != file.size_bytes or landing.blake3 != bytes.fromhex(file.blake3):
+        raise CorruptError(f"the bytes of {file.relative_path!r} are not those that its manifest names")

@@ -1,0 +1,353 @@
+"""The façade over HTTP: `Registry` on a gateway, with retries that a gateway recognises and reads that see own writes.
+
+Each write gets one command id, drawn here when the caller gives none, and keeps it over all attempts: a repeat answers
+as the first did.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator
+from typing import Any, TypeVar
+from uuid import UUID, uuid4
+
+from pydantic import BaseModel, ValidationError
+
+from services.blobs.port import Declared
+from services.client.bodies import Sending
+from services.client.content import ContentStream, verified
+from services.client.following import follow_events
+from services.client.retries import GivenUpError, Notify, RetryPolicy, log_retry, with_retries
+from services.client.sources import BodySource, source_of
+from services.client.transport import Answer, Transport
+from services.client.written import Written
+from services.core.commands import Acknowledgement
+from services.core.content_address import ContentAddress
+from services.core.fields import check_text
+from services.core.paths import check_path
+from services.errors import (
+    CorruptError,
+    DuplicateRelativePathError,
+    FileNotFoundInRegistryError,
+    IllegalPackageStateError,
+    InvalidRequestError,
+    RangeNotSatisfiableError,
+    UnavailableError,
+)
+from services.http import headers
+from services.http.models import (
+    CreatePackageRequest,
+    FileAnswer,
+    FileIngestedAnswer,
+    FilePageAnswer,
+    PackageAnswer,
+    PackageCreatedAnswer,
+    PackageFinalizedAnswer,
+    PackagePageAnswer,
+)
+from services.http.paths import quoted
+from services.log.port import RecordedEvent
+from services.log.position import Position
+from services.registry import ByteStream, ManifestFormat, Registry
+from services.views.models import DEFAULT_PAGE, File, Package, PackageFilter, Page
+
+Shape = TypeVar("Shape", bound=BaseModel)
+
+_EXPECT_CONTINUE_BYTES = 1 << 20
+"""Larger bodies (and those of unknown length) wait for `100 Continue`, so that a refusal comes before the bytes go."""
+
+_OPEN = "created"
+
+
+class GatewayRegistry(Registry):
+    """The registry behind a gateway's URL. Used inside `async with`; by many tasks of one event loop at a time.
+
+    Every operation is retried as `policy` says, and raises UnavailableError or PushBackError when its time is over.
+    """
+
+    def __init__(self, url: str, policy: RetryPolicy | None = None, notify: Notify = log_retry) -> None:
+        """`notify` is told before each pause between attempts. Raises ConfigurationError for a URL of another form."""
+        self._transport = Transport(url, policy or RetryPolicy(), notify)
+        self._written = Written()
+
+    async def __aenter__(self) -> GatewayRegistry:
+        await self._transport.__aenter__()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._transport.__aexit__()
+
+    async def create(
+        self,
+        name: str,
+        producer: str,
+        subject: str,
+        retention_class: str,
+        actor: str,
+        metadata: dict[str, Any],
+        *,
+        command_id: UUID | None = None,
+    ) -> Acknowledgement:
+        for field, text in (("name", name), ("producer", producer), ("subject", subject)):
+            check_text(field, text)
+        try:
+            request = CreatePackageRequest(
+                name=name, producer=producer, subject=subject, retention_class=retention_class, metadata=metadata
+            )
+        except ValidationError as error:
+            raise InvalidRequestError(f"{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}") from None
+        answer = await self._transport.call(
+            "POST", "/v1/packages", headers=_write_headers(actor, command_id), json=request.model_dump()
+        )
+        return self._acknowledged(_read(PackageCreatedAnswer, answer).to_acknowledgement())
+
+    async def check_ingest(self, package_id: UUID, relative_path: str, command_id: UUID | None = None) -> None:
+        """As far as the view knows it; `ingest` asks the package's writer before a large body is sent."""
+        check_path(relative_path)
+        package = await self.get_package(package_id)
+        if command_id is not None:
+            return
+        if package.status != _OPEN:
+            raise IllegalPackageStateError(f"package {package_id} is {package.status}")
+        try:
+            await self.get_file_at(package_id, relative_path)
+        except FileNotFoundInRegistryError:
+            return
+        raise DuplicateRelativePathError(f"package {package_id} holds {relative_path!r} already")
+
+    async def ingest_file(
+        self,
+        package_id: UUID,
+        relative_path: str,
+        media_type: str,
+        stream: ByteStream,
+        actor: str = "anonymous",
+        *,
+        declared: Declared | None = None,
+        command_id: UUID | None = None,
+    ) -> UUID:
+        # Bytes and files that can be set back stay repeatable: a lost connection need not be the caller's concern.
+        done = await self.ingest(
+            package_id,
+            relative_path,
+            media_type,
+            source_of(stream),
+            actor,
+            declared=declared or Declared(),
+            command_id=command_id,
+        )
+        return done.files[0].file_id
+
+    async def ingest(
+        self,
+        package_id: UUID,
+        relative_path: str,
+        media_type: str,
+        body: AsyncIterable[bytes],
+        actor: str,
+        *,
+        declared: Declared,
+        command_id: UUID | None = None,
+    ) -> Acknowledgement:
+        """As `Registry.ingest`. A `BodySource` is sent again after a lost connection, another stream is not.
+
+        Raises UnavailableError when a stream that cannot be read again was lost on its way: the outcome is unknown.
+        """
+        check_path(relative_path)
+        check_text("media_type", media_type)
+        _check_header("media_type", media_type)
+        command = command_id or uuid4()
+        declared = _completed(declared, body)
+        fields = {
+            **_write_headers(actor, command),
+            **_declared_headers(declared),
+            "Content-Type": media_type,
+        }
+        large = declared.size_bytes is None or declared.size_bytes > _EXPECT_CONTINUE_BYTES
+        sending = Sending(body, declared.size_bytes)
+
+        async def attempt() -> Answer:
+            try:
+                return await self._transport.attempt(
+                    "PUT",
+                    f"/v1/packages/{package_id}/files/{quoted(relative_path)}",
+                    headers=fields,
+                    data=sending if declared.size_bytes != 0 else b"",
+                    expect100=large,
+                )
+            except UnavailableError as error:
+                if sending.failure is not None:
+                    raise sending.failure from None
+                if not sending.repeatable:
+                    raise GivenUpError(
+                        f"{relative_path!r} was lost on its way and its stream cannot be read again; the outcome is "
+                        f"unknown: look for the file, or send it again with command id {command}"
+                    ) from error
+                raise
+
+        answer = await with_retries(
+            self._transport.policy,
+            attempt,
+            transfer=True,
+            notify=self._transport.notify,
+            repeatable=lambda: sending.repeatable,
+        )
+        done = _read(FileIngestedAnswer, answer).to_acknowledgement()
+        if sending.digest is not None and done.files[0].blake3 != sending.digest:
+            raise CorruptError(f"{relative_path!r} arrived as other bytes than were sent; do not finalize {package_id}")
+        return self._acknowledged(done)
+
+    async def finalize(self, package_id: UUID, actor: str, *, command_id: UUID | None = None) -> Acknowledgement:
+        answer = await self._transport.call(
+            "POST", f"/v1/packages/{package_id}/finalize", headers=_write_headers(actor, command_id)
+        )
+        return self._acknowledged(_read(PackageFinalizedAnswer, answer).to_acknowledgement())
+
+    async def get_package(self, package_id: UUID, *, wait_sequence: int | None = None) -> Package:
+        answer = await self._below(package_id, "", wait_sequence)
+        package = _read(PackageAnswer, answer).to_package()
+        self._written.seen(package_id, package.last_event_sequence)
+        return package
+
+    async def list_packages(
+        self, where: PackageFilter | None = None, *, limit: int = DEFAULT_PAGE, cursor: str | None = None
+    ) -> Page[Package]:
+        # A listing has no sequence to wait for: what was written here is waited for package by package, once each.
+        await asyncio.gather(*(self.get_package(package) for package in self._written.unseen()))
+        asked = where or PackageFilter()
+        query = {
+            "producer": asked.producer,
+            "subject": asked.subject,
+            "status": asked.status,
+            "retention_class": asked.retention_class,
+            "manifest_digest": asked.manifest_digest,
+            "limit": limit,
+            "cursor": cursor,
+        }
+        return _read(PackagePageAnswer, await self._transport.call("GET", "/v1/packages", query=query)).to_page()
+
+    async def list_files(
+        self,
+        package_id: UUID,
+        *,
+        limit: int = DEFAULT_PAGE,
+        cursor: str | None = None,
+        wait_sequence: int | None = None,
+    ) -> Page[File]:
+        answer = await self._below(package_id, "/files", wait_sequence, limit=limit, cursor=cursor)
+        return _read(FilePageAnswer, answer).to_page()
+
+    async def get_file_record(self, file_id: UUID) -> File:
+        return _read(FileAnswer, await self._transport.call("GET", f"/v1/files/{file_id}")).to_file()
+
+    async def get_file_at(self, package_id: UUID, relative_path: str, *, wait_sequence: int | None = None) -> File:
+        check_path(relative_path)
+        answer = await self._below(package_id, f"/files/{quoted(relative_path)}", wait_sequence)
+        return _read(FileAnswer, answer).to_file()
+
+    async def open_content(self, file_id: UUID, offset: int = 0, length: int | None = None) -> AsyncIterator[bytes]:
+        """As `Registry.open_content`. A whole file is checked against its content address when its end is reached."""
+        if offset < 0 or (length is not None and length < 0):
+            raise InvalidRequestError("offset and length of a range must not be negative")
+        if length == 0:
+            await self._check_offset(file_id, offset)
+            return _nothing()
+        stream = ContentStream(self._transport, f"/v1/files/{file_id}/content", offset, length)
+        try:
+            await stream.open()
+        except RangeNotSatisfiableError as error:
+            if offset == 0 and error.size == 0:  # an empty file holds nothing from its beginning on
+                return _nothing()
+            raise
+        if offset == 0 and length is None and stream.address is not None:
+            return verified(stream, ContentAddress.parse(stream.address).digest)
+        return stream
+
+    async def get_manifest_bytes(
+        self,
+        package_id: UUID,
+        format: ManifestFormat = "cbor",  # noqa: A002 - the documented name
+        *,
+        wait_sequence: int | None = None,
+    ) -> bytes:
+        if format not in ("cbor", "json"):
+            raise InvalidRequestError("a manifest comes as `cbor` or `json`")
+        return (await self._below(package_id, "/manifest", wait_sequence, accept=f"application/{format}")).body
+
+    def read_events(
+        self,
+        since: Position | None = None,
+        *,
+        package_id: UUID | None = None,
+        follow: bool = False,
+        poll_seconds: float = 0.1,
+    ) -> AsyncIterator[RecordedEvent]:
+        """As `Registry.read_events`. A gateway sends events when they come: `poll_seconds` says nothing here."""
+        return follow_events(self._transport, since, package_id, follow=follow)
+
+    async def _below(
+        self, package_id: UUID, path: str, wait_sequence: int | None, *, accept: str | None = None, **query: object
+    ) -> Answer:
+        """GET something below a package, not before the view holds what was written through here."""
+        wait = max(wait_sequence or 0, self._written.last(package_id))
+        return await self._transport.call(
+            "GET",
+            f"/v1/packages/{package_id}{path}",
+            query={**query, "wait_sequence": wait or None},
+            headers={"Accept": accept} if accept else None,
+        )
+
+    async def _check_offset(self, file_id: UUID, offset: int) -> None:
+        size = (await self.get_file_record(file_id)).size_bytes
+        if offset and offset >= size:
+            raise RangeNotSatisfiableError(f"the file has {size:,} bytes", size)
+
+    def _acknowledged(self, done: Acknowledgement) -> Acknowledgement:
+        self._written.wrote(done.package_id, done.sequence)
+        return done
+
+
+async def _nothing() -> AsyncIterator[bytes]:
+    chunks: tuple[bytes, ...] = ()
+    for chunk in chunks:
+        yield chunk
+
+
+def _read(shape: type[Shape], answer: Answer) -> Shape:
+    try:
+        return shape.model_validate_json(answer.body)
+    except ValidationError:
+        raise CorruptError(f"the gateway's answer is no {shape.__name__}: is the URL that of a gateway?") from None
+
+
+def _check_header(field: str, text: str) -> None:
+    if text != text.strip(" \t"):
+        raise InvalidRequestError(f"{field} must not begin or end with a space: it travels in a header")
+
+
+def _write_headers(actor: str, command_id: UUID | None) -> dict[str, str]:
+    check_text("actor", actor)
+    _check_header("actor", actor)
+    return {headers.ACTOR: actor, headers.IDEMPOTENCY_KEY: str(command_id or uuid4())}
+
+
+def _completed(declared: Declared, body: AsyncIterable[bytes]) -> Declared:
+    """With what a source knows of itself."""
+    if not isinstance(body, BodySource):
+        return declared
+    return Declared(
+        size_bytes=body.size_bytes if declared.size_bytes is None else declared.size_bytes,
+        blake3=declared.blake3 or body.digest,
+        sha256=declared.sha256,
+    )
+
+
+def _declared_headers(declared: Declared) -> dict[str, str]:
+    found = {}
+    if declared.size_bytes is not None:
+        found["Content-Length"] = str(declared.size_bytes)
+    if declared.blake3 is not None:
+        found[headers.CONTENT_ADDRESS] = ContentAddress.of_digest(declared.blake3)
+    if declared.sha256 is not None:
+        found[headers.REPR_DIGEST] = headers.repr_digest(declared.sha256)
+    return found

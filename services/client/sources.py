@@ -1,0 +1,180 @@
+"""Bodies to send: byte sources that can be read again for a retry, and streams that can be read only once.
+
+`Registry.ingest` takes any asynchronous iterable. A `BodySource` is one that starts from the beginning whenever it is
+iterated, so that the client may send it again after a lost connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from blake3 import blake3
+
+from services.errors import ContentMismatchError
+from services.streams import CHUNK_BYTES, from_any
+
+
+class BodySource(ABC, AsyncIterable[bytes]):
+    """A body that every iteration reads from its beginning, in chunks of at most 1 MiB.
+
+    `size_bytes` is its length where it is known before.
+    """
+
+    size_bytes: int | None
+
+    @property
+    def digest(self) -> bytes | None:
+        """The BLAKE3 of the whole (32 raw bytes) where it costs no second reading."""
+        return None
+
+    @abstractmethod
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        """Read from the beginning."""
+
+
+class BytesSource(BodySource):
+    """A body that lies in memory."""
+
+    def __init__(self, data: bytes | bytearray | memoryview) -> None:
+        self._data = memoryview(data).cast("B")
+        self.size_bytes = len(self._data)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for start in range(0, len(self._data), CHUNK_BYTES):
+            yield bytes(self._data[start : start + CHUNK_BYTES])
+
+    @property
+    def digest(self) -> bytes:
+        return blake3(self._data).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class FileStamp:
+    """What shows that a file has changed: its size in bytes and its time of modification in ns."""
+
+    size_bytes: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> FileStamp:
+        return cls(found.st_size, found.st_mtime_ns)
+
+
+class FileSource(BodySource):
+    """A file on disk, expected to stay as `stamp` has it; read in threads, so that the event loop never waits.
+
+    Iterating raises ContentMismatchError when the file is another length than `stamp` says or was written to meanwhile,
+    and OSError when it cannot be read.
+    """
+
+    def __init__(self, path: Path, stamp: FileStamp) -> None:
+        self._path = path
+        self._stamp = stamp
+        self.size_bytes = stamp.size_bytes
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        file = await asyncio.to_thread(self._open)
+        try:
+            left = self._stamp.size_bytes
+            while left:
+                chunk = await asyncio.to_thread(file.read, min(left, CHUNK_BYTES))
+                if not chunk:
+                    raise self._changed()
+                left -= len(chunk)
+                yield chunk
+            await asyncio.to_thread(self._check, file)
+        finally:
+            file.close()
+
+    async def blake3(self) -> bytes:
+        """The BLAKE3 of the file as it is now (32 raw bytes). Raises as iterating does."""
+        hashed = blake3()
+        async for chunk in self:
+            await asyncio.to_thread(hashed.update, chunk)
+        return hashed.digest()
+
+    async def read_whole(self) -> bytes:
+        """The file's bytes at once, for files that fit into memory. Raises as iterating does."""
+        return await asyncio.to_thread(self._read_whole)
+
+    def _read_whole(self) -> bytes:
+        with self._open() as file:
+            data = file.read(self._stamp.size_bytes + 1)
+            if len(data) != self._stamp.size_bytes:
+                raise self._changed()
+            self._check(file)
+        return data
+
+    def _open(self) -> IO[bytes]:
+        # A name that became a pipe since the walk must not block for ever, nor one that became a link lead elsewhere.
+        descriptor = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        file = os.fdopen(descriptor, "rb", buffering=0)
+        try:
+            self._check(file)
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def _check(self, file: IO[bytes]) -> None:
+        if FileStamp.of(os.fstat(file.fileno())) != self._stamp:
+            raise self._changed()
+
+    def _changed(self) -> ContentMismatchError:
+        return ContentMismatchError(
+            f"{self._path} changed while it was pushed; push it again once nothing writes to it"
+        )
+
+
+class SeekableSource(BodySource):
+    """A file object that can be set back to where it stood when it was handed over."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._start = file.tell()
+        self.size_bytes = None
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        await asyncio.to_thread(self._file.seek, self._start)
+        while chunk := await asyncio.to_thread(self._file.read, CHUNK_BYTES):
+            yield chunk
+
+
+class CountedSource(BodySource):
+    """Another source that tells how many more bytes were read; a negative number takes back what is read again."""
+
+    def __init__(self, source: BodySource, advance: Callable[[int], None]) -> None:
+        self._source = source
+        self._advance = advance
+        self._read = 0
+        self.size_bytes = source.size_bytes
+
+    @property
+    def digest(self) -> bytes | None:
+        return self._source.digest
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        self._advance(-self._read)
+        self._read = 0
+        async for chunk in self._source:
+            self._read += len(chunk)
+            self._advance(len(chunk))
+            yield chunk
+
+
+def source_of(stream: AsyncIterable[bytes] | Iterable[bytes] | IO[bytes] | bytes) -> AsyncIterable[bytes]:
+    """The stream as a BodySource where it can be read again, and as a plain asynchronous iterator where it cannot."""
+    if isinstance(stream, BodySource):
+        return stream
+    if isinstance(stream, bytes | bytearray | memoryview):
+        return BytesSource(stream)
+    seekable: Callable[[], bool] | None = getattr(stream, "seekable", None)
+    if seekable is not None and hasattr(stream, "read") and seekable():
+        return SeekableSource(stream)  # type: ignore[arg-type]  # it reads and seeks: a binary file object
+    return from_any(stream)

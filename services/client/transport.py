@@ -1,0 +1,202 @@
+"""HTTP to a gateway: one session, addresses that are sent exactly as they are encoded, failures as our own errors."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterable, AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote, urlencode, urlsplit
+
+import aiohttp
+from yarl import URL
+
+from services.client.problems import MAX_PROBLEM_BYTES, error_of
+from services.client.retries import GivenUpError, Notify, RetryPolicy, no_answer, unavailable, with_retries
+from services.errors import ConfigurationError
+from services.streams import CHUNK_BYTES
+
+_READ_AHEAD_BYTES = 256 * 1024
+_CONNECTIONS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer that is no error. Header names are found in any case."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class Transport:
+    """Requests to one gateway. Opened and closed with `async with`; used by many tasks of one event loop at a time."""
+
+    def __init__(self, url: str, policy: RetryPolicy, notify: Notify | None = None) -> None:
+        """Raises ConfigurationError when `url` is no plain `http(s)://host[:port][/prefix]`."""
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise ConfigurationError("the gateway's URL must have the form http(s)://host[:port]")
+        if parts.username is not None or parts.password is not None:
+            raise ConfigurationError("the gateway's URL must not hold credentials")
+        self.url = url.rstrip("/")
+        self.policy = policy
+        self.notify = notify
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Transport:
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=_CONNECTIONS, socket_factory=_socket),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            # Digests and ranges are about the bytes themselves: nothing may be compressed on the way.
+            auto_decompress=False,
+            headers={"Accept-Encoding": "identity", "User-Agent": "artifact-store"},
+            read_bufsize=_READ_AHEAD_BYTES,
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def call(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, object] | None = None,
+        headers: Mapping[str, str] | None = None,
+        json: Any = None,
+    ) -> Answer:
+        """Send a request without a stream, with retries, and return its whole answer.
+
+        Raises what the answer's problem document stands for; UnavailableError when the policy's time is over.
+        """
+        return await with_retries(
+            self.policy, lambda: self.attempt(method, path, query=query, headers=headers, json=json), notify=self.notify
+        )
+
+    async def attempt(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, object] | None = None,
+        headers: Mapping[str, str] | None = None,
+        json: Any = None,
+        data: AsyncIterable[bytes] | bytes | None = None,
+        expect100: bool = False,
+    ) -> Answer:
+        """As `call`, once, and with a body in `data` when it is given."""
+        options = {"json": json} if json is not None else {"data": data}
+        async with self._answer(method, path, query, headers, expect100=expect100, **options) as response:
+            try:
+                body = await response.read()
+            except (aiohttp.ClientError, TimeoutError) as error:
+                raise self._lost(error) from error
+            return Answer(response.status, response.headers, body)
+
+    async def open(
+        self,
+        path: str,
+        *,
+        query: Mapping[str, object] | None = None,
+        headers: Mapping[str, str] | None = None,
+        endless: bool = False,
+    ) -> aiohttp.ClientResponse:
+        """GET, with retries until the answer begins; the caller reads the rest with `read_chunk` and closes it.
+
+        An `endless` answer may keep still for as long as it likes; the kernel notices when the other side is gone.
+        """
+
+        async def attempt() -> aiohttp.ClientResponse:
+            return await self._begin("GET", path, query, headers, endless=endless)
+
+        return await with_retries(self.policy, attempt, notify=self.notify)
+
+    async def read_chunk(self, response: aiohttp.ClientResponse) -> bytes:
+        """The next bytes of an open answer, at most 1 MiB, empty at its end. Raises UnavailableError if it was cut."""
+        try:
+            return await response.content.read(CHUNK_BYTES)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise self._lost(error) from error
+
+    @asynccontextmanager
+    async def _answer(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, object] | None,
+        headers: Mapping[str, str] | None,
+        **options: Any,
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        response = await self._begin(method, path, query, headers, **options)
+        try:
+            yield response
+        finally:
+            response.release()
+
+    async def _begin(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, object] | None,
+        headers: Mapping[str, str] | None,
+        *,
+        endless: bool = False,
+        **options: Any,
+    ) -> aiohttp.ClientResponse:
+        if self._session is None:
+            raise ConfigurationError("the client is closed; use it inside `async with`")
+        timeout = aiohttp.ClientTimeout(
+            total=None,
+            sock_connect=self.policy.connect_seconds,
+            sock_read=None if endless else self.policy.idle_seconds,
+        )
+        address = URL(self.url + path + _query_text(query), encoded=True)
+        try:
+            response = await self._session.request(
+                method, address, headers=headers, timeout=timeout, allow_redirects=False, **options
+            )
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise self._lost(error) from error
+        if not 200 <= response.status < 300:
+            try:
+                body = await response.content.read(MAX_PROBLEM_BYTES)
+            except (aiohttp.ClientError, TimeoutError):
+                body = b""  # the status says enough
+            finally:
+                response.close()
+            raise error_of(response.status, response.headers, body)
+        return response
+
+    def _lost(self, error: Exception) -> Exception:
+        """Our own error for what went wrong below HTTP."""
+        match error:
+            case aiohttp.InvalidURL():
+                return ConfigurationError(f"{self.url} is no address that can be used")
+            case aiohttp.ClientSSLError():
+                return GivenUpError(f"no secure connection to {self.url}: {error}")
+            case aiohttp.ClientConnectorError():
+                return unavailable(f"cannot reach the gateway at {self.url}: {error.strerror or error.os_error}")
+            case TimeoutError():
+                return no_answer(self.policy.idle_seconds)
+        return unavailable(f"the connection to {self.url} was lost: {type(error).__name__}; the outcome is unknown")
+
+
+def _socket(address: aiohttp.AddrInfoType) -> socket.socket:
+    """A socket whose peer is asked for a sign of life when it keeps still, so that a vanished gateway is noticed."""
+    family, kind, protocol, _, _ = address
+    made = socket.socket(family=family, type=kind, proto=protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, seconds in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, option):
+            made.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), seconds)
+    return made
+
+
+def _query_text(query: Mapping[str, object] | None) -> str:
+    given = {name: value for name, value in (query or {}).items() if value is not None}
+    return "?" + urlencode(given, quote_via=quote) if given else ""

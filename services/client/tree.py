@@ -1,0 +1,141 @@
+"""The files below a folder as a package can hold them, checked before anything is sent.
+
+Files only: empty folders are not kept. A symbolic link to a regular file inside the tree is pushed as that file; one
+that leaves the tree, leads to a folder or to nothing is refused, and so are pipes, sockets, devices, files that cannot
+be read and names that are no relative paths of the registry.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from mimetypes import MimeTypes
+from pathlib import Path
+
+from services.client.sources import FileStamp
+from services.core.paths import check_path
+from services.errors import InvalidPathError, InvalidRequestError
+
+_MOST_FAULTS_SHOWN = 10
+_DEFAULT_MEDIA_TYPE = "application/octet-stream"
+_COMPRESSED = {
+    "gzip": "application/gzip",
+    "bzip2": "application/x-bzip2",
+    "xz": "application/x-xz",
+    "compress": "application/x-compress",
+}
+
+# Without the machine's own tables: the same tree gets the same media types everywhere.
+_TYPES = MimeTypes()
+
+
+@dataclass(frozen=True, slots=True)
+class TreeFile:
+    """One file to push. `path` is where its bytes are read, links resolved."""
+
+    relative_path: str
+    path: Path
+    stamp: FileStamp
+
+    @property
+    def media_type(self) -> str:
+        """Guessed from the name."""
+        return guess_media_type(self.relative_path)
+
+
+def guess_media_type(name: str) -> str:
+    """The media type of a file of this name; `application/octet-stream` when nothing is known of it."""
+    found, compressed = _TYPES.guess_type(name.rsplit("/", 1)[-1])
+    if compressed is not None:
+        return _COMPRESSED.get(compressed, _DEFAULT_MEDIA_TYPE)
+    return found or _DEFAULT_MEDIA_TYPE
+
+
+def walk(path: Path) -> list[TreeFile]:
+    """The files at or below `path`, by the UTF-8 bytes of their relative paths. Blocks while it reads the folders.
+
+    A single file is called by its name. `path` itself may be a link.
+
+    Raises:
+        InvalidPathError: names that are no relative paths; the text lists them.
+        InvalidRequestError: there is nothing at `path`, or something below it cannot be pushed; the text lists it.
+    """
+    try:
+        root = path.resolve(strict=True)
+    except (OSError, RuntimeError):
+        raise InvalidRequestError(f"there is nothing to push at {_shown(path)}") from None
+    found: list[TreeFile] = []
+    bad_names: list[str] = []
+    bad_files: list[str] = []
+    alone = not root.is_dir()
+    # A link that was named by the user keeps its own name.
+    entries = iter([(path.name or root.name, root)]) if alone else _below(root, "", bad_files)
+    for relative_path, entry in entries:
+        try:
+            check_path(relative_path)
+        except InvalidPathError as error:
+            bad_names.append(f"{_shown(entry)}: {error.detail}")
+            continue
+        try:
+            found.append(_file(relative_path, entry, None if alone else root))
+        except OSError as error:
+            bad_files.append(f"{_shown(entry)}: {error.strerror}")
+        except InvalidRequestError as error:
+            bad_files.append(f"{_shown(entry)}: {error.detail}")
+    if bad_names:
+        raise InvalidPathError(_listed("names that a package cannot hold", bad_names))
+    if bad_files:
+        raise InvalidRequestError(_listed("things that cannot be pushed", bad_files))
+    return sorted(found, key=lambda file: file.relative_path.encode())
+
+
+def _below(folder: Path, prefix: str, faults: list[str]) -> Iterator[tuple[str, Path]]:
+    waiting = [(folder, prefix)]
+    while waiting:
+        current, below = waiting.pop()
+        try:
+            with os.scandir(current) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append((Path(entry.path), f"{below}{entry.name}/"))
+                    else:
+                        yield below + entry.name, Path(entry.path)
+        except OSError as error:
+            faults.append(f"{_shown(current)}: {error.strerror}")
+
+
+def _file(relative_path: str, path: Path, root: Path | None) -> TreeFile:
+    if path.is_symlink():
+        path = _target(path, root)
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise InvalidRequestError("no regular file")
+    if not os.access(path, os.R_OK):
+        raise InvalidRequestError("it cannot be read")
+    return TreeFile(relative_path, path, FileStamp.of(found))
+
+
+def _target(link: Path, root: Path | None) -> Path:
+    try:
+        target = link.resolve(strict=True)
+    except (OSError, RuntimeError):
+        raise InvalidRequestError("a link to nothing") from None
+    if root is not None and not target.is_relative_to(root):
+        raise InvalidRequestError("a link that leaves the tree")
+    if target.is_dir():
+        raise InvalidRequestError("a link to a folder")
+    return target
+
+
+def _listed(what: str, faults: list[str]) -> str:
+    more = len(faults) - _MOST_FAULTS_SHOWN
+    lines = faults[:_MOST_FAULTS_SHOWN] + ([f"and {more} more"] if more > 0 else [])
+    return f"nothing was created; {what}:\n  " + "\n  ".join(lines)
+
+
+def _shown(path: Path) -> str:
+    """The path for a message: printable whatever bytes it holds."""
+    text = os.fsencode(path).decode(errors="backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
