@@ -45,6 +45,7 @@ class Problem(BaseModel):
 def problem(status: int, name: str, detail: str, **more: object) -> Problem:
     """A problem of this status and name; the title is the name in words."""
     title = name.replace("-", " ").capitalize()
+    detail = detail.encode("utf-8", "backslashreplace").decode()  # it may quote what came from outside
     return Problem.model_validate(
         {"type": TYPE_PREFIX + name, "title": title, "status": status, "detail": detail, **more}
     )

@@ -1,0 +1,129 @@
+"""The application: one request from its head to its answer, whatever happens on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from aiohttp import web
+
+from ingest_gateway import content, events, files, health, manifest, openapi, packages
+from ingest_gateway.answers import SERVER
+from ingest_gateway.call import Call
+from ingest_gateway.gateway import Bounds, Gateway
+from ingest_gateway.health import Checks
+from ingest_gateway.metrics import Metrics
+from ingest_gateway.operations import Route
+from ingest_gateway.problems import MalformedHttpError, answer_of, internal
+from ingest_gateway.routing import Routes, Target
+from services.errors import ArtifactStoreError
+from services.registry import Registry
+
+_log = logging.getLogger(__name__)
+_access = logging.getLogger("ingest_gateway.access")
+
+ROUTES: tuple[Route, ...] = (
+    *packages.ROUTES,
+    *files.ROUTES,
+    *content.ROUTES,
+    *manifest.ROUTES,
+    *events.ROUTES,
+    *health.ROUTES,
+)
+
+_METHODS = frozenset({"GET", "HEAD", "PUT", "POST", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT"})
+
+
+class App:
+    """The routes over one gateway."""
+
+    def __init__(self, registry: Registry, checks: Checks, bounds: Bounds, metrics: Metrics | None = None) -> None:
+        self.gateway = Gateway(registry, checks, bounds, metrics or Metrics(), openapi.document(ROUTES))
+        self._routes = Routes(ROUTES)
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer a request. Every error becomes a problem or, once an answer has begun, cuts the connection."""
+        exchange = Exchange(request)
+        async with self.gateway.request():
+            try:
+                response = await self._answer(exchange)
+                exchange.answered(response)
+            finally:
+                self._record(exchange)
+        if not response.prepared:
+            response.headers["Server"] = SERVER
+            # A body may still come that nobody wants any more (RFC 9110 §10.1.1), or this process goes away.
+            if self.gateway.draining or exchange.body_withheld:
+                response.force_close()
+        return response
+
+    async def _answer(self, exchange: Exchange) -> web.StreamResponse:
+        request = exchange.request
+        try:
+            if "#" in exchange.target.path:
+                raise MalformedHttpError("a request target has no fragment")
+            route, values = self._routes.find(request.method, exchange.target.path)
+            exchange.call = Call(self.gateway, request, route, exchange.target, values)
+            return await route.handler(exchange.call)
+        except ArtifactStoreError as error:
+            if not exchange.begun:
+                return answer_of(error)
+            _log.warning("%s was cut off: %s", exchange, error.detail)
+        except Exception as error:
+            if isinstance(error, ConnectionError) and request.transport is None:
+                raise  # the client went away: there is nobody to answer
+            # Nobody foresaw it, and this is the outermost place: it is logged and answered.
+            _log.exception("%s failed", exchange)
+            if not exchange.begun:
+                return internal()
+        if request.transport is not None:
+            request.transport.abort()
+        raise ConnectionResetError("the answer was cut off")
+
+    def _record(self, exchange: Exchange) -> None:
+        seconds = asyncio.get_running_loop().time() - exchange.began
+        route = "none" if exchange.call is None else exchange.call.route.template
+        received, sent = exchange.bytes
+        method = exchange.request.method
+        self.gateway.metrics.answered(
+            route, method if method in _METHODS else "other", exchange.status, seconds, received, sent
+        )
+        _access.info("%s %d %.1f ms, %d in, %d out", exchange, exchange.status, seconds * 1000, received, sent)
+
+
+class Exchange:
+    """One request and what has become of it."""
+
+    def __init__(self, request: web.BaseRequest) -> None:
+        self.request = request
+        self.target = Target.of(request)
+        self.began = asyncio.get_running_loop().time()
+        self.call: Call | None = None
+        self.status = 0
+        self._body = 0
+
+    def __str__(self) -> str:
+        """Client, method and path on one line: escaped, bounded, and without the query."""
+        path = self.target.path[:2048].encode("unicode_escape").decode()
+        return f"{self.request.remote} {self.request.method[:32]} {path}"
+
+    @property
+    def begun(self) -> bool:
+        """Whether bytes of an answer are on their way already."""
+        return self.request.writer.output_size > 0
+
+    @property
+    def body_withheld(self) -> bool:
+        """Whether the client waits for a 100-continue that it did not get."""
+        return "Expect" in self.request.headers and (self.call is None or self.call.continue_pending)
+
+    @property
+    def bytes(self) -> tuple[int, int]:
+        """Bytes of the bodies: received and sent."""
+        return (0, self._body) if self.call is None else (self.call.received, self.call.sent + self._body)
+
+    def answered(self, response: web.StreamResponse) -> None:
+        """Note what the answer is."""
+        self.status = response.status
+        if isinstance(response, web.Response) and isinstance(response.body, bytes) and self.request.method != "HEAD":
+            self._body = len(response.body)

@@ -1,0 +1,175 @@
+"""One request on its way through a handler: its parameters, its body, and what the handler may use."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import parse_qsl, urlencode
+
+from aiohttp import HttpVersion11, web
+
+from ingest_gateway.answers import SERVER
+from ingest_gateway.json_body import parse_json
+from ingest_gateway.operations import Route
+from ingest_gateway.parameters import Parameter
+from ingest_gateway.problems import (
+    BodyTimeoutError,
+    ExpectationFailedError,
+    IncompleteBodyError,
+    MalformedHttpError,
+    UnsupportedMediaTypeError,
+)
+from ingest_gateway.routing import Target
+from services.errors import InvalidRequestError, TooLargeError
+from services.http.models import Request
+
+if TYPE_CHECKING:
+    from ingest_gateway.gateway import Gateway
+
+Value = TypeVar("Value")
+Shape = TypeVar("Shape", bound=Request)
+
+MAX_JSON_BYTES = 1 << 20
+"""Most bytes of a JSON body beyond what metadata may take."""
+
+_MAX_QUERY_FIELDS = 32
+_JSON_ESCAPE = 6  # `\u00e9` is six bytes where the JCS form has at least one
+
+
+class Call:
+    """A request and its route. Belongs to one task."""
+
+    def __init__(
+        self, gateway: Gateway, request: web.BaseRequest, route: Route, target: Target, path: Mapping[str, str]
+    ) -> None:
+        """Raises InvalidRequestError for a query that the route does not take; ExpectationFailedError."""
+        self.gateway = gateway
+        self.registry = gateway.registry
+        self.request = request
+        self.route = route
+        self.target = target
+        self.received = 0
+        self.sent = 0
+        self._path = path
+        self._query = _query(target.query, route.named("query"))
+        expect = request.headers.get("Expect")
+        if expect is not None and expect.lower() != "100-continue":
+            raise ExpectationFailedError("the only expectation that is met is 100-continue")
+        self.continue_pending = expect is not None and request.version >= HttpVersion11
+
+    def path(self, parameter: Parameter[Value]) -> Value:
+        """The value of a path parameter. Raises InvalidRequestError."""
+        return parameter.parse(self._path[parameter.name])
+
+    def query(self, parameter: Parameter[Value]) -> Value | None:
+        """The value of a query parameter, None when it is absent. Raises InvalidRequestError."""
+        text = self._query.get(parameter.name)
+        return None if text is None else parameter.parse(text)
+
+    def header(self, parameter: Parameter[Value]) -> Value | None:
+        """The value of a header that may come once, None when it is absent. Raises InvalidRequestError."""
+        values = self.request.headers.getall(parameter.name, ())
+        if len(values) > 1:
+            raise InvalidRequestError(f"{parameter.name} came {len(values)} times")
+        return parameter.parse(values[0]) if values else None
+
+    def list_header(self, name: str) -> str | None:
+        """A header whose lines make one list (RFC 9110 §5.3), None when it is absent."""
+        values = self.request.headers.getall(name, ())
+        return ", ".join(values) if values else None
+
+    def same_with(self, **changes: str) -> str:
+        """This request's target with query parameters changed: a relative reference for a `Link`."""
+        return f"{self.target.path}?{urlencode({**self._query, **changes})}"
+
+    async def body(self) -> AsyncIterator[bytes]:
+        """The body as it arrives, 100-continue having been sent where it was asked for.
+
+        Raises:
+            IncompleteBodyError, MalformedHttpError, BodyTimeoutError: the body did not come to its end.
+            UnsupportedMediaTypeError: it is coded; the bytes that are stored are those that are sent.
+        """
+        coding = self.list_header("Content-Encoding")
+        if coding is not None and coding.strip().lower() != "identity":
+            raise UnsupportedMediaTypeError(
+                "bodies are taken as they are: no Content-Encoding", {"Accept-Encoding": "identity"}
+            )
+        if self.continue_pending:
+            self.continue_pending = False
+            await self.request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.request.writer.output_size = 0  # the answer itself has not begun
+        content = self.request.content
+        idle = self.gateway.bounds.body_idle_seconds
+        while True:
+            try:
+                async with asyncio.timeout(idle):
+                    chunk = await content.readany()
+            except TimeoutError:
+                raise BodyTimeoutError(f"no byte of the body came for {idle:g} s", {"Connection": "close"}) from None
+            except web.RequestPayloadError:
+                raise MalformedHttpError("the body's framing is broken", {"Connection": "close"}) from None
+            except OSError:
+                raise IncompleteBodyError("the body ended before its announced end") from None
+            if not chunk:
+                return
+            self.received += len(chunk)
+            yield chunk
+
+    async def json(self, shape: type[Shape]) -> Shape:
+        """The JSON body in this shape; no body at all reads as an empty object when every field has a default.
+
+        Raises:
+            UnsupportedMediaTypeError: the body is not declared as JSON.
+            InvalidRequestError: it is not JSON, or does not have the shape; TooLargeError.
+        """
+        limit = MAX_JSON_BYTES + _JSON_ESCAPE * self.gateway.bounds.max_metadata_bytes
+        body = bytearray()
+        if (self.request.content_length or 0) > limit:
+            raise TooLargeError(f"a JSON body may have {limit:,} bytes here")
+        async for chunk in self.body():
+            body += chunk
+            if len(body) > limit:
+                raise TooLargeError(f"a JSON body may have {limit:,} bytes here")
+        if not body and not any(field.is_required() for field in shape.model_fields.values()):
+            return shape()
+        media_type, _, parameters = self.request.headers.get("Content-Type", "").partition(";")
+        charset = parameters.strip().lower().replace('"', "")
+        if media_type.strip().lower() != "application/json" or charset not in ("", "charset=utf-8"):
+            raise UnsupportedMediaTypeError("the body must be application/json", {"Accept": "application/json"})
+        return parse_json(bytes(body), shape)
+
+    async def start(self, response: web.StreamResponse) -> None:
+        """Send the head of a streamed answer."""
+        response.headers["Server"] = SERVER
+        await response.prepare(self.request)
+
+    async def send(self, response: web.StreamResponse, data: bytes) -> None:
+        """Send a piece of a streamed answer; waits while the client is slow. Raises ConnectionError."""
+        await response.write(data)
+        self.sent += len(data)
+
+
+def _query(raw: str, known: frozenset[str]) -> dict[str, str]:
+    if not raw:
+        return {}
+    try:
+        # Bytes that are not UTF-8 are errors here rather than replacement characters.
+        pairs = parse_qsl(
+            raw.encode("utf-8", "surrogateescape").decode("utf-8"),
+            keep_blank_values=True,
+            strict_parsing=True,
+            errors="strict",
+            max_num_fields=_MAX_QUERY_FIELDS,
+        )
+    except ValueError:
+        raise InvalidRequestError("the query is malformed: name=value pairs in percent-encoded UTF-8") from None
+    found: dict[str, str] = {}
+    for name, value in pairs:
+        if name not in known:
+            takes = f"this takes {', '.join(sorted(known))}" if known else "this takes none"
+            raise InvalidRequestError(f"unknown query parameter {name[:64]!a}: {takes}")
+        if name in found:
+            raise InvalidRequestError(f"query parameter {name} came twice")
+        found[name] = value
+    return found

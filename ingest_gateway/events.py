@@ -1,0 +1,121 @@
+"""Events over HTTP: as lines of JSON or as server-sent events, up to the log's end or for ever."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from uuid import UUID
+
+from aiohttp import web
+
+from ingest_gateway.call import Call
+from ingest_gateway.feed import Feed, feed
+from ingest_gateway.negotiation import choose
+from ingest_gateway.operations import Route, Success
+from ingest_gateway.parameters import FOLLOW, LAST_EVENT_ID, OF_PACKAGE, SINCE
+from ingest_gateway.problems import NotAcceptableError
+from services.errors import (
+    InvalidPositionError,
+    InvalidRequestError,
+    LogIdentityError,
+    PushBackError,
+    UnavailableError,
+)
+from services.http.events import EventShape, event_line
+from services.log.port import RecordedEvent
+from services.log.position import Position
+from services.registry import Registry
+
+LINES = "application/x-ndjson"
+EVENT_STREAM = "text/event-stream"
+
+
+async def get_events(call: Call) -> web.StreamResponse:
+    """GET /v1/events."""
+    since = call.header(LAST_EVENT_ID) or call.query(SINCE)
+    package_id, follow = call.query(OF_PACKAGE), call.query(FOLLOW)
+    media_type = choose(call.list_header("Accept"), (LINES, EVENT_STREAM))
+    response = web.StreamResponse(
+        headers={"Content-Type": media_type, "Cache-Control": "no-store", "Vary": "Accept", "X-Accel-Buffering": "no"}
+    )
+    if call.request.method == "HEAD":
+        await call.start(response)
+        return response
+    if not follow:
+        async with feed(_to_the_end(call.registry, since, package_id, media_type)) as lines:
+            await _send_all(call, response, lines)
+    else:
+        async with (
+            call.gateway.followers.stay(),
+            feed(_for_ever(call.registry, since, package_id, media_type)) as lines,
+        ):
+            await _send_all(call, response, lines)
+    await response.write_eof()
+    return response
+
+
+async def _send_all(call: Call, response: web.StreamResponse, lines: Feed) -> None:
+    piece = await lines.take()  # what can fail fails here, before the head is sent
+    await call.start(response)
+    while piece is not None:
+        if piece:
+            await call.send(response, piece)
+        try:
+            async with asyncio.timeout(call.gateway.bounds.heartbeat_seconds):
+                piece = await lines.take()
+        except TimeoutError:
+            if call.request.transport is None:
+                raise ConnectionResetError("the follower went away") from None
+            # A comment keeps proxies from closing the connection; lines of JSON have none.
+            piece = b":\n\n" if response.content_type == EVENT_STREAM else b""
+
+
+async def _to_the_end(
+    registry: Registry, since: Position | None, package_id: UUID | None, media_type: str
+) -> AsyncIterator[bytes]:
+    async for event in registry.read_events(since, package_id=package_id):
+        yield _encoded(event, media_type)
+
+
+async def _for_ever(
+    registry: Registry, since: Position | None, package_id: UUID | None, media_type: str
+) -> AsyncIterator[bytes]:
+    # First up to the end: a position that cannot be taken shows itself there, however quiet the log is.
+    async for event in registry.read_events(since, package_id=package_id):
+        since = event.position
+        yield _encoded(event, media_type)
+    yield b""
+    async for event in registry.read_events(since, package_id=package_id, follow=True):
+        yield _encoded(event, media_type)
+
+
+def _encoded(event: RecordedEvent, media_type: str) -> bytes:
+    line = event_line(event)
+    if media_type == LINES:
+        return line + b"\n"
+    return b"id: %b\nevent: %b\ndata: %b\n\n" % (str(event.position).encode(), event.event_type.encode(), line)
+
+
+ROUTES = (
+    Route(
+        "GET",
+        "/v1/events",
+        get_events,
+        "Read or follow events",
+        (Success(200, "One event a line, or one a server-sent event", {LINES: EventShape, EVENT_STREAM: {}}),),
+        parameters=(SINCE, OF_PACKAGE, FOLLOW, LAST_EVENT_ID),
+        problems=(
+            InvalidRequestError,
+            InvalidPositionError,
+            LogIdentityError,
+            NotAcceptableError,
+            PushBackError,
+            UnavailableError,
+        ),
+        description="In order per package. Without `follow` the answer ends where the log ended when the request came. "
+        "A follower that falls behind is waited for; should reading fail, the connection is cut, and the last position "
+        "that was seen leads on. A server-sent event has the position as `id`, the type as `event`; comments keep a "
+        "quiet connection open.",
+        tag="events",
+    ),
+)

@@ -1,0 +1,50 @@
+"""Followers: clients that stay. How many there may be, and how they are told to go."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from services.errors import PushBackError
+
+MAX_FOLLOWERS = 1000
+_RETRY_SECONDS = 5.0
+
+
+class Followers:
+    """The places for followers of one gateway. Belongs to one event loop."""
+
+    def __init__(self, limit: int = MAX_FOLLOWERS) -> None:
+        self._limit = limit
+        self._stays: set[asyncio.Timeout] = set()
+        self._closing = False
+
+    def __len__(self) -> int:
+        return len(self._stays)
+
+    @asynccontextmanager
+    async def stay(self) -> AsyncIterator[None]:
+        """Hold a place for the length of the block, which ends early, without an error, when the gateway closes.
+
+        Raises PushBackError when every place is taken.
+        """
+        if self._closing or len(self._stays) >= self._limit:
+            raise PushBackError(f"all {self._limit:,} places for followers are taken", _RETRY_SECONDS)
+        scope = asyncio.timeout(None)
+        try:
+            async with scope:
+                self._stays.add(scope)
+                yield
+        except TimeoutError:
+            if not scope.expired():
+                raise
+        finally:
+            self._stays.discard(scope)
+
+    def dismiss(self) -> None:
+        """Let every follower go, and take no more."""
+        self._closing = True
+        now = asyncio.get_running_loop().time()
+        for scope in list(self._stays):
+            scope.reschedule(now)

@@ -1,0 +1,74 @@
+"""What the handlers of one gateway share."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from ingest_gateway.followers import MAX_FOLLOWERS, Followers
+from ingest_gateway.health import Checks
+from ingest_gateway.metrics import Metrics
+from services.config import Settings
+from services.registry import Registry
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What one gateway takes, in bytes, seconds and clients."""
+
+    max_file_bytes: int
+    max_metadata_bytes: int
+    max_followers: int = MAX_FOLLOWERS
+    body_idle_seconds: float = 60.0
+    """How long a body may stand still."""
+    heartbeat_seconds: float = 10.0
+    """How often a quiet follower is looked after."""
+
+    @classmethod
+    def of(cls, settings: Settings) -> Bounds:
+        """The bounds of these settings."""
+        return cls(settings.max_file_bytes, settings.max_metadata_bytes)
+
+
+class Gateway:
+    """Registry, checks, metrics, followers, and which requests are under way. Belongs to one event loop."""
+
+    def __init__(self, registry: Registry, checks: Checks, bounds: Bounds, metrics: Metrics, openapi: bytes) -> None:
+        self.registry = registry
+        self.checks = checks
+        self.bounds = bounds
+        self.metrics = metrics
+        self.openapi = openapi
+        self.followers = Followers(bounds.max_followers)
+        self.draining = False
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        metrics.watch(lambda: self._in_flight, lambda: len(self.followers))
+
+    @asynccontextmanager
+    async def request(self) -> AsyncIterator[None]:
+        """A request is under way for the length of the block."""
+        self._in_flight += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+            if not self._in_flight:
+                self._idle.set()
+
+    async def drain(self, seconds: float) -> None:
+        """Let followers go and wait, for `seconds` at most, until every request is answered."""
+        self.draining = True
+        self.followers.dismiss()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            _log.warning("%d requests were not done within %g s; they are cut off", self._in_flight, seconds)

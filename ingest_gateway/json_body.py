@@ -1,0 +1,60 @@
+"""Reading JSON from outside strictly: what two readers could understand differently is refused (RFC 8259, RFC 7493)."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn, TypeVar
+
+from pydantic import ValidationError
+
+from ingest_gateway.problems import InvalidFieldsError
+from services.errors import InvalidRequestError
+from services.http.models import Request
+from services.http.problems import FieldFault
+
+Shape = TypeVar("Shape", bound=Request)
+
+
+def parse_json(body: bytes, shape: type[Shape]) -> Shape:
+    """The body in this shape.
+
+    Raises InvalidRequestError: not UTF-8, not JSON, a key twice, a number that is none (NaN, Infinity), too deep; and
+    InvalidFieldsError: a field is missing, unknown or mistyped.
+    """
+    try:
+        value = json.loads(body.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_number)
+    except InvalidRequestError:
+        raise
+    except UnicodeDecodeError:
+        raise InvalidRequestError("the body is not UTF-8") from None
+    except RecursionError:
+        raise InvalidRequestError("the body is nested too deeply") from None
+    except ValueError as error:  # also an integer of thousands of digits, which Python does not read
+        detail = f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else "a number"
+        raise InvalidRequestError(f"the body is not JSON that can be read: {detail}") from None
+    try:
+        return shape.model_validate(value)
+    except ValidationError as error:
+        raise InvalidFieldsError(
+            tuple(
+                FieldFault(field=_where(fault["loc"]), message=fault["msg"])
+                for fault in error.errors(include_input=False, include_url=False)
+            )
+        ) from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise InvalidRequestError("the body holds an object with the same key twice")
+    return found
+
+
+def _no_number(name: str) -> NoReturn:
+    raise InvalidRequestError(f"the body holds {name}, which is not JSON")
+
+
+def _where(location: tuple[int | str, ...]) -> str:
+    # Names come from outside: they may hold anything, at any length.
+    name = ".".join(str(part) for part in location) or "body"
+    return name[:256].encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,76 @@
+"""Metrics of the gateway, in a registry of their own, for Prometheus."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+_LAG_INTERVAL = 1.0
+
+
+class Metrics:
+    """What is counted. Labels are route templates, never paths: their number is bounded."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        """With `registry`, what other parts count there is shown too."""
+        self.registry = registry or CollectorRegistry()
+        self._requests = Counter(
+            "artifact_store_http_requests",
+            "Requests that were answered",
+            ("route", "method", "status"),
+            registry=self.registry,
+        )
+        self._seconds = Histogram(
+            "artifact_store_http_request_seconds",
+            "From the request's head to the end of its answer",
+            ("route", "method"),
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._received = Counter(
+            "artifact_store_http_received_bytes", "Bytes of request bodies", ("route",), registry=self.registry
+        )
+        self._sent = Counter(
+            "artifact_store_http_sent_bytes", "Bytes of answers' bodies", ("route",), registry=self.registry
+        )
+        self._in_flight = Gauge(
+            "artifact_store_http_in_flight", "Requests that are being answered", registry=self.registry
+        )
+        self._followers = Gauge("artifact_store_http_followers", "Clients that follow events", registry=self.registry)
+        self._lag = Gauge(
+            "artifact_store_event_loop_lag_seconds",
+            "How much later than asked for a timer of the event loop fired",
+            registry=self.registry,
+        )
+
+    def watch(self, in_flight: Callable[[], float], followers: Callable[[], float]) -> None:
+        """Ask these whenever somebody looks."""
+        self._in_flight.set_function(in_flight)
+        self._followers.set_function(followers)
+
+    def answered(self, route: str, method: str, status: int, seconds: float, received: int, sent: int) -> None:
+        """Count one request; the numbers of bytes are those of the bodies."""
+        self._requests.labels(route, method, str(status)).inc()
+        self._seconds.labels(route, method).observe(seconds)
+        if received:
+            self._received.labels(route).inc(received)
+        if sent:
+            self._sent.labels(route).inc(sent)
+
+    async def watch_loop(self) -> None:
+        """Measure the event loop's lag, once a second, until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + _LAG_INTERVAL
+            await asyncio.sleep(_LAG_INTERVAL)
+            self._lag.set(max(0.0, loop.time() - due))
+
+    def exposition(self) -> bytes:
+        """All metrics in Prometheus' text format."""
+        return generate_latest(self.registry)

@@ -1,0 +1,144 @@
+"""The OpenAPI 3.1 document, built from the routes and the shapes: what is not declared there does not exist."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError as DistributionNotFoundError
+from importlib.metadata import version
+from typing import Any
+
+from pydantic import BaseModel, TypeAdapter
+
+from ingest_gateway.operations import Body, Route, Success
+from ingest_gateway.parameters import Parameter
+from ingest_gateway.problems import MalformedHttpError
+from services.errors import ArtifactStoreError
+from services.http.headers import RETRY_AFTER
+from services.http.problems import MEDIA_TYPE, TYPE_PREFIX, Problem
+
+_REF = "#/components/schemas/{model}"
+_DESCRIPTION = """\
+A registry of packages: named sets of artifact files. Producers stream files in; finalizing a package freezes it under a
+manifest whose BLAKE3 digest is its content address. Everything that happens is an event.
+
+Errors are `application/problem+json` (RFC 9457) with a stable `type`. Times are RFC 3339 in UTC with six digits of a
+second, digests lower-case hex. Identifiers in paths and queries are lower-case canonical UUIDs; a query parameter that
+is not listed is refused. `HEAD` works wherever `GET` does. Answers may gain fields."""
+
+
+def document(routes: Iterable[Route]) -> bytes:
+    """The document in JSON."""
+    schemas: dict[str, Any] = {}
+    paths: dict[str, dict[str, Any]] = {}
+    for route in routes:
+        paths.setdefault(route.template, {})[route.method.lower()] = _operation(route, schemas)
+    return json.dumps(
+        {
+            "openapi": "3.1.0",
+            "info": {
+                "title": "artifact-store",
+                "version": _version(),
+                "description": _DESCRIPTION,
+                "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+            },
+            "servers": [{"url": "/"}],
+            "security": [],
+            "tags": [
+                {"name": "packages", "description": "Packages and their manifests"},
+                {"name": "files", "description": "Files and their bytes"},
+                {"name": "events", "description": "What happened"},
+                {"name": "operation", "description": "For those who run it"},
+            ],
+            "paths": paths,
+            "components": {"schemas": schemas},
+        },
+        ensure_ascii=False,
+    ).encode()
+
+
+def _operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "operationId": route.operation_id,
+        "summary": route.summary,
+        "tags": [route.tag],
+        "parameters": [_parameter(p) for p in route.parameters],
+        "responses": {
+            **_successes(route.successes, schemas),
+            **dict(_problems((MalformedHttpError, *route.problems, ArtifactStoreError), schemas)),
+        },
+    }
+    if route.description:
+        found["description"] = route.description
+    if route.body is not None:
+        found["requestBody"] = _body(route.body, schemas)
+    return found
+
+
+def _parameter(parameter: Parameter[Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "name": parameter.name,
+        "in": parameter.place,
+        "required": parameter.place == "path",
+        "description": parameter.description,
+        "schema": parameter.schema,
+    }
+    if parameter.example is not None:
+        found["example"] = parameter.example
+    return found
+
+
+def _body(body: Body, schemas: dict[str, Any]) -> dict[str, Any]:
+    content = {media_type: {"schema": _schema(shape, schemas)} for media_type, shape in body.content.items()}
+    if body.example is not None:
+        for media in content.values():
+            media["example"] = body.example
+    return {"required": body.required, "content": content, "description": body.description}
+
+
+def _successes(successes: Iterable[Success], schemas: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for success in successes:
+        answer: dict[str, Any] = {"description": success.description}
+        if success.content:
+            answer["content"] = {
+                media_type: {"schema": _schema(shape, schemas)} for media_type, shape in success.content.items()
+            }
+        if success.headers:
+            answer["headers"] = {name: {"schema": schema} for name, schema in success.headers.items()}
+        found[str(success.status)] = answer
+    return found
+
+
+def _problems(kinds: Iterable[type[ArtifactStoreError]], schemas: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    by_status: dict[int, list[type[ArtifactStoreError]]] = {}
+    for kind in kinds:
+        by_status.setdefault(kind.status, []).append(kind)
+    for status, of_status in sorted(by_status.items()):
+        lines = [f"- `{TYPE_PREFIX}{kind.problem}`: {(kind.__doc__ or '').splitlines()[0]}" for kind in of_status]
+        answer: dict[str, Any] = {
+            "description": "\n".join(lines),
+            "content": {MEDIA_TYPE: {"schema": _schema(Problem, schemas)}},
+        }
+        if status in (503, 504):
+            answer["headers"] = {RETRY_AFTER: {"schema": {"type": "integer", "minimum": 1}}}
+        yield str(status), answer
+
+
+def _schema(shape: Any, schemas: dict[str, Any]) -> Mapping[str, Any]:
+    """A schema as it stands, or a reference to that of a shape, which is added to the components."""
+    if isinstance(shape, Mapping):
+        return shape
+    inline = TypeAdapter(shape).json_schema(ref_template=_REF, mode="serialization")
+    schemas.update(inline.pop("$defs", {}))
+    if isinstance(shape, type) and issubclass(shape, BaseModel):
+        schemas[shape.__name__] = inline
+        return {"$ref": _REF.format(model=shape.__name__)}
+    return inline
+
+
+def _version() -> str:
+    try:
+        return version("artifact-store")
+    except DistributionNotFoundError:  # run from a checkout that is not installed
+        return "0"

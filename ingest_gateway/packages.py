@@ -1,0 +1,167 @@
+"""Packages: create, finalize, list, show."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from ingest_gateway.answers import JSON, LOCATION, TEXT, json_answer
+from ingest_gateway.call import Call
+from ingest_gateway.operations import Body, Route, Success
+from ingest_gateway.parameters import (
+    ACTOR,
+    CURSOR,
+    IDEMPOTENCY_KEY,
+    LIMIT,
+    MANIFEST_DIGEST,
+    PACKAGE_ID,
+    PRODUCER,
+    RETENTION_CLASS,
+    STATUS,
+    SUBJECT,
+    WAIT_SEQUENCE,
+)
+from ingest_gateway.problems import UnsupportedMediaTypeError
+from services.errors import (
+    CommandReusedError,
+    IllegalPackageStateError,
+    InvalidRequestError,
+    PackageNotFoundError,
+    PushBackError,
+    TooLargeError,
+    UnavailableError,
+    UnknownRetentionClassError,
+    WaitTimeoutError,
+)
+from services.http.models import (
+    CreatePackageRequest,
+    NothingRequest,
+    PackageAnswer,
+    PackageCreatedAnswer,
+    PackageFinalizedAnswer,
+    PackagePageAnswer,
+)
+from services.views.models import DEFAULT_PAGE, PackageFilter
+
+ANYONE = "anonymous"
+
+
+async def create_package(call: Call) -> web.StreamResponse:
+    """POST /v1/packages."""
+    command_id, actor = call.header(IDEMPOTENCY_KEY), call.header(ACTOR) or ANYONE
+    wanted = await call.json(CreatePackageRequest)
+    done = await call.registry.create(
+        wanted.name,
+        wanted.producer,
+        wanted.subject,
+        wanted.retention_class,
+        actor,
+        wanted.metadata,
+        command_id=command_id,
+    )
+    location = f"/v1/packages/{done.package_id}"
+    return json_answer(PackageCreatedAnswer.of(done), status=201, headers={"Location": location})
+
+
+async def finalize_package(call: Call) -> web.StreamResponse:
+    """POST /v1/packages/{package_id}/finalize."""
+    package_id = call.path(PACKAGE_ID)
+    command_id, actor = call.header(IDEMPOTENCY_KEY), call.header(ACTOR) or ANYONE
+    await call.json(NothingRequest)
+    done = await call.registry.finalize(package_id, actor, command_id=command_id)
+    return json_answer(PackageFinalizedAnswer.of(done))
+
+
+async def list_packages(call: Call) -> web.StreamResponse:
+    """GET /v1/packages."""
+    where = PackageFilter(
+        producer=call.query(PRODUCER),
+        subject=call.query(SUBJECT),
+        status=call.query(STATUS),
+        retention_class=call.query(RETENTION_CLASS),
+        manifest_digest=call.query(MANIFEST_DIGEST),
+    )
+    limit = call.query(LIMIT) or DEFAULT_PAGE
+    page = await call.registry.list_packages(where, limit=limit, cursor=call.query(CURSOR))
+    return json_answer(PackagePageAnswer.of(page), headers=link_to_next(call, page.next))
+
+
+async def show_package(call: Call) -> web.StreamResponse:
+    """GET /v1/packages/{package_id}."""
+    package = await call.registry.get_package(call.path(PACKAGE_ID), wait_sequence=call.query(WAIT_SEQUENCE))
+    return json_answer(PackageAnswer.of(package))
+
+
+def link_to_next(call: Call, cursor: str | None) -> dict[str, str]:
+    """The `Link` header of a page (RFC 8288): nothing on the last one."""
+    return {} if cursor is None else {"Link": f'<{call.same_with(cursor=cursor)}>; rel="next"'}
+
+
+WRITING = (PushBackError, UnavailableError)
+"""Problems that every write may meet."""
+
+ROUTES = (
+    Route(
+        "POST",
+        "/v1/packages",
+        create_package,
+        "Create a package",
+        (Success(201, "The package is on the log", {JSON: PackageCreatedAnswer}, {"Location": LOCATION}),),
+        parameters=(IDEMPOTENCY_KEY, ACTOR),
+        body=Body(
+            {JSON: CreatePackageRequest},
+            example={
+                "name": "build 17",
+                "producer": "ci",
+                "subject": "main",
+                "retention_class": "build-output",
+                "metadata": {"commit": "f3a9c1"},
+            },
+        ),
+        problems=(
+            InvalidRequestError,
+            UnknownRetentionClassError,
+            CommandReusedError,
+            TooLargeError,
+            UnsupportedMediaTypeError,
+            *WRITING,
+        ),
+        description="Metadata is brought to JCS form (RFC 8785): at most 64 KiB, integers within ±2^53.",
+    ),
+    Route(
+        "POST",
+        "/v1/packages/{package_id}/finalize",
+        finalize_package,
+        "Freeze a package under its manifest",
+        (Success(200, "The package is finalized", {JSON: PackageFinalizedAnswer}),),
+        parameters=(PACKAGE_ID, IDEMPOTENCY_KEY, ACTOR),
+        body=Body({JSON: NothingRequest}, required=False),
+        problems=(
+            InvalidRequestError,
+            PackageNotFoundError,
+            IllegalPackageStateError,
+            CommandReusedError,
+            TooLargeError,
+            UnsupportedMediaTypeError,
+            *WRITING,
+        ),
+    ),
+    Route(
+        "GET",
+        "/v1/packages",
+        list_packages,
+        "List packages, newest first",
+        (Success(200, "A page", {JSON: PackagePageAnswer}, {"Link": TEXT}),),
+        parameters=(PRODUCER, SUBJECT, STATUS, RETENTION_CLASS, MANIFEST_DIGEST, LIMIT, CURSOR),
+        problems=(InvalidRequestError, UnavailableError),
+        description='`Link: <…>; rel="next"` leads to the following page, where there is one.',
+    ),
+    Route(
+        "GET",
+        "/v1/packages/{package_id}",
+        show_package,
+        "Show a package",
+        (Success(200, "The package as the view has it", {JSON: PackageAnswer}),),
+        parameters=(PACKAGE_ID, WAIT_SEQUENCE),
+        problems=(InvalidRequestError, PackageNotFoundError, UnavailableError, WaitTimeoutError),
+    ),
+)

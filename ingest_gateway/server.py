@@ -1,0 +1,151 @@
+"""The gateway as a process: listening, being told to stop, and finishing what it took on."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from ingest_gateway.app import App
+from ingest_gateway.connections import Server
+from ingest_gateway.gateway import Bounds
+from ingest_gateway.health import Checks
+from ingest_gateway.metrics import Metrics
+from services.config import Settings
+from services.errors import ConfigurationError
+from services.registry import Registry
+
+if TYPE_CHECKING:
+    from services.wiring import Parts
+
+_log = logging.getLogger(__name__)
+
+DRAIN_SECONDS = 30.0
+"""How long requests that are under way may go on once the gateway was told to stop."""
+
+_BACKLOG = 1024
+
+
+async def run(
+    settings: Settings, *, stop: asyncio.Event | None = None, ready: Callable[[str], None] | None = None
+) -> None:
+    """Open the parts of these settings and run a gateway on them until `stop` is set.
+
+    Without `stop`, SIGTERM and SIGINT end it. `ready` is called with the URL once the gateway listens.
+
+    Raises ConfigurationError: the interface may not be listened on, or the address cannot be had; UnavailableError.
+    """
+    from services.wiring import parts  # wiring chooses adapters, and imports this package
+
+    listen_address(settings)
+    if stop is None:
+        with stopped_by_signals() as stopped:
+            async with parts(settings) as opened:
+                await serve(opened, stopped, ready=ready)
+    else:
+        async with parts(settings) as opened:
+            await serve(opened, stop, ready=ready)
+
+
+async def serve(opened: Parts, stop: asyncio.Event, *, ready: Callable[[str], None] | None = None) -> None:
+    """Run a gateway on parts that are open already until `stop` is set; returns when what it took on is done.
+
+    Raises ConfigurationError: the interface may not be listened on, or the address cannot be had.
+    """
+    settings = opened.settings
+    checks = Checks(opened.log.check, opened.blobs.check, opened.writer.ready, opened.views.check)
+    host, port = listen_address(settings)
+    try:
+        async with listening(opened.registry, checks, Bounds.of(settings), host, port) as url:
+            print(f"listening on {url}", file=sys.stderr, flush=True)  # noqa: T201 - the line that people wait for
+            if ready is not None:
+                ready(url)
+            await stop.wait()
+            _log.info("stopping: no new connections, finishing what is under way")
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot listen on {settings.listen}: {error.strerror}; set ARTIFACT_STORE_LISTEN"
+        ) from error
+
+
+@asynccontextmanager
+async def listening(
+    registry: Registry,
+    checks: Checks,
+    bounds: Bounds,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    *,
+    metrics: Metrics | None = None,
+    drain_seconds: float = DRAIN_SECONDS,
+) -> AsyncIterator[str]:
+    """A gateway that listens for the length of the block; gives its URL. Port 0 takes a free one.
+
+    On the way out it takes no new connection, lets followers go, finishes what is under way, for `drain_seconds` at
+    most, and closes. Raises OSError when the address cannot be had.
+    """
+    app = App(registry, checks, bounds, metrics or Metrics())
+    runner = web.ServerRunner(Server(app.handle), shutdown_timeout=1.0)
+    await runner.setup()
+    lag = asyncio.create_task(app.gateway.metrics.watch_loop())
+    try:
+        site = web.TCPSite(runner, host, port, backlog=_BACKLOG)
+        await site.start()
+        bound = runner.addresses[0]
+        yield f"http://{f'[{bound[0]}]' if ':' in bound[0] else bound[0]}:{bound[1]}"
+        await site.stop()
+        await app.gateway.drain(drain_seconds)
+    finally:
+        lag.cancel()
+        await runner.cleanup()
+
+
+def listen_address(settings: Settings) -> tuple[str, int]:
+    """Host and port of `settings.listen`.
+
+    Raises ConfigurationError: it is not HOST:PORT, or not loopback although nothing says that this is meant.
+    """
+    host, _, port = settings.listen.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not port.isascii() or not port.isdigit() or int(port) > 65_535:
+        raise ConfigurationError("ARTIFACT_STORE_LISTEN must be HOST:PORT, as 127.0.0.1:8080 or [::1]:8080")
+    if not settings.insecure and not _is_loopback(host):
+        raise ConfigurationError(
+            "ARTIFACT_STORE_LISTEN names an interface that others reach, and nothing asks them who they are: "
+            "listen on 127.0.0.1, or set ARTIFACT_STORE_INSECURE=1 where the network itself keeps strangers out"
+        )
+    return host, int(port)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[asyncio.Event]:
+    """An event that SIGTERM or SIGINT sets, for the length of the block; a second signal ends the process at once."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+
+    def told() -> None:
+        stop.set()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told)
+    try:
+        yield stop
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
