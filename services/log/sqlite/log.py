@@ -33,7 +33,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 class SqliteLog:
     """The log in the file at `path`. The file need not be there before `migrate`, or before a writer has started.
 
-    Following looks for new events every `poll_seconds`.
+    Subscriptions look for new events, and for a partition that has become free, every `poll_seconds`.
     """
 
     def __init__(self, path: Path, *, poll_seconds: float = 0.1) -> None:

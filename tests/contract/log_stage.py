@@ -1,0 +1,144 @@
+"""What the tests of logs share: the parts on one log, a caller that retries as it should, a projection that reads."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+from uuid import UUID
+
+from services.clock import Clock, system_clock
+from services.config import Settings
+from services.core.commands import Acknowledgement, Command
+from services.errors import PushBackError, UnavailableError
+from services.log.port import CommandWriter, Log, PutManifest, Record, RecordedEvent, Subscription
+from services.wiring import open_log, open_writer
+
+_T = TypeVar("_T")
+
+PATIENCE_SECONDS = 60.0
+"""How long anything may take before a test takes it for lost."""
+
+
+async def no_manifest(manifest: bytes) -> None:
+    """For tests whose manifests are small."""
+    raise AssertionError(f"a manifest of {len(manifest):,} bytes travels as a claim check")
+
+
+@dataclass
+class Stage:
+    """One log, made by `migrate`, and the way to open writers on it."""
+
+    settings: Settings
+    log: Log
+
+    def writer(
+        self, *, put_manifest: PutManifest = no_manifest, clock: Clock = system_clock, **settings: object
+    ) -> AbstractAsyncContextManager[CommandWriter]:
+        """A writer of its own, started and closed by the context; `settings` are changed for it alone."""
+        changed = self.settings.model_copy(update=settings)
+        return open_writer(changed, self.log, put_manifest, clock=clock)
+
+    @asynccontextmanager
+    async def reopened(self) -> AsyncIterator[Log]:
+        """The same log by a reader of its own."""
+        log = open_log(self.settings)
+        try:
+            yield log
+        finally:
+            await log.close()
+
+
+@asynccontextmanager
+async def staged(settings: Settings) -> AsyncIterator[Stage]:
+    """A new log of these settings."""
+    log = open_log(settings)
+    try:
+        await log.migrate()
+        yield Stage(settings, log)
+    finally:
+        await log.close()
+
+
+async def settled(writer: CommandWriter, command: Command) -> Acknowledgement:
+    """Submit as a good client does: when the outcome is unknown, again with the same command id."""
+    return await _retried(lambda: writer.submit(command))
+
+
+async def checked(writer: CommandWriter, package_id: UUID, *paths: str, command_id: UUID | None = None) -> None:
+    """Ask whether the paths could be ingested, as a good client does."""
+    await _retried(lambda: writer.check_ingest(package_id, paths, command_id))
+
+
+async def ready(writer: CommandWriter) -> None:
+    """Wait until the writer can write to every partition."""
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while await writer.ready() is not None:  # noqa: ASYNC110 - the port gives the state, not an event
+            await asyncio.sleep(0.05)
+
+
+async def _retried(ask: Callable[[], Awaitable[_T]]) -> _T:
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while True:
+            try:
+                return await ask()
+            except (PushBackError, UnavailableError) as error:
+                await asyncio.sleep(error.retry_after / 10)
+
+
+async def first(events: AsyncIterator[RecordedEvent], count: int) -> list[RecordedEvent]:
+    """The first events of an iterator that never ends, which is closed then."""
+    found: list[RecordedEvent] = []
+    try:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while len(found) < count:
+                found.append(await anext(events))
+    finally:
+        await events.aclose()  # type: ignore[attr-defined] # both adapters' iterators are generators
+    return found
+
+
+def by_package(events: Sequence[RecordedEvent]) -> dict[UUID, list[int]]:
+    """The sequences of every package in the order in which they were read: what the log promises an order for."""
+    found: dict[UUID, list[int]] = {}
+    for event in events:
+        found.setdefault(event.package_id, []).append(event.sequence)
+    return found
+
+
+@dataclass
+class Projection:
+    """A projection that keeps its offsets in memory, as a real one keeps them in its view."""
+
+    log: Log
+    name: str = "registry"
+    offsets: dict[int, int] = field(default_factory=dict)
+    records: list[Record] = field(default_factory=list)
+    asked: list[tuple[Sequence[int], Mapping[int, tuple[int, str]]]] = field(default_factory=list)
+
+    async def subscribe(self) -> Subscription:
+        """Join, to go on from what this projection has."""
+        return await self.log.subscribe(self.name, self._start)
+
+    async def catch_up(self, subscription: Subscription) -> None:
+        """Poll until the end, as it is now, is reached."""
+        end = (await self.log.end()).offsets
+        await self.poll_until(subscription, lambda: all(self.offsets.get(p, 0) >= offset for p, offset in end.items()))
+
+    async def poll_until(self, subscription: Subscription, reached: Callable[[], bool]) -> None:
+        """Poll until something is so; TimeoutError when it takes too long."""
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while not reached():
+                await self.poll(subscription)
+
+    async def poll(self, subscription: Subscription) -> None:
+        """Take one batch."""
+        batch = await subscription.poll(7, 0.2)
+        self.records += batch.records
+        self.offsets.update(batch.next_offsets)
+
+    async def _start(self, partitions: Sequence[int], committed: Mapping[int, tuple[int, str]]) -> Mapping[int, int]:
+        self.asked.append((partitions, committed))
+        return {partition: self.offsets.get(partition, 0) for partition in partitions}
