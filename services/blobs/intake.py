@@ -115,10 +115,10 @@ class Intake:
 
     def _count(self, more: int) -> None:
         self._length += more
-        if self._length > self._max_bytes:
-            raise TooLargeError(f"the body is larger than the {self._max_bytes} bytes that are taken")
         if self._declared.size_bytes is not None and self._length > self._declared.size_bytes:
             raise ContentMismatchError(f"the body is longer than the {self._declared.size_bytes} bytes declared")
+        if self._length > self._max_bytes:
+            raise TooLargeError(f"the body is larger than the {self._max_bytes} bytes that are taken")
 
     async def _hash(self, data: bytes) -> None:
         if self._hashing is not None:

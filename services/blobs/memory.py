@@ -39,15 +39,13 @@ class ByteBudget:
             self._free -= amount
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        entry = (amount, turn)
-        self._waiting.append(entry)
+        self._waiting.append((amount, turn))
         try:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():  # granted in the very moment of the cancellation
                 self.give(amount)
             else:
-                self._waiting.remove(entry)
                 self._grant()  # those behind may fit where this one did not
             raise
 
@@ -59,12 +57,12 @@ class ByteBudget:
     def _grant(self) -> None:
         while self._waiting:
             amount, turn = self._waiting[0]
-            if amount > self._free:
-                return
-            self._waiting.popleft()
-            if not turn.done():
+            if not turn.done():  # done before its turn: cancelled
+                if amount > self._free:
+                    return
                 self._free -= amount
                 turn.set_result(None)
+            self._waiting.popleft()
 
 
 class Share:
@@ -85,7 +83,8 @@ class Share:
         self._held += amount
 
     def give(self, amount: int) -> None:
-        """Give back `amount` of what is held."""
+        """Give back `amount` of what is held; nothing once the context ended, which gave all back."""
+        amount = min(amount, self._held)
         self._held -= amount
         self._budget.give(amount)
 

@@ -24,7 +24,7 @@ from services.blobs.memory import ByteBudget, Share
 from services.blobs.parts import MAX_PARTS, MIB, PartPlan
 from services.blobs.port import IDLE_SECONDS, Declared, StoredBlob, checked_key, content_key
 from services.blobs.s3_multipart import RECORDS, MultipartUpload, UploadRecord, fill, object_size, remove_upload
-from services.blobs.s3_requests import ATTEMPTS, AccessRefusedError, Endpoint, S3Requests, StoreTroubleError
+from services.blobs.s3_requests import ATTEMPTS, AccessRefusedError, Endpoint, S3Requests, StoreTroubleError, patience
 from services.errors import ConfigurationError, CorruptError, UnavailableError
 
 PROBE_KEY = "health/write-probe"
@@ -200,18 +200,21 @@ class S3BlobStore:
             await self._requests.send("DELETE", own_key, frozenset({200, 204, 404}))
 
     async def _put(self, key: str, data: bytearray) -> None:
+        async def present() -> bool:
+            return await object_size(self._requests, key, attempts=1) == len(data)
+
         async def attempt() -> None:
-            if len(data) >= _ASK_FIRST_BYTES and await self.size(key) == len(data):
+            if len(data) >= _ASK_FIRST_BYTES and await present():
                 return
             condition = {"If-None-Match": "*"}
             expect = frozenset({200, 409, 412})
             answer = await self._requests.send("PUT", key, expect, headers=condition, body=data, attempts=1)
-            if answer.status == 200 or await self.size(key) == len(data):
+            if answer.status == 200 or await present():
                 return
             # What is there is not what belongs there, or is just going away: these bytes are verified.
             await self._requests.send("PUT", key, _OK, body=data, attempts=1)
 
-        await self._requests.retry(attempt)
+        await self._requests.retry(attempt, seconds=patience(len(data)))
 
     def _stored(self, key: str, digests: Digests) -> StoredBlob:
         return StoredBlob(self.backend_id, key, 0, digests.length, digests.blake3, digests.sha256)

@@ -23,6 +23,7 @@ from services.errors import CorruptError, UnavailableError
 
 RECORDS = "multipart/"
 RENEW_SECONDS = 3600.0  # far below the day after which an upload counts as idle
+_COMPLETE_SECONDS = 120.0  # a store may have to put thousands of parts together
 OK = frozenset({200})
 GONE = frozenset({200, 204, 404})
 _log = logging.getLogger(__name__)
@@ -120,7 +121,14 @@ class MultipartUpload:
         async def ask(condition: dict[str, str]) -> Answer:
             expect = frozenset({200, 404, 409, 412})
             answer = await self._requests.send(
-                "POST", self._key, expect, query=self._query(), headers=condition, body=body, attempts=1, seconds=120
+                "POST",
+                self._key,
+                expect,
+                query=self._query(),
+                headers=condition,
+                body=body,
+                attempts=1,
+                seconds=_COMPLETE_SECONDS,
             )
             root = parse_xml(answer.body)
             if answer.status == 200 and (root is None or root.tag == "Error"):
@@ -134,7 +142,7 @@ class MultipartUpload:
 
         async def finish() -> None:
             answer = await ask({"If-None-Match": "*"} if only_if_absent else {})
-            if answer.status == 200 or await object_size(self._requests, self._key) == length:
+            if answer.status == 200 or await object_size(self._requests, self._key, attempts=1) == length:
                 return
             if answer.status in {409, 412}:  # what is there is not what belongs there: these bytes are verified
                 answer = await ask({})
@@ -143,7 +151,7 @@ class MultipartUpload:
                     f"lost an upload ({answer.status} {answer.code}) before its completion"
                 )
 
-        await self._requests.retry(finish)
+        await self._requests.retry(finish, seconds=_COMPLETE_SECONDS)
         try:
             await self._remove()
         except UnavailableError as error:
@@ -213,15 +221,17 @@ class MultipartUpload:
 
     async def _room(self, size: int) -> None:
         while self._sending and self._share.held + size > self._plan.held_bytes:
-            done, self._sending = await asyncio.wait(self._sending, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
+            await self._reap()
 
     async def _settle(self) -> None:
         while self._sending:
-            done, self._sending = await asyncio.wait(self._sending, return_when=asyncio.FIRST_EXCEPTION)
-            for task in done:
-                task.result()
+            await self._reap()
+
+    async def _reap(self) -> None:
+        done, _ = await asyncio.wait(self._sending, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()  # one that failed stays in the set, for `abandon` to look after
+            self._sending.discard(task)
 
     def _opened(self) -> UploadRecord:
         if self._record is None:
@@ -240,9 +250,9 @@ async def fill(intake: Intake, size: int) -> bytearray:
     return part
 
 
-async def object_size(requests: S3Requests, key: str) -> int | None:
+async def object_size(requests: S3Requests, key: str, attempts: int | None = None) -> int | None:
     """Length of an object in bytes, None if there is none. Raises UnavailableError."""
-    answer = await requests.send("HEAD", key, frozenset({200, 404}))
+    answer = await requests.send("HEAD", key, frozenset({200, 404}), attempts=attempts)
     return int(answer.headers["Content-Length"]) if answer.status == 200 else None
 
 

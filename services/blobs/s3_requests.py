@@ -13,13 +13,20 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
+from weakref import WeakSet
 from xml.etree import ElementTree
 
 import aiohttp
 import urllib3
 from minio import Minio
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
+from tenacity import (
+    AsyncRetrying,
+    retry_if_exception_type,
+    stop_after_attempt,
+    stop_after_delay,
+    wait_exponential_jitter,
+)
 from yarl import URL
 
 from services.errors import UnavailableError
@@ -27,7 +34,7 @@ from services.errors import UnavailableError
 ATTEMPTS = 4
 CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 30.0
-SLOWEST_BYTES_PER_SECOND = 64 * 1024  # a transfer below this rate is given up
+SLOWEST_BYTES_PER_SECOND = 256 * 1024  # a transfer below this rate is given up
 _SIGNED_FOR = timedelta(minutes=15)  # S3 allows clocks to differ by as much
 _SLICE = 256 * 1024
 _PASSING_CODES = {"SlowDown", "RequestTimeout", "InternalError", "OperationAborted", "ServiceUnavailable"}
@@ -101,6 +108,15 @@ class Relay:
     length: int
 
 
+def patience(length: int, seconds: float = ANSWER_SECONDS) -> float:
+    """How many seconds a request with a body of so many bytes may take, `seconds` of them for the answer."""
+    return seconds + length / SLOWEST_BYTES_PER_SECOND
+
+
+def _length(body: bytes | bytearray | Relay | None) -> int:
+    return 0 if body is None else body.length if isinstance(body, Relay) else len(body)
+
+
 def parse_xml(body: bytes) -> ElementTree.Element | None:
     """The root of an S3 answer without its namespace, or None if the body is not XML."""
     try:
@@ -121,6 +137,7 @@ class S3Requests:
         self._connections = connections
         self._attempts = attempts
         self._session: aiohttp.ClientSession | None = None
+        self._transports: WeakSet[asyncio.Transport] = WeakSet()
 
     async def send(
         self,
@@ -136,8 +153,8 @@ class S3Requests:
     ) -> Answer:
         """Send a request until it is answered with one of the statuses in `expect`, and return that answer.
 
-        `seconds` bounds the wait for an answer; a body adds time for its transfer. Blocks for at most
-        `attempts` times that, and short pauses.
+        `seconds` bounds the wait for an answer; a body adds time for its transfer. Once so much time has passed, no
+        further attempt begins: a store that hangs is not waited for again and again.
 
         Raises:
             UnavailableError: the store cannot be reached, is full, or answers otherwise.
@@ -146,13 +163,16 @@ class S3Requests:
         async def once() -> Answer:
             return await self._once(method, key, expect, query or {}, headers or {}, body, seconds)
 
-        return await self.retry(once, 1 if isinstance(body, Relay) else attempts)
+        limit = patience(_length(body), seconds)
+        return await self.retry(once, attempts=1 if isinstance(body, Relay) else attempts, seconds=limit)
 
-    async def retry(self, act: Callable[[], Awaitable[_T]], attempts: int | None = None) -> _T:
-        """Run an idempotent act again, after a short pause, while it ends in StoreTroubleError."""
+    async def retry(
+        self, act: Callable[[], Awaitable[_T]], *, attempts: int | None = None, seconds: float = ANSWER_SECONDS
+    ) -> _T:
+        """Run an idempotent act again, after a short pause, while it ends in StoreTroubleError before `seconds`."""
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(StoreTroubleError),
-            stop=stop_after_attempt(attempts or self._attempts),
+            stop=stop_after_attempt(attempts or self._attempts) | stop_after_delay(seconds),
             wait=wait_exponential_jitter(multiplier=0.1, max=2.0, jitter=0.1),
             reraise=True,
         )
@@ -167,9 +187,11 @@ class S3Requests:
         Raises:
             StoreTroubleError, UnavailableError: as `send`. The statuses 206, 404 and 416 are the caller's.
         """
-        with self._explained(ANSWER_SECONDS):
+        with _Explained(self, ANSWER_SECONDS):
             headers = {"Range": f"bytes={first}-{last}"}
-            async with self._opened().request("GET", self._signed("GET", key, {}), headers=headers) as response:
+            async with self._opened().request(
+                "GET", self._signed("GET", key, {}), headers=headers, allow_redirects=False
+            ) as response:
                 if response.status != 206:
                     answer = Answer(response.status, response.headers, await response.read())
                     self._judge("GET", key, answer, frozenset({404, 416}))
@@ -180,6 +202,9 @@ class S3Requests:
         if self._session is not None:
             await self._session.close()
             self._session = None
+            for transport in list(self._transports):
+                transport.abort()
+            await asyncio.sleep(0)  # in which the loop lets go of what was aborted
 
     def unavailable(self, reason: str) -> UnavailableError:
         """An error that names the store and the reason."""
@@ -202,7 +227,7 @@ class S3Requests:
         body: bytes | bytearray | Relay | None,
         seconds: float,
     ) -> Answer:
-        length = 0 if body is None else body.length if isinstance(body, Relay) else len(body)
+        length = _length(body)
         sent = dict(headers)
         data: object = None
         if isinstance(body, Relay):
@@ -213,11 +238,13 @@ class S3Requests:
             sent["Content-Length"] = str(length)
         elif body is not None:
             data = bytes(body)
-        limit = seconds + length / SLOWEST_BYTES_PER_SECOND
-        with self._explained(limit):
+        limit = patience(length, seconds)
+        with _Explained(self, limit):
             async with (
                 asyncio.timeout(limit),
-                self._opened().request(method, self._signed(method, key, query), headers=sent, data=data) as response,
+                self._opened().request(
+                    method, self._signed(method, key, query), headers=sent, data=data, allow_redirects=False
+                ) as response,
             ):
                 answer = Answer(response.status, response.headers, await response.read())
         self._judge(method, key, answer, expect)
@@ -238,9 +265,6 @@ class S3Requests:
             raise StoreTroubleError(str(self.unavailable(reason)))
         raise self.unavailable(reason)
 
-    def _explained(self, limit: float) -> _Explained:
-        return _Explained(self, limit)
-
     def _signed(self, method: str, key: str, query: Mapping[str, str]) -> URL:
         url = self._sdk.get_presigned_url(
             method, self.endpoint.bucket, key, expires=_SIGNED_FOR, extra_query_params=dict(query)
@@ -250,7 +274,7 @@ class S3Requests:
     def _opened(self) -> aiohttp.ClientSession:
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=self._connections),
+                connector=_Connector(self._transports, limit=self._connections),
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=ANSWER_SECONDS),
                 headers={"Accept-Encoding": "identity"},
                 auto_decompress=False,
@@ -258,6 +282,20 @@ class S3Requests:
                 cookie_jar=aiohttp.DummyCookieJar(),
             )
         return self._session
+
+
+class _Connector(aiohttp.TCPConnector):
+    """Remembers its transports: one whose request was cancelled lingers, unseen by the session, to flush its rest."""
+
+    def __init__(self, transports: WeakSet[asyncio.Transport], *, limit: int) -> None:
+        super().__init__(limit=limit)
+        self._transports = transports
+
+    async def connect(self, *args: Any, **named: Any) -> aiohttp.connector.Connection:
+        connection = await super().connect(*args, **named)
+        if connection.transport is not None:
+            self._transports.add(connection.transport)
+        return connection
 
 
 class _Explained:

@@ -1,0 +1,73 @@
+"""What only the local store has to get right: durability in order, and a file system that fails."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from services.blobs.local import LocalBlobStore
+from services.blobs.port import Declared
+from services.errors import UnavailableError
+
+
+async def hello() -> AsyncIterator[bytes]:
+    yield b"hello"
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[LocalBlobStore]:
+    found = LocalBlobStore(tmp_path / "blobs")
+    await found.migrate()
+    yield found
+    await found.close()
+
+
+async def test_a_blob_and_every_folder_above_it_are_synced_before_it_counts_as_stored(
+    store: LocalBlobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    sync = os.fsync
+
+    def watched(file: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{file}").readlink().relative_to(tmp_path).as_posix())
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    blob = await store.store(hello(), declared=Declared(), max_bytes=10)
+    key = Path("blobs") / blob.key
+    assert synced[0].startswith("blobs/incoming/")
+    assert synced[1:] == [str(folder) for folder in (*list(reversed(key.parents))[1:-1], key.parent)]
+    synced.clear()
+    await store.store(hello(), declared=Declared(), max_bytes=10)
+    assert synced[1:] == [str(key.parent)]  # the writer that came first may not have synced it yet
+
+
+@pytest.mark.parametrize("call", ["write", "fsync"])
+async def test_a_disk_that_is_full_is_unavailable_and_nothing_is_left(
+    store: LocalBlobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, full)
+        with pytest.raises(UnavailableError, match="No space left"):
+            await store.store(hello(), declared=Declared(), max_bytes=10)
+        with pytest.raises(UnavailableError, match="No space left"):
+            await store.check()
+    assert not [path for path in (tmp_path / "blobs").rglob("*") if path.is_file()]
+    await store.store(hello(), declared=Declared(), max_bytes=10)
+
+
+async def test_a_folder_that_is_missing_is_named_with_what_makes_it(tmp_path: Path) -> None:
+    store = LocalBlobStore(tmp_path / "absent")
+    with pytest.raises(UnavailableError, match="artifact-store migrate"):
+        await store.check()
+    with pytest.raises(UnavailableError, match="artifact-store migrate"):
+        await store.sweep(now=datetime.now(UTC))
+    await store.close()

@@ -1,0 +1,90 @@
+"""The budget of memory is never exceeded, is fair, and comes back whole."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.blobs.memory import ByteBudget
+
+
+@given(
+    jobs=st.lists(
+        st.tuples(st.lists(st.integers(0, 10), max_size=4), st.integers(0, 3), st.booleans()), min_size=1, max_size=12
+    )
+)
+async def test_it_is_never_exceeded_and_comes_back_whole_even_from_those_who_were_cancelled(
+    jobs: list[tuple[list[int], int, bool]],
+) -> None:
+    budget = ByteBudget(10)
+    out = 0
+
+    async def job(amounts: list[int], turns: int) -> None:
+        nonlocal out
+        for amount in amounts:
+            with budget.share() as share:
+                await share.take(amount)
+                out += amount
+                assert out <= 10
+                try:
+                    for _ in range(turns):
+                        await asyncio.sleep(0)
+                finally:
+                    out -= amount
+
+    tasks = [asyncio.create_task(job(amounts, turns)) for amounts, turns, _ in jobs]
+    await asyncio.sleep(0)
+    for task, (_, _, cancelled) in zip(tasks, jobs, strict=True):
+        if cancelled:
+            task.cancel()
+    for result in await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), timeout=10):
+        assert result is None or isinstance(result, asyncio.CancelledError)
+    assert budget.free == 10
+
+
+async def test_a_large_wish_is_not_overtaken_by_small_ones() -> None:
+    budget = ByteBudget(10)
+    order: list[str] = []
+
+    async def take(name: str, amount: int) -> None:
+        await budget.take(amount)
+        order.append(name)
+        budget.give(amount)
+
+    await budget.take(5)
+    tasks = [asyncio.create_task(take("large", 10)), asyncio.create_task(take("small", 1))]
+    await asyncio.sleep(0)
+    assert order == []
+    budget.give(5)
+    await asyncio.gather(*tasks)
+    assert order == ["large", "small"]
+
+
+async def test_those_behind_a_wish_that_is_withdrawn_get_their_turn() -> None:
+    budget = ByteBudget(10)
+    await budget.take(5)
+    large = asyncio.create_task(budget.take(10))
+    small = asyncio.create_task(budget.take(5))
+    await asyncio.sleep(0)
+    large.cancel()
+    await asyncio.wait_for(small, timeout=5)
+    assert large.cancelled()
+    assert budget.free == 0
+
+
+async def test_what_is_given_back_after_the_end_of_a_share_counts_once() -> None:
+    budget = ByteBudget(10)
+    with budget.share() as share:
+        await share.take(7)
+        share.give(2)
+        assert (share.held, budget.free) == (5, 5)
+    share.give(5)
+    assert budget.free == 10
+
+
+async def test_a_wish_that_can_never_come_true_is_an_error() -> None:
+    with pytest.raises(ValueError, match="never"):
+        await ByteBudget(10).take(11)

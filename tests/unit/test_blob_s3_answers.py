@@ -1,0 +1,138 @@
+"""Answers of an S3 store that a healthy one does not give: full, overloaded, moved, and failed under status 200."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from services.blobs.port import Declared
+from services.blobs.s3 import S3BlobStore
+from services.blobs.s3_requests import Endpoint
+from services.errors import UnavailableError
+
+PART = 5 << 20
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def error(status: int, code: str) -> web.Response:
+    return web.Response(
+        status=status, text=f'<?xml version="1.0"?>\n<Error><Code>{code}</Code></Error>', content_type="application/xml"
+    )
+
+
+@asynccontextmanager
+async def answered_by(handler: Handler) -> AsyncIterator[S3BlobStore]:
+    app = web.Application(client_max_size=2 * PART)
+    app.router.add_route("*", "/{path:.*}", handler)
+    async with TestServer(app) as server:
+        at = Endpoint(f"{server.host}:{server.port}", "bucket", False, "user", "secret", "us-east-1")
+        store = S3BlobStore(at, part_bytes=PART, held_bytes=2 * PART, attempts=3)
+        try:
+            yield store
+        finally:
+            await store.close()
+
+
+async def zeros(size: int) -> AsyncIterator[bytes]:
+    yield bytes(size)
+
+
+@pytest.mark.parametrize("answer", [(507, "InsufficientStorage"), (500, "XMinioStorageFull")])
+async def test_a_full_store_is_said_to_be_full_at_once(answer: tuple[int, str]) -> None:
+    asked = 0
+
+    async def full(request: web.Request) -> web.StreamResponse:
+        nonlocal asked
+        asked += 1
+        await request.read()
+        return error(*answer)
+
+    async with answered_by(full) as store:
+        with pytest.raises(UnavailableError, match="is full"):
+            await store.store(zeros(10), declared=Declared(), max_bytes=10)
+        with pytest.raises(UnavailableError, match="is full"):
+            await store.check()
+    assert asked == 2
+
+
+@pytest.mark.parametrize("answer", [(503, "SlowDown"), (500, "InternalError"), (400, "RequestTimeout"), (502, "")])
+async def test_an_overloaded_store_is_asked_again_a_few_times(answer: tuple[int, str]) -> None:
+    for bad in (2, 3):
+        left = bad
+
+        async def overloaded(request: web.Request) -> web.StreamResponse:
+            nonlocal left
+            await request.read()
+            left -= 1
+            return error(*answer) if left >= 0 else web.Response()
+
+        async with answered_by(overloaded) as store:
+            if bad == 2:
+                assert (await store.store(zeros(10), declared=Declared(), max_bytes=10)).length == 10
+            else:
+                with pytest.raises(UnavailableError, match=str(answer[0])):
+                    await store.store(zeros(10), declared=Declared(), max_bytes=10)
+
+
+@pytest.mark.parametrize("failures", [1, 3])
+async def test_a_completion_that_fails_under_status_200_is_not_taken_for_done(failures: int) -> None:
+    left = failures
+    kept: set[str] = set()
+
+    async def store_of_parts(request: web.Request) -> web.StreamResponse:
+        nonlocal left
+        await request.read()
+        if request.method == "POST" and "uploads" in request.query:
+            return web.Response(text="<Result xmlns='x:'><UploadId>id</UploadId></Result>")
+        if request.method == "POST":
+            left -= 1
+            if left >= 0:
+                return error(200, "InternalError")
+            return web.Response(text="\n  <?xml version='1.0'?><CompleteMultipartUploadResult/>")
+        if request.method == "HEAD":
+            return web.Response(status=404)
+        key = re.sub(r"[0-9a-f-]{36}", "UUID", request.path)
+        if request.method == "DELETE":
+            kept.discard(key + request.query.get("uploadId", ""))
+            return web.Response(status=204)
+        kept.add(key + request.query.get("uploadId", ""))
+        return web.Response(headers={"ETag": '"e"'})
+
+    async with answered_by(store_of_parts) as store:
+        if failures == 1:
+            blob = await store.store(zeros(PART + 1), declared=Declared(), max_bytes=2 * PART)
+            assert blob.length == PART + 1
+        else:
+            with pytest.raises(UnavailableError, match="InternalError"):
+                await store.store(zeros(PART + 1), declared=Declared(), max_bytes=2 * PART)
+    assert kept == set()  # neither the upload nor its record
+
+
+async def test_a_redirect_is_reported_not_followed() -> None:
+    async def moved(request: web.Request) -> web.StreamResponse:
+        assert "elsewhere" not in request.path
+        raise web.HTTPTemporaryRedirect("/elsewhere")
+
+    async with answered_by(moved) as store:
+        with pytest.raises(UnavailableError, match="307"):
+            await store.size("blobs/x")
+        with pytest.raises(UnavailableError, match="307"):
+            await anext(aiter(store.read("blobs/x", 0, 1)))
+
+
+async def test_a_store_that_ignores_conditional_puts_still_keeps_the_right_bytes() -> None:
+    kept: dict[str, bytes] = {}
+
+    async def unconditional(request: web.Request) -> web.StreamResponse:
+        kept[request.path] = await request.read()
+        return web.Response()
+
+    async with answered_by(unconditional) as store:
+        for _ in range(2):
+            blob = await store.store(zeros(10), declared=Declared(), max_bytes=10)
+    assert kept == {f"/bucket/{blob.key}": bytes(10)}
