@@ -60,9 +60,17 @@ class KafkaLog:
         return Position(found.identity, ends)
 
     async def read(
-        self, since: Position | None = None, *, package_id: UUID | None = None, follow: bool = False
+        self,
+        since: Position | None = None,
+        *,
+        package_id: UUID | None = None,
+        follow: bool = False,
+        poll_seconds: float = 0.1,
     ) -> AsyncIterator[RecordedEvent]:
-        """See `Log`. One consumer and one thread while the caller iterates."""
+        """See `Log`. One consumer and one thread while the caller iterates.
+
+        `poll_seconds` changes nothing: the broker answers a waiting reader as soon as there is something.
+        """
         found = await self._look()
         position = since or Position(found.identity, {})
         position.require(found.identity)

@@ -28,6 +28,8 @@ SUBMIT_SECONDS = 30.0
 THIS_PROCESS = "this process"
 
 _HAND_OVER_SECONDS = 15.0
+_FORWARD_SECONDS = 8.0
+"""After this long without an answer the owner is looked up again: it may be frozen, and its partition another's."""
 _FIRST_PAUSE = 0.02
 _LONGEST_PAUSE = 0.5
 _IDENTITY_SECONDS = 10.0
@@ -191,7 +193,7 @@ class KafkaWriter:
                     if owner is not None and not owner.is_self:
                         trouble = f"partition {partition} is written by another process that cannot be reached"
                         if owner.url is not None and self._forwarder is not None:
-                            async with asyncio.timeout_at(deadline):
+                            async with asyncio.timeout_at(min(deadline, loop.time() + _FORWARD_SECONDS)):
                                 return await there(self._forwarder, owner.url)
                 except UnavailableError as error:
                     trouble = error.detail

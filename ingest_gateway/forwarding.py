@@ -1,0 +1,86 @@
+"""Forwarding small commands to the gateway that owns their partition; bytes of files never travel this way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+from uuid import UUID
+
+import aiohttp
+from pydantic import SecretStr
+
+from services.core.commands import Acknowledgement, Command
+from services.core.wire import decode_acknowledgement, decode_error, encode_check, encode_command
+from services.errors import InvalidRequestError, UnavailableError
+
+CONTENT_TYPE = "application/cbor"
+COMMANDS_PATH = "/commands"
+CHECKS_PATH = "/checks"
+
+_CONNECT_SECONDS = 2.0
+_TOTAL_SECONDS = 40.0
+_CONNECTIONS = 64
+
+
+class HttpForwarder:
+    """See `Forwarder`. Used as an asynchronous context manager, which holds the connections."""
+
+    def __init__(self, secret: SecretStr | None) -> None:
+        """`secret` is what the internal listeners of this deployment ask for; None on loopback alone."""
+        self._headers = {"Content-Type": CONTENT_TYPE}
+        if secret is not None:
+            self._headers["Authorization"] = f"Bearer {secret.get_secret_value()}"
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, limit_per_host=_CONNECTIONS),
+            timeout=aiohttp.ClientTimeout(total=_TOTAL_SECONDS, sock_connect=_CONNECT_SECONDS),
+            headers=self._headers,
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    async def submit(self, owner_url: str, command: Command) -> Acknowledgement:
+        """See `Forwarder`."""
+        answer = await self._post(owner_url + COMMANDS_PATH, encode_command(command))
+        try:
+            return decode_acknowledgement(answer)
+        except InvalidRequestError as error:
+            # The command may well be recorded, so this is no rejection.
+            raise UnavailableError("the owner of the partition gave an answer that cannot be read") from error
+
+    async def check_ingest(
+        self, owner_url: str, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None
+    ) -> None:
+        """See `Forwarder`."""
+        await self._post(owner_url + CHECKS_PATH, encode_check(package_id, relative_paths, command_id))
+
+    async def _post(self, url: str, body: bytes) -> bytes:
+        if self._session is None:
+            raise UnavailableError("forwarding is closed")
+        try:
+            async with self._session.post(url, data=body, allow_redirects=False) as response:
+                answer = await response.read()
+                status, kind = response.status, response.content_type
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise UnavailableError(
+                f"the owner of the partition cannot be reached ({type(error).__name__}); the outcome is unknown"
+            ) from error
+        if status == 403:
+            raise UnavailableError(
+                "the owner of the partition refuses the internal secret: "
+                "set the same ARTIFACT_STORE_INTERNAL_SECRET for every gateway"
+            )
+        if kind != CONTENT_TYPE:
+            raise UnavailableError(f"the owner of the partition answered with status {status} and no reason")
+        if status != 200:
+            raise decode_error(answer)
+        return answer

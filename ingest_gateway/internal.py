@@ -1,0 +1,141 @@
+"""The internal listener: where other gateways bring commands of partitions that this process owns.
+
+One per process, on loopback by default. Elsewhere a secret guards it, which every gateway of the deployment shares.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol, Self
+from uuid import UUID
+
+from aiohttp import web
+from pydantic import SecretStr
+
+from ingest_gateway.forwarding import CHECKS_PATH, COMMANDS_PATH, CONTENT_TYPE
+from services.config import Settings
+from services.core.commands import Acknowledgement, Command
+from services.core.wire import decode_check, decode_command, encode_acknowledgement, encode_error
+from services.errors import ArtifactStoreError, ConfigurationError, TooLargeError
+from services.log.port import PartitionNotOwnedError
+
+MAX_BODY_BYTES = 32 << 20
+"""The largest command: 10,000 files whose paths and media types are all as long as they may be."""
+
+_EVERYWHERE = frozenset({"0.0.0.0", "::"})  # noqa: S104 - compared with, not listened on
+_DRAIN_SECONDS = 5.0
+
+
+class Here(Protocol):
+    """What this process's writer does for others: `KafkaWriter`, without routing."""
+
+    async def submit_here(self, command: Command) -> Acknowledgement:
+        """As `CommandWriter.submit`; PartitionNotOwnedError when this process is not the owner."""
+
+    async def check_ingest_here(self, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None) -> None:
+        """As `CommandWriter.check_ingest`; PartitionNotOwnedError when this process is not the owner."""
+
+
+class InternalListener:
+    """Listens from `open` to `close`; until `serve` has named the writer it owns nothing."""
+
+    def __init__(self, secret: SecretStr | None) -> None:
+        self.url = ""
+        self._secret = None if secret is None else f"Bearer {secret.get_secret_value()}".encode()
+        self._here: Here | None = None
+        self._runner: web.AppRunner | None = None
+
+    @classmethod
+    async def open(cls, settings: Settings) -> Self:
+        """Bind `internal_listen`. `url` is then `internal_url`, or else the address that was bound.
+
+        Raises ConfigurationError: the address cannot be had, is no address that others reach, or has no secret.
+        """
+        host, port = _address(settings.internal_listen)
+        if settings.internal_secret is None and not _is_loopback(host):
+            raise ConfigurationError(
+                "ARTIFACT_STORE_INTERNAL_LISTEN names an interface that others reach: "
+                "set ARTIFACT_STORE_INTERNAL_SECRET"
+            )
+        if settings.internal_url is None and host in _EVERYWHERE:
+            raise ConfigurationError(
+                "ARTIFACT_STORE_INTERNAL_LISTEN is every interface: say in ARTIFACT_STORE_INTERNAL_URL which address "
+                "other gateways reach this one by"
+            )
+        listener = cls(settings.internal_secret)
+        await listener._bind(host, port)
+        if settings.internal_url is not None:
+            listener.url = settings.internal_url.rstrip("/")
+        return listener
+
+    def serve(self, here: Here) -> None:
+        """From now on, carry out what arrives."""
+        self._here = here
+
+    async def close(self) -> None:
+        """Finish what is under way, for some seconds at most, and release the port."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    async def _bind(self, host: str, port: int) -> None:
+        app = web.Application(client_max_size=MAX_BODY_BYTES)
+        app.router.add_post(COMMANDS_PATH, self._command)
+        app.router.add_post(CHECKS_PATH, self._check)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=_DRAIN_SECONDS)
+        await self._runner.setup()
+        try:
+            await web.TCPSite(self._runner, host, port).start()
+        except OSError as error:
+            await self._runner.cleanup()
+            raise ConfigurationError(
+                f"the internal listener cannot have its address ({error.strerror}); set ARTIFACT_STORE_INTERNAL_LISTEN"
+            ) from error
+        bound = self._runner.addresses[0]
+        self.url = f"http://{f'[{bound[0]}]' if ':' in bound[0] else bound[0]}:{bound[1]}"
+
+    async def _command(self, request: web.Request) -> web.Response:
+        async def carry_out(here: Here, body: bytes) -> bytes:
+            return encode_acknowledgement(await here.submit_here(decode_command(body)))
+
+        return await self._answer(request, carry_out)
+
+    async def _check(self, request: web.Request) -> web.Response:
+        async def carry_out(here: Here, body: bytes) -> bytes:
+            await here.check_ingest_here(*decode_check(body))
+            return b""
+
+        return await self._answer(request, carry_out)
+
+    async def _answer(self, request: web.Request, carry_out: Callable[[Here, bytes], Awaitable[bytes]]) -> web.Response:
+        if self._secret is not None:
+            given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
+            if not hmac.compare_digest(given, self._secret):
+                raise web.HTTPForbidden
+        try:
+            if self._here is None:
+                raise PartitionNotOwnedError("this process is only starting")
+            try:
+                body = await request.read()
+            except web.HTTPRequestEntityTooLarge:
+                raise TooLargeError(f"a forwarded command is larger than {MAX_BODY_BYTES:,} bytes") from None
+            answer = await carry_out(self._here, body)
+        except ArtifactStoreError as error:
+            return web.Response(status=error.status, body=encode_error(error), content_type=CONTENT_TYPE)
+        return web.Response(body=answer, content_type=CONTENT_TYPE)
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not port.isascii() or not port.isdigit() or int(port) > 65_535:
+        raise ConfigurationError("ARTIFACT_STORE_INTERNAL_LISTEN must be HOST:PORT, as 127.0.0.1:0")
+    return host, int(port)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,45 @@
+"""Owning partitions of a Kafka log: the writer, the listener by which others reach it, and the way to reach them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from ingest_gateway.forwarding import HttpForwarder
+from ingest_gateway.internal import InternalListener
+from services.clock import Clock
+from services.config import Settings
+from services.core.limits import Limits
+from services.errors import ConfigurationError
+from services.log.kafka import KafkaLog, KafkaWriter
+from services.log.port import Log, PutManifest
+
+
+@asynccontextmanager
+async def kafka_writer(
+    settings: Settings, log: Log, *, limits: Limits, put_manifest: PutManifest, clock: Clock
+) -> AsyncIterator[KafkaWriter]:
+    """A started member of the group of writers for the length of the block; partitions are handed over on the way out.
+
+    Raises ConfigurationError: the topic could lose events, or the internal listener cannot be; UnavailableError.
+    """
+    if not isinstance(log, KafkaLog):
+        raise ConfigurationError("a Kafka log alone has writers that share its partitions")
+    async with AsyncExitStack() as stack:
+        listener = await InternalListener.open(settings)
+        # Last to go: while the writer finishes, others still hear that partitions move.
+        stack.push_async_callback(listener.close)
+        forwarder = await stack.enter_async_context(HttpForwarder(settings.internal_secret))
+        writer = KafkaWriter(
+            settings,
+            log,
+            limits=limits,
+            put_manifest=put_manifest,
+            clock=clock,
+            forwarder=forwarder,
+            internal_url=listener.url,
+        )
+        stack.push_async_callback(writer.close)
+        listener.serve(writer)
+        await writer.start()
+        yield writer

@@ -1,0 +1,148 @@
+"""Commands, acknowledgements and errors as CBOR, for the way between two gateways of one deployment.
+
+Not a public format: both ends run the same release, and a command that meets another one is refused, never guessed at.
+Identifiers are CBOR tag 37 (binary UUID).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from typing import Any, TypeVar
+from uuid import UUID
+
+import cbor2
+
+from services.core.commands import (
+    Acknowledgement,
+    Command,
+    CreatePackage,
+    FinalizePackage,
+    IngestedFile,
+    IngestFiles,
+    StoredFile,
+)
+from services.errors import (
+    ArtifactStoreError,
+    InvalidRequestError,
+    PushBackError,
+    RangeNotSatisfiableError,
+    UnavailableError,
+)
+
+_COMMANDS: dict[str, type[Command]] = {
+    "create-package": CreatePackage,
+    "ingest-files": IngestFiles,
+    "finalize-package": FinalizePackage,
+}
+_KINDS = {cls: kind for kind, cls in _COMMANDS.items()}
+_TYPES: dict[str, tuple[type, ...]] = {
+    "UUID": (UUID,),
+    "str": (str,),
+    "int": (int,),
+    "bytes": (bytes,),
+    "bytes | None": (bytes, type(None)),
+}
+_PARTS: dict[str, type] = {"tuple[StoredFile, ...]": StoredFile, "tuple[IngestedFile, ...]": IngestedFile}
+
+_Shape = TypeVar("_Shape")
+
+
+def encode_command(command: Command) -> bytes:
+    """The command as CBOR."""
+    return cbor2.dumps([_KINDS[type(command)], _values(command)])
+
+
+def decode_command(data: bytes) -> Command:
+    """Read a command. Raises InvalidRequestError when it is none."""
+    kind, values = _pair(_loads(data))
+    shape = _COMMANDS.get(kind) if isinstance(kind, str) else None
+    if shape is None:
+        raise InvalidRequestError("the forwarded command is of no known kind")
+    return _build(shape, values)
+
+
+def encode_check(package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None) -> bytes:
+    """The arguments of `check_ingest` as CBOR."""
+    return cbor2.dumps([package_id, list(relative_paths), command_id])
+
+
+def decode_check(data: bytes) -> tuple[UUID, list[str], UUID | None]:
+    """Read the arguments of `check_ingest`. Raises InvalidRequestError when they are none."""
+    match _loads(data):
+        case [UUID() as package_id, [*paths], (UUID() | None) as command_id] if all(isinstance(p, str) for p in paths):
+            return package_id, paths, command_id
+    raise InvalidRequestError("the forwarded question has another form")
+
+
+def encode_acknowledgement(acknowledgement: Acknowledgement) -> bytes:
+    """The acknowledgement as CBOR."""
+    return cbor2.dumps(_values(acknowledgement))
+
+
+def decode_acknowledgement(data: bytes) -> Acknowledgement:
+    """Read an acknowledgement. Raises InvalidRequestError when it is none."""
+    return _build(Acknowledgement, _loads(data))
+
+
+def encode_error(error: ArtifactStoreError) -> bytes:
+    """The error's problem, text and numbers as CBOR."""
+    return cbor2.dumps([error.problem, error.detail, getattr(error, "retry_after", None), getattr(error, "size", None)])
+
+
+def decode_error(data: bytes) -> ArtifactStoreError:
+    """Rebuild an error as the class of its problem; UnavailableError when the bytes tell of none that is known."""
+    try:
+        problem, detail, retry_after, size = _loads(data)
+    except (InvalidRequestError, TypeError, ValueError):
+        return UnavailableError("the owner of the partition gave an answer that cannot be read")
+    shape = next((cls for cls in _error_classes() if cls.__dict__.get("problem") == problem), UnavailableError)
+    if shape is RangeNotSatisfiableError:
+        return RangeNotSatisfiableError(str(detail), int(size or 0))
+    if shape is PushBackError:
+        return PushBackError(str(detail), float(retry_after or 1.0))
+    return shape(str(detail))
+
+
+def _error_classes(root: type[ArtifactStoreError] = ArtifactStoreError) -> Iterator[type[ArtifactStoreError]]:
+    yield root
+    for cls in root.__subclasses__():
+        yield from _error_classes(cls)
+
+
+def _values(shape: Any) -> list[Any]:
+    """The fields in their order; tuples of our own shapes as lists of the same."""
+    found = []
+    for field in fields(shape):
+        value = getattr(shape, field.name)
+        found.append([_values(part) for part in value] if field.type in _PARTS else value)
+    return found
+
+
+def _build(shape: type[_Shape], values: Any) -> _Shape:
+    expected = fields(shape)  # type: ignore[arg-type]  # every shape here is a dataclass
+    if not isinstance(values, list) or len(values) != len(expected):
+        raise InvalidRequestError(f"the forwarded {shape.__name__} has another form")
+    built: list[Any] = []
+    for field, value in zip(expected, values, strict=True):
+        kind = str(field.type)
+        if kind in _PARTS and isinstance(value, list):
+            built.append(tuple(_build(_PARTS[kind], part) for part in value))
+        elif isinstance(value, _TYPES.get(kind, ())) and not isinstance(value, bool):
+            built.append(value)
+        else:
+            raise InvalidRequestError(f"the forwarded {shape.__name__} has another form at {field.name}")
+    return shape(*built)
+
+
+def _pair(value: Any) -> tuple[Any, Any]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise InvalidRequestError("the forwarded command has another form")
+    return value[0], value[1]
+
+
+def _loads(data: bytes) -> Any:
+    try:
+        return cbor2.loads(data)
+    except (cbor2.CBORDecodeError, ValueError, TypeError, RecursionError, OverflowError):
+        raise InvalidRequestError("what was forwarded is no CBOR") from None
