@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from schemas.events import Event
 from services.errors import ConfigurationError, LogIdentityError, UnavailableError
 from services.log.position import Position
-from services.views.engine import Views
+from services.views.engine import Views, check_layouts
 from services.views.projections import Projection
 from services.views.tables import metadata, projection_checkpoints, projection_generations
 
@@ -40,9 +40,11 @@ class Checkpoint:
 async def load_checkpoint(views: Views, projection: Projection, log: UUID) -> Checkpoint:
     """Where the view stands in `log`; a view that has folded nothing yet belongs to that log from now on.
 
-    Raises LogIdentityError (it was folded from another log), UnavailableError, ConfigurationError.
+    Raises LogIdentityError (it was folded from another log), UnavailableError, ConfigurationError (its tables are
+    missing or of another layout).
     """
     async with views.reading(snapshot=True) as connection:
+        await check_layouts(connection, [projection])
         generation, owner = await _generation(connection, projection)
         offsets = await read_offsets(connection, generation)
     if owner is None:

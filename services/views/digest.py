@@ -14,7 +14,7 @@ from typing import Any
 from uuid import UUID
 
 from blake3 import blake3
-from sqlalchemy import LargeBinary, Table, Uuid, select
+from sqlalchemy import LargeBinary, Table, Uuid, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from schemas.canonical import canonical_cbor
@@ -42,6 +42,10 @@ async def digest_view(views: Views, projection: Projection) -> ViewDigest:
     hasher = blake3()
     rows = 0
     async with views.reading(snapshot=True) as connection:
+        if views.dialect == "postgresql":
+            # A TRUNCATE is seen by older snapshots too: hold it off before the first query takes this one's snapshot.
+            names = ", ".join(table.name for table in projection.tables)
+            await connection.execute(text(f"LOCK TABLE {names} IN ACCESS SHARE MODE"))
         position = await read_position(connection, projection)
         for table in projection.tables:
             hasher.update(canonical_cbor({"table": table.name, "columns": table.columns.keys()}))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from services.core.retention import RETENTION_CLASSES
 from services.errors import ConfigurationError
 from services.views.failures import database_errors
-from services.views.projections import PROJECTIONS
+from services.views.projections import PROJECTIONS, Projection
 from services.views.tables import metadata, projection_generations, retention_classes
 
 _BUSY_SECONDS = 10
@@ -89,15 +89,7 @@ class Views:
         Raises UnavailableError, ConfigurationError.
         """
         async with self.reading() as connection:
-            found = {row.projection: row.layout for row in await connection.execute(select(projection_generations))}
-        for name, projection in PROJECTIONS.items():
-            if name not in found:
-                raise ConfigurationError(f"the views have no {name}: `artifact-store migrate` creates it")
-            if found[name] != projection.layout:
-                raise ConfigurationError(
-                    f"the tables of {name} have layout {found[name]}, this version needs {projection.layout}: "
-                    f"`artifact-store replay {name}` builds them from the log"
-                )
+            await check_layouts(connection, PROJECTIONS.values())
 
     async def close(self) -> None:
         """Release every connection; blocks until done."""
@@ -116,6 +108,20 @@ class Views:
         if fresh:
             await connection.execute(insert(projection_generations), fresh)
         await _seed(connection)
+
+
+async def check_layouts(connection: AsyncConnection, projections: Iterable[Projection]) -> None:
+    """Raise ConfigurationError unless the tables of these projections are there, in this version's layout."""
+    found = {row.projection: row.layout for row in await connection.execute(select(projection_generations))}
+    for projection in projections:
+        name = projection.name
+        if name not in found:
+            raise ConfigurationError(f"the views have no {name}: `artifact-store migrate` creates it")
+        if found[name] != projection.layout:
+            raise ConfigurationError(
+                f"the tables of {name} have layout {found[name]}, this version needs {projection.layout}: "
+                f"`artifact-store replay {name}` builds them from the log"
+            )
 
 
 async def _seed(connection: AsyncConnection) -> None:

@@ -1,0 +1,165 @@
+"""One membership in a projection's group: what is assigned, where each partition is read on, and batches to apply.
+
+The view's own checkpoint says where reading begins; what the log's tools show as committed is only shown. A batch keeps
+the offsets that it was read from, so that the checkpoint's guard can tell whether it is still the next one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+from schemas.codec import UndecodableEventError, decode
+from schemas.events import Event
+from services.errors import CorruptError, PushBackError, UnavailableError
+from services.log.port import Batch, Log, Record, Subscription
+from services.log.position import Position
+from services.views.checkpoints import Checkpoint, StaleCheckpointError, load_checkpoint
+from services.views.engine import Views
+from services.views.projections import Projection
+
+logger = logging.getLogger(__name__)
+
+_POLL_RECORDS = 500
+_BATCH_RECORDS = 4000
+_BATCH_BYTES = 8 << 20
+"""A batch ends when it has as many records or bytes as this; the last poll may go over it by what it brings."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Decoded events, the checkpoint that they were read from, and the offsets behind them."""
+
+    events: Sequence[Event]
+    since: Checkpoint
+    next_offsets: Mapping[int, int]
+
+
+class Assignment:
+    """Reads a projection's share of the log. Used by one task."""
+
+    def __init__(
+        self,
+        views: Views,
+        log: Log,
+        projection: Projection,
+        settled: Callable[[], Awaitable[None]],
+    ) -> None:
+        """`settled` is waited for before an assignment begins: it returns when no batch is on its way into the view."""
+        self._views = views
+        self._log = log
+        self._projection = projection
+        self._settled = settled
+        self._identity: UUID | None = None
+        self._generation: UUID | None = None
+        self._reset = False
+        self._next: dict[int, int] = {}
+        self._subscription: Subscription | None = None
+
+    async def join(self) -> None:
+        """Join the group; partitions are assigned while polling.
+
+        Raises LogIdentityError, UnavailableError, ConfigurationError.
+        """
+        self._identity = await self._log.identity()
+        checkpoint = await load_checkpoint(self._views, self._projection, self._identity)
+        self._generation = checkpoint.generation
+        self._subscription = await self._log.subscribe(self._projection.name, self._start_offsets)
+
+    async def next_work(self, timeout_seconds: float) -> Work | None:
+        """Wait until there is something to apply; None when there is nothing within the time.
+
+        Raises:
+            StaleCheckpointError: what is assigned cannot be read on from here; join again.
+            CorruptError: a record cannot be decoded, or a checkpoint lies outside the log.
+            UnavailableError: the log or the database cannot be reached.
+        """
+        records: list[Record] = []
+        starts: dict[int, int] = {}
+        ends: dict[int, int] = {}
+        size = 0
+        while True:
+            batch = await self._joined().poll(_POLL_RECORDS, 0.0 if ends else timeout_seconds)
+            self._check(batch, ends)
+            for partition, offset in batch.next_offsets.items():
+                starts.setdefault(partition, self._next[partition])
+                ends[partition] = self._next[partition] = offset
+            records += batch.records
+            size += sum(len(record.value) for record in batch.records)
+            if not batch.next_offsets or len(records) >= _BATCH_RECORDS or size >= _BATCH_BYTES:
+                break
+        if not ends:
+            return None
+        events = await asyncio.to_thread(_decode, records)
+        return Work(events, self._checkpoint(starts), ends)
+
+    async def show(self, next_offsets: Mapping[int, int]) -> None:
+        """Commit what the view holds to the group, with the view's generation, for the log's own tools."""
+        subscription = self._joined()
+        mine = {p: offset for p, offset in next_offsets.items() if p in subscription.assigned}
+        if not mine:
+            return
+        try:
+            await subscription.commit(mine, str(self._generation))
+        except (UnavailableError, PushBackError) as error:  # only shown: the view has it, and the next one shows more
+            logger.info("%s: progress was not shown: %s", self._projection.name, error.detail)
+
+    async def leave(self) -> None:
+        """Leave the group at once."""
+        subscription, self._subscription = self._subscription, None
+        if subscription is not None:
+            await subscription.close()
+
+    async def _start_offsets(
+        self, partitions: Sequence[int], committed: Mapping[int, tuple[int, str]]
+    ) -> Mapping[int, int]:
+        await self._settled()
+        if self._identity is None:
+            raise StaleCheckpointError("asked for offsets before joining")
+        checkpoint = await load_checkpoint(self._views, self._projection, self._identity)
+        if checkpoint.generation != self._generation:
+            self._reset = True  # partitions that are held already stand in the older generation: join anew for all
+        starts = {p: checkpoint.position.offsets.get(p, 0) for p in partitions}
+        for p, offset in starts.items():
+            if p in committed and committed[p][0] < offset and not committed[p][1]:
+                logger.warning(
+                    "%s: partition %d was set to offset %d by other means; the view stands at %d and goes on from "
+                    "there. `artifact-store replay %s` folds it again from the start",
+                    *(self._projection.name, p, committed[p][0], offset, self._projection.name),
+                )
+        self._next.update(starts)
+        if starts:
+            logger.info("%s: assigned partitions %s", self._projection.name, starts)
+        return starts
+
+    def _check(self, batch: Batch, ends: Mapping[int, int]) -> None:
+        """Refuse what does not go on from where reading stands: a rebalance came between."""
+        moved = any(self._next[p] != offset for p, offset in ends.items())
+        early = any(record.offset < self._next.get(record.partition, 0) for record in batch.records)
+        if self._reset or moved or early:
+            raise StaleCheckpointError(f"the partitions of {self._projection.name} were assigned anew")
+
+    def _checkpoint(self, starts: Mapping[int, int]) -> Checkpoint:
+        if self._generation is None or self._identity is None:
+            raise StaleCheckpointError("read before joining")
+        return Checkpoint(self._generation, Position(self._identity, starts))
+
+    def _joined(self) -> Subscription:
+        if self._subscription is None:
+            raise StaleCheckpointError("read before joining")
+        return self._subscription
+
+
+def _decode(records: Sequence[Record]) -> list[Event]:
+    events: list[Event] = []
+    for record in records:
+        try:
+            events.append(decode(record.value))
+        except UndecodableEventError as error:
+            raise CorruptError(
+                f"the record at offset {record.offset} of partition {record.partition} cannot be read: {error}"
+            ) from error
+    return events

@@ -1,0 +1,136 @@
+"""Running a projection: read, fold, show the progress; again and again, until told to stop.
+
+At least once in, exactly once in effect: rows and checkpoint are one transaction under a guard, and a batch that comes
+again is refused by it. While one batch is on its way into the view, the next one is read and decoded.
+
+Every trouble that may pass ends the membership in the group and begins another after a pause: others can take the
+partitions over meanwhile, and the view's checkpoint is the place to go on from. What does not pass is raised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Iterable, Mapping
+
+from projector.assignment import Assignment, Work
+from services.config import Settings
+from services.errors import ArtifactStoreError, PushBackError, UnavailableError
+from services.log.port import Log
+from services.views.checkpoints import StaleCheckpointError, apply
+from services.views.engine import Views
+from services.views.projections import PROJECTIONS, Projection, projection_named
+from services.wiring import open_log, open_views
+
+logger = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.25
+_FIRST_PAUSE = 0.1
+_LONGEST_PAUSE = 10.0
+
+
+async def run_projectors(
+    settings: Settings, names: Iterable[str], stop: asyncio.Event
+) -> dict[str, ArtifactStoreError]:
+    """Run several projections (no names: all) until `stop` is set; blocks until they have left their groups.
+
+    Returns those that could not go on, with the reason; each is logged when it happens, and the others go on.
+
+    Raises InvalidRequestError: there is no projection of that name. ConfigurationError: settings that cannot work.
+    """
+    projections = [projection_named(name) for name in dict.fromkeys(names)] or list(PROJECTIONS.values())
+    log, views = open_log(settings), open_views(settings)
+    try:
+        runs = [_reported(views, log, projection, stop) for projection in projections]
+        outcomes = zip(projections, await asyncio.gather(*runs), strict=True)
+        return {projection.name: error for projection, error in outcomes if error is not None}
+    finally:
+        await views.close()
+        await log.close()
+
+
+async def run_projection(views: Views, log: Log, projection: Projection, stop: asyncio.Event) -> None:
+    """Project until `stop` is set, through failures of log and database; blocks until the group is left.
+
+    Raises:
+        CorruptError: an event cannot be read or does not follow, or the view stands outside the log.
+        LogIdentityError: the view was folded from another log.
+        ConfigurationError: the tables are missing or of another layout.
+    """
+    pause = _FIRST_PAUSE
+    while not stop.is_set():
+        run = _Run(views, log, projection)
+        try:
+            await run.work(stop)
+        except StaleCheckpointError as error:
+            logger.info("%s: %s; reading on from the view's checkpoint", projection.name, error.detail)
+            await _wait(stop, random.uniform(0, _FIRST_PAUSE))
+        except (UnavailableError, PushBackError) as error:
+            pause = _FIRST_PAUSE if run.progressed else min(2 * pause, _LONGEST_PAUSE)
+            logger.warning("%s: %s; trying again in %.1f s", projection.name, error.detail, pause)
+            await _wait(stop, pause)
+
+
+async def _reported(views: Views, log: Log, projection: Projection, stop: asyncio.Event) -> ArtifactStoreError | None:
+    try:
+        await run_projection(views, log, projection, stop)
+    except ArtifactStoreError as error:
+        logger.error("%s stops: %s", projection.name, error.detail)
+        return error
+    return None
+
+
+class _Run:
+    """One membership in the group."""
+
+    def __init__(self, views: Views, log: Log, projection: Projection) -> None:
+        self.progressed = False
+        self._views = views
+        self._projection = projection
+        self._assignment = Assignment(views, log, projection, self._settled)
+        self._applying: asyncio.Task[Mapping[int, int]] | None = None
+
+    async def work(self, stop: asyncio.Event) -> None:
+        """Read and fold until told to stop; what was read by then is folded."""
+        try:
+            await self._assignment.join()
+            while not stop.is_set():
+                work = await self._assignment.next_work(_POLL_SECONDS)
+                await self._finish()
+                if work is not None:
+                    self._applying = asyncio.create_task(self._apply(work))
+            await self._finish()
+        finally:
+            await self._abandon()
+            await self._assignment.leave()
+
+    async def _apply(self, work: Work) -> Mapping[int, int]:
+        await apply(self._views, self._projection, work.events, since=work.since, next_offsets=work.next_offsets)
+        self.progressed = True
+        return work.next_offsets
+
+    async def _finish(self) -> None:
+        """Wait for the batch that is on its way, then show how far the view is."""
+        if self._applying is None:
+            return
+        applying, self._applying = self._applying, None
+        await self._assignment.show(await applying)
+
+    async def _abandon(self) -> None:
+        """Let a batch that is on its way come to its end, whatever that is: the view's checkpoint will tell."""
+        if self._applying is not None:
+            await self._settled()
+            if not self._applying.cancelled() and (error := self._applying.exception()) is not None:
+                logger.info("%s: the last batch was not applied: %s", self._projection.name, type(error).__name__)
+
+    async def _settled(self) -> None:
+        if self._applying is not None:
+            await asyncio.wait([self._applying])  # how it ended is seen where it is finished
+
+
+async def _wait(stop: asyncio.Event, seconds: float) -> None:
+    try:
+        await asyncio.wait_for(stop.wait(), seconds)
+    except TimeoutError:
+        return

@@ -1,0 +1,57 @@
+"""What the tests of the projector share: views on either database, and waiting for what a projector brings about."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+from projector import run_projection
+from services.log.port import Log
+from services.log.position import Position
+from services.views.checkpoints import read_position
+from services.views.engine import Views
+from services.views.projections import Projection
+
+WAIT_SECONDS = 60.0
+
+
+async def eventually(condition: Callable[[], Awaitable[bool]], what: str) -> None:
+    """Return once the condition holds; an error that says `what` was waited for after a minute."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not await condition():
+        assert time.monotonic() < deadline, f"waited in vain: {what}"
+        await asyncio.sleep(0.02)
+
+
+async def position_of(views: Views, projection: Projection) -> Position | None:
+    """Where the view stands."""
+    async with views.reading() as connection:
+        return await read_position(connection, projection)
+
+
+async def covers(views: Views, projection: Projection, end: Position) -> None:
+    """Wait until the view has everything up to `end`."""
+
+    async def reached() -> bool:
+        position = await position_of(views, projection)
+        return position is not None and position.covers(end)
+
+    await eventually(reached, f"{projection.name} reaches {dict(end.offsets)}")
+
+
+@asynccontextmanager
+async def projecting(
+    views: Views, log: Log, projection: Projection, times: int = 1
+) -> AsyncIterator[list[asyncio.Task[None]]]:
+    """Projectors that run inside the block; leaving it stops them and raises what one of them could not go on from."""
+    stop = asyncio.Event()
+    tasks = [asyncio.create_task(run_projection(views, log, projection, stop)) for _ in range(times)]
+    try:
+        yield tasks
+    finally:
+        stop.set()
+        await asyncio.wait(tasks)
+    for task in tasks:
+        await task

@@ -1,0 +1,280 @@
+"""The projector: at least once in, exactly once in effect, through rebalances, failures, crashes and bad events."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from projector import run_projection, run_projectors
+from services.config import Settings
+from services.core.limits import Limits
+from services.errors import CorruptError, InvalidRequestError, LogIdentityError, UnavailableError
+from services.log.sqlite import SqliteLog, SqliteWriter
+from services.views.catch_up import catch_up
+from services.views.checkpoints import Checkpoint, apply, load_checkpoint, reset
+from services.views.digest import digest_view
+from services.views.engine import Views
+from services.views.projections import PROJECTIONS
+from services.views.projections.registry import RegistryProjection
+from tests.integration.projector_stage import covers, eventually, position_of, projecting
+from tests.memory_log import MemoryLog
+from tests.unit import commands
+from tests.views_history import History, view_rows
+
+REGISTRY = PROJECTIONS["registry"]
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.services)])
+def views_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite+aiosqlite:///{tmp_path}/views.db"
+    url: str = request.getfixturevalue("postgres_url")
+    return url
+
+
+@pytest.fixture
+async def views(views_url: str) -> AsyncIterator[Views]:
+    opened = Views(views_url)
+    await opened.migrate()
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+async def reference(tmp_path: Path) -> AsyncIterator[Views]:
+    """A SQLite view beside the one under test, to compare with."""
+    opened = Views(f"sqlite+aiosqlite:///{tmp_path}/reference.db")
+    await opened.migrate()
+    yield opened
+    await opened.close()
+
+
+async def same_as_one_fold(views: Views, reference: Views, log: MemoryLog) -> None:
+    """The view is what one undisturbed fold of the log makes."""
+    await catch_up(reference, log, REGISTRY)
+    assert (await view_rows(views))["artifact_files"] == (await view_rows(reference))["artifact_files"]
+    assert (await digest_view(views, REGISTRY)).digest == (await digest_view(reference, REGISTRY)).digest
+
+
+async def test_what_is_appended_is_projected_and_shown_as_committed(views: Views, reference: Views) -> None:
+    log, history = MemoryLog(), History().fill(packages=5, files=3)
+    log.append(*history.events[:20])
+    async with projecting(views, log, REGISTRY):
+        await covers(views, REGISTRY, await log.end())
+        log.append(*history.events[20:])
+        await covers(views, REGISTRY, await log.end())
+
+        async def shown() -> bool:
+            return not any((await log.lag("registry")).values())
+
+        await eventually(shown, "the lag is nothing")
+    await same_as_one_fold(views, reference, log)
+    generation = (await load_checkpoint(views, REGISTRY, log.id)).generation
+    assert {metadata for _, metadata in log.committed["registry"].values()} == {str(generation)}
+
+
+async def test_stopping_leaves_the_group(views: Views) -> None:
+    log = MemoryLog()
+    async with projecting(views, log, REGISTRY):
+
+        async def joined() -> bool:
+            return len(log.members) == 1
+
+        await eventually(joined, "the projector joins")
+    assert log.members == []
+
+
+async def test_several_projectors_and_rebalances_apply_everything_once(views: Views, reference: Views) -> None:
+    log, history = MemoryLog(partitions=4), History().fill(packages=12, files=4)
+    async with projecting(views, log, REGISTRY, times=3):
+        for i in range(0, len(history.events), 9):
+            log.append(*history.events[i : i + 9])
+            log.rebalance("registry")
+            await asyncio.sleep(0)
+        await covers(views, REGISTRY, await log.end())
+    await same_as_one_fold(views, reference, log)
+
+
+async def test_two_that_own_the_same_partitions_apply_everything_once(views: Views, reference: Views) -> None:
+    """Two groups that know nothing of each other, as when one member was cut off and does not know it yet."""
+    log, history = MemoryLog(), History().fill(packages=8, files=4)
+    stop = asyncio.Event()
+    other = MemoryLog()
+    other.id, other._records, other._ends, other._changed = log.id, log._records, log._ends, log._changed
+    runs = [asyncio.create_task(run_projection(views, each, REGISTRY, stop)) for each in (log, other)]
+    for i in range(0, len(history.events), 7):
+        log.append(*history.events[i : i + 7])
+        await asyncio.sleep(0.005)
+    await covers(views, REGISTRY, await log.end())
+    stop.set()
+    await asyncio.gather(*runs)
+    await same_as_one_fold(views, reference, log)
+
+
+async def test_a_crash_between_the_view_and_the_log_applies_nothing_twice(views: Views, reference: Views) -> None:
+    log, history = MemoryLog(partitions=1), History().fill(packages=4, files=2)
+    log.append(*history.events)
+    at = await load_checkpoint(views, REGISTRY, log.id)
+    await apply(views, REGISTRY, history.events[:9], since=at, next_offsets={0: 10})  # 5 events, a hole, 4 events
+    assert log.committed == {}
+    async with projecting(views, log, REGISTRY):
+        await covers(views, REGISTRY, await log.end())
+    await same_as_one_fold(views, reference, log)
+
+
+async def test_an_answer_that_was_lost_after_the_commit_applies_nothing_twice(
+    views: Views, reference: Views, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, history = MemoryLog(), History().fill(packages=4, files=2)
+    lost = 0
+
+    async def apply_and_lose(*args: Any, **more: Any) -> Checkpoint:
+        nonlocal lost
+        after = await apply(*args, **more)
+        if lost < 3:
+            lost += 1
+            raise UnavailableError("the connection was lost while committing")
+        return after
+
+    monkeypatch.setattr("projector.runner.apply", apply_and_lose)
+    async with projecting(views, log, REGISTRY):
+        for event in history.events:
+            log.append(event)
+            await asyncio.sleep(0)
+        await covers(views, REGISTRY, await log.end())
+    assert lost > 0
+    await same_as_one_fold(views, reference, log)
+
+
+async def test_a_log_that_goes_away_for_a_while_costs_nothing(
+    views: Views, reference: Views, caplog: pytest.LogCaptureFixture
+) -> None:
+    log, history = MemoryLog(), History().fill(packages=4, files=2)
+    async with projecting(views, log, REGISTRY):
+        log.append(*history.events[:10])
+        await covers(views, REGISTRY, await log.end())
+        log.unavailable = True
+
+        async def noticed() -> bool:
+            return "the log cannot be reached" in caplog.text
+
+        await eventually(noticed, "the projector says that the log is away")
+        log.unavailable = False
+        log.append(*history.events[10:])
+        await covers(views, REGISTRY, await log.end())
+    await same_as_one_fold(views, reference, log)
+
+
+async def test_a_reset_under_a_running_projector_folds_everything_again(views: Views, reference: Views) -> None:
+    log, history = MemoryLog(), History().fill(packages=6, files=3)
+    log.append(*history.events[:-1])
+    async with projecting(views, log, REGISTRY, times=2):
+        await covers(views, REGISTRY, await log.end())
+        await reset(views, REGISTRY)
+        log.append(history.events[-1])  # by which the member that has this partition sees that it is behind the times
+        log.rebalance("registry")
+        await covers(views, REGISTRY, await log.end())
+    await same_as_one_fold(views, reference, log)
+
+
+async def test_a_gap_stops_the_projector_before_its_batch(views: Views) -> None:
+    log, history = MemoryLog(partitions=1), History()
+    package_id = history.create()
+    history.ingest(package_id, "a", "b")
+    log.append(history.events[0], history.events[2])
+    with pytest.raises(CorruptError, match=str(package_id)):
+        await run_projection(views, log, REGISTRY, asyncio.Event())
+    assert (await view_rows(views))["artifact_packages"] == []
+    assert log.members == []
+
+
+async def test_a_record_that_cannot_be_read_stops_the_projector_and_is_named(views: Views) -> None:
+    log = MemoryLog(partitions=2)
+    log.append_raw(1, b"\xc3\x01nothing that is known")
+    with pytest.raises(CorruptError, match="offset 0 of partition 1"):
+        await run_projection(views, log, REGISTRY, asyncio.Event())
+    position = await position_of(views, REGISTRY)
+    assert position is not None
+    assert position.offsets.get(1, 0) == 0
+
+
+async def test_a_log_that_lost_what_the_view_has_stops_the_projector(views: Views) -> None:
+    log = MemoryLog(partitions=1)
+    log.append(*History().fill(packages=2, files=2).events)
+    await catch_up(views, log, REGISTRY)
+    rows = await view_rows(views)
+    log.truncate(0)
+    with pytest.raises(CorruptError, match="outside the log"):
+        await run_projection(views, log, REGISTRY, asyncio.Event())
+    assert await view_rows(views) == rows
+
+
+async def test_another_log_under_the_view_stops_the_projector(views: Views) -> None:
+    log = MemoryLog()
+    log.append(*History().fill(packages=2, files=2).events)
+    await catch_up(views, log, REGISTRY)
+    rows = await view_rows(views)
+    log.id = uuid4()
+    with pytest.raises(LogIdentityError):
+        await run_projection(views, log, REGISTRY, asyncio.Event())
+    assert await view_rows(views) == rows
+
+
+async def test_an_offset_that_was_set_with_other_tools_is_told(views: Views, caplog: pytest.LogCaptureFixture) -> None:
+    log = MemoryLog(partitions=1)
+    log.append(*History().fill(packages=2, files=2).events)
+    await catch_up(views, log, REGISTRY)
+    log.committed["registry"] = {0: (0, "")}
+    async with projecting(views, log, REGISTRY):
+
+        async def told() -> bool:
+            return "artifact-store replay registry" in caplog.text
+
+        await eventually(told, "the projector says what it goes by")
+
+
+async def test_one_projection_that_stops_leaves_the_others_running(
+    embedded_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def refuse(_self: RegistryProjection, _connection: AsyncConnection, _events: Any) -> None:
+        raise CorruptError("this event breaks a rule")
+
+    monkeypatch.setattr(RegistryProjection, "fold", refuse)
+    log, views = SqliteLog(tmp_path / "log.db"), Views(embedded_settings.views_url)
+    await log.migrate()
+    await views.migrate()
+
+    async def no_claim_check(_manifest: bytes) -> None:
+        raise AssertionError("no manifest here is so large")
+
+    writer = SqliteWriter(tmp_path / "log.db", limits=Limits(), put_manifest=no_claim_check)
+    await writer.start()
+    await writer.submit(commands.create())
+    stop = asyncio.Event()
+    running = asyncio.create_task(run_projectors(embedded_settings, [], stop))
+    await covers(views, PROJECTIONS["retention"], await log.end())
+
+    async def told() -> bool:
+        return "registry stops: this event breaks a rule" in caplog.text
+
+    await eventually(told, "the failure is logged")
+    await writer.submit(commands.create("another"))
+    await covers(views, PROJECTIONS["retention"], await log.end())
+    stop.set()
+    failed = await running
+    assert list(failed) == ["registry"]
+    assert any(record.levelno == logging.ERROR for record in caplog.records)
+    for part in (writer, log, views):
+        await part.close()
+
+
+async def test_an_unknown_projection_is_refused(embedded_settings: Settings) -> None:
+    with pytest.raises(InvalidRequestError, match="known: registry, retention"):
+        await run_projectors(embedded_settings, ["registry", "search"], asyncio.Event())
