@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from confluent_kafka import (
 )
 from confluent_kafka.admin import AdminClient
 
+from services.errors import ConfigurationError
 from services.log.kafka.clients import make_admin
 from services.log.kafka.failures import explaining, kafka_error
 from services.log.kafka.settings import KafkaSettings
@@ -31,6 +33,22 @@ _admin: Any = confluent_kafka.admin
 
 ANSWER_SECONDS = 10.0
 """How long a question waits for its answer."""
+
+_AGAIN_SECONDS = 0.05
+_MOVING = frozenset(
+    {
+        KafkaError.NOT_LEADER_FOR_PARTITION,
+        KafkaError.LEADER_NOT_AVAILABLE,
+        KafkaError.FENCED_LEADER_EPOCH,
+        KafkaError.UNKNOWN_LEADER_EPOCH,
+        KafkaError.OFFSET_NOT_AVAILABLE,
+        KafkaError.NOT_COORDINATOR,
+        KafkaError.COORDINATOR_NOT_AVAILABLE,
+        KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+        KafkaError.NOT_CONTROLLER,
+        KafkaError._NOENT,  # the client's own word for a partition whose leader is not known yet
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +109,20 @@ class Cluster:
         except TimeoutError:
             with explaining("creating the topic"):
                 raise
+        self._await_topic()
         return True
+
+    def _await_topic(self) -> None:
+        """Brokers learn of a new topic one after another; wait until its partitions answer."""
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while True:
+            try:
+                self.high_watermark(range(self._kafka.partitions))
+                return
+            except ConfigurationError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(_AGAIN_SECONDS)
 
     def earliest(self, partitions: Iterable[int]) -> dict[int, int]:
         """Per partition, the first offset that is still there."""
@@ -135,9 +166,19 @@ class Cluster:
             return self._answers(question)
 
     def _answers(self, question: Callable[[AdminClient], dict[Any, Future[Any]]]) -> dict[Any, Any]:
-        admin = self._admin()
-        admin.poll(0)  # hands over what the client has to log
-        return {key: future.result(ANSWER_SECONDS) for key, future in question(admin).items()}
+        """Ask, and again while leaders or coordinators move, until ANSWER_SECONDS are over."""
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while True:
+            admin = self._admin()
+            admin.poll(0)  # hands over what the client has to log
+            try:
+                left = max(0.1, deadline - time.monotonic())
+                return {key: future.result(left) for key, future in question(admin).items()}
+            except KafkaException as error:
+                found = kafka_error(error)
+                if found is None or found.code() not in _MOVING or time.monotonic() > deadline:
+                    raise
+            time.sleep(_AGAIN_SECONDS)
 
     def _admin(self) -> AdminClient:
         with self._lock:

@@ -158,6 +158,8 @@ class KafkaSettings:
 
     def _client(self, client_id: str) -> dict[str, Any]:
         return {
+            # Errors alone: that a coordinator is busy for a moment is no news.
+            "log_level": 3,
             "socket.keepalive.enable": True,
             "reconnect.backoff.max.ms": 1_000,
             **self.options,

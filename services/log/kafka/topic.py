@@ -26,6 +26,8 @@ def migrate(kafka: KafkaSettings, cluster: Cluster) -> Topic:
             **_FIXED,
             "min.insync.replicas": str(kafka.min_insync_replicas),
             "max.message.bytes": str(TOPIC_MAX_MESSAGE_BYTES),
+            # Times never step back within a partition, so one clock that was ahead must not stop it for good.
+            "message.timestamp.after.max.ms": str(2**63 - 1),
         }
     )
     return check(kafka, cluster)
