@@ -8,15 +8,19 @@ from pathlib import Path
 
 import pytest
 
+from projector import replay, run_projectors
+from services.config import Settings
 from services.errors import UnavailableError
 from services.views.catch_up import catch_up
 from services.views.digest import digest_view
 from services.views.engine import Views
 from services.views.projections import PROJECTIONS
 from services.views.queries import Queries
+from services.wiring import open_log, parts
 from tests.integration.projector_stage import covers, eventually, projecting
 from tests.memory_log import MemoryLog
 from tests.services.postgres import PostgresServer
+from tests.unit import commands
 from tests.views_history import History
 
 pytestmark = pytest.mark.services
@@ -63,3 +67,38 @@ async def test_a_database_that_is_killed_and_comes_back_loses_and_doubles_nothin
         assert (await digest_view(views, REGISTRY)).digest == (await digest_view(reference, REGISTRY)).digest
         await views.close()
         assert server.password not in caplog.text
+
+
+async def test_what_kafka_holds_is_projected_over_its_markers_and_replayed(
+    real_settings: Settings, reference: Views
+) -> None:
+    stop = asyncio.Event()
+    log = open_log(real_settings)
+    await log.migrate()
+    await log.close()
+    async with parts(real_settings) as opened:
+        await opened.views.migrate()
+        made = [commands.create(i) for i in range(20)]
+        running = asyncio.create_task(run_projectors(real_settings, [], stop))
+        for command in made:
+            await opened.writer.submit(command)
+        for command in made:
+            await opened.writer.submit(commands.ingest(command.package_id, "a", "b", name=str(command.package_id)))
+        await opened.writer.submit(commands.finalize(made[0].package_id))
+        end = await opened.log.end()
+        for projection in PROJECTIONS.values():
+            await covers(opened.views, projection, end)
+            await catch_up(reference, opened.log, projection)
+            found, expected = await digest_view(opened.views, projection), await digest_view(reference, projection)
+            assert (found.digest, found.rows) == (expected.digest, expected.rows)
+
+        async def shown() -> bool:
+            lags = [await opened.log.lag(name) for name in PROJECTIONS]
+            return not any(behind for lag in lags for behind in lag.values())
+
+        await eventually(shown, "no lag is left in the log's own tools")
+        done = await replay(real_settings, "registry")
+        assert (done.events, done.digest) == (61, (await digest_view(reference, REGISTRY)).digest)
+        assert done.position.covers(end)
+        stop.set()
+        assert await running == {}
