@@ -34,6 +34,9 @@ COMMIT_SECONDS = 12.0
 PATIENCE_SECONDS = 15.0
 """How long reading may make no progress, as it does below another producer's open transaction."""
 
+_CONNECT_SECONDS = 0.05
+"""A client that is asked to begin before it is connected looks for its coordinator again only after 0.5 s."""
+
 _READ = 500
 _LOOK_SECONDS = 0.02
 
@@ -47,13 +50,20 @@ class Tenure:
     """
 
     def __init__(
-        self, kafka: KafkaSettings, cluster: Cluster, partition: int, identity: UUID, stopping: Callable[[], bool]
+        self,
+        kafka: KafkaSettings,
+        cluster: Cluster,
+        partition: int,
+        identity: UUID,
+        *,
+        is_ours: Callable[[], bool],
+        stopping: Callable[[], bool],
     ) -> None:
-        """Take over.
+        """Take over, if `is_ours` says at the last moment that the group has the partition assigned to this process.
 
         Raises:
             UnavailableError: the cluster cannot be reached, or another's open transaction hides the end of the log.
-            PartitionNotOwnedError: `stopping` came true meanwhile.
+            PartitionNotOwnedError: the partition is another's, or `stopping` came true meanwhile.
             CorruptError: the partition breaks an invariant. LogIdentityError: it is another topic by now.
             ConfigurationError: no right to write, or no such topic.
         """
@@ -65,10 +75,14 @@ class Tenure:
         self._tail: Reader | None = None
         self._producer: Producer | None = make_producer(kafka.producer(partition))
         try:
-            with explaining("taking over a partition"):
-                self._producer.init_transactions(INIT_SECONDS)
             if (now := cluster.topic().identity) != identity:
                 raise LogIdentityError(f"the topic was made anew: it was log {identity}, it is log {now}")
+            time.sleep(_CONNECT_SECONDS)
+            # A process that woke up late must not cut off the rightful owner.
+            if not is_ours():
+                raise PartitionNotOwnedError("the group has given the partition to another process")
+            with explaining("taking over a partition"):
+                self._producer.init_transactions(INIT_SECONDS)
             self._tail = Reader(kafka, {partition: 0})
             self._read_to(cluster.high_watermark([partition])[partition])
         except BaseException:

@@ -135,10 +135,15 @@ class PartitionWriter:
 
     def _hold(self) -> None:
         """One tenure: take over, then serve until told to stop."""
-        if not self._is_ours():
-            raise PartitionNotOwnedError("the group has given the partition to another process")
         context, began = self._context, time.monotonic()
-        tenure = Tenure(context.kafka, context.cluster, self.partition, context.identity, self._stop.is_set)
+        tenure = Tenure(
+            context.kafka,
+            context.cluster,
+            self.partition,
+            context.identity,
+            is_ours=self._is_ours,
+            stopping=self._stop.is_set,
+        )
         try:
             self.takeover_seconds = time.monotonic() - began
             self.since = context.clock()
@@ -152,7 +157,7 @@ class PartitionWriter:
             tenure.close()
 
     def _is_ours(self) -> bool:
-        """Ask the group before `init_transactions`: a process that woke up late would cut off the rightful owner."""
+        """Ask the group until it answers; False as well when this writer is to stop."""
         while not self._stop.is_set():
             try:
                 answer = self._context.holds(self.partition)
