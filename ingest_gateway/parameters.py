@@ -74,6 +74,16 @@ def _key(text: str) -> UUID:
     return UUID(text)
 
 
+def _address(name: str) -> Callable[[str], ContentAddress]:
+    def parse(text: str) -> ContentAddress:
+        try:
+            return ContentAddress.parse(text)
+        except InvalidRequestError as error:
+            raise InvalidRequestError(f"{name}: {error.detail}") from None
+
+    return parse
+
+
 _SHORT_TEXT = {"type": "string", "minLength": 1, "maxLength": MAX_TEXT_CHARACTERS}
 _UUID_SCHEMA = {"type": "string", "format": "uuid", "pattern": UUID_PATTERN}
 _ADDRESS_SCHEMA = {"type": "string", "pattern": "^blake3:[0-9a-f]{64}$"}
@@ -108,7 +118,7 @@ RETENTION_CLASS = Parameter(
 MANIFEST_DIGEST = Parameter(
     "manifest_digest",
     "query",
-    ContentAddress.parse,
+    _address("manifest_digest"),
     "Only packages frozen under this manifest",
     _ADDRESS_SCHEMA,
 )
@@ -154,7 +164,7 @@ ACTOR = Parameter(
 CONTENT_ADDRESS = Parameter(
     names.CONTENT_ADDRESS,
     "header",
-    ContentAddress.parse,
+    _address(names.CONTENT_ADDRESS),
     "BLAKE3 that the body must have",
     _ADDRESS_SCHEMA,
 )

@@ -71,6 +71,8 @@ def _match(parts: list[str], segments: list[str]) -> dict[str, str] | None:
         return None
     values: dict[str, str] = {}
     for part, segment in zip(parts, segments, strict=False):
+        if part.startswith("{") and part != _REST and not segment:
+            return None
         if part.startswith("{"):
             values[part[1:-1]] = segment
         elif part != segment:

@@ -1,0 +1,68 @@
+"""A gateway on the parts of a test, listening on loopback in the test's own process."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+from ingest_gateway.gateway import Bounds
+from ingest_gateway.health import Checks
+from ingest_gateway.server import listening
+from services.clock import system_clock
+from services.config import Settings
+from services.direct import DirectRegistry
+from services.views.catch_up import catch_up
+from services.views.projections import PROJECTIONS
+from services.views.queries import Queries
+from services.wiring import Parts, limits_of, parts
+
+
+@dataclass(frozen=True)
+class RunningGateway:
+    """Where it listens, what it stands on, and a client session whose base is its URL."""
+
+    url: str
+    parts: Parts
+    session: aiohttp.ClientSession
+
+    @property
+    def port(self) -> int:
+        """The port that it listens on, on 127.0.0.1."""
+        return int(self.url.rpartition(":")[2])
+
+    async def events(self) -> int:
+        """How many events the log holds."""
+        return len([event async for event in self.parts.log.read()])
+
+
+@asynccontextmanager
+async def running_gateway(
+    settings: Settings, *, wait_seconds: float = 5.0, drain_seconds: float = 5.0, **bounds: Any
+) -> AsyncIterator[RunningGateway]:
+    """A gateway on the parts of these settings; reads wait for the view for `wait_seconds` at most."""
+    async with parts(settings) as opened:
+
+        async def freshen() -> None:
+            await catch_up(opened.views, opened.log, PROJECTIONS["registry"])
+
+        registry = DirectRegistry(
+            opened.log,
+            opened.writer,
+            opened.blobs,
+            Queries(opened.views),
+            limits=limits_of(settings),
+            clock=system_clock,
+            freshen=freshen,
+            wait_seconds=wait_seconds,
+        )
+        checks = Checks(opened.log.check, opened.blobs.check, opened.writer.ready, opened.views.check)
+        limits = Bounds(settings.max_file_bytes, settings.max_metadata_bytes, **bounds)
+        async with (
+            listening(registry, checks, limits, drain_seconds=drain_seconds) as url,
+            aiohttp.ClientSession(url) as session,
+        ):
+            yield RunningGateway(url, opened, session)
