@@ -30,9 +30,7 @@ _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 10.0
 
 
-async def run_projectors(
-    settings: Settings, names: Iterable[str], stop: asyncio.Event
-) -> dict[str, ArtifactStoreError]:
+async def run_projectors(settings: Settings, names: Iterable[str], stop: asyncio.Event) -> dict[str, Exception]:
     """Run several projections (no names: all) until `stop` is set; blocks until they have left their groups.
 
     Returns those that could not go on, with the reason; each is logged when it happens, and the others go on.
@@ -72,11 +70,15 @@ async def run_projection(views: Views, log: Log, projection: Projection, stop: a
             await _wait(stop, pause)
 
 
-async def _reported(views: Views, log: Log, projection: Projection, stop: asyncio.Event) -> ArtifactStoreError | None:
+async def _reported(views: Views, log: Log, projection: Projection, stop: asyncio.Event) -> Exception | None:
     try:
         await run_projection(views, log, projection, stop)
     except ArtifactStoreError as error:
         logger.error("%s stops: %s", projection.name, error.detail)
+        return error
+    except Exception as error:
+        # A mistake in one fold must not stop the others; it is shown here and returned.
+        logger.exception("%s stops", projection.name)
         return error
     return None
 

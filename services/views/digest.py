@@ -41,7 +41,7 @@ async def digest_view(views: Views, projection: Projection) -> ViewDigest:
     """Digest the view as it stands, in one snapshot and constant memory. Raises UnavailableError."""
     hasher = blake3()
     rows = 0
-    async with views.reading(snapshot=True) as connection:
+    async with views.reading(snapshot=True, long=True) as connection:
         if views.dialect == "postgresql":
             # A TRUNCATE is seen by older snapshots too: hold it off before the first query takes this one's snapshot.
             names = ", ".join(table.name for table in projection.tables)

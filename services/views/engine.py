@@ -34,26 +34,31 @@ _MIGRATION_LOCK = 0x61727466  # any number, the same for every process of ours
 class Views:
     """One views database, opened from its URL. Connections are made when they are needed; `close` releases them."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, answer_seconds: float = 10.0) -> None:
         """`sqlite+aiosqlite:///PATH` or `postgresql+asyncpg://…`. Does not connect; makes SQLite's folder.
+
+        `answer_seconds` bounds a short read, so that a database that hangs costs a request no more than that.
 
         Raises ConfigurationError: another kind of URL. The text never holds the URL, which may have a password in it.
         """
         parsed = _parse(url)
         self.dialect = "sqlite" if parsed.drivername == "sqlite+aiosqlite" else "postgresql"
         self.engine = _open_sqlite(parsed) if self.dialect == "sqlite" else _open_postgresql(parsed)
+        self._answer_seconds = answer_seconds
         self._writing = self.engine.execution_options(writes=True)
         self.folding: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         """One lock a projection: folds of one process wait for each other here instead of racing to the guard."""
 
     @asynccontextmanager
-    async def reading(self, *, snapshot: bool = False) -> AsyncIterator[AsyncConnection]:
+    async def reading(self, *, snapshot: bool = False, long: bool = False) -> AsyncIterator[AsyncConnection]:
         """A connection to read by. With `snapshot` all statements see one state of the database.
+
+        Unless it is a `long` one, the block must end within the bound for answers.
 
         Raises UnavailableError, ConfigurationError (tables are missing), also for what is raised inside.
         """
         with database_errors():
-            async with self.engine.connect() as connection:
+            async with asyncio.timeout(None if long else self._answer_seconds), self.engine.connect() as connection:
                 if snapshot and self.dialect == "postgresql":  # a transaction on SQLite is a snapshot anyway
                     await connection.execution_options(isolation_level="REPEATABLE READ")
                 yield connection

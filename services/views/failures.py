@@ -61,13 +61,15 @@ def _meaning(error: BaseException) -> ArtifactStoreError | None:
         cause: BaseException = error.orig if error.orig is not None else error
     else:
         invalidated, cause = False, error
+    if isinstance(cause, TimeoutError):
+        return UnavailableError("the views database gives no answer in time")
     state = getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None) or ""
     text = _first_line(cause)
     if state.startswith(_CONFIGURATION):
         return ConfigurationError(f"the views database refuses: {text}; {_MIGRATE}")
     if state.startswith(_CORRUPT):
         return CorruptError(f"the views cannot take this: {text}")
-    if state.startswith(_UNAVAILABLE) or invalidated or isinstance(cause, OSError | TimeoutError):
+    if state.startswith(_UNAVAILABLE) or invalidated or isinstance(cause, OSError):
         return UnavailableError(f"the views database cannot be reached: {text}")
     if not state and "connection" in text.lower():  # the driver's own errors about a connection carry no state
         return UnavailableError(f"the views database cannot be reached: {text}")

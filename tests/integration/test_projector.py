@@ -240,11 +240,16 @@ async def test_an_offset_that_was_set_with_other_tools_is_told(views: Views, cap
         await eventually(told, "the projector says what it goes by")
 
 
+@pytest.mark.parametrize("error", [CorruptError("this event breaks a rule"), KeyError("a mistake in the fold")])
 async def test_one_projection_that_stops_leaves_the_others_running(
-    embedded_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    embedded_settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
 ) -> None:
     async def refuse(_self: RegistryProjection, _connection: AsyncConnection, _events: Any) -> None:
-        raise CorruptError("this event breaks a rule")
+        raise error
 
     monkeypatch.setattr(RegistryProjection, "fold", refuse)
     log, views = SqliteLog(tmp_path / "log.db"), Views(embedded_settings.views_url)
@@ -262,14 +267,14 @@ async def test_one_projection_that_stops_leaves_the_others_running(
     await covers(views, PROJECTIONS["retention"], await log.end())
 
     async def told() -> bool:
-        return "registry stops: this event breaks a rule" in caplog.text
+        return "registry stops" in caplog.text and str(error) in caplog.text
 
     await eventually(told, "the failure is logged")
     await writer.submit(commands.create("another"))
     await covers(views, PROJECTIONS["retention"], await log.end())
     stop.set()
     failed = await running
-    assert list(failed) == ["registry"]
+    assert failed == {"registry": error}
     assert any(record.levelno == logging.ERROR for record in caplog.records)
     for part in (writer, log, views):
         await part.close()

@@ -69,6 +69,27 @@ async def test_a_database_that_is_killed_and_comes_back_loses_and_doubles_nothin
         assert server.password not in caplog.text
 
 
+async def test_a_database_that_hangs_is_unavailable_within_the_bound_and_folded_into_when_it_wakes(
+    tmp_path: Path, reference: Views
+) -> None:
+    log, history = MemoryLog(), History().fill(packages=10, files=4)
+    log.append(*history.events[:50])
+    with PostgresServer(tmp_path / "postgres") as server:
+        views = Views(server.url(), answer_seconds=0.5)
+        await views.migrate()
+        async with projecting(views, log, REGISTRY):
+            await covers(views, REGISTRY, await log.end())
+            server.freeze()
+            log.append(*history.events[50:])
+            with pytest.raises(UnavailableError, match="no answer in time"):
+                await Queries(views).checkpoint("registry")
+            server.thaw()
+            await covers(views, REGISTRY, await log.end())
+        await catch_up(reference, log, REGISTRY)
+        assert (await digest_view(views, REGISTRY)).digest == (await digest_view(reference, REGISTRY)).digest
+        await views.close()
+
+
 async def test_what_kafka_holds_is_projected_over_its_markers_and_replayed(
     real_settings: Settings, reference: Views
 ) -> None:
