@@ -1,0 +1,135 @@
+"""What the tests of the Kafka log share: settings of a topic of the test's own, writers on it, and rivals of theirs."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from confluent_kafka import Producer
+from confluent_kafka.admin import AdminClient
+
+from ingest_gateway.ownership import kafka_writer
+from schemas import identifiers
+from services.clock import system_clock
+from services.config import Settings
+from services.core.commands import CreatePackage
+from services.core.limits import Limits
+from services.log.kafka import KafkaLog, KafkaWriter
+from services.log.kafka.partitioner import partition_of
+from tests.contract.log_stage import PATIENCE_SECONDS, no_manifest
+from tests.integration.conditions import until
+
+PARTITIONS = 3
+
+
+def kafka_settings(url: str, folder: Path, **changes: Any) -> Settings:
+    """A Kafka log of three partitions on one broker; the other parts are not used."""
+    values: dict[str, Any] = {
+        "log_url": url,
+        "kafka_partitions": PARTITIONS,
+        "kafka_replication_factor": 1,
+        "kafka_min_insync_replicas": 1,
+        "state_dir": folder / "state",
+    }
+    return Settings(**{**values, **changes})
+
+
+@asynccontextmanager
+async def open_kafka_log(settings: Settings) -> AsyncIterator[KafkaLog]:
+    """The log with its topic made."""
+    log = KafkaLog(settings)
+    try:
+        await log.migrate()
+        yield log
+    finally:
+        await log.close()
+
+
+@asynccontextmanager
+async def gateway(settings: Settings, log: KafkaLog) -> AsyncIterator[KafkaWriter]:
+    """A member of the group of writers that others can forward to."""
+    async with kafka_writer(settings, log, limits=Limits(), put_manifest=no_manifest, clock=system_clock) as writer:
+        yield writer
+
+
+@asynccontextmanager
+async def lone_writer(settings: Settings, log: KafkaLog, **options: Any) -> AsyncIterator[KafkaWriter]:
+    """A writer without a listener and without a way to forward."""
+    writer = KafkaWriter(settings, log, limits=Limits(), put_manifest=no_manifest, **options)
+    await writer.start()
+    try:
+        yield writer
+    finally:
+        await writer.close()
+
+
+def create_in(partition: int, **changes: str) -> CreatePackage:
+    """A creation that no other equals, whose package lies in this partition."""
+    while True:
+        id_ = uuid4()
+        package = identifiers.package_id("ada", id_)
+        if partition_of(package, PARTITIONS) == partition:
+            values = {
+                "name": "run 1",
+                "producer": "lab",
+                "subject": "sample 7",
+                "retention_class": "report",
+                "metadata": "{}",
+                **changes,
+            }
+            return CreatePackage(package, id_, "ada", **values)
+
+
+async def owned(writer: KafkaWriter) -> set[int]:
+    """The partitions that the writer serves now."""
+    return {status.partition for status in await writer.status() if status.since is not None}
+
+
+async def wait_owned(writer: KafkaWriter, count: int) -> set[int]:
+    """Wait until the writer serves so many partitions."""
+
+    async def serves() -> bool:
+        return len(await owned(writer)) == count
+
+    await until(serves, PATIENCE_SECONDS, f"the writer does not serve {count} partitions")
+    return await owned(writer)
+
+
+@contextmanager
+def foreign_transaction(log: KafkaLog, partition: int) -> Iterator[None]:
+    """A transaction of a producer that is no writer, open for the length of the block, then aborted."""
+    producer = Producer(
+        {"bootstrap.servers": log.kafka.bootstrap, "transactional.id": f"foreign-{uuid4()}", "log_level": 3}
+    )
+    producer.init_transactions(30)
+    producer.begin_transaction()
+    producer.produce(log.kafka.topic, b"no event", b"no package", partition)
+    producer.flush(30)
+    try:
+        yield
+    finally:
+        producer.abort_transaction(30)
+
+
+def cut_off(log: KafkaLog, partition: int) -> None:
+    """What a rival does first: `init_transactions` under the partition's transactional id. Blocks."""
+    producer = Producer(
+        {
+            "bootstrap.servers": log.kafka.bootstrap,
+            "transactional.id": f"{log.kafka.topic}-{partition}",
+            "log_level": 3,
+        }
+    )
+    producer.init_transactions(30)
+
+
+def operate(log: KafkaLog, act: Callable[[AdminClient], dict[Any, Future[Any]]]) -> None:
+    """Do what only an operator does, and wait until it is done. Blocks."""
+    admin = AdminClient({"bootstrap.servers": log.kafka.bootstrap, "log_level": 3})
+    # The client must outlive its futures.
+    for future in act(admin).values():
+        future.result(30)

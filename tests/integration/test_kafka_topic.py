@@ -1,0 +1,255 @@
+"""The topic of the Kafka log: how it is made, and what the start-up guard refuses, naming what mends it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import confluent_kafka.admin
+import pytest
+from confluent_kafka import Producer, TopicPartition
+
+from services.config import Settings
+from services.errors import ConfigurationError, CorruptError, LogIdentityError, UnavailableError
+from services.log.kafka import KafkaLog
+from services.log.kafka.settings import KafkaSettings
+from services.log.position import Position
+from tests.contract.log_stage import Projection, ready
+from tests.integration.conditions import until
+from tests.integration.kafka_stage import create_in, kafka_settings, lone_writer, open_kafka_log, operate
+from tests.services.process import free_ports
+
+pytestmark = pytest.mark.services
+
+# The package's types do not mark what its documentation names as exported.
+_admin: Any = confluent_kafka.admin
+
+
+@pytest.fixture
+def kafka(kafka_url: str, tmp_path: Path) -> Settings:
+    return kafka_settings(kafka_url, tmp_path)
+
+
+@pytest.fixture
+async def log(kafka: Settings) -> AsyncIterator[KafkaLog]:
+    async with open_kafka_log(kafka) as found:
+        yield found
+
+
+def set_on_topic(log: KafkaLog, **settings: str) -> None:
+    entries = [
+        _admin.ConfigEntry(name, value, incremental_operation=_admin.AlterConfigOpType.SET)
+        for name, value in settings.items()
+    ]
+    resource = _admin.ConfigResource(_admin.ResourceType.TOPIC, log.kafka.topic, incremental_configs=entries)
+    operate(log, lambda admin: admin.incremental_alter_configs([resource]))
+
+
+async def test_a_topic_that_migrate_made_passes_the_guard_and_migrate_may_be_repeated(log: KafkaLog) -> None:
+    await log.migrate()
+    await log.check()
+    found = log.cluster.topic_settings()
+    assert (found["retention.ms"], found["retention.bytes"], found["cleanup.policy"]) == ("-1", "-1", "delete")
+    assert found["unclean.leader.election.enable"] == "false"
+    assert found["message.timestamp.type"] == "CreateTime"
+
+
+async def test_a_topic_that_is_missing_is_refused_with_the_command_that_makes_it(kafka: Settings) -> None:
+    log = KafkaLog(kafka)
+    try:
+        with pytest.raises(ConfigurationError, match="artifact-store migrate"):
+            await log.check()
+    finally:
+        await log.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "mended"),
+    [
+        ("retention.ms", "604800000", "retention.ms=-1"),
+        ("retention.bytes", "1000000", "retention.bytes=-1"),
+        ("cleanup.policy", "compact", "cleanup.policy=delete"),
+        ("cleanup.policy", "compact,delete", "cleanup.policy=delete"),
+        ("unclean.leader.election.enable", "true", "unclean.leader.election.enable=false"),
+        ("message.timestamp.type", "LogAppendTime", "message.timestamp.type=CreateTime"),
+        ("max.message.bytes", "1000", "max.message.bytes=2097152"),
+    ],
+)
+async def test_a_setting_that_could_lose_or_refuse_events_is_refused_with_the_command_that_mends_it(
+    log: KafkaLog, name: str, value: str, mended: str
+) -> None:
+    await asyncio.to_thread(set_on_topic, log, **{name: value})
+    with pytest.raises(ConfigurationError) as refused:
+        await log.check()
+    assert f"{name}={value}" in refused.value.detail
+    assert "kafka-configs.sh" in refused.value.detail
+    assert f"--add-config {mended}" in refused.value.detail
+    with pytest.raises(ConfigurationError):
+        await log.migrate()
+
+
+async def test_a_writer_does_not_start_on_a_topic_that_the_guard_refuses(kafka: Settings, log: KafkaLog) -> None:
+    await asyncio.to_thread(set_on_topic, log, **{"retention.ms": "1000"})
+    with pytest.raises(ConfigurationError, match="retention"):
+        async with lone_writer(kafka, log):
+            pytest.fail("it started")
+
+
+async def test_replication_below_the_settings_is_refused(kafka: Settings, log: KafkaLog) -> None:
+    wanted = kafka.model_copy(update={"kafka_replication_factor": 3, "kafka_min_insync_replicas": 2})
+    other = KafkaLog(wanted)
+    try:
+        with pytest.raises(ConfigurationError) as refused:
+            await other.check()
+    finally:
+        await other.close()
+    assert "kafka-reassign-partitions.sh" in refused.value.detail
+    assert "min.insync.replicas=2" in refused.value.detail
+
+
+async def test_more_replicas_in_sync_than_there_are_is_refused_before_anything_is_made(kafka: Settings) -> None:
+    log = KafkaLog(kafka.model_copy(update={"kafka_min_insync_replicas": 2}))
+    try:
+        with pytest.raises(ConfigurationError, match="MIN_INSYNC_REPLICAS"):
+            await log.migrate()
+        with pytest.raises(ConfigurationError, match="migrate"):
+            await log.identity()
+    finally:
+        await log.close()
+
+
+async def test_added_partitions_are_refused(log: KafkaLog) -> None:
+    added = [_admin.NewPartitions(log.kafka.topic, 5)]
+    await asyncio.to_thread(operate, log, lambda admin: admin.create_partitions(added))
+
+    async def five() -> bool:
+        return await asyncio.to_thread(lambda: log.cluster.topic().partitions == 5)
+
+    await until(five, 30, "the topic keeps three partitions")
+    with pytest.raises(ConfigurationError, match="5 partitions, the settings say 3"):
+        await log.check()
+
+
+async def test_a_log_whose_beginning_is_gone_is_refused_by_guard_reader_and_subscription(
+    kafka: Settings, log: KafkaLog
+) -> None:
+    start = Position(await log.identity(), {})
+    async with lone_writer(kafka, log) as writer:
+        await ready(writer)
+        for _ in range(3):
+            await writer.submit(create_in(1))
+    cut = [TopicPartition(log.kafka.topic, 1, 2)]
+    await asyncio.to_thread(operate, log, lambda admin: admin.delete_records(cut))
+    with pytest.raises(ConfigurationError, match="partitions 1 do not begin at offset 0"):
+        await log.check()
+    with pytest.raises(CorruptError):
+        _ = [event async for event in log.read(start)]
+    projection = Projection(log)
+    subscription = await projection.subscribe()
+    try:
+        with pytest.raises(CorruptError, match="partition 1"):
+            await projection.poll_until(subscription, lambda: False)
+        with pytest.raises(CorruptError, match="partition 1"):
+            await projection.poll_until(subscription, lambda: False)
+    finally:
+        await subscription.close()
+    assert projection.records == []
+
+
+async def test_a_topic_made_anew_has_another_identity_and_refuses_the_old_positions(
+    kafka: Settings, log: KafkaLog
+) -> None:
+    async with lone_writer(kafka, log) as writer:
+        await ready(writer)
+        await writer.submit(create_in(0))
+    before, end = await log.identity(), await log.end()
+    gone = [log.kafka.topic]
+    await asyncio.to_thread(operate, log, lambda admin: admin.delete_topics(gone, operation_timeout=30))
+
+    async def deleted() -> bool:
+        try:
+            await log.identity()
+        except ConfigurationError:
+            return True
+        return False
+
+    await until(deleted, 30, "the topic is still there")
+    await log.migrate()
+    assert await log.identity() != before
+    with pytest.raises(LogIdentityError):
+        _ = [event async for event in log.read(end)]
+    async with lone_writer(kafka, log) as writer:
+        await ready(writer)
+        await writer.submit(create_in(0))
+    assert len([event async for event in log.read()]) == 1
+
+
+async def test_a_cluster_that_cannot_be_reached_is_unavailable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.log.kafka.cluster.ANSWER_SECONDS", 1.0)
+    log = KafkaLog(kafka_settings(f"kafka://127.0.0.1:{free_ports(1)[0]}/nobody", tmp_path))
+    try:
+        with pytest.raises(UnavailableError):
+            await log.check()
+        with pytest.raises(UnavailableError):
+            log.partition_of(create_in(0).package_id)
+    finally:
+        await log.close()
+
+
+async def test_a_client_setting_that_does_not_exist_is_named_and_its_value_is_not_shown(kafka: Settings) -> None:
+    log = KafkaLog(kafka.model_copy(update={"kafka_options": {"no.such.option": "hidden-value"}}))
+    try:
+        with pytest.raises(ConfigurationError) as refused:
+            await log.check()
+    finally:
+        await log.close()
+    assert "no.such.option" in refused.value.detail
+    assert "hidden-value" not in refused.value.detail
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "kafka://127.0.0.1:9092",
+        "kafka://127.0.0.1/prefix",
+        "kafka://ada:secret@127.0.0.1:9092/prefix",
+        "kafka://127.0.0.1:9092/prefix/more",
+        "kafka://127.0.0.1:9092/ünicode",
+        "kafka:///prefix",
+    ],
+)
+def test_a_log_url_of_another_form_is_refused_without_being_shown(url: str) -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        KafkaSettings.of(Settings(log_url=url))
+    assert "secret" not in refused.value.detail
+    assert url not in refused.value.detail
+
+
+def test_several_brokers_and_further_client_settings_are_taken() -> None:
+    found = KafkaSettings.of(
+        Settings(
+            log_url="kafka://one:9092,two.example:9093,[::1]:9094/lab.run_1",
+            kafka_options={"sasl.password": "hidden-value", "socket.nagle.disable": True, "session.timeout.ms": 9000},
+        )
+    )
+    assert found.bootstrap == "one:9092,two.example:9093,[::1]:9094"
+    assert found.topic == "lab.run_1.events"
+    assert found.admin()["socket.nagle.disable"] == "true"
+    assert found.member(found.writers_group, "x")["session.timeout.ms"] == 9000
+    assert "hidden-value" not in repr(found)
+
+
+@pytest.mark.parametrize("name", ["acks", "isolation.level", "transactional.id", "enable.auto.commit", "group.id"])
+def test_client_settings_that_the_guarantees_stand_on_are_refused(name: str) -> None:
+    with pytest.raises(ConfigurationError, match=name):
+        KafkaSettings.of(Settings(log_url="kafka://h:1/p", kafka_options={name: "1"}))
+
+
+async def test_a_record_that_is_no_event_stops_a_reader_which_names_its_place(log: KafkaLog) -> None:
+    producer = Producer({"bootstrap.servers": log.kafka.bootstrap, "log_level": 3})
+    producer.produce(log.kafka.topic, b"not an event", b"key", 2)
+    assert await asyncio.to_thread(producer.flush, 30) == 0
+    with pytest.raises(CorruptError, match="offset 0 of partition 2"):
+        _ = [event async for event in log.read()]
