@@ -1,0 +1,40 @@
+"""The command line `artifact-store`: one file a command group; each command imports what is heavy itself."""
+
+from __future__ import annotations
+
+import click
+
+from services.cli.operate import digest, doctor, parked, replay, status, verify
+from services.cli.read import manifest, packages, show, tail
+from services.cli.root import Root
+from services.cli.run import gateway, migrate, projector, serve
+from services.cli.settings import SETTINGS, common_options
+from services.cli.transfer import pull, push
+
+__all__ = ["main"]
+
+
+def _version(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if value and not context.resilient_parsing:
+        from importlib.metadata import version
+
+        click.echo(f"artifact-store {version('artifact-store')}")
+        context.exit()
+
+
+@click.group(cls=Root, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="The version.")
+@common_options(shown=tuple(SETTINGS))
+def main() -> None:
+    """A registry of artifact packages whose log of record is a Kafka topic.
+
+    Every setting is also an environment variable: --log-url is ARTIFACT_STORE_LOG_URL, in a file .env too.
+    """
+
+
+for _command in (
+    *(push, pull, packages, show, manifest, tail),
+    *(serve, gateway, projector, migrate),
+    *(replay, digest, verify, parked, status, doctor),
+):
+    main.add_command(_command)

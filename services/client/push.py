@@ -18,7 +18,7 @@ from services.client.sources import BodySource, BytesSource, CountedSource, File
 from services.client.transfers import DEFAULT_CONCURRENCY, NoProgress, TransferProgress, at_once
 from services.client.tree import TreeFile, walk
 from services.core.content_address import ContentAddress
-from services.errors import CommandReusedError, ConflictError, UnavailableError
+from services.errors import CommandReusedError, ConflictError, RejectedError, UnavailableError
 from services.registry import Registry
 from services.streams import CHUNK_BYTES
 from services.views.models import MAX_PAGE, File
@@ -64,15 +64,13 @@ async def push(
     current = state or PushState(uuid4(), resumed=False, kept=False)
     files = await asyncio.to_thread(walk, path)
     told.expect(len(files), sum(file.stamp.size_bytes for file in files))
-    created = await registry.create(
-        name,
-        producer,
-        subject,
-        retention_class,
-        actor,
-        metadata or {},
-        command_id=current.command_id("create"),
-    )
+    current.began = True  # from here on a lost answer may hide a package
+    about = (name, producer, subject, retention_class, actor, metadata or {})
+    try:
+        created = await registry.create(*about, command_id=current.command_id("create"))
+    except RejectedError:
+        current.began = current.resumed
+        raise
     present = await _present(registry, created.package_id) if current.resumed else {}
     gone = present.keys() - {file.relative_path for file in files}
     if gone:

@@ -25,11 +25,15 @@ _MOST_AT_ONCE = 64
 
 @dataclass(slots=True)
 class PushState:
-    """One push. `resumed` says that an earlier run began it; `done` forgets it when the run ends."""
+    """One push.
+
+    `resumed`: an earlier run began it. `kept`: a later run can go on. `began`: something was sent. `done`: forget it.
+    """
 
     push_id: UUID
     resumed: bool
     kept: bool
+    began: bool = False
     done: bool = False
 
     def command_id(self, step: str) -> UUID:
@@ -59,9 +63,11 @@ def push_state(folder: Path | None, identity: dict[str, Any], *, fresh: bool = F
         known = None if fresh else _read(descriptor)
         state = PushState(known or uuid4(), resumed=known is not None, kept=True)
         _write(descriptor, state.push_id)
-        yield state
-        if state.done:
-            path.unlink()
+        try:
+            yield state
+        finally:
+            if state.done or not (state.began or state.resumed):
+                path.unlink()
     finally:
         os.close(descriptor)
 

@@ -1,0 +1,50 @@
+"""How a command line names a package: by its id, or by the content address of its manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from uuid import UUID
+
+import click
+
+from services.core.content_address import ContentAddress
+from services.errors import InvalidRequestError, PackageNotFoundError
+from services.registry import Registry
+from services.views.models import PackageFilter
+
+
+@contextmanager
+def as_usage() -> Iterator[None]:
+    """What an argument breaks a rule with is wrong usage: raises click.BadParameter for InvalidRequestError."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        raise click.BadParameter(error.detail) from None
+
+
+def package_or_address(text: str) -> UUID | ContentAddress:
+    """Read either. Raises click.BadParameter."""
+    if text.startswith("blake3:"):
+        with as_usage():
+            return ContentAddress.parse(text)
+    return package_id(text)
+
+
+def package_id(text: str) -> UUID:
+    """Read an id. Raises click.BadParameter."""
+    try:
+        return UUID(text)
+    except ValueError:
+        raise click.BadParameter(f"{text[:80]!r} is no package id; `artifact-store packages` lists them") from None
+
+
+async def find_package(registry: Registry, text: str) -> UUID:
+    """The id of the package that is named. Raises PackageNotFoundError, click.BadParameter."""
+    which = package_or_address(text)
+    if isinstance(which, UUID):
+        return which
+    page = await registry.list_packages(PackageFilter(manifest_digest=which), limit=1)
+    if not page.items:
+        raise PackageNotFoundError(f"no package is frozen under {which}")
+    return page.items[0].package_id

@@ -1,0 +1,173 @@
+"""`doctor`: what is wrong with this set-up, and what mends it. Starts nothing and changes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from services.cli.output import answer, raw
+from services.cli.root import run
+from services.cli.settings import common_options, invocation
+
+if TYPE_CHECKING:
+    from services.config import Settings
+
+_PYTHON = (3, 11)
+_PATIENCE_SECONDS = 20.0
+_LEAST_FREE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at; `cause` says what is wrong and what mends it."""
+
+    part: str
+    ok: bool
+    cause: str | None = None
+
+
+@click.command()
+@common_options(shown=("log_url", "blobs_url", "views_url", "url"))
+def doctor() -> None:
+    """Look at settings, log, blobs, views and disk; say what is wrong and what mends it. Exit code 1 if anything is."""
+    findings = run(_examine())
+    if invocation().as_json:
+        answer({"ok": all(f.ok for f in findings), "findings": [asdict(f) for f in findings]})
+    else:
+        for finding in findings:
+            raw(f"{'ok   ' if finding.ok else 'WRONG'}  {finding.part}{_said(finding)}".encode())
+    if not all(finding.ok for finding in findings):
+        click.get_current_context().exit(1)
+
+
+def _said(finding: Finding) -> str:
+    return "" if finding.cause is None else f": {finding.cause}"
+
+
+async def _examine() -> list[Finding]:
+    from services.errors import ConfigurationError
+
+    findings = [_python()]
+    try:
+        settings = invocation().settings()
+    except ConfigurationError as error:
+        return [*findings, Finding("settings", ok=False, cause=error.detail)]
+    findings.append(Finding("settings", ok=True))
+    findings += await asyncio.gather(
+        _looked("log", lambda: _log(settings)),
+        _looked("blobs", lambda: _blobs(settings)),
+        _looked("views", lambda: _views(settings)),
+    )
+    if settings.url is not None:
+        url = settings.url
+        findings.append(await _looked("gateway", lambda: _gateway(url)))
+    return [*findings, _disk(settings)]
+
+
+def _python() -> Finding:
+    found = ".".join(map(str, sys.version_info[:3]))
+    if sys.version_info < _PYTHON:
+        return Finding("python", ok=False, cause=f"{found} is too old; 3.11 or newer is needed")
+    return Finding("python", ok=True, cause=found)
+
+
+async def _looked(part: str, look: Callable[[], Awaitable[str | None]]) -> Finding:
+    """What `look` finds: an error of the tree is what is wrong, a text a remark."""
+    from services.errors import ArtifactStoreError
+
+    try:
+        async with asyncio.timeout(_PATIENCE_SECONDS):
+            return Finding(part, ok=True, cause=await look())
+    except TimeoutError:
+        return Finding(
+            part, ok=False, cause=f"no answer within {_PATIENCE_SECONDS:g} s; is it running, is it reachable?"
+        )
+    except ArtifactStoreError as error:
+        return Finding(part, ok=False, cause=error.detail)
+
+
+async def _log(settings: Settings) -> str | None:
+    from services.wiring import is_embedded, open_log
+
+    log = open_log(settings)
+    try:
+        if is_embedded(settings) and not _sqlite_file(settings.log_url).exists():
+            return "not there yet; the first command that writes makes it"
+        await log.check()
+        return f"{await log.partitions()} partitions, id {await log.identity()}"
+    finally:
+        await log.close()
+
+
+async def _blobs(settings: Settings) -> str | None:
+    from services.wiring import open_blobs
+
+    blobs = open_blobs(settings)
+    try:
+        if blobs.backend_id == "local" and not _local_folder(settings).exists():
+            return "not there yet; the first command that writes makes it"
+        await blobs.check()
+        return blobs.backend_id
+    finally:
+        await blobs.close()
+
+
+async def _views(settings: Settings) -> str | None:
+    from services.wiring import open_views
+
+    if settings.views_url.startswith("sqlite") and not _sqlite_file(settings.views_url).exists():
+        return "not there yet; the first command that writes makes it"
+    views = open_views(settings)
+    try:
+        await views.check()
+        return views.dialect
+    finally:
+        await views.close()
+
+
+async def _gateway(url: str) -> str | None:
+    from services.client.retries import RetryPolicy
+    from services.client.transport import Transport
+
+    async with Transport(url, RetryPolicy(total_seconds=5.0)) as transport:
+        await transport.call("GET", "/readyz")
+    return "ready to take writes"
+
+
+def _disk(settings: Settings) -> Finding:
+    """Whether what is written here has room: embedded files and the writers' state."""
+    folders = [settings.state_dir]
+    if settings.log_url.startswith("sqlite"):
+        folders.append(_sqlite_file(settings.log_url))
+    if settings.blobs_url.startswith("file:"):
+        folders.append(_local_folder(settings))
+    free = {folder: shutil.disk_usage(_nearest(folder)).free for folder in folders}
+    tight = [f"{folder}: {left >> 20} MiB" for folder, left in free.items() if left < _LEAST_FREE_BYTES]
+    if tight:
+        return Finding("disk", ok=False, cause=f"less than 1 GiB is free at {', '.join(tight)}; make room")
+    return Finding("disk", ok=True, cause=f"{min(free.values()) >> 30} GiB free")
+
+
+def _sqlite_file(url: str) -> Path:
+    return Path(url.partition(":///")[2])
+
+
+def _local_folder(settings: Settings) -> Path:
+    from urllib.parse import unquote, urlsplit
+
+    return Path(unquote(urlsplit(settings.blobs_url).path))
+
+
+def _nearest(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path

@@ -1,0 +1,200 @@
+"""`replay`, `digest`, `verify`, `parked` and `status`: what an operator does with views and log."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from services.cli.doctor import doctor
+from services.cli.output import answer, raw, remark, table
+from services.cli.root import run
+from services.cli.settings import common_options, invocation
+
+if TYPE_CHECKING:
+    from services.log.port import Log
+    from services.views.engine import Views
+
+__all__ = ["digest", "doctor", "parked", "replay", "status", "verify"]
+
+_LOG_AND_VIEWS = ("log_url", "views_url")
+
+
+@asynccontextmanager
+async def _log_and_views() -> AsyncIterator[tuple[Log, Views]]:
+    from services.wiring import open_log, open_views
+
+    settings = invocation().settings()
+    log, views = open_log(settings), open_views(settings)
+    try:
+        yield log, views
+    finally:
+        await views.close()
+        await log.close()
+
+
+@click.command()
+@click.argument("projection")
+@click.option("--in-place", is_flag=True, help="Empty the view's tables and fold into them.")
+@common_options(shown=_LOG_AND_VIEWS)
+def replay(projection: str, *, in_place: bool) -> None:
+    """Fold a projection again from the log's start; return when it is caught up."""
+    from projector import replay as fold_again
+    from services.cli.addressing import as_usage
+    from services.views.projections import projection_named
+
+    with as_usage():
+        projection_named(projection)
+    done = run(fold_again(invocation().settings(), projection, in_place=in_place))
+    answer(
+        {
+            "projection": done.projection,
+            "events": done.events,
+            "rows": done.rows,
+            "digest": done.digest,
+            "position": str(done.position),
+            "seconds": round(done.seconds, 3),
+        }
+    )
+
+
+@click.command()
+@click.argument("projection")
+@common_options(shown=("views_url",))
+def digest(projection: str) -> None:
+    """The canonical digest of a view: equal for equal content, on every database."""
+    answer(run(_digest(projection)))
+
+
+async def _digest(name: str) -> dict[str, Any]:
+    from services.cli.addressing import as_usage
+    from services.views.digest import digest_view
+    from services.views.projections import projection_named
+    from services.wiring import open_views
+
+    with as_usage():
+        projection = projection_named(name)
+    views = open_views(invocation().settings())
+    try:
+        found = await digest_view(views, projection)
+    finally:
+        await views.close()
+    return {
+        "projection": found.projection,
+        "digest": found.digest,
+        "position": None if found.position is None else str(found.position),
+        "rows": found.rows,
+    }
+
+
+@click.command()
+@click.option("--bytes", "check_bytes", is_flag=True, help="Read and hash every blob as well.")
+@common_options(shown=("log_url", "blobs_url", "views_url"))
+def verify(*, check_bytes: bool) -> None:
+    """Read log, blobs and views and name every broken invariant; exit code 1 if there is any."""
+    report = run(_verify(check_bytes=check_bytes))
+    violations = report.pop("violations")
+    if invocation().as_json:
+        answer({**report, "violations": violations})
+    else:
+        answer(report)
+        for violation in violations:
+            raw(f"{violation['kind']}  {violation['place']}: {violation['detail']}".encode())
+    if report["violation_count"]:
+        click.get_current_context().exit(1)
+
+
+async def _verify(*, check_bytes: bool) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from services.verify import verify as check
+    from services.wiring import open_blobs
+
+    async with _log_and_views() as (log, views):
+        blobs = open_blobs(invocation().settings())
+        try:
+            report = asdict(await check(log, blobs, views, check_bytes=check_bytes))
+        finally:
+            await blobs.close()
+    del report["kept"]
+    return report
+
+
+@click.command()
+@common_options(shown=("views_url",))
+def parked() -> None:
+    """List parked packages, one a line: those with an event that a projection cannot read or apply.
+
+    Projections stop at such an event and say which; none sets a package aside, so that nothing is listed.
+    """
+    run(_parked())
+    remark("no package is parked")
+
+
+async def _parked() -> None:
+    async with _log_and_views() as (_, views):
+        await views.check()
+
+
+@click.command()
+@common_options(shown=_LOG_AND_VIEWS)
+def status() -> None:
+    """How far each projection is behind the log, and which gateway writes to which partition."""
+    found = run(_status())
+    if invocation().as_json:
+        answer(found)
+        return
+    raw(f"log {found['log']}, {found['partitions']} partitions".encode())
+    table(("projection", "events behind"), [(p["projection"], p["behind"]) for p in found["projections"]])
+    if found["writers"] is None:
+        raw(b"the log is a file: whoever writes holds its lock")
+    else:
+        table(("partition", "writer"), [(w["partition"], w["owner"]) for w in found["writers"]])
+
+
+async def _status() -> dict[str, Any]:
+    from services.views.projections import PROJECTIONS
+    from services.views.queries import Queries
+
+    async with _log_and_views() as (log, views):
+        end = await log.end()
+        queries = Queries(views)
+        projections = []
+        for name in PROJECTIONS:
+            position = await queries.checkpoint(name)
+            reached = {} if position is None or position.log != end.log else position.offsets
+            projections.append(
+                {
+                    "projection": name,
+                    "position": None if position is None else str(position),
+                    "behind": sum(max(0, offset - reached.get(p, 0)) for p, offset in end.offsets.items()),
+                    "committed_behind": sum((await log.lag(name)).values()),
+                }
+            )
+        return {
+            "log": str(end.log),
+            "partitions": await log.partitions(),
+            "end": str(end),
+            "projections": projections,
+            "writers": await _writers(log),
+        }
+
+
+async def _writers(log: Log) -> list[Mapping[str, Any]] | None:
+    """Who writes to each partition, as the writers' group says; None for a log that is a file."""
+    if type(log).__name__ != "KafkaLog":  # importing it to ask would load librdkafka for a file
+        return None
+    from services.log.kafka import KafkaLog
+
+    if not isinstance(log, KafkaLog):
+        return None
+    kafka, cluster = log.kafka, log.cluster
+    members = await log.blocking(lambda: cluster.members(kafka.writers_group)) or []
+    owners = {partition: member for member in members for partition in member.partitions}
+    found: list[Mapping[str, Any]] = []
+    for partition in range(await log.partitions()):
+        owner = owners.get(partition)
+        found.append({"partition": partition, "owner": None if owner is None else owner.client_id})
+    return found

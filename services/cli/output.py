@@ -1,0 +1,133 @@
+"""What commands print: results on standard output, as text or JSON; progress and errors on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from services.cli.settings import invocation
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from services.client.transfers import TransferProgress
+    from services.errors import ArtifactStoreError
+
+
+def answer(result: Mapping[str, Any], text: str | None = None) -> None:
+    """Print a result: one JSON object, or `text`, or else its entries one a line."""
+    if invocation().as_json:
+        raw(json.dumps(result, ensure_ascii=False).encode())
+    elif text is not None:
+        raw(text.encode())
+    else:
+        width = max(len(name) for name in result)
+        lines = (f"{name.replace('_', ' '):<{width}}  {_plain(value)}" for name, value in result.items())
+        raw("\n".join(lines).encode())
+
+
+def raw(line: bytes) -> None:
+    """Print bytes and a line end."""
+    click.echo(line)
+
+
+def remark(text: str) -> None:
+    """Say something to people that is no result."""
+    if not invocation().quiet:
+        click.echo(text, err=True)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print rows for people: a table on a terminal, tabs between the values elsewhere."""
+    if not sys.stdout.isatty():
+        for row in rows:
+            raw("\t".join(_plain(value) for value in row).encode())
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        drawn.add_row(*(Text(_plain(value), overflow="fold") for value in row))
+    Console().print(drawn)
+
+
+def complain(error: ArtifactStoreError, *, as_json: bool) -> None:
+    """Print an error to standard error: for people, or as a problem document (RFC 9457)."""
+    if as_json:
+        from services.http.problems import problem_of
+
+        click.echo(problem_of(error).model_dump_json(exclude_none=True), err=True)
+    else:
+        click.echo(f"error: {error.detail}", err=True)
+
+
+def complain_plainly(kind: str, detail: str, *, as_json: bool) -> None:
+    """As `complain`, for what the command line itself or the operating system refuses."""
+    if as_json:
+        problem = {
+            "type": f"urn:artifact-store:problem:{kind}",
+            "title": kind.replace("-", " ").capitalize(),
+            "detail": detail,
+        }
+        click.echo(json.dumps(problem, ensure_ascii=False), err=True)
+    else:
+        click.echo(f"error: {detail}", err=True)
+
+
+@contextmanager
+def transfer_progress(verb: str) -> Iterator[TransferProgress]:
+    """Bars for a push or pull on standard error; nothing when that is no terminal, or with `--quiet`."""
+    from services.client.transfers import NoProgress
+
+    if invocation().quiet or not sys.stderr.isatty():
+        yield NoProgress()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    bars = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[done]} of {task.fields[files]} files"),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    with bars:
+        yield _Bars(bars, bars.add_task(verb, total=None, done=0, files=0))
+
+
+class _Bars:
+    """A TransferProgress that draws."""
+
+    def __init__(self, bars: Progress, task: TaskID) -> None:
+        self._bars = bars
+        self._task = task
+        self._done = 0
+
+    def expect(self, files: int, size_bytes: int) -> None:
+        self._bars.update(self._task, total=size_bytes, files=files)
+
+    def advance(self, size_bytes: int) -> None:
+        self._bars.advance(self._task, size_bytes)
+
+    def finish_file(self) -> None:
+        self._done += 1
+        self._bars.update(self._task, done=self._done)
+
+
+def _plain(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, dict | list):
+        return json.dumps(value, ensure_ascii=False)
+    return str(value)

@@ -1,0 +1,188 @@
+"""`packages`, `show`, `manifest` and `tail`: what the registry holds and what happens in it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from services.cli.output import answer, raw, remark, table
+from services.cli.root import run
+from services.cli.settings import common_options, invocation
+
+if TYPE_CHECKING:
+    from services.log.port import RecordedEvent
+    from services.registry import Registry
+    from services.views.models import File, Package, PackageFilter
+
+_COLUMNS = ("package", "status", "retention class", "created", "producer", "subject", "name")
+
+
+@click.command()
+@click.option("--producer", help="Only packages of this producer.")
+@click.option("--subject", help="Only packages about this subject.")
+@click.option("--status", type=click.Choice(["created", "finalized", "expired", "purged"]), help="Only in this state.")
+@click.option("--retention-class", help="Only packages of this retention class.")
+@click.option("--limit", type=click.IntRange(1), help="At most so many; all when it is not given.")
+@common_options(shown=("url",))
+def packages(
+    producer: str | None, subject: str | None, status: str | None, retention_class: str | None, limit: int | None
+) -> None:
+    """List packages, newest first."""
+    from services.views.models import PackageFilter
+
+    run(_packages(PackageFilter(producer, subject, status, retention_class), limit))
+
+
+async def _packages(where: PackageFilter, limit: int | None) -> None:
+    from services.http.models import PackageAnswer
+    from services.registry import open_registry
+    from services.views.models import MAX_PAGE
+
+    asked = invocation()
+    cursor = None
+    left = limit
+    async with open_registry(asked.settings()) as registry:
+        while left is None or left > 0:
+            size = MAX_PAGE if left is None else min(left, MAX_PAGE)
+            page = await registry.list_packages(where, limit=size, cursor=cursor)
+            if asked.as_json:
+                for package in page.items:
+                    raw(PackageAnswer.of(package).model_dump_json().encode())
+            elif page.items:
+                table(_COLUMNS, [_row(package) for package in page.items])
+            left = None if left is None else left - len(page.items)
+            cursor = page.next
+            if cursor is None:
+                break
+
+
+def _row(package: Package) -> tuple[object, ...]:
+    from services.http.times import to_text
+
+    return (
+        package.package_id,
+        package.status,
+        package.retention_class,
+        to_text(package.created_at),
+        package.producer,
+        package.subject,
+        package.name,
+    )
+
+
+@click.command()
+@click.argument("package", metavar="PACKAGE_ID|blake3:…")
+@common_options(shown=("url",))
+def show(package: str) -> None:
+    """Show a package and its files."""
+    run(_show(package))
+
+
+async def _show(text: str) -> None:
+    from services.cli.addressing import find_package
+    from services.http.models import FileAnswer, PackageAnswer
+    from services.registry import open_registry
+
+    asked = invocation()
+    async with open_registry(asked.settings()) as registry:
+        package_id = await find_package(registry, text)
+        package = PackageAnswer.of(await registry.get_package(package_id)).model_dump(mode="json")
+        files = [file async for file in _files(registry, package_id)]
+    if asked.as_json:
+        answer({**package, "files": [FileAnswer.of(file).model_dump(mode="json") for file in files]})
+        return
+    answer(package)
+    raw(b"")
+    table(("file", "bytes", "media type", "path"), [_file_row(file) for file in files])
+
+
+async def _files(registry: Registry, package_id: Any) -> AsyncIterator[File]:
+    from services.views.models import MAX_PAGE
+
+    cursor = None
+    while True:
+        page = await registry.list_files(package_id, limit=MAX_PAGE, cursor=cursor)
+        for file in page.items:
+            yield file
+        cursor = page.next
+        if cursor is None:
+            return
+
+
+def _file_row(file: File) -> tuple[object, ...]:
+    return file.file_id, file.size_bytes, file.media_type, file.relative_path
+
+
+@click.command()
+@click.argument("package", metavar="PACKAGE_ID|blake3:…")
+@click.option("--format", "form", type=click.Choice(["cbor", "json"]), help="cbor (default; json with --json) or json.")
+@common_options(shown=("url",))
+def manifest(package: str, form: str | None) -> None:
+    """Write a finalized package's manifest to standard output, byte for byte."""
+    run(_manifest(package, form or ("json" if invocation().as_json else "cbor")))
+
+
+async def _manifest(text: str, form: str) -> None:
+    from services.cli.addressing import find_package
+    from services.registry import open_registry
+
+    async with open_registry(invocation().settings()) as registry:
+        package_id = await find_package(registry, text)
+        data = await registry.get_manifest_bytes(package_id, "json" if form == "json" else "cbor")
+    click.echo(data, nl=False)
+
+
+@click.command()
+@click.option("--since", metavar="POSITION", help="Go on behind this position.")
+@click.option("--package", metavar="PACKAGE_ID", help="Only events of this package.")
+@click.option("--follow", "-f", is_flag=True, help="Wait for more, until interrupted.")
+@common_options(shown=("url",))
+def tail(since: str | None, package: str | None, *, follow: bool) -> None:
+    """Print events in the order of the log; with --json one object a line, each with its position."""
+    try:
+        run(_tail(since, package, follow=follow))
+    except KeyboardInterrupt:
+        if not follow:  # that is how following ends
+            raise
+
+
+async def _tail(since: str | None, package: str | None, *, follow: bool) -> None:
+    from services.cli.addressing import as_usage, package_id
+    from services.cli.signals import cancelled_by_sigterm
+    from services.http.events import event_line
+    from services.log.position import Position
+    from services.registry import open_registry
+
+    asked = invocation()
+    with as_usage():
+        position = None if since is None else Position.parse(since)
+    of_package = None if package is None else package_id(package)
+    async with open_registry(asked.settings()) as registry:
+        with cancelled_by_sigterm(wanted=follow):
+            async for event in registry.read_events(position, package_id=of_package, follow=follow):
+                position = event.position
+                raw(event_line(event) if asked.as_json else _event_text(event).encode())
+    if position is not None and not asked.as_json:
+        remark(f"to go on from here: --since {position}")
+
+
+def _event_text(event: RecordedEvent) -> str:
+    from services.http.times import to_text
+
+    return "  ".join(
+        (to_text(event.created_at), str(event.package_id), f"{event.sequence:>6}", event.event_type, _about(event))
+    )
+
+
+def _about(event: RecordedEvent) -> str:
+    from schemas.events import FileIngested, PackageCreated, PackageFinalized
+
+    match event.payload:
+        case PackageCreated(name=name, retention_class=kept):
+            return f"{name} ({kept})"
+        case FileIngested(relative_path=path, size_bytes=size):
+            return f"{path} ({size:,} bytes)"
+        case PackageFinalized(file_count=count, total_bytes=total):
+            return f"blake3:{event.payload_digest.hex()} ({count:,} files, {total:,} bytes)"

@@ -1,0 +1,119 @@
+"""`serve`, `gateway`, `projector` and `migrate`: the processes that the product consists of, and what they stand on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from services.cli.output import answer
+from services.cli.root import run
+from services.cli.settings import common_options, invocation
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from services.config import Settings
+
+_PARTS = ("log_url", "blobs_url", "views_url")
+
+
+def log_to_standard_error() -> None:
+    """What a long-running process says, with times."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+@click.command()
+@common_options(shown=(*_PARTS, "listen"))
+def serve() -> None:
+    """Run gateway and projections in one process, until SIGTERM or SIGINT."""
+    log_to_standard_error()
+    _end(run(_serve(invocation().settings())))
+
+
+async def _serve(settings: Settings) -> Mapping[str, Exception]:
+    from ingest_gateway import server
+    from projector import run_projectors
+    from services.wiring import is_embedded
+
+    if is_embedded(settings):
+        await _migrate(settings)  # before gateway and projections open the same new files at the same time
+    with server.stopped_by_signals() as stop:
+        async with asyncio.TaskGroup() as tasks:
+            projecting = tasks.create_task(run_projectors(settings, [], stop))
+            try:
+                await server.run(settings, stop=stop)
+            finally:
+                stop.set()
+        return projecting.result()
+
+
+@click.command()
+@common_options(shown=(*_PARTS, "listen", "internal_listen", "internal_url"))
+def gateway() -> None:
+    """Run a gateway, until SIGTERM or SIGINT."""
+    from ingest_gateway import server
+
+    log_to_standard_error()
+    run(server.run(invocation().settings()))
+
+
+@click.command()
+@click.argument("names", metavar="[NAME]...", nargs=-1)
+@common_options(shown=("log_url", "views_url"))
+def projector(names: tuple[str, ...]) -> None:
+    """Run the projections of these names (all without one), until SIGTERM or SIGINT."""
+    from services.cli.addressing import as_usage
+    from services.views.projections import projection_named
+
+    with as_usage():
+        for name in names:
+            projection_named(name)
+    log_to_standard_error()
+    _end(run(_project(invocation().settings(), names)))
+
+
+async def _project(settings: Settings, names: tuple[str, ...]) -> Mapping[str, Exception]:
+    from ingest_gateway.server import stopped_by_signals
+    from projector import run_projectors
+
+    with stopped_by_signals() as stop:
+        return await run_projectors(settings, names, stop)
+
+
+def _end(stopped: Mapping[str, Exception]) -> None:
+    """Exit code 1 when a projection could not go on; each has said why in the log when it happened."""
+    if stopped:
+        raise click.ClickException("; ".join(f"{name} could not go on: {error}" for name, error in stopped.items()))
+
+
+@click.command()
+@common_options(shown=_PARTS)
+def migrate() -> None:
+    """Create or check topic, bucket, tables and seeds. Safe to repeat."""
+    answer(run(_migrate(invocation().settings())))
+
+
+async def _migrate(settings: Settings) -> dict[str, Any]:
+    from contextlib import AsyncExitStack
+
+    from services.views.projections import PROJECTIONS
+    from services.wiring import open_blobs, open_log, open_views
+
+    async with AsyncExitStack() as stack:
+        log, blobs, views = open_log(settings), open_blobs(settings), open_views(settings)
+        for part in (log, blobs, views):
+            stack.push_async_callback(part.close)
+        await log.migrate()
+        await blobs.migrate()
+        await views.migrate()
+        return {
+            "log": str(await log.identity()),
+            "partitions": await log.partitions(),
+            "blobs": blobs.backend_id,
+            "views": views.dialect,
+            "projections": ", ".join(PROJECTIONS) if not invocation().as_json else list(PROJECTIONS),
+        }

@@ -1,0 +1,34 @@
+"""SIGTERM for commands that a person ends: the end they asked for, not a failure."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def cancelled_by_sigterm(*, wanted: bool) -> Iterator[None]:
+    """Where it is `wanted`, SIGTERM ends the block as if what runs in it had come to its end."""
+    if not wanted:
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
+    told = False
+
+    def end() -> None:
+        nonlocal told
+        told = True
+        if task is not None:
+            task.cancel()
+
+    loop.add_signal_handler(signal.SIGTERM, end)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not told or task is None or task.uncancel() > 0:
+            raise
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)

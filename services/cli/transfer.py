@@ -1,0 +1,147 @@
+"""`push` and `pull`: whole trees into packages and out of them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from services.cli.output import answer, remark, transfer_progress
+from services.cli.root import run
+from services.cli.settings import common_options, invocation, metadata_of
+
+if TYPE_CHECKING:
+    from services.client import Pulled, Pushed
+    from services.client.push_state import PushState
+    from services.config import Settings
+
+_CONCURRENCY = click.option(
+    "--concurrency", type=click.IntRange(1, 128), default=16, show_default=True, help="Files at the same time."
+)
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--name", required=True, help="What the package is called.")
+@click.option("--producer", required=True, help="Who makes it.")
+@click.option("--subject", required=True, help="What it is about.")
+@click.option("--retention-class", required=True, help="How long it is kept: report, raw-evidence, scratch …")
+@click.option("--metadata", multiple=True, metavar="KEY=VALUE", help="Metadata, as text; may be repeated.")
+@click.option("--metadata-json", metavar="JSON|FILE", help="Metadata as a JSON object, or the file of one.")
+@click.option("--actor", default="anonymous", show_default=True, help="Who does it.")
+@click.option("--no-finalize", is_flag=True, help="Leave the package open.")
+@click.option("--new", "fresh", is_flag=True, help="Begin anew, even if an equal push was interrupted.")
+@_CONCURRENCY
+@common_options(shown=("url",))
+def push(
+    path: Path,
+    metadata: tuple[str, ...],
+    metadata_json: str | None,
+    *,
+    no_finalize: bool,
+    fresh: bool,
+    concurrency: int,
+    **about: str,
+) -> None:
+    """Create a package, stream the file or tree at PATH into it, and finalize it.
+
+    Paths in the package are relative to PATH. Links to files inside the tree are followed, others refused. A push that
+    was interrupted goes on where it was when it is run again.
+    """
+    described = {**about, "metadata": metadata_of(metadata, metadata_json)}
+    settings = invocation().settings()
+    done = run(
+        _push(settings, path.absolute(), described, finalize=not no_finalize, fresh=fresh, concurrency=concurrency)
+    )
+    answer(
+        {
+            "package_id": str(done.package_id),
+            "manifest_digest": done.manifest_digest,
+            "sequence": done.sequence,
+            "files": done.files,
+            "bytes": done.size_bytes,
+        }
+    )
+
+
+async def _push(
+    settings: Settings, path: Path, about: dict[str, Any], *, finalize: bool, fresh: bool, concurrency: int
+) -> Pushed:
+    from services.client import push as push_tree
+    from services.client.push_state import default_folder, push_state
+    from services.errors import ArtifactStoreError
+    from services.registry import open_registry
+
+    identity = {
+        **about,
+        "to": settings.url or settings.log_url,
+        "in": "" if settings.url else os.fsencode(os.getcwd()).hex(),  # noqa: PTH109 - as bytes: a name may be no text
+        "path": os.fsencode(path).hex(),
+        "finalize": finalize,
+    }
+    with push_state(default_folder(), identity, fresh=fresh) as state:
+        if state.resumed:
+            remark("an equal push was interrupted: going on with its package (--new begins anew)")
+        try:
+            async with open_registry(settings) as registry:
+                with transfer_progress("push") as progress:
+                    return await push_tree(
+                        registry,
+                        path,
+                        **about,
+                        finalize=finalize,
+                        concurrency=concurrency,
+                        state=state,
+                        progress=progress,
+                    )
+        except (ArtifactStoreError, OSError):
+            _say_how_to_go_on(state)
+            raise
+
+
+def _say_how_to_go_on(state: PushState) -> None:
+    if not state.began:
+        return
+    if state.kept:
+        remark("the package stays open; run the same command again to go on (--new begins anew)")
+    else:
+        remark("the package stays open; the push cannot be resumed, because its state could not be kept")
+
+
+@click.command()
+@click.argument("package", metavar="PACKAGE_ID|blake3:…")
+@click.argument("destination", metavar="DEST", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--force", is_flag=True, help="Replace files that are there and different.")
+@_CONCURRENCY
+@common_options(shown=("url",))
+def pull(package: str, destination: Path, *, force: bool, concurrency: int) -> None:
+    """Download a package into the folder DEST and verify every byte against its manifest.
+
+    Equal files that are there already are kept, so that an interrupted pull can be run again.
+    """
+    settings = invocation().settings()
+    done = run(_pull(settings, package, destination, force=force, concurrency=concurrency))
+    answer(
+        {
+            "package_id": str(done.package_id),
+            "manifest_digest": done.manifest_digest,
+            "files": done.files,
+            "bytes": done.size_bytes,
+            "kept": done.kept,
+        }
+    )
+
+
+async def _pull(settings: Settings, package: str, destination: Path, *, force: bool, concurrency: int) -> Pulled:
+    from services.cli.addressing import package_or_address
+    from services.client import pull as pull_package
+    from services.registry import open_registry
+
+    which = package_or_address(package)
+    async with open_registry(settings) as registry:
+        with transfer_progress("pull") as progress:
+            return await pull_package(
+                registry, which, destination, force=force, concurrency=concurrency, progress=progress
+            )
