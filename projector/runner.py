@@ -30,7 +30,9 @@ _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 10.0
 
 
-async def run_projectors(settings: Settings, names: Iterable[str], stop: asyncio.Event) -> dict[str, Exception]:
+async def run_projectors(
+    settings: Settings, names: Iterable[str], stop: asyncio.Event
+) -> dict[str, ArtifactStoreError]:
     """Run several projections (no names: all) until `stop` is set; blocks until they have left their groups.
 
     Returns those that could not go on, with the reason; each is logged when it happens, and the others go on.
@@ -70,7 +72,7 @@ async def run_projection(views: Views, log: Log, projection: Projection, stop: a
             await _wait(stop, pause)
 
 
-async def _reported(views: Views, log: Log, projection: Projection, stop: asyncio.Event) -> Exception | None:
+async def _reported(views: Views, log: Log, projection: Projection, stop: asyncio.Event) -> ArtifactStoreError | None:
     try:
         await run_projection(views, log, projection, stop)
     except ArtifactStoreError as error:
@@ -79,7 +81,7 @@ async def _reported(views: Views, log: Log, projection: Projection, stop: asynci
     except Exception as error:
         # A mistake in one fold must not stop the others; it is shown here and returned.
         logger.exception("%s stops", projection.name)
-        return error
+        return ArtifactStoreError(f"a mistake in this program ({type(error).__name__}); the log has its traceback")
     return None
 
 
