@@ -20,7 +20,7 @@ from minio.error import MinioException, S3Error
 
 from services.blobs.cleanup import Cleanups
 from services.blobs.intake import PIECE_BYTES, Digests, Intake
-from services.blobs.memory import ByteBudget, Share
+from services.blobs.memory import ByteBudget, PartBuffer, Share
 from services.blobs.parts import MAX_PARTS, MIB, PartPlan
 from services.blobs.port import IDLE_SECONDS, Declared, StoredBlob, checked_key, content_key
 from services.blobs.s3_multipart import RECORDS, MultipartUpload, UploadRecord, fill, object_size, remove_upload
@@ -86,16 +86,19 @@ class S3BlobStore:
         intake = Intake(body, declared=declared, max_bytes=max_bytes)
         plan = PartPlan(self._part_bytes, self._held_bytes, declared.size_bytes, self._max_parts)
         with self._memory.share() as share:
-            first = bytearray()
-            if not plan.relayed(1):
-                await share.take(plan.size(1))
-                first = await fill(intake, plan.size(1))
-            if not await intake.at_end():
-                return await self._store_parts(intake, first, declared, plan, share)
-            digests = await intake.digests()
-            key = content_key(digests.blake3)
-            await self._put(key, first)
-            return self._stored(key, digests)
+            if plan.relayed(1):
+                return await self._store_parts(intake, None, declared, plan, share)
+            await share.take(plan.size(1))
+            first = await fill(intake, plan.size(1))
+            try:
+                if not await intake.at_end():
+                    return await self._store_parts(intake, first, declared, plan, share)
+                digests = await intake.digests()
+                key = content_key(digests.blake3)
+                await self._put(key, first)
+                return self._stored(key, digests)
+            finally:
+                first.close()
 
     async def read(self, key: str, offset: int, length: int) -> AsyncIterator[bytes]:
         """See the port. A connection that is lost is replaced, and reading goes on where it stood."""
@@ -175,7 +178,7 @@ class S3BlobStore:
         await self._requests.close()
 
     async def _store_parts(
-        self, intake: Intake, first: bytearray, declared: Declared, plan: PartPlan, share: Share
+        self, intake: Intake, first: PartBuffer | None, declared: Declared, plan: PartPlan, share: Share
     ) -> StoredBlob:
         addressed = declared.blake3 is not None
         key = content_key(declared.blake3) if declared.blake3 is not None else f"uploads/{uuid4()}"
@@ -199,7 +202,7 @@ class S3BlobStore:
         if own_key is not None:  # nobody else ever heard of this key, and the completion may have come through
             await self._requests.send("DELETE", own_key, frozenset({200, 204, 404}))
 
-    async def _put(self, key: str, data: bytearray) -> None:
+    async def _put(self, key: str, data: PartBuffer) -> None:
         async def present() -> bool:
             return await object_size(self._requests, key, attempts=1) == len(data)
 

@@ -16,7 +16,7 @@ from datetime import datetime
 from uuid import uuid4
 
 from services.blobs.intake import Intake
-from services.blobs.memory import Share
+from services.blobs.memory import PartBuffer, Share
 from services.blobs.parts import PartPlan
 from services.blobs.s3_requests import Answer, Relay, S3Requests, StoreTroubleError, parse_xml
 from services.errors import CorruptError, UnavailableError
@@ -83,8 +83,10 @@ class MultipartUpload:
         self._opening = asyncio.create_task(self._open())
         await asyncio.shield(self._opening)  # cut off in the middle it would leave an upload whose id nobody knows
 
-    async def send(self, intake: Intake, first: bytearray) -> None:
+    async def send(self, intake: Intake, first: PartBuffer | None) -> None:
         """Send `first` (which the share already counts) as the first part, and all that follows in `intake`.
+
+        Closes `first`, which is None where even the first part is relayed.
 
         Raises:
             UnavailableError, TooLargeError: a part cannot be stored.
@@ -186,13 +188,17 @@ class MultipartUpload:
         if self._record is not None:
             await remove_upload(self._requests, self._record_key, self._record)
 
-    def _start(self, number: int, part: bytearray, reserved: int) -> None:
+    def _start(self, number: int, part: PartBuffer, reserved: int) -> None:
+        def sent(_: asyncio.Task[None]) -> None:
+            part.close()
+            self._share.give(reserved)
+
         task = asyncio.create_task(self._put(number, part))
         self._sending.add(task)
         # A callback, since a task that is cancelled before it began would skip a `finally` of its own.
-        task.add_done_callback(lambda _: self._share.give(reserved))
+        task.add_done_callback(sent)
 
-    async def _put(self, number: int, body: bytearray | Relay) -> None:
+    async def _put(self, number: int, body: PartBuffer | Relay) -> None:
         query = {**self._query(), "partNumber": str(number)}
         answer = await self._requests.send("PUT", self._key, OK, query=query, body=body)
         self._etags[number] = answer.headers.get("ETag", "")
@@ -242,11 +248,15 @@ class MultipartUpload:
         return {"uploadId": self._opened().upload_id}
 
 
-async def fill(intake: Intake, size: int) -> bytearray:
-    """The next `size` bytes of a body, fewer at its end, in one buffer."""
-    part = bytearray()
-    while len(part) < size and (piece := await intake.take(size - len(part))):
-        part += piece
+async def fill(intake: Intake, size: int) -> PartBuffer:
+    """The next `size` bytes of a body, fewer at its end, in a buffer that the caller closes."""
+    part = PartBuffer(size)
+    try:
+        while len(part) < size and (piece := await intake.take(size - len(part))):
+            part.append(piece)
+    except BaseException:
+        part.close()
+        raise
     return part
 
 

@@ -29,6 +29,7 @@ from tenacity import (
 )
 from yarl import URL
 
+from services.blobs.memory import PartBuffer
 from services.errors import UnavailableError
 
 ATTEMPTS = 4
@@ -113,7 +114,7 @@ def patience(length: int, seconds: float = ANSWER_SECONDS) -> float:
     return seconds + length / SLOWEST_BYTES_PER_SECOND
 
 
-def _length(body: bytes | bytearray | Relay | None) -> int:
+def _length(body: bytes | PartBuffer | Relay | None) -> int:
     return 0 if body is None else body.length if isinstance(body, Relay) else len(body)
 
 
@@ -147,7 +148,7 @@ class S3Requests:
         *,
         query: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
-        body: bytes | bytearray | Relay | None = None,
+        body: bytes | PartBuffer | Relay | None = None,
         attempts: int | None = None,
         seconds: float = ANSWER_SECONDS,
     ) -> Answer:
@@ -203,7 +204,9 @@ class S3Requests:
             await self._session.close()
             self._session = None
             for transport in list(self._transports):
-                transport.abort()
+                socket = transport.get_extra_info("socket")
+                if socket is not None and socket.fileno() >= 0:  # aborting what is closed fails inside asyncio
+                    transport.abort()
             await asyncio.sleep(0)  # in which the loop lets go of what was aborted
 
     def unavailable(self, reason: str) -> UnavailableError:
@@ -224,7 +227,7 @@ class S3Requests:
         expect: frozenset[int],
         query: Mapping[str, str],
         headers: Mapping[str, str],
-        body: bytes | bytearray | Relay | None,
+        body: bytes | PartBuffer | Relay | None,
         seconds: float,
     ) -> Answer:
         length = _length(body)
@@ -233,11 +236,13 @@ class S3Requests:
         if isinstance(body, Relay):
             data = body.pieces
             sent["Content-Length"] = str(length)
-        elif body is not None and length > _SLICE:
+        elif isinstance(body, PartBuffer) and length > _SLICE:
             data = _slices(body)
             sent["Content-Length"] = str(length)
-        elif body is not None:
-            data = bytes(body)
+        elif isinstance(body, PartBuffer):
+            data = body.read(0, length)
+        else:
+            data = body
         limit = patience(length, seconds)
         with _Explained(self, limit):
             async with (
@@ -321,7 +326,6 @@ class _Explained:
         raise StoreTroubleError(str(self._requests.unavailable(reason))) from None
 
 
-async def _slices(body: bytes | bytearray) -> AsyncIterator[memoryview]:
-    view = memoryview(body)
-    for start in range(0, len(view), _SLICE):
-        yield view[start : start + _SLICE]
+async def _slices(body: PartBuffer) -> AsyncIterator[bytes]:
+    for start in range(0, len(body), _SLICE):
+        yield body.read(start, start + _SLICE)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.blobs.memory import ByteBudget
+from services.blobs.memory import ByteBudget, PartBuffer
 
 
 @given(
@@ -88,3 +88,24 @@ async def test_what_is_given_back_after_the_end_of_a_share_counts_once() -> None
 async def test_a_wish_that_can_never_come_true_is_an_error() -> None:
     with pytest.raises(ValueError, match="never"):
         await ByteBudget(10).take(11)
+
+
+@given(pieces=st.lists(st.binary(max_size=20), max_size=20), start=st.integers(0, 400), size=st.integers(0, 400))
+def test_a_buffer_reads_as_what_was_put_in_and_is_empty_once_closed(pieces: list[bytes], start: int, size: int) -> None:
+    whole = b"".join(pieces)
+    part = PartBuffer(len(whole))
+    for piece in pieces:
+        part.append(piece)
+    assert len(part) == len(whole)
+    assert part.read(start, start + size) == whole[start : start + size]
+    part.close()
+    assert (len(part), part.read(start, start + size)) == (0, b"")
+
+
+def test_a_buffer_takes_no_more_than_it_has_room_for() -> None:
+    part = PartBuffer(3)
+    part.append(b"abc")
+    with pytest.raises((IndexError, ValueError)):
+        part.append(b"d")
+    assert part.read(0, 4) == b"abc"
+    part.close()
