@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 from types import TracebackType
 from typing import Self
 from uuid import UUID
@@ -67,7 +68,7 @@ class HttpForwarder:
         if self._session is None:
             raise UnavailableError("forwarding is closed")
         try:
-            async with self._session.post(url, data=body, allow_redirects=False) as response:
+            async with self._session.post(url, data=BytesIO(body), allow_redirects=False) as response:
                 answer = await response.read()
                 status, kind = response.status, response.content_type
         except (aiohttp.ClientError, TimeoutError, OSError) as error:

@@ -14,7 +14,6 @@ from confluent_kafka import Producer, TopicPartition
 from services.config import Settings
 from services.errors import ConfigurationError, CorruptError, LogIdentityError, UnavailableError
 from services.log.kafka import KafkaLog
-from services.log.kafka.settings import KafkaSettings
 from services.log.position import Position
 from tests.contract.log_stage import Projection, ready
 from tests.integration.conditions import until
@@ -207,44 +206,6 @@ async def test_a_client_setting_that_does_not_exist_is_named_and_its_value_is_no
         await log.close()
     assert "no.such.option" in refused.value.detail
     assert "hidden-value" not in refused.value.detail
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "kafka://127.0.0.1:9092",
-        "kafka://127.0.0.1/prefix",
-        "kafka://ada:secret@127.0.0.1:9092/prefix",
-        "kafka://127.0.0.1:9092/prefix/more",
-        "kafka://127.0.0.1:9092/ünicode",
-        "kafka:///prefix",
-    ],
-)
-def test_a_log_url_of_another_form_is_refused_without_being_shown(url: str) -> None:
-    with pytest.raises(ConfigurationError) as refused:
-        KafkaSettings.of(Settings(log_url=url))
-    assert "secret" not in refused.value.detail
-    assert url not in refused.value.detail
-
-
-def test_several_brokers_and_further_client_settings_are_taken() -> None:
-    found = KafkaSettings.of(
-        Settings(
-            log_url="kafka://one:9092,two.example:9093,[::1]:9094/lab.run_1",
-            kafka_options={"sasl.password": "hidden-value", "socket.nagle.disable": True, "session.timeout.ms": 9000},
-        )
-    )
-    assert found.bootstrap == "one:9092,two.example:9093,[::1]:9094"
-    assert found.topic == "lab.run_1.events"
-    assert found.admin()["socket.nagle.disable"] == "true"
-    assert found.member(found.writers_group, "x")["session.timeout.ms"] == 9000
-    assert "hidden-value" not in repr(found)
-
-
-@pytest.mark.parametrize("name", ["acks", "isolation.level", "transactional.id", "enable.auto.commit", "group.id"])
-def test_client_settings_that_the_guarantees_stand_on_are_refused(name: str) -> None:
-    with pytest.raises(ConfigurationError, match=name):
-        KafkaSettings.of(Settings(log_url="kafka://h:1/p", kafka_options={name: "1"}))
 
 
 async def test_a_record_that_is_no_event_stops_a_reader_which_names_its_place(log: KafkaLog) -> None:

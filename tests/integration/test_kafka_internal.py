@@ -1,0 +1,166 @@
+"""The internal listener: who may use it, what it takes, and what a gateway says that does not own the partition."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from io import BytesIO
+from uuid import UUID
+
+import aiohttp
+import pytest
+from pydantic import SecretStr
+
+from ingest_gateway.forwarding import CHECKS_PATH, COMMANDS_PATH, HttpForwarder
+from ingest_gateway.internal import MAX_BODY_BYTES, InternalListener
+from services.config import Settings
+from services.core.commands import Acknowledgement, Command
+from services.core.wire import encode_command
+from services.errors import (
+    ConfigurationError,
+    DuplicateRelativePathError,
+    InvalidRequestError,
+    PushBackError,
+    TooLargeError,
+    UnavailableError,
+)
+from services.log.port import PartitionNotOwnedError
+from tests.services.process import free_ports
+from tests.unit.commands import create, ingest
+
+SECRET = SecretStr("correct horse battery staple")
+
+
+class Answering:
+    """A writer that answers every command with the same acknowledgement, or raises."""
+
+    def __init__(self) -> None:
+        self.seen: list[object] = []
+        self.refusal: Exception | None = None
+
+    async def submit_here(self, command: Command) -> Acknowledgement:
+        self.seen.append(command)
+        if self.refusal is not None:
+            raise self.refusal
+        return Acknowledgement(command.package_id, 7, bytes(32))
+
+    async def check_ingest_here(self, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None) -> None:
+        self.seen.append((package_id, list(relative_paths), command_id))
+        if self.refusal is not None:
+            raise self.refusal
+
+
+@pytest.fixture
+async def listener() -> AsyncIterator[InternalListener]:
+    found = await InternalListener.open(Settings(internal_secret=SECRET))
+    yield found
+    await found.close()
+
+
+@pytest.fixture
+def writer(listener: InternalListener) -> Answering:
+    answering = Answering()
+    listener.serve(answering)
+    return answering
+
+
+async def test_commands_and_questions_reach_the_owner_and_its_answer_comes_back(
+    listener: InternalListener, writer: Answering
+) -> None:
+    command = ingest(create().package_id, "a", "b")
+    async with HttpForwarder(SECRET) as forwarder:
+        answer = await forwarder.submit(listener.url, command)
+        await forwarder.check_ingest(listener.url, command.package_id, ["ä"], None)
+    assert answer == Acknowledgement(command.package_id, 7, bytes(32))
+    assert writer.seen == [command, (command.package_id, ["ä"], None)]
+
+
+@pytest.mark.parametrize(
+    "refusal", [DuplicateRelativePathError("it is there"), PushBackError("full", 3.0), PartitionNotOwnedError("moved")]
+)
+async def test_a_refusal_comes_back_as_what_it_was(
+    listener: InternalListener, writer: Answering, refusal: Exception
+) -> None:
+    writer.refusal = refusal
+    async with HttpForwarder(SECRET) as forwarder:
+        for ask in (
+            forwarder.submit(listener.url, create()),
+            forwarder.check_ingest(listener.url, create().package_id, ["a"], None),
+        ):
+            with pytest.raises(type(refusal)) as refused:
+                await ask
+            assert refused.value.args == refusal.args
+
+
+@pytest.mark.parametrize("secret", [None, SecretStr("wrong"), SecretStr("")])
+async def test_without_the_secret_nothing_is_carried_out(
+    listener: InternalListener, writer: Answering, secret: SecretStr | None
+) -> None:
+    async with HttpForwarder(secret) as forwarder:
+        with pytest.raises(UnavailableError, match="ARTIFACT_STORE_INTERNAL_SECRET"):
+            await forwarder.submit(listener.url, create())
+        with pytest.raises(UnavailableError, match="ARTIFACT_STORE_INTERNAL_SECRET"):
+            await forwarder.check_ingest(listener.url, create().package_id, ["a"], None)
+    assert writer.seen == []
+
+
+async def test_a_gateway_that_is_only_starting_owns_nothing(listener: InternalListener) -> None:
+    async with HttpForwarder(SECRET) as forwarder:
+        with pytest.raises(PartitionNotOwnedError):
+            await forwarder.submit(listener.url, create())
+
+
+async def test_a_body_that_is_no_command_is_refused(listener: InternalListener, writer: Answering) -> None:
+    headers = {"Authorization": f"Bearer {SECRET.get_secret_value()}"}
+    async with aiohttp.ClientSession(headers=headers) as session:
+        for path in (COMMANDS_PATH, CHECKS_PATH):
+            async with session.post(listener.url + path, data=b"\xff") as answer:
+                assert answer.status == InvalidRequestError.status
+        async with session.post(listener.url + COMMANDS_PATH, data=BytesIO(bytes(MAX_BODY_BYTES + 1))) as answer:
+            assert answer.status == TooLargeError.status
+        async with session.get(listener.url + COMMANDS_PATH) as answer:
+            assert answer.status == 405
+    assert writer.seen == []
+
+
+async def test_the_largest_command_fits(listener: InternalListener, writer: Answering) -> None:
+    paths = [f"{n:05}{'ä' * 509}" for n in range(10_000)]
+    command = ingest(create().package_id, *paths)
+    assert len(encode_command(command)) < MAX_BODY_BYTES
+    async with HttpForwarder(SECRET) as forwarder:
+        await forwarder.submit(listener.url, command)
+    assert writer.seen == [command]
+
+
+async def test_an_owner_that_is_gone_leaves_the_outcome_unknown() -> None:
+    async with HttpForwarder(SECRET) as forwarder:
+        with pytest.raises(UnavailableError, match="outcome is unknown"):
+            await forwarder.submit(f"http://127.0.0.1:{free_ports(1)[0]}", create())
+
+
+@pytest.mark.parametrize(
+    ("settings", "mended"),
+    [
+        (Settings(internal_listen="0.0.0.0:0"), "ARTIFACT_STORE_INTERNAL_SECRET"),
+        (Settings(internal_listen="[::]:0"), "ARTIFACT_STORE_INTERNAL_SECRET"),
+        (Settings(internal_listen="gateway.example:1"), "ARTIFACT_STORE_INTERNAL_SECRET"),
+        (Settings(internal_listen="0.0.0.0:0", internal_secret=SECRET), "ARTIFACT_STORE_INTERNAL_URL"),
+        (Settings(internal_listen="nowhere"), "HOST:PORT"),
+        (Settings(internal_listen="127.0.0.1:70000"), "HOST:PORT"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.internal_listen,
+)
+async def test_a_listener_that_others_could_misuse_or_not_reach_is_refused(settings: Settings, mended: str) -> None:
+    with pytest.raises(ConfigurationError, match=mended):
+        await InternalListener.open(settings)
+
+
+async def test_a_port_that_is_taken_is_a_clear_error(listener: InternalListener) -> None:
+    taken = listener.url.removeprefix("http://")
+    with pytest.raises(ConfigurationError, match="ARTIFACT_STORE_INTERNAL_LISTEN"):
+        await InternalListener.open(Settings(internal_listen=taken))
+
+
+async def test_the_address_that_others_use_can_be_another_than_the_one_that_is_bound() -> None:
+    listener = await InternalListener.open(Settings(internal_url="http://gateway-1.example:9000/"))
+    await listener.close()
+    assert listener.url == "http://gateway-1.example:9000"

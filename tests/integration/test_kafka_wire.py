@@ -1,0 +1,125 @@
+"""Commands, answers and errors cross from one gateway to another unchanged; anything else is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from uuid import UUID
+
+import cbor2
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.core.commands import (
+    Acknowledgement,
+    Command,
+    CreatePackage,
+    FinalizePackage,
+    IngestedFile,
+    IngestFiles,
+    StoredFile,
+)
+from services.core.wire import (
+    decode_acknowledgement,
+    decode_check,
+    decode_command,
+    decode_error,
+    encode_acknowledgement,
+    encode_check,
+    encode_command,
+    encode_error,
+)
+from services.errors import (
+    ArtifactStoreError,
+    InvalidRequestError,
+    PushBackError,
+    RangeNotSatisfiableError,
+    UnavailableError,
+)
+from services.log.port import PartitionNotOwnedError
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+NUMBERS = st.integers(0, 2**63 - 1)
+DIGESTS = st.binary(min_size=32, max_size=32)
+STORED = st.builds(StoredFile, TEXTS, TEXTS, NUMBERS, DIGESTS, DIGESTS, TEXTS, TEXTS, NUMBERS, NUMBERS, NUMBERS)
+INGESTED = st.builds(IngestedFile, st.uuids(), TEXTS, NUMBERS, DIGESTS, DIGESTS, NUMBERS, DIGESTS)
+COMMANDS: st.SearchStrategy[Command] = st.one_of(
+    st.builds(CreatePackage, st.uuids(), st.uuids(), TEXTS, TEXTS, TEXTS, TEXTS, TEXTS, TEXTS),
+    st.builds(IngestFiles, st.uuids(), st.uuids(), TEXTS, st.lists(STORED, max_size=4).map(tuple)),
+    st.builds(FinalizePackage, st.uuids(), st.uuids(), TEXTS),
+)
+ACKNOWLEDGEMENTS = st.builds(
+    Acknowledgement, st.uuids(), NUMBERS, DIGESTS, st.lists(INGESTED, max_size=4).map(tuple), st.none() | DIGESTS
+)
+
+
+def all_errors(root: type[ArtifactStoreError] = ArtifactStoreError) -> Iterator[type[ArtifactStoreError]]:
+    for cls in root.__subclasses__():
+        yield cls
+        yield from all_errors(cls)
+
+
+def made(cls: type[ArtifactStoreError]) -> ArtifactStoreError:
+    return cls("why", 7) if cls in (RangeNotSatisfiableError, PushBackError) else cls("why")
+
+
+@given(COMMANDS)
+def test_a_command_arrives_as_it_was_sent(command: Command) -> None:
+    assert decode_command(encode_command(command)) == command
+
+
+@given(ACKNOWLEDGEMENTS)
+def test_an_acknowledgement_arrives_as_it_was_sent(acknowledgement: Acknowledgement) -> None:
+    assert decode_acknowledgement(encode_acknowledgement(acknowledgement)) == acknowledgement
+
+
+@given(st.uuids(), st.lists(TEXTS, max_size=5), st.none() | st.uuids())
+def test_a_question_arrives_as_it_was_sent(package: UUID, paths: list[str], command_id: UUID | None) -> None:
+    assert decode_check(encode_check(package, paths, command_id)) == (package, paths, command_id)
+
+
+@pytest.mark.parametrize("cls", [cls for cls in all_errors() if "problem" in cls.__dict__], ids=lambda cls: cls.problem)
+def test_an_error_arrives_as_the_same_class_with_its_text(cls: type[ArtifactStoreError]) -> None:
+    arrived = decode_error(encode_error(made(cls)))
+    assert type(arrived) is cls
+    assert arrived.detail == "why"
+
+
+def test_numbers_of_an_error_arrive_too() -> None:
+    pushed = decode_error(encode_error(PushBackError("full", 2.5)))
+    ranged = decode_error(encode_error(RangeNotSatisfiableError("no byte", 10)))
+    assert isinstance(pushed, PushBackError)
+    assert isinstance(ranged, RangeNotSatisfiableError)
+    assert (pushed.retry_after, ranged.size) == (2.5, 10)
+    assert type(decode_error(encode_error(PartitionNotOwnedError("moved")))) is PartitionNotOwnedError
+
+
+def test_an_error_that_is_not_known_here_leaves_the_outcome_unknown() -> None:
+    assert type(decode_error(cbor2.dumps(["from-the-future", "why", None, None]))) is UnavailableError
+    assert type(decode_error(b"\xff not an error")) is UnavailableError
+
+
+@given(st.binary(max_size=200))
+def test_any_other_bytes_are_refused_as_a_command(data: bytes) -> None:
+    with pytest.raises(InvalidRequestError):
+        decode_command(data)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ["purge-package", []],
+        ["finalize-package", [UUID(int=1), UUID(int=2)]],
+        ["finalize-package", [UUID(int=1), UUID(int=2), 3]],
+        ["finalize-package", ["a", UUID(int=2), "ada"]],
+        ["finalize-package", [UUID(int=1), UUID(int=2), "ada", "more"]],
+        ["ingest-files", [UUID(int=1), UUID(int=2), "ada", "files"]],
+        ["ingest-files", [UUID(int=1), UUID(int=2), "ada", [["a.txt"]]]],
+        {"create-package": []},
+        [[], []],
+    ],
+    ids=repr,
+)
+def test_a_command_of_another_form_is_refused(other: object) -> None:
+    with pytest.raises(InvalidRequestError):
+        decode_command(cbor2.dumps(other))
