@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from services.clock import Clock, system_clock
 from services.config import Settings
 from services.core.limits import Limits
 from services.direct import DirectRegistry
-from services.errors import ConfigurationError
+from services.errors import ArtifactStoreError, ConfigurationError
 from services.log.port import CommandWriter, Log, PutManifest
 from services.log.sqlite import SqliteLog, SqliteWriter
 from services.registry import Registry
@@ -26,6 +27,8 @@ from services.views.projections import PROJECTIONS
 from services.views.queries import Queries
 
 __all__ = ["Parts", "limits_of", "open_blobs", "open_log", "open_views", "open_writer", "parts", "registry"]
+
+_log = logging.getLogger(__name__)
 
 _SQLITE = "sqlite:///"
 _FORMS = "sqlite:///PATH or kafka://host:port[,host:port]/PREFIX"
@@ -120,7 +123,13 @@ async def parts(settings: Settings, *, clock: Clock = system_clock) -> AsyncIter
             await blobs.store(from_any(manifest), declared=declared, max_bytes=len(manifest))
 
         async def freshen() -> None:
-            await catch_up(views, log, PROJECTIONS["registry"])
+            """Bring the view that is read up to the log; whoever folds an event brings the other views along."""
+            if await catch_up(views, log, PROJECTIONS["registry"]):
+                await catch_up_all()
+
+        async def catch_up_all() -> None:
+            for projection in PROJECTIONS.values():
+                await catch_up(views, log, projection)
 
         writer = await stack.enter_async_context(open_writer(settings, log, put_manifest, clock=clock))
         opened = DirectRegistry(
@@ -133,6 +142,12 @@ async def parts(settings: Settings, *, clock: Clock = system_clock) -> AsyncIter
             freshen=freshen if embedded else None,
         )
         yield Parts(settings, log, writer, blobs, views, opened)
+        if embedded:
+            try:
+                await catch_up_all()
+            except ArtifactStoreError as error:
+                # What was written is in the log for good; a view that cannot follow shows at its next read.
+                _log.warning("the views were not brought up to the log: %s", error.detail)
 
 
 @asynccontextmanager

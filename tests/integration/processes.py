@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -96,18 +97,24 @@ def run_command(
 
     Without settings it knows `url` alone, as a client's machine would.
     """
+    with tempfile.TemporaryDirectory(prefix="artifact-store-client-") as home:
+        return subprocess.run(
+            [*COMMAND, *map(str, arguments)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            cwd="/",
+            env=command_environment(settings, url, home),
+            timeout=seconds,
+            check=False,
+        )
+
+
+def command_environment(settings: Settings | None, url: str | None, home: str | Path) -> dict[str, str]:
+    """What a command needs to know; what it keeps of an interrupted push goes to `home`."""
     given = variables(settings) if settings is not None else {}
     if url is not None:
         given[f"{PREFIX}URL"] = url
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        cwd="/",
-        env={**os.environ, **given},
-        timeout=seconds,
-        check=False,
-    )
+    return {**os.environ, **given, "XDG_STATE_HOME": str(home)}
 
 
 def output_of(settings: Settings | None, *arguments: str | Path, url: str | None = None) -> bytes:

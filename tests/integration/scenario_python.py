@@ -1,0 +1,100 @@
+"""The scenario through the Python façade: on the embedded parts in this process, or through a gateway."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager
+from typing import Any, Literal
+from uuid import UUID
+
+import pytest
+
+from projector import replay
+from services.config import Settings
+from services.log.port import RecordedEvent
+from services.registry import Registry, open_registry
+from tests.integration.scenario_driver import About, Driver, Product, Rejection, SourceFile, TailedEvent
+
+_TAIL_SECONDS = 30
+
+
+class PythonDriver:
+    """`Driver` over `services.registry`."""
+
+    def __init__(self, product: Product, registry: Registry) -> None:
+        self._product = product
+        self._registry = registry
+
+    async def publish(
+        self, about: About, files: Sequence[SourceFile], *, finalize: bool = True
+    ) -> tuple[UUID, str | None]:
+        package_id = await self._registry.create_package(
+            about.name, about.producer, about.subject, about.retention_class, "ada", dict(about.metadata)
+        )
+        for file in files:
+            await self.add_file(package_id, file)
+        return package_id, str(await self._registry.finalize_package(package_id, "ada")) if finalize else None
+
+    async def add_file(self, package_id: UUID, file: SourceFile) -> None:
+        file_id = await self._registry.ingest_file(
+            package_id, file.relative_path, file.media_type, _chunks(file.content), "ada"
+        )
+        assert isinstance(file_id, UUID)
+
+    async def finalize(self, package_id: UUID) -> None:
+        await self._registry.finalize_package(package_id, "ada")
+
+    async def manifest(self, package_id: UUID, form: Literal["cbor", "json"]) -> bytes:
+        return await self._registry.get_manifest_bytes(package_id, form)
+
+    async def contents(self, package_id: UUID) -> dict[str, bytes]:
+        page = await self._registry.list_files(package_id)
+        assert page.next is None
+        return {
+            file.relative_path: b"".join([chunk async for chunk in await self._registry.get_file(file.file_id)])
+            for file in page.items
+        }
+
+    async def tail(self, package_id: UUID | None = None) -> list[TailedEvent]:
+        """What there is, and the same again by following, which never ends by itself."""
+        there = [_shown(event) async for event in self._registry.read_events(package_id=package_id)]
+        followed: list[TailedEvent] = []
+        if there:
+            events = self._registry.tail_events(0, 0.05, package_id)
+            async with asyncio.timeout(_TAIL_SECONDS):
+                async for event in events:
+                    followed.append(_shown(event))
+                    if len(followed) == len(there):
+                        break
+        assert sorted(followed, key=str) == sorted(there, key=str)
+        return there
+
+    async def replay(self, projection: str) -> None:
+        await replay(self._product.settings, projection)
+
+    def reaches(self, rejection: Rejection) -> bool:
+        return True
+
+    def expects(self, rejection: Rejection) -> AbstractContextManager[Any]:
+        error = ValueError if rejection.problem == "unknown-retention-class" else rejection.error
+        return pytest.raises(error, match=rejection.words, check=lambda found: isinstance(found, rejection.error))
+
+
+@asynccontextmanager
+async def python_driver(product: Product) -> AsyncIterator[Driver]:
+    """A driver for this product, as long as it is open."""
+    settings = product.settings if product.url is None else Settings(url=product.url)
+    async with open_registry(settings) as registry:
+        yield PythonDriver(product, registry)
+
+
+async def _chunks(content: bytes) -> AsyncIterator[bytes]:
+    """A stream that can be read only once, in chunks of odd sizes."""
+    for start in range(0, len(content), 100_003):
+        yield content[start : start + 100_003]
+
+
+def _shown(event: RecordedEvent) -> TailedEvent:
+    assert isinstance(event.package_id, UUID)
+    return TailedEvent(event.event_type, event.event_id, event.package_id, event.sequence)
