@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import aiohttp
 
 from ingest_gateway.gateway import Bounds
-from ingest_gateway.health import Checks
+from ingest_gateway.health import Check, Checks
 from ingest_gateway.server import listening
 from services.clock import system_clock
 from services.config import Settings
@@ -41,9 +41,17 @@ class RunningGateway:
 
 @asynccontextmanager
 async def running_gateway(
-    settings: Settings, *, wait_seconds: float = 5.0, drain_seconds: float = 5.0, **bounds: Any
+    settings: Settings,
+    *,
+    wait_seconds: float = 5.0,
+    drain_seconds: float = 5.0,
+    checks: Mapping[str, Check] | None = None,
+    **bounds: Any,
 ) -> AsyncIterator[RunningGateway]:
-    """A gateway on the parts of these settings; reads wait for the view for `wait_seconds` at most."""
+    """A gateway on the parts of these settings.
+
+    Reads wait for the view for `wait_seconds` at most; `checks` look at parts instead of the parts' own.
+    """
     async with parts(settings) as opened:
 
         async def freshen() -> None:
@@ -59,10 +67,11 @@ async def running_gateway(
             freshen=freshen,
             wait_seconds=wait_seconds,
         )
-        checks = Checks(opened.log.check, opened.blobs.check, opened.writer.ready, opened.views.check)
+        own = Checks(opened.log.check, opened.blobs.check, opened.writer.ready, opened.views.check)
+        looked_at = replace(own, **(checks or {}))
         limits = Bounds(settings.max_file_bytes, settings.max_metadata_bytes, **bounds)
         async with (
-            listening(registry, checks, limits, drain_seconds=drain_seconds) as url,
+            listening(registry, looked_at, limits, drain_seconds=drain_seconds) as url,
             aiohttp.ClientSession(url) as session,
         ):
             yield RunningGateway(url, opened, session)

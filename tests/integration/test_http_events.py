@@ -1,0 +1,157 @@
+"""Events over HTTP: read to the end, followed, resumed, and let go."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+import pytest
+
+from services.config import Settings
+from services.http.events import parse_event
+from tests.integration.conditions import until
+from tests.integration.http_gateway import RunningGateway, running_gateway
+
+_PACKAGE = {"name": "n", "producer": "p", "subject": "s", "retention_class": "scratch", "metadata": {"a": [1, 2.5]}}
+_STREAM = {"Accept": "text/event-stream"}
+
+
+@pytest.fixture
+async def gateway(embedded_settings: Settings) -> AsyncIterator[RunningGateway]:
+    async with running_gateway(embedded_settings, max_followers=3, heartbeat_seconds=0.1) as running:
+        yield running
+
+
+async def _publish(gateway: RunningGateway) -> str:
+    """A finalized package with one file: three events."""
+    async with gateway.session.post("/v1/packages", json=_PACKAGE) as answer:
+        path = answer.headers["Location"]
+    await gateway.session.put(f"{path}/files/a", data=b"bytes")
+    await gateway.session.post(f"{path}/finalize")
+    return path.rpartition("/")[2]
+
+
+async def _lines(gateway: RunningGateway, **query: str) -> list[bytes]:
+    async with gateway.session.get("/v1/events", params=query) as answer:
+        assert (answer.status, answer.content_type) == (200, "application/x-ndjson")
+        return (await answer.read()).splitlines()
+
+
+def _stream_events(text: str) -> list[dict[str, Any]]:
+    found = []
+    for block in text.split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.splitlines() if not line.startswith(":"))
+        if fields:
+            found.append(fields)
+    return found
+
+
+async def test_lines_are_the_events_of_the_log(gateway: RunningGateway) -> None:
+    await _publish(gateway)
+    await _publish(gateway)
+    expected = [event async for event in gateway.parts.log.read()]
+    lines = await _lines(gateway)
+    assert [parse_event(line) for line in lines] == expected
+    first = json.loads(lines[0])
+    assert first.keys() >= {"type", "id", "package_id", "sequence", "created_at", "actor", "command_id", "payload"}
+    assert first.keys() >= {"payload_digest", "previous_digest", "position", "command_index", "command_count"}
+    assert first["payload"]["metadata"] == {"a": [1, 2.5]}
+
+
+async def test_reading_goes_on_behind_any_position(gateway: RunningGateway) -> None:
+    await _publish(gateway)
+    lines = await _lines(gateway)
+    for index, line in enumerate(lines):
+        assert await _lines(gateway, since=json.loads(line)["position"]) == lines[index + 1 :]
+
+
+async def test_one_package_can_be_read_alone(gateway: RunningGateway) -> None:
+    package = await _publish(gateway)
+    await _publish(gateway)
+    lines = await _lines(gateway, package_id=package)
+    assert [json.loads(line)["sequence"] for line in lines] == [1, 2, 3]
+    assert {json.loads(line)["package_id"] for line in lines} == {package}
+
+
+async def test_a_stream_has_the_position_as_id_and_goes_on_behind_it(gateway: RunningGateway) -> None:
+    await _publish(gateway)
+    async with gateway.session.get("/v1/events", headers=_STREAM) as answer:
+        assert answer.content_type == "text/event-stream"
+        events = _stream_events(await answer.text())
+    assert [event["event"] for event in events] == ["v1.package.created", "v1.file.ingested", "v1.package.finalized"]
+    assert all(json.loads(event["data"])["position"] == event["id"] for event in events)
+    # A browser that reconnects sends the last id along with the URL it began with: the id is the newer one.
+    headers = {**_STREAM, "Last-Event-ID": events[1]["id"]}
+    async with gateway.session.get("/v1/events", params={"since": events[0]["id"]}, headers=headers) as answer:
+        assert [event["id"] for event in _stream_events(await answer.text())] == [events[2]["id"]]
+
+
+async def test_a_follower_sees_what_was_and_what_comes(gateway: RunningGateway) -> None:
+    await _publish(gateway)
+    async with gateway.session.get("/v1/events?follow=true") as answer:
+        before = [parse_event(await answer.content.readline()) for _ in range(3)]
+        package = await _publish(gateway)
+        after = [parse_event(await answer.content.readline()) for _ in range(3)]
+    assert [event.sequence for event in before] == [1, 2, 3]
+    assert [str(event.package_id) for event in after] == [package] * 3
+
+
+async def test_a_follower_of_a_quiet_log_gets_its_head_at_once_and_comments_to_stay(gateway: RunningGateway) -> None:
+    async with gateway.session.get("/v1/events?follow=true", headers=_STREAM) as answer:
+        assert answer.status == 200
+        assert await answer.content.readline() == b":\n"
+
+
+async def test_followers_are_bounded_and_their_places_become_free(gateway: RunningGateway) -> None:
+    staying = [await gateway.session.get("/v1/events?follow=true") for _ in range(3)]
+    async with gateway.session.get("/v1/events?follow=true") as answer:
+        assert answer.status == 503
+        assert int(answer.headers["Retry-After"]) >= 1
+        assert (await answer.json(content_type=None))["type"].endswith(":push-back")
+    assert await _lines(gateway) == []  # who does not stay needs no place
+    for follower in staying:
+        follower.close()
+
+    async def free() -> bool:
+        async with gateway.session.get("/v1/events?follow=true") as again:
+            return again.status == 200
+
+    await until(free, 10, "no place became free")
+
+
+async def test_a_slow_follower_is_waited_for_and_loses_nothing(embedded_settings: Settings) -> None:
+    async with running_gateway(embedded_settings) as gateway:
+        metadata = {"text": "x" * 60_000}
+        async with gateway.session.get("/v1/events?follow=true") as answer:
+            for _ in range(60):
+                await gateway.session.post("/v1/packages", json={**_PACKAGE, "metadata": metadata})
+            seen = [parse_event(await answer.content.readuntil(b"\n")) for _ in range(60)]
+        assert seen == [event async for event in gateway.parts.log.read()]
+
+
+async def test_followers_are_let_go_when_the_gateway_stops(embedded_settings: Settings) -> None:
+    session = aiohttp.ClientSession()
+    async with running_gateway(embedded_settings, drain_seconds=30) as gateway:
+        answer = await session.get(f"{gateway.url}/v1/events?follow=true")
+        assert answer.status == 200
+    async with asyncio.timeout(5):
+        assert await answer.read() == b""  # a clean end: the position that was seen last leads on
+    await session.close()
+
+
+async def test_a_log_that_breaks_cuts_the_stream(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    await _publish(gateway)
+    healthy = gateway.parts.log.read
+
+    async def breaking(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        async for event in healthy(*args, **kwargs):
+            yield event
+            if event.sequence == 2:
+                raise RuntimeError("the disk is gone")
+
+    monkeypatch.setattr(gateway.parts.log, "read", breaking)
+    with pytest.raises((aiohttp.ClientPayloadError, aiohttp.ClientConnectionError)):
+        await _lines(gateway)
