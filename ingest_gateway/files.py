@@ -55,8 +55,8 @@ async def ingest_file(call: Call) -> web.StreamResponse:
     largest = call.gateway.bounds.max_file_bytes
     if said.size_bytes is not None and said.size_bytes > largest:
         raise TooLargeError(f"a file may have {largest:,} bytes here")
-    # Before the body is read, and so before 100-continue: a client that asked for it is spared the upload.
-    await call.registry.check_ingest(package_id, relative_path, command_id)
+    # The registry asks the writer before it takes the first byte of the body, and the first byte that is taken sends
+    # 100-continue: a client that waits for it is spared an upload that would be refused.
     done = await call.registry.ingest(
         package_id, relative_path, media_type, call.body(), actor, declared=said, command_id=command_id
     )
