@@ -51,7 +51,7 @@ async def open_kafka_log(settings: Settings) -> AsyncIterator[KafkaLog]:
 
 @asynccontextmanager
 async def gateway(settings: Settings, log: KafkaLog) -> AsyncIterator[KafkaWriter]:
-    """A member of the group of writers that others can forward to."""
+    """A member of the group of writers, as a gateway process is one: others can forward to it."""
     async with kafka_writer(settings, log, limits=Limits(), put_manifest=no_manifest, clock=system_clock) as writer:
         yield writer
 
@@ -89,14 +89,16 @@ async def owned(writer: KafkaWriter) -> set[int]:
     return {status.partition for status in await writer.status() if status.since is not None}
 
 
-async def wait_owned(writer: KafkaWriter, count: int) -> set[int]:
-    """Wait until the writer serves so many partitions."""
+async def shared(one: KafkaWriter, two: KafkaWriter) -> tuple[set[int], set[int]]:
+    """Wait until both serve partitions, together all, and both know it; the partitions of each."""
 
-    async def serves() -> bool:
-        return len(await owned(writer)) == count
+    async def settled() -> bool:
+        mine, others = await owned(one), await owned(two)
+        known = [status.owner for writer in (one, two) for status in await writer.status()]
+        return bool(mine and others) and mine | others == set(range(PARTITIONS)) and None not in known
 
-    await until(serves, PATIENCE_SECONDS, f"the writer does not serve {count} partitions")
-    return await owned(writer)
+    await until(settled, PATIENCE_SECONDS, "the writers do not share the partitions")
+    return await owned(one), await owned(two)
 
 
 @contextmanager

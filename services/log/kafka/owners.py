@@ -11,6 +11,7 @@ from services.log.kafka.group import WriterGroup
 from services.log.kafka.log import KafkaLog
 
 _FRESH_SECONDS = 1.0
+_UNSETTLED_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +36,16 @@ class Owners:
         """Owner by partition, without those that nobody owns. Raises UnavailableError."""
         async with self._asking:
             if time.monotonic() >= self._until:
-                members = await self._log.blocking(self._group.members) or []
-                self._known = {
-                    p: Owner(m.client_id if m.client_id.startswith("http") else None, self._group.is_self(m))
-                    for m in members
-                    for p in m.partitions
-                }
-                self._until = time.monotonic() + _FRESH_SECONDS
+                members = await self._log.blocking(self._group.members)
+                # Between two assignments most partitions stay where they were.
+                fresh = _FRESH_SECONDS if members is not None else _UNSETTLED_SECONDS
+                if members is not None:
+                    self._known = {
+                        p: Owner(m.client_id if m.client_id.startswith("http") else None, self._group.is_self(m))
+                        for m in members
+                        for p in m.partitions
+                    }
+                self._until = time.monotonic() + fresh
             return self._known
 
     def forget(self) -> None:

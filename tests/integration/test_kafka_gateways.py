@@ -1,0 +1,189 @@
+"""Several gateways on one Kafka log: they share its partitions, forward to each other, hand over when they leave."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from services.config import Settings
+from services.core.commands import Acknowledgement, Command, FinalizePackage, IngestFiles
+from services.core.limits import Limits
+from services.errors import DuplicateRelativePathError, PackageNotFoundError, PushBackError, UnavailableError
+from services.log.kafka import KafkaLog, KafkaWriter, requests
+from services.log.port import PartitionNotOwnedError
+from tests.contract.log_invariants import assert_recorded_once, read_valid
+from tests.contract.log_stage import ready, settled
+from tests.integration.kafka_stage import (
+    PARTITIONS,
+    create_in,
+    gateway,
+    kafka_settings,
+    lone_writer,
+    open_kafka_log,
+    shared,
+)
+from tests.unit.commands import stored
+
+pytestmark = pytest.mark.services
+
+HAND_OVER_SECONDS = 2.0
+
+
+@pytest.fixture
+def kafka(kafka_url: str, tmp_path: Path) -> Settings:
+    return kafka_settings(kafka_url, tmp_path)
+
+
+@pytest.fixture
+async def log(kafka: Settings) -> AsyncIterator[KafkaLog]:
+    async with open_kafka_log(kafka) as found:
+        yield found
+
+
+async def test_gateways_share_the_partitions_and_take_each_other_s_commands(kafka: Settings, log: KafkaLog) -> None:
+    async with gateway(kafka, log) as one, gateway(kafka, log) as two:
+        await shared(one, two)
+        await ready(one)
+        await ready(two)
+        done: list[tuple[Command, Acknowledgement]] = []
+        for n in range(12):
+            made = create_in(n % PARTITIONS)
+            first, second = (one, two) if n % 2 else (two, one)
+            added = IngestFiles(made.package_id, uuid4(), "ada", (stored("a"), stored("b")))
+            ended = FinalizePackage(made.package_id, uuid4(), "ada")
+            done += [(made, await first.submit(made))]
+            await second.check_ingest(made.package_id, ["a"], None)
+            done += [(added, await second.submit(added)), (ended, await first.submit(ended))]
+            for writer in (one, two):
+                assert await writer.submit(made) == done[-3][1]
+                assert await writer.submit(ended) == done[-1][1]
+    assert_recorded_once(await read_valid(log), done)
+
+
+async def test_refusals_are_the_same_wherever_they_are_asked_for(kafka: Settings, log: KafkaLog) -> None:
+    async with gateway(kafka, log) as one, gateway(kafka, log) as two:
+        await shared(one, two)
+        for partition in range(PARTITIONS):
+            made, unknown = create_in(partition), create_in(partition)
+            await one.submit(made)
+            await one.submit(IngestFiles(made.package_id, uuid4(), "ada", (stored("a"),)))
+            for writer in (one, two):
+                with pytest.raises(DuplicateRelativePathError):
+                    await writer.check_ingest(made.package_id, ["a"], None)
+                with pytest.raises(PackageNotFoundError):
+                    await writer.submit(FinalizePackage(unknown.package_id, uuid4(), "ada"))
+
+
+async def test_who_owns_what_is_shown_to_operators(kafka: Settings, log: KafkaLog) -> None:
+    async with gateway(kafka, log) as one, gateway(kafka, log) as two:
+        mine, _ = await shared(one, two)
+        shown = {status.partition: status for status in await one.status()}
+        for p in range(PARTITIONS):
+            if p in mine:
+                assert shown[p].owner == "this process"
+                assert (shown[p].takeover_seconds or 0) > 0
+            else:
+                assert (shown[p].owner or "").startswith("http://127.0.0.1:")
+                assert shown[p].since is None
+
+
+async def test_a_gateway_that_closes_finishes_what_it_took_and_hands_over_within_two_seconds(
+    kafka: Settings, log: KafkaLog
+) -> None:
+    async with AsyncExitStack() as leaving, gateway(kafka, log) as staying:
+        goer = await leaving.enter_async_context(gateway(kafka, log))
+        _, handed = await shared(staying, goer)
+        commands = [create_in(p) for p in handed for _ in range(100)]
+        accepted = [asyncio.ensure_future(goer.submit(command)) for command in commands]
+        await asyncio.sleep(0)
+        began = time.monotonic()
+        closing = asyncio.ensure_future(leaving.aclose())
+        later = [create_in(p) for p in handed]
+        done = [(command, await settled(staying, command)) for command in later]
+        took = time.monotonic() - began
+        await closing
+        done += list(zip(commands, await asyncio.gather(*accepted), strict=True))
+        with pytest.raises(PushBackError):
+            await goer.submit(create_in(0))
+        with pytest.raises(PartitionNotOwnedError):
+            await goer.submit_here(create_in(0))
+    assert_recorded_once(await read_valid(log), done)
+    assert took < HAND_OVER_SECONDS
+
+
+async def test_a_command_for_a_writer_that_cannot_be_reached_is_unavailable_within_a_bound(
+    kafka: Settings, log: KafkaLog
+) -> None:
+    async with lone_writer(kafka, log) as one, lone_writer(kafka, log, submit_seconds=1.0) as two:
+        others, _ = await shared(one, two)
+        other = others.pop()
+        assert "cannot be forwarded" in (await two.ready() or "")
+        with pytest.raises(UnavailableError, match="another process that cannot be reached"):
+            await two.submit(create_in(other))
+        await one.submit(create_in(other))
+    assert len(await read_valid(log)) == 1
+
+
+async def test_a_partition_whose_queue_is_full_pushes_back_and_loses_nothing(
+    kafka: Settings, log: KafkaLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests, "MAX_WAITING_BYTES", 20_000)
+    async with lone_writer(kafka, log) as writer:
+        await ready(writer)
+        commands = [create_in(0) for _ in range(200)]
+        answers = await asyncio.gather(*(writer.submit(command) for command in commands), return_exceptions=True)
+        pushed = [answer for answer in answers if isinstance(answer, PushBackError)]
+        done = [(c, a) for c, a in zip(commands, answers, strict=True) if not isinstance(a, BaseException)]
+        assert len(pushed) + len(done) == len(commands)
+        assert pushed
+    events = await read_valid(log)
+    assert_recorded_once(events, done)
+    assert len(events) == len(done)
+
+
+async def test_a_manifest_that_cannot_be_stored_leaves_the_package_open(kafka: Settings, log: KafkaLog) -> None:
+    down = True
+
+    async def put(_: bytes) -> None:
+        if down:
+            raise OSError("the blob store is down")
+
+    writer = KafkaWriter(kafka, log, limits=Limits(inline_manifest_bytes=0), put_manifest=put)
+    await writer.start()
+    try:
+        made = create_in(1)
+        ended = FinalizePackage(made.package_id, uuid4(), "ada")
+        await writer.submit(made)
+        with pytest.raises(UnavailableError, match="nothing is recorded"):
+            await writer.submit(ended)
+        assert len(await read_valid(log)) == 1
+        down = False
+        done = [(ended, await writer.submit(ended))]
+    finally:
+        await writer.close()
+    assert_recorded_once([event async for event in log.read()], done)
+
+
+async def test_a_command_that_the_code_cannot_handle_does_not_disturb_the_others(
+    kafka: Settings, log: KafkaLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from schemas import codec
+
+    def explode(event: object) -> bytes:
+        if "poison" in str(event):
+            raise ZeroDivisionError
+        return codec.encode(event)  # type: ignore[arg-type]  # it is an event
+
+    monkeypatch.setattr("services.log.kafka.writer.encode", explode)
+    async with lone_writer(kafka, log) as writer:
+        await ready(writer)
+        commands = [create_in(0, name="poison" if n == 5 else "fine") for n in range(20)]
+        answers = await asyncio.gather(*(writer.submit(command) for command in commands), return_exceptions=True)
+    assert [n for n, answer in enumerate(answers) if isinstance(answer, BaseException)] == [5]
+    assert len(await read_valid(log)) == 19
