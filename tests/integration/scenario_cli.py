@@ -96,13 +96,25 @@ class CliDriver:
         ]
 
     async def replay(self, projection: str) -> None:
-        await asyncio.to_thread(lambda: _checked(run_command(self._product.settings, "replay", projection)))
+        await self._operate("replay", projection)
+
+    async def digest(self, projection: str) -> str:
+        answer = json.loads(await self._operate("digest", projection, "--json"))
+        assert answer["projection"] == projection
+        return str(answer["digest"])
+
+    async def verify(self) -> None:
+        await self._operate("verify")
 
     def reaches(self, rejection: Rejection) -> bool:
         return rejection.name in REACHED
 
     def expects(self, rejection: Rejection) -> AbstractContextManager[Any]:
         return pytest.raises(CommandFailedError, match=rejection.words, check=lambda found: found.exit_code == 1)
+
+    async def _operate(self, *arguments: str) -> bytes:
+        """Standard output of an operator's command, which opens the parts themselves. Raises CommandFailedError."""
+        return await asyncio.to_thread(lambda: _checked(run_command(self._product.settings, *arguments)))
 
     async def _run(self, *arguments: str | Path) -> bytes:
         """Standard output of a client's command. Raises CommandFailedError."""

@@ -77,6 +77,12 @@ class Driver(Protocol):
     async def replay(self, projection: str) -> None:
         """Fold the projection again from zero; done when it returns."""
 
+    async def digest(self, projection: str) -> str:
+        """The view's canonical digest."""
+
+    async def verify(self) -> None:
+        """Raise AssertionError when log, blobs or views break an invariant."""
+
     def reaches(self, rejection: Rejection) -> bool:
         """Whether this interface lets its users ask for that at all."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
 from collections.abc import AsyncIterator, Sequence
@@ -15,8 +14,9 @@ import aiohttp
 import pytest
 from yarl import URL
 
-from tests.integration.processes import output_of
+from projector import replay
 from tests.integration.scenario_driver import About, Driver, Product, Rejection, SourceFile, TailedEvent
+from tests.integration.scenario_python import nothing_is_broken, view_digest
 
 _MANIFEST_TYPES = {"cbor": "application/cbor", "json": "application/json"}
 _PROBLEM_TYPE = "application/problem+json"
@@ -109,8 +109,14 @@ class HttpDriver:
         ]
 
     async def replay(self, projection: str) -> None:
-        """An operator's command: there is no request for it."""
-        await asyncio.to_thread(output_of, self._product.settings, "replay", projection)
+        """An operator's job, as the two below: there is no request for it."""
+        await replay(self._product.settings, projection)
+
+    async def digest(self, projection: str) -> str:
+        return await view_digest(self._product.settings, projection)
+
+    async def verify(self) -> None:
+        await nothing_is_broken(self._product.settings)
 
     def reaches(self, rejection: Rejection) -> bool:
         return True

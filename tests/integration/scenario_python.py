@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any, Literal
 from uuid import UUID
 
@@ -14,6 +14,10 @@ from projector import replay
 from services.config import Settings
 from services.log.port import RecordedEvent
 from services.registry import Registry, open_registry
+from services.verify import verify
+from services.views.digest import digest_view
+from services.views.projections import PROJECTIONS
+from services.wiring import open_blobs, open_log, open_views
 from tests.integration.scenario_driver import About, Driver, Product, Rejection, SourceFile, TailedEvent
 
 _TAIL_SECONDS = 30
@@ -73,6 +77,12 @@ class PythonDriver:
     async def replay(self, projection: str) -> None:
         await replay(self._product.settings, projection)
 
+    async def digest(self, projection: str) -> str:
+        return await view_digest(self._product.settings, projection)
+
+    async def verify(self) -> None:
+        await nothing_is_broken(self._product.settings)
+
     def reaches(self, rejection: Rejection) -> bool:
         return True
 
@@ -87,6 +97,25 @@ async def python_driver(product: Product) -> AsyncIterator[Driver]:
     settings = product.settings if product.url is None else Settings(url=product.url)
     async with open_registry(settings) as registry:
         yield PythonDriver(product, registry)
+
+
+async def view_digest(settings: Settings, projection: str) -> str:
+    """The digest of a projection's view, by the code that is behind the command `digest`."""
+    views = open_views(settings)
+    try:
+        return (await digest_view(views, PROJECTIONS[projection])).digest
+    finally:
+        await views.close()
+
+
+async def nothing_is_broken(settings: Settings) -> None:
+    """Raise AssertionError when `verify` finds something."""
+    async with AsyncExitStack() as stack:
+        log, blobs, views = open_log(settings), open_blobs(settings), open_views(settings)
+        for part in (log, blobs, views):
+            stack.push_async_callback(part.close)
+        report = await verify(log, blobs, views, check_bytes=True)
+    assert report.violations == []
 
 
 async def _chunks(content: bytes) -> AsyncIterator[bytes]:
