@@ -62,17 +62,12 @@ async def serve(opened: Parts, stop: asyncio.Event, *, ready: Callable[[str], No
     settings = opened.settings
     checks = Checks(opened.log.check, opened.blobs.check, opened.writer.ready, opened.views.check)
     host, port = listen_address(settings)
-    try:
-        async with listening(opened.registry, checks, Bounds.of(settings), host, port) as url:
-            print(f"listening on {url}", file=sys.stderr, flush=True)  # noqa: T201 - the line that people wait for
-            if ready is not None:
-                ready(url)
-            await stop.wait()
-            _log.info("stopping: no new connections, finishing what is under way")
-    except OSError as error:
-        raise ConfigurationError(
-            f"cannot listen on {settings.listen}: {error.strerror}; set ARTIFACT_STORE_LISTEN"
-        ) from error
+    async with listening(opened.registry, checks, Bounds.of(settings), host, port) as url:
+        print(f"listening on {url}", file=sys.stderr, flush=True)  # noqa: T201 - the line that people wait for
+        if ready is not None:
+            ready(url)
+        await stop.wait()
+        _log.info("stopping: no new connections, finishing what is under way")
 
 
 @asynccontextmanager
@@ -89,7 +84,7 @@ async def listening(
     """A gateway that listens for the length of the block; gives its URL. Port 0 takes a free one.
 
     On the way out it takes no new connection, lets followers go, finishes what is under way, for `drain_seconds` at
-    most, and closes. Raises OSError when the address cannot be had.
+    most, and closes. Raises ConfigurationError when the address cannot be had.
     """
     app = App(registry, checks, bounds, metrics or Metrics())
     runner = web.ServerRunner(Server(app.handle), shutdown_timeout=1.0)
@@ -97,7 +92,12 @@ async def listening(
     lag = asyncio.create_task(app.gateway.metrics.watch_loop())
     try:
         site = web.TCPSite(runner, host, port, backlog=_BACKLOG)
-        await site.start()
+        try:
+            await site.start()
+        except OSError as error:
+            raise ConfigurationError(
+                f"cannot listen on {host}, port {port}: {error.strerror}; ARTIFACT_STORE_LISTEN says where"
+            ) from error
         bound = runner.addresses[0]
         yield f"http://{f'[{bound[0]}]' if ':' in bound[0] else bound[0]}:{bound[1]}"
         await site.stop()
