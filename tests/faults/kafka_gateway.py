@@ -1,0 +1,96 @@
+"""A gateway's writer as a process of its own, which stops at a chosen step of a write and says so.
+
+`python -m tests.faults.kafka_gateway [STEP]`, settings from the environment. It prints `started`, and `held` when a
+transaction that creates a package named `hold` has come to the step; there it stays. SIGTERM closes it in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from confluent_kafka import Producer
+
+from ingest_gateway.ownership import kafka_writer
+from schemas.events import Event, PackageCreated
+from services.clock import system_clock
+from services.config import Settings
+from services.core.limits import Limits
+from services.log.kafka import KafkaLog, tenure
+from tests.contract.log_stage import no_manifest
+
+STEPS = ("decided", "produced", "committed", "read-back")
+"""Before the transaction begins; when its records lie in the log; when it is committed; when it was read back."""
+
+HOLD = "hold"
+"""The name of a package whose creation is held up."""
+
+thawed = threading.Event()
+"""Set when the process was frozen and goes on; what is held goes on then too."""
+
+_holding = threading.local()
+
+
+def say(word: str) -> None:
+    print(word, flush=True)  # noqa: T201 - the process's way to tell the test
+
+
+def hold_at(step: str) -> None:
+    """Change the writer of this process so that it stops there, once."""
+
+    def hold(here: str) -> None:
+        if here == step and getattr(_holding, "now", False):
+            _holding.now = False
+            say("held")
+            thawed.wait()
+
+    append, read_back = tenure.Tenure.append, tenure.Tenure._read_back
+
+    def held_append(self: tenure.Tenure, events: Sequence[tuple[Event, bytes]]) -> None:
+        _holding.now = any(isinstance(e.payload, PackageCreated) and e.payload.name == HOLD for e, _ in events)
+        hold("decided")
+        append(self, events)
+        hold("read-back")
+
+    def held_read_back(self: tenure.Tenure, values: Sequence[bytes]) -> None:
+        hold("committed")
+        read_back(self, values)
+
+    class HeldProducer(Producer):
+        def commit_transaction(self, timeout: float = -1) -> None:
+            self.flush(timeout)
+            hold("produced")
+            super().commit_transaction(timeout)
+
+    def make_held(config: dict[str, Any]) -> Producer:
+        return HeldProducer(config)
+
+    tenure.Tenure.append = held_append  # type: ignore[method-assign]  # what this program is for
+    tenure.Tenure._read_back = held_read_back  # type: ignore[method-assign]  # what this program is for
+    tenure.make_producer = make_held  # type: ignore[attr-defined]  # what this program is for
+
+
+async def main(step: str | None) -> None:
+    if step is not None:
+        hold_at(step)
+    settings = Settings.from_env()
+    log = KafkaLog(settings)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    # The system sends this one to a process that was frozen.
+    loop.add_signal_handler(signal.SIGCONT, thawed.set)
+    try:
+        async with kafka_writer(settings, log, limits=Limits(), put_manifest=no_manifest, clock=system_clock):
+            say("started")
+            await stop.wait()
+    finally:
+        await log.close()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1] if len(sys.argv) > 1 else None))
