@@ -55,19 +55,24 @@ async def get_events(call: Call) -> web.StreamResponse:
 
 
 async def _send_all(call: Call, response: web.StreamResponse, lines: Feed) -> None:
-    piece = await lines.take()  # what can fail fails here, before the head is sent
+    piece = await _next(call, response, lines)  # what can fail fails here, before the head is sent
     await call.start(response)
     while piece is not None:
         if piece:
             await call.send(response, piece)
-        try:
-            async with asyncio.timeout(call.gateway.bounds.heartbeat_seconds):
-                piece = await lines.take()
-        except TimeoutError:
-            if call.request.transport is None:
-                raise ConnectionResetError("the follower went away") from None
-            # A comment keeps proxies from closing the connection; lines of JSON have none.
-            piece = b":\n\n" if response.content_type == EVENT_STREAM else b""
+        piece = await _next(call, response, lines)
+
+
+async def _next(call: Call, response: web.StreamResponse, lines: Feed) -> bytes | None:
+    """What there is to send next, None at the end; when nothing comes for a while, what keeps the connection open."""
+    try:
+        async with asyncio.timeout(call.gateway.bounds.heartbeat_seconds):
+            return await lines.take()
+    except TimeoutError:
+        if call.request.transport is None:
+            raise ConnectionResetError("the follower went away") from None
+        # A comment keeps proxies from closing the connection; lines of JSON have none.
+        return b":\n\n" if response.content_type == EVENT_STREAM else b""
 
 
 async def _to_the_end(
