@@ -155,14 +155,16 @@ class DirectRegistry(Registry):
         return await self._queries.files(package_id, limit=limit, cursor=cursor)
 
     async def get_file_record(self, file_id: UUID) -> File:
-        file = await self._seen(None, lambda: self._queries.file(file_id), None)
+        file = await self._seen(None, lambda: self._queries.file(file_id), None, settled=True)
         if file is None:
             raise FileNotFoundInRegistryError(f"there is no file {file_id}")
         return file
 
     async def get_file_at(self, package_id: UUID, relative_path: str, *, wait_sequence: int | None = None) -> File:
         check_path(relative_path)
-        file = await self._seen(package_id, lambda: self._queries.file_at(package_id, relative_path), wait_sequence)
+        file = await self._seen(
+            package_id, lambda: self._queries.file_at(package_id, relative_path), wait_sequence, settled=True
+        )
         if file is None:
             await self.get_package(package_id)
             raise FileNotFoundInRegistryError(f"package {package_id} has no file {relative_path!r}")
@@ -188,7 +190,7 @@ class DirectRegistry(Registry):
     ) -> bytes:
         if format not in ("cbor", "json"):
             raise InvalidRequestError("a manifest comes as `cbor` or `json`")
-        found = await self._seen(package_id, lambda: self._queries.manifest(package_id), wait_sequence)
+        found = await self._seen(package_id, lambda: self._queries.manifest(package_id), wait_sequence, settled=True)
         if found is None:
             await self.get_package(package_id)
             raise IllegalPackageStateError(f"package {package_id} is open; it has a manifest once it is finalized")
@@ -210,17 +212,25 @@ class DirectRegistry(Registry):
             await self._freshen()
 
     async def _seen(
-        self, package_id: UUID | None, read: Callable[[], Awaitable[Found | None]], wait_sequence: int | None
+        self,
+        package_id: UUID | None,
+        read: Callable[[], Awaitable[Found | None]],
+        wait_sequence: int | None,
+        *,
+        settled: bool = False,
     ) -> Found | None:
         """What `read` finds, once the view is where it has to be.
 
         With `wait_sequence` that is the package's event of this number. Without, a read that finds nothing waits until
-        the view holds what the log held when the request came, so that what was acknowledged is never denied.
+        the view holds what the log held when the request came, so that what was acknowledged is never denied. What is
+        `settled` never changes once it is there, so that the view need not be brought up to the log to read it.
         """
         if wait_sequence is not None and package_id is not None:
             await self._wait_sequence(package_id, wait_sequence)
-        else:
-            await self._fresh()
+        elif self._freshen is not None:
+            if settled and (found := await read()) is not None:
+                return found
+            await self._freshen()
         found = await read()
         if found is not None or self._freshen is not None:
             return found
