@@ -7,24 +7,22 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from schemas.digests import manifest_digest
-from services.blobs.open import open_blobs
-from services.blobs.port import BlobStore, Declared
 from services.clock import Clock, system_clock
 from services.config import Settings
 from services.core.limits import Limits
-from services.direct import DirectRegistry
 from services.errors import ArtifactStoreError, ConfigurationError
 from services.log.port import CommandWriter, Log, PutManifest
-from services.log.sqlite import SqliteLog, SqliteWriter
 from services.registry import Registry
-from services.streams import from_any
-from services.views.catch_up import catch_up
-from services.views.engine import Views
-from services.views.projections import PROJECTIONS
-from services.views.queries import Queries
+
+if TYPE_CHECKING:
+    from services.blobs.port import BlobStore
+    from services.direct import DirectRegistry
+    from services.views.engine import Views
+
+# Adapters are imported where they are chosen: loading all of them takes longer than most commands run.
 
 __all__ = ["Parts", "limits_of", "open_blobs", "open_log", "open_views", "open_writer", "parts", "registry"]
 
@@ -66,14 +64,25 @@ def is_embedded(settings: Settings) -> bool:
 def open_log(settings: Settings) -> Log:
     """The log that `settings.log_url` names. Connects to nothing yet. Raises ConfigurationError."""
     if is_embedded(settings):
+        from services.log.sqlite import SqliteLog
+
         return SqliteLog(_sqlite_path(settings))
-    from services.log.kafka import KafkaLog  # loads librdkafka, which the embedded parts do without
+    from services.log.kafka import KafkaLog
 
     return KafkaLog(settings)
 
 
+def open_blobs(settings: Settings) -> BlobStore:
+    """The blob store that `settings.blobs_url` names. Connects to nothing yet. Raises ConfigurationError."""
+    from services.blobs import open as blobs
+
+    return blobs.open_blobs(settings)
+
+
 def open_views(settings: Settings) -> Views:
     """The views that `settings.views_url` names. Connects to nothing yet. Raises ConfigurationError."""
+    from services.views.engine import Views
+
     return Views(settings.views_url)
 
 
@@ -83,6 +92,8 @@ async def open_writer(
 ) -> AsyncIterator[CommandWriter]:
     """The writer to the log, started; with Kafka, a member of the group of writers with its internal listener."""
     if is_embedded(settings):
+        from services.log.sqlite import SqliteWriter
+
         writer: CommandWriter = SqliteWriter(
             _sqlite_path(settings), limits=limits_of(settings), put_manifest=put_manifest, clock=clock
         )
@@ -105,6 +116,14 @@ async def parts(settings: Settings, *, clock: Clock = system_clock) -> AsyncIter
     Raises:
         ConfigurationError: settings that cannot work. UnavailableError: an embedded part cannot be opened.
     """
+    from schemas.digests import manifest_digest
+    from services.blobs.port import Declared
+    from services.direct import DirectRegistry
+    from services.streams import from_any
+    from services.views.catch_up import catch_up
+    from services.views.projections import PROJECTIONS
+    from services.views.queries import Queries
+
     async with AsyncExitStack() as stack:
         blobs = open_blobs(settings)
         stack.push_async_callback(blobs.close)

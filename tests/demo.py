@@ -159,8 +159,7 @@ def _fold_again(settings: Settings) -> None:
         _wait_for_views(settings)
         for name in PROJECTIONS:
             before = json.loads(output_of(settings, "digest", name, "--json"))
-            output_of(settings, "replay", name)
-            after = json.loads(output_of(settings, "digest", name, "--json"))
+            after = json.loads(output_of(settings, "replay", name, "--json"))
             fact(name, f"before {before['digest']}")
             fact("", f"after  {after['digest']}")
             wanted = (before["digest"], before["rows"])

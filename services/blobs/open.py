@@ -8,8 +8,6 @@ from urllib.parse import unquote, urlsplit
 
 from services.blobs.local import LocalBlobStore
 from services.blobs.port import BlobStore
-from services.blobs.s3 import S3BlobStore
-from services.blobs.s3_requests import Endpoint
 from services.config import Settings
 from services.errors import ConfigurationError
 
@@ -54,6 +52,9 @@ def open_blobs(settings: Settings) -> BlobStore:
         )
     if not settings.s3_region:
         raise ConfigurationError("ARTIFACT_STORE_S3_REGION is empty: us-east-1 is right for most stores but Amazon's")
+    from services.blobs.s3 import S3BlobStore  # loads the SDK, which a folder does without
+    from services.blobs.s3_requests import Endpoint
+
     name = f"[{host}]" if ":" in host else host
     return S3BlobStore(
         Endpoint(
