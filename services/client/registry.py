@@ -163,19 +163,22 @@ class GatewayRegistry(Registry):
             **_declared_headers(declared),
             "Content-Type": media_type,
         }
-        large = declared.size_bytes is None or declared.size_bytes > _EXPECT_CONTINUE_BYTES
+        expect = declared.size_bytes is None or declared.size_bytes > _EXPECT_CONTINUE_BYTES
         sending = Sending(body, declared.size_bytes)
 
         async def attempt() -> Answer:
+            nonlocal expect
             try:
-                return await self._transport.attempt(
-                    "PUT",
-                    f"/v1/packages/{package_id}/files/{quoted(relative_path)}",
-                    headers=fields,
-                    data=sending if declared.size_bytes != 0 else b"",
-                    expect100=large,
-                )
+                async with sending.attempt(self._transport.policy.idle_seconds):
+                    return await self._transport.attempt(
+                        "PUT",
+                        f"/v1/packages/{package_id}/files/{quoted(relative_path)}",
+                        headers=fields,
+                        data=sending if declared.size_bytes != 0 else b"",
+                        expect100=expect,
+                    )
             except UnavailableError as error:
+                expect = expect and sending.began  # what answers there may know nothing of `100 Continue`
                 if sending.failure is not None:
                     raise sending.failure from None
                 if not sending.repeatable:

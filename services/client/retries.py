@@ -79,14 +79,21 @@ async def with_retries(
         may_pass = isinstance(error, UnavailableError | PushBackError) and not isinstance(error, GivenUpError)
         return may_pass and repeatable()
 
+    last: UnavailableError | None = None
+
     async def once() -> Answer:
+        nonlocal last
         try:
             if transfer:
                 return await attempt()
             async with asyncio.timeout(budget.left()):
                 return await attempt()
+        except UnavailableError as error:
+            last = error
+            raise
         except TimeoutError:
-            raise no_answer(policy.total_seconds) from None
+            # What went wrong before says more than that there was no time for one more attempt.
+            raise last or no_answer(policy.total_seconds) from None
         finally:
             budget.attempted()
 

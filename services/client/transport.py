@@ -163,13 +163,7 @@ class Transport:
         except (aiohttp.ClientError, TimeoutError) as error:
             raise self._lost(error) from error
         if not 200 <= response.status < 300:
-            try:
-                body = await response.content.read(MAX_PROBLEM_BYTES)
-            except (aiohttp.ClientError, TimeoutError):
-                body = b""  # the status says enough
-            finally:
-                response.close()
-            raise error_of(response.status, response.headers, body)
+            raise error_of(response.status, response.headers, await _problem_bytes(response))
         return response
 
     def _lost(self, error: Exception) -> Exception:
@@ -184,6 +178,19 @@ class Transport:
             case TimeoutError():
                 return no_answer(self.policy.idle_seconds)
         return unavailable(f"the connection to {self.url} was lost: {type(error).__name__}; the outcome is unknown")
+
+
+async def _problem_bytes(response: aiohttp.ClientResponse) -> bytes:
+    """The body of an answer that is an error, as far as it came; the status says enough without."""
+    body = b""
+    try:
+        while len(body) < MAX_PROBLEM_BYTES and (chunk := await response.content.read(MAX_PROBLEM_BYTES)):
+            body += chunk
+    except (aiohttp.ClientError, TimeoutError):
+        return b""
+    finally:
+        response.release() if response.content.at_eof() else response.close()
+    return body
 
 
 def _socket(address: aiohttp.AddrInfoType) -> socket.socket:
