@@ -15,7 +15,7 @@ from services.core.commands import Acknowledgement, Command
 from services.core.decide import acknowledge, check_ingest, decide
 from services.core.evolve import evolve
 from services.core.limits import Limits
-from services.errors import CorruptError
+from services.errors import CorruptError, UnavailableError
 from services.log.sqlite.file import LogFile, file_errors, open_file, write_lock
 from services.log.sqlite.records import decoded, end_offset, records_from
 from services.log.sqlite.states import PackageStates
@@ -61,8 +61,12 @@ class Appender:
         with file_errors(self._path):
             if self._file is None:
                 self._file = open_file(self._path, writable=True, identity=self._identity)
-            self._file.check_in_place()
             connection = self._file.connection
+            try:
+                self._file.check_in_place()
+            except UnavailableError:
+                self.close()
+                raise
             self._read_ahead(connection, requests)
             if all(isinstance(request, IngestCheck) for request in requests):
                 return self._transaction(connection, "BEGIN", requests)

@@ -1,0 +1,115 @@
+"""Positions: their text is one to one, says nothing false, and anything else is refused."""
+
+from __future__ import annotations
+
+import base64
+from uuid import UUID
+
+import cbor2
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.errors import InvalidPositionError, LogIdentityError
+from services.log.position import MAX_TEXT, Position
+
+LOG = UUID("11111111-2222-3333-4444-555555555555")
+OTHER = UUID("99999999-2222-3333-4444-555555555555")
+
+offsets = st.dictionaries(st.integers(0, 1023), st.integers(0, 2**63 - 1), max_size=20)
+positions = st.builds(Position, st.uuids(), offsets)
+
+
+def text_of(value: object) -> str:
+    return base64.urlsafe_b64encode(cbor2.dumps(value)).rstrip(b"=").decode()
+
+
+@given(positions)
+def test_a_position_is_its_text_and_the_text_is_the_position(position: Position) -> None:
+    text = str(position)
+
+    assert Position.parse(text) == position
+    assert str(Position.parse(text)) == text
+    assert text.isascii()
+    assert set(text) <= set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_")
+
+
+@given(offsets)
+def test_the_text_does_not_depend_on_the_order_of_partitions(found: dict[int, int]) -> None:
+    assert str(Position(LOG, dict(reversed(found.items())))) == str(Position(LOG, found))
+
+
+@given(st.text())
+def test_any_other_text_is_refused(text: str) -> None:
+    with pytest.raises(InvalidPositionError):
+        Position.parse(text)
+
+
+@given(positions, st.data())
+def test_a_damaged_text_is_refused_or_another_position_never_the_same(position: Position, data: st.DataObject) -> None:
+    text = str(position)
+    index = data.draw(st.integers(0, len(text) - 1))
+    damaged = text[:index] + data.draw(st.sampled_from("AZaz09-_")) + text[index + 1 :]
+    try:
+        read = Position.parse(damaged)
+    except InvalidPositionError:
+        return
+    assert (read == position) is (damaged == text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "=",
+        str(Position(LOG, {0: 1})) + "=",
+        str(Position(LOG, {0: 1})) + "\n",
+        " " + str(Position(LOG, {0: 1})),
+        "A" * (MAX_TEXT + 1),
+        text_of([LOG.bytes]),
+        text_of([LOG.bytes, {0: 1}, 2]),
+        text_of([LOG.bytes[:15], {0: 1}]),
+        text_of([str(LOG), {0: 1}]),
+        text_of([LOG.bytes, [0, 1]]),
+        text_of([LOG.bytes, {0: -1}]),
+        text_of([LOG.bytes, {-1: 0}]),
+        text_of([LOG.bytes, {0: 1.0}]),
+        text_of([LOG.bytes, {0: True}]),
+        text_of([LOG.bytes, {"0": 1}]),
+        text_of([LOG.bytes, {1: 0, 0: 1}]),
+        text_of({"log": LOG.bytes}),
+        text_of(None),
+        base64.urlsafe_b64encode(b"\x81" * 5000).rstrip(b"=").decode(),
+    ],
+)
+def test_what_the_log_did_not_give_out_is_refused(text: str) -> None:
+    with pytest.raises(InvalidPositionError):
+        Position.parse(text)
+
+
+def test_after_moves_one_partition_behind_a_record() -> None:
+    position = Position(LOG, {0: 5, 1: 7})
+
+    assert position.after(0, 9) == Position(LOG, {0: 10, 1: 7})
+    assert position.after(2, 0) == Position(LOG, {0: 5, 1: 7, 2: 1})
+    assert position.offsets == {0: 5, 1: 7}
+
+
+@given(offsets, offsets)
+def test_covering_goes_partition_by_partition(one: dict[int, int], two: dict[int, int]) -> None:
+    both = {partition: max(one.get(partition, 0), two.get(partition, 0)) for partition in one.keys() | two.keys()}
+
+    assert Position(LOG, both).covers(Position(LOG, one))
+    assert Position(LOG, both).covers(Position(LOG, two))
+    assert Position(LOG, one).covers(Position(LOG, {}))
+    assert Position(LOG, one).covers(Position(LOG, two)) is (both == one or _equal_but_for_zeros(both, one))
+
+
+def _equal_but_for_zeros(one: dict[int, int], two: dict[int, int]) -> bool:
+    return {p: o for p, o in one.items() if o} == {p: o for p, o in two.items() if o}
+
+
+def test_a_position_of_another_log_is_refused() -> None:
+    Position(LOG, {}).require(LOG)
+    with pytest.raises(LogIdentityError, match=str(OTHER)):
+        Position(OTHER, {}).require(LOG)
