@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from uuid import UUID
 
 from schemas.digests import manifest_digest
 from services.client.destination import Destination, Landing
+from services.client.threads import to_its_end
 from services.client.transfers import DEFAULT_CONCURRENCY, NoProgress, TransferProgress, at_once
 from services.core.content_address import ContentAddress
 from services.core.paths import check_path
@@ -69,7 +71,7 @@ async def pull(
     told.expect(len(manifest.files), sum(file.size_bytes for file in manifest.files))
     folder = await asyncio.to_thread(Destination, destination)
     try:
-        wanted = await asyncio.to_thread(_missing, folder, manifest.files, force=force)
+        wanted = await to_its_end(partial(_missing, folder, manifest.files, force=force))
         _tell_kept(manifest.files, wanted, told)
 
         async def fetch(file: ManifestFile) -> None:
@@ -172,7 +174,7 @@ async def _receive(registry: Registry, landing: Landing, file: ManifestFile, tol
             if landing.size_bytes + len(chunk) > file.size_bytes:
                 raise CorruptError(f"{file.relative_path!r} has more bytes than its manifest says")
             if len(chunk) > _WRITTEN_AT_ONCE_BYTES:
-                await asyncio.to_thread(landing.write, chunk)
+                await to_its_end(partial(landing.write, chunk))
             else:
                 landing.write(chunk)
             told.advance(len(chunk))

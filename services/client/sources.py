@@ -11,11 +11,13 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO
 
 from blake3 import blake3
 
+from services.client.threads import to_its_end
 from services.errors import ContentMismatchError
 from services.streams import CHUNK_BYTES, from_any
 
@@ -79,18 +81,21 @@ class FileSource(BodySource):
         self.size_bytes = stamp.size_bytes
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        file = await asyncio.to_thread(self._open)
+        opened: list[IO[bytes]] = []
         try:
+            await to_its_end(lambda: opened.append(self._open()))
+            (file,) = opened
             left = self._stamp.size_bytes
             while left:
-                chunk = await asyncio.to_thread(file.read, min(left, CHUNK_BYTES))
+                chunk = await to_its_end(partial(file.read, min(left, CHUNK_BYTES)))
                 if not chunk:
                     raise self._changed()
                 left -= len(chunk)
                 yield chunk
-            await asyncio.to_thread(self._check, file)
+            self._check(file)
         finally:
-            file.close()
+            for file in opened:
+                file.close()
 
     async def blake3(self) -> bytes:
         """The BLAKE3 of the file as it is now (32 raw bytes). Raises as iterating does."""

@@ -1,0 +1,283 @@
+"""A tree comes back as it went in; what fails can be run again; a manifest that lies writes nothing out of place."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from blake3 import blake3
+
+from schemas.canonical import canonical_cbor
+from services.client import Pushed, pull, push
+from services.client.push_state import PushState
+from services.config import Settings
+from services.core.content_address import ContentAddress
+from services.errors import (
+    ConflictError,
+    CorruptError,
+    IllegalPackageStateError,
+    InvalidPathError,
+    PackageNotFoundError,
+    UnavailableError,
+)
+from services.registry import Registry, open_registry
+from services.views.models import Package
+
+TREE = {
+    "a b.txt": b"with a space",
+    "läs/mig ✓.txt": "håll i hatten".encode(),
+    "%41": b"no letter A",
+    "#hash?query&x=1+2;": b"odd",
+    "empty": b"",
+    "deep/" + "/".join("abcdefgh") + "/leaf.json": b"{}",
+    "large.bin": bytes(range(251)) * 20_000,
+    "exactly one chunk": bytes(1 << 20),
+}
+
+
+@pytest.fixture
+async def registry(embedded_settings: Settings) -> AsyncIterator[Registry]:
+    async with open_registry(embedded_settings) as opened:
+        yield opened
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    write(tmp_path / "tree", TREE)
+    return tmp_path / "tree"
+
+
+def write(folder: Path, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def read(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if not p.is_dir()}
+
+
+async def pushed(registry: Registry, tree: Path, **more: Any) -> Pushed:
+    return await push(registry, tree, name="n", producer="p", subject="s", retention_class="scratch", **more)
+
+
+async def test_a_tree_comes_back_as_it_went_in(registry: Registry, tree: Path, tmp_path: Path) -> None:
+    done = await pushed(registry, tree, metadata={"a": 1})
+    assert (done.files, done.size_bytes) == (len(TREE), sum(map(len, TREE.values())))
+    assert done.sequence == len(TREE) + 2
+    assert done.manifest_digest is not None
+    by_id = await pull(registry, done.package_id, tmp_path / "by id")
+    by_address = await pull(registry, done.manifest_digest, tmp_path / "by address")
+    assert read(tmp_path / "by id") == read(tmp_path / "by address") == TREE
+    assert by_id == by_address
+    assert by_id.size_bytes == done.size_bytes
+    file = await registry.get_file_at(done.package_id, "a b.txt")
+    assert (file.media_type, file.sha256) == ("text/plain", hashlib.sha256(TREE["a b.txt"]).digest())
+
+
+async def test_an_empty_folder_is_an_empty_package(registry: Registry, tmp_path: Path) -> None:
+    (tmp_path / "nothing").mkdir()
+    done = await pushed(registry, tmp_path / "nothing")
+    assert (done.files, done.sequence) == (0, 2)
+    await pull(registry, done.package_id, tmp_path / "out")
+    assert read(tmp_path / "out") == {}
+
+
+async def test_a_bad_name_is_refused_before_a_package_is_created(registry: Registry, tree: Path) -> None:
+    (tree / "bad\tname").write_bytes(b"")
+    with pytest.raises(InvalidPathError):
+        await pushed(registry, tree)
+    assert [event async for event in registry.read_events()] == []
+
+
+class Failing:
+    """A registry of which some ingests fail, and which counts what was sent."""
+
+    def __init__(self, registry: Registry, failing: str) -> None:
+        self._registry = registry
+        self.failing = failing
+        self.sent: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._registry, name)
+
+    async def ingest(self, package_id: UUID, relative_path: str, *arguments: Any, **more: Any) -> Any:
+        if relative_path == self.failing:
+            raise UnavailableError("out of reach")
+        self.sent.append(relative_path)
+        return await self._registry.ingest(package_id, relative_path, *arguments, **more)
+
+
+async def test_an_interrupted_push_sends_only_what_is_missing(registry: Registry, tree: Path, tmp_path: Path) -> None:
+    failing: Any = Failing(registry, "large.bin")
+    state = PushState(uuid4(), resumed=False, kept=True)
+    with pytest.raises(UnavailableError):
+        await pushed(failing, tree, state=state, concurrency=1)
+    assert state.began
+    assert not state.done
+    before = set(failing.sent)
+    assert 0 < len(before) < len(TREE)
+    failing.sent, failing.failing = [], ""
+    again = PushState(state.push_id, resumed=True, kept=True)
+    done = await pushed(failing, tree, state=again)
+    assert again.done
+    assert set(failing.sent) == set(TREE) - before
+    assert done.sequence == len(TREE) + 2
+    await pull(registry, done.package_id, tmp_path / "out")
+    assert read(tmp_path / "out") == TREE
+
+
+async def test_a_push_whose_last_answer_was_lost_gives_the_first_answer(registry: Registry, tree: Path) -> None:
+    push_id = uuid4()
+    first = await pushed(registry, tree, state=PushState(push_id, resumed=False, kept=True))
+    second = await pushed(registry, tree, state=PushState(push_id, resumed=True, kept=True))
+    assert first == second
+
+
+@pytest.mark.parametrize("change", ["changed", "gone"])
+async def test_a_push_is_not_resumed_with_another_tree(registry: Registry, tree: Path, change: str) -> None:
+    failing: Any = Failing(registry, "large.bin")
+    state = PushState(uuid4(), resumed=False, kept=True)
+    with pytest.raises(UnavailableError):
+        await pushed(failing, tree, state=state, concurrency=1)
+    path = tree / failing.sent[0]
+    path.unlink()
+    if change == "changed":
+        path.write_bytes(b"something else")
+    with pytest.raises(ConflictError, match="interrupted push has sent"):
+        await pushed(registry, tree, state=PushState(state.push_id, resumed=True, kept=True))
+
+
+async def test_an_open_package_cannot_be_pulled(registry: Registry, tree: Path, tmp_path: Path) -> None:
+    done = await pushed(registry, tree, finalize=False)
+    assert done.manifest_digest is None
+    assert done.sequence == len(TREE) + 1
+    with pytest.raises(IllegalPackageStateError, match="open"):
+        await pull(registry, done.package_id, tmp_path / "out")
+    with pytest.raises(PackageNotFoundError):
+        await pull(registry, ContentAddress.of_digest(bytes(32)), tmp_path / "out")
+
+
+async def test_what_is_there_and_equal_is_kept(registry: Registry, tree: Path, tmp_path: Path) -> None:
+    done = await pushed(registry, tree)
+    out = tmp_path / "out"
+    await pull(registry, done.package_id, out)
+    (out / "empty").unlink()
+    (out / "mine").write_bytes(b"not of the package")
+    stamp = (out / "large.bin").stat().st_mtime_ns
+    again = await pull(registry, done.package_id, out)
+    assert again.kept == len(TREE) - 1
+    assert (out / "large.bin").stat().st_mtime_ns == stamp
+    assert read(out) == {**TREE, "mine": b"not of the package"}
+
+
+async def test_what_is_there_and_different_is_replaced_only_by_force(
+    registry: Registry, tree: Path, tmp_path: Path
+) -> None:
+    done = await pushed(registry, tree)
+    out = tmp_path / "out"
+    write(out, {"a b.txt": b"with a spice"})
+    with pytest.raises(ConflictError, match=r"nothing was written.*a b\.txt"):
+        await pull(registry, done.package_id, out)
+    assert read(out) == {"a b.txt": b"with a spice"}
+    await pull(registry, done.package_id, out, force=True)
+    assert read(out) == TREE
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("link", ["a b.txt", "deep", "läs"])
+async def test_nothing_is_written_through_a_link(
+    registry: Registry, tree: Path, tmp_path: Path, link: str, force: bool
+) -> None:
+    done = await pushed(registry, tree)
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    out.mkdir()
+    elsewhere.mkdir()
+    (out / link).symlink_to(elsewhere)
+    with pytest.raises(ConflictError):
+        await pull(registry, done.package_id, out, force=force)
+    assert read(elsewhere) == {}
+
+
+class Lying:
+    """A registry that gives one package with the manifest and bytes of the test's choice."""
+
+    def __init__(self, files: list[dict[str, Any]], content: bytes, *, manifest_of: UUID | None = None) -> None:
+        self.package_id = UUID("44444444-4444-4444-8444-444444444444")
+        self.content = content
+        about = {"name": "n", "producer": "p", "subject": "s", "retention_class": "scratch", "metadata": {}}
+        times = {"created_at": 1, "finalized_at": 2, "status": "finalized"}
+        package = {"id": str(manifest_of or self.package_id), **about, **times}
+        document = {"manifest_version": 1, "package": package, "files": files, "storage_receipts": []}
+        self.manifest = canonical_cbor(document)
+        self.address = ContentAddress.of_digest(blake3(self.manifest).digest())
+
+    async def get_package(self, package_id: UUID) -> Package:
+        return Package(package_id, "n", "p", "s", "scratch", "finalized", {}, self.address, 3, 1, 2)
+
+    async def get_manifest_bytes(self, package_id: UUID) -> bytes:
+        return self.manifest
+
+    async def open_content(self, file_id: UUID, offset: int, length: int) -> AsyncIterator[bytes]:
+        async def chunks() -> AsyncIterator[bytes]:
+            yield self.content
+
+        return chunks()
+
+
+def entry(path: Any, content: bytes = b"abc", **changes: Any) -> dict[str, Any]:
+    about = {"file_id": str(uuid4()), "relative_path": path, "media_type": "text/plain", "size_bytes": len(content)}
+    return {**about, "blake3": blake3(content).hexdigest(), "sha256": "00" * 32, **changes}
+
+
+async def pull_lies(lying: Lying, folder: Path) -> None:
+    registry: Any = lying
+    await pull(registry, lying.package_id, folder)
+
+
+@pytest.mark.parametrize(
+    "path", ["../out.txt", "/etc/cron.d/x", "a/../../x", "a//b", "", ".", "a/./b", "x\x00y", "a\nb", 7, None]
+)
+async def test_a_path_that_would_lead_out_is_refused(tmp_path: Path, path: Any) -> None:
+    with pytest.raises(CorruptError):
+        await pull_lies(Lying([entry("fine"), entry(path)], b"abc"), tmp_path / "out")
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+@pytest.mark.parametrize(
+    "changes", [{"size_bytes": -1}, {"size_bytes": "3"}, {"blake3": "00"}, {"blake3": "no hex"}, {"blake3": None}]
+)
+async def test_an_entry_that_cannot_be_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(CorruptError):
+        await pull_lies(Lying([entry("a", **changes)], b"abc"), tmp_path / "out")
+
+
+async def test_a_path_that_is_named_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CorruptError, match="twice"):
+        await pull_lies(Lying([entry("a"), entry("a")], b"abc"), tmp_path / "out")
+
+
+async def test_a_file_that_would_have_to_be_a_folder_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ConflictError, match="'a' and 'a/b/c'"):
+        await pull_lies(Lying([entry("a"), entry("a/b/c")], b"abc"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", [b"abd", b"ab", b"abcd", b"", b"x" * 5_000_000])
+async def test_bytes_that_are_not_the_manifests_get_no_name(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(CorruptError):
+        await pull_lies(Lying([entry("a/b")], content), tmp_path / "out")
+    assert read(tmp_path / "out") == {}
+
+
+async def test_a_manifest_of_another_digest_or_package_is_refused(tmp_path: Path) -> None:
+    lying = Lying([entry("a")], b"abc")
+    lying.manifest += b"\x00"
+    with pytest.raises(CorruptError, match="is not what blake3:"):
+        await pull_lies(lying, tmp_path / "out")
+    with pytest.raises(CorruptError, match="that of package"):
+        await pull_lies(Lying([entry("a")], b"abc", manifest_of=uuid4()), tmp_path / "out")
