@@ -1,0 +1,216 @@
+"""The commands on the embedded parts: JSON shapes, exit codes, and that results and remarks go separate ways."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from services.cli import main
+from services.config import Settings
+from services.manifest import decode
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(embedded_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a command on parts of the test's own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state home"))
+    for name in ("log_url", "blobs_url", "views_url", "state_dir"):
+        monkeypatch.setenv(f"ARTIFACT_STORE_{name.upper()}", str(getattr(embedded_settings, name)))
+
+    def invoke(*arguments: str | Path, code: int = 0) -> Result:
+        done = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        assert done.exit_code == code, done.output
+        return done
+
+    return invoke
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    folder = tmp_path / "tree"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "a b.txt").write_bytes(b"hello")
+    (folder / "sub" / "%41#?.csv").write_bytes(b"1,2\n")
+    return folder
+
+
+ABOUT = ("--name", "n", "--producer", "p", "--subject", "s", "--retention-class", "scratch")
+
+
+@pytest.fixture
+def package(run: Run, tree: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(run("push", tree, *ABOUT, "--metadata", "k=v", "--json").stdout)
+    return found
+
+
+def test_push_tells_what_it_made(package: dict[str, Any]) -> None:
+    assert list(package) == ["package_id", "manifest_digest", "sequence", "files", "bytes"]
+    assert (package["sequence"], package["files"], package["bytes"]) == (4, 2, 9)
+    assert package["manifest_digest"].startswith("blake3:")
+
+
+def test_push_without_finalizing_leaves_the_package_open(run: Run, tree: Path) -> None:
+    pushed = json.loads(run("push", tree, *ABOUT, "--no-finalize", "--json").stdout)
+    assert pushed["manifest_digest"] is None
+    assert json.loads(run("show", pushed["package_id"], "--json").stdout)["status"] == "created"
+    refused = run("pull", pushed["package_id"], "out", "--json", code=1)
+    assert json.loads(refused.stderr)["type"].endswith(":illegal-package-state")
+
+
+@pytest.mark.parametrize("by", ["package_id", "manifest_digest"])
+def test_pull_gives_the_tree_back(run: Run, tree: Path, tmp_path: Path, package: dict[str, Any], by: str) -> None:
+    pulled = json.loads(run("pull", package[by], tmp_path / "out", "--json").stdout)
+    assert pulled == {
+        "package_id": package["package_id"],
+        "manifest_digest": package["manifest_digest"],
+        "files": 2,
+        "bytes": 9,
+        "kept": 0,
+    }
+    assert (tmp_path / "out" / "sub" / "%41#?.csv").read_bytes() == b"1,2\n"
+    assert (tmp_path / "out" / "a b.txt").read_bytes() == b"hello"
+
+
+def test_pull_does_not_replace_what_is_different_unless_it_must(
+    run: Run, tmp_path: Path, package: dict[str, Any]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a b.txt").write_bytes(b"mine")
+    assert "a b.txt" in run("pull", package["package_id"], tmp_path / "out", code=1).stderr
+    run("pull", package["package_id"], tmp_path / "out", "--force")
+    assert (tmp_path / "out" / "a b.txt").read_bytes() == b"hello"
+
+
+def test_json_may_stand_before_the_command_as_well(run: Run, package: dict[str, Any]) -> None:
+    assert run("--json", "packages").stdout == run("packages", "--json").stdout
+
+
+def test_packages_are_one_a_line_and_can_be_chosen(run: Run, tree: Path, package: dict[str, Any]) -> None:
+    run("push", tree, *ABOUT[:-1], "report", "--producer", "q")
+    lines = [json.loads(line) for line in run("packages", "--json").stdout.splitlines()]
+    assert [line["producer"] for line in lines] == ["q", "p"]
+    assert lines[1]["package_id"] == package["package_id"]
+    assert lines[1]["metadata"] == {"k": "v"}
+    assert len(run("packages", "--producer", "p", "--json").stdout.splitlines()) == 1
+    assert len(run("packages", "--status", "created", "--json").stdout.splitlines()) == 0
+    assert len(run("packages", "--limit", "1").stdout.splitlines()) == 1
+
+
+def test_show_is_one_object_with_its_files(run: Run, package: dict[str, Any]) -> None:
+    shown = json.loads(run("show", package["manifest_digest"], "--json").stdout)
+    assert shown["package_id"] == package["package_id"]
+    assert [file["relative_path"] for file in shown["files"]] == ["a b.txt", "sub/%41#?.csv"]
+    assert "a b.txt" in run("show", package["package_id"]).stdout
+
+
+def test_the_manifest_is_written_byte_for_byte(run: Run, package: dict[str, Any]) -> None:
+    cbor = run("manifest", package["package_id"]).stdout_bytes
+    assert [file.relative_path for file in decode(cbor).files] == ["a b.txt", "sub/%41#?.csv"]
+    text = run("manifest", package["package_id"], "--format", "json").stdout
+    assert text.startswith("{")
+    assert '"manifest_version":1' in text
+    assert run("manifest", package["package_id"], "--json").stdout == text
+    assert decode(text.encode()) == decode(cbor)
+
+
+def test_events_are_one_a_line_and_go_on_behind_a_position(run: Run, package: dict[str, Any]) -> None:
+    events = [json.loads(line) for line in run("tail", "--json").stdout.splitlines()]
+    assert [event["sequence"] for event in events] == [1, 2, 3, 4]
+    rest = run("tail", "--json", "--since", events[1]["position"], "--package", package["package_id"]).stdout
+    assert [json.loads(line)["sequence"] for line in rest.splitlines()] == [3, 4]
+    for_people = run("tail")
+    assert len(for_people.stdout.splitlines()) == 4
+    assert events[3]["position"] in for_people.stderr
+    assert run("tail", "--quiet").stderr == ""
+
+
+def test_a_replay_gives_the_same_digest(run: Run, package: dict[str, Any]) -> None:
+    run("packages")
+    before = json.loads(run("digest", "registry", "--json").stdout)
+    assert list(before) == ["projection", "digest", "position", "rows"]
+    replayed = json.loads(run("replay", "registry", "--json").stdout)
+    assert replayed["events"] == 4
+    assert replayed["digest"] == before["digest"]
+    assert json.loads(run("digest", "registry", "--json").stdout) == before
+
+
+def test_verify_is_exit_code_1_when_a_blob_is_gone(run: Run, tmp_path: Path, package: dict[str, Any]) -> None:
+    clean = json.loads(run("verify", "--bytes", "--json").stdout)
+    assert (clean["events"], clean["violation_count"], clean["violations"]) == (4, 0, [])
+    next(path for path in (tmp_path / "blobs").rglob("*") if path.is_file() and path.read_bytes() == b"hello").unlink()
+    broken = json.loads(run("verify", "--json", code=1).stdout)
+    assert broken["violation_count"] == len(broken["violations"]) > 0
+    assert {"kind", "place", "detail"} == set(broken["violations"][0])
+
+
+def test_status_says_how_far_each_projection_is_behind(run: Run, package: dict[str, Any]) -> None:
+    run("replay", "registry")
+    run("replay", "retention")
+    status = json.loads(run("status", "--json").stdout)
+    assert {p["projection"]: p["behind"] for p in status["projections"]} == {"registry": 0, "retention": 0}
+    assert "registry" in run("status").stdout
+
+
+def test_doctor_finds_nothing_wrong_before_and_after_the_parts_are_made(run: Run, tree: Path) -> None:
+    assert json.loads(run("doctor", "--json").stdout)["ok"]
+    run("push", tree, *ABOUT)
+    found = json.loads(run("doctor", "--json").stdout)
+    assert {finding["part"] for finding in found["findings"]} == {
+        *("python", "settings", "log", "blobs", "views", "disk"),
+    }
+
+
+def test_doctor_names_what_is_wrong(run: Run, tmp_path: Path) -> None:
+    run("migrate")
+    (tmp_path / "log.db").write_bytes(b"this is no log")
+    found = json.loads(run("doctor", "--json", code=1).stdout)
+    wrong = {finding["part"]: finding["cause"] for finding in found["findings"] if not finding["ok"]}
+    assert list(wrong) == ["log"]
+    assert wrong["log"]
+    assert "settings" in run("doctor", "--kafka-partitions", "0", code=1).stdout
+
+
+def test_migrating_twice_is_harmless(run: Run) -> None:
+    assert run("migrate", "--json").stdout == run("migrate", "--json").stdout
+
+
+def test_nothing_is_parked(run: Run) -> None:
+    run("migrate")
+    assert run("parked", "--json").stdout == ""
+
+
+def test_a_refusal_is_exit_code_1_and_a_problem(run: Run, tree: Path) -> None:
+    refused = run("push", tree, *ABOUT[:-1], "no-such-class", "--json", code=1)
+    assert refused.stdout == ""
+    problem = json.loads(refused.stderr)
+    assert problem["type"].endswith(":unknown-retention-class")
+    assert problem["status"] == 422
+    assert "unknown retention class" in problem["detail"]
+
+
+def test_a_push_that_fails_says_how_to_go_on_and_goes_on(
+    run: Run, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import services.direct
+    from services.errors import UnavailableError
+
+    async def out_of_reach(*_: object, **__: object) -> None:
+        raise UnavailableError("the log is out of reach")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(services.direct.DirectRegistry, "finalize", out_of_reach)
+        failed = run("push", tree, *ABOUT, code=1)
+    assert "run the same command again" in failed.stderr
+    again = run("push", tree, *ABOUT, "--json")
+    assert "going on with its package" in again.stderr
+    assert json.loads(again.stdout)["sequence"] == 4
+    assert len(run("packages").stdout.splitlines()) == 1
+    assert [path for path in (tmp_path / "state home").rglob("*") if path.is_file()] == []

@@ -1,0 +1,159 @@
+"""What the command line takes, how quickly it starts, and what it answers to wrong usage."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from services.cli import main
+from services.cli.settings import SETTINGS, metadata_of
+from services.config import PREFIX, Settings
+
+COMMANDS = {
+    *("push", "pull", "packages", "show", "manifest", "tail"),
+    *("serve", "gateway", "projector", "migrate"),
+    *("replay", "digest", "verify", "parked", "status", "doctor"),
+}
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file `.env` and no embedded parts of the folder that the tests run in."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state home"))
+
+
+def run(*arguments: str, **environment: str) -> Result:
+    return CliRunner().invoke(main, list(arguments), env=environment)
+
+
+def test_every_command_of_the_contract_is_there_and_takes_json_and_the_settings() -> None:
+    assert set(main.commands) == COMMANDS
+    for command in main.commands.values():
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert {"--json", "--quiet", *(f"--{name.replace('_', '-')}" for name in SETTINGS)} <= options
+        assert command.help
+
+
+def test_every_setting_is_a_flag_and_no_other() -> None:
+    assert list(SETTINGS) == list(Settings.model_fields)
+    help_text = run("--help").output
+    assert all(f"--{name.replace('_', '-')}" in help_text for name in SETTINGS)
+
+
+def test_help_needs_nothing_heavy() -> None:
+    code = (
+        "import sys; from services.cli import main\n"
+        "try: main(['push', '--help'])\n"
+        "finally: sys.stderr.write(' '.join(sorted({name.split('.')[0] for name in sys.modules})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"aiohttp", "aiosqlite", "asyncpg", "blake3", "cbor2", "confluent_kafka", "fastavro", "minio", "pydantic"}
+    assert heavy & set(done.stderr.split()) == set()
+    assert "rich" not in done.stderr.split()
+    assert "--retention-class" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["no-such-command"],
+        ["packages", "--no-such-flag"],
+        ["packages", "--limit", "0"],
+        ["push", "."],
+        ["push", ".", "--name", "n"],
+        ["show"],
+        ["show", "no-id"],
+        ["show", "blake3:00"],
+        ["tail", "--since", "no-position"],
+        ["manifest", "--format", "xml", "x"],
+        ["replay", "no-such-projection"],
+        ["digest", "no-such-projection"],
+        ["projector", "no-such-projection"],
+        ["packages", "--kafka-partitions", "many"],
+        ["packages", "--log-url", "ftp://x"],
+        ["packages", "--log-url", "kafka://localhost:1/x"],
+        ["packages", "--url", "not a url"],
+    ],
+)
+def test_wrong_usage_is_exit_code_2_and_says_what_is_wrong(arguments: list[str]) -> None:
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    as_json = run(*arguments, "--json")
+    assert as_json.exit_code == 2
+    assert as_json.stdout == ""
+    problem = json.loads(as_json.stderr)
+    assert {"type", "title", "detail"} <= set(problem)
+    assert problem["type"].startswith("urn:artifact-store:problem:")
+
+
+def test_an_unknown_setting_in_the_environment_is_exit_code_2() -> None:
+    done = run("packages", **{f"{PREFIX}LOGURL": "x"})
+    assert done.exit_code == 2
+    assert f"unknown setting {PREFIX}LOGURL" in done.stderr
+
+
+def test_a_flag_overrides_the_environment_and_the_command_the_group(tmp_path: Path) -> None:
+    for name in ("one", "two", "three"):
+        (tmp_path / name).mkdir()
+    run(
+        "--blobs-url",
+        f"file:{tmp_path}/two/blobs",
+        "migrate",
+        "--blobs-url",
+        f"file:{tmp_path}/three/blobs",
+        **{f"{PREFIX}BLOBS_URL": f"file:{tmp_path}/one/blobs"},
+    )
+    assert [name for name in ("one", "two", "three") if (tmp_path / name / "blobs").exists()] == ["three"]
+
+
+def test_a_secret_never_reaches_a_message() -> None:
+    done = run("packages", "--log-url", "kafka://h:1/x", "--kafka-options", '{"sasl.password": [1, "hunter2"]}')
+    assert done.exit_code == 2
+    assert "hunter2" not in done.output
+
+
+def test_the_version_is_said() -> None:
+    assert run("--version").output.startswith("artifact-store 0.")
+
+
+def test_without_a_command_it_shows_what_there_is() -> None:
+    done = run()
+    assert done.exit_code == 2
+    assert "push" in done.output
+
+
+@pytest.mark.parametrize(
+    ("pairs", "document", "expected"),
+    [
+        (("a=b", "c=d=e", "f="), None, {"a": "b", "c": "d=e", "f": ""}),
+        (("n=1",), '{"n": 2, "m": [true]}', {"n": "1", "m": [True]}),
+        ((), None, {}),
+    ],
+)
+def test_metadata_comes_from_pairs_over_a_document(
+    pairs: tuple[str, ...], document: str | None, expected: dict[str, Any]
+) -> None:
+    assert metadata_of(pairs, document) == expected
+
+
+def test_a_metadata_document_may_be_a_file(tmp_path: Path) -> None:
+    (tmp_path / "about.json").write_text('{"k": 1.5}', encoding="utf-8")
+    assert metadata_of((), str(tmp_path / "about.json")) == {"k": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("pairs", "document"), [(("a",), None), (("=b",), None), (("a=1", "a=2"), None), ((), "{"), ((), "missing.json")]
+)
+def test_metadata_that_cannot_be_read_is_wrong_usage(pairs: tuple[str, ...], document: str | None) -> None:
+    with pytest.raises(click.BadParameter):
+        metadata_of(pairs, document)
