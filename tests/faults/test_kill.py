@@ -30,7 +30,6 @@ from tests.integration.processes import ProductProcess, deployed, output_of, ser
 FILES = 500
 PARALLEL = 16
 LARGEST_BYTES = 16 * 1024
-MOST_KILLS = 2
 UPLOAD_SECONDS = 120
 VIEW_SECONDS = 30
 
@@ -77,14 +76,15 @@ class Upload:
 class Killer:
     """Kills one of the processes at random moments and starts it again."""
 
-    def __init__(self, victims: Sequence[ProductProcess], rng: random.Random) -> None:
+    def __init__(self, victims: Sequence[ProductProcess], most_kills: int, rng: random.Random) -> None:
         self._victims = victims
+        self._most_kills = most_kills
         self._rng = rng
         self.kills = 0
 
     async def run(self, upload: Upload) -> None:
-        """Once or twice during an upload; the very beginning and the finalization are as likely as any file."""
-        for count in sorted(self._rng.choices(range(FILES + 1), k=self._rng.randint(1, MOST_KILLS))):
+        """At least once during an upload; the very beginning and the finalization are as likely as any file."""
+        for count in sorted(self._rng.choices(range(FILES + 1), k=self._rng.randint(1, self._most_kills))):
             await upload.reached(count)
             await asyncio.sleep(self._rng.uniform(0, 0.02))  # not to wait for anything: the moment is to be any
             victim = self._rng.choice(self._victims)
@@ -93,11 +93,13 @@ class Killer:
             await asyncio.to_thread(victim.start)
 
 
-async def rounds(settings: Settings, url: str, victims: Sequence[ProductProcess], seconds: float) -> None:
-    """Uploads with kills, each looked at when it is done, and all of it by `verify` at the end."""
+async def rounds(
+    settings: Settings, url: str, victims: Sequence[ProductProcess], seconds: float, *, most_kills: int
+) -> None:
+    """Uploads with up to so many kills, each looked at when it is done, and all of it by `verify` at the end."""
     seed = int(os.environ.get("KILL_SEED") or random.randrange(2**32))
     rng = random.Random(seed)
-    killer = Killer(victims, rng)
+    killer = Killer(victims, most_kills, rng)
     deadline = time.monotonic() + seconds
     done = 0
     async with open_registry(Settings(url=url)) as registry:
@@ -158,7 +160,7 @@ async def test_a_killed_gateway_loses_and_repeats_nothing(
     real_settings: Settings, tmp_path: Path, seconds: float
 ) -> None:
     with deployed(real_settings, tmp_path) as processes:
-        await rounds(real_settings, processes["gateway"].endpoint, [processes["gateway"]], seconds)
+        await rounds(real_settings, processes["gateway"].endpoint, [processes["gateway"]], seconds, most_kills=2)
 
 
 @pytest.mark.services
@@ -168,7 +170,7 @@ async def test_a_killed_projector_skips_and_repeats_nothing(
 ) -> None:
     with deployed(real_settings, tmp_path) as processes:
         victims = [processes["registry"], processes["retention"]]
-        await rounds(real_settings, processes["gateway"].endpoint, victims, seconds)
+        await rounds(real_settings, processes["gateway"].endpoint, victims, seconds, most_kills=6)
 
 
 @long_and_short
@@ -176,4 +178,4 @@ async def test_killing_the_one_embedded_process_loses_and_repeats_nothing(
     embedded_settings: Settings, tmp_path: Path, seconds: float
 ) -> None:
     with serving(embedded_settings, tmp_path) as process:
-        await rounds(embedded_settings, process.endpoint, [process], seconds)
+        await rounds(embedded_settings, process.endpoint, [process], seconds, most_kills=4)
