@@ -1,0 +1,157 @@
+"""The client commands through a gateway of its own process, and how its processes end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from services.config import Settings
+from tests.integration.processes import (
+    COMMAND,
+    command_environment,
+    output_of,
+    run_command,
+    serving,
+    variables,
+)
+
+ABOUT = ("--name", "n", "--producer", "p", "--subject", "s", "--retention-class", "scratch")
+NAMES = ("a b.txt", "läs/mig.txt", "%41", "#x?y", "d/e/e/p/leaf", "plus+&=;,@")
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    for name in NAMES:
+        path = tmp_path / "tree" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+    (tmp_path / "tree" / "empty").write_bytes(b"")
+    with (tmp_path / "tree" / "large.bin").open("wb") as large:
+        for number in range(8):
+            large.write(bytes([number]) * (1 << 20))
+    return tmp_path / "tree"
+
+
+def read(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_tree_goes_through_a_gateway_and_back(embedded_settings: Settings, tree: Path, tmp_path: Path) -> None:
+    with serving(embedded_settings, tmp_path) as gateway:
+        url = gateway.endpoint
+        pushed = json.loads(output_of(None, "push", tree, *ABOUT, "--actor", "Åda", "--json", "--url", url))
+        assert pushed["sequence"] == pushed["files"] + 2
+        for number, which in enumerate((pushed["package_id"], pushed["manifest_digest"])):
+            output_of(None, "pull", which, tmp_path / str(number), url=url)
+            assert read(tmp_path / str(number)) == read(tree)
+        events = output_of(None, "tail", "--json", url=url).splitlines()
+        assert {json.loads(event)["actor"] for event in events} == {"Åda"}
+        again = output_of(None, "manifest", pushed["package_id"], "--format", "json", url=url)
+    # And the same from the files themselves, once the gateway has let go of them.
+    assert output_of(embedded_settings, "manifest", pushed["package_id"], "--format", "json") == again
+
+
+def test_an_address_that_can_be_no_gateway_is_wrong_usage() -> None:
+    refused = run_command(None, "show", "11111111-1111-4111-8111-111111111111", url="ftp://127.0.0.1:9")
+    assert refused.returncode == 2
+    assert b"http(s)://" in refused.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("command", ["serve", "gateway", "projector"])
+def test_a_process_of_the_product_ends_cleanly_when_it_is_told(
+    embedded_settings: Settings, tmp_path: Path, command: str, number: signal.Signals
+) -> None:
+    output_of(embedded_settings, "migrate")
+    settings = embedded_settings.model_copy(update={"listen": "127.0.0.1:0"})
+    with subprocess.Popen(
+        [*COMMAND, command], env={**os.environ, **variables(settings)}, stderr=subprocess.PIPE
+    ) as made:
+        try:
+            assert made.stderr is not None
+            if command != "projector":
+                while b"listening on" not in made.stderr.readline():
+                    assert made.poll() is None
+            else:
+                wait_for_handler(made.pid, number)
+            made.send_signal(number)
+            assert made.wait(timeout=30) == 0
+        finally:
+            made.kill()
+
+
+def wait_for_handler(pid: int, number: signal.Signals) -> None:
+    """Return once the process catches the signal with a handler of an event loop (which keeps it blocked in no way)."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+        caught = int(next(line for line in status.splitlines() if line.startswith("SigCgt")).split()[1], 16)
+        if caught >> (signal.SIGTERM - 1) & 1 and caught >> (number - 1) & 1:
+            return
+        time.sleep(0.02)
+    raise AssertionError("the process never caught the signal")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_following_ends_cleanly_when_it_is_told(
+    embedded_settings: Settings, tree: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    output_of(embedded_settings, "push", tree, *ABOUT)
+    environment = command_environment(embedded_settings, None, tmp_path)
+    command = [*COMMAND, "tail", "--follow", "--json"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as made:
+        try:
+            assert made.stdout is not None
+            lines = [json.loads(made.stdout.readline()) for _ in range(10)]
+            made.send_signal(number)
+            rest, said = made.communicate(timeout=30)
+        finally:
+            made.kill()
+    assert [line["sequence"] for line in lines] == list(range(1, 11))
+    assert (made.returncode, rest, said) == (0, b"", b"")
+
+
+def test_progress_is_on_standard_error_and_only_on_a_terminal(
+    embedded_settings: Settings, tree: Path, tmp_path: Path
+) -> None:
+    done = run_command(embedded_settings, "push", tree, *ABOUT, "--json")
+    assert done.stderr == b""
+    own, other = os.openpty()
+    environment = {**command_environment(embedded_settings, None, tmp_path), "TERM": "xterm"}
+    drawn = subprocess.Popen(
+        [*COMMAND, "push", str(tree), *ABOUT, "--json"], env=environment, stdout=subprocess.PIPE, stderr=other
+    )
+    os.close(other)
+    out, _ = drawn.communicate(timeout=60)
+    assert drawn.returncode == 0
+    assert json.loads(out)["files"] == len(NAMES) + 2
+    assert b"files" in os.read(own, 1 << 16)
+    os.close(own)
+
+
+def test_a_large_file_takes_little_memory_on_its_way(embedded_settings: Settings, tmp_path: Path) -> None:
+    size = 1 << 30
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(size)  # zeros without blocks: the client reads and sends them all the same
+    with serving(embedded_settings, tmp_path) as gateway:
+        peaks = [peak_of("push", tmp_path / "large", *ABOUT, url=gateway.endpoint, folder=tmp_path)]
+        (package,) = output_of(None, "packages", "--json", url=gateway.endpoint).splitlines()
+        which = json.loads(package)["package_id"]
+        peaks.append(peak_of("pull", which, tmp_path / "out", url=gateway.endpoint, folder=tmp_path))
+    assert (tmp_path / "out" / "large").stat().st_size == size
+    assert max(peaks) < 160 << 20
+
+
+def peak_of(*arguments: str | Path, url: str, folder: Path) -> int:
+    """The most memory in bytes that a command of the product held at one time."""
+    made = subprocess.Popen([*COMMAND, *map(str, arguments)], env=command_environment(None, url, folder))
+    _, status, usage = os.wait4(made.pid, 0)
+    made.returncode = os.waitstatus_to_exitcode(status)
+    assert made.returncode == 0
+    return usage.ru_maxrss * 1024
