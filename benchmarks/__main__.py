@@ -1,0 +1,43 @@
+"""`python -m benchmarks [NAME…]`: measure, write `var/bench/NAME.json`, print a Markdown table."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+
+from benchmarks import append, append_latency
+from benchmarks.harness import measure
+from benchmarks.result import table
+from services.config import PREFIX, Settings
+from tests.services.shared import VAR, read_environment
+
+PLANS = {plan.name: plan for plan in (append.PLAN, append_latency.PLAN)}
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code: 0 measured, 2 an unknown name or no services. A missed target is shown, not a failure."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PLANS)}; without one: all")
+    names = parser.parse_args(arguments).names or list(PLANS)
+    if unknown := [name for name in names if name not in PLANS]:
+        parser.error(f"there is no benchmark {', '.join(unknown)}; there are {', '.join(PLANS)}")
+    found = read_environment()
+    if not found:
+        parser.error("the services do not run: `make bench` starts them, or run `make services` first")
+    settings = Settings(**{name.removeprefix(PREFIX).lower(): value for name, value in found.items()})
+    results = []
+    for name in names:
+        result = asyncio.run(measure(PLANS[name], settings, _note))
+        result.write(VAR / "bench")
+        results.append(result)
+    print(table(results))
+    return 0
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
