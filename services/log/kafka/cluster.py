@@ -34,7 +34,11 @@ _admin: Any = confluent_kafka.admin
 ANSWER_SECONDS = 10.0
 """How long a question waits for its answer."""
 
+_CLIENT_SECONDS = 3.0
+"""How long one client may be silent before another is asked."""
+
 _AGAIN_SECONDS = 0.05
+_SILENT = frozenset({KafkaError._TIMED_OUT, KafkaError._TRANSPORT, KafkaError._DESTROY, KafkaError.REQUEST_TIMED_OUT})
 _MOVING = frozenset(
     {
         KafkaError.NOT_LEADER_FOR_PARTITION,
@@ -166,25 +170,41 @@ class Cluster:
             return self._answers(question)
 
     def _answers(self, question: Callable[[AdminClient], dict[Any, Future[Any]]]) -> dict[Any, Any]:
-        """Ask, and again while leaders or coordinators move, until ANSWER_SECONDS are over."""
+        """Ask, and again while leaders or coordinators move, until ANSWER_SECONDS are over.
+
+        A client whose broker was restarted may never get an answer about groups again; another one does.
+        """
         deadline = time.monotonic() + ANSWER_SECONDS
         while True:
             admin = self._admin()
             admin.poll(0)  # hands over what the client has to log
             try:
-                left = max(0.1, deadline - time.monotonic())
+                left = max(_AGAIN_SECONDS, min(_CLIENT_SECONDS, deadline - time.monotonic()))
                 return {key: future.result(left) for key, future in question(admin).items()}
+            except TimeoutError:
+                self._discard(admin)
+                if time.monotonic() > deadline:
+                    raise
             except KafkaException as error:
                 found = kafka_error(error)
-                if found is None or found.code() not in _MOVING or time.monotonic() > deadline:
+                code = found.code() if found is not None else KafkaError.UNKNOWN
+                if code in _SILENT:
+                    self._discard(admin)
+                elif code not in _MOVING:
+                    raise
+                if time.monotonic() > deadline:
                     raise
             time.sleep(_AGAIN_SECONDS)
+
+    def _discard(self, admin: AdminClient) -> None:
+        with self._lock:
+            if self._made is admin:
+                self._made = None
 
     def _admin(self) -> AdminClient:
         with self._lock:
             if self._made is None:
-                # A request must not outlive the wait for it.
-                self._made = make_admin({"socket.timeout.ms": int(ANSWER_SECONDS * 1000), **self._kafka.admin()})
+                self._made = make_admin(self._kafka.admin())
             return self._made
 
     def close(self) -> None:

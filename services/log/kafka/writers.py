@@ -17,7 +17,7 @@ from services.core.limits import Limits
 from services.errors import ConfigurationError, LogIdentityError, PushBackError, UnavailableError
 from services.log.kafka.group import NO_URL, WriterGroup
 from services.log.kafka.log import KafkaLog
-from services.log.kafka.owners import Owners
+from services.log.kafka.owners import Owner, Owners
 from services.log.kafka.requests import IngestCheck, Request
 from services.log.kafka.writer import PartitionWriter, WriterContext
 from services.log.port import Forwarder, PartitionNotOwnedError, PartitionStatus, PutManifest
@@ -28,8 +28,8 @@ SUBMIT_SECONDS = 30.0
 THIS_PROCESS = "this process"
 
 _HAND_OVER_SECONDS = 15.0
-_FORWARD_SECONDS = 8.0
-"""After this long without an answer the owner is looked up again: it may be frozen, and its partition another's."""
+_LOOK_SECONDS = 1.0
+"""How often it is looked whether a forwarded command's owner still is: a frozen one neither answers nor refuses."""
 _FIRST_PAUSE = 0.02
 _LONGEST_PAUSE = 0.5
 _IDENTITY_SECONDS = 10.0
@@ -193,8 +193,8 @@ class KafkaWriter:
                     if owner is not None and not owner.is_self:
                         trouble = f"partition {partition} is written by another process that cannot be reached"
                         if owner.url is not None and self._forwarder is not None:
-                            async with asyncio.timeout_at(min(deadline, loop.time() + _FORWARD_SECONDS)):
-                                return await there(self._forwarder, owner.url)
+                            async with asyncio.timeout_at(deadline):
+                                return await self._while_owned(partition, owner, there(self._forwarder, owner.url))
                 except UnavailableError as error:
                     trouble = error.detail
                 except TimeoutError:
@@ -204,6 +204,17 @@ class KafkaWriter:
                     raise UnavailableError(f"{trouble}; the outcome is unknown, retry with the same command id")
                 await asyncio.sleep(pause * random.uniform(0.5, 1.5))
                 pause = min(2 * pause, _LONGEST_PAUSE)
+
+    async def _while_owned(self, partition: int, owner: Owner, answer: Awaitable[_T]) -> _T:
+        """Wait for a forwarded command's answer. Raises PartitionNotOwnedError once another owns the partition."""
+        waiting = asyncio.ensure_future(answer)
+        try:
+            while not (await asyncio.wait([waiting], timeout=_LOOK_SECONDS))[0]:
+                if (await self._owners.all()).get(partition, owner) != owner:
+                    raise PartitionNotOwnedError("the partition went to another process")
+            return await waiting
+        finally:
+            waiting.cancel()
 
     async def _here(self, asked: Command | IngestCheck, deadline: float) -> Acknowledgement | None:
         """Let this process's writer carry it out. Raises UnavailableError when the answer does not come in time."""

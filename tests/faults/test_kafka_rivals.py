@@ -1,0 +1,229 @@
+"""Two writers of one partition, open transactions of strangers, and commands that Kafka does not take."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import os
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import confluent_kafka.admin
+import pytest
+from confluent_kafka import KafkaException
+
+from schemas.codec import encode
+from services.clock import system_clock
+from services.config import Settings
+from services.core.commands import Acknowledgement, Command, FinalizePackage, IngestFiles
+from services.core.decide import decide
+from services.core.limits import Limits
+from services.errors import ArtifactStoreError, CorruptError, PackageNotFoundError, RejectedError, UnavailableError
+from services.log.kafka import KafkaLog, tenure
+from services.log.kafka.tenure import Tenure
+from services.log.port import PartitionNotOwnedError
+from tests.contract.log_invariants import assert_recorded_once, read_valid
+from tests.contract.log_stage import PATIENCE_SECONDS, ready
+from tests.integration.conditions import until
+from tests.integration.kafka_stage import (
+    create_in,
+    cut_off,
+    foreign_transaction,
+    kafka_settings,
+    lone_writer,
+    open_kafka_log,
+    operate,
+)
+from tests.unit.commands import stored
+
+pytestmark = pytest.mark.services
+
+# The package's types do not mark what its documentation names as exported.
+_admin: Any = confluent_kafka.admin
+
+
+@pytest.fixture
+def kafka(kafka_url: str, tmp_path: Path) -> Settings:
+    return kafka_settings(kafka_url, tmp_path)
+
+
+@pytest.fixture
+async def log(kafka: Settings) -> AsyncIterator[KafkaLog]:
+    async with open_kafka_log(kafka) as found:
+        yield found
+
+
+async def take_over(log: KafkaLog, partition: int, *, ours: bool = True) -> Tenure:
+    """The right to a partition, without asking any group."""
+    identity = await log.identity()
+    return await asyncio.to_thread(
+        lambda: Tenure(log.kafka, log.cluster, partition, identity, is_ours=lambda: ours, stopping=lambda: False)
+    )
+
+
+def carry_out(holder: Tenure, command: Command) -> None:
+    """Decide a command and append what it becomes."""
+    now = max(system_clock(), holder.state.last_created_at)
+    decision = decide(holder.state.package(command.package_id), command, now, Limits())
+    for event in decision.events:
+        holder.state.apply(event)
+    holder.append([(event, encode(event)) for event in decision.events])
+
+
+async def test_who_was_cut_off_can_append_nothing_more_and_its_successor_knows_all_it_wrote(log: KafkaLog) -> None:
+    first = await take_over(log, 0)
+    made = create_in(0)
+    await asyncio.to_thread(carry_out, first, made)
+    second = await take_over(log, 0)
+    assert second.state.package(made.package_id) == first.state.package(made.package_id)
+    with pytest.raises((KafkaException, SystemError)):
+        await asyncio.to_thread(carry_out, first, create_in(0))
+    await asyncio.to_thread(carry_out, second, create_in(0))
+    for holder in (first, second):
+        await asyncio.to_thread(holder.close)
+    assert len(await read_valid(log)) == 2
+
+
+async def test_what_a_predecessor_left_uncommitted_is_gone_for_its_successor(log: KafkaLog) -> None:
+    first = await take_over(log, 1)
+    producer = first._producer
+    assert producer is not None
+    producer.begin_transaction()
+    producer.produce(log.kafka.topic, b"left behind", b"key", 1)
+    producer.flush(30)
+    second = await take_over(log, 1)
+    made = create_in(1)
+    await asyncio.to_thread(carry_out, second, made)
+    for holder in (first, second):
+        await asyncio.to_thread(holder.close)
+    assert [event.package_id for event in await read_valid(log)] == [made.package_id]
+
+
+async def test_nobody_is_cut_off_by_who_does_not_own_the_partition(log: KafkaLog) -> None:
+    owner = await take_over(log, 0)
+    with pytest.raises(PartitionNotOwnedError):
+        await take_over(log, 0, ours=False)
+    await asyncio.to_thread(carry_out, owner, create_in(0))
+    await asyncio.to_thread(owner.close)
+
+
+async def test_commands_are_settled_exactly_once_when_rivals_cut_the_writer_off_again_and_again(
+    kafka: Settings, log: KafkaLog
+) -> None:
+    async with lone_writer(kafka, log) as writer:
+        await ready(writer)
+        done: list[tuple[Command, Acknowledgement]] = []
+
+        async def client(n: int) -> None:
+            for _ in range(30):
+                command = create_in(n % 3)
+                done.append((command, await writer.submit(command)))
+                added = IngestFiles(command.package_id, uuid4(), "ada", (stored("a"), stored("b")))
+                done.append((added, await writer.submit(added)))
+
+        clients = [asyncio.ensure_future(client(n)) for n in range(12)]
+        for n in range(9):
+            await asyncio.to_thread(cut_off, log, n % 3)
+        await asyncio.gather(*clients)
+        assert all(status.since is not None for status in await writer.status())
+    events = await read_valid(log)
+    assert_recorded_once(events, done)
+    assert len(events) == 12 * 30 * 3
+
+
+async def test_a_refusal_is_never_given_on_a_state_that_another_has_moved_on(kafka: Settings, log: KafkaLog) -> None:
+    """As after a freeze: another process owned the partition for a while, and this one does not know it yet."""
+    async with lone_writer(kafka, log) as writer:
+        await ready(writer)
+        made = create_in(2)
+        with pytest.raises(PackageNotFoundError):
+            await writer.check_ingest(made.package_id, ["a"], None)
+        rival = await take_over(log, 2)
+        await asyncio.to_thread(carry_out, rival, made)
+        await asyncio.to_thread(rival.close)
+        await writer.check_ingest(made.package_id, ["a"], None)
+        done = [(made, await writer.submit(made))]
+        ended = FinalizePackage(made.package_id, uuid4(), "ada")
+        done_too = [(ended, await writer.submit(ended))]
+    assert_recorded_once(await read_valid(log), [*done, *done_too])
+
+
+async def test_a_stranger_s_open_transaction_bounds_a_take_over_and_is_named(
+    kafka: Settings, log: KafkaLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tenure, "PATIENCE_SECONDS", 0.5)
+    with foreign_transaction(log, 1):
+        async with lone_writer(kafka, log, submit_seconds=3.0) as writer:
+            with pytest.raises(UnavailableError, match=r"transaction that is open since offset 0"):
+                await writer.submit(create_in(1))
+            assert "kafka-transactions.sh" in (await writer.ready() or "")
+            await writer.submit(create_in(0))
+    async with lone_writer(kafka, log) as writer:
+        await ready(writer)
+        await writer.submit(create_in(1))
+    assert len(await read_valid(log)) == 2
+
+
+async def test_a_command_below_a_stranger_s_transaction_waits_and_is_settled_once_when_it_ends(
+    kafka: Settings, log: KafkaLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tenure, "PATIENCE_SECONDS", 0.5)
+    async with lone_writer(kafka, log) as writer:
+        await ready(writer)
+        commands = [create_in(1) for _ in range(20)]
+        with foreign_transaction(log, 1):
+            answers = [asyncio.ensure_future(writer.submit(command)) for command in commands]
+
+            async def named() -> bool:
+                return "open since offset" in (await writer.ready() or "")
+
+            await until(named, PATIENCE_SECONDS, "the cause is not named")
+            assert not any(answer.done() for answer in answers)
+        done = list(zip(commands, await asyncio.gather(*answers), strict=True))
+        await ready(writer)
+    events = await read_valid(log)
+    assert_recorded_once(events, done)
+    assert len(events) == len(commands)
+
+
+async def test_a_command_that_the_broker_does_not_take_is_rejected_and_its_neighbours_are_recorded(
+    kafka: Settings, log: KafkaLog
+) -> None:
+    async with lone_writer(kafka, log) as writer:
+        await ready(writer)
+        entry = _admin.ConfigEntry("max.message.bytes", "20000", incremental_operation=_admin.AlterConfigOpType.SET)
+        resource = _admin.ConfigResource(_admin.ResourceType.TOPIC, log.kafka.topic, incremental_configs=[entry])
+        await asyncio.to_thread(operate, log, lambda admin: admin.incremental_alter_configs([resource]))
+        # What cannot be compressed, so that it is as large for the broker as it is for us.
+        noise = base64.b64encode(os.urandom(30_000)).decode()
+        poison = create_in(0, metadata=f'{{"noise":"{noise}"}}')
+        commands: list[Command] = [create_in(0) for _ in range(30)]
+        commands.insert(11, poison)
+        answers = await asyncio.gather(*(writer.submit(command) for command in commands), return_exceptions=True)
+        refused = [n for n, answer in enumerate(answers) if isinstance(answer, RejectedError)]
+        assert refused == [11]
+        done = [(c, a) for c, a in zip(commands, answers, strict=True) if not isinstance(a, BaseException)]
+        assert len(done) == 30
+    events = await read_valid(log)
+    assert_recorded_once(events, done)
+    assert len(events) == 30
+
+
+async def test_a_partition_that_breaks_an_invariant_is_not_written_to(kafka: Settings, log: KafkaLog) -> None:
+    holder = await take_over(log, 0)
+    made = create_in(0)
+    await asyncio.to_thread(carry_out, holder, made)
+    decision = decide(None, create_in(0), system_clock(), Limits())
+    gap = replace(decision.events[0], sequence=2)
+    await asyncio.to_thread(holder.append, [(gap, encode(gap))])
+    await asyncio.to_thread(holder.close)
+    async with lone_writer(kafka, log) as writer:
+        with pytest.raises(CorruptError):
+            await writer.submit(create_in(0))
+        with pytest.raises(ArtifactStoreError):
+            await writer.submit(made)
+        assert "partition 0 cannot be written to" in (await writer.ready() or "")
+        await writer.submit(create_in(1))
