@@ -19,7 +19,7 @@ from uuid import uuid4
 
 from services.blobs.cleanup import Cleanups
 from services.blobs.intake import PIECE_BYTES, Digests, Intake
-from services.blobs.port import IDLE_SECONDS, Declared, StoredBlob, checked_key, content_key
+from services.blobs.port import IDLE_SECONDS, Declared, StoredBlob, checked_key, checked_object_key, content_key
 from services.errors import CorruptError, UnavailableError
 
 _P = ParamSpec("_P")
@@ -86,6 +86,42 @@ class LocalBlobStore:
         """See the port."""
         path = self._path(key)
         return await self._work(_size, path)
+
+    async def put_object(self, key: str, data: bytes) -> None:
+        """See the port."""
+        path = self._root / checked_object_key(key)
+        draft = _Draft(self._incoming / f"{uuid4()}.part")
+
+        def put() -> None:
+            try:
+                draft.open()
+                draft.write(data)
+                draft.sync()
+                path.parent.mkdir(parents=True, exist_ok=True)
+                draft.path.replace(path)
+                _sync_folder(path.parent)
+            finally:
+                draft.discard()
+
+        await self._work(put)
+
+    async def get_object(self, key: str) -> bytes | None:
+        """See the port."""
+        return await self._work(_content, self._root / checked_object_key(key))
+
+    async def list_objects(self, prefix: str) -> list[str]:
+        """See the port."""
+        folder = self._root / checked_object_key(prefix)
+
+        def keys() -> list[str]:
+            return sorted(path.relative_to(self._root).as_posix() for path in folder.rglob("*") if path.is_file())
+
+        return await self._work(keys)
+
+    async def delete_object(self, key: str) -> None:
+        """See the port. Leaves the folder: another object may be on its way into it."""
+        path = self._root / checked_object_key(key)
+        await self._work(lambda: path.unlink(missing_ok=True))
 
     async def migrate(self) -> None:
         """See the port."""
@@ -206,6 +242,13 @@ def _open_for_read(path: Path) -> int:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
         raise CorruptError(f"blob {path.name} is missing") from None
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
 
 
 def _size(path: Path) -> int | None:

@@ -1,7 +1,8 @@
 """The port to blob storage: immutable objects, written once, read by key, offset and length.
 
 Two adapters fulfil it (`s3`, `local`) and pass one contract suite, `tests/contract/test_blobs.py`. Keys are POSIX-like:
-those of `content_key` for content-addressed blobs, `uploads/<uuid>` for large bodies without a declared digest.
+those of `content_key` for content-addressed blobs, `uploads/<uuid>` for large bodies without a declared digest. Beside
+the blobs lie small named objects of the product's own, below `snapshots/`, which no event names and which may go.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Protocol
 from services.core.content_address import content_key
 from services.errors import CorruptError
 
-__all__ = ["IDLE_SECONDS", "BlobStore", "Declared", "StoredBlob", "checked_key", "content_key"]
+__all__ = ["IDLE_SECONDS", "BlobStore", "Declared", "StoredBlob", "checked_key", "checked_object_key", "content_key"]
 
 IDLE_SECONDS = 86_400.0
 """How long an upload may stand still before `sweep` takes it for abandoned: a day."""
@@ -57,6 +58,18 @@ def checked_key(key: str) -> str:
     return key
 
 
+def checked_object_key(key: str) -> str:
+    """The key itself, if it may be one of a named object, or the prefix of such: so no blob is replaced or deleted.
+
+    Raises:
+        ValueError: it does not begin with `snapshots/`. CorruptError: as `checked_key`.
+    """
+    if not key.startswith("snapshots/"):
+        raise ValueError(f"{key[:80]!r} is no key of a named object")
+    checked_key(key.removesuffix("/"))
+    return key
+
+
 class BlobStore(Protocol):
     """A store of immutable blobs. Every method may be called from many tasks of one event loop at a time."""
 
@@ -88,6 +101,22 @@ class BlobStore(Protocol):
 
     async def size(self, key: str) -> int | None:
         """Length of the blob in bytes, None if there is none. Raises UnavailableError, CorruptError (`checked_key`)."""
+
+    async def put_object(self, key: str, data: bytes) -> None:
+        """Write a named object of a few MiB at most, in place of one that is there; return once it is durable.
+
+        A reader sees the old bytes or the new ones, never a mixture. Raises UnavailableError, and as
+        `checked_object_key`, which holds for the other three as well.
+        """
+
+    async def get_object(self, key: str) -> bytes | None:
+        """The bytes of a named object, None if there is none. Raises UnavailableError."""
+
+    async def list_objects(self, prefix: str) -> list[str]:
+        """Keys of all named objects below `prefix`, which ends in a slash; sorted. Raises UnavailableError."""
+
+    async def delete_object(self, key: str) -> None:
+        """Remove a named object, if it is there. Raises UnavailableError."""
 
     async def migrate(self) -> None:
         """Create the bucket or folder if it is missing. Safe to repeat. Raises UnavailableError, ConfigurationError."""

@@ -22,7 +22,7 @@ from services.blobs.cleanup import Cleanups
 from services.blobs.intake import PIECE_BYTES, Digests, Intake
 from services.blobs.memory import ByteBudget, PartBuffer, Share
 from services.blobs.parts import MAX_PARTS, MIB, PartPlan
-from services.blobs.port import IDLE_SECONDS, Declared, StoredBlob, checked_key, content_key
+from services.blobs.port import IDLE_SECONDS, Declared, StoredBlob, checked_key, checked_object_key, content_key
 from services.blobs.s3_multipart import RECORDS, MultipartUpload, UploadRecord, fill, object_size, remove_upload
 from services.blobs.s3_requests import ATTEMPTS, AccessRefusedError, Endpoint, S3Requests, StoreTroubleError, patience
 from services.errors import ConfigurationError, CorruptError, UnavailableError
@@ -132,6 +132,28 @@ class S3BlobStore:
         """See the port."""
         return await object_size(self._requests, checked_key(key))
 
+    async def put_object(self, key: str, data: bytes) -> None:
+        """See the port."""
+        buffer = PartBuffer(len(data))
+        try:
+            buffer.append(data)
+            await self._requests.send("PUT", checked_object_key(key), _OK, body=buffer)
+        finally:
+            buffer.close()
+
+    async def get_object(self, key: str) -> bytes | None:
+        """See the port."""
+        answer = await self._requests.send("GET", checked_object_key(key), frozenset({200, 404}))
+        return answer.body if answer.status == 200 else None
+
+    async def list_objects(self, prefix: str) -> list[str]:
+        """See the port."""
+        return sorted(await self._with_sdk(self._keys(checked_object_key(prefix))))
+
+    async def delete_object(self, key: str) -> None:
+        """See the port."""
+        await self._requests.send("DELETE", checked_object_key(key), frozenset({200, 204, 404}))
+
     async def migrate(self) -> None:
         """See the port."""
         bucket, region = self._requests.endpoint.bucket, self._requests.endpoint.region
@@ -151,14 +173,8 @@ class S3BlobStore:
 
     async def sweep(self, *, now: datetime, idle_seconds: float = IDLE_SECONDS) -> int:
         """See the port. A record that cannot be read is logged and left for people to look at."""
-        bucket = self._requests.endpoint.bucket
-
-        def records(sdk: Minio) -> list[str]:
-            found = sdk.list_objects(bucket, prefix=RECORDS, recursive=True)
-            return [item.object_name for item in found if item.object_name is not None]
-
         swept = 0
-        for record_key in await self._with_sdk(records):
+        for record_key in await self._with_sdk(self._keys(RECORDS)):
             answer = await self._requests.send("GET", record_key, frozenset({200, 404}))
             if answer.status == 404:  # completed meanwhile
                 continue
@@ -227,6 +243,13 @@ class S3BlobStore:
             raise CorruptError(f"blob {key} is missing")
         if total < end:
             raise CorruptError(f"blob {key} has {total} bytes, {end} are expected")
+
+    def _keys(self, prefix: str) -> Callable[[Minio], list[str]]:
+        def keys(sdk: Minio) -> list[str]:
+            found = sdk.list_objects(self._requests.endpoint.bucket, prefix=prefix, recursive=True)
+            return [item.object_name for item in found if item.object_name is not None]
+
+        return keys
 
     async def _with_sdk(self, act: Callable[[Minio], _T]) -> _T:
         try:

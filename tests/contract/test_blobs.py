@@ -272,6 +272,34 @@ async def test_no_key_leaves_the_store(store: BlobStore, key: str) -> None:
         await anext(aiter(store.read(key, 0, 1)))
 
 
+async def test_a_named_object_is_replaced_listed_and_removed(store: BlobStore) -> None:
+    assert await store.get_object("snapshots/a/1/index") is None
+    assert await store.list_objects("snapshots/a/") == []
+    for key, data in (("snapshots/a/1/index", b"old"), ("snapshots/a/1/index", b"new"), ("snapshots/b/0", b"")):
+        await store.put_object(key, data)
+    await store.put_object("snapshots/a/2/0", some_bytes(8 * MIB))
+    assert await store.get_object("snapshots/a/1/index") == b"new"
+    assert await store.get_object("snapshots/b/0") == b""
+    assert await store.get_object("snapshots/a/2/0") == some_bytes(8 * MIB)
+    assert await store.list_objects("snapshots/a/") == ["snapshots/a/1/index", "snapshots/a/2/0"]
+    for _ in range(2):
+        await store.delete_object("snapshots/a/1/index")
+    assert await store.list_objects("snapshots/a/") == ["snapshots/a/2/0"]
+
+
+async def test_a_named_object_never_takes_the_place_of_a_blob(stage: Stage) -> None:
+    blob = await put(stage.store, b"a blob")
+    for act in (stage.store.delete_object, stage.store.list_objects, stage.store.get_object):
+        with pytest.raises(ValueError, match="no key of a named object"):
+            await act(blob.key)
+    with pytest.raises(ValueError, match="no key of a named object"):
+        await stage.store.put_object(blob.key, b"another")
+    with pytest.raises(CorruptError):
+        await stage.store.put_object("snapshots/../blobs/x", b"another")
+    assert stage.holds() == {blob.key}
+    assert await got(stage.store, blob) == b"a blob"
+
+
 async def test_migrating_again_keeps_what_is_there(store: BlobStore) -> None:
     blob = await put(store, b"kept")
     await store.migrate()
