@@ -27,11 +27,15 @@ test: lint chart ## Everything against embedded and real adapters; brings the se
 
 .PHONY: test-fast
 test-fast: lint ## Lint, types and the tests that need no service
-	@$(PYTHON) -m pytest -m "not services and not endurance" --ignore=tests/chart
+	@$(PYTHON) -m pytest -m "not services and not processes and not endurance" --ignore=tests/chart
 
 .PHONY: endurance
 endurance: $(DEV) ## The tests that take long, on real services
 	@$(SERVICES) run -- $(PYTHON) -m pytest -m endurance --timeout=0
+
+.PHONY: torture
+torture: $(DEV) ## Random faults under load, then the oracle; DURATION=seconds (60), SEED=number to repeat
+	@$(PYTHON) -m tests.faults.torture $(if $(DURATION),--duration $(DURATION)) $(if $(SEED),--seed $(SEED))
 
 .PHONY: lint
 lint: $(DEV) ## Ruff and mypy --strict on everything

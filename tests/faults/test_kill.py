@@ -27,6 +27,8 @@ from services.views.tables import retention_state
 from tests.integration.conditions import until
 from tests.integration.processes import ProductProcess, deployed, output_of, serving
 
+pytestmark = pytest.mark.processes
+
 FILES = 500
 PARALLEL = 16
 LARGEST_BYTES = 16 * 1024

@@ -21,6 +21,8 @@ from tests.integration.processes import (
     variables,
 )
 
+pytestmark = pytest.mark.processes
+
 ABOUT = ("--name", "n", "--producer", "p", "--subject", "s", "--retention-class", "scratch")
 NAMES = ("a b.txt", "läs/mig.txt", "%41", "#x?y", "d/e/e/p/leaf", "plus+&=;,@")
 
@@ -133,25 +135,3 @@ def test_progress_is_on_standard_error_and_only_on_a_terminal(
     assert json.loads(out)["files"] == len(NAMES) + 2
     assert b"files" in os.read(own, 1 << 16)
     os.close(own)
-
-
-def test_a_large_file_takes_little_memory_on_its_way(embedded_settings: Settings, tmp_path: Path) -> None:
-    size = 1 << 30
-    with (tmp_path / "large").open("wb") as file:
-        file.truncate(size)  # zeros without blocks: the client reads and sends them all the same
-    with serving(embedded_settings, tmp_path) as gateway:
-        peaks = [peak_of("push", tmp_path / "large", *ABOUT, url=gateway.endpoint, folder=tmp_path)]
-        (package,) = output_of(None, "packages", "--json", url=gateway.endpoint).splitlines()
-        which = json.loads(package)["package_id"]
-        peaks.append(peak_of("pull", which, tmp_path / "out", url=gateway.endpoint, folder=tmp_path))
-    assert (tmp_path / "out" / "large").stat().st_size == size
-    assert max(peaks) < 160 << 20
-
-
-def peak_of(*arguments: str | Path, url: str, folder: Path) -> int:
-    """The most memory in bytes that a command of the product held at one time."""
-    made = subprocess.Popen([*COMMAND, *map(str, arguments)], env=command_environment(None, url, folder))
-    _, status, usage = os.wait4(made.pid, 0)
-    made.returncode = os.waitstatus_to_exitcode(status)
-    assert made.returncode == 0
-    return usage.ru_maxrss * 1024

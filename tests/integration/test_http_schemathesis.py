@@ -7,8 +7,12 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 from services.config import Settings
 from tests.integration.http_gateway import running_gateway
+
+pytestmark = pytest.mark.processes
 
 _EXAMPLES = 25
 _SEED = 20260101

@@ -14,6 +14,8 @@ from services.cli import main
 from services.config import PREFIX, Settings
 from tests.integration.processes import serving, variables
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"<!-- run: (\w+) -->\n```\w+\n(.*?)```", README, re.DOTALL))

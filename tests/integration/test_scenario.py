@@ -29,6 +29,8 @@ from tests.integration.scenario_driver import REJECTIONS, TAKEN, About, Driver, 
 from tests.integration.scenario_http import http_driver
 from tests.integration.scenario_python import python_driver
 
+pytestmark = pytest.mark.processes
+
 TABLES = (artifact_packages, artifact_files, storage_locations, retention_state)
 PROJECTIONS = ("registry", "retention")
 

@@ -74,7 +74,7 @@ async def test_a_whole_registry_is_clean(whole: Settings) -> None:
     assert report.clean, report.violations
     assert (report.events, report.packages, report.files, report.manifests) == (5, 2, 2, 1)
     assert report.bytes == len(b"first") + len(b"second")
-    assert set(report.views) == {"registry"}
+    assert set(report.views) == {"registry", "retention"}
     assert seen[-1] == 5
 
 
