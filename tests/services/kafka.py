@@ -60,7 +60,8 @@ class KafkaBroker(Server):
         self.cluster_id = random_uuid()
         self.directory_ids: dict[int, str] = {}
         self._heap_mib = heap_mib
-        self._options = dict(options or {})
+        self.options = dict(options or {})
+        """Broker settings beyond or instead of the ones here; they count from the next start on."""
 
     @property
     def endpoint(self) -> str:
@@ -80,7 +81,7 @@ class KafkaBroker(Server):
 
     def prepare(self) -> None:
         (self.folder / "log4j2.properties").write_text(_LOG4J, encoding="utf-8")
-        properties = "".join(f"{key}={value}\n" for key, value in {**self._properties(), **self._options}.items())
+        properties = "".join(f"{key}={value}\n" for key, value in {**self._properties(), **self.options}.items())
         configuration = self.folder / "server.properties"
         configuration.write_text(properties, encoding="utf-8")
         if (self.data / "meta.properties").exists():

@@ -1,0 +1,1 @@
+"""Random faults under load on the whole product with real services, then the oracle: `make torture`."""

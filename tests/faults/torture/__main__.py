@@ -1,0 +1,75 @@
+"""`python -m tests.faults.torture [--duration SECONDS] [--seed N]`: a round of torture; exit code 1 if a promise broke.
+
+The last line of the output is for tools; what is under way goes to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import shutil
+import sys
+from pathlib import Path
+
+from tests.faults.torture.load import LoadSettings
+from tests.faults.torture.round import Result, Round
+from tests.faults.torture.stage import Stage, staged
+from tests.services.shared import VAR
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tests.faults.torture", description=__doc__)
+    parser.add_argument("--duration", type=float, default=60.0, help="how many seconds faults are made")
+    parser.add_argument("--seed", type=int, default=None, help="repeats the choices of an earlier round")
+    parser.add_argument("--producers", type=int, default=64, help="how many write at once by plain HTTP")
+    parser.add_argument("--keep", action="store_true", help="keep journals, logs and data even when all was well")
+    options = parser.parse_args(arguments)
+    seed = options.seed if options.seed is not None else random.randrange(2**32)
+    folder = VAR / "torture" / str(seed)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    say(f"seed {seed}; {options.duration:.0f} s; everything is kept in {folder} if a promise breaks")
+    result = asyncio.run(torture(folder, options.duration, seed, options.producers, keep=options.keep))
+    report(result, seed)
+    if result.verdict.clean and not options.keep:
+        shutil.rmtree(folder, ignore_errors=True)
+    return 0 if result.verdict.clean else 1
+
+
+async def torture(folder: Path, duration: float, seed: int, producers: int, *, keep: bool = False) -> Result:
+    """A whole round on a stage of its own in `folder`, whose data stays when a promise breaks."""
+    found: list[Result] = []
+    async with staged(folder, keep=lambda: keep or not (found and found[0].verdict.clean)) as stage:
+        say("everything runs")
+        found.append(await Round(stage, seed, say, loads(stage, seed, producers)).run(duration))
+    return found[0]
+
+
+def loads(stage: Stage, seed: int, producers: int) -> list[LoadSettings]:
+    """Most producers speak plain HTTP, a few use the client library."""
+    return [
+        LoadSettings(stage.urls, str(stage.folder / "plain.journal"), producers, seed),
+        LoadSettings(
+            stage.urls, str(stage.folder / "library.journal"), max(1, producers // 10), seed + 1, library=True
+        ),
+    ]
+
+
+def say(text: str) -> None:
+    """Progress."""
+    print(text, file=sys.stderr, flush=True)  # noqa: T201 - the command's output
+
+
+def report(result: Result, seed: int) -> None:
+    """The findings, the figures, and the last line."""
+    for text in result.verdict.said:
+        print(f"- {text}")  # noqa: T201 - the command's output
+    print(result.delays.table(result.windows))  # noqa: T201 - the command's output
+    print(f"seed {seed}")  # noqa: T201 - the command's output
+    print(result.last_line, flush=True)  # noqa: T201 - the command's output
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

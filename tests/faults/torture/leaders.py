@@ -1,0 +1,62 @@
+"""Moving the leadership of partitions from one living broker to another, as an operator's balancing tool does.
+
+The client library cannot reassign partitions, so that request is made by hand (KIP-455, Kafka protocol guide:
+AlterPartitionReassignments, key 45, version 0); it goes to any broker, which passes it to the controller.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from confluent_kafka import ElectionType, TopicPartition
+from confluent_kafka.admin import AdminClient
+
+from tests.services.kafka import KafkaCluster
+
+_KEY, _VERSION = 45, 0
+_SECONDS = 10.0
+_NO_TAGS = b"\0"
+
+_T = TypeVar("_T")
+
+
+def prefer(cluster: KafkaCluster, topic: str, partitions: Sequence[int], order: Sequence[int]) -> None:
+    """Let the first broker in `order`, all replicas in a new order, lead these partitions. Blocks.
+
+    A cluster that cannot do it now leaves them where they are. Raises OSError when no broker answers.
+    """
+    _reassign(cluster, topic, partitions, order)
+    admin = AdminClient({"bootstrap.servers": cluster.endpoint, "log_level": 0})
+    moved = admin.elect_leaders(ElectionType.PREFERRED, [TopicPartition(topic, p) for p in partitions])
+    moved.result(_SECONDS)
+
+
+def _reassign(cluster: KafkaCluster, topic: str, partitions: Sequence[int], order: Sequence[int]) -> None:
+    replicas = _compact(order, lambda broker: struct.pack(">i", broker))
+    listed = _compact(partitions, lambda p: struct.pack(">i", p) + replicas + _NO_TAGS)
+    name = topic.encode()
+    body = struct.pack(">i", int(_SECONDS * 1000))
+    body += _compact([name], lambda text: _length(text) + text + listed + _NO_TAGS) + _NO_TAGS
+    client = b"torture"
+    header = struct.pack(">hhih", _KEY, _VERSION, 1, len(client)) + client + _NO_TAGS
+    request = header + body
+    with socket.create_connection(("127.0.0.1", cluster.brokers[0].port), timeout=_SECONDS) as connection:
+        connection.sendall(struct.pack(">i", len(request)) + request)
+        answer = connection.recv(4096)
+    # Length, correlation id, tags, throttle time, then the error of the whole.
+    (error,) = struct.unpack(">h", answer[13:15])
+    if error:
+        raise OSError(f"the partitions could not be reassigned: error {error}")
+
+
+def _length(text: bytes) -> bytes:
+    """The length of a compact string; names and lists here are short."""
+    return bytes([len(text) + 1])
+
+
+def _compact(items: Sequence[_T], encode: Callable[[_T], bytes]) -> bytes:
+    """A compact array of fewer than 127 items."""
+    return bytes([len(items) + 1]) + b"".join(encode(item) for item in items)

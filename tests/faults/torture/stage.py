@@ -1,0 +1,180 @@
+"""What is tortured: three brokers behind a network of our own, MinIO, PostgreSQL, three gateways and two projectors.
+
+The first gateway reaches the brokers through the network's proxies, the others directly. A gateway or projector that
+ends although nobody ended it is noted, and started again as any supervisor would.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from confluent_kafka.admin import AdminClient
+
+from services.config import Settings
+from tests.faults.proxy import Network, ProxiedCluster
+from tests.integration.processes import ProductProcess, get, output_of
+from tests.services.kafka import KafkaBroker
+from tests.services.minio import REGION, MinioServer
+from tests.services.postgres import PostgresServer
+from tests.services.process import ServiceError, free_ports
+
+PARTITIONS = 6
+GATEWAYS = 3
+
+_START_SECONDS = 90.0
+_WATCH_SECONDS = 0.5
+_WHOLE_SECONDS = 90.0
+
+_T = TypeVar("_T")
+
+
+class Part(ProductProcess):
+    """A gateway or projector of the stage; a gateway counts as started when it answers, ready or not."""
+
+    wanted = True
+    """Whether it is to run; what is not running although it is wanted has ended by itself."""
+
+    def answers(self) -> bool:
+        return not self._listens or get(f"{self.endpoint}/healthz") == 200
+
+
+@dataclass
+class Stage:
+    """Everything that runs. `settings` reach the parts directly."""
+
+    folder: Path
+    settings: Settings
+    cluster: ProxiedCluster
+    network: Network
+    minio: MinioServer
+    postgres: PostgresServer
+    gateways: list[Part]
+    projectors: list[Part]
+    ended: list[str] = field(default_factory=list)
+    """Processes that ended by themselves, with the end of what they wrote."""
+
+    @property
+    def urls(self) -> list[str]:
+        """Where the gateways are."""
+        return [gateway.endpoint for gateway in self.gateways]
+
+    @property
+    def topic(self) -> str:
+        """The log of record."""
+        return f"{self.settings.log_url.rpartition('/')[2]}.events"
+
+    async def up_again(self, part: Part) -> None:
+        """Start a part that was ended; again when it ends at once, as it may while others are down."""
+        deadline = time.monotonic() + _START_SECONDS
+        while True:
+            try:
+                await in_thread(part.start)
+                part.wanted = True
+                return
+            except ServiceError:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(0.5)
+
+    async def watch(self) -> None:
+        """Note and restart what ends by itself, for ever."""
+        while True:
+            await asyncio.sleep(_WATCH_SECONDS)
+            for part in [*self.gateways, *self.projectors]:
+                if part.wanted and not part.running:
+                    part.wanted = False
+                    self.ended.append(f"{part.folder.name} ended by itself: {part.end_of_log()[-2000:]}")
+                    await self.up_again(part)
+
+    async def whole(self) -> None:
+        """Wait until every partition of every topic has all its replicas in sync. Raises TimeoutError."""
+        deadline = time.monotonic() + _WHOLE_SECONDS
+        while not await in_thread(self._all_in_sync):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the brokers did not come together again in {_WHOLE_SECONDS:.0f} s")
+            await asyncio.sleep(0.3)
+
+    def _all_in_sync(self) -> bool:
+        if any(broker.brokers_seen() < len(self.cluster.brokers) for broker in self.cluster.brokers):
+            return False
+        admin = AdminClient({"bootstrap.servers": self.cluster.endpoint, "log_level": 0})
+        topics = admin.list_topics(timeout=5).topics.values()
+        return all(
+            len(p.isrs) == len(p.replicas) and p.leader >= 0 for topic in topics for p in topic.partitions.values()
+        )
+
+
+_threads = ThreadPoolExecutor(16, thread_name_prefix="torture")
+
+
+async def in_thread(call: Callable[[], _T]) -> _T:
+    """Run what blocks beside the event loop, which carries the proxies."""
+    return await asyncio.get_running_loop().run_in_executor(_threads, call)
+
+
+@asynccontextmanager
+async def staged(folder: Path, *, keep: Callable[[], bool]) -> AsyncIterator[Stage]:
+    """All of it, started; stopped at the end of the block, its data deleted unless `keep` says otherwise."""
+    cluster = ProxiedCluster(folder / "kafka")
+    minio = MinioServer(folder / "minio")
+    postgres = PostgresServer(folder / "postgres")
+    servers = [minio, postgres]
+    parts: list[Part] = []
+    try:
+        await asyncio.gather(in_thread(cluster.start), *(in_thread(server.start) for server in servers))
+        settings = _settings(folder, f"kafka://{cluster.endpoint}/torture", minio, postgres)
+        await in_thread(lambda: output_of(settings, "migrate"))
+        async with cluster.network() as network:
+            gateways, projectors = _parts(folder, settings, cluster)
+            parts += [*gateways, *projectors]
+            stage = Stage(folder, settings, cluster, network, minio, postgres, gateways, projectors)
+            await asyncio.gather(*(in_thread(part.start) for part in parts))
+            yield stage
+            for part in parts:
+                part.wanted = False
+            await asyncio.gather(*(in_thread(part.stop) for part in parts))
+    finally:
+        for part in parts:
+            part.wanted = False
+            await in_thread(part.kill)
+        everything: list[KafkaBroker | MinioServer | PostgresServer] = [*cluster.brokers, minio, postgres]
+        for server in everything:
+            await in_thread(server.kill)
+            if not keep():
+                await in_thread(server.delete)
+
+
+def _settings(folder: Path, log_url: str, minio: MinioServer, postgres: PostgresServer) -> Settings:
+    return Settings(
+        log_url=log_url,
+        kafka_partitions=PARTITIONS,
+        blobs_url=f"s3+http://{minio.endpoint}/torture",
+        s3_access_key=minio.access_key,
+        s3_secret_key=minio.secret_key,
+        s3_region=REGION,
+        views_url=postgres.url(),
+        state_dir=folder / "state",
+    )
+
+
+def _parts(folder: Path, settings: Settings, cluster: ProxiedCluster) -> tuple[list[Part], list[Part]]:
+    ports = free_ports(GATEWAYS + 2)
+    gateways = []
+    for n in range(GATEWAYS):
+        home = folder / f"gateway-{n}"
+        own: dict[str, object] = {"state_dir": home / "state"}
+        if n == 0:
+            own["log_url"] = f"kafka://{cluster.proxied_endpoint}/torture"
+        gateways.append(Part(settings.model_copy(update=own), home, "gateway", port=ports[n]))
+    projectors = [
+        Part(settings, folder / name, "projector", name, listens=False, port=port)
+        for name, port in zip(("registry", "retention"), ports[GATEWAYS:], strict=True)
+    ]
+    return gateways, projectors
