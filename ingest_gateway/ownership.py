@@ -12,12 +12,18 @@ from services.config import Settings
 from services.core.limits import Limits
 from services.errors import ConfigurationError
 from services.log.kafka import KafkaLog, KafkaWriter
-from services.log.port import Log, PutManifest
+from services.log.port import Log, PutManifest, SnapshotStore
 
 
 @asynccontextmanager
 async def kafka_writer(
-    settings: Settings, log: Log, *, limits: Limits, put_manifest: PutManifest, clock: Clock
+    settings: Settings,
+    log: Log,
+    *,
+    limits: Limits,
+    put_manifest: PutManifest,
+    clock: Clock,
+    snapshots: SnapshotStore | None = None,
 ) -> AsyncIterator[KafkaWriter]:
     """A started member of the group of writers for the length of the block; partitions are handed over on the way out.
 
@@ -38,6 +44,7 @@ async def kafka_writer(
             clock=clock,
             forwarder=forwarder,
             internal_url=listener.url,
+            snapshots=snapshots,
         )
         stack.push_async_callback(writer.close)
         listener.serve(writer)

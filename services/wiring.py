@@ -14,7 +14,7 @@ from services.clock import Clock, system_clock
 from services.config import Settings
 from services.core.limits import Limits
 from services.errors import ArtifactStoreError, ConfigurationError
-from services.log.port import CommandWriter, Log, PutManifest
+from services.log.port import CommandWriter, Log, PutManifest, SnapshotStore
 from services.registry import Registry
 
 if TYPE_CHECKING:
@@ -88,9 +88,17 @@ def open_views(settings: Settings) -> Views:
 
 @asynccontextmanager
 async def open_writer(
-    settings: Settings, log: Log, put_manifest: PutManifest, *, clock: Clock = system_clock
+    settings: Settings,
+    log: Log,
+    put_manifest: PutManifest,
+    *,
+    clock: Clock = system_clock,
+    snapshots: SnapshotStore | None = None,
 ) -> AsyncIterator[CommandWriter]:
-    """The writer to the log, started; with Kafka, a member of the group of writers with its internal listener."""
+    """The writer to the log, started; with Kafka, a member of the group of writers with its internal listener.
+
+    `snapshots` is where a Kafka writer leaves copies of its state, and finds one when it has none.
+    """
     if is_embedded(settings):
         from services.log.sqlite import SqliteWriter
 
@@ -105,7 +113,9 @@ async def open_writer(
         return
     from ingest_gateway.ownership import kafka_writer  # a gateway's: the listener for forwarded commands is HTTP
 
-    async with kafka_writer(settings, log, limits=limits_of(settings), put_manifest=put_manifest, clock=clock) as owned:
+    async with kafka_writer(
+        settings, log, limits=limits_of(settings), put_manifest=put_manifest, clock=clock, snapshots=snapshots
+    ) as owned:
         yield owned
 
 
@@ -150,7 +160,7 @@ async def parts(settings: Settings, *, clock: Clock = system_clock) -> AsyncIter
             for projection in PROJECTIONS.values():
                 await catch_up(views, log, projection)
 
-        writer = await stack.enter_async_context(open_writer(settings, log, put_manifest, clock=clock))
+        writer = await stack.enter_async_context(open_writer(settings, log, put_manifest, clock=clock, snapshots=blobs))
         opened = DirectRegistry(
             log,
             writer,

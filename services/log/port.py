@@ -166,10 +166,28 @@ class PartitionStatus:
     since: int | None = None
     """When this process took it over (µs since 1970); None when another owns it."""
     takeover_seconds: float | None = None
+    restored_from: str | None = None
+    """What the writer's state was made of at that time: its `file`, a `snapshot`, or the whole `log`."""
 
 
 PutManifest = Callable[[bytes], Awaitable[None]]
 """Makes a claim-checked manifest durable under its content-addressed key before its event is appended."""
+
+
+class SnapshotStore(Protocol):
+    """Where writers leave copies of their state for one that begins on an empty disk: named objects, as blobs have."""
+
+    async def put_object(self, key: str, data: bytes) -> None:
+        """Write an object, durably and as a whole. Raises UnavailableError."""
+
+    async def get_object(self, key: str) -> bytes | None:
+        """Read an object, None if there is none. Raises UnavailableError."""
+
+    async def list_objects(self, prefix: str) -> list[str]:
+        """Keys of all objects below `prefix`, sorted. Raises UnavailableError."""
+
+    async def delete_object(self, key: str) -> None:
+        """Remove an object, if it is there. Raises UnavailableError."""
 
 
 class PartitionNotOwnedError(UnavailableError):

@@ -23,6 +23,7 @@ from services.core.decide import decide
 from services.core.limits import Limits
 from services.errors import ArtifactStoreError, CorruptError, PackageNotFoundError, RejectedError, UnavailableError
 from services.log.kafka import KafkaLog, tenure
+from services.log.kafka.restore import States
 from services.log.kafka.tenure import Tenure
 from services.log.port import PartitionNotOwnedError
 from tests.contract.log_invariants import assert_recorded_once, read_valid
@@ -56,11 +57,14 @@ async def log(kafka: Settings) -> AsyncIterator[KafkaLog]:
         yield found
 
 
-async def take_over(log: KafkaLog, partition: int, *, ours: bool = True) -> Tenure:
-    """The right to a partition, without asking any group."""
+async def take_over(kafka: Settings, log: KafkaLog, partition: int, *, ours: bool = True) -> Tenure:
+    """The right to a partition, without asking any group, and with a state of its own."""
     identity = await log.identity()
+    states = States(kafka.state_dir.with_name("rivals"))
     return await asyncio.to_thread(
-        lambda: Tenure(log.kafka, log.cluster, partition, identity, is_ours=lambda: ours, stopping=lambda: False)
+        lambda: Tenure(
+            log.kafka, log.cluster, partition, identity, states, is_ours=lambda: ours, stopping=lambda: False
+        )
     )
 
 
@@ -73,11 +77,13 @@ def carry_out(holder: Tenure, command: Command) -> None:
     holder.append([(event, encode(event)) for event in decision.events])
 
 
-async def test_who_was_cut_off_can_append_nothing_more_and_its_successor_knows_all_it_wrote(log: KafkaLog) -> None:
-    first = await take_over(log, 0)
+async def test_who_was_cut_off_can_append_nothing_more_and_its_successor_knows_all_it_wrote(
+    kafka: Settings, log: KafkaLog
+) -> None:
+    first = await take_over(kafka, log, 0)
     made = create_in(0)
     await asyncio.to_thread(carry_out, first, made)
-    second = await take_over(log, 0)
+    second = await take_over(kafka, log, 0)
     assert second.state.package(made.package_id) == first.state.package(made.package_id)
     with pytest.raises((KafkaException, SystemError)):
         await asyncio.to_thread(carry_out, first, create_in(0))
@@ -87,14 +93,14 @@ async def test_who_was_cut_off_can_append_nothing_more_and_its_successor_knows_a
     assert len(await read_valid(log)) == 2
 
 
-async def test_what_a_predecessor_left_uncommitted_is_gone_for_its_successor(log: KafkaLog) -> None:
-    first = await take_over(log, 1)
+async def test_what_a_predecessor_left_uncommitted_is_gone_for_its_successor(kafka: Settings, log: KafkaLog) -> None:
+    first = await take_over(kafka, log, 1)
     producer = first._producer
     assert producer is not None
     producer.begin_transaction()
     producer.produce(log.kafka.topic, b"left behind", b"key", 1)
     producer.flush(30)
-    second = await take_over(log, 1)
+    second = await take_over(kafka, log, 1)
     made = create_in(1)
     await asyncio.to_thread(carry_out, second, made)
     for holder in (first, second):
@@ -102,10 +108,10 @@ async def test_what_a_predecessor_left_uncommitted_is_gone_for_its_successor(log
     assert [event.package_id for event in await read_valid(log)] == [made.package_id]
 
 
-async def test_nobody_is_cut_off_by_who_does_not_own_the_partition(log: KafkaLog) -> None:
-    owner = await take_over(log, 0)
+async def test_nobody_is_cut_off_by_who_does_not_own_the_partition(kafka: Settings, log: KafkaLog) -> None:
+    owner = await take_over(kafka, log, 0)
     with pytest.raises(PartitionNotOwnedError):
-        await take_over(log, 0, ours=False)
+        await take_over(kafka, log, 0, ours=False)
     await asyncio.to_thread(carry_out, owner, create_in(0))
     await asyncio.to_thread(owner.close)
 
@@ -141,7 +147,7 @@ async def test_a_refusal_is_never_given_on_a_state_that_another_has_moved_on(kaf
         made = create_in(2)
         with pytest.raises(PackageNotFoundError):
             await writer.check_ingest(made.package_id, ["a"], None)
-        rival = await take_over(log, 2)
+        rival = await take_over(kafka, log, 2)
         await asyncio.to_thread(carry_out, rival, made)
         await asyncio.to_thread(rival.close)
         await writer.check_ingest(made.package_id, ["a"], None)
@@ -213,7 +219,7 @@ async def test_a_command_that_the_broker_does_not_take_is_rejected_and_its_neigh
 
 
 async def test_a_partition_that_breaks_an_invariant_is_not_written_to(kafka: Settings, log: KafkaLog) -> None:
-    holder = await take_over(log, 0)
+    holder = await take_over(kafka, log, 0)
     made = create_in(0)
     await asyncio.to_thread(carry_out, holder, made)
     decision = decide(None, create_in(0), system_clock(), Limits())

@@ -1,30 +1,197 @@
 """The state of one partition, as its writer holds it: every package, folded from the log up to an offset.
 
-Kept in memory and never trusted beyond one take-over: when a transaction's outcome is in doubt it is thrown away and
-folded again. The writer asks for one package at a time, so that packages that are finalized may lie elsewhere.
+In memory are the packages that changed since the last checkpoint and open ones that were used lately; all others lie in
+the state file. What is in memory is never trusted beyond one take-over: when a transaction's outcome is in doubt it is
+thrown away. The file never runs ahead of the log: a checkpoint holds only what was read back.
 """
 
 from __future__ import annotations
 
+import logging
+import time
+from collections import OrderedDict
+from pathlib import Path
 from uuid import UUID
+
+from blake3 import blake3
 
 from schemas.events import Event
 from services.core.evolve import evolve
-from services.core.state import PackageState
+from services.core.state import FINALIZED, PackageState
+from services.log.kafka.state_file import Standing, StateFile, StateFileError, UnusableStateError, remove
+
+ANSWERS_KEPT_MICROS = 24 * 3600 * 1_000_000
+"""How long after its finalization a package's commands are known, by the time of the partition's newest event."""
+
+SAVE_EVENTS = 5_000
+"""A checkpoint is written after so many events,"""
+
+SAVE_SECONDS = 5.0
+"""and, if there was any, after so many seconds."""
+
+MAX_ENTRIES = 120_000
+"""Files and commands of all open packages in memory, at about 1 KiB each; a larger package is kept while it is used."""
+
+_LOG = logging.getLogger(__name__)
 
 
 class PartitionState:
-    """Packages by id, and the time of the partition's last event (µs since 1970)."""
+    """Packages by id, and where the state stands. Used by one thread; every method may block on the file.
 
-    def __init__(self) -> None:
-        self._packages: dict[UUID, PackageState] = {}
-        self.last_created_at = 0
+    All raise StateFileError, after which the state is to be closed.
+    """
 
-    def package(self, package_id: UUID) -> PackageState | None:
-        """The package, None when the partition has no event of it."""
-        return self._packages.get(package_id)
+    def __init__(self, file: StateFile, *, max_entries: int = MAX_ENTRIES) -> None:
+        """Goes on from what is in the file, which it owns from now on."""
+        self._file = file
+        self._max_entries = max_entries
+        self._packages: OrderedDict[UUID, PackageState] = OrderedDict()
+        self._saved: dict[UUID, int] = {}
+        """The sequence up to which the file has a package, for those in memory."""
+        self._entries: dict[UUID, int] = {}
+        self._held = 0
+        self._changed: set[UUID] = set()
+        self._ahead = False
+        self._unsaved = 0
+        self._saved_at = time.monotonic()
+        self._last_value: bytes | None = None
+        self._broken = False
+        self.last_created_at = file.standing.last_created_at
+        self.position = file.standing.position
+
+    @property
+    def path(self) -> Path:
+        """Where the file is."""
+        return self._file.path
+
+    @property
+    def mark(self) -> bytes:
+        """The digest of the record before `position`, as it was when the state was saved."""
+        return self._file.standing.mark
+
+    def package(self, package_id: UUID, command_id: UUID | None = None) -> PackageState | None:
+        """The package, None when the partition has no event of it.
+
+        Of one that is finalized only what this command became is sure to be known, and nothing after
+        ANSWERS_KEPT_MICROS.
+        """
+        state = self._packages.get(package_id)
+        if state is None:
+            state = self._loaded(package_id, command_id)
+            if state is not None and state.status != FINALIZED:
+                self._keep(state, state.sequence)
+        elif state.status == FINALIZED and state.last_event_at <= self._kept_after():
+            state = PackageState(
+                package_id,
+                state.created,
+                state.created_at,
+                state.last_event_at,
+                state.sequence,
+                state.digest,
+                FINALIZED,
+                state.total_bytes,
+                state.manifest_digest,
+            )
+        else:
+            self._packages.move_to_end(package_id)
+        return state
 
     def apply(self, event: Event) -> None:
-        """Fold one more event in. Raises CorruptError when it cannot follow."""
-        self._packages[event.package_id] = evolve(self._packages.get(event.package_id), event)
+        """Fold one more event in, ahead of the log until it is confirmed. Raises CorruptError when it cannot follow."""
+        package_id = event.package_id
+        before = self.package(package_id)
+        self._ahead = True
+        state = evolve(before, event)
+        if before is None:
+            self._keep(state, 0)
+        self._changed.add(package_id)
+        self._unsaved += 1
         self.last_created_at = max(self.last_created_at, event.created_at)
+
+    def confirm(self, offset: int, value: bytes) -> None:
+        """All that was applied was read from the log, the last of it as this record."""
+        self._ahead = False
+        self.position = offset + 1
+        self._last_value = value
+
+    @property
+    def save_due(self) -> bool:
+        """Whether it is time for a checkpoint."""
+        return self._unsaved >= SAVE_EVENTS or (self._unsaved > 0 and time.monotonic() > self._saved_at + SAVE_SECONDS)
+
+    def save(self) -> None:
+        """Write what changed to the file, and forget what need not be in memory. Nothing while ahead of the log."""
+        if self._ahead or self._last_value is None:
+            return
+        standing = Standing(self.position, mark_of(self._last_value), self.last_created_at)
+        changed = [(self._packages[package_id], self._saved[package_id]) for package_id in self._changed]
+        try:
+            self._file.save(changed, standing, self._kept_after())
+        except UnusableStateError:
+            self._broken = True
+            raise
+        for state, _ in changed:
+            if state.status == FINALIZED:
+                self._forget(state.package_id)
+            else:
+                self._keep(state, state.sequence)
+        self._changed.clear()
+        self._unsaved = 0
+        self._saved_at = time.monotonic()
+        self._last_value = None
+        while self._held > self._max_entries and len(self._packages) > 1:
+            self._forget(next(iter(self._packages)))
+
+    def close(self) -> bool:
+        """Save what is certain and close the file; a broken one is deleted. Never raises: another state comes next.
+
+        Whether the file is as new as what was read from the log.
+        """
+        saved = False
+        try:
+            if not self._broken:
+                self.save()
+                saved = not self._ahead
+        except StateFileError as error:
+            _LOG.warning("the last checkpoint was not written: %s", error.detail)
+        self._end(discard=self._broken)
+        return saved
+
+    def discard(self) -> None:
+        """Close the file and delete it: it does not stand on the log. Never raises, as `close`."""
+        self._end(discard=True)
+
+    def _end(self, *, discard: bool) -> None:
+        self._packages.clear()
+        try:
+            self._file.close()
+            if discard:
+                remove(self._file.path)
+        except StateFileError as error:
+            _LOG.warning("a state file was not closed: %s", error.detail)
+
+    def _kept_after(self) -> int:
+        return self.last_created_at - ANSWERS_KEPT_MICROS
+
+    def _loaded(self, package_id: UUID, command_id: UUID | None) -> PackageState | None:
+        try:
+            return self._file.load(package_id, command_id, self._kept_after())
+        except UnusableStateError:
+            self._broken = True
+            raise
+
+    def _keep(self, state: PackageState, saved: int) -> None:
+        entries = 1 + len(state.files) + len(state.commands)
+        self._held += entries - self._entries.get(state.package_id, 0)
+        self._entries[state.package_id] = entries
+        self._packages[state.package_id] = state
+        self._saved[state.package_id] = saved
+
+    def _forget(self, package_id: UUID) -> None:
+        del self._packages[package_id], self._saved[package_id]
+        self._held -= self._entries.pop(package_id)
+
+
+def mark_of(value: bytes) -> bytes:
+    """By what a state recognises the record that it stands on."""
+    return blake3(value).digest()

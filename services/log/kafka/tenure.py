@@ -6,6 +6,7 @@ watermark, then commands are served. Read first, and a predecessor could still a
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -16,15 +17,18 @@ from confluent_kafka import KafkaException, Producer
 
 from schemas.events import Event
 from schemas.headers import headers
-from services.errors import LogIdentityError, UnavailableError
+from services.errors import CorruptError, LogIdentityError, UnavailableError
 from services.log.kafka.clients import make_producer
 from services.log.kafka.cluster import Cluster
 from services.log.kafka.decoding import event_of
 from services.log.kafka.failures import explaining
 from services.log.kafka.partitioner import record_key
 from services.log.kafka.reader import Reader
+from services.log.kafka.restore import FROM_LOG, States, candidates
 from services.log.kafka.settings import KafkaSettings
-from services.log.kafka.state import PartitionState
+from services.log.kafka.state import PartitionState, mark_of
+from services.log.kafka.state_file import Place
+from services.log.kafka.state_slots import Slot, claim
 from services.log.port import PartitionNotOwnedError, Record
 
 INIT_SECONDS = 30.0
@@ -34,12 +38,16 @@ COMMIT_SECONDS = 12.0
 PATIENCE_SECONDS = 15.0
 """How long reading may make no progress, as it does below another producer's open transaction."""
 
+STALL_SECONDS = 2.0
+"""After so long without progress a take-over ends what may be left of its own transactional id's transactions."""
+
 _CONNECT_SECONDS = 0.05
 """A client that is asked to begin before it is connected looks for its coordinator again only after 0.5 s."""
 
 _READ = 500
 _LOOK_SECONDS = 0.02
 
+_LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
@@ -55,6 +63,7 @@ class Tenure:
         cluster: Cluster,
         partition: int,
         identity: UUID,
+        states: States,
         *,
         is_ours: Callable[[], bool],
         stopping: Callable[[], bool],
@@ -63,11 +72,16 @@ class Tenure:
 
         Raises:
             UnavailableError: the cluster cannot be reached, or another's open transaction hides the end of the log.
+                The state file cannot be used.
             PartitionNotOwnedError: the partition is another's, or `stopping` came true meanwhile.
             CorruptError: the partition breaks an invariant. LogIdentityError: it is another topic by now.
             ConfigurationError: no right to write, or no such topic.
         """
-        self.state = PartitionState()
+        self.restored_from = FROM_LOG
+        self._states = states
+        self._place = Place(identity, kafka.topic, partition)
+        self._slot: Slot | None = None
+        self._state: PartitionState | None = None
         self._kafka = kafka
         self._cluster = cluster
         self._partition = partition
@@ -83,11 +97,15 @@ class Tenure:
                 raise PartitionNotOwnedError("the group has given the partition to another process")
             with explaining("taking over a partition"):
                 self._producer.init_transactions(INIT_SECONDS)
-            self._tail = Reader(kafka, {partition: 0})
-            self._read_to(cluster.high_watermark([partition])[partition])
+            self._restore(cluster.high_watermark([partition])[partition])
         except BaseException:
             self.close()
             raise
+
+    @property
+    def state(self) -> PartitionState:
+        """What the log says of the partition's packages."""
+        return _open(self._state)
 
     def append(self, events: Sequence[tuple[Event, bytes]]) -> None:
         """Append events, already folded into the state, in one transaction; return when the tail has shown them all.
@@ -100,7 +118,7 @@ class Tenure:
         for event, value in events:
             self._produce(producer, event, value)
         producer.commit_transaction(COMMIT_SECONDS)
-        self._read_back([value for _, value in events])
+        self.state.confirm(self._read_back([value for _, value in events]), events[-1][1])
 
     def catch_up(self) -> bool:
         """Read to what is the last stable offset now; whether there was anything new.
@@ -115,9 +133,19 @@ class Tenure:
         _open(self._producer).poll(0)
         if _open(self._tail).take(1, 0):
             raise UnavailableError("another process has written to the partition")
+        self.save_if_due()
+
+    def save_if_due(self) -> None:
+        """Write a checkpoint of the state, if it is time for one, and offer it as a snapshot. Raises StateFileError."""
+        if self.state.save_due:
+            self.state.save()
+            self._offer(self.state)
 
     def close(self) -> None:
-        """Throw producer and tail away; an open transaction is left to the next `init_transactions`."""
+        """Throw producer and tail away, save what is certain of the state, and let others have the file.
+
+        An open transaction is left to the next `init_transactions`.
+        """
         producer, self._producer = self._producer, None
         if producer is not None:
             # A producer that was fenced refuses even this; it is going away in any case.
@@ -127,6 +155,50 @@ class Tenure:
         tail, self._tail = self._tail, None
         if tail is not None:
             tail.close()
+        state, self._state = self._state, None
+        if state is not None and state.close():
+            self._offer(state, closing=True)
+        slot, self._slot = self._slot, None
+        if slot is not None:
+            slot.release()
+
+    def _restore(self, end: int) -> None:
+        """Go on from the best state that stands on the log, and read from there up to `end`."""
+        self._slot, file = claim(self._states.folder, self._place)
+        for source, state in candidates(self._slot, file, self._place, self._states, end, self._stopping):
+            self._state, self.restored_from = state, source
+            self._tail = Reader(self._kafka, {self._partition: max(0, state.position - 1)})
+            try:
+                self._check_standing(state)
+                self._read_to(end, stalled=self._end_own_transaction)
+                return
+            except CorruptError as error:
+                if source == FROM_LOG:
+                    raise
+                # The state may be what is wrong: only the log itself is believed.
+                _LOG.warning("the %s of partition %d is discarded: %s", source, self._partition, error.detail)
+            self._tail.close()
+            state.discard()
+            self._state = None
+
+    def _check_standing(self, state: PartitionState) -> None:
+        """Raise CorruptError unless the record before the state's position is the one that it stands on."""
+        if not state.position:
+            return
+        found: list[Record] = []
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not found:
+            found = _open(self._tail).take(1, _LOOK_SECONDS)
+            if not found and time.monotonic() > deadline:
+                raise UnavailableError(self._cause("the record that the state stands on cannot be read"))
+            if self._stopping():
+                raise PartitionNotOwnedError("the partition was handed over while it was being taken over")
+        if found[0].offset != state.position - 1 or mark_of(found[0].value) != state.mark:
+            raise CorruptError(f"it stands on a record at offset {state.position - 1} that the log does not have")
+
+    def _offer(self, state: PartitionState, *, closing: bool = False) -> None:
+        if self._states.snapshots is not None:
+            self._states.snapshots.offer(self._place, state.path, state.position, closing=closing)
 
     def _produce(self, producer: Producer, event: Event, value: bytes) -> None:
         deadline = time.monotonic() + COMMIT_SECONDS
@@ -148,11 +220,14 @@ class Tenure:
                     raise
                 producer.poll(_LOOK_SECONDS)
 
-    def _read_back(self, values: Sequence[bytes]) -> None:
-        """Wait for exactly these records, in this order, with nothing between; each value holds its event's id."""
+    def _read_back(self, values: Sequence[bytes]) -> int:
+        """Wait for exactly these records, in this order, with nothing between; the offset of the last.
+
+        Each value holds its event's id.
+        """
         tail = _open(self._tail)
         deadline = time.monotonic() + PATIENCE_SECONDS
-        seen = 0
+        seen = last = 0
         while seen < len(values):
             left = deadline - time.monotonic()
             if left <= 0:
@@ -161,9 +236,29 @@ class Tenure:
                 if record.value != values[seen]:
                     raise UnavailableError(f"offset {record.offset} of partition {self._partition} holds another event")
                 seen += 1
+                last = record.offset
+        return last
 
-    def _read_to(self, target: int) -> int:
-        """Fold what lies before `target` into the state; how many events that were."""
+    def _end_own_transaction(self) -> None:
+        """Abort whatever the partition still takes for an open transaction of this transactional id.
+
+        `init_transactions` says that there is none, but a broker that was killed can come back without the marker of a
+        transaction that its coordinator holds for ended; the partition then waits for it for ever. An aborted
+        transaction of the same producer, with its newer epoch, is the missing marker. Nobody has read what it aborts,
+        so nothing of it was acknowledged. Transactions of others stay as they are.
+        """
+        producer = _open(self._producer)
+        with explaining("ending a transaction that was left open"):
+            producer.begin_transaction()
+            producer.produce(self._kafka.topic, b"", b"", self._partition)
+            producer.flush(COMMIT_SECONDS)
+            producer.abort_transaction(COMMIT_SECONDS)
+
+    def _read_to(self, target: int, *, stalled: Callable[[], None] | None = None) -> int:
+        """Fold what lies before `target` into the state; how many events that were.
+
+        `stalled` is called once when nothing has come for a while.
+        """
         tail = _open(self._tail)
         deadline = time.monotonic() + PATIENCE_SECONDS
         count = 0
@@ -171,10 +266,15 @@ class Tenure:
             found = tail.take(_READ, _LOOK_SECONDS)
             for record in found:
                 self._fold(record)
+            self.save_if_due()
             count += len(found)
+            left = deadline - time.monotonic()
             if found:
                 deadline = time.monotonic() + PATIENCE_SECONDS
-            elif time.monotonic() > deadline:
+            elif stalled is not None and left < PATIENCE_SECONDS - STALL_SECONDS:
+                stalled()
+                stalled = None
+            elif left < 0:
                 raise UnavailableError(self._cause("the end of the log cannot be read"))
             if self._stopping():
                 raise PartitionNotOwnedError("the partition was handed over while it was being taken over")
@@ -182,6 +282,7 @@ class Tenure:
 
     def _fold(self, record: Record) -> None:
         self.state.apply(event_of(record))
+        self.state.confirm(record.offset, record.value)
 
     def _cause(self, what: str) -> str:
         partition, kafka = self._partition, self._kafka

@@ -34,6 +34,7 @@ from services.errors import (
 from services.log.kafka.cluster import Cluster
 from services.log.kafka.failures import spoiled_by_record
 from services.log.kafka.requests import TOGETHER, IngestCheck, Request, Waiting
+from services.log.kafka.restore import States
 from services.log.kafka.settings import KafkaSettings
 from services.log.kafka.state import PartitionState
 from services.log.kafka.tenure import Tenure
@@ -68,6 +69,7 @@ class WriterContext:
     put_manifest: PutManifest
     clock: Clock
     loop: asyncio.AbstractEventLoop
+    states: States
     holds: Callable[[int], bool | None]
     """Asks the group whether the partition is this process's; None when it cannot say now. Blocks."""
     disowned: Callable[[int], None]
@@ -81,6 +83,7 @@ class PartitionWriter:
         self.partition = partition
         self.since: int | None = None
         self.takeover_seconds: float | None = None
+        self.restored_from: str | None = None
         self.trouble: str | None = "it is being taken over"
         self._context = context
         self._waiting = Waiting()
@@ -141,16 +144,19 @@ class PartitionWriter:
             context.cluster,
             self.partition,
             context.identity,
+            context.states,
             is_ours=self._is_ours,
             stopping=self._stop.is_set,
         )
         try:
             self.takeover_seconds = time.monotonic() - began
+            self.restored_from = tenure.restored_from
             self.since = context.clock()
             self.trouble = None
             while (batch := self._waiting.take(_IDLE_SECONDS)) is not None:
                 if batch:
                     self._serve(tenure, batch)
+                    tenure.save_if_due()
                 else:
                     tenure.idle()
         finally:
@@ -197,7 +203,7 @@ class PartitionWriter:
 
     def _decide(self, state: PartitionState, request: Request, staged: list[tuple[Event, bytes]]) -> _Outcome:
         asked, limits = request.asked, self._context.limits
-        package = state.package(asked.package_id)
+        package = state.package(asked.package_id, asked.command_id)
         try:
             if isinstance(asked, IngestCheck):
                 check_ingest(package, asked.package_id, asked.relative_paths, asked.command_id, limits)
@@ -221,7 +227,7 @@ class PartitionWriter:
 
     def _acknowledged(self, state: PartitionState, request: Request) -> Acknowledgement | Exception:
         asked = request.asked
-        package = state.package(asked.package_id)
+        package = state.package(asked.package_id, asked.command_id)
         if isinstance(asked, IngestCheck) or package is None:
             return UnavailableError("the package's state was lost; retry with the same command id")
         return acknowledge(package, asked)

@@ -19,8 +19,10 @@ from services.log.kafka.group import NO_URL, WriterGroup
 from services.log.kafka.log import KafkaLog
 from services.log.kafka.owners import Owner, Owners
 from services.log.kafka.requests import IngestCheck, Request
+from services.log.kafka.restore import States
+from services.log.kafka.snapshots import Snapshots
 from services.log.kafka.writer import PartitionWriter, WriterContext
-from services.log.port import Forwarder, PartitionNotOwnedError, PartitionStatus, PutManifest
+from services.log.port import Forwarder, PartitionNotOwnedError, PartitionStatus, PutManifest, SnapshotStore
 
 SUBMIT_SECONDS = 30.0
 """How long a command may look for its owner and wait for its turn; the outcome is unknown after that."""
@@ -28,6 +30,8 @@ SUBMIT_SECONDS = 30.0
 THIS_PROCESS = "this process"
 
 _HAND_OVER_SECONDS = 15.0
+_SNAPSHOT_SECONDS = 10.0
+"""How long `close` waits for snapshots that are being made, once the partitions are handed over."""
 _LOOK_SECONDS = 1.0
 """How often it is looked whether a forwarded command's owner still is: a frozen one neither answers nor refuses."""
 _FIRST_PAUSE = 0.02
@@ -41,6 +45,7 @@ class KafkaWriter:
     """See `CommandWriter`. Commands of partitions that another gateway owns go there through `forwarder`.
 
     `internal_url` is where others reach this process; without it, and without a forwarder, one gateway works alone.
+    The state of its partitions lies in `settings.state_dir`, and copies of it in `snapshots`, if there is such a store.
     """
 
     def __init__(
@@ -53,6 +58,7 @@ class KafkaWriter:
         clock: Clock = system_clock,
         forwarder: Forwarder | None = None,
         internal_url: str | None = None,
+        snapshots: SnapshotStore | None = None,
         submit_seconds: float = SUBMIT_SECONDS,
     ) -> None:
         """Connects to nothing yet. `settings` are those that `log` was made of."""
@@ -62,6 +68,9 @@ class KafkaWriter:
         self._clock = clock
         self._forwarder = forwarder
         self._submit_seconds = submit_seconds
+        self._state_dir = settings.state_dir
+        self._snapshot_store = snapshots
+        self._snapshots: Snapshots | None = None
         self._group = WriterGroup(log.kafka, log.cluster, internal_url or NO_URL, self._assigned, self._revoked)
         self._owners = Owners(log, self._group)
         self._writers: dict[int, PartitionWriter] = {}
@@ -77,6 +86,8 @@ class KafkaWriter:
     async def start(self) -> None:
         """See `CommandWriter`. Raises ConfigurationError when the topic could lose events, UnavailableError."""
         await self._log.check()
+        if self._snapshot_store is not None:
+            self._snapshots = Snapshots(self._snapshot_store, asyncio.get_running_loop())
         self._context = WriterContext(
             kafka=self._log.kafka,
             cluster=self._log.cluster,
@@ -85,6 +96,7 @@ class KafkaWriter:
             put_manifest=self._put_manifest,
             clock=self._clock,
             loop=asyncio.get_running_loop(),
+            states=States(self._state_dir, self._snapshots),
             holds=self._group.holds,
             disowned=self._disowned,
         )
@@ -141,7 +153,9 @@ class KafkaWriter:
         for p in range(await self._log.partitions()):
             writer, owner = self._writers.get(p), owners.get(p)
             if writer is not None:
-                found.append(PartitionStatus(p, THIS_PROCESS, writer.since, writer.takeover_seconds))
+                found.append(
+                    PartitionStatus(p, THIS_PROCESS, writer.since, writer.takeover_seconds, writer.restored_from)
+                )
             elif owner is None or owner.is_self:
                 found.append(PartitionStatus(p, None))
             else:
@@ -162,6 +176,8 @@ class KafkaWriter:
         for writer in [*self._writers.values(), *self._ending]:
             writer.stop()
             writer.join(_HAND_OVER_SECONDS)
+        if self._snapshots is not None:
+            self._snapshots.close(_SNAPSHOT_SECONDS)
 
     async def _accepted(self, asked: Command | IngestCheck) -> Acknowledgement | None:
         if self._closing:

@@ -1,0 +1,249 @@
+"""Snapshots: copies of the partitions' state files in the blob store, for a writer that begins on an empty disk.
+
+A snapshot is a folder of named objects, `snapshots/<log>/<partition>/<position>-<token>/`: the file in compressed
+parts, and last `index`, which makes it whole and has their digests. The newest two of a partition are kept. A snapshot
+that cannot be used is passed over: the log has everything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+import time
+import zlib
+from collections.abc import Callable, Coroutine, Set
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Event as Flag
+from typing import Any, TypeVar
+
+from blake3 import blake3
+
+from services.errors import ArtifactStoreError, UnavailableError
+from services.log.kafka.state_file import Place, StateFile, copy_file
+from services.log.port import PartitionNotOwnedError, SnapshotStore
+
+SNAPSHOT_OFFSETS = 50_000
+"""A snapshot is made when the log went on by so many offsets since the last one,"""
+
+SNAPSHOT_SECONDS = 60.0
+"""not before so many seconds have passed,"""
+
+SNAPSHOT_SHARE = 0.05
+"""and so that making snapshots takes at most this part of the time."""
+
+CLOSING_OFFSETS = 10_000
+"""On a clean close, one is made already when the log went on by so many; fewer are read in about a second."""
+
+KEPT = 2
+PART_BYTES = 8 << 20
+
+_FORMAT = 1
+_LEVEL = 1
+_ANSWER_SECONDS = 60.0
+_LOOK_SECONDS = 0.1
+_TEMPORARY = "snapshot-"
+_LEFT_SECONDS = 3_600.0
+
+_LOG = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+class SnapshotError(UnavailableError):
+    """The snapshot is not whole, or not what it should be, or the store cannot be reached."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Snapshot:
+    """A snapshot's place: how far it goes in the log, and the prefix of its objects."""
+
+    position: int
+    prefix: str
+
+
+@dataclass(slots=True)
+class _Progress:
+    """What is known of a partition's last snapshot; `not_before` is of the monotonic clock."""
+
+    position: int = 0
+    not_before: float = 0.0
+    running: Future[None] | None = None
+
+
+class Snapshots:
+    """Snapshots of one log. Their work is done in a thread of its own, and by the loop that the store belongs to."""
+
+    def __init__(self, store: SnapshotStore, loop: asyncio.AbstractEventLoop) -> None:
+        self._store = store
+        self._loop = loop
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="log-snapshot")
+        self._closed = Flag()
+        self._progress: dict[int, _Progress] = {}
+
+    def offer(self, place: Place, path: Path, position: int, *, closing: bool = False) -> None:
+        """Make a snapshot of the state file, which stands at `position`, if it is time for one. Does not block."""
+        progress = self._progress.setdefault(place.partition, _Progress(not_before=time.monotonic()))
+        new, wanted = position - progress.position, CLOSING_OFFSETS if closing else SNAPSHOT_OFFSETS
+        busy = progress.running is not None and not progress.running.done()
+        if new < wanted or busy or self._closed.is_set() or (not closing and time.monotonic() < progress.not_before):
+            return
+        progress.running = self._thread.submit(self._make, place, path, progress, position - wanted)
+
+    def restored(self, partition: int, position: int) -> None:
+        """A writer went on from the snapshot of this position: it need not be made again."""
+        self._progress[partition] = _Progress(position, time.monotonic())
+
+    def newest(self, place: Place, but: Set[Snapshot], stopping: Callable[[], bool]) -> Snapshot | None:
+        """The newest whole snapshot that is not among `but`. Blocks. Raises SnapshotError, PartitionNotOwnedError."""
+        return max((found for found in self._whole(place, stopping) if found not in but), default=None)
+
+    def fetch(self, snapshot: Snapshot, place: Place, target: Path, stopping: Callable[[], bool]) -> None:
+        """Write the snapshot's file to `target`; blocks. Raises SnapshotError, PartitionNotOwnedError."""
+        index = self._index(snapshot, place, stopping)
+        try:
+            with target.open("wb") as file:
+                for number, part in enumerate(index["parts"]):
+                    data = self._wait(self._store.get_object(_part_key(snapshot, number)), stopping)
+                    if data is None or blake3(data).hexdigest() != part["blake3"]:
+                        raise SnapshotError(f"part {number} is missing or damaged")
+                    unpacked = zlib.decompressobj().decompress(data, PART_BYTES + 1)
+                    file.write(unpacked)
+                if file.tell() != index["size"]:
+                    raise SnapshotError("it has another size than it should")
+        except (KeyError, TypeError, zlib.error) as error:
+            raise SnapshotError(f"it cannot be read ({type(error).__name__})") from error
+        except OSError as error:
+            raise SnapshotError(f"it cannot be written to the disk: {error.strerror}") from error
+
+    def close(self, seconds: float) -> None:
+        """Wait for snapshots that are being made, `seconds` at most, then give them up; blocks."""
+        wait([progress.running for progress in self._progress.values() if progress.running is not None], seconds)
+        self._closed.set()
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _make(self, place: Place, path: Path, progress: _Progress, enough: int) -> None:
+        """In the snapshots' thread. What goes wrong is logged: the next one may succeed, and nothing depends on it.
+
+        Nothing is to be done when there is one of the position `enough` already, made by another process.
+        """
+        began = time.monotonic()
+        try:
+            if not progress.position and (newest := self.newest(place, set(), self._closed.is_set)) is not None:
+                progress.position = newest.position
+                if newest.position > enough:
+                    return
+            _remove_leftovers(path.parent)
+            with TemporaryDirectory(dir=path.parent, prefix=_TEMPORARY) as folder:
+                copy = Path(folder) / "copy.db"
+                copy_file(path, copy)
+                file = StateFile.open(copy, place)
+                position = file.standing.position
+                file.close()
+                self._upload(copy, place, position)
+            progress.position = position
+            took = time.monotonic() - began
+            _LOG.info("a snapshot of partition %d at offset %d took %.2f s", place.partition, position, took)
+            self._prune(place)
+        except (ArtifactStoreError, OSError) as error:
+            text = error.detail if isinstance(error, ArtifactStoreError) else str(error.strerror)
+            _LOG.warning("no snapshot of partition %d was made: %s", place.partition, text)
+        ended = time.monotonic()
+        progress.not_before = max(began + SNAPSHOT_SECONDS, ended + (ended - began) / SNAPSHOT_SHARE)
+
+    def _upload(self, copy: Path, place: Place, position: int) -> None:
+        snapshot = Snapshot(position, f"{_prefix(place)}{position:020d}-{secrets.token_hex(4)}/")
+        parts: list[dict[str, str]] = []
+        size = 0
+        with copy.open("rb") as source:
+            while piece := source.read(PART_BYTES):
+                data = zlib.compress(piece, _LEVEL)
+                self._wait(self._store.put_object(_part_key(snapshot, len(parts)), data), self._closed.is_set)
+                parts.append({"blake3": blake3(data).hexdigest()})
+                size += len(piece)
+        index = {**_identity(place), "position": position, "size": size, "parts": parts}
+        self._wait(self._store.put_object(f"{snapshot.prefix}index", json.dumps(index).encode()), self._closed.is_set)
+
+    def _prune(self, place: Place) -> None:
+        """Remove what is older than the newest KEPT; one that is not whole may be on its way if it is newer."""
+        whole = sorted(self._whole(place, self._closed.is_set))
+        if len(whole) < KEPT:
+            return
+        oldest_kept = whole[-KEPT]
+        keys = self._wait(self._store.list_objects(_prefix(place)), self._closed.is_set)
+        for key in sorted(keys, key=lambda key: not key.endswith("/index")):
+            found = _snapshot_of(key, place)
+            if found is not None and found < oldest_kept:
+                self._wait(self._store.delete_object(key), self._closed.is_set)
+
+    def _whole(self, place: Place, stopping: Callable[[], bool]) -> list[Snapshot]:
+        keys = self._wait(self._store.list_objects(_prefix(place)), stopping)
+        return [found for key in keys if key.endswith("/index") and (found := _snapshot_of(key, place)) is not None]
+
+    def _index(self, snapshot: Snapshot, place: Place, stopping: Callable[[], bool]) -> dict[str, Any]:
+        data = self._wait(self._store.get_object(f"{snapshot.prefix}index"), stopping)
+        try:
+            index = json.loads(data or b"")
+        except ValueError:
+            raise SnapshotError("its index cannot be read") from None
+        expected = {**_identity(place), "position": snapshot.position}
+        if not isinstance(index, dict) or {name: index.get(name) for name in expected} != expected:
+            raise SnapshotError("its index is of another partition, log or format")
+        return index
+
+    def _wait(self, act: Coroutine[Any, Any, _T], stopping: Callable[[], bool]) -> _T:
+        """Let the loop do it. Raises SnapshotError, PartitionNotOwnedError when `stopping` comes true."""
+        try:
+            running = asyncio.run_coroutine_threadsafe(act, self._loop)
+        except RuntimeError:  # the loop is closed
+            act.close()
+            raise SnapshotError("the process ends") from None
+        deadline = time.monotonic() + _ANSWER_SECONDS
+        while True:
+            try:
+                return running.result(_LOOK_SECONDS)
+            except FutureTimeoutError:
+                if running.done():
+                    raise SnapshotError("the blob store gave no answer in time") from None
+                if stopping():
+                    running.cancel()
+                    raise PartitionNotOwnedError("the partition was handed over meanwhile") from None
+                if time.monotonic() > deadline:
+                    running.cancel()
+                    raise SnapshotError("the blob store gave no answer in time") from None
+            except asyncio.CancelledError:
+                raise SnapshotError("the process ends") from None
+            except ArtifactStoreError as error:
+                raise SnapshotError(error.detail) from error
+
+
+def _identity(place: Place) -> dict[str, object]:
+    return {"format": _FORMAT, "log": str(place.identity), "topic": place.topic, "partition": place.partition}
+
+
+def _prefix(place: Place) -> str:
+    return f"snapshots/{place.identity}/{place.partition}/"
+
+
+def _part_key(snapshot: Snapshot, number: int) -> str:
+    return f"{snapshot.prefix}{number:06d}"
+
+
+def _snapshot_of(key: str, place: Place) -> Snapshot | None:
+    folder, _, _ = key.removeprefix(_prefix(place)).partition("/")
+    position, _, token = folder.partition("-")
+    return Snapshot(int(position), f"{_prefix(place)}{folder}/") if position.isdecimal() and token else None
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Delete the copies of processes that were killed."""
+    limit = time.time() - _LEFT_SECONDS
+    for left in folder.glob(f"{_TEMPORARY}*"):
+        if left.is_dir() and left.stat().st_mtime < limit:
+            for file in left.iterdir():
+                file.unlink(missing_ok=True)
+            left.rmdir()

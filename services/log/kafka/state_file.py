@@ -1,0 +1,410 @@
+"""One partition's state in a SQLite file: what finalized packages need, and open packages whole.
+
+The file is disposable: everything in it comes from the log, and it stands on one record of it. It is in WAL mode with
+`synchronous=NORMAL`: what a crash or a power cut leaves is the file as it was at some moment, never a mixture
+(SQLite, "Write-Ahead Logging"). What else may happen to a file is noticed when it is opened (another one's, cut short,
+pages that do not fit), or, by a checksum in every row, when the row is read.
+
+A finalized package is one row. Its answers to retries lie in the order of finalization in another table, which loses
+them at its front. An open package has a row for itself, one for each command and one for each file.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+from uuid import UUID
+
+import cbor2
+
+from schemas.events import PackageCreated
+from services.core.state import CREATED, FINALIZED, CommandState, FileState, PackageState
+from services.errors import UnavailableError
+
+_APPLICATION_ID = 0x61727470
+FORMAT = 1
+"""Of tables and rows; a file of another one is built anew."""
+
+QUICK_CHECK_BYTES = 32 << 20
+"""A file up to this size is checked page by page when it is opened; it takes about 0.1 s."""
+
+_CACHE_KIB = 8 << 10
+_WAL_PAGES = 4_000
+_PURGE_ROWS = 20_000
+_CHECKSUM = 4
+
+_TABLES = (
+    # `position` is the offset behind the last record that is in the state, `mark` that record's digest.
+    """CREATE TABLE about (
+        identity BLOB NOT NULL, topic TEXT NOT NULL, partition INTEGER NOT NULL, position INTEGER NOT NULL,
+        mark BLOB NOT NULL, last_created_at INTEGER NOT NULL, next_answer INTEGER NOT NULL)""",
+    "CREATE TABLE packages (package_id BLOB PRIMARY KEY, body BLOB NOT NULL) WITHOUT ROWID",
+    """CREATE TABLE commands (package_id BLOB, command_id BLOB, body BLOB NOT NULL,
+        PRIMARY KEY (package_id, command_id)) WITHOUT ROWID""",
+    """CREATE TABLE files (package_id BLOB, sequence INTEGER, body BLOB NOT NULL,
+        PRIMARY KEY (package_id, sequence)) WITHOUT ROWID""",
+    """CREATE TABLE answers (
+        id INTEGER PRIMARY KEY, finalized_at INTEGER NOT NULL, command_id BLOB NOT NULL, body BLOB NOT NULL)""",
+)
+
+
+class StateFileError(UnavailableError):
+    """The file cannot be used now: the disk is full, or it is gone. The partition is taken over again."""
+
+
+class UnusableStateError(StateFileError):
+    """The file is corrupt, another's, or of another format: it is to be thrown away and built anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a state belongs to: one partition of one topic, by the topic's identity."""
+
+    identity: UUID
+    topic: str
+    partition: int
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a state stands: behind which record, and the time of the newest event so far (µs since 1970)."""
+
+    position: int = 0
+    mark: bytes = b""
+    last_created_at: int = 0
+
+
+class StateFile:
+    """Used by one thread at a time; every method blocks and raises StateFileError."""
+
+    def __init__(self, path: Path, connection: sqlite3.Connection, standing: Standing, next_answer: int) -> None:
+        """Of `open` and `create`."""
+        self.path = path
+        self.standing = standing
+        self._connection = connection
+        self._next_answer = next_answer
+
+    @classmethod
+    def create(cls, path: Path, place: Place) -> Self:
+        """A new file, in place of any that is there."""
+        remove(path)
+        with _explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            connection = _connect(path, "rwc")
+            try:
+                with _transaction(connection):
+                    connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+                    connection.execute(f"PRAGMA user_version = {FORMAT}")
+                    for table in _TABLES:
+                        connection.execute(table)
+                    connection.execute(
+                        "INSERT INTO about VALUES (?, ?, ?, 0, x'', 0, 1)",
+                        (place.identity.bytes, place.topic, place.partition),
+                    )
+            except BaseException:
+                connection.close()
+                raise
+            return cls(path, connection, Standing(), 1)
+
+    @classmethod
+    def open(cls, path: Path, place: Place) -> Self:
+        """The file that is there. Raises UnusableStateError when it is not a whole state of this place."""
+        with _explained(path, opening=True):
+            size = path.stat().st_size
+            connection = _connect(path, "rw")
+            try:
+                ids = tuple(
+                    connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
+                )
+                if ids != (_APPLICATION_ID, FORMAT):
+                    raise UnusableStateError(f"{path.name} is no state of this version")
+                row = connection.execute("SELECT * FROM about").fetchone()
+                if row is None or row[:3] != (place.identity.bytes, place.topic, place.partition):
+                    raise UnusableStateError(f"{path.name} is the state of another partition or log")
+                if size <= QUICK_CHECK_BYTES:
+                    found = connection.execute("PRAGMA quick_check(1)").fetchone()
+                    if found != ("ok",):
+                        raise UnusableStateError(f"{path.name} is damaged")
+                _, _, _, position, mark, last_created_at, next_answer = row
+                return cls(path, connection, Standing(position, mark, last_created_at), next_answer)
+            except BaseException:
+                connection.close()
+                raise
+
+    def close(self) -> None:
+        """Close the connection; what was saved stays."""
+        with _explained(self.path):
+            self._connection.close()
+
+    def load(self, package_id: UUID, command_id: UUID | None, kept_after: int) -> PackageState | None:
+        """The package; None when there is none.
+
+        Of a finalized one only what this command became, and only if it was finalized after `kept_after` (µs).
+        """
+        with _explained(self.path, reading=True):
+            row = self._connection.execute(
+                "SELECT body FROM packages WHERE package_id = ?", (package_id.bytes,)
+            ).fetchone()
+            if row is None:
+                return None
+            kind, *values = self._unsealed(row[0])
+            if kind == CREATED:
+                return self._open_package(package_id, values)
+            return self._finalized_package(package_id, values, command_id, kept_after)
+
+    def save(self, changed: Iterable[tuple[PackageState, int]], standing: Standing, answers_kept_after: int) -> None:
+        """Write packages that changed, each with the sequence up to which the file has it, in one transaction.
+
+        Answers of packages that were finalized at `answers_kept_after` (µs) or before are deleted, some at a time.
+        """
+        with _explained(self.path), _transaction(self._connection):
+            # In the order of their keys, which are spread all over the table.
+            for state, saved in sorted(changed, key=lambda found: found[0].package_id.bytes):
+                if state.status == FINALIZED:
+                    self._save_finalized(state, saved)
+                else:
+                    self._save_open(state, saved)
+            self._purge(answers_kept_after)
+            self._connection.execute(
+                "UPDATE about SET position = ?, mark = ?, last_created_at = ?, next_answer = ?",
+                (standing.position, standing.mark, standing.last_created_at, self._next_answer),
+            )
+        self.standing = standing
+
+    def _save_open(self, state: PackageState, saved: int) -> None:
+        key, execute = state.package_id.bytes, self._connection.execute
+        body = _sealed(
+            CREATED,
+            [getattr(state.created, name) for name in PackageCreated.__slots__],
+            state.created_at,
+            state.last_event_at,
+            state.sequence,
+            state.digest,
+            state.total_bytes,
+            state.unfinished.bytes if state.unfinished is not None else None,
+        )
+        execute("INSERT OR REPLACE INTO packages VALUES (?, ?)", (key, body))
+        # Both come in the order of their events, so that what is new stands at the end.
+        for command_id, command in _last(state.commands.items(), lambda item: item[1].last_sequence > saved):
+            body = _sealed(
+                command.event_type,
+                command.actor,
+                command.count,
+                command.done,
+                command.last_sequence,
+                command.last_digest,
+            )
+            execute("INSERT OR REPLACE INTO commands VALUES (?, ?, ?)", (key, command_id.bytes, body))
+        self._connection.executemany(
+            "INSERT INTO files VALUES (?, ?, ?)",
+            (
+                (key, f.sequence, _sealed(path, f.command_id.bytes, f.event_digest, f.manifest_item, f.receipt_item))
+                for path, f in _last(state.files.items(), lambda item: item[1].sequence > saved)
+            ),
+        )
+
+    def _save_finalized(self, state: PackageState, saved: int) -> None:
+        key, execute = state.package_id.bytes, self._connection.execute
+        created, first = state.created, self._next_answer
+        self._next_answer += len(state.commands)
+        body = _sealed(
+            FINALIZED,
+            created.retention_class,
+            created.retention_days,
+            state.created_at,
+            state.last_event_at,
+            state.sequence,
+            state.digest,
+            state.total_bytes,
+            state.manifest_digest,
+            first,
+            self._next_answer - 1,
+        )
+        if saved:
+            execute("DELETE FROM files WHERE package_id = ?", (key,))
+            execute("DELETE FROM commands WHERE package_id = ?", (key,))
+        execute("INSERT OR REPLACE INTO packages VALUES (?, ?)", (key, body))
+        self._connection.executemany(
+            "INSERT INTO answers VALUES (?, ?, ?, ?)",
+            (
+                (number, state.last_event_at, command_id.bytes, _answer(state, command))
+                for number, (command_id, command) in enumerate(state.commands.items(), start=first)
+            ),
+        )
+
+    def _purge(self, kept_after: int) -> None:
+        """Answers were added in the order of their time: what goes is at the front."""
+        row = self._connection.execute(
+            "SELECT max(id) FROM (SELECT id, finalized_at FROM answers ORDER BY id LIMIT ?) WHERE finalized_at <= ?",
+            (_PURGE_ROWS, kept_after),
+        ).fetchone()
+        if row[0] is not None:
+            self._connection.execute("DELETE FROM answers WHERE id <= ?", row)
+
+    def _open_package(self, package_id: UUID, values: list[Any]) -> PackageState:
+        created, created_at, last_event_at, sequence, digest, total_bytes, unfinished = values
+        state = PackageState(
+            package_id,
+            PackageCreated(*created),
+            created_at,
+            last_event_at,
+            sequence,
+            digest,
+            total_bytes=total_bytes,
+            unfinished=UUID(bytes=unfinished) if unfinished is not None else None,
+        )
+        key, execute = (package_id.bytes,), self._connection.execute
+        found = [
+            (UUID(bytes=command_id), CommandState(*self._unsealed(body)))
+            for command_id, body in execute("SELECT command_id, body FROM commands WHERE package_id = ?", key)
+        ]
+        state.commands = dict(sorted(found, key=lambda item: item[1].last_sequence))
+        for file_sequence, body in execute(
+            "SELECT sequence, body FROM files WHERE package_id = ? ORDER BY sequence", key
+        ):
+            path, command_id, event_digest, item, receipt = self._unsealed(body)
+            of = UUID(bytes=command_id)
+            state.files[path] = FileState(of, file_sequence, event_digest, item, receipt)
+            state.commands[of].paths.append(path)
+        if len(state.files) + sum(not c.paths for c in state.commands.values()) != sequence:
+            raise UnusableStateError(f"{self.path.name} lacks rows of package {package_id}")
+        return state
+
+    def _finalized_package(
+        self, package_id: UUID, values: list[Any], command_id: UUID | None, kept_after: int
+    ) -> PackageState:
+        class_, days, created_at, last_event_at, sequence, digest, total_bytes, manifest_digest, first, last = values
+        state = PackageState(
+            package_id,
+            PackageCreated("", "", "", class_, days, "{}"),
+            created_at,
+            last_event_at,
+            sequence,
+            digest,
+            FINALIZED,
+            total_bytes,
+            manifest_digest,
+        )
+        if command_id is None or last_event_at <= kept_after:
+            return state
+        row = self._connection.execute(
+            "SELECT body FROM answers WHERE id BETWEEN ? AND ? AND command_id = ?", (first, last, command_id.bytes)
+        ).fetchone()
+        if row is not None:
+            known, created, files = self._unsealed(row[0])
+            command = CommandState(*known)
+            if created is not None:
+                state.created = PackageCreated(*created)
+            for path, file_sequence, event_digest, item in files:
+                state.files[path] = FileState(command_id, file_sequence, event_digest, item, b"")
+                command.paths.append(path)
+            state.commands[command_id] = command
+        return state
+
+    def _unsealed(self, body: bytes) -> list[Any]:
+        content, checksum = body[:-_CHECKSUM], body[-_CHECKSUM:]
+        if zlib.crc32(content).to_bytes(_CHECKSUM) != checksum:
+            raise UnusableStateError(f"{self.path.name} holds a damaged row")
+        found: list[Any] = cbor2.loads(content)
+        return found
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Write a consistent copy of a state that may be in use, by a connection of its own; blocks."""
+    with _explained(source):
+        reading = _connect(source, "rw")
+        try:
+            reading.execute("PRAGMA query_only = ON")
+            reading.execute("PRAGMA wal_autocheckpoint = 0")
+            writing = sqlite3.connect(target, isolation_level=None)
+            try:
+                writing.execute("PRAGMA synchronous = OFF")
+                reading.backup(writing)
+            finally:
+                writing.close()
+        finally:
+            reading.close()
+
+
+def remove(path: Path) -> None:
+    """Delete a state with what SQLite keeps beside it. Raises StateFileError."""
+    with _explained(path):
+        for suffix in ("", "-wal", "-shm", "-journal"):
+            path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+
+def _answer(state: PackageState, command: CommandState) -> bytes:
+    """What a retry of the command is compared with and answered by."""
+    known = [command.event_type, command.actor, command.count, command.done, command.last_sequence, command.last_digest]
+    created = (
+        [getattr(state.created, name) for name in PackageCreated.__slots__] if command.last_sequence == 1 else None
+    )
+    files = [(path, state.files[path]) for path in command.paths]
+    return _sealed(known, created, [[path, f.sequence, f.event_digest, f.manifest_item] for path, f in files])
+
+
+def _sealed(*values: Any) -> bytes:
+    content = cbor2.dumps(values)
+    return content + zlib.crc32(content).to_bytes(_CHECKSUM)
+
+
+def _last(items: Any, new: Any) -> list[Any]:
+    """The items at the end of a dictionary's view for which `new` holds, in their order."""
+    found = []
+    for item in reversed(items):
+        if not new(item):
+            break
+        found.append(item)
+    found.reverse()
+    return found
+
+
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    connection = sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None, check_same_thread=False, timeout=5.0
+    )
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")
+        connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+        connection.execute(f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+@contextmanager
+def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        # The first error is the one to tell.
+        with suppress(sqlite3.Error):
+            connection.execute("ROLLBACK")
+        raise
+
+
+@contextmanager
+def _explained(path: Path, *, opening: bool = False, reading: bool = False) -> Iterator[None]:
+    """Tell SQLite's and the system's errors as ours; when it is opened, any of SQLite's says that it is no state."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if opening or code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CONSTRAINT):
+            raise UnusableStateError(f"{path.name} is damaged: {error}") from error
+        raise StateFileError(f"the state file {path} cannot be used: {error}") from error
+    except OSError as error:
+        raise StateFileError(f"the state file {path} cannot be used: {error.strerror}") from error
+    except (KeyError, TypeError, ValueError) as error:  # of a row: its form is another one
+        if not reading:
+            raise
+        raise UnusableStateError(f"{path.name} holds a row that cannot be read: {type(error).__name__}") from error
