@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from blake3 import blake3
 
-from schemas.canonical import canonical_cbor
+from schemas.canonical import ordered_cbor
 from schemas.events import Event, FileIngested, PackageCreated, PackageFinalized, payload_map
 
 
@@ -14,7 +14,7 @@ def payload_digest(payload: PackageCreated | FileIngested) -> bytes:
     A map of the payload's fields by their names: identifiers and metadata as text, digests as byte strings, timestamps
     as integer µs, absent optionals as null. The payload of `v1.package.finalized` is the manifest: digest its bytes.
     """
-    return blake3(canonical_cbor(payload_map(payload))).digest()
+    return blake3(ordered_cbor(payload_map(payload))).digest()
 
 
 def event_digest(event: Event) -> bytes:
@@ -43,7 +43,7 @@ def chain_digest(
 ) -> bytes:
     """BLAKE3 over the canonical CBOR array of these values, in this order (32 bytes)."""
     link = [event_type, package_id, sequence, created_at, actor, command_id, payload_digest, previous_digest]
-    return blake3(canonical_cbor(link)).digest()
+    return blake3(ordered_cbor(link)).digest()
 
 
 def manifest_digest(manifest: bytes) -> bytes:

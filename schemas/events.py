@@ -67,30 +67,43 @@ Payload = PackageCreated | FileIngested | PackageFinalized
 def payload_map(payload: Payload) -> dict[str, Any]:
     """The payload as a map of its fields by name: the form that is encoded in Avro and, but for the manifest, digested.
 
-    Identifiers are text, digests bytes, timestamps integer µs, absent optionals None.
+    Identifiers are text, digests bytes, timestamps integer µs, absent optionals None. Keys are in canonical order, by
+    the length of their text, then by its bytes (RFC 8949 §4.2.1).
     """
     match payload:
-        case PackageCreated():
-            return {name: getattr(payload, name) for name in PackageCreated.__slots__}
-        case PackageFinalized():
-            return {name: getattr(payload, name) for name in PackageFinalized.__slots__}
         case FileIngested():
             receipt = payload.receipt
             return {
-                "file_id": str(payload.file_id),
-                "relative_path": payload.relative_path,
-                "media_type": payload.media_type,
-                "size_bytes": payload.size_bytes,
                 "blake3": payload.blake3,
                 "sha256": payload.sha256,
+                "file_id": str(payload.file_id),
                 "receipt": {
-                    "location_id": str(receipt.location_id),
-                    "backend_id": receipt.backend_id,
                     "key": receipt.key,
-                    "offset": receipt.offset,
                     "length": receipt.length,
+                    "offset": receipt.offset,
                     "stored_at": receipt.stored_at,
+                    "backend_id": receipt.backend_id,
+                    "location_id": str(receipt.location_id),
                 },
+                "media_type": payload.media_type,
+                "size_bytes": payload.size_bytes,
+                "relative_path": payload.relative_path,
+            }
+        case PackageCreated():
+            return {
+                "name": payload.name,
+                "subject": payload.subject,
+                "metadata": payload.metadata,
+                "producer": payload.producer,
+                "retention_days": payload.retention_days,
+                "retention_class": payload.retention_class,
+            }
+        case PackageFinalized():
+            return {
+                "manifest": payload.manifest,
+                "file_count": payload.file_count,
+                "total_bytes": payload.total_bytes,
+                "manifest_key": payload.manifest_key,
             }
 
 

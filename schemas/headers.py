@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from functools import cache, lru_cache
 
 from schemas.events import Event
 
@@ -15,10 +16,8 @@ SOURCE = b"artifact-store"
 
 def headers(event: Event, traceparent: str | None = None) -> list[tuple[str, bytes]]:
     """The headers of the event's record, names in a fixed order; `traceparent` as W3C Trace Context has it."""
-    kind, version = split_type(event.event_type)
     found = [
-        ("event_type", kind.encode()),
-        ("event_version", version.encode()),
+        *_of_type(event.event_type),
         ("command_id", str(event.command_id).encode()),
         ("command_index", b"%d" % event.command_index),
         ("command_count", b"%d" % event.command_count),
@@ -41,10 +40,18 @@ def split_type(event_type: str) -> tuple[str, str]:
     return kind, version.removeprefix("v")
 
 
+@cache
+def _of_type(event_type: str) -> tuple[tuple[str, bytes], ...]:
+    kind, version = split_type(event_type)
+    return ("event_type", kind.encode()), ("event_version", version.encode())
+
+
 def _rfc3339(micros: int) -> str:
-    return (
-        datetime.fromtimestamp(micros // 1_000_000, UTC)
-        .replace(microsecond=micros % 1_000_000)
-        .isoformat()
-        .replace("+00:00", "Z")
-    )
+    """As `datetime.isoformat` has it: without a fraction in the whole second."""
+    second, fraction = divmod(micros, 1_000_000)
+    return f"{_whole_second(second)}.{fraction:06}Z" if fraction else f"{_whole_second(second)}Z"
+
+
+@lru_cache(64)
+def _whole_second(second: int) -> str:
+    return datetime.fromtimestamp(second, UTC).replace(tzinfo=None).isoformat()

@@ -22,6 +22,7 @@ from schemas.events import (
     Payload,
     StorageReceipt,
 )
+from schemas.identifiers import Identifier
 from services.core.commands import (
     Acknowledgement,
     Command,
@@ -51,12 +52,13 @@ from services.errors import (
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The events to append, none when the log has them all already.
+    """The events to append, none when the log has them all already, and the chain digest of each.
 
     `claim_check` is a manifest that must be durable under its content-addressed key before the events are appended.
     """
 
     events: tuple[Event, ...] = ()
+    digests: tuple[bytes, ...] = ()
     claim_check: bytes | None = None
 
 
@@ -120,8 +122,9 @@ def _create(state: PackageState | None, command: CreatePackage, now: int, limits
     payload = PackageCreated(
         command.name, command.producer, command.subject, command.retention_class, kept.days, command.metadata
     )
-    event = _event(PACKAGE_CREATED, command, payload, payload_digest(payload), now, 1, NO_DIGEST)
-    return Decision((event,))
+    chain = _Chain(command.package_id, command, now, 0, NO_DIGEST)
+    chain.add(PACKAGE_CREATED, payload, payload_digest(payload))
+    return chain.decision()
 
 
 def _ingest(
@@ -137,17 +140,11 @@ def _ingest(
             raise TooLargeError(f"a file is {file.size_bytes:,} bytes; the limit is {limits.max_file_bytes:,}")
     left = command.files[done:]
     _check_paths(state, [file.relative_path for file in left], limits)
-    events: list[Event] = []
-    sequence, digest = state.sequence, state.digest
-    for index, file in enumerate(left, start=done):
-        sequence += 1
+    chain = _Chain(state.package_id, command, now, state.sequence, state.digest, done, len(command.files))
+    for file in left:
         payload = _file_payload(command.package_id, file)
-        event = _event(
-            FILE_INGESTED, command, payload, payload_digest(payload), now, sequence, digest, index, len(command.files)
-        )
-        digest = event_digest(event)
-        events.append(event)
-    return Decision(tuple(events))
+        chain.add(FILE_INGESTED, payload, payload_digest(payload))
+    return chain.decision()
 
 
 def _finalize(state: PackageState, command: FinalizePackage, now: int, limits: Limits) -> Decision:
@@ -162,35 +159,60 @@ def _finalize(state: PackageState, command: FinalizePackage, now: int, limits: L
         file_count=len(state.files),
         total_bytes=state.total_bytes,
     )
-    event = _event(PACKAGE_FINALIZED, command, payload, digest, now, state.sequence + 1, state.digest)
-    return Decision((event,), None if inline else manifest)
+    chain = _Chain(state.package_id, command, now, state.sequence, state.digest)
+    chain.add(PACKAGE_FINALIZED, payload, digest)
+    return chain.decision(None if inline else manifest)
 
 
-def _event(
-    event_type: str,
-    command: Command,
-    payload: Payload,
-    digest: bytes,
-    now: int,
-    sequence: int,
-    previous: bytes,
-    index: int = 0,
-    count: int = 1,
-) -> Event:
-    return Event(
-        event_id=identifiers.event_id(command.package_id, sequence),
-        event_type=event_type,
-        package_id=command.package_id,
-        sequence=sequence,
-        created_at=now,
-        actor=command.actor,
-        command_id=command.command_id,
-        command_index=index,
-        command_count=count,
-        payload_digest=digest,
-        previous_digest=previous,
-        payload=payload,
-    )
+class _Chain:
+    """The events of one command, each linked to the one before it; `index` of `count` comes next."""
+
+    def __init__(
+        self,
+        package_id: UUID,
+        command: Command,
+        now: int,
+        sequence: int,
+        digest: bytes,
+        index: int = 0,
+        count: int = 1,
+    ) -> None:
+        self._package_id = Identifier.of(package_id)
+        self._command_id = Identifier.of(command.command_id)
+        self._actor = command.actor
+        self._now = now
+        self._sequence = sequence
+        self._digest = digest
+        self._index = index
+        self._count = count
+        self._events: list[Event] = []
+        self._digests: list[bytes] = []
+
+    def add(self, event_type: str, payload: Payload, digest: bytes) -> None:
+        """The next event; `digest` is that of the payload."""
+        self._sequence += 1
+        event = Event(
+            event_id=identifiers.event_id(self._package_id, self._sequence),
+            event_type=event_type,
+            package_id=self._package_id,
+            sequence=self._sequence,
+            created_at=self._now,
+            actor=self._actor,
+            command_id=self._command_id,
+            command_index=self._index,
+            command_count=self._count,
+            payload_digest=digest,
+            previous_digest=self._digest,
+            payload=payload,
+        )
+        self._index += 1
+        self._digest = event_digest(event)
+        self._events.append(event)
+        self._digests.append(self._digest)
+
+    def decision(self, claim_check: bytes | None = None) -> Decision:
+        """All of them."""
+        return Decision(tuple(self._events), tuple(self._digests), claim_check)
 
 
 def _file_payload(package_id: UUID, file: StoredFile) -> FileIngested:

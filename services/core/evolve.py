@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from schemas.digests import event_digest
 from schemas.events import Event, FileIngested, PackageCreated, PackageFinalized
+from schemas.identifiers import Identifier
 from services.core.manifest import manifest_items
 from services.core.state import FINALIZED, CommandState, FileState, PackageState
 from services.errors import CorruptError
 
 
-def evolve(state: PackageState | None, event: Event) -> PackageState:
+def evolve(state: PackageState | None, event: Event, digest: bytes | None = None) -> PackageState:
     """Apply the event; `state` is None before the first. The state is changed in place and returned.
+
+    `digest` is the event's chain digest for a caller that has just computed it.
 
     Raises:
         CorruptError: the event cannot follow the state: a gap in the sequence, a broken chain, an impossible order.
     """
-    digest = event_digest(event)
+    digest = digest or event_digest(event)
     payload = event.payload
     if state is None:
         if not isinstance(payload, PackageCreated) or event.sequence != 1:
             raise CorruptError(f"package {event.package_id}: {event.event_type} {event.sequence} precedes its creation")
-        state = PackageState(event.package_id, payload, event.created_at, event.created_at, 0, bytes(32))
+        # Its text is asked for with every event of the package.
+        state = PackageState(Identifier.of(event.package_id), payload, event.created_at, event.created_at, 0, bytes(32))
     elif isinstance(payload, PackageCreated):
         raise CorruptError(f"package {event.package_id} is created twice")
     if event.sequence != state.sequence + 1 or event.previous_digest != state.digest:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from schemas.canonical import canonical_cbor, cbor_array_head
+from schemas.canonical import canonical_cbor, cbor_array_head, ordered_cbor
 from schemas.events import FileIngested
 from services.core.state import FINALIZED, PackageState
 from services.manifest import MANIFEST_VERSION
@@ -13,25 +13,25 @@ from services.manifest import MANIFEST_VERSION
 
 def manifest_items(file: FileIngested) -> tuple[bytes, bytes]:
     """The canonical CBOR of a file's entry in `files` and of its entry in `storage_receipts`."""
-    receipt = file.receipt
+    receipt, file_id = file.receipt, str(file.file_id)
     entry = {
-        "file_id": str(file.file_id),
-        "relative_path": file.relative_path,
-        "media_type": file.media_type,
-        "size_bytes": file.size_bytes,
         "blake3": file.blake3.hex(),
         "sha256": file.sha256.hex(),
+        "file_id": file_id,
+        "media_type": file.media_type,
+        "size_bytes": file.size_bytes,
+        "relative_path": file.relative_path,
     }
     proof = {
-        "file_id": str(file.file_id),
-        "location_id": str(receipt.location_id),
-        "backend_id": receipt.backend_id,
         "key": receipt.key,
-        "offset": receipt.offset,
         "length": receipt.length,
+        "offset": receipt.offset,
+        "file_id": file_id,
         "stored_at": receipt.stored_at,
+        "backend_id": receipt.backend_id,
+        "location_id": str(receipt.location_id),
     }
-    return canonical_cbor(entry), canonical_cbor(proof)
+    return ordered_cbor(entry), ordered_cbor(proof)
 
 
 def manifest_pieces(state: PackageState, finalized_at: int) -> Iterator[bytes]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import unicodedata
 
+from services.core.fields import holds_control
 from services.errors import InvalidPathError
 
 MAX_PATH_BYTES = 1024
+
+_NO_SEGMENTS = frozenset({"", ".", ".."})
 
 
 def check_path(path: str) -> None:
@@ -15,9 +18,9 @@ def check_path(path: str) -> None:
         raise InvalidPathError("a relative path must not be empty")
     if path.startswith("/"):
         raise InvalidPathError("a relative path must not begin with '/'")
-    if any(segment in ("", ".", "..") for segment in path.split("/")):
+    if not _NO_SEGMENTS.isdisjoint(path.split("/")):
         raise InvalidPathError("a relative path must not hold an empty, '.' or '..' segment")
-    if any(unicodedata.category(c) in ("Cc", "Cs") for c in path):
+    if holds_control(path):
         raise InvalidPathError("a relative path must not hold a NUL, another control character or a surrogate")
     if not unicodedata.is_normalized("NFC", path):
         raise InvalidPathError("a relative path must be in Unicode normalisation form NFC")

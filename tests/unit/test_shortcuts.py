@@ -1,0 +1,81 @@
+"""What the write path computes by a shorter way is what the plain way gives, for every input."""
+
+from __future__ import annotations
+
+import pickle
+import unicodedata
+from datetime import UTC, datetime
+from uuid import UUID, uuid5
+
+import cbor2
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from schemas import identifiers
+from schemas.canonical import canonical_cbor, ordered_cbor
+from schemas.digests import event_digest
+from schemas.events import FileIngested, PackageCreated, PackageFinalized, Payload, StorageReceipt, payload_map
+from schemas.headers import headers
+from schemas.identifiers import Identifier
+from services.core.decide import decide
+from services.core.evolve import evolve
+from services.core.fields import holds_control
+from services.core.limits import Limits
+from services.core.manifest import manifest_items
+from tests.unit.commands import create, ingest
+
+_TEXT = st.text(max_size=300)
+_SIZE = st.integers(0, 2**63 - 1)
+_DIGEST = st.binary(min_size=32, max_size=32)
+_RECEIPT = st.builds(StorageReceipt, st.uuids(), _TEXT, _TEXT, _SIZE, _SIZE, _SIZE)
+_INGESTED = st.builds(FileIngested, st.uuids(), _TEXT, _TEXT, _SIZE, _DIGEST, _DIGEST, _RECEIPT)
+_CREATED = st.builds(PackageCreated, _TEXT, _TEXT, _TEXT, _TEXT, st.none() | _SIZE, _TEXT)
+_FINALIZED = st.builds(PackageFinalized, st.none() | st.binary(), st.none() | _TEXT, _SIZE, _SIZE)
+
+
+@given(_INGESTED | _CREATED | _FINALIZED)
+def test_a_payloads_map_is_written_in_canonical_order(payload: Payload) -> None:
+    found = payload_map(payload)
+    assert ordered_cbor(found) == canonical_cbor(found)
+
+
+@given(_INGESTED)
+def test_the_items_of_a_manifest_are_canonical(file: FileIngested) -> None:
+    for item in manifest_items(file):
+        assert item == canonical_cbor(cbor2.loads(item))
+
+
+@given(st.uuids(), _TEXT)
+def test_a_derived_identifier_is_the_uuid_that_the_standard_library_derives(namespace: UUID, path: str) -> None:
+    derived, plain = identifiers.file_id(namespace, path), uuid5(namespace, f"file:{path}")
+    assert (derived, str(derived), derived.bytes, hash(derived)) == (plain, str(plain), plain.bytes, hash(plain))
+    assert derived.version == 5
+
+
+@given(st.uuids())
+def test_an_identifier_that_keeps_its_text_is_the_same_identifier(plain: UUID) -> None:
+    kept = Identifier.of(plain)
+    assert (kept, str(kept), repr(kept.hex)) == (plain, str(plain), repr(plain.hex))
+    assert Identifier.of(kept) is kept
+    assert str(pickle.loads(pickle.dumps(kept))) == str(plain)  # noqa: S301 - what was pickled a moment ago
+
+
+def test_control_characters_and_surrogates_are_those_of_unicode() -> None:
+    for code in range(0x110000):
+        assert holds_control(chr(code)) == (unicodedata.category(chr(code)) in ("Cc", "Cs")), hex(code)
+
+
+@pytest.mark.parametrize("micros", [0, 1, 999_999, 1_000_000, 1_700_000_000_000_000, 1_700_000_000_000_100])
+def test_the_time_in_the_headers_is_the_events_in_iso_form(micros: int) -> None:
+    event = decide(None, create(), micros, Limits()).events[0]
+    plain = datetime.fromtimestamp(micros // 1_000_000, UTC).replace(microsecond=micros % 1_000_000)
+    assert dict(headers(event))["ce_time"].decode() == plain.isoformat().replace("+00:00", "Z")
+
+
+def test_a_decision_gives_the_chain_digest_of_every_event() -> None:
+    created = decide(None, create(), 1, Limits())
+    state = evolve(None, created.events[0], created.digests[0])
+    ingested = decide(state, ingest(state.package_id, "a", "b", "c"), 2, Limits())
+    events = [*created.events, *ingested.events]
+    assert [*created.digests, *ingested.digests] == [event_digest(event) for event in events]
