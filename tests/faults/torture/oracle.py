@@ -17,7 +17,6 @@ from schemas.codec import decode
 from schemas.digests import event_digest
 from schemas.events import Event, FileIngested, PackageFinalized
 from services.config import Settings
-from tests.faults.torture.stage import PARTITIONS
 from tests.faults.torture.work import Answer, Entry
 from tests.integration.processes import run_command
 
@@ -97,8 +96,8 @@ def read_log(settings: Settings) -> Iterator[Event]:
         }
     )
     try:
-        consumer.assign([TopicPartition(topic, p, 0) for p in range(PARTITIONS)])
-        unread = set(range(PARTITIONS))
+        consumer.assign([TopicPartition(topic, p, 0) for p in range(settings.kafka_partitions)])
+        unread = set(range(settings.kafka_partitions))
         while unread:
             messages = consumer.consume(500, _READ_SECONDS)
             if not messages:
