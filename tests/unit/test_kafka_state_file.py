@@ -1,0 +1,286 @@
+"""State files: what is not a whole state of this partition is noticed, and a file that is held is not waited for."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from uuid import UUID, uuid4
+
+import pytest
+
+from services.core.commands import Command, IngestFiles
+from services.core.decide import acknowledge, decide
+from services.core.limits import Limits
+from services.log.kafka import state as state_module
+from services.log.kafka import state_file as state_file_module
+from services.log.kafka.state import ANSWERS_KEPT_MICROS, PartitionState
+from services.log.kafka.state_file import Place, StateFile, UnusableStateError, copy_file
+from services.log.kafka.state_slots import claim
+from services.log.sqlite.lock import FileLock
+from tests.unit import commands
+from tests.unit.commands import stored
+
+PLACE = Place(UUID(int=7), "t.events", 3)
+NAME = "t.events-3.db"
+PACKAGES = 40
+
+
+class Writing:
+    """Commands folded into a state, as a writer does whose every transaction succeeds."""
+
+    def __init__(self, state: PartitionState, now: int = 1_000) -> None:
+        self.state = state
+        self.now = now
+
+    def run(self, command: Command) -> None:
+        for event in decide(self.state.package(command.package_id), command, self.now, Limits()).events:
+            self.state.apply(event)
+        self.state.confirm(self.state.position, b"record %d" % self.state.position)
+
+
+def filled(path: Path, place: Place = PLACE, packages: int = PACKAGES) -> Path:
+    """A closed state with packages of eight files, every other one finalized."""
+    writing = Writing(PartitionState(StateFile.create(path, place)))
+    for n in range(packages):
+        made = commands.create(n)
+        writing.run(made)
+        writing.run(commands.ingest(made.package_id, *(f"{n}/{m}" for m in range(8))))
+        if n % 2:
+            writing.run(commands.finalize(made.package_id))
+    assert writing.state.close()
+    return path
+
+
+def truncate(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+
+
+def scribble(path: Path) -> None:
+    """Overwrite pages in the middle."""
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(b"\x5a" * 8192)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def no_database(path: Path) -> None:
+    path.write_bytes(b"some other file" * 1000)
+
+
+def other_database(path: Path) -> None:
+    path.unlink()
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE notes (text)")
+    connection.close()
+
+
+def older_format(path: Path) -> None:
+    connection = sqlite3.connect(path)
+    connection.execute("PRAGMA user_version = 0")
+    connection.close()
+
+
+def other_log(path: Path) -> None:
+    filled(path, Place(uuid4(), PLACE.topic, PLACE.partition), 1)
+
+
+def other_partition(path: Path) -> None:
+    filled(path, Place(PLACE.identity, PLACE.topic, 2), 1)
+
+
+SPOILING = [truncate, scribble, empty, no_database, other_database, older_format, other_log, other_partition]
+
+
+@pytest.mark.parametrize("spoil", SPOILING, ids=lambda spoil: spoil.__name__)
+def test_what_is_no_whole_state_of_the_partition_is_discarded_with_a_line_in_the_log(
+    tmp_path: Path, spoil: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    spoil(filled(tmp_path / NAME))
+    slot, file = claim(tmp_path, PLACE)
+    assert file is None
+    assert slot.path == tmp_path / NAME
+    assert not slot.path.exists()
+    assert "a state file of partition 3 is discarded" in caplog.text
+    slot.release()
+
+
+def test_a_row_that_was_changed_behind_our_back_is_noticed_when_it_is_read(tmp_path: Path) -> None:
+    path = filled(tmp_path / NAME)
+    victim = commands.create(1).package_id
+    connection = sqlite3.connect(path)
+    (body,) = connection.execute("SELECT body FROM packages WHERE package_id = ?", (victim.bytes,)).fetchone()
+    spoiled = body[:-9] + bytes([body[-9] ^ 1]) + body[-8:]
+    with connection:
+        connection.execute("UPDATE packages SET body = ? WHERE package_id = ?", (spoiled, victim.bytes))
+    connection.close()
+    state = PartitionState(StateFile.open(path, PLACE))
+    assert state.package(commands.create(2).package_id) is not None
+    with pytest.raises(UnusableStateError):
+        state.package(victim)
+    assert not state.close()
+    assert not path.exists()
+
+
+def test_an_open_package_that_lacks_a_row_is_noticed(tmp_path: Path) -> None:
+    path = filled(tmp_path / NAME)
+    connection = sqlite3.connect(path)
+    with connection:
+        connection.execute("DELETE FROM files WHERE sequence = 4")
+    connection.close()
+    state = PartitionState(StateFile.open(path, PLACE))
+    with pytest.raises(UnusableStateError, match="lacks rows"):
+        state.package(commands.create(0).package_id)
+    state.discard()
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> Iterator[FileLock]:
+    lock = FileLock(tmp_path / f"{NAME}.lock")
+    assert lock.take()
+    yield lock
+    lock.release()
+
+
+def test_a_file_that_is_held_is_not_waited_for_and_not_touched(tmp_path: Path, held: FileLock) -> None:
+    filled(tmp_path / NAME)
+    before = (tmp_path / NAME).read_bytes()
+    slot, file = claim(tmp_path, PLACE)
+    assert slot.path.name == "t.events-3.1.db"
+    assert file is None
+    another, _ = claim(tmp_path, PLACE)
+    assert another.path.name == "t.events-3.2.db"
+    for taken in (slot, another):
+        taken.release()
+    assert (tmp_path / NAME).read_bytes() == before
+    assert held.held
+
+
+def test_of_several_files_that_are_free_the_furthest_is_taken_and_the_others_are_removed(tmp_path: Path) -> None:
+    filled(tmp_path / NAME, packages=2)
+    filled(tmp_path / "t.events-3.1.db", packages=5)
+    filled(tmp_path / "t.events-3.2.db", packages=3)
+    filled(tmp_path / "t.events-30.db", Place(PLACE.identity, PLACE.topic, 30), packages=9)
+    slot, file = claim(tmp_path, PLACE)
+    assert file is not None
+    assert slot.path.name == "t.events-3.1.db"
+    assert {path.name for path in tmp_path.glob("*.db")} == {"t.events-3.1.db", "t.events-30.db"}
+    file.close()
+    slot.release()
+
+
+def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("a file")
+    with pytest.raises(state_file_module.StateFileError, match="ARTIFACT_STORE_STATE_DIR"):
+        claim(tmp_path / "state", PLACE)
+
+
+def test_a_copy_of_a_state_in_use_is_a_whole_state(tmp_path: Path) -> None:
+    state = PartitionState(StateFile.open(filled(tmp_path / NAME), PLACE))
+    writing = Writing(state)
+    made = commands.create("new")
+    writing.run(made)
+    state.save()
+    writing.run(commands.ingest(made.package_id, "not saved"))
+    copy_file(tmp_path / NAME, tmp_path / "copy.db")
+    copy = PartitionState(StateFile.open(tmp_path / "copy.db", PLACE))
+    found = copy.package(made.package_id)
+    assert found is not None
+    assert (found.sequence, copy.position) == (1, state.position - 1)
+    copy.close()
+    state.close()
+
+
+def test_answers_go_a_day_after_finalization_and_the_package_stays_finalized(tmp_path: Path) -> None:
+    path = filled(tmp_path / NAME)
+    state = PartitionState(StateFile.open(path, PLACE))
+    writing = Writing(state, now=1_000 + ANSWERS_KEPT_MICROS - 1)
+    package, retry = commands.create(1).package_id, commands.finalize(commands.create(1).package_id)
+    writing.run(commands.create("almost a day later"))
+    state.save()
+    kept = state.package(package, retry.command_id)
+    assert kept is not None
+    assert acknowledge(kept, retry).sequence == 10
+    writing.now += 1
+    writing.run(commands.create("a day later"))
+    state.save()
+    gone = state.package(package, retry.command_id)
+    assert gone is not None
+    assert (gone.status, gone.sequence, gone.commands) == ("finalized", 10, {})
+    assert (gone.created.retention_class, gone.created.retention_days) == ("report", 1825)
+    state.close()
+    connection = sqlite3.connect(path)
+    assert connection.execute("SELECT count(*) FROM answers").fetchone() == (0,)
+    assert connection.execute("SELECT count(*) FROM packages").fetchone() == (PACKAGES + 2,)
+    connection.close()
+
+
+def test_only_what_is_open_and_lately_used_stays_in_memory(tmp_path: Path) -> None:
+    state = PartitionState(StateFile.create(tmp_path / NAME, PLACE), max_entries=100)
+    writing = Writing(state)
+    made = [commands.create(n) for n in range(60)]
+    for command in made:
+        writing.run(command)
+        writing.run(commands.ingest(command.package_id, *(f"f{n}" for n in range(8))))
+    for command in made[:30]:
+        writing.run(commands.finalize(command.package_id))
+    state.save()
+    in_memory = sum(1 + len(held.files) + len(held.commands) for held in state._packages.values())
+    assert 0 < in_memory <= 100
+    assert {held.status for held in state._packages.values()} == {"created"}
+    for command in made[30:]:
+        assert [*getattr(state.package(command.package_id), "files", {})] == [f"f{n}" for n in range(8)]
+    state.close()
+
+
+def test_a_large_package_is_saved_file_by_file_and_not_anew_each_time(tmp_path: Path) -> None:
+    path = tmp_path / NAME
+    state = PartitionState(StateFile.create(path, PLACE))
+    writing = Writing(state)
+    made = commands.create()
+    writing.run(made)
+    rows: list[str] = []
+    state._file._connection.set_trace_callback(lambda text: rows.append(text) if "INTO files" in text else None)
+    for batch in range(20):
+        files = tuple(stored(f"{batch}/{n}") for n in range(100))
+        writing.run(IngestFiles(made.package_id, uuid4(), "ada", files))
+        state.save()
+    assert len(rows) == 2_000
+    state.close()
+
+
+def test_a_checkpoint_is_due_after_many_events_or_some_time_and_not_without_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = PartitionState(StateFile.create(tmp_path / NAME, PLACE))
+    monkeypatch.setattr(state_module, "SAVE_EVENTS", 3)
+    writing = Writing(state)
+    due = []
+    for n in range(3):
+        writing.run(commands.create(n))
+        due.append(state.save_due)
+    assert due == [False, False, True]
+    state.save()
+    monkeypatch.setattr(state_module, "SAVE_SECONDS", 0.0)
+    assert not state.save_due
+    writing.run(commands.create("one more"))
+    assert state.save_due
+    state.close()
+
+
+def test_a_closed_state_says_nothing_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    slot, file = claim(tmp_path, PLACE)
+    assert file is None
+    PartitionState(StateFile.create(slot.path, PLACE)).close()
+    slot.release()
+    slot, found = claim(tmp_path, PLACE)
+    assert found is not None
+    found.close()
+    slot.release()
+    assert caplog.text == ""
