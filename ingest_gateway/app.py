@@ -18,6 +18,7 @@ from ingest_gateway.problems import MalformedHttpError, answer_of, internal
 from ingest_gateway.routing import Routes, Target
 from services.errors import ArtifactStoreError
 from services.registry import Registry
+from services.tracing import TRACEPARENT, traceparent
 
 _log = logging.getLogger(__name__)
 _access = logging.getLogger("ingest_gateway.access")
@@ -62,6 +63,7 @@ class App:
         try:
             if "#" in exchange.target.path:
                 raise MalformedHttpError("a request target has no fragment")
+            TRACEPARENT.set(traceparent(request.headers.get("traceparent")))
             route, values = self._routes.find(request.method, exchange.target.path)
             exchange.call = Call(self.gateway, request, route, exchange.target, values)
             return await route.handler(exchange.call)

@@ -14,6 +14,7 @@ from pydantic import SecretStr
 from services.core.commands import Acknowledgement, Command
 from services.core.wire import decode_acknowledgement, decode_error, encode_check, encode_command
 from services.errors import InvalidRequestError, UnavailableError
+from services.tracing import TRACEPARENT
 
 CONTENT_TYPE = "application/cbor"
 COMMANDS_PATH = "/commands"
@@ -68,7 +69,9 @@ class HttpForwarder:
         if self._session is None:
             raise UnavailableError("forwarding is closed")
         try:
-            async with self._session.post(url, data=BytesIO(body), allow_redirects=False) as response:
+            trace = TRACEPARENT.get()
+            headers = {} if trace is None else {"traceparent": trace}
+            async with self._session.post(url, data=BytesIO(body), headers=headers, allow_redirects=False) as response:
                 answer = await response.read()
                 status, kind = response.status, response.content_type
         except (aiohttp.ClientError, TimeoutError, OSError) as error:

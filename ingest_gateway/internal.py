@@ -20,6 +20,7 @@ from services.core.commands import Acknowledgement, Command
 from services.core.wire import decode_check, decode_command, encode_acknowledgement, encode_error
 from services.errors import ArtifactStoreError, ConfigurationError, TooLargeError
 from services.log.port import PartitionNotOwnedError
+from services.tracing import TRACEPARENT, traceparent
 
 MAX_BODY_BYTES = 32 << 20
 """The largest command: 10,000 files whose paths and media types are all as long as they may be."""
@@ -113,6 +114,11 @@ class InternalListener:
             given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
             if not hmac.compare_digest(given, self._secret):
                 raise web.HTTPForbidden
+        # A page in a browser can send no such type to another origin unasked (Fetch standard, CORS-safelisted headers):
+        # on loopback, where a secret may be missing, this keeps it from posing as a gateway.
+        if request.content_type != CONTENT_TYPE:
+            raise web.HTTPUnsupportedMediaType
+        TRACEPARENT.set(traceparent(request.headers.get("traceparent")))
         try:
             if self._here is None:
                 raise PartitionNotOwnedError("this process is only starting")

@@ -16,7 +16,7 @@ from typing import Any
 from confluent_kafka import Producer
 
 from ingest_gateway.ownership import kafka_writer
-from schemas.events import Event, PackageCreated
+from schemas.events import PackageCreated
 from services.clock import system_clock
 from services.config import Settings
 from services.core.limits import Limits
@@ -50,15 +50,15 @@ def hold_at(step: str) -> None:
 
     append, read_back = tenure.Tenure.append, tenure.Tenure._read_back
 
-    def held_append(self: tenure.Tenure, events: Sequence[tuple[Event, bytes]]) -> None:
-        _holding.now = any(isinstance(e.payload, PackageCreated) and e.payload.name == HOLD for e, _ in events)
+    def held_append(self: tenure.Tenure, staged: Sequence[tenure.Staged]) -> None:
+        _holding.now = any(isinstance(e.payload, PackageCreated) and e.payload.name == HOLD for e, *_ in staged)
         hold("decided")
-        append(self, events)
+        append(self, staged)
         hold("read-back")
 
-    def held_read_back(self: tenure.Tenure, values: Sequence[bytes]) -> None:
+    def held_read_back(self: tenure.Tenure, values: Sequence[bytes]) -> int:
         hold("committed")
-        read_back(self, values)
+        return read_back(self, values)
 
     class HeldProducer(Producer):
         def commit_transaction(self, timeout: float = -1) -> None:

@@ -24,7 +24,7 @@ from services.core.limits import Limits
 from services.errors import ArtifactStoreError, CorruptError, PackageNotFoundError, RejectedError, UnavailableError
 from services.log.kafka import KafkaLog, tenure
 from services.log.kafka.restore import States
-from services.log.kafka.tenure import Tenure
+from services.log.kafka.tenure import Staged, Tenure
 from services.log.port import PartitionNotOwnedError
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import PATIENCE_SECONDS, ready
@@ -74,7 +74,7 @@ def carry_out(holder: Tenure, command: Command) -> None:
     decision = decide(holder.state.package(command.package_id), command, now, Limits())
     for event in decision.events:
         holder.state.apply(event)
-    holder.append([(event, encode(event)) for event in decision.events])
+    holder.append([Staged(event, encode(event)) for event in decision.events])
 
 
 async def test_who_was_cut_off_can_append_nothing_more_and_its_successor_knows_all_it_wrote(
@@ -224,7 +224,7 @@ async def test_a_partition_that_breaks_an_invariant_is_not_written_to(kafka: Set
     await asyncio.to_thread(carry_out, holder, made)
     decision = decide(None, create_in(0), system_clock(), Limits())
     gap = replace(decision.events[0], sequence=2)
-    await asyncio.to_thread(holder.append, [(gap, encode(gap))])
+    await asyncio.to_thread(holder.append, [Staged(gap, encode(gap))])
     await asyncio.to_thread(holder.close)
     async with lone_writer(kafka, log) as writer:
         with pytest.raises(CorruptError):

@@ -31,6 +31,7 @@ from tests.integration.foreign import (
 )
 from tests.integration.processes import ProductProcess, output_of
 
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 CLAIM_CHECK_BYTES = 512 * 1024
 REPORT_DAYS = 5 * 365
 MANY = 900
@@ -78,7 +79,7 @@ class Producer:
         return package_id
 
     async def _send(self, method: str, target: str, **options: Any) -> dict[str, Any]:
-        options["headers"] = {"X-Actor": "ada", **options.get("headers", {})}
+        options["headers"] = {"X-Actor": "ada", "traceparent": TRACEPARENT, **options.get("headers", {})}
         async with self._session.request(method, self._url + target, **options) as answer:
             text = await answer.text()
             assert answer.status in (200, 201), text
@@ -163,6 +164,7 @@ def record_is_right(event: ForeignEvent, partitions: int) -> None:
         "ce_id": value["event_id"],
         "ce_type": value["event_type"],
         "ce_subject": value["package_id"],
+        "traceparent": TRACEPARENT,
     }
     assert {name: event.headers.get(name) for name in expected} == expected
     assert event.headers["ce_source"] != ""

@@ -40,6 +40,7 @@ class Request:
 
     asked: Command | IngestCheck
     answer: asyncio.Future[Acknowledgement | None]
+    traceparent: str | None = None
     failures: int = 0
     last_failure: Exception | None = None
     cancelled: bool = False

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 from uuid import UUID
 
 from confluent_kafka import KafkaException, Producer
@@ -49,6 +49,14 @@ _LOOK_SECONDS = 0.02
 
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
+
+
+class Staged(NamedTuple):
+    """An event that waits to be appended: decided, encoded, and whose request it was made for."""
+
+    event: Event
+    value: bytes
+    traceparent: str | None = None
 
 
 class Tenure:
@@ -107,7 +115,7 @@ class Tenure:
         """What the log says of the partition's packages."""
         return _open(self._state)
 
-    def append(self, events: Sequence[tuple[Event, bytes]]) -> None:
+    def append(self, staged: Sequence[Staged]) -> None:
         """Append events, already folded into the state, in one transaction; return when the tail has shown them all.
 
         Raises whatever the client raises; also UnavailableError when something else is read back, or nothing in time.
@@ -115,10 +123,10 @@ class Tenure:
         producer = _open(self._producer)
         producer.poll(0)  # hands over what the client has to log
         producer.begin_transaction()
-        for event, value in events:
-            self._produce(producer, event, value)
+        for record in staged:
+            self._produce(producer, record)
         producer.commit_transaction(COMMIT_SECONDS)
-        self.state.confirm(self._read_back([value for _, value in events]), events[-1][1])
+        self.state.confirm(self._read_back([record.value for record in staged]), staged[-1].value)
 
     def catch_up(self) -> bool:
         """Read to what is the last stable offset now; whether there was anything new.
@@ -200,14 +208,15 @@ class Tenure:
         if self._states.snapshots is not None:
             self._states.snapshots.offer(self._place, state.path, state.position, closing=closing)
 
-    def _produce(self, producer: Producer, event: Event, value: bytes) -> None:
+    def _produce(self, producer: Producer, staged: Staged) -> None:
+        event = staged.event
         deadline = time.monotonic() + COMMIT_SECONDS
-        attributes: list[tuple[str, str | bytes | None]] = [*headers(event)]
+        attributes: list[tuple[str, str | bytes | None]] = [*headers(event, staged.traceparent)]
         while True:
             try:
                 producer.produce(
                     self._kafka.topic,
-                    value,
+                    staged.value,
                     record_key(event.package_id),
                     self._partition,
                     timestamp=event.created_at // 1000,

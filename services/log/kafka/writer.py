@@ -19,7 +19,6 @@ from typing import Final
 from uuid import UUID
 
 from schemas.codec import encode
-from schemas.events import Event
 from services.clock import Clock
 from services.core.commands import Acknowledgement
 from services.core.decide import acknowledge, check_ingest, decide
@@ -37,7 +36,7 @@ from services.log.kafka.requests import TOGETHER, IngestCheck, Request, Waiting
 from services.log.kafka.restore import States
 from services.log.kafka.settings import KafkaSettings
 from services.log.kafka.state import PartitionState
-from services.log.kafka.tenure import Tenure
+from services.log.kafka.tenure import Staged, Tenure
 from services.log.port import PartitionNotOwnedError, PutManifest
 
 PUT_SECONDS = 15.0
@@ -189,7 +188,7 @@ class PartitionWriter:
     def _answers(self, tenure: Tenure, batch: Sequence[Request]) -> list[Acknowledgement | Exception | None]:
         """Decide the batch, append what it becomes, and only then say so."""
         while True:
-            staged: list[tuple[Event, bytes]] = []
+            staged: list[Staged] = []
             outcomes = [self._decide(tenure.state, request, staged) for request in batch]
             if staged:
                 tenure.append(staged)
@@ -201,7 +200,7 @@ class PartitionWriter:
             for request, outcome in zip(batch, outcomes, strict=True)
         ]
 
-    def _decide(self, state: PartitionState, request: Request, staged: list[tuple[Event, bytes]]) -> _Outcome:
+    def _decide(self, state: PartitionState, request: Request, staged: list[Staged]) -> _Outcome:
         asked, limits = request.asked, self._context.limits
         package = state.package(asked.package_id, asked.command_id)
         try:
@@ -213,15 +212,15 @@ class PartitionWriter:
                 return _given_up(request)
             if decision.claim_check is not None:
                 self._put(decision.claim_check)
-            records = [(event, encode(event)) for event in decision.events]
+            records = [Staged(event, encode(event), request.traceparent) for event in decision.events]
         except ArtifactStoreError as error:
             return error
         # Nothing was appended; one command that the code cannot handle must not stop the partition.
         except Exception as error:  # noqa: BLE001 - see above; the cause is logged whole
             _LOG.exception("a command of package %s cannot be decided", asked.package_id)
             return RejectedError(f"the command cannot be carried out: {type(error).__name__}")
-        for event, _ in records:
-            state.apply(event)
+        for record in records:
+            state.apply(record.event)
         staged += records
         return _RECORDED
 

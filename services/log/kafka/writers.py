@@ -23,6 +23,7 @@ from services.log.kafka.restore import States
 from services.log.kafka.snapshots import Snapshots
 from services.log.kafka.writer import PartitionWriter, WriterContext
 from services.log.port import Forwarder, PartitionNotOwnedError, PartitionStatus, PutManifest, SnapshotStore
+from services.tracing import TRACEPARENT
 
 SUBMIT_SECONDS = 30.0
 """How long a command may look for its owner and wait for its turn; the outcome is unknown after that."""
@@ -240,7 +241,7 @@ class KafkaWriter:
             raise self._foreign
         if writer is None:
             raise PartitionNotOwnedError("this process does not write to the package's partition")
-        request = Request(asked, asyncio.get_running_loop().create_future())
+        request = Request(asked, asyncio.get_running_loop().create_future(), TRACEPARENT.get())
         writer.submit(request)
         try:
             async with asyncio.timeout_at(deadline):
