@@ -64,7 +64,7 @@ def decode_command(data: bytes) -> Command:
 
 def encode_check(package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None) -> bytes:
     """The arguments of `check_ingest` as CBOR."""
-    return cbor2.dumps([package_id, list(relative_paths), command_id])
+    return cbor2.dumps([_plain(package_id), list(relative_paths), _plain(command_id)])
 
 
 def decode_check(data: bytes) -> tuple[UUID, list[str], UUID | None]:
@@ -115,8 +115,13 @@ def _values(shape: Any) -> list[Any]:
     found = []
     for field in fields(shape):
         value = getattr(shape, field.name)
-        found.append([_values(part) for part in value] if field.type in _PARTS else value)
+        found.append([_values(part) for part in value] if field.type in _PARTS else _plain(value))
     return found
+
+
+def _plain(value: Any) -> Any:
+    """The codec knows UUID itself and none of its subclasses, such as an identifier that keeps its text."""
+    return UUID(int=value.int) if isinstance(value, UUID) and type(value) is not UUID else value
 
 
 def _build(shape: type[_Shape], values: Any) -> _Shape:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from schemas.identifiers import Identifier
 from services.core.commands import (
     Acknowledgement,
     Command,
@@ -38,18 +39,20 @@ from services.errors import (
 )
 from services.log.port import PartitionNotOwnedError
 
+UUIDS = st.uuids() | st.uuids().map(Identifier.of)
+"""As clients draw them, and as the core derives them."""
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 NUMBERS = st.integers(0, 2**63 - 1)
 DIGESTS = st.binary(min_size=32, max_size=32)
 STORED = st.builds(StoredFile, TEXTS, TEXTS, NUMBERS, DIGESTS, DIGESTS, TEXTS, TEXTS, NUMBERS, NUMBERS, NUMBERS)
-INGESTED = st.builds(IngestedFile, st.uuids(), TEXTS, NUMBERS, DIGESTS, DIGESTS, NUMBERS, DIGESTS)
+INGESTED = st.builds(IngestedFile, UUIDS, TEXTS, NUMBERS, DIGESTS, DIGESTS, NUMBERS, DIGESTS)
 COMMANDS: st.SearchStrategy[Command] = st.one_of(
-    st.builds(CreatePackage, st.uuids(), st.uuids(), TEXTS, TEXTS, TEXTS, TEXTS, TEXTS, TEXTS),
-    st.builds(IngestFiles, st.uuids(), st.uuids(), TEXTS, st.lists(STORED, max_size=4).map(tuple)),
-    st.builds(FinalizePackage, st.uuids(), st.uuids(), TEXTS),
+    st.builds(CreatePackage, UUIDS, UUIDS, TEXTS, TEXTS, TEXTS, TEXTS, TEXTS, TEXTS),
+    st.builds(IngestFiles, UUIDS, UUIDS, TEXTS, st.lists(STORED, max_size=4).map(tuple)),
+    st.builds(FinalizePackage, UUIDS, UUIDS, TEXTS),
 )
 ACKNOWLEDGEMENTS = st.builds(
-    Acknowledgement, st.uuids(), NUMBERS, DIGESTS, st.lists(INGESTED, max_size=4).map(tuple), st.none() | DIGESTS
+    Acknowledgement, UUIDS, NUMBERS, DIGESTS, st.lists(INGESTED, max_size=4).map(tuple), st.none() | DIGESTS
 )
 
 
@@ -73,7 +76,7 @@ def test_an_acknowledgement_arrives_as_it_was_sent(acknowledgement: Acknowledgem
     assert decode_acknowledgement(encode_acknowledgement(acknowledgement)) == acknowledgement
 
 
-@given(st.uuids(), st.lists(TEXTS, max_size=5), st.none() | st.uuids())
+@given(UUIDS, st.lists(TEXTS, max_size=5), st.none() | UUIDS)
 def test_a_question_arrives_as_it_was_sent(package: UUID, paths: list[str], command_id: UUID | None) -> None:
     assert decode_check(encode_check(package, paths, command_id)) == (package, paths, command_id)
 
