@@ -67,7 +67,7 @@ def plain_json(value: Any) -> Any:
 
 def _prepare(value: Any, levels: int) -> Any:
     if levels < 0:
-        raise ValueError("it is nested in too many levels")
+        raise ValueError(f"more than {MAX_LEVELS} levels deep")
     match value:
         case None | bool():
             return value

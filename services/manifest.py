@@ -9,10 +9,13 @@ from uuid import UUID
 
 import cbor2
 
-from schemas.canonical import jcs
+from schemas.canonical import MAX_LEVELS, jcs
 from services.errors import CorruptError
 
 MANIFEST_VERSION = 1
+
+_LEVELS = 2 + MAX_LEVELS
+"""A package's metadata, as deep as it may be, lies two levels down."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,4 +91,4 @@ def decode(data: bytes) -> Manifest:
 
 def to_json(cbor: bytes) -> bytes:
     """The JCS projection (RFC 8785) of a manifest in canonical CBOR."""
-    return jcs(cbor2.loads(cbor)).encode()
+    return jcs(cbor2.loads(cbor), levels=_LEVELS).encode()

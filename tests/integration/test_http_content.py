@@ -181,6 +181,22 @@ async def test_the_manifest_comes_in_both_forms_under_two_tags(gateway: RunningG
         assert [item["package_id"] for item in (await answer.json())["items"]] == [package]
 
 
+async def test_the_deepest_metadata_that_is_taken_stands_in_both_forms_of_the_manifest(gateway: RunningGateway) -> None:
+    metadata: dict[str, object] = {}
+    for _ in range(64):
+        metadata = {"a": metadata}
+    body = {"name": "n", "producer": "p", "subject": "s", "retention_class": "scratch", "metadata": metadata}
+    async with gateway.session.post("/v1/packages", json=body) as answer:
+        assert answer.status == 201
+        path = f"/v1/packages/{(await answer.json())['package_id']}"
+    async with gateway.session.post(f"{path}/finalize") as answer:
+        assert answer.status == 200
+    for form in ("application/cbor", "application/json"):
+        async with gateway.session.get(f"{path}/manifest", headers={"Accept": form}) as answer:
+            assert answer.status == 200
+            assert decode(await answer.read()).package.metadata == metadata
+
+
 async def test_pages_lead_on_until_the_last(gateway: RunningGateway) -> None:
     package = await _package(gateway)
     names = [f"f{n:02}" for n in range(7)]
