@@ -142,7 +142,7 @@ async def _seed(connection: AsyncConnection) -> None:
 def _parse(url: str) -> URL:
     try:
         parsed = make_url(url)
-    except ArgumentError:
+    except (ArgumentError, ValueError):  # a port that is no number, which may well be a piece of the password
         parsed = None
     if parsed is None or parsed.drivername not in ("sqlite+aiosqlite", "postgresql+asyncpg"):
         raise ConfigurationError(

@@ -377,6 +377,8 @@ async def test_a_wrong_password_is_a_wrong_setting_and_stays_secret(postgres_url
         "sqlite+aiosqlite://",
         "sqlite:///geheim",
         "postgresql://a:geheim@b/c",
+        "postgresql+asyncpg://a:geheim",
+        "postgresql+asyncpg://a:pass@wd:geheim@b/c",
     ],
 )
 def test_a_url_of_another_kind_is_a_wrong_setting_and_stays_secret(url: str) -> None:
