@@ -35,7 +35,7 @@ class LogCheck:
         self._progress = progress
         self._histories: dict[UUID, PackageHistory] = {}
         self._last_at: dict[int, int] = {}
-        self._known: set[tuple[str, int, int]] = set()
+        self._known: set[tuple[str, int, int, bytes, bytes]] = set()
 
     async def run(self) -> None:
         """Read to the end as it is now. Raises UnavailableError; what is wrong with the log goes into the report."""
@@ -83,7 +83,7 @@ class LogCheck:
                 receipt = file.receipt
                 if receipt.backend_id != self._blobs.backend_id:
                     report.add("blob", place, f"lies in backend {receipt.backend_id!r}, which is not the one at hand")
-                elif self._is_new(receipt.key, receipt.offset, receipt.length):
+                elif self._is_new((receipt.key, receipt.offset, receipt.length, file.blake3, file.sha256)):
                     check = self._check_blob(
                         place, receipt.key, receipt.offset, receipt.length, file.blake3, file.sha256
                     )
@@ -95,11 +95,12 @@ class LogCheck:
             case PackageFinalized():
                 report.manifests += 1
 
-    def _is_new(self, key: str, offset: int, length: int) -> bool:
+    def _is_new(self, claim: tuple[str, int, int, bytes, bytes]) -> bool:
+        """Whether the place was not checked yet for these digests: what one event says of it vouches for no other."""
         if len(self._known) >= _REMEMBERED_KEYS:
             self._known.clear()
         before = len(self._known)
-        self._known.add((key, offset, length))
+        self._known.add(claim)
         return len(self._known) > before
 
     async def _check_blob(self, place: str, key: str, offset: int, length: int, b3: bytes, sha256: bytes) -> None:

@@ -149,6 +149,14 @@ async def test_a_missing_a_short_and_a_changed_blob_are_named(whole: Settings) -
     assert kinds(await verify(whole)) == {"blob"}
 
 
+async def test_an_event_that_claims_other_digests_for_the_blob_of_another_is_named(whole: Settings) -> None:
+    with closing(sqlite3.connect(log_file(whole))) as file:
+        payloads = [decode(value).payload for (value,) in file.execute("SELECT value FROM events ORDER BY offset")]
+    first = next(payload for payload in payloads if isinstance(payload, FileIngested))
+    rewrite(whole, 3, lambda e: _file(e, receipt=first.receipt))
+    assert "blob-bytes" in kinds(await verify(whole, check_bytes=True))
+
+
 @pytest.mark.parametrize(
     "damage",
     [
