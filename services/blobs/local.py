@@ -50,7 +50,9 @@ class LocalBlobStore:
             if await self.size(key) == declared.size_bytes:
                 while await intake.take(PIECE_BYTES):  # the bytes are there, but these must prove to be the same
                     pass
-                return self._stored(await intake.digests())
+                stored = self._stored(await intake.digests())
+                await self._work(self._secure, self._path(key).parent)
+                return stored
         draft = _Draft(self._incoming / f"{uuid4()}.part")
         try:
             await self._work(draft.open)
@@ -175,8 +177,15 @@ class LocalBlobStore:
             draft.discard()
         else:  # absent, or not whole: these bytes are verified. Of two at the same time the later one wins, being equal
             draft.path.replace(path)
-        # Also for a file that was there: its own writer may not have come to this point yet.
-        _sync_folder(path.parent)
+        self._secure(path.parent)
+
+    def _secure(self, folder: Path) -> None:
+        """Make the names of the blobs in a folder durable.
+
+        Also for a file that was there: its own writer may not have come to this point yet, or died before it.
+        """
+        self._make_folder(folder)
+        _sync_folder(folder)
 
     def _make_folder(self, folder: Path) -> None:
         if folder in self._durable_folders or folder == self._root:

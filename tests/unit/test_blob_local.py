@@ -47,6 +47,26 @@ async def test_a_blob_and_every_folder_above_it_are_synced_before_it_counts_as_s
     assert synced[1:] == [str(key.parent)]  # the writer that came first may not have synced it yet
 
 
+async def test_a_blob_that_another_process_left_unsynced_is_synced_before_it_counts_as_stored_again(
+    store: LocalBlobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blob = await store.store(hello(), declared=Declared(), max_bytes=10)
+    key = Path("blobs") / blob.key
+    synced: list[str] = []
+    sync = os.fsync
+
+    def watched(file: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{file}").readlink().relative_to(tmp_path).as_posix())
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    later = LocalBlobStore(tmp_path / "blobs")
+    declared = Declared(size_bytes=5, blake3=blob.blake3)
+    assert await later.store(hello(), declared=declared, max_bytes=10) == blob
+    await later.close()
+    assert synced == [str(folder) for folder in (*list(reversed(key.parents))[1:-1], key.parent)]
+
+
 @pytest.mark.parametrize("call", ["write", "fsync"])
 async def test_a_disk_that_is_full_is_unavailable_and_nothing_is_left(
     store: LocalBlobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
