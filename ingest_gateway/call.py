@@ -88,12 +88,18 @@ class Call:
 
         Raises:
             IncompleteBodyError, MalformedHttpError, BodyTimeoutError: the body did not come to its end.
-            UnsupportedMediaTypeError: it is coded; the bytes that are stored are those that are sent.
+            UnsupportedMediaTypeError: it is coded; the bytes that are stored are those that are meant.
         """
         coding = self.list_header("Content-Encoding")
         if coding is not None and coding.strip().lower() != "identity":
             raise UnsupportedMediaTypeError(
                 "bodies are taken as they are: no Content-Encoding", {"Accept-Encoding": "identity"}
+            )
+        framing = self.list_header("Transfer-Encoding")
+        if framing is not None and framing.strip().lower() != "chunked":
+            # The parser takes the chunks off and nothing else: `gzip, chunked` would be stored as gzip.
+            raise UnsupportedMediaTypeError(
+                "the only Transfer-Encoding that is taken is chunked", {"Connection": "close"}
             )
         if self.continue_pending:
             self.continue_pending = False

@@ -377,6 +377,15 @@ async def test_a_coded_body_is_refused_rather_than_decoded(gateway: RunningGatew
     await refused(gateway, "PUT", path, 415, "unsupported-media-type", data=_BODY, headers=headers)
 
 
+async def test_a_transfer_coding_beside_chunked_is_refused_rather_than_stored(
+    gateway: RunningGateway, package: str
+) -> None:
+    head = b"PUT /v1/packages/%b/files/a HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, chunked\r\n\r\n"
+    async with nothing_recorded(gateway):
+        answer = await exchange(gateway.port, head % package.encode() + b"5\r\nhello\r\n0\r\n\r\n")
+    assert (answer.status, answer.problem()["type"]) == (415, TYPE_PREFIX + "unsupported-media-type")
+
+
 async def test_a_body_that_stands_still_is_given_up(embedded_settings: Settings) -> None:
     async with running_gateway(embedded_settings, body_idle_seconds=0.2) as gateway:
         async with gateway.session.post("/v1/packages", json=_PACKAGE) as answer:
