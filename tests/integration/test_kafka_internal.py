@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 from pydantic import SecretStr
 
-from ingest_gateway.forwarding import CHECKS_PATH, COMMANDS_PATH, HttpForwarder
+from ingest_gateway.forwarding import CHECKS_PATH, COMMANDS_PATH, CONTENT_TYPE, HttpForwarder
 from ingest_gateway.internal import MAX_BODY_BYTES, InternalListener
 from services.config import Settings
 from services.core.commands import Acknowledgement, Command
@@ -110,7 +110,7 @@ async def test_a_gateway_that_is_only_starting_owns_nothing(listener: InternalLi
 
 
 async def test_a_body_that_is_no_command_is_refused(listener: InternalListener, writer: Answering) -> None:
-    headers = {"Authorization": f"Bearer {SECRET.get_secret_value()}"}
+    headers = {"Authorization": f"Bearer {SECRET.get_secret_value()}", "Content-Type": CONTENT_TYPE}
     async with aiohttp.ClientSession(headers=headers) as session:
         for path in (COMMANDS_PATH, CHECKS_PATH):
             async with session.post(listener.url + path, data=b"\xff") as answer:
@@ -119,6 +119,20 @@ async def test_a_body_that_is_no_command_is_refused(listener: InternalListener, 
             assert answer.status == TooLargeError.status
         async with session.get(listener.url + COMMANDS_PATH) as answer:
             assert answer.status == 405
+    assert writer.seen == []
+
+
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded"])
+async def test_what_a_page_in_a_browser_can_send_unasked_is_refused_even_without_a_secret(kind: str | None) -> None:
+    listener, writer = await InternalListener.open(Settings()), Answering()
+    listener.serve(writer)
+    headers = {} if kind is None else {"Content-Type": kind}
+    async with (
+        aiohttp.ClientSession(headers=headers, skip_auto_headers=["Content-Type"]) as session,
+        session.post(listener.url + COMMANDS_PATH, data=encode_command(create())) as answer,
+    ):
+        assert answer.status == 415
+    await listener.close()
     assert writer.seen == []
 
 
