@@ -131,7 +131,7 @@ def test_an_open_package_that_lacks_a_row_is_noticed(tmp_path: Path) -> None:
     path = filled(tmp_path / NAME)
     connection = sqlite3.connect(path)
     with connection:
-        connection.execute("DELETE FROM files WHERE sequence = 4")
+        connection.execute("DELETE FROM commands WHERE sequence = 1")
     connection.close()
     state = PartitionState(StateFile.open(path, PLACE))
     with pytest.raises(UnusableStateError, match="lacks rows"):
@@ -238,19 +238,27 @@ def test_only_what_is_open_and_lately_used_stays_in_memory(tmp_path: Path) -> No
     state.close()
 
 
-def test_a_large_package_is_saved_file_by_file_and_not_anew_each_time(tmp_path: Path) -> None:
+def test_a_large_package_is_saved_bit_by_bit_and_not_anew_each_time(tmp_path: Path) -> None:
     path = tmp_path / NAME
     state = PartitionState(StateFile.create(path, PLACE))
     writing = Writing(state)
     made = commands.create()
     writing.run(made)
-    rows: list[str] = []
-    state._file._connection.set_trace_callback(lambda text: rows.append(text) if "INTO files" in text else None)
+    written, sizes = 0, [0]
+
+    def count(text: str) -> None:
+        nonlocal written
+        written += len(text)
+
+    state._file._connection.set_trace_callback(count)
     for batch in range(20):
         files = tuple(stored(f"{batch}/{n}") for n in range(100))
         writing.run(IngestFiles(made.package_id, uuid4(), "ada", files))
         state.save()
-    assert len(rows) == 2_000
+        sizes.append(written)
+    state._file._connection.set_trace_callback(None)
+    assert state._file.load(made.package_id, None, 0) == state.package(made.package_id)
+    assert sizes[-1] - sizes[-2] < 1.2 * sizes[1]
     state.close()
 
 

@@ -50,6 +50,8 @@ class PartitionState:
         """The sequence up to which the file has a package, for those in memory."""
         self._entries: dict[UUID, int] = {}
         self._held = 0
+        self._absent: UUID | None = None
+        """A package that was just looked for in vain: what creates it asks twice."""
         self._changed: set[UUID] = set()
         self._ahead = False
         self._unsaved = 0
@@ -77,9 +79,13 @@ class PartitionState:
         """
         state = self._packages.get(package_id)
         if state is None:
+            if package_id == self._absent:
+                return None
             state = self._loaded(package_id, command_id)
             if state is not None and state.status != FINALIZED:
                 self._keep(state, state.sequence)
+            elif state is None:
+                self._absent = package_id
         elif state.status == FINALIZED and state.last_event_at <= self._kept_after():
             state = PackageState(
                 package_id,
@@ -104,6 +110,7 @@ class PartitionState:
         state = evolve(before, event)
         if before is None:
             self._keep(state, 0)
+            self._absent = None
         self._changed.add(package_id)
         self._unsaved += 1
         self.last_created_at = max(self.last_created_at, event.created_at)

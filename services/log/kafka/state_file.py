@@ -6,7 +6,7 @@ The file is disposable: everything in it comes from the log, and it stands on on
 pages that do not fit), or, by a checksum in every row, when the row is read.
 
 A finalized package is one row. Its answers to retries lie in the order of finalization in another table, which loses
-them at its front. An open package has a row for itself, one for each command and one for each file.
+them at its front. An open package has a row for itself and one for each command, with the files that it brought.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ QUICK_CHECK_BYTES = 32 << 20
 
 _CACHE_KIB = 8 << 10
 _WAL_PAGES = 4_000
-_PURGE_ROWS = 20_000
+_PURGE_ROWS = 2_000
+_ROW_FILES = 128
+"""An answers' row is closed when it holds so many commands and files."""
 _CHECKSUM = 4
 
 _TABLES = (
@@ -44,12 +46,12 @@ _TABLES = (
         identity BLOB NOT NULL, topic TEXT NOT NULL, partition INTEGER NOT NULL, position INTEGER NOT NULL,
         mark BLOB NOT NULL, last_created_at INTEGER NOT NULL, next_answer INTEGER NOT NULL)""",
     "CREATE TABLE packages (package_id BLOB PRIMARY KEY, body BLOB NOT NULL) WITHOUT ROWID",
-    """CREATE TABLE commands (package_id BLOB, command_id BLOB, body BLOB NOT NULL,
-        PRIMARY KEY (package_id, command_id)) WITHOUT ROWID""",
-    """CREATE TABLE files (package_id BLOB, sequence INTEGER, body BLOB NOT NULL,
+    # Of one command, what it became since the last checkpoint; `sequence` is its last event's.
+    """CREATE TABLE commands (package_id BLOB, sequence INTEGER, body BLOB NOT NULL,
         PRIMARY KEY (package_id, sequence)) WITHOUT ROWID""",
+    # Several commands of one package in a row: that makes few rows, and a retry is still found at once.
     """CREATE TABLE answers (
-        id INTEGER PRIMARY KEY, finalized_at INTEGER NOT NULL, command_id BLOB NOT NULL, body BLOB NOT NULL)""",
+        id INTEGER PRIMARY KEY, finalized_at INTEGER NOT NULL, command_ids BLOB NOT NULL, body BLOB NOT NULL)""",
 )
 
 
@@ -180,7 +182,7 @@ class StateFile:
         key, execute = state.package_id.bytes, self._connection.execute
         body = _sealed(
             CREATED,
-            [getattr(state.created, name) for name in PackageCreated.__slots__],
+            _created(state.created),
             state.created_at,
             state.last_event_at,
             state.sequence,
@@ -189,29 +191,27 @@ class StateFile:
             state.unfinished.bytes if state.unfinished is not None else None,
         )
         execute("INSERT OR REPLACE INTO packages VALUES (?, ?)", (key, body))
-        # Both come in the order of their events, so that what is new stands at the end.
+        # Commands and files come in the order of their events, so that what is new stands at the end.
         for command_id, command in _last(state.commands.items(), lambda item: item[1].last_sequence > saved):
+            files = _last(command.paths, lambda path: state.files[path].sequence > saved)
             body = _sealed(
-                command.event_type,
-                command.actor,
-                command.count,
-                command.done,
-                command.last_sequence,
-                command.last_digest,
+                command_id.bytes,
+                _command(command),
+                [
+                    (path, f.sequence, f.event_digest, f.manifest_item, f.receipt_item)
+                    for path, f in ((path, state.files[path]) for path in files)
+                ],
             )
-            execute("INSERT OR REPLACE INTO commands VALUES (?, ?, ?)", (key, command_id.bytes, body))
-        self._connection.executemany(
-            "INSERT INTO files VALUES (?, ?, ?)",
-            (
-                (key, f.sequence, _sealed(path, f.command_id.bytes, f.event_digest, f.manifest_item, f.receipt_item))
-                for path, f in _last(state.files.items(), lambda item: item[1].sequence > saved)
-            ),
-        )
+            execute("INSERT INTO commands VALUES (?, ?, ?)", (key, command.last_sequence, body))
 
     def _save_finalized(self, state: PackageState, saved: int) -> None:
         key, execute = state.package_id.bytes, self._connection.execute
         created, first = state.created, self._next_answer
-        self._next_answer += len(state.commands)
+        for command_ids, body in _answers(state):
+            execute(
+                "INSERT INTO answers VALUES (?, ?, ?, ?)", (self._next_answer, state.last_event_at, command_ids, body)
+            )
+            self._next_answer += 1
         body = _sealed(
             FINALIZED,
             created.retention_class,
@@ -226,16 +226,8 @@ class StateFile:
             self._next_answer - 1,
         )
         if saved:
-            execute("DELETE FROM files WHERE package_id = ?", (key,))
             execute("DELETE FROM commands WHERE package_id = ?", (key,))
         execute("INSERT OR REPLACE INTO packages VALUES (?, ?)", (key, body))
-        self._connection.executemany(
-            "INSERT INTO answers VALUES (?, ?, ?, ?)",
-            (
-                (number, state.last_event_at, command_id.bytes, _answer(state, command))
-                for number, (command_id, command) in enumerate(state.commands.items(), start=first)
-            ),
-        )
 
     def _purge(self, kept_after: int) -> None:
         """Answers were added in the order of their time: what goes is at the front."""
@@ -258,20 +250,22 @@ class StateFile:
             total_bytes=total_bytes,
             unfinished=UUID(bytes=unfinished) if unfinished is not None else None,
         )
-        key, execute = (package_id.bytes,), self._connection.execute
-        found = [
-            (UUID(bytes=command_id), CommandState(*self._unsealed(body)))
-            for command_id, body in execute("SELECT command_id, body FROM commands WHERE package_id = ?", key)
-        ]
-        state.commands = dict(sorted(found, key=lambda item: item[1].last_sequence))
-        for file_sequence, body in execute(
-            "SELECT sequence, body FROM files WHERE package_id = ? ORDER BY sequence", key
-        ):
-            path, command_id, event_digest, item, receipt = self._unsealed(body)
-            of = UUID(bytes=command_id)
-            state.files[path] = FileState(of, file_sequence, event_digest, item, receipt)
-            state.commands[of].paths.append(path)
-        if len(state.files) + sum(not c.paths for c in state.commands.values()) != sequence:
+        rows = self._connection.execute(
+            "SELECT body FROM commands WHERE package_id = ? ORDER BY sequence", (package_id.bytes,)
+        )
+        events = 0
+        for (body,) in rows:
+            id_, command, files = self._unsealed(body)
+            command_id = UUID(bytes=id_)
+            before = state.commands.get(command_id)
+            state.commands[command_id] = known = CommandState(*command)
+            if before is not None:
+                known.paths += before.paths
+            for path, file_sequence, event_digest, item, receipt in files:
+                state.files[path] = FileState(command_id, file_sequence, event_digest, item, receipt)
+                known.paths.append(path)
+            events += len(files) or 1
+        if events != sequence:
             raise UnusableStateError(f"{self.path.name} lacks rows of package {package_id}")
         return state
 
@@ -292,18 +286,20 @@ class StateFile:
         )
         if command_id is None or last_event_at <= kept_after:
             return state
-        row = self._connection.execute(
-            "SELECT body FROM answers WHERE id BETWEEN ? AND ? AND command_id = ?", (first, last, command_id.bytes)
-        ).fetchone()
-        if row is not None:
-            known, created, files = self._unsealed(row[0])
-            command = CommandState(*known)
-            if created is not None:
-                state.created = PackageCreated(*created)
-            for path, file_sequence, event_digest, item in files:
-                state.files[path] = FileState(command_id, file_sequence, event_digest, item, b"")
-                command.paths.append(path)
-            state.commands[command_id] = command
+        rows = self._connection.execute(
+            "SELECT body FROM answers WHERE id BETWEEN ? AND ? AND instr(command_ids, ?)",
+            (first, last, command_id.bytes),
+        )
+        for (body,) in rows:
+            for id_, known, created, files in self._unsealed(body):
+                if id_ != command_id.bytes:
+                    continue
+                state.commands[command_id] = command = CommandState(*known)
+                if created is not None:
+                    state.created = PackageCreated(*created)
+                for path, file_sequence, event_digest, item in files:
+                    state.files[path] = FileState(command_id, file_sequence, event_digest, item, b"")
+                    command.paths.append(path)
         return state
 
     def _unsealed(self, body: bytes) -> list[Any]:
@@ -338,14 +334,40 @@ def remove(path: Path) -> None:
             path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
-def _answer(state: PackageState, command: CommandState) -> bytes:
-    """What a retry of the command is compared with and answered by."""
-    known = [command.event_type, command.actor, command.count, command.done, command.last_sequence, command.last_digest]
-    created = (
-        [getattr(state.created, name) for name in PackageCreated.__slots__] if command.last_sequence == 1 else None
+def _answers(state: PackageState) -> Iterator[tuple[bytes, bytes]]:
+    """Rows of what retries of the package's commands are compared with and answered by, with the commands' ids."""
+    ids: list[bytes] = []
+    found: list[Any] = []
+    size, of_package = 0, state.files
+    for command_id, command in state.commands.items():
+        created = state.created if command.last_sequence == 1 else None
+        files = [
+            (path, f.sequence, f.event_digest, f.manifest_item)
+            for path, f in ((path, of_package[path]) for path in command.paths)
+        ]
+        ids.append(command_id.bytes)
+        found.append((ids[-1], _command(command), None if created is None else _created(created), files))
+        size += 1 + len(files)
+        if size >= _ROW_FILES:
+            yield b"".join(ids), _sealed(*found)
+            ids, found, size = [], [], 0
+    if found:
+        yield b"".join(ids), _sealed(*found)
+
+
+def _command(command: CommandState) -> tuple[Any, ...]:
+    return (
+        command.event_type,
+        command.actor,
+        command.count,
+        command.done,
+        command.last_sequence,
+        command.last_digest,
     )
-    files = [(path, state.files[path]) for path in command.paths]
-    return _sealed(known, created, [[path, f.sequence, f.event_digest, f.manifest_item] for path, f in files])
+
+
+def _created(created: PackageCreated) -> list[Any]:
+    return [getattr(created, name) for name in PackageCreated.__slots__]
 
 
 def _sealed(*values: Any) -> bytes:
