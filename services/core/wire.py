@@ -50,7 +50,7 @@ _Shape = TypeVar("_Shape")
 
 def encode_command(command: Command) -> bytes:
     """The command as CBOR."""
-    return cbor2.dumps([_KINDS[type(command)], _values(command)])
+    return _dumps([_KINDS[type(command)], _values(command)])
 
 
 def decode_command(data: bytes) -> Command:
@@ -64,7 +64,7 @@ def decode_command(data: bytes) -> Command:
 
 def encode_check(package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None) -> bytes:
     """The arguments of `check_ingest` as CBOR."""
-    return cbor2.dumps([_plain(package_id), list(relative_paths), _plain(command_id)])
+    return _dumps([_plain(package_id), list(relative_paths), _plain(command_id)])
 
 
 def decode_check(data: bytes) -> tuple[UUID, list[str], UUID | None]:
@@ -77,7 +77,7 @@ def decode_check(data: bytes) -> tuple[UUID, list[str], UUID | None]:
 
 def encode_acknowledgement(acknowledgement: Acknowledgement) -> bytes:
     """The acknowledgement as CBOR."""
-    return cbor2.dumps(_values(acknowledgement))
+    return _dumps(_values(acknowledgement))
 
 
 def decode_acknowledgement(data: bytes) -> Acknowledgement:
@@ -87,7 +87,7 @@ def decode_acknowledgement(data: bytes) -> Acknowledgement:
 
 def encode_error(error: ArtifactStoreError) -> bytes:
     """The error's problem, text and numbers as CBOR."""
-    return cbor2.dumps([error.problem, error.detail, getattr(error, "retry_after", None), getattr(error, "size", None)])
+    return _dumps([error.problem, error.detail, getattr(error, "retry_after", None), getattr(error, "size", None)])
 
 
 def decode_error(data: bytes) -> ArtifactStoreError:
@@ -144,6 +144,17 @@ def _pair(value: Any) -> tuple[Any, Any]:
     if not isinstance(value, list) or len(value) != 2:
         raise InvalidRequestError("the forwarded command has another form")
     return value[0], value[1]
+
+
+def _dumps(value: Any) -> bytes:
+    return cbor2.dumps(value, default=_plain_uuid)
+
+
+def _plain_uuid(encoder: Any, value: Any) -> None:
+    """An identifier that keeps its text goes as any other UUID: cbor2 knows that type alone."""
+    if not isinstance(value, UUID):
+        raise TypeError(f"{type(value).__name__} is nothing that is forwarded")
+    encoder.encode(UUID(int=value.int))
 
 
 def _loads(data: bytes) -> Any:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from schemas import identifiers
 from schemas.identifiers import Identifier
 from services.core.commands import (
     Acknowledgement,
@@ -69,6 +70,16 @@ def made(cls: type[ArtifactStoreError]) -> ArtifactStoreError:
 @given(COMMANDS)
 def test_a_command_arrives_as_it_was_sent(command: Command) -> None:
     assert decode_command(encode_command(command)) == command
+
+
+def test_derived_identifiers_arrive_as_what_they_were() -> None:
+    package = identifiers.package_id("ada", UUID(int=7))
+    file = IngestedFile(identifiers.file_id(package, "a"), "a", 1, bytes(32), bytes(32), 2, bytes(32))
+    command = FinalizePackage(package, UUID(int=8), "ada")
+    answer = Acknowledgement(package, 2, bytes(32), (file,))
+    assert decode_command(encode_command(command)) == command
+    assert decode_acknowledgement(encode_acknowledgement(answer)) == answer
+    assert decode_check(encode_check(package, ["a"], None)) == (package, ["a"], None)
 
 
 @given(ACKNOWLEDGEMENTS)
