@@ -14,7 +14,7 @@ from uuid import UUID
 
 from schemas.codec import UndecodableEventError, decode
 from schemas.events import Event
-from services.errors import CorruptError, PushBackError, UnavailableError
+from services.errors import CorruptError, LogIdentityError, PushBackError, UnavailableError
 from services.log.port import Batch, Log, Record, Subscription
 from services.log.position import Position
 from services.views.checkpoints import Checkpoint, StaleCheckpointError, load_checkpoint
@@ -75,6 +75,7 @@ class Assignment:
         Raises:
             StaleCheckpointError: what is assigned cannot be read on from here; join again.
             CorruptError: a record cannot be decoded, or a checkpoint lies outside the log.
+            LogIdentityError: the log was made anew since the membership began.
             UnavailableError: the log or the database cannot be reached.
         """
         records: list[Record] = []
@@ -94,6 +95,7 @@ class Assignment:
         if not ends:
             return None
         events = await asyncio.to_thread(_decode, records)
+        await self._require_same_log()
         return Work(events, self._checkpoint(starts), ends)
 
     async def show(self, next_offsets: Mapping[int, int]) -> None:
@@ -141,6 +143,18 @@ class Assignment:
         early = any(record.offset < self._next.get(record.partition, 0) for record in batch.records)
         if self._reset or moved or early:
             raise StaleCheckpointError(f"the partitions of {self._projection.name} were assigned anew")
+
+    async def _require_same_log(self) -> None:
+        """Asked behind the reading: a log that is still the same was so while it was read, since no identity returns.
+
+        A client goes on at its offset when a topic was deleted and made anew under its feet, as if nothing had been.
+        """
+        now = await self._log.identity()
+        if now != self._identity:
+            raise LogIdentityError(
+                f"the log was made anew: the view {self._projection.name} was folded from log {self._identity}, this "
+                f"is log {now}; restore the log, or `artifact-store replay {self._projection.name}` to fold the new one"
+            )
 
     def _checkpoint(self, starts: Mapping[int, int]) -> Checkpoint:
         if self._generation is None or self._identity is None:

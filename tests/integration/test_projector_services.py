@@ -7,17 +7,21 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from confluent_kafka import Producer
 
 from projector import replay, run_projectors
+from schemas.codec import encode
 from services.config import Settings
-from services.errors import UnavailableError
+from services.errors import ConfigurationError, LogIdentityError, UnavailableError
+from services.log.kafka import KafkaLog
 from services.views.catch_up import catch_up
 from services.views.digest import digest_view
 from services.views.engine import Views
 from services.views.projections import PROJECTIONS
 from services.views.queries import Queries
 from services.wiring import open_log, parts
-from tests.integration.projector_stage import covers, eventually, projecting
+from tests.integration.kafka_stage import kafka_settings, open_kafka_log, operate
+from tests.integration.projector_stage import WAIT_SECONDS, covers, eventually, projecting
 from tests.memory_log import MemoryLog
 from tests.services.postgres import PostgresServer
 from tests.unit import commands
@@ -88,6 +92,38 @@ async def test_a_database_that_hangs_is_unavailable_within_the_bound_and_folded_
         await catch_up(reference, log, REGISTRY)
         assert (await digest_view(views, REGISTRY)).digest == (await digest_view(reference, REGISTRY)).digest
         await views.close()
+
+
+def write(log: KafkaLog, history: History) -> None:
+    """Events into the only partition, past every writer. Blocks."""
+    producer = Producer({"bootstrap.servers": log.kafka.bootstrap, "log_level": 3})
+    for event in history.events:
+        producer.produce(log.kafka.topic, encode(event), str(event.package_id).encode(), 0)
+    assert producer.flush(30) == 0
+
+
+async def test_a_topic_that_is_made_anew_under_a_projector_stops_it(
+    kafka_url: str, tmp_path: Path, reference: Views
+) -> None:
+    settings = kafka_settings(kafka_url, tmp_path, kafka_partitions=1)
+    old, new = History(1), History(2)
+    for number in range(60):  # nothing but first events: they could follow at any offset
+        new.create(f"new {number}")
+        if number < 20:
+            old.create(f"old {number}")
+    async with open_kafka_log(settings) as log:
+        await asyncio.to_thread(write, log, old)
+        running = projecting(reference, log, REGISTRY)
+        tasks = await running.__aenter__()
+        await covers(reference, REGISTRY, await log.end())
+        await asyncio.to_thread(operate, log, lambda admin: admin.delete_topics([log.kafka.topic]))
+        async with open_kafka_log(settings) as anew:
+            await asyncio.to_thread(write, anew, new)
+            await asyncio.wait(tasks, timeout=WAIT_SECONDS)
+        with pytest.raises((LogIdentityError, ConfigurationError)):  # the latter when it meets the gap between the two
+            await running.__aexit__(None, None, None)
+    shown = await Queries(reference).packages(limit=100)
+    assert {package.name for package in shown.items} == {f"old {number}" for number in range(20)}
 
 
 async def test_what_kafka_holds_is_projected_over_its_markers_and_replayed(
