@@ -74,7 +74,7 @@ def decode(value: bytes, resolve: ResolveSchemaId | None = None) -> Event:
     found = _READERS.get(mark)
     if found is None:
         raise UndecodableEventError(f"no schema has the fingerprint {mark.hex()}")
-    schema, decoder = found
+    event_type, schema, decoder = found
     source = BytesIO(value)
     source.seek(start)
     try:
@@ -84,6 +84,8 @@ def decode(value: bytes, resolve: ResolveSchemaId | None = None) -> Event:
         raise UndecodableEventError(f"the value does not fit its schema: {type(error).__name__}") from error
     if source.read(1):
         raise UndecodableEventError("bytes follow the event")
+    if event.event_type != event_type:
+        raise UndecodableEventError(f"the event does not have the type {event_type} of its schema")
     return event
 
 
@@ -169,11 +171,11 @@ EVENT_TYPES = tuple(_DECODERS)
 """Every event type that this version reads."""
 
 _WRITERS: dict[str, tuple[Any, bytes]] = {}
-_READERS: dict[bytes, tuple[Any, Callable[[Mapping[str, Any]], Payload]]] = {}
+_READERS: dict[bytes, tuple[str, Any, Callable[[Mapping[str, Any]], Payload]]] = {}
 
 for _type, _decoder in _DECODERS.items():
     _schema = json.loads(schema_text(_type))
     _mark = bytes.fromhex(fingerprint(to_parsing_canonical_form(_schema), "CRC-64-AVRO"))
     _parsed = fastavro.parse_schema(_without_logical_types(_schema))
     _WRITERS[_type] = (_parsed, _SINGLE_OBJECT + _mark)
-    _READERS[_mark] = (_parsed, _decoder)
+    _READERS[_mark] = (_type, _parsed, _decoder)

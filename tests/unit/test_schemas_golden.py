@@ -107,6 +107,13 @@ def test_bytes_that_are_no_event_are_refused(value: bytes) -> None:
         decode(value)
 
 
+def test_an_event_whose_type_is_not_that_of_its_schema_is_refused() -> None:
+    event = history()[0]
+    value = encode(event).replace(event.event_type.encode(), event.event_type.encode().upper())
+    with pytest.raises(UndecodableEventError, match="type"):
+        decode(value)
+
+
 def test_bytes_behind_an_event_are_refused() -> None:
     with pytest.raises(UndecodableEventError, match="follow"):
         decode(encode(history()[0]) + b"\x00")
