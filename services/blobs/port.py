@@ -89,6 +89,7 @@ class BlobStore(Protocol):
             ContentMismatchError: length or a digest differs from what was declared.
             TooLargeError: the body exceeds `max_bytes`.
             UnavailableError: the store cannot be reached or is full.
+            PushBackError: other uploads hold what memory there is; nothing of the body was read.
             Whatever iterating over `body` raises.
         """
 

@@ -25,9 +25,11 @@ from services.blobs.parts import MAX_PARTS, MIB, PartPlan
 from services.blobs.port import IDLE_SECONDS, Declared, StoredBlob, checked_key, checked_object_key, content_key
 from services.blobs.s3_multipart import RECORDS, MultipartUpload, UploadRecord, fill, object_size, remove_upload
 from services.blobs.s3_requests import ATTEMPTS, AccessRefusedError, Endpoint, S3Requests, StoreTroubleError, patience
-from services.errors import ConfigurationError, CorruptError, UnavailableError
+from services.errors import ConfigurationError, CorruptError, PushBackError, UnavailableError
 
 PROBE_KEY = "health/write-probe"
+TURN_SECONDS = 30.0
+_RETRY_SECONDS = 5.0
 _ASK_FIRST_BYTES = 256 * 1024  # from here on asking whether a blob is there costs less than sending it
 _READ_PAUSE_SECONDS = 0.2
 _OK = frozenset({200})
@@ -52,6 +54,7 @@ class S3BlobStore:
         memory: ByteBudget | None = None,
         connections: int = 256,
         attempts: int = ATTEMPTS,
+        turn_seconds: float = TURN_SECONDS,
         clock: Callable[[], datetime] = _utc_now,
     ) -> None:
         """Connects at the first request.
@@ -63,6 +66,7 @@ class S3BlobStore:
             memory: what all uploads together may hold; 96 MiB, and at least `held_bytes`, if not given.
             connections: most connections to the store.
             attempts: how often a request is tried before UnavailableError.
+            turn_seconds: how long an upload waits for its first memory before PushBackError.
             clock: the time that is written into records of uploads (aware).
         """
         self._part_bytes = part_bytes
@@ -73,6 +77,7 @@ class S3BlobStore:
             raise ValueError("the memory of all uploads must be enough for one")
         self._requests = S3Requests(endpoint, connections=connections, attempts=attempts)
         self._attempts = attempts
+        self._turn_seconds = turn_seconds
         self._clock = clock
         self._cleanups = Cleanups()
 
@@ -88,7 +93,7 @@ class S3BlobStore:
         with self._memory.share() as share:
             if plan.relayed(1):
                 return await self._store_parts(intake, None, declared, plan, share)
-            await share.take(plan.size(1))
+            await self._await_turn(share, plan.size(1))
             first = await fill(intake, plan.size(1))
             try:
                 if not await intake.at_end():
@@ -192,6 +197,16 @@ class S3BlobStore:
         """See the port."""
         await self._cleanups.drain()
         await self._requests.close()
+
+    async def _await_turn(self, share: Share, amount: int) -> None:
+        """Wait for an upload's first memory, but not for ever: others may hold all of it and send a byte a minute."""
+        try:
+            async with asyncio.timeout(self._turn_seconds):
+                await share.take(amount)
+        except TimeoutError:
+            raise PushBackError(
+                f"uploads under way held all memory for {self._turn_seconds:g} s; nothing was stored", _RETRY_SECONDS
+            ) from None
 
     async def _store_parts(
         self, intake: Intake, first: PartBuffer | None, declared: Declared, plan: PartPlan, share: Share

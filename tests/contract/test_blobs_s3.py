@@ -16,7 +16,13 @@ from services.blobs.port import Declared, content_key
 from services.blobs.s3 import S3BlobStore
 from services.blobs.s3_multipart import RECORDS, UploadRecord
 from services.blobs.s3_requests import Endpoint
-from services.errors import ConfigurationError, ContentMismatchError, TooLargeError, UnavailableError
+from services.errors import (
+    ConfigurationError,
+    ContentMismatchError,
+    PushBackError,
+    TooLargeError,
+    UnavailableError,
+)
 from tests.contract.blobs_stage import LIMIT, PART, body, declared, endpoint, got, objects, put, s3_store, some_bytes
 from tests.contract.blobs_tripwire import Tripwire
 
@@ -241,3 +247,27 @@ async def test_a_bucket_that_is_missing_is_made_by_migrate_and_named_until_then(
         blob = await put(store, b"x")
         other.sdk().remove_object(other.bucket, blob.key)
         other.sdk().remove_bucket(other.bucket)
+
+
+async def test_an_upload_is_pushed_back_while_slow_ones_hold_all_memory(at: Endpoint) -> None:
+    began, go_on = asyncio.Event(), asyncio.Event()
+    read: list[bytes] = []
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield b"first"
+        began.set()
+        await go_on.wait()
+
+    async def untouched() -> AsyncIterator[bytes]:
+        read.append(b"1")
+        yield b"1"
+
+    async with opened(at, held_bytes=PART, memory=ByteBudget(PART), turn_seconds=0.2) as store:
+        holding = asyncio.create_task(store.store(slow(), declared=Declared(), max_bytes=LIMIT))
+        await began.wait()
+        with pytest.raises(PushBackError):
+            await store.store(untouched(), declared=Declared(size_bytes=1), max_bytes=LIMIT)
+        assert read == []
+        go_on.set()
+        assert (await holding).length == len(b"first")
+        assert (await put(store, b"1")).length == 1
