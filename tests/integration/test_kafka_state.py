@@ -153,6 +153,27 @@ async def test_the_newest_two_snapshots_are_kept(kafka: Settings, log: KafkaLog,
         assert len(keys) == 4
 
 
+async def test_a_snapshot_is_made_while_the_writer_serves(
+    kafka: Settings, log: KafkaLog, store: BlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshots, "SNAPSHOT_OFFSETS", 5)
+    monkeypatch.setattr("services.log.kafka.state.SAVE_EVENTS", 5)
+    prefix = f"snapshots/{await log.identity()}"
+    async with writer_on(kafka, log, store) as writer:
+        done = await fill(writer)
+
+        async def made() -> bool:
+            keys = [await store.list_objects(f"{prefix}/{p}/") for p in range(PARTITIONS)]
+            return all(any(key.endswith("/index") for key in found) for found in keys)
+
+        await until(made, PATIENCE_SECONDS, "there is no snapshot of every partition")
+        elsewhere = kafka.model_copy(update={"state_dir": kafka.state_dir.with_name("elsewhere")})
+    async with writer_on(elsewhere, log, store) as writer:
+        assert await restored_from(writer) == {"snapshot"}
+        done += await assert_goes_on(writer, done)
+    assert_recorded_once(await read_valid(log), done)
+
+
 def truncate(path: Path) -> None:
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size // 2)
