@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 from uuid import UUID
 
@@ -36,6 +37,10 @@ from services.views.tables import (
     storage_locations,
 )
 
+PAGE_BYTES = 1 << 20
+"""Most metadata on one page: a thousand packages with all they may hold would be 64 MiB, and ten times that parsed."""
+
+_ROWS_AT_ONCE = 50
 _MAX_BIGINT = 2**63 - 1
 
 
@@ -58,6 +63,8 @@ class Queries:
     ) -> Page[Package]:
         """Packages, newest first. A package is on one page at most, whatever is created between the pages.
 
+        A page ends before `limit` when the metadata on it would take more than PAGE_BYTES, one package alone excepted.
+
         Raises InvalidRequestError: a bad cursor, limit or filter.
         """
         table = artifact_packages.c
@@ -73,7 +80,7 @@ class Queries:
                 raise InvalidRequestError("the cursor is not one that this listing has given out")
             last = tuple_(literal(created_at, table.created_at.type), literal(UUID(bytes=raw_id), Uuid()))
             query = query.where(tuple_(table.created_at, table.id) < last)
-        rows, more = await self._page(query, limit)
+        rows, more = await self._page(query, limit, lambda row: len(row.metadata.encode()))
         following = write_cursor("packages", rows[-1].created_at, rows[-1].id.bytes) if more else None
         return Page(tuple(_package(row) for row in rows), following)
 
@@ -139,13 +146,25 @@ class Queries:
             found: Row[Any] | None = (await connection.execute(query)).one_or_none()
         return found
 
-    async def _page(self, query: Select[Any], limit: int) -> tuple[list[Row[Any]], bool]:
-        """At most `limit` rows, and whether there are more."""
+    async def _page(
+        self, query: Select[Any], limit: int, weight: Callable[[Row[Any]], int] = lambda _: 0
+    ) -> tuple[list[Row[Any]], bool]:
+        """At most `limit` rows and PAGE_BYTES of `weight`, but one row at least; and whether there are more."""
         if not 1 <= limit <= MAX_PAGE:
             raise InvalidRequestError(f"limit must be 1 to {MAX_PAGE}")
-        async with self._views.reading() as connection:
-            rows = list((await connection.execute(query.limit(limit + 1))).all())
-        return rows[:limit], len(rows) > limit
+        rows: list[Row[Any]] = []
+        size = 0
+        options = {"yield_per": _ROWS_AT_ONCE}
+        async with (
+            self._views.reading() as connection,
+            connection.stream(query.limit(limit + 1), execution_options=options) as result,
+        ):
+            async for row in result:
+                size += weight(row)
+                if len(rows) == limit or (rows and size > PAGE_BYTES):
+                    return rows, True
+                rows.append(row)
+        return rows, False
 
 
 def _package(row: Row[Any]) -> Package:

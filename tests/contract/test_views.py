@@ -29,7 +29,7 @@ from services.views.digest import ViewDigest, digest_view
 from services.views.engine import Views
 from services.views.models import PackageFilter
 from services.views.projections import PROJECTIONS
-from services.views.queries import Queries
+from services.views.queries import PAGE_BYTES, Queries
 from services.views.tables import artifact_files, artifact_packages, projection_generations
 from tests.memory_log import MemoryLog
 from tests.views_history import History, batches, view_rows
@@ -184,6 +184,22 @@ async def test_pages_of_packages_are_newest_first_and_stable_under_inserts(views
         page = await queries.packages(limit=3, cursor=page.next)
         seen += [package.package_id for package in page.items]
     assert seen == made[::-1]
+
+
+@pytest.mark.parametrize(("page_bytes", "sizes"), [(PAGE_BYTES, [16, 4]), (100, [1] * 20)])
+async def test_a_page_of_packages_is_bounded_by_what_their_metadata_takes(
+    views: Views, monkeypatch: pytest.MonkeyPatch, page_bytes: int, sizes: list[int]
+) -> None:
+    monkeypatch.setattr("services.views.queries.PAGE_BYTES", page_bytes)
+    history = History()
+    largest = f'{{"n":"{"ä" * 32_764}"}}'
+    made = [history.create(f"package {n}", metadata=largest) for n in range(20)]
+    await fold_all(views, history, 100)
+    pages = [await Queries(views).packages(limit=1000)]
+    while pages[-1].next is not None:
+        pages.append(await Queries(views).packages(limit=1000, cursor=pages[-1].next))
+    assert [len(page.items) for page in pages] == sizes
+    assert [package.package_id for page in pages for package in page.items] == made[::-1]
 
 
 async def test_packages_of_one_moment_are_paged_without_loss(views: Views) -> None:
