@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from services.log.kafka import KafkaLog
+from services.log.kafka import KafkaLog, tenure
 from tests.contract.log_stage import ready
 from tests.faults.callers import Callers
 from tests.faults.proxy import ADD_PARTITIONS_TO_TXN, END_TXN, PRODUCE, Network, ProxiedCluster
@@ -24,8 +24,14 @@ from tests.integration.kafka_stage import gateway, kafka_settings, lone_writer, 
 
 pytestmark = pytest.mark.services
 
-QUICK = {"session.timeout.ms": 1_500, "heartbeat.interval.ms": 300}
-"""A process that cannot be heard is given up soon."""
+QUICK = {"session.timeout.ms": 1_500, "heartbeat.interval.ms": 300, "transaction.timeout.ms": 2_000}
+"""What cannot be heard is given up soon."""
+
+COMMIT_SECONDS = 4.0
+"""As in the product: longer than a transaction may take until the coordinator ends it."""
+
+TOO_LATE_SECONDS = 6.0
+"""Longer than both."""
 
 NAMES = {END_TXN: "end-txn", PRODUCE: "produce", ADD_PARTITIONS_TO_TXN: "add-partitions"}
 every_kind = pytest.mark.parametrize("kind", NAMES, ids=NAMES.values())
@@ -41,6 +47,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxiedCluster
 async def network(cluster: ProxiedCluster) -> AsyncIterator[Network]:
     async with cluster.network() as network:
         yield network
+
+
+@pytest.fixture(autouse=True)
+def quick_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tenure, "COMMIT_SECONDS", COMMIT_SECONDS)
 
 
 @pytest.fixture
@@ -70,7 +81,7 @@ async def on_one_writer(
     cluster: ProxiedCluster, folder: Path, prefix: str, faults: Callable[[Callers], Awaitable[None]]
 ) -> None:
     """Load on a writer behind the network, faults, more load, the oracle."""
-    settings = kafka_settings(f"kafka://{cluster.proxied_endpoint}/{prefix}", folder)
+    settings = kafka_settings(f"kafka://{cluster.proxied_endpoint}/{prefix}", folder, kafka_options=QUICK)
     async with open_kafka_log(settings) as log, lone_writer(settings, log) as writer:
         await ready(writer)
         callers = Callers(writer)
@@ -86,7 +97,7 @@ async def test_a_request_that_comes_while_its_transaction_lasts_is_only_late(
     cluster: ProxiedCluster, network: Network, tmp_path: Path, prefix: str, kind: int
 ) -> None:
     async def late(callers: Callers) -> None:
-        with network.holding(3.0, kind):
+        with network.holding(1.0, kind):
             await arrived(network, kind)
         await callers.grow()
 
@@ -98,11 +109,10 @@ async def test_a_request_that_comes_when_its_transaction_has_timed_out_changes_n
     cluster: ProxiedCluster, network: Network, tmp_path: Path, prefix: str, kind: int
 ) -> None:
     async def too_late(callers: Callers) -> None:
-        with network.holding(14.0, kind):
+        with network.holding(TOO_LATE_SECONDS, kind):
             await arrived(network, kind)
         await callers.grow()
-        # Those that were held have come by now, and met a partition that has moved on.
-        await asyncio.sleep(14)
+        await asyncio.sleep(TOO_LATE_SECONDS)  # in which what was held comes, to a partition that has moved on
         await callers.grow()
 
     await on_one_writer(cluster, tmp_path, prefix, too_late)
@@ -113,8 +123,8 @@ async def test_a_request_that_was_sent_again_and_comes_a_second_time_in_a_later_
     cluster: ProxiedCluster, network: Network, tmp_path: Path, prefix: str, kind: int, rng: random.Random
 ) -> None:
     async def twice(callers: Callers) -> None:
-        for _ in range(10):
-            with network.holding(rng.uniform(0.05, 1.5), kind):
+        for _ in range(8):
+            with network.holding(rng.uniform(0.05, 1.2), kind):
                 await arrived(network, kind)
             network.cut()
             await callers.grow(100)
@@ -170,7 +180,7 @@ async def test_an_owner_that_cannot_be_heard_and_comes_back_neither_writes_nor_d
                     return all(status.since is not None for status in await successor.status())
 
                 await until(taken_over, 30, "nobody takes over")
-                await asyncio.sleep(12)  # the fault is a time: longer than a transaction may take
+                await asyncio.sleep(4)  # the fault is a time: longer than a transaction may take
             await shared(successor, owner)
             await callers.grow()
             await callers.end(log)

@@ -10,12 +10,17 @@ import asyncio
 import random
 import shutil
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from tests.faults.torture.kinds import KINDS, Kind
 from tests.faults.torture.load import LoadSettings
 from tests.faults.torture.round import Result, Round
 from tests.faults.torture.stage import Stage, staged
 from tests.services.shared import VAR
+
+_BEGAN = time.monotonic()
 
 
 def main(arguments: list[str]) -> int:
@@ -23,27 +28,33 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults.torture", description=__doc__)
     parser.add_argument("--duration", type=float, default=60.0, help="how many seconds faults are made")
     parser.add_argument("--seed", type=int, default=None, help="repeats the choices of an earlier round")
-    parser.add_argument("--producers", type=int, default=64, help="how many write at once by plain HTTP")
+    parser.add_argument("--producers", type=int, default=96, help="how many write at once by plain HTTP")
+    parser.add_argument("--only", action="append", metavar="KIND", help="make faults of this kind alone; repeatable")
     parser.add_argument("--keep", action="store_true", help="keep journals, logs and data even when all was well")
     options = parser.parse_args(arguments)
+    kinds = [kind for kind in KINDS if options.only is None or kind.name in options.only]
+    if not kinds:
+        parser.error(f"kinds are: {', '.join(kind.name for kind in KINDS)}")
     seed = options.seed if options.seed is not None else random.randrange(2**32)
     folder = VAR / "torture" / str(seed)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     say(f"seed {seed}; {options.duration:.0f} s; everything is kept in {folder} if a promise breaks")
-    result = asyncio.run(torture(folder, options.duration, seed, options.producers, keep=options.keep))
+    result = asyncio.run(torture(folder, options.duration, seed, options.producers, kinds, keep=options.keep))
     report(result, seed)
     if result.verdict.clean and not options.keep:
         shutil.rmtree(folder, ignore_errors=True)
     return 0 if result.verdict.clean else 1
 
 
-async def torture(folder: Path, duration: float, seed: int, producers: int, *, keep: bool = False) -> Result:
+async def torture(
+    folder: Path, duration: float, seed: int, producers: int, kinds: Sequence[Kind] = KINDS, *, keep: bool = False
+) -> Result:
     """A whole round on a stage of its own in `folder`, whose data stays when a promise breaks."""
     found: list[Result] = []
     async with staged(folder, keep=lambda: keep or not (found and found[0].verdict.clean)) as stage:
         say("everything runs")
-        found.append(await Round(stage, seed, say, loads(stage, seed, producers)).run(duration))
+        found.append(await Round(stage, seed, say, loads(stage, seed, producers), kinds).run(duration))
     return found[0]
 
 
@@ -58,8 +69,8 @@ def loads(stage: Stage, seed: int, producers: int) -> list[LoadSettings]:
 
 
 def say(text: str) -> None:
-    """Progress."""
-    print(text, file=sys.stderr, flush=True)  # noqa: T201 - the command's output
+    """Progress, with the time since the beginning."""
+    print(f"{time.monotonic() - _BEGAN:6.1f} s  {text}", file=sys.stderr, flush=True)  # noqa: T201 - the command's output
 
 
 def report(result: Result, seed: int) -> None:

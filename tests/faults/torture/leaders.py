@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from confluent_kafka import ElectionType, TopicPartition
+from confluent_kafka import ElectionType, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from tests.services.kafka import KafkaCluster
@@ -32,6 +32,18 @@ def prefer(cluster: KafkaCluster, topic: str, partitions: Sequence[int], order: 
     admin = AdminClient({"bootstrap.servers": cluster.endpoint, "log_level": 0})
     moved = admin.elect_leaders(ElectionType.PREFERRED, [TopicPartition(topic, p) for p in partitions])
     moved.result(_SECONDS)
+
+
+def in_sync(cluster: KafkaCluster) -> bool:
+    """Whether all brokers know each other and every partition of every topic has all its replicas in sync. Blocks."""
+    if any(broker.brokers_seen() < len(cluster.brokers) for broker in cluster.brokers):
+        return False
+    admin = AdminClient({"bootstrap.servers": cluster.endpoint, "log_level": 0})
+    try:
+        topics = admin.list_topics(timeout=_SECONDS).topics.values()
+    except KafkaException:
+        return False
+    return all(len(p.isrs) == len(p.replicas) and p.leader >= 0 for topic in topics for p in topic.partitions.values())
 
 
 def _reassign(cluster: KafkaCluster, topic: str, partitions: Sequence[int], order: Sequence[int]) -> None:

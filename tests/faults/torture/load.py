@@ -19,9 +19,9 @@ from uuid import UUID
 from tests.faults.torture.clients import Client, LibraryClient, PlainClient, UnexpectedAnswerError
 from tests.faults.torture.work import FINALIZE, INGEST, Complaint, Entry, Journal, Work, creation
 
-_FILES = (0, 1, 1, 2, 3, 4, 6, 8, 12, 16)
-_MANY_FILES, _MANY_ODDS = 150, 0.01
-_FILES_AT_ONCE = 3
+_FILES = (0, 1, 1, 2, 2, 3, 4, 8)
+_MANY_FILES, _MANY_ODDS = 60, 0.01
+_FILES_AT_ONCE = 4
 _COMMON_CONTENTS = 500
 _NEW_CONTENT_ODDS = 0.1
 

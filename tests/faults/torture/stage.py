@@ -15,10 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from confluent_kafka.admin import AdminClient
-
 from services.config import Settings
 from tests.faults.proxy import Network, ProxiedCluster
+from tests.faults.torture.leaders import in_sync
 from tests.integration.processes import ProductProcess, get, output_of
 from tests.services.kafka import KafkaBroker
 from tests.services.minio import REGION, MinioServer
@@ -96,19 +95,10 @@ class Stage:
     async def whole(self) -> None:
         """Wait until every partition of every topic has all its replicas in sync. Raises TimeoutError."""
         deadline = time.monotonic() + _WHOLE_SECONDS
-        while not await in_thread(self._all_in_sync):
+        while not await in_thread(lambda: in_sync(self.cluster)):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"the brokers did not come together again in {_WHOLE_SECONDS:.0f} s")
             await asyncio.sleep(0.3)
-
-    def _all_in_sync(self) -> bool:
-        if any(broker.brokers_seen() < len(self.cluster.brokers) for broker in self.cluster.brokers):
-            return False
-        admin = AdminClient({"bootstrap.servers": self.cluster.endpoint, "log_level": 0})
-        topics = admin.list_topics(timeout=5).topics.values()
-        return all(
-            len(p.isrs) == len(p.replicas) and p.leader >= 0 for topic in topics for p in topic.partitions.values()
-        )
 
 
 _threads = ThreadPoolExecutor(16, thread_name_prefix="torture")
