@@ -31,7 +31,7 @@ SUBMIT_SECONDS = 30.0
 THIS_PROCESS = "this process"
 
 _HAND_OVER_SECONDS = 15.0
-_SNAPSHOT_SECONDS = 10.0
+SNAPSHOT_SECONDS = 20.0
 """How long `close` waits for snapshots that are being made, once the partitions are handed over."""
 _LOOK_SECONDS = 1.0
 """How often it is looked whether a forwarded command's owner still is: a frozen one neither answers nor refuses."""
@@ -178,7 +178,7 @@ class KafkaWriter:
             writer.stop()
             writer.join(_HAND_OVER_SECONDS)
         if self._snapshots is not None:
-            self._snapshots.close(_SNAPSHOT_SECONDS)
+            self._snapshots.close(SNAPSHOT_SECONDS)
 
     async def _accepted(self, asked: Command | IngestCheck) -> Acknowledgement | None:
         if self._closing:
