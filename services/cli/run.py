@@ -42,12 +42,15 @@ async def _serve(settings: Settings) -> Mapping[str, Exception]:
     if is_embedded(settings):
         await _migrate(settings)  # before gateway and projections open the same new files at the same time
     with server.stopped_by_signals() as stop:
-        async with asyncio.TaskGroup() as tasks:
-            projecting = tasks.create_task(run_projectors(settings, [], stop))
-            try:
-                await server.run(settings, stop=stop)
-            finally:
-                stop.set()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                projecting = tasks.create_task(run_projectors(settings, [], stop))
+                try:
+                    await server.run(settings, stop=stop)
+                finally:
+                    stop.set()
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None  # what went wrong first ended the other: people need that one alone
         return projecting.result()
 
 

@@ -138,7 +138,9 @@ def _json_object(document: str) -> dict[str, Any]:
     hint = "--metadata-json"
     try:
         text = document
-        if not document.lstrip().startswith("{"):
+        if not document.lstrip().startswith(
+            ("{", "[", '"')
+        ):  # all three are JSON; that it must be an object comes below
             with click.open_file(document, encoding="utf-8") as file:
                 text = file.read()
         value = json.loads(text)
@@ -146,6 +148,8 @@ def _json_object(document: str) -> dict[str, Any]:
         raise click.BadParameter(f"{document}: {error.strerror}", param_hint=hint) from None
     except ValueError as error:
         raise click.BadParameter(f"no JSON: {error}", param_hint=hint) from None
+    except RecursionError:
+        raise click.BadParameter("no JSON that can be read: it is nested too deeply", param_hint=hint) from None
     if not isinstance(value, dict):
         raise click.BadParameter("it must be a JSON object", param_hint=hint)
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,7 +97,7 @@ async def _push(
                         state=state,
                         progress=progress,
                     )
-        except (ArtifactStoreError, OSError):
+        except (ArtifactStoreError, OSError, asyncio.CancelledError):  # cancelled: by Ctrl-C
             _say_how_to_go_on(state)
             raise
 

@@ -18,8 +18,6 @@ from uuid import UUID, uuid4, uuid5
 
 from blake3 import blake3
 
-from schemas.canonical import jcs
-
 _MOST_AT_ONCE = 64
 
 
@@ -76,7 +74,8 @@ def _lock(folder: Path | None, identity: dict[str, Any]) -> tuple[int | None, Pa
     """The first state file of this push that no running process holds, opened and locked."""
     if folder is None:
         return None, None
-    name = blake3(jcs(identity).encode()).hexdigest()[:32]
+    # Not JCS, which refuses what the registry will refuse with a reason: NaN, lone surrogates, numbers beyond a double.
+    name = blake3(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for number in range(_MOST_AT_ONCE):

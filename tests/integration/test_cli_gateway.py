@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -63,6 +64,17 @@ def test_an_address_that_can_be_no_gateway_is_wrong_usage() -> None:
     refused = run_command(None, "show", "11111111-1111-4111-8111-111111111111", url="ftp://127.0.0.1:9")
     assert refused.returncode == 2
     assert b"http(s)://" in refused.stderr
+
+
+@pytest.mark.parametrize("command", ["serve", "gateway"])
+def test_an_address_that_is_taken_is_said_in_one_line(embedded_settings: Settings, command: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        settings = embedded_settings.model_copy(update={"listen": f"127.0.0.1:{port}"})
+        refused = run_command(settings, command, "--json")
+    assert refused.returncode == 2
+    assert b"Traceback" not in refused.stderr
+    assert f"cannot listen on 127.0.0.1, port {port}" in json.loads(refused.stderr.splitlines()[-1])["detail"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,6 +196,26 @@ def test_a_refusal_is_exit_code_1_and_a_problem(run: Run, tree: Path) -> None:
     assert problem["type"].endswith(":unknown-retention-class")
     assert problem["status"] == 422
     assert "unknown retention class" in problem["detail"]
+
+
+@pytest.mark.parametrize("document", ['{"a": NaN}', '{"a": 1e400}', '{"a": "\\ud800"}', '{"a": 99999999999999999999}'])
+def test_metadata_that_the_registry_refuses_is_refused_with_its_reason(run: Run, tree: Path, document: str) -> None:
+    refused = run("push", tree, *ABOUT, "--metadata-json", document, code=1)
+    assert refused.stderr.startswith("error: metadata: ")
+    assert run("packages").stdout == ""
+
+
+def test_a_push_that_is_interrupted_says_how_to_go_on(run: Run, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import services.direct
+
+    async def interrupted(*_: object, **__: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(services.direct.DirectRegistry, "finalize", interrupted)
+    stopped = run("push", tree, *ABOUT, code=1)
+    assert "run the same command again" in stopped.stderr
+    assert stopped.stderr.endswith("error: interrupted\n")
 
 
 def test_a_push_that_fails_says_how_to_go_on_and_goes_on(

@@ -152,8 +152,14 @@ def test_a_metadata_document_may_be_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pairs", "document"), [(("a",), None), (("=b",), None), (("a=1", "a=2"), None), ((), "{"), ((), "missing.json")]
+    ("pairs", "document"),
+    [(("a",), None), (("=b",), None), (("a=1", "a=2"), None), ((), "{"), ((), "missing.json"), ((), "[1]")],
 )
 def test_metadata_that_cannot_be_read_is_wrong_usage(pairs: tuple[str, ...], document: str | None) -> None:
     with pytest.raises(click.BadParameter):
         metadata_of(pairs, document)
+
+
+def test_metadata_that_is_nested_without_end_is_wrong_usage() -> None:
+    with pytest.raises(click.BadParameter, match="nested too deeply"):
+        metadata_of((), '{"a":' + "[" * 100_000)
