@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 _PYTHON = (3, 11)
 _PATIENCE_SECONDS = 20.0
 _LEAST_FREE_BYTES = 1 << 30
+_ADDRESSES = {
+    "log": "ARTIFACT_STORE_LOG_URL",
+    "blobs": "ARTIFACT_STORE_BLOBS_URL",
+    "views": "ARTIFACT_STORE_VIEWS_URL",
+    "gateway": "ARTIFACT_STORE_URL",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +86,7 @@ def _python() -> Finding:
 
 async def _looked(part: str, look: Callable[[], Awaitable[str | None]]) -> Finding:
     """What `look` finds: an error of the tree is what is wrong, a text a remark."""
-    from services.errors import ArtifactStoreError
+    from services.errors import ArtifactStoreError, UnavailableError
 
     try:
         async with asyncio.timeout(_PATIENCE_SECONDS):
@@ -89,6 +95,10 @@ async def _looked(part: str, look: Callable[[], Awaitable[str | None]]) -> Findi
         return Finding(
             part, ok=False, cause=f"no answer within {_PATIENCE_SECONDS:g} s; is it running, is it reachable?"
         )
+    except UnavailableError as error:
+        # What says that already knows better; the others have only said that there is no answer.
+        hint = "" if "ARTIFACT_STORE_" in error.detail else f"; is it running, and is {_ADDRESSES[part]} right?"
+        return Finding(part, ok=False, cause=error.detail + hint)
     except ArtifactStoreError as error:
         return Finding(part, ok=False, cause=error.detail)
 

@@ -32,7 +32,7 @@ _CONCURRENCY = click.option(
 @click.option("--metadata", multiple=True, metavar="KEY=VALUE", help="Metadata, as text; may be repeated.")
 @click.option("--metadata-json", metavar="JSON|FILE", help="Metadata as a JSON object, or the file of one.")
 @click.option("--actor", default="anonymous", show_default=True, help="Who does it.")
-@click.option("--no-finalize", is_flag=True, help="Leave the package open.")
+@click.option("--no-finalize", is_flag=True, help="Leave the package open; it is finalized over HTTP or from Python.")
 @click.option("--new", "fresh", is_flag=True, help="Begin anew, even if an equal push was interrupted.")
 @_CONCURRENCY
 @common_options(shown=("url",))
@@ -48,8 +48,8 @@ def push(
 ) -> None:
     """Create a package, stream the file or tree at PATH into it, and finalize it.
 
-    Paths in the package are relative to PATH. Links to files inside the tree are followed, others refused. A push that
-    was interrupted goes on where it was when it is run again.
+    Paths in the package are relative to PATH. Links to files inside the tree are followed, others refused; empty
+    folders, owners and modes are not kept. A push that was interrupted goes on where it was when it is run again.
     """
     described = {**about, "metadata": metadata_of(metadata, metadata_json)}
     settings = invocation().settings()

@@ -17,6 +17,11 @@ from services.errors import ArtifactStoreError, ConfigurationError, CorruptError
 
 # Classes and codes of SQLSTATE (PostgreSQL documentation, appendix A).
 _CONFIGURATION = ("28", "3D", "3F", "42501", "42P01", "42703")
+_MIGRATED = (
+    "3F",
+    "42P01",
+    "42703",
+)  # schemas, tables and columns; the database itself and its users are not ours to make
 _CORRUPT = ("22", "23")
 _UNAVAILABLE = ("08", "25006", "25P03", "40", "53", "55P03", "57", "58")
 
@@ -31,6 +36,7 @@ _SQLITE_UNAVAILABLE = {
 _SQLITE_CORRUPT = {sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_TOOBIG}
 
 _MIGRATE = "`artifact-store migrate` creates what is missing"
+_SETTING = "check the database, the user and its rights in ARTIFACT_STORE_VIEWS_URL"
 
 
 @contextmanager
@@ -66,7 +72,8 @@ def _meaning(error: BaseException) -> ArtifactStoreError | None:
     state = getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None) or ""
     text = _first_line(cause)
     if state.startswith(_CONFIGURATION):
-        return ConfigurationError(f"the views database refuses: {text}; {_MIGRATE}")
+        mend = _MIGRATE if state.startswith(_MIGRATED) else _SETTING
+        return ConfigurationError(f"the views database refuses: {text}; {mend}")
     if state.startswith(_CORRUPT):
         return CorruptError(f"the views cannot take this: {text}")
     if state.startswith(_UNAVAILABLE) or invalidated or isinstance(cause, OSError):

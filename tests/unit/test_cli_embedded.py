@@ -180,6 +180,15 @@ def test_doctor_names_what_is_wrong(run: Run, tmp_path: Path) -> None:
     assert "settings" in run("doctor", "--kafka-partitions", "0", code=1).stdout
 
 
+def test_doctor_says_which_setting_names_a_part_that_gives_no_answer(run: Run) -> None:
+    nowhere = ("--views-url", "postgresql+asyncpg://u@127.0.0.1:1/d", "--url", "http://127.0.0.1:1")
+    found = json.loads(run("doctor", *nowhere, "--json", code=1).stdout)
+    wrong = {finding["part"]: finding["cause"] for finding in found["findings"] if not finding["ok"]}
+    assert set(wrong) == {"views", "gateway"}
+    assert wrong["views"].endswith("is it running, and is ARTIFACT_STORE_VIEWS_URL right?")
+    assert wrong["gateway"].endswith("is it running, and is ARTIFACT_STORE_URL right?")
+
+
 def test_migrating_twice_is_harmless(run: Run) -> None:
     assert run("migrate", "--json").stdout == run("migrate", "--json").stdout
 
