@@ -29,14 +29,14 @@ class Settings(BaseModel):
     kafka_partitions: int = Field(6, ge=1, le=1024)
     kafka_replication_factor: int = Field(3, ge=1)
     kafka_min_insync_replicas: int = Field(2, ge=1)
-    kafka_options: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    kafka_options: dict[str, str | int | float | bool] = Field(default_factory=dict, repr=False)
 
     blobs_url: str = "file:./var/blobs"
     s3_access_key: str = ""
     s3_secret_key: SecretStr = SecretStr("")
     s3_region: str = "us-east-1"
 
-    views_url: str = "sqlite+aiosqlite:///./var/views.db"
+    views_url: str = Field("sqlite+aiosqlite:///./var/views.db", repr=False)
     schema_registry_url: str | None = None
 
     url: str | None = None

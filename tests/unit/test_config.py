@@ -1,0 +1,71 @@
+"""Settings: where they come from, what is refused, and that no secret is ever shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from services.config import PREFIX, Settings
+from services.errors import ConfigurationError
+
+SECRET = "w0rd-that-nobody-sees"
+
+
+@pytest.fixture(autouse=True)
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder without a `.env` file, and no setting in the environment."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_keyword_arguments_read_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PREFIX + "LISTEN", "127.0.0.1:1")
+    assert Settings().listen == "127.0.0.1:8080"
+    assert Settings.from_env().listen == "127.0.0.1:1"
+
+
+def test_the_environment_wins_over_the_file_and_arguments_win_over_both(
+    nowhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (nowhere / ".env").write_text(f"{PREFIX}LISTEN=127.0.0.1:1\n{PREFIX}S3_REGION=file\n")
+    monkeypatch.setenv(PREFIX + "LISTEN", "127.0.0.1:2")
+    found = Settings.from_env()
+    assert (found.listen, found.s3_region) == ("127.0.0.1:2", "file")
+    assert Settings.from_env(listen="127.0.0.1:3").listen == "127.0.0.1:3"
+
+
+@pytest.mark.parametrize("name", ["LISTEM", "listen", "URL_"])
+def test_an_unknown_name_is_refused_with_the_known_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PREFIX + name, "x")
+    with pytest.raises(ConfigurationError, match=PREFIX + name) as caught:
+        Settings.from_env()
+    assert PREFIX + "LISTEN" in caught.value.detail
+
+
+def test_an_unknown_keyword_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="LISTEM"):
+        Settings(listem="x")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("KAFKA_PARTITIONS", SECRET), ("KAFKA_OPTIONS", f'{{"sasl.password": "{SECRET}"'), ("INSECURE", SECRET)],
+)
+def test_a_value_that_breaks_its_rule_is_named_and_not_shown(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PREFIX + name, value)
+    with pytest.raises(ConfigurationError, match=PREFIX + name) as caught:
+        Settings.from_env()
+    assert SECRET not in caught.value.detail
+
+
+def test_no_secret_is_in_the_text_of_settings() -> None:
+    found = Settings(
+        views_url=f"postgresql+asyncpg://ada:{SECRET}@localhost/views",
+        kafka_options={"sasl.password": SECRET},
+        s3_secret_key=SECRET,
+        internal_secret=SECRET,
+    )
+    assert SECRET not in repr(found) + str(found)
