@@ -15,6 +15,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from services.errors import ArtifactStoreError, ConfigurationError, CorruptError, UnavailableError
 
+_DRIVER = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+
 # Classes and codes of SQLSTATE (PostgreSQL documentation, appendix A).
 _CONFIGURATION = ("28", "3D", "3F", "42501", "42P01", "42703")
 _MIGRATED = (
@@ -51,7 +53,7 @@ def database_errors() -> Iterator[None]:
         raise
     except PoolTimeoutError as error:
         raise UnavailableError("the views database: every connection is in use") from error
-    except (DBAPIError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+    except (*_DRIVER, DBAPIError, OSError, TimeoutError) as error:
         # `from None`: SQLAlchemy's own text shows statement and parameters.
         meaning = _meaning(error)
         if meaning is None:
@@ -78,7 +80,9 @@ def _meaning(error: BaseException) -> ArtifactStoreError | None:
         return CorruptError(f"the views cannot take this: {text}")
     if state.startswith(_UNAVAILABLE) or invalidated or isinstance(cause, OSError):
         return UnavailableError(f"the views database cannot be reached: {text}")
-    if not state and "connection" in text.lower():  # the driver's own errors about a connection carry no state
+    # The driver's own errors about a connection carry no state. One that breaks between two steps of a COPY is taken
+    # for busy ("another operation is in progress"), in that step and in the rollback that follows.
+    if not state and any(sign in text.lower() for sign in ("connection", "another operation")):
         return UnavailableError(f"the views database cannot be reached: {text}")
     return None
 

@@ -28,7 +28,8 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults.torture", description=__doc__)
     parser.add_argument("--duration", type=float, default=60.0, help="how many seconds faults are made")
     parser.add_argument("--seed", type=int, default=None, help="repeats the choices of an earlier round")
-    parser.add_argument("--producers", type=int, default=96, help="how many write at once by plain HTTP")
+    parser.add_argument("--producers", type=int, default=400, help="how many packages are under way at once")
+    parser.add_argument("--rate", type=float, default=180.0, help="how many commands a second are begun at most")
     parser.add_argument("--only", action="append", metavar="KIND", help="make faults of this kind alone; repeatable")
     parser.add_argument("--keep", action="store_true", help="keep journals, logs and data even when all was well")
     options = parser.parse_args(arguments)
@@ -40,7 +41,9 @@ def main(arguments: list[str]) -> int:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     say(f"seed {seed}; {options.duration:.0f} s; everything is kept in {folder} if a promise breaks")
-    result = asyncio.run(torture(folder, options.duration, seed, options.producers, kinds, keep=options.keep))
+    result = asyncio.run(
+        torture(folder, options.duration, seed, options.producers, options.rate, kinds, keep=options.keep)
+    )
     report(result, seed)
     if result.verdict.clean and not options.keep:
         shutil.rmtree(folder, ignore_errors=True)
@@ -48,23 +51,29 @@ def main(arguments: list[str]) -> int:
 
 
 async def torture(
-    folder: Path, duration: float, seed: int, producers: int, kinds: Sequence[Kind] = KINDS, *, keep: bool = False
+    folder: Path,
+    duration: float,
+    seed: int,
+    producers: int,
+    rate: float,
+    kinds: Sequence[Kind] = KINDS,
+    *,
+    keep: bool = False,
 ) -> Result:
     """A whole round on a stage of its own in `folder`, whose data stays when a promise breaks."""
     found: list[Result] = []
     async with staged(folder, keep=lambda: keep or not (found and found[0].verdict.clean)) as stage:
         say("everything runs")
-        found.append(await Round(stage, seed, say, loads(stage, seed, producers), kinds).run(duration))
+        found.append(await Round(stage, seed, say, loads(stage, seed, producers, rate), kinds).run(duration))
     return found[0]
 
 
-def loads(stage: Stage, seed: int, producers: int) -> list[LoadSettings]:
+def loads(stage: Stage, seed: int, producers: int, rate: float) -> list[LoadSettings]:
     """Most producers speak plain HTTP, a few use the client library."""
+    few = max(1, producers // 20)
     return [
-        LoadSettings(stage.urls, str(stage.folder / "plain.journal"), producers, seed),
-        LoadSettings(
-            stage.urls, str(stage.folder / "library.journal"), max(1, producers // 10), seed + 1, library=True
-        ),
+        LoadSettings(stage.urls, str(stage.folder / "plain.journal"), producers - few, rate * 0.95, seed),
+        LoadSettings(stage.urls, str(stage.folder / "library.journal"), few, rate * 0.05, seed + 1, library=True),
     ]
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, bisect_right
-from collections import defaultdict
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -30,34 +30,42 @@ class Delays:
         self._began.append(began)
         self._ended.append(ended)
 
-    def table(self, windows: Iterable[Window]) -> str:
-        """Markdown: per kind, the commands that waited during one of its faults. Faults of other kinds overlap."""
+    def table(self, windows: Sequence[Window]) -> str:
+        """Markdown: per kind, the commands that waited while one of its faults was there.
+
+        Faults overlap; the last columns are of the commands that met this kind of fault and no other.
+        """
         order = sorted(range(len(self._began)), key=self._began.__getitem__)
         began = [self._began[i] for i in order]
         ended = [self._ended[i] for i in order]
-        longest = max((end - begin for begin, end in zip(began, ended, strict=True)), default=0.0)
-        touched: dict[str, set[int]] = defaultdict(set)
-        counts: dict[str, int] = defaultdict(int)
+        waits = [end - begin for begin, end in zip(began, ended, strict=True)]
+        longest = max(waits, default=0.0)
+        met: list[frozenset[str]] = [frozenset()] * len(waits)
         for window in windows:
-            counts[window.kind] += 1
-            candidates = range(bisect_left(began, window.began - longest), bisect_right(began, window.ended))
-            touched[window.kind].update(i for i in candidates if ended[i] >= window.began)
-        disturbed = set().union(*touched.values()) if touched else set()
-        calm = [ended[i] - began[i] for i in range(len(began)) if i not in disturbed]
-        lines = [
-            "| while there was | faults | commands | p50 s | p99 s | longest s |",
-            "| --- | --- | --- | --- | --- | --- |",
-        ]
-        lines.append(_row("anything", sum(counts.values()), [e - b for b, e in zip(began, ended, strict=True)]))
-        lines.append(_row("no fault", 0, calm))
-        lines += [_row(kind, counts[kind], [ended[i] - began[i] for i in touched[kind]]) for kind in sorted(counts)]
-        return "\n".join(lines)
+            kind = frozenset([window.kind])
+            for i in range(bisect_left(began, window.began - longest), bisect_right(began, window.ended)):
+                if ended[i] >= window.began:
+                    met[i] |= kind
+        counts = Counter(window.kind for window in windows)
+        lines = [_row("any or none", len(windows), waits, []), _row("no fault", 0, _of(waits, met, frozenset()), [])]
+        for name in sorted(counts):
+            touched = [wait for wait, kinds in zip(waits, met, strict=True) if name in kinds]
+            lines.append(_row(name, counts[name], touched, _of(waits, met, frozenset([name]))))
+        return "\n".join([_HEAD, *lines])
 
 
-def _row(name: str, faults: int, delays: list[float]) -> str:
-    delays.sort()
+_FIGURES = "commands | p50 s | p99 s | longest s"
+_HEAD = f"| while there was | faults | {_FIGURES} | it alone: {_FIGURES} |\n|{' --- |' * 10}"
 
-    def quantile(share: float) -> str:
-        return f"{delays[min(len(delays) - 1, int(share * len(delays)))]:.3f}" if delays else "-"
 
-    return f"| {name} | {faults} | {len(delays)} | {quantile(0.5)} | {quantile(0.99)} | {quantile(1.0)} |"
+def _of(waits: Sequence[float], met: Sequence[frozenset[str]], exactly: frozenset[str]) -> list[float]:
+    return [wait for wait, kinds in zip(waits, met, strict=True) if kinds == exactly]
+
+
+def _row(name: str, faults: int, all_waits: list[float], alone: list[float]) -> str:
+    cells = [name, str(faults)]
+    for waits in (all_waits, alone):
+        order = sorted(waits)
+        quantiles = [order[min(len(order) - 1, int(share * len(order)))] if order else None for share in (0.5, 0.99, 1)]
+        cells += [f"{len(waits):,}", *("" if q is None else f"{q:.2f}" for q in quantiles)]
+    return f"| {' | '.join(cells)} |"

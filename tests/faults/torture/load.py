@@ -28,11 +28,15 @@ _NEW_CONTENT_ODDS = 0.1
 
 @dataclass(frozen=True)
 class LoadSettings:
-    """`library`: by the client library instead of plain HTTP."""
+    """`library`: by the client library instead of plain HTTP. `rate`: how many commands a second all begin at most.
+
+    More producers than the rate needs, so that those who wait for a partition in trouble do not hold up the others.
+    """
 
     urls: list[str]
     journal: str
     producers: int
+    rate: float
     seed: int
     library: bool = False
 
@@ -46,6 +50,7 @@ class Load:
         self._journal = journal
         self._stop = asyncio.Event()
         self._under_way: dict[UUID, float] = {}
+        self._next_turn = 0.0
 
     def stop(self) -> None:
         """Begin no further package."""
@@ -83,7 +88,14 @@ class Load:
         content = rng.getrandbits(40) if is_new else rng.randrange(_COMMON_CONTENTS)
         return Work(INGEST, made.package_id, UUID(int=rng.getrandbits(128), version=4), f"{n % 3}/{n}.txt", content)
 
+    async def _turn(self) -> None:
+        """Wait until another command may begin."""
+        now = monotonic()
+        self._next_turn = max(now, self._next_turn) + 1 / self._settings.rate
+        await asyncio.sleep(self._next_turn - now)
+
     async def _carry_out(self, work: Work) -> None:
+        await self._turn()
         began = self._under_way[work.command_id] = monotonic()
         try:
             answer, attempts = await self._client.send(work)

@@ -27,6 +27,9 @@ from tests.services.shared import ROOT
 _PAUSE_SECONDS = (2.5, 7.0)
 """Between one fault and the next; faults last longer than that, so that several are there at once."""
 
+_REST_SECONDS = (1.0, 5.0)
+"""Before the same is taken away again."""
+
 _PROGRESS_SECONDS = 10.0
 _FAULT_SECONDS = 240.0
 _VIEWS_SECONDS = 180.0
@@ -157,7 +160,8 @@ class Round:
             self.verdict.violation(f"after `{chosen.name}`: {type(error).__name__}: {error}")
         finally:
             self.windows.append(Window(chosen.name, began, time.monotonic()))
-            self._taken.discard(chosen.takes)
+        await asyncio.sleep(scene.rng.uniform(*_REST_SECONDS))
+        self._taken.discard(chosen.takes)
 
     async def _drain(self, listening: list[asyncio.Task[None]]) -> None:
         for producers in self._producers:
@@ -212,6 +216,7 @@ class Round:
                 verdict.violation(entry.text)
         self.say("comparing journals and log")
         await in_thread(lambda: oracle.compare(self._entries(), oracle.read_log(settings), verdict))
+        self.say("waiting for the projections")
         deadline = time.monotonic() + _VIEWS_SECONDS
         while not await in_thread(lambda: oracle.caught_up(settings)):
             if time.monotonic() > deadline:

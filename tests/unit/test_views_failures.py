@@ -1,0 +1,28 @@
+"""What a database driver raises becomes an error that says what to do; a mistake of our own passes unchanged."""
+
+from __future__ import annotations
+
+import asyncpg
+import pytest
+
+from services.errors import UnavailableError
+from services.views.failures import database_errors
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        asyncpg.InternalClientError("cannot switch to state 21; another operation (2) is in progress"),
+        asyncpg.InterfaceError("cannot perform operation: another operation is in progress"),
+        asyncpg.InterfaceError("connection is closed"),
+        ConnectionResetError(104, "Connection reset by peer"),
+    ],
+)
+def test_a_connection_that_broke_at_any_step_is_a_reason_to_try_again(error: Exception) -> None:
+    with pytest.raises(UnavailableError), database_errors():
+        raise error
+
+
+def test_a_mistake_of_our_own_is_not_taken_for_trouble_of_the_database() -> None:
+    with pytest.raises(asyncpg.InterfaceError, match="prepared"), database_errors():
+        raise asyncpg.InterfaceError("a prepared statement was used wrongly")
