@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from hashlib import sha1
 from typing import Self
-from uuid import UUID, SafeUUID
+from uuid import UUID, SafeUUID, uuid5
 
 _PACKAGES = UUID("6f1d7c1e-54a4-5d0b-9a53-6d3f0a4c2b11")
 """Namespace of package ids; drawn once, fixed for good."""
 
 _UNKNOWN = SafeUUID.unknown
+_set = object.__setattr__
 _VERSION_5 = 5 << 76 | 0x8000 << 48
 _NOT_VERSION = ~(0xF000 << 64 | 0xC000 << 48)
 
@@ -23,10 +24,10 @@ class Identifier(UUID):
 
     def __init__(self, number: int) -> None:
         # As UUID does it: instances are immutable to everyone else.
-        object.__setattr__(self, "int", number)
-        object.__setattr__(self, "is_safe", _UNKNOWN)
+        _set(self, "int", number)
+        _set(self, "is_safe", _UNKNOWN)
         text = f"{number:032x}"
-        object.__setattr__(self, "_text", f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}")
+        _set(self, "_text", f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}")
 
     @classmethod
     def of(cls, identifier: UUID) -> Self:
@@ -40,9 +41,9 @@ class Identifier(UUID):
         return Identifier, (self.int,)
 
 
-def package_id(actor: str, command_id: UUID) -> Identifier:
+def package_id(actor: str, command_id: UUID) -> UUID:
     """The id of the package that this command of this actor creates, so that a retry finds it again."""
-    return _derived(_derived(_PACKAGES, actor), str(command_id))
+    return uuid5(uuid5(_PACKAGES, actor), str(command_id))
 
 
 def event_id(package: UUID, sequence: int) -> Identifier:

@@ -93,7 +93,7 @@ def acknowledge(state: PackageState, command: Command) -> Acknowledgement:
         package_id=command.package_id,
         sequence=done.last_sequence,
         event_digest=done.last_digest,
-        files=tuple(_ingested(state, path) for path in done.paths),
+        files=tuple(_ingested(state, file) for file in command.files) if isinstance(command, IngestFiles) else (),
         manifest_digest=state.manifest_digest if isinstance(command, FinalizePackage) else None,
     )
 
@@ -272,19 +272,20 @@ def _same_file(state: PackageState, path: str, file: StoredFile) -> bool:
         path == file.relative_path
         and was["media_type"] == file.media_type
         and was["blake3"] == file.blake3.hex()
+        and was["sha256"] == file.sha256.hex()
         and was["size_bytes"] == file.size_bytes
     )
 
 
-def _ingested(state: PackageState, path: str) -> IngestedFile:
-    file = state.files[path]
-    entry = cbor2.loads(file.manifest_item)
+def _ingested(state: PackageState, file: StoredFile) -> IngestedFile:
+    """What became of the file, which is the same in the command as in the log."""
+    recorded = state.files[file.relative_path]
     return IngestedFile(
-        file_id=UUID(entry["file_id"]),
-        relative_path=path,
-        size_bytes=entry["size_bytes"],
-        blake3=bytes.fromhex(entry["blake3"]),
-        sha256=bytes.fromhex(entry["sha256"]),
-        sequence=file.sequence,
-        event_digest=file.event_digest,
+        file_id=identifiers.file_id(state.package_id, file.relative_path),
+        relative_path=file.relative_path,
+        size_bytes=file.size_bytes,
+        blake3=file.blake3,
+        sha256=file.sha256,
+        sequence=recorded.sequence,
+        event_digest=recorded.event_digest,
     )

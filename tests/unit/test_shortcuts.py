@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import unicodedata
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from io import BytesIO
 from uuid import UUID, uuid5
 
 import cbor2
+import fastavro
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas import identifiers
 from schemas.canonical import canonical_cbor, ordered_cbor
+from schemas.codec import decode, encode, schema_text
 from schemas.digests import event_digest
-from schemas.events import FileIngested, PackageCreated, PackageFinalized, Payload, StorageReceipt, payload_map
+from schemas.events import (
+    FILE_INGESTED,
+    Event,
+    FileIngested,
+    PackageCreated,
+    PackageFinalized,
+    Payload,
+    StorageReceipt,
+    payload_map,
+)
 from schemas.headers import headers
 from schemas.identifiers import Identifier
 from services.core.decide import decide
@@ -27,9 +41,26 @@ from tests.unit.commands import create, ingest
 
 _TEXT = st.text(max_size=300)
 _SIZE = st.integers(0, 2**63 - 1)
+_LONG = st.integers(-(2**63), 2**63 - 1)
 _DIGEST = st.binary(min_size=32, max_size=32)
 _RECEIPT = st.builds(StorageReceipt, st.uuids(), _TEXT, _TEXT, _SIZE, _SIZE, _SIZE)
 _INGESTED = st.builds(FileIngested, st.uuids(), _TEXT, _TEXT, _SIZE, _DIGEST, _DIGEST, _RECEIPT)
+_EVENT = st.builds(
+    Event,
+    event_id=st.uuids(),
+    event_type=st.just(FILE_INGESTED),
+    package_id=st.uuids(),
+    sequence=_LONG,
+    created_at=_LONG,
+    actor=_TEXT,
+    command_id=st.uuids(),
+    command_index=st.integers(0, 2**31 - 1),
+    command_count=st.integers(0, 2**31 - 1),
+    payload_digest=_DIGEST,
+    previous_digest=_DIGEST,
+    payload=_INGESTED,
+)
+_SCHEMA = fastavro.parse_schema(json.loads(schema_text(FILE_INGESTED)))
 _CREATED = st.builds(PackageCreated, _TEXT, _TEXT, _TEXT, _TEXT, st.none() | _SIZE, _TEXT)
 _FINALIZED = st.builds(PackageFinalized, st.none() | st.binary(), st.none() | _TEXT, _SIZE, _SIZE)
 
@@ -38,6 +69,28 @@ _FINALIZED = st.builds(PackageFinalized, st.none() | st.binary(), st.none() | _T
 def test_a_payloads_map_is_written_in_canonical_order(payload: Payload) -> None:
     found = payload_map(payload)
     assert ordered_cbor(found) == canonical_cbor(found)
+
+
+@given(_EVENT)
+def test_an_ingested_file_is_encoded_as_the_general_codec_encodes_it(event: Event) -> None:
+    out = BytesIO()
+    record = {**asdict(event), "payload": payload_map(event.payload)}
+    fastavro.schemaless_writer(out, _SCHEMA, record)
+    assert encode(event)[10:] == out.getvalue()
+    assert decode(encode(event)) == event
+
+
+@given(_EVENT, st.binary(max_size=31), st.sampled_from(["payload_digest", "previous_digest"]))
+def test_a_digest_of_another_length_is_not_encoded(event: Event, digest: bytes, field: str) -> None:
+    with pytest.raises(ValueError, match="32 bytes"):
+        encode(replace(event, **{field: digest}))  # type: ignore[arg-type] # both fields are bytes
+
+
+@pytest.mark.parametrize("number", [1 << 63, -(1 << 63) - 1])
+@given(event=_EVENT)
+def test_a_number_that_is_no_long_is_not_encoded(event: Event, number: int) -> None:
+    with pytest.raises(ValueError, match="no Avro long"):
+        encode(replace(event, created_at=number))
 
 
 @given(_INGESTED)

@@ -34,10 +34,13 @@ class Reader:
         with explaining(_DOING):
             return records(take_messages(self._consumer, limit, timeout))
 
-    def take_exactly(self, count: int, timeout: float) -> list[Record]:
-        """Wait until `count` records are there, `timeout` seconds at most; fewer when the time is over. As `take`."""
+    def take_exactly(self, count: int, timeout: float) -> list[tuple[int, bytes]]:
+        """Wait until `count` records are there, `timeout` seconds at most; fewer when the time is over.
+
+        Offset and value of each. Raises as `take`.
+        """
         with explaining(_DOING):
-            return records(self._consumer.consume(count, timeout))
+            return [(_checked(found), found.value() or b"") for found in self._consumer.consume(count, timeout)]
 
     def reached(self) -> dict[int, int]:
         """Per partition the offset to read next: behind all that was taken, and behind markers that follow it."""
@@ -62,16 +65,21 @@ def take_messages(consumer: Consumer, limit: int, timeout: float) -> list[Messag
 
 def records(messages: Iterable[Message]) -> list[Record]:
     """The records; an error among the messages is raised as an error of our tree."""
-    found = []
-    for message in messages:
-        error = message.error()
-        if error is not None:
-            raise explained(error, _DOING)
-        partition, offset = message.partition(), message.offset()
-        if partition is None or offset is None:
-            raise UnavailableError("the Kafka client returned a record without a place")
-        found.append(Record(partition, offset, message.key() or b"", message.value() or b""))
-    return found
+    return [
+        Record(message.partition() or 0, _checked(message), message.key() or b"", message.value() or b"")
+        for message in messages
+    ]
+
+
+def _checked(message: Message) -> int:
+    """The offset of a message that is a record; an error is raised as an error of our tree."""
+    error = message.error()
+    if error is not None:
+        raise explained(error, _DOING)
+    offset = message.offset()
+    if offset is None or message.partition() is None:
+        raise UnavailableError("the Kafka client returned a record without a place")
+    return offset
 
 
 def positions(consumer: Consumer, partitions: list[TopicPartition]) -> dict[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Condition
 from uuid import UUID
 
@@ -43,25 +43,21 @@ class Request:
     traceparent: str | None = None
     failures: int = 0
     last_failure: Exception | None = None
-    cancelled: bool = False
-    """Nobody waits any more: it need not be begun."""
+    events: int = field(init=False)
+    """How many events it may become."""
+    size: int = field(init=False)
+    """About how many bytes it takes while it waits."""
 
-    @property
-    def events(self) -> int:
-        """How many events it may become."""
-        return len(self.asked.files) if isinstance(self.asked, IngestFiles) else 1
-
-    @property
-    def size(self) -> int:
-        """About how many bytes it takes while it waits."""
+    def __post_init__(self) -> None:
+        self.events, self.size = 1, _EVENT_BYTES
         match self.asked:
             case IngestFiles(files=files):
-                return _EVENT_BYTES * (1 + len(files))
+                self.events = len(files)
+                self.size += _EVENT_BYTES * len(files)
             case CreatePackage(metadata=metadata):
-                return _EVENT_BYTES + len(metadata)
+                self.size += len(metadata)
             case IngestCheck(relative_paths=paths):
-                return _EVENT_BYTES + 100 * len(paths)
-        return _EVENT_BYTES
+                self.size += 100 * len(paths)
 
 
 class Waiting:
@@ -75,14 +71,13 @@ class Waiting:
 
     def put(self, request: Request) -> None:
         """Raises PushBackError when the queue is full, PartitionNotOwnedError when it is closed."""
-        size = request.size
         with self._changed:
             if self._closed:
                 raise PartitionNotOwnedError("this process does not write to the package's partition any more")
-            if self._queue and self._size + size > MAX_WAITING_BYTES:
+            if self._queue and self._size + request.size > MAX_WAITING_BYTES:
                 raise PushBackError("too many commands wait for the package's partition")
             self._queue.append(request)
-            self._size += size
+            self._size += request.size
             self._changed.notify()
 
     def put_back(self, requests: Iterable[Request]) -> None:
@@ -125,8 +120,8 @@ class Waiting:
                 break
             self._queue.popleft()
             self._size -= request.size
-            if request.cancelled:
-                continue
+            if request.answer.done():
+                continue  # nobody waits any more
             batch.append(request)
             events += request.events
             if alone:

@@ -102,18 +102,22 @@ class PartitionState:
             self._packages.move_to_end(package_id)
         return state
 
-    def apply(self, event: Event) -> None:
-        """Fold one more event in, ahead of the log until it is confirmed. Raises CorruptError when it cannot follow."""
+    def apply(self, event: Event, digest: bytes | None = None) -> PackageState:
+        """Fold one more event in, ahead of the log until it is confirmed; its package after it.
+
+        `digest` is as for `evolve`. Raises CorruptError when the event cannot follow.
+        """
         package_id = event.package_id
         before = self.package(package_id)
         self._ahead = True
-        state = evolve(before, event)
+        state = evolve(before, event, digest)
         if before is None:
             self._keep(state, 0)
             self._absent = None
         self._changed.add(package_id)
         self._unsaved += 1
         self.last_created_at = max(self.last_created_at, event.created_at)
+        return state
 
     def confirm(self, offset: int, value: bytes) -> None:
         """All that was applied was read from the log, the last of it as this record."""

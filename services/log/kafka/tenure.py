@@ -241,11 +241,10 @@ class Tenure:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise UnavailableError(self._cause("events that were appended are not readable"))
-            for record in tail.take_exactly(len(values) - seen, left):
-                if record.value != values[seen]:
-                    raise UnavailableError(f"offset {record.offset} of partition {self._partition} holds another event")
+            for last, value in tail.take_exactly(len(values) - seen, left):
+                if value != values[seen]:
+                    raise UnavailableError(f"offset {last} of partition {self._partition} holds another event")
                 seen += 1
-                last = record.offset
         return last
 
     def _end_own_transaction(self) -> None:

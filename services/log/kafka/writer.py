@@ -15,12 +15,11 @@ from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from threading import Event as Flag
 from threading import Thread
-from typing import Final
 from uuid import UUID
 
 from schemas.codec import encode
 from services.clock import Clock
-from services.core.commands import Acknowledgement
+from services.core.commands import Acknowledgement, Command
 from services.core.decide import acknowledge, check_ingest, decide
 from services.core.limits import Limits
 from services.errors import (
@@ -31,6 +30,7 @@ from services.errors import (
     UnavailableError,
 )
 from services.log.kafka.cluster import Cluster
+from services.log.kafka.deadlines import Deadlines
 from services.log.kafka.failures import spoiled_by_record
 from services.log.kafka.requests import TOGETHER, IngestCheck, Request, Waiting
 from services.log.kafka.restore import States
@@ -38,6 +38,7 @@ from services.log.kafka.settings import KafkaSettings
 from services.log.kafka.state import PartitionState
 from services.log.kafka.tenure import Staged, Tenure
 from services.log.port import PartitionNotOwnedError, PutManifest
+from services.tracing import TRACEPARENT
 
 PUT_SECONDS = 15.0
 """How long a manifest may take to be stored; the partition waits for it."""
@@ -49,12 +50,8 @@ _RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0)
 _LOG = logging.getLogger(__name__)
 
 
-class _Recorded:
-    """Stands for the acknowledgement of a command that the log will hold once the batch is appended."""
-
-
-_RECORDED: Final = _Recorded()
-_Outcome = _Recorded | Exception | None
+_Outcome = Acknowledgement | Exception | None
+"""What becomes of a request once its batch is appended; None says that a check passed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +65,8 @@ class WriterContext:
     put_manifest: PutManifest
     clock: Clock
     loop: asyncio.AbstractEventLoop
+    submit_seconds: float
+    """How long a request may wait for its answer."""
     states: States
     holds: Callable[[int], bool | None]
     """Asks the group whether the partition is this process's; None when it cannot say now. Blocks."""
@@ -86,6 +85,7 @@ class PartitionWriter:
         self.trouble: str | None = "it is being taken over"
         self._context = context
         self._waiting = Waiting()
+        self._deadlines = Deadlines(context.submit_seconds, self._late)
         self._stop = Flag()
         # A daemon: one that hangs in a call to a frozen broker must not keep the process; its fence protects the log.
         self._thread = Thread(target=self._run, name=f"log-write-{partition}", daemon=True)
@@ -94,9 +94,15 @@ class PartitionWriter:
         """Begin to take over. Does not block."""
         self._thread.start()
 
-    def submit(self, request: Request) -> None:
-        """Let the request wait for its turn. Does not block. Raises PushBackError, PartitionNotOwnedError."""
-        self._waiting.put(request)
+    def submit(self, asked: Command | IngestCheck) -> asyncio.Future[Acknowledgement | None]:
+        """Let a request wait for its turn; on the event loop. Raises PushBackError, PartitionNotOwnedError.
+
+        The answer comes in time or is UnavailableError; PartitionNotOwnedError when the partition moves meanwhile.
+        """
+        answer: asyncio.Future[Acknowledgement | None] = self._context.loop.create_future()
+        self._waiting.put(Request(asked, answer, TRACEPARENT.get()))
+        self._deadlines.watch(answer)
+        return answer
 
     def stop(self) -> None:
         """End after the transaction at hand. Does not block; what still waits is told that the partition moves."""
@@ -185,7 +191,7 @@ class PartitionWriter:
             raise
         self._deliver(list(zip(batch, answers, strict=True)))
 
-    def _answers(self, tenure: Tenure, batch: Sequence[Request]) -> list[Acknowledgement | Exception | None]:
+    def _answers(self, tenure: Tenure, batch: Sequence[Request]) -> list[_Outcome]:
         """Decide the batch, append what it becomes, and only then say so."""
         while True:
             staged: list[Staged] = []
@@ -195,10 +201,7 @@ class PartitionWriter:
                 break
             if not any(isinstance(outcome, RejectedError) for outcome in outcomes) or not tenure.catch_up():
                 break
-        return [
-            self._acknowledged(tenure.state, request) if isinstance(outcome, _Recorded) else outcome
-            for request, outcome in zip(batch, outcomes, strict=True)
-        ]
+        return outcomes
 
     def _decide(self, state: PartitionState, request: Request, staged: list[Staged]) -> _Outcome:
         asked, limits = request.asked, self._context.limits
@@ -219,17 +222,18 @@ class PartitionWriter:
         except Exception as error:  # noqa: BLE001 - see above; the cause is logged whole
             _LOG.exception("a command of package %s cannot be decided", asked.package_id)
             return RejectedError(f"the command cannot be carried out: {type(error).__name__}")
-        for record in records:
-            state.apply(record.event)
+        for event, digest in zip(decision.events, decision.digests, strict=True):
+            package = state.apply(event, digest)
         staged += records
-        return _RECORDED
-
-    def _acknowledged(self, state: PartitionState, request: Request) -> Acknowledgement | Exception:
-        asked = request.asked
-        package = state.package(asked.package_id, asked.command_id)
-        if isinstance(asked, IngestCheck) or package is None:
+        if package is None:
             return UnavailableError("the package's state was lost; retry with the same command id")
         return acknowledge(package, asked)
+
+    def _late(self) -> Exception:
+        trouble = self.trouble or "its writer gave no answer in time"
+        return UnavailableError(
+            f"partition {self.partition}: {trouble}; the outcome is unknown, retry with the same command id"
+        )
 
     def _put(self, manifest: bytes) -> None:
         """Make a manifest durable before its event is appended. Raises UnavailableError, PushBackError."""
@@ -258,8 +262,8 @@ class PartitionWriter:
             _LOG.warning("partition %d of the log is taken over again: %s", self.partition, text)
         self.trouble = text
 
-    def _deliver(self, answers: Sequence[tuple[Request, Acknowledgement | Exception | None]]) -> None:
-        """Hand answers to the event loop in one go; who was cancelled meanwhile gets none."""
+    def _deliver(self, answers: Sequence[tuple[Request, _Outcome]]) -> None:
+        """Hand answers to the event loop in one go; who gave up meanwhile gets none."""
 
         def settle() -> None:
             for request, answer in answers:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar, cast
 from uuid import UUID
 
@@ -18,15 +17,14 @@ from services.errors import ConfigurationError, LogIdentityError, PushBackError,
 from services.log.kafka.group import NO_URL, WriterGroup
 from services.log.kafka.log import KafkaLog
 from services.log.kafka.owners import Owner, Owners
-from services.log.kafka.requests import IngestCheck, Request
+from services.log.kafka.requests import IngestCheck
 from services.log.kafka.restore import States
 from services.log.kafka.snapshots import Snapshots
 from services.log.kafka.writer import PartitionWriter, WriterContext
 from services.log.port import Forwarder, PartitionNotOwnedError, PartitionStatus, PutManifest, SnapshotStore
-from services.tracing import TRACEPARENT
 
 SUBMIT_SECONDS = 30.0
-"""How long a command may look for its owner and wait for its turn; the outcome is unknown after that."""
+"""How long a command may look for its owner, and how long wait there for its turn; the outcome is unknown then."""
 
 THIS_PROCESS = "this process"
 
@@ -79,9 +77,7 @@ class KafkaWriter:
         self._context: WriterContext | None = None
         self._watch: asyncio.Task[None] | None = None
         self._foreign: LogIdentityError | None = None
-        self._under_way = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._under_way = _UnderWay()
         self._closing = False
 
     async def start(self) -> None:
@@ -97,6 +93,7 @@ class KafkaWriter:
             put_manifest=self._put_manifest,
             clock=self._clock,
             loop=asyncio.get_running_loop(),
+            submit_seconds=self._submit_seconds,
             states=States(self._state_dir, self._snapshots),
             holds=self._group.holds,
             disowned=self._disowned,
@@ -106,19 +103,13 @@ class KafkaWriter:
 
     async def submit(self, command: Command) -> Acknowledgement:
         """See `CommandWriter`."""
-        return await self._routed(
-            command.package_id,
-            lambda deadline: self._here(command, deadline),
-            lambda forwarder, url: forwarder.submit(url, command),
-        )
+        return await self._routed(command, lambda forwarder, url: forwarder.submit(url, command))
 
     async def check_ingest(self, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None) -> None:
         """See `CommandWriter`."""
         asked = IngestCheck(package_id, tuple(relative_paths), command_id)
         await self._routed(
-            package_id,
-            lambda deadline: self._here(asked, deadline),
-            lambda forwarder, url: forwarder.check_ingest(url, package_id, relative_paths, command_id),
+            asked, lambda forwarder, url: forwarder.check_ingest(url, package_id, relative_paths, command_id)
         )
 
     async def submit_here(self, command: Command) -> Acknowledgement:
@@ -169,7 +160,7 @@ class KafkaWriter:
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.gather(self._watch, return_exceptions=True)
-        await self._idle.wait()
+        await self._under_way.none()
         await asyncio.to_thread(self._close_threads)
 
     def _close_threads(self) -> None:
@@ -183,26 +174,22 @@ class KafkaWriter:
     async def _accepted(self, asked: Command | IngestCheck) -> Acknowledgement | None:
         if self._closing:
             raise PartitionNotOwnedError("this process hands its partitions over")
-        with self._counted():
-            return await self._here(asked, self._deadline())
+        with self._under_way:
+            return await self._here(asked, self._log.partition_of(asked.package_id))
 
-    async def _routed(
-        self,
-        package_id: UUID,
-        here: Callable[[float], Awaitable[Acknowledgement | None]],
-        there: Callable[[Forwarder, str], Awaitable[_T]],
-    ) -> _T:
+    async def _routed(self, asked: Command | IngestCheck, there: Callable[[Forwarder, str], Awaitable[_T]]) -> _T:
         """Bring a request to the partition's writer, wherever it is; retrying is safe, for it carries its id."""
         if self._closing:
             raise PushBackError("this gateway is being shut down")
-        loop, deadline, pause = asyncio.get_running_loop(), self._deadline(), _FIRST_PAUSE
-        partition = self._log.partition_of(package_id)
-        with self._counted():
+        partition = self._log.partition_of(asked.package_id)
+        loop, pause = asyncio.get_running_loop(), _FIRST_PAUSE
+        deadline = loop.time() + self._submit_seconds
+        with self._under_way:
             while True:
                 trouble = f"partition {partition} has no writer now"
                 try:
                     if partition in self._writers:
-                        return cast("_T", await here(deadline))
+                        return cast("_T", await self._here(asked, partition))
                 except PartitionNotOwnedError as error:
                     trouble = error.detail
                 try:
@@ -233,38 +220,14 @@ class KafkaWriter:
         finally:
             waiting.cancel()
 
-    async def _here(self, asked: Command | IngestCheck, deadline: float) -> Acknowledgement | None:
-        """Let this process's writer carry it out. Raises UnavailableError when the answer does not come in time."""
-        partition = self._log.partition_of(asked.package_id)
+    def _here(self, asked: Command | IngestCheck, partition: int) -> asyncio.Future[Acknowledgement | None]:
+        """Let this process's writer carry it out. Raises PartitionNotOwnedError, and as `PartitionWriter.submit`."""
         writer = self._writers.get(partition)
         if self._foreign is not None:
             raise self._foreign
         if writer is None:
             raise PartitionNotOwnedError("this process does not write to the package's partition")
-        request = Request(asked, asyncio.get_running_loop().create_future(), TRACEPARENT.get())
-        writer.submit(request)
-        try:
-            async with asyncio.timeout_at(deadline):
-                return await request.answer
-        except TimeoutError:
-            trouble = writer.trouble or "its writer gave no answer in time"
-            raise UnavailableError(
-                f"partition {partition}: {trouble}; the outcome is unknown, retry with the same command id"
-            ) from None
-        finally:
-            request.cancelled = True
-
-    @contextmanager
-    def _counted(self) -> Iterator[None]:
-        """What `close` waits for."""
-        self._under_way += 1
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self._under_way -= 1
-            if not self._under_way:
-                self._idle.set()
+        return writer.submit(asked)
 
     def _assigned(self, partition: int) -> None:
         """Called in the group's thread."""
@@ -303,5 +266,24 @@ class KafkaWriter:
                     writer.stop()
                 return
 
-    def _deadline(self) -> float:
-        return asyncio.get_running_loop().time() + self._submit_seconds
+
+class _UnderWay:
+    """Counts the requests that `close` waits for."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def __enter__(self) -> None:
+        self._count += 1
+        self._idle.clear()
+
+    def __exit__(self, *_: object) -> None:
+        self._count -= 1
+        if not self._count:
+            self._idle.set()
+
+    async def none(self) -> None:
+        """Wait until there is none."""
+        await self._idle.wait()
