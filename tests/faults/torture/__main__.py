@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--duration", type=float, default=60.0, help="how many seconds faults are made")
     parser.add_argument("--seed", type=int, default=None, help="repeats the choices of an earlier round")
     parser.add_argument("--producers", type=int, default=400, help="how many packages are under way at once")
-    parser.add_argument("--rate", type=float, default=180.0, help="how many commands a second are begun at most")
+    parser.add_argument("--at-once", type=int, default=80, help="how many commands are under way at once")
     parser.add_argument("--only", action="append", metavar="KIND", help="make faults of this kind alone; repeatable")
     parser.add_argument("--keep", action="store_true", help="keep journals, logs and data even when all was well")
     options = parser.parse_args(arguments)
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
     folder.mkdir(parents=True)
     say(f"seed {seed}; {options.duration:.0f} s; everything is kept in {folder} if a promise breaks")
     result = asyncio.run(
-        torture(folder, options.duration, seed, options.producers, options.rate, kinds, keep=options.keep)
+        torture(folder, options.duration, seed, options.producers, options.at_once, kinds, keep=options.keep)
     )
     report(result, seed)
     if result.verdict.clean and not options.keep:
@@ -55,7 +55,7 @@ async def torture(
     duration: float,
     seed: int,
     producers: int,
-    rate: float,
+    at_once: int,
     kinds: Sequence[Kind] = KINDS,
     *,
     keep: bool = False,
@@ -64,16 +64,16 @@ async def torture(
     found: list[Result] = []
     async with staged(folder, keep=lambda: keep or not (found and found[0].verdict.clean)) as stage:
         say("everything runs")
-        found.append(await Round(stage, seed, say, loads(stage, seed, producers, rate), kinds).run(duration))
+        found.append(await Round(stage, seed, say, loads(stage, seed, producers, at_once), kinds).run(duration))
     return found[0]
 
 
-def loads(stage: Stage, seed: int, producers: int, rate: float) -> list[LoadSettings]:
+def loads(stage: Stage, seed: int, producers: int, at_once: int) -> list[LoadSettings]:
     """Most producers speak plain HTTP, a few use the client library."""
     few = max(1, producers // 20)
     return [
-        LoadSettings(stage.urls, str(stage.folder / "plain.journal"), producers - few, rate * 0.95, seed),
-        LoadSettings(stage.urls, str(stage.folder / "library.journal"), few, rate * 0.05, seed + 1, library=True),
+        LoadSettings(stage.urls, str(stage.folder / "plain.journal"), producers - few, at_once, seed),
+        LoadSettings(stage.urls, str(stage.folder / "library.journal"), few, 2, seed + 1, library=True),
     ]
 
 

@@ -11,6 +11,8 @@ import json
 import random
 import signal
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -24,19 +26,19 @@ _MANY_FILES, _MANY_ODDS = 60, 0.01
 _FILES_AT_ONCE = 4
 _COMMON_CONTENTS = 500
 _NEW_CONTENT_ODDS = 0.1
+_TURN_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
 class LoadSettings:
-    """`library`: by the client library instead of plain HTTP. `rate`: how many commands a second all begin at most.
-
-    More producers than the rate needs, so that those who wait for a partition in trouble do not hold up the others.
+    """`library`: by the client library instead of plain HTTP. `at_once`: how many commands are under way at most, not
+    counting those that have waited for a while: who waits for a partition in trouble must not hold up the others.
     """
 
     urls: list[str]
     journal: str
     producers: int
-    rate: float
+    at_once: int
     seed: int
     library: bool = False
 
@@ -50,7 +52,7 @@ class Load:
         self._journal = journal
         self._stop = asyncio.Event()
         self._under_way: dict[UUID, float] = {}
-        self._next_turn = 0.0
+        self._turns = asyncio.Semaphore(settings.at_once)
 
     def stop(self) -> None:
         """Begin no further package."""
@@ -88,20 +90,33 @@ class Load:
         content = rng.getrandbits(40) if is_new else rng.randrange(_COMMON_CONTENTS)
         return Work(INGEST, made.package_id, UUID(int=rng.getrandbits(128), version=4), f"{n % 3}/{n}.txt", content)
 
-    async def _turn(self) -> None:
-        """Wait until another command may begin."""
-        now = monotonic()
-        self._next_turn = max(now, self._next_turn) + 1 / self._settings.rate
-        await asyncio.sleep(self._next_turn - now)
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """One of the places for commands under way, for a while."""
+        await self._turns.acquire()
+        held = True
+
+        def give_back() -> None:
+            nonlocal held
+            if held:
+                held = False
+                self._turns.release()
+
+        expiry = asyncio.get_running_loop().call_later(_TURN_SECONDS, give_back)
+        try:
+            yield
+        finally:
+            expiry.cancel()
+            give_back()
 
     async def _carry_out(self, work: Work) -> None:
-        await self._turn()
-        began = self._under_way[work.command_id] = monotonic()
-        try:
-            answer, attempts = await self._client.send(work)
-            self._journal.write(Entry(work, answer, began, monotonic(), attempts))
-        finally:
-            del self._under_way[work.command_id]
+        async with self._turn():
+            began = self._under_way[work.command_id] = monotonic()
+            try:
+                answer, attempts = await self._client.send(work)
+                self._journal.write(Entry(work, answer, began, monotonic(), attempts))
+            finally:
+                del self._under_way[work.command_id]
 
     async def _report(self) -> None:
         while True:

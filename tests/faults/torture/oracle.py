@@ -6,6 +6,7 @@ Shares no code with what writes the log: a plain consumer, the schemas, and the 
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -98,9 +99,12 @@ def read_log(settings: Settings) -> Iterator[Event]:
     try:
         consumer.assign([TopicPartition(topic, p, 0) for p in range(settings.kafka_partitions)])
         unread = set(range(settings.kafka_partitions))
+        deadline = time.monotonic() + _READ_SECONDS
         while unread:
-            messages = consumer.consume(500, _READ_SECONDS)
-            if not messages:
+            messages = consumer.consume(500, 0.2)
+            if messages:
+                deadline = time.monotonic() + _READ_SECONDS
+            elif time.monotonic() > deadline:
                 raise TimeoutError(f"partitions {sorted(unread)} cannot be read to their end")
             for message in messages:
                 if (error := message.error()) is None:
