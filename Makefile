@@ -37,6 +37,10 @@ endurance: $(DEV) ## The tests that take long, on real services
 torture: $(DEV) ## Random faults under load, then the oracle; DURATION=seconds (60), SEED=number to repeat
 	@$(PYTHON) -m tests.faults.torture $(if $(DURATION),--duration $(DURATION)) $(if $(SEED),--seed $(SEED))
 
+.PHONY: bench
+bench: $(DEV) ## The benchmarks, each against its baseline in one run; ONLY=NAME for one (docs/benchmarks.md)
+	@$(SERVICES) run --durable -- $(PYTHON) -m benchmarks $(ONLY)
+
 .PHONY: lint
 lint: $(DEV) ## Ruff and mypy --strict on everything
 	@$(VENV)/bin/ruff check --quiet .

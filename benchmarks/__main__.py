@@ -12,7 +12,7 @@ from benchmarks.result import table
 from services.config import PREFIX, Settings
 from tests.services.shared import VAR, read_environment
 
-PLANS = {plan.name: plan for plan in (append.PLAN, append_latency.PLAN)}
+PLANS = {plan.name: plan for plan in (append.SINGLE, append.MANY, append_latency.PLAN)}
 
 
 def main(arguments: list[str]) -> int:

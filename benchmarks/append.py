@@ -1,8 +1,10 @@
-"""`append`: full commands through our writers in events/s, against bare producers that send the very same records.
+"""`append` and `append-many`: full commands in events/s, against bare producers that send the very same records.
 
-Ours decides, digests, chains, encodes, appends in transactions and reads back every command, in one process without
-HTTP; enough packages are under way that no partition's queue is empty. The baseline sends the records of our last run,
-1,000 a transaction, by one producer and thread a partition, and reads nothing back.
+Packages of 64 files, in `append` by one command a file, as single uploads bring them, in `append-many` by one command
+for all, as an archive of small files brings them. Ours decides, digests, chains, encodes, appends in transactions and
+reads back every command, in one process without HTTP; enough packages are under way that no partition's queue is empty.
+The baseline sends the records of our last run, 1,000 a transaction, by one producer and thread a partition, and reads
+nothing back.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from benchmarks.kafka_topics import (
     serving_writer,
 )
 from benchmarks.workload import PackageCommands, package_commands
+from services.collector import collect_rarely
 from services.config import Settings
 from services.log.kafka import KafkaWriter
 from services.log.kafka.settings import KafkaSettings
@@ -40,14 +43,16 @@ PER_TRANSACTION = 1_000
 class Append:
     """The same packages' events by two ways; see the module."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, files_a_command: int) -> None:
         self._settings = settings
+        self._files_a_command = files_a_command
         self._draw = Random(20)
         self._records: list[list[SentRecord]] = []
 
     async def ours(self) -> float:
         """Events a second, from the first command given to the last acknowledgement."""
-        packages = [package_commands(self._draw, FILES) for _ in range(PACKAGES)]
+        packages = [package_commands(self._draw, FILES, self._files_a_command) for _ in range(PACKAGES)]
+        collect_rarely()
         with fresh_topic(self._settings) as settings:
             async with serving_writer(settings) as writer:
                 began = time.perf_counter()
@@ -63,6 +68,7 @@ class Append:
         return await asyncio.to_thread(self._baseline)
 
     def _baseline(self) -> float:
+        collect_rarely()
         with fresh_topic(self._settings) as settings:
             seconds = _send_all(KafkaSettings.of(settings), self._records)
         return sum(map(len, self._records)) / seconds
@@ -73,6 +79,7 @@ class Append:
         return {
             "packages": PACKAGES,
             "files_a_package": FILES,
+            "files_a_command": self._files_a_command,
             "partitions": self._settings.kafka_partitions,
             "baseline_events_a_transaction": PER_TRANSACTION,
             "mean_value_bytes": round(sum(sizes) / len(sizes)),
@@ -80,7 +87,7 @@ class Append:
 
 
 async def _submit_all(writer: KafkaWriter, packages: Sequence[PackageCommands]) -> None:
-    """Every package as its producer would: create, then all files at once, then finalize; UNDER_WAY at a time."""
+    """Every package as its producer would: create, then all its files, then finalize; UNDER_WAY at a time."""
     waiting = iter(packages)
 
     async def producer() -> None:
@@ -112,9 +119,13 @@ def _send_all(kafka: KafkaSettings, records: Sequence[Sequence[SentRecord]]) -> 
     return time.perf_counter() - began
 
 
-@asynccontextmanager
-async def _opened(settings: Settings) -> AsyncIterator[Append]:
-    yield Append(settings)
+def _plan(name: str, files_a_command: int) -> Plan:
+    @asynccontextmanager
+    async def opened(settings: Settings) -> AsyncIterator[Append]:
+        yield Append(settings, files_a_command)
+
+    return Plan(name, "events/s", 0.25, opened)
 
 
-PLAN = Plan("append", "events/s", 0.25, _opened)
+SINGLE = _plan("append", 1)
+MANY = _plan("append-many", FILES)

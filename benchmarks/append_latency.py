@@ -24,6 +24,7 @@ from benchmarks.kafka_topics import (
     serving_writer,
 )
 from benchmarks.workload import package_commands
+from services.collector import collect_rarely
 from services.config import Settings
 from services.log.kafka.settings import KafkaSettings
 
@@ -43,6 +44,7 @@ class AppendLatency:
         """The median of the commands' times in ms."""
         package = package_commands(self._draw, COMMANDS)
         times = []
+        collect_rarely()
         with fresh_topic(self._settings) as settings:
             async with serving_writer(settings) as writer:
                 await writer.submit(package.create)
@@ -62,6 +64,7 @@ class AppendLatency:
 
     def _baseline(self) -> float:
         times = []
+        collect_rarely()
         with fresh_topic(self._settings) as settings:
             kafka = KafkaSettings.of(settings)
             producer = bare_producer(kafka, self._partition)

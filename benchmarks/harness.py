@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -53,8 +53,7 @@ async def measure(plan: Plan, settings: Settings, note: Callable[[str], None]) -
     """
     environment = environment_facts()
     async with plan.opened(settings) as benchmark:
-        await benchmark.ours()
-        await benchmark.baseline()
+        await _round(benchmark, ours_first=True)
         runs = []
         for number in range(plan.rounds):
             run = await _round(benchmark, ours_first=number % 2 == 0)
@@ -66,15 +65,18 @@ async def measure(plan: Plan, settings: Settings, note: Callable[[str], None]) -
 
 
 async def _round(benchmark: Benchmark, *, ours_first: bool) -> Run:
-    # What one way leaves behind is not for the other to clear up.
-    gc.collect()
     if ours_first:
-        ours = await benchmark.ours()
-        gc.collect()
-        return Run(ours, await benchmark.baseline())
-    baseline = await benchmark.baseline()
+        ours = await _alone(benchmark.ours)
+        return Run(ours, await _alone(benchmark.baseline))
+    baseline = await _alone(benchmark.baseline)
+    return Run(await _alone(benchmark.ours), baseline)
+
+
+async def _alone(way: Callable[[], Awaitable[float]]) -> float:
+    """What another way has left behind is not for this one to clear up."""
+    gc.unfreeze()
     gc.collect()
-    return Run(await benchmark.ours(), baseline)
+    return await way()
 
 
 def environment_facts() -> dict[str, Any]:

@@ -17,7 +17,7 @@ _STORED_AT = 1_900_000_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class PackageCommands:
-    """One package's life: its creation, one command a file, its finalization."""
+    """One package's life: its creation, the commands that bring its files, its finalization."""
 
     create: CreatePackage
     ingests: Sequence[IngestFiles]
@@ -26,10 +26,10 @@ class PackageCommands:
     @property
     def events(self) -> int:
         """How many events they become."""
-        return len(self.ingests) + 2
+        return 2 + sum(len(command.files) for command in self.ingests)
 
 
-def package_commands(draw: Random, files: int) -> PackageCommands:
+def package_commands(draw: Random, files: int, files_a_command: int = 1) -> PackageCommands:
     """A package of so many files. The same state of `draw` gives the same commands; digests look like real ones."""
     create_id = _command_id(draw)
     package_id = identifiers.package_id(ACTOR, create_id)
@@ -44,8 +44,10 @@ def package_commands(draw: Random, files: int) -> PackageCommands:
         retention_class="raw-evidence",
         metadata=f'{{"campaign":"c-{run % 50}","operator":"lab 7","temperature_kelvin":{270 + run % 40}}}',
     )
+    stored = [_stored_file(draw, number) for number in range(files)]
     ingests = [
-        IngestFiles(package_id, _command_id(draw), ACTOR, (_stored_file(draw, number),)) for number in range(files)
+        IngestFiles(package_id, _command_id(draw), ACTOR, tuple(stored[start : start + files_a_command]))
+        for start in range(0, files, files_a_command)
     ]
     return PackageCommands(create, ingests, FinalizePackage(package_id, _command_id(draw), ACTOR))
 

@@ -12,6 +12,7 @@ import click
 from services.cli.output import answer
 from services.cli.root import run
 from services.cli.settings import common_options, invocation
+from services.collector import collect_rarely
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 _PARTS = ("log_url", "blobs_url", "views_url")
 
 
-def log_to_standard_error() -> None:
-    """What a long-running process says, with times."""
+def begin_to_run() -> None:
+    """What every process that runs long begins with: it says what happens, with times, and collects garbage rarely."""
+    collect_rarely()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
@@ -30,7 +32,7 @@ def log_to_standard_error() -> None:
 @common_options(shown=(*_PARTS, "listen"))
 def serve() -> None:
     """Run gateway and projections in one process, until SIGTERM or SIGINT."""
-    log_to_standard_error()
+    begin_to_run()
     _end(run(_serve(invocation().settings())))
 
 
@@ -60,7 +62,7 @@ def gateway() -> None:
     """Run a gateway, until SIGTERM or SIGINT."""
     from ingest_gateway import server
 
-    log_to_standard_error()
+    begin_to_run()
     run(server.run(invocation().settings()))
 
 
@@ -75,7 +77,7 @@ def projector(names: tuple[str, ...]) -> None:
     with as_usage():
         for name in names:
             projection_named(name)
-    log_to_standard_error()
+    begin_to_run()
     _end(run(_project(invocation().settings(), names)))
 
 

@@ -1,0 +1,24 @@
+"""How often a long-running process looks for reference cycles (Python's cyclic garbage collector).
+
+A writer holds the states of many packages, and makes a hundred small objects an event, hardly one of them in a cycle.
+With Python's defaults the collector walked all of it again and again, which took 40 % of a busy gateway's time
+(docs/benchmarks.md).
+"""
+
+from __future__ import annotations
+
+import gc
+
+YOUNG = 10_000
+"""So many objects are made, net of those that went by themselves, before the new ones are looked at; the default is
+700. Garbage in cycles waits a little longer, in a few MiB."""
+
+OLDER = 20
+"""So many times the younger ones are looked at before the older ones are; the default is 10."""
+
+
+def collect_rarely() -> None:
+    """For the start of a process that runs long: spare what exists by now, and look at the rest seldom."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(YOUNG, OLDER, OLDER)
