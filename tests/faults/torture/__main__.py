@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--duration", type=float, default=60.0, help="how many seconds faults are made")
     parser.add_argument("--seed", type=int, default=None, help="repeats the choices of an earlier round")
     parser.add_argument("--producers", type=int, default=400, help="how many packages are under way at once")
-    parser.add_argument("--at-once", type=int, default=80, help="how many commands are under way at once")
+    parser.add_argument("--at-once", type=int, default=120, help="how many commands are under way at once")
     parser.add_argument("--only", action="append", metavar="KIND", help="make faults of this kind alone; repeatable")
     parser.add_argument("--keep", action="store_true", help="keep journals, logs and data even when all was well")
     options = parser.parse_args(arguments)

@@ -24,7 +24,7 @@ from services.core.content_address import ContentAddress
 from services.errors import ArtifactStoreError, PushBackError, UnavailableError
 from tests.faults.torture.work import ACTOR, CREATE, INGEST, MEDIA_TYPE, Answer, Work, package_fields
 
-ATTEMPT_SECONDS = 8.0
+ATTEMPT_SECONDS = 10.0
 """How long one gateway may keep still before another is asked."""
 
 GIVE_UP_SECONDS = 180.0
@@ -110,7 +110,7 @@ class LibraryClient:
     """The client library, one registry a gateway."""
 
     def __init__(self, urls: Sequence[str]) -> None:
-        policy = RetryPolicy(total_seconds=2 * ATTEMPT_SECONDS, idle_seconds=ATTEMPT_SECONDS, connect_seconds=2)
+        policy = RetryPolicy(total_seconds=ATTEMPT_SECONDS / 2, idle_seconds=ATTEMPT_SECONDS, connect_seconds=2)
         self._registries = [GatewayRegistry(url, policy, notify=lambda _error, _seconds: None) for url in urls]
 
     async def __aenter__(self) -> Self:

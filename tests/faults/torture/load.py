@@ -21,7 +21,7 @@ from uuid import UUID
 from tests.faults.torture.clients import Client, LibraryClient, PlainClient, UnexpectedAnswerError
 from tests.faults.torture.work import FINALIZE, INGEST, Complaint, Entry, Journal, Work, creation
 
-_FILES = (0, 1, 1, 2, 2, 3, 4, 8)
+_FILES = (0, 1, 1, 1, 2, 2, 3, 4)
 _MANY_FILES, _MANY_ODDS = 60, 0.01
 _FILES_AT_ONCE = 4
 _COMMON_CONTENTS = 500
