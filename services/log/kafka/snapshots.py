@@ -41,7 +41,7 @@ CLOSING_OFFSETS = 10_000
 """On a clean close, one is made already when the log went on by so many; fewer are read in about a second."""
 
 KEPT = 2
-PART_BYTES = 8 << 20
+PART_BYTES = 4 << 20
 
 _FORMAT = 1
 _ANSWER_SECONDS = 60.0

@@ -317,9 +317,11 @@ def copy_file(source: Path, target: Path) -> None:
         try:
             reading.execute("PRAGMA query_only = ON")
             reading.execute("PRAGMA wal_autocheckpoint = 0")
+            reading.execute("PRAGMA cache_size = -256")  # every page is read once
             writing = sqlite3.connect(target, isolation_level=None)
             try:
                 writing.execute("PRAGMA synchronous = OFF")
+                writing.execute("PRAGMA cache_size = -256")
                 reading.backup(writing)
             finally:
                 writing.close()
