@@ -17,6 +17,7 @@ from random import Random
 from threading import Barrier, Thread
 from typing import Any
 
+from benchmarks.cpu import measuring
 from benchmarks.harness import Plan
 from benchmarks.kafka_topics import (
     SentRecord,
@@ -48,18 +49,20 @@ class Append:
         self._files_a_command = files_a_command
         self._draw = Random(20)
         self._records: list[list[SentRecord]] = []
+        self._cpu: Mapping[str, float] = {}
 
     async def ours(self) -> float:
         """Events a second, from the first command given to the last acknowledgement."""
         packages = [package_commands(self._draw, FILES, self._files_a_command) for _ in range(PACKAGES)]
+        events = sum(package.events for package in packages)
         collect_rarely()
         with fresh_topic(self._settings) as settings:
             async with serving_writer(settings) as writer:
-                began = time.perf_counter()
+                spent, began = measuring(events), time.perf_counter()
                 await _submit_all(writer, packages)
                 seconds = time.perf_counter() - began
+                self._cpu = spent()
             self._records = await asyncio.to_thread(read_records, KafkaSettings.of(settings))
-        events = sum(package.events for package in packages)
         assert sum(map(len, self._records)) == events, "the log does not hold what was acknowledged"
         return events / seconds
 
@@ -74,7 +77,7 @@ class Append:
         return sum(map(len, self._records)) / seconds
 
     def details(self) -> Mapping[str, Any]:
-        """How much work it was."""
+        """How much work it was, and what each thread of our last run spent on it."""
         sizes = [len(record.value) for records in self._records for record in records]
         return {
             "packages": PACKAGES,
@@ -82,6 +85,7 @@ class Append:
             "files_a_command": self._files_a_command,
             "partitions": self._settings.kafka_partitions,
             "baseline_events_a_transaction": PER_TRANSACTION,
+            "cpu_micros_an_event": self._cpu,
             "mean_value_bytes": round(sum(sizes) / len(sizes)),
         }
 
