@@ -10,7 +10,7 @@ import pytest
 
 from tests.faults.torture.__main__ import report, torture
 
-pytestmark = pytest.mark.services
+pytestmark = [pytest.mark.services, pytest.mark.endurance]  # until both have run many times on a quiet machine
 
 SECONDS = 20.0
 PRODUCERS, AT_ONCE = 60, 20
