@@ -9,9 +9,10 @@ import argparse
 import asyncio
 import random
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 
 from tests.faults.torture.kinds import KINDS, Kind
@@ -41,13 +42,25 @@ def main(arguments: list[str]) -> int:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     say(f"seed {seed}; {options.duration:.0f} s; everything is kept in {folder} if a promise breaks")
-    result = asyncio.run(
-        torture(folder, options.duration, seed, options.producers, options.at_once, kinds, keep=options.keep)
-    )
+    under_fire = torture(folder, options.duration, seed, options.producers, options.at_once, kinds, keep=options.keep)
+    result = asyncio.run(until_told(under_fire))
+    if result is None:
+        return 130
     report(result, seed)
     if result.verdict.clean and not options.keep:
         shutil.rmtree(folder, ignore_errors=True)
     return 0 if result.verdict.clean else 1
+
+
+async def until_told(under_fire: Coroutine[None, None, Result]) -> Result | None:
+    """The result, or None when a signal came: then all that was started is ended first."""
+    task, loop = asyncio.ensure_future(under_fire), asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        loop.add_signal_handler(number, task.cancel)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        return None
 
 
 async def torture(

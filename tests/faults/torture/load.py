@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import signal
 import sys
@@ -129,10 +130,14 @@ class Load:
 async def main() -> None:
     settings = LoadSettings(**json.loads(sys.stdin.readline()))
     journal = Journal(Path(settings.journal))
+    loop = asyncio.get_running_loop()
+    # Whoever started this holds the other end of the pipe: without them there is nothing left to do.
+    loop.add_reader(sys.stdin, lambda: os._exit(1))
     async with LibraryClient(settings.urls) if settings.library else PlainClient(settings.urls) as client:
         load = Load(settings, client, journal)
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, load.stop)
+        loop.add_signal_handler(signal.SIGTERM, load.stop)
         await load.run()
+    loop.remove_reader(sys.stdin)
     journal.close()
 
 

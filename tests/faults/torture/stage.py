@@ -105,8 +105,16 @@ _threads = ThreadPoolExecutor(16, thread_name_prefix="torture")
 
 
 async def in_thread(call: Callable[[], _T]) -> _T:
-    """Run what blocks beside the event loop, which carries the proxies."""
-    return await asyncio.get_running_loop().run_in_executor(_threads, call)
+    """Run what blocks beside the event loop, which carries the proxies.
+
+    It is waited for even when the wait is cancelled: what is just being started must be known before it can be ended.
+    """
+    running = asyncio.get_running_loop().run_in_executor(_threads, call)
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise
 
 
 @asynccontextmanager
