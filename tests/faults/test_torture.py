@@ -1,4 +1,7 @@
-"""A short round of torture: every promise of DESIGN §4 while processes, brokers, stores and networks fail at random."""
+"""Rounds of torture: every promise of DESIGN §4 while processes, brokers, stores and networks fail at random.
+
+Each prints its seed; `FAULT_SEED` in the environment repeats it.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,22 @@ import pytest
 
 from tests.faults.torture.__main__ import report, torture
 
-pytestmark = [pytest.mark.services, pytest.mark.endurance]  # until both have run many times on a quiet machine
-
-SECONDS = 20.0
-PRODUCERS, AT_ONCE = 60, 20
+pytestmark = pytest.mark.services
 
 
-async def test_what_was_acknowledged_is_recorded_once_whatever_fails(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("seconds", "producers", "at_once"),
+    [
+        pytest.param(20, 60, 20, id="short"),
+        pytest.param(1800, 400, 120, id="long", marks=pytest.mark.endurance),
+    ],
+)
+async def test_what_was_acknowledged_is_recorded_once_whatever_fails(
+    tmp_path: Path, seconds: float, producers: int, at_once: int
+) -> None:
     seed = int(os.environ.get("FAULT_SEED") or random.randrange(2**32))
-    result = await torture(tmp_path, SECONDS, seed, PRODUCERS, AT_ONCE)
+    result = await torture(tmp_path, seconds, seed, producers, at_once)
     report(result, seed)
     assert result.verdict.clean, result.verdict.said
-    assert len({window.kind for window in result.windows}) >= 4
-    assert result.verdict.acknowledged > 100
+    assert len({window.kind for window in result.windows}) >= 3
+    assert result.verdict.acknowledged > seconds

@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
 async def until_told(under_fire: Coroutine[None, None, Result]) -> Result | None:
     """The result, or None when a signal came: then all that was started is ended first."""
     task, loop = asyncio.ensure_future(under_fire), asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, task.cancel)
     try:
         return await task
