@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import gc
 
-YOUNG = 10_000
+YOUNG = 50_000
 """So many objects are made, net of those that went by themselves, before the new ones are looked at; the default is
-700. Garbage in cycles waits a little longer, in a few MiB."""
+700. A batch of commands makes some ten thousand that live as long as the batch. Garbage in cycles waits a little longer,
+in some MiB."""
 
 OLDER = 20
 """So many times the younger ones are looked at before the older ones are; the default is 10."""
