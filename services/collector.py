@@ -11,7 +11,7 @@ import gc
 
 YOUNG = 50_000
 """So many objects are made, net of those that went by themselves, before the new ones are looked at; the default is
-700. A batch of commands makes some ten thousand that live as long as the batch. Garbage in cycles waits a little longer,
+700. A batch of commands makes ten thousand and more that live as long as it does. Garbage in cycles waits longer,
 in some MiB."""
 
 OLDER = 20
