@@ -1,7 +1,7 @@
 """How often a long-running process looks for reference cycles (Python's cyclic garbage collector).
 
 A writer holds the states of many packages, and makes a hundred small objects an event, hardly one of them in a cycle.
-With Python's defaults the collector walked all of it again and again, which took 40 % of a busy gateway's time
+With Python's defaults the collector walked all of it again and again, which took half of a busy gateway's time
 (docs/benchmarks.md).
 """
 
