@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -36,9 +37,12 @@ class SentRecord:
 
 @contextmanager
 def fresh_topic(settings: Settings) -> Iterator[Settings]:
-    """Settings whose log is a topic that `migrate` has just made; it is deleted afterwards. Blocks."""
+    """Settings whose log is a topic just made by `migrate`; both it and its writers' state go at the end. Blocks."""
     server, _, _ = settings.log_url.rpartition("/")
-    fresh = settings.model_copy(update={"log_url": f"{server}/bench-{uuid4().hex[:12]}"})
+    prefix = f"bench-{uuid4().hex[:12]}"
+    # On the disk where a gateway's state would be.
+    states = settings.state_dir / prefix
+    fresh = settings.model_copy(update={"log_url": f"{server}/{prefix}", "state_dir": states})
     kafka = KafkaSettings.of(fresh)
     migrate(kafka, Cluster(kafka))
     try:
@@ -47,6 +51,7 @@ def fresh_topic(settings: Settings) -> Iterator[Settings]:
         admin = AdminClient({"bootstrap.servers": kafka.bootstrap, "log_level": 3})
         for deleted in admin.delete_topics([kafka.topic], operation_timeout=_SECONDS).values():
             deleted.result(_SECONDS)
+        shutil.rmtree(states, ignore_errors=True)
 
 
 @asynccontextmanager
