@@ -20,6 +20,7 @@ import pytest
 import urllib3
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient
+from hypothesis import settings as property_tests
 from minio import Minio
 from minio.deleteobjects import DeleteObject
 
@@ -27,6 +28,10 @@ from services.config import PREFIX, Settings
 from tests.services.shared import read_environment
 
 _ADMIN_SECONDS = 30.0
+
+# How long one example takes says more about what else the machine does than about the code.
+property_tests.register_profile("without-deadline", deadline=None)
+property_tests.load_profile("without-deadline")
 
 for _name in [name for name in os.environ if name.startswith(PREFIX)]:
     del os.environ[_name]

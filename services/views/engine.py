@@ -7,9 +7,10 @@ rows and checkpoint together, so that folding goes on from what is there.
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -20,7 +21,8 @@ from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from services.core.retention import RETENTION_CLASSES
-from services.errors import ConfigurationError
+from services.errors import ConfigurationError, UnavailableError
+from services.file_lock import FileLock
 from services.views.failures import database_errors
 from services.views.projections import PROJECTIONS, Projection
 from services.views.tables import metadata, projection_generations, retention_classes
@@ -79,12 +81,14 @@ class Views:
 
         Raises ConfigurationError when a projection's tables have another layout: they are then folded again.
         """
-        async with self.writing() as connection:
-            await self._create(connection)
+        await self.create_missing()
         await self.check()
 
     async def create_missing(self) -> None:
         """As `migrate`, without looking at layouts: for a replay, which is what mends them."""
+        if self.dialect == "sqlite":
+            with database_errors():
+                await asyncio.to_thread(_write_ahead, Path(str(self.engine.url.database)))
         async with self.writing() as connection:
             await self._create(connection)
 
@@ -164,11 +168,26 @@ def _open_sqlite(url: URL) -> AsyncEngine:
     return engine
 
 
+def _write_ahead(path: Path) -> None:
+    """Put the file into WAL mode, which lasts as long as the file; blocks.
+
+    Two connections that change the mode at once do not wait for each other, SQLite refuses one: hence the lock.
+    """
+    lock = FileLock(path.with_name(path.name + ".lock"))
+    if not lock.take(_BUSY_SECONDS):
+        raise UnavailableError(f"another process has been preparing {path} for more than {_BUSY_SECONDS} s")
+    try:
+        with closing(sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)) as connection:
+            connection.execute("PRAGMA journal_mode = WAL")
+    finally:
+        lock.release()
+
+
 def _prepare_sqlite(connection: Any, _record: object) -> None:
     """Take transactions away from the driver (it would begin them late), and set what lasts as long as a connection."""
     connection.isolation_level = None
     cursor = connection.cursor()
-    for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "temp_store = MEMORY"):
+    for pragma in ("synchronous = NORMAL", "temp_store = MEMORY"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 

@@ -53,7 +53,7 @@ def database_errors() -> Iterator[None]:
         raise
     except PoolTimeoutError as error:
         raise UnavailableError("the views database: every connection is in use") from error
-    except (*_DRIVER, DBAPIError, OSError, TimeoutError) as error:
+    except (*_DRIVER, DBAPIError, sqlite3.Error, OSError, TimeoutError) as error:
         # `from None`: SQLAlchemy's own text shows statement and parameters.
         meaning = _meaning(error)
         if meaning is None:
@@ -62,6 +62,8 @@ def database_errors() -> Iterator[None]:
 
 
 def _meaning(error: BaseException) -> ArtifactStoreError | None:
+    if isinstance(error, sqlite3.Error):
+        return _of_sqlite(error)
     if isinstance(error, DBAPIError):
         if isinstance(error.orig, sqlite3.Error):
             return _of_sqlite(error.orig)

@@ -23,8 +23,8 @@ from services.errors import (
     PushBackError,
     UnavailableError,
 )
+from services.file_lock import FileLock
 from services.log.sqlite import SqliteLog, SqliteWriter, file
-from services.log.sqlite.lock import FileLock
 from services.log.sqlite.states import PackageStates
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_process import hold_projection, process, reports_of, write, write_with_little_room

@@ -13,12 +13,12 @@ import pytest
 from services.core.commands import Command, IngestFiles
 from services.core.decide import acknowledge, decide
 from services.core.limits import Limits
+from services.file_lock import FileLock
 from services.log.kafka import state as state_module
 from services.log.kafka import state_file as state_file_module
 from services.log.kafka.state import ANSWERS_KEPT_MICROS, PartitionState
 from services.log.kafka.state_file import Place, StateFile, UnusableStateError, copy_file
 from services.log.kafka.state_slots import claim
-from services.log.sqlite.lock import FileLock
 from tests.unit import commands
 from tests.unit.commands import stored
 

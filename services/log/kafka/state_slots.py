@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from services.file_lock import FileLock
 from services.log.kafka.state_file import Place, StateFile, StateFileError, UnusableStateError, remove
-from services.log.sqlite.lock import FileLock
 
 _LOG = logging.getLogger(__name__)
 

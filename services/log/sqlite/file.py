@@ -21,7 +21,7 @@ from services.errors import (
     PushBackError,
     UnavailableError,
 )
-from services.log.sqlite.lock import FileLock
+from services.file_lock import FileLock
 
 PARTITION = 0
 """The only partition."""

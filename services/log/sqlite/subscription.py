@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from services.errors import CorruptError, UnavailableError
+from services.file_lock import FileLock
 from services.log.port import Batch, Record, StartOffsets
 from services.log.sqlite.file import PARTITION, LogFile, file_errors, open_file, write_lock
-from services.log.sqlite.lock import FileLock
 from services.log.sqlite.readers import Readers
 from services.log.sqlite.records import end_offset, progress_of, records_from
 
