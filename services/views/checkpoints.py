@@ -91,7 +91,7 @@ async def apply(
             if not await _advance(connection, projection, live, partition, expected, following):
                 raise StaleCheckpointError(f"the view {projection.name} is not at {expected} of partition {partition}")
         if events:
-            await projection.fold(connection, events)
+            await projection.fold(connection, {table.name: table for table in projection.tables}, events)
     return Checkpoint(since.generation, Position(since.position.log, {**before, **next_offsets}))
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from services.errors import InvalidRequestError
-from services.views.projections.port import Projection
+from services.views.projections.port import Projection, Tables
 from services.views.projections.registry import RegistryProjection
 from services.views.projections.retention import RetentionProjection
 
-__all__ = ["PROJECTIONS", "Projection", "projection_named"]
+__all__ = ["PROJECTIONS", "Projection", "Tables", "projection_named"]
 
 PROJECTIONS: Mapping[str, Projection] = {p.name: p for p in (RegistryProjection(), RetentionProjection())}
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from sqlalchemy import Table
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from schemas.events import Event
+
+Tables = Mapping[str, Table]
+"""One build of a projection's tables, by the names that they have, or will have, when it is the live one."""
 
 
 class Projection(Protocol):
@@ -26,8 +29,8 @@ class Projection(Protocol):
     def tables(self) -> Sequence[Table]:
         """The tables that are the projection's alone, in the order of its digest."""
 
-    async def fold(self, connection: AsyncConnection, events: Sequence[Event]) -> None:
-        """Apply events, in order per package, within the connection's transaction.
+    async def fold(self, connection: AsyncConnection, tables: Tables, events: Sequence[Event]) -> None:
+        """Apply events, in order per package, to one build of the tables within the connection's transaction.
 
         Touches rows of the events' own packages only. Raises CorruptError when an event does not follow what was folded
         before it: a gap, a repeat, an impossible order.

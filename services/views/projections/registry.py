@@ -15,6 +15,7 @@ from services.core.state import CREATED, FINALIZED
 from services.errors import CorruptError
 from services.views.bulk import Row, insert_rows
 from services.views.projections.order import check_follows, known_packages
+from services.views.projections.port import Tables
 from services.views.tables import artifact_files, artifact_manifests, artifact_packages, storage_locations
 
 
@@ -36,10 +37,11 @@ class RegistryProjection:
     layout = 1
     tables: Sequence[Table] = (artifact_packages, artifact_files, storage_locations, artifact_manifests)
 
-    async def fold(self, connection: AsyncConnection, events: Sequence[Event]) -> None:
+    async def fold(self, connection: AsyncConnection, tables: Tables, events: Sequence[Event]) -> None:
         """As `Projection.fold`: a few statements a batch, however many events there are."""
-        key, columns = artifact_packages.c.id, (artifact_packages.c.last_event_sequence, artifact_packages.c.status)
-        known = await known_packages(connection, key, columns, events)
+        packages = tables["artifact_packages"]
+        columns = (packages.c.last_event_sequence, packages.c.status)
+        known = await known_packages(connection, packages.c.id, columns, events)
         changes = {package_id: _Change(*found) for package_id, found in known.items()}
         files: list[Row] = []
         locations: list[Row] = []
@@ -54,13 +56,12 @@ class RegistryProjection:
                     digest = ContentAddress.of_digest(event.payload_digest)
                     change.status, change.manifest_digest, change.finalized_at = FINALIZED, digest, event.created_at
                     manifests.append((event.package_id, digest, event.payload.manifest, event.payload.manifest_key))
-        await insert_rows(
-            connection, artifact_packages, [_package(c.created, c) for c in changes.values() if c.created]
-        )
-        await insert_rows(connection, artifact_files, files)
-        await insert_rows(connection, storage_locations, locations)
-        await insert_rows(connection, artifact_manifests, manifests)
-        await _update(connection, {package_id: change for package_id, change in changes.items() if not change.created})
+        await insert_rows(connection, packages, [_package(c.created, c) for c in changes.values() if c.created])
+        await insert_rows(connection, tables["artifact_files"], files)
+        await insert_rows(connection, tables["storage_locations"], locations)
+        await insert_rows(connection, tables["artifact_manifests"], manifests)
+        known_before = {package_id: change for package_id, change in changes.items() if not change.created}
+        await _update(connection, packages, known_before)
 
 
 def _follow(changes: dict[UUID, _Change], event: Event) -> _Change:
@@ -123,9 +124,9 @@ def _location(file: FileIngested) -> Row:
     )
 
 
-async def _update(connection: AsyncConnection, changes: dict[UUID, _Change]) -> None:
+async def _update(connection: AsyncConnection, packages: Table, changes: dict[UUID, _Change]) -> None:
     """Bring the packages that earlier batches began up to date: one prepared statement for each kind of change."""
-    row = update(artifact_packages).where(artifact_packages.c.id == bindparam("package"))
+    row = update(packages).where(packages.c.id == bindparam("package"))
     advanced = [
         {"package": package_id, "last_event_sequence": change.last_sequence}
         for package_id, change in changes.items()

@@ -17,6 +17,7 @@ from schemas.events import Event, PackageCreated, PackageFinalized
 from services.core.retention import retain_until
 from services.views.bulk import insert_rows
 from services.views.projections.order import check_follows, known_packages
+from services.views.projections.port import Tables
 from services.views.tables import retention_state
 
 
@@ -36,9 +37,10 @@ class RetentionProjection:
     layout = 1
     tables: Sequence[Table] = (retention_state,)
 
-    async def fold(self, connection: AsyncConnection, events: Sequence[Event]) -> None:
+    async def fold(self, connection: AsyncConnection, tables: Tables, events: Sequence[Event]) -> None:
         """As `Projection.fold`: at most three statements a batch."""
-        row = retention_state.c
+        table = tables["retention_state"]
+        row = table.c
         columns = (row.last_event_sequence, row.retention_class, row.retention_days, row.counted_from)
         known = await known_packages(connection, row.package_id, columns, events)
         changes = {package_id: _Change(*found) for package_id, found in known.items()}
@@ -54,7 +56,7 @@ class RetentionProjection:
                 change.last_sequence = event.sequence
         await insert_rows(
             connection,
-            retention_state,
+            table,
             [
                 (
                     package_id,
@@ -68,10 +70,10 @@ class RetentionProjection:
                 if c.begun_here
             ],
         )
-        await _update(connection, {package_id: c for package_id, c in changes.items() if not c.begun_here})
+        await _update(connection, table, {package_id: c for package_id, c in changes.items() if not c.begun_here})
 
 
-async def _update(connection: AsyncConnection, changes: dict[UUID, _Change]) -> None:
+async def _update(connection: AsyncConnection, table: Table, changes: dict[UUID, _Change]) -> None:
     """Bring the packages that earlier batches began up to date, in one prepared statement."""
     if not changes:
         return
@@ -84,5 +86,5 @@ async def _update(connection: AsyncConnection, changes: dict[UUID, _Change]) -> 
         }
         for package_id, c in changes.items()
     ]
-    row = update(retention_state).where(retention_state.c.package_id == bindparam("package"))
+    row = update(table).where(table.c.package_id == bindparam("package"))
     await connection.execute(row.values({name: bindparam(name) for name in values[0] if name != "package"}), values)
