@@ -30,7 +30,7 @@ from tests.services.process import ServiceError
 
 FOLDER = Path(__file__).resolve().parents[1] / "var" / "demo"
 MOST_FILES = 2_000
-PROJECTIONS = ("registry", "retention")
+PROJECTIONS = ("registry", "retention", "usage")
 _VIEW_SECONDS = 30.0
 _LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__"})
 

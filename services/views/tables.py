@@ -94,6 +94,27 @@ retention_state = Table(
 )
 Index("retention_state_by_end", retention_state.c.retain_until)
 
+usage_totals = Table(
+    "usage_totals",
+    metadata,
+    Column("producer", _text(), primary_key=True),
+    Column("retention_class", _text(), primary_key=True),
+    Column("day", Integer, primary_key=True, autoincrement=False),
+    Column("packages", BigInteger, nullable=False),
+    Column("files", BigInteger, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+)
+"""`day` counts from 1970-01-01 (UTC)."""
+
+usage_packages = Table(
+    "usage_packages",
+    metadata,
+    Column("package_id", Uuid, primary_key=True),
+    Column("producer", _text(), nullable=False),
+    Column("retention_class", _text(), nullable=False),
+    Column("last_event_sequence", BigInteger, nullable=False),
+)
+
 retention_classes = Table(
     "retention_classes",
     metadata,

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from services.views.projections import PROJECTIONS
 from tests.chart.helm import render
 
 # A test that starts the product as several processes takes its commands from here.
 GATEWAY = ("artifact-store", "gateway")
 MIGRATE = ("artifact-store", "migrate")
-PROJECTORS = {name: ("artifact-store", "projector", name) for name in ("registry", "retention")}
+PROJECTORS = {name: ("artifact-store", "projector", name) for name in PROJECTIONS}
 STARTED = frozenset({GATEWAY, MIGRATE, *PROJECTORS.values()})
 
 

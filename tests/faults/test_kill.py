@@ -23,6 +23,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from schemas.events import FileIngested
 from services.config import Settings
 from services.registry import Registry, open_registry
+from services.views.projections import PROJECTIONS
 from services.views.tables import retention_state
 from tests.integration.conditions import until
 from tests.integration.processes import ProductProcess, deployed, output_of, serving
@@ -171,7 +172,7 @@ async def test_a_killed_projector_skips_and_repeats_nothing(
     real_settings: Settings, tmp_path: Path, seconds: float
 ) -> None:
     with deployed(real_settings, tmp_path) as processes:
-        victims = [processes["registry"], processes["retention"]]
+        victims = [processes[name] for name in PROJECTIONS]
         await rounds(real_settings, processes["gateway"].endpoint, victims, seconds, most_kills=6)
 
 

@@ -21,6 +21,7 @@ from typing import ClassVar
 from pydantic import SecretStr
 
 from services.config import PREFIX, Settings
+from services.views.projections import PROJECTIONS
 from tests.services.process import Server, free_ports
 
 COMMAND = [sys.executable, "-m", "services.cli"]
@@ -136,18 +137,18 @@ def serving(settings: Settings, folder: Path) -> Iterator[ProductProcess]:
 
 @contextmanager
 def deployed(settings: Settings, folder: Path) -> Iterator[Mapping[str, ProductProcess]]:
-    """The product as it is scaled out: a gateway and one projector a projection, by the names `gateway`, `registry`
-    and `retention`."""
+    """The product as it is scaled out: a gateway and one projector a projection, by the name `gateway` and those
+    of the projections."""
     output_of(settings, "migrate")
-    ports = free_ports(3)
+    ports = free_ports(1 + len(PROJECTIONS))
     processes = {
         "gateway": ProductProcess(settings, folder / "gateway", "gateway", port=ports[0]),
         **{
             name: ProductProcess(settings, folder / name, "projector", name, listens=False, port=port)
-            for name, port in zip(("registry", "retention"), ports[1:], strict=True)
+            for name, port in zip(PROJECTIONS, ports[1:], strict=True)
         },
     }
     with ExitStack() as stack:
-        for name in ("registry", "retention", "gateway"):  # the gateway last: it is waited for
+        for name in (*PROJECTIONS, "gateway"):  # the gateway last: it is waited for
             stack.enter_context(processes[name])
         yield processes

@@ -281,5 +281,5 @@ async def test_one_projection_that_stops_leaves_the_others_running(
 
 
 async def test_an_unknown_projection_is_refused(embedded_settings: Settings) -> None:
-    with pytest.raises(InvalidRequestError, match="known: registry, retention"):
+    with pytest.raises(InvalidRequestError, match="known: registry, retention, usage"):
         await run_projectors(embedded_settings, ["registry", "search"], asyncio.Event())

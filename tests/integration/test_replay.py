@@ -153,5 +153,5 @@ async def test_what_a_registry_wrote_is_replayed_by_its_settings(embedded_settin
 
 
 async def test_an_unknown_projection_is_refused(embedded_settings: Settings) -> None:
-    with pytest.raises(InvalidRequestError, match="known: registry, retention"):
+    with pytest.raises(InvalidRequestError, match="known: registry, retention, usage"):
         await replay(embedded_settings, "search")

@@ -32,7 +32,7 @@ from tests.integration.scenario_python import python_driver
 pytestmark = pytest.mark.processes
 
 TABLES = (artifact_packages, artifact_files, storage_locations, retention_state)
-PROJECTIONS = ("registry", "retention")
+PROJECTIONS = ("registry", "retention", "usage")
 
 ABOUT = About(metadata={"instrument": "spectrometer", "run": "7", "Ωnote": "ÅÄÖ 測定"})
 FILES = (

@@ -262,5 +262,5 @@ async def test_a_view_of_another_log_is_refused(views: Views) -> None:
 
 
 def test_an_unknown_projection_is_an_error_that_lists_the_known_ones() -> None:
-    with pytest.raises(InvalidRequestError, match=r"'search'; known: registry, retention"):
+    with pytest.raises(InvalidRequestError, match=r"'search'; known: registry, retention, usage"):
         projection_named("search")

@@ -8,10 +8,13 @@ from services.errors import InvalidRequestError
 from services.views.projections.port import Projection, Tables
 from services.views.projections.registry import RegistryProjection
 from services.views.projections.retention import RetentionProjection
+from services.views.projections.usage import UsageProjection
 
 __all__ = ["PROJECTIONS", "Projection", "Tables", "projection_named"]
 
-PROJECTIONS: Mapping[str, Projection] = {p.name: p for p in (RegistryProjection(), RetentionProjection())}
+PROJECTIONS: Mapping[str, Projection] = {
+    p.name: p for p in (RegistryProjection(), RetentionProjection(), UsageProjection())
+}
 
 
 def projection_named(name: str) -> Projection:

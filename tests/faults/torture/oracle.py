@@ -18,6 +18,7 @@ from schemas.codec import decode
 from schemas.digests import event_digest
 from schemas.events import Event, FileIngested, PackageFinalized
 from services.config import Settings
+from services.views.projections import PROJECTIONS
 from tests.faults.torture.work import Answer, Entry
 from tests.integration.processes import run_command
 
@@ -126,13 +127,13 @@ def verify(settings: Settings, verdict: Verdict) -> None:
     for violation in found["violations"]:
         verdict.say(f"verify: {violation['kind']} {violation['place']}: {violation['detail']}")
     verdict.violations += found["violation_count"]
-    for view in ("registry", "retention"):
+    for view in PROJECTIONS:
         if view not in found["views"]:
             verdict.violation(f"the view {view} was not compared with the log")
 
 
 def caught_up(settings: Settings) -> bool:
-    """Whether both projections stand at the end of the log. Blocks."""
+    """Whether every projection stands at the end of the log. Blocks."""
     done = run_command(settings, "status", "--json")
     return done.returncode == 0 and all(p["behind"] == 0 for p in json.loads(done.stdout)["projections"])
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from services.config import Settings
+from services.views.projections import PROJECTIONS
 from tests.faults.proxy import Network, ProxiedCluster
 from tests.faults.torture.leaders import in_sync
 from tests.integration.processes import ProductProcess, get, output_of
@@ -163,7 +164,7 @@ def _settings(folder: Path, log_url: str, minio: MinioServer, postgres: Postgres
 
 
 def _parts(folder: Path, settings: Settings, cluster: ProxiedCluster) -> tuple[list[Part], list[Part]]:
-    ports = free_ports(GATEWAYS + 2)
+    ports = free_ports(GATEWAYS + len(PROJECTIONS))
     gateways = []
     for n in range(GATEWAYS):
         home = folder / f"gateway-{n}"
@@ -173,6 +174,6 @@ def _parts(folder: Path, settings: Settings, cluster: ProxiedCluster) -> tuple[l
         gateways.append(Part(settings.model_copy(update=own), home, "gateway", port=ports[n]))
     projectors = [
         Part(settings, folder / name, "projector", name, listens=False, port=port)
-        for name, port in zip(("registry", "retention"), ports[GATEWAYS:], strict=True)
+        for name, port in zip(PROJECTIONS, ports[GATEWAYS:], strict=True)
     ]
     return gateways, projectors

@@ -1,0 +1,111 @@
+"""Usage: how many packages, files and bytes came in, per producer, retention class and day of the events' time.
+
+The totals of one producer are shared by packages of all partitions, so they are only ever added to: whatever order
+packages come in, the sums are the same. An event that were applied twice would show here for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+from sqlalchemy import Table, bindparam, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from schemas.events import Event, FileIngested, PackageCreated
+from services.views.bulk import insert_rows
+from services.views.projections.order import check_follows, known_packages
+from services.views.projections.port import Tables
+from services.views.tables import usage_packages, usage_totals
+
+DAY = 86_400_000_000
+"""The length of a day in µs; a day begins at midnight UTC."""
+
+_MEASURES = ("packages", "files", "bytes")
+_TOTALS_AT_ONCE = 1000
+"""Rows in one statement: six values each, below what either database takes (32,766 parameters)."""
+
+_Key = tuple[str, str, int]
+
+
+@dataclass(slots=True)
+class _Package:
+    last_sequence: int
+    producer: str
+    retention_class: str
+    begun_here: bool = False
+
+
+class UsageProjection:
+    """`usage_totals`, and in `usage_packages` what a package's next event is counted under."""
+
+    name = "usage"
+    layout = 1
+    tables: Sequence[Table] = (usage_totals, usage_packages)
+
+    async def fold(self, connection: AsyncConnection, tables: Tables, events: Sequence[Event]) -> None:
+        """As `Projection.fold`. The totals come last: until the transaction ends, other folds of them wait."""
+        table = tables["usage_packages"]
+        row = table.c
+        columns = (row.last_event_sequence, row.producer, row.retention_class)
+        known = await known_packages(connection, row.package_id, columns, events)
+        packages = {package_id: _Package(*found) for package_id, found in known.items()}
+        totals: dict[_Key, list[int]] = {}
+        for event in events:
+            package = packages.get(event.package_id)
+            check_follows(event, package.last_sequence if package else 0)
+            match event.payload:
+                case PackageCreated(producer=producer, retention_class=name):
+                    package = packages[event.package_id] = _Package(0, producer, name, begun_here=True)
+                    _total(totals, package, event)[0] += 1
+                case FileIngested(size_bytes=size) if package:
+                    total = _total(totals, package, event)
+                    total[1] += 1
+                    total[2] += size
+            if package:
+                package.last_sequence = event.sequence
+        begun = [
+            (package_id, p.producer, p.retention_class, p.last_sequence)
+            for package_id, p in packages.items()
+            if p.begun_here
+        ]
+        await insert_rows(connection, table, begun)
+        await _advance(connection, table, packages)
+        await _add(connection, tables["usage_totals"], totals)
+
+
+def _total(totals: dict[_Key, list[int]], package: _Package, event: Event) -> list[int]:
+    """What the batch adds for the package's producer and class on the event's day: packages, files, bytes."""
+    key = (package.producer, package.retention_class, event.created_at // DAY)
+    found = totals.get(key)
+    if found is None:
+        found = totals[key] = [0, 0, 0]
+    return found
+
+
+async def _advance(connection: AsyncConnection, table: Table, packages: Mapping[UUID, _Package]) -> None:
+    """Bring the packages that earlier batches began up to date, in one prepared statement."""
+    advanced = [
+        {"package": package_id, "last_event_sequence": p.last_sequence}
+        for package_id, p in packages.items()
+        if not p.begun_here
+    ]
+    if advanced:
+        row = update(table).where(table.c.package_id == bindparam("package"))
+        await connection.execute(row.values(last_event_sequence=bindparam("last_event_sequence")), advanced)
+
+
+async def _add(connection: AsyncConnection, table: Table, totals: Mapping[_Key, Sequence[int]]) -> None:
+    """Add to the totals, in one order for all folds, so that no two wait for each other."""
+    make = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+    rows = [(*key, *sums) for key, sums in sorted(totals.items())]
+    for start in range(0, len(rows), _TOTALS_AT_ONCE):
+        put = make(table).values(rows[start : start + _TOTALS_AT_ONCE])
+        await connection.execute(
+            put.on_conflict_do_update(
+                index_elements=list(table.primary_key.columns),
+                set_={name: table.c[name] + put.excluded[name] for name in _MEASURES},
+            )
+        )
