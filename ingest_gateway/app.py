@@ -7,7 +7,7 @@ import logging
 
 from aiohttp import web
 
-from ingest_gateway import content, events, files, health, manifest, openapi, packages
+from ingest_gateway import content, events, files, health, manifest, openapi, packages, usage
 from ingest_gateway.answers import SERVER
 from ingest_gateway.call import Call
 from ingest_gateway.gateway import Bounds, Gateway
@@ -25,6 +25,7 @@ _access = logging.getLogger("ingest_gateway.access")
 
 ROUTES: tuple[Route, ...] = (
     *packages.ROUTES,
+    *usage.ROUTES,
     *files.ROUTES,
     *content.ROUTES,
     *manifest.ROUTES,

@@ -48,6 +48,7 @@ def document(routes: Iterable[Route]) -> bytes:
                 {"name": "packages", "description": "Packages and their manifests"},
                 {"name": "files", "description": "Files and their bytes"},
                 {"name": "events", "description": "What happened"},
+                {"name": "usage", "description": "What came in"},
                 {"name": "operation", "description": "For those who run it"},
             ],
             "paths": paths,

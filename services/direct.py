@@ -30,7 +30,7 @@ from services.log.position import Position
 from services.manifest import to_json
 from services.registry import ManifestFormat, Registry
 from services.streams import from_any
-from services.views.models import DEFAULT_PAGE, MAX_PAGE, File, Package, PackageFilter, Page
+from services.views.models import DEFAULT_PAGE, MAX_PAGE, File, Package, PackageFilter, Page, UsageTotal
 from services.views.queries import Queries
 
 Found = TypeVar("Found")
@@ -43,7 +43,7 @@ _FIRST_POLL_SECONDS = 0.002
 
 
 class DirectRegistry(Registry):
-    """The façade over the parts. `freshen`, where given, brings the views up to the log before every read."""
+    """The façade over the parts. `freshen`, where given, brings a view up to the log before it is read."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class DirectRegistry(Registry):
         *,
         limits: Limits,
         clock: Clock,
-        freshen: Callable[[], Awaitable[None]] | None = None,
+        freshen: Callable[[str], Awaitable[None]] | None = None,
         wait_seconds: float = WAIT_SECONDS,
     ) -> None:
         self._log = log
@@ -142,6 +142,18 @@ class DirectRegistry(Registry):
         await self._fresh()
         return await self._queries.packages(where or PackageFilter(), limit=limit, cursor=cursor)
 
+    async def list_usage(
+        self,
+        producer: str | None = None,
+        retention_class: str | None = None,
+        *,
+        limit: int = DEFAULT_PAGE,
+        cursor: str | None = None,
+    ) -> Page[UsageTotal]:
+        _check_limit(limit)
+        await self._fresh("usage")
+        return await self._queries.usage(producer, retention_class, limit=limit, cursor=cursor)
+
     async def list_files(
         self,
         package_id: UUID,
@@ -207,9 +219,9 @@ class DirectRegistry(Registry):
     ) -> AsyncIterator[RecordedEvent]:
         return self._log.read(since, package_id=package_id, follow=follow, poll_seconds=poll_seconds)
 
-    async def _fresh(self) -> None:
+    async def _fresh(self, view: str = "registry") -> None:
         if self._freshen is not None:
-            await self._freshen()
+            await self._freshen(view)
 
     async def _seen(
         self,
@@ -230,7 +242,7 @@ class DirectRegistry(Registry):
         elif self._freshen is not None:
             if settled and (found := await read()) is not None:
                 return found
-            await self._freshen()
+            await self._fresh()
         found = await read()
         if found is not None or self._freshen is not None:
             return found

@@ -24,7 +24,7 @@ from services.errors import (
 from services.log.port import RecordedEvent
 from services.log.position import Position
 from services.streams import from_any
-from services.views.models import DEFAULT_PAGE, File, Package, PackageFilter, Page
+from services.views.models import DEFAULT_PAGE, File, Package, PackageFilter, Page, UsageTotal
 
 __all__ = [
     "DuplicateRelativePathError",
@@ -186,6 +186,17 @@ class Registry(ABC):
         self, where: PackageFilter | None = None, *, limit: int = DEFAULT_PAGE, cursor: str | None = None
     ) -> Page[Package]:
         """Packages, newest first. Raises InvalidRequestError for a bad cursor or limit."""
+
+    @abstractmethod
+    async def list_usage(
+        self,
+        producer: str | None = None,
+        retention_class: str | None = None,
+        *,
+        limit: int = DEFAULT_PAGE,
+        cursor: str | None = None,
+    ) -> Page[UsageTotal]:
+        """What came in, by producer, retention class and day. Raises InvalidRequestError for a bad cursor or limit."""
 
     @abstractmethod
     async def list_files(

@@ -151,9 +151,9 @@ async def parts(settings: Settings, *, clock: Clock = system_clock) -> AsyncIter
             declared = Declared(size_bytes=len(manifest), blake3=manifest_digest(manifest))
             await blobs.store(from_any(manifest), declared=declared, max_bytes=len(manifest))
 
-        async def freshen() -> None:
+        async def freshen(view: str) -> None:
             """Bring the view that is read up to the log; whoever folds an event brings the other views along."""
-            if await catch_up(views, log, PROJECTIONS["registry"]):
+            if await catch_up(views, log, PROJECTIONS[view]):
                 await catch_up_all()
 
         async def catch_up_all() -> None:

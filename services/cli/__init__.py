@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from services.cli.operate import digest, doctor, parked, replay, status, verify
-from services.cli.read import manifest, packages, show, tail
+from services.cli.read import manifest, packages, show, tail, usage
 from services.cli.root import Root
 from services.cli.run import gateway, migrate, projector, serve
 from services.cli.settings import SETTINGS, common_options
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 for _command in (
-    *(push, pull, packages, show, manifest, tail),
+    *(push, pull, packages, show, manifest, usage, tail),
     *(serve, gateway, projector, migrate),
     *(replay, digest, verify, parked, status, doctor),
 ):

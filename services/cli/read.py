@@ -1,4 +1,4 @@
-"""`packages`, `show`, `manifest` and `tail`: what the registry holds and what happens in it."""
+"""`packages`, `show`, `manifest`, `usage` and `tail`: what the registry holds and what happens in it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from services.registry import Registry
     from services.views.models import File, Package, PackageFilter
 
+_TOTALS = ("producer", "retention class", "day", "packages", "files", "bytes")
 _COLUMNS = ("package", "status", "retention class", "created", "producer", "subject", "name")
 
 
@@ -70,6 +71,36 @@ def _row(package: Package) -> tuple[object, ...]:
         package.subject,
         package.name,
     )
+
+
+@click.command()
+@click.option("--producer", help="Only what came from this producer.")
+@click.option("--retention-class", help="Only packages of this retention class.")
+@common_options(shown=("url",))
+def usage(producer: str | None, retention_class: str | None) -> None:
+    """List what came in: packages, files and bytes by producer, retention class and day (UTC)."""
+    run(_usage(producer, retention_class))
+
+
+async def _usage(producer: str | None, retention_class: str | None) -> None:
+    from services.http.models import UsageAnswer
+    from services.registry import open_registry
+    from services.views.models import MAX_PAGE
+
+    asked = invocation()
+    cursor = None
+    async with open_registry(asked.settings()) as registry:
+        while True:
+            page = await registry.list_usage(producer, retention_class, limit=MAX_PAGE, cursor=cursor)
+            totals = [UsageAnswer.of(total) for total in page.items]
+            if asked.as_json:
+                for total in totals:
+                    raw(total.model_dump_json().encode())
+            elif totals:
+                table(_TOTALS, [[getattr(total, name.replace(" ", "_")) for name in _TOTALS] for total in totals])
+            cursor = page.next
+            if cursor is None:
+                break
 
 
 @click.command()

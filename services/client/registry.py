@@ -44,12 +44,13 @@ from services.http.models import (
     PackageCreatedAnswer,
     PackageFinalizedAnswer,
     PackagePageAnswer,
+    UsagePageAnswer,
 )
 from services.http.paths import quoted
 from services.log.port import RecordedEvent
 from services.log.position import Position
 from services.registry import ByteStream, ManifestFormat, Registry
-from services.views.models import DEFAULT_PAGE, File, Package, PackageFilter, Page
+from services.views.models import DEFAULT_PAGE, File, Package, PackageFilter, Page, UsageTotal
 
 Shape = TypeVar("Shape", bound=BaseModel)
 
@@ -228,6 +229,17 @@ class GatewayRegistry(Registry):
             "cursor": cursor,
         }
         return _read(PackagePageAnswer, await self._transport.call("GET", "/v1/packages", query=query)).to_page()
+
+    async def list_usage(
+        self,
+        producer: str | None = None,
+        retention_class: str | None = None,
+        *,
+        limit: int = DEFAULT_PAGE,
+        cursor: str | None = None,
+    ) -> Page[UsageTotal]:
+        query = {"producer": producer, "retention_class": retention_class, "limit": limit, "cursor": cursor}
+        return _read(UsagePageAnswer, await self._transport.call("GET", "/v1/usage", query=query)).to_page()
 
     async def list_files(
         self,

@@ -16,7 +16,7 @@ from services.core.commands import Acknowledgement, IngestedFile
 from services.core.content_address import ContentAddress
 from services.errors import CorruptError
 from services.http import times
-from services.views.models import File, Package, Page
+from services.views.models import File, Package, Page, UsageTotal
 
 Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="32 bytes in lower-case hex")]
 AddressText = Annotated[str, Field(pattern=r"^blake3:[0-9a-f]{64}$", description="BLAKE3 content address")]
@@ -28,6 +28,10 @@ TimeText = Annotated[
     ),
 ]
 SequenceNumber = Annotated[int, Field(ge=1, description="Number of an event within its package")]
+DayText = Annotated[
+    str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$", description="A day in UTC, as RFC 3339 writes it")
+]
+Count = Annotated[int, Field(ge=0, description="How many")]
 Size = Annotated[int, Field(ge=0, description="Bytes")]
 
 
@@ -238,6 +242,50 @@ class FileAnswer(Answer):
             sha256=bytes.fromhex(self.sha256),
             created_at=times.from_text(self.created_at),
         )
+
+
+class UsageAnswer(Answer):
+    """What came in from one producer under one retention class on one day."""
+
+    producer: str
+    retention_class: str
+    day: DayText
+    packages: Count
+    files: Count
+    bytes: Size
+
+    @classmethod
+    def of(cls, total: UsageTotal) -> Self:
+        """The answer that shows this total."""
+        return cls(
+            producer=total.producer,
+            retention_class=total.retention_class,
+            day=times.day_to_text(total.day),
+            packages=total.packages,
+            files=total.files,
+            bytes=total.bytes,
+        )
+
+    def to_total(self) -> UsageTotal:
+        """The total again."""
+        day = times.day_from_text(self.day)
+        return UsageTotal(self.producer, self.retention_class, day, self.packages, self.files, self.bytes)
+
+
+class UsagePageAnswer(Answer):
+    """A page of totals by producer, class and day; `next` is the cursor of the following page, null on the last."""
+
+    items: list[UsageAnswer]
+    next: str | None
+
+    @classmethod
+    def of(cls, page: Page[UsageTotal]) -> Self:
+        """The answer that shows this page."""
+        return cls(items=[UsageAnswer.of(item) for item in page.items], next=page.next)
+
+    def to_page(self) -> Page[UsageTotal]:
+        """The page again."""
+        return Page(tuple(item.to_total() for item in self.items), self.next)
 
 
 class PackagePageAnswer(Answer):

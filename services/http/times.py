@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
+_FIRST_DAY = date(1970, 1, 1)
 
 
 def to_text(micros: int) -> str:
@@ -19,3 +20,13 @@ def from_text(text: str) -> int:
     if time.tzinfo is None:
         raise ValueError("a time needs its offset from UTC")
     return (time - _EPOCH) // _MICROSECOND
+
+
+def day_to_text(day: int) -> str:
+    """`2026-01-31` of a day that is counted from 1970-01-01."""
+    return (_FIRST_DAY + timedelta(days=day)).isoformat()
+
+
+def day_from_text(text: str) -> int:
+    """The number of such a day. Raises ValueError."""
+    return (date.fromisoformat(text) - _FIRST_DAY).days

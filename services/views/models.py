@@ -85,6 +85,18 @@ class Page(Generic[Item]):
 
 
 @dataclass(frozen=True, slots=True)
+class UsageTotal:
+    """What came in from one producer under one retention class on one day; `day` counts from 1970-01-01, UTC."""
+
+    producer: str
+    retention_class: str
+    day: int
+    packages: int
+    files: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Retention:
     """How long a package is kept: `retention_days` after `counted_from`; None in either form means for ever.
 

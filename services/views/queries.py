@@ -27,6 +27,7 @@ from services.views.models import (
     PackageFilter,
     Page,
     Retention,
+    UsageTotal,
 )
 from services.views.projections import projection_named
 from services.views.tables import (
@@ -35,6 +36,7 @@ from services.views.tables import (
     artifact_packages,
     retention_state,
     storage_locations,
+    usage_totals,
 )
 
 PAGE_BYTES = 1 << 20
@@ -42,6 +44,7 @@ PAGE_BYTES = 1 << 20
 
 _ROWS_AT_ONCE = 50
 _MAX_BIGINT = 2**63 - 1
+_MIN_DAY, _MAX_DAY = -(2**31), 2**31 - 1
 
 
 class Queries:
@@ -135,6 +138,36 @@ class Queries:
             return None
         return Retention(row.package_id, row.retention_class, row.retention_days, row.counted_from, row.retain_until)
 
+    async def usage(
+        self,
+        producer: str | None = None,
+        retention_class: str | None = None,
+        limit: int = DEFAULT_PAGE,
+        cursor: str | None = None,
+    ) -> Page[UsageTotal]:
+        """What came in, by producer, retention class and day, as far as the usage view has come.
+
+        Raises InvalidRequestError: a bad cursor, limit or filter.
+        """
+        table = usage_totals.c
+        key = (table.producer, table.retention_class, table.day)
+        query = select(usage_totals).order_by(*key)
+        for column, wanted in ((table.producer, producer), (table.retention_class, retention_class)):
+            if wanted is not None:
+                check_text(column.name, wanted)
+                query = query.where(column == wanted)
+        if cursor is not None:
+            last = read_cursor(cursor, "usage", str, str, int)
+            for name, text in zip(("producer", "retention_class"), last, strict=False):
+                check_text(name, text)
+            if not _MIN_DAY <= last[2] <= _MAX_DAY:
+                raise InvalidRequestError("the cursor is not one that this listing has given out")
+            values = (literal(value, column.type) for value, column in zip(last, key, strict=True))
+            query = query.where(tuple_(*key) > tuple_(*values))
+        rows, more = await self._page(query, limit)
+        following = write_cursor("usage", *rows[-1][:3]) if more else None
+        return Page(tuple(_usage(row) for row in rows), following)
+
     async def checkpoint(self, projection: str) -> Position | None:
         """Where the view stands; None before it has folded from any log. Raises InvalidRequestError: no such view."""
         known = projection_named(projection)
@@ -194,3 +227,7 @@ def _file(row: Row[Any]) -> File:
         sha256=row.sha256,
         created_at=row.created_at,
     )
+
+
+def _usage(row: Row[Any]) -> UsageTotal:
+    return UsageTotal(row.producer, row.retention_class, row.day, row.packages, row.files, row.bytes)

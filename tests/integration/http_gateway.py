@@ -54,8 +54,8 @@ async def running_gateway(
     """
     async with parts(settings) as opened:
 
-        async def freshen() -> None:
-            await catch_up(opened.views, opened.log, PROJECTIONS["registry"])
+        async def freshen(view: str) -> None:
+            await catch_up(opened.views, opened.log, PROJECTIONS[view])
 
         registry = DirectRegistry(
             opened.log,

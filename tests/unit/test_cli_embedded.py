@@ -107,6 +107,17 @@ def test_packages_are_one_a_line_and_can_be_chosen(run: Run, tree: Path, package
     assert len(run("packages", "--limit", "1").stdout.splitlines()) == 1
 
 
+def test_usage_is_one_total_a_line_and_can_be_chosen(run: Run, tree: Path, package: dict[str, Any]) -> None:
+    run("push", tree, *ABOUT[:-1], "report", "--producer", "q")
+    totals = [json.loads(line) for line in run("usage", "--json").stdout.splitlines()]
+    assert [(t["producer"], t["packages"], t["files"], t["bytes"]) for t in totals] == [("p", 1, 2, 9), ("q", 1, 2, 9)]
+    assert list(totals[0]) == ["producer", "retention_class", "day", "packages", "files", "bytes"]
+    chosen = run("usage", "--producer", "q", "--json").stdout
+    assert [json.loads(line) for line in chosen.splitlines()] == totals[1:]
+    assert run("usage", "--retention-class", "permanent", "--json").stdout == ""
+    assert len(run("usage").stdout.splitlines()) == 2
+
+
 def test_show_is_one_object_with_its_files(run: Run, package: dict[str, Any]) -> None:
     shown = json.loads(run("show", package["manifest_digest"], "--json").stdout)
     assert shown["package_id"] == package["package_id"]
