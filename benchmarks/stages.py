@@ -12,12 +12,11 @@ from random import Random
 from time import perf_counter
 
 from benchmarks.workload import package_commands
-from schemas.codec import encode
-from schemas.headers import headers
-from services.core.decide import acknowledge, decide
+from schemas.headers import CommandHeaders
+from services.core.decide import accept, acknowledge, decide
 from services.core.evolve import evolve
 from services.core.limits import Limits
-from services.log.kafka.partitioner import partition_of, record_key
+from services.log.kafka.partitioner import partition_of
 
 _FILES = 64
 _PASSES = 500
@@ -39,13 +38,12 @@ def stages(passes: int = _PASSES) -> dict[str, float]:
                 partition_of(command.package_id, _PARTITIONS)
             with _Timed("decide, digest, chain", spent):
                 decision = decide(state, command, _NOW, limits)
-            event, digest = decision.events[0], decision.digests[0]
-            with _Timed("encode", spent):
-                encode(event)
             with _Timed("headers and key", spent):
-                headers(event), record_key(event.package_id)
+                CommandHeaders(decision.event_type, decision.package_id, decision.command_id, 1, _NOW).of(
+                    0, decision.appended[0].event_id
+                )
             with _Timed("fold, with the manifest's items", spent):
-                evolve(state, event, digest)
+                accept(state, command, decision)
             with _Timed("acknowledge", spent):
                 acknowledge(state, command)
         for stage, seconds in spent.items():

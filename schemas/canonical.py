@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import cbor2
@@ -25,6 +26,24 @@ def canonical_cbor(value: Any) -> bytes:
 def ordered_cbor(value: Any) -> bytes:
     """As `canonical_cbor`, for a value without floats whose maps are written in canonical order: four times as fast."""
     return cbor2.dumps(value)
+
+
+def cbor_text(encoded: bytes) -> bytes:
+    """A text string, given in UTF-8."""
+    size = len(encoded)
+    return (_TEXT_HEADS[size] if size < _USUAL_TEXT else _text_head(size)) + encoded
+
+
+def _text_head(size: int) -> bytes:
+    head = cbor_integer(size)
+    return bytes([head[0] | 0x60]) + head[1:]
+
+
+cbor_integer: Callable[[int], bytes] = cbor2.dumps
+"""An integer by its shortest head."""
+
+_USUAL_TEXT = 1_025
+_TEXT_HEADS = tuple(_text_head(size) for size in range(_USUAL_TEXT))
 
 
 def cbor_array_head(length: int) -> bytes:

@@ -31,7 +31,6 @@ from schemas.events import (
     StorageReceipt,
     payload_map,
 )
-from schemas.ingested import encode_ingested
 
 _SINGLE_OBJECT = b"\xc3\x01"
 _CONFLUENT = b"\x00"
@@ -54,12 +53,15 @@ def schema_text(event_type: str) -> str:
 def encode(event: Event) -> bytes:
     """The event as a record value."""
     schema, head = _WRITERS[event.event_type]
-    if event.event_type == FILE_INGESTED and isinstance(event.payload, FileIngested):
-        return head + encode_ingested(event, event.payload)
     out = BytesIO()
     out.write(head)
     fastavro.schemaless_writer(out, schema, _to_record(event))
     return out.getvalue()
+
+
+def framing(event_type: str) -> bytes:
+    """What the value of a record of this event type begins with, before the Avro record."""
+    return _WRITERS[event_type][1]
 
 
 def decode(value: bytes, resolve: ResolveSchemaId | None = None) -> Event:

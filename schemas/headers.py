@@ -13,25 +13,57 @@ from schemas.events import Event
 CONTENT_TYPE = b"avro/binary"
 SOURCE = b"artifact-store"
 
+_CONTENT_TYPE = ("content-type", CONTENT_TYPE)
+_SPECVERSION = ("ce_specversion", b"1.0")
+_SOURCE = ("ce_source", SOURCE)
 
-def headers(event: Event, traceparent: str | None = None) -> list[tuple[str, bytes]]:
+
+Headers = list[tuple[str, bytes]]
+
+
+def headers(event: Event, traceparent: str | None = None) -> Headers:
     """The headers of the event's record, names in a fixed order; `traceparent` as W3C Trace Context has it."""
-    found = [
-        *_of_type(event.event_type),
-        ("command_id", str(event.command_id).encode()),
-        ("command_index", b"%d" % event.command_index),
-        ("command_count", b"%d" % event.command_count),
-        ("content-type", CONTENT_TYPE),
-        ("ce_specversion", b"1.0"),
-        ("ce_id", str(event.event_id).encode()),
-        ("ce_source", SOURCE),
-        ("ce_type", event.event_type.encode()),
-        ("ce_subject", str(event.package_id).encode()),
-        ("ce_time", _rfc3339(event.created_at).encode()),
-    ]
-    if traceparent is not None:
-        found.append(("traceparent", traceparent.encode()))
-    return found
+    shared = CommandHeaders(
+        event.event_type,
+        str(event.package_id).encode(),
+        str(event.command_id).encode(),
+        event.command_count,
+        event.created_at,
+        traceparent,
+    )
+    return shared.of(event.command_index, str(event.event_id).encode())
+
+
+class CommandHeaders:
+    """The headers of all events of one command, in which two values differ. Identifiers are text."""
+
+    __slots__ = ("_before", "_behind", "_between")
+
+    def __init__(
+        self,
+        event_type: str,
+        package_id: bytes,
+        command_id: bytes,
+        command_count: int,
+        created_at: int,
+        traceparent: str | None = None,
+    ) -> None:
+        kind, version, type_ = _of_type(event_type)
+        self._before = kind, version, ("command_id", command_id)
+        self._between = ("command_count", b"%d" % command_count), _CONTENT_TYPE, _SPECVERSION
+        self._behind: Headers = [_SOURCE, type_, ("ce_subject", package_id), ("ce_time", _rfc3339(created_at))]
+        if traceparent is not None:
+            self._behind.append(("traceparent", traceparent.encode()))
+
+    def of(self, command_index: int, event_id: bytes) -> Headers:
+        """The headers of one of them."""
+        return [
+            *self._before,
+            ("command_index", b"%d" % command_index),
+            *self._between,
+            ("ce_id", event_id),
+            *self._behind,
+        ]
 
 
 def split_type(event_type: str) -> tuple[str, str]:
@@ -41,15 +73,16 @@ def split_type(event_type: str) -> tuple[str, str]:
 
 
 @cache
-def _of_type(event_type: str) -> tuple[tuple[str, bytes], ...]:
+def _of_type(event_type: str) -> tuple[tuple[str, bytes], tuple[str, bytes], tuple[str, bytes]]:
     kind, version = split_type(event_type)
-    return ("event_type", kind.encode()), ("event_version", version.encode())
+    return ("event_type", kind.encode()), ("event_version", version.encode()), ("ce_type", event_type.encode())
 
 
-def _rfc3339(micros: int) -> str:
-    """As `datetime.isoformat` has it: without a fraction in the whole second."""
+@lru_cache(8)
+def _rfc3339(micros: int) -> bytes:
+    """As `datetime.isoformat` has it: without a fraction in the whole second. Events of one batch have one time."""
     second, fraction = divmod(micros, 1_000_000)
-    return f"{_whole_second(second)}.{fraction:06}Z" if fraction else f"{_whole_second(second)}Z"
+    return (f"{_whole_second(second)}.{fraction:06}Z" if fraction else f"{_whole_second(second)}Z").encode()
 
 
 @lru_cache(64)

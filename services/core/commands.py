@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 from uuid import UUID
 
 
@@ -61,8 +62,7 @@ class FinalizePackage:
 Command = CreatePackage | IngestFiles | FinalizePackage
 
 
-@dataclass(frozen=True, slots=True)
-class IngestedFile:
+class IngestedFile(NamedTuple):
     """One file of an acknowledgement. `event_digest` is the producer's proof against a truncated log."""
 
     file_id: UUID
@@ -74,8 +74,7 @@ class IngestedFile:
     event_digest: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Acknowledgement:
+class Acknowledgement(NamedTuple):
     """The answer to a command whose events are in the log for good; a retry gets the same one.
 
     `sequence` and `event_digest` are those of the command's last event; `files` is for `IngestFiles`,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 from uuid import UUID
 
 import cbor2
 
 from schemas import identifiers
+from schemas.codec import decode, encode, framing
 from schemas.digests import event_digest, manifest_digest, payload_digest
 from schemas.events import (
     FILE_INGESTED,
@@ -16,13 +18,11 @@ from schemas.events import (
     PACKAGE_CREATED,
     PACKAGE_FINALIZED,
     Event,
-    FileIngested,
     PackageCreated,
     PackageFinalized,
     Payload,
-    StorageReceipt,
 )
-from schemas.identifiers import Identifier
+from schemas.ingested import IngestedChain, PackagePieces
 from services.core.commands import (
     Acknowledgement,
     Command,
@@ -33,14 +33,16 @@ from services.core.commands import (
     StoredFile,
 )
 from services.core.content_address import content_key
+from services.core.evolve import evolve
 from services.core.fields import check_metadata_size, check_text
 from services.core.limits import EVENT_OVERHEAD_BYTES, Limits
-from services.core.manifest import manifest_pieces
+from services.core.manifest import item_file_id, manifest_pieces
 from services.core.paths import check_path
 from services.core.retention import retention_class
-from services.core.state import CREATED, CommandState, PackageState
+from services.core.state import CREATED, CommandState, FileState, PackageState
 from services.errors import (
     CommandReusedError,
+    CorruptError,
     DuplicateRelativePathError,
     IllegalPackageStateError,
     InvalidRequestError,
@@ -49,17 +51,45 @@ from services.errors import (
     TooLargeError,
 )
 
+_INGESTED_FRAMING = framing(FILE_INGESTED)
 
-@dataclass(frozen=True, slots=True)
+
+class Appended(NamedTuple):
+    """One event that is to be appended, as the log takes it: its id's text, its record value, its chain digest."""
+
+    event_id: bytes
+    command_index: int
+    sequence: int
+    value: bytes
+    digest: bytes
+
+
+@dataclass(slots=True)
 class Decision:
-    """The events to append, none when the log has them all already, and the chain digest of each.
+    """The events to append, none when the log has them all already; all of one type.
 
-    `claim_check` is a manifest that must be durable under its content-addressed key before the events are appended.
+    `created_at` is their time, `package_id` and `command_id` are text. `files` is what the state is to keep of each
+    file that they ingest. `claim_check` is a manifest that must be durable under its content-addressed key before.
     """
 
-    events: tuple[Event, ...] = ()
-    digests: tuple[bytes, ...] = ()
+    appended: Sequence[Appended] = ()
+    event_type: str = ""
+    created_at: int = 0
+    package_id: bytes = b""
+    command_id: bytes = b""
+    count: int = 0
+    files: Sequence[FileState] = ()
     claim_check: bytes | None = None
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """The events, read from their records."""
+        return tuple(decode(appended.value) for appended in self.appended)
+
+    @property
+    def digests(self) -> tuple[bytes, ...]:
+        """Their chain digests."""
+        return tuple(appended.digest for appended in self.appended)
 
 
 def decide(state: PackageState | None, command: Command, now: int, limits: Limits) -> Decision:
@@ -86,14 +116,48 @@ def decide(state: PackageState | None, command: Command, now: int, limits: Limit
             return _finalize(_require_open(state, command.package_id), command, now, limits)
 
 
+def accept(state: PackageState | None, command: Command, decision: Decision) -> PackageState:
+    """The state after the events of a decision that was made on it: what `evolve` would give for one after the other.
+
+    The state is changed in place and returned. Raises CorruptError when the decision was made on another one.
+    """
+    appended = decision.appended
+    if not appended:
+        if state is None:
+            raise CorruptError("a command without a package became nothing")
+        return state
+    if state is None or not isinstance(command, IngestFiles):
+        return evolve(state, decode(appended[0].value), appended[0].digest)
+    first, last = appended[0], appended[-1]
+    if first.sequence != state.sequence + 1:
+        raise CorruptError(f"package {command.package_id}: event {first.sequence} follows event {state.sequence}")
+    known = state.commands.get(command.command_id)
+    if known is None:
+        known = state.commands[command.command_id] = CommandState(FILE_INGESTED, command.actor, decision.count)
+    files, paths = state.files, known.paths
+    for file, kept in zip(command.files[known.done :], decision.files, strict=True):
+        files[file.relative_path] = kept
+        paths.append(file.relative_path)
+        state.total_bytes += file.size_bytes
+    known.done = known.count
+    known.last_sequence = state.sequence = last.sequence
+    known.last_digest = state.digest = last.digest
+    state.unfinished = None
+    state.last_event_at = decision.created_at
+    return state
+
+
 def acknowledge(state: PackageState, command: Command) -> Acknowledgement:
     """The answer to a command all of whose events the state holds."""
     done = state.commands[command.command_id]
+    if isinstance(command, IngestFiles):
+        kept = state.files
+        files = tuple([_ingested(kept[file.relative_path], file) for file in command.files])
+        return Acknowledgement(command.package_id, done.last_sequence, done.last_digest, files)
     return Acknowledgement(
-        package_id=command.package_id,
-        sequence=done.last_sequence,
-        event_digest=done.last_digest,
-        files=tuple(_ingested(state, file) for file in command.files) if isinstance(command, IngestFiles) else (),
+        command.package_id,
+        done.last_sequence,
+        done.last_digest,
         manifest_digest=state.manifest_digest if isinstance(command, FinalizePackage) else None,
     )
 
@@ -122,29 +186,44 @@ def _create(state: PackageState | None, command: CreatePackage, now: int, limits
     payload = PackageCreated(
         command.name, command.producer, command.subject, command.retention_class, kept.days, command.metadata
     )
-    chain = _Chain(command.package_id, command, now, 0, NO_DIGEST)
-    chain.add(PACKAGE_CREATED, payload, payload_digest(payload))
-    return chain.decision()
+    return _single(command, PACKAGE_CREATED, payload, payload_digest(payload), now, 0, NO_DIGEST)
 
 
 def _ingest(
     state: PackageState, command: IngestFiles, known: CommandState | None, now: int, limits: Limits
 ) -> Decision:
-    done = known.done if known else 0
+    done = known.done if known is not None else 0
     check_text("actor", command.actor)
-    if not command.files:
+    files, count = command.files, len(command.files)
+    if not files:
         raise InvalidRequestError("a command must ingest at least one file")
-    for file in command.files:
+    for file in files:
         check_text("media_type", file.media_type)
         if file.size_bytes > limits.max_file_bytes:
             raise TooLargeError(f"a file is {file.size_bytes:,} bytes; the limit is {limits.max_file_bytes:,}")
-    left = command.files[done:]
+    left = files[done:] if done else files
     _check_paths(state, [file.relative_path for file in left], limits)
-    chain = _Chain(state.package_id, command, now, state.sequence, state.digest, done, len(command.files))
-    for file in left:
-        payload = _file_payload(command.package_id, file)
-        chain.add(FILE_INGESTED, payload, payload_digest(payload))
-    return chain.decision()
+    pieces = state.pieces
+    if pieces is None:
+        pieces = state.pieces = PackagePieces(state.package_id)
+    command_text, sequence = str(command.command_id).encode(), state.sequence
+    chain = IngestedChain(
+        pieces,
+        actor=command.actor,
+        command_id=command_text,
+        created_at=now,
+        index=done,
+        count=count,
+        sequence=sequence,
+        digest=state.digest,
+    )
+    appended, kept = [], []
+    for index, file in enumerate(left, done):
+        event_id, record, digest, item, receipt = chain.add(file)
+        sequence += 1
+        appended.append(Appended(event_id, index, sequence, _INGESTED_FRAMING + record, digest))
+        kept.append(FileState(command.command_id, sequence, digest, item, receipt))
+    return Decision(appended, FILE_INGESTED, now, pieces.text, command_text, count, kept)
 
 
 def _finalize(state: PackageState, command: FinalizePackage, now: int, limits: Limits) -> Decision:
@@ -159,69 +238,32 @@ def _finalize(state: PackageState, command: FinalizePackage, now: int, limits: L
         file_count=len(state.files),
         total_bytes=state.total_bytes,
     )
-    chain = _Chain(state.package_id, command, now, state.sequence, state.digest)
-    chain.add(PACKAGE_FINALIZED, payload, digest)
-    return chain.decision(None if inline else manifest)
+    decision = _single(command, PACKAGE_FINALIZED, payload, digest, now, state.sequence, state.digest)
+    decision.claim_check = None if inline else manifest
+    return decision
 
 
-class _Chain:
-    """The events of one command, each linked to the one before it; `index` of `count` comes next."""
-
-    def __init__(
-        self,
-        package_id: UUID,
-        command: Command,
-        now: int,
-        sequence: int,
-        digest: bytes,
-        index: int = 0,
-        count: int = 1,
-    ) -> None:
-        self._package_id = Identifier.of(package_id)
-        self._command_id = Identifier.of(command.command_id)
-        self._actor = command.actor
-        self._now = now
-        self._sequence = sequence
-        self._digest = digest
-        self._index = index
-        self._count = count
-        self._events: list[Event] = []
-        self._digests: list[bytes] = []
-
-    def add(self, event_type: str, payload: Payload, digest: bytes) -> None:
-        """The next event; `digest` is that of the payload."""
-        self._sequence += 1
-        event = Event(
-            event_id=identifiers.event_id(self._package_id, self._sequence),
-            event_type=event_type,
-            package_id=self._package_id,
-            sequence=self._sequence,
-            created_at=self._now,
-            actor=self._actor,
-            command_id=self._command_id,
-            command_index=self._index,
-            command_count=self._count,
-            payload_digest=digest,
-            previous_digest=self._digest,
-            payload=payload,
-        )
-        self._index += 1
-        self._digest = event_digest(event)
-        self._events.append(event)
-        self._digests.append(self._digest)
-
-    def decision(self, claim_check: bytes | None = None) -> Decision:
-        """All of them."""
-        return Decision(tuple(self._events), tuple(self._digests), claim_check)
-
-
-def _file_payload(package_id: UUID, file: StoredFile) -> FileIngested:
-    file_id = identifiers.file_id(package_id, file.relative_path)
-    location = identifiers.location_id(file_id, file.backend_id, file.key, file.offset, file.length)
-    receipt = StorageReceipt(location, file.backend_id, file.key, file.offset, file.length, file.stored_at)
-    return FileIngested(
-        file_id, file.relative_path, file.media_type, file.size_bytes, file.blake3, file.sha256, receipt
+def _single(
+    command: Command, event_type: str, payload: Payload, digest: bytes, now: int, sequence: int, previous: bytes
+) -> Decision:
+    """A command's only event, which follows the one of this sequence and chain digest; `digest` is the payload's."""
+    event = Event(
+        event_id=identifiers.event_id(command.package_id, sequence + 1),
+        event_type=event_type,
+        package_id=command.package_id,
+        sequence=sequence + 1,
+        created_at=now,
+        actor=command.actor,
+        command_id=command.command_id,
+        command_index=0,
+        command_count=1,
+        payload_digest=digest,
+        previous_digest=previous,
+        payload=payload,
     )
+    appended = Appended(str(event.event_id).encode(), 0, event.sequence, encode(event), event_digest(event))
+    package_id, command_id = str(event.package_id).encode(), str(event.command_id).encode()
+    return Decision([appended], event_type, now, package_id, command_id, 1)
 
 
 def _require_open(state: PackageState | None, package_id: UUID) -> PackageState:
@@ -233,13 +275,13 @@ def _require_open(state: PackageState | None, package_id: UUID) -> PackageState:
 
 
 def _check_paths(state: PackageState, relative_paths: Sequence[str], limits: Limits) -> None:
-    seen: set[str] = set()
+    files, seen = state.files, set[str]()
     for path in relative_paths:
         check_path(path)
-        if path in state.files or path in seen:
+        if path in files or path in seen:
             raise DuplicateRelativePathError(f"package {state.package_id} holds {path!r} already")
         seen.add(path)
-    if len(state.files) + len(seen) > limits.max_files_per_package:
+    if len(files) + len(seen) > limits.max_files_per_package:
         raise TooLargeError(f"a package holds at most {limits.max_files_per_package:,} files")
 
 
@@ -277,15 +319,14 @@ def _same_file(state: PackageState, path: str, file: StoredFile) -> bool:
     )
 
 
-def _ingested(state: PackageState, file: StoredFile) -> IngestedFile:
+def _ingested(kept: FileState, file: StoredFile) -> IngestedFile:
     """What became of the file, which is the same in the command as in the log."""
-    recorded = state.files[file.relative_path]
     return IngestedFile(
-        file_id=identifiers.file_id(state.package_id, file.relative_path),
-        relative_path=file.relative_path,
-        size_bytes=file.size_bytes,
-        blake3=file.blake3,
-        sha256=file.sha256,
-        sequence=recorded.sequence,
-        event_digest=recorded.event_digest,
+        item_file_id(kept.manifest_item),
+        file.relative_path,
+        file.size_bytes,
+        file.blake3,
+        file.sha256,
+        kept.sequence,
+        kept.event_digest,
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from schemas.canonical import canonical_cbor, cbor_array_head, ordered_cbor
 from schemas.events import FileIngested
+from schemas.identifiers import Identifier
 from services.core.state import FINALIZED, PackageState
 from services.manifest import MANIFEST_VERSION
 
@@ -32,6 +33,15 @@ def manifest_items(file: FileIngested) -> tuple[bytes, bytes]:
         "location_id": str(receipt.location_id),
     }
     return ordered_cbor(entry), ordered_cbor(proof)
+
+
+_BEHIND_FILE_ID = len(ordered_cbor({"blake3": "0" * 64, "sha256": "0" * 64, "file_id": "0" * 36}))
+_FILE_ID = slice(_BEHIND_FILE_ID - 36, _BEHIND_FILE_ID)
+
+
+def item_file_id(item: bytes) -> Identifier:
+    """The id of the file whose entry in `files` this is; what stands before it is always as long."""
+    return Identifier(item[_FILE_ID].decode())
 
 
 def manifest_pieces(state: PackageState, finalized_at: int) -> Iterator[bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 from services.core.fields import holds_control
@@ -12,8 +13,14 @@ MAX_PATH_BYTES = 1024
 _NO_SEGMENTS = frozenset({"", ".", ".."})
 
 
+_PLAIN = re.compile("[ -\\-0-~][ -.0-~]*+(?:/[ -\\-0-~][ -.0-~]*+)*+")
+"""Paths that surely keep all rules but that of length: ASCII, no segment empty or with a dot first."""
+
+
 def check_path(path: str) -> None:
     """Raise InvalidPathError, naming the rule, unless `path` may be a file's relative path."""
+    if _PLAIN.fullmatch(path) and len(path) <= MAX_PATH_BYTES:
+        return
     if not path:
         raise InvalidPathError("a relative path must not be empty")
     if path.startswith("/"):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from uuid import UUID
 
 from schemas.events import PackageCreated
+from schemas.ingested import PackagePieces
 
 CREATED = "created"
 FINALIZED = "finalized"
@@ -58,3 +59,5 @@ class PackageState:
     commands: dict[UUID, CommandState] = field(default_factory=dict)
     unfinished: UUID | None = None
     """A command of which the log holds fewer events than it counts; only its retry is taken until it is whole."""
+    pieces: PackagePieces | None = field(default=None, compare=False, repr=False)
+    """What the package's events share, once it was needed."""

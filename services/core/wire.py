@@ -7,7 +7,6 @@ Identifiers are CBOR tag 37 (binary UUID).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -113,10 +112,15 @@ def _error_classes(root: type[ArtifactStoreError] = ArtifactStoreError) -> Itera
 def _values(shape: Any) -> list[Any]:
     """The fields in their order; tuples of our own shapes as lists of the same."""
     found = []
-    for field in fields(shape):
-        value = getattr(shape, field.name)
-        found.append([_values(part) for part in value] if field.type in _PARTS else _plain(value))
+    for name, kind in _fields(shape):
+        value = getattr(shape, name)
+        found.append([_values(part) for part in value] if kind in _PARTS else _plain(value))
     return found
+
+
+def _fields(shape: Any) -> list[tuple[str, str]]:
+    """Names and types of a dataclass's or named tuple's fields, in their order, as they are written there."""
+    return [(name, getattr(kind, "__forward_arg__", kind)) for name, kind in shape.__annotations__.items()]
 
 
 def _plain(value: Any) -> Any:
@@ -125,18 +129,17 @@ def _plain(value: Any) -> Any:
 
 
 def _build(shape: type[_Shape], values: Any) -> _Shape:
-    expected = fields(shape)  # type: ignore[arg-type]  # every shape here is a dataclass
+    expected = _fields(shape)
     if not isinstance(values, list) or len(values) != len(expected):
         raise InvalidRequestError(f"the forwarded {shape.__name__} has another form")
     built: list[Any] = []
-    for field, value in zip(expected, values, strict=True):
-        kind = str(field.type)
+    for (name, kind), value in zip(expected, values, strict=True):
         if kind in _PARTS and isinstance(value, list):
             built.append(tuple(_build(_PARTS[kind], part) for part in value))
         elif isinstance(value, _TYPES.get(kind, ())) and not isinstance(value, bool):
             built.append(value)
         else:
-            raise InvalidRequestError(f"the forwarded {shape.__name__} has another form at {field.name}")
+            raise InvalidRequestError(f"the forwarded {shape.__name__} has another form at {name}")
     return shape(*built)
 
 

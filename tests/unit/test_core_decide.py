@@ -9,7 +9,7 @@ import pytest
 
 from schemas.events import PackageCreated, PackageFinalized
 from services.core.commands import Command, IngestFiles
-from services.core.decide import acknowledge, check_ingest, decide
+from services.core.decide import accept, acknowledge, check_ingest, decide
 from services.core.evolve import evolve
 from services.core.limits import Limits
 from services.core.state import PackageState
@@ -156,10 +156,10 @@ def test_a_torn_command_takes_only_its_own_retry_which_appends_the_rest() -> Non
     evolve(state, whole[0])
     with pytest.raises(PushBackError):
         decide(state, commands.finalize(PACKAGE), 0, LIMITS)
-    rest = decide(state, ingest, 1_000, LIMITS).events
-    assert rest == whole[1:]
-    for event in rest:
-        evolve(state, event)
+    rest = decide(state, ingest, 1_000, LIMITS)
+    assert rest.events == whole[1:]
+    accept(state, ingest, rest)
+    assert state == after(CREATE, ingest)
     assert [file.relative_path for file in acknowledge(state, ingest).files] == ["a", "b", "c"]
     assert state.unfinished is None
 

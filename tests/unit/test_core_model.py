@@ -14,7 +14,7 @@ from schemas.digests import event_digest, payload_digest_holds
 from schemas.events import NO_DIGEST, Event
 from services import manifest
 from services.core.commands import Acknowledgement, Command, CreatePackage, FinalizePackage, IngestFiles
-from services.core.decide import Decision, acknowledge, decide
+from services.core.decide import Decision, accept, acknowledge, decide
 from services.core.evolve import evolve
 from services.core.limits import Limits
 from services.core.state import PackageState
@@ -75,10 +75,9 @@ class RegistryMachine(RuleBasedStateMachine):
         if decision is None:
             assert len(self.log.get(command.package_id, [])) == before
             return
-        for event in decision.events:
-            self.states[command.package_id] = state = evolve(state, event)
-            self.log.setdefault(command.package_id, []).append(event)
-        assert state is not None
+        assert decision.digests == tuple(event_digest(event) for event in decision.events)
+        self.log.setdefault(command.package_id, []).extend(decision.events)
+        self.states[command.package_id] = state = accept(state, command, decision)
         answer = acknowledge(state, command)
         self.note(command, answer, len(decision.events))
 

@@ -8,17 +8,20 @@ import unicodedata
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from io import BytesIO
+from typing import Any
 from uuid import UUID, uuid5
 
 import cbor2
 import fastavro
 import pytest
+from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas import identifiers
-from schemas.canonical import canonical_cbor, ordered_cbor
-from schemas.codec import decode, encode, schema_text
+from schemas.avro import avro_long
+from schemas.canonical import canonical_cbor, cbor_text, ordered_cbor
+from schemas.codec import decode, encode, framing, schema_text
 from schemas.digests import event_digest
 from schemas.events import (
     FILE_INGESTED,
@@ -32,11 +35,13 @@ from schemas.events import (
 )
 from schemas.headers import headers
 from schemas.identifiers import Identifier
-from services.core.decide import decide
+from schemas.ingested import IngestedChain, PackagePieces
+from services.core.commands import StoredFile
+from services.core.decide import accept, decide
 from services.core.evolve import evolve
 from services.core.fields import holds_control
 from services.core.limits import Limits
-from services.core.manifest import manifest_items
+from services.core.manifest import item_file_id, manifest_items
 from tests.unit.commands import create, ingest
 
 _TEXT = st.text(max_size=300)
@@ -60,6 +65,9 @@ _EVENT = st.builds(
     previous_digest=_DIGEST,
     payload=_INGESTED,
 )
+_FILES = st.lists(
+    st.builds(StoredFile, _TEXT, _TEXT, _SIZE, _DIGEST, _DIGEST, _TEXT, _TEXT, _SIZE, _SIZE, _LONG), max_size=3
+)
 _SCHEMA = fastavro.parse_schema(json.loads(schema_text(FILE_INGESTED)))
 _CREATED = st.builds(PackageCreated, _TEXT, _TEXT, _TEXT, _TEXT, st.none() | _SIZE, _TEXT)
 _FINALIZED = st.builds(PackageFinalized, st.none() | st.binary(), st.none() | _TEXT, _SIZE, _SIZE)
@@ -72,7 +80,7 @@ def test_a_payloads_map_is_written_in_canonical_order(payload: Payload) -> None:
 
 
 @given(_EVENT)
-def test_an_ingested_file_is_encoded_as_the_general_codec_encodes_it(event: Event) -> None:
+def test_an_event_is_encoded_as_the_schema_file_with_its_logical_types_has_it(event: Event) -> None:
     out = BytesIO()
     record = {**asdict(event), "payload": payload_map(event.payload)}
     fastavro.schemaless_writer(out, _SCHEMA, record)
@@ -80,17 +88,89 @@ def test_an_ingested_file_is_encoded_as_the_general_codec_encodes_it(event: Even
     assert decode(encode(event)) == event
 
 
-@given(_EVENT, st.binary(max_size=31), st.sampled_from(["payload_digest", "previous_digest"]))
-def test_a_digest_of_another_length_is_not_encoded(event: Event, digest: bytes, field: str) -> None:
-    with pytest.raises(ValueError, match="32 bytes"):
-        encode(replace(event, **{field: digest}))  # type: ignore[arg-type] # both fields are bytes
+@given(_FILES, st.uuids(), st.uuids(), _TEXT, _LONG, st.integers(0, 2**40), _DIGEST, st.integers(0, 100))
+def test_ingested_files_take_the_forms_that_the_general_ways_give(
+    files: list[StoredFile],
+    package_id: UUID,
+    command_id: UUID,
+    actor: str,
+    created_at: int,
+    sequence: int,
+    digest: bytes,
+    index: int,
+) -> None:
+    chain = IngestedChain(
+        PackagePieces(package_id),
+        actor=actor,
+        command_id=str(command_id).encode(),
+        created_at=created_at,
+        index=index,
+        count=index + len(files),
+        sequence=sequence,
+        digest=digest,
+    )
+    for number, file in enumerate(files):
+        event_id, value, next_digest, item, receipt = chain.add(file)
+        payload = _payload(package_id, file)
+        event = Event(
+            event_id=uuid5(package_id, str(sequence + number + 1)),
+            event_type=FILE_INGESTED,
+            package_id=package_id,
+            sequence=sequence + number + 1,
+            created_at=created_at,
+            actor=actor,
+            command_id=command_id,
+            command_index=index + number,
+            command_count=index + len(files),
+            payload_digest=blake3(canonical_cbor(payload_map(payload))).digest(),
+            previous_digest=digest,
+            payload=payload,
+        )
+        assert event_id.decode() == str(event.event_id)
+        assert framing(FILE_INGESTED) + value == encode(event)
+        assert next_digest == event_digest(event)
+        assert (item, receipt) == manifest_items(payload)
+        assert item_file_id(item) == payload.file_id
+        digest = next_digest
 
 
-@pytest.mark.parametrize("number", [1 << 63, -(1 << 63) - 1])
-@given(event=_EVENT)
-def test_a_number_that_is_no_long_is_not_encoded(event: Event, number: int) -> None:
-    with pytest.raises(ValueError, match="no Avro long"):
-        encode(replace(event, created_at=number))
+def _payload(package_id: UUID, file: StoredFile) -> FileIngested:
+    file_id = uuid5(package_id, f"file:{file.relative_path}")
+    location_id = uuid5(file_id, f"location:{file.backend_id}:{file.key}:{file.offset}:{file.length}")
+    receipt = StorageReceipt(location_id, file.backend_id, file.key, file.offset, file.length, file.stored_at)
+    return FileIngested(
+        file_id, file.relative_path, file.media_type, file.size_bytes, file.blake3, file.sha256, receipt
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({"blake3": bytes(31)}, "32 bytes"),
+        ({"sha256": bytes(33)}, "32 bytes"),
+        ({"offset": 1 << 63}, "no Avro long"),
+        ({"stored_at": -(1 << 63) - 1}, "no Avro long"),
+        ({"key": "\ud800"}, "surrogates"),
+    ],
+)
+def test_a_file_that_no_record_can_hold_is_refused(change: dict[str, Any], rule: str) -> None:
+    created = decide(None, create(), 1, Limits())
+    state = accept(None, create(), created)
+    command = ingest(state.package_id, "a")
+    with pytest.raises(ValueError, match=rule):
+        decide(state, replace(command, files=(replace(command.files[0], **change),)), 2, Limits())
+
+
+@given(_LONG)
+def test_a_number_is_written_as_avro_has_it(number: int) -> None:
+    out = BytesIO()
+    fastavro.schemaless_writer(out, "long", number)
+    assert avro_long(number) == out.getvalue()
+
+
+@pytest.mark.parametrize("size", [0, 1, 23, 24, 255, 256, 1_024, 1_025, 65_535, 65_536, 70_000])
+def test_a_text_is_written_as_cbor_has_it(size: int) -> None:
+    assert cbor_text(b"x" * size) == canonical_cbor("x" * size)
 
 
 @given(_INGESTED)

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
 
-from schemas.codec import encode
 from services.clock import Clock
 from services.core.commands import Acknowledgement, Command
-from services.core.decide import acknowledge, check_ingest, decide
-from services.core.evolve import evolve
+from services.core.decide import accept, acknowledge, check_ingest, decide
 from services.core.limits import Limits
 from services.errors import CorruptError, UnavailableError
 from services.log.sqlite.file import LogFile, file_errors, open_file, write_lock
@@ -121,7 +119,6 @@ class Appender:
                 check_ingest(state, request.package_id, request.relative_paths, request.command_id, self._limits)
                 return None
             decision = decide(state, request, max(self._clock(), self._last_created_at), self._limits)
-            values = [encode(event) for event in decision.events]
             if decision.claim_check is not None:
                 self._put_manifest(decision.claim_check)
         except sqlite3.Error:
@@ -130,15 +127,19 @@ class Appender:
         # cannot even be encoded must not stop the others.
         except Exception as error:  # noqa: BLE001 - see above
             return error
-        for event, value in zip(decision.events, values, strict=True):
+        for appended in decision.appended:
             connection.execute(
                 "INSERT INTO events VALUES (?, ?, ?, ?, ?)",
-                (self._end, event.package_id.bytes, event.sequence, event.command_id.bytes, value),
+                (
+                    self._end,
+                    request.package_id.bytes,
+                    appended.sequence,
+                    request.command_id.bytes,
+                    appended.value,
+                ),
             )
             self._end += 1
-            self._last_created_at = event.created_at
-            state = evolve(state, event)
-        if state is None:
-            raise CorruptError("a command without a package became nothing")
+            self._last_created_at = decision.created_at
+        state = accept(state, request, decision)
         self._states.keep(state)
         return acknowledge(state, request)

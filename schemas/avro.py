@@ -1,0 +1,34 @@
+"""Avro's primitive encodings of numbers and texts (Avro 1.12 specification, "Primitive Types"), for the write path."""
+
+from __future__ import annotations
+
+_PAIR = 1 << 14
+"""Two bytes of a number hold seven bits each."""
+
+_MORE = tuple(bytes((pair & 0x7F | 0x80, pair >> 7 | 0x80)) for pair in range(_PAIR))
+"""Two bytes that more bytes follow."""
+
+_LAST = tuple(bytes((pair,) if pair < 0x80 else (pair & 0x7F | 0x80, pair >> 7)) for pair in range(_PAIR))
+"""The last byte or two."""
+
+
+def avro_long(number: int) -> bytes:
+    """Zig-zag, then seven bits a byte, the lowest first. Raises ValueError for a number that is no long."""
+    if 0 <= number < _PAIR >> 1:
+        return _LAST[number << 1]
+    if not -(1 << 63) <= number < 1 << 63:
+        raise ValueError("a number is no Avro long")
+    left = number << 1 if number >= 0 else ~(number << 1)
+    if left < _PAIR:
+        return _LAST[left]
+    found = _MORE[left % _PAIR]
+    left >>= 14
+    while left >= _PAIR:
+        found += _MORE[left % _PAIR]
+        left >>= 14
+    return found + _LAST[left]
+
+
+def avro_text(encoded: bytes) -> bytes:
+    """A text in UTF-8: its length in bytes, then it."""
+    return avro_long(len(encoded)) + encoded
