@@ -19,7 +19,15 @@ from uuid import uuid4
 
 from services.blobs.cleanup import Cleanups
 from services.blobs.intake import PIECE_BYTES, Digests, Intake
-from services.blobs.port import IDLE_SECONDS, Declared, StoredBlob, checked_key, checked_object_key, content_key
+from services.blobs.port import (
+    DAMAGED,
+    IDLE_SECONDS,
+    Declared,
+    StoredBlob,
+    checked_key,
+    checked_object_key,
+    content_key,
+)
 from services.errors import CorruptError, UnavailableError
 
 _P = ParamSpec("_P")
@@ -52,6 +60,8 @@ class LocalBlobStore:
                     pass
                 stored = self._stored(await intake.digests())
                 await self._work(self._secure, self._path(key).parent)
+                if await self.size(key) != stored.length:
+                    raise UnavailableError(f"blob {key} was set aside as damaged while it was sent again: retry")
                 return stored
         draft = _Draft(self._incoming / f"{uuid4()}.part")
         try:
@@ -60,7 +70,7 @@ class LocalBlobStore:
                 await self._work(draft.write, piece)
             digests = await intake.digests()
             path = self._path(content_key(digests.blake3))
-            await self._work(self._keep, draft, path, digests.length)
+            await self._work(self._keep, draft, path)
         except BaseException:
             await self._cleanups.run(self._work(draft.discard))
             raise
@@ -88,6 +98,23 @@ class LocalBlobStore:
         """See the port."""
         path = self._path(key)
         return await self._work(_size, path)
+
+    async def set_aside(self, key: str) -> str | None:
+        """See the port."""
+        path, aside = self._path(key), f"{DAMAGED}{key}"
+
+        def move() -> bool:
+            target = self._path(aside)
+            self._make_folder(target.parent)
+            try:
+                path.replace(target)
+            except FileNotFoundError:
+                return False
+            _sync_folder(target.parent)
+            _sync_folder(path.parent)
+            return True
+
+        return aside if await self._work(move) else None
 
     async def put_object(self, key: str, data: bytes) -> None:
         """See the port."""
@@ -170,13 +197,11 @@ class LocalBlobStore:
         key = content_key(digests.blake3)
         return StoredBlob(self.backend_id, key, 0, digests.length, digests.blake3, digests.sha256)
 
-    def _keep(self, draft: _Draft, path: Path, length: int) -> None:
+    def _keep(self, draft: _Draft, path: Path) -> None:
         draft.sync()
         self._make_folder(path.parent)
-        if _size(path) == length:
-            draft.discard()
-        else:  # absent, or not whole: these bytes are verified. Of two at the same time the later one wins, being equal
-            draft.path.replace(path)
+        # These bytes are verified, what is there may be damaged. Of two at a time the later one wins, being equal.
+        draft.path.replace(path)
         self._secure(path.parent)
 
     def _secure(self, folder: Path) -> None:

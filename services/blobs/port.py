@@ -1,8 +1,9 @@
 """The port to blob storage: immutable objects, written once, read by key, offset and length.
 
 Two adapters fulfil it (`s3`, `local`) and pass one contract suite, `tests/contract/test_blobs.py`. Keys are POSIX-like:
-those of `content_key` for content-addressed blobs, `uploads/<uuid>` for large bodies without a declared digest. Beside
-the blobs lie small named objects of the product's own, below `snapshots/`, which no event names and which may go.
+those of `content_key` for content-addressed blobs, `uploads/<uuid>` for large bodies without a declared digest, and
+the same below `damaged/` for what `set_aside` moved there, which no event names. Beside the blobs lie small named
+objects of the product's own, below `snapshots/`, which no event names and which may go.
 """
 
 from __future__ import annotations
@@ -16,7 +17,19 @@ from typing import Protocol
 from services.core.content_address import content_key
 from services.errors import CorruptError
 
-__all__ = ["IDLE_SECONDS", "BlobStore", "Declared", "StoredBlob", "checked_key", "checked_object_key", "content_key"]
+__all__ = [
+    "DAMAGED",
+    "IDLE_SECONDS",
+    "BlobStore",
+    "Declared",
+    "StoredBlob",
+    "checked_key",
+    "checked_object_key",
+    "content_key",
+]
+
+DAMAGED = "damaged/"
+"""Below this lies what `set_aside` moved away from its key."""
 
 IDLE_SECONDS = 86_400.0
 """How long an upload may stand still before `sweep` takes it for abandoned: a day."""
@@ -102,6 +115,13 @@ class BlobStore(Protocol):
 
     async def size(self, key: str) -> int | None:
         """Length of the blob in bytes, None if there is none. Raises UnavailableError, CorruptError (`checked_key`)."""
+
+    async def set_aside(self, key: str) -> str | None:
+        """Move a blob that is damaged away from its key, and return its new one, below `damaged/`; None: it is gone.
+
+        The next upload of the same bytes then stores them anew. The caller must look at what was moved: a blob that an
+        upload put in the damaged one's place meanwhile must be stored again. Raises UnavailableError.
+        """
 
     async def put_object(self, key: str, data: bytes) -> None:
         """Write a named object of a few MiB at most, in place of one that is there; return once it is durable.

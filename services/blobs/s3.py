@@ -16,15 +16,32 @@ from uuid import uuid4
 
 import urllib3
 from minio import Minio
+from minio.commonconfig import CopySource
 from minio.error import MinioException, S3Error
 
 from services.blobs.cleanup import Cleanups
 from services.blobs.intake import PIECE_BYTES, Digests, Intake
 from services.blobs.memory import ByteBudget, PartBuffer, Share
 from services.blobs.parts import MAX_PARTS, MIB, PartPlan
-from services.blobs.port import IDLE_SECONDS, Declared, StoredBlob, checked_key, checked_object_key, content_key
+from services.blobs.port import (
+    DAMAGED,
+    IDLE_SECONDS,
+    Declared,
+    StoredBlob,
+    checked_key,
+    checked_object_key,
+    content_key,
+)
 from services.blobs.s3_multipart import RECORDS, MultipartUpload, UploadRecord, fill, object_size, remove_upload
-from services.blobs.s3_requests import ATTEMPTS, AccessRefusedError, Endpoint, S3Requests, StoreTroubleError, patience
+from services.blobs.s3_requests import (
+    ANSWER_SECONDS,
+    ATTEMPTS,
+    AccessRefusedError,
+    Endpoint,
+    S3Requests,
+    StoreTroubleError,
+    patience,
+)
 from services.errors import ConfigurationError, CorruptError, PushBackError, UnavailableError
 
 PROBE_KEY = "health/write-probe"
@@ -32,6 +49,7 @@ TURN_SECONDS = 30.0
 _RETRY_SECONDS = 5.0
 _ASK_FIRST_BYTES = 256 * 1024  # from here on asking whether a blob is there costs less than sending it
 _READ_PAUSE_SECONDS = 0.2
+_COPY_SECONDS = 900.0  # a store answers once it has copied all of a large object
 _OK = frozenset({200})
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -137,6 +155,25 @@ class S3BlobStore:
         """See the port."""
         return await object_size(self._requests, checked_key(key))
 
+    async def set_aside(self, key: str) -> str | None:
+        """See the port. S3 has no renaming: a copy within the store, then a deletion."""
+        bucket, aside = self._requests.endpoint.bucket, f"{DAMAGED}{checked_key(key)}"
+        found = await self._requests.send("HEAD", key, frozenset({200, 404}))
+        if found.status == 404:
+            return None
+        etag = found.headers["ETag"]
+
+        def copy(sdk: Minio) -> None:
+            sdk.copy_object(bucket, aside, CopySource(bucket, key, match_etag=etag.strip('"')))
+
+        await self._with_sdk(copy, seconds=_COPY_SECONDS)
+        # Not every store heeds a condition on a deletion: asking once more leaves an upload that heals the blob in this
+        # very moment no more than the time of one request.
+        again = await self._requests.send("HEAD", key, frozenset({200, 404}))
+        if again.status == 200 and again.headers["ETag"] == etag:
+            await self._requests.send("DELETE", key, frozenset({200, 204, 404, 412}), headers={"If-Match": etag})
+        return aside
+
     async def put_object(self, key: str, data: bytes) -> None:
         """See the port."""
         buffer = PartBuffer(len(data))
@@ -216,7 +253,10 @@ class S3BlobStore:
         if addressed and declared.size_bytes is not None and await self.size(key) == declared.size_bytes:
             while await intake.take(PIECE_BYTES):  # the bytes are there, but these must prove to be the same
                 pass
-            return self._stored(key, await intake.digests())
+            stored = self._stored(key, await intake.digests())
+            if await self.size(key) != stored.length:
+                raise UnavailableError(f"blob {key} was set aside as damaged while it was sent again: retry")
+            return stored
         upload = MultipartUpload(self._requests, key, plan, share, self._clock)
         try:
             await upload.begin()
@@ -266,9 +306,9 @@ class S3BlobStore:
 
         return keys
 
-    async def _with_sdk(self, act: Callable[[Minio], _T]) -> _T:
+    async def _with_sdk(self, act: Callable[[Minio], _T], *, seconds: float = ANSWER_SECONDS) -> _T:
         try:
-            return await asyncio.to_thread(lambda: act(self._requests.endpoint.sdk()))
+            return await asyncio.to_thread(lambda: act(self._requests.endpoint.sdk(seconds)))
         except S3Error as error:
             if error.response.status in {401, 403}:
                 raise self._requests.refused(error.code or "") from None

@@ -69,10 +69,10 @@ class Endpoint:
     def __repr__(self) -> str:
         return f"Endpoint({self.host}/{self.bucket})"
 
-    def sdk(self) -> Minio:
-        """The synchronous SDK for this store; its own requests have time-outs and few attempts as well."""
+    def sdk(self, seconds: float = ANSWER_SECONDS) -> Minio:
+        """The synchronous SDK for this store; its own requests have few attempts, each answered within `seconds`."""
         pool = urllib3.PoolManager(
-            timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=ANSWER_SECONDS),
+            timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=seconds),
             retries=urllib3.Retry(total=2, backoff_factor=0.2, status_forcelist=[500, 502, 503, 504]),
             cert_reqs="CERT_REQUIRED",
         )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import click
 
-from services.cli.operate import digest, doctor, parked, replay, status, verify
+from services.cli.operate import digest, doctor, parked, replay, status
 from services.cli.read import manifest, packages, show, tail, usage
 from services.cli.root import Root
 from services.cli.run import gateway, migrate, projector, serve
 from services.cli.settings import SETTINGS, common_options
 from services.cli.transfer import pull, push
+from services.cli.verify import verify
 
 __all__ = ["main"]
 

@@ -1,4 +1,4 @@
-"""`replay`, `digest`, `verify`, `parked` and `status`: what an operator does with views and log."""
+"""`replay`, `digest`, `parked` and `status`: what an operator does with views and log."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from services.log.port import Log
     from services.views.engine import Views
 
-__all__ = ["digest", "doctor", "parked", "replay", "status", "verify"]
+__all__ = ["digest", "doctor", "parked", "replay", "status"]
 
 _LOG_AND_VIEWS = ("log_url", "views_url")
 
@@ -87,39 +87,6 @@ async def _digest(name: str) -> dict[str, Any]:
         "position": None if found.position is None else str(found.position),
         "rows": found.rows,
     }
-
-
-@click.command()
-@click.option("--bytes", "check_bytes", is_flag=True, help="Read and hash every blob as well.")
-@common_options(shown=("log_url", "blobs_url", "views_url"))
-def verify(*, check_bytes: bool) -> None:
-    """Read log, blobs and views and name every broken invariant; exit code 1 if there is any."""
-    report = run(_verify(check_bytes=check_bytes))
-    violations = report.pop("violations")
-    if invocation().as_json:
-        answer({**report, "violations": violations})
-    else:
-        answer(report)
-        for violation in violations:
-            raw(f"{violation['kind']}  {violation['place']}: {violation['detail']}".encode())
-    if report["violation_count"]:
-        click.get_current_context().exit(1)
-
-
-async def _verify(*, check_bytes: bool) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    from services.verify import verify as check
-    from services.wiring import open_blobs
-
-    async with _log_and_views() as (log, views):
-        blobs = open_blobs(invocation().settings())
-        try:
-            report = asdict(await check(log, blobs, views, check_bytes=check_bytes))
-        finally:
-            await blobs.close()
-    del report["kept"]
-    return report
 
 
 @click.command()

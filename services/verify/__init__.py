@@ -10,28 +10,33 @@ from pathlib import Path
 
 from services.blobs.port import BlobStore
 from services.log.port import Log
+from services.verify.blobs import BlobCheck
 from services.verify.log import LogCheck, Progress
-from services.verify.report import Report, Violation
+from services.verify.notes import Notes
+from services.verify.report import KINDS, Report, Violation
 from services.verify.views import check_view
 from services.views.engine import Views
 from services.views.projections import PROJECTIONS
 
-__all__ = ["Progress", "Report", "Violation", "verify"]
+__all__ = ["KINDS", "Progress", "Report", "Violation", "verify"]
 
 
 async def verify(
     log: Log, blobs: BlobStore, views: Views, *, check_bytes: bool = False, progress: Progress | None = None
 ) -> Report:
-    """Check every invariant on these parts; with `check_bytes` every blob is read and hashed.
+    """Check every invariant on these parts; with `check_bytes` every blob is read and hashed, damaged ones set aside.
 
-    Runs beside writers and projectors: the log is read to the end as it is now, each view is compared with a fresh fold
-    of the log up to where that view stands.
+    Memory does not depend on the length of the log: what must be remembered lies in temporary files. Runs beside
+    writers and projectors: the log is read to the end as it is now, each view is compared with a fresh fold of the log
+    up to where that view stands. Without `check_bytes` nothing is changed.
 
     Raises UnavailableError, ConfigurationError: a part cannot be reached. What is wrong is in the report.
     """
     report = Report()
     notify = progress or (lambda _: None)
-    await LogCheck(log, blobs, report, check_bytes=check_bytes, progress=notify).run()
+    with Notes() as notes:
+        await LogCheck(log, notes, report, backend_id=blobs.backend_id, progress=notify).run()
+        await BlobCheck(blobs, notes, report, check_bytes=check_bytes, progress=notify).run()
     with tempfile.TemporaryDirectory(prefix="artifact-store-verify-") as folder:
         fresh = Views(f"sqlite+aiosqlite:///{Path(folder) / 'views.db'}")
         try:

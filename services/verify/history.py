@@ -1,199 +1,186 @@
-"""The history of one package, checked event by event against DESIGN's invariants.
+"""The history of a package, checked event by event against DESIGN's invariants.
 
 Written apart from `services.core`, which wrote the history: it shares the language (`schemas`) and the rules for single
-values with it, none of the code that decides, evolves or builds manifests.
+values with it, none of the code that decides, evolves or builds manifests. What no check here has named is then held
+against `decide` itself (`conformance.py`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
-from uuid import UUID, uuid5
+from uuid import uuid5
 
-from schemas.canonical import canonical_cbor
-from schemas.digests import event_digest, manifest_digest, payload_digest
-from schemas.events import (
-    FILE_INGESTED,
-    NO_DIGEST,
-    PACKAGE_CREATED,
-    PACKAGE_FINALIZED,
-    Event,
-    FileIngested,
-    PackageCreated,
-    PackageFinalized,
-)
+from schemas.canonical import canonical_cbor, jcs
+from schemas.digests import event_digest, payload_digest
+from schemas.events import Event, FileIngested, PackageCreated, PackageFinalized
+from schemas.identifiers import package_id
+from services.core.content_address import content_key
 from services.core.paths import check_path
 from services.errors import InvalidPathError
-
-_PAYLOADS = {PACKAGE_CREATED: PackageCreated, FILE_INGESTED: FileIngested, PACKAGE_FINALIZED: PackageFinalized}
-
-Complain = Callable[[str, str, str], None]
-
-
-@dataclass(slots=True)
-class _Command:
-    actor: str
-    event_type: str
-    count: int
-    done: int = 0
+from services.verify.conformance import differs
+from services.verify.manifest import ManifestCheck
+from services.verify.notes import Claim, Head, Notes, OpenCommand
+from services.verify.report import Complain
 
 
-@dataclass(slots=True)
-class PackageHistory:
-    """What must be remembered of a package between its events; a finalized one forgets its files."""
+class Histories:
+    """All packages of a log. Memory is bounded: what must be remembered lies in the notes."""
 
-    package_id: UUID
-    created: PackageCreated | None = None
-    created_at: int = 0
-    sequence: int = 0
-    digest: bytes = NO_DIGEST
-    finalized: bool = False
-    files: dict[str, tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=dict)
-    total_bytes: int = 0
-    open_command: tuple[UUID, _Command] | None = None
-    seen_commands: set[UUID] = field(default_factory=set)
+    def __init__(self, notes: Notes, complain: Complain) -> None:
+        self._notes = notes
+        self._report = complain
+        self._named = 0
 
-    def follow(self, event: Event, complain: Complain) -> bytes | None:
-        """Check the package's next event; return the manifest that a claim check must lead to, if it is one."""
-        place = f"package {self.package_id} event {event.sequence}"
-        manifest = None
-        self._check_chain(event, place, complain)
-        self._check_command(event, place, complain)
+    def follow(self, event: Event) -> tuple[bool, Claim | None]:
+        """Check the next event of its package; whether the package is new, and what the event claims of a blob."""
+        head, is_new = self._notes.head(event.package_id)
+        place = f"package {event.package_id} event {event.sequence}"
+        named = self._named
         payload = event.payload
-        if not isinstance(payload, _PAYLOADS.get(event.event_type, ())):
-            complain("event-type", place, f"a payload that is not one of {event.event_type}")
-        if self.finalized:
-            complain("after-finalized", place, f"{event.event_type} follows the finalization")
+        self._check_chain(event, head, place)
+        self._check_command(event, head, place)
+        if head.finalized:
+            self._complain("after-finalized", place, f"{event.event_type} follows the finalization")
         if (event.sequence == 1) != isinstance(payload, PackageCreated):
-            complain("creation", place, "the first event, and only it, must create the package")
+            self._complain("creation", place, "the first event, and only it, must create the package")
+        claim = None
+        known_path = False
         match payload:
             case PackageCreated():
-                self._check_created(event, payload, place, complain)
+                self._check_created(event, payload, place)
             case FileIngested():
-                self._check_file(event, payload, place, complain)
+                known_path = self._check_file(event, payload, place)
+                claim = _claim_of(event, payload)
             case PackageFinalized():
-                manifest = self._check_finalized(event, payload, place, complain)
-        self.sequence = event.sequence
-        self.digest = event_digest(event)
-        return manifest
+                claim = self._check_finalized(event, payload, head, place)
+        if self._named == named and (difference := differs(event, head, known_path=known_path)):
+            self._complain("decide", place, difference)
+        self._move(head, event)
+        return is_new, claim
 
-    def _check_chain(self, event: Event, place: str, complain: Complain) -> None:
-        if event.sequence != self.sequence + 1:
-            complain("sequence", place, f"follows event {self.sequence}")
-        if event.previous_digest != self.digest:
-            complain("chain", place, "previous_digest is not the digest of the event before it")
+    def _complain(self, kind: str, place: str, detail: str) -> None:
+        self._named += 1
+        self._report(kind, place, detail)
+
+    def _check_chain(self, event: Event, head: Head, place: str) -> None:
+        if event.sequence != head.sequence + 1:
+            self._complain("sequence", place, f"follows event {head.sequence}")
+        if event.previous_digest != head.digest:
+            self._complain("chain", place, "previous_digest is not the digest of the event before it")
         if event.event_id != uuid5(event.package_id, str(event.sequence)):
-            complain("event-id", place, "event_id is not derived from package and sequence")
+            self._complain("event-id", place, "event_id is not derived from package and sequence")
 
-    def _check_command(self, event: Event, place: str, complain: Complain) -> None:
-        if self.open_command is not None and self.open_command[0] != event.command_id:
-            complain("torn-command", place, f"command {self.open_command[0]} before it is not whole")
-            self.open_command = None
-        if self.open_command is None:
-            if event.command_id in self.seen_commands:
-                complain("repeated-command", place, f"command {event.command_id} was applied before")
-            self.seen_commands.add(event.command_id)
-            command = _Command(event.actor, event.event_type, event.command_count)
-        else:
-            command = self.open_command[1]
-        if (event.command_index, event.command_count, event.actor, event.event_type) != (
-            command.done,
-            command.count,
-            command.actor,
-            command.event_type,
-        ):
-            complain("command-order", place, f"is not part {command.done} of {command.count} of its command")
+    def _check_command(self, event: Event, head: Head, place: str) -> None:
+        if head.command is not None and head.command.command_id != event.command_id:
+            self._complain("torn-command", place, f"command {head.command.command_id} before it is not whole")
+            head.command = None
+        command = head.command
+        if command is None:
+            if not self._notes.note_command(event.package_id, event.command_id):
+                self._complain("repeated-command", place, f"command {event.command_id} was applied before")
+            command = OpenCommand(event.command_id, event.actor, event.event_type, event.command_count)
+        found = (event.command_index, event.command_count, event.actor, event.event_type)
+        if found != (command.done, command.count, command.actor, command.event_type):
+            self._complain(
+                "command-order", place, f"is not part {command.done} of {command.count} of command {event.command_id}"
+            )
         command.done += 1
-        self.open_command = None if command.done >= command.count else (event.command_id, command)
+        head.command = None if command.done >= command.count else command
 
-    def _check_created(self, event: Event, payload: PackageCreated, place: str, complain: Complain) -> None:
-        self.created, self.created_at = payload, event.created_at
-        if payload_digest(payload) != event.payload_digest:
-            complain("payload-digest", place, "payload_digest is not that of the payload")
-        try:
-            is_object = isinstance(json.loads(payload.metadata), dict)
-        except ValueError:
-            is_object = False
-        if not is_object:
-            complain("metadata", place, "metadata is not a JSON object")
+    def _check_created(self, event: Event, payload: PackageCreated, place: str) -> None:
+        self._check_payload_digest(event, payload, place)
+        if event.sequence == 1 and event.package_id != package_id(event.actor, event.command_id):
+            self._complain("package-id", place, "package_id is not derived from actor and command")
+        if not _is_jcs_object(payload.metadata):
+            self._complain("metadata", place, "metadata is not a JSON object in JCS form")
+        if payload.retention_days is not None and payload.retention_days < 0:
+            self._complain("retention", place, f"{payload.retention_days} days are no period")
+        self._notes.note_creation(event.package_id, payload)
 
-    def _check_file(self, event: Event, payload: FileIngested, place: str, complain: Complain) -> None:
-        if payload_digest(payload) != event.payload_digest:
-            complain("payload-digest", place, "payload_digest is not that of the payload")
+    def _check_file(self, event: Event, payload: FileIngested, place: str) -> bool:
+        """Whether the path was there before."""
+        self._check_payload_digest(event, payload, place)
         try:
             check_path(payload.relative_path)
         except InvalidPathError as error:
-            complain("path", place, error.detail)
-        if payload.relative_path in self.files:
-            complain("duplicate-path", place, f"{payload.relative_path!r} was ingested before")
+            self._complain("path", place, error.detail)
         receipt = payload.receipt
         if payload.file_id != uuid5(event.package_id, f"file:{payload.relative_path}"):
-            complain("file-id", place, "file_id is not derived from package and path")
+            self._complain("file-id", place, "file_id is not derived from package and path")
         where = f"location:{receipt.backend_id}:{receipt.key}:{receipt.offset}:{receipt.length}"
         if receipt.location_id != uuid5(payload.file_id, where):
-            complain("location-id", place, "location_id is not derived from file and place")
-        if receipt.length != payload.size_bytes or receipt.offset < 0:
-            complain("receipt", place, "the receipt is not for size_bytes bytes")
-        self.total_bytes += payload.size_bytes
-        self.files[payload.relative_path] = (
-            {
-                "file_id": str(payload.file_id),
-                "relative_path": payload.relative_path,
-                "media_type": payload.media_type,
-                "size_bytes": payload.size_bytes,
-                "blake3": payload.blake3.hex(),
-                "sha256": payload.sha256.hex(),
-            },
-            {
-                "file_id": str(payload.file_id),
-                "location_id": str(receipt.location_id),
-                "backend_id": receipt.backend_id,
-                "key": receipt.key,
-                "offset": receipt.offset,
-                "length": receipt.length,
-                "stored_at": receipt.stored_at,
-            },
+            self._complain("location-id", place, "location_id is not derived from file and place")
+        if receipt.length != payload.size_bytes or receipt.offset < 0 or receipt.length < 0:
+            self._complain("receipt", place, "the receipt is not for size_bytes bytes")
+        entry = {
+            "file_id": str(payload.file_id),
+            "relative_path": payload.relative_path,
+            "media_type": payload.media_type,
+            "size_bytes": payload.size_bytes,
+            "blake3": payload.blake3.hex(),
+            "sha256": payload.sha256.hex(),
+        }
+        proof = {
+            "file_id": str(payload.file_id),
+            "location_id": str(receipt.location_id),
+            "backend_id": receipt.backend_id,
+            "key": receipt.key,
+            "offset": receipt.offset,
+            "length": receipt.length,
+            "stored_at": receipt.stored_at,
+        }
+        fresh = self._notes.note_file(
+            event.package_id, payload.relative_path, canonical_cbor(entry), canonical_cbor(proof)
         )
+        if not fresh:
+            self._complain("duplicate-path", place, f"{payload.relative_path!r} was ingested before")
+        return not fresh
 
-    def _check_finalized(self, event: Event, payload: PackageFinalized, place: str, complain: Complain) -> bytes | None:
-        manifest = self._manifest(event.created_at)
-        if manifest_digest(manifest) != event.payload_digest:
-            complain("manifest-address", place, "payload_digest is not that of the manifest of the package's events")
-        if payload.manifest is not None and payload.manifest != manifest:
-            complain("manifest", place, "the manifest is not that of the package's events")
+    def _check_finalized(self, event: Event, payload: PackageFinalized, head: Head, place: str) -> Claim | None:
+        built = ManifestCheck(self._notes, event, head, payload.manifest)
+        if built.digest != event.payload_digest:
+            self._complain("manifest-address", place, "payload_digest is not that of the manifest of the events")
+        if payload.manifest is not None and not built.same:
+            self._complain("manifest", place, "the manifest is not that of the package's events")
         if (payload.manifest is None) == (payload.manifest_key is None):
-            complain("manifest", place, "the manifest must be either inline or a claim check")
-        if (payload.file_count, payload.total_bytes) != (len(self.files), self.total_bytes):
-            complain("manifest-totals", place, "file_count or total_bytes is not that of the package's events")
-        self.finalized = True
-        self.files = {}
-        self.seen_commands = set()
-        return manifest if payload.manifest_key is not None else None
+            self._complain("manifest-form", place, "the manifest must be either inline or a claim check")
+        elif payload.manifest_key is not None and payload.manifest_key != content_key(event.payload_digest):
+            self._complain("manifest-key", place, "the claim check is not the manifest's content-addressed key")
+        if (payload.file_count, payload.total_bytes) != (head.files, head.total_bytes):
+            self._complain("manifest-totals", place, "file_count or total_bytes is not that of the package's events")
+        self._notes.forget(event.package_id)
+        if payload.manifest_key is None:
+            return None
+        key, size = payload.manifest_key, built.length
+        return Claim(key, 0, size, built.digest, b"", True, event.package_id, event.sequence, "")
 
-    def _manifest(self, finalized_at: int) -> bytes:
-        created = self.created or PackageCreated("", "", "", "", None, "{}")
-        ordered = [self.files[path] for path in sorted(self.files, key=lambda path: path.encode(errors="replace"))]
-        try:
-            metadata = json.loads(created.metadata)
-        except ValueError:
-            metadata = None
-        return canonical_cbor(
-            {
-                "manifest_version": 1,
-                "package": {
-                    "id": str(self.package_id),
-                    "name": created.name,
-                    "producer": created.producer,
-                    "subject": created.subject,
-                    "retention_class": created.retention_class,
-                    "metadata": metadata,
-                    "status": "finalized",
-                    "created_at": self.created_at,
-                    "finalized_at": finalized_at,
-                },
-                "files": [file for file, _ in ordered],
-                "storage_receipts": [receipt for _, receipt in ordered],
-            }
-        )
+    def _check_payload_digest(self, event: Event, payload: PackageCreated | FileIngested, place: str) -> None:
+        if payload_digest(payload) != event.payload_digest:
+            self._complain("payload-digest", place, "payload_digest is not that of the payload")
+
+    def _move(self, head: Head, event: Event) -> None:
+        if isinstance(event.payload, PackageCreated):
+            head.created_at = event.created_at
+        elif isinstance(event.payload, FileIngested):
+            head.files += 1
+            head.total_bytes += event.payload.size_bytes
+        else:
+            head.finalized = True
+        head.sequence = event.sequence
+        head.digest = event_digest(event)
+        head.last_at = event.created_at
+
+
+def _claim_of(event: Event, file: FileIngested) -> Claim:
+    at = file.receipt
+    whole = at.offset == 0 and at.key == content_key(file.blake3)
+    path, sequence = file.relative_path, event.sequence
+    return Claim(at.key, at.offset, at.length, file.blake3, file.sha256, whole, event.package_id, sequence, path)
+
+
+def _is_jcs_object(text: str) -> bool:
+    try:
+        value = json.loads(text)
+        return isinstance(value, dict) and jcs(value) == text
+    except (ValueError, RecursionError):
+        return False

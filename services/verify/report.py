@@ -1,13 +1,57 @@
-"""What a verification found: counts, and every broken invariant by name and place."""
+"""What a verification found: counts, and every broken invariant by name and place; and which ways of damage exist."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
+
+Complain = Callable[[str, str, str], None]
+"""Notes a violation: its kind, its place, and what is wrong in a sentence."""
+
+KINDS = {
+    "undecodable": "a record is no event that can be read; reading stops there",
+    "partition": "an event does not lie in the partition of its package, or not behind what was read before",
+    "created-at": "created_at decreases within a partition",
+    "sequence": "a package's events are not numbered 1, 2, 3 …",
+    "chain": "previous_digest is not the digest of the event before it",
+    "event-id": "event_id is not derived from package and sequence",
+    "creation": "the first event, and only it, creates the package",
+    "after-finalized": "an event follows the package's finalization",
+    "torn-command": "another command begins before all events of one are there",
+    "repeated-command": "a command was applied a second time",
+    "command-order": "an event is not the next one of its command",
+    "unfinished-command": "a command at the end of a package's history waits for its retry",
+    "package-id": "package_id is not derived from actor and command",
+    "payload-digest": "payload_digest is not that of the payload",
+    "metadata": "metadata is not a JSON object in JCS form",
+    "retention": "the period of the retention class, as it is recorded, is no period",
+    "path": "a relative path breaks a rule",
+    "duplicate-path": "a path was ingested before",
+    "file-id": "file_id is not derived from package and path",
+    "location-id": "location_id is not derived from file and place",
+    "receipt": "the receipt is not for size_bytes bytes",
+    "manifest-address": "the finalization's digest is not that of the manifest of the package's events",
+    "manifest": "the manifest in the event is not that of the package's events",
+    "manifest-form": "the manifest is neither inline nor a claim check, or both",
+    "manifest-key": "the claim check does not name the manifest's content-addressed key",
+    "manifest-totals": "file_count or total_bytes is not that of the package's events",
+    "decide": "the core would not have made this event out of its command and the package's state",
+    "backend": "an event names a storage backend that is not the one at hand",
+    "blob-key": "an event names a key that no blob can have",
+    "blob-missing": "a blob that an event names is not there",
+    "blob-damaged": "a blob is too short, or its bytes do not have the digests that were acknowledged",
+    "blob-claim": "a blob is whole, but an event claims other digests for it",
+    "view": "a view is not what a fresh fold of the log gives",
+    "view-position": "a view cannot be compared: it stands on another log, or the log cannot be folded",
+}
+"""Every way of damage that the oracle knows, by the kind of its violations. A test damages a log, a blob or a view in
+each of these ways and sees it caught; another holds docs/verify.md to this list."""
 
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """One broken invariant: a stable `kind`, the place (package and sequence, key, or view) and a sentence."""
+    """One broken invariant: its `kind` (of KINDS), the place (package and sequence, or view) and a sentence."""
 
     kind: str
     place: str
@@ -23,16 +67,26 @@ class Report:
     files: int = 0
     manifests: int = 0
     blobs: int = 0
-    bytes: int = 0
+    """Objects of the store that were looked at."""
+    bytes: int | None = None
+    """Bytes that were read and hashed; None when they were not to be read."""
+    healed: int = 0
+    """Files whose bytes do not lie where their event says, but under their content-addressed key."""
     unfinished_commands: int = 0
-    violations: list[Violation] = field(default_factory=list)
-    violation_count: int = 0
-    kept: int = 1000
     views: dict[str, str] = field(default_factory=dict)
     """Digest of each view that was compared with a fresh fold."""
+    set_aside: dict[str, str] = field(default_factory=dict)
+    """Keys of damaged blobs, and where each was moved to."""
+    violation_count: int = 0
+    violations: list[Violation] = field(default_factory=list)
+    kept: int = 1000
+    expected_blobs: int = 0
+    expected_bytes: int = 0
+    """How much there is to look at, for whoever shows the progress."""
 
     def add(self, kind: str, place: str, detail: str) -> None:
-        """Note a violation."""
+        """Note a violation. Raises KeyError for a kind that is not in KINDS."""
+        KINDS[kind]
         self.violation_count += 1
         if len(self.violations) < self.kept:
             self.violations.append(Violation(kind, place, detail))
@@ -41,3 +95,23 @@ class Report:
     def clean(self) -> bool:
         """Whether no invariant is broken."""
         return self.violation_count == 0
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as one JSON object; without `bytes` when none were to be read."""
+        found: dict[str, Any] = {
+            "events": self.events,
+            "packages": self.packages,
+            "files": self.files,
+            "manifests": self.manifests,
+            "blobs": self.blobs,
+            "bytes": self.bytes,
+            "healed": self.healed,
+            "unfinished_commands": self.unfinished_commands,
+            "views": self.views,
+            "set_aside": self.set_aside,
+            "violation_count": self.violation_count,
+            "violations": [{"kind": v.kind, "place": v.place, "detail": v.detail} for v in self.violations],
+        }
+        if self.bytes is None:
+            del found["bytes"]
+        return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from schemas.events import Event
+from schemas.events import Event, PackageFinalized
 from services.errors import CorruptError
 from services.log.port import Log
 from services.log.position import Position
@@ -13,6 +13,7 @@ from services.views.engine import Views
 from services.views.projections import Projection
 
 _BATCH_EVENTS = 1000
+_BATCH_BYTES = 16 << 20
 
 
 async def check_view(log: Log, views: Views, fresh: Views, projection: Projection, report: Report) -> None:
@@ -29,7 +30,7 @@ async def check_view(log: Log, views: Views, fresh: Views, projection: Projectio
         await _fold_up_to(log, fresh, projection, found.position)
         expected = await digest_view(fresh, projection)
     except CorruptError as error:
-        report.add("view", place, f"cannot be compared: {error.detail}")
+        report.add("view-position", place, f"cannot be compared: {error.detail}")
         return
     report.views[projection.name] = str(found.digest)
     if expected.digest != found.digest:
@@ -41,6 +42,7 @@ async def _fold_up_to(log: Log, fresh: Views, projection: Projection, until: Pos
     checkpoint = await load_checkpoint(fresh, projection, until.log)
     batch: list[Event] = []
     moved: dict[int, int] = {}
+    manifest_bytes = 0
     async for event in log.read():
         partition = log.partition_of(event.package_id)
         behind = event.position.offsets[partition]
@@ -48,8 +50,10 @@ async def _fold_up_to(log: Log, fresh: Views, projection: Projection, until: Pos
             continue
         batch.append(event)
         moved[partition] = behind
-        if len(batch) >= _BATCH_EVENTS:
+        if isinstance(event.payload, PackageFinalized):
+            manifest_bytes += len(event.payload.manifest or b"")
+        if len(batch) >= _BATCH_EVENTS or manifest_bytes >= _BATCH_BYTES:
             checkpoint = await apply(fresh, projection, batch, since=checkpoint, next_offsets=moved)
-            batch, moved = [], {}
+            batch, moved, manifest_bytes = [], {}, 0
     if batch:
         await apply(fresh, projection, batch, since=checkpoint, next_offsets=moved)

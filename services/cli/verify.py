@@ -1,0 +1,96 @@
+"""`verify`: the oracle, with its progress on standard error and exit code 1 when anything is broken."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+from services.cli.output import answer, raw
+from services.cli.root import run
+from services.cli.settings import common_options, invocation
+
+if TYPE_CHECKING:
+    from services.verify import Progress, Report
+
+_SECONDS_ON_A_TERMINAL = 0.25
+_SECONDS_ELSEWHERE = 10.0
+_MIB = 1 << 20
+
+
+@click.command()
+@click.option(
+    "--bytes", "check_bytes", is_flag=True, help="Read and hash every blob as well, and set damaged ones aside."
+)
+@common_options(shown=("log_url", "blobs_url", "views_url"))
+def verify(*, check_bytes: bool) -> None:
+    """Read log, blobs and views and name every broken invariant; exit code 1 if there is any.
+
+    With --bytes, damaged blobs are moved below `damaged/` in the blob store: sending the same bytes again heals them.
+    """
+    report = run(_verify(check_bytes=check_bytes))
+    found = report.as_json()
+    if invocation().as_json:
+        answer(found)
+    else:
+        violations = found.pop("violations")
+        answer(found)
+        for violation in violations:
+            raw(f"{violation['kind']}  {violation['place']}: {violation['detail']}".encode())
+    if not report.clean:
+        click.get_current_context().exit(1)
+
+
+async def _verify(*, check_bytes: bool) -> Report:
+    from contextlib import AsyncExitStack
+
+    from services.verify import verify as check
+    from services.wiring import open_blobs, open_log, open_views
+
+    settings = invocation().settings()
+    async with AsyncExitStack() as stack:
+        log, blobs, views = open_log(settings), open_blobs(settings), open_views(settings)
+        for part in (log, blobs, views):
+            stack.push_async_callback(part.close)
+        with _shown() as progress:
+            return await check(log, blobs, views, check_bytes=check_bytes, progress=progress)
+
+
+@contextmanager
+def _shown() -> Iterator[Progress]:
+    """A line on standard error now and then: one that is overwritten on a terminal, one after the other elsewhere."""
+    terminal = sys.stderr.isatty()
+    began = shown = time.monotonic()
+    seconds = _SECONDS_ON_A_TERMINAL if terminal else _SECONDS_ELSEWHERE
+
+    def show(report: Report) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if invocation().quiet or now - shown < seconds:
+            return
+        shown = now
+        text = progress_line(report, now - began)
+        click.echo(f"\r\x1b[K{text}" if terminal else text, err=True, nl=not terminal)
+
+    try:
+        yield show
+    finally:
+        if terminal and shown > began:
+            click.echo("\r\x1b[K", err=True, nl=False)
+
+
+def progress_line(report: Report, seconds: float) -> str:
+    """How far a verification has come after so many seconds."""
+    parts = [f"{report.events:,} events"]
+    if report.expected_blobs:
+        parts.append(f"{report.blobs:,} of {report.expected_blobs:,} blobs")
+    if report.bytes is not None:
+        rate = report.bytes / _MIB / max(seconds, 1e-3)
+        parts.append(f"{report.bytes / _MIB:,.1f} of {report.expected_bytes / _MIB:,.1f} MiB, {rate:,.1f} MiB/s")
+    if report.violation_count:
+        parts.append(f"{report.violation_count:,} violations")
+    return ", ".join(parts)

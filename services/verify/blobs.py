@@ -1,0 +1,173 @@
+"""Checking the blob store: what events name is there and, when bytes are read, is what was acknowledged.
+
+A damaged object is set aside: as long as it lies under its key, an upload of the same bytes would find it there and
+store nothing. What is still good in it, which a pack of many files may hold much of, is stored under the files' own
+content-addressed keys first; readers look there when a location fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from services.blobs.port import BlobStore, Declared, content_key
+from services.errors import ArtifactStoreError, CorruptError, UnavailableError
+from services.verify.notes import Claim, Notes
+from services.verify.rehash import Rehash
+from services.verify.report import Report
+
+_LOOKED_AT_ONCE = 16
+_READ_AT_ONCE = 4
+
+
+class BlobCheck:
+    """One pass over every key that the log names, in memory that does not depend on how many there are."""
+
+    def __init__(
+        self, blobs: BlobStore, notes: Notes, report: Report, *, check_bytes: bool, progress: Callable[[Report], None]
+    ) -> None:
+        self._blobs = blobs
+        self._notes = notes
+        self._report = report
+        self._check_bytes = check_bytes
+        self._progress = progress
+        self._read_bytes = 0
+
+    async def run(self) -> None:
+        """Look at every blob. Raises UnavailableError when the store as a whole cannot be used."""
+        report = self._report
+        report.expected_blobs, size = self._notes.totals()
+        if self._check_bytes:
+            report.bytes, report.expected_bytes = 0, size
+        most = _READ_AT_ONCE if self._check_bytes else _LOOKED_AT_ONCE
+        waiting: set[asyncio.Task[None]] = set()
+        try:
+            for key in self._notes.claimed_keys():
+                waiting.add(asyncio.create_task(self._check(key)))
+                if len(waiting) >= most:
+                    waiting = await self._reap(waiting)
+            while waiting:
+                waiting = await self._reap(waiting)
+        finally:
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+
+    async def _reap(self, waiting: set[asyncio.Task[None]]) -> set[asyncio.Task[None]]:
+        done, left = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+        self._progress(self._report)
+        return left
+
+    async def _check(self, key: str) -> None:
+        claims = self._notes.claims(key)
+        self._report.blobs += 1
+        try:
+            size = await self._blobs.size(key)
+        except CorruptError as error:
+            for claim in claims:
+                self._report.add("blob-key", claim.place, error.detail)
+            return
+        if size is None:
+            await self._complain(claims, "blob-missing", "is missing")
+        elif self._check_bytes:
+            await self._check_content(key, size, claims)
+        else:
+            short = [claim for claim in claims if not _fits(claim, size)]
+            await self._complain(short, "blob-damaged", f"has {size:,} bytes")
+
+    async def _check_content(self, key: str, size: int, claims: Sequence[Claim]) -> None:
+        found = Rehash(size, claims)
+        expected = _address(key)
+        try:
+            await found.read(self._blobs.read(key, 0, size), self._count)
+        except CorruptError as error:
+            wrong, damaged = error.detail, True
+            broken: Sequence[Claim] = claims
+        except UnavailableError as error:
+            await self._blobs.check()  # if it is the store and not this object, that is the end of the verification
+            wrong, damaged = f"cannot be read: {error.detail}", True
+            broken = claims
+        else:
+            wrong = "does not have the digests that were acknowledged"
+            damaged = bool(found.broken) and not found.sound if expected is None else found.digest != expected
+            broken = found.broken
+        if not damaged:
+            await self._complain(broken, "blob-claim", "is whole and has other digests")
+            return
+        moved = await self._set_aside(key, size, [] if broken is claims else found.sound)
+        if moved is None:
+            return  # sound meanwhile
+        await self._complain(broken, "blob-damaged", f"{wrong}; {moved}")
+        if not broken:
+            first = claims[0]
+            self._report.add("blob-damaged", first.place, f"blob {key} is not what its key says; {moved}")
+
+    async def _set_aside(self, key: str, size: int, sound: Sequence[Claim]) -> str | None:
+        """Move the object away; what became of it in words, None if it was replaced by the right bytes meanwhile."""
+        try:
+            for claim in sound:
+                declared = Declared(claim.length, claim.blake3, claim.sha256 or None)
+                body = self._blobs.read(key, claim.start, claim.length)
+                await self._blobs.store(body, declared=declared, max_bytes=claim.length)
+            aside = await self._blobs.set_aside(key)
+            if aside is None:
+                return "it went away meanwhile"
+            if (expected := _address(key)) is not None and await self._digest(aside) == expected:
+                body = self._blobs.read(aside, 0, size)
+                await self._blobs.store(body, declared=Declared(size, expected), max_bytes=size)
+                return None
+        except ArtifactStoreError as error:
+            return f"it could not be set aside: {error.detail}"
+        if len(self._report.set_aside) < self._report.kept:
+            self._report.set_aside[key] = aside
+        return f"it was set aside as {aside}"
+
+    async def _complain(self, broken: Sequence[Claim], kind: str, wrong: str) -> None:
+        for claim in broken:
+            if await self._lies_elsewhere(claim):
+                self._report.healed += 1
+            else:
+                self._report.add(kind, claim.place, f"blob {claim.key}, {claim.what}, {wrong}")
+
+    async def _lies_elsewhere(self, claim: Claim) -> bool:
+        """Whether the bytes lie under their content-addressed key, where readers look next."""
+        key = content_key(claim.blake3)
+        if key == claim.key or await self._blobs.size(key) != claim.length:
+            return False
+        if not self._check_bytes:
+            return True
+        there = Rehash(
+            claim.length, [Claim(key, 0, claim.length, claim.blake3, claim.sha256, True, claim.package_id, 0, "")]
+        )
+        try:
+            await there.read(self._blobs.read(key, 0, claim.length), self._count)
+        except CorruptError:
+            return False
+        if there.digest != claim.blake3:
+            await self._set_aside(key, claim.length, [])
+        return bool(there.sound)
+
+    async def _digest(self, key: str) -> bytes:
+        size = await self._blobs.size(key)
+        found = Rehash(size or 0, [])
+        await found.read(self._blobs.read(key, 0, size or 0), lambda _: None)
+        return found.digest
+
+    def _count(self, length: int) -> None:
+        self._report.bytes = (self._report.bytes or 0) + length
+        self._progress(self._report)
+
+
+def _fits(claim: Claim, size: int) -> bool:
+    return size == claim.length if claim.whole else size >= claim.start + claim.length
+
+
+def _address(key: str) -> bytes | None:
+    """The BLAKE3 digest (32 raw bytes) that a content-addressed key names."""
+    try:
+        digest = bytes.fromhex(key.rpartition("/")[2])
+    except ValueError:
+        return None
+    return digest if key == content_key(digest) else None

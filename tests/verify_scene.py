@@ -1,0 +1,180 @@
+"""A small registry for tests of the oracle: a log in memory, blobs in a folder and views in a file, all of it whole.
+
+Its events are made by the core. Tests then damage log, blobs or views on purpose; `chained` makes an event that was
+tampered with fit its neighbours again, as a careful forger would, so that one check alone can find it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from blake3 import blake3
+
+from schemas import identifiers
+from schemas.codec import UndecodableEventError, encode
+from schemas.digests import event_digest, payload_digest
+from schemas.events import NO_DIGEST, Event, FileIngested, PackageFinalized
+from services.blobs.local import LocalBlobStore
+from services.blobs.port import content_key
+from services.core.commands import Command, IngestFiles, StoredFile
+from services.core.decide import decide
+from services.core.evolve import evolve
+from services.core.limits import Limits
+from services.core.state import PackageState
+from services.errors import CorruptError
+from services.log.port import RecordedEvent
+from services.log.position import Position
+from services.verify import Report, verify
+from services.views.catch_up import catch_up
+from services.views.engine import Views
+from services.views.projections import PROJECTIONS
+from tests.memory_log import MemoryLog
+from tests.unit.commands import command_id, create, finalize
+
+CONTENT = {"a": b"first", "b": b"second", "c": b"the third"}
+
+
+class CheckedLog(MemoryLog):
+    """What cannot be decoded is corruption to its reader, as the port has it."""
+
+    async def read(self, since: Position | None = None, **options: Any) -> AsyncIterator[RecordedEvent]:
+        try:
+            async for event in super().read(since, **options):
+                yield event
+        except UndecodableEventError as error:
+            raise CorruptError(str(error)) from error
+
+
+@dataclass
+class Scene:
+    """A package of three files: `a` by a command of its own, `b` and `c` by one command; then it is finalized."""
+
+    folder: Path
+    events: list[Event]
+    log: MemoryLog = field(default_factory=CheckedLog)
+    misplaced: list[Event] = field(default_factory=list)
+    """Events that go to a partition that is not theirs."""
+
+    @property
+    def package_id(self) -> UUID:
+        return self.events[0].package_id
+
+    @property
+    def open(self) -> list[Event]:
+        """The events before the finalization."""
+        return self.events[:4]
+
+    def blob(self, name: str) -> Path:
+        """The file of the blob that holds the bytes of file `name`."""
+        return self.folder / "blobs" / content_key(blake3(CONTENT[name]).digest())
+
+    def views(self) -> Views:
+        return Views(f"sqlite+aiosqlite:///{self.folder / 'views.db'}")
+
+    def append(self) -> None:
+        """Put the events into the log. Once."""
+        self.log.append(*self.events)
+        for event in self.misplaced:
+            partition = self.log.partition_of(event.package_id) + 1
+            self.log.append_raw(partition % 3, encode(event), str(event.package_id).encode())
+
+    async def fold(self) -> None:
+        """Bring the views up to the log."""
+        views = self.views()
+        try:
+            for projection in PROJECTIONS.values():
+                await catch_up(views, self.log, projection)
+        finally:
+            await views.close()
+
+    async def verify(self, *, check_bytes: bool = False) -> Report:
+        """Let the oracle judge."""
+        blobs, views = LocalBlobStore(self.folder / "blobs"), self.views()
+        try:
+            return await verify(self.log, blobs, views, check_bytes=check_bytes)
+        finally:
+            await views.close()
+            await blobs.close()
+
+
+async def whole_scene(folder: Path) -> Scene:
+    """A registry in which nothing is broken; nothing is in its log yet."""
+    for content in CONTENT.values():
+        put_blob(folder, content_key(blake3(content).digest()), content)
+    views = Views(f"sqlite+aiosqlite:///{folder / 'views.db'}")
+    await views.migrate()
+    await views.close()
+    made = create()
+    commands = (
+        made,
+        IngestFiles(made.package_id, command_id("one"), "ada", (stored("a"),)),
+        IngestFiles(made.package_id, command_id("two"), "ada", (stored("b"), stored("c"))),
+        finalize(made.package_id),
+    )
+    return Scene(folder, await asyncio.to_thread(history, commands))
+
+
+def put_blob(folder: Path, key: str, content: bytes) -> None:
+    """Write a blob as if it had been stored."""
+    path = folder / "blobs" / key
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def stored(path: str, content: bytes | None = None) -> StoredFile:
+    """A file whose bytes lie at their content-addressed key."""
+    data = CONTENT[path] if content is None else content
+    digest = blake3(data).digest()
+    sha256 = hashlib.sha256(data).digest()
+    return StoredFile(
+        path, "text/plain", len(data), digest, sha256, "local", content_key(digest), 0, len(data), 1_000_000
+    )
+
+
+def history(commands: Iterable[Command], limits: Limits | None = None) -> list[Event]:
+    """What the core makes of one package's commands, one every millisecond."""
+    state: PackageState | None = None
+    events: list[Event] = []
+    for now, command in enumerate(commands, 1):
+        for event in decide(state, command, now * 1000, limits or Limits()).events:
+            state = evolve(state, event)
+            events.append(event)
+    return events
+
+
+def changed(event: Event, **fields: Any) -> Event:
+    """The event with other fields in its payload, or in its receipt, and every identifier and digest to match."""
+    payload: Any = event.payload
+    receipt = {
+        name: fields.pop(name)
+        for name in ("backend_id", "key", "offset", "length", "location_id", "stored_at")
+        if name in fields
+    }
+    payload = replace(payload, **fields)
+    if isinstance(payload, FileIngested):
+        file_id = fields.get("file_id") or identifiers.file_id(event.package_id, payload.relative_path)
+        at = replace(payload.receipt, **receipt)
+        location = identifiers.location_id(file_id, at.backend_id, at.key, at.offset, at.length)
+        at = replace(at, location_id=receipt.get("location_id") or location)
+        payload = replace(payload, file_id=file_id, receipt=at)
+    digest = event.payload_digest if isinstance(payload, PackageFinalized) else payload_digest(payload)
+    return replace(event, payload=payload, payload_digest=digest)
+
+
+def chained(events: Iterable[Event], *, numbered: bool = True) -> list[Event]:
+    """The events with every link of the chain to match and, if they are to be numbered, as 1, 2, 3 …"""
+    found: list[Event] = []
+    digest = NO_DIGEST
+    for number, event in enumerate(events, 1):
+        sequence = number if numbered else event.sequence
+        event_id = identifiers.event_id(event.package_id, sequence)
+        linked = replace(event, sequence=sequence, event_id=event_id, previous_digest=digest)
+        digest = event_digest(linked)
+        found.append(linked)
+    return found
