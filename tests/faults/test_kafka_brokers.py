@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 import pytest
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient
 
+from services.config import Settings
 from services.core.commands import Acknowledgement, Command
 from services.errors import PushBackError, UnavailableError
 from services.log.kafka import KafkaLog, KafkaWriter
@@ -130,19 +132,28 @@ def coordinated_by(text: str, partitions: int) -> int:
     return (hashed & 0x7FFFFFFF) % partitions
 
 
-async def test_a_transaction_whose_marker_was_left_out_does_not_hold_its_partition_for_ever(tmp_path: Path) -> None:
-    """The coordinator leaves the marker out while a partition has no leader, and calls the transaction complete."""
-    with KafkaCluster(tmp_path / "cluster") as cluster:
-        settings = kafka_settings(f"kafka://{cluster.endpoint}/private", tmp_path)
+async def led_apart(cluster: KafkaCluster, folder: Path) -> tuple[Settings, int, KafkaBroker]:
+    """A log with a partition that one broker leads while another coordinates its transactions; and that leader.
+
+    Brokers spread partitions from a random one on, so a topic may have none such: then another topic is made.
+    """
+    for number in count():
+        settings = kafka_settings(f"kafka://{cluster.endpoint}/private-{number}", folder)
         async with open_kafka_log(settings) as log:
-            # An id is coordinated by whoever leads its partition; wanted is one coordinated by another broker than the
-            # one that leads the partition of the log.
             await asyncio.to_thread(cut_off, log, 0)
             of_log = await asyncio.to_thread(leaders, cluster.endpoint, log.kafka.topic)
             of_ids = await asyncio.to_thread(leaders, cluster.endpoint, "__transaction_state")
-            ids = {p: of_ids[coordinated_by(f"{log.kafka.topic}-{p}", len(of_ids))] for p in of_log}
-            partition = next(p for p in of_log if of_log[p] != ids[p])
-            leader = cluster.brokers[of_log[partition] - 1]
+            for partition, leader in of_log.items():
+                if leader != of_ids[coordinated_by(f"{log.kafka.topic}-{partition}", len(of_ids))]:
+                    return settings, partition, cluster.brokers[leader - 1]
+    raise AssertionError("never reached: the numbers do not end")
+
+
+async def test_a_transaction_whose_marker_was_left_out_does_not_hold_its_partition_for_ever(tmp_path: Path) -> None:
+    """The coordinator leaves the marker out while a partition has no leader, and calls the transaction complete."""
+    with KafkaCluster(tmp_path / "cluster") as cluster:
+        settings, partition, leader = await led_apart(cluster, tmp_path)
+        async with open_kafka_log(settings) as log:
             producer = Producer({**log.kafka.producer(partition)})
             await asyncio.to_thread(producer.init_transactions, 30)
             producer.begin_transaction()
