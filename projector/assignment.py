@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
-from schemas.codec import UndecodableEventError, decode
-from schemas.events import Event
+from schemas.batch import EventBatch
+from schemas.codec import UndecodableEventError
 from services.errors import CorruptError, LogIdentityError, PushBackError, UnavailableError
 from services.log.port import Batch, Log, Record, Subscription
 from services.log.position import Position
@@ -23,17 +23,20 @@ from services.views.projections import Projection
 
 logger = logging.getLogger(__name__)
 
-_POLL_RECORDS = 500
-_BATCH_RECORDS = 4000
+_BATCH_RECORDS = 10_000
 _BATCH_BYTES = 8 << 20
 """A batch ends when it has as many records or bytes as this; the last poll may go over it by what it brings."""
+
+_POLL_RECORDS = 2_500
+_FEWEST_RECORDS = 10
+"""So many are asked for in one poll; fewer, when those before them were so large that more might not fit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
     """Decoded events, the checkpoint that they were read from, and the offsets behind them."""
 
-    events: Sequence[Event]
+    events: EventBatch
     since: Checkpoint
     next_offsets: Mapping[int, int]
 
@@ -58,6 +61,7 @@ class Assignment:
         self._reset = False
         self._next: dict[int, int] = {}
         self._subscription: Subscription | None = None
+        self._usual_size = 1
 
     async def join(self) -> None:
         """Join the group; partitions are assigned while polling.
@@ -83,13 +87,16 @@ class Assignment:
         ends: dict[int, int] = {}
         size = 0
         while True:
-            batch = await self._joined().poll(_POLL_RECORDS, 0.0 if ends else timeout_seconds)
+            batch = await self._joined().poll(self._most(size), 0.0 if ends else timeout_seconds)
             self._check(batch, ends)
             for partition, offset in batch.next_offsets.items():
                 starts.setdefault(partition, self._next[partition])
                 ends[partition] = self._next[partition] = offset
             records += batch.records
-            size += sum(len(record.value) for record in batch.records)
+            if batch.records:
+                brought = sum(len(record.value) for record in batch.records)
+                size += brought
+                self._usual_size = brought // len(batch.records)
             if not batch.next_offsets or len(records) >= _BATCH_RECORDS or size >= _BATCH_BYTES:
                 break
         if not ends:
@@ -137,10 +144,16 @@ class Assignment:
             logger.info("%s: assigned partitions %s", self._projection.name, starts)
         return starts
 
+    def _most(self, size: int) -> int:
+        """How many records to ask for when a batch has this many bytes, going by the size of the last ones."""
+        fitting = (_BATCH_BYTES - size) // max(1, self._usual_size)
+        return max(_FEWEST_RECORDS, min(_POLL_RECORDS, fitting))
+
     def _check(self, batch: Batch, ends: Mapping[int, int]) -> None:
         """Refuse what does not go on from where reading stands: a rebalance came between."""
         moved = any(self._next[p] != offset for p, offset in ends.items())
-        early = any(record.offset < self._next.get(record.partition, 0) for record in batch.records)
+        firsts = {record.partition: record.offset for record in reversed(batch.records)}
+        early = any(offset < self._next.get(p, 0) for p, offset in firsts.items())
         if self._reset or moved or early:
             raise StaleCheckpointError(f"the partitions of {self._projection.name} were assigned anew")
 
@@ -167,11 +180,11 @@ class Assignment:
         return self._subscription
 
 
-def _decode(records: Sequence[Record]) -> list[Event]:
-    events: list[Event] = []
+def _decode(records: Sequence[Record]) -> EventBatch:
+    events = EventBatch()
     for record in records:
         try:
-            events.append(decode(record.value))
+            events.append(record.value)
         except UndecodableEventError as error:
             raise CorruptError(
                 f"the record at offset {record.offset} of partition {record.partition} cannot be read: {error}"

@@ -89,6 +89,17 @@ class MemoryLog:
                 if package_id in (None, event.package_id):
                     yield RecordedEvent(**{name: getattr(event, name) for name in _FIELDS}, position=at)
 
+    async def scan(self, starts: Mapping[int, int], ends: Mapping[int, int]) -> AsyncIterator[Batch]:
+        at = dict(starts)
+        while behind := {p: at[p] for p in at if at[p] < ends[p]}:
+            self._reach()
+            await asyncio.sleep(0)
+            for partition, start in behind.items():
+                found, reached = self.take(partition, start, 20)
+                at[partition] = min(reached, ends[partition])
+                records = [record for record in found if record.offset < at[partition]]
+                yield Batch(records, {partition: at[partition]})
+
     async def subscribe(self, projection: str, start_offsets: StartOffsets) -> MemorySubscription:
         self._reach()
         joined = MemorySubscription(self, projection, start_offsets)

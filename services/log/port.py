@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 from uuid import UUID
 
 from schemas.events import Event
@@ -23,8 +23,7 @@ class RecordedEvent(Event):
     position: Position
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """One undecoded record. `offset` counts within `partition`; offsets grow but need not be contiguous."""
 
     partition: int
@@ -103,6 +102,15 @@ class Log(Protocol):
 
         Raises (on iteration): LogIdentityError, InvalidPositionError (beyond the end), UnavailableError,
             CorruptError (a record cannot be decoded).
+        """
+
+    def scan(self, starts: Mapping[int, int], ends: Mapping[int, int]) -> AsyncIterator[Batch]:
+        """Read the records of some partitions, undecoded: of each in `starts` from there to its offset in `ends`.
+
+        For those who read much and decode it elsewhere. `ends` must not lie beyond the log's end; the last
+        `next_offsets` of every partition is its end. Memory is bounded by a batch.
+
+        Raises (on iteration): UnavailableError, CorruptError (records before a start, or behind it, are gone).
         """
 
     async def subscribe(self, projection: str, start_offsets: StartOffsets) -> Subscription:

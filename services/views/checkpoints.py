@@ -1,8 +1,8 @@
 """Checkpoints: how far a view has come, moved in one transaction with its rows, under a guard.
 
 Two things fence a fold that is behind the times. The offsets that it starts from must be those of the checkpoint, so
-that of two folds of one batch one alone is applied; and the generation must be the live one, so that a fold that began
-before a reset cannot write into what was built since.
+that of two folds of one batch one alone is applied; and the generation must still be there, live or being built, so
+that a fold that began before a reset or a switch cannot write into what has taken its place.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from schemas.events import Event
 from services.errors import ConfigurationError, LogIdentityError, UnavailableError
 from services.log.position import Position
+from services.views.building import building_tables, live_tables
 from services.views.engine import Views, check_layouts
-from services.views.projections import Projection
-from services.views.tables import metadata, projection_checkpoints, projection_generations
+from services.views.projections import Projection, Tables
+from services.views.tables import metadata, projection_builds, projection_checkpoints, projection_generations
 
 
 class StaleCheckpointError(UnavailableError):
@@ -73,25 +74,36 @@ async def apply(
 ) -> Checkpoint:
     """Fold the events and move the checkpoint, in one transaction; returns the checkpoint behind them.
 
-    `events` are what lies between `since` and `next_offsets` in the partitions that the latter names.
+    `events` are what lies between `since` and `next_offsets` in the partitions that the latter names. The
+    generation may be the live one or one that is being built.
 
     Raises:
-        StaleCheckpointError: the view does not stand at `since` in one of these partitions, or is of another
-            generation; nothing was changed.
+        StaleCheckpointError: the view does not stand at `since` in one of these partitions, or there is no such
+            generation any more; nothing was changed.
         CorruptError: an event does not follow what was folded before; nothing was changed.
         UnavailableError: the transaction may or may not be there; the checkpoint tells.
     """
-    before = since.position.offsets
     async with views.writing() as connection:
-        live, log = await _generation(connection, projection, lock=True)
-        if live != since.generation or log != since.position.log:
-            raise StaleCheckpointError(f"the view {projection.name} was reset: this fold is of an older generation")
-        for partition in sorted(next_offsets):  # one order for all, so that no two wait for each other
-            expected, following = before.get(partition, 0), next_offsets[partition]
-            if not await _advance(connection, projection, live, partition, expected, following):
-                raise StaleCheckpointError(f"the view {projection.name} is not at {expected} of partition {partition}")
-        if events:
-            await projection.fold(connection, {table.name: table for table in projection.tables}, events)
+        return await apply_within(connection, projection, events, since=since, next_offsets=next_offsets)
+
+
+async def apply_within(
+    connection: AsyncConnection,
+    projection: Projection,
+    events: Sequence[Event],
+    *,
+    since: Checkpoint,
+    next_offsets: Mapping[int, int],
+) -> Checkpoint:
+    """As `apply`, in a transaction of the caller's, which must not go on when this raises."""
+    before = since.position.offsets
+    tables = await _tables_of(connection, projection, since)
+    for partition in sorted(next_offsets):  # one order for all, so that no two wait for each other
+        expected, following = before.get(partition, 0), next_offsets[partition]
+        if not await _advance(connection, projection, since.generation, partition, expected, following):
+            raise StaleCheckpointError(f"the view {projection.name} is not at {expected} of partition {partition}")
+    if events:
+        await projection.fold(connection, tables, events)
     return Checkpoint(since.generation, Position(since.position.log, {**before, **next_offsets}))
 
 
@@ -106,13 +118,13 @@ async def reset(views: Views, projection: Projection) -> UUID:
         table = projection_generations
         mine = table.c.projection == projection.name
         # The row is updated, never replaced: a fold that waits for its lock must find it again.
-        layout = (await connection.execute(select(table.c.layout).where(mine).with_for_update())).scalar_one()
+        before = (await connection.execute(select(table).where(mine).with_for_update())).one()
         fresh = {"generation": generation, "layout": projection.layout, "log": None}
         await connection.execute(update(table).where(mine).values(fresh))
         await connection.execute(
-            delete(projection_checkpoints).where(projection_checkpoints.c.projection == projection.name)
+            delete(projection_checkpoints).where(projection_checkpoints.c.generation == before.generation)
         )
-        if layout != projection.layout:
+        if before.layout != projection.layout:
             await connection.run_sync(metadata.drop_all, tables=projection.tables)
             await connection.run_sync(metadata.create_all, tables=projection.tables)
         elif views.dialect == "postgresql":
@@ -137,18 +149,27 @@ async def read_offsets(connection: AsyncConnection, generation: UUID) -> dict[in
     return {row.partition: row.next_offset for row in await connection.execute(query)}
 
 
-async def _generation(
-    connection: AsyncConnection, projection: Projection, *, lock: bool = False
-) -> tuple[UUID, UUID | None]:
-    """The live generation and its log. With `lock` neither changes before the transaction ends."""
+async def _generation(connection: AsyncConnection, projection: Projection) -> tuple[UUID, UUID | None]:
+    """The live generation and its log."""
     table = projection_generations.c
     query = select(table.generation, table.log).where(table.projection == projection.name)
-    if lock:
-        query = query.with_for_update(read=True)
     row = (await connection.execute(query)).one_or_none()
     if row is None:
         raise ConfigurationError(f"the views have no {projection.name}: `artifact-store migrate` creates it")
     return row.generation, row.log
+
+
+async def _tables_of(connection: AsyncConnection, projection: Projection, since: Checkpoint) -> Tables:
+    """The tables of the checkpoint's generation; it stays what it is, live or being built, until the transaction ends.
+
+    Raises StaleCheckpointError when there is no such generation any more.
+    """
+    for table, tables in ((projection_generations, live_tables), (projection_builds, building_tables)):
+        mine = (table.c.projection == projection.name, table.c.generation == since.generation)
+        query = select(table.c.log).where(*mine, table.c.log == since.position.log).with_for_update(read=True)
+        if (await connection.execute(query)).one_or_none() is not None:
+            return tables(projection)
+    raise StaleCheckpointError(f"the view {projection.name} was reset: this fold is of an older generation")
 
 
 async def _advance(

@@ -20,9 +20,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from schemas.canonical import canonical_cbor
 from services.core.content_address import ContentAddress
 from services.log.position import Position
+from services.views.building import live_tables
 from services.views.checkpoints import read_position
 from services.views.engine import Views
-from services.views.projections import Projection
+from services.views.projections import Projection, Tables
 
 _ROWS_AT_ONCE = 1000
 
@@ -39,19 +40,33 @@ class ViewDigest:
 
 async def digest_view(views: Views, projection: Projection) -> ViewDigest:
     """Digest the view as it stands, in one snapshot and constant memory. Raises UnavailableError."""
+    tables = live_tables(projection)
+    async with views.reading(snapshot=True, long=True) as connection:
+        await keep_tables(connection, tables)
+        return await digest_tables(connection, projection, tables, await read_position(connection, projection))
+
+
+async def keep_tables(connection: AsyncConnection, tables: Tables) -> None:
+    """Let nobody empty or drop the tables before the transaction ends; call it before the snapshot's first query.
+
+    A TRUNCATE of PostgreSQL's is seen by older snapshots too.
+    """
+    if connection.dialect.name == "postgresql":
+        names = ", ".join(table.name for table in tables.values())
+        await connection.execute(text(f"LOCK TABLE {names} IN ACCESS SHARE MODE"))
+
+
+async def digest_tables(
+    connection: AsyncConnection, projection: Projection, tables: Tables, position: Position | None
+) -> ViewDigest:
+    """Digest one build of the projection's tables in the connection's snapshot, in which it stands at `position`."""
     hasher = blake3()
     rows = 0
-    async with views.reading(snapshot=True, long=True) as connection:
-        if views.dialect == "postgresql":
-            # A TRUNCATE is seen by older snapshots too: hold it off before the first query takes this one's snapshot.
-            names = ", ".join(table.name for table in projection.tables)
-            await connection.execute(text(f"LOCK TABLE {names} IN ACCESS SHARE MODE"))
-        position = await read_position(connection, projection)
-        for table in projection.tables:
-            hasher.update(canonical_cbor({"table": table.name, "columns": table.columns.keys()}))
-            async for dump in _dump(connection, table):
-                hasher.update(b"".join(dump))
-                rows += len(dump)
+    for name, table in ((table.name, tables[table.name]) for table in projection.tables):
+        hasher.update(canonical_cbor({"table": name, "columns": table.columns.keys()}))
+        async for dump in _dump(connection, table):
+            hasher.update(b"".join(dump))
+            rows += len(dump)
     return ViewDigest(projection.name, ContentAddress.of_digest(hasher.digest()), rows, position)
 
 

@@ -13,6 +13,9 @@ from sqlalchemy.types import TypeEngine
 
 metadata = MetaData()
 
+ONLY_INSERTED = {"only_inserted": True}
+"""Marks a table that folds insert into and never look anything up in: a rebuild loads it without any index."""
+
 
 def _text() -> TypeEngine[str]:
     """Text in binary order: `C` on PostgreSQL; on SQLite the default, BINARY, compares the bytes of UTF-8."""
@@ -56,6 +59,7 @@ artifact_files = Table(
     Column("blake3", LargeBinary(32), nullable=False),
     Column("sha256", LargeBinary(32), nullable=False),
     Column("created_at", BigInteger, nullable=False),
+    info=ONLY_INSERTED,
 )
 Index("artifact_files_by_path", artifact_files.c.package_id, artifact_files.c.relative_path, unique=True)
 
@@ -70,6 +74,7 @@ storage_locations = Table(
     Column("offset", BigInteger, nullable=False),
     Column("length", BigInteger, nullable=False),
     Column("created_at", BigInteger, nullable=False),
+    info=ONLY_INSERTED,
 )
 Index("storage_locations_by_file", storage_locations.c.artifact_file_id)
 
@@ -80,6 +85,7 @@ artifact_manifests = Table(
     Column("digest", _text(), nullable=False),
     Column("manifest", LargeBinary),
     Column("manifest_key", _text()),
+    info=ONLY_INSERTED,
 )
 
 retention_state = Table(
@@ -134,6 +140,17 @@ projection_generations = Table(
     Column("log", Uuid),
 )
 """The live build of each projection's tables; `log` is the log that it is folded from, null before the first event."""
+
+projection_builds = Table(
+    "projection_builds",
+    metadata,
+    Column("projection", _text(), primary_key=True),
+    Column("generation", Uuid, nullable=False),
+    Column("layout", Integer, nullable=False),
+    Column("log", Uuid, nullable=False),
+    Column("builder", _text(), nullable=False),
+)
+"""The generation that is built beside a projection's live one, if any; `builder` says who began or resumed it."""
 
 projection_checkpoints = Table(
     "projection_checkpoints",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 from uuid import UUID
 
+from schemas.events import Event
 from services.clock import Clock, system_clock
 from services.config import Settings
 from services.core.commands import Acknowledgement, Command
@@ -100,7 +101,7 @@ async def first(events: AsyncIterator[RecordedEvent], count: int) -> list[Record
     return found
 
 
-def by_package(events: Sequence[RecordedEvent]) -> dict[UUID, list[int]]:
+def by_package(events: Sequence[Event]) -> dict[UUID, list[int]]:
     """The sequences of every package in the order in which they were read: what the log promises an order for."""
     found: dict[UUID, list[int]] = {}
     for event in events:

@@ -30,7 +30,7 @@ from services.errors import (
     TooLargeError,
     UnknownRetentionClassError,
 )
-from services.log.port import RecordedEvent
+from services.log.port import Record, RecordedEvent
 from services.log.position import Position
 from services.manifest import decode as decode_manifest
 from tests.contract.log_invariants import assert_recorded_once, read_valid
@@ -389,6 +389,26 @@ async def test_reading_on_from_any_event_gives_exactly_the_rest(stage: Stage) ->
         rest = [found async for found in stage.log.read(event.position)]
         assert by_package(rest) == {p: s for p, s in by_package(events[index + 1 :]).items() if s}
     assert [found async for found in stage.log.read(await stage.log.end())] == []
+
+
+async def test_a_scan_gives_every_record_between_two_positions_of_the_log(stage: Stage) -> None:
+    await fill(stage)
+    events = await read_valid(stage.log)
+    half, end = events[len(events) // 2].position, await stage.log.end()
+
+    records: list[Record] = []
+    reached: dict[int, int] = {}
+    async for batch in stage.log.scan({p: half.offsets.get(p, 0) for p in end.offsets}, end.offsets):
+        records += batch.records
+        reached.update(batch.next_offsets)
+    until_half = [batch async for batch in stage.log.scan(dict.fromkeys(half.offsets, 0), half.offsets)]
+
+    assert by_package([decode(r.value) for r in records]) == by_package(events[len(events) // 2 + 1 :])
+    assert {p: offset for p, offset in end.offsets.items() if offset > half.offsets.get(p, 0)} == reached
+    before = [decode(record.value) for batch in until_half for record in batch.records]
+    assert by_package(before) == by_package(events[: len(events) // 2 + 1])
+    with pytest.raises(CorruptError):
+        [batch async for batch in stage.log.scan(end.offsets, {p: offset + 1 for p, offset in end.offsets.items()})]
 
 
 async def test_a_position_survives_as_text(stage: Stage) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from projector import replay, run_projection
+from projector.progress import ReplayProgress
 from projector.rebuild import replay_view
 from schemas.events import Event
 from services.config import Settings
 from services.errors import CorruptError, InvalidRequestError, UnavailableError
-from services.log.position import Position
 from services.registry import open_registry
 from services.views.catch_up import catch_up
 from services.views.digest import digest_view
@@ -43,36 +43,45 @@ async def views(views_url: str) -> AsyncIterator[Views]:
     await opened.close()
 
 
+@pytest.fixture(params=[False, True], ids=["beside", "in place"])
+def in_place(request: pytest.FixtureRequest) -> bool:
+    found: bool = request.param
+    return found
+
+
 @pytest.mark.parametrize("name", PROJECTIONS)
-async def test_a_replay_gives_the_same_rows_and_digest(views: Views, name: str) -> None:
+async def test_a_replay_gives_the_same_rows_and_digest(views: Views, name: str, *, in_place: bool) -> None:
     log, projection = MemoryLog(), PROJECTIONS[name]
     history = History().fill(packages=6, files=3)
     log.append(*history.events)
     for known in PROJECTIONS.values():
         await catch_up(views, log, known)
     before, rows = await digest_view(views, projection), await view_rows(views)
-    told: list[tuple[int, Position]] = []
-    done = await replay_view(views, log, projection, progress=lambda n, at: told.append((n, at)))
+    told: list[ReplayProgress] = []
+    done = await replay_view(views, log, projection, in_place=in_place, progress=told.append)
     assert (done.digest, done.rows, done.position) == (before.digest, before.rows, await log.end())
     assert done.events == len(history.events)
-    assert told[-1] == (done.events, done.position)
+    loaded = [seen for seen in told if seen.phase == "load"][-1]
+    assert (loaded.events, loaded.done, told[-1].events) == (done.events, loaded.total, done.events)
     assert await view_rows(views) == rows
 
 
-async def test_a_replay_beside_running_projectors_gives_the_same_view(views: Views) -> None:
+async def test_a_replay_beside_running_projectors_gives_the_same_view(views: Views, *, in_place: bool) -> None:
     log, history = MemoryLog(), History().fill(packages=10, files=5)
     log.append(*history.events)
     async with projecting(views, log, REGISTRY, times=2):
         await covers(views, REGISTRY, await log.end())
         before, rows = await digest_view(views, REGISTRY), await view_rows(views)
         for _ in range(3):
-            done = await replay_view(views, log, REGISTRY)
+            done = await replay_view(views, log, REGISTRY, in_place=in_place)
             assert (done.digest, done.position) == (before.digest, before.position)
             log.rebalance("registry")  # by which the projectors look where the view stands
     assert await view_rows(views) == rows
 
 
-async def test_a_replay_while_events_arrive_and_projectors_fold_loses_nothing(views: Views, tmp_path: Path) -> None:
+async def test_a_replay_while_events_arrive_and_projectors_fold_loses_nothing(
+    views: Views, tmp_path: Path, *, in_place: bool
+) -> None:
     log, history = MemoryLog(), History().fill(packages=10, files=5)
     log.append(*history.events[:60])
 
@@ -86,7 +95,7 @@ async def test_a_replay_while_events_arrive_and_projectors_fold_loses_nothing(vi
         arriving = asyncio.create_task(arrive(history.events[60:]))
         while not arriving.done():
             at_call = await log.end()
-            assert (await replay_view(views, log, REGISTRY)).position.covers(at_call)
+            assert (await replay_view(views, log, REGISTRY, in_place=in_place)).position.covers(at_call)
         await arriving
         await covers(views, REGISTRY, await log.end())
     reference = Views(f"sqlite+aiosqlite:///{tmp_path}/reference.db")
@@ -96,12 +105,12 @@ async def test_a_replay_while_events_arrive_and_projectors_fold_loses_nothing(vi
     await reference.close()
 
 
-async def test_several_replays_at_once_end_in_the_same_view(views: Views) -> None:
+async def test_several_replays_in_place_at_once_end_in_the_same_view(views: Views) -> None:
     log = MemoryLog()
     log.append(*History().fill(packages=6, files=3).events)
     await catch_up(views, log, REGISTRY)
     before = await digest_view(views, REGISTRY)
-    await asyncio.gather(*(replay_view(views, log, REGISTRY) for _ in range(3)))
+    await asyncio.gather(*(replay_view(views, log, REGISTRY, in_place=True) for _ in range(3)))
     await catch_up(views, log, REGISTRY)
     assert await digest_view(views, REGISTRY) == before
 

@@ -18,10 +18,11 @@ from services.log.kafka.partitioner import partition_of, record_key
 from services.log.kafka.reader import Reader
 from services.log.kafka.settings import KafkaSettings
 from services.log.kafka.subscription import KafkaSubscription
-from services.log.port import RecordedEvent, StartOffsets
+from services.log.port import Batch, RecordedEvent, StartOffsets
 from services.log.position import Position
 
 _BATCH = 500
+_SCAN_BATCH = 2000
 _POLL_SECONDS = 0.5
 _IDENTITY_SECONDS = 10.0
 """How often a reader that follows looks whether the topic is still the same one."""
@@ -92,6 +93,23 @@ class KafkaLog:
         finally:
             await reading.close()
 
+    async def scan(self, starts: Mapping[int, int], ends: Mapping[int, int]) -> AsyncIterator[Batch]:
+        """See `Log`. One consumer and one thread while the caller iterates."""
+        wanted = {p: start for p, start in starts.items() if start < ends[p]}
+        if not wanted:
+            return
+        reached = await self._checked_ends(wanted)
+        if short := [p for p in wanted if ends[p] > reached[p]]:
+            raise CorruptError(f"partition {short[0]} ends at offset {reached[short[0]]}: what lay behind it is gone")
+        scanning = _Scan(self.kafka, wanted, ends)
+        with ThreadPoolExecutor(1, thread_name_prefix="log-scan") as thread:
+            loop = asyncio.get_running_loop()
+            try:
+                while (batch := await loop.run_in_executor(thread, scanning.some)) is not None:
+                    yield batch
+            finally:
+                await loop.run_in_executor(thread, scanning.close)
+
     async def subscribe(self, projection: str, start_offsets: StartOffsets) -> KafkaSubscription:
         """See `Log`."""
         await self._look()
@@ -135,6 +153,33 @@ class KafkaLog:
             if offset < earliest[p]:
                 raise CorruptError(f"partition {p} begins at offset {earliest[p]}: events before it are gone")
         return ends
+
+
+class _Scan:
+    """Partitions read from one offset to another, undecoded. Every method blocks; for one thread."""
+
+    def __init__(self, kafka: KafkaSettings, starts: Mapping[int, int], ends: Mapping[int, int]) -> None:
+        self._kafka = kafka
+        self._at = dict(starts)
+        self._ends = {p: ends[p] for p in starts}
+        self._reader: Reader | None = None
+
+    def some(self) -> Batch | None:
+        """The next records, perhaps none; None behind the last."""
+        if self._at == self._ends:
+            return None
+        if self._reader is None:
+            self._reader = Reader(self._kafka, self._at)
+        found = [r for r in self._reader.take(_SCAN_BATCH, _POLL_SECONDS) if r.offset < self._ends[r.partition]]
+        reached = {p: min(offset, self._ends[p]) for p, offset in self._reader.reached().items()}
+        moved = {p: offset for p, offset in reached.items() if offset > self._at[p]}
+        self._at.update(moved)
+        return Batch(found, moved)
+
+    def close(self) -> None:
+        """Release the consumer."""
+        if self._reader is not None:
+            self._reader.close()
 
 
 class _Reading:

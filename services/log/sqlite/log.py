@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from uuid import UUID
 
 from schemas.events import Event
 from services.errors import ConfigurationError, CorruptError, InvalidPositionError
-from services.log.port import RecordedEvent, StartOffsets, Subscription
+from services.log.port import Batch, Record, RecordedEvent, StartOffsets, Subscription
 from services.log.position import Position
 from services.log.sqlite.file import PARTITION, LogFile, create_file
 from services.log.sqlite.readers import Readers
@@ -76,6 +76,16 @@ class SqliteLog:
                     return
                 await asyncio.sleep(poll_seconds)
 
+    async def scan(self, starts: Mapping[int, int], ends: Mapping[int, int]) -> AsyncIterator[Batch]:
+        """See `Log`."""
+        at, end = starts.get(PARTITION, 0), ends.get(PARTITION, 0)
+        while at < end:
+            records = await self._readers.run(_between(at, end))
+            if not records:
+                raise CorruptError("the log is shorter than it was: what was read before is not in it any more")
+            at = records[-1].offset + 1
+            yield Batch(records, {PARTITION: at})
+
     async def subscribe(self, projection: str, start_offsets: StartOffsets) -> Subscription:
         """See `Log`. The one partition belongs to one member at a time, in whichever process; the others wait."""
         if not _NAME.fullmatch(projection):
@@ -130,6 +140,10 @@ class _Cursor:
         elif end_offset(file.connection) < self._offset:
             raise CorruptError("the log is shorter than it was: what was read before is not in it any more")
         return events
+
+
+def _between(offset: int, end: int) -> Callable[[LogFile], list[Record]]:
+    return lambda file: records_from(file.connection, offset, end, BATCH_RECORDS)
 
 
 def _start(since: Position, identity: UUID, end: int) -> int:

@@ -1,0 +1,139 @@
+"""The tables of a generation that is not live yet: made bare, indexed last, and put in the place of the live ones.
+
+The live tables always have the plain names. Those of a build have a suffix, and their indexes a suffix of the
+generation's, because SQLite cannot rename an index and two of one name cannot be beside each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from uuid import UUID
+
+from sqlalchemy import Column, Index, MetaData, Table, text
+from sqlalchemy.engine import Dialect
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.schema import CreateIndex, CreateTable
+from sqlalchemy.sql import quoted_name
+
+from services.views.projections import Projection, Tables
+
+SUFFIX = "__building"
+
+_LONG_SECONDS = 24 * 3600.0
+"""A large index takes longer than any other statement may."""
+
+
+def live_tables(projection: Projection) -> Tables:
+    """The live build."""
+    return {table.name: table for table in projection.tables}
+
+
+def building_tables(projection: Projection) -> Tables:
+    """The build beside the live one; indexes and constraints in it are not those that it really has."""
+    return _aside(tuple(projection.tables))
+
+
+@lru_cache(maxsize=64)
+def _aside(tables: tuple[Table, ...]) -> Tables:
+    """Always the same objects for the same tables: SQLAlchemy keeps what it has compiled for them."""
+    aside = MetaData()
+    return {table.name: table.to_metadata(aside, name=table.name + SUFFIX) for table in tables}
+
+
+async def create_tables(connection: AsyncConnection, projection: Projection, generation: UUID) -> None:
+    """Make the build's tables, with no more indexes than its folds look anything up in."""
+    await drop_tables(connection, projection)
+    for table in projection.tables:
+        if connection.dialect.name == "sqlite":  # where a primary key cannot be added later
+            await connection.execute(CreateTable(building_tables(projection)[table.name]))
+            continue
+        columns = [Column(c.name, c.type, nullable=c.nullable) for c in table.columns]
+        await connection.execute(CreateTable(Table(table.name + SUFFIX, MetaData(), *columns)))
+        if not table.info.get("only_inserted"):
+            await connection.execute(CreateIndex(_key(table, generation)))
+
+
+async def drop_tables(connection: AsyncConnection, projection: Projection) -> None:
+    """Remove the build's tables, where they are."""
+    for table in projection.tables:
+        await connection.execute(text(f"DROP TABLE IF EXISTS {table.name}{SUFFIX}"))
+
+
+def index_statements(projection: Projection, generation: UUID, dialect: Dialect) -> Iterator[tuple[str, str]]:
+    """What is still to be built of the indexes, as table and statement, those of large tables first as they come.
+
+    Each can be repeated, and may run beside the others.
+    """
+    for table in projection.tables:
+        if dialect.name == "postgresql":
+            yield table.name, _text(CreateIndex(_key(table, generation), if_not_exists=True), dialect)
+        for index in _indexes(table, generation):
+            yield table.name, _text(CreateIndex(index, if_not_exists=True), dialect)
+
+
+async def create_index(connection: AsyncConnection, statement: str, *, memory_mib: int, workers: int) -> None:
+    """Run one of `index_statements` with so much memory and so many workers of the database's beside it."""
+    if connection.dialect.name == "sqlite":
+        await connection.execute(text(statement))
+        return
+    await connection.execute(text(f"SET LOCAL maintenance_work_mem = '{memory_mib}MB'"))
+    await connection.execute(text(f"SET LOCAL max_parallel_maintenance_workers = {workers}"))
+    raw = await connection.get_raw_connection()
+    run = raw.driver_connection.execute  # type: ignore[union-attr] # asyncpg's own connection, for its time-out
+    await run(statement, timeout=_LONG_SECONDS)
+
+
+async def analyze(connection: AsyncConnection, projection: Projection) -> None:
+    """Let PostgreSQL know what is in the build's tables, so that it plans well from the first query on."""
+    if connection.dialect.name == "postgresql":
+        names = ", ".join(f"{table.name}{SUFFIX}" for table in projection.tables)
+        await connection.execute(text(f"ANALYZE {names}"))
+
+
+async def lock_live_tables(connection: AsyncConnection, projection: Projection, milliseconds: int) -> None:
+    """Wait for those who read the live tables, each no longer than so; meanwhile whoever comes waits behind.
+
+    Raises UnavailableError through `Views.writing` when the time is over. SQLite's readers keep what they see.
+    """
+    if connection.dialect.name == "postgresql":
+        names = ", ".join(table.name for table in projection.tables)
+        await connection.execute(text(f"SET LOCAL lock_timeout = {milliseconds}"))
+        await connection.execute(text(f"LOCK TABLE {names} IN ACCESS EXCLUSIVE MODE"))
+
+
+async def replace_live_tables(connection: AsyncConnection, projection: Projection, generation: UUID) -> None:
+    """Drop the live tables and give the build's their names, in the connection's transaction."""
+    for table in projection.tables:
+        name = table.name
+        statements = [f"DROP TABLE IF EXISTS {name}", f"ALTER TABLE {name}{SUFFIX} RENAME TO {name}"]
+        if connection.dialect.name == "postgresql":
+            key = _key(table, generation).name
+            statements.append(f"ALTER TABLE {name} ADD CONSTRAINT {name}_pkey PRIMARY KEY USING INDEX {key}")
+            suffix = _suffix(generation)
+            statements += [f"ALTER INDEX {index.name}{suffix} RENAME TO {index.name}" for index in table.indexes]
+        for statement in statements:
+            await connection.execute(text(statement))
+
+
+def _suffix(generation: UUID) -> str:
+    return f"__{generation.hex[:8]}"
+
+
+def _key(table: Table, generation: UUID) -> Index:
+    """The index of the primary key, which becomes one when the build becomes the live one."""
+    aside = Table(table.name + SUFFIX, MetaData(), *(Column(c.name, c.type) for c in table.columns))
+    columns = [aside.c[column.name] for column in table.primary_key.columns]
+    return Index(f"{table.name}_pkey{_suffix(generation)}", *columns, unique=True)
+
+
+def _indexes(table: Table, generation: UUID) -> list[Index]:
+    aside = table.to_metadata(MetaData(), name=table.name + SUFFIX)
+    indexes = sorted(aside.indexes, key=lambda index: str(index.name))
+    for index in indexes:
+        index.name = quoted_name(f"{index.name}{_suffix(generation)}", quote=None)
+    return indexes
+
+
+def _text(statement: CreateIndex, dialect: Dialect) -> str:
+    return str(statement.compile(dialect=dialect))

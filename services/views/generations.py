@@ -1,0 +1,221 @@
+"""Generations: one that is built beside the live one, from its first row to the switch that makes it live.
+
+A build is known by its row in `projection_builds`; its rows and checkpoint are moved by `apply`, as the live one's are.
+The live generation's row is only ever updated: whoever waits for its lock finds it again and sees what has changed.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import UUID, uuid4
+
+from sqlalchemy import delete, insert, select, text, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from services.errors import PushBackError
+from services.file_lock import FileLock
+from services.log.position import Position
+from services.views.building import create_tables, drop_tables, lock_live_tables, replace_live_tables
+from services.views.checkpoints import Checkpoint, StaleCheckpointError, read_offsets
+from services.views.engine import Views
+from services.views.failures import database_errors
+from services.views.projections import Projection
+from services.views.tables import projection_builds, projection_checkpoints, projection_generations
+
+_FOLDS_SECONDS = 10
+"""How long a switch waits for folds that are under way; readers do not wait for it meanwhile."""
+
+_READERS_MILLISECONDS = 50
+"""How long a switch waits for each live table, and readers behind it, before it lets go and tries again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """A generation that is not live yet, and how far it has come; `builder` says who began or resumed it."""
+
+    projection: str
+    generation: UUID
+    layout: int
+    builder: str
+    position: Position
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Where it goes on."""
+        return Checkpoint(self.generation, self.position)
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """The live generation; `position` is None before it has folded from any log."""
+
+    generation: UUID
+    layout: int
+    position: Position | None
+
+
+async def read_build(connection: AsyncConnection, projection: Projection) -> Build | None:
+    """The projection's build, if there is one."""
+    query = select(projection_builds).where(projection_builds.c.projection == projection.name)
+    row = (await connection.execute(query)).one_or_none()
+    if row is None:
+        return None
+    position = Position(row.log, await read_offsets(connection, row.generation))
+    return Build(row.projection, row.generation, row.layout, row.builder, position)
+
+
+async def read_live(connection: AsyncConnection, projection: Projection, *, lock: bool = False) -> Live:
+    """The projection's live generation. With `lock` it stands still until the transaction ends."""
+    query = select(projection_generations).where(projection_generations.c.projection == projection.name)
+    row = (await connection.execute(query.with_for_update() if lock else query)).one()
+    position = None if row.log is None else Position(row.log, await read_offsets(connection, row.generation))
+    return Live(row.generation, row.layout, position)
+
+
+@asynccontextmanager
+async def building(views: Views, projection: Projection) -> AsyncIterator[None]:
+    """Be the only one that builds this projection, whichever process it is in.
+
+    Raises PushBackError, which says who the other is. The lock spares double work and nothing else: that two builders
+    who met were harmless is the checkpoint's guard.
+    """
+    if views.dialect == "sqlite":
+        path = Path(str(views.engine.url.database))
+        lock = FileLock(path.with_name(f"{path.name}.{projection.name}.building.lock"))
+        with database_errors():
+            taken = lock.take()
+        if not taken:
+            raise await _busy(views, projection)
+        try:
+            yield
+        finally:
+            lock.release()
+        return
+    async with views.reading(long=True) as connection:
+        await connection.execution_options(isolation_level="AUTOCOMMIT")  # a lock of the session, not of a transaction
+        key = {"name": f"artifact-store building {projection.name}"}
+        locked = text("SELECT pg_try_advisory_lock(hashtextextended(:name, 0))")
+        if not (await connection.execute(locked, key)).scalar_one():
+            raise await _busy(views, projection)
+        try:
+            yield
+        finally:
+            # Closing would do too, but the connection goes back to a pool.
+            await connection.execute(text("SELECT pg_advisory_unlock(hashtextextended(:name, 0))"), key)
+
+
+async def begin_build(views: Views, projection: Projection, log: UUID) -> Build:
+    """Make the empty tables of a new generation, in place of those of a build that is there."""
+    generation = uuid4()
+    row = {"projection": projection.name, "generation": generation, "layout": projection.layout, "log": log}
+    async with views.writing() as connection:
+        await _forget(connection, projection)
+        await create_tables(connection, projection, generation)
+        await connection.execute(insert(projection_builds).values(**row, builder=this_process()))
+    return Build(projection.name, generation, projection.layout, this_process(), Position(log, {}))
+
+
+async def adopt_build(views: Views, build: Build) -> None:
+    """Say that this process goes on with the build. Raises StaleCheckpointError when it is not there any more."""
+    async with views.writing() as connection:
+        mine = projection_builds.c.generation == build.generation
+        if (
+            await connection.execute(update(projection_builds).where(mine).values(builder=this_process()))
+        ).rowcount == 0:
+            raise gone(build)
+
+
+async def drop_build(views: Views, projection: Projection) -> bool:
+    """Remove the projection's build; whether there was one. Folds into it that are under way come to their end."""
+    async with views.writing() as connection:
+        return await _forget(connection, projection)
+
+
+@asynccontextmanager
+async def held(views: Views, projection: Projection) -> AsyncIterator[None]:
+    """Let no fold move the live view meanwhile, where another connection can write beside that: not on SQLite."""
+    if views.dialect == "sqlite":
+        yield
+        return
+    async with views.writing() as connection:
+        await connection.execute(text(f"SET LOCAL lock_timeout = '{_FOLDS_SECONDS}s'"))
+        await read_live(connection, projection, lock=True)
+        yield
+
+
+FoldTo = Callable[[AsyncConnection, Checkpoint, Mapping[int, int]], Awaitable[None]]
+"""Folds a generation from its checkpoint exactly to these offsets, within the connection's transaction."""
+
+
+async def switch(views: Views, projection: Projection, generation: UUID, end: Position, fold_to: FoldTo) -> None:
+    """Make the build the live generation and drop the one that was, in one transaction.
+
+    Holds every fold of the projection off, lets `fold_to` fold what the live view is ahead by, and takes the tables
+    when nobody reads them. `end` is the log's; a live view that claims to be beyond it, or is of another log, says
+    nothing.
+
+    Raises:
+        UnavailableError: folds or readers took too long; nothing was changed, and nobody waited long. Try again.
+        StaleCheckpointError: there is no such build any more.
+    """
+    async with views.writing() as connection:
+        if views.dialect == "postgresql":
+            await connection.execute(text(f"SET LOCAL lock_timeout = '{_FOLDS_SECONDS}s'"))
+        live = await read_live(connection, projection, lock=True)
+        mine = projection_builds.c.generation == generation
+        row = (await connection.execute(select(projection_builds).where(mine).with_for_update())).one_or_none()
+        if row is None:
+            raise StaleCheckpointError(f"the build of {projection.name} that was to become the live one is gone")
+        at = Checkpoint(generation, Position(row.log, await read_offsets(connection, generation)))
+        await fold_to(connection, at, ahead(live, at.position, end))
+        await lock_live_tables(connection, projection, _READERS_MILLISECONDS)
+        await replace_live_tables(connection, projection, generation)
+        await connection.execute(delete(projection_builds).where(mine))
+        fresh = {"generation": generation, "layout": row.layout, "log": row.log}
+        known = projection_generations.c.projection == projection.name
+        await connection.execute(update(projection_generations).where(known).values(fresh))
+        await _forget_checkpoints(connection, live.generation)
+
+
+def ahead(live: Live, position: Position, end: Position) -> dict[int, int]:
+    """Where the live view is ahead of a build's position: offsets, by partition."""
+    if live.position is None or live.position.log != position.log or end.log != position.log:
+        return {}
+    stands = {p: min(offset, end.offsets.get(p, 0)) for p, offset in live.position.offsets.items()}
+    return {p: offset for p, offset in stands.items() if offset > position.offsets.get(p, 0)}
+
+
+def this_process() -> str:
+    """How a builder is named to people."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def gone(build: Build) -> StaleCheckpointError:
+    """The error for a build that somebody dropped."""
+    return StaleCheckpointError(f"the build of {build.projection} was dropped meanwhile: begin again")
+
+
+async def _busy(views: Views, projection: Projection) -> PushBackError:
+    async with views.reading() as connection:
+        build = await read_build(connection, projection)
+    who = "another process" if build is None else build.builder
+    return PushBackError(f"{who} is building {projection.name} already; wait for it, or end it")
+
+
+async def _forget(connection: AsyncConnection, projection: Projection) -> bool:
+    mine = projection_builds.c.projection == projection.name
+    known = (await connection.execute(select(projection_builds).where(mine).with_for_update())).one_or_none()
+    await drop_tables(connection, projection)
+    if known is not None:
+        await _forget_checkpoints(connection, known.generation)
+        await connection.execute(delete(projection_builds).where(mine))
+    return known is not None
+
+
+async def _forget_checkpoints(connection: AsyncConnection, generation: UUID) -> None:
+    await connection.execute(delete(projection_checkpoints).where(projection_checkpoints.c.generation == generation))
