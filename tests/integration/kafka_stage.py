@@ -58,8 +58,8 @@ async def gateway(settings: Settings, log: KafkaLog) -> AsyncIterator[KafkaWrite
 
 @asynccontextmanager
 async def lone_writer(settings: Settings, log: KafkaLog, **options: Any) -> AsyncIterator[KafkaWriter]:
-    """A writer without a listener and without a way to forward."""
-    writer = KafkaWriter(settings, log, limits=Limits(), put_manifest=no_manifest, **options)
+    """A writer without a listener and without a way to forward; `options` of `KafkaWriter`."""
+    writer = KafkaWriter(settings, log, **{"limits": Limits(), "put_manifest": no_manifest, **options})
     await writer.start()
     try:
         yield writer

@@ -21,6 +21,7 @@ from services.core.evolve import evolve
 from services.core.limits import Limits
 from services.core.state import FINALIZED, PackageState
 from services.errors import ArtifactStoreError
+from services.log.kafka import state_file as state_file_module
 from services.log.kafka.state import ANSWERS_KEPT_MICROS, PartitionState, mark_of
 from services.log.kafka.state_file import Place, StateFile
 from tests.unit import commands
@@ -41,6 +42,7 @@ class StateMachine(RuleBasedStateMachine):
         self.folder = tempfile.TemporaryDirectory()
         self.path = Path(self.folder.name) / "state.db"
         self.state = PartitionState(StateFile.create(self.path, PLACE), max_entries=2)
+        self.at_once, state_file_module.AT_ONCE = state_file_module.AT_ONCE, 3  # so that packages are large here
         self.log: list[tuple[Event, bytes]] = []
         self.model: dict[UUID, PackageState] = {}
         self.now = 1_000
@@ -48,6 +50,7 @@ class StateMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.state.close()
         self.folder.cleanup()
+        state_file_module.AT_ONCE = self.at_once
 
     @rule(name=NAMES, subject=st.sampled_from(["s", "t"]), tick=TICKS)
     def create(self, name: int, subject: str, tick: int) -> None:
@@ -79,6 +82,19 @@ class StateMachine(RuleBasedStateMachine):
     @rule()
     def save(self) -> None:
         self.state.save()
+
+    @rule()
+    def tidy(self) -> None:
+        self.state.tidy()
+
+    @rule(package=NAMES)
+    def load_beside(self, package: int) -> None:
+        package_id = commands.create(package).package_id
+        apart = self.state.beside()
+        found = apart.load(package_id, None, 0)
+        apart.close()
+        if found is not None:
+            self.state.adopt(found)
 
     @rule()
     def end_and_begin_again(self) -> None:

@@ -68,6 +68,7 @@ class Waiting:
         self._queue: deque[Request] = deque()
         self._size = 0
         self._closed = False
+        self._woken = False
 
     def put(self, request: Request) -> None:
         """Raises PushBackError when the queue is full, PartitionNotOwnedError when it is closed."""
@@ -81,19 +82,27 @@ class Waiting:
             self._changed.notify()
 
     def put_back(self, requests: Iterable[Request]) -> None:
-        """Put requests that failed before all others, in their order."""
+        """Put requests that were taken already before all others, in their order."""
         with self._changed:
             for request in reversed(list(requests)):
                 self._queue.appendleft(request)
                 self._size += request.size
+            self._changed.notify()
+
+    def wake(self) -> None:
+        """Let `take` return, with nothing if need be."""
+        with self._changed:
+            self._woken = True
+            self._changed.notify()
 
     def take(self, timeout: float) -> list[Request] | None:
         """Wait `timeout` seconds for requests and take what fits into one transaction; None once the queue is closed.
 
-        A request that failed before together with others comes alone.
+        A request that failed before together with others comes alone. Empty when the time is over or `wake` was called.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._closed, timeout)
+            self._changed.wait_for(lambda: self._queue or self._closed or self._woken, timeout)
+            self._woken = False
             return None if self._closed else self._next_batch()
 
     def close(self) -> None:

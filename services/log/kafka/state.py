@@ -17,7 +17,7 @@ from blake3 import blake3
 
 from schemas.events import Event
 from services.core.evolve import evolve
-from services.core.state import FINALIZED, PackageState
+from services.core.state import CREATED, FINALIZED, PackageState
 from services.log.kafka.state_file import Standing, StateFile, StateFileError, UnusableStateError, remove
 
 ANSWERS_KEPT_MICROS = 24 * 3600 * 1_000_000
@@ -30,7 +30,14 @@ SAVE_SECONDS = 5.0
 """and, if there was any, after so many seconds."""
 
 MAX_ENTRIES = 120_000
-"""Files and commands of all open packages in memory, at about 1 KiB each; a larger package is kept while it is used."""
+"""Files and commands of all open packages in memory, at about 1 KiB each. A large one that was used since the last
+checkpoint, and those that are worked on beside the partition, come on top."""
+
+LARGE = 2_000
+"""A package with more events than this is not read back from the file while others wait; that many take about 20 ms."""
+
+TIDY_SECONDS = 0.2
+"""The pause between two turns in which a large package's commands are made answers."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -55,9 +62,13 @@ class PartitionState:
         self._changed: set[UUID] = set()
         self._ahead = False
         self._unsaved = 0
-        self._saved_at = time.monotonic()
+        self._saved_at = self._tidied_at = time.monotonic()
         self._last_value: bytes | None = None
         self._broken = False
+        self._used: set[UUID] = set()
+        """Open packages that were asked for since the last checkpoint."""
+        self.pinned: set[UUID] = set()
+        """Packages that stay in memory."""
         self.last_created_at = file.standing.last_created_at
         self.position = file.standing.position
 
@@ -83,7 +94,7 @@ class PartitionState:
                 return None
             state = self._loaded(package_id, command_id)
             if state is not None and state.status != FINALIZED:
-                self._keep(state, state.sequence)
+                self._hold(state)
             elif state is None:
                 self._absent = package_id
         elif state.status == FINALIZED and state.last_event_at <= self._kept_after():
@@ -100,7 +111,30 @@ class PartitionState:
             )
         else:
             self._packages.move_to_end(package_id)
+            self._used.add(package_id)
         return state
+
+    def away(self, package_id: UUID) -> bool:
+        """Whether the package is open, large, and in the file alone, so that `package` would take long."""
+        if package_id in self._packages or package_id == self._absent:
+            return False
+        found = self._standing_of(package_id)
+        if found is None:
+            self._absent = package_id
+            return False
+        status, sequence, _ = found
+        return status == CREATED and sequence > LARGE
+
+    def beside(self) -> StateFile:
+        """The file once more, from which another thread loads a package for `adopt`."""
+        return self._file.beside()
+
+    def adopt(self, package: PackageState) -> None:
+        """Hold a package in memory that was loaded `beside`, if it is what the file has by now."""
+        known = package.package_id in self._packages
+        standing = (package.status, package.sequence, package.digest)
+        if not known and package.status == CREATED and self._standing_of(package.package_id) == standing:
+            self._hold(package)
 
     def apply(self, event: Event, digest: bytes | None = None) -> PackageState:
         """Fold one more event in, ahead of the log until it is confirmed; its package after it.
@@ -150,8 +184,27 @@ class PartitionState:
         self._unsaved = 0
         self._saved_at = time.monotonic()
         self._last_value = None
-        while self._held > self._max_entries and len(self._packages) > 1:
-            self._forget(next(iter(self._packages)))
+        self._make_room()
+        self._used.clear()
+
+    @property
+    def tidy_due(self) -> bool:
+        """Whether it is time for a turn of `tidy`."""
+        return self.untidy and not self._ahead and time.monotonic() > self._tidied_at + TIDY_SECONDS
+
+    @property
+    def untidy(self) -> bool:
+        """Whether commands of large finalized packages are still to be made answers in the file."""
+        return self._file.untidy
+
+    def tidy(self) -> None:
+        """Make some of them answers."""
+        try:
+            self._file.tidy()
+        except UnusableStateError:
+            self._broken = True
+            raise
+        self._tidied_at = time.monotonic()
 
     def close(self) -> bool:
         """Save what is certain and close the file; a broken one is deleted. Never raises: another state comes next.
@@ -190,6 +243,38 @@ class PartitionState:
         except UnusableStateError:
             self._broken = True
             raise
+
+    def _standing_of(self, package_id: UUID) -> tuple[str, int, bytes] | None:
+        try:
+            return self._file.standing_of(package_id)
+        except UnusableStateError:
+            self._broken = True
+            raise
+
+    def _make_room(self) -> None:
+        """Forget open packages that were not used for long, if there are too many files and commands in memory.
+
+        A large one that is in use would take seconds to read back each time.
+        """
+        if self._held <= self._max_entries:
+            return
+        large = [package_id for package_id in self._used if self._entries.get(package_id, 0) > LARGE]
+        stay = {*self.pinned, *self._changed}
+        if large:
+            stay.add(max(large, key=lambda package_id: self._entries[package_id]))
+        held = self._held - sum(self._entries.get(package_id, 0) for package_id in stay)
+        for package_id in [package_id for package_id in self._packages if package_id not in stay]:
+            if held <= self._max_entries:
+                return
+            held -= self._entries[package_id]
+            self._forget(package_id)
+
+    def _hold(self, state: PackageState) -> None:
+        """Keep what was just read from the file; there may be more such than changes that a checkpoint would follow."""
+        self._keep(state, state.sequence)
+        self._used.add(state.package_id)
+        if self._held > 2 * self._max_entries:
+            self._make_room()
 
     def _keep(self, state: PackageState, saved: int) -> None:
         entries = 1 + len(state.files) + len(state.commands)

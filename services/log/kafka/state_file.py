@@ -6,13 +6,13 @@ The file is disposable: everything in it comes from the log, and it stands on on
 pages that do not fit), or, by a checksum in every row, when the row is read.
 
 A finalized package is one row. Its answers to retries lie in the order of finalization in another table, which loses
-them at its front. An open package has a row for itself and one for each command, with the files that it brought.
+them at its front. An open package has a row for itself and one for each command, with the files that it brought. When a
+large one is finalized, these rows become answers bit by bit (`tidy`), and are looked through until then.
 """
 
 from __future__ import annotations
 
 import sqlite3
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,14 +20,26 @@ from pathlib import Path
 from typing import Any, Self
 from uuid import UUID
 
-import cbor2
-
 from schemas.events import PackageCreated
-from services.core.state import CREATED, FINALIZED, CommandState, FileState, PackageState
+from services.core.state import CREATED, FINALIZED, PackageState
 from services.errors import UnavailableError
+from services.log.kafka.state_rows import (
+    ROW_ENTRIES,
+    Answer,
+    DamagedRowError,
+    add_answers,
+    add_command_row,
+    answer_rows,
+    answers_of,
+    answers_of_rows,
+    command_rows,
+    created_values,
+    sealed,
+    unsealed,
+)
 
 _APPLICATION_ID = 0x61727470
-FORMAT = 1
+FORMAT = 2
 """Of tables and rows; a file of another one is built anew."""
 
 QUICK_CHECK_BYTES = 32 << 20
@@ -36,9 +48,9 @@ QUICK_CHECK_BYTES = 32 << 20
 _CACHE_KIB = 8 << 10
 _WAL_PAGES = 4_000
 _PURGE_ROWS = 2_000
-_ROW_FILES = 128
-"""An answers' row is closed when it holds so many commands and files."""
-_CHECKSUM = 4
+
+AT_ONCE = 2_000
+"""Of a package with more commands and files than this, so many are made answers at a time; about 20 ms."""
 
 _TABLES = (
     # `position` is the offset behind the last record that is in the state, `mark` that record's digest.
@@ -52,6 +64,10 @@ _TABLES = (
     # Several commands of one package in a row: that makes few rows, and a retry is still found at once.
     """CREATE TABLE answers (
         id INTEGER PRIMARY KEY, finalized_at INTEGER NOT NULL, command_ids BLOB NOT NULL, body BLOB NOT NULL)""",
+    # Finalized packages some of whose commands are no answers yet; `next_answer` is of those that are kept for them.
+    """CREATE TABLE untidy (
+        id INTEGER PRIMARY KEY, package_id BLOB NOT NULL UNIQUE, finalized_at INTEGER NOT NULL,
+        next_answer INTEGER NOT NULL, body BLOB NOT NULL)""",
 )
 
 
@@ -90,6 +106,8 @@ class StateFile:
         self.standing = standing
         self._connection = connection
         self._next_answer = next_answer
+        self.untidy = connection.execute("SELECT 1 FROM untidy LIMIT 1").fetchone() is not None
+        """Whether there is anything for `tidy` to do."""
 
     @classmethod
     def create(cls, path: Path, place: Place) -> Self:
@@ -138,6 +156,17 @@ class StateFile:
                 connection.close()
                 raise
 
+    def beside(self) -> Self:
+        """The same file once more, to `load` what was saved from another thread; to be closed by it."""
+        with _explained(self.path):
+            connection = _connect(self.path, "rw")
+            try:
+                connection.execute("PRAGMA query_only = ON")
+                return type(self)(self.path, connection, self.standing, 0)
+            except BaseException:
+                connection.close()
+                raise
+
     def close(self) -> None:
         """Close the connection; what was saved stays."""
         with _explained(self.path):
@@ -154,10 +183,23 @@ class StateFile:
             ).fetchone()
             if row is None:
                 return None
-            kind, *values = self._unsealed(row[0])
+            kind, *values = unsealed(row[0])
             if kind == CREATED:
                 return self._open_package(package_id, values)
             return self._finalized_package(package_id, values, command_id, kept_after)
+
+    def standing_of(self, package_id: UUID) -> tuple[str, int, bytes] | None:
+        """Status, sequence and digest of the package, at little cost; None when there is none."""
+        with _explained(self.path, reading=True):
+            row = self._connection.execute(
+                "SELECT body FROM packages WHERE package_id = ?", (package_id.bytes,)
+            ).fetchone()
+            if row is None:
+                return None
+            kind, _, _, _, sequence, digest, *_ = found = unsealed(row[0])
+            if kind == FINALIZED:
+                _, _, _, _, _, sequence, digest, *_ = found
+            return kind, sequence, digest
 
     def save(self, changed: Iterable[tuple[PackageState, int]], standing: Standing, answers_kept_after: int) -> None:
         """Write packages that changed, each with the sequence up to which the file has it, in one transaction.
@@ -178,11 +220,51 @@ class StateFile:
             )
         self.standing = standing
 
+    def tidy(self) -> None:
+        """Make some more commands of large finalized packages answers, in a transaction of its own."""
+        with _explained(self.path, reading=True), _transaction(self._connection):
+            execute = self._connection.execute
+            row = execute("SELECT * FROM untidy ORDER BY id LIMIT 1").fetchone()
+            if row is not None:
+                id_, package_id, finalized_at, next_answer, body = row
+                (created,) = unsealed(body)
+                bodies, last, whole = self._next_commands(package_id)
+                first_free = self._add_answers(answers_of_rows(bodies, created), finalized_at, next_answer)
+                execute("DELETE FROM commands WHERE package_id = ? AND sequence <= ?", (package_id, last))
+                if whole:
+                    execute("DELETE FROM untidy WHERE id = ?", (id_,))
+                else:
+                    execute("UPDATE untidy SET next_answer = ? WHERE id = ?", (first_free, id_))
+            untidy = execute("SELECT 1 FROM untidy LIMIT 1").fetchone() is not None
+        self.untidy = untidy
+
+    def _next_commands(self, package_id: bytes) -> tuple[list[bytes], int, bool]:
+        """The first rows of the package's commands, the last one's sequence, and whether these are all."""
+        found = self._connection.execute(
+            "SELECT sequence, body FROM commands WHERE package_id = ? ORDER BY sequence", (package_id,)
+        )
+        bodies: list[bytes] = []
+        last = size = 0
+        for last, body in found:
+            bodies.append(body)
+            size += 1 + len(unsealed(body)[2])
+            if size >= AT_ONCE:
+                return bodies, last, False
+        return bodies, last, True
+
+    def _add_answers(self, answers: Iterable[Answer], finalized_at: int, number: int) -> int:
+        """Write answers from this number on; the number behind the last."""
+        for command_ids, body in answer_rows(answers):
+            self._connection.execute(
+                "INSERT INTO answers VALUES (?, ?, ?, ?)", (number, finalized_at, command_ids, body)
+            )
+            number += 1
+        return number
+
     def _save_open(self, state: PackageState, saved: int) -> None:
-        key, execute = state.package_id.bytes, self._connection.execute
-        body = _sealed(
+        body = sealed(
             CREATED,
-            _created(state.created),
+            created_values(state.created),
             state.created_at,
             state.last_event_at,
             state.sequence,
@@ -190,29 +272,31 @@ class StateFile:
             state.total_bytes,
             state.unfinished.bytes if state.unfinished is not None else None,
         )
-        execute("INSERT OR REPLACE INTO packages VALUES (?, ?)", (key, body))
-        # Commands and files come in the order of their events, so that what is new stands at the end.
-        for command_id, command in _last(state.commands.items(), lambda item: item[1].last_sequence > saved):
-            files = _last(command.paths, lambda path: state.files[path].sequence > saved)
-            body = _sealed(
-                command_id.bytes,
-                _command(command),
-                [
-                    (path, f.sequence, f.event_digest, f.manifest_item, f.receipt_item)
-                    for path, f in ((path, state.files[path]) for path in files)
-                ],
-            )
-            execute("INSERT INTO commands VALUES (?, ?, ?)", (key, command.last_sequence, body))
+        self._connection.execute("INSERT OR REPLACE INTO packages VALUES (?, ?)", (state.package_id.bytes, body))
+        self._save_commands(state, saved)
+
+    def _save_commands(self, state: PackageState, saved: int) -> None:
+        for sequence, body in command_rows(state, saved):
+            self._connection.execute("INSERT INTO commands VALUES (?, ?, ?)", (state.package_id.bytes, sequence, body))
 
     def _save_finalized(self, state: PackageState, saved: int) -> None:
         key, execute = state.package_id.bytes, self._connection.execute
         created, first = state.created, self._next_answer
-        for command_ids, body in _answers(state):
+        entries = len(state.files) + len(state.commands)
+        if entries <= AT_ONCE:
+            self._next_answer = self._add_answers(answers_of(state), state.last_event_at, first)
+            if saved:
+                execute("DELETE FROM commands WHERE package_id = ?", (key,))
+        else:
+            # As many numbers as `tidy` may need: a row is full, or the last one of a turn.
+            self._next_answer += entries // ROW_ENTRIES + entries // AT_ONCE + 2
+            self._save_commands(state, saved)
             execute(
-                "INSERT INTO answers VALUES (?, ?, ?, ?)", (self._next_answer, state.last_event_at, command_ids, body)
+                "INSERT INTO untidy (package_id, finalized_at, next_answer, body) VALUES (?, ?, ?, ?)",
+                (key, state.last_event_at, first, sealed(created_values(created))),
             )
-            self._next_answer += 1
-        body = _sealed(
+            self.untidy = True
+        body = sealed(
             FINALIZED,
             created.retention_class,
             created.retention_days,
@@ -225,8 +309,6 @@ class StateFile:
             first,
             self._next_answer - 1,
         )
-        if saved:
-            execute("DELETE FROM commands WHERE package_id = ?", (key,))
         execute("INSERT OR REPLACE INTO packages VALUES (?, ?)", (key, body))
 
     def _purge(self, kept_after: int) -> None:
@@ -255,16 +337,7 @@ class StateFile:
         )
         events = 0
         for (body,) in rows:
-            id_, command, files = self._unsealed(body)
-            command_id = UUID(bytes=id_)
-            before = state.commands.get(command_id)
-            state.commands[command_id] = known = CommandState(*command)
-            if before is not None:
-                known.paths += before.paths
-            for path, file_sequence, event_digest, item, receipt in files:
-                state.files[path] = FileState(command_id, file_sequence, event_digest, item, receipt)
-                known.paths.append(path)
-            events += len(files) or 1
+            events += add_command_row(state, body)
         if events != sequence:
             raise UnusableStateError(f"{self.path.name} lacks rows of package {package_id}")
         return state
@@ -286,28 +359,23 @@ class StateFile:
         )
         if command_id is None or last_event_at <= kept_after:
             return state
-        rows = self._connection.execute(
+        execute = self._connection.execute
+        rows = execute(
             "SELECT body FROM answers WHERE id BETWEEN ? AND ? AND instr(command_ids, ?)",
             (first, last, command_id.bytes),
         )
         for (body,) in rows:
-            for id_, known, created, files in self._unsealed(body):
-                if id_ != command_id.bytes:
-                    continue
-                state.commands[command_id] = command = CommandState(*known)
-                if created is not None:
-                    state.created = PackageCreated(*created)
-                for path, file_sequence, event_digest, item in files:
-                    state.files[path] = FileState(command_id, file_sequence, event_digest, item, b"")
-                    command.paths.append(path)
+            add_answers(state, body, command_id)
+        untidy = execute("SELECT body FROM untidy WHERE package_id = ?", (package_id.bytes,)).fetchone()
+        if untidy is not None:
+            (created,) = unsealed(untidy[0])
+            rows = execute(
+                "SELECT body FROM commands WHERE package_id = ? AND instr(body, ?) ORDER BY sequence",
+                (package_id.bytes, command_id.bytes),
+            )
+            for _, body in answer_rows(answers_of_rows((body for (body,) in rows), created)):
+                add_answers(state, body, command_id)
         return state
-
-    def _unsealed(self, body: bytes) -> list[Any]:
-        content, checksum = body[:-_CHECKSUM], body[-_CHECKSUM:]
-        if zlib.crc32(content).to_bytes(_CHECKSUM) != checksum:
-            raise UnusableStateError(f"{self.path.name} holds a damaged row")
-        found: list[Any] = cbor2.loads(content)
-        return found
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -334,58 +402,6 @@ def remove(path: Path) -> None:
     with _explained(path):
         for suffix in ("", "-wal", "-shm", "-journal"):
             path.with_name(path.name + suffix).unlink(missing_ok=True)
-
-
-def _answers(state: PackageState) -> Iterator[tuple[bytes, bytes]]:
-    """Rows of what retries of the package's commands are compared with and answered by, with the commands' ids."""
-    ids: list[bytes] = []
-    found: list[Any] = []
-    size, of_package = 0, state.files
-    for command_id, command in state.commands.items():
-        created = state.created if command.last_sequence == 1 else None
-        files = [
-            (path, f.sequence, f.event_digest, f.manifest_item)
-            for path, f in ((path, of_package[path]) for path in command.paths)
-        ]
-        ids.append(command_id.bytes)
-        found.append((ids[-1], _command(command), None if created is None else _created(created), files))
-        size += 1 + len(files)
-        if size >= _ROW_FILES:
-            yield b"".join(ids), _sealed(*found)
-            ids, found, size = [], [], 0
-    if found:
-        yield b"".join(ids), _sealed(*found)
-
-
-def _command(command: CommandState) -> tuple[Any, ...]:
-    return (
-        command.event_type,
-        command.actor,
-        command.count,
-        command.done,
-        command.last_sequence,
-        command.last_digest,
-    )
-
-
-def _created(created: PackageCreated) -> list[Any]:
-    return [getattr(created, name) for name in PackageCreated.__slots__]
-
-
-def _sealed(*values: Any) -> bytes:
-    content = cbor2.dumps(values)
-    return content + zlib.crc32(content).to_bytes(_CHECKSUM)
-
-
-def _last(items: Any, new: Any) -> list[Any]:
-    """The items at the end of a dictionary's view for which `new` holds, in their order."""
-    found = []
-    for item in reversed(items):
-        if not new(item):
-            break
-        found.append(item)
-    found.reverse()
-    return found
 
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
@@ -430,6 +446,8 @@ def _explained(path: Path, *, opening: bool = False, reading: bool = False) -> I
         raise StateFileError(f"the state file {path} cannot be used: {error}") from error
     except OSError as error:
         raise StateFileError(f"the state file {path} cannot be used: {error.strerror}") from error
+    except DamagedRowError:
+        raise UnusableStateError(f"{path.name} holds a damaged row") from None
     except (KeyError, TypeError, ValueError) as error:  # of a row: its form is another one
         if not reading:
             raise

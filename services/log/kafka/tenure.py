@@ -141,13 +141,17 @@ class Tenure:
         _open(self._producer).poll(0)
         if _open(self._tail).take(1, 0):
             raise UnavailableError("another process has written to the partition")
-        self.save_if_due()
 
     def save_if_due(self) -> None:
-        """Write a checkpoint of the state, if it is time for one, and offer it as a snapshot. Raises StateFileError."""
+        """Write a checkpoint of the state, if it is time for one, and offer it as a snapshot; tidy its file a bit.
+
+        Raises StateFileError.
+        """
         if self.state.save_due:
             self.state.save()
             self._offer(self.state)
+        if self.state.tidy_due:
+            self.state.tidy()
 
     def close(self) -> None:
         """Throw producer and tail away, save what is certain of the state, and let others have the file.

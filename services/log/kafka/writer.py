@@ -11,7 +11,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from threading import Event as Flag
 from threading import Thread
@@ -26,22 +25,21 @@ from services.errors import (
     ArtifactStoreError,
     ConfigurationError,
     CorruptError,
+    PushBackError,
     RejectedError,
     UnavailableError,
 )
+from services.log.kafka.aside import Asides
 from services.log.kafka.cluster import Cluster
 from services.log.kafka.deadlines import Deadlines
 from services.log.kafka.failures import spoiled_by_record
 from services.log.kafka.requests import TOGETHER, IngestCheck, Request, Waiting
 from services.log.kafka.restore import States
 from services.log.kafka.settings import KafkaSettings
-from services.log.kafka.state import PartitionState
+from services.log.kafka.state import TIDY_SECONDS
 from services.log.kafka.tenure import Staged, Tenure
 from services.log.port import PartitionNotOwnedError, PutManifest
 from services.tracing import TRACEPARENT
-
-PUT_SECONDS = 15.0
-"""How long a manifest may take to be stored; the partition waits for it."""
 
 _IDLE_SECONDS = 5.0
 _ASK_SECONDS = 0.2
@@ -153,18 +151,33 @@ class PartitionWriter:
             is_ours=self._is_ours,
             stopping=self._stop.is_set,
         )
+        asides = Asides(
+            tenure.state,
+            limits=context.limits,
+            clock=context.clock,
+            put_manifest=context.put_manifest,
+            loop=context.loop,
+            wake=self._waiting.wake,
+        )
         try:
             self.takeover_seconds = time.monotonic() - began
             self.restored_from = tenure.restored_from
             self.since = context.clock()
             self.trouble = None
-            while (batch := self._waiting.take(_IDLE_SECONDS)) is not None:
+            pause = _IDLE_SECONDS
+            while (batch := self._waiting.take(pause)) is not None:
                 if batch:
-                    self._serve(tenure, batch)
-                    tenure.save_if_due()
+                    self._serve(tenure, asides, batch)
                 else:
                     tenure.idle()
+                tenure.save_if_due()
+                back, failed = asides.settle()
+                self._deliver(failed)
+                self._waiting.put_back(back)
+                asides.begin()
+                pause = TIDY_SECONDS if tenure.state.untidy else _IDLE_SECONDS
         finally:
+            self._waiting.put_back(asides.cancel())
             tenure.close()
 
     def _is_ours(self) -> bool:
@@ -180,22 +193,36 @@ class PartitionWriter:
             self._stop.wait(_ASK_SECONDS)
         return False
 
-    def _serve(self, tenure: Tenure, batch: list[Request]) -> None:
+    def _serve(self, tenure: Tenure, asides: Asides, batch: list[Request]) -> None:
         try:
-            answers = self._answers(tenure, batch)
+            batch = self._without_held(asides, batch)
+            answers = self._answers(tenure, asides, batch)
         except Exception as error:
             for request in batch:
                 request.failures += 1
                 request.last_failure = error
-            self._waiting.put_back(batch)
+            held = [request for request in asides.cancel() if request not in batch]
+            self._waiting.put_back([*batch, *held])
             raise
         self._deliver(list(zip(batch, answers, strict=True)))
 
-    def _answers(self, tenure: Tenure, batch: Sequence[Request]) -> list[_Outcome]:
+    def _without_held(self, asides: Asides, batch: Sequence[Request]) -> list[Request]:
+        """Those of the batch that can be decided now."""
+        now, refused = [], []
+        for request in batch:
+            try:
+                if not asides.holds(request):
+                    now.append(request)
+            except PushBackError as error:
+                refused.append((request, error))
+        self._deliver(refused)
+        return now
+
+    def _answers(self, tenure: Tenure, asides: Asides, batch: Sequence[Request]) -> list[_Outcome]:
         """Decide the batch, append what it becomes, and only then say so."""
         while True:
             staged: list[Staged] = []
-            outcomes = [self._decide(tenure.state, request, staged) for request in batch]
+            outcomes = [self._decide(tenure, asides, request, staged) for request in batch]
             if staged:
                 tenure.append(staged)
                 break
@@ -203,18 +230,18 @@ class PartitionWriter:
                 break
         return outcomes
 
-    def _decide(self, state: PartitionState, request: Request, staged: list[Staged]) -> _Outcome:
-        asked, limits = request.asked, self._context.limits
+    def _decide(self, tenure: Tenure, asides: Asides, request: Request, staged: list[Staged]) -> _Outcome:
+        asked, limits, state = request.asked, self._context.limits, tenure.state
         package = state.package(asked.package_id, asked.command_id)
         try:
             if isinstance(asked, IngestCheck):
                 check_ingest(package, asked.package_id, asked.relative_paths, asked.command_id, limits)
                 return None
-            decision = decide(package, asked, max(self._context.clock(), state.last_created_at), limits)
+            decision = asides.decision(asked) or decide(package, asked, asides.now(), limits)
             if decision.events and request.failures > TOGETHER:
                 return _given_up(request)
             if decision.claim_check is not None:
-                self._put(decision.claim_check)
+                return UnavailableError("the manifest is not stored yet; retry with the same command id")
             records = [Staged(event, encode(event), request.traceparent) for event in decision.events]
         except ArtifactStoreError as error:
             return error
@@ -234,22 +261,6 @@ class PartitionWriter:
         return UnavailableError(
             f"partition {self.partition}: {trouble}; the outcome is unknown, retry with the same command id"
         )
-
-    def _put(self, manifest: bytes) -> None:
-        """Make a manifest durable before its event is appended. Raises UnavailableError, PushBackError."""
-        stored = asyncio.run_coroutine_threadsafe(_awaited(self._context.put_manifest, manifest), self._context.loop)
-        try:
-            stored.result(PUT_SECONDS)
-        except (TimeoutError, CancelledError):
-            stored.cancel()
-            raise UnavailableError("the manifest could not be stored in time; nothing is recorded") from None
-        except ArtifactStoreError:
-            raise
-        # Whatever the blob store's own failure is, the command is not recorded and may be tried again.
-        except Exception as error:
-            raise UnavailableError(
-                f"the manifest could not be stored ({type(error).__name__}); nothing is recorded"
-            ) from error
 
     def _refuse_all(self, error: Exception) -> None:
         """The partition cannot be written to as it is; say so to everyone until the process gives it up."""
@@ -276,10 +287,6 @@ class PartitionWriter:
 
         if answers and not self._context.loop.is_closed():
             self._context.loop.call_soon_threadsafe(settle)
-
-
-async def _awaited(put_manifest: PutManifest, manifest: bytes) -> None:
-    await put_manifest(manifest)
 
 
 def _given_up(request: Request) -> Exception:
