@@ -10,7 +10,6 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from projector import run_projection, run_projectors
 from services.config import Settings
@@ -248,8 +247,8 @@ async def test_one_projection_that_stops_leaves_the_others_running(
     caplog: pytest.LogCaptureFixture,
     error: Exception,
 ) -> None:
-    async def refuse(_self: RegistryProjection, _connection: AsyncConnection, _events: Any) -> None:
-        raise error
+    async def refuse(_self: RegistryProjection, *_given: Any) -> None:
+    async def refuse(_self: RegistryProjection, _connection: AsyncConnection, _tables: Any, _events: Any) -> None:
 
     monkeypatch.setattr(RegistryProjection, "fold", refuse)
     log, views = SqliteLog(tmp_path / "log.db"), Views(embedded_settings.views_url)
