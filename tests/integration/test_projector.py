@@ -248,7 +248,7 @@ async def test_one_projection_that_stops_leaves_the_others_running(
     error: Exception,
 ) -> None:
     async def refuse(_self: RegistryProjection, *_given: Any) -> None:
-    async def refuse(_self: RegistryProjection, _connection: AsyncConnection, _tables: Any, _events: Any) -> None:
+        raise error
 
     monkeypatch.setattr(RegistryProjection, "fold", refuse)
     log, views = SqliteLog(tmp_path / "log.db"), Views(embedded_settings.views_url)
