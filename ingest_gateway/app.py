@@ -7,7 +7,7 @@ import logging
 
 from aiohttp import web
 
-from ingest_gateway import content, events, files, health, manifest, openapi, packages, usage
+from ingest_gateway import archive, blobs, content, events, files, health, manifest, openapi, packages, usage
 from ingest_gateway.answers import SERVER
 from ingest_gateway.call import Call
 from ingest_gateway.gateway import Bounds, Gateway
@@ -28,6 +28,8 @@ ROUTES: tuple[Route, ...] = (
     *usage.ROUTES,
     *files.ROUTES,
     *content.ROUTES,
+    *archive.ROUTES,
+    *blobs.ROUTES,
     *manifest.ROUTES,
     *events.ROUTES,
     *health.ROUTES,

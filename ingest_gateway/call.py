@@ -83,15 +83,15 @@ class Call:
         """This request's target with query parameters changed: a relative reference for a `Link`."""
         return f"{self.target.path}?{urlencode({**self._query, **changes})}"
 
-    async def body(self) -> AsyncIterator[bytes]:
-        """The body as it arrives, 100-continue having been sent where it was asked for.
+    async def body(self, *, coded: bool = False) -> AsyncIterator[bytes]:
+        """The body as it arrives, 100-continue having been sent where it was asked for; `coded`: it may be.
 
         Raises:
             IncompleteBodyError, MalformedHttpError, BodyTimeoutError: the body did not come to its end.
             UnsupportedMediaTypeError: it is coded; the bytes that are stored are those that are meant.
         """
         coding = self.list_header("Content-Encoding")
-        if coding is not None and coding.strip().lower() != "identity":
+        if not coded and coding is not None and coding.strip().lower() != "identity":
             raise UnsupportedMediaTypeError(
                 "bodies are taken as they are: no Content-Encoding", {"Accept-Encoding": "identity"}
             )
@@ -122,14 +122,16 @@ class Call:
             self.received += len(chunk)
             yield chunk
 
-    async def json(self, shape: type[Shape]) -> Shape:
-        """The JSON body in this shape; no body at all reads as an empty object when every field has a default.
+    async def json(self, shape: type[Shape], *, limit: int = 0) -> Shape:
+        """The JSON body in this shape, of at most `limit` bytes where that is more than the usual.
+
+        No body at all reads as an empty object when every field has a default.
 
         Raises:
             UnsupportedMediaTypeError: the body is not declared as JSON.
             InvalidRequestError: it is not JSON, or does not have the shape; TooLargeError.
         """
-        limit = MAX_JSON_BYTES + _JSON_ESCAPE * self.gateway.bounds.max_metadata_bytes
+        limit = max(limit, MAX_JSON_BYTES + _JSON_ESCAPE * self.gateway.bounds.max_metadata_bytes)
         body = bytearray()
         if (self.request.content_length or 0) > limit:
             raise TooLargeError(f"a JSON body may have {limit:,} bytes here")

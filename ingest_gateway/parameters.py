@@ -11,7 +11,8 @@ from uuid import UUID
 from services.blobs.port import Declared
 from services.core.content_address import ContentAddress
 from services.core.fields import MAX_TEXT_CHARACTERS, check_text
-from services.errors import InvalidRequestError
+from services.core.paths import check_path
+from services.errors import InvalidPathError, InvalidRequestError
 from services.http import headers as names
 from services.http.headers import parse_repr_digest
 from services.http.paths import UUID_PATTERN, parse_id, unquoted
@@ -64,6 +65,17 @@ def _number(name: str, low: int, high: int) -> Callable[[str], int]:
         if not _DIGITS.fullmatch(text) or not low <= int(text) <= high:
             raise InvalidRequestError(f"{name} must be a whole number from {low} to {high}")
         return int(text)
+
+    return parse
+
+
+def _path(name: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        try:
+            check_path(text)
+        except InvalidPathError as error:
+            raise InvalidPathError(f"{name}: {error.detail}") from None
+        return text
 
     return parse
 
@@ -136,6 +148,20 @@ WAIT_SEQUENCE = Parameter(
     _number("wait_sequence", 1, _MAX_LONG),
     "Wait, bounded, until the view has the package's event of this number",
     {"type": "integer", "format": "int64", "minimum": 1, "maximum": _MAX_LONG},
+)
+AFTER = Parameter(
+    "after",
+    "query",
+    _path("after"),
+    "Only files behind this path, by the bytes of UTF-8",
+    {"type": "string", "minLength": 1, "maxLength": 1024},
+)
+LARGEST = Parameter(
+    "largest",
+    "query",
+    _number("largest", 0, _MAX_LONG),
+    "Only files of at most so many bytes",
+    {"type": "integer", "format": "int64", "minimum": 0, "maximum": _MAX_LONG},
 )
 SINCE = Parameter("since", "query", Position.parse, "Position of the last event that was seen", {"type": "string"})
 OF_PACKAGE = Parameter("package_id", "query", _id("package_id"), "Only events of this package", _UUID_SCHEMA)

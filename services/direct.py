@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
 from schemas import identifiers
+from services.blobs.packs import Placed
 from services.blobs.port import BlobStore, Declared
+from services.bundle import MAX_BUNDLE_FILES, Bundle, Group, NamedFile, StreamedFile
+from services.bundle_store import BundleStore, first_that_reads
 from services.clock import Clock
 from services.core.commands import Acknowledgement, CreatePackage, FinalizePackage, IngestFiles, StoredFile
 from services.core.content_address import ContentAddress, content_key
@@ -23,14 +26,14 @@ from services.errors import (
     InvalidRequestError,
     PackageNotFoundError,
     RangeNotSatisfiableError,
+    TooLargeError,
     WaitTimeoutError,
 )
 from services.log.port import CommandWriter, Log, RecordedEvent
 from services.log.position import Position
 from services.manifest import to_json
 from services.registry import ManifestFormat, Registry
-from services.streams import from_any
-from services.views.models import DEFAULT_PAGE, MAX_PAGE, File, Package, PackageFilter, Page, UsageTotal
+from services.views.models import DEFAULT_PAGE, MAX_PAGE, File, Package, PackageFilter, Page, PlacedFile, UsageTotal
 from services.views.queries import Queries
 
 Found = TypeVar("Found")
@@ -60,6 +63,7 @@ class DirectRegistry(Registry):
         self._log = log
         self._writer = writer
         self._blobs = blobs
+        self._bundles = BundleStore(blobs)
         self._queries = queries
         self._limits = limits
         self._clock = clock
@@ -111,19 +115,47 @@ class DirectRegistry(Registry):
         check_text("media_type", media_type)
         await self.check_ingest(package_id, relative_path, command_id)
         blob = await self._blobs.store(body, declared=declared, max_bytes=self._limits.max_file_bytes)
-        file = StoredFile(
-            relative_path=relative_path,
-            media_type=media_type,
-            size_bytes=blob.length,
-            blake3=blob.blake3,
-            sha256=blob.sha256,
-            backend_id=blob.backend_id,
-            key=blob.key,
-            offset=blob.offset,
-            length=blob.length,
-            stored_at=self._clock(),
-        )
-        return await self._writer.submit(IngestFiles(package_id, command_id or uuid4(), actor, (file,)))
+        return await self._record(package_id, [Placed(relative_path, media_type, blob)], actor, command_id)
+
+    async def ingest_files(
+        self, package_id: UUID, files: Bundle, actor: str, *, command_id: UUID | None = None
+    ) -> Acknowledgement:
+        check_text("actor", actor)
+        await self._writer.check_ingest(package_id, [], command_id)
+        placed = await self._bundles.store(_bounded(files), self._limits.max_file_bytes)
+        return await self._record(package_id, placed, actor, command_id)
+
+    async def ingest_named(
+        self, package_id: UUID, files: Sequence[NamedFile], actor: str, *, command_id: UUID | None = None
+    ) -> Acknowledgement:
+        check_text("actor", actor)
+        _check_count(len(files))
+        await self._writer.check_ingest(package_id, [file.relative_path for file in files], command_id)
+        return await self._record(package_id, await self._bundles.find(files), actor, command_id)
+
+    async def known_blobs(self, digests: Sequence[bytes]) -> frozenset[bytes]:
+        return await self._bundles.known(digests)
+
+    async def read_files(
+        self,
+        package_id: UUID,
+        *,
+        after: str | None = None,
+        largest: int | None = None,
+        wait_sequence: int | None = None,
+    ) -> AsyncIterator[Group]:
+        package = await self.get_package(package_id, wait_sequence=wait_sequence)
+        if package.manifest_digest is None:
+            raise IllegalPackageStateError(f"package {package_id} is open; it is read as a whole once it is finalized")
+
+        async def pages() -> AsyncIterator[Sequence[PlacedFile]]:
+            last = after or ""
+            while page := await self._queries.placed_files(package_id, last, largest):
+                yield page
+                last = page[-1].relative_path
+
+        async for group in self._bundles.read(pages()):
+            yield group
 
     async def finalize(self, package_id: UUID, actor: str, *, command_id: UUID | None = None) -> Acknowledgement:
         check_text("actor", actor)
@@ -191,7 +223,7 @@ class DirectRegistry(Registry):
         wanted = min(file.size_bytes - offset, file.size_bytes if length is None else length)
         places = [(place.key, place.offset) for place in await self._queries.locations(file_id)]
         places.append((content_key(file.blake3), 0))
-        return await self._first_that_reads(places, offset, wanted)
+        return await first_that_reads(self._blobs, places, offset, wanted)
 
     async def get_manifest_bytes(
         self,
@@ -218,6 +250,28 @@ class DirectRegistry(Registry):
         poll_seconds: float = 0.1,
     ) -> AsyncIterator[RecordedEvent]:
         return self._log.read(since, package_id=package_id, follow=follow, poll_seconds=poll_seconds)
+
+    async def _record(
+        self, package_id: UUID, placed: Sequence[Placed], actor: str, command_id: UUID | None
+    ) -> Acknowledgement:
+        """The command that names bytes which are durable by now."""
+        now = self._clock()
+        files = tuple(
+            StoredFile(
+                relative_path=file.relative_path,
+                media_type=file.media_type,
+                size_bytes=file.blob.length,
+                blake3=file.blob.blake3,
+                sha256=file.blob.sha256,
+                backend_id=file.blob.backend_id,
+                key=file.blob.key,
+                offset=file.blob.offset,
+                length=file.blob.length,
+                stored_at=now,
+            )
+            for file in placed
+        )
+        return await self._writer.submit(IngestFiles(package_id, command_id or uuid4(), actor, files))
 
     async def _fresh(self, view: str = "registry") -> None:
         if self._freshen is not None:
@@ -283,28 +337,24 @@ class DirectRegistry(Registry):
             raise CorruptError(f"the blob of manifest {digest} is missing")
         return b"".join([chunk async for chunk in self._blobs.read(key, 0, size)])
 
-    async def _first_that_reads(self, places: list[tuple[str, int]], offset: int, length: int) -> AsyncIterator[bytes]:
-        """The bytes from the first place that has them; the first chunk is fetched here, so that a miss shows here."""
-        if length == 0:
-            return from_any(())
-        missing: CorruptError | None = None
-        for key, start in dict.fromkeys(places):
-            chunks = self._blobs.read(key, start + offset, length)
-            try:
-                first = await anext(chunks)
-            except CorruptError as error:
-                missing = missing or error
-            else:
-                return _resume(first, chunks)
-        raise missing or CorruptError("the file has no place where its bytes lie")
-
-
-async def _resume(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    yield first
-    async for chunk in rest:
-        yield chunk
-
 
 def _check_limit(limit: int) -> None:
     if not 1 <= limit <= MAX_PAGE:
         raise InvalidRequestError(f"limit must be 1 to {MAX_PAGE}")
+
+
+async def _bounded(files: Bundle) -> AsyncIterator[Group]:
+    """The bundle, checked as it passes: no more files than one command takes, none of a path that cannot be."""
+    count = 0
+    async for group in files:
+        for file in (group,) if isinstance(group, StreamedFile) else group:
+            check_path(file.relative_path)
+            check_text("media_type", file.media_type)
+            count += 1
+        _check_count(count)
+        yield group
+
+
+def _check_count(count: int) -> None:
+    if count > MAX_BUNDLE_FILES:
+        raise TooLargeError(f"{count:,} files and more at once; {MAX_BUNDLE_FILES:,} are taken")

@@ -13,6 +13,8 @@
     │   │   ├── DuplicateRelativePathError
     │   │   └── IllegalPackageStateError
     │   ├── ContentMismatchError       the bytes are not what was declared
+    │   ├── UnknownContentError        bytes that were only named are not stored here
+    │   ├── InvalidArchiveError        an archive is malformed, or holds what no package can
     │   ├── CommandReusedError         a command id came back with another request
     │   ├── TooLargeError              a limit is exceeded
     │   └── RangeNotSatisfiableError
@@ -122,6 +124,18 @@ class ContentMismatchError(RejectedError):
     """The bytes that arrived are not those that were declared."""
 
     problem = "content-mismatch"
+
+
+class UnknownContentError(RejectedError):
+    """Bytes that were named by their digest are not stored here, or not whole: send them."""
+
+    problem = "unknown-content"
+
+
+class InvalidArchiveError(RejectedError):
+    """An archive is malformed, cut off, or holds an entry that no package can; the text names it."""
+
+    problem = "invalid-archive"
 
 
 class CommandReusedError(RejectedError):

@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import IO, Any, Literal
 from uuid import UUID
 
 from services.blobs.port import Declared
+from services.bundle import Bundle, Group, NamedFile
 from services.config import Settings
 from services.core.commands import Acknowledgement
 from services.core.content_address import ContentAddress
@@ -172,6 +173,45 @@ class Registry(ABC):
         command_id: UUID | None = None,
     ) -> Acknowledgement:
         """`ingest_file`, with the whole acknowledgement (one entry in `files`)."""
+
+    @abstractmethod
+    async def ingest_files(
+        self, package_id: UUID, files: Bundle, actor: str, *, command_id: UUID | None = None
+    ) -> Acknowledgement:
+        """Add many files, all or none, in one command; small ones are packed. `files` in the answer keep their order.
+
+        Raises as `ingest`, and TooLargeError for more than MAX_BUNDLE_FILES; what iterating over `files` raises.
+        """
+
+    @abstractmethod
+    async def ingest_named(
+        self, package_id: UUID, files: Sequence[NamedFile], actor: str, *, command_id: UUID | None = None
+    ) -> Acknowledgement:
+        """As `ingest_files`, of files whose bytes are stored already: they are read there, verified, and not sent.
+
+        Raises UnknownContentError when one is not there; nothing is recorded then, and its bytes must be sent.
+        """
+
+    @abstractmethod
+    async def known_blobs(self, digests: Sequence[bytes]) -> frozenset[bytes]:
+        """Which of these blobs (BLAKE3, 32 raw bytes each) are stored at their content-addressed keys."""
+
+    @abstractmethod
+    def read_files(
+        self,
+        package_id: UUID,
+        *,
+        after: str | None = None,
+        largest: int | None = None,
+        wait_sequence: int | None = None,
+    ) -> AsyncIterator[Group]:
+        """The files of a finalized package with their bytes, by the UTF-8 bytes of their paths.
+
+        Only those behind the path `after`, and of at most `largest` bytes, where these are given. The bytes are those
+        that the places hold: the caller has the digests to check them.
+
+        Raises (on iteration): PackageNotFoundError; IllegalPackageStateError while the package is open; CorruptError.
+        """
 
     @abstractmethod
     async def finalize(self, package_id: UUID, actor: str, *, command_id: UUID | None = None) -> Acknowledgement:

@@ -34,6 +34,10 @@ class PartBuffer:
         """A copy of the bytes from `start` to before `end`, or to the end of what is there."""
         return self._pages[start : min(end, self._length)] if self._length else b""
 
+    def clear(self) -> None:
+        """Empty the buffer, to be filled again."""
+        self._length = 0
+
     def close(self) -> None:
         """Give the memory back. The buffer is empty afterwards, so that a request that lingers finds nothing."""
         self._length = 0

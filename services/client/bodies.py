@@ -1,16 +1,21 @@
-"""One body on its way to a gateway: hashed, held to its length, and known to be repeatable or not."""
+"""One body on its way to a gateway: hashed, held to its length, sent again where it can be read again."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from uuid import UUID
 
 from blake3 import blake3
 
-from services.client.retries import no_answer
+from services.client.retries import GivenUpError, no_answer, with_retries
 from services.client.sources import BodySource
-from services.errors import ContentMismatchError
+from services.client.transport import Answer, Transport
+from services.errors import ContentMismatchError, UnavailableError
+
+EXPECT_CONTINUE_BYTES = 1 << 20
+"""Larger bodies (and those of unknown length) wait for `100 Continue`, so that a refusal comes before the bytes go."""
 
 
 class Sending(AsyncIterable[bytes]):
@@ -18,7 +23,7 @@ class Sending(AsyncIterable[bytes]):
 
     def __init__(self, body: AsyncIterable[bytes], size_bytes: int | None) -> None:
         self._body = body
-        self._size = size_bytes
+        self.size_bytes = size_bytes
         self._limit: asyncio.Timeout | None = None
         self._idle_seconds = 0.0
         self.began = False
@@ -78,5 +83,45 @@ class Sending(AsyncIterable[bytes]):
             self._limit.reschedule(None if seconds is None else asyncio.get_running_loop().time() + seconds)
 
     def _check(self, sent: int, *, done: bool) -> None:
-        if self._size is not None and (sent > self._size or (done and sent < self._size)):
-            raise ContentMismatchError(f"the body has {'more' if sent > self._size else 'fewer'} bytes than declared")
+        if self.size_bytes is not None and (sent > self.size_bytes or (done and sent < self.size_bytes)):
+            raise ContentMismatchError(
+                f"the body has {'more' if sent > self.size_bytes else 'fewer'} bytes than declared"
+            )
+
+
+async def send_body(
+    transport: Transport,
+    method: str,
+    path: str,
+    headers: Mapping[str, str],
+    sending: Sending,
+    *,
+    expect: bool,
+    what: str,
+    command_id: UUID,
+) -> Answer:
+    """Send a body until it is answered, again for as long as it is repeatable; `what` says what is lost otherwise.
+
+    With `expect`, `100 Continue` is waited for. Raises what the body raises, and what the answer stands for;
+    UnavailableError when a body that cannot be read again was lost: the outcome is unknown.
+    """
+
+    async def attempt() -> Answer:
+        nonlocal expect
+        try:
+            async with sending.attempt(transport.policy.idle_seconds):
+                data = sending if sending.size_bytes != 0 else b""
+                return await transport.attempt(method, path, headers=headers, data=data, expect100=expect)
+        except UnavailableError as error:
+            expect = expect and sending.began  # what answers there may know nothing of `100 Continue`
+            if sending.failure is not None:
+                raise sending.failure from None
+            if not sending.repeatable:
+                raise GivenUpError(
+                    f"{what}; the outcome is unknown: look for it, or send it again with command id {command_id}"
+                ) from error
+            raise
+
+    return await with_retries(
+        transport.policy, attempt, transfer=True, notify=transport.notify, repeatable=lambda: sending.repeatable
+    )

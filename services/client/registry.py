@@ -7,17 +7,19 @@ as the first did.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
 from pydantic import BaseModel, ValidationError
 
 from services.blobs.port import Declared
-from services.client.bodies import Sending
+from services.bundle import Bundle, Group, NamedFile
+from services.client.bodies import EXPECT_CONTINUE_BYTES, Sending, send_body
+from services.client.bundles import ask_known, name_files, receive_files, send_files
 from services.client.content import ContentStream, verified
 from services.client.following import follow_events
-from services.client.retries import GivenUpError, Notify, RetryPolicy, log_retry, with_retries
+from services.client.retries import Notify, RetryPolicy, log_retry
 from services.client.sources import BodySource, source_of
 from services.client.transport import Answer, Transport
 from services.client.written import Written
@@ -32,7 +34,6 @@ from services.errors import (
     IllegalPackageStateError,
     InvalidRequestError,
     RangeNotSatisfiableError,
-    UnavailableError,
 )
 from services.http import headers
 from services.http.models import (
@@ -53,9 +54,6 @@ from services.registry import ByteStream, ManifestFormat, Registry
 from services.views.models import DEFAULT_PAGE, File, Package, PackageFilter, Page, UsageTotal
 
 Shape = TypeVar("Shape", bound=BaseModel)
-
-_EXPECT_CONTINUE_BYTES = 1 << 20
-"""Larger bodies (and those of unknown length) wait for `100 Continue`, so that a refusal comes before the bytes go."""
 
 _OPEN = "created"
 
@@ -164,42 +162,52 @@ class GatewayRegistry(Registry):
             **_declared_headers(declared),
             "Content-Type": media_type,
         }
-        expect = declared.size_bytes is None or declared.size_bytes > _EXPECT_CONTINUE_BYTES
+        expect = declared.size_bytes is None or declared.size_bytes > EXPECT_CONTINUE_BYTES
         sending = Sending(body, declared.size_bytes)
-
-        async def attempt() -> Answer:
-            nonlocal expect
-            try:
-                async with sending.attempt(self._transport.policy.idle_seconds):
-                    return await self._transport.attempt(
-                        "PUT",
-                        f"/v1/packages/{package_id}/files/{quoted(relative_path)}",
-                        headers=fields,
-                        data=sending if declared.size_bytes != 0 else b"",
-                        expect100=expect,
-                    )
-            except UnavailableError as error:
-                expect = expect and sending.began  # what answers there may know nothing of `100 Continue`
-                if sending.failure is not None:
-                    raise sending.failure from None
-                if not sending.repeatable:
-                    raise GivenUpError(
-                        f"{relative_path!r} was lost on its way and its stream cannot be read again; the outcome is "
-                        f"unknown: look for the file, or send it again with command id {command}"
-                    ) from error
-                raise
-
-        answer = await with_retries(
-            self._transport.policy,
-            attempt,
-            transfer=True,
-            notify=self._transport.notify,
-            repeatable=lambda: sending.repeatable,
+        answer = await send_body(
+            self._transport,
+            "PUT",
+            f"/v1/packages/{package_id}/files/{quoted(relative_path)}",
+            fields,
+            sending,
+            expect=expect,
+            what=f"{relative_path!r} was lost on its way and its stream cannot be read again",
+            command_id=command,
         )
         done = _read(FileIngestedAnswer, answer).to_acknowledgement()
         if sending.digest is not None and done.files[0].blake3 != sending.digest:
             raise CorruptError(f"{relative_path!r} arrived as other bytes than were sent; do not finalize {package_id}")
         return self._acknowledged(done)
+
+    async def ingest_files(
+        self, package_id: UUID, files: Bundle, actor: str, *, command_id: UUID | None = None
+    ) -> Acknowledgement:
+        """As `Registry.ingest_files`; `HeldFiles` are sent again after a lost connection, another bundle is not."""
+        command = command_id or uuid4()
+        return self._acknowledged(
+            await send_files(self._transport, package_id, files, _write_headers(actor, command), command)
+        )
+
+    async def ingest_named(
+        self, package_id: UUID, files: Sequence[NamedFile], actor: str, *, command_id: UUID | None = None
+    ) -> Acknowledgement:
+        fields = _write_headers(actor, command_id)
+        return self._acknowledged(await name_files(self._transport, package_id, files, fields))
+
+    async def known_blobs(self, digests: Sequence[bytes]) -> frozenset[bytes]:
+        return await ask_known(self._transport, digests)
+
+    def read_files(
+        self,
+        package_id: UUID,
+        *,
+        after: str | None = None,
+        largest: int | None = None,
+        wait_sequence: int | None = None,
+    ) -> AsyncIterator[Group]:
+        """As `Registry.read_files`; a lost connection is taken up behind the last whole file."""
+        wait = max(wait_sequence or 0, self._written.last(package_id))
+        return receive_files(self._transport, package_id, after, largest, wait or None)
 
     async def finalize(self, package_id: UUID, actor: str, *, command_id: UUID | None = None) -> Acknowledgement:
         answer = await self._transport.call(

@@ -11,24 +11,14 @@ import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
-from mimetypes import MimeTypes
 from pathlib import Path
 
 from services.client.sources import FileStamp
 from services.core.paths import check_path
 from services.errors import InvalidPathError, InvalidRequestError
+from services.media_types import guess_media_type
 
 _MOST_FAULTS_SHOWN = 10
-_DEFAULT_MEDIA_TYPE = "application/octet-stream"
-_COMPRESSED = {
-    "gzip": "application/gzip",
-    "bzip2": "application/x-bzip2",
-    "xz": "application/x-xz",
-    "compress": "application/x-compress",
-}
-
-# Without the machine's own tables: the same tree gets the same media types everywhere.
-_TYPES = MimeTypes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +33,6 @@ class TreeFile:
     def media_type(self) -> str:
         """Guessed from the name."""
         return guess_media_type(self.relative_path)
-
-
-def guess_media_type(name: str) -> str:
-    """The media type of a file of this name; `application/octet-stream` when nothing is known of it."""
-    found, compressed = _TYPES.guess_type(name.rsplit("/", 1)[-1])
-    if compressed is not None:
-        return _COMPRESSED.get(compressed, _DEFAULT_MEDIA_TYPE)
-    return found or _DEFAULT_MEDIA_TYPE
 
 
 def walk(path: Path) -> list[TreeFile]:

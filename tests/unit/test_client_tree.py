@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from services.client.push_state import push_state
-from services.client.tree import guess_media_type, walk
+from services.client.tree import walk
 from services.errors import InvalidPathError, InvalidRequestError
+from services.media_types import guess_media_type
 
 
 def test_files_come_by_the_bytes_of_their_paths(tmp_path: Path) -> None:

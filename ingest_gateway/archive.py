@@ -1,0 +1,187 @@
+"""Archives: many files in one request, all or nothing, and a whole package in one answer."""
+
+from __future__ import annotations
+
+import asyncio
+
+from aiohttp import web
+
+from ingest_gateway.answers import ETAG, IMMUTABLE, JSON, TEXT, json_answer
+from ingest_gateway.call import Call
+from ingest_gateway.codings import CODINGS, decoded
+from ingest_gateway.negotiation import not_modified
+from ingest_gateway.operations import BINARY, Body, Route, Success
+from ingest_gateway.packages import ANYONE, WRITING
+from ingest_gateway.parameters import (
+    ACTOR,
+    AFTER,
+    IDEMPOTENCY_KEY,
+    IF_MATCH,
+    IF_NONE_MATCH,
+    LARGEST,
+    PACKAGE_ID,
+    WAIT_SEQUENCE,
+)
+from ingest_gateway.problems import (
+    BodyTimeoutError,
+    IncompleteBodyError,
+    PreconditionFailedError,
+    UnsupportedMediaTypeError,
+)
+from services.bundle import MAX_BUNDLE_FILES, SMALL_FILE_BYTES
+from services.errors import (
+    CommandReusedError,
+    ContentMismatchError,
+    DuplicateRelativePathError,
+    IllegalPackageStateError,
+    InvalidArchiveError,
+    InvalidPathError,
+    InvalidRequestError,
+    PackageNotFoundError,
+    TooLargeError,
+    UnavailableError,
+    UnknownContentError,
+    WaitTimeoutError,
+)
+from services.http.bundles import TAR, FilesIngestedAnswer, IngestNamedRequest
+from services.tar.bundles import entries_of, tar_of
+from services.tar.reading import ArchiveLimits, TarReader
+
+_MAX_NAMED_BYTES = 16 << 20
+"""Most bytes of JSON that name files: 10,000 of them, whose paths are as long as they may be."""
+
+_COMPRESSED = {"application/gzip": "gzip", "application/zstd": "zstd"}
+
+
+async def ingest_files(call: Call) -> web.StreamResponse:
+    """POST /v1/packages/{package_id}/files."""
+    package_id = call.path(PACKAGE_ID)
+    command_id, actor = call.header(IDEMPOTENCY_KEY), call.header(ACTOR) or ANYONE
+    media_type = call.request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    if media_type == JSON:
+        named = await call.json(IngestNamedRequest, limit=_MAX_NAMED_BYTES)
+        done = await call.registry.ingest_named(package_id, named.to_files(), actor, command_id=command_id)
+    else:
+        coding = _coding(call, media_type)
+        body = call.body(coded=True)
+        reader = TarReader(ArchiveLimits(MAX_BUNDLE_FILES, call.gateway.bounds.max_file_bytes, SMALL_FILE_BYTES))
+        files = entries_of(reader, body if coding is None else decoded(body, coding))
+        # As with a single file, the writer is asked before the first byte of the body is read.
+        done = await call.registry.ingest_files(package_id, files, actor, command_id=command_id)
+    return json_answer(await asyncio.to_thread(FilesIngestedAnswer.of, done), status=201)
+
+
+def _coding(call: Call, media_type: str) -> str | None:
+    """The coding of an archive, by media type or `Content-Encoding`. Raises UnsupportedMediaTypeError."""
+    if media_type != TAR and media_type not in _COMPRESSED:
+        raise UnsupportedMediaTypeError(
+            f"files come as {TAR}, as it is or in {' or '.join(_COMPRESSED)}, or by name as {JSON}",
+            {"Accept": ", ".join((TAR, *_COMPRESSED, JSON))},
+        )
+    coding = (call.list_header("Content-Encoding") or "identity").strip().lower()
+    if coding == "identity":
+        return _COMPRESSED.get(media_type)
+    if coding not in CODINGS or media_type != TAR:
+        raise UnsupportedMediaTypeError(
+            f"an archive's Content-Encoding may be {' or '.join(sorted(CODINGS))}, once",
+            {"Accept-Encoding": ", ".join(sorted(CODINGS))},
+        )
+    return coding
+
+
+async def get_archive(call: Call) -> web.StreamResponse:
+    """GET and HEAD /v1/packages/{package_id}/archive."""
+    package_id, after, largest = call.path(PACKAGE_ID), call.query(AFTER), call.query(LARGEST)
+    package = await call.registry.get_package(package_id, wait_sequence=call.query(WAIT_SEQUENCE))
+    if package.manifest_digest is None or package.finalized_at is None:
+        raise IllegalPackageStateError(
+            f"package {package_id} is open; it can be had as an archive once it is finalized"
+        )
+    headers = {
+        "Content-Type": TAR,
+        "Cache-Control": IMMUTABLE,
+        "Content-Disposition": f'attachment; filename="{package_id}.tar"',
+        "X-Content-Type-Options": "nosniff",
+    }
+    if after is None and largest is None:
+        tag = f"tar-1:{package.manifest_digest}"
+        headers["ETag"] = f'"{tag}"'
+        if not_modified(call.list_header("If-Match"), call.list_header("If-None-Match"), tag):
+            return web.Response(status=304, headers={**headers, "Content-Type": ""})
+    response = web.StreamResponse(status=200, headers=headers)
+    if call.request.method == "HEAD":
+        await call.start(response)
+        return response
+    pieces = tar_of(
+        call.registry.read_files(package_id, after=after, largest=largest), package.finalized_at // 1_000_000
+    )
+    first = await anext(pieces)  # what can fail at once fails here, while the status can still say so
+    await call.start(response)
+    await call.send(response, first)
+    async for piece in pieces:
+        await call.send(response, piece)
+    await response.write_eof()
+    return response
+
+
+ROUTES = (
+    Route(
+        "POST",
+        "/v1/packages/{package_id}/files",
+        ingest_files,
+        "Stream many files into a package, all or none",
+        (Success(201, "All bytes and events are durable", {JSON: FilesIngestedAnswer}),),
+        parameters=(PACKAGE_ID, IDEMPOTENCY_KEY, ACTOR),
+        body=Body(
+            {TAR: BINARY, **dict.fromkeys(_COMPRESSED, BINARY), JSON: IngestNamedRequest},
+            description="A tar archive, as it is or compressed by gzip or Zstandard (`Content-Encoding`, or the media "
+            "type). Or files by name, whose bytes are stored already.",
+        ),
+        problems=(
+            InvalidRequestError,
+            InvalidPathError,
+            PackageNotFoundError,
+            IllegalPackageStateError,
+            DuplicateRelativePathError,
+            InvalidArchiveError,
+            ContentMismatchError,
+            UnknownContentError,
+            CommandReusedError,
+            TooLargeError,
+            IncompleteBodyError,
+            BodyTimeoutError,
+            UnsupportedMediaTypeError,
+            *WRITING,
+        ),
+        description=f"At most {MAX_BUNDLE_FILES:,} files. Folders are passed over; links, devices, sparse files, "
+        "paths that break a rule, paths that come twice and an archive without its end marker are refused, the entry "
+        "named, and nothing is recorded. A leading `./` is taken off. Media types follow the names. Files of up to "
+        f"{SMALL_FILE_BYTES:,} bytes are packed. Package and state are checked before the body is read. With "
+        "`application/json`, the files' bytes are read where they lie and verified; `unknown-content` says that they "
+        "must be sent.",
+        tag="files",
+    ),
+    Route(
+        "GET",
+        "/v1/packages/{package_id}/archive",
+        get_archive,
+        "Read a finalized package as a tar archive",
+        (
+            Success(200, "The files by the bytes of their paths", {TAR: BINARY}, {"ETag": ETAG, "Cache-Control": TEXT}),
+            Success(304, "The client has it", headers={"ETag": ETAG}),
+        ),
+        parameters=(PACKAGE_ID, AFTER, LARGEST, WAIT_SEQUENCE, IF_MATCH, IF_NONE_MATCH),
+        problems=(
+            InvalidRequestError,
+            InvalidPathError,
+            PackageNotFoundError,
+            IllegalPackageStateError,
+            PreconditionFailedError,
+            UnavailableError,
+            WaitTimeoutError,
+        ),
+        description="Always the same bytes for the same package. Should they fail on the way, the connection is cut "
+        "before the archive's end marker; `after` leads on from the last whole file.",
+        tag="files",
+    ),
+)

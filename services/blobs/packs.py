@@ -1,0 +1,150 @@
+"""Packs: many small files as one blob, so that a store writes one object where it would write a thousand.
+
+A pack is the bytes of the small files of a bundle, one behind the other in the bundle's order, equal ones once; when
+the next would not fit any more, the next pack begins. It is a blob like any other, at the key of its own BLAKE3: the
+same files in the same order make the same packs, which are stored once, and whoever has the files can name the packs
+without having seen the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from blake3 import blake3
+
+from services.blobs.memory import PartBuffer
+from services.blobs.port import BlobStore, Declared, StoredBlob
+from services.bundle import Bundle, SmallFile, StreamedFile
+from services.errors import TooLargeError
+
+PACK_BYTES = 8 << 20
+"""Most bytes of a pack: what every store takes in one request."""
+
+_SLICE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A file of a bundle whose bytes are durable, and where they lie."""
+
+    relative_path: str
+    media_type: str
+    blob: StoredBlob
+
+
+class PackLayout:
+    """Which bytes of a bundle go where: the rule that both ends follow. Digests are 32 raw bytes."""
+
+    def __init__(self) -> None:
+        self._places: dict[bytes, tuple[int, int]] = {}
+        self._pack = 0
+        self._length = 0
+
+    def place(self, digest: bytes, size: int) -> tuple[int, int, bool] | None:
+        """Number of the pack, offset in it, and whether these bytes are new; None if another pack must begin first."""
+        known = self._places.get(digest)
+        if known is not None:
+            return *known, False
+        if self._length and self._length + size > PACK_BYTES:
+            return None
+        place = self._places[digest] = (self._pack, self._length)
+        self._length += size
+        return *place, True
+
+    def begin(self) -> None:
+        """Begin the next pack."""
+        self._pack += 1
+        self._length = 0
+
+
+class Packing:
+    """Stores one bundle. Belongs to one task; holds one pack in memory."""
+
+    def __init__(self, blobs: BlobStore, max_file_bytes: int) -> None:
+        self._blobs = blobs
+        self._max_file_bytes = max_file_bytes
+        self._layout = PackLayout()
+        self._buffer = PartBuffer(PACK_BYTES)
+        self._hash = blake3()
+        self._packs: list[StoredBlob] = []
+        self._found: list[Placed | _Packed] = []
+
+    async def store(self, bundle: Bundle) -> list[Placed]:
+        """Store every file of the bundle; returns them in its order, once all their bytes are durable.
+
+        Raises what iterating over the bundle raises, and as `BlobStore.store`. Blobs that were stored before stay:
+        nothing names them.
+        """
+        try:
+            async for group in bundle:
+                if isinstance(group, StreamedFile):
+                    self._found.append(await self._store_alone(group))
+                else:
+                    await self._pack(group)
+            if any(isinstance(found, _Packed) for found in self._found):
+                await self._store_pack()
+        finally:
+            self._buffer.close()
+        return [found if isinstance(found, Placed) else found.placed(self._packs) for found in self._found]
+
+    async def _store_alone(self, file: StreamedFile) -> Placed:
+        declared = Declared(size_bytes=file.size_bytes)
+        blob = await self._blobs.store(file.body, declared=declared, max_bytes=self._max_file_bytes)
+        return Placed(file.relative_path, file.media_type, blob)
+
+    async def _pack(self, files: Sequence[SmallFile]) -> None:
+        at = 0
+        while (at := await asyncio.to_thread(self._fill, files, at)) < len(files):
+            await self._store_pack()
+
+    def _fill(self, files: Sequence[SmallFile], start: int) -> int:
+        """Pack files from number `start` on until one needs another pack; the number of that one. Blocks."""
+        for number in range(start, len(files)):
+            file = files[number]
+            size = len(file.data)
+            if size > min(PACK_BYTES, self._max_file_bytes):
+                raise TooLargeError(f"{file.relative_path!r} has {size:,} bytes; {self._max_file_bytes:,} are taken")
+            digest = blake3(file.data).digest()
+            place = self._layout.place(digest, size)
+            if place is None:
+                return number
+            pack, offset, new = place
+            if new:
+                self._buffer.append(file.data)
+                self._hash.update(file.data)
+            sha256 = hashlib.sha256(file.data).digest()
+            self._found.append(_Packed(file.relative_path, file.media_type, pack, offset, size, digest, sha256))
+        return len(files)
+
+    async def _store_pack(self) -> None:
+        """Store what is packed, and begin anew."""
+        declared = Declared(size_bytes=len(self._buffer), blake3=self._hash.digest())
+        self._packs.append(await self._blobs.store(self._bytes(), declared=declared, max_bytes=PACK_BYTES))
+        self._buffer.clear()
+        self._hash = blake3()
+        self._layout.begin()
+
+    async def _bytes(self) -> AsyncIterator[bytes]:
+        for start in range(0, len(self._buffer), _SLICE):
+            yield self._buffer.read(start, start + _SLICE)
+
+
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """A file that lies in the pack of this number."""
+
+    relative_path: str
+    media_type: str
+    pack: int
+    offset: int
+    size: int
+    blake3: bytes
+    sha256: bytes
+
+    def placed(self, packs: Sequence[StoredBlob]) -> Placed:
+        pack = packs[self.pack]
+        blob = StoredBlob(pack.backend_id, pack.key, self.offset, self.size, self.blake3, self.sha256)
+        return Placed(self.relative_path, self.media_type, blob)

@@ -1,0 +1,196 @@
+"""Bundles into a blob store and out of it: packed, found again by name, and read with few requests; memory is bounded.
+
+Every bundle under way holds one pack's worth of memory out of a budget that all of a process share. Who gets none in
+time is pushed back, before anything of it was read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from services.blobs.memory import ByteBudget
+from services.blobs.named import find_named
+from services.blobs.packs import PACK_BYTES, Packing, Placed
+from services.blobs.port import BlobStore, content_key
+from services.bundle import SMALL_FILE_BYTES, Bundle, Group, NamedFile, SmallFile, StreamedFile
+from services.errors import CorruptError, PushBackError
+from services.streams import from_any
+from services.views.models import PlacedFile
+
+_BUNDLES_AT_ONCE = 12
+_TURN_SECONDS = 30.0
+_RETRY_SECONDS = 2.0
+_GROUP_BYTES = 1 << 20
+_ASKED_AT_ONCE = 32
+_WORTH_READING = 4  # a pack is read as a whole if at least every fourth byte of it is wanted
+
+
+class BundleStore:
+    """Bundles on one blob store. Belongs to one event loop."""
+
+    def __init__(
+        self, blobs: BlobStore, *, at_once: int = _BUNDLES_AT_ONCE, turn_seconds: float = _TURN_SECONDS
+    ) -> None:
+        """`at_once` bundles at a time are stored or read; another one waits for `turn_seconds`."""
+        self._blobs = blobs
+        self._memory = ByteBudget(at_once * PACK_BYTES)
+        self._turn_seconds = turn_seconds
+
+    async def store(self, bundle: Bundle, max_file_bytes: int) -> list[Placed]:
+        """As `Packing.store`. Raises PushBackError too."""
+        async with self._turn():
+            return await Packing(self._blobs, max_file_bytes).store(bundle)
+
+    async def find(self, files: Sequence[NamedFile]) -> list[Placed]:
+        """As `find_named`. Raises PushBackError too."""
+        async with self._turn():
+            return await find_named(self._blobs, files)
+
+    async def known(self, digests: Iterable[bytes]) -> frozenset[bytes]:
+        """Those of the digests that name a blob which is stored. Raises UnavailableError."""
+        waiting = iter(dict.fromkeys(digests))
+        found: set[bytes] = set()
+
+        async def ask() -> None:
+            for digest in waiting:
+                if await self._blobs.size(content_key(digest)) is not None:
+                    found.add(digest)
+
+        await asyncio.gather(*(ask() for _ in range(_ASKED_AT_ONCE)))
+        return frozenset(found)
+
+    async def read(self, pages: AsyncIterator[Sequence[PlacedFile]]) -> AsyncIterator[Group]:
+        """The files of these pages with their bytes, in their order.
+
+        Raises (on iteration): CorruptError: bytes are missing. UnavailableError, PushBackError.
+        """
+        async with self._turn():
+            async for page in pages:
+                async for group in _Page(self._blobs, page).groups():
+                    yield group
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        with self._memory.share() as share:
+            try:
+                async with asyncio.timeout(self._turn_seconds):
+                    await share.take(PACK_BYTES)
+            except TimeoutError:
+                raise PushBackError(
+                    f"other bundles held all memory for {self._turn_seconds:g} s; nothing was read", _RETRY_SECONDS
+                ) from None
+            yield
+
+
+@dataclass(slots=True)
+class _Span:
+    """The bytes of one blob that the small files of a page lie in."""
+
+    start: int
+    end: int
+    wanted: int = 0
+    read: bool = False
+
+    def include(self, file: PlacedFile) -> None:
+        self.start = min(self.start, file.offset)
+        self.end = max(self.end, file.offset + file.size_bytes)
+        self.wanted += file.size_bytes
+
+    @property
+    def worth_reading(self) -> bool:
+        length = self.end - self.start
+        return not self.read and length <= PACK_BYTES and length <= _WORTH_READING * self.wanted
+
+
+class _Page:
+    """Files of one page: what of them lies in one pack is read at once, as long as only that pack is asked for."""
+
+    def __init__(self, blobs: BlobStore, files: Sequence[PlacedFile]) -> None:
+        self._blobs = blobs
+        self._files = files
+        self._spans: dict[str, _Span] = {}
+        self._held: tuple[str, int, bytes] | None = None
+        for file in files:
+            if file.size_bytes <= SMALL_FILE_BYTES:
+                self._spans.setdefault(file.key, _Span(file.offset, file.offset)).include(file)
+
+    async def groups(self) -> AsyncIterator[Group]:
+        group: list[SmallFile] = []
+        size = 0
+        for file in self._files:
+            if file.size_bytes > SMALL_FILE_BYTES:
+                if group:
+                    yield group
+                    group, size = [], 0
+                body = await first_that_reads(self._blobs, places(file), 0, file.size_bytes)
+                yield StreamedFile(file.relative_path, file.media_type, file.size_bytes, body)
+                continue
+            group.append(SmallFile(file.relative_path, file.media_type, await self._small(file)))
+            size += file.size_bytes
+            if size >= _GROUP_BYTES:
+                yield group
+                group, size = [], 0
+        if group:
+            yield group
+
+    async def _small(self, file: PlacedFile) -> bytes:
+        if not file.size_bytes:
+            return b""
+        held = self._held
+        if held is None or held[0] != file.key:
+            held = await self._load(file.key)
+        if held is not None:
+            at = file.offset - held[1]
+            return held[2][at : at + file.size_bytes]
+        chunks = await first_that_reads(self._blobs, places(file), 0, file.size_bytes)
+        return b"".join([chunk async for chunk in chunks])
+
+    async def _load(self, key: str) -> tuple[str, int, bytes] | None:
+        """The whole span of a blob, if it pays and was not read for this page before."""
+        span = self._spans[key]
+        if not span.worth_reading:
+            return None
+        span.read = True
+        self._held = None  # one pack at a time
+        try:
+            chunks = self._blobs.read(key, span.start, span.end - span.start)
+            data = b"".join([chunk async for chunk in chunks])
+        except CorruptError:
+            return None  # file by file: what one place has lost another may have
+        self._held = (key, span.start, data)
+        return self._held
+
+
+def places(file: PlacedFile) -> list[tuple[str, int]]:
+    """Where to look for a file's bytes, the first place first: key and offset."""
+    return [(file.key, file.offset), (content_key(file.blake3), 0)]
+
+
+async def first_that_reads(
+    blobs: BlobStore, where: Sequence[tuple[str, int]], offset: int, length: int
+) -> AsyncIterator[bytes]:
+    """The bytes from the first place that has them; the first chunk is fetched here, so that a miss shows here.
+
+    Raises CorruptError: no place has them. UnavailableError.
+    """
+    if length == 0:
+        return from_any(())
+    missing: CorruptError | None = None
+    for key, start in dict.fromkeys(where):
+        chunks = blobs.read(key, start + offset, length)
+        try:
+            first = await anext(chunks)
+        except CorruptError as error:
+            missing = missing or error
+        else:
+            return _resume(first, chunks)
+    raise missing or CorruptError("the file has no place where its bytes lie")
+
+
+async def _resume(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for chunk in rest:
+        yield chunk

@@ -1,0 +1,131 @@
+"""Many files at once to a gateway and from it: as archives, or by name where the bytes are there already."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
+from typing import TypeVar
+from uuid import UUID
+
+import aiohttp
+from pydantic import BaseModel, ValidationError
+
+from services.bundle import SMALL_FILE_BYTES, Bundle, Group, HeldFiles, NamedFile, StreamedFile
+from services.client.bodies import EXPECT_CONTINUE_BYTES, Sending, send_body
+from services.client.sources import BytesSource
+from services.client.transport import Answer, Transport
+from services.core.commands import Acknowledgement
+from services.core.content_address import ContentAddress
+from services.errors import CorruptError, RejectedError, UnavailableError
+from services.http.bundles import (
+    MAX_KNOWN,
+    TAR,
+    FilesIngestedAnswer,
+    IngestNamedRequest,
+    KnownBlobsAnswer,
+    NamedFileRequest,
+)
+from services.tar.bundles import entries_of, tar_of, tar_of_small
+from services.tar.reading import ArchiveLimits, TarReader
+from services.tar.writing import END
+
+Shape = TypeVar("Shape", bound=BaseModel)
+
+_BARREN_CONNECTIONS = 5
+"""So many connections in a row that bring no file are enough."""
+
+_ANY = 1 << 62
+
+
+async def send_files(
+    transport: Transport, package_id: UUID, files: Bundle, headers: Mapping[str, str], command_id: UUID
+) -> Acknowledgement:
+    """Send a bundle as one archive. Raises as `Registry.ingest_files`."""
+    fields = {**headers, "Content-Type": TAR}
+    body: AsyncIterable[bytes]
+    size: int | None = None
+    if isinstance(files, HeldFiles):
+        archive = await asyncio.to_thread(tar_of_small, files.files) + END
+        body, size = BytesSource(archive), len(archive)
+        fields["Content-Length"] = str(size)
+    else:
+        body = tar_of(files)
+    answer = await send_body(
+        transport,
+        "POST",
+        f"/v1/packages/{package_id}/files",
+        fields,
+        Sending(body, size),
+        expect=size is None or size > EXPECT_CONTINUE_BYTES,
+        what="an archive was lost on its way and its stream cannot be read again",
+        command_id=command_id,
+    )
+    return (await asyncio.to_thread(_read, FilesIngestedAnswer, answer)).to_acknowledgement()
+
+
+async def name_files(
+    transport: Transport, package_id: UUID, files: Sequence[NamedFile], headers: Mapping[str, str]
+) -> Acknowledgement:
+    """Have files recorded whose bytes are stored. Raises as `Registry.ingest_named`."""
+    request = IngestNamedRequest(files=[NamedFileRequest.of(file) for file in files])
+    answer = await transport.call(
+        "POST", f"/v1/packages/{package_id}/files", headers=headers, json=request.model_dump(exclude_none=True)
+    )
+    return (await asyncio.to_thread(_read, FilesIngestedAnswer, answer)).to_acknowledgement()
+
+
+async def ask_known(transport: Transport, digests: Sequence[bytes]) -> frozenset[bytes]:
+    """Which blobs are stored, in as many requests as it takes."""
+    found: set[bytes] = set()
+    for start in range(0, len(digests), MAX_KNOWN):
+        addresses = [ContentAddress.of_digest(digest) for digest in digests[start : start + MAX_KNOWN]]
+        answer = await transport.call("POST", "/v1/blobs/known", json={"addresses": addresses})
+        found |= _read(KnownBlobsAnswer, answer).to_digests()
+    return frozenset(found)
+
+
+async def receive_files(
+    transport: Transport, package_id: UUID, after: str | None, largest: int | None, wait_sequence: int | None
+) -> AsyncIterator[Group]:
+    """The files of a package out of its archive; a lost connection is taken up behind the last whole file.
+
+    Raises (on iteration) as `Registry.read_files`; UnavailableError when the gateway stays away, or when a larger file
+    broke off, which cannot be taken up within.
+    """
+    last, barren = after, 0
+    while True:
+        before = last
+        query = {"after": last, "largest": largest, "wait_sequence": wait_sequence}
+        response = await transport.open(f"/v1/packages/{package_id}/archive", query=query)
+        reader = TarReader(ArchiveLimits(_ANY, _ANY, SMALL_FILE_BYTES))
+
+        streaming = False
+        try:
+            async for group in entries_of(reader, _chunks(transport, response)):
+                streaming = isinstance(group, StreamedFile)
+                yield group
+                streaming = False
+                last = group.relative_path if isinstance(group, StreamedFile) else group[-1].relative_path
+            return
+        except UnavailableError:
+            barren = 0 if last != before else barren + 1
+            if streaming or barren >= _BARREN_CONNECTIONS:
+                raise
+        except RejectedError as error:
+            raise CorruptError(
+                f"the gateway's archive of package {package_id} cannot be read: {error.detail}"
+            ) from None
+        finally:
+            response.close()
+
+
+async def _chunks(transport: Transport, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    while chunk := await transport.read_chunk(response):
+        yield chunk
+
+
+def _read(shape: type[Shape], answer: Answer) -> Shape:
+    try:
+        return shape.model_validate_json(answer.body)
+    except ValidationError:
+        raise CorruptError(f"the gateway's answer is no {shape.__name__}: is the URL that of a gateway?") from None
