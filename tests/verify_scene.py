@@ -96,6 +96,7 @@ class Scene:
     async def verify(self, *, check_bytes: bool = False) -> Report:
         """Let the oracle judge."""
         blobs, views = LocalBlobStore(self.folder / "blobs"), self.views()
+        await blobs.migrate()
         try:
             return await verify(self.log, blobs, views, check_bytes=check_bytes)
         finally:

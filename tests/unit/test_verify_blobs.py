@@ -1,0 +1,181 @@
+"""What the oracle does about damaged blobs: names files, keeps what is good, sets the rest aside, sees what healed."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from blake3 import blake3
+
+from services.blobs.local import LocalBlobStore
+from services.blobs.port import Declared, content_key
+from services.errors import UnavailableError
+from services.verify import Report, verify
+from tests.verify_scene import CONTENT, Scene, chained, changed, put_blob, whole_scene
+
+PACK = b"".join(CONTENT.values())
+PACK_KEY = content_key(blake3(PACK).digest())
+
+
+@pytest.fixture
+async def scene(tmp_path: Path) -> Scene:
+    return await whole_scene(tmp_path)
+
+
+@pytest.fixture
+async def packed(scene: Scene) -> Scene:
+    """The three files lie in one pack and nowhere else."""
+    offset = 0
+    for index, name in enumerate(CONTENT, 1):
+        scene.events[index] = changed(scene.events[index], key=PACK_KEY, offset=offset)
+        offset += len(CONTENT[name])
+        scene.blob(name).unlink()
+    scene.events = chained(scene.open)
+    scene.append()
+    put_blob(scene.folder, PACK_KEY, PACK)
+    return scene
+
+
+async def send(folder: Path, content: bytes) -> None:
+    """Store the bytes as an upload would."""
+    store = LocalBlobStore(folder / "blobs")
+    await store.migrate()
+
+    async def body() -> AsyncIterator[bytes]:
+        yield content
+
+    await store.store(body(), declared=Declared(len(content), blake3(content).digest()), max_bytes=len(content))
+    await store.close()
+
+
+async def read(folder: Path, key: str, length: int) -> bytes:
+    store = LocalBlobStore(folder / "blobs")
+    found = b"".join([chunk async for chunk in store.read(key, 0, length)])
+    await store.close()
+    return found
+
+
+def named(report: Report) -> set[tuple[str, str]]:
+    """Kind and file of every violation."""
+    return {(v.kind, name) for v in report.violations for name in CONTENT if f"{name!r}" in v.detail}
+
+
+async def test_a_pack_is_read_once_and_hashed_in_every_range(packed: Scene) -> None:
+    report = await packed.verify(check_bytes=True)
+    assert report.violations == []
+    assert (report.blobs, report.files, report.bytes) == (1, 3, len(PACK))
+
+
+async def test_of_a_damaged_pack_the_good_files_stay_and_the_others_are_named(packed: Scene) -> None:
+    put_blob(packed.folder, PACK_KEY, PACK.replace(b"second", b"SECOND"))
+    report = await packed.verify(check_bytes=True)
+    assert named(report) == {("blob-damaged", "b")}
+    assert report.set_aside == {PACK_KEY: f"damaged/{PACK_KEY}"}
+    for name in ("a", "c"):
+        assert packed.blob(name).read_bytes() == CONTENT[name]
+    assert not packed.blob("b").exists()
+    for check_bytes in (False, True):
+        again = await packed.verify(check_bytes=check_bytes)
+        assert named(again) == {("blob-missing", "b")}
+        assert (again.violation_count, again.healed, again.set_aside) == (1, 2, {})
+
+
+@pytest.mark.parametrize("sent", [PACK, CONTENT["b"]], ids=["the pack", "the file alone"])
+async def test_a_damaged_pack_heals_when_its_bytes_are_sent_again(packed: Scene, sent: bytes) -> None:
+    put_blob(packed.folder, PACK_KEY, PACK.replace(b"second", b"SECOND"))
+    await packed.verify(check_bytes=True)
+    await send(packed.folder, sent)
+    report = await packed.verify(check_bytes=True)
+    assert report.violations == []
+    assert report.healed == (0 if sent == PACK else 3)
+
+
+async def test_a_pack_that_is_gone_heals_file_by_file(packed: Scene) -> None:
+    (packed.folder / "blobs" / PACK_KEY).unlink()
+    assert named(await packed.verify()) == {("blob-missing", name) for name in CONTENT}
+    for content in CONTENT.values():
+        await send(packed.folder, content)
+    assert (await packed.verify(check_bytes=True)).violations == []
+
+
+async def test_an_upload_under_a_key_of_its_own_heals_at_its_content_address(scene: Scene) -> None:
+    key = "uploads/5bd4c3c2-4a0b-4c5c-9d5e-0f9a4f6e2c11"
+    scene.events = chained([scene.events[0], changed(scene.events[1], key=key)])
+    scene.append()
+    put_blob(scene.folder, key, CONTENT["a"])
+    scene.blob("a").unlink()
+    assert (await scene.verify(check_bytes=True)).clean
+    put_blob(scene.folder, key, b"FIRST")
+    assert named(await scene.verify(check_bytes=True)) == {("blob-damaged", "a")}
+    assert named(await scene.verify(check_bytes=True)) == {("blob-missing", "a")}
+    await send(scene.folder, CONTENT["a"])
+    report = await scene.verify(check_bytes=True)
+    assert report.violations == []
+    assert report.healed == 1
+
+
+async def test_a_copy_at_the_content_address_that_is_damaged_too_does_not_count_and_is_set_aside(scene: Scene) -> None:
+    scene.events = chained([scene.events[0], changed(scene.events[1], key="uploads/gone")])
+    scene.append()
+    scene.blob("a").write_bytes(b"FIRST")
+    report = await scene.verify(check_bytes=True)
+    assert named(report) == {("blob-missing", "a")}
+    assert list(report.set_aside) == [content_key(blake3(CONTENT["a"]).digest())]
+    await send(scene.folder, CONTENT["a"])
+    assert (await scene.verify(check_bytes=True)).clean
+
+
+async def test_a_blob_that_an_upload_replaced_in_the_same_moment_is_put_back(scene: Scene) -> None:
+    scene.append()
+    scene.blob("a").write_bytes(b"FIRST")
+
+    class Racing(LocalBlobStore):
+        async def set_aside(self, key: str) -> str | None:
+            scene.blob("a").write_bytes(CONTENT["a"])
+            return await super().set_aside(key)
+
+    blobs, views = Racing(scene.folder / "blobs"), scene.views()
+    await blobs.migrate()
+    report = await verify(scene.log, blobs, views, check_bytes=True)
+    await views.close()
+    await blobs.close()
+    assert report.clean
+    assert scene.blob("a").read_bytes() == CONTENT["a"]
+
+
+class Unreadable(LocalBlobStore):
+    """A store that cannot read some blobs, or cannot be used at all."""
+
+    down = False
+
+    async def read(self, key: str, offset: int, length: int) -> AsyncIterator[bytes]:
+        if self.down or key == content_key(blake3(CONTENT["a"]).digest()):
+            raise UnavailableError("the disk says no")
+        async for chunk in super().read(key, offset, length):
+            yield chunk
+
+    async def check(self) -> None:
+        if self.down:
+            raise UnavailableError("the store is down")
+
+
+@pytest.mark.parametrize("down", [False, True])
+async def test_one_blob_that_cannot_be_read_is_damaged_but_a_store_that_is_down_ends_the_verification(
+    scene: Scene, down: bool
+) -> None:
+    scene.append()
+    blobs, views = Unreadable(scene.folder / "blobs"), scene.views()
+    blobs.down = down
+    try:
+        if down:
+            with pytest.raises(UnavailableError, match="the store is down"):
+                await verify(scene.log, blobs, views, check_bytes=True)
+            assert scene.blob("a").exists()
+        else:
+            report = await verify(scene.log, blobs, views, check_bytes=True)
+            assert named(report) == {("blob-damaged", "a")}
+            assert "the disk says no" in report.violations[0].detail
+    finally:
+        await views.close()
+        await blobs.close()
