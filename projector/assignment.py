@@ -12,9 +12,9 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
+from projector.decoding import decode_records
 from schemas.batch import EventBatch
-from schemas.codec import UndecodableEventError
-from services.errors import CorruptError, LogIdentityError, PushBackError, UnavailableError
+from services.errors import LogIdentityError, PushBackError, UnavailableError
 from services.log.port import Batch, Log, Record, Subscription
 from services.log.position import Position
 from services.views.checkpoints import Checkpoint, StaleCheckpointError, load_checkpoint
@@ -101,7 +101,7 @@ class Assignment:
                 break
         if not ends:
             return None
-        events = await asyncio.to_thread(_decode, records)
+        events = await asyncio.to_thread(decode_records, records)
         await self._require_same_log()
         return Work(events, self._checkpoint(starts), ends)
 
@@ -178,15 +178,3 @@ class Assignment:
         if self._subscription is None:
             raise StaleCheckpointError("read before joining")
         return self._subscription
-
-
-def _decode(records: Sequence[Record]) -> EventBatch:
-    events = EventBatch()
-    for record in records:
-        try:
-            events.append(record.value)
-        except UndecodableEventError as error:
-            raise CorruptError(
-                f"the record at offset {record.offset} of partition {record.partition} cannot be read: {error}"
-            ) from error
-    return events

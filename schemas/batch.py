@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import overload
+from uuid import UUID
 
 from schemas.codec import decode
 from schemas.events import Event, FileIngested
@@ -18,7 +19,7 @@ class EventBatch(Sequence[Event]):
     them at a quarter of the cost.
     """
 
-    __slots__ = ("_values", "entries")
+    __slots__ = ("_packages", "_values", "entries")
 
     entries: list[Entry]
 
@@ -26,12 +27,13 @@ class EventBatch(Sequence[Event]):
         """From record values. Raises UndecodableEventError."""
         self.entries = []
         self._values: list[bytes] = []
+        self._packages: dict[bytes, UUID] = {}
         for value in values:
             self.append(value)
 
     def append(self, value: bytes) -> None:
         """One more record value. Raises UndecodableEventError; the batch is then as it was."""
-        fields = read_fields(value)
+        fields = read_fields(value, self._packages)
         self.entries.append(entry_of(decode(value)) if fields is None else fields)
         self._values.append(value)
 

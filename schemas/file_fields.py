@@ -9,6 +9,7 @@ from binascii import Error as NotHexError
 from binascii import unhexlify
 from importlib.resources import files
 from typing import NamedTuple
+from uuid import UUID
 
 from fastavro.schema import fingerprint, to_parsing_canonical_form
 
@@ -30,9 +31,9 @@ _LONG_VALUES = 1 << 64
 
 
 class FileFields(NamedTuple):
-    """What a fold needs of a `v1.file.ingested`: identifiers are 16 bytes, texts UTF-8, digests 32 bytes, times µs."""
+    """What a fold needs of a `v1.file.ingested`: its own identifiers are 16 bytes, texts UTF-8, digests 32 bytes."""
 
-    package_id: bytes
+    package_id: UUID
     sequence: int
     created_at: int
     file_id: bytes
@@ -53,7 +54,7 @@ def fields_of(event: Event, file: FileIngested) -> FileFields:
     """The fields of an event that was decoded; `file` is its payload."""
     receipt = file.receipt
     return FileFields(
-        event.package_id.bytes,
+        event.package_id,
         event.sequence,
         event.created_at,
         file.file_id.bytes,
@@ -71,23 +72,27 @@ def fields_of(event: Event, file: FileIngested) -> FileFields:
     )
 
 
-def read_fields(value: bytes) -> FileFields | None:
+def read_fields(value: bytes, packages: dict[bytes, UUID]) -> FileFields | None:
     """The fields of a record value that is a `v1.file.ingested` in single-object encoding.
 
     None when anything about it is unusual, or it is another event: then the general codec finds out what it is. Fields
-    that no fold needs are passed over.
+    that no fold needs are passed over. `packages` keeps package ids by their texts, so that all events of one package
+    share one object.
     """
     try:
-        return _read(value)
+        return _read(value, packages)
     except (ValueError, IndexError, NotHexError):
         return None
 
 
-def _read(value: bytes) -> FileFields | None:
+def _read(value: bytes, packages: dict[bytes, UUID]) -> FileFields | None:
     # Straight on and without calls where it can be: this runs for every event that is ever folded.
     if value[:11] != _FRAMING or value[47:65] != _TYPE:
         return None
-    package_id = unhexlify(value[65:101].replace(b"-", b""))
+    text = value[65:101]
+    package_id = packages.get(text)
+    if package_id is None:
+        package_id = packages[text] = UUID(text.decode())
     sequence, at = _long(value, 101)
     created_at, at = _long(value, at)
     size = value[at]  # actor
@@ -156,11 +161,11 @@ def _read(value: bytes) -> FileFields | None:
         at = end + 1
     length, at = _long(value, at)
     stored_at, at = _long(value, at)
-    if at != len(value) or not len(package_id) == len(file_id) == len(location_id) == 16:
+    if at != len(value) or not len(file_id) == len(location_id) == 16:
         return None
     if not (relative_path.isascii() and media_type.isascii() and backend_id.isascii() and key.isascii()):
-        for text in (relative_path, media_type, backend_id, key):
-            text.decode()
+        for part in (relative_path, media_type, backend_id, key):
+            part.decode()
     return _new(
         FileFields,
         (

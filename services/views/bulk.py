@@ -1,33 +1,128 @@
-"""Writing many rows at once: `COPY` on PostgreSQL, one prepared statement on SQLite."""
+"""Writing and finding many rows at once: `COPY` and `unnest` on PostgreSQL, prepared statements on SQLite.
+
+The drivers are spoken to directly, because binding by name costs as much as the work itself. Every value is of its
+column's type as the driver takes it: UUID, text, integer, bytes, None.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
+from itertools import islice
 from typing import Any
+from uuid import UUID
 
-from sqlalchemy import Table, Uuid
+from sqlalchemy import BigInteger, Column, Table, Uuid, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 Row = tuple[Any, ...]
+
+_CHUNK = 10_000  # identifiers in one statement of SQLite; below what it takes (32,766 parameters)
+_ROWS_AT_ONCE = 250
+"""So many encoded rows are sent in one message of the `COPY`."""
+
+# PostgreSQL documentation, COPY, "Binary Format": signature, flags, length of the extension; and the trailer.
+_COPY_HEAD = b"PGCOPY\n\xff\r\n\0" + bytes(8)
+_COPY_END = b"\xff\xff"
+
+
+def on_postgresql(connection: AsyncConnection) -> bool:
+    """Whether the database is PostgreSQL; else it is SQLite."""
+    return connection.dialect.name == "postgresql"
 
 
 async def insert_rows(connection: AsyncConnection, table: Table, rows: Sequence[Row]) -> None:
     """Insert the rows, values in the order of the table's columns, in the connection's transaction.
 
-    A row whose key is there already fails the whole: `Views.writing` raises CorruptError then. The driver is spoken to
-    directly, because binding by name costs as much as the insert itself.
+    A row whose key is there already fails the whole: `Views.writing` raises CorruptError then.
     """
     if not rows:
         return
-    if connection.dialect.name == "postgresql":
-        raw = await connection.get_raw_connection()
-        copy = raw.driver_connection.copy_records_to_table  # type: ignore[union-attr] # asyncpg's own connection
-        await copy(table.name, records=rows, columns=table.columns.keys())
+    if on_postgresql(connection):
+        driver = await _driver(connection)
+        await driver.copy_records_to_table(table.name, records=rows, columns=table.columns.keys())
     else:
-        # As `Uuid` keeps identifiers on SQLite: 32 hex digits. No fold writes an absent identifier.
-        as_text = [isinstance(column.type, Uuid) for column in table.columns]
         names = ", ".join(f'"{column.name}"' for column in table.columns)
-        places = ", ".join("?" * len(as_text))
-        values = [tuple(v.hex if uuid else v for v, uuid in zip(row, as_text, strict=True)) for row in rows]
+        places = ", ".join("?" * len(table.columns))
         statement = f"INSERT INTO {table.name} ({names}) VALUES ({places})"  # noqa: S608 - names of our own tables
-        await connection.exec_driver_sql(statement, values)
+        await connection.exec_driver_sql(statement, _as_sqlite(list(table.columns), rows))
+
+
+async def copy_encoded(connection: AsyncConnection, table: Table, rows: Iterable[bytes]) -> None:
+    """Insert rows that are encoded already, all columns in their order, as PostgreSQL's binary `COPY` has them.
+
+    On PostgreSQL only. Rows are taken while they are sent. Otherwise as `insert_rows`.
+    """
+    driver = await _driver(connection)
+    await driver.copy_to_table(table.name, source=_copy(rows), columns=table.columns.keys(), format="binary")
+
+
+async def _copy(rows: Iterable[bytes]) -> AsyncIterator[bytes]:
+    rest = iter(rows)
+    yield _COPY_HEAD
+    while some := b"".join(islice(rest, _ROWS_AT_ONCE)):
+        yield some
+    yield _COPY_END
+
+
+async def update_rows(connection: AsyncConnection, columns: Sequence[Column[Any]], rows: Sequence[Row]) -> None:
+    """Set `columns` but the first, which is the key, to each row's values; a key that is not there changes nothing."""
+    if not rows:
+        return
+    key, *changed = columns
+    name = key.table.name
+    if on_postgresql(connection):
+        arrays = ", ".join(f"${i}::{_type_name(column)}[]" for i, column in enumerate(columns, 1))
+        names = ", ".join(f"v{i}" for i in range(len(columns)))
+        values = ", ".join(f'"{column.name}" = v{i}' for i, column in enumerate(changed, 1))
+        driver = await _driver(connection)
+        await driver.execute(
+            f"UPDATE {name} SET {values} FROM unnest({arrays}) AS new ({names}) "  # noqa: S608 - our own names
+            f'WHERE {name}."{key.name}" = v0',
+            *map(list, zip(*rows, strict=True)),
+        )
+    else:
+        values = ", ".join(f'"{column.name}" = ?' for column in changed)
+        statement = f'UPDATE {name} SET {values} WHERE "{key.name}" = ?'  # noqa: S608 - names of our own tables
+        turned = [(*row[1:], row[0]) for row in rows]
+        await connection.exec_driver_sql(statement, _as_sqlite([*changed, key], turned))
+
+
+async def find_rows(connection: AsyncConnection, columns: Sequence[Column[Any]], keys: Sequence[UUID]) -> list[Row]:
+    """The values of `columns` in the rows whose first column, an identifier, is one of `keys`."""
+    if not keys:
+        return []
+    key = columns[0]
+    if on_postgresql(connection):
+        names = ", ".join(f'"{column.name}"' for column in columns)
+        driver = await _driver(connection)
+        statement = f'SELECT {names} FROM {key.table.name} WHERE "{key.name}" = ANY($1::uuid[])'  # noqa: S608 - as above
+        return [tuple(row) for row in await driver.fetch(statement, keys)]
+    found: list[Row] = []
+    for start in range(0, len(keys), _CHUNK):
+        query = select(*columns).where(key.in_(keys[start : start + _CHUNK]))
+        found += [tuple(row) for row in await connection.execute(query)]
+    return found
+
+
+def _as_sqlite(columns: Sequence[Column[Any]], rows: Iterable[Row]) -> list[Row]:
+    """As `Uuid` keeps identifiers on SQLite: 32 hex digits."""
+    identifiers = [isinstance(column.type, Uuid) for column in columns]
+    return [
+        tuple(v.hex if is_id and v is not None else v for v, is_id in zip(row, identifiers, strict=True))
+        for row in rows
+    ]
+
+
+def _type_name(column: Column[Any]) -> str:
+    match column.type:
+        case Uuid():
+            return "uuid"
+        case BigInteger():
+            return "bigint"
+    return "text"
+
+
+async def _driver(connection: AsyncConnection) -> Any:
+    """asyncpg's own connection, in the transaction that SQLAlchemy has begun."""
+    raw = await connection.get_raw_connection()
+    return raw.driver_connection

@@ -6,17 +6,18 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Column, select
+from sqlalchemy import Column
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from schemas.events import Event, PackageCreated
+from schemas.batch import Entry
+from schemas.events import FILE_INGESTED, Event, PackageCreated
+from schemas.file_fields import FileFields
 from services.errors import CorruptError
-
-_CHUNK = 10_000  # identifiers in one statement; below what either database takes (32,766 parameters)
+from services.views.bulk import find_rows
 
 
 async def known_packages(
-    connection: AsyncConnection, key: Column[UUID], columns: Sequence[Column[Any]], events: Iterable[Event]
+    connection: AsyncConnection, key: Column[UUID], columns: Sequence[Column[Any]], events: Iterable[Entry]
 ) -> dict[UUID, tuple[Any, ...]]:
     """What a view holds of the events' packages: from package id to the values of `columns`.
 
@@ -25,28 +26,29 @@ async def known_packages(
     """
     begun: set[UUID] = set()
     wanted: list[UUID] = []
-    for package_id, sequence in ((event.package_id, event.sequence) for event in events):
-        if package_id not in begun:
+    last: UUID | None = None
+    for event in events:
+        package_id = event.package_id
+        if package_id is not last and package_id not in begun:
             begun.add(package_id)
-            if sequence != 1:
+            if event.sequence != 1:
                 wanted.append(package_id)
-    found: dict[UUID, tuple[Any, ...]] = {}
-    for start in range(0, len(wanted), _CHUNK):
-        query = select(key, *columns).where(key.in_(wanted[start : start + _CHUNK]))
-        for row in await connection.execute(query):
-            found[row[0]] = tuple(row[1:])
-    return found
+        last = package_id
+    return {row[0]: row[1:] for row in await find_rows(connection, [key, *columns], wanted)}
 
 
-def check_follows(event: Event, last_sequence: int) -> None:
+def check_follows(event: Entry, last_sequence: int) -> None:
     """Raise CorruptError unless the event is the one after `last_sequence` (0: the package is not known)."""
+    creates = isinstance(event, Event) and isinstance(event.payload, PackageCreated)
+    if event.sequence == last_sequence + 1 and creates == (event.sequence == 1):
+        return
+    event_type = FILE_INGESTED if isinstance(event, FileFields) else event.event_type
     if event.sequence != last_sequence + 1:
         raise CorruptError(
-            f"package {event.package_id}: event {event.sequence} ({event.event_type}) does not follow "
+            f"package {event.package_id}: event {event.sequence} ({event_type}) does not follow "
             f"event {last_sequence}, the last one that the view has"
         )
-    if isinstance(event.payload, PackageCreated) != (event.sequence == 1):
-        raise CorruptError(
-            f"package {event.package_id}: event {event.sequence} is {event.event_type}; "
-            "the first event, and no other, creates a package"
-        )
+    raise CorruptError(
+        f"package {event.package_id}: event {event.sequence} is {event_type}; "
+        "the first event, and no other, creates a package"
+    )

@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
-from sqlalchemy import Table, bindparam, update
+from sqlalchemy import Table
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from schemas.events import Event, FileIngested, PackageCreated, PackageFinalized
+from schemas.batch import Entry, entries_of
+from schemas.events import Event, PackageCreated, PackageFinalized
+from schemas.file_fields import FileFields
 from services.core.content_address import ContentAddress
 from services.core.state import CREATED, FINALIZED
 from services.errors import CorruptError
-from services.views.bulk import Row, insert_rows
+from services.views.bulk import Row, insert_rows, update_rows
+from services.views.projections.file_rows import insert_files
 from services.views.projections.order import check_follows, known_packages
 from services.views.projections.port import Tables
 from services.views.tables import artifact_files, artifact_manifests, artifact_packages, storage_locations
@@ -41,39 +44,48 @@ class RegistryProjection:
         """As `Projection.fold`: a few statements a batch, however many events there are."""
         packages = tables["artifact_packages"]
         columns = (packages.c.last_event_sequence, packages.c.status)
-        known = await known_packages(connection, packages.c.id, columns, events)
+        entries = entries_of(events)
+        known = await known_packages(connection, packages.c.id, columns, entries)
         changes = {package_id: _Change(*found) for package_id, found in known.items()}
-        files: list[Row] = []
-        locations: list[Row] = []
-        manifests: list[Row] = []
-        for event in events:
-            change = _follow(changes, event)
-            match event.payload:
-                case FileIngested():
-                    files.append(_file(event, event.payload))
-                    locations.append(_location(event.payload))
-                case PackageFinalized():
-                    digest = ContentAddress.of_digest(event.payload_digest)
-                    change.status, change.manifest_digest, change.finalized_at = FINALIZED, digest, event.created_at
-                    manifests.append((event.package_id, digest, event.payload.manifest, event.payload.manifest_key))
+        files, manifests = _follow_all(changes, entries)
         await insert_rows(connection, packages, [_package(c.created, c) for c in changes.values() if c.created])
-        await insert_rows(connection, tables["artifact_files"], files)
-        await insert_rows(connection, tables["storage_locations"], locations)
+        await insert_files(connection, tables["artifact_files"], tables["storage_locations"], files)
         await insert_rows(connection, tables["artifact_manifests"], manifests)
-        known_before = {package_id: change for package_id, change in changes.items() if not change.created}
-        await _update(connection, packages, known_before)
+        await _update(connection, packages, changes)
 
 
-def _follow(changes: dict[UUID, _Change], event: Event) -> _Change:
-    change = changes.get(event.package_id)
-    check_follows(event, change.last_sequence if change else 0)
-    if change is None:
-        change = changes[event.package_id] = _Change(0, CREATED, event)
-    if change.status != CREATED:
-        raise CorruptError(
-            f"package {event.package_id}: event {event.sequence} ({event.event_type}) follows its finalization"
-        )
-    change.last_sequence = event.sequence
+def _follow_all(changes: dict[UUID, _Change], entries: Sequence[Entry]) -> tuple[list[FileFields], list[Row]]:
+    """Bring `changes` behind the events; the files among them, and the rows of manifests."""
+    files: list[FileFields] = []
+    manifests: list[Row] = []
+    change: _Change | None = None
+    package_id: UUID | None = None
+    for entry in entries:
+        if entry.package_id is not package_id:
+            package_id = entry.package_id
+            change = changes.get(package_id)
+        if isinstance(entry, FileFields) and change and change.status == CREATED:
+            if entry.sequence != change.last_sequence + 1:
+                check_follows(entry, change.last_sequence)
+            change.last_sequence = entry.sequence
+            files.append(entry)
+            continue
+        change = _follow(changes, entry)
+        if isinstance(entry, Event) and isinstance(entry.payload, PackageFinalized):
+            digest = ContentAddress.of_digest(entry.payload_digest)
+            change.status, change.manifest_digest, change.finalized_at = FINALIZED, digest, entry.created_at
+            manifests.append((entry.package_id, digest, entry.payload.manifest, entry.payload.manifest_key))
+    return files, manifests
+
+
+def _follow(changes: dict[UUID, _Change], entry: Entry) -> _Change:
+    change = changes.get(entry.package_id)
+    check_follows(entry, change.last_sequence if change else 0)
+    if change is None and isinstance(entry, Event):  # `check_follows` has seen to it: the first event is no file
+        change = changes[entry.package_id] = _Change(0, CREATED, entry)
+    if change is None or change.status != CREATED:
+        raise CorruptError(f"package {entry.package_id}: event {entry.sequence} follows its finalization")
+    change.last_sequence = entry.sequence
     return change
 
 
@@ -97,55 +109,16 @@ def _package(event: Event, change: _Change) -> Row:
     )
 
 
-def _file(event: Event, file: FileIngested) -> Row:
-    return (
-        file.file_id,
-        event.package_id,
-        file.relative_path,
-        file.media_type,
-        file.size_bytes,
-        file.blake3,
-        file.sha256,
-        event.created_at,
-    )
-
-
-def _location(file: FileIngested) -> Row:
-    receipt = file.receipt
-    return (
-        receipt.location_id,
-        file.file_id,
-        receipt.backend_id,
-        ContentAddress.of_digest(file.blake3),
-        receipt.key,
-        receipt.offset,
-        receipt.length,
-        receipt.stored_at,
-    )
-
-
 async def _update(connection: AsyncConnection, packages: Table, changes: dict[UUID, _Change]) -> None:
-    """Bring the packages that earlier batches began up to date: one prepared statement for each kind of change."""
-    row = update(packages).where(packages.c.id == bindparam("package"))
-    advanced = [
-        {"package": package_id, "last_event_sequence": change.last_sequence}
-        for package_id, change in changes.items()
-        if change.status == CREATED
-    ]
-    if advanced:
-        await connection.execute(row.values(last_event_sequence=bindparam("last_event_sequence")), advanced)
+    """Bring the packages that earlier batches began up to date: one statement for each kind of change."""
+    row = packages.c
+    before = [(package_id, change) for package_id, change in changes.items() if not change.created]
+    advanced = [(package_id, c.last_sequence) for package_id, c in before if c.status == CREATED]
+    await update_rows(connection, [row.id, row.last_event_sequence], advanced)
     finalized = [
-        {
-            "package": package_id,
-            "last_event_sequence": change.last_sequence,
-            "status": change.status,
-            "manifest_digest": change.manifest_digest,
-            "finalized_at": change.finalized_at,
-        }
-        for package_id, change in changes.items()
-        if change.status != CREATED
+        (package_id, c.last_sequence, c.status, c.manifest_digest, c.finalized_at)
+        for package_id, c in before
+        if c.status != CREATED
     ]
-    if finalized:
-        await connection.execute(
-            row.values({name: bindparam(name) for name in finalized[0] if name != "package"}), finalized
-        )
+    columns = [row.id, row.last_event_sequence, row.status, row.manifest_digest, row.finalized_at]
+    await update_rows(connection, columns, finalized)

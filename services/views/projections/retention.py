@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
-from sqlalchemy import Table, bindparam, update
+from sqlalchemy import Table
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from schemas.batch import Entry, entries_of
 from schemas.events import Event, PackageCreated, PackageFinalized
 from services.core.retention import retain_until
-from services.views.bulk import insert_rows
+from services.views.bulk import insert_rows, update_rows
 from services.views.projections.order import check_follows, known_packages
 from services.views.projections.port import Tables
 from services.views.tables import retention_state
@@ -42,18 +43,10 @@ class RetentionProjection:
         table = tables["retention_state"]
         row = table.c
         columns = (row.last_event_sequence, row.retention_class, row.retention_days, row.counted_from)
-        known = await known_packages(connection, row.package_id, columns, events)
+        entries = entries_of(events)
+        known = await known_packages(connection, row.package_id, columns, entries)
         changes = {package_id: _Change(*found) for package_id, found in known.items()}
-        for event in events:
-            change = changes.get(event.package_id)
-            check_follows(event, change.last_sequence if change else 0)
-            match event.payload:
-                case PackageCreated(retention_class=name, retention_days=days):
-                    change = changes[event.package_id] = _Change(0, name, days, event.created_at, begun_here=True)
-                case PackageFinalized() if change:
-                    change.counted_from = event.created_at
-            if change:
-                change.last_sequence = event.sequence
+        _follow_all(changes, entries)
         await insert_rows(
             connection,
             table,
@@ -73,18 +66,28 @@ class RetentionProjection:
         await _update(connection, table, {package_id: c for package_id, c in changes.items() if not c.begun_here})
 
 
+def _follow_all(changes: dict[UUID, _Change], entries: Sequence[Entry]) -> None:
+    for entry in entries:
+        change = changes.get(entry.package_id)
+        check_follows(entry, change.last_sequence if change else 0)
+        if isinstance(entry, Event):
+            match entry.payload:
+                case PackageCreated(retention_class=name, retention_days=days):
+                    change = changes[entry.package_id] = _Change(0, name, days, entry.created_at, begun_here=True)
+                case PackageFinalized() if change:
+                    change.counted_from = entry.created_at
+        if change:
+            change.last_sequence = entry.sequence
+
+
 async def _update(connection: AsyncConnection, table: Table, changes: dict[UUID, _Change]) -> None:
-    """Bring the packages that earlier batches began up to date, in one prepared statement."""
-    if not changes:
-        return
-    values = [
-        {
-            "package": package_id,
-            "counted_from": c.counted_from,
-            "retain_until": retain_until(c.counted_from, c.days),
-            "last_event_sequence": c.last_sequence,
-        }
-        for package_id, c in changes.items()
-    ]
-    row = update(table).where(table.c.package_id == bindparam("package"))
-    await connection.execute(row.values({name: bindparam(name) for name in values[0] if name != "package"}), values)
+    """Bring the packages that earlier batches began up to date, in one statement."""
+    row = table.c
+    await update_rows(
+        connection,
+        [row.package_id, row.counted_from, row.retain_until, row.last_event_sequence],
+        [
+            (package_id, c.counted_from, retain_until(c.counted_from, c.days), c.last_sequence)
+            for package_id, c in changes.items()
+        ],
+    )
