@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -147,9 +148,14 @@ async def parts(settings: Settings, *, clock: Clock = system_clock) -> AsyncIter
             await blobs.migrate()
             await views.migrate()
 
+        # Clients that send slowly hold memory and connections of the other one: a manifest must not wait for them.
+        manifests = open_blobs(settings)
+        stack.push_async_callback(manifests.close)
+
         async def put_manifest(manifest: bytes) -> None:
-            declared = Declared(size_bytes=len(manifest), blake3=manifest_digest(manifest))
-            await blobs.store(from_any(manifest), declared=declared, max_bytes=len(manifest))
+            digest = await asyncio.to_thread(manifest_digest, manifest)
+            declared = Declared(size_bytes=len(manifest), blake3=digest)
+            await manifests.store(from_any(manifest), declared=declared, max_bytes=len(manifest))
 
         async def freshen(view: str) -> None:
             """Bring the view that is read up to the log; whoever folds an event brings the other views along."""
