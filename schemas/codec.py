@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.resources import files
 from io import BytesIO
 from typing import Any, cast
@@ -39,6 +40,17 @@ _HEAD = 10
 
 class UndecodableEventError(ValueError):
     """The bytes are no event that this version can read. The text says why; it does not hold the bytes."""
+
+
+@dataclass(slots=True)
+class EncodedEvent:
+    """An event as it is appended: its id as text, its record value, its chain digest. Many are made: it is not frozen."""
+
+    event_id: bytes
+    command_index: int
+    sequence: int
+    value: bytes
+    digest: bytes
 
 
 ResolveSchemaId = Callable[[int], bytes]

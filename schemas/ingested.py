@@ -7,6 +7,8 @@ general ways (`codec`, `digests`, `services.core.manifest`); a test holds both t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 from uuid import UUID
@@ -16,12 +18,14 @@ from blake3 import blake3
 from schemas import identifiers
 from schemas.avro import avro_long, avro_text
 from schemas.canonical import cbor_integer, cbor_text
+from schemas.codec import EncodedEvent, framing
 from schemas.events import FILE_INGESTED
 
 _PIECE = b"%b"
 _IDENTIFIER = cbor_text(b"x" * 36)[:2] + _PIECE
 _HEX_DIGEST = cbor_text(b"x" * 64)[:2] + _PIECE
-_DIGEST = b"\x58\x20" + _PIECE
+_DIGEST_CBOR = b"\x58\x20"
+_DIGEST = _DIGEST_CBOR + _PIECE
 
 
 def _map(**values: bytes) -> bytes:
@@ -62,6 +66,8 @@ _RECEIPT_ITEM = _map(
 _CACHED = 1_024
 _EVENT_TYPE = FILE_INGESTED.encode()
 _DIGEST_BYTES = 32
+_IDENTIFIER_AVRO = b"\x48"
+_FRAMING = framing(FILE_INGESTED) + _IDENTIFIER_AVRO
 
 
 class File(Protocol):
@@ -101,54 +107,51 @@ class PackagePieces:
         self.chain = b"\x88" + cbor_text(_EVENT_TYPE) + cbor_text(text)
 
 
-class IngestedChain:
-    """The events of one command, each linked to the one before it."""
+@dataclass(slots=True)
+class EncodedIngested(EncodedEvent):
+    """With the file's items in the manifest, in canonical CBOR."""
 
-    __slots__ = ("_avro", "_avro_count", "_chain", "_digest", "_index", "_package", "_sequence")
+    manifest_item: bytes
+    receipt_item: bytes
 
-    def __init__(
-        self,
-        package: PackagePieces,
-        *,
-        actor: str,
-        command_id: bytes,
-        created_at: int,
-        index: int,
-        count: int,
-        sequence: int,
-        digest: bytes,
-    ) -> None:
-        """`sequence` and `digest` are those of the package's last event, `index` of `count` comes next.
 
-        `command_id` is text.
-        """
-        created_avro, created_cbor = _time(created_at)
-        actor_avro, actor_cbor, _ = _text(actor)
-        self._package = package
-        self._avro = created_avro + actor_avro + avro_text(command_id)
-        self._avro_count = avro_long(count)
-        self._chain = created_cbor + actor_cbor + cbor_text(command_id) + b"\x58\x20"
-        self._index = index
-        self._sequence = sequence
-        self._digest = digest
+def ingested(
+    package: PackagePieces,
+    files: Sequence[File],
+    *,
+    actor: str,
+    command_id: bytes,
+    created_at: int,
+    index: int,
+    count: int,
+    sequence: int,
+    digest: bytes,
+) -> list[EncodedIngested]:
+    """The events of one command, each linked to the one before it.
 
-    def add(self, file: File) -> tuple[bytes, bytes, bytes, bytes, bytes]:
-        """The next event: its id's text, its record value, its digest, the file's items in the manifest.
-
-        Raises ValueError for a digest of another length, a number that is no Avro long, a text with a surrogate.
-        """
-        blake3_digest, sha256_digest, previous = file.blake3, file.sha256, self._digest
-        if not len(blake3_digest) == len(sha256_digest) == len(previous) == _DIGEST_BYTES:
+    `sequence` and `digest` are those of the package's last event, `index` of `count` is the first file's; `command_id`
+    is text. Raises ValueError for a digest of another length, a number that is no Avro long, a text with a surrogate.
+    """
+    created_avro, created_cbor = _time(created_at)
+    actor_avro, actor_cbor, _ = _text(actor)
+    namespace, package_avro, package_chain = package.namespace, package.avro, package.chain
+    command_avro = b"%b%b\x48%b" % (created_avro, actor_avro, command_id)
+    command_chain = b"%b%b\x78\x24%b\x58\x20" % (created_cbor, actor_cbor, command_id)
+    count_avro = avro_long(count)
+    found = []
+    for index, file in enumerate(files, index):  # noqa: B020 - it goes on from there
+        blake3_digest, sha256_digest = file.blake3, file.sha256
+        if not len(blake3_digest) == len(sha256_digest) == len(digest) == _DIGEST_BYTES:
             raise ValueError("a digest has not 32 bytes")
         size, offset, length, stored_at = file.size_bytes, file.offset, file.length, file.stored_at
-        path, key, package = file.relative_path.encode(), file.key.encode(), self._package
+        path, key = file.relative_path.encode(), file.key.encode()
         media_avro, media, _ = _text(file.media_type)
         backend_avro, backend, backend_text = _text(file.backend_id)
-        self._sequence = sequence = self._sequence + 1
+        sequence += 1
 
-        file_id = identifiers.file_text(package.namespace, path)
+        event_id = identifiers.event_text(namespace, sequence)
+        file_id = identifiers.file_text(namespace, path)
         location_id = identifiers.location_text(file_id, backend_text, key, offset, length)
-        event_id = identifiers.event_text(package.namespace, sequence)
 
         path_cbor, key_cbor, size_cbor = cbor_text(path), cbor_text(key), cbor_integer(size)
         offset_cbor, length_cbor, stored_cbor = cbor_integer(offset), cbor_integer(length), cbor_integer(stored_at)
@@ -167,27 +170,25 @@ class IngestedChain:
             path_cbor,
         )
         payload_digest = blake3(payload).digest()
-        link = (package.chain, cbor_integer(sequence), self._chain, payload_digest, b"\x58\x20", previous)
-        self._digest = digest = blake3(b"".join(link)).digest()
         value = b"".join(
             (
-                b"\x48",
+                _FRAMING,
                 event_id,
-                package.avro,
+                package_avro,
                 avro_long(sequence),
-                self._avro,
-                avro_long(self._index),
-                self._avro_count,
+                command_avro,
+                avro_long(index),
+                count_avro,
                 payload_digest,
-                previous,
-                b"\x48",
+                digest,
+                _IDENTIFIER_AVRO,
                 file_id,
                 avro_text(path),
                 media_avro,
                 avro_long(size),
                 blake3_digest,
                 sha256_digest,
-                b"\x48",
+                _IDENTIFIER_AVRO,
                 location_id,
                 backend_avro,
                 avro_text(key),
@@ -196,11 +197,13 @@ class IngestedChain:
                 avro_long(stored_at),
             )
         )
-        self._index += 1
+        link = (package_chain, cbor_integer(sequence), command_chain, payload_digest, _DIGEST_CBOR, digest)
+        digest = blake3(b"".join(link)).digest()
         hexes = blake3_digest.hex().encode(), sha256_digest.hex().encode()
         item = _MANIFEST_ITEM % (*hexes, file_id, media, size_cbor, path_cbor)
         receipt = _RECEIPT_ITEM % (key_cbor, length_cbor, offset_cbor, file_id, stored_cbor, backend, location_id)
-        return event_id, value, digest, item, receipt
+        found.append(EncodedIngested(event_id, index, sequence, value, digest, item, receipt))
+    return found
 
 
 @lru_cache(_CACHED)

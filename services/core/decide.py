@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 from uuid import UUID
 
 import cbor2
 
 from schemas import identifiers
-from schemas.codec import decode, encode, framing
+from schemas.codec import EncodedEvent, decode, encode
 from schemas.digests import event_digest, manifest_digest, payload_digest
 from schemas.events import (
     FILE_INGESTED,
@@ -22,7 +21,7 @@ from schemas.events import (
     PackageFinalized,
     Payload,
 )
-from schemas.ingested import IngestedChain, PackagePieces
+from schemas.ingested import EncodedIngested, PackagePieces, ingested
 from services.core.commands import (
     Acknowledgement,
     Command,
@@ -51,34 +50,22 @@ from services.errors import (
     TooLargeError,
 )
 
-_INGESTED_FRAMING = framing(FILE_INGESTED)
-
-
-class Appended(NamedTuple):
-    """One event that is to be appended, as the log takes it: its id's text, its record value, its chain digest."""
-
-    event_id: bytes
-    command_index: int
-    sequence: int
-    value: bytes
-    digest: bytes
-
 
 @dataclass(slots=True)
 class Decision:
     """The events to append, none when the log has them all already; all of one type.
 
-    `created_at` is their time, `package_id` and `command_id` are text. `files` is what the state is to keep of each
-    file that they ingest. `claim_check` is a manifest that must be durable under its content-addressed key before.
+    `created_at` is their time, `package_id` and `command_id` are text. `ingested` are the same events if they ingest
+    files. `claim_check` is a manifest that must be durable under its content-addressed key before.
     """
 
-    appended: Sequence[Appended] = ()
+    appended: Sequence[EncodedEvent] = ()
     event_type: str = ""
     created_at: int = 0
     package_id: bytes = b""
     command_id: bytes = b""
     count: int = 0
-    files: Sequence[FileState] = ()
+    ingested: Sequence[EncodedIngested] = ()
     claim_check: bytes | None = None
 
     @property
@@ -135,9 +122,12 @@ def accept(state: PackageState | None, command: Command, decision: Decision) -> 
     if known is None:
         known = state.commands[command.command_id] = CommandState(FILE_INGESTED, command.actor, decision.count)
     files, paths = state.files, known.paths
-    for file, kept in zip(command.files[known.done :], decision.files, strict=True):
-        files[file.relative_path] = kept
-        paths.append(file.relative_path)
+    for file, event in zip(command.files[known.done :], decision.ingested, strict=True):
+        path = file.relative_path
+        files[path] = FileState(
+            command.command_id, event.sequence, event.digest, event.manifest_item, event.receipt_item
+        )
+        paths.append(path)
         state.total_bytes += file.size_bytes
     known.done = known.count
     known.last_sequence = state.sequence = last.sequence
@@ -206,24 +196,19 @@ def _ingest(
     pieces = state.pieces
     if pieces is None:
         pieces = state.pieces = PackagePieces(state.package_id)
-    command_text, sequence = str(command.command_id).encode(), state.sequence
-    chain = IngestedChain(
+    command_text = str(command.command_id).encode()
+    events = ingested(
         pieces,
+        left,
         actor=command.actor,
         command_id=command_text,
         created_at=now,
         index=done,
         count=count,
-        sequence=sequence,
+        sequence=state.sequence,
         digest=state.digest,
     )
-    appended, kept = [], []
-    for index, file in enumerate(left, done):
-        event_id, record, digest, item, receipt = chain.add(file)
-        sequence += 1
-        appended.append(Appended(event_id, index, sequence, _INGESTED_FRAMING + record, digest))
-        kept.append(FileState(command.command_id, sequence, digest, item, receipt))
-    return Decision(appended, FILE_INGESTED, now, pieces.text, command_text, count, kept)
+    return Decision(events, FILE_INGESTED, now, pieces.text, command_text, count, events)
 
 
 def _finalize(state: PackageState, command: FinalizePackage, now: int, limits: Limits) -> Decision:
@@ -261,7 +246,7 @@ def _single(
         previous_digest=previous,
         payload=payload,
     )
-    appended = Appended(str(event.event_id).encode(), 0, event.sequence, encode(event), event_digest(event))
+    appended = EncodedEvent(str(event.event_id).encode(), 0, event.sequence, encode(event), event_digest(event))
     package_id, command_id = str(event.package_id).encode(), str(event.command_id).encode()
     return Decision([appended], event_type, now, package_id, command_id, 1)
 

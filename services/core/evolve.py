@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from schemas.digests import event_digest
 from schemas.events import Event, FileIngested, PackageCreated, PackageFinalized
-from schemas.identifiers import Identifier
 from services.core.manifest import manifest_items
 from services.core.state import FINALIZED, CommandState, FileState, PackageState
 from services.errors import CorruptError
@@ -23,8 +22,7 @@ def evolve(state: PackageState | None, event: Event, digest: bytes | None = None
     if state is None:
         if not isinstance(payload, PackageCreated) or event.sequence != 1:
             raise CorruptError(f"package {event.package_id}: {event.event_type} {event.sequence} precedes its creation")
-        # Its text is asked for with every event of the package.
-        state = PackageState(Identifier.of(event.package_id), payload, event.created_at, event.created_at, 0, bytes(32))
+        state = PackageState(event.package_id, payload, event.created_at, event.created_at, 0, bytes(32))
     elif isinstance(payload, PackageCreated):
         raise CorruptError(f"package {event.package_id} is created twice")
     if event.sequence != state.sequence + 1 or event.previous_digest != state.digest:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from schemas import identifiers
 from schemas.avro import avro_long
 from schemas.canonical import canonical_cbor, cbor_text, ordered_cbor
-from schemas.codec import decode, encode, framing, schema_text
+from schemas.codec import decode, encode, schema_text
 from schemas.digests import event_digest
 from schemas.events import (
     FILE_INGESTED,
@@ -35,7 +35,7 @@ from schemas.events import (
 )
 from schemas.headers import headers
 from schemas.identifiers import Identifier
-from schemas.ingested import IngestedChain, PackagePieces
+from schemas.ingested import PackagePieces, ingested
 from services.core.commands import StoredFile
 from services.core.decide import accept, decide
 from services.core.evolve import evolve
@@ -99,8 +99,9 @@ def test_ingested_files_take_the_forms_that_the_general_ways_give(
     digest: bytes,
     index: int,
 ) -> None:
-    chain = IngestedChain(
+    found = ingested(
         PackagePieces(package_id),
+        files,
         actor=actor,
         command_id=str(command_id).encode(),
         created_at=created_at,
@@ -109,8 +110,7 @@ def test_ingested_files_take_the_forms_that_the_general_ways_give(
         sequence=sequence,
         digest=digest,
     )
-    for number, file in enumerate(files):
-        event_id, value, next_digest, item, receipt = chain.add(file)
+    for number, (file, encoded) in enumerate(zip(files, found, strict=True)):
         payload = _payload(package_id, file)
         event = Event(
             event_id=uuid5(package_id, str(sequence + number + 1)),
@@ -126,12 +126,13 @@ def test_ingested_files_take_the_forms_that_the_general_ways_give(
             previous_digest=digest,
             payload=payload,
         )
-        assert event_id.decode() == str(event.event_id)
-        assert framing(FILE_INGESTED) + value == encode(event)
-        assert next_digest == event_digest(event)
-        assert (item, receipt) == manifest_items(payload)
-        assert item_file_id(item) == payload.file_id
-        digest = next_digest
+        assert encoded.event_id.decode() == str(event.event_id)
+        assert (encoded.command_index, encoded.sequence) == (event.command_index, event.sequence)
+        assert encoded.value == encode(event)
+        assert encoded.digest == event_digest(event)
+        assert (encoded.manifest_item, encoded.receipt_item) == manifest_items(payload)
+        assert item_file_id(encoded.manifest_item) == payload.file_id
+        digest = encoded.digest
 
 
 def _payload(package_id: UUID, file: StoredFile) -> FileIngested:
@@ -209,6 +210,6 @@ def test_the_time_in_the_headers_is_the_events_in_iso_form(micros: int) -> None:
 def test_a_decision_gives_the_chain_digest_of_every_event() -> None:
     created = decide(None, create(), 1, Limits())
     state = evolve(None, created.events[0], created.digests[0])
-    ingested = decide(state, ingest(state.package_id, "a", "b", "c"), 2, Limits())
-    events = [*created.events, *ingested.events]
-    assert [*created.digests, *ingested.digests] == [event_digest(event) for event in events]
+    added = decide(state, ingest(state.package_id, "a", "b", "c"), 2, Limits())
+    events = [*created.events, *added.events]
+    assert [*created.digests, *added.digests] == [event_digest(event) for event in events]
