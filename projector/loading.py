@@ -11,10 +11,9 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
+from projector.decoding import decode_records
 from projector.pace import Pace
-from schemas.codec import UndecodableEventError, decode
 from schemas.events import Event
-from services.errors import CorruptError
 from services.log.port import Log, Record
 from services.log.position import Position
 from services.views.checkpoints import Checkpoint, apply
@@ -113,16 +112,4 @@ async def _apply(views: Views, projection: Projection, stretch: Stretch, at: Che
 
 
 async def _decoded(records: Sequence[Record], behind: Mapping[int, int]) -> Stretch:
-    return Stretch(await asyncio.to_thread(_decode, records), behind)
-
-
-def _decode(records: Sequence[Record]) -> list[Event]:
-    events: list[Event] = []
-    for record in records:
-        try:
-            events.append(decode(record.value))
-        except UndecodableEventError as error:
-            raise CorruptError(
-                f"the record at offset {record.offset} of partition {record.partition} cannot be read: {error}"
-            ) from error
-    return events
+    return Stretch(await asyncio.to_thread(decode_records, records), behind)

@@ -1,4 +1,4 @@
-"""`replay`, `digest`, `parked` and `status`: what an operator does with views and log."""
+"""`parked` and `status`: what an operator asks of views and log."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import click
 
 from services.cli.doctor import doctor
 from services.cli.output import answer, raw, remark, table
+from services.cli.replay import digest, replay
 from services.cli.root import run
 from services.cli.settings import common_options, invocation
 
@@ -33,60 +34,6 @@ async def _log_and_views() -> AsyncIterator[tuple[Log, Views]]:
     finally:
         await views.close()
         await log.close()
-
-
-@click.command()
-@click.argument("projection")
-@click.option("--in-place", is_flag=True, help="Empty the view's tables and fold into them.")
-@common_options(shown=_LOG_AND_VIEWS)
-def replay(projection: str, *, in_place: bool) -> None:
-    """Fold a projection again from the log's start; return when it is caught up."""
-    from projector import replay as fold_again
-    from services.cli.addressing import as_usage
-    from services.views.projections import projection_named
-
-    with as_usage():
-        projection_named(projection)
-    done = run(fold_again(invocation().settings(), projection, in_place=in_place))
-    answer(
-        {
-            "projection": done.projection,
-            "events": done.events,
-            "rows": done.rows,
-            "digest": done.digest,
-            "position": str(done.position),
-            "seconds": round(done.seconds, 3),
-        }
-    )
-
-
-@click.command()
-@click.argument("projection")
-@common_options(shown=("views_url",))
-def digest(projection: str) -> None:
-    """The canonical digest of a view: equal for equal content, on every database."""
-    answer(run(_digest(projection)))
-
-
-async def _digest(name: str) -> dict[str, Any]:
-    from services.cli.addressing import as_usage
-    from services.views.digest import digest_view
-    from services.views.projections import projection_named
-    from services.wiring import open_views
-
-    with as_usage():
-        projection = projection_named(name)
-    views = open_views(invocation().settings())
-    try:
-        found = await digest_view(views, projection)
-    finally:
-        await views.close()
-    return {
-        "projection": found.projection,
-        "digest": found.digest,
-        "position": None if found.position is None else str(found.position),
-        "rows": found.rows,
-    }
 
 
 @click.command()

@@ -1,0 +1,174 @@
+"""`replay` and `digest`: folding a view again, and telling whether two are the same."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from services.cli.output import answer, remark
+from services.cli.root import run
+from services.cli.settings import common_options, invocation
+
+if TYPE_CHECKING:
+    from projector.progress import ReplayProgress
+    from projector.rebuild import ReplayResult
+    from services.views.projections import Projection
+
+_LINE_SECONDS = 10.0
+"""How often progress is told where it goes into a file; a terminal's line is written over more often."""
+
+_TERMINAL_SECONDS = 0.2
+
+
+@click.command()
+@click.argument("projection")
+@click.option("--in-place", is_flag=True, help="Empty the view first and fold into it; readers see less until then.")
+@click.option("--verify", "compare", is_flag=True, help="Switch only if both digests at one position are equal.")
+@click.option("--even-if-different", is_flag=True, help="With --verify: say what differs, and switch all the same.")
+@click.option("--restart", is_flag=True, help="Begin at the log's start, even if an earlier replay was interrupted.")
+@click.option("--drop", is_flag=True, help="Only remove what an interrupted replay has built.")
+@click.option(
+    "--processes", type=click.IntRange(1, 64), metavar="N", help="Load in N processes.  [default: one a core]"
+)
+@click.option(
+    "--max-rate",
+    type=click.FloatRange(1),
+    metavar="EVENTS",
+    help="Fold no more events a second, to spare the database.",
+)
+@common_options(shown=("log_url", "views_url"))
+def replay(projection: str, *, in_place: bool, drop: bool, **options: Any) -> None:
+    """Fold a projection again from the log's start.
+
+    A new generation of its tables is built beside the view, which is read and kept up to date meanwhile, and takes its
+    place when it is nowhere behind. An interrupted replay goes on where it was. Exit code 1 if --verify finds a
+    difference; both are kept then.
+    """
+    known = _known(projection)
+    if options["even_if_different"] and not options["compare"]:
+        raise click.UsageError("--even-if-different says what to do after --verify")
+    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value and name != "compare"]
+    given += ["--verify"] * options["compare"]
+    if in_place and (drop or given):
+        raise click.UsageError("--in-place folds into the view itself, where no other option has a meaning")
+    if drop:
+        if given:
+            raise click.UsageError(f"--drop only removes: {given[0]} has no meaning beside it")
+        _drop(known)
+        return
+    done = run(_replay(projection, in_place=in_place, **options))
+    answer(
+        {
+            "projection": done.projection,
+            "events": done.events,
+            "rows": done.rows,
+            "digest": done.digest,
+            "position": str(done.position),
+            "seconds": round(done.seconds, 3),
+            **({} if done.matches is None else {"same_as_before": done.matches}),
+        }
+    )
+
+
+async def _replay(projection: str, *, in_place: bool, compare: bool, **options: Any) -> ReplayResult:
+    from projector import RebuildOptions
+    from projector import replay as fold_again
+
+    settings, progress = invocation().settings(), _Progress()
+    try:
+        return await fold_again(
+            settings,
+            projection,
+            in_place=in_place,
+            options=RebuildOptions(verify=compare, **options),
+            progress=None if invocation().quiet else progress.tell,
+        )
+    finally:
+        progress.end()
+
+
+def _drop(projection: Projection) -> None:
+    from projector import abandon
+
+    dropped = run(abandon(invocation().settings(), projection.name))
+    answer({"projection": projection.name, "dropped": dropped}, None if dropped else "there was no build to drop")
+
+
+class _Progress:
+    """Tells people how far a replay is: on a terminal in one line, elsewhere in a line now and then."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._phase = ""
+        self._told_at = float("-inf")
+
+    def tell(self, seen: ReplayProgress) -> None:
+        """Say it, unless something was said a moment ago."""
+        now = time.monotonic()
+        pause = _TERMINAL_SECONDS if self._terminal else _LINE_SECONDS
+        if seen.phase == self._phase and now - self._told_at < pause:
+            return
+        self._phase, self._told_at = seen.phase, now
+        if self._terminal:
+            click.echo(f"\r\x1b[2K{_line(seen)}", err=True, nl=False)
+        else:
+            remark(_line(seen))
+
+    def end(self) -> None:
+        """Clear the terminal's line."""
+        if self._terminal and self._phase:
+            click.echo("\r\x1b[2K", err=True, nl=False)
+
+
+def _line(seen: ReplayProgress) -> str:
+    if not seen.total:
+        return f"{seen.phase}: {seen.events:,} events folded"
+    left = "" if seen.seconds_left is None else f", {_duration(seen.seconds_left)} left"
+    part = min(1.0, seen.done / seen.total)
+    return f"{seen.phase}: {part:.0%}, {seen.events:,} events folded, {seen.rate:,.0f} events/s{left}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+@click.command()
+@click.argument("projection")
+@common_options(shown=("views_url",))
+def digest(projection: str) -> None:
+    """The canonical digest of a view: equal for equal content, on every database."""
+    answer(run(_digest(_known(projection))))
+
+
+async def _digest(projection: Projection) -> dict[str, Any]:
+    from services.views.digest import digest_view
+    from services.views.generations import read_build
+    from services.wiring import open_views
+
+    views = open_views(invocation().settings())
+    try:
+        found = await digest_view(views, projection)
+        async with views.reading(snapshot=True) as connection:
+            build = await read_build(connection, projection)
+    finally:
+        await views.close()
+    return {
+        "projection": found.projection,
+        "digest": found.digest,
+        "position": None if found.position is None else str(found.position),
+        "rows": found.rows,
+        **({} if build is None else {"building": str(build.position), "builder": build.builder}),
+    }
+
+
+def _known(projection: str) -> Projection:
+    from services.cli.addressing import as_usage
+    from services.views.projections import projection_named
+
+    with as_usage():
+        return projection_named(projection)
