@@ -18,6 +18,7 @@ from services.cli.settings import common_options, invocation
 
 if TYPE_CHECKING:
     from services.config import Settings
+    from services.views.engine import Views
 
 _PYTHON = (3, 11)
 _PATIENCE_SECONDS = 20.0
@@ -137,9 +138,24 @@ async def _views(settings: Settings) -> str | None:
     views = open_views(settings)
     try:
         await views.check()
-        return views.dialect
+        return ", ".join([views.dialect, *await _builds(views)])
     finally:
         await views.close()
+
+
+async def _builds(views: Views) -> list[str]:
+    """What is being built beside the live views, or was left by a replay that ended early."""
+    from services.views.generations import read_build
+    from services.views.projections import PROJECTIONS
+
+    async with views.reading(snapshot=True) as connection:
+        found = [await read_build(connection, projection) for projection in PROJECTIONS.values()]
+    return [
+        f"{build.projection} is built anew by {build.builder} (`artifact-store replay {build.projection}` goes on with "
+        "it if that has ended, --drop removes it)"
+        for build in found
+        if build is not None
+    ]
 
 
 async def _gateway(url: str) -> str | None:
