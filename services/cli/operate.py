@@ -16,7 +16,9 @@ from services.cli.settings import common_options, invocation
 
 if TYPE_CHECKING:
     from services.log.port import Log
+    from services.log.position import Position
     from services.views.engine import Views
+    from services.views.projections import Projection
 
 __all__ = ["digest", "doctor", "parked", "replay", "status"]
 
@@ -62,6 +64,9 @@ def status() -> None:
         return
     raw(f"log {found['log']}, {found['partitions']} partitions".encode())
     table(("projection", "events behind"), [(p["projection"], p["behind"]) for p in found["projections"]])
+    for p in found["projections"]:
+        if (build := p["building"]) is not None:
+            raw(f"{p['projection']} is built anew by {build['builder']}, {build['behind']} events behind".encode())
     if found["writers"] is None:
         raw(b"the log is a file: whoever writes holds its lock")
     else:
@@ -76,7 +81,7 @@ async def _status() -> dict[str, Any]:
         end = await log.end()
         queries = Queries(views)
         projections = []
-        for name in PROJECTIONS:
+        for name, projection in PROJECTIONS.items():
             position = await queries.checkpoint(name)
             reached = {} if position is None or position.log != end.log else position.offsets
             projections.append(
@@ -85,6 +90,7 @@ async def _status() -> dict[str, Any]:
                     "position": None if position is None else str(position),
                     "behind": sum(max(0, offset - reached.get(p, 0)) for p, offset in end.offsets.items()),
                     "committed_behind": sum((await log.lag(name)).values()),
+                    "building": await _building(views, projection, end),
                 }
             )
         return {
@@ -94,6 +100,19 @@ async def _status() -> dict[str, Any]:
             "projections": projections,
             "writers": await _writers(log),
         }
+
+
+async def _building(views: Views, projection: Projection, end: Position) -> dict[str, Any] | None:
+    """The generation that is built beside the live one, or was left by a replay that ended early."""
+    from services.views.generations import read_build
+
+    async with views.reading(snapshot=True) as connection:
+        build = await read_build(connection, projection)
+    if build is None:
+        return None
+    reached = build.position.offsets if build.position.log == end.log else {}
+    behind = sum(max(0, offset - reached.get(p, 0)) for p, offset in end.offsets.items())
+    return {"builder": build.builder, "position": str(build.position), "behind": behind}
 
 
 async def _writers(log: Log) -> list[Mapping[str, Any]] | None:
