@@ -6,13 +6,13 @@ import argparse
 import asyncio
 import sys
 
-from benchmarks import append, append_latency
+from benchmarks import append, append_latency, catch_up
 from benchmarks.harness import measure
 from benchmarks.result import table
 from services.config import PREFIX, Settings
 from tests.services.shared import VAR, read_environment
 
-PLANS = {plan.name: plan for plan in (append.SINGLE, append.MANY, append_latency.PLAN)}
+PLANS = {plan.name: plan for plan in (append.SINGLE, append.MANY, append_latency.PLAN, catch_up.PLAN)}
 
 
 def main(arguments: list[str]) -> int:

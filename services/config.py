@@ -86,6 +86,17 @@ class Settings(BaseModel):
         values.update({k: v for k, v in overrides.items() if v is not None})
         return cls(**values)
 
+    def environment(self) -> dict[str, str]:
+        """The environment variables that stand for these settings, secrets included: for a process of our own."""
+        found = {}
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, SecretStr):
+                value = value.get_secret_value()
+            if value is not None and value != "":
+                found[PREFIX + name.upper()] = json.dumps(value) if isinstance(value, dict | bool) else str(value)
+        return found
+
 
 def _known(cls: type[Settings]) -> str:
     return ", ".join(PREFIX + name.upper() for name in cls.model_fields)

@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 
     from services.config import Settings
 
+_LOG_LINE = "%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"
 _PARTS = ("log_url", "blobs_url", "views_url")
 
 
 def begin_to_run() -> None:
     """What every process that runs long begins with: it says what happens, with times, and collects garbage rarely."""
     collect_rarely()
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=_LOG_LINE)
 
 
 @click.command()
@@ -68,8 +69,12 @@ def gateway() -> None:
 
 @click.command()
 @click.argument("names", metavar="[NAME]...", nargs=-1)
+@click.option(
+    "--processes", type=click.IntRange(1, 64), default=1, show_default=True, help="Spread the partitions over so many."
+)
+@click.option("--until-input-ends", is_flag=True, hidden=True)  # for the processes of `--processes`
 @common_options(shown=("log_url", "views_url"))
-def projector(names: tuple[str, ...]) -> None:
+def projector(names: tuple[str, ...], processes: int, until_input_ends: bool) -> None:
     """Run the projections of these names (all without one), until SIGTERM or SIGINT."""
     from services.cli.addressing import as_usage
     from services.views.projections import projection_named
@@ -78,15 +83,32 @@ def projector(names: tuple[str, ...]) -> None:
         for name in names:
             projection_named(name)
     begin_to_run()
-    _end(run(_project(invocation().settings(), names)))
+    settings = invocation().settings()
+    if processes > 1:
+        if code := run(_project_in_processes(settings, names, processes)):
+            raise click.exceptions.Exit(code)
+    else:
+        _end(run(_project(settings, names, until_input_ends)))
 
 
-async def _project(settings: Settings, names: tuple[str, ...]) -> Mapping[str, Exception]:
+async def _project(settings: Settings, names: tuple[str, ...], until_input_ends: bool) -> Mapping[str, Exception]:
     from ingest_gateway.server import stopped_by_signals
     from projector import run_projectors
+    from projector.processes import when_input_ends
 
     with stopped_by_signals() as stop:
+        if until_input_ends:
+            loop = asyncio.get_running_loop()
+            when_input_ends(lambda: loop.call_soon_threadsafe(stop.set))
         return await run_projectors(settings, names, stop)
+
+
+async def _project_in_processes(settings: Settings, names: tuple[str, ...], processes: int) -> int:
+    from ingest_gateway.server import stopped_by_signals
+    from projector.processes import run_processes
+
+    with stopped_by_signals() as stop:
+        return await run_processes(settings, names, processes, stop)
 
 
 def _end(stopped: Mapping[str, Exception]) -> None:
