@@ -44,7 +44,7 @@ class UndecodableEventError(ValueError):
 
 @dataclass(slots=True)
 class EncodedEvent:
-    """An event as it is appended: its id as text, its record value, its chain digest. Many are made: it is not frozen."""
+    """An event as it is appended: its id as text, its record value, its chain digest. Not frozen: many are made."""
 
     event_id: bytes
     command_index: int

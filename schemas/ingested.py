@@ -7,6 +7,7 @@ general ways (`codec`, `digests`, `services.core.manifest`); a test holds both t
 
 from __future__ import annotations
 
+from binascii import hexlify
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -154,7 +155,11 @@ def ingested(
         location_id = identifiers.location_text(file_id, backend_text, key, offset, length)
 
         path_cbor, key_cbor, size_cbor = cbor_text(path), cbor_text(key), cbor_integer(size)
-        offset_cbor, length_cbor, stored_cbor = cbor_integer(offset), cbor_integer(length), cbor_integer(stored_at)
+        offset_cbor, stored_cbor, size_avro = cbor_integer(offset), cbor_integer(stored_at), avro_long(size)
+        # The same number for every file that is not packed with others.
+        length_cbor, length_avro = (
+            (size_cbor, size_avro) if length == size else (cbor_integer(length), avro_long(length))
+        )
         payload = _PAYLOAD % (
             blake3_digest,
             sha256_digest,
@@ -185,7 +190,7 @@ def ingested(
                 file_id,
                 avro_text(path),
                 media_avro,
-                avro_long(size),
+                size_avro,
                 blake3_digest,
                 sha256_digest,
                 _IDENTIFIER_AVRO,
@@ -193,14 +198,13 @@ def ingested(
                 backend_avro,
                 avro_text(key),
                 avro_long(offset),
-                avro_long(length),
+                length_avro,
                 avro_long(stored_at),
             )
         )
         link = (package_chain, cbor_integer(sequence), command_chain, payload_digest, _DIGEST_CBOR, digest)
         digest = blake3(b"".join(link)).digest()
-        hexes = blake3_digest.hex().encode(), sha256_digest.hex().encode()
-        item = _MANIFEST_ITEM % (*hexes, file_id, media, size_cbor, path_cbor)
+        item = _MANIFEST_ITEM % (hexlify(blake3_digest), hexlify(sha256_digest), file_id, media, size_cbor, path_cbor)
         receipt = _RECEIPT_ITEM % (key_cbor, length_cbor, offset_cbor, file_id, stored_cbor, backend, location_id)
         found.append(EncodedIngested(event_id, index, sequence, value, digest, item, receipt))
     return found

@@ -260,7 +260,8 @@ def _require_open(state: PackageState | None, package_id: UUID) -> PackageState:
 
 
 def _check_paths(state: PackageState, relative_paths: Sequence[str], limits: Limits) -> None:
-    files, seen = state.files, set[str]()
+    files = state.files
+    seen: set[str] = set()
     for path in relative_paths:
         check_path(path)
         if path in files or path in seen:
