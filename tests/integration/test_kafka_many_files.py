@@ -1,0 +1,187 @@
+"""A package of very many files: finalized in time linear in them while a neighbour on its partition hardly waits, and
+its manifest read and verified through a gateway as `pull` does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+
+from services.blobs.port import Declared
+from services.client import GatewayRegistry
+from services.client.pull import pull, read_manifest
+from services.config import Settings
+from services.core.commands import Acknowledgement, Command, FinalizePackage, IngestFiles, StoredFile
+from services.core.content_address import ContentAddress
+from services.core.limits import INLINE_MANIFEST_BYTES
+from services.log.kafka import state
+from services.log.port import CommandWriter
+from services.streams import from_any
+from tests.contract.log_invariants import assert_recorded_once, read_valid
+from tests.contract.log_stage import ready, settled
+from tests.integration.http_gateway import RunningGateway, running_gateway
+from tests.integration.kafka_stage import create_in, kafka_settings, open_kafka_log
+from tests.unit.commands import stored
+
+pytestmark = pytest.mark.services
+
+CONTENT = b"the same in every file"
+A_COMMAND = 64
+AT_A_TIME = 8
+LONGEST_SECONDS = 1.0
+LINEAR = 2.0
+"""How much more processor time a file may take in a package of four times the files."""
+
+
+@pytest.fixture
+def kafka(kafka_url: str, s3_bucket: dict[str, Any], tmp_path: Path) -> Settings:
+    views = f"sqlite+aiosqlite:///{tmp_path / 'views.db'}"
+    return kafka_settings(kafka_url, tmp_path, kafka_partitions=1, views_url=views, **s3_bucket)
+
+
+@asynccontextmanager
+async def gateway_on(kafka: Settings) -> AsyncIterator[RunningGateway]:
+    async with open_kafka_log(kafka), running_gateway(kafka, wait_seconds=300.0) as gateway:
+        await gateway.parts.views.migrate()
+        await ready(gateway.parts.writer)
+        yield gateway
+
+
+async def build(gateway: RunningGateway, files: int) -> UUID:
+    """An open package of so many files, whose bytes are one blob."""
+    writer = gateway.parts.writer
+    blob = await gateway.parts.blobs.store(from_any(CONTENT), declared=Declared(), max_bytes=len(CONTENT))
+    one = StoredFile("", "text/plain", blob.length, blob.blake3, blob.sha256, "s3", blob.key, 0, blob.length, 7)
+    made = create_in(0)
+    await settled(writer, made)
+    commands = iter(
+        [
+            IngestFiles(
+                made.package_id,
+                uuid4(),
+                "ada",
+                tuple(replace(one, relative_path=f"{n:06}.txt") for n in range(start, min(start + A_COMMAND, files))),
+            )
+            for start in range(0, files, A_COMMAND)
+        ]
+    )
+
+    async def ingest() -> None:
+        for command in commands:
+            await settled(writer, command)
+
+    await asyncio.gather(*(ingest() for _ in range(AT_A_TIME)))
+    return made.package_id
+
+
+class Neighbour:
+    """Another producer on the partition: one command after the other, and how long each took."""
+
+    def __init__(self, writer: CommandWriter) -> None:
+        self.done: list[tuple[Command, Acknowledgement]] = []
+        self.waits: list[float] = []
+        self._writer = writer
+        self._task = asyncio.ensure_future(self._work())
+
+    def longest(self) -> float:
+        """The longest wait since the last call, in seconds."""
+        waits, self.waits = self.waits, []
+        return max(waits)
+
+    async def end(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _work(self) -> None:
+        while True:
+            made = create_in(0)
+            added = IngestFiles(made.package_id, uuid4(), "ada", (stored("a"),))
+            for command in (made, added, FinalizePackage(made.package_id, uuid4(), "ada")):
+                began = time.monotonic()
+                self.done.append((command, await self._writer.submit(command)))
+                self.waits.append(time.monotonic() - began)
+                await asyncio.sleep(0.01)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds: of a first question, for which the package is read back, of its finalization, by the clock and of this
+    process, and the neighbour's longest waits, when nothing happened and meanwhile.
+    """
+
+    files: int
+    manifest_bytes: int
+    reading: float
+    finalizing: float
+    processor: float
+    idle_wait: float
+    longest_wait: float
+
+
+async def finalized(kafka: Settings, files: int, destination: Path | None = None) -> Measured:
+    """Build a package, start anew, and finalize it beside a neighbour; also its retries are answered as it was."""
+    async with gateway_on(kafka) as gateway:
+        package_id = await build(gateway, files)
+    async with gateway_on(kafka) as gateway:
+        writer = gateway.parts.writer
+        neighbour = Neighbour(writer)
+        await asyncio.sleep(1.0)
+        idle_wait = neighbour.longest()
+        began = time.monotonic()
+        await writer.check_ingest(package_id, ["one more"], None)
+        reading = time.monotonic() - began
+        end = FinalizePackage(package_id, uuid4(), "ada")
+        began, processor = time.monotonic(), time.process_time()
+        done, again = await asyncio.gather(writer.submit(end), writer.submit(end))
+        finalizing, processor = time.monotonic() - began, time.process_time() - processor
+        await asyncio.sleep(state.SAVE_SECONDS + 0.5)  # until a checkpoint has the finalization
+        longest_wait = neighbour.longest()
+        await neighbour.end()
+        assert again == done == await writer.submit(end)
+        address = ContentAddress.of_digest(done.manifest_digest or b"")
+        async with GatewayRegistry(gateway.url) as client:
+            manifest = await client.get_manifest_bytes(package_id, wait_sequence=done.sequence)
+            verified = await read_manifest(client, package_id, address)
+            if destination is not None:
+                assert (await pull(client, package_id, destination)).manifest_digest == address
+        assert len(manifest) > INLINE_MANIFEST_BYTES
+        assert [file.relative_path for file in verified.files] == [f"{n:06}.txt" for n in range(files)]
+        assert_recorded_once(await read_valid(gateway.parts.log), [*neighbour.done, (end, done)])
+    return Measured(files, len(manifest), reading, finalizing, processor, idle_wait, longest_wait)
+
+
+def assert_neighbour_hardly_waited(found: Measured) -> None:
+    """On a busy machine it also waits when nothing is finalized."""
+    assert found.longest_wait < LONGEST_SECONDS + found.idle_wait, found
+
+
+async def test_a_package_of_many_files_is_finalized_beside_a_neighbour_and_pulled(
+    kafka: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state, "SAVE_SECONDS", 0.5)
+    monkeypatch.setattr(state, "LARGE", 500)
+    found = await finalized(kafka, 1_500, tmp_path / "pulled")
+    assert len(list((tmp_path / "pulled").iterdir())) == found.files
+    assert {path.read_bytes() for path in (tmp_path / "pulled").iterdir()} == {CONTENT}
+    assert_neighbour_hardly_waited(found)
+
+
+@pytest.mark.endurance
+async def test_a_hundred_thousand_files_are_finalized_in_linear_time_and_their_manifest_verified(
+    kafka: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quarter = await finalized(kafka, 25_000)
+    whole = await finalized(kafka, 100_000)
+    with capsys.disabled():
+        print(f"\n{quarter}\n{whole}")  # noqa: T201 - figures are half of its purpose
+    for found in (quarter, whole):
+        assert_neighbour_hardly_waited(found)
+    assert whole.processor / whole.files < LINEAR * quarter.processor / quarter.files
