@@ -11,6 +11,7 @@ from services.cli.run import gateway, migrate, projector, serve
 from services.cli.settings import SETTINGS, common_options
 from services.cli.transfer import pull, push
 from services.cli.verify import verify
+from services.cli.write import add, finalize
 
 __all__ = ["main"]
 
@@ -34,7 +35,7 @@ def main() -> None:
 
 
 for _command in (
-    *(push, pull, packages, show, manifest, usage, tail),
+    *(push, add, finalize, pull, packages, show, manifest, usage, tail),
     *(serve, gateway, projector, migrate),
     *(replay, digest, verify, parked, status, doctor),
 ):

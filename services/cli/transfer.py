@@ -32,7 +32,7 @@ _CONCURRENCY = click.option(
 @click.option("--metadata", multiple=True, metavar="KEY=VALUE", help="Metadata, as text; may be repeated.")
 @click.option("--metadata-json", metavar="JSON|FILE", help="Metadata as a JSON object, or the file of one.")
 @click.option("--actor", default="anonymous", show_default=True, help="Who does it.")
-@click.option("--no-finalize", is_flag=True, help="Leave the package open; it is finalized over HTTP or from Python.")
+@click.option("--no-finalize", is_flag=True, help="Leave the package open, for `add` and `finalize`.")
 @click.option("--new", "fresh", is_flag=True, help="Begin anew, even if an equal push was interrupted.")
 @_CONCURRENCY
 @common_options(shown=("url",))

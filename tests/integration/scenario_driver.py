@@ -83,9 +83,6 @@ class Driver(Protocol):
     async def verify(self) -> None:
         """Raise AssertionError when log, blobs or views break an invariant."""
 
-    def reaches(self, rejection: Rejection) -> bool:
-        """Whether this interface lets its users ask for that at all."""
-
     def expects(self, rejection: Rejection) -> AbstractContextManager[Any]:
         """A context in which the operation must be refused for this reason, in this interface's own words."""
 

@@ -118,9 +118,6 @@ class HttpDriver:
     async def verify(self) -> None:
         await nothing_is_broken(self._product.settings)
 
-    def reaches(self, rejection: Rejection) -> bool:
-        return True
-
     def expects(self, rejection: Rejection) -> AbstractContextManager[Any]:
         wanted = (rejection.status, rejection.problem)
         return pytest.raises(

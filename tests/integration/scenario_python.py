@@ -83,9 +83,6 @@ class PythonDriver:
     async def verify(self) -> None:
         await nothing_is_broken(self._product.settings)
 
-    def reaches(self, rejection: Rejection) -> bool:
-        return True
-
     def expects(self, rejection: Rejection) -> AbstractContextManager[Any]:
         error = ValueError if rejection.problem == "unknown-retention-class" else rejection.error
         return pytest.raises(error, match=rejection.words, check=lambda found: isinstance(found, rejection.error))

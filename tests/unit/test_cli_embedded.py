@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from blake3 import blake3
 from click.testing import CliRunner, Result
 
 from services.cli import main
@@ -66,6 +67,20 @@ def test_push_without_finalizing_leaves_the_package_open(run: Run, tree: Path) -
     assert json.loads(run("show", pushed["package_id"], "--json").stdout)["status"] == "created"
     refused = run("pull", pushed["package_id"], "out", "--json", code=1)
     assert json.loads(refused.stderr)["type"].endswith(":illegal-package-state")
+
+
+def test_an_open_package_is_filled_and_finalized_step_by_step(run: Run, tree: Path, tmp_path: Path) -> None:
+    package = json.loads(run("push", tree, *ABOUT, "--no-finalize", "--json").stdout)["package_id"]
+    added = json.loads(run("add", package, tree / "a b.txt", "--path", "twice.txt", "--json").stdout)
+    assert (added["sequence"], added["size_bytes"]) == (4, 5)
+    assert added["content_address"] == f"blake3:{blake3(b'hello').hexdigest()}"
+    assert "already" in run("add", package, tree / "a b.txt", code=1).stderr
+    assert "--path" in run("add", package, "-", code=2).stderr
+    frozen = json.loads(run("finalize", package, "--json").stdout)
+    assert frozen["sequence"] == 5
+    assert "finalized" in run("finalize", package, code=1).stderr
+    pulled = json.loads(run("pull", frozen["manifest_digest"], tmp_path / "out", "--json").stdout)
+    assert (pulled["package_id"], pulled["files"]) == (package, 3)
 
 
 @pytest.mark.parametrize("by", ["package_id", "manifest_digest"])
