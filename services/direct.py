@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
@@ -12,7 +12,7 @@ from schemas import identifiers
 from services.blobs.packs import Placed
 from services.blobs.port import BlobStore, Declared
 from services.bundle import MAX_BUNDLE_FILES, Bundle, Group, NamedFile, StreamedFile
-from services.bundle_store import BundleStore, first_that_reads
+from services.bundle_store import BundleStore
 from services.clock import Clock
 from services.core.commands import Acknowledgement, CreatePackage, FinalizePackage, IngestFiles, StoredFile
 from services.core.content_address import ContentAddress, content_key
@@ -143,7 +143,7 @@ class DirectRegistry(Registry):
         after: str | None = None,
         largest: int | None = None,
         wait_sequence: int | None = None,
-    ) -> AsyncIterator[Group]:
+    ) -> AsyncGenerator[Group, None]:
         package = await self.get_package(package_id, wait_sequence=wait_sequence)
         if package.manifest_digest is None:
             raise IllegalPackageStateError(f"package {package_id} is open; it is read as a whole once it is finalized")
@@ -223,7 +223,9 @@ class DirectRegistry(Registry):
         wanted = min(file.size_bytes - offset, file.size_bytes if length is None else length)
         places = [(place.key, place.offset) for place in await self._queries.locations(file_id)]
         places.append((content_key(file.blake3), 0))
-        return await first_that_reads(self._blobs, places, offset, wanted)
+        if wanted == file.size_bytes:
+            return await self._bundles.reads.whole(places, file.blake3, wanted)
+        return await self._bundles.reads.part(places, offset, wanted)
 
     async def get_manifest_bytes(
         self,

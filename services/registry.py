@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import IO, Any, Literal
 from uuid import UUID
@@ -204,7 +204,7 @@ class Registry(ABC):
         after: str | None = None,
         largest: int | None = None,
         wait_sequence: int | None = None,
-    ) -> AsyncIterator[Group]:
+    ) -> AsyncGenerator[Group, None]:
         """The files of a finalized package with their bytes, by the UTF-8 bytes of their paths.
 
         Only those behind the path `after`, and of at most `largest` bytes, where these are given. The bytes are those

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Mapping, Sequence
 from typing import TypeVar
 from uuid import UUID
 
@@ -86,7 +86,7 @@ async def ask_known(transport: Transport, digests: Sequence[bytes]) -> frozenset
 
 async def receive_files(
     transport: Transport, package_id: UUID, after: str | None, largest: int | None, wait_sequence: int | None
-) -> AsyncIterator[Group]:
+) -> AsyncGenerator[Group, None]:
     """The files of a package out of its archive; a lost connection is taken up behind the last whole file.
 
     Raises (on iteration) as `Registry.read_files`; UnavailableError when the gateway stays away, or when a larger file

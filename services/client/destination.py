@@ -29,6 +29,7 @@ class Destination:
     def __init__(self, folder: Path) -> None:
         """Open the folder, creating it if need be; it may itself be named through a link. Raises ConflictError."""
         folder.mkdir(parents=True, exist_ok=True)
+        self._last: tuple[str, int | None] = ("", None)
         try:
             self._root = os.open(folder.resolve(), _FOLDER)
         except NotADirectoryError:
@@ -36,6 +37,7 @@ class Destination:
 
     def close(self) -> None:
         """Let go of the folder."""
+        self._leave()
         os.close(self._root)
 
     def blake3_of(self, relative_path: str, size_bytes: int) -> bytes | None:
@@ -64,6 +66,38 @@ class Destination:
             while chunk := file.read(CHUNK_BYTES):
                 hashed.update(chunk)
             return hashed.digest()
+
+    def is_empty(self) -> bool:
+        """Whether nothing at all is in the folder."""
+        with os.scandir(self._root) as entries:
+            return next(entries, None) is None
+
+    def write_file(self, relative_path: str, data: bytes, *, replace: bool) -> None:
+        """Write a whole file and give it its name in one step. Raises ConflictError as `Landing.put_into_place`.
+
+        The folder of the file before is kept open, since the next one mostly lies there too.
+        """
+        above, _, name = relative_path.rpartition("/")
+        last, folder = self._last
+        if folder is None or above != last:
+            self._leave()
+            with self._folder(relative_path, create=True) as (found, _):
+                if found is None:
+                    raise ConflictError(f"the folder of {relative_path!r} is gone")
+                folder = os.dup(found)
+            self._last = (above, folder)
+        landing = Landing(folder, name, relative_path)
+        try:
+            landing.write(data)
+            landing.put_into_place(replace=replace)
+        finally:
+            landing.discard()
+
+    def _leave(self) -> None:
+        _, folder = self._last
+        if folder is not None:
+            os.close(folder)
+        self._last = ("", None)
 
     @contextmanager
     def new_file(self, relative_path: str) -> Iterator[Landing]:

@@ -7,13 +7,19 @@ ever gets its name. What is there already and equal is left alone, so that an in
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from uuid import UUID
 
+from blake3 import blake3
+
 from schemas.digests import manifest_digest
+from services.bundle import SMALL_FILE_BYTES, StreamedFile
+from services.client.batches import FEWEST_FILES
 from services.client.destination import Destination, Landing
 from services.client.threads import to_its_end
 from services.client.transfers import DEFAULT_CONCURRENCY, NoProgress, TransferProgress, at_once
@@ -25,12 +31,18 @@ from services.errors import (
     IllegalPackageStateError,
     InvalidPathError,
     PackageNotFoundError,
+    UnavailableError,
 )
 from services.manifest import Manifest, ManifestFile, decode
 from services.registry import Registry
 from services.views.models import PackageFilter
 
+_logger = logging.getLogger(__name__)
+
 _MOST_CONFLICTS_SHOWN = 10
+_WORTH_STREAMING = 4
+"""At least every fourth file of a stream must be wanted."""
+
 _WRITTEN_AT_ONCE_BYTES = 64 * 1024
 """Up to here writing takes less time than handing the chunk to a thread."""
 
@@ -73,16 +85,21 @@ async def pull(
     try:
         wanted = await to_its_end(partial(_missing, folder, manifest.files, force=force))
         _tell_kept(manifest.files, wanted, told)
+        kept = len(manifest.files) - len(wanted)
 
         async def fetch(file: ManifestFile) -> None:
             await _fetch(registry, folder, file, told, replace=force)
             told.finish_file()
 
+        together = _together(manifest.files, wanted)
+        if together is not None:
+            arrived = await _fetch_together(registry, package_id, folder, together, told, replace=force)
+            wanted = [file for file in wanted if file.relative_path not in arrived]
         await at_once(wanted, concurrency, fetch)
     finally:
         folder.close()
     total = sum(file.size_bytes for file in manifest.files)
-    return Pulled(package_id, address, len(manifest.files), total, len(manifest.files) - len(wanted))
+    return Pulled(package_id, address, len(manifest.files), total, kept)
 
 
 async def read_manifest(registry: Registry, package_id: UUID, address: ContentAddress) -> Manifest:
@@ -131,6 +148,8 @@ def _check_files(files: tuple[ManifestFile, ...]) -> None:
 
 def _missing(folder: Destination, files: Iterable[ManifestFile], *, force: bool) -> list[ManifestFile]:
     """The files that are to be fetched. Raises ConflictError when others are in their place. Blocks: reads what is."""
+    if folder.is_empty():
+        return list(files)
     missing: list[ManifestFile] = []
     different: list[str] = []
     for file in files:
@@ -153,6 +172,77 @@ def _tell_kept(files: Iterable[ManifestFile], wanted: list[ManifestFile], told: 
         if file.relative_path not in fetched:
             told.advance(file.size_bytes)
             told.finish_file()
+
+
+@dataclass(frozen=True, slots=True)
+class _Together:
+    """Small files, by their paths, that are worth asking for in one stream, which begins behind the path `after`."""
+
+    files: dict[str, ManifestFile]
+    after: str | None
+
+
+def _together(files: Sequence[ManifestFile], wanted: Sequence[ManifestFile]) -> _Together | None:
+    """None when one by one is better: few are wanted, or few of what the stream would bring. By the order of paths."""
+    small = {file.relative_path: file for file in wanted if file.size_bytes <= SMALL_FILE_BYTES}
+    if len(small) < FEWEST_FILES:
+        return None
+    start = next(number for number, file in enumerate(files) if file.relative_path in small)
+    brought = sum(file.size_bytes <= SMALL_FILE_BYTES for file in files[start:])
+    if _WORTH_STREAMING * len(small) < brought:
+        return None
+    return _Together(small, files[start - 1].relative_path if start else None)
+
+
+async def _fetch_together(
+    registry: Registry,
+    package_id: UUID,
+    folder: Destination,
+    together: _Together,
+    told: TransferProgress,
+    *,
+    replace: bool,
+) -> set[str]:
+    """Small files out of one stream, each group written while the next is on its way; the paths that are in place.
+
+    A stream that fails is no error: what it did not bring is fetched alone, which says what is wrong with which file.
+    """
+    arrived: set[str] = set()
+    writing: asyncio.Task[None] | None = None
+
+    async def write(files: list[tuple[ManifestFile, bytes]]) -> None:
+        await to_its_end(partial(_write_small, folder, files, replace=replace))
+        for file, _ in files:
+            arrived.add(file.relative_path)
+            told.advance(file.size_bytes)
+            told.finish_file()
+
+    try:
+        groups = registry.read_files(package_id, after=together.after, largest=SMALL_FILE_BYTES)
+        async with aclosing(groups):
+            async for group in groups:
+                if isinstance(group, StreamedFile):
+                    raise CorruptError(f"{group.relative_path!r} is larger than what was asked for")
+                found = [(together.files.get(file.relative_path), file.data) for file in group]
+                if writing is not None:
+                    await writing
+                writing = asyncio.create_task(write([(file, data) for file, data in found if file is not None]))
+        if writing is not None:
+            await writing
+    except (UnavailableError, CorruptError) as error:
+        _logger.warning("what is left is fetched file by file: %s", error.detail)
+    finally:
+        if writing is not None:
+            await asyncio.gather(writing, return_exceptions=True)
+    return arrived
+
+
+def _write_small(folder: Destination, files: Iterable[tuple[ManifestFile, bytes]], *, replace: bool) -> None:
+    """Check and write whole files. Blocks. Raises CorruptError, ConflictError."""
+    for file, data in files:
+        if len(data) != file.size_bytes or blake3(data).digest() != bytes.fromhex(file.blake3):
+            raise CorruptError(f"the bytes of {file.relative_path!r} are not those that its manifest names")
+        folder.write_file(file.relative_path, data, replace=replace)
 
 
 async def _fetch(

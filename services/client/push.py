@@ -1,4 +1,4 @@
-"""Push: a file or tree becomes a package, many files at a time, resumable, into any registry.
+"""Push: a file or tree becomes a package, small files in batches, large ones alone, resumable, into any registry.
 
 Everything that can be known beforehand is checked before the package is created: names, kinds of files, links.
 """
@@ -6,22 +6,37 @@ Everything that can be known beforehand is checked before the package is created
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
 from services.blobs.port import Declared
+from services.bundle import HeldFiles, NamedFile
+from services.client.batches import Batch, batches, hold
 from services.client.push_state import PushState
 from services.client.sources import BodySource, BytesSource, CountedSource, FileSource
+from services.client.threads import to_its_end
 from services.client.transfers import DEFAULT_CONCURRENCY, NoProgress, TransferProgress, at_once
 from services.client.tree import TreeFile, walk
+from services.core.commands import Acknowledgement
 from services.core.content_address import ContentAddress
-from services.errors import CommandReusedError, ConflictError, RejectedError, UnavailableError
+from services.errors import (
+    CommandReusedError,
+    ConflictError,
+    CorruptError,
+    RejectedError,
+    UnavailableError,
+    UnknownContentError,
+)
 from services.registry import Registry
 from services.streams import CHUNK_BYTES
 from services.views.models import MAX_PAGE, File
+
+_BATCHES_AT_ONCE = 4
+"""So many batches are in memory at a time, of 8 MiB at most each, and as much again on their way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +67,7 @@ async def push(
 ) -> Pushed:
     """Create a package, send what lies at `path` and finalize it. Memory is bounded by `concurrency` chunks of 1 MiB.
 
+    Small files go many at a time, and what the store holds already is named instead of sent.
     With the `state` of an interrupted push it goes on there: what the package holds already is compared, not sent.
 
     Raises:
@@ -77,18 +93,21 @@ async def push(
         raise ConflictError(f"the interrupted push has sent {min(gone)!r}, which is not there any more")
     last = created.sequence
 
-    async def send(file: TreeFile) -> None:
+    async def send(item: Batch | TreeFile) -> None:
         nonlocal last
-        known = present.get(file.relative_path)
-        if known is not None:
-            await _compare(file, known)
-            told.advance(file.stamp.size_bytes)
-        else:
-            source = CountedSource(await _source(file), told.advance)
-            last = max(last, await _ingest(registry, created.package_id, file, source, actor, current))
-        told.finish_file()
+        last = max(last, await sender.send(item))
 
-    await at_once(files, concurrency, send)
+    missing = []
+    for file in files:
+        known = present.get(file.relative_path)
+        if known is None:
+            missing.append(file)
+            continue
+        await _compare(file, known)
+        told.advance(file.stamp.size_bytes)
+        told.finish_file()
+    sender = _Sender(registry, created.package_id, actor, current, told)
+    await at_once(batches(missing), concurrency, send)
     manifest = None
     if finalize:
         done = await registry.finalize(created.package_id, actor, command_id=current.command_id("finalize"))
@@ -100,28 +119,82 @@ async def push(
     return Pushed(created.package_id, manifest, last, len(files), sum(file.stamp.size_bytes for file in files))
 
 
-async def _ingest(
-    registry: Registry, package_id: UUID, file: TreeFile, source: BodySource, actor: str, state: PushState
-) -> int:
-    try:
-        done = await registry.ingest(
-            package_id,
-            file.relative_path,
-            file.media_type,
-            source,
-            actor,
-            declared=Declared(size_bytes=file.stamp.size_bytes),
-            command_id=state.command_id(f"file:{file.relative_path}"),
-        )
-    except CommandReusedError:
-        raise CommandReusedError(f"{file.relative_path!r} is not what the interrupted push has sent") from None
-    return done.sequence
+class _Sender:
+    """Brings files and batches of them into one package; what is stored already is named, not sent."""
+
+    def __init__(
+        self, registry: Registry, package_id: UUID, actor: str, state: PushState, told: TransferProgress
+    ) -> None:
+        self._registry = registry
+        self._package_id = package_id
+        self._actor = actor
+        self._state = state
+        self._told = told
+        self._turns = asyncio.Semaphore(_BATCHES_AT_ONCE)
+
+    async def send(self, item: Batch | TreeFile) -> int:
+        """The sequence of its last event."""
+        try:
+            if isinstance(item, TreeFile):
+                return await self._send_file(item)
+            async with self._turns:
+                return await self._send_batch(item)
+        except CommandReusedError:
+            what = repr(item.relative_path) if isinstance(item, TreeFile) else str(item)
+            raise CommandReusedError(f"{what} is not what the interrupted push has sent") from None
+
+    async def _send_batch(self, batch: Batch) -> int:
+        held = await to_its_end(partial(hold, batch))
+        command = self._state.command_id(batch.step)
+        done = await self._name(held.pack, held.named, command)
+        if done is None:
+            bundle = HeldFiles(held.files)
+            done = await self._registry.ingest_files(self._package_id, bundle, self._actor, command_id=command)
+        for file, ingested in zip(held.named, done.files, strict=True):
+            if file.blake3 != ingested.blake3:
+                raise CorruptError(f"{file.relative_path!r} arrived as other bytes than were sent; do not finalize")
+        for sent in batch.files:
+            self._told.advance(sent.stamp.size_bytes)
+            self._told.finish_file()
+        return done.sequence
+
+    async def _send_file(self, file: TreeFile) -> int:
+        path, size = file.relative_path, file.stamp.size_bytes
+        command = self._state.command_id(f"file:{path}")
+        source, digest = await _source(file)
+        done = await self._name(digest, [NamedFile(path, file.media_type, size, digest, digest)], command)
+        if done is not None:
+            self._told.advance(size)
+        else:
+            done = await self._registry.ingest(
+                self._package_id,
+                path,
+                file.media_type,
+                CountedSource(source, self._told.advance),
+                self._actor,
+                declared=Declared(size_bytes=size, blake3=digest),
+                command_id=command,
+            )
+        self._told.finish_file()
+        return done.sequence
+
+    async def _name(self, blob: bytes, files: Sequence[NamedFile], command: UUID) -> Acknowledgement | None:
+        """Name the files instead of sending them, if the blob that holds them is stored; None when it is not."""
+        if not await self._registry.known_blobs([blob]):
+            return None
+        try:
+            return await self._registry.ingest_named(self._package_id, files, self._actor, command_id=command)
+        except UnknownContentError:  # it was there and is damaged, or just going away
+            return None
 
 
-async def _source(file: TreeFile) -> BodySource:
-    """Small files are read at once, so that their digest goes before them; large ones are read while they are sent."""
+async def _source(file: TreeFile) -> tuple[BodySource, bytes]:
+    """The file's bytes and their BLAKE3, so that it goes before them; what fits into memory is read once for both."""
     source = FileSource(file.path, file.stamp)
-    return BytesSource(await source.read_whole()) if file.stamp.size_bytes <= CHUNK_BYTES else source
+    if file.stamp.size_bytes > CHUNK_BYTES:
+        return source, await source.blake3()
+    whole = BytesSource(await source.read_whole())
+    return whole, whole.digest
 
 
 async def _present(registry: Registry, package_id: UUID) -> Mapping[str, File]:

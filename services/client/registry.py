@@ -7,7 +7,7 @@ as the first did.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Sequence
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
@@ -204,7 +204,7 @@ class GatewayRegistry(Registry):
         after: str | None = None,
         largest: int | None = None,
         wait_sequence: int | None = None,
-    ) -> AsyncIterator[Group]:
+    ) -> AsyncGenerator[Group, None]:
         """As `Registry.read_files`; a lost connection is taken up behind the last whole file."""
         wait = max(wait_sequence or 0, self._written.last(package_id))
         return receive_files(self._transport, package_id, after, largest, wait or None)

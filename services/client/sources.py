@@ -106,9 +106,10 @@ class FileSource(BodySource):
 
     async def read_whole(self) -> bytes:
         """The file's bytes at once, for files that fit into memory. Raises as iterating does."""
-        return await asyncio.to_thread(self._read_whole)
+        return await asyncio.to_thread(self.read_now)
 
-    def _read_whole(self) -> bytes:
+    def read_now(self) -> bytes:
+        """As `read_whole`; blocks."""
         with self._open() as file:
             data = file.read(self._stamp.size_bytes + 1)
             if len(data) != self._stamp.size_bytes:

@@ -281,3 +281,98 @@ async def test_a_manifest_of_another_digest_or_package_is_refused(tmp_path: Path
         await pull_lies(lying, tmp_path / "out")
     with pytest.raises(CorruptError, match="that of package"):
         await pull_lies(Lying([entry("a")], b"abc", manifest_of=uuid4()), tmp_path / "out")
+
+
+def many(folder: Path, count: int = 1_200, seed: int = 0) -> dict[str, bytes]:
+    """A tree of so many small files, some of them equal, empty or deep, and two large ones."""
+    files = {f"{n % 7}/{n:05}.txt": b"%d" % (n % 900 + seed) * (n % 50) for n in range(count)}
+    files |= {"large": bytes(range(256)) * 4_000, "zz/" + "d/" * 60 + "leaf": b"deep"}
+    write(folder, files)
+    return files
+
+
+class Counting:
+    """A registry that counts what is sent and what is named, and fails once after so many bundles."""
+
+    def __init__(self, registry: Registry, failing_after: int = 1_000_000) -> None:
+        self._registry = registry
+        self.bundles = 0
+        self.alone: list[str] = []
+        self.named = 0
+        self._left = failing_after
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._registry, name)
+
+    async def ingest_files(self, *arguments: Any, **more: Any) -> Any:
+        if not self._left:
+            raise UnavailableError("out of reach")
+        self._left -= 1
+        self.bundles += 1
+        return await self._registry.ingest_files(*arguments, **more)
+
+    async def ingest(self, package_id: UUID, relative_path: str, *arguments: Any, **more: Any) -> Any:
+        self.alone.append(relative_path)
+        return await self._registry.ingest(package_id, relative_path, *arguments, **more)
+
+    async def ingest_named(self, package_id: UUID, files: Any, *arguments: Any, **more: Any) -> Any:
+        self.named += len(files)
+        return await self._registry.ingest_named(package_id, files, *arguments, **more)
+
+
+async def test_small_files_go_in_bundles_and_come_back(registry: Registry, tmp_path: Path) -> None:
+    files = many(tmp_path / "tree")
+    counting: Any = Counting(registry)
+    done = await pushed(counting, tmp_path / "tree")
+    assert (counting.bundles, counting.alone, counting.named) == (2, ["large"], 0)
+    assert (done.files, done.sequence) == (len(files), len(files) + 2)
+    await pull(registry, done.package_id, tmp_path / "out")
+    assert read(tmp_path / "out") == files
+
+
+async def test_the_same_tree_again_moves_no_bytes(registry: Registry, tmp_path: Path) -> None:
+    files = many(tmp_path / "tree")
+    await pushed(registry, tmp_path / "tree")
+    counting: Any = Counting(registry)
+    done = await pushed(counting, tmp_path / "tree")
+    assert (counting.bundles, counting.alone, counting.named) == (0, [], len(files))
+    await pull(registry, done.package_id, tmp_path / "out")
+    assert read(tmp_path / "out") == files
+
+
+async def test_a_push_of_bundles_goes_on_where_it_was(registry: Registry, tmp_path: Path) -> None:
+    files = many(tmp_path / "tree")
+    state = PushState(uuid4(), resumed=False, kept=True)
+    failing: Any = Counting(registry, failing_after=1)
+    with pytest.raises(UnavailableError):
+        await pushed(failing, tmp_path / "tree", state=state, concurrency=1)
+    again: Any = Counting(registry)
+    resumed = PushState(state.push_id, resumed=True, kept=True)
+    done = await pushed(again, tmp_path / "tree", state=resumed)
+    assert again.bundles == 1
+    await pull(registry, done.package_id, tmp_path / "out")
+    assert read(tmp_path / "out") == files
+
+
+async def test_a_changed_tree_is_not_taken_for_the_interrupted_one(registry: Registry, tmp_path: Path) -> None:
+    many(tmp_path / "tree")
+    state = PushState(uuid4(), resumed=False, kept=True)
+    failing: Any = Counting(registry, failing_after=1)
+    with pytest.raises(UnavailableError):
+        await pushed(failing, tmp_path / "tree", state=state, concurrency=1)
+    many(tmp_path / "tree", seed=5)
+    with pytest.raises(ConflictError):
+        await pushed(registry, tmp_path / "tree", state=PushState(state.push_id, resumed=True, kept=True))
+
+
+async def test_a_damaged_pack_is_not_named_again(
+    registry: Registry, tmp_path: Path, embedded_settings: Settings
+) -> None:
+    many(tmp_path / "tree", count=20)
+    await pushed(registry, tmp_path / "tree")
+    for path in (tmp_path / "blobs").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"!" + path.read_bytes()[1:])
+    counting: Any = Counting(registry)
+    await pushed(counting, tmp_path / "tree")
+    assert (counting.bundles, counting.alone) == (1, ["large"])
