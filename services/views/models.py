@@ -57,6 +57,19 @@ class Location:
 
 
 @dataclass(frozen=True, slots=True)
+class PlacedFile:
+    """A file and where its bytes lie: `size_bytes` from `offset` of `key`; `blake3` is its own (32 raw bytes)."""
+
+    file_id: UUID
+    relative_path: str
+    media_type: str
+    size_bytes: int
+    blake3: bytes
+    key: str
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
 class ManifestLocation:
     """The manifest of a finalized package: inline bytes, or the key of the blob that holds them."""
 

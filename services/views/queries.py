@@ -26,6 +26,7 @@ from services.views.models import (
     Package,
     PackageFilter,
     Page,
+    PlacedFile,
     Retention,
     UsageTotal,
 )
@@ -124,6 +125,32 @@ class Queries:
         return tuple(
             Location(row.backend_id, ContentAddress(row.content_address), row.key, row.offset, row.length)
             for row in rows
+        )
+
+    async def placed_files(
+        self, package_id: UUID, after: str = "", largest: int | None = None, limit: int = MAX_PAGE
+    ) -> tuple[PlacedFile, ...]:
+        """The package's files behind the path `after`, of at most `largest` bytes, each with one of its locations.
+
+        By the UTF-8 bytes of their paths, `limit` at most.
+        """
+        files, places = artifact_files.c, storage_locations.c
+        query = (
+            select(artifact_files, places.id.label("place"), places.key, places.offset)
+            .join(storage_locations, places.artifact_file_id == files.id)
+            .where(files.package_id == package_id, files.relative_path > after)
+            .order_by(files.relative_path, places.id)
+            .limit(limit)
+        )
+        if largest is not None:
+            query = query.where(files.size_bytes <= largest)
+        async with self._views.reading() as connection:
+            rows = (await connection.execute(query)).all()
+        first = {row.id: row for row in reversed(rows)}  # a file has one location, as long as nothing moves blobs
+        return tuple(
+            PlacedFile(row.id, row.relative_path, row.media_type, row.size_bytes, row.blake3, row.key, row.offset)
+            for row in rows
+            if first[row.id] is row
         )
 
     async def manifest(self, package_id: UUID) -> ManifestLocation | None:
