@@ -11,13 +11,15 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from blake3 import blake3
+
 from services.blobs.memory import ByteBudget
 from services.blobs.named import find_named
 from services.blobs.packs import PACK_BYTES, Packing, Placed
 from services.blobs.port import BlobStore, content_key
+from services.blobs.sound import SoundReads
 from services.bundle import SMALL_FILE_BYTES, Bundle, Group, NamedFile, SmallFile, StreamedFile
 from services.errors import CorruptError, PushBackError
-from services.streams import from_any
 from services.views.models import PlacedFile
 
 _BUNDLES_AT_ONCE = 12
@@ -35,6 +37,7 @@ class BundleStore:
         self, blobs: BlobStore, *, at_once: int = _BUNDLES_AT_ONCE, turn_seconds: float = _TURN_SECONDS
     ) -> None:
         """`at_once` bundles at a time are stored or read; another one waits for `turn_seconds`."""
+        self.reads = SoundReads(blobs)
         self._blobs = blobs
         self._memory = ByteBudget(at_once * PACK_BYTES)
         self._turn_seconds = turn_seconds
@@ -69,7 +72,7 @@ class BundleStore:
         """
         async with self._turn():
             async for page in pages:
-                async for group in _Page(self._blobs, page).groups():
+                async for group in _Page(self._blobs, self.reads, page).groups():
                     yield group
 
     @asynccontextmanager
@@ -108,8 +111,9 @@ class _Span:
 class _Page:
     """Files of one page: what of them lies in one pack is read at once, as long as only that pack is asked for."""
 
-    def __init__(self, blobs: BlobStore, files: Sequence[PlacedFile]) -> None:
+    def __init__(self, blobs: BlobStore, reads: SoundReads, files: Sequence[PlacedFile]) -> None:
         self._blobs = blobs
+        self._reads = reads
         self._files = files
         self._spans: dict[str, _Span] = {}
         self._held: tuple[str, int, bytes] | None = None
@@ -125,7 +129,7 @@ class _Page:
                 if group:
                     yield group
                     group, size = [], 0
-                body = await first_that_reads(self._blobs, places(file), 0, file.size_bytes)
+                body = await self._reads.whole(places(file), file.blake3, file.size_bytes)
                 yield StreamedFile(file.relative_path, file.media_type, file.size_bytes, body)
                 continue
             group.append(SmallFile(file.relative_path, file.media_type, await self._small(file)))
@@ -144,8 +148,10 @@ class _Page:
             held = await self._load(file.key)
         if held is not None:
             at = file.offset - held[1]
-            return held[2][at : at + file.size_bytes]
-        chunks = await first_that_reads(self._blobs, places(file), 0, file.size_bytes)
+            data = held[2][at : at + file.size_bytes]
+            if blake3(data).digest() == file.blake3:
+                return data
+        chunks = await self._reads.whole(places(file), file.blake3, file.size_bytes)
         return b"".join([chunk async for chunk in chunks])
 
     async def _load(self, key: str) -> tuple[str, int, bytes] | None:
@@ -167,30 +173,3 @@ class _Page:
 def places(file: PlacedFile) -> list[tuple[str, int]]:
     """Where to look for a file's bytes, the first place first: key and offset."""
     return [(file.key, file.offset), (content_key(file.blake3), 0)]
-
-
-async def first_that_reads(
-    blobs: BlobStore, where: Sequence[tuple[str, int]], offset: int, length: int
-) -> AsyncIterator[bytes]:
-    """The bytes from the first place that has them; the first chunk is fetched here, so that a miss shows here.
-
-    Raises CorruptError: no place has them. UnavailableError.
-    """
-    if length == 0:
-        return from_any(())
-    missing: CorruptError | None = None
-    for key, start in dict.fromkeys(where):
-        chunks = blobs.read(key, start + offset, length)
-        try:
-            first = await anext(chunks)
-        except CorruptError as error:
-            missing = missing or error
-        else:
-            return _resume(first, chunks)
-    raise missing or CorruptError("the file has no place where its bytes lie")
-
-
-async def _resume(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    yield first
-    async for chunk in rest:
-        yield chunk

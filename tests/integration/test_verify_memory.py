@@ -110,6 +110,7 @@ def grows(folder: Path, few: int, times: int) -> float:
     return most - least
 
 
+@pytest.mark.processes
 def test_ten_times_the_log_needs_no_more_memory(tmp_path: Path) -> None:
     assert grows(tmp_path, 200, 10) < SLACK_MIB
 

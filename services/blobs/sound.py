@@ -1,0 +1,109 @@
+"""Reading a file's bytes from the places where they may lie: a place that fails, or has other bytes, is passed over.
+
+Whole files are hashed while they are read. A small one is looked at before its first byte goes out, and the next place
+is tried when it is wrong. Of a larger one the last piece is kept back until all of it is known to be right: a reader
+gets the right bytes or an error before the end, and whoever asks again gets them from the next place, because a place
+that had other bytes is asked last from then on. Ranges cannot be checked.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Sequence
+
+from blake3 import blake3
+
+from services.blobs.port import BlobStore
+from services.errors import CorruptError
+from services.streams import from_any
+
+Place = tuple[str, int]
+"""Key and offset."""
+
+_HELD_BYTES = 1 << 20  # as much as one chunk may have
+_REMEMBERED = 1024
+_log = logging.getLogger(__name__)
+
+
+class SoundReads:
+    """Reads from one blob store. Belongs to one event loop."""
+
+    def __init__(self, blobs: BlobStore) -> None:
+        self._blobs = blobs
+        self._wrong: OrderedDict[Place, None] = OrderedDict()
+
+    async def whole(self, places: Sequence[Place], digest: bytes, size: int) -> AsyncIterator[bytes]:
+        """All `size` bytes of the BLAKE3 digest (32 raw bytes), from the first place that has them.
+
+        What can be found out before the first byte is found out here.
+
+        Raises (here or on iteration): CorruptError: no place has them, or this one turned out to have others.
+            UnavailableError.
+        """
+        missing: CorruptError | None = None
+        for place in self._ordered(places):
+            try:
+                first, rest = await self._begin(place, 0, size)
+                if size > _HELD_BYTES:
+                    return self._checked(place, digest, first, rest)
+                data = b"".join([first, *[chunk async for chunk in rest]])
+            except CorruptError as error:
+                missing = missing or error
+                continue
+            if blake3(data).digest() == digest:
+                return from_any((data,) if data else ())
+            missing = missing or self._mistrust(place)
+        raise missing or CorruptError("the file has no place where its bytes lie")
+
+    async def part(self, places: Sequence[Place], offset: int, length: int) -> AsyncIterator[bytes]:
+        """`length` bytes from `offset` of the file, from the first place that has so many. Raises as `whole`."""
+        missing: CorruptError | None = None
+        for place in self._ordered(places):
+            try:
+                first, rest = await self._begin(place, offset, length)
+            except CorruptError as error:
+                missing = missing or error
+            else:
+                return _resume(first, rest)
+        raise missing or CorruptError("the file has no place where its bytes lie")
+
+    async def _begin(self, place: Place, offset: int, length: int) -> tuple[bytes, AsyncIterator[bytes]]:
+        """The first chunk, so that a miss shows here, and the rest; no bytes need no place."""
+        if not length:
+            return b"", from_any(())
+        key, start = place
+        chunks = self._blobs.read(key, start + offset, length)
+        return await anext(chunks), chunks
+
+    async def _checked(
+        self, place: Place, digest: bytes, first: bytes, rest: AsyncIterator[bytes]
+    ) -> AsyncIterator[bytes]:
+        hasher = blake3(first)
+        held = first
+        async for chunk in rest:
+            yield held
+            held = chunk
+            hasher.update(chunk)
+        if hasher.digest() != digest:
+            raise self._mistrust(place)
+        yield held
+
+    def _ordered(self, places: Sequence[Place]) -> list[Place]:
+        return sorted(dict.fromkeys(places), key=lambda place: place in self._wrong)
+
+    def _mistrust(self, place: Place) -> CorruptError:
+        _log.error(
+            "blob %s has other bytes than were acknowledged; `artifact-store verify --bytes` names all", place[0]
+        )
+        self._wrong[place] = None
+        if len(self._wrong) > _REMEMBERED:
+            self._wrong.popitem(last=False)
+        return CorruptError(f"blob {place[0]} has other bytes than were acknowledged")
+
+
+async def _resume(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    if first:
+        yield first
+    async for chunk in rest:
+        yield chunk

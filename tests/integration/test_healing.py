@@ -1,0 +1,124 @@
+"""One blob deleted, one damaged: `verify --bytes` names both, and pushing the same files again heals both."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.config import Settings
+from tests.contract.blobs_stage import endpoint
+from tests.integration.processes import deployed, output_of, run_command
+
+pytestmark = pytest.mark.processes
+
+MIB = 1 << 20
+ABOUT = ("--name", "n", "--producer", "p", "--subject", "s", "--retention-class", "scratch", "--json")
+
+
+@pytest.fixture
+def url(settings: Settings, tmp_path: Path) -> Iterator[str | None]:
+    """Where clients push to: the deployed gateway, or the embedded parts themselves."""
+    if settings.log_url.startswith("kafka:"):
+        with deployed(settings, tmp_path) as processes:
+            yield processes["gateway"].endpoint
+    else:
+        yield None
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Files that lie in a blob of their own each, and some that may lie together."""
+    folder = tmp_path / "tree"
+    folder.mkdir()
+    for number, size in enumerate((12 * MIB, 9 * MIB, 100_000, 17, 0)):
+        (folder / f"file-{number}").write_bytes(random.Random(number).randbytes(size))
+    return folder
+
+
+class Objects:
+    """The blobs of a store, past the product: their keys by size, and ways to do harm to them."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._folder = None if settings.blobs_url.startswith("s3") else Path(settings.blobs_url.removeprefix("file:"))
+        self._at = endpoint(
+            {
+                "blobs_url": settings.blobs_url,
+                "s3_access_key": settings.s3_access_key,
+                "s3_secret_key": settings.s3_secret_key.get_secret_value(),
+                "s3_region": settings.s3_region or "us-east-1",
+            }
+        )
+
+    def of_size(self, size: int) -> str:
+        """The key of the one blob of this size."""
+        if self._folder is None:
+            listed = self._at.sdk().list_objects(self._at.bucket, recursive=True)
+            found = [str(item.object_name) for item in listed if item.size == size]
+        else:
+            paths = (path for path in self._folder.rglob("*") if path.is_file() and path.stat().st_size == size)
+            found = [path.relative_to(self._folder).as_posix() for path in paths]
+        (key,) = found
+        return key
+
+    def delete(self, key: str) -> None:
+        if self._folder is None:
+            self._at.sdk().remove_object(self._at.bucket, key)
+        else:
+            (self._folder / key).unlink()
+
+    def overwrite(self, key: str, data: bytes) -> None:
+        if self._folder is None:
+            self._at.sdk().put_object(self._at.bucket, key, io.BytesIO(data), len(data))
+        else:
+            (self._folder / key).write_bytes(data)
+
+
+def verified(settings: Settings, *, clean: bool) -> dict[str, Any]:
+    """What `verify --bytes --json` prints, its exit code being what it must be."""
+    done = run_command(settings, "verify", "--bytes", "--json")
+    assert done.returncode == (0 if clean else 1), done
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_a_deleted_and_a_damaged_blob_are_named_and_healed_by_the_next_push(
+    settings: Settings, url: str | None, tree: Path, tmp_path: Path
+) -> None:
+    first = json.loads(output_of(settings, "push", tree, *ABOUT, url=url))
+    assert verified(settings, clean=True)["bytes"] >= 21 * MIB
+    store = Objects(settings)
+    gone, damaged = store.of_size(12 * MIB), store.of_size(9 * MIB)
+    store.delete(gone)
+    store.overwrite(damaged, bytes(9 * MIB))
+
+    report = verified(settings, clean=False)
+    assert {(v["kind"], key) for v in report["violations"] for key in (gone, damaged) if key in v["detail"]} == {
+        ("blob-missing", gone),
+        ("blob-damaged", damaged),
+    }
+    assert report["violation_count"] == 2
+    assert report["set_aside"] == {damaged: f"damaged/{damaged}"}
+
+    second = json.loads(output_of(settings, "push", tree, *ABOUT, url=url))
+    assert second["package_id"] != first["package_id"]
+    assert verified(settings, clean=True)["violations"] == []
+    for package in (first, second):
+        pulled = tmp_path / package["package_id"]
+        output_of(settings, "pull", package["package_id"], pulled, url=url)
+        assert {path.name: path.read_bytes() for path in pulled.iterdir()} == {
+            path.name: path.read_bytes() for path in tree.iterdir()
+        }
+
+
+def test_what_verify_prints_for_people_tells_of_bytes_only_when_they_were_read(
+    settings: Settings, url: str | None, tree: Path
+) -> None:
+    output_of(settings, "push", tree, *ABOUT, url=url)
+    assert b"bytes" not in output_of(settings, "verify")
+    assert b"bytes" in output_of(settings, "verify", "--bytes")

@@ -1,0 +1,95 @@
+"""A reader gets the right bytes from wherever they lie, or an error before the end; never others."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from blake3 import blake3
+
+from services.blobs.local import LocalBlobStore
+from services.blobs.port import content_key
+from services.blobs.sound import Place, SoundReads
+from services.errors import CorruptError
+
+SIZES = (0, 1, 70_000, 1 << 20, (1 << 20) + 1, (3 << 20) + 17)
+
+
+@pytest.fixture
+async def reads(tmp_path: Path) -> AsyncIterator[SoundReads]:
+    store = LocalBlobStore(tmp_path)
+    yield SoundReads(store)
+    await store.close()
+
+
+def some(size: int) -> bytes:
+    return random.Random(size).randbytes(size)
+
+
+def put(folder: Path, key: str, data: bytes) -> Place:
+    path = folder / key
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"before" + data)
+    return key, len(b"before")
+
+
+async def read(reads: SoundReads, places: list[Place], data: bytes) -> bytes:
+    return b"".join([chunk async for chunk in await reads.whole(places, blake3(data).digest(), len(data))])
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_bytes_come_from_the_first_place_that_has_them(tmp_path: Path, reads: SoundReads, size: int) -> None:
+    data = some(size)
+    short = put(tmp_path, "uploads/short", data[: size // 2])
+    good = put(tmp_path, content_key(blake3(data).digest()), data)
+    for places in ([good], [("uploads/missing", 0), good], [short, good], [good, short]):
+        assert await read(reads, places, data) == data
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_without_a_place_that_has_them_there_is_an_error_and_no_byte(
+    tmp_path: Path, reads: SoundReads, size: int
+) -> None:
+    data = some(size)
+    short = put(tmp_path, "uploads/short", data[:-1])
+    for places in ([("uploads/missing", 0)], [short], [short, ("uploads/missing", 0)]):
+        if size:
+            with pytest.raises(CorruptError, match=r"missing|expected"):
+                await reads.whole(places, blake3(data).digest(), size)
+        else:
+            assert await read(reads, places, data) == b""
+
+
+@pytest.mark.parametrize("size", [size for size in SIZES if size])
+async def test_other_bytes_never_come_whole_and_the_next_reader_gets_the_right_ones(
+    tmp_path: Path, reads: SoundReads, size: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = some(size)
+    wrong = put(tmp_path, "uploads/wrong", data[:-1] + bytes([data[-1] ^ 1]))
+    good = put(tmp_path, content_key(blake3(data).digest()), data)
+    if size > 1 << 20:  # it was on its way before the end showed that it is wrong
+        with pytest.raises(CorruptError, match="other bytes"):
+            await read(reads, [wrong, good], data)
+    assert await read(reads, [wrong, good], data) == data
+    assert "uploads/wrong" in caplog.text
+    with pytest.raises(CorruptError, match="other bytes"):
+        await read(reads, [wrong], data)
+
+
+async def test_a_range_comes_from_the_first_place_that_is_long_enough_and_not_known_to_be_wrong(
+    tmp_path: Path, reads: SoundReads
+) -> None:
+    data = some(5000)
+    wrong, good = put(tmp_path, "uploads/wrong", bytes(5000)), put(tmp_path, "uploads/good", data)
+    short = put(tmp_path, "uploads/short", data[:100])
+
+    async def part(places: list[Place]) -> bytes:
+        return b"".join([chunk async for chunk in await reads.part(places, 50, 1000)])
+
+    assert await part([short, good]) == data[50:1050]
+    assert await read(reads, [wrong, good], data) == data
+    assert await part([wrong, good]) == data[50:1050]
+    with pytest.raises(CorruptError, match="expected"):
+        await part([short])
