@@ -12,14 +12,14 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
-from projector.decoding import decode_records
-from schemas.batch import EventBatch
 from services.errors import LogIdentityError, PushBackError, UnavailableError
 from services.log.port import Batch, Log, Record, Subscription
 from services.log.position import Position
 from services.views.checkpoints import Checkpoint, StaleCheckpointError, load_checkpoint
 from services.views.engine import Views
+from services.views.guard import check_continues
 from services.views.projections import Projection
+from services.views.reading import ReadBatch
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +34,9 @@ _FEWEST_RECORDS = 10
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Decoded events, the checkpoint that they were read from, and the offsets behind them."""
+    """What was read, the checkpoint that it was read from, and the offsets behind it."""
 
-    events: EventBatch
+    events: ReadBatch
     since: Checkpoint
     next_offsets: Mapping[int, int]
 
@@ -78,7 +78,7 @@ class Assignment:
 
         Raises:
             StaleCheckpointError: what is assigned cannot be read on from here; join again.
-            CorruptError: a record cannot be decoded, or a checkpoint lies outside the log.
+            CorruptError: the log does not go on from what the view has folded.
             LogIdentityError: the log was made anew since the membership began.
             UnavailableError: the log or the database cannot be reached.
         """
@@ -101,7 +101,7 @@ class Assignment:
                 break
         if not ends:
             return None
-        events = await asyncio.to_thread(decode_records, records)
+        events = await asyncio.to_thread(ReadBatch.of, records)
         await self._require_same_log()
         return Work(events, self._checkpoint(starts), ends)
 
@@ -131,6 +131,7 @@ class Assignment:
         checkpoint = await load_checkpoint(self._views, self._projection, self._identity)
         if checkpoint.generation != self._generation:
             self._reset = True  # partitions that are held already stand in the older generation: join anew for all
+        await check_continues(self._log, self._projection.name, checkpoint, partitions)
         starts = {p: checkpoint.position.offsets.get(p, 0) for p in partitions}
         for p, offset in starts.items():
             if p in committed and committed[p][0] < offset and not committed[p][1]:

@@ -306,9 +306,14 @@ class _Rebuild:
         if missing:
             stretch = await read_stretch(self._log, at.position, ends)
             await apply_within(
-                connection, self._projection, stretch.events, since=at, next_offsets=stretch.next_offsets
+                self._views,
+                connection,
+                self._projection,
+                stretch.batch,
+                since=at,
+                next_offsets=stretch.next_offsets,
             )
-            self._meter.note(len(stretch.events), stretch.next_offsets)
+            self._meter.note(len(stretch.batch.records), stretch.next_offsets)
 
     def _processes(self, end: Position) -> int:
         """How many processes to load in: several where they do not stand in each other's way."""

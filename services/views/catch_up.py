@@ -6,19 +6,20 @@ the others find that the view has moved and go on from there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import aclosing
 
-from schemas.events import Event, PackageFinalized
-from services.errors import CorruptError
 from services.log.port import Log
 from services.log.position import Position
 from services.views.checkpoints import Checkpoint, StaleCheckpointError, apply, load_checkpoint
 from services.views.engine import Views
+from services.views.guard import check_continues, check_within
 from services.views.projections import Projection
+from services.views.reading import ReadBatch, read_stretches
+
+__all__ = ["BATCH_EVENTS", "Progress", "catch_up", "check_within"]
 
 BATCH_EVENTS = 2000
-BATCH_MANIFEST_BYTES = 8 << 20
-"""A batch ends early when the manifests in it reach this size, so that memory is bounded."""
 
 Progress = Callable[[int, Position], None]
 """Called after each batch with how many events were folded so far, and where the view stands."""
@@ -37,7 +38,7 @@ async def catch_up(
 
     Raises:
         LogIdentityError: the view was folded from another log.
-        CorruptError: the view stands beyond the log's end, or an event does not follow what was folded before.
+        CorruptError: the log does not go on from what the view has folded, or too many packages would be parked.
         UnavailableError: the log or the database cannot be reached; nothing is lost, call again.
     """
     identity = await log.identity()
@@ -50,6 +51,7 @@ async def catch_up(
             check_within(checkpoint.position, end, projection.name)
             if checkpoint.position.covers(until):
                 return folded
+            await check_continues(log, projection.name, checkpoint, end.offsets)
             fold = _Fold(views, projection, checkpoint, batch_events, progress)
             try:
                 await fold.run(log, end)
@@ -57,17 +59,6 @@ async def catch_up(
                 continue  # another folds as well: go on from where it has come to
             finally:
                 folded += fold.folded
-
-
-def check_within(position: Position, end: Position, name: str) -> None:
-    """Raise CorruptError when a view stands beyond the log's end: the log has lost what the view has seen."""
-    for partition, offset in position.offsets.items():
-        if offset > end.offsets.get(partition, 0):
-            raise CorruptError(
-                f"the view {name} stands at offset {offset} of partition {partition}, beyond the log's end at "
-                f"{end.offsets.get(partition, 0)}: the log was truncated or restored from an older copy. Bring the "
-                f"whole log back, or accept the loss and fold again with `artifact-store replay {name}`"
-            )
 
 
 class _Fold:
@@ -84,28 +75,15 @@ class _Fold:
         self._progress = progress
 
     async def run(self, log: Log, end: Position) -> None:
-        """Fold what lies between the checkpoint and the end as it is when reading begins, which is not before `end`."""
-        batch: list[Event] = []
-        manifest_bytes = 0
-        behind = self._at.position
-        async for event in log.read(self._at.position):
-            batch.append(event)
-            behind = event.position
-            if isinstance(event.payload, PackageFinalized) and event.payload.manifest is not None:
-                manifest_bytes += len(event.payload.manifest)
-            if len(batch) >= self._batch_events or manifest_bytes >= BATCH_MANIFEST_BYTES:
-                await self._apply(batch, behind)
-                batch, manifest_bytes = [], 0
-        # Offsets without events (transaction markers) lie before the end as well.
-        offsets = {p: max(behind.offsets.get(p, 0), end.offsets.get(p, 0)) for p in {*behind.offsets, *end.offsets}}
-        await self._apply(batch, Position(end.log, offsets))
+        """Fold what lies between the checkpoint and the end; offsets without events (transaction markers) lie there
+        as well."""
+        stretches = read_stretches(log, self._at.position, end.offsets, batch_events=self._batch_events)
+        async with aclosing(stretches):
+            async for stretch in stretches:
+                await self._apply(stretch.batch, stretch.next_offsets)
 
-    async def _apply(self, events: list[Event], behind: Position) -> None:
-        before = self._at.position.offsets
-        moved = {p: offset for p, offset in behind.offsets.items() if offset != before.get(p, 0)}
-        if not moved:
-            return
-        self._at = await apply(self._views, self._projection, events, since=self._at, next_offsets=moved)
-        self.folded += len(events)
+    async def _apply(self, batch: ReadBatch, behind: Mapping[int, int]) -> None:
+        self._at = await apply(self._views, self._projection, batch, since=self._at, next_offsets=behind)
+        self.folded += len(batch.records)
         if self._progress is not None:
             self._progress(self.folded, self._at.position)

@@ -8,19 +8,24 @@ that a fold that began before a reset or a switch cannot write into what has tak
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from uuid import UUID, uuid4
 
+from blake3 import blake3
 from sqlalchemy import delete, select, text, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from schemas.events import Event
-from services.errors import ConfigurationError, LogIdentityError, UnavailableError
+from services.errors import ConfigurationError, CorruptError, LogIdentityError, UnavailableError
+from services.log.port import Record
 from services.log.position import Position
 from services.views.building import building_tables, live_tables
 from services.views.engine import Views, check_layouts
+from services.views.failures import DamagedDatabaseError
+from services.views.parked import Parking, TooManyParkedError, forget_marks, read_marks
 from services.views.projections import Projection, Tables
+from services.views.reading import ReadBatch
 from services.views.tables import metadata, projection_builds, projection_checkpoints, projection_generations
 
 
@@ -31,11 +36,25 @@ class StaleCheckpointError(UnavailableError):
 
 
 @dataclass(frozen=True, slots=True)
+class LastRecord:
+    """The last record that was folded from a partition: its offset and the BLAKE3 of its bytes."""
+
+    offset: int
+    digest: bytes
+
+    @classmethod
+    def of(cls, record: Record) -> LastRecord:
+        """What is kept of this record."""
+        return cls(record.offset, blake3(record.value).digest())
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Where one generation of a view stands in the log."""
+    """Where one generation of a view stands in the log, and which records it folded last, by partition."""
 
     generation: UUID
     position: Position
+    last: Mapping[int, LastRecord] = field(default_factory=dict)
 
 
 async def load_checkpoint(views: Views, projection: Projection, log: UUID) -> Checkpoint:
@@ -48,6 +67,7 @@ async def load_checkpoint(views: Views, projection: Projection, log: UUID) -> Ch
         await check_layouts(connection, [projection])
         generation, owner = await _generation(connection, projection)
         offsets = await read_offsets(connection, generation)
+        last = await _last_records(connection, generation)
     if owner is None:
         async with views.writing() as connection:
             await connection.execute(
@@ -61,13 +81,13 @@ async def load_checkpoint(views: Views, projection: Projection, log: UUID) -> Ch
             f"the view {projection.name} was folded from log {owner}, this is log {log}: set the URLs of a log and "
             f"views that belong together, or `artifact-store replay {projection.name}` to fold it from this log"
         )
-    return Checkpoint(generation, Position(log, offsets))
+    return Checkpoint(generation, Position(log, offsets), last)
 
 
 async def apply(
     views: Views,
     projection: Projection,
-    events: Sequence[Event],
+    events: ReadBatch | Sequence[Event],
     *,
     since: Checkpoint,
     next_offsets: Mapping[int, int],
@@ -75,36 +95,82 @@ async def apply(
     """Fold the events and move the checkpoint, in one transaction; returns the checkpoint behind them.
 
     `events` are what lies between `since` and `next_offsets` in the partitions that the latter names. The
-    generation may be the live one or one that is being built.
+    generation may be the live one or one that is being built. What a ReadBatch holds that cannot be read or applied
+    parks its package, up to `views.max_parked` packages; plain events that do not follow are an error.
 
     Raises:
         StaleCheckpointError: the view does not stand at `since` in one of these partitions, or there is no such
             generation any more; nothing was changed.
-        CorruptError: an event does not follow what was folded before; nothing was changed.
+        CorruptError: an event does not follow what was folded before, or too many packages would be parked; nothing was
+            changed.
         UnavailableError: the transaction may or may not be there; the checkpoint tells.
     """
+    batch = events if isinstance(events, ReadBatch) else ReadBatch((), events)
+    try:
+        async with views.writing() as connection:
+            fold = _Fold(connection, projection, views.max_parked, since)
+            return await fold.run(batch, next_offsets, whole=True)
+    except (LogIdentityError, DamagedDatabaseError, TooManyParkedError):
+        raise
+    except CorruptError:
+        if not batch.records:
+            raise
+    # Good batches never pay for this: a failure in a transaction of PostgreSQL's can only be got over with savepoints.
     async with views.writing() as connection:
-        return await apply_within(connection, projection, events, since=since, next_offsets=next_offsets)
+        fold = _Fold(connection, projection, views.max_parked, since)
+        return await fold.run(batch, next_offsets, whole=False)
 
 
 async def apply_within(
+    views: Views,
     connection: AsyncConnection,
     projection: Projection,
-    events: Sequence[Event],
+    events: ReadBatch | Sequence[Event],
     *,
     since: Checkpoint,
     next_offsets: Mapping[int, int],
 ) -> Checkpoint:
     """As `apply`, in a transaction of the caller's, which must not go on when this raises."""
-    before = since.position.offsets
-    tables = await _tables_of(connection, projection, since)
-    for partition in sorted(next_offsets):  # one order for all, so that no two wait for each other
-        expected, following = before.get(partition, 0), next_offsets[partition]
-        if not await _advance(connection, projection, since.generation, partition, expected, following):
-            raise StaleCheckpointError(f"the view {projection.name} is not at {expected} of partition {partition}")
-    if events:
-        await projection.fold(connection, tables, events)
-    return Checkpoint(since.generation, Position(since.position.log, {**before, **next_offsets}))
+    batch = events if isinstance(events, ReadBatch) else ReadBatch((), events)
+    fold = _Fold(connection, projection, views.max_parked, since)
+    return await fold.run(batch, next_offsets, whole=not batch.records)
+
+
+class _Fold:
+    """One batch into one generation, within one transaction."""
+
+    def __init__(self, connection: AsyncConnection, projection: Projection, max_parked: int, since: Checkpoint) -> None:
+        self._connection = connection
+        self._projection = projection
+        self._max_parked = max_parked
+        self._since = since
+
+    async def run(self, batch: ReadBatch, next_offsets: Mapping[int, int], *, whole: bool) -> Checkpoint:
+        """Move the checkpoint and fold the batch; as a `whole`, so that one bad event fails it, unless it was seen."""
+        connection, since = self._connection, self._since
+        tables = await tables_of(connection, self._projection, since)
+        last = {p: LastRecord.of(record) for p, record in batch.last_records().items()}
+        await self._advance(next_offsets, last)
+        # Behind the guard, which waits for a retry that is under way: the marks are those that it leaves.
+        marks = await read_marks(connection, since.generation)
+        parking = Parking(connection, self._projection, tables, since.generation, self._max_parked, marks)
+        if batch.records and not (whole and parking.spares(batch)):
+            await parking.fold(batch)
+            await parking.save()
+        elif batch.events:
+            await self._projection.fold(connection, tables, batch.events)
+        position = Position(since.position.log, {**since.position.offsets, **next_offsets})
+        return Checkpoint(since.generation, position, {**since.last, **last})
+
+    async def _advance(self, next_offsets: Mapping[int, int], last: Mapping[int, LastRecord]) -> None:
+        name, before = self._projection.name, self._since.position.offsets
+        for partition in sorted(next_offsets):  # one order for all, so that no two wait for each other
+            expected, following = before.get(partition, 0), next_offsets[partition]
+            generation = self._since.generation
+            if not await _advance(
+                self._connection, name, generation, partition, expected, following, last.get(partition)
+            ):
+                raise StaleCheckpointError(f"the view {name} is not at {expected} of partition {partition}")
 
 
 async def reset(views: Views, projection: Projection) -> UUID:
@@ -124,6 +190,7 @@ async def reset(views: Views, projection: Projection) -> UUID:
         await connection.execute(
             delete(projection_checkpoints).where(projection_checkpoints.c.generation == before.generation)
         )
+        await forget_marks(connection, before.generation)
         if before.layout != projection.layout:
             await connection.run_sync(metadata.drop_all, tables=projection.tables)
             await connection.run_sync(metadata.create_all, tables=projection.tables)
@@ -149,6 +216,14 @@ async def read_offsets(connection: AsyncConnection, generation: UUID) -> dict[in
     return {row.partition: row.next_offset for row in await connection.execute(query)}
 
 
+async def _last_records(connection: AsyncConnection, generation: UUID) -> dict[int, LastRecord]:
+    table = projection_checkpoints.c
+    query = select(table.partition, table.last_offset, table.last_digest).where(
+        table.generation == generation, table.last_offset.is_not(None)
+    )
+    return {row.partition: LastRecord(row.last_offset, row.last_digest) for row in await connection.execute(query)}
+
+
 async def _generation(connection: AsyncConnection, projection: Projection) -> tuple[UUID, UUID | None]:
     """The live generation and its log."""
     table = projection_generations.c
@@ -159,7 +234,7 @@ async def _generation(connection: AsyncConnection, projection: Projection) -> tu
     return row.generation, row.log
 
 
-async def _tables_of(connection: AsyncConnection, projection: Projection, since: Checkpoint) -> Tables:
+async def tables_of(connection: AsyncConnection, projection: Projection, since: Checkpoint) -> Tables:
     """The tables of the checkpoint's generation; it stays what it is, live or being built, until the transaction ends.
 
     Raises StaleCheckpointError when there is no such generation any more.
@@ -174,34 +249,31 @@ async def _tables_of(connection: AsyncConnection, projection: Projection, since:
 
 async def _advance(
     connection: AsyncConnection,
-    projection: Projection,
+    projection: str,
     generation: UUID,
     partition: int,
     expected: int,
     following: int,
+    last: LastRecord | None,
 ) -> bool:
     """Move one partition's offset from `expected`; whether it stood there. An absent row stands at 0."""
     table = projection_checkpoints
+    changed: dict[str, object] = {"next_offset": following}
+    if last is not None:
+        changed |= {"last_offset": last.offset, "last_digest": last.digest}
     if expected == 0:
         make = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
-        row = {
-            "generation": generation,
-            "partition": partition,
-            "projection": projection.name,
-            "next_offset": following,
-        }
+        row = {"generation": generation, "partition": partition, "projection": projection, **changed}
         put = make(table).values(row)
         moved = await connection.execute(
             put.on_conflict_do_update(
-                index_elements=[table.c.generation, table.c.partition],
-                set_={"next_offset": following},
-                where=table.c.next_offset == 0,
+                index_elements=[table.c.generation, table.c.partition], set_=changed, where=table.c.next_offset == 0
             )
         )
     else:
         moved = await connection.execute(
             update(table)
             .where(table.c.generation == generation, table.c.partition == partition, table.c.next_offset == expected)
-            .values(next_offset=following)
+            .values(changed)
         )
     return moved.rowcount == 1

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import event, insert, select, text
+from sqlalchemy import event, insert, inspect, select, text
 from sqlalchemy.engine import URL, Connection, make_url
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -25,11 +25,12 @@ from services.errors import ConfigurationError, UnavailableError
 from services.file_lock import FileLock
 from services.views.failures import database_errors
 from services.views.projections import PROJECTIONS, Projection
-from services.views.tables import metadata, projection_generations, retention_classes
+from services.views.tables import metadata, projection_checkpoints, projection_generations, retention_classes
 
 _BUSY_SECONDS = 10
 _CONNECT_SECONDS = 10
 _STATEMENT_SECONDS = 300  # a frozen server must not hold a projector for ever
+MAX_PARKED = 100
 _MIGRATION_LOCK = 0x61727466  # any number, the same for every process of ours
 
 
@@ -46,6 +47,8 @@ class Views:
         parsed = _parse(url)
         self.dialect = "sqlite" if parsed.drivername == "sqlite+aiosqlite" else "postgresql"
         self.engine = _open_sqlite(parsed) if self.dialect == "sqlite" else _open_postgresql(parsed)
+        self.max_parked = MAX_PARKED
+        """How many packages one projection may park before it stops."""
         self._answer_seconds = answer_seconds
         self._writing = self.engine.execution_options(writes=True)
         self.folding: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -108,6 +111,7 @@ class Views:
         if self.dialect == "postgresql":  # two that create one table at once would collide in the catalogue
             await connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
         await connection.run_sync(metadata.create_all)
+        await connection.run_sync(_add_columns)
         known = set((await connection.execute(select(projection_generations.c.projection))).scalars())
         fresh = [
             {"projection": name, "generation": uuid4(), "layout": projection.layout, "log": None}
@@ -117,6 +121,15 @@ class Views:
         if fresh:
             await connection.execute(insert(projection_generations), fresh)
         await _seed(connection)
+
+
+def _add_columns(connection: Connection) -> None:
+    """Add what a later version keeps beside a checkpoint; a view's own tables never change, they are folded again."""
+    table = projection_checkpoints
+    there = {column["name"] for column in inspect(connection).get_columns(table.name)}
+    for column in (column for column in table.columns if column.name not in there):
+        kind = column.type.compile(connection.dialect)
+        connection.execute(text(f"ALTER TABLE {table.name} ADD COLUMN {column.name} {kind}"))
 
 
 async def check_layouts(connection: AsyncConnection, projections: Iterable[Projection]) -> None:

@@ -15,6 +15,13 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from services.errors import ArtifactStoreError, ConfigurationError, CorruptError, UnavailableError
 
+
+class DamagedDatabaseError(CorruptError):
+    """The file is damaged, or is no views database: no event is to blame, and nothing can be written."""
+
+    problem = "damaged-database"
+
+
 _DRIVER = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 
 # Classes and codes of SQLSTATE (PostgreSQL documentation, appendix A).
@@ -35,7 +42,8 @@ _SQLITE_UNAVAILABLE = {
     sqlite3.SQLITE_CANTOPEN,
     sqlite3.SQLITE_READONLY,
 }
-_SQLITE_CORRUPT = {sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_TOOBIG}
+_SQLITE_CORRUPT = {sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_TOOBIG}
+_SQLITE_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
 _MIGRATE = "`artifact-store migrate` creates what is missing"
 _SETTING = "check the database, the user and its rights in ARTIFACT_STORE_VIEWS_URL"
@@ -94,6 +102,8 @@ def _of_sqlite(error: sqlite3.Error) -> ArtifactStoreError | None:
     text = _first_line(error)
     if code in _SQLITE_UNAVAILABLE:
         return UnavailableError(f"the views database cannot be used now: {text}")
+    if code in _SQLITE_DAMAGED:
+        return DamagedDatabaseError(f"the views database is damaged: {text}; make it anew and replay the projections")
     if code in _SQLITE_CORRUPT:
         return CorruptError(f"the views cannot take this: {text}")
     if text.startswith(("no such table", "no such column")):

@@ -24,6 +24,7 @@ from services.views.building import create_tables, drop_tables, lock_live_tables
 from services.views.checkpoints import Checkpoint, StaleCheckpointError, read_offsets
 from services.views.engine import Views
 from services.views.failures import database_errors
+from services.views.parked import forget_marks
 from services.views.projections import Projection
 from services.views.tables import projection_builds, projection_checkpoints, projection_generations
 
@@ -219,3 +220,4 @@ async def _forget(connection: AsyncConnection, projection: Projection) -> bool:
 
 async def _forget_checkpoints(connection: AsyncConnection, generation: UUID) -> None:
     await connection.execute(delete(projection_checkpoints).where(projection_checkpoints.c.generation == generation))
+    await forget_marks(connection, generation)

@@ -159,5 +159,29 @@ projection_checkpoints = Table(
     Column("partition", Integer, primary_key=True, autoincrement=False),
     Column("projection", _text(), nullable=False),
     Column("next_offset", BigInteger, nullable=False),
+    Column("last_offset", BigInteger),
+    Column("last_digest", LargeBinary(32)),
 )
-"""How far a generation has come, written with its rows in one transaction; an absent partition stands at its start."""
+"""How far a generation has come, written with its rows in one transaction; an absent partition stands at its start.
+
+`last_offset` and `last_digest` name the last record that was folded and the BLAKE3 of its bytes: a log that holds
+another one there is not the one that the view was folded from, whatever it calls itself.
+"""
+
+parked_packages = Table(
+    "parked_packages",
+    metadata,
+    Column("generation", Uuid, primary_key=True),
+    Column("partition", Integer, primary_key=True, autoincrement=False),
+    Column("package", _text(), primary_key=True),
+    Column("projection", _text(), nullable=False),
+    Column("package_id", Uuid),
+    Column("offset", BigInteger, nullable=False),
+    Column("events", BigInteger, nullable=False),
+    Column("cause", _text(), nullable=False),
+)
+"""Packages that a generation could not follow: from the record at `offset` on, `events` of theirs wait in the log.
+
+`package` is the package's id, or stands for a record's key where that names none. No digest covers it.
+"""
+Index("parked_packages_by_id", parked_packages.c.package_id)

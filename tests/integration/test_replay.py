@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from projector import replay, run_projection
+from projector import replay
 from projector.progress import ReplayProgress
 from projector.rebuild import replay_view
 from schemas.events import Event
 from services.config import Settings
-from services.errors import CorruptError, InvalidRequestError, UnavailableError
+from services.errors import InvalidRequestError, UnavailableError
 from services.registry import open_registry
 from services.views.catch_up import catch_up
 from services.views.digest import digest_view
@@ -133,17 +133,6 @@ async def test_a_replay_takes_a_view_to_another_log(views: Views) -> None:
     await catch_up(views, old, REGISTRY)
     assert (await replay_view(views, new, REGISTRY)).position.log == new.id
     assert len((await view_rows(views))["artifact_packages"]) == 2
-
-
-async def test_a_replay_stops_at_a_gap_and_a_projector_stops_there_too(views: Views) -> None:
-    log, history = MemoryLog(partitions=1), History()
-    package_id = history.create()
-    history.ingest(package_id, "a", "b")
-    log.append(history.events[0], history.events[2])
-    with pytest.raises(CorruptError, match=str(package_id)):
-        await replay_view(views, log, REGISTRY)
-    with pytest.raises(CorruptError, match=str(package_id)):
-        await run_projection(views, log, REGISTRY, asyncio.Event())
 
 
 async def test_what_a_registry_wrote_is_replayed_by_its_settings(embedded_settings: Settings) -> None:

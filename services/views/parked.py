@@ -1,0 +1,243 @@
+"""Parked packages: those with an event that a projection cannot read or apply, and all of their events behind it.
+
+A mark says where a package stopped and why; the log keeps the bytes. The other packages go on, and what the view holds
+of a parked one is what a fold of its events up to the mark makes. Which event is to blame does not depend on how
+batches were cut: one that fails is halved until the event is found at which a fold in log order would have stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from uuid import UUID
+
+from blake3 import blake3
+from sqlalchemy import delete, func, insert, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from schemas.batch import entries_of
+from schemas.events import Event
+from services.errors import CorruptError
+from services.log.port import Record
+from services.views.engine import Views
+from services.views.failures import DamagedDatabaseError, database_errors
+from services.views.projections import Projection, Tables
+from services.views.reading import ReadBatch
+from services.views.tables import parked_packages, projection_generations
+
+_CAUSE_CHARACTERS = 500
+_KEY_BYTES = 64
+
+
+class TooManyParkedError(CorruptError):
+    """A projection would park more packages than it may: something is wrong with more than a few events."""
+
+    problem = "too-many-parked"
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """One parked package: from the record at `offset` of `partition` on, `events` of its events wait in the log.
+
+    `package_id` is None for a record whose package cannot be told; `package` then stands for its key.
+    """
+
+    projection: str
+    generation: UUID
+    partition: int
+    package: str
+    package_id: UUID | None
+    offset: int
+    events: int
+    cause: str
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """What it is known by within its generation."""
+        return self.partition, self.package
+
+
+def package_of(record: Record, event: Event | str) -> tuple[str, UUID | None]:
+    """Whose a record is: by its event, or by its key where it cannot be read."""
+    return (str(event.package_id), event.package_id) if isinstance(event, Event) else key_name(record.key)
+
+
+def key_name(key: bytes) -> tuple[str, UUID | None]:
+    """The package that a record's key names; else a text that stands for the key."""
+    try:
+        text = key.decode("ascii")
+        package_id = UUID(text)
+    except ValueError:
+        pass
+    else:
+        if str(package_id) == text:
+            return text, package_id
+    return f"key {key.hex()}" if len(key) <= _KEY_BYTES else f"key of blake3:{blake3(key).hexdigest()}", None
+
+
+async def read_marks(connection: AsyncConnection, generation: UUID) -> dict[tuple[int, str], Mark]:
+    """The marks of one generation, by partition and package."""
+    rows = await connection.execute(select(parked_packages).where(parked_packages.c.generation == generation))
+    marks = (_mark(row._asdict()) for row in rows)
+    return {mark.key: mark for mark in marks}
+
+
+async def list_marks(views: Views, projection: str | None = None) -> list[Mark]:
+    """The marks of the live views, of one projection or of all, by projection and place in the log."""
+    live = projection_generations.c
+    table = parked_packages.c
+    query = select(parked_packages).join(projection_generations, live.generation == table.generation)
+    if projection is not None:
+        query = query.where(table.projection == projection)
+    async with views.reading() as connection:
+        rows = await connection.execute(query.order_by(table.projection, table.partition, table.offset, table.package))
+        return [_mark(row._asdict()) for row in rows]
+
+
+async def count_marks(connection: AsyncConnection, generation: UUID) -> int:
+    """How many packages of this generation are parked."""
+    query = select(func.count()).select_from(parked_packages).where(parked_packages.c.generation == generation)
+    return (await connection.execute(query)).scalar_one()
+
+
+async def forget_mark(connection: AsyncConnection, mark: Mark) -> bool:
+    """Remove one mark; whether it was there."""
+    table = parked_packages.c
+    mine = (table.generation == mark.generation, table.partition == mark.partition, table.package == mark.package)
+    return (await connection.execute(delete(parked_packages).where(*mine))).rowcount == 1
+
+
+async def forget_marks(connection: AsyncConnection, generation: UUID) -> None:
+    """Remove the marks of a generation that is given up."""
+    await connection.execute(delete(parked_packages).where(parked_packages.c.generation == generation))
+
+
+class Parking:
+    """Folds around what cannot be applied, within one transaction, and moves the marks; used once."""
+
+    def __init__(
+        self,
+        connection: AsyncConnection,
+        projection: Projection,
+        tables: Tables,
+        generation: UUID,
+        most: int,
+        marks: Mapping[tuple[int, str], Mark],
+    ) -> None:
+        """`most` is how many packages may be parked; `marks` are those that are, as the database has them."""
+        self._connection = connection
+        self._projection = projection
+        self._tables = tables
+        self._generation = generation
+        self._most = most
+        self.marks = dict(marks)
+        """By partition and package; what `save` writes."""
+        self._before = dict(marks)
+
+    def spares(self, batch: ReadBatch) -> bool:
+        """Whether nothing in the batch has to do with a parked package, as far as can be seen before it is folded."""
+        if batch.unreadable:
+            return False
+        if not self.marks:
+            return True
+        parked = {mark.package_id for mark in self.marks.values()}
+        return not any(entry.package_id in parked for entry in entries_of(batch.events))
+
+    async def fold(self, batch: ReadBatch) -> None:
+        """Fold what can be folded and park the rest.
+
+        Raises TooManyParkedError, after which the transaction must not be committed; UnavailableError.
+        """
+        events: list[tuple[Record, Event]] = []
+        for record, event in batch:
+            if isinstance(event, Event):
+                events.append((record, event))
+            else:
+                self._park(record, event, event)
+        await self._fold(events)
+
+    async def save(self) -> None:
+        """Write the marks that have changed. Each `fold` may be followed by others before that."""
+        changed = [mark for key, mark in self.marks.items() if self._before.get(key) != mark]
+        table = parked_packages
+        for mark in changed:
+            mine = (table.c.partition == mark.partition, table.c.package == mark.package)
+            await self._connection.execute(delete(table).where(table.c.generation == self._generation, *mine))
+        if changed:
+            await self._connection.execute(insert(table), [_row(mark) for mark in changed])
+        self._before = dict(self.marks)
+
+    async def _fold(self, events: Sequence[tuple[Record, Event]]) -> None:
+        left = [(record, event) for record, event in events if not self._waits(record, event)]
+        if not left:
+            return
+        cause = await self._try([event for _, event in left])
+        if cause is None:
+            return
+        if len(left) == 1:
+            self._park(*left[0], cause)
+            return
+        middle = len(left) // 2
+        await self._fold(left[:middle])
+        await self._fold(left[middle:])
+
+    async def _try(self, events: Sequence[Event]) -> str | None:
+        """Fold all of the events, or none; then why not."""
+        try:
+            async with self._connection.begin_nested():
+                with database_errors():
+                    await self._projection.fold(self._connection, self._tables, events)
+        except DamagedDatabaseError:
+            raise
+        except CorruptError as error:
+            return error.detail
+        return None
+
+    def _waits(self, record: Record, event: Event) -> bool:
+        """Whether the event lies behind its package's mark; it is counted then."""
+        key = (record.partition, str(event.package_id))
+        mark = self.marks.get(key)
+        if mark is None or record.offset < mark.offset:
+            return False
+        self.marks[key] = replace(mark, events=mark.events + 1)
+        return True
+
+    def _park(self, record: Record, event: Event | str, cause: str) -> None:
+        package, package_id = package_of(record, event)
+        key = (record.partition, package)
+        mark = self.marks.get(key)
+        if mark is not None:
+            mark = replace(mark, events=mark.events + 1)
+            if record.offset < mark.offset:
+                mark = replace(mark, offset=record.offset, cause=cause[:_CAUSE_CHARACTERS])
+            self.marks[key] = mark
+            return
+        if len(self.marks) >= self._most:
+            raise TooManyParkedError(
+                f"the view {self._projection.name} has parked {len(self.marks)} packages and may not park more; the "
+                f"next is {package} at offset {record.offset} of partition {record.partition}: {cause}. "
+                "`artifact-store parked` lists them; mend the cause and retry them, or allow more with --max-parked"
+            )
+        self.marks[key] = Mark(
+            projection=self._projection.name,
+            generation=self._generation,
+            partition=record.partition,
+            package=package,
+            package_id=package_id,
+            offset=record.offset,
+            events=1,
+            cause=cause[:_CAUSE_CHARACTERS],
+        )
+
+
+def marks_of_packages(marks: Iterable[Mark]) -> dict[UUID, Mark]:
+    """The marks by the packages' ids, without those whose package cannot be told."""
+    return {mark.package_id: mark for mark in marks if mark.package_id is not None}
+
+
+def _row(mark: Mark) -> dict[str, object]:
+    return {column.name: getattr(mark, column.name) for column in parked_packages.columns}
+
+
+def _mark(row: Mapping[str, object]) -> Mark:
+    return Mark(**row)  # type: ignore[arg-type]  # the columns are the fields

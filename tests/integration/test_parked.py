@@ -1,0 +1,260 @@
+"""Parked packages: one that cannot be followed stands aside, the others go on, and a retry brings it back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from projector import run_projection
+from schemas.codec import encode
+from schemas.events import Event, FileIngested
+from services.errors import CorruptError
+from services.views.catch_up import catch_up
+from services.views.checkpoints import StaleCheckpointError, reset
+from services.views.digest import digest_view
+from services.views.engine import Views
+from services.views.parked import Mark, TooManyParkedError, list_marks
+from services.views.projections import PROJECTIONS, Tables
+from services.views.projections.registry import RegistryProjection
+from services.views.queries import Queries
+from services.views.retry import retry
+from tests.integration.projector_stage import covers, eventually, projecting
+from tests.memory_log import MemoryLog
+from tests.views_history import History, view_rows
+
+REGISTRY = PROJECTIONS["registry"]
+NONSENSE = b"\xc3\x01nothing that is known"
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.services)])
+def views_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite+aiosqlite:///{tmp_path}/views.db"
+    url: str = request.getfixturevalue("postgres_url")
+    return url
+
+
+@pytest.fixture
+async def views(views_url: str) -> AsyncIterator[Views]:
+    opened = Views(views_url)
+    await opened.migrate()
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+async def reference(tmp_path: Path) -> AsyncIterator[Views]:
+    """A SQLite view beside the one under test, to compare with."""
+    opened = Views(f"sqlite+aiosqlite:///{tmp_path}/reference.db")
+    await opened.migrate()
+    yield opened
+    await opened.close()
+
+
+class Poisoned:
+    """A log of nine packages. In one of them an event is left out, in one it is no event, one holds a path twice."""
+
+    def __init__(self, partitions: int = 2) -> None:
+        self.history = History(5).fill(packages=9, files=4)
+        self.log = MemoryLog(partitions=partitions)
+        by_package: dict[UUID, list[Event]] = {}
+        for event in self.history.events:
+            by_package.setdefault(event.package_id, []).append(event)
+        self.gap, self.unreadable, self.twice = list(by_package)[2:5]
+        self.good = History()
+        for event in self.history.events:
+            at = event.sequence
+            value = encode(event)
+            if event.package_id == self.gap and at == 4:
+                continue
+            if event.package_id == self.unreadable and at == 3:
+                value = NONSENSE
+            if event.package_id == self.twice and at == 3:
+                before = by_package[self.twice][1].payload
+                assert isinstance(before, FileIngested)
+                assert isinstance(event.payload, FileIngested)
+                value = encode(replace(event, payload=replace(event.payload, relative_path=before.relative_path)))
+            key = str(event.package_id).encode()
+            self.log.append_raw(self.log.partition_of(event.package_id), value, key)
+            if event.package_id not in (self.gap, self.unreadable, self.twice) or at < 3 + (
+                event.package_id == self.gap
+            ):
+                self.good.events.append(event)
+
+    @property
+    def bad(self) -> set[UUID | None]:
+        return {self.gap, self.unreadable, self.twice}
+
+
+@pytest.mark.parametrize("batch_events", [1, 7, 1000])
+@pytest.mark.parametrize("name", ["registry", "retention", "usage"])
+async def test_what_cannot_be_followed_is_parked_and_the_rest_is_as_if_it_had_never_been(
+    views: Views, reference: Views, name: str, batch_events: int
+) -> None:
+    poisoned, good = Poisoned(), MemoryLog()
+    good.append(*poisoned.good.events)
+    projection = PROJECTIONS[name]
+    await catch_up(views, poisoned.log, projection, batch_events=batch_events)
+    marks = {mark.package_id: mark for mark in await list_marks(views, name)}
+    twice = {poisoned.twice} if name == "registry" else set()  # the others do not mind a path that is there already
+    assert set(marks) == {poisoned.gap, poisoned.unreadable, *twice}
+    assert "does not follow event 3" in marks[poisoned.gap].cause
+    assert "cannot be read" in marks[poisoned.unreadable].cause
+    events = {package: sum(e.package_id == package for e in poisoned.history.events) for package in marks}
+    assert marks[poisoned.gap].events == events[poisoned.gap] - 4
+    assert marks[poisoned.unreadable].events == events[poisoned.unreadable] - 2
+    if name == "registry":
+        assert marks[poisoned.twice].events == events[poisoned.twice] - 2
+        await catch_up(reference, good, projection)
+        assert (await digest_view(views, projection)).digest == (await digest_view(reference, projection)).digest
+
+
+async def test_the_marks_do_not_depend_on_how_batches_are_cut(views: Views, reference: Views) -> None:
+    poisoned = Poisoned()
+    await catch_up(views, poisoned.log, REGISTRY, batch_events=3)
+    await catch_up(reference, poisoned.log, REGISTRY, batch_events=1000)
+    plain = [[replace(mark, generation=UUID(int=0)) for mark in await list_marks(v)] for v in (views, reference)]
+    cut = [[replace(mark, cause="") for mark in marks] for marks in plain]  # the databases word it differently
+    assert cut[0] == cut[1] != []
+    assert (await digest_view(views, REGISTRY)).digest == (await digest_view(reference, REGISTRY)).digest
+
+
+async def test_a_projector_parks_too_and_goes_on_with_the_other_packages(views: Views, reference: Views) -> None:
+    poisoned = Poisoned()
+    async with projecting(views, poisoned.log, REGISTRY, times=2):
+        await covers(views, REGISTRY, await poisoned.log.end())
+        poisoned.log.append_raw(poisoned.log.partition_of(poisoned.gap), NONSENSE, str(poisoned.gap).encode())
+        newcomer = History(9)
+        package_id = newcomer.create("newcomer")
+        poisoned.log.append(*newcomer.events)
+        await covers(views, REGISTRY, await poisoned.log.end())
+    await catch_up(reference, poisoned.log, REGISTRY)
+    assert {mark.package_id for mark in await list_marks(views)} == poisoned.bad
+    assert await Queries(views).package(package_id) is not None
+    assert (await digest_view(views, REGISTRY)).digest == (await digest_view(reference, REGISTRY)).digest
+
+
+@pytest.mark.parametrize("key", [b"", b"\xff\x00", b"x" * 3000])
+async def test_a_record_whose_package_cannot_be_told_is_parked_under_its_key(views: Views, key: bytes) -> None:
+    log, history = MemoryLog(partitions=1), History().fill(packages=2, files=1)
+    log.append_raw(0, NONSENSE, key)
+    log.append(*history.events)
+    log.append_raw(0, NONSENSE, key)
+    await catch_up(views, log, REGISTRY)
+    (mark,) = await list_marks(views)
+    assert (mark.package_id, mark.offset, mark.events) == (None, 0, 2)
+    assert mark.package.startswith("key")
+    assert len((await view_rows(views))["artifact_packages"]) == 2
+
+
+async def test_over_the_limit_a_projector_stops_and_says_what_to_do(views: Views) -> None:
+    poisoned = Poisoned(partitions=1)
+    views.max_parked = 2
+    with pytest.raises(TooManyParkedError, match="artifact-store parked") as raised:
+        await run_projection(views, poisoned.log, REGISTRY, asyncio.Event())
+    assert "--max-parked" in raised.value.detail
+    assert await list_marks(views) == []
+    views.max_parked = 3
+    await catch_up(views, poisoned.log, REGISTRY)
+    assert len(await list_marks(views)) == 3
+
+
+def forgive(monkeypatch: pytest.MonkeyPatch, package_id: UUID) -> None:
+    """Let the registry refuse the package's second event, until the patch is undone."""
+    fold = RegistryProjection.fold
+
+    async def refuse(self: RegistryProjection, connection: AsyncConnection, tables: Tables, events: Any) -> None:
+        if any(event.package_id == package_id and event.sequence == 2 for event in events):
+            raise CorruptError("not understood yet")
+        await fold(self, connection, tables, events)
+
+    monkeypatch.setattr(RegistryProjection, "fold", refuse)
+
+
+async def test_a_retry_brings_a_package_back_as_if_it_had_never_been_parked(
+    views: Views, reference: Views, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, history = MemoryLog(partitions=2), History().fill(packages=5, files=4)
+    log.append(*history.events)
+    package_id = history.events[0].package_id
+    with monkeypatch.context() as patch:
+        forgive(patch, package_id)
+        await catch_up(views, log, REGISTRY, batch_events=9)
+        (mark,) = await list_marks(views)
+        again = await retry(views, log, mark)
+        assert (again.events, again.mark) == (0, mark)
+        assert (await list_marks(views)) == [mark]
+    done = await retry(views, log, mark)
+    assert (done.events, done.mark) == (mark.events, None)
+    assert await list_marks(views) == []
+    await catch_up(reference, log, REGISTRY)
+    assert (await digest_view(views, REGISTRY)).digest == (await digest_view(reference, REGISTRY)).digest
+    with pytest.raises(StaleCheckpointError, match="not parked"):
+        await retry(views, log, mark)
+
+
+async def test_a_retry_while_events_arrive_loses_and_doubles_nothing(
+    views: Views, reference: Views, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, history = MemoryLog(partitions=1), History().fill(packages=5, files=8)
+    package_id = history.events[0].package_id
+    with monkeypatch.context() as patch:
+        forgive(patch, package_id)
+        log.append(*history.events[:40])
+        await catch_up(views, log, REGISTRY)
+        assert len(await list_marks(views)) == 1
+    async with projecting(views, log, REGISTRY):
+
+        async def arrive() -> None:
+            for event in history.events[40:]:
+                log.append(event)
+                await asyncio.sleep(0.002)
+
+        arriving = asyncio.create_task(arrive())
+
+        async def brought_back() -> bool:
+            found: list[Mark] = await list_marks(views)
+            return not found or (await retry(views, log, found[0])).mark is None
+
+        await eventually(brought_back, "the package is brought back")
+        await arriving
+        await covers(views, REGISTRY, await log.end())
+    await catch_up(reference, log, REGISTRY)
+    assert await list_marks(views) == []
+    assert (await digest_view(views, REGISTRY)).digest == (await digest_view(reference, REGISTRY)).digest
+
+
+async def test_a_package_parks_again_where_its_next_bad_event_is(views: Views, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, history = MemoryLog(partitions=1), History()
+    package_id = history.create()
+    history.ingest(package_id, "a", "b", "c", "d")
+    log.append(*history.events[:3])
+    log.append_raw(0, NONSENSE, str(package_id).encode())
+    log.append(history.events[4])
+    with monkeypatch.context() as patch:
+        forgive(patch, package_id)
+        await catch_up(views, log, REGISTRY)
+        (mark,) = await list_marks(views)
+    assert (mark.offset, mark.events) == (1, 4)
+    again = (await retry(views, log, mark)).mark
+    assert again is not None
+    assert (again.offset, again.events) == (3, 2)
+    assert "cannot be read" in again.cause
+    assert [file.relative_path for file in (await Queries(views).files(package_id)).items] == ["a", "b"]
+
+
+async def test_a_view_that_is_folded_again_begins_without_marks(views: Views) -> None:
+    poisoned = Poisoned()
+    await catch_up(views, poisoned.log, REGISTRY)
+    before = {mark.package for mark in await list_marks(views)}
+    await reset(views, REGISTRY)
+    assert await list_marks(views) == []
+    await catch_up(views, poisoned.log, REGISTRY)
+    assert {mark.package for mark in await list_marks(views)} == before
