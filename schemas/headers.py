@@ -18,7 +18,8 @@ _SPECVERSION = ("ce_specversion", b"1.0")
 _SOURCE = ("ce_source", SOURCE)
 
 
-Headers = list[tuple[str, bytes]]
+Headers = list[tuple[str, str | bytes | None]]
+"""As the Kafka client wants them to be typed; the values are bytes."""
 
 
 def headers(event: Event, traceparent: str | None = None) -> Headers:

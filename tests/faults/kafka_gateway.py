@@ -19,6 +19,7 @@ from ingest_gateway.ownership import kafka_writer
 from schemas.events import PackageCreated
 from services.clock import system_clock
 from services.config import Settings
+from services.core.decide import Decision
 from services.core.limits import Limits
 from services.log.kafka import KafkaLog, tenure
 from tests.contract.log_stage import no_manifest
@@ -39,6 +40,10 @@ def say(word: str) -> None:
     print(word, flush=True)  # noqa: T201 - the process's way to tell the test
 
 
+def _creates_held(decision: Decision) -> bool:
+    return any(isinstance(e.payload, PackageCreated) and e.payload.name == HOLD for e in decision.events)
+
+
 def hold_at(step: str) -> None:
     """Change the writer of this process so that it stops there, once."""
 
@@ -51,7 +56,7 @@ def hold_at(step: str) -> None:
     append, read_back = tenure.Tenure.append, tenure.Tenure._read_back
 
     def held_append(self: tenure.Tenure, staged: Sequence[tenure.Staged]) -> None:
-        _holding.now = any(isinstance(e.payload, PackageCreated) and e.payload.name == HOLD for e, *_ in staged)
+        _holding.now = any(_creates_held(decision) for decision, _ in staged)
         hold("decided")
         append(self, staged)
         hold("read-back")

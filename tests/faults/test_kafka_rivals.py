@@ -71,10 +71,10 @@ async def take_over(kafka: Settings, log: KafkaLog, partition: int, *, ours: boo
 def carry_out(holder: Tenure, command: Command) -> None:
     """Decide a command and append what it becomes."""
     now = max(system_clock(), holder.state.last_created_at)
-    decision = decide(holder.state.package(command.package_id), command, now, Limits())
-    for event in decision.events:
-        holder.state.apply(event)
-    holder.append([Staged(event, encode(event)) for event in decision.events])
+    package = holder.state.package(command.package_id)
+    decision = decide(package, command, now, Limits())
+    holder.state.accept(package, command, decision)
+    holder.append([Staged(decision)])
 
 
 async def test_who_was_cut_off_can_append_nothing_more_and_its_successor_knows_all_it_wrote(
@@ -223,8 +223,8 @@ async def test_a_partition_that_breaks_an_invariant_is_not_written_to(kafka: Set
     made = create_in(0)
     await asyncio.to_thread(carry_out, holder, made)
     decision = decide(None, create_in(0), system_clock(), Limits())
-    gap = replace(decision.events[0], sequence=2)
-    await asyncio.to_thread(holder.append, [Staged(gap, encode(gap))])
+    gap = replace(decision.appended[0], value=encode(replace(decision.events[0], sequence=2)))
+    await asyncio.to_thread(holder.append, [Staged(replace(decision, appended=[gap]))])
     await asyncio.to_thread(holder.close)
     async with lone_writer(kafka, log) as writer:
         with pytest.raises(CorruptError):

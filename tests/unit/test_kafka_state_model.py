@@ -112,12 +112,12 @@ class StateMachine(RuleBasedStateMachine):
         made = (
             commands.create(package) if command == "create" else commands.finalize(commands.create(package).package_id)
         )
+        found = self.state.package(made.package_id, made.command_id)
         try:
-            decision = decide(self.state.package(made.package_id, made.command_id), made, self.now, LIMITS)
+            decision = decide(found, made, self.now, LIMITS)
         except ArtifactStoreError:
             return
-        for event in decision.events:
-            self.state.apply(event)
+        self.state.accept(found, made, decision)
         self.state.close()
         self.begin()
 
@@ -141,8 +141,11 @@ class StateMachine(RuleBasedStateMachine):
         if not isinstance(decision, Decision):
             return
         events = decision.events[: len(decision.events) - torn]
-        for event in events:
-            self.state.apply(event)
+        if torn:
+            for event in events:
+                self.state.apply(event)
+        elif events:
+            self.state.accept(found, command, decision)
         for event in events:
             value = str(event).encode()
             self.model[event.package_id] = evolve(self.model.get(event.package_id), event)

@@ -16,6 +16,8 @@ from uuid import UUID
 from blake3 import blake3
 
 from schemas.events import Event
+from services.core.commands import Command
+from services.core.decide import Decision, accept
 from services.core.evolve import evolve
 from services.core.state import CREATED, FINALIZED, PackageState
 from services.log.kafka.state_file import Standing, StateFile, StateFileError, UnusableStateError, remove
@@ -136,21 +138,33 @@ class PartitionState:
         if not known and package.status == CREATED and self._standing_of(package.package_id) == standing:
             self._hold(package)
 
-    def apply(self, event: Event, digest: bytes | None = None) -> PackageState:
+    def apply(self, event: Event) -> PackageState:
         """Fold one more event in, ahead of the log until it is confirmed; its package after it.
 
-        `digest` is as for `evolve`. Raises CorruptError when the event cannot follow.
+        Raises CorruptError when the event cannot follow.
         """
         package_id = event.package_id
         before = self.package(package_id)
         self._ahead = True
-        state = evolve(before, event, digest)
+        state = evolve(before, event)
         if before is None:
             self._keep(state, 0)
             self._absent = None
         self._changed.add(package_id)
         self._unsaved += 1
         self.last_created_at = max(self.last_created_at, event.created_at)
+        return state
+
+    def accept(self, before: PackageState | None, command: Command, decision: Decision) -> PackageState:
+        """Fold in what a command becomes that was just decided on `before`, ahead of the log until it is confirmed."""
+        self._ahead = True
+        state = accept(before, command, decision)
+        if before is None:
+            self._keep(state, 0)
+            self._absent = None
+        self._changed.add(command.package_id)
+        self._unsaved += len(decision.appended)
+        self.last_created_at = max(self.last_created_at, decision.created_at)
         return state
 
     def confirm(self, offset: int, value: bytes) -> None:

@@ -15,14 +15,13 @@ from uuid import UUID
 
 from confluent_kafka import KafkaException, Producer
 
-from schemas.events import Event
-from schemas.headers import headers
+from schemas.headers import CommandHeaders, Headers
+from services.core.decide import Decision
 from services.errors import CorruptError, LogIdentityError, UnavailableError
 from services.log.kafka.clients import make_producer
 from services.log.kafka.cluster import Cluster
 from services.log.kafka.decoding import event_of
 from services.log.kafka.failures import explaining
-from services.log.kafka.partitioner import record_key
 from services.log.kafka.reader import Reader
 from services.log.kafka.restore import FROM_LOG, States, candidates
 from services.log.kafka.settings import KafkaSettings
@@ -52,10 +51,9 @@ _T = TypeVar("_T")
 
 
 class Staged(NamedTuple):
-    """An event that waits to be appended: decided, encoded, and whose request it was made for."""
+    """What a command became, decided and folded into the state, that waits to be appended."""
 
-    event: Event
-    value: bytes
+    decision: Decision
     traceparent: str | None = None
 
 
@@ -123,10 +121,12 @@ class Tenure:
         producer = _open(self._producer)
         producer.poll(0)  # hands over what the client has to log
         producer.begin_transaction()
-        for record in staged:
-            self._produce(producer, record)
+        values: list[bytes] = []
+        for decision, traceparent in staged:
+            self._produce(producer, decision, traceparent)
+            values += [appended.value for appended in decision.appended]
         producer.commit_transaction(COMMIT_SECONDS)
-        self.state.confirm(self._read_back([record.value for record in staged]), staged[-1].value)
+        self.state.confirm(self._read_back(values), values[-1])
 
     def catch_up(self) -> bool:
         """Read to what is the last stable offset now; whether there was anything new.
@@ -212,26 +212,30 @@ class Tenure:
         if self._states.snapshots is not None:
             self._states.snapshots.offer(self._place, state.path, state.position, closing=closing)
 
-    def _produce(self, producer: Producer, staged: Staged) -> None:
-        event = staged.event
-        deadline = time.monotonic() + COMMIT_SECONDS
-        attributes: list[tuple[str, str | bytes | None]] = [*headers(event, staged.traceparent)]
-        while True:
+    def _produce(self, producer: Producer, decision: Decision, traceparent: str | None) -> None:
+        topic, partition, key = self._kafka.topic, self._partition, decision.package_id
+        timestamp = decision.created_at // 1000
+        headers = CommandHeaders(
+            decision.event_type, key, decision.command_id, decision.count, decision.created_at, traceparent
+        )
+        for appended in decision.appended:
+            value, attributes = appended.value, headers.of(appended.command_index, appended.event_id)
             try:
-                producer.produce(
-                    self._kafka.topic,
-                    staged.value,
-                    record_key(event.package_id),
-                    self._partition,
-                    timestamp=event.created_at // 1000,
-                    headers=attributes,
-                )
+                producer.produce(topic, value, key, partition, timestamp=timestamp, headers=attributes)
+            except BufferError:
+                self._produce_late(producer, value, key, timestamp, attributes)
+
+    def _produce_late(self, producer: Producer, value: bytes, key: bytes, timestamp: int, headers: Headers) -> None:
+        """The client's queue is full: it drains while we wait."""
+        deadline = time.monotonic() + COMMIT_SECONDS
+        while True:
+            producer.poll(_LOOK_SECONDS)
+            try:
+                producer.produce(self._kafka.topic, value, key, self._partition, timestamp=timestamp, headers=headers)
                 return
             except BufferError:
-                # The client's queue is full: it drains while we wait.
                 if time.monotonic() > deadline:
                     raise
-                producer.poll(_LOOK_SECONDS)
 
     def _read_back(self, values: Sequence[bytes]) -> int:
         """Wait for exactly these records, in this order, with nothing between; the offset of the last.
@@ -245,10 +249,10 @@ class Tenure:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise UnavailableError(self._cause("events that were appended are not readable"))
-            for last, value in tail.take_exactly(len(values) - seen, left):
-                if value != values[seen]:
-                    raise UnavailableError(f"offset {last} of partition {self._partition} holds another event")
-                seen += 1
+            found, last = tail.take_exactly(len(values) - seen, left)
+            if found != values[seen : seen + len(found)]:
+                raise UnavailableError(f"partition {self._partition} holds another event before offset {last + 1}")
+            seen += len(found)
         return last
 
     def _end_own_transaction(self) -> None:

@@ -16,7 +16,6 @@ from threading import Event as Flag
 from threading import Thread
 from uuid import UUID
 
-from schemas.codec import encode
 from services.clock import Clock
 from services.core.commands import Acknowledgement, Command
 from services.core.decide import acknowledge, check_ingest, decide
@@ -36,7 +35,7 @@ from services.log.kafka.failures import spoiled_by_record
 from services.log.kafka.requests import TOGETHER, IngestCheck, Request, Waiting
 from services.log.kafka.restore import States
 from services.log.kafka.settings import KafkaSettings
-from services.log.kafka.state import TIDY_SECONDS
+from services.log.kafka.state import TIDY_SECONDS, PartitionState
 from services.log.kafka.tenure import Staged, Tenure
 from services.log.port import PartitionNotOwnedError, PutManifest
 from services.tracing import TRACEPARENT
@@ -222,7 +221,8 @@ class PartitionWriter:
         """Decide the batch, append what it becomes, and only then say so."""
         while True:
             staged: list[Staged] = []
-            outcomes = [self._decide(tenure, asides, request, staged) for request in batch]
+            now = asides.now()
+            outcomes = [self._decide(tenure.state, asides, request, now, staged) for request in batch]
             if staged:
                 tenure.append(staged)
                 break
@@ -230,29 +230,30 @@ class PartitionWriter:
                 break
         return outcomes
 
-    def _decide(self, tenure: Tenure, asides: Asides, request: Request, staged: list[Staged]) -> _Outcome:
-        asked, limits, state = request.asked, self._context.limits, tenure.state
+    def _decide(
+        self, state: PartitionState, asides: Asides, request: Request, now: int, staged: list[Staged]
+    ) -> _Outcome:
+        asked, limits = request.asked, self._context.limits
         package = state.package(asked.package_id, asked.command_id)
         try:
             if isinstance(asked, IngestCheck):
                 check_ingest(package, asked.package_id, asked.relative_paths, asked.command_id, limits)
                 return None
-            decision = asides.decision(asked) or decide(package, asked, asides.now(), limits)
-            if decision.events and request.failures > TOGETHER:
+            decision = asides.decision(asked) or decide(package, asked, now, limits)
+            if decision.appended and request.failures > TOGETHER:
                 return _given_up(request)
             if decision.claim_check is not None:
                 return UnavailableError("the manifest is not stored yet; retry with the same command id")
-            records = [Staged(event, encode(event), request.traceparent) for event in decision.events]
         except ArtifactStoreError as error:
             return error
         # Nothing was appended; one command that the code cannot handle must not stop the partition.
         except Exception as error:  # noqa: BLE001 - see above; the cause is logged whole
             _LOG.exception("a command of package %s cannot be decided", asked.package_id)
             return RejectedError(f"the command cannot be carried out: {type(error).__name__}")
-        for event, digest in zip(decision.events, decision.digests, strict=True):
-            package = state.apply(event, digest)
-        staged += records
-        if package is None:
+        if decision.appended:
+            package = state.accept(package, asked, decision)
+            staged.append(Staged(decision, request.traceparent))
+        elif package is None:
             return UnavailableError("the package's state was lost; retry with the same command id")
         return acknowledge(package, asked)
 
