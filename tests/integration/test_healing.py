@@ -114,11 +114,3 @@ def test_a_deleted_and_a_damaged_blob_are_named_and_healed_by_the_next_push(
         assert {path.name: path.read_bytes() for path in pulled.iterdir()} == {
             path.name: path.read_bytes() for path in tree.iterdir()
         }
-
-
-def test_what_verify_prints_for_people_tells_of_bytes_only_when_they_were_read(
-    settings: Settings, url: str | None, tree: Path
-) -> None:
-    output_of(settings, "push", tree, *ABOUT, url=url)
-    assert b"bytes" not in output_of(settings, "verify")
-    assert b"bytes" in output_of(settings, "verify", "--bytes")

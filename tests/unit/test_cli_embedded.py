@@ -14,8 +14,10 @@ from blake3 import blake3
 from click.testing import CliRunner, Result
 
 from services.cli import main
+from services.cli.verify import progress_line
 from services.config import Settings
 from services.manifest import decode
+from services.verify import Report
 from services.views.projections import PROJECTIONS
 
 Run = Callable[..., Result]
@@ -178,6 +180,21 @@ def test_verify_is_exit_code_1_when_a_blob_is_gone(run: Run, tmp_path: Path, pac
     broken = json.loads(run("verify", "--json", code=1).stdout)
     assert broken["violation_count"] == len(broken["violations"]) > 0
     assert {"kind", "place", "detail"} == set(broken["violations"][0])
+
+
+def test_verify_tells_of_bytes_only_when_it_read_them(run: Run, package: dict[str, Any]) -> None:
+    assert "bytes" not in run("verify").stdout
+    assert "bytes" not in json.loads(run("verify", "--json").stdout)
+    assert json.loads(run("verify", "--bytes", "--json").stdout)["bytes"] > 0
+    assert "bytes" in run("verify", "--bytes").stdout
+
+
+def test_the_progress_of_a_verification_tells_of_blobs_and_of_bytes_and_their_rate() -> None:
+    report = Report(events=1_234, blobs=3, expected_blobs=5)
+    assert progress_line(report, 2.0) == "1,234 events, 3 of 5 blobs"
+    report.bytes, report.expected_bytes = 3 << 20, 8 << 20
+    report.add("chain", "package", "broken")
+    assert progress_line(report, 2.0) == "1,234 events, 3 of 5 blobs, 3.0 of 8.0 MiB, 1.5 MiB/s, 1 violations"
 
 
 def test_status_says_how_far_each_projection_is_behind(run: Run, package: dict[str, Any]) -> None:
