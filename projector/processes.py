@@ -32,13 +32,16 @@ _CANNOT_GO_ON = (1, 2)
 """Exit codes of a projector that has said in its log what is wrong: a projection failed, or the settings do."""
 
 
-async def run_processes(settings: Settings, names: Sequence[str], processes: int, stop: asyncio.Event) -> int:
+async def run_processes(
+    settings: Settings, names: Sequence[str], processes: int, stop: asyncio.Event, *, max_parked: int | None = None
+) -> int:
     """Run so many projectors of these projections until `stop` is set, then tell them to stop; the exit code.
 
     Blocks until all have ended. The code is 0 when they were told to end and did so, else that of the first which could
     not go on. Returns early when none is left that can.
     """
-    command = [sys.executable, "-m", "services.cli", "projector", "--until-input-ends", *names]
+    limit = [] if max_parked is None else ["--max-parked", str(max_parked)]
+    command = [sys.executable, "-m", "services.cli", "projector", "--until-input-ends", *limit, *names]
     environment = {**os.environ, **settings.environment()}
     codes = await asyncio.gather(*(_keep_up(command, environment, number, stop) for number in range(1, processes + 1)))
     return next((code for code in codes if code), 0)

@@ -31,16 +31,19 @@ _LONGEST_PAUSE = 10.0
 
 
 async def run_projectors(
-    settings: Settings, names: Iterable[str], stop: asyncio.Event
+    settings: Settings, names: Iterable[str], stop: asyncio.Event, *, max_parked: int | None = None
 ) -> dict[str, ArtifactStoreError]:
     """Run several projections (no names: all) until `stop` is set; blocks until they have left their groups.
 
-    Returns those that could not go on, with the reason; each is logged when it happens, and the others go on.
+    `max_parked` is how many packages each may park. Returns those that could not go on, with the reason; each is logged
+    when it happens, and the others go on.
 
     Raises InvalidRequestError: there is no projection of that name. ConfigurationError: settings that cannot work.
     """
     projections = [projection_named(name) for name in dict.fromkeys(names)] or list(PROJECTIONS.values())
     log, views = open_log(settings), open_views(settings)
+    if max_parked is not None:
+        views.max_parked = max_parked
     try:
         runs = [_reported(views, log, projection, stop) for projection in projections]
         outcomes = zip(projections, await asyncio.gather(*runs), strict=True)
@@ -54,7 +57,7 @@ async def run_projection(views: Views, log: Log, projection: Projection, stop: a
     """Project until `stop` is set, through failures of log and database; blocks until the group is left.
 
     Raises:
-        CorruptError: an event cannot be read or does not follow, or the view stands outside the log.
+        CorruptError: the log does not go on from what the view has folded, or too many packages would be parked.
         LogIdentityError: the view was folded from another log.
         ConfigurationError: the tables are missing or of another layout.
     """

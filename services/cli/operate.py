@@ -1,15 +1,16 @@
-"""`parked` and `status`: what an operator asks of views and log."""
+"""`status`: how far the views are, and who writes to the log."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from services.cli.doctor import doctor
-from services.cli.output import answer, raw, remark, table
+from services.cli.opening import LOG_AND_VIEWS, log_and_views
+from services.cli.output import answer, raw, table
+from services.cli.parked import parked
 from services.cli.replay import digest, replay
 from services.cli.root import run
 from services.cli.settings import common_options, invocation
@@ -22,40 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = ["digest", "doctor", "parked", "replay", "status"]
 
-_LOG_AND_VIEWS = ("log_url", "views_url")
-
-
-@asynccontextmanager
-async def _log_and_views() -> AsyncIterator[tuple[Log, Views]]:
-    from services.wiring import open_log, open_views
-
-    settings = invocation().settings()
-    log, views = open_log(settings), open_views(settings)
-    try:
-        yield log, views
-    finally:
-        await views.close()
-        await log.close()
-
 
 @click.command()
-@common_options(shown=("views_url",))
-def parked() -> None:
-    """List parked packages, one a line: those with an event that a projection cannot read or apply.
-
-    Projections stop at such an event and say which; none sets a package aside, so that nothing is listed.
-    """
-    run(_parked())
-    remark("no package is parked")
-
-
-async def _parked() -> None:
-    async with _log_and_views() as (_, views):
-        await views.check()
-
-
-@click.command()
-@common_options(shown=_LOG_AND_VIEWS)
+@common_options(shown=LOG_AND_VIEWS)
 def status() -> None:
     """How far each projection is behind the log, and which gateway writes to which partition."""
     found = run(_status())
@@ -77,7 +47,7 @@ async def _status() -> dict[str, Any]:
     from services.views.projections import PROJECTIONS
     from services.views.queries import Queries
 
-    async with _log_and_views() as (log, views):
+    async with log_and_views() as (log, views):
         end = await log.end()
         queries = Queries(views)
         projections = []

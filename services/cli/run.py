@@ -72,9 +72,15 @@ def gateway() -> None:
 @click.option(
     "--processes", type=click.IntRange(1, 64), default=1, show_default=True, help="Spread the partitions over so many."
 )
+@click.option(
+    "--max-parked",
+    type=click.IntRange(0),
+    metavar="N",
+    help="Stop when more packages than this would be parked.  [default: 100]",
+)
 @click.option("--until-input-ends", is_flag=True, hidden=True)  # for the processes of `--processes`
 @common_options(shown=("log_url", "views_url"))
-def projector(names: tuple[str, ...], processes: int, until_input_ends: bool) -> None:
+def projector(names: tuple[str, ...], processes: int, max_parked: int | None, until_input_ends: bool) -> None:
     """Run the projections of these names (all without one), until SIGTERM or SIGINT."""
     from services.cli.addressing import as_usage
     from services.views.projections import projection_named
@@ -85,13 +91,15 @@ def projector(names: tuple[str, ...], processes: int, until_input_ends: bool) ->
     begin_to_run()
     settings = invocation().settings()
     if processes > 1:
-        if code := run(_project_in_processes(settings, names, processes)):
+        if code := run(_project_in_processes(settings, names, processes, max_parked)):
             raise click.exceptions.Exit(code)
     else:
-        _end(run(_project(settings, names, until_input_ends)))
+        _end(run(_project(settings, names, max_parked, until_input_ends)))
 
 
-async def _project(settings: Settings, names: tuple[str, ...], until_input_ends: bool) -> Mapping[str, Exception]:
+async def _project(
+    settings: Settings, names: tuple[str, ...], max_parked: int | None, until_input_ends: bool
+) -> Mapping[str, Exception]:
     from ingest_gateway.server import stopped_by_signals
     from projector import run_projectors
     from projector.processes import when_input_ends
@@ -100,15 +108,17 @@ async def _project(settings: Settings, names: tuple[str, ...], until_input_ends:
         if until_input_ends:
             loop = asyncio.get_running_loop()
             when_input_ends(lambda: loop.call_soon_threadsafe(stop.set))
-        return await run_projectors(settings, names, stop)
+        return await run_projectors(settings, names, stop, max_parked=max_parked)
 
 
-async def _project_in_processes(settings: Settings, names: tuple[str, ...], processes: int) -> int:
+async def _project_in_processes(
+    settings: Settings, names: tuple[str, ...], processes: int, max_parked: int | None
+) -> int:
     from ingest_gateway.server import stopped_by_signals
     from projector.processes import run_processes
 
     with stopped_by_signals() as stop:
-        return await run_processes(settings, names, processes, stop)
+        return await run_processes(settings, names, processes, stop, max_parked=max_parked)
 
 
 def _end(stopped: Mapping[str, Exception]) -> None:

@@ -43,6 +43,7 @@ KINDS = {
     "blob-damaged": "a blob is too short, or its bytes do not have the digests that were acknowledged",
     "blob-claim": "a blob is whole, but an event claims other digests for it",
     "view": "a view is not what a fresh fold of the log gives",
+    "parked": "a view stopped following a package at an event that it cannot read or apply",
     "view-position": "a view cannot be compared: it stands on another log, or the log cannot be folded",
 }
 """Every way of damage that the oracle knows, by the kind of its violations. A test damages a log, a blob or a view in

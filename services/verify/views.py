@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from schemas.events import Event, PackageFinalized
+import sys
+from contextlib import aclosing
+
 from services.errors import CorruptError
 from services.log.port import Log
 from services.log.position import Position
@@ -10,10 +12,11 @@ from services.verify.report import Report
 from services.views.checkpoints import apply, load_checkpoint
 from services.views.digest import digest_view
 from services.views.engine import Views
+from services.views.parked import list_marks
 from services.views.projections import Projection
+from services.views.reading import read_stretches
 
 _BATCH_EVENTS = 1000
-_BATCH_BYTES = 16 << 20
 
 
 async def check_view(log: Log, views: Views, fresh: Views, projection: Projection, report: Report) -> None:
@@ -25,6 +28,10 @@ async def check_view(log: Log, views: Views, fresh: Views, projection: Projectio
     found = await digest_view(views, projection)
     if found.position is None:
         return  # it has folded nothing yet, which is what it says
+    for mark in await list_marks(views, projection.name):
+        where = f"{place} package {mark.package}"
+        at = f"stopped at offset {mark.offset} of partition {mark.partition}, {mark.events} events wait"
+        report.add("parked", where, f"{at}: {mark.cause}")
     try:
         found.position.require(await log.identity())
         await _fold_up_to(log, fresh, projection, found.position)
@@ -39,21 +46,10 @@ async def check_view(log: Log, views: Views, fresh: Views, projection: Projectio
 
 async def _fold_up_to(log: Log, fresh: Views, projection: Projection, until: Position) -> None:
     """Fold exactly the events before `until`, in batches."""
+    fresh.max_parked = sys.maxsize  # as many as there are: the view that is compared may have been allowed to
     checkpoint = await load_checkpoint(fresh, projection, until.log)
-    batch: list[Event] = []
-    moved: dict[int, int] = {}
-    manifest_bytes = 0
-    async for event in log.read():
-        partition = log.partition_of(event.package_id)
-        behind = event.position.offsets[partition]
-        if behind > until.offsets.get(partition, 0):
-            continue
-        batch.append(event)
-        moved[partition] = behind
-        if isinstance(event.payload, PackageFinalized):
-            manifest_bytes += len(event.payload.manifest or b"")
-        if len(batch) >= _BATCH_EVENTS or manifest_bytes >= _BATCH_BYTES:
-            checkpoint = await apply(fresh, projection, batch, since=checkpoint, next_offsets=moved)
-            batch, moved, manifest_bytes = [], {}, 0
-    if batch:
-        await apply(fresh, projection, batch, since=checkpoint, next_offsets=moved)
+    everything = read_stretches(log, checkpoint.position, until.offsets, batch_events=_BATCH_EVENTS)
+    async with aclosing(everything) as stretches:
+        async for stretch in stretches:
+            following = stretch.next_offsets
+            checkpoint = await apply(fresh, projection, stretch.batch, since=checkpoint, next_offsets=following)

@@ -301,6 +301,15 @@ async def a_view_was_folded_from_another_log(scene: Scene) -> None:
     scene.log, scene.events = MemoryLog(), events
 
 
+@damage("parked")
+async def a_view_stopped_following_a_package(scene: Scene) -> None:
+    with closing(sqlite3.connect(await folded(scene))) as file, file:
+        file.execute(
+            "INSERT INTO parked_packages SELECT generation, 0, 'a', projection, NULL, 0, 1, 'why'"
+            " FROM projection_generations WHERE projection = 'registry'"
+        )
+
+
 @pytest.fixture
 async def scene(tmp_path: Path) -> Scene:
     return await whole_scene(tmp_path)

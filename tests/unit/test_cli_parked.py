@@ -1,0 +1,86 @@
+"""`artifact-store parked` on the embedded parts: what is listed, what is shown, and bringing a package back."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from services.cli import main
+from services.config import Settings
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(embedded_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs a command on embedded parts of the test's own."""
+    for name in ("log_url", "blobs_url", "views_url", "state_dir"):
+        monkeypatch.setenv(f"ARTIFACT_STORE_{name.upper()}", str(getattr(embedded_settings, name)))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state home"))
+    monkeypatch.chdir(tmp_path)
+
+    def invoke(*arguments: str | Path, code: int = 0) -> Result:
+        done = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        assert done.exit_code == code, done.output
+        return done
+
+    return invoke
+
+
+@contextmanager
+def third_event_is_nonsense(log_url: str) -> Iterator[None]:
+    with closing(sqlite3.connect(log_url.removeprefix("sqlite:///"))) as file:
+        (value,) = file.execute("SELECT value FROM events WHERE sequence = 3").fetchone()
+        with file:
+            file.execute("UPDATE events SET value = x'00' WHERE sequence = 3")
+        try:
+            yield
+        finally:
+            with file:
+                file.execute("UPDATE events SET value = ? WHERE sequence = 3", (value,))
+
+
+def lines(done: Result) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_a_parked_package_is_listed_shown_and_brought_back(
+    run: Run, tmp_path: Path, embedded_settings: Settings
+) -> None:
+    (tmp_path / "tree").mkdir()
+    for name in "abc":
+        (tmp_path / "tree" / name).write_text(name)
+    about = ("--name", "n", "--producer", "p", "--subject", "s", "--retention-class", "scratch")
+    package_id = json.loads(run("push", tmp_path / "tree", *about, "--json").stdout)["package_id"]
+    digest = json.loads(run("digest", "registry", "--json").stdout)["digest"]
+    with third_event_is_nonsense(embedded_settings.log_url):
+        run("replay", "registry", "--in-place")
+        (mark,) = lines(run("parked", "--json"))
+        assert (mark["package"], mark["offset"], mark["events"], mark["projection"]) == (package_id, 2, 3, "registry")
+        assert lines(run("parked", "list", "registry", "--json")) == [mark]
+        assert lines(run("parked", "list", "usage", "--json")) == []
+        assert package_id in run("parked").stdout
+        shown = json.loads(run("parked", "show", package_id, "--json").stdout)
+        assert shown["record"] == {"key": package_id[:32], "bytes": 1, "begins": "00", "type": None, "sequence": None}
+        assert json.loads(run("parked", "retry", "--json", code=1).stdout)["parked"] == mark
+        kinds = {v["kind"] for v in json.loads(run("verify", "--json", code=1).stdout)["violations"]}
+        assert kinds >= {"undecodable", "parked"}
+    (done,) = lines(run("parked", "retry", package_id, "--json"))
+    assert (done["events"], done["parked"]) == (3, None)
+    assert lines(run("parked", "--json")) == []
+    assert json.loads(run("digest", "registry", "--json").stdout)["digest"] == digest
+
+
+def test_what_is_not_parked_is_not_found(run: Run) -> None:
+    run("migrate")
+    assert run("parked", "retry").stdout == ""
+    assert "is not parked" in run("parked", "show", "x", code=1).stderr
+    assert "is not parked" in run("parked", "retry", "x", code=1).stderr
+    assert "no projection" in run("parked", "list", "search", code=2).stderr
