@@ -106,13 +106,23 @@ class Call:
             await self.request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             self.request.writer.output_size = 0  # the answer itself has not begun
         content = self.request.content
-        idle = self.gateway.bounds.body_idle_seconds
+        clock = asyncio.get_running_loop().time
+        seconds = self.gateway.bounds.body_idle_seconds
+        least = max(1, int(seconds * self.gateway.bounds.body_bytes_per_second))
+        waited, got = 0.0, 0  # since the last look; only waiting for the client counts
         while True:
+            began = clock()
             try:
-                async with asyncio.timeout(idle):
+                async with asyncio.timeout(seconds - waited):
                     chunk = await content.readany()
             except TimeoutError:
-                raise BodyTimeoutError(f"no byte of the body came for {idle:g} s", {"Connection": "close"}) from None
+                if got >= least:
+                    waited, got = 0.0, 0
+                    continue
+                raise BodyTimeoutError(
+                    f"{got:,} bytes of the body came within {seconds:g} s; at least {least:,} must",
+                    {"Connection": "close"},
+                ) from None
             except web.RequestPayloadError:
                 raise MalformedHttpError("the body's framing is broken", {"Connection": "close"}) from None
             except OSError:
@@ -120,6 +130,8 @@ class Call:
             if not chunk:
                 return
             self.received += len(chunk)
+            waited += clock() - began
+            got += len(chunk)
             yield chunk
 
     async def json(self, shape: type[Shape], *, limit: int = 0) -> Shape:

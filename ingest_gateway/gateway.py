@@ -25,7 +25,9 @@ class Bounds:
     max_metadata_bytes: int
     max_followers: int = MAX_FOLLOWERS
     body_idle_seconds: float = 60.0
-    """How long a body may stand still."""
+    """How long a body may stand still, and over how long its pace is taken."""
+    body_bytes_per_second: float = 1024.0
+    """The least pace of a body that is waited for."""
     heartbeat_seconds: float = 10.0
     """How often a quiet follower is looked after."""
 

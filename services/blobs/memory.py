@@ -63,6 +63,11 @@ class ByteBudget:
         """Bytes that are not given out."""
         return self._free
 
+    @property
+    def contended(self) -> bool:
+        """Whether anybody waits for bytes."""
+        return any(not turn.done() for _, turn in self._waiting)
+
     def share(self) -> Share:
         """An empty share of the budget, for one upload; a context manager that gives all back at its end."""
         return Share(self)

@@ -22,6 +22,7 @@ from minio.error import MinioException, S3Error
 from services.blobs.cleanup import Cleanups
 from services.blobs.intake import PIECE_BYTES, Digests, Intake
 from services.blobs.memory import ByteBudget, PartBuffer, Share
+from services.blobs.pace import LOOK_SECONDS, Pace
 from services.blobs.parts import MAX_PARTS, MIB, PartPlan
 from services.blobs.port import (
     DAMAGED,
@@ -73,6 +74,7 @@ class S3BlobStore:
         connections: int = 256,
         attempts: int = ATTEMPTS,
         turn_seconds: float = TURN_SECONDS,
+        look_seconds: float = LOOK_SECONDS,
         clock: Callable[[], datetime] = _utc_now,
     ) -> None:
         """Connects at the first request.
@@ -85,6 +87,7 @@ class S3BlobStore:
             connections: most connections to the store.
             attempts: how often a request is tried before UnavailableError.
             turn_seconds: how long an upload waits for its first memory before PushBackError.
+            look_seconds: how often slow uploads are looked for while others wait for memory.
             clock: the time that is written into records of uploads (aware).
         """
         self._part_bytes = part_bytes
@@ -96,6 +99,7 @@ class S3BlobStore:
         self._requests = S3Requests(endpoint, connections=connections, attempts=attempts)
         self._attempts = attempts
         self._turn_seconds = turn_seconds
+        self._look_seconds = look_seconds
         self._clock = clock
         self._cleanups = Cleanups()
 
@@ -106,22 +110,15 @@ class S3BlobStore:
 
     async def store(self, body: AsyncIterable[bytes], *, declared: Declared, max_bytes: int) -> StoredBlob:
         """See the port."""
-        intake = Intake(body, declared=declared, max_bytes=max_bytes)
         plan = PartPlan(self._part_bytes, self._held_bytes, declared.size_bytes, self._max_parts)
+        pace = Pace(body, lambda: self._memory.contended, look_seconds=self._look_seconds)
+        intake = Intake(pace, declared=declared, max_bytes=max_bytes)
         with self._memory.share() as share:
             if plan.relayed(1):
                 return await self._store_parts(intake, None, declared, plan, share)
             await self._await_turn(share, plan.size(1))
-            first = await fill(intake, plan.size(1))
-            try:
-                if not await intake.at_end():
-                    return await self._store_parts(intake, first, declared, plan, share)
-                digests = await intake.digests()
-                key = content_key(digests.blake3)
-                await self._put(key, first)
-                return self._stored(key, digests)
-            finally:
-                first.close()
+            async with pace:
+                return await self._store_held(intake, declared, plan, share)
 
     async def read(self, key: str, offset: int, length: int) -> AsyncIterator[bytes]:
         """See the port. A connection that is lost is replaced, and reading goes on where it stood."""
@@ -244,6 +241,19 @@ class S3BlobStore:
             raise PushBackError(
                 f"uploads under way held all memory for {self._turn_seconds:g} s; nothing was stored", _RETRY_SECONDS
             ) from None
+
+    async def _store_held(self, intake: Intake, declared: Declared, plan: PartPlan, share: Share) -> StoredBlob:
+        """Store a body by way of memory, for the first part of which the share has room."""
+        first = await fill(intake, plan.size(1))
+        try:
+            if not await intake.at_end():
+                return await self._store_parts(intake, first, declared, plan, share)
+            digests = await intake.digests()
+            key = content_key(digests.blake3)
+            await self._put(key, first)
+            return self._stored(key, digests)
+        finally:
+            first.close()
 
     async def _store_parts(
         self, intake: Intake, first: PartBuffer | None, declared: Declared, plan: PartPlan, share: Share

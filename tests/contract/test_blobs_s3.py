@@ -271,3 +271,30 @@ async def test_an_upload_is_pushed_back_while_slow_ones_hold_all_memory(at: Endp
         go_on.set()
         assert (await holding).length == len(b"first")
         assert (await put(store, b"1")).length == 1
+
+
+async def test_uploads_that_trickle_give_their_memory_up_to_one_that_does_not(at: Endpoint) -> None:
+    began: list[asyncio.Event] = [asyncio.Event() for _ in range(3)]
+
+    async def trickle(begun: asyncio.Event) -> AsyncIterator[bytes]:
+        for _ in range(3_000):
+            yield b"a byte now and then"
+            begun.set()
+            await asyncio.sleep(0.02)
+
+    memory = ByteBudget(3 * PART)
+    async with opened(at, held_bytes=PART, memory=memory, look_seconds=0.2) as store:
+        slow = [asyncio.create_task(store.store(trickle(b), declared=Declared(), max_bytes=LIMIT)) for b in began]
+        await asyncio.gather(*(begun.wait() for begun in began))
+        assert memory.free == 0
+        data = some_bytes(PART + 1)
+        assert await got(store, await put(store, data, declared(data))) == data
+        given_up = [task for task in slow if task.done()]
+        assert given_up, "one of them had to make room"
+        for task in given_up:
+            assert isinstance(task.exception(), PushBackError)
+        for task in slow:
+            task.cancel()
+        await asyncio.gather(*slow, return_exceptions=True)
+    assert memory.free == memory.limit
+    assert objects(at) == {content_key(blake3(data).digest())}

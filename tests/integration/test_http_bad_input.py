@@ -396,6 +396,28 @@ async def test_a_body_that_stands_still_is_given_up(embedded_settings: Settings)
     assert (slow.status, slow.problem()["type"]) == (408, TYPE_PREFIX + "body-timeout")
 
 
+@pytest.mark.parametrize("enough", [False, True])
+async def test_a_body_that_trickles_is_given_up_unless_it_comes_at_the_least_pace(
+    embedded_settings: Settings, enough: bool
+) -> None:
+    pace = 1.0 if enough else 10_000.0
+    async with running_gateway(embedded_settings, body_idle_seconds=0.2, body_bytes_per_second=pace) as gateway:
+        async with gateway.session.post("/v1/packages", json=_PACKAGE) as answer:
+            package = (await answer.json())["package_id"]
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        head = f"PUT /v1/packages/{package}/files/a HTTP/1.1\r\nHost: x\r\nContent-Length: 40\r\n\r\n"
+        writer.write(head.encode())
+        answered = asyncio.create_task(reader.readline())
+        for _ in range(40):
+            writer.write(b"x")
+            await asyncio.wait({answered}, timeout=0.02)
+            if answered.done():
+                break
+        assert (await answered).split()[1] == (b"201" if enough else b"408")
+        writer.close()
+        await writer.wait_closed()
+
+
 async def test_a_file_above_the_limit_is_refused_declared_or_not(embedded_settings: Settings) -> None:
     settings = embedded_settings.model_copy(update={"max_file_bytes": 1000})
     async with running_gateway(settings) as gateway:

@@ -1,0 +1,82 @@
+"""Slow bodies must not hold what others wait for: one that trickles in is given up, but only while somebody waits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator, Callable
+from types import TracebackType
+from typing import Self
+
+from services.errors import PushBackError
+
+LOOK_SECONDS = 5.0
+SLOW_BYTES_PER_SECOND = 64 * 1024
+"""At this pace a part of 8 MiB is held for two minutes."""
+
+_MOSTLY = 0.8
+_RETRY_SECONDS = 10.0
+
+
+class Pace:
+    """A body, and a block in which it is read; the block ends in PushBackError when the body is slow and others wait.
+
+    Every `look_seconds` it is asked whether others are `waiting`. If so, and if most of that time was spent waiting for
+    the body, which brought less than SLOW_BYTES_PER_SECOND, what runs in the block is cancelled. A store that is slow
+    is not held against the body.
+    """
+
+    def __init__(
+        self, body: AsyncIterable[bytes], waiting: Callable[[], bool], *, look_seconds: float = LOOK_SECONDS
+    ) -> None:
+        self._body = body
+        self._others_wait = waiting
+        self._look_seconds = look_seconds
+        self._loop = asyncio.get_running_loop()
+        self._limit = asyncio.timeout(None)
+        self._timer: asyncio.TimerHandle | None = None
+        self._got = 0
+        self._waited = 0.0
+        self._since: float | None = None
+
+    async def __aenter__(self) -> Self:
+        await self._limit.__aenter__()
+        self._timer = self._loop.call_later(self._look_seconds, self._look)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        try:
+            await self._limit.__aexit__(kind, error, at)
+        except TimeoutError:
+            if not self._limit.expired():
+                raise
+            raise PushBackError(
+                f"the body came at less than {SLOW_BYTES_PER_SECOND // 1024} KiB/s while other uploads waited for the "
+                "memory that it held; nothing was stored",
+                _RETRY_SECONDS,
+            ) from None
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        self._since = self._loop.time()
+        async for chunk in self._body:
+            self._waited += self._loop.time() - self._since
+            self._since = None
+            self._got += len(chunk)
+            yield chunk
+            self._since = self._loop.time()
+        self._since = None
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        if self._since is not None:
+            self._waited += now - self._since
+            self._since = now
+        slow = self._got < self._look_seconds * SLOW_BYTES_PER_SECOND
+        if slow and self._waited >= _MOSTLY * self._look_seconds and self._others_wait():
+            self._limit.reschedule(now)
+            return
+        self._got, self._waited = 0, 0.0
+        self._timer = self._loop.call_later(self._look_seconds, self._look)
