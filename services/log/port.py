@@ -138,12 +138,12 @@ class CommandWriter(Protocol):
     async def start(self) -> None:
         """Begin to serve: join the group of writers, or open the file. Returns before partitions are owned."""
 
-    async def submit(self, command: Command) -> Acknowledgement:
-        """Decide the command and append its events; return when they are in the log for good and readable.
+    def submit(self, command: Command) -> Awaitable[Acknowledgement]:
+        """Decide the command and append its events; answer when they are in the log for good and readable.
 
         A repeat of a command id gets the first answer. Wherever the package's writer is, the caller sees only delay.
 
-        Raises:
+        Raises, at once or when it is awaited:
             RejectedError: refused for good, nothing recorded.
             PushBackError: nothing recorded, retry after a while.
             UnavailableError: the outcome is unknown; retry with the same command id.

@@ -28,6 +28,10 @@ class Deadlines:
         """How many futures are held, answered ones included."""
         return len(self._open)
 
+    def unanswered(self) -> list[asyncio.Future[Any]]:
+        """Those that still wait."""
+        return [answer for _, answer in self._open if not answer.done()]
+
     def watch(self, answer: asyncio.Future[Any]) -> None:
         """Give the future `seconds` from now."""
         loop, waiting = answer.get_loop(), self._open

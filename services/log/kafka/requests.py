@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from threading import Condition
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from threading import Condition, Lock
 from uuid import UUID
 
 from services.core.commands import Acknowledgement, Command, CreatePackage, IngestFiles
@@ -34,37 +34,46 @@ class IngestCheck:
     command_id: UUID | None
 
 
-@dataclass(slots=True, eq=False)
 class Request:
-    """A command or a question, and who waits for the answer; `failures` counts the transactions that failed with it."""
+    """A command or a question, and who waits for the answer."""
 
-    asked: Command | IngestCheck
-    answer: asyncio.Future[Acknowledgement | None]
-    traceparent: str | None = None
-    failures: int = 0
-    last_failure: Exception | None = None
-    events: int = field(init=False)
-    """How many events it may become."""
-    size: int = field(init=False)
-    """About how many bytes it takes while it waits."""
+    __slots__ = ("answer", "asked", "events", "failures", "last_failure", "moved", "size", "traceparent")
 
-    def __post_init__(self) -> None:
-        self.events, self.size = 1, _EVENT_BYTES
-        match self.asked:
-            case IngestFiles(files=files):
-                self.events = len(files)
-                self.size += _EVENT_BYTES * len(files)
-            case CreatePackage(metadata=metadata):
-                self.size += len(metadata)
-            case IngestCheck(relative_paths=paths):
-                self.size += 100 * len(paths)
+    def __init__(
+        self,
+        asked: Command | IngestCheck,
+        answer: asyncio.Future[Acknowledgement | None],
+        traceparent: str | None = None,
+        moved: Callable[[Request], None] | None = None,
+    ) -> None:
+        """`moved` is told instead of the caller when the partition moves to another process; on the event loop."""
+        self.asked = asked
+        self.answer = answer
+        self.traceparent = traceparent
+        self.moved = moved
+        self.failures = 0
+        """How many transactions failed with it."""
+        self.last_failure: Exception | None = None
+        self.events = 1
+        """How many events it may become."""
+        self.size = _EVENT_BYTES
+        """About how many bytes it takes while it waits."""
+        if isinstance(asked, IngestFiles):
+            self.events = len(asked.files)
+            self.size += _EVENT_BYTES * self.events
+        elif isinstance(asked, CreatePackage):
+            self.size += len(asked.metadata)
+        elif isinstance(asked, IngestCheck):
+            self.size += 100 * len(asked.relative_paths)
 
 
 class Waiting:
     """The queue of one partition. `put` never blocks, `take` does."""
 
     def __init__(self) -> None:
-        self._changed = Condition()
+        self._lock = Lock()
+        self._changed = Condition(self._lock)
+        self._waited_for = False
         self._queue: deque[Request] = deque()
         self._size = 0
         self._closed = False
@@ -72,14 +81,15 @@ class Waiting:
 
     def put(self, request: Request) -> None:
         """Raises PushBackError when the queue is full, PartitionNotOwnedError when it is closed."""
-        with self._changed:
+        with self._lock:
             if self._closed:
                 raise PartitionNotOwnedError("this process does not write to the package's partition any more")
             if self._queue and self._size + request.size > MAX_WAITING_BYTES:
                 raise PushBackError("too many commands wait for the package's partition")
             self._queue.append(request)
             self._size += request.size
-            self._changed.notify()
+            if self._waited_for:
+                self._changed.notify()
 
     def put_back(self, requests: Iterable[Request]) -> None:
         """Put requests that were taken already before all others, in their order."""
@@ -101,7 +111,9 @@ class Waiting:
         A request that failed before together with others comes alone. Empty when the time is over or `wake` was called.
         """
         with self._changed:
+            self._waited_for = True
             self._changed.wait_for(lambda: self._queue or self._closed or self._woken, timeout)
+            self._waited_for = False
             self._woken = False
             return None if self._closed else self._next_batch()
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Event as Flag
 from threading import Thread
+from typing import Any
 from uuid import UUID
 
 from services.clock import Clock
@@ -91,15 +92,22 @@ class PartitionWriter:
         """Begin to take over. Does not block."""
         self._thread.start()
 
-    def submit(self, asked: Command | IngestCheck) -> asyncio.Future[Acknowledgement | None]:
+    def submit(
+        self, asked: Command | IngestCheck, moved: Callable[[Request], None] | None = None
+    ) -> asyncio.Future[Acknowledgement | None]:
         """Let a request wait for its turn; on the event loop. Raises PushBackError, PartitionNotOwnedError.
 
-        The answer comes in time or is UnavailableError; PartitionNotOwnedError when the partition moves meanwhile.
+        The answer comes in time or is UnavailableError. When the partition moves meanwhile, `moved` is called on the
+        event loop and finds one for the request; without it, it is PartitionNotOwnedError.
         """
         answer: asyncio.Future[Acknowledgement | None] = self._context.loop.create_future()
-        self._waiting.put(Request(asked, answer, TRACEPARENT.get()))
+        self._waiting.put(Request(asked, answer, TRACEPARENT.get(), moved))
         self._deadlines.watch(answer)
         return answer
+
+    def unanswered(self) -> list[asyncio.Future[Any]]:
+        """What is waited for; on the event loop."""
+        return self._deadlines.unanswered()
 
     def stop(self) -> None:
         """End after the transaction at hand. Does not block; what still waits is told that the partition moves."""
@@ -279,12 +287,15 @@ class PartitionWriter:
 
         def settle() -> None:
             for request, answer in answers:
-                if request.answer.done():
+                waiting = request.answer
+                if waiting.done():
                     continue
-                if isinstance(answer, Exception):
-                    request.answer.set_exception(answer)
+                if not isinstance(answer, Exception):
+                    waiting.set_result(answer)
+                elif isinstance(answer, PartitionNotOwnedError) and request.moved is not None:
+                    request.moved(request)
                 else:
-                    request.answer.set_result(answer)
+                    waiting.set_exception(answer)
 
         if answers and not self._context.loop.is_closed():
             self._context.loop.call_soon_threadsafe(settle)

@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import TypeVar, cast
 from uuid import UUID
 
@@ -17,7 +18,7 @@ from services.errors import ConfigurationError, LogIdentityError, PushBackError,
 from services.log.kafka.group import NO_URL, WriterGroup
 from services.log.kafka.log import KafkaLog
 from services.log.kafka.owners import Owner, Owners
-from services.log.kafka.requests import IngestCheck
+from services.log.kafka.requests import IngestCheck, Request
 from services.log.kafka.restore import States
 from services.log.kafka.snapshots import Snapshots
 from services.log.kafka.writer import PartitionWriter, WriterContext
@@ -78,6 +79,7 @@ class KafkaWriter:
         self._watch: asyncio.Task[None] | None = None
         self._foreign: LogIdentityError | None = None
         self._under_way = _UnderWay()
+        self._moving: set[asyncio.Task[Acknowledgement]] = set()
         self._closing = False
 
     async def start(self) -> None:
@@ -101,9 +103,14 @@ class KafkaWriter:
         self._group.start()
         self._watch = asyncio.create_task(self._watch_identity(self._context.identity), name="log-identity")
 
-    async def submit(self, command: Command) -> Acknowledgement:
-        """See `CommandWriter`."""
-        return await self._routed(command, lambda forwarder, url: forwarder.submit(url, command))
+    def submit(self, command: Command) -> Awaitable[Acknowledgement]:
+        """See `CommandWriter`. What this process's own writer takes needs no task and no coroutine."""
+        if not self._closing and self._foreign is None:
+            writer = self._writers.get(self._log.partition_of(command.package_id))
+            if writer is not None:
+                with suppress(PartitionNotOwnedError):
+                    return cast("Awaitable[Acknowledgement]", writer.submit(command, self._moved))
+        return self._routed(command, _submitting(command))
 
     async def check_ingest(self, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None) -> None:
         """See `CommandWriter`."""
@@ -160,8 +167,15 @@ class KafkaWriter:
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.gather(self._watch, return_exceptions=True)
-        await self._under_way.none()
+        await self._all_answered()
         await asyncio.to_thread(self._close_threads)
+
+    async def _all_answered(self) -> None:
+        """Wait until there is an answer to everything that was taken."""
+        await self._under_way.none()
+        while open_ := [f for writer in [*self._writers.values(), *self._ending] for f in writer.unanswered()]:
+            await asyncio.wait(open_)
+            await self._under_way.none()
 
     def _close_threads(self) -> None:
         self._group.close()
@@ -177,10 +191,33 @@ class KafkaWriter:
         with self._under_way:
             return await self._here(asked, self._log.partition_of(asked.package_id))
 
+    def _moved(self, request: Request) -> None:
+        """Find the answer to a command elsewhere that this process's writer took and cannot answer any more."""
+        command = cast("Command", request.asked)
+        task = asyncio.ensure_future(self._sought(command, _submitting(command)))
+        self._moving.add(task)
+
+        def pass_on(task: asyncio.Task[Acknowledgement]) -> None:
+            self._moving.discard(task)
+            if request.answer.done():
+                return
+            if task.cancelled():
+                request.answer.cancel()
+            elif (error := task.exception()) is not None:
+                request.answer.set_exception(error)
+            else:
+                request.answer.set_result(task.result())
+
+        task.add_done_callback(pass_on)
+
     async def _routed(self, asked: Command | IngestCheck, there: Callable[[Forwarder, str], Awaitable[_T]]) -> _T:
-        """Bring a request to the partition's writer, wherever it is; retrying is safe, for it carries its id."""
+        """Bring a request to the partition's writer, wherever it is."""
         if self._closing:
             raise PushBackError("this gateway is being shut down")
+        return await self._sought(asked, there)
+
+    async def _sought(self, asked: Command | IngestCheck, there: Callable[[Forwarder, str], Awaitable[_T]]) -> _T:
+        """Seek the partition's writer until it has answered; retrying is safe, for a request carries its id."""
         partition = self._log.partition_of(asked.package_id)
         loop, pause = asyncio.get_running_loop(), _FIRST_PAUSE
         deadline = loop.time() + self._submit_seconds
@@ -267,8 +304,12 @@ class KafkaWriter:
                 return
 
 
+def _submitting(command: Command) -> Callable[[Forwarder, str], Awaitable[Acknowledgement]]:
+    return lambda forwarder, url: forwarder.submit(url, command)
+
+
 class _UnderWay:
-    """Counts the requests that `close` waits for."""
+    """Counts the requests that `close` waits for and that no writer of this process has yet."""
 
     def __init__(self) -> None:
         self._count = 0
