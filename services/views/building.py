@@ -60,16 +60,16 @@ async def drop_tables(connection: AsyncConnection, projection: Projection) -> No
         await connection.execute(text(f"DROP TABLE IF EXISTS {table.name}{SUFFIX}"))
 
 
-def index_statements(projection: Projection, generation: UUID, dialect: Dialect) -> Iterator[tuple[str, str]]:
-    """What is still to be built of the indexes, as table and statement, those of large tables first as they come.
+def index_statements(projection: Projection, generation: UUID, dialect: Dialect) -> Iterator[str]:
+    """What makes the build's indexes.
 
     Each can be repeated, and may run beside the others.
     """
     for table in projection.tables:
         if dialect.name == "postgresql":
-            yield table.name, _text(CreateIndex(_key(table, generation), if_not_exists=True), dialect)
+            yield _text(CreateIndex(_key(table, generation), if_not_exists=True), dialect)
         for index in _indexes(table, generation):
-            yield table.name, _text(CreateIndex(index, if_not_exists=True), dialect)
+            yield _text(CreateIndex(index, if_not_exists=True), dialect)
 
 
 async def create_index(connection: AsyncConnection, statement: str, *, memory_mib: int, workers: int) -> None:

@@ -67,7 +67,7 @@ async def load_checkpoint(views: Views, projection: Projection, log: UUID) -> Ch
         await check_layouts(connection, [projection])
         generation, owner = await _generation(connection, projection)
         offsets = await read_offsets(connection, generation)
-        last = await _last_records(connection, generation)
+        last = await read_last_records(connection, generation)
     if owner is None:
         async with views.writing() as connection:
             await connection.execute(
@@ -216,7 +216,8 @@ async def read_offsets(connection: AsyncConnection, generation: UUID) -> dict[in
     return {row.partition: row.next_offset for row in await connection.execute(query)}
 
 
-async def _last_records(connection: AsyncConnection, generation: UUID) -> dict[int, LastRecord]:
+async def read_last_records(connection: AsyncConnection, generation: UUID) -> dict[int, LastRecord]:
+    """From partition to the record that the generation folded last."""
     table = projection_checkpoints.c
     query = select(table.partition, table.last_offset, table.last_digest).where(
         table.generation == generation, table.last_offset.is_not(None)

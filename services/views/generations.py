@@ -20,8 +20,14 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from services.errors import PushBackError
 from services.file_lock import FileLock
 from services.log.position import Position
-from services.views.building import create_tables, drop_tables, lock_live_tables, replace_live_tables
-from services.views.checkpoints import Checkpoint, StaleCheckpointError, read_offsets
+from services.views.building import (
+    create_tables,
+    drop_tables,
+    index_statements,
+    lock_live_tables,
+    replace_live_tables,
+)
+from services.views.checkpoints import Checkpoint, StaleCheckpointError, read_last_records, read_offsets
 from services.views.engine import Views
 from services.views.failures import database_errors
 from services.views.parked import forget_marks
@@ -43,12 +49,12 @@ class Build:
     generation: UUID
     layout: int
     builder: str
-    position: Position
+    checkpoint: Checkpoint
 
     @property
-    def checkpoint(self) -> Checkpoint:
-        """Where it goes on."""
-        return Checkpoint(self.generation, self.position)
+    def position(self) -> Position:
+        """Where it stands in the log that it is folded from."""
+        return self.checkpoint.position
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +73,8 @@ async def read_build(connection: AsyncConnection, projection: Projection) -> Bui
     if row is None:
         return None
     position = Position(row.log, await read_offsets(connection, row.generation))
-    return Build(row.projection, row.generation, row.layout, row.builder, position)
+    checkpoint = Checkpoint(row.generation, position, await read_last_records(connection, row.generation))
+    return Build(row.projection, row.generation, row.layout, row.builder, checkpoint)
 
 
 async def read_live(connection: AsyncConnection, projection: Projection, *, lock: bool = False) -> Live:
@@ -110,15 +117,23 @@ async def building(views: Views, projection: Projection) -> AsyncIterator[None]:
             await connection.execute(text("SELECT pg_advisory_unlock(hashtextextended(:name, 0))"), key)
 
 
-async def begin_build(views: Views, projection: Projection, log: UUID) -> Build:
-    """Make the empty tables of a new generation, in place of those of a build that is there."""
+async def begin_build(views: Views, projection: Projection, log: UUID, *, bare: bool = True) -> Build:
+    """Make the empty tables of a new generation, in place of those of a build that is there.
+
+    A `bare` build gets its indexes last. With all of them from the start, rows that no key allows are met when they are
+    folded, and not when it is too late to tell whose they are.
+    """
     generation = uuid4()
     row = {"projection": projection.name, "generation": generation, "layout": projection.layout, "log": log}
     async with views.writing() as connection:
         await _forget(connection, projection)
         await create_tables(connection, projection, generation)
+        if not bare:
+            for statement in index_statements(projection, generation, views.engine.dialect):
+                await connection.execute(text(statement))
         await connection.execute(insert(projection_builds).values(**row, builder=this_process()))
-    return Build(projection.name, generation, projection.layout, this_process(), Position(log, {}))
+    start = Checkpoint(generation, Position(log, {}))
+    return Build(projection.name, generation, projection.layout, this_process(), start)
 
 
 async def adopt_build(views: Views, build: Build) -> None:
