@@ -103,7 +103,9 @@ async def _project(
     from ingest_gateway.server import stopped_by_signals
     from projector import run_projectors
     from projector.processes import when_input_ends
+    from projector.turns import take_short_turns
 
+    take_short_turns()
     with stopped_by_signals() as stop:
         if until_input_ends:
             loop = asyncio.get_running_loop()

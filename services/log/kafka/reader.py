@@ -69,10 +69,14 @@ def take_messages(consumer: Consumer, limit: int, timeout: float) -> list[Messag
 
 def records(messages: Iterable[Message]) -> list[Record]:
     """The records; an error among the messages is raised as an error of our tree."""
-    return [
-        Record(message.partition() or 0, _checked(message), message.key() or b"", message.value() or b"")
-        for message in messages
-    ]
+    found = []
+    for message in messages:
+        partition, offset = message.partition(), message.offset()
+        if message.error() is not None or partition is None or offset is None:
+            _checked(message)
+        else:
+            found.append(Record(partition, offset, message.key() or b"", message.value() or b""))
+    return found
 
 
 def _checked(message: Message) -> int:
