@@ -6,13 +6,14 @@ import argparse
 import asyncio
 import sys
 
-from benchmarks import append, append_latency, catch_up
+from benchmarks import append, append_latency, catch_up, trees
 from benchmarks.harness import measure
 from benchmarks.result import table
 from services.config import PREFIX, Settings
 from tests.services.shared import VAR, read_environment
 
-PLANS = {plan.name: plan for plan in (append.SINGLE, append.MANY, append_latency.PLAN, catch_up.PLAN)}
+_ALL = (append.SINGLE, append.MANY, append_latency.PLAN, catch_up.PLAN, trees.INGEST, trees.PULL)
+PLANS = {plan.name: plan for plan in _ALL}
 
 
 def main(arguments: list[str]) -> int:

