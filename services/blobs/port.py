@@ -9,7 +9,7 @@ objects of the product's own, below `snapshots/`, which no event names and which
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
@@ -20,6 +20,7 @@ from services.errors import CorruptError
 __all__ = [
     "DAMAGED",
     "IDLE_SECONDS",
+    "UPLOADS",
     "BlobStore",
     "Declared",
     "StoredBlob",
@@ -27,6 +28,9 @@ __all__ = [
     "checked_object_key",
     "content_key",
 ]
+
+UPLOADS = "uploads/"
+"""Below this lie large bodies whose digest was not declared."""
 
 DAMAGED = "damaged/"
 """Below this lies what `set_aside` moved away from its key."""
@@ -122,6 +126,13 @@ class BlobStore(Protocol):
 
         The next upload of the same bytes then stores them anew. The caller must look at what was moved: a blob that an
         upload put in the damaged one's place meanwhile must be stored again. Raises UnavailableError.
+        """
+
+    async def remove_uploads(self, *, before: datetime, orphaned: Callable[[str], bool]) -> int:
+        """Remove the blobs below `uploads/` that were stored before that moment (aware) and that are `orphaned`.
+
+        `orphaned` is asked for each key, and is to be true only if no event names the key nor ever will. Returns how
+        many were removed. Raises UnavailableError.
         """
 
     async def put_object(self, key: str, data: bytes) -> None:

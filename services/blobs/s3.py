@@ -11,6 +11,8 @@ import asyncio
 import logging
 from collections.abc import AsyncIterable, AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
+from functools import partial
+from itertools import islice
 from typing import TypeVar
 from uuid import uuid4
 
@@ -27,6 +29,7 @@ from services.blobs.parts import MAX_PARTS, MIB, PartPlan
 from services.blobs.port import (
     DAMAGED,
     IDLE_SECONDS,
+    UPLOADS,
     Declared,
     StoredBlob,
     checked_key,
@@ -50,6 +53,7 @@ TURN_SECONDS = 30.0
 _RETRY_SECONDS = 5.0
 _ASK_FIRST_BYTES = 256 * 1024  # from here on asking whether a blob is there costs less than sending it
 _READ_PAUSE_SECONDS = 0.2
+_LISTED_AT_ONCE = 1000
 _COPY_SECONDS = 900.0  # a store answers once it has copied all of a large object
 _OK = frozenset({200})
 _log = logging.getLogger(__name__)
@@ -171,6 +175,17 @@ class S3BlobStore:
             await self._requests.send("DELETE", key, frozenset({200, 204, 404, 412}), headers={"If-Match": etag})
         return aside
 
+    async def remove_uploads(self, *, before: datetime, orphaned: Callable[[str], bool]) -> int:
+        """See the port."""
+        removed, last = 0, ""
+        while listed := await self._with_sdk(partial(self._uploads_behind, last)):
+            for key, stored_at in listed:
+                if stored_at is not None and stored_at < before and orphaned(key):
+                    await self._requests.send("DELETE", key, frozenset({200, 204, 404}))
+                    removed += 1
+            last = listed[-1][0]
+        return removed
+
     async def put_object(self, key: str, data: bytes) -> None:
         """See the port."""
         buffer = PartBuffer(len(data))
@@ -259,7 +274,7 @@ class S3BlobStore:
         self, intake: Intake, first: PartBuffer | None, declared: Declared, plan: PartPlan, share: Share
     ) -> StoredBlob:
         addressed = declared.blake3 is not None
-        key = content_key(declared.blake3) if declared.blake3 is not None else f"uploads/{uuid4()}"
+        key = content_key(declared.blake3) if declared.blake3 is not None else f"{UPLOADS}{uuid4()}"
         if addressed and declared.size_bytes is not None and await self.size(key) == declared.size_bytes:
             while await intake.take(PIECE_BYTES):  # the bytes are there, but these must prove to be the same
                 pass
@@ -315,6 +330,11 @@ class S3BlobStore:
             return [item.object_name for item in found if item.object_name is not None]
 
         return keys
+
+    def _uploads_behind(self, last: str, sdk: Minio) -> list[tuple[str, datetime | None]]:
+        """Some keys below `uploads/`, behind `last`, and when each was stored. Blocks."""
+        found = sdk.list_objects(self._requests.endpoint.bucket, prefix=UPLOADS, recursive=True, start_after=last)
+        return [(str(item.object_name), item.last_modified) for item in islice(found, _LISTED_AT_ONCE)]
 
     async def _with_sdk(self, act: Callable[[Minio], _T], *, seconds: float = ANSWER_SECONDS) -> _T:
         try:

@@ -26,13 +26,16 @@ _MIB = 1 << 20
 @click.option(
     "--bytes", "check_bytes", is_flag=True, help="Read and hash every blob as well, and set damaged ones aside."
 )
+@click.option(
+    "--remove-orphans", is_flag=True, help="Remove large uploads of yesterday and before that no event names."
+)
 @common_options(shown=("log_url", "blobs_url", "views_url"))
-def verify(*, check_bytes: bool) -> None:
+def verify(*, check_bytes: bool, remove_orphans: bool) -> None:
     """Read log, blobs and views and name every broken invariant; exit code 1 if there is any.
 
     With --bytes, damaged blobs are moved below `damaged/` in the blob store: sending the same bytes again heals them.
     """
-    report = run(_verify(check_bytes=check_bytes))
+    report = run(_verify(check_bytes=check_bytes, remove_orphans=remove_orphans))
     found = report.as_json()
     if invocation().as_json:
         answer(found)
@@ -45,7 +48,7 @@ def verify(*, check_bytes: bool) -> None:
         click.get_current_context().exit(1)
 
 
-async def _verify(*, check_bytes: bool) -> Report:
+async def _verify(*, check_bytes: bool, remove_orphans: bool) -> Report:
     from contextlib import AsyncExitStack
 
     from services.verify import verify as check
@@ -57,7 +60,9 @@ async def _verify(*, check_bytes: bool) -> Report:
         for part in (log, blobs, views):
             stack.push_async_callback(part.close)
         with _shown() as progress:
-            return await check(log, blobs, views, check_bytes=check_bytes, progress=progress)
+            return await check(
+                log, blobs, views, check_bytes=check_bytes, remove_orphans=remove_orphans, progress=progress
+            )
 
 
 @contextmanager

@@ -6,13 +6,15 @@ It shares the language (`schemas`), the ports and the folds with what it checks,
 from __future__ import annotations
 
 import tempfile
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from services.blobs.port import BlobStore
+from services.blobs.port import IDLE_SECONDS, BlobStore
 from services.log.port import Log
 from services.verify.blobs import BlobCheck
 from services.verify.log import LogCheck, Progress
 from services.verify.notes import Notes
+from services.verify.orphans import find_orphans
 from services.verify.report import KINDS, Report, Violation
 from services.verify.views import check_view
 from services.views.engine import Views
@@ -22,20 +24,30 @@ __all__ = ["KINDS", "Progress", "Report", "Violation", "verify"]
 
 
 async def verify(
-    log: Log, blobs: BlobStore, views: Views, *, check_bytes: bool = False, progress: Progress | None = None
+    log: Log,
+    blobs: BlobStore,
+    views: Views,
+    *,
+    check_bytes: bool = False,
+    remove_orphans: bool = False,
+    progress: Progress | None = None,
 ) -> Report:
     """Check every invariant on these parts; with `check_bytes` every blob is read and hashed, damaged ones set aside.
 
     Memory does not depend on the length of the log: what must be remembered lies in temporary files. Runs beside
     writers and projectors: the log is read to the end as it is now, each view is compared with a fresh fold of the log
-    up to where that view stands. Without `check_bytes` nothing is changed.
+    up to where that view stands. With `remove_orphans`, large bodies that were stored a day ago or earlier and that no
+    event names are removed; never when anything is wrong with the log. Without these two nothing is changed.
 
     Raises UnavailableError, ConfigurationError: a part cannot be reached. What is wrong is in the report.
     """
     report = Report()
     notify = progress or (lambda _: None)
+    # An event that names a body is appended seconds after it was stored: the log, read from here on, has had a day.
+    before = datetime.now(UTC) - timedelta(seconds=IDLE_SECONDS)
     with Notes() as notes:
         await LogCheck(log, notes, report, backend_id=blobs.backend_id, progress=notify).run()
+        await find_orphans(blobs, notes, report, before=before, remove=remove_orphans)
         await BlobCheck(blobs, notes, report, check_bytes=check_bytes, progress=notify).run()
     with tempfile.TemporaryDirectory(prefix="artifact-store-verify-") as folder:
         fresh = Views(f"sqlite+aiosqlite:///{Path(folder) / 'views.db'}")

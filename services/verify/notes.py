@@ -178,6 +178,10 @@ class Notes:
             ),
         )
 
+    def is_claimed(self, key: str) -> bool:
+        """Whether any event names the key."""
+        return self._db.execute("SELECT 1 FROM claims WHERE key = ? LIMIT 1", (key,)).fetchone() is not None
+
     def claimed_keys(self) -> Iterator[str]:
         """Every key that is claimed, once."""
         for (key,) in self._db.execute("SELECT DISTINCT key FROM claims ORDER BY key"):

@@ -73,6 +73,10 @@ class Report:
     """Bytes that were read and hashed; None when they were not to be read."""
     healed: int = 0
     """Files whose bytes do not lie where their event says, but under their content-addressed key."""
+    orphans: int = 0
+    """Large bodies that were stored a day ago or earlier and that no event names; no violation."""
+    removed: int | None = None
+    """How many of them were removed; None when none were to be."""
     unfinished_commands: int = 0
     views: dict[str, str] = field(default_factory=dict)
     """Digest of each view that was compared with a fresh fold."""
@@ -98,7 +102,7 @@ class Report:
         return self.violation_count == 0
 
     def as_json(self) -> dict[str, Any]:
-        """The report as one JSON object; without `bytes` when none were to be read."""
+        """The report as one JSON object; without what was not asked for."""
         found: dict[str, Any] = {
             "events": self.events,
             "packages": self.packages,
@@ -107,12 +111,12 @@ class Report:
             "blobs": self.blobs,
             "bytes": self.bytes,
             "healed": self.healed,
+            "orphans": self.orphans,
+            "removed": self.removed,
             "unfinished_commands": self.unfinished_commands,
             "views": self.views,
             "set_aside": self.set_aside,
             "violation_count": self.violation_count,
             "violations": [{"kind": v.kind, "place": v.place, "detail": v.detail} for v in self.violations],
         }
-        if self.bytes is None:
-            del found["bytes"]
-        return found
+        return {name: value for name, value in found.items() if value is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -298,3 +299,33 @@ async def test_uploads_that_trickle_give_their_memory_up_to_one_that_does_not(at
         await asyncio.gather(*slow, return_exceptions=True)
     assert memory.free == memory.limit
     assert objects(at) == {content_key(blake3(data).digest())}
+
+
+async def test_large_bodies_that_are_orphaned_are_removed_and_nothing_else(at: Endpoint) -> None:
+    async with opened(at) as store:
+        named, orphan = [await put(store, some_bytes(PART + 1, seed)) for seed in (1, 2)]
+        addressed = await put(store, b"small")
+        asked: list[str] = []
+
+        def orphaned(key: str) -> bool:
+            asked.append(key)
+            return key == orphan.key
+
+        early, late = datetime.now(UTC) - timedelta(hours=1), datetime.now(UTC) + timedelta(hours=1)
+        assert await store.remove_uploads(before=early, orphaned=orphaned) == 0
+        assert asked == []
+        assert await store.remove_uploads(before=late, orphaned=orphaned) == 1
+        assert sorted(asked) == sorted([named.key, orphan.key])
+        assert objects(at) == {named.key, addressed.key}
+
+
+async def test_more_uploads_than_one_listing_holds_are_all_asked_for(
+    at: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.blobs.s3._LISTED_AT_ONCE", 2)
+    async with opened(at) as store:
+        for number in range(5):
+            at.sdk().put_object(at.bucket, f"uploads/{number}", io.BytesIO(b"x"), 1)
+        late = datetime.now(UTC) + timedelta(hours=1)
+        assert await store.remove_uploads(before=late, orphaned=lambda key: key != "uploads/3") == 4
+    assert objects(at) == {"uploads/3"}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -179,3 +181,31 @@ async def test_one_blob_that_cannot_be_read_is_damaged_but_a_store_that_is_down_
     finally:
         await views.close()
         await blobs.close()
+
+
+class WithUploads(LocalBlobStore):
+    """A store in which large bodies lie under keys of their own."""
+
+    async def remove_uploads(self, *, before: datetime, orphaned: Callable[[str], bool]) -> int:
+        assert datetime.now(UTC) - before >= timedelta(days=1)
+        return sum(map(orphaned, ("uploads/named", "uploads/orphan")))
+
+
+@pytest.mark.parametrize("remove", [False, True])
+@pytest.mark.parametrize("broken", [False, True])
+async def test_bodies_that_no_event_names_are_counted_and_removed_if_all_is_well(
+    scene: Scene, remove: bool, broken: bool
+) -> None:
+    put_blob(scene.folder, "uploads/named", CONTENT["a"])
+    scene.events = chained([scene.events[0], changed(scene.events[1], key="uploads/named")])
+    if broken:
+        scene.events[1] = replace(scene.events[1], event_id=scene.package_id)
+    scene.append()
+    blobs, views = WithUploads(scene.folder / "blobs"), scene.views()
+    report = await verify(scene.log, blobs, views, remove_orphans=remove)
+    await views.close()
+    await blobs.close()
+    assert report.clean is not broken
+    assert report.orphans == (0 if broken else 1)
+    assert report.removed == (1 if remove and not broken else None)
+    assert ("removed" in report.as_json()) is (report.removed is not None)
