@@ -1,7 +1,8 @@
 """One membership in a projection's group: what is assigned, where each partition is read on, and batches to apply.
 
-The view's own checkpoint says where reading begins; what the log's tools show as committed is only shown. A batch keeps
-the offsets that it was read from, so that the checkpoint's guard can tell whether it is still the next one.
+The view's own checkpoint says where reading begins; what is committed to the log's group is for people to see, and for
+them to set back: a rewound group means that the view is folded again from the start. A batch keeps the offsets that it
+was read from, so that the checkpoint's guard can tell whether it is still the next one.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from uuid import UUID
 from services.errors import LogIdentityError, PushBackError, UnavailableError
 from services.log.port import Batch, Log, Record, Subscription
 from services.log.position import Position
-from services.views.checkpoints import Checkpoint, StaleCheckpointError, load_checkpoint
+from services.views.checkpoints import Checkpoint, StaleCheckpointError, load_checkpoint, reset
 from services.views.engine import Views
 from services.views.guard import check_continues
 from services.views.projections import Projection
@@ -60,6 +61,7 @@ class Assignment:
         self._generation: UUID | None = None
         self._reset = False
         self._next: dict[int, int] = {}
+        self._unclaimed: dict[int, int] = {}
         self._subscription: Subscription | None = None
         self._usual_size = 1
 
@@ -89,6 +91,8 @@ class Assignment:
         while True:
             batch = await self._joined().poll(self._most(size), 0.0 if ends else timeout_seconds)
             self._check(batch, ends)
+            if self._unclaimed:
+                await self._claim()
             for partition, offset in batch.next_offsets.items():
                 starts.setdefault(partition, self._next[partition])
                 ends[partition] = self._next[partition] = offset
@@ -133,17 +137,38 @@ class Assignment:
             self._reset = True  # partitions that are held already stand in the older generation: join anew for all
         await check_continues(self._log, self._projection.name, checkpoint, partitions)
         starts = {p: checkpoint.position.offsets.get(p, 0) for p in partitions}
-        for p, offset in starts.items():
-            if p in committed and committed[p][0] < offset and not committed[p][1]:
-                logger.warning(
-                    "%s: partition %d was set to offset %d by other means; the view stands at %d and goes on from "
-                    "there. `artifact-store replay %s` folds it again from the start",
-                    *(self._projection.name, p, committed[p][0], offset, self._projection.name),
-                )
+        foreign = {p: committed[p][0] for p in starts if p in committed and not committed[p][1]}
+        rewound = {p: offset for p, offset in foreign.items() if offset < starts[p]}
+        if rewound:
+            await self._begin_anew(checkpoint.generation, rewound)
+        self._unclaimed.update({p: starts[p] for p in foreign})
         self._next.update(starts)
         if starts:
             logger.info("%s: assigned partitions %s", self._projection.name, starts)
         return starts
+
+    async def _begin_anew(self, generation: UUID, rewound: Mapping[int, int]) -> None:
+        """An operator has set the group back with the log's own tools: the view is to be folded again.
+
+        Our own commits carry the generation, and those tools clear it. Of several members that see this one resets the
+        view, which is still of the generation that was looked at; the others, and the next assignment of all of them,
+        find a view that stands at the start. Always raises StaleCheckpointError.
+        """
+        name = self._projection.name
+        await reset(self._views, self._projection, expected=generation)
+        logger.warning("%s: the group was set back to %s by other means: the view is folded again", name, dict(rewound))
+        raise StaleCheckpointError(f"the view {name} begins anew")
+
+    async def _claim(self) -> None:
+        """Commit, under the view's generation, where reading begins in partitions whose offset somebody else has set.
+
+        Before anything is folded there: whoever is assigned them next must not take that offset for a fresh rewind.
+        """
+        assigned = self._joined().assigned
+        claimed = {p: offset for p, offset in self._unclaimed.items() if p in assigned}
+        self._unclaimed.clear()
+        if claimed:
+            await self._joined().commit(claimed, str(self._generation))
 
     def _most(self, size: int) -> int:
         """How many records to ask for when a batch has this many bytes, going by the size of the last ones."""

@@ -173,8 +173,10 @@ class _Fold:
                 raise StaleCheckpointError(f"the view {name} is not at {expected} of partition {partition}")
 
 
-async def reset(views: Views, projection: Projection) -> UUID:
+async def reset(views: Views, projection: Projection, *, expected: UUID | None = None) -> UUID:
     """Empty the projection's tables and begin a new generation at the log's start; returns its id.
+
+    With `expected` only if that is the live generation: else StaleCheckpointError, and nothing was changed.
 
     One transaction: readers see the old rows until it commits. Folds that are under way fail at their guard. Tables of
     another layout are made anew.
@@ -185,6 +187,8 @@ async def reset(views: Views, projection: Projection) -> UUID:
         mine = table.c.projection == projection.name
         # The row is updated, never replaced: a fold that waits for its lock must find it again.
         before = (await connection.execute(select(table).where(mine).with_for_update())).one()
+        if expected not in (None, before.generation):
+            raise StaleCheckpointError(f"the view {projection.name} was reset meanwhile")
         fresh = {"generation": generation, "layout": projection.layout, "log": None}
         await connection.execute(update(table).where(mine).values(fresh))
         await connection.execute(

@@ -10,6 +10,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from sqlalchemy import delete
 
 from projector import run_projection, run_projectors
 from services.config import Settings
@@ -22,6 +23,7 @@ from services.views.digest import digest_view
 from services.views.engine import Views
 from services.views.projections import PROJECTIONS
 from services.views.projections.registry import RegistryProjection
+from services.views.tables import artifact_files
 from tests.integration.projector_stage import covers, eventually, projecting
 from tests.memory_log import MemoryLog
 from tests.unit import commands
@@ -205,17 +207,41 @@ async def test_another_log_under_the_view_stops_the_projector(views: Views) -> N
     assert await view_rows(views) == rows
 
 
-async def test_an_offset_that_was_set_with_other_tools_is_told(views: Views, caplog: pytest.LogCaptureFixture) -> None:
-    log = MemoryLog(partitions=1)
-    log.append(*History().fill(packages=2, files=2).events)
-    await catch_up(views, log, REGISTRY)
-    log.committed["registry"] = {0: (0, "")}
+@pytest.mark.parametrize("members", [1, 3])
+async def test_a_group_that_was_set_back_with_other_tools_folds_the_view_again_and_once(
+    views: Views, reference: Views, members: int
+) -> None:
+    log, history = MemoryLog(), History().fill(packages=6, files=3)
+    log.append(*history.events[:-5])
+    async with projecting(views, log, REGISTRY, times=members):
+        await covers(views, REGISTRY, await log.end())
+    before = (await load_checkpoint(views, REGISTRY, log.id)).generation
+    log.committed["registry"] = dict.fromkeys(range(3), (0, ""))
+    async with views.writing() as connection:  # what only a fold of everything mends
+        await connection.execute(delete(artifact_files))
+    async with projecting(views, log, REGISTRY, times=members):
+
+        async def shown() -> bool:
+            return all(metadata for _, metadata in log.committed["registry"].values())
+
+        await eventually(shown, "every partition carries a generation again")
+        await covers(views, REGISTRY, await log.end())
+        anew = (await load_checkpoint(views, REGISTRY, log.id)).generation
+        for event in history.events[-5:]:
+            log.rebalance("registry")
+            log.append(event)
+            await covers(views, REGISTRY, await log.end())
+        assert (await load_checkpoint(views, REGISTRY, log.id)).generation == anew != before
+    await same_as_one_fold(views, reference, log)
+
+
+async def test_a_group_that_was_set_forward_skips_nothing(views: Views, reference: Views) -> None:
+    log = MemoryLog()
+    log.append(*History().fill(packages=6, files=3).events)
+    log.committed["registry"] = {p: (offset, "") for p, offset in (await log.end()).offsets.items()}
     async with projecting(views, log, REGISTRY):
-
-        async def told() -> bool:
-            return "artifact-store replay registry" in caplog.text
-
-        await eventually(told, "the projector says what it goes by")
+        await covers(views, REGISTRY, await log.end())
+    await same_as_one_fold(views, reference, log)
 
 
 @pytest.mark.parametrize("error", [LogIdentityError("this is another log"), KeyError("a mistake in the fold")])
