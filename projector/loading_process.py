@@ -1,4 +1,4 @@
-"""Loading in several processes, each some of the partitions: `python -m projector.loading_process` is one of them.
+"""Loading in several processes, each some of the partitions: `projector.loader` is what runs in them.
 
 A process gets its work on its standard input, which stays open: when it closes, whoever asked is gone, and so is the
 process. It answers on its standard output, one JSON object a line: what it folded, or the error that ended it.
@@ -8,29 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import pickle
 import sys
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from projector.loading import Told, load
-from projector.pace import Pace
+from projector.loading import Told
 from services import errors
-from services.collector import collect_rarely
 from services.config import Settings
 from services.errors import ArtifactStoreError, UnavailableError
 from services.log.position import Position
 from services.views.checkpoints import Checkpoint, StaleCheckpointError
-from services.views.projections import projection_named
-from services.wiring import open_log, open_views
-
-_FAILED = 1
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class Job:
+    """What one process is to load."""
+
     settings: Settings
     projection: str
     since: Checkpoint
@@ -51,7 +45,7 @@ async def load_in_processes(
     """As `load`, by so many processes; blocks until every one of them has ended."""
     shares = _shares(since.position, ends, processes)
     rate = None if max_rate is None else max_rate / max(len(shares), 1)
-    jobs = [_Job(settings, projection, since, share, rate) for share in shares]
+    jobs = [Job(settings, projection, since, share, rate) for share in shares]
     tasks = [asyncio.create_task(_run_process(job, told)) for job in jobs]
     try:
         await asyncio.gather(*tasks)
@@ -72,12 +66,13 @@ def _shares(since: Position, ends: Mapping[int, int], processes: int) -> list[di
     return [share for share in shares if share]
 
 
-async def _run_process(job: _Job, told: Told) -> None:
+async def _run_process(job: Job, told: Told) -> None:
     # The settings hold secrets: a pipe shows them to nobody, a command line or environment would.
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "projector.loading_process"),
+        *(sys.executable, "-m", "projector.loader"),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
+        process_group=0,  # a terminal's Ctrl-C is for the one who started it
     )
     if process.stdin is None or process.stdout is None:
         raise UnavailableError("a process of the replay has no pipes")
@@ -101,45 +96,3 @@ def _error(name: str, detail: str) -> ArtifactStoreError:
     kind = StaleCheckpointError if name == StaleCheckpointError.__name__ else getattr(errors, name, ArtifactStoreError)
     error: ArtifactStoreError = kind(detail)
     return error
-
-
-def main() -> int:
-    """Do the work that the standard input holds; returns the exit code."""
-    job: _Job = pickle.load(sys.stdin.buffer)  # noqa: S301 - from the process that started this one
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    collect_rarely()
-    try:
-        asyncio.run(_load(job))
-    except ArtifactStoreError as error:
-        _say({"error": type(error).__name__, "detail": error.detail})
-        return _FAILED
-    return 0
-
-
-async def _load(job: _Job) -> None:
-    log, views = open_log(job.settings), open_views(job.settings)
-
-    def told(events: int, next_offsets: Mapping[int, int]) -> None:
-        _say({"events": events, "next_offsets": next_offsets})
-
-    try:
-        projection = projection_named(job.projection)
-        await load(views, log, projection, job.since, job.ends, pace=Pace(job.max_rate), told=told)
-    finally:
-        await views.close()
-        await log.close()
-
-
-def _say(said: Mapping[str, object]) -> None:
-    sys.stdout.write(json.dumps(said) + "\n")
-    sys.stdout.flush()
-
-
-def _end_with_parent() -> None:
-    """Nobody is there to be told any more, and a replay that begins again would meet this one."""
-    sys.stdin.buffer.read()
-    os._exit(_FAILED)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
