@@ -9,16 +9,19 @@ from typing import Self
 from uuid import UUID
 
 import aiohttp
+import cbor2
 from pydantic import SecretStr
 
 from services.core.commands import Acknowledgement, Command
 from services.core.wire import decode_acknowledgement, decode_error, encode_check, encode_command
 from services.errors import InvalidRequestError, UnavailableError
+from services.log.port import PartitionStatus
 from services.tracing import TRACEPARENT
 
 CONTENT_TYPE = "application/cbor"
 COMMANDS_PATH = "/commands"
 CHECKS_PATH = "/checks"
+STATUS_PATH = "/status"
 
 _CONNECT_SECONDS = 2.0
 _TOTAL_SECONDS = 40.0
@@ -65,6 +68,10 @@ class HttpForwarder:
         """See `Forwarder`."""
         await self._post(owner_url + CHECKS_PATH, encode_check(package_id, relative_paths, command_id))
 
+    async def status(self, owner_url: str) -> list[PartitionStatus]:
+        """How the partitions are that the process at this URL writes to. Raises UnavailableError."""
+        return decode_status(await self._post(owner_url + STATUS_PATH, b""), owner_url)
+
     async def _post(self, url: str, body: bytes) -> bytes:
         if self._session is None:
             raise UnavailableError("forwarding is closed")
@@ -88,3 +95,21 @@ class HttpForwarder:
         if status != 200:
             raise decode_error(answer)
         return answer
+
+
+def encode_status(found: Sequence[PartitionStatus]) -> bytes:
+    """The states of a process's partitions as CBOR, without the owner, who is asked."""
+    return cbor2.dumps(
+        [[s.partition, s.since, s.takeover_seconds, s.restored_from, s.trouble, s.waiting] for s in found]
+    )
+
+
+def decode_status(data: bytes, owner: str) -> list[PartitionStatus]:
+    """Read what `encode_status` gave. Raises UnavailableError when it is of another release."""
+    try:
+        return [
+            PartitionStatus(partition, owner, since, took, restored_from, trouble, waiting)
+            for partition, since, took, restored_from, trouble, waiting in cbor2.loads(data)
+        ]
+    except (cbor2.CBORDecodeError, ValueError, TypeError) as error:
+        raise UnavailableError("the owner of the partition gave an answer that cannot be read") from error

@@ -14,12 +14,12 @@ from uuid import UUID
 from aiohttp import web
 from pydantic import SecretStr
 
-from ingest_gateway.forwarding import CHECKS_PATH, COMMANDS_PATH, CONTENT_TYPE
+from ingest_gateway.forwarding import CHECKS_PATH, COMMANDS_PATH, CONTENT_TYPE, STATUS_PATH, encode_status
 from services.config import Settings
 from services.core.commands import Acknowledgement, Command
 from services.core.wire import decode_check, decode_command, encode_acknowledgement, encode_error
 from services.errors import ArtifactStoreError, ConfigurationError, TooLargeError
-from services.log.port import PartitionNotOwnedError
+from services.log.port import PartitionNotOwnedError, PartitionStatus
 from services.tracing import TRACEPARENT, traceparent
 
 MAX_BODY_BYTES = 32 << 20
@@ -37,6 +37,9 @@ class Here(Protocol):
 
     async def check_ingest_here(self, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None) -> None:
         """As `CommandWriter.check_ingest`; PartitionNotOwnedError when this process is not the owner."""
+
+    def status_here(self) -> Sequence[PartitionStatus]:
+        """How the partitions are that this process owns."""
 
 
 class InternalListener:
@@ -84,6 +87,7 @@ class InternalListener:
         app = web.Application(client_max_size=MAX_BODY_BYTES)
         app.router.add_post(COMMANDS_PATH, self._command)
         app.router.add_post(CHECKS_PATH, self._check)
+        app.router.add_post(STATUS_PATH, self._status)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=_DRAIN_SECONDS)
         await self._runner.setup()
         try:
@@ -106,6 +110,12 @@ class InternalListener:
         async def carry_out(here: Here, body: bytes) -> bytes:
             await here.check_ingest_here(*decode_check(body))
             return b""
+
+        return await self._answer(request, carry_out)
+
+    async def _status(self, request: web.Request) -> web.Response:
+        async def carry_out(here: Here, _: bytes) -> bytes:
+            return encode_status(here.status_here())
 
         return await self._answer(request, carry_out)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
+from prometheus_client import CollectorRegistry
+
 from ingest_gateway.forwarding import HttpForwarder
 from ingest_gateway.internal import InternalListener
 from services.clock import Clock
@@ -12,6 +14,7 @@ from services.config import Settings
 from services.core.limits import Limits
 from services.errors import ConfigurationError
 from services.log.kafka import KafkaLog, KafkaWriter
+from services.log.kafka.metrics import WriterCollector
 from services.log.port import Log, PutManifest, SnapshotStore
 
 
@@ -24,8 +27,11 @@ async def kafka_writer(
     put_manifest: PutManifest,
     clock: Clock,
     snapshots: SnapshotStore | None = None,
+    metrics: CollectorRegistry | None = None,
 ) -> AsyncIterator[KafkaWriter]:
     """A started member of the group of writers for the length of the block; partitions are handed over on the way out.
+
+    In `metrics` it shows what it does.
 
     Raises ConfigurationError: the topic could lose events, or the internal listener cannot be; UnavailableError.
     """
@@ -48,5 +54,9 @@ async def kafka_writer(
         )
         stack.push_async_callback(writer.close)
         listener.serve(writer)
+        if metrics is not None:
+            collector = WriterCollector(writer)
+            metrics.register(collector)
+            stack.callback(metrics.unregister, collector)
         await writer.start()
         yield writer

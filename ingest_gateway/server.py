@@ -62,7 +62,9 @@ async def serve(opened: Parts, stop: asyncio.Event, *, ready: Callable[[str], No
     settings = opened.settings
     checks = Checks(opened.log.check, opened.blobs.check, opened.writer.ready, opened.views.check)
     host, port = listen_address(settings)
-    async with listening(opened.registry, checks, Bounds.of(settings), host, port) as url:
+    async with listening(
+        opened.registry, checks, Bounds.of(settings), host, port, metrics=Metrics(opened.metrics)
+    ) as url:
         print(f"listening on {url}", file=sys.stderr, flush=True)  # noqa: T201 - the line that people wait for
         if ready is not None:
             ready(url)

@@ -19,6 +19,8 @@ from services.log.port import CommandWriter, Log, PutManifest, SnapshotStore
 from services.registry import Registry
 
 if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
     from services.blobs.port import BlobStore
     from services.direct import DirectRegistry
     from services.views.engine import Views
@@ -43,6 +45,8 @@ class Parts:
     blobs: BlobStore
     views: Views
     registry: DirectRegistry
+    metrics: CollectorRegistry
+    """Where parts show what they count."""
 
 
 def limits_of(settings: Settings) -> Limits:
@@ -95,10 +99,12 @@ async def open_writer(
     *,
     clock: Clock = system_clock,
     snapshots: SnapshotStore | None = None,
+    metrics: CollectorRegistry | None = None,
 ) -> AsyncIterator[CommandWriter]:
     """The writer to the log, started; with Kafka, a member of the group of writers with its internal listener.
 
-    `snapshots` is where a Kafka writer leaves copies of its state, and finds one when it has none.
+    `snapshots` is where a Kafka writer leaves copies of its state, and finds one when it has none. In `metrics` it
+    shows what it does.
     """
     if is_embedded(settings):
         from services.log.sqlite import SqliteWriter
@@ -115,7 +121,13 @@ async def open_writer(
     from ingest_gateway.ownership import kafka_writer  # a gateway's: the listener for forwarded commands is HTTP
 
     async with kafka_writer(
-        settings, log, limits=limits_of(settings), put_manifest=put_manifest, clock=clock, snapshots=snapshots
+        settings,
+        log,
+        limits=limits_of(settings),
+        put_manifest=put_manifest,
+        clock=clock,
+        snapshots=snapshots,
+        metrics=metrics,
     ) as owned:
         yield owned
 
@@ -127,6 +139,8 @@ async def parts(settings: Settings, *, clock: Clock = system_clock) -> AsyncIter
     Raises:
         ConfigurationError: settings that cannot work. UnavailableError: an embedded part cannot be opened.
     """
+    from prometheus_client import CollectorRegistry
+
     from schemas.digests import manifest_digest
     from services.blobs.port import Declared
     from services.direct import DirectRegistry
@@ -166,7 +180,10 @@ async def parts(settings: Settings, *, clock: Clock = system_clock) -> AsyncIter
             for projection in PROJECTIONS.values():
                 await catch_up(views, log, projection)
 
-        writer = await stack.enter_async_context(open_writer(settings, log, put_manifest, clock=clock, snapshots=blobs))
+        metrics = CollectorRegistry()
+        writer = await stack.enter_async_context(
+            open_writer(settings, log, put_manifest, clock=clock, snapshots=blobs, metrics=metrics)
+        )
         opened = DirectRegistry(
             log,
             writer,
@@ -176,7 +193,7 @@ async def parts(settings: Settings, *, clock: Clock = system_clock) -> AsyncIter
             clock=clock,
             freshen=freshen if embedded else None,
         )
-        yield Parts(settings, log, writer, blobs, views, opened)
+        yield Parts(settings, log, writer, blobs, views, opened, metrics)
         if embedded:
             try:
                 await catch_up_all()

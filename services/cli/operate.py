@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,9 +13,9 @@ from services.cli.parked import parked
 from services.cli.replay import digest, replay
 from services.cli.root import run
 from services.cli.settings import common_options, invocation
+from services.cli.writers import COLUMNS, row, writers
 
 if TYPE_CHECKING:
-    from services.log.port import Log
     from services.log.position import Position
     from services.views.engine import Views
     from services.views.projections import Projection
@@ -25,9 +24,13 @@ __all__ = ["digest", "doctor", "parked", "replay", "status"]
 
 
 @click.command()
-@common_options(shown=LOG_AND_VIEWS)
+@common_options(shown=(*LOG_AND_VIEWS, "internal_secret"))
 def status() -> None:
-    """How far each projection is behind the log, and which gateway writes to which partition."""
+    """How far each projection is behind the log, and which gateway writes to which partition.
+
+    Each owner is asked at its internal listener since when, how long it took to take over, and from what it restored
+    the writer's state: `file`, `snapshot` or `log`. ARTIFACT_STORE_INTERNAL_SECRET must be theirs.
+    """
     found = run(_status())
     if invocation().as_json:
         answer(found)
@@ -40,15 +43,17 @@ def status() -> None:
     if found["writers"] is None:
         raw(b"the log is a file: whoever writes holds its lock")
     else:
-        table(("partition", "writer"), [(w["partition"], w["owner"]) for w in found["writers"]])
+        table(COLUMNS, [row(writer) for writer in found["writers"]])
 
 
 async def _status() -> dict[str, Any]:
     from services.views.projections import PROJECTIONS
     from services.views.queries import Queries
+    from services.wiring import is_embedded
 
+    settings = invocation().settings()
     async with log_and_views() as (log, views):
-        end = await log.end()
+        end, embedded = await log.end(), is_embedded(settings)
         queries = Queries(views)
         projections = []
         for name, projection in PROJECTIONS.items():
@@ -59,7 +64,8 @@ async def _status() -> dict[str, Any]:
                     "projection": name,
                     "position": None if position is None else str(position),
                     "behind": sum(max(0, offset - reached.get(p, 0)) for p, offset in end.offsets.items()),
-                    "committed_behind": sum((await log.lag(name)).values()),
+                    # Who reads a file commits nothing: what a view stands on is its checkpoint.
+                    "committed_behind": None if embedded else sum((await log.lag(name)).values()),
                     "building": await _building(views, projection, end),
                 }
             )
@@ -68,7 +74,7 @@ async def _status() -> dict[str, Any]:
             "partitions": await log.partitions(),
             "end": str(end),
             "projections": projections,
-            "writers": await _writers(log),
+            "writers": await writers(log, settings.internal_secret),
         }
 
 
@@ -83,21 +89,3 @@ async def _building(views: Views, projection: Projection, end: Position) -> dict
     reached = build.position.offsets if build.position.log == end.log else {}
     behind = sum(max(0, offset - reached.get(p, 0)) for p, offset in end.offsets.items())
     return {"builder": build.builder, "position": str(build.position), "behind": behind}
-
-
-async def _writers(log: Log) -> list[Mapping[str, Any]] | None:
-    """Who writes to each partition, as the writers' group says; None for a log that is a file."""
-    if type(log).__name__ != "KafkaLog":  # importing it to ask would load librdkafka for a file
-        return None
-    from services.log.kafka import KafkaLog
-
-    if not isinstance(log, KafkaLog):
-        return None
-    kafka, cluster = log.kafka, log.cluster
-    members = await log.blocking(lambda: cluster.members(kafka.writers_group)) or []
-    owners = {partition: member for member in members for partition in member.partitions}
-    found: list[Mapping[str, Any]] = []
-    for partition in range(await log.partitions()):
-        owner = owners.get(partition)
-        found.append({"partition": partition, "owner": None if owner is None else owner.client_id})
-    return found

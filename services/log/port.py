@@ -176,6 +176,10 @@ class PartitionStatus:
     takeover_seconds: float | None = None
     restored_from: str | None = None
     """What the writer's state was made of at that time: its `file`, a `snapshot`, or the whole `log`."""
+    trouble: str | None = None
+    """Why the partition cannot be written to now, as far as its owner knows."""
+    waiting: int = 0
+    """How many requests wait for the writer's next turn."""
 
 
 PutManifest = Callable[[bytes], Awaitable[None]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from io import BytesIO
 from uuid import UUID
 
@@ -23,11 +24,17 @@ from services.errors import (
     TooLargeError,
     UnavailableError,
 )
-from services.log.port import PartitionNotOwnedError
+from services.log.port import PartitionNotOwnedError, PartitionStatus
 from tests.services.process import free_ports
 from tests.unit.commands import create, ingest
 
 SECRET = SecretStr("correct horse battery staple")
+
+
+OWNED = (
+    PartitionStatus(3, "this process", 1_000_000, 0.25, "file", None, 4),
+    PartitionStatus(5, "this process", trouble="it is being taken over"),
+)
 
 
 class Answering:
@@ -47,6 +54,9 @@ class Answering:
         self.seen.append((package_id, list(relative_paths), command_id))
         if self.refusal is not None:
             raise self.refusal
+
+    def status_here(self) -> list[PartitionStatus]:
+        return list(OWNED)
 
 
 @pytest.fixture
@@ -89,6 +99,16 @@ async def test_a_refusal_comes_back_as_what_it_was(
             with pytest.raises(type(refusal)) as refused:
                 await ask
             assert refused.value.args == refusal.args
+
+
+async def test_an_owner_says_how_its_partitions_are(listener: InternalListener, writer: Answering) -> None:
+    async with HttpForwarder(SECRET) as forwarder:
+        found = await forwarder.status(listener.url)
+    assert found == [replace(status, owner=listener.url) for status in OWNED]
+    async with HttpForwarder(SecretStr("wrong")) as forwarder:
+        with pytest.raises(UnavailableError, match="ARTIFACT_STORE_INTERNAL_SECRET"):
+            await forwarder.status(listener.url)
+    assert writer.seen == []
 
 
 @pytest.mark.parametrize("secret", [None, SecretStr("wrong"), SecretStr("")])

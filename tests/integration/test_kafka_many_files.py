@@ -22,6 +22,7 @@ from services.config import Settings
 from services.core.commands import Acknowledgement, Command, FinalizePackage, IngestFiles, StoredFile
 from services.core.content_address import ContentAddress
 from services.core.limits import INLINE_MANIFEST_BYTES
+from services.errors import DuplicateRelativePathError
 from services.log.kafka import state
 from services.log.port import CommandWriter
 from services.streams import from_any
@@ -136,7 +137,8 @@ async def finalized(kafka: Settings, files: int, destination: Path | None = None
         await asyncio.sleep(1.0)
         idle_wait = neighbour.longest()
         began = time.monotonic()
-        await writer.check_ingest(package_id, ["one more"], None)
+        with pytest.raises(DuplicateRelativePathError):
+            await writer.check_ingest(package_id, ["000000.txt"], None)
         reading = time.monotonic() - began
         end = FinalizePackage(package_id, uuid4(), "ada")
         began, processor = time.monotonic(), time.process_time()

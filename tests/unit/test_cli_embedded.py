@@ -202,6 +202,8 @@ def test_status_says_how_far_each_projection_is_behind(run: Run, package: dict[s
     run("replay", "retention")
     status = json.loads(run("status", "--json").stdout)
     assert {p["projection"]: p["behind"] for p in status["projections"]} == dict.fromkeys(PROJECTIONS, 0)
+    assert {p["committed_behind"] for p in status["projections"]} == {None}  # nobody commits to a file
+    assert status["writers"] is None
     assert "registry" in run("status").stdout
 
 

@@ -79,6 +79,9 @@ class Waiting:
         self._closed = False
         self._woken = False
 
+    def __len__(self) -> int:
+        return len(self._queue)
+
     def put(self, request: Request) -> None:
         """Raises PushBackError when the queue is full, PartitionNotOwnedError when it is closed."""
         with self._lock:

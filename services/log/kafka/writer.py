@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Event as Flag
 from threading import Thread
 from typing import Any
@@ -38,7 +39,7 @@ from services.log.kafka.restore import States
 from services.log.kafka.settings import KafkaSettings
 from services.log.kafka.state import TIDY_SECONDS, PartitionState
 from services.log.kafka.tenure import Staged, Tenure
-from services.log.port import PartitionNotOwnedError, PutManifest
+from services.log.port import PartitionNotOwnedError, PartitionStatus, PutManifest
 from services.tracing import TRACEPARENT
 
 _IDLE_SECONDS = 5.0
@@ -50,6 +51,20 @@ _LOG = logging.getLogger(__name__)
 
 _Outcome = Acknowledgement | Exception | None
 """What becomes of a request once its batch is appended; None says that a check passed."""
+
+
+@dataclass(slots=True)
+class Counts:
+    """What the writers of a process have counted; each number only grows, whichever thread looks."""
+
+    takeovers: Counter[str] = field(default_factory=Counter)
+    """By what the state was restored from."""
+    takeover_seconds: float = 0.0
+    """Of all of them together."""
+    failed_tenures: int = 0
+    """How often a partition was taken over again because something went wrong."""
+    pushed_back: int = 0
+    """Requests that were told to come again later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +85,7 @@ class WriterContext:
     """Asks the group whether the partition is this process's; None when it cannot say now. Blocks."""
     disowned: Callable[[int], None]
     """Told, in the writer's thread, that the group has given the partition to another."""
+    counts: Counts
 
 
 class PartitionWriter:
@@ -109,6 +125,18 @@ class PartitionWriter:
         """What is waited for; on the event loop."""
         return self._deadlines.unanswered()
 
+    def status(self, owner: str) -> PartitionStatus:
+        """How the partition is, for operators; its owner, this process, goes by the name of `owner`."""
+        return PartitionStatus(
+            self.partition,
+            owner,
+            self.since,
+            self.takeover_seconds,
+            self.restored_from,
+            self.trouble,
+            len(self._waiting),
+        )
+
     def stop(self) -> None:
         """End after the transaction at hand. Does not block; what still waits is told that the partition moves."""
         self._stop.set()
@@ -136,6 +164,7 @@ class PartitionWriter:
                 # Everything else is met by taking over again: the state that the log gives says what has happened.
                 except Exception as error:  # noqa: BLE001 - see above; the cause is shown in `trouble` and logged
                     failed = 0 if self.since is not None else failed + 1
+                    self._context.counts.failed_tenures += 1
                     self._note(error)
                     if failed:
                         self._stop.wait(_RETRY_SECONDS[min(failed, len(_RETRY_SECONDS)) - 1])
@@ -169,6 +198,8 @@ class PartitionWriter:
         try:
             self.takeover_seconds = time.monotonic() - began
             self.restored_from = tenure.restored_from
+            context.counts.takeovers[tenure.restored_from] += 1
+            context.counts.takeover_seconds += self.takeover_seconds
             self.since = context.clock()
             self.trouble = None
             pause = _IDLE_SECONDS

@@ -21,7 +21,7 @@ from services.log.kafka.owners import Owner, Owners
 from services.log.kafka.requests import IngestCheck, Request
 from services.log.kafka.restore import States
 from services.log.kafka.snapshots import Snapshots
-from services.log.kafka.writer import PartitionWriter, WriterContext
+from services.log.kafka.writer import Counts, PartitionWriter, WriterContext
 from services.log.port import Forwarder, PartitionNotOwnedError, PartitionStatus, PutManifest, SnapshotStore
 
 SUBMIT_SECONDS = 30.0
@@ -80,6 +80,7 @@ class KafkaWriter:
         self._foreign: LogIdentityError | None = None
         self._under_way = _UnderWay()
         self._moving: set[asyncio.Task[Acknowledgement]] = set()
+        self._counts = Counts()
         self._closing = False
 
     async def start(self) -> None:
@@ -99,6 +100,7 @@ class KafkaWriter:
             states=States(self._state_dir, self._snapshots),
             holds=self._group.holds,
             disowned=self._disowned,
+            counts=self._counts,
         )
         self._group.start()
         self._watch = asyncio.create_task(self._watch_identity(self._context.identity), name="log-identity")
@@ -148,18 +150,17 @@ class KafkaWriter:
     async def status(self) -> Sequence[PartitionStatus]:
         """See `CommandWriter`."""
         owners = await self._owners.all()
-        found = []
-        for p in range(await self._log.partitions()):
-            writer, owner = self._writers.get(p), owners.get(p)
-            if writer is not None:
-                found.append(
-                    PartitionStatus(p, THIS_PROCESS, writer.since, writer.takeover_seconds, writer.restored_from)
-                )
-            elif owner is None or owner.is_self:
-                found.append(PartitionStatus(p, None))
-            else:
-                found.append(PartitionStatus(p, owner.url or "another process"))
-        return found
+        here = {found.partition: found for found in self.status_here()}
+        return [here.get(p) or _elsewhere(p, owners.get(p)) for p in range(await self._log.partitions())]
+
+    def status_here(self) -> list[PartitionStatus]:
+        """As `status`, of the partitions that this process writes to; asks nobody and does not block."""
+        return [writer.status(THIS_PROCESS) for _, writer in sorted(self._writers.items())]
+
+    @property
+    def counts(self) -> Counts:
+        """What the writers of this process have counted since it began."""
+        return self._counts
 
     async def close(self) -> None:
         """See `CommandWriter`."""
@@ -306,6 +307,12 @@ class KafkaWriter:
 
 def _submitting(command: Command) -> Callable[[Forwarder, str], Awaitable[Acknowledgement]]:
     return lambda forwarder, url: forwarder.submit(url, command)
+
+
+def _elsewhere(partition: int, owner: Owner | None) -> PartitionStatus:
+    if owner is None or owner.is_self:
+        return PartitionStatus(partition, None)
+    return PartitionStatus(partition, owner.url or "another process")
 
 
 class _UnderWay:

@@ -1,0 +1,102 @@
+"""Who writes to which partition, for `status`: the group of writers says who, each owner itself since when and how."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from services.errors import UnavailableError
+
+if TYPE_CHECKING:
+    from pydantic import SecretStr
+
+    from services.log.kafka.cluster import Member
+    from services.log.port import Log, PartitionStatus
+
+COLUMNS = ("partition", "writer", "since", "taken over in s", "state from", "waiting", "trouble")
+
+_ANSWER_SECONDS = 3.0
+_SETTLED_SECONDS = 5.0
+_AGAIN_SECONDS = 0.2
+
+
+async def writers(log: Log, secret: SecretStr | None) -> list[dict[str, Any]] | None:
+    """One object a partition; None for a log that is a file. `secret` guards the internal listeners of the owners.
+
+    Of a partition whose owner does not answer `trouble` says why. Raises UnavailableError: Kafka cannot be asked.
+    """
+    if type(log).__name__ != "KafkaLog":  # importing it to ask would load librdkafka for a file
+        return None
+    from services.log.kafka import KafkaLog
+
+    if not isinstance(log, KafkaLog):
+        return None
+    owners = {partition: member.client_id for member in await _members(log) for partition in member.partitions}
+    told = await _told({url for url in owners.values() if url.startswith("http")}, secret)
+    return [_shown(_status(p, owners.get(p), told)) for p in range(await log.partitions())]
+
+
+def row(writer: Mapping[str, Any]) -> tuple[object, ...]:
+    """One of `writers` under COLUMNS."""
+    return tuple(writer[name] for name in ("partition", "owner", "since", *_DETAILS))
+
+
+_DETAILS = ("takeover_seconds", "restored_from", "waiting", "trouble")
+
+
+def _shown(status: PartitionStatus) -> dict[str, Any]:
+    from services.http.times import to_text
+
+    took = status.takeover_seconds
+    return {
+        "partition": status.partition,
+        "owner": status.owner,
+        "since": None if status.since is None else to_text(status.since),
+        "takeover_seconds": None if took is None else round(took, 3),
+        "restored_from": status.restored_from,
+        "waiting": status.waiting,
+        "trouble": status.trouble,
+    }
+
+
+async def _members(log: Any) -> list[Member]:
+    """The members of the group of writers, once it is not between two assignments; none if it stays so."""
+    kafka, cluster = log.kafka, log.cluster
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + _SETTLED_SECONDS
+    while True:
+        members: list[Member] | None = await log.blocking(lambda: cluster.members(kafka.writers_group))
+        if members is not None or loop.time() > deadline:
+            return members or []
+        await asyncio.sleep(_AGAIN_SECONDS)
+
+
+async def _told(urls: set[str], secret: SecretStr | None) -> dict[str, Sequence[PartitionStatus] | str]:
+    """By owner, what it says of its partitions, or why it says nothing."""
+    from ingest_gateway.forwarding import HttpForwarder
+
+    async with HttpForwarder(secret) as forwarder:
+
+        async def ask(url: str) -> Sequence[PartitionStatus] | str:
+            try:
+                async with asyncio.timeout(_ANSWER_SECONDS):
+                    return await forwarder.status(url)
+            except TimeoutError:
+                return f"its owner gave no answer within {_ANSWER_SECONDS:g} s"
+            except UnavailableError as error:
+                return error.detail
+
+        return dict(zip(urls, await asyncio.gather(*(ask(url) for url in urls)), strict=True))
+
+
+def _status(partition: int, owner: str | None, told: Mapping[str, Sequence[PartitionStatus] | str]) -> PartitionStatus:
+    from services.log.port import PartitionStatus
+
+    if owner is None:
+        return PartitionStatus(partition, None, trouble="no process writes to it")
+    said = told.get(owner, "its owner has no address to ask")
+    if isinstance(said, str):
+        return PartitionStatus(partition, owner, trouble=said)
+    known = next((found for found in said if found.partition == partition), None)
+    return known or PartitionStatus(partition, owner, trouble="its owner has not begun to write to it")

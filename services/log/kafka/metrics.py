@@ -1,0 +1,68 @@
+"""Metrics of a process's writers for Prometheus, collected whenever somebody looks; nothing is asked of the cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from services.log.kafka.writers import KafkaWriter
+
+_MICROS = 1_000_000
+
+
+class WriterCollector(Collector):
+    """What one `KafkaWriter` says of itself. Partitions that others own are others' to tell."""
+
+    def __init__(self, writer: KafkaWriter) -> None:
+        self._writer = writer
+
+    def collect(self) -> Iterator[Metric]:
+        """See prometheus_client."""
+        owned = GaugeMetricFamily(
+            "artifact_store_partition_owned", "1 while this process takes writes to the partition", labels=["partition"]
+        )
+        since = GaugeMetricFamily(
+            "artifact_store_partition_owned_since_seconds",
+            "When this process took the partition over, in seconds since 1970",
+            labels=["partition"],
+        )
+        took = GaugeMetricFamily(
+            "artifact_store_partition_takeover_seconds",
+            "How long the last take-over of the partition took",
+            labels=["partition", "restored_from"],
+        )
+        waiting = GaugeMetricFamily(
+            "artifact_store_partition_waiting", "Requests that wait for the writer's next turn", labels=["partition"]
+        )
+        for found in self._writer.status_here():
+            label = str(found.partition)
+            owned.add_metric([label], float(found.since is not None))
+            waiting.add_metric([label], found.waiting)
+            if found.since is not None:
+                since.add_metric([label], found.since / _MICROS)
+            if found.takeover_seconds is not None:
+                took.add_metric([label, found.restored_from or ""], found.takeover_seconds)
+        yield from (owned, since, took, waiting)
+        yield from self._totals()
+
+    def _totals(self) -> Iterator[Metric]:
+        counts = self._writer.counts
+        takeovers = CounterMetricFamily(
+            "artifact_store_takeovers", "Partitions that this process took over", labels=["restored_from"]
+        )
+        for source, number in sorted(counts.takeovers.items()):
+            takeovers.add_metric([source], number)
+        yield takeovers
+        yield CounterMetricFamily(
+            "artifact_store_takeover_seconds", "What take-overs took together", value=counts.takeover_seconds
+        )
+        yield CounterMetricFamily(
+            "artifact_store_failed_tenures",
+            "Partitions that were taken over again because something went wrong",
+            value=counts.failed_tenures,
+        )
+        yield CounterMetricFamily(
+            "artifact_store_pushed_back", "Requests that were told to come again later", value=counts.pushed_back
+        )

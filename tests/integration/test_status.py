@@ -1,0 +1,101 @@
+"""`artifact-store status` and `/metrics` tell of every partition who writes to it, since when, and how it took over."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from services.config import Settings
+from services.http.times import from_text
+from services.log.kafka.restore import FROM_FILE, FROM_LOG
+from services.views.projections import PROJECTIONS
+from tests.contract.log_stage import PATIENCE_SECONDS
+from tests.integration.kafka_stage import PARTITIONS, kafka_settings
+from tests.integration.processes import ProductProcess, output_of
+from tests.services.process import free_ports
+
+OWNED = "artifact_store_partition_owned"
+TAKEOVERS = "artifact_store_takeovers_total"
+PACKAGE = b'{"name":"n","producer":"p","subject":"s","retention_class":"scratch"}'
+
+
+@pytest.fixture
+def kafka(kafka_url: str, s3_bucket: dict[str, Any], tmp_path: Path) -> Settings:
+    views = f"sqlite+aiosqlite:///{tmp_path / 'views.db'}"
+    return kafka_settings(kafka_url, tmp_path, views_url=views, internal_secret=SecretStr("sesame"), **s3_bucket)
+
+
+def status_of(settings: Settings) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(output_of(settings, "status", "--json"))
+    return found
+
+
+def metrics_of(gateway: ProductProcess) -> dict[str, float]:
+    with urllib.request.urlopen(f"{gateway.endpoint}/metrics", timeout=10) as answer:  # noqa: S310 - our own loopback
+        lines = answer.read().decode().splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+
+
+def wait_for_all(*gateways: ProductProcess) -> list[dict[str, float]]:
+    """Wait until these share all partitions; what each shows at `/metrics`."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        shown = [metrics_of(gateway) for gateway in gateways]
+        owned = [sum(found.get(f'{OWNED}{{partition="{p}"}}', 0.0) for p in range(PARTITIONS)) for found in shown]
+        if sum(owned) == PARTITIONS and min(owned) > 0:
+            return shown
+        assert time.monotonic() < deadline, shown
+        time.sleep(0.1)  # an answer over HTTP, which nothing announces
+
+
+def fill(gateway: ProductProcess) -> None:
+    """Packages in every partition, very likely."""
+    for _ in range(20):
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{gateway.endpoint}/v1/packages", PACKAGE, headers)  # noqa: S310 - as above
+        with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310 - as above
+            assert answer.status == 201
+
+
+@pytest.mark.services
+@pytest.mark.processes
+def test_every_partition_is_shown_whichever_process_writes_to_it(kafka: Settings, tmp_path: Path) -> None:
+    output_of(kafka, "migrate")
+    before = time.time()
+    ports = free_ports(2)
+    with ProductProcess(kafka, tmp_path / "one", "gateway", port=ports[0]) as one:
+        wait_for_all(one)
+        fill(one)
+        alone = status_of(kafka)["writers"]
+        stranger = status_of(kafka.model_copy(update={"internal_secret": SecretStr("guess")}))["writers"]
+        with ProductProcess(kafka, tmp_path / "two", "gateway", port=ports[1]) as two:
+            counted = wait_for_all(one, two)
+            shared = status_of(kafka)["writers"]
+            text = output_of(kafka, "status").decode()
+    for writer in (*alone, *shared):
+        assert before < from_text(writer["since"]) / 1e6 < time.time()
+        assert 0 < writer["takeover_seconds"] < PATIENCE_SECONDS
+        assert (writer["trouble"], writer["waiting"]) == (None, 0)
+    assert {w["restored_from"] for w in alone} == {FROM_LOG}
+    (first,) = {w["owner"] for w in alone}
+    (second,) = {w["owner"] for w in shared} - {first}
+    # It found the files that the first one left; with a disk of its own it would have been the log.
+    assert {w["restored_from"] for w in shared if w["owner"] == second} == {FROM_FILE}
+    assert text.count(second) == sum(w["owner"] == second for w in shared)
+    totals = [sum(v for k, v in found.items() if k.startswith(TAKEOVERS)) for found in counted]
+    assert totals[0] >= PARTITIONS
+    assert totals[1] >= 1
+    # Who is not trusted sees the owners, for the group says that, and why the rest is missing.
+    assert {w["owner"] for w in stranger} == {first}
+    assert all(w["since"] is None and "ARTIFACT_STORE_INTERNAL_SECRET" in w["trouble"] for w in stranger)
+    assert "sesame" not in text
+    # When nobody is left that is said too, and so is how far the views are, which nobody fills here.
+    found = status_of(kafka)
+    assert {(w["owner"], w["trouble"]) for w in found["writers"]} == {(None, "no process writes to it")}
+    assert {p["projection"]: p["behind"] > 0 for p in found["projections"]} == dict.fromkeys(PROJECTIONS, True)
