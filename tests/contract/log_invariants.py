@@ -13,7 +13,8 @@ from schemas.digests import event_digest
 from schemas.events import FileIngested
 from services.core.commands import Acknowledgement, Command, IngestFiles
 from services.log.port import Log, RecordedEvent
-from services.verify.history import PackageHistory
+from services.verify.history import Histories
+from services.verify.notes import Notes
 
 
 async def read_valid(log: Log) -> list[RecordedEvent]:
@@ -25,11 +26,13 @@ async def read_valid(log: Log) -> list[RecordedEvent]:
     """
     events = [event async for event in log.read()]
     wrong: list[str] = []
-    histories: dict[UUID, PackageHistory] = {}
     last: dict[int, RecordedEvent] = {}
+    with Notes() as notes:
+        histories = Histories(notes, lambda kind, place, detail: wrong.append(f"{kind}: {place}: {detail}"))
+        for event in events:
+            histories.follow(event)
+        wrong += [f"torn: command {command} of package {package}" for package, command in notes.unfinished()]
     for event in events:
-        history = histories.setdefault(event.package_id, PackageHistory(event.package_id))
-        history.follow(event, lambda kind, place, detail: wrong.append(f"{kind}: {place}: {detail}"))
         partition = log.partition_of(event.package_id)
         before = last.get(partition)
         if before is not None and event.position.offsets[partition] <= before.position.offsets[partition]:
@@ -37,7 +40,6 @@ async def read_valid(log: Log) -> list[RecordedEvent]:
         if before is not None and event.created_at < before.created_at:
             wrong.append(f"created-at: partition {partition} steps back at {event.package_id} {event.sequence}")
         last[partition] = event
-    wrong += [f"torn: command {h.open_command[0]}" for h in histories.values() if h.open_command is not None]
     assert wrong == []
     return events
 
