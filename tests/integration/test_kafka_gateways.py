@@ -12,8 +12,9 @@ from uuid import uuid4
 import pytest
 
 from services.config import Settings
-from services.core.commands import Acknowledgement, Command, FinalizePackage, IngestFiles
+from services.core.commands import Acknowledgement, Command, CreatePackage, FinalizePackage, IngestFiles
 from services.core.limits import Limits
+from services.core.state import PackageState
 from services.errors import DuplicateRelativePathError, PackageNotFoundError, PushBackError, UnavailableError
 from services.log.kafka import KafkaLog, KafkaWriter, requests
 from services.log.port import PartitionNotOwnedError
@@ -173,14 +174,14 @@ async def test_a_manifest_that_cannot_be_stored_leaves_the_package_open(kafka: S
 async def test_a_command_that_the_code_cannot_handle_does_not_disturb_the_others(
     kafka: Settings, log: KafkaLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from schemas import codec
+    from services.core import decide as core
 
-    def explode(event: object) -> bytes:
-        if "poison" in str(event):
+    def explode(state: PackageState | None, command: Command, now: int, limits: Limits) -> core.Decision:
+        if isinstance(command, CreatePackage) and command.name == "poison":
             raise ZeroDivisionError
-        return codec.encode(event)  # type: ignore[arg-type]  # it is an event
+        return core.decide(state, command, now, limits)
 
-    monkeypatch.setattr("services.log.kafka.writer.encode", explode)
+    monkeypatch.setattr("services.log.kafka.writer.decide", explode)
     async with lone_writer(kafka, log) as writer:
         await ready(writer)
         commands = [create_in(0, name="poison" if n == 5 else "fine") for n in range(20)]

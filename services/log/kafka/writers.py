@@ -110,7 +110,7 @@ class KafkaWriter:
         if not self._closing and self._foreign is None:
             writer = self._writers.get(self._log.partition_of(command.package_id))
             if writer is not None:
-                with suppress(PartitionNotOwnedError):
+                with suppress(PartitionNotOwnedError, PushBackError):  # of which the caller hears when it waits
                     return cast("Awaitable[Acknowledgement]", writer.submit(command, self._moved))
         return self._routed(command, _submitting(command))
 
