@@ -18,6 +18,7 @@ from ingest_gateway.connections import Server
 from ingest_gateway.gateway import Bounds
 from ingest_gateway.health import Checks
 from ingest_gateway.metrics import Metrics
+from ingest_gateway.sweeping import swept_regularly
 from services.config import Settings
 from services.errors import ConfigurationError
 from services.registry import Registry
@@ -68,7 +69,8 @@ async def serve(opened: Parts, stop: asyncio.Event, *, ready: Callable[[str], No
         print(f"listening on {url}", file=sys.stderr, flush=True)  # noqa: T201 - the line that people wait for
         if ready is not None:
             ready(url)
-        await stop.wait()
+        async with swept_regularly(opened.blobs):
+            await stop.wait()
         _log.info("stopping: no new connections, finishing what is under way")
 
 
