@@ -32,6 +32,9 @@ _POLL_RECORDS = 2_500
 _FEWEST_RECORDS = 10
 """So many are asked for in one poll; fewer, when those before them were so large that more might not fit."""
 
+_FIRST_SIZE = 16 << 10
+"""What a record is taken to have before one was seen, in bytes: little in the first poll costs nothing."""
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -63,7 +66,7 @@ class Assignment:
         self._next: dict[int, int] = {}
         self._unclaimed: dict[int, int] = {}
         self._subscription: Subscription | None = None
-        self._usual_size = 1
+        self._usual_size = _FIRST_SIZE
 
     async def join(self) -> None:
         """Join the group; partitions are assigned while polling.

@@ -94,6 +94,10 @@ async def fresh_database(server: PostgresServer) -> str:
     return server.url(name)
 
 
+async def _shown(log: KafkaLog) -> bool:
+    return not any([any((await log.lag(name)).values()) for name in PROJECTIONS])
+
+
 class CatchUp:
     """One catch-up on an empty database."""
 
@@ -127,6 +131,7 @@ class CatchUp:
                 await asyncio.to_thread(self._disturb)
             for projection in PROJECTIONS.values():
                 await eventually(lambda which=projection.name: self._covers(which, end), f"{projection.name} ends")  # type: ignore[misc] # as above
+            await eventually(lambda: _shown(log), "no lag is left in Kafka's own tools")
         finally:
             await asyncio.to_thread(self._projector.stop)
         found = await digests(self._views)

@@ -10,12 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
-from sqlalchemy import Table, bindparam, update
+from sqlalchemy import Table
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from schemas.events import Event, FileIngested, PackageCreated
-from services.views.bulk import insert_rows
+from schemas.batch import Entry, entries_of
+from schemas.events import Event, PackageCreated
+from schemas.file_fields import FileFields
+from services.views.bulk import insert_rows, update_rows
 from services.views.projections.order import check_follows, known_packages
 from services.views.projections.port import Tables
 from services.views.tables import usage_packages, usage_totals
@@ -50,22 +52,11 @@ class UsageProjection:
         table = tables["usage_packages"]
         row = table.c
         columns = (row.last_event_sequence, row.producer, row.retention_class)
-        known = await known_packages(connection, row.package_id, columns, events)
+        entries = entries_of(events)
+        known = await known_packages(connection, row.package_id, columns, entries)
         packages = {package_id: _Package(*found) for package_id, found in known.items()}
         totals: dict[_Key, list[int]] = {}
-        for event in events:
-            package = packages.get(event.package_id)
-            check_follows(event, package.last_sequence if package else 0)
-            match event.payload:
-                case PackageCreated(producer=producer, retention_class=name):
-                    package = packages[event.package_id] = _Package(0, producer, name, begun_here=True)
-                    _total(totals, package, event)[0] += 1
-                case FileIngested(size_bytes=size) if package:
-                    total = _total(totals, package, event)
-                    total[1] += 1
-                    total[2] += size
-            if package:
-                package.last_sequence = event.sequence
+        _follow_all(packages, totals, entries)
         begun = [
             (package_id, p.producer, p.retention_class, p.last_sequence)
             for package_id, p in packages.items()
@@ -76,7 +67,24 @@ class UsageProjection:
         await _add(connection, tables["usage_totals"], totals)
 
 
-def _total(totals: dict[_Key, list[int]], package: _Package, event: Event) -> list[int]:
+def _follow_all(packages: dict[UUID, _Package], totals: dict[_Key, list[int]], entries: Sequence[Entry]) -> None:
+    for entry in entries:
+        package = packages.get(entry.package_id)
+        check_follows(entry, package.last_sequence if package else 0)
+        if isinstance(entry, Event) and isinstance(entry.payload, PackageCreated):
+            created = entry.payload
+            package = _Package(0, created.producer, created.retention_class, begun_here=True)
+            packages[entry.package_id] = package
+            _total(totals, package, entry)[0] += 1
+        elif isinstance(entry, FileFields) and package:
+            total = _total(totals, package, entry)
+            total[1] += 1
+            total[2] += entry.size_bytes
+        if package:
+            package.last_sequence = entry.sequence
+
+
+def _total(totals: dict[_Key, list[int]], package: _Package, event: Entry) -> list[int]:
     """What the batch adds for the package's producer and class on the event's day: packages, files, bytes."""
     key = (package.producer, package.retention_class, event.created_at // DAY)
     found = totals.get(key)
@@ -86,15 +94,9 @@ def _total(totals: dict[_Key, list[int]], package: _Package, event: Event) -> li
 
 
 async def _advance(connection: AsyncConnection, table: Table, packages: Mapping[UUID, _Package]) -> None:
-    """Bring the packages that earlier batches began up to date, in one prepared statement."""
-    advanced = [
-        {"package": package_id, "last_event_sequence": p.last_sequence}
-        for package_id, p in packages.items()
-        if not p.begun_here
-    ]
-    if advanced:
-        row = update(table).where(table.c.package_id == bindparam("package"))
-        await connection.execute(row.values(last_event_sequence=bindparam("last_event_sequence")), advanced)
+    """Bring the packages that earlier batches began up to date, in one statement."""
+    advanced = [(package_id, p.last_sequence) for package_id, p in packages.items() if not p.begun_here]
+    await update_rows(connection, [table.c.package_id, table.c.last_event_sequence], advanced)
 
 
 async def _add(connection: AsyncConnection, table: Table, totals: Mapping[_Key, Sequence[int]]) -> None:
