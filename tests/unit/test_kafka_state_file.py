@@ -131,7 +131,7 @@ def test_an_open_package_that_lacks_a_row_is_noticed(tmp_path: Path) -> None:
     path = filled(tmp_path / NAME)
     connection = sqlite3.connect(path)
     with connection:
-        connection.execute("DELETE FROM commands WHERE sequence = 1")
+        connection.execute("DELETE FROM commands WHERE sequence = (SELECT min(sequence) FROM commands)")
     connection.close()
     state = PartitionState(StateFile.open(path, PLACE))
     with pytest.raises(UnusableStateError, match="lacks rows"):

@@ -25,8 +25,8 @@ from services.log.kafka.state_file import Standing, StateFile, StateFileError, U
 ANSWERS_KEPT_MICROS = 24 * 3600 * 1_000_000
 """How long after its finalization a package's commands are known, by the time of the partition's newest event."""
 
-SAVE_EVENTS = 5_000
-"""A checkpoint is written after so many events,"""
+SAVE_EVENTS = 10_000
+"""A checkpoint is written after so many events, which a take-over reads again in less than half a second,"""
 
 SAVE_SECONDS = 5.0
 """and, if there was any, after so many seconds."""

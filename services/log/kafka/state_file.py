@@ -6,8 +6,8 @@ The file is disposable: everything in it comes from the log, and it stands on on
 pages that do not fit), or, by a checksum in every row, when the row is read.
 
 A finalized package is one row. Its answers to retries lie in the order of finalization in another table, which loses
-them at its front. An open package has a row for itself and one for each command, with the files that it brought. When a
-large one is finalized, these rows become answers bit by bit (`tidy`), and are looked through until then.
+them at its front. An open package has a row for itself and others for its commands, with the files that they brought.
+When a large one is finalized, these rows become answers bit by bit (`tidy`), and are looked through until then.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ from services.log.kafka.state_rows import (
     answers_of_rows,
     command_rows,
     created_values,
+    entries_of,
     sealed,
     unsealed,
 )
 
 _APPLICATION_ID = 0x61727470
-FORMAT = 2
+FORMAT = 3
 """Of tables and rows; a file of another one is built anew."""
 
 QUICK_CHECK_BYTES = 32 << 20
@@ -58,7 +59,7 @@ _TABLES = (
         identity BLOB NOT NULL, topic TEXT NOT NULL, partition INTEGER NOT NULL, position INTEGER NOT NULL,
         mark BLOB NOT NULL, last_created_at INTEGER NOT NULL, next_answer INTEGER NOT NULL)""",
     "CREATE TABLE packages (package_id BLOB PRIMARY KEY, body BLOB NOT NULL) WITHOUT ROWID",
-    # Of one command, what it became since the last checkpoint; `sequence` is its last event's.
+    # Of some commands, what they became since the last checkpoint; `sequence` is their last event's.
     """CREATE TABLE commands (package_id BLOB, sequence INTEGER, body BLOB NOT NULL,
         PRIMARY KEY (package_id, sequence)) WITHOUT ROWID""",
     # Several commands of one package in a row: that makes few rows, and a retry is still found at once.
@@ -247,7 +248,7 @@ class StateFile:
         last = size = 0
         for last, body in found:
             bodies.append(body)
-            size += 1 + len(unsealed(body)[2])
+            size += entries_of(body)
             if size >= AT_ONCE:
                 return bodies, last, False
         return bodies, last, True

@@ -13,7 +13,7 @@ from schemas.events import PackageCreated
 from services.core.state import CommandState, FileState, PackageState
 
 ROW_ENTRIES = 128
-"""An answers' row is closed when it holds so many commands and files."""
+"""A row is closed when it holds so many commands and files."""
 
 _CHECKSUM = 4
 
@@ -41,30 +41,40 @@ def unsealed(body: bytes) -> list[Any]:
 
 
 def command_rows(state: PackageState, saved: int) -> Iterator[tuple[int, bytes]]:
-    """Of an open package what came after the event `saved`, a row for each command: its last sequence and body."""
-    # Commands and files come in the order of their events, so that what is new stands at the end.
-    for command_id, command in _last(state.commands.items(), lambda item: item[1].last_sequence > saved):
-        files = _last(command.paths, lambda path: state.files[path].sequence > saved)
-        body = sealed(
-            command_id.bytes,
-            _command(command),
-            [
-                (path, f.sequence, f.event_digest, f.manifest_item, f.receipt_item)
-                for path, f in ((path, state.files[path]) for path in files)
-            ],
-        )
-        yield command.last_sequence, body
+    """Of an open package what came after the event `saved`, several commands to a row: the last sequence, the body."""
+    files_of, found, size = state.files, [], 0
+    for command_id, command in _since(state.commands, saved):
+        # Its events come one behind the other.
+        new = min(len(command.paths), command.last_sequence - saved)
+        files = [
+            (path, (f := files_of[path]).sequence, f.event_digest, f.manifest_item, f.receipt_item)
+            for path in command.paths[len(command.paths) - new :]
+        ]
+        found.append((command_id.bytes, _command(command), files))
+        size += 1 + new
+        if size >= ROW_ENTRIES:
+            yield command.last_sequence, sealed(*found)
+            found, size = [], 0
+    if found:
+        yield state.sequence, sealed(*found)
 
 
 def add_command_row(state: PackageState, body: bytes) -> int:
     """Put back what `command_rows` gave; how many events that is. Raises as `unsealed`."""
-    id_, command, files = unsealed(body)
-    command_id = UUID(bytes=id_)
-    known = _add_command(state, command_id, command)
-    for path, sequence, event_digest, item, receipt in files:
-        state.files[path] = FileState(command_id, sequence, event_digest, item, receipt)
-        known.paths.append(path)
-    return len(files) or 1
+    events = 0
+    for id_, command, files in unsealed(body):
+        command_id = UUID(bytes=id_)
+        known = _add_command(state, command_id, command)
+        for path, sequence, event_digest, item, receipt in files:
+            state.files[path] = FileState(command_id, sequence, event_digest, item, receipt)
+            known.paths.append(path)
+        events += len(files) or 1
+    return events
+
+
+def entries_of(body: bytes) -> int:
+    """How many commands and files a row of `command_rows` holds. Raises as `unsealed`."""
+    return sum(1 + len(files) for _, _, files in unsealed(body))
 
 
 def answers_of(state: PackageState) -> Iterator[Answer]:
@@ -72,19 +82,16 @@ def answers_of(state: PackageState) -> Iterator[Answer]:
     of_package = state.files
     for command_id, command in state.commands.items():
         created = created_values(state.created) if command.last_sequence == 1 else None
-        files = [
-            (path, f.sequence, f.event_digest, f.manifest_item)
-            for path, f in ((path, of_package[path]) for path in command.paths)
-        ]
+        files = [(path, (f := of_package[path]).sequence, f.event_digest, f.manifest_item) for path in command.paths]
         yield command_id.bytes, _command(command), created, files
 
 
 def answers_of_rows(bodies: Iterable[bytes], created: list[Any]) -> Iterator[Answer]:
     """The same, made of rows that `command_rows` gave. Raises as `unsealed`."""
     for body in bodies:
-        id_, command, files = unsealed(body)
-        _, _, _, _, last_sequence, _ = command
-        yield id_, tuple(command), created if last_sequence == 1 else None, [file[:4] for file in files]
+        for id_, command, files in unsealed(body):
+            _, _, _, _, last_sequence, _ = command
+            yield id_, tuple(command), created if last_sequence == 1 else None, [file[:4] for file in files]
 
 
 def answer_rows(answers: Iterable[Answer]) -> Iterator[tuple[bytes, bytes]]:
@@ -139,11 +146,11 @@ def _command(command: CommandState) -> tuple[Any, ...]:
     )
 
 
-def _last(items: Any, new: Any) -> list[Any]:
-    """The items at the end of a dictionary's view for which `new` holds, in their order."""
+def _since(commands: dict[UUID, CommandState], saved: int) -> list[tuple[UUID, CommandState]]:
+    """Those with events after `saved`. They come in the order of their events, so that what is new is at the end."""
     found = []
-    for item in reversed(items):
-        if not new(item):
+    for item in reversed(commands.items()):
+        if item[1].last_sequence <= saved:
             break
         found.append(item)
     found.reverse()
