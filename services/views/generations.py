@@ -6,8 +6,10 @@ The live generation's row is only ever updated: whoever waits for its lock finds
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -39,6 +41,10 @@ _FOLDS_SECONDS = 10
 
 _READERS_MILLISECONDS = 50
 """How long a switch waits for each live table, and readers behind it, before it lets go and tries again."""
+
+
+_GONE_SECONDS = 3.0
+"""How long a server may take to notice that a builder was killed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +102,7 @@ async def building(views: Views, projection: Projection) -> AsyncIterator[None]:
         path = Path(str(views.engine.url.database))
         lock = FileLock(path.with_name(f"{path.name}.{projection.name}.building.lock"))
         with database_errors():
-            taken = lock.take()
+            taken = await asyncio.to_thread(lock.take, _GONE_SECONDS)
         if not taken:
             raise await _busy(views, projection)
         try:
@@ -108,8 +114,11 @@ async def building(views: Views, projection: Projection) -> AsyncIterator[None]:
         await connection.execution_options(isolation_level="AUTOCOMMIT")  # a lock of the session, not of a transaction
         key = {"name": f"artifact-store building {projection.name}"}
         locked = text("SELECT pg_try_advisory_lock(hashtextextended(:name, 0))")
-        if not (await connection.execute(locked, key)).scalar_one():
-            raise await _busy(views, projection)
+        deadline = time.monotonic() + _GONE_SECONDS
+        while not (await connection.execute(locked, key)).scalar_one():
+            if time.monotonic() > deadline:
+                raise await _busy(views, projection)
+            await asyncio.sleep(0.1)
         try:
             yield
         finally:
