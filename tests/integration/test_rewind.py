@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 from confluent_kafka import ConsumerGroupTopicPartitions, Producer, TopicPartition
@@ -74,36 +75,49 @@ async def carries_generation(log: KafkaLog) -> bool:
     return await asyncio.to_thread(ask)
 
 
+async def generation_of(views: Views, log: KafkaLog) -> UUID:
+    return (await load_checkpoint(views, USAGE, await log.identity())).generation
+
+
 async def test_ten_rewinds_at_random_moments_end_in_the_digest_of_one_fold(
     log: KafkaLog, views: Views, tmp_path: Path
 ) -> None:
     history, dice = History(7).fill(packages=60, files=8), random.Random(7)
-    events = history.events
-    await asyncio.to_thread(write, log, events[: len(events) // 2])
-    generations = {(await load_checkpoint(views, USAGE, await log.identity())).generation}
-    for turn in range(10):
-        some = events[len(events) // 2 :][turn * 40 : (turn + 1) * 40]
+    events, half = history.events, len(history.events) // 2
+    await asyncio.to_thread(write, log, events[:half])
+    generations = [await generation_of(views, log)]
+    rewound = False
+    for turn in range(11):
         async with projecting(views, log, USAGE, times=dice.choice([1, 2, 3])):
-            await asyncio.to_thread(write, log, some)
-            wanted = dice.choice([1, 200, len(events) // 2])
+            await asyncio.to_thread(write, log, events[half:][turn * 40 : (turn + 1) * 40])
+
+            async def begun_anew(since: UUID = generations[-1]) -> bool:
+                return await generation_of(views, log) != since
+
+            if rewound:
+                await eventually(begun_anew, "the view begins anew")
+                generations.append(await generation_of(views, log))
+            wanted = dice.choice([1, 200, half])
 
             async def far_enough(wanted: int = wanted) -> bool:
                 position = await position_of(views, USAGE)
                 return position is not None and sum(position.offsets.values()) >= wanted
 
             await eventually(far_enough, f"the view has come to {wanted}")
-            generations.add((await load_checkpoint(views, USAGE, await log.identity())).generation)
-        moved = dice.sample(range(PARTITIONS), dice.randint(1, PARTITIONS))
-        await asyncio.to_thread(rewind, log, {p: dice.choice([0, 0, 1]) for p in moved})
-    await asyncio.to_thread(write, log, events[len(events) // 2 + 400 :])
+        stands = await position_of(views, USAGE)
+        assert stands is not None
+        moved = {p: dice.choice([0, 0, 1]) for p in dice.sample(range(PARTITIONS), dice.randint(1, PARTITIONS))}
+        rewound = turn < 10 and any(stands.offsets.get(p, 0) > offset for p, offset in moved.items())
+        if turn < 10:
+            await asyncio.to_thread(rewind, log, moved)
+    await asyncio.to_thread(write, log, events[half + 440 :])
     async with projecting(views, log, USAGE, times=2):
         await covers(views, USAGE, await log.end())
         await eventually(lambda: carries_generation(log), "every partition carries a generation again")
-        last = (await load_checkpoint(views, USAGE, await log.identity())).generation
         async with projecting(views, log, USAGE):  # a rebalance, in which nothing is a rewind any more
             await covers(views, USAGE, await log.end())
-    assert (await load_checkpoint(views, USAGE, await log.identity())).generation == last
-    assert len(generations | {last}) > 5
+    assert await generation_of(views, log) == generations[-1]
+    assert len(set(generations)) > 5
     reference = Views(f"sqlite+aiosqlite:///{tmp_path}/reference.db")
     await reference.migrate()
     await catch_up(reference, log, USAGE)
