@@ -18,6 +18,7 @@ from services.errors import (
     IllegalPackageStateError,
     InvalidRequestError,
     PackageNotFoundError,
+    PackageParkedError,
     UnavailableError,
     WaitTimeoutError,
 )
@@ -66,6 +67,7 @@ ROUTES = (
             InvalidRequestError,
             PackageNotFoundError,
             IllegalPackageStateError,
+            PackageParkedError,
             NotAcceptableError,
             PreconditionFailedError,
             UnavailableError,

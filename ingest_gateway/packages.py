@@ -26,6 +26,7 @@ from services.errors import (
     IllegalPackageStateError,
     InvalidRequestError,
     PackageNotFoundError,
+    PackageParkedError,
     PushBackError,
     TooLargeError,
     UnavailableError,
@@ -162,6 +163,6 @@ ROUTES = (
         "Show a package",
         (Success(200, "The package as the view has it", {JSON: PackageAnswer}),),
         parameters=(PACKAGE_ID, WAIT_SEQUENCE),
-        problems=(InvalidRequestError, PackageNotFoundError, UnavailableError, WaitTimeoutError),
+        problems=(InvalidRequestError, PackageNotFoundError, PackageParkedError, UnavailableError, WaitTimeoutError),
     ),
 )

@@ -25,6 +25,7 @@ from services.errors import (
     IllegalPackageStateError,
     InvalidRequestError,
     PackageNotFoundError,
+    PackageParkedError,
     RangeNotSatisfiableError,
     TooLargeError,
     WaitTimeoutError,
@@ -164,6 +165,7 @@ class DirectRegistry(Registry):
     async def get_package(self, package_id: UUID, *, wait_sequence: int | None = None) -> Package:
         package = await self._seen(package_id, lambda: self._queries.package(package_id), wait_sequence)
         if package is None:
+            await self._require_followed(package_id)
             raise PackageNotFoundError(f"there is no package {package_id}")
         return package
 
@@ -211,6 +213,7 @@ class DirectRegistry(Registry):
         )
         if file is None:
             await self.get_package(package_id)
+            await self._require_followed(package_id)
             raise FileNotFoundInRegistryError(f"package {package_id} has no file {relative_path!r}")
         return file
 
@@ -239,6 +242,7 @@ class DirectRegistry(Registry):
         found = await self._seen(package_id, lambda: self._queries.manifest(package_id), wait_sequence, settled=True)
         if found is None:
             await self.get_package(package_id)
+            await self._require_followed(package_id)
             raise IllegalPackageStateError(f"package {package_id} is open; it has a manifest once it is finalized")
         cbor = found.inline if found.inline is not None else await self._claim(found.key, found.digest)
         return cbor if format == "cbor" else await asyncio.to_thread(to_json, cbor)
@@ -314,11 +318,23 @@ class DirectRegistry(Registry):
         await self._until(reached, "the registry view did not reach the end of the log")
         return await read()
 
+    async def _require_followed(self, package_id: UUID) -> None:
+        """Raise PackageParkedError if the view has stopped following the package: what it lacks may be in the log."""
+        parked = await self._queries.parked(package_id)
+        if parked is not None:
+            raise PackageParkedError(
+                f"the registry view stopped following package {package_id} at offset {parked.offset} of partition "
+                f"{parked.partition}; {parked.events} of its events are not shown: {parked.cause}"
+            )
+
     async def _wait_sequence(self, package_id: UUID, sequence: int) -> None:
         async def reached() -> bool:
             await self._fresh()
             package = await self._queries.package(package_id)
-            return package is not None and package.last_event_sequence >= sequence
+            if package is not None and package.last_event_sequence >= sequence:
+                return True
+            await self._require_followed(package_id)
+            return False
 
         await self._until(reached, f"the registry view did not reach event {sequence} of package {package_id}")
 

@@ -22,6 +22,7 @@
     ├── UnavailableError         retry, perhaps elsewhere: a part cannot be reached; the outcome may be unknown
     │   └── WaitTimeoutError           the view did not reach what was waited for
     ├── CorruptError             stop: what was read breaks an invariant
+    │   ├── PackageParkedError         the view stopped following a package; an operator has to mend it
     │   └── LogIdentityError           a position, checkpoint or state belongs to another log
     └── ConfigurationError       mend the settings; the text says how
 
@@ -192,6 +193,12 @@ class CorruptError(ArtifactStoreError):
     """What was read breaks an invariant. Stop; nothing is skipped and nothing resets by itself."""
 
     problem = "corrupt"
+
+
+class PackageParkedError(CorruptError):
+    """The view stopped following the package at an event that it cannot read or apply; an operator has to mend it."""
+
+    problem = "package-parked"
 
 
 class LogIdentityError(CorruptError):

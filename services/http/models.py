@@ -7,6 +7,7 @@ fields, so a reader ignores those it does not know.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated, Any, Self
 from uuid import UUID
 
@@ -16,7 +17,7 @@ from services.core.commands import Acknowledgement, IngestedFile
 from services.core.content_address import ContentAddress
 from services.errors import CorruptError
 from services.http import times
-from services.views.models import File, Package, Page, UsageTotal
+from services.views.models import File, Package, Page, Parked, UsageTotal
 
 Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="32 bytes in lower-case hex")]
 AddressText = Annotated[str, Field(pattern=r"^blake3:[0-9a-f]{64}$", description="BLAKE3 content address")]
@@ -155,6 +156,15 @@ class PackageFinalizedAnswer(Answer):
         )
 
 
+class ParkedAnswer(Answer):
+    """Where and why the view stopped following a package: so many of its events are not shown."""
+
+    partition: Count
+    offset: Count
+    events: Count
+    cause: str
+
+
 class PackageAnswer(Answer):
     """A package as the view has it."""
 
@@ -169,6 +179,7 @@ class PackageAnswer(Answer):
     last_event_sequence: SequenceNumber
     created_at: TimeText
     finalized_at: TimeText | None
+    parked: ParkedAnswer | None = None
 
     @classmethod
     def of(cls, package: Package) -> Self:
@@ -185,6 +196,7 @@ class PackageAnswer(Answer):
             last_event_sequence=package.last_event_sequence,
             created_at=times.to_text(package.created_at),
             finalized_at=None if package.finalized_at is None else times.to_text(package.finalized_at),
+            parked=None if package.parked is None else ParkedAnswer(**asdict(package.parked)),
         )
 
     def to_package(self) -> Package:
@@ -201,6 +213,7 @@ class PackageAnswer(Answer):
             last_event_sequence=self.last_event_sequence,
             created_at=times.from_text(self.created_at),
             finalized_at=None if self.finalized_at is None else times.from_text(self.finalized_at),
+            parked=None if self.parked is None else Parked(**self.parked.model_dump()),
         )
 
 

@@ -15,8 +15,18 @@ MAX_PAGE = 1000
 
 
 @dataclass(frozen=True, slots=True)
+class Parked:
+    """Where and why a view stopped following a package; from that record on, `events` of its events wait in the log."""
+
+    partition: int
+    offset: int
+    events: int
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
 class Package:
-    """A package as the view has it; times in µs since 1970, UTC."""
+    """A package as the view has it; times in µs since 1970, UTC. A parked one has events that it does not show."""
 
     package_id: UUID
     name: str
@@ -29,6 +39,7 @@ class Package:
     last_event_sequence: int
     created_at: int
     finalized_at: int | None
+    parked: Parked | None = None
 
 
 @dataclass(frozen=True, slots=True)

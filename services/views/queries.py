@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from uuid import UUID
 
 from sqlalchemy import Row, Select, Uuid, literal, select, tuple_
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.core.content_address import ContentAddress
 from services.core.fields import check_text
@@ -26,6 +27,7 @@ from services.views.models import (
     Package,
     PackageFilter,
     Page,
+    Parked,
     PlacedFile,
     Retention,
     UsageTotal,
@@ -35,6 +37,8 @@ from services.views.tables import (
     artifact_files,
     artifact_manifests,
     artifact_packages,
+    parked_packages,
+    projection_generations,
     retention_state,
     storage_locations,
     usage_totals,
@@ -59,8 +63,15 @@ class Queries:
 
     async def package(self, package_id: UUID) -> Package | None:
         """The package of this id."""
-        row = await self._one(select(artifact_packages).where(artifact_packages.c.id == package_id))
-        return _package(row) if row else None
+        async with self._views.reading() as connection:
+            query = select(artifact_packages).where(artifact_packages.c.id == package_id)
+            row = (await connection.execute(query)).one_or_none()
+            return None if row is None else _package(row, await _marks(connection, package_id))
+
+    async def parked(self, package_id: UUID) -> Parked | None:
+        """Where the registry view stopped following the package, known to it or not; None when it follows."""
+        async with self._views.reading() as connection:
+            return (await _marks(connection, package_id)).get(package_id)
 
     async def packages(
         self, where: PackageFilter | None = None, limit: int = DEFAULT_PAGE, cursor: str | None = None
@@ -85,8 +96,10 @@ class Queries:
             last = tuple_(literal(created_at, table.created_at.type), literal(UUID(bytes=raw_id), Uuid()))
             query = query.where(tuple_(table.created_at, table.id) < last)
         rows, more = await self._page(query, limit, lambda row: len(row.metadata.encode()))
+        async with self._views.reading() as connection:
+            marks = await _marks(connection)
         following = write_cursor("packages", rows[-1].created_at, rows[-1].id.bytes) if more else None
-        return Page(tuple(_package(row) for row in rows), following)
+        return Page(tuple(_package(row, marks) for row in rows), following)
 
     async def files(self, package_id: UUID, limit: int = DEFAULT_PAGE, cursor: str | None = None) -> Page[File]:
         """The package's files by the UTF-8 bytes of their paths; an empty page when the package is not known.
@@ -227,7 +240,20 @@ class Queries:
         return rows, False
 
 
-def _package(row: Row[Any]) -> Package:
+async def _marks(connection: AsyncConnection, package_id: UUID | None = None) -> dict[UUID, Parked]:
+    """What the registry view has parked, of one package or of all; there are never many."""
+    live, table = projection_generations.c, parked_packages.c
+    query = (
+        select(table.package_id, table.partition, table.offset, table.events, table.cause)
+        .join(projection_generations, live.generation == table.generation)
+        .where(live.projection == "registry", table.package_id.is_not(None))
+    )
+    if package_id is not None:
+        query = query.where(table.package_id == package_id)
+    return {row[0]: Parked(*row[1:]) for row in await connection.execute(query)}
+
+
+def _package(row: Row[Any], marks: Mapping[UUID, Parked]) -> Package:
     return Package(
         package_id=row.id,
         name=row.name,
@@ -240,6 +266,7 @@ def _package(row: Row[Any]) -> Package:
         last_event_sequence=row.last_event_sequence,
         created_at=row.created_at,
         finalized_at=row.finalized_at,
+        parked=marks.get(row.id),
     )
 
 
