@@ -15,6 +15,7 @@ from blake3 import blake3
 
 from services.blobs.memory import ByteBudget
 from services.blobs.named import find_named
+from services.blobs.pace import LOOK_SECONDS, Pace
 from services.blobs.packs import PACK_BYTES, Packing, Placed
 from services.blobs.port import BlobStore, content_key
 from services.blobs.sound import SoundReads
@@ -34,18 +35,28 @@ class BundleStore:
     """Bundles on one blob store. Belongs to one event loop."""
 
     def __init__(
-        self, blobs: BlobStore, *, at_once: int = _BUNDLES_AT_ONCE, turn_seconds: float = _TURN_SECONDS
+        self,
+        blobs: BlobStore,
+        *,
+        at_once: int = _BUNDLES_AT_ONCE,
+        turn_seconds: float = _TURN_SECONDS,
+        look_seconds: float = LOOK_SECONDS,
     ) -> None:
-        """`at_once` bundles at a time are stored or read; another one waits for `turn_seconds`."""
+        """`at_once` bundles at a time are stored or read; another one waits for `turn_seconds`.
+
+        Every `look_seconds`, while others wait, bundles that are slow are given up.
+        """
         self.reads = SoundReads(blobs)
         self._blobs = blobs
         self._memory = ByteBudget(at_once * PACK_BYTES)
         self._turn_seconds = turn_seconds
+        self._look_seconds = look_seconds
 
     async def store(self, bundle: Bundle, max_file_bytes: int) -> list[Placed]:
-        """As `Packing.store`. Raises PushBackError too."""
-        async with self._turn():
-            return await Packing(self._blobs, max_file_bytes).store(bundle)
+        """As `Packing.store`. Raises PushBackError too: no turn came, or the bundle was slow while others waited."""
+        pace = Pace(bundle, lambda: self._memory.contended, size=_size, look_seconds=self._look_seconds)
+        async with self._turn(), pace:
+            return await Packing(self._blobs, max_file_bytes).store(pace)
 
     async def find(self, files: Sequence[NamedFile]) -> list[Placed]:
         """As `find_named`. Raises PushBackError too."""
@@ -168,6 +179,10 @@ class _Page:
             return None  # file by file: what one place has lost another may have
         self._held = (key, span.start, data)
         return self._held
+
+
+def _size(group: Group) -> int:
+    return 0 if isinstance(group, StreamedFile) else sum(len(file.data) for file in group)
 
 
 def places(file: PlacedFile) -> list[tuple[str, int]]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Callable
 from types import TracebackType
-from typing import Self
+from typing import Generic, Self, TypeVar
 
 from services.errors import PushBackError
+
+Piece = TypeVar("Piece")
 
 LOOK_SECONDS = 5.0
 SLOW_BYTES_PER_SECOND = 64 * 1024
@@ -17,7 +19,7 @@ _MOSTLY = 0.8
 _RETRY_SECONDS = 10.0
 
 
-class Pace:
+class Pace(Generic[Piece]):
     """A body, and a block in which it is read; the block ends in PushBackError when the body is slow and others wait.
 
     Every `look_seconds` it is asked whether others are `waiting`. If so, and if most of that time was spent waiting for
@@ -26,9 +28,16 @@ class Pace:
     """
 
     def __init__(
-        self, body: AsyncIterable[bytes], waiting: Callable[[], bool], *, look_seconds: float = LOOK_SECONDS
+        self,
+        body: AsyncIterable[Piece],
+        waiting: Callable[[], bool],
+        *,
+        size: Callable[[Piece], int],
+        look_seconds: float = LOOK_SECONDS,
     ) -> None:
+        """`size` says how many bytes a piece of the body has."""
         self._body = body
+        self._size = size
         self._others_wait = waiting
         self._look_seconds = look_seconds
         self._loop = asyncio.get_running_loop()
@@ -59,13 +68,13 @@ class Pace:
                 _RETRY_SECONDS,
             ) from None
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
+    async def __aiter__(self) -> AsyncIterator[Piece]:
         self._since = self._loop.time()
-        async for chunk in self._body:
+        async for piece in self._body:
             self._waited += self._loop.time() - self._since
             self._since = None
-            self._got += len(chunk)
-            yield chunk
+            self._got += self._size(piece)
+            yield piece
             self._since = self._loop.time()
         self._since = None
 

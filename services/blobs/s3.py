@@ -115,7 +115,7 @@ class S3BlobStore:
     async def store(self, body: AsyncIterable[bytes], *, declared: Declared, max_bytes: int) -> StoredBlob:
         """See the port."""
         plan = PartPlan(self._part_bytes, self._held_bytes, declared.size_bytes, self._max_parts)
-        pace = Pace(body, lambda: self._memory.contended, look_seconds=self._look_seconds)
+        pace = Pace(body, lambda: self._memory.contended, size=len, look_seconds=self._look_seconds)
         intake = Intake(pace, declared=declared, max_bytes=max_bytes)
         with self._memory.share() as share:
             if plan.relayed(1):

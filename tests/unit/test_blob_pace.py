@@ -32,7 +32,7 @@ class Body:
             await asyncio.wait({asyncio.create_task(self.end.wait())}, timeout=LOOK / 5)
 
 
-async def consumed(pace: Pace) -> int:
+async def consumed(pace: Pace[bytes]) -> int:
     got = 0
     async with pace:
         async for chunk in pace:
@@ -43,12 +43,12 @@ async def consumed(pace: Pace) -> int:
 async def test_a_slow_body_is_given_up_when_others_wait() -> None:
     async with asyncio.timeout(30):
         with pytest.raises(PushBackError, match="KiB/s"):
-            await consumed(Pace(Body(), lambda: True, look_seconds=LOOK))
+            await consumed(Pace(Body(), lambda: True, size=len, look_seconds=LOOK))
 
 
 async def test_a_slow_body_may_take_its_time_while_nobody_waits() -> None:
     body, waiting = Body(), False
-    reading = asyncio.create_task(consumed(Pace(body, lambda: waiting, look_seconds=LOOK)))
+    reading = asyncio.create_task(consumed(Pace(body, lambda: waiting, size=len, look_seconds=LOOK)))
     await body.many.wait()
     assert not reading.done()
     waiting = True
@@ -58,7 +58,7 @@ async def test_a_slow_body_may_take_its_time_while_nobody_waits() -> None:
 
 async def test_a_fast_body_goes_on_while_others_wait() -> None:
     body = Body(bytes(SLOW_BYTES_PER_SECOND))
-    reading = asyncio.create_task(consumed(Pace(body, lambda: True, look_seconds=LOOK)))
+    reading = asyncio.create_task(consumed(Pace(body, lambda: True, size=len, look_seconds=LOOK)))
     await body.many.wait()
     body.end.set()
     assert await reading == body.pieces * SLOW_BYTES_PER_SECOND
@@ -69,7 +69,7 @@ async def test_a_slow_reader_is_not_held_against_the_body() -> None:
         for _ in range(10):
             yield b"x"
 
-    async with Pace(ready(), lambda: True, look_seconds=LOOK) as pace:
+    async with Pace(ready(), lambda: True, size=len, look_seconds=LOOK) as pace:
         count = 0
         async for _ in pace:
             await asyncio.sleep(LOOK)  # what takes time here is the reader
@@ -83,9 +83,9 @@ async def test_a_time_out_of_the_body_itself_and_a_cancellation_come_through() -
         raise TimeoutError("of its own")
 
     with pytest.raises(TimeoutError, match="of its own"):
-        await consumed(Pace(timed_out(), lambda: True))
+        await consumed(Pace(timed_out(), lambda: True, size=len))
     body = Body()
-    reading = asyncio.create_task(consumed(Pace(body, lambda: False)))
+    reading = asyncio.create_task(consumed(Pace(body, lambda: False, size=len)))
     await body.many.wait()
     reading.cancel()
     with pytest.raises(asyncio.CancelledError):
