@@ -21,6 +21,9 @@ from services.client.threads import to_its_end
 from services.errors import ContentMismatchError
 from services.streams import CHUNK_BYTES, from_any
 
+_READING = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+"""A name that became a pipe since the walk must not block for ever, nor one that became a link lead elsewhere."""
+
 
 class BodySource(ABC, AsyncIterable[bytes]):
     """A body that every iteration reads from its beginning, in chunks of at most 1 MiB.
@@ -75,7 +78,7 @@ class FileSource(BodySource):
     and OSError when it cannot be read.
     """
 
-    def __init__(self, path: Path, stamp: FileStamp) -> None:
+    def __init__(self, path: Path | str, stamp: FileStamp) -> None:
         self._path = path
         self._stamp = stamp
         self.size_bytes = stamp.size_bytes
@@ -92,7 +95,7 @@ class FileSource(BodySource):
                     raise self._changed()
                 left -= len(chunk)
                 yield chunk
-            self._check(file)
+            self._check(file.fileno())
         finally:
             for file in opened:
                 file.close()
@@ -110,26 +113,31 @@ class FileSource(BodySource):
 
     def read_now(self) -> bytes:
         """As `read_whole`; blocks."""
-        with self._open() as file:
-            data = file.read(self._stamp.size_bytes + 1)
+        descriptor = os.open(self._path, _READING)
+        try:
+            self._check(descriptor)
+            data = os.read(descriptor, self._stamp.size_bytes + 1)
+            while len(data) <= self._stamp.size_bytes and (more := os.read(descriptor, CHUNK_BYTES)):
+                data += more
             if len(data) != self._stamp.size_bytes:
                 raise self._changed()
-            self._check(file)
+            self._check(descriptor)
+        finally:
+            os.close(descriptor)
         return data
 
     def _open(self) -> IO[bytes]:
-        # A name that became a pipe since the walk must not block for ever, nor one that became a link lead elsewhere.
-        descriptor = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-        file = os.fdopen(descriptor, "rb", buffering=0)
+        file = os.fdopen(os.open(self._path, _READING), "rb", buffering=0)
         try:
-            self._check(file)
+            self._check(file.fileno())
         except BaseException:
             file.close()
             raise
         return file
 
-    def _check(self, file: IO[bytes]) -> None:
-        if FileStamp.of(os.fstat(file.fileno())) != self._stamp:
+    def _check(self, descriptor: int) -> None:
+        found = os.fstat(descriptor)
+        if (found.st_size, found.st_mtime_ns) != (self._stamp.size_bytes, self._stamp.modified_ns):
             raise self._changed()
 
     def _changed(self) -> ContentMismatchError:

@@ -26,7 +26,7 @@ class TreeFile:
     """One file to push. `path` is where its bytes are read, links resolved."""
 
     relative_path: str
-    path: Path
+    path: str
     stamp: FileStamp
 
     @property
@@ -53,15 +53,15 @@ def walk(path: Path) -> list[TreeFile]:
     bad_files: list[str] = []
     alone = not root.is_dir()
     # A link that was named by the user keeps its own name.
-    entries = iter([(path.name or root.name, root)]) if alone else _below(root, "", bad_files)
-    for relative_path, entry in entries:
+    entries = iter([(path.name or root.name, str(root), False)]) if alone else _below(root, bad_files)
+    for relative_path, entry, link in entries:
         try:
             check_path(relative_path)
         except InvalidPathError as error:
             bad_names.append(f"{_shown(entry)}: {error.detail}")
             continue
         try:
-            found.append(_file(relative_path, entry, None if alone else root))
+            found.append(_file(relative_path, entry, None if alone else root, link=link))
         except OSError as error:
             bad_files.append(f"{_shown(entry)}: {error.strerror}")
         except InvalidRequestError as error:
@@ -73,25 +73,27 @@ def walk(path: Path) -> list[TreeFile]:
     return sorted(found, key=lambda file: file.relative_path.encode())
 
 
-def _below(folder: Path, prefix: str, faults: list[str]) -> Iterator[tuple[str, Path]]:
-    waiting = [(folder, prefix)]
+def _below(folder: Path, faults: list[str]) -> Iterator[tuple[str, str, bool]]:
+    """Relative path, path, and whether it is a link, of everything below but folders."""
+    waiting = [(str(folder), "")]
     while waiting:
         current, below = waiting.pop()
         try:
             with os.scandir(current) as entries:
                 for entry in entries:
                     if entry.is_dir(follow_symlinks=False):
-                        waiting.append((Path(entry.path), f"{below}{entry.name}/"))
+                        waiting.append((entry.path, f"{below}{entry.name}/"))
                     else:
-                        yield below + entry.name, Path(entry.path)
+                        yield below + entry.name, entry.path, entry.is_symlink()
         except OSError as error:
             faults.append(f"{_shown(current)}: {error.strerror}")
 
 
-def _file(relative_path: str, path: Path, root: Path | None) -> TreeFile:
-    if path.is_symlink():
-        path = _target(path, root)
-    found = path.stat()
+def _file(relative_path: str, path: str, root: Path | None, *, link: bool) -> TreeFile:
+    # Texts and bare calls, because a tree may hold a hundred thousand files.
+    if link:
+        path = str(_target(Path(path), root))
+    found = os.stat(path)  # noqa: PTH116 - see above
     if not stat.S_ISREG(found.st_mode):
         raise InvalidRequestError("no regular file")
     if not os.access(path, os.R_OK):
@@ -117,7 +119,7 @@ def _listed(what: str, faults: list[str]) -> str:
     return f"nothing was created; {what}:\n  " + "\n  ".join(lines)
 
 
-def _shown(path: Path) -> str:
+def _shown(path: Path | str) -> str:
     """The path for a message: printable whatever bytes it holds."""
     text = os.fsencode(path).decode(errors="backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

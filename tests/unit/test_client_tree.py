@@ -37,7 +37,7 @@ def test_a_link_to_a_file_in_the_tree_is_that_file(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "target").write_bytes(b"content")
     (tmp_path / "link").symlink_to("sub/target")
-    assert {file.relative_path: file.path.read_bytes() for file in walk(tmp_path)} == {
+    assert {file.relative_path: Path(file.path).read_bytes() for file in walk(tmp_path)} == {
         "link": b"content",
         "sub/target": b"content",
     }
