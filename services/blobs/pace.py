@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterable, AsyncIterator, Callable
 from types import TracebackType
 from typing import Generic, Self, TypeVar
@@ -22,9 +23,9 @@ _RETRY_SECONDS = 10.0
 class Pace(Generic[Piece]):
     """A body, and a block in which it is read; the block ends in PushBackError when the body is slow and others wait.
 
-    Every `look_seconds` it is asked whether others are `waiting`. If so, and if most of that time was spent waiting for
-    the body, which brought less than SLOW_BYTES_PER_SECOND, what runs in the block is cancelled. A store that is slow
-    is not held against the body.
+    About every `look_seconds` it is asked whether others are `waiting`. If so, and if most of that time was spent
+    waiting for the body, which brought less than SLOW_BYTES_PER_SECOND, what runs in the block is cancelled. A store
+    that is slow is not held against the body.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Pace(Generic[Piece]):
         self._size = size
         self._others_wait = waiting
         self._look_seconds = look_seconds
+        self._window = look_seconds
         self._loop = asyncio.get_running_loop()
         self._limit = asyncio.timeout(None)
         self._timer: asyncio.TimerHandle | None = None
@@ -49,7 +51,7 @@ class Pace(Generic[Piece]):
 
     async def __aenter__(self) -> Self:
         await self._limit.__aenter__()
-        self._timer = self._loop.call_later(self._look_seconds, self._look)
+        self._look_later()
         return self
 
     async def __aexit__(
@@ -83,9 +85,14 @@ class Pace(Generic[Piece]):
         if self._since is not None:
             self._waited += now - self._since
             self._since = now
-        slow = self._got < self._look_seconds * SLOW_BYTES_PER_SECOND
-        if slow and self._waited >= _MOSTLY * self._look_seconds and self._others_wait():
+        slow = self._got < self._window * SLOW_BYTES_PER_SECOND
+        if slow and self._waited >= _MOSTLY * self._window and self._others_wait():
             self._limit.reschedule(now)
             return
         self._got, self._waited = 0, 0.0
-        self._timer = self._loop.call_later(self._look_seconds, self._look)
+        self._look_later()
+
+    def _look_later(self) -> None:
+        # Drawn, so that of many slow bodies one makes room and the others see that nobody waits any more.
+        self._window = self._look_seconds * random.uniform(0.75, 1.25)
+        self._timer = self._loop.call_later(self._window, self._look)
