@@ -103,17 +103,35 @@ async def lock_live_tables(connection: AsyncConnection, projection: Projection, 
 
 
 async def replace_live_tables(connection: AsyncConnection, projection: Projection, generation: UUID) -> None:
-    """Drop the live tables and give the build's their names, in the connection's transaction."""
+    """Drop the live tables and give the build's their names and who may read them, in the connection's transaction."""
     for table in projection.tables:
         name = table.name
+        grants = await _grants(connection, name) if connection.dialect.name == "postgresql" else []
         statements = [f"DROP TABLE IF EXISTS {name}", f"ALTER TABLE {name}{SUFFIX} RENAME TO {name}"]
         if connection.dialect.name == "postgresql":
             key = _key(table, generation).name
             statements.append(f"ALTER TABLE {name} ADD CONSTRAINT {name}_pkey PRIMARY KEY USING INDEX {key}")
             suffix = _suffix(generation)
             statements += [f"ALTER INDEX {index.name}{suffix} RENAME TO {index.name}" for index in table.indexes]
+            statements += grants
         for statement in statements:
             await connection.execute(text(statement))
+
+
+_GRANTS = text(
+    """
+    SELECT format('GRANT %s ON %I TO %s%s', acl.privilege_type, CAST(:name AS text),
+        CASE acl.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(acl.grantee)) END,
+        CASE WHEN acl.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END)
+    FROM pg_class, aclexplode(relacl) AS acl
+    WHERE pg_class.oid = to_regclass(:name) AND acl.grantee != relowner
+    """
+)
+
+
+async def _grants(connection: AsyncConnection, name: str) -> list[str]:
+    """What gives others the rights on a table that they have now: people read the tables with SQL."""
+    return list((await connection.execute(_GRANTS, {"name": name})).scalars())
 
 
 def _suffix(generation: UUID) -> str:

@@ -31,6 +31,7 @@ _MIGRATED = (
     "42P01",
     "42703",
 )  # schemas, tables and columns; the database itself and its users are not ours to make
+_DEPENDED_ON = "2BP01"
 _CORRUPT = ("22", "23")
 _UNAVAILABLE = ("08", "25006", "25P03", "40", "53", "55P03", "57", "58")
 
@@ -83,6 +84,8 @@ def _meaning(error: BaseException) -> ArtifactStoreError | None:
         return UnavailableError("the views database gives no answer in time")
     state = getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None) or ""
     text = _first_line(cause)
+    if state == _DEPENDED_ON:
+        return ConfigurationError(f"the views database: {text}; drop it, and make it anew afterwards")
     if state.startswith(_CONFIGURATION):
         mend = _MIGRATE if state.startswith(_MIGRATED) else _SETTING
         return ConfigurationError(f"the views database refuses: {text}; {mend}")

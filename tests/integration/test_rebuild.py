@@ -10,10 +10,10 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
-from sqlalchemy import Column, Index, MetaData, Table, Text, inspect, select, update
+from sqlalchemy import Column, Index, MetaData, Table, Text, inspect, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from projector import DigestMismatchError, RebuildOptions
@@ -423,3 +423,32 @@ async def test_what_is_built_is_named_after_its_process(views: Views) -> None:
     assert (found.generation, found.builder) == (built.generation, this_process())
     assert str(os.getpid()) in found.builder
     assert await position_of(views, REGISTRY) is None
+
+
+@pytest.mark.services
+async def test_who_may_read_the_tables_still_may_and_what_stands_on_them_is_not_dropped(postgres_url: str) -> None:
+    log = MemoryLog()
+    log.append(*History().fill(packages=2, files=1).events)
+    role = f"reader_{uuid4().hex[:12]}"
+    async with opened(postgres_url) as views:
+
+        async def run(statement: str) -> Any:
+            async with views.writing() as connection:
+                found = await connection.execute(text(statement))
+                return found.scalar() if found.returns_rows else None
+
+        await run(f'CREATE ROLE "{role}"')
+        try:
+            await run(f'GRANT SELECT ON artifact_packages TO "{role}"')
+            await replay_view(views, log, REGISTRY)
+            may = f"SELECT has_table_privilege('{role}', 'artifact_packages', '%s')"
+            assert [await run(may % right) for right in ("SELECT", "DELETE")] == [True, False]
+            await run("CREATE VIEW mine AS SELECT name FROM artifact_packages")
+            with pytest.raises(ConfigurationError, match="other objects"):
+                await replay_view(views, log, REGISTRY)
+            assert await run("SELECT count(*) FROM mine") == 2
+            await run("DROP VIEW mine")
+            assert (await replay_view(views, log, REGISTRY)).events == 0
+        finally:
+            await run(f'DROP OWNED BY "{role}"')
+            await run(f'DROP ROLE "{role}"')
