@@ -10,6 +10,7 @@ from uuid import UUID
 
 import pytest
 from confluent_kafka import ConsumerGroupTopicPartitions, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient
 
 from schemas.codec import encode
 from schemas.events import Event
@@ -19,7 +20,7 @@ from services.views.checkpoints import load_checkpoint
 from services.views.digest import digest_view
 from services.views.engine import Views
 from services.views.projections import PROJECTIONS
-from tests.integration.kafka_stage import PARTITIONS, kafka_settings, open_kafka_log, operate
+from tests.integration.kafka_stage import PARTITIONS, kafka_settings, open_kafka_log
 from tests.integration.projector_stage import covers, eventually, position_of, projecting
 from tests.views_history import History
 
@@ -52,11 +53,18 @@ def write(log: KafkaLog, events: Iterable[Event]) -> None:
     assert producer.flush(30) == 0
 
 
-def rewind(log: KafkaLog, offsets: dict[int, int]) -> None:
-    """As `kafka-consumer-groups --reset-offsets`: offsets without metadata, for a group without members. Blocks."""
+async def rewind(log: KafkaLog, offsets: dict[int, int]) -> None:
+    """As `kafka-consumer-groups --reset-offsets`: offsets without metadata, once the group has no members."""
     parts = [TopicPartition(log.kafka.topic, p, offset) for p, offset in offsets.items()]
     group = ConsumerGroupTopicPartitions(log.kafka.projector_group("usage"), parts)
-    operate(log, lambda admin: admin.alter_consumer_group_offsets([group]))
+    admin = AdminClient({"bootstrap.servers": log.kafka.bootstrap, "log_level": 3})
+
+    async def done() -> bool:
+        (answer,) = admin.alter_consumer_group_offsets([group]).values()
+        found = await asyncio.to_thread(answer.result, 30)
+        return all(part.error is None for part in found.topic_partitions)
+
+    await eventually(done, "the group has no members and can be set back")
 
 
 async def carries_generation(log: KafkaLog) -> bool:
@@ -109,7 +117,7 @@ async def test_ten_rewinds_at_random_moments_end_in_the_digest_of_one_fold(
         moved = {p: dice.choice([0, 0, 1]) for p in dice.sample(range(PARTITIONS), dice.randint(1, PARTITIONS))}
         rewound = turn < 10 and any(stands.offsets.get(p, 0) > offset for p, offset in moved.items())
         if turn < 10:
-            await asyncio.to_thread(rewind, log, moved)
+            await rewind(log, moved)
     await asyncio.to_thread(write, log, events[half + 440 :])
     async with projecting(views, log, USAGE, times=2):
         await covers(views, USAGE, await log.end())
