@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -49,6 +51,8 @@ def verify(*, check_bytes: bool, remove_orphans: bool) -> None:
 
 
 async def _verify(*, check_bytes: bool, remove_orphans: bool) -> Report:
+    # As if interrupted by a person: temporary files are removed on the way out.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, signal.raise_signal, signal.SIGINT)
     from contextlib import AsyncExitStack
 
     from services.verify import verify as check
