@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -152,6 +153,21 @@ class PullTree(Trees):
         shutil.rmtree(target)
 
 
+@contextmanager
+def _bytecode_kept(folder: Path) -> Iterator[None]:
+    """Keep compiled modules, as every installation does, in an environment that may forbid it: processes inherit this.
+
+    The uncounted first round compiles them.
+    """
+    before = {name: os.environ.pop(name, None) for name in ("PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX")}
+    os.environ["PYTHONPYCACHEPREFIX"] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ["PYTHONPYCACHEPREFIX"]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
 def _discard(_: bytes) -> None:
     """What a command says is not looked at."""
 
@@ -168,7 +184,11 @@ def _plan(name: str, target: float, way: type[IngestTree] | type[PullTree]) -> P
     async def opened(settings: Settings) -> AsyncIterator[IngestTree | PullTree]:
         bucket = Bucket(**{**_fields(Bucket.of(settings)), "name": f"bench-{uuid4().hex[:12]}"})
         url, _, _ = settings.blobs_url.rpartition("/")
-        with tempfile.TemporaryDirectory(prefix="artifact-store-trees-") as folder, fresh_topic(settings) as on_topic:
+        with (
+            tempfile.TemporaryDirectory(prefix="artifact-store-trees-") as folder,
+            _bytecode_kept(Path(folder) / "bytecode"),
+            fresh_topic(settings) as on_topic,
+        ):
             async with fresh_views(on_topic) as fresh:
                 own = fresh.model_copy(update={"blobs_url": f"{url}/{bucket.name}"})
                 try:

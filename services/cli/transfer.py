@@ -72,9 +72,11 @@ async def _push(
 ) -> Pushed:
     from services.client import push as push_tree
     from services.client.push_state import default_folder, push_state
+    from services.collector import collect_rarely
     from services.errors import ArtifactStoreError
     from services.registry import open_registry
 
+    collect_rarely()
     identity = {
         **about,
         "to": settings.url or settings.log_url,
@@ -138,8 +140,10 @@ def pull(package: str, destination: Path, *, force: bool, concurrency: int) -> N
 async def _pull(settings: Settings, package: str, destination: Path, *, force: bool, concurrency: int) -> Pulled:
     from services.cli.addressing import package_or_address
     from services.client import pull as pull_package
+    from services.collector import collect_rarely
     from services.registry import open_registry
 
+    collect_rarely()
     which = package_or_address(package)
     async with open_registry(settings) as registry:
         with transfer_progress("pull") as progress:

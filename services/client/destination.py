@@ -148,6 +148,7 @@ class Landing:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         self._file = os.fdopen(os.open(self._temporary, flags, 0o666, dir_fd=folder), "wb", buffering=0)
         self._hashed = blake3()
+        self._placed = False
         self.size_bytes = 0
 
     def write(self, chunk: bytes) -> None:
@@ -174,9 +175,12 @@ class Landing:
             if not replace or not stat.S_ISREG(there.st_mode):
                 raise ConflictError(f"something took the place of {self._path!r} meanwhile")
         os.rename(self._temporary, self._name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
+        self._placed = True
 
     def discard(self) -> None:
         """Remove the temporary name, if it is still there."""
         self._file.close()
+        if self._placed:
+            return
         with suppress(FileNotFoundError):
             os.unlink(self._temporary, dir_fd=self._folder)
