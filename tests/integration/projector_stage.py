@@ -17,9 +17,9 @@ from services.views.projections import Projection
 WAIT_SECONDS = 60.0
 
 
-async def eventually(condition: Callable[[], Awaitable[bool]], what: str) -> None:
-    """Return once the condition holds; an error that says `what` was waited for after a minute."""
-    deadline = time.monotonic() + WAIT_SECONDS
+async def eventually(condition: Callable[[], Awaitable[bool]], what: str, seconds: float = WAIT_SECONDS) -> None:
+    """Return once the condition holds; an error that says `what` was waited for when the time is over."""
+    deadline = time.monotonic() + seconds
     while not await condition():
         assert time.monotonic() < deadline, f"waited in vain: {what}"
         await asyncio.sleep(0.02)
@@ -31,14 +31,14 @@ async def position_of(views: Views, projection: Projection) -> Position | None:
         return await read_position(connection, projection)
 
 
-async def covers(views: Views, projection: Projection, end: Position) -> None:
+async def covers(views: Views, projection: Projection, end: Position, seconds: float = WAIT_SECONDS) -> None:
     """Wait until the view has everything up to `end`."""
 
     async def reached() -> bool:
         position = await position_of(views, projection)
         return position is not None and position.covers(end)
 
-    await eventually(reached, f"{projection.name} reaches {dict(end.offsets)}")
+    await eventually(reached, f"{projection.name} reaches {dict(end.offsets)}", seconds)
 
 
 @asynccontextmanager
