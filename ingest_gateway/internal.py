@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol, Self
 from uuid import UUID
 
@@ -18,12 +19,15 @@ from ingest_gateway.forwarding import CHECKS_PATH, COMMANDS_PATH, CONTENT_TYPE, 
 from services.config import Settings
 from services.core.commands import Acknowledgement, Command
 from services.core.wire import decode_check, decode_command, encode_acknowledgement, encode_error
-from services.errors import ArtifactStoreError, ConfigurationError, TooLargeError
+from services.errors import ArtifactStoreError, ConfigurationError, PushBackError, TooLargeError
 from services.log.port import PartitionNotOwnedError, PartitionStatus
 from services.tracing import TRACEPARENT, traceparent
 
 MAX_BODY_BYTES = 32 << 20
 """The largest command: 10,000 files whose paths and media types are all as long as they may be."""
+
+MAX_TAKEN_BYTES = 4 * MAX_BODY_BYTES
+"""How many bytes of commands may be under way here at a time; the next one is pushed back."""
 
 _EVERYWHERE = frozenset({"0.0.0.0", "::"})  # noqa: S104 - compared with, not listened on
 _DRAIN_SECONDS = 5.0
@@ -49,6 +53,7 @@ class InternalListener:
         self.url = ""
         self._secret = None if secret is None else f"Bearer {secret.get_secret_value()}".encode()
         self._here: Here | None = None
+        self._taken = 0
         self._runner: web.AppRunner | None = None
 
     @classmethod
@@ -119,6 +124,16 @@ class InternalListener:
 
         return await self._answer(request, carry_out)
 
+    @contextmanager
+    def _room(self, size: int) -> Iterator[None]:
+        if self._taken and self._taken + size > MAX_TAKEN_BYTES:
+            raise PushBackError("too many commands are forwarded to the owner of the partition", 2.0)
+        self._taken += size
+        try:
+            yield
+        finally:
+            self._taken -= size
+
     async def _answer(self, request: web.Request, carry_out: Callable[[Here, bytes], Awaitable[bytes]]) -> web.Response:
         if self._secret is not None:
             given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
@@ -132,11 +147,12 @@ class InternalListener:
         try:
             if self._here is None:
                 raise PartitionNotOwnedError("this process is only starting")
-            try:
-                body = await request.read()
-            except web.HTTPRequestEntityTooLarge:
-                raise TooLargeError(f"a forwarded command is larger than {MAX_BODY_BYTES:,} bytes") from None
-            answer = await carry_out(self._here, body)
+            with self._room(MAX_BODY_BYTES if request.content_length is None else request.content_length):
+                try:
+                    body = await request.read()
+                except web.HTTPRequestEntityTooLarge:
+                    raise TooLargeError(f"a forwarded command is larger than {MAX_BODY_BYTES:,} bytes") from None
+                answer = await carry_out(self._here, body)
         except ArtifactStoreError as error:
             return web.Response(status=error.status, body=encode_error(error), content_type=CONTENT_TYPE)
         return web.Response(body=answer, content_type=CONTENT_TYPE)

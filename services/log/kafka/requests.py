@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,17 @@ from services.log.port import PartitionNotOwnedError
 MAX_WAITING_BYTES = 32 << 20
 """About how much memory the requests of one partition may wait in; the next one is pushed back."""
 
+LONGEST_WAIT_SECONDS = 10.0
+"""Nothing is taken in behind a request that has waited for so long; it is pushed back instead."""
+
+CHECK_SECONDS = 5.0
+"""How long a question waits for its answer; nothing is recorded, so that it may as well be asked again later."""
+
 MAX_BATCH_EVENTS = 1_000
 """How many events one transaction takes, or one command if it alone has more."""
+
+MAX_BATCH_BYTES = 8 << 20
+"""About how many bytes; what is appended is held several times: decided, encoded, by the client, read back."""
 
 TOGETHER = 2
 """How often a command fails together with others before it is tried alone."""
@@ -37,7 +47,7 @@ class IngestCheck:
 class Request:
     """A command or a question, and who waits for the answer."""
 
-    __slots__ = ("answer", "asked", "events", "failures", "last_failure", "moved", "size", "traceparent")
+    __slots__ = ("answer", "asked", "came", "events", "failures", "last_failure", "moved", "size", "traceparent")
 
     def __init__(
         self,
@@ -51,20 +61,27 @@ class Request:
         self.answer = answer
         self.traceparent = traceparent
         self.moved = moved
+        self.came = time.monotonic()
         self.failures = 0
         """How many transactions failed with it."""
         self.last_failure: Exception | None = None
         self.events = 1
         """How many events it may become."""
-        self.size = _EVENT_BYTES
+        self.size = size_of(asked)
         """About how many bytes it takes while it waits."""
         if isinstance(asked, IngestFiles):
             self.events = len(asked.files)
-            self.size += _EVENT_BYTES * self.events
-        elif isinstance(asked, CreatePackage):
-            self.size += len(asked.metadata)
-        elif isinstance(asked, IngestCheck):
-            self.size += 100 * len(asked.relative_paths)
+
+
+def size_of(asked: Command | IngestCheck) -> int:
+    """About how many bytes a request takes while it waits."""
+    if isinstance(asked, IngestFiles):
+        return _EVENT_BYTES * (1 + len(asked.files))
+    if isinstance(asked, CreatePackage):
+        return _EVENT_BYTES + len(asked.metadata)
+    if isinstance(asked, IngestCheck):
+        return _EVENT_BYTES + 100 * len(asked.relative_paths)
+    return _EVENT_BYTES
 
 
 class Waiting:
@@ -87,8 +104,11 @@ class Waiting:
         with self._lock:
             if self._closed:
                 raise PartitionNotOwnedError("this process does not write to the package's partition any more")
-            if self._queue and self._size + request.size > MAX_WAITING_BYTES:
-                raise PushBackError("too many commands wait for the package's partition")
+            if self._queue:
+                if self._size + request.size > MAX_WAITING_BYTES:
+                    raise PushBackError("too many commands wait for the package's partition", 2.0)
+                if request.came - self._queue[0].came > LONGEST_WAIT_SECONDS:
+                    raise PushBackError("the package's partition does not get on with what waits for it", 5.0)
             self._queue.append(request)
             self._size += request.size
             if self._waited_for:
@@ -136,11 +156,12 @@ class Waiting:
 
     def _next_batch(self) -> list[Request]:
         batch: list[Request] = []
-        events = 0
+        events = size = 0
         while self._queue:
             request = self._queue[0]
             alone = request.failures >= TOGETHER
-            if batch and (alone or events + request.events > MAX_BATCH_EVENTS):
+            full = events + request.events > MAX_BATCH_EVENTS or size + request.size > MAX_BATCH_BYTES
+            if batch and (alone or full):
                 break
             self._queue.popleft()
             self._size -= request.size
@@ -148,6 +169,7 @@ class Waiting:
                 continue  # nobody waits any more
             batch.append(request)
             events += request.events
+            size += request.size
             if alone:
                 break
         return batch

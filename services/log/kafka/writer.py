@@ -34,7 +34,7 @@ from services.log.kafka.aside import Asides
 from services.log.kafka.cluster import Cluster
 from services.log.kafka.deadlines import Deadlines
 from services.log.kafka.failures import spoiled_by_record
-from services.log.kafka.requests import TOGETHER, IngestCheck, Request, Waiting
+from services.log.kafka.requests import CHECK_SECONDS, TOGETHER, IngestCheck, Request, Waiting
 from services.log.kafka.restore import States
 from services.log.kafka.settings import KafkaSettings
 from services.log.kafka.state import TIDY_SECONDS, PartitionState
@@ -100,6 +100,7 @@ class PartitionWriter:
         self._context = context
         self._waiting = Waiting()
         self._deadlines = Deadlines(context.submit_seconds, self._late)
+        self._checks = Deadlines(min(CHECK_SECONDS, context.submit_seconds), self._late_check)
         self._stop = Flag()
         # A daemon: one that hangs in a call to a frozen broker must not keep the process; its fence protects the log.
         self._thread = Thread(target=self._run, name=f"log-write-{partition}", daemon=True)
@@ -113,17 +114,22 @@ class PartitionWriter:
     ) -> asyncio.Future[Acknowledgement | None]:
         """Let a request wait for its turn; on the event loop. Raises PushBackError, PartitionNotOwnedError.
 
-        The answer comes in time or is UnavailableError. When the partition moves meanwhile, `moved` is called on the
-        event loop and finds one for the request; without it, it is PartitionNotOwnedError.
+        The answer comes in time or is UnavailableError, for a question PushBackError. When the partition moves
+        meanwhile, `moved` is called on the event loop and finds one; without it, it is PartitionNotOwnedError.
         """
         answer: asyncio.Future[Acknowledgement | None] = self._context.loop.create_future()
-        self._waiting.put(Request(asked, answer, TRACEPARENT.get(), moved))
-        self._deadlines.watch(answer)
+        try:
+            self._waiting.put(Request(asked, answer, TRACEPARENT.get(), moved))
+        except PushBackError:
+            self._context.counts.pushed_back += 1
+            raise
+        deadlines = self._checks if isinstance(asked, IngestCheck) else self._deadlines
+        deadlines.watch(answer)
         return answer
 
     def unanswered(self) -> list[asyncio.Future[Any]]:
         """What is waited for; on the event loop."""
-        return self._deadlines.unanswered()
+        return [*self._deadlines.unanswered(), *self._checks.unanswered()]
 
     def status(self, owner: str) -> PartitionStatus:
         """How the partition is, for operators; its owner, this process, goes by the name of `owner`."""
@@ -252,6 +258,7 @@ class PartitionWriter:
                 if not asides.holds(request):
                     now.append(request)
             except PushBackError as error:
+                self._context.counts.pushed_back += 1
                 refused.append((request, error))
         self._deliver(refused)
         return now
@@ -301,6 +308,10 @@ class PartitionWriter:
         return UnavailableError(
             f"partition {self.partition}: {trouble}; the outcome is unknown, retry with the same command id"
         )
+
+    def _late_check(self) -> Exception:
+        self._context.counts.pushed_back += 1
+        return PushBackError(f"partition {self.partition}: {self.trouble or 'its writer is busy'}", 2.0)
 
     def _refuse_all(self, error: Exception) -> None:
         """The partition cannot be written to as it is; say so to everyone until the process gives it up."""

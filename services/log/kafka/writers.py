@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar, cast
 from uuid import UUID
 
@@ -18,7 +18,7 @@ from services.errors import ConfigurationError, LogIdentityError, PushBackError,
 from services.log.kafka.group import NO_URL, WriterGroup
 from services.log.kafka.log import KafkaLog
 from services.log.kafka.owners import Owner, Owners
-from services.log.kafka.requests import IngestCheck, Request
+from services.log.kafka.requests import IngestCheck, Request, size_of
 from services.log.kafka.restore import States
 from services.log.kafka.snapshots import Snapshots
 from services.log.kafka.writer import Counts, PartitionWriter, WriterContext
@@ -26,6 +26,12 @@ from services.log.port import Forwarder, PartitionNotOwnedError, PartitionStatus
 
 SUBMIT_SECONDS = 30.0
 """How long a command may look for its owner, and how long wait there for its turn; the outcome is unknown then."""
+
+SEEK_CHECK_SECONDS = 12.0
+"""How long a question may look for the owner: twice as long as it takes until another owns what a killed one did."""
+
+MAX_SEEKING_BYTES = 32 << 20
+"""About how much memory commands of one partition may take that seek its writer or wait for another process's."""
 
 THIS_PROCESS = "this process"
 
@@ -81,6 +87,8 @@ class KafkaWriter:
         self._under_way = _UnderWay()
         self._moving: set[asyncio.Task[Acknowledgement]] = set()
         self._counts = Counts()
+        self._seeking: dict[int, int] = {}
+        """Bytes of commands that `_sought` has under way, by partition."""
         self._closing = False
 
     async def start(self) -> None:
@@ -110,8 +118,12 @@ class KafkaWriter:
         if not self._closing and self._foreign is None:
             writer = self._writers.get(self._log.partition_of(command.package_id))
             if writer is not None:
-                with suppress(PartitionNotOwnedError, PushBackError):  # of which the caller hears when it waits
+                try:
                     return cast("Awaitable[Acknowledgement]", writer.submit(command, self._moved))
+                except PushBackError as error:
+                    return _refused(error)
+                except PartitionNotOwnedError:
+                    pass
         return self._routed(command, _submitting(command))
 
     async def check_ingest(self, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None) -> None:
@@ -215,13 +227,28 @@ class KafkaWriter:
         """Bring a request to the partition's writer, wherever it is."""
         if self._closing:
             raise PushBackError("this gateway is being shut down")
-        return await self._sought(asked, there)
+        with self._room(self._log.partition_of(asked.package_id), size_of(asked)):
+            return await self._sought(asked, there)
+
+    @contextmanager
+    def _room(self, partition: int, size: int) -> Iterator[None]:
+        """Hold memory for a request that seeks the partition's writer. Raises PushBackError when others hold it."""
+        held = self._seeking.get(partition, 0)
+        if held and held + size > MAX_SEEKING_BYTES:
+            self._counts.pushed_back += 1
+            raise PushBackError("too many commands seek the writer of the package's partition", 2.0)
+        self._seeking[partition] = held + size
+        try:
+            yield
+        finally:
+            self._seeking[partition] -= size
 
     async def _sought(self, asked: Command | IngestCheck, there: Callable[[Forwarder, str], Awaitable[_T]]) -> _T:
         """Seek the partition's writer until it has answered; retrying is safe, for a request carries its id."""
         partition = self._log.partition_of(asked.package_id)
         loop, pause = asyncio.get_running_loop(), _FIRST_PAUSE
-        deadline = loop.time() + self._submit_seconds
+        check = isinstance(asked, IngestCheck)
+        deadline = loop.time() + (min(SEEK_CHECK_SECONDS, self._submit_seconds) if check else self._submit_seconds)
         with self._under_way:
             while True:
                 trouble = f"partition {partition} has no writer now"
@@ -243,6 +270,9 @@ class KafkaWriter:
                     trouble = "the partition's writer gave no answer in time"
                 self._owners.forget()
                 if loop.time() + pause > deadline:
+                    if check:
+                        self._counts.pushed_back += 1
+                        raise PushBackError(trouble, 2.0)
                     raise UnavailableError(f"{trouble}; the outcome is unknown, retry with the same command id")
                 await asyncio.sleep(pause * random.uniform(0.5, 1.5))
                 pause = min(2 * pause, _LONGEST_PAUSE)
@@ -303,6 +333,13 @@ class KafkaWriter:
                 for writer in list(self._writers.values()):
                     writer.stop()
                 return
+
+
+def _refused(error: PushBackError) -> asyncio.Future[Acknowledgement]:
+    """An answer that is there already: the caller hears of it where it waits."""
+    answer: asyncio.Future[Acknowledgement] = asyncio.get_running_loop().create_future()
+    answer.set_exception(error)
+    return answer
 
 
 def _submitting(command: Command) -> Callable[[Forwarder, str], Awaitable[Acknowledgement]]:

@@ -1,0 +1,168 @@
+"""A partition whose writer hardly gets on, under far more load than it takes: memory and waiting are bounded, refusals
+say when to come again, the client library comes again, and what was acknowledged is in the log once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic
+from uuid import UUID, uuid4
+
+import aiohttp
+import psutil
+import pytest
+
+from schemas import identifiers
+from services.client import GatewayRegistry
+from services.client.retries import RetryPolicy
+from services.config import Settings
+from services.log.kafka.requests import CHECK_SECONDS, MAX_WAITING_BYTES
+from services.log.kafka.writers import SUBMIT_SECONDS
+from tests.contract.log_invariants import read_valid
+from tests.faults.proxy import END_TXN, Network, ProxiedCluster
+from tests.integration.conditions import until
+from tests.integration.kafka_stage import kafka_settings, open_kafka_log
+from tests.integration.processes import ProductProcess, output_of
+
+pytestmark = [pytest.mark.services, pytest.mark.processes]
+
+TRANSACTION_SECONDS = 3.0
+"""How long each transaction takes here; below the time-out after which it would be given up."""
+
+METADATA = {"filling": "x" * 60_000}
+COMMANDS = 1_000
+"""As many of these commands as make nearly twice what may wait."""
+
+AT_A_TIME = 600
+MORE_MEMORY = 6 * MAX_WAITING_BYTES
+"""A command that waits is held as text, beside what its request came in, and several times while it is appended."""
+
+SLACK_SECONDS = 5.0
+"""For the machine: the gateway's only core decodes all of these requests."""
+
+BUSY = (429, 503)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxiedCluster]:
+    with ProxiedCluster(tmp_path_factory.mktemp("kafka"), brokers=1) as started:
+        yield started
+
+
+@pytest.fixture
+async def network(cluster: ProxiedCluster) -> AsyncIterator[Network]:
+    async with cluster.network() as network:
+        yield network
+
+
+@dataclass
+class Flood:
+    """Plain clients that send each command once, and what became of it."""
+
+    url: str
+    statuses: Counter[int] = field(default_factory=Counter)
+    acknowledged: set[UUID] = field(default_factory=set)
+    without_retry_after: int = 0
+    longest: float = 0.0
+
+    async def run(self) -> None:
+        """All commands, as many at a time as connections."""
+        left = iter(range(COMMANDS))
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+
+            async def send() -> None:
+                for _ in left:
+                    await self._one(session)
+
+            await asyncio.gather(*(send() for _ in range(AT_A_TIME)))
+
+    async def _one(self, session: aiohttp.ClientSession) -> None:
+        command, began = uuid4(), monotonic()
+        body = {"name": "n", "producer": "p", "subject": "s", "retention_class": "scratch", "metadata": METADATA}
+        headers = {"Idempotency-Key": str(command), "X-Actor": "ada"}
+        async with session.post(f"{self.url}/v1/packages", json=body, headers=headers) as answer:
+            await answer.read()
+        self.longest = max(self.longest, monotonic() - began)
+        self.statuses[answer.status] += 1
+        if answer.status == 201:
+            self.acknowledged.add(identifiers.package_id("ada", command))
+        elif int(answer.headers.get("Retry-After", 0)) < 1:
+            self.without_retry_after += 1
+
+
+async def question(url: str, package: UUID) -> tuple[int, float]:
+    """Ask whether a file would be taken, as every upload does before its body; status, and how long it took."""
+    began = monotonic()
+    async with (
+        aiohttp.ClientSession() as session,
+        session.put(f"{url}/v1/packages/{package}/files/a", data=b"x") as answer,
+    ):
+        await answer.read()
+        return answer.status, monotonic() - began
+
+
+async def test_an_overloaded_partition_pushes_back_within_bounds_and_loses_nothing(
+    cluster: ProxiedCluster, network: Network, tmp_path: Path
+) -> None:
+    settings = kafka_settings(
+        f"kafka://{cluster.proxied_endpoint}/overload",
+        tmp_path,
+        kafka_partitions=1,
+        blobs_url=f"file:{tmp_path / 'blobs'}",
+        views_url=f"sqlite+aiosqlite:///{tmp_path / 'views.db'}",
+    )
+    await asyncio.to_thread(output_of, settings, "migrate")
+    process = ProductProcess(settings, tmp_path / "gateway", "gateway")
+    await asyncio.to_thread(process.__enter__)
+    try:
+        await overload(settings, network, process)
+    finally:
+        await asyncio.to_thread(process.__exit__, None, None, None)
+
+
+async def overload(settings: Settings, network: Network, process: ProductProcess) -> None:
+    gateway = psutil.Process(process.pid)
+    flood, memory = Flood(process.endpoint), [gateway.memory_info().rss]
+    policy = RetryPolicy(total_seconds=180.0)
+    async with GatewayRegistry(process.endpoint, policy, notify=lambda _error, _seconds: None) as client:
+        package = await client.create_package("n", "p", "s", "scratch", "ada", {})
+        with network.holding(TRANSACTION_SECONDS, END_TXN):
+            flooding = asyncio.ensure_future(flood.run())
+
+            async def refused() -> bool:
+                memory.append(gateway.memory_info().rss)
+                return sum(flood.statuses[status] for status in BUSY) > 0 or flooding.done()
+
+            await until(refused, 60, "nothing is pushed back")
+            insisting = [
+                asyncio.ensure_future(client.create_package(f"{n}", "p", "s", "scratch", "ada", {})) for n in range(20)
+            ]
+            asked = await question(process.endpoint, package)
+
+            async def over() -> bool:
+                memory.append(gateway.memory_info().rss)
+                return flooding.done()
+
+            await until(over, 150, "the flood does not end")
+            await flooding
+        packages = await asyncio.gather(*insisting)
+    grown = max(memory) - memory[0]
+    print(  # noqa: T201 - figures are half of its purpose
+        f"{dict(flood.statuses)} after {flood.longest:.1f} s at most, {grown >> 20} MiB more, a question {asked}"
+    )
+    async with open_kafka_log(settings) as log:
+        recorded = Counter(event.package_id for event in await read_valid(log))
+    expected = {package, *packages, *flood.acknowledged}
+    assert {recorded[found] for found in expected} == {1}
+    assert set(flood.statuses) <= {201, *BUSY}
+    assert flood.statuses[201] > 0
+    assert flood.without_retry_after == 0
+    assert flood.longest < SUBMIT_SECONDS + SLACK_SECONDS
+    assert grown < MORE_MEMORY
+    # A question that nobody answers is refused early: nothing is recorded by it.
+    assert asked[0] in (201, *BUSY)
+    assert asked[1] < 2 * (CHECK_SECONDS + SLACK_SECONDS)
