@@ -56,7 +56,7 @@ class NotAcceptableError(ProtocolError):
 
 
 class BodyTimeoutError(ProtocolError):
-    """The body stood still for too long."""
+    """The body stood still, or came too slowly, for too long."""
 
     status = 408
     problem = "body-timeout"
