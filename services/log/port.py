@@ -100,8 +100,8 @@ class Log(Protocol):
         Ends at what was the end when reading began, or never when `follow` is set: then new events are looked for at
         least every `poll_seconds`. Memory is bounded by a batch.
 
-        Raises (on iteration): LogIdentityError, InvalidPositionError (beyond the end), UnavailableError,
-            CorruptError (a record cannot be decoded).
+        Raises (on iteration): LogIdentityError (also when the log is made anew meanwhile), InvalidPositionError (beyond
+            the end), UnavailableError (within a bound), CorruptError (a record cannot be decoded).
         """
 
     def scan(self, starts: Mapping[int, int], ends: Mapping[int, int]) -> AsyncIterator[Batch]:
@@ -110,7 +110,8 @@ class Log(Protocol):
         For those who read much and decode it elsewhere. `ends` must not lie beyond the log's end; the last
         `next_offsets` of every partition is its end. Memory is bounded by a batch.
 
-        Raises (on iteration): UnavailableError, CorruptError (records before a start, or behind it, are gone).
+        Raises (on iteration): UnavailableError (within a bound), LogIdentityError (the log is made anew meanwhile),
+            CorruptError (records before a start, or behind it, are gone).
         """
 
     async def subscribe(self, projection: str, start_offsets: StartOffsets) -> Subscription:

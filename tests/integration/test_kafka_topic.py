@@ -13,7 +13,7 @@ from confluent_kafka import Producer, TopicPartition
 
 from services.config import Settings
 from services.errors import ConfigurationError, CorruptError, LogIdentityError, UnavailableError
-from services.log.kafka import KafkaLog
+from services.log.kafka import KafkaLog, watch
 from services.log.position import Position
 from tests.contract.log_stage import Projection, ready
 from tests.integration.conditions import until
@@ -164,6 +164,18 @@ async def test_a_topic_made_anew_has_another_identity_and_refuses_the_old_positi
         await ready(writer)
         await writer.submit(create_in(0))
     before, end = await log.identity(), await log.end()
+    await make_anew(log)
+    assert await log.identity() != before
+    with pytest.raises(LogIdentityError):
+        _ = [event async for event in log.read(end)]
+    async with lone_writer(kafka, log) as writer:
+        await ready(writer)
+        await writer.submit(create_in(0))
+    assert len([event async for event in log.read()]) == 1
+
+
+async def make_anew(log: KafkaLog) -> None:
+    """As an operator who deletes the topic and lets `migrate` make it again."""
     gone = [log.kafka.topic]
     await asyncio.to_thread(operate, log, lambda admin: admin.delete_topics(gone, operation_timeout=30))
 
@@ -176,13 +188,23 @@ async def test_a_topic_made_anew_has_another_identity_and_refuses_the_old_positi
 
     await until(deleted, 30, "the topic is still there")
     await log.migrate()
-    assert await log.identity() != before
-    with pytest.raises(LogIdentityError):
-        _ = [event async for event in log.read(end)]
+
+
+@pytest.mark.parametrize("follow", [False, True])
+async def test_a_topic_that_is_made_anew_while_it_is_read_is_noticed(
+    kafka: Settings, log: KafkaLog, monkeypatch: pytest.MonkeyPatch, follow: bool
+) -> None:
+    monkeypatch.setattr(watch, "IDENTITY_SECONDS", 0.5)
     async with lone_writer(kafka, log) as writer:
         await ready(writer)
-        await writer.submit(create_in(0))
-    assert len([event async for event in log.read()]) == 1
+        await asyncio.gather(*(writer.submit(create_in(n % 3)) for n in range(30)))
+    monkeypatch.setattr("services.log.kafka.log._BATCH", 5)
+    reading = log.read(follow=follow)
+    await anext(reading)
+    await make_anew(log)
+    with pytest.raises((LogIdentityError, CorruptError)):
+        async with asyncio.timeout(30):
+            _ = [event async for event in reading]
 
 
 async def test_a_cluster_that_cannot_be_reached_is_unavailable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

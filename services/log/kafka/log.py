@@ -10,7 +10,7 @@ from typing import TypeVar
 from uuid import UUID
 
 from services.config import Settings
-from services.errors import CorruptError, InvalidPositionError, LogIdentityError, UnavailableError
+from services.errors import CorruptError, InvalidPositionError, UnavailableError
 from services.log.kafka import topic
 from services.log.kafka.cluster import Cluster, Topic
 from services.log.kafka.decoding import event_of, recorded
@@ -18,15 +18,13 @@ from services.log.kafka.partitioner import partition_of, record_key
 from services.log.kafka.reader import Reader
 from services.log.kafka.settings import KafkaSettings
 from services.log.kafka.subscription import KafkaSubscription
+from services.log.kafka.watch import Watch
 from services.log.port import Batch, RecordedEvent, StartOffsets
 from services.log.position import Position
 
 _BATCH = 500
 _SCAN_BATCH = 2000
 _POLL_SECONDS = 0.5
-_IDENTITY_SECONDS = 10.0
-"""How often a reader that follows looks whether the topic is still the same one."""
-
 _T = TypeVar("_T")
 
 
@@ -98,14 +96,16 @@ class KafkaLog:
         wanted = {p: start for p, start in starts.items() if start < ends[p]}
         if not wanted:
             return
+        watch = Watch((await self._look()).identity, self.identity)
         reached = await self._checked_ends(wanted)
         if short := [p for p in wanted if ends[p] > reached[p]]:
             raise CorruptError(f"partition {short[0]} ends at offset {reached[short[0]]}: what lay behind it is gone")
-        scanning = _Scan(self.kafka, wanted, ends)
+        scanning = _Scan(self.kafka, wanted, ends, watch)
         with ThreadPoolExecutor(1, thread_name_prefix="log-scan") as thread:
             loop = asyncio.get_running_loop()
             try:
                 while (batch := await loop.run_in_executor(thread, scanning.some)) is not None:
+                    await watch.check(at_end=scanning.done)
                     yield batch
             finally:
                 await loop.run_in_executor(thread, scanning.close)
@@ -158,20 +158,28 @@ class KafkaLog:
 class _Scan:
     """Partitions read from one offset to another, undecoded. Every method blocks; for one thread."""
 
-    def __init__(self, kafka: KafkaSettings, starts: Mapping[int, int], ends: Mapping[int, int]) -> None:
+    def __init__(self, kafka: KafkaSettings, starts: Mapping[int, int], ends: Mapping[int, int], watch: Watch) -> None:
         self._kafka = kafka
+        self._watch = watch
         self._at = dict(starts)
         self._ends = {p: ends[p] for p in starts}
         self._reader: Reader | None = None
 
+    @property
+    def done(self) -> bool:
+        """Whether all was read."""
+        return self._at == self._ends
+
     def some(self) -> Batch | None:
         """The next records, perhaps none; None behind the last."""
-        if self._at == self._ends:
+        if self.done:
             return None
+        began = time.monotonic()
         if self._reader is None:
             self._reader = Reader(self._kafka, self._at)
         found = [r for r in self._reader.take(_SCAN_BATCH, _POLL_SECONDS) if r.offset < self._ends[r.partition]]
         reached = {p: min(offset, self._ends[p]) for p, offset in self._reader.reached().items()}
+        self._watch.took(reached, time.monotonic() - began)
         moved = {p: offset for p, offset in reached.items() if offset > self._at[p]}
         self._at.update(moved)
         return Batch(found, moved)
@@ -196,30 +204,25 @@ class _Reading:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="log-read")
         self._reader: Reader | None = None
         self._done = False
-        self._looked = time.monotonic()
+        self._watch = Watch(position.log, log.identity)
 
     async def some(self) -> list[RecordedEvent] | None:
         """The next events, perhaps none; None behind the last."""
         if self._done:
             return None
-        if self._ends is None and time.monotonic() > self._looked + _IDENTITY_SECONDS:
-            await self._same_log()
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._take)
+        events = await asyncio.get_running_loop().run_in_executor(self._thread, self._take)
+        await self._watch.check(at_end=self._done)
+        return events
 
     async def close(self) -> None:
         """Release consumer and thread."""
         await asyncio.get_running_loop().run_in_executor(self._thread, self._close)
         self._thread.shutdown(wait=False)
 
-    async def _same_log(self) -> None:
-        if await self._log.identity() != self._position.log:
-            raise LogIdentityError("the topic was made anew while it was read")
-        self._looked = time.monotonic()
-
     def _take(self) -> list[RecordedEvent]:
         if self._reader is None:
             self._reader = Reader(self._log.kafka, self._starts)
-        events = []
+        began, events = time.monotonic(), []
         for record in self._reader.take(_BATCH, _POLL_SECONDS if self._ends is None else 0.05):
             if self._ends is not None and record.offset >= self._ends[record.partition]:
                 continue
@@ -227,7 +230,9 @@ class _Reading:
                 self._position = self._position.after(record.partition, record.offset)
                 events.append(recorded(event_of(record), self._position))
         if self._ends is not None:
-            self._done = all(offset >= self._ends[p] for p, offset in self._reader.reached().items())
+            reached = self._reader.reached()
+            self._watch.took(reached, time.monotonic() - began)
+            self._done = all(offset >= self._ends[p] for p, offset in reached.items())
         return events
 
     def _close(self) -> None:
