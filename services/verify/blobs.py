@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from services.blobs.port import BlobStore, Declared, content_key
 from services.errors import ArtifactStoreError, CorruptError, UnavailableError
@@ -78,51 +79,58 @@ class BlobCheck:
             await self._complain(short, "blob-damaged", f"has {size:,} bytes")
 
     async def _check_content(self, key: str, size: int, claims: Sequence[Claim]) -> None:
-        found = Rehash(size, claims)
-        expected = _address(key)
         try:
-            await found.read(self._blobs.read(key, 0, size), self._count)
-        except CorruptError as error:
-            wrong, damaged = error.detail, True
-            broken: Sequence[Claim] = claims
+            found = await self._read(key, size, claims)
+        except CorruptError as error:  # it went away, or was cut short, in this very moment
+            await self._complain(claims, "blob-damaged", f"changed while it was read: {error.detail}")
+            return
         except UnavailableError as error:
             await self._blobs.check()  # if it is the store and not this object, that is the end of the verification
-            wrong, damaged = f"cannot be read: {error.detail}", True
-            broken = claims
-        else:
-            wrong = "does not have the digests that were acknowledged"
-            damaged = bool(found.broken) and not found.sound if expected is None else found.digest != expected
-            broken = found.broken
-        if not damaged:
-            await self._complain(broken, "blob-claim", "is whole and has other digests")
+            await self._complain(claims, "blob-damaged", f"cannot be read, and stays where it is: {error.detail}")
             return
-        moved = await self._set_aside(key, size, [] if broken is claims else found.sound)
+        address = _address(key)
+        damaged = bool(found.broken) and not found.sound if address is None else found.digest != address
+        if not damaged:
+            await self._complain(found.broken, "blob-claim", "is whole and has other digests")
+            return
+        moved = await self._set_aside(key, size, claims, found.sound)
         if moved is None:
             return  # sound meanwhile
-        await self._complain(broken, "blob-damaged", f"{wrong}; {moved}")
-        if not broken:
-            first = claims[0]
-            self._report.add("blob-damaged", first.place, f"blob {key} is not what its key says; {moved}")
+        await self._complain(found.broken, "blob-damaged", f"does not have the digests that were acknowledged; {moved}")
+        if not found.broken:
+            self._report.add("blob-damaged", claims[0].place, f"blob {key} is not what its key says; {moved}")
 
-    async def _set_aside(self, key: str, size: int, sound: Sequence[Claim]) -> str | None:
-        """Move the object away; what became of it in words, None if it was replaced by the right bytes meanwhile."""
+    async def _set_aside(self, key: str, size: int, claims: Sequence[Claim], sound: Sequence[Claim]) -> str | None:
+        """Move the object away; what became of it in words, None if what was moved is right after all.
+
+        That happens when an upload put the right bytes in place meanwhile, or when they were read wrongly: so what was
+        moved is read once more, and all that is good in it stored where readers look for it.
+        """
         try:
-            for claim in sound:
-                declared = Declared(claim.length, claim.blake3, claim.sha256 or None)
-                body = self._blobs.read(key, claim.start, claim.length)
-                await self._blobs.store(body, declared=declared, max_bytes=claim.length)
+            await self._keep(key, sound)
             aside = await self._blobs.set_aside(key)
             if aside is None:
                 return "it went away meanwhile"
-            if (expected := _address(key)) is not None and await self._digest(aside) == expected:
-                body = self._blobs.read(aside, 0, size)
-                await self._blobs.store(body, declared=Declared(size, expected), max_bytes=size)
-                return None
+            again = await self._read(aside, size, claims)
+            await self._keep(aside, [claim for claim in again.sound if claim not in sound])
+            address = _address(key)
+            if again.digest == address:
+                whole = self._blobs.read(aside, 0, size)
+                await self._blobs.store(whole, declared=Declared(size, address), max_bytes=size)
         except ArtifactStoreError as error:
             return f"it could not be set aside: {error.detail}"
+        if again.digest == address or (address is None and again.sound):
+            return None
         if len(self._report.set_aside) < self._report.kept:
             self._report.set_aside[key] = aside
         return f"it was set aside as {aside}"
+
+    async def _keep(self, key: str, sound: Sequence[Claim]) -> None:
+        """Store what is good in an object under the files' own content-addressed keys."""
+        for claim in sound:
+            body = self._blobs.read(key, claim.start, claim.length)
+            declared = Declared(claim.length, claim.blake3, claim.sha256 or None)
+            await self._blobs.store(body, declared=declared, max_bytes=claim.length)
 
     async def _complain(self, broken: Sequence[Claim], kind: str, wrong: str) -> None:
         for claim in broken:
@@ -138,22 +146,19 @@ class BlobCheck:
             return False
         if not self._check_bytes:
             return True
-        there = Rehash(
-            claim.length, [Claim(key, 0, claim.length, claim.blake3, claim.sha256, True, claim.package_id, 0, "")]
-        )
+        there = replace(claim, key=key, start=0, whole=True)
         try:
-            await there.read(self._blobs.read(key, 0, claim.length), self._count)
+            found = await self._read(key, claim.length, [there])
         except CorruptError:
             return False
-        if there.digest != claim.blake3:
-            await self._set_aside(key, claim.length, [])
-        return bool(there.sound)
+        if found.digest != claim.blake3:
+            await self._set_aside(key, claim.length, [there], [])
+        return bool(found.sound)
 
-    async def _digest(self, key: str) -> bytes:
-        size = await self._blobs.size(key)
-        found = Rehash(size or 0, [])
-        await found.read(self._blobs.read(key, 0, size or 0), lambda _: None)
-        return found.digest
+    async def _read(self, key: str, size: int, claims: Sequence[Claim]) -> Rehash:
+        found = Rehash(size, claims)
+        await found.read(self._blobs.read(key, 0, size), self._count)
+        return found
 
     def _count(self, length: int) -> None:
         self._report.bytes = (self._report.bytes or 0) + length

@@ -146,6 +146,50 @@ async def test_a_blob_that_an_upload_replaced_in_the_same_moment_is_put_back(sce
     assert scene.blob("a").read_bytes() == CONTENT["a"]
 
 
+async def test_good_bytes_that_were_read_wrongly_are_not_lost(scene: Scene) -> None:
+    key = "uploads/large"
+    put_blob(scene.folder, key, CONTENT["a"])
+    scene.blob("a").unlink()
+    scene.events = chained([scene.events[0], changed(scene.events[1], key=key)])
+    scene.append()
+
+    class Flaky(LocalBlobStore):
+        """Gives other bytes the first time."""
+
+        reads = 0
+
+        async def read(self, key: str, offset: int, length: int) -> AsyncIterator[bytes]:
+            self.reads += 1
+            async for chunk in super().read(key, offset, length):
+                yield chunk if self.reads > 1 else bytes(len(chunk))
+
+    blobs, views = Flaky(scene.folder / "blobs"), scene.views()
+    await blobs.migrate()
+    report = await verify(scene.log, blobs, views, check_bytes=True)
+    await views.close()
+    await blobs.close()
+    assert report.violations == []
+    assert scene.blob("a").read_bytes() == CONTENT["a"]
+    assert (await scene.verify(check_bytes=True)).clean
+
+
+async def test_a_blob_that_is_cut_short_while_it_is_read_is_named(scene: Scene) -> None:
+    scene.append()
+
+    class Shrinking(LocalBlobStore):
+        async def size(self, key: str) -> int | None:
+            found = await super().size(key)
+            scene.blob("a").write_bytes(b"fir")
+            return found
+
+    blobs, views = Shrinking(scene.folder / "blobs"), scene.views()
+    report = await verify(scene.log, blobs, views, check_bytes=True)
+    await views.close()
+    await blobs.close()
+    assert named(report) == {("blob-damaged", "a")}
+    assert report.set_aside == {}
+
+
 class Unreadable(LocalBlobStore):
     """A store that cannot read some blobs, or cannot be used at all."""
 
@@ -178,6 +222,7 @@ async def test_one_blob_that_cannot_be_read_is_damaged_but_a_store_that_is_down_
             report = await verify(scene.log, blobs, views, check_bytes=True)
             assert named(report) == {("blob-damaged", "a")}
             assert "the disk says no" in report.violations[0].detail
+            assert scene.blob("a").exists()
     finally:
         await views.close()
         await blobs.close()
