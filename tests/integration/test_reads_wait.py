@@ -1,0 +1,155 @@
+"""Reads wait for the view, bounded: for a sequence, or, when they miss, for what the log held when the request came."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, cast
+from uuid import UUID
+
+import pytest
+
+from services.blobs.local import LocalBlobStore
+from services.clock import system_clock
+from services.core.limits import Limits
+from services.direct import DirectRegistry
+from services.errors import (
+    FileNotFoundInRegistryError,
+    IllegalPackageStateError,
+    PackageNotFoundError,
+    WaitTimeoutError,
+)
+from services.log.port import CommandWriter
+from services.views.catch_up import catch_up
+from services.views.engine import Views
+from services.views.projections import PROJECTIONS
+from services.views.queries import Queries
+from tests.memory_log import MemoryLog
+from tests.views_history import History
+
+REGISTRY = PROJECTIONS["registry"]
+
+
+class Stage:
+    """A registry that reads a view which is brought up to the log by somebody else."""
+
+    def __init__(self, folder: Path, wait_seconds: float) -> None:
+        self.log = MemoryLog(partitions=3)
+        self.views = Views(f"sqlite+aiosqlite:///{folder}/views.db")
+        self.history = History()
+        writer = cast("CommandWriter", None)  # nothing is written through this registry
+        self.registry = DirectRegistry(
+            self.log,
+            writer,
+            LocalBlobStore(folder / "blobs"),
+            Queries(self.views),
+            limits=Limits(),
+            clock=system_clock,
+            wait_seconds=wait_seconds,
+        )
+
+    async def later(self) -> None:
+        """Fold what is in the log, after readers have looked and found nothing."""
+        await asyncio.sleep(0.05)
+        await catch_up(self.views, self.log, REGISTRY)
+
+
+@pytest.fixture
+async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
+    opened = Stage(tmp_path, wait_seconds=10.0)
+    await opened.views.migrate()
+    yield opened
+    await opened.views.close()
+
+
+def a_package(stage: Stage) -> UUID:
+    package_id = stage.history.create()
+    stage.history.ingest(package_id, "a")
+    stage.history.finalize(package_id)
+    stage.log.append(*stage.history.events)
+    return package_id
+
+
+READS: dict[str, Any] = {
+    "package": lambda registry, package_id, **wait: registry.get_package(package_id, **wait),
+    "files": lambda registry, package_id, **wait: registry.list_files(package_id, **wait),
+    "file": lambda registry, package_id, **wait: registry.get_file_at(package_id, "a", **wait),
+    "manifest": lambda registry, package_id, **wait: registry.get_manifest_bytes(package_id, **wait),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+async def test_what_is_in_the_log_is_never_denied(stage: Stage, read: str) -> None:
+    package_id = a_package(stage)
+    found, _ = await asyncio.gather(READS[read](stage.registry, package_id), stage.later())
+    assert found
+
+
+async def test_a_file_by_its_id_is_waited_for_too(stage: Stage) -> None:
+    a_package(stage)
+    file_id = stage.history.events[1].payload.file_id  # type: ignore[union-attr]  # it is the file's
+    found, _ = await asyncio.gather(stage.registry.get_file_record(file_id), stage.later())
+    assert found.relative_path == "a"
+
+
+async def test_what_is_nowhere_is_denied_once_the_view_has_what_the_log_had_and_not_later(stage: Stage) -> None:
+    package_id = a_package(stage)
+    await stage.later()
+    going_on = asyncio.Event()
+
+    async def go_on() -> None:
+        """The log grows all the time and the view stays behind its end, though never behind where it was."""
+        while not going_on.is_set():
+            stage.history.create()
+            stage.log.append(stage.history.events[-1])
+            await asyncio.sleep(0.01)
+            await catch_up(stage.views, stage.log, REGISTRY)
+            stage.history.create()
+            stage.log.append(stage.history.events[-1])
+
+    growing = asyncio.create_task(go_on())
+    async with asyncio.timeout(5):
+        with pytest.raises(PackageNotFoundError):
+            await stage.registry.get_package(UUID(int=7))
+        with pytest.raises(FileNotFoundInRegistryError):
+            await stage.registry.get_file_at(package_id, "b")
+        with pytest.raises(FileNotFoundInRegistryError):
+            await stage.registry.get_file_record(UUID(int=7))
+    going_on.set()
+    await growing
+
+
+async def test_an_open_package_is_told_from_one_whose_finalization_the_view_has_not_seen(stage: Stage) -> None:
+    package_id = stage.history.create()
+    stage.log.append(*stage.history.events)
+    await stage.later()
+    with pytest.raises(IllegalPackageStateError):
+        await stage.registry.get_manifest_bytes(package_id)
+    stage.history.finalize(package_id)
+    stage.log.append(stage.history.events[-1])
+    found, _ = await asyncio.gather(stage.registry.get_manifest_bytes(package_id), stage.later())
+    assert found
+
+
+@pytest.mark.parametrize("read", READS)
+async def test_a_sequence_is_waited_for_also_of_a_package_that_is_not_known_yet(stage: Stage, read: str) -> None:
+    package_id = a_package(stage)
+    found, _ = await asyncio.gather(READS[read](stage.registry, package_id, wait_sequence=3), stage.later())
+    assert found
+
+
+async def test_waiting_has_an_end(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, wait_seconds=0.1)
+    await stage.views.migrate()
+    package_id = a_package(stage)  # nobody folds it
+    for read in READS.values():
+        with pytest.raises(WaitTimeoutError):
+            await read(stage.registry, package_id)
+    with pytest.raises(WaitTimeoutError):
+        await stage.registry.get_file_record(UUID(int=7))
+    await catch_up(stage.views, stage.log, REGISTRY)
+    with pytest.raises(WaitTimeoutError):
+        await stage.registry.get_package(package_id, wait_sequence=4)
+    assert (await stage.registry.get_package(package_id, wait_sequence=3)).last_event_sequence == 3
+    await stage.views.close()
