@@ -20,6 +20,13 @@ from services.log.port import Batch, StartOffsets
 _START_SECONDS = 30.0
 """How long the projection may take to say where an assignment begins."""
 
+_BOUNDS = {
+    "queued.max.messages.kbytes": 4 << 10,
+    "fetch.max.bytes": 4 << 20,
+    "fetch.message.max.bytes": 1 << 20,
+}
+"""A process is a member of several groups: what waits in each of them is bounded more closely than a lone reader's."""
+
 _LOST = frozenset(
     {
         KafkaError.ILLEGAL_GENERATION,
@@ -76,7 +83,8 @@ class KafkaSubscription:
         return await self._loop.run_in_executor(self._thread, call)
 
     def _join(self) -> None:
-        self._consumer = make_consumer(self._kafka.member(self._group, "artifact-store-projector"))
+        member = self._kafka.member(self._group, "artifact-store-projector")
+        self._consumer = make_consumer({**member, **_BOUNDS, **self._kafka.options})
         with explaining("joining the projection's group"):
             self._consumer.subscribe(
                 [self._kafka.topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_revoke
