@@ -123,10 +123,24 @@ async def _project_in_processes(
         return await run_processes(settings, names, processes, stop, max_parked=max_parked)
 
 
+class _SettingsError(click.ClickException):
+    """What went wrong is for the settings to mend."""
+
+    exit_code = 2
+
+
 def _end(stopped: Mapping[str, Exception]) -> None:
-    """Exit code 1 when a projection could not go on; each has said why in the log when it happened."""
+    """End as a gateway does that meets the same: exit code 1 when a projection could not go on, 2 for settings.
+
+    Each has said why in the log when it happened.
+    """
+    from services.errors import ConfigurationError
+
     if stopped:
-        raise click.ClickException("; ".join(f"{name} could not go on: {error}" for name, error in stopped.items()))
+        kind = (
+            _SettingsError if any(isinstance(e, ConfigurationError) for e in stopped.values()) else click.ClickException
+        )
+        raise kind("; ".join(f"{name} could not go on: {error}" for name, error in stopped.items()))
 
 
 @click.command()

@@ -12,12 +12,13 @@ import pytest
 from pydantic import SecretStr
 
 from services.config import Settings
+from services.errors import ConfigurationError
 from services.http.times import from_text
 from services.log.kafka.restore import FROM_FILE, FROM_LOG
 from services.views.projections import PROJECTIONS
 from tests.contract.log_stage import PATIENCE_SECONDS
 from tests.integration.kafka_stage import PARTITIONS, kafka_settings
-from tests.integration.processes import ProductProcess, output_of
+from tests.integration.processes import ProductProcess, output_of, run_command
 from tests.services.process import free_ports
 
 OWNED = "artifact_store_partition_owned"
@@ -99,3 +100,13 @@ def test_every_partition_is_shown_whichever_process_writes_to_it(kafka: Settings
     found = status_of(kafka)
     assert {(w["owner"], w["trouble"]) for w in found["writers"]} == {(None, "no process writes to it")}
     assert {p["projection"]: p["behind"] > 0 for p in found["projections"]} == dict.fromkeys(PROJECTIONS, True)
+
+
+@pytest.mark.services
+@pytest.mark.processes
+@pytest.mark.parametrize("command", ["gateway", "projector", "serve"])
+def test_every_process_ends_alike_when_the_topic_is_missing(kafka: Settings, command: str) -> None:
+    refused = run_command(kafka, command)
+    assert refused.returncode == ConfigurationError.exit_code
+    assert b"artifact-store migrate" in refused.stderr
+    assert b"Traceback" not in refused.stderr

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -15,7 +17,39 @@ from services.log.kafka.failures import kafka_error
 CLIENT_LOGGER = logging.getLogger("services.log.kafka.client")
 """Where the client library's own log lines go; they appear when the client is next polled."""
 
+REPEAT_SECONDS = 60.0
+"""How often the same line of the client library may come; each of its clients says it for itself, again and again."""
+
+_CLIENT = re.compile(r"\[[^\]]*#(?:consumer|producer)-[0-9]+\] ")
+_MOST_LINES = 200
+
 _Client = TypeVar("_Client")
+
+
+class Repeats(logging.Filter):
+    """Lets a line pass once in a while, whichever client says it, and says how often it came in between."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._seen: dict[str, tuple[float, int]] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """See `logging.Filter`."""
+        line, _, _ = _CLIENT.sub("", record.getMessage()).partition(" (after ")
+        now = self._clock()
+        since, more = self._seen.get(line, (now - REPEAT_SECONDS, 0))
+        if now - since < REPEAT_SECONDS:
+            self._seen[line] = since, more + 1
+            return False
+        if len(self._seen) >= _MOST_LINES:
+            self._seen.clear()
+        self._seen[line] = now, 0
+        record.msg, record.args = f"{line} (and {more} times more)" if more else line, ()
+        return True
+
+
+CLIENT_LOGGER.addFilter(Repeats())
 
 
 def make_consumer(config: dict[str, Any]) -> Consumer:
@@ -49,4 +83,4 @@ def _make(kind: Callable[..., _Client], config: dict[str, Any]) -> _Client:
 
 
 def _note(error: KafkaError) -> None:
-    CLIENT_LOGGER.info("%s", error.name())
+    CLIENT_LOGGER.debug("%s", error.name())
