@@ -23,6 +23,7 @@ from tests.services.process import ServiceError
 RCLONE = ("github.com/rclone/rclone", "v1.68.2")
 MC = ("github.com/minio/mc", "v0.0.0-20250313080218-cf909e1063a9")
 _SECONDS = 300.0
+_THREADS = 8  # of Python; 16 and more were slower on two cores
 
 Copy = Callable[[Path, str], None]
 """Copies between a folder and the keys below a prefix of the bucket. Blocks."""
@@ -62,7 +63,7 @@ class Bucket:
 
 def copiers(bucket: Bucket, note: Callable[[str], None]) -> list[Copier]:
     """All that can be had; `note` is told which cannot."""
-    found = [_minio_py(bucket, threads) for threads in (8, 16)]
+    found = [_minio_py(bucket, _THREADS)]
     for program, make in ((RCLONE, _rclone), (MC, _mc)):
         try:
             found.append(make(bucket, go_program(*program)))

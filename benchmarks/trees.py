@@ -1,7 +1,8 @@
 """`ingest-tree` and `pull-tree`: a tree of 10,000 files of 4 KiB into the registry and back, in files/s.
 
 Ours is the command line as users run it, the start of Python and all of its hashing, recording and finalizing
-included, against a gateway and projectors in processes of their own. The baseline is the best of three programs that
+included, against one gateway in a process of its own. Ingest needs no view: while a tree goes in, no projector runs, as
+`catch-up` measures those; a tree comes out once its view is there. The baseline is the best of three programs that
 merely copy the same tree into the same MinIO and back (`benchmarks.copiers`). Files are on disk at both ends; every
 push is of bytes that the store has never seen.
 """
@@ -154,6 +155,17 @@ class PullTree(Trees):
 
 
 @contextmanager
+def _running(settings: Settings, folder: Path, *, projectors: bool) -> Iterator[ProductProcess]:
+    if projectors:
+        with deployed(settings, folder) as processes:
+            yield processes["gateway"]
+        return
+    output_of(settings, "migrate")
+    with ProductProcess(settings, folder / "gateway", "gateway") as gateway:
+        yield gateway
+
+
+@contextmanager
 def _bytecode_kept(folder: Path) -> Iterator[None]:
     """Keep compiled modules, as every installation does, in an environment that may forbid it: processes inherit this.
 
@@ -192,9 +204,8 @@ def _plan(name: str, target: float, way: type[IngestTree] | type[PullTree]) -> P
             async with fresh_views(on_topic) as fresh:
                 own = fresh.model_copy(update={"blobs_url": f"{url}/{bucket.name}"})
                 try:
-                    with deployed(own, Path(folder) / "processes") as processes:
-                        programs = copiers(bucket, print)
-                        yield await asyncio.to_thread(way, bucket, processes["gateway"], Path(folder), programs)
+                    with _running(own, Path(folder) / "processes", projectors=way is PullTree) as gateway:
+                        yield await asyncio.to_thread(way, bucket, gateway, Path(folder), copiers(bucket, print))
                 finally:
                     await asyncio.to_thread(_clear, bucket, "")
                     await asyncio.to_thread(bucket.client().remove_bucket, bucket.name)

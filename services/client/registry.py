@@ -18,7 +18,6 @@ from services.bundle import Bundle, Group, NamedFile
 from services.client.bodies import EXPECT_CONTINUE_BYTES, Sending, send_body
 from services.client.bundles import ask_known, name_files, receive_files, send_files
 from services.client.content import ContentStream, verified
-from services.client.following import follow_events
 from services.client.retries import Notify, RetryPolicy, log_retry
 from services.client.sources import BodySource, source_of
 from services.client.transport import Answer, Transport
@@ -306,6 +305,8 @@ class GatewayRegistry(Registry):
         poll_seconds: float = 0.1,
     ) -> AsyncIterator[RecordedEvent]:
         """As `Registry.read_events`. A gateway sends events when they come: `poll_seconds` says nothing here."""
+        from services.client.following import follow_events  # loads all event types, which only readers of events need
+
         return follow_events(self._transport, since, package_id, follow=follow)
 
     async def _below(
