@@ -89,16 +89,16 @@ def decide(state: PackageState | None, command: Command, now: int, limits: Limit
         RejectedError: one of its classes, as DESIGN has them; nothing is recorded.
         PushBackError: another command of the package is unfinished.
     """
-    known = _known(state, command)
+    known = None if state is None else _known(state, command)
     if known is not None and known.done == known.count:
         return Decision()
-    if state is not None and state.unfinished not in (None, command.command_id):
+    if state is not None and state.unfinished is not None and state.unfinished != command.command_id:
         raise PushBackError(f"package {command.package_id} waits for the retry of a command that is not whole", 1.0)
     match command:
-        case CreatePackage():
-            return _create(state, command, now, limits)
         case IngestFiles():
             return _ingest(_require_open(state, command.package_id), command, known, now, limits)
+        case CreatePackage():
+            return _create(state, command, now, limits)
         case FinalizePackage():
             return _finalize(_require_open(state, command.package_id), command, now, limits)
 
@@ -271,10 +271,10 @@ def _check_paths(state: PackageState, relative_paths: Sequence[str], limits: Lim
         raise TooLargeError(f"a package holds at most {limits.max_files_per_package:,} files")
 
 
-def _known(state: PackageState | None, command: Command) -> CommandState | None:
+def _known(state: PackageState, command: Command) -> CommandState | None:
     """What the command has become before, once it is sure that it was the same request."""
-    known = state.commands.get(command.command_id) if state is not None else None
-    if state is None or known is None:
+    known = state.commands.get(command.command_id)
+    if known is None:
         return None
     match command:
         case CreatePackage():

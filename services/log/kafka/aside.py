@@ -107,7 +107,7 @@ class Asides:
     def holds(self, request: Request) -> bool:
         """Whether the request was taken to wait for its package. Raises PushBackError, StateFileError."""
         package_id = request.asked.package_id
-        aside = self._asides.get(package_id)
+        aside = self._asides.get(package_id) if self._asides else None
         if aside is None:
             aside = self._needed(request)
             if aside is None:
@@ -126,7 +126,7 @@ class Asides:
 
     def decision(self, command: Command) -> Decision | None:
         """What the command becomes, if its manifest was made and stored for it."""
-        made = self._decisions.get(command.package_id)
+        made = self._decisions.get(command.package_id) if self._decisions else None
         if made is None or made[0] != command:
             return None
         package, first = self._state.package(command.package_id), made[1].events[0]
@@ -197,10 +197,12 @@ class Asides:
 
     def _needed(self, request: Request) -> _Aside | None:
         asked = request.asked
-        if asked.package_id not in self._at_hand and self._state.away(asked.package_id):
+        if self._state.away(asked.package_id) and asked.package_id not in self._at_hand:
             return _Aside(asked.package_id, _Task.LOAD)
+        if not isinstance(asked, FinalizePackage):
+            return None
         made = self._decisions.get(asked.package_id)
-        if not isinstance(asked, FinalizePackage) or (made is not None and made[0] == asked):
+        if made is not None and made[0] == asked:
             return None
         package = self._state.package(asked.package_id, asked.command_id)
         if package is None or package.status != CREATED or package.unfinished is not None:

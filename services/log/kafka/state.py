@@ -158,9 +158,11 @@ class PartitionState:
     def accept(self, before: PackageState | None, command: Command, decision: Decision) -> PackageState:
         """Fold in what a command becomes that was just decided on `before`, ahead of the log until it is confirmed."""
         self._ahead = True
+        saved = 0 if before is None else before.sequence
         state = accept(before, command, decision)
-        if before is None:
-            self._keep(state, 0)
+        # One that was read from the file may have been forgotten at once, to make room.
+        if command.package_id not in self._packages:
+            self._keep(state, saved)
             self._absent = None
         self._changed.add(command.package_id)
         self._unsaved += len(decision.appended)
