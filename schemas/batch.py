@@ -37,6 +37,14 @@ class EventBatch(Sequence[Event]):
         self.entries.append(entry_of(decode(value)) if fields is None else fields)
         self._values.append(value)
 
+    def select(self, indexes: Iterable[int]) -> EventBatch:
+        """A batch of the events at these indexes, in this order."""
+        part = EventBatch()
+        for i in indexes:
+            part.entries.append(self.entries[i])
+            part._values.append(self._values[i])
+        return part
+
     def __len__(self) -> int:
         return len(self.entries)
 

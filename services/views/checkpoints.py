@@ -146,7 +146,7 @@ class _Fold:
         self._since = since
 
     async def run(self, batch: ReadBatch, next_offsets: Mapping[int, int], *, whole: bool) -> Checkpoint:
-        """Move the checkpoint and fold the batch; as a `whole`, so that one bad event fails it, unless it was seen."""
+        """Move the checkpoint and fold the batch: as a `whole`, so that one event that cannot be applied fails it."""
         connection, since = self._connection, self._since
         tables = await tables_of(connection, self._projection, since)
         last = {p: LastRecord.of(record) for p, record in batch.last_records().items()}
@@ -154,11 +154,11 @@ class _Fold:
         # Behind the guard, which waits for a retry that is under way: the marks are those that it leaves.
         marks = await read_marks(connection, since.generation)
         parking = Parking(connection, self._projection, tables, since.generation, self._max_parked, marks)
-        if batch.records and not (whole and parking.spares(batch)):
+        if not whole:
             await parking.fold(batch)
-            await parking.save()
-        elif batch.events:
-            await self._projection.fold(connection, tables, batch.events)
+        elif events := parking.pass_over(batch) if batch.records else batch.events:
+            await self._projection.fold(connection, tables, events)
+        await parking.save()
         position = Position(since.position.log, {**since.position.offsets, **next_offsets})
         return Checkpoint(since.generation, position, {**since.last, **last})
 

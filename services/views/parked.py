@@ -15,7 +15,7 @@ from blake3 import blake3
 from sqlalchemy import delete, func, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from schemas.batch import entries_of
+from schemas.batch import EventBatch, entries_of
 from schemas.events import Event
 from services.errors import CorruptError
 from services.log.port import Record
@@ -134,14 +134,25 @@ class Parking:
         """By partition and package; what `save` writes."""
         self._before = dict(marks)
 
-    def spares(self, batch: ReadBatch) -> bool:
-        """Whether nothing in the batch has to do with a parked package, as far as can be seen before it is folded."""
-        if batch.unreadable:
-            return False
-        if not self.marks:
-            return True
+    def pass_over(self, batch: ReadBatch) -> Sequence[Event]:
+        """The events that do not wait, as far as can be seen before they are folded; counts those that do.
+
+        Raises TooManyParkedError as `fold` does.
+        """
+        entries = entries_of(batch.events)
         parked = {mark.package_id for mark in self.marks.values()}
-        return not any(entry.package_id in parked for entry in entries_of(batch.events))
+        if not batch.unreadable and not (parked and any(entry.package_id in parked for entry in entries)):
+            return batch.events
+        left: list[int] = []
+        number = -1
+        for i, record in enumerate(batch.records):
+            if i in batch.unreadable:
+                self._park(record, batch.unreadable[i], batch.unreadable[i])
+                continue
+            number += 1
+            if not self._waits(record, entries[number].package_id):
+                left.append(number)
+        return batch.events.select(left) if isinstance(batch.events, EventBatch) else [batch.events[n] for n in left]
 
     async def fold(self, batch: ReadBatch) -> None:
         """Fold what can be folded and park the rest.
@@ -168,7 +179,7 @@ class Parking:
         self._before = dict(self.marks)
 
     async def _fold(self, events: Sequence[tuple[Record, Event]]) -> None:
-        left = [(record, event) for record, event in events if not self._waits(record, event)]
+        left = [(record, event) for record, event in events if not self._waits(record, event.package_id)]
         if not left:
             return
         cause = await self._try([event for _, event in left])
@@ -193,9 +204,11 @@ class Parking:
             return error.detail
         return None
 
-    def _waits(self, record: Record, event: Event) -> bool:
-        """Whether the event lies behind its package's mark; it is counted then."""
-        key = (record.partition, str(event.package_id))
+    def _waits(self, record: Record, package_id: UUID) -> bool:
+        """Whether a package's event lies behind its mark; it is counted then."""
+        if not self.marks:
+            return False
+        key = (record.partition, str(package_id))
         mark = self.marks.get(key)
         if mark is None or record.offset < mark.offset:
             return False

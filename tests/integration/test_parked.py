@@ -10,9 +10,11 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from projector import run_projection
+from projector.rebuild import replay_view
 from schemas.codec import encode
 from schemas.events import Event, FileIngested
 from services.errors import CorruptError
@@ -25,6 +27,7 @@ from services.views.projections import PROJECTIONS, Tables
 from services.views.projections.registry import RegistryProjection
 from services.views.queries import Queries
 from services.views.retry import retry
+from services.views.tables import parked_packages
 from tests.integration.projector_stage import covers, eventually, projecting
 from tests.memory_log import MemoryLog
 from tests.views_history import History, view_rows
@@ -152,6 +155,18 @@ async def test_a_record_whose_package_cannot_be_told_is_parked_under_its_key(vie
     assert (mark.package_id, mark.offset, mark.events) == (None, 0, 2)
     assert mark.package.startswith("key")
     assert len((await view_rows(views))["artifact_packages"]) == 2
+
+
+@pytest.mark.parametrize("name", ["registry", "usage"])
+async def test_a_view_that_is_built_anew_beside_parks_the_same(views: Views, name: str) -> None:
+    poisoned, projection = Poisoned(), PROJECTIONS[name]
+    await catch_up(views, poisoned.log, projection)
+    before = {mark.key: (mark.offset, mark.events) for mark in await list_marks(views)}
+    done = await replay_view(views, poisoned.log, projection)
+    assert {mark.key: (mark.offset, mark.events) for mark in await list_marks(views)} == before != {}
+    assert (await digest_view(views, projection)).digest == done.digest
+    async with views.reading() as connection:
+        assert (await connection.execute(select(func.count()).select_from(parked_packages))).scalar_one() == len(before)
 
 
 async def test_over_the_limit_a_projector_stops_and_says_what_to_do(views: Views) -> None:
