@@ -15,7 +15,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from services.blobs.port import Declared
+from services.blobs.port import Declared, StoredBlob
 from services.client import GatewayRegistry
 from services.client.pull import pull, read_manifest
 from services.config import Settings
@@ -37,6 +37,9 @@ pytestmark = pytest.mark.services
 CONTENT = b"the same in every file"
 A_COMMAND = 64
 AT_A_TIME = 8
+SLOW_CLIENTS = 16
+"""More than there is memory for."""
+
 LONGEST_SECONDS = 1.0
 LINEAR = 2.0
 """How much more processor time a file may take in a package of four times the files."""
@@ -174,6 +177,29 @@ async def test_a_package_of_many_files_is_finalized_beside_a_neighbour_and_pulle
     assert len(list((tmp_path / "pulled").iterdir())) == found.files
     assert {path.read_bytes() for path in (tmp_path / "pulled").iterdir()} == {CONTENT}
     assert_neighbour_hardly_waited(found)
+
+
+async def test_a_manifest_does_not_wait_for_clients_that_send_slowly(kafka: Settings) -> None:
+    async with gateway_on(kafka) as gateway:
+        package_id = await build(gateway, 1_500)
+        go_on = asyncio.Event()
+
+        async def slowly() -> AsyncIterator[bytes]:
+            yield b"x"
+            await go_on.wait()
+
+        def store(body: AsyncIterator[bytes]) -> asyncio.Future[StoredBlob]:
+            return asyncio.ensure_future(gateway.parts.blobs.store(body, declared=Declared(), max_bytes=1 << 20))
+
+        uploads = [store(slowly()) for _ in range(SLOW_CLIENTS)]
+        one_more = store(from_any(b"y"))
+        finalizing = asyncio.ensure_future(gateway.parts.writer.submit(FinalizePackage(package_id, uuid4(), "ada")))
+        both: list[asyncio.Future[Any]] = [one_more, finalizing]
+        first, _ = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        assert first == {finalizing}
+        go_on.set()
+        assert (await finalizing).sequence == 1_502
+        await asyncio.gather(*uploads, one_more)
 
 
 @pytest.mark.endurance
