@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas.batch import EventBatch, entries_of, entry_of
@@ -32,7 +32,6 @@ ingested = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(ingested)
 def test_fields_are_those_of_the_decoded_event(event: Event) -> None:
     value = encode(event)
@@ -42,7 +41,6 @@ def test_fields_are_those_of_the_decoded_event(event: Event) -> None:
     assert list(EventBatch([value])) == [event]
 
 
-@settings(deadline=None)
 @given(ingested, st.data())
 def test_what_is_not_as_written_is_refused_or_read_as_the_general_codec_reads_it(
     event: Event, data: st.DataObject
