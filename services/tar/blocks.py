@@ -13,7 +13,6 @@ ZERO_BLOCK = bytes(BLOCK)
 _FIELDS = struct.Struct("100s 24x 12s 12x 8s c 100x 8s 80x 155s 12x")
 _USTAR = b"ustar\x00"
 _GNU = b"ustar  \x00"
-_OCTAL = frozenset(b"01234567")
 _MAX_SHOWN = 200
 
 
@@ -51,9 +50,12 @@ def number_of(field: bytes) -> int | None:
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.strip(b" \0")
-    if not digits or not _OCTAL.issuperset(digits):
+    if not digits.isdigit():  # which also has no sign and no underscore in it
         return None
-    return int(digits, 8)
+    try:
+        return int(digits, 8)
+    except ValueError:
+        return None
 
 
 def parse_pax(body: bytes, number: int) -> list[tuple[str, bytes]]:

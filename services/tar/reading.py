@@ -239,52 +239,61 @@ class TarReader:
 
     def _admit(self, header: Header) -> tuple[str | None, int]:
         """Path and size of a file; no path for a folder, which is passed over."""
-        number, extension = self._number + 1, self._extension
+        extension = self._extension
         raw = header.name if extension.path is None else extension.path
         name = raw if isinstance(raw, str) else self._text(header, raw)
-        where = f"entry {number}, {shown(name)}"
         if header.kind not in _FILES and header.kind != _FOLDER:
             what = _REFUSED.get(header.kind, f"of an unknown kind {header.kind!r}")
-            raise InvalidArchiveError(f"{where} is {what}; files and folders are taken")
-        size = self._size(header, where)
-        while name.startswith("./"):
-            name = name[2:]
-        if header.kind == _FOLDER or name.endswith("/"):
-            self._admit_folder(name.removesuffix("/"), size, where)
+            raise InvalidArchiveError(f"{self._where(name)} is {what}; files and folders are taken")
+        size = self._size(header, name)
+        path = name
+        while path.startswith("./"):
+            path = path[2:]
+        if header.kind == _FOLDER or path.endswith("/"):
+            self._admit_folder(path.removesuffix("/"), size, name)
             return None, 0
-        self._check(name, where)
-        if name in self._seen:
-            raise DuplicateRelativePathError(f"{where} is in the archive twice")
+        self._check(path, name)
+        if path in self._seen:
+            raise DuplicateRelativePathError(f"{self._where(name)} is in the archive twice")
         if len(self._seen) == self._limits.max_files:
-            raise TooLargeError(f"{where} is one file too many: an archive may hold {self._limits.max_files:,}")
+            raise TooLargeError(
+                f"{self._where(name)} is one file too many: an archive may hold {self._limits.max_files:,}"
+            )
         if size > self._limits.max_file_bytes:
-            raise TooLargeError(f"{where} has {size:,} bytes; the limit is {self._limits.max_file_bytes:,}")
-        return name, size
+            raise TooLargeError(f"{self._where(name)} has {size:,} bytes; the limit is {self._limits.max_file_bytes:,}")
+        return path, size
 
-    def _admit_folder(self, name: str, size: int, where: str) -> None:
+    def _where(self, name: str) -> str:
+        return f"entry {self._number + 1}, {shown(name)}"
+
+    def _admit_folder(self, path: str, size: int, name: str) -> None:
         if size:
-            raise InvalidArchiveError(f"{where} is a folder and has {size:,} bytes")
-        if name not in ("", "."):
-            self._check(name, where)
+            raise InvalidArchiveError(f"{self._where(name)} is a folder and has {size:,} bytes")
+        if path not in ("", "."):
+            self._check(path, name)
+        if self._folders == self._limits.max_files:
+            raise TooLargeError(
+                f"{self._where(name)} is one folder too many: an archive may hold {self._limits.max_files:,}"
+            )
         self._folders += 1
-        if self._folders > self._limits.max_files:
-            raise TooLargeError(f"{where} is one folder too many: an archive may hold {self._limits.max_files:,}")
         self._accepted(None)
 
-    def _check(self, name: str, where: str) -> None:
+    def _check(self, path: str, name: str) -> None:
         try:
-            check_path(name)
+            check_path(path)
         except InvalidPathError as error:
-            raise InvalidPathError(f"{where}: {error.detail}") from None
+            raise InvalidPathError(f"{self._where(name)}: {error.detail}") from None
 
-    def _size(self, header: Header, where: str) -> int:
+    def _size(self, header: Header, name: str) -> int:
         """The size that every reader takes it to have: a pax size counts only where the header cannot say it."""
         said = self._extension.size
         if said is None or said == header.size:
             return header.size
         if header.size == 0 and said >= _OCTAL_LIMIT:
             return said
-        raise InvalidArchiveError(f"{where} has {header.size:,} bytes by its header and {said:,} by its pax header")
+        raise InvalidArchiveError(
+            f"{self._where(name)} has {header.size:,} bytes by its header and {said:,} by its pax header"
+        )
 
     def _text(self, header: Header, raw: bytes) -> str:
         try:
