@@ -1,0 +1,131 @@
+"""Bundles share one budget of memory, and what is read of packs takes few requests whatever the order."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from random import Random
+from uuid import uuid4
+
+import pytest
+from blake3 import blake3
+
+from services.blobs.local import LocalBlobStore
+from services.blobs.packs import Placed
+from services.blobs.port import content_key
+from services.bundle import Group, SmallFile, StreamedFile
+from services.bundle_store import BundleStore
+from services.errors import CorruptError, PushBackError
+from services.views.models import PlacedFile
+
+
+class Counting(LocalBlobStore):
+    """A store that counts what is read of it."""
+
+    reads = 0
+
+    async def read(self, key: str, offset: int, length: int) -> AsyncIterator[bytes]:
+        self.reads += 1
+        async for chunk in super().read(key, offset, length):
+            yield chunk
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[Counting]:
+    opened = Counting(tmp_path / "blobs")
+    await opened.migrate()
+    yield opened
+    await opened.close()
+
+
+async def groups(*found: Group) -> AsyncIterator[Group]:
+    for group in found:
+        yield group
+
+
+def small(names: Sequence[str]) -> list[SmallFile]:
+    return [SmallFile(name, "text/plain", name.encode() * 50) for name in names]
+
+
+def at(placed: Sequence[Placed]) -> list[PlacedFile]:
+    return [
+        PlacedFile(uuid4(), f.relative_path, "text/plain", f.blob.length, f.blob.blake3, f.blob.key, f.blob.offset)
+        for f in placed
+    ]
+
+
+async def page(files: Sequence[PlacedFile]) -> AsyncIterator[Sequence[PlacedFile]]:
+    yield files
+
+
+async def read(bundles: BundleStore, files: Sequence[PlacedFile]) -> dict[str, bytes]:
+    found: dict[str, bytes] = {}
+    async for group in bundles.read(page(files)):
+        if isinstance(group, StreamedFile):
+            found[group.relative_path] = b"".join([chunk async for chunk in group.body])
+        else:
+            found |= {file.relative_path: file.data for file in group}
+    return found
+
+
+async def test_a_bundle_that_gets_no_memory_is_pushed_back_unread(store: Counting) -> None:
+    bundles = BundleStore(store, at_once=1, turn_seconds=0.05)
+    began, held = asyncio.Event(), asyncio.Event()
+    asked: list[str] = []
+
+    async def slow() -> AsyncIterator[Group]:
+        began.set()
+        yield small(["a"])
+        await held.wait()
+
+    async def other() -> AsyncIterator[Group]:
+        asked.append("other")
+        yield small(["b"])
+
+    first = asyncio.create_task(bundles.store(slow(), 1 << 20))
+    await began.wait()
+    with pytest.raises(PushBackError):
+        await bundles.store(other(), 1 << 20)
+    assert asked == []
+    held.set()
+    assert [file.relative_path for file in await first] == ["a"]
+    assert [file.relative_path for file in await bundles.store(other(), 1 << 20)] == ["b"]
+
+
+async def test_one_pack_is_read_once_in_any_order(store: Counting) -> None:
+    bundles = BundleStore(store)
+    names = [f"{number:03}" for number in range(300)]
+    files = at(await bundles.store(groups(small(names)), 1 << 20))
+    Random(3).shuffle(files)
+    assert await read(bundles, files) == {name: name.encode() * 50 for name in names}
+    assert list(await read(bundles, files)) == [file.relative_path for file in files]
+    assert store.reads == 2
+
+
+async def test_a_few_files_of_a_large_pack_are_read_by_themselves(store: Counting) -> None:
+    bundles = BundleStore(store)
+    filler = SmallFile("filler", "x/y", Random(1).randbytes(200_000))
+    files = at(await bundles.store(groups([*small(["a"]), filler, *small(["b"])]), 1 << 20))
+    assert await read(bundles, [files[0], files[2]]) == {"a": b"a" * 50, "b": b"b" * 50}
+    assert store.reads == 2
+
+
+async def test_what_a_pack_has_lost_is_found_at_the_files_own_address(store: Counting, tmp_path: Path) -> None:
+    bundles = BundleStore(store)
+    files = at(await bundles.store(groups(small(["a", "b"])), 1 << 20))
+    (tmp_path / "blobs" / files[0].key).unlink()
+    with pytest.raises(CorruptError):
+        await read(bundles, files)
+    for name in ("a", "b"):
+        await bundles.store(groups(small([name])), 1 << 20)
+    assert content_key(blake3(b"a" * 50).digest()) != files[0].key
+    assert await read(bundles, files) == {"a": b"a" * 50, "b": b"b" * 50}
+
+
+async def test_known_blobs_are_those_that_are_there(store: Counting) -> None:
+    bundles = BundleStore(store)
+    await bundles.store(groups(small(["a"])), 1 << 20)
+    there, gone = blake3(b"a" * 50).digest(), blake3(b"b").digest()
+    assert await bundles.known([there, gone, there]) == {there}
+    assert await bundles.known([]) == frozenset()
