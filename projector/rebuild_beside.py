@@ -59,10 +59,7 @@ _PATIENCE_SECONDS = 60.0
 """How long log or database may be away, as long as nothing is folded."""
 
 _SWITCH_SECONDS = 600.0
-"""How long a switch looks for a moment in which nobody reads the live tables."""
-
-_COMPARISONS = 100
-"""How often both generations are looked for at one position, where the live one cannot be held still."""
+"""How long a comparison looks for a moment in which both stand level, a switch for one in which nobody reads."""
 
 
 class DigestMismatchError(CorruptError):
@@ -258,27 +255,41 @@ class _Rebuild:
 
     async def _digests(self) -> tuple[ViewDigest, ViewDigest]:
         """The digests of the live generation and of the build, at one position."""
+        deadline = time.monotonic() + _SWITCH_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                found = await self._digests_if_level()
+            except UnavailableError as error:
+                logger.info("%s: not compared yet: %s", self._projection.name, error.detail)
+                found = None
+            if found is not None:
+                return found
+            await asyncio.sleep(random.uniform(0, 0.1))
+        raise UnavailableError(
+            f"{self._projection.name} moved too fast to be compared for {_SWITCH_SECONDS:.0f} s; what was built is kept"
+        )
+
+    async def _digests_if_level(self) -> tuple[ViewDigest, ViewDigest] | None:
+        """Both digests; None when the two were not found at one position, as may be where the live one moves on."""
         views, projection = self._views, self._projection
-        for _ in range(_COMPARISONS):
-            build, live = await self._positions()
-            if not (live.position or Position(build.position.log, {})).covers(build.position):
-                await catch_up(views, self._log, projection, until=build.position)
-            await self._fold_to(await self._live_offsets(), 1)
-            async with AsyncExitStack() as reading:
-                async with held(views, projection):
-                    await self._fold_to(await self._live_offsets(), 1)
-                    connection = await reading.enter_async_context(views.reading(snapshot=True, long=True))
-                    await keep_tables(connection, live_tables(projection))
-                    await keep_tables(connection, building_tables(projection))
-                    at = (await read_live(connection, projection)).position
-                    found = await read_build(connection, projection)
-                if found is None:
-                    raise gone(self._build)
-                if at is None or not (at.covers(found.position) and found.position.covers(at)):
-                    continue
-                of_live = await digest_tables(connection, projection, live_tables(projection), at)
-                return of_live, await digest_tables(connection, projection, building_tables(projection), at)
-        raise UnavailableError(f"{projection.name} moves too fast to be compared: try again when less is written")
+        build, live = await self._positions()
+        if not (live.position or Position(build.position.log, {})).covers(build.position):
+            await catch_up(views, self._log, projection, until=build.position)
+        await self._fold_to(await self._live_offsets(), 1)
+        async with AsyncExitStack() as reading:
+            async with held(views, projection):
+                await self._fold_to(await self._live_offsets(), 1)
+                connection = await reading.enter_async_context(views.reading(snapshot=True, long=True))
+                await keep_tables(connection, live_tables(projection))
+                await keep_tables(connection, building_tables(projection))
+                at = (await read_live(connection, projection)).position
+                found = await read_build(connection, projection)
+            if found is None:
+                raise gone(self._build)
+            if at is None or not (at.covers(found.position) and found.position.covers(at)):
+                return None
+            of_live = await digest_tables(connection, projection, live_tables(projection), at)
+            return of_live, await digest_tables(connection, projection, building_tables(projection), at)
 
     async def _fold_to(self, ends: Mapping[int, int], processes: int) -> None:
         """Fold exactly up to these offsets, through failures that pass."""

@@ -191,6 +191,8 @@ async def switch(views: Views, projection: Projection, generation: UUID, end: Po
     async with views.writing() as connection:
         if views.dialect == "postgresql":
             await connection.execute(text(f"SET LOCAL lock_timeout = '{_FOLDS_SECONDS}s'"))
+            # Folds hold the row together and may follow each other without a gap: only a table's lock has a queue.
+            await connection.execute(text(f"LOCK TABLE {projection_generations.name} IN EXCLUSIVE MODE"))
         live = await read_live(connection, projection, lock=True)
         mine = projection_builds.c.generation == generation
         row = (await connection.execute(select(projection_builds).where(mine).with_for_update())).one_or_none()
