@@ -66,6 +66,7 @@ class CatchUp:
         while at == 0:
             await self._wait(process, start)
             at = await _folded(connection)
+        assert at < self._amount.events, "there are too few events to measure"
         first, began, spent = at, time.perf_counter(), _cpu_seconds(process)
         resident: dict[int, int] = {}
         while at < self._amount.events:

@@ -24,11 +24,11 @@ from services.views.reading import ReadBatch
 
 logger = logging.getLogger(__name__)
 
-_BATCH_RECORDS = 5_000
+_BATCH_RECORDS = 10_000
 _BATCH_BYTES = 4 << 20
 """A batch ends when it has as many records or bytes as this; the last poll may go over it by what it brings."""
 
-_POLL_RECORDS = 1_250
+_POLL_RECORDS = 2_500
 _FEWEST_RECORDS = 10
 """So many are asked for in one poll; fewer, when those before them were so large that more might not fit."""
 
