@@ -10,11 +10,9 @@ from uuid import UUID
 
 import click
 
-from services.cli.addressing import package_id
 from services.cli.output import answer, transfer_progress
 from services.cli.root import run
 from services.cli.settings import common_options, invocation
-from services.core.content_address import ContentAddress
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable
@@ -36,6 +34,9 @@ _ACTOR = click.option("--actor", default="anonymous", show_default=True, help="W
 @common_options(shown=("url",))
 def add(package: str, file: Path, *, relative_path: str | None, media_type: str | None, actor: str) -> None:
     """Add one file to a package that is open; `-` reads it from standard input."""
+    from services.cli.addressing import package_id
+    from services.core.content_address import ContentAddress
+
     if relative_path is None:
         if file == _STANDARD_INPUT:
             raise click.UsageError("standard input has no name: --path says where it goes")
@@ -88,6 +89,9 @@ async def _add(
 @common_options(shown=("url",))
 def finalize(package: str, *, actor: str) -> None:
     """Freeze a package that is open; prints the content address of its manifest."""
+    from services.cli.addressing import package_id
+    from services.core.content_address import ContentAddress
+
     done = run(_finalize(invocation().settings(), package_id(package), actor))
     manifest = None if done.manifest_digest is None else ContentAddress.of_digest(done.manifest_digest)
     answer({"package_id": str(done.package_id), "manifest_digest": manifest, "sequence": done.sequence})

@@ -17,7 +17,7 @@ from services.cli.settings import SETTINGS, metadata_of
 from services.config import PREFIX, Settings
 
 COMMANDS = {
-    *("push", "pull", "packages", "show", "manifest", "usage", "tail"),
+    *("push", "add", "finalize", "pull", "packages", "show", "manifest", "usage", "tail"),
     *("serve", "gateway", "projector", "migrate"),
     *("replay", "digest", "verify", "parked", "status", "doctor"),
 }
