@@ -200,6 +200,8 @@ async def switch(views: Views, projection: Projection, generation: UUID, end: Po
             raise StaleCheckpointError(f"the build of {projection.name} that was to become the live one is gone")
         at = Checkpoint(generation, Position(row.log, await read_offsets(connection, generation)))
         await fold_to(connection, at, ahead(live, at.position, end))
+        if views.dialect == "postgresql":  # from here on people rely on it, and on all that was written before
+            await connection.execute(text("SET LOCAL synchronous_commit TO DEFAULT"))
         await lock_live_tables(connection, projection, _READERS_MILLISECONDS)
         await replace_live_tables(connection, projection, generation)
         await connection.execute(delete(projection_builds).where(mine))
