@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
+from itertools import accumulate
 from uuid import UUID, uuid4
 
 from schemas.codec import decode, encode
@@ -17,6 +18,7 @@ from services.log.port import Batch, Record, RecordedEvent, StartOffsets
 from services.log.position import Position
 
 _FIELDS = tuple(Event.__slots__)
+_POLL_BYTES = 2 << 20
 
 
 class MemoryLog:
@@ -132,6 +134,8 @@ class MemoryLog:
         if start > self._ends[partition]:
             raise CorruptError(f"offset {start} lies outside the log")
         found = [record for record in self._records[partition] if record.offset >= start]
+        sizes = accumulate(len(record.value) for record in found)
+        most = min(most, sum(size < _POLL_BYTES for size in sizes) + 1)  # as every log bounds what it has at hand
         if len(found) > most:
             return found[:most], found[most].offset
         return found, self._ends[partition]

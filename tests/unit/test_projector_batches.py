@@ -1,0 +1,51 @@
+"""What a projector holds at a time: bounded by bytes, whatever the size of the events."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from projector.assignment import Assignment
+from schemas.events import PackageFinalized
+from services.views.engine import Views
+from services.views.projections import PROJECTIONS
+from tests.memory_log import MemoryLog
+from tests.views_history import History
+
+REGISTRY = PROJECTIONS["registry"]
+MIB = 1 << 20
+
+
+@pytest.fixture
+async def views(tmp_path: Path) -> AsyncIterator[Views]:
+    opened = Views(f"sqlite+aiosqlite:///{tmp_path}/views.db")
+    await opened.migrate()
+    yield opened
+    await opened.close()
+
+
+async def settled() -> None:
+    """Nothing is on its way into the view here."""
+
+
+async def test_a_batch_ends_by_its_bytes_when_manifests_are_large(views: Views) -> None:
+    log, history = MemoryLog(partitions=2), History()
+    small = History(1).fill(packages=40, files=10).events
+    log.append(*small)
+    for number in range(80):
+        history.finalize(history.create(f"package {number}"))
+    manifest = PackageFinalized(manifest=bytes(MIB // 2), manifest_key=None, file_count=1, total_bytes=1)
+    large = [replace(e, payload=manifest) if isinstance(e.payload, PackageFinalized) else e for e in history.events]
+    log.append(*large)
+    assignment = Assignment(views, log, REGISTRY, settled)
+    await assignment.join()
+    sizes: list[tuple[int, int]] = []
+    while (work := await assignment.next_work(0.01)) is not None:
+        sizes.append((len(work.events.records), sum(len(record.value) for record in work.events.records)))
+    await assignment.leave()
+    assert sum(events for events, _ in sizes) == len(small) + len(large)
+    assert max(events for events, _ in sizes) > 100
+    assert max(size for _, size in sizes) <= 4 * MIB + 2 * 3 * MIB  # a full batch, and what one poll may bring of each
