@@ -36,7 +36,8 @@ def status() -> None:
         answer(found)
         return
     raw(f"log {found['log']}, {found['partitions']} partitions".encode())
-    table(("projection", "events behind"), [(p["projection"], p["behind"]) for p in found["projections"]])
+    columns = ("projection", "behind", "parked")
+    table(("projection", "events behind", "packages parked"), [[p[c] for c in columns] for p in found["projections"]])
     for p in found["projections"]:
         if (build := p["building"]) is not None:
             raw(f"{p['projection']} is built anew by {build['builder']}, {build['behind']} events behind".encode())
@@ -47,6 +48,7 @@ def status() -> None:
 
 
 async def _status() -> dict[str, Any]:
+    from services.views.parked import list_marks
     from services.views.projections import PROJECTIONS
     from services.views.queries import Queries
     from services.wiring import is_embedded
@@ -66,6 +68,7 @@ async def _status() -> dict[str, Any]:
                     "behind": sum(max(0, offset - reached.get(p, 0)) for p, offset in end.offsets.items()),
                     # Who reads a file commits nothing: what a view stands on is its checkpoint.
                     "committed_behind": None if embedded else sum((await log.lag(name)).values()),
+                    "parked": len(await list_marks(views, name)),
                     "building": await _building(views, projection, end),
                 }
             )

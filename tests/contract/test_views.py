@@ -92,19 +92,21 @@ async def test_two_folds_of_one_batch_at_once_leave_it_applied_once(views: Views
     assert len((await view_rows(views))["artifact_packages"]) == 3
 
 
-async def test_folds_of_different_partitions_go_on_side_by_side(views: Views, reference: Views) -> None:
+@pytest.mark.parametrize("name", NAMES)
+async def test_folds_of_different_partitions_go_on_side_by_side(views: Views, reference: Views, name: str) -> None:
+    projection = PROJECTIONS[name]
     histories = {p: History(seed=p).fill(packages=3, files=2) for p in range(3)}
 
     async def project(views: Views, partition: int) -> None:
-        at = await load_checkpoint(views, REGISTRY, LOG)
+        at = await load_checkpoint(views, projection, LOG)
         for batch in batches(histories[partition].events, 5):
             behind = at.position.offsets.get(partition, 0) + len(batch)
-            at = await apply(views, REGISTRY, batch, since=at, next_offsets={partition: behind})
+            at = await apply(views, projection, batch, since=at, next_offsets={partition: behind})
 
     await asyncio.gather(*(project(views, partition) for partition in histories))
     for partition in histories:
         await project(reference, partition)
-    assert await digest_view(views, REGISTRY) == await digest_view(reference, REGISTRY)
+    assert await digest_view(views, projection) == await digest_view(reference, projection)
 
 
 async def test_a_violation_changes_nothing_and_names_the_package(views: Views) -> None:

@@ -67,6 +67,8 @@ def test_a_parked_package_is_listed_shown_and_brought_back(
         assert lines(run("parked", "list", "registry", "--json")) == [mark]
         assert lines(run("parked", "list", "usage", "--json")) == []
         assert package_id in run("parked").stdout
+        status = json.loads(run("status", "--json").stdout)["projections"]
+        assert {p["projection"]: p["parked"] for p in status} == {"registry": 1, "retention": 0, "usage": 0}
         shown = json.loads(run("parked", "show", package_id, "--json").stdout)
         assert shown["record"] == {"key": package_id[:32], "bytes": 1, "begins": "00", "type": None, "sequence": None}
         assert json.loads(run("parked", "retry", "--json", code=1).stdout)["parked"] == mark
