@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from tests.faults.torture.clients import PlainClient
 from tests.faults.torture.oracle import Verdict, compare, read_log
 from tests.faults.torture.work import Entry, creation
 from tests.integration.conditions import until
-from tests.integration.processes import ProductProcess, output_of
+from tests.integration.processes import ProductProcess, output_of, partitions_of
 from tests.services.process import free_ports
 
 PRODUCERS = 12
@@ -78,9 +77,8 @@ async def gateways(settings: Settings, folder: Path, count: int) -> AsyncIterato
             started.append(process)
 
         async def spread() -> bool:
-            status = json.loads(await asyncio.to_thread(output_of, settings, "status", "--json"))
-            owners = {writer["owner"] for writer in status["writers"]}
-            return None not in owners and len(owners) == count
+            owned = [await asyncio.to_thread(partitions_of, gateway) for gateway in started]
+            return sum(owned) == settings.kafka_partitions and min(owned) > 0
 
         await until(spread, 60, "the gateways do not share the partitions")
         yield started

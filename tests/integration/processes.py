@@ -27,6 +27,8 @@ from tests.services.process import Server, free_ports
 COMMAND = [sys.executable, "-m", "services.cli"]
 """The command line, as `artifact-store` runs it, with this very interpreter."""
 
+_OWNED = "artifact_store_partition_owned{"
+
 COMMAND_SECONDS = 120.0
 """How long a single command may take at most."""
 
@@ -89,6 +91,18 @@ def get(url: str) -> int | None:
         return error.code
     except OSError:
         return None
+
+
+def partitions_of(gateway: ProductProcess) -> int:
+    """How many partitions the process writes to now, as its metrics say."""
+    return sum(int(value) for name, value in metrics_of(gateway).items() if name.startswith(_OWNED))
+
+
+def metrics_of(gateway: ProductProcess) -> dict[str, float]:
+    """What it shows at `/metrics`, by name and labels."""
+    with urllib.request.urlopen(f"{gateway.endpoint}/metrics", timeout=10) as answer:  # noqa: S310  as above
+        lines = answer.read().decode().splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
 
 
 def run_command(

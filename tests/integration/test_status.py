@@ -18,10 +18,9 @@ from services.log.kafka.restore import FROM_FILE, FROM_LOG
 from services.views.projections import PROJECTIONS
 from tests.contract.log_stage import PATIENCE_SECONDS
 from tests.integration.kafka_stage import PARTITIONS, kafka_settings
-from tests.integration.processes import ProductProcess, output_of, run_command
+from tests.integration.processes import ProductProcess, metrics_of, output_of, partitions_of, run_command
 from tests.services.process import free_ports
 
-OWNED = "artifact_store_partition_owned"
 TAKEOVERS = "artifact_store_takeovers_total"
 PACKAGE = b'{"name":"n","producer":"p","subject":"s","retention_class":"scratch"}'
 
@@ -37,21 +36,14 @@ def status_of(settings: Settings) -> dict[str, Any]:
     return found
 
 
-def metrics_of(gateway: ProductProcess) -> dict[str, float]:
-    with urllib.request.urlopen(f"{gateway.endpoint}/metrics", timeout=10) as answer:  # noqa: S310 - our own loopback
-        lines = answer.read().decode().splitlines()
-    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
-
-
 def wait_for_all(*gateways: ProductProcess) -> list[dict[str, float]]:
     """Wait until these share all partitions; what each shows at `/metrics`."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
-        shown = [metrics_of(gateway) for gateway in gateways]
-        owned = [sum(found.get(f'{OWNED}{{partition="{p}"}}', 0.0) for p in range(PARTITIONS)) for found in shown]
+        owned = [partitions_of(gateway) for gateway in gateways]
         if sum(owned) == PARTITIONS and min(owned) > 0:
-            return shown
-        assert time.monotonic() < deadline, shown
+            return [metrics_of(gateway) for gateway in gateways]
+        assert time.monotonic() < deadline, owned
         time.sleep(0.1)  # an answer over HTTP, which nothing announces
 
 
