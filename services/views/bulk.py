@@ -11,12 +11,21 @@ from itertools import islice
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import BigInteger, Column, Table, Uuid, select
+from sqlalchemy import BigInteger, Boolean, Column, Integer, LargeBinary, Table, Text, Uuid, select
 from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.types import TypeEngine
 
 Row = tuple[Any, ...]
 
 _CHUNK = 10_000  # identifiers in one statement of SQLite; below what it takes (32,766 parameters)
+_TYPES: dict[type[TypeEngine[Any]], str] = {
+    Uuid: "uuid",
+    BigInteger: "bigint",
+    Integer: "integer",
+    Boolean: "boolean",
+    LargeBinary: "bytea",
+    Text: "text",
+}
 _ROWS_AT_ONCE = 250
 """So many encoded rows are sent in one message of the `COPY`."""
 
@@ -114,12 +123,11 @@ def _as_sqlite(columns: Sequence[Column[Any]], rows: Iterable[Row]) -> list[Row]
 
 
 def _type_name(column: Column[Any]) -> str:
-    match column.type:
-        case Uuid():
-            return "uuid"
-        case BigInteger():
-            return "bigint"
-    return "text"
+    """PostgreSQL's name of the column's type. Raises TypeError for one that no view has yet."""
+    for kind, name in _TYPES.items():
+        if isinstance(column.type, kind):
+            return name
+    raise TypeError(f"a column of type {type(column.type).__name__} cannot be updated in bulk yet")
 
 
 async def _driver(connection: AsyncConnection) -> Any:
