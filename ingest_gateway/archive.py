@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import aclosing
 
 from aiohttp import web
 
@@ -107,19 +108,19 @@ async def get_archive(call: Call) -> web.StreamResponse:
         tag = f"tar-1:{package.manifest_digest}"
         headers["ETag"] = f'"{tag}"'
         if not_modified(call.list_header("If-Match"), call.list_header("If-None-Match"), tag):
-            return web.Response(status=304, headers={**headers, "Content-Type": ""})
+            del headers["Content-Type"]
+            return web.Response(status=304, headers=headers)
     response = web.StreamResponse(status=200, headers=headers)
     if call.request.method == "HEAD":
         await call.start(response)
         return response
-    pieces = tar_of(
-        call.registry.read_files(package_id, after=after, largest=largest), package.finalized_at // 1_000_000
-    )
-    first = await anext(pieces)  # what can fail at once fails here, while the status can still say so
-    await call.start(response)
-    await call.send(response, first)
-    async for piece in pieces:
-        await call.send(response, piece)
+    files = call.registry.read_files(package_id, after=after, largest=largest)
+    async with aclosing(files), aclosing(tar_of(files, package.finalized_at // 1_000_000)) as pieces:
+        first = await anext(pieces)  # what can fail at once fails here, while the status can still say so
+        await call.start(response)
+        await call.send(response, first)
+        async for piece in pieces:
+            await call.send(response, piece)
     await response.write_eof()
     return response
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Sequence
 
 from services.bundle import Bundle, Group, SmallFile, StreamedFile
 from services.media_types import guess_media_type
@@ -65,7 +65,7 @@ async def _steps(reader: TarReader, body: AsyncIterable[bytes]) -> AsyncIterator
     reader.close()
 
 
-async def tar_of(bundle: Bundle, modified: int = 0) -> AsyncIterator[bytes]:
+async def tar_of(bundle: Bundle, modified: int = 0) -> AsyncGenerator[bytes, None]:
     """The bundle as an archive; every entry's time is `modified`, in seconds since 1970."""
     async for group in bundle:
         if isinstance(group, StreamedFile):
