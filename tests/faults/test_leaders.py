@@ -14,7 +14,7 @@ from tests.integration.conditions import until
 from tests.integration.kafka_stage import PARTITIONS, kafka_settings, lone_writer, open_kafka_log
 from tests.services.kafka import KafkaCluster
 
-pytestmark = [pytest.mark.services, pytest.mark.endurance]  # until both have run many times on a quiet machine
+pytestmark = [pytest.mark.services, pytest.mark.endurance]  # brokers that come and go take minutes on a busy machine
 
 
 async def test_leaders_that_move_and_brokers_that_die_one_after_another_are_only_a_delay(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from services.core.state import CREATED, PackageState
 from services.errors import ArtifactStoreError, PushBackError, UnavailableError
 from services.log.kafka.requests import Request
 from services.log.kafka.state import PartitionState
+from services.log.kafka.state_file import StateFileError
 from services.log.port import PutManifest
 
 PUT_SECONDS = 15.0
@@ -147,10 +148,8 @@ class Asides:
         failed: list[tuple[Request, ArtifactStoreError]] = []
         for aside in [aside for aside in self._asides.values() if aside.done]:
             del self._asides[aside.package_id]
-            if aside.loaded is not None:
-                self._state.adopt(aside.loaded)
-            elif aside.task is _Task.LOAD:
-                self._at_hand.add(aside.package_id)
+            if aside.task is _Task.LOAD:
+                self._adopt(aside)
             elif aside.decision is not None and aside.command is not None:
                 self._decisions[aside.package_id] = aside.command, aside.decision
             for request in aside.requests:
@@ -194,6 +193,15 @@ class Asides:
             held += aside.requests
         self._asides.clear()
         return held
+
+    def _adopt(self, aside: _Aside) -> None:
+        try:
+            if aside.loaded is not None:
+                self._state.adopt(aside.loaded)
+                return
+        except StateFileError:
+            pass  # the writer meets it again when it reads the package itself, and then ends its tenure
+        self._at_hand.add(aside.package_id)
 
     def _needed(self, request: Request) -> _Aside | None:
         asked = request.asked
