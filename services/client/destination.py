@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
@@ -29,7 +29,6 @@ class Destination:
     def __init__(self, folder: Path) -> None:
         """Open the folder, creating it if need be; it may itself be named through a link. Raises ConflictError."""
         folder.mkdir(parents=True, exist_ok=True)
-        self._last: tuple[str, int | None] = ("", None)
         try:
             self._root = os.open(folder.resolve(), _FOLDER)
         except NotADirectoryError:
@@ -37,7 +36,6 @@ class Destination:
 
     def close(self) -> None:
         """Let go of the folder."""
-        self._leave()
         os.close(self._root)
 
     def blake3_of(self, relative_path: str, size_bytes: int) -> bytes | None:
@@ -72,32 +70,32 @@ class Destination:
         with os.scandir(self._root) as entries:
             return next(entries, None) is None
 
-    def write_file(self, relative_path: str, data: bytes, *, replace: bool) -> None:
-        """Write a whole file and give it its name in one step. Raises ConflictError as `Landing.put_into_place`.
+    def write_files(self, files: Iterable[tuple[str, bytes]], *, replace: bool) -> None:
+        """Write whole files and give each its name in one step; may run in several threads at a time.
 
-        The folder of the file before is kept open, since the next one mostly lies there too.
+        The folder of the file before is kept open, since the next one mostly lies there too. Raises ConflictError as
+        `Landing.put_into_place`.
         """
-        above, _, name = relative_path.rpartition("/")
-        last, folder = self._last
-        if folder is None or above != last:
-            self._leave()
-            with self._folder(relative_path, create=True) as (found, _):
-                if found is None:
-                    raise ConflictError(f"the folder of {relative_path!r} is gone")
-                folder = os.dup(found)
-            self._last = (above, folder)
-        landing = Landing(folder, name, relative_path)
+        last, folder = "", -1
         try:
-            landing.write(data)
-            landing.put_into_place(replace=replace)
+            for relative_path, data in files:
+                above, _, name = relative_path.rpartition("/")
+                if folder < 0 or above != last:
+                    with self._folder(relative_path, create=True) as (found, _):
+                        if found is None:
+                            raise ConflictError(f"the folder of {relative_path!r} is gone")
+                        if folder >= 0:
+                            os.close(folder)
+                        last, folder = above, os.dup(found)
+                landing = Landing(folder, name, relative_path)
+                try:
+                    landing.write(data)
+                    landing.put_into_place(replace=replace)
+                finally:
+                    landing.discard()
         finally:
-            landing.discard()
-
-    def _leave(self) -> None:
-        _, folder = self._last
-        if folder is not None:
-            os.close(folder)
-        self._last = ("", None)
+            if folder >= 0:
+                os.close(folder)
 
     @contextmanager
     def new_file(self, relative_path: str) -> Iterator[Landing]:

@@ -43,6 +43,9 @@ _MOST_CONFLICTS_SHOWN = 10
 _WORTH_STREAMING = 4
 """At least every fourth file of a stream must be wanted."""
 
+_WRITING_AT_ONCE = 6
+"""Groups of small files, of about 1 MiB each: making a file mostly waits for the file system's journal."""
+
 _WRITTEN_AT_ONCE_BYTES = 64 * 1024
 """Up to here writing takes less time than handing the chunk to a thread."""
 
@@ -203,12 +206,12 @@ async def _fetch_together(
     *,
     replace: bool,
 ) -> set[str]:
-    """Small files out of one stream, each group written while the next is on its way; the paths that are in place.
+    """Small files out of one stream, groups written while the next are on their way; the paths that are in place.
 
     A stream that fails is no error: what it did not bring is fetched alone, which says what is wrong with which file.
     """
     arrived: set[str] = set()
-    writing: asyncio.Task[None] | None = None
+    writing: set[asyncio.Task[None]] = set()
 
     async def write(files: list[tuple[ManifestFile, bytes]]) -> None:
         await to_its_end(partial(_write_small, folder, files, replace=replace))
@@ -217,6 +220,13 @@ async def _fetch_together(
             told.advance(file.size_bytes)
             told.finish_file()
 
+    async def settle(most: int) -> None:
+        while len(writing) > most:
+            done, _ = await asyncio.wait(writing, return_when=asyncio.FIRST_COMPLETED)
+            writing.difference_update(done)
+            for task in done:
+                task.result()
+
     try:
         groups = registry.read_files(package_id, after=together.after, largest=SMALL_FILE_BYTES)
         async with aclosing(groups):
@@ -224,25 +234,22 @@ async def _fetch_together(
                 if isinstance(group, StreamedFile):
                     raise CorruptError(f"{group.relative_path!r} is larger than what was asked for")
                 found = [(together.files.get(file.relative_path), file.data) for file in group]
-                if writing is not None:
-                    await writing
-                writing = asyncio.create_task(write([(file, data) for file, data in found if file is not None]))
-        if writing is not None:
-            await writing
+                writing.add(asyncio.create_task(write([(file, data) for file, data in found if file is not None])))
+                await settle(_WRITING_AT_ONCE - 1)
+        await settle(0)
     except (UnavailableError, CorruptError) as error:
         _logger.warning("what is left is fetched file by file: %s", error.detail)
     finally:
-        if writing is not None:
-            await asyncio.gather(writing, return_exceptions=True)
+        await asyncio.gather(*writing, return_exceptions=True)
     return arrived
 
 
-def _write_small(folder: Destination, files: Iterable[tuple[ManifestFile, bytes]], *, replace: bool) -> None:
+def _write_small(folder: Destination, files: Sequence[tuple[ManifestFile, bytes]], *, replace: bool) -> None:
     """Check and write whole files. Blocks. Raises CorruptError, ConflictError."""
     for file, data in files:
         if len(data) != file.size_bytes or blake3(data).digest() != bytes.fromhex(file.blake3):
             raise CorruptError(f"the bytes of {file.relative_path!r} are not those that its manifest names")
-        folder.write_file(file.relative_path, data, replace=replace)
+    folder.write_files(((file.relative_path, data) for file, data in files), replace=replace)
 
 
 async def _fetch(
