@@ -66,6 +66,7 @@ class Assignment:
         self._next: dict[int, int] = {}
         self._unclaimed: dict[int, int] = {}
         self._subscription: Subscription | None = None
+        self._unshown: dict[int, int] = {}
         self._usual_size = _FIRST_SIZE
 
     async def join(self) -> None:
@@ -113,15 +114,20 @@ class Assignment:
         return Work(events, self._checkpoint(starts), ends)
 
     async def show(self, next_offsets: Mapping[int, int]) -> None:
-        """Commit what the view holds to the group, with the view's generation, for the log's own tools."""
-        subscription = self._joined()
-        mine = {p: offset for p, offset in next_offsets.items() if p in subscription.assigned}
-        if not mine:
+        """Commit what the view holds to the group, with the view's generation, for the log's own tools.
+
+        Also what could not be shown before, and where an assignment began when another went without showing it.
+        """
+        assigned = self._joined().assigned
+        self._unshown = {p: offset for p, offset in {**self._unshown, **next_offsets}.items() if p in assigned}
+        if not self._unshown:
             return
         try:
-            await subscription.commit(mine, str(self._generation))
-        except (UnavailableError, PushBackError) as error:  # only shown: the view has it, and the next one shows more
+            await self._joined().commit(self._unshown, str(self._generation))
+        except (UnavailableError, PushBackError) as error:  # only shown: the view has it, and it is tried again
             logger.info("%s: progress was not shown: %s", self._projection.name, error.detail)
+        else:
+            self._unshown = {}
 
     async def leave(self) -> None:
         """Leave the group at once."""
@@ -146,6 +152,7 @@ class Assignment:
             await self._begin_anew(checkpoint.generation, rewound)
         self._unclaimed.update({p: starts[p] for p in foreign})
         self._next.update(starts)
+        self._unshown.update({p: offset for p, offset in starts.items() if committed.get(p, (0, ""))[0] != offset})
         if starts:
             logger.info("%s: assigned partitions %s", self._projection.name, starts)
         return starts

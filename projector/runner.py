@@ -119,10 +119,8 @@ class _Run:
 
     async def _finish(self) -> None:
         """Wait for the batch that is on its way, then show how far the view is."""
-        if self._applying is None:
-            return
         applying, self._applying = self._applying, None
-        await self._assignment.show(await applying)
+        await self._assignment.show(await applying if applying is not None else {})
 
     async def _abandon(self) -> None:
         """Let a batch that is on its way come to its end, whatever that is: the view's checkpoint will tell."""

@@ -71,7 +71,7 @@ class KafkaSubscription:
         return frozenset(self._reached)
 
     async def commit(self, next_offsets: Mapping[int, int], metadata: str) -> None:
-        """See `Subscription`. What was taken away meanwhile is left to its new owner."""
+        """See `Subscription`. What was taken away meanwhile is left to its new owner. Raises UnavailableError."""
         await self._run(lambda: self._commit(next_offsets, metadata))
 
     async def close(self) -> None:
@@ -127,9 +127,8 @@ class KafkaSubscription:
             self._joined().commit(offsets=offsets, asynchronous=False)
         except KafkaException as error:
             found = kafka_error(error)
-            # It only shows progress: whoever owns the partition now shows its own.
             if found is not None and found.code() in _LOST:
-                return
+                raise UnavailableError("the group is between two assignments") from error
             with explaining("committing a projection's offsets"):
                 raise
 
