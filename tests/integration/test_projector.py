@@ -130,6 +130,19 @@ async def test_a_crash_between_the_view_and_the_log_applies_nothing_twice(views:
     await same_as_one_fold(views, reference, log)
 
 
+async def test_progress_that_was_never_shown_is_shown_by_whoever_comes_next(views: Views) -> None:
+    log = MemoryLog()
+    log.append(*History().fill(packages=4, files=2).events)
+    await catch_up(views, log, REGISTRY)
+    assert log.committed == {}
+    async with projecting(views, log, REGISTRY):
+
+        async def shown() -> bool:
+            return not any((await log.lag("registry")).values())
+
+        await eventually(shown, "the lag is nothing although nothing is left to fold")
+
+
 async def test_an_answer_that_was_lost_after_the_commit_applies_nothing_twice(
     views: Views, reference: Views, monkeypatch: pytest.MonkeyPatch
 ) -> None:
