@@ -25,6 +25,7 @@ from minio import Minio
 from minio.deleteobjects import DeleteObject
 
 from services.config import PREFIX, Settings
+from services.views.engine import Views
 from tests.services.shared import read_environment
 
 _ADMIN_SECONDS = 30.0
@@ -160,3 +161,30 @@ def settings(request: pytest.FixtureRequest) -> Settings:
     """Both sets of parts, one after the other."""
     found: Settings = request.getfixturevalue(f"{request.param}_settings")
     return found
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.services)])
+def views_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of an empty views database, on SQLite and on PostgreSQL, one after the other."""
+    if request.param == "sqlite":
+        return f"sqlite+aiosqlite:///{tmp_path}/views.db"
+    url: str = request.getfixturevalue("postgres_url")
+    return url
+
+
+@pytest.fixture
+async def views(views_url: str) -> AsyncIterator[Views]:
+    """Views on it, migrated."""
+    opened = Views(views_url)
+    await opened.migrate()
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+async def reference(tmp_path: Path) -> AsyncIterator[Views]:
+    """A SQLite view beside the one under test, to compare with."""
+    opened = Views(f"sqlite+aiosqlite:///{tmp_path}/reference.db")
+    await opened.migrate()
+    yield opened
+    await opened.close()

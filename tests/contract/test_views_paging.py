@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from uuid import UUID
 
 import pytest
@@ -34,14 +33,6 @@ class Step:
 STEPS = st.lists(
     st.builds(Step, st.lists(MOMENTS, max_size=4), st.lists(st.integers(0, 20), max_size=3)), min_size=1, max_size=8
 )
-
-
-@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.services)])
-def views_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite+aiosqlite:///{tmp_path}/views.db"
-    url: str = request.getfixturevalue("postgres_url")
-    return url
 
 
 def package_id(number: int) -> UUID:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -34,31 +32,6 @@ from tests.views_history import History, view_rows
 
 REGISTRY = PROJECTIONS["registry"]
 NONSENSE = b"\xc3\x01nothing that is known"
-
-
-@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.services)])
-def views_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite+aiosqlite:///{tmp_path}/views.db"
-    url: str = request.getfixturevalue("postgres_url")
-    return url
-
-
-@pytest.fixture
-async def views(views_url: str) -> AsyncIterator[Views]:
-    opened = Views(views_url)
-    await opened.migrate()
-    yield opened
-    await opened.close()
-
-
-@pytest.fixture
-async def reference(tmp_path: Path) -> AsyncIterator[Views]:
-    """A SQLite view beside the one under test, to compare with."""
-    opened = Views(f"sqlite+aiosqlite:///{tmp_path}/reference.db")
-    await opened.migrate()
-    yield opened
-    await opened.close()
 
 
 class Poisoned:

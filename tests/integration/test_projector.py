@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -30,31 +29,6 @@ from tests.unit import commands
 from tests.views_history import History, view_rows
 
 REGISTRY = PROJECTIONS["registry"]
-
-
-@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.services)])
-def views_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite+aiosqlite:///{tmp_path}/views.db"
-    url: str = request.getfixturevalue("postgres_url")
-    return url
-
-
-@pytest.fixture
-async def views(views_url: str) -> AsyncIterator[Views]:
-    opened = Views(views_url)
-    await opened.migrate()
-    yield opened
-    await opened.close()
-
-
-@pytest.fixture
-async def reference(tmp_path: Path) -> AsyncIterator[Views]:
-    """A SQLite view beside the one under test, to compare with."""
-    opened = Views(f"sqlite+aiosqlite:///{tmp_path}/reference.db")
-    await opened.migrate()
-    yield opened
-    await opened.close()
 
 
 async def same_as_one_fold(views: Views, reference: Views, log: MemoryLog) -> None:

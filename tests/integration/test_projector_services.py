@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -30,15 +29,6 @@ from tests.views_history import History
 pytestmark = pytest.mark.services
 
 REGISTRY = PROJECTIONS["registry"]
-
-
-@pytest.fixture
-async def reference(tmp_path: Path) -> AsyncIterator[Views]:
-    """A SQLite view beside the one under test, to compare with."""
-    opened = Views(f"sqlite+aiosqlite:///{tmp_path}/reference.db")
-    await opened.migrate()
-    yield opened
-    await opened.close()
 
 
 async def test_a_database_that_is_killed_and_comes_back_loses_and_doubles_nothing(

@@ -38,14 +38,6 @@ REGISTRY = PROJECTIONS["registry"]
 VERIFY = RebuildOptions(verify=True)
 
 
-@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.services)])
-def views_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite+aiosqlite:///{tmp_path}/views.db"
-    url: str = request.getfixturevalue("postgres_url")
-    return url
-
-
 @pytest.fixture
 async def views(views_url: str) -> AsyncIterator[Views]:
     async with opened(views_url) as found:

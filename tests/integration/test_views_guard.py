@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 
@@ -20,22 +18,6 @@ from tests.views_history import History, view_rows
 
 REGISTRY = PROJECTIONS["registry"]
 MEND = "artifact-store replay registry"
-
-
-@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.services)])
-def views_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite+aiosqlite:///{tmp_path}/views.db"
-    url: str = request.getfixturevalue("postgres_url")
-    return url
-
-
-@pytest.fixture
-async def views(views_url: str) -> AsyncIterator[Views]:
-    opened = Views(views_url)
-    await opened.migrate()
-    yield opened
-    await opened.close()
 
 
 def restored_and_written_on(log: MemoryLog, kept: int, fresh: History) -> None:
