@@ -52,6 +52,7 @@ async def _serve(settings: Settings) -> Mapping[str, Exception]:
                     await server.run(settings, stop=stop)
                 finally:
                     stop.set()
+                    await asyncio.wait([projecting])  # what is folded comes to its end; nothing is cut off
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None  # what went wrong first ended the other: people need that one alone
         return projecting.result()

@@ -25,6 +25,7 @@ from services.errors import ConfigurationError, UnavailableError
 from services.file_lock import FileLock
 from services.views.failures import database_errors
 from services.views.projections import PROJECTIONS, Projection
+from services.views.sqlite_connection import connect
 from services.views.tables import metadata, projection_checkpoints, projection_generations, retention_classes
 
 _BUSY_SECONDS = 10
@@ -175,7 +176,9 @@ def _open_sqlite(url: URL) -> AsyncEngine:
         Path(str(url.database)).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigurationError(f"the folder of the views file cannot be made: {error.strerror}") from error
-    engine = create_async_engine(url, hide_parameters=True, connect_args={"timeout": _BUSY_SECONDS})
+    engine = create_async_engine(
+        url, hide_parameters=True, connect_args={"timeout": _BUSY_SECONDS, "async_creator_fn": connect}
+    )
     event.listen(engine.sync_engine, "connect", _prepare_sqlite)
     event.listen(engine.sync_engine, "begin", _begin_sqlite)
     return engine

@@ -40,11 +40,14 @@ def test_it_is_interrupted_in_order_and_its_files_go(
     with subprocess.Popen(
         [sys.executable, "-c", _VERIFY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
     ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"folding\n"
-        assert list(folder.iterdir()), "the fresh view lies there"
-        process.send_signal(number)
-        _, said = process.communicate(timeout=60)
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"folding\n"
+            assert list(folder.iterdir()), "the fresh view lies there"
+            process.send_signal(number)
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 1
     assert b"interrupted" in said
     assert list(folder.iterdir()) == []
