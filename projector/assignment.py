@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from uuid import UUID
 
-from services.errors import LogIdentityError, PushBackError, UnavailableError
+from services.errors import CorruptError, LogIdentityError, PushBackError, UnavailableError
 from services.log.port import Batch, Log, Record, Subscription
 from services.log.position import Position
 from services.views.checkpoints import Checkpoint, StaleCheckpointError, load_checkpoint, reset
@@ -93,7 +94,8 @@ class Assignment:
         ends: dict[int, int] = {}
         size = 0
         while True:
-            batch = await self._joined().poll(self._most(size), 0.0 if ends else timeout_seconds)
+            async with self._of_one_log():
+                batch = await self._joined().poll(self._most(size), 0.0 if ends else timeout_seconds)
             self._check(batch, ends)
             if self._unclaimed:
                 await self._claim()
@@ -192,6 +194,15 @@ class Assignment:
         early = any(offset < self._next.get(p, 0) for p, offset in firsts.items())
         if self._reset or moved or early:
             raise StaleCheckpointError(f"the partitions of {self._projection.name} were assigned anew")
+
+    @asynccontextmanager
+    async def _of_one_log(self) -> AsyncIterator[None]:
+        """What looks like a log that was cut may be another one: LogIdentityError then, instead of CorruptError."""
+        try:
+            yield
+        except CorruptError:
+            await self._require_same_log()
+            raise
 
     async def _require_same_log(self) -> None:
         """Asked behind the reading: a log that is still the same was so while it was read, since no identity returns.
