@@ -7,6 +7,7 @@ away from every test, so that a shell that sourced `var/services.env` sees the s
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import uuid
 from collections.abc import AsyncIterator, Iterator
@@ -29,6 +30,10 @@ from services.views.engine import Views
 from tests.services.shared import read_environment
 
 _ADMIN_SECONDS = 30.0
+
+# A shell that starts this in the background has SIGINT ignored, and so would every process that a test interrupts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long one example takes says more about what else the machine does than about the code.
 property_tests.register_profile("without-deadline", deadline=None)
