@@ -146,11 +146,9 @@ class PartitionState:
         package_id = event.package_id
         before = self.package(package_id)
         self._ahead = True
+        saved = 0 if before is None else before.sequence
         state = evolve(before, event)
-        if before is None:
-            self._keep(state, 0)
-            self._absent = None
-        self._changed.add(package_id)
+        self._keep_changed(state, saved)
         self._unsaved += 1
         self.last_created_at = max(self.last_created_at, event.created_at)
         return state
@@ -160,11 +158,7 @@ class PartitionState:
         self._ahead = True
         saved = 0 if before is None else before.sequence
         state = accept(before, command, decision)
-        # One that was read from the file may have been forgotten at once, to make room.
-        if command.package_id not in self._packages:
-            self._keep(state, saved)
-            self._absent = None
-        self._changed.add(command.package_id)
+        self._keep_changed(state, saved)
         self._unsaved += len(decision.appended)
         self.last_created_at = max(self.last_created_at, decision.created_at)
         return state
@@ -291,6 +285,13 @@ class PartitionState:
         self._used.add(state.package_id)
         if self._held > 2 * self._max_entries:
             self._make_room()
+
+    def _keep_changed(self, state: PackageState, saved: int) -> None:
+        """Hold what the next checkpoint writes; one that was read from the file may have been forgotten at once."""
+        if state.package_id not in self._packages:
+            self._keep(state, saved)
+            self._absent = None
+        self._changed.add(state.package_id)
 
     def _keep(self, state: PackageState, saved: int) -> None:
         entries = 1 + len(state.files) + len(state.commands)
