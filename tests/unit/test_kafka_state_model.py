@@ -200,3 +200,16 @@ TestState = StateMachine.TestCase
 TestState.settings = settings(
     max_examples=80, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
+
+
+def test_a_package_that_is_read_from_the_file_and_forgotten_at_once_takes_events_of_the_log() -> None:
+    state = StateMachine()
+    state.create(name=0, subject="s", tick=0)
+    state.ingest(name=1, package=0, paths=["a"], torn=0)
+    state.end_and_begin_again()
+    state.create(name=1, subject="s", tick=0)
+    state.finalize(name=2, package=0, tick=0)
+    state.crash()
+    state.check(name=3, package=0, paths=[])
+    state.finalize(name=2, package=0, tick=0)
+    state.teardown()
