@@ -58,9 +58,7 @@ class EventBatch(Sequence[Event]):
     def __getitem__(self, index: slice) -> EventBatch: ...
     def __getitem__(self, index: int | slice) -> Event | EventBatch:
         if isinstance(index, slice):
-            part = EventBatch()
-            part.entries, part._values = self.entries[index], self._values[index]
-            return part
+            return self.select(range(len(self))[index])
         entry = self.entries[index]
         return entry if isinstance(entry, Event) else decode(self._values[index])
 

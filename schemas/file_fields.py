@@ -4,24 +4,19 @@ take four times as long. The order is that of the schema file; a property test h
 
 from __future__ import annotations
 
-import json
-from binascii import Error as NotHexError
 from binascii import unhexlify
-from importlib.resources import files
 from typing import NamedTuple
 from uuid import UUID
 
-from fastavro.schema import fingerprint, to_parsing_canonical_form
-
+from schemas.codec import framing
 from schemas.events import FILE_INGESTED, Event, FileIngested
 
 _UUID = 36 << 1
 """The Avro length of a UUID's text."""
 
 _TYPE = bytes([len(FILE_INGESTED) << 1]) + FILE_INGESTED.encode() + bytes([_UUID])
-_SCHEMA = json.loads(files("schemas").joinpath(f"{FILE_INGESTED}.avsc").read_text(encoding="utf-8"))
-_FRAMING = b"\xc3\x01" + bytes.fromhex(fingerprint(to_parsing_canonical_form(_SCHEMA), "CRC-64-AVRO")) + bytes([_UUID])
-"""What a value of this schema begins with (`schemas.codec`), and the length of its first field, event_id."""
+_FRAMING = framing(FILE_INGESTED) + bytes([_UUID])
+"""What a value of this schema begins with, and the length of its first field, event_id."""
 
 _NOT_SHORT = 0x81
 """Bits of a first byte that say: more bytes follow, or the number is negative."""
@@ -81,7 +76,7 @@ def read_fields(value: bytes, packages: dict[bytes, UUID]) -> FileFields | None:
     """
     try:
         return _read(value, packages)
-    except (ValueError, IndexError, NotHexError):
+    except (ValueError, IndexError):
         return None
 
 
