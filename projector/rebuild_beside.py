@@ -303,7 +303,6 @@ class _Rebuild:
                     return
                 await self._load(build.checkpoint, left, processes)
             except StaleCheckpointError as error:
-                await self._current()
                 logger.info("%s: %s; reading on from the build's checkpoint", self._projection.name, error.detail)
                 await asyncio.sleep(random.uniform(0, 0.1))
             except (UnavailableError, PushBackError) as error:

@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.schema import CreateIndex, CreateTable
 from sqlalchemy.sql import quoted_name
 
+from services.views.bulk import on_postgresql
 from services.views.projections import Projection, Tables
 
 SUFFIX = "__building"
@@ -45,7 +46,7 @@ async def create_tables(connection: AsyncConnection, projection: Projection, gen
     """Make the build's tables, with no more indexes than its folds look anything up in."""
     await drop_tables(connection, projection)
     for table in projection.tables:
-        if connection.dialect.name == "sqlite":  # where a primary key cannot be added later
+        if not on_postgresql(connection):  # where a primary key cannot be added later
             await connection.execute(CreateTable(building_tables(projection)[table.name]))
             continue
         columns = [Column(c.name, c.type, nullable=c.nullable) for c in table.columns]
@@ -74,7 +75,7 @@ def index_statements(projection: Projection, generation: UUID, dialect: Dialect)
 
 async def create_index(connection: AsyncConnection, statement: str, *, memory_mib: int, workers: int) -> None:
     """Run one of `index_statements` with so much memory and so many workers of the database's beside it."""
-    if connection.dialect.name == "sqlite":
+    if not on_postgresql(connection):
         await connection.execute(text(statement))
         return
     await connection.execute(text(f"SET LOCAL maintenance_work_mem = '{memory_mib}MB'"))
@@ -86,7 +87,7 @@ async def create_index(connection: AsyncConnection, statement: str, *, memory_mi
 
 async def analyze(connection: AsyncConnection, projection: Projection) -> None:
     """Let PostgreSQL know what is in the build's tables, so that it plans well from the first query on."""
-    if connection.dialect.name == "postgresql":
+    if on_postgresql(connection):
         names = ", ".join(f"{table.name}{SUFFIX}" for table in projection.tables)
         await connection.execute(text(f"ANALYZE {names}"))
 
@@ -96,7 +97,7 @@ async def lock_live_tables(connection: AsyncConnection, projection: Projection, 
 
     Raises UnavailableError through `Views.writing` when the time is over. SQLite's readers keep what they see.
     """
-    if connection.dialect.name == "postgresql":
+    if on_postgresql(connection):
         names = ", ".join(table.name for table in projection.tables)
         await connection.execute(text(f"SET LOCAL lock_timeout = {milliseconds}"))
         await connection.execute(text(f"LOCK TABLE {names} IN ACCESS EXCLUSIVE MODE"))
@@ -106,9 +107,9 @@ async def replace_live_tables(connection: AsyncConnection, projection: Projectio
     """Drop the live tables and give the build's their names and who may read them, in the connection's transaction."""
     for table in projection.tables:
         name = table.name
-        grants = await _grants(connection, name) if connection.dialect.name == "postgresql" else []
+        grants = await _grants(connection, name) if on_postgresql(connection) else []
         statements = [f"DROP TABLE IF EXISTS {name}", f"ALTER TABLE {name}{SUFFIX} RENAME TO {name}"]
-        if connection.dialect.name == "postgresql":
+        if on_postgresql(connection):
             key = _key(table, generation).name
             statements.append(f"ALTER TABLE {name} ADD CONSTRAINT {name}_pkey PRIMARY KEY USING INDEX {key}")
             suffix = _suffix(generation)

@@ -12,6 +12,7 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import BigInteger, Boolean, Column, Integer, LargeBinary, Table, Text, Uuid, select
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.types import TypeEngine
 
@@ -37,6 +38,11 @@ _COPY_END = b"\xff\xff"
 def on_postgresql(connection: AsyncConnection) -> bool:
     """Whether the database is PostgreSQL; else it is SQLite."""
     return connection.dialect.name == "postgresql"
+
+
+def upsert(connection: AsyncConnection, table: Table) -> postgresql.Insert | sqlite.Insert:
+    """An insert that may go on with `on_conflict_do_update`, which both databases have and SQLAlchemy's own has not."""
+    return postgresql.insert(table) if on_postgresql(connection) else sqlite.insert(table)
 
 
 async def insert_rows(connection: AsyncConnection, table: Table, rows: Sequence[Row]) -> None:

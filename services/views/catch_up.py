@@ -17,8 +17,6 @@ from services.views.guard import check_continues, check_within
 from services.views.projections import Projection
 from services.views.reading import ReadBatch, read_stretches
 
-__all__ = ["BATCH_EVENTS", "Progress", "catch_up", "check_within"]
-
 BATCH_EVENTS = 2000
 
 Progress = Callable[[int, Position], None]
@@ -51,7 +49,7 @@ async def catch_up(
             check_within(checkpoint.position, end, projection.name)
             if checkpoint.position.covers(until):
                 return folded
-            await check_continues(log, projection.name, checkpoint, end.offsets)
+            await check_continues(log, projection.name, checkpoint, end.offsets, end=end)
             fold = _Fold(views, projection, checkpoint, batch_events, progress)
             try:
                 await fold.run(log, end)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from uuid import UUID, uuid4
 
 from blake3 import blake3
-from sqlalchemy import delete, select, text, update
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import Row, delete, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from schemas.events import Event
@@ -21,6 +21,7 @@ from services.errors import ConfigurationError, CorruptError, LogIdentityError, 
 from services.log.port import Record
 from services.log.position import Position
 from services.views.building import building_tables, live_tables
+from services.views.bulk import on_postgresql, upsert
 from services.views.engine import Views, check_layouts
 from services.views.failures import DamagedDatabaseError
 from services.views.parked import Parking, TooManyParkedError, forget_marks, read_marks
@@ -65,9 +66,9 @@ async def load_checkpoint(views: Views, projection: Projection, log: UUID) -> Ch
     """
     async with views.reading(snapshot=True) as connection:
         await check_layouts(connection, [projection])
-        generation, owner = await _generation(connection, projection)
-        offsets = await read_offsets(connection, generation)
-        last = await read_last_records(connection, generation)
+        live = await live_row(connection, projection)
+        offsets, last = await read_progress(connection, live.generation)
+        generation, owner = live.generation, live.log
     if owner is None:
         async with views.writing() as connection:
             await connection.execute(
@@ -125,15 +126,13 @@ async def apply_within(
     views: Views,
     connection: AsyncConnection,
     projection: Projection,
-    events: ReadBatch | Sequence[Event],
+    batch: ReadBatch,
     *,
     since: Checkpoint,
     next_offsets: Mapping[int, int],
 ) -> Checkpoint:
     """As `apply`, in a transaction of the caller's, which must not go on when this raises."""
-    batch = events if isinstance(events, ReadBatch) else ReadBatch((), events)
-    fold = _Fold(connection, projection, views.max_parked, since)
-    return await fold.run(batch, next_offsets, whole=not batch.records)
+    return await _Fold(connection, projection, views.max_parked, since).run(batch, next_offsets, whole=False)
 
 
 class _Fold:
@@ -183,18 +182,14 @@ async def reset(views: Views, projection: Projection, *, expected: UUID | None =
     """
     generation = uuid4()
     async with views.writing() as connection:
-        table = projection_generations
-        mine = table.c.projection == projection.name
         # The row is updated, never replaced: a fold that waits for its lock must find it again.
-        before = (await connection.execute(select(table).where(mine).with_for_update())).one()
+        before = await live_row(connection, projection, lock=True)
         if expected not in (None, before.generation):
             raise StaleCheckpointError(f"the view {projection.name} was reset meanwhile")
         fresh = {"generation": generation, "layout": projection.layout, "log": None}
-        await connection.execute(update(table).where(mine).values(fresh))
-        await connection.execute(
-            delete(projection_checkpoints).where(projection_checkpoints.c.generation == before.generation)
-        )
-        await forget_marks(connection, before.generation)
+        mine = projection_generations.c.projection == projection.name
+        await connection.execute(update(projection_generations).where(mine).values(fresh))
+        await forget_progress(connection, before.generation)
         if before.layout != projection.layout:
             await connection.run_sync(metadata.drop_all, tables=projection.tables)
             await connection.run_sync(metadata.create_all, tables=projection.tables)
@@ -209,34 +204,45 @@ async def reset(views: Views, projection: Projection, *, expected: UUID | None =
 
 async def read_position(connection: AsyncConnection, projection: Projection) -> Position | None:
     """Where the view stands; None before it has folded from any log."""
-    generation, log = await _generation(connection, projection)
-    return None if log is None else Position(log, await read_offsets(connection, generation))
+    live = await live_row(connection, projection)
+    return None if live.log is None else Position(live.log, await read_offsets(connection, live.generation))
 
 
 async def read_offsets(connection: AsyncConnection, generation: UUID) -> dict[int, int]:
     """From partition to the offset of the next record, for one generation."""
+    offsets, _ = await read_progress(connection, generation)
+    return offsets
+
+
+async def read_progress(connection: AsyncConnection, generation: UUID) -> tuple[dict[int, int], dict[int, LastRecord]]:
+    """From partition to the offset of the next record, and to the record that was folded last, for one generation."""
     table = projection_checkpoints.c
-    query = select(table.partition, table.next_offset).where(table.generation == generation).order_by(table.partition)
-    return {row.partition: row.next_offset for row in await connection.execute(query)}
+    query = select(table.partition, table.next_offset, table.last_offset, table.last_digest)
+    offsets: dict[int, int] = {}
+    last: dict[int, LastRecord] = {}
+    for row in await connection.execute(query.where(table.generation == generation).order_by(table.partition)):
+        offsets[row.partition] = row.next_offset
+        if row.last_offset is not None:
+            last[row.partition] = LastRecord(row.last_offset, row.last_digest)
+    return offsets, last
 
 
-async def read_last_records(connection: AsyncConnection, generation: UUID) -> dict[int, LastRecord]:
-    """From partition to the record that the generation folded last."""
-    table = projection_checkpoints.c
-    query = select(table.partition, table.last_offset, table.last_digest).where(
-        table.generation == generation, table.last_offset.is_not(None)
-    )
-    return {row.partition: LastRecord(row.last_offset, row.last_digest) for row in await connection.execute(query)}
+async def forget_progress(connection: AsyncConnection, generation: UUID) -> None:
+    """Remove checkpoints and marks of a generation that is given up."""
+    await connection.execute(delete(projection_checkpoints).where(projection_checkpoints.c.generation == generation))
+    await forget_marks(connection, generation)
 
 
-async def _generation(connection: AsyncConnection, projection: Projection) -> tuple[UUID, UUID | None]:
-    """The live generation and its log."""
-    table = projection_generations.c
-    query = select(table.generation, table.log).where(table.projection == projection.name)
-    row = (await connection.execute(query)).one_or_none()
+async def live_row(connection: AsyncConnection, projection: Projection, *, lock: bool = False) -> Row[Any]:
+    """The row of the live generation. With `lock` it stands still until the transaction ends.
+
+    Raises ConfigurationError when there is none yet.
+    """
+    query = select(projection_generations).where(projection_generations.c.projection == projection.name)
+    row = (await connection.execute(query.with_for_update() if lock else query)).one_or_none()
     if row is None:
         raise ConfigurationError(f"the views have no {projection.name}: `artifact-store migrate` creates it")
-    return row.generation, row.log
+    return row
 
 
 async def tables_of(connection: AsyncConnection, projection: Projection, since: Checkpoint) -> Tables:
@@ -248,7 +254,7 @@ async def tables_of(connection: AsyncConnection, projection: Projection, since: 
         mine = (table.c.projection == projection.name, table.c.generation == since.generation)
         query = select(table.c.log).where(*mine, table.c.log == since.position.log).with_for_update(read=True)
         if (await connection.execute(query)).one_or_none() is not None:
-            if table is projection_builds and connection.dialect.name == "postgresql":
+            if table is projection_builds and on_postgresql(connection):
                 # Nobody sees a build: a server that dies may lose its last batches, whole, with their checkpoint.
                 await connection.execute(text("SET LOCAL synchronous_commit TO off"))
             return tables(projection)
@@ -270,9 +276,8 @@ async def _advance(
     if last is not None:
         changed |= {"last_offset": last.offset, "last_digest": last.digest}
     if expected == 0:
-        make = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
         row = {"generation": generation, "partition": partition, "projection": projection, **changed}
-        put = make(table).values(row)
+        put = upsert(connection, table).values(row)
         moved = await connection.execute(
             put.on_conflict_do_update(
                 index_elements=[table.c.generation, table.c.partition], set_=changed, where=table.c.next_offset == 0

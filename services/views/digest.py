@@ -21,6 +21,7 @@ from schemas.canonical import canonical_cbor
 from services.core.content_address import ContentAddress
 from services.log.position import Position
 from services.views.building import live_tables
+from services.views.bulk import on_postgresql
 from services.views.checkpoints import read_position
 from services.views.engine import Views
 from services.views.projections import Projection, Tables
@@ -51,7 +52,7 @@ async def keep_tables(connection: AsyncConnection, tables: Tables) -> None:
 
     A TRUNCATE of PostgreSQL's is seen by older snapshots too.
     """
-    if connection.dialect.name == "postgresql":
+    if on_postgresql(connection):
         names = ", ".join(table.name for table in tables.values())
         await connection.execute(text(f"LOCK TABLE {names} IN ACCESS SHARE MODE"))
 

@@ -29,19 +29,24 @@ from services.views.building import (
     lock_live_tables,
     replace_live_tables,
 )
-from services.views.checkpoints import Checkpoint, StaleCheckpointError, read_last_records, read_offsets
+from services.views.checkpoints import (
+    Checkpoint,
+    StaleCheckpointError,
+    forget_progress,
+    live_row,
+    read_offsets,
+    read_progress,
+)
 from services.views.engine import Views
 from services.views.failures import database_errors
-from services.views.parked import forget_marks
 from services.views.projections import Projection
-from services.views.tables import projection_builds, projection_checkpoints, projection_generations
+from services.views.tables import projection_builds, projection_generations
 
 _FOLDS_SECONDS = 10
 """How long a switch waits for folds that are under way; readers do not wait for it meanwhile."""
 
 _READERS_MILLISECONDS = 50
 """How long a switch waits for each live table, and readers behind it, before it lets go and tries again."""
-
 
 _GONE_SECONDS = 3.0
 """How long a server may take to notice that a builder was killed."""
@@ -78,15 +83,14 @@ async def read_build(connection: AsyncConnection, projection: Projection) -> Bui
     row = (await connection.execute(query)).one_or_none()
     if row is None:
         return None
-    position = Position(row.log, await read_offsets(connection, row.generation))
-    checkpoint = Checkpoint(row.generation, position, await read_last_records(connection, row.generation))
+    offsets, last = await read_progress(connection, row.generation)
+    checkpoint = Checkpoint(row.generation, Position(row.log, offsets), last)
     return Build(row.projection, row.generation, row.layout, row.builder, checkpoint)
 
 
 async def read_live(connection: AsyncConnection, projection: Projection, *, lock: bool = False) -> Live:
     """The projection's live generation. With `lock` it stands still until the transaction ends."""
-    query = select(projection_generations).where(projection_generations.c.projection == projection.name)
-    row = (await connection.execute(query.with_for_update() if lock else query)).one()
+    row = await live_row(connection, projection, lock=lock)
     position = None if row.log is None else Position(row.log, await read_offsets(connection, row.generation))
     return Live(row.generation, row.layout, position)
 
@@ -208,7 +212,7 @@ async def switch(views: Views, projection: Projection, generation: UUID, end: Po
         fresh = {"generation": generation, "layout": row.layout, "log": row.log}
         known = projection_generations.c.projection == projection.name
         await connection.execute(update(projection_generations).where(known).values(fresh))
-        await _forget_checkpoints(connection, live.generation)
+        await forget_progress(connection, live.generation)
 
 
 def ahead(live: Live, position: Position, end: Position) -> dict[int, int]:
@@ -241,11 +245,6 @@ async def _forget(connection: AsyncConnection, projection: Projection) -> bool:
     known = (await connection.execute(select(projection_builds).where(mine).with_for_update())).one_or_none()
     await drop_tables(connection, projection)
     if known is not None:
-        await _forget_checkpoints(connection, known.generation)
+        await forget_progress(connection, known.generation)
         await connection.execute(delete(projection_builds).where(mine))
     return known is not None
-
-
-async def _forget_checkpoints(connection: AsyncConnection, generation: UUID) -> None:
-    await connection.execute(delete(projection_checkpoints).where(projection_checkpoints.c.generation == generation))
-    await forget_marks(connection, generation)

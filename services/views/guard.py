@@ -16,14 +16,17 @@ from services.log.position import Position
 from services.views.checkpoints import Checkpoint, LastRecord
 
 
-async def check_continues(log: Log, name: str, checkpoint: Checkpoint, partitions: Iterable[int]) -> None:
+async def check_continues(
+    log: Log, name: str, checkpoint: Checkpoint, partitions: Iterable[int], *, end: Position | None = None
+) -> None:
     """Return if the log goes on, in these partitions, from what the view `name` has folded; reads a record of each.
 
-    Raises CorruptError, which names the replay that would accept the log as it is; UnavailableError.
+    `end` is the log's, from after the checkpoint; without it the log is asked. Raises CorruptError, which names the
+    replay that would accept the log as it is; UnavailableError.
     """
     wanted = sorted(set(partitions))
     offsets = {p: checkpoint.position.offsets[p] for p in wanted if p in checkpoint.position.offsets}
-    check_within(Position(checkpoint.position.log, offsets), await log.end(), name)
+    check_within(Position(checkpoint.position.log, offsets), end or await log.end(), name)
     last = {p: checkpoint.last[p] for p in wanted if p in checkpoint.last}
     if not last:
         return

@@ -7,12 +7,12 @@ batches were cut: one that fails is halved until the event is found at which a f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from uuid import UUID
 
 from blake3 import blake3
-from sqlalchemy import delete, func, insert, select
+from sqlalchemy import delete, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from schemas.batch import EventBatch, entries_of
@@ -92,12 +92,6 @@ async def list_marks(views: Views, projection: str | None = None) -> list[Mark]:
     async with views.reading() as connection:
         rows = await connection.execute(query.order_by(table.projection, table.partition, table.offset, table.package))
         return [_mark(row._asdict()) for row in rows]
-
-
-async def count_marks(connection: AsyncConnection, generation: UUID) -> int:
-    """How many packages of this generation are parked."""
-    query = select(func.count()).select_from(parked_packages).where(parked_packages.c.generation == generation)
-    return (await connection.execute(query)).scalar_one()
 
 
 async def forget_mark(connection: AsyncConnection, mark: Mark) -> bool:
@@ -241,11 +235,6 @@ class Parking:
             events=1,
             cause=cause[:_CAUSE_CHARACTERS],
         )
-
-
-def marks_of_packages(marks: Iterable[Mark]) -> dict[UUID, Mark]:
-    """The marks by the packages' ids, without those whose package cannot be told."""
-    return {mark.package_id: mark for mark in marks if mark.package_id is not None}
 
 
 def _row(mark: Mark) -> dict[str, object]:

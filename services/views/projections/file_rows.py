@@ -12,6 +12,7 @@ from sqlalchemy import Table
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from schemas.file_fields import FileFields
+from services.core.content_address import ContentAddress
 from services.views.bulk import Row, copy_encoded, insert_rows, on_postgresql
 
 # PostgreSQL documentation, COPY, "Binary Format": the number of columns, then each value behind its length.
@@ -111,7 +112,7 @@ def _location(fields: FileFields) -> Row:
         UUID(bytes=fields.location_id),
         UUID(bytes=fields.file_id),
         fields.backend_id.decode(),
-        f"blake3:{fields.blake3.hex()}",
+        ContentAddress.of_digest(fields.blake3),
         fields.key.decode(),
         fields.offset,
         fields.length,

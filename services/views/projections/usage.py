@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from sqlalchemy import Table
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from schemas.batch import Entry, entries_of
 from schemas.events import Event, PackageCreated
 from schemas.file_fields import FileFields
-from services.views.bulk import insert_rows, update_rows
+from services.views.bulk import insert_rows, update_rows, upsert
 from services.views.projections.order import check_follows, known_packages
 from services.views.projections.port import Tables
 from services.views.tables import usage_packages, usage_totals
@@ -101,10 +100,9 @@ async def _advance(connection: AsyncConnection, table: Table, packages: Mapping[
 
 async def _add(connection: AsyncConnection, table: Table, totals: Mapping[_Key, Sequence[int]]) -> None:
     """Add to the totals, in one order for all folds, so that no two wait for each other."""
-    make = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
     rows = [(*key, *sums) for key, sums in sorted(totals.items())]
     for start in range(0, len(rows), _TOTALS_AT_ONCE):
-        put = make(table).values(rows[start : start + _TOTALS_AT_ONCE])
+        put = upsert(connection, table).values(rows[start : start + _TOTALS_AT_ONCE])
         await connection.execute(
             put.on_conflict_do_update(
                 index_elements=list(table.primary_key.columns),
