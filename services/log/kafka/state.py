@@ -146,9 +146,8 @@ class PartitionState:
         package_id = event.package_id
         before = self.package(package_id)
         self._ahead = True
-        saved = 0 if before is None else before.sequence
         state = evolve(before, event)
-        self._keep_changed(state, saved)
+        self._note_change(state, new=before is None)
         self._unsaved += 1
         self.last_created_at = max(self.last_created_at, event.created_at)
         return state
@@ -156,9 +155,8 @@ class PartitionState:
     def accept(self, before: PackageState | None, command: Command, decision: Decision) -> PackageState:
         """Fold in what a command becomes that was just decided on `before`, ahead of the log until it is confirmed."""
         self._ahead = True
-        saved = 0 if before is None else before.sequence
         state = accept(before, command, decision)
-        self._keep_changed(state, saved)
+        self._note_change(state, new=before is None)
         self._unsaved += len(decision.appended)
         self.last_created_at = max(self.last_created_at, decision.created_at)
         return state
@@ -261,35 +259,38 @@ class PartitionState:
             self._broken = True
             raise
 
-    def _make_room(self) -> None:
+    def _make_room(self, *held: UUID) -> None:
         """Forget open packages that were not used for long, if there are too many files and commands in memory.
 
-        A large one that is in use would take seconds to read back each time.
+        Not those that are `held`. A large one that is in use would take seconds to read back each time.
         """
         if self._held <= self._max_entries:
             return
         large = [package_id for package_id in self._used if self._entries.get(package_id, 0) > LARGE]
-        stay = {*self.pinned, *self._changed}
+        stay = {*self.pinned, *self._changed, *held}
         if large:
             stay.add(max(large, key=lambda package_id: self._entries[package_id]))
-        held = self._held - sum(self._entries.get(package_id, 0) for package_id in stay)
+        entries = self._held - sum(self._entries.get(package_id, 0) for package_id in stay)
         for package_id in [package_id for package_id in self._packages if package_id not in stay]:
-            if held <= self._max_entries:
+            if entries <= self._max_entries:
                 return
-            held -= self._entries[package_id]
+            entries -= self._entries[package_id]
             self._forget(package_id)
 
     def _hold(self, state: PackageState) -> None:
-        """Keep what was just read from the file; there may be more such than changes that a checkpoint would follow."""
+        """Keep what was just read from the file, and is about to be used.
+
+        There may be more such than changes that a checkpoint would follow.
+        """
         self._keep(state, state.sequence)
         self._used.add(state.package_id)
         if self._held > 2 * self._max_entries:
-            self._make_room()
+            self._make_room(state.package_id)
 
-    def _keep_changed(self, state: PackageState, saved: int) -> None:
-        """Hold what the next checkpoint writes; one that was read from the file may have been forgotten at once."""
-        if state.package_id not in self._packages:
-            self._keep(state, saved)
+    def _note_change(self, state: PackageState, *, new: bool) -> None:
+        """The next checkpoint is to write the package, which is held from now on if it is new."""
+        if new:
+            self._keep(state, 0)
             self._absent = None
         self._changed.add(state.package_id)
 
