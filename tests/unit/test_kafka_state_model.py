@@ -213,3 +213,15 @@ def test_a_package_that_is_read_from_the_file_and_forgotten_at_once_takes_events
     state.check(name=3, package=0, paths=[])
     state.finalize(name=2, package=0, tick=0)
     state.teardown()
+
+
+def test_answers_of_one_checkpoint_go_by_the_time_of_their_finalization_whatever_their_packages_ids() -> None:
+    for one, other in ((1, 2), (2, 1)):
+        state = StateMachine()
+        state.create(name=one, subject="s", tick=0)
+        state.create(name=other, subject="s", tick=0)
+        state.finalize(name=0, package=other, tick=0)
+        state.finalize(name=0, package=one, tick=86_400_000_000)
+        state.end_and_begin_again()
+        state.create(name=one, subject="s", tick=0)
+        state.teardown()

@@ -313,13 +313,17 @@ class StateFile:
         execute("INSERT OR REPLACE INTO packages VALUES (?, ?)", (key, body))
 
     def _purge(self, kept_after: int) -> None:
-        """Answers were added in the order of their time: what goes is at the front."""
+        """What goes is at the front, up to the first that is still kept.
+
+        Those of one checkpoint lie by their packages, not by their time: some may stay for a while longer.
+        """
         row = self._connection.execute(
-            "SELECT max(id) FROM (SELECT id, finalized_at FROM answers ORDER BY id LIMIT ?) WHERE finalized_at <= ?",
-            (_PURGE_ROWS, kept_after),
+            "SELECT coalesce(min(CASE WHEN finalized_at > ? THEN id END), max(id) + 1) "
+            "FROM (SELECT id, finalized_at FROM answers ORDER BY id LIMIT ?)",
+            (kept_after, _PURGE_ROWS),
         ).fetchone()
         if row[0] is not None:
-            self._connection.execute("DELETE FROM answers WHERE id <= ?", row)
+            self._connection.execute("DELETE FROM answers WHERE id < ?", row)
 
     def _open_package(self, package_id: UUID, values: list[Any]) -> PackageState:
         created, created_at, last_event_at, sequence, digest, total_bytes, unfinished = values
