@@ -21,6 +21,7 @@ from services.blobs.port import BlobStore, content_key
 from services.blobs.sound import SoundReads
 from services.bundle import SMALL_FILE_BYTES, Bundle, Group, NamedFile, SmallFile, StreamedFile
 from services.errors import CorruptError, PushBackError
+from services.streams import joined
 from services.views.models import PlacedFile
 
 _BUNDLES_AT_ONCE = 12
@@ -162,8 +163,7 @@ class _Page:
             data = held[2][at : at + file.size_bytes]
             if blake3(data).digest() == file.blake3:
                 return data
-        chunks = await self._reads.whole(places(file), file.blake3, file.size_bytes)
-        return b"".join([chunk async for chunk in chunks])
+        return await joined(await self._reads.whole(places(file), file.blake3, file.size_bytes))
 
     async def _load(self, key: str) -> tuple[str, int, bytes] | None:
         """The whole span of a blob, if it pays and was not read for this page before."""
@@ -173,8 +173,7 @@ class _Page:
         span.read = True
         self._held = None  # one pack at a time
         try:
-            chunks = self._blobs.read(key, span.start, span.end - span.start)
-            data = b"".join([chunk async for chunk in chunks])
+            data = await joined(self._blobs.read(key, span.start, span.end - span.start))
         except CorruptError:
             return None  # file by file: what one place has lost another may have
         self._held = (key, span.start, data)

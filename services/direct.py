@@ -34,6 +34,7 @@ from services.log.port import CommandWriter, Log, RecordedEvent
 from services.log.position import Position
 from services.manifest import to_json
 from services.registry import ManifestFormat, Registry
+from services.streams import joined
 from services.views.models import DEFAULT_PAGE, MAX_PAGE, File, Package, PackageFilter, Page, PlacedFile, UsageTotal
 from services.views.queries import Queries
 
@@ -353,7 +354,7 @@ class DirectRegistry(Registry):
         size = await self._blobs.size(key)
         if size is None:
             raise CorruptError(f"the blob of manifest {digest} is missing")
-        return b"".join([chunk async for chunk in self._blobs.read(key, 0, size)])
+        return await joined(self._blobs.read(key, 0, size))
 
 
 def _check_limit(limit: int) -> None:

@@ -22,3 +22,8 @@ async def from_any(stream: AsyncIterable[bytes] | Iterable[bytes] | IO[bytes] | 
     else:
         for chunk in stream:
             yield chunk
+
+
+async def joined(chunks: AsyncIterable[bytes]) -> bytes:
+    """All the bytes at once, for streams that are known to fit into memory."""
+    return b"".join([chunk async for chunk in chunks])

@@ -19,6 +19,7 @@ from services.blobs.port import BlobStore, Declared, StoredBlob, content_key
 from services.bundle import NamedFile
 from services.core.content_address import ContentAddress
 from services.errors import ContentMismatchError, CorruptError, UnknownContentError
+from services.streams import joined
 
 _GAP_BYTES = 64 * 1024
 """So many bytes that nobody asked for are read rather than asking the store once more."""
@@ -86,7 +87,7 @@ async def _hash_run(blobs: BlobStore, key: str, files: Sequence[NamedFile], star
         while await intake.take(PIECE_BYTES):
             pass
         return [await intake.digests()]
-    data = b"".join([chunk async for chunk in blobs.read(key, start, end - start)])
+    data = await joined(blobs.read(key, start, end - start))
     return await asyncio.to_thread(_hash_slices, memoryview(data), files, start)
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Mapping, Sequence
-from typing import TypeVar
 from uuid import UUID
 
 import aiohttp
-from pydantic import BaseModel, ValidationError
 
 from services.bundle import SMALL_FILE_BYTES, Bundle, Group, HeldFiles, NamedFile, StreamedFile
 from services.client.bodies import EXPECT_CONTINUE_BYTES, Sending, send_body
 from services.client.sources import BytesSource
-from services.client.transport import Answer, Transport
+from services.client.transport import Transport, read_answer
 from services.core.commands import Acknowledgement
 from services.core.content_address import ContentAddress
 from services.errors import CorruptError, RejectedError, UnavailableError
@@ -28,8 +26,6 @@ from services.http.bundles import (
 from services.tar.bundles import entries_of, tar_of, tar_of_small
 from services.tar.reading import ArchiveLimits, TarReader
 from services.tar.writing import END
-
-Shape = TypeVar("Shape", bound=BaseModel)
 
 _BARREN_CONNECTIONS = 5
 """So many connections in a row that bring no file are enough."""
@@ -60,7 +56,7 @@ async def send_files(
         what="an archive was lost on its way and its stream cannot be read again",
         command_id=command_id,
     )
-    return (await asyncio.to_thread(_read, FilesIngestedAnswer, answer)).to_acknowledgement()
+    return (await asyncio.to_thread(read_answer, FilesIngestedAnswer, answer)).to_acknowledgement()
 
 
 async def name_files(
@@ -71,7 +67,7 @@ async def name_files(
     answer = await transport.call(
         "POST", f"/v1/packages/{package_id}/files", headers=headers, json=request.model_dump(exclude_none=True)
     )
-    return (await asyncio.to_thread(_read, FilesIngestedAnswer, answer)).to_acknowledgement()
+    return (await asyncio.to_thread(read_answer, FilesIngestedAnswer, answer)).to_acknowledgement()
 
 
 async def ask_known(transport: Transport, digests: Sequence[bytes]) -> frozenset[bytes]:
@@ -80,7 +76,7 @@ async def ask_known(transport: Transport, digests: Sequence[bytes]) -> frozenset
     for start in range(0, len(digests), MAX_KNOWN):
         addresses = [ContentAddress.of_digest(digest) for digest in digests[start : start + MAX_KNOWN]]
         answer = await transport.call("POST", "/v1/blobs/known", json={"addresses": addresses})
-        found |= _read(KnownBlobsAnswer, answer).to_digests()
+        found |= read_answer(KnownBlobsAnswer, answer).to_digests()
     return frozenset(found)
 
 
@@ -122,10 +118,3 @@ async def receive_files(
 async def _chunks(transport: Transport, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
     while chunk := await transport.read_chunk(response):
         yield chunk
-
-
-def _read(shape: type[Shape], answer: Answer) -> Shape:
-    try:
-        return shape.model_validate_json(answer.body)
-    except ValidationError:
-        raise CorruptError(f"the gateway's answer is no {shape.__name__}: is the URL that of a gateway?") from None

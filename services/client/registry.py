@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 from uuid import UUID, uuid4
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from services.blobs.port import Declared
 from services.bundle import Bundle, Group, NamedFile
@@ -20,7 +20,7 @@ from services.client.bundles import ask_known, name_files, receive_files, send_f
 from services.client.content import ContentStream, verified
 from services.client.retries import Notify, RetryPolicy, log_retry
 from services.client.sources import BodySource, source_of
-from services.client.transport import Answer, Transport
+from services.client.transport import Answer, Transport, read_answer
 from services.client.written import Written
 from services.core.commands import Acknowledgement
 from services.core.content_address import ContentAddress
@@ -51,8 +51,6 @@ from services.log.port import RecordedEvent
 from services.log.position import Position
 from services.registry import ByteStream, ManifestFormat, Registry
 from services.views.models import DEFAULT_PAGE, File, Package, PackageFilter, Page, UsageTotal
-
-Shape = TypeVar("Shape", bound=BaseModel)
 
 _OPEN = "created"
 
@@ -97,7 +95,7 @@ class GatewayRegistry(Registry):
         answer = await self._transport.call(
             "POST", "/v1/packages", headers=_write_headers(actor, command_id), json=request.model_dump()
         )
-        return self._acknowledged(_read(PackageCreatedAnswer, answer).to_acknowledgement())
+        return self._acknowledged(read_answer(PackageCreatedAnswer, answer).to_acknowledgement())
 
     async def check_ingest(self, package_id: UUID, relative_path: str, command_id: UUID | None = None) -> None:
         """As far as the view knows it; `ingest` asks the package's writer before a large body is sent."""
@@ -173,7 +171,7 @@ class GatewayRegistry(Registry):
             what=f"{relative_path!r} was lost on its way and its stream cannot be read again",
             command_id=command,
         )
-        done = _read(FileIngestedAnswer, answer).to_acknowledgement()
+        done = read_answer(FileIngestedAnswer, answer).to_acknowledgement()
         if sending.digest is not None and done.files[0].blake3 != sending.digest:
             raise CorruptError(f"{relative_path!r} arrived as other bytes than were sent; do not finalize {package_id}")
         return self._acknowledged(done)
@@ -212,11 +210,11 @@ class GatewayRegistry(Registry):
         answer = await self._transport.call(
             "POST", f"/v1/packages/{package_id}/finalize", headers=_write_headers(actor, command_id)
         )
-        return self._acknowledged(_read(PackageFinalizedAnswer, answer).to_acknowledgement())
+        return self._acknowledged(read_answer(PackageFinalizedAnswer, answer).to_acknowledgement())
 
     async def get_package(self, package_id: UUID, *, wait_sequence: int | None = None) -> Package:
         answer = await self._below(package_id, "", wait_sequence)
-        package = _read(PackageAnswer, answer).to_package()
+        package = read_answer(PackageAnswer, answer).to_package()
         self._written.seen(package_id, package.last_event_sequence)
         return package
 
@@ -235,7 +233,7 @@ class GatewayRegistry(Registry):
             "limit": limit,
             "cursor": cursor,
         }
-        return _read(PackagePageAnswer, await self._transport.call("GET", "/v1/packages", query=query)).to_page()
+        return read_answer(PackagePageAnswer, await self._transport.call("GET", "/v1/packages", query=query)).to_page()
 
     async def list_usage(
         self,
@@ -246,7 +244,7 @@ class GatewayRegistry(Registry):
         cursor: str | None = None,
     ) -> Page[UsageTotal]:
         query = {"producer": producer, "retention_class": retention_class, "limit": limit, "cursor": cursor}
-        return _read(UsagePageAnswer, await self._transport.call("GET", "/v1/usage", query=query)).to_page()
+        return read_answer(UsagePageAnswer, await self._transport.call("GET", "/v1/usage", query=query)).to_page()
 
     async def list_files(
         self,
@@ -257,15 +255,15 @@ class GatewayRegistry(Registry):
         wait_sequence: int | None = None,
     ) -> Page[File]:
         answer = await self._below(package_id, "/files", wait_sequence, limit=limit, cursor=cursor)
-        return _read(FilePageAnswer, answer).to_page()
+        return read_answer(FilePageAnswer, answer).to_page()
 
     async def get_file_record(self, file_id: UUID) -> File:
-        return _read(FileAnswer, await self._transport.call("GET", f"/v1/files/{file_id}")).to_file()
+        return read_answer(FileAnswer, await self._transport.call("GET", f"/v1/files/{file_id}")).to_file()
 
     async def get_file_at(self, package_id: UUID, relative_path: str, *, wait_sequence: int | None = None) -> File:
         check_path(relative_path)
         answer = await self._below(package_id, f"/files/{quoted(relative_path)}", wait_sequence)
-        return _read(FileAnswer, answer).to_file()
+        return read_answer(FileAnswer, answer).to_file()
 
     async def open_content(self, file_id: UUID, offset: int = 0, length: int | None = None) -> AsyncIterator[bytes]:
         """As `Registry.open_content`. A whole file is checked against its content address when its end is reached."""
@@ -335,13 +333,6 @@ async def _nothing() -> AsyncIterator[bytes]:
     chunks: tuple[bytes, ...] = ()
     for chunk in chunks:
         yield chunk
-
-
-def _read(shape: type[Shape], answer: Answer) -> Shape:
-    try:
-        return shape.model_validate_json(answer.body)
-    except ValidationError:
-        raise CorruptError(f"the gateway's answer is no {shape.__name__}: is the URL that of a gateway?") from None
 
 
 def _check_header(field: str, text: str) -> None:

@@ -6,15 +6,16 @@ import socket
 from collections.abc import AsyncIterable, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 
 import aiohttp
+from pydantic import BaseModel, ValidationError
 from yarl import URL
 
 from services.client.problems import MAX_PROBLEM_BYTES, error_of
 from services.client.retries import GivenUpError, Notify, RetryPolicy, no_answer, unavailable, with_retries
-from services.errors import ConfigurationError
+from services.errors import ConfigurationError, CorruptError
 from services.streams import CHUNK_BYTES
 
 _READ_AHEAD_BYTES = 256 * 1024
@@ -28,6 +29,17 @@ class Answer:
     status: int
     headers: Mapping[str, str]
     body: bytes
+
+
+Shape = TypeVar("Shape", bound=BaseModel)
+
+
+def read_answer(shape: type[Shape], answer: Answer) -> Shape:
+    """The answer's JSON body in this shape. Raises CorruptError: it is another one."""
+    try:
+        return shape.model_validate_json(answer.body)
+    except ValidationError:
+        raise CorruptError(f"the gateway's answer is no {shape.__name__}: is the URL that of a gateway?") from None
 
 
 class Transport:

@@ -10,6 +10,9 @@ from services.errors import InvalidArchiveError
 BLOCK = 512
 ZERO_BLOCK = bytes(BLOCK)
 
+OCTAL_LIMIT = 8 << 30
+"""From here on a size does not fit into the header's twelve octal digits."""
+
 _FIELDS = struct.Struct("100s 24x 12s 12x 8s c 100x 8s 80x 155s 12x")
 _USTAR = b"ustar\x00"
 _GNU = b"ustar  \x00"

@@ -9,11 +9,11 @@ that was cut off for a whole one.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from services.core.paths import check_path
 from services.errors import DuplicateRelativePathError, InvalidArchiveError, InvalidPathError, TooLargeError
-from services.tar.blocks import BLOCK, ZERO_BLOCK, Header, parse_header, parse_pax, shown
+from services.tar.blocks import BLOCK, OCTAL_LIMIT, ZERO_BLOCK, Header, parse_header, parse_pax, shown
 
 MAX_EXTENSION_BYTES = 64 * 1024
 """Most bytes of one extension header: names and attributes."""
@@ -36,7 +36,6 @@ _REFUSED = {
     b"V": "a volume label",
 }
 _MAX_GLOBAL_HEADERS = 16
-_OCTAL_LIMIT = 8 << 30  # from here on a size does not fit into the header's twelve octal digits
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +79,7 @@ class _Extension:
 
     path: str | None = None
     size: int | None = None
-    count: int = field(default=0)
+    count: int = 0
 
 
 class TarReader:
@@ -289,7 +288,7 @@ class TarReader:
         said = self._extension.size
         if said is None or said == header.size:
             return header.size
-        if header.size == 0 and said >= _OCTAL_LIMIT:
+        if header.size == 0 and said >= OCTAL_LIMIT:
             return said
         raise InvalidArchiveError(
             f"{self._where(name)} has {header.size:,} bytes by its header and {said:,} by its pax header"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from services.tar.blocks import BLOCK, file_header, pax_header
+from services.tar.blocks import BLOCK, OCTAL_LIMIT, file_header, pax_header
 
 END = bytes(2 * BLOCK)
 """What ends an archive."""
 
 _NAME_BYTES = 100
-_OCTAL_LIMIT = 8 << 30
 
 
 def entry_header(relative_path: str, size_bytes: int, modified: int = 0) -> bytes:
@@ -18,7 +17,7 @@ def entry_header(relative_path: str, size_bytes: int, modified: int = 0) -> byte
     if len(name) > _NAME_BYTES:
         records["path"] = relative_path
         name = b"long-name"
-    if size_bytes >= _OCTAL_LIMIT:
+    if size_bytes >= OCTAL_LIMIT:
         records["size"] = str(size_bytes)
     extension = pax_header(records) if records else b""
     return extension + file_header(name, 0 if "size" in records else size_bytes, modified)

@@ -11,12 +11,11 @@ from itertools import chain
 
 from blake3 import blake3
 
-from schemas.canonical import canonical_cbor
+from schemas.canonical import canonical_cbor, cbor_array_head
 from schemas.events import Event, PackageCreated
 from services.verify.notes import Head, Notes
 
 _MAP_OF_FOUR = b"\xa4"
-_ARRAY = 4 << 5
 
 
 class ManifestCheck:
@@ -60,18 +59,10 @@ def _pieces(notes: Notes, event: Event, head: Head) -> Iterator[bytes]:
     values: dict[str, Iterator[bytes]] = {
         "manifest_version": iter([canonical_cbor(1)]),
         "package": iter([canonical_cbor(about)]),
-        "files": chain([array_head(head.files)], notes.entries(package)),
-        "storage_receipts": chain([array_head(head.files)], notes.receipts(package)),
+        "files": chain([cbor_array_head(head.files)], notes.entries(package)),
+        "storage_receipts": chain([cbor_array_head(head.files)], notes.receipts(package)),
     }
     yield _MAP_OF_FOUR
     for name in sorted(values, key=canonical_cbor):
         yield canonical_cbor(name)
         yield from values[name]
-
-
-def array_head(length: int) -> bytes:
-    """Major type 4 and the length in as few bytes as hold it (RFC 8949 §3)."""
-    if length < 24:
-        return bytes([_ARRAY | length])
-    width = next(w for w in (1, 2, 4, 8) if length < 1 << 8 * w)
-    return bytes([_ARRAY | 23 + width.bit_length()]) + length.to_bytes(width)

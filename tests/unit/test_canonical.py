@@ -8,7 +8,7 @@ from typing import Any
 
 import cbor2
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from schemas.canonical import canonical_cbor, cbor_array_head, jcs
@@ -68,6 +68,15 @@ def test_nesting_is_bounded() -> None:
 
 
 @given(st.integers(0, 2**40))
+@example(0)
+@example(23)
+@example(24)
+@example(255)
+@example(256)
+@example(65_535)
+@example(65_536)
+@example((1 << 32) - 1)
+@example(1 << 32)
 def test_an_array_head_is_that_of_an_array_of_this_length(length: int) -> None:
     head = cbor_array_head(length)
     assert head[0] >> 5 == 4

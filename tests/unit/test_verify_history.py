@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from uuid import UUID
 
-import pytest
 from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas.canonical import cbor_array_head
 from schemas.events import Event, FileIngested, PackageFinalized
 from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles
 from services.core.decide import decide
@@ -20,7 +18,6 @@ from services.core.limits import Limits
 from services.core.state import PackageState
 from services.errors import DuplicateRelativePathError
 from services.verify.history import Histories
-from services.verify.manifest import array_head
 from services.verify.notes import Claim, Notes
 from tests.unit import commands
 from tests.verify_scene import changed, history
@@ -116,11 +113,6 @@ def test_a_claim_check_is_claimed_with_the_length_and_digest_of_the_manifest_tha
         claim = claims[-1]
         assert claim is not None
         assert (claim.length, claim.blake3) == (len(manifest), blake3(manifest).digest())
-
-
-@pytest.mark.parametrize("length", [0, 23, 24, 255, 256, 65_535, 65_536, (1 << 32) - 1, 1 << 32])
-def test_the_head_of_an_array_of_any_length_is_that_of_the_core(length: int) -> None:
-    assert array_head(length) == cbor_array_head(length)
 
 
 def test_a_torn_command_that_its_retry_made_whole_later_is_clean() -> None:
