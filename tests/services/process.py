@@ -25,24 +25,31 @@ from typing import ClassVar, Self
 _FIRST_PORT, _LAST_PORT = 20_000, 32_000
 _POLL_SECONDS = 0.05
 
+_given: set[int] = set()
+"""Ports that were given out, in use or about to be: a stage asks for several before the first server has started."""
+
 
 class ServiceError(Exception):
     """A service cannot be had, or did not start. The text says what to do, or holds the end of its log."""
 
 
 def free_ports(count: int) -> list[int]:
-    """Distinct loopback TCP ports that nothing listens on now."""
+    """Loopback TCP ports that nothing listens on now, and that this process was not given before."""
     with ExitStack() as stack:
         found: list[int] = []
         for _ in range(1000):
             if len(found) == count:
                 return found
+            port = random.randint(_FIRST_PORT, _LAST_PORT)
+            if port in _given:
+                continue
             probe = stack.enter_context(socket.socket())
             try:
-                probe.bind(("127.0.0.1", random.randint(_FIRST_PORT, _LAST_PORT)))
+                probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
-            found.append(int(probe.getsockname()[1]))
+            _given.add(port)
+            found.append(port)
     raise ServiceError(f"no free port between {_FIRST_PORT} and {_LAST_PORT}")
 
 
