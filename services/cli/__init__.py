@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import click
 
-from services.cli.operate import digest, doctor, parked, replay, status
+from services.cli.doctor import doctor
+from services.cli.parked import parked
 from services.cli.read import manifest, packages, show, tail, usage
+from services.cli.replay import digest, replay
 from services.cli.root import Root
 from services.cli.run import gateway, migrate, projector, serve
 from services.cli.settings import SETTINGS, common_options
+from services.cli.status import status
 from services.cli.transfer import pull, push
 from services.cli.verify import verify
 from services.cli.write import add, finalize

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 import click
@@ -12,6 +13,9 @@ from services.core.content_address import ContentAddress
 from services.errors import InvalidRequestError, PackageNotFoundError
 from services.registry import Registry
 from services.views.models import PackageFilter
+
+if TYPE_CHECKING:
+    from services.views.projections import Projection
 
 
 @contextmanager
@@ -48,3 +52,11 @@ async def find_package(registry: Registry, text: str) -> UUID:
     if not page.items:
         raise PackageNotFoundError(f"no package is frozen under {which}")
     return page.items[0].package_id
+
+
+def known_projection(name: str) -> Projection:
+    """The projection of this name. Raises click.BadParameter, which lists the known ones."""
+    from services.views.projections import projection_named  # loads SQLAlchemy, which clients of a gateway do without
+
+    with as_usage():
+        return projection_named(name)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
     from services.client.transfers import TransferProgress
     from services.errors import ArtifactStoreError
+
+_SECONDS_ON_A_TERMINAL = 0.2
+_SECONDS_ELSEWHERE = 10.0
 
 
 def answer(result: Mapping[str, Any], text: str | None = None) -> None:
@@ -40,6 +44,32 @@ def remark(text: str) -> None:
     """Say something to people that is no result."""
     if not invocation().quiet:
         click.echo(text, err=True)
+
+
+class ProgressLine:
+    """How far something has come that takes long: a line on standard error, written over on a terminal.
+
+    Elsewhere, where it may go into a file, it is a line now and then. Nothing with `--quiet`.
+    """
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._seconds = _SECONDS_ON_A_TERMINAL if self._terminal else _SECONDS_ELSEWHERE
+        self._told_at = time.monotonic()
+        self._drawn = False
+
+    def tell(self, line: Callable[[], str], *, at_once: bool = False) -> None:
+        """Say it, unless something was said a moment ago and this need not be said `at_once`."""
+        now = time.monotonic()
+        if invocation().quiet or not (at_once or now - self._told_at >= self._seconds):
+            return
+        self._told_at, self._drawn = now, True
+        click.echo(f"\r\x1b[2K{line()}" if self._terminal else line(), err=True, nl=not self._terminal)
+
+    def close(self) -> None:
+        """Clear the terminal's line."""
+        if self._terminal and self._drawn:
+            click.echo("\r\x1b[2K", err=True, nl=False)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

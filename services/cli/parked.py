@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -139,20 +139,11 @@ async def _record(log: Log, mark: Mark) -> dict[str, Any] | None:
 
 
 def _shown(mark: Mark) -> dict[str, Any]:
-    return dict(_fields(mark))
-
-
-def _fields(mark: Mark) -> Iterator[tuple[str, Any]]:
-    for column in (*_COLUMNS[:2], "package_id", *_COLUMNS[2:]):
-        value = getattr(mark, column)
-        yield column, str(value) if column == "package_id" and value is not None else value
+    found = {column: getattr(mark, column) for column in (*_COLUMNS[:2], "package_id", *_COLUMNS[2:])}
+    return {**found, "package_id": None if mark.package_id is None else str(mark.package_id)}
 
 
 def _known(projection: str | None) -> str | None:
-    from services.cli.addressing import as_usage
-    from services.views.projections import projection_named
+    from services.cli.addressing import known_projection
 
-    if projection is not None:
-        with as_usage():
-            projection_named(projection)
-    return projection
+    return None if projection is None else known_projection(projection).name

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-import time
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from services.cli.output import answer, remark
+from services.cli.output import ProgressLine, answer
 from services.cli.root import run
 from services.cli.settings import common_options, invocation
 
@@ -16,11 +15,6 @@ if TYPE_CHECKING:
     from projector.progress import ReplayProgress
     from projector.rebuild import ReplayResult
     from services.views.projections import Projection
-
-_LINE_SECONDS = 10.0
-"""How often progress is told where it goes into a file; a terminal's line is written over more often."""
-
-_TERMINAL_SECONDS = 0.2
 
 
 @click.command()
@@ -47,7 +41,9 @@ def replay(projection: str, *, in_place: bool, drop: bool, **options: Any) -> No
     place when it is nowhere behind. An interrupted replay goes on where it was. Exit code 1 if --verify finds a
     difference; both are kept then.
     """
-    known = _known(projection)
+    from services.cli.addressing import known_projection
+
+    known = known_projection(projection)
     if options["even_if_different"] and not options["compare"]:
         raise click.UsageError("--even-if-different says what to do after --verify")
     given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value and name != "compare"]
@@ -77,17 +73,21 @@ async def _replay(projection: str, *, in_place: bool, compare: bool, **options: 
     from projector import RebuildOptions
     from projector import replay as fold_again
 
-    settings, progress = invocation().settings(), _Progress()
-    try:
+    phase = ""
+    with closing(ProgressLine()) as line:
+
+        def tell(seen: ReplayProgress) -> None:
+            nonlocal phase
+            before, phase = phase, seen.phase
+            line.tell(lambda: _line(seen), at_once=phase != before)
+
         return await fold_again(
-            settings,
+            invocation().settings(),
             projection,
             in_place=in_place,
             options=RebuildOptions(verify=compare, **options),
-            progress=None if invocation().quiet else progress.tell,
+            progress=tell,
         )
-    finally:
-        progress.end()
 
 
 def _drop(projection: Projection) -> None:
@@ -95,32 +95,6 @@ def _drop(projection: Projection) -> None:
 
     dropped = run(abandon(invocation().settings(), projection.name))
     answer({"projection": projection.name, "dropped": dropped}, None if dropped else "there was no build to drop")
-
-
-class _Progress:
-    """Tells people how far a replay is: on a terminal in one line, elsewhere in a line now and then."""
-
-    def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
-        self._phase = ""
-        self._told_at = float("-inf")
-
-    def tell(self, seen: ReplayProgress) -> None:
-        """Say it, unless something was said a moment ago."""
-        now = time.monotonic()
-        pause = _TERMINAL_SECONDS if self._terminal else _LINE_SECONDS
-        if seen.phase == self._phase and now - self._told_at < pause:
-            return
-        self._phase, self._told_at = seen.phase, now
-        if self._terminal:
-            click.echo(f"\r\x1b[2K{_line(seen)}", err=True, nl=False)
-        else:
-            remark(_line(seen))
-
-    def end(self) -> None:
-        """Clear the terminal's line."""
-        if self._terminal and self._phase:
-            click.echo("\r\x1b[2K", err=True, nl=False)
 
 
 def _line(seen: ReplayProgress) -> str:
@@ -142,7 +116,9 @@ def _duration(seconds: float) -> str:
 @common_options(shown=("views_url",))
 def digest(projection: str) -> None:
     """The canonical digest of a view: equal for equal content, on every database."""
-    answer(run(_digest(_known(projection))))
+    from services.cli.addressing import known_projection
+
+    answer(run(_digest(known_projection(projection))))
 
 
 async def _digest(projection: Projection) -> dict[str, Any]:
@@ -164,11 +140,3 @@ async def _digest(projection: Projection) -> dict[str, Any]:
         "rows": found.rows,
         **({} if build is None else {"building": str(build.position), "builder": build.builder}),
     }
-
-
-def _known(projection: str) -> Projection:
-    from services.cli.addressing import as_usage
-    from services.views.projections import projection_named
-
-    with as_usage():
-        return projection_named(projection)

@@ -83,12 +83,10 @@ def gateway() -> None:
 @common_options(shown=("log_url", "views_url"))
 def projector(names: tuple[str, ...], processes: int, max_parked: int | None, until_input_ends: bool) -> None:
     """Run the projections of these names (all without one), until SIGTERM or SIGINT."""
-    from services.cli.addressing import as_usage
-    from services.views.projections import projection_named
+    from services.cli.addressing import known_projection
 
-    with as_usage():
-        for name in names:
-            projection_named(name)
+    for name in names:
+        known_projection(name)
     begin_to_run()
     settings = invocation().settings()
     if processes > 1:

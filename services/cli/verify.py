@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, closing
 from typing import TYPE_CHECKING
 
 import click
 
-from services.cli.output import answer, raw
+from services.cli.output import ProgressLine, answer, raw
 from services.cli.root import run
 from services.cli.settings import common_options, invocation
 
 if TYPE_CHECKING:
-    from services.verify import Progress, Report
+    from services.verify import Report
 
-_SECONDS_ON_A_TERMINAL = 0.25
-_SECONDS_ELSEWHERE = 10.0
 _MIB = 1 << 20
 
 
@@ -53,8 +49,6 @@ def verify(*, check_bytes: bool, remove_orphans: bool) -> None:
 async def _verify(*, check_bytes: bool, remove_orphans: bool) -> Report:
     # As if interrupted by a person: temporary files are removed on the way out.
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, signal.raise_signal, signal.SIGINT)
-    from contextlib import AsyncExitStack
-
     from services.verify import verify as check
     from services.wiring import open_blobs, open_log, open_views
 
@@ -63,33 +57,13 @@ async def _verify(*, check_bytes: bool, remove_orphans: bool) -> Report:
         log, blobs, views = open_log(settings), open_blobs(settings), open_views(settings)
         for part in (log, blobs, views):
             stack.push_async_callback(part.close)
-        with _shown() as progress:
-            return await check(
-                log, blobs, views, check_bytes=check_bytes, remove_orphans=remove_orphans, progress=progress
-            )
+        line = stack.enter_context(closing(ProgressLine()))
+        began = time.monotonic()
 
+        def tell(report: Report) -> None:
+            line.tell(lambda: progress_line(report, time.monotonic() - began))
 
-@contextmanager
-def _shown() -> Iterator[Progress]:
-    """A line on standard error now and then: one that is overwritten on a terminal, one after the other elsewhere."""
-    terminal = sys.stderr.isatty()
-    began = shown = time.monotonic()
-    seconds = _SECONDS_ON_A_TERMINAL if terminal else _SECONDS_ELSEWHERE
-
-    def show(report: Report) -> None:
-        nonlocal shown
-        now = time.monotonic()
-        if invocation().quiet or now - shown < seconds:
-            return
-        shown = now
-        text = progress_line(report, now - began)
-        click.echo(f"\r\x1b[K{text}" if terminal else text, err=True, nl=not terminal)
-
-    try:
-        yield show
-    finally:
-        if terminal and shown > began:
-            click.echo("\r\x1b[K", err=True, nl=False)
+        return await check(log, blobs, views, check_bytes=check_bytes, remove_orphans=remove_orphans, progress=tell)
 
 
 def progress_line(report: Report, seconds: float) -> str:

@@ -6,11 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from services.cli.doctor import doctor
 from services.cli.opening import LOG_AND_VIEWS, log_and_views
 from services.cli.output import answer, raw, table
-from services.cli.parked import parked
-from services.cli.replay import digest, replay
 from services.cli.root import run
 from services.cli.settings import common_options, invocation
 from services.cli.writers import COLUMNS, row, writers
@@ -19,8 +16,6 @@ if TYPE_CHECKING:
     from services.log.position import Position
     from services.views.engine import Views
     from services.views.projections import Projection
-
-__all__ = ["digest", "doctor", "parked", "replay", "status"]
 
 
 @click.command()
@@ -60,12 +55,11 @@ async def _status() -> dict[str, Any]:
         projections = []
         for name, projection in PROJECTIONS.items():
             position = await queries.checkpoint(name)
-            reached = {} if position is None or position.log != end.log else position.offsets
             projections.append(
                 {
                     "projection": name,
                     "position": None if position is None else str(position),
-                    "behind": sum(max(0, offset - reached.get(p, 0)) for p, offset in end.offsets.items()),
+                    "behind": _behind(position, end),
                     # Who reads a file commits nothing: what a view stands on is its checkpoint.
                     "committed_behind": None if embedded else sum((await log.lag(name)).values()),
                     "parked": len(await list_marks(views, name)),
@@ -89,6 +83,10 @@ async def _building(views: Views, projection: Projection, end: Position) -> dict
         build = await read_build(connection, projection)
     if build is None:
         return None
-    reached = build.position.offsets if build.position.log == end.log else {}
-    behind = sum(max(0, offset - reached.get(p, 0)) for p, offset in end.offsets.items())
-    return {"builder": build.builder, "position": str(build.position), "behind": behind}
+    return {"builder": build.builder, "position": str(build.position), "behind": _behind(build.position, end)}
+
+
+def _behind(position: Position | None, end: Position) -> int:
+    """How many offsets lie between; all of them where nothing of this log was folded."""
+    reached = {} if position is None or position.log != end.log else position.offsets
+    return sum(max(0, offset - reached.get(p, 0)) for p, offset in end.offsets.items())
