@@ -6,13 +6,23 @@ import argparse
 import asyncio
 import sys
 
-from benchmarks import append, append_latency, catch_up, rebuild, trees
+from benchmarks import append, append_latency, catch_up, rebuild, single_puts, trees
 from benchmarks.harness import measure
 from benchmarks.result import table
 from services.config import PREFIX, Settings
 from tests.services.shared import VAR, read_environment
 
-_ALL = (append.SINGLE, append.MANY, append_latency.PLAN, catch_up.PLAN, rebuild.PLAN, trees.INGEST, trees.PULL)
+_ALL = (
+    append.SINGLE,
+    append.MANY,
+    append_latency.PLAN,
+    catch_up.PLAN,
+    rebuild.PLAN,
+    trees.INGEST,
+    trees.PULL,
+    trees.INGEST_LARGE,
+    single_puts.PLAN,
+)
 PLANS = {plan.name: plan for plan in _ALL}
 
 

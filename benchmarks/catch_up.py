@@ -1,9 +1,8 @@
 """`catch-up`: a projector of two processes that brings an empty registry up to a full log, in events/s.
 
-300,000 files in 1,000 packages lie in six partitions before the clock starts. `artifact-store projector registry
---processes 2` reads, decodes, checks and writes them with its checkpoints. The clock runs from the first checkpoint
-that is seen, behind which the events are counted, to the last: starting Python and joining the group are not measured.
-The baseline (`benchmarks.copy_rows`) copies the same rows by one connection.
+`artifact-store projector registry --processes 2` reads, decodes, checks and writes the events of `benchmarks.full_log`
+with its checkpoints. The clock runs from the first checkpoint that is seen, behind which the events are counted, to the
+last: starting Python and joining the group are not measured.
 """
 
 from __future__ import annotations
@@ -13,22 +12,18 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import asyncpg
 import psutil
 from confluent_kafka.admin import AdminClient
 
-from benchmarks.copy_rows import copy_rate
-from benchmarks.file_events import Amount, filled_topic
-from benchmarks.harness import Plan
-from benchmarks.views_database import connect, durability, fresh_views
+from benchmarks.full_log import FullLog, plan
 from services.config import Settings
 from services.log.kafka.settings import KafkaSettings
 
-AMOUNT = Amount(packages=1_000, files=300)
 PROCESSES = 2
 
 _LOOK_SECONDS = 0.02
@@ -36,29 +31,22 @@ _STUCK_SECONDS = 120.0
 _MIB = 1 << 20
 
 
-class CatchUp:
-    """The same rows by two ways; see the module."""
-
-    def __init__(self, settings: Settings, amount: Amount, database: Mapping[str, str]) -> None:
-        """`settings` with a log that holds `amount`; `database` is what PostgreSQL is set to."""
-        self._settings = settings
-        self._amount = amount
-        self._database = database
-        self._found: dict[str, Any] = {}
+class CatchUp(FullLog):
+    """By a projector; see the module."""
 
     async def ours(self) -> float:
-        """Events a second while the projector catches up."""
-        async with fresh_views(self._settings) as settings:
-            connection = await connect(settings)
-            try:
-                with _projector(settings) as process:
-                    rate = await self._watch(connection, process)
-                assert await connection.fetchval("select count(*) from artifact_files") == self._amount.file_events
-                assert await connection.fetchval("select count(*) from artifact_packages") == self._amount.packages
-            finally:
-                await connection.close()
-        await asyncio.to_thread(_forget_group, KafkaSettings.of(settings))
+        """As the base, with a group of its own that goes at the end."""
+        rate = await super().ours()
+        await asyncio.to_thread(_forget_group, KafkaSettings.of(self._settings))
         return rate
+
+    def details(self) -> Mapping[str, Any]:
+        """With the number of processes."""
+        return {**super().details(), "processes": PROCESSES}
+
+    async def _fold(self, settings: Settings, connection: asyncpg.Connection) -> float:
+        with _projector(settings) as process:
+            return await self._watch(connection, process)
 
     async def _watch(self, connection: asyncpg.Connection, process: psutil.Process) -> float:
         start = time.perf_counter()
@@ -89,21 +77,6 @@ class CatchUp:
         assert time.perf_counter() - since < _STUCK_SECONDS + self._amount.events / 1_000, "the projector is stuck"
         await asyncio.sleep(_LOOK_SECONDS)
 
-    async def baseline(self) -> float:
-        """Events a second of copying ready-made rows."""
-        return await copy_rate(self._settings, self._amount)
-
-    def details(self) -> Mapping[str, Any]:
-        """How much work it was, and what our last run took."""
-        return {
-            "packages": self._amount.packages,
-            "files_a_package": self._amount.files,
-            "partitions": self._settings.kafka_partitions,
-            "processes": PROCESSES,
-            "postgresql": self._database,
-            **self._found,
-        }
-
 
 @contextmanager
 def _projector(settings: Settings) -> Iterator[psutil.Process]:
@@ -133,17 +106,4 @@ def _forget_group(kafka: KafkaSettings) -> None:
         deleted.result(30)
 
 
-@asynccontextmanager
-async def catching_up(settings: Settings, amount: Amount) -> AsyncIterator[CatchUp]:
-    """The benchmark, on a log of this amount."""
-    async with filled_topic(settings, amount) as filled:
-        yield CatchUp(filled, amount, await durability(filled))
-
-
-@asynccontextmanager
-async def _opened(settings: Settings) -> AsyncIterator[CatchUp]:
-    async with catching_up(settings, AMOUNT) as benchmark:
-        yield benchmark
-
-
-PLAN = Plan("catch-up", "events/s", 0.6, _opened)
+PLAN = plan("catch-up", 0.6, CatchUp)

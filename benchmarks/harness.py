@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from benchmarks.result import Result, Run
 from services.config import Settings
 
-_LIBRARIES = ("asyncpg", "blake3", "cbor2", "confluent-kafka", "fastavro")
+_LIBRARIES = ("aiohttp", "asyncpg", "blake3", "cbor2", "confluent-kafka", "fastavro")
 
 
 class Benchmark(Protocol):

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import catch_up, rebuild
 from benchmarks.file_events import Amount
+from benchmarks.full_log import AMOUNT
 from benchmarks.harness import Benchmark, Plan, measure
 from benchmarks.result import Result
 from services.config import Settings
@@ -26,7 +27,7 @@ MOST_RESIDENT_MIB = 300
 
 @pytest.mark.parametrize(
     ("plan", "opened"),
-    [(catch_up.PLAN, catch_up.catching_up), (rebuild.PLAN, rebuild.rebuilding)],
+    [(catch_up.PLAN, catch_up.CatchUp.holding), (rebuild.PLAN, rebuild.Rebuild.holding)],
     ids=["catch-up", "rebuild"],
 )
 async def test_ten_times_the_events_keep_the_ratio(plan: Plan, opened: Opened, kafka_url: str, tmp_path: Path) -> None:
@@ -38,8 +39,8 @@ async def test_ten_times_the_events_keep_the_ratio(plan: Plan, opened: Opened, k
             of_amount = replace(plan, opened=lambda given: opened(given, amount), rounds=rounds)
             return await measure(of_amount, there, print)
 
-    usual = await found(catch_up.AMOUNT, 3)
-    large = await found(Amount(10 * catch_up.AMOUNT.packages, catch_up.AMOUNT.files), 2)
+    usual = await found(AMOUNT, 3)
+    large = await found(Amount(10 * AMOUNT.packages, AMOUNT.files), 2)
     assert large.ratio >= 0.9 * usual.ratio, f"{large.runs} to {usual.runs}"
     for result in (usual, large):
         assert result.details.get("most_resident_mib", 0) < MOST_RESIDENT_MIB
