@@ -18,15 +18,14 @@ from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
-import urllib3
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient
 from hypothesis import settings as property_tests
-from minio import Minio
-from minio.deleteobjects import DeleteObject
 
 from services.config import PREFIX, Settings
 from services.views.engine import Views
+from tests.buckets import Bucket
+from tests.services.seaweed import SeaweedServer
 from tests.services.shared import read_environment
 
 _ADMIN_SECONDS = 30.0
@@ -97,23 +96,33 @@ def kafka_url(endpoints: Endpoints) -> Iterator[str]:
 @pytest.fixture
 def s3_bucket(endpoints: Endpoints) -> Iterator[dict[str, Any]]:
     """Settings that name an empty bucket of its own, which is emptied and removed afterwards."""
-    bucket = f"test-{uuid.uuid4().hex[:12]}"
-    pool = urllib3.PoolManager(timeout=urllib3.Timeout(_ADMIN_SECONDS))
-    keys = (endpoints.s3_access_key, endpoints.s3_secret_key)
-    client = Minio(endpoints.s3, keys[0], keys[1], secure=False, region=endpoints.s3_region, http_client=pool)
-    client.make_bucket(bucket)
-    yield {
-        "blobs_url": f"s3+http://{endpoints.s3}/{bucket}",
-        "s3_access_key": endpoints.s3_access_key,
-        "s3_secret_key": endpoints.s3_secret_key,
-        "s3_region": endpoints.s3_region,
-    }
-    if client.bucket_exists(bucket):
-        keys_left = (DeleteObject(found.object_name or "") for found in client.list_objects(bucket, recursive=True))
-        refused = list(client.remove_objects(bucket, keys_left))
-        assert refused == []
-        client.remove_bucket(bucket)
-    pool.clear()
+    keys = (endpoints.s3_access_key, endpoints.s3_secret_key, endpoints.s3_region)
+    with Bucket(endpoints.s3, *keys) as bucket:
+        yield bucket.settings
+
+
+@pytest.fixture(scope="session")
+def seaweedfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
+    """A bucket on another S3 than MinIO, which runs for this session alone; a new bucket takes it seconds."""
+    with (
+        SeaweedServer(tmp_path_factory.mktemp("seaweedfs")) as server,
+        Bucket(server.endpoint, server.access_key, server.secret_key, server.region) as bucket,
+    ):
+        yield bucket
+
+
+@pytest.fixture
+def seaweed_bucket(seaweedfs: Bucket) -> Iterator[dict[str, Any]]:
+    """As `s3_bucket`, on SeaweedFS: emptied afterwards."""
+    yield seaweedfs.settings
+    seaweedfs.empty()
+
+
+@pytest.fixture(params=["s3_bucket", "seaweed_bucket"], ids=["minio", "seaweedfs"])
+def any_s3_bucket(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """A bucket on each S3, one after the other."""
+    found: dict[str, Any] = request.getfixturevalue(request.param)
+    return found
 
 
 @pytest.fixture

@@ -6,17 +6,29 @@ import hashlib
 import io
 import random
 from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import pytest
 from blake3 import blake3
 
 from services.blobs.local import LocalBlobStore
 from services.blobs.port import BlobStore, Declared, StoredBlob
 from services.blobs.s3 import S3BlobStore
 from services.blobs.s3_requests import Endpoint
+
+STORES = [
+    "local",
+    pytest.param("s3_bucket", marks=pytest.mark.services, id="minio"),
+    pytest.param("seaweed_bucket", marks=pytest.mark.services, id="seaweedfs"),
+]
+"""Parameters of a fixture that calls `opened_stage`: every store on which the contract holds."""
+
+MUCH = pytest.mark.moves_much
+"""On tests that move so many bytes that SeaweedFS, slow with large bodies, has them under endurance alone."""
 
 PART = 5 << 20  # the smallest part that S3 allows
 LIMIT = 1 << 40
@@ -32,7 +44,7 @@ class Stage:
 
 
 def endpoint(bucket: dict[str, Any], host: str | None = None) -> Endpoint:
-    """The endpoint that the settings of the fixture `s3_bucket` name, or the same bucket by way of another host."""
+    """The endpoint that the settings of a fixture like `s3_bucket` name, or the same bucket by way of another host."""
     url = urlsplit(bucket["blobs_url"])
     keys = (bucket["s3_access_key"], bucket["s3_secret_key"])
     return Endpoint(host or url.netloc, url.path.strip("/"), False, *keys, bucket["s3_region"])
@@ -49,7 +61,7 @@ def objects(at: Endpoint) -> set[str]:
 
 
 def s3_stage(bucket: dict[str, Any]) -> Stage:
-    """A store on the bucket of the fixture `s3_bucket`."""
+    """A store on the bucket of a fixture like `s3_bucket`."""
     at = endpoint(bucket)
 
     def overwrite(key: str, data: bytes) -> None:
@@ -65,6 +77,17 @@ def local_stage(folder: Path) -> Stage:
         return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
     return Stage(LocalBlobStore(folder), files, lambda key, data: (folder / key).write_bytes(data))
+
+
+@asynccontextmanager
+async def opened_stage(request: pytest.FixtureRequest, folder: Path) -> AsyncIterator[Stage]:
+    """The stage that the parameter of the fixture names (STORES), migrated."""
+    stage = local_stage(folder) if request.param == "local" else s3_stage(request.getfixturevalue(request.param))
+    await stage.store.migrate()
+    try:
+        yield stage
+    finally:
+        await stage.store.close()
 
 
 def some_bytes(size: int, seed: int = 0) -> bytes:

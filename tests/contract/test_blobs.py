@@ -24,14 +24,15 @@ from services.blobs.s3_requests import Endpoint
 from services.errors import ContentMismatchError, CorruptError, TooLargeError, UnavailableError
 from tests.contract.blobs_stage import (
     LIMIT,
+    MUCH,
     PART,
+    STORES,
     Stage,
     body,
     declared,
     got,
-    local_stage,
+    opened_stage,
     put,
-    s3_stage,
     some_bytes,
 )
 
@@ -39,14 +40,10 @@ MIB = 1 << 20
 LARGE = 2 * PART + 12345
 
 
-@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.services)])
+@pytest.fixture(params=STORES)
 async def stage(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Stage]:
-    found = (
-        local_stage(tmp_path / "blobs") if request.param == "local" else s3_stage(request.getfixturevalue("s3_bucket"))
-    )
-    await found.store.migrate()
-    yield found
-    await found.store.close()
+    async with opened_stage(request, tmp_path / "blobs") as found:
+        yield found
 
 
 @pytest.fixture
@@ -103,7 +100,7 @@ async def test_small_bodies_are_stored_once_without_being_declared(stage: Stage)
     assert stage.holds() == {first.key}
 
 
-@pytest.mark.parametrize("size", [4096, MIB, LARGE])
+@pytest.mark.parametrize("size", [4096, MIB, pytest.param(LARGE, marks=MUCH)])
 async def test_identical_uploads_at_the_same_time_all_succeed_and_store_one_blob(stage: Stage, size: int) -> None:
     data = some_bytes(size)
     blobs = await asyncio.gather(*(put(stage.store, data, declared(data)) for _ in range(8)))
@@ -208,6 +205,7 @@ async def test_an_upload_that_is_cancelled_leaves_nothing(stage: Stage, size: in
     assert stage.holds() == set()
 
 
+@MUCH
 async def test_uploads_that_are_cancelled_at_any_moment_leave_nothing_but_whole_blobs(stage: Stage) -> None:
     data = some_bytes(LARGE)
     started = time.monotonic()
@@ -333,6 +331,7 @@ async def test_a_sweep_removes_what_stood_still_and_no_blob(stage: Stage) -> Non
     assert await got(stage.store, blob) == some_bytes(LARGE)
 
 
+@MUCH
 @pytest.mark.parametrize("said", [Declared(), Declared(size_bytes=300 * MIB)], ids=["undeclared", "declared"])
 async def test_memory_stays_bounded_whatever_the_length(store: BlobStore, said: Declared) -> None:
     chunk = some_bytes(65536)

@@ -15,7 +15,9 @@ from services.blobs.s3 import S3BlobStore
 from services.errors import CorruptError, UnavailableError
 from tests.contract.blobs_stage import (
     LIMIT,
+    MUCH,
     PART,
+    STORES,
     Stage,
     body,
     declared,
@@ -23,6 +25,7 @@ from tests.contract.blobs_stage import (
     got,
     local_stage,
     objects,
+    opened_stage,
     put,
     s3_stage,
     some_bytes,
@@ -33,14 +36,10 @@ LARGE = 2 * PART + 12345
 SIZES = pytest.mark.parametrize("size", [0, 1000, MIB, LARGE])
 
 
-@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.services)])
+@pytest.fixture(params=STORES)
 async def stage(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Stage]:
-    found = (
-        local_stage(tmp_path / "blobs") if request.param == "local" else s3_stage(request.getfixturevalue("s3_bucket"))
-    )
-    await found.store.migrate()
-    yield found
-    await found.store.close()
+    async with opened_stage(request, tmp_path / "blobs") as found:
+        yield found
 
 
 async def damaged(stage: Stage, size: int) -> tuple[bytes, StoredBlob]:
@@ -87,7 +86,7 @@ async def test_the_next_upload_of_the_same_bytes_heals_what_was_set_aside(stage:
         stage.overwrite(blob.key, bytes(size))
 
 
-@SIZES
+@pytest.mark.parametrize("size", [0, 1000, MIB, pytest.param(LARGE, marks=MUCH)])
 async def test_identical_uploads_at_the_same_time_heal_a_blob_once(stage: Stage, size: int) -> None:
     data, blob = await damaged(stage, size)
     aside = await stage.store.set_aside(blob.key)
@@ -124,8 +123,8 @@ async def test_an_upload_that_was_written_anyway_heals_a_local_blob_with_other_b
 
 
 @pytest.mark.services
-async def test_a_blob_that_was_healed_while_it_was_copied_aside_stays(s3_bucket: dict[str, Any]) -> None:
-    stage = s3_stage(s3_bucket)
+async def test_a_blob_that_was_healed_while_it_was_copied_aside_stays(any_s3_bucket: dict[str, Any]) -> None:
+    stage = s3_stage(any_s3_bucket)
     data, blob = await damaged(stage, 1000)
 
     class Racing(S3BlobStore):
@@ -136,9 +135,9 @@ async def test_a_blob_that_was_healed_while_it_was_copied_aside_stays(s3_bucket:
             stage.overwrite(blob.key, data)
             return done
 
-    racing = Racing(endpoint(s3_bucket))
+    racing = Racing(endpoint(any_s3_bucket))
     aside = await racing.set_aside(blob.key)
     assert await got(stage.store, blob) == data
-    assert objects(endpoint(s3_bucket)) == {blob.key, aside}
+    assert objects(endpoint(any_s3_bucket)) == {blob.key, aside}
     await racing.close()
     await stage.store.close()

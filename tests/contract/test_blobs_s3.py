@@ -24,15 +24,27 @@ from services.errors import (
     TooLargeError,
     UnavailableError,
 )
-from tests.contract.blobs_stage import LIMIT, PART, body, declared, endpoint, got, objects, put, s3_store, some_bytes
+from tests.contract.blobs_stage import (
+    LIMIT,
+    MUCH,
+    PART,
+    body,
+    declared,
+    endpoint,
+    got,
+    objects,
+    put,
+    s3_store,
+    some_bytes,
+)
 from tests.contract.blobs_tripwire import Tripwire
 
 pytestmark = pytest.mark.services
 
 
 @pytest.fixture
-def at(s3_bucket: dict[str, Any]) -> Endpoint:
-    return endpoint(s3_bucket)
+def at(any_s3_bucket: dict[str, Any]) -> Endpoint:
+    return endpoint(any_s3_bucket)
 
 
 @asynccontextmanager
@@ -46,22 +58,22 @@ async def opened(at: Endpoint, **options: Any) -> AsyncIterator[S3BlobStore]:
 
 @pytest.mark.parametrize("times", [1, 3])
 async def test_a_reader_goes_on_where_the_connection_was_lost(
-    s3_bucket: dict[str, Any], at: Endpoint, times: int
+    any_s3_bucket: dict[str, Any], at: Endpoint, times: int
 ) -> None:
     data = some_bytes(2 * PART)
     async with opened(at) as direct:
         blob = await put(direct, data)
     wire = Tripwire(at.host, rb"GET ", times=times, after=1 << 20)
-    async with wire.listening() as host, opened(endpoint(s3_bucket, host)) as store:
+    async with wire.listening() as host, opened(endpoint(any_s3_bucket, host)) as store:
         assert await got(store, blob) == data
     assert wire.tripped == times
 
 
-async def test_a_reader_gives_up_when_no_attempt_brings_it_further(s3_bucket: dict[str, Any], at: Endpoint) -> None:
+async def test_a_reader_gives_up_when_no_attempt_brings_it_further(any_s3_bucket: dict[str, Any], at: Endpoint) -> None:
     async with opened(at) as direct:
         blob = await put(direct, some_bytes(1000))
     wire = Tripwire(at.host, rb"GET ", times=100)
-    async with wire.listening() as host, opened(endpoint(s3_bucket, host), attempts=2) as store:
+    async with wire.listening() as host, opened(endpoint(any_s3_bucket, host), attempts=2) as store:
         with pytest.raises(UnavailableError, match=host):
             await got(store, blob)
     assert 2 <= wire.tripped <= 4  # the client library repeats a request once that an idle connection lost
@@ -80,11 +92,11 @@ async def test_a_reader_gives_up_when_no_attempt_brings_it_further(s3_bucket: di
     ids=["put", "part", "complete", "complete-addressed", "record", "remove-record"],
 )
 async def test_an_answer_that_is_lost_does_not_lose_the_upload(
-    s3_bucket: dict[str, Any], at: Endpoint, lost: bytes, size: int, said: bool
+    any_s3_bucket: dict[str, Any], at: Endpoint, lost: bytes, size: int, said: bool
 ) -> None:
     data = some_bytes(size)
     wire = Tripwire(at.host, lost)
-    async with wire.listening() as host, opened(endpoint(s3_bucket, host)) as store:
+    async with wire.listening() as host, opened(endpoint(any_s3_bucket, host)) as store:
         blob = await put(store, data, declared(data) if said else None)
         assert await got(store, blob) == data
     assert wire.tripped == 1
@@ -93,10 +105,10 @@ async def test_an_answer_that_is_lost_does_not_lose_the_upload(
 
 @pytest.mark.parametrize("lost", [rb"PUT /[^/]+/uploads/", rb"POST /[^/]+/uploads/.*\?uploadId="], ids=["part", "end"])
 async def test_an_upload_whose_store_keeps_failing_leaves_nothing(
-    s3_bucket: dict[str, Any], at: Endpoint, lost: bytes
+    any_s3_bucket: dict[str, Any], at: Endpoint, lost: bytes
 ) -> None:
     wire = Tripwire(at.host, lost, times=100)
-    async with wire.listening() as host, opened(endpoint(s3_bucket, host), attempts=2) as store:
+    async with wire.listening() as host, opened(endpoint(any_s3_bucket, host), attempts=2) as store:
         with pytest.raises(UnavailableError, match=host) as failed:
             await put(store, some_bytes(2 * PART))
     assert "X-Amz" not in str(failed.value)
@@ -172,6 +184,7 @@ async def test_a_body_of_undeclared_size_that_needs_too_many_parts_is_refused_wi
         assert (await put(store, some_bytes(2 * PART))).length == 2 * PART
 
 
+@MUCH
 async def test_many_uploads_share_one_budget_and_give_it_back(at: Endpoint) -> None:
     memory = ByteBudget(3 * PART)
     data = [some_bytes(size, seed=size) for size in (10, 1000, PART, 2 * PART, 3 * PART, PART + 1) for _ in range(3)]

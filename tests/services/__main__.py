@@ -10,7 +10,7 @@ from types import FrameType
 from typing import NoReturn
 
 from tests.services import shared
-from tests.services.install import java, kafka_jars, minio_binary, postgres_binaries
+from tests.services.install import java, kafka_jars, minio_binary, postgres_binaries, seaweed_binary
 from tests.services.process import ServiceError
 
 
@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
     try:
         match options.action:
             case "install":
-                java(), kafka_jars(), minio_binary(), postgres_binaries()
+                java(), kafka_jars(), minio_binary(), postgres_binaries(), seaweed_binary()
             case "start":
                 shared.start(durable=options.durable)
                 _show()

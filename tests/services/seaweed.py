@@ -1,0 +1,70 @@
+"""SeaweedFS on one folder: a second S3, not related to MinIO, to see that the product needs no more than S3."""
+
+from __future__ import annotations
+
+import secrets
+import urllib.request
+from pathlib import Path
+
+from tests.services.install import seaweed_binary
+from tests.services.minio import REGION
+from tests.services.process import Server, free_ports
+
+_ROLES = ("master", "filer", "volume", "admin")
+"""Each listens on a port for HTTP and one for gRPC, as the S3 gateway does."""
+
+
+class SeaweedServer(Server):
+    """One SeaweedFS, all of its parts in one process. `endpoint` is `host:port`, spoken to as that of MinIO."""
+
+    name = "seaweedfs"
+
+    def __init__(self, folder: Path, port: int | None = None) -> None:
+        """Keys are drawn at random. See Server for the rest."""
+        super().__init__(folder, port)
+        self.access_key = f"test-{secrets.token_hex(6)}"
+        self.secret_key = secrets.token_urlsafe(24)
+        self.region = REGION
+        self._ports = free_ports(2 * len(_ROLES) + 1)
+
+    @property
+    def endpoint(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def prepare(self) -> None:
+        (self.folder / "data").mkdir(exist_ok=True)
+
+    def command(self) -> list[str]:
+        s3_grpc, *others = self._ports
+        ports = [f"-s3.port={self.port}", f"-s3.port.grpc={s3_grpc}", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+        for role, http, grpc in zip(_ROLES, others[::2], others[1::2], strict=True):
+            ports += [f"-{role}.port={http}", f"-{role}.port.grpc={grpc}"]
+        return [
+            str(seaweed_binary()),
+            "-logtostderr=true",
+            "mini",
+            f"-dir={self.folder / 'data'}",
+            "-ip=127.0.0.1",
+            "-ip.bind=127.0.0.1",
+            *ports,
+            "-admin.ui=false",
+            "-webdav=false",
+            "-master.telemetry=false",  # it would call home otherwise
+            "-s3.autoCreateBucket=false",  # S3 has no buckets that come of themselves
+        ]
+
+    def environment(self) -> dict[str, str]:
+        return {"AWS_ACCESS_KEY_ID": self.access_key, "AWS_SECRET_ACCESS_KEY": self.secret_key}
+
+    def answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://{self.endpoint}/healthz", timeout=1) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+    def delete(self) -> None:
+        super().delete()
+        for port in (self.port, *self._ports):  # its sockets lie there, whatever it is told
+            for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):  # noqa: S108 - a name of its own making
+                left.unlink(missing_ok=True)
