@@ -10,13 +10,15 @@ from aiohttp import web
 from ingest_gateway import archive, blobs, content, events, files, health, manifest, openapi, packages, usage
 from ingest_gateway.answers import SERVER
 from ingest_gateway.call import Call
+from ingest_gateway.connections import Connection, client_of
 from ingest_gateway.gateway import Bounds, Gateway
 from ingest_gateway.health import Checks
 from ingest_gateway.metrics import Metrics
 from ingest_gateway.operations import Route
 from ingest_gateway.problems import MalformedHttpError, answer_of, internal
 from ingest_gateway.routing import Routes, Target
-from services.errors import ArtifactStoreError
+from ingest_gateway.siblings import Siblings
+from services.errors import ArtifactStoreError, PushBackError
 from services.registry import Registry
 from services.tracing import TRACEPARENT, traceparent
 
@@ -41,8 +43,15 @@ _METHODS = frozenset({"GET", "HEAD", "PUT", "POST", "DELETE", "OPTIONS", "PATCH"
 class App:
     """The routes over one gateway."""
 
-    def __init__(self, registry: Registry, checks: Checks, bounds: Bounds, metrics: Metrics | None = None) -> None:
-        self.gateway = Gateway(registry, checks, bounds, metrics or Metrics(), openapi.document(ROUTES))
+    def __init__(
+        self,
+        registry: Registry,
+        checks: Checks,
+        bounds: Bounds,
+        metrics: Metrics | None = None,
+        siblings: Siblings | None = None,
+    ) -> None:
+        self.gateway = Gateway(registry, checks, bounds, metrics or Metrics(), openapi.document(ROUTES), siblings)
         self._routes = Routes(ROUTES)
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -56,8 +65,9 @@ class App:
                 self._record(exchange)
         if not response.prepared:
             response.headers["Server"] = SERVER
-            # A body may still come that nobody wants any more (RFC 9110 §10.1.1), or this process goes away.
-            if self.gateway.draining or exchange.body_withheld:
+            # A body may still come that nobody wants any more (RFC 9110 §10.1.1), this process goes away, or the
+            # connection has no place.
+            if self.gateway.draining or exchange.body_withheld or exchange.refusal is not None:
                 response.force_close()
         return response
 
@@ -69,7 +79,12 @@ class App:
             TRACEPARENT.set(traceparent(request.headers.get("traceparent")))
             route, values = self._routes.find(request.method, exchange.target.path)
             exchange.call = Call(self.gateway, request, route, exchange.target, values)
-            return await route.handler(exchange.call)
+            if exchange.refusal is not None and route.tag != "operation":
+                raise exchange.refusal
+            if not route.uploads:
+                return await route.handler(exchange.call)
+            with self.gateway.uploads.place(client_of(request.protocol)):
+                return await route.handler(exchange.call)
         except ArtifactStoreError as error:
             if not exchange.begun:
                 return answer_of(error)
@@ -111,6 +126,12 @@ class Exchange:
         """Client, method and path on one line: escaped, bounded, and without the query."""
         path = self.target.path[:2048].encode("unicode_escape").decode()
         return f"{self.request.remote} {self.request.method[:32]} {path}"
+
+    @property
+    def refusal(self) -> PushBackError | None:
+        """Why there is no place for the connection, if there is none."""
+        protocol = self.request.protocol
+        return protocol.refusal if isinstance(protocol, Connection) else None
 
     @property
     def begun(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import parse_qsl, urlencode
 
@@ -142,22 +142,31 @@ class Call:
         Raises:
             UnsupportedMediaTypeError: the body is not declared as JSON.
             InvalidRequestError: it is not JSON, or does not have the shape; TooLargeError.
+            PushBackError: bodies of others take all the room.
         """
         limit = max(limit, MAX_JSON_BYTES + _JSON_ESCAPE * self.gateway.bounds.max_metadata_bytes)
-        body = bytearray()
         if (self.request.content_length or 0) > limit:
             raise TooLargeError(f"a JSON body may have {limit:,} bytes here")
+        with self.gateway.json.share() as take:
+            return self._parsed(await self._gathered(limit, take), shape)
+
+    async def _gathered(self, limit: int, take: Callable[[int], None]) -> bytes:
+        body = bytearray()
         async for chunk in self.body():
-            body += chunk
-            if len(body) > limit:
+            if len(body) + len(chunk) > limit:
                 raise TooLargeError(f"a JSON body may have {limit:,} bytes here")
+            take(len(chunk))
+            body += chunk
+        return bytes(body)
+
+    def _parsed(self, body: bytes, shape: type[Shape]) -> Shape:
         if not body and not any(field.is_required() for field in shape.model_fields.values()):
             return shape()
         media_type, _, parameters = self.request.headers.get("Content-Type", "").partition(";")
         charset = parameters.strip().lower().replace('"', "")
         if media_type.strip().lower() != "application/json" or charset not in ("", "charset=utf-8"):
             raise UnsupportedMediaTypeError("the body must be application/json", {"Accept": "application/json"})
-        return parse_json(bytes(body), shape)
+        return parse_json(body, shape)
 
     async def start(self, response: web.StreamResponse) -> None:
         """Send the head of a streamed answer."""

@@ -8,9 +8,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from ingest_gateway.admission import MAX_JSON_BYTES, Places, Room, connections_within
 from ingest_gateway.followers import MAX_FOLLOWERS, Followers
 from ingest_gateway.health import Checks
 from ingest_gateway.metrics import Metrics
+from ingest_gateway.siblings import Siblings
 from services.config import Settings
 from services.registry import Registry
 
@@ -24,6 +26,10 @@ class Bounds:
     max_file_bytes: int
     max_metadata_bytes: int
     max_followers: int = MAX_FOLLOWERS
+    max_connections: int = 2048
+    max_uploads: int = 256
+    max_json_bytes: int = MAX_JSON_BYTES
+    """Bytes of JSON bodies that may be held at a time."""
     body_idle_seconds: float = 60.0
     """How long a body may stand still, and over how long its pace is taken."""
     body_bytes_per_second: float = 1024.0
@@ -34,24 +40,47 @@ class Bounds:
     @classmethod
     def of(cls, settings: Settings) -> Bounds:
         """The bounds of these settings."""
-        return cls(settings.max_file_bytes, settings.max_metadata_bytes)
+        return cls(
+            settings.max_file_bytes,
+            settings.max_metadata_bytes,
+            max_connections=connections_within(settings.max_connections),
+            max_uploads=settings.max_uploads,
+        )
 
 
 class Gateway:
-    """Registry, checks, metrics, followers, and which requests are under way. Belongs to one event loop."""
+    """Registry, checks, metrics, places, and which requests are under way. Belongs to one event loop."""
 
-    def __init__(self, registry: Registry, checks: Checks, bounds: Bounds, metrics: Metrics, openapi: bytes) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        checks: Checks,
+        bounds: Bounds,
+        metrics: Metrics,
+        openapi: bytes,
+        siblings: Siblings | None = None,
+    ) -> None:
+        """`siblings` are the other processes of a gateway of several."""
         self.registry = registry
         self.checks = checks
         self.bounds = bounds
         self.metrics = metrics
         self.openapi = openapi
+        self.siblings = siblings
         self.followers = Followers(bounds.max_followers)
+        self.connections = Places("connections", bounds.max_connections, metrics.refused)
+        self.uploads = Places("uploads", bounds.max_uploads, metrics.refused)
+        self.json = Room("JSON", bounds.max_json_bytes, metrics.refused)
         self.draining = False
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        metrics.watch(lambda: self._in_flight, lambda: len(self.followers))
+        metrics.watch(
+            in_flight=lambda: self._in_flight,
+            followers=lambda: len(self.followers),
+            connections=lambda: len(self.connections),
+            uploads=lambda: len(self.uploads),
+        )
 
     @asynccontextmanager
     async def request(self) -> AsyncIterator[None]:

@@ -92,7 +92,9 @@ async def get_readiness(call: Call) -> web.StreamResponse:
 
 async def get_metrics(call: Call) -> web.StreamResponse:
     """GET /metrics."""
-    return bytes_answer(call.gateway.metrics.exposition(), CONTENT_TYPE)
+    siblings = call.gateway.siblings
+    shown = call.gateway.metrics.exposition() if siblings is None else await siblings.exposition()
+    return bytes_answer(shown, CONTENT_TYPE)
 
 
 async def get_openapi(call: Call) -> web.StreamResponse:
@@ -124,7 +126,7 @@ ROUTES = (
         "GET",
         "/metrics",
         get_metrics,
-        "Metrics for Prometheus",
+        "Metrics for Prometheus, of all processes behind this address",
         (Success(200, "Text exposition", {"text/plain": {"type": "string"}}),),
         tag="operation",
     ),

@@ -43,16 +43,39 @@ class Metrics:
             "artifact_store_http_in_flight", "Requests that are being answered", registry=self.registry
         )
         self._followers = Gauge("artifact_store_http_followers", "Clients that follow events", registry=self.registry)
+        self._connections = Gauge(
+            "artifact_store_http_connections", "Connections that have a place", registry=self.registry
+        )
+        self._uploads = Gauge("artifact_store_http_uploads", "Uploads that are under way", registry=self.registry)
+        self._refused = Counter(
+            "artifact_store_http_refused",
+            "Connections, uploads and JSON bodies for which there was no place",
+            ("what",),
+            registry=self.registry,
+        )
         self._lag = Gauge(
             "artifact_store_event_loop_lag_seconds",
             "How much later than asked for a timer of the event loop fired",
             registry=self.registry,
         )
 
-    def watch(self, in_flight: Callable[[], float], followers: Callable[[], float]) -> None:
+    def watch(
+        self,
+        *,
+        in_flight: Callable[[], float],
+        followers: Callable[[], float],
+        connections: Callable[[], float],
+        uploads: Callable[[], float],
+    ) -> None:
         """Ask these whenever somebody looks."""
         self._in_flight.set_function(in_flight)
         self._followers.set_function(followers)
+        self._connections.set_function(connections)
+        self._uploads.set_function(uploads)
+
+    def refused(self, what: str) -> None:
+        """Count something for which there was no place."""
+        self._refused.labels(what).inc()
 
     def answered(self, route: str, method: str, status: int, seconds: float, received: int, sent: int) -> None:
         """Count one request; the numbers of bytes are those of the bodies."""

@@ -12,10 +12,13 @@ from pydantic import BaseModel, TypeAdapter
 
 from ingest_gateway.operations import Body, Route, Success
 from ingest_gateway.parameters import Parameter
-from ingest_gateway.problems import MalformedHttpError
-from services.errors import ArtifactStoreError
+from ingest_gateway.problems import MalformedHttpError, TooManyAtOnceError
+from services.errors import ArtifactStoreError, PushBackError
 from services.http.headers import RETRY_AFTER
 from services.http.problems import MEDIA_TYPE, TYPE_PREFIX, Problem
+
+_ANYWHERE = (MalformedHttpError, TooManyAtOnceError, PushBackError)
+"""Problems that every request may meet: what is no HTTP, and a gateway that takes no more connections."""
 
 _REF = "#/components/schemas/{model}"
 _DESCRIPTION = """\
@@ -66,7 +69,7 @@ def _operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
         "parameters": [_parameter(p) for p in route.parameters],
         "responses": {
             **_successes(route.successes, schemas),
-            **dict(_problems((MalformedHttpError, *route.problems, ArtifactStoreError), schemas)),
+            **dict(_problems(dict.fromkeys((*_ANYWHERE, *route.problems, ArtifactStoreError)), schemas)),
         },
     }
     if route.description:
@@ -121,7 +124,7 @@ def _problems(kinds: Iterable[type[ArtifactStoreError]], schemas: dict[str, Any]
             "description": "\n".join(lines),
             "content": {MEDIA_TYPE: {"schema": _schema(Problem, schemas)}},
         }
-        if status in (503, 504):
+        if status in (429, 503, 504):
             answer["headers"] = {RETRY_AFTER: {"schema": {"type": "integer", "minimum": 1}}}
         yield str(status), answer
 

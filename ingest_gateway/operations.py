@@ -57,6 +57,11 @@ class Route:
     tag: str = "packages"
 
     @property
+    def uploads(self) -> bool:
+        """Whether its bodies are bytes to be stored."""
+        return self.body is not None and any(shape is BINARY for shape in self.body.content.values())
+
+    @property
     def operation_id(self) -> str:
         """Its name in the document: that of the handler."""
         return self.handler.__name__

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from aiohttp import web
 
-from services.errors import ArtifactStoreError, InvalidRequestError, RejectedError
+from services.errors import ArtifactStoreError, InvalidRequestError, PushBackError, RejectedError
 from services.http.headers import RETRY_AFTER
 from services.http.problems import MEDIA_TYPE, FieldFault, Problem, problem, problem_of
 
@@ -81,6 +81,13 @@ class ExpectationFailedError(ProtocolError):
 
     status = 417
     problem = "expectation-failed"
+
+
+class TooManyAtOnceError(PushBackError):
+    """The client (its address) has as many connections or uploads under way as one may have."""
+
+    status = 429
+    problem = "too-many-at-once"
 
 
 class InvalidFieldsError(InvalidRequestError):

@@ -6,9 +6,10 @@ import asyncio
 import ipaddress
 import logging
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -18,6 +19,8 @@ from ingest_gateway.connections import Server
 from ingest_gateway.gateway import Bounds
 from ingest_gateway.health import Checks
 from ingest_gateway.metrics import Metrics
+from ingest_gateway.processes import Member
+from ingest_gateway.siblings import Siblings
 from ingest_gateway.sweeping import swept_regularly
 from services.config import Settings
 from services.errors import ConfigurationError
@@ -33,13 +36,21 @@ DRAIN_SECONDS = 30.0
 
 _BACKLOG = 1024
 
+_TAKEN_AT_ONCE = 1
+"""How many connections one of several processes takes in one turn of its event loop; the others are to get some too."""
+
 
 async def run(
-    settings: Settings, *, stop: asyncio.Event | None = None, ready: Callable[[str], None] | None = None
+    settings: Settings,
+    *,
+    stop: asyncio.Event | None = None,
+    ready: Callable[[str], None] | None = None,
+    member: Member | None = None,
 ) -> None:
     """Open the parts of these settings and run a gateway on them until `stop` is set.
 
-    Without `stop`, SIGTERM and SIGINT end it. `ready` is called with the URL once the gateway listens.
+    Without `stop`, SIGTERM and SIGINT end it. `ready` is called with the URL once the gateway listens. `member` says
+    which process of a gateway of several this is.
 
     Raises ConfigurationError: the interface may not be listened on, or the address cannot be had; UnavailableError.
     """
@@ -49,13 +60,19 @@ async def run(
     if stop is None:
         with stopped_by_signals() as stopped:
             async with parts(settings) as opened:
-                await serve(opened, stopped, ready=ready)
+                await serve(opened, stopped, ready=ready, member=member)
     else:
         async with parts(settings) as opened:
-            await serve(opened, stop, ready=ready)
+            await serve(opened, stop, ready=ready, member=member)
 
 
-async def serve(opened: Parts, stop: asyncio.Event, *, ready: Callable[[str], None] | None = None) -> None:
+async def serve(
+    opened: Parts,
+    stop: asyncio.Event,
+    *,
+    ready: Callable[[str], None] | None = None,
+    member: Member | None = None,
+) -> None:
     """Run a gateway on parts that are open already until `stop` is set; returns when what it took on is done.
 
     Raises ConfigurationError: the interface may not be listened on, or the address cannot be had.
@@ -64,7 +81,7 @@ async def serve(opened: Parts, stop: asyncio.Event, *, ready: Callable[[str], No
     checks = Checks(opened.log.check, opened.blobs.check, opened.writer.ready, opened.views.check)
     host, port = listen_address(settings)
     async with listening(
-        opened.registry, checks, Bounds.of(settings), host, port, metrics=Metrics(opened.metrics)
+        opened.registry, checks, Bounds.of(settings), host, port, metrics=Metrics(opened.metrics), member=member
     ) as url:
         print(f"listening on {url}", file=sys.stderr, flush=True)  # noqa: T201 - the line that people wait for
         if ready is not None:
@@ -84,31 +101,64 @@ async def listening(
     *,
     metrics: Metrics | None = None,
     drain_seconds: float = DRAIN_SECONDS,
+    member: Member | None = None,
 ) -> AsyncIterator[str]:
     """A gateway that listens for the length of the block; gives its URL. Port 0 takes a free one.
+
+    One process of several takes connections from the socket that was handed to it instead.
 
     On the way out it takes no new connection, lets followers go, finishes what is under way, for `drain_seconds` at
     most, and closes. Raises ConfigurationError when the address cannot be had.
     """
-    app = App(registry, checks, bounds, metrics or Metrics())
-    runner = web.ServerRunner(Server(app.handle), shutdown_timeout=1.0)
+    metrics = metrics or Metrics()
+    siblings = None if member is None else Siblings(member, metrics.exposition)
+    app = App(registry, checks, bounds, metrics, siblings)
+    runner = web.ServerRunner(Server(app.handle, app.gateway.connections), shutdown_timeout=1.0)
     await runner.setup()
-    lag = asyncio.create_task(app.gateway.metrics.watch_loop())
+    lag = asyncio.create_task(metrics.watch_loop())
     try:
-        site = web.TCPSite(runner, host, port, backlog=_BACKLOG)
-        try:
-            await site.start()
-        except OSError as error:
-            raise ConfigurationError(
-                f"cannot listen on {host}, port {port}: {error.strerror}; ARTIFACT_STORE_LISTEN says where"
-            ) from error
-        bound = runner.addresses[0]
-        yield f"http://{f'[{bound[0]}]' if ':' in bound[0] else bound[0]}:{bound[1]}"
-        await site.stop()
-        await app.gateway.drain(drain_seconds)
+        async with siblings.telling() if siblings is not None else nullcontext():
+            site = await _site(runner, host, port) if member is None else await _shared_site(runner, member)
+            bound = runner.addresses[0]
+            yield f"http://{f'[{bound[0]}]' if ':' in bound[0] else bound[0]}:{bound[1]}"
+            await site.stop()
+            await app.gateway.drain(drain_seconds)
     finally:
         lag.cancel()
         await runner.cleanup()
+
+
+async def _site(runner: web.ServerRunner, host: str, port: int) -> web.BaseSite:
+    site = web.TCPSite(runner, host, port, backlog=_BACKLOG)
+    try:
+        await site.start()
+    except OSError as error:
+        raise _no_address(host, port, error) from error
+    return site
+
+
+async def _shared_site(runner: web.ServerRunner, member: Member) -> web.BaseSite:
+    listener = socket.socket(fileno=member.descriptor)
+    site = web.SockSite(runner, listener, backlog=_TAKEN_AT_ONCE)
+    await site.start()
+    listener.listen(_BACKLOG)  # the length of the queue too was set to what the site was given
+    return site
+
+
+def bound_socket(settings: Settings) -> socket.socket:
+    """A listening socket at `settings.listen`, for several processes. Raises ConfigurationError."""
+    host, port = listen_address(settings)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise _no_address(host, port, error) from error
+
+
+def _no_address(host: str, port: int, error: OSError) -> ConfigurationError:
+    return ConfigurationError(
+        f"cannot listen on {host}, port {port}: {error.strerror}; ARTIFACT_STORE_LISTEN says where"
+    )
 
 
 def listen_address(settings: Settings) -> tuple[str, int]:

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from projector.loading import load
 from projector.loading_process import Job
 from projector.pace import Pace
-from projector.processes import when_input_ends
 from projector.turns import take_short_turns
 from services.collector import collect_rarely
 from services.errors import ArtifactStoreError
+from services.processes import when_input_ends
 from services.views.projections import projection_named
 from services.wiring import open_log, open_views
 

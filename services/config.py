@@ -50,6 +50,8 @@ class Settings(BaseModel):
     max_file_bytes: int = Field(5 * _TIB, ge=0)
     max_files_per_package: int = Field(100_000, ge=1)
     max_metadata_bytes: int = Field(64 * _KIB, ge=2)
+    max_connections: int = Field(2048, ge=1)
+    max_uploads: int = Field(256, ge=1)
 
     @field_validator("kafka_options", mode="before")
     @classmethod

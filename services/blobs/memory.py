@@ -8,6 +8,9 @@ from collections import deque
 from types import TracebackType
 from typing import Self
 
+SMALL_BYTES = 256 * 1024
+"""An upload that needs no more than this may take it from what a budget keeps for small ones."""
+
 
 class PartBuffer:
     """Room for `capacity` bytes, filled from its beginning.
@@ -49,13 +52,17 @@ class ByteBudget:
 
     Nobody may wait for more while holding a part that only becomes free by getting more: an upload takes the whole of
     a part before it fills it, so that every part that was begun can also be finished.
+
+    Beside these, `small` bytes are kept for uploads that need little: they pass those that wait for whole parts, which
+    may take as long as slow clients like. Where these bytes are given out too, a small upload waits like any other.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, *, small: int = 0) -> None:
         if limit < 1:
             raise ValueError("a budget needs at least one byte")
         self.limit = limit
         self._free = limit
+        self._free_small = small
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
 
     @property
@@ -71,6 +78,17 @@ class ByteBudget:
     def share(self) -> Share:
         """An empty share of the budget, for one upload; a context manager that gives all back at its end."""
         return Share(self)
+
+    def take_small(self, amount: int) -> bool:
+        """Take what is kept for small uploads, at once or not at all; whether it was taken."""
+        if amount > min(SMALL_BYTES, self._free_small):
+            return False
+        self._free_small -= amount
+        return True
+
+    def give_small(self, amount: int) -> None:
+        """Give back what `take_small` took."""
+        self._free_small += amount
 
     async def take(self, amount: int) -> None:
         """Wait until `amount` bytes are free and it is this caller's turn. Raises ValueError above the limit."""
@@ -112,20 +130,27 @@ class Share:
     def __init__(self, budget: ByteBudget) -> None:
         self._budget = budget
         self._held = 0
+        self._small = 0
 
     @property
     def held(self) -> int:
         """Bytes held."""
-        return self._held
+        return self._held + self._small
 
     async def take(self, amount: int) -> None:
         """Wait for `amount` bytes of the budget."""
+        if not self.held and self._budget.take_small(amount):
+            self._small = amount
+            return
         await self._budget.take(amount)
         self._held += amount
 
     def give(self, amount: int) -> None:
         """Give back `amount` of what is held; nothing once the context ended, which gave all back."""
-        amount = min(amount, self._held)
+        small = min(amount, self._small)
+        self._small -= small
+        self._budget.give_small(small)
+        amount = min(amount - small, self._held)
         self._held -= amount
         self._budget.give(amount)
 
@@ -133,4 +158,4 @@ class Share:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.give(self._held)
+        self.give(self.held)

@@ -7,9 +7,16 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from services.blobs.local import LocalBlobStore
+from services.blobs.memory import ByteBudget
 from services.blobs.port import BlobStore
 from services.config import Settings
 from services.errors import ConfigurationError
+
+_MEMORY_BYTES = 84 << 20
+"""What all uploads of a process may hold in memory on their way to a bucket, and"""
+
+_SMALL_MEMORY_BYTES = 12 << 20
+"""what is kept for small ones beside it."""
 
 _FORMS = "file:FOLDER, s3://host:port/BUCKET (TLS) or s3+http://host:port/BUCKET"
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -64,7 +71,8 @@ def open_blobs(settings: Settings) -> BlobStore:
             access_key=settings.s3_access_key,
             secret_key=settings.s3_secret_key.get_secret_value(),
             region=settings.s3_region,
-        )
+        ),
+        memory=ByteBudget(_MEMORY_BYTES, small=_SMALL_MEMORY_BYTES),
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -17,7 +18,10 @@ from services.collector import collect_rarely
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from ingest_gateway.processes import Member
     from services.config import Settings
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 _LOG_LINE = "%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"
 _PARTS = ("log_url", "blobs_url", "views_url")
@@ -29,15 +33,32 @@ def begin_to_run() -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=_LOG_LINE)
 
 
+def _several(command: Decorated) -> Decorated:
+    """Add `--processes`, and what each of these is told by the one that starts them."""
+    command = click.option("--member", hidden=True)(command)
+    return click.option(
+        "--processes",
+        type=click.IntRange(1, 64),
+        default=1,
+        show_default=True,
+        help="So many processes behind one address. Needs a Kafka log.",
+    )(command)
+
+
 @click.command()
+@_several
 @common_options(shown=(*_PARTS, "listen"))
-def serve() -> None:
-    """Run gateway and projections in one process, until SIGTERM or SIGINT."""
+def serve(processes: int, member: str | None) -> None:
+    """Run gateway and projections, until SIGTERM or SIGINT: in one process, or in several that share the work."""
     begin_to_run()
-    _end(run(_serve(invocation().settings())))
+    settings = invocation().settings()
+    if processes > 1:
+        _run_processes(settings, "serve", processes)
+    else:
+        _end(run(_serve(settings, member)))
 
 
-async def _serve(settings: Settings) -> Mapping[str, Exception]:
+async def _serve(settings: Settings, member: str | None) -> Mapping[str, Exception]:
     from ingest_gateway import server
     from projector import run_projectors
     from services.wiring import is_embedded
@@ -45,11 +66,12 @@ async def _serve(settings: Settings) -> Mapping[str, Exception]:
     if is_embedded(settings):
         await _migrate(settings)  # before gateway and projections open the same new files at the same time
     with server.stopped_by_signals() as stop:
+        one_of = _member(member, stop)
         try:
             async with asyncio.TaskGroup() as tasks:
                 projecting = tasks.create_task(run_projectors(settings, [], stop))
                 try:
-                    await server.run(settings, stop=stop)
+                    await server.run(settings, stop=stop, member=one_of)
                 finally:
                     stop.set()
                     await asyncio.wait([projecting])  # what is folded comes to its end; nothing is cut off
@@ -59,13 +81,56 @@ async def _serve(settings: Settings) -> Mapping[str, Exception]:
 
 
 @click.command()
-@common_options(shown=(*_PARTS, "listen", "internal_listen", "internal_url"))
-def gateway() -> None:
-    """Run a gateway, until SIGTERM or SIGINT."""
+@_several
+@common_options(shown=(*_PARTS, "listen", "internal_listen", "internal_url", "max_connections", "max_uploads"))
+def gateway(processes: int, member: str | None) -> None:
+    """Run a gateway, until SIGTERM or SIGINT.
+
+    With --processes, each process has an internal listener of its own: where that has a fixed port, they take as many
+    ports from there on.
+    """
+    begin_to_run()
+    settings = invocation().settings()
+    if processes > 1:
+        _run_processes(settings, "gateway", processes)
+    else:
+        run(_gateway(settings, member))
+
+
+async def _gateway(settings: Settings, member: str | None) -> None:
     from ingest_gateway import server
 
-    begin_to_run()
-    run(server.run(invocation().settings()))
+    with server.stopped_by_signals() as stop:
+        await server.run(settings, stop=stop, member=_member(member, stop))
+
+
+def _member(text: str | None, stop: asyncio.Event) -> Member | None:
+    from ingest_gateway.processes import Member
+
+    if text is None:
+        return None
+    found = Member.parse(text)
+    found.end_with_parent(stop)
+    return found
+
+
+def _run_processes(settings: Settings, command: str, processes: int) -> None:
+    if code := run(_in_processes(settings, command, processes)):
+        raise click.exceptions.Exit(code)
+
+
+async def _in_processes(settings: Settings, command: str, processes: int) -> int:
+    from ingest_gateway import server
+    from ingest_gateway.processes import run_processes
+    from services.errors import ConfigurationError
+    from services.wiring import is_embedded
+
+    if is_embedded(settings):
+        raise ConfigurationError(
+            "the embedded log has one process that writes: --processes needs a Kafka log in ARTIFACT_STORE_LOG_URL"
+        )
+    with server.stopped_by_signals() as stop, server.bound_socket(settings) as listener:
+        return await run_processes(settings, command, processes, listener, stop)
 
 
 @click.command()
@@ -101,8 +166,8 @@ async def _project(
 ) -> Mapping[str, Exception]:
     from ingest_gateway.server import stopped_by_signals
     from projector import run_projectors
-    from projector.processes import when_input_ends
     from projector.turns import take_short_turns
+    from services.processes import when_input_ends
 
     take_short_turns()
     with stopped_by_signals() as stop:

@@ -40,6 +40,8 @@ SETTINGS: dict[str, str] = {
     "max_file_bytes": "The largest file that is taken.",
     "max_files_per_package": "The most files that a package takes.",
     "max_metadata_bytes": "The most metadata that a package takes.",
+    "max_connections": "Connections to one gateway process; half of them from one address.",
+    "max_uploads": "Uploads at a time to one gateway process; half of them from one address.",
 }
 
 _SWITCHES = frozenset({"insecure"})

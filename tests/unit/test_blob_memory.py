@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.blobs.memory import ByteBudget, PartBuffer
+from services.blobs.memory import SMALL_BYTES, ByteBudget, PartBuffer
 
 
 @given(
@@ -109,3 +109,36 @@ def test_a_buffer_takes_no_more_than_it_has_room_for() -> None:
         part.append(b"d")
     assert part.read(0, 4) == b"abc"
     part.close()
+
+
+async def test_a_small_upload_passes_those_that_wait_for_parts_while_bytes_are_kept_for_it() -> None:
+    budget = ByteBudget(2 * SMALL_BYTES + 2, small=10)
+    with budget.share() as large, budget.share() as small, budget.share() as next_small:
+        await large.take(budget.limit)
+        waiting = asyncio.create_task(budget.take(SMALL_BYTES + 1))
+        await asyncio.sleep(0)
+        assert budget.contended
+        await asyncio.wait_for(small.take(8), timeout=1)
+        late = asyncio.create_task(next_small.take(8))  # what is kept is not enough for both
+        await asyncio.sleep(0)
+        assert (small.held, next_small.held) == (8, 0)
+        large.give(SMALL_BYTES + 1)
+        await waiting
+        large.give(8)
+        await late
+        budget.give(SMALL_BYTES + 1)
+    assert budget.free == budget.limit
+    with budget.share() as again:
+        await again.take(10)
+        assert (again.held, budget.free) == (10, budget.limit)  # all that was kept is there again
+
+
+async def test_a_share_that_holds_parts_takes_no_more_from_what_is_kept_for_small_ones() -> None:
+    budget = ByteBudget(SMALL_BYTES * 4, small=100)
+    with budget.share() as share:
+        await share.take(SMALL_BYTES + 1)
+        await share.take(50)
+        assert budget.free == SMALL_BYTES * 3 - 51
+        share.give(50)
+        assert budget.free == SMALL_BYTES * 3 - 1
+    assert budget.free == budget.limit

@@ -1,0 +1,113 @@
+"""Who is let in: how many connections, uploads and bytes of JSON one gateway process takes at a time.
+
+No client gets more than half of the connections and uploads, so that one alone never keeps out all others. A client is
+an address: behind a proxy that hides them, all are one.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from ingest_gateway.problems import TooManyAtOnceError
+from services.errors import PushBackError
+
+MAX_JSON_BYTES = 64 << 20
+"""How many bytes of JSON bodies may be held at a time, before they are commands."""
+
+_RETRY_SECONDS = 2.0
+_OTHER_DESCRIPTORS = 512
+"""File descriptors that are kept for connections to the blob store, the log and the views, and for files."""
+
+_WANTED_DESCRIPTORS = 65_536
+
+Refused = Callable[[str], None]
+"""Told of what there was no place for."""
+
+
+class Places:
+    """Places for one kind of thing. Belongs to one event loop."""
+
+    def __init__(self, what: str, limit: int, refused: Refused = lambda _: None) -> None:
+        self._what = what
+        self._limit = limit
+        self._per_client = max(1, limit // 2)
+        self._refused = refused
+        self._taken: Counter[str] = Counter()
+        self._all = 0
+
+    def __len__(self) -> int:
+        return self._all
+
+    def take(self, client: str) -> None:
+        """Take a place, which `give` gives back.
+
+        Raises PushBackError: all are taken. TooManyAtOnceError: this client has as many as one may have.
+        """
+        if self._all >= self._limit:
+            self._refused(self._what)
+            raise PushBackError(f"this gateway has {self._limit:,} {self._what} already", _RETRY_SECONDS)
+        if self._taken[client] >= self._per_client:
+            self._refused(self._what)
+            raise TooManyAtOnceError(f"{self._per_client:,} {self._what} come from this address", _RETRY_SECONDS)
+        self._taken[client] += 1
+        self._all += 1
+
+    def give(self, client: str) -> None:
+        """Give a place back that this client has."""
+        self._all -= 1
+        self._taken[client] -= 1
+        if not self._taken[client]:
+            del self._taken[client]
+
+    @contextmanager
+    def place(self, client: str) -> Iterator[None]:
+        """A place for the length of the block. Raises as `take`."""
+        self.take(client)
+        try:
+            yield
+        finally:
+            self.give(client)
+
+
+class Room:
+    """So many bytes may be held at a time. Belongs to one event loop."""
+
+    def __init__(self, what: str, limit: int, refused: Refused = lambda _: None) -> None:
+        self._what = what
+        self._limit = limit
+        self._refused = refused
+        self._held = 0
+
+    @contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """Gives a function that takes so many bytes more; all are given back at the end of the block.
+
+        The function raises PushBackError when there is no room.
+        """
+        held = 0
+
+        def take(more: int) -> None:
+            nonlocal held
+            if self._held + more > self._limit:
+                self._refused(self._what)
+                raise PushBackError(f"this gateway holds as much {self._what} as it can already", _RETRY_SECONDS)
+            held += more
+            self._held += more
+
+        try:
+            yield take
+        finally:
+            self._held -= held
+
+
+def connections_within(wanted: int) -> int:
+    """As many connections as are wanted and as the system lets this process have; raises its soft limit if it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = _WANTED_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _WANTED_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < min(needed, wanted + _OTHER_DESCRIPTORS):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(needed, wanted + _OTHER_DESCRIPTORS), hard))
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - _OTHER_DESCRIPTORS))

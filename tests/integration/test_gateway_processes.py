@@ -1,0 +1,160 @@
+"""`gateway --processes` and `serve --processes`: one address, several processes, one supervisor over them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import psutil
+import pytest
+
+from services.client import GatewayRegistry
+from services.config import Settings
+from tests.integration.conditions import until
+from tests.integration.processes import ProductProcess, get, metrics_of, output_of, partitions_of, run_command
+from tests.services.process import ServiceError, free_ports
+
+pytestmark = pytest.mark.processes
+
+PROCESSES = 3
+SECONDS = 120.0
+
+
+class Gateway(ProductProcess):
+    """Several interpreters start at once, and answer when the first of them does."""
+
+    start_seconds: ClassVar[float] = SECONDS
+
+
+@pytest.fixture
+def kafka(real_settings: Settings, tmp_path: Path) -> Settings:
+    """Kafka and MinIO; the views are a file here, as nothing but `serve` reads them."""
+    settings = real_settings.model_copy(update={"views_url": f"sqlite+aiosqlite:///{tmp_path}/views.db"})
+    output_of(settings, "migrate")
+    return settings
+
+
+@pytest.fixture
+def gateway(kafka: Settings, tmp_path: Path) -> Iterator[ProductProcess]:
+    process = Gateway(kafka, tmp_path / "gateway", "gateway", "--processes", str(PROCESSES))
+    with process:
+        yield process
+
+
+def children(gateway: ProductProcess) -> list[psutil.Process]:
+    return psutil.Process(gateway.pid).children()
+
+
+def up(gateway: ProductProcess) -> set[str]:
+    """The numbers of the processes that show their metrics."""
+    name = 'artifact_store_process_up{process="'
+    found = metrics_of(gateway).items()
+    return {key.removeprefix(name).rstrip('"}') for key, value in found if key.startswith(name) and value}
+
+
+async def whole(gateway: ProductProcess, partitions: int) -> None:
+    """Wait until every process serves and all partitions are written to."""
+
+    async def serving() -> bool:
+        shown = await asyncio.to_thread(lambda: (up(gateway), partitions_of(gateway)))
+        return shown == ({str(n + 1) for n in range(PROCESSES)}, partitions)
+
+    await until(serving, SECONDS, "not all processes serve")
+
+
+async def packages(url: str, count: int) -> None:
+    """Make, fill and finalize so many packages, each over a connection of its own; no error is seen."""
+
+    async def one(n: int) -> None:
+        async with GatewayRegistry(url) as registry:
+            package = await registry.create_package(f"p {n}", "lab", "s", "scratch", actor="ada")
+            await registry.ingest_file(package, "a.txt", "text/plain", f"file {n}".encode(), actor="ada")
+            await registry.finalize_package(package, actor="ada")
+
+    await asyncio.gather(*(one(n) for n in range(count)))
+
+
+@pytest.mark.services
+async def test_processes_share_address_partitions_and_load_and_outlive_a_dead_one(
+    kafka: Settings, gateway: ProductProcess
+) -> None:
+    await whole(gateway, kafka.kafka_partitions)
+    await packages(gateway.endpoint, 30)
+    served = {
+        number: sum(
+            value
+            for name, value in (await asyncio.to_thread(metrics_of, gateway)).items()
+            if name.startswith("artifact_store_http_requests_total{") and f'process="{number}"' in name
+        )
+        for number in range(1, PROCESSES + 1)
+    }
+    assert sum(served.values()) >= 90
+    assert all(served.values()), f"a process was left without connections: {served}"
+
+    before = {child.pid for child in children(gateway)}
+    os.kill(min(before), signal.SIGKILL)
+    await packages(gateway.endpoint, 10)  # the client library comes again where a connection was lost
+    await whole(gateway, kafka.kafka_partitions)
+    assert len({child.pid for child in children(gateway)} - before) == 1
+    assert "died (exit code -9), starting it again" in gateway.log.read_text()
+
+    watched, now = gateway.pid, children(gateway)
+    gateway.stop()
+    assert not any(child.is_running() for child in now)
+    said = gateway.log.read_text()
+    assert "Traceback" not in said
+    assert said.count("partitions were handed over in") >= PROCESSES
+    assert not psutil.pid_exists(watched)
+
+
+@pytest.mark.services
+async def test_processes_end_when_the_first_one_is_killed_and_the_port_is_free_again(
+    kafka: Settings, gateway: ProductProcess
+) -> None:
+    await whole(gateway, kafka.kafka_partitions)
+    left = children(gateway)
+    os.kill(gateway.pid, signal.SIGKILL)
+    await asyncio.to_thread(psutil.wait_procs, left, SECONDS)
+    assert not any(child.is_running() for child in left)
+    assert get(f"{gateway.endpoint}/healthz") is None
+    gateway.restart()
+    await whole(gateway, kafka.kafka_partitions)
+
+
+@pytest.mark.services
+async def test_serve_projects_in_its_processes_too(kafka: Settings, tmp_path: Path) -> None:
+    with Gateway(kafka, tmp_path / "serve", "serve", "--processes", "2") as process:
+        async with GatewayRegistry(process.endpoint) as registry:
+            package = await registry.create_package("p", "lab", "s", "scratch", actor="ada")
+            await registry.finalize_package(package, actor="ada")
+            assert (await registry.get_package(package, wait_sequence=2)).status == "finalized"
+
+
+@pytest.mark.services
+def test_an_address_that_is_taken_is_said_once_and_nothing_is_tried_again(kafka: Settings, tmp_path: Path) -> None:
+    with Gateway(kafka, tmp_path / "gateway", "gateway") as taken:
+        listen = f"127.0.0.1:{taken.port}"
+        done = run_command(kafka, "gateway", "--processes", "2", "--listen", listen, seconds=SECONDS)
+        assert done.returncode == 2
+        assert done.stderr.count(b"cannot listen") == 1
+
+        internal = f"127.0.0.1:{taken.port - 1}"  # the second process would have the port that is taken
+        wrong = Gateway(
+            kafka.model_copy(update={"internal_listen": internal}),
+            tmp_path / "wrong",
+            *("gateway", "--processes", "2"),
+            port=free_ports(1)[0],
+        )
+        with pytest.raises(ServiceError, match="ARTIFACT_STORE_INTERNAL_LISTEN"):
+            wrong.start()
+
+
+def test_the_embedded_log_has_one_writer_and_refuses_more(embedded_settings: Settings) -> None:
+    for command in ("gateway", "serve"):
+        done = run_command(embedded_settings, command, "--processes", "2", seconds=SECONDS)
+        assert done.returncode == 2
+        assert b"--processes needs a Kafka log in ARTIFACT_STORE_LOG_URL" in done.stderr

@@ -1,0 +1,266 @@
+"""How much a gateway takes at a time: beyond it everybody hears when to come again, and nobody keeps all others out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+
+from ingest_gateway import connections
+from services.client import GatewayRegistry
+from services.config import Settings
+from tests.integration.conditions import until
+from tests.integration.http_gateway import RunningGateway, running_gateway
+from tests.integration.http_raw import RawAnswer, read_answer
+
+ME, YOU, THEM = "127.0.0.1", "127.0.0.2", "127.0.0.3"
+"""Clients: loopback has many addresses."""
+
+PACKAGE = {"name": "n", "producer": "p", "subject": "s", "retention_class": "scratch"}
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+SECONDS = 60.0
+
+
+class Client:
+    """One connection from an address."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    def send(self, line: str, *headers: str, body: bytes = b"") -> None:
+        self.writer.write("\r\n".join([f"{line} HTTP/1.1", "Host: x", *headers, "", ""]).encode() + body)
+
+    async def answer(self) -> RawAnswer:
+        async with asyncio.timeout(SECONDS):
+            return await read_answer(self.reader)
+
+    async def may_go_on(self) -> None:
+        """Wait for 100-continue."""
+        async with asyncio.timeout(SECONDS):
+            assert await self.reader.readexactly(len(CONTINUE)) == CONTINUE
+
+    async def is_closed(self) -> bool:
+        """Wait until the other side has closed; whether it did so without another byte."""
+        async with asyncio.timeout(SECONDS):
+            try:
+                return await self.reader.read() == b""
+            except ConnectionResetError:
+                return True
+
+
+@asynccontextmanager
+async def client(gateway: RunningGateway, address: str = ME) -> AsyncIterator[Client]:
+    reader, writer = await asyncio.open_connection(ME, gateway.port, local_addr=(address, 0))
+    try:
+        yield Client(reader, writer)
+    finally:
+        writer.transport.abort()
+
+
+async def new_package(gateway: RunningGateway) -> UUID:
+    done = await gateway.parts.registry.create("n", "p", "s", "scratch", "ada", {})
+    return done.package_id
+
+
+def put(package: UUID, name: str = "a") -> str:
+    return f"PUT /v1/packages/{package}/files/{name}"
+
+
+def expecting(size: int) -> tuple[str, str]:
+    return "Expect: 100-continue", f"Content-Length: {size}"
+
+
+def refused(answer: RawAnswer, status: int, kind: str) -> bool:
+    problem = answer.problem()
+    assert problem["type"] == f"urn:artifact-store:problem:{kind}"
+    assert int(answer.headers["retry-after"]) >= 1
+    return bool(answer.status == problem["status"] == status)
+
+
+async def test_uploads_beyond_the_bounds_are_refused_before_their_body(embedded_settings: Settings) -> None:
+    async with running_gateway(embedded_settings, max_uploads=4) as gateway, AsyncExitStack() as stack:
+        package = await new_package(gateway)
+
+        async def begun(address: str, name: str) -> Client:
+            found = await stack.enter_async_context(client(gateway, address))
+            found.send(put(package, name), *expecting(5))
+            return found
+
+        mine = [await begun(ME, name) for name in ("a", "b")]
+        for one in mine:
+            await one.may_go_on()
+        assert refused(await (await begun(ME, "c")).answer(), 429, "too-many-at-once")  # half is what one may have
+        yours = [await begun(YOU, name) for name in ("d", "e")]
+        for one in yours:
+            await one.may_go_on()
+        assert refused(await (await begun(THEM, "f")).answer(), 503, "push-back")  # and these were all
+        async with gateway.session.post("/v1/packages", json=PACKAGE) as answer:
+            assert answer.status == 201  # what is no upload is not held up
+
+        mine[0].writer.write(b"bytes")
+        assert (await mine[0].answer()).status == 201
+        yours[0].writer.transport.abort()
+
+        async def one_left_alone() -> bool:
+            async with gateway.session.get("/metrics") as answer:
+                return "artifact_store_http_uploads 2.0" in await answer.text()
+
+        await until(one_left_alone, SECONDS, "an upload whose client went away kept its place")
+        again = await begun(ME, "c")
+        await again.may_go_on()
+        again.writer.write(b"bytes")
+        assert (await again.answer()).status == 201
+
+
+async def test_the_client_library_comes_again_until_there_is_a_place(embedded_settings: Settings) -> None:
+    async with running_gateway(embedded_settings, max_uploads=1) as gateway, client(gateway) as first:
+        package = await new_package(gateway)
+        first.send(put(package), *expecting(5))
+        await first.may_go_on()
+        refusals: list[str] = []
+        async with GatewayRegistry(gateway.url, notify=lambda error, _: refusals.append(error.detail)) as registry:
+            pushed = asyncio.create_task(registry.ingest_file(package, "b", "text/plain", b"bytes", actor="ada"))
+
+            async def was_refused() -> bool:
+                return bool(refusals)
+
+            await until(was_refused, SECONDS, "the second upload was taken")
+            first.writer.write(b"bytes")
+            assert (await first.answer()).status == 201
+            await asyncio.wait_for(pushed, SECONDS)
+        assert "this gateway has 1 uploads already" in refusals[0]
+
+
+async def test_connections_beyond_the_bounds_get_one_answer_and_are_closed(embedded_settings: Settings) -> None:
+    async with running_gateway(embedded_settings, max_connections=4) as gateway, AsyncExitStack() as stack:
+
+        async def served(address: str) -> Client:
+            found = await stack.enter_async_context(client(gateway, address))
+            found.send("GET /v1/packages")
+            return found
+
+        held = [await served(address) for address in (ME, ME, YOU, YOU)]
+        assert [(await one.answer()).status for one in held] == [200] * 4
+        mine, theirs = await served(ME), await served(THEM)
+        assert refused(await mine.answer(), 503, "push-back")
+        assert await mine.is_closed()
+        assert refused(await theirs.answer(), 503, "push-back")
+        for path in ("/healthz", "/readyz", "/metrics"):  # a busy gateway is no dead one
+            async with client(gateway, THEM) as asking:
+                asking.send(f"GET {path}")
+                assert (await asking.answer()).status == 200
+
+        held[3].writer.transport.abort()
+
+        async def a_place_is_free() -> bool:
+            one = await served(THEM)
+            return (await one.answer()).status == 200
+
+        await until(a_place_is_free, SECONDS, "a connection that is gone kept its place")
+        assert refused(await (await served(ME)).answer(), 503, "push-back")
+
+
+async def test_no_client_has_more_than_half_of_the_connections(embedded_settings: Settings) -> None:
+    async with running_gateway(embedded_settings, max_connections=4) as gateway, AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(client(gateway, address)) for address in (ME, ME, ME, YOU)]
+        for one in clients:
+            one.send("GET /v1/packages")
+        answers = [await one.answer() for one in clients]
+        assert [answer.status for answer in answers] == [200, 200, 429, 200]
+        assert refused(answers[2], 429, "too-many-at-once")
+
+
+async def test_connections_that_exceed_even_that_are_cut_off(
+    embedded_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "MAX_EXCESS", 1)
+    monkeypatch.setattr(connections, "EXCESS_SECONDS", 0.5)
+    async with running_gateway(embedded_settings, max_connections=1) as gateway, AsyncExitStack() as stack:
+        one, two, three = [await stack.enter_async_context(client(gateway)) for _ in range(3)]
+        assert await three.is_closed()
+        assert await two.is_closed()  # it said nothing for as long as it might stay
+        one.send("GET /v1/packages")
+        assert (await one.answer()).status == 200
+
+
+async def test_json_bodies_share_the_room_that_there_is(embedded_settings: Settings) -> None:
+    def wanted(filling: int) -> dict[str, Any]:
+        return {**PACKAGE, "metadata": {"filling": "x" * filling}}
+
+    async with running_gateway(embedded_settings, max_json_bytes=2000) as gateway:
+        for filling, status in ((1000, 201), (3000, 503), (1000, 201)):
+            async with gateway.session.post("/v1/packages", json=wanted(filling)) as answer:
+                assert answer.status == status
+                assert (answer.headers.get("Retry-After") is not None) == (status == 503)
+
+
+@pytest.mark.parametrize("kind", ["file", "tar"])
+async def test_what_the_state_refuses_is_refused_before_the_body(embedded_settings: Settings, kind: str) -> None:
+    async with running_gateway(embedded_settings) as gateway:
+        unknown, finalized, filled = uuid4(), await new_package(gateway), await new_package(gateway)
+        await gateway.parts.registry.finalize(finalized, "ada")
+        async with gateway.session.put(f"/v1/packages/{filled}/files/a", data=b"bytes") as answer:
+            assert answer.status == 201
+        media_type = {"file": "text/plain", "tar": "application/x-tar"}[kind]
+        cases = [(unknown, 404, "package-not-found"), (finalized, 409, "illegal-package-state")]
+        if kind == "file":
+            cases.append((filled, 409, "duplicate-relative-path"))
+        for package, status, problem in cases:
+            line = put(package) if kind == "file" else f"POST /v1/packages/{package}/files"
+            async with client(gateway) as asking:
+                asking.send(line, *expecting(1000), f"Content-Type: {media_type}")
+                answer_ = await asking.answer()  # the answer itself, no 100-continue before it
+                assert (answer_.status, answer_.problem()["type"].rpartition(":")[2]) == (status, problem)
+                assert answer_.headers["connection"] == "close"
+                assert await asking.is_closed()
+
+
+LARGE_BYTES = 64 << 20
+LARGE_UPLOADS = 16
+TRICKLE_BYTES = 64 * 1024
+TRICKLE_SECONDS = 0.25
+"""Four times the pace below which a body is given up while others wait."""
+
+
+@pytest.mark.services
+async def test_small_uploads_pass_large_ones_that_hold_all_the_memory(
+    embedded_settings: Settings, s3_bucket: dict[str, Any]
+) -> None:
+    settings = embedded_settings.model_copy(update=s3_bucket)
+    async with running_gateway(settings) as gateway, AsyncExitStack() as stack:
+        package = await new_package(gateway)
+        reading: set[int] = set()
+
+        async def upload(n: int) -> None:
+            async with client(gateway) as one:
+                one.send(put(package, f"large-{n}"), *expecting(LARGE_BYTES))
+                await one.may_go_on()
+                reading.add(n)
+                while True:
+                    one.writer.write(bytes(TRICKLE_BYTES))
+                    await one.writer.drain()
+                    await asyncio.sleep(TRICKLE_SECONDS)  # a client that sends slowly
+
+        large = [asyncio.create_task(upload(n)) for n in range(LARGE_UPLOADS)]
+        stack.push_async_callback(asyncio.wait, large)
+        for task in large:
+            stack.callback(task.cancel)
+
+        async def memory_is_short() -> bool:
+            async with gateway.session.get("/metrics") as answer:
+                begun = f"artifact_store_http_uploads {LARGE_UPLOADS}.0" in await answer.text()
+            return begun and len(reading) >= 10
+
+        await until(memory_is_short, SECONDS, "the large uploads did not begin")
+        assert len(reading) < LARGE_UPLOADS, "there was memory for all: the test shows nothing"
+        before = set(reading)
+        async with asyncio.timeout(SECONDS):
+            for n in range(20):
+                async with gateway.session.put(f"/v1/packages/{package}/files/{n}", data=bytes(4096 + n)) as answer:
+                    assert answer.status == 201
+        assert reading == before, "large uploads came to an end meanwhile: the test shows nothing"
