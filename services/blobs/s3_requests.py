@@ -39,6 +39,8 @@ SLOWEST_BYTES_PER_SECOND = 256 * 1024  # a transfer below this rate is given up
 _SIGNED_FOR = timedelta(minutes=15)  # S3 allows clocks to differ by as much
 _SLICE = 256 * 1024
 _PASSING_CODES = {"SlowDown", "RequestTimeout", "InternalError", "OperationAborted", "ServiceUnavailable"}
+_FULL_CODES = {"XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "QuotaExceeded"}  # MinIO, MinIO, Ceph (a 403)
+_FULL_RETRY_SECONDS = 10.0  # nobody makes room within the second
 
 _T = TypeVar("_T")
 
@@ -261,10 +263,12 @@ class S3Requests:
             raise self.unavailable(f"has no bucket {self.endpoint.bucket}: `artifact-store migrate` creates it")
         if answer.status in expect:
             return
+        if answer.status == 507 or code in _FULL_CODES:
+            full = self.unavailable("is full: make room in it, or raise the bucket's quota; uploads then go on")
+            full.retry_after = _FULL_RETRY_SECONDS
+            raise full
         if answer.status in {401, 403}:
             raise self.refused(code)
-        if answer.status == 507 or code == "XMinioStorageFull":
-            raise self.unavailable("is full")
         reason = f"answered {answer.status} {code}".rstrip() + f" to {method} {key}"
         if answer.status >= 500 or answer.status == 429 or code in _PASSING_CODES:
             raise StoreTroubleError(str(self.unavailable(reason)))

@@ -42,7 +42,15 @@ async def zeros(size: int) -> AsyncIterator[bytes]:
     yield bytes(size)
 
 
-@pytest.mark.parametrize("answer", [(507, "InsufficientStorage"), (500, "XMinioStorageFull")])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (507, "InsufficientStorage"),
+        (500, "XMinioStorageFull"),
+        (400, "XMinioAdminBucketQuotaExceeded"),
+        (403, "QuotaExceeded"),
+    ],
+)
 async def test_a_full_store_is_said_to_be_full_at_once(answer: tuple[int, str]) -> None:
     asked = 0
 
@@ -53,11 +61,12 @@ async def test_a_full_store_is_said_to_be_full_at_once(answer: tuple[int, str]) 
         return error(*answer)
 
     async with answered_by(full) as store:
-        with pytest.raises(UnavailableError, match="is full"):
+        with pytest.raises(UnavailableError, match="is full: make room") as refused:
             await store.store(zeros(10), declared=Declared(), max_bytes=10)
         with pytest.raises(UnavailableError, match="is full"):
             await store.check()
     assert asked == 2
+    assert refused.value.retry_after == 10
 
 
 @pytest.mark.parametrize("answer", [(503, "SlowDown"), (500, "InternalError"), (400, "RequestTimeout"), (502, "")])
