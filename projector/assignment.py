@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ _FEWEST_RECORDS = 10
 
 _FIRST_SIZE = 16 << 10
 """What a record is taken to have before one was seen, in bytes: little in the first poll costs nothing."""
+
+IDENTITY_SECONDS = 5.0
+"""How often the log's identity is asked for when nothing comes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,7 @@ class Assignment:
         self._subscription: Subscription | None = None
         self._unshown: dict[int, int] = {}
         self._usual_size = _FIRST_SIZE
+        self._looked = time.monotonic()
 
     async def join(self) -> None:
         """Join the group; partitions are assigned while polling.
@@ -110,6 +115,9 @@ class Assignment:
             if not batch.next_offsets or len(records) >= _BATCH_RECORDS or size >= _BATCH_BYTES:
                 break
         if not ends:
+            # A client that misses that its topic was deleted and made anew may wait for minutes without a word.
+            if time.monotonic() > self._looked + IDENTITY_SECONDS:
+                await self._require_same_log()
             return None
         events = await asyncio.to_thread(ReadBatch.of, records)
         await self._require_same_log()
@@ -215,6 +223,7 @@ class Assignment:
                 f"the log was made anew: the view {self._projection.name} was folded from log {self._identity}, this "
                 f"is log {now}; restore the log, or `artifact-store replay {self._projection.name}` to fold the new one"
             )
+        self._looked = time.monotonic()
 
     def _checkpoint(self, starts: Mapping[int, int]) -> Checkpoint:
         if self._generation is None or self._identity is None:

@@ -23,7 +23,7 @@ from services.views.engine import Views
 from services.views.projections import PROJECTIONS
 from services.views.projections.registry import RegistryProjection
 from services.views.tables import artifact_files
-from tests.integration.projector_stage import covers, eventually, projecting
+from tests.integration.projector_stage import WAIT_SECONDS, covers, eventually, projecting
 from tests.memory_log import MemoryLog
 from tests.unit import commands
 from tests.views_history import History, view_rows
@@ -192,6 +192,19 @@ async def test_another_log_under_the_view_stops_the_projector(views: Views) -> N
     with pytest.raises(LogIdentityError):
         await run_projection(views, log, REGISTRY, asyncio.Event())
     assert await view_rows(views) == rows
+
+
+async def test_another_log_in_the_place_of_a_silent_one_stops_the_projector(
+    views: Views, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("projector.assignment.IDENTITY_SECONDS", 0.1)
+    log = MemoryLog()
+    log.append(*History().fill(packages=2, files=2).events)
+    running = asyncio.create_task(run_projection(views, log, REGISTRY, asyncio.Event()))
+    await covers(views, REGISTRY, await log.end())
+    log.id = uuid4()  # and not one record comes
+    with pytest.raises(LogIdentityError, match="made anew"):
+        await asyncio.wait_for(running, WAIT_SECONDS)
 
 
 @pytest.mark.parametrize("members", [1, 3])

@@ -92,6 +92,14 @@ def write(log: KafkaLog, history: History) -> None:
     assert producer.flush(30) == 0
 
 
+async def is_gone(log: KafkaLog) -> bool:
+    try:
+        await log.identity()
+    except ConfigurationError:
+        return True
+    return False
+
+
 async def test_a_topic_that_is_made_anew_under_a_projector_stops_it(
     kafka_url: str, tmp_path: Path, reference: Views
 ) -> None:
@@ -107,6 +115,7 @@ async def test_a_topic_that_is_made_anew_under_a_projector_stops_it(
         tasks = await running.__aenter__()
         await covers(reference, REGISTRY, await log.end())
         await asyncio.to_thread(operate, log, lambda admin: admin.delete_topics([log.kafka.topic]))
+        await eventually(lambda: is_gone(log), "the brokers have learned of the deletion")
         async with open_kafka_log(settings) as anew:
             await asyncio.to_thread(write, anew, new)
             await asyncio.wait(tasks, timeout=WAIT_SECONDS)
