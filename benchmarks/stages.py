@@ -160,7 +160,7 @@ def _append(found: _Stages, broker: _Broker, decisions: Sequence[Decision]) -> N
             broker.produce(decision)
     broker.flush()
     values = [event.value for decision in decisions for event in decision.appended]
-    seen: list[bytes] = []
+    seen: list[bytes | None] = []
     with found.timed("read back and compare"):
         while len(seen) < len(values):
             seen += broker.tail.take_exactly(len(values) - len(seen), _SECONDS)[0]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from binascii import hexlify
+from collections.abc import Iterable
 from hashlib import sha1
+from struct import Struct
 from typing import Self
 from uuid import UUID, SafeUUID, uuid5
 
@@ -10,6 +13,14 @@ _PACKAGES = UUID("6f1d7c1e-54a4-5d0b-9a53-6d3f0a4c2b11")
 """Namespace of package ids; drawn once, fixed for good."""
 
 _set = object.__setattr__
+_VERSION = bytes(byte & 0x0F | 0x50 for byte in range(256))
+_VARIANT = bytes(byte & 0x3F | 0x80 for byte in range(256))
+_GROUPS = Struct("8s4s4s4s12s8x")
+"""The hex digits of a UUID in a SHA-1, of which the last are of no use."""
+
+DERIVED_BYTES = 20
+"""From one of `derived_all` to the next."""
+
 _VARIANTS = {digit: "89ab"[int(digit, 16) % 4] for digit in "0123456789abcdef"}
 
 
@@ -88,3 +99,14 @@ def _derived(name: bytes) -> bytes:
     """The text of what `uuid.uuid5` gives for a namespace's bytes and a name behind them, in a quarter of the time."""
     found = sha1(name, usedforsecurity=False).hexdigest()
     return f"{found[:8]}-{found[8:12]}-5{found[13:16]}-{_VARIANTS[found[16]]}{found[17:20]}-{found[20:32]}".encode()
+
+
+def derived_all(names: Iterable[bytes]) -> tuple[bytes, list[bytes]]:
+    """What `uuid.uuid5` gives for each name, a namespace's 16 bytes before it: the numbers' bytes, and the texts.
+
+    The bytes of one begin DERIVED_BYTES behind those of the one before. All at once takes half the time.
+    """
+    found = bytearray(b"".join([sha1(name, usedforsecurity=False).digest() for name in names]))
+    found[6::DERIVED_BYTES] = found[6::DERIVED_BYTES].translate(_VERSION)
+    found[8::DERIVED_BYTES] = found[8::DERIVED_BYTES].translate(_VARIANT)
+    return bytes(found), list(map(b"-".join, _GROUPS.iter_unpack(hexlify(found))))

@@ -65,6 +65,9 @@ _RECEIPT_ITEM = _map(
 )
 
 _CACHED = 1_024
+_TOGETHER = 4
+"""For so many files it is faster to make all identifiers at once than one after the other."""
+
 _EVENT_TYPE = FILE_INGESTED.encode()
 _DIGEST_BYTES = 32
 _IDENTIFIER_AVRO = b"\x48"
@@ -139,20 +142,30 @@ def ingested(
     command_avro = b"%b%b\x48%b" % (created_avro, actor_avro, command_id)
     command_chain = b"%b%b\x78\x24%b\x58\x20" % (created_cbor, actor_cbor, command_id)
     count_avro = avro_long(count)
+    made = _identifiers(namespace, sequence, files) if len(files) >= _TOGETHER else None
+    media_type = backend_id = None
     found = []
-    for index, file in enumerate(files, index):  # noqa: B020 - it goes on from there
+    for place, file in enumerate(files):
+        path, key = file.relative_path.encode(), file.key.encode()
         blake3_digest, sha256_digest = file.blake3, file.sha256
         if not len(blake3_digest) == len(sha256_digest) == len(digest) == _DIGEST_BYTES:
             raise ValueError("a digest has not 32 bytes")
         size, offset, length, stored_at = file.size_bytes, file.offset, file.length, file.stored_at
-        path, key = file.relative_path.encode(), file.key.encode()
-        media_avro, media, _ = _text(file.media_type)
-        backend_avro, backend, backend_text = _text(file.backend_id)
+        # Mostly those of the file before.
+        if file.media_type != media_type:
+            media_type = file.media_type
+            media_avro, media, _ = _text(media_type)
+        if file.backend_id != backend_id:
+            backend_id = file.backend_id
+            backend_avro, backend, backend_text = _text(backend_id)
         sequence += 1
 
-        event_id = identifiers.event_text(namespace, sequence)
-        file_id = identifiers.file_text(namespace, path)
-        location_id = identifiers.location_text(file_id, backend_text, key, offset, length)
+        if made is not None:
+            event_id, file_id, location_id = made[0][place], made[1][place], made[2][place]
+        else:
+            event_id = identifiers.event_text(namespace, sequence)
+            file_id = identifiers.file_text(namespace, path)
+            location_id = identifiers.location_text(file_id, backend_text, key, offset, length)
 
         path_cbor, key_cbor, size_cbor = cbor_text(path), cbor_text(key), cbor_integer(size)
         offset_cbor, stored_cbor, size_avro = cbor_integer(offset), cbor_integer(stored_at), avro_long(size)
@@ -207,7 +220,26 @@ def ingested(
         item = _MANIFEST_ITEM % (hexlify(blake3_digest), hexlify(sha256_digest), file_id, media, size_cbor, path_cbor)
         receipt = _RECEIPT_ITEM % (key_cbor, length_cbor, offset_cbor, file_id, stored_cbor, backend, location_id)
         found.append(EncodedIngested(event_id, index, sequence, value, digest, item, receipt))
+        index += 1
     return found
+
+
+def _identifiers(
+    namespace: bytes, sequence: int, files: Sequence[File]
+) -> tuple[list[bytes], list[bytes], list[bytes]]:
+    """The texts of the identifiers of events, files and locations; see `schemas.identifiers`."""
+    count = len(files)
+    names = [b"%bfile:%b" % (namespace, file.relative_path.encode()) for file in files]
+    names += [b"%b%d" % (namespace, number) for number in range(sequence + 1, sequence + 1 + count)]
+    numbers, texts = identifiers.derived_all(names)
+    _, locations = identifiers.derived_all(
+        [
+            b"%blocation:%b:%b:%d:%d"
+            % (numbers[at : at + 16], file.backend_id.encode(), file.key.encode(), file.offset, file.length)
+            for at, file in zip(range(0, len(numbers), identifiers.DERIVED_BYTES), files, strict=False)
+        ]
+    )
+    return texts[count:], texts[:count], locations
 
 
 @lru_cache(_CACHED)
