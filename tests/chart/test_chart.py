@@ -13,7 +13,7 @@ import yaml
 from pydantic import SecretStr
 
 from services.config import PREFIX, Settings
-from tests.chart.commands import STARTED, containers, pod_specs, rendered_commands
+from tests.chart.commands import SEVERAL_GATEWAYS, STARTED, containers, pod_specs, rendered_commands
 from tests.chart.environment import POD_ADDRESS, environment, secret_names
 from tests.chart.helm import (
     CHART,
@@ -106,7 +106,7 @@ def test_containers_run_the_commands_that_the_tests_know() -> None:
 
 
 def test_no_value_set_runs_an_unknown_command(values: list[Path]) -> None:
-    assert set(rendered_commands(values)) <= STARTED
+    assert set(rendered_commands(values)) <= STARTED | {SEVERAL_GATEWAYS}
 
 
 def test_every_process_accepts_its_settings(
@@ -133,6 +133,14 @@ def test_a_gateway_listens_for_others_and_tells_them_its_pod_address(documents: 
     assert found["ARTIFACT_STORE_INTERNAL_URL"] == f"http://{POD_ADDRESS}:{ports['internal']}"
     writable = {mount["mountPath"] for mount in container["volumeMounts"]}
     assert found["ARTIFACT_STORE_STATE_DIR"] in writable
+
+
+def test_every_process_of_a_gateway_has_an_internal_port(values: list[Path], documents: list[dict[str, Any]]) -> None:
+    (container,) = containers(_named(documents, "Deployment", "-gateway"))
+    processes = int(container["args"][-1]) if "args" in container else 1
+    assert processes == (4 if "full" in {path.stem for path in values} else 1)
+    ports = sorted(p["containerPort"] for p in container["ports"] if p["name"].startswith("internal"))
+    assert ports == list(range(8081, 8081 + processes))
 
 
 def test_every_setting_is_given_decided_or_secret(documents: list[dict[str, Any]]) -> None:

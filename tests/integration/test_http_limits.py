@@ -231,7 +231,7 @@ TRICKLE_SECONDS = 0.25
 async def test_small_uploads_pass_large_ones_that_hold_all_the_memory(
     embedded_settings: Settings, s3_bucket: dict[str, Any]
 ) -> None:
-    settings = embedded_settings.model_copy(update=s3_bucket)
+    settings = Settings(log_url=embedded_settings.log_url, views_url=embedded_settings.views_url, **s3_bucket)
     async with running_gateway(settings) as gateway, AsyncExitStack() as stack:
         package = await new_package(gateway)
         reading: set[int] = set()
