@@ -34,6 +34,10 @@ class Stage:
         times = psutil.Process(self.gateway.pid).cpu_times()
         return float(times.user + times.system)
 
+    def count(self, prefix: str) -> int:
+        """How many objects there are below a prefix. Blocks."""
+        return sum(1 for _ in self.bucket.client().list_objects(self.bucket.name, prefix=prefix, recursive=True))
+
     def clear(self, prefix: str, expected: int | None = None) -> None:
         """Remove the objects below a prefix; with `expected`, only if they are so many. Blocks."""
         clear(self.bucket, prefix, expected)
