@@ -7,7 +7,7 @@ import logging
 
 from aiohttp import web
 
-from ingest_gateway import archive, blobs, content, events, files, health, manifest, openapi, packages, usage
+from ingest_gateway import archive, blobs, content, events, files, health, manifest, openapi, packages, uploads, usage
 from ingest_gateway.answers import SERVER
 from ingest_gateway.call import Call
 from ingest_gateway.connections import Connection, client_of
@@ -31,6 +31,7 @@ ROUTES: tuple[Route, ...] = (
     *files.ROUTES,
     *content.ROUTES,
     *archive.ROUTES,
+    *uploads.ROUTES,
     *blobs.ROUTES,
     *manifest.ROUTES,
     *events.ROUTES,

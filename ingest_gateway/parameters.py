@@ -69,6 +69,11 @@ def _number(name: str, low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
+def whole_number(name: str) -> Callable[[str], int]:
+    """Reads a number of bytes."""
+    return _number(name, 0, _MAX_LONG)
+
+
 def _path(name: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         try:
@@ -105,6 +110,7 @@ STATUSES = ("created", "finalized", "expired", "purged")
 
 PACKAGE_ID = Parameter("package_id", "path", _id("package_id"), "The package", _UUID_SCHEMA, _EXAMPLE_ID)
 FILE_ID = Parameter("file_id", "path", _id("file_id"), "The file", _UUID_SCHEMA, _EXAMPLE_ID)
+UPLOAD_ID = Parameter("upload_id", "path", _id("upload_id"), "The upload", _UUID_SCHEMA, _EXAMPLE_ID)
 RELATIVE_PATH = Parameter(
     "relative_path",
     "path",

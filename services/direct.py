@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
@@ -35,6 +36,7 @@ from services.log.position import Position
 from services.manifest import to_json
 from services.registry import ManifestFormat, Registry
 from services.streams import joined
+from services.uploads import ResumableUploads
 from services.views.models import DEFAULT_PAGE, MAX_PAGE, File, Package, PackageFilter, Page, PlacedFile, UsageTotal
 from services.views.queries import Queries
 
@@ -71,6 +73,24 @@ class DirectRegistry(Registry):
         self._clock = clock
         self._freshen = freshen
         self._wait_seconds = wait_seconds
+        self._uploads: ResumableUploads | None = None
+
+    @property
+    def uploads(self) -> ResumableUploads:
+        if self._uploads is None:
+            self._uploads = ResumableUploads(
+                self._blobs,
+                check=self.check_ingest,
+                record=self._record_upload,
+                max_file_bytes=self._limits.max_file_bytes,
+                clock=lambda: datetime.fromtimestamp(self._clock() / 1e6, UTC),
+            )
+        return self._uploads
+
+    async def close(self) -> None:
+        """Wait for what uploads have left to do."""
+        if self._uploads is not None:
+            await self._uploads.close()
 
     async def create(
         self,
@@ -279,6 +299,9 @@ class DirectRegistry(Registry):
             for file in placed
         )
         return await self._writer.submit(IngestFiles(package_id, command_id or uuid4(), actor, files))
+
+    async def _record_upload(self, package_id: UUID, file: Placed, actor: str, command_id: UUID) -> Acknowledgement:
+        return await self._record(package_id, [file], actor, command_id)
 
     async def _fresh(self, view: str = "registry") -> None:
         if self._freshen is not None:

@@ -8,17 +8,21 @@
     │   ├── UnknownRetentionClassError     also a ValueError
     │   ├── NotFoundError
     │   │   ├── PackageNotFoundError
-    │   │   └── FileNotFoundInRegistryError
+    │   │   ├── FileNotFoundInRegistryError
+    │   │   └── UploadNotFoundError
     │   ├── ConflictError
     │   │   ├── DuplicateRelativePathError
-    │   │   └── IllegalPackageStateError
+    │   │   ├── IllegalPackageStateError
+    │   │   └── UploadOffsetError          ask where the upload stands, and go on from there
     │   ├── ContentMismatchError       the bytes are not what was declared
+    │   ├── ChecksumMismatchError      a piece of an upload was damaged on its way: send the piece again
     │   ├── UnknownContentError        bytes that were only named are not stored here
     │   ├── InvalidArchiveError        an archive is malformed, or holds what no package can
     │   ├── CommandReusedError         a command id came back with another request
     │   ├── TooLargeError              a limit is exceeded
     │   └── RangeNotSatisfiableError
     ├── PushBackError            retry later, after `retry_after` seconds: the system cannot take more now
+    │   └── UploadBusyError            another request adds to the upload
     ├── UnavailableError         retry, perhaps elsewhere: a part cannot be reached; the outcome may be unknown
     │   └── WaitTimeoutError           the view did not reach what was waited for
     ├── CorruptError             stop: what was read breaks an invariant
@@ -102,6 +106,12 @@ class FileNotFoundInRegistryError(NotFoundError):
     problem = "file-not-found"
 
 
+class UploadNotFoundError(NotFoundError):
+    """No such upload: it never was, it has expired, was ended, or what it brought was refused."""
+
+    problem = "upload-not-found"
+
+
 class ConflictError(RejectedError):
     """The request does not fit the state of the package."""
 
@@ -121,10 +131,23 @@ class IllegalPackageStateError(ConflictError):
     problem = "illegal-package-state"
 
 
+class UploadOffsetError(ConflictError):
+    """The upload stands at another offset than the request names."""
+
+    problem = "upload-offset"
+
+
 class ContentMismatchError(RejectedError):
     """The bytes that arrived are not those that were declared."""
 
     problem = "content-mismatch"
+
+
+class ChecksumMismatchError(RejectedError):
+    """The bytes of one request are not those of its `Upload-Checksum`; the upload stands where it stood before."""
+
+    status = 460  # tus 1.0, "Checksum"
+    problem = "checksum-mismatch"
 
 
 class UnknownContentError(RejectedError):
@@ -172,6 +195,13 @@ class PushBackError(ArtifactStoreError):
     def __init__(self, detail: str, retry_after: float = 1.0) -> None:
         super().__init__(detail)
         self.retry_after = retry_after
+
+
+class UploadBusyError(PushBackError):
+    """Another request adds to this upload, or did so a moment ago."""
+
+    status = 423
+    problem = "upload-busy"
 
 
 class UnavailableError(ArtifactStoreError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
-from typing import IO, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 from uuid import UUID
 
 from services.blobs.port import Declared
@@ -17,6 +17,7 @@ from services.config import Settings
 from services.core.commands import Acknowledgement
 from services.core.content_address import ContentAddress
 from services.errors import (
+    ConfigurationError,
     DuplicateRelativePathError,
     IllegalPackageStateError,
     InvalidRequestError,
@@ -26,6 +27,9 @@ from services.log.port import RecordedEvent
 from services.log.position import Position
 from services.streams import from_any
 from services.views.models import DEFAULT_PAGE, File, Package, PackageFilter, Page, UsageTotal
+
+if TYPE_CHECKING:
+    from services.uploads import ResumableUploads
 
 __all__ = [
     "DuplicateRelativePathError",
@@ -173,6 +177,14 @@ class Registry(ABC):
         command_id: UUID | None = None,
     ) -> Acknowledgement:
         """`ingest_file`, with the whole acknowledgement (one entry in `files`)."""
+
+    @property
+    def uploads(self) -> ResumableUploads:
+        """Files that arrive in several requests. Raises ConfigurationError on a registry behind a gateway's URL.
+
+        There `ingest` does this by itself.
+        """
+        raise ConfigurationError("uploads that span requests are begun at the gateway's own interface")
 
     @abstractmethod
     async def ingest_files(

@@ -193,6 +193,7 @@ async def parts(settings: Settings, *, clock: Clock = system_clock) -> AsyncIter
             clock=clock,
             freshen=freshen if embedded else None,
         )
+        stack.push_async_callback(opened.close)
         yield Parts(settings, log, writer, blobs, views, opened, metrics)
         if embedded:
             try:

@@ -19,15 +19,19 @@ from uuid import uuid4
 
 from services.blobs.cleanup import Cleanups
 from services.blobs.intake import PIECE_BYTES, Digests, Intake
+from services.blobs.object_parts import PART_BYTES, ObjectParts
 from services.blobs.port import (
     DAMAGED,
     IDLE_SECONDS,
+    RESUMABLE,
     Declared,
+    PartStore,
     StoredBlob,
     checked_key,
     checked_object_key,
     content_key,
 )
+from services.blobs.upload_states import sweep_states
 from services.errors import CorruptError, UnavailableError
 
 _P = ParamSpec("_P")
@@ -37,18 +41,27 @@ _T = TypeVar("_T")
 class LocalBlobStore:
     """Blobs in a folder of this machine. Its file work runs in threads; belongs to one event loop."""
 
-    def __init__(self, root: Path, *, threads: int = 16) -> None:
-        """`root` is the folder, which `migrate` creates; `threads` bounds how many files are worked on at a time."""
+    def __init__(self, root: Path, *, threads: int = 16, part_bytes: int = PART_BYTES) -> None:
+        """`root` is the folder, which `migrate` creates; `threads` bounds how many files are worked on at a time.
+
+        `part_bytes` is the size of the parts of uploads that span requests.
+        """
         self._root = root
         self._incoming = root / "incoming"
         self._threads = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="blob-file")
         self._cleanups = Cleanups()
         self._durable_folders: set[Path] = set()  # their own entries were synced by this process
+        self._parts = ObjectParts(self, part_bytes=part_bytes)
 
     @property
     def backend_id(self) -> str:
         """`local`."""
         return "local"
+
+    @property
+    def parts(self) -> PartStore:
+        """See the port."""
+        return self._parts
 
     async def store(self, body: AsyncIterable[bytes], *, declared: Declared, max_bytes: int) -> StoredBlob:
         """See the port."""
@@ -138,6 +151,27 @@ class LocalBlobStore:
 
         await self._work(put)
 
+    async def create_object(self, key: str, data: bytes) -> bool:
+        """See the port."""
+        path = self._root / checked_object_key(key)
+        draft = _Draft(self._incoming / f"{uuid4()}.part")
+
+        def create() -> bool:
+            try:
+                draft.open()
+                draft.write(data)
+                draft.sync()
+                path.parent.mkdir(parents=True, exist_ok=True)
+                os.link(draft.path, path)
+                _sync_folder(path.parent)
+            except FileExistsError:
+                return path.read_bytes() == data
+            finally:
+                draft.discard()
+            return True
+
+        return await self._work(create)
+
     async def get_object(self, key: str) -> bytes | None:
         """See the port."""
         return await self._work(_content, self._root / checked_object_key(key))
@@ -152,9 +186,16 @@ class LocalBlobStore:
         return await self._work(keys)
 
     async def delete_object(self, key: str) -> None:
-        """See the port. Leaves the folder: another object may be on its way into it."""
+        """See the port. Leaves the folder, as another object may be on its way into it, but that of an upload."""
         path = self._root / checked_object_key(key)
-        await self._work(lambda: path.unlink(missing_ok=True))
+
+        def delete() -> None:
+            path.unlink(missing_ok=True)
+            if key.startswith(RESUMABLE):
+                with suppress(OSError):  # it is not the last one; or somebody makes one, and will be told to retry
+                    path.parent.rmdir()
+
+        await self._work(delete)
 
     async def migrate(self) -> None:
         """See the port."""
@@ -187,7 +228,7 @@ class LocalBlobStore:
                         swept += 1
             return swept
 
-        return await self._work(remove_idle)
+        return await self._work(remove_idle) + await sweep_states(self, now=now, idle_seconds=idle_seconds)
 
     async def close(self) -> None:
         """See the port."""

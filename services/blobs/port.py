@@ -3,26 +3,32 @@
 Two adapters fulfil it (`s3`, `local`) and pass one contract suite, `tests/contract/test_blobs.py`. Keys are POSIX-like:
 those of `content_key` for content-addressed blobs, `uploads/<uuid>` for large bodies without a declared digest, and
 the same below `damaged/` for what `set_aside` moved there, which no event names. Beside the blobs lie small named
-objects of the product's own, below `snapshots/`, which no event names and which may go.
+objects of the product's own, below `snapshots/` and `resumable/`, which no event names and which may go.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterable, AsyncIterator, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
+from uuid import UUID
 
+from services.blobs.memory import ByteBudget, PartBuffer
 from services.core.content_address import content_key
 from services.errors import CorruptError
 
 __all__ = [
     "DAMAGED",
     "IDLE_SECONDS",
+    "RESUMABLE",
     "UPLOADS",
     "BlobStore",
     "Declared",
+    "Part",
+    "PartStore",
+    "PartsKey",
     "StoredBlob",
     "checked_key",
     "checked_object_key",
@@ -31,6 +37,9 @@ __all__ = [
 
 UPLOADS = "uploads/"
 """Below this lie large bodies whose digest was not declared."""
+
+RESUMABLE = "resumable/"
+"""Below this lies what is known of uploads that span requests, and their last bytes."""
 
 DAMAGED = "damaged/"
 """Below this lies what `set_aside` moved away from its key."""
@@ -79,12 +88,74 @@ def checked_object_key(key: str) -> str:
     """The key itself, if it may be one of a named object, or the prefix of such: so no blob is replaced or deleted.
 
     Raises:
-        ValueError: it does not begin with `snapshots/`. CorruptError: as `checked_key`.
+        ValueError: it begins with neither `snapshots/` nor `resumable/`. CorruptError: as `checked_key`.
     """
-    if not key.startswith("snapshots/"):
+    if not key.startswith(("snapshots/", RESUMABLE)):
         raise ValueError(f"{key[:80]!r} is no key of a named object")
     checked_key(key.removesuffix("/"))
     return key
+
+
+@dataclass(frozen=True, slots=True)
+class PartsKey:
+    """Which parts belong together: the upload's id, and what the store calls them, as `PartStore.begin` said."""
+
+    upload_id: UUID
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part of an upload: its number, and what tells its bytes from others put under the same number."""
+
+    number: int
+    etag: str
+
+
+class PartStore(Protocol):
+    """Parts of uploads that span requests and processes, until they become one blob. Belongs to one event loop.
+
+    A part is put under a number that nobody else uses; numbers may have gaps. All parts but the last have the size
+    that `part_bytes` says for the length of the whole.
+    """
+
+    @property
+    def memory(self) -> ByteBudget:
+        """What all uploads of this store may hold together."""
+
+    @property
+    def longest(self) -> int:
+        """Most bytes that one upload may have."""
+
+    @property
+    def max_number(self) -> int:
+        """The greatest number that a part may have; the smallest is 1."""
+
+    def part_bytes(self, length: int) -> int:
+        """How large the parts of an upload of `length` bytes are. Raises TooLargeError."""
+
+    async def begin(self, upload_id: UUID, length: int) -> str:
+        """Make ready for parts; gives the token of their `PartsKey`. Raises UnavailableError."""
+
+    async def put(self, where: PartsKey, number: int, part: PartBuffer) -> str:
+        """Store a part durably; gives its `etag`. Raises UnavailableError."""
+
+    async def assemble(self, where: PartsKey, parts: Sequence[Part], *, declared: Declared) -> StoredBlob:
+        """Make the parts one blob, in this order, and compute both digests of what can be read of it.
+
+        May be called again, also by another process, until `discard`. Takes as long as reading the whole.
+
+        Raises:
+            ContentMismatchError: length or a digest differs from what was declared, the length always.
+            CorruptError: parts are missing.
+            UnavailableError.
+        """
+
+    async def discard(self, where: PartsKey, *, blob: bool) -> None:
+        """Remove all parts and, where `blob` is set, what `assemble` made of them if nobody else can have it.
+
+        Raises UnavailableError.
+        """
 
 
 class BlobStore(Protocol):
@@ -93,6 +164,10 @@ class BlobStore(Protocol):
     @property
     def backend_id(self) -> str:
         """Name of the storage backend that goes into storage receipts: `s3` or `local`."""
+
+    @property
+    def parts(self) -> PartStore:
+        """Where the parts of uploads lie that span requests."""
 
     async def store(self, body: AsyncIterable[bytes], *, declared: Declared, max_bytes: int) -> StoredBlob:
         """Stream `body` into the store, hashing on the way; return once the blob is durable.
@@ -139,7 +214,14 @@ class BlobStore(Protocol):
         """Write a named object of a few MiB at most, in place of one that is there; return once it is durable.
 
         A reader sees the old bytes or the new ones, never a mixture. Raises UnavailableError, and as
-        `checked_object_key`, which holds for the other three as well.
+        `checked_object_key`, which holds for the other four as well.
+        """
+
+    async def create_object(self, key: str, data: bytes) -> bool:
+        """Write a named object if there is none of its key; return whether these bytes lie there now, durably.
+
+        Of many at a time, in whatever processes, one wins. Equal bytes count as one's own: let them differ. Raises
+        UnavailableError.
         """
 
     async def get_object(self, key: str) -> bytes | None:

@@ -31,12 +31,14 @@ from services.blobs.port import (
     IDLE_SECONDS,
     UPLOADS,
     Declared,
+    PartStore,
     StoredBlob,
     checked_key,
     checked_object_key,
     content_key,
 )
 from services.blobs.s3_multipart import RECORDS, MultipartUpload, UploadRecord, fill, object_size, remove_upload
+from services.blobs.s3_parts import S3Parts
 from services.blobs.s3_requests import (
     ANSWER_SECONDS,
     ATTEMPTS,
@@ -46,6 +48,7 @@ from services.blobs.s3_requests import (
     StoreTroubleError,
     patience,
 )
+from services.blobs.upload_states import sweep_states
 from services.errors import ConfigurationError, CorruptError, PushBackError, UnavailableError
 
 PROBE_KEY = "health/write-probe"
@@ -106,11 +109,24 @@ class S3BlobStore:
         self._look_seconds = look_seconds
         self._clock = clock
         self._cleanups = Cleanups()
+        self._parts = S3Parts(
+            self,
+            self._requests,
+            part_bytes=part_bytes,
+            held_bytes=held_bytes,
+            max_parts=max_parts,
+            memory=self._memory,
+        )
 
     @property
     def backend_id(self) -> str:
         """`s3`."""
         return "s3"
+
+    @property
+    def parts(self) -> PartStore:
+        """See the port."""
+        return self._parts
 
     async def store(self, body: AsyncIterable[bytes], *, declared: Declared, max_bytes: int) -> StoredBlob:
         """See the port."""
@@ -195,6 +211,23 @@ class S3BlobStore:
         finally:
             buffer.close()
 
+    async def create_object(self, key: str, data: bytes) -> bool:
+        """See the port. Needs a store that heeds `If-None-Match: *`."""
+        checked_object_key(key)
+
+        async def attempt() -> bool:
+            headers = {"If-None-Match": "*"}
+            expect = frozenset({200, 409, 412})
+            answer = await self._requests.send("PUT", key, expect, headers=headers, body=data, attempts=1)
+            # One that is there may be this very one, sent before by an attempt whose answer was lost.
+            if answer.status == 200 or (found := await self.get_object(key)) == data:
+                return True
+            if found is None:  # somebody else is just writing it, or has just removed it
+                raise StoreTroubleError(str(self._requests.unavailable("is busy with an object")))
+            return False
+
+        return await self._requests.retry(attempt)
+
     async def get_object(self, key: str) -> bytes | None:
         """See the port."""
         answer = await self._requests.send("GET", checked_object_key(key), frozenset({200, 404}))
@@ -240,7 +273,7 @@ class S3BlobStore:
             if now - record.active_at >= timedelta(seconds=idle_seconds):
                 await remove_upload(self._requests, record_key, record)
                 swept += 1
-        return swept
+        return swept + await sweep_states(self, now=now, idle_seconds=idle_seconds)
 
     async def close(self) -> None:
         """See the port."""

@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from uuid import uuid4
+from xml.sax.saxutils import escape
 
 from services.blobs.intake import Intake
 from services.blobs.memory import PartBuffer, Share
@@ -114,46 +115,9 @@ class MultipartUpload:
 
         Returns if the object is there, whoever completed it. Raises UnavailableError.
         """
-        parts = "".join(
-            f"<Part><PartNumber>{number}</PartNumber><ETag>{etag}</ETag></Part>"
-            for number, etag in sorted(self._etags.items())
-        )
-        body = f"<CompleteMultipartUpload>{parts}</CompleteMultipartUpload>".encode()
-
-        async def ask(condition: dict[str, str]) -> Answer:
-            expect = frozenset({200, 404, 409, 412})
-            answer = await self._requests.send(
-                "POST",
-                self._key,
-                expect,
-                query=self._query(),
-                headers=condition,
-                body=body,
-                attempts=1,
-                seconds=_COMPLETE_SECONDS,
-            )
-            root = parse_xml(answer.body)
-            if answer.status == 200 and (root is None or root.tag == "Error"):
-                # The status is sent before the outcome is known (S3 API, CompleteMultipartUpload).
-                raise StoreTroubleError(
-                    str(
-                        self._requests.unavailable(f"failed to complete an upload ({answer.code or 'no reason given'})")
-                    )
-                )
-            return answer
-
-        async def finish() -> None:
-            answer = await ask({"If-None-Match": "*"} if only_if_absent else {})
-            if answer.status == 200 or await object_size(self._requests, self._key, attempts=1) == length:
-                return
-            if answer.status in {409, 412}:  # what is there is not what belongs there: these bytes are verified
-                answer = await ask({})
-            if answer.status != 200:
-                raise self._requests.unavailable(
-                    f"lost an upload ({answer.status} {answer.code}) before its completion"
-                )
-
-        await self._requests.retry(finish, seconds=_COMPLETE_SECONDS)
+        parts = sorted(self._etags.items())
+        upload_id = self._opened().upload_id
+        await complete_upload(self._requests, self._key, upload_id, parts, length, only_if_absent=only_if_absent)
         try:
             await self._remove()
         except UnavailableError as error:
@@ -168,11 +132,7 @@ class MultipartUpload:
         await self._remove()
 
     async def _open(self) -> None:
-        answer = await self._requests.send("POST", self._key, OK, query={"uploads": ""})
-        root = parse_xml(answer.body)
-        upload_id = root.findtext("UploadId") if root is not None else None
-        if not upload_id:
-            raise self._requests.unavailable("began an upload without naming it")
+        upload_id = await begin_upload(self._requests, self._key)
         now = self._clock()
         self._record = UploadRecord(self._key, upload_id, now, now)
         await self._requests.send("PUT", self._record_key, OK, body=self._record.encode())
@@ -264,6 +224,63 @@ async def object_size(requests: S3Requests, key: str, attempts: int | None = Non
     """Length of an object in bytes, None if there is none. Raises UnavailableError."""
     answer = await requests.send("HEAD", key, frozenset({200, 404}), attempts=attempts)
     return int(answer.headers["Content-Length"]) if answer.status == 200 else None
+
+
+async def begin_upload(requests: S3Requests, key: str) -> str:
+    """Begin a multipart upload and return its id. Raises UnavailableError."""
+    answer = await requests.send("POST", key, OK, query={"uploads": ""})
+    root = parse_xml(answer.body)
+    upload_id = root.findtext("UploadId") if root is not None else None
+    if not upload_id:
+        raise requests.unavailable("began an upload without naming it")
+    return upload_id
+
+
+async def complete_upload(
+    requests: S3Requests,
+    key: str,
+    upload_id: str,
+    parts: Iterable[tuple[int, str]],
+    length: int,
+    *,
+    only_if_absent: bool,
+) -> None:
+    """Make parts (number and ETag, by number) an object of `length` bytes, as `MultipartUpload.complete` does."""
+    listed = "".join(
+        f"<Part><PartNumber>{number}</PartNumber><ETag>{escape(etag)}</ETag></Part>" for number, etag in parts
+    )
+    body = f"<CompleteMultipartUpload>{listed}</CompleteMultipartUpload>".encode()
+
+    async def ask(condition: dict[str, str]) -> Answer:
+        expect = frozenset({200, 404, 409, 412})
+        answer = await requests.send(
+            "POST",
+            key,
+            expect,
+            query={"uploadId": upload_id},
+            headers=condition,
+            body=body,
+            attempts=1,
+            seconds=_COMPLETE_SECONDS,
+        )
+        root = parse_xml(answer.body)
+        if answer.status == 200 and (root is None or root.tag == "Error"):
+            # The status is sent before the outcome is known (S3 API, CompleteMultipartUpload).
+            raise StoreTroubleError(
+                str(requests.unavailable(f"failed to complete an upload ({answer.code or 'no reason given'})"))
+            )
+        return answer
+
+    async def finish() -> None:
+        answer = await ask({"If-None-Match": "*"} if only_if_absent else {})
+        if answer.status == 200 or await object_size(requests, key, attempts=1) == length:
+            return
+        if answer.status in {409, 412}:  # what is there is not what belongs there: these bytes are verified
+            answer = await ask({})
+        if answer.status != 200:
+            raise requests.unavailable(f"lost an upload ({answer.status} {answer.code}) before its completion")
+
+    await requests.retry(finish, seconds=_COMPLETE_SECONDS)
 
 
 async def remove_upload(requests: S3Requests, record_key: str, record: UploadRecord) -> None:

@@ -14,6 +14,11 @@ def to_text(micros: int) -> str:
     return (_EPOCH + timedelta(microseconds=micros)).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
+def of_datetime(moment: datetime) -> str:
+    """The same of an aware time."""
+    return to_text((moment - _EPOCH) // _MICROSECOND)
+
+
 def from_text(text: str) -> int:
     """µs since 1970 of such a text, exactly. Raises ValueError."""
     time = datetime.fromisoformat(text)

@@ -1,0 +1,330 @@
+"""Uploads of one file in several requests, by tus 1.0: begin, add, ask, end. `ResumableUploads` does the work."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from ingest_gateway.answers import JSON, LOCATION, TEXT, json_answer
+from ingest_gateway.call import Call
+from ingest_gateway.files import ANY_MEDIA_TYPE
+from ingest_gateway.operations import BINARY, Body, Route, Schema, Success
+from ingest_gateway.packages import ANYONE, WRITING
+from ingest_gateway.parameters import (
+    ACTOR,
+    CONTENT_ADDRESS,
+    IDEMPOTENCY_KEY,
+    PACKAGE_ID,
+    REPR_DIGEST,
+    UPLOAD_ID,
+    declared,
+)
+from ingest_gateway.problems import (
+    BodyTimeoutError,
+    IncompleteBodyError,
+    MethodNotAllowedError,
+    UnsupportedMediaTypeError,
+)
+from ingest_gateway.tus import (
+    METHOD_OVERRIDE,
+    RESUMABLE,
+    UPLOAD_CHECKSUM,
+    UPLOAD_LENGTH,
+    UPLOAD_METADATA,
+    UPLOAD_OFFSET,
+    UnsupportedTusVersionError,
+    capabilities,
+    http_date,
+    spoken,
+)
+from services.blobs.upload_states import UploadState
+from services.errors import (
+    ChecksumMismatchError,
+    CommandReusedError,
+    ContentMismatchError,
+    DuplicateRelativePathError,
+    IllegalPackageStateError,
+    InvalidPathError,
+    InvalidRequestError,
+    PackageNotFoundError,
+    TooLargeError,
+    UploadBusyError,
+    UploadNotFoundError,
+    UploadOffsetError,
+)
+from services.http import headers as headers_
+from services.http import times
+from services.http import uploads as names
+from services.http.models import FileIngestedAnswer
+from services.http.uploads import CONTENT_TYPE, MEDIA_TYPE, RELATIVE_PATH, UploadAnswer
+from services.uploads import NewUpload, acknowledgement_of
+
+_RESOURCE = "/v1/packages/{package_id}/uploads"
+_UPLOAD = _RESOURCE + "/{upload_id}"
+
+
+@spoken
+async def describe_uploads(call: Call) -> web.StreamResponse:
+    """OPTIONS: what is spoken here."""
+    return web.Response(status=204, headers=capabilities(call.registry.uploads.longest))
+
+
+@spoken
+async def describe_upload(call: Call) -> web.StreamResponse:
+    """OPTIONS of one upload: the same."""
+    return web.Response(status=204, headers=capabilities(call.registry.uploads.longest))
+
+
+@spoken
+async def begin_upload(call: Call) -> web.StreamResponse:
+    """POST /v1/packages/{package_id}/uploads."""
+    package_id = call.path(PACKAGE_ID)
+    length, said = call.header(UPLOAD_LENGTH), call.header(UPLOAD_METADATA)
+    if length is None:
+        raise InvalidRequestError(f"{names.UPLOAD_LENGTH} is missing: the length of an upload is said when it begins")
+    paths = [said[key] for key in RELATIVE_PATH if said is not None and key in said]
+    if said is None or not paths:
+        raise InvalidRequestError(f"{names.UPLOAD_METADATA} must name the file's {RELATIVE_PATH[0]}")
+    has_body = call.request.headers.get("Content-Type", "").lower() == CONTENT_TYPE
+    state = await call.registry.uploads.create(
+        NewUpload(
+            package_id=package_id,
+            relative_path=paths[0],
+            media_type=next((said[key] for key in MEDIA_TYPE if said.get(key)), ANY_MEDIA_TYPE),
+            actor=call.header(ACTOR) or ANYONE,
+            length=length,
+            declared=declared(length, call.header(CONTENT_ADDRESS), call.header(REPR_DIGEST)),
+            command_id=call.header(IDEMPOTENCY_KEY),
+            metadata=call.request.headers[names.UPLOAD_METADATA],
+        )
+    )
+    if has_body and not state.offset and call.request.can_read_body:
+        state = await call.registry.uploads.append(
+            package_id,
+            state.upload_id,
+            0,
+            call.body(),
+            size=call.request.content_length,
+            checksum=call.header(UPLOAD_CHECKSUM),
+        )
+    return web.Response(status=201, headers={"Location": _location(state), **_headers(call, state)})
+
+
+@spoken
+async def show_upload(call: Call) -> web.StreamResponse:
+    """GET and HEAD /v1/packages/{package_id}/uploads/{upload_id}."""
+    state = await call.registry.uploads.find(call.path(PACKAGE_ID), call.path(UPLOAD_ID))
+    done = acknowledgement_of(state)
+    answer = UploadAnswer(
+        upload_id=state.upload_id,
+        package_id=state.package_id,
+        relative_path=state.relative_path,
+        media_type=state.media_type,
+        length=state.length,
+        offset=state.offset,
+        created_at=times.of_datetime(state.created_at),
+        expires_at=times.of_datetime(call.registry.uploads.expires_at(state)),
+        file=None if done is None else FileIngestedAnswer.of(done),
+    )
+    told = {names.UPLOAD_LENGTH: str(state.length), **_headers(call, state)}
+    if state.metadata is not None:
+        told[names.UPLOAD_METADATA] = state.metadata
+    return json_answer(answer, headers=told)
+
+
+@spoken
+async def add_to_upload(call: Call) -> web.StreamResponse:
+    """PATCH /v1/packages/{package_id}/uploads/{upload_id}."""
+    return await _add(call)
+
+
+@spoken
+async def end_upload(call: Call) -> web.StreamResponse:
+    """DELETE /v1/packages/{package_id}/uploads/{upload_id}."""
+    return await _end(call)
+
+
+@spoken
+async def override_upload(call: Call) -> web.StreamResponse:
+    """POST /v1/packages/{package_id}/uploads/{upload_id}, for clients that can send neither PATCH nor DELETE."""
+    method = call.header(METHOD_OVERRIDE)
+    if method == "PATCH":
+        return await _add(call)
+    if method == "DELETE":
+        return await _end(call)
+    raise MethodNotAllowedError(
+        f"POST is taken here with {names.METHOD_OVERRIDE}: PATCH or DELETE", {"Allow": "DELETE, GET, HEAD, PATCH"}
+    )
+
+
+async def _add(call: Call) -> web.StreamResponse:
+    offset = call.header(UPLOAD_OFFSET)
+    if offset is None:
+        raise InvalidRequestError(f"{names.UPLOAD_OFFSET} is missing: HEAD says where the upload stands")
+    if call.request.headers.get("Content-Type", "").lower() != CONTENT_TYPE:
+        raise UnsupportedMediaTypeError(f"the body must be {CONTENT_TYPE}", {"Accept": CONTENT_TYPE})
+    state = await call.registry.uploads.append(
+        call.path(PACKAGE_ID),
+        call.path(UPLOAD_ID),
+        offset,
+        call.body(),
+        size=call.request.content_length,
+        checksum=call.header(UPLOAD_CHECKSUM),
+    )
+    return web.Response(status=204, headers=_headers(call, state))
+
+
+async def _end(call: Call) -> web.StreamResponse:
+    await call.registry.uploads.remove(call.path(PACKAGE_ID), call.path(UPLOAD_ID))
+    return web.Response(status=204)
+
+
+def _location(state: UploadState) -> str:
+    return _UPLOAD.format(package_id=state.package_id, upload_id=state.upload_id)
+
+
+def _headers(call: Call, state: UploadState) -> dict[str, str]:
+    """What every answer says of an upload; the file's address, digests and id once it is one."""
+    found = {
+        names.UPLOAD_OFFSET: str(state.offset),
+        names.UPLOAD_EXPIRES: http_date(call.registry.uploads.expires_at(state)),
+        "Cache-Control": "no-store",
+    }
+    done = acknowledgement_of(state)
+    if done is not None:
+        file = FileIngestedAnswer.of(done)
+        found["Content-Location"] = f"/v1/files/{file.file_id}"
+        found[headers_.CONTENT_ADDRESS] = file.content_address
+        found[headers_.REPR_DIGEST] = headers_.repr_digest(bytes.fromhex(file.sha256))
+    return found
+
+
+_TOLD: dict[str, Schema] = {
+    names.TUS_RESUMABLE: TEXT,
+    names.UPLOAD_OFFSET: {"type": "integer", "minimum": 0},
+    names.UPLOAD_EXPIRES: TEXT,
+}
+_CAPABLE: dict[str, Schema] = {
+    names.TUS_RESUMABLE: TEXT,
+    names.TUS_VERSION: TEXT,
+    names.TUS_EXTENSION: TEXT,
+    names.TUS_MAX_SIZE: {"type": "integer", "minimum": 0},
+    names.TUS_CHECKSUM_ALGORITHM: TEXT,
+}
+_REFUSALS = (
+    InvalidRequestError,
+    InvalidPathError,
+    PackageNotFoundError,
+    IllegalPackageStateError,
+    DuplicateRelativePathError,
+    ContentMismatchError,
+    CommandReusedError,
+    TooLargeError,
+)
+_ADDING = (
+    *_REFUSALS,
+    UploadNotFoundError,
+    UploadOffsetError,
+    UploadBusyError,
+    ChecksumMismatchError,
+    IncompleteBodyError,
+    BodyTimeoutError,
+    UnsupportedMediaTypeError,
+    UnsupportedTusVersionError,
+    *WRITING,
+)
+_BYTES = Body({CONTENT_TYPE: BINARY}, required=False, description="The bytes from `Upload-Offset` on.")
+_KEPT = (
+    "What came of a request that broke off is kept: HEAD says how far. The last byte puts the file into its package, "
+    "as PUT would, and `Content-Location`, `X-Content-Address` and `Repr-Digest` name it."
+)
+
+ROUTES = (
+    Route(
+        "OPTIONS",
+        _RESOURCE,
+        describe_uploads,
+        "Tell what of tus is spoken",
+        (Success(204, "In the headers", headers=_CAPABLE),),
+        parameters=(PACKAGE_ID,),
+        problems=(UnsupportedTusVersionError,),
+        tag="files",
+    ),
+    Route(
+        "POST",
+        _RESOURCE,
+        begin_upload,
+        "Begin an upload in several requests (tus 1.0, creation)",
+        (Success(201, "It has begun", headers={"Location": LOCATION, **_TOLD}),),
+        parameters=(
+            PACKAGE_ID,
+            RESUMABLE,
+            UPLOAD_LENGTH,
+            UPLOAD_METADATA,
+            UPLOAD_CHECKSUM,
+            IDEMPOTENCY_KEY,
+            ACTOR,
+            CONTENT_ADDRESS,
+            REPR_DIGEST,
+        ),
+        body=_BYTES,
+        problems=_ADDING,
+        description="With an `Idempotency-Key` a repeat finds the upload that the first one began, where it stands. "
+        "The first bytes may come along. " + _KEPT,
+        tag="files",
+    ),
+    Route(
+        "OPTIONS",
+        _UPLOAD,
+        describe_upload,
+        "Tell what of tus is spoken",
+        (Success(204, "In the headers", headers=_CAPABLE),),
+        parameters=(PACKAGE_ID, UPLOAD_ID),
+        problems=(UnsupportedTusVersionError,),
+        tag="files",
+    ),
+    Route(
+        "GET",
+        _UPLOAD,
+        show_upload,
+        "Show how far an upload is, and what it became",
+        (Success(200, "As it stands", {JSON: UploadAnswer}, {**_TOLD, names.UPLOAD_LENGTH: {"type": "integer"}}),),
+        parameters=(PACKAGE_ID, UPLOAD_ID, RESUMABLE),
+        problems=(*_REFUSALS, UploadNotFoundError, UnsupportedTusVersionError, *WRITING),
+        description="HEAD is how tus asks. An upload that has all its bytes, but was not put into its package when "
+        "the last one came, is put there first.",
+        tag="files",
+    ),
+    Route(
+        "PATCH",
+        _UPLOAD,
+        add_to_upload,
+        "Add bytes to an upload",
+        (Success(204, "They are stored", headers=_TOLD),),
+        parameters=(PACKAGE_ID, UPLOAD_ID, RESUMABLE, UPLOAD_OFFSET, UPLOAD_CHECKSUM),
+        body=_BYTES,
+        problems=_ADDING,
+        description="One request at a time may add to an upload, whichever gateway it comes to. " + _KEPT,
+        tag="files",
+    ),
+    Route(
+        "DELETE",
+        _UPLOAD,
+        end_upload,
+        "End an upload and remove its bytes",
+        (Success(204, "Nothing is left of it; a file that it became stays"),),
+        parameters=(PACKAGE_ID, UPLOAD_ID, RESUMABLE),
+        problems=(InvalidRequestError, UploadNotFoundError, UploadBusyError, UnsupportedTusVersionError, *WRITING),
+        tag="files",
+    ),
+    Route(
+        "POST",
+        _UPLOAD,
+        override_upload,
+        "Add to an upload or end it, where only POST can be sent",
+        (Success(204, "As PATCH or DELETE"),),
+        parameters=(PACKAGE_ID, UPLOAD_ID, RESUMABLE, METHOD_OVERRIDE, UPLOAD_OFFSET, UPLOAD_CHECKSUM),
+        body=_BYTES,
+        problems=(*_ADDING, MethodNotAllowedError),
+        tag="files",
+    ),
+)

@@ -1,0 +1,81 @@
+"""Parts of uploads as named objects of their own, copied into one blob at the end: for folders, and for small uploads.
+
+The copy costs no reading of its own, since the bytes have to be read for their digests anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from uuid import UUID
+
+from services.blobs.memory import ByteBudget, PartBuffer
+from services.blobs.parts import LARGEST_PART, MAX_PARTS, MIB
+from services.blobs.port import RESUMABLE, BlobStore, Declared, Part, PartsKey, StoredBlob
+from services.errors import CorruptError, TooLargeError
+
+PART_BYTES = 8 * MIB
+_MEMORY_BYTES = 96 * MIB
+
+
+class ObjectParts:
+    """See `PartStore`. The blob is at its content-addressed key, where others may share it."""
+
+    def __init__(self, blobs: BlobStore, *, part_bytes: int = PART_BYTES, memory: ByteBudget | None = None) -> None:
+        self._blobs = blobs
+        self._part_bytes = part_bytes
+        self._memory = memory or ByteBudget(max(_MEMORY_BYTES, part_bytes))
+
+    @property
+    def memory(self) -> ByteBudget:
+        """See the port."""
+        return self._memory
+
+    @property
+    def longest(self) -> int:
+        """See the port."""
+        return MAX_PARTS * LARGEST_PART
+
+    @property
+    def max_number(self) -> int:
+        """See the port. There is no bound but that of the names."""
+        return 99_999_999
+
+    def part_bytes(self, length: int) -> int:
+        """See the port."""
+        if length > self.longest:
+            raise TooLargeError(f"an upload may have {self.longest:,} bytes here")
+        return self._part_bytes
+
+    async def begin(self, upload_id: UUID, length: int) -> str:
+        """See the port. Nothing has to be made ready."""
+        return ""
+
+    async def put(self, where: PartsKey, number: int, part: PartBuffer) -> str:
+        """See the port."""
+        await self._blobs.put_object(_key(where, number), part.read(0, len(part)))
+        return ""
+
+    async def assemble(self, where: PartsKey, parts: Sequence[Part], *, declared: Declared) -> StoredBlob:
+        """See the port."""
+
+        async def pieces() -> AsyncIterator[bytes]:
+            for part in parts:
+                key = _key(where, part.number)
+                size = await self._blobs.size(key)
+                if size is None:
+                    raise CorruptError(f"part {part.number} of upload {where.upload_id} is missing")
+                async for chunk in self._blobs.read(key, 0, size):
+                    yield chunk
+
+        return await self._blobs.store(pieces(), declared=declared, max_bytes=self.longest)
+
+    async def discard(self, where: PartsKey, *, blob: bool) -> None:
+        """See the port. The blob stays: it may be that of other uploads as well."""
+        prefix = f"{RESUMABLE}{where.upload_id}/part-"
+        for key in await self._blobs.list_objects(f"{RESUMABLE}{where.upload_id}/"):
+            if key.startswith(prefix):
+                await self._blobs.delete_object(key)
+
+
+def _key(where: PartsKey, number: int) -> str:
+    return f"{RESUMABLE}{where.upload_id}/part-{number:08d}"

@@ -1,0 +1,114 @@
+"""Uploads that span requests as multipart uploads of an S3 store, completed under a key of their own and read back.
+
+S3 keeps parts until the upload is completed or aborted, whichever process asks, but lets nobody read them before: so
+the digests are computed once the object is whole. An upload that fits into one part needs none of this.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from uuid import UUID
+
+from services.blobs.intake import PIECE_BYTES, Intake
+from services.blobs.memory import ByteBudget, PartBuffer
+from services.blobs.object_parts import ObjectParts
+from services.blobs.parts import MIB
+from services.blobs.port import UPLOADS, BlobStore, Declared, Part, PartsKey, StoredBlob
+from services.blobs.s3_multipart import GONE, OK, begin_upload, complete_upload
+from services.blobs.s3_requests import S3Requests
+from services.errors import TooLargeError
+
+_SPARE = 5  # one number in so many is kept for those that interruptions waste
+
+
+class S3Parts:
+    """See `PartStore`."""
+
+    def __init__(
+        self,
+        blobs: BlobStore,
+        requests: S3Requests,
+        *,
+        part_bytes: int,
+        held_bytes: int,
+        max_parts: int,
+        memory: ByteBudget,
+    ) -> None:
+        """The bounds are those of `S3BlobStore`."""
+        self._blobs = blobs
+        self._requests = requests
+        self._part_bytes = part_bytes
+        self._held_bytes = held_bytes
+        self._max_parts = max_parts
+        self._memory = memory
+        self._small = ObjectParts(blobs, part_bytes=part_bytes, memory=memory)
+
+    @property
+    def memory(self) -> ByteBudget:
+        """See the port."""
+        return self._memory
+
+    @property
+    def longest(self) -> int:
+        """See the port."""
+        return self._planned * self._held_bytes
+
+    @property
+    def max_number(self) -> int:
+        """See the port."""
+        return self._max_parts
+
+    def part_bytes(self, length: int) -> int:
+        """See the port."""
+        if length > self.longest:
+            raise TooLargeError(f"an upload that can be resumed may have {self.longest:,} bytes here: send it by PUT")
+        fitting = -(-length // self._planned)
+        return min(self._held_bytes, max(self._part_bytes, -(-fitting // MIB) * MIB))
+
+    async def begin(self, upload_id: UUID, length: int) -> str:
+        """See the port. Not cut off in the middle, which would leave an upload whose name nobody knows."""
+        if length <= self.part_bytes(length):
+            return ""
+        return await asyncio.shield(asyncio.ensure_future(begin_upload(self._requests, _key(upload_id))))
+
+    async def put(self, where: PartsKey, number: int, part: PartBuffer) -> str:
+        """See the port."""
+        if not where.token:
+            return await self._small.put(where, number, part)
+        query = {"uploadId": where.token, "partNumber": str(number)}
+        answer = await self._requests.send("PUT", _key(where.upload_id), OK, query=query, body=part)
+        return answer.headers.get("ETag", "")
+
+    async def assemble(self, where: PartsKey, parts: Sequence[Part], *, declared: Declared) -> StoredBlob:
+        """See the port."""
+        if not where.token:
+            return await self._small.assemble(where, parts, declared=declared)
+        if declared.size_bytes is None:
+            raise ValueError("the length of an upload is known")
+        key, length = _key(where.upload_id), declared.size_bytes
+        listed = sorted((part.number, part.etag) for part in parts)
+        await complete_upload(self._requests, key, where.token, listed, length, only_if_absent=False)
+        intake = Intake(self._blobs.read(key, 0, length), declared=declared, max_bytes=length)
+        while await intake.take(PIECE_BYTES):
+            pass
+        digests = await intake.digests()
+        return StoredBlob(self._blobs.backend_id, key, 0, digests.length, digests.blake3, digests.sha256)
+
+    async def discard(self, where: PartsKey, *, blob: bool) -> None:
+        """See the port."""
+        if not where.token:
+            await self._small.discard(where, blob=blob)
+            return
+        key = _key(where.upload_id)
+        await self._requests.send("DELETE", key, GONE, query={"uploadId": where.token})
+        if blob:
+            await self._requests.send("DELETE", key, GONE)
+
+    @property
+    def _planned(self) -> int:
+        return max(1, self._max_parts - self._max_parts // _SPARE)
+
+
+def _key(upload_id: UUID) -> str:
+    return f"{UPLOADS}{upload_id}"

@@ -1,0 +1,224 @@
+"""What is known of uploads that span requests, kept in the blob store itself: any process can go on with any of them.
+
+The state of an upload is an object `resumable/<upload id>/state-<number>`. A state is never changed: its successor is
+created under the next number, which one process alone can do. Whoever created it looks once more whether the state
+that it follows is still there and no later one is, since a writer that stood still for long might otherwise take a
+number that was used, and removed, long ago. Only then are older states removed. This needs no more of a store than
+objects that are created once, and no clock.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from uuid import UUID, uuid4
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from services.blobs.port import RESUMABLE, BlobStore, Declared, Part, PartsKey, StoredBlob
+from services.errors import ArtifactStoreError, CorruptError, UnavailableError
+
+_STATE = "state-"
+_READS = 10
+_log = logging.getLogger(__name__)
+
+
+class SupersededError(ArtifactStoreError):
+    """Another request or process has changed the upload since its state was read."""
+
+
+class UploadState(BaseModel):
+    """One upload at one moment. Digests are hex, times aware; `number` is not in the object but its name."""
+
+    model_config = ConfigDict(frozen=True, ser_json_bytes="hex", val_json_bytes="hex")
+
+    number: int = Field(default=0, exclude=True)
+    nonce: UUID = Field(default_factory=uuid4)
+    """Makes every state differ from every other, so that its writer can tell whether it was written."""
+
+    upload_id: UUID
+    package_id: UUID
+    relative_path: str
+    media_type: str
+    actor: str
+    command_id: UUID
+    length: int
+    blake3: str | None
+    sha256: str | None
+    metadata: str | None
+    """`Upload-Metadata` as it came."""
+
+    token: str
+    part_bytes: int
+    created_at: datetime
+    active_at: datetime
+    parts: tuple[Part, ...] = ()
+    next_number: int = 1
+    """Parts of this number and above were put by nobody."""
+    held: int = 0
+    """Bytes in `parts`."""
+    tail: str | None = None
+    """The key of the object with the bytes behind the parts."""
+    tail_bytes: int = 0
+    holder: UUID | None = None
+    """The request that adds bytes now."""
+    gone: bool = False
+    stored: StoredBlob | None = None
+    """The blob that it became: from here on an event may name it."""
+    answer: str | None = None
+    """The acknowledgement of the command that named it, as hex of its wire form."""
+
+    @property
+    def offset(self) -> int:
+        """Bytes that are there."""
+        return self.held + self.tail_bytes
+
+    @property
+    def complete(self) -> bool:
+        """Whether all bytes are there."""
+        return self.offset == self.length
+
+    @property
+    def where(self) -> PartsKey:
+        """Its parts."""
+        return PartsKey(self.upload_id, self.token)
+
+    @property
+    def declared(self) -> Declared:
+        """What its bytes must be."""
+        return Declared(
+            self.length,
+            None if self.blake3 is None else bytes.fromhex(self.blake3),
+            None if self.sha256 is None else bytes.fromhex(self.sha256),
+        )
+
+    def changed(self, **fields: object) -> UploadState:
+        """The state that follows with these fields."""
+        return self.model_copy(update={**fields, "number": self.number + 1, "nonce": uuid4()})
+
+
+class UploadStates:
+    """The states in one blob store."""
+
+    def __init__(self, blobs: BlobStore) -> None:
+        self._blobs = blobs
+
+    async def load(self, upload_id: UUID) -> UploadState | None:
+        """The newest state, None if there is no such upload. Raises UnavailableError, CorruptError."""
+        for _ in range(_READS):
+            numbers = _numbers(await self._blobs.list_objects(_folder(upload_id)))
+            if not numbers:
+                return None
+            data = await self._blobs.get_object(_key(upload_id, numbers[-1]))
+            if data is not None:  # otherwise its successor was written meanwhile
+                return None if (found := _read(data, numbers[-1])).gone else found
+        raise UnavailableError(f"upload {upload_id} changes too fast to be read: retry")
+
+    async def create(self, state: UploadState) -> None:
+        """Write the first state. Raises SupersededError: there is one; UnavailableError."""
+        await self._write(state, follows=None)
+
+    async def replace(self, old: UploadState, **fields: object) -> UploadState:
+        """Write the successor of a state and return it.
+
+        Raises SupersededError: somebody else did, or the upload is gone; what was to be written may be seen all the
+        same. UnavailableError: the outcome is unknown.
+        """
+        new = old.changed(**fields)
+        await self._write(new, follows=old)
+        if old.tail is not None and old.tail != new.tail:
+            await self._blobs.delete_object(old.tail)
+        return new
+
+    async def remove(self, state: UploadState) -> None:
+        """Remove an upload and all that it left but a blob that an event may name.
+
+        Raises SupersededError: it was changed meanwhile; UnavailableError: what is left is found by the sweep.
+        """
+        last = state if state.gone else await self.replace(state, gone=True, tail=None, tail_bytes=0, holder=None)
+        await self._blobs.parts.discard(last.where, blob=last.stored is None)
+        await self._clear(last.upload_id)
+
+    async def remove_with_blob(self, state: UploadState) -> None:
+        """As `remove`, of an upload whose blob was stored and is known to be named by no event."""
+        await self.remove(await self.replace(state, stored=None))
+
+    async def sweep(self, *, now: datetime, idle_seconds: float) -> int:
+        """Remove uploads that nobody touched for so long; return how many. See `BlobStore.sweep`."""
+        swept = 0
+        for upload_id in _uploads(await self._blobs.list_objects(RESUMABLE)):
+            try:
+                state = await self._newest(upload_id)
+                if state is None:
+                    await self._clear(upload_id)
+                elif now - state.active_at >= timedelta(seconds=idle_seconds):
+                    await self.remove(state)
+                    swept += 1
+            except SupersededError:  # somebody goes on with it
+                continue
+            except CorruptError as error:
+                _log.error("upload %s: %s", upload_id, error)
+        return swept
+
+    async def _write(self, state: UploadState, *, follows: UploadState | None) -> None:
+        key = _key(state.upload_id, state.number)
+        if not await self._blobs.create_object(key, state.model_dump_json().encode()):
+            raise SupersededError(f"upload {state.upload_id} was changed by another request")
+        keys = await self._blobs.list_objects(_folder(state.upload_id))
+        numbers = _numbers(keys)
+        if numbers[-1:] != [state.number] or (follows is not None and follows.number not in numbers):
+            if numbers == [state.number]:  # all else was removed, and with it the upload
+                await self._blobs.delete_object(key)
+            raise SupersededError(f"upload {state.upload_id} was changed by another request")
+        for number in numbers[:-1]:
+            await self._blobs.delete_object(_key(state.upload_id, number))
+
+    async def _newest(self, upload_id: UUID) -> UploadState | None:
+        """As `load`, also one that is gone: its removal was cut off."""
+        numbers = _numbers(await self._blobs.list_objects(_folder(upload_id)))
+        data = await self._blobs.get_object(_key(upload_id, numbers[-1])) if numbers else None
+        if numbers and data is None:
+            raise SupersededError("it is in use")
+        return None if data is None else _read(data, numbers[-1])
+
+    async def _clear(self, upload_id: UUID) -> None:
+        """Remove all objects of an upload, the newest state, which says that it is gone, last."""
+        keys = await self._blobs.list_objects(_folder(upload_id))
+        states = [_key(upload_id, number) for number in _numbers(keys)]
+        for key in (*(key for key in keys if key not in states), *states):
+            await self._blobs.delete_object(key)
+
+
+async def sweep_states(blobs: BlobStore, *, now: datetime, idle_seconds: float) -> int:
+    """`UploadStates.sweep` of a store, for its own sweep."""
+    return await UploadStates(blobs).sweep(now=now, idle_seconds=idle_seconds)
+
+
+def tail_key(upload_id: UUID) -> str:
+    """A key for bytes behind the parts, which nobody has used."""
+    return f"{_folder(upload_id)}tail-{uuid4()}"
+
+
+def _folder(upload_id: UUID) -> str:
+    return f"{RESUMABLE}{upload_id}/"
+
+
+def _key(upload_id: UUID, number: int) -> str:
+    return f"{_folder(upload_id)}{_STATE}{number:08d}"
+
+
+def _numbers(keys: Sequence[str]) -> list[int]:
+    names = (key.rpartition("/")[2] for key in keys)
+    return sorted(int(name.removeprefix(_STATE)) for name in names if name.startswith(_STATE))
+
+
+def _uploads(keys: Sequence[str]) -> list[UUID]:
+    return sorted({UUID(key.split("/")[1]) for key in keys})
+
+
+def _read(data: bytes, number: int) -> UploadState:
+    try:
+        return UploadState.model_validate_json(data).model_copy(update={"number": number})
+    except ValidationError as error:
+        raise CorruptError(f"not the state of an upload: {error.errors()[0]['msg']}") from None

@@ -1,0 +1,284 @@
+"""Uploads that span requests: begun, added to, and in the end recorded by the very command that a single request uses.
+
+Nothing of an upload is in this process alone but the bytes that are just arriving, so that any process on the same
+store can go on with it. Who adds bytes says so in the upload's state and renews it while bytes come; without that for
+HOLD_SECONDS, as after a crash, the next one takes over, and the first can commit nothing any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from uuid import UUID, uuid4, uuid5
+from weakref import WeakValueDictionary
+
+from services.appending import Appending, Checksum
+from services.blobs.cleanup import Cleanups
+from services.blobs.packs import Placed
+from services.blobs.port import IDLE_SECONDS, BlobStore, Declared
+from services.blobs.upload_states import SupersededError, UploadState, UploadStates
+from services.core.commands import Acknowledgement
+from services.core.fields import check_text
+from services.core.paths import check_path
+from services.core.wire import decode_acknowledgement, encode_acknowledgement
+from services.errors import (
+    CommandReusedError,
+    ContentMismatchError,
+    CorruptError,
+    RejectedError,
+    TooLargeError,
+    UploadBusyError,
+    UploadNotFoundError,
+    UploadOffsetError,
+)
+
+HOLD_SECONDS = 10.0
+"""For so long after its last sign of life nobody takes an upload from whoever adds to it."""
+
+_SAVE_SECONDS = 30.0  # for storing what has come of a request that was cut off
+
+CheckIngest = Callable[[UUID, str, UUID | None], Awaitable[None]]
+Record = Callable[[UUID, Placed, str, UUID], Awaitable[Acknowledgement]]
+
+
+@dataclass(frozen=True, slots=True)
+class NewUpload:
+    """What is said of an upload when it is begun; `metadata` is kept as it came."""
+
+    package_id: UUID
+    relative_path: str
+    media_type: str
+    actor: str
+    length: int
+    declared: Declared
+    command_id: UUID | None = None
+    metadata: str | None = None
+
+
+class ResumableUploads:
+    """The uploads of one blob store. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        blobs: BlobStore,
+        *,
+        check: CheckIngest,
+        record: Record,
+        max_file_bytes: int,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        hold_seconds: float = HOLD_SECONDS,
+        idle_seconds: float = IDLE_SECONDS,
+    ) -> None:
+        """`check` asks the writer as before a single request's body, `record` submits the command."""
+        self._parts = blobs.parts
+        self._states = UploadStates(blobs)
+        self._blobs = blobs
+        self._check = check
+        self._record = record
+        self._clock = clock
+        self._hold = timedelta(seconds=hold_seconds)
+        self._idle = timedelta(seconds=idle_seconds)
+        self._cleanups = Cleanups(_SAVE_SECONDS)
+        self._finishing: WeakValueDictionary[UUID, asyncio.Lock] = WeakValueDictionary()
+        self.longest = min(max_file_bytes, self._parts.longest)
+        """Most bytes that an upload may have."""
+
+    async def create(self, new: NewUpload) -> UploadState:
+        """Begin an upload. With a command id, a repeat finds the upload that the first one began, where it stands now.
+
+        Raises:
+            InvalidRequestError, InvalidPathError, TooLargeError, and what the writer says of package and path.
+            CommandReusedError: the command id is that of another upload to this package.
+        """
+        check_path(new.relative_path)
+        check_text("actor", new.actor)
+        check_text("media_type", new.media_type)
+        if new.length > self.longest:
+            raise TooLargeError(f"an upload may have {self.longest:,} bytes here")
+        await self._check(new.package_id, new.relative_path, new.command_id)
+        key = new.command_id
+        upload_id = uuid4() if key is None else uuid5(new.package_id, f"upload:{key}")
+        found = None if key is None else await self._alive(upload_id)
+        if found is None:
+            found = await self._begin(upload_id, new)
+        if not _same(found, new):
+            raise CommandReusedError("the command id was used for another upload")
+        return await self.finished(found)
+
+    async def find(self, package_id: UUID, upload_id: UUID) -> UploadState:
+        """The upload as it is now; one that has all its bytes is finished first.
+
+        Raises UploadNotFoundError; what `finish` raises.
+        """
+        return await self.finished(await self._known(package_id, upload_id))
+
+    async def append(
+        self,
+        package_id: UUID,
+        upload_id: UUID,
+        offset: int,
+        body: AsyncIterator[bytes],
+        *,
+        size: int | None = None,
+        checksum: Checksum | None = None,
+    ) -> UploadState:
+        """Add the body's bytes behind the `offset` bytes that are there; what came of a body that broke off is kept.
+
+        With a `checksum` all of the body is taken or nothing. The last byte finishes the upload. `size` is the length
+        of the body, where it is known.
+
+        Raises:
+            UploadNotFoundError, UploadOffsetError.
+            UploadBusyError: another request adds to the upload, or did so a moment ago.
+            ChecksumMismatchError. TooLargeError: the body is longer than what is missing.
+            PushBackError, UnavailableError; whatever iterating over `body` raises; what the command is refused for.
+        """
+        state = await self._known(package_id, upload_id)
+        if offset != state.offset:
+            raise UploadOffsetError(f"the upload stands at {state.offset}, not at {offset}: go on from there")
+        if size is not None and size > state.length - offset:
+            raise TooLargeError(f"{state.length - offset:,} bytes of the upload are missing, {size:,} were sent")
+        if not state.complete:
+            self._require_free(state)
+            await self._check(package_id, state.relative_path, state.command_id)
+            appending = Appending(self._blobs, self._states, state, self._clock, self._cleanups, checksum)
+            try:
+                state = await appending.run(body)
+            except SupersededError as error:
+                raise UploadBusyError(error.detail) from None
+        return await self.finished(state)
+
+    async def remove(self, package_id: UUID, upload_id: UUID) -> None:
+        """Forget an upload and what came of it; a file that it became stays.
+
+        Raises UploadNotFoundError, UploadBusyError.
+        """
+        state = await self._known(package_id, upload_id)
+        self._require_free(state)
+        try:
+            await self._states.remove(state)
+        except SupersededError as error:
+            raise UploadBusyError(error.detail) from None
+
+    async def finished(self, state: UploadState) -> UploadState:
+        """The upload, with its file recorded if all bytes are there.
+
+        What is refused is removed at once. Raises what the command is refused for, ContentMismatchError when the bytes
+        are not what was declared, UploadNotFoundError, UnavailableError; it may be called again then.
+        """
+        if not state.complete or state.answer is not None:
+            return state
+        lock = self._finishing.setdefault(state.upload_id, asyncio.Lock())
+        async with lock:
+            while True:
+                try:
+                    state = await self._known(state.package_id, state.upload_id)
+                    return state if state.answer is not None else await self._finish(state)
+                except SupersededError:  # another process does the same
+                    continue
+
+    def expires_at(self, state: UploadState) -> datetime:
+        """When an upload that nobody touches any more is removed (aware)."""
+        return state.active_at + self._idle
+
+    async def close(self) -> None:
+        """Wait until what came of requests that were cut off is stored."""
+        await self._cleanups.drain()
+
+    async def _begin(self, upload_id: UUID, new: NewUpload) -> UploadState:
+        now = self._clock()
+        token = await self._parts.begin(upload_id, new.length)
+        state = UploadState(
+            upload_id=upload_id,
+            package_id=new.package_id,
+            relative_path=new.relative_path,
+            media_type=new.media_type,
+            actor=new.actor,
+            command_id=new.command_id or uuid4(),
+            length=new.length,
+            blake3=_hex(new.declared.blake3),
+            sha256=_hex(new.declared.sha256),
+            metadata=new.metadata,
+            token=token,
+            part_bytes=self._parts.part_bytes(new.length),
+            created_at=now,
+            active_at=now,
+        )
+        try:
+            await self._states.create(state)
+        except SupersededError as error:
+            await self._parts.discard(state.where, blob=False)
+            found = await self._alive(upload_id)
+            if found is None:
+                raise UploadBusyError(error.detail) from None
+            return found
+        except BaseException:
+            await self._cleanups.run(self._parts.discard(state.where, blob=False))
+            raise
+        return state
+
+    async def _finish(self, state: UploadState) -> UploadState:
+        first = state.stored is None
+        if state.stored is None:
+            try:
+                stored = await self._parts.assemble(state.where, state.parts, declared=state.declared)
+            except ContentMismatchError:
+                await self._states.remove(state)
+                raise
+            except CorruptError:
+                await self._known(state.package_id, state.upload_id)  # it may have been removed meanwhile
+                raise
+            state = await self._states.replace(state, stored=stored, active_at=self._clock(), holder=None)
+        else:
+            stored = state.stored
+        try:
+            placed = Placed(state.relative_path, state.media_type, stored)
+            done = await self._record(state.package_id, placed, state.actor, state.command_id)
+        except RejectedError:
+            # Only of a command that was never tried before is it certain that no event names what was stored.
+            await (self._states.remove_with_blob(state) if first else self._states.remove(state))
+            raise
+        answer = encode_acknowledgement(done).hex()
+        state = await self._states.replace(state, answer=answer, active_at=self._clock())
+        await self._parts.discard(state.where, blob=False)
+        return state
+
+    async def _known(self, package_id: UUID, upload_id: UUID) -> UploadState:
+        state = await self._alive(upload_id)
+        if state is None or state.package_id != package_id:
+            raise UploadNotFoundError(
+                f"package {package_id} has no upload {upload_id}: it expired, was ended or was refused; begin a new one"
+            )
+        return state
+
+    async def _alive(self, upload_id: UUID) -> UploadState | None:
+        """The upload unless it has expired, of which nothing is left after this."""
+        state = await self._states.load(upload_id)
+        if state is None or self._clock() < self.expires_at(state):
+            return state
+        try:
+            await self._states.remove(state)
+        except SupersededError:
+            return await self._states.load(upload_id)
+        return None
+
+    def _require_free(self, state: UploadState) -> None:
+        if state.holder is not None and self._clock() - state.active_at < self._hold:
+            raise UploadBusyError("another request adds to this upload: wait until it ends, then ask for the offset")
+
+
+def acknowledgement_of(state: UploadState) -> Acknowledgement | None:
+    """The answer to the command that named the upload's file, None before that."""
+    return None if state.answer is None else decode_acknowledgement(bytes.fromhex(state.answer))
+
+
+def _hex(digest: bytes | None) -> str | None:
+    return None if digest is None else digest.hex()
+
+
+def _same(state: UploadState, new: NewUpload) -> bool:
+    said = (new.package_id, new.relative_path, new.media_type, new.actor, new.length)
+    known = (state.package_id, state.relative_path, state.media_type, state.actor, state.length)
+    return said == known and (_hex(new.declared.blake3), _hex(new.declared.sha256)) == (state.blake3, state.sha256)
