@@ -4,6 +4,7 @@ take four times as long. The order is that of the schema file; a property test h
 
 from __future__ import annotations
 
+import struct
 from binascii import unhexlify
 from typing import NamedTuple
 from uuid import UUID
@@ -20,6 +21,15 @@ _FRAMING = framing(FILE_INGESTED) + bytes([_UUID])
 
 _NOT_SHORT = 0x81
 """Bits of a first byte that say: more bytes follow, or the number is negative."""
+
+_ENDS, _END_OF_EIGHT = 0x8080_8080_8080_8081, 0x0080_8080_8080_8080
+"""Bits of eight bytes, in little-endian order, that say where a number ends, and of one that has all eight and is not
+negative.
+"""
+
+_eight_bytes = struct.Struct("<Q").unpack_from
+_to_file_id = struct.Struct("B36xBB64xB36s").unpack_from
+_to_backend = struct.Struct("32s32sB36sB").unpack_from
 
 _LONGEST = 10
 _LONG_VALUES = 1 << 64
@@ -76,7 +86,7 @@ def read_fields(value: bytes, packages: dict[bytes, UUID]) -> FileFields | None:
     """
     try:
         return _read(value, packages)
-    except (ValueError, IndexError):
+    except (ValueError, IndexError, struct.error):
         return None
 
 
@@ -89,30 +99,30 @@ def _read(value: bytes, packages: dict[bytes, UUID]) -> FileFields | None:
     if package_id is None:
         package_id = packages[text] = UUID(text.decode())
     sequence, at = _long(value, 101)
-    created_at, at = _long(value, at)
+    created_at, at = _moment(value, at)
     size = value[at]  # actor
     at += 1
     if size & _NOT_SHORT:
-        size, at = _long(value, at - 1, size=True)
+        size, at = _size(value, at - 1)
         at += size
     else:
         at += size >> 1
-    if value[at] != _UUID:  # command_id
+    # command_id, command_index, command_count, payload_digest, previous_digest, file_id
+    command, index, count, file, file_text = _to_file_id(value, at)
+    if command != _UUID:
         return None
-    at += 37
-    if value[at] < 128 and value[at + 1] < 128:  # command_index, command_count
-        at += 2
+    if index < 128 and count < 128:
+        at += 140
     else:
-        at = _long(value, _long(value, at)[1])[1]
-    at += 64  # payload_digest, previous_digest
-    if value[at] != _UUID:
+        at = _long(value, _long(value, at + 37)[1])[1] + 64
+        file, file_text = value[at], value[at + 1 : at + 37]
+        at += 37
+    if file != _UUID:
         return None
-    end = at + 37
-    file_id = unhexlify(value[at + 1 : end].replace(b"-", b""))
-    size = value[end]
-    at = end + 1
+    size = value[at]
+    at += 1
     if size & _NOT_SHORT:
-        size, at = _long(value, end, size=True)
+        size, at = _size(value, at - 1)
         end = at + size
     else:
         end = at + (size >> 1)
@@ -120,22 +130,19 @@ def _read(value: bytes, packages: dict[bytes, UUID]) -> FileFields | None:
     size = value[end]
     at = end + 1
     if size & _NOT_SHORT:
-        size, at = _long(value, end, size=True)
+        size, at = _size(value, end)
         end = at + size
     else:
         end = at + (size >> 1)
     media_type = value[at:end]
     size_bytes, at = _long(value, end)
-    end = at + 64
-    blake3, sha256 = value[at : at + 32], value[at + 32 : end]
-    if value[end] != _UUID:
+    size_text = value[end:at]
+    blake3, sha256, location, location_text, size = _to_backend(value, at)
+    if location != _UUID:
         return None
-    at = end + 37
-    location_id = unhexlify(value[end + 1 : at].replace(b"-", b""))
-    size = value[at]
-    at += 1
+    at += 102
     if size & _NOT_SHORT:
-        size, at = _long(value, at - 1, size=True)
+        size, at = _size(value, at - 1)
         end = at + size
     else:
         end = at + (size >> 1)
@@ -143,7 +150,7 @@ def _read(value: bytes, packages: dict[bytes, UUID]) -> FileFields | None:
     size = value[end]
     at = end + 1
     if size & _NOT_SHORT:
-        size, at = _long(value, end, size=True)
+        size, at = _size(value, end)
         end = at + size
     else:
         end = at + (size >> 1)
@@ -154,11 +161,16 @@ def _read(value: bytes, packages: dict[bytes, UUID]) -> FileFields | None:
     else:
         offset >>= 1
         at = end + 1
-    length, at = _long(value, at)
-    stored_at, at = _long(value, at)
+    end = at + len(size_text)
+    if value[at:end] == size_text:  # a blob that is the whole of the file, as nearly all are
+        length = size_bytes
+    else:
+        length, end = _long(value, at)
+    stored_at, at = _moment(value, end)
+    file_id, location_id = unhexlify(file_text.replace(b"-", b"")), unhexlify(location_text.replace(b"-", b""))
     if at != len(value) or not len(file_id) == len(location_id) == 16:
         return None
-    if not (relative_path.isascii() and media_type.isascii() and backend_id.isascii() and key.isascii()):
+    if not (relative_path + media_type + backend_id + key).isascii():
         for part in (relative_path, media_type, backend_id, key):
             part.decode()
     return _new(
@@ -186,11 +198,27 @@ def _read(value: bytes, packages: dict[bytes, UUID]) -> FileFields | None:
 _new = tuple.__new__  # what a named tuple's own constructor calls, at half its cost
 
 
-def _long(value: bytes, at: int, *, size: bool = False) -> tuple[int, int]:
-    """The number there, and where it ends (Avro 1.12 specification, "Primitive Types"). Raises ValueError.
+def _moment(value: bytes, at: int) -> tuple[int, int]:
+    """As `_long`; quicker for eight bytes, which a time in µs has from 1978 to 3111."""
+    (number,) = _eight_bytes(value, at)
+    if number & _ENDS != _END_OF_EIGHT:
+        return _long(value, at)
+    # Seven bits of each byte, put together by twos, fours and eights.
+    number = number & 0x007F_007F_007F_007F | (number & 0x7F00_7F00_7F00_7F00) >> 1
+    number = number & 0x0000_3FFF_0000_3FFF | (number & 0x3FFF_0000_3FFF_0000) >> 2
+    return (number & 0x0FFF_FFFF | (number & 0x0FFF_FFFF_0000_0000) >> 4) >> 1, at + 8
 
-    With `size` it is the length of a text, which is not negative.
-    """
+
+def _size(value: bytes, at: int) -> tuple[int, int]:
+    """The length of a text, and where the text begins. Raises ValueError for one that is negative."""
+    size, at = _long(value, at)
+    if size < 0:
+        raise ValueError("a length is negative")
+    return size, at
+
+
+def _long(value: bytes, at: int) -> tuple[int, int]:
+    """The number there, and where it ends (Avro 1.12 specification, "Primitive Types"). Raises ValueError."""
     byte = value[at]
     at += 1
     number = byte & 0x7F
@@ -202,8 +230,4 @@ def _long(value: bytes, at: int, *, size: bool = False) -> tuple[int, int]:
         shift += 7
     if shift > 63 and (shift > 7 * _LONGEST or number >= _LONG_VALUES):
         raise ValueError("a number is no Avro long")
-    if number & 1:
-        if size:
-            raise ValueError("a length is negative")
-        return ~(number >> 1), at
-    return number >> 1, at
+    return (~(number >> 1) if number & 1 else number >> 1), at
