@@ -18,7 +18,7 @@ from typing import Self
 from tests.services.kafka import KafkaCluster
 from tests.services.process import free_ports
 
-PRODUCE, FETCH, ADD_PARTITIONS_TO_TXN, END_TXN = 0, 1, 24, 26
+PRODUCE, FETCH, LIST_OFFSETS, ADD_PARTITIONS_TO_TXN, END_TXN = 0, 1, 2, 24, 26
 
 _WAITING_FRAMES = 256
 _LAST_ANSWERS_SECONDS = 10.0

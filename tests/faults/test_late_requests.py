@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from services.errors import UnavailableError
 from services.log.kafka import KafkaLog, tenure
+from services.log.kafka import cluster as questions
 from tests.contract.log_stage import ready
 from tests.faults.callers import Callers
-from tests.faults.proxy import ADD_PARTITIONS_TO_TXN, END_TXN, PRODUCE, Network, ProxiedCluster
+from tests.faults.proxy import ADD_PARTITIONS_TO_TXN, END_TXN, LIST_OFFSETS, PRODUCE, Network, ProxiedCluster
 from tests.integration.conditions import until
 from tests.integration.kafka_stage import gateway, kafka_settings, lone_writer, open_kafka_log, shared
 
@@ -185,3 +187,22 @@ async def test_an_owner_that_cannot_be_heard_and_comes_back_neither_writes_nor_d
             await callers.grow()
             await callers.end(log)
     await far_log.close()
+
+
+async def test_a_lost_answer_about_the_end_of_the_log_is_never_taken_for_an_empty_log(
+    cluster: ProxiedCluster, network: Network, tmp_path: Path, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def unheard(callers: Callers) -> None:
+        await callers.grow()
+
+    await on_one_writer(cluster, tmp_path, prefix, unheard)
+    settings = kafka_settings(f"kafka://{cluster.proxied_endpoint}/{prefix}", tmp_path, kafka_options=QUICK)
+    async with open_kafka_log(settings) as log:
+        ask = log.cluster.high_watermark
+        assert (await log.blocking(lambda: ask([0])))[0] > 0
+        with monkeypatch.context() as impatient, network.losing_answers(LIST_OFFSETS):
+            impatient.setattr(questions, "ANSWER_SECONDS", 1.0)
+            with pytest.raises(UnavailableError):
+                await log.blocking(lambda: ask([0]))
+        assert network.lost[LIST_OFFSETS] > 0
+        assert (await log.blocking(lambda: ask([0])))[0] > 0

@@ -180,7 +180,7 @@ class Cluster:
             admin.poll(0)  # hands over what the client has to log
             try:
                 left = max(_AGAIN_SECONDS, min(_CLIENT_SECONDS, deadline - time.monotonic()))
-                return {key: future.result(left) for key, future in question(admin).items()}
+                return {key: _answer(future, left) for key, future in question(admin).items()}
             except TimeoutError:
                 self._discard(admin)
                 if time.monotonic() > deadline:
@@ -211,3 +211,14 @@ class Cluster:
         """Release the connections."""
         with self._lock:
             self._made = None
+
+
+def _answer(future: Future[Any], seconds: float) -> Any:
+    """The answer, unless it is none: of a leader whose answer was lost librdkafka gives offset -1001 and no error.
+
+    Taken for the end of the log, it would let a writer serve from an empty state.
+    """
+    answer = future.result(seconds)
+    if isinstance(answer, _admin.ListOffsetsResultInfo) and answer.offset < 0:
+        raise KafkaException(KafkaError(KafkaError.OFFSET_NOT_AVAILABLE))
+    return answer

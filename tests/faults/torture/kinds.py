@@ -16,7 +16,7 @@ from uuid import uuid4
 
 from confluent_kafka import KafkaException, Producer
 
-from tests.faults.proxy import ADD_PARTITIONS_TO_TXN, END_TXN, PRODUCE
+from tests.faults.proxy import ADD_PARTITIONS_TO_TXN, END_TXN, LIST_OFFSETS, PRODUCE
 from tests.faults.torture.leaders import prefer
 from tests.faults.torture.rudeness import hang_up_half_way, leave_without_answer
 from tests.faults.torture.stage import PARTITIONS, Part, Stage, in_thread
@@ -158,7 +158,8 @@ async def connections_cut(scene: Scene) -> None:
 
 @kind("answers lost", "network", 1.5)
 async def answers_lost(scene: Scene) -> None:
-    kinds = scene.rng.choice([(END_TXN,), (PRODUCE,), (END_TXN, PRODUCE, ADD_PARTITIONS_TO_TXN)])
+    lost = [(END_TXN,), (PRODUCE,), (LIST_OFFSETS,), (END_TXN, PRODUCE, ADD_PARTITIONS_TO_TXN, LIST_OFFSETS)]
+    kinds = scene.rng.choice(lost)
     with scene.stage.network.losing_answers(*kinds):
         await scene.pause(0.5, 3.0)
 
