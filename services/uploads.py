@@ -143,6 +143,8 @@ class ResumableUploads:
         if not state.complete:
             self._require_free(state)
             await self._check(package_id, state.relative_path, state.command_id)
+            if size == 0:
+                return state
             appending = Appending(self._blobs, self._states, state, self._clock, self._cleanups, checksum)
             try:
                 state = await appending.run(body)
