@@ -200,7 +200,10 @@ _new = tuple.__new__  # what a named tuple's own constructor calls, at half its 
 
 def _moment(value: bytes, at: int) -> tuple[int, int]:
     """As `_long`; quicker for eight bytes, which a time in µs has from 1978 to 3111."""
-    (number,) = _eight_bytes(value, at)
+    try:
+        (number,) = _eight_bytes(value, at)
+    except struct.error:  # there are fewer up to the end
+        return _long(value, at)
     if number & _ENDS != _END_OF_EIGHT:
         return _long(value, at)
     # Seven bits of each byte, put together by twos, fours and eights.
