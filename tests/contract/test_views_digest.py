@@ -1,0 +1,53 @@
+"""A digest is streamed: its memory does not grow with the rows; and it is the same in every process, run after run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tracemalloc
+from pathlib import Path
+
+from services.config import Settings
+from services.views.catch_up import catch_up
+from services.views.digest import digest_view
+from services.views.engine import Views
+from services.views.projections import PROJECTIONS
+from tests.contract.test_views_plans import fill
+from tests.integration.processes import COMMAND, variables
+from tests.memory_log import MemoryLog
+from tests.views_history import History
+
+REGISTRY = PROJECTIONS["registry"]
+ROWS = 10_000
+"""In each of four tables; all of them at once would take 25 MiB and more."""
+
+MOST_MIB = 6
+
+
+async def test_a_digest_holds_few_rows_at_a_time(views: Views) -> None:
+    await fill(views, 0, ROWS)
+    tracemalloc.start()
+    try:
+        found = await digest_view(views, REGISTRY)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found.rows == 4 * ROWS
+    assert most < MOST_MIB << 20, f"{most / (1 << 20):.1f} MiB"
+
+
+async def test_another_process_finds_the_same_digest_run_after_run(
+    views: Views, views_url: str, embedded_settings: Settings, tmp_path: Path
+) -> None:
+    log = MemoryLog()
+    log.append(*History().fill(packages=9, files=5).events)
+    settings = embedded_settings.model_copy(update={"views_url": views_url})
+    await catch_up(views, log, REGISTRY)
+    here = await digest_view(views, REGISTRY)
+    for seed in ("1", "2"):  # sets and maps come in another order with another seed
+        environment = {**os.environ, **variables(settings), "PYTHONHASHSEED": seed}
+        command = [*COMMAND, "digest", "registry", "--json"]
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, cwd=tmp_path)
+        answer = json.loads(done.stdout)
+        assert (answer["digest"], answer["rows"]) == (str(here.digest), here.rows)
