@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from ingest_gateway.problems import TooManyAtOnceError
 from services.errors import PushBackError
 
-MAX_JSON_BYTES = 64 << 20
+JSON_ROOM_BYTES = 64 << 20
 """How many bytes of JSON bodies may be held at a time, before they are commands."""
 
 _RETRY_SECONDS = 2.0

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from ingest_gateway.admission import MAX_JSON_BYTES, Places, Room, connections_within
+from ingest_gateway.admission import JSON_ROOM_BYTES, Places, Room, connections_within
 from ingest_gateway.followers import MAX_FOLLOWERS, Followers
 from ingest_gateway.health import Checks
 from ingest_gateway.metrics import Metrics
@@ -28,7 +28,7 @@ class Bounds:
     max_followers: int = MAX_FOLLOWERS
     max_connections: int = 2048
     max_uploads: int = 256
-    max_json_bytes: int = MAX_JSON_BYTES
+    json_room_bytes: int = JSON_ROOM_BYTES
     """Bytes of JSON bodies that may be held at a time."""
     body_idle_seconds: float = 60.0
     """How long a body may stand still, and over how long its pace is taken."""
@@ -70,7 +70,7 @@ class Gateway:
         self.followers = Followers(bounds.max_followers)
         self.connections = Places("connections", bounds.max_connections, metrics.refused)
         self.uploads = Places("uploads", bounds.max_uploads, metrics.refused)
-        self.json = Room("JSON", bounds.max_json_bytes, metrics.refused)
+        self.json = Room("JSON", bounds.json_room_bytes, metrics.refused)
         self.draining = False
         self._in_flight = 0
         self._idle = asyncio.Event()

@@ -12,7 +12,7 @@ from services.blobs.port import BlobStore
 from services.config import Settings
 from services.errors import ConfigurationError
 
-_MEMORY_BYTES = 84 << 20
+_MEMORY_BYTES = 64 << 20
 """What all uploads of a process may hold in memory on their way to a bucket, and"""
 
 _SMALL_MEMORY_BYTES = 12 << 20

@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 _BUSY = (429, 503)
-_SECONDS = 1800.0
 
 
 def main() -> None:
@@ -36,7 +35,7 @@ def _stored(url: str, path: str, file: int, size: int) -> None:
 def _attempt(url: str, path: str, file: int, size: int) -> float | None:
     """Upload once; None when it is stored, else after how many seconds to come again."""
     address = urlsplit(url)
-    with socket.create_connection((address.hostname, address.port), timeout=_SECONDS) as connection:
+    with socket.create_connection((address.hostname, address.port)) as connection:
         head = f"PUT {path} HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: {size}\r\n\r\n"
         connection.sendall(head.encode())
         status, headers = _head(connection)

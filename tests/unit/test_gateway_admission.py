@@ -1,0 +1,67 @@
+"""Places and room of a gateway: who gets them, what comes back, and what the system's own limits leave."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ingest_gateway.admission import Places, Room
+from ingest_gateway.problems import TooManyAtOnceError
+from services.errors import PushBackError
+
+
+@given(limit=st.integers(1, 9), moves=st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), max_size=60))
+def test_no_more_are_taken_than_there_are_and_none_has_more_than_half(
+    limit: int, moves: list[tuple[str, bool]]
+) -> None:
+    refused: list[str] = []
+    places = Places("seats", limit, refused.append)
+    taken: Counter[str] = Counter()
+    for client, comes in moves:
+        if not comes:
+            if taken[client]:
+                places.give(client)
+                taken[client] -= 1
+            continue
+        try:
+            places.take(client)
+        except TooManyAtOnceError:
+            assert taken[client] == max(1, limit // 2)
+            assert refused.pop() == "seats"
+        except PushBackError:
+            assert taken.total() == limit
+            assert refused.pop() == "seats"
+        else:
+            taken[client] += 1
+            assert taken.total() <= limit
+            assert taken[client] <= max(1, limit // 2)
+        assert len(places) == taken.total()
+    assert refused == []
+
+
+def test_room_comes_back_whole_and_is_never_more_than_there_is() -> None:
+    room = Room("JSON", 10)
+    for _ in range(3):
+        with room.share() as one, room.share() as two:
+            one(4)
+            two(6)
+            with pytest.raises(PushBackError):
+                one(1)
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "wanted", "connections"),
+    [(1024, 4096, 2048, 2048), (1024, 1024, 2048, 512), (600, 1000, 2048, 488), (4096, 4096, 100, 100), (64, 64, 9, 1)],
+)
+def test_connections_leave_descriptors_for_the_rest(soft: int, hard: int, wanted: int, connections: int) -> None:
+    code = (
+        "import resource; from ingest_gateway.admission import connections_within; "
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard})); print(connections_within({wanted}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == connections
