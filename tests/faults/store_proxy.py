@@ -1,0 +1,110 @@
+"""A network between a gateway and its blob store that can be made slow, silent, or cut."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+_CHUNK = 65536
+_UNDER_WAY = 64
+"""So many chunks of one connection may be on their way at a time, each way: what latency delays, it does not narrow."""
+
+
+class StoreProxy:
+    """Passes bytes on between whoever connects and `host:port`. Belongs to one event loop."""
+
+    def __init__(self, upstream: str) -> None:
+        self._upstream = upstream.split(":")
+        self._latency = 0.0
+        self._audible = asyncio.Event()
+        self._audible.set()
+        self._connections: set[asyncio.Task[None]] = set()
+
+    @asynccontextmanager
+    async def listening(self) -> AsyncIterator[str]:
+        """`host:port` of the proxy, which is there until the context ends."""
+
+        def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            task = asyncio.create_task(self._serve(reader, writer))
+            self._connections.add(task)
+            task.add_done_callback(self._connections.discard)
+
+        server = await asyncio.start_server(connected, "127.0.0.1", 0)
+        try:
+            yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        finally:
+            server.close()
+            await self.cut()
+            await server.wait_closed()
+
+    @contextmanager
+    def slow(self, seconds: float) -> Iterator[None]:
+        """Within the block everything arrives so much later, each way."""
+        self._latency = seconds
+        try:
+            yield
+        finally:
+            self._latency = 0.0
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """Within the block connections stay, and new ones are taken; nothing passes."""
+        self._audible.clear()
+        try:
+            yield
+        finally:
+            self._audible.set()
+
+    async def cut(self) -> None:
+        """Break every connection, and what is on its way with them."""
+        ended = list(self._connections)
+        for task in ended:
+            task.cancel()
+        await asyncio.gather(*ended, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await self._audible.wait()
+            try:
+                up_reader, up_writer = await asyncio.open_connection(*self._upstream)
+            except OSError:
+                return
+            try:
+                ways = [asyncio.create_task(self._pass(*way)) for way in ((reader, up_writer), (up_reader, writer))]
+                try:
+                    await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    for way in ways:
+                        way.cancel()
+                    await asyncio.gather(*ways, return_exceptions=True)
+            finally:
+                up_writer.transport.abort()
+        finally:
+            writer.transport.abort()
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        loop = asyncio.get_running_loop()
+        under_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(_UNDER_WAY)
+
+        async def take() -> None:
+            data = None
+            while data != b"":
+                try:
+                    data = await reader.read(_CHUNK)
+                except ConnectionError:
+                    data = b""
+                await under_way.put((loop.time() + self._latency, data))
+
+        taking = asyncio.create_task(take())
+        try:
+            while True:
+                due, data = await under_way.get()
+                if not data:
+                    return
+                await asyncio.sleep(due - loop.time())
+                await self._audible.wait()
+                writer.write(data)
+                await writer.drain()
+        finally:
+            taking.cancel()
