@@ -29,6 +29,7 @@ from services.blobs.port import (
     StoredBlob,
     checked_key,
     checked_object_key,
+    checked_removable_key,
     content_key,
 )
 from services.blobs.upload_states import sweep_states
@@ -187,7 +188,7 @@ class LocalBlobStore:
 
     async def delete_object(self, key: str) -> None:
         """See the port. Leaves the folder, as another object may be on its way into it, but that of an upload."""
-        path = self._root / checked_object_key(key)
+        path = self._root / checked_removable_key(key)
 
         def delete() -> None:
             path.unlink(missing_ok=True)

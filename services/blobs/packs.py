@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
+from services.blobs.cleanup import Cleanups
 from services.blobs.memory import PartBuffer
-from services.blobs.port import BlobStore, Declared, StoredBlob
+from services.blobs.port import UPLOADS, BlobStore, Declared, StoredBlob
 from services.bundle import Bundle, SmallFile, StreamedFile
 from services.errors import TooLargeError
 
@@ -75,8 +76,8 @@ class Packing:
     async def store(self, bundle: Bundle) -> list[Placed]:
         """Store every file of the bundle; returns them in its order, once all their bytes are durable.
 
-        Raises what iterating over the bundle raises, and as `BlobStore.store`. Blobs that were stored before stay:
-        nothing names them.
+        Raises what iterating over the bundle raises, and as `BlobStore.store`. What was stored before under keys of
+        its own is removed then, since nobody has heard of them; packs stay, since others may share them.
         """
         try:
             async for group in bundle:
@@ -86,6 +87,9 @@ class Packing:
                     await self._pack(group)
             if any(isinstance(found, _Packed) for found in self._found):
                 await self._store_pack()
+        except BaseException:
+            await Cleanups().run(self._discard())
+            raise
         finally:
             self._buffer.close()
         return [found if isinstance(found, Placed) else found.placed(self._packs) for found in self._found]
@@ -94,6 +98,11 @@ class Packing:
         declared = Declared(size_bytes=file.size_bytes)
         blob = await self._blobs.store(file.body, declared=declared, max_bytes=self._max_file_bytes)
         return Placed(file.relative_path, file.media_type, blob)
+
+    async def _discard(self) -> None:
+        for found in self._found:
+            if isinstance(found, Placed) and found.blob.key.startswith(UPLOADS):
+                await self._blobs.delete_object(found.blob.key)
 
     async def _pack(self, files: Sequence[SmallFile]) -> None:
         at = 0

@@ -32,6 +32,7 @@ __all__ = [
     "StoredBlob",
     "checked_key",
     "checked_object_key",
+    "checked_removable_key",
     "content_key",
 ]
 
@@ -94,6 +95,14 @@ def checked_object_key(key: str) -> str:
         raise ValueError(f"{key[:80]!r} is no key of a named object")
     checked_key(key.removesuffix("/"))
     return key
+
+
+def checked_removable_key(key: str) -> str:
+    """The key itself, if it is one of a named object or of a body below `uploads/`, which nobody shares.
+
+    Raises: as `checked_object_key`.
+    """
+    return checked_key(key) if key.startswith(UPLOADS) else checked_object_key(key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +240,11 @@ class BlobStore(Protocol):
         """Keys of all named objects below `prefix`, which ends in a slash; sorted. Raises UnavailableError."""
 
     async def delete_object(self, key: str) -> None:
-        """Remove a named object, if it is there. Raises UnavailableError."""
+        """Remove a named object, if it is there; or a blob below `uploads/` that was never handed on to be named.
+
+        No command may have named the blob, whatever became of it: an answer may be a late one. A key of a
+        content-addressed blob is refused, since others may share it. Raises UnavailableError.
+        """
 
     async def migrate(self) -> None:
         """Create the bucket or folder if it is missing. Safe to repeat. Raises UnavailableError, ConfigurationError."""

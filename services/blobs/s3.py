@@ -35,6 +35,7 @@ from services.blobs.port import (
     StoredBlob,
     checked_key,
     checked_object_key,
+    checked_removable_key,
     content_key,
 )
 from services.blobs.s3_multipart import RECORDS, MultipartUpload, UploadRecord, fill, object_size, remove_upload
@@ -239,7 +240,7 @@ class S3BlobStore:
 
     async def delete_object(self, key: str) -> None:
         """See the port."""
-        await self._requests.send("DELETE", checked_object_key(key), frozenset({200, 204, 404}))
+        await self._requests.send("DELETE", checked_removable_key(key), frozenset({200, 204, 404}))
 
     async def migrate(self) -> None:
         """See the port."""

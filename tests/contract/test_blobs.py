@@ -298,6 +298,20 @@ async def test_a_named_object_never_takes_the_place_of_a_blob(stage: Stage) -> N
     assert await got(stage.store, blob) == b"a blob"
 
 
+async def test_a_large_body_that_nobody_came_to_name_is_removed_and_nothing_that_may_be_shared(stage: Stage) -> None:
+    blob = await put(stage.store, some_bytes(LARGE))
+    if blob.key.startswith("uploads/"):
+        for _ in range(2):
+            await stage.store.delete_object(blob.key)
+        assert stage.holds() == set()
+    else:  # everything is content-addressed there
+        with pytest.raises(ValueError, match="no key of a named object"):
+            await stage.store.delete_object(blob.key)
+        assert stage.holds() == {blob.key}
+    with pytest.raises(CorruptError):
+        await stage.store.delete_object("uploads/../blobs/x")
+
+
 async def test_migrating_again_keeps_what_is_there(store: BlobStore) -> None:
     blob = await put(store, b"kept")
     await store.migrate()

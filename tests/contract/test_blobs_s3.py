@@ -13,10 +13,12 @@ import pytest
 from blake3 import blake3
 
 from services.blobs.memory import ByteBudget
+from services.blobs.packs import Packing
 from services.blobs.port import Declared, content_key
 from services.blobs.s3 import S3BlobStore
 from services.blobs.s3_multipart import RECORDS, UploadRecord
 from services.blobs.s3_requests import Endpoint
+from services.bundle import Group, SmallFile, StreamedFile
 from services.errors import (
     ConfigurationError,
     ContentMismatchError,
@@ -330,6 +332,40 @@ async def test_large_bodies_that_are_orphaned_are_removed_and_nothing_else(at: E
         assert await store.remove_uploads(before=late, orphaned=orphaned) == 1
         assert sorted(asked) == sorted([named.key, orphan.key])
         assert objects(at) == {named.key, addressed.key}
+
+
+async def test_a_bundle_that_is_not_stored_whole_leaves_none_of_its_large_files(at: Endpoint) -> None:
+    class LostProducerError(Exception):
+        pass
+
+    waiting = asyncio.Event()
+
+    def large(name: str) -> StreamedFile:
+        data = some_bytes(PART + 1, seed=ord(name))
+        return StreamedFile(name, "text/plain", len(data), body(data))
+
+    async def torn() -> AsyncIterator[Group]:
+        yield large("a")
+        yield [SmallFile("b", "text/plain", b"small")]
+        yield large("c")
+        raise LostProducerError
+
+    async def endless() -> AsyncIterator[Group]:
+        yield large("a")
+        waiting.set()
+        await asyncio.Event().wait()
+
+    async with opened(at) as store:
+        with pytest.raises(LostProducerError):
+            await Packing(store, LIMIT).store(torn())
+        assert objects(at) == set()
+        storing = asyncio.create_task(Packing(store, LIMIT).store(endless()))
+        await waiting.wait()
+        assert len(objects(at)) == 1
+        storing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await storing
+        assert objects(at) == set()
 
 
 async def test_more_uploads_than_one_listing_holds_are_all_asked_for(
