@@ -14,7 +14,8 @@ _WINDOW_SECONDS = 10.0
 class ReplayProgress:
     """`events` were folded by this replay so far; `done` and `total` are offsets of the phase, 0 where none count.
 
-    `rate` is in events a second, of late.
+    `rate` is in events a second, of late. `outrun`: while the last stretch was folded, as much arrived as it had; that
+    has no end as it goes.
     """
 
     phase: str
@@ -23,6 +24,7 @@ class ReplayProgress:
     total: int = 0
     rate: float = 0.0
     seconds_left: float | None = None
+    outrun: bool = False
 
 
 Progress = Callable[[ReplayProgress], None]
@@ -38,14 +40,17 @@ class Meter:
         self._reached: dict[int, int] = {}
         self._start = 0
         self._total = 0
+        self._outrun = False
         self._seen: deque[tuple[float, int, int]] = deque()
 
     def begin(self, phase: str, starts: Mapping[int, int] | None = None, ends: Mapping[int, int] | None = None) -> None:
-        """A phase begins; with offsets, those that it goes from and to."""
+        """A phase begins, or the next stretch of the same one; with offsets, those that it goes from and to."""
+        before = self._total if phase == self._phase else 0
         self._phase = phase
         self._reached = {p: (starts or {}).get(p, 0) for p in ends or {}}
         self._start = sum(self._reached.values())
         self._total = sum(max(end, self._reached[p]) for p, end in (ends or {}).items()) - self._start
+        self._outrun = 0 < before <= self._total
         self._seen.clear()
         self.note(0, {})
 
@@ -65,4 +70,4 @@ class Meter:
         speed = (done - done_then) / passed
         left = (self._total - done) / speed if speed > 0 else None
         rate = (self.events - events_then) / passed if len(self._seen) > 1 else 0.0
-        self._tell(ReplayProgress(self._phase, self.events, done, self._total, rate, left))
+        self._tell(ReplayProgress(self._phase, self.events, done, self._total, rate, left, self._outrun))

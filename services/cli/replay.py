@@ -79,7 +79,7 @@ async def _replay(projection: str, *, in_place: bool, compare: bool, **options: 
         def tell(seen: ReplayProgress) -> None:
             nonlocal phase
             before, phase = phase, seen.phase
-            line.tell(lambda: _line(seen), at_once=phase != before)
+            line.tell(lambda: _line(seen, options["max_rate"]), at_once=phase != before)
 
         return await fold_again(
             invocation().settings(),
@@ -97,10 +97,13 @@ def _drop(projection: Projection) -> None:
     answer({"projection": projection.name, "dropped": dropped}, None if dropped else "there was no build to drop")
 
 
-def _line(seen: ReplayProgress) -> str:
+def _line(seen: ReplayProgress, max_rate: float | None) -> str:
     if not seen.total:
         return f"{seen.phase}: {seen.events:,} events folded"
     left = "" if seen.seconds_left is None else f", {_duration(seen.seconds_left)} left"
+    if seen.outrun:
+        left = ", no end in sight: events arrive as fast as they are folded"
+        left += "" if max_rate is None else f" (--max-rate {max_rate:g} is too low)"
     part = min(1.0, seen.done / seen.total)
     return f"{seen.phase}: {part:.0%}, {seen.events:,} events folded, {seen.rate:,.0f} events/s{left}"
 

@@ -17,6 +17,7 @@ from sqlalchemy import Column, Index, MetaData, Table, Text, inspect, select, te
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from projector import DigestMismatchError, RebuildOptions
+from projector.progress import ReplayProgress
 from projector.rebuild import replay_view
 from schemas.events import Event
 from services.errors import ConfigurationError, CorruptError, InvalidRequestError, PushBackError
@@ -362,6 +363,26 @@ async def test_a_rate_is_kept(views: Views) -> None:
     began = time.monotonic()
     done = await replay_view(views, log, REGISTRY, options=RebuildOptions(max_rate=100))
     assert time.monotonic() - began >= (done.events - 10) / 100
+
+
+async def test_a_rate_below_that_of_what_arrives_is_told_and_ends_once_less_arrives(
+    views: Views, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("projector.rebuild_beside._NEAR_EVENTS", 5)
+    log, history = MemoryLog(), History().fill(packages=4, files=5)
+    log.append(*history.events)
+    told: list[ReplayProgress] = []
+
+    def arrive(seen: ReplayProgress) -> None:
+        told.append(seen)
+        if not any(earlier.outrun for earlier in told):
+            for _ in range(30):  # and no more than 20 are folded between two times
+                history.create()
+                log.append(history.events[-1])
+
+    done = await replay_view(views, log, REGISTRY, options=RebuildOptions(max_rate=200), progress=arrive)
+    assert any(seen.outrun and seen.phase == "catch up" for seen in told)
+    assert done.position.covers(await log.end())
 
 
 async def test_a_build_parks_what_the_live_view_has_parked(views: Views) -> None:
