@@ -134,7 +134,8 @@ def _rclone(bucket: Bucket, program: Path) -> Copier:
         "--fast-list",
         "--s3-disable-checksum",
         "--s3-chunk-size",
-        str(_PART_BYTES >> 20) + "Mi",
+        f"{_PART_BYTES >> 20}Mi",
+        "--ignore-size",  # which it would have to ask for
         "--ignore-checksum",
     ]
 

@@ -190,8 +190,8 @@ class BlobStore(Protocol):
             ContentMismatchError: length or a digest differs from what was declared.
             TooLargeError: the body exceeds `max_bytes`.
             UnavailableError: the store cannot be reached or is full.
-            PushBackError: other uploads hold what memory there is, and nothing of the body was read; or this one came
-                in slowly while others waited for the memory that it held.
+            PushBackError: other uploads hold what memory there is, and nothing of the body was read, unless it is
+                small; or this one came in slowly while others waited for the memory that it held.
             Whatever iterating over `body` raises.
         """
 

@@ -55,6 +55,8 @@ from services.errors import ConfigurationError, CorruptError, PushBackError, Una
 PROBE_KEY = "health/write-probe"
 TURN_SECONDS = 30.0
 _RETRY_SECONDS = 5.0
+_SMALL_BYTES = 64 * 1024
+"""A body that is no longer is read before it takes memory of the budget: its connection may hold as much already."""
 _ASK_FIRST_BYTES = 256 * 1024  # from here on asking whether a blob is there costs less than sending it
 _READ_PAUSE_SECONDS = 0.2
 _LISTED_AT_ONCE = 1000
@@ -131,6 +133,8 @@ class S3BlobStore:
 
     async def store(self, body: AsyncIterable[bytes], *, declared: Declared, max_bytes: int) -> StoredBlob:
         """See the port."""
+        if declared.size_bytes is not None and declared.size_bytes <= _SMALL_BYTES:
+            return await self._store_small(Intake(body, declared=declared, max_bytes=max_bytes), declared.size_bytes)
         plan = PartPlan(self._part_bytes, self._held_bytes, declared.size_bytes, self._max_parts)
         pace = Pace(body, lambda: self._memory.contended, size=len, look_seconds=self._look_seconds)
         intake = Intake(pace, declared=declared, max_bytes=max_bytes)
@@ -291,6 +295,18 @@ class S3BlobStore:
                 f"uploads under way held all memory for {self._turn_seconds:g} s; nothing was stored", _RETRY_SECONDS
             ) from None
 
+    async def _store_small(self, intake: Intake, size: int) -> StoredBlob:
+        """Store a body that is read at once. It holds memory while it is sent, never while its client is slow."""
+        data = await intake.take(size)
+        if not await intake.at_end():
+            await intake.take(1)  # longer than declared: says so
+        digests = await intake.digests()
+        key = content_key(digests.blake3)
+        with self._memory.share() as share:
+            await self._await_turn(share, max(1, size))
+            await self._put(key, data)
+        return self._stored(key, digests)
+
     async def _store_held(self, intake: Intake, declared: Declared, plan: PartPlan, share: Share) -> StoredBlob:
         """Store a body by way of memory, for the first part of which the share has room."""
         first = await fill(intake, plan.size(1))
@@ -332,7 +348,7 @@ class S3BlobStore:
         if own_key is not None:  # nobody else ever heard of this key, and the completion may have come through
             await self._requests.send("DELETE", own_key, frozenset({200, 204, 404}))
 
-    async def _put(self, key: str, data: PartBuffer) -> None:
+    async def _put(self, key: str, data: bytes | PartBuffer) -> None:
         async def present() -> bool:
             return await object_size(self._requests, key, attempts=1) == len(data)
 

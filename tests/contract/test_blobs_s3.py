@@ -282,8 +282,10 @@ async def test_an_upload_is_pushed_back_while_slow_ones_hold_all_memory(at: Endp
         holding = asyncio.create_task(store.store(slow(), declared=Declared(), max_bytes=LIMIT))
         await began.wait()
         with pytest.raises(PushBackError):
-            await store.store(untouched(), declared=Declared(size_bytes=1), max_bytes=LIMIT)
+            await store.store(untouched(), declared=Declared(), max_bytes=LIMIT)
         assert read == []
+        with pytest.raises(PushBackError):
+            await store.store(body(b"short"), declared=Declared(size_bytes=5), max_bytes=LIMIT)
         go_on.set()
         assert (await holding).length == len(b"first")
         assert (await put(store, b"1")).length == 1
