@@ -21,9 +21,11 @@ EXPECT_CONTINUE_BYTES = 1 << 20
 class Sending(AsyncIterable[bytes]):
     """The body of one ingest over all its attempts; each iteration is an attempt."""
 
-    def __init__(self, body: AsyncIterable[bytes], size_bytes: int | None) -> None:
+    def __init__(self, body: AsyncIterable[bytes], size_bytes: int | None, answer_seconds: float | None = None) -> None:
+        """`answer_seconds` is how long the answer may take once all is sent, where that is more than usual."""
         self._body = body
         self.size_bytes = size_bytes
+        self._answer_seconds = answer_seconds
         self._limit: asyncio.Timeout | None = None
         self._idle_seconds = 0.0
         self.began = False
@@ -76,7 +78,8 @@ class Sending(AsyncIterable[bytes]):
             self.failure = error
             raise
         self.digest = hashed.digest()
-        self._allow(2 * self._idle_seconds)  # for what is still in the buffers, and for the answer
+        # For what is still in the buffers, and for the answer.
+        self._allow(self._idle_seconds + max(self._idle_seconds, self._answer_seconds or 0.0))
 
     def _allow(self, seconds: float | None) -> None:
         if self._limit is not None and not self._limit.expired():

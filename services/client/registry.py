@@ -7,7 +7,9 @@ as the first did.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -18,6 +20,7 @@ from services.bundle import Bundle, Group, NamedFile
 from services.client.bodies import EXPECT_CONTINUE_BYTES, Sending, send_body
 from services.client.bundles import ask_known, name_files, receive_files, send_files
 from services.client.content import ContentStream, verified
+from services.client.resumable import RESUMABLE_BYTES, send_resumably
 from services.client.retries import Notify, RetryPolicy, log_retry
 from services.client.sources import BodySource, source_of
 from services.client.transport import Answer, Transport, read_answer
@@ -33,6 +36,7 @@ from services.errors import (
     IllegalPackageStateError,
     InvalidRequestError,
     RangeNotSatisfiableError,
+    TooLargeError,
 )
 from services.http import headers
 from services.http.models import (
@@ -53,6 +57,7 @@ from services.registry import ByteStream, ManifestFormat, Registry
 from services.views.models import DEFAULT_PAGE, File, Package, PackageFilter, Page, UsageTotal
 
 _OPEN = "created"
+_log = logging.getLogger(__name__)
 
 
 class GatewayRegistry(Registry):
@@ -154,6 +159,14 @@ class GatewayRegistry(Registry):
         _check_header("media_type", media_type)
         command = command_id or uuid4()
         declared = _completed(declared, body)
+        length = declared.size_bytes
+        if length is not None and length >= RESUMABLE_BYTES and isinstance(body, BodySource):
+            try:
+                return await self._ingest_resumably(
+                    package_id, relative_path, media_type, body, length, actor, declared, command
+                )
+            except TooLargeError as error:
+                _log.info("%s: sending %r in one request", error.detail, relative_path)
         fields = {
             **_write_headers(actor, command),
             **_declared_headers(declared),
@@ -175,6 +188,24 @@ class GatewayRegistry(Registry):
         if sending.digest is not None and done.files[0].blake3 != sending.digest:
             raise CorruptError(f"{relative_path!r} arrived as other bytes than were sent; do not finalize {package_id}")
         return self._acknowledged(done)
+
+    async def _ingest_resumably(
+        self,
+        package_id: UUID,
+        relative_path: str,
+        media_type: str,
+        body: BodySource,
+        length: int,
+        actor: str,
+        declared: Declared,
+        command: UUID,
+    ) -> Acknowledgement:
+        """Send a large file in as many requests as it takes; what a run before this one has sent stays sent."""
+        # Its digest is declared, so that bytes of another file that was sent under this command are not gone on with.
+        said = replace(declared, size_bytes=None, blake3=declared.blake3 or await body.blake3())
+        fields = {**_write_headers(actor, command), **_declared_headers(said)}
+        done = await send_resumably(self._transport, package_id, relative_path, media_type, body, length, fields)
+        return self._acknowledged(done.to_acknowledgement())
 
     async def ingest_files(
         self, package_id: UUID, files: Bundle, actor: str, *, command_id: UUID | None = None

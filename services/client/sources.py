@@ -42,6 +42,33 @@ class BodySource(ABC, AsyncIterable[bytes]):
     def __aiter__(self) -> AsyncIterator[bytes]:
         """Read from the beginning."""
 
+    def behind(self, offset: int) -> BodySource:
+        """The body from this offset on."""
+        return _Rest(self, offset)
+
+    async def blake3(self) -> bytes:
+        """The BLAKE3 of the whole (32 raw bytes), for which it is read. Raises as iterating does."""
+        hashed = blake3()
+        async for chunk in self:
+            await asyncio.to_thread(hashed.update, chunk)
+        return hashed.digest()
+
+
+class _Rest(BodySource):
+    """Another source without its first bytes, which are read and dropped."""
+
+    def __init__(self, source: BodySource, offset: int) -> None:
+        self._source = source
+        self._offset = offset
+        self.size_bytes = None if source.size_bytes is None else source.size_bytes - offset
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        left = self._offset
+        async for chunk in self._source:
+            if left < len(chunk):
+                yield chunk[left:]
+            left = max(0, left - len(chunk))
+
 
 class BytesSource(BodySource):
     """A body that lies in memory."""
@@ -78,17 +105,23 @@ class FileSource(BodySource):
     and OSError when it cannot be read.
     """
 
-    def __init__(self, path: Path | str, stamp: FileStamp) -> None:
+    def __init__(self, path: Path | str, stamp: FileStamp, offset: int = 0) -> None:
+        """`offset` is where reading begins."""
         self._path = path
         self._stamp = stamp
-        self.size_bytes = stamp.size_bytes
+        self._offset = offset
+        self.size_bytes = stamp.size_bytes - offset
+
+    def behind(self, offset: int) -> BodySource:
+        return FileSource(self._path, self._stamp, self._offset + offset)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         opened: list[IO[bytes]] = []
         try:
             await to_its_end(lambda: opened.append(self._open()))
             (file,) = opened
-            left = self._stamp.size_bytes
+            left = self.size_bytes
+            await to_its_end(partial(file.seek, self._offset))
             while left:
                 chunk = await to_its_end(partial(file.read, min(left, CHUNK_BYTES)))
                 if not chunk:
@@ -99,13 +132,6 @@ class FileSource(BodySource):
         finally:
             for file in opened:
                 file.close()
-
-    async def blake3(self) -> bytes:
-        """The BLAKE3 of the file as it is now (32 raw bytes). Raises as iterating does."""
-        hashed = blake3()
-        async for chunk in self:
-            await asyncio.to_thread(hashed.update, chunk)
-        return hashed.digest()
 
     async def read_whole(self) -> bytes:
         """The file's bytes at once, for files that fit into memory. Raises as iterating does."""
@@ -173,12 +199,37 @@ class CountedSource(BodySource):
     def digest(self) -> bytes | None:
         return self._source.digest
 
+    async def blake3(self) -> bytes:
+        """As of any source; not counted."""
+        return await self._source.blake3()
+
+    def behind(self, offset: int) -> BodySource:
+        return _CountedRest(self, self._source.behind(offset), offset)
+
+    def count(self, read: int) -> None:
+        """So many bytes from the beginning were read."""
+        self._advance(read - self._read)
+        self._read = read
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return aiter(_CountedRest(self, self._source, 0))
+
+
+class _CountedRest(BodySource):
+    """The rest of a counted source."""
+
+    def __init__(self, counted: CountedSource, source: BodySource, offset: int) -> None:
+        self._counted = counted
+        self._source = source
+        self._offset = offset
+        self.size_bytes = source.size_bytes
+
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        self._advance(-self._read)
-        self._read = 0
+        read = self._offset
+        self._counted.count(read)
         async for chunk in self._source:
-            self._read += len(chunk)
-            self._advance(len(chunk))
+            read += len(chunk)
+            self._counted.count(read)
             yield chunk
 
 

@@ -100,9 +100,14 @@ class Transport:
         json: Any = None,
         data: AsyncIterable[bytes] | bytes | None = None,
         expect100: bool = False,
+        answer_seconds: float | None = None,
     ) -> Answer:
-        """As `call`, once, and with a body in `data` when it is given."""
-        options = {"json": json} if json is not None else {"data": data}
+        """As `call`, once, and with a body in `data` when it is given.
+
+        `answer_seconds` is how long the answer may keep still, where that is more than the policy's `idle_seconds`.
+        """
+        options: dict[str, Any] = {"json": json} if json is not None else {"data": data}
+        options["answer_seconds"] = answer_seconds
         async with self._answer(method, path, query, headers, expect100=expect100, **options) as response:
             try:
                 body = await response.read()
@@ -158,6 +163,7 @@ class Transport:
         headers: Mapping[str, str] | None,
         *,
         endless: bool = False,
+        answer_seconds: float | None = None,
         **options: Any,
     ) -> aiohttp.ClientResponse:
         if self._session is None:
@@ -165,7 +171,7 @@ class Transport:
         timeout = aiohttp.ClientTimeout(
             total=None,
             sock_connect=self.policy.connect_seconds,
-            sock_read=None if endless else self.policy.idle_seconds,
+            sock_read=None if endless else max(self.policy.idle_seconds, answer_seconds or 0.0),
         )
         address = URL(self.url + path + _query_text(query), encoded=True)
         try:
