@@ -60,7 +60,9 @@ class Assignment:
         projection: Projection,
         settled: Callable[[], Awaitable[None]],
     ) -> None:
-        """`settled` is waited for before an assignment begins: it returns when no batch is on its way into the view."""
+        """`settled` is waited for before an assignment begins or ends: it returns when no batch is on its way into the
+        view.
+        """
         self._views = views
         self._log = log
         self._projection = projection
@@ -83,7 +85,7 @@ class Assignment:
         self._identity = await self._log.identity()
         checkpoint = await load_checkpoint(self._views, self._projection, self._identity)
         self._generation = checkpoint.generation
-        self._subscription = await self._log.subscribe(self._projection.name, self._start_offsets)
+        self._subscription = await self._log.subscribe(self._projection.name, self._start_offsets, self._settled)
 
     async def next_work(self, timeout_seconds: float) -> Work | None:
         """Wait until there is something to apply; None when there is nothing within the time.
@@ -102,6 +104,10 @@ class Assignment:
             async with self._of_one_log():
                 batch = await self._joined().poll(self._most(size), 0.0 if ends else timeout_seconds)
             self._check(batch, ends)
+            if gone := ends.keys() - self._joined().assigned:  # for whoever has them now to read
+                records = [record for record in records if record.partition not in gone]
+                for partition in gone:
+                    del starts[partition], ends[partition]
             if self._unclaimed:
                 await self._claim()
             for partition, offset in batch.next_offsets.items():

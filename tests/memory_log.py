@@ -14,7 +14,7 @@ from uuid import UUID, uuid4
 from schemas.codec import decode, encode
 from schemas.events import Event
 from services.errors import CorruptError, InvalidPositionError, UnavailableError
-from services.log.port import Batch, Record, RecordedEvent, StartOffsets
+from services.log.port import Batch, Record, RecordedEvent, Settled, StartOffsets
 from services.log.position import Position
 
 _FIELDS = tuple(Event.__slots__)
@@ -102,7 +102,9 @@ class MemoryLog:
                 records = [record for record in found if record.offset < at[partition]]
                 yield Batch(records, {partition: at[partition]})
 
-    async def subscribe(self, projection: str, start_offsets: StartOffsets) -> MemorySubscription:
+    async def subscribe(
+        self, projection: str, start_offsets: StartOffsets, settled: Settled | None = None
+    ) -> MemorySubscription:
         self._reach()
         joined = MemorySubscription(self, projection, start_offsets)
         self.members.append(joined)

@@ -71,6 +71,9 @@ StartOffsets = Callable[[Sequence[int], Mapping[int, tuple[int, str]]], Awaitabl
 """From the assigned partitions, and what the group has committed for them (offset and metadata; absent: nothing), to
 the offset to begin each at."""
 
+Settled = Callable[[], Awaitable[None]]
+"""Returns when nothing that was read is on its way into the view any more."""
+
 
 class Log(Protocol):
     """Reading the log of record. Only committed events are seen, in order per partition."""
@@ -114,8 +117,14 @@ class Log(Protocol):
             CorruptError (records before a start, or behind it, are gone).
         """
 
-    async def subscribe(self, projection: str, start_offsets: StartOffsets) -> Subscription:
-        """Join the projection's consumer group. Raises UnavailableError."""
+    async def subscribe(
+        self, projection: str, start_offsets: StartOffsets, settled: Settled | None = None
+    ) -> Subscription:
+        """Join the projection's consumer group. Raises UnavailableError.
+
+        `settled` is waited for, within a bound, before partitions go over to another member: it then begins behind what
+        this one has folded, where it would otherwise read the same and be refused.
+        """
 
     async def lag(self, projection: str) -> Mapping[int, int]:
         """Per partition, how many offsets the projection's committed offset is behind the end."""

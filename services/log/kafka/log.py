@@ -19,7 +19,7 @@ from services.log.kafka.reader import Reader
 from services.log.kafka.settings import KafkaSettings
 from services.log.kafka.subscription import KafkaSubscription
 from services.log.kafka.watch import Watch
-from services.log.port import Batch, RecordedEvent, StartOffsets
+from services.log.port import Batch, RecordedEvent, Settled, StartOffsets
 from services.log.position import Position
 
 _BATCH = 500
@@ -110,10 +110,12 @@ class KafkaLog:
             finally:
                 await loop.run_in_executor(thread, scanning.close)
 
-    async def subscribe(self, projection: str, start_offsets: StartOffsets) -> KafkaSubscription:
+    async def subscribe(
+        self, projection: str, start_offsets: StartOffsets, settled: Settled | None = None
+    ) -> KafkaSubscription:
         """See `Log`."""
         await self._look()
-        return await KafkaSubscription(self.kafka, self.cluster, projection, start_offsets).open()
+        return await KafkaSubscription(self.kafka, self.cluster, projection, start_offsets, settled).open()
 
     async def lag(self, projection: str) -> Mapping[int, int]:
         """See `Log`. A partition without a commit lags by all it holds."""

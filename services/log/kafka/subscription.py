@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Self, TypeVar
@@ -15,10 +16,12 @@ from services.log.kafka.cluster import ANSWER_SECONDS, Cluster
 from services.log.kafka.failures import explaining, kafka_error
 from services.log.kafka.reader import positions, records, take_messages
 from services.log.kafka.settings import KafkaSettings
-from services.log.port import Batch, StartOffsets
+from services.log.port import Batch, Settled, StartOffsets
+
+logger = logging.getLogger(__name__)
 
 _START_SECONDS = 30.0
-"""How long the projection may take to say where an assignment begins."""
+"""How long the projection may take to say where an assignment begins, or to fold what it has read before one ends."""
 
 _BOUNDS = {
     "queued.max.messages.kbytes": 4 << 10,
@@ -44,12 +47,20 @@ _T = TypeVar("_T")
 class KafkaSubscription:
     """See `Subscription`. One thread of its own makes every call to the consumer, callbacks included."""
 
-    def __init__(self, kafka: KafkaSettings, cluster: Cluster, projection: str, start_offsets: StartOffsets) -> None:
-        """Must be made on the event loop, which `start_offsets` then runs on."""
+    def __init__(
+        self,
+        kafka: KafkaSettings,
+        cluster: Cluster,
+        projection: str,
+        start_offsets: StartOffsets,
+        settled: Settled | None = None,
+    ) -> None:
+        """Must be made on the event loop, which `start_offsets` and `settled` then run on."""
         self._kafka = kafka
         self._cluster = cluster
         self._group = kafka.projector_group(projection)
         self._start_offsets = start_offsets
+        self._settled = settled
         self._loop = asyncio.get_running_loop()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"log-subscribe-{projection}")
         self._consumer: Consumer | None = None
@@ -87,7 +98,7 @@ class KafkaSubscription:
         self._consumer = make_consumer({**member, **_BOUNDS, **self._kafka.options})
         with explaining("joining the projection's group"):
             self._consumer.subscribe(
-                [self._kafka.topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_revoke
+                [self._kafka.topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
             )
 
     def _leave(self) -> None:
@@ -154,7 +165,16 @@ class KafkaSubscription:
         consumer.incremental_assign([TopicPartition(self._kafka.topic, p, o) for p, o in starts.items()])
         self._reached.update(starts)
 
-    def _on_revoke(self, _: Consumer, partitions: list[TopicPartition]) -> None:
+    def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        """Runs within a poll or while closing; the partitions go over to others when it returns."""
+        self._on_lost(consumer, partitions)
+        if self._settled is not None and partitions:
+            try:
+                asyncio.run_coroutine_threadsafe(self._when_settled(self._settled), self._loop).result(_START_SECONDS)
+            except TimeoutError:  # the view's guard refuses one of the two
+                logger.info("partitions of %s go over while a batch is on its way", self._group)
+
+    def _on_lost(self, _: Consumer, partitions: list[TopicPartition]) -> None:
         for p in partitions:
             self._reached.pop(p.partition, None)
 
@@ -178,6 +198,9 @@ class KafkaSubscription:
                     "the log was truncated, re-created or restored"
                 )
         return {p: starts[p] for p in numbers}
+
+    async def _when_settled(self, settled: Settled) -> None:
+        await settled()
 
     async def _ask(self, partitions: list[int], committed: Mapping[int, tuple[int, str]]) -> Mapping[int, int]:
         return await self._start_offsets(partitions, committed)

@@ -10,7 +10,7 @@ from uuid import UUID
 
 from schemas.events import Event
 from services.errors import ConfigurationError, CorruptError, InvalidPositionError
-from services.log.port import Batch, Record, RecordedEvent, StartOffsets, Subscription
+from services.log.port import Batch, Record, RecordedEvent, Settled, StartOffsets, Subscription
 from services.log.position import Position
 from services.log.sqlite.file import PARTITION, LogFile, create_file
 from services.log.sqlite.readers import Readers
@@ -86,7 +86,9 @@ class SqliteLog:
             at = records[-1].offset + 1
             yield Batch(records, {PARTITION: at})
 
-    async def subscribe(self, projection: str, start_offsets: StartOffsets) -> Subscription:
+    async def subscribe(
+        self, projection: str, start_offsets: StartOffsets, settled: Settled | None = None
+    ) -> Subscription:
         """See `Log`. The one partition belongs to one member at a time, in whichever process; the others wait."""
         if not _NAME.fullmatch(projection):
             raise ConfigurationError(f"{projection!r} is no name of a projection")

@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from struct import Struct
 from uuid import UUID
 
@@ -16,26 +17,21 @@ from services.core.content_address import ContentAddress
 from services.views.bulk import Row, copy_encoded, insert_rows, on_postgresql
 
 # PostgreSQL documentation, COPY, "Binary Format": the number of columns, then each value behind its length.
-_int32 = Struct(">i").pack
-_int64 = Struct(">q").pack
-_LENGTHS = tuple(_int32(length) for length in range(2048))
-_FILE = b"".join(
-    (
-        b"\0\x08" + _LENGTHS[16] + b"%b" + _LENGTHS[16] + b"%b",  # id, package_id
-        b"%b%b%b%b",  # relative_path, media_type
-        _LENGTHS[8] + b"%b" + _LENGTHS[32] + b"%b" + _LENGTHS[32] + b"%b" + _LENGTHS[8] + b"%b",
-        # size_bytes, blake3, sha256, created_at
-    )
-)
-_LOCATION = b"".join(
-    (
-        b"\0\x08" + _LENGTHS[16] + b"%b" + _LENGTHS[16] + b"%b",  # id, artifact_file_id
-        b"%b%b",  # backend_id
-        _LENGTHS[71] + b"blake3:%b",  # content_address
-        b"%b%b",  # key
-        _LENGTHS[8] + b"%b" + _LENGTHS[8] + b"%b" + _LENGTHS[8] + b"%b",  # offset, length, created_at
-    )
-)
+_SHAPES = 1024
+_ADDRESS = b"blake3:"
+_ADDRESS_BYTES = len(_ADDRESS) + 64
+
+
+@lru_cache(_SHAPES)
+def _file_row(path: int, media_type: int) -> Callable[..., bytes]:
+    """Makes a row of `artifact_files` whose texts have these lengths: each column's length and value in their order."""
+    return Struct(f">h i16s i16s i{path}s i{media_type}s iq i32s i32s iq").pack
+
+
+@lru_cache(_SHAPES)
+def _location_row(backend_id: int, key: int) -> Callable[..., bytes]:
+    """As `_file_row`, of `storage_locations`; the content address is in two parts."""
+    return Struct(f">h i16s i16s i{backend_id}s i{len(_ADDRESS)}s64s i{key}s iq iq iq").pack
 
 
 async def insert_files(
@@ -55,43 +51,55 @@ async def insert_files(
 def _encoded_files(found: Iterable[FileFields]) -> Iterator[bytes]:
     known: UUID | None = None
     package = b""
-    for package_id, _, created_at, file_id, path, media_type, size, blake3, sha256, *_ in found:
+    for package_id, _, created_at, file_id, path, media_type, size, blake3, sha256, _, _, _, _, _, _ in found:
         if package_id is not known:
             known, package = package_id, package_id.bytes
-        yield _FILE % (
+        paths, types = len(path), len(media_type)
+        yield _file_row(paths, types)(
+            8,
+            16,
             file_id,
+            16,
             package,
-            _length(path),
+            paths,
             path,
-            _length(media_type),
+            types,
             media_type,
-            _int64(size),
+            8,
+            size,
+            32,
             blake3,
+            32,
             sha256,
-            _int64(created_at),
+            8,
+            created_at,
         )
 
 
 def _encoded_locations(found: Iterable[FileFields]) -> Iterator[bytes]:
-    for fields in found:
-        _, _, _, file_id, _, _, _, blake3, _, location_id, backend_id, key, offset, length, stored_at = fields
-        yield _LOCATION % (
+    for _, _, _, file_id, _, _, _, blake3, _, location_id, backend_id, key, offset, length, stored_at in found:
+        backends, keys = len(backend_id), len(key)
+        address = blake3.hex().encode()
+        yield _location_row(backends, keys)(
+            8,
+            16,
             location_id,
+            16,
             file_id,
-            _length(backend_id),
+            backends,
             backend_id,
-            blake3.hex().encode(),
-            _length(key),
+            _ADDRESS_BYTES,
+            _ADDRESS,
+            address,
+            keys,
             key,
-            _int64(offset),
-            _int64(length),
-            _int64(stored_at),
+            8,
+            offset,
+            8,
+            length,
+            8,
+            stored_at,
         )
-
-
-def _length(text: bytes) -> bytes:
-    size = len(text)
-    return _LENGTHS[size] if size < 2048 else _int32(size)
 
 
 def _file(fields: FileFields) -> Row:
