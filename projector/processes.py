@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from projector.metrics import ListenAddress
 from services.config import Settings
 from services.processes import Command, RestartRule
 from services.processes import run_processes as run_all
@@ -21,14 +22,24 @@ do."""
 
 
 async def run_processes(
-    settings: Settings, names: Sequence[str], processes: int, stop: asyncio.Event, *, max_parked: int | None = None
+    settings: Settings,
+    names: Sequence[str],
+    processes: int,
+    stop: asyncio.Event,
+    *,
+    max_parked: int | None = None,
+    metrics_at: ListenAddress | None = None,
 ) -> int:
     """Run so many projectors of these projections until `stop` is set, then tell them to stop; the exit code.
 
     Blocks until all have ended. The code is 0 when they were told to end and did so, else that of the first which could
-    not go on. Returns early when none is left that can.
+    not go on. Returns early when none is left that can. From `metrics_at` on each has its own metrics.
     """
     limit = [] if max_parked is None else ["--max-parked", str(max_parked)]
-    arguments = [sys.executable, "-m", "services.cli", "projector", "--until-input-ends", *limit, *names]
-    command = Command(arguments, {**os.environ, **settings.environment()})
-    return await run_all([command] * processes, _RULE, stop)
+    arguments = [sys.executable, "-m", "services.cli", "projector", "--until-input-ends", *limit]
+    environment = {**os.environ, **settings.environment()}
+    commands = []
+    for number in range(processes):
+        listen = [] if metrics_at is None else ["--metrics-listen", str(metrics_at.of_process(number))]
+        commands.append(Command([*arguments, *listen, *names], environment))
+    return await run_all(commands, _RULE, stop)

@@ -15,6 +15,7 @@ import random
 from collections.abc import Iterable, Mapping
 
 from projector.assignment import Assignment, Work
+from projector.metrics import ListenAddress, ProjectorMetrics, served
 from services.config import Settings
 from services.errors import ArtifactStoreError, PushBackError, UnavailableError
 from services.log.port import Log
@@ -31,29 +32,39 @@ _LONGEST_PAUSE = 10.0
 
 
 async def run_projectors(
-    settings: Settings, names: Iterable[str], stop: asyncio.Event, *, max_parked: int | None = None
+    settings: Settings,
+    names: Iterable[str],
+    stop: asyncio.Event,
+    *,
+    max_parked: int | None = None,
+    metrics_at: ListenAddress | None = None,
 ) -> dict[str, ArtifactStoreError]:
     """Run several projections (no names: all) until `stop` is set; blocks until they have left their groups.
 
-    `max_parked` is how many packages each may park. Returns those that could not go on, with the reason; each is logged
-    when it happens, and the others go on.
+    `max_parked` is how many packages each may park; Prometheus finds at `metrics_at` what they do. Returns those that
+    could not go on, with the reason; each is logged when it happens, and the others go on.
 
-    Raises InvalidRequestError: there is no projection of that name. ConfigurationError: settings that cannot work.
+    Raises InvalidRequestError: there is no projection of that name. ConfigurationError: settings that cannot work,
+    or an address that cannot be had.
     """
     projections = [projection_named(name) for name in dict.fromkeys(names)] or list(PROJECTIONS.values())
     log, views = open_log(settings), open_views(settings)
     if max_parked is not None:
         views.max_parked = max_parked
     try:
-        runs = [_reported(views, log, projection, stop) for projection in projections]
-        outcomes = zip(projections, await asyncio.gather(*runs), strict=True)
+        metrics = ProjectorMetrics(views, log, [projection.name for projection in projections])
+        runs = [_reported(views, log, projection, stop, metrics) for projection in projections]
+        async with served(metrics, metrics_at):
+            outcomes = zip(projections, await asyncio.gather(*runs), strict=True)
         return {projection.name: error for projection, error in outcomes if error is not None}
     finally:
         await views.close()
         await log.close()
 
 
-async def run_projection(views: Views, log: Log, projection: Projection, stop: asyncio.Event) -> None:
+async def run_projection(
+    views: Views, log: Log, projection: Projection, stop: asyncio.Event, metrics: ProjectorMetrics | None = None
+) -> None:
     """Project until `stop` is set, through failures of log and database; blocks until the group is left.
 
     Raises:
@@ -63,7 +74,7 @@ async def run_projection(views: Views, log: Log, projection: Projection, stop: a
     """
     pause = _FIRST_PAUSE
     while not stop.is_set():
-        run = _Run(views, log, projection)
+        run = _Run(views, log, projection, metrics)
         try:
             await run.work(stop)
         except StaleCheckpointError as error:
@@ -75,14 +86,18 @@ async def run_projection(views: Views, log: Log, projection: Projection, stop: a
             await _wait(stop, pause)
 
 
-async def _reported(views: Views, log: Log, projection: Projection, stop: asyncio.Event) -> ArtifactStoreError | None:
+async def _reported(
+    views: Views, log: Log, projection: Projection, stop: asyncio.Event, metrics: ProjectorMetrics
+) -> ArtifactStoreError | None:
     try:
-        await run_projection(views, log, projection, stop)
+        await run_projection(views, log, projection, stop, metrics)
     except ArtifactStoreError as error:
+        metrics.stopped(projection.name)
         logger.error("%s stops: %s", projection.name, error.detail)
         return error
     except Exception as error:
         # A mistake in one fold must not stop the others; it is shown here and returned.
+        metrics.stopped(projection.name)
         logger.exception("%s stops", projection.name)
         return ArtifactStoreError(f"a mistake in this program ({type(error).__name__}); the log has its traceback")
     return None
@@ -91,10 +106,11 @@ async def _reported(views: Views, log: Log, projection: Projection, stop: asynci
 class _Run:
     """One membership in the group."""
 
-    def __init__(self, views: Views, log: Log, projection: Projection) -> None:
+    def __init__(self, views: Views, log: Log, projection: Projection, metrics: ProjectorMetrics | None) -> None:
         self.progressed = False
         self._views = views
         self._projection = projection
+        self._metrics = metrics
         self._assignment = Assignment(views, log, projection, self._settled)
         self._applying: asyncio.Task[Mapping[int, int]] | None = None
 
@@ -115,6 +131,8 @@ class _Run:
     async def _apply(self, work: Work) -> Mapping[int, int]:
         await apply(self._views, self._projection, work.events, since=work.since, next_offsets=work.next_offsets)
         self.progressed = True
+        if self._metrics is not None:
+            self._metrics.folded(self._projection.name, len(work.events.records))
         return work.next_offsets
 
     async def _finish(self) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ingest_gateway.processes import Member
+    from projector.metrics import ListenAddress
     from services.config import Settings
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -133,6 +134,17 @@ async def _in_processes(settings: Settings, command: str, processes: int) -> int
         return await run_processes(settings, command, processes, listener, stop)
 
 
+def _listen_address(_context: click.Context, _option: click.Parameter, text: str | None) -> ListenAddress | None:
+    from projector.metrics import ListenAddress
+
+    if text is None:
+        return None
+    try:
+        return ListenAddress.parse(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
 @click.command()
 @click.argument("names", metavar="[NAME]...", nargs=-1)
 @click.option(
@@ -144,9 +156,16 @@ async def _in_processes(settings: Settings, command: str, processes: int) -> int
     metavar="N",
     help="Stop when more packages than this would be parked.  [default: 100]",
 )
+@click.option(
+    "--metrics-listen",
+    "metrics_at",
+    metavar="HOST:PORT",
+    callback=_listen_address,
+    help="Serve metrics for Prometheus there; with --processes, each at a port of its own from this one on.",
+)
 @click.option("--until-input-ends", is_flag=True, hidden=True)  # for the processes of `--processes`
 @common_options(shown=("log_url", "views_url"))
-def projector(names: tuple[str, ...], processes: int, max_parked: int | None, until_input_ends: bool) -> None:
+def projector(names: tuple[str, ...], *, processes: int, until_input_ends: bool, **options: Any) -> None:
     """Run the projections of these names (all without one), until SIGTERM or SIGINT."""
     from services.cli.addressing import known_projection
 
@@ -155,14 +174,14 @@ def projector(names: tuple[str, ...], processes: int, max_parked: int | None, un
     begin_to_run()
     settings = invocation().settings()
     if processes > 1:
-        if code := run(_project_in_processes(settings, names, processes, max_parked)):
+        if code := run(_project_in_processes(settings, names, processes, options)):
             raise click.exceptions.Exit(code)
     else:
-        _end(run(_project(settings, names, max_parked, until_input_ends)))
+        _end(run(_project(settings, names, options, until_input_ends)))
 
 
 async def _project(
-    settings: Settings, names: tuple[str, ...], max_parked: int | None, until_input_ends: bool
+    settings: Settings, names: tuple[str, ...], options: Mapping[str, Any], until_input_ends: bool
 ) -> Mapping[str, Exception]:
     from ingest_gateway.server import stopped_by_signals
     from projector import run_projectors
@@ -174,17 +193,17 @@ async def _project(
         if until_input_ends:
             loop = asyncio.get_running_loop()
             when_input_ends(lambda: loop.call_soon_threadsafe(stop.set))
-        return await run_projectors(settings, names, stop, max_parked=max_parked)
+        return await run_projectors(settings, names, stop, **options)
 
 
 async def _project_in_processes(
-    settings: Settings, names: tuple[str, ...], processes: int, max_parked: int | None
+    settings: Settings, names: tuple[str, ...], processes: int, options: Mapping[str, Any]
 ) -> int:
     from ingest_gateway.server import stopped_by_signals
     from projector.processes import run_processes
 
     with stopped_by_signals() as stop:
-        return await run_processes(settings, names, processes, stop, max_parked=max_parked)
+        return await run_processes(settings, names, processes, stop, **options)
 
 
 class _SettingsError(click.ClickException):

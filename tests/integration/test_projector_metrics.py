@@ -1,0 +1,140 @@
+"""A projector's metrics: what it folded, what is left, what is parked and what stopped, in Prometheus' text format."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+import subprocess
+import urllib.request
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from projector.metrics import ListenAddress, ProjectorMetrics, served
+from projector.runner import run_projection
+from services.config import Settings
+from services.errors import ConfigurationError
+from services.views.engine import Views
+from services.views.projections import PROJECTIONS
+from tests.integration.processes import COMMAND, command_environment, output_of
+from tests.integration.projector_stage import covers, eventually
+from tests.memory_log import MemoryLog
+from tests.services.process import becomes_true
+from tests.views_history import History
+
+REGISTRY = PROJECTIONS["registry"]
+ANYWHERE = ListenAddress("127.0.0.1", 0)
+SECONDS = 60.0
+
+
+def look(url: str) -> dict[str, float]:
+    """What the address shows, by name and labels, these in the order of their names."""
+    with urllib.request.urlopen(url, timeout=20) as answer:  # noqa: S310 - a loopback address of our own
+        text = answer.read().decode()
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    return {" ".join((sample.name, *sample.labels.values())): sample.value for sample in samples}
+
+
+def urls(said: str) -> list[str]:
+    """The addresses that a log names."""
+    return re.findall(r"metrics at (http://\S+)", said)
+
+
+async def test_what_was_folded_is_left_and_parked_is_shown(views: Views, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    log, history, stop = MemoryLog(partitions=2), History().fill(packages=6, files=3), asyncio.Event()
+    log.append(*history.events)
+    log.append_raw(1, b"no event", b"no package")
+    metrics = ProjectorMetrics(views, log, ["registry"])
+    async with served(metrics, ANYWHERE):
+        (url,) = urls(caplog.text)
+        before = await asyncio.to_thread(look, url)
+        end = (await log.end()).offsets
+        for partition in (0, 1):
+            assert before[f"artifact_store_projection_lag {partition} registry"] == end[partition]
+        assert before["artifact_store_projection_events_total registry"] == 0
+        running = asyncio.create_task(run_projection(views, log, REGISTRY, stop, metrics))
+        await covers(views, REGISTRY, await log.end())
+
+        async def counted() -> bool:
+            found = await asyncio.to_thread(look, url)
+            return found["artifact_store_projection_events_total registry"] == len(history.events) + 1
+
+        await eventually(counted, "all that was folded is counted")
+        after = await asyncio.to_thread(look, url)
+        stop.set()
+        await running
+    assert {name: value for name, value in after.items() if "events" not in name} == {
+        "artifact_store_projection_running registry": 1,
+        "artifact_store_projection_lag 0 registry": 0,
+        "artifact_store_projection_lag 1 registry": 0,
+        "artifact_store_projection_parked_packages registry": 1,
+    }
+
+
+async def test_what_cannot_be_asked_now_is_left_out_and_what_stopped_is_told(
+    views: Views, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    log = MemoryLog()
+    metrics = ProjectorMetrics(views, log, ["registry", "usage"])
+    metrics.stopped("usage")
+    log.unavailable = True
+    async with served(metrics, ANYWHERE):
+        (url,) = urls(caplog.text)
+        found = await asyncio.to_thread(look, url)
+    assert found == {
+        "artifact_store_projection_events_total registry": 0,
+        "artifact_store_projection_events_total usage": 0,
+        "artifact_store_projection_running registry": 1,
+        "artifact_store_projection_running usage": 0,
+    }
+
+
+async def test_an_address_that_is_taken_is_refused(views: Views, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    metrics = ProjectorMetrics(views, MemoryLog(), ["registry"])
+    async with served(metrics, ANYWHERE):
+        port = int(urls(caplog.text)[0].rpartition(":")[2].removesuffix("/metrics"))
+        with pytest.raises(ConfigurationError, match=f"cannot listen on 127.0.0.1:{port}"):
+            async with served(metrics, ListenAddress("127.0.0.1", port)):
+                pass
+
+
+@pytest.mark.parametrize("text", ["", "9464", ":9464", "h:", "h:x", "h:65536", "h:²"])
+def test_what_is_no_address_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="HOST:PORT"):
+        ListenAddress.parse(text)
+
+
+@pytest.mark.parametrize("text", ["127.0.0.1:9464", "[::1]:0"])
+def test_an_address_is_read_and_written_alike(text: str) -> None:
+    assert str(ListenAddress.parse(text)) == text
+
+
+def test_of_several_processes_each_has_a_port_of_its_own() -> None:
+    assert ListenAddress("h", 9464).of_process(2) == ListenAddress("h", 9466)
+    assert ANYWHERE.of_process(2) == ANYWHERE
+
+
+@pytest.mark.processes
+def test_every_process_of_a_projector_serves_its_own(embedded_settings: Settings, tmp_path: Path) -> None:
+    output_of(embedded_settings, "migrate")
+    said = tmp_path / "said"
+    with (
+        said.open("wb") as log,
+        subprocess.Popen(
+            [*COMMAND, "projector", "usage", "--processes", "2", "--metrics-listen", "127.0.0.1:0"],
+            stdin=subprocess.DEVNULL,
+            stderr=log,
+            env=command_environment(embedded_settings, None, tmp_path),
+        ) as command,
+    ):
+        assert becomes_true(lambda: len(urls(said.read_text())) == 2, SECONDS)
+        for url in urls(said.read_text()):
+            assert look(url)["artifact_store_projection_running usage"] == 1
+        command.send_signal(signal.SIGTERM)
+        assert command.wait(SECONDS) == 0
+    assert "Traceback" not in said.read_text()
