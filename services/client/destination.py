@@ -2,6 +2,9 @@
 
 Folders are opened one segment at a time relative to the one above, without following links, so that nothing that
 changes meanwhile can lead elsewhere (openat(2), O_NOFOLLOW).
+
+A file has another name until it is whole, so that no half of one is ever seen, wherever a process ends. Nothing is
+forced to the disk (fsync(2)): after a power failure a file that was there may be empty.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from uuid import uuid4
 
@@ -21,6 +25,7 @@ from services.errors import ConflictError
 from services.streams import CHUNK_BYTES
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Destination:
@@ -33,6 +38,8 @@ class Destination:
             self._root = os.open(folder.resolve(), _FOLDER)
         except NotADirectoryError:
             raise ConflictError(f"{folder} is no folder") from None
+        self._name = uuid4().hex
+        self._numbers = count()  # asking it for the next one is safe in threads
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -87,7 +94,7 @@ class Destination:
                         if folder >= 0:
                             os.close(folder)
                         last, folder = above, os.dup(found)
-                landing = Landing(folder, name, relative_path)
+                landing = self._landing(folder, name, relative_path)
                 try:
                     landing.write(data)
                     landing.put_into_place(replace=replace)
@@ -103,11 +110,14 @@ class Destination:
         with self._folder(relative_path, create=True) as (folder, name):
             if folder is None:
                 raise ConflictError(f"the folder of {relative_path!r} is gone")
-            landing = Landing(folder, name, relative_path)
+            landing = self._landing(folder, name, relative_path)
             try:
                 yield landing
             finally:
                 landing.discard()
+
+    def _landing(self, folder: int, name: str, relative_path: str) -> Landing:
+        return Landing(folder, name, relative_path, f".artifact-store-{self._name}-{next(self._numbers)}.part")
 
     @contextmanager
     def _folder(self, relative_path: str, *, create: bool) -> Iterator[tuple[int | None, str]]:
@@ -136,40 +146,40 @@ class Destination:
 
 
 class Landing:
-    """One file on its way to its place."""
+    """One file on its way to its place, under another name until it is whole.
 
-    def __init__(self, folder: int, name: str, relative_path: str) -> None:
+    By bare system calls, because a tree may hold a hundred thousand files.
+    """
+
+    __slots__ = ("_file", "_folder", "_name", "_path", "_placed", "_temporary", "size_bytes")
+
+    def __init__(self, folder: int, name: str, relative_path: str, temporary: str) -> None:
         self._folder = folder
         self._name = name
         self._path = relative_path
-        self._temporary = f".artifact-store-{uuid4().hex}.part"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._file = os.fdopen(os.open(self._temporary, flags, 0o666, dir_fd=folder), "wb", buffering=0)
-        self._hashed = blake3()
+        self._temporary = temporary
+        self._file = os.open(temporary, _NEW_FILE, 0o666, dir_fd=folder)
         self._placed = False
         self.size_bytes = 0
 
     def write(self, chunk: bytes) -> None:
-        """Append, and hash on the way."""
-        view = memoryview(chunk)
-        while view:
-            view = view[self._file.write(view) or 0 :]
-        self._hashed.update(chunk)
-        self.size_bytes += len(chunk)
-
-    @property
-    def blake3(self) -> bytes:
-        """The digest of what was written (32 raw bytes)."""
-        return self._hashed.digest()
+        """Append."""
+        written = os.write(self._file, chunk)
+        while written < len(chunk):
+            written += os.write(self._file, memoryview(chunk)[written:])
+        self.size_bytes += written
 
     def put_into_place(self, *, replace: bool) -> None:
         """Give the file its name in one step.
 
         Raises ConflictError: something is there now, or, with `replace`, something that is no regular file.
         """
-        self._file.close()
-        with suppress(FileNotFoundError):
+        self._close()
+        try:
             there = os.stat(self._name, dir_fd=self._folder, follow_symlinks=False)
+        except FileNotFoundError:
+            pass
+        else:
             if not replace or not stat.S_ISREG(there.st_mode):
                 raise ConflictError(f"something took the place of {self._path!r} meanwhile")
         os.rename(self._temporary, self._name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
@@ -177,8 +187,13 @@ class Landing:
 
     def discard(self) -> None:
         """Remove the temporary name, if it is still there."""
-        self._file.close()
+        self._close()
         if self._placed:
             return
         with suppress(FileNotFoundError):
             os.unlink(self._temporary, dir_fd=self._folder)
+
+    def _close(self) -> None:
+        if self._file >= 0:
+            file, self._file = self._file, -1
+            os.close(file)
