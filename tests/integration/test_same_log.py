@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from uuid import UUID
 
@@ -29,8 +29,9 @@ from services.views.digest import digest_view
 from services.views.engine import Views
 from services.views.projections import PROJECTIONS
 from services.views.tables import projection_checkpoints
-from tests.integration.kafka_stage import kafka_settings, open_kafka_log, operate
+from tests.integration.kafka_stage import kafka_settings, open_kafka_log
 from tests.integration.projector_stage import covers, projecting
+from tests.services.kafka import KafkaCluster
 from tests.views_history import History
 
 pytestmark = pytest.mark.services
@@ -93,11 +94,19 @@ async def digests(views: Views) -> dict[str, tuple[ContentAddress, int]]:
     return {name: (digest.digest, digest.rows) for name, digest in found.items()}
 
 
-async def test_a_copied_topic_gives_the_same_digests_over_other_partitions_offsets_and_interleavings(
-    kafka_url: str, postgres_url: str, tmp_path: Path, views: Views
+@pytest.fixture
+def other_cluster(tmp_path: Path) -> Iterator[str]:
+    """The address of a Kafka cluster of the test's own."""
+    with KafkaCluster(tmp_path / "kafka", brokers=1) as cluster:
+        yield cluster.endpoint
+
+
+@pytest.mark.processes
+async def test_a_topic_copied_to_another_cluster_gives_the_same_digests_over_other_partitions_offsets_and_interleavings(
+    kafka_url: str, other_cluster: str, postgres_url: str, tmp_path: Path, views: Views
 ) -> None:
     history, dice = History(3).fill(packages=40, files=6), random.Random(3)
-    there = kafka_settings(f"{kafka_url}-copy", tmp_path, kafka_partitions=5)
+    there = kafka_settings(f"kafka://{other_cluster}/copy", tmp_path, kafka_partitions=5)
     async with open_kafka_log(kafka_settings(kafka_url, tmp_path)) as log, open_kafka_log(there) as copied:
         await asyncio.to_thread(write, log, history.events)
         other = interleaved(history.events, dice)
@@ -117,7 +126,6 @@ async def test_a_copied_topic_gives_the_same_digests_over_other_partitions_offse
         settings = Settings(**{**there.model_dump(), "views_url": postgres_url})
         for name in PROJECTIONS:
             assert (await replay(settings, name)).digest == expected[name][0]
-        await asyncio.to_thread(operate, copied, lambda admin: admin.delete_topics([copied.kafka.topic]))
 
 
 async def test_a_topic_whose_beginning_was_deleted_up_to_the_checkpoint_is_refused(
