@@ -14,7 +14,7 @@ from services.clock import Clock, system_clock
 from services.config import Settings
 from services.core.commands import Acknowledgement, Command
 from services.errors import PushBackError, UnavailableError
-from services.log.port import CommandWriter, Log, PutManifest, Record, RecordedEvent, Subscription
+from services.log.port import CommandWriter, Log, PutManifest, Record, RecordedEvent, Settled, Subscription
 from services.wiring import open_log, open_writer
 
 _T = TypeVar("_T")
@@ -119,9 +119,9 @@ class Projection:
     records: list[Record] = field(default_factory=list)
     asked: list[tuple[Sequence[int], Mapping[int, tuple[int, str]]]] = field(default_factory=list)
 
-    async def subscribe(self) -> Subscription:
+    async def subscribe(self, settled: Settled | None = None) -> Subscription:
         """Join, to go on from what this projection has."""
-        return await self.log.subscribe(self.name, self._start)
+        return await self.log.subscribe(self.name, self._start, settled)
 
     async def catch_up(self, subscription: Subscription) -> None:
         """Poll until the end, as it is now, is reached."""

@@ -28,6 +28,10 @@ VAR = ROOT / "var"
 FOLDER = VAR / "services"
 ENVIRONMENT_FILE = VAR / "services.env"
 _STATE_FILE = FOLDER / "state.json"
+_MEMBERS_AWAITED, _DEFAULT_MS = "group.initial.rebalance.delay.ms", 3_000
+"""How long a broker waits for the other members of a new group: Kafka's default where a durable set is for measuring.
+Tests have no time for it.
+"""
 
 
 def start(*, durable: bool = False) -> bool:
@@ -111,8 +115,9 @@ def _draw(*, durable: bool) -> dict[str, Any]:
 def _servers(state: dict[str, Any]) -> list[Server]:
     kafka, minio, postgres = state["kafka"], state["minio"], state["postgres"]
     home = Path(postgres["home"]) if "home" in postgres else None
+    waiting = {_MEMBERS_AWAITED: _DEFAULT_MS} if postgres["durable"] else None
     servers: list[Server] = [
-        KafkaBroker(FOLDER / "kafka", kafka["port"], kafka["controller_port"]),
+        KafkaBroker(FOLDER / "kafka", kafka["port"], kafka["controller_port"], options=waiting),
         MinioServer(FOLDER / "minio", minio["port"], minio["access_key"], minio["secret_key"]),
         PostgresServer(FOLDER / "postgres", postgres["port"], postgres["password"], home, durable=postgres["durable"]),
     ]

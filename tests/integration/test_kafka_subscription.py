@@ -1,0 +1,41 @@
+"""Hand-overs within a projection's group on Kafka: who has partitions, and from when on."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from tests.contract.log_stage import PATIENCE_SECONDS, Projection
+from tests.integration.kafka_stage import PARTITIONS, kafka_settings, open_kafka_log
+
+pytestmark = pytest.mark.services
+
+
+async def test_partitions_go_over_when_what_was_read_of_them_is_folded(kafka_url: str, tmp_path: Path) -> None:
+    asked, folded = asyncio.Event(), asyncio.Event()
+
+    async def settled() -> None:
+        asked.set()
+        await folded.wait()
+
+    async with open_kafka_log(kafka_settings(kafka_url, tmp_path)) as log:
+        projection = Projection(log)
+        one = await projection.subscribe(settled)
+        await projection.poll_until(one, lambda: len(one.assigned) == PARTITIONS)
+        two = await projection.subscribe()
+        giving = asyncio.create_task(projection.poll_until(one, lambda: len(one.assigned) < PARTITIONS))
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while not asked.is_set():
+                await projection.poll(two)
+        for _ in range(5):  # it would have come by then: the group asks every half second
+            await projection.poll(two)
+            assert two.assigned == frozenset()
+        folded.set()
+        taking = asyncio.create_task(projection.poll_until(two, lambda: len(two.assigned) > 0))
+        await asyncio.gather(giving, taking)
+        assert two.assigned | one.assigned == frozenset(range(PARTITIONS))
+        assert not two.assigned & one.assigned
+        await one.close()
+        await two.close()
