@@ -1,4 +1,7 @@
-"""One blob deleted, one damaged: `verify --bytes` names both, and pushing the same files again heals both."""
+"""One blob deleted, one damaged: `verify --bytes` names both, and pushing the same files again heals both.
+
+For files that lie alone and for files that lie packed, on folders, MinIO and SeaweedFS.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,22 @@ pytestmark = pytest.mark.processes
 
 MIB = 1 << 20
 ABOUT = ("--name", "n", "--producer", "p", "--subject", "s", "--retention-class", "scratch", "--json")
+
+
+@pytest.fixture(
+    params=[
+        "embedded",
+        pytest.param("real", marks=pytest.mark.services),
+        pytest.param("seaweedfs", marks=pytest.mark.services),
+    ]
+)
+def settings(request: pytest.FixtureRequest) -> Settings:
+    """Both sets of parts, and the embedded log and views with their blobs on SeaweedFS."""
+    if request.param != "seaweedfs":
+        found: Settings = request.getfixturevalue(f"{request.param}_settings")
+        return found
+    embedded: Settings = request.getfixturevalue("embedded_settings")
+    return Settings(**{**embedded.model_dump(), **request.getfixturevalue("seaweed_bucket")})
 
 
 @pytest.fixture
@@ -66,6 +85,22 @@ class Objects:
         (key,) = found
         return key
 
+    def keys(self) -> list[str]:
+        """The keys of all content-addressed blobs, the largest first."""
+        if self._folder is None:
+            listed = self._at.sdk().list_objects(self._at.bucket, prefix="blobs/", recursive=True)
+            sizes = {str(item.object_name): item.size or 0 for item in listed}
+        else:
+            paths = (path for path in (self._folder / "blobs").rglob("*") if path.is_file())
+            sizes = {path.relative_to(self._folder).as_posix(): path.stat().st_size for path in paths}
+        return sorted(sizes, key=sizes.__getitem__, reverse=True)
+
+    def read(self, key: str) -> bytes:
+        if self._folder is None:
+            with self._at.sdk().get_object(self._at.bucket, key) as answer:
+                return answer.read()
+        return (self._folder / key).read_bytes()
+
     def delete(self, key: str) -> None:
         if self._folder is None:
             self._at.sdk().remove_object(self._at.bucket, key)
@@ -108,6 +143,37 @@ def test_a_deleted_and_a_damaged_blob_are_named_and_healed_by_the_next_push(
     second = json.loads(output_of(settings, "push", tree, *ABOUT, url=url))
     assert second["package_id"] != first["package_id"]
     assert verified(settings, clean=True)["violations"] == []
+    for package in (first, second):
+        pulled = tmp_path / package["package_id"]
+        output_of(settings, "pull", package["package_id"], pulled, url=url)
+        assert {path.name: path.read_bytes() for path in pulled.iterdir()} == {
+            path.name: path.read_bytes() for path in tree.iterdir()
+        }
+
+
+def test_packs_heal_as_blobs_of_one_file_do(settings: Settings, url: str | None, tmp_path: Path) -> None:
+    tree = tmp_path / "small"
+    tree.mkdir()
+    for number in range(240):
+        (tree / f"{number:03}").write_bytes(random.Random(number).randbytes(50_000))
+    first = json.loads(output_of(settings, "push", tree, *ABOUT, url=url))
+    store = Objects(settings)
+    gone, damaged = store.keys()
+    verified(settings, clean=True)
+    lost = len(store.read(gone)) // 50_000
+    store.delete(gone)
+    data = store.read(damaged)
+    store.overwrite(damaged, bytes(10) + data[10:])  # of one file; the others in the pack are as they were
+
+    report = verified(settings, clean=False)
+    named = [(v["kind"], key) for v in report["violations"] for key in (gone, damaged) if key in v["detail"]]
+    assert sorted(named) == [("blob-damaged", damaged), *[("blob-missing", gone)] * lost]
+    assert report["violation_count"] == lost + 1
+    assert report["set_aside"] == {damaged: f"damaged/{damaged}"}
+
+    second = json.loads(output_of(settings, "push", tree, *ABOUT, url=url))
+    assert verified(settings, clean=True)["violations"] == []
+    assert {gone, damaged} <= set(store.keys())
     for package in (first, second):
         pulled = tmp_path / package["package_id"]
         output_of(settings, "pull", package["package_id"], pulled, url=url)
