@@ -65,12 +65,15 @@ _UPLOAD = _RESOURCE + "/{upload_id}"
 @spoken
 async def describe_uploads(call: Call) -> web.StreamResponse:
     """OPTIONS: what is spoken here."""
+    call.path(PACKAGE_ID)
     return web.Response(status=204, headers=capabilities(call.registry.uploads.longest))
 
 
 @spoken
 async def describe_upload(call: Call) -> web.StreamResponse:
     """OPTIONS of one upload: the same."""
+    call.path(PACKAGE_ID)
+    call.path(UPLOAD_ID)
     return web.Response(status=204, headers=capabilities(call.registry.uploads.longest))
 
 
@@ -246,7 +249,7 @@ ROUTES = (
         "Tell what of tus is spoken",
         (Success(204, "In the headers", headers=_CAPABLE),),
         parameters=(PACKAGE_ID,),
-        problems=(UnsupportedTusVersionError,),
+        problems=(InvalidRequestError, UnsupportedTusVersionError),
         tag="files",
     ),
     Route(
@@ -279,7 +282,7 @@ ROUTES = (
         "Tell what of tus is spoken",
         (Success(204, "In the headers", headers=_CAPABLE),),
         parameters=(PACKAGE_ID, UPLOAD_ID),
-        problems=(UnsupportedTusVersionError,),
+        problems=(InvalidRequestError, UnsupportedTusVersionError),
         tag="files",
     ),
     Route(

@@ -11,3 +11,9 @@ import schemathesis
 def filter_case(_context: schemathesis.HookContext, case: schemathesis.Case[Any]) -> bool:
     """Whether to send this request."""
     return (case.query or {}).get("follow") not in (True, "true")
+
+
+@schemathesis.serializer("application/offset+octet-stream")
+def as_bytes(_context: schemathesis.SerializationContext, value: Any) -> bytes:
+    """A piece of an upload: any bytes will do."""
+    return value if isinstance(value, bytes) else str(value).encode()
