@@ -174,6 +174,25 @@ async def test_a_topic_made_anew_has_another_identity_and_refuses_the_old_positi
     assert len([event async for event in log.read()]) == 1
 
 
+async def test_a_topic_that_is_made_anew_under_a_writer_is_not_written_to(
+    kafka: Settings, log: KafkaLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.log.kafka.writers._IDENTITY_SECONDS", 0.3)
+    async with lone_writer(kafka, log) as writer:
+        await ready(writer)
+        await asyncio.gather(*(writer.submit(create_in(n % 3)) for n in range(30)))
+        await make_anew(log)
+
+        async def noticed() -> bool:
+            return "made anew" in (await writer.ready() or "")
+
+        await until(noticed, 30, "the writer has not noticed that its topic is another one")
+        for partition in range(3):
+            with pytest.raises(LogIdentityError, match="made anew"):
+                await writer.submit(create_in(partition))
+    assert [event async for event in log.read()] == []
+
+
 async def make_anew(log: KafkaLog) -> None:
     """As an operator who deletes the topic and lets `migrate` make it again."""
     gone = [log.kafka.topic]

@@ -251,6 +251,8 @@ class KafkaWriter:
         deadline = loop.time() + (min(SEEK_CHECK_SECONDS, self._submit_seconds) if check else self._submit_seconds)
         with self._under_way:
             while True:
+                if self._foreign is not None:
+                    raise self._foreign
                 trouble = f"partition {partition} has no writer now"
                 try:
                     if partition in self._writers:
