@@ -1,4 +1,4 @@
-"""A gateway's memory does not grow with the uploads that are under way, nor with time."""
+"""A gateway's memory does not grow with the uploads that are under way, nor with time (`SOAK_SECONDS`, ten minutes)."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ LOAD_SECONDS = 1500.0
 SOAK_SECONDS = float(os.environ.get("SOAK_SECONDS", "600"))
 SOAK_CLIENTS = 8
 LARGE_BYTES = 12 * MIB
-FLAT_BYTES = 24 * MIB
-"""What may come on top of the peak of the second quarter: how full the parts of a moment are is a matter of chance."""
+FLAT_BYTES = 16 * MIB
+"""By how much what is held at quiet moments may differ between the second quarter and the last."""
 
 _SAMPLE_SECONDS = 0.05
 
@@ -73,12 +73,13 @@ async def test_64_uploads_of_256_mib_at_a_time_take_less_than_200_mib(gateway: P
 @pytest.mark.timeout(SOAK_SECONDS + 300)
 async def test_memory_is_flat_over_time(gateway: ProductProcess) -> None:
     began = time.monotonic()
-    peaks = [0, 0, 0, 0]  # by quarter
+    idle = resident(gateway)
+    samples: list[list[int]] = [[], [], [], []]  # by quarter
     random_bytes = random.Random(6).randbytes(LARGE_BYTES)
 
     async def watch() -> None:
         while (quarter := int(4 * (time.monotonic() - began) / SOAK_SECONDS)) < 4:
-            peaks[quarter] = max(peaks[quarter], resident(gateway))
+            samples[quarter].append(resident(gateway))
             await asyncio.sleep(_SAMPLE_SECONDS)
 
     async def work(registry: GatewayRegistry, number: int) -> None:
@@ -95,5 +96,9 @@ async def test_memory_is_flat_over_time(gateway: ProductProcess) -> None:
 
     async with GatewayRegistry(gateway.endpoint) as registry:
         await asyncio.gather(watch(), *(work(registry, n) for n in range(SOAK_CLIENTS)))
-    print([f"{peak / MIB:.0f} MiB" for peak in peaks])  # noqa: T201  figures for the docs
-    assert max(peaks[2:]) <= peaks[1] + FLAT_BYTES
+    # How much is in parts at the peaks is a matter of chance; what grows shows when few are under way.
+    floors = [sorted(quarter)[len(quarter) // 10] for quarter in samples]
+    peaks = [max(quarter) for quarter in samples]
+    print(idle // MIB, [floor // MIB for floor in floors], [peak // MIB for peak in peaks], "MiB")  # noqa: T201  as above
+    assert floors[3] <= floors[1] + FLAT_BYTES
+    assert max(peaks) - idle < ALLOWED_BYTES
