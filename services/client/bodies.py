@@ -21,9 +21,20 @@ EXPECT_CONTINUE_BYTES = 1 << 20
 class Sending(AsyncIterable[bytes]):
     """The body of one ingest over all its attempts; each iteration is an attempt."""
 
-    def __init__(self, body: AsyncIterable[bytes], size_bytes: int | None, answer_seconds: float | None = None) -> None:
-        """`answer_seconds` is how long the answer may take once all is sent, where that is more than usual."""
+    def __init__(
+        self,
+        body: AsyncIterable[bytes],
+        size_bytes: int | None,
+        answer_seconds: float | None = None,
+        *,
+        hashed: bool = True,
+    ) -> None:
+        """`answer_seconds` is how long the answer may take once all is sent, where that is more than usual.
+
+        A body whose digest is declared need not be `hashed` again: the other side takes no other bytes for these.
+        """
         self._body = body
+        self._hashed = hashed
         self.size_bytes = size_bytes
         self._answer_seconds = answer_seconds
         self._limit: asyncio.Timeout | None = None
@@ -33,7 +44,7 @@ class Sending(AsyncIterable[bytes]):
         self.failure: Exception | None = None
         """What the body itself raised while it was read."""
         self.digest: bytes | None = None
-        """BLAKE3 of the whole, once an attempt has sent it all."""
+        """BLAKE3 of the whole, once an attempt has sent it all; None where it is not hashed."""
 
     @asynccontextmanager
     async def attempt(self, idle_seconds: float) -> AsyncIterator[None]:
@@ -65,7 +76,8 @@ class Sending(AsyncIterable[bytes]):
                 self.began = True
                 if not chunk:
                     continue
-                hashed.update(chunk)
+                if self._hashed:
+                    hashed.update(chunk)
                 sent += len(chunk)
                 self._check(sent, done=False)
                 self._allow(self._idle_seconds)
@@ -77,7 +89,7 @@ class Sending(AsyncIterable[bytes]):
             # The HTTP library would report this as a lost connection, after which a retry makes no sense.
             self.failure = error
             raise
-        self.digest = hashed.digest()
+        self.digest = hashed.digest() if self._hashed else None
         # For what is still in the buffers, and for the answer.
         self._allow(self._idle_seconds + max(self._idle_seconds, self._answer_seconds or 0.0))
 

@@ -173,7 +173,7 @@ class GatewayRegistry(Registry):
             "Content-Type": media_type,
         }
         expect = declared.size_bytes is None or declared.size_bytes > EXPECT_CONTINUE_BYTES
-        sending = Sending(body, declared.size_bytes)
+        sending = Sending(body, declared.size_bytes, hashed=declared.blake3 is None)
         answer = await send_body(
             self._transport,
             "PUT",
@@ -185,7 +185,8 @@ class GatewayRegistry(Registry):
             command_id=command,
         )
         done = read_answer(FileIngestedAnswer, answer).to_acknowledgement()
-        if sending.digest is not None and done.files[0].blake3 != sending.digest:
+        sent = declared.blake3 or sending.digest
+        if sent is not None and done.files[0].blake3 != sent:
             raise CorruptError(f"{relative_path!r} arrived as other bytes than were sent; do not finalize {package_id}")
         return self._acknowledged(done)
 

@@ -111,12 +111,13 @@ class _Upload:
                 )
 
     async def _add(self) -> None:
-        sending = Sending(self._source.behind(self._offset), self._length - self._offset, self._patience)
+        left = self._length - self._offset
+        sending = Sending(self._source.behind(self._offset), left, self._patience, hashed=False)
         headers = {
             **_TUS,
             names.UPLOAD_OFFSET: str(self._offset),
             "Content-Type": names.CONTENT_TYPE,
-            "Content-Length": str(self._length - self._offset),
+            "Content-Length": str(left),
         }
         try:
             async with sending.attempt(self._transport.policy.idle_seconds):
