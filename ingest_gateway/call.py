@@ -113,8 +113,10 @@ class Call:
         while True:
             began = clock()
             try:
-                async with asyncio.timeout(seconds - waited):
-                    chunk = await content.readany()
+                chunk = content.read_nowait()
+                if not chunk and not content.at_eof():  # a timer is for what is waited for, not for what is there
+                    async with asyncio.timeout(seconds - waited):
+                        chunk = await content.readany()
             except TimeoutError:
                 if got >= least:
                     waited, got = 0.0, 0
