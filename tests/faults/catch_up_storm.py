@@ -13,6 +13,7 @@ import random
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
@@ -38,6 +39,9 @@ from tests.views_history import History
 REGISTRY = PROJECTIONS["registry"]
 QUICK = {"session.timeout.ms": 1_500, "heartbeat.interval.ms": 300}
 """A process that is gone is noticed soon."""
+
+_PATIENCE_SECONDS = 180.0
+"""How long anything may take: on a busy machine a process needs half a minute to start."""
 
 _PER_TRANSACTION = 200
 _FILES = 25
@@ -127,11 +131,12 @@ class CatchUp:
         await asyncio.to_thread(self._projector.start)
         try:
             for moment in moments:
-                await eventually(lambda at=moment: self._beyond(end, at), f"the fold comes to {moment:.0%}")  # type: ignore[misc] # bound at once
+                come_so_far = partial(self._beyond, end, moment)
+                await eventually(come_so_far, f"the fold comes to {moment:.0%}", _PATIENCE_SECONDS)
                 await asyncio.to_thread(self._disturb)
-            for projection in PROJECTIONS.values():
-                await eventually(lambda which=projection.name: self._covers(which, end), f"{projection.name} ends")  # type: ignore[misc] # as above
-            await eventually(lambda: _shown(log), "no lag is left in Kafka's own tools")
+            for name in PROJECTIONS:
+                await eventually(partial(self._covers, name, end), f"{name} ends", _PATIENCE_SECONDS)
+            await eventually(lambda: _shown(log), "no lag is left in Kafka's own tools", _PATIENCE_SECONDS)
         finally:
             await asyncio.to_thread(self._projector.stop)
         found = await digests(self._views)
@@ -170,7 +175,9 @@ class CatchUp:
         """The processes end by themselves then."""
         children = psutil.Process(self._projector.pid).children()
         os.kill(self._projector.pid, signal.SIGKILL)
-        assert becomes_true(lambda: not any(child.is_running() for child in children), 30.0), "processes outlive theirs"
+        assert becomes_true(lambda: not any(child.is_running() for child in children), _PATIENCE_SECONDS), (
+            "they outlive it"
+        )
         self._projector.kill()
         self._projector.start()
 
@@ -178,7 +185,8 @@ class CatchUp:
         """One more member comes and goes."""
         with self._process("projector") as another:
             log = another.log
-            assert becomes_true(lambda: "assigned partitions" in log.read_text(encoding="utf-8"), 30.0), "no share"
+            shared = becomes_true(lambda: "assigned partitions" in log.read_text(encoding="utf-8"), _PATIENCE_SECONDS)
+            assert shared, "no share"
 
     def _restart_the_database(self) -> None:
         self._server.restart()
