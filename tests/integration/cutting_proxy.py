@@ -30,11 +30,13 @@ class CuttingProxy:
     """Bytes that went towards the gateway."""
     _running: set[asyncio.Task[None]] = field(default_factory=set)
 
-    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection of a client."""
-        task = asyncio.current_task()
-        assert task is not None
+    def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve one connection of a client, which `end` knows of from the beginning."""
+        task = asyncio.ensure_future(self._serve(reader, writer))
         self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         sides = [writer]
         passing: list[asyncio.Task[None]] = []
         try:
@@ -51,7 +53,6 @@ class CuttingProxy:
                 side.transport.abort()
                 with suppress(OSError):
                     await side.wait_closed()
-            self._running.discard(task)
 
     async def _forward(self, reader: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
         left = self.budget()
