@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
 from uuid import UUID
 
 import pytest
@@ -77,7 +78,7 @@ def test_no_package_repeats_and_none_that_was_there_goes_missing(views_url: str,
             gone: set[UUID] = set()
             seen: list[tuple[int, UUID]] = []
             page = await Queries(views).packages(where, limit=limit)
-            for step in [*steps, *[Step((), ())] * len(first) * 2]:
+            for step in chain(steps, repeat(Step((), ()))):
                 seen += [(package.created_at, package.package_id) for package in page.items]
                 if page.next is None:
                     break
