@@ -25,7 +25,7 @@ async def test_partitions_go_over_when_what_was_read_of_them_is_folded(kafka_url
         one = await projection.subscribe(settled)
         await projection.poll_until(one, lambda: len(one.assigned) == PARTITIONS)
         two = await projection.subscribe()
-        giving = asyncio.create_task(projection.poll_until(one, lambda: len(one.assigned) < PARTITIONS))
+        giving = asyncio.create_task(projection.poll_until(one, lambda: len(two.assigned) > 0))
         async with asyncio.timeout(PATIENCE_SECONDS):
             while not asked.is_set():
                 await projection.poll(two)
