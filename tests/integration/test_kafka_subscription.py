@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -22,20 +23,22 @@ async def test_partitions_go_over_when_what_was_read_of_them_is_folded(kafka_url
 
     async with open_kafka_log(kafka_settings(kafka_url, tmp_path)) as log:
         projection = Projection(log)
-        one = await projection.subscribe(settled)
-        await projection.poll_until(one, lambda: len(one.assigned) == PARTITIONS)
-        two = await projection.subscribe()
-        giving = asyncio.create_task(projection.poll_until(one, lambda: len(two.assigned) > 0))
-        async with asyncio.timeout(PATIENCE_SECONDS):
-            while not asked.is_set():
+        async with AsyncExitStack() as joined:
+            one = await projection.subscribe(settled)
+            joined.push_async_callback(one.close)
+            joined.callback(folded.set)
+            await projection.poll_until(one, lambda: len(one.assigned) == PARTITIONS)
+            two = await projection.subscribe()
+            joined.push_async_callback(two.close)
+            giving = asyncio.create_task(projection.poll_until(one, lambda: len(two.assigned) > 0))
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                while not asked.is_set():
+                    await projection.poll(two)
+            for _ in range(5):  # it would have come by then: the group asks every half second
                 await projection.poll(two)
-        for _ in range(5):  # it would have come by then: the group asks every half second
-            await projection.poll(two)
-            assert two.assigned == frozenset()
-        folded.set()
-        taking = asyncio.create_task(projection.poll_until(two, lambda: len(two.assigned) > 0))
-        await asyncio.gather(giving, taking)
-        assert two.assigned | one.assigned == frozenset(range(PARTITIONS))
-        assert not two.assigned & one.assigned
-        await one.close()
-        await two.close()
+                assert two.assigned == frozenset()
+            folded.set()
+            taking = asyncio.create_task(projection.poll_until(two, lambda: len(two.assigned) > 0))
+            await asyncio.gather(giving, taking)
+            assert two.assigned | one.assigned == frozenset(range(PARTITIONS))
+            assert not two.assigned & one.assigned
