@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -21,6 +20,13 @@ from xml.etree import ElementTree
 import aiohttp
 import urllib3
 from minio import Minio
+from tenacity import (
+    AsyncRetrying,
+    retry_if_exception_type,
+    stop_after_attempt,
+    stop_after_delay,
+    wait_exponential_jitter,
+)
 from yarl import URL
 
 from services.blobs.memory import PartBuffer
@@ -32,8 +38,6 @@ ANSWER_SECONDS = 30.0
 SLOWEST_BYTES_PER_SECOND = 256 * 1024  # a transfer below this rate is given up
 _SIGNED_FOR = timedelta(minutes=15)  # S3 allows clocks to differ by as much
 _SLICE = 256 * 1024
-_FIRST_PAUSE_SECONDS = 0.1
-_LONGEST_PAUSE_SECONDS = 2.0
 _PASSING_CODES = {"SlowDown", "RequestTimeout", "InternalError", "OperationAborted", "ServiceUnavailable"}
 _FULL_CODES = {"XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "QuotaExceeded"}  # MinIO, MinIO, Ceph (a 403)
 _FULL_RETRY_SECONDS = 10.0  # nobody makes room within the second
@@ -172,20 +176,29 @@ class S3Requests:
     ) -> _T:
         """Run an idempotent act again, after a short pause, while it ends in StoreTroubleError before `seconds`.
 
-        A loop rather than a library's: hardly any request is sent twice, and every one pays for being prepared to.
+        Retrying is prepared once it is needed: it costs as much as a small request, and hardly any is sent twice.
         """
         clock = asyncio.get_running_loop().time
-        last, end, pause = attempts or self._attempts, clock() + seconds, _FIRST_PAUSE_SECONDS
-        attempt = 1
-        while True:
-            try:
-                return await act()
-            except StoreTroubleError:
-                if attempt >= last or clock() >= end:
-                    raise
-            await asyncio.sleep(pause + random.uniform(0, _FIRST_PAUSE_SECONDS))
-            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
-            attempt += 1
+        began = clock()
+        try:
+            return await act()
+        except StoreTroubleError as error:
+            failed: StoreTroubleError | None = error
+
+        async def again() -> _T:
+            nonlocal failed
+            if failed is not None:  # the first attempt was made already
+                first, failed = failed, None
+                raise first
+            return await act()
+
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(StoreTroubleError),
+            stop=stop_after_attempt(attempts or self._attempts) | stop_after_delay(seconds - (clock() - began)),
+            wait=wait_exponential_jitter(multiplier=0.1, max=2.0, jitter=0.1),
+            reraise=True,
+        )
+        return await retrying(again)
 
     @asynccontextmanager
     async def get(self, key: str, first: int, last: int) -> AsyncIterator[aiohttp.ClientResponse]:
