@@ -114,11 +114,7 @@ class ProjectorMetrics(Collector):
 
     async def _ask(self) -> tuple[Mapping[str, Mapping[int, int]], Mapping[str, int]]:
         end = await self._log.end()
-        lags: dict[str, dict[int, int]] = {}
-        for name in self._events:
-            position = await self._queries.checkpoint(name)
-            reached = {} if position is None or position.log != end.log else position.offsets
-            lags[name] = {p: max(0, offset - reached.get(p, 0)) for p, offset in sorted(end.offsets.items())}
+        lags = {name: end.left_behind(await self._queries.checkpoint(name)) for name in self._events}
         return lags, {name: len(await list_marks(self._views, name)) for name in self._events}
 
 

@@ -21,13 +21,12 @@ from services.blobs.memory import PartBuffer, Share
 from services.blobs.pace import Pace
 from services.blobs.port import BlobStore, Part
 from services.blobs.upload_states import UploadState, UploadStates, tail_key
-from services.errors import ChecksumMismatchError, InvalidRequestError, PushBackError, TooLargeError
+from services.errors import ChecksumMismatchError, InvalidRequestError, TooLargeError
 
 RENEW_SECONDS = 3.0
 """How often a request that gets bytes says so; far below the time after which it is taken for dead."""
 
 _RESERVED = 4  # part numbers at a time: so many parts at most are sent again after a crash
-_TURN_SECONDS = 30.0
 _RETRY_SECONDS = 5.0
 
 
@@ -100,7 +99,8 @@ class Appending:
         Also when it raises, what came is stored, unless there is a checksum or the body was too long.
         """
         with self._parts.memory.share() as share:
-            await self._await_turn(share)
+            first = min(self._state.part_bytes, self._state.length - self._state.held)
+            await share.take_in_turn(first, others="uploads under way", nothing="taken", retry_after=_RETRY_SECONDS)
             self._state = await self._states.replace(self._state, **self._claim())
             try:
                 try:
@@ -214,15 +214,6 @@ class Appending:
             async for chunk in self._blobs.read(state.tail, 0, state.tail_bytes):
                 self._buffer.append(chunk)
                 self._room -= len(chunk)
-
-    async def _await_turn(self, share: Share) -> None:
-        try:
-            async with asyncio.timeout(_TURN_SECONDS):
-                await share.take(min(self._state.part_bytes, self._state.length - self._state.held))
-        except TimeoutError:
-            raise PushBackError(
-                f"uploads under way held all memory for {_TURN_SECONDS:g} s; nothing was taken", _RETRY_SECONDS
-            ) from None
 
     def _verify(self) -> None:
         if self._checksum is not None and self._hash is not None and self._hash.digest() != self._checksum.digest:

@@ -13,19 +13,18 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
-from services.blobs.memory import ByteBudget
+from services.blobs.memory import TURN_SECONDS, ByteBudget
 from services.blobs.named import find_named
 from services.blobs.pace import LOOK_SECONDS, Pace
 from services.blobs.packs import PACK_BYTES, Packing, Placed
 from services.blobs.port import BlobStore, content_key
 from services.blobs.sound import SoundReads
 from services.bundle import SMALL_FILE_BYTES, Bundle, Group, NamedFile, SmallFile, StreamedFile
-from services.errors import CorruptError, PushBackError
+from services.errors import CorruptError
 from services.streams import joined
 from services.views.models import PlacedFile
 
 _BUNDLES_AT_ONCE = 12
-_TURN_SECONDS = 30.0
 _RETRY_SECONDS = 2.0
 _GROUP_BYTES = 1 << 20
 _ASKED_AT_ONCE = 32
@@ -40,7 +39,7 @@ class BundleStore:
         blobs: BlobStore,
         *,
         at_once: int = _BUNDLES_AT_ONCE,
-        turn_seconds: float = _TURN_SECONDS,
+        turn_seconds: float = TURN_SECONDS,
         look_seconds: float = LOOK_SECONDS,
     ) -> None:
         """`at_once` bundles at a time are stored or read; another one waits for `turn_seconds`.
@@ -90,13 +89,13 @@ class BundleStore:
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
         with self._memory.share() as share:
-            try:
-                async with asyncio.timeout(self._turn_seconds):
-                    await share.take(PACK_BYTES)
-            except TimeoutError:
-                raise PushBackError(
-                    f"other bundles held all memory for {self._turn_seconds:g} s; nothing was read", _RETRY_SECONDS
-                ) from None
+            await share.take_in_turn(
+                PACK_BYTES,
+                others="other bundles",
+                nothing="read",
+                retry_after=_RETRY_SECONDS,
+                seconds=self._turn_seconds,
+            )
             yield
 
 

@@ -8,6 +8,11 @@ from collections import deque
 from types import TracebackType
 from typing import Self
 
+from services.errors import PushBackError
+
+TURN_SECONDS = 30.0
+"""How long an upload waits for its first memory."""
+
 SMALL_BYTES = 256 * 1024
 """An upload that needs no more than this may take it from what a budget keeps for small ones."""
 
@@ -165,6 +170,21 @@ class Share:
             return
         await self._budget.take(amount)
         self._held += amount
+
+    async def take_in_turn(
+        self, amount: int, *, others: str, nothing: str, retry_after: float, seconds: float = TURN_SECONDS
+    ) -> None:
+        """Wait for the first bytes, but not for ever: others may hold all memory and send a byte a minute.
+
+        Raises PushBackError, which says that `others` held it, and what was done with none of the body: `nothing`.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                await self.take(amount)
+        except TimeoutError:
+            raise PushBackError(
+                f"{others} held all memory for {seconds:g} s; nothing was {nothing}", retry_after
+            ) from None
 
     def give(self, amount: int) -> None:
         """Give back `amount` of what is held; nothing once the context ended, which gave all back."""

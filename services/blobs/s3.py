@@ -23,7 +23,7 @@ from minio.error import MinioException, S3Error
 
 from services.blobs.cleanup import Cleanups
 from services.blobs.intake import PIECE_BYTES, Digests, Intake
-from services.blobs.memory import ByteBudget, PartBuffer, Share
+from services.blobs.memory import TURN_SECONDS, ByteBudget, PartBuffer, Share
 from services.blobs.pace import LOOK_SECONDS, Pace
 from services.blobs.parts import MAX_PARTS, MIB, PartPlan
 from services.blobs.port import (
@@ -50,10 +50,9 @@ from services.blobs.s3_requests import (
     patience,
 )
 from services.blobs.upload_states import sweep_states
-from services.errors import ConfigurationError, CorruptError, PushBackError, UnavailableError
+from services.errors import ConfigurationError, CorruptError, UnavailableError
 
 PROBE_KEY = "health/write-probe"
-TURN_SECONDS = 30.0
 _RETRY_SECONDS = 5.0
 _SMALL_BYTES = 64 * 1024
 """A body that is no longer is read before it takes memory of the budget: its connection may hold as much already."""
@@ -286,14 +285,13 @@ class S3BlobStore:
         await self._requests.close()
 
     async def _await_turn(self, share: Share, amount: int) -> None:
-        """Wait for an upload's first memory, but not for ever: others may hold all of it and send a byte a minute."""
-        try:
-            async with asyncio.timeout(self._turn_seconds):
-                await share.take(amount)
-        except TimeoutError:
-            raise PushBackError(
-                f"uploads under way held all memory for {self._turn_seconds:g} s; nothing was stored", _RETRY_SECONDS
-            ) from None
+        await share.take_in_turn(
+            amount,
+            others="uploads under way",
+            nothing="stored",
+            retry_after=_RETRY_SECONDS,
+            seconds=self._turn_seconds,
+        )
 
     async def _store_small(self, intake: Intake, size: int) -> StoredBlob:
         """Store a body that is read at once. It holds memory while it is sent, never while its client is slow."""

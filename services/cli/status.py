@@ -59,7 +59,7 @@ async def _status() -> dict[str, Any]:
                 {
                     "projection": name,
                     "position": None if position is None else str(position),
-                    "behind": _behind(position, end),
+                    "behind": sum(end.left_behind(position).values()),
                     # Who reads a file commits nothing: what a view stands on is its checkpoint.
                     "committed_behind": None if embedded else sum((await log.lag(name)).values()),
                     "parked": len(await list_marks(views, name)),
@@ -83,10 +83,5 @@ async def _building(views: Views, projection: Projection, end: Position) -> dict
         build = await read_build(connection, projection)
     if build is None:
         return None
-    return {"builder": build.builder, "position": str(build.position), "behind": _behind(build.position, end)}
-
-
-def _behind(position: Position | None, end: Position) -> int:
-    """How many offsets lie between; all of them where nothing of this log was folded."""
-    reached = {} if position is None or position.log != end.log else position.offsets
-    return sum(max(0, offset - reached.get(p, 0)) for p, offset in end.offsets.items())
+    behind = sum(end.left_behind(build.position).values())
+    return {"builder": build.builder, "position": str(build.position), "behind": behind}

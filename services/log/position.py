@@ -52,6 +52,11 @@ class Position:
         """Whether this is at or beyond `other` in every partition."""
         return all(self.offsets.get(p, 0) >= offset for p, offset in other.offsets.items())
 
+    def left_behind(self, reached: Position | None) -> dict[int, int]:
+        """Per partition, how many offsets lie between `reached` and this; all where nothing of this log was reached."""
+        offsets = {} if reached is None or reached.log != self.log else reached.offsets
+        return {p: max(0, offset - offsets.get(p, 0)) for p, offset in sorted(self.offsets.items())}
+
     def require(self, log: UUID) -> None:
         """Raise LogIdentityError unless the position is of this log."""
         if self.log != log:

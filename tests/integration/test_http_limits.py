@@ -11,7 +11,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from ingest_gateway import connections
-from services.blobs.s3 import TURN_SECONDS
+from services.blobs.memory import TURN_SECONDS
 from services.client import GatewayRegistry
 from services.config import Settings
 from tests.integration.conditions import until
