@@ -12,7 +12,7 @@ from ingest_gateway.call import Call
 from ingest_gateway.codings import CODINGS, decoded
 from ingest_gateway.negotiation import not_modified
 from ingest_gateway.operations import BINARY, Body, Route, Success
-from ingest_gateway.packages import ANYONE, WRITING
+from ingest_gateway.packages import ANYONE, INGESTING, WRITING
 from ingest_gateway.parameters import (
     ACTOR,
     AFTER,
@@ -31,15 +31,11 @@ from ingest_gateway.problems import (
 )
 from services.bundle import MAX_BUNDLE_FILES, SMALL_FILE_BYTES
 from services.errors import (
-    CommandReusedError,
-    ContentMismatchError,
-    DuplicateRelativePathError,
     IllegalPackageStateError,
     InvalidArchiveError,
     InvalidPathError,
     InvalidRequestError,
     PackageNotFoundError,
-    TooLargeError,
     UnavailableError,
     UnknownContentError,
     WaitTimeoutError,
@@ -139,16 +135,9 @@ ROUTES = (
             "type). Or files by name, whose bytes are stored already.",
         ),
         problems=(
-            InvalidRequestError,
-            InvalidPathError,
-            PackageNotFoundError,
-            IllegalPackageStateError,
-            DuplicateRelativePathError,
+            *INGESTING,
             InvalidArchiveError,
-            ContentMismatchError,
             UnknownContentError,
-            CommandReusedError,
-            TooLargeError,
             IncompleteBodyError,
             BodyTimeoutError,
             UnsupportedMediaTypeError,

@@ -7,7 +7,7 @@ from aiohttp import web
 from ingest_gateway.answers import JSON, LOCATION, TEXT, json_answer
 from ingest_gateway.call import Call
 from ingest_gateway.operations import BINARY, Body, Route, Success
-from ingest_gateway.packages import ANYONE, WRITING, link_to_next
+from ingest_gateway.packages import ANYONE, INGESTING, WRITING, link_to_next
 from ingest_gateway.parameters import (
     ACTOR,
     CONTENT_ADDRESS,
@@ -25,11 +25,7 @@ from ingest_gateway.problems import BodyTimeoutError, IncompleteBodyError, Unsup
 from services.core.fields import check_text
 from services.core.paths import check_path
 from services.errors import (
-    CommandReusedError,
-    ContentMismatchError,
-    DuplicateRelativePathError,
     FileNotFoundInRegistryError,
-    IllegalPackageStateError,
     InvalidPathError,
     InvalidRequestError,
     PackageNotFoundError,
@@ -112,14 +108,7 @@ ROUTES = (
             description="The bytes. `Content-Type` becomes the file's media type (absent: application/octet-stream).",
         ),
         problems=(
-            InvalidRequestError,
-            InvalidPathError,
-            PackageNotFoundError,
-            IllegalPackageStateError,
-            DuplicateRelativePathError,
-            ContentMismatchError,
-            CommandReusedError,
-            TooLargeError,
+            *INGESTING,
             IncompleteBodyError,
             BodyTimeoutError,
             UnsupportedMediaTypeError,

@@ -6,7 +6,6 @@ One per process, on loopback by default. Elsewhere a secret guards it, which eve
 from __future__ import annotations
 
 import hmac
-import ipaddress
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol, Self
@@ -16,6 +15,7 @@ from aiohttp import web
 from pydantic import SecretStr
 
 from ingest_gateway.forwarding import CHECKS_PATH, COMMANDS_PATH, CONTENT_TYPE, STATUS_PATH, encode_status
+from services.addresses import ListenAddress
 from services.config import Settings
 from services.core.commands import Acknowledgement, Command
 from services.core.wire import decode_check, decode_command, encode_acknowledgement, encode_error
@@ -62,19 +62,22 @@ class InternalListener:
 
         Raises ConfigurationError: the address cannot be had, is no address that others reach, or has no secret.
         """
-        host, port = _address(settings.internal_listen)
-        if settings.internal_secret is None and not _is_loopback(host):
+        try:
+            address = ListenAddress.parse(settings.internal_listen)
+        except ValueError:
+            raise ConfigurationError("ARTIFACT_STORE_INTERNAL_LISTEN must be HOST:PORT, as 127.0.0.1:0") from None
+        if settings.internal_secret is None and not address.is_loopback:
             raise ConfigurationError(
                 "ARTIFACT_STORE_INTERNAL_LISTEN names an interface that others reach: "
                 "set ARTIFACT_STORE_INTERNAL_SECRET"
             )
-        if settings.internal_url is None and host in _EVERYWHERE:
+        if settings.internal_url is None and address.host in _EVERYWHERE:
             raise ConfigurationError(
                 "ARTIFACT_STORE_INTERNAL_LISTEN is every interface: say in ARTIFACT_STORE_INTERNAL_URL which address "
                 "other gateways reach this one by"
             )
         listener = cls(settings.internal_secret)
-        await listener._bind(host, port)
+        await listener._bind(address)
         if settings.internal_url is not None:
             listener.url = settings.internal_url.rstrip("/")
         return listener
@@ -88,7 +91,7 @@ class InternalListener:
         if self._runner is not None:
             await self._runner.cleanup()
 
-    async def _bind(self, host: str, port: int) -> None:
+    async def _bind(self, address: ListenAddress) -> None:
         app = web.Application(client_max_size=MAX_BODY_BYTES)
         app.router.add_post(COMMANDS_PATH, self._command)
         app.router.add_post(CHECKS_PATH, self._check)
@@ -96,14 +99,13 @@ class InternalListener:
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=_DRAIN_SECONDS)
         await self._runner.setup()
         try:
-            await web.TCPSite(self._runner, host, port).start()
+            await web.TCPSite(self._runner, address.host, address.port).start()
         except OSError as error:
             await self._runner.cleanup()
             raise ConfigurationError(
                 f"the internal listener cannot have its address ({error.strerror}); set ARTIFACT_STORE_INTERNAL_LISTEN"
             ) from error
-        bound = self._runner.addresses[0]
-        self.url = f"http://{f'[{bound[0]}]' if ':' in bound[0] else bound[0]}:{bound[1]}"
+        self.url = f"http://{ListenAddress(*self._runner.addresses[0][:2])}"
 
     async def _command(self, request: web.Request) -> web.Response:
         async def carry_out(here: Here, body: bytes) -> bytes:
@@ -156,18 +158,3 @@ class InternalListener:
         except ArtifactStoreError as error:
             return web.Response(status=error.status, body=encode_error(error), content_type=CONTENT_TYPE)
         return web.Response(body=answer, content_type=CONTENT_TYPE)
-
-
-def _address(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not host or not port.isascii() or not port.isdigit() or int(port) > 65_535:
-        raise ConfigurationError("ARTIFACT_STORE_INTERNAL_LISTEN must be HOST:PORT, as 127.0.0.1:0")
-    return host, int(port)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

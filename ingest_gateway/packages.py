@@ -23,7 +23,10 @@ from ingest_gateway.parameters import (
 from ingest_gateway.problems import UnsupportedMediaTypeError
 from services.errors import (
     CommandReusedError,
+    ContentMismatchError,
+    DuplicateRelativePathError,
     IllegalPackageStateError,
+    InvalidPathError,
     InvalidRequestError,
     PackageNotFoundError,
     PackageParkedError,
@@ -98,6 +101,17 @@ def link_to_next(call: Call, cursor: str | None) -> dict[str, str]:
 
 
 WRITING = (PushBackError, UnavailableError)
+INGESTING = (
+    InvalidRequestError,
+    InvalidPathError,
+    PackageNotFoundError,
+    IllegalPackageStateError,
+    DuplicateRelativePathError,
+    ContentMismatchError,
+    CommandReusedError,
+    TooLargeError,
+)
+"""What a file may be refused for, in whatever way its bytes come."""
 """Problems that every write may meet."""
 
 ROUTES = (

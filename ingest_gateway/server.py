@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import signal
 import socket
@@ -22,6 +21,7 @@ from ingest_gateway.metrics import Metrics
 from ingest_gateway.processes import Member
 from ingest_gateway.siblings import Siblings
 from ingest_gateway.sweeping import swept_regularly
+from services.addresses import ListenAddress
 from services.config import Settings
 from services.errors import ConfigurationError
 from services.registry import Registry
@@ -79,9 +79,15 @@ async def serve(
     """
     settings = opened.settings
     checks = Checks(opened.log.check, opened.blobs.check, opened.writer.ready, opened.views.check)
-    host, port = listen_address(settings)
+    address = listen_address(settings)
     async with listening(
-        opened.registry, checks, Bounds.of(settings), host, port, metrics=Metrics(opened.metrics), member=member
+        opened.registry,
+        checks,
+        Bounds.of(settings),
+        address.host,
+        address.port,
+        metrics=Metrics(opened.metrics),
+        member=member,
     ) as url:
         print(f"listening on {url}", file=sys.stderr, flush=True)  # noqa: T201 - the line that people wait for
         if ready is not None:
@@ -119,8 +125,7 @@ async def listening(
     try:
         async with siblings.telling() if siblings is not None else nullcontext():
             site = await _site(runner, host, port) if member is None else await _shared_site(runner, member)
-            bound = runner.addresses[0]
-            yield f"http://{f'[{bound[0]}]' if ':' in bound[0] else bound[0]}:{bound[1]}"
+            yield f"http://{ListenAddress(*runner.addresses[0][:2])}"
             await site.stop()
             await app.gateway.drain(drain_seconds)
     finally:
@@ -147,12 +152,12 @@ async def _shared_site(runner: web.ServerRunner, member: Member) -> web.BaseSite
 
 def bound_socket(settings: Settings) -> socket.socket:
     """A listening socket at `settings.listen`, for several processes. Raises ConfigurationError."""
-    host, port = listen_address(settings)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    address = listen_address(settings)
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        return socket.create_server((address.host, address.port), family=family, backlog=_BACKLOG)
     except OSError as error:
-        raise _no_address(host, port, error) from error
+        raise _no_address(address.host, address.port, error) from error
 
 
 def _no_address(host: str, port: int, error: OSError) -> ConfigurationError:
@@ -161,28 +166,21 @@ def _no_address(host: str, port: int, error: OSError) -> ConfigurationError:
     )
 
 
-def listen_address(settings: Settings) -> tuple[str, int]:
-    """Host and port of `settings.listen`.
+def listen_address(settings: Settings) -> ListenAddress:
+    """`settings.listen`, read.
 
     Raises ConfigurationError: it is not HOST:PORT, or not loopback although nothing says that this is meant.
     """
-    host, _, port = settings.listen.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not host or not port.isascii() or not port.isdigit() or int(port) > 65_535:
-        raise ConfigurationError("ARTIFACT_STORE_LISTEN must be HOST:PORT, as 127.0.0.1:8080 or [::1]:8080")
-    if not settings.insecure and not _is_loopback(host):
+    try:
+        address = ListenAddress.parse(settings.listen)
+    except ValueError:
+        raise ConfigurationError("ARTIFACT_STORE_LISTEN must be HOST:PORT, as 127.0.0.1:8080 or [::1]:8080") from None
+    if not settings.insecure and not address.is_loopback:
         raise ConfigurationError(
             "ARTIFACT_STORE_LISTEN names an interface that others reach, and nothing asks them who they are: "
             "listen on 127.0.0.1, or set ARTIFACT_STORE_INSECURE=1 where the network itself keeps strangers out"
         )
-    return host, int(port)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return address
 
 
 @contextmanager

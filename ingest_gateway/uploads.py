@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from uuid import UUID
+
 from aiohttp import web
 
 from ingest_gateway.answers import JSON, LOCATION, TEXT, json_answer
 from ingest_gateway.call import Call
 from ingest_gateway.files import ANY_MEDIA_TYPE
 from ingest_gateway.operations import BINARY, Body, Route, Schema, Success
-from ingest_gateway.packages import ANYONE, WRITING
+from ingest_gateway.packages import ANYONE, INGESTING, WRITING
 from ingest_gateway.parameters import (
     ACTOR,
     CONTENT_ADDRESS,
@@ -39,14 +41,7 @@ from ingest_gateway.tus import (
 from services.blobs.upload_states import UploadState
 from services.errors import (
     ChecksumMismatchError,
-    CommandReusedError,
-    ContentMismatchError,
-    DuplicateRelativePathError,
-    IllegalPackageStateError,
-    InvalidPathError,
     InvalidRequestError,
-    PackageNotFoundError,
-    TooLargeError,
     UploadBusyError,
     UploadNotFoundError,
     UploadOffsetError,
@@ -101,14 +96,7 @@ async def begin_upload(call: Call) -> web.StreamResponse:
         )
     )
     if has_body and not state.offset and call.request.can_read_body:
-        state = await call.registry.uploads.append(
-            package_id,
-            state.upload_id,
-            0,
-            call.body(),
-            size=call.request.content_length,
-            checksum=call.header(UPLOAD_CHECKSUM),
-        )
+        state = await _append(call, state.upload_id, 0)
     return web.Response(status=201, headers={"Location": _location(state), **_headers(call, state)})
 
 
@@ -165,15 +153,18 @@ async def _add(call: Call) -> web.StreamResponse:
         raise InvalidRequestError(f"{names.UPLOAD_OFFSET} is missing: HEAD says where the upload stands")
     if call.request.headers.get("Content-Type", "").lower() != CONTENT_TYPE:
         raise UnsupportedMediaTypeError(f"the body must be {CONTENT_TYPE}", {"Accept": CONTENT_TYPE})
-    state = await call.registry.uploads.append(
+    return web.Response(status=204, headers=_headers(call, await _append(call, call.path(UPLOAD_ID), offset)))
+
+
+async def _append(call: Call, upload_id: UUID, offset: int) -> UploadState:
+    return await call.registry.uploads.append(
         call.path(PACKAGE_ID),
-        call.path(UPLOAD_ID),
+        upload_id,
         offset,
         call.body(),
         size=call.request.content_length,
         checksum=call.header(UPLOAD_CHECKSUM),
     )
-    return web.Response(status=204, headers=_headers(call, state))
 
 
 async def _end(call: Call) -> web.StreamResponse:
@@ -213,18 +204,8 @@ _CAPABLE: dict[str, Schema] = {
     names.TUS_MAX_SIZE: {"type": "integer", "minimum": 0},
     names.TUS_CHECKSUM_ALGORITHM: TEXT,
 }
-_REFUSALS = (
-    InvalidRequestError,
-    InvalidPathError,
-    PackageNotFoundError,
-    IllegalPackageStateError,
-    DuplicateRelativePathError,
-    ContentMismatchError,
-    CommandReusedError,
-    TooLargeError,
-)
 _ADDING = (
-    *_REFUSALS,
+    *INGESTING,
     UploadNotFoundError,
     UploadOffsetError,
     UploadBusyError,
@@ -292,7 +273,7 @@ ROUTES = (
         "Show how far an upload is, and what it became",
         (Success(200, "As it stands", {JSON: UploadAnswer}, {**_TOLD, names.UPLOAD_LENGTH: {"type": "integer"}}),),
         parameters=(PACKAGE_ID, UPLOAD_ID, RESUMABLE),
-        problems=(*_REFUSALS, UploadNotFoundError, UnsupportedTusVersionError, *WRITING),
+        problems=(*INGESTING, UploadNotFoundError, UnsupportedTusVersionError, *WRITING),
         description="HEAD is how tus asks. An upload that has all its bytes, but was not put into its package when "
         "the last one came, is put there first.",
         tag="files",

@@ -9,12 +9,12 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from services.addresses import ListenAddress
 from services.errors import ArtifactStoreError, ConfigurationError
 from services.log.port import Log
 from services.views.engine import Views
@@ -25,30 +25,6 @@ logger = logging.getLogger(__name__)
 
 _ANSWER_SECONDS = 8.0
 """How long log and database may take to answer; less than Prometheus waits for a scrape (10 s)."""
-
-
-@dataclass(frozen=True, slots=True)
-class ListenAddress:
-    """Where the metrics are served; port 0 takes a free one, which the log names."""
-
-    host: str
-    port: int
-
-    @classmethod
-    def parse(cls, text: str) -> ListenAddress:
-        """Read `HOST:PORT`, an IPv6 address in brackets. Raises ValueError."""
-        host, _, port = text.rpartition(":")
-        host = host.removeprefix("[").removesuffix("]")
-        if not host or not port.isascii() or not port.isdigit() or int(port) > 65_535:
-            raise ValueError("it must be HOST:PORT, as 127.0.0.1:9464 or [::1]:9464")
-        return cls(host, int(port))
-
-    def of_process(self, number: int) -> ListenAddress:
-        """That of one of several processes, counted from 0: they take as many ports from the first on."""
-        return ListenAddress(self.host, self.port + number if self.port else 0)
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 class ProjectorMetrics(Collector):

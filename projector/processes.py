@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from projector.metrics import ListenAddress
+from services.addresses import ListenAddress
 from services.config import Settings
 from services.processes import Command, RestartRule
 from services.processes import run_processes as run_all

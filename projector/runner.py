@@ -15,7 +15,8 @@ import random
 from collections.abc import Iterable, Mapping
 
 from projector.assignment import Assignment, Work
-from projector.metrics import ListenAddress, ProjectorMetrics, served
+from projector.metrics import ProjectorMetrics, served
+from services.addresses import ListenAddress
 from services.config import Settings
 from services.errors import ArtifactStoreError, PushBackError, UnavailableError
 from services.log.port import Log

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ingest_gateway.processes import Member
-    from projector.metrics import ListenAddress
+    from services.addresses import ListenAddress
     from services.config import Settings
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -135,7 +135,7 @@ async def _in_processes(settings: Settings, command: str, processes: int) -> int
 
 
 def _listen_address(_context: click.Context, _option: click.Parameter, text: str | None) -> ListenAddress | None:
-    from projector.metrics import ListenAddress
+    from services.addresses import ListenAddress
 
     if text is None:
         return None

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from projector.metrics import ListenAddress, ProjectorMetrics, served
+from projector.metrics import ProjectorMetrics, served
 from projector.runner import run_projection
+from services.addresses import ListenAddress
 from services.config import Settings
 from services.errors import ConfigurationError
 from services.views.engine import Views

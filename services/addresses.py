@@ -1,0 +1,41 @@
+"""Addresses to listen on: `HOST:PORT`, read in one way wherever one is set."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from typing import Self
+
+_LAST_PORT = 65_535
+
+
+@dataclass(frozen=True, slots=True)
+class ListenAddress:
+    """Where something is served; port 0 takes a free one."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read `HOST:PORT`, an IPv6 address in brackets. Raises ValueError."""
+        host, _, port = text.rpartition(":")
+        host = host.removeprefix("[").removesuffix("]")
+        if not host or not port.isascii() or not port.isdigit() or int(port) > _LAST_PORT:
+            raise ValueError("it must be HOST:PORT, as 127.0.0.1:9464 or [::1]:9464")
+        return cls(host, int(port))
+
+    def of_process(self, number: int) -> ListenAddress:
+        """That of one of several processes, counted from 0: they take as many ports from the first on."""
+        return ListenAddress(self.host, self.port + number if self.port else 0)
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether nobody but this machine reaches it."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
