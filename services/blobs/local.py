@@ -137,41 +137,33 @@ class LocalBlobStore:
     async def put_object(self, key: str, data: bytes) -> None:
         """See the port."""
         path = self._root / checked_object_key(key)
-        draft = _Draft(self._incoming / f"{uuid4()}.part")
-
-        def put() -> None:
-            try:
-                draft.open()
-                draft.write(data)
-                draft.sync()
-                path.parent.mkdir(parents=True, exist_ok=True)
-                draft.path.replace(path)
-                _sync_folder(path.parent)
-            finally:
-                draft.discard()
-
-        await self._work(put)
+        await self._work(lambda: self._write_object(path, data, os.replace))
 
     async def create_object(self, key: str, data: bytes) -> bool:
         """See the port."""
         path = self._root / checked_object_key(key)
-        draft = _Draft(self._incoming / f"{uuid4()}.part")
 
         def create() -> bool:
             try:
-                draft.open()
-                draft.write(data)
-                draft.sync()
-                path.parent.mkdir(parents=True, exist_ok=True)
-                os.link(draft.path, path)
-                _sync_folder(path.parent)
+                self._write_object(path, data, os.link)
             except FileExistsError:
                 return path.read_bytes() == data
-            finally:
-                draft.discard()
             return True
 
         return await self._work(create)
+
+    def _write_object(self, path: Path, data: bytes, place: Callable[[Path, Path], None]) -> None:
+        """Write a draft and let `place` give it its name, durably."""
+        draft = _Draft(self._incoming / f"{uuid4()}.part")
+        try:
+            draft.open()
+            draft.write(data)
+            draft.sync()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            place(draft.path, path)
+            _sync_folder(path.parent)
+        finally:
+            draft.discard()
 
     async def get_object(self, key: str) -> bytes | None:
         """See the port."""
