@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
+
+from tests.tcp import Connections
 
 _CHUNK = 65536
 _UNDER_WAY = 64
@@ -19,24 +21,11 @@ class StoreProxy:
         self._latency = 0.0
         self._audible = asyncio.Event()
         self._audible.set()
-        self._connections: set[asyncio.Task[None]] = set()
+        self._connections = Connections(self._serve)
 
-    @asynccontextmanager
-    async def listening(self) -> AsyncIterator[str]:
+    def listening(self) -> AbstractAsyncContextManager[str]:
         """`host:port` of the proxy, which is there until the context ends."""
-
-        def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            task = asyncio.create_task(self._serve(reader, writer))
-            self._connections.add(task)
-            task.add_done_callback(self._connections.discard)
-
-        server = await asyncio.start_server(connected, "127.0.0.1", 0)
-        try:
-            yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        finally:
-            server.close()
-            await self.cut()
-            await server.wait_closed()
+        return self._connections.listening()
 
     @contextmanager
     def slow(self, seconds: float) -> Iterator[None]:
@@ -58,10 +47,7 @@ class StoreProxy:
 
     async def cut(self) -> None:
         """Break every connection, and what is on its way with them."""
-        ended = list(self._connections)
-        for task in ended:
-            task.cancel()
-        await asyncio.gather(*ended, return_exceptions=True)
+        await self._connections.cut()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

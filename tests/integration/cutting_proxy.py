@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
+from tests.tcp import Connections
+
 _PIECE_BYTES = 64 * 1024
 
 
@@ -28,15 +30,9 @@ class CuttingProxy:
     """Connections that were cut."""
     passed: int = 0
     """Bytes that went towards the gateway."""
-    _running: set[asyncio.Task[None]] = field(default_factory=set)
 
-    def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serve one connection of a client, which `end` knows of from the beginning."""
-        task = asyncio.ensure_future(self._serve(reader, writer))
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection of a client."""
         sides = [writer]
         passing: list[asyncio.Task[None]] = []
         try:
@@ -67,13 +63,6 @@ class CuttingProxy:
                 self.cuts += 1
                 return
 
-    async def end(self) -> None:
-        """Cut all connections."""
-        for task in list(self._running):
-            task.cancel()
-        if self._running:
-            await asyncio.wait(set(self._running))
-
 
 async def _pass(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     with suppress(OSError):
@@ -86,11 +75,6 @@ async def _pass(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 async def cutting_proxy(port: int, budget: Callable[[], int | None]) -> AsyncIterator[CuttingProxy]:
     """The proxy, listening on a free port for the length of the block."""
     proxy = CuttingProxy(port, budget)
-    server = await asyncio.start_server(proxy.accept, "127.0.0.1", 0)
-    proxy.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    try:
+    async with Connections(proxy.serve).listening() as address:
+        proxy.url = f"http://{address}"
         yield proxy
-    finally:
-        server.close()
-        await proxy.end()
-        await server.wait_closed()
