@@ -25,7 +25,8 @@ from tests.contract.blobs_stage import endpoint
 from tests.faults.store_proxy import StoreProxy
 from tests.integration.conditions import until
 from tests.integration.http_gateway import RunningGateway, running_gateway
-from tests.services.minio import REGION, MinioServer
+from tests.services.minio import MinioServer
+from tests.services.s3 import REGION
 
 MIB = 1 << 20
 _PACKAGE = {"name": "n", "producer": "p", "subject": "s", "retention_class": "scratch"}

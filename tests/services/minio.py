@@ -2,36 +2,16 @@
 
 from __future__ import annotations
 
-import secrets
-import urllib.error
-import urllib.request
-from pathlib import Path
-
 from tests.services.install import minio_binary
-from tests.services.process import Server
-
-REGION = "us-east-1"
+from tests.services.s3 import REGION, S3Server
 
 
-class MinioServer(Server):
-    """One MinIO. `endpoint` is `host:port`, to be spoken to by plain HTTP with `access_key` and `secret_key`."""
+class MinioServer(S3Server):
+    """One MinIO."""
 
     name = "minio"
 
-    def __init__(
-        self, folder: Path, port: int | None = None, access_key: str | None = None, secret_key: str | None = None
-    ) -> None:
-        """Without keys: drawn at random. See Server for the rest."""
-        super().__init__(folder, port)
-        self.access_key = access_key or f"test-{secrets.token_hex(6)}"
-        self.secret_key = secret_key or secrets.token_urlsafe(24)
-
-    @property
-    def endpoint(self) -> str:
-        return f"127.0.0.1:{self.port}"
-
-    def prepare(self) -> None:
-        (self.folder / "data").mkdir(exist_ok=True)
+    health = "/minio/health/ready"
 
     def command(self) -> list[str]:
         certificates = str(self.folder / "certs")  # otherwise a folder in the user's home
@@ -54,10 +34,3 @@ class MinioServer(Server):
             "MINIO_BROWSER": "off",
             "MINIO_UPDATE": "off",
         }
-
-    def answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"http://{self.endpoint}/minio/health/ready", timeout=1) as answer:
-                return bool(answer.status == 200)
-        except (OSError, urllib.error.URLError):
-            return False

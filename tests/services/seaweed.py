@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-import secrets
-import urllib.request
 from pathlib import Path
 
 from tests.services.install import seaweed_binary
-from tests.services.minio import REGION
-from tests.services.process import Server, free_ports
+from tests.services.process import free_ports
+from tests.services.s3 import S3Server
 
 _ROLES = ("master", "filer", "volume", "admin")
 """Each listens on a port for HTTP and one for gRPC, as the S3 gateway does."""
 
 
-class SeaweedServer(Server):
-    """One SeaweedFS, all of its parts in one process. `endpoint` is `host:port`, spoken to as that of MinIO."""
+class SeaweedServer(S3Server):
+    """One SeaweedFS, all of its parts in one process."""
 
     name = "seaweedfs"
+    health = "/healthz"
 
     def __init__(self, folder: Path, port: int | None = None) -> None:
         """Keys are drawn at random. See Server for the rest."""
         super().__init__(folder, port)
-        self.access_key = f"test-{secrets.token_hex(6)}"
-        self.secret_key = secrets.token_urlsafe(24)
-        self.region = REGION
         self._ports = free_ports(2 * len(_ROLES) + 1)
-
-    @property
-    def endpoint(self) -> str:
-        return f"127.0.0.1:{self.port}"
-
-    def prepare(self) -> None:
-        (self.folder / "data").mkdir(exist_ok=True)
 
     def command(self) -> list[str]:
         s3_grpc, *others = self._ports
@@ -55,13 +44,6 @@ class SeaweedServer(Server):
 
     def environment(self) -> dict[str, str]:
         return {"AWS_ACCESS_KEY_ID": self.access_key, "AWS_SECRET_ACCESS_KEY": self.secret_key}
-
-    def answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"http://{self.endpoint}/healthz", timeout=1) as answer:
-                return bool(answer.status == 200)
-        except OSError:
-            return False
 
     def delete(self) -> None:
         super().delete()

@@ -19,9 +19,10 @@ from typing import Any
 
 from tests.services import docker
 from tests.services.kafka import KafkaBroker
-from tests.services.minio import REGION, MinioServer
+from tests.services.minio import MinioServer
 from tests.services.postgres import PostgresServer
 from tests.services.process import Identity, Server, free_ports, wait_until
+from tests.services.s3 import REGION
 
 ROOT = Path(__file__).resolve().parents[2]
 VAR = ROOT / "var"

@@ -21,9 +21,10 @@ from tests.faults.proxy import Network, ProxiedCluster
 from tests.faults.torture.leaders import in_sync
 from tests.integration.processes import ProductProcess, get, output_of
 from tests.services.kafka import KafkaBroker
-from tests.services.minio import REGION, MinioServer
+from tests.services.minio import MinioServer
 from tests.services.postgres import PostgresServer
 from tests.services.process import ServiceError, free_ports
+from tests.services.s3 import REGION
 
 PARTITIONS = 6
 GATEWAYS = 3
