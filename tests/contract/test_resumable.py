@@ -340,13 +340,19 @@ async def test_a_file_that_is_refused_at_the_end_leaves_no_large_blob(scene: Sce
     await check_recorded(scene, data)
 
 
-@MUCH
-async def test_when_the_log_gave_no_answer_asking_again_finds_the_file(scene: Scene) -> None:
+async def send_unanswered(scene: Scene) -> tuple[UUID, bytes]:
+    """Send all of an upload whose command may be in the log; its id and its bytes."""
     data = some_bytes(scene.part + 1)
     upload = await scene.begin(len(data))
     scene.log.failures.append(UnavailableError("the answer was lost"))
     with pytest.raises(UnavailableError):
         await send(scene.one, upload, data, 0, len(data))
+    return upload, data
+
+
+@MUCH
+async def test_when_the_log_gave_no_answer_asking_again_finds_the_file(scene: Scene) -> None:
+    upload, data = await send_unanswered(scene)
     found = await scene.other.find(PACKAGE, upload)
     assert acknowledgement_of(found) is not None
     assert len(scene.log.recorded) == 1
@@ -355,11 +361,7 @@ async def test_when_the_log_gave_no_answer_asking_again_finds_the_file(scene: Sc
 
 @MUCH
 async def test_what_may_be_in_the_log_outlives_its_upload(scene: Scene) -> None:
-    data = some_bytes(scene.part + 1)
-    upload = await scene.begin(len(data))
-    scene.log.failures.append(UnavailableError("the answer was lost"))
-    with pytest.raises(UnavailableError):
-        await send(scene.one, upload, data, 0, len(data))
+    _, data = await send_unanswered(scene)
     scene.clock.now += DAY
     assert await scene.sweep() == 1
     await check_recorded(scene, data)

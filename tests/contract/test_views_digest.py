@@ -14,7 +14,7 @@ from services.views.digest import digest_view
 from services.views.engine import Views
 from services.views.projections import PROJECTIONS
 from tests.contract.test_views_plans import fill
-from tests.integration.processes import COMMAND, variables
+from tests.integration.processes import COMMAND
 from tests.memory_log import MemoryLog
 from tests.views_history import History
 
@@ -46,7 +46,7 @@ async def test_another_process_finds_the_same_digest_run_after_run(
     await catch_up(views, log, REGISTRY)
     here = await digest_view(views, REGISTRY)
     for seed in ("1", "2"):  # sets and maps come in another order with another seed
-        environment = {**os.environ, **variables(settings), "PYTHONHASHSEED": seed}
+        environment = {**os.environ, **settings.environment(), "PYTHONHASHSEED": seed}
         command = [*COMMAND, "digest", "registry", "--json"]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, cwd=tmp_path)
         answer = json.loads(done.stdout)

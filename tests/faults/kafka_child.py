@@ -12,7 +12,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from services.config import Settings
-from tests.integration.processes import variables
 from tests.services.shared import ROOT
 
 PATIENCE_SECONDS = 60.0
@@ -60,7 +59,7 @@ async def child_gateway(settings: Settings, step: str | None = None) -> AsyncIte
         "tests.faults.kafka_gateway",
         *([step] if step is not None else []),
         cwd=ROOT,
-        env={**os.environ, **variables(settings)},
+        env={**os.environ, **settings.environment()},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
     )

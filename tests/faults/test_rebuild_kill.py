@@ -28,7 +28,7 @@ from services.views.engine import Views
 from services.views.generations import read_build
 from services.views.projections import PROJECTIONS
 from services.wiring import open_log
-from tests.integration.processes import COMMAND, variables
+from tests.integration.processes import COMMAND
 from tests.integration.projector_stage import WAIT_SECONDS
 from tests.views_history import History
 
@@ -65,7 +65,7 @@ def fill(settings: Settings, history: History) -> None:
 async def kill_at(settings: Settings, views: Views, folded: int, then: float) -> bool:
     """Start a replay and kill it `then` seconds after so many events are in the build; whether it was still running."""
     command = [*COMMAND, "replay", "registry", "--quiet", "--max-rate", str(RATE)]
-    environment = {**os.environ, **variables(settings)}
+    environment = {**os.environ, **settings.environment()}
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) as process:
         async with asyncio.timeout(WAIT_SECONDS):
             while process.poll() is None:

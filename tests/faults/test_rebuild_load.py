@@ -21,7 +21,7 @@ from services.views.tables import artifact_packages
 from services.wiring import open_log
 from tests.faults.rebuild_load import Load
 from tests.integration.kafka_stage import kafka_settings
-from tests.integration.processes import COMMAND, ProductProcess, variables
+from tests.integration.processes import COMMAND, ProductProcess
 from tests.integration.projector_stage import covers
 from tests.services.postgres import PostgresServer
 
@@ -53,7 +53,7 @@ async def test_a_throttled_rebuild_is_not_noticed_by_those_who_read_and_write(ka
                     done = await asyncio.to_thread(
                         subprocess.run,
                         command,
-                        env={**os.environ, **variables(settings)},
+                        env={**os.environ, **settings.environment()},
                         stdout=subprocess.PIPE,
                         check=True,
                     )

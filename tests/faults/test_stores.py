@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from time import monotonic
 
@@ -18,7 +18,7 @@ from minio import MinioAdmin
 from minio.credentials.providers import StaticProvider
 
 from services.config import Settings
-from tests.faults.store_uploads import Stage, stage_on
+from tests.faults.store_uploads import Stage, Upload, stage_on
 from tests.services.minio import MinioServer
 
 pytestmark = [pytest.mark.services, pytest.mark.processes]
@@ -80,19 +80,31 @@ async def readiness(stage: Stage) -> tuple[int, str]:
         return answer.status, await answer.text()
 
 
-async def test_a_store_that_stops_in_the_middle_of_uploads(stage: Stage) -> None:
-    uploads, go_on = await stage.uploads(), asyncio.Event()
-    tasks = await stage.send(uploads, go_on)
-    await asyncio.to_thread(stage.minio.kill)
+async def assert_given_up(
+    stage: Stage,
+    uploads: Sequence[Upload],
+    tasks: Sequence[asyncio.Task[None]],
+    go_on: asyncio.Event,
+    problem: str,
+    unready: str,
+) -> None:
+    """Let uploads go on with a store that takes nothing: each is told so in time, and so is who asks for readiness."""
     began = monotonic()
     go_on.set()
     await asyncio.gather(*tasks)
     assert monotonic() - began < GIVEN_UP_SECONDS
     for upload in uploads:
         assert upload.acknowledged is None
-        assert "blob store" in upload.problems[0]["detail"]
+        assert problem in upload.problems[0]["detail"]
     status, why = await readiness(stage)
-    assert (status, "blob store" in why) == (503, True)
+    assert (status, unready in why) == (503, True)
+
+
+async def test_a_store_that_stops_in_the_middle_of_uploads(stage: Stage) -> None:
+    uploads, go_on = await stage.uploads(), asyncio.Event()
+    tasks = await stage.send(uploads, go_on)
+    await asyncio.to_thread(stage.minio.kill)
+    await assert_given_up(stage, uploads, tasks, go_on, "blob store", "blob store")
     await asyncio.to_thread(stage.minio.start)
     await stage.send_again(uploads)
     await stage.hold_to_promises(uploads)
@@ -135,15 +147,7 @@ async def test_a_store_that_is_full_in_the_middle_of_uploads(stage: Stage) -> No
     quota = Quota(stage)
     tasks = await stage.send(uploads, go_on)
     await quota.use_up()
-    began = monotonic()
-    go_on.set()
-    await asyncio.gather(*tasks)
-    assert monotonic() - began < GIVEN_UP_SECONDS
-    for upload in uploads:
-        assert upload.acknowledged is None
-        assert "is full: make room" in upload.problems[0]["detail"]
-    status, why = await readiness(stage)
-    assert (status, "is full" in why) == (503, True)
+    await assert_given_up(stage, uploads, tasks, go_on, "is full: make room", "is full")
     await quota.lift()
     await stage.send_again(uploads)
     await stage.hold_to_promises(uploads)

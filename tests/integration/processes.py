@@ -6,7 +6,6 @@ which ends it; what it wrote is at the end of the error when something fails.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -17,8 +16,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import ClassVar
-
-from pydantic import SecretStr
 
 from services.config import PREFIX, Settings
 from services.views.projections import PROJECTIONS
@@ -31,18 +28,6 @@ _OWNED = "artifact_store_partition_owned{"
 
 COMMAND_SECONDS = 120.0
 """How long a single command may take at most."""
-
-
-def variables(settings: Settings) -> dict[str, str]:
-    """The environment variables that stand for these settings."""
-    found = {}
-    for name in Settings.model_fields:
-        value = getattr(settings, name)
-        if isinstance(value, SecretStr):
-            value = value.get_secret_value()
-        if value is not None and value != "":
-            found[PREFIX + name.upper()] = json.dumps(value) if isinstance(value, dict | bool) else str(value)
-    return found
 
 
 class ProductProcess(Server):
@@ -74,7 +59,7 @@ class ProductProcess(Server):
         return [*COMMAND, *self._arguments]
 
     def environment(self) -> dict[str, str]:
-        return {**variables(self._settings), "PYTHONUNBUFFERED": "1"}
+        return {**self._settings.environment(), "PYTHONUNBUFFERED": "1"}
 
     def answers(self) -> bool:
         """Whether it is ready; a projector is, as soon as it runs: whoever needs a view waits for the view."""
@@ -124,9 +109,21 @@ def run_command(
         )
 
 
+@contextmanager
+def started(settings: Settings, folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """A command that goes on until it is told to end, and the file in `folder` that its standard error goes to."""
+    said = folder / "said"
+    environment = command_environment(settings, None, folder)
+    with (
+        said.open("wb") as log,
+        subprocess.Popen([*COMMAND, *arguments], stdin=subprocess.DEVNULL, stderr=log, env=environment) as command,
+    ):
+        yield command, said
+
+
 def command_environment(settings: Settings | None, url: str | None, home: str | Path) -> dict[str, str]:
     """What a command needs to know; what it keeps of an interrupted push goes to `home`."""
-    given = variables(settings) if settings is not None else {}
+    given = settings.environment() if settings is not None else {}
     if url is not None:
         given[f"{PREFIX}URL"] = url
     return {**os.environ, **given, "XDG_STATE_HOME": str(home)}

@@ -19,7 +19,6 @@ from tests.integration.processes import (
     output_of,
     run_command,
     serving,
-    variables,
 )
 
 pytestmark = pytest.mark.processes
@@ -85,7 +84,7 @@ def test_a_process_of_the_product_ends_cleanly_when_it_is_told(
     output_of(embedded_settings, "migrate")
     settings = embedded_settings.model_copy(update={"listen": "127.0.0.1:0"})
     with subprocess.Popen(
-        [*COMMAND, command], env={**os.environ, **variables(settings)}, stderr=subprocess.PIPE
+        [*COMMAND, command], env={**os.environ, **settings.environment()}, stderr=subprocess.PIPE
     ) as made:
         try:
             assert made.stderr is not None

@@ -32,7 +32,6 @@ from services.core.state import PackageState
 from services.log.kafka.partitioner import record_key
 from services.log.kafka.settings import KafkaSettings
 from tests.integration.kafka_stage import kafka_settings, open_kafka_log, operate
-from tests.integration.processes import variables
 from tests.services.shared import ROOT
 
 pytestmark = [pytest.mark.services, pytest.mark.endurance]
@@ -102,7 +101,7 @@ async def run_writer(settings: Settings) -> dict[str, Any]:
         subprocess.run,
         [sys.executable, "-m", "tests.integration.kafka_state_process"],
         cwd=ROOT,
-        env={**os.environ, **variables(settings)},
+        env={**os.environ, **settings.environment()},
         stdout=subprocess.PIPE,
         check=True,
         timeout=3600,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 import signal
-import subprocess
 import urllib.request
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from services.config import Settings
 from services.errors import ConfigurationError
 from services.views.engine import Views
 from services.views.projections import PROJECTIONS
-from tests.integration.processes import COMMAND, command_environment, output_of
+from tests.integration.processes import output_of, started
 from tests.integration.projector_stage import covers, eventually
 from tests.memory_log import MemoryLog
 from tests.services.process import becomes_true
@@ -123,16 +122,9 @@ def test_of_several_processes_each_has_a_port_of_its_own() -> None:
 @pytest.mark.processes
 def test_every_process_of_a_projector_serves_its_own(embedded_settings: Settings, tmp_path: Path) -> None:
     output_of(embedded_settings, "migrate")
-    said = tmp_path / "said"
-    with (
-        said.open("wb") as log,
-        subprocess.Popen(
-            [*COMMAND, "projector", "usage", "--processes", "2", "--metrics-listen", "127.0.0.1:0"],
-            stdin=subprocess.DEVNULL,
-            stderr=log,
-            env=command_environment(embedded_settings, None, tmp_path),
-        ) as command,
-    ):
+    with started(
+        embedded_settings, tmp_path, "projector", "usage", "--processes", "2", "--metrics-listen", "127.0.0.1:0"
+    ) as (command, said):
         assert becomes_true(lambda: len(urls(said.read_text())) == 2, SECONDS)
         for url in urls(said.read_text()):
             assert look(url)["artifact_store_projection_running usage"] == 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sqlite3
-import subprocess
 from contextlib import closing
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import psutil
 import pytest
 
 from services.config import Settings
-from tests.integration.processes import COMMAND, command_environment, output_of, run_command
+from tests.integration.processes import output_of, run_command, started
 from tests.services.process import becomes_true
 
 pytestmark = pytest.mark.processes
@@ -23,16 +22,7 @@ SECONDS = 60.0
 
 def test_told_to_end_all_processes_end_and_the_command_succeeds(embedded_settings: Settings, tmp_path: Path) -> None:
     output_of(embedded_settings, "migrate")
-    said = tmp_path / "said"
-    with (
-        said.open("wb") as log,
-        subprocess.Popen(
-            [*COMMAND, "projector", "registry", "--processes", "3"],
-            stdin=subprocess.DEVNULL,
-            stderr=log,
-            env=command_environment(embedded_settings, None, tmp_path),
-        ) as command,
-    ):
+    with started(embedded_settings, tmp_path, "projector", "registry", "--processes", "3") as (command, said):
         assert becomes_true(lambda: "assigned partitions" in said.read_text(), SECONDS)
         children = psutil.Process(command.pid).children()
         assert len(children) == 3
@@ -44,16 +34,7 @@ def test_told_to_end_all_processes_end_and_the_command_succeeds(embedded_setting
 
 def test_a_process_that_dies_is_started_again(embedded_settings: Settings, tmp_path: Path) -> None:
     output_of(embedded_settings, "migrate")
-    said = tmp_path / "said"
-    with (
-        said.open("wb") as log,
-        subprocess.Popen(
-            [*COMMAND, "projector", "registry", "--processes", "2"],
-            stdin=subprocess.DEVNULL,
-            stderr=log,
-            env=command_environment(embedded_settings, None, tmp_path),
-        ) as command,
-    ):
+    with started(embedded_settings, tmp_path, "projector", "registry", "--processes", "2") as (command, _):
         parent = psutil.Process(command.pid)
         assert becomes_true(lambda: len(parent.children()) == 2, SECONDS)
         before = {child.pid for child in parent.children()}

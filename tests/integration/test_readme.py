@@ -12,7 +12,7 @@ import pytest
 
 from services.cli import main
 from services.config import PREFIX, Settings
-from tests.integration.processes import serving, variables
+from tests.integration.processes import serving
 
 pytestmark = pytest.mark.processes
 
@@ -24,7 +24,7 @@ BLOCKS = dict(re.findall(r"<!-- run: (\w+) -->\n```\w+\n(.*?)```", README, re.DO
 @pytest.fixture
 def environment(embedded_settings: Settings) -> dict[str, str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
-    return clean | variables(embedded_settings)
+    return clean | embedded_settings.environment()
 
 
 def run(script: str, environment: dict[str, str]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from services.config import Settings
-from tests.integration.processes import output_of, variables
+from tests.integration.processes import output_of
 
 pytestmark = pytest.mark.processes
 
@@ -36,7 +36,7 @@ def test_it_is_interrupted_in_order_and_its_files_go(
     output_of(embedded_settings, "migrate")
     folder = tmp_path / "temporary"
     folder.mkdir()
-    environment = {**os.environ, **variables(embedded_settings), "TMPDIR": str(folder)}
+    environment = {**os.environ, **embedded_settings.environment(), "TMPDIR": str(folder)}
     with subprocess.Popen(
         [sys.executable, "-c", _VERIFY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
     ) as process:
