@@ -225,9 +225,8 @@ class _Rebuild:
         while True:
             await self._catch_up()
             self._meter.begin("switch")
-            end = await self._end()
             try:
-                await switch(self._views, self._projection, self._build.generation, end, self._fold_within)
+                await switch(self._views, self._projection, self._build.generation, self._end, self._fold_within)
                 return
             except (UnavailableError, PushBackError) as error:
                 # Includes that nobody knows whether the transaction was committed.

@@ -19,7 +19,7 @@ from uuid import UUID, uuid4
 from sqlalchemy import delete, insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from services.errors import PushBackError
+from services.errors import PushBackError, UnavailableError
 from services.file_lock import FileLock
 from services.log.position import Position
 from services.views.building import (
@@ -181,15 +181,20 @@ FoldTo = Callable[[AsyncConnection, Checkpoint, Mapping[int, int]], Awaitable[No
 """Folds a generation from its checkpoint exactly to these offsets, within the connection's transaction."""
 
 
-async def switch(views: Views, projection: Projection, generation: UUID, end: Position, fold_to: FoldTo) -> None:
+LogEnd = Callable[[], Awaitable[Position]]
+"""Asks the log for its end."""
+
+
+async def switch(views: Views, projection: Projection, generation: UUID, log_end: LogEnd, fold_to: FoldTo) -> None:
     """Make the build the live generation and drop the one that was, in one transaction.
 
     Holds every fold of the projection off, lets `fold_to` fold what the live view is ahead by, and takes the tables
-    when nobody reads them. `end` is the log's; a live view that claims to be beyond it, or is of another log, says
-    nothing.
+    when nobody reads them. `log_end` is asked once the live view stands still, so that all it has folded lies before
+    that end; a live view that claims to be beyond it, or is of another log, says nothing.
 
     Raises:
-        UnavailableError: folds or readers took too long; nothing was changed, and nobody waited long. Try again.
+        UnavailableError: folds or readers took too long, or the live view is still ahead of the build; nothing was
+            changed, and nobody waited long. Try again.
         StaleCheckpointError: there is no such build any more.
     """
     async with views.writing() as connection:
@@ -203,7 +208,11 @@ async def switch(views: Views, projection: Projection, generation: UUID, end: Po
         if row is None:
             raise StaleCheckpointError(f"the build of {projection.name} that was to become the live one is gone")
         at = Checkpoint(generation, Position(row.log, await read_offsets(connection, generation)))
+        end = await log_end()
         await fold_to(connection, at, ahead(live, at.position, end))
+        reached = Position(row.log, await read_offsets(connection, generation))
+        if missing := ahead(live, reached, end):
+            raise UnavailableError(f"the live {projection.name} is ahead of the build, at {missing}")
         if views.dialect == "postgresql":  # from here on people rely on it, and on all that was written before
             await connection.execute(text("SET LOCAL synchronous_commit TO DEFAULT"))
         await lock_live_tables(connection, projection, _READERS_MILLISECONDS)

@@ -16,16 +16,16 @@ import pytest
 from sqlalchemy import Column, Index, MetaData, Table, Text, inspect, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from projector import DigestMismatchError, RebuildOptions
+from projector import DigestMismatchError, RebuildOptions, rebuild_beside
 from projector.progress import ReplayProgress
 from projector.rebuild import replay_view
 from schemas.events import Event
-from services.errors import ConfigurationError, CorruptError, InvalidRequestError, PushBackError
+from services.errors import ConfigurationError, CorruptError, InvalidRequestError, PushBackError, UnavailableError
 from services.log.position import Position
 from services.views.catch_up import catch_up
 from services.views.digest import digest_view
 from services.views.engine import Views
-from services.views.generations import begin_build, building, drop_build, read_build, this_process
+from services.views.generations import begin_build, building, drop_build, read_build, switch, this_process
 from services.views.parked import list_marks
 from services.views.projections import PROJECTIONS, Projection
 from services.views.projections.retention import RetentionProjection
@@ -164,6 +164,39 @@ async def test_readers_see_no_gap_and_no_step_back_while_a_view_is_built_and_swi
         await asyncio.gather(*readers)
     assert reads > 10
     await same_as_a_fresh_fold(views, reference, log, REGISTRY)
+
+
+async def test_what_is_folded_just_before_the_switch_is_in_the_view_behind_it(
+    views: Views, reference: Views, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, history = MemoryLog(), History().fill(packages=6, files=3)
+    log.append(*history.events[:-5])
+    await catch_up(views, log, REGISTRY)
+
+    async def fold_and_switch(*given: Any) -> None:
+        log.append(*history.events[-5:])
+        await catch_up(views, log, REGISTRY)
+        await switch(*given)
+
+    monkeypatch.setattr(rebuild_beside, "switch", fold_and_switch)
+    done = await replay_view(views, log, REGISTRY)
+    assert done.position.covers(await log.end())
+    await same_as_a_fresh_fold(views, reference, log, REGISTRY)
+
+
+async def test_a_build_that_is_behind_the_live_view_does_not_take_its_place(views: Views) -> None:
+    log = MemoryLog()
+    log.append(*History().fill(packages=3, files=1).events)
+    await catch_up(views, log, REGISTRY)
+    before = await digest_view(views, REGISTRY)
+    build = await begin_build(views, REGISTRY, log.id)
+
+    async def fold_nothing(*_given: object) -> None:
+        return
+
+    with pytest.raises(UnavailableError, match="ahead of the build"):
+        await switch(views, REGISTRY, build.generation, log.end, fold_nothing)
+    assert await digest_view(views, REGISTRY) == before
 
 
 async def test_projectors_go_on_in_the_new_generation(views: Views, reference: Views) -> None:
