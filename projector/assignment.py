@@ -18,7 +18,7 @@ from uuid import UUID
 from services.errors import CorruptError, LogIdentityError, PushBackError, UnavailableError
 from services.log.port import Batch, Log, Record, Subscription
 from services.log.position import Position
-from services.views.checkpoints import Checkpoint, StaleCheckpointError, load_checkpoint, reset
+from services.views.checkpoints import Checkpoint, StaleCheckpointError, live_row, load_checkpoint, reset
 from services.views.engine import Views
 from services.views.guard import check_continues
 from services.views.projections import Projection
@@ -38,7 +38,7 @@ _FIRST_SIZE = 16 << 10
 """What a record is taken to have before one was seen, in bytes: little in the first poll costs nothing."""
 
 IDENTITY_SECONDS = 5.0
-"""How often the log's identity is asked for when nothing comes."""
+"""How often the log's identity and the view's generation are asked for when nothing comes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,8 @@ class Assignment:
         """Wait until there is something to apply; None when there is nothing within the time.
 
         Raises:
-            StaleCheckpointError: what is assigned cannot be read on from here; join again.
+            StaleCheckpointError: what is assigned cannot be read on from here, or the view has another generation by
+                now; join again.
             CorruptError: the log does not go on from what the view has folded.
             LogIdentityError: the log was made anew since the membership began.
             UnavailableError: the log or the database cannot be reached.
@@ -124,6 +125,7 @@ class Assignment:
             # A client that misses that its topic was deleted and made anew may wait for minutes without a word.
             if time.monotonic() > self._looked + IDENTITY_SECONDS:
                 await self._require_same_log()
+                await self._require_same_generation()
             return None
         events = await asyncio.to_thread(ReadBatch.of, records)
         await self._require_same_log()
@@ -160,7 +162,8 @@ class Assignment:
         checkpoint = await load_checkpoint(self._views, self._projection, self._identity)
         if checkpoint.generation != self._generation:
             self._reset = True  # partitions that are held already stand in the older generation: join anew for all
-        await check_continues(self._log, self._projection.name, checkpoint, partitions)
+        if partitions:
+            await check_continues(self._log, self._projection.name, checkpoint, partitions)
         starts = {p: checkpoint.position.offsets.get(p, 0) for p in partitions}
         foreign = {p: committed[p][0] for p in starts if p in committed and not committed[p][1]}
         rewound = {p: offset for p, offset in foreign.items() if offset < starts[p]}
@@ -230,6 +233,13 @@ class Assignment:
                 f"is log {now}; restore the log, or `artifact-store replay {self._projection.name}` to fold the new one"
             )
         self._looked = time.monotonic()
+
+    async def _require_same_generation(self) -> None:
+        """Without a batch there is no guard that would tell: what a reset has emptied might stay so until one comes."""
+        async with self._views.reading() as connection:
+            live = await live_row(connection, self._projection)
+        if live.generation != self._generation:
+            raise StaleCheckpointError(f"the view {self._projection.name} has another generation by now")
 
     def _checkpoint(self, starts: Mapping[int, int]) -> Checkpoint:
         if self._generation is None or self._identity is None:

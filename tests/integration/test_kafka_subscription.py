@@ -42,3 +42,20 @@ async def test_partitions_go_over_when_what_was_read_of_them_is_folded(kafka_url
             await asyncio.gather(giving, taking)
             assert two.assigned | one.assigned == frozenset(range(PARTITIONS))
             assert not two.assigned & one.assigned
+
+
+async def test_an_assignment_that_brings_nothing_new_is_asked_for_too(kafka_url: str, tmp_path: Path) -> None:
+    async with open_kafka_log(kafka_settings(kafka_url, tmp_path, kafka_partitions=1)) as log:
+        projection, late = Projection(log), Projection(log)
+        async with AsyncExitStack() as joined:
+            one = await projection.subscribe()
+            joined.push_async_callback(one.close)
+            await projection.poll_until(one, lambda: len(one.assigned) == 1)
+            two = await late.subscribe()
+            joined.push_async_callback(two.close)
+            both = [
+                asyncio.create_task(projection.poll_until(one, lambda: len(projection.asked) > 1)),
+                asyncio.create_task(late.poll_until(two, lambda: len(late.asked) > 0)),
+            ]
+            await asyncio.gather(*both)
+        assert [list(partitions) for partitions, _ in (*projection.asked[:2], late.asked[0])] == [[0], [], []]

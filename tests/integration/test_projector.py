@@ -172,6 +172,19 @@ async def test_a_reset_under_a_running_projector_folds_everything_again(views: V
     await same_as_one_fold(views, reference, log)
 
 
+async def test_a_reset_under_projectors_to_which_nothing_comes_folds_everything_again(
+    views: Views, reference: Views, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("projector.assignment.IDENTITY_SECONDS", 0.1)
+    log = MemoryLog()
+    log.append(*History().fill(packages=6, files=3).events)
+    async with projecting(views, log, REGISTRY, times=2):
+        await covers(views, REGISTRY, await log.end())
+        await reset(views, REGISTRY)
+        await covers(views, REGISTRY, await log.end())
+    await same_as_one_fold(views, reference, log)
+
+
 async def test_a_log_that_lost_what_the_view_has_stops_the_projector(views: Views) -> None:
     log = MemoryLog(partitions=1)
     log.append(*History().fill(packages=2, files=2).events)

@@ -179,17 +179,20 @@ class KafkaSubscription:
             self._reached.pop(p.partition, None)
 
     def _starts(self, consumer: Consumer, partitions: list[TopicPartition]) -> dict[int, int]:
-        if not partitions:
-            return {}
-        with explaining("asking where a projection stands"):
-            committed = {
-                p.partition: (p.offset, p.metadata or "")
-                for p in consumer.committed(partitions, ANSWER_SECONDS)
-                if p.offset >= 0
-            }
+        """Where to begin each. Nothing new is asked for too: the projection looks then whether it can go on at all."""
+        committed: dict[int, tuple[int, str]] = {}
+        if partitions:
+            with explaining("asking where a projection stands"):
+                committed = {
+                    p.partition: (p.offset, p.metadata or "")
+                    for p in consumer.committed(partitions, ANSWER_SECONDS)
+                    if p.offset >= 0
+                }
         numbers = [p.partition for p in partitions]
         asked = asyncio.run_coroutine_threadsafe(self._ask(numbers, committed), self._loop)
         starts = asked.result(_START_SECONDS)
+        if not numbers:
+            return {}
         earliest, end = self._cluster.earliest(numbers), self._cluster.last_stable(numbers)
         for p in numbers:
             if not earliest[p] <= starts[p] <= end[p]:
