@@ -155,7 +155,7 @@ class Appending:
             await self._renew(force=True)
         if self._number > self._parts.max_number:
             raise TooLargeError("the upload was interrupted too often: begin a new one")
-        part, self._buffer = self._filled(), None
+        part, self._buffer, self._fresh = self._filled(), None, False
         self._sending_bytes = len(part)
         self._sending = asyncio.create_task(self._parts.put(self._state.where, self._number, part))
         self._sending.add_done_callback(lambda _: part.close())
@@ -192,7 +192,7 @@ class Appending:
             if keep and self._done and not moved:
                 moved = self._moved()
             self._state = await self._states.replace(
-                self._state, **moved, holder=None, next_number=self._number, active_at=self._clock()
+                self._state, **moved, holder=None, next_number=self._unused(), active_at=self._clock()
             )
 
     async def _save_buffer(self) -> dict[str, Any]:
@@ -225,6 +225,10 @@ class Appending:
         self._renewed = asyncio.get_running_loop().time()
         self._reserved = self._number + _RESERVED
         return {"holder": self._holder, "next_number": self._reserved, "active_at": self._clock()}
+
+    def _unused(self) -> int:
+        """The first number under which no part was put, nor still may be."""
+        return self._number + (self._sending is not None)
 
     def _moved(self) -> dict[str, Any]:
         """The state's fields with the parts that are there."""

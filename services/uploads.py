@@ -211,15 +211,25 @@ class ResumableUploads:
         try:
             await self._states.create(state)
         except SupersededError as error:
-            await self._parts.discard(state.where, blob=False)
             found = await self._alive(upload_id)
+            if found is None or found.token != state.token:
+                await self._parts.discard(state.where, blob=False)
             if found is None:
                 raise UploadBusyError(error.detail) from None
             return found
         except BaseException:
-            await self._cleanups.run(self._parts.discard(state.where, blob=False))
+            await self._cleanups.run(self._undo(state))
             raise
         return state
+
+    async def _undo(self, state: UploadState) -> None:
+        """Remove what was just begun, whether its state was written or not, unless somebody goes on with it."""
+        try:
+            await self._states.remove(state)
+        except SupersededError:
+            found = await self._states.load(state.upload_id)
+            if found is None or found.token != state.token:
+                await self._parts.discard(state.where, blob=False)
 
     async def _finish(self, state: UploadState) -> UploadState:
         first = state.stored is None
@@ -235,6 +245,9 @@ class ResumableUploads:
             state = await self._states.replace(state, stored=stored, active_at=self._clock(), holder=None)
         else:
             stored = state.stored
+            if await self._blobs.size(stored.key) is None:  # nobody knew that it would still be named
+                await self._states.remove(state)
+                raise UploadNotFoundError(f"the bytes of upload {state.upload_id} were removed: begin a new one")
         try:
             placed = Placed(state.relative_path, state.media_type, stored)
             done = await self._record(state.package_id, placed, state.actor, state.command_id)

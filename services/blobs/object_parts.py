@@ -6,7 +6,7 @@ The copy costs no reading of its own, since the bytes have to be read for their 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from services.blobs.memory import ByteBudget, PartBuffer
 from services.blobs.parts import LARGEST_PART, MAX_PARTS, MIB
@@ -47,8 +47,8 @@ class ObjectParts:
         return self._part_bytes
 
     async def begin(self, upload_id: UUID, length: int) -> str:
-        """See the port. Nothing has to be made ready."""
-        return ""
+        """See the port. Nothing has to be made ready; the parts of another beginning have other names."""
+        return uuid4().hex
 
     async def put(self, where: PartsKey, number: int, part: PartBuffer) -> str:
         """See the port."""
@@ -69,13 +69,21 @@ class ObjectParts:
 
         return await self._blobs.store(pieces(), declared=declared, max_bytes=self.longest)
 
+    def blob_key(self, where: PartsKey) -> str | None:
+        """See the port: content-addressed, and no upload's own."""
+        return None
+
     async def discard(self, where: PartsKey, *, blob: bool) -> None:
         """See the port. The blob stays: it may be that of other uploads as well."""
-        prefix = f"{RESUMABLE}{where.upload_id}/part-"
+        prefix = _prefix(where)
         for key in await self._blobs.list_objects(f"{RESUMABLE}{where.upload_id}/"):
             if key.startswith(prefix):
                 await self._blobs.delete_object(key)
 
 
+def _prefix(where: PartsKey) -> str:
+    return f"{RESUMABLE}{where.upload_id}/part-{where.token}-"
+
+
 def _key(where: PartsKey, number: int) -> str:
-    return f"{RESUMABLE}{where.upload_id}/part-{number:08d}"
+    return f"{_prefix(where)}{number:08d}"

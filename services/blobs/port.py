@@ -144,7 +144,10 @@ class PartStore(Protocol):
         """How large the parts of an upload of `length` bytes are. Raises TooLargeError."""
 
     async def begin(self, upload_id: UUID, length: int) -> str:
-        """Make ready for parts; gives the token of their `PartsKey`. Raises UnavailableError."""
+        """Make ready for parts; gives the token of their `PartsKey`. Raises UnavailableError.
+
+        Every beginning has a token, and with it parts and a blob, of its own, also of the same upload.
+        """
 
     async def put(self, where: PartsKey, number: int, part: PartBuffer) -> str:
         """Store a part durably; gives its `etag`. Raises UnavailableError."""
@@ -159,6 +162,9 @@ class PartStore(Protocol):
             CorruptError: parts are missing.
             UnavailableError.
         """
+
+    def blob_key(self, where: PartsKey) -> str | None:
+        """The key of its own that `assemble` stores the blob at; None where it is content-addressed."""
 
     async def discard(self, where: PartsKey, *, blob: bool) -> None:
         """Remove all parts and, where `blob` is set, what `assemble` made of them if nobody else can have it.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from services.blobs.intake import PIECE_BYTES, Intake
 from services.blobs.memory import ByteBudget, PartBuffer
@@ -19,6 +19,7 @@ from services.blobs.s3_multipart import GONE, OK, begin_upload, complete_upload
 from services.blobs.s3_requests import S3Requests
 from services.errors import TooLargeError
 
+_BETWEEN = "/"  # name and multipart upload's id in a token
 _SPARE = 5  # one number in so many is kept for those that interruptions waste
 
 
@@ -69,39 +70,47 @@ class S3Parts:
     async def begin(self, upload_id: UUID, length: int) -> str:
         """See the port. Not cut off in the middle, which would leave an upload whose name nobody knows."""
         if length <= self.part_bytes(length):
-            return ""
-        return await asyncio.shield(asyncio.ensure_future(begin_upload(self._requests, _key(upload_id))))
+            return await self._small.begin(upload_id, length)
+        name = uuid4()
+        begun = await asyncio.shield(asyncio.ensure_future(begin_upload(self._requests, f"{UPLOADS}{name}")))
+        return f"{name}{_BETWEEN}{begun}"
 
     async def put(self, where: PartsKey, number: int, part: PartBuffer) -> str:
         """See the port."""
-        if not where.token:
+        key, upload = _place(where)
+        if key is None:
             return await self._small.put(where, number, part)
-        query = {"uploadId": where.token, "partNumber": str(number)}
-        answer = await self._requests.send("PUT", _key(where.upload_id), OK, query=query, body=part)
+        query = {"uploadId": upload, "partNumber": str(number)}
+        answer = await self._requests.send("PUT", key, OK, query=query, body=part)
         return answer.headers.get("ETag", "")
 
     async def assemble(self, where: PartsKey, parts: Sequence[Part], *, declared: Declared) -> StoredBlob:
         """See the port."""
-        if not where.token:
+        key, upload = _place(where)
+        if key is None:
             return await self._small.assemble(where, parts, declared=declared)
         if declared.size_bytes is None:
             raise ValueError("the length of an upload is known")
-        key, length = _key(where.upload_id), declared.size_bytes
+        length = declared.size_bytes
         listed = sorted((part.number, part.etag) for part in parts)
-        await complete_upload(self._requests, key, where.token, listed, length, only_if_absent=False)
+        await complete_upload(self._requests, key, upload, listed, length, only_if_absent=False)
         intake = Intake(self._blobs.read(key, 0, length), declared=declared, max_bytes=length)
         while await intake.take(PIECE_BYTES):
             pass
         digests = await intake.digests()
         return StoredBlob(self._blobs.backend_id, key, 0, digests.length, digests.blake3, digests.sha256)
 
+    def blob_key(self, where: PartsKey) -> str | None:
+        """See the port."""
+        return _place(where)[0]
+
     async def discard(self, where: PartsKey, *, blob: bool) -> None:
         """See the port."""
-        if not where.token:
+        key, upload = _place(where)
+        if key is None:
             await self._small.discard(where, blob=blob)
             return
-        key = _key(where.upload_id)
-        await self._requests.send("DELETE", key, GONE, query={"uploadId": where.token})
+        await self._requests.send("DELETE", key, GONE, query={"uploadId": upload})
         if blob:
             await self._requests.send("DELETE", key, GONE)
 
@@ -110,5 +119,7 @@ class S3Parts:
         return max(1, self._max_parts - self._max_parts // _SPARE)
 
 
-def _key(upload_id: UUID) -> str:
-    return f"{UPLOADS}{upload_id}"
+def _place(where: PartsKey) -> tuple[str | None, str]:
+    """Key and id of the multipart upload; no key of parts that are objects."""
+    name, multipart, upload = where.token.partition(_BETWEEN)
+    return (f"{UPLOADS}{name}", upload) if multipart else (None, "")

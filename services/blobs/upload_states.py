@@ -116,8 +116,17 @@ class UploadStates:
         raise UnavailableError(f"upload {upload_id} changes too fast to be read: retry")
 
     async def create(self, state: UploadState) -> None:
-        """Write the first state. Raises SupersededError: there is one; UnavailableError."""
-        await self._write(state, follows=None)
+        """Write the first state. Raises SupersededError: there is one; UnavailableError: the outcome is unknown.
+
+        What is left of an upload that was removed, and hinders this one, is removed first.
+        """
+        try:
+            await self._write(state, follows=None)
+        except SupersededError:
+            newest = await self._newest(state.upload_id)
+            if newest is not None and newest.gone:
+                await self.remove(newest)
+            raise
 
     async def replace(self, old: UploadState, **fields: object) -> UploadState:
         """Write the successor of a state and return it.
@@ -138,7 +147,7 @@ class UploadStates:
         """
         last = state if state.gone else await self.replace(state, gone=True, tail=None, tail_bytes=0, holder=None)
         await self._blobs.parts.discard(last.where, blob=last.stored is None)
-        await self._clear(last.upload_id)
+        await self._clear(last.upload_id, [last.number])
 
     async def remove_with_blob(self, state: UploadState) -> None:
         """As `remove`, of an upload whose blob was stored and is known to be named by no event."""
@@ -151,8 +160,8 @@ class UploadStates:
             try:
                 state = await self._newest(upload_id)
                 if state is None:
-                    await self._clear(upload_id)
-                elif now - state.active_at >= timedelta(seconds=idle_seconds):
+                    await self._clear(upload_id, [])
+                elif state.gone or now - state.active_at >= timedelta(seconds=idle_seconds):
                     await self.remove(state)
                     swept += 1
             except SupersededError:  # somebody goes on with it
@@ -182,10 +191,26 @@ class UploadStates:
             raise SupersededError("it is in use")
         return None if data is None else _read(data, numbers[-1])
 
-    async def _clear(self, upload_id: UUID) -> None:
-        """Remove all objects of an upload, the newest state, which says that it is gone, last."""
+    async def blob_keys(self) -> frozenset[str]:
+        """The keys of their own under which uploads have stored a blob, or may yet: an event may come to name it."""
+        found: set[str] = set()
+        for upload_id in _uploads(await self._blobs.list_objects(RESUMABLE)):
+            state = await self.load(upload_id)
+            key = None if state is None else self._blobs.parts.blob_key(state.where)
+            if key is not None:
+                found.add(key)
+        return frozenset(found)
+
+    async def _clear(self, upload_id: UUID, newest: list[int]) -> None:
+        """Remove all objects of an upload, the newest state, which says that it is gone, last.
+
+        Nothing if that is not the newest any more: another has removed it, and there may be a new one by now.
+        """
         keys = await self._blobs.list_objects(_folder(upload_id))
-        states = [_key(upload_id, number) for number in _numbers(keys)]
+        numbers = _numbers(keys)
+        if numbers[-1:] != newest:
+            return
+        states = [_key(upload_id, number) for number in numbers]
         for key in (*(key for key in keys if key not in states), *states):
             await self._blobs.delete_object(key)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from datetime import datetime
 
 from services.blobs.port import BlobStore
+from services.blobs.upload_states import UploadStates
 from services.verify.notes import Notes
 from services.verify.report import Report
 
@@ -21,8 +22,10 @@ async def find_orphans(blobs: BlobStore, notes: Notes, report: Report, *, before
     if not report.clean:
         return
 
+    alive = await UploadStates(blobs).blob_keys()
+
     def orphaned(key: str) -> bool:
-        if notes.is_claimed(key):
+        if notes.is_claimed(key) or key in alive:
             return False
         report.orphans += 1
         return remove

@@ -1,0 +1,215 @@
+"""Uploads that span requests, cut off or met by another request at the worst moment: nothing that was taken is lost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from services.blobs.port import PartsKey
+from services.blobs.upload_states import UploadState, UploadStates
+from services.errors import CommandReusedError, UnavailableError, UploadBusyError, UploadNotFoundError
+from services.uploads import acknowledgement_of
+from tests.contract.blobs_stage import MUCH, STORES, body, some_bytes
+from tests.contract.resumable_stage import PACKAGE, CutError, Scene, check_recorded, cut, new, opened_scene, send
+
+DAY = timedelta(days=1, seconds=1)
+
+
+@pytest.fixture(params=STORES)
+async def scene(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Scene]:
+    async with opened_scene(request, tmp_path / "blobs") as found:
+        yield found
+
+
+def failing_once(act: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """The same, but that the store gives no answer the first time."""
+    failures = [UnavailableError("the answer was lost")]
+
+    async def acting(*arguments: Any, **named: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return await act(*arguments, **named)
+
+    return acting
+
+
+@MUCH
+@pytest.mark.parametrize("ended", ["removed", "expired"])
+@pytest.mark.parametrize("again", ["same", "other"])
+async def test_a_key_that_is_used_again_harms_nothing_that_it_recorded(scene: Scene, ended: str, again: str) -> None:
+    data, key = some_bytes(scene.part + 1), uuid4()
+    upload = await scene.begin(len(data), key=key)
+    await send(scene.one, upload, data, 0, len(data))
+    first = acknowledgement_of(await scene.one.find(PACKAGE, upload))
+    if ended == "removed":
+        await scene.one.remove(PACKAGE, upload)
+    else:
+        scene.clock.now += DAY
+        assert await scene.sweep() == 1
+
+    upload = await scene.begin(len(data), key=key)
+    await send(scene.other, upload, data, 0, 10)
+    await scene.other.remove(PACKAGE, upload)
+    await check_recorded(scene, data)
+
+    upload = await scene.begin(len(data), key=key)
+    if again == "same":
+        assert acknowledgement_of(await send(scene.one, upload, data, 0, len(data))) == first
+    else:
+
+        async def refused(*_: object) -> None:
+            raise CommandReusedError("the command id was used for another file")
+
+        scene.one._record = refused  # type: ignore[assignment]  # the writer compares digests; the log of the stage does not
+        with pytest.raises(CommandReusedError):
+            await scene.one.append(PACKAGE, upload, 0, body(some_bytes(len(data), 1)))
+    await check_recorded(scene, data)
+
+
+@MUCH
+async def test_who_begins_an_upload_that_another_has_begun_already_takes_nothing_from_it(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, key = some_bytes(2 * scene.part), uuid4()
+    upload = await scene.begin(len(data), key=key)
+    await send(scene.one, upload, data, 0, scene.part + 10)
+    looks: list[UploadState | None] = [None]
+    load = UploadStates.load
+
+    async def late(states: UploadStates, upload_id: Any) -> UploadState | None:
+        return looks.pop() if looks else await load(states, upload_id)
+
+    monkeypatch.setattr(UploadStates, "load", late)
+    found = await scene.other.create(new(len(data), key=key))
+    assert (found.upload_id, found.offset) == (upload, scene.part + 10)
+    await send(scene.other, upload, data, scene.part + 10, len(data))
+    await check_recorded(scene, data)
+
+
+@MUCH
+async def test_a_creation_whose_outcome_is_unknown_can_be_repeated(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, key = some_bytes(scene.part + 1), uuid4()
+    with monkeypatch.context() as patched:
+        patched.setattr(scene.stage.store, "list_objects", failing_once(scene.stage.store.list_objects))
+        looks: list[UploadState | None] = [None]
+        load = UploadStates.load
+
+        async def unseen(states: UploadStates, upload_id: Any) -> UploadState | None:
+            return looks.pop() if looks else await load(states, upload_id)
+
+        patched.setattr(UploadStates, "load", unseen)
+        with pytest.raises(UnavailableError):
+            await scene.begin(len(data), key=key)
+    await scene.one.close()
+    upload = await scene.begin(len(data), key=key)
+    await send(scene.other, upload, data, 0, len(data))
+    await check_recorded(scene, data)
+    scene.clock.now += DAY
+    await scene.sweep()
+    assert scene.stage.holds() == {scene.log.blob().key}
+
+
+@MUCH
+async def test_a_removal_that_was_cut_off_is_finished_by_who_comes_next(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = some_bytes(scene.part + 1)
+    keys = [uuid4(), uuid4()]
+    for key in keys:
+        upload = await scene.begin(len(data), path=str(key), key=key)
+        await send(scene.one, upload, data, 0, 100)
+        with monkeypatch.context() as patched:
+            patched.setattr(scene.stage.store.parts, "discard", failing_once(scene.stage.store.parts.discard))
+            with pytest.raises(UnavailableError):
+                await scene.one.remove(PACKAGE, upload)
+        with pytest.raises(UploadNotFoundError):
+            await scene.other.find(PACKAGE, upload)
+    assert await scene.sweep() == 2, "nobody has to wait for a day"
+    assert scene.stage.holds() == set()
+
+    upload = await scene.begin(len(data), key=keys[0])
+    with monkeypatch.context() as patched:
+        patched.setattr(scene.stage.store.parts, "discard", failing_once(scene.stage.store.parts.discard))
+        with pytest.raises(UnavailableError):
+            await scene.one.remove(PACKAGE, upload)
+    with pytest.raises(UploadBusyError):
+        await scene.begin(len(data), key=keys[0])
+    upload = await scene.begin(len(data), key=keys[0])
+    await send(scene.one, upload, data, 0, len(data))
+    await check_recorded(scene, data)
+
+
+async def test_who_removes_late_leaves_the_next_upload_of_the_key_alone(scene: Scene) -> None:
+    data, key = some_bytes(1000), uuid4()
+    upload = await scene.begin(1000, key=key)
+    states = UploadStates(scene.stage.store)
+    old = await states.load(upload)
+    assert old is not None
+    gone = await states.replace(old, gone=True)
+    await scene.sweep()
+    assert await scene.begin(1000, key=key) == upload
+    await send(scene.one, upload, data, 0, 400)
+    await states.remove(gone)
+    await send(scene.other, upload, data, 400, 1000)
+    await check_recorded(scene, data)
+
+
+@MUCH
+async def test_bytes_that_were_removed_as_nobodys_are_not_acknowledged(scene: Scene) -> None:
+    data = some_bytes(scene.part + 1)
+    upload = await scene.begin(len(data))
+    scene.log.failures.append(UnavailableError("the log does not answer"))
+    with pytest.raises(UnavailableError):
+        await send(scene.one, upload, data, 0, len(data))
+    state = await UploadStates(scene.stage.store).load(upload)
+    assert state is not None
+    assert state.stored is not None
+    own = scene.stage.store.parts.blob_key(state.where)
+    assert await UploadStates(scene.stage.store).blob_keys() == (frozenset() if own is None else {own})
+    await scene.stage.store.set_aside(state.stored.key)
+    before = len(scene.log.recorded)
+    with pytest.raises(UploadNotFoundError, match="begin a new one"):
+        await scene.other.find(PACKAGE, upload)
+    assert len(scene.log.recorded) == before
+    with pytest.raises(UploadNotFoundError):
+        await scene.one.find(PACKAGE, upload)
+
+
+@MUCH
+async def test_a_request_that_is_cut_off_while_a_part_is_on_its_way_says_why_and_keeps_the_part(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = some_bytes(3 * scene.part)
+    upload = await scene.begin(len(data))
+    parts, numbers = scene.stage.store.parts, []
+    putting, stored = asyncio.Event(), asyncio.Event()
+    put = parts.put
+
+    async def slow(where: PartsKey, number: int, part: Any) -> str:
+        numbers.append(number)
+        putting.set()
+        await stored.wait()
+        return await put(where, number, part)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(parts, "put", slow)
+        running = asyncio.create_task(scene.one.append(PACKAGE, upload, 0, cut(data[: 2 * scene.part])))
+        await putting.wait()
+        running.cancel()
+        stored.set()
+        with pytest.raises((asyncio.CancelledError, CutError)):
+            await running
+        await scene.one.close()  # what came is stored beside the one that was cut off
+    at = (await scene.other.find(PACKAGE, upload)).offset
+    assert at >= scene.part
+    await send(scene.other, upload, data, at, len(data))
+    assert len(set(numbers)) == len(numbers)
+    await check_recorded(scene, data)
