@@ -56,7 +56,7 @@ def serve(processes: int, member: str | None) -> None:
     if processes > 1:
         _run_processes(settings, "serve", processes)
     else:
-        _end(run(_serve(settings, member)))
+        _end(run(_serve(settings, member), serving=True))
 
 
 async def _serve(settings: Settings, member: str | None) -> Mapping[str, Exception]:
@@ -95,7 +95,7 @@ def gateway(processes: int, member: str | None) -> None:
     if processes > 1:
         _run_processes(settings, "gateway", processes)
     else:
-        run(_gateway(settings, member))
+        run(_gateway(settings, member), serving=True)
 
 
 async def _gateway(settings: Settings, member: str | None) -> None:

@@ -29,6 +29,15 @@ MAX_BATCH_EVENTS = 1_000
 MAX_BATCH_BYTES = 8 << 20
 """About how many bytes; what is appended is held several times: decided, encoded, by the client, read back."""
 
+GATHER_SECONDS = 0.02
+"""How long a command waits at most for those that were announced, so that they share its transaction."""
+
+ANNOUNCED_SECONDS = 0.2
+"""How long after the question whether a file could be ingested its command is expected."""
+
+ENOUGH_TOGETHER = 32
+"""So many commands are enough for a transaction: what one costs is small for each of them."""
+
 TOGETHER = 2
 """How often a command fails together with others before it is tried alone."""
 
@@ -85,7 +94,13 @@ def size_of(asked: Command | IngestCheck) -> int:
 
 
 class Waiting:
-    """The queue of one partition. `put` never blocks, `take` does."""
+    """The queue of one partition. `put` never blocks, `take` does.
+
+    A transaction of one command costs client and brokers about as much as one of many. A file's command follows the
+    question whether it could be ingested; while such commands are expected, those that are there wait a moment for
+    them.
+    A caller that sends one file after the other is never held up: nothing is expected when its command comes.
+    """
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -93,6 +108,9 @@ class Waiting:
         self._waited_for = False
         self._queue: deque[Request] = deque()
         self._size = 0
+        self._questions = 0
+        self._announced: deque[float] = deque()
+        """When commands were announced that have not come yet, the oldest first."""
         self._closed = False
         self._woken = False
 
@@ -111,7 +129,11 @@ class Waiting:
                     raise PushBackError("the package's partition does not get on with what waits for it", 5.0)
             self._queue.append(request)
             self._size += request.size
-            if self._waited_for:
+            if isinstance(request.asked, IngestCheck):
+                self._questions += 1
+            elif isinstance(request.asked, IngestFiles) and self._announced:
+                self._announced.pop()  # the newest: one that never comes grows old and is forgotten
+            if self._waited_for and (self._questions or self._waits_until() <= request.came or len(self._queue) == 1):
                 self._changed.notify()
 
     def put_back(self, requests: Iterable[Request]) -> None:
@@ -120,7 +142,14 @@ class Waiting:
             for request in reversed(list(requests)):
                 self._queue.appendleft(request)
                 self._size += request.size
+                self._questions += isinstance(request.asked, IngestCheck)
             self._changed.notify()
+
+    def announce(self, commands: int) -> None:
+        """So many questions were answered with yes: as many commands are expected soon."""
+        if commands:
+            with self._lock:
+                self._announced.extend([time.monotonic()] * commands)
 
     def wake(self) -> None:
         """Let `take` return, with nothing if need be."""
@@ -131,14 +160,25 @@ class Waiting:
     def take(self, timeout: float) -> list[Request] | None:
         """Wait `timeout` seconds for requests and take what fits into one transaction; None once the queue is closed.
 
-        A request that failed before together with others comes alone. Empty when the time is over or `wake` was called.
+        A request that failed before together with others comes alone; questions do not wait for commands that do.
+        Empty when the time is over or `wake` was called.
         """
         with self._changed:
+            now = time.monotonic()
+            give_up = now + timeout
             self._waited_for = True
-            self._changed.wait_for(lambda: self._queue or self._closed or self._woken, timeout)
+            while not self._closed and not self._woken and not self._questions:
+                until = self._waits_until() if self._queue else give_up
+                if until <= now:
+                    break
+                self._changed.wait(until - now)
+                now = time.monotonic()
             self._waited_for = False
+            if self._closed:
+                return None
+            alone = self._questions and not self._woken and self._waits_until() > now
             self._woken = False
-            return None if self._closed else self._next_batch()
+            return self._questions_alone() if alone else self._next_batch()
 
     def close(self) -> None:
         """Take no more, and let nothing be taken; what waits is left for `drain`."""
@@ -151,8 +191,22 @@ class Waiting:
         with self._changed:
             left = list(self._queue)
             self._queue.clear()
-            self._size = 0
+            self._size = self._questions = 0
             return left
+
+    def _waits_until(self) -> float:
+        """When the oldest request has waited long enough for what is announced; a time that is over if nothing is."""
+        oldest = self._queue[0].came
+        while self._announced and self._announced[0] < oldest - ANNOUNCED_SECONDS:
+            self._announced.popleft()
+        return oldest + GATHER_SECONDS if self._announced and len(self._queue) < ENOUGH_TOGETHER else oldest
+
+    def _questions_alone(self) -> list[Request]:
+        questions = [request for request in self._queue if isinstance(request.asked, IngestCheck)]
+        self._queue = deque(request for request in self._queue if not isinstance(request.asked, IngestCheck))
+        self._questions = 0
+        self._size -= sum(request.size for request in questions)
+        return [request for request in questions if not request.answer.done()]
 
     def _next_batch(self) -> list[Request]:
         batch: list[Request] = []
@@ -165,6 +219,7 @@ class Waiting:
                 break
             self._queue.popleft()
             self._size -= request.size
+            self._questions -= isinstance(request.asked, IngestCheck)
             if request.answer.done():
                 continue  # nobody waits any more
             batch.append(request)

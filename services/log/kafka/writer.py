@@ -248,6 +248,7 @@ class PartitionWriter:
             held = [request for request in asides.cancel() if request not in batch]
             self._waiting.put_back([*batch, *held])
             raise
+        self._waiting.announce(answers.count(None))
         self._deliver(list(zip(batch, answers, strict=True)))
 
     def _without_held(self, asides: Asides, batch: Sequence[Request]) -> list[Request]:
