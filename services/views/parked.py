@@ -95,9 +95,14 @@ async def list_marks(views: Views, projection: str | None = None) -> list[Mark]:
 
 
 async def forget_mark(connection: AsyncConnection, mark: Mark) -> bool:
-    """Remove one mark; whether it was there."""
+    """Remove one mark; whether it was there, and at this offset: one that another retry has moved is not this one."""
     table = parked_packages.c
-    mine = (table.generation == mark.generation, table.partition == mark.partition, table.package == mark.package)
+    mine = (
+        table.generation == mark.generation,
+        table.partition == mark.partition,
+        table.package == mark.package,
+        table.offset == mark.offset,
+    )
     return (await connection.execute(delete(parked_packages).where(*mine))).rowcount == 1
 
 

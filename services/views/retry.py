@@ -41,7 +41,7 @@ async def retry(views: Views, log: Log, mark: Mark) -> Retried:
     """Fold what waits behind the mark, up to where the view stands. Marks of one partition: the earliest first.
 
     Raises:
-        StaleCheckpointError: the mark is not there any more, or the view was folded again since.
+        StaleCheckpointError: the mark is not there any more or has moved, or the view was folded again since.
         CorruptError, LogIdentityError: the log is not the one that the view was folded from.
         UnavailableError: the log or the database cannot be reached.
     """
@@ -55,7 +55,9 @@ async def retry(views: Views, log: Log, mark: Mark) -> Retried:
         query = select(table.next_offset).where(table.generation == mark.generation, table.partition == mark.partition)
         end = (await connection.execute(query.with_for_update())).scalar_one()
         if not await forget_mark(connection, mark):
-            raise StaleCheckpointError(f"{mark.package} is not parked in {mark.projection} any more")
+            raise StaleCheckpointError(
+                f"{mark.package} is not parked in {mark.projection} at offset {mark.offset} any more"
+            )
         marks = await read_marks(connection, mark.generation)
         parking = Parking(connection, projection, tables, mark.generation, views.max_parked, marks)
         seen = 0

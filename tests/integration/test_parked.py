@@ -235,6 +235,9 @@ async def test_a_package_parks_again_where_its_next_bad_event_is(views: Views, m
     assert again is not None
     assert (again.offset, again.events) == (3, 2)
     assert "cannot be read" in again.cause
+    with pytest.raises(StaleCheckpointError, match="not parked"):  # as one that began at the same time, and comes late
+        await retry(views, log, mark)
+    assert await list_marks(views) == [again]
     assert [file.relative_path for file in (await Queries(views).files(package_id)).items] == ["a", "b"]
 
 
