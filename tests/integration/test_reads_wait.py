@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, cast
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 
@@ -152,4 +152,15 @@ async def test_waiting_has_an_end(tmp_path: Path) -> None:
     with pytest.raises(WaitTimeoutError):
         await stage.registry.get_package(package_id, wait_sequence=4)
     assert (await stage.registry.get_package(package_id, wait_sequence=3)).last_event_sequence == 3
+    await stage.views.close()
+
+
+async def test_a_view_of_another_log_denies_nothing(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, wait_seconds=0.1)
+    await stage.views.migrate()
+    a_package(stage)
+    await catch_up(stage.views, stage.log, REGISTRY)
+    stage.log.id = uuid4()
+    with pytest.raises(WaitTimeoutError):
+        await stage.registry.get_package(UUID(int=7))
     await stage.views.close()
