@@ -42,11 +42,12 @@ class CuttingProxy:
                 passing = [asyncio.create_task(self._forward(reader, back)), asyncio.create_task(_pass(there, writer))]
                 await asyncio.wait(passing, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            for side in sides:  # before anything is waited for: this may be the end of the proxy, too
+                side.transport.abort()
             for one in passing:
                 one.cancel()
             await asyncio.gather(*passing, return_exceptions=True)
             for side in sides:
-                side.transport.abort()
                 with suppress(OSError):
                     await side.wait_closed()
 
