@@ -1,7 +1,7 @@
-"""Who is let in: how many connections, uploads and bytes of JSON one gateway process takes at a time.
+"""Who is let in: how many connections, uploads, downloads and bytes of JSON one gateway process takes at a time.
 
-No client gets more than half of the connections and uploads, so that one alone never keeps out all others. A client is
-an address: behind a proxy that hides them, all are one.
+No client gets more than half of the places of a kind, so that one alone never keeps out all others. A client is an
+address: behind a proxy that hides them, all are one.
 """
 
 from __future__ import annotations
@@ -10,9 +10,16 @@ import resource
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 from ingest_gateway.problems import TooManyAtOnceError
 from services.errors import PushBackError
+
+Transfer = Literal["uploads", "downloads"]
+"""What moves many bytes, and so has places of its own."""
+
+MAX_DOWNLOADS = 128
+"""How many downloads there may be: each may hold a connection to the blob store, of which uploads need theirs too."""
 
 JSON_ROOM_BYTES = 64 << 20
 """How many bytes of JSON bodies may be held at a time, before they are commands."""

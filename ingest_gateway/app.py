@@ -82,9 +82,9 @@ class App:
             exchange.call = Call(self.gateway, request, route, exchange.target, values)
             if exchange.refusal is not None and route.tag != "operation":
                 raise exchange.refusal
-            if not route.uploads:
+            if route.transfer is None or request.method == "HEAD":
                 return await route.handler(exchange.call)
-            with self.gateway.uploads.place(client_of(request.protocol)):
+            with self.gateway.transfers[route.transfer].place(client_of(request.protocol)):
                 return await route.handler(exchange.call)
         except ArtifactStoreError as error:
             if not exchange.begun:

@@ -117,7 +117,7 @@ async def get_archive(call: Call) -> web.StreamResponse:
         await call.send(response, first)
         async for piece in pieces:
             await call.send(response, piece)
-    await response.write_eof()
+    await call.finish(response)
     return response
 
 
@@ -150,6 +150,7 @@ ROUTES = (
         "`application/json`, the files' bytes are read where they lie and verified; `unknown-content` says that they "
         "must be sent.",
         tag="files",
+        transfer="uploads",
     ),
     Route(
         "GET",
@@ -171,7 +172,9 @@ ROUTES = (
             WaitTimeoutError,
         ),
         description="Always the same bytes for the same package. Should they fail on the way, the connection is cut "
-        "before the archive's end marker; `after` leads on from the last whole file.",
+        "before the archive's end marker; `after` leads on from the last whole file. It is cut too where the client "
+        "takes less than 1 KiB/s.",
         tag="files",
+        transfer="downloads",
     ),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import parse_qsl, urlencode
 
@@ -14,6 +14,7 @@ from ingest_gateway.json_body import parse_json
 from ingest_gateway.operations import Route
 from ingest_gateway.parameters import Parameter
 from ingest_gateway.problems import (
+    AnswerTimeoutError,
     BodyTimeoutError,
     ExpectationFailedError,
     IncompleteBodyError,
@@ -32,6 +33,9 @@ Shape = TypeVar("Shape", bound=Request)
 
 MAX_JSON_BYTES = 1 << 20
 """Most bytes of a JSON body beyond what metadata may take."""
+
+_SENT_AT_ONCE_BYTES = 256 * 1024
+"""Most bytes that a client has one span of time for: the longer the piece, the later it shows that nobody takes it."""
 
 _MAX_QUERY_FIELDS = 32
 _JSON_ESCAPE = 6  # `\u00e9` is six bytes where the JCS form has at least one
@@ -176,9 +180,29 @@ class Call:
         await response.prepare(self.request)
 
     async def send(self, response: web.StreamResponse, data: bytes) -> None:
-        """Send a piece of a streamed answer; waits while the client is slow. Raises ConnectionError."""
-        await response.write(data)
-        self.sent += len(data)
+        """Send a piece of a streamed answer; waits while the client is slow, as long as it takes bytes.
+
+        Raises ConnectionError; AnswerTimeoutError: it takes less than `Bounds.body_bytes_per_second`, measured over
+        `Bounds.body_idle_seconds` at least. Only time in which it is waited for counts.
+        """
+        rest = memoryview(data)
+        while rest:
+            piece, rest = rest[:_SENT_AT_ONCE_BYTES], rest[_SENT_AT_ONCE_BYTES:]
+            await self._taken(response.write(piece), len(piece))
+            self.sent += len(piece)
+
+    async def finish(self, response: web.StreamResponse) -> None:
+        """End a streamed answer. Waits, and raises, as `send`."""
+        await self._taken(response.write_eof(), 0)
+
+    async def _taken(self, writing: Awaitable[None], size: int) -> None:
+        bounds = self.gateway.bounds
+        seconds = max(bounds.body_idle_seconds, size / bounds.body_bytes_per_second)
+        try:
+            async with asyncio.timeout(seconds):
+                await writing
+        except TimeoutError:
+            raise AnswerTimeoutError(f"the client did not take {size:,} bytes of it within {seconds:g} s") from None
 
 
 def _query(raw: str, known: frozenset[str]) -> dict[str, str]:

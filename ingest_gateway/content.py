@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from contextlib import aclosing
 from urllib.parse import quote
 
 from aiohttp import web
@@ -54,10 +55,11 @@ async def get_content(call: Call) -> web.StreamResponse:
         return response
     # What can fail fails here: afterwards the status is sent, and a failure can only cut the connection.
     chunks = await call.registry.open_content(file.file_id, 0 if part is None else part.offset, length)
-    await call.start(response)
-    async for chunk in chunks:
-        await call.send(response, chunk)
-    await response.write_eof()
+    async with aclosing(chunks):  # type: ignore[type-var]  # the registry of a gateway gives generators
+        await call.start(response)
+        async for chunk in chunks:
+            await call.send(response, chunk)
+    await call.finish(response)
     return response
 
 
@@ -105,7 +107,9 @@ ROUTES = (
             WaitTimeoutError,
         ),
         description="`ETag` is the content address. The content never changes and may be cached for good. Should the "
-        "bytes fail on the way, the connection is cut before `Content-Length` is reached.",
+        "bytes fail on the way, or the client take less than 1 KiB/s, the connection is cut before `Content-Length` "
+        "is reached.",
         tag="files",
+        transfer="downloads",
     ),
 )

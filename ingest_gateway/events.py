@@ -50,7 +50,7 @@ async def get_events(call: Call) -> web.StreamResponse:
             feed(_for_ever(call.registry, since, package_id, media_type)) as lines,
         ):
             await _send_all(call, response, lines)
-    await response.write_eof()
+    await call.finish(response)
     return response
 
 
@@ -118,9 +118,9 @@ ROUTES = (
             UnavailableError,
         ),
         description="In order per package. Without `follow` the answer ends where the log ended when the request came. "
-        "A follower that falls behind is waited for; should reading fail, the connection is cut, and the last position "
-        "that was seen leads on. A server-sent event has the position as `id`, the type as `event`; comments keep a "
-        "quiet connection open.",
+        "A follower that falls behind is waited for as long as it takes 1 KiB/s of what there is; should it take "
+        "less, or reading fail, the connection is cut, and the last position that was seen leads on. A server-sent "
+        "event has the position as `id`, the type as `event`; comments keep a quiet connection open.",
         tag="events",
     ),
 )

@@ -117,6 +117,7 @@ ROUTES = (
         description="Package, path and state are checked before the body is read. A body that ends early, differs from "
         "what is declared or comes with a `Content-Encoding` leaves nothing behind.",
         tag="files",
+        transfer="uploads",
     ),
     Route(
         "GET",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from ingest_gateway.admission import JSON_ROOM_BYTES, Places, Room, connections_within
+from ingest_gateway.admission import JSON_ROOM_BYTES, MAX_DOWNLOADS, Places, Room, Transfer, connections_within
 from ingest_gateway.followers import MAX_FOLLOWERS, Followers
 from ingest_gateway.health import Checks
 from ingest_gateway.metrics import Metrics
@@ -28,12 +28,13 @@ class Bounds:
     max_followers: int = MAX_FOLLOWERS
     max_connections: int = 2048
     max_uploads: int = 256
+    max_downloads: int = MAX_DOWNLOADS
     json_room_bytes: int = JSON_ROOM_BYTES
     """Bytes of JSON bodies that may be held at a time."""
     body_idle_seconds: float = 60.0
-    """How long a body may stand still, and over how long its pace is taken."""
+    """How long a body may stand still, and over how long its pace is taken; so too a streamed answer's."""
     body_bytes_per_second: float = 1024.0
-    """The least pace of a body that is waited for."""
+    """The least pace of a body, or of a client that takes a streamed answer, that is waited for."""
     heartbeat_seconds: float = 10.0
     """How often a quiet follower is looked after."""
 
@@ -69,7 +70,10 @@ class Gateway:
         self.siblings = siblings
         self.followers = Followers(bounds.max_followers)
         self.connections = Places("connections", bounds.max_connections, metrics.refused)
-        self.uploads = Places("uploads", bounds.max_uploads, metrics.refused)
+        self.transfers: Mapping[Transfer, Places] = {
+            "uploads": Places("uploads", bounds.max_uploads, metrics.refused),
+            "downloads": Places("downloads", bounds.max_downloads, metrics.refused),
+        }
         self.json = Room("JSON", bounds.json_room_bytes, metrics.refused)
         self.draining = False
         self._in_flight = 0
@@ -79,7 +83,8 @@ class Gateway:
             in_flight=lambda: self._in_flight,
             followers=lambda: len(self.followers),
             connections=lambda: len(self.connections),
-            uploads=lambda: len(self.uploads),
+            uploads=lambda: len(self.transfers["uploads"]),
+            downloads=lambda: len(self.transfers["downloads"]),
         )
 
     @asynccontextmanager

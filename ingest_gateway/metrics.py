@@ -47,9 +47,10 @@ class Metrics:
             "artifact_store_http_connections", "Connections that have a place", registry=self.registry
         )
         self._uploads = Gauge("artifact_store_http_uploads", "Uploads that are under way", registry=self.registry)
+        self._downloads = Gauge("artifact_store_http_downloads", "Downloads that are under way", registry=self.registry)
         self._refused = Counter(
             "artifact_store_http_refused",
-            "Connections, uploads and JSON bodies for which there was no place",
+            "Connections, uploads, downloads and JSON bodies for which there was no place",
             ("what",),
             registry=self.registry,
         )
@@ -66,12 +67,14 @@ class Metrics:
         followers: Callable[[], float],
         connections: Callable[[], float],
         uploads: Callable[[], float],
+        downloads: Callable[[], float],
     ) -> None:
         """Ask these whenever somebody looks."""
         self._in_flight.set_function(in_flight)
         self._followers.set_function(followers)
         self._connections.set_function(connections)
         self._uploads.set_function(uploads)
+        self._downloads.set_function(downloads)
 
     def refused(self, what: str) -> None:
         """Count something for which there was no place."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
+from ingest_gateway.admission import Transfer
 from ingest_gateway.parameters import Parameter
 from services.errors import ArtifactStoreError
 
@@ -43,7 +44,10 @@ class Success:
 
 @dataclass(frozen=True)
 class Route:
-    """One method of one resource. In `template` a last `{relative_path}` takes everything that remains."""
+    """One method of one resource. In `template` a last `{relative_path}` takes everything that remains.
+
+    `transfer` says what kind of place a request takes before it is handled; HEAD, which moves no bytes, takes none.
+    """
 
     method: str
     template: str
@@ -55,11 +59,7 @@ class Route:
     problems: tuple[type[ArtifactStoreError], ...] = ()
     description: str = ""
     tag: str = "packages"
-
-    @property
-    def uploads(self) -> bool:
-        """Whether its bodies are bytes to be stored."""
-        return self.body is not None and any(shape is BINARY for shape in self.body.content.values())
+    transfer: Transfer | None = None
 
     @property
     def operation_id(self) -> str:

@@ -62,6 +62,13 @@ class BodyTimeoutError(ProtocolError):
     problem = "body-timeout"
 
 
+class AnswerTimeoutError(ProtocolError):
+    """The client took the answer's bytes too slowly, or not at all: it is cut off, and so never told this."""
+
+    status = 408
+    problem = "answer-timeout"
+
+
 class PreconditionFailedError(ProtocolError):
     """`If-Match` names another representation."""
 
@@ -84,7 +91,7 @@ class ExpectationFailedError(ProtocolError):
 
 
 class TooManyAtOnceError(PushBackError):
-    """The client (its address) has as many connections or uploads under way as one may have."""
+    """The client (its address) has as many connections, uploads or downloads under way as one may have."""
 
     status = 429
     problem = "too-many-at-once"

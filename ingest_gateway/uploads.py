@@ -255,6 +255,7 @@ ROUTES = (
         description="With an `Idempotency-Key` a repeat finds the upload that the first one began, where it stands. "
         "The first bytes may come along. " + _KEPT,
         tag="files",
+        transfer="uploads",
     ),
     Route(
         "OPTIONS",
@@ -289,6 +290,7 @@ ROUTES = (
         problems=_ADDING,
         description="One request at a time may add to an upload, whichever gateway it comes to. " + _KEPT,
         tag="files",
+        transfer="uploads",
     ),
     Route(
         "DELETE",
@@ -310,5 +312,6 @@ ROUTES = (
         body=_BYTES,
         problems=(*_ADDING, MethodNotAllowedError),
         tag="files",
+        transfer="uploads",
     ),
 )

@@ -1,14 +1,15 @@
 """Bundles into a blob store and out of it: packed, found again by name, and read with few requests; memory is bounded.
 
-Every bundle under way holds one pack's worth of memory out of a budget that all of a process share. Who gets none in
-time is pushed back, before anything of it was read.
+Every bundle under way holds one pack's worth of memory out of a budget that all of a process share: one for those that
+are stored, another for those that are read, so that readers never keep out producers. Who gets none in time is pushed
+back, before anything of it was read.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 
 from blake3 import blake3
@@ -24,7 +25,9 @@ from services.errors import CorruptError
 from services.streams import joined
 from services.views.models import PlacedFile
 
-_BUNDLES_AT_ONCE = 12
+BUNDLES_AT_ONCE = 12
+"""How many bundles are stored at a time; as many are read."""
+
 _RETRY_SECONDS = 2.0
 _GROUP_BYTES = 1 << 20
 _ASKED_AT_ONCE = 32
@@ -38,29 +41,29 @@ class BundleStore:
         self,
         blobs: BlobStore,
         *,
-        at_once: int = _BUNDLES_AT_ONCE,
+        at_once: int = BUNDLES_AT_ONCE,
         turn_seconds: float = TURN_SECONDS,
         look_seconds: float = LOOK_SECONDS,
     ) -> None:
-        """`at_once` bundles at a time are stored or read; another one waits for `turn_seconds`.
+        """`at_once` bundles at a time are stored, as many are read; another one waits for `turn_seconds`.
 
-        Every `look_seconds`, while others wait, bundles that are slow are given up.
+        Every `look_seconds`, while others wait to be stored, bundles that come slowly are given up.
         """
         self.reads = SoundReads(blobs)
         self._blobs = blobs
-        self._memory = ByteBudget(at_once * PACK_BYTES)
-        self._turn_seconds = turn_seconds
+        self._storing = _Turns(at_once, turn_seconds)
+        self._reading = _Turns(at_once, turn_seconds)
         self._look_seconds = look_seconds
 
     async def store(self, bundle: Bundle, max_file_bytes: int) -> list[Placed]:
         """As `Packing.store`. Raises PushBackError too: no turn came, or the bundle was slow while others waited."""
-        pace = Pace(bundle, lambda: self._memory.contended, size=_size, look_seconds=self._look_seconds)
-        async with self._turn(), pace:
+        pace = Pace(bundle, lambda: self._storing.contended, size=_size, look_seconds=self._look_seconds)
+        async with self._storing.turn(), pace:
             return await Packing(self._blobs, max_file_bytes).store(pace)
 
     async def find(self, files: Sequence[NamedFile]) -> list[Placed]:
         """As `find_named`. Raises PushBackError too."""
-        async with self._turn():
+        async with self._storing.turn():
             return await find_named(self._blobs, files)
 
     async def known(self, digests: Iterable[bytes]) -> frozenset[bytes]:
@@ -76,25 +79,42 @@ class BundleStore:
         await asyncio.gather(*(ask() for _ in range(_ASKED_AT_ONCE)))
         return frozenset(found)
 
-    async def read(self, pages: AsyncIterator[Sequence[PlacedFile]]) -> AsyncIterator[Group]:
+    async def read(self, pages: AsyncIterator[Sequence[PlacedFile]]) -> AsyncGenerator[Group, None]:
         """The files of these pages with their bytes, in their order.
+
+        It holds its turn until its end or its `aclose`, which must be called where it is left.
 
         Raises (on iteration): CorruptError: bytes are missing. UnavailableError, PushBackError.
         """
-        async with self._turn():
+        async with self._reading.turn():
             async for page in pages:
-                async for group in _Page(self._blobs, self.reads, page).groups():
-                    yield group
+                async with aclosing(_Page(self._blobs, self.reads, page).groups()) as groups:
+                    async for group in groups:
+                        yield group
+
+
+class _Turns:
+    """So many bundles at a time, each with a pack's worth of memory. Belongs to one event loop."""
+
+    def __init__(self, at_once: int, seconds: float) -> None:
+        self._memory = ByteBudget(at_once * PACK_BYTES)
+        self._seconds = seconds
+
+    @property
+    def contended(self) -> bool:
+        """Whether anybody waits for a turn."""
+        return self._memory.contended
 
     @asynccontextmanager
-    async def _turn(self) -> AsyncIterator[None]:
+    async def turn(self) -> AsyncIterator[None]:
+        """A turn for the length of the block. Raises PushBackError: none came within `seconds`."""
         with self._memory.share() as share:
             await share.take_in_turn(
                 PACK_BYTES,
                 others="other bundles",
                 nothing="read",
                 retry_after=_RETRY_SECONDS,
-                seconds=self._turn_seconds,
+                seconds=self._seconds,
             )
             yield
 
@@ -132,7 +152,7 @@ class _Page:
             if file.size_bytes <= SMALL_FILE_BYTES:
                 self._spans.setdefault(file.key, _Span(file.offset, file.offset)).include(file)
 
-    async def groups(self) -> AsyncIterator[Group]:
+    async def groups(self) -> AsyncGenerator[Group, None]:
         group: list[SmallFile] = []
         size = 0
         for file in self._files:
@@ -140,8 +160,8 @@ class _Page:
                 if group:
                     yield group
                     group, size = [], 0
-                body = await self._reads.whole(places(file), file.blake3, file.size_bytes)
-                yield StreamedFile(file.relative_path, file.media_type, file.size_bytes, body)
+                async with aclosing(await self._reads.whole(places(file), file.blake3, file.size_bytes)) as body:
+                    yield StreamedFile(file.relative_path, file.media_type, file.size_bytes, body)
                 continue
             group.append(SmallFile(file.relative_path, file.media_type, await self._small(file)))
             size += file.size_bytes

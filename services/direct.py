@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
@@ -176,8 +177,9 @@ class DirectRegistry(Registry):
                 yield page
                 last = page[-1].relative_path
 
-        async for group in self._bundles.read(pages()):
-            yield group
+        async with aclosing(self._bundles.read(pages())) as groups:
+            async for group in groups:
+                yield group
 
     async def finalize(self, package_id: UUID, actor: str, *, command_id: UUID | None = None) -> Acknowledgement:
         check_text("actor", actor)
@@ -238,7 +240,9 @@ class DirectRegistry(Registry):
             raise FileNotFoundInRegistryError(f"package {package_id} has no file {relative_path!r}")
         return file
 
-    async def open_content(self, file_id: UUID, offset: int = 0, length: int | None = None) -> AsyncIterator[bytes]:
+    async def open_content(
+        self, file_id: UUID, offset: int = 0, length: int | None = None
+    ) -> AsyncGenerator[bytes, None]:
         file = await self.get_file_record(file_id)
         if offset < 0 or (length is not None and length < 0):
             raise InvalidRequestError("offset and length of a range must not be negative")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable
 from typing import IO
 
 CHUNK_BYTES = 1 << 20
 
 
-async def from_any(stream: AsyncIterable[bytes] | Iterable[bytes] | IO[bytes] | bytes) -> AsyncIterator[bytes]:
+async def from_any(
+    stream: AsyncIterable[bytes] | Iterable[bytes] | IO[bytes] | bytes,
+) -> AsyncGenerator[bytes, None]:
     """Iterate over the stream's bytes; a file object is read in a thread, so that the event loop never waits for it."""
     if isinstance(stream, bytes | bytearray | memoryview):
         yield bytes(stream)

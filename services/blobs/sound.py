@@ -4,25 +4,30 @@ Whole files are hashed while they are read. A small one is looked at before its 
 is tried when it is wrong. Of a larger one the last piece is kept back until all of it is known to be right: a reader
 gets the right bytes or an error before the end, and whoever asks again gets them from the next place, because a place
 that had other bytes is asked last from then on. Ranges cannot be checked.
+
+What is returned may hold a file or a connection until its end or its `aclose`, which must be called where it is left.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 
 from blake3 import blake3
 
 from services.blobs.port import BlobStore
 from services.errors import CorruptError
-from services.streams import from_any
+from services.streams import from_any, joined
 
 Place = tuple[str, int]
 """Key and offset."""
 
 _HELD_BYTES = 1 << 20  # as much as one chunk may have
 _REMEMBERED = 1024
+_BEGUN = b""
+"""What a generator gives first, so that it has begun before it is handed on."""
 _log = logging.getLogger(__name__)
 
 
@@ -33,7 +38,7 @@ class SoundReads:
         self._blobs = blobs
         self._wrong: OrderedDict[Place, None] = OrderedDict()
 
-    async def whole(self, places: Sequence[Place], digest: bytes, size: int) -> AsyncIterator[bytes]:
+    async def whole(self, places: Sequence[Place], digest: bytes, size: int) -> AsyncGenerator[bytes, None]:
         """All `size` bytes of the BLAKE3 digest (32 raw bytes), from the first place that has them.
 
         What can be found out before the first byte is found out here.
@@ -44,10 +49,10 @@ class SoundReads:
         missing: CorruptError | None = None
         for place in self._ordered(places):
             try:
-                first, rest = await self._begin(place, 0, size)
+                chunks = await _begun(self._read(place, 0, size))
                 if size > _HELD_BYTES:
-                    return self._checked(place, digest, first, rest)
-                data = b"".join([first, *[chunk async for chunk in rest]])
+                    return await _begun(self._checked(place, digest, chunks))
+                data = await joined(chunks)
             except CorruptError as error:
                 missing = missing or error
                 continue
@@ -56,35 +61,41 @@ class SoundReads:
             missing = missing or self._mistrust(place)
         raise missing or CorruptError("the file has no place where its bytes lie")
 
-    async def part(self, places: Sequence[Place], offset: int, length: int) -> AsyncIterator[bytes]:
+    async def part(self, places: Sequence[Place], offset: int, length: int) -> AsyncGenerator[bytes, None]:
         """`length` bytes from `offset` of the file, from the first place that has so many. Raises as `whole`."""
         missing: CorruptError | None = None
         for place in self._ordered(places):
             try:
-                first, rest = await self._begin(place, offset, length)
+                return await _begun(self._read(place, offset, length))
             except CorruptError as error:
                 missing = missing or error
-            else:
-                return _resume(first, rest)
         raise missing or CorruptError("the file has no place where its bytes lie")
 
-    async def _begin(self, place: Place, offset: int, length: int) -> tuple[bytes, AsyncIterator[bytes]]:
-        """The first chunk, so that a miss shows here, and the rest; no bytes need no place."""
+    async def _read(self, place: Place, offset: int, length: int) -> AsyncGenerator[bytes, None]:
+        """To be begun: so a miss shows in the beginning. No bytes need no place."""
         if not length:
-            return b"", from_any(())
+            yield _BEGUN
+            return
         key, start = place
         chunks = self._blobs.read(key, start + offset, length)
-        return await anext(chunks), chunks
+        async with aclosing(chunks):  # type: ignore[type-var]  # every adapter's is a generator
+            first = await anext(chunks)
+            yield _BEGUN
+            yield first
+            async for chunk in chunks:
+                yield chunk
 
     async def _checked(
-        self, place: Place, digest: bytes, first: bytes, rest: AsyncIterator[bytes]
-    ) -> AsyncIterator[bytes]:
-        hasher = blake3(first)
-        held = first
-        async for chunk in rest:
-            yield held
-            held = chunk
-            hasher.update(chunk)
+        self, place: Place, digest: bytes, chunks: AsyncGenerator[bytes, None]
+    ) -> AsyncGenerator[bytes, None]:
+        """To be begun."""
+        hasher = blake3()
+        held = _BEGUN
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                yield held
+                held = chunk
+                hasher.update(chunk)
         if hasher.digest() != digest:
             raise self._mistrust(place)
         yield held
@@ -102,8 +113,7 @@ class SoundReads:
         return CorruptError(f"blob {place[0]} has other bytes than were acknowledged")
 
 
-async def _resume(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    if first:
-        yield first
-    async for chunk in rest:
-        yield chunk
+async def _begun(chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    """The generator behind its `_BEGUN`: one that never began would close nothing of what it was to read."""
+    await anext(chunks)
+    return chunks

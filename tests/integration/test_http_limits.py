@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -16,51 +15,16 @@ from services.client import GatewayRegistry
 from services.config import Settings
 from tests.integration.conditions import until
 from tests.integration.http_gateway import RunningGateway, running_gateway
-from tests.integration.http_raw import RawAnswer, read_answer
+from tests.integration.http_raw import SECONDS, STALLING_BYTES, Client, RawAnswer, connected
 
 ME, YOU, THEM = "127.0.0.1", "127.0.0.2", "127.0.0.3"
 """Clients: loopback has many addresses."""
 
 PACKAGE = {"name": "n", "producer": "p", "subject": "s", "retention_class": "scratch"}
-CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-SECONDS = 60.0
 
 
-class Client:
-    """One connection from an address."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader = reader
-        self.writer = writer
-
-    def send(self, line: str, *headers: str, body: bytes = b"") -> None:
-        self.writer.write("\r\n".join([f"{line} HTTP/1.1", "Host: x", *headers, "", ""]).encode() + body)
-
-    async def answer(self) -> RawAnswer:
-        async with asyncio.timeout(SECONDS):
-            return await read_answer(self.reader)
-
-    async def may_go_on(self) -> None:
-        """Wait for 100-continue."""
-        async with asyncio.timeout(SECONDS):
-            assert await self.reader.readexactly(len(CONTINUE)) == CONTINUE
-
-    async def is_closed(self) -> bool:
-        """Wait until the other side has closed; whether it did so without another byte."""
-        async with asyncio.timeout(SECONDS):
-            try:
-                return await self.reader.read() == b""
-            except ConnectionResetError:
-                return True
-
-
-@asynccontextmanager
-async def client(gateway: RunningGateway, address: str = ME) -> AsyncIterator[Client]:
-    reader, writer = await asyncio.open_connection(ME, gateway.port, local_addr=(address, 0))
-    try:
-        yield Client(reader, writer)
-    finally:
-        writer.transport.abort()
+def client(gateway: RunningGateway, address: str = ME) -> AbstractAsyncContextManager[Client]:
+    return connected(gateway.port, address)
 
 
 async def new_package(gateway: RunningGateway) -> UUID:
@@ -116,6 +80,44 @@ async def test_uploads_beyond_the_bounds_are_refused_before_their_body(embedded_
         await again.may_go_on()
         again.writer.write(b"bytes")
         assert (await again.answer()).status == 201
+
+
+async def test_downloads_beyond_the_bounds_are_refused_and_their_places_become_free(
+    embedded_settings: Settings,
+) -> None:
+    async with running_gateway(embedded_settings, max_downloads=4) as gateway, AsyncExitStack() as stack:
+        package = await new_package(gateway)
+        file = await gateway.parts.registry.ingest_file(package, "a", "x/y", bytes(STALLING_BYTES))
+        content = f"/v1/files/{file}/content"
+        await gateway.parts.registry.finalize(package, "ada")
+        archive = f"/v1/packages/{package}/archive"
+
+        async def asked(address: str, path: str, method: str = "GET") -> Client:
+            found = await stack.enter_async_context(client(gateway, address))
+            found.send(f"{method} {path}")
+            return found
+
+        mine = [await asked(ME, path) for path in (content, archive)]
+        for one in mine:
+            assert (await one.head())[0] == 200  # and then it reads no further
+        for path in (content, archive):
+            assert refused(await (await asked(ME, path)).answer(), 429, "too-many-at-once")
+        yours = [await asked(YOU, path) for path in (content, archive)]
+        for one in yours:
+            assert (await one.head())[0] == 200
+        for path in (content, archive):
+            assert refused(await (await asked(THEM, path)).answer(), 503, "push-back")
+            assert (await (await asked(THEM, path, "HEAD")).head())[0] == 200  # no bytes, no place
+        async with gateway.session.put(f"/v1/packages/{await new_package(gateway)}/files/b", data=b"b") as stored:
+            assert stored.status == 201  # uploads have places of their own
+        mine[0].writer.transport.abort()
+
+        async def one_left_alone() -> bool:
+            async with gateway.session.get("/metrics") as answer:
+                return "artifact_store_http_downloads 3.0" in await answer.text()
+
+        await until(one_left_alone, SECONDS, "a download whose client went away kept its place")
+        assert (await (await asked(ME, content)).head())[0] == 200
 
 
 async def test_the_client_library_comes_again_until_there_is_a_place(embedded_settings: Settings) -> None:

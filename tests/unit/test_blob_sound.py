@@ -93,3 +93,30 @@ async def test_a_range_comes_from_the_first_place_that_is_long_enough_and_not_kn
     assert await part([wrong, good]) == data[50:1050]
     with pytest.raises(CorruptError, match="expected"):
         await part([short])
+
+
+@pytest.mark.parametrize("taken", [0, 1, 2])
+@pytest.mark.parametrize("whole", [True, False])
+async def test_who_leaves_before_the_end_leaves_no_read_open(tmp_path: Path, whole: bool, taken: int) -> None:
+    class Watched(LocalBlobStore):
+        open = 0
+
+        async def read(self, key: str, offset: int, length: int) -> AsyncIterator[bytes]:
+            self.open += 1
+            try:
+                async for chunk in super().read(key, offset, length):
+                    yield chunk
+            finally:
+                self.open -= 1
+
+    store = Watched(tmp_path)
+    reads, data = SoundReads(store), some(3 << 20)
+    place = put(tmp_path, content_key(blake3(data).digest()), data)
+    opened = reads.whole([place], blake3(data).digest(), len(data)) if whole else reads.part([place], 1, 2 << 20)
+    chunks = await opened
+    for _ in range(taken):
+        assert await anext(chunks)
+    assert store.open == 1
+    await chunks.aclose()
+    assert store.open == 0
+    await store.close()

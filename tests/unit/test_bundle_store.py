@@ -17,18 +17,24 @@ from services.blobs.port import content_key
 from services.bundle import Group, SmallFile, StreamedFile
 from services.bundle_store import BundleStore
 from services.errors import CorruptError, PushBackError
+from services.streams import from_any
 from services.views.models import PlacedFile
 
 
 class Counting(LocalBlobStore):
-    """A store that counts what is read of it."""
+    """A store that counts what is read of it, and how many reads have not ended."""
 
     reads = 0
+    open = 0
 
     async def read(self, key: str, offset: int, length: int) -> AsyncIterator[bytes]:
         self.reads += 1
-        async for chunk in super().read(key, offset, length):
-            yield chunk
+        self.open += 1
+        try:
+            async for chunk in super().read(key, offset, length):
+                yield chunk
+        finally:
+            self.open -= 1
 
 
 @pytest.fixture
@@ -91,6 +97,35 @@ async def test_a_bundle_that_gets_no_memory_is_pushed_back_unread(store: Countin
     held.set()
     assert [file.relative_path for file in await first] == ["a"]
     assert [file.relative_path for file in await bundles.store(other(), 1 << 20)] == ["b"]
+
+
+async def test_readers_and_producers_have_turns_of_their_own(store: Counting) -> None:
+    bundles = BundleStore(store, at_once=1, turn_seconds=0.05)
+    files = at(await bundles.store(groups(small(["a"])), 1 << 20))
+    reading = bundles.read(page(files))
+    await anext(reading)
+    with pytest.raises(PushBackError):
+        await read(bundles, files)
+    await bundles.store(groups(small(["b"])), 1 << 20)
+    await reading.aclose()
+    assert await read(bundles, files) == {"a": b"a" * 50}
+
+
+@pytest.mark.parametrize("begun", [False, True])
+async def test_who_leaves_in_the_middle_of_a_file_leaves_no_read_open(store: Counting, begun: bool) -> None:
+    bundles = BundleStore(store, at_once=1, turn_seconds=0.05)
+    data = bytes(3 << 20)
+    large = StreamedFile("large", "x/y", len(data), from_any(data))
+    files = at(await bundles.store(groups(large), 4 << 20))
+    reading = bundles.read(page(files))
+    group = await anext(reading)
+    assert isinstance(group, StreamedFile)
+    if begun:
+        await anext(group.body)
+    assert store.open == 1
+    await reading.aclose()
+    assert store.open == 0
+    assert await read(bundles, files) == {"large": data}
 
 
 async def test_one_pack_is_read_once_in_any_order(store: Counting) -> None:

@@ -12,6 +12,7 @@ from ingest_gateway.app import ROUTES
 from ingest_gateway.content import disposition
 from ingest_gateway.json_body import parse_json
 from ingest_gateway.negotiation import choose, entity_tags, not_modified
+from ingest_gateway.operations import BINARY, Route
 from ingest_gateway.problems import (
     MethodNotAllowedError,
     NotAcceptableError,
@@ -152,3 +153,13 @@ def test_any_other_bytes_are_refused_as_a_bad_request(body: bytes) -> None:
 )
 def test_a_file_name_cannot_break_out_of_its_header(path: str, header: str) -> None:
     assert disposition(path) == header
+
+
+def test_what_moves_bytes_takes_a_place_of_its_kind() -> None:
+    def takes_bytes(route: Route) -> bool:
+        return route.body is not None and any(shape is BINARY for shape in route.body.content.values())
+
+    uploads = {route.operation_id for route in ROUTES if route.transfer == "uploads"}
+    assert uploads == {route.operation_id for route in ROUTES if takes_bytes(route)}
+    downloads = {route.operation_id for route in ROUTES if route.transfer == "downloads"}
+    assert downloads == {"get_content", "get_archive"}

@@ -1,0 +1,131 @@
+"""Clients that ask for many bytes and do not take them: they are given up, and keep nobody and nothing meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+
+from services.blobs.memory import TURN_SECONDS
+from services.bundle_store import BUNDLES_AT_ONCE
+from services.config import Settings
+from services.tar.writing import END, entry_header, padding
+from tests.integration.conditions import until
+from tests.integration.http_gateway import RunningGateway, running_gateway
+from tests.integration.http_raw import SECONDS, STALLING_BYTES, connected
+
+AT_ONCE = float(1 << 30)
+"""A pace that gives no piece more time than a body may stand still."""
+
+KINDS = ["content", "archive"]
+
+
+async def large(gateway: RunningGateway) -> dict[str, str]:
+    """Where the bytes of a large file are, and the archive of its package."""
+    registry = gateway.parts.registry
+    package = await registry.create_package("n", "p", "s", "scratch")
+    file = await registry.ingest_file(package, "a", "x/y", bytes(STALLING_BYTES))
+    await registry.finalize_package(package)
+    return {"content": f"/v1/files/{file}/content", "archive": f"/v1/packages/{package}/archive"}
+
+
+def open_blobs(folder: Path) -> list[Path]:
+    """The blobs that this process holds open."""
+    descriptors = [entry for entry in Path("/proc/self/fd").iterdir() if entry.exists()]
+    return [path for path in (entry.readlink() for entry in descriptors) if path.is_relative_to(folder)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_who_takes_nothing_is_cut_off_and_the_log_says_why(
+    embedded_settings: Settings, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    async with running_gateway(embedded_settings, body_idle_seconds=0.5, body_bytes_per_second=AT_ONCE) as gateway:
+        path = (await large(gateway))[kind]
+
+        async def was_cut_off() -> bool:
+            return "was cut off" in caplog.text
+
+        async with connected(gateway.port) as reader:
+            reader.send(f"GET {path}")
+            assert (await reader.head())[0] == 200
+            await until(was_cut_off, SECONDS, "a client that takes nothing is waited for")
+            assert len(await reader.rest()) < STALLING_BYTES
+    told = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert [record.levelname for record in told] == ["WARNING"]
+    assert told[0].exc_info is None
+    assert f"GET {path} was cut off: the client did not take 262,144 bytes" in told[0].getMessage()
+
+
+async def test_who_goes_on_in_time_gets_all(embedded_settings: Settings) -> None:
+    paced = 256 * 1024 / SECONDS  # so slow that a piece may take longer than a client may take nothing otherwise
+    async with running_gateway(embedded_settings, body_idle_seconds=0.2, body_bytes_per_second=paced) as gateway:
+        path = (await large(gateway))["content"]
+        loop = asyncio.get_running_loop()
+        async with connected(gateway.port) as reader:
+            reader.send(f"GET {path}", "Connection: close")
+            assert (await reader.head())[0] == 200
+            began = loop.time()
+
+            async def long_enough() -> bool:
+                return loop.time() - began > 1.0
+
+            await until(long_enough, SECONDS, "time stood still")
+            assert await reader.rest() == bytes(STALLING_BYTES)
+
+
+async def test_a_follower_to_whom_nothing_is_sent_is_not_cut_off(embedded_settings: Settings) -> None:
+    async with running_gateway(
+        embedded_settings, body_idle_seconds=0.1, body_bytes_per_second=AT_ONCE, heartbeat_seconds=0.1
+    ) as gateway:
+        headers = {"Accept": "text/event-stream"}
+        async with (
+            asyncio.timeout(SECONDS),
+            gateway.session.get("/v1/events?follow=true", headers=headers) as answer,
+        ):
+            for _ in range(5):  # as many times as long as a write may hang
+                assert (await answer.content.readline(), await answer.content.readline()) == (b":\n", b"\n")
+            await gateway.parts.registry.create_package("n", "p", "s", "scratch")
+            async for line in answer.content:
+                if line == b"event: v1.package.created\n":
+                    return
+    raise AssertionError("the follower was cut off")
+
+
+async def test_archives_come_in_while_as_many_readers_stall_as_there_are_turns(embedded_settings: Settings) -> None:
+    async with running_gateway(embedded_settings) as gateway, AsyncExitStack() as stack:
+        path = (await large(gateway))["archive"]
+        for _ in range(BUNDLES_AT_ONCE):
+            reader = await stack.enter_async_context(connected(gateway.port))
+            reader.send(f"GET {path}")
+            assert (await reader.head())[0] == 200
+        async with gateway.session.get("/metrics") as answer:
+            assert f"artifact_store_http_downloads {BUNDLES_AT_ONCE}.0" in await answer.text()
+        other = await gateway.parts.registry.create_package("n", "p", "s", "scratch")
+        data = entry_header("a", 5, 0) + b"bytes" + padding(5) + END
+        async with (
+            asyncio.timeout(TURN_SECONDS / 2),
+            gateway.session.post(
+                f"/v1/packages/{other}/files", data=data, headers={"Content-Type": "application/x-tar"}
+            ) as answer,
+        ):
+            assert answer.status == 201
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_download_whose_client_goes_away_lets_go_of_its_blob(
+    embedded_settings: Settings, tmp_path: Path, kind: str
+) -> None:
+    async with running_gateway(embedded_settings) as gateway:
+        path = (await large(gateway))[kind]
+
+        async def nothing_is_open() -> bool:
+            return open_blobs(tmp_path / "blobs") == []
+
+        async with connected(gateway.port) as reader:
+            reader.send(f"GET {path}")
+            assert (await reader.head())[0] == 200
+            assert len(open_blobs(tmp_path / "blobs")) == 1
+        await until(nothing_is_open, SECONDS, "a client that is gone kept a blob open")
