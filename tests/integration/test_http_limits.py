@@ -213,14 +213,18 @@ async def test_what_the_state_refuses_is_refused_before_the_body(embedded_settin
         cases = [(unknown, 404, "package-not-found"), (finalized, 409, "illegal-package-state")]
         if kind == "file":
             cases.append((filled, 409, "duplicate-relative-path"))
-        for package, status, problem in cases:
+
+        async def check(package: UUID, status: int, problem: str) -> None:
             line = put(package) if kind == "file" else f"POST /v1/packages/{package}/files"
             async with client(gateway) as asking:
                 asking.send(line, *expecting(1000), f"Content-Type: {media_type}")
-                answer_ = await asking.answer()  # the answer itself, no 100-continue before it
-                assert (answer_.status, answer_.problem()["type"].rpartition(":")[2]) == (status, problem)
-                assert answer_.headers["connection"] == "close"
+                answer = await asking.answer()  # the answer itself, no 100-continue before it
+                assert (answer.status, answer.problem()["type"].rpartition(":")[2]) == (status, problem)
+                assert answer.headers["connection"] == "close"
                 assert await asking.is_closed()
+
+        # At the same time: each connection stands for ten seconds, in case that its body comes all the same.
+        await asyncio.gather(*(check(*case) for case in cases))
 
 
 LARGE_BYTES = 64 << 20
