@@ -40,6 +40,9 @@ _FIRST_SIZE = 16 << 10
 IDENTITY_SECONDS = 5.0
 """How often the log's identity and the view's generation are asked for when nothing comes."""
 
+_RESET_SECONDS = 10.0
+"""How long an assignment may wait for those who read a view that is to be folded again; the next one tries again."""
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -184,7 +187,7 @@ class Assignment:
         find a view that stands at the start. Always raises StaleCheckpointError.
         """
         name = self._projection.name
-        await reset(self._views, self._projection, expected=generation)
+        await reset(self._views, self._projection, expected=generation, patience_seconds=_RESET_SECONDS)
         logger.warning("%s: the group was set back to %s by other means: the view is folded again", name, dict(rewound))
         raise StaleCheckpointError(f"the view {name} begins anew")
 

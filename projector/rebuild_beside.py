@@ -25,6 +25,7 @@ from services.config import Settings
 from services.errors import CorruptError, InvalidRequestError, LogIdentityError, PushBackError, UnavailableError
 from services.log.port import Log
 from services.log.position import Position
+from services.views.attempts import Attempts
 from services.views.building import analyze, building_tables, create_index, index_statements, live_tables
 from services.views.catch_up import catch_up
 from services.views.checkpoints import Checkpoint, StaleCheckpointError, apply_within
@@ -220,8 +221,7 @@ class _Rebuild:
 
     async def switch(self) -> None:
         """Make the build the live generation, as soon as it is nowhere behind and nobody reads the live tables."""
-        deadline = time.monotonic() + _SWITCH_SECONDS
-        pause = 0.05
+        attempts = Attempts(_SWITCH_SECONDS)
         while True:
             await self._catch_up()
             self._meter.begin("switch")
@@ -234,14 +234,12 @@ class _Rebuild:
                     return
                 if isinstance(error, StaleCheckpointError):
                     raise
-                if time.monotonic() > deadline:
+                logger.info("%s: not switched yet: %s", self._projection.name, error.detail)
+                if not await attempts.another():
                     raise UnavailableError(
                         f"{self._projection.name} could not be switched in {_SWITCH_SECONDS:.0f} s: {error.detail}; "
                         "what was built is kept, and the next replay goes on with it"
                     ) from error
-                logger.info("%s: not switched yet: %s", self._projection.name, error.detail)
-            await asyncio.sleep(random.uniform(0, pause))
-            pause = min(2 * pause, 1.0)
 
     async def _catch_up(self) -> None:
         """Fold until next to nothing is left; more may arrive meanwhile."""

@@ -21,6 +21,9 @@ from services.views.projections import Projection, Tables
 
 SUFFIX = "__building"
 
+_READERS_MILLISECONDS = 50
+"""How long readers are waited for at each table, and those behind them wait, before all of it is let go."""
+
 _LONG_SECONDS = 24 * 3600.0
 """A large index takes longer than any other statement may."""
 
@@ -92,14 +95,15 @@ async def analyze(connection: AsyncConnection, projection: Projection) -> None:
         await connection.execute(text(f"ANALYZE {names}"))
 
 
-async def lock_live_tables(connection: AsyncConnection, projection: Projection, milliseconds: int) -> None:
-    """Wait for those who read the live tables, each no longer than so; meanwhile whoever comes waits behind.
+async def lock_live_tables(connection: AsyncConnection, projection: Projection) -> None:
+    """Take the live tables from readers, to drop or empty them, until the transaction ends.
 
-    Raises UnavailableError through `Views.writing` when the time is over. SQLite's readers keep what they see.
+    Waits for those who read one of them for a moment only, since whoever comes meanwhile waits behind. Raises
+    LockedError through `Views.writing` when that was too short: try again. SQLite's readers keep what they see.
     """
     if on_postgresql(connection):
         names = ", ".join(table.name for table in projection.tables)
-        await connection.execute(text(f"SET LOCAL lock_timeout = {milliseconds}"))
+        await connection.execute(text(f"SET LOCAL lock_timeout = {_READERS_MILLISECONDS}"))
         await connection.execute(text(f"LOCK TABLE {names} IN ACCESS EXCLUSIVE MODE"))
 
 

@@ -7,6 +7,7 @@ that a fold that began before a reset or a switch cannot write into what has tak
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,14 +21,23 @@ from schemas.events import Event
 from services.errors import ConfigurationError, CorruptError, LogIdentityError, UnavailableError
 from services.log.port import Record
 from services.log.position import Position
-from services.views.building import building_tables, live_tables
+from services.views.attempts import Attempts
+from services.views.building import building_tables, live_tables, lock_live_tables
 from services.views.bulk import on_postgresql, upsert
 from services.views.engine import Views, check_layouts
-from services.views.failures import DamagedDatabaseError
+from services.views.failures import DamagedDatabaseError, LockedError
 from services.views.parked import Parking, TooManyParkedError, forget_marks, read_marks
 from services.views.projections import Projection, Tables
 from services.views.reading import ReadBatch
 from services.views.tables import metadata, projection_builds, projection_checkpoints, projection_generations
+
+logger = logging.getLogger(__name__)
+
+_FOLDS_SECONDS = 10
+"""How long folds that are under way are waited for; no other begins meanwhile."""
+
+_RESET_SECONDS = 600.0
+"""How long a reset looks for a moment in which nobody reads and no fold takes long."""
 
 
 class StaleCheckpointError(UnavailableError):
@@ -172,33 +182,53 @@ class _Fold:
                 raise StaleCheckpointError(f"the view {name} is not at {expected} of partition {partition}")
 
 
-async def reset(views: Views, projection: Projection, *, expected: UUID | None = None) -> UUID:
+async def reset(
+    views: Views, projection: Projection, *, expected: UUID | None = None, patience_seconds: float = _RESET_SECONDS
+) -> UUID:
     """Empty the projection's tables and begin a new generation at the log's start; returns its id.
 
-    With `expected` only if that is the live generation: else StaleCheckpointError, and nothing was changed.
+    One transaction, in a moment in which nobody reads the tables: readers find them empty behind it, on PostgreSQL also
+    those whose snapshot is older. Folds that are under way come to their end, later ones of the old generation fail at
+    their guard. Tables of another layout are made anew.
 
-    One transaction: readers see the old rows until it commits. Folds that are under way fail at their guard. Tables of
-    another layout are made anew.
+    Raises:
+        StaleCheckpointError: `expected` is not the live generation; nothing was changed.
+        UnavailableError: there was no such moment for so long, or the database cannot be reached.
     """
+    attempts = Attempts(patience_seconds)
+    while True:
+        try:
+            async with views.writing() as connection:
+                return await _reset(connection, projection, expected)
+        except LockedError as error:
+            logger.info("%s: not emptied yet: %s", projection.name, error.detail)
+            if not await attempts.another():
+                raise UnavailableError(
+                    f"{projection.name} could not be emptied in {patience_seconds:.0f} s: {error.detail}"
+                ) from error
+
+
+async def _reset(connection: AsyncConnection, projection: Projection, expected: UUID | None) -> UUID:
     generation = uuid4()
-    async with views.writing() as connection:
-        # The row is updated, never replaced: a fold that waits for its lock must find it again.
-        before = await live_row(connection, projection, lock=True)
-        if expected not in (None, before.generation):
-            raise StaleCheckpointError(f"the view {projection.name} was reset meanwhile")
-        fresh = {"generation": generation, "layout": projection.layout, "log": None}
-        mine = projection_generations.c.projection == projection.name
-        await connection.execute(update(projection_generations).where(mine).values(fresh))
-        await forget_progress(connection, before.generation)
-        if before.layout != projection.layout:
-            await connection.run_sync(metadata.drop_all, tables=projection.tables)
-            await connection.run_sync(metadata.create_all, tables=projection.tables)
-        elif views.dialect == "postgresql":
-            names = ", ".join(table.name for table in projection.tables)  # our own names, not anyone's input
-            await connection.execute(text(f"TRUNCATE {names}"))
-        else:
-            for table in projection.tables:
-                await connection.execute(delete(table))
+    await hold_all_folds(connection, projection)
+    # The row is updated, never replaced: a fold that waits for its lock must find it again.
+    before = await live_row(connection, projection)
+    if expected not in (None, before.generation):
+        raise StaleCheckpointError(f"the view {projection.name} was reset meanwhile")
+    await lock_live_tables(connection, projection)
+    fresh = {"generation": generation, "layout": projection.layout, "log": None}
+    mine = projection_generations.c.projection == projection.name
+    await connection.execute(update(projection_generations).where(mine).values(fresh))
+    await forget_progress(connection, before.generation)
+    if before.layout != projection.layout:
+        await connection.run_sync(metadata.drop_all, tables=projection.tables)
+        await connection.run_sync(metadata.create_all, tables=projection.tables)
+    elif on_postgresql(connection):
+        names = ", ".join(table.name for table in projection.tables)  # our own names, not anyone's input
+        await connection.execute(text(f"TRUNCATE {names}"))
+    else:
+        for table in projection.tables:
+            await connection.execute(delete(table))
     return generation
 
 
@@ -233,6 +263,26 @@ async def forget_progress(connection: AsyncConnection, generation: UUID) -> None
     await forget_marks(connection, generation)
 
 
+async def hold_live(connection: AsyncConnection, projection: Projection) -> None:
+    """Wait for folds into the live generation and let no other begin until the transaction ends; a build's go on.
+
+    Neither readers nor other projections wait. Raises LockedError through `Views.writing` when the folds take too long;
+    ConfigurationError when there is no live generation yet.
+    """
+    if on_postgresql(connection):
+        await connection.execute(text(f"SET LOCAL lock_timeout = '{_FOLDS_SECONDS}s'"))
+    await live_row(connection, projection, lock=True)
+
+
+async def hold_all_folds(connection: AsyncConnection, projection: Projection) -> None:
+    """As `hold_live`, for folds into a build too."""
+    if on_postgresql(connection):
+        await connection.execute(text(f"SET LOCAL lock_timeout = '{_FOLDS_SECONDS}s'"))
+        # Folds hold the live row together and may follow each other without a gap; this lock has a queue.
+        await connection.execute(text(f"SELECT pg_advisory_xact_lock({_FOLDING})"), _folding(projection))
+    await hold_live(connection, projection)
+
+
 async def live_row(connection: AsyncConnection, projection: Projection, *, lock: bool = False) -> Row[Any]:
     """The row of the live generation. With `lock` it stands still until the transaction ends.
 
@@ -245,11 +295,20 @@ async def live_row(connection: AsyncConnection, projection: Projection, *, lock:
     return row
 
 
+_FOLDING = "hashtextextended(:folding, 0)"
+
+
+def _folding(projection: Projection) -> dict[str, str]:
+    return {"folding": f"artifact-store folding {projection.name}"}
+
+
 async def tables_of(connection: AsyncConnection, projection: Projection, since: Checkpoint) -> Tables:
     """The tables of the checkpoint's generation; it stays what it is, live or being built, until the transaction ends.
 
     Raises StaleCheckpointError when there is no such generation any more.
     """
+    if on_postgresql(connection):
+        await connection.execute(text(f"SELECT pg_advisory_xact_lock_shared({_FOLDING})"), _folding(projection))
     for table, tables in ((projection_generations, live_tables), (projection_builds, building_tables)):
         mine = (table.c.projection == projection.name, table.c.generation == since.generation)
         query = select(table.c.log).where(*mine, table.c.log == since.position.log).with_for_update(read=True)

@@ -22,6 +22,10 @@ class DamagedDatabaseError(CorruptError):
     problem = "damaged-database"
 
 
+class LockedError(UnavailableError):
+    """Others held a lock for longer than was to be waited; nothing was changed. Try again."""
+
+
 _DRIVER = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 
 # Classes and codes of SQLSTATE (PostgreSQL documentation, appendix A).
@@ -32,8 +36,9 @@ _MIGRATED = (
     "42703",
 )  # schemas, tables and columns; the database itself and its users are not ours to make
 _DEPENDED_ON = "2BP01"
+_LOCKED = "55P03"
 _CORRUPT = ("22", "23")
-_UNAVAILABLE = ("08", "25006", "25P03", "40", "53", "55P03", "57", "58")
+_UNAVAILABLE = ("08", "25006", "25P03", "40", "53", "57", "58")
 
 _SQLITE_UNAVAILABLE = {
     sqlite3.SQLITE_BUSY,
@@ -86,6 +91,8 @@ def _meaning(error: BaseException) -> ArtifactStoreError | None:
     text = _first_line(cause)
     if state == _DEPENDED_ON:
         return ConfigurationError(f"the views database: {text}; drop it, and make it anew afterwards")
+    if state == _LOCKED:
+        return LockedError(f"the views database: {text}")
     if state.startswith(_CONFIGURATION):
         mend = _MIGRATE if state.startswith(_MIGRATED) else _SETTING
         return ConfigurationError(f"the views database refuses: {text}; {mend}")

@@ -7,6 +7,7 @@ The live generation's row is only ever updated: whoever waits for its lock finds
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 import time
@@ -33,6 +34,8 @@ from services.views.checkpoints import (
     Checkpoint,
     StaleCheckpointError,
     forget_progress,
+    hold_all_folds,
+    hold_live,
     live_row,
     read_offsets,
     read_progress,
@@ -42,11 +45,7 @@ from services.views.failures import database_errors
 from services.views.projections import Projection
 from services.views.tables import projection_builds, projection_generations
 
-_FOLDS_SECONDS = 10
-"""How long a switch waits for folds that are under way; readers do not wait for it meanwhile."""
-
-_READERS_MILLISECONDS = 50
-"""How long a switch waits for each live table, and readers behind it, before it lets go and tries again."""
+logger = logging.getLogger(__name__)
 
 _GONE_SECONDS = 3.0
 """How long a server may take to notice that a builder was killed."""
@@ -88,9 +87,9 @@ async def read_build(connection: AsyncConnection, projection: Projection) -> Bui
     return Build(row.projection, row.generation, row.layout, row.builder, checkpoint)
 
 
-async def read_live(connection: AsyncConnection, projection: Projection, *, lock: bool = False) -> Live:
-    """The projection's live generation. With `lock` it stands still until the transaction ends."""
-    row = await live_row(connection, projection, lock=lock)
+async def read_live(connection: AsyncConnection, projection: Projection) -> Live:
+    """The projection's live generation."""
+    row = await live_row(connection, projection)
     position = None if row.log is None else Position(row.log, await read_offsets(connection, row.generation))
     return Live(row.generation, row.layout, position)
 
@@ -127,7 +126,11 @@ async def building(views: Views, projection: Projection) -> AsyncIterator[None]:
             yield
         finally:
             # Closing would do too, but the connection goes back to a pool.
-            await connection.execute(text("SELECT pg_advisory_unlock(hashtextextended(:name, 0))"), key)
+            try:
+                with database_errors():
+                    await connection.execute(text("SELECT pg_advisory_unlock(hashtextextended(:name, 0))"), key)
+            except UnavailableError as error:  # the lock went with its connection; what was done meanwhile counts
+                logger.info("%s: the lock of its builder was lost: %s", projection.name, error.detail)
 
 
 async def begin_build(views: Views, projection: Projection, log: UUID, *, bare: bool = True) -> Build:
@@ -172,8 +175,7 @@ async def held(views: Views, projection: Projection) -> AsyncIterator[None]:
         yield
         return
     async with views.writing() as connection:
-        await connection.execute(text(f"SET LOCAL lock_timeout = '{_FOLDS_SECONDS}s'"))
-        await read_live(connection, projection, lock=True)
+        await hold_live(connection, projection)
         yield
 
 
@@ -198,11 +200,8 @@ async def switch(views: Views, projection: Projection, generation: UUID, log_end
         StaleCheckpointError: there is no such build any more.
     """
     async with views.writing() as connection:
-        if views.dialect == "postgresql":
-            await connection.execute(text(f"SET LOCAL lock_timeout = '{_FOLDS_SECONDS}s'"))
-            # Folds hold the row together and may follow each other without a gap: only a table's lock has a queue.
-            await connection.execute(text(f"LOCK TABLE {projection_generations.name} IN EXCLUSIVE MODE"))
-        live = await read_live(connection, projection, lock=True)
+        await hold_all_folds(connection, projection)
+        live = await read_live(connection, projection)
         mine = projection_builds.c.generation == generation
         row = (await connection.execute(select(projection_builds).where(mine).with_for_update())).one_or_none()
         if row is None:
@@ -215,7 +214,7 @@ async def switch(views: Views, projection: Projection, generation: UUID, log_end
             raise UnavailableError(f"the live {projection.name} is ahead of the build, at {missing}")
         if views.dialect == "postgresql":  # from here on people rely on it, and on all that was written before
             await connection.execute(text("SET LOCAL synchronous_commit TO DEFAULT"))
-        await lock_live_tables(connection, projection, _READERS_MILLISECONDS)
+        await lock_live_tables(connection, projection)
         await replace_live_tables(connection, projection, generation)
         await connection.execute(delete(projection_builds).where(mine))
         fresh = {"generation": generation, "layout": row.layout, "log": row.log}
