@@ -39,6 +39,7 @@ def main() -> int:
 
 async def _load(job: Job) -> None:
     log, views = open_log(job.settings), open_views(job.settings)
+    views.max_parked = job.max_parked
 
     def told(events: int, next_offsets: Mapping[int, int]) -> None:
         _say({"events": events, "next_offsets": next_offsets})

@@ -19,6 +19,13 @@ from services.config import Settings
 from services.errors import ArtifactStoreError, UnavailableError
 from services.log.position import Position
 from services.views.checkpoints import Checkpoint, StaleCheckpointError
+from services.views.failures import DamagedDatabaseError
+from services.views.parked import TooManyParkedError
+
+_OF_VIEWS: Mapping[str, type[ArtifactStoreError]] = {
+    kind.__name__: kind for kind in (StaleCheckpointError, TooManyParkedError, DamagedDatabaseError)
+}
+"""The errors that a load may end with and that do not stand in the one tree."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +37,7 @@ class Job:
     since: Checkpoint
     ends: Mapping[int, int]
     max_rate: float | None
+    max_parked: int
 
 
 async def load_in_processes(
@@ -40,12 +48,13 @@ async def load_in_processes(
     *,
     processes: int,
     max_rate: float | None,
+    max_parked: int,
     told: Told,
 ) -> None:
     """As `load`, by so many processes; blocks until every one of them has ended."""
     shares = _shares(since.position, ends, processes)
     rate = None if max_rate is None else max_rate / max(len(shares), 1)
-    jobs = [Job(settings, projection, since, share, rate) for share in shares]
+    jobs = [Job(settings, projection, since, share, rate, max_parked) for share in shares]
     tasks = [asyncio.create_task(_run_process(job, told)) for job in jobs]
     try:
         await asyncio.gather(*tasks)
@@ -93,6 +102,5 @@ async def _run_process(job: Job, told: Told) -> None:
 
 
 def _error(name: str, detail: str) -> ArtifactStoreError:
-    kind = StaleCheckpointError if name == StaleCheckpointError.__name__ else getattr(errors, name, ArtifactStoreError)
-    error: ArtifactStoreError = kind(detail)
-    return error
+    kind: type[ArtifactStoreError] = _OF_VIEWS.get(name, getattr(errors, name, ArtifactStoreError))
+    return kind(detail)

@@ -46,13 +46,15 @@ async def replay(
     *,
     in_place: bool = False,
     options: RebuildOptions | None = None,
+    max_parked: int | None = None,
     progress: Progress | None = None,
 ) -> ReplayResult:
     """Fold the projection again from the log's start; return when the view covers the log's end as of the call.
 
     By default a new generation is built beside the live view, which is read and folded on meanwhile; when the new one
     is nowhere behind, it takes the live one's place. A crash costs nothing: the next call goes on. `in_place` empties
-    the view first: until it is folded again it shows less than the log has.
+    the view first: until it is folded again it shows less than the log has. `max_parked` is how many packages it may
+    park.
 
     Either works beside running projectors: what they were folding is refused by the view, and they go on from there.
 
@@ -60,12 +62,14 @@ async def replay(
         InvalidRequestError: there is no such projection (the text lists the known ones), or nothing to compare with.
         PushBackError: another builds this projection; the text says who.
         DigestMismatchError: the view that was there differs from the log's; nothing was switched, both are kept.
-        CorruptError: an event cannot be read or does not follow; a view in place holds what came before it.
+        CorruptError: too many packages would be parked; a view in place holds what came before.
         UnavailableError: the log or the database cannot be reached; call again.
         ConfigurationError: the settings cannot work.
     """
     known = projection_named(projection)
     log, views = open_log(settings), open_views(settings)
+    if max_parked is not None:
+        views.max_parked = max_parked
     try:
         return await replay_view(
             views, log, known, in_place=in_place, options=options, progress=progress, settings=settings

@@ -313,8 +313,16 @@ class _Rebuild:
     async def _load(self, since: Checkpoint, ends: Mapping[int, int], processes: int) -> None:
         told = self._meter.note
         if processes > 1 and self._settings is not None:
-            rate, name = self._options.max_rate, self._projection.name
-            await load_in_processes(self._settings, name, since, ends, processes=processes, max_rate=rate, told=told)
+            await load_in_processes(
+                self._settings,
+                self._projection.name,
+                since,
+                ends,
+                processes=processes,
+                max_rate=self._options.max_rate,
+                max_parked=self._views.max_parked,
+                told=told,
+            )
         else:
             await load(self._views, self._log, self._projection, since, ends, pace=self._pace, told=told)
 

@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     from services.log.port import Log
     from services.views.parked import Mark
 
+max_parked_option = click.option(
+    "--max-parked",
+    type=click.IntRange(0),
+    metavar="N",
+    help="Stop when more packages than this would be parked.  [default: 100]",
+)
+"""For every command that folds views and may stop by it."""
+
 _COLUMNS = ("projection", "package", "partition", "offset", "events", "cause")
 _HEAD_BYTES = 32
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from services.cli.output import ProgressLine, answer
+from services.cli.parked import max_parked_option
 from services.cli.root import run
 from services.cli.settings import common_options, invocation
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 @click.option("--verify", "compare", is_flag=True, help="Switch only if both digests at one position are equal.")
 @click.option("--even-if-different", is_flag=True, help="With --verify: say what differs, and switch all the same.")
 @click.option("--restart", is_flag=True, help="Begin at the log's start, even if an earlier replay was interrupted.")
+@max_parked_option
 @click.option("--drop", is_flag=True, help="Only remove what an interrupted replay has built.")
 @click.option(
     "--processes", type=click.IntRange(1, 64), metavar="N", help="Load in N processes.  [default: one a core]"
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     help="Fold no more events a second, to spare the database.",
 )
 @common_options(shown=("log_url", "views_url"))
-def replay(projection: str, *, in_place: bool, drop: bool, **options: Any) -> None:
+def replay(projection: str, *, in_place: bool, drop: bool, max_parked: int | None, **options: Any) -> None:
     """Fold a projection again from the log's start.
 
     A new generation of its tables is built beside the view, which is read and kept up to date meanwhile, and takes its
@@ -49,13 +51,16 @@ def replay(projection: str, *, in_place: bool, drop: bool, **options: Any) -> No
     given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value and name != "compare"]
     given += ["--verify"] * options["compare"]
     if in_place and (drop or given):
-        raise click.UsageError("--in-place folds into the view itself, where no other option has a meaning")
+        raise click.UsageError(
+            "--in-place folds into the view itself, where no other option but --max-parked has a meaning"
+        )
     if drop:
+        given += [] if max_parked is None else ["--max-parked"]
         if given:
             raise click.UsageError(f"--drop only removes: {given[0]} has no meaning beside it")
         _drop(known)
         return
-    done = run(_replay(projection, in_place=in_place, **options))
+    done = run(_replay(projection, in_place=in_place, max_parked=max_parked, **options))
     answer(
         {
             "projection": done.projection,
@@ -69,7 +74,9 @@ def replay(projection: str, *, in_place: bool, drop: bool, **options: Any) -> No
     )
 
 
-async def _replay(projection: str, *, in_place: bool, compare: bool, **options: Any) -> ReplayResult:
+async def _replay(
+    projection: str, *, in_place: bool, max_parked: int | None, compare: bool, **options: Any
+) -> ReplayResult:
     from projector import RebuildOptions
     from projector import replay as fold_again
 
@@ -86,6 +93,7 @@ async def _replay(projection: str, *, in_place: bool, compare: bool, **options: 
             projection,
             in_place=in_place,
             options=RebuildOptions(verify=compare, **options),
+            max_parked=max_parked,
             progress=tell,
         )
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from services.cli.output import answer
+from services.cli.parked import max_parked_option
 from services.cli.root import run
 from services.cli.settings import common_options, invocation
 from services.collector import collect_rarely
@@ -48,18 +49,24 @@ def _several(command: Decorated) -> Decorated:
 
 @click.command()
 @_several
+@max_parked_option
 @common_options(shown=(*_PARTS, "listen"))
-def serve(processes: int, member: str | None) -> None:
+def serve(processes: int, member: str | None, max_parked: int | None) -> None:
     """Run gateway and projections, until SIGTERM or SIGINT: in one process, or in several that share the work."""
+    if processes > 1 and max_parked is not None:
+        raise click.UsageError(
+            "--max-parked is for one process: to share the work, run `gateway` and `projector --max-parked` with "
+            "--processes each"
+        )
     begin_to_run()
     settings = invocation().settings()
     if processes > 1:
         _run_processes(settings, "serve", processes)
     else:
-        _end(run(_serve(settings, member), serving=True))
+        _end(run(_serve(settings, member, max_parked), serving=True))
 
 
-async def _serve(settings: Settings, member: str | None) -> Mapping[str, Exception]:
+async def _serve(settings: Settings, member: str | None, max_parked: int | None) -> Mapping[str, Exception]:
     from ingest_gateway import server
     from projector import run_projectors
     from services.wiring import is_embedded
@@ -70,7 +77,7 @@ async def _serve(settings: Settings, member: str | None) -> Mapping[str, Excepti
         one_of = _member(member, stop)
         try:
             async with asyncio.TaskGroup() as tasks:
-                projecting = tasks.create_task(run_projectors(settings, [], stop))
+                projecting = tasks.create_task(run_projectors(settings, [], stop, max_parked=max_parked))
                 try:
                     await server.run(settings, stop=stop, member=one_of)
                 finally:
@@ -150,12 +157,7 @@ def _listen_address(_context: click.Context, _option: click.Parameter, text: str
 @click.option(
     "--processes", type=click.IntRange(1, 64), default=1, show_default=True, help="Spread the partitions over so many."
 )
-@click.option(
-    "--max-parked",
-    type=click.IntRange(0),
-    metavar="N",
-    help="Stop when more packages than this would be parked.  [default: 100]",
-)
+@max_parked_option
 @click.option(
     "--metrics-listen",
     "metrics_at",

@@ -59,7 +59,8 @@ async def retry(views: Views, log: Log, mark: Mark) -> Retried:
                 f"{mark.package} is not parked in {mark.projection} at offset {mark.offset} any more"
             )
         marks = await read_marks(connection, mark.generation)
-        parking = Parking(connection, projection, tables, mark.generation, views.max_parked, marks)
+        most = max(views.max_parked, len(marks) + 1)  # a projector was allowed as many as there are
+        parking = Parking(connection, projection, tables, mark.generation, most, marks)
         seen = 0
         waiting: list[Record] = []
         batches = log.scan({mark.partition: mark.offset}, {mark.partition: end})

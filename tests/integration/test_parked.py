@@ -241,6 +241,19 @@ async def test_a_package_parks_again_where_its_next_bad_event_is(views: Views, m
     assert [file.relative_path for file in (await Queries(views).files(package_id)).items] == ["a", "b"]
 
 
+async def test_a_package_may_park_again_however_few_may_be_parked(
+    views: Views, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, history = MemoryLog(partitions=1), History().fill(packages=2, files=2)
+    log.append(*history.events)
+    with monkeypatch.context() as patch:
+        forgive(patch, history.events[0].package_id)
+        await catch_up(views, log, REGISTRY)
+        (mark,) = await list_marks(views)
+        views.max_parked = 0
+        assert (await retry(views, log, mark)).mark == mark
+
+
 async def test_a_view_that_is_folded_again_begins_without_marks(views: Views) -> None:
     poisoned = Poisoned()
     await catch_up(views, poisoned.log, REGISTRY)

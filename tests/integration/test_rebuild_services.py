@@ -7,12 +7,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+from confluent_kafka import Producer
 
 from projector import RebuildOptions, rebuild_beside, replay
 from projector.progress import ReplayProgress
 from services.views.catch_up import catch_up
 from services.views.digest import digest_view
 from services.views.engine import Views
+from services.views.parked import TooManyParkedError, list_marks
 from services.views.projections import PROJECTIONS
 from tests.faults.catch_up_storm import write_history
 from tests.integration.kafka_stage import kafka_settings, open_kafka_log
@@ -62,4 +64,24 @@ async def test_processes_load_the_partitions_and_one_that_dies_costs_nothing(
         await catch_up(reference, log, REGISTRY)
         assert (await digest_view(reference, REGISTRY)).digest == done.digest
         await reference.close()
+        await views.close()
+
+
+async def test_processes_that_load_park_no_more_packages_than_the_replay_is_told(
+    kafka_url: str, postgres_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rebuild_beside, "_MANY_EVENTS", 0)
+    settings = kafka_settings(kafka_url, tmp_path, kafka_partitions=2, views_url=postgres_url)
+    options = RebuildOptions(processes=2)
+    async with open_kafka_log(settings) as log:
+        await asyncio.to_thread(write_history, log, 100)
+        producer = Producer({"bootstrap.servers": log.kafka.bootstrap, "log_level": 3})
+        for partition in range(2):
+            producer.produce(log.kafka.topic, b"no event", f"key {partition}".encode(), partition)
+        assert await asyncio.to_thread(producer.flush, 30) == 0
+        with pytest.raises(TooManyParkedError, match="0 packages"):
+            await replay(settings, "registry", options=options, max_parked=0)
+        await replay(settings, "registry", options=options, max_parked=2)
+        views = Views(postgres_url)
+        assert len(await list_marks(views)) == 2
         await views.close()

@@ -80,6 +80,25 @@ def test_a_parked_package_is_listed_shown_and_brought_back(
     assert json.loads(run("digest", "registry", "--json").stdout)["digest"] == digest
 
 
+@pytest.mark.parametrize("way", [(), ("--in-place",)])
+def test_a_replay_parks_no_more_packages_than_it_is_told(
+    run: Run, tmp_path: Path, embedded_settings: Settings, way: tuple[str, ...]
+) -> None:
+    (tmp_path / "tree").mkdir()
+    for name in "ab":
+        (tmp_path / "tree" / name).write_text(name)
+    run("push", tmp_path / "tree", "--name", "n", "--producer", "p", "--subject", "s", "--retention-class", "scratch")
+    with third_event_is_nonsense(embedded_settings.log_url):
+        refused = run("replay", "registry", *way, "--max-parked", "0", "--quiet", "--json", code=1)
+        assert json.loads(refused.stderr)["type"].endswith(":too-many-parked")
+        run("replay", "registry", *way, "--max-parked", "1")
+        assert len(lines(run("parked", "list", "registry", "--json"))) == 1
+
+
+def test_several_processes_that_serve_do_not_take_a_limit(run: Run) -> None:
+    assert "projector --max-parked" in run("serve", "--processes", "2", "--max-parked", "0", code=2).stderr
+
+
 def test_what_is_not_parked_is_not_found(run: Run) -> None:
     run("migrate")
     assert run("parked", "retry").stdout == ""
