@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.schema import CreateIndex, CreateTable
 from sqlalchemy.sql import quoted_name
 
-from services.views.bulk import on_postgresql
+from services.views.bulk import driver_of, on_postgresql
 from services.views.projections import Projection, Tables
 
 SUFFIX = "__building"
@@ -24,8 +24,8 @@ SUFFIX = "__building"
 _READERS_MILLISECONDS = 50
 """How long readers are waited for at each table, and those behind them wait, before all of it is let go."""
 
-_LONG_SECONDS = 24 * 3600.0
-"""A large index takes longer than any other statement may."""
+LONG_SECONDS = 24 * 3600.0
+"""A large index takes longer than any other statement may, and so does what a digest has to sort."""
 
 
 def live_tables(projection: Projection) -> Tables:
@@ -83,9 +83,8 @@ async def create_index(connection: AsyncConnection, statement: str, *, memory_mi
         return
     await connection.execute(text(f"SET LOCAL maintenance_work_mem = '{memory_mib}MB'"))
     await connection.execute(text(f"SET LOCAL max_parallel_maintenance_workers = {workers}"))
-    raw = await connection.get_raw_connection()
-    run = raw.driver_connection.execute  # type: ignore[union-attr] # asyncpg's own connection, for its time-out
-    await run(statement, timeout=_LONG_SECONDS)
+    driver = await driver_of(connection)  # for its time-out
+    await driver.execute(statement, timeout=LONG_SECONDS)
 
 
 async def analyze(connection: AsyncConnection, projection: Projection) -> None:

@@ -53,7 +53,7 @@ async def insert_rows(connection: AsyncConnection, table: Table, rows: Sequence[
     if not rows:
         return
     if on_postgresql(connection):
-        driver = await _driver(connection)
+        driver = await driver_of(connection)
         await driver.copy_records_to_table(table.name, records=rows, columns=table.columns.keys())
     else:
         names = ", ".join(f'"{column.name}"' for column in table.columns)
@@ -67,7 +67,7 @@ async def copy_encoded(connection: AsyncConnection, table: Table, rows: Iterable
 
     On PostgreSQL only. Rows are taken while they are sent. Otherwise as `insert_rows`.
     """
-    driver = await _driver(connection)
+    driver = await driver_of(connection)
     await driver.copy_to_table(table.name, source=_copy(rows), columns=table.columns.keys(), format="binary")
 
 
@@ -89,7 +89,7 @@ async def update_rows(connection: AsyncConnection, columns: Sequence[Column[Any]
         arrays = ", ".join(f"${i}::{_type_name(column)}[]" for i, column in enumerate(columns, 1))
         names = ", ".join(f"v{i}" for i in range(len(columns)))
         values = ", ".join(f'"{column.name}" = v{i}' for i, column in enumerate(changed, 1))
-        driver = await _driver(connection)
+        driver = await driver_of(connection)
         await driver.execute(
             f"UPDATE {name} SET {values} FROM unnest({arrays}) AS new ({names}) "  # noqa: S608 - our own names
             f'WHERE {name}."{key.name}" = v0',
@@ -109,7 +109,7 @@ async def find_rows(connection: AsyncConnection, columns: Sequence[Column[Any]],
     key = columns[0]
     if on_postgresql(connection):
         names = ", ".join(f'"{column.name}"' for column in columns)
-        driver = await _driver(connection)
+        driver = await driver_of(connection)
         statement = f'SELECT {names} FROM {key.table.name} WHERE "{key.name}" = ANY($1::uuid[])'  # noqa: S608 - as above
         return [tuple(row) for row in await driver.fetch(statement, keys)]
     found: list[Row] = []
@@ -136,7 +136,7 @@ def _type_name(column: Column[Any]) -> str:
     raise TypeError(f"a column of type {type(column.type).__name__} cannot be updated in bulk yet")
 
 
-async def _driver(connection: AsyncConnection) -> Any:
+async def driver_of(connection: AsyncConnection) -> Any:
     """asyncpg's own connection, in the transaction that SQLAlchemy has begun."""
     raw = await connection.get_raw_connection()
     return raw.driver_connection

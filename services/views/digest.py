@@ -8,20 +8,21 @@ generations and seeds stand outside.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
 from blake3 import blake3
-from sqlalchemy import LargeBinary, Table, Uuid, select, text
+from sqlalchemy import LargeBinary, Select, Table, Uuid, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from schemas.canonical import canonical_cbor
 from services.core.content_address import ContentAddress
 from services.log.position import Position
-from services.views.building import live_tables
-from services.views.bulk import on_postgresql
+from services.views.building import LONG_SECONDS, live_tables
+from services.views.bulk import driver_of, on_postgresql
 from services.views.checkpoints import read_position
 from services.views.engine import Views
 from services.views.projections import Projection, Tables
@@ -76,9 +77,21 @@ async def _dump(connection: AsyncConnection, table: Table) -> AsyncIterator[list
     query = select(table).order_by(*table.primary_key.columns)
     identifiers = [i for i, column in enumerate(table.columns) if isinstance(column.type, Uuid)]
     binaries = [i for i, column in enumerate(table.columns) if isinstance(column.type, LargeBinary)]
-    async with connection.stream(query, execution_options={"yield_per": _ROWS_AT_ONCE}) as result:
-        async for rows in result.partitions():
+    async with aclosing(_rows(connection, query)) as parts:
+        async for rows in parts:
             yield [_canonical(list(row), identifiers, binaries) for row in rows]
+
+
+async def _rows(connection: AsyncConnection, query: Select[Any]) -> AsyncGenerator[Sequence[Sequence[Any]]]:
+    if not on_postgresql(connection):
+        async with connection.stream(query, execution_options={"yield_per": _ROWS_AT_ONCE}) as result:
+            async for part in result.partitions():
+                yield part
+        return
+    driver = await driver_of(connection)  # its own cursor, for its time-out: the first rows may come behind a long sort
+    cursor = await driver.cursor(str(query.compile(dialect=connection.dialect)), timeout=LONG_SECONDS)
+    while rows := await cursor.fetch(_ROWS_AT_ONCE, timeout=LONG_SECONDS):
+        yield rows
 
 
 def _canonical(values: list[Any], identifiers: list[int], binaries: list[int]) -> bytes:

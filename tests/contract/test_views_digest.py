@@ -7,12 +7,17 @@ import os
 import subprocess
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+from sqlalchemy import Column, Integer, MetaData, Table, text
 
 from services.config import Settings
 from services.views.catch_up import catch_up
-from services.views.digest import digest_view
+from services.views.digest import digest_tables, digest_view, keep_tables
 from services.views.engine import Views
-from services.views.projections import PROJECTIONS
+from services.views.projections import PROJECTIONS, Projection
 from tests.contract.test_views_plans import fill
 from tests.integration.processes import COMMAND
 from tests.memory_log import MemoryLog
@@ -35,6 +40,23 @@ async def test_a_digest_holds_few_rows_at_a_time(views: Views) -> None:
         tracemalloc.stop()
     assert found.rows == 4 * ROWS
     assert most < MOST_MIB << 20, f"{most / (1 << 20):.1f} MiB"
+
+
+@pytest.mark.services
+async def test_a_digest_may_take_longer_than_other_statements(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.views.engine._STATEMENT_SECONDS", 1)
+    views = Views(postgres_url)
+    slow = Table("slow", MetaData(), Column("id", Integer, primary_key=True))
+    async with views.writing() as connection:  # its first row takes as long as a large sort
+        await connection.execute(text("CREATE VIEW slow AS SELECT 7 AS id FROM pg_sleep(3)"))
+    async with views.reading(snapshot=True, long=True) as connection:
+        projection = cast("Projection", SimpleNamespace(name="slow", tables=(slow,)))
+        await keep_tables(connection, {"slow": slow})
+        found = await digest_tables(connection, projection, {"slow": slow}, None)
+    assert found.rows == 1
+    await views.close()
 
 
 async def test_another_process_finds_the_same_digest_run_after_run(
