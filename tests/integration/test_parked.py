@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -15,7 +18,9 @@ from projector import run_projection
 from projector.rebuild import replay_view
 from schemas.codec import encode
 from schemas.events import Event, FileIngested
+from services.config import Settings
 from services.errors import CorruptError
+from services.registry import open_registry
 from services.views.catch_up import catch_up
 from services.views.checkpoints import StaleCheckpointError, reset
 from services.views.digest import digest_view
@@ -26,6 +31,7 @@ from services.views.projections.registry import RegistryProjection
 from services.views.queries import Queries
 from services.views.retry import retry
 from services.views.tables import parked_packages
+from tests.integration.processes import started
 from tests.integration.projector_stage import covers, eventually, projecting
 from tests.memory_log import MemoryLog
 from tests.views_history import History, view_rows
@@ -262,3 +268,23 @@ async def test_a_view_that_is_folded_again_begins_without_marks(views: Views) ->
     assert await list_marks(views) == []
     await catch_up(views, poisoned.log, REGISTRY)
     assert {mark.package for mark in await list_marks(views)} == before
+
+
+async def test_a_server_is_told_how_many_may_be_parked(embedded_settings: Settings, tmp_path: Path) -> None:
+    async with open_registry(embedded_settings) as registry:
+        await registry.create_package("name", "producer", "subject", "report")
+    with closing(sqlite3.connect(embedded_settings.log_url.removeprefix("sqlite:///"))) as file, file:
+        assert file.execute("UPDATE events SET value = x'00'").rowcount == 1
+    views = Views(embedded_settings.views_url)
+    await views.migrate()
+    await reset(views, REGISTRY)
+    await views.close()
+    with started(embedded_settings, tmp_path, "serve", "--max-parked", "0") as (command, said):
+
+        async def stopped() -> bool:
+            assert command.poll() is None, said.read_text()
+            return "registry stops: the view registry has parked 0 packages" in said.read_text()
+
+        await eventually(stopped, "the registry's projection stops")
+        command.terminate()
+    assert command.returncode == 1
