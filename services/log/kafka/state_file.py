@@ -46,7 +46,7 @@ FORMAT = 3
 QUICK_CHECK_BYTES = 32 << 20
 """A file up to this size is checked page by page when it is opened; it takes about 0.1 s."""
 
-_CACHE_KIB = 8 << 10
+_CACHE_KIB = 2 << 10
 _WAL_PAGES = 4_000
 _PURGE_ROWS = 2_000
 
