@@ -16,7 +16,7 @@ LONG = 3_600.0
 """Nobody waits so long: a test that did would be ended by its own time-out."""
 
 
-@pytest.fixture(params=[0.02, LONG], ids=["as-it-is", "for-ever"])
+@pytest.fixture(params=[0.05, LONG], ids=["as-it-is", "for-ever"])
 def gathering(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> float:
     """How long commands wait for announced ones."""
     seconds: float = request.param

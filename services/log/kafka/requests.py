@@ -29,7 +29,7 @@ MAX_BATCH_EVENTS = 1_000
 MAX_BATCH_BYTES = 8 << 20
 """About how many bytes; what is appended is held several times: decided, encoded, by the client, read back."""
 
-GATHER_SECONDS = 0.02
+GATHER_SECONDS = 0.05
 """How long a command waits at most for those that were announced, so that they share its transaction."""
 
 ANNOUNCED_SECONDS = 0.2
