@@ -75,13 +75,12 @@ class Root(click.Group):
                 formatter.write_dl(records)
 
 
-def run(main: Coroutine[Any, Any, Result], *, serving: bool = False) -> Result:
+def run(main: Coroutine[Any, Any, Result], *, many_bytes: bool = False) -> Result:
     """Run a command's coroutine to its end.
 
-    `serving`: on uvloop's event loop, which spends less on each of many connections than asyncio's own; it takes a
-    moment to load, so that commands which end soon do without.
+    `many_bytes`: on uvloop's event loop, which spends less on sockets than asyncio's own; other commands do without.
     """
-    if not serving:
+    if not many_bytes:
         return asyncio.run(main)
     import uvloop
 

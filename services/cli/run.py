@@ -63,7 +63,7 @@ def serve(processes: int, member: str | None, max_parked: int | None) -> None:
     if processes > 1:
         _run_processes(settings, "serve", processes)
     else:
-        _end(run(_serve(settings, member, max_parked), serving=True))
+        _end(run(_serve(settings, member, max_parked), many_bytes=True))
 
 
 async def _serve(settings: Settings, member: str | None, max_parked: int | None) -> Mapping[str, Exception]:
@@ -102,7 +102,7 @@ def gateway(processes: int, member: str | None) -> None:
     if processes > 1:
         _run_processes(settings, "gateway", processes)
     else:
-        run(_gateway(settings, member), serving=True)
+        run(_gateway(settings, member), many_bytes=True)
 
 
 async def _gateway(settings: Settings, member: str | None) -> None:

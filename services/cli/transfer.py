@@ -54,7 +54,8 @@ def push(
     described = {**about, "metadata": metadata_of(metadata, metadata_json)}
     settings = invocation().settings()
     done = run(
-        _push(settings, path.absolute(), described, finalize=not no_finalize, fresh=fresh, concurrency=concurrency)
+        _push(settings, path.absolute(), described, finalize=not no_finalize, fresh=fresh, concurrency=concurrency),
+        many_bytes=True,
     )
     answer(
         {
