@@ -17,9 +17,10 @@ from uuid import uuid4
 from blake3 import blake3
 
 from services.blobs.cleanup import Cleanups
+from services.blobs.intake import PIECE_BYTES, BodyHash
 from services.blobs.memory import PartBuffer, Share
 from services.blobs.pace import Pace
-from services.blobs.port import BlobStore, Part
+from services.blobs.port import BlobStore, Digests, Part
 from services.blobs.upload_states import UploadState, UploadStates, tail_key
 from services.errors import ChecksumMismatchError, InvalidRequestError, TooLargeError
 
@@ -80,6 +81,7 @@ class Appending:
         self._cleanups = cleanups
         self._checksum = checksum
         self._hash = None if checksum is None else ALGORITHMS[checksum.algorithm]()
+        self._body = BodyHash() if state.offset == 0 else None  # hashing cannot go on where another request ended
         self._holder = uuid4()
         self._renewed = 0.0
         self._number = self._reserved = state.next_number
@@ -92,6 +94,12 @@ class Appending:
         self._room = 0
         self._fresh = False  # whether the buffer holds bytes that came in this request
         self._buffers = 1
+
+    @property
+    def digests(self) -> Digests | None:
+        """Of the whole upload, if this request has brought all of it."""
+        found = None if self._body is None else self._body.digests()
+        return found if found is not None and found.length == self._state.length == self._state.held else None
 
     async def run(self, body: AsyncIterator[bytes]) -> UploadState:
         """Take the body and return the upload's state behind it. Raises as `ResumableUploads.append`, SupersededError.
@@ -157,8 +165,18 @@ class Appending:
             raise TooLargeError("the upload was interrupted too often: begin a new one")
         part, self._buffer, self._fresh = self._filled(), None, False
         self._sending_bytes = len(part)
-        self._sending = asyncio.create_task(self._parts.put(self._state.where, self._number, part))
+        self._sending = asyncio.create_task(self._put(self._number, part))
         self._sending.add_done_callback(lambda _: part.close())
+
+    async def _put(self, number: int, part: PartBuffer) -> str:
+        """Store a part, and hash it meanwhile; gives its `etag`."""
+        if self._body is None:
+            return await self._parts.put(self._state.where, number, part)
+        hashing = self._body.update_beside(part.pieces(PIECE_BYTES))
+        try:
+            return await self._parts.put(self._state.where, number, part)
+        finally:
+            await hashing
 
     async def _settle(self) -> None:
         """Wait until the part that is on its way is there. Raises UnavailableError."""

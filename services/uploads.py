@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 from services.appending import Appending, Checksum
 from services.blobs.cleanup import Cleanups
 from services.blobs.packs import Placed
-from services.blobs.port import IDLE_SECONDS, BlobStore, Declared
+from services.blobs.port import IDLE_SECONDS, BlobStore, Declared, Digests
 from services.blobs.upload_states import SupersededError, UploadState, UploadStates
 from services.core.commands import Acknowledgement
 from services.core.fields import check_text
@@ -150,6 +150,7 @@ class ResumableUploads:
                 state = await appending.run(body)
             except SupersededError as error:
                 raise UploadBusyError(error.detail) from None
+            return await self.finished(state, appending.digests)
         return await self.finished(state)
 
     async def remove(self, package_id: UUID, upload_id: UUID) -> None:
@@ -164,8 +165,8 @@ class ResumableUploads:
         except SupersededError as error:
             raise UploadBusyError(error.detail) from None
 
-    async def finished(self, state: UploadState) -> UploadState:
-        """The upload, with its file recorded if all bytes are there.
+    async def finished(self, state: UploadState, digests: Digests | None = None) -> UploadState:
+        """The upload, with its file recorded if all bytes are there, which have these `digests` if they are known.
 
         What is refused is removed at once. Raises what the command is refused for, ContentMismatchError when the bytes
         are not what was declared, UploadNotFoundError, UnavailableError; it may be called again then.
@@ -177,7 +178,7 @@ class ResumableUploads:
             while True:
                 try:
                     state = await self._known(state.package_id, state.upload_id)
-                    return state if state.answer is not None else await self._finish(state)
+                    return state if state.answer is not None else await self._finish(state, digests)
                 except SupersededError:  # another process does the same
                     continue
 
@@ -231,11 +232,11 @@ class ResumableUploads:
             if found is None or found.token != state.token:
                 await self._parts.discard(state.where, blob=False)
 
-    async def _finish(self, state: UploadState) -> UploadState:
+    async def _finish(self, state: UploadState, digests: Digests | None) -> UploadState:
         first = state.stored is None
         if state.stored is None:
             try:
-                stored = await self._parts.assemble(state.where, state.parts, declared=state.declared)
+                stored = await self._parts.assemble(state.where, state.parts, declared=state.declared, digests=digests)
             except ContentMismatchError:
                 await self._states.remove(state)
                 raise

@@ -10,13 +10,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-from collections.abc import AsyncIterable
+from collections.abc import AsyncIterable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 from blake3 import blake3
 
-from services.blobs.port import Declared
+from services.blobs.port import Declared, Digests
 from services.errors import ContentMismatchError, TooLargeError
 
 PIECE_BYTES = 512 * 1024
@@ -26,13 +25,44 @@ _INLINE_BYTES = 64 * 1024  # up to here hashing takes less time than handing the
 _HASHERS = ThreadPoolExecutor(max_workers=max(2, min(8, os.cpu_count() or 2)), thread_name_prefix="blob-hash")
 
 
-@dataclass(frozen=True, slots=True)
-class Digests:
-    """Length in bytes and both raw digests of a body that was read to its end."""
+class BodyHash:
+    """Both hashes of one body, fed in its order. One thread at a time."""
 
-    length: int
-    blake3: bytes
-    sha256: bytes
+    def __init__(self) -> None:
+        self._length = 0
+        self._blake3 = blake3()
+        self._sha256 = hashlib.sha256()
+
+    def update(self, data: bytes) -> None:
+        """Take the next bytes."""
+        self._length += len(data)
+        self._blake3.update(data)
+        self._sha256.update(data)
+
+    def update_beside(self, pieces: Iterable[bytes]) -> asyncio.Future[None]:
+        """Take the next pieces in a thread of its own, which the future stands for."""
+
+        def work() -> None:
+            for piece in pieces:
+                self.update(piece)
+
+        return asyncio.get_running_loop().run_in_executor(_HASHERS, work)
+
+    def digests(self) -> Digests:
+        """Of all that was taken."""
+        return Digests(self._length, self._blake3.digest(), self._sha256.digest())
+
+
+def check_declared(found: Digests, declared: Declared) -> None:
+    """Raise ContentMismatchError if a body is not what was declared."""
+    if declared.size_bytes is not None and found.length != declared.size_bytes:
+        raise ContentMismatchError(f"the body has {found.length} bytes, {declared.size_bytes} were declared")
+    for name, is_, said in (
+        ("BLAKE3", found.blake3, declared.blake3),
+        ("SHA-256", found.sha256, declared.sha256),
+    ):
+        if said is not None and is_ != said:
+            raise ContentMismatchError(f"the {name} of the body is {is_.hex()}, {said.hex()} was declared")
 
 
 class Intake:
@@ -48,8 +78,7 @@ class Intake:
         self._rest = memoryview(b"")
         self._ended = False
         self._length = 0
-        self._blake3 = blake3()
-        self._sha256 = hashlib.sha256()
+        self._hash = BodyHash()
         self._hashing: asyncio.Future[None] | None = None
 
     @property
@@ -79,7 +108,7 @@ class Intake:
                 held = 1
         data = b"".join(pieces)
         self._count(len(data))
-        await self._hash(data)
+        await self._feed(data)
         return data
 
     async def at_end(self) -> bool:
@@ -101,16 +130,8 @@ class Intake:
             raise RuntimeError("the body was not taken to its end")
         if self._hashing is not None:
             await self._hashing
-        found = Digests(self._length, self._blake3.digest(), self._sha256.digest())
-        declared = self._declared
-        if declared.size_bytes is not None and found.length != declared.size_bytes:
-            raise ContentMismatchError(f"the body has {found.length} bytes, {declared.size_bytes} were declared")
-        for name, is_, said in (
-            ("BLAKE3", found.blake3, declared.blake3),
-            ("SHA-256", found.sha256, declared.sha256),
-        ):
-            if said is not None and is_ != said:
-                raise ContentMismatchError(f"the {name} of the body is {is_.hex()}, {said.hex()} was declared")
+        found = self._hash.digests()
+        check_declared(found, self._declared)
         return found
 
     def _count(self, more: int) -> None:
@@ -120,15 +141,11 @@ class Intake:
         if self._length > self._max_bytes:
             raise TooLargeError(f"the body is larger than the {self._max_bytes} bytes that are taken")
 
-    async def _hash(self, data: bytes) -> None:
+    async def _feed(self, data: bytes) -> None:
         if self._hashing is not None:
             await self._hashing
             self._hashing = None
         if len(data) <= _INLINE_BYTES:
-            self._feed(data)
+            self._hash.update(data)
         else:
-            self._hashing = asyncio.get_running_loop().run_in_executor(_HASHERS, self._feed, data)
-
-    def _feed(self, data: bytes) -> None:
-        self._blake3.update(data)
-        self._sha256.update(data)
+            self._hashing = self._hash.update_beside((data,))

@@ -18,13 +18,14 @@ from typing import ParamSpec, TypeVar
 from uuid import uuid4
 
 from services.blobs.cleanup import Cleanups
-from services.blobs.intake import PIECE_BYTES, Digests, Intake
+from services.blobs.intake import PIECE_BYTES, Intake
 from services.blobs.object_parts import PART_BYTES, ObjectParts
 from services.blobs.port import (
     DAMAGED,
     IDLE_SECONDS,
     RESUMABLE,
     Declared,
+    Digests,
     PartStore,
     StoredBlob,
     checked_key,

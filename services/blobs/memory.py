@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import mmap
 from collections import deque
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
@@ -47,6 +48,11 @@ class PartBuffer:
     def read(self, start: int, end: int) -> bytes:
         """A copy of the bytes from `start` to before `end`, or to the end of what is there."""
         return b"" if self._pages is None else self._pages[start : min(end, self._length)]
+
+    def pieces(self, size: int) -> Iterator[bytes]:
+        """Copies of all that is there, so many bytes at a time."""
+        for start in range(0, self._length, size):
+            yield self.read(start, start + size)
 
     def clear(self) -> None:
         """Empty the buffer, to be filled again."""

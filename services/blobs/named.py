@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 
 from blake3 import blake3
 
-from services.blobs.intake import PIECE_BYTES, Digests, Intake
+from services.blobs.intake import PIECE_BYTES, Intake
 from services.blobs.packs import PACK_BYTES, Placed
-from services.blobs.port import BlobStore, Declared, StoredBlob, content_key
+from services.blobs.port import BlobStore, Declared, Digests, StoredBlob, content_key
 from services.bundle import NamedFile
 from services.core.content_address import ContentAddress
 from services.errors import ContentMismatchError, CorruptError, UnknownContentError

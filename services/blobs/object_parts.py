@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 
 from services.blobs.memory import ByteBudget, PartBuffer
 from services.blobs.parts import LARGEST_PART, MAX_PARTS, MIB
-from services.blobs.port import RESUMABLE, BlobStore, Declared, Part, PartsKey, StoredBlob
+from services.blobs.port import RESUMABLE, BlobStore, Declared, Digests, Part, PartsKey, StoredBlob
 from services.errors import CorruptError, TooLargeError
 
 PART_BYTES = 8 * MIB
@@ -55,8 +55,10 @@ class ObjectParts:
         await self._blobs.put_object(_key(where, number), part.read(0, len(part)))
         return ""
 
-    async def assemble(self, where: PartsKey, parts: Sequence[Part], *, declared: Declared) -> StoredBlob:
-        """See the port."""
+    async def assemble(
+        self, where: PartsKey, parts: Sequence[Part], *, declared: Declared, digests: Digests | None = None
+    ) -> StoredBlob:
+        """See the port. The copy reads all of it."""
 
         async def pieces() -> AsyncIterator[bytes]:
             for part in parts:

@@ -52,6 +52,15 @@ _SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True, slots=True)
+class Digests:
+    """Length in bytes and both raw digests of a body that was read to its end."""
+
+    length: int
+    blake3: bytes
+    sha256: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Declared:
     """What a producer says the bytes are, before they arrive. None means: not said. Digests are raw 32 bytes."""
 
@@ -152,10 +161,14 @@ class PartStore(Protocol):
     async def put(self, where: PartsKey, number: int, part: PartBuffer) -> str:
         """Store a part durably; gives its `etag`. Raises UnavailableError."""
 
-    async def assemble(self, where: PartsKey, parts: Sequence[Part], *, declared: Declared) -> StoredBlob:
+    async def assemble(
+        self, where: PartsKey, parts: Sequence[Part], *, declared: Declared, digests: Digests | None = None
+    ) -> StoredBlob:
         """Make the parts one blob, in this order, and compute both digests of what can be read of it.
 
-        May be called again, also by another process, until `discard`. Takes as long as reading the whole.
+        `digests` are those of all bytes that were put, where the caller has them: the blob is then not read back if it
+        need not be read. May be called again, also by another process, until `discard`. Else it takes as long as
+        reading the whole.
 
         Raises:
             ContentMismatchError: length or a digest differs from what was declared, the length always.

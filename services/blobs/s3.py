@@ -22,7 +22,7 @@ from minio.commonconfig import CopySource
 from minio.error import MinioException, S3Error
 
 from services.blobs.cleanup import Cleanups
-from services.blobs.intake import PIECE_BYTES, Digests, Intake
+from services.blobs.intake import PIECE_BYTES, Intake
 from services.blobs.memory import TURN_SECONDS, ByteBudget, PartBuffer, Share
 from services.blobs.pace import LOOK_SECONDS, Pace
 from services.blobs.parts import MAX_PARTS, MIB, PartPlan
@@ -31,6 +31,7 @@ from services.blobs.port import (
     IDLE_SECONDS,
     UPLOADS,
     Declared,
+    Digests,
     PartStore,
     StoredBlob,
     checked_key,

@@ -10,11 +10,11 @@ import asyncio
 from collections.abc import Sequence
 from uuid import UUID, uuid4
 
-from services.blobs.intake import PIECE_BYTES, Intake
+from services.blobs.intake import PIECE_BYTES, Intake, check_declared
 from services.blobs.memory import ByteBudget, PartBuffer
 from services.blobs.object_parts import ObjectParts
 from services.blobs.parts import MIB
-from services.blobs.port import UPLOADS, BlobStore, Declared, Part, PartsKey, StoredBlob
+from services.blobs.port import UPLOADS, BlobStore, Declared, Digests, Part, PartsKey, StoredBlob
 from services.blobs.s3_multipart import GONE, OK, begin_upload, complete_upload
 from services.blobs.s3_requests import S3Requests
 from services.errors import TooLargeError
@@ -84,7 +84,9 @@ class S3Parts:
         answer = await self._requests.send("PUT", key, OK, query=query, body=part)
         return answer.headers.get("ETag", "")
 
-    async def assemble(self, where: PartsKey, parts: Sequence[Part], *, declared: Declared) -> StoredBlob:
+    async def assemble(
+        self, where: PartsKey, parts: Sequence[Part], *, declared: Declared, digests: Digests | None = None
+    ) -> StoredBlob:
         """See the port."""
         key, upload = _place(where)
         if key is None:
@@ -94,10 +96,13 @@ class S3Parts:
         length = declared.size_bytes
         listed = sorted((part.number, part.etag) for part in parts)
         await complete_upload(self._requests, key, upload, listed, length, only_if_absent=False)
-        intake = Intake(self._blobs.read(key, 0, length), declared=declared, max_bytes=length)
-        while await intake.take(PIECE_BYTES):
-            pass
-        digests = await intake.digests()
+        if digests is None:
+            intake = Intake(self._blobs.read(key, 0, length), declared=declared, max_bytes=length)
+            while await intake.take(PIECE_BYTES):
+                pass
+            digests = await intake.digests()
+        else:
+            check_declared(digests, declared)
         return StoredBlob(self._blobs.backend_id, key, 0, digests.length, digests.blake3, digests.sha256)
 
     def blob_key(self, where: PartsKey) -> str | None:

@@ -350,5 +350,5 @@ class _Explained:
 
 
 async def _slices(body: PartBuffer) -> AsyncIterator[bytes]:
-    for start in range(0, len(body), _SLICE):
-        yield body.read(start, start + _SLICE)
+    for piece in body.pieces(_SLICE):
+        yield piece

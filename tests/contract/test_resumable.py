@@ -82,6 +82,42 @@ async def test_cut_anywhere_and_gone_on_with_by_any_gateway_the_file_is_whole(sc
     assert scene.stage.holds() == {scene.log.blob().key}
 
 
+@MUCH
+@pytest.mark.parametrize("requests", [1, 2])
+async def test_what_one_request_brought_is_not_read_back(
+    scene: Scene, requests: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = some_bytes(2 * scene.part + 7)
+    reads: list[str] = []
+    read = scene.stage.store.read
+
+    def counted(key: str, offset: int, length: int) -> AsyncIterator[bytes]:
+        reads.append(key)
+        return read(key, offset, length)
+
+    upload = await scene.begin(len(data), said=Declared(len(data), blake3(data).digest()))
+    with monkeypatch.context() as patched:
+        patched.setattr(scene.stage.store, "read", counted)
+        if requests == 2:
+            await send(scene.one, upload, data, 0, 10)
+        await send(scene.one, upload, data, 10 if requests == 2 else 0, len(data))
+    own_key = scene.log.blob().key.startswith("uploads/")
+    assert (scene.log.blob().key in reads) == (own_key and requests == 2)
+    await check_recorded(scene, data)
+
+
+@MUCH
+@pytest.mark.parametrize("requests", [1, 2])
+async def test_what_one_request_brought_must_be_what_was_declared(scene: Scene, requests: int) -> None:
+    data = some_bytes(scene.part + 7)
+    upload = await scene.begin(len(data), said=Declared(len(data), sha256=b"x" * 32))
+    if requests == 2:
+        await send(scene.one, upload, data, 0, 10)
+    with pytest.raises(ContentMismatchError):
+        await send(scene.one, upload, data, 10 if requests == 2 else 0, len(data))
+    assert scene.stage.holds() == set()
+
+
 @pytest.mark.parametrize("length", [0, 1, 1000])
 async def test_small_files_lie_at_their_content_address(scene: Scene, length: int) -> None:
     data = some_bytes(length)
