@@ -47,6 +47,7 @@ async def _load(job: Job) -> None:
     try:
         projection = projection_named(job.projection)
         await load(views, log, projection, job.since, job.ends, pace=Pace(job.max_rate), told=told)
+        _say({"done": True})
     finally:
         await views.close()
         await log.close()

@@ -91,9 +91,10 @@ async def _run_process(job: Job, told: Told) -> None:
             said = json.loads(line)
             if "error" in said:
                 raise _error(said["error"], said["detail"])
+            if "done" in said:  # all is committed: nobody has to wait until it has cleared up
+                return
             told(said["events"], {int(p): offset for p, offset in said["next_offsets"].items()})
-        if await process.wait() != 0:
-            raise UnavailableError(f"a process of the replay ended by itself (exit code {process.returncode})")
+        raise UnavailableError(f"a process of the replay ended by itself (exit code {await process.wait()})")
     finally:
         if process.returncode is None:
             process.kill()
