@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
+from sqlalchemy import Table
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from projector.loading import load, read_stretch
@@ -179,22 +180,22 @@ class _Rebuild:
         await self._fold_to(end.offsets, self._processes(end))
 
     async def index(self) -> None:
-        """Build the indexes, as many at a time as loaded before."""
+        """Build the indexes, as many at a time as loaded before, and look through each table once it has them."""
         self._meter.begin("index")
-        at_once = asyncio.Semaphore(1 if self._options.max_rate is not None else _cores())
-        statements = index_statements(self._projection, self._build.generation, self._views.engine.dialect)
+        one_at_a_time = self._options.max_rate is not None or self._views.dialect == "sqlite"
+        at_once = asyncio.Semaphore(1 if one_at_a_time else _cores())
 
         async def make(statement: str) -> None:
             async with at_once, self._views.writing() as connection:
                 await create_index(connection, statement, memory_mib=_INDEX_MEMORY_MIB, workers=0)
 
-        if self._views.dialect == "sqlite":
-            for statement in statements:
-                await make(statement)
-        else:
+        async def finish(table: Table) -> None:
+            statements = index_statements(table, self._build.generation, self._views.engine.dialect)
             await asyncio.gather(*map(make, statements))
-        async with self._views.writing() as connection:
-            await analyze(connection, self._projection)
+            async with at_once, self._views.writing() as connection:
+                await analyze(connection, table)
+
+        await asyncio.gather(*map(finish, self._projection.tables))
 
     async def compare(self) -> bool:
         """Digest both generations at one position; whether they are equal.

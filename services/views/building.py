@@ -64,16 +64,15 @@ async def drop_tables(connection: AsyncConnection, projection: Projection) -> No
         await connection.execute(text(f"DROP TABLE IF EXISTS {table.name}{SUFFIX}"))
 
 
-def index_statements(projection: Projection, generation: UUID, dialect: Dialect) -> Iterator[str]:
-    """What makes the build's indexes.
+def index_statements(table: Table, generation: UUID, dialect: Dialect) -> Iterator[str]:
+    """What makes the indexes of the build's table of this one.
 
     Each can be repeated, and may run beside the others.
     """
-    for table in projection.tables:
-        if dialect.name == "postgresql":
-            yield _text(CreateIndex(_key(table, generation), if_not_exists=True), dialect)
-        for index in _indexes(table, generation):
-            yield _text(CreateIndex(index, if_not_exists=True), dialect)
+    if dialect.name == "postgresql":
+        yield _text(CreateIndex(_key(table, generation), if_not_exists=True), dialect)
+    for index in _indexes(table, generation):
+        yield _text(CreateIndex(index, if_not_exists=True), dialect)
 
 
 async def create_index(connection: AsyncConnection, statement: str, *, memory_mib: int, workers: int) -> None:
@@ -87,11 +86,10 @@ async def create_index(connection: AsyncConnection, statement: str, *, memory_mi
     await driver.execute(statement, timeout=LONG_SECONDS)
 
 
-async def analyze(connection: AsyncConnection, projection: Projection) -> None:
-    """Let PostgreSQL know what is in the build's tables, so that it plans well from the first query on."""
+async def analyze(connection: AsyncConnection, table: Table) -> None:
+    """Let PostgreSQL know what is in the build's table of this one, so that it plans well from the first query on."""
     if on_postgresql(connection):
-        names = ", ".join(f"{table.name}{SUFFIX}" for table in projection.tables)
-        await connection.execute(text(f"ANALYZE {names}"))
+        await connection.execute(text(f"ANALYZE {table.name}{SUFFIX}"))
 
 
 async def lock_live_tables(connection: AsyncConnection, projection: Projection) -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from uuid import UUID, uuid4
 
@@ -145,7 +146,9 @@ async def begin_build(views: Views, projection: Projection, log: UUID, *, bare: 
         await _forget(connection, projection)
         await create_tables(connection, projection, generation)
         if not bare:
-            for statement in index_statements(projection, generation, views.engine.dialect):
+            for statement in chain.from_iterable(
+                index_statements(table, generation, views.engine.dialect) for table in projection.tables
+            ):
                 await connection.execute(text(statement))
         await connection.execute(insert(projection_builds).values(**row, builder=this_process()))
     start = Checkpoint(generation, Position(log, {}))
