@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-BATCH_EVENTS = 5_000
+BATCH_EVENTS = 10_000
 _TURNS_A_SECOND = 10
 """A rate is kept in small steps: a large batch every few seconds would be felt in between."""
 

@@ -87,9 +87,14 @@ async def create_index(connection: AsyncConnection, statement: str, *, memory_mi
 
 
 async def analyze(connection: AsyncConnection, table: Table) -> None:
-    """Let PostgreSQL know what is in the build's table of this one, so that it plans well from the first query on."""
+    """Let PostgreSQL know what is in the build's table of this one, so that it plans well from the first query on.
+
+    In the columns that are looked for; looking through the others, as digests, takes twice as long.
+    """
     if on_postgresql(connection):
-        await connection.execute(text(f"ANALYZE {table.name}{SUFFIX}"))
+        indexed = {column.name for index in table.indexes for column in index.columns}
+        names = sorted(indexed | {column.name for column in table.primary_key.columns})
+        await connection.execute(text(f"ANALYZE {table.name}{SUFFIX} ({', '.join(names)})"))
 
 
 async def lock_live_tables(connection: AsyncConnection, projection: Projection) -> None:
