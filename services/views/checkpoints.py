@@ -210,9 +210,8 @@ async def reset(
 
 async def _reset(connection: AsyncConnection, projection: Projection, expected: UUID | None) -> UUID:
     generation = uuid4()
-    await hold_all_folds(connection, projection)
     # The row is updated, never replaced: a fold that waits for its lock must find it again.
-    before = await live_row(connection, projection)
+    before = await hold_all_folds(connection, projection)
     if expected not in (None, before.generation):
         raise StaleCheckpointError(f"the view {projection.name} was reset meanwhile")
     await lock_live_tables(connection, projection)
@@ -263,24 +262,28 @@ async def forget_progress(connection: AsyncConnection, generation: UUID) -> None
     await forget_marks(connection, generation)
 
 
-async def hold_live(connection: AsyncConnection, projection: Projection) -> None:
+async def hold_live(connection: AsyncConnection, projection: Projection) -> Row[Any]:
     """Wait for folds into the live generation and let no other begin until the transaction ends; a build's go on.
 
-    Neither readers nor other projections wait. Raises LockedError through `Views.writing` when the folds take too long;
-    ConfigurationError when there is no live generation yet.
+    Returns the row of the live generation. Neither readers nor other projections wait. Raises LockedError through
+    `Views.writing` when the folds take too long; ConfigurationError when there is no live generation yet.
     """
     if on_postgresql(connection):
-        await connection.execute(text(f"SET LOCAL lock_timeout = '{_FOLDS_SECONDS}s'"))
-    await live_row(connection, projection, lock=True)
+        await _bound_waiting(connection)
+    return await live_row(connection, projection, lock=True)
 
 
-async def hold_all_folds(connection: AsyncConnection, projection: Projection) -> None:
+async def hold_all_folds(connection: AsyncConnection, projection: Projection) -> Row[Any]:
     """As `hold_live`, for folds into a build too."""
     if on_postgresql(connection):
-        await connection.execute(text(f"SET LOCAL lock_timeout = '{_FOLDS_SECONDS}s'"))
+        await _bound_waiting(connection)
         # Folds hold the live row together and may follow each other without a gap; this lock has a queue.
         await connection.execute(text(f"SELECT pg_advisory_xact_lock({_FOLDING})"), _folding(projection))
-    await hold_live(connection, projection)
+    return await live_row(connection, projection, lock=True)
+
+
+async def _bound_waiting(connection: AsyncConnection) -> None:
+    await connection.execute(text(f"SET LOCAL lock_timeout = '{_FOLDS_SECONDS}s'"))
 
 
 async def live_row(connection: AsyncConnection, projection: Projection, *, lock: bool = False) -> Row[Any]:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 
@@ -37,6 +37,17 @@ def failing_once(act: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[
         return await act(*arguments, **named)
 
     return acting
+
+
+def unseen_once(patched: pytest.MonkeyPatch) -> None:
+    """Who looks for an upload finds none the first time: it was begun a moment later."""
+    looks: list[UploadState | None] = [None]
+    load = UploadStates.load
+
+    async def look(states: UploadStates, upload_id: UUID) -> UploadState | None:
+        return looks.pop() if looks else await load(states, upload_id)
+
+    patched.setattr(UploadStates, "load", look)
 
 
 @MUCH
@@ -79,13 +90,7 @@ async def test_who_begins_an_upload_that_another_has_begun_already_takes_nothing
     data, key = some_bytes(2 * scene.part), uuid4()
     upload = await scene.begin(len(data), key=key)
     await send(scene.one, upload, data, 0, scene.part + 10)
-    looks: list[UploadState | None] = [None]
-    load = UploadStates.load
-
-    async def late(states: UploadStates, upload_id: Any) -> UploadState | None:
-        return looks.pop() if looks else await load(states, upload_id)
-
-    monkeypatch.setattr(UploadStates, "load", late)
+    unseen_once(monkeypatch)
     found = await scene.other.create(new(len(data), key=key))
     assert (found.upload_id, found.offset) == (upload, scene.part + 10)
     await send(scene.other, upload, data, scene.part + 10, len(data))
@@ -99,13 +104,7 @@ async def test_a_creation_whose_outcome_is_unknown_can_be_repeated(
     data, key = some_bytes(scene.part + 1), uuid4()
     with monkeypatch.context() as patched:
         patched.setattr(scene.stage.store, "list_objects", failing_once(scene.stage.store.list_objects))
-        looks: list[UploadState | None] = [None]
-        load = UploadStates.load
-
-        async def unseen(states: UploadStates, upload_id: Any) -> UploadState | None:
-            return looks.pop() if looks else await load(states, upload_id)
-
-        patched.setattr(UploadStates, "load", unseen)
+        unseen_once(patched)
         with pytest.raises(UnavailableError):
             await scene.begin(len(data), key=key)
     await scene.one.close()

@@ -435,14 +435,20 @@ async def test_a_build_parks_what_the_live_view_has_parked(views: Views) -> None
     assert [replace(mark, **alike) for mark in built] == [replace(mark, **alike) for mark in live]
 
 
-@pytest.mark.services
-async def test_a_long_read_holds_up_the_switch_and_nobody_else(postgres_url: str, reference: Views) -> None:
+@asynccontextmanager
+async def filled(url: str) -> AsyncIterator[tuple[Views, MemoryLog, UUID]]:
+    """A view of the registry that stands at the end of its log, the log, and one of its packages."""
     log, history = MemoryLog(), History().fill(packages=6, files=3)
     log.append(*history.events)
-    async with opened(postgres_url) as views:
+    async with opened(url) as views:
         await catch_up(views, log, REGISTRY)
+        yield views, log, history.events[0].package_id
+
+
+@pytest.mark.services
+async def test_a_long_read_holds_up_the_switch_and_nobody_else(postgres_url: str, reference: Views) -> None:
+    async with filled(postgres_url) as (views, log, package_id):
         queries = Queries(views)
-        package_id = history.events[0].package_id
         phases: list[str] = []
         slowest = 0.0
         async with views.engine.connect() as long_reader:
@@ -467,12 +473,8 @@ async def test_a_long_read_holds_up_a_replay_in_place_and_nobody_else(
     postgres_url: str, reference: Views, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    log, history = MemoryLog(), History().fill(packages=6, files=3)
-    log.append(*history.events)
-    async with opened(postgres_url) as views:
-        await catch_up(views, log, REGISTRY)
+    async with filled(postgres_url) as (views, log, package_id):
         queries = Queries(views)
-        package_id = history.events[0].package_id
         async with views.engine.connect() as long_reader:
             await long_reader.execute(select(artifact_packages))  # its transaction goes on
             replaying = asyncio.create_task(replay_view(views, log, REGISTRY, in_place=True))

@@ -13,6 +13,7 @@ from services.blobs.local import LocalBlobStore
 from services.blobs.port import content_key
 from services.blobs.sound import Place, SoundReads
 from services.errors import CorruptError
+from tests.unit.watched_store import WatchedStore
 
 SIZES = (0, 1, 70_000, 1 << 20, (1 << 20) + 1, (3 << 20) + 17)
 
@@ -98,18 +99,7 @@ async def test_a_range_comes_from_the_first_place_that_is_long_enough_and_not_kn
 @pytest.mark.parametrize("taken", [0, 1, 2])
 @pytest.mark.parametrize("whole", [True, False])
 async def test_who_leaves_before_the_end_leaves_no_read_open(tmp_path: Path, whole: bool, taken: int) -> None:
-    class Watched(LocalBlobStore):
-        open = 0
-
-        async def read(self, key: str, offset: int, length: int) -> AsyncIterator[bytes]:
-            self.open += 1
-            try:
-                async for chunk in super().read(key, offset, length):
-                    yield chunk
-            finally:
-                self.open -= 1
-
-    store = Watched(tmp_path)
+    store = WatchedStore(tmp_path)
     reads, data = SoundReads(store), some(3 << 20)
     place = put(tmp_path, content_key(blake3(data).digest()), data)
     opened = reads.whole([place], blake3(data).digest(), len(data)) if whole else reads.part([place], 1, 2 << 20)

@@ -11,7 +11,6 @@ from uuid import uuid4
 import pytest
 from blake3 import blake3
 
-from services.blobs.local import LocalBlobStore
 from services.blobs.packs import Placed
 from services.blobs.port import content_key
 from services.bundle import Group, SmallFile, StreamedFile
@@ -19,27 +18,12 @@ from services.bundle_store import BundleStore
 from services.errors import CorruptError, PushBackError
 from services.streams import from_any
 from services.views.models import PlacedFile
-
-
-class Counting(LocalBlobStore):
-    """A store that counts what is read of it, and how many reads have not ended."""
-
-    reads = 0
-    open = 0
-
-    async def read(self, key: str, offset: int, length: int) -> AsyncIterator[bytes]:
-        self.reads += 1
-        self.open += 1
-        try:
-            async for chunk in super().read(key, offset, length):
-                yield chunk
-        finally:
-            self.open -= 1
+from tests.unit.watched_store import WatchedStore
 
 
 @pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[Counting]:
-    opened = Counting(tmp_path / "blobs")
+async def store(tmp_path: Path) -> AsyncIterator[WatchedStore]:
+    opened = WatchedStore(tmp_path / "blobs")
     await opened.migrate()
     yield opened
     await opened.close()
@@ -75,7 +59,7 @@ async def read(bundles: BundleStore, files: Sequence[PlacedFile]) -> dict[str, b
     return found
 
 
-async def test_a_bundle_that_gets_no_memory_is_pushed_back_unread(store: Counting) -> None:
+async def test_a_bundle_that_gets_no_memory_is_pushed_back_unread(store: WatchedStore) -> None:
     bundles = BundleStore(store, at_once=1, turn_seconds=0.05)
     began, held = asyncio.Event(), asyncio.Event()
     asked: list[str] = []
@@ -99,7 +83,7 @@ async def test_a_bundle_that_gets_no_memory_is_pushed_back_unread(store: Countin
     assert [file.relative_path for file in await bundles.store(other(), 1 << 20)] == ["b"]
 
 
-async def test_readers_and_producers_have_turns_of_their_own(store: Counting) -> None:
+async def test_readers_and_producers_have_turns_of_their_own(store: WatchedStore) -> None:
     bundles = BundleStore(store, at_once=1, turn_seconds=0.05)
     files = at(await bundles.store(groups(small(["a"])), 1 << 20))
     reading = bundles.read(page(files))
@@ -112,7 +96,7 @@ async def test_readers_and_producers_have_turns_of_their_own(store: Counting) ->
 
 
 @pytest.mark.parametrize("begun", [False, True])
-async def test_who_leaves_in_the_middle_of_a_file_leaves_no_read_open(store: Counting, begun: bool) -> None:
+async def test_who_leaves_in_the_middle_of_a_file_leaves_no_read_open(store: WatchedStore, begun: bool) -> None:
     bundles = BundleStore(store, at_once=1, turn_seconds=0.05)
     data = bytes(3 << 20)
     large = StreamedFile("large", "x/y", len(data), from_any(data))
@@ -128,7 +112,7 @@ async def test_who_leaves_in_the_middle_of_a_file_leaves_no_read_open(store: Cou
     assert await read(bundles, files) == {"large": data}
 
 
-async def test_one_pack_is_read_once_in_any_order(store: Counting) -> None:
+async def test_one_pack_is_read_once_in_any_order(store: WatchedStore) -> None:
     bundles = BundleStore(store)
     names = [f"{number:03}" for number in range(300)]
     files = at(await bundles.store(groups(small(names)), 1 << 20))
@@ -138,7 +122,7 @@ async def test_one_pack_is_read_once_in_any_order(store: Counting) -> None:
     assert store.reads == 2
 
 
-async def test_a_few_files_of_a_large_pack_are_read_by_themselves(store: Counting) -> None:
+async def test_a_few_files_of_a_large_pack_are_read_by_themselves(store: WatchedStore) -> None:
     bundles = BundleStore(store)
     filler = SmallFile("filler", "x/y", Random(1).randbytes(200_000))
     files = at(await bundles.store(groups([*small(["a"]), filler, *small(["b"])]), 1 << 20))
@@ -146,7 +130,7 @@ async def test_a_few_files_of_a_large_pack_are_read_by_themselves(store: Countin
     assert store.reads == 2
 
 
-async def test_what_a_pack_has_lost_is_found_at_the_files_own_address(store: Counting, tmp_path: Path) -> None:
+async def test_what_a_pack_has_lost_is_found_at_the_files_own_address(store: WatchedStore, tmp_path: Path) -> None:
     bundles = BundleStore(store)
     files = at(await bundles.store(groups(small(["a", "b"])), 1 << 20))
     (tmp_path / "blobs" / files[0].key).unlink()
@@ -158,7 +142,7 @@ async def test_what_a_pack_has_lost_is_found_at_the_files_own_address(store: Cou
     assert await read(bundles, files) == {"a": b"a" * 50, "b": b"b" * 50}
 
 
-async def test_known_blobs_are_those_that_are_there(store: Counting) -> None:
+async def test_known_blobs_are_those_that_are_there(store: WatchedStore) -> None:
     bundles = BundleStore(store)
     await bundles.store(groups(small(["a"])), 1 << 20)
     there, gone = blake3(b"a" * 50).digest(), blake3(b"b").digest()
