@@ -5,24 +5,33 @@ Only a whole log can tell: this asks the notes of everything that was read.
 
 from __future__ import annotations
 
+import logging
 from datetime import datetime
 
 from services.blobs.port import BlobStore
 from services.blobs.upload_states import UploadStates
+from services.errors import CorruptError
 from services.verify.notes import Notes
 from services.verify.report import Report
+
+_log = logging.getLogger(__name__)
 
 
 async def find_orphans(blobs: BlobStore, notes: Notes, report: Report, *, before: datetime, remove: bool) -> None:
     """Count the orphans that were stored before that moment and, if they are to go, remove them.
 
     Nothing is said of a log in which anything is wrong: it may name what could not be read, and a command that waits
-    for its retry may still come to name what was stored for it. Raises UnavailableError.
+    for its retry may still come to name what was stored for it. Nor while the state of an upload cannot be read.
+    Raises UnavailableError.
     """
     if not report.clean:
         return
 
-    alive = await UploadStates(blobs).blob_keys()
+    try:
+        alive = await UploadStates(blobs).blob_keys()
+    except CorruptError as error:  # nobody can tell what it would have named
+        _log.error("orphans are not looked for: %s", error.detail)
+        return
 
     def orphaned(key: str) -> bool:
         if notes.is_claimed(key) or key in alive:

@@ -254,3 +254,16 @@ async def test_bodies_that_no_event_names_are_counted_and_removed_if_all_is_well
     assert report.orphans == (0 if broken else 1)
     assert report.removed == (1 if remove and not broken else None)
     assert ("removed" in report.as_json()) is (report.removed is not None)
+
+
+async def test_while_an_upload_cannot_be_read_nothing_is_called_an_orphan(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    scene.append()
+    put_blob(scene.folder, "uploads/5bd4c3c2-4a0b-4c5c-9d5e-0f9a4f6e2c11", b"x")
+    state = scene.folder / "blobs" / "resumable" / "5bd4c3c2-4a0b-4c5c-9d5e-0f9a4f6e2c12" / "state-00000000"
+    state.parent.mkdir(parents=True)
+    state.write_bytes(b"not a state")
+    report = await scene.verify()
+    assert report.clean
+    assert "orphans are not looked for" in caplog.text
