@@ -53,12 +53,15 @@ def hold_at(step: str) -> None:
             say("held")
             thawed.wait()
 
-    append, read_back = tenure.Tenure.append, tenure.Tenure._read_back
+    hand_over, commit, read_back = tenure.Tenure.hand_over, tenure.Tenure.commit, tenure.Tenure._read_back
 
-    def held_append(self: tenure.Tenure, staged: Sequence[tenure.Staged]) -> None:
+    def held_hand_over(self: tenure.Tenure, staged: Sequence[tenure.Staged]) -> list[bytes]:
         _holding.now = any(_creates_held(decision) for decision, _ in staged)
         hold("decided")
-        append(self, staged)
+        return hand_over(self, staged)
+
+    def held_commit(self: tenure.Tenure, values: Sequence[bytes]) -> None:
+        commit(self, values)
         hold("read-back")
 
     def held_read_back(self: tenure.Tenure, values: Sequence[bytes]) -> int:
@@ -74,7 +77,8 @@ def hold_at(step: str) -> None:
     def make_held(config: dict[str, Any]) -> Producer:
         return HeldProducer(config)
 
-    tenure.Tenure.append = held_append  # type: ignore[method-assign]  # what this program is for
+    tenure.Tenure.hand_over = held_hand_over  # type: ignore[method-assign]  # what this program is for
+    tenure.Tenure.commit = held_commit  # type: ignore[method-assign]  # what this program is for
     tenure.Tenure._read_back = held_read_back  # type: ignore[method-assign]  # what this program is for
     tenure.make_producer = make_held  # type: ignore[attr-defined]  # what this program is for
 

@@ -19,7 +19,7 @@ from schemas.codec import encode
 from services.clock import system_clock
 from services.config import Settings
 from services.core.commands import Acknowledgement, Command, FinalizePackage, IngestFiles
-from services.core.decide import decide
+from services.core.decide import Decision, decide
 from services.core.limits import Limits
 from services.errors import ArtifactStoreError, CorruptError, PackageNotFoundError, RejectedError, UnavailableError
 from services.log.kafka import KafkaLog, tenure
@@ -74,7 +74,12 @@ def carry_out(holder: Tenure, command: Command) -> None:
     package = holder.state.package(command.package_id)
     decision = decide(package, command, now, Limits())
     holder.state.accept(package, command, decision)
-    holder.append([Staged(decision)])
+    append(holder, decision)
+
+
+def append(holder: Tenure, decision: Decision) -> None:
+    """Append a decision's events in a transaction of their own."""
+    holder.commit(holder.hand_over([Staged(decision)]))
 
 
 async def test_who_was_cut_off_can_append_nothing_more_and_its_successor_knows_all_it_wrote(
@@ -224,7 +229,7 @@ async def test_a_partition_that_breaks_an_invariant_is_not_written_to(kafka: Set
     await asyncio.to_thread(carry_out, holder, made)
     decision = decide(None, create_in(0), system_clock(), Limits())
     gap = replace(decision.appended[0], value=encode(replace(decision.events[0], sequence=2)))
-    await asyncio.to_thread(holder.append, [Staged(replace(decision, appended=[gap]))])
+    await asyncio.to_thread(append, holder, replace(decision, appended=[gap]))
     await asyncio.to_thread(holder.close)
     async with lone_writer(kafka, log) as writer:
         with pytest.raises(CorruptError):

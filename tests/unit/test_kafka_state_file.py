@@ -13,12 +13,14 @@ import pytest
 from services.core.commands import Command, IngestFiles
 from services.core.decide import acknowledge, decide
 from services.core.limits import Limits
+from services.core.state import CREATED, FINALIZED
 from services.file_lock import FileLock
 from services.log.kafka import state as state_module
 from services.log.kafka import state_file as state_file_module
 from services.log.kafka.state import ANSWERS_KEPT_MICROS, PartitionState
 from services.log.kafka.state_file import Place, StateFile, UnusableStateError, copy_file
 from services.log.kafka.state_slots import claim
+from services.log.kafka.state_statements import BYTES, ROWS, Many
 from tests.unit import commands
 from tests.unit.commands import stored
 
@@ -260,6 +262,48 @@ def test_a_large_package_is_saved_bit_by_bit_and_not_anew_each_time(tmp_path: Pa
     assert state._file.load(made.package_id, None, 0) == state.package(made.package_id)
     assert sizes[-1] - sizes[-2] < 1.2 * sizes[1]
     state.close()
+
+
+@pytest.mark.parametrize("rows", [ROWS - 1, ROWS, ROWS + 1, 3 * ROWS + 1])
+def test_a_checkpoint_of_many_packages_is_written_whole(tmp_path: Path, rows: int) -> None:
+    """By statements of ROWS rows each and one for what is left; first new packages, then the same ones with more."""
+    path = tmp_path / NAME
+    writing = Writing(PartitionState(StateFile.create(path, PLACE)))
+    made = [commands.create(number) for number in range(rows)]
+    for command in made:
+        writing.run(command)
+        writing.run(commands.ingest(command.package_id, "a", "b"))
+    writing.state.save()
+    for number, command in enumerate(made):
+        if number % 2:
+            writing.run(commands.finalize(command.package_id))
+        else:
+            writing.run(commands.ingest(command.package_id, "c", name="more"))
+    assert writing.state.close()
+    again = PartitionState(StateFile.open(path, PLACE))
+    found = [again.package(command.package_id) for command in made]
+    assert [(f.status, f.sequence, len(f.files)) for f in found if f is not None] == [
+        (FINALIZED, 4, 0) if number % 2 else (CREATED, 4, 3) for number in range(rows)
+    ]
+    again.close()
+    with sqlite3.connect(path) as connection:
+        count = connection.execute("SELECT count(DISTINCT package_id) FROM commands").fetchone()[0]
+    connection.close()
+    assert count == len(made[::2]), "commands of finalized packages are answers, not rows"
+
+
+def test_large_rows_do_not_wait_for_many_others(tmp_path: Path) -> None:
+    connection = sqlite3.connect(tmp_path / "rows.db", isolation_level=None)
+    connection.execute("CREATE TABLE rows (id INTEGER, body BLOB)")
+    many = Many(connection, "INSERT INTO rows VALUES {}".format, 2)
+    count = "SELECT count(*) FROM rows"
+    many.add(1, bytes(BYTES // 2 + 1))
+    assert connection.execute(count).fetchone() == (0,)
+    many.add(2, bytes(BYTES // 2 + 1))
+    assert connection.execute(count).fetchone() == (2,)
+    many.flush()
+    assert connection.execute(count).fetchone() == (2,)
+    connection.close()
 
 
 def test_a_checkpoint_is_due_after_many_events_or_some_time_and_not_without_any(

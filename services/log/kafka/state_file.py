@@ -38,6 +38,7 @@ from services.log.kafka.state_rows import (
     sealed,
     unsealed,
 )
+from services.log.kafka.state_statements import Changes
 
 _APPLICATION_ID = 0x61727470
 FORMAT = 3
@@ -208,12 +209,14 @@ class StateFile:
         Answers of packages that were finalized at `answers_kept_after` (µs) or before are deleted, some at a time.
         """
         with _explained(self.path), _transaction(self._connection):
+            changes = Changes(self._connection)
             # In the order of their keys, which are spread all over the table.
             for state, saved in sorted(changed, key=lambda found: found[0].package_id.bytes):
                 if state.status == FINALIZED:
-                    self._save_finalized(state, saved)
+                    self._save_finalized(changes, state, saved)
                 else:
-                    self._save_open(state, saved)
+                    self._save_open(changes, state, saved)
+            changes.flush()
             self._purge(answers_kept_after)
             self._connection.execute(
                 "UPDATE about SET position = ?, mark = ?, last_created_at = ?, next_answer = ?",
@@ -230,7 +233,10 @@ class StateFile:
                 id_, package_id, finalized_at, next_answer, body = row
                 (created,) = unsealed(body)
                 bodies, last, whole = self._next_commands(package_id)
-                first_free = self._add_answers(answers_of_rows(bodies, created), finalized_at, next_answer)
+                changes = Changes(self._connection)
+                answers = answers_of_rows(bodies, created)
+                first_free = self._add_answers(changes, answers, finalized_at, next_answer)
+                changes.flush()
                 execute("DELETE FROM commands WHERE package_id = ? AND sequence <= ?", (package_id, last))
                 if whole:
                     execute("DELETE FROM untidy WHERE id = ?", (id_,))
@@ -253,16 +259,14 @@ class StateFile:
                 return bodies, last, False
         return bodies, last, True
 
-    def _add_answers(self, answers: Iterable[Answer], finalized_at: int, number: int) -> int:
+    def _add_answers(self, changes: Changes, answers: Iterable[Answer], finalized_at: int, number: int) -> int:
         """Write answers from this number on; the number behind the last."""
         for command_ids, body in answer_rows(answers):
-            self._connection.execute(
-                "INSERT INTO answers VALUES (?, ?, ?, ?)", (number, finalized_at, command_ids, body)
-            )
+            changes.answers.add(number, finalized_at, command_ids, body)
             number += 1
         return number
 
-    def _save_open(self, state: PackageState, saved: int) -> None:
+    def _save_open(self, changes: Changes, state: PackageState, saved: int) -> None:
         body = sealed(
             CREATED,
             created_values(state.created),
@@ -273,26 +277,26 @@ class StateFile:
             state.total_bytes,
             state.unfinished.bytes if state.unfinished is not None else None,
         )
-        self._connection.execute("INSERT OR REPLACE INTO packages VALUES (?, ?)", (state.package_id.bytes, body))
-        self._save_commands(state, saved)
+        changes.packages.add(state.package_id.bytes, body)
+        self._save_commands(changes, state, saved)
 
-    def _save_commands(self, state: PackageState, saved: int) -> None:
+    def _save_commands(self, changes: Changes, state: PackageState, saved: int) -> None:
         for sequence, body in command_rows(state, saved):
-            self._connection.execute("INSERT INTO commands VALUES (?, ?, ?)", (state.package_id.bytes, sequence, body))
+            changes.commands.add(state.package_id.bytes, sequence, body)
 
-    def _save_finalized(self, state: PackageState, saved: int) -> None:
-        key, execute = state.package_id.bytes, self._connection.execute
+    def _save_finalized(self, changes: Changes, state: PackageState, saved: int) -> None:
+        key = state.package_id.bytes
         created, first = state.created, self._next_answer
         entries = len(state.files) + len(state.commands)
         if entries <= AT_ONCE:
-            self._next_answer = self._add_answers(answers_of(state), state.last_event_at, first)
+            self._next_answer = self._add_answers(changes, answers_of(state), state.last_event_at, first)
             if saved:
-                execute("DELETE FROM commands WHERE package_id = ?", (key,))
+                changes.answered.add(key)
         else:
             # As many numbers as `tidy` may need: a row is full, or the last one of a turn.
             self._next_answer += entries // ROW_ENTRIES + entries // AT_ONCE + 2
-            self._save_commands(state, saved)
-            execute(
+            self._save_commands(changes, state, saved)
+            self._connection.execute(
                 "INSERT INTO untidy (package_id, finalized_at, next_answer, body) VALUES (?, ?, ?, ?)",
                 (key, state.last_event_at, first, sealed(created_values(created))),
             )
@@ -310,7 +314,7 @@ class StateFile:
             first,
             self._next_answer - 1,
         )
-        execute("INSERT OR REPLACE INTO packages VALUES (?, ?)", (key, body))
+        changes.packages.add(key, body)
 
     def _purge(self, kept_after: int) -> None:
         """What goes is at the front, up to the first that is still kept.

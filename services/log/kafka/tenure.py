@@ -60,7 +60,8 @@ class Staged(NamedTuple):
 class Tenure:
     """Used by one thread. Every method blocks.
 
-    Any exception from `append` leaves the outcome unknown: close the tenure, begin another, and look at its state.
+    Any exception from `hand_over` or `commit` leaves the outcome unknown: close the tenure, begin another, and look at
+    its state.
     """
 
     def __init__(
@@ -113,10 +114,10 @@ class Tenure:
         """What the log says of the partition's packages."""
         return _open(self._state)
 
-    def append(self, staged: Sequence[Staged]) -> None:
-        """Append events, already folded into the state, in one transaction; return when the tail has shown them all.
+    def hand_over(self, staged: Sequence[Staged]) -> list[bytes]:
+        """Begin a transaction of events that are folded into the state already; the records' values.
 
-        Raises whatever the client raises; also UnavailableError when something else is read back, or nothing in time.
+        Brokers are waited for only when they are more than the client holds. Raises whatever the client raises.
         """
         producer = _open(self._producer)
         producer.poll(0)  # hands over what the client has to log
@@ -125,7 +126,14 @@ class Tenure:
         for decision, traceparent in staged:
             self._produce(producer, decision, traceparent)
             values += [appended.value for appended in decision.appended]
-        producer.commit_transaction(COMMIT_SECONDS)
+        return values
+
+    def commit(self, values: Sequence[bytes]) -> None:
+        """End the transaction of these records' values; return when the tail has shown them all.
+
+        Raises whatever the client raises; also UnavailableError when something else is read back, or nothing in time.
+        """
+        _open(self._producer).commit_transaction(COMMIT_SECONDS)
         self.state.confirm(self._read_back(values), values[-1])
 
     def catch_up(self) -> bool:

@@ -39,6 +39,7 @@ from services.log.kafka.restore import States
 from services.log.kafka.settings import KafkaSettings
 from services.log.kafka.state import TIDY_SECONDS, PartitionState
 from services.log.kafka.tenure import Staged, Tenure
+from services.log.kafka.turns import Turns
 from services.log.port import PartitionNotOwnedError, PartitionStatus, PutManifest
 from services.tracing import TRACEPARENT
 
@@ -86,6 +87,7 @@ class WriterContext:
     disowned: Callable[[int], None]
     """Told, in the writer's thread, that the group has given the partition to another."""
     counts: Counts
+    turns: Turns
 
 
 class PartitionWriter:
@@ -268,10 +270,14 @@ class PartitionWriter:
         """Decide the batch, append what it becomes, and only then say so."""
         while True:
             staged: list[Staged] = []
-            now = asides.now()
-            outcomes = [self._decide(tenure.state, asides, request, now, staged) for request in batch]
+            values: list[bytes] = []
+            with self._context.turns:
+                now = asides.now()
+                outcomes = [self._decide(tenure.state, asides, request, now, staged) for request in batch]
+                if staged:
+                    values = tenure.hand_over(staged)
             if staged:
-                tenure.append(staged)
+                tenure.commit(values)
                 break
             if not any(isinstance(outcome, RejectedError) for outcome in outcomes) or not tenure.catch_up():
                 break

@@ -21,6 +21,7 @@ from services.log.kafka.owners import Owner, Owners
 from services.log.kafka.requests import IngestCheck, Request, size_of
 from services.log.kafka.restore import States
 from services.log.kafka.snapshots import Snapshots
+from services.log.kafka.turns import Turns
 from services.log.kafka.writer import Counts, PartitionWriter, WriterContext
 from services.log.port import Forwarder, PartitionNotOwnedError, PartitionStatus, PutManifest, SnapshotStore
 
@@ -109,6 +110,7 @@ class KafkaWriter:
             holds=self._group.holds,
             disowned=self._disowned,
             counts=self._counts,
+            turns=Turns(),
         )
         self._group.start()
         self._watch = asyncio.create_task(self._watch_identity(self._context.identity), name="log-identity")
