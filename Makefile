@@ -79,15 +79,14 @@ lock: $(DEV) ## Lock the dependencies again; UPGRADE=1 for newer versions
 
 # --- the virtual environment: made once, filled again when a lock file changes ---
 
+# A distribution's interpreter is built with profile-guided optimization; one that was built by hand often is not, and is
+# slower by a sixth (docs/benchmarks.md). PYTHON3=NAME chooses another.
 $(PYTHON):
-	@for name in python3 python3.13 python3.12 python3.11 python3.14; do \
-		if $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
-			$$name -c 'import ensurepip, venv' 2>/dev/null || { \
-				echo "$$name lacks its venv module (Debian: apt-get install python3-venv)" >&2; exit 1; }; \
-			exec $$name -m venv $(VENV); \
-		fi; \
+	@for name in $(or $(PYTHON3),/usr/bin/python3 python3 python3.13 python3.12 python3.11 python3.14); do \
+		$$name -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && exec $$name -m venv $(VENV); \
 	done; \
-	echo "Python 3.11 or newer is needed; found: $$(python3 --version 2>/dev/null || echo none)" >&2; exit 1
+	echo "Python 3.11 or newer with its venv module is needed (Debian: apt-get install python3-venv);" \
+		"found: $$(python3 --version 2>/dev/null || echo none)" >&2; exit 1
 
 # The lock files hold everything, the tool that builds the editable installation included: --no-index proves it.
 $(RUN): requirements/build.txt requirements/run.txt pyproject.toml | $(PYTHON)

@@ -22,7 +22,7 @@ from services.core.commands import Acknowledgement, Command, FinalizePackage, In
 from services.core.decide import Decision, decide
 from services.core.limits import Limits
 from services.errors import ArtifactStoreError, CorruptError, PackageNotFoundError, RejectedError, UnavailableError
-from services.log.kafka import KafkaLog, tenure
+from services.log.kafka import KafkaLog, KafkaWriter, tenure
 from services.log.kafka.restore import States
 from services.log.kafka.tenure import Staged, Tenure
 from services.log.port import PartitionNotOwnedError
@@ -162,12 +162,22 @@ async def test_a_refusal_is_never_given_on_a_state_that_another_has_moved_on(kaf
     assert_recorded_once(await read_valid(log), [*done, *done_too])
 
 
+async def named(writer: KafkaWriter) -> None:
+    """Wait until the writer says that a transaction is in its way."""
+
+    async def found() -> bool:
+        return "open since offset" in (await writer.ready() or "")
+
+    await until(found, PATIENCE_SECONDS, "the cause is not named")
+
+
 async def test_a_stranger_s_open_transaction_bounds_a_take_over_and_is_named(
     kafka: Settings, log: KafkaLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tenure, "PATIENCE_SECONDS", 0.5)
     with foreign_transaction(log, 1):
         async with lone_writer(kafka, log, submit_seconds=3.0) as writer:
+            await named(writer)
             with pytest.raises(UnavailableError, match=r"transaction that is open since offset 0"):
                 await writer.submit(create_in(1))
             assert "kafka-transactions.sh" in (await writer.ready() or "")
@@ -187,11 +197,7 @@ async def test_a_command_below_a_stranger_s_transaction_waits_and_is_settled_onc
         commands = [create_in(1) for _ in range(20)]
         with foreign_transaction(log, 1):
             answers = [asyncio.ensure_future(writer.submit(command)) for command in commands]
-
-            async def named() -> bool:
-                return "open since offset" in (await writer.ready() or "")
-
-            await until(named, PATIENCE_SECONDS, "the cause is not named")
+            await named(writer)
             assert not any(answer.done() for answer in answers)
         done = list(zip(commands, await asyncio.gather(*answers), strict=True))
         await ready(writer)
