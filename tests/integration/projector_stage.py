@@ -10,7 +10,9 @@ from contextlib import asynccontextmanager
 from projector import run_projection
 from services.log.port import Log
 from services.log.position import Position
+from services.views.catch_up import catch_up
 from services.views.checkpoints import read_position
+from services.views.digest import digest_view
 from services.views.engine import Views
 from services.views.projections import Projection
 
@@ -23,6 +25,17 @@ async def eventually(condition: Callable[[], Awaitable[bool]], what: str, second
     while not await condition():
         assert time.monotonic() < deadline, f"waited in vain: {what}"
         await asyncio.sleep(0.02)
+
+
+@asynccontextmanager
+async def opened(url: str) -> AsyncIterator[Views]:
+    """The views of this database, migrated."""
+    found = Views(url)
+    await found.migrate()
+    try:
+        yield found
+    finally:
+        await found.close()
 
 
 async def position_of(views: Views, projection: Projection) -> Position | None:
@@ -55,3 +68,10 @@ async def projecting(
         await asyncio.wait(tasks)
     for task in tasks:
         await task
+
+
+async def same_as_a_fresh_fold(views: Views, reference: Views, log: Log, projection: Projection) -> None:
+    """Wait until the view has the whole log, and hold its digest to that of another view that folds it afresh."""
+    await covers(views, projection, await log.end())
+    await catch_up(reference, log, projection)
+    assert (await digest_view(views, projection)).digest == (await digest_view(reference, projection)).digest
