@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from uuid import uuid4
@@ -16,9 +16,11 @@ from schemas.events import PACKAGE_FINALIZED, PackageFinalized
 from services.config import Settings
 from services.core.commands import Acknowledgement, Command, CreatePackage, FinalizePackage, IngestFiles
 from services.core.content_address import content_key
-from services.core.limits import Limits
+from services.core.limits import EVENT_OVERHEAD_BYTES, Limits
 from services.errors import IllegalPackageStateError, PushBackError, UnavailableError
 from services.log.kafka import KafkaLog, KafkaWriter, aside, state, state_file
+from services.log.kafka import writer as writer_module
+from services.log.kafka.tenure import Tenure
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import PATIENCE_SECONDS, ready, settled
 from tests.integration.conditions import until
@@ -252,3 +254,25 @@ async def test_large_packages_that_lie_in_the_file_are_read_back_and_go_on(setti
         for command, answer in done:
             assert await writer.submit(command) == answer
     assert_recorded_once(await read_valid(log), done)
+
+
+async def test_finalizations_that_are_more_than_a_transaction_takes_are_split(
+    log: KafkaLog, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a finalization nobody knows beforehand how large its event is."""
+    most = 3 * LIMITS.inline_manifest_bytes
+    monkeypatch.setattr(writer_module, "MAX_BATCH_BYTES", most)
+    transactions: list[int] = []
+    commit = Tenure.commit
+
+    def counted(self: Tenure, values: Sequence[bytes]) -> None:
+        transactions.append(sum(map(len, values)))
+        commit(self, values)
+
+    async with writer_on(settings, log, Store()) as writer:
+        packages = [(await filled(writer, files=30))[0] for _ in range(20)]
+        monkeypatch.setattr(Tenure, "commit", counted)
+        answers = await asyncio.gather(*(writer.submit(ending(made)) for made in packages))
+    assert [answer.sequence for answer in answers] == [32] * len(packages)
+    assert sum(transactions) > 2 * most, "all of it would have fitted into few transactions"
+    assert max(transactions) <= most + LIMITS.inline_manifest_bytes + EVENT_OVERHEAD_BYTES

@@ -240,6 +240,33 @@ def test_only_what_is_open_and_lately_used_stays_in_memory(tmp_path: Path) -> No
     state.close()
 
 
+def test_a_small_open_package_is_read_back_before_it_is_decided_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = PartitionState(StateFile.open(filled(tmp_path / NAME), PLACE))
+    package_id = commands.create(0).package_id
+    assert not state.away(package_id)
+    loads: list[UUID] = []
+    monkeypatch.setattr(StateFile, "load", lambda _self, asked, *_: loads.append(asked))
+    package = state.package(package_id)
+    assert package is not None
+    assert len(package.files) == 8
+    assert loads == []
+    state.close()
+
+
+def test_packages_that_are_not_there_are_looked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writing = Writing(PartitionState(StateFile.create(tmp_path / NAME, PLACE)))
+    made = [commands.create(number) for number in range(3)]
+    assert not any(writing.state.away(command.package_id) for command in made)
+    with monkeypatch.context() as patched:
+        patched.setattr(StateFile, "load", lambda *_: pytest.fail("looked for again"))
+        for command in made:
+            writing.run(command)
+    assert all(writing.state.package(command.package_id) is not None for command in made)
+    writing.state.close()
+
+
 def test_a_large_package_is_saved_bit_by_bit_and_not_anew_each_time(tmp_path: Path) -> None:
     path = tmp_path / NAME
     state = PartitionState(StateFile.create(path, PLACE))

@@ -128,7 +128,7 @@ class Asides:
     def decision(self, command: Command) -> Decision | None:
         """What the command becomes, if its manifest was made and stored for it."""
         made = self._decisions.get(command.package_id) if self._decisions else None
-        if made is None or made[0] != command:
+        if made is None or made[0] != command or not made[1].appended:
             return None
         package, first = self._state.package(command.package_id), made[1].events[0]
         follows = package is not None and (first.sequence, first.previous_digest) == (
@@ -174,14 +174,15 @@ class Asides:
                 if not any(other.running and other.task is _Task.LOAD for other in self._asides.values()):
                     self._run(aside, self._loading(aside))
             elif self._may_finalize():
-                package = self._state.package(aside.package_id)
-                if package is None or aside.command is None:
+                command = aside.command
+                package = None if command is None else self._state.package(aside.package_id, command.command_id)
+                if package is None or command is None:
                     aside.done = True
                     self._wake()
                     continue
                 self._time = self.now()
                 self._state.pinned.add(aside.package_id)
-                self._run(aside, self._finalizing_of(aside, aside.command, package, self._time))
+                self._run(aside, self._finalizing_of(aside, command, package, self._time))
 
     def cancel(self) -> list[Request]:
         """Give up everything; the requests that are held, in their order."""

@@ -38,6 +38,8 @@ checkpoint, and those that are worked on beside the partition, come on top."""
 LARGE = 2_000
 """A package with more events than this is not read back from the file while others wait; that many take about 20 ms."""
 
+_MAX_ABSENT = 10_000
+
 TIDY_SECONDS = 0.2
 """The pause between two turns in which a large package's commands are made answers."""
 
@@ -59,8 +61,8 @@ class PartitionState:
         """The sequence up to which the file has a package, for those in memory."""
         self._entries: dict[UUID, int] = {}
         self._held = 0
-        self._absent: UUID | None = None
-        """A package that was just looked for in vain: what creates it asks twice."""
+        self._absent: set[UUID] = set()
+        """Packages that were looked for in vain: what creates one asks twice."""
         self._changed: set[UUID] = set()
         self._ahead = False
         self._unsaved = 0
@@ -92,13 +94,13 @@ class PartitionState:
         """
         state = self._packages.get(package_id)
         if state is None:
-            if package_id == self._absent:
+            if package_id in self._absent:
                 return None
             state = self._loaded(package_id, command_id)
             if state is not None and state.status != FINALIZED:
                 self._hold(state)
             elif state is None:
-                self._absent = package_id
+                self._note_absent(package_id)
         elif state.status == FINALIZED and state.last_event_at <= self._kept_after():
             state = PackageState(
                 package_id,
@@ -117,15 +119,23 @@ class PartitionState:
         return state
 
     def away(self, package_id: UUID) -> bool:
-        """Whether the package is open, large, and in the file alone, so that `package` would take long."""
-        if package_id in self._packages or package_id == self._absent:
+        """Whether the package is open, large, and in the file alone, so that `package` would take long.
+
+        A smaller one is read back now: while a batch is decided, other partitions' writers wait.
+        """
+        if package_id in self._packages or package_id in self._absent:
             return False
         found = self._standing_of(package_id)
         if found is None:
-            self._absent = package_id
+            self._note_absent(package_id)
             return False
         status, sequence, _ = found
-        return status == CREATED and sequence > LARGE
+        if status != CREATED:
+            return False
+        if sequence > LARGE:
+            return True
+        self.package(package_id)
+        return False
 
     def beside(self) -> StateFile:
         """The file once more, from which another thread loads a package for `adopt`."""
@@ -287,11 +297,16 @@ class PartitionState:
         if self._held > 2 * self._max_entries:
             self._make_room(state.package_id)
 
+    def _note_absent(self, package_id: UUID) -> None:
+        if len(self._absent) >= _MAX_ABSENT:
+            self._absent.clear()
+        self._absent.add(package_id)
+
     def _note_change(self, state: PackageState, *, new: bool) -> None:
         """The next checkpoint is to write the package, which is held from now on if it is new."""
         if new:
             self._keep(state, 0)
-            self._absent = None
+            self._absent.discard(state.package_id)
         self._changed.add(state.package_id)
 
     def _keep(self, state: PackageState, saved: int) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from uuid import UUID
 
 from services.clock import Clock
-from services.core.commands import Acknowledgement, Command
+from services.core.commands import Acknowledgement, Command, FinalizePackage
 from services.core.decide import acknowledge, check_ingest, decide
 from services.core.limits import Limits
 from services.errors import (
@@ -34,7 +34,7 @@ from services.log.kafka.aside import Asides
 from services.log.kafka.cluster import Cluster
 from services.log.kafka.deadlines import Deadlines
 from services.log.kafka.failures import spoiled_by_record
-from services.log.kafka.requests import CHECK_SECONDS, TOGETHER, IngestCheck, Request, Waiting
+from services.log.kafka.requests import CHECK_SECONDS, MAX_BATCH_BYTES, TOGETHER, IngestCheck, Request, Waiting
 from services.log.kafka.restore import States
 from services.log.kafka.settings import KafkaSettings
 from services.log.kafka.state import TIDY_SECONDS, PartitionState
@@ -250,8 +250,9 @@ class PartitionWriter:
             held = [request for request in asides.cancel() if request not in batch]
             self._waiting.put_back([*batch, *held])
             raise
+        self._waiting.put_back(batch[len(answers) :])
         self._waiting.announce(answers.count(None))
-        self._deliver(list(zip(batch, answers, strict=True)))
+        self._deliver(list(zip(batch, answers, strict=False)))
 
     def _without_held(self, asides: Asides, batch: Sequence[Request]) -> list[Request]:
         """Those of the batch that can be decided now."""
@@ -267,13 +268,22 @@ class PartitionWriter:
         return now
 
     def _answers(self, tenure: Tenure, asides: Asides, batch: Sequence[Request]) -> list[_Outcome]:
-        """Decide the batch, append what it becomes, and only then say so."""
+        """Decide the batch, append what it becomes, and only then say so.
+
+        Of a batch that becomes more than one transaction takes, these are the answers of its beginning.
+        """
         while True:
             staged: list[Staged] = []
             values: list[bytes] = []
             with self._context.turns:
-                now = asides.now()
-                outcomes = [self._decide(tenure.state, asides, request, now, staged) for request in batch]
+                now, size, outcomes = asides.now(), 0, list[_Outcome]()
+                for request in batch:
+                    outcomes.append(self._decide(tenure.state, asides, request, now, staged))
+                    if staged and isinstance(request.asked, FinalizePackage):
+                        # How large manifests are together is known only now.
+                        size += len(staged[-1].decision.appended[-1].value)
+                        if size > MAX_BATCH_BYTES:
+                            break
                 if staged:
                     values = tenure.hand_over(staged)
             if staged:
