@@ -196,8 +196,16 @@ class DirectRegistry(Registry):
         self, where: PackageFilter | None = None, *, limit: int = DEFAULT_PAGE, cursor: str | None = None
     ) -> Page[Package]:
         _check_limit(limit)
+        asked = where or PackageFilter()
+        if asked.manifest_digest is not None and cursor is None:  # asked for by name, as `get_package` is
+
+            async def named() -> Page[Package] | None:
+                page = await self._queries.packages(asked, limit=limit)
+                return page if page.items else None
+
+            return await self._seen(None, named, None) or Page((), None)
         await self._fresh()
-        return await self._queries.packages(where or PackageFilter(), limit=limit, cursor=cursor)
+        return await self._queries.packages(asked, limit=limit, cursor=cursor)
 
     async def list_usage(
         self,

@@ -1,4 +1,4 @@
-"""SIGTERM for commands that a person ends: the end they asked for, not a failure."""
+"""SIGTERM for commands that a person ends."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import asyncio
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+
+def end_as_interrupted() -> None:
+    """From now on SIGTERM is what Ctrl-C is, so that what the command made in passing is removed on the way out."""
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, signal.raise_signal, signal.SIGINT)
 
 
 @contextmanager

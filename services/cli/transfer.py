@@ -12,6 +12,7 @@ import click
 from services.cli.output import answer, remark, transfer_progress
 from services.cli.root import run
 from services.cli.settings import common_options, invocation, metadata_of
+from services.cli.signals import end_as_interrupted
 
 if TYPE_CHECKING:
     from services.client import Pulled, Pushed
@@ -77,6 +78,7 @@ async def _push(
     from services.errors import ArtifactStoreError
     from services.registry import open_registry
 
+    end_as_interrupted()
     collect_rarely()
     identity = {
         **about,
@@ -144,6 +146,7 @@ async def _pull(settings: Settings, package: str, destination: Path, *, force: b
     from services.collector import collect_rarely
     from services.registry import open_registry
 
+    end_as_interrupted()
     collect_rarely()
     which = package_or_address(package)
     async with open_registry(settings) as registry:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import signal
 import time
 from contextlib import AsyncExitStack, closing
 from typing import TYPE_CHECKING
@@ -13,6 +11,7 @@ import click
 from services.cli.output import ProgressLine, answer, raw
 from services.cli.root import run
 from services.cli.settings import common_options, invocation
+from services.cli.signals import end_as_interrupted
 
 if TYPE_CHECKING:
     from services.verify import Report
@@ -47,8 +46,7 @@ def verify(*, check_bytes: bool, remove_orphans: bool) -> None:
 
 
 async def _verify(*, check_bytes: bool, remove_orphans: bool) -> Report:
-    # As if interrupted by a person: temporary files are removed on the way out.
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, signal.raise_signal, signal.SIGINT)
+    end_as_interrupted()
     from services.verify import verify as check
     from services.wiring import open_blobs, open_log, open_views
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -13,6 +12,7 @@ import click
 from services.cli.output import answer, transfer_progress
 from services.cli.root import run
 from services.cli.settings import common_options, invocation
+from services.cli.standard_input import standard_input
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable
@@ -60,13 +60,12 @@ async def _add(
     from services.client.sources import CountedSource, FileSource, FileStamp
     from services.media_types import guess_media_type
     from services.registry import open_registry
-    from services.streams import from_any
 
     with transfer_progress("add") as progress:
         body: AsyncIterable[bytes]
         declared = Declared()
         if file == _STANDARD_INPUT:
-            body = from_any(sys.stdin.buffer)
+            body = standard_input()
         else:
             stamp = FileStamp.of(await asyncio.to_thread(file.stat))
             progress.expect(1, stamp.size_bytes)

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
+from threading import Lock
 from uuid import uuid4
 
 from blake3 import blake3
@@ -38,6 +39,7 @@ class Destination:
             self._root = os.open(folder.resolve(), _FOLDER)
         except NotADirectoryError:
             raise ConflictError(f"{folder} is no folder") from None
+        self._placed = _Placed()
         self._name = uuid4().hex
         self._numbers = count()  # asking it for the next one is safe in threads
 
@@ -117,7 +119,8 @@ class Destination:
                 landing.discard()
 
     def _landing(self, folder: int, name: str, relative_path: str) -> Landing:
-        return Landing(folder, name, relative_path, f".artifact-store-{self._name}-{next(self._numbers)}.part")
+        temporary = f".artifact-store-{self._name}-{next(self._numbers)}.part"
+        return Landing(folder, name, relative_path, temporary, self._placed)
 
     @contextmanager
     def _folder(self, relative_path: str, *, create: bool) -> Iterator[tuple[int | None, str]]:
@@ -145,19 +148,30 @@ class Destination:
             os.close(current)
 
 
+class _Placed:
+    """The files that were put in the place of others, by device and inode."""
+
+    __slots__ = ("lock", "seen")
+
+    def __init__(self) -> None:
+        self.lock = Lock()
+        self.seen: set[tuple[int, int]] = set()
+
+
 class Landing:
     """One file on its way to its place, under another name until it is whole.
 
     By bare system calls, because a tree may hold a hundred thousand files.
     """
 
-    __slots__ = ("_file", "_folder", "_name", "_path", "_placed", "_temporary", "size_bytes")
+    __slots__ = ("_file", "_folder", "_name", "_others", "_path", "_placed", "_temporary", "size_bytes")
 
-    def __init__(self, folder: int, name: str, relative_path: str, temporary: str) -> None:
+    def __init__(self, folder: int, name: str, relative_path: str, temporary: str, others: _Placed) -> None:
         self._folder = folder
         self._name = name
         self._path = relative_path
         self._temporary = temporary
+        self._others = others
         self._file = os.open(temporary, _NEW_FILE, 0o666, dir_fd=folder)
         self._placed = False
         self.size_bytes = 0
@@ -172,16 +186,35 @@ class Landing:
     def put_into_place(self, *, replace: bool) -> None:
         """Give the file its name in one step.
 
-        Raises ConflictError: something is there now, or, with `replace`, something that is no regular file.
+        Raises ConflictError: something is there now, or, with `replace`, something that is no regular file, or another
+        file that was just put there: to this file system both names are one.
         """
-        self._close()
-        try:
-            there = os.stat(self._name, dir_fd=self._folder, follow_symlinks=False)
-        except FileNotFoundError:
-            pass
+        if replace:
+            self._replace()
+        elif self._there() is not None:
+            raise ConflictError(f"something took the place of {self._path!r} meanwhile")
         else:
-            if not replace or not stat.S_ISREG(there.st_mode):
+            self._rename()
+
+    def _replace(self) -> None:
+        ours = os.fstat(self._file)
+        with self._others.lock:
+            there = self._there()
+            if there is not None and not stat.S_ISREG(there.st_mode):
                 raise ConflictError(f"something took the place of {self._path!r} meanwhile")
+            if there is not None and (there.st_dev, there.st_ino) in self._others.seen:
+                raise ConflictError(f"{self._path!r} and another file of the package have one name in this folder")
+            self._others.seen.add((ours.st_dev, ours.st_ino))
+            self._rename()
+
+    def _there(self) -> os.stat_result | None:
+        try:
+            return os.stat(self._name, dir_fd=self._folder, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+
+    def _rename(self) -> None:
+        self._close()
         os.rename(self._temporary, self._name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
         self._placed = True
 

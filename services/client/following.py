@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from uuid import UUID
 
@@ -17,6 +18,8 @@ from services.log.position import Position
 
 _LONGEST_LINE_BYTES = 16 << 20
 _BARREN_CONNECTIONS = 5
+"""So many in a row that were lost soon and brought nothing end it."""
+
 _PAUSE_SECONDS = 0.5
 
 
@@ -30,6 +33,7 @@ async def follow_events(
     position = since
     barren = 0
     while True:
+        began = time.monotonic()
         query = {"since": position, "package_id": package_id, "follow": "true" if follow else None}
         response = await transport.open(
             "/v1/events",
@@ -46,7 +50,8 @@ async def follow_events(
             if not follow:
                 return
         except UnavailableError:
-            barren += 1
+            # On a quiet log a connection that is lost after a while shows nothing but somebody's time-out.
+            barren = barren + 1 if time.monotonic() - began < transport.policy.idle_seconds else 0
             if barren >= _BARREN_CONNECTIONS:
                 raise
         finally:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -124,6 +124,10 @@ async def _package(registry: Registry, which: UUID | ContentAddress) -> tuple[UU
             raise PackageNotFoundError(f"no package is frozen under {which}")
         return page.items[0].package_id, which
     package = await registry.get_package(which)
+    if package.manifest_digest is None:
+        with suppress(IllegalPackageStateError):  # the view may lag: a manifest is waited for up to the log's end
+            await registry.get_manifest_bytes(which)
+            package = await registry.get_package(which)
     if package.manifest_digest is None:
         raise IllegalPackageStateError(f"package {which} is open; it can be pulled once it is finalized")
     return which, package.manifest_digest

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from services.errors import (
     CommandReusedError,
     ConflictError,
     CorruptError,
+    IllegalPackageStateError,
     RejectedError,
     UnavailableError,
     UnknownContentError,
@@ -68,12 +70,14 @@ async def push(
     """Create a package, send what lies at `path` and finalize it. Memory is bounded by `concurrency` chunks of 1 MiB.
 
     Small files go many at a time, and what the store holds already is named instead of sent.
-    With the `state` of an interrupted push it goes on there: what the package holds already is compared, not sent.
+    With the `state` of an interrupted push it goes on there: what the package holds already is compared, not sent. For
+    that the registry's view has to be there.
 
     Raises:
         InvalidPathError, InvalidRequestError: something at `path` cannot be pushed; nothing was created.
         ContentMismatchError: a file changed while it was read.
         ConflictError, CommandReusedError: what was interrupted was another tree than is there now.
+        CorruptError: what arrived is not what was sent.
         What the operations of `Registry` raise; the package stays open then, and the push can be resumed.
     """
     told = progress or NoProgress()
@@ -112,6 +116,11 @@ async def push(
     if finalize:
         done = await registry.finalize(created.package_id, actor, command_id=current.command_id("finalize"))
         last = done.sequence
+        if current.resumed and last != len(files) + 2:  # an event of the creation, one a file, one of this
+            raise CorruptError(
+                f"package {created.package_id} was frozen with {last - 2:,} files where the tree has {len(files):,}: "
+                "something that an earlier run had sent arrived after it was gone from the tree"
+            )
         manifest = None if done.manifest_digest is None else ContentAddress.of_digest(done.manifest_digest)
     elif present:
         last = max(last, len(files) + 1)  # one event a file, after the one of the creation
@@ -198,18 +207,24 @@ async def _source(file: TreeFile) -> tuple[BodySource, bytes]:
 
 
 async def _present(registry: Registry, package_id: UUID) -> Mapping[str, File]:
-    """What the package holds by its view; nothing when the view is out of reach, since a repeat does no harm."""
+    """What the package holds by now, whole.
+
+    Files that are missed here would be sent once more in other batches, which are other commands, and one that is not
+    in the tree any more would stay in the package. Raises UnavailableError when that cannot be known.
+    """
     found: dict[str, File] = {}
     cursor = None
     try:
+        with suppress(IllegalPackageStateError):  # it is open: to know that, the view was brought to the log's end
+            await registry.get_manifest_bytes(package_id)
         while True:
             page = await registry.list_files(package_id, limit=MAX_PAGE, cursor=cursor)
             found.update((file.relative_path, file) for file in page.items)
             cursor = page.next
             if cursor is None:
                 return found
-    except UnavailableError:
-        return {}
+    except UnavailableError as error:
+        raise UnavailableError(f"what the interrupted push has sent cannot be listed now: {error.detail}") from error
 
 
 async def _compare(file: TreeFile, known: File) -> None:

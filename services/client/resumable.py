@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from services.client.bodies import Sending
-from services.client.retries import unavailable
+from services.client.retries import unavailable, with_retries
 from services.client.sources import BodySource
-from services.client.transport import Transport, read_answer
+from services.client.transport import Answer, Transport, read_answer
 from services.errors import ArtifactStoreError, CorruptError, PushBackError, UnavailableError, UploadNotFoundError
 from services.errors import UploadOffsetError as MovedError
 from services.http import uploads as names
@@ -27,7 +27,7 @@ RESUMABLE_BYTES = 64 << 20
 """From this length on a file that can be read from any offset is sent in this way."""
 
 _BEGINNINGS = 3
-_READ_BACK_BYTES_PER_SECOND = 32 << 20  # a gateway may have to read all of it once more before it answers
+_READ_BACK_BYTES_PER_SECOND = 32 << 20
 _TUS = {names.TUS_RESUMABLE: names.VERSION}
 
 
@@ -55,17 +55,24 @@ async def send_resumably(
     said = encode_metadata({names.RELATIVE_PATH[0]: relative_path, names.MEDIA_TYPE[0]: media_type})
     headers = {**fields, **_TUS, names.UPLOAD_LENGTH: str(length), names.UPLOAD_METADATA: said}
     headers["Content-Length"] = "0"
+    # A gateway may have to read all of it once more before it answers.
+    patience = transport.policy.idle_seconds + length / _READ_BACK_BYTES_PER_SECOND
     for left in reversed(range(_BEGINNINGS)):
         try:
-            return await _Upload(transport, await _begin(transport, package_id, headers), source, length).send()
+            where = await _begin(transport, package_id, headers, patience)
+            return await _Upload(transport, where, source, length, patience).send()
         except UploadNotFoundError:  # it expired while nobody sent, or what it brought was refused: asked anew, we hear
             if not left:
                 raise
     raise AssertionError("the last beginning returns or raises")
 
 
-async def _begin(transport: Transport, package_id: UUID, headers: Mapping[str, str]) -> _Where:
-    answer = await transport.call("POST", f"/v1/packages/{package_id}/uploads", headers=headers)
+async def _begin(transport: Transport, package_id: UUID, headers: Mapping[str, str], patience: float) -> _Where:
+    async def begin() -> Answer:
+        path = f"/v1/packages/{package_id}/uploads"
+        return await transport.attempt("POST", path, headers=headers, answer_seconds=patience)
+
+    answer = await with_retries(transport.policy, begin, notify=transport.notify, transfer=True)
     path, offset = answer.headers.get("Location", ""), answer.headers.get(names.UPLOAD_OFFSET, "")
     if not path.startswith("/") or not offset.isdecimal():
         raise CorruptError("the gateway's answer names no upload: is the URL that of a gateway?")
@@ -75,13 +82,13 @@ async def _begin(transport: Transport, package_id: UUID, headers: Mapping[str, s
 class _Upload:
     """One upload on its way. Belongs to one task."""
 
-    def __init__(self, transport: Transport, where: _Where, source: BodySource, length: int) -> None:
+    def __init__(self, transport: Transport, where: _Where, source: BodySource, length: int, patience: float) -> None:
         self._transport = transport
         self._path = where.path
         self._offset = where.offset
         self._source = source
         self._length = length
-        self._patience = transport.policy.idle_seconds + length / _READ_BACK_BYTES_PER_SECOND
+        self._patience = patience
 
     async def send(self) -> FileIngestedAnswer:
         """Add what is missing, again and again, until the file is there."""

@@ -21,6 +21,9 @@ from services.streams import CHUNK_BYTES
 _READ_AHEAD_BYTES = 256 * 1024
 _CONNECTIONS = 128
 
+QUIET_SECONDS = 120.0
+"""After so long an answer without end is asked for anew: a gateway that is frozen keeps its connections open."""
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -125,7 +128,7 @@ class Transport:
     ) -> aiohttp.ClientResponse:
         """GET, with retries until the answer begins; the caller reads the rest with `read_chunk` and closes it.
 
-        An `endless` answer may keep still for as long as it likes; the kernel notices when the other side is gone.
+        An `endless` answer may keep still for QUIET_SECONDS; the kernel notices earlier when the other side is gone.
         """
 
         async def attempt() -> aiohttp.ClientResponse:
@@ -171,7 +174,7 @@ class Transport:
         timeout = aiohttp.ClientTimeout(
             total=None,
             sock_connect=self.policy.connect_seconds,
-            sock_read=None if endless else max(self.policy.idle_seconds, answer_seconds or 0.0),
+            sock_read=QUIET_SECONDS if endless else max(self.policy.idle_seconds, answer_seconds or 0.0),
         )
         address = URL(self.url + path + _query_text(query), encoded=True)
         try:

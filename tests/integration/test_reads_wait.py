@@ -11,7 +11,9 @@ from uuid import UUID, uuid4
 import pytest
 
 from services.blobs.local import LocalBlobStore
+from services.client import pull
 from services.clock import system_clock
+from services.core.content_address import ContentAddress
 from services.core.limits import Limits
 from services.direct import DirectRegistry
 from services.errors import (
@@ -23,6 +25,7 @@ from services.errors import (
 from services.log.port import CommandWriter
 from services.views.catch_up import catch_up
 from services.views.engine import Views
+from services.views.models import PackageFilter
 from services.views.projections import PROJECTIONS
 from services.views.queries import Queries
 from tests.memory_log import MemoryLog
@@ -164,3 +167,24 @@ async def test_a_view_of_another_log_denies_nothing(tmp_path: Path) -> None:
     with pytest.raises(WaitTimeoutError):
         await stage.registry.get_package(UUID(int=7))
     await stage.views.close()
+
+
+async def test_a_package_by_the_digest_of_its_manifest_is_waited_for(stage: Stage) -> None:
+    package_id = a_package(stage)
+    where = PackageFilter(manifest_digest=ContentAddress.of_digest(stage.history.events[-1].payload_digest))
+    found, _ = await asyncio.gather(stage.registry.list_packages(where), stage.later())
+    assert [package.package_id for package in found.items] == [package_id]
+    unknown = PackageFilter(manifest_digest=ContentAddress.of_digest(bytes(32)))
+    assert (await stage.registry.list_packages(unknown)).items == ()
+
+
+async def test_a_package_whose_finalization_the_view_has_not_seen_is_pulled_all_the_same(
+    stage: Stage, tmp_path: Path
+) -> None:
+    package_id = stage.history.create()
+    stage.log.append(*stage.history.events)
+    await stage.later()
+    stage.history.finalize(package_id)
+    stage.log.append(stage.history.events[-1])
+    pulled, _ = await asyncio.gather(pull(stage.registry, package_id, tmp_path / "out"), stage.later())
+    assert (pulled.package_id, pulled.files) == (package_id, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -12,7 +12,9 @@ import pytest
 from blake3 import blake3
 
 from schemas.canonical import canonical_cbor
+from services.blobs.port import Declared
 from services.client import Pushed, pull, push
+from services.client.destination import Destination
 from services.client.push_state import PushState
 from services.config import Settings
 from services.core.content_address import ContentAddress
@@ -25,7 +27,8 @@ from services.errors import (
     UnavailableError,
 )
 from services.registry import Registry, open_registry
-from services.views.models import Package
+from services.streams import from_any
+from services.views.models import File, Package, Page
 
 TREE = {
     "a b.txt": b"with a space",
@@ -153,6 +156,74 @@ async def test_a_push_is_not_resumed_with_another_tree(registry: Registry, tree:
         await pushed(registry, tree, state=PushState(state.push_id, resumed=True, kept=True))
 
 
+class Lagging:
+    """A registry whose view shows no file until something was asked for that has it brought to the log's end."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self.behind = True
+        self.away = False
+        self.before_finalizing: Callable[[UUID], Awaitable[Any]] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._registry, name)
+
+    async def get_manifest_bytes(self, package_id: UUID) -> bytes:
+        if self.away:
+            raise UnavailableError("no database")
+        self.behind = False
+        return await self._registry.get_manifest_bytes(package_id)
+
+    async def list_files(self, package_id: UUID, **more: Any) -> Page[File]:
+        return Page((), None) if self.behind else await self._registry.list_files(package_id, **more)
+
+    async def finalize(self, package_id: UUID, *arguments: Any, **more: Any) -> Any:
+        if self.before_finalizing is not None:
+            await self.before_finalizing(package_id)
+        return await self._registry.finalize(package_id, *arguments, **more)
+
+
+async def interrupted(registry: Registry, tree: Path) -> tuple[PushState, str]:
+    """The state of a push that failed on its large file, with which it is resumed; a file that it has sent."""
+    failing: Any = Failing(registry, "large.bin")
+    state = PushState(uuid4(), resumed=False, kept=True)
+    with pytest.raises(UnavailableError):
+        await pushed(failing, tree, state=state, concurrency=1)
+    return PushState(state.push_id, resumed=True, kept=True), failing.sent[0]
+
+
+async def test_what_was_sent_and_is_gone_is_noticed_though_the_view_lags(registry: Registry, tree: Path) -> None:
+    state, sent = await interrupted(registry, tree)
+    (tree / sent).unlink()
+    lagging: Any = Lagging(registry)
+    with pytest.raises(ConflictError, match="not there any more"):
+        await pushed(lagging, tree, state=state)
+
+
+async def test_a_push_goes_on_only_where_it_is_known_what_was_sent(registry: Registry, tree: Path) -> None:
+    state, _ = await interrupted(registry, tree)
+    events = [event async for event in registry.read_events()]
+    lagging: Any = Lagging(registry)
+    lagging.away = True
+    with pytest.raises(UnavailableError, match=r"cannot be listed now: no database"):
+        await pushed(lagging, tree, state=state)
+    assert [event async for event in registry.read_events()] == events
+    lagging.away = False
+    assert (await pushed(lagging, tree, state=state)).files == len(TREE)
+
+
+async def test_what_an_earlier_run_sent_and_arrives_late_is_told(registry: Registry, tree: Path) -> None:
+    state, _ = await interrupted(registry, tree)
+    lagging: Any = Lagging(registry)
+
+    async def arrives(package_id: UUID) -> None:
+        await registry.ingest(package_id, "late", "text/plain", from_any(b"late"), "ada", declared=Declared())
+
+    lagging.before_finalizing = arrives
+    with pytest.raises(CorruptError, match=rf"{len(TREE) + 1} files where the tree has {len(TREE)}"):
+        await pushed(lagging, tree, state=state)
+
+
 async def test_an_open_package_cannot_be_pulled(registry: Registry, tree: Path, tmp_path: Path) -> None:
     done = await pushed(registry, tree, finalize=False)
     assert done.manifest_digest is None
@@ -187,6 +258,16 @@ async def test_what_is_there_and_different_is_replaced_only_by_force(
     assert read(out) == {"a b.txt": b"with a spice"}
     await pull(registry, done.package_id, out, force=True)
     assert read(out) == TREE
+
+
+def test_two_files_that_are_one_name_to_the_file_system_do_not_replace_each_other(tmp_path: Path) -> None:
+    """As `README` and `readme` are where case does not count; here the same name comes twice."""
+    folder = Destination(tmp_path)
+    (tmp_path / "a").write_bytes(b"of another pull")
+    with pytest.raises(ConflictError, match="one name"):
+        folder.write_files([("a", b"1"), ("a", b"2")], replace=True)
+    folder.close()
+    assert read(tmp_path) == {"a": b"1"}
 
 
 @pytest.mark.parametrize("force", [False, True])

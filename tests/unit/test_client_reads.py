@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from dataclasses import replace
 from uuid import UUID, uuid4
 
 import pytest
@@ -11,6 +12,7 @@ from aiohttp import web
 from blake3 import blake3
 
 from schemas.events import FileIngested, StorageReceipt
+from services.client import transport as transport_module
 from services.client.following import follow_events
 from services.client.transport import Transport
 from services.client.written import Written
@@ -257,3 +259,39 @@ async def test_a_line_that_is_no_event_is_an_error() -> None:
     async with failing_gateway(answer) as gateway, client_of(gateway) as registry:
         with pytest.raises(CorruptError):
             await anext(registry.read_events())
+
+
+@pytest.mark.parametrize(("idle_seconds", "given_up"), [(0.0, False), (30.0, True)])
+async def test_a_quiet_log_is_followed_over_any_number_of_connections_that_lived_for_a_while(
+    idle_seconds: float, given_up: bool
+) -> None:
+    """Only those that are lost at once are counted: here all are, by who is patient for 30 s."""
+    lost: list[Answering] = [lines(cut_within=True, until=0)] * 6
+    policy = replace(QUICK, idle_seconds=idle_seconds)
+    async with failing_gateway(*lost, lines()) as gateway, Transport(gateway.url, policy) as transport:
+        events = follow_events(transport, None, None, follow=True)
+        async with asyncio.timeout(30):
+            if given_up:
+                with pytest.raises(UnavailableError):
+                    await anext(events)
+            else:
+                assert await anext(events) == EVENTS[0]
+        await events.aclose()  # type: ignore[attr-defined]  # a generator
+
+
+async def test_a_gateway_that_keeps_still_for_long_is_asked_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport_module, "QUIET_SECONDS", 0.2)
+    frozen = asyncio.Event()
+
+    async def freezes(request: web.Request, _body: bytes) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+        await response.prepare(request)
+        await frozen.wait()
+        return response
+
+    async with failing_gateway(freezes, lines()) as gateway, Transport(gateway.url, QUICK) as transport:
+        events = follow_events(transport, None, None, follow=True)
+        async with asyncio.timeout(30):
+            assert await anext(events) == EVENTS[0]
+        await events.aclose()  # type: ignore[attr-defined]  # a generator
+        frozen.set()

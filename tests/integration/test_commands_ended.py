@@ -1,0 +1,114 @@
+"""Commands that are told to end, or fail, in the middle: they end at once and leave nothing half behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from blake3 import blake3
+
+from services.config import Settings
+from tests.integration.processes import COMMAND, command_environment, output_of
+
+pytestmark = pytest.mark.processes
+
+SECONDS = 60
+
+_PULL = """
+import asyncio, importlib, sys
+from services.cli import main
+
+module = importlib.import_module("services.client.pull")
+
+async def stand_still(registry, folder, file, told, *, replace):
+    with folder.new_file(file.relative_path) as landing:
+        landing.write(b"half")
+        print("writing", flush=True)
+        await asyncio.Event().wait()
+
+module._together = lambda *given: None
+module._fetch = stand_still
+main(["pull", *sys.argv[1:]])
+"""
+
+
+def pushed(settings: Settings, folder: Path, *more: str) -> str:
+    """The id of a package of one file."""
+    folder.mkdir()
+    (folder / "a").write_bytes(b"whole")
+    about = ("--name", "n", "--producer", "p", "--subject", "s", "--retention-class", "scratch", "--json")
+    return str(json.loads(output_of(settings, "push", folder, *about, *more))["package_id"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_pull_removes_what_is_not_whole(embedded_settings: Settings, tmp_path: Path, number: signal.Signals) -> None:
+    package_id = pushed(embedded_settings, tmp_path / "tree")
+    out = tmp_path / "out"
+    environment = command_environment(embedded_settings, None, tmp_path)
+    with subprocess.Popen(
+        [sys.executable, "-c", _PULL, package_id, str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"writing\n"
+            assert [path.name.endswith(".part") for path in out.iterdir()] == [True]
+            process.send_signal(number)
+            _, said = process.communicate(timeout=SECONDS)
+        finally:
+            process.kill()
+    assert process.returncode == 1
+    assert b"interrupted" in said
+    assert list(out.iterdir()) == []
+
+
+def test_an_addition_that_is_interrupted_waits_for_no_more_input(embedded_settings: Settings, tmp_path: Path) -> None:
+    package_id = pushed(embedded_settings, tmp_path / "tree", "--no-finalize")
+    environment = command_environment(embedded_settings, None, tmp_path)
+    with subprocess.Popen(
+        [*COMMAND, "add", package_id, "-", "--path", "b"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+    ) as process:
+        try:
+            assert process.stdin is not None
+            process.stdin.write(bytes(300_000))  # more than a pipe holds: it is being read
+            process.stdin.flush()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(SECONDS) == 1, "standard input stays open all the time"
+            assert process.stderr is not None
+            assert b"interrupted" in process.stderr.read()
+        finally:
+            process.kill()
+
+
+def test_an_addition_takes_what_comes_bit_by_bit(embedded_settings: Settings, tmp_path: Path) -> None:
+    package_id = pushed(embedded_settings, tmp_path / "tree", "--no-finalize")
+    environment = command_environment(embedded_settings, None, tmp_path)
+    reading, writing = os.pipe()
+    pieces = [bytes([n]) * 70_000 for n in range(20)]
+    with subprocess.Popen(
+        [*COMMAND, "add", package_id, "-", "--path", "b", "--json"],
+        stdin=reading,
+        stdout=subprocess.PIPE,
+        env=environment,
+    ) as process:
+        try:
+            os.close(reading)
+            for piece in pieces:
+                os.write(writing, piece)
+            os.close(writing)
+            said, _ = process.communicate(timeout=SECONDS)
+        finally:
+            process.kill()
+    assert json.loads(said)["size_bytes"] == sum(map(len, pieces))
+    assert json.loads(said)["content_address"] == f"blake3:{blake3(b''.join(pieces)).hexdigest()}"
