@@ -21,7 +21,7 @@ from services.blobs.packs import PACK_BYTES, Packing, Placed
 from services.blobs.port import BlobStore, content_key
 from services.blobs.sound import SoundReads
 from services.bundle import SMALL_FILE_BYTES, Bundle, Group, NamedFile, SmallFile, StreamedFile
-from services.errors import CorruptError
+from services.errors import CorruptError, UnavailableError
 from services.streams import joined
 from services.views.models import PlacedFile
 
@@ -193,7 +193,7 @@ class _Page:
         self._held = None  # one pack at a time
         try:
             data = await joined(self._blobs.read(key, span.start, span.end - span.start))
-        except CorruptError:
+        except (CorruptError, UnavailableError):
             return None  # file by file: what one place has lost another may have
         self._held = (key, span.start, data)
         return self._held

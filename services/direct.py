@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
 from schemas import identifiers
+from schemas.digests import manifest_digest
 from services.blobs.packs import Placed
 from services.blobs.port import BlobStore, Declared
 from services.bundle import MAX_BUNDLE_FILES, Bundle, Group, NamedFile, StreamedFile
@@ -390,7 +391,10 @@ class DirectRegistry(Registry):
         size = await self._blobs.size(key)
         if size is None:
             raise CorruptError(f"the blob of manifest {digest} is missing")
-        return await joined(self._blobs.read(key, 0, size))
+        data = await joined(self._blobs.read(key, 0, size))
+        if await asyncio.to_thread(manifest_digest, data) != digest.digest:
+            raise CorruptError(f"the blob of manifest {digest} has other bytes than were acknowledged")
+        return data
 
 
 def _check_limit(limit: int) -> None:

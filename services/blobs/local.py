@@ -19,6 +19,7 @@ from uuid import uuid4
 
 from services.blobs.cleanup import Cleanups
 from services.blobs.intake import PIECE_BYTES, Intake
+from services.blobs.mistrusted import Mistrusted
 from services.blobs.object_parts import PART_BYTES, ObjectParts
 from services.blobs.port import (
     DAMAGED,
@@ -52,6 +53,7 @@ class LocalBlobStore:
         self._incoming = root / "incoming"
         self._threads = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="blob-file")
         self._cleanups = Cleanups()
+        self._mistrusted = Mistrusted()
         self._durable_folders: set[Path] = set()  # their own entries were synced by this process
         self._parts = ObjectParts(self, part_bytes=part_bytes)
 
@@ -70,7 +72,7 @@ class LocalBlobStore:
         intake = Intake(body, declared=declared, max_bytes=max_bytes)
         if declared.blake3 is not None and declared.size_bytes is not None:
             key = content_key(declared.blake3)
-            if await self.size(key) == declared.size_bytes:
+            if key not in self._mistrusted and await self.size(key) == declared.size_bytes:
                 while await intake.take(PIECE_BYTES):  # the bytes are there, but these must prove to be the same
                     pass
                 stored = self._stored(await intake.digests())
@@ -86,6 +88,7 @@ class LocalBlobStore:
             digests = await intake.digests()
             path = self._path(content_key(digests.blake3))
             await self._work(self._keep, draft, path)
+            self._mistrusted.discard(content_key(digests.blake3))
         except BaseException:
             await self._cleanups.run(self._work(draft.discard))
             raise
@@ -113,6 +116,10 @@ class LocalBlobStore:
         """See the port."""
         path = self._path(key)
         return await self._work(_size, path)
+
+    def mistrust(self, key: str) -> None:
+        """See the port."""
+        self._mistrusted.add(key)
 
     async def set_aside(self, key: str) -> str | None:
         """See the port."""

@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 from blake3 import blake3
 
@@ -29,7 +30,8 @@ async def find_named(blobs: BlobStore, files: Sequence[NamedFile]) -> list[Place
     """The files as they lie in the store, in their order, every byte verified. Holds PACK_BYTES at most.
 
     Raises:
-        UnknownContentError: a blob is not there, or its bytes are not what is said of them.
+        UnknownContentError: a blob is not there, or its bytes are not what is said of them. One that is damaged is
+            stored anew when its bytes are sent to this process.
         UnavailableError: the store cannot be reached.
     """
     by_blob: defaultdict[bytes, list[int]] = defaultdict(list)
@@ -43,6 +45,7 @@ async def find_named(blobs: BlobStore, files: Sequence[NamedFile]) -> list[Place
             try:
                 digests = await _hash_run(blobs, content_key(blob), [files[n] for n in run], first.offset, last)
             except (CorruptError, ContentMismatchError) as error:
+                await _look_at_whole(blobs, blob, [files[n] for n in run])
                 raise UnknownContentError(
                     f"{ContentAddress.of_digest(blob)} is not stored here as {first.relative_path!r} needs it; "
                     f"send the bytes: {error.detail}"
@@ -59,6 +62,21 @@ async def find_named(blobs: BlobStore, files: Sequence[NamedFile]) -> list[Place
                 )
                 found[number] = Placed(file.relative_path, file.media_type, stored)
     return [found[number] for number in range(len(files))]
+
+
+async def _look_at_whole(blobs: BlobStore, blob: bytes, files: Sequence[NamedFile]) -> None:
+    """Tell the store if the blob is damaged and not only named wrongly: its bytes come next, and must be stored."""
+    key = content_key(blob)
+    size = await blobs.size(key)
+    if size is None:
+        return
+    if size <= PACK_BYTES:
+        with suppress(CorruptError):  # it is just going away
+            data = await joined(blobs.read(key, 0, size))
+            if (await asyncio.to_thread(blake3, data)).digest() != blob:
+                blobs.mistrust(key)
+    elif any((file.blake3, file.offset, file.size_bytes) == (blob, 0, size) for file in files):
+        blobs.mistrust(key)  # it was read whole just now
 
 
 def _runs(files: Sequence[NamedFile], numbers: Sequence[int]) -> Iterator[list[int]]:

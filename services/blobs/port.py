@@ -231,6 +231,12 @@ class BlobStore(Protocol):
         upload put in the damaged one's place meanwhile must be stored again. Raises UnavailableError.
         """
 
+    def mistrust(self, key: str) -> None:
+        """The blob of this key was found damaged: this process stores the next upload of its bytes anew.
+
+        What is good in the damaged one can be read until then.
+        """
+
     async def remove_uploads(self, *, before: datetime, orphaned: Callable[[str], bool]) -> int:
         """Remove the blobs below `uploads/` that were stored before that moment (aware) and that are `orphaned`.
 

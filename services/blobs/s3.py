@@ -24,6 +24,7 @@ from minio.error import MinioException, S3Error
 from services.blobs.cleanup import Cleanups
 from services.blobs.intake import PIECE_BYTES, Intake
 from services.blobs.memory import TURN_SECONDS, ByteBudget, PartBuffer, Share
+from services.blobs.mistrusted import Mistrusted
 from services.blobs.pace import LOOK_SECONDS, Pace
 from services.blobs.parts import MAX_PARTS, MIB, PartPlan
 from services.blobs.port import (
@@ -112,6 +113,7 @@ class S3BlobStore:
         self._look_seconds = look_seconds
         self._clock = clock
         self._cleanups = Cleanups()
+        self._mistrusted = Mistrusted()
         self._parts = S3Parts(
             self,
             self._requests,
@@ -176,6 +178,10 @@ class S3BlobStore:
     async def size(self, key: str) -> int | None:
         """See the port."""
         return await object_size(self._requests, checked_key(key))
+
+    def mistrust(self, key: str) -> None:
+        """See the port."""
+        self._mistrusted.add(key)
 
     async def set_aside(self, key: str) -> str | None:
         """See the port. S3 has no renaming: a copy within the store, then a deletion."""
@@ -324,7 +330,9 @@ class S3BlobStore:
     ) -> StoredBlob:
         addressed = declared.blake3 is not None
         key = content_key(declared.blake3) if declared.blake3 is not None else f"{UPLOADS}{uuid4()}"
-        if addressed and declared.size_bytes is not None and await self.size(key) == declared.size_bytes:
+        anew = key in self._mistrusted
+        known = addressed and not anew and declared.size_bytes is not None
+        if known and await self.size(key) == declared.size_bytes:
             while await intake.take(PIECE_BYTES):  # the bytes are there, but these must prove to be the same
                 pass
             stored = self._stored(key, await intake.digests())
@@ -336,7 +344,8 @@ class S3BlobStore:
             await upload.begin()
             await upload.send(intake, first)
             digests = await intake.digests()
-            await upload.complete(digests.length, only_if_absent=addressed)
+            await upload.complete(digests.length, only_if_absent=addressed and not anew)
+            self._mistrusted.discard(key)
         except BaseException:
             await self._cleanups.run(self._abandon(upload, None if addressed else key))
             raise
@@ -351,7 +360,12 @@ class S3BlobStore:
         async def present() -> bool:
             return await object_size(self._requests, key, attempts=1) == len(data)
 
+        anew = key in self._mistrusted
+
         async def attempt() -> None:
+            if anew:
+                await self._requests.send("PUT", key, _OK, body=data, attempts=1)
+                return
             if len(data) >= _ASK_FIRST_BYTES and await present():
                 return
             condition = {"If-None-Match": "*"}
@@ -363,6 +377,7 @@ class S3BlobStore:
             await self._requests.send("PUT", key, _OK, body=data, attempts=1)
 
         await self._requests.retry(attempt, seconds=patience(len(data)))
+        self._mistrusted.discard(key)
 
     def _stored(self, key: str, digests: Digests) -> StoredBlob:
         return StoredBlob(self.backend_id, key, 0, digests.length, digests.blake3, digests.sha256)

@@ -18,7 +18,7 @@ from contextlib import aclosing
 from blake3 import blake3
 
 from services.blobs.port import BlobStore
-from services.errors import CorruptError
+from services.errors import CorruptError, UnavailableError
 from services.streams import from_any, joined
 
 Place = tuple[str, int]
@@ -46,14 +46,14 @@ class SoundReads:
         Raises (here or on iteration): CorruptError: no place has them, or this one turned out to have others.
             UnavailableError.
         """
-        missing: CorruptError | None = None
+        missing: CorruptError | UnavailableError | None = None
         for place in self._ordered(places):
             try:
                 chunks = await _begun(self._read(place, 0, size))
                 if size > _HELD_BYTES:
                     return await _begun(self._checked(place, digest, chunks))
                 data = await joined(chunks)
-            except CorruptError as error:
+            except (CorruptError, UnavailableError) as error:  # one that the store cannot give is not all there is
                 missing = missing or error
                 continue
             if blake3(data).digest() == digest:
@@ -63,11 +63,11 @@ class SoundReads:
 
     async def part(self, places: Sequence[Place], offset: int, length: int) -> AsyncGenerator[bytes, None]:
         """`length` bytes from `offset` of the file, from the first place that has so many. Raises as `whole`."""
-        missing: CorruptError | None = None
+        missing: CorruptError | UnavailableError | None = None
         for place in self._ordered(places):
             try:
                 return await _begun(self._read(place, offset, length))
-            except CorruptError as error:
+            except (CorruptError, UnavailableError) as error:
                 missing = missing or error
         raise missing or CorruptError("the file has no place where its bytes lie")
 

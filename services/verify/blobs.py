@@ -128,6 +128,7 @@ class BlobCheck:
     async def _keep(self, key: str, sound: Sequence[Claim]) -> None:
         """Store what is good in an object under the files' own content-addressed keys."""
         for claim in sound:
+            await self._lies_elsewhere(claim)  # a copy that is damaged as well is set aside, or nothing would be stored
             body = self._blobs.read(key, claim.start, claim.length)
             declared = Declared(claim.length, claim.blake3, claim.sha256 or None)
             await self._blobs.store(body, declared=declared, max_bytes=claim.length)

@@ -86,6 +86,20 @@ async def test_the_next_upload_of_the_same_bytes_heals_what_was_set_aside(stage:
         stage.overwrite(blob.key, bytes(size))
 
 
+@pytest.mark.parametrize("size", [1000, MIB, pytest.param(LARGE, marks=MUCH)])
+@pytest.mark.parametrize("said", [False, True], ids=["undeclared", "declared"])
+async def test_the_next_upload_heals_what_was_found_damaged_and_stayed_where_it_was(
+    stage: Stage, size: int, said: bool
+) -> None:
+    said = said or size == LARGE
+    data, blob = await damaged(stage, size)
+    stage.store.mistrust(blob.key)
+    assert await got(stage.store, blob) == bytes(size), "what is good in it can be read until then"
+    assert await put(stage.store, data, declared(data) if said else None) == blob
+    assert await got(stage.store, blob) == data
+    assert stage.holds() == {blob.key}
+
+
 @pytest.mark.parametrize("size", [0, 1000, MIB, pytest.param(LARGE, marks=MUCH)])
 async def test_identical_uploads_at_the_same_time_heal_a_blob_once(stage: Stage, size: int) -> None:
     data, blob = await damaged(stage, size)

@@ -10,13 +10,15 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from schemas.digests import manifest_digest
 from services.blobs.local import LocalBlobStore
 from services.client import pull
 from services.clock import system_clock
-from services.core.content_address import ContentAddress
+from services.core.content_address import ContentAddress, content_key
 from services.core.limits import Limits
 from services.direct import DirectRegistry
 from services.errors import (
+    CorruptError,
     FileNotFoundInRegistryError,
     IllegalPackageStateError,
     PackageNotFoundError,
@@ -25,7 +27,7 @@ from services.errors import (
 from services.log.port import CommandWriter
 from services.views.catch_up import catch_up
 from services.views.engine import Views
-from services.views.models import PackageFilter
+from services.views.models import ManifestLocation, PackageFilter
 from services.views.projections import PROJECTIONS
 from services.views.queries import Queries
 from tests.memory_log import MemoryLog
@@ -188,3 +190,27 @@ async def test_a_package_whose_finalization_the_view_has_not_seen_is_pulled_all_
     stage.log.append(stage.history.events[-1])
     pulled, _ = await asyncio.gather(pull(stage.registry, package_id, tmp_path / "out"), stage.later())
     assert (pulled.package_id, pulled.files) == (package_id, 0)
+
+
+async def test_a_manifest_whose_blob_is_damaged_is_an_error_and_not_given(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that is too large for an event, and lies in the blob store."""
+    package_id = a_package(stage)
+    await stage.later()
+    manifest = await stage.registry.get_manifest_bytes(package_id)
+    digest = ContentAddress.of_digest(manifest_digest(manifest))
+    key = content_key(digest.digest)
+    path = tmp_path / "blobs" / key
+    path.parent.mkdir(parents=True)
+
+    async def claimed(_queries: Queries, _package_id: UUID) -> ManifestLocation:
+        return ManifestLocation(digest, None, key)
+
+    monkeypatch.setattr(Queries, "manifest", claimed)
+    path.write_bytes(manifest)
+    assert await stage.registry.get_manifest_bytes(package_id) == manifest
+    for wrong in (manifest[:-1] + b"x", manifest + b"x", manifest[:-1]):
+        path.write_bytes(wrong)
+        with pytest.raises(CorruptError, match="other bytes"):
+            await stage.registry.get_manifest_bytes(package_id)

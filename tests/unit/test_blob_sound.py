@@ -12,7 +12,7 @@ from blake3 import blake3
 from services.blobs.local import LocalBlobStore
 from services.blobs.port import content_key
 from services.blobs.sound import Place, SoundReads
-from services.errors import CorruptError
+from services.errors import CorruptError, UnavailableError
 from tests.unit.watched_store import WatchedStore
 
 SIZES = (0, 1, 70_000, 1 << 20, (1 << 20) + 1, (3 << 20) + 17)
@@ -109,4 +109,28 @@ async def test_who_leaves_before_the_end_leaves_no_read_open(tmp_path: Path, who
     assert store.open == 1
     await chunks.aclose()
     assert store.open == 0
+    await store.close()
+
+
+@pytest.mark.parametrize("size", [10, 3 << 20])
+async def test_a_place_that_the_store_cannot_give_is_passed_over(tmp_path: Path, size: int) -> None:
+    """As an object on a bad sector; where there is no other place, it is said that it may come back."""
+    data = some(size)
+    broken, good = put(tmp_path, "uploads/broken", data), put(tmp_path, content_key(blake3(data).digest()), data)
+
+    class Broken(LocalBlobStore):
+        async def read(self, key: str, offset: int, length: int) -> AsyncIterator[bytes]:
+            if key == broken[0]:
+                raise UnavailableError("the disk cannot read it")
+            async for chunk in super().read(key, offset, length):
+                yield chunk
+
+    store = Broken(tmp_path)
+    reads = SoundReads(store)
+    assert await read(reads, [broken, good], data) == data
+    part = await reads.part([broken, good], 1, 5)
+    assert b"".join([chunk async for chunk in part]) == data[1:6]
+    for places in ([broken], [broken, ("uploads/missing", 0)]):
+        with pytest.raises(UnavailableError, match="cannot read"):
+            await read(reads, places, data)
     await store.close()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from services.blobs.local import LocalBlobStore
 from services.blobs.named import find_named
 from services.blobs.packs import PACK_BYTES, Packing, PackLayout, Placed
-from services.blobs.port import content_key
+from services.blobs.port import Declared, content_key
 from services.bundle import Group, NamedFile, SmallFile, StreamedFile
 from services.errors import TooLargeError, UnknownContentError
 
@@ -143,6 +143,36 @@ async def test_a_name_that_is_not_true_is_refused(store: LocalBlobStore) -> None
     ):
         with pytest.raises(UnknownContentError):
             await find_named(store, [named(blob[:5], blob, 0), wrong])
+
+
+@pytest.mark.parametrize("size", [100, PACK_BYTES + 1])
+async def test_what_is_found_damaged_when_it_is_named_is_stored_anew_when_it_is_sent(
+    store: LocalBlobStore, tmp_path: Path, size: int
+) -> None:
+    blob = Random(size).randbytes(size)
+    whole = StreamedFile("whole", "x/y", size, _in_pieces(blob)) if size > PACK_BYTES else [small("whole", blob)]
+    (stored,) = await pack(store, whole)
+    (path,) = (path for path in tmp_path.rglob(stored.blob.key.rpartition("/")[2]))
+    path.write_bytes(blob[:-1] + bytes([blob[-1] ^ 1]))
+    with pytest.raises(UnknownContentError, match="send the bytes"):
+        await find_named(store, [named(blob, blob, 0)])
+    declared = Declared(size_bytes=size, blake3=blake3(blob).digest())
+    await store.store(_in_pieces(blob), declared=declared, max_bytes=size)
+    assert path.read_bytes() == blob
+    (found,) = await find_named(store, [named(blob, blob, 0)])
+    assert found.blob == stored.blob
+
+
+async def test_a_blob_that_was_only_named_wrongly_is_not_stored_anew(store: LocalBlobStore, tmp_path: Path) -> None:
+    blob = bytes(range(100))
+    (stored,) = await pack(store, [small("pack", blob)])
+    (path,) = (path for path in tmp_path.rglob(stored.blob.key.rpartition("/")[2]))
+    before = path.stat().st_ino
+    with pytest.raises(UnknownContentError):
+        await find_named(store, [named(blob[:5], blob, 1)])
+    declared = Declared(size_bytes=len(blob), blake3=blake3(blob).digest())
+    await store.store(_in_pieces(blob), declared=declared, max_bytes=len(blob))
+    assert path.stat().st_ino == before
 
 
 async def test_a_large_named_file_is_read_in_pieces(store: LocalBlobStore) -> None:

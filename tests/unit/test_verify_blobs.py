@@ -128,6 +128,14 @@ async def test_a_copy_at_the_content_address_that_is_damaged_too_does_not_count_
     assert (await scene.verify(check_bytes=True)).clean
 
 
+async def test_the_last_good_copy_in_a_damaged_pack_is_kept_where_a_damaged_one_lay(packed: Scene) -> None:
+    put_blob(packed.folder, PACK_KEY, PACK.replace(b"second", b"SECOND"))
+    put_blob(packed.folder, content_key(blake3(CONTENT["a"]).digest()), b"x" * len(CONTENT["a"]))
+    report = await packed.verify(check_bytes=True)
+    assert named(report) == {("blob-damaged", "b")}
+    assert packed.blob("a").read_bytes() == CONTENT["a"]
+
+
 async def test_a_blob_that_an_upload_replaced_in_the_same_moment_is_put_back(scene: Scene) -> None:
     scene.append()
     scene.blob("a").write_bytes(b"FIRST")
