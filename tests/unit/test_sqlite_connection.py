@@ -20,9 +20,11 @@ async def connection(tmp_path: Path) -> SqliteConnection:
 async def test_stopping_while_it_is_being_closed_lets_the_closing_end(connection: SqliteConnection) -> None:
     closing = asyncio.create_task(connection.close())
     await asyncio.sleep(0)  # the closing has asked the connection's thread by now
-    connection.stop()
+    stopped = connection.stop()
+    assert stopped is not None
     async with asyncio.timeout(10):
         await closing
+        await stopped  # or its thread would tell an event loop that is gone
 
 
 async def test_closing_after_it_was_stopped_does_nothing(connection: SqliteConnection) -> None:
