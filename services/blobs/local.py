@@ -53,7 +53,7 @@ class LocalBlobStore:
         self._incoming = root / "incoming"
         self._threads = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="blob-file")
         self._cleanups = Cleanups()
-        self._mistrusted = Mistrusted()
+        self._mistrusted = Mistrusted[str]()
         self._durable_folders: set[Path] = set()  # their own entries were synced by this process
         self._parts = ObjectParts(self, part_bytes=part_bytes)
 
@@ -86,9 +86,9 @@ class LocalBlobStore:
             while piece := await intake.take(PIECE_BYTES):
                 await self._work(draft.write, piece)
             digests = await intake.digests()
-            path = self._path(content_key(digests.blake3))
-            await self._work(self._keep, draft, path)
-            self._mistrusted.discard(content_key(digests.blake3))
+            key = content_key(digests.blake3)
+            await self._work(self._keep, draft, self._path(key))
+            self._mistrusted.discard(key)
         except BaseException:
             await self._cleanups.run(self._work(draft.discard))
             raise

@@ -1,27 +1,30 @@
-"""Keys under which other bytes were found than belong there, until they are stored anew."""
+"""Keys or places in which other bytes were found than belong there."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Generic, TypeVar
 
 _REMEMBERED = 1_024
 
+Where = TypeVar("Where")
 
-class Mistrusted:
-    """The latest such keys of one store, in one process."""
+
+class Mistrusted(Generic[Where]):
+    """The latest that were found so, of one store and in one process."""
 
     def __init__(self) -> None:
-        self._keys: OrderedDict[str, None] = OrderedDict()
+        self._found: OrderedDict[Where, None] = OrderedDict()
 
-    def __contains__(self, key: object) -> bool:
-        return key in self._keys
+    def __contains__(self, where: Where) -> bool:
+        return where in self._found
 
-    def add(self, key: str) -> None:
+    def add(self, where: Where) -> None:
         """What lies there is not to be taken for what belongs there."""
-        self._keys[key] = None
-        if len(self._keys) > _REMEMBERED:
-            self._keys.popitem(last=False)
+        self._found[where] = None
+        if len(self._found) > _REMEMBERED:
+            self._found.popitem(last=False)
 
-    def discard(self, key: str) -> None:
+    def discard(self, where: Where) -> None:
         """The right bytes were stored there."""
-        self._keys.pop(key, None)
+        self._found.pop(where, None)

@@ -113,7 +113,7 @@ class S3BlobStore:
         self._look_seconds = look_seconds
         self._clock = clock
         self._cleanups = Cleanups()
-        self._mistrusted = Mistrusted()
+        self._mistrusted = Mistrusted[str]()
         self._parts = S3Parts(
             self,
             self._requests,

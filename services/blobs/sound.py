@@ -11,12 +11,12 @@ What is returned may hold a file or a connection until its end or its `aclose`, 
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from blake3 import blake3
 
+from services.blobs.mistrusted import Mistrusted
 from services.blobs.port import BlobStore
 from services.errors import CorruptError, UnavailableError
 from services.streams import from_any, joined
@@ -25,7 +25,6 @@ Place = tuple[str, int]
 """Key and offset."""
 
 _HELD_BYTES = 1 << 20  # as much as one chunk may have
-_REMEMBERED = 1024
 _BEGUN = b""
 """What a generator gives first, so that it has begun before it is handed on."""
 _log = logging.getLogger(__name__)
@@ -36,7 +35,7 @@ class SoundReads:
 
     def __init__(self, blobs: BlobStore) -> None:
         self._blobs = blobs
-        self._wrong: OrderedDict[Place, None] = OrderedDict()
+        self._wrong = Mistrusted[Place]()
 
     async def whole(self, places: Sequence[Place], digest: bytes, size: int) -> AsyncGenerator[bytes, None]:
         """All `size` bytes of the BLAKE3 digest (32 raw bytes), from the first place that has them.
@@ -107,9 +106,7 @@ class SoundReads:
         _log.error(
             "blob %s has other bytes than were acknowledged; `artifact-store verify --bytes` names all", place[0]
         )
-        self._wrong[place] = None
-        if len(self._wrong) > _REMEMBERED:
-            self._wrong.popitem(last=False)
+        self._wrong.add(place)
         return CorruptError(f"blob {place[0]} has other bytes than were acknowledged")
 
 

@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -45,25 +47,31 @@ def pushed(settings: Settings, folder: Path, *more: str) -> str:
     return str(json.loads(output_of(settings, "push", folder, *about, *more))["package_id"])
 
 
+@contextmanager
+def running(
+    settings: Settings, folder: Path, *command: str, stdin: int | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A command whose outputs are pipes; killed at the end of the block, if need be."""
+    environment = command_environment(settings, None, folder)
+    with subprocess.Popen(
+        command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_pull_removes_what_is_not_whole(embedded_settings: Settings, tmp_path: Path, number: signal.Signals) -> None:
     package_id = pushed(embedded_settings, tmp_path / "tree")
     out = tmp_path / "out"
-    environment = command_environment(embedded_settings, None, tmp_path)
-    with subprocess.Popen(
-        [sys.executable, "-c", _PULL, package_id, str(out)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=environment,
-    ) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == b"writing\n"
-            assert [path.name.endswith(".part") for path in out.iterdir()] == [True]
-            process.send_signal(number)
-            _, said = process.communicate(timeout=SECONDS)
-        finally:
-            process.kill()
+    with running(embedded_settings, tmp_path, sys.executable, "-c", _PULL, package_id, str(out)) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"writing\n"
+        assert [path.name.endswith(".part") for path in out.iterdir()] == [True]
+        process.send_signal(number)
+        _, said = process.communicate(timeout=SECONDS)
     assert process.returncode == 1
     assert b"interrupted" in said
     assert list(out.iterdir()) == []
@@ -71,44 +79,27 @@ def test_a_pull_removes_what_is_not_whole(embedded_settings: Settings, tmp_path:
 
 def test_an_addition_that_is_interrupted_waits_for_no_more_input(embedded_settings: Settings, tmp_path: Path) -> None:
     package_id = pushed(embedded_settings, tmp_path / "tree", "--no-finalize")
-    environment = command_environment(embedded_settings, None, tmp_path)
-    with subprocess.Popen(
-        [*COMMAND, "add", package_id, "-", "--path", "b"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=environment,
-    ) as process:
-        try:
-            assert process.stdin is not None
-            process.stdin.write(bytes(300_000))  # more than a pipe holds: it is being read
-            process.stdin.flush()
-            process.send_signal(signal.SIGINT)
-            assert process.wait(SECONDS) == 1, "standard input stays open all the time"
-            assert process.stderr is not None
-            assert b"interrupted" in process.stderr.read()
-        finally:
-            process.kill()
+    adding = (*COMMAND, "add", package_id, "-", "--path", "b")
+    with running(embedded_settings, tmp_path, *adding, stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.write(bytes(300_000))  # more than a pipe holds: it is being read
+        process.stdin.flush()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(SECONDS) == 1, "standard input stays open all the time"
+        assert process.stderr is not None
+        assert b"interrupted" in process.stderr.read()
 
 
 def test_an_addition_takes_what_comes_bit_by_bit(embedded_settings: Settings, tmp_path: Path) -> None:
     package_id = pushed(embedded_settings, tmp_path / "tree", "--no-finalize")
-    environment = command_environment(embedded_settings, None, tmp_path)
     reading, writing = os.pipe()
     pieces = [bytes([n]) * 70_000 for n in range(20)]
-    with subprocess.Popen(
-        [*COMMAND, "add", package_id, "-", "--path", "b", "--json"],
-        stdin=reading,
-        stdout=subprocess.PIPE,
-        env=environment,
-    ) as process:
-        try:
-            os.close(reading)
-            for piece in pieces:
-                os.write(writing, piece)
-            os.close(writing)
-            said, _ = process.communicate(timeout=SECONDS)
-        finally:
-            process.kill()
+    adding = (*COMMAND, "add", package_id, "-", "--path", "b", "--json")
+    with running(embedded_settings, tmp_path, *adding, stdin=reading) as process:
+        os.close(reading)
+        for piece in pieces:
+            os.write(writing, piece)
+        os.close(writing)
+        said, _ = process.communicate(timeout=SECONDS)
     assert json.loads(said)["size_bytes"] == sum(map(len, pieces))
     assert json.loads(said)["content_address"] == f"blake3:{blake3(b''.join(pieces)).hexdigest()}"

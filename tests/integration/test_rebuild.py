@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -43,19 +42,6 @@ from tests.views_history import History, view_rows
 
 REGISTRY = PROJECTIONS["registry"]
 VERIFY = RebuildOptions(verify=True)
-
-
-@pytest.fixture
-async def views(views_url: str) -> AsyncIterator[Views]:
-    async with opened(views_url) as found:
-        yield found
-
-
-@pytest.fixture
-async def reference(tmp_path: Path) -> AsyncIterator[Views]:
-    """A SQLite view beside the one under test, to compare with."""
-    async with opened(f"sqlite+aiosqlite:///{tmp_path}/reference.db") as found:
-        yield found
 
 
 async def schema_of(views: Views) -> Mapping[str, Any]:

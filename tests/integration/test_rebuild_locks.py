@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from uuid import UUID
 
 import pytest
@@ -27,13 +26,6 @@ from tests.views_history import History
 REGISTRY = PROJECTIONS["registry"]
 
 pytestmark = pytest.mark.services
-
-
-@pytest.fixture
-async def reference(tmp_path: Path) -> AsyncIterator[Views]:
-    """A SQLite view beside the one under test, to compare with."""
-    async with opened(f"sqlite+aiosqlite:///{tmp_path}/reference.db") as found:
-        yield found
 
 
 @asynccontextmanager

@@ -116,6 +116,15 @@ class Failing:
         return await self._registry.ingest(package_id, relative_path, *arguments, **more)
 
 
+async def interrupted(registry: Registry, tree: Path) -> tuple[PushState, str]:
+    """The state of a push that failed on its large file, with which it is resumed; a file that it has sent."""
+    failing: Any = Failing(registry, "large.bin")
+    state = PushState(uuid4(), resumed=False, kept=True)
+    with pytest.raises(UnavailableError):
+        await pushed(failing, tree, state=state, concurrency=1)
+    return PushState(state.push_id, resumed=True, kept=True), failing.sent[0]
+
+
 async def test_an_interrupted_push_sends_only_what_is_missing(registry: Registry, tree: Path, tmp_path: Path) -> None:
     failing: Any = Failing(registry, "large.bin")
     state = PushState(uuid4(), resumed=False, kept=True)
@@ -144,16 +153,13 @@ async def test_a_push_whose_last_answer_was_lost_gives_the_first_answer(registry
 
 @pytest.mark.parametrize("change", ["changed", "gone"])
 async def test_a_push_is_not_resumed_with_another_tree(registry: Registry, tree: Path, change: str) -> None:
-    failing: Any = Failing(registry, "large.bin")
-    state = PushState(uuid4(), resumed=False, kept=True)
-    with pytest.raises(UnavailableError):
-        await pushed(failing, tree, state=state, concurrency=1)
-    path = tree / failing.sent[0]
+    state, sent = await interrupted(registry, tree)
+    path = tree / sent
     path.unlink()
     if change == "changed":
         path.write_bytes(b"something else")
     with pytest.raises(ConflictError, match="interrupted push has sent"):
-        await pushed(registry, tree, state=PushState(state.push_id, resumed=True, kept=True))
+        await pushed(registry, tree, state=state)
 
 
 class Lagging:
@@ -181,15 +187,6 @@ class Lagging:
         if self.before_finalizing is not None:
             await self.before_finalizing(package_id)
         return await self._registry.finalize(package_id, *arguments, **more)
-
-
-async def interrupted(registry: Registry, tree: Path) -> tuple[PushState, str]:
-    """The state of a push that failed on its large file, with which it is resumed; a file that it has sent."""
-    failing: Any = Failing(registry, "large.bin")
-    state = PushState(uuid4(), resumed=False, kept=True)
-    with pytest.raises(UnavailableError):
-        await pushed(failing, tree, state=state, concurrency=1)
-    return PushState(state.push_id, resumed=True, kept=True), failing.sent[0]
 
 
 async def test_what_was_sent_and_is_gone_is_noticed_though_the_view_lags(registry: Registry, tree: Path) -> None:

@@ -274,7 +274,6 @@ class PartitionWriter:
         """
         while True:
             staged: list[Staged] = []
-            values: list[bytes] = []
             with self._context.turns:
                 now, size, outcomes = asides.now(), 0, list[_Outcome]()
                 for request in batch:
@@ -284,8 +283,7 @@ class PartitionWriter:
                         size += len(staged[-1].decision.appended[-1].value)
                         if size > MAX_BATCH_BYTES:
                             break
-                if staged:
-                    values = tenure.hand_over(staged)
+                values = tenure.hand_over(staged) if staged else []
             if staged:
                 tenure.commit(values)
                 break
