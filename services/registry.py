@@ -36,6 +36,7 @@ __all__ = [
     "IllegalPackageStateError",
     "PackageNotFoundError",
     "Registry",
+    "find_frozen",
     "open_registry",
 ]
 
@@ -300,6 +301,14 @@ class Registry(ABC):
         poll_seconds: float = 0.1,
     ) -> AsyncIterator[RecordedEvent]:
         """Events behind `since`, up to the end as it was at the call, or for ever when `follow` is set."""
+
+
+async def find_frozen(registry: Registry, manifest: ContentAddress) -> UUID:
+    """The id of the package that is frozen under the manifest of this address. Raises PackageNotFoundError."""
+    page = await registry.list_packages(PackageFilter(manifest_digest=manifest), limit=1)
+    if not page.items:
+        raise PackageNotFoundError(f"no package is frozen under {manifest}")
+    return page.items[0].package_id
 
 
 @asynccontextmanager

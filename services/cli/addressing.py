@@ -10,9 +10,8 @@ from uuid import UUID
 import click
 
 from services.core.content_address import ContentAddress
-from services.errors import InvalidRequestError, PackageNotFoundError
-from services.registry import Registry
-from services.views.models import PackageFilter
+from services.errors import InvalidRequestError
+from services.registry import Registry, find_frozen
 
 if TYPE_CHECKING:
     from services.views.projections import Projection
@@ -48,10 +47,7 @@ async def find_package(registry: Registry, text: str) -> UUID:
     which = package_or_address(text)
     if isinstance(which, UUID):
         return which
-    page = await registry.list_packages(PackageFilter(manifest_digest=which), limit=1)
-    if not page.items:
-        raise PackageNotFoundError(f"no package is frozen under {which}")
-    return page.items[0].package_id
+    return await find_frozen(registry, which)
 
 
 def known_projection(name: str) -> Projection:

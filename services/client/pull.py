@@ -30,12 +30,10 @@ from services.errors import (
     CorruptError,
     IllegalPackageStateError,
     InvalidPathError,
-    PackageNotFoundError,
     UnavailableError,
 )
 from services.manifest import Manifest, ManifestFile, decode
-from services.registry import Registry
-from services.views.models import PackageFilter
+from services.registry import Registry, find_frozen
 
 _logger = logging.getLogger(__name__)
 
@@ -119,10 +117,7 @@ async def read_manifest(registry: Registry, package_id: UUID, address: ContentAd
 
 async def _package(registry: Registry, which: UUID | ContentAddress) -> tuple[UUID, ContentAddress]:
     if isinstance(which, ContentAddress):
-        page = await registry.list_packages(PackageFilter(manifest_digest=which), limit=1)
-        if not page.items:
-            raise PackageNotFoundError(f"no package is frozen under {which}")
-        return page.items[0].package_id, which
+        return await find_frozen(registry, which), which
     package = await registry.get_package(which)
     if package.manifest_digest is None:
         with suppress(IllegalPackageStateError):  # the view may lag: a manifest is waited for up to the log's end
