@@ -187,7 +187,9 @@ async def test_a_blob_that_is_cut_short_while_it_is_read_is_named(scene: Scene) 
     class Shrinking(LocalBlobStore):
         async def size(self, key: str) -> int | None:
             found = await super().size(key)
-            scene.blob("a").write_bytes(b"fir")
+            # Other blobs are looked at beside it: it must not be short before its own size was asked for.
+            if key == content_key(blake3(CONTENT["a"]).digest()):
+                scene.blob("a").write_bytes(b"fir")
             return found
 
     blobs, views = Shrinking(scene.folder / "blobs"), scene.views()
