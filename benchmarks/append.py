@@ -97,7 +97,8 @@ async def _submit_all(writer: KafkaWriter, packages: Sequence[PackageCommands]) 
     async def producer() -> None:
         for package in waiting:
             await writer.submit(package.create)
-            await asyncio.gather(*map(writer.submit, package.ingests))
+            for answer in [writer.submit(command) for command in package.ingests]:
+                await answer
             await writer.submit(package.finalize)
 
     await asyncio.gather(*(producer() for _ in range(UNDER_WAY)))

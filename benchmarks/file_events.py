@@ -139,8 +139,9 @@ def _send(kafka: KafkaSettings, amount: Amount) -> None:
         package = event.package_id
         partition = partition_of(package, kafka.partitions)
         millis = event.created_at // 1000
-        given: list[tuple[str, str | bytes | None]] = list(headers(event))
-        producer.produce(kafka.topic, encode(event), record_key(package), partition, timestamp=millis, headers=given)
+        producer.produce(
+            kafka.topic, encode(event), record_key(package), partition, timestamp=millis, headers=headers(event)
+        )
         if sent % 1000 == 0:
             producer.poll(0)
             if len(producer) > _QUEUE:

@@ -16,6 +16,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from random import Random
 from time import thread_time
@@ -26,19 +27,20 @@ from uuid import UUID
 from confluent_kafka import Producer
 
 from benchmarks.workload import package_commands
-from schemas.headers import CommandHeaders
+from schemas.headers import RecordHeaders
 from services.collector import collect_rarely
 from services.config import Settings
-from services.core.commands import Command
-from services.core.decide import Decision, acknowledge, decide
+from services.core.commands import Command, IngestFiles
+from services.core.decide import Decision, acknowledge, decide, decide_together
 from services.core.limits import Limits
+from services.core.state import PackageState
 from services.log.kafka.partitioner import partition_of
 from services.log.kafka.reader import Reader
 from services.log.kafka.requests import Request, Waiting
 from services.log.kafka.settings import KafkaSettings
 from services.log.kafka.state import PartitionState
 from services.log.kafka.state_file import Place, StateFile
-from services.log.kafka.writer import PartitionWriter, WriterContext
+from services.log.kafka.writer import PartitionWriter, WriterContext, _runs
 
 _PACKAGES = 15
 _FILES = 64
@@ -83,13 +85,13 @@ class _Broker:
 
     def produce(self, decision: Decision) -> None:
         """As a tenure does it."""
-        headers = CommandHeaders(
-            decision.event_type, decision.package_id, decision.command_id, decision.count, decision.created_at
-        )
         topic, key, timestamp = self._kafka.topic, decision.package_id, decision.created_at // 1000
-        for event in decision.appended:
-            attributes = headers.of(event.command_index, event.event_id)
-            self._producer.produce(topic, event.value, key, 0, timestamp=timestamp, headers=attributes)
+        headers = RecordHeaders(decision.event_type, key, decision.created_at)
+        records = zip(decision.event_ids, decision.values, strict=True)
+        for command_id, count in zip(decision.command_ids, decision.counts, strict=True):
+            headers.begin_command(command_id, count)
+            for index, (event_id, value) in enumerate(islice(records, count)):
+                self._producer.produce(topic, value, key, 0, timestamp=timestamp, headers=headers.of(index, event_id))
 
     def flush(self) -> None:
         """Wait until everything is there."""
@@ -106,9 +108,7 @@ async def stages(files_a_command: int, passes: int = _PASSES) -> dict[str, float
         for _ in range(passes):
             packages = [package_commands(draw, _FILES, files_a_command) for _ in range(_PACKAGES)]
             _carry_out(state, [package.create for package in packages])
-            # One command of each package after the other, so that a stage can be timed over several commands.
-            rounds = list(zip(*(package.ingests for package in packages), strict=True))
-            decisions = await _ingest(found, state, rounds)
+            decisions = await _ingest(found, state, [command for package in packages for command in package.ingests])
             _append(found, broker, decisions)
             last = _carry_out(state, [package.finalize for package in packages])
             state.confirm(0, last)
@@ -120,9 +120,8 @@ async def stages(files_a_command: int, passes: int = _PASSES) -> dict[str, float
     return {stage: seconds / (_PACKAGES * _FILES) * 1_000_000 for stage, seconds in found.least.items()}
 
 
-async def _ingest(found: _Stages, state: PartitionState, rounds: Sequence[Sequence[Command]]) -> list[Decision]:
+async def _ingest(found: _Stages, state: PartitionState, commands: Sequence[Command]) -> list[Decision]:
     loop, decisions = asyncio.get_running_loop(), []
-    commands = [command for each in rounds for command in each]
     # Its thread is not started: what it would do is done here.
     writer = PartitionWriter(0, cast("WriterContext", SimpleNamespace(loop=loop, submit_seconds=_SECONDS)))
     waiting: Waiting = writer._waiting
@@ -136,17 +135,20 @@ async def _ingest(found: _Stages, state: PartitionState, rounds: Sequence[Sequen
         while len(batch) < len(commands):
             batch += waiting.take(0) or []
     settled: list[tuple[Request, Any]] = []
-    for start in range(0, len(batch), _PACKAGES):
-        requests = [cast("Any", request) for request in batch[start : start + _PACKAGES]]
+    with found.timed("bring a package's commands together"):
+        runs = _runs(batch)
+    for run in runs:
+        own = [cast("IngestFiles", request.asked) for request in run]
         with found.timed("look up the package's state"):
-            before = [state.package(r.asked.package_id, r.asked.command_id) for r in requests]
+            before = state.package(own[0].package_id)
         with found.timed("decide: rules, ids, digests, Avro, manifest items"):
-            made = [decide(b, r.asked, _NOW, _LIMITS) for b, r in zip(before, requests, strict=True)]
+            made = decide_together(cast("PackageState", before), own, _NOW, _LIMITS)
+        decision = cast("Decision", made)
         with found.timed("fold into the state"):
-            after = [state.accept(b, r.asked, d) for b, r, d in zip(before, requests, made, strict=True)]
+            after = state.accept(before, decision)
         with found.timed("acknowledge"):
-            settled += [(r, acknowledge(a, r.asked)) for r, a in zip(requests, after, strict=True)]
-        decisions += made
+            settled += [(request, acknowledge(after, command)) for request, command in zip(run, own, strict=True)]
+        decisions.append(decision)
     waited = asyncio.gather(*answers)
     with found.timed("settle and wake up"):
         writer._deliver(settled)
@@ -159,7 +161,7 @@ def _append(found: _Stages, broker: _Broker, decisions: Sequence[Decision]) -> N
         for decision in decisions:
             broker.produce(decision)
     broker.flush()
-    values = [event.value for decision in decisions for event in decision.appended]
+    values = [value for decision in decisions for value in decision.values]
     seen: list[bytes | None] = []
     with found.timed("read back and compare"):
         while len(seen) < len(values):
@@ -174,8 +176,8 @@ def _carry_out(state: PartitionState, commands: Sequence[Command]) -> bytes:
     for command in commands:
         package = state.package(command.package_id)
         decision = decide(package, command, _NOW, _LIMITS)
-        state.accept(package, command, decision)
-        value = decision.appended[-1].value
+        state.accept(package, decision)
+        value = decision.values[-1]
     return value
 
 

@@ -36,4 +36,5 @@ def avro_long(number: int) -> bytes:
 
 def avro_text(encoded: bytes) -> bytes:
     """A text in UTF-8: its length in bytes, then it."""
-    return avro_long(len(encoded)) + encoded
+    size = len(encoded)
+    return (_LAST[size << 1] if size < _PAIR >> 1 else avro_long(size)) + encoded

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from struct import Struct
 from typing import Any
 
 import cbor2
@@ -39,8 +39,21 @@ def _text_head(size: int) -> bytes:
     return bytes([head[0] | 0x60]) + head[1:]
 
 
-cbor_integer: Callable[[int], bytes] = cbor2.dumps
-"""An integer by its shortest head."""
+def cbor_integer(number: int) -> bytes:
+    """An integer by its shortest head."""
+    if 0 <= number < _SMALL:
+        return _SMALL_INTEGERS[number]
+    if _TWO_BYTES < number <= _FOUR_BYTES:
+        return _FOUR(0x1A, number)
+    if _FOUR_BYTES < number <= _EIGHT_BYTES:
+        return _EIGHT(0x1B, number)
+    return cbor2.dumps(number)
+
+
+_SMALL = 1 << 12
+_SMALL_INTEGERS = tuple(map(cbor2.dumps, range(_SMALL)))
+_TWO_BYTES, _FOUR_BYTES, _EIGHT_BYTES = (1 << 16) - 1, (1 << 32) - 1, (1 << 64) - 1
+_FOUR, _EIGHT = Struct(">BI").pack, Struct(">BQ").pack
 
 _USUAL_TEXT = 1_025
 _TEXT_HEADS = tuple(_text_head(size) for size in range(_USUAL_TEXT))
@@ -48,7 +61,8 @@ _TEXT_HEADS = tuple(_text_head(size) for size in range(_USUAL_TEXT))
 
 def cbor_array_head(length: int) -> bytes:
     """The head of a definite-length array, so that its items can be encoded one by one."""
-    return cbor2.dumps(length)[:1].translate(_UINT_TO_ARRAY) + cbor2.dumps(length)[1:]
+    head = cbor_integer(length)
+    return head[:1].translate(_UINT_TO_ARRAY) + head[1:]
 
 
 _UINT_TO_ARRAY = bytes((b & 0x1F) | 0x80 for b in range(256))

@@ -10,7 +10,7 @@ A new version of an event is a new schema file plus an entry in `_DECODERS`; old
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from io import BytesIO
@@ -43,14 +43,16 @@ class UndecodableEventError(ValueError):
 
 
 @dataclass(slots=True)
-class EncodedEvent:
-    """An event as it is appended: its id as text, its record value, its chain digest. Not frozen: many are made."""
+class EncodedEvents:
+    """Events of one package as they are appended, one after the other: ids as text, record values, chain digests.
 
-    event_id: bytes
-    command_index: int
-    sequence: int
-    value: bytes
-    digest: bytes
+    In columns, because an object for each event would cost as much as a digest of it.
+    """
+
+    first_sequence: int
+    event_ids: Sequence[bytes]
+    values: Sequence[bytes]
+    digests: Sequence[bytes]
 
 
 ResolveSchemaId = Callable[[int], bytes]

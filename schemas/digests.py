@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from blake3 import blake3
 
 from schemas.canonical import ordered_cbor
 from schemas.events import Event, FileIngested, PackageCreated, PackageFinalized, payload_map
+
+DIGEST_BYTES = 32
 
 
 def payload_digest(payload: PackageCreated | FileIngested) -> bytes:
@@ -49,6 +53,11 @@ def chain_digest(
 def manifest_digest(manifest: bytes) -> bytes:
     """BLAKE3 over the manifest's canonical CBOR (32 bytes)."""
     return blake3(manifest).digest()
+
+
+def items_digest(items: Iterable[bytes]) -> bytes:
+    """BLAKE3 over files' items in a manifest, which say everything that a producer said of the files (32 bytes)."""
+    return blake3(b"".join(items)).digest()
 
 
 def payload_digest_holds(event: Event) -> bool | None:

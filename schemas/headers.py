@@ -6,77 +6,67 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from functools import cache, lru_cache
+from functools import lru_cache
 
 from schemas.events import Event
 
 CONTENT_TYPE = b"avro/binary"
 SOURCE = b"artifact-store"
 
-_CONTENT_TYPE = ("content-type", CONTENT_TYPE)
-_SPECVERSION = ("ce_specversion", b"1.0")
-_SOURCE = ("ce_source", SOURCE)
 
-
-Headers = list[tuple[str, str | bytes | None]]
-"""As the Kafka client wants them to be typed; the values are bytes."""
+Headers = dict[str, str | bytes | None]
+"""By name, in a fixed order; typed as the Kafka client has them, the values are bytes."""
 
 
 def headers(event: Event, traceparent: str | None = None) -> Headers:
-    """The headers of the event's record, names in a fixed order; `traceparent` as W3C Trace Context has it."""
-    shared = CommandHeaders(
-        event.event_type,
-        str(event.package_id).encode(),
-        str(event.command_id).encode(),
-        event.command_count,
-        event.created_at,
-        traceparent,
-    )
-    return shared.of(event.command_index, str(event.event_id).encode())
+    """The headers of the event's record; `traceparent` as W3C Trace Context has it."""
+    found = RecordHeaders(event.event_type, str(event.package_id).encode(), event.created_at)
+    found.begin_command(str(event.command_id).encode(), event.command_count, traceparent)
+    return found.of(event.command_index, str(event.event_id).encode())
 
 
-class CommandHeaders:
-    """The headers of all events of one command, in which two values differ. Identifiers are text."""
+class RecordHeaders:
+    """The headers of events of one type, package and time, one after the other. Identifiers are text."""
 
-    __slots__ = ("_before", "_behind", "_between")
+    __slots__ = ("_headers",)
 
-    def __init__(
-        self,
-        event_type: str,
-        package_id: bytes,
-        command_id: bytes,
-        command_count: int,
-        created_at: int,
-        traceparent: str | None = None,
-    ) -> None:
-        kind, version, type_ = _of_type(event_type)
-        self._before = kind, version, ("command_id", command_id)
-        self._between = ("command_count", b"%d" % command_count), _CONTENT_TYPE, _SPECVERSION
-        self._behind: Headers = [_SOURCE, type_, ("ce_subject", package_id), ("ce_time", _rfc3339(created_at))]
+    def __init__(self, event_type: str, package_id: bytes, created_at: int) -> None:
+        kind, version = split_type(event_type)
+        self._headers: Headers = {
+            "event_type": kind.encode(),
+            "event_version": version.encode(),
+            "command_id": None,
+            "command_index": None,
+            "command_count": None,
+            "content-type": CONTENT_TYPE,
+            "ce_specversion": b"1.0",
+            "ce_id": None,
+            "ce_source": SOURCE,
+            "ce_type": event_type.encode(),
+            "ce_subject": package_id,
+            "ce_time": _rfc3339(created_at),
+        }
+
+    def begin_command(self, command_id: bytes, command_count: int, traceparent: str | None = None) -> None:
+        """The events of this command are next."""
+        found = self._headers
+        found["command_id"], found["command_count"] = command_id, b"%d" % command_count
         if traceparent is not None:
-            self._behind.append(("traceparent", traceparent.encode()))
+            found["traceparent"] = traceparent.encode()
+        elif "traceparent" in found:
+            del found["traceparent"]
 
     def of(self, command_index: int, event_id: bytes) -> Headers:
-        """The headers of one of them."""
-        return [
-            *self._before,
-            ("command_index", b"%d" % command_index),
-            *self._between,
-            ("ce_id", event_id),
-            *self._behind,
-        ]
+        """The headers of one event, which change with the next call."""
+        found = self._headers
+        found["command_index"], found["ce_id"] = b"%d" % command_index, event_id
+        return found
 
 
 def split_type(event_type: str) -> tuple[str, str]:
     """`v1.file.ingested` → (`file.ingested`, `1`)."""
     version, _, kind = event_type.partition(".")
     return kind, version.removeprefix("v")
-
-
-@cache
-def _of_type(event_type: str) -> tuple[tuple[str, bytes], tuple[str, bytes], tuple[str, bytes]]:
-    kind, version = split_type(event_type)
-    return ("event_type", kind.encode()), ("event_version", version.encode()), ("ce_type", event_type.encode())
 
 
 @lru_cache(8)

@@ -11,6 +11,7 @@ from binascii import hexlify
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import Protocol
 from uuid import UUID
 
@@ -19,7 +20,8 @@ from blake3 import blake3
 from schemas import identifiers
 from schemas.avro import avro_long, avro_text
 from schemas.canonical import cbor_integer, cbor_text
-from schemas.codec import EncodedEvent, framing
+from schemas.codec import EncodedEvents, framing
+from schemas.digests import DIGEST_BYTES
 from schemas.events import FILE_INGESTED
 
 _PIECE = b"%b"
@@ -69,7 +71,6 @@ _TOGETHER = 4
 """For so many files it is faster to make all identifiers at once than one after the other."""
 
 _EVENT_TYPE = FILE_INGESTED.encode()
-_DIGEST_BYTES = 32
 _IDENTIFIER_AVRO = b"\x48"
 _FRAMING = framing(FILE_INGESTED) + _IDENTIFIER_AVRO
 
@@ -112,134 +113,149 @@ class PackagePieces:
 
 
 @dataclass(slots=True)
-class EncodedIngested(EncodedEvent):
-    """With the file's items in the manifest, in canonical CBOR."""
+class EncodedIngested(EncodedEvents):
+    """With the files' items in the manifest, in canonical CBOR."""
 
-    manifest_item: bytes
-    receipt_item: bytes
+    manifest_items: Sequence[bytes]
+    receipt_items: Sequence[bytes]
+
+
+CommandFiles = tuple[bytes, str, Sequence[File], int]
+"""Of a command that ingests files: its id as text, its actor, its last files, how many files it has in all."""
 
 
 def ingested(
-    package: PackagePieces,
-    files: Sequence[File],
-    *,
-    actor: str,
-    command_id: bytes,
-    created_at: int,
-    index: int,
-    count: int,
-    sequence: int,
-    digest: bytes,
-) -> list[EncodedIngested]:
-    """The events of one command, each linked to the one before it.
+    package: PackagePieces, commands: Sequence[CommandFiles], *, created_at: int, sequence: int, digest: bytes
+) -> EncodedIngested:
+    """The events of commands of one package, one after the other, each event linked to the one before it.
 
-    `sequence` and `digest` are those of the package's last event, `index` of `count` is the first file's; `command_id`
-    is text. Raises ValueError for a digest of another length, a number that is no Avro long, a text with a surrogate.
+    `sequence` and `digest` are those of the package's last event. Raises ValueError for a digest of another length, a
+    number that is no Avro long, a text with a surrogate.
     """
     created_avro, created_cbor = _time(created_at)
-    actor_avro, actor_cbor, _ = _text(actor)
-    namespace, package_avro, package_chain = package.namespace, package.avro, package.chain
-    command_avro = b"%b%b\x48%b" % (created_avro, actor_avro, command_id)
-    command_chain = b"%b%b\x78\x24%b\x58\x20" % (created_cbor, actor_cbor, command_id)
-    count_avro = avro_long(count)
-    made = _identifiers(namespace, sequence, files) if len(files) >= _TOGETHER else None
+    package_avro, package_chain = package.avro, package.chain
+    everything = [file for _, _, files, _ in commands for file in files]
+    paths = [file.relative_path.encode() for file in everything]
+    keys = [file.key.encode() for file in everything]
+    identify = _identifiers if len(everything) >= _TOGETHER else _identifiers_singly
+    event_ids, file_ids, location_ids = identify(package.namespace, sequence, everything, paths, keys)
+    found = EncodedIngested(sequence + 1, event_ids, values := [], digests := [], items := [], receipts := [])
+    rows = zip(everything, paths, keys, event_ids, file_ids, location_ids, strict=True)
     media_type = backend_id = None
-    found = []
-    for place, file in enumerate(files):
-        path, key = file.relative_path.encode(), file.key.encode()
-        blake3_digest, sha256_digest = file.blake3, file.sha256
-        if not len(blake3_digest) == len(sha256_digest) == len(digest) == _DIGEST_BYTES:
-            raise ValueError("a digest has not 32 bytes")
-        size, offset, length, stored_at = file.size_bytes, file.offset, file.length, file.stored_at
-        # Mostly those of the file before.
-        if file.media_type != media_type:
-            media_type = file.media_type
-            media_avro, media, _ = _text(media_type)
-        if file.backend_id != backend_id:
-            backend_id = file.backend_id
-            backend_avro, backend, backend_text = _text(backend_id)
-        sequence += 1
-
-        if made is not None:
-            event_id, file_id, location_id = made[0][place], made[1][place], made[2][place]
-        else:
-            event_id = identifiers.event_text(namespace, sequence)
-            file_id = identifiers.file_text(namespace, path)
-            location_id = identifiers.location_text(file_id, backend_text, key, offset, length)
-
-        path_cbor, key_cbor, size_cbor = cbor_text(path), cbor_text(key), cbor_integer(size)
-        offset_cbor, stored_cbor, size_avro = cbor_integer(offset), cbor_integer(stored_at), avro_long(size)
-        # The same number for every file that is not packed with others.
-        length_cbor, length_avro = (
-            (size_cbor, size_avro) if length == size else (cbor_integer(length), avro_long(length))
-        )
-        payload = _PAYLOAD % (
-            blake3_digest,
-            sha256_digest,
-            file_id,
-            key_cbor,
-            length_cbor,
-            offset_cbor,
-            stored_cbor,
-            backend,
-            location_id,
-            media,
-            size_cbor,
-            path_cbor,
-        )
-        payload_digest = blake3(payload).digest()
-        value = b"".join(
-            (
-                _FRAMING,
-                event_id,
-                package_avro,
-                avro_long(sequence),
-                command_avro,
-                avro_long(index),
-                count_avro,
-                payload_digest,
-                digest,
-                _IDENTIFIER_AVRO,
-                file_id,
-                avro_text(path),
-                media_avro,
-                size_avro,
+    for command_id, actor, files, count in commands:
+        actor_avro, actor_cbor, _ = _text(actor)
+        command_avro = b"%b%b\x48%b" % (created_avro, actor_avro, command_id)
+        command_chain = b"%b%b\x78\x24%b\x58\x20" % (created_cbor, actor_cbor, command_id)
+        index, count_avro = count - len(files), avro_long(count)
+        for file, path, key, event_id, file_id, location_id in islice(rows, len(files)):
+            blake3_digest, sha256_digest = file.blake3, file.sha256
+            if not len(blake3_digest) == len(sha256_digest) == len(digest) == DIGEST_BYTES:
+                raise ValueError("a digest has not 32 bytes")
+            size, offset, length, stored_at = file.size_bytes, file.offset, file.length, file.stored_at
+            # Mostly those of the file before.
+            if file.media_type != media_type:
+                media_type = file.media_type
+                media_avro, media, _ = _text(media_type)
+            if file.backend_id != backend_id:
+                backend_id = file.backend_id
+                backend_avro, backend, _ = _text(backend_id)
+            sequence += 1
+            path_cbor, key_cbor, size_cbor = cbor_text(path), cbor_text(key), cbor_integer(size)
+            offset_cbor, stored_cbor, size_avro = cbor_integer(offset), cbor_integer(stored_at), avro_long(size)
+            # The same number for every file that is not packed with others.
+            length_cbor, length_avro = (
+                (size_cbor, size_avro) if length == size else (cbor_integer(length), avro_long(length))
+            )
+            payload = _PAYLOAD % (
                 blake3_digest,
                 sha256_digest,
-                _IDENTIFIER_AVRO,
+                file_id,
+                key_cbor,
+                length_cbor,
+                offset_cbor,
+                stored_cbor,
+                backend,
                 location_id,
-                backend_avro,
-                avro_text(key),
-                avro_long(offset),
-                length_avro,
-                avro_long(stored_at),
+                media,
+                size_cbor,
+                path_cbor,
             )
-        )
-        link = (package_chain, cbor_integer(sequence), command_chain, payload_digest, _DIGEST_CBOR, digest)
-        digest = blake3(b"".join(link)).digest()
-        item = _MANIFEST_ITEM % (hexlify(blake3_digest), hexlify(sha256_digest), file_id, media, size_cbor, path_cbor)
-        receipt = _RECEIPT_ITEM % (key_cbor, length_cbor, offset_cbor, file_id, stored_cbor, backend, location_id)
-        found.append(EncodedIngested(event_id, index, sequence, value, digest, item, receipt))
-        index += 1
+            payload_digest = blake3(payload).digest()
+            values.append(
+                b"".join(
+                    (
+                        _FRAMING,
+                        event_id,
+                        package_avro,
+                        avro_long(sequence),
+                        command_avro,
+                        avro_long(index),
+                        count_avro,
+                        payload_digest,
+                        digest,
+                        _IDENTIFIER_AVRO,
+                        file_id,
+                        avro_text(path),
+                        media_avro,
+                        size_avro,
+                        blake3_digest,
+                        sha256_digest,
+                        _IDENTIFIER_AVRO,
+                        location_id,
+                        backend_avro,
+                        avro_text(key),
+                        avro_long(offset),
+                        length_avro,
+                        avro_long(stored_at),
+                    )
+                )
+            )
+            link = (package_chain, cbor_integer(sequence), command_chain, payload_digest, _DIGEST_CBOR, digest)
+            digest = blake3(b"".join(link)).digest()
+            digests.append(digest)
+            items.append(
+                _MANIFEST_ITEM % (hexlify(blake3_digest), hexlify(sha256_digest), file_id, media, size_cbor, path_cbor)
+            )
+            receipts.append(
+                _RECEIPT_ITEM % (key_cbor, length_cbor, offset_cbor, file_id, stored_cbor, backend, location_id)
+            )
+            index += 1
     return found
 
 
+_Identifiers = tuple[list[bytes], list[bytes], list[bytes]]
+"""The texts of the identifiers of events, files and locations; see `schemas.identifiers`."""
+
+
 def _identifiers(
-    namespace: bytes, sequence: int, files: Sequence[File]
-) -> tuple[list[bytes], list[bytes], list[bytes]]:
-    """The texts of the identifiers of events, files and locations; see `schemas.identifiers`."""
+    namespace: bytes, sequence: int, files: Sequence[File], paths: Sequence[bytes], keys: Sequence[bytes]
+) -> _Identifiers:
     count = len(files)
-    names = [b"%bfile:%b" % (namespace, file.relative_path.encode()) for file in files]
+    names = [b"%bfile:%b" % (namespace, path) for path in paths]
     names += [b"%b%d" % (namespace, number) for number in range(sequence + 1, sequence + 1 + count)]
     numbers, texts = identifiers.derived_all(names)
     _, locations = identifiers.derived_all(
         [
             b"%blocation:%b:%b:%d:%d"
-            % (numbers[at : at + 16], file.backend_id.encode(), file.key.encode(), file.offset, file.length)
-            for at, file in zip(range(0, len(numbers), identifiers.DERIVED_BYTES), files, strict=False)
+            % (numbers[at : at + 16], _text(file.backend_id)[2], key, file.offset, file.length)
+            for at, file, key in zip(range(0, len(numbers), identifiers.DERIVED_BYTES), files, keys, strict=False)
         ]
     )
     return texts[count:], texts[:count], locations
+
+
+def _identifiers_singly(
+    namespace: bytes, sequence: int, files: Sequence[File], paths: Sequence[bytes], keys: Sequence[bytes]
+) -> _Identifiers:
+    file_ids = [identifiers.file_text(namespace, path) for path in paths]
+    return (
+        [identifiers.event_text(namespace, number) for number in range(sequence + 1, sequence + 1 + len(files))],
+        file_ids,
+        [
+            identifiers.location_text(file_id, _text(file.backend_id)[2], key, file.offset, file.length)
+            for file_id, file, key in zip(file_ids, files, keys, strict=True)
+        ],
+    )
 
 
 @lru_cache(_CACHED)

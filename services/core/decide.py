@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from uuid import UUID
 
 import cbor2
 
 from schemas import identifiers
-from schemas.codec import EncodedEvent, decode, encode
-from schemas.digests import event_digest, manifest_digest, payload_digest
+from schemas.codec import EncodedEvents, decode, encode
+from schemas.digests import DIGEST_BYTES, event_digest, items_digest, manifest_digest, payload_digest
 from schemas.events import (
     FILE_INGESTED,
     NO_DIGEST,
@@ -36,9 +37,9 @@ from services.core.evolve import evolve
 from services.core.fields import check_metadata_size, check_text
 from services.core.limits import EVENT_OVERHEAD_BYTES, Limits
 from services.core.manifest import item_file_id, manifest_pieces
-from services.core.paths import check_path
+from services.core.paths import check_paths
 from services.core.retention import retention_class
-from services.core.state import CREATED, CommandState, FileState, PackageState
+from services.core.state import CREATED, CommandState, PackageState, file_states
 from services.errors import (
     CommandReusedError,
     CorruptError,
@@ -53,30 +54,48 @@ from services.errors import (
 
 @dataclass(slots=True)
 class Decision:
-    """The events to append, none when the log has them all already; all of one type.
+    """What commands of one package become: events to append, none when the log has them all already; all of one type.
 
-    `created_at` is their time, `package_id` and `command_id` are text. `ingested` are the same events if they ingest
-    files. `claim_check` is a manifest that must be durable under its content-addressed key before.
+    `created_at` is their time, `package_id` and `command_ids` are text. `claim_check` is a manifest that must be
+    durable under its content-addressed key before.
     """
 
-    appended: Sequence[EncodedEvent] = ()
     event_type: str = ""
     created_at: int = 0
     package_id: bytes = b""
-    command_id: bytes = b""
-    count: int = 0
-    ingested: Sequence[EncodedIngested] = ()
+    commands: Sequence[Command] = ()
+    command_ids: Sequence[bytes] = ()
+    done: int = 0
+    """How many events of the command, which is the only one then, the log has already."""
+    appended: EncodedEvents | None = None
+    event: Event | None = None
+    """What is appended, if it is one event that ingests no file."""
     claim_check: bytes | None = None
 
     @property
     def events(self) -> tuple[Event, ...]:
-        """The events, read from their records."""
-        return tuple(decode(appended.value) for appended in self.appended)
+        """The events, those that ingest files read from their records."""
+        return tuple(map(decode, self.values)) if self.event is None else (self.event,)
+
+    @property
+    def counts(self) -> Sequence[int]:
+        """How many events each command becomes in all."""
+        return [len(command.files) if isinstance(command, IngestFiles) else 1 for command in self.commands]
+
+    @property
+    def event_ids(self) -> Sequence[bytes]:
+        """Their identifiers, as text."""
+        return () if self.appended is None else self.appended.event_ids
+
+    @property
+    def values(self) -> Sequence[bytes]:
+        """Their records' values."""
+        return () if self.appended is None else self.appended.values
 
     @property
     def digests(self) -> tuple[bytes, ...]:
         """Their chain digests."""
-        return tuple(appended.digest for appended in self.appended)
+        return () if self.appended is None else tuple(self.appended.digests)
 
 
 def decide(state: PackageState | None, command: Command, now: int, limits: Limits) -> Decision:
@@ -96,42 +115,63 @@ def decide(state: PackageState | None, command: Command, now: int, limits: Limit
         raise PushBackError(f"package {command.package_id} waits for the retry of a command that is not whole", 1.0)
     match command:
         case IngestFiles():
-            return _ingest(_require_open(state, command.package_id), command, known, now, limits)
+            done = known.done if known is not None else 0
+            return _ingest(_require_open(state, command.package_id), [command], done, now, limits)
         case CreatePackage():
             return _create(state, command, now, limits)
         case FinalizePackage():
             return _finalize(_require_open(state, command.package_id), command, now, limits)
 
 
-def accept(state: PackageState | None, command: Command, decision: Decision) -> PackageState:
+def decide_together(state: PackageState, commands: Sequence[IngestFiles], now: int, limits: Limits) -> Decision | None:
+    """What commands of one package become that `decide` would take one after the other, in a third of the time.
+
+    None if one of them is a retry, or others wait for one. Raises as `decide` when one of them, whichever it is, would
+    be refused. Then each is to be decided by itself.
+    """
+    new = {command.command_id for command in commands}
+    if len(new) < len(commands) or state.unfinished is not None or not new.isdisjoint(state.commands):
+        return None
+    return _ingest(_require_open(state, state.package_id), commands, 0, now, limits)
+
+
+def accept(state: PackageState | None, decision: Decision) -> PackageState:
     """The state after the events of a decision that was made on it: what `evolve` would give for one after the other.
 
     The state is changed in place and returned. Raises CorruptError when the decision was made on another one.
     """
     appended = decision.appended
-    if not appended:
+    if not isinstance(appended, EncodedIngested):
+        if appended is not None and decision.event is not None:
+            return evolve(state, decision.event, appended.digests[0])
         if state is None:
             raise CorruptError("a command without a package became nothing")
         return state
-    if state is None or not isinstance(command, IngestFiles):
-        return evolve(state, decode(appended[0].value), appended[0].digest)
-    first, last = appended[0], appended[-1]
-    if first.sequence != state.sequence + 1:
-        raise CorruptError(f"package {command.package_id}: event {first.sequence} follows event {state.sequence}")
-    known = state.commands.get(command.command_id)
-    if known is None:
-        known = state.commands[command.command_id] = CommandState(FILE_INGESTED, command.actor, decision.count)
-    files, paths = state.files, known.paths
-    for file, event in zip(command.files[known.done :], decision.ingested, strict=True):
-        path = file.relative_path
-        files[path] = FileState(
-            command.command_id, event.sequence, event.digest, event.manifest_item, event.receipt_item
-        )
-        paths.append(path)
-        state.total_bytes += file.size_bytes
-    known.done = known.count
-    known.last_sequence = state.sequence = last.sequence
-    known.last_digest = state.digest = last.digest
+    package = decision.package_id.decode()
+    if state is None:
+        raise CorruptError(f"package {package}: event {appended.first_sequence} precedes its creation")
+    if appended.first_sequence != state.sequence + 1:
+        raise CorruptError(f"package {package}: event {appended.first_sequence} follows event {state.sequence}")
+    sequence, digests, done, at = state.sequence, appended.digests, decision.done, 0
+    paths: list[str] = []
+    for command in decision.commands:
+        files = _files(command)[done:]
+        own = [file.relative_path for file in files]
+        paths += own
+        state.total_bytes += sum([file.size_bytes for file in files])
+        at += len(own)
+        known = state.commands.get(command.command_id) if done else None
+        if known is None:
+            last = sequence + at, digests[at - 1]
+            state.commands[command.command_id] = CommandState(
+                FILE_INGESTED, command.actor, len(own), len(own), *last, own
+            )
+        else:
+            known.done, known.last_sequence, known.last_digest = known.count, sequence + at, digests[at - 1]
+            known.paths += own
+    kept = zip(count(sequence + 1), digests, appended.manifest_items, appended.receipt_items, strict=False)
+    state.files.update(zip(paths, file_states(kept), strict=True))
+    state.sequence, state.digest = sequence + at, digests[-1]
     state.unfinished = None
     state.last_event_at = decision.created_at
     return state
@@ -141,8 +181,7 @@ def acknowledge(state: PackageState, command: Command) -> Acknowledgement:
     """The answer to a command all of whose events the state holds."""
     done = state.commands[command.command_id]
     if isinstance(command, IngestFiles):
-        kept = state.files
-        files = tuple([_ingested(kept[file.relative_path], file) for file in command.files])
+        files = _answered(state, done, command) if done.answered else _ingested(state, command)
         return Acknowledgement(command.package_id, done.last_sequence, done.last_digest, files)
     return Acknowledgement(
         command.package_id,
@@ -179,36 +218,31 @@ def _create(state: PackageState | None, command: CreatePackage, now: int, limits
     return _single(command, PACKAGE_CREATED, payload, payload_digest(payload), now, 0, NO_DIGEST)
 
 
-def _ingest(
-    state: PackageState, command: IngestFiles, known: CommandState | None, now: int, limits: Limits
-) -> Decision:
-    done = known.done if known is not None else 0
-    check_text("actor", command.actor)
-    files, count = command.files, len(command.files)
-    if not files:
+def _ingest(state: PackageState, commands: Sequence[IngestFiles], done: int, now: int, limits: Limits) -> Decision:
+    left = [command.files[done:] if done else command.files for command in commands]
+    files = list(chain.from_iterable(left))
+    for actor in {command.actor for command in commands}:
+        check_text("actor", actor)
+    if not all(command.files for command in commands):
         raise InvalidRequestError("a command must ingest at least one file")
-    for file in files:
-        check_text("media_type", file.media_type)
-        if file.size_bytes > limits.max_file_bytes:
-            raise TooLargeError(f"a file is {file.size_bytes:,} bytes; the limit is {limits.max_file_bytes:,}")
-    left = files[done:] if done else files
-    _check_paths(state, [file.relative_path for file in left], limits)
+    for media_type in {file.media_type for file in files}:
+        check_text("media_type", media_type)
+    largest = max([file.size_bytes for file in files])
+    if largest > limits.max_file_bytes:
+        raise TooLargeError(f"a file is {largest:,} bytes; the limit is {limits.max_file_bytes:,}")
+    _check_paths(state, [file.relative_path for file in files], limits)
     pieces = state.pieces
     if pieces is None:
         pieces = state.pieces = PackagePieces(state.package_id)
-    command_text = str(command.command_id).encode()
-    events = ingested(
+    command_ids = [identifiers.text_of(command.command_id) for command in commands]
+    appended = ingested(
         pieces,
-        left,
-        actor=command.actor,
-        command_id=command_text,
+        [(text, c.actor, own, len(c.files)) for text, c, own in zip(command_ids, commands, left, strict=True)],
         created_at=now,
-        index=done,
-        count=count,
         sequence=state.sequence,
         digest=state.digest,
     )
-    return Decision(events, FILE_INGESTED, now, pieces.text, command_text, count, events)
+    return Decision(FILE_INGESTED, now, pieces.text, commands, command_ids, done, appended)
 
 
 def _finalize(state: PackageState, command: FinalizePackage, now: int, limits: Limits) -> Decision:
@@ -246,9 +280,9 @@ def _single(
         previous_digest=previous,
         payload=payload,
     )
-    appended = EncodedEvent(str(event.event_id).encode(), 0, event.sequence, encode(event), event_digest(event))
-    package_id, command_id = str(event.package_id).encode(), str(event.command_id).encode()
-    return Decision([appended], event_type, now, package_id, command_id, 1)
+    event_id, package_id, command_id = map(identifiers.text_of, (event.event_id, event.package_id, event.command_id))
+    appended = EncodedEvents(event.sequence, [event_id], [encode(event)], [event_digest(event)])
+    return Decision(event_type, now, package_id, [command], [command_id], 0, appended, event)
 
 
 def _require_open(state: PackageState | None, package_id: UUID) -> PackageState:
@@ -260,14 +294,15 @@ def _require_open(state: PackageState | None, package_id: UUID) -> PackageState:
 
 
 def _check_paths(state: PackageState, relative_paths: Sequence[str], limits: Limits) -> None:
-    files = state.files
-    seen: set[str] = set()
-    for path in relative_paths:
-        check_path(path)
-        if path in files or path in seen:
-            raise DuplicateRelativePathError(f"package {state.package_id} holds {path!r} already")
-        seen.add(path)
-    if len(files) + len(seen) > limits.max_files_per_package:
+    check_paths(relative_paths)
+    files, new = state.files, set(relative_paths)
+    if len(new) < len(relative_paths) or not new.isdisjoint(files):
+        seen: set[str] = set()
+        for path in relative_paths:
+            if path in files or path in seen:
+                raise DuplicateRelativePathError(f"package {state.package_id} holds {path!r} already")
+            seen.add(path)
+    if len(files) + len(new) > limits.max_files_per_package:
         raise TooLargeError(f"a package holds at most {limits.max_files_per_package:,} files")
 
 
@@ -284,14 +319,29 @@ def _known(state: PackageState, command: Command) -> CommandState | None:
             same = known.event_type == PACKAGE_CREATED and asked == was
         case IngestFiles():
             same = known.event_type == FILE_INGESTED and known.count == len(command.files)
-            same = same and all(
-                _same_file(state, path, file) for path, file in zip(known.paths, command.files, strict=False)
-            )
+            same = same and _same_files(state, known, command)
         case FinalizePackage():
             same = known.event_type == PACKAGE_FINALIZED
     if not same or known.actor != command.actor:
         raise CommandReusedError(f"command id {command.command_id} was used before with another request")
     return known
+
+
+def _same_files(state: PackageState, known: CommandState, command: IngestFiles) -> bool:
+    """Whether they are those of the command that is known, as far as it came."""
+    at = 0
+    for answered in known.answered:
+        files = command.files[at : at + len(answered.event_digests) // DIGEST_BYTES]
+        if items_digest(_items(state, files)) != answered.items_digest:
+            return False
+        at += len(files)
+    return all(_same_file(state, path, file) for path, file in zip(known.paths, command.files, strict=False))
+
+
+def _items(state: PackageState, files: Sequence[StoredFile]) -> Sequence[bytes]:
+    """Their items in the manifest."""
+    pieces = PackagePieces(state.package_id)
+    return ingested(pieces, [(b"", "", files, len(files))], created_at=0, sequence=0, digest=NO_DIGEST).manifest_items
 
 
 def _same_file(state: PackageState, path: str, file: StoredFile) -> bool:
@@ -305,14 +355,33 @@ def _same_file(state: PackageState, path: str, file: StoredFile) -> bool:
     )
 
 
-def _ingested(kept: FileState, file: StoredFile) -> IngestedFile:
-    """What became of the file, which is the same in the command as in the log."""
-    return IngestedFile(
-        item_file_id(kept.manifest_item),
-        file.relative_path,
-        file.size_bytes,
-        file.blake3,
-        file.sha256,
-        kept.sequence,
-        kept.event_digest,
+def _ingested(state: PackageState, command: IngestFiles) -> tuple[IngestedFile, ...]:
+    """What became of the files, which is the same in the command as in the log."""
+    of_package, found = state.files, []
+    for file in command.files:
+        path = file.relative_path
+        sequence, event_digest, item, _ = of_package[path]
+        values = item_file_id(item), path, file.size_bytes, file.blake3, file.sha256, sequence, event_digest
+        found.append(IngestedFile(*values))
+    return tuple(found)
+
+
+def _answered(state: PackageState, done: CommandState, command: IngestFiles) -> tuple[IngestedFile, ...]:
+    """The same, from what is left of them."""
+    digests = b"".join(answered.event_digests for answered in done.answered)
+    return tuple(
+        IngestedFile(
+            identifiers.file_id(state.package_id, file.relative_path),
+            file.relative_path,
+            file.size_bytes,
+            file.blake3,
+            file.sha256,
+            done.last_sequence - done.count + place + 1,
+            digests[place * DIGEST_BYTES : (place + 1) * DIGEST_BYTES],
+        )
+        for place, file in enumerate(command.files)
     )
+
+
+def _files(command: Command) -> tuple[StoredFile, ...]:
+    return command.files if isinstance(command, IngestFiles) else ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 from schemas.canonical import canonical_cbor, cbor_array_head, ordered_cbor
 from schemas.events import FileIngested
@@ -44,7 +44,7 @@ def item_file_id(item: bytes) -> Identifier:
     return Identifier(item[_FILE_ID].decode())
 
 
-def manifest_pieces(state: PackageState, finalized_at: int) -> Iterator[bytes]:
+def manifest_pieces(state: PackageState, finalized_at: int) -> Sequence[bytes]:
     """The manifest of the package as it stands, in pieces of canonical CBOR; `finalized_at` in µs since 1970.
 
     The map's keys come in canonical order: by the length of their text, then by its bytes.
@@ -63,11 +63,11 @@ def manifest_pieces(state: PackageState, finalized_at: int) -> Iterator[bytes]:
     }
     # UTF-8 keeps the order of code points, and Python compares strings by code points.
     files = [state.files[path] for path in sorted(state.files)]
-    yield b"\xa4" + canonical_cbor("files") + cbor_array_head(len(files))
-    for file in files:
-        yield file.manifest_item
-    yield canonical_cbor("package") + canonical_cbor(package)
-    yield canonical_cbor("manifest_version") + canonical_cbor(MANIFEST_VERSION)
-    yield canonical_cbor("storage_receipts") + cbor_array_head(len(files))
-    for file in files:
-        yield file.receipt_item
+    return [
+        b"\xa4" + canonical_cbor("files") + cbor_array_head(len(files)),
+        *[file.manifest_item for file in files],
+        canonical_cbor("package") + canonical_cbor(package),
+        canonical_cbor("manifest_version") + canonical_cbor(MANIFEST_VERSION),
+        canonical_cbor("storage_receipts") + cbor_array_head(len(files)),
+        *[file.receipt_item for file in files],
+    ]

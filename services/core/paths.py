@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 
 from services.core.fields import holds_control
 from services.errors import InvalidPathError
@@ -12,14 +13,25 @@ MAX_PATH_BYTES = 1024
 
 _NO_SEGMENTS = frozenset({"", ".", ".."})
 
+_SEGMENT = "[ -\\-0-~][ -.0-~]*+"
+_PLAIN = f"{_SEGMENT}(?:/{_SEGMENT})*+"
+_PLAIN_PATH = re.compile(_PLAIN)
+"""A path that surely keeps all rules but that of length: ASCII, no segment empty or with a dot first."""
+_PLAIN_LINES = re.compile(f"{_PLAIN}(?:\n{_PLAIN})*+")
 
-_PLAIN = re.compile("[ -\\-0-~][ -.0-~]*+(?:/[ -\\-0-~][ -.0-~]*+)*+")
-"""Paths that surely keep all rules but that of length: ASCII, no segment empty or with a dot first."""
+
+def check_paths(paths: Sequence[str]) -> None:
+    """Raise InvalidPathError, naming the rule, unless all of them may be files' relative paths."""
+    lines = "\n".join(paths)
+    plain = _PLAIN_LINES.fullmatch(lines) and lines.count("\n") == len(paths) - 1
+    if not plain or max(map(len, paths)) > MAX_PATH_BYTES:
+        for path in paths:
+            check_path(path)
 
 
 def check_path(path: str) -> None:
     """Raise InvalidPathError, naming the rule, unless `path` may be a file's relative path."""
-    if _PLAIN.fullmatch(path) and len(path) <= MAX_PATH_BYTES:
+    if _PLAIN_PATH.fullmatch(path) and len(path) <= MAX_PATH_BYTES:
         return
     if not path:
         raise InvalidPathError("a relative path must not be empty")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
 from uuid import UUID
 
 from schemas.events import PackageCreated
@@ -12,23 +15,39 @@ CREATED = "created"
 FINALIZED = "finalized"
 
 
-@dataclass(slots=True)
-class FileState:
+class FileState(NamedTuple):
     """What is kept of one file: its place in the chain and its two manifest items, ready encoded.
 
     Keeping the encoded items spreads the cost of a manifest over the ingests, so that finalizing is a sort and a join.
     """
 
-    command_id: UUID
     sequence: int
     event_digest: bytes
     manifest_item: bytes
     receipt_item: bytes
 
 
+file_states: Callable[[Iterable[tuple[int, bytes, bytes, bytes]]], Iterator[FileState]] = partial(
+    map, partial(tuple.__new__, FileState)
+)
+"""Of values in their order, without a step of Python for each."""
+
+
+class Answered(NamedTuple):
+    """What is kept of files of a finalized package, for retries of their command: those of one command, in order."""
+
+    items_digest: bytes
+    """BLAKE3 over their items in the manifest."""
+    event_digests: bytes
+    """One behind the other."""
+
+
 @dataclass(slots=True)
 class CommandState:
-    """What a command has become so far: `done` of `count` events, the last of which is number `last_sequence`."""
+    """What a command has become so far: `done` of `count` events, the last of which is number `last_sequence`.
+
+    Its events follow each other: while one is not whole, no other of the package is taken.
+    """
 
     event_type: str
     actor: str
@@ -37,6 +56,8 @@ class CommandState:
     last_sequence: int = 0
     last_digest: bytes = b""
     paths: list[str] = field(default_factory=list)
+    answered: list[Answered] = field(default_factory=list)
+    """In place of `paths` and the package's files, once it is finalized and no longer in memory."""
 
 
 @dataclass(slots=True)

@@ -10,7 +10,6 @@ retention classes there are and what they stand for, which is recorded for that 
 from __future__ import annotations
 
 from dataclasses import replace
-from uuid import UUID
 
 from schemas.events import Event, FileIngested, PackageCreated, PackageFinalized
 from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles, StoredFile
@@ -25,7 +24,7 @@ from services.verify.notes import Head
 _ENDLESS = 1 << 62
 _NO_LIMITS = Limits(_ENDLESS, _ENDLESS, _ENDLESS, _ENDLESS, _ENDLESS)
 _SOMETHING = PackageCreated("name", "producer", "subject", "class", None, "{}")
-_FILE = FileState(UUID(int=0), 0, b"", b"", b"")
+_FILE = FileState(0, b"", b"", b"")
 _FIELDS = tuple(Event.__slots__)
 
 

@@ -55,13 +55,14 @@ def hold_at(step: str) -> None:
 
     hand_over, commit, read_back = tenure.Tenure.hand_over, tenure.Tenure.commit, tenure.Tenure._read_back
 
-    def held_hand_over(self: tenure.Tenure, staged: Sequence[tenure.Staged]) -> list[bytes]:
-        _holding.now = any(_creates_held(decision) for decision, _ in staged)
+    def held_hand_over(self: tenure.Tenure, decision: Decision, traceparents: Sequence[str | None]) -> None:
+        if _creates_held(decision):
+            _holding.now = True
         hold("decided")
-        return hand_over(self, staged)
+        hand_over(self, decision, traceparents)
 
-    def held_commit(self: tenure.Tenure, values: Sequence[bytes]) -> None:
-        commit(self, values)
+    def held_commit(self: tenure.Tenure) -> None:
+        commit(self)
         hold("read-back")
 
     def held_read_back(self: tenure.Tenure, values: Sequence[bytes]) -> int:

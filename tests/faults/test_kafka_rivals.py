@@ -24,7 +24,7 @@ from services.core.limits import Limits
 from services.errors import ArtifactStoreError, CorruptError, PackageNotFoundError, RejectedError, UnavailableError
 from services.log.kafka import KafkaLog, KafkaWriter, tenure
 from services.log.kafka.restore import States
-from services.log.kafka.tenure import Staged, Tenure
+from services.log.kafka.tenure import Tenure
 from services.log.port import PartitionNotOwnedError
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import PATIENCE_SECONDS, ready
@@ -73,13 +73,14 @@ def carry_out(holder: Tenure, command: Command) -> None:
     now = max(system_clock(), holder.state.last_created_at)
     package = holder.state.package(command.package_id)
     decision = decide(package, command, now, Limits())
-    holder.state.accept(package, command, decision)
+    holder.state.accept(package, decision)
     append(holder, decision)
 
 
 def append(holder: Tenure, decision: Decision) -> None:
     """Append a decision's events in a transaction of their own."""
-    holder.commit(holder.hand_over([Staged(decision)]))
+    holder.hand_over(decision, [None])
+    holder.commit()
 
 
 async def test_who_was_cut_off_can_append_nothing_more_and_its_successor_knows_all_it_wrote(
@@ -234,8 +235,9 @@ async def test_a_partition_that_breaks_an_invariant_is_not_written_to(kafka: Set
     made = create_in(0)
     await asyncio.to_thread(carry_out, holder, made)
     decision = decide(None, create_in(0), system_clock(), Limits())
-    gap = replace(decision.appended[0], value=encode(replace(decision.events[0], sequence=2)))
-    await asyncio.to_thread(append, holder, replace(decision, appended=[gap]))
+    assert decision.appended is not None
+    gap = replace(decision.appended, values=[encode(replace(decision.events[0], sequence=2))])
+    await asyncio.to_thread(append, holder, replace(decision, appended=gap))
     await asyncio.to_thread(holder.close)
     async with lone_writer(kafka, log) as writer:
         with pytest.raises(CorruptError):

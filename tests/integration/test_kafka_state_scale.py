@@ -85,9 +85,8 @@ def produce(kafka: KafkaSettings, shape: Shape) -> int:
     for count, event in enumerate(events(shape), start=1):
         if count % TRANSACTION == 1:
             producer.begin_transaction()
-        attributes: list[tuple[str, str | bytes | None]] = [*headers(event)]
         key, value = record_key(event.package_id), encode(event)
-        producer.produce(kafka.topic, value, key, 0, timestamp=event.created_at // 1000, headers=attributes)
+        producer.produce(kafka.topic, value, key, 0, timestamp=event.created_at // 1000, headers=headers(event))
         if count % TRANSACTION == 0:
             producer.commit_transaction(60)
     if count % TRANSACTION:

@@ -6,14 +6,19 @@ from dataclasses import replace
 from uuid import uuid4
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from schemas.codec import decode as decoded
+from schemas.digests import event_digest
 from schemas.events import PackageCreated, PackageFinalized
 from services.core.commands import Command, IngestFiles
-from services.core.decide import accept, acknowledge, check_ingest, decide
+from services.core.decide import accept, acknowledge, check_ingest, decide, decide_together
 from services.core.evolve import evolve
 from services.core.limits import Limits
 from services.core.state import PackageState
 from services.errors import (
+    ArtifactStoreError,
     CommandReusedError,
     CorruptError,
     DuplicateRelativePathError,
@@ -158,10 +163,57 @@ def test_a_torn_command_takes_only_its_own_retry_which_appends_the_rest() -> Non
         decide(state, commands.finalize(PACKAGE), 0, LIMITS)
     rest = decide(state, ingest, 1_000, LIMITS)
     assert rest.events == whole[1:]
-    accept(state, ingest, rest)
+    accept(state, rest)
     assert state == after(CREATE, ingest)
     assert [file.relative_path for file in acknowledge(state, ingest).files] == ["a", "b", "c"]
     assert state.unfinished is None
+
+
+_NAMED = st.tuples(st.integers(0, 3), st.lists(st.sampled_from("abcdef"), min_size=1, max_size=2))
+
+
+@given(st.lists(_NAMED, min_size=1, max_size=4), st.booleans())
+def test_commands_become_together_what_they_become_one_after_the_other(
+    named: list[tuple[int, list[str]]], finalized: bool
+) -> None:
+    start = (CREATE, commands.ingest(PACKAGE, "a", name=0), *((commands.finalize(PACKAGE),) if finalized else ()))
+    asked = [commands.ingest(PACKAGE, *paths, name=name) for name, paths in named]
+    together, singly = after(*start), after(*start)
+    try:
+        values = _one_after_the_other(singly, asked)
+    except ArtifactStoreError:
+        values = None
+    try:
+        decision = decide_together(together, asked, 2_000, LIMITS)
+    except ArtifactStoreError:
+        assert values is None
+        return
+    if decision is None:
+        assert values is None or len(values) < sum(len(command.files) for command in asked), "none of them is a retry"
+        return
+    assert decision.values == values
+    assert decision.digests == tuple(event_digest(decoded(value)) for value in decision.values)
+    assert accept(together, decision) == singly
+    assert [acknowledge(together, command) for command in asked] == [acknowledge(singly, command) for command in asked]
+
+
+def _one_after_the_other(state: PackageState, asked: list[IngestFiles]) -> list[bytes]:
+    """The values of the events that they become."""
+    values: list[bytes] = []
+    for command in asked:
+        decision = decide(state, command, 2_000, LIMITS)
+        values += decision.values
+        for event in decision.events:
+            evolve(state, event)
+    return values
+
+
+def test_commands_are_not_decided_together_while_another_is_not_whole() -> None:
+    torn = commands.ingest(PACKAGE, "a", "b", name="torn")
+    state = after(CREATE)
+    evolve(state, decide(state, torn, 1_000, LIMITS).events[0])
+    for asked in ([commands.ingest(PACKAGE, "c"), commands.ingest(PACKAGE, "d", name=2)], [torn]):
+        assert decide_together(state, asked, 1_000, LIMITS) is None
 
 
 def test_a_large_manifest_travels_as_a_claim_check() -> None:

@@ -77,7 +77,7 @@ class RegistryMachine(RuleBasedStateMachine):
             return
         assert decision.digests == tuple(event_digest(event) for event in decision.events)
         self.log.setdefault(command.package_id, []).extend(decision.events)
-        self.states[command.package_id] = state = accept(state, command, decision)
+        self.states[command.package_id] = state = accept(state, decision)
         answer = acknowledge(state, command)
         self.note(command, answer, len(decision.events))
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.core.paths import MAX_PATH_BYTES, check_path
+from services.core.paths import MAX_PATH_BYTES, check_path, check_paths
 from services.errors import InvalidPathError
 
 
@@ -43,6 +43,20 @@ def test_ordinary_paths_are_taken(path: str) -> None:
 def test_every_other_path_is_refused_by_the_rule_it_breaks(path: str, rule: str) -> None:
     with pytest.raises(InvalidPathError, match=rule):
         check_path(path)
+    with pytest.raises(InvalidPathError, match=rule):
+        check_paths(["a", path, "b/c"])
+
+
+@given(st.lists(st.text(st.sampled_from("a./\n é\u0301"), max_size=4)))
+def test_many_paths_are_taken_if_each_of_them_is(paths: list[str]) -> None:
+    try:
+        for path in paths:
+            check_path(path)
+    except InvalidPathError as error:
+        with pytest.raises(InvalidPathError, match=error.detail):
+            check_paths(paths)
+    else:
+        check_paths(paths)
 
 
 @given(st.text())

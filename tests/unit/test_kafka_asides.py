@@ -62,6 +62,6 @@ async def test_a_finalization_that_another_writer_recorded_meanwhile_is_answered
     assert asides.decision(command) is None
     package = state.package(command.package_id, command.command_id)
     assert package is not None
-    assert decide(package, command, NOW, LIMITS).appended == ()
+    assert decide(package, command, NOW, LIMITS).appended is None
     assert acknowledge(package, command).sequence == 4
     state.close()

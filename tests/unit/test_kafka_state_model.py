@@ -117,7 +117,7 @@ class StateMachine(RuleBasedStateMachine):
             decision = decide(found, made, self.now, LIMITS)
         except ArtifactStoreError:
             return
-        self.state.accept(found, made, decision)
+        self.state.accept(found, decision)
         self.state.close()
         self.begin()
 
@@ -145,7 +145,7 @@ class StateMachine(RuleBasedStateMachine):
             for event in events:
                 self.state.apply(event)
         elif events:
-            self.state.accept(found, command, decision)
+            self.state.accept(found, decision)
         for event in events:
             value = str(event).encode()
             self.model[event.package_id] = evolve(self.model.get(event.package_id), event)

@@ -88,51 +88,55 @@ def test_an_event_is_encoded_as_the_schema_file_with_its_logical_types_has_it(ev
     assert decode(encode(event)) == event
 
 
-@given(_FILES, st.uuids(), st.uuids(), _TEXT, _LONG, st.integers(0, 2**40), _DIGEST, st.integers(0, 100))
+@given(
+    st.lists(st.tuples(st.uuids(), _TEXT, _FILES, st.integers(0, 100)), max_size=4),
+    st.uuids(),
+    _LONG,
+    st.integers(0, 2**40),
+    _DIGEST,
+)
 def test_ingested_files_take_the_forms_that_the_general_ways_give(
-    files: list[StoredFile],
+    commands: list[tuple[UUID, str, list[StoredFile], int]],
     package_id: UUID,
-    command_id: UUID,
-    actor: str,
     created_at: int,
     sequence: int,
     digest: bytes,
-    index: int,
 ) -> None:
     found = ingested(
         PackagePieces(package_id),
-        files,
-        actor=actor,
-        command_id=str(command_id).encode(),
+        [(str(command_id).encode(), actor, files, done + len(files)) for command_id, actor, files, done in commands],
         created_at=created_at,
-        index=index,
-        count=index + len(files),
         sequence=sequence,
         digest=digest,
     )
-    for number, (file, encoded) in enumerate(zip(files, found, strict=True)):
-        payload = _payload(package_id, file)
-        event = Event(
-            event_id=uuid5(package_id, str(sequence + number + 1)),
-            event_type=FILE_INGESTED,
-            package_id=package_id,
-            sequence=sequence + number + 1,
-            created_at=created_at,
-            actor=actor,
-            command_id=command_id,
-            command_index=index + number,
-            command_count=index + len(files),
-            payload_digest=blake3(canonical_cbor(payload_map(payload))).digest(),
-            previous_digest=digest,
-            payload=payload,
-        )
-        assert encoded.event_id.decode() == str(event.event_id)
-        assert (encoded.command_index, encoded.sequence) == (event.command_index, event.sequence)
-        assert encoded.value == encode(event)
-        assert encoded.digest == event_digest(event)
-        assert (encoded.manifest_item, encoded.receipt_item) == manifest_items(payload)
-        assert item_file_id(encoded.manifest_item) == payload.file_id
-        digest = encoded.digest
+    events = []
+    for command_id, actor, files, done in commands:
+        for index, file in enumerate(files, done):
+            payload = _payload(package_id, file)
+            sequence += 1
+            event = Event(
+                event_id=uuid5(package_id, str(sequence)),
+                event_type=FILE_INGESTED,
+                package_id=package_id,
+                sequence=sequence,
+                created_at=created_at,
+                actor=actor,
+                command_id=command_id,
+                command_index=index,
+                command_count=done + len(files),
+                payload_digest=blake3(canonical_cbor(payload_map(payload))).digest(),
+                previous_digest=digest,
+                payload=payload,
+            )
+            digest = event_digest(event)
+            events.append((event, payload, digest))
+    assert found.first_sequence == sequence - len(events) + 1
+    assert [text.decode() for text in found.event_ids] == [str(event.event_id) for event, _, _ in events]
+    assert found.values == [encode(event) for event, _, _ in events]
+    assert found.digests == [digest for _, _, digest in events]
+    items = list(zip(found.manifest_items, found.receipt_items, strict=True))
+    assert items == [manifest_items(payload) for _, payload, _ in events]
+    assert [item_file_id(item) for item, _ in items] == [payload.file_id for _, payload, _ in events]
 
 
 def _payload(package_id: UUID, file: StoredFile) -> FileIngested:
@@ -156,7 +160,7 @@ def _payload(package_id: UUID, file: StoredFile) -> FileIngested:
 )
 def test_a_file_that_no_record_can_hold_is_refused(change: dict[str, Any], rule: str) -> None:
     created = decide(None, create(), 1, Limits())
-    state = accept(None, create(), created)
+    state = accept(None, created)
     command = ingest(state.package_id, "a")
     with pytest.raises(ValueError, match=rule):
         decide(state, replace(command, files=(replace(command.files[0], **change),)), 2, Limits())

@@ -128,7 +128,7 @@ class Asides:
     def decision(self, command: Command) -> Decision | None:
         """What the command becomes, if its manifest was made and stored for it."""
         made = self._decisions.get(command.package_id) if self._decisions else None
-        if made is None or made[0] != command or not made[1].appended:
+        if made is None or made[0] != command or made[1].appended is None:
             return None
         package, first = self._state.package(command.package_id), made[1].events[0]
         follows = package is not None and (first.sequence, first.previous_digest) == (

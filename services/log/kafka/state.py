@@ -16,7 +16,6 @@ from uuid import UUID
 from blake3 import blake3
 
 from schemas.events import Event
-from services.core.commands import Command
 from services.core.decide import Decision, accept
 from services.core.evolve import evolve
 from services.core.state import CREATED, FINALIZED, PackageState
@@ -162,12 +161,12 @@ class PartitionState:
         self.last_created_at = max(self.last_created_at, event.created_at)
         return state
 
-    def accept(self, before: PackageState | None, command: Command, decision: Decision) -> PackageState:
-        """Fold in what a command becomes that was just decided on `before`, ahead of the log until it is confirmed."""
+    def accept(self, before: PackageState | None, decision: Decision) -> PackageState:
+        """Fold in what was just decided on `before`, ahead of the log until it is confirmed."""
         self._ahead = True
-        state = accept(before, command, decision)
+        state = accept(before, decision)
         self._note_change(state, new=before is None)
-        self._unsaved += len(decision.appended)
+        self._unsaved += len(decision.values)
         self.last_created_at = max(self.last_created_at, decision.created_at)
         return state
 

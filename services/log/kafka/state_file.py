@@ -41,7 +41,7 @@ from services.log.kafka.state_rows import (
 from services.log.kafka.state_statements import Changes
 
 _APPLICATION_ID = 0x61727470
-FORMAT = 3
+FORMAT = 4
 """Of tables and rows; a file of another one is built anew."""
 
 QUICK_CHECK_BYTES = 32 << 20

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 from uuid import UUID
 
 import cbor2
 
+from schemas.digests import DIGEST_BYTES, items_digest
 from schemas.events import PackageCreated
-from services.core.state import CommandState, FileState, PackageState
+from services.core.state import Answered, CommandState, FileState, PackageState, file_states
 
 ROW_ENTRIES = 128
-"""A row is closed when it holds so many commands and files."""
+"""A row is closed when it holds so many commands and files, one of answers when it holds so many commands."""
 
 _CHECKSUM = 4
+_ID_BYTES = 16
 
-Answer = tuple[bytes, tuple[Any, ...], list[Any] | None, list[Any]]
-"""Of one command: its id, what it became, the creation if it was that, and the files that it brought."""
+Command = tuple[bytes, str, str, int, int, int, bytes]
+"""Of one command: its id, and what it became, in the order of `CommandState`."""
+
+Answer = tuple[Command, list[Any] | None, tuple[bytes, bytes] | None]
+"""Of one command: what it became, the creation if it was that, and what is kept of files that it brought."""
 
 
 class DamagedRowError(ValueError):
@@ -42,83 +48,77 @@ def unsealed(body: bytes) -> list[Any]:
 
 def command_rows(state: PackageState, saved: int) -> Iterator[tuple[int, bytes]]:
     """Of an open package what came after the event `saved`, several commands to a row: the last sequence, the body."""
-    files_of, found, size = state.files, [], 0
+    files_of = state.files
+    commands: list[Command] = []
+    files: list[list[FileState]] = []
+    paths: list[list[str]] = []
+    size = 0
     for command_id, command in _since(state.commands, saved):
         # Its events come one behind the other.
         new = min(len(command.paths), command.last_sequence - saved)
-        files = [
-            (path, (f := files_of[path]).sequence, f.event_digest, f.manifest_item, f.receipt_item)
-            for path in command.paths[len(command.paths) - new :]
-        ]
-        found.append((command_id.bytes, _command(command), files))
+        own = command.paths[len(command.paths) - new :]
+        commands.append(_command(command_id, command))
+        paths.append(own)
+        files.append([files_of[path] for path in own])
         size += 1 + new
         if size >= ROW_ENTRIES:
-            yield command.last_sequence, sealed(*found)
-            found, size = [], 0
-    if found:
-        yield state.sequence, sealed(*found)
+            yield command.last_sequence, sealed(_columns(commands), paths, files)
+            commands, paths, files, size = [], [], [], 0
+    if commands:
+        yield state.sequence, sealed(_columns(commands), paths, files)
 
 
 def add_command_row(state: PackageState, body: bytes) -> int:
     """Put back what `command_rows` gave; how many events that is. Raises as `unsealed`."""
     events = 0
-    for id_, command, files in unsealed(body):
-        command_id = UUID(bytes=id_)
-        known = _add_command(state, command_id, command)
-        for path, sequence, event_digest, item, receipt in files:
-            state.files[path] = FileState(command_id, sequence, event_digest, item, receipt)
-            known.paths.append(path)
+    for command, paths, files in _commands(body):
+        known = _add_command(state, command)
+        state.files.update(zip(paths, file_states(files), strict=True))
+        known.paths += paths
         events += len(files) or 1
     return events
 
 
 def entries_of(body: bytes) -> int:
     """How many commands and files a row of `command_rows` holds. Raises as `unsealed`."""
-    return sum(1 + len(files) for _, _, files in unsealed(body))
+    return sum(1 + len(files) for _, _, files in _commands(body))
 
 
 def answers_of(state: PackageState) -> Iterator[Answer]:
     """What retries of the package's commands are compared with and answered by."""
-    of_package = state.files
+    files_of = state.files
     for command_id, command in state.commands.items():
         created = created_values(state.created) if command.last_sequence == 1 else None
-        files = [(path, (f := of_package[path]).sequence, f.event_digest, f.manifest_item) for path in command.paths]
-        yield command_id.bytes, _command(command), created, files
+        yield _command(command_id, command), created, _answered([files_of[path] for path in command.paths])
 
 
 def answers_of_rows(bodies: Iterable[bytes], created: list[Any]) -> Iterator[Answer]:
     """The same, made of rows that `command_rows` gave. Raises as `unsealed`."""
     for body in bodies:
-        for id_, command, files in unsealed(body):
-            _, _, _, _, last_sequence, _ = command
-            yield id_, tuple(command), created if last_sequence == 1 else None, [file[:4] for file in files]
+        for command, _, files in _commands(body):
+            last_sequence = command[-2]
+            yield command, created if last_sequence == 1 else None, _answered(files)
 
 
 def answer_rows(answers: Iterable[Answer]) -> Iterator[tuple[bytes, bytes]]:
     """Several commands to a row, that makes few rows: the ids of its commands one behind the other, and its body."""
-    found: list[Answer] = []
-    size = 0
-    for answer in answers:
-        found.append(answer)
-        size += 1 + len(answer[3])
-        if size >= ROW_ENTRIES:
-            yield b"".join(answer[0] for answer in found), sealed(*found)
-            found, size = [], 0
-    if found:
-        yield b"".join(answer[0] for answer in found), sealed(*found)
+    left = iter(answers)
+    while found := list(islice(left, ROW_ENTRIES)):
+        commands, created, answered = zip(*found, strict=True)
+        columns = _columns(commands)
+        yield columns[0], sealed(columns, created, answered)
 
 
 def add_answers(state: PackageState, body: bytes, command_id: UUID) -> None:
     """Put back what `answer_rows` gave of this command. Raises as `unsealed`."""
-    for id_, known, created, files in unsealed(body):
-        if id_ != command_id.bytes:
+    for command, created, answered in _commands(body):
+        if command[0] != command_id.bytes:
             continue
-        command = _add_command(state, command_id, known)
+        known = _add_command(state, command)
         if created is not None:
             state.created = PackageCreated(*created)
-        for path, sequence, event_digest, item in files:
-            state.files[path] = FileState(command_id, sequence, event_digest, item, b"")
-            command.paths.append(path)
+        if answered is not None:
+            known.answered.append(Answered(*answered))
 
 
 def created_values(created: PackageCreated) -> list[Any]:
@@ -126,17 +126,20 @@ def created_values(created: PackageCreated) -> list[Any]:
     return [getattr(created, name) for name in PackageCreated.__slots__]
 
 
-def _add_command(state: PackageState, command_id: UUID, values: list[Any]) -> CommandState:
-    """The command as the newest row has it, with the paths of those before."""
+def _add_command(state: PackageState, values: Command) -> CommandState:
+    """The command as the newest row has it, with what those before it have of its files."""
+    command_id = UUID(bytes=values[0])
     before = state.commands.get(command_id)
-    state.commands[command_id] = command = CommandState(*values)
+    state.commands[command_id] = command = CommandState(*values[1:])
     if before is not None:
         command.paths += before.paths
+        command.answered += before.answered
     return command
 
 
-def _command(command: CommandState) -> tuple[Any, ...]:
+def _command(command_id: UUID, command: CommandState) -> Command:
     return (
+        command_id.bytes,
         command.event_type,
         command.actor,
         command.count,
@@ -144,6 +147,30 @@ def _command(command: CommandState) -> tuple[Any, ...]:
         command.last_sequence,
         command.last_digest,
     )
+
+
+def _columns(commands: Iterable[Command]) -> tuple[Any, ...]:
+    """By column, of which those of equal length are one piece each."""
+    ids, *between, digests = zip(*commands, strict=True)
+    return b"".join(ids), *between, b"".join(digests)
+
+
+def _commands(body: bytes) -> Iterator[tuple[Command, Any, Any]]:
+    """The commands of a row, each with what the row's other two columns have of it. Raises as `unsealed`."""
+    (ids, *between, digests), *others = unsealed(body)
+    columns = _pieces(ids, _ID_BYTES), *between, _pieces(digests, DIGEST_BYTES)
+    return zip(zip(*columns, strict=True), *others, strict=True)
+
+
+def _pieces(joined: bytes, size: int) -> list[bytes]:
+    return [joined[at : at + size] for at in range(0, len(joined), size)]
+
+
+def _answered(files: Sequence[Sequence[Any]]) -> tuple[bytes, bytes] | None:
+    """The values of `Answered`, of files as `command_rows` has them."""
+    if not files:
+        return None
+    return items_digest([item for _, _, item, _ in files]), b"".join([digest for _, digest, _, _ in files])
 
 
 def _since(commands: dict[UUID, CommandState], saved: int) -> list[tuple[UUID, CommandState]]:

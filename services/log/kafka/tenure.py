@@ -10,12 +10,13 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import NamedTuple, TypeVar
+from itertools import islice
+from typing import TypeVar
 from uuid import UUID
 
 from confluent_kafka import KafkaException, Producer
 
-from schemas.headers import CommandHeaders, Headers
+from schemas.headers import Headers, RecordHeaders
 from services.core.decide import Decision
 from services.errors import CorruptError, LogIdentityError, UnavailableError
 from services.log.kafka.clients import make_producer
@@ -48,13 +49,6 @@ _LOOK_SECONDS = 0.02
 
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
-
-
-class Staged(NamedTuple):
-    """What a command became, decided and folded into the state, that waits to be appended."""
-
-    decision: Decision
-    traceparent: str | None = None
 
 
 class Tenure:
@@ -94,6 +88,10 @@ class Tenure:
         self._partition = partition
         self._stopping = stopping
         self._tail: Reader | None = None
+        self._values: list[bytes] = []
+        """Of the records of the open transaction."""
+        self.handed_over = 0
+        """How many bytes they are."""
         self._producer: Producer | None = make_producer(kafka.producer(partition))
         try:
             if (now := cluster.topic().identity) != identity:
@@ -114,25 +112,26 @@ class Tenure:
         """What the log says of the partition's packages."""
         return _open(self._state)
 
-    def hand_over(self, staged: Sequence[Staged]) -> list[bytes]:
-        """Begin a transaction of events that are folded into the state already; the records' values.
+    def hand_over(self, decision: Decision, traceparents: Sequence[str | None]) -> None:
+        """Add events that are folded into the state already to the transaction, which begins with the first of them.
 
-        Brokers are waited for only when they are more than the client holds. Raises whatever the client raises.
+        One trace for each command. Brokers are waited for only when they are more than the client holds. Raises
+        whatever the client raises.
         """
         producer = _open(self._producer)
-        producer.poll(0)  # hands over what the client has to log
-        producer.begin_transaction()
-        values: list[bytes] = []
-        for decision, traceparent in staged:
-            self._produce(producer, decision, traceparent)
-            values += [appended.value for appended in decision.appended]
-        return values
+        if not self._values:
+            producer.poll(0)  # hands over what the client has to log
+            producer.begin_transaction()
+        self._produce(producer, decision, traceparents)
+        self._values += decision.values
+        self.handed_over += sum(map(len, decision.values))
 
-    def commit(self, values: Sequence[bytes]) -> None:
-        """End the transaction of these records' values; return when the tail has shown them all.
+    def commit(self) -> None:
+        """End the transaction; return when the tail has shown all its records.
 
         Raises whatever the client raises; also UnavailableError when something else is read back, or nothing in time.
         """
+        values, self._values, self.handed_over = self._values, [], 0
         _open(self._producer).commit_transaction(COMMIT_SECONDS)
         self.state.confirm(self._read_back(values), values[-1])
 
@@ -220,18 +219,19 @@ class Tenure:
         if self._states.snapshots is not None:
             self._states.snapshots.offer(self._place, state.path, state.position, closing=closing)
 
-    def _produce(self, producer: Producer, decision: Decision, traceparent: str | None) -> None:
+    def _produce(self, producer: Producer, decision: Decision, traceparents: Sequence[str | None]) -> None:
         topic, partition, key = self._kafka.topic, self._partition, decision.package_id
         timestamp = decision.created_at // 1000
-        headers = CommandHeaders(
-            decision.event_type, key, decision.command_id, decision.count, decision.created_at, traceparent
-        )
-        for appended in decision.appended:
-            value, attributes = appended.value, headers.of(appended.command_index, appended.event_id)
-            try:
-                producer.produce(topic, value, key, partition, timestamp=timestamp, headers=attributes)
-            except BufferError:
-                self._produce_late(producer, value, key, timestamp, attributes)
+        headers = RecordHeaders(decision.event_type, key, decision.created_at)
+        records = zip(decision.event_ids, decision.values, strict=True)
+        for command_id, count, traceparent in zip(decision.command_ids, decision.counts, traceparents, strict=True):
+            headers.begin_command(command_id, count, traceparent)
+            for index, (event_id, value) in enumerate(islice(records, count - decision.done), decision.done):
+                attributes = headers.of(index, event_id)
+                try:
+                    producer.produce(topic, value, key, partition, timestamp=timestamp, headers=attributes)
+                except BufferError:
+                    self._produce_late(producer, value, key, timestamp, attributes)
 
     def _produce_late(self, producer: Producer, value: bytes, key: bytes, timestamp: int, headers: Headers) -> None:
         """The client's queue is full: it drains while we wait."""

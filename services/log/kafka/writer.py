@@ -19,8 +19,8 @@ from typing import Any
 from uuid import UUID
 
 from services.clock import Clock
-from services.core.commands import Acknowledgement, Command, FinalizePackage
-from services.core.decide import acknowledge, check_ingest, decide
+from services.core.commands import Acknowledgement, Command, IngestFiles
+from services.core.decide import acknowledge, check_ingest, decide, decide_together
 from services.core.limits import Limits
 from services.errors import (
     ArtifactStoreError,
@@ -37,8 +37,8 @@ from services.log.kafka.failures import spoiled_by_record
 from services.log.kafka.requests import CHECK_SECONDS, MAX_BATCH_BYTES, TOGETHER, IngestCheck, Request, Waiting
 from services.log.kafka.restore import States
 from services.log.kafka.settings import KafkaSettings
-from services.log.kafka.state import TIDY_SECONDS, PartitionState
-from services.log.kafka.tenure import Staged, Tenure
+from services.log.kafka.state import TIDY_SECONDS
+from services.log.kafka.tenure import Tenure
 from services.log.kafka.turns import Turns
 from services.log.port import PartitionNotOwnedError, PartitionStatus, PutManifest
 from services.tracing import TRACEPARENT
@@ -241,8 +241,9 @@ class PartitionWriter:
 
     def _serve(self, tenure: Tenure, asides: Asides, batch: list[Request]) -> None:
         try:
-            batch = self._without_held(asides, batch)
-            answers = self._answers(tenure, asides, batch)
+            runs = _runs(self._without_held(asides, batch))
+            batch = [request for run in runs for request in run]
+            answers = self._answers(tenure, asides, runs)
         except Exception as error:
             for request in batch:
                 request.failures += 1
@@ -267,41 +268,51 @@ class PartitionWriter:
         self._deliver(refused)
         return now
 
-    def _answers(self, tenure: Tenure, asides: Asides, batch: Sequence[Request]) -> list[_Outcome]:
-        """Decide the batch, append what it becomes, and only then say so.
+    def _answers(self, tenure: Tenure, asides: Asides, runs: Sequence[Sequence[Request]]) -> list[_Outcome]:
+        """Decide the requests, append what they become, and only then say so.
 
-        Of a batch that becomes more than one transaction takes, these are the answers of its beginning.
+        If they become more than one transaction takes, these are the answers of the first of them.
         """
         while True:
-            staged: list[Staged] = []
             with self._context.turns:
-                now, size, outcomes = asides.now(), 0, list[_Outcome]()
-                for request in batch:
-                    outcomes.append(self._decide(tenure.state, asides, request, now, staged))
-                    if staged and isinstance(request.asked, FinalizePackage):
-                        # How large manifests are together is known only now.
-                        size += len(staged[-1].decision.appended[-1].value)
-                        if size > MAX_BATCH_BYTES:
-                            break
-                values = tenure.hand_over(staged) if staged else []
-            if staged:
-                tenure.commit(values)
+                now, outcomes = asides.now(), list[_Outcome]()
+                for run in runs:
+                    outcomes += self._decide_run(tenure, asides, run, now)
+                    # How large manifests are is known only now.
+                    if tenure.handed_over > MAX_BATCH_BYTES:
+                        break
+            if tenure.handed_over:
+                tenure.commit()
                 break
             if not any(isinstance(outcome, RejectedError) for outcome in outcomes) or not tenure.catch_up():
                 break
         return outcomes
 
-    def _decide(
-        self, state: PartitionState, asides: Asides, request: Request, now: int, staged: list[Staged]
-    ) -> _Outcome:
-        asked, limits = request.asked, self._context.limits
+    def _decide_run(self, tenure: Tenure, asides: Asides, run: Sequence[Request], now: int) -> list[_Outcome]:
+        """Commands of one package that add files to it, together if they can be, or any other request."""
+        commands = [request.asked for request in run if isinstance(request.asked, IngestFiles)]
+        package = tenure.state.package(run[0].asked.package_id) if len(commands) > 1 else None
+        if package is not None:
+            try:
+                decision = decide_together(package, commands, now, self._context.limits)
+            # Which of them it is, and what is wrong with it, is found by deciding each by itself.
+            except Exception:  # noqa: BLE001 - see above
+                decision = None
+            if decision is not None:
+                package = tenure.state.accept(package, decision)
+                tenure.hand_over(decision, [request.traceparent for request in run])
+                return [acknowledge(package, command) for command in commands]
+        return [self._decide(tenure, asides, request, now) for request in run]
+
+    def _decide(self, tenure: Tenure, asides: Asides, request: Request, now: int) -> _Outcome:
+        asked, limits, state = request.asked, self._context.limits, tenure.state
         package = state.package(asked.package_id, asked.command_id)
         try:
             if isinstance(asked, IngestCheck):
                 check_ingest(package, asked.package_id, asked.relative_paths, asked.command_id, limits)
                 return None
             decision = asides.decision(asked) or decide(package, asked, now, limits)
-            if decision.appended and request.failures > TOGETHER:
+            if decision.appended is not None and request.failures > TOGETHER:
                 return _given_up(request)
             if decision.claim_check is not None:
                 return UnavailableError("the manifest is not stored yet; retry with the same command id")
@@ -311,9 +322,9 @@ class PartitionWriter:
         except Exception as error:  # noqa: BLE001 - see above; the cause is logged whole
             _LOG.exception("a command of package %s cannot be decided", asked.package_id)
             return RejectedError(f"the command cannot be carried out: {type(error).__name__}")
-        if decision.appended:
-            package = state.accept(package, asked, decision)
-            staged.append(Staged(decision, request.traceparent))
+        if decision.appended is not None:
+            package = state.accept(package, decision)
+            tenure.hand_over(decision, [request.traceparent])
         elif package is None:
             return UnavailableError("the package's state was lost; retry with the same command id")
         return acknowledge(package, asked)
@@ -356,6 +367,23 @@ class PartitionWriter:
 
         if answers and not self._context.loop.is_closed():
             self._context.loop.call_soon_threadsafe(settle)
+
+
+def _runs(batch: Sequence[Request]) -> list[list[Request]]:
+    """The requests in an order that keeps that of each package: commands that add files to one stand together."""
+    runs: list[list[Request]] = []
+    open_runs: dict[UUID, list[Request]] = {}
+    for request in batch:
+        package_id = request.asked.package_id
+        if not isinstance(request.asked, IngestFiles) or request.failures:
+            open_runs.pop(package_id, None)
+            runs.append([request])
+        elif package_id in open_runs:
+            open_runs[package_id].append(request)
+        else:
+            runs.append([request])
+            open_runs[package_id] = runs[-1]
+    return runs
 
 
 def _given_up(request: Request) -> Exception:

@@ -127,19 +127,13 @@ class Appender:
         # cannot even be encoded must not stop the others.
         except Exception as error:  # noqa: BLE001 - see above
             return error
-        for appended in decision.appended:
-            connection.execute(
-                "INSERT INTO events VALUES (?, ?, ?, ?, ?)",
-                (
-                    self._end,
-                    request.package_id.bytes,
-                    appended.sequence,
-                    request.command_id.bytes,
-                    appended.value,
-                ),
-            )
-            self._end += 1
+        if decision.appended is not None:
+            package_id, command_id = request.package_id.bytes, request.command_id.bytes
+            for sequence, value in enumerate(decision.values, decision.appended.first_sequence):
+                row = self._end, package_id, sequence, command_id, value
+                connection.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?)", row)
+                self._end += 1
             self._last_created_at = decision.created_at
-        state = accept(state, request, decision)
+        state = accept(state, decision)
         self._states.keep(state)
         return acknowledge(state, request)
