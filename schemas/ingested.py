@@ -141,6 +141,9 @@ def ingested(
     event_ids, file_ids, location_ids = identify(package.namespace, sequence, everything, paths, keys)
     found = EncodedIngested(sequence + 1, event_ids, values := [], digests := [], items := [], receipts := [])
     rows = zip(everything, paths, keys, event_ids, file_ids, location_ids, strict=True)
+    # One hasher again and again: making one takes as long as hashing so few bytes.
+    hasher = blake3()
+    reset, update, hashed = hasher.reset, hasher.update, hasher.digest
     media_type = backend_id = None
     for command_id, actor, files, count in commands:
         actor_avro, actor_cbor, _ = _text(actor)
@@ -166,21 +169,25 @@ def ingested(
             length_cbor, length_avro = (
                 (size_cbor, size_avro) if length == size else (cbor_integer(length), avro_long(length))
             )
-            payload = _PAYLOAD % (
-                blake3_digest,
-                sha256_digest,
-                file_id,
-                key_cbor,
-                length_cbor,
-                offset_cbor,
-                stored_cbor,
-                backend,
-                location_id,
-                media,
-                size_cbor,
-                path_cbor,
+            reset()
+            update(
+                _PAYLOAD
+                % (
+                    blake3_digest,
+                    sha256_digest,
+                    file_id,
+                    key_cbor,
+                    length_cbor,
+                    offset_cbor,
+                    stored_cbor,
+                    backend,
+                    location_id,
+                    media,
+                    size_cbor,
+                    path_cbor,
+                )
             )
-            payload_digest = blake3(payload).digest()
+            payload_digest = hashed()
             values.append(
                 b"".join(
                     (
@@ -211,7 +218,9 @@ def ingested(
                 )
             )
             link = (package_chain, cbor_integer(sequence), command_chain, payload_digest, _DIGEST_CBOR, digest)
-            digest = blake3(b"".join(link)).digest()
+            reset()
+            update(b"".join(link))
+            digest = hashed()
             digests.append(digest)
             items.append(
                 _MANIFEST_ITEM % (hexlify(blake3_digest), hexlify(sha256_digest), file_id, media, size_cbor, path_cbor)

@@ -63,11 +63,15 @@ def manifest_pieces(state: PackageState, finalized_at: int) -> Sequence[bytes]:
     }
     # UTF-8 keeps the order of code points, and Python compares strings by code points.
     files = [state.files[path] for path in sorted(state.files)]
+    head = cbor_array_head(len(files))
     return [
-        b"\xa4" + canonical_cbor("files") + cbor_array_head(len(files)),
+        _FILES + head,
         *[file.manifest_item for file in files],
-        canonical_cbor("package") + canonical_cbor(package),
-        canonical_cbor("manifest_version") + canonical_cbor(MANIFEST_VERSION),
-        canonical_cbor("storage_receipts") + cbor_array_head(len(files)),
+        _PACKAGE + canonical_cbor(package) + _VERSION_AND_RECEIPTS + head,
         *[file.receipt_item for file in files],
     ]
+
+
+_FILES = b"\xa4" + canonical_cbor("files")
+_PACKAGE = canonical_cbor("package")
+_VERSION_AND_RECEIPTS = b"".join(map(canonical_cbor, ("manifest_version", MANIFEST_VERSION, "storage_receipts")))

@@ -56,7 +56,7 @@ class CommandState:
     last_sequence: int = 0
     last_digest: bytes = b""
     paths: list[str] = field(default_factory=list)
-    answered: list[Answered] = field(default_factory=list)
+    answered: tuple[Answered, ...] = ()
     """In place of `paths` and the package's files, once it is finalized and no longer in memory."""
 
 

@@ -118,7 +118,7 @@ def add_answers(state: PackageState, body: bytes, command_id: UUID) -> None:
         if created is not None:
             state.created = PackageCreated(*created)
         if answered is not None:
-            known.answered.append(Answered(*answered))
+            known.answered = (*known.answered, Answered(*answered))
 
 
 def created_values(created: PackageCreated) -> list[Any]:
