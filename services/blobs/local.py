@@ -76,7 +76,7 @@ class LocalBlobStore:
                 while await intake.take(PIECE_BYTES):  # the bytes are there, but these must prove to be the same
                     pass
                 stored = self._stored(await intake.digests())
-                await self._work(self._secure, self._path(key).parent)
+                await self.secure(key)
                 if await self.size(key) != stored.length:
                     raise UnavailableError(f"blob {key} was set aside as damaged while it was sent again: retry")
                 return stored
@@ -116,6 +116,10 @@ class LocalBlobStore:
         """See the port."""
         path = self._path(key)
         return await self._work(_size, path)
+
+    async def secure(self, key: str) -> None:
+        """See the port."""
+        await self._work(self._secure, self._path(key).parent)
 
     def mistrust(self, key: str) -> None:
         """See the port."""

@@ -1,4 +1,4 @@
-"""Files whose producers name bytes that are stored already: read back and hashed before an event may name them.
+"""Files whose producers name bytes that are stored already: read back, hashed and secured before an event names them.
 
 Nothing is taken on trust: a digest that fits only says what to look for. The bytes go from the store to this process
 and no further.
@@ -61,6 +61,7 @@ async def find_named(blobs: BlobStore, files: Sequence[NamedFile]) -> list[Place
                     file_digests.sha256,
                 )
                 found[number] = Placed(file.relative_path, file.media_type, stored)
+        await blobs.secure(content_key(blob))
     return [found[number] for number in range(len(files))]
 
 

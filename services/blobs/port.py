@@ -224,6 +224,12 @@ class BlobStore(Protocol):
     async def size(self, key: str) -> int | None:
         """Length of the blob in bytes, None if there is none. Raises UnavailableError, CorruptError (`checked_key`)."""
 
+    async def secure(self, key: str) -> None:
+        """Make sure that a blob that can be read stays, whatever the machine meets. Raises UnavailableError.
+
+        `store` has done so when it returns; this is for what another stored, who may have died before it came to that.
+        """
+
     async def set_aside(self, key: str) -> str | None:
         """Move a blob that is damaged away from its key, and return its new one, below `damaged/`; None: it is gone.
 

@@ -179,6 +179,9 @@ class S3BlobStore:
         """See the port."""
         return await object_size(self._requests, checked_key(key))
 
+    async def secure(self, key: str) -> None:
+        """See the port. What a store shows it has promised to keep (AWS: "Amazon S3 data consistency model")."""
+
     def mistrust(self, key: str) -> None:
         """See the port."""
         self._mistrusted.add(key)

@@ -130,6 +130,23 @@ async def test_named_slices_are_found_in_any_order_and_verified(store: LocalBlob
     assert [file.blob.sha256 for file in found][1] == hashlib.sha256(blob[:5]).digest()
 
 
+async def test_what_is_named_stays_although_who_stored_it_died_before_it_saw_to_that(
+    store: LocalBlobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blob = bytes(range(100))
+    with monkeypatch.context() as dying:
+        dying.setattr("services.blobs.local._sync_folder", lambda _folder: None)
+        (stored,) = await pack(store, [small("pack", blob)])
+    synced: set[Path] = set()
+    monkeypatch.setattr("services.blobs.local._sync_folder", synced.add)
+    root = tmp_path / "blobs"
+    successor = LocalBlobStore(root)
+    await find_named(successor, [named(blob[:5], blob, 0)])
+    await successor.close()
+    (path,) = root.rglob(stored.blob.key.rpartition("/")[2])
+    assert synced == {root / folder for folder in path.relative_to(root).parents}
+
+
 async def test_a_name_that_is_not_true_is_refused(store: LocalBlobStore) -> None:
     blob = bytes(range(100))
     await pack(store, [small("pack", blob)])
