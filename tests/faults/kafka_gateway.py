@@ -55,14 +55,13 @@ def hold_at(step: str) -> None:
 
     hand_over, commit, read_back = tenure.Tenure.hand_over, tenure.Tenure.commit, tenure.Tenure._read_back
 
-    def held_hand_over(self: tenure.Tenure, decision: Decision, traceparents: Sequence[str | None]) -> None:
-        if _creates_held(decision):
-            _holding.now = True
+    def held_hand_over(self: tenure.Tenure, staged: Sequence[tenure.Staged]) -> list[bytes]:
+        _holding.now = any(_creates_held(decision) for decision, _ in staged)
         hold("decided")
-        hand_over(self, decision, traceparents)
+        return hand_over(self, staged)
 
-    def held_commit(self: tenure.Tenure) -> None:
-        commit(self)
+    def held_commit(self: tenure.Tenure, values: Sequence[bytes]) -> None:
+        commit(self, values)
         hold("read-back")
 
     def held_read_back(self: tenure.Tenure, values: Sequence[bytes]) -> int:

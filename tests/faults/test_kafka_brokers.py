@@ -18,6 +18,7 @@ from services.errors import PushBackError, UnavailableError
 from services.log.kafka import KafkaLog, KafkaWriter
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import ready
+from tests.faults.torture.leaders import in_sync
 from tests.integration.conditions import until
 from tests.integration.kafka_stage import PARTITIONS, create_in, cut_off, kafka_settings, lone_writer, open_kafka_log
 from tests.services.kafka import KafkaBroker, KafkaCluster
@@ -117,6 +118,39 @@ async def test_the_leader_of_a_partition_is_killed_and_another_broker_leads(tmp_
             await held_up(log, writer, happens)
 
 
+async def test_a_group_is_seen_although_its_coordinator_died_and_is_none_any_more(tmp_path: Path) -> None:
+    with KafkaCluster(tmp_path / "cluster") as cluster:
+        settings = kafka_settings(
+            f"kafka://{cluster.endpoint}/private", tmp_path, kafka_replication_factor=3, kafka_min_insync_replicas=2
+        )
+        async with open_kafka_log(settings) as log, lone_writer(settings, log) as writer:
+            await ready(writer)
+            group, topic = log.kafka.writers_group, "__consumer_offsets"
+            own = coordinated_by(group, len(await asyncio.to_thread(leaders, cluster.endpoint, topic)))
+
+            async def seen() -> bool:
+                return await asyncio.to_thread(log.cluster.members, group) is not None
+
+            async def led() -> int:
+                return (await asyncio.to_thread(leaders, cluster.endpoint, topic))[own]
+
+            async def whole() -> bool:
+                return await asyncio.to_thread(in_sync, cluster)
+
+            await until(seen, 60, "the group has no members")
+            before = await led()
+            (coordinator,) = (broker for broker in cluster.brokers if broker.node_id == before)
+            await asyncio.to_thread(coordinator.kill)
+
+            async def moved() -> bool:
+                return await led() not in (before, -1)
+
+            await until(moved, 30, "nobody coordinates the group")
+            await asyncio.to_thread(coordinator.start)
+            await until(whole, 60, "the brokers do not come together again")
+            await until(seen, 60, "the group has no members")
+
+
 def leaders(servers: str, topic: str) -> dict[int, int]:
     """The broker that leads each partition; -1 for none."""
     admin = AdminClient({"bootstrap.servers": servers, "log_level": 3})
@@ -125,7 +159,10 @@ def leaders(servers: str, topic: str) -> dict[int, int]:
 
 
 def coordinated_by(text: str, partitions: int) -> int:
-    """The partition of `__transaction_state` for a transactional id: Java's hash of it, made positive, modulo."""
+    """The partition of `__transaction_state` for a transactional id, or of `__consumer_offsets` for a group.
+
+    Java's hash of it, made positive, modulo.
+    """
     hashed = 0
     for character in text:
         hashed = (31 * hashed + ord(character)) & 0xFFFFFFFF

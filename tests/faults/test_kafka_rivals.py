@@ -15,16 +15,18 @@ import confluent_kafka.admin
 import pytest
 from confluent_kafka import KafkaException
 
-from schemas.codec import encode
+from benchmarks.kafka_topics import read_records
+from schemas.codec import EncodedEvents, decode, encode
+from schemas.headers import headers
 from services.clock import system_clock
 from services.config import Settings
 from services.core.commands import Acknowledgement, Command, FinalizePackage, IngestFiles
-from services.core.decide import Decision, decide
+from services.core.decide import Decision, decide, decide_together
 from services.core.limits import Limits
 from services.errors import ArtifactStoreError, CorruptError, PackageNotFoundError, RejectedError, UnavailableError
 from services.log.kafka import KafkaLog, KafkaWriter, tenure
 from services.log.kafka.restore import States
-from services.log.kafka.tenure import Tenure
+from services.log.kafka.tenure import Staged, Tenure
 from services.log.port import PartitionNotOwnedError
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import PATIENCE_SECONDS, ready
@@ -79,8 +81,7 @@ def carry_out(holder: Tenure, command: Command) -> None:
 
 def append(holder: Tenure, decision: Decision) -> None:
     """Append a decision's events in a transaction of their own."""
-    holder.hand_over(decision, [None])
-    holder.commit()
+    holder.commit(holder.hand_over([Staged(decision, [None])]))
 
 
 async def test_who_was_cut_off_can_append_nothing_more_and_its_successor_knows_all_it_wrote(
@@ -228,6 +229,48 @@ async def test_a_command_that_the_broker_does_not_take_is_rejected_and_its_neigh
     events = await read_valid(log)
     assert_recorded_once(events, done)
     assert len(events) == 30
+
+
+async def test_records_say_of_which_command_they_are_although_several_were_decided_together(
+    kafka: Settings, log: KafkaLog
+) -> None:
+    holder = await take_over(kafka, log, 0)
+    made = create_in(0)
+    await asyncio.to_thread(carry_out, holder, made)
+    several, torn = (
+        [IngestFiles(made.package_id, uuid4(), "ada", tuple(stored(path) for path in paths)) for paths in names]
+        for names in (("ab", "c", "def"), ("xyz",))
+    )
+    now, package = max(system_clock(), holder.state.last_created_at), holder.state.package(made.package_id)
+    assert package is not None
+    together = decide_together(package, several, now, Limits())
+    assert together is not None
+    holder.state.accept(package, together)
+    traces = [f"00-{number:032x}-{number:016x}-01" for number in (1, 2)]
+    given = [Staged(together, [traces[0], None, traces[1]])]
+    whole = decide(package, torn[0], now, Limits())
+    begun = whole.appended
+    assert begun is not None
+    first = EncodedEvents(begun.first_sequence, begun.event_ids[:1], begun.values[:1], begun.digests[:1])
+    holder.state.apply(decode(first.values[0]))
+    given.append(Staged(replace(whole, appended=first), [None]))
+    rest = decide(package, torn[0], now, Limits())
+    holder.state.accept(package, rest)
+    given.append(Staged(rest, [traces[0]]))
+    await asyncio.to_thread(lambda: holder.commit(holder.hand_over(given)))
+    await asyncio.to_thread(holder.close)
+    found = (await asyncio.to_thread(read_records, log.kafka))[0][1:]
+    of_command = {several[0].command_id: traces[0], several[2].command_id: traces[1]}
+    expected = [(torn[0].command_id, index, 3, None if index == 0 else traces[0]) for index in range(3)]
+    for command in reversed(several):
+        count = len(command.files)
+        of_file = [(command.command_id, n, count, of_command.get(command.command_id)) for n in range(count)]
+        expected = of_file + expected
+    assert [decode(record.value).command_id for record in found] == [command for command, _, _, _ in expected]
+    for record, (command_id, index, count, trace) in zip(found, expected, strict=True):
+        event = decode(record.value)
+        assert (event.command_id, event.command_index, event.command_count) == (command_id, index, count)
+        assert record.headers == list(headers(event, trace).items())
 
 
 async def test_a_partition_that_breaks_an_invariant_is_not_written_to(kafka: Settings, log: KafkaLog) -> None:

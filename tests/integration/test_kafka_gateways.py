@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from uuid import uuid4
@@ -169,6 +169,43 @@ async def test_a_manifest_that_cannot_be_stored_leaves_the_package_open(kafka: S
     finally:
         await writer.close()
     assert_recorded_once([event async for event in log.read()], done)
+
+
+@pytest.mark.parametrize("case", ["all well", "one refused", "the code fails"])
+async def test_commands_that_add_files_to_a_package_are_decided_together_if_they_can_be(
+    kafka: Settings, log: KafkaLog, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, case: str
+) -> None:
+    from services.core import decide as core
+
+    asked: list[int] = []
+
+    def together(
+        state: PackageState, commands: Sequence[IngestFiles], now: int, limits: Limits
+    ) -> core.Decision | None:
+        asked.append(len(commands))
+        if case == "the code fails":
+            raise ZeroDivisionError
+        return core.decide_together(state, commands, now, limits)
+
+    monkeypatch.setattr("services.log.kafka.writer.decide_together", together)
+    made = create_in(0)
+    paths = [f"{number}.txt" for number in range(40)]
+    if case == "one refused":
+        paths[20] = paths[19]
+    commands = [IngestFiles(made.package_id, uuid4(), "ada", (stored(path),)) for path in paths]
+    async with lone_writer(kafka, log) as writer:
+        await ready(writer)
+        done: list[tuple[Command, Acknowledgement]] = [(made, await writer.submit(made))]
+        answers = await asyncio.gather(*(writer.submit(command) for command in commands), return_exceptions=True)
+    refused = [n for n, answer in enumerate(answers) if isinstance(answer, DuplicateRelativePathError)]
+    assert refused == ([20] if case == "one refused" else [])
+    done += [(c, a) for c, a in zip(commands, answers, strict=True) if not isinstance(a, BaseException)]
+    assert len(done) == 1 + len(paths) - len(refused)
+    events = await read_valid(log)
+    assert_recorded_once(events, done)
+    assert [event.command_id for event in events] == [command.command_id for command, _ in done]
+    assert max(asked) > 10, "the commands did not share a transaction"
+    assert ("cannot be decided together" in caplog.text) == (case == "the code fails")
 
 
 async def test_a_command_that_the_code_cannot_handle_does_not_disturb_the_others(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from uuid import uuid4
@@ -265,9 +265,9 @@ async def test_finalizations_that_are_more_than_a_transaction_takes_are_split(
     transactions: list[int] = []
     commit = Tenure.commit
 
-    def counted(self: Tenure) -> None:
-        transactions.append(self.handed_over)
-        commit(self)
+    def counted(self: Tenure, values: Sequence[bytes]) -> None:
+        transactions.append(sum(map(len, values)))
+        commit(self, values)
 
     async with writer_on(settings, log, Store()) as writer:
         packages = [(await filled(writer, files=30))[0] for _ in range(20)]

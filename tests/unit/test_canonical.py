@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from schemas.canonical import canonical_cbor, cbor_array_head, jcs
+from schemas.canonical import canonical_cbor, cbor_array_head, cbor_integer, jcs
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(-1e15, 1e15) | st.text(),
@@ -65,6 +65,12 @@ def test_nesting_is_bounded() -> None:
         value = [value]
     with pytest.raises(ValueError, match="levels"):
         jcs(value)
+
+
+@pytest.mark.parametrize("border", [0, 24, 1 << 8, 1 << 12, 1 << 16, 1 << 32, (1 << 64) - 1, -(1 << 63)])
+def test_an_integer_is_written_as_cbor_has_it(border: int) -> None:
+    for number in (border - 1, border, border + 1):
+        assert cbor_integer(number) == canonical_cbor(number)
 
 
 @given(st.integers(0, 2**40))

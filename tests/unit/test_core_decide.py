@@ -194,6 +194,7 @@ def test_commands_become_together_what_they_become_one_after_the_other(
     assert decision.values == values
     assert decision.digests == tuple(event_digest(decoded(value)) for value in decision.values)
     assert accept(together, decision) == singly
+    assert [*together.commands] == [*singly.commands]
     assert [acknowledge(together, command) for command in asked] == [acknowledge(singly, command) for command in asked]
 
 

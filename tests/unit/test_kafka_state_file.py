@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from uuid import UUID, uuid4
 
@@ -13,7 +14,8 @@ import pytest
 from services.core.commands import Command, IngestFiles
 from services.core.decide import acknowledge, decide
 from services.core.limits import Limits
-from services.core.state import CREATED, FINALIZED
+from services.core.state import CREATED, FINALIZED, PackageState
+from services.errors import CommandReusedError
 from services.file_lock import FileLock
 from services.log.kafka import state as state_module
 from services.log.kafka import state_file as state_file_module
@@ -220,6 +222,52 @@ def test_answers_go_a_day_after_finalization_and_the_package_stays_finalized(tmp
     assert connection.execute("SELECT count(*) FROM answers").fetchone() == (0,)
     assert connection.execute("SELECT count(*) FROM packages").fetchone() == (PACKAGES + 2,)
     connection.close()
+
+
+def test_a_command_that_came_in_parts_is_answered_while_its_rows_are_made_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state_file_module, "AT_ONCE", 3)
+    state = PartitionState(StateFile.create(tmp_path / NAME, PLACE))
+    writing, made = Writing(state), commands.create()
+    parts = commands.ingest(made.package_id, *"abcdef", name="parts")
+    ended, after = commands.finalize(made.package_id), commands.ingest(made.package_id, "g", name="after")
+    writing.run(made)
+    events = decide(state.package(made.package_id), parts, writing.now, Limits()).events
+    for some in (events[:2], events[2:3], events[3:]):
+        for event in some:
+            state.apply(event)
+        state.confirm(state.position, b"record %d" % state.position)
+        state.save()
+    writing.run(after)
+    expected = {c: acknowledge(_known(state, c), c) for c in (parts, after)}
+    writing.run(ended)
+    state.save()
+    turns = 0
+    while True:
+        for command, answer in expected.items():
+            assert decide(_known(state, command), command, writing.now, Limits()).appended is None
+            assert acknowledge(_known(state, command), command) == answer
+        for changed in range(6):
+            files = [stored("other") if n == changed else file for n, file in enumerate(parts.files)]
+            other = replace(parts, files=tuple(files))
+            with pytest.raises(CommandReusedError):
+                decide(_known(state, other), other, writing.now, Limits())
+        unwritable = replace(parts, files=(replace(parts.files[0], blake3=b"short"), *parts.files[1:]))
+        with pytest.raises(CommandReusedError):
+            decide(_known(state, unwritable), unwritable, writing.now, Limits())
+        if not state.untidy:
+            break
+        state.tidy()
+        turns += 1
+    assert turns > 2, "the rows were not made answers bit by bit"
+    state.close()
+
+
+def _known(state: PartitionState, command: Command) -> PackageState:
+    found = state.package(command.package_id, command.command_id)
+    assert found is not None
+    return found
 
 
 def test_only_what_is_open_and_lately_used_stays_in_memory(tmp_path: Path) -> None:

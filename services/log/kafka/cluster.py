@@ -38,7 +38,17 @@ _CLIENT_SECONDS = 3.0
 """How long one client may be silent before another is asked."""
 
 _AGAIN_SECONDS = 0.05
-_SILENT = frozenset({KafkaError._TIMED_OUT, KafkaError._TRANSPORT, KafkaError._DESTROY, KafkaError.REQUEST_TIMED_OUT})
+_SPENT = frozenset(
+    {
+        KafkaError._TIMED_OUT,
+        KafkaError._TRANSPORT,
+        KafkaError._DESTROY,
+        KafkaError.REQUEST_TIMED_OUT,
+        KafkaError.NOT_COORDINATOR,
+    }
+)
+"""Another client is to be asked: this one is silent, or goes on to ask a coordinator that is none any more."""
+
 _MOVING = frozenset(
     {
         KafkaError.NOT_LEADER_FOR_PARTITION,
@@ -46,7 +56,6 @@ _MOVING = frozenset(
         KafkaError.FENCED_LEADER_EPOCH,
         KafkaError.UNKNOWN_LEADER_EPOCH,
         KafkaError.OFFSET_NOT_AVAILABLE,
-        KafkaError.NOT_COORDINATOR,
         KafkaError.COORDINATOR_NOT_AVAILABLE,
         KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
         KafkaError.NOT_CONTROLLER,
@@ -172,7 +181,8 @@ class Cluster:
     def _answers(self, question: Callable[[AdminClient], dict[Any, Future[Any]]]) -> dict[Any, Any]:
         """Ask, and again while leaders or coordinators move, until ANSWER_SECONDS are over.
 
-        A client whose broker was restarted may never get an answer about groups again; another one does.
+        A client whose broker was restarted may never get an answer about groups again, or keeps to the coordinator that
+        it was; another one does not.
         """
         deadline = time.monotonic() + ANSWER_SECONDS
         while True:
@@ -188,7 +198,7 @@ class Cluster:
             except KafkaException as error:
                 found = kafka_error(error)
                 code = found.code() if found is not None else KafkaError.UNKNOWN
-                if code in _SILENT:
+                if code in _SPENT:
                     self._discard(admin)
                 elif code not in _MOVING:
                     raise

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import islice
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 from uuid import UUID
 
 from confluent_kafka import KafkaException, Producer
@@ -51,6 +51,14 @@ _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
+class Staged(NamedTuple):
+    """What commands became, decided and folded into the state, that waits to be appended."""
+
+    decision: Decision
+    traceparents: Sequence[str | None]
+    """One for each command."""
+
+
 class Tenure:
     """Used by one thread. Every method blocks.
 
@@ -88,10 +96,6 @@ class Tenure:
         self._partition = partition
         self._stopping = stopping
         self._tail: Reader | None = None
-        self._values: list[bytes] = []
-        """Of the records of the open transaction."""
-        self.handed_over = 0
-        """How many bytes they are."""
         self._producer: Producer | None = make_producer(kafka.producer(partition))
         try:
             if (now := cluster.topic().identity) != identity:
@@ -112,26 +116,25 @@ class Tenure:
         """What the log says of the partition's packages."""
         return _open(self._state)
 
-    def hand_over(self, decision: Decision, traceparents: Sequence[str | None]) -> None:
-        """Add events that are folded into the state already to the transaction, which begins with the first of them.
+    def hand_over(self, staged: Sequence[Staged]) -> list[bytes]:
+        """Begin a transaction of events that are folded into the state already; the records' values.
 
-        One trace for each command. Brokers are waited for only when they are more than the client holds. Raises
-        whatever the client raises.
+        Brokers are waited for only when they are more than the client holds. Raises whatever the client raises.
         """
         producer = _open(self._producer)
-        if not self._values:
-            producer.poll(0)  # hands over what the client has to log
-            producer.begin_transaction()
-        self._produce(producer, decision, traceparents)
-        self._values += decision.values
-        self.handed_over += sum(map(len, decision.values))
+        producer.poll(0)  # hands over what the client has to log
+        producer.begin_transaction()
+        values: list[bytes] = []
+        for decision, traceparents in staged:
+            self._produce(producer, decision, traceparents)
+            values += decision.values
+        return values
 
-    def commit(self) -> None:
-        """End the transaction; return when the tail has shown all its records.
+    def commit(self, values: Sequence[bytes]) -> None:
+        """End the transaction of these records' values; return when the tail has shown them all.
 
         Raises whatever the client raises; also UnavailableError when something else is read back, or nothing in time.
         """
-        values, self._values, self.handed_over = self._values, [], 0
         _open(self._producer).commit_transaction(COMMIT_SECONDS)
         self.state.confirm(self._read_back(values), values[-1])
 

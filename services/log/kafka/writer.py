@@ -37,8 +37,8 @@ from services.log.kafka.failures import spoiled_by_record
 from services.log.kafka.requests import CHECK_SECONDS, MAX_BATCH_BYTES, TOGETHER, IngestCheck, Request, Waiting
 from services.log.kafka.restore import States
 from services.log.kafka.settings import KafkaSettings
-from services.log.kafka.state import TIDY_SECONDS
-from services.log.kafka.tenure import Tenure
+from services.log.kafka.state import TIDY_SECONDS, PartitionState
+from services.log.kafka.tenure import Staged, Tenure
 from services.log.kafka.turns import Turns
 from services.log.port import PartitionNotOwnedError, PartitionStatus, PutManifest
 from services.tracing import TRACEPARENT
@@ -274,38 +274,49 @@ class PartitionWriter:
         If they become more than one transaction takes, these are the answers of the first of them.
         """
         while True:
+            staged: list[Staged] = []
             with self._context.turns:
-                now, outcomes = asides.now(), list[_Outcome]()
+                now, size, outcomes = asides.now(), 0, list[_Outcome]()
                 for run in runs:
-                    outcomes += self._decide_run(tenure, asides, run, now)
+                    decided = len(staged)
+                    outcomes += self._decide_run(tenure.state, asides, run, now, staged)
                     # How large manifests are is known only now.
-                    if tenure.handed_over > MAX_BATCH_BYTES:
+                    size += sum(sum(map(len, decision.values)) for decision, _ in staged[decided:])
+                    if size > MAX_BATCH_BYTES:
                         break
-            if tenure.handed_over:
-                tenure.commit()
+                values = tenure.hand_over(staged) if staged else []
+            if staged:
+                tenure.commit(values)
                 break
             if not any(isinstance(outcome, RejectedError) for outcome in outcomes) or not tenure.catch_up():
                 break
         return outcomes
 
-    def _decide_run(self, tenure: Tenure, asides: Asides, run: Sequence[Request], now: int) -> list[_Outcome]:
+    def _decide_run(
+        self, state: PartitionState, asides: Asides, run: Sequence[Request], now: int, staged: list[Staged]
+    ) -> list[_Outcome]:
         """Commands of one package that add files to it, together if they can be, or any other request."""
         commands = [request.asked for request in run if isinstance(request.asked, IngestFiles)]
-        package = tenure.state.package(run[0].asked.package_id) if len(commands) > 1 else None
+        package = state.package(run[0].asked.package_id) if len(commands) > 1 else None
         if package is not None:
+            decision = None
+            # Which of them it is, and what is wrong with it, is found by deciding each by itself.
             try:
                 decision = decide_together(package, commands, now, self._context.limits)
-            # Which of them it is, and what is wrong with it, is found by deciding each by itself.
-            except Exception:  # noqa: BLE001 - see above
-                decision = None
+            except ArtifactStoreError:
+                pass
+            except Exception:  # noqa: BLE001 - see above; the cause is logged whole
+                _LOG.exception("commands of package %s cannot be decided together", package.package_id)
             if decision is not None:
-                package = tenure.state.accept(package, decision)
-                tenure.hand_over(decision, [request.traceparent for request in run])
+                package = state.accept(package, decision)
+                staged.append(Staged(decision, [request.traceparent for request in run]))
                 return [acknowledge(package, command) for command in commands]
-        return [self._decide(tenure, asides, request, now) for request in run]
+        return [self._decide(state, asides, request, now, staged) for request in run]
 
-    def _decide(self, tenure: Tenure, asides: Asides, request: Request, now: int) -> _Outcome:
-        asked, limits, state = request.asked, self._context.limits, tenure.state
+    def _decide(
+        self, state: PartitionState, asides: Asides, request: Request, now: int, staged: list[Staged]
+    ) -> _Outcome:
+        asked, limits = request.asked, self._context.limits
         package = state.package(asked.package_id, asked.command_id)
         try:
             if isinstance(asked, IngestCheck):
@@ -324,7 +335,7 @@ class PartitionWriter:
             return RejectedError(f"the command cannot be carried out: {type(error).__name__}")
         if decision.appended is not None:
             package = state.accept(package, decision)
-            tenure.hand_over(decision, [request.traceparent])
+            staged.append(Staged(decision, [request.traceparent]))
         elif package is None:
             return UnavailableError("the package's state was lost; retry with the same command id")
         return acknowledge(package, asked)

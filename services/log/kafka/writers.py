@@ -214,11 +214,12 @@ class KafkaWriter:
 
         def pass_on(task: asyncio.Task[Acknowledgement]) -> None:
             self._moving.discard(task)
+            error = None if task.cancelled() else task.exception()
             if request.answer.done():
                 return
             if task.cancelled():
                 request.answer.cancel()
-            elif (error := task.exception()) is not None:
+            elif error is not None:
                 request.answer.set_exception(error)
             else:
                 request.answer.set_result(task.result())
