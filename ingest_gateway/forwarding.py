@@ -25,7 +25,6 @@ STATUS_PATH = "/status"
 
 _CONNECT_SECONDS = 2.0
 _TOTAL_SECONDS = 40.0
-_CONNECTIONS = 64
 
 
 class HttpForwarder:
@@ -40,7 +39,8 @@ class HttpForwarder:
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, limit_per_host=_CONNECTIONS),
+            # What comes in is bounded; a bound here would let the commands of one partition that hangs hold up others'.
+            connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=_TOTAL_SECONDS, sock_connect=_CONNECT_SECONDS),
             headers=self._headers,
         )

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -15,8 +16,14 @@ from services.config import Settings
 from services.core.commands import Acknowledgement, Command, CreatePackage, FinalizePackage, IngestFiles
 from services.core.limits import Limits
 from services.core.state import PackageState
-from services.errors import DuplicateRelativePathError, PackageNotFoundError, PushBackError, UnavailableError
-from services.log.kafka import KafkaLog, KafkaWriter, requests
+from services.errors import (
+    ConfigurationError,
+    DuplicateRelativePathError,
+    PackageNotFoundError,
+    PushBackError,
+    UnavailableError,
+)
+from services.log.kafka import KafkaLog, KafkaWriter, requests, tenure
 from services.log.port import PartitionNotOwnedError
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import ready, settled
@@ -206,6 +213,27 @@ async def test_commands_that_add_files_to_a_package_are_decided_together_if_they
     assert [event.command_id for event in events] == [command.command_id for command, _ in done]
     assert max(asked) > 10, "the commands did not share a transaction"
     assert ("cannot be decided together" in caplog.text) == (case == "the code fails")
+
+
+async def test_a_right_that_was_taken_away_and_given_back_is_only_a_delay(
+    kafka: Settings, log: KafkaLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin, refused = tenure.Tenure, 0
+
+    def without_right(*given: Any, **named: Any) -> tenure.Tenure:
+        nonlocal refused
+        if refused < PARTITIONS:
+            refused += 1
+            raise ConfigurationError("Kafka refuses it")
+        return begin(*given, **named)
+
+    monkeypatch.setattr("services.log.kafka.writer.Tenure", without_right)
+    monkeypatch.setattr("services.log.kafka.writer._REFUSE_SECONDS", 0.2)
+    async with lone_writer(kafka, log) as writer:
+        await ready(writer)
+        answers = await asyncio.gather(*(writer.submit(create_in(n)) for n in range(PARTITIONS)))
+    assert refused == PARTITIONS
+    assert len(answers) == len(await read_valid(log))
 
 
 async def test_a_command_that_the_code_cannot_handle_does_not_disturb_the_others(

@@ -20,7 +20,7 @@ from services.file_lock import FileLock
 from services.log.kafka import state as state_module
 from services.log.kafka import state_file as state_file_module
 from services.log.kafka.state import ANSWERS_KEPT_MICROS, PartitionState
-from services.log.kafka.state_file import Place, StateFile, UnusableStateError, copy_file
+from services.log.kafka.state_file import Place, StateFile, StateFileError, UnusableStateError, copy_file
 from services.log.kafka.state_slots import claim
 from services.log.kafka.state_statements import BYTES, ROWS, Many
 from tests.unit import commands
@@ -111,6 +111,28 @@ def test_what_is_no_whole_state_of_the_partition_is_discarded_with_a_line_in_the
     assert slot.path == tmp_path / NAME
     assert not slot.path.exists()
     assert "a state file of partition 3 is discarded" in caplog.text
+    slot.release()
+
+
+@pytest.mark.parametrize("code", [sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN])
+def test_a_state_is_not_thrown_away_for_what_passes_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    path = filled(tmp_path / NAME)
+
+    def fail(*_: object, **__: object) -> None:
+        error = sqlite3.OperationalError("not now")
+        error.sqlite_errorcode = code
+        raise error
+
+    with monkeypatch.context() as now:
+        now.setattr(sqlite3, "connect", fail)
+        with pytest.raises(StateFileError, match="not now"):
+            claim(tmp_path, PLACE)
+    slot, file = claim(tmp_path, PLACE)
+    assert slot.path == path
+    assert file is not None
+    file.close()
     slot.release()
 
 

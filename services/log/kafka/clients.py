@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer
 from confluent_kafka.admin import AdminClient
 
-from services.errors import ConfigurationError
+from services.errors import ConfigurationError, UnavailableError
 from services.log.kafka.failures import kafka_error
 
 CLIENT_LOGGER = logging.getLogger("services.log.kafka.client")
@@ -53,17 +53,17 @@ CLIENT_LOGGER.addFilter(Repeats())
 
 
 def make_consumer(config: dict[str, Any]) -> Consumer:
-    """Raises ConfigurationError for a setting that the client refuses."""
+    """Raises ConfigurationError for a setting that the client refuses, UnavailableError when the system has no room."""
     return _make(Consumer, config)
 
 
 def make_producer(config: dict[str, Any]) -> Producer:
-    """Raises ConfigurationError for a setting that the client refuses."""
+    """Raises as `make_consumer`."""
     return _make(Producer, config)
 
 
 def make_admin(config: dict[str, Any]) -> AdminClient:
-    """Raises ConfigurationError for a setting that the client refuses."""
+    """Raises as `make_consumer`."""
     return _make(AdminClient, config)
 
 
@@ -73,6 +73,9 @@ def _make(kind: Callable[..., _Client], config: dict[str, Any]) -> _Client:
         return kind({**config, "error_cb": _note}, logger=CLIENT_LOGGER)
     except KafkaException as error:
         found = kafka_error(error)
+        if found is not None and found.code() != KafkaError._INVALID_ARG:
+            # No thread, no descriptor: that passes, or another process takes over.
+            raise UnavailableError(f"a Kafka client cannot be made now: {found.name()}") from None
         # The client's own text may show the value; the name is enough.
         text = found.str() if found else ""
         named = next((name for name in sorted(config, key=len, reverse=True) if f'"{name}"' in text), None)

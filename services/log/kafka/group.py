@@ -23,6 +23,11 @@ NO_URL = "artifact-store"
 """The client id of a gateway that no other can forward to."""
 
 _POLL_SECONDS = 0.25
+
+_POLL_INTERVAL_MS = 60_000
+"""How long the group waits for a member that keeps still in a rebalance, and a member for the answer that ends one. A
+hand-over takes 15 s at most."""
+
 _REJOIN_SECONDS = 0.5
 
 _LOG = logging.getLogger(__name__)
@@ -93,11 +98,16 @@ class WriterGroup:
             except KafkaException as error:
                 found = kafka_error(error)
                 self._note(explained(found, "joining the writers").detail if found else "the group cannot be joined")
+            # Whatever it is, a process that is in no group any more would write to nothing until it is started again.
+            except Exception as error:  # noqa: BLE001 - see above; the cause is logged whole
+                _LOG.exception("the group of writers was left")
+                self._note(f"the group was left: {type(error).__name__}")
             self._closing.wait(_REJOIN_SECONDS)
 
     def _be_member(self) -> None:
         """Join, stay until told otherwise, leave."""
-        consumer = make_consumer(self._kafka.member(self._kafka.writers_group, self._client_id))
+        member = self._kafka.member(self._kafka.writers_group, self._client_id)
+        consumer = make_consumer({**member, "max.poll.interval.ms": _POLL_INTERVAL_MS, **self._kafka.options})
         try:
             consumer.subscribe(
                 [self._kafka.topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost

@@ -7,11 +7,16 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from services.errors import UnavailableError
 from services.log.kafka.group import WriterGroup
 from services.log.kafka.log import KafkaLog
 
 _FRESH_SECONDS = 1.0
 _UNSETTLED_SECONDS = 0.1
+"""After so long the group may have something new to say."""
+
+_FAILED_SECONDS = 0.5
+"""So long nobody asks again after the group did not answer, for which each has waited for seconds already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +35,20 @@ class Owners:
         self._group = group
         self._asking = asyncio.Lock()
         self._known: dict[int, Owner] = {}
-        self._until = 0.0
+        self._failure: UnavailableError | None = None
+        self._until = self._asked = 0.0
 
     async def all(self) -> Mapping[int, Owner]:
         """Owner by partition, without those that nobody owns. Raises UnavailableError."""
         async with self._asking:
             if time.monotonic() >= self._until:
-                members = await self._log.blocking(self._group.members)
+                try:
+                    members = await self._log.blocking(self._group.members)
+                except UnavailableError as error:
+                    self._failure = error
+                    self._until = time.monotonic() + _FAILED_SECONDS
+                    raise
+                self._failure = None
                 # Between two assignments most partitions stay where they were.
                 fresh = _FRESH_SECONDS if members is not None else _UNSETTLED_SECONDS
                 if members is not None:
@@ -45,9 +57,12 @@ class Owners:
                         for m in members
                         for p in m.partitions
                     }
-                self._until = time.monotonic() + fresh
+                self._asked = time.monotonic()
+                self._until = self._asked + fresh
+            if self._failure is not None:
+                raise UnavailableError(self._failure.detail)
             return self._known
 
     def forget(self) -> None:
-        """What is remembered has proved wrong."""
-        self._until = 0.0
+        """What is remembered has proved wrong; the group is asked again, unless that was a moment ago."""
+        self._until = min(self._until, self._asked + _UNSETTLED_SECONDS)

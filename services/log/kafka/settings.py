@@ -108,6 +108,9 @@ class KafkaSettings:
         """A consumer that is given its partitions and sees committed events alone; it never resets by itself."""
         return {
             "fetch.wait.max.ms": 500,
+            # A broker that keeps still is given up after so long, and its partitions' new leaders are looked for: by
+            # default a minute. It has lost its session with the cluster after 9 s.
+            "socket.timeout.ms": 10_000,
             "fetch.message.max.bytes": 4 << 20,
             # Bounds what one reader holds. A full queue is looked at again after the back-off, by default 1 s.
             "queued.max.messages.kbytes": 16 << 10,
@@ -162,6 +165,7 @@ class KafkaSettings:
             "log_level": 3,
             "socket.keepalive.enable": True,
             "reconnect.backoff.max.ms": 1_000,
+            "socket.connection.setup.timeout.ms": 10_000,
             **self.options,
             "bootstrap.servers": self.bootstrap,
             "client.id": client_id,

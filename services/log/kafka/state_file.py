@@ -47,6 +47,17 @@ FORMAT = 4
 QUICK_CHECK_BYTES = 32 << 20
 """A file up to this size is checked page by page when it is opened; it takes about 0.1 s."""
 
+_PASSING = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_NOMEM,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_CANTOPEN,
+    }
+)
+"""What says nothing of the file itself. A state that is thrown away for it would be read from the log for minutes."""
+
 _CACHE_KIB = 2 << 10
 _WAL_PAGES = 4_000
 _PURGE_ROWS = 2_000
@@ -445,12 +456,16 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
 
 @contextmanager
 def _explained(path: Path, *, opening: bool = False, reading: bool = False) -> Iterator[None]:
-    """Tell SQLite's and the system's errors as ours; when it is opened, any of SQLite's says that it is no state."""
+    """Tell SQLite's and the system's errors as ours; when it is opened, others than passing ones say that it is no state."""
     try:
         yield
     except sqlite3.Error as error:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if opening or code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CONSTRAINT):
+        if (opening and code not in _PASSING) or code in (
+            sqlite3.SQLITE_CORRUPT,
+            sqlite3.SQLITE_NOTADB,
+            sqlite3.SQLITE_CONSTRAINT,
+        ):
             raise UnusableStateError(f"{path.name} is damaged: {error}") from error
         raise StateFileError(f"the state file {path} cannot be used: {error}") from error
     except OSError as error:

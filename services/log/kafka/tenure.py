@@ -175,14 +175,16 @@ class Tenure:
                 producer.purge()
             del producer
         tail, self._tail = self._tail, None
-        if tail is not None:
-            tail.close()
-        state, self._state = self._state, None
-        if state is not None and state.close():
-            self._offer(state, closing=True)
-        slot, self._slot = self._slot, None
-        if slot is not None:
-            slot.release()
+        try:
+            if tail is not None:
+                tail.close()
+        finally:
+            state, self._state = self._state, None
+            if state is not None and state.close():
+                self._offer(state, closing=True)
+            slot, self._slot = self._slot, None
+            if slot is not None:
+                slot.release()
 
     def _restore(self, end: int) -> None:
         """Go on from the best state that stands on the log, and read from there up to `end`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -46,6 +47,7 @@ from services.tracing import TRACEPARENT
 _IDLE_SECONDS = 5.0
 _ASK_SECONDS = 0.2
 _RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0)
+_REFUSE_SECONDS = 10.0
 
 _LOG = logging.getLogger(__name__)
 
@@ -165,10 +167,13 @@ class PartitionWriter:
                     if not self._stop.is_set():
                         self._context.disowned(self.partition)
                     return
-                except (CorruptError, ConfigurationError) as error:
+                except CorruptError as error:
                     self._note(error)
                     self._refuse_all(error)
                     return
+                except ConfigurationError as error:  # somebody may mend it: a right that was taken away, a topic
+                    self._note(error)
+                    self._refuse_all(error, _REFUSE_SECONDS)
                 # Everything else is met by taking over again: the state that the log gives says what has happened.
                 except Exception as error:  # noqa: BLE001 - see above; the cause is shown in `trouble` and logged
                     failed = 0 if self.since is not None else failed + 1
@@ -350,9 +355,13 @@ class PartitionWriter:
         self._context.counts.pushed_back += 1
         return PushBackError(f"partition {self.partition}: {self.trouble or 'its writer is busy'}", 2.0)
 
-    def _refuse_all(self, error: Exception) -> None:
-        """The partition cannot be written to as it is; say so to everyone until the process gives it up."""
-        while (batch := self._waiting.take(_IDLE_SECONDS)) is not None:
+    def _refuse_all(self, error: Exception, seconds: float = math.inf) -> None:
+        """The partition cannot be written to as it is; say so to everyone, at most until the process gives it up."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            batch = self._waiting.take(min(left, _IDLE_SECONDS))
+            if batch is None:
+                return
             self._deliver([(request, error) for request in batch])
 
     def _note(self, error: Exception) -> None:

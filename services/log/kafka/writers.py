@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar, cast
 from uuid import UUID
 
@@ -287,8 +287,10 @@ class KafkaWriter:
         waiting = asyncio.ensure_future(answer)
         try:
             while not (await asyncio.wait([waiting], timeout=_LOOK_SECONDS))[0]:
-                if (await self._owners.all()).get(partition, owner) != owner:
-                    raise PartitionNotOwnedError("the partition went to another process")
+                # Whoever cannot say who owns it does not say that it went elsewhere.
+                with suppress(UnavailableError):
+                    if (await self._owners.all()).get(partition, owner) != owner:
+                        raise PartitionNotOwnedError("the partition went to another process")
             return await waiting
         finally:
             waiting.cancel()

@@ -1,0 +1,79 @@
+"""The group's thread: a process that has no room for a client or a thread for a moment is a member again later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from threading import Event
+from typing import Any, cast
+
+import pytest
+from confluent_kafka import KafkaError, KafkaException
+
+from services.config import Settings
+from services.errors import UnavailableError
+from services.log.kafka import clients
+from services.log.kafka import group as group_module
+from services.log.kafka.group import WriterGroup
+from services.log.kafka.settings import KafkaSettings
+
+
+class Quiet:
+    """A consumer to which nothing happens."""
+
+    def __init__(self, joined: Event) -> None:
+        self._joined = joined
+
+    def subscribe(self, _topics: list[str], **_callbacks: Any) -> None:
+        self._joined.set()
+
+    def poll(self, _seconds: float) -> None:
+        return None
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("can't start new thread"), UnavailableError("no room"), KafkaException(KafkaError(KafkaError._FAIL))],
+    ids=lambda error: type(error).__name__,
+)
+def test_the_group_is_joined_again_whatever_went_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    joined = Event()
+    failures = iter([error])
+
+    def make(_config: dict[str, Any]) -> Quiet:
+        for failure in failures:
+            raise failure
+        return Quiet(joined)
+
+    monkeypatch.setattr(group_module, "make_consumer", make)
+    monkeypatch.setattr(group_module, "_REJOIN_SECONDS", 0.0)
+    kafka = KafkaSettings.of(Settings(log_url="kafka://127.0.0.1:1/x", state_dir=tmp_path))
+    group = WriterGroup(kafka, cast("Any", None), "gateway", lambda _: None, lambda *_: None)
+    group.start()
+    assert joined.wait(30)
+    assert group.trouble is not None
+    group.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "make"),
+    [
+        ("Consumer", clients.make_consumer),
+        ("Producer", clients.make_producer),
+        ("AdminClient", clients.make_admin),
+    ],
+)
+def test_a_system_without_room_for_a_client_is_no_wrong_setting(
+    monkeypatch: pytest.MonkeyPatch, kind: str, make: Callable[[dict[str, Any]], object]
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise KafkaException(KafkaError(KafkaError._CRIT_SYS_RESOURCE))
+
+    monkeypatch.setattr(clients, kind, full)
+    with pytest.raises(UnavailableError, match="_CRIT_SYS_RESOURCE"):
+        make({"bootstrap.servers": "127.0.0.1:1"})
