@@ -456,7 +456,7 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
 
 @contextmanager
 def _explained(path: Path, *, opening: bool = False, reading: bool = False) -> Iterator[None]:
-    """Tell SQLite's and the system's errors as ours; when it is opened, others than passing ones say that it is no state."""
+    """Tell SQLite's and the system's errors as ours; at opening, all but passing ones say that it is no state."""
     try:
         yield
     except sqlite3.Error as error:
