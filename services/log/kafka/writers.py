@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TypeVar, cast
 from uuid import UUID
 
@@ -287,10 +287,12 @@ class KafkaWriter:
         waiting = asyncio.ensure_future(answer)
         try:
             while not (await asyncio.wait([waiting], timeout=_LOOK_SECONDS))[0]:
-                # Whoever cannot say who owns it does not say that it went elsewhere.
-                with suppress(UnavailableError):
-                    if (await self._owners.all()).get(partition, owner) != owner:
-                        raise PartitionNotOwnedError("the partition went to another process")
+                try:
+                    now = (await self._owners.all()).get(partition, owner)
+                except UnavailableError:  # who cannot say who owns it does not say that it went elsewhere
+                    continue
+                if now != owner:
+                    raise PartitionNotOwnedError("the partition went to another process")
             return await waiting
         finally:
             waiting.cancel()
