@@ -13,7 +13,7 @@ from threading import Thread
 
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 
-from services.errors import ConfigurationError
+from services.errors import ConfigurationError, UnavailableError
 from services.log.kafka.clients import make_consumer
 from services.log.kafka.cluster import Cluster, Member
 from services.log.kafka.failures import explained, kafka_error
@@ -93,7 +93,7 @@ class WriterGroup:
             self._rejoin.clear()
             try:
                 self._be_member()
-            except ConfigurationError as error:
+            except (ConfigurationError, UnavailableError) as error:
                 self._note(error.detail)
             except KafkaException as error:
                 found = kafka_error(error)
