@@ -18,7 +18,7 @@ from services.errors import PushBackError, UnavailableError
 from services.log.kafka import KafkaLog, KafkaWriter
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import ready
-from tests.faults.torture.leaders import in_sync
+from tests.faults.torture.leaders import in_sync, prefer
 from tests.integration.conditions import until
 from tests.integration.kafka_stage import PARTITIONS, create_in, cut_off, kafka_settings, lone_writer, open_kafka_log
 from tests.services.kafka import KafkaBroker, KafkaCluster
@@ -149,6 +149,25 @@ async def test_a_group_is_seen_although_its_coordinator_died_and_is_none_any_mor
             await asyncio.to_thread(coordinator.start)
             await until(whole, 60, "the brokers do not come together again")
             await until(seen, 60, "the group has no members")
+
+
+async def test_offsets_are_asked_of_whoever_leads_now(tmp_path: Path) -> None:
+    with KafkaCluster(tmp_path / "cluster") as cluster:
+        settings = kafka_settings(
+            f"kafka://{cluster.endpoint}/private", tmp_path, kafka_replication_factor=3, kafka_min_insync_replicas=2
+        )
+        async with open_kafka_log(settings) as log:
+            topic, partitions = log.kafka.topic, range(PARTITIONS)
+            before = await asyncio.to_thread(log.cluster.last_stable, partitions)
+            for broker in cluster.brokers:
+                others = [other.node_id for other in cluster.brokers if other is not broker]
+                await asyncio.to_thread(prefer, cluster, topic, partitions, [broker.node_id, *others])
+
+                async def moved(to: int = broker.node_id) -> bool:
+                    return set((await asyncio.to_thread(leaders, cluster.endpoint, topic)).values()) == {to}
+
+                await until(moved, 30, "the leaders do not move")
+                assert await asyncio.to_thread(log.cluster.last_stable, partitions) == before
 
 
 def leaders(servers: str, topic: str) -> dict[int, int]:

@@ -6,6 +6,7 @@ import base64
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
@@ -49,17 +50,22 @@ _SPENT = frozenset(
 )
 """Another client is to be asked: this one is silent, or goes on to ask a coordinator that is none any more."""
 
-_MOVING = frozenset(
+_LED_BY_OTHERS = frozenset(
     {
         KafkaError.NOT_LEADER_FOR_PARTITION,
         KafkaError.LEADER_NOT_AVAILABLE,
         KafkaError.FENCED_LEADER_EPOCH,
         KafkaError.UNKNOWN_LEADER_EPOCH,
+        KafkaError._NOENT,  # the client's own word for a partition whose leader is not known yet
+    }
+)
+_MOVING = frozenset(
+    {
+        *_LED_BY_OTHERS,
         KafkaError.OFFSET_NOT_AVAILABLE,
         KafkaError.COORDINATOR_NOT_AVAILABLE,
         KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
         KafkaError.NOT_CONTROLLER,
-        KafkaError._NOENT,  # the client's own word for a partition whose leader is not known yet
     }
 )
 
@@ -202,9 +208,16 @@ class Cluster:
                     self._discard(admin)
                 elif code not in _MOVING:
                     raise
+                elif code in _LED_BY_OTHERS:
+                    self._look_for_leaders(admin)
                 if time.monotonic() > deadline:
                     raise
             time.sleep(_AGAIN_SECONDS)
+
+    def _look_for_leaders(self, admin: AdminClient) -> None:
+        """A client asks the leaders that it knows again and again, and learns of others only when told to look."""
+        with suppress(KafkaException):
+            admin.list_topics(self._kafka.topic, timeout=_CLIENT_SECONDS)
 
     def _discard(self, admin: AdminClient) -> None:
         with self._lock:
