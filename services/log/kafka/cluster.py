@@ -216,8 +216,10 @@ class Cluster:
 
     def _look_for_leaders(self, admin: AdminClient) -> None:
         """A client asks the leaders that it knows again and again, and learns of others only when told to look."""
-        with suppress(KafkaException):
-            admin.list_topics(self._kafka.topic, timeout=_CLIENT_SECONDS)
+        # Asking for metadata of a topic that was deleted could make it anew; describing it does not.
+        for described in admin.describe_topics(TopicCollection([self._kafka.topic])).values():
+            with suppress(KafkaException, TimeoutError):
+                described.result(_CLIENT_SECONDS)
 
     def _discard(self, admin: AdminClient) -> None:
         with self._lock:
