@@ -36,7 +36,10 @@ class Owners:
         self._asking = asyncio.Lock()
         self._known: dict[int, Owner] = {}
         self._failure: UnavailableError | None = None
-        self._until = self._asked = 0.0
+        self._until = 0.0
+        """How long what is known, or that nobody can say it, is believed,"""
+        self._least = 0.0
+        """and how long at least, even if it has proved wrong."""
 
     async def all(self) -> Mapping[int, Owner]:
         """Owner by partition, without those that nobody owns. Raises UnavailableError."""
@@ -46,7 +49,7 @@ class Owners:
                     members = await self._log.blocking(self._group.members)
                 except UnavailableError as error:
                     self._failure = error
-                    self._until = time.monotonic() + _FAILED_SECONDS
+                    self._until = self._least = time.monotonic() + _FAILED_SECONDS
                     raise
                 self._failure = None
                 # Between two assignments most partitions stay where they were.
@@ -57,12 +60,12 @@ class Owners:
                         for m in members
                         for p in m.partitions
                     }
-                self._asked = time.monotonic()
-                self._until = self._asked + fresh
+                self._until = time.monotonic() + fresh
+                self._least = time.monotonic() + _UNSETTLED_SECONDS
             if self._failure is not None:
                 raise UnavailableError(self._failure.detail)
             return self._known
 
     def forget(self) -> None:
         """What is remembered has proved wrong; the group is asked again, unless that was a moment ago."""
-        self._until = min(self._until, self._asked + _UNSETTLED_SECONDS)
+        self._until = min(self._until, self._least)
