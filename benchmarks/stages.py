@@ -16,7 +16,6 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from random import Random
 from time import thread_time
@@ -27,7 +26,6 @@ from uuid import UUID
 from confluent_kafka import Producer
 
 from benchmarks.workload import package_commands
-from schemas.headers import RecordHeaders
 from services.collector import collect_rarely
 from services.config import Settings
 from services.core.commands import Command, IngestFiles
@@ -36,11 +34,12 @@ from services.core.limits import Limits
 from services.core.state import PackageState
 from services.log.kafka.partitioner import partition_of
 from services.log.kafka.reader import Reader
-from services.log.kafka.requests import Request, Waiting
+from services.log.kafka.requests import Request, Waiting, runs_of
 from services.log.kafka.settings import KafkaSettings
 from services.log.kafka.state import PartitionState
 from services.log.kafka.state_file import Place, StateFile
-from services.log.kafka.writer import PartitionWriter, WriterContext, _runs
+from services.log.kafka.tenure import records_of
+from services.log.kafka.writer import PartitionWriter, WriterContext
 
 _PACKAGES = 15
 _FILES = 64
@@ -86,12 +85,8 @@ class _Broker:
     def produce(self, decision: Decision) -> None:
         """As a tenure does it."""
         topic, key, timestamp = self._kafka.topic, decision.package_id, decision.created_at // 1000
-        headers = RecordHeaders(decision.event_type, key, decision.created_at)
-        records = zip(decision.event_ids, decision.values, strict=True)
-        for command_id, count in zip(decision.command_ids, decision.counts, strict=True):
-            headers.begin_command(command_id, count)
-            for index, (event_id, value) in enumerate(islice(records, count)):
-                self._producer.produce(topic, value, key, 0, timestamp=timestamp, headers=headers.of(index, event_id))
+        for value, headers in records_of(decision, [None] * len(decision.commands)):
+            self._producer.produce(topic, value, key, 0, timestamp=timestamp, headers=headers)
 
     def flush(self) -> None:
         """Wait until everything is there."""
@@ -136,7 +131,7 @@ async def _ingest(found: _Stages, state: PartitionState, commands: Sequence[Comm
             batch += waiting.take(0) or []
     settled: list[tuple[Request, Any]] = []
     with found.timed("bring a package's commands together"):
-        runs = _runs(batch)
+        runs = runs_of(batch)
     for run in runs:
         own = [cast("IngestFiles", request.asked) for request in run]
         with found.timed("look up the package's state"):

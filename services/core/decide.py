@@ -36,7 +36,7 @@ from services.core.content_address import content_key
 from services.core.evolve import evolve
 from services.core.fields import check_metadata_size, check_text
 from services.core.limits import EVENT_OVERHEAD_BYTES, Limits
-from services.core.manifest import item_file_id, manifest_pieces
+from services.core.manifest import item_file_id, manifest_of
 from services.core.paths import check_paths
 from services.core.retention import retention_class
 from services.core.state import CREATED, CommandState, PackageState, file_states
@@ -80,7 +80,7 @@ class Decision:
     @property
     def counts(self) -> Sequence[int]:
         """How many events each command becomes in all."""
-        return [len(command.files) if isinstance(command, IngestFiles) else 1 for command in self.commands]
+        return [len(_files(command)) or 1 for command in self.commands]
 
     @property
     def event_ids(self) -> Sequence[bytes]:
@@ -152,26 +152,21 @@ def accept(state: PackageState | None, decision: Decision) -> PackageState:
         raise CorruptError(f"package {package}: event {appended.first_sequence} precedes its creation")
     if appended.first_sequence != state.sequence + 1:
         raise CorruptError(f"package {package}: event {appended.first_sequence} follows event {state.sequence}")
-    sequence, digests, done, at = state.sequence, appended.digests, decision.done, 0
-    paths: list[str] = []
+    digests, paths = appended.digests, list[str]()
     for command in decision.commands:
-        files = _files(command)[done:]
+        files = _files(command)[decision.done :]
         own = [file.relative_path for file in files]
         paths += own
         state.total_bytes += sum([file.size_bytes for file in files])
-        at += len(own)
-        known = state.commands.get(command.command_id) if done else None
+        known = state.commands.get(command.command_id)
         if known is None:
-            last = sequence + at, digests[at - 1]
-            state.commands[command.command_id] = CommandState(
-                FILE_INGESTED, command.actor, len(own), len(own), *last, own
-            )
-        else:
-            known.done, known.last_sequence, known.last_digest = known.count, sequence + at, digests[at - 1]
-            known.paths += own
-    kept = zip(count(sequence + 1), digests, appended.manifest_items, appended.receipt_items, strict=False)
+            known = state.commands[command.command_id] = CommandState(FILE_INGESTED, command.actor, len(files))
+        known.done = known.count
+        known.last_sequence, known.last_digest = state.sequence + len(paths), digests[len(paths) - 1]
+        known.paths += own
+    kept = zip(count(appended.first_sequence), digests, appended.manifest_items, appended.receipt_items, strict=False)
     state.files.update(zip(paths, file_states(kept), strict=True))
-    state.sequence, state.digest = sequence + at, digests[-1]
+    state.sequence, state.digest = state.sequence + len(paths), digests[-1]
     state.unfinished = None
     state.last_event_at = decision.created_at
     return state
@@ -234,7 +229,7 @@ def _ingest(state: PackageState, commands: Sequence[IngestFiles], done: int, now
     pieces = state.pieces
     if pieces is None:
         pieces = state.pieces = PackagePieces(state.package_id)
-    command_ids = [identifiers.text_of(command.command_id) for command in commands]
+    command_ids = [str(command.command_id).encode() for command in commands]
     appended = ingested(
         pieces,
         [(text, c.actor, own, len(c.files)) for text, c, own in zip(command_ids, commands, left, strict=True)],
@@ -248,7 +243,7 @@ def _ingest(state: PackageState, commands: Sequence[IngestFiles], done: int, now
 def _finalize(state: PackageState, command: FinalizePackage, now: int, limits: Limits) -> Decision:
     check_text("actor", command.actor)
     now = max(now, state.last_event_at)
-    manifest = b"".join(manifest_pieces(state, now))
+    manifest = manifest_of(state, now)
     digest = manifest_digest(manifest)
     inline = len(manifest) <= min(limits.inline_manifest_bytes, limits.max_event_bytes - EVENT_OVERHEAD_BYTES)
     payload = PackageFinalized(
@@ -280,7 +275,9 @@ def _single(
         previous_digest=previous,
         payload=payload,
     )
-    event_id, package_id, command_id = map(identifiers.text_of, (event.event_id, event.package_id, event.command_id))
+    event_id, package_id, command_id = (
+        str(identifier).encode() for identifier in (event.event_id, event.package_id, event.command_id)
+    )
     appended = EncodedEvents(event.sequence, [event_id], [encode(event)], [event_digest(event)])
     return Decision(event_type, now, package_id, [command], [command_id], 0, appended, event)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 
 from schemas.canonical import canonical_cbor, cbor_array_head, ordered_cbor
 from schemas.events import FileIngested
@@ -44,8 +43,8 @@ def item_file_id(item: bytes) -> Identifier:
     return Identifier(item[_FILE_ID].decode())
 
 
-def manifest_pieces(state: PackageState, finalized_at: int) -> Sequence[bytes]:
-    """The manifest of the package as it stands, in pieces of canonical CBOR; `finalized_at` in µs since 1970.
+def manifest_of(state: PackageState, finalized_at: int) -> bytes:
+    """The manifest of the package as it stands, in canonical CBOR; `finalized_at` in µs since 1970.
 
     The map's keys come in canonical order: by the length of their text, then by its bytes.
     """
@@ -64,12 +63,11 @@ def manifest_pieces(state: PackageState, finalized_at: int) -> Sequence[bytes]:
     # UTF-8 keeps the order of code points, and Python compares strings by code points.
     files = [state.files[path] for path in sorted(state.files)]
     head = cbor_array_head(len(files))
-    return [
-        _FILES + head,
-        *[file.manifest_item for file in files],
-        _PACKAGE + canonical_cbor(package) + _VERSION_AND_RECEIPTS + head,
-        *[file.receipt_item for file in files],
-    ]
+    pieces = [_FILES, head]
+    pieces += [file.manifest_item for file in files]
+    pieces += _PACKAGE, canonical_cbor(package), _VERSION_AND_RECEIPTS, head
+    pieces += [file.receipt_item for file in files]
+    return b"".join(pieces)
 
 
 _FILES = b"\xa4" + canonical_cbor("files")

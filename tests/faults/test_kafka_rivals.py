@@ -237,9 +237,9 @@ async def test_records_say_of_which_command_they_are_although_several_were_decid
     holder = await take_over(kafka, log, 0)
     made = create_in(0)
     await asyncio.to_thread(carry_out, holder, made)
-    several, torn = (
-        [IngestFiles(made.package_id, uuid4(), "ada", tuple(stored(path) for path in paths)) for paths in names]
-        for names in (("ab", "c", "def"), ("xyz",))
+    *several, torn = (
+        IngestFiles(made.package_id, uuid4(), "ada", tuple(stored(path) for path in paths))
+        for paths in ("ab", "c", "def", "xyz")
     )
     now, package = max(system_clock(), holder.state.last_created_at), holder.state.package(made.package_id)
     assert package is not None
@@ -248,24 +248,24 @@ async def test_records_say_of_which_command_they_are_although_several_were_decid
     holder.state.accept(package, together)
     traces = [f"00-{number:032x}-{number:016x}-01" for number in (1, 2)]
     given = [Staged(together, [traces[0], None, traces[1]])]
-    whole = decide(package, torn[0], now, Limits())
+    whole = decide(package, torn, now, Limits())
     begun = whole.appended
     assert begun is not None
     first = EncodedEvents(begun.first_sequence, begun.event_ids[:1], begun.values[:1], begun.digests[:1])
     holder.state.apply(decode(first.values[0]))
     given.append(Staged(replace(whole, appended=first), [None]))
-    rest = decide(package, torn[0], now, Limits())
+    rest = decide(package, torn, now, Limits())
     holder.state.accept(package, rest)
     given.append(Staged(rest, [traces[0]]))
     await asyncio.to_thread(lambda: holder.commit(holder.hand_over(given)))
     await asyncio.to_thread(holder.close)
     found = (await asyncio.to_thread(read_records, log.kafka))[0][1:]
-    of_command = {several[0].command_id: traces[0], several[2].command_id: traces[1]}
-    expected = [(torn[0].command_id, index, 3, None if index == 0 else traces[0]) for index in range(3)]
-    for command in reversed(several):
-        count = len(command.files)
-        of_file = [(command.command_id, n, count, of_command.get(command.command_id)) for n in range(count)]
-        expected = of_file + expected
+    expected = [
+        (command.command_id, index, len(command.files), trace)
+        for command, trace in zip(several, (traces[0], None, traces[1]), strict=True)
+        for index in range(len(command.files))
+    ]
+    expected += [(torn.command_id, index, 3, trace) for index, trace in enumerate((None, traces[0], traces[0]))]
     assert [decode(record.value).command_id for record in found] == [command for command, _, _, _ in expected]
     for record, (command_id, index, count, trace) in zip(found, expected, strict=True):
         event = decode(record.value)

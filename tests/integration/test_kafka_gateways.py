@@ -13,6 +13,7 @@ from uuid import uuid4
 import pytest
 
 from services.config import Settings
+from services.core import decide as core
 from services.core.commands import Acknowledgement, Command, CreatePackage, FinalizePackage, IngestFiles
 from services.core.limits import Limits
 from services.core.state import PackageState
@@ -182,8 +183,6 @@ async def test_a_manifest_that_cannot_be_stored_leaves_the_package_open(kafka: S
 async def test_commands_that_add_files_to_a_package_are_decided_together_if_they_can_be(
     kafka: Settings, log: KafkaLog, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, case: str
 ) -> None:
-    from services.core import decide as core
-
     asked: list[int] = []
 
     def together(
@@ -239,8 +238,6 @@ async def test_a_right_that_was_taken_away_and_given_back_is_only_a_delay(
 async def test_a_command_that_the_code_cannot_handle_does_not_disturb_the_others(
     kafka: Settings, log: KafkaLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from services.core import decide as core
-
     def explode(state: PackageState | None, command: Command, now: int, limits: Limits) -> core.Decision:
         if isinstance(command, CreatePackage) and command.name == "poison":
             raise ZeroDivisionError

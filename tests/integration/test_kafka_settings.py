@@ -41,7 +41,7 @@ def test_several_brokers_and_further_client_settings_are_taken() -> None:
     assert found.bootstrap == "one:9092,two.example:9093,[::1]:9094"
     assert found.topic == "lab.run_1.events"
     assert found.admin()["socket.nagle.disable"] == "true"
-    assert found.member(found.writers_group, "x")["session.timeout.ms"] == 9000
+    assert found.member(found.writers_group, "x", {})["session.timeout.ms"] == 9000
     assert "hidden-value" not in repr(found)
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from services.core.commands import Command
-from services.log.kafka.requests import IngestCheck, Request
-from services.log.kafka.writer import _runs
+from services.log.kafka.requests import IngestCheck, Request, runs_of
 from tests.unit.commands import create, finalize, ingest
 
 ONE, TWO = create(1), create(2)
@@ -20,7 +19,7 @@ def request(asked: Command | IngestCheck) -> Request:
 async def test_commands_that_add_files_to_a_package_stand_together_whatever_lies_between_them() -> None:
     first, second = ([request(ingest(made.package_id, f"{n}", name=n)) for n in range(3)] for made in (ONE, TWO))
     batch = [request_ for pair in zip(first, second, strict=True) for request_ in pair]
-    assert _runs([request(create(3)), *batch])[1:] == [first, second]
+    assert runs_of([request(create(3)), *batch])[1:] == [first, second]
 
 
 async def test_nothing_of_a_package_overtakes_what_came_before_it() -> None:
@@ -28,10 +27,10 @@ async def test_nothing_of_a_package_overtakes_what_came_before_it() -> None:
     made, question = request(TWO), request(IngestCheck(package, ("c",), None))
     a, b, c, d = (request(ingest(package, path, name=path)) for path in "abcd")
     ended = request(finalize(package))
-    assert _runs([made, a, b, question, c, ended, d]) == [[made], [a, b], [question], [c], [ended], [d]]
+    assert runs_of([made, a, b, question, c, ended, d]) == [[made], [a, b], [question], [c], [ended], [d]]
 
 
 async def test_a_command_that_failed_before_is_decided_by_itself() -> None:
     a, b, c = (request(ingest(ONE.package_id, path, name=path)) for path in "abc")
     b.failures = 1
-    assert _runs([a, b, c]) == [[a], [b], [c]]
+    assert runs_of([a, b, c]) == [[a], [b], [c]]

@@ -106,8 +106,8 @@ class WriterGroup:
 
     def _be_member(self) -> None:
         """Join, stay until told otherwise, leave."""
-        member = self._kafka.member(self._kafka.writers_group, self._client_id)
-        consumer = make_consumer({**member, "max.poll.interval.ms": _POLL_INTERVAL_MS, **self._kafka.options})
+        bounds = {"max.poll.interval.ms": _POLL_INTERVAL_MS}
+        consumer = make_consumer(self._kafka.member(self._kafka.writers_group, self._client_id, bounds))
         try:
             consumer.subscribe(
                 [self._kafka.topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost

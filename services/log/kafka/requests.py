@@ -93,6 +93,23 @@ def size_of(asked: Command | IngestCheck) -> int:
     return _EVENT_BYTES
 
 
+def runs_of(batch: Sequence[Request]) -> list[list[Request]]:
+    """The requests in an order that keeps that of each package: commands that add files to one stand together."""
+    runs: list[list[Request]] = []
+    open_runs: dict[UUID, list[Request]] = {}
+    for request in batch:
+        package_id = request.asked.package_id
+        if not isinstance(request.asked, IngestFiles) or request.failures:
+            open_runs.pop(package_id, None)
+            runs.append([request])
+        elif package_id in open_runs:
+            open_runs[package_id].append(request)
+        else:
+            runs.append([request])
+            open_runs[package_id] = runs[-1]
+    return runs
+
+
 class Waiting:
     """The queue of one partition. `put` never blocks, `take` does.
 

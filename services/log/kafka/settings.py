@@ -126,13 +126,18 @@ class KafkaSettings:
             "auto.offset.reset": "error",
         }
 
-    def member(self, group: str, client_id: str) -> dict[str, Any]:
-        """A consumer in a group that hands partitions over one by one; `client_id` is seen by the whole group."""
+    def member(self, group: str, client_id: str, own: Mapping[str, int]) -> dict[str, Any]:
+        """A consumer in a group that hands partitions over one by one; `client_id` is seen by the whole group.
+
+        `own` is what members of this group do otherwise than readers, unless options say it.
+        """
         return {
             "session.timeout.ms": SESSION_TIMEOUT_MS,
             # A member learns of a rebalance by its heartbeat: this bounds how long a hand-over takes.
             "heartbeat.interval.ms": 500,
             **self.reader(),
+            **own,
+            **self.options,
             "client.id": client_id,
             "group.id": group,
             "group.protocol": "classic",

@@ -47,6 +47,7 @@ FORMAT = 4
 QUICK_CHECK_BYTES = 32 << 20
 """A file up to this size is checked page by page when it is opened; it takes about 0.1 s."""
 
+_DAMAGE = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CONSTRAINT})
 _PASSING = frozenset(
     {
         sqlite3.SQLITE_BUSY,
@@ -461,11 +462,7 @@ def _explained(path: Path, *, opening: bool = False, reading: bool = False) -> I
         yield
     except sqlite3.Error as error:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if (opening and code not in _PASSING) or code in (
-            sqlite3.SQLITE_CORRUPT,
-            sqlite3.SQLITE_NOTADB,
-            sqlite3.SQLITE_CONSTRAINT,
-        ):
+        if code in _DAMAGE or (opening and code not in _PASSING):
             raise UnusableStateError(f"{path.name} is damaged: {error}") from error
         raise StateFileError(f"the state file {path} cannot be used: {error}") from error
     except OSError as error:

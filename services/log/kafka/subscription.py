@@ -94,8 +94,7 @@ class KafkaSubscription:
         return await self._loop.run_in_executor(self._thread, call)
 
     def _join(self) -> None:
-        member = self._kafka.member(self._group, "artifact-store-projector")
-        self._consumer = make_consumer({**member, **_BOUNDS, **self._kafka.options})
+        self._consumer = make_consumer(self._kafka.member(self._group, "artifact-store-projector", _BOUNDS))
         with explaining("joining the projection's group"):
             self._consumer.subscribe(
                 [self._kafka.topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from typing import NamedTuple, TypeVar
@@ -227,16 +227,11 @@ class Tenure:
     def _produce(self, producer: Producer, decision: Decision, traceparents: Sequence[str | None]) -> None:
         topic, partition, key = self._kafka.topic, self._partition, decision.package_id
         timestamp = decision.created_at // 1000
-        headers = RecordHeaders(decision.event_type, key, decision.created_at)
-        records = zip(decision.event_ids, decision.values, strict=True)
-        for command_id, count, traceparent in zip(decision.command_ids, decision.counts, traceparents, strict=True):
-            headers.begin_command(command_id, count, traceparent)
-            for index, (event_id, value) in enumerate(islice(records, count - decision.done), decision.done):
-                attributes = headers.of(index, event_id)
-                try:
-                    producer.produce(topic, value, key, partition, timestamp=timestamp, headers=attributes)
-                except BufferError:
-                    self._produce_late(producer, value, key, timestamp, attributes)
+        for value, headers in records_of(decision, traceparents):
+            try:
+                producer.produce(topic, value, key, partition, timestamp=timestamp, headers=headers)
+            except BufferError:
+                self._produce_late(producer, value, key, timestamp, headers)
 
     def _produce_late(self, producer: Producer, value: bytes, key: bytes, timestamp: int, headers: Headers) -> None:
         """The client's queue is full: it drains while we wait."""
@@ -324,6 +319,16 @@ class Tenure:
             f"It ends by its own time-out; `kafka-transactions.sh --bootstrap-server {kafka.bootstrap} find-hanging "
             f"--topic {kafka.topic} --partition {partition}` shows one that does not, and its `abort` ends it"
         )
+
+
+def records_of(decision: Decision, traceparents: Sequence[str | None]) -> Iterator[tuple[bytes, Headers]]:
+    """The value and headers of each record, which change with the next one; a trace for each command."""
+    headers = RecordHeaders(decision.event_type, decision.package_id, decision.created_at)
+    records = zip(decision.event_ids, decision.values, strict=True)
+    for command_id, count, traceparent in zip(decision.command_ids, decision.counts, traceparents, strict=True):
+        headers.begin_command(command_id, count, traceparent)
+        for index, (event_id, value) in enumerate(islice(records, count - decision.done), decision.done):
+            yield value, headers.of(index, event_id)
 
 
 def _open(part: _T | None) -> _T:

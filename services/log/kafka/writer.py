@@ -35,7 +35,7 @@ from services.log.kafka.aside import Asides
 from services.log.kafka.cluster import Cluster
 from services.log.kafka.deadlines import Deadlines
 from services.log.kafka.failures import spoiled_by_record
-from services.log.kafka.requests import CHECK_SECONDS, MAX_BATCH_BYTES, TOGETHER, IngestCheck, Request, Waiting
+from services.log.kafka.requests import CHECK_SECONDS, MAX_BATCH_BYTES, TOGETHER, IngestCheck, Request, Waiting, runs_of
 from services.log.kafka.restore import States
 from services.log.kafka.settings import KafkaSettings
 from services.log.kafka.state import TIDY_SECONDS, PartitionState
@@ -246,7 +246,7 @@ class PartitionWriter:
 
     def _serve(self, tenure: Tenure, asides: Asides, batch: list[Request]) -> None:
         try:
-            runs = _runs(self._without_held(asides, batch))
+            runs = runs_of(self._without_held(asides, batch))
             batch = [request for run in runs for request in run]
             answers = self._answers(tenure, asides, runs)
         except Exception as error:
@@ -387,23 +387,6 @@ class PartitionWriter:
 
         if answers and not self._context.loop.is_closed():
             self._context.loop.call_soon_threadsafe(settle)
-
-
-def _runs(batch: Sequence[Request]) -> list[list[Request]]:
-    """The requests in an order that keeps that of each package: commands that add files to one stand together."""
-    runs: list[list[Request]] = []
-    open_runs: dict[UUID, list[Request]] = {}
-    for request in batch:
-        package_id = request.asked.package_id
-        if not isinstance(request.asked, IngestFiles) or request.failures:
-            open_runs.pop(package_id, None)
-            runs.append([request])
-        elif package_id in open_runs:
-            open_runs[package_id].append(request)
-        else:
-            runs.append([request])
-            open_runs[package_id] = runs[-1]
-    return runs
 
 
 def _given_up(request: Request) -> Exception:
