@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Mapping
+from contextlib import aclosing, asynccontextmanager
+from types import AsyncGeneratorType
 from uuid import UUID
 
 from blake3 import blake3
@@ -39,8 +40,9 @@ class Sending(AsyncIterable[bytes]):
         self._answer_seconds = answer_seconds
         self._limit: asyncio.Timeout | None = None
         self._idle_seconds = 0.0
+        self._pieces: AsyncGenerator[bytes, None] | None = None
         self.began = False
-        """Whether a byte of it was read."""
+        """Whether it was begun to be read: a stream that was left while it had nothing yet may be at its end after."""
         self.failure: Exception | None = None
         """What the body itself raised while it was read."""
         self.digest: bytes | None = None
@@ -60,30 +62,37 @@ class Sending(AsyncIterable[bytes]):
             raise no_answer(idle_seconds) from None
         finally:
             self._limit = None
+            # What is waiting for a piece now is being cancelled, and ends it.
+            if isinstance(self._pieces, AsyncGeneratorType) and not self._pieces.ag_running:
+                await self._pieces.aclose()
 
     @property
     def repeatable(self) -> bool:
         """Whether the body can be sent from its beginning now."""
         return isinstance(self._body, BodySource) or not self.began
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        self._pieces = self._read()
+        return self._pieces
+
+    async def _read(self) -> AsyncGenerator[bytes, None]:
+        self.began = True
         self.digest = None
         hashed = blake3()
         sent = 0
         try:
             self._allow(None)
-            async for chunk in self._body:
-                self.began = True
-                if not chunk:
-                    continue
-                if self._hashed:
-                    hashed.update(chunk)
-                sent += len(chunk)
-                self._check(sent, done=False)
-                self._allow(self._idle_seconds)
-                yield chunk
-                self._allow(None)
-            self.began = True
+            async with _closing(self._body) as chunks:
+                async for chunk in chunks:
+                    if not chunk:
+                        continue
+                    if self._hashed:
+                        hashed.update(chunk)
+                    sent += len(chunk)
+                    self._check(sent, done=False)
+                    self._allow(self._idle_seconds)
+                    yield chunk
+                    self._allow(None)
             self._check(sent, done=True)
         except Exception as error:
             # The HTTP library would report this as a lost connection, after which a retry makes no sense.
@@ -102,6 +111,16 @@ class Sending(AsyncIterable[bytes]):
             raise ContentMismatchError(
                 f"the body has {'more' if sent > self.size_bytes else 'fewer'} bytes than declared"
             )
+
+
+@asynccontextmanager
+async def _closing(body: AsyncIterable[bytes]) -> AsyncIterator[AsyncIterator[bytes]]:
+    """Read a body; what is opened for this reading alone is closed after it."""
+    if not isinstance(body, BodySource):
+        yield aiter(body)
+        return
+    async with aclosing(aiter(body)) as chunks:
+        yield chunks
 
 
 async def send_body(

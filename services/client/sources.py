@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import os
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,8 +40,8 @@ class BodySource(ABC, AsyncIterable[bytes]):
         return None
 
     @abstractmethod
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        """Read from the beginning."""
+    def __aiter__(self) -> AsyncGenerator[bytes, None]:
+        """Read from the beginning; what is left before its end is to be closed."""
 
     def behind(self, offset: int) -> BodySource:
         """The body from this offset on."""
@@ -49,8 +50,9 @@ class BodySource(ABC, AsyncIterable[bytes]):
     async def blake3(self) -> bytes:
         """The BLAKE3 of the whole (32 raw bytes), for which it is read. Raises as iterating does."""
         hashed = blake3()
-        async for chunk in self:
-            await asyncio.to_thread(hashed.update, chunk)
+        async with aclosing(aiter(self)) as chunks:
+            async for chunk in chunks:
+                await asyncio.to_thread(hashed.update, chunk)
         return hashed.digest()
 
 
@@ -62,12 +64,13 @@ class _Rest(BodySource):
         self._offset = offset
         self.size_bytes = None if source.size_bytes is None else source.size_bytes - offset
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
+    async def __aiter__(self) -> AsyncGenerator[bytes, None]:
         left = self._offset
-        async for chunk in self._source:
-            if left < len(chunk):
-                yield chunk[left:]
-            left = max(0, left - len(chunk))
+        async with aclosing(aiter(self._source)) as chunks:
+            async for chunk in chunks:
+                if left < len(chunk):
+                    yield chunk[left:]
+                left = max(0, left - len(chunk))
 
 
 class BytesSource(BodySource):
@@ -77,7 +80,7 @@ class BytesSource(BodySource):
         self._data = memoryview(data).cast("B")
         self.size_bytes = len(self._data)
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
+    async def __aiter__(self) -> AsyncGenerator[bytes, None]:
         for start in range(0, len(self._data), CHUNK_BYTES):
             yield bytes(self._data[start : start + CHUNK_BYTES])
 
@@ -115,23 +118,23 @@ class FileSource(BodySource):
     def behind(self, offset: int) -> BodySource:
         return FileSource(self._path, self._stamp, self._offset + offset)
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        opened: list[IO[bytes]] = []
+    async def __aiter__(self) -> AsyncGenerator[bytes, None]:
+        opened: list[int] = []  # a file object that is dropped unread would warn and be closed before this ends
         try:
-            await to_its_end(lambda: opened.append(self._open()))
-            (file,) = opened
-            left = self.size_bytes
-            await to_its_end(partial(file.seek, self._offset))
-            while left:
-                chunk = await to_its_end(partial(file.read, min(left, CHUNK_BYTES)))
+            await to_its_end(lambda: opened.append(os.open(self._path, _READING)))
+            (descriptor,) = opened
+            self._check(descriptor)
+            at, end = self._offset, self._stamp.size_bytes
+            while at < end:
+                chunk = await to_its_end(partial(os.pread, descriptor, min(end - at, CHUNK_BYTES), at))
                 if not chunk:
                     raise self._changed()
-                left -= len(chunk)
+                at += len(chunk)
                 yield chunk
-            self._check(file.fileno())
+            self._check(descriptor)
         finally:
-            for file in opened:
-                file.close()
+            for descriptor in opened:
+                os.close(descriptor)
 
     async def read_whole(self) -> bytes:
         """The file's bytes at once, for files that fit into memory. Raises as iterating does."""
@@ -152,15 +155,6 @@ class FileSource(BodySource):
             os.close(descriptor)
         return data
 
-    def _open(self) -> IO[bytes]:
-        file = os.fdopen(os.open(self._path, _READING), "rb", buffering=0)
-        try:
-            self._check(file.fileno())
-        except BaseException:
-            file.close()
-            raise
-        return file
-
     def _check(self, descriptor: int) -> None:
         found = os.fstat(descriptor)
         if (found.st_size, found.st_mtime_ns) != (self._stamp.size_bytes, self._stamp.modified_ns):
@@ -180,9 +174,10 @@ class SeekableSource(BodySource):
         self._start = file.tell()
         self.size_bytes = None
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        await asyncio.to_thread(self._file.seek, self._start)
-        while chunk := await asyncio.to_thread(self._file.read, CHUNK_BYTES):
+    async def __aiter__(self) -> AsyncGenerator[bytes, None]:
+        # To their ends: a read that an earlier attempt left behind would move the file under this one.
+        await to_its_end(partial(self._file.seek, self._start))
+        while chunk := await to_its_end(partial(self._file.read, CHUNK_BYTES)):
             yield chunk
 
 
@@ -211,7 +206,7 @@ class CountedSource(BodySource):
         self._advance(read - self._read)
         self._read = read
 
-    def __aiter__(self) -> AsyncIterator[bytes]:
+    def __aiter__(self) -> AsyncGenerator[bytes, None]:
         return aiter(_CountedRest(self, self._source, 0))
 
 
@@ -224,13 +219,14 @@ class _CountedRest(BodySource):
         self._offset = offset
         self.size_bytes = source.size_bytes
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
+    async def __aiter__(self) -> AsyncGenerator[bytes, None]:
         read = self._offset
         self._counted.count(read)
-        async for chunk in self._source:
-            read += len(chunk)
-            self._counted.count(read)
-            yield chunk
+        async with aclosing(aiter(self._source)) as chunks:
+            async for chunk in chunks:
+                read += len(chunk)
+                self._counted.count(read)
+                yield chunk
 
 
 def source_of(stream: AsyncIterable[bytes] | Iterable[bytes] | IO[bytes] | bytes) -> AsyncIterable[bytes]:

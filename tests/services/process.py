@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -112,6 +113,21 @@ def _children(pid: int) -> list[int]:
         shown = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
         pairs = [(int(line.split()[0]), int(line.split()[1])) for line in shown.splitlines()]
     return [child for child, parent in pairs if parent == pid]
+
+
+def _stands(pid: int) -> bool:
+    """Whether a process is stopped, in all its threads where the system shows them, or is gone."""
+    try:
+        if not Path("/proc/self/stat").exists():
+            shown = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False)
+            return shown.stdout.strip()[:1] in {"T", "Z", ""}
+        states = {
+            stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
+            for stat in Path(f"/proc/{pid}/task").glob("*/stat")
+        }
+    except OSError:  # it went, or a thread of it did
+        return Identity.of(pid) is None
+    return states <= set("TtZX")
 
 
 def _send(pid: int, number: signal.Signals) -> None:
@@ -274,6 +290,7 @@ class Server(ABC):
         """SIGSTOP: connections stay open, nothing is answered."""
         for pid in (self.pid, *_children(self.pid)):
             _send(pid, signal.SIGSTOP)
+            wait_until(partial(_stands, pid), 10, f"process {pid} of {self.name} does not stop")
 
     def thaw(self) -> None:
         """SIGCONT: go on where `freeze` stopped it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -42,7 +43,16 @@ class FailingGateway:
     continues: bool = True
     """Whether it knows `100 Continue`."""
 
+    transports: list[asyncio.BaseTransport] = field(default_factory=list)
+
+    def drop(self) -> None:
+        """Cut every connection, whatever it is about."""
+        for transport in self.transports:
+            transport.abort()  # type: ignore[attr-defined]  # a TCP connection's
+
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        if request.transport is not None:
+            self.transports.append(request.transport)
         if self.continues and "Expect" in request.headers and request.transport is not None:
             request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = b"".join([chunk async for chunk in request.content.iter_any()])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from io import BytesIO
 from pathlib import Path
 from uuid import UUID, uuid4
@@ -13,7 +14,7 @@ import pytest
 from services.blobs.port import Declared
 from services.client import FileSource, RetryPolicy
 from services.client.problems import retry_after
-from services.client.sources import FileStamp
+from services.client.sources import BodySource, CountedSource, FileStamp
 from services.errors import (
     ArtifactStoreError,
     ConfigurationError,
@@ -208,6 +209,47 @@ async def test_a_stream_that_was_begun_is_not_sent_again(failure: object) -> Non
         with pytest.raises(UnavailableError, match=r"cannot be read again.*command id"):
             await put(gateway, once((b"one", b"two")))
     assert len(gateway.seen) == 1
+
+
+async def test_a_stream_that_was_left_before_it_had_anything_is_not_sent_as_one_without_bytes() -> None:
+    async with failing_gateway(ingested) as gateway:
+
+        async def silent() -> AsyncIterator[bytes]:
+            gateway.drop()
+            await asyncio.Event().wait()
+            yield b"never"
+
+        with pytest.raises(UnavailableError, match="cannot be read again"):
+            await put(gateway, silent())
+    assert [seen.body for seen in gateway.seen] in ([], [b""])
+
+
+async def test_what_was_opened_for_an_attempt_is_closed_when_the_attempt_fails() -> None:
+    open_now: set[int] = set()
+
+    class Opening(BodySource):
+        size_bytes = None
+
+        async def __aiter__(self) -> AsyncGenerator[bytes, None]:
+            assert not open_now, "that of the attempt before is still open"
+            mine = object()
+            open_now.add(id(mine))
+            try:
+                if tries.pop(0):
+                    gateway.drop()
+                while tries:  # the first attempts go on until they are stopped
+                    yield b"piece"
+                yield b"last"
+            finally:
+                open_now.discard(id(mine))
+
+    tries = [True, True, True, False]
+    async with failing_gateway(ingested) as gateway:
+        read: list[int] = []
+        assert await put(gateway, CountedSource(Opening(), read.append)) == FILE
+    assert not tries
+    assert not open_now
+    assert sum(read) == len(b"last")
 
 
 async def test_a_stream_that_was_pushed_back_after_it_was_read_is_not_sent_again() -> None:
