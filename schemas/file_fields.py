@@ -28,7 +28,7 @@ negative.
 """
 
 _eight_bytes = struct.Struct("<Q").unpack_from
-_to_file_id = struct.Struct("B36xBB64xB36s").unpack_from
+_to_file_id = struct.Struct("B36sBB64xB36s").unpack_from
 _to_backend = struct.Struct("32s32sB36sB").unpack_from
 
 _LONGEST = 10
@@ -80,9 +80,9 @@ def fields_of(event: Event, file: FileIngested) -> FileFields:
 def read_fields(value: bytes, packages: dict[bytes, UUID]) -> FileFields | None:
     """The fields of a record value that is a `v1.file.ingested` in single-object encoding.
 
-    None when anything about it is unusual, or it is another event: then the general codec finds out what it is. Fields
-    that no fold needs are passed over. `packages` keeps package ids by their texts, so that all events of one package
-    share one object.
+    None when anything about it is unusual, or it is another event: then the general codec finds out what it is. Never
+    less strict than that codec, also in what no fold needs: whoever asks for the whole event afterwards must get it.
+    `packages` keeps package ids by their texts, so that all events of one package share one object.
     """
     try:
         return _read(value, packages)
@@ -100,15 +100,17 @@ def _read(value: bytes, packages: dict[bytes, UUID]) -> FileFields | None:
         package_id = packages[text] = UUID(text.decode())
     sequence, at = _long(value, 101)
     created_at, at = _moment(value, at)
-    size = value[at]  # actor
+    size = value[at]
     at += 1
     if size & _NOT_SHORT:
         size, at = _size(value, at - 1)
-        at += size
+        end = at + size
     else:
-        at += size >> 1
+        end = at + (size >> 1)
+    actor = value[at:end]
+    at = end
     # command_id, command_index, command_count, payload_digest, previous_digest, file_id
-    command, index, count, file, file_text = _to_file_id(value, at)
+    command, command_text, index, count, file, file_text = _to_file_id(value, at)
     if command != _UUID:
         return None
     if index < 128 and count < 128:
@@ -168,10 +170,11 @@ def _read(value: bytes, packages: dict[bytes, UUID]) -> FileFields | None:
         length, end = _long(value, at)
     stored_at, at = _moment(value, end)
     file_id, location_id = unhexlify(file_text.replace(b"-", b"")), unhexlify(location_text.replace(b"-", b""))
-    if at != len(value) or not len(file_id) == len(location_id) == 16:
+    event_id, command_id = unhexlify(value[11:47].replace(b"-", b"")), unhexlify(command_text.replace(b"-", b""))
+    if at != len(value) or not len(file_id) == len(location_id) == len(event_id) == len(command_id) == 16:
         return None
-    if not (relative_path + media_type + backend_id + key).isascii():
-        for part in (relative_path, media_type, backend_id, key):
+    if not (actor + relative_path + media_type + backend_id + key).isascii():
+        for part in (actor, relative_path, media_type, backend_id, key):
             part.decode()
     return _new(
         FileFields,

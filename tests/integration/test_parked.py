@@ -136,6 +136,24 @@ async def test_a_record_whose_package_cannot_be_told_is_parked_under_its_key(vie
     assert len((await view_rows(views))["artifact_packages"]) == 2
 
 
+async def test_what_is_wrong_in_a_field_that_no_fold_needs_is_parked_beside_an_event_that_cannot_be_applied(
+    views: Views,
+) -> None:
+    history, log = History(), MemoryLog(partitions=1)
+    unreadable, gap, good = (history.create(name) for name in ("unreadable", "gap", "good"))
+    for package in (unreadable, gap, good):
+        history.ingest(package, "a", "b")
+    for event in history.events:
+        value = encode(event)
+        if event.package_id == unreadable and isinstance(event.payload, FileIngested):
+            value = value.replace(b"tester", b"teste\xff")  # the actor, which is UTF-8
+        if (event.package_id, event.sequence) != (gap, 2):
+            log.append_raw(0, value, str(event.package_id).encode())
+    await catch_up(views, log, REGISTRY)
+    assert {mark.package_id for mark in await list_marks(views)} == {unreadable, gap}
+    assert len((await view_rows(views))["artifact_files"]) == 2
+
+
 @pytest.mark.parametrize("name", ["registry", "usage"])
 async def test_a_view_that_is_built_anew_beside_parks_the_same(views: Views, name: str) -> None:
     poisoned, projection = Poisoned(), PROJECTIONS[name]
