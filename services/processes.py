@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 logger = logging.getLogger(__name__)
 
-_STOP_SECONDS = 60.0
-"""How long a process may take to end once it was told to."""
+STOP_SECONDS = 90.0
+"""How long a process may take to end once it was told to: a gateway gives its requests 30 s, then hands over."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class _Watched:
             await asyncio.wait((ended, stopping), return_when=asyncio.FIRST_COMPLETED)
             if not ended.done():
                 process.terminate()
-                await asyncio.wait((ended,), timeout=_STOP_SECONDS)
+                await asyncio.wait((ended,), timeout=STOP_SECONDS)
         finally:
             stopping.cancel()
             if not ended.done():

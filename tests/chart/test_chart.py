@@ -12,7 +12,10 @@ import pytest
 import yaml
 from pydantic import SecretStr
 
+from ingest_gateway.server import DRAIN_SECONDS
 from services.config import PREFIX, Settings
+from services.log.kafka.writers import SNAPSHOT_SECONDS
+from services.processes import STOP_SECONDS
 from tests.chart.commands import SEVERAL_GATEWAYS, STARTED, containers, pod_specs, rendered_commands
 from tests.chart.environment import POD_ADDRESS, environment, secret_names
 from tests.chart.helm import (
@@ -141,6 +144,15 @@ def test_every_process_of_a_gateway_has_an_internal_port(values: list[Path], doc
     assert processes == (4 if "full" in {path.stem for path in values} else 1)
     ports = sorted(p["containerPort"] for p in container["ports"] if p["name"].startswith("internal"))
     assert ports == list(range(8081, 8081 + processes))
+
+
+def test_a_gateway_has_time_for_an_orderly_end(documents: list[dict[str, Any]]) -> None:
+    spec = _named(documents, "Deployment", "-gateway")["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    # Aborted requests have a second, partitions 15 s until they are handed over, the internal listener 5 s.
+    needed = DRAIN_SECONDS + 1 + 15 + SNAPSHOT_SECONDS + 5
+    assert spec["terminationGracePeriodSeconds"] >= container["lifecycle"]["preStop"]["sleep"]["seconds"] + needed
+    assert needed <= STOP_SECONDS
 
 
 def test_every_setting_is_given_decided_or_secret(documents: list[dict[str, Any]]) -> None:
