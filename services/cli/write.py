@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -10,9 +11,9 @@ from uuid import UUID
 import click
 
 from services.cli.output import answer, transfer_progress
+from services.cli.piped import named_pipe, standard_input
 from services.cli.root import run
 from services.cli.settings import common_options, invocation
-from services.cli.standard_input import standard_input
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable
@@ -33,7 +34,7 @@ _ACTOR = click.option("--actor", default="anonymous", show_default=True, help="W
 @_ACTOR
 @common_options(shown=("url",))
 def add(package: str, file: Path, *, relative_path: str | None, media_type: str | None, actor: str) -> None:
-    """Add one file to a package that is open; `-` reads it from standard input."""
+    """Add one file to a package that is open; `-` reads it from standard input, and a pipe is read to its end."""
     from services.cli.addressing import package_id
     from services.core.content_address import ContentAddress
 
@@ -67,10 +68,14 @@ async def _add(
         if file == _STANDARD_INPUT:
             body = standard_input()
         else:
-            stamp = FileStamp.of(await asyncio.to_thread(file.stat))
-            progress.expect(1, stamp.size_bytes)
-            body = CountedSource(FileSource(file, stamp), progress.advance)
-            declared = Declared(size_bytes=stamp.size_bytes)
+            found = await asyncio.to_thread(file.stat)
+            if stat.S_ISREG(found.st_mode):
+                stamp = FileStamp.of(found)
+                progress.expect(1, stamp.size_bytes)
+                body = CountedSource(FileSource(await asyncio.to_thread(file.resolve), stamp), progress.advance)
+                declared = Declared(size_bytes=stamp.size_bytes)
+            else:
+                body = named_pipe(file)
         async with open_registry(settings) as registry:
             return await registry.ingest(
                 package,

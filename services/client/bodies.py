@@ -37,9 +37,12 @@ class Sending(AsyncIterable[bytes]):
         self._body = body
         self._hashed = hashed
         self.size_bytes = size_bytes
+        self.expect = size_bytes is None or size_bytes > EXPECT_CONTINUE_BYTES
+        """Whether `100 Continue` is waited for: no longer once it did not come in time."""
         self._answer_seconds = answer_seconds
         self._limit: asyncio.Timeout | None = None
         self._idle_seconds = 0.0
+        self._reading = False
         self._pieces: AsyncGenerator[bytes, None] | None = None
         self.began = False
         """Whether it was begun to be read: a stream that was left while it had nothing yet may be at its end after."""
@@ -55,10 +58,12 @@ class Sending(AsyncIterable[bytes]):
         The HTTP library watches over answers only. Time that the body's own source takes does not count.
         """
         self._idle_seconds = idle_seconds
+        self._reading = False
         try:
             async with asyncio.timeout(idle_seconds) as self._limit:
                 yield
         except TimeoutError:
+            self.expect = self.expect and self._reading  # what is there may know nothing of `100 Continue`
             raise no_answer(idle_seconds) from None
         finally:
             self._limit = None
@@ -71,15 +76,25 @@ class Sending(AsyncIterable[bytes]):
         """Whether the body can be sent from its beginning now."""
         return isinstance(self._body, BodySource) or not self.began
 
+    async def data(self) -> AsyncIterable[bytes] | bytes:
+        """What the HTTP library is to send: this, or nothing, once it is seen that the body really has no bytes."""
+        if self.size_bytes != 0:
+            return self
+        async with aclosing(self._read()) as pieces:
+            async for _ in pieces:
+                raise AssertionError("a byte of a body of length 0 is refused")
+        return b""
+
     def __aiter__(self) -> AsyncIterator[bytes]:
         self._pieces = self._read()
         return self._pieces
 
     async def _read(self) -> AsyncGenerator[bytes, None]:
-        self.began = True
+        """The body, its last piece only once the body has ended well: whoever knows the length may answer then."""
+        self.began = self._reading = True
         self.digest = None
         hashed = blake3()
-        sent = 0
+        sent, held = 0, b""
         try:
             self._allow(None)
             async with _closing(self._body) as chunks:
@@ -90,15 +105,20 @@ class Sending(AsyncIterable[bytes]):
                         hashed.update(chunk)
                     sent += len(chunk)
                     self._check(sent, done=False)
-                    self._allow(self._idle_seconds)
-                    yield chunk
-                    self._allow(None)
+                    if held:
+                        self._allow(self._idle_seconds)
+                        yield held
+                        self._allow(None)
+                    held = chunk
             self._check(sent, done=True)
         except Exception as error:
             # The HTTP library would report this as a lost connection, after which a retry makes no sense.
             self.failure = error
             raise
         self.digest = hashed.digest() if self._hashed else None
+        if held:
+            self._allow(self._idle_seconds)
+            yield held
         # For what is still in the buffers, and for the answer.
         self._allow(self._idle_seconds + max(self._idle_seconds, self._answer_seconds or 0.0))
 
@@ -130,24 +150,21 @@ async def send_body(
     headers: Mapping[str, str],
     sending: Sending,
     *,
-    expect: bool,
     what: str,
     command_id: UUID,
 ) -> Answer:
     """Send a body until it is answered, again for as long as it is repeatable; `what` says what is lost otherwise.
 
-    With `expect`, `100 Continue` is waited for. Raises what the body raises, and what the answer stands for;
-    UnavailableError when a body that cannot be read again was lost: the outcome is unknown.
+    Raises what the body raises, and what the answer stands for; UnavailableError when a body that cannot be read again
+    was lost: the outcome is unknown.
     """
 
     async def attempt() -> Answer:
-        nonlocal expect
+        data = await sending.data()
         try:
-            async with sending.attempt(transport.policy.idle_seconds):
-                data = sending if sending.size_bytes != 0 else b""
-                return await transport.attempt(method, path, headers=headers, data=data, expect100=expect)
+            async with transport.turn(), sending.attempt(transport.policy.idle_seconds):
+                return await transport.attempt(method, path, headers=headers, data=data, expect100=sending.expect)
         except UnavailableError as error:
-            expect = expect and sending.began  # what answers there may know nothing of `100 Continue`
             if sending.failure is not None:
                 raise sending.failure from None
             if not sending.repeatable:

@@ -9,7 +9,7 @@ from uuid import UUID
 import aiohttp
 
 from services.bundle import SMALL_FILE_BYTES, Bundle, Group, HeldFiles, NamedFile, StreamedFile
-from services.client.bodies import EXPECT_CONTINUE_BYTES, Sending, send_body
+from services.client.bodies import Sending, send_body
 from services.client.sources import BytesSource
 from services.client.transport import Transport, read_answer
 from services.core.commands import Acknowledgement
@@ -52,7 +52,6 @@ async def send_files(
         f"/v1/packages/{package_id}/files",
         fields,
         Sending(body, size),
-        expect=size is None or size > EXPECT_CONTINUE_BYTES,
         what="an archive was lost on its way and its stream cannot be read again",
         command_id=command_id,
     )

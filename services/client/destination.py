@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from uuid import uuid4
 
 from blake3 import blake3
@@ -27,6 +27,8 @@ from services.streams import CHUNK_BYTES
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+"""How file systems refuse a second name that know none (link(2))."""
 
 
 class Destination:
@@ -47,9 +49,10 @@ class Destination:
         """Let go of the folder."""
         os.close(self._root)
 
-    def blake3_of(self, relative_path: str, size_bytes: int) -> bytes | None:
+    def blake3_of(self, relative_path: str, size_bytes: int, given_up: Event) -> bytes | None:
         """The digest of the file that is there; None when there is none, empty when it has another length.
 
+        Empty as well once it is `given_up`.
         Raises ConflictError: something is there that is no regular file, or a folder on the way is none.
         """
         with self._folder(relative_path, create=False) as (folder, name):
@@ -70,9 +73,9 @@ class Destination:
             if found.st_size != size_bytes:
                 return b""
             hashed = blake3()
-            while chunk := file.read(CHUNK_BYTES):
+            while not given_up.is_set() and (chunk := file.read(CHUNK_BYTES)):
                 hashed.update(chunk)
-            return hashed.digest()
+            return b"" if given_up.is_set() else hashed.digest()
 
     def is_empty(self) -> bool:
         """Whether nothing at all is in the folder."""
@@ -191,10 +194,8 @@ class Landing:
         """
         if replace:
             self._replace()
-        elif self._there() is not None:
-            raise ConflictError(f"something took the place of {self._path!r} meanwhile")
         else:
-            self._rename()
+            self._link()
 
     def _replace(self) -> None:
         ours = os.fstat(self._file)
@@ -205,6 +206,22 @@ class Landing:
             if there is not None and (there.st_dev, there.st_ino) in self._others.seen:
                 raise ConflictError(f"{self._path!r} and another file of the package have one name in this folder")
             self._others.seen.add((ours.st_dev, ours.st_ino))
+            self._rename()
+
+    def _link(self) -> None:
+        """A second name, which another file of that name refuses, unlike rename(2); `discard` takes the first one."""
+        self._close()
+        try:
+            os.link(
+                self._temporary, self._name, src_dir_fd=self._folder, dst_dir_fd=self._folder, follow_symlinks=False
+            )
+        except FileExistsError:
+            raise ConflictError(f"something took the place of {self._path!r} meanwhile") from None
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            if self._there() is not None:
+                raise ConflictError(f"something took the place of {self._path!r} meanwhile") from None
             self._rename()
 
     def _there(self) -> os.stat_result | None:

@@ -13,6 +13,7 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Event
 from uuid import UUID
 
 from blake3 import blake3
@@ -84,7 +85,8 @@ async def pull(
     told.expect(len(manifest.files), sum(file.size_bytes for file in manifest.files))
     folder = await asyncio.to_thread(Destination, destination)
     try:
-        wanted = await to_its_end(partial(_missing, folder, manifest.files, force=force))
+        given_up = Event()
+        wanted = await to_its_end(partial(_missing, folder, manifest.files, given_up, force=force), given_up)
         _tell_kept(manifest.files, wanted, told)
         kept = len(manifest.files) - len(wanted)
 
@@ -148,14 +150,19 @@ def _check_files(files: tuple[ManifestFile, ...]) -> None:
                 )
 
 
-def _missing(folder: Destination, files: Iterable[ManifestFile], *, force: bool) -> list[ManifestFile]:
-    """The files that are to be fetched. Raises ConflictError when others are in their place. Blocks: reads what is."""
+def _missing(folder: Destination, files: Iterable[ManifestFile], given_up: Event, *, force: bool) -> list[ManifestFile]:
+    """The files that are to be fetched. Raises ConflictError when others are in their place.
+
+    Blocks while it reads what is there; it ends early, with nothing that means anything, once it is `given_up`.
+    """
     if folder.is_empty():
         return list(files)
     missing: list[ManifestFile] = []
     different: list[str] = []
     for file in files:
-        there = folder.blake3_of(file.relative_path, file.size_bytes)
+        if given_up.is_set():
+            return []
+        there = folder.blake3_of(file.relative_path, file.size_bytes, given_up)
         if there == bytes.fromhex(file.blake3):
             continue
         if there is not None and not force:

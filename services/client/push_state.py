@@ -60,7 +60,10 @@ def push_state(folder: Path | None, identity: dict[str, Any], *, fresh: bool = F
     try:
         known = None if fresh else _read(descriptor)
         state = PushState(known or uuid4(), resumed=known is not None, kept=True)
-        _write(descriptor, state.push_id)
+        if known is None and not _write(descriptor, state.push_id):
+            path.unlink()
+            yield PushState(uuid4(), resumed=False, kept=False)
+            return
         try:
             yield state
         finally:
@@ -108,7 +111,12 @@ def _read(descriptor: int) -> UUID | None:
         return None  # new, or cut off while it was written: then nothing was sent under its id
 
 
-def _write(descriptor: int, push_id: UUID) -> None:
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps({"push_id": str(push_id)}).encode(), 0)
-    os.fsync(descriptor)
+def _write(descriptor: int, push_id: UUID) -> bool:
+    """Keep the id; whether that could be done."""
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps({"push_id": str(push_id)}).encode(), 0)
+        os.fsync(descriptor)
+    except OSError:
+        return False
+    return True

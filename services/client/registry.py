@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from services.blobs.port import Declared
 from services.bundle import Bundle, Group, NamedFile
-from services.client.bodies import EXPECT_CONTINUE_BYTES, Sending, send_body
+from services.client.bodies import Sending, send_body
 from services.client.bundles import ask_known, name_files, receive_files, send_files
 from services.client.content import ContentStream, verified
 from services.client.resumable import RESUMABLE_BYTES, send_resumably
@@ -172,7 +172,6 @@ class GatewayRegistry(Registry):
             **_declared_headers(declared),
             "Content-Type": media_type,
         }
-        expect = declared.size_bytes is None or declared.size_bytes > EXPECT_CONTINUE_BYTES
         sending = Sending(body, declared.size_bytes, hashed=declared.blake3 is None)
         answer = await send_body(
             self._transport,
@@ -180,7 +179,6 @@ class GatewayRegistry(Registry):
             f"/v1/packages/{package_id}/files/{quoted(relative_path)}",
             fields,
             sending,
-            expect=expect,
             what=f"{relative_path!r} was lost on its way and its stream cannot be read again",
             command_id=command,
         )

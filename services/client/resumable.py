@@ -89,6 +89,7 @@ class _Upload:
         self._source = source
         self._length = length
         self._patience = patience
+        self._expect = True
 
     async def send(self) -> FileIngestedAnswer:
         """Add what is missing, again and again, until the file is there."""
@@ -120,6 +121,7 @@ class _Upload:
     async def _add(self) -> None:
         left = self._length - self._offset
         sending = Sending(self._source.behind(self._offset), left, self._patience, hashed=False)
+        sending.expect = sending.expect and self._expect
         headers = {
             **_TUS,
             names.UPLOAD_OFFSET: str(self._offset),
@@ -127,14 +129,21 @@ class _Upload:
             "Content-Length": str(left),
         }
         try:
-            async with sending.attempt(self._transport.policy.idle_seconds):
+            async with self._transport.turn(), sending.attempt(self._transport.policy.idle_seconds):
                 await self._transport.attempt(
-                    "PATCH", self._path, headers=headers, data=sending, expect100=True, answer_seconds=self._patience
+                    "PATCH",
+                    self._path,
+                    headers=headers,
+                    data=sending,
+                    expect100=sending.expect,
+                    answer_seconds=self._patience,
                 )
         except UnavailableError:
             if sending.failure is not None:
                 raise sending.failure from None
             raise
+        finally:
+            self._expect = sending.expect
         self._offset = self._length
 
     async def _ask(self) -> None:

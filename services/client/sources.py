@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable
 from contextlib import aclosing
@@ -131,7 +132,7 @@ class FileSource(BodySource):
                     raise self._changed()
                 at += len(chunk)
                 yield chunk
-            self._check(descriptor)
+            await to_its_end(partial(self._check_end, descriptor))
         finally:
             for descriptor in opened:
                 os.close(descriptor)
@@ -155,8 +156,17 @@ class FileSource(BodySource):
             os.close(descriptor)
         return data
 
+    def _check_end(self, descriptor: int) -> None:
+        """Also of files whose length is not what they hold, as of those that a kernel makes up."""
+        self._check(descriptor)
+        if os.pread(descriptor, 1, self._stamp.size_bytes):
+            raise self._changed()
+
     def _check(self, descriptor: int) -> None:
+        """Raise ContentMismatchError unless the file is as it was found."""
         found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise ContentMismatchError(f"{self._path} is no regular file any more")
         if (found.st_size, found.st_mtime_ns) != (self._stamp.size_bytes, self._stamp.modified_ns):
             raise self._changed()
 

@@ -53,5 +53,6 @@ async def at_once(items: Iterable[Item], concurrency: int, work: Callable[[Item]
         await asyncio.gather(*tasks)
     finally:
         for task in tasks:
-            task.cancel()
+            if not task.cancelling():
+                task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

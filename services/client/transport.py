@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import AsyncIterable, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -19,7 +20,7 @@ from services.errors import ConfigurationError, CorruptError
 from services.streams import CHUNK_BYTES
 
 _READ_AHEAD_BYTES = 256 * 1024
-_CONNECTIONS = 128
+_AT_ONCE = 128
 
 QUIET_SECONDS = 120.0
 """After so long an answer without end is asked for anew: a gateway that is frozen keeps its connections open."""
@@ -59,10 +60,12 @@ class Transport:
         self.policy = policy
         self.notify = notify
         self._session: aiohttp.ClientSession | None = None
+        self._turns = asyncio.Semaphore(_AT_ONCE)
 
     async def __aenter__(self) -> Transport:
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=_CONNECTIONS, socket_factory=_socket),
+            # Without a bound of its own: a request would wait for its connection while its time-out runs.
+            connector=aiohttp.TCPConnector(limit=0, socket_factory=_socket),
             cookie_jar=aiohttp.DummyCookieJar(),
             # Digests and ranges are about the bytes themselves: nothing may be compressed on the way.
             auto_decompress=False,
@@ -75,6 +78,10 @@ class Transport:
         if self._session is not None:
             await self._session.close()
             self._session = None
+
+    def turn(self) -> asyncio.Semaphore:
+        """Held for a request, it bounds how many are under way. Answers that are read bit by bit take none."""
+        return self._turns
 
     async def call(
         self,
@@ -89,9 +96,12 @@ class Transport:
 
         Raises what the answer's problem document stands for; UnavailableError when the policy's time is over.
         """
-        return await with_retries(
-            self.policy, lambda: self.attempt(method, path, query=query, headers=headers, json=json), notify=self.notify
-        )
+        async with self.turn():
+            return await with_retries(
+                self.policy,
+                lambda: self.attempt(method, path, query=query, headers=headers, json=json),
+                notify=self.notify,
+            )
 
     async def attempt(
         self,

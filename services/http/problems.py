@@ -68,6 +68,8 @@ def error_of(found: Problem) -> ArtifactStoreError:
         return RangeNotSatisfiableError(found.detail, found.size or 0)
     if kind is PushBackError or found.status == 429:
         return PushBackError(found.detail, 1.0 if found.retry_after is None else found.retry_after)
+    if kind is None and found.status == 408:  # the sender kept still for too long, and may go on
+        kind = UnavailableError
     if kind is None:
         kind = RejectedError if found.status < 500 else UnavailableError if found.status > 500 else ArtifactStoreError
     return kind(found.detail)

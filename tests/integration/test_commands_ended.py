@@ -8,14 +8,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 from blake3 import blake3
 
 from services.config import Settings
-from tests.integration.processes import COMMAND, command_environment, output_of
+from tests.integration.processes import COMMAND, command_environment, output_of, serving
 
 pytestmark = pytest.mark.processes
 
@@ -88,6 +88,40 @@ def test_an_addition_that_is_interrupted_waits_for_no_more_input(embedded_settin
         assert process.wait(SECONDS) == 1, "standard input stays open all the time"
         assert process.stderr is not None
         assert b"interrupted" in process.stderr.read()
+
+
+def test_an_addition_that_is_refused_says_why_and_no_more(embedded_settings: Settings, tmp_path: Path) -> None:
+    package_id = pushed(embedded_settings, tmp_path / "tree", "--no-finalize")
+    adding = (*COMMAND, "add", package_id, "-", "--path", "a", "--json")
+    with running(embedded_settings, tmp_path, *adding, stdin=subprocess.PIPE) as process:
+        _, said = process.communicate(bytes(8 << 20), timeout=SECONDS)
+    assert process.returncode == 1
+    assert json.loads(said)["status"] == 409
+
+
+@pytest.mark.parametrize("server", [False, True], ids=["embedded", "gateway"])
+def test_a_pipe_is_added_up_to_its_end(embedded_settings: Settings, tmp_path: Path, server: bool) -> None:
+    package_id = pushed(embedded_settings, tmp_path / "tree", "--no-finalize")
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(tmp_path / "tree" / "a")
+    with ExitStack() as stack:
+        url = stack.enter_context(serving(embedded_settings, tmp_path)).endpoint if server else None
+        environment = command_environment(None if server else embedded_settings, url, tmp_path / "home")
+        process = stack.enter_context(
+            subprocess.Popen(
+                (*COMMAND, "add", package_id, str(pipe), "--path", "b", "--json"),
+                env=environment,
+                stdout=subprocess.PIPE,
+            )
+        )
+        pipe.write_bytes(b"precious bytes")
+        said, _ = process.communicate(timeout=SECONDS)
+        assert json.loads(said)["size_bytes"] == len(b"precious bytes")
+        run = subprocess.run(
+            (*COMMAND, "add", package_id, str(link), "--json"), env=environment, capture_output=True, check=True
+        )
+        assert json.loads(run.stdout)["content_address"] == f"blake3:{blake3(link.read_bytes()).hexdigest()}"
 
 
 def test_an_addition_takes_what_comes_bit_by_bit(embedded_settings: Settings, tmp_path: Path) -> None:

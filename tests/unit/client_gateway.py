@@ -43,6 +43,9 @@ class FailingGateway:
     continues: bool = True
     """Whether it knows `100 Continue`."""
 
+    refused_early: int = 0
+    """So many requests are answered before their bodies are asked for."""
+
     transports: list[asyncio.BaseTransport] = field(default_factory=list)
 
     def drop(self) -> None:
@@ -53,6 +56,10 @@ class FailingGateway:
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         if request.transport is not None:
             self.transports.append(request.transport)
+        if self.refused_early:
+            self.refused_early -= 1
+            self.seen.append(Seen(request.method, request.raw_path, dict(request.headers), b""))
+            return await refuses(503, "unavailable")(request, b"")  # type: ignore[arg-type]  # as below
         if self.continues and "Expect" in request.headers and request.transport is not None:
             request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = b"".join([chunk async for chunk in request.content.iter_any()])

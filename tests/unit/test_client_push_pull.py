@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import hashlib
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from threading import Barrier, Event
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -14,8 +18,10 @@ from blake3 import blake3
 from schemas.canonical import canonical_cbor
 from services.blobs.port import Declared
 from services.client import Pushed, pull, push
-from services.client.destination import Destination
+from services.client.destination import Destination, Landing
 from services.client.push_state import PushState
+from services.client.threads import to_its_end
+from services.client.transfers import at_once
 from services.config import Settings
 from services.core.content_address import ContentAddress
 from services.errors import (
@@ -265,6 +271,58 @@ def test_two_files_that_are_one_name_to_the_file_system_do_not_replace_each_othe
         folder.write_files([("a", b"1"), ("a", b"2")], replace=True)
     folder.close()
     assert read(tmp_path) == {"a": b"1"}
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no-links"])
+def test_only_one_of_two_pulls_gets_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    if links:
+        monkeypatch.setattr(Landing, "_there", lambda _: None)  # whoever looks before sees nothing yet
+    else:
+
+        def refused(*_: object, **__: object) -> None:
+            raise OSError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", refused)
+    one, two = Destination(tmp_path), Destination(tmp_path)
+    try:
+        one.write_files([("a", b"one")], replace=False)
+        with pytest.raises(ConflictError, match="took the place"):
+            two.write_files([("a", b"two")], replace=False)
+    finally:
+        one.close()
+        two.close()
+    assert read(tmp_path) == {"a": b"one"}
+
+
+async def test_work_in_threads_is_waited_for_however_often_it_is_cancelled() -> None:
+    all_run, running = Barrier(5), set[Event]()
+
+    async def work(given_up: Event) -> None:
+        def block() -> None:
+            running.add(given_up)
+            all_run.wait(20)
+            given_up.wait(20)
+            running.discard(given_up)
+
+        await to_its_end(block, given_up)
+
+    task = asyncio.gather(at_once([Event() for _ in range(4)], 4, work))
+    await asyncio.to_thread(all_run.wait, 20)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not running
+
+
+def test_comparing_ends_when_it_is_given_up(tmp_path: Path) -> None:
+    (tmp_path / "large").write_bytes(bytes(1 << 20))
+    folder, given_up = Destination(tmp_path), Event()
+    try:
+        assert folder.blake3_of("large", 1 << 20, given_up) == blake3(bytes(1 << 20)).digest()
+        given_up.set()
+        assert folder.blake3_of("large", 1 << 20, given_up) == b""
+    finally:
+        folder.close()
 
 
 @pytest.mark.parametrize("force", [False, True])

@@ -21,7 +21,7 @@ LENGTH = 64 << 20
 
 async def begun_late(_request: web.Request, _body: bytes) -> web.StreamResponse:
     """Everything had arrived before; it is read back within the answer, which takes a while."""
-    await asyncio.sleep(0.5)  # beyond the policy's patience, and its whole time, for any other answer
+    await asyncio.sleep(1.5)  # beyond the policy's patience, and its whole time, for any other answer
     return web.Response(status=201, headers={"Location": "/v1/uploads/1", "Upload-Offset": str(LENGTH)})
 
 
@@ -50,8 +50,36 @@ async def recorded(_request: web.Request, _body: bytes) -> web.StreamResponse:
     return web.Response(text=json.dumps(upload), content_type="application/json")
 
 
+async def begun(_request: web.Request, _body: bytes) -> web.StreamResponse:
+    return web.Response(status=201, headers={"Location": "/v1/uploads/1", "Upload-Offset": "0"})
+
+
+async def added(_request: web.Request, body: bytes) -> web.StreamResponse:
+    return web.Response(status=204, headers={"Upload-Offset": str(len(body))})
+
+
+async def standing(request: web.Request, body: bytes) -> web.StreamResponse:
+    found = json.loads((await recorded(request, body)).text)  # type: ignore[attr-defined]  # it has a text
+    del found["file"]
+    return web.Response(text=json.dumps({**found, "offset": 0}), content_type="application/json")
+
+
+async def test_an_upload_goes_on_where_nothing_knows_100_continue() -> None:
+    policy = replace(QUICK, idle_seconds=0.5)
+    content = bytes(LENGTH)
+    async with (
+        failing_gateway(begun, standing, added, recorded) as gateway,
+        Transport(gateway.url, policy) as transport,
+    ):
+        gateway.continues = False
+        found = await send_resumably(transport, PACKAGE, "a", "text/plain", BytesSource(content), LENGTH, {})
+    assert found.sequence == 2
+    bodies = {seen.headers.get("Expect"): len(seen.body) for seen in gateway.seen if seen.method == "PATCH"}
+    assert bodies == {None: LENGTH}, "the one that expected an answer first never came to its body"
+
+
 async def test_an_upload_that_is_taken_up_may_be_read_back_before_the_answer() -> None:
-    policy = replace(QUICK, idle_seconds=0.1, total_seconds=0.3)
+    policy = replace(QUICK, idle_seconds=1.0, total_seconds=1.2)
     async with failing_gateway(begun_late, recorded) as gateway, Transport(gateway.url, policy) as transport:
         source = BytesSource(CONTENT)
         found = await send_resumably(transport, PACKAGE, "a", "text/plain", source, LENGTH, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from contextlib import suppress
@@ -169,6 +170,24 @@ def test_a_state_that_was_cut_off_is_a_new_push(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:9])
     with push_state(tmp_path, ABOUT) as second:
         assert not second.resumed
+
+
+def test_a_full_disk_spoils_no_push_that_was_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with push_state(tmp_path, {"tree": "a"}) as first:
+        first.began = True
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", full)
+        with push_state(tmp_path, {"tree": "a"}) as again:
+            assert (again.resumed, again.push_id) == (True, first.push_id)
+            again.began = True
+        with push_state(tmp_path, {"tree": "b"}) as other:
+            assert not other.kept
+    with push_state(tmp_path, {"tree": "a"}) as once_more:
+        assert (once_more.resumed, once_more.push_id) == (True, first.push_id)
 
 
 def test_without_a_place_to_keep_it_a_push_goes_on_but_cannot_be_resumed(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from services.errors import (
     PushBackError,
     RangeNotSatisfiableError,
     RejectedError,
+    UnavailableError,
 )
 from services.http import times
 from services.http.events import event_line, parse_event
@@ -134,6 +135,7 @@ def test_a_problem_of_an_unknown_kind_tells_by_its_status_what_to_do() -> None:
     pushed = error_of(problem(429, "rate", "x", retry_after=2.5))
     assert isinstance(pushed, PushBackError)
     assert pushed.retry_after == 2.5
+    assert isinstance(error_of(problem(408, "body-timeout", "x")), UnavailableError), "a sender may go on after a sleep"
 
 
 def test_paths_are_quoted_and_read_back_once() -> None:
