@@ -29,7 +29,7 @@ SETTINGS: dict[str, str] = {
     "s3_secret_key": "Secret key of the blob store; other users can see flags, so better in the environment.",
     "s3_region": "Region of the blob store.",
     "views_url": "The views: sqlite+aiosqlite:///PATH or postgresql+asyncpg://….",
-    "schema_registry_url": "A schema registry to register the event schemas with.",
+    "schema_registry_url": "A schema registry for the event schemas; not used yet.",
     "url": "A gateway that client commands talk to instead of opening the parts themselves.",
     "listen": "HOST:PORT to listen on.",
     "insecure": "Allow listening on an interface that others reach.",
