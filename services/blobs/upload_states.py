@@ -3,8 +3,9 @@
 The state of an upload is an object `resumable/<upload id>/state-<number>`. A state is never changed: its successor is
 created under the next number, which one process alone can do. Whoever created it looks once more whether the state
 that it follows is still there and no later one is, since a writer that stood still for long might otherwise take a
-number that was used, and removed, long ago. Only then are older states removed. This needs no more of a store than
-objects that are created once, and no clock.
+number that was used, and removed, long ago, or go on with an upload that was removed beside one that was begun under its
+id. Only then are older states removed, or the new one if it should not be. This needs no more of a store than objects
+that are created once, and no clock.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from uuid import UUID, uuid4
 
+from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from services.blobs.port import RESUMABLE, BlobStore, Declared, Part, PartsKey, StoredBlob
@@ -95,7 +97,9 @@ class UploadState(BaseModel):
 
     def changed(self, **fields: object) -> UploadState:
         """The state that follows with these fields."""
-        return self.model_copy(update={**fields, "number": self.number + 1, "nonce": uuid4()})
+        # In steps of the upload's own: another upload that had the same id before has other numbers.
+        step = 1 + int.from_bytes(blake3(self.token.encode()).digest(4), "big")
+        return self.model_copy(update={**fields, "number": self.number + step, "nonce": uuid4()})
 
 
 class UploadStates:
@@ -177,7 +181,7 @@ class UploadStates:
         keys = await self._blobs.list_objects(_folder(state.upload_id))
         numbers = _numbers(keys)
         if numbers[-1:] != [state.number] or (follows is not None and follows.number not in numbers):
-            if numbers == [state.number]:  # all else was removed, and with it the upload
+            if numbers[-1:] == [state.number]:  # its upload was removed: it may not be taken for the next one's state
                 await self._blobs.delete_object(key)
             raise SupersededError(f"upload {state.upload_id} was changed by another request")
         for number in numbers[:-1]:

@@ -12,9 +12,9 @@ from uuid import UUID, uuid4
 import pytest
 
 from services.blobs.port import PartsKey
-from services.blobs.upload_states import UploadState, UploadStates
+from services.blobs.upload_states import SupersededError, UploadState, UploadStates
 from services.errors import CommandReusedError, UnavailableError, UploadBusyError, UploadNotFoundError
-from services.uploads import acknowledgement_of
+from services.uploads import HOLD_SECONDS, acknowledgement_of
 from tests.contract.blobs_stage import MUCH, STORES, body, some_bytes
 from tests.contract.resumable_stage import PACKAGE, CutError, Scene, check_recorded, cut, new, opened_scene, send
 
@@ -159,6 +159,54 @@ async def test_who_removes_late_leaves_the_next_upload_of_the_key_alone(scene: S
     await states.remove(gone)
     await send(scene.other, upload, data, 400, 1000)
     await check_recorded(scene, data)
+
+
+@pytest.mark.parametrize("begun", [0, 1, 2], ids=lambda begun: f"{begun}-requests")
+async def test_a_request_that_outlives_its_upload_adds_nothing_to_the_next_one_of_the_key(
+    scene: Scene, begun: int
+) -> None:
+    old, data, key = some_bytes(1000), some_bytes(1000, 1), uuid4()
+    upload = await scene.begin(1000, key=key)
+    stalled, over = asyncio.Event(), asyncio.Event()
+
+    async def stalling() -> AsyncIterator[bytes]:
+        yield old[:700]
+        stalled.set()
+        await over.wait()
+        raise CutError
+
+    late = asyncio.create_task(scene.one.append(PACKAGE, upload, 0, stalling()))
+    await stalled.wait()
+    scene.clock.now += timedelta(seconds=HOLD_SECONDS + 1)
+    await scene.other.remove(PACKAGE, upload)
+    assert (await scene.other.create(new(1000, key=key))).upload_id == upload
+    for at in range(begun):
+        await send(scene.other, upload, data, at * 100, (at + 1) * 100)
+    over.set()
+    with pytest.raises((CutError, UploadBusyError)):
+        await late
+    assert (await scene.other.find(PACKAGE, upload)).offset == begun * 100
+    await send(scene.other, upload, data, begun * 100, 1000)
+    await check_recorded(scene, data)
+
+
+async def test_a_late_change_of_a_removed_upload_is_none_of_the_next_one_of_the_key(scene: Scene) -> None:
+    key = uuid4()
+    upload = await scene.begin(1000, key=key)
+    states = UploadStates(scene.stage.store)
+
+    async def changed() -> UploadState:
+        state = await states.load(upload)
+        assert state is not None
+        return await states.replace(state, actor="me")
+
+    old = await changed()
+    await states.remove(old)
+    await scene.begin(1000, key=key)
+    current = await changed()  # after as many changes as the one that was removed had
+    with pytest.raises(SupersededError):
+        await states.replace(old, actor="late")
+    assert await states.load(upload) == current
 
 
 @MUCH
