@@ -173,11 +173,12 @@ class ResumableUploads:
         """
         if not state.complete or state.answer is not None:
             return state
+        token = state.token
         lock = self._finishing.setdefault(state.upload_id, asyncio.Lock())
         async with lock:
             while True:
                 try:
-                    state = await self._known(state.package_id, state.upload_id)
+                    state = await self._known(state.package_id, state.upload_id, token)
                     return state if state.answer is not None else await self._finish(state, digests)
                 except SupersededError:  # another process does the same
                     continue
@@ -241,7 +242,7 @@ class ResumableUploads:
                 await self._states.remove(state)
                 raise
             except CorruptError:
-                await self._known(state.package_id, state.upload_id)  # it may have been removed meanwhile
+                await self._known(state.package_id, state.upload_id, state.token)  # it may have been removed meanwhile
                 raise
             state = await self._states.replace(state, stored=stored, active_at=self._clock(), holder=None)
         else:
@@ -261,9 +262,10 @@ class ResumableUploads:
         await self._parts.discard(state.where, blob=False)
         return state
 
-    async def _known(self, package_id: UUID, upload_id: UUID) -> UploadState:
+    async def _known(self, package_id: UUID, upload_id: UUID, token: str | None = None) -> UploadState:
+        """With a token that very upload: once it was removed, another may have begun under its id."""
         state = await self._alive(upload_id)
-        if state is None or state.package_id != package_id:
+        if state is None or state.package_id != package_id or (token is not None and state.token != token):
             raise UploadNotFoundError(
                 f"package {package_id} has no upload {upload_id}: it expired, was ended or was refused; begin a new one"
             )

@@ -209,6 +209,27 @@ async def test_a_late_change_of_a_removed_upload_is_none_of_the_next_one_of_the_
     assert await states.load(upload) == current
 
 
+@pytest.mark.parametrize("sent", [0, 400])
+async def test_who_finishes_an_upload_late_leaves_the_next_one_of_the_key_alone(scene: Scene, sent: int) -> None:
+    data, key = some_bytes(1000), uuid4()
+    upload = await scene.begin(1000, key=key)
+    scene.log.failures.append(UnavailableError("the log does not answer"))
+    with pytest.raises(UnavailableError):
+        await send(scene.one, upload, some_bytes(1000, 1), 0, 1000)
+    complete = await UploadStates(scene.stage.store).load(upload)
+    assert complete is not None
+    scene.log.recorded.clear()
+    await scene.other.remove(PACKAGE, upload)
+    await scene.begin(1000, key=key)
+    if sent:
+        await send(scene.other, upload, data, 0, sent)
+    with pytest.raises(UploadNotFoundError):
+        await scene.one.finished(complete)
+    assert (await scene.other.find(PACKAGE, upload)).offset == sent
+    await send(scene.one, upload, data, sent, 1000)
+    await check_recorded(scene, data)
+
+
 @MUCH
 async def test_bytes_that_were_removed_as_nobodys_are_not_acknowledged(scene: Scene) -> None:
     data = some_bytes(scene.part + 1)
