@@ -37,7 +37,7 @@ _MIGRATED = (
 )  # schemas, tables and columns; the database itself and its users are not ours to make
 _DEPENDED_ON = "2BP01"
 _LOCKED = "55P03"
-_CORRUPT = ("22", "23")
+_CORRUPT = ("22", "23", "54000")  # the last: a text that is too long for an index
 _UNAVAILABLE = ("08", "25006", "25P03", "40", "53", "57", "58")
 
 _SQLITE_UNAVAILABLE = {
@@ -67,7 +67,7 @@ def database_errors() -> Iterator[None]:
         raise
     except PoolTimeoutError as error:
         raise UnavailableError("the views database: every connection is in use") from error
-    except (*_DRIVER, DBAPIError, sqlite3.Error, OSError, TimeoutError) as error:
+    except (*_DRIVER, DBAPIError, sqlite3.Error, OSError, TimeoutError, OverflowError) as error:
         # `from None`: SQLAlchemy's own text shows statement and parameters.
         meaning = _meaning(error)
         if meaning is None:
@@ -76,6 +76,8 @@ def database_errors() -> Iterator[None]:
 
 
 def _meaning(error: BaseException) -> ArtifactStoreError | None:
+    if isinstance(error, OverflowError):  # what the drivers say of a number that no column takes
+        return CorruptError("the views cannot take this: a number has more than 64 bits")
     if isinstance(error, sqlite3.Error):
         return _of_sqlite(error)
     if isinstance(error, DBAPIError):

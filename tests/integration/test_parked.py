@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +19,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from projector import run_projection
 from projector.rebuild import replay_view
 from schemas.codec import encode
-from schemas.events import Event, FileIngested
+from schemas.events import Event, FileIngested, PackageCreated, PackageFinalized
 from services.config import Settings
+from services.core.retention import MICROS_PER_DAY
 from services.errors import CorruptError
 from services.registry import open_registry
 from services.views.catch_up import catch_up
@@ -152,6 +155,64 @@ async def test_what_is_wrong_in_a_field_that_no_fold_needs_is_parked_beside_an_e
     await catch_up(views, log, REGISTRY)
     assert {mark.package_id for mark in await list_marks(views)} == {unreadable, gap}
     assert len((await view_rows(views))["artifact_files"]) == 2
+
+
+def _kept_too_long(event: Event) -> Event:
+    if isinstance(event.payload, PackageCreated):
+        return replace(event, payload=replace(event.payload, retention_days=(1 << 31) - 1))
+    return event
+
+
+def _counted_too_late(event: Event) -> Event:
+    """Kept to the last moment that a column takes when it is created, and beyond it when it is finalized."""
+    if isinstance(event.payload, PackageCreated):
+        days = ((1 << 63) - 1 - event.created_at) // MICROS_PER_DAY
+        return replace(event, payload=replace(event.payload, retention_days=days))
+    return replace(event, created_at=1 << 62) if isinstance(event.payload, PackageFinalized) else event
+
+
+def _too_large_together(event: Event) -> Event:
+    if isinstance(event.payload, FileIngested):
+        return replace(event, payload=replace(event.payload, size_bytes=1 << 62))
+    return event
+
+
+@pytest.mark.parametrize("batch_events", [1, 1000])
+@pytest.mark.parametrize(
+    ("name", "change", "waiting"),
+    [("retention", _kept_too_long, 4), ("retention", _counted_too_late, 1), ("usage", _too_large_together, 2)],
+)
+async def test_a_number_that_no_column_takes_parks_its_package(
+    views: Views, name: str, change: Callable[[Event], Event], waiting: int, batch_events: int
+) -> None:
+    history, log = History(), MemoryLog(partitions=1)
+    too_large, good = history.create("too large"), history.create("good")
+    for package in (too_large, good):
+        history.ingest(package, "a", "b")
+        history.finalize(package)
+    log.append(*(change(event) if event.package_id == too_large else event for event in history.events))
+    await catch_up(views, log, PROJECTIONS[name], batch_events=batch_events)
+    (mark,) = await list_marks(views)
+    assert (mark.package_id, mark.events) == (too_large, waiting)
+
+
+@pytest.mark.services
+async def test_a_text_that_is_too_long_for_an_index_parks_its_package(postgres_url: str) -> None:
+    history, log = History(), MemoryLog(partitions=1)
+    package_id, good = history.create(), history.create()
+    history.ingest(package_id, "a")
+    history.ingest(good, "a")
+    path = random.Random(1).randbytes(9_000).hex()  # which does not get shorter when it is compressed
+    for event in history.events:
+        if isinstance(event.payload, FileIngested) and event.package_id == package_id:
+            event = replace(event, payload=replace(event.payload, relative_path=path))
+        log.append(event)
+    views = Views(postgres_url)
+    await views.migrate()
+    await catch_up(views, log, REGISTRY)
+    (mark,) = await list_marks(views)
+    await views.close()
+    assert (mark.package_id, mark.events) == (package_id, 1)
 
 
 @pytest.mark.parametrize("name", ["registry", "usage"])
