@@ -82,7 +82,7 @@ def decode(value: bytes, resolve: ResolveSchemaId | None = None) -> Event:
     """Read a record value.
 
     Raises:
-        UndecodableEventError: an unknown framing or schema, or bytes that do not fit the schema.
+        UndecodableEventError: an unknown framing or schema, bytes that do not fit the schema, or a text with a NUL.
     """
     if value[:2] == _SINGLE_OBJECT:
         mark, start = value[2:_HEAD], _HEAD
@@ -105,6 +105,8 @@ def decode(value: bytes, resolve: ResolveSchemaId | None = None) -> Event:
         raise UndecodableEventError("bytes follow the event")
     if event.event_type != event_type:
         raise UndecodableEventError(f"the event does not have the type {event_type} of its schema")
+    if _holds_nul(record):  # no writer takes one; PostgreSQL would refuse it, SQLite keep it
+        raise UndecodableEventError("a text holds a NUL character")
     return event
 
 
@@ -140,6 +142,15 @@ def _to_event(record: Mapping[str, Any], payload: Payload) -> Event:
         previous_digest=record["previous_digest"],
         payload=payload,
     )
+
+
+def _holds_nul(record: Mapping[str, Any]) -> bool:
+    """Whether a text in the record, or in a record within, does."""
+    for value in record.values():
+        kind = type(value)
+        if (kind is str and "\0" in value) or (kind is dict and _holds_nul(value)):
+            return True
+    return False
 
 
 def _created(record: Mapping[str, Any]) -> Payload:

@@ -173,7 +173,10 @@ def _read(value: bytes, packages: dict[bytes, UUID]) -> FileFields | None:
     event_id, command_id = unhexlify(value[11:47].replace(b"-", b"")), unhexlify(command_text.replace(b"-", b""))
     if at != len(value) or not len(file_id) == len(location_id) == len(event_id) == len(command_id) == 16:
         return None
-    if not (actor + relative_path + media_type + backend_id + key).isascii():
+    texts = actor + relative_path + media_type + backend_id + key
+    if 0 in texts:  # a NUL
+        return None
+    if not texts.isascii():
         for part in (actor, relative_path, media_type, backend_id, key):
             part.decode()
     return _new(

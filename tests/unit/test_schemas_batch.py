@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from schemas.batch import EventBatch, entries_of, entry_of
 from schemas.codec import UndecodableEventError, decode, encode
-from schemas.events import FILE_INGESTED, Event, FileIngested, StorageReceipt
+from schemas.events import FILE_INGESTED, Event, FileIngested, StorageReceipt, payload_map
 from schemas.file_fields import FileFields, read_fields
 from tests.views_history import History
 
-texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=200)
 longs = st.integers(-(1 << 63), (1 << 63) - 1) | st.integers(-70, 70)
 ids = st.uuids()
 digests = st.binary(min_size=32, max_size=32)
@@ -66,6 +66,23 @@ def test_an_identifier_whose_dashes_hide_what_it_lacks_is_no_identifier(field: s
     assert read_fields(value, {}) is None
     with pytest.raises(UndecodableEventError):
         EventBatch([value])
+
+
+@pytest.mark.parametrize("event", History().fill(2, 1).events, ids=lambda event: event.event_type)
+def test_a_text_with_a_nul_is_refused_wherever_it_is(event: Event) -> None:
+    payload, refused = event.payload, [replace(event, actor="a\0")]
+    if isinstance(payload, FileIngested):
+        receipt = payload.receipt
+        refused += [
+            replace(event, payload=replace(payload, receipt=replace(receipt, **{name: "a\0"})))
+            for name in ("backend_id", "key")
+        ]
+    names = [name for name, value in payload_map(payload).items() if isinstance(value, str) and name != "file_id"]
+    refused += [replace(event, payload=replace(payload, **{name: "a\0"})) for name in names]
+    for value in map(encode, refused):
+        assert read_fields(value, {}) is None
+        with pytest.raises(UndecodableEventError, match="NUL"):
+            decode(value)
 
 
 @given(ingested, st.data())
