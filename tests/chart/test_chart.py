@@ -14,6 +14,8 @@ from pydantic import SecretStr
 
 from ingest_gateway.server import DRAIN_SECONDS
 from services.config import PREFIX, Settings
+from services.log.kafka.requests import MAX_WAITING_BYTES
+from services.log.kafka.state import MAX_ENTRIES
 from services.log.kafka.writers import SNAPSHOT_SECONDS
 from services.processes import STOP_SECONDS
 from tests.chart.commands import SEVERAL_GATEWAYS, STARTED, containers, pod_specs, rendered_commands
@@ -153,6 +155,16 @@ def test_a_gateway_has_time_for_an_orderly_end(documents: list[dict[str, Any]]) 
     needed = DRAIN_SECONDS + 1 + 15 + SNAPSHOT_SECONDS + 5
     assert spec["terminationGracePeriodSeconds"] >= container["lifecycle"]["preStop"]["sleep"]["seconds"] + needed
     assert needed <= STOP_SECONDS
+
+
+def test_the_memory_of_a_gateway_is_enough_for_its_bounds(documents: list[dict[str, Any]]) -> None:
+    (container,) = containers(_named(documents, "Deployment", "-gateway"))
+    (settings,) = (document["data"] for document in documents if document["kind"] == "ConfigMap")
+    processes = int(container["args"][-1]) if "args" in container else 1
+    partitions = int(settings.get("ARTIFACT_STORE_KAFKA_PARTITIONS", Settings().kafka_partitions))
+    # An entry of a partition's state takes about 1 KiB; what a process takes besides is said in docs/operating.md.
+    needed = processes * (700 << 20) + partitions * ((MAX_ENTRIES << 10) + MAX_WAITING_BYTES)
+    assert int(container["resources"]["limits"]["memory"].removesuffix("Gi")) << 30 >= needed
 
 
 def test_every_setting_is_given_decided_or_secret(documents: list[dict[str, Any]]) -> None:
