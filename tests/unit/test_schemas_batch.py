@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -70,15 +71,17 @@ def test_an_identifier_whose_dashes_hide_what_it_lacks_is_no_identifier(field: s
 
 @pytest.mark.parametrize("event", History().fill(2, 1).events, ids=lambda event: event.event_type)
 def test_a_text_with_a_nul_is_refused_wherever_it_is(event: Event) -> None:
-    payload, refused = event.payload, [replace(event, actor="a\0")]
-    if isinstance(payload, FileIngested):
-        receipt = payload.receipt
-        refused += [
-            replace(event, payload=replace(payload, receipt=replace(receipt, **{name: "a\0"})))
-            for name in ("backend_id", "key")
-        ]
-    names = [name for name, value in payload_map(payload).items() if isinstance(value, str) and name != "file_id"]
-    refused += [replace(event, payload=replace(payload, **{name: "a\0"})) for name in names]
+    nul: dict[str, Any] = {"actor": "a\0"}
+    refused = [replace(event, **nul)]
+    for name, text in payload_map(event.payload).items():
+        if isinstance(text, str) and name != "file_id":
+            nul = {name: "a\0"}
+            refused.append(replace(event, payload=replace(event.payload, **nul)))
+    if isinstance(event.payload, FileIngested):
+        for name in ("backend_id", "key"):
+            nul = {name: "a\0"}
+            receipt = replace(event.payload.receipt, **nul)
+            refused.append(replace(event, payload=replace(event.payload, receipt=receipt)))
     for value in map(encode, refused):
         assert read_fields(value, {}) is None
         with pytest.raises(UndecodableEventError, match="NUL"):
