@@ -3,9 +3,9 @@
 The state of an upload is an object `resumable/<upload id>/state-<number>`. A state is never changed: its successor is
 created under the next number, which one process alone can do. Whoever created it looks once more whether the state
 that it follows is still there and no later one is, since a writer that stood still for long might otherwise take a
-number that was used, and removed, long ago, or go on with an upload that was removed beside one that was begun under its
-id. Only then are older states removed, or the new one if it should not be. This needs no more of a store than objects
-that are created once, and no clock.
+number that was used, and removed, long ago, or go on with an upload that was removed beside one that was begun since
+under its id. Only then are older states removed, or the new one if it should not be. This needs no more of a store than
+objects that are created once, and no clock.
 """
 
 from __future__ import annotations
