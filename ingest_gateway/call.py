@@ -37,6 +37,8 @@ MAX_JSON_BYTES = 1 << 20
 _SENT_AT_ONCE_BYTES = 256 * 1024
 """Most bytes that a client has one span of time for: the longer the piece, the later it shows that nobody takes it."""
 
+_PARSED_AT_ONCE_BYTES = 64 * 1024  # a larger JSON body is parsed beside the event loop
+
 _MAX_QUERY_FIELDS = 32
 _JSON_ESCAPE = 6  # `\u00e9` is six bytes where the JCS form has at least one
 
@@ -154,7 +156,11 @@ class Call:
         if (self.request.content_length or 0) > limit:
             raise TooLargeError(f"a JSON body may have {limit:,} bytes here")
         with self.gateway.json.share() as take:
-            return self._parsed(await self._gathered(limit, take), shape)
+            body = await self._gathered(limit, take)
+            if len(body) <= _PARSED_AT_ONCE_BYTES:
+                return self._parsed(body, shape)
+            async with self.gateway.parsing:
+                return await asyncio.to_thread(self._parsed, body, shape)
 
     async def _gathered(self, limit: int, take: Callable[[int], None]) -> bytes:
         body = bytearray()

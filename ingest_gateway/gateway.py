@@ -75,6 +75,8 @@ class Gateway:
             "downloads": Places("downloads", bounds.max_downloads, metrics.refused),
         }
         self.json = Room("JSON", bounds.json_room_bytes, metrics.refused)
+        self.parsing = asyncio.Lock()
+        """Held by who parses a large JSON body: as objects it takes many times its bytes."""
         self.draining = False
         self._in_flight = 0
         self._idle = asyncio.Event()

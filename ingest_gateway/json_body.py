@@ -14,12 +14,19 @@ from services.http.problems import FieldFault
 
 Shape = TypeVar("Shape", bound=Request)
 
+MAX_FAULTS = 64
+"""How many faulty fields are named one by one; of more the first few are."""
+
+_FIRST_FAULTS = 5
+_MOST_FAULTS_READ = 10_000  # pydantic makes texts of all or none; beyond this they are only counted
+
 
 def parse_json(body: bytes, shape: type[Shape]) -> Shape:
     """The body in this shape.
 
-    Raises InvalidRequestError: not UTF-8, not JSON, a key twice, a number that is none (NaN, Infinity), too deep; and
-    InvalidFieldsError: a field is missing, unknown or mistyped.
+    Raises InvalidRequestError: not UTF-8, not JSON, a key twice, a number that is none (NaN, Infinity), too deep, or
+    more than MAX_FAULTS fields at fault; InvalidFieldsError: a field is missing, unknown or mistyped. Computes for a
+    second or two on a body of 16 MiB.
     """
     try:
         value = json.loads(body.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_number)
@@ -35,12 +42,22 @@ def parse_json(body: bytes, shape: type[Shape]) -> Shape:
     try:
         return shape.model_validate(value)
     except ValidationError as error:
-        raise InvalidFieldsError(
-            tuple(
-                FieldFault(field=_where(fault["loc"]), message=fault["msg"])
-                for fault in error.errors(include_input=False, include_url=False)
-            )
-        ) from None
+        raise _faulty(error) from None
+
+
+def _faulty(error: ValidationError) -> InvalidRequestError:
+    count = error.error_count()
+    if count <= MAX_FAULTS:
+        return InvalidFieldsError(_faults(error, count))
+    first = InvalidFieldsError(_faults(error, _FIRST_FAULTS)).detail if count <= _MOST_FAULTS_READ else ""
+    return InvalidRequestError(
+        f"{count:,} fields of the body are missing, unknown or mistyped" + (f"; the first: {first}" if first else "")
+    )
+
+
+def _faults(error: ValidationError, most: int) -> tuple[FieldFault, ...]:
+    found = error.errors(include_input=False, include_url=False)
+    return tuple(FieldFault(field=_where(fault["loc"]), message=fault["msg"]) for fault in found[:most])
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

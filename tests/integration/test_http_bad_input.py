@@ -16,6 +16,7 @@ import pytest
 import pytest_asyncio
 from blake3 import blake3
 
+from ingest_gateway.json_body import MAX_FAULTS
 from services.config import Settings
 from services.http.problems import TYPE_PREFIX
 from services.log.position import Position
@@ -132,6 +133,22 @@ async def test_every_faulty_field_is_named(gateway: RunningGateway) -> None:
     body = {"name": 1, "producer": "p", "retention_class": "scratch", "colour": "red"}
     found = await refused(gateway, "POST", "/v1/packages", 400, "invalid-request", json=body)
     assert {fault["field"] for fault in found["errors"]} == {"name", "subject", "colour"}
+
+
+async def test_thousands_of_faulty_fields_are_counted_and_the_first_are_named(
+    gateway: RunningGateway, package: str
+) -> None:
+    many = f"/v1/packages/{package}/files"
+    body = {"files": [{"relative_path": str(n), "mediatype": "text/plain"} for n in range(MAX_FAULTS)]}
+    found = await refused(gateway, "POST", many, 400, "invalid-request", json=body)
+    assert "256 fields" in found["detail"]
+    assert "files.0.media_type: Field required" in found["detail"]
+
+    body = {"files": [{f"unknown {n}": 0 for n in range(20)} for _ in range(10_000)]}
+    found = await refused(gateway, "POST", many, 400, "invalid-request", json=body)
+    assert "240,000 fields" in found["detail"]
+    assert len(found["detail"]) < 1000
+    assert "errors" not in found
 
 
 async def test_json_must_say_that_it_is_json(gateway: RunningGateway) -> None:
