@@ -144,9 +144,9 @@ async def test_thousands_of_faulty_fields_are_counted_and_the_first_are_named(
     assert "256 fields" in found["detail"]
     assert "files.0.media_type: Field required" in found["detail"]
 
-    body = {"files": [{f"unknown {n}": 0 for n in range(20)} for _ in range(10_000)]}
-    found = await refused(gateway, "POST", many, 400, "invalid-request", json=body)
-    assert "240,000 fields" in found["detail"]
+    worse = {"files": [{f"unknown {n}": 0 for n in range(20)} for _ in range(2000)]}
+    found = await refused(gateway, "POST", many, 400, "invalid-request", json=worse)
+    assert "48,000 fields" in found["detail"]
     assert len(found["detail"]) < 1000
     assert "errors" not in found
 
