@@ -142,8 +142,12 @@ class LocalBlobStore:
 
         return aside if await self._work(move) else None
 
-    async def remove_uploads(self, *, before: datetime, orphaned: Callable[[str], bool]) -> int:
+    async def fresh_uploads(self) -> frozenset[str]:
         """See the port. There are none, as every body is renamed to its content-addressed key."""
+        return frozenset()
+
+    async def remove_uploads(self, *, before: datetime, orphaned: Callable[[str], bool]) -> int:
+        """See the port. There are none here either."""
         return 0
 
     async def put_object(self, key: str, data: bytes) -> None:

@@ -243,9 +243,16 @@ class BlobStore(Protocol):
         What is good in the damaged one can be read until then.
         """
 
+    async def fresh_uploads(self) -> frozenset[str]:
+        """The keys below `uploads/` at which `store` puts a body now, or put one less than a day ago.
+
+        An event may come to name them, however old the store says that they are. Raises UnavailableError.
+        """
+
     async def remove_uploads(self, *, before: datetime, orphaned: Callable[[str], bool]) -> int:
         """Remove the blobs below `uploads/` that were stored before that moment (aware) and that are `orphaned`.
 
+        A store may date a blob to when its upload was begun, as Amazon S3 does: that may be long before its completion.
         `orphaned` is asked for each key, and is to be true only if no event names the key nor ever will. Returns how
         many were removed. Raises UnavailableError.
         """

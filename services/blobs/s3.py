@@ -205,6 +205,10 @@ class S3BlobStore:
             await self._requests.send("DELETE", key, frozenset({200, 204, 404, 412}), headers={"If-Match": etag})
         return aside
 
+    async def fresh_uploads(self) -> frozenset[str]:
+        """See the port. The record of such an upload has its name and outlives it by a day."""
+        return frozenset(f"{UPLOADS}{key.removeprefix(RECORDS)}" for key in await self._with_sdk(self._keys(RECORDS)))
+
     async def remove_uploads(self, *, before: datetime, orphaned: Callable[[str], bool]) -> int:
         """See the port."""
         removed, last = 0, ""
@@ -274,19 +278,21 @@ class S3BlobStore:
 
     async def sweep(self, *, now: datetime, idle_seconds: float = IDLE_SECONDS) -> int:
         """See the port. A record that cannot be read is logged and left for people to look at."""
-        swept = 0
-        for record_key in await self._with_sdk(self._keys(RECORDS)):
+        swept, idle = 0, timedelta(seconds=idle_seconds)
+        for record_key, written_at in await self._with_sdk(self._records):
+            if written_at is not None and now - written_at < idle:  # a day's uploads: not one request for each
+                continue
             answer = await self._requests.send("GET", record_key, frozenset({200, 404}))
-            if answer.status == 404:  # completed meanwhile
+            if answer.status == 404:  # removed meanwhile
                 continue
             try:
                 record = UploadRecord.decode(answer.body)
             except CorruptError as error:
                 _log.error("%s: %s", record_key, error)
                 continue
-            if now - record.active_at >= timedelta(seconds=idle_seconds):
+            if now - record.active_at >= idle:
                 await remove_upload(self._requests, record_key, record)
-                swept += 1
+                swept += not record.completed
         return swept + await sweep_states(self, now=now, idle_seconds=idle_seconds)
 
     async def close(self) -> None:
@@ -397,6 +403,11 @@ class S3BlobStore:
             return [item.object_name for item in found if item.object_name is not None]
 
         return keys
+
+    def _records(self, sdk: Minio) -> list[tuple[str, datetime | None]]:
+        """The keys of all records, and when each was last written. Blocks."""
+        found = sdk.list_objects(self._requests.endpoint.bucket, prefix=RECORDS, recursive=True)
+        return [(str(item.object_name), item.last_modified) for item in found]
 
     def _uploads_behind(self, last: str, sdk: Minio) -> list[tuple[str, datetime | None]]:
         """Some keys below `uploads/`, behind `last`, and when each was stored. Blocks."""

@@ -2,7 +2,8 @@
 
 While it runs, a small record object `multipart/<uuid>` names its key and upload id, because stores do not list
 unfinished uploads reliably. The record is written before the first part and renewed while parts arrive, so that
-`sweep` can tell an upload that stands still from one that is merely long.
+`sweep` can tell an upload that stands still from one that is merely long. That of a body under a key of its own is
+left to the sweep, a day after its completion: so long it says that an event may come to name the key.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from uuid import uuid4
 from xml.sax.saxutils import escape
@@ -19,6 +20,7 @@ from xml.sax.saxutils import escape
 from services.blobs.intake import Intake
 from services.blobs.memory import PartBuffer, Share
 from services.blobs.parts import PartPlan
+from services.blobs.port import UPLOADS
 from services.blobs.s3_requests import Answer, Relay, S3Requests, StoreTroubleError, parse_xml
 from services.errors import CorruptError, UnavailableError
 
@@ -32,12 +34,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class UploadRecord:
-    """What the record object of an upload says. `active_at` is when it was last known to move."""
+    """What the record object of an upload says. `active_at` is when it was last known to move, or was completed."""
 
     key: str
     upload_id: str
     started_at: datetime
     active_at: datetime
+    completed: bool = False
 
     def encode(self) -> bytes:
         """The record as JSON."""
@@ -47,6 +50,7 @@ class UploadRecord:
                 "upload_id": self.upload_id,
                 "started_at": self.started_at.isoformat(),
                 "active_at": self.active_at.isoformat(),
+                "completed": self.completed,
             }
         ).encode()
 
@@ -56,7 +60,8 @@ class UploadRecord:
         try:
             fields = json.loads(text)
             started_at, active_at = (datetime.fromisoformat(fields[name]) for name in ("started_at", "active_at"))
-            return cls(str(fields["key"]), str(fields["upload_id"]), started_at, active_at)
+            completed = fields.get("completed") is True
+            return cls(str(fields["key"]), str(fields["upload_id"]), started_at, active_at, completed)
         except (ValueError, KeyError, TypeError) as error:
             raise CorruptError(f"not the record of an upload: {error}") from error
 
@@ -72,7 +77,7 @@ class MultipartUpload:
         self._plan = plan
         self._share = share
         self._clock = clock
-        self._record_key = f"{RECORDS}{uuid4()}"
+        self._record_key = f"{RECORDS}{key.removeprefix(UPLOADS) if key.startswith(UPLOADS) else uuid4()}"
         self._record: UploadRecord | None = None
         self._opening: asyncio.Task[None] | None = None
         self._sending: set[asyncio.Task[None]] = set()
@@ -119,9 +124,12 @@ class MultipartUpload:
         upload_id = self._opened().upload_id
         await complete_upload(self._requests, self._key, upload_id, parts, length, only_if_absent=only_if_absent)
         try:
-            await self._remove()
+            if self._key.startswith(UPLOADS):
+                await self._write_record(completed=True)
+            else:
+                await self._remove()
         except UnavailableError as error:
-            _log.warning("the record of a completed upload stays until the sweep: %s", error)
+            _log.warning("the record of a completed upload stays as it is until the sweep: %s", error)
 
     async def abandon(self) -> None:
         """Stop all that is under way and remove every trace. Raises UnavailableError: something may be left."""
@@ -135,14 +143,16 @@ class MultipartUpload:
         upload_id = await begin_upload(self._requests, self._key)
         now = self._clock()
         self._record = UploadRecord(self._key, upload_id, now, now)
-        await self._requests.send("PUT", self._record_key, OK, body=self._record.encode())
+        await self._write_record()
 
     async def _renew(self) -> None:
-        record = self._opened()
-        now = self._clock()
-        if (now - record.active_at).total_seconds() >= RENEW_SECONDS:
-            self._record = UploadRecord(record.key, record.upload_id, record.started_at, now)
-            await self._requests.send("PUT", self._record_key, OK, body=self._record.encode())
+        if (self._clock() - self._opened().active_at).total_seconds() >= RENEW_SECONDS:
+            await self._write_record()
+
+    async def _write_record(self, *, completed: bool = False) -> None:
+        """Write the record as of now."""
+        self._record = replace(self._opened(), active_at=self._clock(), completed=completed)
+        await self._requests.send("PUT", self._record_key, OK, body=self._record.encode())
 
     async def _remove(self) -> None:
         if self._record is not None:

@@ -14,7 +14,7 @@ from services.log.port import Log
 from services.verify.blobs import BlobCheck
 from services.verify.log import LogCheck, Progress
 from services.verify.notes import Notes
-from services.verify.orphans import find_orphans
+from services.verify.orphans import find_orphans, keys_to_come
 from services.verify.report import KINDS, Report, Violation
 from services.verify.views import check_view
 from services.views.engine import Views
@@ -45,9 +45,10 @@ async def verify(
     notify = progress or (lambda _: None)
     # An event that names a body is appended seconds after it was stored: the log, read from here on, has had a day.
     before = datetime.now(UTC) - timedelta(seconds=IDLE_SECONDS)
+    spared = await keys_to_come(blobs)
     with Notes() as notes:
         await LogCheck(log, notes, report, backend_id=blobs.backend_id, progress=notify).run()
-        await find_orphans(blobs, notes, report, before=before, remove=remove_orphans)
+        await find_orphans(blobs, notes, report, before=before, spared=spared, remove=remove_orphans)
         await BlobCheck(blobs, notes, report, check_bytes=check_bytes, progress=notify).run()
     with tempfile.TemporaryDirectory(prefix="artifact-store-verify-") as folder:
         fresh = Views(f"sqlite+aiosqlite:///{Path(folder) / 'views.db'}")

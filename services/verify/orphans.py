@@ -17,24 +17,39 @@ from services.verify.report import Report
 _log = logging.getLogger(__name__)
 
 
-async def find_orphans(blobs: BlobStore, notes: Notes, report: Report, *, before: datetime, remove: bool) -> None:
+async def keys_to_come(blobs: BlobStore) -> frozenset[str] | None:
+    """The keys that an event may come to name; None if nobody can tell. Raises UnavailableError.
+
+    To be asked for before the log is read: what is completed meanwhile may be named behind the end that is read to, and
+    an upload that began long before may look as old as that (Amazon S3 dates an object to the beginning of its upload).
+    """
+    try:
+        return await blobs.fresh_uploads() | await UploadStates(blobs).blob_keys()
+    except CorruptError as error:  # the state of an upload cannot be read: nobody can tell what it would have named
+        _log.error("orphans are not looked for: %s", error.detail)
+        return None
+
+
+async def find_orphans(
+    blobs: BlobStore,
+    notes: Notes,
+    report: Report,
+    *,
+    before: datetime,
+    spared: frozenset[str] | None,
+    remove: bool,
+) -> None:
     """Count the orphans that were stored before that moment and, if they are to go, remove them.
 
     Nothing is said of a log in which anything is wrong: it may name what could not be read, and a command that waits
-    for its retry may still come to name what was stored for it. Nor while the state of an upload cannot be read.
+    for its retry may still come to name what was stored for it. Nor where `spared` is None: see `keys_to_come`.
     Raises UnavailableError.
     """
-    if not report.clean:
-        return
-
-    try:
-        alive = await UploadStates(blobs).blob_keys()
-    except CorruptError as error:  # nobody can tell what it would have named
-        _log.error("orphans are not looked for: %s", error.detail)
+    if not report.clean or spared is None:
         return
 
     def orphaned(key: str) -> bool:
-        if notes.is_claimed(key) or key in alive:
+        if notes.is_claimed(key) or key in spared:
             return False
         report.orphans += 1
         return remove

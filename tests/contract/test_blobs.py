@@ -303,7 +303,7 @@ async def test_a_large_body_that_nobody_came_to_name_is_removed_and_nothing_that
     if blob.key.startswith("uploads/"):
         for _ in range(2):
             await stage.store.delete_object(blob.key)
-        assert stage.holds() == set()
+        assert not {key for key in stage.holds() if not key.startswith("multipart/")}
     else:  # everything is content-addressed there
         with pytest.raises(ValueError, match="no key of a named object"):
             await stage.store.delete_object(blob.key)

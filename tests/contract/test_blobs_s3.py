@@ -89,7 +89,7 @@ async def test_a_reader_gives_up_when_no_attempt_brings_it_further(any_s3_bucket
         (rb"POST /[^/]+/uploads/.*\?uploadId=", 2 * PART, False),
         (rb"POST /[^/]+/blobs/.*\?uploadId=", 2 * PART, True),
         (rb"PUT /[^/]+/multipart/", 2 * PART, False),
-        (rb"DELETE /[^/]+/multipart/", 2 * PART, False),
+        (rb"DELETE /[^/]+/multipart/", 2 * PART, True),
     ],
     ids=["put", "part", "complete", "complete-addressed", "record", "remove-record"],
 )
@@ -219,6 +219,34 @@ async def test_an_upload_is_idle_only_if_nothing_moved_for_long(at: Endpoint) ->
         assert (await upload).length > 3 * PART
 
 
+async def test_a_body_under_its_own_key_is_fresh_from_its_beginning_until_a_day_after_its_completion(
+    at: Endpoint,
+) -> None:
+    now = datetime.now(UTC) + timedelta(days=365)
+    paused, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow() -> AsyncIterator[bytes]:
+        async for chunk in body(some_bytes(2 * PART)):
+            yield chunk
+        paused.set()
+        await go_on.wait()
+
+    async with opened(at, clock=lambda: now) as store:
+        upload = asyncio.create_task(store.store(slow(), declared=Declared(), max_bytes=LIMIT))
+        await paused.wait()
+        begun = await store.fresh_uploads()
+        now += timedelta(hours=23)
+        go_on.set()
+        blob = await upload
+        assert begun == {blob.key}
+        await put(store, some_bytes(2 * PART), declared(some_bytes(2 * PART)))  # at its content-addressed key
+        assert await store.sweep(now=now + timedelta(hours=23)) == 0
+        assert await store.fresh_uploads() == {blob.key}
+        assert await store.sweep(now=now + timedelta(hours=25)) == 0  # it did not stand still
+        assert await store.fresh_uploads() == set()
+        assert await got(store, blob) == some_bytes(2 * PART)
+
+
 async def test_a_sweep_leaves_a_record_that_it_cannot_read(at: Endpoint, caplog: pytest.LogCaptureFixture) -> None:
     async with opened(at) as store:
         await store._requests.send("PUT", f"{RECORDS}strange", frozenset({200}), body=b"not a record")
@@ -231,6 +259,7 @@ async def test_a_sweep_never_removes_the_blob_of_an_upload_whose_record_was_left
     async with opened(at) as store:
         blob = await put(store, some_bytes(2 * PART))
         then = datetime.now(UTC)
+        assert await store.sweep(now=then + timedelta(days=2)) == 0  # its own record, of one that was completed
         record = UploadRecord(blob.key, "an-upload-that-was-completed", then, then)
         await store._requests.send("PUT", f"{RECORDS}left", frozenset({200}), body=record.encode())
         assert await store.sweep(now=then + timedelta(days=2)) == 1
@@ -333,7 +362,7 @@ async def test_large_bodies_that_are_orphaned_are_removed_and_nothing_else(at: E
         assert asked == []
         assert await store.remove_uploads(before=late, orphaned=orphaned) == 1
         assert sorted(asked) == sorted([named.key, orphan.key])
-        assert objects(at) == {named.key, addressed.key}
+        assert objects(at) - {f"{RECORDS}{orphan.key.removeprefix('uploads/')}"} == {named.key, addressed.key}
 
 
 async def test_a_bundle_that_is_not_stored_whole_leaves_none_of_its_large_files(at: Endpoint) -> None:
@@ -357,17 +386,20 @@ async def test_a_bundle_that_is_not_stored_whole_leaves_none_of_its_large_files(
         waiting.set()
         await asyncio.Event().wait()
 
+    def bodies() -> set[str]:
+        return {key for key in objects(at) if not key.startswith(RECORDS)}
+
     async with opened(at) as store:
         with pytest.raises(LostProducerError):
             await Packing(store, LIMIT).store(torn())
-        assert objects(at) == set()
+        assert bodies() == set()
         storing = asyncio.create_task(Packing(store, LIMIT).store(endless()))
         await waiting.wait()
-        assert len(objects(at)) == 1
+        assert len(bodies()) == 1
         storing.cancel()
         with pytest.raises(asyncio.CancelledError):
             await storing
-        assert objects(at) == set()
+        assert bodies() == set()
 
 
 async def test_more_uploads_than_one_listing_holds_are_all_asked_for(

@@ -241,6 +241,11 @@ async def test_one_blob_that_cannot_be_read_is_damaged_but_a_store_that_is_down_
 class WithUploads(LocalBlobStore):
     """A store in which large bodies lie under keys of their own."""
 
+    fresh: frozenset[str] = frozenset()
+
+    async def fresh_uploads(self) -> frozenset[str]:
+        return self.fresh
+
     async def remove_uploads(self, *, before: datetime, orphaned: Callable[[str], bool]) -> int:
         assert datetime.now(UTC) - before >= timedelta(days=1)
         return sum(map(orphaned, ("uploads/named", "uploads/orphan")))
@@ -264,6 +269,24 @@ async def test_bodies_that_no_event_names_are_counted_and_removed_if_all_is_well
     assert report.orphans == (0 if broken else 1)
     assert report.removed == (1 if remove and not broken else None)
     assert ("removed" in report.as_json()) is (report.removed is not None)
+
+
+async def test_a_body_that_was_on_its_way_when_the_log_was_read_is_no_orphan_however_old_it_looks(scene: Scene) -> None:
+    scene.append()
+
+    class Completing(WithUploads):
+        """A body of a long upload, which is completed, and whose last trace but itself goes, while the log is read."""
+
+        def end(self, _: object) -> None:
+            self.fresh = frozenset()
+
+    blobs, views = Completing(scene.folder / "blobs"), scene.views()
+    blobs.fresh = frozenset({"uploads/orphan"})
+    report = await verify(scene.log, blobs, views, remove_orphans=True, progress=blobs.end)
+    await views.close()
+    await blobs.close()
+    assert blobs.fresh == set()
+    assert (report.orphans, report.removed) == (1, 1)  # the other body, which no event names here
 
 
 async def test_while_an_upload_cannot_be_read_nothing_is_called_an_orphan(
