@@ -11,9 +11,8 @@ from tests.chart.helm import render
 
 # A test that starts the product as several processes takes its commands from here.
 GATEWAY = ("artifact-store", "gateway")
-SEVERAL_GATEWAYS = (*GATEWAY, "--processes", "4")
 MIGRATE = ("artifact-store", "migrate")
-PROJECTORS = {name: ("artifact-store", "projector", name) for name in PROJECTIONS}
+PROJECTORS = {name: ("artifact-store", "projector", name, "--metrics-listen", "0.0.0.0:9464") for name in PROJECTIONS}
 STARTED = frozenset({GATEWAY, MIGRATE, *PROJECTORS.values()})
 
 

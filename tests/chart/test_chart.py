@@ -13,12 +13,14 @@ import yaml
 from pydantic import SecretStr
 
 from ingest_gateway.server import DRAIN_SECONDS
+from services.cli import main
 from services.config import PREFIX, Settings
 from services.log.kafka.requests import MAX_WAITING_BYTES
 from services.log.kafka.state import MAX_ENTRIES
 from services.log.kafka.writers import SNAPSHOT_SECONDS
 from services.processes import STOP_SECONDS
-from tests.chart.commands import SEVERAL_GATEWAYS, STARTED, containers, pod_specs, rendered_commands
+from services.views.projections import PROJECTIONS
+from tests.chart.commands import STARTED, containers, pod_specs, rendered_commands
 from tests.chart.environment import POD_ADDRESS, environment, secret_names
 from tests.chart.helm import (
     CHART,
@@ -110,8 +112,10 @@ def test_containers_run_the_commands_that_the_tests_know() -> None:
     assert set(commands) == STARTED
 
 
-def test_no_value_set_runs_an_unknown_command(values: list[Path]) -> None:
-    assert set(rendered_commands(values)) <= STARTED | {SEVERAL_GATEWAYS}
+def test_the_program_understands_every_command_line(values: list[Path]) -> None:
+    for program, name, *arguments in rendered_commands(values):
+        assert program == "artifact-store"
+        main.commands[name].make_context(name, arguments)  # click's errors name what it does not understand
 
 
 def test_every_process_accepts_its_settings(
@@ -146,6 +150,31 @@ def test_every_process_of_a_gateway_has_an_internal_port(values: list[Path], doc
     assert processes == (4 if "full" in {path.stem for path in values} else 1)
     ports = sorted(p["containerPort"] for p in container["ports"] if p["name"].startswith("internal"))
     assert ports == list(range(8081, 8081 + processes))
+
+
+def test_projections_are_spread_and_every_process_shows_its_metrics() -> None:
+    for name, replicas, ports in (("default", 1, [9464]), ("minimal", 1, []), ("full", 3, [9100, 9101, 9102, 9103])):
+        documents = render(SETS[name])
+        deployments = [d for d in documents if d["kind"] == "Deployment" and "-projector-" in d["metadata"]["name"]]
+        assert deployments
+        for deployment in deployments:
+            (container,) = containers(deployment)
+            assert deployment["spec"]["replicas"] == replicas
+            assert [port["containerPort"] for port in container.get("ports", ())] == ports
+            options = dict(zip(container.get("args", [])[::2], container.get("args", [])[1::2], strict=True))
+            assert int(options.get("--processes", 1)) == max(len(ports), 1)
+            assert options.get("--metrics-listen") == (f"0.0.0.0:{ports[0]}" if ports else None)
+
+
+def test_annotations_reach_the_pods_of_their_component_alone() -> None:
+    marks = {}
+    for document in render(SETS["full"]):
+        for _ in pod_specs(document):
+            metadata = document["spec"]["template"]["metadata"]
+            component = metadata["labels"]["app.kubernetes.io/component"]
+            marks[component] = metadata["annotations"]["example.com/scrape"]
+    projectors = {f"projector-{name}": "projector" for name in PROJECTIONS}
+    assert marks == {"gateway": "gateway", "migration": "migration", **projectors}
 
 
 def test_a_gateway_has_time_for_an_orderly_end(documents: list[dict[str, Any]]) -> None:
