@@ -269,7 +269,12 @@ class S3Requests:
             async with (
                 asyncio.timeout(limit),
                 self._opened().request(
-                    method, self._signed(method, key, query), headers=sent, data=data, allow_redirects=False
+                    method,
+                    self._signed(method, key, query),
+                    headers=sent,
+                    data=data,
+                    allow_redirects=False,
+                    timeout=_bounds(max(ANSWER_SECONDS, seconds)),
                 ) as response,
             ):
                 answer = Answer(response.status, response.headers, await response.read())
@@ -303,13 +308,18 @@ class S3Requests:
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 connector=_Connector(self._transports, limit=self._connections),
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=ANSWER_SECONDS),
+                timeout=_bounds(ANSWER_SECONDS),
                 headers={"Accept-Encoding": "identity"},
                 auto_decompress=False,
                 read_bufsize=_SLICE,
                 cookie_jar=aiohttp.DummyCookieJar(),
             )
         return self._session
+
+
+def _bounds(silence: float) -> aiohttp.ClientTimeout:
+    """Those of one request: for connecting, and for how long the store may say nothing."""
+    return aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=silence)
 
 
 class _Connector(aiohttp.TCPConnector):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -121,6 +122,28 @@ async def test_a_completion_that_fails_under_status_200_is_not_taken_for_done(fa
                 await store.store(zeros(PART + 1), declared=Declared(), max_bytes=2 * PART)
     # Of one that is completed the record stays for a day, of one that is not neither that nor the upload.
     assert kept == ({"/bucket/multipart/UUID", "/bucket/uploads/UUIDid"} if failures == 1 else set())
+
+
+async def test_a_store_may_think_about_a_completion_for_longer_than_about_other_requests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("services.blobs.s3_requests.ANSWER_SECONDS", 0.5)
+    completions = 0
+
+    async def slow(request: web.Request) -> web.StreamResponse:
+        nonlocal completions
+        await request.read()
+        if request.method == "POST" and "uploads" in request.query:
+            return web.Response(text="<Result><UploadId>id</UploadId></Result>")
+        if request.method == "POST":
+            completions += 1
+            await asyncio.sleep(1.5)
+            return web.Response(text="<CompleteMultipartUploadResult/>")
+        return web.Response(headers={"ETag": '"e"'})
+
+    async with answered_by(slow) as store:
+        assert (await store.store(zeros(PART + 1), declared=Declared(), max_bytes=2 * PART)).length == PART + 1
+    assert completions == 1
 
 
 async def test_a_redirect_is_reported_not_followed() -> None:
