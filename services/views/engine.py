@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import event, insert, inspect, select, text
+from sqlalchemy import Table, event, insert, inspect, select, text, update
 from sqlalchemy.engine import URL, Connection, make_url
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -33,6 +33,8 @@ _CONNECT_SECONDS = 10
 _STATEMENT_SECONDS = 300  # a frozen server must not hold a projector for ever
 MAX_PARKED = 100
 _MIGRATION_LOCK = 0x61727466  # any number, the same for every process of ours
+_LOST = -1
+"""The layout of a projection that lost a table: that is made anew, but empty beside a checkpoint that is not."""
 
 
 class Views:
@@ -83,7 +85,8 @@ class Views:
     async def migrate(self) -> None:
         """Create the tables and seeds that are missing. Safe to repeat, also by several processes at once.
 
-        Raises ConfigurationError when a projection's tables have another layout: they are then folded again.
+        Raises ConfigurationError when a projection's tables have another layout, or one of them was lost: they are then
+        to be folded again.
         """
         await self.create_missing()
         await self.check()
@@ -111,9 +114,18 @@ class Views:
     async def _create(self, connection: AsyncConnection) -> None:
         if self.dialect == "postgresql":  # two that create one table at once would collide in the catalogue
             await connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
+        missing = await connection.run_sync(_missing_tables)
         await connection.run_sync(metadata.create_all)
         await connection.run_sync(_add_columns)
-        known = set((await connection.execute(select(projection_generations.c.projection))).scalars())
+        table = projection_generations.c
+        known = {row.projection: row for row in await connection.execute(select(projection_generations))}
+        for name, projection in PROJECTIONS.items():
+            row, lost = known.get(name), missing.intersection(projection.tables)
+            # Of another layout it is refused anyway, and one that has folded nothing misses nothing.
+            if lost and row is not None and row.layout == projection.layout and row.log is not None:
+                await connection.execute(
+                    update(projection_generations).where(table.projection == name).values(layout=_LOST)
+                )
         fresh = [
             {"projection": name, "generation": uuid4(), "layout": projection.layout, "log": None}
             for name, projection in PROJECTIONS.items()
@@ -122,6 +134,11 @@ class Views:
         if fresh:
             await connection.execute(insert(projection_generations), fresh)
         await _seed(connection)
+
+
+def _missing_tables(connection: Connection) -> set[Table]:
+    there = inspect(connection)
+    return {table for table in metadata.tables.values() if not there.has_table(table.name)}
 
 
 def _add_columns(connection: Connection) -> None:
@@ -141,10 +158,12 @@ async def check_layouts(connection: AsyncConnection, projections: Iterable[Proje
         if name not in found:
             raise ConfigurationError(f"the views have no {name}: `artifact-store migrate` creates it")
         if found[name] != projection.layout:
-            raise ConfigurationError(
-                f"the tables of {name} have layout {found[name]}, this version needs {projection.layout}: "
-                f"`artifact-store replay {name}` builds them from the log"
+            what = (
+                f"a table of {name} was lost and is empty now"
+                if found[name] == _LOST
+                else f"the tables of {name} have layout {found[name]}, this version needs {projection.layout}"
             )
+            raise ConfigurationError(f"{what}: `artifact-store replay {name}` builds them from the log")
 
 
 async def _seed(connection: AsyncConnection) -> None:

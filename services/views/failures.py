@@ -51,7 +51,7 @@ _SQLITE_UNAVAILABLE = {
 _SQLITE_CORRUPT = {sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_TOOBIG}
 _SQLITE_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
-_MIGRATE = "`artifact-store migrate` creates what is missing"
+_MIGRATE = "`artifact-store migrate` creates what is missing, and names what is to be replayed then"
 _SETTING = "check the database, the user and its rights in ARTIFACT_STORE_VIEWS_URL"
 
 
@@ -92,7 +92,9 @@ def _meaning(error: BaseException) -> ArtifactStoreError | None:
     state = getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None) or ""
     text = _first_line(cause)
     if state == _DEPENDED_ON:
-        return ConfigurationError(f"the views database: {text}; drop it, and make it anew afterwards")
+        return ConfigurationError(
+            f"the views database: {text}; drop what depends on it, and make that anew behind this"
+        )
     if state == _LOCKED:
         return LockedError(f"the views database: {text}")
     if state.startswith(_CONFIGURATION):
@@ -115,7 +117,10 @@ def _of_sqlite(error: sqlite3.Error) -> ArtifactStoreError | None:
     if code in _SQLITE_UNAVAILABLE:
         return UnavailableError(f"the views database cannot be used now: {text}")
     if code in _SQLITE_DAMAGED:
-        return DamagedDatabaseError(f"the views database is damaged: {text}; make it anew and replay the projections")
+        return DamagedDatabaseError(
+            f"the views database is damaged: {text}; end what uses the file, set it aside, and "
+            "`artifact-store migrate` makes another, into which everything is folded again"
+        )
     if code in _SQLITE_CORRUPT:
         return CorruptError(f"the views cannot take this: {text}")
     if text.startswith(("no such table", "no such column")):
