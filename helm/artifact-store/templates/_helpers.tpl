@@ -89,3 +89,31 @@ securityContext:
 {{- define "artifact-store.serviceAccountName" -}}
 {{ .Values.serviceAccount.name | default (ternary (include "artifact-store.fullname" .) "" .Values.serviceAccount.create) }}
 {{- end }}
+
+{{/* Certificates of a private authority, where aiohttp, the S3 SDK (both through OpenSSL's defaults) and asyncpg look. Kafka's
+client looks nowhere by itself: its options name the file. The three parts go into env, volumeMounts and volumes. */}}
+{{- define "artifact-store.trustEnv" -}}
+{{- if .Values.trustedCertificates }}
+- name: SSL_CERT_FILE
+  value: /etc/artifact-store/trusted.pem
+- name: PGSSLROOTCERT
+  value: /etc/artifact-store/trusted.pem
+{{- end }}
+{{- end }}
+
+{{- define "artifact-store.trustMount" -}}
+{{- if .Values.trustedCertificates }}
+- name: trusted
+  mountPath: /etc/artifact-store
+  readOnly: true
+{{- end }}
+{{- end }}
+
+{{- define "artifact-store.trustVolume" -}}
+{{- with .Values.trustedCertificates }}
+- name: trusted
+  configMap:
+    name: {{ .name }}
+    items: [{key: {{ .key }}, path: trusted.pem}]
+{{- end }}
+{{- end }}
