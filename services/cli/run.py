@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from services.cli.output import answer
+from services.cli.output import answer, remark
 from services.cli.parked import max_parked_option
 from services.cli.root import run
 from services.cli.settings import common_options, invocation
@@ -231,7 +231,10 @@ def _end(stopped: Mapping[str, Exception]) -> None:
 @click.command()
 @common_options(shown=_PARTS)
 def migrate() -> None:
-    """Create or check topic, bucket, tables and seeds. Safe to repeat."""
+    """Create or check topic, bucket, tables and seeds. Safe to repeat.
+
+    Succeeds when a view's tables have another layout, and says that it must be replayed: an upgrade migrates first.
+    """
     answer(run(_migrate(invocation().settings())))
 
 
@@ -247,11 +250,14 @@ async def _migrate(settings: Settings) -> dict[str, Any]:
             stack.push_async_callback(part.close)
         await log.migrate()
         await blobs.migrate()
-        await views.migrate()
+        outdated = await views.create_missing()
+        for why in outdated.values():
+            remark(f"warning: {why}")
         return {
             "log": str(await log.identity()),
             "partitions": await log.partitions(),
             "blobs": blobs.backend_id,
             "views": views.dialect,
             "projections": ", ".join(PROJECTIONS) if not invocation().as_json else list(PROJECTIONS),
+            **({"replay": list(outdated)} if invocation().as_json else {}),
         }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
@@ -88,16 +88,17 @@ class Views:
         Raises ConfigurationError when a projection's tables have another layout, or one of them was lost: they are then
         to be folded again.
         """
-        await self.create_missing()
-        await self.check()
+        for why in (await self.create_missing()).values():
+            raise ConfigurationError(why)
 
-    async def create_missing(self) -> None:
-        """As `migrate`, without looking at layouts: for a replay, which is what mends them."""
+    async def create_missing(self) -> Mapping[str, str]:
+        """As `migrate`; instead of raising, returns which projections are to be folded again, by name, and why."""
         if self.dialect == "sqlite":
             with database_errors():
                 await asyncio.to_thread(_write_ahead, Path(str(self.engine.url.database)))
         async with self.writing() as connection:
             await self._create(connection)
+            return await _outdated(connection, PROJECTIONS.values())
 
     async def check(self) -> None:
         """Return if the database can be reached and its tables are those of this version.
@@ -152,18 +153,23 @@ def _add_columns(connection: Connection) -> None:
 
 async def check_layouts(connection: AsyncConnection, projections: Iterable[Projection]) -> None:
     """Raise ConfigurationError unless the tables of these projections are there, in this version's layout."""
+    for why in (await _outdated(connection, projections)).values():
+        raise ConfigurationError(why)
+
+
+async def _outdated(connection: AsyncConnection, projections: Iterable[Projection]) -> dict[str, str]:
+    """Which of these projections cannot be used as their tables are, by name; why, and what mends it."""
     found = {row.projection: row.layout for row in await connection.execute(select(projection_generations))}
-    for projection in projections:
-        name = projection.name
+    outdated: dict[str, str] = {}
+    for name, layout in ((projection.name, projection.layout) for projection in projections):
+        mend = f"`artifact-store replay {name}` builds them from the log"
         if name not in found:
-            raise ConfigurationError(f"the views have no {name}: `artifact-store migrate` creates it")
-        if found[name] != projection.layout:
-            what = (
-                f"a table of {name} was lost and is empty now"
-                if found[name] == _LOST
-                else f"the tables of {name} have layout {found[name]}, this version needs {projection.layout}"
-            )
-            raise ConfigurationError(f"{what}: `artifact-store replay {name}` builds them from the log")
+            outdated[name] = f"the views have no {name}: `artifact-store migrate` creates it"
+        elif found[name] == _LOST:
+            outdated[name] = f"a table of {name} was lost and is empty now: {mend}"
+        elif found[name] != layout:
+            outdated[name] = f"the tables of {name} have layout {found[name]}, this version needs {layout}: {mend}"
+    return outdated
 
 
 async def _seed(connection: AsyncConnection) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +239,20 @@ def test_doctor_says_which_setting_names_a_part_that_gives_no_answer(run: Run) -
 
 def test_migrating_twice_is_harmless(run: Run) -> None:
     assert run("migrate", "--json").stdout == run("migrate", "--json").stdout
+
+
+def test_migrating_names_what_must_be_replayed_and_succeeds(run: Run, tree: Path, tmp_path: Path) -> None:
+    run("push", tree, *ABOUT)
+    with closing(sqlite3.connect(tmp_path / "views.db")) as views, views:
+        views.execute("UPDATE projection_generations SET layout = 0 WHERE projection = 'usage'")
+    migrated = run("migrate", "--json")
+    assert json.loads(migrated.stdout)["replay"] == ["usage"]
+    assert migrated.stderr.startswith("warning: the tables of usage have layout 0")
+    assert "`artifact-store replay usage`" in migrated.stderr
+    assert "`artifact-store replay usage`" in run("packages", code=2).stderr
+    run("replay", "usage")
+    migrated = run("migrate", "--json")
+    assert (json.loads(migrated.stdout)["replay"], migrated.stderr) == ([], "")
 
 
 def test_nothing_is_parked(run: Run) -> None:
