@@ -1,7 +1,8 @@
 """Compressed bodies, decoded while they stream: gzip (RFC 1952) and Zstandard (RFC 8878), bounded in every direction.
 
-A few bytes can stand for gigabytes: no step gives more than a piece, and an archive may grow so much and no more. A
-Zstandard window above 8 MiB is refused, as RFC 9659 has it for content codings.
+A few bytes can stand for gigabytes: no step gives more than a piece, and an archive may grow so much and no more. Nor
+may it consist of members or frames that hold next to nothing, each of which costs a decoder. A Zstandard window above
+8 MiB is refused, as RFC 9659 has it for content codings.
 """
 
 from __future__ import annotations
@@ -28,12 +29,22 @@ MAX_RATIO = 200
 FREE_BYTES = 64 << 20
 """Up to here the ratio does not matter: a log full of zeros compresses by ten thousand."""
 
+FREE_FRAMES = 64
+"""So many members or frames there may be, whatever they hold; beyond it one for FRAME_BYTES of the archive."""
+
+FRAME_BYTES = 512
+
+_BEGINNING_BYTES = 1024  # of a frame, as it may end there, and what is behind it is copied
+
 _WINDOW_LOG = 23  # 8 MiB
 _GZIP_WINDOW = 31  # zlib's number for gzip with the largest window
 
 
 class _Decoder(Protocol):
-    """One member or frame. `decompress` takes bytes and gives at most `max_length`, keeping the rest."""
+    """One member or frame. `decompress` takes bytes and gives at most `max_length`, keeping the rest.
+
+    It copies what is behind the end into `unused_data`.
+    """
 
     @property
     def eof(self) -> bool: ...
@@ -44,7 +55,7 @@ class _Decoder(Protocol):
     @property
     def needs_input(self) -> bool: ...
 
-    def decompress(self, data: bytes, max_length: int) -> bytes: ...
+    def decompress(self, data: memoryview, max_length: int) -> bytes: ...
 
 
 class _Gzip:
@@ -66,7 +77,7 @@ class _Gzip:
     def needs_input(self) -> bool:
         return self._gave_all and not self._decoder.unconsumed_tail
 
-    def decompress(self, data: bytes, max_length: int) -> bytes:
+    def decompress(self, data: memoryview, max_length: int) -> bytes:
         given = self._decoder.decompress(self._decoder.unconsumed_tail + data, max_length)
         self._gave_all = len(given) < max_length
         return given
@@ -101,34 +112,54 @@ class _Decoding:
     def __init__(self, coding: str) -> None:
         self._coding = coding
         self._decoder: _Decoder = _DECODERS[coding]()
-        self._fresh = True
-        self._waiting = b""
+        self._fresh = True  # whether the decoder has not got a byte
+        self._data = memoryview(b"")
+        self._at = 0  # behind what a decoder has got of it
+        self._frames = 1
         self._in = 0
         self._out = 0
 
     def take(self, data: bytes) -> None:
-        self._waiting += data
+        """Take a piece of the body, once `give` has given all of the one before it."""
+        self._data, self._at = memoryview(data), 0
         self._in += len(data)
 
     def give(self) -> bytes:
         """The next piece; empty when more has to be taken first. Blocks."""
-        while self._waiting or not self._decoder.needs_input:
+        pieces: list[bytes] = []
+        room = PIECE_BYTES
+        while room and (self._at < len(self._data) or not self._decoder.needs_input):
             if self._decoder.eof:
-                if not self._waiting:
-                    return b""
-                self._decoder = _DECODERS[self._coding]()
-            data, self._waiting = self._waiting, b""
-            self._fresh = False
-            try:
-                piece = self._decoder.decompress(data, PIECE_BYTES)
-            except (zlib.error, zstd.ZstdError, MemoryError) as error:
-                raise InvalidArchiveError(f"the body is not {self._coding} that can be read: {error}") from None
-            if self._decoder.eof:
-                self._waiting = self._decoder.unused_data
+                if self._at == len(self._data):
+                    break
+                self._begin()
+            piece = self._decode(room)
             if piece:
                 self._count(len(piece))
-                return piece
-        return b""
+                pieces.append(piece)
+                room -= len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _begin(self) -> None:
+        self._frames += 1
+        if self._frames > FREE_FRAMES + self._out // FRAME_BYTES:
+            raise InvalidArchiveError(
+                f"{self._frames:,} members or frames of {self._coding} hold {self._out:,} bytes: pack more into each"
+            )
+        self._decoder, self._fresh = _DECODERS[self._coding](), True
+
+    def _decode(self, most: int) -> bytes:
+        start = self._at
+        if self._decoder.needs_input:
+            self._at = min(len(self._data), start + _BEGINNING_BYTES) if self._fresh else len(self._data)
+            self._fresh = False
+        try:
+            piece = self._decoder.decompress(self._data[start : self._at], most)
+        except (zlib.error, zstd.ZstdError, MemoryError) as error:
+            raise InvalidArchiveError(f"the body is not {self._coding} that can be read: {error}") from None
+        if self._decoder.eof:
+            self._at -= len(self._decoder.unused_data)
+        return piece
 
     def close(self) -> None:
         """Raises InvalidArchiveError: the body ended within a member or frame, or held none."""
