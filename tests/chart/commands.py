@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from services.views.projections import PROJECTIONS
-from tests.chart.helm import render
+from tests.chart.helm import DEFAULT, render
 
 # A test that starts the product as several processes takes its commands from here.
 GATEWAY = ("artifact-store", "gateway")
@@ -16,7 +16,7 @@ PROJECTORS = {name: ("artifact-store", "projector", name, "--metrics-listen", "0
 STARTED = frozenset({GATEWAY, MIGRATE, *PROJECTORS.values()})
 
 
-def rendered_commands(values: Sequence[Path] = ()) -> list[tuple[str, ...]]:
+def rendered_commands(values: Sequence[Path] = DEFAULT) -> list[tuple[str, ...]]:
     """The whole command line of every container that the chart renders. Blocks while Helm runs."""
     return [
         (*container["command"], *container.get("args", ()))

@@ -21,6 +21,7 @@ VALUES = Path(__file__).resolve().parent / "values"
 OLDEST_KUBERNETES = "1.30"
 NEWEST_KUBERNETES = "1.37"
 RELEASE = "shelf"
+DEFAULT = (VALUES / "default.yaml",)
 _BUILD_SECONDS = 1800.0
 
 
@@ -75,18 +76,23 @@ def lint(values: Sequence[Path] = ()) -> str:
     return _run("lint", "--strict", str(CHART), values=values)
 
 
-def render(values: Sequence[Path] = (), kubernetes: str = OLDEST_KUBERNETES) -> list[dict[str, Any]]:
+def render(values: Sequence[Path] = DEFAULT, kubernetes: str = OLDEST_KUBERNETES) -> list[dict[str, Any]]:
     """Every object of the chart, hooks too, as Helm would send it. Raises ChartError when Helm refuses.
 
     Raises also for a key that stands twice in one map: YAML readers drop one of the two in silence.
     """
-    text = _run("template", RELEASE, str(CHART), "--namespace", "store", values=values, kubernetes=kubernetes)
+    text = template(values, kubernetes)
     return [document for document in yaml.load_all(text, Loader=_UniqueKeys) if document is not None]
 
 
+def template(values: Sequence[Path], kubernetes: str = OLDEST_KUBERNETES, *, release: str = RELEASE) -> str:
+    """The text that `render` reads."""
+    return _run("template", release, str(CHART), "--namespace", "store", values=values, kubernetes=kubernetes)
+
+
 def value_sets() -> dict[str, list[Path]]:
-    """The value sets that the chart must accept, by name; `default` is the chart's own values alone."""
-    return {"default": [], **{path.stem: [path] for path in sorted(VALUES.glob("*.yaml"))}}
+    """The value sets that the chart must accept, by name; `default` gives nothing but what must be given."""
+    return {path.stem: [path] for path in sorted(VALUES.glob("*.yaml"))}
 
 
 def _run(*arguments: str, values: Sequence[Path], kubernetes: str = OLDEST_KUBERNETES) -> str:

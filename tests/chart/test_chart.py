@@ -24,6 +24,7 @@ from tests.chart.commands import STARTED, containers, pod_specs, rendered_comman
 from tests.chart.environment import POD_ADDRESS, environment, secret_names
 from tests.chart.helm import (
     CHART,
+    DEFAULT,
     NEWEST_KUBERNETES,
     OLDEST_KUBERNETES,
     VALUES,
@@ -67,6 +68,10 @@ def test_without_go_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPat
         helm_binary()
 
 
+def test_lint_finds_nothing_to_warn_of_without_values() -> None:
+    assert "1 chart(s) linted, 0 chart(s) failed" in lint()
+
+
 def test_lint_finds_nothing_to_warn_of(values: list[Path]) -> None:
     assert "1 chart(s) linted, 0 chart(s) failed" in lint(values)
 
@@ -90,7 +95,7 @@ def test_validation_refuses_a_field_that_kubernetes_does_not_know(documents: lis
 def test_wrong_values_are_refused_by_name(path: Path) -> None:
     expected = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# expect: ")
     with pytest.raises(ChartError) as refusal:
-        render([path])
+        render([*DEFAULT, path])
     assert expected in str(refusal.value)
     assert "in-the-open" not in str(refusal.value), "a refusal must not repeat what may be a secret"
 

@@ -45,7 +45,7 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- end }}
 
 {{- define "artifact-store.image" -}}
-{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{ required "image.repository is empty: build the image from Containerfile, push it to a registry of yours and name it here (docs/operating.md, Kubernetes)" .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
 {{- end }}
 
 {{/* What every pod of every kind has in its spec. Service links would set ARTIFACT_STORE_PORT and others for a Service

@@ -1,0 +1,69 @@
+"""What the operating guide says of Kubernetes fits the chart: values, Secret, objects, and a Job made of another."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from services.cli import main
+from tests.chart.commands import containers
+from tests.chart.helm import CHART, NEWEST_KUBERNETES, render, template
+
+pytestmark = pytest.mark.timeout(1900)  # as in test_chart.py
+
+GUIDE = (CHART.parents[1] / "docs" / "operating.md").read_text(encoding="utf-8")
+SECTION = GUIDE.partition("\n## Kubernetes\n")[2].partition("\n## ")[0]
+VALUES = re.findall(r"```yaml\n(.*?)```", SECTION, re.DOTALL)
+COMMANDS = "\n".join(re.findall(r"```sh\n(.*?)```", SECTION, re.DOTALL)).replace("\\\n", " ")
+
+
+@pytest.fixture
+def values(tmp_path: Path) -> list[Path]:
+    """The guide's values, as a file."""
+    (text,) = VALUES
+    path = tmp_path / "values.yaml"
+    path.write_text(text, encoding="utf-8")
+    return [path]
+
+
+def test_the_values_install_the_image_that_was_pushed(values: list[Path]) -> None:
+    (pushed,) = re.findall(r"docker push (\S+)", COMMANDS)
+    assert {container["image"] for document in render(values) for container in containers(document)} == {pushed}
+    assert f"--tag {pushed} " in COMMANDS
+
+
+def test_the_secret_has_the_keys_that_the_chart_looks_for() -> None:
+    wanted = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))["secrets"].values()
+    (name,) = re.findall(r"create secret generic (\S+)", COMMANDS)
+    given = {(name, key) for key in re.findall(r"--from-literal=([\w-]+)=", COMMANDS)}
+    assert given == {(where["name"], where["key"]) for where in wanted if where is not None}
+
+
+def test_commands_run_in_pods_that_there_are(values: list[Path]) -> None:
+    (release,) = re.findall(r"helm --namespace store install (\S+)", COMMANDS)
+    documents = yaml.safe_load_all(template(values, release=release))
+    deployments = {document["metadata"]["name"] for document in documents if document["kind"] == "Deployment"}
+    ran = re.findall(r"exec deployment/(\S+) -- artifact-store (\w+)(.*)", COMMANDS)
+    assert {name for _, name, _ in ran} == {"status", "parked", "verify", "replay"}
+    for deployment, name, arguments in ran:
+        assert deployment in deployments
+        main.commands[name].make_context(name, arguments.split())
+
+
+def test_the_migration_becomes_another_job(values: list[Path]) -> None:
+    edit = re.search(r"\|\s+(sed .*?)\s+\|", COMMANDS)
+    assert edit is not None
+    (migration,) = (text for text in template(values).split("\n---\n") if "\nkind: Job\n" in text)
+    done = subprocess.run(["/bin/sh", "-c", edit[1]], input=migration, capture_output=True, text=True, check=True)
+    job = yaml.safe_load(done.stdout)
+    kubernetes_validate.validate(job, NEWEST_KUBERNETES, strict=True)
+    (container,) = containers(job)
+    assert container["command"] == ["artifact-store", "verify", "--bytes"]
+    assert job["metadata"]["name"].endswith("-verify")
+    assert not job["metadata"]["annotations"]
+    assert "activeDeadlineSeconds" not in job["spec"]
