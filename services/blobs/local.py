@@ -36,6 +36,7 @@ from services.blobs.port import (
 )
 from services.blobs.upload_states import sweep_states
 from services.errors import CorruptError, UnavailableError
+from services.folders import make_folder, sync_folder
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -136,8 +137,8 @@ class LocalBlobStore:
                 path.replace(target)
             except FileNotFoundError:
                 return False
-            _sync_folder(target.parent)
-            _sync_folder(path.parent)
+            sync_folder(target.parent)
+            sync_folder(path.parent)
             return True
 
         return aside if await self._work(move) else None
@@ -175,9 +176,9 @@ class LocalBlobStore:
             draft.open()
             draft.write(data)
             draft.sync()
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self._make_folder(path.parent)
             place(draft.path, path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         finally:
             draft.discard()
 
@@ -203,12 +204,18 @@ class LocalBlobStore:
             if key.startswith(RESUMABLE):
                 with suppress(OSError):  # it is not the last one; or somebody makes one, and will be told to retry
                     path.parent.rmdir()
+                    self._durable_folders.discard(path.parent)
 
         await self._work(delete)
 
     async def migrate(self) -> None:
         """See the port."""
-        await self._work(lambda: self._incoming.mkdir(parents=True, exist_ok=True))
+
+        def create() -> None:
+            make_folder(self._root)
+            self._make_folder(self._incoming)
+
+        await self._work(create)
 
     async def check(self) -> None:
         """See the port. Writes a small file and removes it."""
@@ -264,14 +271,14 @@ class LocalBlobStore:
         Also for a file that was there: its own writer may not have come to this point yet, or died before it.
         """
         self._make_folder(folder)
-        _sync_folder(folder)
+        sync_folder(folder)
 
     def _make_folder(self, folder: Path) -> None:
-        if folder in self._durable_folders or folder == self._root:
+        if folder == self._root or (folder in self._durable_folders and folder.is_dir()):  # it may have been removed
             return
         self._make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
         self._durable_folders.add(folder)
 
     async def _work(self, act: Callable[_P, _T], *args: _P.args, **named: _P.kwargs) -> _T:
@@ -344,11 +351,3 @@ def _size(path: Path) -> int | None:
         return path.stat().st_size
     except (FileNotFoundError, NotADirectoryError):
         return None
-
-
-def _sync_folder(folder: Path) -> None:
-    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

@@ -20,6 +20,20 @@ async def hello() -> AsyncIterator[bytes]:
 
 
 @pytest.fixture
+def synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was made durable, in this order, as paths below `tmp_path`."""
+    found: list[str] = []
+    sync = os.fsync
+
+    def watched(file: int) -> None:
+        found.append(Path(f"/proc/self/fd/{file}").readlink().relative_to(tmp_path).as_posix())
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    return found
+
+
+@pytest.fixture
 async def store(tmp_path: Path) -> AsyncIterator[LocalBlobStore]:
     found = LocalBlobStore(tmp_path / "blobs")
     await found.migrate()
@@ -28,16 +42,9 @@ async def store(tmp_path: Path) -> AsyncIterator[LocalBlobStore]:
 
 
 async def test_a_blob_and_every_folder_above_it_are_synced_before_it_counts_as_stored(
-    store: LocalBlobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: LocalBlobStore, synced: list[str]
 ) -> None:
-    synced: list[str] = []
-    sync = os.fsync
-
-    def watched(file: int) -> None:
-        synced.append(Path(f"/proc/self/fd/{file}").readlink().relative_to(tmp_path).as_posix())
-        sync(file)
-
-    monkeypatch.setattr(os, "fsync", watched)
+    synced.clear()
     blob = await store.store(hello(), declared=Declared(), max_bytes=10)
     key = Path("blobs") / blob.key
     assert synced[0].startswith("blobs/incoming/")
@@ -48,23 +55,43 @@ async def test_a_blob_and_every_folder_above_it_are_synced_before_it_counts_as_s
 
 
 async def test_a_blob_that_another_process_left_unsynced_is_synced_before_it_counts_as_stored_again(
-    store: LocalBlobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: LocalBlobStore, tmp_path: Path, synced: list[str]
 ) -> None:
     blob = await store.store(hello(), declared=Declared(), max_bytes=10)
     key = Path("blobs") / blob.key
-    synced: list[str] = []
-    sync = os.fsync
-
-    def watched(file: int) -> None:
-        synced.append(Path(f"/proc/self/fd/{file}").readlink().relative_to(tmp_path).as_posix())
-        sync(file)
-
-    monkeypatch.setattr(os, "fsync", watched)
+    synced.clear()
     later = LocalBlobStore(tmp_path / "blobs")
     declared = Declared(size_bytes=5, blake3=blob.blake3)
     assert await later.store(hello(), declared=declared, max_bytes=10) == blob
     await later.close()
     assert synced == [str(folder) for folder in (*list(reversed(key.parents))[1:-1], key.parent)]
+
+
+async def test_a_folder_of_blobs_that_is_made_is_found_after_a_power_cut(tmp_path: Path, synced: list[str]) -> None:
+    store = LocalBlobStore(tmp_path / "data" / "blobs")
+    await store.migrate()
+    await store.close()
+    assert synced == [".", "data", "data/blobs"]
+
+
+async def test_the_folder_of_a_named_object_is_made_durable_and_again_once_it_was_removed(
+    store: LocalBlobStore, tmp_path: Path, synced: list[str]
+) -> None:
+    key = "resumable/2a0a7f2e-3b57-4a3c-8f55-0d1f3c2f5a11/state-00000000"
+    folder = Path("blobs") / Path(key).parent
+    for _ in range(2):
+        synced.clear()
+        assert await store.create_object(key, b"a state")
+        assert synced[0].startswith("blobs/incoming/")
+        assert synced[1:] in (["blobs", "blobs/resumable", str(folder)], ["blobs/resumable", str(folder)])
+        await store.delete_object(key)
+        assert not (tmp_path / folder).exists()
+    await store.put_object(key, b"a state")
+    other = LocalBlobStore(tmp_path / "blobs")  # as of another process, which this one does not hear of
+    await other.delete_object(key)
+    await other.close()
+    await store.put_object(key, b"a state")
+    assert await store.get_object(key) == b"a state"
 
 
 @pytest.mark.parametrize("call", ["write", "fsync"])

@@ -6,7 +6,6 @@ reading never waits for writing; a commit is on the disk when it returns (`synch
 
 from __future__ import annotations
 
-import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -22,6 +21,7 @@ from services.errors import (
     UnavailableError,
 )
 from services.file_lock import FileLock
+from services.folders import make_folder
 
 PARTITION = 0
 """The only partition."""
@@ -107,7 +107,7 @@ def create_file(path: Path) -> None:
             with closing(_connect(path, "rw")) as connection:
                 if not _is_new(path, connection):
                     return
-        _make_folder(path.parent)
+        make_folder(path.parent)
         with write_lock(path), closing(_connect(path, "rwc")) as connection:
             if not _is_new(path, connection):
                 return
@@ -190,19 +190,6 @@ def _is_new(path: Path, connection: sqlite3.Connection) -> bool:
     if version != _FORMAT:
         raise ConfigurationError(f"{path} has log format {version}, this version reads {_FORMAT}; use a newer version")
     return False
-
-
-def _make_folder(folder: Path) -> None:
-    """Create the folder and make its name durable: a log that a power cut takes away with its folder was lost."""
-    if folder.is_dir():
-        return
-    _make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
-    descriptor = os.open(folder.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _inode(path: Path) -> tuple[int, int] | None:
