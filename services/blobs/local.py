@@ -98,8 +98,10 @@ class LocalBlobStore:
     async def read(self, key: str, offset: int, length: int) -> AsyncIterator[bytes]:
         """See the port."""
         path = self._path(key)
-        file = await self._work(_open_for_read, path)
+        opened: list[int] = []  # what a thread opens for a reader that is cancelled meanwhile must be closed, too
         try:
+            await self._work(lambda: opened.append(_open_for_read(path)))
+            (file,) = opened
             total = await self._work(lambda: os.fstat(file).st_size)
             end = offset + length
             if total < end:
@@ -111,7 +113,8 @@ class LocalBlobStore:
                 offset += len(chunk)
                 yield chunk
         finally:
-            os.close(file)
+            for file in opened:
+                os.close(file)
 
     async def size(self, key: str) -> int | None:
         """See the port."""
@@ -287,7 +290,9 @@ class LocalBlobStore:
         try:
             return await asyncio.shield(running)
         except asyncio.CancelledError:
-            await asyncio.wait({running})
+            while not running.done():
+                with suppress(asyncio.CancelledError):  # once more: no reason to leave the thread alone
+                    await asyncio.wait({running})
             if not running.cancelled():
                 running.exception()  # seen; the cancellation is what the caller hears of
             raise

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
+import threading
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,6 +95,37 @@ async def test_the_folder_of_a_named_object_is_made_durable_and_again_once_it_wa
     await other.close()
     await store.put_object(key, b"a state")
     assert await store.get_object(key) == b"a state"
+
+
+async def test_a_reader_that_is_cancelled_while_it_opens_a_blob_leaves_no_open_file(
+    store: LocalBlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blob = await store.store(hello(), declared=Declared(), max_bytes=10)
+    opening, go_on = asyncio.Event(), threading.Event()
+    loop, files, really = asyncio.get_running_loop(), list[int](), os.open
+
+    def slow(*args: Any) -> int:
+        loop.call_soon_threadsafe(opening.set)
+        assert go_on.wait(30)
+        files.append(really(*args))
+        return files[-1]
+
+    async def read() -> None:
+        async for _ in store.read(blob.key, 0, blob.length):
+            pass
+
+    monkeypatch.setattr(os, "open", slow)
+    reading = asyncio.create_task(read())
+    await opening.wait()
+    for _ in range(2):  # the second time as when a program is ended with force
+        reading.cancel()
+        await asyncio.sleep(0)
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    (file,) = files
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(file)
 
 
 @pytest.mark.parametrize("call", ["write", "fsync"])
