@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from contextlib import aclosing
 
+from sqlalchemy.exc import DBAPIError
+
 from services.errors import CorruptError
 from services.log.port import Log
 from services.log.position import Position
@@ -18,6 +20,9 @@ from services.views.reading import read_stretches
 
 _BATCH_EVENTS = 1000
 
+_UNREADABLE = (ValueError, TypeError, AttributeError, DBAPIError)
+"""What SQLAlchemy and the driver raise for values that only a hand or a disk can have put into a SQLite file."""
+
 
 async def check_view(log: Log, views: Views, fresh: Views, projection: Projection, report: Report) -> None:
     """Compare `projection` in `views` with a fold into `fresh`, an empty views database of its own.
@@ -25,10 +30,20 @@ async def check_view(log: Log, views: Views, fresh: Views, projection: Projectio
     Raises UnavailableError, ConfigurationError: the log or a database cannot be used.
     """
     place = f"view {projection.name}"
-    found = await digest_view(views, projection)
-    if found.position is None:
-        return  # it has folded nothing yet, which is what it says
-    for mark in await list_marks(views, projection.name):
+    try:
+        found = await digest_view(views, projection)
+        marks = await list_marks(views, projection.name)
+    except CorruptError as error:
+        report.add("view-position", place, f"cannot be compared: {error.detail}")
+        return
+    except _UNREADABLE as error:  # what else was found is not to be lost for it
+        report.add("view", place, f"cannot be read: a value is none of its column ({type(error).__name__})")
+        return
+    if found.position is None:  # it has folded nothing yet, or says so
+        if found.rows:
+            report.add("view", place, f"has {found.rows:,} rows and was folded from no log")
+        return
+    for mark in marks:
         where = f"{place} package {mark.package}"
         at = f"stopped at offset {mark.offset} of partition {mark.partition}, {mark.events} events wait"
         report.add("parked", where, f"{at}: {mark.cause}")

@@ -294,6 +294,47 @@ async def a_row_of_a_view_is_another(scene: Scene) -> None:
         assert file.execute("UPDATE artifact_files SET media_type = 'text/html'").rowcount > 0
 
 
+@damage("view")
+async def a_row_of_a_view_has_an_id_that_is_none(scene: Scene) -> None:
+    with closing(sqlite3.connect(await folded(scene))) as file, file:
+        file.execute("UPDATE artifact_packages SET id = 'no id'")
+
+
+@damage("view")
+async def a_text_of_a_view_is_no_text(scene: Scene) -> None:
+    with closing(sqlite3.connect(await folded(scene))) as file, file:
+        file.execute("UPDATE artifact_packages SET name = CAST(x'ff' AS TEXT)")
+
+
+@damage("view")
+async def a_digest_in_a_view_is_a_text(scene: Scene) -> None:
+    with closing(sqlite3.connect(await folded(scene))) as file, file:
+        file.execute("UPDATE artifact_files SET blake3 = 'no digest'")
+
+
+@damage("view")
+async def an_id_in_a_view_is_a_number(scene: Scene) -> None:
+    with closing(sqlite3.connect(await folded(scene))) as file, file:
+        file.execute("UPDATE projection_generations SET log = 1.5 WHERE projection = 'registry'")
+
+
+@damage("view")
+async def a_view_with_rows_says_that_it_was_folded_from_no_log(scene: Scene) -> None:
+    with closing(sqlite3.connect(await folded(scene))) as file, file:
+        file.execute("UPDATE projection_generations SET log = NULL WHERE projection = 'registry'")
+
+
+@damage("view-position")
+async def a_page_of_a_view_is_damaged(scene: Scene) -> None:
+    with closing(sqlite3.connect(await folded(scene))) as file:
+        file.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        (page,) = file.execute("SELECT rootpage FROM sqlite_master WHERE name = 'artifact_files'").fetchone()
+        (size,) = file.execute("PRAGMA page_size").fetchone()
+    with (scene.folder / "views.db").open("r+b") as damaged:
+        damaged.seek((page - 1) * size)
+        damaged.write(b"\xff" * size)
+
+
 @damage("view-position")
 async def a_view_was_folded_from_another_log(scene: Scene) -> None:
     events = scene.events
@@ -354,7 +395,8 @@ def test_every_kind_is_found_by_one_check_of_the_code() -> None:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in NAMING:
                 texts = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
                 found.update(text for text in texts if isinstance(text, str) and text in KINDS)
-    assert found == {**dict.fromkeys(KINDS, 1), "blob-damaged": 5}  # see test_verify_blobs.py too
+    several = {"blob-damaged": 5, "view": 3, "view-position": 2}  # see test_verify_blobs.py too
+    assert found == {**dict.fromkeys(KINDS, 1), **several}
 
 
 def test_the_documentation_names_every_kind() -> None:
