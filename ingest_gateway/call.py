@@ -34,7 +34,7 @@ Shape = TypeVar("Shape", bound=Request)
 MAX_JSON_BYTES = 1 << 20
 """Most bytes of a JSON body beyond what metadata may take."""
 
-_SENT_AT_ONCE_BYTES = 256 * 1024
+SENT_AT_ONCE_BYTES = 256 * 1024
 """Most bytes that a client has one span of time for: the longer the piece, the later it shows that nobody takes it."""
 
 _PARSED_AT_ONCE_BYTES = 64 * 1024  # a larger JSON body is parsed beside the event loop
@@ -193,7 +193,7 @@ class Call:
         """
         rest = memoryview(data)
         while rest:
-            piece, rest = rest[:_SENT_AT_ONCE_BYTES], rest[_SENT_AT_ONCE_BYTES:]
+            piece, rest = rest[:SENT_AT_ONCE_BYTES], rest[SENT_AT_ONCE_BYTES:]
             await self._taken(response.write(piece), len(piece))
             self.sent += len(piece)
 

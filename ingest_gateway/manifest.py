@@ -8,7 +8,7 @@ from aiohttp import web
 from blake3 import blake3
 
 from ingest_gateway.answers import ETAG, IMMUTABLE, JSON, TEXT, bytes_answer
-from ingest_gateway.call import Call
+from ingest_gateway.call import SENT_AT_ONCE_BYTES, Call
 from ingest_gateway.negotiation import choose, not_modified
 from ingest_gateway.operations import BINARY, Route, Success
 from ingest_gateway.parameters import IF_MATCH, IF_NONE_MATCH, PACKAGE_ID, WAIT_SEQUENCE
@@ -39,7 +39,14 @@ async def get_manifest(call: Call) -> web.StreamResponse:
     headers = {"ETag": f'"{tag}"', "Cache-Control": IMMUTABLE, "Vary": "Accept"}
     if not_modified(call.list_header("If-Match"), call.list_header("If-None-Match"), tag):
         return web.Response(status=304, headers=headers)
-    return bytes_answer(data, media_type, headers=headers)
+    if len(data) <= SENT_AT_ONCE_BYTES or call.request.method == "HEAD":
+        return bytes_answer(data, media_type, headers=headers)
+    response = web.StreamResponse(headers={"Content-Type": media_type, **headers})
+    response.content_length = len(data)
+    await call.start(response)
+    await call.send(response, data)
+    await call.finish(response)
+    return response
 
 
 async def _digest(data: bytes) -> ContentAddress:
@@ -74,6 +81,8 @@ ROUTES = (
             WaitTimeoutError,
         ),
         description="Canonical CBOR (RFC 8949 §4.2) unless `Accept` prefers JSON (JCS, RFC 8785). The `ETag` of the "
-        "CBOR form is the manifest digest.",
+        "CBOR form is the manifest digest. Should the client take less than 1 KiB/s, the connection is cut before "
+        "`Content-Length` is reached.",
+        transfer="downloads",
     ),
 )

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from contextlib import AsyncExitStack
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
 from services.blobs.memory import TURN_SECONDS
 from services.bundle_store import BUNDLES_AT_ONCE
 from services.config import Settings
+from services.direct import DirectRegistry
 from services.tar.writing import END, entry_header, padding
 from tests.integration.conditions import until
 from tests.integration.http_gateway import RunningGateway, running_gateway
@@ -57,6 +60,38 @@ async def test_who_takes_nothing_is_cut_off_and_the_log_says_why(
     assert [record.levelname for record in told] == ["WARNING"]
     assert told[0].exc_info is None
     assert f"GET {path} was cut off: the client did not take 262,144 bytes" in told[0].getMessage()
+
+
+async def test_who_takes_no_manifest_is_cut_off_and_keeps_its_place_no_longer(
+    embedded_settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def long_manifest(*_: object, **__: object) -> bytes:
+        return bytes(STALLING_BYTES)  # of some 50,000 files
+
+    monkeypatch.setattr(DirectRegistry, "get_manifest_bytes", long_manifest)
+    async with running_gateway(
+        embedded_settings, body_idle_seconds=0.5, body_bytes_per_second=AT_ONCE, max_downloads=1
+    ) as gateway:
+        path = f"/v1/packages/{uuid4()}/manifest"
+
+        async def places_taken() -> str:
+            async with gateway.session.get("/metrics") as answer:
+                (line,) = re.findall(r"^artifact_store_http_downloads\b.*$", await answer.text(), re.MULTILINE)
+            return str(line).rpartition(" ")[2]
+
+        async def no_place_is_taken() -> bool:
+            return await places_taken() == "0.0"
+
+        async with connected(gateway.port) as reader:
+            reader.send(f"GET {path}")
+            status, headers = await reader.head()
+            assert (status, headers["content-length"]) == (200, str(STALLING_BYTES))
+            assert await places_taken() == "1.0"
+            await until(no_place_is_taken, SECONDS, "a client that takes nothing is waited for")
+            assert len(await reader.rest()) < STALLING_BYTES
+        assert f"GET {path} was cut off" in caplog.text
+        async with gateway.session.get(path) as answer:
+            assert await answer.read() == bytes(STALLING_BYTES)
 
 
 async def test_who_goes_on_in_time_gets_all(embedded_settings: Settings) -> None:

@@ -162,4 +162,4 @@ def test_what_moves_bytes_takes_a_place_of_its_kind() -> None:
     uploads = {route.operation_id for route in ROUTES if route.transfer == "uploads"}
     assert uploads == {route.operation_id for route in ROUTES if takes_bytes(route)}
     downloads = {route.operation_id for route in ROUTES if route.transfer == "downloads"}
-    assert downloads == {"get_content", "get_archive"}
+    assert downloads == {"get_content", "get_archive", "get_manifest"}
