@@ -67,3 +67,4 @@ def test_the_migration_becomes_another_job(values: list[Path]) -> None:
     assert job["metadata"]["name"].endswith("-verify")
     assert not job["metadata"]["annotations"]
     assert "activeDeadlineSeconds" not in job["spec"]
+    assert job["spec"]["backoffLimit"] == 0, "`verify` that finds something is not to be run again"
