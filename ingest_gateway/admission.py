@@ -1,7 +1,7 @@
-"""Who is let in: how many connections, uploads, downloads and bytes of JSON one gateway process takes at a time.
+"""Who is let in: how many connections, transfers, followers and bytes of JSON one gateway process takes at a time.
 
-No client gets more than half of the places of a kind, so that one alone never keeps out all others. A client is an
-address: behind a proxy that hides them, all are one.
+No client gets more than half of the places of a kind, nor of the room, so that one alone never keeps out all others. A
+client is an address: behind a proxy that hides them, all are one.
 """
 
 from __future__ import annotations
@@ -85,29 +85,40 @@ class Room:
     def __init__(self, what: str, limit: int, refused: Refused = lambda _: None) -> None:
         self._what = what
         self._limit = limit
+        self._per_client = max(1, limit // 2)
         self._refused = refused
-        self._held = 0
+        self._held: Counter[str] = Counter()
+        self._all = 0
 
     @contextmanager
-    def share(self) -> Iterator[Callable[[int], None]]:
-        """Gives a function that takes so many bytes more; all are given back at the end of the block.
+    def share(self, client: str) -> Iterator[Callable[[int], None]]:
+        """Gives a function that takes so many bytes more for this client; all come back at the end of the block.
 
-        The function raises PushBackError when there is no room.
+        The function raises PushBackError: there is no room. TooManyAtOnceError: the client has as much as one may have.
         """
         held = 0
 
         def take(more: int) -> None:
             nonlocal held
-            if self._held + more > self._limit:
+            if self._all + more > self._limit:
                 self._refused(self._what)
                 raise PushBackError(f"this gateway holds as much {self._what} as it can already", _RETRY_SECONDS)
+            if self._held[client] + more > self._per_client:
+                self._refused(self._what)
+                raise TooManyAtOnceError(
+                    f"as much {self._what} as one may send comes from this address", _RETRY_SECONDS
+                )
             held += more
-            self._held += more
+            self._held[client] += more
+            self._all += more
 
         try:
             yield take
         finally:
-            self._held -= held
+            self._all -= held
+            self._held[client] -= held
+            if not self._held[client]:
+                del self._held[client]
 
 
 def connections_within(wanted: int) -> int:

@@ -10,7 +10,7 @@ from aiohttp import web
 from ingest_gateway import archive, blobs, content, events, files, health, manifest, openapi, packages, uploads, usage
 from ingest_gateway.answers import SERVER
 from ingest_gateway.call import Call
-from ingest_gateway.connections import Connection, client_of
+from ingest_gateway.connections import Connection
 from ingest_gateway.gateway import Bounds, Gateway
 from ingest_gateway.health import Checks
 from ingest_gateway.metrics import Metrics
@@ -84,7 +84,7 @@ class App:
                 raise exchange.refusal
             if route.transfer is None or request.method == "HEAD":
                 return await route.handler(exchange.call)
-            with self.gateway.transfers[route.transfer].place(client_of(request.protocol)):
+            with self.gateway.transfers[route.transfer].place(exchange.call.client):
                 return await route.handler(exchange.call)
         except ArtifactStoreError as error:
             if not exchange.begun:

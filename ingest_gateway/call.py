@@ -10,6 +10,7 @@ from urllib.parse import parse_qsl, urlencode
 from aiohttp import HttpVersion11, web
 
 from ingest_gateway.answers import SERVER
+from ingest_gateway.connections import client_of
 from ingest_gateway.json_body import parse_json
 from ingest_gateway.operations import Route
 from ingest_gateway.parameters import Parameter
@@ -63,6 +64,11 @@ class Call:
         if expect is not None and expect.lower() != "100-continue":
             raise ExpectationFailedError("the only expectation that is met is 100-continue")
         self.continue_pending = expect is not None and request.version >= HttpVersion11
+
+    @property
+    def client(self) -> str:
+        """Whose request it is, as places are given."""
+        return client_of(self.request.protocol)
 
     def path(self, parameter: Parameter[Value]) -> Value:
         """The value of a path parameter. Raises InvalidRequestError."""
@@ -150,12 +156,12 @@ class Call:
         Raises:
             UnsupportedMediaTypeError: the body is not declared as JSON.
             InvalidRequestError: it is not JSON, or does not have the shape; TooLargeError.
-            PushBackError: bodies of others take all the room.
+            PushBackError: bodies of others take all the room. TooManyAtOnceError: this client's own take half of it.
         """
         limit = max(limit, MAX_JSON_BYTES + _JSON_ESCAPE * self.gateway.bounds.max_metadata_bytes)
         if (self.request.content_length or 0) > limit:
             raise TooLargeError(f"a JSON body may have {limit:,} bytes here")
-        with self.gateway.json.share() as take:
+        with self.gateway.json.share(self.client) as take:
             body = await self._gathered(limit, take)
             if len(body) <= _PARSED_AT_ONCE_BYTES:
                 return self._parsed(body, shape)

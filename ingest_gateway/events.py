@@ -46,7 +46,7 @@ async def get_events(call: Call) -> web.StreamResponse:
             await _send_all(call, response, lines)
     else:
         async with (
-            call.gateway.followers.stay(),
+            call.gateway.followers.stay(call.client),
             feed(_for_ever(call.registry, since, package_id, media_type)) as lines,
         ):
             await _send_all(call, response, lines)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from ingest_gateway.admission import Places, Refused
 from services.errors import PushBackError
 
 MAX_FOLLOWERS = 1000
@@ -15,27 +16,28 @@ _RETRY_SECONDS = 5.0
 class Followers:
     """The places for followers of one gateway. Belongs to one event loop."""
 
-    def __init__(self, limit: int = MAX_FOLLOWERS) -> None:
-        self._limit = limit
+    def __init__(self, limit: int = MAX_FOLLOWERS, refused: Refused = lambda _: None) -> None:
+        self._places = Places("followers", limit, refused)
         self._stays: set[asyncio.Timeout] = set()
         self._closing = False
 
     def __len__(self) -> int:
-        return len(self._stays)
+        return len(self._places)
 
     @asynccontextmanager
-    async def stay(self) -> AsyncIterator[None]:
+    async def stay(self, client: str) -> AsyncIterator[None]:
         """Hold a place for the length of the block, which ends early, without an error, when the gateway closes.
 
-        Raises PushBackError when every place is taken.
+        Raises as `Places.take`; PushBackError when the gateway closes.
         """
-        if self._closing or len(self._stays) >= self._limit:
-            raise PushBackError(f"all {self._limit:,} places for followers are taken", _RETRY_SECONDS)
+        if self._closing:
+            raise PushBackError("this gateway closes", _RETRY_SECONDS)
         scope = asyncio.timeout(None)
         try:
-            async with scope:
-                self._stays.add(scope)
-                yield
+            with self._places.place(client):
+                async with scope:
+                    self._stays.add(scope)
+                    yield
         except TimeoutError:
             if not scope.expired():
                 raise

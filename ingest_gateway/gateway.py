@@ -68,7 +68,7 @@ class Gateway:
         self.metrics = metrics
         self.openapi = openapi
         self.siblings = siblings
-        self.followers = Followers(bounds.max_followers)
+        self.followers = Followers(bounds.max_followers, metrics.refused)
         self.connections = Places("connections", bounds.max_connections, metrics.refused)
         self.transfers: Mapping[Transfer, Places] = {
             "uploads": Places("uploads", bounds.max_uploads, metrics.refused),

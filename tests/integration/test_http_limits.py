@@ -195,11 +195,27 @@ async def test_json_bodies_share_the_room_that_there_is(embedded_settings: Setti
     def wanted(filling: int) -> dict[str, Any]:
         return {**PACKAGE, "metadata": {"filling": "x" * filling}}
 
-    async with running_gateway(embedded_settings, json_room_bytes=2000) as gateway:
-        for filling, status in ((1000, 201), (3000, 503), (1000, 201)):
+    async with running_gateway(embedded_settings, json_room_bytes=4000) as gateway:
+        for filling, status in ((1000, 201), (2500, 429), (5000, 503), (1000, 201)):
             async with gateway.session.post("/v1/packages", json=wanted(filling)) as answer:
                 assert answer.status == status
-                assert (answer.headers.get("Retry-After") is not None) == (status == 503)
+                assert (answer.headers.get("Retry-After") is not None) == (status != 201)
+
+
+async def test_no_client_has_more_than_half_of_the_places_for_followers(embedded_settings: Settings) -> None:
+    async with running_gateway(embedded_settings, max_followers=4) as gateway, AsyncExitStack() as stack:
+
+        async def following(address: str) -> Client:
+            found = await stack.enter_async_context(client(gateway, address))
+            found.send("GET /v1/events?follow=true")
+            return found
+
+        for _ in range(2):
+            assert (await (await following(ME)).head())[0] == 200
+        assert refused(await (await following(ME)).answer(), 429, "too-many-at-once")
+        for _ in range(2):
+            assert (await (await following(YOU)).head())[0] == 200
+        assert refused(await (await following(THEM)).answer(), 503, "push-back")
 
 
 @pytest.mark.parametrize("kind", ["file", "tar"])

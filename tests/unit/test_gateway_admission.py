@@ -47,11 +47,26 @@ def test_no_more_are_taken_than_there_are_and_none_has_more_than_half(
 def test_room_comes_back_whole_and_is_never_more_than_there_is() -> None:
     room = Room("JSON", 10)
     for _ in range(3):
-        with room.share() as one, room.share() as two:
+        with room.share("a") as one, room.share("b") as two, room.share("c") as three:
             one(4)
-            two(6)
+            two(5)
             with pytest.raises(PushBackError):
-                one(1)
+                three(2)
+            three(1)
+
+
+def test_no_client_has_more_than_half_of_the_room() -> None:
+    refused: list[str] = []
+    room = Room("JSON", 10, refused.append)
+    with room.share("a") as one, room.share("a") as two, room.share("b") as three:
+        one(3)
+        with pytest.raises(TooManyAtOnceError):
+            two(3)
+        two(2)
+        three(5)
+    assert refused == ["JSON"]
+    with room.share("a") as one:
+        one(5)
 
 
 @pytest.mark.parametrize(

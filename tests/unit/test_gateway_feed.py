@@ -86,11 +86,11 @@ async def test_a_cancelled_take_loses_nothing_and_the_source_is_closed_in_the_en
 
 async def test_places_are_bounded_and_given_back() -> None:
     followers = Followers(1)
-    async with followers.stay():
+    async with followers.stay("a"):
         with pytest.raises(PushBackError):
-            async with followers.stay():
+            async with followers.stay("b"):
                 pytest.fail("there was one place only")
-    async with followers.stay():
+    async with followers.stay("b"):
         assert len(followers) == 1
     assert len(followers) == 0
 
@@ -99,23 +99,23 @@ async def test_dismissed_followers_end_without_an_error_and_nobody_comes_after()
     followers = Followers(2)
     ended = []
 
-    async def follow() -> None:
-        async with followers.stay():
+    async def follow(client: str) -> None:
+        async with followers.stay(client):
             await asyncio.Event().wait()
         ended.append(True)
 
-    tasks = [asyncio.create_task(follow()) for _ in range(2)]
+    tasks = [asyncio.create_task(follow(client)) for client in "ab"]
     await asyncio.sleep(0)
     followers.dismiss()
     await asyncio.gather(*tasks)
     assert ended == [True, True]
     with pytest.raises(PushBackError):
-        async with followers.stay():
+        async with followers.stay("c"):
             pytest.fail("the gateway closes")
 
 
 async def test_a_time_out_of_the_follower_s_own_is_not_taken_for_a_dismissal() -> None:
     followers = Followers()
     with pytest.raises(TimeoutError):
-        async with followers.stay():
+        async with followers.stay("a"):
             raise TimeoutError
