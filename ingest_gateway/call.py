@@ -58,6 +58,8 @@ class Call:
         self.target = target
         self.received = 0
         self.sent = 0
+        self.sent_in_part = False
+        """Whether a piece of the answer was given up before all of it was written."""
         self._path = path
         self._query = _query(target.query, route.named("query"))
         expect = request.headers.get("Expect")
@@ -200,6 +202,7 @@ class Call:
         rest = memoryview(data)
         while rest:
             piece, rest = rest[:SENT_AT_ONCE_BYTES], rest[SENT_AT_ONCE_BYTES:]
+            self.sent_in_part = bool(rest)  # what is written waits for the client, if it has to, behind this
             await self._taken(response.write(piece), len(piece))
             self.sent += len(piece)
 

@@ -29,6 +29,8 @@ from services.registry import Registry
 LINES = "application/x-ndjson"
 EVENT_STREAM = "text/event-stream"
 
+_RETRY_SECONDS = 5.0
+
 
 async def get_events(call: Call) -> web.StreamResponse:
     """GET /v1/events."""
@@ -50,6 +52,9 @@ async def get_events(call: Call) -> web.StreamResponse:
             feed(_for_ever(call.registry, since, package_id, media_type)) as lines,
         ):
             await _send_all(call, response, lines)
+    if not response.prepared or call.sent_in_part:
+        # The follower was let go before its first event or within one: no answer ends as if it were whole.
+        raise PushBackError("this gateway closes", _RETRY_SECONDS)
     await call.finish(response)
     return response
 

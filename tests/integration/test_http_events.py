@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from typing import Any
 
 import aiohttp
 import pytest
 
+from ingest_gateway import events
+from ingest_gateway.followers import Followers
 from services.config import Settings
 from services.http.events import parse_event
 from tests.integration.conditions import until
 from tests.integration.http_gateway import RunningGateway, running_gateway
+from tests.integration.http_raw import STALLING_BYTES, connected
 
 _PACKAGE = {"name": "n", "producer": "p", "subject": "s", "retention_class": "scratch", "metadata": {"a": [1, 2.5]}}
 _STREAM = {"Accept": "text/event-stream"}
@@ -140,6 +144,53 @@ async def test_followers_are_let_go_when_the_gateway_stops(embedded_settings: Se
     async with asyncio.timeout(5):
         assert await answer.read() == b""  # a clean end: the position that was seen last leads on
     await session.close()
+
+
+async def test_a_follower_that_is_let_go_before_its_first_event_is_told_to_come_again(
+    embedded_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading = asyncio.Event()
+
+    async def silent(*_: Any, **__: Any) -> AsyncIterator[Any]:
+        reading.set()
+        await asyncio.Event().wait()
+        yield
+
+    async with aiohttp.ClientSession() as session:
+        async with running_gateway(embedded_settings) as gateway:
+            monkeypatch.setattr(gateway.parts.log, "read", silent)
+            asked = asyncio.create_task(session.get(f"{gateway.url}/v1/events?follow=true"))
+            await reading.wait()
+        async with await asked as answer:
+            assert answer.status == 503
+            assert int(answer.headers["Retry-After"]) >= 1
+            assert (await answer.json(content_type=None))["type"].endswith(":push-back")
+
+
+async def test_a_follower_that_is_let_go_within_an_event_is_cut_off(
+    embedded_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dismissed = asyncio.Event()
+    dismiss = Followers.dismiss
+
+    def told(followers: Followers) -> None:
+        dismiss(followers)
+        asyncio.get_running_loop().call_later(0, dismissed.set)
+
+    monkeypatch.setattr(Followers, "dismiss", told)
+    monkeypatch.setattr(events, "_encoded", lambda *_: bytes(STALLING_BYTES))
+    async with AsyncExitStack() as stack:
+        gateway = await stack.enter_async_context(running_gateway(embedded_settings))
+        await _publish(gateway)
+        async with connected(gateway.port) as follower:
+            follower.send("GET /v1/events?follow=true")
+            assert (await follower.head())[0] == 200
+            closing = asyncio.create_task(stack.pop_all().aclose())
+            await dismissed.wait()
+            rest = await follower.rest()
+            await closing
+    assert len(rest) < STALLING_BYTES
+    assert not rest.endswith(b"0\r\n\r\n"), "a clean end within a line"
 
 
 async def test_a_log_that_breaks_cuts_the_stream(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
