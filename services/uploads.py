@@ -8,7 +8,9 @@ HOLD_SECONDS, as after a crash, the next one takes over, and the first can commi
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4, uuid5
@@ -38,6 +40,7 @@ HOLD_SECONDS = 10.0
 """For so long after its last sign of life nobody takes an upload from whoever adds to it."""
 
 _SAVE_SECONDS = 30.0  # for storing what has come of a request that was cut off
+_log = logging.getLogger(__name__)
 
 CheckIngest = Callable[[UUID, str, UUID | None], Awaitable[None]]
 Record = Callable[[UUID, Placed, str, UUID], Awaitable[Acknowledgement]]
@@ -150,6 +153,10 @@ class ResumableUploads:
                 state = await appending.run(body)
             except SupersededError as error:
                 raise UploadBusyError(error.detail) from None
+            except UploadNotFoundError:
+                with suppress(SupersededError):
+                    await self._lost(await self._known(package_id, upload_id, state.token))
+                raise
             return await self.finished(state, appending.digests)
         return await self.finished(state)
 
@@ -241,6 +248,9 @@ class ResumableUploads:
             except ContentMismatchError:
                 await self._states.remove(state)
                 raise
+            except UploadNotFoundError:
+                await self._lost(state)
+                raise
             except CorruptError:
                 await self._known(state.package_id, state.upload_id, state.token)  # it may have been removed meanwhile
                 raise
@@ -261,6 +271,11 @@ class ResumableUploads:
         state = await self._states.replace(state, answer=answer, active_at=self._clock())
         await self._parts.discard(state.where, blob=False)
         return state
+
+    async def _lost(self, state: UploadState) -> None:
+        """Remove an upload whose bytes the store does not have any more. Raises SupersededError."""
+        await self._states.remove(state)
+        _log.warning("upload %s was given up: the blob store has removed parts of it", state.upload_id)
 
     async def _known(self, package_id: UUID, upload_id: UUID, token: str | None = None) -> UploadState:
         """With a token that very upload: once it was removed, another may have begun under its id."""

@@ -11,7 +11,7 @@ from uuid import UUID, uuid4
 from services.blobs.memory import ByteBudget, PartBuffer
 from services.blobs.parts import LARGEST_PART, MAX_PARTS, MIB
 from services.blobs.port import RESUMABLE, BlobStore, Declared, Digests, Part, PartsKey, StoredBlob
-from services.errors import CorruptError, TooLargeError
+from services.errors import TooLargeError, UploadNotFoundError
 
 PART_BYTES = 8 * MIB
 _MEMORY_BYTES = 96 * MIB
@@ -65,7 +65,7 @@ class ObjectParts:
                 key = _key(where, part.number)
                 size = await self._blobs.size(key)
                 if size is None:
-                    raise CorruptError(f"part {part.number} of upload {where.upload_id} is missing")
+                    raise UploadNotFoundError(f"part {part.number} of this upload was removed: begin a new one")
                 async for chunk in self._blobs.read(key, 0, size):
                     yield chunk
 

@@ -159,7 +159,7 @@ class PartStore(Protocol):
         """
 
     async def put(self, where: PartsKey, number: int, part: PartBuffer) -> str:
-        """Store a part durably; gives its `etag`. Raises UnavailableError."""
+        """Store a part durably; gives its `etag`. Raises UploadNotFoundError, as `assemble`; UnavailableError."""
 
     async def assemble(
         self, where: PartsKey, parts: Sequence[Part], *, declared: Declared, digests: Digests | None = None
@@ -172,7 +172,7 @@ class PartStore(Protocol):
 
         Raises:
             ContentMismatchError: length or a digest differs from what was declared, the length always.
-            CorruptError: parts are missing.
+            UploadNotFoundError: parts are missing, for good. CorruptError: what they became cannot be read.
             UnavailableError.
         """
 

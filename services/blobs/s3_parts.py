@@ -7,7 +7,8 @@ the digests are computed once the object is whole. An upload that fits into one 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from uuid import UUID, uuid4
 
 from services.blobs.intake import PIECE_BYTES, Intake, check_declared
@@ -15,9 +16,9 @@ from services.blobs.memory import ByteBudget, PartBuffer
 from services.blobs.object_parts import ObjectParts
 from services.blobs.parts import MIB
 from services.blobs.port import UPLOADS, BlobStore, Declared, Digests, Part, PartsKey, StoredBlob
-from services.blobs.s3_multipart import GONE, OK, begin_upload, complete_upload
-from services.blobs.s3_requests import S3Requests
-from services.errors import TooLargeError
+from services.blobs.s3_multipart import GONE, OK, begin_upload, complete_upload, object_size
+from services.blobs.s3_requests import S3Requests, StoreTroubleError
+from services.errors import TooLargeError, UnavailableError, UploadNotFoundError
 
 _BETWEEN = "/"  # name and multipart upload's id in a token
 _SPARE = 5  # one number in so many is kept for those that interruptions waste
@@ -81,7 +82,8 @@ class S3Parts:
         if key is None:
             return await self._small.put(where, number, part)
         query = {"uploadId": upload, "partNumber": str(number)}
-        answer = await self._requests.send("PUT", key, OK, query=query, body=part)
+        async with self._upload(key, upload):
+            answer = await self._requests.send("PUT", key, OK, query=query, body=part)
         return answer.headers.get("ETag", "")
 
     async def assemble(
@@ -95,7 +97,8 @@ class S3Parts:
             raise ValueError("the length of an upload is known")
         length = declared.size_bytes
         listed = sorted((part.number, part.etag) for part in parts)
-        await complete_upload(self._requests, key, upload, listed, length, only_if_absent=False)
+        async with self._upload(key, upload):
+            await complete_upload(self._requests, key, upload, listed, length, only_if_absent=False)
         if digests is None:
             intake = Intake(self._blobs.read(key, 0, length), declared=declared, max_bytes=length)
             while await intake.take(PIECE_BYTES):
@@ -118,6 +121,23 @@ class S3Parts:
         await self._requests.send("DELETE", key, GONE, query={"uploadId": upload})
         if blob:
             await self._requests.send("DELETE", key, GONE)
+
+    @asynccontextmanager
+    async def _upload(self, key: str, upload: str) -> AsyncIterator[None]:
+        """Raises UploadNotFoundError where the block fails because the store has neither the upload nor its object.
+
+        Stores remove multipart uploads by themselves, however active: MinIO 24 hours after they were begun.
+        """
+        try:
+            yield
+        except StoreTroubleError:
+            raise
+        except UnavailableError:
+            query = {"uploadId": upload, "max-parts": "1"}
+            answer = await self._requests.send("GET", key, frozenset({200, 404}), query=query, attempts=1)
+            if answer.code != "NoSuchUpload" or await object_size(self._requests, key, attempts=1) is not None:
+                raise
+            raise UploadNotFoundError("the blob store has removed what came of this upload: begin a new one") from None
 
     @property
     def _planned(self) -> int:

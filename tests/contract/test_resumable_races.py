@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
 from pathlib import Path
@@ -249,6 +250,32 @@ async def test_bytes_that_were_removed_as_nobodys_are_not_acknowledged(scene: Sc
     assert len(scene.log.recorded) == before
     with pytest.raises(UploadNotFoundError):
         await scene.one.find(PACKAGE, upload)
+
+
+@MUCH
+@pytest.mark.parametrize("complete", [False, True], ids=["half-way", "complete"])
+async def test_an_upload_whose_parts_the_store_has_removed_is_begun_anew(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, complete: bool
+) -> None:
+    data, key = some_bytes(3 * scene.part), uuid4()
+    upload = await scene.begin(len(data), key=key)
+    parts = scene.stage.store.parts
+    at = len(data) if complete else scene.part + 10
+    with monkeypatch.context() as patched, contextlib.suppress(UnavailableError):
+        patched.setattr(parts, "assemble", failing_once(parts.assemble))
+        await send(scene.one, upload, data, 0, at)
+    state = await UploadStates(scene.stage.store).load(upload)
+    assert state is not None
+    assert state.offset == at
+    await parts.discard(state.where, blob=True)
+    with pytest.raises(UploadNotFoundError, match="begin a new one"):
+        await (scene.other.find(PACKAGE, upload) if complete else send(scene.other, upload, data, at, len(data)))
+    with pytest.raises(UploadNotFoundError):
+        await scene.one.find(PACKAGE, upload)
+
+    assert (await scene.one.create(new(len(data), key=key))).offset == 0
+    await send(scene.one, upload, data, 0, len(data))
+    await check_recorded(scene, data)
 
 
 @MUCH

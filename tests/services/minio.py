@@ -33,4 +33,5 @@ class MinioServer(S3Server):
             "MINIO_REGION": REGION,
             "MINIO_BROWSER": "off",
             "MINIO_UPDATE": "off",
+            "MINIO_API_STALE_UPLOADS_EXPIRY": "720h",  # as in compose.yaml
         }

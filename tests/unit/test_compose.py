@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from services.blobs.port import IDLE_SECONDS
 from tests.services.docker import COMPOSE_FILE, environment
 from tests.services.install import MINIO_RELEASE
 
@@ -41,3 +42,8 @@ def test_secrets_have_no_default() -> None:
 
 def test_its_object_store_is_the_release_that_is_built_elsewhere() -> None:
     assert SERVICES["minio"]["image"].endswith(f":{MINIO_RELEASE}")
+
+
+def test_its_object_store_keeps_unfinished_uploads_for_longer_than_gateways_do() -> None:
+    hours = SERVICES["minio"]["environment"]["MINIO_API_STALE_UPLOADS_EXPIRY"].removesuffix("h")
+    assert int(hours) * 3600 > 7 * IDLE_SECONDS, "MinIO counts from the beginning of an upload, not from its last part"
