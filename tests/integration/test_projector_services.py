@@ -69,18 +69,19 @@ async def test_a_database_that_hangs_is_unavailable_within_the_bound_and_folded_
     log, history = MemoryLog(), History().fill(packages=10, files=4)
     log.append(*history.events[:50])
     with PostgresServer(tmp_path / "postgres") as server:
-        views = Views(server.url(), answer_seconds=0.5)
+        hasty, views = Views(server.url(), answer_seconds=0.5), Views(server.url())
         await views.migrate()
-        async with projecting(views, log, REGISTRY):
+        async with projecting(hasty, log, REGISTRY):
             await covers(views, REGISTRY, await log.end())
             server.freeze()
             log.append(*history.events[50:])
             with pytest.raises(UnavailableError, match="no answer in time"):
-                await Queries(views).checkpoint("registry")
+                await Queries(hasty).checkpoint("registry")
             server.thaw()
             await covers(views, REGISTRY, await log.end())
         await catch_up(reference, log, REGISTRY)
         assert (await digest_view(views, REGISTRY)).digest == (await digest_view(reference, REGISTRY)).digest
+        await hasty.close()
         await views.close()
 
 
