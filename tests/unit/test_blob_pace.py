@@ -15,18 +15,19 @@ LOOK = 0.05
 
 
 class Body:
-    """Brings pieces until it is told to end, and waits in between; `many` is set once it brought thirty."""
+    """Brings pieces until it is told to end, and waits in between; `many` is set once it brought so many."""
 
-    def __init__(self, piece: bytes = b"x") -> None:
+    def __init__(self, piece: bytes = b"x", many: int = 30) -> None:
         self.end = asyncio.Event()
         self.many = asyncio.Event()
         self.pieces = 0
         self._piece = piece
+        self._many = many
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         while not self.end.is_set():
             self.pieces += 1
-            if self.pieces == 30:
+            if self.pieces == self._many:
                 self.many.set()
             yield self._piece
             await asyncio.wait({asyncio.create_task(self.end.wait())}, timeout=LOOK / 5)
@@ -57,8 +58,9 @@ async def test_a_slow_body_may_take_its_time_while_nobody_waits() -> None:
 
 
 async def test_a_fast_body_goes_on_while_others_wait() -> None:
-    body = Body(bytes(SLOW_BYTES_PER_SECOND))
-    reading = asyncio.create_task(consumed(Pace(body, lambda: True, size=len, look_seconds=LOOK)))
+    look = 2.0  # longer than a busy machine lets a body wait
+    body = Body(bytes(SLOW_BYTES_PER_SECOND), many=round(3 * look / (LOOK / 5)))
+    reading = asyncio.create_task(consumed(Pace(body, lambda: True, size=len, look_seconds=look)))
     await body.many.wait()
     body.end.set()
     assert await reading == body.pieces * SLOW_BYTES_PER_SECOND
