@@ -13,7 +13,7 @@ from confluent_kafka.cimpl import NewTopic
 from tests.services.kafka import KafkaBroker, KafkaCluster
 from tests.services.minio import MinioServer
 from tests.services.postgres import PostgresServer
-from tests.services.process import Identity, ServiceError
+from tests.services.process import Identity, ServiceError, becomes_true
 
 pytestmark = pytest.mark.services
 
@@ -74,7 +74,7 @@ def test_a_frozen_object_store_answers_again_when_thawed(tmp_path: Path) -> None
         assert minio.running
         assert not minio.answers()
         minio.thaw()
-        assert minio.answers()
+        assert becomes_true(minio.answers, 30)
 
 
 async def test_a_killed_database_comes_back_with_its_rows(tmp_path: Path) -> None:
@@ -102,7 +102,8 @@ def test_a_pid_that_was_given_to_another_process_is_not_taken_for_the_server(tmp
         other = MinioServer(tmp_path / "other", minio.port)
         other.adopt(stranger)
         other.stop()
-        assert minio.answers()
+        assert minio.running
+        assert becomes_true(minio.answers, 30)
 
 
 def test_a_port_that_is_taken_is_refused(tmp_path: Path) -> None:
