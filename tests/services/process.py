@@ -23,11 +23,17 @@ from typing import ClassVar, Self
 
 # Below the range that systems draw client ports from (Linux 32768 up, macOS 49152 up): a client that retries a dead
 # server could otherwise be given that very port, connect to itself, and keep the server from coming back.
-_FIRST_PORT, _LAST_PORT = 20_000, 32_000
+_FIRST_PORT, _LAST_PORT = 20_000, 31_999
 _POLL_SECONDS = 0.05
 
 _given: set[int] = set()
 """Ports that were given out, in use or about to be: a stage asks for several before the first server has started."""
+
+
+def _own_ports(worker: str | None, workers: str | None) -> range:
+    """The ports to draw from: of processes of pytest-xdist (`gw0`, `gw1`, …) each has a share of its own."""
+    ports = range(_FIRST_PORT, _LAST_PORT + 1)
+    return ports if worker is None or workers is None else ports[int(worker.removeprefix("gw")) :: int(workers)]
 
 
 class ServiceError(Exception):
@@ -36,12 +42,13 @@ class ServiceError(Exception):
 
 def free_ports(count: int) -> list[int]:
     """Loopback TCP ports that nothing listens on now, and that this process was not given before."""
+    ports = _own_ports(os.environ.get("PYTEST_XDIST_WORKER"), os.environ.get("PYTEST_XDIST_WORKER_COUNT"))
     with ExitStack() as stack:
         found: list[int] = []
         for _ in range(1000):
             if len(found) == count:
                 return found
-            port = random.randint(_FIRST_PORT, _LAST_PORT)
+            port = random.choice(ports)
             if port in _given:
                 continue
             probe = stack.enter_context(socket.socket())
