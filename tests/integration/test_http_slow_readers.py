@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -37,8 +37,11 @@ async def large(gateway: RunningGateway) -> dict[str, str]:
 
 def open_blobs(folder: Path) -> list[Path]:
     """The blobs that this process holds open."""
-    descriptors = [entry for entry in Path("/proc/self/fd").iterdir() if entry.exists()]
-    return [path for path in (entry.readlink() for entry in descriptors) if path.is_relative_to(folder)]
+    found = []
+    for entry in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile, by a thread
+            found.append(entry.readlink())
+    return [path for path in found if path.is_relative_to(folder)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
