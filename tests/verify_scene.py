@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from uuid import UUID
 from blake3 import blake3
 
 from schemas import identifiers
-from schemas.codec import UndecodableEventError, encode
+from schemas.codec import encode
 from schemas.digests import event_digest, payload_digest
 from schemas.events import NO_DIGEST, Event, FileIngested, PackageFinalized
 from services.blobs.local import LocalBlobStore
@@ -27,9 +27,6 @@ from services.core.decide import decide
 from services.core.evolve import evolve
 from services.core.limits import Limits
 from services.core.state import PackageState
-from services.errors import CorruptError
-from services.log.port import RecordedEvent
-from services.log.position import Position
 from services.verify import Report, verify
 from services.views.catch_up import catch_up
 from services.views.engine import Views
@@ -40,26 +37,17 @@ from tests.unit.commands import command_id, create, finalize
 CONTENT = {"a": b"first", "b": b"second", "c": b"the third"}
 
 
-class CheckedLog(MemoryLog):
-    """What cannot be decoded is corruption to its reader, as the port has it."""
-
-    async def read(self, since: Position | None = None, **options: Any) -> AsyncIterator[RecordedEvent]:
-        try:
-            async for event in super().read(since, **options):
-                yield event
-        except UndecodableEventError as error:
-            raise CorruptError(str(error)) from error
-
-
 @dataclass
 class Scene:
     """A package of three files: `a` by a command of its own, `b` and `c` by one command; then it is finalized."""
 
     folder: Path
     events: list[Event]
-    log: MemoryLog = field(default_factory=CheckedLog)
+    log: MemoryLog = field(default_factory=MemoryLog)
     misplaced: list[Event] = field(default_factory=list)
     """Events that go to a partition that is not theirs."""
+    keys: dict[UUID, bytes] = field(default_factory=dict)
+    """Keys of events, by their ids, that are not those of their packages."""
 
     @property
     def package_id(self) -> UUID:
@@ -79,7 +67,9 @@ class Scene:
 
     def append(self) -> None:
         """Put the events into the log. Once."""
-        self.log.append(*self.events)
+        for event in self.events:
+            key = self.keys.get(event.event_id, str(event.package_id).encode())
+            self.log.append_raw(self.log.partition_of(event.package_id), encode(event), key)
         for event in self.misplaced:
             partition = self.log.partition_of(event.package_id) + 1
             self.log.append_raw(partition % 3, encode(event), str(event.package_id).encode())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import aclosing
 
-from schemas.events import FileIngested, PackageFinalized
+from schemas.codec import UndecodableEventError, decode
+from schemas.events import Event, FileIngested, PackageFinalized
 from services.errors import CorruptError
-from services.log.port import Log, RecordedEvent
+from services.log.port import Log, Record
 from services.verify.history import Histories
 from services.verify.notes import Claim, Notes
 from services.verify.report import Report
@@ -29,28 +31,40 @@ class LogCheck:
         self._progress = progress
         self._histories = Histories(notes, report.add)
         self._last_at: dict[int, int] = {}
-        self._read_to: dict[int, int] = {}
 
     async def run(self) -> None:
         """Read to the end as it is now. Raises UnavailableError; what is wrong with the log goes into the report."""
+        end = await self._log.end()
+        batches = self._log.scan(dict.fromkeys(end.offsets, 0), end.offsets)
         try:
-            async for event in self._log.read():
-                self._follow(event)
-                if self._report.events % _PROGRESS_EVERY == 0:
-                    self._progress(self._report)
-                    await asyncio.sleep(0)
+            async with aclosing(batches):  # type: ignore[type-var]  # every adapter's is a generator
+                async for batch in batches:
+                    for record in batch.records:
+                        await self._read(record)
         except CorruptError as error:
-            self._report.add("undecodable", "log", f"reading stopped: {error.detail}")
+            self._report.add("gone", "log", f"reading stopped: {error.detail}")
         for package_id, command_id in self._notes.unfinished():
             self._report.unfinished_commands += 1
             self._report.add("unfinished-command", f"package {package_id}", f"command {command_id} waits for its retry")
         self._progress(self._report)
 
-    def _follow(self, event: RecordedEvent) -> None:
+    async def _read(self, record: Record) -> None:
+        try:
+            event = decode(record.value)
+        except UndecodableEventError as error:
+            place = f"partition {record.partition} offset {record.offset}"
+            self._report.add("undecodable", place, str(error))
+            return
+        self._follow(record, event)
+        if self._report.events % _PROGRESS_EVERY == 0:
+            self._progress(self._report)
+            await asyncio.sleep(0)
+
+    def _follow(self, record: Record, event: Event) -> None:
         report = self._report
         report.events += 1
         place = f"package {event.package_id} event {event.sequence}"
-        self._check_place(event, place)
+        self._check_place(record, event, place)
         is_new, claim = self._histories.follow(event)
         report.packages += is_new
         match event.payload:
@@ -64,12 +78,12 @@ class LogCheck:
         if claim is not None:
             self._note(claim)
 
-    def _check_place(self, event: RecordedEvent, place: str) -> None:
-        partition = self._log.partition_of(event.package_id)
-        behind = event.position.offsets.get(partition, 0)
-        if behind <= self._read_to.get(partition, 0):
-            self._report.add("partition", place, f"does not lie in partition {partition}, or lies there out of order")
-        self._read_to[partition] = behind
+    def _check_place(self, record: Record, event: Event, place: str) -> None:
+        partition = record.partition
+        if (right := self._log.partition_of(event.package_id)) != partition:
+            self._report.add("partition", place, f"lies in partition {partition}, not {right}")
+        if record.key != str(event.package_id).encode():
+            self._report.add("key", place, "its record's key is not its package's id")
         if event.created_at < self._last_at.get(partition, 0):
             self._report.add("created-at", place, f"created_at decreases within partition {partition}")
         self._last_at[partition] = event.created_at

@@ -10,8 +10,10 @@ Complain = Callable[[str, str, str], None]
 """Notes a violation: its kind, its place, and what is wrong in a sentence."""
 
 KINDS = {
-    "undecodable": "a record is no event that can be read; reading stops there",
-    "partition": "an event does not lie in the partition of its package, or not behind what was read before",
+    "gone": "records are gone: the log begins too late, ends too early or has a gap; reading stops there",
+    "undecodable": "a record is no event that can be read",
+    "partition": "an event does not lie in the partition of its package",
+    "key": "a record's key is not its package's id: whoever reads by package misses the event, and views park it",
     "created-at": "created_at decreases within a partition",
     "sequence": "a package's events are not numbered 1, 2, 3 …",
     "chain": "previous_digest is not the digest of the event before it",

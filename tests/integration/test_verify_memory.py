@@ -20,14 +20,14 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from uuid import UUID, uuid5
 
-from schemas.events import Event
+from schemas.codec import encode
 from services.blobs.local import LocalBlobStore
 from services.core.commands import FinalizePackage, IngestFiles, StoredFile
 from services.core.content_address import content_key
 from services.core.decide import decide
 from services.core.evolve import evolve
 from services.core.limits import Limits
-from services.log.port import RecordedEvent
+from services.log.port import Batch, Record
 from services.log.position import Position
 from services.verify import verify
 from services.views.engine import Views
@@ -36,13 +36,15 @@ from tests.unit.commands import create
 
 PACKAGES, FILES, OPEN, folder = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 LOG = UUID(int=1)
-FIELDS = tuple(Event.__slots__)
 
 
 class LongLog(MemoryLog):
     # Package after package, of which every OPEN-th is never finalized; every blob has a key of its own.
 
-    async def read(self, since=None, **options) -> AsyncIterator[RecordedEvent]:
+    async def end(self) -> Position:
+        return Position(self.id, {0: PACKAGES * (1 + FILES) + sum(number % OPEN > 0 for number in range(PACKAGES))})
+
+    async def scan(self, starts, ends) -> AsyncIterator[Batch]:
         offset = 0
         for number in range(PACKAGES):
             state = None
@@ -59,8 +61,9 @@ class LongLog(MemoryLog):
                 for event in decide(state, command, number + 1, Limits()).events:
                     state = evolve(state, event)
                     offset += 1
-                    at = Position(self.id, {0: offset})
-                    yield RecordedEvent(**{name: getattr(event, name) for name in FIELDS}, position=at)
+                    record = Record(0, offset - 1, str(event.package_id).encode(), encode(event))
+                    yield Batch([record], {0: offset})
+        assert offset == ends[0]
 
 
 class EveryBlob(LocalBlobStore):

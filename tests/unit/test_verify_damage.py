@@ -9,7 +9,7 @@ import ast
 import inspect
 import sqlite3
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,8 @@ from blake3 import blake3
 
 from schemas.events import Event
 from services.blobs.port import content_key
+from services.errors import CorruptError
+from services.log.port import Batch
 from services.verify import KINDS
 from tests.memory_log import MemoryLog
 from tests.verify_scene import CONTENT, Scene, chained, changed, put_blob, whole_scene
@@ -52,6 +54,20 @@ def at(scene: Scene, index: int, event: Event) -> None:
     scene.events = chained([*events[:index], event, *events[index + 1 :]])
 
 
+class TornLog(MemoryLog):
+    """A log that has lost what came behind its last record."""
+
+    async def scan(self, starts: Mapping[int, int], ends: Mapping[int, int]) -> AsyncIterator[Batch]:
+        async for batch in super().scan(starts, ends):
+            yield batch
+        raise CorruptError("records are gone")
+
+
+@damage("gone")
+def records_are_gone(scene: Scene) -> None:
+    scene.log = TornLog()
+
+
 @damage("undecodable")
 def a_record_is_no_event(scene: Scene) -> None:
     scene.log.append_raw(0, b"\x00")
@@ -60,6 +76,11 @@ def a_record_is_no_event(scene: Scene) -> None:
 @damage("partition")
 def an_event_lies_in_another_partition(scene: Scene) -> None:
     scene.misplaced = [scene.events.pop()]
+
+
+@damage("key")
+def a_record_has_the_key_of_another_package(scene: Scene) -> None:
+    scene.keys[scene.events[1].event_id] = str(uuid4()).encode()
 
 
 @damage("created-at")
