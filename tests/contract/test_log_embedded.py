@@ -253,6 +253,27 @@ async def test_a_log_that_became_shorter_stops_writer_reader_and_projection(
     assert len(await read_valid(log)) == 1
 
 
+async def test_a_log_with_a_gap_stops_reader_scan_and_projection(
+    path: Path, log: SqliteLog, writer: SqliteWriter
+) -> None:
+    for name in ("first", "taken away", "last"):
+        await writer.submit(create(name))
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("DELETE FROM events WHERE offset = 1")
+
+    projection = Projection(log)
+    subscription = await projection.subscribe()
+    with pytest.raises(CorruptError, match="offset 1 is gone"):
+        await projection.poll(subscription)
+    await subscription.close()
+    with pytest.raises(CorruptError, match="offset 1 is gone"):
+        await read_valid(log)
+    for start in (0, 1):
+        with pytest.raises(CorruptError, match="offset 1 is gone"):
+            _ = [batch async for batch in log.scan({0: start}, {0: 3})]
+    assert [len(batch.records) async for batch in log.scan({0: 2}, {0: 3})] == [1]
+
+
 async def test_a_record_that_cannot_be_decoded_is_named_and_nothing_behind_it_is_read(
     path: Path, log: SqliteLog, writer: SqliteWriter
 ) -> None:

@@ -111,10 +111,22 @@ async def test_damage_to_an_event_is_named(whole: Settings, sequence: int, damag
     assert kind in kinds(report)
 
 
-async def test_an_event_that_went_missing_is_named(whole: Settings) -> None:
+@pytest.mark.parametrize("offset", [0, 1])
+async def test_an_event_that_went_missing_is_named(whole: Settings, offset: int) -> None:
     with closing(sqlite3.connect(log_file(whole))) as file, file:
-        file.execute("DELETE FROM events WHERE offset = 1")
-    assert {"sequence", "chain"} <= kinds(await verify(whole))
+        file.execute("DELETE FROM events WHERE offset = ?", (offset,))
+    report = await verify(whole)
+    assert "gone" in kinds(report)
+    assert any(f"at offset {offset} is gone" in violation.detail for violation in report.violations)
+
+
+async def test_a_whole_package_that_went_missing_is_named(whole: Settings) -> None:
+    async with open_registry(whole) as registry:
+        await registry.create_package("last", "lab", "sample", "scratch")
+    with closing(sqlite3.connect(log_file(whole))) as file, file:
+        (package,) = file.execute("SELECT package_id FROM events WHERE offset = 4").fetchone()
+        assert file.execute("DELETE FROM events WHERE package_id = ?", (package,)).rowcount == 1
+    assert kinds(await verify(whole)) == {"gone", "view-position"}
 
 
 async def test_bytes_that_are_no_event_are_named(whole: Settings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sqlite3
 from collections.abc import Iterable, Mapping
 from uuid import UUID
@@ -27,12 +28,17 @@ def end_offset(connection: sqlite3.Connection) -> int:
 
 
 def records_from(connection: sqlite3.Connection, offset: int, end: int | None, limit: int) -> list[Record]:
-    """The records from `offset` on, below `end` if there is one."""
+    """The records from `offset` on, below `end` if there is one. Raises CorruptError when one between them is gone."""
     rows = connection.execute(
         "SELECT offset, package_id, value FROM events WHERE offset >= ? AND offset < ? ORDER BY offset LIMIT ?",
         (offset, _NO_END if end is None else end, limit),
     )
-    return _bounded(rows)
+    found = _bounded(rows)
+    if found and found[-1].offset != offset + len(found) - 1:  # they are numbered without gaps
+        there = {record.offset for record in found}
+        gap = next(expected for expected in itertools.count(offset) if expected not in there)
+        raise CorruptError(f"the log's record at offset {gap} is gone, and those behind it are there")
+    return found
 
 
 def package_records_from(
