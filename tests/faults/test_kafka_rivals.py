@@ -183,6 +183,8 @@ async def test_a_stranger_s_open_transaction_bounds_a_take_over_and_is_named(
             with pytest.raises(UnavailableError, match=r"transaction that is open since offset 0"):
                 await writer.submit(create_in(1))
             assert "kafka-transactions.sh" in (await writer.ready() or "")
+        async with lone_writer(kafka, log) as writer:  # one that has time for its own work
+            await named(writer)
             await writer.submit(create_in(0))
     async with lone_writer(kafka, log) as writer:
         await ready(writer)

@@ -77,7 +77,7 @@ async def test_what_is_not_meant_passes_at_once_and_what_is_meant_comes_late_and
 async def test_a_request_arrives_although_its_client_has_hung_up() -> None:
     async with staged() as stage:
         _, writer = await asyncio.open_connection("127.0.0.1", stage.port)
-        with stage.network.holding(0.3, END_TXN):
+        with stage.network.holding(3.0, END_TXN):
             writer.write(request(END_TXN, b"late"))
             await counted(stage.network.delayed, END_TXN)
             writer.transport.abort()
