@@ -65,6 +65,8 @@ class Network:
         self.latency = 0.0
         self.audible = asyncio.Event()
         self.audible.set()
+        self.unreachable: set[int] = set()
+        """Brokers, by the ports behind the proxies, that nobody gets through to."""
         self._ports = ports
         self._servers: list[asyncio.Server] = []
         self._connections: set[_Connection] = set()
@@ -88,6 +90,19 @@ class Network:
         """Every client loses its connections; what it has sent is on its way."""
         for connection in list(self._connections):
             connection.hang_up()
+
+    @contextmanager
+    def without(self, broker: int) -> Iterator[None]:
+        """Within the block nobody gets through to the broker of this number; all others are there."""
+        port = list(self._ports.values())[broker]
+        self.unreachable.add(port)
+        for connection in list(self._connections):
+            if connection.port == port:
+                connection.hang_up()
+        try:
+            yield
+        finally:
+            self.unreachable.discard(port)
 
     @contextmanager
     def holding(self, seconds: float, *kinds: int) -> Iterator[None]:
@@ -126,12 +141,15 @@ class Network:
             self.audible.set()
 
     async def _serve(self, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if port in self.unreachable:
+            writer.transport.abort()
+            return
         try:
             broker_reader, broker_writer = await asyncio.open_connection("127.0.0.1", port)
         except OSError:
             writer.close()
             return
-        connection = _Connection(self, (reader, writer), (broker_reader, broker_writer))
+        connection = _Connection(self, port, (reader, writer), (broker_reader, broker_writer))
         self._connections.add(connection)
         try:
             await connection.run()
@@ -145,7 +163,8 @@ _Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 class _Connection:
     """One client's connection and the one to the broker behind it."""
 
-    def __init__(self, network: Network, client: _Stream, broker: _Stream) -> None:
+    def __init__(self, network: Network, port: int, client: _Stream, broker: _Stream) -> None:
+        self.port = port
         self._network = network
         self._from_client, self._to_client = client
         self._from_broker, self._to_broker = broker

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from confluent_kafka import Producer
-from confluent_kafka.admin import AdminClient
 
 from services.config import Settings
 from services.core.commands import Acknowledgement, Command
@@ -18,7 +17,7 @@ from services.errors import PushBackError, UnavailableError
 from services.log.kafka import KafkaLog, KafkaWriter
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import ready
-from tests.faults.torture.leaders import in_sync, prefer
+from tests.faults.torture.leaders import coordinated_by, in_sync, leaders, prefer
 from tests.integration.conditions import until
 from tests.integration.kafka_stage import PARTITIONS, create_in, cut_off, kafka_settings, lone_writer, open_kafka_log
 from tests.services.kafka import KafkaBroker, KafkaCluster
@@ -168,24 +167,6 @@ async def test_offsets_are_asked_of_whoever_leads_now(tmp_path: Path) -> None:
 
                 await until(moved, 30, "the leaders do not move")
                 assert await asyncio.to_thread(log.cluster.last_stable, partitions) == before
-
-
-def leaders(servers: str, topic: str) -> dict[int, int]:
-    """The broker that leads each partition; -1 for none."""
-    admin = AdminClient({"bootstrap.servers": servers, "log_level": 3})
-    found = admin.list_topics(topic, timeout=30).topics[topic].partitions
-    return {number: int(partition.leader) for number, partition in found.items()}
-
-
-def coordinated_by(text: str, partitions: int) -> int:
-    """The partition of `__transaction_state` for a transactional id, or of `__consumer_offsets` for a group.
-
-    Java's hash of it, made positive, modulo.
-    """
-    hashed = 0
-    for character in text:
-        hashed = (31 * hashed + ord(character)) & 0xFFFFFFFF
-    return (hashed & 0x7FFFFFFF) % partitions
 
 
 async def led_apart(cluster: KafkaCluster, folder: Path) -> tuple[Settings, int, KafkaBroker]:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from types import SimpleNamespace
+from collections.abc import AsyncIterator, Iterator, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
+from services.core.limits import Limits
 from services.errors import UnavailableError
+from services.log.kafka import KafkaLog, KafkaWriter, writers
 from services.log.kafka import owners as owners_module
 from services.log.kafka.cluster import Member
-from services.log.kafka.owners import Owners
+from services.log.kafka.owners import Owner, Owners
+from services.log.port import PartitionNotOwnedError
+from tests.contract.log_stage import no_manifest
+from tests.integration.kafka_stage import kafka_settings
 
 ONE = Member("one", "http://127.0.0.1:1", frozenset({0, 1}))
 
@@ -39,12 +45,10 @@ def group() -> Group:
 
 
 @pytest.fixture
-def owners(group: Group) -> Owners:
-    async def blocking(call: Any) -> Any:
-        await asyncio.sleep(0)
-        return call()
-
-    return Owners(cast("Any", SimpleNamespace(blocking=blocking)), cast("Any", group))
+def owners(group: Group) -> Iterator[Owners]:
+    made = Owners(cast("Any", group))
+    yield made
+    made.close()
 
 
 async def test_many_who_find_the_owner_wrong_do_not_ask_one_after_the_other(owners: Owners, group: Group) -> None:
@@ -91,3 +95,48 @@ async def test_a_group_that_answers_again_is_believed(
         await owners.all()
     group.silent = False
     assert set(await owners.all()) == ONE.partitions
+
+
+@pytest.fixture
+async def writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[KafkaWriter]:
+    """One that has reached nothing yet."""
+    monkeypatch.setattr(writers, "_LOOK_SECONDS", 0.01)
+    settings = kafka_settings("kafka://127.0.0.1:1/none", tmp_path)
+    log = KafkaLog(settings)
+    made = KafkaWriter(settings, log, limits=Limits(), put_manifest=no_manifest)
+    yield made
+    await made.close()
+    await log.close()
+
+
+async def test_an_answer_that_is_there_does_not_wait_for_the_group(
+    writer: KafkaWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = asyncio.Event()
+
+    async def silent(_: Owners) -> Mapping[int, Owner]:
+        asked.set()
+        await asyncio.Event().wait()
+        raise AssertionError("never reached")
+
+    async def answer() -> str:
+        await asked.wait()
+        return "recorded"
+
+    monkeypatch.setattr(Owners, "all", silent)
+    async with asyncio.timeout(30):
+        assert await writer._while_owned(0, Owner("http://there", is_self=False), answer()) == "recorded"
+
+
+async def test_an_answer_is_not_waited_for_from_who_owns_no_more(
+    writer: KafkaWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = [Owner("http://there", is_self=False), Owner("http://elsewhere", is_self=False)]
+
+    async def known(_: Owners) -> Mapping[int, Owner]:
+        return {0: owner.pop(0) if len(owner) > 1 else owner[0]}
+
+    monkeypatch.setattr(Owners, "all", known)
+    async with asyncio.timeout(30):
+        with pytest.raises(PartitionNotOwnedError, match="went to another"):
+            await writer._while_owned(0, owner[0], asyncio.Event().wait())

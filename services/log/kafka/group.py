@@ -6,8 +6,10 @@ Assignment decides who tries to write, the fence who may. The group's consumer r
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from threading import Event as Flag
 from threading import Thread
 
@@ -29,6 +31,11 @@ _POLL_INTERVAL_MS = 60_000
 hand-over takes 15 s at most."""
 
 _REJOIN_SECONDS = 0.5
+
+AWAY_SECONDS = (30.0, 600.0)
+"""How long a process that cannot write leaves all to others: at first, and at most, twice as long each time."""
+
+_LOOK_SECONDS = 2.0
 
 _LOG = logging.getLogger(__name__)
 
@@ -56,6 +63,8 @@ class WriterGroup:
         self._revoked = revoked
         self._closing = Flag()
         self._rejoin = Flag()
+        self._away_until = -math.inf
+        self._away_seconds = AWAY_SECONDS[0]
         self._member_id: str | None = None
         self._thread = Thread(target=self._run, name="log-writers", daemon=True)
 
@@ -66,6 +75,21 @@ class WriterGroup:
     def rejoin(self) -> None:
         """Leave and join again: the group and this process disagree on who owns what. Does not block."""
         self._rejoin.set()
+
+    def give_way(self, why: str) -> None:
+        """Leave for a while, if there are others who may be able to do what this process is not. Blocks while it asks.
+
+        Who is cut off from one broker alone stays a member, and would hold up its partitions for as long as that lasts.
+        """
+        with suppress(UnavailableError):
+            if self._rejoin.is_set() or not self._others():
+                return
+            if time.monotonic() - self._away_until > AWAY_SECONDS[1]:
+                self._away_seconds = AWAY_SECONDS[0]
+            self._note(f"others are to write for {self._away_seconds:.0f} s: {why}")
+            self._away_until = time.monotonic() + self._away_seconds
+            self._away_seconds = min(2 * self._away_seconds, AWAY_SECONDS[1])
+            self._rejoin.set()
 
     def close(self) -> None:
         """Leave the group at once; blocks until the partitions are handed over."""
@@ -88,6 +112,20 @@ class WriterGroup:
             return None
         return any(self.is_self(member) and partition in member.partitions for member in members)
 
+    def _others(self) -> bool | None:
+        """Whether gateways that this one can forward to are members; None between two assignments. As `members`."""
+        members = self.members()
+        if members is None:
+            return None
+        return any(member.client_id != NO_URL and not self.is_self(member) for member in members)
+
+    def _stay_away(self) -> None:
+        """Let others write for as long as was said, and as there are others."""
+        while (left := self._away_until - time.monotonic()) > 0 and not self._closing.wait(min(left, _LOOK_SECONDS)):
+            with suppress(UnavailableError):
+                if self._others() is False:
+                    return
+
     def _run(self) -> None:
         while not self._closing.is_set():
             self._rejoin.clear()
@@ -103,6 +141,7 @@ class WriterGroup:
                 _LOG.exception("the group of writers was left")
                 self._note(f"the group was left: {type(error).__name__}")
             self._closing.wait(_REJOIN_SECONDS)
+            self._stay_away()
 
     def _be_member(self) -> None:
         """Join, stay until told otherwise, leave."""

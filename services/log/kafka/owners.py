@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from services.errors import UnavailableError
 from services.log.kafka.group import WriterGroup
-from services.log.kafka.log import KafkaLog
 
 _FRESH_SECONDS = 1.0
 _UNSETTLED_SECONDS = 0.1
@@ -30,10 +30,11 @@ class Owner:
 class Owners:
     """Asks the group once for all who want to know at the same time."""
 
-    def __init__(self, log: KafkaLog, group: WriterGroup) -> None:
-        self._log = log
+    def __init__(self, group: WriterGroup) -> None:
         self._group = group
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="log-owners")
         self._asking = asyncio.Lock()
+        self._closed = False
         self._known: dict[int, Owner] = {}
         self._failure: UnavailableError | None = None
         self._until = 0.0
@@ -44,9 +45,12 @@ class Owners:
     async def all(self) -> Mapping[int, Owner]:
         """Owner by partition, without those that nobody owns. Raises UnavailableError."""
         async with self._asking:
+            if self._closed:
+                raise UnavailableError("this process asks for no owners any more")
             if time.monotonic() >= self._until:
                 try:
-                    members = await self._log.blocking(self._group.members)
+                    # A thread of its own: a group that keeps still must not hold up what else is asked.
+                    members = await asyncio.get_running_loop().run_in_executor(self._thread, self._group.members)
                 except UnavailableError as error:
                     self._failure = error
                     self._until = self._least = time.monotonic() + _FAILED_SECONDS
@@ -65,6 +69,11 @@ class Owners:
             if self._failure is not None:
                 raise UnavailableError(self._failure.detail)
             return self._known
+
+    def close(self) -> None:
+        """Ask no more. Does not wait for a question that is under way."""
+        self._closed = True
+        self._thread.shutdown(wait=False)
 
     def forget(self) -> None:
         """What is remembered has proved wrong; the group is asked again, unless that was a moment ago."""

@@ -49,6 +49,12 @@ _ASK_SECONDS = 0.2
 _RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0)
 _REFUSE_SECONDS = 10.0
 
+_SLOW_SECONDS = 5.0
+"""After so long a transaction that is on its way is told of."""
+
+_GIVE_WAY_SECONDS = 20.0
+"""After so long without success a take-over is left to others: twice what an election of a leader takes."""
+
 _LOG = logging.getLogger(__name__)
 
 
@@ -88,6 +94,8 @@ class WriterContext:
     """Asks the group whether the partition is this process's; None when it cannot say now. Blocks."""
     disowned: Callable[[int], None]
     """Told, in the writer's thread, that the group has given the partition to another."""
+    give_way: Callable[[str], None]
+    """Told, in the writer's thread, that the partition cannot be written to from here, and why. Blocks."""
     counts: Counts
     turns: Turns
 
@@ -100,7 +108,10 @@ class PartitionWriter:
         self.since: int | None = None
         self.takeover_seconds: float | None = None
         self.restored_from: str | None = None
-        self.trouble: str | None = "it is being taken over"
+        self._trouble: str | None = "it is being taken over"
+        self._serving_since: float | None = None
+        self.helpless = False
+        """Whether the last take-over failed."""
         self._context = context
         self._waiting = Waiting()
         self._deadlines = Deadlines(context.submit_seconds, self._late)
@@ -108,6 +119,14 @@ class PartitionWriter:
         self._stop = Flag()
         # A daemon: one that hangs in a call to a frozen broker must not keep the process; its fence protects the log.
         self._thread = Thread(target=self._run, name=f"log-write-{partition}", daemon=True)
+
+    @property
+    def trouble(self) -> str | None:
+        """What keeps it from writing now; None when nothing does."""
+        began = self._serving_since
+        if self._trouble is None and began is not None and (since := time.monotonic() - began) > _SLOW_SECONDS:
+            return f"a transaction has not come to its end for {since:.0f} s"
+        return self._trouble
 
     def start(self) -> None:
         """Begin to take over. Does not block."""
@@ -150,7 +169,7 @@ class PartitionWriter:
     def stop(self) -> None:
         """End after the transaction at hand. Does not block; what still waits is told that the partition moves."""
         self._stop.set()
-        self._waiting.close()
+        self._let_go()
 
     def join(self, timeout: float) -> bool:
         """Block until the writer has ended, `timeout` seconds at most; whether it has."""
@@ -158,7 +177,7 @@ class PartitionWriter:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        failed = 0
+        failed, well = 0, time.monotonic()
         try:
             while not self._stop.is_set():
                 try:
@@ -176,17 +195,26 @@ class PartitionWriter:
                     self._refuse_all(error, _REFUSE_SECONDS)
                 # Everything else is met by taking over again: the state that the log gives says what has happened.
                 except Exception as error:  # noqa: BLE001 - see above; the cause is shown in `trouble` and logged
-                    failed = 0 if self.since is not None else failed + 1
+                    self.helpless = self.since is None
                     self._context.counts.failed_tenures += 1
                     self._note(error)
-                    if failed:
+                    if self.helpless:
+                        failed += 1
+                        if time.monotonic() - well > _GIVE_WAY_SECONDS:
+                            self._context.give_way(f"partition {self.partition} cannot be written to: {self._trouble}")
                         self._stop.wait(_RETRY_SECONDS[min(failed, len(_RETRY_SECONDS)) - 1])
+                    else:
+                        failed, well = 0, time.monotonic()
                 finally:
                     self.since = None
         finally:
-            self._waiting.close()
-            moved = PartitionNotOwnedError("this process does not write to the package's partition any more")
-            self._deliver([(request, moved) for request in self._waiting.drain()])
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Take nothing more, and tell what waits that the partition moves: a transaction at hand may take long."""
+        self._waiting.close()
+        moved = PartitionNotOwnedError("this process does not write to the package's partition any more")
+        self._deliver([(request, moved) for request in self._waiting.drain()])
 
     def _hold(self) -> None:
         """One tenure: take over, then serve until told to stop."""
@@ -214,7 +242,8 @@ class PartitionWriter:
             context.counts.takeovers[tenure.restored_from] += 1
             context.counts.takeover_seconds += self.takeover_seconds
             self.since = context.clock()
-            self.trouble = None
+            self._trouble = None
+            self.helpless = False
             pause = _IDLE_SECONDS
             while (batch := self._waiting.take(pause)) is not None:
                 if batch:
@@ -245,6 +274,7 @@ class PartitionWriter:
         return False
 
     def _serve(self, tenure: Tenure, asides: Asides, batch: list[Request]) -> None:
+        self._serving_since = time.monotonic()
         try:
             runs = runs_of(self._without_held(asides, batch))
             batch = [request for run in runs for request in run]
@@ -256,6 +286,8 @@ class PartitionWriter:
             held = [request for request in asides.cancel() if request not in batch]
             self._waiting.put_back([*batch, *held])
             raise
+        finally:
+            self._serving_since = None
         self._waiting.put_back(batch[len(answers) :])
         self._waiting.announce(answers.count(None))
         self._deliver(list(zip(batch, answers, strict=False)))
@@ -366,9 +398,9 @@ class PartitionWriter:
 
     def _note(self, error: Exception) -> None:
         text = error.detail if isinstance(error, ArtifactStoreError) else f"{type(error).__name__}: {error}"
-        if text != self.trouble:
+        if text != self._trouble:
             _LOG.warning("partition %d of the log is taken over again: %s", self.partition, text)
-        self.trouble = text
+        self._trouble = text
 
     def _deliver(self, answers: Sequence[tuple[Request, _Outcome]]) -> None:
         """Hand answers to the event loop in one go; who gave up meanwhile gets none."""

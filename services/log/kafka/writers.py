@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar, cast
 from uuid import UUID
 
@@ -79,7 +79,7 @@ class KafkaWriter:
         self._snapshot_store = snapshots
         self._snapshots: Snapshots | None = None
         self._group = WriterGroup(log.kafka, log.cluster, internal_url or NO_URL, self._assigned, self._revoked)
-        self._owners = Owners(log, self._group)
+        self._owners = Owners(self._group)
         self._writers: dict[int, PartitionWriter] = {}
         self._ending: list[PartitionWriter] = []
         self._context: WriterContext | None = None
@@ -109,6 +109,7 @@ class KafkaWriter:
             states=States(self._state_dir, self._snapshots),
             holds=self._group.holds,
             disowned=self._disowned,
+            give_way=self._group.give_way,
             counts=self._counts,
             turns=Turns(),
         )
@@ -184,6 +185,7 @@ class KafkaWriter:
             await asyncio.gather(self._watch, return_exceptions=True)
         await self._all_answered()
         await asyncio.to_thread(self._close_threads)
+        self._owners.close()
 
     async def _all_answered(self) -> None:
         """Wait until there is an answer to everything that was taken."""
@@ -285,17 +287,27 @@ class KafkaWriter:
     async def _while_owned(self, partition: int, owner: Owner, answer: Awaitable[_T]) -> _T:
         """Wait for a forwarded command's answer. Raises PartitionNotOwnedError once another owns the partition."""
         waiting = asyncio.ensure_future(answer)
+        looking: asyncio.Future[None] | None = None
         try:
-            while not (await asyncio.wait([waiting], timeout=_LOOK_SECONDS))[0]:
-                try:
-                    now = (await self._owners.all()).get(partition, owner)
-                except UnavailableError:  # who cannot say who owns it does not say that it went elsewhere
-                    continue
-                if now != owner:
+            if not (await asyncio.wait([waiting], timeout=_LOOK_SECONDS))[0]:
+                looking = asyncio.ensure_future(self._goes_elsewhere(partition, owner))
+                await asyncio.wait([waiting, looking], return_when=asyncio.FIRST_COMPLETED)
+                if not waiting.done():
+                    await looking
                     raise PartitionNotOwnedError("the partition went to another process")
             return await waiting
         finally:
             waiting.cancel()
+            if looking is not None:
+                looking.cancel()
+
+    async def _goes_elsewhere(self, partition: int, owner: Owner) -> None:
+        """Return once the group says that another owns the partition."""
+        while True:
+            with suppress(UnavailableError):  # who cannot say who owns it does not say that it went elsewhere
+                if (await self._owners.all()).get(partition, owner) != owner:
+                    return
+            await asyncio.sleep(_LOOK_SECONDS)
 
     def _here(self, asked: Command | IngestCheck, partition: int) -> asyncio.Future[Acknowledgement | None]:
         """Let this process's writer carry it out. Raises PartitionNotOwnedError, and as `PartitionWriter.submit`."""
@@ -321,7 +333,8 @@ class KafkaWriter:
         if not lost:
             deadline = time.monotonic() + _HAND_OVER_SECONDS
             for writer in gone:
-                writer.join(max(0.0, deadline - time.monotonic()))
+                if not writer.helpless:  # otherwise it writes nothing, and may wait for an answer for long
+                    writer.join(max(0.0, deadline - time.monotonic()))
         self._ending = [writer for writer in [*self._ending, *gone] if not writer.join(0)]
 
     def _disowned(self, partition: int) -> None:

@@ -176,6 +176,12 @@ async def network_silent(scene: Scene) -> None:
         await scene.pause(1.0, 16.0)
 
 
+@kind("one broker out of reach", "network")
+async def broker_unreachable(scene: Scene) -> None:
+    with scene.stage.network.without(scene.rng.randrange(len(scene.stage.cluster.brokers))):
+        await scene.pause(2.0, 60.0)
+
+
 # --- rivals ---
 
 

@@ -1,4 +1,4 @@
-"""Moving the leadership of partitions from one living broker to another, as an operator's balancing tool does.
+"""Who leads which partition, and moving that to another living broker, as an operator's balancing tool does.
 
 The client library cannot reassign partitions, so that request is made by hand (KIP-455, Kafka protocol guide:
 AlterPartitionReassignments, key 45, version 0); it goes to any broker, which passes it to the controller.
@@ -44,6 +44,24 @@ def in_sync(cluster: KafkaCluster) -> bool:
     except KafkaException:
         return False
     return all(len(p.isrs) == len(p.replicas) and p.leader >= 0 for topic in topics for p in topic.partitions.values())
+
+
+def leaders(servers: str, topic: str) -> dict[int, int]:
+    """The broker that leads each partition; -1 for none."""
+    admin = AdminClient({"bootstrap.servers": servers, "log_level": 3})
+    found = admin.list_topics(topic, timeout=30).topics[topic].partitions
+    return {number: int(partition.leader) for number, partition in found.items()}
+
+
+def coordinated_by(text: str, partitions: int) -> int:
+    """The partition of `__transaction_state` for a transactional id, or of `__consumer_offsets` for a group.
+
+    Java's hash of it, made positive, modulo.
+    """
+    hashed = 0
+    for character in text:
+        hashed = (31 * hashed + ord(character)) & 0xFFFFFFFF
+    return (hashed & 0x7FFFFFFF) % partitions
 
 
 def _reassign(cluster: KafkaCluster, topic: str, partitions: Sequence[int], order: Sequence[int]) -> None:
