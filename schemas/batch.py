@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import overload
 from uuid import UUID
 
-from schemas.codec import decode
+from schemas.codec import UndecodableEventError, decode
 from schemas.events import Event, FileIngested
 from schemas.file_fields import FileFields, fields_of, read_fields
 
@@ -31,10 +31,18 @@ class EventBatch(Sequence[Event]):
         for value in values:
             self.append(value)
 
-    def append(self, value: bytes) -> None:
-        """One more record value. Raises UndecodableEventError; the batch is then as it was."""
+    def append(self, value: bytes, key: bytes | None = None) -> None:
+        """One more record value. Raises UndecodableEventError, also when `key`, the record's, is not its package's id.
+
+        The batch is then as it was.
+        """
         fields = read_fields(value, self._packages)
-        self.entries.append(entry_of(decode(value)) if fields is None else fields)
+        entry = entry_of(decode(value)) if fields is None else fields
+        # The quick reader knows the package by the same text, nearly always.
+        known = key is None or self._packages.get(key) is entry.package_id
+        if not known and key != str(entry.package_id).encode():
+            raise UndecodableEventError("its key is not its package's id")
+        self.entries.append(entry)
         self._values.append(value)
 
     def select(self, indexes: Iterable[int]) -> EventBatch:

@@ -34,12 +34,15 @@ class ReadBatch:
 
     @classmethod
     def of(cls, records: Sequence[Record]) -> Self:
-        """Decode the records. Blocks for as long as that takes."""
+        """Decode the records. Blocks for as long as that takes.
+
+        An event under a key that is not its package's id is unreadable too: whoever reads by package misses it.
+        """
         events = EventBatch()
         unreadable: dict[int, str] = {}
         for i, record in enumerate(records):
             try:
-                events.append(record.value)
+                events.append(record.value, record.key)
             except UndecodableEventError as error:
                 unreadable[i] = f"it cannot be read: {error}"
         return cls(records, events, unreadable)

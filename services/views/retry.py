@@ -13,13 +13,12 @@ from dataclasses import dataclass
 
 from sqlalchemy import select
 
-from schemas.events import Event
 from services.log.port import Log, Record
 from services.log.position import Position
 from services.views.checkpoints import Checkpoint, StaleCheckpointError, load_checkpoint, tables_of
 from services.views.engine import Views
 from services.views.guard import check_continues
-from services.views.parked import Mark, Parking, forget_mark, key_name, package_of, read_marks
+from services.views.parked import Mark, Parking, forget_mark, package_of, read_marks
 from services.views.projections import projection_named
 from services.views.reading import ReadBatch
 from services.views.tables import projection_checkpoints
@@ -78,11 +77,5 @@ async def retry(views: Views, log: Log, mark: Mark) -> Retried:
 
 
 def _of_package(records: Sequence[Record], mark: Mark) -> list[Record]:
-    return [record for record, event in ReadBatch.of(records) if _is_of(record, event, mark)]
-
-
-def _is_of(record: Record, event: Event | str, mark: Mark) -> bool:
-    """Whether the record waits behind the mark. What was parked under its key may tell its package now."""
-    if package_of(record, event)[0] == mark.package:
-        return True
-    return mark.package_id is None and key_name(record.key)[0] == mark.package
+    """Those that wait behind the mark."""
+    return [record for record, event in ReadBatch.of(records) if package_of(record, event)[0] == mark.package]

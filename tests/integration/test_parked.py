@@ -139,6 +139,35 @@ async def test_a_record_whose_package_cannot_be_told_is_parked_under_its_key(vie
     assert len((await view_rows(views))["artifact_packages"]) == 2
 
 
+async def test_an_event_under_another_key_waits_under_that_key_and_a_retry_takes_no_other(views: Views) -> None:
+    history, log = History(), MemoryLog(partitions=1)
+    package_id = history.create()
+    history.ingest(package_id, "a")
+    created, ingested = history.events
+    log.append(created)
+    log.append_raw(0, NONSENSE, b"no package")
+    log.append_raw(0, encode(ingested), b"no package")
+    await catch_up(views, log, REGISTRY)
+    before = await view_rows(views)
+    (mark,) = await list_marks(views)
+    assert (mark.package_id, mark.offset, mark.events) == (None, 1, 2)
+    retried = await retry(views, log, mark)
+    assert (retried.events, retried.mark) == (0, mark)
+    assert await list_marks(views) == [mark]
+    assert await view_rows(views) == before
+
+
+async def test_an_event_under_a_key_that_is_not_its_package_is_not_folded(views: Views) -> None:
+    history, log = History(), MemoryLog(partitions=1)
+    package_id = history.create()
+    (event,) = history.events
+    log.append_raw(0, encode(event), b"no package")
+    await catch_up(views, log, REGISTRY)
+    (mark,) = await list_marks(views)
+    assert "its key is not its package's id" in mark.cause
+    assert await Queries(views).package(package_id) is None
+
+
 async def test_what_is_wrong_in_a_field_that_no_fold_needs_is_parked_beside_an_event_that_cannot_be_applied(
     views: Views,
 ) -> None:
