@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 
+from tests.integration.conditions import until
 from tests.tcp import Connections
 
 _CHUNK = 65536
+_QUIET_SECONDS = 0.5
 _UNDER_WAY = 64
 """So many chunks of one connection may be on their way at a time, each way: what latency delays, it does not narrow."""
 
@@ -21,6 +23,9 @@ class StoreProxy:
         self._latency = 0.0
         self._audible = asyncio.Event()
         self._audible.set()
+        self._asking: set[asyncio.StreamReader] = set()
+        """Connections whose last bytes came from the gateway: no answer to them has begun."""
+        self._moved = 0.0
         self._connections = Connections(self._serve)
 
     def listening(self) -> AbstractAsyncContextManager[str]:
@@ -45,6 +50,15 @@ class StoreProxy:
         finally:
             self._audible.set()
 
+    async def quiet(self) -> None:
+        """Wait until the store has answered all that came by, and nothing comes for a while."""
+        loop = asyncio.get_running_loop()
+
+        async def still() -> bool:
+            return not self._asking and loop.time() - self._moved > _QUIET_SECONDS
+
+        await until(still, 60, "the store is asked all the time")
+
     async def cut(self) -> None:
         """Break every connection, and what is on its way with them."""
         await self._connections.cut()
@@ -57,7 +71,15 @@ class StoreProxy:
             except OSError:
                 return
             try:
-                ways = [asyncio.create_task(self._pass(*way)) for way in ((reader, up_writer), (up_reader, writer))]
+
+                def passed(asking: bool) -> None:
+                    (self._asking.add if asking else self._asking.discard)(reader)
+                    self._moved = asyncio.get_running_loop().time()
+
+                ways = [
+                    asyncio.create_task(self._pass(reader, up_writer, lambda: passed(True))),
+                    asyncio.create_task(self._pass(up_reader, writer, lambda: passed(False))),
+                ]
                 try:
                     await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
                 finally:
@@ -65,11 +87,14 @@ class StoreProxy:
                         way.cancel()
                     await asyncio.gather(*ways, return_exceptions=True)
             finally:
+                self._asking.discard(reader)
                 up_writer.transport.abort()
         finally:
             writer.transport.abort()
 
-    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pass(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, passed: Callable[[], None]
+    ) -> None:
         loop = asyncio.get_running_loop()
         under_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(_UNDER_WAY)
 
@@ -90,6 +115,7 @@ class StoreProxy:
                     return
                 await asyncio.sleep(due - loop.time())
                 await self._audible.wait()
+                passed()
                 writer.write(data)
                 await writer.drain()
         finally:
