@@ -114,15 +114,17 @@ async def test_what_is_nowhere_is_denied_once_the_view_has_what_the_log_had_and_
             stage.log.append(stage.history.events[-1])
 
     growing = asyncio.create_task(go_on())
-    async with asyncio.timeout(5):
-        with pytest.raises(PackageNotFoundError):
-            await stage.registry.get_package(UUID(int=7))
-        with pytest.raises(FileNotFoundInRegistryError):
-            await stage.registry.get_file_at(package_id, "b")
-        with pytest.raises(FileNotFoundInRegistryError):
-            await stage.registry.get_file_record(UUID(int=7))
-    going_on.set()
-    await growing
+    try:
+        async with asyncio.timeout(60):
+            with pytest.raises(PackageNotFoundError):
+                await stage.registry.get_package(UUID(int=7))
+            with pytest.raises(FileNotFoundInRegistryError):
+                await stage.registry.get_file_at(package_id, "b")
+            with pytest.raises(FileNotFoundInRegistryError):
+                await stage.registry.get_file_record(UUID(int=7))
+    finally:
+        going_on.set()
+        await growing
 
 
 async def test_an_open_package_is_told_from_one_whose_finalization_the_view_has_not_seen(stage: Stage) -> None:
