@@ -98,6 +98,7 @@ def test_a_push_that_is_killed_goes_on(gateway: ProductProcess, settings: Settin
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
+    assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
     done = subprocess.run(command, env=environment, capture_output=True, cwd="/", timeout=120, check=True)
     pushed = json.loads(done.stdout)
     assert pushed["sequence"] == SMALL + 3
