@@ -194,7 +194,7 @@ def stopped_by_signals() -> Iterator[asyncio.Event]:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT is caught by Python anyway: SIGTERM then tells of both
         loop.add_signal_handler(number, told)
     try:
         yield stop
