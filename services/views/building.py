@@ -110,35 +110,53 @@ async def lock_live_tables(connection: AsyncConnection, projection: Projection) 
 
 
 async def replace_live_tables(connection: AsyncConnection, projection: Projection, generation: UUID) -> None:
-    """Drop the live tables and give the build's their names and who may read them, in the connection's transaction."""
+    """Drop the live tables and give the build's their names, owners and rights, in the connection's transaction."""
     for table in projection.tables:
         name = table.name
-        grants = await _grants(connection, name) if on_postgresql(connection) else []
+        rights = await rights_on(connection, table)
         statements = [f"DROP TABLE IF EXISTS {name}", f"ALTER TABLE {name}{SUFFIX} RENAME TO {name}"]
         if on_postgresql(connection):
             key = _key(table, generation).name
             statements.append(f"ALTER TABLE {name} ADD CONSTRAINT {name}_pkey PRIMARY KEY USING INDEX {key}")
             suffix = _suffix(generation)
             statements += [f"ALTER INDEX {index.name}{suffix} RENAME TO {index.name}" for index in table.indexes]
-            statements += grants
-        for statement in statements:
+        for statement in (*statements, *rights):
             await connection.execute(text(statement))
 
 
-_GRANTS = text(
+_RIGHTS = text(
     """
-    SELECT format('GRANT %s ON %I TO %s%s', acl.privilege_type, CAST(:name AS text),
-        CASE acl.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(acl.grantee)) END,
-        CASE WHEN acl.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END)
-    FROM pg_class, aclexplode(relacl) AS acl
-    WHERE pg_class.oid = to_regclass(:name) AND acl.grantee != relowner
+    WITH live AS (SELECT oid, relowner, relacl FROM pg_class WHERE oid = to_regclass(:name)),
+    rights AS (
+        SELECT acl.*, '' AS part FROM live, aclexplode(relacl) AS acl
+        UNION ALL
+        SELECT acl.*, format(' (%I)', attname)
+        FROM live JOIN pg_attribute ON attrelid = live.oid AND attname = ANY (CAST(:columns AS text[])),
+            aclexplode(attacl) AS acl
+    )
+    SELECT statement FROM (
+        SELECT 1 AS turn, format('ALTER TABLE %I OWNER TO %I', CAST(:name AS text), pg_get_userbyid(relowner))
+            AS statement
+        FROM live WHERE pg_get_userbyid(relowner) != current_user
+        UNION ALL
+        SELECT 2, format('GRANT %s%s ON %I TO %s%s', privilege_type, part, CAST(:name AS text),
+            CASE grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(grantee)) END,
+            CASE WHEN is_grantable THEN ' WITH GRANT OPTION' ELSE '' END)
+        FROM live, rights WHERE grantee != relowner
+    ) AS statements ORDER BY turn
     """
 )
 
 
-async def _grants(connection: AsyncConnection, name: str) -> list[str]:
-    """What gives others the rights on a table that they have now: people read the tables with SQL."""
-    return list((await connection.execute(_GRANTS, {"name": name})).scalars())
+async def rights_on(connection: AsyncConnection, table: Table) -> list[str]:
+    """What gives the live table, once it was made anew, the owner that it has now, and others their rights on it.
+
+    People read the tables with SQL, and an operator who replays may be another than who made them.
+    """
+    if not on_postgresql(connection):
+        return []
+    asked = {"name": table.name, "columns": table.columns.keys()}
+    return list((await connection.execute(_RIGHTS, asked)).scalars())
 
 
 def _suffix(generation: UUID) -> str:

@@ -22,7 +22,7 @@ from services.errors import ConfigurationError, CorruptError, LogIdentityError, 
 from services.log.port import Record
 from services.log.position import Position
 from services.views.attempts import Attempts
-from services.views.building import building_tables, live_tables, lock_live_tables
+from services.views.building import building_tables, live_tables, lock_live_tables, rights_on
 from services.views.bulk import on_postgresql, upsert
 from services.views.engine import Views, check_layouts
 from services.views.failures import DamagedDatabaseError, LockedError
@@ -220,8 +220,11 @@ async def _reset(connection: AsyncConnection, projection: Projection, expected: 
     await connection.execute(update(projection_generations).where(mine).values(fresh))
     await forget_progress(connection, before.generation)
     if before.layout != projection.layout:
+        rights = [statement for table in projection.tables for statement in await rights_on(connection, table)]
         await connection.run_sync(metadata.drop_all, tables=projection.tables)
         await connection.run_sync(metadata.create_all, tables=projection.tables)
+        for statement in rights:
+            await connection.execute(text(statement))
     elif on_postgresql(connection):
         names = ", ".join(table.name for table in projection.tables)  # our own names, not anyone's input
         await connection.execute(text(f"TRUNCATE {names}"))

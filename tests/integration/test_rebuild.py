@@ -419,6 +419,48 @@ async def test_what_is_built_is_named_after_its_process(views: Views) -> None:
 
 
 @pytest.mark.services
+@pytest.mark.parametrize("way", ["beside", "in place", "of another layout"])
+async def test_owner_and_rights_on_columns_stay_what_they_are(postgres_url: str, way: str) -> None:
+    log = MemoryLog()
+    log.append(*History().fill(packages=2, files=1).events)
+    owner, reader = (f"{name}_{uuid4().hex[:12]}" for name in ("owner", "reader"))
+    look = text(
+        "SELECT pg_get_userbyid(relowner), ARRAY(SELECT CAST(item AS text) FROM unnest(relacl) AS item ORDER BY 1), "
+        "ARRAY(SELECT format('%s %s', attname, attacl) FROM pg_attribute "
+        "WHERE attrelid = pg_class.oid AND attacl IS NOT NULL ORDER BY attnum) "
+        "FROM pg_class WHERE oid = to_regclass('artifact_packages')"
+    )
+    async with opened(postgres_url) as views:
+
+        async def run(*statements: str) -> None:
+            async with views.writing() as connection:
+                for statement in statements:
+                    await connection.execute(text(statement))
+
+        async def rights() -> Any:
+            async with views.reading() as connection:
+                return tuple((await connection.execute(look)).one())
+
+        await run(
+            f"CREATE ROLE {owner}",
+            f"CREATE ROLE {reader}",
+            f"ALTER TABLE artifact_packages OWNER TO {owner}",
+            f"GRANT SELECT (id, name), UPDATE (name) ON artifact_packages TO {reader} WITH GRANT OPTION",
+            "GRANT SELECT ON artifact_packages TO PUBLIC, CURRENT_USER",
+        )
+        try:
+            before = await rights()
+            if way == "of another layout":
+                await run("UPDATE projection_generations SET layout = 0")
+            await replay_view(views, log, REGISTRY, in_place=way != "beside")
+            assert await rights() == before
+            assert before[0] == owner
+            assert reader in str(before[2])
+        finally:
+            await run(f"DROP OWNED BY {owner}, {reader}", f"DROP ROLE {owner}, {reader}")
+
+
+@pytest.mark.services
 async def test_who_may_read_the_tables_still_may_and_what_stands_on_them_is_not_dropped(postgres_url: str) -> None:
     log = MemoryLog()
     log.append(*History().fill(packages=2, files=1).events)
