@@ -11,9 +11,10 @@ import logging
 import os
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import Table
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -152,6 +153,16 @@ async def _require_comparable(views: Views, log: Log, projection: Projection) ->
     check_within(live.position, end, projection.name)
 
 
+async def _together(work: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Do all of it at once. When a part fails, the others have ended too before its error is raised."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for part in work:
+                tasks.create_task(part)
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None  # what went wrong first ended the others
+
+
 class _Rebuild:
     """One run of a build, from where it stands to the switch."""
 
@@ -191,11 +202,11 @@ class _Rebuild:
 
         async def finish(table: Table) -> None:
             statements = index_statements(table, self._build.generation, self._views.engine.dialect)
-            await asyncio.gather(*map(make, statements))
+            await _together(map(make, statements))
             async with at_once, self._views.writing() as connection:
                 await analyze(connection, table)
 
-        await asyncio.gather(*map(finish, self._projection.tables))
+        await _together(map(finish, self._projection.tables))
 
     async def compare(self) -> bool:
         """Digest both generations at one position; whether they are equal.

@@ -20,6 +20,7 @@ from projector.rebuild import replay_view
 from schemas.events import Event
 from services.errors import ConfigurationError, CorruptError, InvalidRequestError, PushBackError, UnavailableError
 from services.log.position import Position
+from services.views.building import create_index
 from services.views.catch_up import catch_up
 from services.views.digest import digest_view
 from services.views.engine import Views
@@ -407,6 +408,40 @@ async def test_a_build_parks_what_the_live_view_has_parked(views: Views) -> None
     built = await list_marks(views, "registry")
     alike: Any = {"generation": UUID(int=0), "cause": ""}
     assert [replace(mark, **alike) for mark in built] == [replace(mark, **alike) for mark in live]
+
+
+@pytest.mark.services
+async def test_no_index_of_a_build_is_still_made_when_the_next_build_begins(
+    postgres_url: str, reference: Views, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = MemoryLog()
+    log.append(*History().fill(packages=2, files=1).events)
+    running: set[str] = set()
+    both = asyncio.Barrier(2)
+    begun: list[set[str]] = []
+
+    async def make(connection: AsyncConnection, statement: str, **options: Any) -> None:
+        running.add(statement)
+        try:
+            if await both.wait() == 0:
+                raise CorruptError("a row that no key allows")
+            await asyncio.Event().wait()
+        finally:
+            running.discard(statement)
+
+    async def begin(*arguments: Any, **options: Any) -> Any:
+        begun.append(set(running))
+        if len(begun) == 2:
+            monkeypatch.setattr(rebuild_beside, "create_index", create_index)
+        return await begin_build(*arguments, **options)
+
+    monkeypatch.setattr(rebuild_beside, "create_index", make)
+    monkeypatch.setattr(rebuild_beside, "begin_build", begin)
+    monkeypatch.setattr(rebuild_beside, "_cores", lambda: 2)
+    async with opened(postgres_url) as views:
+        await replay_view(views, log, REGISTRY)
+        assert begun == [set(), set()]
+        await same_as_a_fresh_fold(views, reference, log, REGISTRY)
 
 
 async def test_what_is_built_is_named_after_its_process(views: Views) -> None:
