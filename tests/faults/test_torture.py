@@ -15,12 +15,14 @@ from tests.faults.torture.__main__ import report, torture
 
 pytestmark = pytest.mark.services
 
+LONG_SECONDS = 1800
+
 
 @pytest.mark.parametrize(
     ("seconds", "producers", "at_once"),
     [
         pytest.param(20, 60, 20, id="short"),
-        pytest.param(1800, 400, 120, id="long", marks=pytest.mark.endurance),
+        pytest.param(LONG_SECONDS, 400, 120, id="long", marks=pytest.mark.endurance),
     ],
 )
 async def test_what_was_acknowledged_is_recorded_once_whatever_fails(
@@ -30,5 +32,7 @@ async def test_what_was_acknowledged_is_recorded_once_whatever_fails(
     result = await torture(tmp_path, seconds, seed, producers, at_once)
     report(result, seed)
     assert result.verdict.clean, result.verdict.said
-    assert len(result.windows) >= 3  # of how many kinds is drawn
+    assert len(result.windows) >= 3
+    if seconds >= LONG_SECONDS:  # in a short round it is a matter of luck
+        assert len({window.kind for window in result.windows}) >= 10
     assert result.verdict.acknowledged > seconds
