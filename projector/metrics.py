@@ -42,9 +42,10 @@ class ProjectorMetrics(Collector):
     def folded(self, name: str, events: int) -> None:
         """So many events more are in the view."""
         self._events[name] += events
+        self._running[name] = True
 
     def stopped(self, name: str) -> None:
-        """The projection could not go on."""
+        """The projection could not go on, for good or until it has folded again."""
         self._running[name] = False
 
     def collect(self) -> Iterator[Metric]:
@@ -54,7 +55,7 @@ class ProjectorMetrics(Collector):
         )
         running = GaugeMetricFamily(
             "artifact_store_projection_running",
-            "1 while this process runs the projection, 0 when it could not go on",
+            "1 while this process runs the projection, 0 when it could not go on, until it has folded again",
             labels=["projection"],
         )
         for name, number in self._events.items():

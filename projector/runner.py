@@ -4,7 +4,9 @@ At least once in, exactly once in effect: rows and checkpoint are one transactio
 again is refused by it. While one batch is on its way into the view, the next one is read and decoded.
 
 Every trouble that may pass ends the membership in the group and begins another after a pause: others can take the
-partitions over meanwhile, and the view's checkpoint is the place to go on from. What does not pass is raised.
+partitions over meanwhile, and the view's checkpoint is the place to go on from. What does not pass is raised: that log
+and view do not belong together, or that one of them is damaged. Settings that worked before may work again, and so may
+a fold that met a mistake: nothing is skipped meanwhile, and people see it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from projector.assignment import Assignment, Work
 from projector.metrics import ProjectorMetrics, served
 from services.addresses import ListenAddress
 from services.config import Settings
-from services.errors import ArtifactStoreError, PushBackError, UnavailableError
+from services.errors import ArtifactStoreError, CorruptError, PushBackError, UnavailableError
 from services.log.port import Log
 from services.views.checkpoints import StaleCheckpointError, apply
 from services.views.engine import Views
@@ -68,12 +70,15 @@ async def run_projection(
 ) -> None:
     """Project until `stop` is set, through failures of log and database; blocks until the group is left.
 
+    What is refused, or goes wrong unforeseen, is shown in the log and the metrics and tried again every 10 s.
+
     Raises:
         CorruptError: the log does not go on from what the view has folded, or too many packages would be parked.
         LogIdentityError: the view was folded from another log.
-        ConfigurationError: the tables are missing or of another layout.
+        ConfigurationError: before it has joined the group once: the tables are missing or of another layout.
     """
     pause = _FIRST_PAUSE
+    joined = False
     while not stop.is_set():
         run = _Run(views, log, projection, metrics)
         try:
@@ -85,6 +90,21 @@ async def run_projection(
             pause = _FIRST_PAUSE if run.progressed else min(2 * pause, _LONGEST_PAUSE)
             logger.warning("%s: %s; trying again in %.1f s", projection.name, error.detail, pause)
             await _wait(stop, pause)
+        except ArtifactStoreError as error:
+            if isinstance(error, CorruptError) or not (joined or run.joined):
+                raise
+            logger.error("%s: %s; trying again in %.1f s", projection.name, error.detail, _LONGEST_PAUSE)
+            await _in_trouble(projection, stop, metrics)
+        except Exception:  # a mistake in one fold must not stop the others, nor this one when it passes
+            logger.exception("%s: a mistake in this program; trying again in %.1f s", projection.name, _LONGEST_PAUSE)
+            await _in_trouble(projection, stop, metrics)
+        joined = joined or run.joined
+
+
+async def _in_trouble(projection: Projection, stop: asyncio.Event, metrics: ProjectorMetrics | None) -> None:
+    if metrics is not None:
+        metrics.stopped(projection.name)
+    await _wait(stop, _LONGEST_PAUSE)
 
 
 async def _reported(
@@ -96,11 +116,6 @@ async def _reported(
         metrics.stopped(projection.name)
         logger.error("%s stops: %s", projection.name, error.detail)
         return error
-    except Exception as error:
-        # A mistake in one fold must not stop the others; it is shown here and returned.
-        metrics.stopped(projection.name)
-        logger.exception("%s stops", projection.name)
-        return ArtifactStoreError(f"a mistake in this program ({type(error).__name__}); the log has its traceback")
     return None
 
 
@@ -108,6 +123,7 @@ class _Run:
     """One membership in the group."""
 
     def __init__(self, views: Views, log: Log, projection: Projection, metrics: ProjectorMetrics | None) -> None:
+        self.joined = False
         self.progressed = False
         self._views = views
         self._projection = projection
@@ -119,6 +135,7 @@ class _Run:
         """Read and fold until told to stop; what was read by then is folded."""
         try:
             await self._assignment.join()
+            self.joined = True
             while not stop.is_set():
                 work = await self._assignment.next_work(_POLL_SECONDS)
                 await self._finish()

@@ -14,7 +14,7 @@ from sqlalchemy import delete
 from projector import run_projection, run_projectors
 from services.config import Settings
 from services.core.limits import Limits
-from services.errors import CorruptError, InvalidRequestError, LogIdentityError, UnavailableError
+from services.errors import ConfigurationError, CorruptError, InvalidRequestError, LogIdentityError, UnavailableError
 from services.log.sqlite import SqliteLog, SqliteWriter
 from services.views.catch_up import catch_up
 from services.views.checkpoints import Checkpoint, apply, load_checkpoint, reset
@@ -257,14 +257,67 @@ async def test_a_group_that_was_set_forward_skips_nothing(views: Views, referenc
     await same_as_one_fold(views, reference, log)
 
 
-@pytest.mark.parametrize("error", [LogIdentityError("this is another log"), KeyError("a mistake in the fold")])
+async def test_a_mistake_in_a_fold_is_shown_whole_and_tried_again(
+    views: Views, reference: Views, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("projector.runner._LONGEST_PAUSE", 0.05)
+    log = MemoryLog()
+    log.append(*History().fill(packages=3, files=2).events)
+
+    async def mistaken(_self: RegistryProjection, *_given: Any) -> None:
+        raise KeyError("a mistake in the fold")
+
+    async def told() -> bool:
+        return caplog.text.count("Traceback") > 1 and "a mistake in the fold" in caplog.text
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RegistryProjection, "fold", mistaken)
+        async with projecting(views, log, REGISTRY):
+            await eventually(told, "the mistake is logged more than once")
+            patch.undo()
+            await covers(views, REGISTRY, await log.end())
+    await same_as_one_fold(views, reference, log)
+
+
+async def test_a_table_that_is_away_for_a_while_holds_a_projector_up_and_ends_none_that_ran(
+    views: Views, reference: Views, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("projector.runner._LONGEST_PAUSE", 0.05)
+    log, history = MemoryLog(), History().fill(packages=3, files=2)
+    log.append(*history.events[:-3])
+
+    async def run(statement: str) -> None:
+        async with views.writing() as connection:
+            await connection.exec_driver_sql(statement)
+
+    async def told() -> bool:
+        return "trying again" in caplog.text
+
+    async with projecting(views, log, REGISTRY):
+        await covers(views, REGISTRY, await log.end())
+        await run("ALTER TABLE artifact_packages RENAME TO away")
+        log.append(*history.events[-3:])
+        await eventually(told, "the projector is held up")
+        await run("ALTER TABLE away RENAME TO artifact_packages")
+        await covers(views, REGISTRY, await log.end())
+    await same_as_one_fold(views, reference, log)
+
+
+async def test_a_projector_that_never_ran_ends_when_its_tables_are_missing(views_url: str) -> None:
+    views = Views(views_url)
+    with pytest.raises(ConfigurationError, match="artifact-store migrate"):
+        await run_projection(views, MemoryLog(), REGISTRY, asyncio.Event())
+    await views.close()
+
+
 async def test_one_projection_that_stops_leaves_the_others_running(
     embedded_settings: Settings,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    error: Exception,
 ) -> None:
+    error = LogIdentityError("this is another log")
+
     async def refuse(_self: RegistryProjection, *_given: Any) -> None:
         raise error
 

@@ -81,6 +81,8 @@ async def test_what_cannot_be_asked_now_is_left_out_and_what_stopped_is_told(
     log = MemoryLog()
     metrics = ProjectorMetrics(views, log, ["registry", "usage"])
     metrics.stopped("usage")
+    metrics.stopped("registry")
+    metrics.folded("registry", 0)
     log.unavailable = True
     async with served(metrics, ANYWHERE):
         (url,) = urls(caplog.text)
