@@ -239,9 +239,11 @@ async def test_a_text_that_is_too_long_for_an_index_parks_its_package(postgres_u
     views = Views(postgres_url)
     await views.migrate()
     await catch_up(views, log, REGISTRY)
-    (mark,) = await list_marks(views)
+    for _ in range(2):
+        (mark,) = await list_marks(views)
+        assert (mark.package_id, mark.events) == (package_id, 1)
+        await replay_view(views, log, REGISTRY)
     await views.close()
-    assert (mark.package_id, mark.events) == (package_id, 1)
 
 
 @pytest.mark.parametrize("name", ["registry", "usage"])
