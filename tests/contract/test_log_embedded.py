@@ -10,7 +10,6 @@ from contextlib import ExitStack, closing
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pytest
 
@@ -25,7 +24,6 @@ from services.errors import (
 )
 from services.file_lock import FileLock
 from services.log.sqlite import SqliteLog, SqliteWriter, file
-from services.log.sqlite.states import PackageStates
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_process import hold_projection, process, reports_of, write, write_with_little_room
 from tests.contract.log_stage import Projection, no_manifest
@@ -367,22 +365,6 @@ async def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 async def test_a_projection_s_name_cannot_leave_the_folder(log: SqliteLog) -> None:
     with pytest.raises(ConfigurationError):
         await Projection(log, "../registry").subscribe()
-
-
-async def test_package_states_are_forgotten_within_a_bound_and_read_again(path: Path, writer: SqliteWriter) -> None:
-    made = [create(f"{n}") for n in range(10)]
-    for command in made:
-        await writer.submit(command)
-        await writer.submit(ingest(command.package_id, *"abc"))
-    states = PackageStates(max_entries=20)
-    opened = file.open_file(path)
-    with closing(opened):
-        for command in made * 2:
-            state = states.current(opened.connection, command.package_id)
-            assert state is not None
-            assert (state.sequence, sorted(state.files)) == (4, ["a", "b", "c"])
-            assert sum(command.package_id in states for command in made) <= 3
-        assert states.current(opened.connection, uuid4()) is None
 
 
 async def test_commits_reach_the_disk_before_they_return(path: Path, log: SqliteLog) -> None:

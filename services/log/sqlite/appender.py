@@ -80,7 +80,9 @@ class Appender:
 
     def _read_ahead(self, connection: sqlite3.Connection, requests: Sequence[Request]) -> None:
         """Read what is not at hand before the write lock is taken: a large package takes seconds."""
-        for package_id in {request.package_id for request in requests}:
+        package_ids = {request.package_id for request in requests}
+        self._states.pin(package_ids)
+        for package_id in package_ids:
             if package_id not in self._states:
                 # A broken package is told to its own requests, in the transaction.
                 with suppress(CorruptError):
