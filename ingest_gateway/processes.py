@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
 import socket
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from urllib.parse import urlsplit
 
 from services.config import Settings
 from services.errors import ConfigurationError
-from services.processes import Command, RestartRule, when_input_ends
+from services.processes import Command, RestartRule
 from services.processes import run_processes as run_all
 
 MOST_DEATHS = 5
@@ -55,17 +54,6 @@ class Member:
     def path_of(self, number: int) -> Path:
         """Where process `number` gives its metrics."""
         return Path(self.folder) / f"{number}.sock"
-
-    def end_with_parent(self, stop: asyncio.Event) -> None:
-        """Set `stop` once the first process is gone; where it was set already, end this process at once."""
-        loop = asyncio.get_running_loop()
-
-        def gone() -> None:
-            if stop.is_set():  # told to end twice, as a process is that runs alone
-                os.kill(os.getpid(), signal.SIGKILL)
-            stop.set()
-
-        when_input_ends(lambda: loop.call_soon_threadsafe(gone))
 
 
 async def run_processes(

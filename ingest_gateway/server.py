@@ -184,20 +184,29 @@ def listen_address(settings: Settings) -> ListenAddress:
 
 
 @contextmanager
-def stopped_by_signals() -> Iterator[asyncio.Event]:
-    """An event that SIGTERM or SIGINT sets, for the length of the block; a second signal ends the process at once."""
+def stopped_by_signals(*, watched: bool = False) -> Iterator[asyncio.Event]:
+    """An event that SIGTERM or SIGINT sets, for the length of the block; a second signal ends the process at once.
+
+    Not one that is `watched` over by another process: a service manager tells both, and then the other one tells this
+    one again. Further signals change nothing there, behind the block neither; the other one knows how to end it.
+    """
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
 
     def told() -> None:
         stop.set()
+        if not watched:
+            let_go()
+
+    def let_go() -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
+            if watched:
+                signal.signal(number, signal.SIG_IGN)
 
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT is caught by Python anyway: SIGTERM then tells of both
         loop.add_signal_handler(number, told)
     try:
         yield stop
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
+        let_go()

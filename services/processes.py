@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,18 @@ def when_input_ends(call: Callable[[], object]) -> None:
     threading.Thread(target=wait, name="until-input-ends", daemon=True).start()
 
 
+def end_with_parent(stop: asyncio.Event) -> None:
+    """Set `stop` once whoever started this process is gone; where it was set already, end this process at once."""
+    loop = asyncio.get_running_loop()
+
+    def gone() -> None:
+        if stop.is_set():  # told to end twice, as a process is that runs alone
+            os.kill(os.getpid(), signal.SIGKILL)
+        stop.set()
+
+    when_input_ends(lambda: loop.call_soon_threadsafe(gone))
+
+
 class _Watched:
     """One of the processes."""
 
@@ -105,7 +118,7 @@ class _Watched:
             began = time.monotonic()
             code = await self._run()
             if self._stop.is_set():
-                # Ended by the signal: it was told before it could listen.
+                # Ended by the signal: it was told before it could listen. Whoever listens goes on to do so to its end.
                 return 0 if code == -signal.SIGTERM else code if code >= 0 else 1
             if code in rule.final:
                 return self._given_up(code)
@@ -144,13 +157,23 @@ class _Watched:
         try:
             await asyncio.wait((ended, stopping), return_when=asyncio.FIRST_COMPLETED)
             if not ended.done():
-                process.terminate()
+                _send(process, signal.SIGTERM)
                 await asyncio.wait((ended,), timeout=STOP_SECONDS)
         finally:
             stopping.cancel()
             if not ended.done():
                 logger.warning("process %d does not end, it is killed", self._number)
-                process.kill()
+                _send(process, signal.SIGKILL)
             if process.stdin is not None:
                 process.stdin.close()
         return await ended
+
+
+def _send(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
+    """Send the signal, unless the process has ended.
+
+    Popen's own method would look for its end, and take the exit code from asyncio, which then says 255.
+    """
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, number)

@@ -73,7 +73,7 @@ async def _serve(settings: Settings, member: str | None, max_parked: int | None)
 
     if is_embedded(settings):
         await _migrate(settings)  # before gateway and projections open the same new files at the same time
-    with server.stopped_by_signals() as stop:
+    with server.stopped_by_signals(watched=member is not None) as stop:
         one_of = _member(member, stop)
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -108,18 +108,18 @@ def gateway(processes: int, member: str | None) -> None:
 async def _gateway(settings: Settings, member: str | None) -> None:
     from ingest_gateway import server
 
-    with server.stopped_by_signals() as stop:
+    with server.stopped_by_signals(watched=member is not None) as stop:
         await server.run(settings, stop=stop, member=_member(member, stop))
 
 
 def _member(text: str | None, stop: asyncio.Event) -> Member | None:
     from ingest_gateway.processes import Member
+    from services.processes import end_with_parent
 
     if text is None:
         return None
-    found = Member.parse(text)
-    found.end_with_parent(stop)
-    return found
+    end_with_parent(stop)
+    return Member.parse(text)
 
 
 def _run_processes(settings: Settings, command: str, processes: int) -> None:
@@ -188,13 +188,12 @@ async def _project(
     from ingest_gateway.server import stopped_by_signals
     from projector import run_projectors
     from projector.turns import take_short_turns
-    from services.processes import when_input_ends
+    from services.processes import end_with_parent
 
     take_short_turns()
-    with stopped_by_signals() as stop:
+    with stopped_by_signals(watched=until_input_ends) as stop:
         if until_input_ends:
-            loop = asyncio.get_running_loop()
-            when_input_ends(lambda: loop.call_soon_threadsafe(stop.set))
+            end_with_parent(stop)
         return await run_projectors(settings, names, stop, **options)
 
 

@@ -137,6 +137,22 @@ async def test_processes_end_when_the_first_one_is_killed_and_the_port_is_free_a
 
 
 @pytest.mark.services
+async def test_told_to_end_together_with_the_first_one_processes_hand_over_all_the_same(
+    kafka: Settings, gateway: ProductProcess
+) -> None:
+    await whole(gateway, kafka.kafka_partitions)
+    first, others = psutil.Process(gateway.pid), children(gateway)
+    before = len(gateway.log.read_text())
+    for process in (*others, first):  # as a service manager does
+        process.send_signal(signal.SIGTERM)
+    assert await asyncio.to_thread(first.wait, SECONDS) == 0
+    said = gateway.log.read_text()[before:]
+    assert "Traceback" not in said
+    handed_over = [line for line in said.splitlines() if "partitions were handed over in" in line]
+    assert all(any(f" {process.pid} INFO " in line for line in handed_over) for process in others)
+
+
+@pytest.mark.services
 async def test_serve_projects_in_its_processes_too(kafka: Settings, tmp_path: Path) -> None:
     with Gateway(kafka, tmp_path / "serve", "serve", "--processes", "2") as process:
         async with GatewayRegistry(process.endpoint) as registry:

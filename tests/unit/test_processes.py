@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from services.processes import Command, RestartRule, run_processes
@@ -16,6 +20,28 @@ WAIT = "import sys; sys.stdin.read()"
 """Runs until it is told to end, or whoever started it is gone."""
 
 SECONDS = 30.0
+
+TOLD_AGAIN = """
+import asyncio, os, signal, sys
+from ingest_gateway.server import stopped_by_signals
+
+def tell():
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(os.getpid(), number)
+
+async def told(watched):
+    with stopped_by_signals(watched=watched) as stop:
+        tell()
+        await stop.wait()
+        tell()
+        await asyncio.sleep(0)
+        print("drained", flush=True)
+    tell()
+
+asyncio.Runner(loop_factory={factory}).run(told(watched={watched}))
+tell()
+print("ended")
+"""
 
 
 def command(code: str, *descriptors: int) -> Command:
@@ -37,6 +63,13 @@ async def until_started(path: Path, times: int) -> None:
         return path.exists() and len(path.read_text()) >= times
 
     await until(started, SECONDS, "the process did not start")
+
+
+def runs(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 async def test_told_to_end_all_end_and_the_code_is_0(tmp_path: Path) -> None:
@@ -97,3 +130,63 @@ async def test_descriptors_are_inherited() -> None:
     finally:
         os.close(reading)
         os.close(writing)
+
+
+async def test_one_that_ends_while_it_is_told_to_has_ended_well() -> None:
+    reading, writing = os.pipe()
+    stop, count = asyncio.Event(), 8
+    leaving = [command(f"import os; os.read({reading}, 1)", reading) for _ in range(count)]
+
+    def all_leave() -> None:
+        """Nothing of this process runs meanwhile, so that it tells them before it notices."""
+        children = psutil.Process().children()
+        assert len(children) == count
+        os.close(writing)
+        ends = time.monotonic() + SECONDS
+        while any(map(runs, children)):
+            assert time.monotonic() < ends
+
+    try:
+        running = asyncio.create_task(run_processes(leaving, rule(), stop, when_ending=all_leave))
+
+        async def started() -> bool:
+            return len(psutil.Process().children()) == count
+
+        await until(started, SECONDS, "the processes did not start")
+        stop.set()
+        assert await asyncio.wait_for(running, SECONDS) == 0
+    finally:
+        os.close(reading)
+
+
+@pytest.mark.parametrize("factory", ["None", "__import__('uvloop').new_event_loop"])
+def test_one_that_is_watched_over_may_be_told_any_number_of_times(factory: str) -> None:
+    def run(watched: bool) -> tuple[int, bytes]:
+        code = TOLD_AGAIN.format(factory=factory, watched=watched)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=SECONDS, check=False)
+        return done.returncode, done.stdout
+
+    assert run(watched=True) == (0, b"drained\nended\n")
+    assert run(watched=False) == (-signal.SIGTERM, b"")
+
+
+async def test_one_whose_parent_is_gone_ends_and_at_once_where_it_was_told_already() -> None:
+    code = """
+import asyncio, os
+from services.processes import end_with_parent
+
+async def until_told(told):
+    stop = asyncio.Event()
+    if told:
+        stop.set()
+    end_with_parent(stop)
+    await (asyncio.Event() if told else stop).wait()
+
+asyncio.run(until_told({told}))
+"""
+    for told, expected in ((False, 0), (True, -signal.SIGKILL)):
+        arguments = [sys.executable, "-c", code.format(told=told)]
+        done = await asyncio.to_thread(
+            subprocess.run, arguments, stdin=subprocess.DEVNULL, timeout=SECONDS, check=False
+        )
+        assert done.returncode == expected
