@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import pytest
 from services.clock import system_clock
 from services.core.commands import Acknowledgement
 from services.core.limits import Limits
+from services.log.port import Record
 from services.log.sqlite import file, states
 from services.log.sqlite.appender import Appender, Request
 from services.log.sqlite.records import package_records_from
@@ -151,6 +152,35 @@ def test_the_packages_of_a_batch_are_kept_until_it_ends_whatever_they_hold(
     for turn in range(3):
         run(writing, [ingest(package_id, f"turn {turn}", name=turn) for package_id in packages])
     assert set(read.values()) == {1}
+
+
+def test_what_another_process_appended_to_a_package_is_read_before_the_lock_is_taken(
+    appender: Callable[[], Appender], made: Callable[..., UUID], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package_id, writing, other = made(3), appender(), appender()
+    run(writing, [ingest(package_id, "a", name="a")])
+    run(other, [ingest(package_id, *(f"of the other {n}" for n in range(50)), name="other")])
+
+    in_lock: list[int] = []
+    locked = False
+
+    @contextmanager
+    def lock(path: Path) -> Iterator[None]:
+        nonlocal locked
+        with file.write_lock(path):
+            locked = True
+            yield
+
+    def read(*bounds: Any) -> list[Record]:
+        records = package_records_from(*bounds)
+        if locked:
+            in_lock.append(len(records))
+        return records
+
+    monkeypatch.setattr("services.log.sqlite.appender.write_lock", lock)
+    monkeypatch.setattr(states, "package_records_from", read)
+    run(writing, [ingest(package_id, "b", name="b")])
+    assert in_lock == [0]
 
 
 def test_most_turns_read_nothing_again_when_large_packages_take_more_than_there_is_room_for(

@@ -82,8 +82,9 @@ class Appender:
         """Read what is not at hand before the write lock is taken: a large package takes seconds."""
         package_ids = {request.package_id for request in requests}
         self._states.pin(package_ids)
+        others_wrote = end_offset(connection) != self._end
         for package_id in package_ids:
-            if package_id not in self._states:
+            if others_wrote or package_id not in self._states:
                 # A broken package is told to its own requests, in the transaction.
                 with suppress(CorruptError):
                     self._states.current(connection, package_id)
