@@ -12,7 +12,6 @@ import asyncio
 import json
 import os
 import socket
-import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from urllib.parse import urlsplit
 
 from services.config import Settings
 from services.errors import ConfigurationError
-from services.processes import Command, RestartRule
+from services.processes import PYTHON, Command, RestartRule
 from services.processes import run_processes as run_all
 
 MOST_DEATHS = 5
@@ -73,7 +72,7 @@ async def run_processes(
         for number in range(1, processes + 1):
             member = Member(number, processes, listener.fileno(), folder)
             own = settings.model_copy(update=internal_addresses(settings, number, processes))
-            arguments = [sys.executable, "-m", "services.cli", command, "--member", member.text()]
+            arguments = [*PYTHON, "-m", "services.cli", command, "--member", member.text()]
             commands.append(Command(arguments, {**os.environ, **own.environment()}, (listener.fileno(),)))
         # Connections that nobody takes any more are to be refused rather than to wait.
         return await run_all(commands, rule, stop, when_ending=listener.close)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from services import errors
 from services.config import Settings
 from services.errors import ArtifactStoreError, UnavailableError
 from services.log.position import Position
+from services.processes import PYTHON
 from services.views.checkpoints import Checkpoint, StaleCheckpointError
 from services.views.failures import DamagedDatabaseError
 from services.views.parked import TooManyParkedError
@@ -78,7 +78,7 @@ def _shares(since: Position, ends: Mapping[int, int], processes: int) -> list[di
 async def _run_process(job: Job, told: Told) -> None:
     # The settings hold secrets: a pipe shows them to nobody, a command line or environment would.
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "projector.loader"),
+        *(*PYTHON, "-m", "projector.loader"),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         process_group=0,  # a terminal's Ctrl-C is for the one who started it

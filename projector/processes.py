@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 from collections.abc import Sequence
 
 from services.addresses import ListenAddress
 from services.config import Settings
-from services.processes import Command, RestartRule
+from services.processes import PYTHON, Command, RestartRule
 from services.processes import run_processes as run_all
 
 _RULE = RestartRule(final=frozenset({1, 2}), all_or_none=False)
@@ -36,7 +35,7 @@ async def run_processes(
     not go on. Returns early when none is left that can. From `metrics_at` on each has its own metrics.
     """
     limit = [] if max_parked is None else ["--max-parked", str(max_parked)]
-    arguments = [sys.executable, "-m", "services.cli", "projector", "--until-input-ends", *limit]
+    arguments = [*PYTHON, "-m", "services.cli", "projector", "--until-input-ends", *limit]
     environment = {**os.environ, **settings.environment()}
     commands = []
     for number in range(processes):

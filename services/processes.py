@@ -19,6 +19,9 @@ from dataclasses import dataclass
 
 logger = logging.getLogger(__name__)
 
+PYTHON = (sys.executable, "-P")
+"""What runs a module of ours: -P, since it would import from the folder that the command was called in first."""
+
 STOP_SECONDS = 90.0
 """How long a process may take to end once it was told to: a gateway gives its requests 30 s, then hands over."""
 

@@ -5,15 +5,24 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from uuid import uuid4
 
 import psutil
 import pytest
 
+from ingest_gateway import processes as gateway_processes
+from projector import processes as projector_processes
+from projector.loading_process import load_in_processes
+from services.config import Settings
+from services.errors import ConfigurationError
+from services.log.position import Position
 from services.processes import Command, RestartRule, run_processes
+from services.views.checkpoints import Checkpoint
 from tests.integration.conditions import until
 
 WAIT = "import sys; sys.stdin.read()"
@@ -190,3 +199,38 @@ asyncio.run(until_told({told}))
             subprocess.run, arguments, stdin=subprocess.DEVNULL, timeout=SECONDS, check=False
         )
         assert done.returncode == expected
+
+
+@pytest.fixture
+def foreign_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current folder holds modules of names that processes of ours import."""
+    for name in ("asyncio", "click"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+
+
+WRONG = Settings(log_url="ftp://nowhere", listen="0.0.0.0:1", views_url="nowhere")
+"""What a process of ours refuses as soon as it runs."""
+
+
+@pytest.mark.usefixtures("foreign_folder")
+async def test_processes_of_a_gateway_run_no_code_of_the_current_folder() -> None:
+    with socket.socket() as listener:
+        ending = gateway_processes.run_processes(WRONG, "gateway", 2, listener, asyncio.Event())
+        assert await asyncio.wait_for(ending, SECONDS) == 2
+
+
+@pytest.mark.usefixtures("foreign_folder")
+async def test_processes_of_a_projector_run_no_code_of_the_current_folder() -> None:
+    ending = projector_processes.run_processes(WRONG, ["registry"], 2, asyncio.Event())
+    assert await asyncio.wait_for(ending, SECONDS) == 2
+
+
+@pytest.mark.usefixtures("foreign_folder")
+async def test_processes_of_a_replay_run_no_code_of_the_current_folder() -> None:
+    since = Checkpoint(uuid4(), Position(uuid4(), {}))
+    loading = load_in_processes(
+        *(WRONG, "registry", since, {0: 1}), processes=1, max_rate=None, max_parked=0, told=lambda *_: None
+    )
+    with pytest.raises(ConfigurationError):
+        await asyncio.wait_for(loading, SECONDS)
