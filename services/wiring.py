@@ -85,10 +85,21 @@ def open_blobs(settings: Settings) -> BlobStore:
 
 
 def open_views(settings: Settings) -> Views:
-    """The views that `settings.views_url` names. Connects to nothing yet. Raises ConfigurationError."""
+    """The views that `settings.views_url` names. Connects to nothing yet. Raises ConfigurationError.
+
+    Also when that is the log's file: the views would write to it beside the log's lock (see `write_lock`).
+    """
     from services.views.engine import Views
 
-    return Views(settings.views_url)
+    views = Views(settings.views_url)
+    if views.dialect == "sqlite" and settings.log_url.startswith(_SQLITE):
+        path = Path(str(views.engine.url.database))
+        if path.resolve() == Path(settings.log_url.removeprefix(_SQLITE)).resolve():
+            raise ConfigurationError(
+                f"ARTIFACT_STORE_LOG_URL and ARTIFACT_STORE_VIEWS_URL name one file, {path}; "
+                "give the views a file of their own"
+            )
+    return views
 
 
 @asynccontextmanager

@@ -11,6 +11,7 @@ import sqlite3
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -204,7 +205,7 @@ def _open_sqlite(url: URL) -> AsyncEngine:
     engine = create_async_engine(
         url, hide_parameters=True, connect_args={"timeout": _BUSY_SECONDS, "async_creator_fn": connect}
     )
-    event.listen(engine.sync_engine, "connect", _prepare_sqlite)
+    event.listen(engine.sync_engine, "connect", partial(_prepare_sqlite, Path(str(url.database))))
     event.listen(engine.sync_engine, "begin", _begin_sqlite)
     return engine
 
@@ -219,13 +220,35 @@ def _write_ahead(path: Path) -> None:
         raise UnavailableError(f"another process has been preparing {path} for more than {_BUSY_SECONDS} s")
     try:
         with closing(sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)) as connection:
+            _refuse_foreign(path, connection)
             connection.execute("PRAGMA journal_mode = WAL")
     finally:
         lock.release()
 
 
-def _prepare_sqlite(connection: Any, _record: object) -> None:
+def _refuse_foreign(path: Path, connection: Any) -> None:
+    """Raise ConfigurationError for a file with an application id, as the log of record has one: views have none.
+
+    They would write and checkpoint beside the log's lock, and whoever makes damaged views anew would remove the log.
+    """
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA application_id")
+    (application,) = cursor.fetchone()
+    cursor.close()
+    if application != 0:
+        raise ConfigurationError(
+            f"{path} holds a log or another program's data, not views; "
+            "set ARTIFACT_STORE_VIEWS_URL to a file of their own, and leave this one as it is"
+        )
+
+
+def _prepare_sqlite(path: Path, connection: Any, _record: object) -> None:
     """Take transactions away from the driver (it would begin them late), and set what lasts as long as a connection."""
+    try:
+        _refuse_foreign(path, connection)
+    except BaseException:  # the pool does not hold it yet, so nobody else would close it
+        connection.close()
+        raise
     connection.isolation_level = None
     cursor = connection.cursor()
     for pragma in ("synchronous = NORMAL", "temp_store = MEMORY"):
