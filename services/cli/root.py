@@ -15,6 +15,7 @@ import click
 
 from services.cli import output
 from services.cli.settings import SettingOption
+from services.cli.streams import open_missing_streams
 from services.errors import ArtifactStoreError
 
 Result = TypeVar("Result")
@@ -29,6 +30,7 @@ class Root(click.Group):
         self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
     ) -> None:
         """Run a command and end the process. Raises SystemExit."""
+        open_missing_streams()
         arguments = list(sys.argv[1:] if args is None else args)
         as_json = "--json" in arguments
         extra["standalone_mode"] = False
