@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from asyncpg.exceptions import ClientConfigurationError
 from sqlalchemy import Table, event, insert, inspect, select, text, update
-from sqlalchemy.engine import URL, Connection, make_url
+from sqlalchemy.engine import URL, Connection, Dialect, make_url
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
@@ -197,14 +198,40 @@ def _parse(url: str) -> URL:
     return parsed
 
 
+def _engine(url: URL, **options: Any) -> AsyncEngine:
+    """An engine that says what of the URL its driver cannot use: some of it here, the rest when it connects."""
+    try:
+        engine = create_async_engine(url, hide_parameters=True, **options)
+    except (ArgumentError, TypeError, ValueError):
+        raise _unusable() from None
+    event.listen(engine.sync_engine, "do_connect", _connect)
+    return engine
+
+
+def _connect(dialect: Dialect, _record: object, arguments: tuple[Any, ...], parameters: dict[str, Any]) -> Any:
+    try:
+        return dialect.connect(*arguments, **parameters)
+    except (TypeError, ValueError, OverflowError):
+        raise _unusable() from None
+    except dialect.loaded_dbapi.Error as error:
+        if isinstance(error.__cause__, ClientConfigurationError):  # what it takes, or which file; never a secret
+            raise _unusable(f" ({str(error.__cause__).splitlines()[0]})") from None
+        raise
+
+
+def _unusable(why: str = "") -> ConfigurationError:
+    return ConfigurationError(
+        f"ARTIFACT_STORE_VIEWS_URL holds something that the database's driver cannot use{why}: check host, port (up to "
+        "65535) and what follows a `?` (as ?ssl=require: asyncpg does not know libpq's sslmode)"
+    )
+
+
 def _open_sqlite(url: URL) -> AsyncEngine:
     try:
         Path(str(url.database)).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigurationError(f"the folder of the views file cannot be made: {error.strerror}") from error
-    engine = create_async_engine(
-        url, hide_parameters=True, connect_args={"timeout": _BUSY_SECONDS, "async_creator_fn": connect}
-    )
+    engine = _engine(url, connect_args={"timeout": _BUSY_SECONDS, "async_creator_fn": connect})
     event.listen(engine.sync_engine, "connect", partial(_prepare_sqlite, Path(str(url.database))))
     event.listen(engine.sync_engine, "begin", _begin_sqlite)
     return engine
@@ -244,11 +271,7 @@ def _refuse_foreign(path: Path, connection: Any) -> None:
 
 def _prepare_sqlite(path: Path, connection: Any, _record: object) -> None:
     """Take transactions away from the driver (it would begin them late), and set what lasts as long as a connection."""
-    try:
-        _refuse_foreign(path, connection)
-    except BaseException:  # the pool does not hold it yet, so nobody else would close it
-        connection.close()
-        raise
+    _refuse_foreign(path, connection)
     connection.isolation_level = None
     cursor = connection.cursor()
     for pragma in ("synchronous = NORMAL", "temp_store = MEMORY"):
@@ -263,9 +286,8 @@ def _begin_sqlite(connection: Connection) -> None:
 
 
 def _open_postgresql(url: URL) -> AsyncEngine:
-    return create_async_engine(
+    return _engine(
         url,
-        hide_parameters=True,
         pool_pre_ping=True,  # a database that was restarted costs no request its answer
         pool_size=5,
         max_overflow=10,
