@@ -19,7 +19,14 @@ from services.addresses import ListenAddress
 from services.config import Settings
 from services.core.commands import Acknowledgement, Command
 from services.core.wire import decode_check, decode_command, encode_acknowledgement, encode_error
-from services.errors import ArtifactStoreError, ConfigurationError, PushBackError, TooLargeError
+from services.errors import (
+    ArtifactStoreError,
+    ConfigurationError,
+    InvalidRequestError,
+    PushBackError,
+    TooLargeError,
+    UnavailableError,
+)
 from services.log.port import PartitionNotOwnedError, PartitionStatus
 from services.tracing import TRACEPARENT, traceparent
 
@@ -44,6 +51,15 @@ class Here(Protocol):
 
     def status_here(self) -> Sequence[PartitionStatus]:
         """How the partitions are that this process owns."""
+
+
+@contextmanager
+def _of_another_release() -> Iterator[None]:
+    """What cannot be read comes of another release of a gateway: not the client's fault, and over once all are one."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        raise UnavailableError(f"{error.detail}: the gateways are of different releases") from None
 
 
 class InternalListener:
@@ -109,13 +125,17 @@ class InternalListener:
 
     async def _command(self, request: web.Request) -> web.Response:
         async def carry_out(here: Here, body: bytes) -> bytes:
-            return encode_acknowledgement(await here.submit_here(decode_command(body)))
+            with _of_another_release():
+                command = decode_command(body)
+            return encode_acknowledgement(await here.submit_here(command))
 
         return await self._answer(request, carry_out)
 
     async def _check(self, request: web.Request) -> web.Response:
         async def carry_out(here: Here, body: bytes) -> bytes:
-            await here.check_ingest_here(*decode_check(body))
+            with _of_another_release():
+                asked = decode_check(body)
+            await here.check_ingest_here(*asked)
             return b""
 
         return await self._answer(request, carry_out)

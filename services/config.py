@@ -58,6 +58,17 @@ class Settings(BaseModel):
     def _options_from_json(cls, value: Any) -> Any:
         return json.loads(value) if isinstance(value, str) else value
 
+    @field_validator("internal_secret", "s3_access_key", "s3_secret_key", mode="before")
+    @classmethod
+    def _secret_of_a_file(cls, value: Any) -> Any:
+        """Without the newline that a file of a secret mostly ends in: it can be in no header."""
+        if not isinstance(value, str):
+            return value
+        value = value.strip()
+        if not value.isprintable():
+            raise ValueError("it holds a character that cannot be sent")
+        return value
+
     def __init__(self, **values: Any) -> None:
         """Raises ConfigurationError naming every value that is missing, unknown or out of range; never the value."""
         try:

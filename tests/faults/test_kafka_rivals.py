@@ -65,7 +65,14 @@ async def take_over(kafka: Settings, log: KafkaLog, partition: int, *, ours: boo
     states = States(kafka.state_dir.with_name("rivals"))
     return await asyncio.to_thread(
         lambda: Tenure(
-            log.kafka, log.cluster, partition, identity, states, is_ours=lambda: ours, stopping=lambda: False
+            log.kafka,
+            log.cluster,
+            partition,
+            identity,
+            states,
+            is_ours=lambda: ours,
+            stopping=lambda: False,
+            in_doubt=lambda: False,
         )
     )
 

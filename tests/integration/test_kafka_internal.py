@@ -19,7 +19,6 @@ from services.core.wire import encode_command
 from services.errors import (
     ConfigurationError,
     DuplicateRelativePathError,
-    InvalidRequestError,
     PushBackError,
     TooLargeError,
     UnavailableError,
@@ -129,12 +128,14 @@ async def test_a_gateway_that_is_only_starting_owns_nothing(listener: InternalLi
             await forwarder.submit(listener.url, create())
 
 
-async def test_a_body_that_is_no_command_is_refused(listener: InternalListener, writer: Answering) -> None:
+async def test_a_body_that_is_no_command_of_this_release_is_for_later(
+    listener: InternalListener, writer: Answering
+) -> None:
     headers = {"Authorization": f"Bearer {SECRET.get_secret_value()}", "Content-Type": CONTENT_TYPE}
     async with aiohttp.ClientSession(headers=headers) as session:
         for path in (COMMANDS_PATH, CHECKS_PATH):
             async with session.post(listener.url + path, data=b"\xff") as answer:
-                assert answer.status == InvalidRequestError.status
+                assert answer.status == UnavailableError.status
         async with session.post(listener.url + COMMANDS_PATH, data=BytesIO(bytes(MAX_BODY_BYTES + 1))) as answer:
             assert answer.status == TooLargeError.status
         async with session.get(listener.url + COMMANDS_PATH) as answer:

@@ -153,6 +153,39 @@ async def test_the_newest_two_snapshots_are_kept(kafka: Settings, log: KafkaLog,
         assert len(keys) == 4
 
 
+@pytest.mark.usefixtures("every_close_makes_a_snapshot")
+async def test_snapshots_that_nobody_can_use_stand_in_the_way_of_none(
+    kafka: Settings, log: KafkaLog, store: BlobStore
+) -> None:
+    """Those of another format of the file, and those that go further than the log does."""
+    async with writer_on(kafka, log, store) as writer:
+        await fill(writer)
+    prefix = f"snapshots/{await log.identity()}/0/"
+    made = await store.list_objects(prefix)
+    folder = made[0].removeprefix(prefix).partition("/")[0]
+    position, format_, token = folder.split("-")
+    strange = {
+        "newer format": f"{position}-{int(format_) + 1}-{token}",
+        "before there were formats": f"{position}-{token}",
+        "beyond the end": f"{10**9:020d}-{format_}-{token}",
+    }
+    for key in made:
+        for name in strange.values():
+            await store.put_object(key.replace(folder, name), await store.get_object(key) or b"")
+        await store.delete_object(key)
+    for _ in range(3):
+        shutil.rmtree(kafka.state_dir)
+        async with writer_on(kafka, log, store) as writer:
+            await fill(writer)
+    left = {key.removeprefix(prefix).partition("/")[0] for key in await store.list_objects(prefix)}
+    ours = left - set(strange.values())
+    assert len(ours) == 2
+    assert left - ours == {strange["newer format"], strange["beyond the end"]}
+    shutil.rmtree(kafka.state_dir)
+    async with writer_on(kafka, log, store) as writer:
+        assert await restored_from(writer) == {"snapshot"}
+
+
 async def test_a_snapshot_is_made_while_the_writer_serves(
     kafka: Settings, log: KafkaLog, store: BlobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from confluent_kafka import Producer, TopicPartition
 from services.config import Settings
 from services.errors import ConfigurationError, CorruptError, LogIdentityError, UnavailableError
 from services.log.kafka import KafkaLog, watch
+from services.log.kafka.cluster import Topic
 from services.log.position import Position
-from tests.contract.log_stage import Projection, ready
+from tests.contract.log_invariants import read_valid
+from tests.contract.log_stage import Projection, ready, settled
 from tests.integration.conditions import until
 from tests.integration.kafka_stage import create_in, kafka_settings, lone_writer, open_kafka_log, operate
 from tests.services.process import free_ports
@@ -188,9 +191,71 @@ async def test_a_topic_that_is_made_anew_under_a_writer_is_not_written_to(
 
         await until(noticed, 30, "the writer has not noticed that its topic is another one")
         for partition in range(3):
-            with pytest.raises(LogIdentityError, match="made anew"):
+            with pytest.raises(UnavailableError, match="made anew"):
                 await writer.submit(create_in(partition))
     assert [event async for event in log.read()] == []
+
+
+async def test_a_topic_that_grows_under_a_writer_is_not_written_to(
+    kafka: Settings, log: KafkaLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.log.kafka.writers._IDENTITY_SECONDS", 0.3)
+    async with lone_writer(kafka, log) as writer:
+        await ready(writer)
+        made = [create_in(n % 3) for n in range(30)]
+        await asyncio.gather(*map(writer.submit, made))
+        owners = [log.partition_of(command.package_id) for command in made]
+        added = [_admin.NewPartitions(log.kafka.topic, 5)]
+        await asyncio.to_thread(operate, log, lambda admin: admin.create_partitions(added))
+
+        async def noticed() -> bool:
+            return "has 5 partitions by now, it had 3" in (await writer.ready() or "")
+
+        await until(noticed, 30, "the writer has not noticed that its topic has grown")
+        with pytest.raises(UnavailableError, match="has 5 partitions by now"):
+            await writer.submit(made[0])
+        with pytest.raises(ConfigurationError, match="Restore it with as many as it had"):
+            _ = [event async for event in log.read(package_id=made[0].package_id)]
+        assert [log.partition_of(command.package_id) for command in made] == owners
+
+        async def left() -> bool:
+            return await asyncio.to_thread(log.cluster.members, log.kafka.writers_group) == []
+
+        await until(left, 30, "it keeps its partitions, although others may be sound")
+
+
+async def test_nothing_is_committed_while_the_topic_is_gone(
+    kafka: Settings, log: KafkaLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.log.kafka.writers._IDENTITY_SECONDS", 0.1)
+    topic, gone = log.cluster.topic, threading.Event()
+
+    def asked() -> Topic:
+        if gone.is_set():
+            raise ConfigurationError("Kafka has no such topic")
+        return topic()
+
+    monkeypatch.setattr("services.log.kafka.writer._REFUSE_SECONDS", 0.1)
+    async with lone_writer(kafka, log, submit_seconds=3.0) as writer:
+        await ready(writer)
+        await writer.submit(create_in(0))
+        monkeypatch.setattr(log.cluster, "topic", asked)
+        gone.set()
+        context = writer._context
+        assert context is not None
+        await until(lambda: _set(context.doubt), 30, "nobody doubts that the topic is there")
+        late = create_in(0)
+        with pytest.raises((UnavailableError, ConfigurationError)):
+            await writer.submit(late)
+        gone.clear()
+        await until(lambda: _set(context.doubt, wanted=False), 30, "it is doubted for ever")
+        await ready(writer)
+        await settled(writer, late)
+    assert len(await read_valid(log)) == 2
+
+
+async def _set(flag: threading.Event, *, wanted: bool = True) -> bool:
+    return flag.is_set() is wanted
 
 
 async def make_anew(log: KafkaLog) -> None:

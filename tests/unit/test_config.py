@@ -69,3 +69,13 @@ def test_no_secret_is_in_the_text_of_settings() -> None:
         internal_secret=SECRET,
     )
     assert SECRET not in repr(found) + str(found)
+
+
+def test_the_newline_that_a_file_of_a_secret_ends_in_is_no_part_of_it() -> None:
+    settings = Settings(internal_secret="correct horse\n", s3_secret_key="battery staple \r\n")
+    assert settings.internal_secret is not None
+    assert settings.internal_secret.get_secret_value() == "correct horse"
+    assert settings.s3_secret_key.get_secret_value() == "battery staple"
+    with pytest.raises(ConfigurationError, match=r"INTERNAL_SECRET: .*cannot be sent") as caught:
+        Settings(internal_secret="correct\nhorse")
+    assert "horse" not in str(caught.value)

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from confluent_kafka import KafkaError, KafkaException
 
 from services.config import Settings
-from services.errors import UnavailableError
+from services.errors import ConfigurationError, UnavailableError
 from services.log.kafka import clients
 from services.log.kafka import group as group_module
+from services.log.kafka.cluster import Member
 from services.log.kafka.group import WriterGroup
 from services.log.kafka.settings import KafkaSettings
 
@@ -57,6 +59,32 @@ def test_the_group_is_joined_again_whatever_went_wrong(
     group.start()
     assert joined.wait(30)
     assert group.trouble is not None
+    group.close()
+
+
+def test_a_group_that_may_not_be_asked_is_joined_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever gives way asks the group whether others are there; so does the writer that makes it give way."""
+    joined = Event()
+    monkeypatch.setattr(group_module, "make_consumer", lambda _: Quiet(joined))
+    monkeypatch.setattr(group_module, "_REJOIN_SECONDS", 0.0)
+    monkeypatch.setattr(group_module, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(group_module, "AWAY_SECONDS", (0.2, 0.4))
+    asked = []
+
+    def members(_group: str) -> list[Member]:
+        asked.append(joined.is_set())
+        if len(asked) == 1:
+            return [Member("other", "http://127.0.0.1:1", frozenset())]
+        raise ConfigurationError("no right to describe the group")
+
+    kafka = KafkaSettings.of(Settings(log_url="kafka://127.0.0.1:1/x", state_dir=tmp_path))
+    cluster = SimpleNamespace(members=members)
+    group = WriterGroup(kafka, cast("Any", cluster), "gateway", lambda _: None, lambda *_: None)
+    group.give_way("it cannot be written to")
+    group.start()
+    assert joined.wait(30)
+    assert len(asked) > 1, "it stayed away for a while, and asked"
+    group.give_way("it cannot be written to")
     group.close()
 
 

@@ -114,7 +114,16 @@ def test_what_is_no_whole_state_of_the_partition_is_discarded_with_a_line_in_the
     slot.release()
 
 
-@pytest.mark.parametrize("code", [sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN])
+@pytest.mark.parametrize(
+    "code",
+    [
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_IOERR_SHMSIZE,
+        sqlite3.SQLITE_IOERR_WRITE,
+    ],
+)
 def test_a_state_is_not_thrown_away_for_what_passes_by_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:

@@ -78,6 +78,17 @@ class Topic:
     partitions: int
     replicas: int
 
+    def difference(self, now: Topic) -> str | None:
+        """What makes it another log by now, if anything does."""
+        if now.identity != self.identity:
+            return f"the topic was made anew: it was log {self.identity}, it is log {now.identity}"
+        if now.partitions != self.partitions:
+            return (
+                f"the topic has {now.partitions} partitions by now, it had {self.partitions}: most packages would go "
+                "on in others than their events are in. Restore it with as many as it had"
+            )
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class Member:
@@ -101,10 +112,14 @@ class Cluster:
         self._made: AdminClient | None = None
 
     def topic(self) -> Topic:
-        """Describe the topic."""
+        """Describe the topic. Raises ConfigurationError: the brokers are too old."""
         name = self._kafka.topic
         found = self._ask("describing the topic", lambda admin: admin.describe_topics(TopicCollection([name])))[name]
         identity = UUID(bytes=base64.urlsafe_b64decode(f"{found.topic_id}=="))
+        if not identity.int:
+            raise ConfigurationError(
+                "the brokers give topics no identity (KIP-516), which tells logs apart: upgrade them"
+            )
         return Topic(identity, len(found.partitions), min(len(p.replicas) for p in found.partitions))
 
     def topic_settings(self) -> Mapping[str, str]:

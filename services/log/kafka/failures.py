@@ -61,6 +61,12 @@ def kafka_error(error: BaseException) -> KafkaError | None:
     return found if isinstance(found, KafkaError) else None
 
 
+def refusal(error: BaseException, doing: str) -> ArtifactStoreError | None:
+    """The error of our tree if the exception says that a right is missing; None for all others."""
+    found = kafka_error(error)
+    return explained(found, doing) if found is not None and found.code() in _FORBIDDEN else None
+
+
 def spoiled_by_record(error: BaseException) -> bool:
     """Whether a transaction failed for what is in its records, so that trying them again cannot help."""
     found = kafka_error(error)

@@ -81,7 +81,7 @@ class WriterGroup:
 
         Who is cut off from one broker alone stays a member, and would hold up its partitions for as long as that lasts.
         """
-        with suppress(UnavailableError):
+        with suppress(ConfigurationError, UnavailableError):
             if self._rejoin.is_set() or not self._others():
                 return
             if time.monotonic() - self._away_until > AWAY_SECONDS[1]:
@@ -122,14 +122,15 @@ class WriterGroup:
     def _stay_away(self) -> None:
         """Let others write for as long as was said, and as there are others."""
         while (left := self._away_until - time.monotonic()) > 0 and not self._closing.wait(min(left, _LOOK_SECONDS)):
-            with suppress(UnavailableError):
+            with suppress(ConfigurationError, UnavailableError):
                 if self._others() is False:
-                    return
+                    self._away_until = -math.inf
 
     def _run(self) -> None:
         while not self._closing.is_set():
             self._rejoin.clear()
             try:
+                self._stay_away()
                 self._be_member()
             except (ConfigurationError, UnavailableError) as error:
                 self._note(error.detail)
@@ -141,7 +142,6 @@ class WriterGroup:
                 _LOG.exception("the group of writers was left")
                 self._note(f"the group was left: {type(error).__name__}")
             self._closing.wait(_REJOIN_SECONDS)
-            self._stay_away()
 
     def _be_member(self) -> None:
         """Join, stay until told otherwise, leave."""

@@ -10,7 +10,7 @@ from typing import TypeVar
 from uuid import UUID
 
 from services.config import Settings
-from services.errors import CorruptError, InvalidPositionError, UnavailableError
+from services.errors import ConfigurationError, CorruptError, InvalidPositionError, UnavailableError
 from services.log.kafka import topic
 from services.log.kafka.cluster import Cluster, Topic
 from services.log.kafka.decoding import event_of, recorded
@@ -141,8 +141,13 @@ class KafkaLog:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
     async def _look(self) -> Topic:
-        self._topic = await self.blocking(self.cluster.topic)
-        return self._topic
+        found = await self.blocking(self.cluster.topic)
+        if self._topic is None:
+            self._topic = found
+        # Where a package's events lie follows from their number: it is that of the log that was opened.
+        elif found.identity == self._topic.identity and (grown := self._topic.difference(found)) is not None:
+            raise ConfigurationError(grown)
+        return found
 
     async def _checked_ends(self, starts: Mapping[int, int]) -> dict[int, int]:
         ends, earliest = await asyncio.gather(

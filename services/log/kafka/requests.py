@@ -56,7 +56,18 @@ class IngestCheck:
 class Request:
     """A command or a question, and who waits for the answer."""
 
-    __slots__ = ("answer", "asked", "came", "events", "failures", "last_failure", "moved", "size", "traceparent")
+    __slots__ = (
+        "answer",
+        "asked",
+        "came",
+        "events",
+        "failures",
+        "last_failure",
+        "moved",
+        "size",
+        "spoiled",
+        "traceparent",
+    )
 
     def __init__(
         self,
@@ -73,13 +84,22 @@ class Request:
         self.came = time.monotonic()
         self.failures = 0
         """How many transactions failed with it."""
-        self.last_failure: Exception | None = None
+        self.last_failure = "unknown"
+        """The kind of the last of these failures,"""
+        self.spoiled = False
+        """and whether it was for what is in the records."""
         self.events = 1
         """How many events it may become."""
         self.size = size_of(asked)
         """About how many bytes it takes while it waits."""
         if isinstance(asked, IngestFiles):
             self.events = len(asked.files)
+
+    def failed(self, kind: str, *, spoiled: bool) -> None:
+        """Count one more transaction that failed with it."""
+        self.failures += 1
+        self.last_failure = kind
+        self.spoiled = spoiled
 
 
 def size_of(asked: Command | IngestCheck) -> int:

@@ -1,9 +1,9 @@
 """Snapshots: copies of the partitions' state files in the blob store, for a writer that begins on an empty disk.
 
-A snapshot is a folder of named objects, `snapshots/<log>/<partition>/<position>-<token>/`: the file in parts, and last
-`index`, which makes it whole and has their digests. The newest two of a partition are kept. A snapshot that cannot be
-used is passed over: the log has everything. Parts are not compressed: most of them is digests, and zlib takes five
-times as long as all the rest to make them half as large.
+A snapshot is a folder of named objects, `snapshots/<log>/<partition>/<position>-<format>-<token>/`: the file in parts,
+and last `index`, which makes it whole and has their digests. The newest two of a partition are kept, of those that this
+release can use. A snapshot that cannot be used is passed over: the log has everything. Parts are not compressed: most
+of them is digests, and zlib takes five times as long as all the rest to make them half as large.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 from blake3 import blake3
 
 from services.errors import ArtifactStoreError, UnavailableError
-from services.log.kafka.state_file import Place, StateFile, copy_file
+from services.log.kafka.state_file import FORMAT, Place, StateFile, copy_file
 from services.log.port import PartitionNotOwnedError, SnapshotStore
 
 SNAPSHOT_OFFSETS = 50_000
@@ -63,6 +63,8 @@ class Snapshot:
 
     position: int
     prefix: str
+    format: int
+    """That of the state file in it."""
 
 
 @dataclass(slots=True)
@@ -92,7 +94,7 @@ class Snapshots:
         if new < wanted or self._closed.is_set():
             return
         if closing or (not busy and time.monotonic() > progress.not_before):
-            progress.running = self._thread.submit(self._make, place, path, progress, position - wanted)
+            progress.running = self._thread.submit(self._make, place, path, progress, position, wanted)
 
     def restored(self, partition: int, position: int) -> None:
         """A writer went on from the snapshot of this position: it need not be made again."""
@@ -129,16 +131,18 @@ class Snapshots:
         self._closed.set()
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _make(self, place: Place, path: Path, progress: _Progress, enough: int) -> None:
+    def _make(self, place: Place, path: Path, progress: _Progress, stands: int, wanted: int) -> None:
         """In the snapshots' thread. What goes wrong is logged: the next one may succeed, and nothing depends on it.
 
-        Nothing is to be done when there is one behind the position `enough`: made meanwhile, or by another process.
+        Nothing is to be done when there is one fewer than `wanted` offsets before where the file `stands`: made
+        meanwhile, or by another process. One that goes further is of a log that was cut off since.
         """
         began = time.monotonic()
         try:
-            if not progress.position and (newest := self.newest(place, set(), self._closed.is_set)) is not None:
-                progress.position = newest.position
-            if progress.position > enough:
+            if not progress.position:
+                whole = self._whole(place, self._closed.is_set)
+                progress.position = max((found.position for found in whole if found.position <= stands), default=0)
+            if progress.position > stands - wanted:
                 return
             _remove_leftovers(path.parent)
             with TemporaryDirectory(dir=path.parent, prefix=_TEMPORARY) as folder:
@@ -151,7 +155,7 @@ class Snapshots:
             progress.position = position
             took = time.monotonic() - began
             _LOG.info("a snapshot of partition %d at offset %d took %.2f s", place.partition, position, took)
-            self._prune(place)
+            self._prune(place, position)
         except (ArtifactStoreError, OSError) as error:
             text = error.detail if isinstance(error, ArtifactStoreError) else str(error.strerror)
             _LOG.warning("no snapshot of partition %d was made: %s", place.partition, text)
@@ -159,7 +163,8 @@ class Snapshots:
         progress.not_before = max(began + SNAPSHOT_SECONDS, ended + (ended - began) / SNAPSHOT_SHARE)
 
     def _upload(self, copy: Path, place: Place, position: int) -> None:
-        snapshot = Snapshot(position, f"{_prefix(place)}{position:020d}-{secrets.token_hex(4)}/")
+        folder = f"{position:020d}-{FORMAT}-{secrets.token_hex(4)}"
+        snapshot = Snapshot(position, f"{_prefix(place)}{folder}/", FORMAT)
         parts: list[dict[str, str]] = []
         size = 0
         with copy.open("rb") as source:
@@ -170,21 +175,25 @@ class Snapshots:
         index = {**_identity(place), "position": position, "size": size, "parts": parts}
         self._wait(self._store.put_object(f"{snapshot.prefix}index", json.dumps(index).encode()), self._closed.is_set)
 
-    def _prune(self, place: Place) -> None:
-        """Remove what is older than the newest KEPT; one that is not whole may be on its way if it is newer."""
-        whole = sorted(self._whole(place, self._closed.is_set))
+    def _prune(self, place: Place, position: int) -> None:
+        """Remove what is older than the newest KEPT up to this position; one that is not whole may be on its way.
+
+        Those of a newer format are for who knows it.
+        """
+        whole = sorted(found for found in self._whole(place, self._closed.is_set) if found.position <= position)
         if len(whole) < KEPT:
             return
         oldest_kept = whole[-KEPT]
         keys = self._wait(self._store.list_objects(_prefix(place)), self._closed.is_set)
         for key in sorted(keys, key=lambda key: not key.endswith("/index")):
             found = _snapshot_of(key, place)
-            if found is not None and found < oldest_kept:
+            if found is not None and found.format <= FORMAT and found < oldest_kept:
                 self._wait(self._store.delete_object(key), self._closed.is_set)
 
     def _whole(self, place: Place, stopping: Callable[[], bool]) -> list[Snapshot]:
         keys = self._wait(self._store.list_objects(_prefix(place)), stopping)
-        return [found for key in keys if key.endswith("/index") and (found := _snapshot_of(key, place)) is not None]
+        found = [_snapshot_of(key, place) for key in keys if key.endswith("/index")]
+        return [snapshot for snapshot in found if snapshot is not None and snapshot.format == FORMAT]
 
     def _index(self, snapshot: Snapshot, place: Place, stopping: Callable[[], bool]) -> dict[str, Any]:
         data = self._wait(self._store.get_object(f"{snapshot.prefix}index"), stopping)
@@ -242,8 +251,10 @@ def _part_key(snapshot: Snapshot, number: int) -> str:
 
 def _snapshot_of(key: str, place: Place) -> Snapshot | None:
     folder, _, _ = key.removeprefix(_prefix(place)).partition("/")
-    position, _, token = folder.partition("-")
-    return Snapshot(int(position), f"{_prefix(place)}{folder}/") if position.isdecimal() and token else None
+    position, *format_, token = folder.split("-")
+    if not position.isdecimal() or not token or not all(part.isdecimal() for part in format_):
+        return None
+    return Snapshot(int(position), f"{_prefix(place)}{folder}/", int(format_[0]) if format_ else 0)
 
 
 def _remove_leftovers(folder: Path) -> None:

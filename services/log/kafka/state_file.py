@@ -59,6 +59,18 @@ _PASSING = frozenset(
 )
 """What says nothing of the file itself. A state that is thrown away for it would be read from the log for minutes."""
 
+_NO_ROOM = frozenset(
+    {
+        sqlite3.SQLITE_IOERR_SHMSIZE,
+        sqlite3.SQLITE_IOERR_SHMOPEN,
+        sqlite3.SQLITE_IOERR_SHMMAP,
+        sqlite3.SQLITE_IOERR_WRITE,
+        sqlite3.SQLITE_IOERR_FSYNC,
+        sqlite3.SQLITE_IOERR_TRUNCATE,
+    }
+)
+"""Nor do these extended codes: what SQLite makes beside the file found no room, or could not be written."""
+
 _CACHE_KIB = 2 << 10
 _WAL_PAGES = 4_000
 _PURGE_ROWS = 2_000
@@ -461,8 +473,9 @@ def _explained(path: Path, *, opening: bool = False, reading: bool = False) -> I
     try:
         yield
     except sqlite3.Error as error:
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if code in _DAMAGE or (opening and code not in _PASSING):
+        extended = getattr(error, "sqlite_errorcode", 0)
+        code = extended & 0xFF
+        if code in _DAMAGE or (opening and code not in _PASSING and extended not in _NO_ROOM):
             raise UnusableStateError(f"{path.name} is damaged: {error}") from error
         raise StateFileError(f"the state file {path} cannot be used: {error}") from error
     except OSError as error:

@@ -76,8 +76,11 @@ class Tenure:
         *,
         is_ours: Callable[[], bool],
         stopping: Callable[[], bool],
+        in_doubt: Callable[[], bool],
     ) -> None:
         """Take over, if `is_ours` says at the last moment that the group has the partition assigned to this process.
+
+        Nothing is committed while `in_doubt` says that the topic may be another one by now.
 
         Raises:
             UnavailableError: the cluster cannot be reached, or another's open transaction hides the end of the log.
@@ -95,6 +98,7 @@ class Tenure:
         self._cluster = cluster
         self._partition = partition
         self._stopping = stopping
+        self._in_doubt = in_doubt
         self._tail: Reader | None = None
         self._producer: Producer | None = make_producer(kafka.producer(partition))
         try:
@@ -133,9 +137,14 @@ class Tenure:
     def commit(self, values: Sequence[bytes]) -> None:
         """End the transaction of these records' values; return when the tail has shown them all.
 
-        Raises whatever the client raises; also UnavailableError when something else is read back, or nothing in time.
+        Raises whatever the client raises; also UnavailableError when something else is read back, or nothing in time,
+        and when the topic may have been deleted.
         """
-        _open(self._producer).commit_transaction(COMMIT_SECONDS)
+        producer = _open(self._producer)
+        producer.flush(COMMIT_SECONDS)  # so that what was sent is where the topic was when it is asked
+        if self._in_doubt():
+            raise UnavailableError("the topic may not be the log's any more")
+        producer.commit_transaction(COMMIT_SECONDS)
         self.state.confirm(self._read_back(values), values[-1])
 
     def catch_up(self) -> bool:

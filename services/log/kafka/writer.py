@@ -27,6 +27,7 @@ from services.errors import (
     ArtifactStoreError,
     ConfigurationError,
     CorruptError,
+    LogIdentityError,
     PushBackError,
     RejectedError,
     UnavailableError,
@@ -34,7 +35,7 @@ from services.errors import (
 from services.log.kafka.aside import Asides
 from services.log.kafka.cluster import Cluster
 from services.log.kafka.deadlines import Deadlines
-from services.log.kafka.failures import spoiled_by_record
+from services.log.kafka.failures import refusal, spoiled_by_record
 from services.log.kafka.requests import CHECK_SECONDS, MAX_BATCH_BYTES, TOGETHER, IngestCheck, Request, Waiting, runs_of
 from services.log.kafka.restore import States
 from services.log.kafka.settings import KafkaSettings
@@ -96,6 +97,8 @@ class WriterContext:
     """Told, in the writer's thread, that the group has given the partition to another."""
     give_way: Callable[[str], None]
     """Told, in the writer's thread, that the partition cannot be written to from here, and why. Blocks."""
+    doubt: Flag
+    """Set while it is not known that the topic is still the log's."""
     counts: Counts
     turns: Turns
 
@@ -186,6 +189,10 @@ class PartitionWriter:
                     if not self._stop.is_set():
                         self._context.disowned(self.partition)
                     return
+                except LogIdentityError as error:  # nothing is wrong with what was asked
+                    self._note(error)
+                    self._refuse_all(UnavailableError(error.detail))
+                    return
                 except CorruptError as error:
                     self._note(error)
                     self._refuse_all(error)
@@ -195,6 +202,10 @@ class PartitionWriter:
                     self._refuse_all(error, _REFUSE_SECONDS)
                 # Everything else is met by taking over again: the state that the log gives says what has happened.
                 except Exception as error:  # noqa: BLE001 - see above; the cause is shown in `trouble` and logged
+                    if (refused := refusal(error, "writing")) is not None:
+                        self._note(refused)
+                        self._refuse_all(refused, _REFUSE_SECONDS)
+                        continue
                     self.helpless = self.since is None
                     self._context.counts.failed_tenures += 1
                     self._note(error)
@@ -227,6 +238,7 @@ class PartitionWriter:
             context.states,
             is_ours=self._is_ours,
             stopping=self._stop.is_set,
+            in_doubt=context.doubt.is_set,
         )
         asides = Asides(
             tenure.state,
@@ -281,8 +293,8 @@ class PartitionWriter:
             answers = self._answers(tenure, asides, runs)
         except Exception as error:
             for request in batch:
-                request.failures += 1
-                request.last_failure = error
+                # Not the exception itself, whose traceback holds this batch.
+                request.failed(type(error).__name__, spoiled=spoiled_by_record(error))
             held = [request for request in asides.cancel() if request not in batch]
             self._waiting.put_back([*batch, *held])
             raise
@@ -423,8 +435,8 @@ class PartitionWriter:
 
 def _given_up(request: Request) -> Exception:
     """The answer to a command that failed together with others and alone, and of which the log holds nothing."""
-    cause = request.last_failure
-    if cause is not None and spoiled_by_record(cause):
+    if request.spoiled and request.events == 1:
         return RejectedError("Kafka does not take an event of this command; nothing is recorded")
-    kind = type(cause).__name__ if cause is not None else "unknown"
-    return UnavailableError(f"the command's transaction failed {request.failures} times ({kind}); nothing is recorded")
+    # Each of several events may be small enough for the topic, but not what the client sends of them at once.
+    cause = "max.message.bytes of the topic is too small for it" if request.spoiled else request.last_failure
+    return UnavailableError(f"the command's transaction failed {request.failures} times ({cause}); nothing is recorded")

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from threading import Event as Flag
 from typing import TypeVar, cast
 from uuid import UUID
 
@@ -14,7 +15,8 @@ from services.clock import Clock, system_clock
 from services.config import Settings
 from services.core.commands import Acknowledgement, Command
 from services.core.limits import Limits
-from services.errors import ConfigurationError, LogIdentityError, PushBackError, UnavailableError
+from services.errors import ConfigurationError, PushBackError, UnavailableError
+from services.log.kafka.cluster import Topic
 from services.log.kafka.group import NO_URL, WriterGroup
 from services.log.kafka.log import KafkaLog
 from services.log.kafka.owners import Owner, Owners
@@ -43,7 +45,8 @@ _LOOK_SECONDS = 1.0
 """How often it is looked whether a forwarded command's owner still is: a frozen one neither answers nor refuses."""
 _FIRST_PAUSE = 0.02
 _LONGEST_PAUSE = 0.5
-_IDENTITY_SECONDS = 10.0
+_IDENTITY_SECONDS = 1.0
+"""How often it is looked whether the topic is still the log's: so much may be written to one that was made anew."""
 
 _T = TypeVar("_T")
 
@@ -84,7 +87,8 @@ class KafkaWriter:
         self._ending: list[PartitionWriter] = []
         self._context: WriterContext | None = None
         self._watch: asyncio.Task[None] | None = None
-        self._foreign: LogIdentityError | None = None
+        self._foreign: str | None = None
+        """What makes the topic another log than the one that was opened."""
         self._under_way = _UnderWay()
         self._moving: set[asyncio.Task[Acknowledgement]] = set()
         self._counts = Counts()
@@ -97,10 +101,11 @@ class KafkaWriter:
         await self._log.check()
         if self._snapshot_store is not None:
             self._snapshots = Snapshots(self._snapshot_store, asyncio.get_running_loop())
+        topic = await self._log.blocking(self._log.cluster.topic)
         self._context = WriterContext(
             kafka=self._log.kafka,
             cluster=self._log.cluster,
-            identity=await self._log.identity(),
+            identity=topic.identity,
             limits=self._limits,
             put_manifest=self._put_manifest,
             clock=self._clock,
@@ -110,11 +115,12 @@ class KafkaWriter:
             holds=self._group.holds,
             disowned=self._disowned,
             give_way=self._group.give_way,
+            doubt=Flag(),
             counts=self._counts,
             turns=Turns(),
         )
         self._group.start()
-        self._watch = asyncio.create_task(self._watch_identity(self._context.identity), name="log-identity")
+        self._watch = asyncio.create_task(self._watch_topic(topic, self._context.doubt), name="log-identity")
 
     def submit(self, command: Command) -> Awaitable[Acknowledgement]:
         """See `CommandWriter`. What this process's own writer takes needs no task and no coroutine."""
@@ -149,7 +155,7 @@ class KafkaWriter:
         if self._context is None:
             return "the log's writers are not started"
         if self._foreign is not None:
-            return self._foreign.detail
+            return self._foreign
         owners = await self._owners.all()
         for p in range(await self._log.partitions()):
             writer, owner = self._writers.get(p), owners.get(p)
@@ -257,7 +263,7 @@ class KafkaWriter:
         with self._under_way:
             while True:
                 if self._foreign is not None:
-                    raise self._foreign
+                    raise UnavailableError(self._foreign)
                 trouble = f"partition {partition} has no writer now"
                 try:
                     if partition in self._writers:
@@ -313,7 +319,7 @@ class KafkaWriter:
         """Let this process's writer carry it out. Raises PartitionNotOwnedError, and as `PartitionWriter.submit`."""
         writer = self._writers.get(partition)
         if self._foreign is not None:
-            raise self._foreign
+            raise UnavailableError(self._foreign)
         if writer is None:
             raise PartitionNotOwnedError("this process does not write to the package's partition")
         return writer.submit(asked)
@@ -342,19 +348,28 @@ class KafkaWriter:
         self._writers.pop(partition, None)
         self._group.rejoin()
 
-    async def _watch_identity(self, identity: UUID) -> None:
-        """Stop writing when the topic was made anew under our feet: what we know of the packages is not in it."""
+    async def _watch_topic(self, opened: Topic, doubt: Flag) -> None:
+        """Stop writing when the topic was made anew, or grew: what we know of the packages is not where it should be.
+
+        A client goes on with another topic of that name as if nothing had been. While there is none, nothing is
+        committed.
+        """
         while True:
             await asyncio.sleep(_IDENTITY_SECONDS)
             try:
-                now = await self._log.identity()
-            except (UnavailableError, ConfigurationError):
+                self._foreign = opened.difference(await self._log.blocking(self._log.cluster.topic))
+            except UnavailableError:
                 continue
-            if now != identity:
-                self._foreign = LogIdentityError(f"the topic was made anew: it was log {identity}, it is log {now}")
-                for writer in list(self._writers.values()):
-                    writer.stop()
-                return
+            except ConfigurationError:
+                doubt.set()
+                continue
+            if self._foreign is None:
+                doubt.clear()
+                continue
+            doubt.set()
+            # Others may be sound, and find no owner as long as this process is one.
+            await asyncio.to_thread(self._group.close)
+            return
 
 
 def _refused(error: PushBackError) -> asyncio.Future[Acknowledgement]:
