@@ -25,6 +25,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from services.core.retention import RETENTION_CLASSES
 from services.errors import ConfigurationError, UnavailableError
 from services.file_lock import FileLock
+from services.folders import make_folder
 from services.views.failures import database_errors
 from services.views.projections import PROJECTIONS, Projection
 from services.views.sqlite_connection import connect
@@ -228,7 +229,7 @@ def _unusable(why: str = "") -> ConfigurationError:
 
 def _open_sqlite(url: URL) -> AsyncEngine:
     try:
-        Path(str(url.database)).parent.mkdir(parents=True, exist_ok=True)
+        make_folder(Path(str(url.database)).parent)  # durably: blobs and log may come to lie in it
     except OSError as error:
         raise ConfigurationError(f"the folder of the views file cannot be made: {error.strerror}") from error
     engine = _engine(url, connect_args={"timeout": _BUSY_SECONDS, "async_creator_fn": connect})

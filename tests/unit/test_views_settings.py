@@ -1,0 +1,38 @@
+"""A views URL that the database's driver cannot use is a setting to mend, whenever the driver notices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from services.errors import ConfigurationError, UnavailableError
+from services.views.engine import Views
+
+SECRET = "w0rd-that-nobody-sees"
+POSTGRESQL = f"postgresql+asyncpg://ada:{SECRET}@127.0.0.1:1/views"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"{POSTGRESQL}?sslmode=require",
+        f"{POSTGRESQL}?ssl=foo",
+        f"{POSTGRESQL}?ssl=verify-full&sslrootcert=nowhere",
+        f"{POSTGRESQL}?prepared_statement_cache_size=abc",
+        f"{POSTGRESQL}?statement_cache_size=abc",
+        POSTGRESQL.replace(":1/", ":99999/"),
+        POSTGRESQL.replace("127.0.0.1", "a..b"),
+        "sqlite+aiosqlite:///{folder}/views.db?timeout=abc",
+    ],
+)
+async def test_what_the_driver_cannot_use_is_a_wrong_setting_and_is_not_shown(url: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="ARTIFACT_STORE_VIEWS_URL") as refused:
+        await Views(url.replace("{folder}", str(tmp_path))).check()
+    assert SECRET not in refused.value.detail
+
+
+@pytest.mark.parametrize("url", [POSTGRESQL, f"{POSTGRESQL}?ssl=require"])
+async def test_a_database_that_is_not_there_is_no_wrong_setting(url: str) -> None:
+    with pytest.raises(UnavailableError):
+        await Views(url).check()
