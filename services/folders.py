@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -13,6 +14,18 @@ def make_folder(folder: Path) -> None:
     make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
     sync_folder(folder.parent)
+
+
+def secure_folder(folder: Path) -> None:
+    """Make the names of a folder, and of those above it, durable although they are there. Blocks. Raises OSError.
+
+    Whoever made one may not have come to that yet, or died before it.
+    """
+    folder = folder.resolve()
+    while not folder.is_mount():  # what it is mounted on was there before
+        folder = folder.parent
+        with suppress(PermissionError):  # one that we may not read is not where we made anything
+            sync_folder(folder)
 
 
 def sync_folder(folder: Path) -> None:

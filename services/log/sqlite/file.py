@@ -21,7 +21,7 @@ from services.errors import (
     UnavailableError,
 )
 from services.file_lock import FileLock
-from services.folders import make_folder
+from services.folders import make_folder, secure_folder
 
 PARTITION = 0
 """The only partition."""
@@ -113,6 +113,7 @@ def create_file(path: Path) -> None:
                 return
             if connection.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
                 raise ConfigurationError(f"the file system of {path} has no shared memory; put the log on a local disk")
+            secure_folder(path.parent)  # before anybody takes this for a log, and appends to it
             connection.execute("BEGIN IMMEDIATE")
             for table in _TABLES:
                 connection.execute(table)
