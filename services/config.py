@@ -81,9 +81,13 @@ class Settings(BaseModel):
         """Read `.env` in the current folder, then the environment, then `overrides` (None is skipped); last one wins.
 
         Raises:
-            ConfigurationError: an unknown `ARTIFACT_STORE_*` name, or a value that breaks its rule.
+            ConfigurationError: an unknown `ARTIFACT_STORE_*` name, a value that breaks its rule, or `.env` is no text.
         """
-        found = {**{k: v for k, v in dotenv_values(".env").items() if v is not None}, **os.environ}
+        try:
+            file = dotenv_values(".env")
+        except UnicodeDecodeError:
+            raise ConfigurationError("the file .env in this folder is not UTF-8: save it in that encoding") from None
+        found = {**{k: v for k, v in file.items() if v is not None}, **os.environ}
         values: dict[str, Any] = {}
         unknown: list[str] = []
         for name, value in found.items():

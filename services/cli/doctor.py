@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -173,7 +174,8 @@ def _disk(settings: Settings) -> Finding:
     if settings.log_url.startswith("sqlite"):
         folders.append(_sqlite_file(settings.log_url))
     if settings.blobs_url.startswith("file:"):
-        folders.append(_local_folder(settings))
+        with suppress(ValueError):  # an address that cannot be read was found before
+            folders.append(_local_folder(settings))
     free = {folder: shutil.disk_usage(_nearest(folder)).free for folder in folders}
     tight = [f"{folder}: {left >> 20} MiB" for folder, left in free.items() if left < _LEAST_FREE_BYTES]
     if tight:

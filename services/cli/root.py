@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import traceback
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -61,6 +62,11 @@ class Root(click.Group):
             where = f"{error.filename}: " if error.filename else ""
             output.complain_plainly("system", f"{where}{error.strerror or error}", as_json=as_json)
             code = _FAILED
+        except Exception as error:
+            if not as_json:
+                raise  # the traceback is what whoever mends this needs
+            output.complain_plainly("internal", _unforeseen(error), as_json=True)
+            code = _FAILED
         sys.exit(code if isinstance(code, int) else 0)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -75,6 +81,15 @@ class Root(click.Group):
         for title, records in sections.items():
             with formatter.section(title):
                 formatter.write_dl(records)
+
+
+def _unforeseen(error: Exception) -> str:
+    """What happened and where; the error's own text may hold a secret."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return (
+        f"an error that was not foreseen: {type(error).__name__} in {place.filename}, line {place.lineno}; without "
+        "--json all of it is shown"
+    )
 
 
 def run(main: Coroutine[Any, Any, Result], *, many_bytes: bool = False) -> Result:

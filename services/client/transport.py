@@ -51,11 +51,16 @@ class Transport:
 
     def __init__(self, url: str, policy: RetryPolicy, notify: Notify | None = None) -> None:
         """Raises ConfigurationError when `url` is no plain `http(s)://host[:port][/prefix]`."""
-        parts = urlsplit(url)
+        form = ConfigurationError("the gateway's URL (ARTIFACT_STORE_URL) must have the form http(s)://host[:port]")
+        try:
+            parts = urlsplit(url)
+            _ = parts.port  # which is read only now
+        except ValueError:
+            raise form from None
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise ConfigurationError("the gateway's URL must have the form http(s)://host[:port]")
+            raise form
         if parts.username is not None or parts.password is not None:
-            raise ConfigurationError("the gateway's URL must not hold credentials")
+            raise ConfigurationError("the gateway's URL (ARTIFACT_STORE_URL) must not hold credentials")
         self.url = url.rstrip("/")
         self.policy = policy
         self.notify = notify

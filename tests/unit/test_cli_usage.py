@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from services.cli import main
-from services.cli.settings import SETTINGS, metadata_of
+from services.cli.settings import SETTINGS, Invocation, metadata_of
 from services.config import PREFIX, Settings
 
 COMMANDS = {
@@ -81,6 +81,14 @@ def test_help_needs_nothing_heavy() -> None:
         ["packages", "--log-url", "ftp://x"],
         ["packages", "--log-url", "kafka://localhost:1/x"],
         ["packages", "--url", "not a url"],
+        ["packages", "--url", "http://[::1"],
+        ["packages", "--url", "http://127.0.0.1:99999"],
+        ["status", "--log-url", "kafka://[::1:9092/x"],
+        ["packages", "--blobs-url", "file://[x"],
+        ["packages", "--views-url", "sqlite+aiosqlite:///views.db?timeout=abc"],
+        ["gateway", "--insecure", "--listen", "a..b:1"],
+        ["gateway", "--insecure", "--listen", "a..b:1", "--processes", "2", "--log-url", "kafka://localhost:1/x"],
+        ["gateway", "--insecure", "--listen", f"{'a' * 300}:1"],
     ],
 )
 def test_wrong_usage_is_exit_code_2_and_says_what_is_wrong(arguments: list[str]) -> None:
@@ -100,6 +108,45 @@ def test_an_unknown_setting_in_the_environment_is_exit_code_2() -> None:
     done = run("packages", **{f"{PREFIX}LOGURL": "x"})
     assert done.exit_code == 2
     assert f"unknown setting {PREFIX}LOGURL" in done.stderr
+
+
+def test_brokers_may_be_named_by_ipv6_addresses_in_any_place() -> None:
+    done = run("packages", "--log-url", "kafka://localhost:1,[::1]:1/x")
+    assert "a Kafka log is written through a gateway" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "part"),
+    [
+        ("--log-url", "kafka://[::1:9092/x", "log"),
+        ("--blobs-url", "file://[x", "blobs"),
+        ("--views-url", "postgresql+asyncpg://ada:hunter2@localhost:1/x?sslmode=require", "views"),
+        ("--url", "http://127.0.0.1:99999", "gateway"),
+    ],
+)
+def test_an_address_that_cannot_be_read_is_a_finding_of_doctor(flag: str, value: str, part: str) -> None:
+    done = run("doctor", flag, value, "--json")
+    assert done.exit_code == 1
+    assert "hunter2" not in done.output
+    wrong = [finding for finding in json.loads(done.stdout)["findings"] if not finding["ok"]]
+    assert [finding["part"] for finding in wrong] == [part]
+    assert PREFIX in wrong[0]["cause"]
+
+
+def test_an_error_that_nobody_foresaw_is_a_problem_document_too_and_shows_no_text_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(_: Invocation) -> Settings:
+        raise RuntimeError("hunter2")
+
+    monkeypatch.setattr(Invocation, "settings", fail)
+    done = run("packages", "--json")
+    assert (done.exit_code, done.stdout) == (1, "")
+    problem = json.loads(done.stderr)
+    assert problem["type"] == "urn:artifact-store:problem:internal"
+    assert f"RuntimeError in {__file__}" in problem["detail"]
+    assert "hunter2" not in done.stderr
+    assert isinstance(run("packages").exception, RuntimeError)  # people get the traceback
 
 
 def test_a_flag_overrides_the_environment_and_the_command_the_group(tmp_path: Path) -> None:

@@ -35,6 +35,13 @@ def test_the_environment_wins_over_the_file_and_arguments_win_over_both(
     assert Settings.from_env(listen="127.0.0.1:3").listen == "127.0.0.1:3"
 
 
+def test_a_file_that_is_no_text_is_refused_by_its_name(nowhere: Path) -> None:
+    (nowhere / ".env").write_bytes(f"{PREFIX}S3_SECRET_KEY={SECRET}\xff\n".encode("latin-1"))
+    with pytest.raises(ConfigurationError, match=r"\.env") as caught:
+        Settings.from_env()
+    assert SECRET not in caught.value.detail
+
+
 @pytest.mark.parametrize("name", ["LISTEM", "listen", "URL_"])
 def test_an_unknown_name_is_refused_with_the_known_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(PREFIX + name, "x")
