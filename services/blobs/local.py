@@ -36,7 +36,7 @@ from services.blobs.port import (
 )
 from services.blobs.upload_states import sweep_states
 from services.errors import CorruptError, UnavailableError
-from services.folders import make_folder, sync_folder
+from services.folders import make_folder, secure_folder, sync_folder
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -216,6 +216,7 @@ class LocalBlobStore:
 
         def create() -> None:
             make_folder(self._root)
+            secure_folder(self._root)
             self._make_folder(self._incoming)
 
         await self._work(create)

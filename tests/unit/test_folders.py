@@ -13,7 +13,7 @@ import pytest
 from services.config import Settings
 from services.folders import secure_folder
 from services.log.sqlite import file
-from services.wiring import open_views, parts
+from services.wiring import open_blobs, open_views, parts
 
 Steps = list[Path | int]
 """A folder that was made, or the inode of one that was synced."""
@@ -80,3 +80,14 @@ def test_a_log_is_none_before_the_folders_that_another_process_has_just_made_are
     monkeypatch.setattr(file, "secure_folder", secure)
     file.create_file(path)
     assert (not_durable(steps), there) == ([], [0])
+
+
+async def test_the_name_of_a_blob_folder_that_another_process_has_just_made_is_durable(
+    tmp_path: Path, steps: Steps
+) -> None:
+    root = tmp_path / "new" / "blobs"
+    root.mkdir(parents=True)
+    store = open_blobs(Settings(blobs_url=f"file:{root}"))
+    await store.migrate()
+    await store.close()
+    assert not_durable(steps) == []
