@@ -29,7 +29,9 @@ def synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     sync = os.fsync
 
     def watched(file: int) -> None:
-        found.append(Path(f"/proc/self/fd/{file}").readlink().relative_to(tmp_path).as_posix())
+        path = Path(f"/proc/self/fd/{file}").readlink()
+        if path.is_relative_to(tmp_path):
+            found.append(path.relative_to(tmp_path).as_posix())
         sync(file)
 
     monkeypatch.setattr(os, "fsync", watched)
@@ -74,7 +76,7 @@ async def test_a_folder_of_blobs_that_is_made_is_found_after_a_power_cut(tmp_pat
     store = LocalBlobStore(tmp_path / "data" / "blobs")
     await store.migrate()
     await store.close()
-    assert synced == [".", "data", "data/blobs"]
+    assert {".", "data", "data/blobs"} <= set(synced)
 
 
 async def test_the_folder_of_a_named_object_is_made_durable_and_again_once_it_was_removed(
