@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from services.cli.output import answer, raw
+from services.cli.output import answer, say
 from services.cli.root import run
 from services.cli.settings import common_options, invocation
 
@@ -50,7 +50,7 @@ def doctor() -> None:
         answer({"ok": all(f.ok for f in findings), "findings": [asdict(f) for f in findings]})
     else:
         for finding in findings:
-            raw(f"{'ok   ' if finding.ok else 'WRONG'}  {finding.part}{_said(finding)}".encode())
+            say(f"{'ok   ' if finding.ok else 'WRONG'}  {finding.part}{_said(finding)}")
     if not all(finding.ok for finding in findings):
         click.get_current_context().exit(1)
 

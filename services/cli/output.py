@@ -26,18 +26,23 @@ _SECONDS_ELSEWHERE = 10.0
 def answer(result: Mapping[str, Any], text: str | None = None) -> None:
     """Print a result: one JSON object, or `text`, or else its entries one a line."""
     if invocation().as_json:
-        raw(json.dumps(result, ensure_ascii=False).encode())
+        say(json.dumps(result, ensure_ascii=False))
     elif text is not None:
-        raw(text.encode())
+        say(text)
     else:
         width = max(len(name) for name in result)
         lines = (f"{name.replace('_', ' '):<{width}}  {_plain(value)}" for name, value in result.items())
-        raw("\n".join(lines).encode())
+        say("\n".join(lines))
 
 
-def raw(line: bytes) -> None:
+def raw(text: bytes) -> None:
     """Print bytes and a line end."""
-    click.echo(line)
+    click.echo(text)
+
+
+def say(text: str) -> None:
+    """Print a line, or several. A path need not be UTF-8: what is not is shown by its code, as JSON shows it."""
+    raw(text.encode(errors="backslashreplace"))
 
 
 def remark(text: str) -> None:
@@ -76,7 +81,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print rows for people: a table on a terminal, tabs between the values elsewhere."""
     if not sys.stdout.isatty():
         for row in rows:
-            raw("\t".join(_plain(value) for value in row).encode())
+            say("\t".join(_plain(value) for value in row))
         return
     from rich.console import Console
     from rich.table import Table
@@ -159,5 +164,5 @@ def _plain(value: object) -> str:
     if value is None:
         return "-"
     if isinstance(value, dict | list):
-        return json.dumps(value, ensure_ascii=False)
-    return str(value)
+        value = json.dumps(value, ensure_ascii=False)
+    return str(value).encode(errors="backslashreplace").decode()

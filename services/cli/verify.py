@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from services.cli.output import ProgressLine, answer, raw
+from services.cli.output import ProgressLine, answer, say
 from services.cli.root import run
 from services.cli.settings import common_options, invocation
 from services.cli.signals import end_as_interrupted
@@ -40,7 +40,7 @@ def verify(*, check_bytes: bool, remove_orphans: bool) -> None:
         violations = found.pop("violations")
         answer(found)
         for violation in violations:
-            raw(f"{violation['kind']}  {violation['place']}: {violation['detail']}".encode())
+            say(f"{violation['kind']}  {violation['place']}: {violation['detail']}")
     if not report.clean:
         click.get_current_context().exit(1)
 

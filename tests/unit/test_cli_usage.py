@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from services.cli import main
+from services.cli.output import table
 from services.cli.settings import SETTINGS, Invocation, metadata_of
 from services.config import PREFIX, Settings
 
@@ -131,6 +134,28 @@ def test_an_address_that_cannot_be_read_is_a_finding_of_doctor(flag: str, value:
     wrong = [finding for finding in json.loads(done.stdout)["findings"] if not finding["ok"]]
     assert [finding["part"] for finding in wrong] == [part]
     assert PREFIX in wrong[0]["cause"]
+
+
+def test_a_path_that_is_not_utf_8_is_shown_by_the_codes_of_what_is_not(tmp_path: Path) -> None:
+    name = os.fsdecode(b"a \xff")
+    (tmp_path / name).mkdir()  # which is no file
+    where = ("--log-url", f"sqlite:///{tmp_path}/{name}")
+    as_text, as_json = run("doctor", *where), run("doctor", *where, "--json")
+    assert (as_text.exit_code, as_json.exit_code) == (1, 1)
+    assert "/a \\udcff: " in as_text.stdout
+    causes = [finding["cause"] or "" for finding in json.loads(as_json.stdout)["findings"]]
+    assert any(f"/{name}: " in cause for cause in causes)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_table_shows_what_is_not_utf_8_by_its_code(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = BytesIO()
+    stream = TextIOWrapper(written, encoding="utf-8")
+    monkeypatch.setattr(stream, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(sys, "stdout", stream)
+    table(["path"], [[os.fsdecode(b"a \xff")]])
+    stream.flush()
+    assert b"a \\udcff" in written.getvalue()
 
 
 def test_an_error_that_nobody_foresaw_is_a_problem_document_too_and_shows_no_text_of_its_own(
