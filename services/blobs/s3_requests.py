@@ -349,6 +349,9 @@ class _Explained:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: object) -> None:
         if isinstance(error, TimeoutError):
             reason = f"gave no answer in time (at most {self._limit:.0f} s, {CONNECT_SECONDS:.0f} s to connect)"
+        elif isinstance(error, aiohttp.ClientSSLError):
+            # Not trouble that passes by itself. The number in it is one of OpenSSL's, not of the system's.
+            raise self._requests.unavailable(_insecure(error)) from None
         elif isinstance(error, aiohttp.ClientConnectorError):
             cause = error.os_error
             reason = f"cannot be reached ({os.strerror(cause.errno) if cause.errno else type(cause).__name__})"
@@ -357,6 +360,17 @@ class _Explained:
         else:
             return
         raise StoreTroubleError(str(self._requests.unavailable(reason))) from None
+
+
+def _insecure(error: aiohttp.ClientSSLError) -> str:
+    if not isinstance(error, aiohttp.ClientConnectorCertificateError):
+        reason = getattr(error.os_error, "reason", None) or type(error).__name__
+        return f"makes no TLS connection ({reason}): without TLS, ARTIFACT_STORE_BLOBS_URL must begin with s3+http:"
+    reason = getattr(error.certificate_error, "verify_message", "") or type(error).__name__
+    return (
+        f"has a certificate that is not trusted ({reason}): the file in SSL_CERT_FILE must hold its authority's "
+        "certificate, and ARTIFACT_STORE_BLOBS_URL the name that it was made for"
+    )
 
 
 async def _slices(body: PartBuffer) -> AsyncIterator[bytes]:
