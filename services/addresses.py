@@ -23,6 +23,10 @@ class ListenAddress:
         host = host.removeprefix("[").removesuffix("]")
         if not host or not port.isascii() or not port.isdigit() or int(port) > _LAST_PORT:
             raise ValueError("it must be HOST:PORT, as 127.0.0.1:9464 or [::1]:9464")
+        try:
+            host.encode("idna")  # as the resolver does, which tells it in no way that callers expect
+        except UnicodeError:
+            raise ValueError("its host is no name that can be") from None
         return cls(host, int(port))
 
     def of_process(self, number: int) -> ListenAddress:
