@@ -32,6 +32,7 @@ from services.core.commands import Command, IngestFiles
 from services.core.decide import Decision, acknowledge, decide, decide_together
 from services.core.limits import Limits
 from services.core.state import PackageState
+from services.log.kafka.context import WriterContext
 from services.log.kafka.partitioner import partition_of
 from services.log.kafka.reader import Reader
 from services.log.kafka.requests import Request, Waiting, runs_of
@@ -39,7 +40,7 @@ from services.log.kafka.settings import KafkaSettings
 from services.log.kafka.state import PartitionState
 from services.log.kafka.state_file import Place, StateFile
 from services.log.kafka.tenure import records_of
-from services.log.kafka.writer import PartitionWriter, WriterContext
+from services.log.kafka.writer import PartitionWriter
 
 _PACKAGES = 15
 _FILES = 64

@@ -15,8 +15,9 @@ import pytest
 
 from services.core.commands import IngestFiles
 from services.errors import RejectedError, UnavailableError
+from services.log.kafka.context import Counts
 from services.log.kafka.requests import Request
-from services.log.kafka.writer import Counts, PartitionWriter, _given_up
+from services.log.kafka.writer import PartitionWriter, _given_up
 from services.log.port import PartitionNotOwnedError
 from tests.integration.kafka_stage import create_in
 from tests.unit.commands import stored

@@ -11,18 +11,13 @@ import asyncio
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from threading import Event as Flag
 from threading import Thread
 from typing import Any
-from uuid import UUID
 
-from services.clock import Clock
 from services.core.commands import Acknowledgement, Command, IngestFiles
 from services.core.decide import acknowledge, check_ingest, decide, decide_together
-from services.core.limits import Limits
 from services.errors import (
     ArtifactStoreError,
     ConfigurationError,
@@ -33,16 +28,13 @@ from services.errors import (
     UnavailableError,
 )
 from services.log.kafka.aside import Asides
-from services.log.kafka.cluster import Cluster
+from services.log.kafka.context import WriterContext
 from services.log.kafka.deadlines import Deadlines
 from services.log.kafka.failures import refusal, spoiled_by_record
 from services.log.kafka.requests import CHECK_SECONDS, MAX_BATCH_BYTES, TOGETHER, IngestCheck, Request, Waiting, runs_of
-from services.log.kafka.restore import States
-from services.log.kafka.settings import KafkaSettings
 from services.log.kafka.state import TIDY_SECONDS, PartitionState
 from services.log.kafka.tenure import Staged, Tenure
-from services.log.kafka.turns import Turns
-from services.log.port import PartitionNotOwnedError, PartitionStatus, PutManifest
+from services.log.port import PartitionNotOwnedError, PartitionStatus
 from services.tracing import TRACEPARENT
 
 _IDLE_SECONDS = 5.0
@@ -61,46 +53,6 @@ _LOG = logging.getLogger(__name__)
 
 _Outcome = Acknowledgement | Exception | None
 """What becomes of a request once its batch is appended; None says that a check passed."""
-
-
-@dataclass(slots=True)
-class Counts:
-    """What the writers of a process have counted; each number only grows, whichever thread looks."""
-
-    takeovers: Counter[str] = field(default_factory=Counter)
-    """By what the state was restored from."""
-    takeover_seconds: float = 0.0
-    """Of all of them together."""
-    failed_tenures: int = 0
-    """How often a partition was taken over again because something went wrong."""
-    pushed_back: int = 0
-    """Requests that were told to come again later."""
-
-
-@dataclass(frozen=True, slots=True)
-class WriterContext:
-    """What the writers of a process share."""
-
-    kafka: KafkaSettings
-    cluster: Cluster
-    identity: UUID
-    limits: Limits
-    put_manifest: PutManifest
-    clock: Clock
-    loop: asyncio.AbstractEventLoop
-    submit_seconds: float
-    """How long a request may wait for its answer."""
-    states: States
-    holds: Callable[[int], bool | None]
-    """Asks the group whether the partition is this process's; None when it cannot say now. Blocks."""
-    disowned: Callable[[int], None]
-    """Told, in the writer's thread, that the group has given the partition to another."""
-    give_way: Callable[[str], None]
-    """Told, in the writer's thread, that the partition cannot be written to from here, and why. Blocks."""
-    doubt: Flag
-    """Set while it is not known that the topic is still the log's."""
-    counts: Counts
-    turns: Turns
 
 
 class PartitionWriter:

@@ -17,6 +17,7 @@ from services.core.commands import Acknowledgement, Command
 from services.core.limits import Limits
 from services.errors import ConfigurationError, PushBackError, UnavailableError
 from services.log.kafka.cluster import Topic
+from services.log.kafka.context import Counts, WriterContext
 from services.log.kafka.group import NO_URL, WriterGroup
 from services.log.kafka.log import KafkaLog
 from services.log.kafka.owners import Owner, Owners
@@ -24,7 +25,8 @@ from services.log.kafka.requests import IngestCheck, Request, size_of
 from services.log.kafka.restore import States
 from services.log.kafka.snapshots import Snapshots
 from services.log.kafka.turns import Turns
-from services.log.kafka.writer import Counts, PartitionWriter, WriterContext
+from services.log.kafka.under_way import UnderWay
+from services.log.kafka.writer import PartitionWriter
 from services.log.port import Forwarder, PartitionNotOwnedError, PartitionStatus, PutManifest, SnapshotStore
 
 SUBMIT_SECONDS = 30.0
@@ -89,7 +91,7 @@ class KafkaWriter:
         self._watch: asyncio.Task[None] | None = None
         self._foreign: str | None = None
         """What makes the topic another log than the one that was opened."""
-        self._under_way = _UnderWay()
+        self._under_way = UnderWay()
         self._moving: set[asyncio.Task[Acknowledgement]] = set()
         self._counts = Counts()
         self._seeking: dict[int, int] = {}
@@ -387,25 +389,3 @@ def _elsewhere(partition: int, owner: Owner | None) -> PartitionStatus:
     if owner is None or owner.is_self:
         return PartitionStatus(partition, None)
     return PartitionStatus(partition, owner.url or "another process")
-
-
-class _UnderWay:
-    """Counts the requests that `close` waits for and that no writer of this process has yet."""
-
-    def __init__(self) -> None:
-        self._count = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
-
-    def __enter__(self) -> None:
-        self._count += 1
-        self._idle.clear()
-
-    def __exit__(self, *_: object) -> None:
-        self._count -= 1
-        if not self._count:
-            self._idle.set()
-
-    async def none(self) -> None:
-        """Wait until there is none."""
-        await self._idle.wait()
