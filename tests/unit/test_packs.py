@@ -135,10 +135,10 @@ async def test_what_is_named_stays_although_who_stored_it_died_before_it_saw_to_
 ) -> None:
     blob = bytes(range(100))
     with monkeypatch.context() as dying:
-        dying.setattr("services.blobs.local._sync_folder", lambda _folder: None)
+        dying.setattr("services.blobs.local.sync_folder", lambda _folder: None)
         (stored,) = await pack(store, [small("pack", blob)])
     synced: set[Path] = set()
-    monkeypatch.setattr("services.blobs.local._sync_folder", synced.add)
+    monkeypatch.setattr("services.blobs.local.sync_folder", synced.add)
     root = tmp_path / "blobs"
     successor = LocalBlobStore(root)
     await find_named(successor, [named(blob[:5], blob, 0)])

@@ -143,29 +143,31 @@ async def test_descriptors_are_inherited() -> None:
 
 async def test_one_that_ends_while_it_is_told_to_has_ended_well() -> None:
     reading, writing = os.pipe()
-    stop, count = asyncio.Event(), 8
+    stop, count, others = asyncio.Event(), 8, set(psutil.Process().children())
     leaving = [command(f"import os; os.read({reading}, 1)", reading) for _ in range(count)]
 
     def all_leave() -> None:
         """Nothing of this process runs meanwhile, so that it tells them before it notices."""
-        children = psutil.Process().children()
+        children = set(psutil.Process().children()) - others
         assert len(children) == count
         os.close(writing)
         ends = time.monotonic() + SECONDS
         while any(map(runs, children)):
             assert time.monotonic() < ends
 
+    running = asyncio.create_task(run_processes(leaving, rule(), stop, when_ending=all_leave))
     try:
-        running = asyncio.create_task(run_processes(leaving, rule(), stop, when_ending=all_leave))
 
         async def started() -> bool:
-            return len(psutil.Process().children()) == count
+            return len(set(psutil.Process().children()) - others) == count
 
         await until(started, SECONDS, "the processes did not start")
         stop.set()
         assert await asyncio.wait_for(running, SECONDS) == 0
     finally:
         os.close(reading)
+        running.cancel()
+        await asyncio.wait([running])
 
 
 @pytest.mark.parametrize("factory", ["None", "__import__('uvloop').new_event_loop"])

@@ -44,7 +44,7 @@ from services.core.limits import Limits
 from services.core.manifest import item_file_id, manifest_items
 from tests.unit.commands import create, ingest
 
-_TEXT = st.text(max_size=300)
+_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=300)
 _SIZE = st.integers(0, 2**63 - 1)
 _LONG = st.integers(-(2**63), 2**63 - 1)
 _DIGEST = st.binary(min_size=32, max_size=32)
