@@ -45,7 +45,7 @@ class ProjectorMetrics(Collector):
         self._running[name] = True
 
     def stopped(self, name: str) -> None:
-        """The projection could not go on, for good or until it has folded again."""
+        """The projection could not go on, for good or until it has folded again, or has nothing to fold."""
         self._running[name] = False
 
     def collect(self) -> Iterator[Metric]:

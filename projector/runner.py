@@ -141,6 +141,8 @@ class _Run:
                 await self._finish()
                 if work is not None:
                     self._applying = asyncio.create_task(self._apply(work))
+                elif self._metrics is not None:
+                    self._metrics.folded(self._projection.name, 0)  # nothing is left to fold: no trouble either
             await self._finish()
         finally:
             await self._abandon()

@@ -43,6 +43,7 @@ class Sending(AsyncIterable[bytes]):
         self._limit: asyncio.Timeout | None = None
         self._idle_seconds = 0.0
         self._reading = False
+        self._empty = False
         self._pieces: AsyncGenerator[bytes, None] | None = None
         self.began = False
         """Whether it was begun to be read: a stream that was left while it had nothing yet may be at its end after."""
@@ -74,15 +75,17 @@ class Sending(AsyncIterable[bytes]):
     @property
     def repeatable(self) -> bool:
         """Whether the body can be sent from its beginning now."""
-        return isinstance(self._body, BodySource) or not self.began
+        return isinstance(self._body, BodySource) or not self.began or self._empty
 
     async def data(self) -> AsyncIterable[bytes] | bytes:
         """What the HTTP library is to send: this, or nothing, once it is seen that the body really has no bytes."""
         if self.size_bytes != 0:
             return self
-        async with aclosing(self._read()) as pieces:
-            async for _ in pieces:
-                raise AssertionError("a byte of a body of length 0 is refused")
+        if not self._empty:
+            async with aclosing(self._read()) as pieces:
+                async for _ in pieces:
+                    raise AssertionError("a byte of a body of length 0 is refused")
+            self._empty = True
         return b""
 
     def __aiter__(self) -> AsyncIterator[bytes]:

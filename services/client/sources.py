@@ -19,7 +19,7 @@ from typing import IO
 
 from blake3 import blake3
 
-from services.client.threads import to_its_end
+from services.client.threads import Result, to_its_end
 from services.errors import ContentMismatchError
 from services.streams import CHUNK_BYTES, from_any
 
@@ -182,13 +182,18 @@ class SeekableSource(BodySource):
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._start = file.tell()
+        self._turn = asyncio.Lock()
         self.size_bytes = None
 
     async def __aiter__(self) -> AsyncGenerator[bytes, None]:
-        # To their ends: a read that an earlier attempt left behind would move the file under this one.
-        await to_its_end(partial(self._file.seek, self._start))
-        while chunk := await to_its_end(partial(self._file.read, CHUNK_BYTES)):
+        await self._do(partial(self._file.seek, self._start))
+        while chunk := await self._do(partial(self._file.read, CHUNK_BYTES)):
             yield chunk
+
+    async def _do(self, work: Callable[[], Result]) -> Result:
+        """One step after the other: a read that an earlier attempt left behind would move the file under this one."""
+        async with self._turn:
+            return await to_its_end(work)
 
 
 class CountedSource(BodySource):

@@ -65,7 +65,8 @@ class Transport:
         self.policy = policy
         self.notify = notify
         self._session: aiohttp.ClientSession | None = None
-        self._turns = asyncio.Semaphore(_AT_ONCE)
+        self._bodies = asyncio.Semaphore(_AT_ONCE)
+        self._calls = asyncio.Semaphore(_AT_ONCE)
 
     async def __aenter__(self) -> Transport:
         self._session = aiohttp.ClientSession(
@@ -85,8 +86,8 @@ class Transport:
             self._session = None
 
     def turn(self) -> asyncio.Semaphore:
-        """Held for a request, it bounds how many are under way. Answers that are read bit by bit take none."""
-        return self._turns
+        """Held while a body is sent, it bounds how many are. A body may take long, and calls do not wait for it."""
+        return self._bodies
 
     async def call(
         self,
@@ -101,7 +102,7 @@ class Transport:
 
         Raises what the answer's problem document stands for; UnavailableError when the policy's time is over.
         """
-        async with self.turn():
+        async with self._calls:
             return await with_retries(
                 self.policy,
                 lambda: self.attempt(method, path, query=query, headers=headers, json=json),

@@ -212,6 +212,8 @@ def _engine(url: URL, **options: Any) -> AsyncEngine:
 def _connect(dialect: Dialect, _record: object, arguments: tuple[Any, ...], parameters: dict[str, Any]) -> Any:
     try:
         return dialect.connect(*arguments, **parameters)
+    except OSError:  # of a certificate that is not trusted, too, whose error is a ValueError as well
+        raise
     except (TypeError, ValueError, OverflowError):
         raise _unusable() from None
     except dialect.loaded_dbapi.Error as error:

@@ -191,10 +191,10 @@ def test_a_gateway_has_time_for_an_orderly_end(documents: list[dict[str, Any]]) 
     assert needed <= STOP_SECONDS
 
 
-def test_a_gateway_that_cannot_write_stays_in_the_service(documents: list[dict[str, Any]]) -> None:
+def test_a_gateway_comes_into_the_service_when_it_can_write_and_stays_there(documents: list[dict[str, Any]]) -> None:
     (container,) = containers(_named(documents, "Deployment", "-gateway"))
-    asked = {container[probe]["httpGet"]["path"] for probe in ("startupProbe", "livenessProbe", "readinessProbe")}
-    assert asked == {"/healthz"}
+    asked = [container[probe]["httpGet"]["path"] for probe in ("startupProbe", "livenessProbe", "readinessProbe")]
+    assert asked == ["/readyz", "/healthz", "/healthz"]
 
 
 def test_the_memory_of_a_gateway_is_enough_for_its_bounds(documents: list[dict[str, Any]]) -> None:

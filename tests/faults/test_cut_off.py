@@ -20,6 +20,13 @@ pytestmark = pytest.mark.services
 QUICK = {"session.timeout.ms": 3_000, "heartbeat.interval.ms": 300, "transaction.timeout.ms": 2_000}
 
 
+@pytest.fixture(autouse=True)
+def patient_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be written waits for as long as the fault lasts, which on a busy machine is long."""
+    monkeypatch.setattr("tests.contract.log_stage.PATIENCE_SECONDS", 200.0)
+    monkeypatch.setattr("tests.faults.callers.PATIENCE_SECONDS", 200.0)
+
+
 async def away(cluster: ProxiedCluster, log: KafkaLog, owner: KafkaWriter) -> int | None:
     """The number of a broker that leads a partition of the owner and does not keep its group; None: there is none."""
     led = await asyncio.to_thread(leaders, cluster.endpoint, log.kafka.topic)
@@ -61,7 +68,7 @@ async def test_what_cannot_be_written_from_here_is_written_by_another(
                         async def taken_over() -> bool:
                             return all(status.since is not None for status in await other.status())
 
-                        await until(taken_over, 60, "nobody takes over what cannot be written to")
+                        await until(taken_over, 120, "nobody takes over what cannot be written to")
                         await callers.grow()
                         assert await owner.ready() is None, "it can answer for all partitions: it forwards"
                     await shared(other, owner)
@@ -90,7 +97,7 @@ async def test_who_is_alone_does_not_give_way(tmp_path: Path, monkeypatch: pytes
             callers = Callers(owner)
             await callers.grow()
             with network.without(broker):
-                await asyncio.wait_for(asked.wait(), 60)
+                await asyncio.wait_for(asked.wait(), 120)
                 members = await asyncio.to_thread(log.cluster.members, log.kafka.writers_group)
                 assert members is not None
                 assert len(members) == 1, "nobody would write to what it can write to"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from io import BytesIO
@@ -16,7 +17,7 @@ import services.client.transport
 from services.blobs.port import Declared
 from services.client import FileSource, RetryPolicy
 from services.client.problems import retry_after
-from services.client.sources import BodySource, CountedSource, FileStamp
+from services.client.sources import BodySource, CountedSource, FileStamp, SeekableSource
 from services.errors import (
     ArtifactStoreError,
     ConfigurationError,
@@ -304,6 +305,38 @@ async def test_a_body_that_is_said_to_have_no_bytes_is_read_all_the_same(tmp_pat
         with pytest.raises(ContentMismatchError, match="changed while"):
             await put(gateway, empty, Declared(size_bytes=0))
     assert [seen.body for seen in gateway.seen] == [b""]
+
+
+async def test_a_stream_that_has_no_bytes_is_sent_again() -> None:
+    async with failing_gateway(cuts, refuses(503, "unavailable"), ingested) as gateway:
+        assert await put(gateway, once(()), Declared(size_bytes=0)) == FILE
+    assert [seen.body for seen in gateway.seen] == [b""] * 3
+
+
+async def test_a_file_is_not_moved_by_a_read_that_an_attempt_left_behind() -> None:
+    held, go_on = threading.Event(), threading.Event()
+
+    class Slow(BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            if not held.is_set():
+                held.set()
+                go_on.wait(20)
+            return super().read(size)
+
+    source = SeekableSource(Slow(b"one" * 1_000_000))
+
+    async def take() -> bytes:
+        return b"".join([chunk async for chunk in source])
+
+    first = asyncio.ensure_future(take())
+    await asyncio.to_thread(held.wait, 20)
+    first.cancel()
+    second = asyncio.ensure_future(take())
+    await asyncio.sleep(0)  # it has begun, and would have set the file back
+    go_on.set()
+    assert await second == b"one" * 1_000_000
+    with pytest.raises(asyncio.CancelledError):
+        await first
 
 
 @pytest.mark.skipif(not Path("/proc/version").exists(), reason="a file that the kernel makes up")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
-from threading import Event
+from threading import Barrier, Event, Thread
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -60,6 +61,28 @@ def test_the_group_is_joined_again_whatever_went_wrong(
     assert joined.wait(30)
     assert group.trouble is not None
     group.close()
+
+
+def test_several_partitions_that_are_out_of_reach_are_one_absence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    all_asked = Barrier(4)
+
+    def members(_group: str) -> list[Member]:
+        all_asked.wait(20)
+        return [Member("other", "http://127.0.0.1:1", frozenset())]
+
+    kafka = KafkaSettings.of(Settings(log_url="kafka://127.0.0.1:1/x", state_dir=tmp_path))
+    cluster = SimpleNamespace(members=members)
+    group = WriterGroup(kafka, cast("Any", cluster), "gateway", lambda _: None, lambda *_: None)
+    began = time.monotonic()
+    threads = [Thread(target=group.give_way, args=("it cannot be written to",)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert 0 < group._away_until - began <= group_module.AWAY_SECONDS[0] + time.monotonic() - began
+    assert group._away_seconds == 2 * group_module.AWAY_SECONDS[0]
 
 
 def test_a_group_that_may_not_be_asked_is_joined_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ssl
 from pathlib import Path
 
+import asyncpg
 import pytest
 
 from services.errors import ConfigurationError, UnavailableError
@@ -36,3 +38,16 @@ async def test_what_the_driver_cannot_use_is_a_wrong_setting_and_is_not_shown(ur
 async def test_a_database_that_is_not_there_is_no_wrong_setting(url: str) -> None:
     with pytest.raises(UnavailableError):
         await Views(url).check()
+
+
+async def test_a_certificate_that_is_not_trusted_is_no_wrong_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refused(*_: object, **__: object) -> None:
+        raise ssl.SSLCertVerificationError(1, "certificate verify failed")
+
+    monkeypatch.setattr(asyncpg, "connect", refused)
+    views = Views("postgresql+asyncpg://somebody@127.0.0.1:1/views?ssl=verify-full")
+    try:
+        with pytest.raises(UnavailableError, match="cannot be reached"):
+            await views.check()
+    finally:
+        await views.close()

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from threading import Event as Flag
-from threading import Thread
+from threading import Lock, Thread
 
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 
@@ -63,6 +63,7 @@ class WriterGroup:
         self._revoked = revoked
         self._closing = Flag()
         self._rejoin = Flag()
+        self._giving_way = Lock()
         self._away_until = -math.inf
         self._away_seconds = AWAY_SECONDS[0]
         self._member_id: str | None = None
@@ -81,13 +82,17 @@ class WriterGroup:
 
         Who is cut off from one broker alone stays a member, and would hold up its partitions for as long as that lasts.
         """
+        others: bool | None = False
         with suppress(ConfigurationError, UnavailableError):
-            if self._rejoin.is_set() or not self._others():
+            others = self._others()
+        now = time.monotonic()
+        with self._giving_way:  # several partitions may be out of reach at a time: this is one absence
+            if not others or now < self._away_until or self._rejoin.is_set() or self._closing.is_set():
                 return
-            if time.monotonic() - self._away_until > AWAY_SECONDS[1]:
+            if now - self._away_until > AWAY_SECONDS[1]:
                 self._away_seconds = AWAY_SECONDS[0]
             self._note(f"others are to write for {self._away_seconds:.0f} s: {why}")
-            self._away_until = time.monotonic() + self._away_seconds
+            self._away_until = now + self._away_seconds
             self._away_seconds = min(2 * self._away_seconds, AWAY_SECONDS[1])
             self._rejoin.set()
 

@@ -44,6 +44,8 @@ KEPT = 2
 PART_BYTES = 4 << 20
 
 _FORMAT = 1
+_UNNAMED_FORMAT = 4
+"""That of state files while names had none."""
 _ANSWER_SECONDS = 60.0
 _LOOK_SECONDS = 0.1
 _TEMPORARY = "snapshot-"
@@ -254,7 +256,7 @@ def _snapshot_of(key: str, place: Place) -> Snapshot | None:
     position, *format_, token = folder.split("-")
     if not position.isdecimal() or not token or not all(part.isdecimal() for part in format_):
         return None
-    return Snapshot(int(position), f"{_prefix(place)}{folder}/", int(format_[0]) if format_ else 0)
+    return Snapshot(int(position), f"{_prefix(place)}{folder}/", int(format_[0]) if format_ else _UNNAMED_FORMAT)
 
 
 def _remove_leftovers(folder: Path) -> None:

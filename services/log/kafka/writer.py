@@ -163,7 +163,7 @@ class PartitionWriter:
                     self._note(error)
                     if self.helpless:
                         failed += 1
-                        if time.monotonic() - well > _GIVE_WAY_SECONDS:
+                        if not self._stop.is_set() and time.monotonic() - well > _GIVE_WAY_SECONDS:
                             self._context.give_way(f"partition {self.partition} cannot be written to: {self._trouble}")
                         self._stop.wait(_RETRY_SECONDS[min(failed, len(_RETRY_SECONDS)) - 1])
                     else:
