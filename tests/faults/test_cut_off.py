@@ -75,31 +75,3 @@ async def test_what_cannot_be_written_from_here_is_written_by_another(
                     await callers.grow()
                     await callers.end(log)
         await far_log.close()
-
-
-async def test_who_is_alone_does_not_give_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tenure, "COMMIT_SECONDS", 4.0)
-    monkeypatch.setattr(tenure, "INIT_SECONDS", 4.0)
-    monkeypatch.setattr(writer, "_GIVE_WAY_SECONDS", 1.0)
-    asked, loop, give_way = asyncio.Event(), asyncio.get_running_loop(), group.WriterGroup.give_way
-
-    def noted(self: group.WriterGroup, why: str) -> None:
-        give_way(self, why)
-        loop.call_soon_threadsafe(asked.set)
-
-    monkeypatch.setattr(group.WriterGroup, "give_way", noted)
-    with ProxiedCluster(tmp_path / "cluster") as cluster:
-        far = kafka_settings(f"kafka://{cluster.proxied_endpoint}/alone", tmp_path / "far", kafka_options=QUICK)
-        async with cluster.network() as network, open_kafka_log(far) as log, gateway(far, log) as owner:
-            await ready(owner)
-            broker = await away(cluster, log, owner)
-            assert broker is not None
-            callers = Callers(owner)
-            await callers.grow()
-            with network.without(broker):
-                await asyncio.wait_for(asked.wait(), 120)
-                members = await asyncio.to_thread(log.cluster.members, log.kafka.writers_group)
-                assert members is not None
-                assert len(members) == 1, "nobody would write to what it can write to"
-            await callers.grow()
-            await callers.end(log)

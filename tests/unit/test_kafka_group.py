@@ -17,7 +17,7 @@ from services.errors import ConfigurationError, UnavailableError
 from services.log.kafka import clients
 from services.log.kafka import group as group_module
 from services.log.kafka.cluster import Member
-from services.log.kafka.group import WriterGroup
+from services.log.kafka.group import NO_URL, WriterGroup
 from services.log.kafka.settings import KafkaSettings
 
 
@@ -83,6 +83,22 @@ def test_several_partitions_that_are_out_of_reach_are_one_absence(
         thread.join(30)
     assert 0 < group._away_until - began <= group_module.AWAY_SECONDS[0] + time.monotonic() - began
     assert group._away_seconds == 2 * group_module.AWAY_SECONDS[0]
+
+
+@pytest.mark.parametrize(
+    "members",
+    [[], [Member("lone", NO_URL, frozenset({0}))], None],
+    ids=["nobody", "who cannot be forwarded to", "between two assignments"],
+)
+def test_who_has_nobody_to_leave_its_partitions_to_does_not_give_way(
+    tmp_path: Path, members: list[Member] | None
+) -> None:
+    kafka = KafkaSettings.of(Settings(log_url="kafka://127.0.0.1:1/x", state_dir=tmp_path))
+    cluster = SimpleNamespace(members=lambda _: members)
+    group = WriterGroup(kafka, cast("Any", cluster), "gateway", lambda _: None, lambda *_: None)
+    group.give_way("it cannot be written to")
+    assert not group._rejoin.is_set()
+    assert group._away_until < time.monotonic()
 
 
 def test_a_group_that_may_not_be_asked_is_joined_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
