@@ -36,11 +36,11 @@ class Tripwire:
         try:
             await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            for end in (writer, up_writer):  # before anything is waited for: this may be the end of the proxy, too
+                end.close()
             for way in ways:
                 way.cancel()
             await asyncio.gather(*ways, return_exceptions=True)
-            for end in (writer, up_writer):
-                end.close()
             await asyncio.gather(writer.wait_closed(), up_writer.wait_closed(), return_exceptions=True)
 
     async def _forth(self, reader: asyncio.StreamReader, up: asyncio.StreamWriter, tripped: asyncio.Event) -> None:
