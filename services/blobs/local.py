@@ -36,7 +36,8 @@ from services.blobs.port import (
 )
 from services.blobs.upload_states import sweep_states
 from services.errors import CorruptError, UnavailableError
-from services.folders import make_folder, secure_folder, sync_folder
+from services.folders import secure_folder, sync_folder
+from services.threads import ended
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -215,7 +216,7 @@ class LocalBlobStore:
         """See the port."""
 
         def create() -> None:
-            make_folder(self._root)
+            self._root.mkdir(parents=True, exist_ok=True)
             secure_folder(self._root)
             self._make_folder(self._incoming)
 
@@ -289,14 +290,7 @@ class LocalBlobStore:
         """Run file work in a thread. A cancelled caller still waits for it: no thread uses what is torn down."""
         running = asyncio.get_running_loop().run_in_executor(self._threads, partial(act, *args, **named))
         try:
-            return await asyncio.shield(running)
-        except asyncio.CancelledError:
-            while not running.done():
-                with suppress(asyncio.CancelledError):  # once more: no reason to leave the thread alone
-                    await asyncio.wait({running})
-            if not running.cancelled():
-                running.exception()  # seen; the cancellation is what the caller hears of
-            raise
+            return await ended(running)
         except FileNotFoundError:
             if self._incoming.is_dir():
                 raise UnavailableError("a file of the blob folder was removed while it was in use") from None

@@ -22,7 +22,6 @@ from schemas.digests import manifest_digest
 from services.bundle import SMALL_FILE_BYTES, StreamedFile
 from services.client.batches import FEWEST_FILES
 from services.client.destination import Destination, Landing
-from services.client.threads import to_its_end
 from services.client.transfers import DEFAULT_CONCURRENCY, NoProgress, TransferProgress, at_once
 from services.core.content_address import ContentAddress
 from services.core.paths import check_path
@@ -35,6 +34,7 @@ from services.errors import (
 )
 from services.manifest import Manifest, ManifestFile, decode
 from services.registry import Registry, find_frozen
+from services.threads import to_its_end
 
 _logger = logging.getLogger(__name__)
 

@@ -19,7 +19,6 @@ from services.bundle import HeldFiles, NamedFile
 from services.client.batches import Batch, batches, hold
 from services.client.push_state import PushState
 from services.client.sources import BodySource, BytesSource, CountedSource, FileSource
-from services.client.threads import to_its_end
 from services.client.transfers import DEFAULT_CONCURRENCY, NoProgress, TransferProgress, at_once
 from services.client.tree import TreeFile, walk
 from services.core.commands import Acknowledgement
@@ -35,6 +34,7 @@ from services.errors import (
 )
 from services.registry import Registry
 from services.streams import CHUNK_BYTES
+from services.threads import to_its_end
 from services.views.models import MAX_PAGE, File
 
 _BATCHES_AT_ONCE = 4

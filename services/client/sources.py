@@ -19,9 +19,9 @@ from typing import IO
 
 from blake3 import blake3
 
-from services.client.threads import Result, to_its_end
 from services.errors import ContentMismatchError
 from services.streams import CHUNK_BYTES, from_any
+from services.threads import Result, to_its_end
 
 _READING = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 """A name that became a pipe since the walk must not block for ever, nor one that became a link lead elsewhere."""

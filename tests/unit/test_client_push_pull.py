@@ -20,7 +20,6 @@ from services.blobs.port import Declared
 from services.client import Pushed, pull, push
 from services.client.destination import Destination, Landing
 from services.client.push_state import PushState
-from services.client.threads import to_its_end
 from services.client.transfers import at_once
 from services.config import Settings
 from services.core.content_address import ContentAddress
@@ -34,6 +33,7 @@ from services.errors import (
 )
 from services.registry import Registry, open_registry
 from services.streams import from_any
+from services.threads import to_its_end
 from services.views.models import File, Package, Page
 
 TREE = {

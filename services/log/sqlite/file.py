@@ -21,7 +21,7 @@ from services.errors import (
     UnavailableError,
 )
 from services.file_lock import FileLock
-from services.folders import make_folder, secure_folder
+from services.folders import secure_folder
 
 PARTITION = 0
 """The only partition."""
@@ -107,7 +107,7 @@ def create_file(path: Path) -> None:
             with closing(_connect(path, "rw")) as connection:
                 if not _is_new(path, connection):
                     return
-        make_folder(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with write_lock(path), closing(_connect(path, "rwc")) as connection:
             if not _is_new(path, connection):
                 return

@@ -19,13 +19,19 @@ async def to_its_end(work: Callable[[], Result], given_up: Event | None = None) 
 
     `given_up` is set when it is cancelled, for long work that looks at it.
     """
-    doing = asyncio.ensure_future(asyncio.to_thread(work))
+    return await ended(asyncio.ensure_future(asyncio.to_thread(work)), given_up)
+
+
+async def ended(doing: asyncio.Future[Result], given_up: Event | None = None) -> Result:
+    """As `to_its_end`, of work that a thread does already."""
     try:
         return await asyncio.shield(doing)
     except asyncio.CancelledError:
         if given_up is not None:
             given_up.set()
         while not doing.done():
-            with suppress(asyncio.CancelledError):
+            with suppress(asyncio.CancelledError):  # once more: no reason to leave the thread alone
                 await asyncio.wait([doing])
+        if not doing.cancelled():
+            doing.exception()  # seen; the cancellation is what the caller hears of
         raise
