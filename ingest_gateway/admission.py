@@ -34,40 +34,61 @@ Refused = Callable[[str], None]
 """Told of what there was no place for."""
 
 
+class _Shares:
+    """How much of one thing each client has, and all of them together. Belongs to one event loop."""
+
+    def __init__(self, what: str, limit: int, refused: Refused) -> None:
+        self.what = what
+        self.limit = limit
+        self.per_client = max(1, limit // 2)
+        self.all = 0
+        self._refused = refused
+        self._of: Counter[str] = Counter()
+
+    def take(self, client: str, more: int, *, none_left: str, enough: str) -> None:
+        """Raises PushBackError, which says `none_left`; TooManyAtOnceError, which says that the client has `enough`."""
+        if self.all + more > self.limit:
+            self._refused(self.what)
+            raise PushBackError(none_left, _RETRY_SECONDS)
+        if self._of[client] + more > self.per_client:
+            self._refused(self.what)
+            raise TooManyAtOnceError(enough, _RETRY_SECONDS)
+        self.all += more
+        self._of[client] += more
+
+    def give(self, client: str, less: int) -> None:
+        """Give back what this client has."""
+        self.all -= less
+        self._of[client] -= less
+        if not self._of[client]:
+            del self._of[client]
+
+
 class Places:
     """Places for one kind of thing. Belongs to one event loop."""
 
     def __init__(self, what: str, limit: int, refused: Refused = lambda _: None) -> None:
-        self._what = what
-        self._limit = limit
-        self._per_client = max(1, limit // 2)
-        self._refused = refused
-        self._taken: Counter[str] = Counter()
-        self._all = 0
+        self._shares = _Shares(what, limit, refused)
 
     def __len__(self) -> int:
-        return self._all
+        return self._shares.all
 
     def take(self, client: str) -> None:
         """Take a place, which `give` gives back.
 
         Raises PushBackError: all are taken. TooManyAtOnceError: this client has as many as one may have.
         """
-        if self._all >= self._limit:
-            self._refused(self._what)
-            raise PushBackError(f"this gateway has {self._limit:,} {self._what} already", _RETRY_SECONDS)
-        if self._taken[client] >= self._per_client:
-            self._refused(self._what)
-            raise TooManyAtOnceError(f"{self._per_client:,} {self._what} come from this address", _RETRY_SECONDS)
-        self._taken[client] += 1
-        self._all += 1
+        shares = self._shares
+        shares.take(
+            client,
+            1,
+            none_left=f"this gateway has {shares.limit:,} {shares.what} already",
+            enough=f"{shares.per_client:,} {shares.what} come from this address",
+        )
 
     def give(self, client: str) -> None:
         """Give a place back that this client has."""
-        self._all -= 1
-        self._taken[client] -= 1
-        if not self._taken[client]:
-            del self._taken[client]
+        self._shares.give(client, 1)
 
     @contextmanager
     def place(self, client: str) -> Iterator[None]:
@@ -83,12 +104,7 @@ class Room:
     """So many bytes may be held at a time. Belongs to one event loop."""
 
     def __init__(self, what: str, limit: int, refused: Refused = lambda _: None) -> None:
-        self._what = what
-        self._limit = limit
-        self._per_client = max(1, limit // 2)
-        self._refused = refused
-        self._held: Counter[str] = Counter()
-        self._all = 0
+        self._shares = _Shares(what, limit, refused)
 
     @contextmanager
     def share(self, client: str) -> Iterator[Callable[[int], None]]:
@@ -96,29 +112,19 @@ class Room:
 
         The function raises PushBackError: there is no room. TooManyAtOnceError: the client has as much as one may have.
         """
-        held = 0
+        held, shares = 0, self._shares
+        none_left = f"this gateway holds as much {shares.what} as it can already"
+        enough = f"as much {shares.what} as one may send comes from this address"
 
         def take(more: int) -> None:
             nonlocal held
-            if self._all + more > self._limit:
-                self._refused(self._what)
-                raise PushBackError(f"this gateway holds as much {self._what} as it can already", _RETRY_SECONDS)
-            if self._held[client] + more > self._per_client:
-                self._refused(self._what)
-                raise TooManyAtOnceError(
-                    f"as much {self._what} as one may send comes from this address", _RETRY_SECONDS
-                )
+            shares.take(client, more, none_left=none_left, enough=enough)
             held += more
-            self._held[client] += more
-            self._all += more
 
         try:
             yield take
         finally:
-            self._all -= held
-            self._held[client] -= held
-            if not self._held[client]:
-                del self._held[client]
+            shares.give(client, held)
 
 
 def connections_within(wanted: int) -> int:

@@ -10,6 +10,7 @@ from aiohttp import web
 
 from ingest_gateway.call import Call
 from ingest_gateway.feed import Feed, feed
+from ingest_gateway.followers import gateway_closes
 from ingest_gateway.negotiation import choose
 from ingest_gateway.operations import Route, Success
 from ingest_gateway.parameters import FOLLOW, LAST_EVENT_ID, OF_PACKAGE, SINCE
@@ -28,8 +29,6 @@ from services.registry import Registry
 
 LINES = "application/x-ndjson"
 EVENT_STREAM = "text/event-stream"
-
-_RETRY_SECONDS = 5.0
 
 
 async def get_events(call: Call) -> web.StreamResponse:
@@ -54,7 +53,7 @@ async def get_events(call: Call) -> web.StreamResponse:
             await _send_all(call, response, lines)
     if not response.prepared or call.sent_in_part:
         # The follower was let go before its first event or within one: no answer ends as if it were whole.
-        raise PushBackError("this gateway closes", _RETRY_SECONDS)
+        raise gateway_closes()
     await call.finish(response)
     return response
 

@@ -13,6 +13,11 @@ MAX_FOLLOWERS = 1000
 _RETRY_SECONDS = 5.0
 
 
+def gateway_closes() -> PushBackError:
+    """What a follower hears who is not to stay."""
+    return PushBackError("this gateway closes", _RETRY_SECONDS)
+
+
 class Followers:
     """The places for followers of one gateway. Belongs to one event loop."""
 
@@ -31,7 +36,7 @@ class Followers:
         Raises as `Places.take`; PushBackError when the gateway closes.
         """
         if self._closing:
-            raise PushBackError("this gateway closes", _RETRY_SECONDS)
+            raise gateway_closes()
         scope = asyncio.timeout(None)
         try:
             with self._places.place(client):
