@@ -137,7 +137,7 @@ async def _site(runner: web.ServerRunner, host: str, port: int) -> web.BaseSite:
     site = web.TCPSite(runner, host, port, backlog=_BACKLOG)
     try:
         await site.start()
-    except (OSError, UnicodeError) as error:
+    except OSError as error:
         raise _no_address(host, port, error) from error
     return site
 
@@ -156,13 +156,14 @@ def bound_socket(settings: Settings) -> socket.socket:
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     try:
         return socket.create_server((address.host, address.port), family=family, backlog=_BACKLOG)
-    except (OSError, UnicodeError) as error:
+    except OSError as error:
         raise _no_address(address.host, address.port, error) from error
 
 
-def _no_address(host: str, port: int, error: OSError | UnicodeError) -> ConfigurationError:
-    why = error.strerror if isinstance(error, OSError) else "that is no name that a host can have"
-    return ConfigurationError(f"cannot listen on {host}, port {port}: {why}; ARTIFACT_STORE_LISTEN says where")
+def _no_address(host: str, port: int, error: OSError) -> ConfigurationError:
+    return ConfigurationError(
+        f"cannot listen on {host}, port {port}: {error.strerror}; ARTIFACT_STORE_LISTEN says where"
+    )
 
 
 def listen_address(settings: Settings) -> ListenAddress:
