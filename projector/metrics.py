@@ -42,10 +42,14 @@ class ProjectorMetrics(Collector):
     def folded(self, name: str, events: int) -> None:
         """So many events more are in the view."""
         self._events[name] += events
+        self.goes_on(name)
+
+    def goes_on(self, name: str) -> None:
+        """The projection has folded, or has nothing to fold."""
         self._running[name] = True
 
     def stopped(self, name: str) -> None:
-        """The projection could not go on, for good or until it has folded again, or has nothing to fold."""
+        """The projection could not go on, for good or until it goes on again."""
         self._running[name] = False
 
     def collect(self) -> Iterator[Metric]:

@@ -142,7 +142,7 @@ class _Run:
                 if work is not None:
                     self._applying = asyncio.create_task(self._apply(work))
                 elif self._metrics is not None:
-                    self._metrics.folded(self._projection.name, 0)  # nothing is left to fold: no trouble either
+                    self._metrics.goes_on(self._projection.name)  # nothing is left to fold: no trouble either
             await self._finish()
         finally:
             await self._abandon()

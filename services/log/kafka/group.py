@@ -112,17 +112,15 @@ class WriterGroup:
 
     def holds(self, partition: int) -> bool | None:
         """Whether the group has the partition assigned to this process; None between two assignments. As `members`."""
-        members = self.members()
-        if members is None:
-            return None
-        return any(self.is_self(member) and partition in member.partitions for member in members)
+        return self._any(lambda member: self.is_self(member) and partition in member.partitions)
 
     def _others(self) -> bool | None:
         """Whether gateways that this one can forward to are members; None between two assignments. As `members`."""
+        return self._any(lambda member: member.client_id != NO_URL and not self.is_self(member))
+
+    def _any(self, wanted: Callable[[Member], bool]) -> bool | None:
         members = self.members()
-        if members is None:
-            return None
-        return any(member.client_id != NO_URL and not self.is_self(member) for member in members)
+        return None if members is None else any(map(wanted, members))
 
     def _stay_away(self) -> None:
         """Let others write for as long as was said, and as there are others."""

@@ -65,8 +65,8 @@ class PartitionWriter:
         self.restored_from: str | None = None
         self._trouble: str | None = "it is being taken over"
         self._serving_since: float | None = None
-        self.helpless = False
-        """Whether the last take-over failed."""
+        self._failed = 0
+        """Take-overs that failed one after another."""
         self._context = context
         self._waiting = Waiting()
         self._deadlines = Deadlines(context.submit_seconds, self._late)
@@ -74,6 +74,11 @@ class PartitionWriter:
         self._stop = Flag()
         # A daemon: one that hangs in a call to a frozen broker must not keep the process; its fence protects the log.
         self._thread = Thread(target=self._run, name=f"log-write-{partition}", daemon=True)
+
+    @property
+    def helpless(self) -> bool:
+        """Whether the last take-over failed."""
+        return self._failed > 0
 
     @property
     def trouble(self) -> str | None:
@@ -132,7 +137,7 @@ class PartitionWriter:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        failed, well = 0, time.monotonic()
+        well = time.monotonic()
         try:
             while not self._stop.is_set():
                 try:
@@ -158,16 +163,15 @@ class PartitionWriter:
                         self._note(refused)
                         self._refuse_all(refused, _REFUSE_SECONDS)
                         continue
-                    self.helpless = self.since is None
                     self._context.counts.failed_tenures += 1
                     self._note(error)
-                    if self.helpless:
-                        failed += 1
+                    if self.since is None:
+                        self._failed += 1
                         if not self._stop.is_set() and time.monotonic() - well > _GIVE_WAY_SECONDS:
                             self._context.give_way(f"partition {self.partition} cannot be written to: {self._trouble}")
-                        self._stop.wait(_RETRY_SECONDS[min(failed, len(_RETRY_SECONDS)) - 1])
+                        self._stop.wait(_RETRY_SECONDS[min(self._failed, len(_RETRY_SECONDS)) - 1])
                     else:
-                        failed, well = 0, time.monotonic()
+                        well = time.monotonic()
                 finally:
                     self.since = None
         finally:
@@ -207,7 +211,7 @@ class PartitionWriter:
             context.counts.takeover_seconds += self.takeover_seconds
             self.since = context.clock()
             self._trouble = None
-            self.helpless = False
+            self._failed = 0
             pause = _IDLE_SECONDS
             while (batch := self._waiting.take(pause)) is not None:
                 if batch:
