@@ -79,6 +79,15 @@ class Assignment:
         self._unshown: dict[int, int] = {}
         self._usual_size = _FIRST_SIZE
         self._looked = time.monotonic()
+        self._quiet_since: float | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether partitions were assigned, be it none, and nothing has come from them for IDENTITY_SECONDS.
+
+        Before that nobody can tell: what is assigned has yet to arrive.
+        """
+        return self._quiet_since is not None and time.monotonic() > self._quiet_since + IDENTITY_SECONDS
 
     async def join(self) -> None:
         """Join the group; partitions are assigned while polling.
@@ -130,6 +139,7 @@ class Assignment:
                 await self._require_same_log()
                 await self._require_same_generation()
             return None
+        self._quiet_since = time.monotonic()
         events = await asyncio.to_thread(ReadBatch.of, records)
         await self._require_same_log()
         return Work(events, self._checkpoint(starts), ends)
@@ -175,6 +185,7 @@ class Assignment:
         self._unclaimed.update({p: starts[p] for p in foreign})
         self._next.update(starts)
         self._unshown.update({p: offset for p, offset in starts.items() if committed.get(p, (0, ""))[0] != offset})
+        self._quiet_since = time.monotonic()
         if starts:
             logger.info("%s: assigned partitions %s", self._projection.name, starts)
         return starts

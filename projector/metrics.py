@@ -45,7 +45,7 @@ class ProjectorMetrics(Collector):
         self.goes_on(name)
 
     def goes_on(self, name: str) -> None:
-        """The projection has folded, or has nothing to fold."""
+        """The projection has folded, or has had nothing to fold for a while."""
         self._running[name] = True
 
     def stopped(self, name: str) -> None:

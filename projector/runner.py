@@ -5,8 +5,9 @@ again is refused by it. While one batch is on its way into the view, the next on
 
 Every trouble that may pass ends the membership in the group and begins another after a pause: others can take the
 partitions over meanwhile, and the view's checkpoint is the place to go on from. What does not pass is raised: that log
-and view do not belong together, or that one of them is damaged. Settings that worked before may work again, and so may
-a fold that met a mistake: nothing is skipped meanwhile, and people see it.
+and view do not belong together, or that one of them is damaged. Settings that worked before may work again, tables that
+are missing or of another layout may be made, and a fold that met a mistake may be mended: nothing is skipped meanwhile,
+and people see it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from services.errors import ArtifactStoreError, CorruptError, PushBackError, Una
 from services.log.port import Log
 from services.views.checkpoints import StaleCheckpointError, apply
 from services.views.engine import Views
+from services.views.failures import TablesError
 from services.views.projections import PROJECTIONS, Projection, projection_named
 from services.wiring import open_log, open_views
 
@@ -75,7 +77,7 @@ async def run_projection(
     Raises:
         CorruptError: the log does not go on from what the view has folded, or too many packages would be parked.
         LogIdentityError: the view was folded from another log.
-        ConfigurationError: before it has joined the group once: the tables are missing or of another layout.
+        ConfigurationError: the settings are refused before it has joined the group once.
     """
     pause = _FIRST_PAUSE
     joined = False
@@ -91,7 +93,8 @@ async def run_projection(
             logger.warning("%s: %s; trying again in %.1f s", projection.name, error.detail, pause)
             await _wait(stop, pause)
         except ArtifactStoreError as error:
-            if isinstance(error, CorruptError) or not (joined or run.joined):
+            may_pass = joined or run.joined or isinstance(error, TablesError)
+            if isinstance(error, CorruptError) or not may_pass:
                 raise
             logger.error("%s: %s; trying again in %.1f s", projection.name, error.detail, _LONGEST_PAUSE)
             await _in_trouble(projection, stop, metrics)
@@ -141,7 +144,7 @@ class _Run:
                 await self._finish()
                 if work is not None:
                     self._applying = asyncio.create_task(self._apply(work))
-                elif self._metrics is not None:
+                elif self._metrics is not None and self._assignment.idle:
                     self._metrics.goes_on(self._projection.name)  # nothing is left to fold: no trouble either
             await self._finish()
         finally:

@@ -18,14 +18,14 @@ from sqlalchemy import Row, delete, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from schemas.events import Event
-from services.errors import ConfigurationError, CorruptError, LogIdentityError, UnavailableError
+from services.errors import CorruptError, LogIdentityError, UnavailableError
 from services.log.port import Record
 from services.log.position import Position
 from services.views.attempts import Attempts
 from services.views.building import building_tables, live_tables, lock_live_tables, rights_on
 from services.views.bulk import on_postgresql, upsert
 from services.views.engine import Views, check_layouts
-from services.views.failures import DamagedDatabaseError, LockedError
+from services.views.failures import DamagedDatabaseError, LockedError, TablesError
 from services.views.parked import Parking, TooManyParkedError, forget_marks, read_marks
 from services.views.projections import Projection, Tables
 from services.views.reading import ReadBatch
@@ -71,8 +71,8 @@ class Checkpoint:
 async def load_checkpoint(views: Views, projection: Projection, log: UUID) -> Checkpoint:
     """Where the view stands in `log`; a view that has folded nothing yet belongs to that log from now on.
 
-    Raises LogIdentityError (it was folded from another log), UnavailableError, ConfigurationError (its tables are
-    missing or of another layout).
+    Raises LogIdentityError (it was folded from another log), UnavailableError, TablesError (its tables are missing or
+    of another layout).
     """
     async with views.reading(snapshot=True) as connection:
         await check_layouts(connection, [projection])
@@ -269,7 +269,7 @@ async def hold_live(connection: AsyncConnection, projection: Projection) -> Row[
     """Wait for folds into the live generation and let no other begin until the transaction ends; a build's go on.
 
     Returns the row of the live generation. Neither readers nor other projections wait. Raises LockedError through
-    `Views.writing` when the folds take too long; ConfigurationError when there is no live generation yet.
+    `Views.writing` when the folds take too long; TablesError when there is no live generation yet.
     """
     if on_postgresql(connection):
         await _bound_waiting(connection)
@@ -292,12 +292,12 @@ async def _bound_waiting(connection: AsyncConnection) -> None:
 async def live_row(connection: AsyncConnection, projection: Projection, *, lock: bool = False) -> Row[Any]:
     """The row of the live generation. With `lock` it stands still until the transaction ends.
 
-    Raises ConfigurationError when there is none yet.
+    Raises TablesError when there is none yet.
     """
     query = select(projection_generations).where(projection_generations.c.projection == projection.name)
     row = (await connection.execute(query.with_for_update() if lock else query)).one_or_none()
     if row is None:
-        raise ConfigurationError(f"the views have no {projection.name}: `artifact-store migrate` creates it")
+        raise TablesError(f"the views have no {projection.name}: `artifact-store migrate` creates it")
     return row
 
 

@@ -26,7 +26,7 @@ from services.core.retention import RETENTION_CLASSES
 from services.errors import ConfigurationError, UnavailableError
 from services.file_lock import FileLock
 from services.folders import make_folder
-from services.views.failures import database_errors
+from services.views.failures import TablesError, database_errors
 from services.views.projections import PROJECTIONS, Projection
 from services.views.sqlite_connection import connect
 from services.views.tables import metadata, projection_checkpoints, projection_generations, retention_classes
@@ -88,11 +88,11 @@ class Views:
     async def migrate(self) -> None:
         """Create the tables and seeds that are missing. Safe to repeat, also by several processes at once.
 
-        Raises ConfigurationError when a projection's tables have another layout, or one of them was lost: they are then
-        to be folded again.
+        Raises TablesError when a projection's tables have another layout, or one of them was lost: they are then to be
+        folded again.
         """
         for why in (await self.create_missing()).values():
-            raise ConfigurationError(why)
+            raise TablesError(why)
 
     async def create_missing(self) -> Mapping[str, str]:
         """As `migrate`; instead of raising, returns which projections are to be folded again, by name, and why."""
@@ -155,9 +155,9 @@ def _add_columns(connection: Connection) -> None:
 
 
 async def check_layouts(connection: AsyncConnection, projections: Iterable[Projection]) -> None:
-    """Raise ConfigurationError unless the tables of these projections are there, in this version's layout."""
+    """Raise TablesError unless the tables of these projections are there, in this version's layout."""
     for why in (await _outdated(connection, projections)).values():
-        raise ConfigurationError(why)
+        raise TablesError(why)
 
 
 async def _outdated(connection: AsyncConnection, projections: Iterable[Projection]) -> dict[str, str]:

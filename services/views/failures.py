@@ -22,6 +22,10 @@ class DamagedDatabaseError(CorruptError):
     problem = "damaged-database"
 
 
+class TablesError(ConfigurationError):
+    """Tables are missing, of another layout, or lost: `migrate` or a replay mends that while everything runs."""
+
+
 class LockedError(UnavailableError):
     """Others held a lock for longer than was to be waited; nothing was changed. Try again."""
 
@@ -98,8 +102,9 @@ def _meaning(error: BaseException) -> ArtifactStoreError | None:
     if state == _LOCKED:
         return LockedError(f"the views database: {text}")
     if state.startswith(_CONFIGURATION):
-        mend = _MIGRATE if state.startswith(_MIGRATED) else _SETTING
-        return ConfigurationError(f"the views database refuses: {text}; {mend}")
+        if state.startswith(_MIGRATED):
+            return TablesError(f"the views database refuses: {text}; {_MIGRATE}")
+        return ConfigurationError(f"the views database refuses: {text}; {_SETTING}")
     if state.startswith(_CORRUPT):
         return CorruptError(f"the views cannot take this: {text}")
     if state.startswith(_UNAVAILABLE) or invalidated or isinstance(cause, OSError):
@@ -124,7 +129,7 @@ def _of_sqlite(error: sqlite3.Error) -> ArtifactStoreError | None:
     if code in _SQLITE_CORRUPT:
         return CorruptError(f"the views cannot take this: {text}")
     if text.startswith(("no such table", "no such column")):
-        return ConfigurationError(f"the views database: {text}; {_MIGRATE}")
+        return TablesError(f"the views database: {text}; {_MIGRATE}")
     return None
 
 

@@ -14,7 +14,7 @@ from sqlalchemy import delete
 from projector import run_projection, run_projectors
 from services.config import Settings
 from services.core.limits import Limits
-from services.errors import ConfigurationError, CorruptError, InvalidRequestError, LogIdentityError, UnavailableError
+from services.errors import CorruptError, InvalidRequestError, LogIdentityError, UnavailableError
 from services.log.sqlite import SqliteLog, SqliteWriter
 from services.views.catch_up import catch_up
 from services.views.checkpoints import Checkpoint, apply, load_checkpoint, reset
@@ -301,13 +301,6 @@ async def test_a_table_that_is_away_for_a_while_holds_a_projector_up_and_ends_no
         await run("ALTER TABLE away RENAME TO artifact_packages")
         await covers(views, REGISTRY, await log.end())
     await same_as_one_fold(views, reference, log)
-
-
-async def test_a_projector_that_never_ran_ends_when_its_tables_are_missing(views_url: str) -> None:
-    views = Views(views_url)
-    with pytest.raises(ConfigurationError, match="artifact-store migrate"):
-        await run_projection(views, MemoryLog(), REGISTRY, asyncio.Event())
-    await views.close()
 
 
 async def test_one_projection_that_stops_leaves_the_others_running(
