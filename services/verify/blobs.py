@@ -70,6 +70,9 @@ class BlobCheck:
             for claim in claims:
                 self._report.add("blob-key", claim.place, error.detail)
             return
+        except UnavailableError as error:
+            await self._complain_unreadable(claims, error)
+            return
         if size is None:
             await self._complain(claims, "blob-missing", "is missing")
         elif self._check_bytes:
@@ -85,45 +88,52 @@ class BlobCheck:
             await self._complain(claims, "blob-damaged", f"changed while it was read: {error.detail}")
             return
         except UnavailableError as error:
-            await self._blobs.check()  # if it is the store and not this object, that is the end of the verification
-            await self._complain(claims, "blob-damaged", f"cannot be read, and stays where it is: {error.detail}")
+            await self._complain_unreadable(claims, error)
             return
         address = _address(key)
         damaged = bool(found.broken) and not found.sound if address is None else found.digest != address
         if not damaged:
             await self._complain(found.broken, "blob-claim", "is whole and has other digests")
             return
-        moved = await self._set_aside(key, size, claims, found.sound)
+        moved = await self._set_aside(key, claims, found.sound)
         if moved is None:
             return  # sound meanwhile
         await self._complain(found.broken, "blob-damaged", f"does not have the digests that were acknowledged; {moved}")
         if not found.broken:
             self._report.add("blob-damaged", claims[0].place, f"blob {key} is not what its key says; {moved}")
 
-    async def _set_aside(self, key: str, size: int, claims: Sequence[Claim], sound: Sequence[Claim]) -> str | None:
+    async def _set_aside(self, key: str, claims: Sequence[Claim], sound: Sequence[Claim]) -> str | None:
         """Move the object away; what became of it in words, None if what was moved is right after all.
 
         That happens when an upload put the right bytes in place meanwhile, or when they were read wrongly: so what was
         moved is read once more, and all that is good in it stored where readers look for it.
         """
+        aside = None
         try:
             await self._keep(key, sound)
             aside = await self._blobs.set_aside(key)
             if aside is None:
                 return "it went away meanwhile"
+            size = await self._blobs.size(aside) or 0  # an upload may have put bytes of another length there
             again = await self._read(aside, size, claims)
             await self._keep(aside, [claim for claim in again.sound if claim not in sound])
             address = _address(key)
             if again.digest == address:
                 whole = self._blobs.read(aside, 0, size)
                 await self._blobs.store(whole, declared=Declared(size, address), max_bytes=size)
+            if again.digest == address or (address is None and again.sound):
+                return None
         except ArtifactStoreError as error:
-            return f"it could not be set aside: {error.detail}"
-        if again.digest == address or (address is None and again.sound):
-            return None
+            if aside is None:
+                return f"it could not be set aside: {error.detail}"
+            self._note(key, aside)
+            return f"it was set aside as {aside}, and what is good in it could not be kept: {error.detail}"
+        self._note(key, aside)
+        return f"it was set aside as {aside}"
+
+    def _note(self, key: str, aside: str) -> None:
         if len(self._report.set_aside) < self._report.kept:
             self._report.set_aside[key] = aside
-        return f"it was set aside as {aside}"
 
     async def _keep(self, key: str, sound: Sequence[Claim]) -> None:
         """Store what is good in an object under the files' own content-addressed keys."""
@@ -132,6 +142,10 @@ class BlobCheck:
             body = self._blobs.read(key, claim.start, claim.length)
             declared = Declared(claim.length, claim.blake3, claim.sha256 or None)
             await self._blobs.store(body, declared=declared, max_bytes=claim.length)
+
+    async def _complain_unreadable(self, claims: Sequence[Claim], error: UnavailableError) -> None:
+        await self._blobs.check()  # if it is the store and not this object, that is the end of the verification
+        await self._complain(claims, "blob-damaged", f"cannot be read, and stays where it is: {error.detail}")
 
     async def _complain(self, broken: Sequence[Claim], kind: str, wrong: str) -> None:
         for claim in broken:
@@ -143,17 +157,20 @@ class BlobCheck:
     async def _lies_elsewhere(self, claim: Claim) -> bool:
         """Whether the bytes lie under their content-addressed key, where readers look next."""
         key = content_key(claim.blake3)
-        if key == claim.key or await self._blobs.size(key) != claim.length:
-            return False
-        if not self._check_bytes:
-            return True
         there = replace(claim, key=key, start=0, whole=True)
         try:
+            if key == claim.key or await self._blobs.size(key) != claim.length:
+                return False
+            if not self._check_bytes:
+                return True
             found = await self._read(key, claim.length, [there])
         except CorruptError:
             return False
+        except UnavailableError:
+            await self._blobs.check()
+            return False
         if found.digest != claim.blake3:
-            await self._set_aside(key, claim.length, [there], [])
+            return await self._set_aside(key, [there], []) is None
         return bool(found.sound)
 
     async def _read(self, key: str, size: int, claims: Sequence[Claim]) -> Rehash:

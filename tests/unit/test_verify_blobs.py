@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator, Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from blake3 import blake3
 
 from services.blobs.local import LocalBlobStore
-from services.blobs.port import Declared, content_key
+from services.blobs.port import Declared, StoredBlob, content_key
 from services.errors import UnavailableError
 from services.verify import Report, verify
 from tests.verify_scene import CONTENT, Scene, chained, changed, put_blob, whole_scene
@@ -136,9 +138,10 @@ async def test_the_last_good_copy_in_a_damaged_pack_is_kept_where_a_damaged_one_
     assert packed.blob("a").read_bytes() == CONTENT["a"]
 
 
-async def test_a_blob_that_an_upload_replaced_in_the_same_moment_is_put_back(scene: Scene) -> None:
+@pytest.mark.parametrize("damaged", [b"FIRST", b"fir", b"first and more"])
+async def test_a_blob_that_an_upload_replaced_in_the_same_moment_is_put_back(scene: Scene, damaged: bytes) -> None:
     scene.append()
-    scene.blob("a").write_bytes(b"FIRST")
+    scene.blob("a").write_bytes(damaged)
 
     class Racing(LocalBlobStore):
         async def set_aside(self, key: str) -> str | None:
@@ -152,6 +155,63 @@ async def test_a_blob_that_an_upload_replaced_in_the_same_moment_is_put_back(sce
     await blobs.close()
     assert report.clean
     assert scene.blob("a").read_bytes() == CONTENT["a"]
+
+
+async def test_what_a_damaged_pack_gave_back_to_a_key_whose_damaged_blob_is_being_read_stays_there(
+    packed: Scene,
+) -> None:
+    key = content_key(blake3(CONTENT["a"]).digest())
+    again = replace(changed(packed.open[1], relative_path="again", key=key, offset=0), command_id=uuid4())
+    packed.events = chained([*packed.open, replace(again, created_at=9_000)])
+    packed.log.append(packed.events[-1])
+    put_blob(packed.folder, PACK_KEY, PACK.replace(b"second", b"SECOND"))
+    put_blob(packed.folder, key, b"fir")
+    read_damaged, kept = asyncio.Event(), asyncio.Event()
+
+    class Racing(LocalBlobStore):
+        async def read(self, read: str, offset: int, length: int) -> AsyncIterator[bytes]:
+            async for chunk in super().read(read, offset, length):
+                yield chunk
+            if read == key:
+                read_damaged.set()
+                await kept.wait()
+
+        async def store(self, body: AsyncIterable[bytes], *, declared: Declared, max_bytes: int) -> StoredBlob:
+            await read_damaged.wait()
+            stored = await super().store(body, declared=declared, max_bytes=max_bytes)
+            if stored.key == key:
+                kept.set()
+            return stored
+
+    blobs, views = Racing(packed.folder / "blobs"), packed.views()
+    await blobs.migrate()
+    report = await verify(packed.log, blobs, views, check_bytes=True)
+    await views.close()
+    await blobs.close()
+    assert named(report) == {("blob-damaged", "b")}
+    assert packed.blob("a").read_bytes() == CONTENT["a"]
+
+
+async def test_a_blob_that_was_moved_and_could_not_be_looked_at_again_is_named_with_its_place(scene: Scene) -> None:
+    scene.append()
+    scene.blob("a").write_bytes(b"FIRST")
+
+    class Failing(LocalBlobStore):
+        async def read(self, key: str, offset: int, length: int) -> AsyncIterator[bytes]:
+            if key.startswith("damaged/"):
+                raise UnavailableError("the disk says no")
+            async for chunk in super().read(key, offset, length):
+                yield chunk
+
+    blobs, views = Failing(scene.folder / "blobs"), scene.views()
+    await blobs.migrate()
+    report = await verify(scene.log, blobs, views, check_bytes=True)
+    await views.close()
+    await blobs.close()
+    key = content_key(blake3(CONTENT["a"]).digest())
+    assert report.set_aside == {key: f"damaged/{key}"}
+    assert f"set aside as damaged/{key}" in report.violations[0].detail
+    assert "the disk says no" in report.violations[0].detail
 
 
 async def test_good_bytes_that_were_read_wrongly_are_not_lost(scene: Scene) -> None:
@@ -201,13 +261,21 @@ async def test_a_blob_that_is_cut_short_while_it_is_read_is_named(scene: Scene) 
 
 
 class Unreadable(LocalBlobStore):
-    """A store that cannot read some blobs, or cannot be used at all."""
+    """A store that cannot look at one blob, or read it, or cannot be used at all."""
 
     down = False
+    call = "read"
+
+    def _fail(self, call: str, key: str) -> None:
+        if self.down or (call == self.call and key == content_key(blake3(CONTENT["a"]).digest())):
+            raise UnavailableError("the disk says no")
+
+    async def size(self, key: str) -> int | None:
+        self._fail("size", key)
+        return await super().size(key)
 
     async def read(self, key: str, offset: int, length: int) -> AsyncIterator[bytes]:
-        if self.down or key == content_key(blake3(CONTENT["a"]).digest()):
-            raise UnavailableError("the disk says no")
+        self._fail("read", key)
         async for chunk in super().read(key, offset, length):
             yield chunk
 
@@ -216,23 +284,27 @@ class Unreadable(LocalBlobStore):
             raise UnavailableError("the store is down")
 
 
+@pytest.mark.parametrize("call", ["size", "read"])
+@pytest.mark.parametrize("elsewhere", [False, True])
 @pytest.mark.parametrize("down", [False, True])
 async def test_one_blob_that_cannot_be_read_is_damaged_but_a_store_that_is_down_ends_the_verification(
-    scene: Scene, down: bool
+    scene: Scene, down: bool, elsewhere: bool, call: str
 ) -> None:
+    if elsewhere:  # where readers look next, and so does the oracle
+        scene.events = chained([scene.events[0], changed(scene.events[1], key="uploads/gone"), *scene.open[2:]])
     scene.append()
     blobs, views = Unreadable(scene.folder / "blobs"), scene.views()
-    blobs.down = down
+    blobs.down, blobs.call = down, call
     try:
         if down:
             with pytest.raises(UnavailableError, match="the store is down"):
                 await verify(scene.log, blobs, views, check_bytes=True)
-            assert scene.blob("a").exists()
         else:
             report = await verify(scene.log, blobs, views, check_bytes=True)
-            assert named(report) == {("blob-damaged", "a")}
-            assert "the disk says no" in report.violations[0].detail
-            assert scene.blob("a").exists()
+            assert named(report) == {("blob-missing" if elsewhere else "blob-damaged", "a")}
+            assert elsewhere or "the disk says no" in report.violations[0].detail
+            assert report.blobs == 3
+        assert scene.blob("a").exists()
     finally:
         await views.close()
         await blobs.close()
