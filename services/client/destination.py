@@ -32,7 +32,7 @@ _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 
 
 class Destination:
-    """One folder, held open until `close`. Its methods block on the disk; `blake3_of` while it reads a whole file."""
+    """One folder, held open until `close`. Its methods block on the disk; `holds` while it reads a whole file."""
 
     def __init__(self, folder: Path) -> None:
         """Open the folder, creating it if need be; it may itself be named through a link. Raises ConflictError."""
@@ -41,6 +41,7 @@ class Destination:
             self._root = os.open(folder.resolve(), _FOLDER)
         except NotADirectoryError:
             raise ConflictError(f"{folder} is no folder") from None
+        self._name_bytes = os.fpathconf(self._root, "PC_NAME_MAX")
         self._placed = _Placed()
         self._name = uuid4().hex
         self._numbers = count()  # asking it for the next one is safe in threads
@@ -49,10 +50,10 @@ class Destination:
         """Let go of the folder."""
         os.close(self._root)
 
-    def blake3_of(self, relative_path: str, size_bytes: int, given_up: Event) -> bytes | None:
-        """The digest of the file that is there; None when there is none, empty when it has another length.
+    def holds(self, relative_path: str, size_bytes: int, digest: bytes, given_up: Event) -> bool | None:
+        """Whether the file that is there has this length and BLAKE3 (32 raw bytes); None when there is none.
 
-        Empty as well once it is `given_up`.
+        One that has is kept: no other file of the package replaces it. False as well once it is `given_up`.
         Raises ConflictError: something is there that is no regular file, or a folder on the way is none.
         """
         with self._folder(relative_path, create=False) as (folder, name):
@@ -66,16 +67,37 @@ class Destination:
             except OSError as error:
                 why = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
                 raise ConflictError(f"{relative_path!r} is there and cannot be taken for a file: {why}") from None
-        with os.fdopen(descriptor, "rb", buffering=0) as file:
-            found = os.fstat(file.fileno())
+        try:
+            found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode):
                 raise ConflictError(f"{relative_path!r} is there and no regular file")
             if found.st_size != size_bytes:
-                return b""
+                return False
             hashed = blake3()
-            while not given_up.is_set() and (chunk := file.read(CHUNK_BYTES)):
+            while not given_up.is_set() and (chunk := os.read(descriptor, CHUNK_BYTES)):
                 hashed.update(chunk)
-            return b"" if given_up.is_set() else hashed.digest()
+            if given_up.is_set() or hashed.digest() != digest:
+                return False
+            self._placed.keep(found)
+            return True
+        finally:
+            os.close(descriptor)
+
+    def check_names(self, relative_path: str) -> None:
+        """Raise ConflictError when a name in the path is longer than the folder's file system takes."""
+        if len(relative_path.encode()) <= self._name_bytes:
+            return
+        for part in relative_path.split("/"):
+            if len(part.encode()) <= self._name_bytes:
+                continue
+            try:
+                # Some count other units than bytes: it has the last word.
+                os.stat(part, dir_fd=self._root, follow_symlinks=False)
+            except OSError as error:
+                if error.errno == errno.ENAMETOOLONG:
+                    raise ConflictError(
+                        f"nothing was written: {relative_path!r} holds a longer name than this file system takes"
+                    ) from None
 
     def is_empty(self) -> bool:
         """Whether nothing at all is in the folder."""
@@ -152,13 +174,18 @@ class Destination:
 
 
 class _Placed:
-    """The files that were put in the place of others, by device and inode."""
+    """The files that are in their places, by device and inode: no other file of the package may replace them."""
 
     __slots__ = ("lock", "seen")
 
     def __init__(self) -> None:
         self.lock = Lock()
         self.seen: set[tuple[int, int]] = set()
+
+    def keep(self, file: os.stat_result) -> None:
+        """A file that was there; one with several names may be replaced under another of them."""
+        if file.st_nlink == 1:
+            self.seen.add((file.st_dev, file.st_ino))
 
 
 class Landing:

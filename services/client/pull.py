@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from threading import Event
 from uuid import UUID
@@ -113,7 +114,7 @@ async def read_manifest(registry: Registry, package_id: UUID, address: ContentAd
     manifest = await asyncio.to_thread(decode, data)
     if manifest.package.id != package_id:
         raise CorruptError(f"the manifest of package {package_id} is that of package {manifest.package.id}")
-    _check_files(manifest.files)
+    await asyncio.to_thread(_check_files, manifest.files)
     return manifest
 
 
@@ -130,10 +131,8 @@ async def _package(registry: Registry, which: UUID | ContentAddress) -> tuple[UU
     return which, package.manifest_digest
 
 
-def _check_files(files: tuple[ManifestFile, ...]) -> None:
-    paths = {file.relative_path for file in files}
-    if len(paths) != len(files):
-        raise CorruptError("the manifest names a path twice")
+def _check_files(files: Sequence[ManifestFile]) -> None:
+    """Raise CorruptError for what no package holds, ConflictError for paths that no folder holds. Blocks."""
     for file in files:
         try:
             check_path(file.relative_path)
@@ -141,20 +140,22 @@ def _check_files(files: tuple[ManifestFile, ...]) -> None:
                 raise ValueError("no size or no digest")
         except (InvalidPathError, ValueError, TypeError, AttributeError) as error:
             raise CorruptError(f"the manifest's entry {str(file.relative_path)[:100]!r} cannot be: {error}") from None
-        parts = file.relative_path.split("/")
-        for depth in range(1, len(parts)):
-            above = "/".join(parts[:depth])
-            if above in paths:
-                raise ConflictError(
-                    f"the package holds {above!r} and {file.relative_path!r}: no folder can hold them both"
-                )
+    # A path and those below it are neighbours once `/` comes before every other character.
+    paths = sorted((file.relative_path for file in files), key=lambda path: path.replace("/", "\0"))
+    for above, path in pairwise(paths):
+        if above == path:
+            raise CorruptError(f"the manifest names {path!r} twice")
+        if path.startswith(above + "/"):
+            raise ConflictError(f"the package holds {above!r} and {path!r}: no folder can hold them both")
 
 
-def _missing(folder: Destination, files: Iterable[ManifestFile], given_up: Event, *, force: bool) -> list[ManifestFile]:
+def _missing(folder: Destination, files: Sequence[ManifestFile], given_up: Event, *, force: bool) -> list[ManifestFile]:
     """The files that are to be fetched. Raises ConflictError when others are in their place.
 
     Blocks while it reads what is there; it ends early, with nothing that means anything, once it is `given_up`.
     """
+    for file in files:
+        folder.check_names(file.relative_path)
     if folder.is_empty():
         return list(files)
     missing: list[ManifestFile] = []
@@ -162,8 +163,8 @@ def _missing(folder: Destination, files: Iterable[ManifestFile], given_up: Event
     for file in files:
         if given_up.is_set():
             return []
-        there = folder.blake3_of(file.relative_path, file.size_bytes, given_up)
-        if there == bytes.fromhex(file.blake3):
+        there = folder.holds(file.relative_path, file.size_bytes, bytes.fromhex(file.blake3), given_up)
+        if there:
             continue
         if there is not None and not force:
             different.append(file.relative_path)
