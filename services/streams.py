@@ -6,24 +6,40 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable
 from typing import IO
 
+from services.errors import InvalidRequestError
+
 CHUNK_BYTES = 1 << 20
 
 
 async def from_any(
     stream: AsyncIterable[bytes] | Iterable[bytes] | IO[bytes] | bytes,
 ) -> AsyncGenerator[bytes, None]:
-    """Iterate over the stream's bytes; a file object is read in a thread, so that the event loop never waits for it."""
+    """Iterate over the stream's bytes; a file object is read in a thread, so that the event loop never waits for it.
+
+    Raises InvalidRequestError: it is a file object that is set not to block.
+    """
     if isinstance(stream, bytes | bytearray | memoryview):
         yield bytes(stream)
     elif isinstance(stream, AsyncIterable):
         async for chunk in stream:
             yield chunk
     elif hasattr(stream, "read"):
-        while chunk := await asyncio.to_thread(stream.read, CHUNK_BYTES):
+        while chunk := await asyncio.to_thread(read_chunk, stream):  # type: ignore[arg-type]  # it reads: a file object
             yield chunk
     else:
         for chunk in stream:
             yield chunk
+
+
+def read_chunk(file: IO[bytes]) -> bytes:
+    """The file object's next bytes, at most CHUNK_BYTES; empty at its end alone. Blocks.
+
+    Raises InvalidRequestError: it is set not to block (`io.RawIOBase.read` gives None then, for nothing as yet).
+    """
+    chunk: bytes | None = file.read(CHUNK_BYTES)
+    if chunk is None:
+        raise InvalidRequestError("the stream is non-blocking: set it to block")
+    return chunk
 
 
 async def joined(chunks: AsyncIterable[bytes]) -> bytes:

@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,16 @@ class PushState:
         return uuid5(self.push_id, step)
 
 
-def default_folder() -> Path:
-    """Where states of pushes lie: `artifact-store/pushes` in the user's state folder (XDG Base Directory 0.8)."""
+def default_folder() -> Path | None:
+    """Where states of pushes lie: `artifact-store/pushes` in the user's state folder (XDG Base Directory 0.8).
+
+    None where the user has no home.
+    """
     named = os.environ.get("XDG_STATE_HOME", "")
-    state = Path(named) if named.startswith("/") else Path.home() / ".local" / "state"
+    try:
+        state = Path(named) if named.startswith("/") else Path.home() / ".local" / "state"
+    except RuntimeError:
+        return None
     return state / "artifact-store" / "pushes"
 
 
@@ -61,14 +67,14 @@ def push_state(folder: Path | None, identity: dict[str, Any], *, fresh: bool = F
         known = None if fresh else _read(descriptor)
         state = PushState(known or uuid4(), resumed=known is not None, kept=True)
         if known is None and not _write(descriptor, state.push_id):
-            path.unlink()
+            _forget(descriptor, path)
             yield PushState(uuid4(), resumed=False, kept=False)
             return
         try:
             yield state
         finally:
             if state.done or not (state.began or state.resumed):
-                path.unlink()
+                _forget(descriptor, path)
     finally:
         os.close(descriptor)
 
@@ -109,6 +115,14 @@ def _read(descriptor: int) -> UUID | None:
         return UUID(json.loads(os.pread(descriptor, 4096, 0))["push_id"])
     except (ValueError, KeyError, TypeError):
         return None  # new, or cut off while it was written: then nothing was sent under its id
+
+
+def _forget(descriptor: int, path: Path) -> None:
+    """Empty the file, which is no state then, and remove it; that it has gone, or has to stay, spoils no push."""
+    with suppress(OSError):
+        os.ftruncate(descriptor, 0)
+    with suppress(OSError):
+        path.unlink()
 
 
 def _write(descriptor: int, push_id: UUID) -> bool:

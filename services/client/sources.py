@@ -20,7 +20,7 @@ from typing import IO
 from blake3 import blake3
 
 from services.errors import ContentMismatchError
-from services.streams import CHUNK_BYTES, from_any
+from services.streams import CHUNK_BYTES, from_any, read_chunk
 from services.threads import Result, to_its_end
 
 _READING = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -187,7 +187,7 @@ class SeekableSource(BodySource):
 
     async def __aiter__(self) -> AsyncGenerator[bytes, None]:
         await self._do(partial(self._file.seek, self._start))
-        while chunk := await self._do(partial(self._file.read, CHUNK_BYTES)):
+        while chunk := await self._do(partial(read_chunk, self._file)):
             yield chunk
 
     async def _do(self, work: Callable[[], Result]) -> Result:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from services.client.push_state import push_state
+from services.client.push_state import default_folder, push_state
 from services.client.tree import walk
 from services.errors import InvalidPathError, InvalidRequestError
 from services.media_types import guess_media_type
@@ -194,3 +194,31 @@ def test_without_a_place_to_keep_it_a_push_goes_on_but_cannot_be_resumed(tmp_pat
     (tmp_path / "file").write_bytes(b"")
     with push_state(tmp_path / "file" / "below", ABOUT) as state:
         assert not state.kept
+
+
+def test_a_state_file_that_has_gone_spoils_no_push(tmp_path: Path) -> None:
+    with push_state(tmp_path, ABOUT) as state:
+        (path,) = tmp_path.iterdir()
+        path.unlink()
+        state.began = state.done = True
+
+
+def test_a_state_file_that_cannot_be_removed_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", refused)
+        with push_state(tmp_path, ABOUT) as first:
+            first.began = first.done = True
+    with push_state(tmp_path, ABOUT) as second:
+        assert not second.resumed
+
+
+def test_without_a_home_no_state_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert default_folder() is None
