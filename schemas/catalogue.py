@@ -14,7 +14,8 @@ _INTRODUCTION = """# Event catalogue
 Generated from `schemas/*.avsc` by `make docs`; do not edit. Every record value is an event in Avro single-object
 encoding: `C3 01`, the eight-byte little-endian CRC-64-AVRO fingerprint of the schema, the datum. The key is the package
 id as text. Headers repeat type and version (`event_type`, `event_version`), the command (`command_id`, `command_index`,
-`command_count`) and the CloudEvents attributes (`ce_*`), so that a consumer can route without decoding.
+`command_count`) and the CloudEvents attributes (`ce_*`, `content-type`), so that a consumer can route without decoding;
+`traceparent` (W3C Trace Context) is there where the request carried one.
 
 Digests are recomputed like this:
 
