@@ -105,7 +105,7 @@ def decide(state: PackageState | None, command: Command, now: int, limits: Limit
     becomes the rest.
 
     Raises:
-        RejectedError: one of its classes, as DESIGN has them; nothing is recorded.
+        RejectedError: one of its classes; nothing is recorded.
         PushBackError: another command of the package is unfinished.
     """
     known = None if state is None else _known(state, command)

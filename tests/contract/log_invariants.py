@@ -1,4 +1,4 @@
-"""The oracle of every test that writes: reads a whole log and holds it to DESIGN §4.1 and §4.2.
+"""The oracle of every test that writes: reads a whole log and holds it to what must be true (docs/architecture.md).
 
 Event by event it goes by `services.verify.history`, which shares no code with what decides and evolves.
 """
@@ -18,7 +18,7 @@ from services.verify.notes import Notes
 
 
 async def read_valid(log: Log) -> list[RecordedEvent]:
-    """Every event of the log, in the order in which it was read, once it is sure that they are valid (DESIGN §4.2).
+    """Every event of the log, in the order in which it was read, once it is sure that they are valid.
 
     Per package: sequences without gap or repeat, an unbroken chain, creation first, no path twice, nothing after the
     finalization, a manifest of exactly its events, commands whole and in one piece. Per partition: positions that grow,
@@ -47,7 +47,7 @@ async def read_valid(log: Log) -> list[RecordedEvent]:
 def assert_recorded_once(
     events: Iterable[RecordedEvent], acknowledged: Iterable[tuple[Command, Acknowledgement]]
 ) -> None:
-    """Every acknowledged command is in the log once, whole, and as its acknowledgement says (DESIGN §4.1)."""
+    """Every acknowledged command is in the log once, whole, and as its acknowledgement says."""
     found: dict[tuple[UUID, UUID], list[RecordedEvent]] = defaultdict(list)
     for event in events:
         found[event.package_id, event.command_id].append(event)

@@ -1,4 +1,4 @@
-"""Rounds of torture: every promise of DESIGN §4 while processes, brokers, stores and networks fail at random.
+"""Rounds of torture: what must be true (docs/architecture.md) while brokers, stores, networks and processes fail.
 
 Each prints its seed; `FAULT_SEED` in the environment repeats it.
 """

@@ -1,4 +1,4 @@
-"""A reader of the log that knows DESIGN §6 and the `.avsc` files, and nothing of this project's code.
+"""A reader of the log that knows docs/events.md and the `.avsc` files, and nothing of this project's code.
 
 Everything here is written a second time on purpose: framing, fingerprints, canonical CBOR, digests, identifiers and the
 partitioner. Where it and the product disagree, one of them is wrong about what the log says.

@@ -1,4 +1,4 @@
-"""What is tortured: three brokers behind a network of our own, MinIO, PostgreSQL, three gateways and two projectors.
+"""What is tortured: three brokers behind a network of our own, MinIO, PostgreSQL, three gateways and all projectors.
 
 The first gateway reaches the brokers through the network's proxies, the others directly. A gateway or projector that
 ends although nobody ended it is noted, and started again as any supervisor would.
