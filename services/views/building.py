@@ -17,12 +17,19 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 from sqlalchemy.sql import quoted_name
 
 from services.views.bulk import driver_of, on_postgresql
+from services.views.inheritance import inherit, inheritance_of
 from services.views.projections import Projection, Tables
 
 SUFFIX = "__building"
 
 _READERS_MILLISECONDS = 50
 """How long readers are waited for at each table, and those behind them wait, before all of it is let go."""
+
+_BEYOND_DEADLOCKS = """
+    SELECT set_config('lock_timeout', CAST(CAST(setting AS integer) + 4000 AS text), true)
+    FROM pg_settings WHERE name = 'deadlock_timeout'
+"""
+"""How long vacuums are waited for: 5 s, or more where the server looks for deadlocks later; in ms."""
 
 LONG_SECONDS = 24 * 3600.0
 """A large index takes longer than any other statement may, and so does what a digest has to sort."""
@@ -75,11 +82,18 @@ def index_statements(table: Table, generation: UUID, dialect: Dialect) -> Iterat
         yield _text(CreateIndex(index, if_not_exists=True), dialect)
 
 
+async def take_long(connection: AsyncConnection) -> None:
+    """Let the transaction's statements take their time, whatever bound the server has for this user's statements."""
+    if on_postgresql(connection):
+        await connection.execute(text("SET LOCAL statement_timeout = 0"))
+
+
 async def create_index(connection: AsyncConnection, statement: str, *, memory_mib: int, workers: int) -> None:
     """Run one of `index_statements` with so much memory and so many workers of the database's beside it."""
     if not on_postgresql(connection):
         await connection.execute(text(statement))
         return
+    await take_long(connection)
     await connection.execute(text(f"SET LOCAL maintenance_work_mem = '{memory_mib}MB'"))
     await connection.execute(text(f"SET LOCAL max_parallel_maintenance_workers = {workers}"))
     driver = await driver_of(connection)  # for its time-out
@@ -94,7 +108,23 @@ async def analyze(connection: AsyncConnection, table: Table) -> None:
     if on_postgresql(connection):
         indexed = {column.name for index in table.indexes for column in index.columns}
         names = sorted(indexed | {column.name for column in table.primary_key.columns})
+        await take_long(connection)
         await connection.execute(text(f"ANALYZE {table.name}{SUFFIX} ({', '.join(names)})"))
+
+
+async def hold_off_vacuums(connection: AsyncConnection, projection: Projection) -> None:
+    """Let nobody vacuum or analyze the tables, live or building, until the transaction ends; call it first.
+
+    PostgreSQL ends a vacuum of its own for a lock that has been waited for longer than `deadlock_timeout` (1 s), and
+    for none that gives up before. Neither readers nor folds wait meanwhile. Raises LockedError as `lock_live_tables`.
+    """
+    if not on_postgresql(connection):
+        return
+    of_build = [table.name for table in building_tables(projection).values()]
+    there = text("SELECT name FROM unnest(CAST(:names AS text[])) AS name WHERE to_regclass(name) IS NOT NULL")
+    names = [*live_tables(projection), *(await connection.execute(there, {"names": of_build})).scalars()]
+    await connection.execute(text(_BEYOND_DEADLOCKS))
+    await connection.execute(text(f"LOCK TABLE {', '.join(names)} IN SHARE UPDATE EXCLUSIVE MODE"))
 
 
 async def lock_live_tables(connection: AsyncConnection, projection: Projection) -> None:
@@ -110,53 +140,22 @@ async def lock_live_tables(connection: AsyncConnection, projection: Projection) 
 
 
 async def replace_live_tables(connection: AsyncConnection, projection: Projection, generation: UUID) -> None:
-    """Drop the live tables and give the build's their names, owners and rights, in the connection's transaction."""
+    """Drop the live tables and give the build's their names, in the connection's transaction.
+
+    Raises as `inheritance_of`, which says what goes over.
+    """
     for table in projection.tables:
         name = table.name
-        rights = await rights_on(connection, table)
+        inherited = await inheritance_of(connection, table)
         statements = [f"DROP TABLE IF EXISTS {name}", f"ALTER TABLE {name}{SUFFIX} RENAME TO {name}"]
         if on_postgresql(connection):
             key = _key(table, generation).name
             statements.append(f"ALTER TABLE {name} ADD CONSTRAINT {name}_pkey PRIMARY KEY USING INDEX {key}")
             suffix = _suffix(generation)
             statements += [f"ALTER INDEX {index.name}{suffix} RENAME TO {index.name}" for index in table.indexes]
-        for statement in (*statements, *rights):
+        for statement in statements:
             await connection.execute(text(statement))
-
-
-_RIGHTS = text(
-    """
-    WITH live AS (SELECT oid, relowner, relacl FROM pg_class WHERE oid = to_regclass(:name)),
-    rights AS (
-        SELECT acl.*, '' AS part FROM live, aclexplode(relacl) AS acl
-        UNION ALL
-        SELECT acl.*, format(' (%I)', attname)
-        FROM live JOIN pg_attribute ON attrelid = live.oid AND attname = ANY (CAST(:columns AS text[])),
-            aclexplode(attacl) AS acl
-    )
-    SELECT statement FROM (
-        SELECT 1 AS turn, format('ALTER TABLE %I OWNER TO %I', CAST(:name AS text), pg_get_userbyid(relowner))
-            AS statement
-        FROM live WHERE pg_get_userbyid(relowner) != current_user
-        UNION ALL
-        SELECT 2, format('GRANT %s%s ON %I TO %s%s', privilege_type, part, CAST(:name AS text),
-            CASE grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(grantee)) END,
-            CASE WHEN is_grantable THEN ' WITH GRANT OPTION' ELSE '' END)
-        FROM live, rights WHERE grantee != relowner
-    ) AS statements ORDER BY turn
-    """
-)
-
-
-async def rights_on(connection: AsyncConnection, table: Table) -> list[str]:
-    """What gives the live table, once it was made anew, the owner that it has now, and others their rights on it.
-
-    People read the tables with SQL, and an operator who replays may be another than who made them.
-    """
-    if not on_postgresql(connection):
-        return []
-    asked = {"name": table.name, "columns": table.columns.keys()}
-    return list((await connection.execute(_RIGHTS, asked)).scalars())
+        await inherit(connection, table, inherited)
 
 
 def _suffix(generation: UUID) -> str:

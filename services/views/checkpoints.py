@@ -22,10 +22,11 @@ from services.errors import CorruptError, LogIdentityError, UnavailableError
 from services.log.port import Record
 from services.log.position import Position
 from services.views.attempts import Attempts
-from services.views.building import building_tables, live_tables, lock_live_tables, rights_on
+from services.views.building import building_tables, hold_off_vacuums, live_tables, lock_live_tables
 from services.views.bulk import on_postgresql, upsert
 from services.views.engine import Views, check_layouts
 from services.views.failures import DamagedDatabaseError, LockedError, TablesError
+from services.views.inheritance import inherit, inheritance_of
 from services.views.parked import Parking, TooManyParkedError, forget_marks, read_marks
 from services.views.projections import Projection, Tables
 from services.views.reading import ReadBatch
@@ -194,6 +195,7 @@ async def reset(
     Raises:
         StaleCheckpointError: `expected` is not the live generation; nothing was changed.
         UnavailableError: there was no such moment for so long, or the database cannot be reached.
+        ConfigurationError: tables of another layout cannot be dropped, for what others have put on them.
     """
     attempts = Attempts(patience_seconds)
     while True:
@@ -210,6 +212,7 @@ async def reset(
 
 async def _reset(connection: AsyncConnection, projection: Projection, expected: UUID | None) -> UUID:
     generation = uuid4()
+    await hold_off_vacuums(connection, projection)
     # The row is updated, never replaced: a fold that waits for its lock must find it again.
     before = await hold_all_folds(connection, projection)
     if expected not in (None, before.generation):
@@ -220,11 +223,11 @@ async def _reset(connection: AsyncConnection, projection: Projection, expected: 
     await connection.execute(update(projection_generations).where(mine).values(fresh))
     await forget_progress(connection, before.generation)
     if before.layout != projection.layout:
-        rights = [statement for table in projection.tables for statement in await rights_on(connection, table)]
+        inherited = [await inheritance_of(connection, table) for table in projection.tables]
         await connection.run_sync(metadata.drop_all, tables=projection.tables)
         await connection.run_sync(metadata.create_all, tables=projection.tables)
-        for statement in rights:
-            await connection.execute(text(statement))
+        for table, statements in zip(projection.tables, inherited, strict=True):
+            await inherit(connection, table, statements)
     elif on_postgresql(connection):
         names = ", ".join(table.name for table in projection.tables)  # our own names, not anyone's input
         await connection.execute(text(f"TRUNCATE {names}"))

@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from schemas.canonical import canonical_cbor
 from services.core.content_address import ContentAddress
 from services.log.position import Position
-from services.views.building import LONG_SECONDS, live_tables
+from services.views.building import LONG_SECONDS, live_tables, take_long
 from services.views.bulk import driver_of, on_postgresql
 from services.views.checkpoints import read_position
 from services.views.engine import Views
@@ -64,6 +64,7 @@ async def digest_tables(
     """Digest one build of the projection's tables in the connection's snapshot, in which it stands at `position`."""
     hasher = blake3()
     rows = 0
+    await take_long(connection)
     for name, table in ((table.name, tables[table.name]) for table in projection.tables):
         hasher.update(canonical_cbor({"table": name, "columns": table.columns.keys()}))
         async for dump in _dump(connection, table):

@@ -27,6 +27,7 @@ from services.log.position import Position
 from services.views.building import (
     create_tables,
     drop_tables,
+    hold_off_vacuums,
     index_statements,
     lock_live_tables,
     replace_live_tables,
@@ -201,8 +202,10 @@ async def switch(views: Views, projection: Projection, generation: UUID, log_end
         UnavailableError: folds or readers took too long, or the live view is still ahead of the build; nothing was
             changed, and nobody waited long. Try again.
         StaleCheckpointError: there is no such build any more.
+        ConfigurationError: the live tables cannot be dropped, for what others have put on them.
     """
     async with views.writing() as connection:
+        await hold_off_vacuums(connection, projection)
         await hold_all_folds(connection, projection)
         live = await read_live(connection, projection)
         mine = projection_builds.c.generation == generation
