@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from services.cli.settings import common_options, invocation
 
 if TYPE_CHECKING:
     from services.log.port import RecordedEvent
+    from services.log.position import Position
     from services.registry import Registry
     from services.views.models import File, Package, PackageFilter
 
@@ -181,7 +183,7 @@ def tail(since: str | None, package: str | None, *, follow: bool) -> None:
 
 async def _tail(since: str | None, package: str | None, *, follow: bool) -> None:
     from services.cli.addressing import as_usage, package_id
-    from services.cli.signals import cancelled_by_sigterm
+    from services.cli.signals import end_as_interrupted
     from services.http.events import event_line
     from services.log.position import Position
     from services.registry import open_registry
@@ -190,12 +192,21 @@ async def _tail(since: str | None, package: str | None, *, follow: bool) -> None
     with as_usage():
         position = None if since is None else Position.parse(since)
     of_package = None if package is None else package_id(package)
-    async with open_registry(asked.settings()) as registry:
-        with cancelled_by_sigterm(wanted=follow):
+    if follow:
+        end_as_interrupted()
+    try:
+        async with open_registry(asked.settings()) as registry:
             async for event in registry.read_events(position, package_id=of_package, follow=follow):
                 position = event.position
                 raw(event_line(event) if asked.as_json else _event_text(event).encode())
-    if position is not None and not asked.as_json:
+    except asyncio.CancelledError:
+        _say_where_to_go_on(position)
+        raise
+    _say_where_to_go_on(position)
+
+
+def _say_where_to_go_on(position: Position | None) -> None:
+    if position is not None and not invocation().as_json:
         remark(f"to go on from here: --since {position}")
 
 

@@ -93,13 +93,16 @@ def _unforeseen(error: Exception) -> str:
 
 
 def run(main: Coroutine[Any, Any, Result], *, many_bytes: bool = False) -> Result:
-    """Run a command's coroutine to its end.
+    """Run a command's coroutine to its end. Raises KeyboardInterrupt also when it was cancelled, as SIGTERM does.
 
     `many_bytes`: on uvloop's event loop, which spends less on sockets than asyncio's own; other commands do without.
     """
-    if not many_bytes:
-        return asyncio.run(main)
-    import uvloop
+    try:
+        if not many_bytes:
+            return asyncio.run(main)
+        import uvloop
 
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(main)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(main)
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None

@@ -38,6 +38,9 @@ module._fetch = stand_still
 main(["pull", *sys.argv[1:]])
 """
 
+_IN_THE_BACKGROUND = ("sh", "-c", 'trap "" INT; exec "$@"', "sh")
+"""A command behind this ignores SIGINT, as one does that a script started with `&`."""
+
 
 def pushed(settings: Settings, folder: Path, *more: str) -> str:
     """The id of a package of one file."""
@@ -62,11 +65,17 @@ def running(
             process.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_pull_removes_what_is_not_whole(embedded_settings: Settings, tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("before", "number"),
+    [((), signal.SIGTERM), ((), signal.SIGINT), (_IN_THE_BACKGROUND, signal.SIGTERM)],
+    ids=["SIGTERM", "SIGINT", "SIGTERM-in-the-background"],
+)
+def test_a_pull_removes_what_is_not_whole(
+    embedded_settings: Settings, tmp_path: Path, before: tuple[str, ...], number: signal.Signals
+) -> None:
     package_id = pushed(embedded_settings, tmp_path / "tree")
     out = tmp_path / "out"
-    with running(embedded_settings, tmp_path, sys.executable, "-c", _PULL, package_id, str(out)) as process:
+    with running(embedded_settings, tmp_path, *before, sys.executable, "-c", _PULL, package_id, str(out)) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"writing\n"
         assert [path.name.endswith(".part") for path in out.iterdir()] == [True]
@@ -75,6 +84,20 @@ def test_a_pull_removes_what_is_not_whole(embedded_settings: Settings, tmp_path:
     assert process.returncode == 1
     assert b"interrupted" in said
     assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_following_says_where_to_go_on(embedded_settings: Settings, tmp_path: Path, number: signal.Signals) -> None:
+    package_id = pushed(embedded_settings, tmp_path / "tree")
+    with running(embedded_settings, tmp_path, *COMMAND, "tail", "--follow") as process:
+        assert process.stdout is not None
+        events = [process.stdout.readline().decode() for _ in range(3)]
+        assert all(package_id in event for event in events)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0
+    _, _, position = said.decode().strip().partition("to go on from here: --since ")
+    assert output_of(embedded_settings, "tail", "--since", position) == b""
 
 
 def test_an_addition_that_is_interrupted_waits_for_no_more_input(embedded_settings: Settings, tmp_path: Path) -> None:
