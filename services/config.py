@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, Self
 
-from dotenv import dotenv_values
+from dotenv.parser import Binding, parse_stream
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
 from services.errors import ConfigurationError
@@ -81,13 +81,10 @@ class Settings(BaseModel):
         """Read `.env` in the current folder, then the environment, then `overrides` (None is skipped); last one wins.
 
         Raises:
-            ConfigurationError: an unknown `ARTIFACT_STORE_*` name, a value that breaks its rule, or `.env` is no text.
+            ConfigurationError: an unknown `ARTIFACT_STORE_*` name, a value that breaks its rule, or `.env` is no text
+                or holds a line that cannot be read.
         """
-        try:
-            file = dotenv_values(".env")
-        except UnicodeDecodeError:
-            raise ConfigurationError("the file .env in this folder is not UTF-8: save it in that encoding") from None
-        found = {**{k: v for k, v in file.items() if v is not None}, **os.environ}
+        found = {**_of_file(Path(".env")), **os.environ}
         values: dict[str, Any] = {}
         unknown: list[str] = []
         for name, value in found.items():
@@ -113,6 +110,30 @@ class Settings(BaseModel):
             if value is not None and value != "":
                 found[PREFIX + name.upper()] = json.dumps(value) if isinstance(value, dict | bool) else str(value)
         return found
+
+
+def _of_file(path: Path) -> dict[str, str]:
+    """The names and values of a `.env` file, as they stand there; none when there is no such file."""
+    found: dict[str, str] = {}
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for line in parse_stream(file):
+                name, value = line.key, line.value
+                if line.error or (value is None and name is not None and name.startswith(PREFIX)):
+                    raise ConfigurationError(f"line {_number(line)} of the file .env in this folder is not NAME=VALUE")
+                if name is not None and value is not None:
+                    found[name] = value
+    except (FileNotFoundError, IsADirectoryError):
+        return {}
+    except UnicodeDecodeError:
+        raise ConfigurationError("the file .env in this folder is not UTF-8: save it in that encoding") from None
+    return found
+
+
+def _number(line: Binding) -> int:
+    """That of the line in its file, from 1; blank ones before it belong to it for the parser."""
+    text = line.original.string
+    return line.original.line + text[: len(text) - len(text.lstrip())].count("\n")
 
 
 def _known(cls: type[Settings]) -> str:

@@ -42,6 +42,24 @@ def test_a_file_that_is_no_text_is_refused_by_its_name(nowhere: Path) -> None:
     assert SECRET not in caught.value.detail
 
 
+@pytest.mark.parametrize(
+    "line", [f"{PREFIX}URL {SECRET}", f"{PREFIX}BOGUS", f"export {PREFIX}S3_REGION", f"{PREFIX}URL='{SECRET}"]
+)
+def test_a_line_of_the_file_that_cannot_be_read_is_named_and_not_shown(nowhere: Path, line: str) -> None:
+    (nowhere / ".env").write_text(f"OTHERS\n# {PREFIX}OLD\n\n\n{line}\nMORE=1\n")
+    with pytest.raises(ConfigurationError, match=r"line 5 of the file \.env") as caught:
+        Settings.from_env()
+    assert SECRET not in caught.value.detail
+
+
+def test_a_value_in_the_file_is_taken_as_it_stands(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    text = f'{PREFIX}S3_REGION="a${{HOME}}b"  # kept\r\nexport {PREFIX}LISTEN=127.0.0.1:1\r\n'
+    (nowhere / ".env").write_bytes(b"\xef\xbb\xbf" + text.encode())  # as some editors save it
+    found = Settings.from_env()
+    assert (found.s3_region, found.listen) == ("a${HOME}b", "127.0.0.1:1")
+
+
 @pytest.mark.parametrize("name", ["LISTEM", "listen", "URL_"])
 def test_an_unknown_name_is_refused_with_the_known_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(PREFIX + name, "x")
