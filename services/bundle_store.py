@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from blake3 import blake3
 
@@ -59,7 +59,7 @@ class BundleStore:
         """As `Packing.store`. Raises PushBackError too: no turn came, or the bundle was slow while others waited."""
         pace = Pace(bundle, lambda: self._storing.contended, size=_size, look_seconds=self._look_seconds)
         async with self._storing.turn(), pace:
-            return await Packing(self._blobs, max_file_bytes).store(pace)
+            return await Packing(self._blobs, max_file_bytes).store(_paced(pace))
 
     async def find(self, files: Sequence[NamedFile]) -> list[Placed]:
         """As `find_named`. Raises PushBackError too."""
@@ -197,6 +197,11 @@ class _Page:
             return None  # file by file: what one place has lost another may have
         self._held = (key, span.start, data)
         return self._held
+
+
+async def _paced(pace: Pace[Group]) -> AsyncIterator[Group]:
+    async for group in pace:
+        yield replace(group, body=pace.watched(group.body, len)) if isinstance(group, StreamedFile) else group
 
 
 def _size(group: Group) -> int:

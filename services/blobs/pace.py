@@ -11,6 +11,7 @@ from typing import Generic, Self, TypeVar
 from services.errors import PushBackError
 
 Piece = TypeVar("Piece")
+Part = TypeVar("Part")
 
 LOOK_SECONDS = 5.0
 SLOW_BYTES_PER_SECOND = 64 * 1024
@@ -70,13 +71,20 @@ class Pace(Generic[Piece]):
                 _RETRY_SECONDS,
             ) from None
 
-    async def __aiter__(self) -> AsyncIterator[Piece]:
+    def __aiter__(self) -> AsyncIterator[Piece]:
+        return self.watched(self._body, self._size)
+
+    async def watched(self, stream: AsyncIterable[Part], size: Callable[[Part], int]) -> AsyncIterator[Part]:
+        """A stream that is itself a piece of the body, read before the next piece is asked for: it counts as the body.
+
+        `size` says how many bytes a part of it has.
+        """
         self._since = self._loop.time()
-        async for piece in self._body:
+        async for part in stream:
             self._waited += self._loop.time() - self._since
             self._since = None
-            self._got += self._size(piece)
-            yield piece
+            self._got += size(part)
+            yield part
             self._since = self._loop.time()
         self._since = None
 

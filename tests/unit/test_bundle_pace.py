@@ -9,27 +9,35 @@ from pathlib import Path
 import pytest
 
 from services.blobs.local import LocalBlobStore
-from services.bundle import Group, SmallFile
+from services.bundle import Group, SmallFile, StreamedFile
 from services.bundle_store import BundleStore
 from services.errors import PushBackError
 
 
-async def test_a_bundle_that_trickles_makes_room_for_one_that_waits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["many files", "one file"])
+async def test_a_bundle_that_trickles_makes_room_for_one_that_waits(tmp_path: Path, kind: str) -> None:
     blobs = LocalBlobStore(tmp_path)
     await blobs.migrate()
     store = BundleStore(blobs, at_once=1, look_seconds=0.1)
     begun = asyncio.Event()
 
-    async def trickle() -> AsyncIterator[Group]:
-        for number in range(1_000_000):
-            yield [SmallFile(f"{number}", "text/plain", b"x")]
+    async def drops() -> AsyncIterator[bytes]:
+        for _ in range(1_000_000):
+            yield b"x"
             begun.set()
             await asyncio.sleep(0.01)
+
+    async def files() -> AsyncIterator[Group]:
+        async for drop in drops():
+            yield [SmallFile("a", "text/plain", drop)]
+
+    async def one_file() -> AsyncIterator[Group]:
+        yield StreamedFile("a", "text/plain", 1_000_000, drops())
 
     async def quick() -> AsyncIterator[Group]:
         yield [SmallFile("a", "text/plain", b"quick")]
 
-    slow = asyncio.create_task(store.store(trickle(), 1 << 30))
+    slow = asyncio.create_task(store.store(one_file() if kind == "one file" else files(), 1 << 30))
     await begun.wait()
     (placed,) = await store.store(quick(), 1 << 30)
     assert placed.blob.length == len(b"quick")
