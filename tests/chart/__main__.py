@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.chart.helm import HelmMissingError, helm_binary
+from tests.chart.helm import helm_binary
+from tests.services.process import ServiceError
 
 
 def main() -> int:
     """Returns pytest's exit code, or 1 with a message when Helm cannot be had. Further arguments go to pytest."""
     try:
         helm_binary()  # minutes at first; inside a test it would count against the test's own time-out
-    except HelmMissingError as error:
+    except ServiceError as error:
         sys.stderr.write(f"{error}\n")
         return 1
     return int(pytest.main([str(Path(__file__).parent), *sys.argv[1:]]))

