@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 
 from blake3 import blake3
@@ -25,6 +25,9 @@ from services.streams import joined
 _GAP_BYTES = 64 * 1024
 """So many bytes that nobody asked for are read rather than asking the store once more."""
 
+_Slice = tuple[bytes, int, int, bytes]
+"""Blob, offset, length and digest."""
+
 
 async def find_named(blobs: BlobStore, files: Sequence[NamedFile]) -> list[Placed]:
     """The files as they lie in the store, in their order, every byte verified. Holds PACK_BYTES at most.
@@ -34,35 +37,32 @@ async def find_named(blobs: BlobStore, files: Sequence[NamedFile]) -> list[Place
             stored anew when its bytes are sent to this process.
         UnavailableError: the store cannot be reached.
     """
-    by_blob: defaultdict[bytes, list[int]] = defaultdict(list)
-    for number, file in enumerate(files):
-        by_blob[file.blob].append(number)
-    found: dict[int, Placed] = {}
-    for blob, numbers in by_blob.items():
-        numbers.sort(key=lambda number: files[number].offset)
-        for run in _runs(files, numbers):
-            first, last = files[run[0]], max(files[number].offset + files[number].size_bytes for number in run)
+    by_blob: defaultdict[bytes, dict[_Slice, NamedFile]] = defaultdict(dict)
+    for file in files:
+        by_blob[file.blob].setdefault(_slice(file), file)  # what several names stand for is read once
+    found: dict[_Slice, StoredBlob] = {}
+    for blob, slices in by_blob.items():
+        key = content_key(blob)
+        for run in _runs(sorted(slices.values(), key=lambda file: file.offset)):
+            first, last = run[0], max(file.offset + file.size_bytes for file in run)
             try:
-                digests = await _hash_run(blobs, content_key(blob), [files[n] for n in run], first.offset, last)
+                digests = await _hash_run(blobs, key, run, first.offset, last)
             except (CorruptError, ContentMismatchError) as error:
-                await _look_at_whole(blobs, blob, [files[n] for n in run])
+                await _look_at_whole(blobs, blob, run)
                 raise UnknownContentError(
                     f"{ContentAddress.of_digest(blob)} is not stored here as {first.relative_path!r} needs it; "
                     f"send the bytes: {error.detail}"
                 ) from None
-            for number, file_digests in zip(run, digests, strict=True):
-                file = files[number]
-                stored = StoredBlob(
-                    blobs.backend_id,
-                    content_key(blob),
-                    file.offset,
-                    file.size_bytes,
-                    file_digests.blake3,
-                    file_digests.sha256,
+            for file, of_file in zip(run, digests, strict=True):
+                found[_slice(file)] = StoredBlob(
+                    blobs.backend_id, key, file.offset, file.size_bytes, of_file.blake3, of_file.sha256
                 )
-                found[number] = Placed(file.relative_path, file.media_type, stored)
-        await blobs.secure(content_key(blob))
-    return [found[number] for number in range(len(files))]
+        await blobs.secure(key)
+    return [Placed(file.relative_path, file.media_type, found[_slice(file)]) for file in files]
+
+
+def _slice(file: NamedFile) -> _Slice:
+    return file.blob, file.offset, file.size_bytes, file.blake3
 
 
 async def _look_at_whole(blobs: BlobStore, blob: bytes, files: Sequence[NamedFile]) -> None:
@@ -80,19 +80,18 @@ async def _look_at_whole(blobs: BlobStore, blob: bytes, files: Sequence[NamedFil
         blobs.mistrust(key)  # it was read whole just now
 
 
-def _runs(files: Sequence[NamedFile], numbers: Sequence[int]) -> Iterator[list[int]]:
+def _runs(files: Iterable[NamedFile]) -> Iterator[list[NamedFile]]:
     """The files of one blob, by offset, in runs that are read at once: close together, PACK_BYTES or one file."""
-    run: list[int] = []
+    run: list[NamedFile] = []
     start = end = 0
-    for number in numbers:
-        file = files[number]
+    for file in files:
         until = max(end, file.offset + file.size_bytes)
         if run and (file.offset > end + _GAP_BYTES or until - start > PACK_BYTES):
             yield run
             run = []
         if not run:
             start, until = file.offset, file.offset + file.size_bytes
-        run.append(number)
+        run.append(file)
         end = until
     if run:
         yield run

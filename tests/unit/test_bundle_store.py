@@ -11,9 +11,9 @@ from uuid import uuid4
 import pytest
 from blake3 import blake3
 
-from services.blobs.packs import Placed
-from services.blobs.port import content_key
-from services.bundle import Group, SmallFile, StreamedFile
+from services.blobs.packs import PACK_BYTES, Placed
+from services.blobs.port import Declared, content_key
+from services.bundle import Group, NamedFile, SmallFile, StreamedFile
 from services.bundle_store import BundleStore
 from services.errors import CorruptError, PushBackError
 from services.streams import from_any
@@ -148,3 +148,15 @@ async def test_known_blobs_are_those_that_are_there(store: WatchedStore) -> None
     there, gone = blake3(b"a" * 50).digest(), blake3(b"b").digest()
     assert await bundles.known([there, gone, there]) == {there}
     assert await bundles.known([]) == frozenset()
+
+
+@pytest.mark.parametrize("size", [50, PACK_BYTES + 1])
+async def test_bytes_that_many_names_stand_for_are_read_once(store: WatchedStore, size: int) -> None:
+    blob = await store.store(
+        from_any(bytes(size)), declared=Declared(blake3=blake3(bytes(size)).digest()), max_bytes=1 << 30
+    )
+    names = [f"{number:02}" for number in range(100)]
+    placed = await BundleStore(store).find([NamedFile(name, "x/y", size, blob.blake3, blob.blake3) for name in names])
+    assert store.reads == 1
+    assert [file.relative_path for file in placed] == names
+    assert {file.blob for file in placed} == {blob}
