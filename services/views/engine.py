@@ -17,7 +17,7 @@ from typing import Any
 from uuid import uuid4
 
 from asyncpg.exceptions import ClientConfigurationError
-from sqlalchemy import Table, event, insert, inspect, select, text, update
+from sqlalchemy import Table, delete, event, insert, inspect, select, text, update
 from sqlalchemy.engine import URL, Connection, Dialect, make_url
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -26,10 +26,18 @@ from services.core.retention import RETENTION_CLASSES
 from services.errors import ConfigurationError, UnavailableError
 from services.file_lock import FileLock
 from services.folders import make_folder
+from services.views.bulk import on_postgresql
 from services.views.failures import TablesError, database_errors
 from services.views.projections import PROJECTIONS, Projection
 from services.views.sqlite_connection import connect
-from services.views.tables import metadata, projection_checkpoints, projection_generations, retention_classes
+from services.views.tables import (
+    metadata,
+    parked_packages,
+    projection_builds,
+    projection_checkpoints,
+    projection_generations,
+    retention_classes,
+)
 
 _BUSY_SECONDS = 10
 _CONNECT_SECONDS = 10
@@ -37,7 +45,9 @@ _STATEMENT_SECONDS = 300  # a frozen server must not hold a projector for ever
 MAX_PARKED = 100
 _MIGRATION_LOCK = 0x61727466  # any number, the same for every process of ours
 _LOST = -1
-"""The layout of a projection that lost a table: that is made anew, but empty beside a checkpoint that is not."""
+"""The layout of a projection that lost a table, of its own or of what keeps account of it: the table is made anew, but
+empty beside others that are not.
+"""
 
 
 class Views:
@@ -95,11 +105,15 @@ class Views:
             raise TablesError(why)
 
     async def create_missing(self) -> Mapping[str, str]:
-        """As `migrate`; instead of raising, returns which projections are to be folded again, by name, and why."""
+        """As `migrate`; instead of raising, returns which projections are to be folded again, by name, and why.
+
+        Raises ConfigurationError: the database cannot hold every text.
+        """
         if self.dialect == "sqlite":
             with database_errors():
                 await asyncio.to_thread(_write_ahead, Path(str(self.engine.url.database)))
         async with self.writing() as connection:
+            await _require_utf8(connection)
             await self._create(connection)
             return await _outdated(connection, PROJECTIONS.values())
 
@@ -109,6 +123,7 @@ class Views:
         Raises UnavailableError, ConfigurationError.
         """
         async with self.reading() as connection:
+            await _require_utf8(connection)
             await check_layouts(connection, PROJECTIONS.values())
 
     async def close(self) -> None:
@@ -123,21 +138,41 @@ class Views:
         await connection.run_sync(_add_columns)
         table = projection_generations.c
         known = {row.projection: row for row in await connection.execute(select(projection_generations))}
+        progress = missing & {projection_checkpoints, parked_packages}
+        if progress:  # what was built has lost its own too
+            await connection.execute(delete(projection_builds))
         for name, projection in PROJECTIONS.items():
-            row, lost = known.get(name), missing.intersection(projection.tables)
+            row, lost = known.get(name), progress or missing.intersection(projection.tables)
             # Of another layout it is refused anyway, and one that has folded nothing misses nothing.
             if lost and row is not None and row.layout == projection.layout and row.log is not None:
                 await connection.execute(
                     update(projection_generations).where(table.projection == name).values(layout=_LOST)
                 )
         fresh = [
-            {"projection": name, "generation": uuid4(), "layout": projection.layout, "log": None}
+            {
+                "projection": name,
+                "generation": uuid4(),
+                "layout": projection.layout if missing.issuperset(projection.tables) else _LOST,
+                "log": None,
+            }
             for name, projection in PROJECTIONS.items()
             if name not in known
         ]
         if fresh:
             await connection.execute(insert(projection_generations), fresh)
         await _seed(connection)
+
+
+async def _require_utf8(connection: AsyncConnection) -> None:
+    """Raise ConfigurationError for a database of PostgreSQL's that holds the characters of some languages alone."""
+    if not on_postgresql(connection):
+        return
+    encoding = (await connection.execute(text("SHOW server_encoding"))).scalar_one()
+    if encoding != "UTF8":
+        raise ConfigurationError(
+            f"the views database has the encoding {encoding}, which does not hold every text: make another, by "
+            "`CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0`, and name it in ARTIFACT_STORE_VIEWS_URL"
+        )
 
 
 def _missing_tables(connection: Connection) -> set[Table]:
@@ -169,7 +204,7 @@ async def _outdated(connection: AsyncConnection, projections: Iterable[Projectio
         if name not in found:
             outdated[name] = f"the views have no {name}: `artifact-store migrate` creates it"
         elif found[name] == _LOST:
-            outdated[name] = f"a table of {name} was lost and is empty now: {mend}"
+            outdated[name] = f"a table that {name} needs was lost and is empty now: {mend}"
         elif found[name] != layout:
             outdated[name] = f"the tables of {name} have layout {found[name]}, this version needs {layout}: {mend}"
     return outdated

@@ -352,29 +352,6 @@ async def test_a_database_that_is_not_there_is_unavailable_and_its_password_stay
     await views.close()
 
 
-async def test_a_view_that_lost_a_table_is_refused_until_it_is_folded_again(views: Views) -> None:
-    events = History().fill(packages=2, files=1)
-    before = await fold_all(views, events, 500)
-    async with views.writing() as connection:
-        await connection.exec_driver_sql("DROP TABLE artifact_files")
-    for _ in range(2):
-        with pytest.raises(ConfigurationError, match="artifact-store replay registry"):
-            await views.migrate()
-    with pytest.raises(ConfigurationError, match="lost"):
-        await fold_all(views, events, 500)
-    for projection in PROJECTIONS.values():
-        await reset(views, projection)
-    await views.migrate()
-    assert await fold_all(views, events, 500) == before
-
-
-async def test_a_table_that_was_lost_before_anything_was_folded_is_made_anew(views: Views) -> None:
-    async with views.writing() as connection:
-        await connection.exec_driver_sql("DROP TABLE artifact_files")
-    await views.migrate()
-    assert (await view_rows(views))["artifact_files"] == []
-
-
 @pytest.mark.services
 async def test_a_wrong_password_is_a_wrong_setting_and_stays_secret(postgres_url: str) -> None:
     views = Views(make_url(postgres_url).set(password="geheim").render_as_string(hide_password=False))

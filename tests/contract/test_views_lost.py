@@ -1,0 +1,104 @@
+"""Views that lost a table, or stand in a database that does not hold every text: refused, not believed."""
+
+from __future__ import annotations
+
+import asyncpg
+import pytest
+from sqlalchemy import Table
+
+from projector.rebuild import replay_view
+from schemas.codec import encode
+from services.errors import ConfigurationError
+from services.views.catch_up import catch_up
+from services.views.checkpoints import apply
+from services.views.engine import Views
+from services.views.generations import begin_build
+from services.views.parked import list_marks
+from services.views.projections import PROJECTIONS
+from services.views.tables import (
+    artifact_files,
+    artifact_packages,
+    parked_packages,
+    projection_checkpoints,
+    projection_generations,
+)
+from tests.memory_log import MemoryLog
+from tests.views_history import History, view_rows
+
+REGISTRY = PROJECTIONS["registry"]
+
+
+@pytest.fixture
+def log() -> MemoryLog:
+    """Some packages, one of which every projection parks."""
+    log, history = MemoryLog(), History().fill(packages=3, files=2)
+    log.append(*history.events)
+    bad = history.events[0].package_id
+    log.append_raw(log.partition_of(bad), encode(history.events[-1])[:-1], str(bad).encode())
+    return log
+
+
+async def drop(views: Views, table: Table) -> None:
+    """Lose a table."""
+    async with views.writing() as connection:
+        await connection.exec_driver_sql(f"DROP TABLE {table.name}")
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["beside", "in-place"])
+@pytest.mark.parametrize(
+    "lost", [artifact_files, projection_checkpoints, parked_packages, projection_generations], ids=lambda t: t.name
+)
+async def test_a_view_that_lost_what_it_needs_is_refused_until_it_is_folded_again(
+    views: Views, log: MemoryLog, lost: Table, *, in_place: bool
+) -> None:
+    concerned = [REGISTRY] if lost is artifact_files else list(PROJECTIONS.values())
+    for projection in PROJECTIONS.values():
+        await catch_up(views, log, projection)
+    before, marks = await view_rows(views), len(await list_marks(views))
+    await drop(views, lost)
+    for _ in range(2):
+        assert set(await views.create_missing()) == {projection.name for projection in concerned}
+    for projection in concerned:
+        with pytest.raises(ConfigurationError, match=f"lost.*artifact-store replay {projection.name}"):
+            await catch_up(views, log, projection)
+        await replay_view(views, log, projection, in_place=in_place)
+    await views.migrate()
+    assert (await view_rows(views), len(await list_marks(views))) == (before, marks)
+
+
+async def test_a_build_whose_progress_was_lost_is_begun_anew(views: Views, log: MemoryLog) -> None:
+    await catch_up(views, log, REGISTRY)
+    before = (await view_rows(views))["artifact_packages"]
+    build = await begin_build(views, REGISTRY, log.id)
+    first = History().fill(packages=3, files=2).events[0]
+    behind = {log.partition_of(first.package_id): 1}
+    await apply(views, REGISTRY, [first], since=build.checkpoint, next_offsets=behind)
+    await drop(views, projection_checkpoints)
+    await views.create_missing()
+    await replay_view(views, log, REGISTRY)
+    assert (await view_rows(views))["artifact_packages"] == before
+
+
+@pytest.mark.parametrize("lost", [artifact_packages, projection_checkpoints, parked_packages], ids=lambda t: t.name)
+async def test_a_table_that_was_lost_before_anything_was_folded_is_made_anew(views: Views, lost: Table) -> None:
+    await drop(views, lost)
+    await views.migrate()
+    assert (await view_rows(views))["artifact_packages"] == []
+
+
+@pytest.mark.services
+async def test_a_database_that_does_not_hold_every_text_is_refused(postgres_url: str) -> None:
+    server, _, name = postgres_url.rpartition("/")
+    connection = await asyncpg.connect(f"{server}/postgres".replace("+asyncpg", ""))
+    try:
+        await connection.execute(f"DROP DATABASE {name}")
+        await connection.execute(
+            f"CREATE DATABASE {name} ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0"
+        )
+    finally:
+        await connection.close()
+    views = Views(postgres_url)
+    for attempt in (views.create_missing, views.check):
+        with pytest.raises(ConfigurationError, match=r"LATIN1.*CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0"):
+            await attempt()
+    await views.close()
