@@ -1,22 +1,18 @@
-"""Dependencies point one way (DESIGN §3): schemas ← services ← {ingest_gateway, projector}; the core does no I/O."""
+"""Dependencies point one way, as the table of docs/architecture.md has them, and the core does no I/O."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 OURS = frozenset({"schemas", "services", "ingest_gateway", "projector"})
 NOT_SHIPPED = frozenset({"tests", "benchmarks"})
-ALLOWED = {
-    "schemas": frozenset({"schemas"}),
-    "services": frozenset({"schemas", "services"}),
-    "ingest_gateway": frozenset({"schemas", "services", "ingest_gateway"}),
-    "projector": frozenset({"schemas", "services", "projector"}),
-}
 OUTWARDS = ("services.cli", "services.wiring")
 """The command line and the wiring, which alone may import outwards."""
 
@@ -66,15 +62,39 @@ def within(name: str, packages: tuple[str, ...]) -> bool:
     return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
+def documented() -> dict[str, tuple[str, ...]]:
+    """What each module or package of the table in docs/architecture.md may import, itself and its row's others too."""
+    found: dict[str, tuple[str, ...]] = {}
+    for where, permitted in re.findall(r"^\| (`.*?) \| .* \| (.*) \|$", ARCHITECTURE, re.MULTILINE):
+        row = tuple(name.strip("/").removesuffix(".py").replace("/", ".") for name in re.findall(r"`(.*?)`", where))
+        names = re.findall(r"`(.*?)`", permitted)
+        allowed = tuple(name if name in OURS else f"services.{name}" for name in names)
+        found |= dict.fromkeys(row, tuple(OURS) if permitted == "everything" else (*row, *allowed))
+    return found
+
+
+ALLOWED = documented()
+TOOLS = tuple(name for name, _ in modules("services") if name.count(".") == 1 and name not in ALLOWED)
+"""The files in `services/` that are no part of their own."""
+
+
+def test_the_table_names_what_is_there_and_every_folder() -> None:
+    there = {name for package in OURS for name, _ in modules(package)}
+    assert {name for allowed in ALLOWED.values() for name in allowed} - there == set()
+    assert [name for name in TOOLS if (ROOT / name.replace(".", "/")).is_dir()] == []
+
+
 @pytest.mark.parametrize("package", sorted(OURS))
-def test_a_package_imports_only_what_lies_before_it(package: str) -> None:
-    wrong = [
-        f"{name} imports {imported}"
-        for name, path in modules(package)
-        if not within(name, OUTWARDS)
-        for imported in imports(name, path)
-        if imported.split(".")[0] in OURS - ALLOWED[package]
-    ]
+def test_a_module_imports_only_what_the_table_lets_it(package: str) -> None:
+    wrong = []
+    for name, path in modules(package):
+        row = next((part for part in ALLOWED if within(name, (part,))), None)
+        allowed = (*(ALLOWED[row] if row else ("schemas",)), *(TOOLS if package != "schemas" else ()))
+        wrong += [
+            f"{name} imports {imported}"
+            for imported in imports(name, path)
+            if imported.split(".")[0] in OURS and imported != "services" and not within(imported, allowed)
+        ]
     assert wrong == []
 
 
