@@ -13,6 +13,7 @@ from ingest_gateway.followers import MAX_FOLLOWERS, Followers
 from ingest_gateway.health import Checks
 from ingest_gateway.metrics import Metrics
 from ingest_gateway.siblings import Siblings
+from services.bundle_store import BUNDLES_AT_ONCE
 from services.config import Settings
 from services.registry import Registry
 
@@ -74,6 +75,8 @@ class Gateway:
             "uploads": Places("uploads", bounds.max_uploads, metrics.refused),
             "downloads": Places("downloads", bounds.max_downloads, metrics.refused),
         }
+        self.archives = Places("archives", BUNDLES_AT_ONCE, metrics.refused)
+        """As many as bundles are read at a time: whoever has a place has a turn too, and nobody has all of them."""
         self.json = Room("JSON", bounds.json_room_bytes, metrics.refused)
         self.parsing = asyncio.Lock()
         """Held by who parses a large JSON body: as objects it takes many times its bytes."""

@@ -50,7 +50,7 @@ class Metrics:
         self._downloads = Gauge("artifact_store_http_downloads", "Downloads that are under way", registry=self.registry)
         self._refused = Counter(
             "artifact_store_http_refused",
-            "Connections, uploads, downloads, followers and JSON bodies for which there was no place",
+            "Connections, uploads, downloads, archives, followers and JSON bodies for which there was no place",
             ("what",),
             registry=self.registry,
         )

@@ -132,13 +132,22 @@ async def test_a_follower_to_whom_nothing_is_sent_is_not_cut_off(embedded_settin
     raise AssertionError("the follower was cut off")
 
 
-async def test_archives_come_in_while_as_many_readers_stall_as_there_are_turns(embedded_settings: Settings) -> None:
+async def test_readers_of_archives_who_stall_keep_out_neither_other_clients_nor_producers(
+    embedded_settings: Settings,
+) -> None:
     async with running_gateway(embedded_settings) as gateway, AsyncExitStack() as stack:
         path = (await large(gateway))["archive"]
-        for _ in range(BUNDLES_AT_ONCE):
-            reader = await stack.enter_async_context(connected(gateway.port))
+
+        async def asked(address: str) -> int:
+            reader = await stack.enter_async_context(connected(gateway.port, address))
             reader.send(f"GET {path}")
-            assert (await reader.head())[0] == 200
+            return (await reader.head())[0]
+
+        half = BUNDLES_AT_ONCE // 2
+        async with asyncio.timeout(TURN_SECONDS / 2):
+            assert [await asked("127.0.0.1") for _ in range(half + 1)] == [200] * half + [429]
+            assert [await asked("127.0.0.2") for _ in range(half)] == [200] * half
+            assert await asked("127.0.0.3") == 503
         async with gateway.session.get("/metrics") as answer:
             assert f"artifact_store_http_downloads {BUNDLES_AT_ONCE}.0" in await answer.text()
         other = await gateway.parts.registry.create_package("n", "p", "s", "scratch")
