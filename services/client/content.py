@@ -1,9 +1,9 @@
-"""Bytes of files from a gateway: a range over as many connections as it takes, and a check of the whole."""
+"""Bytes from a gateway: files, a range over as many connections as it takes, and checked as a whole; and manifests."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 
 import aiohttp
 from blake3 import blake3
@@ -14,6 +14,9 @@ from services.errors import CorruptError, UnavailableError
 
 _BARREN_CONNECTIONS = 5
 """So many connections in a row that bring no byte are enough."""
+
+MAX_MANIFEST_BYTES = 1 << 30
+"""A file takes 6 KB of a manifest at most, in the form that is longer, and a gateway takes 100,000 files by default."""
 
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
@@ -107,6 +110,30 @@ class ContentStream(AsyncIterator[bytes]):
             raise CorruptError("the gateway answered with another range than it was asked for")
         # A range that reaches beyond the end is cut there (RFC 9110 §14.1.2).
         self._end = int(found[2]) + 1
+
+
+async def receive_manifest(
+    transport: Transport, path: str, query: Mapping[str, object], headers: Mapping[str, str]
+) -> bytes:
+    """A manifest, which may take as long as its bytes keep coming; begun anew when its connection was lost.
+
+    Raises as the gateway answers; CorruptError when it is longer than MAX_MANIFEST_BYTES.
+    """
+    for left in reversed(range(_BARREN_CONNECTIONS)):
+        response = await transport.open(path, query=query, headers=headers)
+        try:
+            found = bytearray()
+            while chunk := await transport.read_chunk(response):
+                found += chunk
+                if len(found) > MAX_MANIFEST_BYTES:
+                    raise CorruptError("the gateway sent more bytes than a manifest has")
+            return bytes(found)
+        except UnavailableError:
+            if not left:
+                raise
+        finally:
+            response.close()
+    raise AssertionError("the last connection returns or raises")
 
 
 async def verified(chunks: AsyncIterator[bytes], digest: bytes, size_bytes: int | None = None) -> AsyncIterator[bytes]:

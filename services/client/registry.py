@@ -19,7 +19,7 @@ from services.blobs.port import Declared
 from services.bundle import Bundle, Group, NamedFile
 from services.client.bodies import Sending, send_body
 from services.client.bundles import ask_known, name_files, receive_files, send_files
-from services.client.content import ContentStream, verified
+from services.client.content import ContentStream, receive_manifest, verified
 from services.client.resumable import RESUMABLE_BYTES, send_resumably
 from services.client.retries import Notify, RetryPolicy, log_retry
 from services.client.sources import BodySource, source_of
@@ -233,8 +233,8 @@ class GatewayRegistry(Registry):
         wait_sequence: int | None = None,
     ) -> AsyncGenerator[Group, None]:
         """As `Registry.read_files`; a lost connection is taken up behind the last whole file."""
-        wait = max(wait_sequence or 0, self._written.last(package_id))
-        return receive_files(self._transport, package_id, after, largest, wait or None)
+        wait = self._wait(package_id, wait_sequence)
+        return receive_files(self._transport, package_id, after, largest, wait)
 
     async def finalize(self, package_id: UUID, actor: str, *, command_id: UUID | None = None) -> Acknowledgement:
         answer = await self._transport.call(
@@ -322,7 +322,9 @@ class GatewayRegistry(Registry):
     ) -> bytes:
         if format not in ("cbor", "json"):
             raise InvalidRequestError("a manifest comes as `cbor` or `json`")
-        return (await self._below(package_id, "/manifest", wait_sequence, accept=f"application/{format}")).body
+        query = {"wait_sequence": self._wait(package_id, wait_sequence)}
+        accept = {"Accept": f"application/{format}"}
+        return await receive_manifest(self._transport, f"/v1/packages/{package_id}/manifest", query, accept)
 
     def read_events(
         self,
@@ -337,17 +339,13 @@ class GatewayRegistry(Registry):
 
         return follow_events(self._transport, since, package_id, follow=follow)
 
-    async def _below(
-        self, package_id: UUID, path: str, wait_sequence: int | None, *, accept: str | None = None, **query: object
-    ) -> Answer:
+    async def _below(self, package_id: UUID, path: str, wait_sequence: int | None, **query: object) -> Answer:
         """GET something below a package, not before the view holds what was written through here."""
-        wait = max(wait_sequence or 0, self._written.last(package_id))
-        return await self._transport.call(
-            "GET",
-            f"/v1/packages/{package_id}{path}",
-            query={**query, "wait_sequence": wait or None},
-            headers={"Accept": accept} if accept else None,
-        )
+        query["wait_sequence"] = self._wait(package_id, wait_sequence)
+        return await self._transport.call("GET", f"/v1/packages/{package_id}{path}", query=query)
+
+    def _wait(self, package_id: UUID, wait_sequence: int | None) -> int | None:
+        return max(wait_sequence or 0, self._written.last(package_id)) or None
 
     async def _check_offset(self, file_id: UUID, offset: int) -> None:
         size = (await self.get_file_record(file_id)).size_bytes

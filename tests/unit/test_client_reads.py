@@ -12,6 +12,7 @@ from aiohttp import web
 from blake3 import blake3
 
 from schemas.events import FileIngested, StorageReceipt
+from services.client import content as content_module
 from services.client import transport as transport_module
 from services.client.following import follow_events
 from services.client.transport import Transport
@@ -141,6 +142,44 @@ async def test_an_iterator_that_is_never_begun_lets_go_of_its_connection() -> No
         for _ in range(200):  # more than the client has connections
             await registry.open_content(FILE)
     assert len(gateway.seen) == 200
+
+
+def dawdles(content: bytes, seconds: float) -> Answering:
+    """Begin at once, and give the rest after some time."""
+
+    async def answer(request: web.Request, _body: bytes) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Length": str(len(content))})
+        await response.prepare(request)
+        await response.write(content[:1])
+        await asyncio.sleep(seconds)
+        await response.write(content[1:])
+        return response
+
+    return answer
+
+
+async def test_a_manifest_may_take_longer_than_a_request_as_long_as_it_comes() -> None:
+    policy = replace(QUICK, total_seconds=2.0)
+    async with failing_gateway(dawdles(CONTENT, 2.1)) as gateway, client_of(gateway, policy) as registry:
+        assert await registry.get_manifest_bytes(PACKAGE) == CONTENT
+
+
+async def test_a_manifest_that_was_cut_is_asked_for_anew_some_times() -> None:
+    cut = serves(CONTENT, stop_after=1000)
+    async with failing_gateway(cut, cut, serves(CONTENT)) as gateway, client_of(gateway) as registry:
+        assert await registry.get_manifest_bytes(PACKAGE, "json") == CONTENT
+        assert gateway.sent("Accept") == ["application/json"] * 3
+    async with failing_gateway(cut) as gateway, client_of(gateway) as registry:
+        with pytest.raises(UnavailableError):
+            await registry.get_manifest_bytes(PACKAGE)
+        assert len(gateway.seen) == 5
+
+
+async def test_a_manifest_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(content_module, "MAX_MANIFEST_BYTES", len(CONTENT) - 1)
+    async with failing_gateway(serves(CONTENT)) as gateway, client_of(gateway) as registry:
+        with pytest.raises(CorruptError, match="more bytes than a manifest"):
+            await registry.get_manifest_bytes(PACKAGE)
 
 
 def package(sequence: int) -> Answering:
