@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from tests.services.kafka import MEMBERS_AWAITED_MS
 from tests.services.process import ServiceError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,6 +55,7 @@ def environment(state: dict[str, Any]) -> dict[str, str]:
     """The variables that compose.yaml leaves open."""
     return {
         "KAFKA_PORT": str(state["kafka"]["port"]),
+        "KAFKA_MEMBERS_AWAITED_MS": str(MEMBERS_AWAITED_MS if state["postgres"]["durable"] else 0),
         "MINIO_PORT": str(state["minio"]["port"]),
         "POSTGRES_PORT": str(state["postgres"]["port"]),
         "S3_ACCESS_KEY": state["minio"]["access_key"],

@@ -27,6 +27,11 @@ appender.out.layout.pattern = %d %p %m (%c{1})%n%ex
 rootLogger.level = warn
 rootLogger.appenderRef.out.ref = out
 """
+MEMBERS_AWAITED = "group.initial.rebalance.delay.ms"
+MEMBERS_AWAITED_MS = 3_000
+"""How long a broker waits for the other members of a new group: Kafka's default where a durable set is for measuring.
+Tests have no time for it.
+"""
 _INTERNAL_TOPICS = ("offsets.topic", "transaction.state.log", "share.coordinator.state.topic")
 _METADATA_KEY, _METADATA_VERSION = 3, 1
 
@@ -119,7 +124,7 @@ class KafkaBroker(Server):
             "file.delete.delay.ms": 1000,
             "broker.session.timeout.ms": 3000,
             "broker.heartbeat.interval.ms": 500,
-            "group.initial.rebalance.delay.ms": 0,
+            MEMBERS_AWAITED: 0,
             "group.min.session.timeout.ms": 1000,
             "group.consumer.min.session.timeout.ms": 1000,
             "group.consumer.session.timeout.ms": 6000,

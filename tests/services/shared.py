@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.services import docker
-from tests.services.kafka import KafkaBroker
+from tests.services.kafka import MEMBERS_AWAITED, MEMBERS_AWAITED_MS, KafkaBroker
 from tests.services.minio import MinioServer
 from tests.services.postgres import PostgresServer
 from tests.services.process import Identity, Server, free_ports, wait_until
@@ -29,10 +29,6 @@ VAR = ROOT / "var"
 FOLDER = VAR / "services"
 ENVIRONMENT_FILE = VAR / "services.env"
 _STATE_FILE = FOLDER / "state.json"
-_MEMBERS_AWAITED, _DEFAULT_MS = "group.initial.rebalance.delay.ms", 3_000
-"""How long a broker waits for the other members of a new group: Kafka's default where a durable set is for measuring.
-Tests have no time for it.
-"""
 
 
 def start(*, durable: bool = False) -> bool:
@@ -116,7 +112,7 @@ def _draw(*, durable: bool) -> dict[str, Any]:
 def _servers(state: dict[str, Any]) -> list[Server]:
     kafka, minio, postgres = state["kafka"], state["minio"], state["postgres"]
     home = Path(postgres["home"]) if "home" in postgres else None
-    waiting = {_MEMBERS_AWAITED: _DEFAULT_MS} if postgres["durable"] else None
+    waiting = {MEMBERS_AWAITED: MEMBERS_AWAITED_MS} if postgres["durable"] else None
     servers: list[Server] = [
         KafkaBroker(FOLDER / "kafka", kafka["port"], kafka["controller_port"], options=waiting),
         MinioServer(FOLDER / "minio", minio["port"], minio["access_key"], minio["secret_key"]),

@@ -9,10 +9,19 @@ import yaml
 
 from services.blobs.port import IDLE_SECONDS
 from tests.services.docker import COMPOSE_FILE, environment
-from tests.services.install import MINIO_RELEASE
+from tests.services.install import KAFKA_VERSION, MINIO_RELEASE
 
 TEXT = COMPOSE_FILE.read_text(encoding="utf-8")
 SERVICES: dict[str, dict[str, Any]] = yaml.safe_load(TEXT)["services"]
+
+
+def a_state(*, durable: bool) -> dict[str, Any]:
+    """What `make services` draws for a set."""
+    return {
+        "kafka": {"port": 1},
+        "minio": {"port": 2, "access_key": "a", "secret_key": "b"},
+        "postgres": {"port": 3, "password": "c", "durable": durable},
+    }
 
 
 def test_it_has_the_three_services_and_each_says_when_it_is_ready() -> None:
@@ -27,12 +36,13 @@ def test_every_port_is_on_the_loopback_interface() -> None:
 
 
 def test_every_open_variable_is_set_and_no_other() -> None:
-    state = {
-        "kafka": {"port": 1},
-        "minio": {"port": 2, "access_key": "a", "secret_key": "b"},
-        "postgres": {"port": 3, "password": "c", "durable": False},
-    }
-    assert set(re.findall(r"\$\{(\w+)", TEXT)) == set(environment(state))
+    assert set(re.findall(r"\$\{(\w+)", TEXT)) == set(environment(a_state(durable=False)))
+
+
+def test_a_set_that_is_measured_on_syncs_to_disk_and_waits_for_the_members_of_a_group() -> None:
+    names = ("POSTGRES_DURABLE", "KAFKA_MEMBERS_AWAITED_MS")
+    assert [environment(a_state(durable=True))[name] for name in names] == ["on", "3000"]
+    assert [environment(a_state(durable=False))[name] for name in names] == ["off", "0"]
 
 
 def test_secrets_have_no_default() -> None:
@@ -40,7 +50,8 @@ def test_secrets_have_no_default() -> None:
         assert re.findall(rf"\$\{{{name}(..)", TEXT) == [":?"]
 
 
-def test_its_object_store_is_the_release_that_is_built_elsewhere() -> None:
+def test_its_broker_and_its_object_store_are_the_releases_that_are_taken_elsewhere() -> None:
+    assert SERVICES["kafka"]["image"] == f"apache/kafka:{KAFKA_VERSION}"
     assert SERVICES["minio"]["image"].endswith(f":{MINIO_RELEASE}")
 
 
