@@ -111,6 +111,9 @@ class MemoryLog:
         self.rebalance(projection)
         return joined
 
+    async def damage(self) -> Sequence[str]:
+        return ()
+
     async def lag(self, projection: str) -> Mapping[int, int]:
         done = self.committed.get(projection, {})
         return {p: end - done.get(p, (0, ""))[0] for p, end in enumerate(self._ends)}

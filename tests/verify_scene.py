@@ -27,6 +27,7 @@ from services.core.decide import decide
 from services.core.evolve import evolve
 from services.core.limits import Limits
 from services.core.state import PackageState
+from services.log.sqlite import SqliteLog
 from services.verify import Report, verify
 from services.views.catch_up import catch_up
 from services.views.engine import Views
@@ -44,6 +45,8 @@ class Scene:
     folder: Path
     events: list[Event]
     log: MemoryLog = field(default_factory=MemoryLog)
+    file: SqliteLog | None = None
+    """The log that the oracle reads in place of the one in memory."""
     misplaced: list[Event] = field(default_factory=list)
     """Events that go to a partition that is not theirs."""
     keys: dict[UUID, bytes] = field(default_factory=dict)
@@ -88,10 +91,12 @@ class Scene:
         blobs, views = LocalBlobStore(self.folder / "blobs"), self.views()
         await blobs.migrate()
         try:
-            return await verify(self.log, blobs, views, check_bytes=check_bytes)
+            return await verify(self.file or self.log, blobs, views, check_bytes=check_bytes)
         finally:
             await views.close()
             await blobs.close()
+            if self.file is not None:
+                await self.file.close()
 
 
 async def whole_scene(folder: Path) -> Scene:

@@ -30,6 +30,8 @@ class Record(NamedTuple):
     offset: int
     key: bytes
     value: bytes
+    sequence: int | None = None
+    """By which number the log finds it in its package; None for a log that finds nothing by numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,12 @@ class Log(Protocol):
 
         `settled` is waited for, within a bound, before partitions go over to another member: it then begins behind what
         this one has folded, where it would otherwise read the same and be refused.
+        """
+
+    async def damage(self) -> Sequence[str]:
+        """What is broken of what the log lies in, and its records do not show, in words; blocks no writer.
+
+        Nothing of a log whose servers look after that. Raises UnavailableError; CorruptError when it cannot be told.
         """
 
     async def lag(self, projection: str) -> Mapping[int, int]:

@@ -39,7 +39,8 @@ async def verify(
     up to where that view stands. With `remove_orphans`, large bodies that were stored a day ago or earlier and that no
     event names are removed; never when anything is wrong with the log. Without these two nothing is changed.
 
-    Raises UnavailableError, ConfigurationError: a part cannot be reached. What is wrong is in the report.
+    Raises UnavailableError, ConfigurationError: a part cannot be reached; CorruptError: the log does not say which it
+    is. What else is wrong is in the report.
     """
     report = Report()
     notify = progress or (lambda _: None)

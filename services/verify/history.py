@@ -1,4 +1,4 @@
-"""The history of a package, checked event by event against DESIGN's invariants.
+"""The history of a package, checked event by event against the second of the invariants in docs/architecture.md.
 
 Written apart from `services.core`, which wrote the history: it shares the language (`schemas`) and the rules for single
 values with it, none of the code that decides, evolves or builds manifests. What no check here has named is then held
@@ -80,7 +80,9 @@ class Histories:
                 self._complain("repeated-command", place, f"command {event.command_id} was applied before")
             command = OpenCommand(event.command_id, event.actor, event.event_type, event.command_count)
         found = (event.command_index, event.command_count, event.actor, event.event_type)
-        if found != (command.done, command.count, command.actor, command.event_type):
+        count = event.command_count
+        possible = count >= 1 if isinstance(event.payload, FileIngested) else count == 1
+        if not possible or found != (command.done, command.count, command.actor, command.event_type):
             self._complain(
                 "command-order", place, f"is not part {command.done} of {command.count} of command {event.command_id}"
             )

@@ -33,8 +33,12 @@ class LogCheck:
         self._last_at: dict[int, int] = {}
 
     async def run(self) -> None:
-        """Read to the end as it is now. Raises UnavailableError; what is wrong with the log goes into the report."""
+        """Read to the end as it is now. Raises UnavailableError; what is wrong with the log goes into the report.
+
+        Also CorruptError: the log cannot be told from others.
+        """
         end = await self._log.end()
+        await self._look_below()
         batches = self._log.scan(dict.fromkeys(end.offsets, 0), end.offsets)
         try:
             async with aclosing(batches):  # type: ignore[type-var]  # every adapter's is a generator
@@ -47,6 +51,14 @@ class LogCheck:
             self._report.unfinished_commands += 1
             self._report.add("unfinished-command", f"package {package_id}", f"command {command_id} waits for its retry")
         self._progress(self._report)
+
+    async def _look_below(self) -> None:
+        try:
+            damage = await self._log.damage()
+        except CorruptError as error:
+            damage = [error.detail]
+        for what in damage:
+            self._report.add("log-file", "log", what)
 
     async def _read(self, record: Record) -> None:
         try:
@@ -84,6 +96,8 @@ class LogCheck:
             self._report.add("partition", place, f"lies in partition {partition}, not {right}")
         if record.key != str(event.package_id).encode():
             self._report.add("key", place, "its record's key is not its package's id")
+        if record.sequence not in (None, event.sequence):
+            self._report.add("listed", place, f"the log lists it as event {record.sequence} of its package")
         if event.created_at < self._last_at.get(partition, 0):
             self._report.add("created-at", place, f"created_at decreases within partition {partition}")
         self._last_at[partition] = event.created_at

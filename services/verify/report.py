@@ -11,9 +11,11 @@ Complain = Callable[[str, str, str], None]
 
 KINDS = {
     "gone": "records are gone: the log begins too late, ends too early or has a gap; reading stops there",
+    "log-file": "the embedded log's file is damaged: SQLite finds a page, a row or an index of it that is not whole",
     "undecodable": "a record is no event that can be read",
     "partition": "an event does not lie in the partition of its package",
     "key": "a record's key is not its package's id: whoever reads by package misses the event, and views park it",
+    "listed": "the embedded log lists an event under another number than its own: whoever reads by package stops there",
     "created-at": "created_at decreases within a partition",
     "sequence": "a package's events are not numbered 1, 2, 3 …",
     "chain": "previous_digest is not the digest of the event before it",

@@ -9,297 +9,67 @@ import ast
 import inspect
 import sqlite3
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
-from uuid import uuid4
 
 import pytest
-from blake3 import blake3
 
-from schemas.events import Event
-from services.blobs.port import content_key
-from services.errors import CorruptError
-from services.log.port import Batch
+from schemas.codec import encode
+from services.log.sqlite import SqliteLog
+from services.log.sqlite.file import create_file
 from services.verify import KINDS
 from tests.memory_log import MemoryLog
-from tests.verify_scene import CONTENT, Scene, chained, changed, put_blob, whole_scene
+from tests.unit.verify_damages import DAMAGES, Act, damage
+from tests.verify_scene import CONTENT, Scene, whole_scene
 
 ROOT = Path(__file__).resolve().parents[2]
-
-Act = Callable[[Scene], Awaitable[None] | None]
 
 NAMING = frozenset({"add", "_complain"})
 """What the oracle's code names a violation with."""
 
-DAMAGES: list[tuple[str, str, Act, bool]] = []
-"""Kind, what is done, how, and whether bytes have to be read to see it."""
+
+def embedded(scene: Scene) -> Path:
+    """Put the events into the file of an embedded log, and let the oracle read that."""
+    path = scene.folder / "log.db"
+    create_file(path)
+    with closing(sqlite3.connect(path)) as file, file:
+        for offset, event in enumerate(scene.events):
+            row = offset, event.package_id.bytes, event.sequence, event.command_id.bytes, encode(event)
+            file.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?)", row)
+    scene.file, scene.events = SqliteLog(path), []
+    return path
 
 
-def damage(kind: str, *, check_bytes: bool = False) -> Callable[[Act], Act]:
-    """Registers one way of damage; the function's name says which."""
-
-    def register(act: Act) -> Act:
-        name = getattr(act, "__name__", "").replace("_", " ")
-        DAMAGES.append((kind, name, act, check_bytes))
-        return act
-
-    return register
-
-
-def at(scene: Scene, index: int, event: Event) -> None:
-    """Put another event in the place of one, in the chain, and leave the package open if it is a file's."""
-    events = scene.open if index < 4 else scene.events
-    scene.events = chained([*events[:index], event, *events[index + 1 :]])
-
-
-class TornLog(MemoryLog):
-    """A log that has lost what came behind its last record."""
-
-    async def scan(self, starts: Mapping[int, int], ends: Mapping[int, int]) -> AsyncIterator[Batch]:
-        async for batch in super().scan(starts, ends):
-            yield batch
-        raise CorruptError("records are gone")
-
-
-@damage("gone")
-def records_are_gone(scene: Scene) -> None:
-    scene.log = TornLog()
+def in_the_file(scene: Scene, change: str) -> None:
+    with closing(sqlite3.connect(embedded(scene))) as file, file:
+        assert file.execute(change).rowcount == 1
 
 
 @damage("undecodable")
-def a_record_is_no_event(scene: Scene) -> None:
-    scene.log.append_raw(0, b"\x00")
-
-
-@damage("partition")
-def an_event_lies_in_another_partition(scene: Scene) -> None:
-    scene.misplaced = [scene.events.pop()]
+def a_value_in_the_file_is_a_number(scene: Scene) -> None:
+    in_the_file(scene, "UPDATE events SET value = 7 WHERE offset = 4")
 
 
 @damage("key")
-def a_record_has_the_key_of_another_package(scene: Scene) -> None:
-    scene.keys[scene.events[1].event_id] = str(uuid4()).encode()
-
-
-@damage("created-at")
-def an_event_is_older_than_the_one_before_it(scene: Scene) -> None:
-    at(scene, 2, replace(scene.events[2], created_at=7))
-
-
-@damage("sequence")
-def a_number_is_left_out(scene: Scene) -> None:
-    events = [replace(event, sequence=event.sequence + (event.sequence > 2)) for event in scene.open]
-    scene.events = chained(events, numbered=False)
-
-
-@damage("chain")
-def a_link_is_broken(scene: Scene) -> None:
-    scene.events[2] = replace(scene.events[2], previous_digest=bytes(32))
-
-
-@damage("chain")
-def an_event_has_another_actor_than_when_it_was_linked(scene: Scene) -> None:
-    scene.events[1] = replace(scene.events[1], actor="eve")
-
-
-@damage("event-id")
-def an_event_id_is_drawn(scene: Scene) -> None:
-    scene.events[1] = replace(scene.events[1], event_id=uuid4())
-
-
-@damage("creation")
-def a_package_begins_with_a_file(scene: Scene) -> None:
-    scene.events = chained(scene.open[1:])
-
-
-@damage("creation")
-def a_package_is_created_twice(scene: Scene) -> None:
-    again = replace(scene.events[0], command_id=uuid4(), created_at=4_000)
-    scene.events = chained([*scene.open, again])
-
-
-@damage("after-finalized")
-def a_file_comes_after_the_finalization(scene: Scene) -> None:
-    late = changed(scene.events[1], relative_path="late")
-    scene.events = chained([*scene.events, replace(late, command_id=uuid4(), created_at=9_000)])
-
-
-@damage("torn-command")
-def the_second_event_of_a_command_is_gone(scene: Scene) -> None:
-    late = replace(changed(scene.events[1], relative_path="late"), command_id=uuid4(), created_at=9_000)
-    scene.events = chained([*scene.events[:3], late])
-
-
-@damage("repeated-command")
-def a_command_was_applied_twice(scene: Scene) -> None:
-    again = replace(changed(scene.events[1], relative_path="again"), created_at=9_000)
-    scene.events = chained([*scene.open, again])
-
-
-@damage("command-order")
-def an_event_has_the_index_of_another(scene: Scene) -> None:
-    at(scene, 3, replace(scene.events[3], command_index=0))
-
-
-@damage("unfinished-command")
-def the_history_ends_within_a_command(scene: Scene) -> None:
-    scene.events = scene.events[:3]
-
-
-@damage("package-id")
-def a_package_id_is_drawn(scene: Scene) -> None:
-    made = uuid4()
-    scene.events = chained([replace(scene.events[0], package_id=made)])
-
-
-@damage("payload-digest")
-def a_payload_has_another_digest(scene: Scene) -> None:
-    at(scene, 1, replace(scene.events[1], payload_digest=bytes(32)))
-
-
-@damage("metadata")
-def metadata_is_no_object(scene: Scene) -> None:
-    at(scene, 0, changed(scene.events[0], metadata="[]"))
-
-
-@damage("metadata")
-def metadata_is_not_canonical(scene: Scene) -> None:
-    at(scene, 0, changed(scene.events[0], metadata='{"k": "v"}'))
-
-
-@damage("retention")
-def a_class_stood_for_less_than_no_time(scene: Scene) -> None:
-    at(scene, 0, changed(scene.events[0], retention_days=-1))
-
-
-@damage("path")
-def a_path_climbs(scene: Scene) -> None:
-    at(scene, 1, changed(scene.events[1], relative_path="../a"))
-
-
-@damage("duplicate-path")
-def a_path_is_there_twice(scene: Scene) -> None:
-    at(scene, 2, changed(scene.events[2], relative_path="a"))
-
-
-@damage("file-id")
-def a_file_id_is_drawn(scene: Scene) -> None:
-    at(scene, 1, changed(scene.events[1], file_id=uuid4()))
-
-
-@damage("location-id")
-def a_location_id_is_drawn(scene: Scene) -> None:
-    at(scene, 1, changed(scene.events[1], location_id=uuid4()))
-
-
-@damage("receipt")
-def a_receipt_is_for_fewer_bytes(scene: Scene) -> None:
-    at(scene, 1, changed(scene.events[1], size_bytes=len(CONTENT["a"]) + 1))
-
-
-@damage("manifest-address")
-def a_manifest_has_another_address(scene: Scene) -> None:
-    at(scene, 4, replace(scene.events[4], payload_digest=bytes(32)))
-
-
-@damage("manifest")
-def a_manifest_is_another(scene: Scene) -> None:
-    at(scene, 4, changed(scene.events[4], manifest=b"\xa0"))
-
-
-@damage("manifest-form")
-def a_manifest_is_nowhere(scene: Scene) -> None:
-    at(scene, 4, changed(scene.events[4], manifest=None))
-
-
-@damage("manifest-key")
-def a_claim_check_leads_to_a_key_that_is_not_its_address(scene: Scene) -> None:
-    put_blob(scene.folder, "uploads/manifest", scene.events[4].payload.manifest)  # type: ignore[union-attr, arg-type]
-    at(scene, 4, changed(scene.events[4], manifest=None, manifest_key="uploads/manifest"))
-
-
-@damage("manifest-totals")
-def a_finalization_counts_another_number_of_files(scene: Scene) -> None:
-    at(scene, 4, changed(scene.events[4], file_count=2))
-
-
-@damage("decide")
-def an_actor_that_no_command_may_have(scene: Scene) -> None:
-    at(scene, 1, replace(scene.events[1], actor="a\x07"))
-
-
-@damage("decide")
-def a_media_type_that_no_command_may_have(scene: Scene) -> None:
-    at(scene, 1, changed(scene.events[1], media_type=""))
-
-
-@damage("decide")
-def a_name_that_no_command_may_have(scene: Scene) -> None:
-    at(scene, 0, changed(scene.events[0], name="n" * 257))
-
-
-@damage("decide")
-def a_class_that_has_no_name(scene: Scene) -> None:
-    at(scene, 0, changed(scene.events[0], retention_class=""))
-
-
-@damage("backend")
-def a_blob_lies_in_another_backend(scene: Scene) -> None:
-    at(scene, 1, changed(scene.events[1], backend_id="s3"))
-
-
-@damage("blob-key")
-def a_key_climbs(scene: Scene) -> None:
-    at(scene, 1, changed(scene.events[1], key="../a"))
-
-
-@damage("blob-missing")
-def a_blob_is_gone(scene: Scene) -> None:
-    scene.blob("a").unlink()
-
-
-@damage("blob-missing")
-def a_manifest_by_claim_check_is_gone(scene: Scene) -> None:
-    key = content_key(scene.events[4].payload_digest)
-    at(scene, 4, changed(scene.events[4], manifest=None, manifest_key=key))
-
-
-@damage("blob-damaged")
-def a_blob_is_short(scene: Scene) -> None:
-    scene.blob("a").write_bytes(b"fir")
-
-
-@damage("blob-damaged")
-def a_blob_is_longer_than_its_key_says(scene: Scene) -> None:
-    scene.blob("a").write_bytes(CONTENT["a"] + b"!")
-
-
-@damage("blob-damaged", check_bytes=True)
-def a_blob_has_other_bytes(scene: Scene) -> None:
-    scene.blob("a").write_bytes(b"FIRST")
-
-
-@damage("blob-damaged", check_bytes=True)
-def a_manifest_by_claim_check_has_other_bytes(scene: Scene) -> None:
-    manifest: bytes = scene.events[4].payload.manifest  # type: ignore[union-attr, assignment]
-    key = content_key(blake3(manifest).digest())
-    put_blob(scene.folder, key, manifest[:-1] + b"?")
-    at(scene, 4, changed(scene.events[4], manifest=None, manifest_key=key))
-
-
-@damage("blob-damaged", check_bytes=True)
-def a_pack_has_other_bytes_between_its_files(scene: Scene) -> None:
-    pack = CONTENT["a"] + b"between"
-    key = content_key(blake3(pack).digest())
-    put_blob(scene.folder, key, CONTENT["a"] + b"BETWEEN")
-    at(scene, 1, changed(scene.events[1], key=key))
-
-
-@damage("blob-claim", check_bytes=True)
-def an_event_claims_other_digests_for_the_blob_of_another(scene: Scene) -> None:
-    at(scene, 1, changed(scene.events[1], blake3=bytes(32)))
+def a_package_id_in_the_file_is_none(scene: Scene) -> None:
+    in_the_file(scene, "UPDATE events SET package_id = x'00' WHERE offset = 2")
+
+
+@damage("listed")
+def an_event_is_listed_under_another_number(scene: Scene) -> None:
+    in_the_file(scene, "UPDATE events SET sequence = 30 WHERE offset = 2")
+
+
+@damage("log-file")
+def an_event_is_missing_from_the_index(scene: Scene) -> None:
+    path = embedded(scene)
+    with closing(sqlite3.connect(path)) as file:
+        file.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        (page,) = file.execute("SELECT rootpage FROM sqlite_master WHERE name = 'sqlite_autoindex_events_1'").fetchone()
+        (size,) = file.execute("PRAGMA page_size").fetchone()
+    with path.open("r+b") as damaged:
+        damaged.seek((page - 1) * size + 3)  # how many entries the page has, 2 bytes (SQLite, "B-tree Pages")
+        damaged.write(bytes([0, len(CONTENT) + 1]))
 
 
 async def folded(scene: Scene) -> Path:

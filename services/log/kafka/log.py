@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 from uuid import UUID
@@ -116,6 +116,10 @@ class KafkaLog:
         """See `Log`."""
         await self._look()
         return await KafkaSubscription(self.kafka, self.cluster, projection, start_offsets, settled).open()
+
+    async def damage(self) -> Sequence[str]:
+        """See `Log`. Brokers check what they keep, and clients what they fetch."""
+        return ()
 
     async def lag(self, projection: str) -> Mapping[int, int]:
         """See `Log`. A partition without a commit lags by all it holds."""

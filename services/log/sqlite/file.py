@@ -76,6 +76,7 @@ def open_file(path: Path, *, writable: bool = False, identity: UUID | None = Non
     Raises:
         UnavailableError: there is no file, or it cannot be opened.
         ConfigurationError: it is not a log, or one of a newer version.
+        CorruptError: it is damaged.
         LogIdentityError: its identity is not the one that is asked for.
     """
     if not path.exists():
@@ -85,7 +86,9 @@ def open_file(path: Path, *, writable: bool = False, identity: UUID | None = Non
         try:
             if _is_new(path, connection):
                 raise UnavailableError(f"the log {path} is empty; `artifact-store migrate` completes it")
-            row = connection.execute("SELECT identity FROM log").fetchone()
+            row = connection.execute("SELECT CAST(identity AS BLOB) FROM log").fetchone()
+            if row is None or len(row[0] or b"") != 16:
+                raise CorruptError(f"the log {path} is damaged: it does not say which log it is")
             found = UUID(bytes=row[0])
             if identity not in (None, found):
                 raise LogIdentityError(f"{path} holds log {found} where log {identity} was before")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable, Mapping
+import sqlite3
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from uuid import UUID
 
@@ -18,6 +20,7 @@ from services.log.sqlite.records import (
     BATCH_RECORDS,
     decoded,
     end_offset,
+    numbered,
     package_records_from,
     progress_of,
     records_from,
@@ -94,6 +97,29 @@ class SqliteLog:
             raise ConfigurationError(f"{projection!r} is no name of a projection")
         return SqliteSubscription(self._path, self._readers, projection, start_offsets, self._poll_seconds)
 
+    async def damage(self) -> Sequence[str]:
+        """See `Log`. SQLite looks at every page and looks every event up by package and number, in bounded memory.
+
+        Takes a few seconds a GiB, and as long as the disk needs to read it. Until then the `-wal` file only grows.
+        """
+        looking: list[sqlite3.Connection] = []
+
+        def work(file: LogFile) -> list[str]:
+            looking.append(file.connection)
+            try:
+                found = file.connection.execute("PRAGMA integrity_check").fetchall()  # names a hundred at most
+            finally:
+                looking.clear()
+            return [" ".join(str(text).split()) for (text,) in found if text != "ok"]
+
+        try:
+            return await self._readers.run(work)
+        except asyncio.CancelledError:
+            for connection in looking:  # or whoever closes the log waits for it
+                with suppress(sqlite3.ProgrammingError):
+                    connection.interrupt()
+            raise
+
     async def lag(self, projection: str) -> Mapping[int, int]:
         """See `Log`."""
 
@@ -129,16 +155,22 @@ class _Cursor:
     def next_batch(self, file: LogFile) -> list[RecordedEvent]:
         """Read on; empty when there is nothing more now."""
         if self._package_id is None:
-            records = records_from(file.connection, self._offset, self._end, BATCH_RECORDS)
+            read, records = decoded, records_from(file.connection, self._offset, self._end, BATCH_RECORDS)
         else:
-            records = package_records_from(file.connection, self._package_id, self._sequence, self._end, BATCH_RECORDS)
+            by = self._package_id, self._sequence
+            read, records = numbered, package_records_from(file.connection, *by, self._end, BATCH_RECORDS)
         events = []
         for record in records:
-            event = decoded(record)
+            event = read(record)
+            if self._package_id is not None and event.sequence != self._sequence + 1:
+                raise CorruptError(
+                    f"event {self._sequence + 1} of package {self._package_id} is gone from the log, or from its index"
+                )
+            self._sequence = event.sequence
             position = Position(file.identity, {PARTITION: record.offset + 1})
             events.append(RecordedEvent(**{name: getattr(event, name) for name in _FIELDS}, position=position))
         if records:
-            self._offset, self._sequence = records[-1].offset + 1, events[-1].sequence
+            self._offset = records[-1].offset + 1
         elif end_offset(file.connection) < self._offset:
             raise CorruptError("the log is shorter than it was: what was read before is not in it any more")
         return events

@@ -17,6 +17,8 @@ BATCH_RECORDS = 500
 _BATCH_BYTES = 4 << 20
 """Manifests make records of half a megabyte: a batch ends early when it holds so much."""
 
+_COLUMNS = "offset, CAST(package_id AS BLOB), CAST(sequence AS INTEGER), CAST(value AS BLOB)"
+"""Whatever a damaged row holds comes as one of these types, for its readers to tell what it is not."""
 
 _NO_END = (1 << 63) - 1
 
@@ -30,7 +32,7 @@ def end_offset(connection: sqlite3.Connection) -> int:
 def records_from(connection: sqlite3.Connection, offset: int, end: int | None, limit: int) -> list[Record]:
     """The records from `offset` on, below `end` if there is one. Raises CorruptError when one between them is gone."""
     rows = connection.execute(
-        "SELECT offset, package_id, value FROM events WHERE offset >= ? AND offset < ? ORDER BY offset LIMIT ?",
+        f"SELECT {_COLUMNS} FROM events WHERE offset >= ? AND offset < ? ORDER BY offset LIMIT ?",  # noqa: S608 - ours
         (offset, _NO_END if end is None else end, limit),
     )
     found = _bounded(rows)
@@ -46,7 +48,7 @@ def package_records_from(
 ) -> list[Record]:
     """The package's records behind event number `sequence`, below offset `end` if there is one."""
     rows = connection.execute(
-        "SELECT offset, package_id, value FROM events"
+        f"SELECT {_COLUMNS} FROM events"  # noqa: S608 - our own
         " WHERE package_id = ? AND sequence > ? AND offset < ? ORDER BY sequence LIMIT ?",
         (package_id.bytes, sequence, _NO_END if end is None else end, limit),
     )
@@ -54,11 +56,13 @@ def package_records_from(
 
 
 def sequence_before(connection: sqlite3.Connection, package_id: UUID, offset: int) -> int:
-    """The number of the package's last event below `offset`, 0 if there is none."""
-    (last,) = connection.execute(
-        "SELECT max(sequence) FROM events WHERE package_id = ? AND offset < ?", (package_id.bytes, offset)
-    ).fetchone()
-    return last or 0
+    """The number of the package's last event below `offset`, 0 if there is none. Raises as `numbered`."""
+    rows = connection.execute(
+        f"SELECT {_COLUMNS} FROM events"  # noqa: S608 - our own
+        " WHERE package_id = ? AND offset < ? ORDER BY sequence DESC LIMIT 1",
+        (package_id.bytes, offset),
+    )
+    return max((numbered(record).sequence for record in _bounded(rows)), default=0)
 
 
 def progress_of(connection: sqlite3.Connection, projection: str) -> Mapping[int, tuple[int, str]]:
@@ -79,12 +83,27 @@ def decoded(record: Record) -> Event:
         ) from None
 
 
-def _bounded(rows: Iterable[tuple[int, bytes, bytes]]) -> list[Record]:
+def numbered(record: Record) -> Event:
+    """As `decoded`, of a record that was found by its number. Raises CorruptError also if its event has another one.
+
+    Whoever reads on behind the event's number would be given the same record again, or miss others.
+    """
+    event = decoded(record)
+    if record.sequence != event.sequence:
+        raise CorruptError(
+            f"the log's record at offset {record.offset} is listed as event {record.sequence} of its package, and is"
+            f" event {event.sequence}"
+        )
+    return event
+
+
+def _bounded(rows: Iterable[tuple[int, bytes | None, int | None, bytes | None]]) -> list[Record]:
     found: list[Record] = []
     size = 0
-    for offset, package_id, value in rows:
-        found.append(Record(PARTITION, offset, str(UUID(bytes=package_id)).encode(), value))
-        size += len(value)
+    for offset, package_id, sequence, value in rows:
+        key = str(UUID(bytes=package_id)).encode() if package_id and len(package_id) == 16 else b""
+        found.append(Record(PARTITION, offset, key, value or b"", sequence))
+        size += len(found[-1].value)
         if size >= _BATCH_BYTES:
             break
     return found

@@ -11,7 +11,7 @@ from uuid import UUID
 
 from services.core.evolve import evolve
 from services.core.state import FINALIZED, PackageState
-from services.log.sqlite.records import BATCH_RECORDS, decoded, package_records_from
+from services.log.sqlite.records import BATCH_RECORDS, numbered, package_records_from
 
 LARGE = 1_000
 """A state with more entries than this is large: it is never forgotten in favour of smaller ones. An event takes about
@@ -77,14 +77,14 @@ class PackageStates:
     def current(self, connection: sqlite3.Connection, package_id: UUID) -> PackageState | None:
         """The state with every event that the connection sees; None for a package that does not exist. Blocks.
 
-        Raises CorruptError when the package's history breaks an invariant.
+        Raises CorruptError when the package's history, or how the log lists it, breaks an invariant.
         """
         state = self._take(package_id)
         while True:
             known = 0 if state is None else state.sequence
             records = package_records_from(connection, package_id, known, None, BATCH_RECORDS)
             for record in records:
-                state = evolve(state, decoded(record))
+                state = evolve(state, numbered(record))
             if not records:
                 break
         if state is not None:
