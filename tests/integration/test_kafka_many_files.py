@@ -5,9 +5,10 @@ its manifest read and verified through a gateway as `pull` does.
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,15 @@ from services.config import Settings
 from services.core.commands import Acknowledgement, Command, FinalizePackage, IngestFiles, StoredFile
 from services.core.content_address import ContentAddress
 from services.core.limits import INLINE_MANIFEST_BYTES
+from services.core.state import FINALIZED
 from services.errors import DuplicateRelativePathError
 from services.log.kafka import state
+from services.log.kafka.state_rows import unsealed
 from services.log.port import CommandWriter
 from services.streams import from_any
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import ready, settled
+from tests.integration.conditions import until
 from tests.integration.http_gateway import RunningGateway, running_gateway
 from tests.integration.kafka_stage import create_in, kafka_settings, open_kafka_log
 from tests.standstill import Standstill
@@ -135,6 +139,14 @@ class Measured:
     stood_still: float
 
 
+async def saved_as_finalized(kafka: Settings, package_id: UUID) -> bool:
+    """Whether the state file of the partition has the package's end."""
+    (path,) = kafka.state_dir.glob("*-0.db")
+    with closing(sqlite3.connect(path)) as file:
+        row = file.execute("SELECT body FROM packages WHERE package_id = ?", (package_id.bytes,)).fetchone()
+    return row is not None and unsealed(row[0])[0] == FINALIZED
+
+
 async def finalized(kafka: Settings, files: int, destination: Path | None = None) -> Measured:
     """Build a package, start anew, and finalize it beside a neighbour; also its retries are answered as it was."""
     async with gateway_on(kafka) as gateway:
@@ -153,7 +165,7 @@ async def finalized(kafka: Settings, files: int, destination: Path | None = None
             began, processor = time.monotonic(), time.process_time()
             done, again = await asyncio.gather(writer.submit(end), writer.submit(end))
             finalizing, processor = time.monotonic() - began, time.process_time() - processor
-            await asyncio.sleep(state.SAVE_SECONDS + 0.5)  # until a checkpoint has the finalization
+            await until(lambda: saved_as_finalized(kafka, package_id), 60.0, "no checkpoint has the finalization")
             longest_wait = neighbour.longest()
         stood_still = machine.longest(moment)
         await neighbour.end()

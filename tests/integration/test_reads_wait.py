@@ -25,15 +25,34 @@ from services.errors import (
     WaitTimeoutError,
 )
 from services.log.port import CommandWriter
+from services.log.position import Position
 from services.views.catch_up import catch_up
 from services.views.engine import Views
-from services.views.models import ManifestLocation, PackageFilter
+from services.views.models import ManifestLocation, PackageFilter, Parked
 from services.views.projections import PROJECTIONS
 from services.views.queries import Queries
 from tests.memory_log import MemoryLog
 from tests.views_history import History
 
 REGISTRY = PROJECTIONS["registry"]
+
+
+class WatchedQueries(Queries):
+    """Tells when a reader has looked in vain: it then asks where the view stands, or whether it follows the package."""
+
+    def __init__(self, views: Views) -> None:
+        super().__init__(views)
+        self.in_vain = asyncio.Event()
+
+    async def checkpoint(self, projection: str) -> Position | None:
+        found = await super().checkpoint(projection)
+        self.in_vain.set()
+        return found
+
+    async def parked(self, package_id: UUID) -> Parked | None:
+        found = await super().parked(package_id)
+        self.in_vain.set()
+        return found
 
 
 class Stage:
@@ -43,21 +62,27 @@ class Stage:
         self.log = MemoryLog(partitions=3)
         self.views = Views(f"sqlite+aiosqlite:///{folder}/views.db")
         self.history = History()
+        self.queries = WatchedQueries(self.views)
         writer = cast("CommandWriter", None)  # nothing is written through this registry
         self.registry = DirectRegistry(
             self.log,
             writer,
             LocalBlobStore(folder / "blobs"),
-            Queries(self.views),
+            self.queries,
             limits=Limits(),
             clock=system_clock,
             wait_seconds=wait_seconds,
         )
 
-    async def later(self) -> None:
-        """Fold what is in the log, after readers have looked and found nothing."""
-        await asyncio.sleep(0.05)
+    async def fold(self) -> None:
+        """Bring the view up to the log."""
         await catch_up(self.views, self.log, REGISTRY)
+
+    async def later(self) -> None:
+        """Bring the view up to the log after a reader has looked in vain."""
+        self.queries.in_vain.clear()
+        await self.queries.in_vain.wait()
+        await self.fold()
 
 
 @pytest.fixture
@@ -100,7 +125,7 @@ async def test_a_file_by_its_id_is_waited_for_too(stage: Stage) -> None:
 
 async def test_what_is_nowhere_is_denied_once_the_view_has_what_the_log_had_and_not_later(stage: Stage) -> None:
     package_id = a_package(stage)
-    await stage.later()
+    await stage.fold()
     going_on = asyncio.Event()
 
     async def go_on() -> None:
@@ -109,7 +134,7 @@ async def test_what_is_nowhere_is_denied_once_the_view_has_what_the_log_had_and_
             stage.history.create()
             stage.log.append(stage.history.events[-1])
             await asyncio.sleep(0.01)
-            await catch_up(stage.views, stage.log, REGISTRY)
+            await stage.fold()
             stage.history.create()
             stage.log.append(stage.history.events[-1])
 
@@ -130,7 +155,7 @@ async def test_what_is_nowhere_is_denied_once_the_view_has_what_the_log_had_and_
 async def test_an_open_package_is_told_from_one_whose_finalization_the_view_has_not_seen(stage: Stage) -> None:
     package_id = stage.history.create()
     stage.log.append(*stage.history.events)
-    await stage.later()
+    await stage.fold()
     with pytest.raises(IllegalPackageStateError):
         await stage.registry.get_manifest_bytes(package_id)
     stage.history.finalize(package_id)
@@ -155,7 +180,7 @@ async def test_waiting_has_an_end(tmp_path: Path) -> None:
             await read(stage.registry, package_id)
     with pytest.raises(WaitTimeoutError):
         await stage.registry.get_file_record(UUID(int=7))
-    await catch_up(stage.views, stage.log, REGISTRY)
+    await stage.fold()
     with pytest.raises(WaitTimeoutError):
         await stage.registry.get_package(package_id, wait_sequence=4)
     assert (await stage.registry.get_package(package_id, wait_sequence=3)).last_event_sequence == 3
@@ -166,7 +191,7 @@ async def test_a_view_of_another_log_denies_nothing(tmp_path: Path) -> None:
     stage = Stage(tmp_path, wait_seconds=0.1)
     await stage.views.migrate()
     a_package(stage)
-    await catch_up(stage.views, stage.log, REGISTRY)
+    await stage.fold()
     stage.log.id = uuid4()
     with pytest.raises(WaitTimeoutError):
         await stage.registry.get_package(UUID(int=7))
@@ -187,7 +212,7 @@ async def test_a_package_whose_finalization_the_view_has_not_seen_is_pulled_all_
 ) -> None:
     package_id = stage.history.create()
     stage.log.append(*stage.history.events)
-    await stage.later()
+    await stage.fold()
     stage.history.finalize(package_id)
     stage.log.append(stage.history.events[-1])
     pulled, _ = await asyncio.gather(pull(stage.registry, package_id, tmp_path / "out"), stage.later())
@@ -199,7 +224,7 @@ async def test_a_manifest_whose_blob_is_damaged_is_an_error_and_not_given(
 ) -> None:
     """As one that is too large for an event, and lies in the blob store."""
     package_id = a_package(stage)
-    await stage.later()
+    await stage.fold()
     manifest = await stage.registry.get_manifest_bytes(package_id)
     digest = ContentAddress.of_digest(manifest_digest(manifest))
     key = content_key(digest.digest)
