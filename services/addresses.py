@@ -1,4 +1,4 @@
-"""Addresses to listen on: `HOST:PORT`, read in one way wherever one is set."""
+"""Hosts, and addresses to listen on: `HOST:PORT`, read in one way wherever one is set."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from dataclasses import dataclass
 from typing import Self
 
 _LAST_PORT = 65_535
+
+
+def check_host(host: str) -> None:
+    """Raise ValueError for a host that no resolver takes, which tells it in no way that callers expect."""
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        raise ValueError("its host is no name that can be") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +31,7 @@ class ListenAddress:
         host = host.removeprefix("[").removesuffix("]")
         if not host or not port.isascii() or not port.isdigit() or int(port) > _LAST_PORT:
             raise ValueError("it must be HOST:PORT, as 127.0.0.1:9464 or [::1]:9464")
-        try:
-            host.encode("idna")  # as the resolver does, which tells it in no way that callers expect
-        except UnicodeError:
-            raise ValueError("its host is no name that can be") from None
+        check_host(host)
         return cls(host, int(port))
 
     def of_process(self, number: int) -> ListenAddress:

@@ -14,6 +14,7 @@ import aiohttp
 from pydantic import BaseModel, ValidationError
 from yarl import URL
 
+from services.addresses import check_host
 from services.client.problems import MAX_PROBLEM_BYTES, error_of
 from services.client.retries import GivenUpError, Notify, RetryPolicy, no_answer, unavailable, with_retries
 from services.errors import ConfigurationError, CorruptError
@@ -55,9 +56,12 @@ class Transport:
         try:
             parts = urlsplit(url)
             _ = parts.port  # which is read only now
+            check_host(parts.hostname or "")
         except ValueError:
             raise form from None
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise form
+        if not url.isprintable() or " " in url:
             raise form
         if parts.username is not None or parts.password is not None:
             raise ConfigurationError("the gateway's URL (ARTIFACT_STORE_URL) must not hold credentials")
@@ -131,7 +135,7 @@ class Transport:
             try:
                 body = await response.read()
             except (aiohttp.ClientError, TimeoutError) as error:
-                raise self._lost(error) from error
+                raise self._lost(error, self._idle_seconds(answer_seconds)) from error
             return Answer(response.status, response.headers, body)
 
     async def open(
@@ -187,24 +191,24 @@ class Transport:
     ) -> aiohttp.ClientResponse:
         if self._session is None:
             raise ConfigurationError("the client is closed; use it inside `async with`")
-        timeout = aiohttp.ClientTimeout(
-            total=None,
-            sock_connect=self.policy.connect_seconds,
-            sock_read=QUIET_SECONDS if endless else max(self.policy.idle_seconds, answer_seconds or 0.0),
-        )
+        still = QUIET_SECONDS if endless else self._idle_seconds(answer_seconds)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=self.policy.connect_seconds, sock_read=still)
         address = URL(self.url + path + _query_text(query), encoded=True)
         try:
             response = await self._session.request(
                 method, address, headers=headers, timeout=timeout, allow_redirects=False, **options
             )
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise self._lost(error) from error
+            raise self._lost(error, still) from error
         if not 200 <= response.status < 300:
             raise error_of(response.status, response.headers, await _problem_bytes(response))
         return response
 
-    def _lost(self, error: Exception) -> Exception:
-        """Our own error for what went wrong below HTTP."""
+    def _idle_seconds(self, answer_seconds: float | None) -> float:
+        return max(self.policy.idle_seconds, answer_seconds or 0.0)
+
+    def _lost(self, error: Exception, idle_seconds: float | None = None) -> Exception:
+        """Our own error for what went wrong below HTTP; `idle_seconds`: how long the answer could keep still."""
         match error:
             case aiohttp.InvalidURL():
                 return ConfigurationError(f"{self.url} is no address that can be used")
@@ -212,8 +216,10 @@ class Transport:
                 return GivenUpError(f"no secure connection to {self.url}: {error}")
             case aiohttp.ClientConnectorError():
                 return unavailable(f"cannot reach the gateway at {self.url}: {error.strerror or error.os_error}")
+            case aiohttp.ConnectionTimeoutError():
+                return unavailable(f"cannot reach the gateway at {self.url} within {self.policy.connect_seconds:g} s")
             case TimeoutError():
-                return no_answer(self.policy.idle_seconds)
+                return no_answer(idle_seconds or self.policy.idle_seconds)
         return unavailable(f"the connection to {self.url} was lost: {type(error).__name__}; the outcome is unknown")
 
 
