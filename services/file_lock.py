@@ -45,7 +45,8 @@ class FileLock:
                 os.close(descriptor)
 
     def release(self) -> None:
-        """Give the lock back; nothing happens when it is not held."""
+        """Give the lock back; nothing happens when it is not held. Only for the process that took it."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a process that was forked meanwhile has the file open as well
             os.close(descriptor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -234,4 +235,4 @@ def _sqlite_path(settings: Settings) -> Path:
     path = settings.log_url.removeprefix(_SQLITE)
     if not settings.log_url.startswith(_SQLITE) or not path or "?" in path:
         raise ConfigurationError(f"ARTIFACT_STORE_LOG_URL has no known form; accepted are {_FORMS}")
-    return Path(path)
+    return Path(os.path.realpath(path))  # locks lie beside the file itself, by whatever link it is reached
