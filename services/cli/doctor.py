@@ -184,7 +184,7 @@ def _disk(settings: Settings) -> Finding:
 
 
 def _sqlite_file(url: str) -> Path:
-    return Path(url.partition(":///")[2])
+    return Path(url.partition(":///")[2].partition("?")[0])
 
 
 def _local_folder(settings: Settings) -> Path:

@@ -83,9 +83,9 @@ def _lock(folder: Path | None, identity: dict[str, Any]) -> tuple[int | None, Pa
     """The first state file of this push that no running process holds, opened and locked."""
     if folder is None:
         return None, None
-    # Not JCS, which refuses what the registry will refuse with a reason: NaN, lone surrogates, numbers beyond a double.
-    name = blake3(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     try:
+        # Not JCS, which refuses what the registry will refuse with a reason: NaN, surrogates, numbers beyond a double.
+        name = blake3(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for number in range(_MOST_AT_ONCE):
             path = folder / f"{name}.{number}.json"
@@ -93,7 +93,7 @@ def _lock(folder: Path | None, identity: dict[str, Any]) -> tuple[int | None, Pa
             if _try_lock(descriptor, path):
                 return descriptor, path
             os.close(descriptor)
-    except OSError:
+    except (OSError, RecursionError):  # so many levels the registry refuses as well
         return None, None
     return None, None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -27,7 +28,7 @@ from services.client.transport import Answer, Transport, read_answer
 from services.client.written import Written
 from services.core.commands import Acknowledgement
 from services.core.content_address import ContentAddress
-from services.core.fields import check_text
+from services.core.fields import check_text, metadata_text
 from services.core.paths import check_path
 from services.errors import (
     CorruptError,
@@ -91,6 +92,7 @@ class GatewayRegistry(Registry):
     ) -> Acknowledgement:
         for field, text in (("name", name), ("producer", producer), ("subject", subject)):
             check_text(field, text)
+        metadata_text(metadata, sys.maxsize)  # how large it may be is the gateway's to say
         try:
             request = CreatePackageRequest(
                 name=name, producer=producer, subject=subject, retention_class=retention_class, metadata=metadata

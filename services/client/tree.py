@@ -46,8 +46,10 @@ def walk(path: Path) -> list[TreeFile]:
     """
     try:
         root = path.resolve(strict=True)
-    except (OSError, RuntimeError):
+    except (FileNotFoundError, RuntimeError):  # RuntimeError: links in a circle
         raise InvalidRequestError(f"there is nothing to push at {_shown(path)}") from None
+    except OSError as error:
+        raise InvalidRequestError(f"{_shown(path)} cannot be pushed: {error.strerror}") from None
     found: list[TreeFile] = []
     bad_names: list[str] = []
     bad_files: list[str] = []

@@ -11,7 +11,7 @@ from aiohttp import web
 
 from services.client import RetryPolicy
 from services.client.transport import Transport
-from services.errors import ConfigurationError, UnavailableError
+from services.errors import ConfigurationError, InvalidRequestError, UnavailableError
 from tests.unit.client_gateway import FailingGateway, client_of, failing_gateway
 
 
@@ -58,3 +58,13 @@ async def test_the_time_that_was_waited_for_an_answer_is_the_one_that_is_told() 
     async with failing_gateway(keeps_still) as gateway, Transport(gateway.url, policy) as transport:
         with pytest.raises(UnavailableError, match=r"within 0\.3 s"):
             await transport.attempt("GET", "/", answer_seconds=0.3)
+
+
+async def test_metadata_that_no_gateway_takes_is_refused_before_it_is_sent() -> None:
+    metadata: dict[str, object] = {}
+    for _ in range(2_000):
+        metadata = {"a": metadata}
+    gateway = FailingGateway([], url="http://127.0.0.1:9")
+    async with client_of(gateway) as registry:
+        with pytest.raises(InvalidRequestError, match="64 levels deep"):
+            await registry.create_package("n", "p", "s", "scratch", metadata=metadata)

@@ -112,6 +112,8 @@ def test_many_bad_names_are_not_all_listed(tmp_path: Path) -> None:
 def test_nothing_to_push_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequestError, match="nothing to push"):
         walk(tmp_path / "not there")
+    with pytest.raises(InvalidRequestError, match="cannot be pushed: File name too long"):
+        walk(tmp_path / ("x" * 300))
 
 
 @pytest.mark.parametrize(
@@ -193,6 +195,11 @@ def test_a_full_disk_spoils_no_push_that_was_begun(tmp_path: Path, monkeypatch: 
 def test_without_a_place_to_keep_it_a_push_goes_on_but_cannot_be_resumed(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with push_state(tmp_path / "file" / "below", ABOUT) as state:
+        assert not state.kept
+    deep: dict[str, object] = {}
+    for _ in range(2_000):  # more than Python's JSON writes; what the registry says of it is told
+        deep = {"a": deep}
+    with push_state(tmp_path, deep) as state:
         assert not state.kept
 
 
