@@ -15,10 +15,12 @@ from ingest_gateway.gateway import Bounds, Gateway
 from ingest_gateway.health import Checks
 from ingest_gateway.metrics import Metrics
 from ingest_gateway.operations import Route
-from ingest_gateway.problems import MalformedHttpError, answer_of, internal
+from ingest_gateway.problems import AnswerTimeoutError, MalformedHttpError, answer_of, internal
 from ingest_gateway.routing import Routes, Target
+from ingest_gateway.sending import held, send
 from ingest_gateway.siblings import Siblings
 from services.errors import ArtifactStoreError, PushBackError
+from services.log.port import Log
 from services.registry import Registry
 from services.tracing import TRACEPARENT, traceparent
 
@@ -47,12 +49,13 @@ class App:
     def __init__(
         self,
         registry: Registry,
+        log: Log,
         checks: Checks,
         bounds: Bounds,
         metrics: Metrics | None = None,
         siblings: Siblings | None = None,
     ) -> None:
-        self.gateway = Gateway(registry, checks, bounds, metrics or Metrics(), openapi.document(ROUTES), siblings)
+        self.gateway = Gateway(registry, log, checks, bounds, metrics or Metrics(), openapi.document(ROUTES), siblings)
         self._routes = Routes(ROUTES)
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -62,15 +65,32 @@ class App:
             try:
                 response = await self._answer(exchange)
                 exchange.answered(response)
+                await self._send(exchange, response)
             finally:
                 self._record(exchange)
+        return response
+
+    def refuse(self, request: web.BaseRequest, why: str) -> web.StreamResponse:
+        """Answer what is no HTTP."""
+        exchange = Exchange(request)
+        response = answer_of(MalformedHttpError(f"this is not HTTP that can be read: {why}", {"Connection": "close"}))
+        response.headers["Server"] = SERVER
+        exchange.answered(response)
+        self._record(exchange)
+        return response
+
+    async def _send(self, exchange: Exchange, response: web.StreamResponse) -> None:
         if not response.prepared:
             response.headers["Server"] = SERVER
             # A body may still come that nobody wants any more (RFC 9110 §10.1.1), this process goes away, or the
             # connection has no place.
             if self.gateway.draining or exchange.body_withheld or exchange.refusal is not None:
                 response.force_close()
-        return response
+        try:
+            await send(exchange.request, response, self.gateway.bounds)
+        except AnswerTimeoutError as error:
+            _log.warning("%s was cut off: %s", exchange, error.detail)
+            raise exchange.cut() from None
 
     async def _answer(self, exchange: Exchange) -> web.StreamResponse:
         request = exchange.request
@@ -97,9 +117,7 @@ class App:
             _log.exception("%s failed", exchange)
             if not exchange.begun:
                 return internal()
-        if request.transport is not None:
-            request.transport.abort()
-        raise ConnectionResetError("the answer was cut off")
+        raise exchange.cut()
 
     def _record(self, exchange: Exchange) -> None:
         seconds = asyncio.get_running_loop().time() - exchange.began
@@ -152,5 +170,10 @@ class Exchange:
     def answered(self, response: web.StreamResponse) -> None:
         """Note what the answer is."""
         self.status = response.status
-        if isinstance(response, web.Response) and isinstance(response.body, bytes) and self.request.method != "HEAD":
-            self._body = len(response.body)
+        self._body = 0 if self.request.method == "HEAD" else len(held(response))
+
+    def cut(self) -> ConnectionResetError:
+        """End the connection in the middle of the answer; gives the error that says so."""
+        if self.request.transport is not None:
+            self.request.transport.abort()
+        return ConnectionResetError("the answer was cut off")

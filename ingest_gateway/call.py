@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import parse_qsl, urlencode
 
@@ -15,7 +15,6 @@ from ingest_gateway.json_body import parse_json
 from ingest_gateway.operations import Route
 from ingest_gateway.parameters import Parameter
 from ingest_gateway.problems import (
-    AnswerTimeoutError,
     BodyTimeoutError,
     ExpectationFailedError,
     IncompleteBodyError,
@@ -23,6 +22,7 @@ from ingest_gateway.problems import (
     UnsupportedMediaTypeError,
 )
 from ingest_gateway.routing import Target
+from ingest_gateway.sending import SENT_AT_ONCE_BYTES, taken
 from services.errors import InvalidRequestError, TooLargeError
 from services.http.models import Request
 
@@ -34,9 +34,6 @@ Shape = TypeVar("Shape", bound=Request)
 
 MAX_JSON_BYTES = 1 << 20
 """Most bytes of a JSON body beyond what metadata may take."""
-
-SENT_AT_ONCE_BYTES = 256 * 1024
-"""Most bytes that a client has one span of time for: the longer the piece, the later it shows that nobody takes it."""
 
 _PARSED_AT_ONCE_BYTES = 64 * 1024  # a larger JSON body is parsed beside the event loop
 
@@ -191,33 +188,22 @@ class Call:
     async def start(self, response: web.StreamResponse) -> None:
         """Send the head of a streamed answer."""
         response.headers["Server"] = SERVER
+        if self.request.version < HttpVersion11 and response.content_length is None:
+            response.force_close()  # its end is that of the connection: HTTP/1.0 has no chunks
         await response.prepare(self.request)
 
     async def send(self, response: web.StreamResponse, data: bytes) -> None:
-        """Send a piece of a streamed answer; waits while the client is slow, as long as it takes bytes.
-
-        Raises ConnectionError; AnswerTimeoutError: it takes less than `Bounds.body_bytes_per_second`, measured over
-        `Bounds.body_idle_seconds` at least. Only time in which it is waited for counts.
-        """
+        """Send a piece of a streamed answer; waits, and raises, as `taken`."""
         rest = memoryview(data)
         while rest:
             piece, rest = rest[:SENT_AT_ONCE_BYTES], rest[SENT_AT_ONCE_BYTES:]
             self.sent_in_part = bool(rest)  # what is written waits for the client, if it has to, behind this
-            await self._taken(response.write(piece), len(piece))
+            await taken(response.write(piece), len(piece), self.gateway.bounds)
             self.sent += len(piece)
 
     async def finish(self, response: web.StreamResponse) -> None:
         """End a streamed answer. Waits, and raises, as `send`."""
-        await self._taken(response.write_eof(), 0)
-
-    async def _taken(self, writing: Awaitable[None], size: int) -> None:
-        bounds = self.gateway.bounds
-        seconds = max(bounds.body_idle_seconds, size / bounds.body_bytes_per_second)
-        try:
-            async with asyncio.timeout(seconds):
-                await writing
-        except TimeoutError:
-            raise AnswerTimeoutError(f"the client did not take {size:,} bytes of it within {seconds:g} s") from None
+        await taken(response.write_eof(), 0, self.gateway.bounds)
 
 
 def _query(raw: str, known: frozenset[str]) -> dict[str, str]:

@@ -12,7 +12,6 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from ingest_gateway.admission import Places
-from ingest_gateway.problems import MalformedHttpError, answer_of
 from services.errors import PushBackError
 
 HEADER_BYTES = 32 * 1024
@@ -81,9 +80,7 @@ class Connection(web.RequestHandler):
         if request.writer.output_size > 0 or status != 400:
             raise ConnectionResetError("the answer was cut off") from exc
         lines = (message or "").strip().splitlines() or ["it is malformed"]
-        response = answer_of(MalformedHttpError(f"this is not HTTP that can be read: {lines[0][:200]}"))
-        response.force_close()
-        return response
+        return self._server.refuse(request, lines[0][:200])
 
     def cut(self) -> None:
         """End it at once."""
@@ -94,8 +91,15 @@ class Connection(web.RequestHandler):
 class Server(web.Server):
     """Makes a connection for every client."""
 
-    def __init__(self, handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]], places: Places) -> None:
+    def __init__(
+        self,
+        handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
+        refuse: Callable[[web.BaseRequest, str], web.StreamResponse],
+        places: Places,
+    ) -> None:
+        """`refuse` answers what the parser could not read, and is told why."""
         super().__init__(handler)
+        self.refuse = refuse
         self.places = places
         self.excess: set[Connection] = set()
 

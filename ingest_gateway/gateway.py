@@ -13,8 +13,10 @@ from ingest_gateway.followers import MAX_FOLLOWERS, Followers
 from ingest_gateway.health import Checks
 from ingest_gateway.metrics import Metrics
 from ingest_gateway.siblings import Siblings
+from ingest_gateway.tail import Tail
 from services.bundle_store import BUNDLES_AT_ONCE
 from services.config import Settings
+from services.log.port import Log
 from services.registry import Registry
 
 _log = logging.getLogger(__name__)
@@ -33,9 +35,9 @@ class Bounds:
     json_room_bytes: int = JSON_ROOM_BYTES
     """Bytes of JSON bodies that may be held at a time."""
     body_idle_seconds: float = 60.0
-    """How long a body may stand still, and over how long its pace is taken; so too a streamed answer's."""
+    """How long a body may stand still, and over how long its pace is taken; so too an answer's."""
     body_bytes_per_second: float = 1024.0
-    """The least pace of a body, or of a client that takes a streamed answer, that is waited for."""
+    """The least pace of a body, or of a client that takes an answer, that is waited for."""
     heartbeat_seconds: float = 10.0
     """How often a quiet follower is looked after."""
 
@@ -56,6 +58,7 @@ class Gateway:
     def __init__(
         self,
         registry: Registry,
+        log: Log,
         checks: Checks,
         bounds: Bounds,
         metrics: Metrics,
@@ -64,6 +67,7 @@ class Gateway:
     ) -> None:
         """`siblings` are the other processes of a gateway of several."""
         self.registry = registry
+        self.tail = Tail(log)
         self.checks = checks
         self.bounds = bounds
         self.metrics = metrics

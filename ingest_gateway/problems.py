@@ -128,8 +128,11 @@ def internal() -> web.Response:
 def problem_answer(found: Problem, headers: Mapping[str, str]) -> web.Response:
     """The problem as `application/problem+json`."""
     body = found.model_dump_json(exclude_none=True).encode()
-    return web.Response(
+    response = web.Response(
         status=found.status,
         body=body,
         headers={"Content-Type": MEDIA_TYPE, "Cache-Control": "no-store", **headers},
     )
+    if headers.get("Connection") == "close":
+        response.force_close()  # what is said is done, also where more requests have come already (RFC 9112 §9.6)
+    return response

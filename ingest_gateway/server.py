@@ -24,6 +24,7 @@ from ingest_gateway.sweeping import swept_regularly
 from services.addresses import ListenAddress
 from services.config import Settings
 from services.errors import ConfigurationError
+from services.log.port import Log
 from services.registry import Registry
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ async def serve(
     address = listen_address(settings)
     async with listening(
         opened.registry,
+        opened.log,
         checks,
         Bounds.of(settings),
         address.host,
@@ -100,6 +102,7 @@ async def serve(
 @asynccontextmanager
 async def listening(
     registry: Registry,
+    log: Log,
     checks: Checks,
     bounds: Bounds,
     host: str = "127.0.0.1",
@@ -118,8 +121,8 @@ async def listening(
     """
     metrics = metrics or Metrics()
     siblings = None if member is None else Siblings(member, metrics.exposition)
-    app = App(registry, checks, bounds, metrics, siblings)
-    runner = web.ServerRunner(Server(app.handle, app.gateway.connections), shutdown_timeout=1.0)
+    app = App(registry, log, checks, bounds, metrics, siblings)
+    runner = web.ServerRunner(Server(app.handle, app.refuse, app.gateway.connections), shutdown_timeout=1.0)
     await runner.setup()
     lag = asyncio.create_task(metrics.watch_loop())
     try:
