@@ -12,7 +12,7 @@ from ingest_gateway.call import Call
 from ingest_gateway.codings import CODINGS, decoded
 from ingest_gateway.negotiation import not_modified
 from ingest_gateway.operations import BINARY, Body, Route, Success
-from ingest_gateway.packages import ANYONE, INGESTING, WRITING
+from ingest_gateway.packages import ANYONE, INGESTING, READING, WRITING
 from ingest_gateway.parameters import (
     ACTOR,
     AFTER,
@@ -23,12 +23,7 @@ from ingest_gateway.parameters import (
     PACKAGE_ID,
     WAIT_SEQUENCE,
 )
-from ingest_gateway.problems import (
-    BodyTimeoutError,
-    IncompleteBodyError,
-    PreconditionFailedError,
-    UnsupportedMediaTypeError,
-)
+from ingest_gateway.problems import PreconditionFailedError, UnsupportedMediaTypeError
 from services.bundle import MAX_BUNDLE_FILES, SMALL_FILE_BYTES
 from services.errors import (
     IllegalPackageStateError,
@@ -36,6 +31,7 @@ from services.errors import (
     InvalidPathError,
     InvalidRequestError,
     PackageNotFoundError,
+    PackageParkedError,
     UnavailableError,
     UnknownContentError,
     WaitTimeoutError,
@@ -139,9 +135,7 @@ ROUTES = (
             *INGESTING,
             InvalidArchiveError,
             UnknownContentError,
-            IncompleteBodyError,
-            BodyTimeoutError,
-            UnsupportedMediaTypeError,
+            *READING,
             *WRITING,
         ),
         description=f"At most {MAX_BUNDLE_FILES:,} files. Folders are passed over; links, devices, sparse files, "
@@ -168,6 +162,7 @@ ROUTES = (
             InvalidPathError,
             PackageNotFoundError,
             IllegalPackageStateError,
+            PackageParkedError,
             PreconditionFailedError,
             UnavailableError,
             WaitTimeoutError,

@@ -7,9 +7,9 @@ from aiohttp import web
 from ingest_gateway.answers import JSON, json_answer
 from ingest_gateway.call import Call
 from ingest_gateway.operations import Body, Route, Success
-from ingest_gateway.problems import UnsupportedMediaTypeError
+from ingest_gateway.packages import READING
 from services.core.content_address import ContentAddress
-from services.errors import InvalidRequestError, TooLargeError, UnavailableError
+from services.errors import InvalidRequestError, UnavailableError
 from services.http.bundles import MAX_KNOWN, KnownBlobsAnswer, KnownBlobsRequest
 
 
@@ -28,7 +28,7 @@ ROUTES = (
         "Ask which blobs are stored",
         (Success(200, "Those that are", {JSON: KnownBlobsAnswer}),),
         body=Body({JSON: KnownBlobsRequest}, example={"addresses": [f"blake3:{'0' * 64}"]}),
-        problems=(InvalidRequestError, TooLargeError, UnsupportedMediaTypeError, UnavailableError),
+        problems=(InvalidRequestError, *READING, UnavailableError),
         description=f"At most {MAX_KNOWN:,} content addresses. What is known can be ingested by name "
         "(`POST /v1/packages/{package_id}/files` with `application/json`) instead of sent.",
         tag="files",

@@ -7,7 +7,7 @@ from aiohttp import web
 from ingest_gateway.answers import JSON, LOCATION, TEXT, json_answer
 from ingest_gateway.call import Call
 from ingest_gateway.operations import BINARY, Body, Route, Success
-from ingest_gateway.packages import ANYONE, INGESTING, WRITING, link_to_next
+from ingest_gateway.packages import ANYONE, INGESTING, READING, WRITING, link_to_next
 from ingest_gateway.parameters import (
     ACTOR,
     CONTENT_ADDRESS,
@@ -21,7 +21,6 @@ from ingest_gateway.parameters import (
     WAIT_SEQUENCE,
     declared,
 )
-from ingest_gateway.problems import BodyTimeoutError, IncompleteBodyError, UnsupportedMediaTypeError
 from services.core.fields import check_text
 from services.core.paths import check_path
 from services.errors import (
@@ -107,13 +106,7 @@ ROUTES = (
             {"*/*": BINARY},
             description="The bytes. `Content-Type` becomes the file's media type (absent: application/octet-stream).",
         ),
-        problems=(
-            *INGESTING,
-            IncompleteBodyError,
-            BodyTimeoutError,
-            UnsupportedMediaTypeError,
-            *WRITING,
-        ),
+        problems=(*INGESTING, *READING, *WRITING),
         description="Package, path and state are checked before the body is read. A body that ends early, differs from "
         "what is declared or comes with a `Content-Encoding` leaves nothing behind.",
         tag="files",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ingest_gateway.problems import NotAcceptableError, PreconditionFailedError
 
 _QUALITY = re.compile(r"(?:0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?)")
-_TAG = re.compile(r'\s*(?:(?P<weak>W/)?"(?P<value>[\x21\x23-\x7e\x80-\U0010ffff]*)")\s*(?:,|$)')
+_TAG = re.compile(r'[\s,]*(?:(?P<weak>W/)?"(?P<value>[\x21\x23-\x7e\x80-\U0010ffff]*)")\s*(?:,|$)')
 
 
 def choose(accept: str | None, offered: Sequence[str]) -> str:
@@ -46,7 +46,7 @@ def entity_tags(header: str) -> list[tuple[bool, str]] | None:
     """The tags of an `If-Match` or `If-None-Match` list, each with whether it is weak; None for what is no list."""
     tags: list[tuple[bool, str]] = []
     at = 0
-    text = header.strip()
+    text = header.strip(" \t,")  # a list may have empty elements (RFC 9110 §5.6.1.2)
     while at < len(text):
         match = _TAG.match(text, at)
         if match is None:

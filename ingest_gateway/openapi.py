@@ -12,13 +12,13 @@ from pydantic import BaseModel, TypeAdapter
 
 from ingest_gateway.operations import Body, Route, Success
 from ingest_gateway.parameters import Parameter
-from ingest_gateway.problems import MalformedHttpError, TooManyAtOnceError
-from services.errors import ArtifactStoreError, PushBackError
+from ingest_gateway.problems import ExpectationFailedError, MalformedHttpError, TooManyAtOnceError
+from services.errors import ArtifactStoreError, PushBackError, UnavailableError
 from services.http.headers import RETRY_AFTER
 from services.http.problems import MEDIA_TYPE, TYPE_PREFIX, Problem
 
-_ANYWHERE = (MalformedHttpError, TooManyAtOnceError, PushBackError)
-"""Problems that every request may meet: what is no HTTP, and a gateway that takes no more connections."""
+_ANYWHERE = (MalformedHttpError, ExpectationFailedError, TooManyAtOnceError, PushBackError)
+"""Problems that every request may meet: what is no HTTP or expects what is not met, and a gateway that is full."""
 
 _REF = "#/components/schemas/{model}"
 _DESCRIPTION = """\
@@ -124,7 +124,7 @@ def _problems(kinds: Iterable[type[ArtifactStoreError]], schemas: dict[str, Any]
             "description": "\n".join(lines),
             "content": {MEDIA_TYPE: {"schema": _schema(Problem, schemas)}},
         }
-        if status in (429, 503, 504):
+        if any(issubclass(kind, PushBackError | UnavailableError) for kind in of_status):
             answer["headers"] = {RETRY_AFTER: {"schema": {"type": "integer", "minimum": 1}}}
         yield str(status), answer
 

@@ -20,7 +20,7 @@ from ingest_gateway.parameters import (
     SUBJECT,
     WAIT_SEQUENCE,
 )
-from ingest_gateway.problems import UnsupportedMediaTypeError
+from ingest_gateway.problems import BodyTimeoutError, IncompleteBodyError, UnsupportedMediaTypeError
 from services.errors import (
     CommandReusedError,
     ContentMismatchError,
@@ -101,6 +101,9 @@ def link_to_next(call: Call, cursor: str | None) -> dict[str, str]:
 
 
 WRITING = (PushBackError, UnavailableError)
+"""Problems that every write may meet."""
+READING = (IncompleteBodyError, BodyTimeoutError, TooLargeError, UnsupportedMediaTypeError)
+"""What a body may be refused for, whatever it holds."""
 INGESTING = (
     InvalidRequestError,
     InvalidPathError,
@@ -112,7 +115,6 @@ INGESTING = (
     TooLargeError,
 )
 """What a file may be refused for, in whatever way its bytes come."""
-"""Problems that every write may meet."""
 
 ROUTES = (
     Route(
@@ -136,8 +138,7 @@ ROUTES = (
             InvalidRequestError,
             UnknownRetentionClassError,
             CommandReusedError,
-            TooLargeError,
-            UnsupportedMediaTypeError,
+            *READING,
             *WRITING,
         ),
         description="Metadata is brought to JCS form (RFC 8785): at most 64 KiB, integers within ±2^53.",
@@ -155,8 +156,7 @@ ROUTES = (
             PackageNotFoundError,
             IllegalPackageStateError,
             CommandReusedError,
-            TooLargeError,
-            UnsupportedMediaTypeError,
+            *READING,
             *WRITING,
         ),
     ),

@@ -10,7 +10,7 @@ from ingest_gateway.answers import JSON, LOCATION, TEXT, json_answer
 from ingest_gateway.call import Call
 from ingest_gateway.files import ANY_MEDIA_TYPE
 from ingest_gateway.operations import BINARY, Body, Route, Schema, Success
-from ingest_gateway.packages import ANYONE, INGESTING, WRITING
+from ingest_gateway.packages import ANYONE, INGESTING, READING, WRITING
 from ingest_gateway.parameters import (
     ACTOR,
     CONTENT_ADDRESS,
@@ -18,14 +18,10 @@ from ingest_gateway.parameters import (
     PACKAGE_ID,
     REPR_DIGEST,
     UPLOAD_ID,
+    WAIT_SEQUENCE,
     declared,
 )
-from ingest_gateway.problems import (
-    BodyTimeoutError,
-    IncompleteBodyError,
-    MethodNotAllowedError,
-    UnsupportedMediaTypeError,
-)
+from ingest_gateway.problems import MethodNotAllowedError, UnsupportedMediaTypeError
 from ingest_gateway.tus import (
     METHOD_OVERRIDE,
     RESUMABLE,
@@ -38,13 +34,16 @@ from ingest_gateway.tus import (
     http_date,
     spoken,
 )
+from services.appending import Checksum
 from services.blobs.upload_states import UploadState
 from services.errors import (
     ChecksumMismatchError,
     InvalidRequestError,
+    PackageParkedError,
     UploadBusyError,
     UploadNotFoundError,
     UploadOffsetError,
+    WaitTimeoutError,
 )
 from services.http import headers as headers_
 from services.http import times
@@ -83,6 +82,7 @@ async def begin_upload(call: Call) -> web.StreamResponse:
     if said is None or not paths:
         raise InvalidRequestError(f"{names.UPLOAD_METADATA} must name the file's {RELATIVE_PATH[0]}")
     has_body = call.request.headers.get("Content-Type", "").lower() == CONTENT_TYPE
+    checksum = call.header(UPLOAD_CHECKSUM)
     state = await call.registry.uploads.create(
         NewUpload(
             package_id=package_id,
@@ -96,14 +96,17 @@ async def begin_upload(call: Call) -> web.StreamResponse:
         )
     )
     if has_body and not state.offset and call.request.can_read_body:
-        state = await _append(call, state.upload_id, 0)
+        state = await _append(call, state.upload_id, 0, checksum)
     return web.Response(status=201, headers={"Location": _location(state), **_headers(call, state)})
 
 
 @spoken
 async def show_upload(call: Call) -> web.StreamResponse:
     """GET and HEAD /v1/packages/{package_id}/uploads/{upload_id}."""
-    state = await call.registry.uploads.find(call.path(PACKAGE_ID), call.path(UPLOAD_ID))
+    package_id, upload_id, wait_sequence = call.path(PACKAGE_ID), call.path(UPLOAD_ID), call.query(WAIT_SEQUENCE)
+    if wait_sequence is not None:
+        await call.registry.get_package(package_id, wait_sequence=wait_sequence)
+    state = await call.registry.uploads.find(package_id, upload_id)
     done = acknowledgement_of(state)
     answer = UploadAnswer(
         upload_id=state.upload_id,
@@ -153,17 +156,18 @@ async def _add(call: Call) -> web.StreamResponse:
         raise InvalidRequestError(f"{names.UPLOAD_OFFSET} is missing: HEAD says where the upload stands")
     if call.request.headers.get("Content-Type", "").lower() != CONTENT_TYPE:
         raise UnsupportedMediaTypeError(f"the body must be {CONTENT_TYPE}", {"Accept": CONTENT_TYPE})
-    return web.Response(status=204, headers=_headers(call, await _append(call, call.path(UPLOAD_ID), offset)))
+    state = await _append(call, call.path(UPLOAD_ID), offset, call.header(UPLOAD_CHECKSUM))
+    return web.Response(status=204, headers=_headers(call, state))
 
 
-async def _append(call: Call, upload_id: UUID, offset: int) -> UploadState:
+async def _append(call: Call, upload_id: UUID, offset: int, checksum: Checksum | None) -> UploadState:
     return await call.registry.uploads.append(
         call.path(PACKAGE_ID),
         upload_id,
         offset,
         call.body(),
         size=call.request.content_length,
-        checksum=call.header(UPLOAD_CHECKSUM),
+        checksum=checksum,
     )
 
 
@@ -210,10 +214,8 @@ _ADDING = (
     UploadOffsetError,
     UploadBusyError,
     ChecksumMismatchError,
-    IncompleteBodyError,
-    BodyTimeoutError,
-    UnsupportedMediaTypeError,
     UnsupportedTusVersionError,
+    *READING,
     *WRITING,
 )
 _BYTES = Body({CONTENT_TYPE: BINARY}, required=False, description="The bytes from `Upload-Offset` on.")
@@ -230,7 +232,7 @@ ROUTES = (
         "Tell what of tus is spoken",
         (Success(204, "In the headers", headers=_CAPABLE),),
         parameters=(PACKAGE_ID,),
-        problems=(InvalidRequestError, UnsupportedTusVersionError),
+        problems=(InvalidRequestError,),
         tag="files",
     ),
     Route(
@@ -264,7 +266,7 @@ ROUTES = (
         "Tell what of tus is spoken",
         (Success(204, "In the headers", headers=_CAPABLE),),
         parameters=(PACKAGE_ID, UPLOAD_ID),
-        problems=(InvalidRequestError, UnsupportedTusVersionError),
+        problems=(InvalidRequestError,),
         tag="files",
     ),
     Route(
@@ -273,8 +275,15 @@ ROUTES = (
         show_upload,
         "Show how far an upload is, and what it became",
         (Success(200, "As it stands", {JSON: UploadAnswer}, {**_TOLD, names.UPLOAD_LENGTH: {"type": "integer"}}),),
-        parameters=(PACKAGE_ID, UPLOAD_ID, RESUMABLE),
-        problems=(*INGESTING, UploadNotFoundError, UnsupportedTusVersionError, *WRITING),
+        parameters=(PACKAGE_ID, UPLOAD_ID, RESUMABLE, WAIT_SEQUENCE),
+        problems=(
+            *INGESTING,
+            UploadNotFoundError,
+            UnsupportedTusVersionError,
+            PackageParkedError,
+            WaitTimeoutError,
+            *WRITING,
+        ),
         description="HEAD is how tus asks. An upload that has all its bytes, but was not put into its package when "
         "the last one came, is put there first.",
         tag="files",

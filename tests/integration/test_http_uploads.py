@@ -29,7 +29,7 @@ MIB = 1 << 20
 
 @pytest.fixture
 async def gateway(embedded_settings: Settings) -> AsyncIterator[RunningGateway]:
-    async with running_gateway(embedded_settings) as running:
+    async with running_gateway(embedded_settings, wait_seconds=0.2) as running:
         yield running
 
 
@@ -87,7 +87,8 @@ async def test_a_file_that_arrives_in_pieces_is_the_one_that_a_put_would_have_ma
 
 async def test_options_says_what_is_spoken(gateway: RunningGateway, package: str) -> None:
     for url in (f"/v1/packages/{package}/uploads", await begin(gateway, package, 1)):
-        async with gateway.session.options(url) as answer:
+        # A version is ignored (tus 1.0, "OPTIONS"): what is spoken is only just asked.
+        async with gateway.session.options(url, headers={"Tus-Resumable": "0.2.2"}) as answer:
             assert answer.status == 204
             assert answer.headers["Tus-Version"] == answer.headers["Tus-Resumable"] == "1.0.0"
             assert answer.headers["Tus-Max-Size"] == str(gateway.parts.settings.max_file_bytes)
@@ -107,6 +108,13 @@ async def test_head_tells_all_that_tus_asks_for(gateway: RunningGateway, package
         assert answer.headers["Cache-Control"] == "no-store"
         left = parsedate_to_datetime(answer.headers["Upload-Expires"]) - datetime.now(UTC)
     assert timedelta(hours=23) < left <= timedelta(hours=24)
+
+
+async def test_an_upload_may_wait_for_the_view_as_all_below_a_package(gateway: RunningGateway, package: str) -> None:
+    url = await begin(gateway, package, 1)
+    for wait_sequence, status in (("1", 200), ("2", 504), ("x", 400)):
+        async with gateway.session.get(url, params={"wait_sequence": wait_sequence}) as answer:
+            assert answer.status == status
 
 
 async def test_the_first_bytes_may_come_with_the_creation(gateway: RunningGateway, package: str) -> None:
@@ -191,6 +199,7 @@ NAMED = encode_metadata({"relative_path": "a"})
         ({"Upload-Length": "1", "Upload-Metadata": encode_metadata({"filename": ""})}, 400, "invalid-path"),
         ({"Upload-Length": "1", "Upload-Metadata": NAMED, "Tus-Resumable": "0.2.2"}, 412, "unsupported-tus-version"),
         ({"Upload-Length": "1", "Upload-Metadata": NAMED, "Idempotency-Key": "x"}, 400, "invalid-request"),
+        ({"Upload-Length": "1", "Upload-Metadata": NAMED, "Upload-Checksum": "sha1 AAAA"}, 400, "invalid-request"),
         ({"Upload-Length": "1", "Upload-Metadata": NAMED, "X-Content-Address": "blake3:x"}, 400, "invalid-request"),
     ],
 )

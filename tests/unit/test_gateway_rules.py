@@ -12,8 +12,11 @@ from ingest_gateway.app import ROUTES
 from ingest_gateway.content import disposition
 from ingest_gateway.json_body import parse_json
 from ingest_gateway.negotiation import choose, entity_tags, not_modified
+from ingest_gateway.openapi import document
 from ingest_gateway.operations import BINARY, Route
 from ingest_gateway.problems import (
+    BodyTimeoutError,
+    IncompleteBodyError,
     MethodNotAllowedError,
     NotAcceptableError,
     PreconditionFailedError,
@@ -56,7 +59,8 @@ def test_nothing_that_is_offered_may_be_acceptable(accept: str) -> None:
 
 def test_lists_of_tags_are_read_and_what_is_none_is_not() -> None:
     assert entity_tags('"a", W/"b" ,"c,d"') == [(False, "a"), (True, "b"), (False, "c,d")]
-    assert entity_tags("") == []
+    assert entity_tags(', "a",, ,W/"b",,') == [(False, "a"), (True, "b")]
+    assert entity_tags("") == entity_tags(" , ") == []
     for bad in ("a", '"a" "b"', "*", 'w/"a"', '"a'):
         assert entity_tags(bad) is None
 
@@ -153,6 +157,29 @@ def test_any_other_bytes_are_refused_as_a_bad_request(body: bytes) -> None:
 )
 def test_a_file_name_cannot_break_out_of_its_header(path: str, header: str) -> None:
     assert disposition(path) == header
+
+
+def test_every_body_may_break_off_or_come_too_slowly() -> None:
+    for route in ROUTES:
+        if route.body is not None:
+            assert {BodyTimeoutError, IncompleteBodyError} <= set(route.problems), route.operation_id
+
+
+def test_every_read_below_a_package_may_wait_for_the_view() -> None:
+    for route in ROUTES:
+        if route.method == "GET" and route.template.startswith("/v1/packages/{package_id}"):
+            assert "wait_sequence" in route.named("query"), route.template
+
+
+def test_what_says_when_to_come_again_is_declared_with_it() -> None:
+    for methods in json.loads(document(ROUTES))["paths"].values():
+        for operation in methods.values():
+            said = {
+                status
+                for status, answer in operation["responses"].items()
+                if "Retry-After" in answer.get("headers", ())
+            }
+            assert said == {"423", "429", "503", "504"} & set(operation["responses"])
 
 
 def test_what_moves_bytes_takes_a_place_of_its_kind() -> None:
