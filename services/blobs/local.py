@@ -7,6 +7,7 @@ which costs no copy: so no key of another kind is ever needed here.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from collections.abc import AsyncIterable, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,9 @@ from services.threads import ended
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+
+_NOTHING_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG}
+"""What the system says of a path at which no blob lies, nor could."""
 
 
 class LocalBlobStore:
@@ -195,7 +199,9 @@ class LocalBlobStore:
         folder = self._root / checked_object_key(prefix)
 
         def keys() -> list[str]:
-            return sorted(path.relative_to(self._root).as_posix() for path in folder.rglob("*") if path.is_file())
+            walked = os.walk(folder, onerror=_pass_over_missing)  # an upload's folder may be removed meanwhile
+            paths = (Path(at, name) for at, _, names in walked for name in names)
+            return sorted(path.relative_to(self._root).as_posix() for path in paths)
 
         return await self._work(keys)
 
@@ -335,8 +341,10 @@ class _Draft:
 def _open_for_read(path: Path) -> int:
     try:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except (FileNotFoundError, NotADirectoryError):
-        raise CorruptError(f"blob {path.name} is missing") from None
+    except OSError as error:
+        if error.errno not in _NOTHING_THERE:
+            raise
+        raise CorruptError(f"blob {path.name[:80]} is missing") from None
 
 
 def _content(path: Path) -> bytes | None:
@@ -349,5 +357,12 @@ def _content(path: Path) -> bytes | None:
 def _size(path: Path) -> int | None:
     try:
         return path.stat().st_size
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError as error:
+        if error.errno not in _NOTHING_THERE:
+            raise
         return None
+
+
+def _pass_over_missing(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
 from uuid import UUID, uuid4
 
@@ -239,11 +240,16 @@ def _key(upload_id: UUID, number: int) -> str:
 
 def _numbers(keys: Sequence[str]) -> list[int]:
     names = (key.rpartition("/")[2] for key in keys)
-    return sorted(int(name.removeprefix(_STATE)) for name in names if name.startswith(_STATE))
+    numbers = (name.removeprefix(_STATE) for name in names if name.startswith(_STATE))
+    return sorted(int(number) for number in numbers if number.isdecimal())
 
 
 def _uploads(keys: Sequence[str]) -> list[UUID]:
-    return sorted({UUID(key.split("/")[1]) for key in keys})
+    found: set[UUID] = set()
+    for key in keys:
+        with suppress(ValueError):  # a file manager's own, as `.DS_Store`: nobody's upload
+            found.add(UUID(key.split("/")[1]))
+    return sorted(found)
 
 
 def _read(data: bytes, number: int) -> UploadState:

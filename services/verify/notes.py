@@ -18,6 +18,7 @@ from uuid import UUID
 import cbor2
 
 from schemas.events import NO_DIGEST, PackageCreated
+from services.errors import UnavailableError
 
 _CACHED_HEADS = 4096
 _CACHE_KIB = 16 * 1024
@@ -88,7 +89,10 @@ class Claim:
 
 
 class Notes:
-    """The notes of one verification. A context manager; its file is gone at the end. Used by one thread; blocks."""
+    """The notes of one verification. A context manager; its file is gone at the end. Used by one thread; blocks.
+
+    What leaves the context as an error of SQLite is UnavailableError: there is no room for the file.
+    """
 
     def __init__(self, cached_heads: int = _CACHED_HEADS) -> None:
         """`cached_heads` packages are kept in memory, the others in the file."""
@@ -107,6 +111,10 @@ class Notes:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._db.close()
+        if isinstance(error, sqlite3.Error):
+            raise UnavailableError(
+                f"the temporary file of the verification cannot be used: {error}; TMPDIR says where it is to lie"
+            ) from error
 
     def head(self, package_id: UUID) -> tuple[Head, bool]:
         """The package's head, to be changed in place until the next is asked for; and whether it is a new one."""
@@ -196,9 +204,12 @@ class Notes:
         ]
 
     def totals(self) -> tuple[int, int]:
-        """How many keys are claimed, and how many bytes of them are; bytes that are claimed twice count twice."""
+        """How many keys are claimed, and how many bytes of them are; bytes that are claimed twice count twice.
+
+        Above 2^53 bytes not to the byte.
+        """
         keys = self._db.execute("SELECT count(*) FROM (SELECT DISTINCT key FROM claims)").fetchone()
-        size = self._db.execute("SELECT coalesce(sum(length), 0) FROM claims").fetchone()
+        size = self._db.execute("SELECT total(length) FROM claims").fetchone()
         return int(keys[0]), int(size[0])
 
     def _write(self, package: bytes, head: Head) -> None:

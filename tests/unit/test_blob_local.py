@@ -10,12 +10,14 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
 from services.blobs.local import LocalBlobStore
 from services.blobs.port import Declared
-from services.errors import UnavailableError
+from services.blobs.upload_states import UploadStates
+from services.errors import CorruptError, UnavailableError
 
 
 async def hello() -> AsyncIterator[bytes]:
@@ -154,3 +156,42 @@ async def test_a_folder_that_is_missing_is_named_with_what_makes_it(tmp_path: Pa
     with pytest.raises(UnavailableError, match="artifact-store migrate"):
         await store.sweep(now=datetime.now(UTC))
     await store.close()
+
+
+async def test_a_key_that_no_file_can_have_names_no_blob(store: LocalBlobStore) -> None:
+    assert await store.size("k" * 300) is None
+    with pytest.raises(CorruptError, match="missing"):
+        await anext(store.read("k" * 300, 0, 1))
+
+
+async def test_named_objects_are_listed_while_the_folder_of_others_is_removed(
+    store: LocalBlobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [f"resumable/{uuid4()}/state-00000000" for _ in range(3)]
+    for key in keys:
+        await store.create_object(key, b"a state")
+    going = (tmp_path / "blobs" / keys[1]).parent
+    really = os.scandir
+
+    def scan(path: Any) -> Any:
+        if str(path) == str(going):
+            Path(going, "state-00000000").unlink()
+            going.rmdir()
+        return really(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    assert await store.list_objects("resumable/") == sorted([keys[0], keys[2]])
+    assert not going.exists()
+
+
+async def test_files_that_are_nobody_s_upload_hinder_neither_the_sweep_nor_the_oracle(
+    store: LocalBlobStore, tmp_path: Path
+) -> None:
+    strays = [".DS_Store", "notes/read me.txt", f"{uuid4()}/state-of-things"]
+    for stray in strays:
+        path = tmp_path / "blobs" / "resumable" / stray
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert await UploadStates(store).blob_keys() == frozenset()
+    assert await store.sweep(now=datetime.now(UTC)) == 0
+    assert (tmp_path / "blobs" / "resumable" / ".DS_Store").exists()

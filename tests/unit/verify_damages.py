@@ -263,6 +263,12 @@ def a_blob_is_gone(scene: Scene) -> None:
 
 
 @damage("blob-missing")
+def a_key_has_a_longer_name_than_a_file_can_have(scene: Scene) -> None:
+    scene.blob("a").unlink()
+    at(scene, 1, changed(scene.events[1], key="k" * 300))
+
+
+@damage("blob-missing")
 def a_manifest_by_claim_check_is_gone(scene: Scene) -> None:
     key = content_key(scene.events[4].payload_digest)
     at(scene, 4, changed(scene.events[4], manifest=None, manifest_key=key))
