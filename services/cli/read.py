@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Any
+import sys
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,7 +15,6 @@ from services.cli.settings import common_options, invocation
 if TYPE_CHECKING:
     from services.log.port import RecordedEvent
     from services.log.position import Position
-    from services.registry import Registry
     from services.views.models import File, Package, PackageFilter
 
 _TOTALS = ("producer", "retention class", "day", "packages", "files", "bytes")
@@ -41,23 +40,20 @@ def packages(
 async def _packages(where: PackageFilter, limit: int | None) -> None:
     from services.http.models import PackageAnswer
     from services.registry import open_registry
-    from services.views.models import MAX_PAGE
+    from services.views.models import MAX_PAGE, all_pages
 
     asked = invocation()
-    cursor = None
-    left = limit
+    left = limit or sys.maxsize
     async with open_registry(asked.settings()) as registry:
-        while left is None or left > 0:
-            size = MAX_PAGE if left is None else min(left, MAX_PAGE)
-            page = await registry.list_packages(where, limit=size, cursor=cursor)
+        pages = all_pages(lambda cursor: registry.list_packages(where, limit=min(left, MAX_PAGE), cursor=cursor))
+        async for page in pages:
             if asked.as_json:
                 for package in page.items:
                     raw(PackageAnswer.of(package).model_dump_json().encode())
             elif page.items:
                 table(_COLUMNS, [_row(package) for package in page.items])
-            left = None if left is None else left - len(page.items)
-            cursor = page.next
-            if cursor is None:
+            left -= len(page.items)
+            if not left:
                 break
 
 
@@ -87,22 +83,18 @@ def usage(producer: str | None, retention_class: str | None) -> None:
 async def _usage(producer: str | None, retention_class: str | None) -> None:
     from services.http.models import UsageAnswer
     from services.registry import open_registry
-    from services.views.models import MAX_PAGE
+    from services.views.models import MAX_PAGE, all_pages
 
     asked = invocation()
-    cursor = None
     async with open_registry(asked.settings()) as registry:
-        while True:
-            page = await registry.list_usage(producer, retention_class, limit=MAX_PAGE, cursor=cursor)
+        pages = all_pages(lambda cursor: registry.list_usage(producer, retention_class, limit=MAX_PAGE, cursor=cursor))
+        async for page in pages:
             totals = [UsageAnswer.of(total) for total in page.items]
             if asked.as_json:
                 for total in totals:
                     raw(total.model_dump_json().encode())
             elif totals:
                 table(_TOTALS, [[getattr(total, name.replace(" ", "_")) for name in _TOTALS] for total in totals])
-            cursor = page.next
-            if cursor is None:
-                break
 
 
 @click.command()
@@ -117,31 +109,20 @@ async def _show(text: str) -> None:
     from services.cli.addressing import find_package
     from services.http.models import FileAnswer, PackageAnswer
     from services.registry import open_registry
+    from services.views.models import MAX_PAGE, all_pages
 
     asked = invocation()
     async with open_registry(asked.settings()) as registry:
         package_id = await find_package(registry, text)
         package = PackageAnswer.of(await registry.get_package(package_id)).model_dump(mode="json")
-        files = [file async for file in _files(registry, package_id)]
+        pages = all_pages(lambda cursor: registry.list_files(package_id, limit=MAX_PAGE, cursor=cursor))
+        files = [file async for page in pages for file in page.items]
     if asked.as_json:
         answer({**package, "files": [FileAnswer.of(file).model_dump(mode="json") for file in files]})
         return
     answer(package)
     raw(b"")
     table(("file", "bytes", "media type", "path"), [_file_row(file) for file in files])
-
-
-async def _files(registry: Registry, package_id: Any) -> AsyncIterator[File]:
-    from services.views.models import MAX_PAGE
-
-    cursor = None
-    while True:
-        page = await registry.list_files(package_id, limit=MAX_PAGE, cursor=cursor)
-        for file in page.items:
-            yield file
-        cursor = page.next
-        if cursor is None:
-            return
 
 
 def _file_row(file: File) -> tuple[object, ...]:

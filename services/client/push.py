@@ -35,7 +35,7 @@ from services.errors import (
 from services.registry import Registry
 from services.streams import CHUNK_BYTES
 from services.threads import to_its_end
-from services.views.models import MAX_PAGE, File
+from services.views.models import MAX_PAGE, File, all_pages
 
 _BATCHES_AT_ONCE = 4
 """So many batches are in memory at a time, of 8 MiB at most each, and as much again on their way."""
@@ -212,17 +212,11 @@ async def _present(registry: Registry, package_id: UUID) -> Mapping[str, File]:
     Files that are missed here would be sent once more in other batches, which are other commands, and one that is not
     in the tree any more would stay in the package. Raises UnavailableError when that cannot be known.
     """
-    found: dict[str, File] = {}
-    cursor = None
     try:
         with suppress(IllegalPackageStateError):  # it is open: to know that, the view was brought to the log's end
             await registry.get_manifest_bytes(package_id)
-        while True:
-            page = await registry.list_files(package_id, limit=MAX_PAGE, cursor=cursor)
-            found.update((file.relative_path, file) for file in page.items)
-            cursor = page.next
-            if cursor is None:
-                return found
+        pages = all_pages(lambda cursor: registry.list_files(package_id, limit=MAX_PAGE, cursor=cursor))
+        return {file.relative_path: file async for page in pages for file in page.items}
     except UnavailableError as error:
         raise UnavailableError(f"what the interrupted push has sent cannot be listed now: {error.detail}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 from uuid import UUID
@@ -106,6 +107,15 @@ class Page(Generic[Item]):
 
     items: tuple[Item, ...]
     next: str | None
+
+
+async def all_pages(read: Callable[[str | None], Awaitable[Page[Item]]]) -> AsyncIterator[Page[Item]]:
+    """The pages of a listing, one after the other; `read` is given the cursor of each. Raises as it does."""
+    page = await read(None)
+    yield page
+    while page.next is not None:
+        page = await read(page.next)
+        yield page
 
 
 @dataclass(frozen=True, slots=True)
