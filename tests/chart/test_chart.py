@@ -12,6 +12,7 @@ import pytest
 import yaml
 from pydantic import SecretStr
 
+from ingest_gateway.health import CHECK_SECONDS
 from ingest_gateway.server import DRAIN_SECONDS
 from services.cli import main
 from services.config import PREFIX, Settings
@@ -207,6 +208,12 @@ def test_a_gateway_comes_into_the_service_when_it_can_write_and_stays_there(docu
     (container,) = containers(_named(documents, "Deployment", "-gateway"))
     asked = [container[probe]["httpGet"]["path"] for probe in ("startupProbe", "livenessProbe", "readinessProbe")]
     assert asked == ["/readyz", "/healthz", "/healthz"]
+
+
+def test_no_probe_gives_up_before_a_part_that_keeps_still_is_given_up(documents: list[dict[str, Any]]) -> None:
+    (container,) = containers(_named(documents, "Deployment", "-gateway"))
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        assert container[probe]["timeoutSeconds"] > CHECK_SECONDS, probe
 
 
 def test_the_memory_of_a_gateway_is_enough_for_its_bounds(documents: list[dict[str, Any]]) -> None:
