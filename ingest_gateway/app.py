@@ -174,6 +174,7 @@ class Exchange:
 
     def cut(self) -> ConnectionResetError:
         """End the connection in the middle of the answer; gives the error that says so."""
+        self.status = 0
         if self.request.transport is not None:
             self.request.transport.abort()
         return ConnectionResetError("the answer was cut off")

@@ -71,6 +71,9 @@ async def test_who_takes_no_json_is_cut_off_and_keeps_the_gateway_no_longer(
         assert (await client.head())[0] == 200
         await until(was_cut_off, SECONDS, "a client that takes nothing is waited for")
         assert await in_flight() == 1.0  # who asks
+        async with gateway.session.get("/metrics") as answer:
+            cut = 'method="GET",route="/v1/packages/{package_id}/files",status="0"'
+            assert f"artifact_store_http_requests_total{{{cut}}} 1.0" in await answer.text()
         assert len(await client.rest()) < 30 * sum(map(len, paths))
 
 
