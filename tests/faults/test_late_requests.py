@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -37,18 +37,6 @@ TOO_LATE_SECONDS = 6.0
 
 NAMES = {END_TXN: "end-txn", PRODUCE: "produce", ADD_PARTITIONS_TO_TXN: "add-partitions"}
 every_kind = pytest.mark.parametrize("kind", NAMES, ids=NAMES.values())
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxiedCluster]:
-    with ProxiedCluster(tmp_path_factory.mktemp("kafka"), brokers=1) as started:
-        yield started
-
-
-@pytest.fixture
-async def network(cluster: ProxiedCluster) -> AsyncIterator[Network]:
-    async with cluster.network() as network:
-        yield network
 
 
 @pytest.fixture(autouse=True)

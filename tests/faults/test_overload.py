@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -45,18 +44,6 @@ SLACK_SECONDS = 5.0
 """For the machine: the gateway's only core decodes all of these requests."""
 
 BUSY = (429, 503)
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxiedCluster]:
-    with ProxiedCluster(tmp_path_factory.mktemp("kafka"), brokers=1) as started:
-        yield started
-
-
-@pytest.fixture
-async def network(cluster: ProxiedCluster) -> AsyncIterator[Network]:
-    async with cluster.network() as network:
-        yield network
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from time import monotonic
 
@@ -26,21 +26,9 @@ PATIENCE_SECONDS = 2.0
 ANSWER_SECONDS = 3.0
 
 
-@pytest.fixture(scope="module")
-def brokers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxiedCluster]:
-    with ProxiedCluster(tmp_path_factory.mktemp("kafka"), brokers=1) as started:
-        yield started
-
-
 @pytest.fixture
-async def network(brokers: ProxiedCluster) -> AsyncIterator[Network]:
-    async with brokers.network() as network:
-        yield network
-
-
-@pytest.fixture
-async def log(brokers: ProxiedCluster, network: Network, tmp_path: Path) -> AsyncIterator[KafkaLog]:
-    url = f"kafka://{brokers.proxied_endpoint}/readers"
+async def log(cluster: ProxiedCluster, network: Network, tmp_path: Path) -> AsyncIterator[KafkaLog]:
+    url = f"kafka://{cluster.proxied_endpoint}/readers"
     settings = kafka_settings(url, tmp_path, kafka_options=HARDLY_AHEAD)
     async with open_kafka_log(settings) as found:
         async with lone_writer(settings, found) as writer:

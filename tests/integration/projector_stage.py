@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -15,16 +14,14 @@ from services.views.checkpoints import read_position
 from services.views.digest import digest_view
 from services.views.engine import Views
 from services.views.projections import Projection
+from tests.integration.conditions import until
 
 WAIT_SECONDS = 60.0
 
 
 async def eventually(condition: Callable[[], Awaitable[bool]], what: str, seconds: float = WAIT_SECONDS) -> None:
-    """Return once the condition holds; an error that says `what` was waited for when the time is over."""
-    deadline = time.monotonic() + seconds
-    while not await condition():
-        assert time.monotonic() < deadline, f"waited in vain: {what}"
-        await asyncio.sleep(0.02)
+    """As `until`, with a name for what is waited for."""
+    await until(condition, seconds, f"waited in vain: {what}")
 
 
 @asynccontextmanager

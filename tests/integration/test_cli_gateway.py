@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from services.config import Settings
+from tests import trees
 from tests.integration.processes import (
     COMMAND,
     command_environment,
@@ -40,10 +41,6 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path / "tree"
 
 
-def read(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
 def test_a_tree_goes_through_a_gateway_and_back(embedded_settings: Settings, tree: Path, tmp_path: Path) -> None:
     with serving(embedded_settings, tmp_path) as gateway:
         url = gateway.endpoint
@@ -51,7 +48,7 @@ def test_a_tree_goes_through_a_gateway_and_back(embedded_settings: Settings, tre
         assert pushed["sequence"] == pushed["files"] + 2
         for number, which in enumerate((pushed["package_id"], pushed["manifest_digest"])):
             output_of(None, "pull", which, tmp_path / str(number), url=url)
-            assert read(tmp_path / str(number)) == read(tree)
+            assert trees.read(tmp_path / str(number)) == trees.read(tree)
         events = output_of(None, "tail", "--json", url=url).splitlines()
         assert {json.loads(event)["actor"] for event in events} == {"Åda"}
         again = output_of(None, "manifest", pushed["package_id"], "--format", "json", url=url)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from uuid import UUID
 
@@ -40,11 +40,8 @@ REGISTRY = PROJECTIONS["registry"]
 
 
 @pytest.fixture
-async def views(tmp_path: Path) -> AsyncIterator[Views]:
-    opened = Views(f"sqlite+aiosqlite:///{tmp_path}/views.db")
-    await opened.migrate()
-    yield opened
-    await opened.close()
+def views_url(tmp_path: Path) -> str:
+    return f"sqlite+aiosqlite:///{tmp_path}/views.db"
 
 
 def write(log: KafkaLog, events: Sequence[Event]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from services.config import Settings
+from tests import trees
 from tests.integration.processes import COMMAND, ProductProcess, command_environment, output_of, serving
 
 pytestmark = pytest.mark.processes
@@ -43,10 +44,6 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path / "tree"
 
 
-def read(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
 def push(gateway: ProductProcess, tree: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(output_of(None, "push", tree, *ABOUT, url=gateway.endpoint))
     return found
@@ -67,7 +64,7 @@ def received(gateway: ProductProcess) -> int:
 def test_a_tree_goes_in_and_comes_back_and_moves_once(
     gateway: ProductProcess, settings: Settings, tree: Path, tmp_path: Path
 ) -> None:
-    size = sum(map(len, read(tree).values()))
+    size = sum(map(len, trees.read(tree).values()))
     first = push(gateway, tree)
     assert (first["files"], first["bytes"], first["sequence"]) == (SMALL + 1, size, SMALL + 3)
     assert received(gateway) > size
@@ -77,14 +74,14 @@ def test_a_tree_goes_in_and_comes_back_and_moves_once(
     assert received(gateway) - before < SMALL * 400, "more than names went"
     for pushed in (first, second):
         output_of(None, "pull", pushed["package_id"], tmp_path / pushed["package_id"], url=gateway.endpoint)
-        assert read(tmp_path / pushed["package_id"]) == read(tree)
+        assert trees.read(tmp_path / pushed["package_id"]) == trees.read(tree)
     # What was lost of a pull is fetched again, and only that.
     lost = [path for path in (tmp_path / first["package_id"]).rglob("*.json") if path.stem < "1500"]
     for path in lost:
         path.unlink()
     again = output_of(None, "pull", first["package_id"], tmp_path / first["package_id"], "--json", url=gateway.endpoint)
     assert json.loads(again)["kept"] == SMALL + 1 - len(lost)
-    assert read(tmp_path / first["package_id"]) == read(tree)
+    assert trees.read(tmp_path / first["package_id"]) == trees.read(tree)
     report = json.loads(output_of(settings, "verify", "--bytes", "--json"))
     assert report["violations"] == []
 
@@ -103,6 +100,6 @@ def test_a_push_that_is_killed_goes_on(gateway: ProductProcess, settings: Settin
     pushed = json.loads(done.stdout)
     assert pushed["sequence"] == SMALL + 3
     output_of(None, "pull", pushed["package_id"], tmp_path / "out", url=gateway.endpoint)
-    assert read(tmp_path / "out") == read(tree)
+    assert trees.read(tmp_path / "out") == trees.read(tree)
     report = json.loads(output_of(settings, "verify", "--json"))
     assert report["violations"] == []

@@ -6,39 +6,18 @@ import asyncio
 import json
 import signal
 import sqlite3
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from blake3 import blake3
-from click.testing import CliRunner, Result
 
-from services.cli import main
 from services.cli.verify import progress_line
-from services.config import Settings
 from services.manifest import decode
 from services.verify import Report
 from services.views.projections import PROJECTIONS
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(embedded_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run a command on parts of the test's own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state home"))
-    for name in ("log_url", "blobs_url", "views_url", "state_dir"):
-        monkeypatch.setenv(f"ARTIFACT_STORE_{name.upper()}", str(getattr(embedded_settings, name)))
-
-    def invoke(*arguments: str | Path, code: int = 0) -> Result:
-        done = CliRunner().invoke(main, [str(argument) for argument in arguments])
-        assert done.exit_code == code, done.output
-        return done
-
-    return invoke
+from tests.unit.conftest import Run
 
 
 @pytest.fixture

@@ -4,34 +4,16 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
-from services.cli import main
 from services.config import Settings
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(embedded_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs a command on embedded parts of the test's own."""
-    for name in ("log_url", "blobs_url", "views_url", "state_dir"):
-        monkeypatch.setenv(f"ARTIFACT_STORE_{name.upper()}", str(getattr(embedded_settings, name)))
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state home"))
-    monkeypatch.chdir(tmp_path)
-
-    def invoke(*arguments: str | Path, code: int = 0) -> Result:
-        done = CliRunner().invoke(main, [str(argument) for argument in arguments])
-        assert done.exit_code == code, done.output
-        return done
-
-    return invoke
+from tests.unit.conftest import Run
 
 
 @contextmanager

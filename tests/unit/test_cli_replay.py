@@ -4,36 +4,22 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 
-from services.cli import main
-from services.config import Settings
 from services.views.projections import PROJECTIONS
-
-Run = Callable[..., Result]
+from tests.unit.conftest import Run
 
 
 @pytest.fixture
-def run(embedded_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run a command on parts of the test's own, which hold a package."""
-    monkeypatch.chdir(tmp_path)
-    for name, value in embedded_settings.environment().items():
-        monkeypatch.setenv(name, value)
-
-    def invoke(*arguments: str, code: int = 0) -> Result:
-        done = CliRunner().invoke(main, arguments)
-        assert done.exit_code == code, done.output
-        return done
-
+def run(run: Run, tmp_path: Path) -> Run:
+    """Runs a command on parts of the test's own, which hold a package."""
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree" / "a").write_bytes(b"a")
-    invoke("push", "tree", "--name", "n", "--producer", "p", "--subject", "s", "--retention-class", "scratch")
-    return invoke
+    run("push", "tree", "--name", "n", "--producer", "p", "--subject", "s", "--retention-class", "scratch")
+    return run
 
 
 @pytest.mark.parametrize("name", PROJECTIONS)

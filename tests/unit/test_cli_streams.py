@@ -9,14 +9,9 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
 NEW = ("--name", "n", "--producer", "p", "--subject", "s", "--retention-class", "scratch")
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The embedded parts of a folder of their own, where the state of interrupted pushes goes too."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state home"))
 
 
 def run(closed: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -19,18 +19,13 @@ from services.cli.output import table
 from services.cli.settings import SETTINGS, Invocation, metadata_of
 from services.config import PREFIX, Settings
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
 COMMANDS = {
     *("push", "add", "finalize", "pull", "packages", "show", "manifest", "usage", "tail"),
     *("serve", "gateway", "projector", "migrate"),
     *("replay", "digest", "verify", "parked", "status", "doctor"),
 }
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No file `.env` and no embedded parts of the folder that the tests run in."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state home"))
 
 
 def run(*arguments: str, **environment: str) -> Result:

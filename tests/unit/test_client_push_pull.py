@@ -35,6 +35,7 @@ from services.registry import Registry, open_registry
 from services.streams import from_any
 from services.threads import to_its_end
 from services.views.models import File, Package, Page
+from tests import trees
 
 TREE = {
     "a b.txt": b"with a space",
@@ -67,10 +68,6 @@ def write(folder: Path, files: dict[str, bytes]) -> None:
         path.write_bytes(content)
 
 
-def read(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if not p.is_dir()}
-
-
 async def pushed(registry: Registry, tree: Path, **more: Any) -> Pushed:
     return await push(registry, tree, name="n", producer="p", subject="s", retention_class="scratch", **more)
 
@@ -82,7 +79,7 @@ async def test_a_tree_comes_back_as_it_went_in(registry: Registry, tree: Path, t
     assert done.manifest_digest is not None
     by_id = await pull(registry, done.package_id, tmp_path / "by id")
     by_address = await pull(registry, done.manifest_digest, tmp_path / "by address")
-    assert read(tmp_path / "by id") == read(tmp_path / "by address") == TREE
+    assert trees.read(tmp_path / "by id") == trees.read(tmp_path / "by address") == TREE
     assert by_id == by_address
     assert by_id.size_bytes == done.size_bytes
     file = await registry.get_file_at(done.package_id, "a b.txt")
@@ -94,7 +91,7 @@ async def test_an_empty_folder_is_an_empty_package(registry: Registry, tmp_path:
     done = await pushed(registry, tmp_path / "nothing")
     assert (done.files, done.sequence) == (0, 2)
     await pull(registry, done.package_id, tmp_path / "out")
-    assert read(tmp_path / "out") == {}
+    assert trees.read(tmp_path / "out") == {}
 
 
 async def test_a_bad_name_is_refused_before_a_package_is_created(registry: Registry, tree: Path) -> None:
@@ -147,7 +144,7 @@ async def test_an_interrupted_push_sends_only_what_is_missing(registry: Registry
     assert set(failing.sent) == set(TREE) - before
     assert done.sequence == len(TREE) + 2
     await pull(registry, done.package_id, tmp_path / "out")
-    assert read(tmp_path / "out") == TREE
+    assert trees.read(tmp_path / "out") == TREE
 
 
 async def test_a_push_whose_last_answer_was_lost_gives_the_first_answer(registry: Registry, tree: Path) -> None:
@@ -247,7 +244,7 @@ async def test_what_is_there_and_equal_is_kept(registry: Registry, tree: Path, t
     again = await pull(registry, done.package_id, out)
     assert again.kept == len(TREE) - 1
     assert (out / "large.bin").stat().st_mtime_ns == stamp
-    assert read(out) == {**TREE, "mine": b"not of the package"}
+    assert trees.read(out) == {**TREE, "mine": b"not of the package"}
 
 
 async def test_what_is_there_and_different_is_replaced_only_by_force(
@@ -258,9 +255,9 @@ async def test_what_is_there_and_different_is_replaced_only_by_force(
     write(out, {"a b.txt": b"with a spice"})
     with pytest.raises(ConflictError, match=r"nothing was written.*a b\.txt"):
         await pull(registry, done.package_id, out)
-    assert read(out) == {"a b.txt": b"with a spice"}
+    assert trees.read(out) == {"a b.txt": b"with a spice"}
     await pull(registry, done.package_id, out, force=True)
-    assert read(out) == TREE
+    assert trees.read(out) == TREE
 
 
 def test_two_files_that_are_one_name_to_the_file_system_do_not_replace_each_other(tmp_path: Path) -> None:
@@ -270,7 +267,7 @@ def test_two_files_that_are_one_name_to_the_file_system_do_not_replace_each_othe
     with pytest.raises(ConflictError, match="one name"):
         folder.write_files([("a", b"1"), ("a", b"2")], replace=True)
     folder.close()
-    assert read(tmp_path) == {"a": b"1"}
+    assert trees.read(tmp_path) == {"a": b"1"}
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["links", "no-links"])
@@ -291,7 +288,7 @@ def test_only_one_of_two_pulls_gets_a_name(tmp_path: Path, monkeypatch: pytest.M
     finally:
         one.close()
         two.close()
-    assert read(tmp_path) == {"a": b"one"}
+    assert trees.read(tmp_path) == {"a": b"one"}
 
 
 async def test_work_in_threads_is_waited_for_however_often_it_is_cancelled() -> None:
@@ -338,7 +335,7 @@ async def test_nothing_is_written_through_a_link(
     (out / link).symlink_to(elsewhere)
     with pytest.raises(ConflictError):
         await pull(registry, done.package_id, out, force=force)
-    assert read(elsewhere) == {}
+    assert trees.read(elsewhere) == {}
 
 
 class Lying:
@@ -408,7 +405,7 @@ async def test_a_file_that_would_have_to_be_a_folder_is_refused_by_name(tmp_path
 async def test_bytes_that_are_not_the_manifests_get_no_name(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(CorruptError):
         await pull_lies(Lying([entry("a/b")], content), tmp_path / "out")
-    assert read(tmp_path / "out") == {}
+    assert trees.read(tmp_path / "out") == {}
 
 
 async def test_a_manifest_of_another_digest_or_package_is_refused(tmp_path: Path) -> None:
@@ -464,7 +461,7 @@ async def test_small_files_go_in_bundles_and_come_back(registry: Registry, tmp_p
     assert (counting.bundles, counting.alone, counting.named) == (2, ["large"], 0)
     assert (done.files, done.sequence) == (len(files), len(files) + 2)
     await pull(registry, done.package_id, tmp_path / "out")
-    assert read(tmp_path / "out") == files
+    assert trees.read(tmp_path / "out") == files
 
 
 async def test_the_same_tree_again_moves_no_bytes(registry: Registry, tmp_path: Path) -> None:
@@ -474,7 +471,7 @@ async def test_the_same_tree_again_moves_no_bytes(registry: Registry, tmp_path: 
     done = await pushed(counting, tmp_path / "tree")
     assert (counting.bundles, counting.alone, counting.named) == (0, [], len(files))
     await pull(registry, done.package_id, tmp_path / "out")
-    assert read(tmp_path / "out") == files
+    assert trees.read(tmp_path / "out") == files
 
 
 async def test_a_push_of_bundles_goes_on_where_it_was(registry: Registry, tmp_path: Path) -> None:
@@ -488,7 +485,7 @@ async def test_a_push_of_bundles_goes_on_where_it_was(registry: Registry, tmp_pa
     done = await pushed(again, tmp_path / "tree", state=resumed)
     assert again.bundles == 1
     await pull(registry, done.package_id, tmp_path / "out")
-    assert read(tmp_path / "out") == files
+    assert trees.read(tmp_path / "out") == files
 
 
 async def test_a_changed_tree_is_not_taken_for_the_interrupted_one(registry: Registry, tmp_path: Path) -> None:

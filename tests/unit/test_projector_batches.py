@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,11 +19,8 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-async def views(tmp_path: Path) -> AsyncIterator[Views]:
-    opened = Views(f"sqlite+aiosqlite:///{tmp_path}/views.db")
-    await opened.migrate()
-    yield opened
-    await opened.close()
+def views_url(tmp_path: Path) -> str:
+    return f"sqlite+aiosqlite:///{tmp_path}/views.db"
 
 
 async def settled() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from uuid import UUID
@@ -26,11 +26,8 @@ TODAY = START // DAY
 
 
 @pytest.fixture
-async def views(tmp_path: Path) -> AsyncIterator[Views]:
-    opened = Views(f"sqlite+aiosqlite:///{tmp_path}/views.db")
-    await opened.migrate()
-    yield opened
-    await opened.close()
+def views_url(tmp_path: Path) -> str:
+    return f"sqlite+aiosqlite:///{tmp_path}/views.db"
 
 
 async def fold(views: Views, events: Sequence[Event], partition: int = 0) -> None:
