@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from services.clock import Clock, system_clock
 from services.config import Settings
 from services.core.limits import Limits
-from services.errors import ArtifactStoreError, ConfigurationError
+from services.errors import ArtifactStoreError, ConfigurationError, UnavailableError
 from services.log.port import CommandWriter, Log, PutManifest, SnapshotStore
 from services.registry import Registry
 
@@ -171,7 +171,13 @@ async def parts(settings: Settings, *, clock: Clock = system_clock) -> AsyncIter
         if embedded:
             await log.migrate()
             await blobs.migrate()
-            await views.migrate()
+            try:
+                await views.migrate()
+            except UnavailableError as error:
+                if views.dialect == "sqlite":
+                    raise
+                # A database of its own may be away: writes need none, and reads say what is wrong.
+                _log.warning("the views cannot be reached: %s", error.detail)
 
         # Clients that send slowly hold memory and connections of the other one: a manifest must not wait for them.
         manifests = open_blobs(settings)

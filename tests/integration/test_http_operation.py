@@ -74,6 +74,20 @@ async def test_a_part_that_does_not_answer_in_time_is_away(
         assert "no answer" in (await answer.json())["parts"]["writer"]["cause"]
 
 
+async def test_a_gateway_starts_and_takes_writes_although_its_database_is_away(embedded_settings: Settings) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        nowhere = f"postgresql+asyncpg://user@127.0.0.1:{listener.getsockname()[1]}/views?ssl=disable"
+    settings = embedded_settings.model_copy(update={"views_url": nowhere})
+    async with running_gateway(settings) as gateway:
+        async with gateway.session.post("/v1/packages", json=_PACKAGE) as answer:
+            assert answer.status == 201
+            path = answer.headers["Location"]
+        async with gateway.session.get(path) as answer:
+            assert answer.status == 503
+        async with gateway.session.get("/readyz") as answer:
+            assert (answer.status, (await answer.json())["status"]) == (200, "degraded")
+
+
 async def test_metrics_count_by_route_and_not_by_path(embedded_settings: Settings) -> None:
     async with running_gateway(embedded_settings) as gateway:
         for _ in range(2):
@@ -153,10 +167,10 @@ async def test_another_interface_is_taken_when_it_is_meant(embedded_settings: Se
 
 
 async def test_a_port_that_is_taken_is_a_clear_error(embedded_settings: Settings) -> None:
-    with socket.socket() as taken:
+    with socket.socket() as listener:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        settings = embedded_settings.model_copy(update={"listen": f"127.0.0.1:{taken.getsockname()[1]}"})
+        settings = embedded_settings.model_copy(update={"listen": f"127.0.0.1:{listener.getsockname()[1]}"})
         with pytest.raises(ConfigurationError, match="ARTIFACT_STORE_LISTEN"):
             await run(settings, stop=asyncio.Event())
 
