@@ -167,10 +167,10 @@ async def test_another_interface_is_taken_when_it_is_meant(embedded_settings: Se
 
 
 async def test_a_port_that_is_taken_is_a_clear_error(embedded_settings: Settings) -> None:
-    with socket.socket() as listener:
+    with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        settings = embedded_settings.model_copy(update={"listen": f"127.0.0.1:{listener.getsockname()[1]}"})
+        settings = embedded_settings.model_copy(update={"listen": f"127.0.0.1:{taken.getsockname()[1]}"})
         with pytest.raises(ConfigurationError, match="ARTIFACT_STORE_LISTEN"):
             await run(settings, stop=asyncio.Event())
 
