@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from uuid import UUID, uuid4
 
+from services.blobs.cleanup import Cleanups
 from services.blobs.intake import PIECE_BYTES, Intake, check_declared
 from services.blobs.memory import ByteBudget, PartBuffer
 from services.blobs.object_parts import ObjectParts
@@ -44,6 +45,7 @@ class S3Parts:
         self._held_bytes = held_bytes
         self._max_parts = max_parts
         self._memory = memory
+        self._cleanups = Cleanups()
         self._small = ObjectParts(blobs, part_bytes=part_bytes, memory=memory)
 
     @property
@@ -69,12 +71,21 @@ class S3Parts:
         return min(self._held_bytes, max(self._part_bytes, -(-fitting // MIB) * MIB))
 
     async def begin(self, upload_id: UUID, length: int) -> str:
-        """See the port. Not cut off in the middle, which would leave an upload whose name nobody knows."""
+        """See the port. Cancelled, it still learns the name of the multipart upload, and ends it: nobody else could."""
         if length <= self.part_bytes(length):
             return await self._small.begin(upload_id, length)
         name = uuid4()
-        begun = await asyncio.shield(asyncio.ensure_future(begin_upload(self._requests, f"{UPLOADS}{name}")))
-        return f"{name}{_BETWEEN}{begun}"
+        key = f"{UPLOADS}{name}"
+        beginning = asyncio.ensure_future(begin_upload(self._requests, key))
+        try:
+            upload = await asyncio.shield(beginning)
+        except asyncio.CancelledError:
+            await self._cleanups.run(self._end(key, beginning))
+            raise
+        return f"{name}{_BETWEEN}{upload}"
+
+    async def _end(self, key: str, beginning: asyncio.Future[str]) -> None:
+        await self._requests.send("DELETE", key, GONE, query={"uploadId": await beginning})
 
     async def put(self, where: PartsKey, number: int, part: PartBuffer) -> str:
         """See the port."""

@@ -6,6 +6,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from uuid import uuid4
 
 import pytest
 from aiohttp import web
@@ -144,6 +145,28 @@ async def test_a_store_may_think_about_a_completion_for_longer_than_about_other_
     async with answered_by(slow) as store:
         assert (await store.store(zeros(PART + 1), declared=Declared(), max_bytes=2 * PART)).length == PART + 1
     assert completions == 1
+
+
+async def test_an_upload_whose_beginning_is_cancelled_is_ended() -> None:
+    asked, go_on = asyncio.Event(), asyncio.Event()
+    ended: list[str] = []
+
+    async def slow(request: web.Request) -> web.StreamResponse:
+        if request.method == "DELETE":
+            ended.append(request.query["uploadId"])
+            return web.Response(status=204)
+        asked.set()
+        await go_on.wait()
+        return web.Response(text="<Result><UploadId>id</UploadId></Result>")
+
+    async with answered_by(slow) as store, asyncio.timeout(60):
+        beginning = asyncio.create_task(store.parts.begin(uuid4(), 3 * PART))
+        await asked.wait()
+        beginning.cancel()
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await beginning
+        assert ended == ["id"]
 
 
 async def test_a_redirect_is_reported_not_followed() -> None:
