@@ -221,9 +221,15 @@ class SnapshotStore(Protocol):
 
 
 class PartitionNotOwnedError(UnavailableError):
-    """This process is not the writer of the package's partition now; ask the group who is, and try there."""
+    """This process is not the writer of the package's partition now, and has appended nothing; try where the writer is."""
 
     problem = "partition-not-owned"
+
+
+class NotAppendedError(UnavailableError):
+    """The writer has tried to append the command's events, in vain, and looked: the log has not got them."""
+
+    problem = "not-appended"
 
 
 class Forwarder(Protocol):

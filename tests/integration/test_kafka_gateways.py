@@ -229,7 +229,7 @@ async def test_a_right_that_was_taken_away_and_given_back_is_only_a_delay(
         return begin(*given, **named)
 
     monkeypatch.setattr("services.log.kafka.writer.Tenure", without_right)
-    monkeypatch.setattr("services.log.kafka.writer._REFUSE_SECONDS", 0.2)
+    monkeypatch.setattr("services.log.kafka.outcomes.REFUSE_SECONDS", 0.2)
     async with lone_writer(kafka, log) as writer:
         await ready(writer)
         answers = await asyncio.gather(*(writer.submit(create_in(n)) for n in range(PARTITIONS)))

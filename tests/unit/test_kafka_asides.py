@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 from uuid import UUID
+
+import pytest
 
 from services.core.commands import Command
 from services.core.decide import acknowledge, decide
 from services.core.limits import Limits
+from services.errors import UnavailableError
+from services.log.kafka import aside
+from services.log.kafka import state as state_module
 from services.log.kafka.aside import Asides
+from services.log.kafka.context import Counts
 from services.log.kafka.requests import Request
 from services.log.kafka.state import PartitionState
 from services.log.kafka.state_file import Place, StateFile
+from services.log.kafka.writer import PartitionWriter
 from tests.unit import commands
 
 PLACE = Place(UUID(int=7), "t.events", 3)
@@ -24,19 +33,21 @@ async def no_manifest(manifest: bytes) -> None:
     raise AssertionError(f"a manifest of {len(manifest)} bytes is to be stored")
 
 
+def record(state: PartitionState, *asked: Command) -> None:
+    """Fold in what the commands become, as if it were read from the log."""
+    for each in asked:
+        for event in decide(state.package(each.package_id), each, NOW, LIMITS).events:
+            state.apply(event)
+        state.confirm(state.position, b"record %d" % state.position)
+
+
 async def test_a_finalization_that_another_writer_recorded_meanwhile_is_answered_as_it_was(tmp_path: Path) -> None:
     """As after a freeze: the command was held, and reading on brought its event before its manifest was begun."""
     state = PartitionState(StateFile.create(tmp_path / "state.db", PLACE))
     made = commands.create(1)
     command = commands.finalize(made.package_id)
 
-    def recorded(*asked: Command) -> None:
-        for each in asked:
-            for event in decide(state.package(each.package_id), each, NOW, LIMITS).events:
-                state.apply(event)
-            state.confirm(state.position, b"record %d" % state.position)
-
-    recorded(made, commands.ingest(made.package_id, "a", "b"))
+    record(state, made, commands.ingest(made.package_id, "a", "b"))
     woken = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -53,7 +64,7 @@ async def test_a_finalization_that_another_writer_recorded_meanwhile_is_answered
     )
     request = Request(command, loop.create_future())
     assert asides.holds(request)
-    recorded(command)
+    record(state, command)
     state.save()  # a finalized package does not stay in memory
     asides.begin()
     await asyncio.wait_for(woken.wait(), 10)
@@ -64,4 +75,34 @@ async def test_a_finalization_that_another_writer_recorded_meanwhile_is_answered
     assert package is not None
     assert decide(package, command, NOW, LIMITS).appended is None
     assert acknowledge(package, command).sequence == 4
+    state.close()
+
+
+async def test_a_recorded_command_for_which_there_is_no_place_aside_is_in_doubt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three packages lie in the file alone; their commands were recorded by transactions whose ends were not seen."""
+    monkeypatch.setattr(state_module, "LARGE", 2)
+    monkeypatch.setattr(aside, "MAX_ASIDE", 2)
+    before = PartitionState(StateFile.create(tmp_path / "state.db", PLACE))
+    added = []
+    for number in range(3):
+        made = commands.create(number)
+        added.append(commands.ingest(made.package_id, "a", "b", "c", name=f"ingest {number}"))
+        record(before, made, added[-1])
+    before.close()
+    state = PartitionState(StateFile.open(tmp_path / "state.db", PLACE))
+    loop = asyncio.get_running_loop()
+    asides = Asides(state, limits=LIMITS, clock=lambda: NOW, put_manifest=no_manifest, loop=loop, wake=lambda: None)
+    context = SimpleNamespace(loop=loop, submit_seconds=30.0, counts=Counts())
+    writer = PartitionWriter(PLACE.partition, cast("Any", context))
+    requests = [Request(command, loop.create_future()) for command in added]
+    for request in requests:
+        request.failed("KafkaException", spoiled=False)
+    assert writer._without_held(asides, requests) == []
+    async with asyncio.timeout(30):
+        with pytest.raises(UnavailableError, match="the outcome is unknown"):
+            await requests[2].answer
+    assert not requests[0].answer.done()
+    assert not requests[1].answer.done()
     state.close()

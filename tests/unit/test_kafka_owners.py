@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import pytest
 
-from services.core.limits import Limits
-from services.errors import UnavailableError
-from services.log.kafka import KafkaLog, KafkaWriter, writers
+from services.errors import ConfigurationError, UnavailableError
 from services.log.kafka import owners as owners_module
 from services.log.kafka.cluster import Member
 from services.log.kafka.owners import Owner, Owners
 from services.log.port import PartitionNotOwnedError
-from tests.contract.log_stage import no_manifest
-from tests.integration.kafka_stage import kafka_settings
 
 ONE = Member("one", "http://127.0.0.1:1", frozenset({0, 1}))
 
@@ -98,19 +93,13 @@ async def test_a_group_that_answers_again_is_believed(
 
 
 @pytest.fixture
-async def writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[KafkaWriter]:
-    """One that has reached nothing yet."""
-    monkeypatch.setattr(writers, "_LOOK_SECONDS", 0.01)
-    settings = kafka_settings("kafka://127.0.0.1:1/none", tmp_path)
-    log = KafkaLog(settings)
-    made = KafkaWriter(settings, log, limits=Limits(), put_manifest=no_manifest)
-    yield made
-    await made.close()
-    await log.close()
+def looks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(owners_module, "_LOOK_SECONDS", 0.01)
 
 
+@pytest.mark.usefixtures("looks_at_once")
 async def test_an_answer_that_is_there_does_not_wait_for_the_group(
-    writer: KafkaWriter, monkeypatch: pytest.MonkeyPatch
+    owners: Owners, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = asyncio.Event()
 
@@ -125,11 +114,12 @@ async def test_an_answer_that_is_there_does_not_wait_for_the_group(
 
     monkeypatch.setattr(Owners, "all", silent)
     async with asyncio.timeout(30):
-        assert await writer._while_owned(0, Owner("http://there", is_self=False), answer()) == "recorded"
+        assert await owners.while_owned(0, Owner("http://there", is_self=False), answer()) == "recorded"
 
 
+@pytest.mark.usefixtures("looks_at_once")
 async def test_an_answer_is_not_waited_for_from_who_owns_no_more(
-    writer: KafkaWriter, monkeypatch: pytest.MonkeyPatch
+    owners: Owners, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     owner = [Owner("http://there", is_self=False), Owner("http://elsewhere", is_self=False)]
 
@@ -138,5 +128,30 @@ async def test_an_answer_is_not_waited_for_from_who_owns_no_more(
 
     monkeypatch.setattr(Owners, "all", known)
     async with asyncio.timeout(30):
-        with pytest.raises(PartitionNotOwnedError, match="went to another"):
-            await writer._while_owned(0, owner[0], asyncio.Event().wait())
+        with pytest.raises(UnavailableError, match="went to another") as moved:
+            await owners.while_owned(0, owner[0], asyncio.Event().wait())
+    assert not isinstance(moved.value, PartitionNotOwnedError), "it may have been tried"
+
+
+@pytest.mark.usefixtures("looks_at_once")
+@pytest.mark.parametrize("error", [UnavailableError("no answer"), ConfigurationError("no right")])
+async def test_who_may_not_ask_who_owns_it_waits_for_the_answer(
+    owners: Owners, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    asked_again = asyncio.Event()
+    asked = 0
+
+    async def refused(_: Owners) -> Mapping[int, Owner]:
+        nonlocal asked
+        asked += 1
+        if asked > 1:
+            asked_again.set()
+        raise error
+
+    async def answer() -> str:
+        await asked_again.wait()
+        return "recorded"
+
+    monkeypatch.setattr(Owners, "all", refused)
+    async with asyncio.timeout(30):
+        assert await owners.while_owned(0, Owner("http://there", is_self=False), answer()) == "recorded"

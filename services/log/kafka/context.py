@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import Event as Flag
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 from services.clock import Clock
@@ -16,6 +17,9 @@ from services.log.kafka.restore import States
 from services.log.kafka.settings import KafkaSettings
 from services.log.kafka.turns import Turns
 from services.log.port import PutManifest
+
+if TYPE_CHECKING:
+    from services.log.kafka.writer import PartitionWriter
 
 
 @dataclass(slots=True)
@@ -48,8 +52,8 @@ class WriterContext:
     states: States
     holds: Callable[[int], bool | None]
     """Asks the group whether the partition is this process's; None when it cannot say now. Blocks."""
-    disowned: Callable[[int], None]
-    """Told, in the writer's thread, that the group has given the partition to another."""
+    disowned: Callable[[PartitionWriter], None]
+    """Told, in this writer's thread, that the group has given its partition to another."""
     give_way: Callable[[str], None]
     """Told, in the writer's thread, that the partition cannot be written to from here, and why. Blocks."""
     doubt: Flag

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
-from services.errors import UnavailableError
+from services.errors import ConfigurationError, UnavailableError
 from services.log.kafka.group import WriterGroup
+
+_LOOK_SECONDS = 1.0
+"""How often it is looked whether a forwarded command's owner still is: a frozen one neither answers nor refuses."""
 
 _FRESH_SECONDS = 1.0
 _UNSETTLED_SECONDS = 0.1
@@ -17,6 +22,8 @@ _UNSETTLED_SECONDS = 0.1
 
 _FAILED_SECONDS = 0.5
 """So long nobody asks again after the group did not answer, for which each has waited for seconds already."""
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +50,7 @@ class Owners:
         """and how long at least, even if it has proved wrong."""
 
     async def all(self) -> Mapping[int, Owner]:
-        """Owner by partition, without those that nobody owns. Raises UnavailableError."""
+        """Owner by partition, without those that nobody owns. Raises UnavailableError, ConfigurationError."""
         async with self._asking:
             if self._closed:
                 raise UnavailableError("this process asks for no owners any more")
@@ -69,6 +76,32 @@ class Owners:
             if self._failure is not None:
                 raise UnavailableError(self._failure.detail)
             return self._known
+
+    async def while_owned(self, partition: int, owner: Owner, answer: Awaitable[_T]) -> _T:
+        """Wait for the answer of a partition's owner. Raises UnavailableError once another owns the partition."""
+        waiting = asyncio.ensure_future(answer)
+        looking: asyncio.Future[None] | None = None
+        try:
+            if not (await asyncio.wait([waiting], timeout=_LOOK_SECONDS))[0]:
+                looking = asyncio.ensure_future(self._goes_elsewhere(partition, owner))
+                await asyncio.wait([waiting, looking], return_when=asyncio.FIRST_COMPLETED)
+                if not waiting.done():
+                    await looking
+                    raise UnavailableError("the partition went to another process")
+            return await waiting
+        finally:
+            waiting.cancel()
+            if looking is not None:
+                looking.cancel()
+
+    async def _goes_elsewhere(self, partition: int, owner: Owner) -> None:
+        """Return once the group says that another owns the partition."""
+        while True:
+            # Who cannot say who owns it does not say that it went elsewhere.
+            with suppress(UnavailableError, ConfigurationError):
+                if (await self.all()).get(partition, owner) != owner:
+                    return
+            await asyncio.sleep(_LOOK_SECONDS)
 
     def close(self) -> None:
         """Ask no more. Does not wait for a question that is under way."""

@@ -24,7 +24,7 @@ from services.log.kafka.cluster import Cluster
 from services.log.kafka.decoding import event_of
 from services.log.kafka.failures import explaining
 from services.log.kafka.reader import Reader
-from services.log.kafka.restore import FROM_LOG, States, candidates
+from services.log.kafka.restore import FROM_LOG, FROM_SNAPSHOT, States, candidates
 from services.log.kafka.settings import KafkaSettings
 from services.log.kafka.state import PartitionState, mark_of
 from services.log.kafka.state_file import Place
@@ -77,10 +77,12 @@ class Tenure:
         is_ours: Callable[[], bool],
         stopping: Callable[[], bool],
         in_doubt: Callable[[], bool],
+        progressed: Callable[[], None] = lambda: None,
     ) -> None:
         """Take over, if `is_ours` says at the last moment that the group has the partition assigned to this process.
 
-        Nothing is committed while `in_doubt` says that the topic may be another one by now.
+        Nothing is committed while `in_doubt` says that the topic may be another one by now. `progressed` is called when
+        a part of the work was done for good.
 
         Raises:
             UnavailableError: the cluster cannot be reached, or another's open transaction hides the end of the log.
@@ -99,6 +101,7 @@ class Tenure:
         self._partition = partition
         self._stopping = stopping
         self._in_doubt = in_doubt
+        self._progressed = progressed
         self._tail: Reader | None = None
         self._producer: Producer | None = make_producer(kafka.producer(partition))
         try:
@@ -168,6 +171,7 @@ class Tenure:
         """
         if self.state.save_due:
             self.state.save()
+            self._progressed()
             self._offer(self.state)
         if self.state.tidy_due:
             self.state.tidy()
@@ -200,6 +204,8 @@ class Tenure:
         self._slot, file = claim(self._states.folder, self._place)
         for source, state in candidates(self._slot, file, self._place, self._states, end, self._stopping):
             self._state, self.restored_from = state, source
+            if source == FROM_SNAPSHOT:
+                self._progressed()
             self._tail = Reader(self._kafka, {self._partition: max(0, state.position - 1)})
             try:
                 self._check_standing(state)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 from threading import Event as Flag
@@ -20,9 +19,6 @@ from services.core.commands import Acknowledgement, Command, IngestFiles
 from services.core.decide import acknowledge, check_ingest, decide, decide_together
 from services.errors import (
     ArtifactStoreError,
-    ConfigurationError,
-    CorruptError,
-    LogIdentityError,
     PushBackError,
     RejectedError,
     UnavailableError,
@@ -31,16 +27,16 @@ from services.log.kafka.aside import Asides
 from services.log.kafka.context import WriterContext
 from services.log.kafka.deadlines import Deadlines
 from services.log.kafka.failures import refusal, spoiled_by_record
+from services.log.kafka.outcomes import given_up, in_doubt, refused, told
 from services.log.kafka.requests import CHECK_SECONDS, MAX_BATCH_BYTES, TOGETHER, IngestCheck, Request, Waiting, runs_of
 from services.log.kafka.state import TIDY_SECONDS, PartitionState
 from services.log.kafka.tenure import Staged, Tenure
-from services.log.port import PartitionNotOwnedError, PartitionStatus
+from services.log.port import NotAppendedError, PartitionNotOwnedError, PartitionStatus
 from services.tracing import TRACEPARENT
 
 _IDLE_SECONDS = 5.0
 _ASK_SECONDS = 0.2
 _RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0)
-_REFUSE_SECONDS = 10.0
 
 _SLOW_SECONDS = 5.0
 """After so long a transaction that is on its way is told of."""
@@ -67,6 +63,8 @@ class PartitionWriter:
         self._serving_since: float | None = None
         self._failed = 0
         """Take-overs that failed one after another."""
+        self._well = time.monotonic()
+        """When something succeeded last: a tenure, or a step of a long take-over."""
         self._context = context
         self._waiting = Waiting()
         self._deadlines = Deadlines(context.submit_seconds, self._late)
@@ -98,7 +96,8 @@ class PartitionWriter:
         """Let a request wait for its turn; on the event loop. Raises PushBackError, PartitionNotOwnedError.
 
         The answer comes in time or is UnavailableError, for a question PushBackError. When the partition moves
-        meanwhile, `moved` is called on the event loop and finds one; without it, it is PartitionNotOwnedError.
+        meanwhile, `moved` is called on the event loop and finds one; without it, it is PartitionNotOwnedError, or
+        UnavailableError when a transaction with it failed before.
         """
         answer: asyncio.Future[Acknowledgement | None] = self._context.loop.create_future()
         try:
@@ -137,45 +136,41 @@ class PartitionWriter:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        well = time.monotonic()
         try:
             while not self._stop.is_set():
                 try:
                     self._hold()
                 except PartitionNotOwnedError:
                     if not self._stop.is_set():
-                        self._context.disowned(self.partition)
+                        self._context.disowned(self)
                     return
-                except LogIdentityError as error:  # nothing is wrong with what was asked
-                    self._note(error)
-                    self._refuse_all(UnavailableError(error.detail))
-                    return
-                except CorruptError as error:
-                    self._note(error)
-                    self._refuse_all(error)
-                    return
-                except ConfigurationError as error:  # somebody may mend it: a right that was taken away, a topic
-                    self._note(error)
-                    self._refuse_all(error, _REFUSE_SECONDS)
-                # Everything else is met by taking over again: the state that the log gives says what has happened.
+                # Whatever it is is met by taking over again: the state that the log gives says what has happened.
                 except Exception as error:  # noqa: BLE001 - see above; the cause is shown in `trouble` and logged
-                    if (refused := refusal(error, "writing")) is not None:
-                        self._note(refused)
-                        self._refuse_all(refused, _REFUSE_SECONDS)
-                        continue
-                    self._context.counts.failed_tenures += 1
-                    self._note(error)
-                    if self.since is None:
-                        self._failed += 1
-                        if not self._stop.is_set() and time.monotonic() - well > _GIVE_WAY_SECONDS:
-                            self._context.give_way(f"partition {self.partition} cannot be written to: {self._trouble}")
-                        self._stop.wait(_RETRY_SECONDS[min(self._failed, len(_RETRY_SECONDS)) - 1])
-                    else:
-                        well = time.monotonic()
+                    self._after(error)
                 finally:
                     self.since = None
         finally:
             self._let_go()
+
+    def _after(self, error: Exception) -> None:
+        """End a tenure that failed, or whose take-over did; returns when it is time for the next one."""
+        served, self.since = self.since is not None, None
+        self._context.counts.failed_tenures += 1
+        error = refusal(error, "writing") or error
+        self._note(error)
+        if (answer := refused(error)) is not None:
+            self._refuse_all(*answer)
+            self._went_well()
+        elif served:
+            self._went_well()
+        else:
+            self._failed += 1
+            if not self._stop.is_set() and time.monotonic() - self._well > _GIVE_WAY_SECONDS:
+                self._context.give_way(f"partition {self.partition} cannot be written to: {self._trouble}")
+            self._stop.wait(_RETRY_SECONDS[min(self._failed, len(_RETRY_SECONDS)) - 1])
+
+    def _went_well(self) -> None:
+        self._well = time.monotonic()
 
     def _let_go(self) -> None:
         """Take nothing more, and tell what waits that the partition moves: a transaction at hand may take long."""
@@ -195,6 +190,7 @@ class PartitionWriter:
             is_ours=self._is_ours,
             stopping=self._stop.is_set,
             in_doubt=context.doubt.is_set,
+            progressed=self._went_well,
         )
         asides = Asides(
             tenure.state,
@@ -293,7 +289,8 @@ class PartitionWriter:
             if staged:
                 tenure.commit(values)
                 break
-            if not any(isinstance(outcome, RejectedError) for outcome in outcomes) or not tenure.catch_up():
+            definite = any(isinstance(outcome, RejectedError | NotAppendedError) for outcome in outcomes)
+            if not definite or not tenure.catch_up():
                 break
         return outcomes
 
@@ -329,11 +326,14 @@ class PartitionWriter:
                 return None
             decision = asides.decision(asked) or decide(package, asked, now, limits)
             if decision.appended is not None and request.failures > TOGETHER:
-                return _given_up(request)
+                return given_up(request, decision.done)
             if decision.claim_check is not None:
                 return UnavailableError("the manifest is not stored yet; retry with the same command id")
         except ArtifactStoreError as error:
             return error
+        except (MemoryError, OSError) as error:  # that passes
+            cause = type(error).__name__
+            return UnavailableError(f"the command cannot be decided now ({cause}); retry with the same command id")
         # Nothing was appended; one command that the code cannot handle must not stop the partition.
         except Exception as error:  # noqa: BLE001 - see above; the cause is logged whole
             _LOG.exception("a command of package %s cannot be decided", asked.package_id)
@@ -346,16 +346,13 @@ class PartitionWriter:
         return acknowledge(package, asked)
 
     def _late(self) -> Exception:
-        trouble = self.trouble or "its writer gave no answer in time"
-        return UnavailableError(
-            f"partition {self.partition}: {trouble}; the outcome is unknown, retry with the same command id"
-        )
+        return in_doubt(f"partition {self.partition}: {self.trouble or 'its writer gave no answer in time'}")
 
     def _late_check(self) -> Exception:
         self._context.counts.pushed_back += 1
         return PushBackError(f"partition {self.partition}: {self.trouble or 'its writer is busy'}", 2.0)
 
-    def _refuse_all(self, error: Exception, seconds: float = math.inf) -> None:
+    def _refuse_all(self, error: Exception, seconds: float) -> None:
         """The partition cannot be written to as it is; say so to everyone, at most until the process gives it up."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
@@ -383,16 +380,7 @@ class PartitionWriter:
                 elif isinstance(answer, PartitionNotOwnedError) and request.moved is not None:
                     request.moved(request)
                 else:
-                    waiting.set_exception(answer)
+                    waiting.set_exception(told(request, answer))
 
         if answers and not self._context.loop.is_closed():
             self._context.loop.call_soon_threadsafe(settle)
-
-
-def _given_up(request: Request) -> Exception:
-    """The answer to a command that failed together with others and alone, and of which the log holds nothing."""
-    if request.spoiled and request.events == 1:
-        return RejectedError("Kafka does not take an event of this command; nothing is recorded")
-    # Each of several events may be small enough for the topic, but not what the client sends of them at once.
-    cause = "max.message.bytes of the topic is too small for it" if request.spoiled else request.last_failure
-    return UnavailableError(f"the command's transaction failed {request.failures} times ({cause}); nothing is recorded")

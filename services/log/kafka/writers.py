@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Sequence
 from threading import Event as Flag
+from threading import Lock
 from typing import TypeVar, cast
 from uuid import UUID
 
@@ -23,6 +22,7 @@ from services.log.kafka.log import KafkaLog
 from services.log.kafka.owners import Owner, Owners
 from services.log.kafka.requests import IngestCheck, Request, size_of
 from services.log.kafka.restore import States
+from services.log.kafka.seeking import Seeking, There
 from services.log.kafka.snapshots import Snapshots
 from services.log.kafka.turns import Turns
 from services.log.kafka.under_way import UnderWay
@@ -32,21 +32,11 @@ from services.log.port import Forwarder, PartitionNotOwnedError, PartitionStatus
 SUBMIT_SECONDS = 30.0
 """How long a command may look for its owner, and how long wait there for its turn; the outcome is unknown then."""
 
-SEEK_CHECK_SECONDS = 12.0
-"""How long a question may look for the owner: twice as long as it takes until another owns what a killed one did."""
-
-MAX_SEEKING_BYTES = 32 << 20
-"""About how much memory commands of one partition may take that seek its writer or wait for another process's."""
-
 THIS_PROCESS = "this process"
 
 _HAND_OVER_SECONDS = 15.0
 SNAPSHOT_SECONDS = 20.0
 """How long `close` waits for snapshots that are being made, once the partitions are handed over."""
-_LOOK_SECONDS = 1.0
-"""How often it is looked whether a forwarded command's owner still is: a frozen one neither answers nor refuses."""
-_FIRST_PAUSE = 0.02
-_LONGEST_PAUSE = 0.5
 _IDENTITY_SECONDS = 1.0
 """How often it is looked whether the topic is still the log's: so much may be written to one that was made anew."""
 
@@ -86,6 +76,8 @@ class KafkaWriter:
         self._group = WriterGroup(log.kafka, log.cluster, internal_url or NO_URL, self._assigned, self._revoked)
         self._owners = Owners(self._group)
         self._writers: dict[int, PartitionWriter] = {}
+        self._assigning = Lock()
+        """Held while a writer begins or goes: one that ends as it begins must not be taken for its successor."""
         self._ending: list[PartitionWriter] = []
         self._context: WriterContext | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -94,8 +86,9 @@ class KafkaWriter:
         self._under_way = UnderWay()
         self._moving: set[asyncio.Task[Acknowledgement]] = set()
         self._counts = Counts()
-        self._seeking: dict[int, int] = {}
-        """Bytes of commands that `_sought` has under way, by partition."""
+        self._seeking = Seeking(
+            self._owners, forwarder, self._here, lambda: self._foreign, self._counts, submit_seconds
+        )
         self._closing = False
 
     async def start(self) -> None:
@@ -204,9 +197,10 @@ class KafkaWriter:
 
     def _close_threads(self) -> None:
         self._group.close()
-        for writer in [*self._writers.values(), *self._ending]:
+        left = [*self._writers.values(), *self._ending]
+        for writer in left:
             writer.stop()
-            writer.join(_HAND_OVER_SECONDS)
+        _join(left)
         if self._snapshots is not None:
             self._snapshots.close(SNAPSHOT_SECONDS)
 
@@ -219,7 +213,7 @@ class KafkaWriter:
     def _moved(self, request: Request) -> None:
         """Find the answer to a command elsewhere that this process's writer took and cannot answer any more."""
         command = cast("Command", request.asked)
-        task = asyncio.ensure_future(self._sought(command, _submitting(command)))
+        task = asyncio.ensure_future(self._sought(command, _submitting(command), doubtful=request.failures > 0))
         self._moving.add(task)
 
         def pass_on(task: asyncio.Task[Acknowledgement]) -> None:
@@ -236,86 +230,16 @@ class KafkaWriter:
 
         task.add_done_callback(pass_on)
 
-    async def _routed(self, asked: Command | IngestCheck, there: Callable[[Forwarder, str], Awaitable[_T]]) -> _T:
+    async def _routed(self, asked: Command | IngestCheck, there: There[_T]) -> _T:
         """Bring a request to the partition's writer, wherever it is."""
         if self._closing:
             raise PushBackError("this gateway is being shut down")
-        with self._room(self._log.partition_of(asked.package_id), size_of(asked)):
+        with self._seeking.room(self._log.partition_of(asked.package_id), size_of(asked)):
             return await self._sought(asked, there)
 
-    @contextmanager
-    def _room(self, partition: int, size: int) -> Iterator[None]:
-        """Hold memory for a request that seeks the partition's writer. Raises PushBackError when others hold it."""
-        held = self._seeking.get(partition, 0)
-        if held and held + size > MAX_SEEKING_BYTES:
-            self._counts.pushed_back += 1
-            raise PushBackError("too many commands seek the writer of the package's partition", 2.0)
-        self._seeking[partition] = held + size
-        try:
-            yield
-        finally:
-            self._seeking[partition] -= size
-
-    async def _sought(self, asked: Command | IngestCheck, there: Callable[[Forwarder, str], Awaitable[_T]]) -> _T:
-        """Seek the partition's writer until it has answered; retrying is safe, for a request carries its id."""
-        partition = self._log.partition_of(asked.package_id)
-        loop, pause = asyncio.get_running_loop(), _FIRST_PAUSE
-        check = isinstance(asked, IngestCheck)
-        deadline = loop.time() + (min(SEEK_CHECK_SECONDS, self._submit_seconds) if check else self._submit_seconds)
+    async def _sought(self, asked: Command | IngestCheck, there: There[_T], *, doubtful: bool = False) -> _T:
         with self._under_way:
-            while True:
-                if self._foreign is not None:
-                    raise UnavailableError(self._foreign)
-                trouble = f"partition {partition} has no writer now"
-                try:
-                    if partition in self._writers:
-                        return cast("_T", await self._here(asked, partition))
-                except PartitionNotOwnedError as error:
-                    trouble = error.detail
-                try:
-                    owner = (await self._owners.all()).get(partition)
-                    if owner is not None and not owner.is_self:
-                        trouble = f"partition {partition} is written by another process that cannot be reached"
-                        if owner.url is not None and self._forwarder is not None:
-                            async with asyncio.timeout_at(deadline):
-                                return await self._while_owned(partition, owner, there(self._forwarder, owner.url))
-                except UnavailableError as error:
-                    trouble = error.detail
-                except TimeoutError:
-                    trouble = "the partition's writer gave no answer in time"
-                self._owners.forget()
-                if loop.time() + pause > deadline:
-                    if check:
-                        self._counts.pushed_back += 1
-                        raise PushBackError(trouble, 2.0)
-                    raise UnavailableError(f"{trouble}; the outcome is unknown, retry with the same command id")
-                await asyncio.sleep(pause * random.uniform(0.5, 1.5))
-                pause = min(2 * pause, _LONGEST_PAUSE)
-
-    async def _while_owned(self, partition: int, owner: Owner, answer: Awaitable[_T]) -> _T:
-        """Wait for a forwarded command's answer. Raises PartitionNotOwnedError once another owns the partition."""
-        waiting = asyncio.ensure_future(answer)
-        looking: asyncio.Future[None] | None = None
-        try:
-            if not (await asyncio.wait([waiting], timeout=_LOOK_SECONDS))[0]:
-                looking = asyncio.ensure_future(self._goes_elsewhere(partition, owner))
-                await asyncio.wait([waiting, looking], return_when=asyncio.FIRST_COMPLETED)
-                if not waiting.done():
-                    await looking
-                    raise PartitionNotOwnedError("the partition went to another process")
-            return await waiting
-        finally:
-            waiting.cancel()
-            if looking is not None:
-                looking.cancel()
-
-    async def _goes_elsewhere(self, partition: int, owner: Owner) -> None:
-        """Return once the group says that another owns the partition."""
-        while True:
-            with suppress(UnavailableError):  # who cannot say who owns it does not say that it went elsewhere
-                if (await self._owners.all()).get(partition, owner) != owner:
-                    return
-            await asyncio.sleep(_LOOK_SECONDS)
+            return await self._seeking.answer(self._log.partition_of(asked.package_id), asked, there, doubtful=doubtful)
 
     def _here(self, asked: Command | IngestCheck, partition: int) -> asyncio.Future[Acknowledgement | None]:
         """Let this process's writer carry it out. Raises PartitionNotOwnedError, and as `PartitionWriter.submit`."""
@@ -330,24 +254,27 @@ class KafkaWriter:
         """Called in the group's thread."""
         if self._context is not None and self._foreign is None:
             writer = PartitionWriter(partition, self._context)
-            self._writers[partition] = writer
-            writer.start()
+            with self._assigning:
+                writer.start()
+                self._writers[partition] = writer
 
     def _revoked(self, partitions: Sequence[int], lost: bool) -> None:
         """Called in the group's thread. What was lost is another's already, and fenced: waiting would help nobody."""
-        gone = [writer for p in partitions if (writer := self._writers.pop(p, None)) is not None]
+        with self._assigning:
+            gone = [writer for p in partitions if (writer := self._writers.pop(p, None)) is not None]
         for writer in gone:
             writer.stop()
         if not lost:
-            deadline = time.monotonic() + _HAND_OVER_SECONDS
-            for writer in gone:
-                if not writer.helpless:  # otherwise it writes nothing, and may wait for an answer for long
-                    writer.join(max(0.0, deadline - time.monotonic()))
+            # One that is helpless writes nothing, and may wait for an answer for long.
+            _join([writer for writer in gone if not writer.helpless])
         self._ending = [writer for writer in [*self._ending, *gone] if not writer.join(0)]
 
-    def _disowned(self, partition: int) -> None:
+    def _disowned(self, writer: PartitionWriter) -> None:
         """Called in a writer's thread, which ends."""
-        self._writers.pop(partition, None)
+        with self._assigning:
+            if self._writers.get(writer.partition) is not writer:
+                return  # the group has said so meanwhile, or has given it back
+            del self._writers[writer.partition]
         self._group.rejoin()
 
     async def _watch_topic(self, opened: Topic, doubt: Flag) -> None:
@@ -374,6 +301,13 @@ class KafkaWriter:
             return
 
 
+def _join(writers: Sequence[PartitionWriter]) -> None:
+    """Block until they have ended, _HAND_OVER_SECONDS at most for all of them."""
+    deadline = time.monotonic() + _HAND_OVER_SECONDS
+    for writer in writers:
+        writer.join(max(0.0, deadline - time.monotonic()))
+
+
 def _refused(error: PushBackError) -> asyncio.Future[Acknowledgement]:
     """An answer that is there already: the caller hears of it where it waits."""
     answer: asyncio.Future[Acknowledgement] = asyncio.get_running_loop().create_future()
@@ -381,7 +315,7 @@ def _refused(error: PushBackError) -> asyncio.Future[Acknowledgement]:
     return answer
 
 
-def _submitting(command: Command) -> Callable[[Forwarder, str], Awaitable[Acknowledgement]]:
+def _submitting(command: Command) -> There[Acknowledgement]:
     return lambda forwarder, url: forwarder.submit(url, command)
 
 

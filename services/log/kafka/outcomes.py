@@ -1,0 +1,58 @@
+"""What callers are told when their commands cannot be carried out, and whether the log may hold these all the same."""
+
+from __future__ import annotations
+
+import math
+
+from services.errors import (
+    ConfigurationError,
+    CorruptError,
+    LogIdentityError,
+    PushBackError,
+    RejectedError,
+    UnavailableError,
+)
+from services.log.kafka.requests import IngestCheck, Request
+from services.log.port import NotAppendedError, PartitionNotOwnedError
+
+REFUSE_SECONDS = 10.0
+"""How long everything is refused before it is looked whether somebody has mended what was wrong."""
+
+_UNKNOWN = "the outcome is unknown"
+
+
+def in_doubt(detail: str) -> UnavailableError:
+    """The answer to a command that the log may hold or not."""
+    if _UNKNOWN in detail:  # as the process says that it was forwarded to
+        return UnavailableError(detail)
+    return UnavailableError(f"{detail}; {_UNKNOWN}, retry with the same command id")
+
+
+def refused(error: Exception) -> tuple[Exception, float] | None:
+    """What everyone is told, and for how long (s), when taking over again at once cannot help; None if it may."""
+    if isinstance(error, LogIdentityError):
+        return UnavailableError(error.detail), math.inf  # nothing is wrong with what was asked
+    if isinstance(error, CorruptError):
+        return error, math.inf
+    if isinstance(error, ConfigurationError):
+        return error, REFUSE_SECONDS  # somebody may mend it: a right that was taken away, a topic
+    return None
+
+
+def told(request: Request, error: Exception) -> Exception:
+    """What the caller hears: a command whose transaction failed may be in the log, unless it was decided since then."""
+    if not request.failures or isinstance(request.asked, IngestCheck):
+        return error
+    if isinstance(error, PartitionNotOwnedError | PushBackError | CorruptError | ConfigurationError):
+        return in_doubt(error.detail)
+    return error
+
+
+def given_up(request: Request, done: int) -> Exception:
+    """The answer to a command that failed together with others and alone, and of which the log holds `done` events."""
+    if request.spoiled and request.events == 1:
+        return RejectedError("Kafka does not take an event of this command; nothing is recorded")
+    # Each of several events may be small enough for the topic, but not what the client sends of them at once.
+    cause = "max.message.bytes of the topic is too small for it" if request.spoiled else request.last_failure
+    recorded = f"{done} of its events are recorded" if done else "nothing is recorded"
+    return NotAppendedError(f"the command's transaction failed {request.failures} times ({cause}); {recorded}")

@@ -1,0 +1,150 @@
+"""Take-overs that fail: how long a process tries before it leaves its partitions to others, and what it shows."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from services.errors import ConfigurationError, CorruptError, LogIdentityError, UnavailableError
+from services.log.kafka import writer as writer_module
+from services.log.kafka.context import Counts
+from services.log.kafka.writer import PartitionWriter
+
+
+class Clock:
+    """The writer's monotonic clock."""
+
+    def __init__(self) -> None:
+        self.now = 1_000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(writer_module, "time", made)
+    monkeypatch.setattr(writer_module, "_RETRY_SECONDS", (0.0,))
+    return made
+
+
+class Scene:
+    """A writer each of whose tenures does the next of some steps, and ends when there are none left."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *steps: Callable[[], None]) -> None:
+        self.given_way: list[str] = []
+        self.counts = Counts()
+        self.progressed: Callable[[], None] = lambda: None
+        left: Iterator[Callable[[], None]] = iter(steps)
+        scene = self
+
+        class Tenure:
+            """Fails as the step does, while taking over; `serve` has it take over first."""
+
+            def __init__(self, *_: object, progressed: Callable[[], None], **__: object) -> None:
+                scene.progressed = progressed
+                self.state, self.restored_from = SimpleNamespace(untidy=False), "log"
+                self._step = next(left, scene.writer.stop)
+                if getattr(self._step, "__name__", "") != "serve":
+                    self._step()
+
+            def save_if_due(self) -> None:
+                self._step()
+
+            def idle(self) -> None:
+                pass
+
+            def close(self) -> None:
+                pass
+
+        monkeypatch.setattr(writer_module, "Tenure", Tenure)
+        monkeypatch.setattr(writer_module, "_IDLE_SECONDS", 0.0)
+        context = SimpleNamespace(
+            loop=asyncio.get_running_loop(),
+            submit_seconds=30.0,
+            counts=self.counts,
+            give_way=self.given_way.append,
+            disowned=lambda _: None,
+            clock=lambda: 1,
+            doubt=asyncio.Event(),
+            **dict.fromkeys(["kafka", "cluster", "identity", "states", "limits", "put_manifest"]),
+        )
+        self.writer = PartitionWriter(0, cast("Any", context))
+
+    async def played(self) -> None:
+        """Wait until the last step is done."""
+        self.writer.start()
+        assert await asyncio.to_thread(self.writer.join, 30)
+
+
+async def test_a_take_over_that_fails_for_long_is_left_to_others(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        clock.now += 15
+        raise UnavailableError("the partition has no leader")
+
+    scene = Scene(monkeypatch, fail)
+    await scene.played()
+    assert scene.given_way == []
+    scene = Scene(monkeypatch, fail, fail)
+    await scene.played()
+    assert len(scene.given_way) == 1
+
+
+async def test_one_failure_behind_a_long_take_over_that_got_on_gives_nothing_away(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def long() -> None:
+        for _ in range(10):
+            clock.now += 10
+            scene.progressed()
+        raise UnavailableError("the broker was restarted")
+
+    scene = Scene(monkeypatch, long, long)
+    await scene.played()
+    assert scene.given_way == []
+
+
+@pytest.mark.parametrize("error", [UnavailableError("fenced"), ConfigurationError("no right")])
+async def test_one_failure_behind_a_long_tenure_or_a_long_refusal_gives_nothing_away(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def serve() -> None:
+        clock.now += 1_000
+        raise error
+
+    def fail() -> None:
+        raise UnavailableError("the partition has no leader")
+
+    def refuse_all(_error: Exception, seconds: float) -> None:
+        clock.now += seconds
+
+    scene = Scene(monkeypatch, serve, fail)
+    monkeypatch.setattr(scene.writer, "_refuse_all", refuse_all)
+    await scene.played()
+    assert scene.given_way == []
+
+
+@pytest.mark.parametrize("error", [ConfigurationError("no right"), CorruptError("torn"), LogIdentityError("anew")])
+@pytest.mark.usefixtures("clock")
+async def test_a_partition_that_refuses_everything_is_not_shown_as_owned(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    since: list[int | None] = []
+
+    def serve() -> None:
+        since.append(scene.writer.status("this process").since)
+        raise error
+
+    def refuse_all(_error: Exception, _seconds: float) -> None:
+        since.append(scene.writer.status("this process").since)
+
+    scene = Scene(monkeypatch, serve)
+    monkeypatch.setattr(scene.writer, "_refuse_all", refuse_all)
+    await scene.played()
+    assert since == [1, None]
+    assert scene.counts.failed_tenures == 1

@@ -1,0 +1,97 @@
+"""The writers of a process: which of them are in its table, whatever begins or ends at the same time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from services.core.limits import Limits
+from services.log.kafka import KafkaLog, KafkaWriter, writers
+from services.log.kafka.writer import PartitionWriter
+from tests.contract.log_stage import no_manifest
+from tests.integration.kafka_stage import kafka_settings
+
+
+class Writer:
+    """A partition's writer that never ends in time."""
+
+    def __init__(self, partition: int, _context: object = None) -> None:
+        self.partition = partition
+        self.stopped = False
+        self.waited: list[float] = []
+
+    def start(self) -> None:
+        pass
+
+    def stop(self) -> None:
+        self.stopped = True
+
+    def join(self, seconds: float) -> bool:
+        self.waited.append(seconds)
+        time.sleep(min(seconds, 0.02))
+        return False
+
+    def unanswered(self) -> list[object]:
+        return []
+
+
+@pytest.fixture
+async def process(tmp_path: Path) -> AsyncIterator[KafkaWriter]:
+    """One that has reached nothing yet."""
+    settings = kafka_settings("kafka://127.0.0.1:1/none", tmp_path)
+    log = KafkaLog(settings)
+    made = KafkaWriter(settings, log, limits=Limits(), put_manifest=no_manifest)
+    yield made
+    made._writers.clear()
+    await made.close()
+    await log.close()
+
+
+def table(process: KafkaWriter) -> dict[int, Any]:
+    return cast("dict[int, Any]", process._writers)
+
+
+async def test_a_writer_that_is_disowned_late_takes_its_successor_away_from_nobody(
+    process: KafkaWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rejoined: list[bool] = []
+    monkeypatch.setattr(process._group, "rejoin", lambda: rejoined.append(True))
+    first, second = Writer(0), Writer(0)
+    table(process)[0] = second
+    process._disowned(cast("PartitionWriter", first))
+    assert table(process) == {0: second}
+    assert rejoined == []
+    process._disowned(cast("PartitionWriter", second))
+    assert table(process) == {}
+    assert rejoined == [True]
+
+
+async def test_a_writer_without_a_thread_is_not_in_the_table(
+    process: KafkaWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NoRoom(Writer):
+        def start(self) -> None:
+            raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(writers, "PartitionWriter", NoRoom)
+    process._context = cast("Any", SimpleNamespace())
+    with pytest.raises(RuntimeError):
+        process._assigned(0)
+    assert table(process) == {}
+    monkeypatch.setattr(writers, "PartitionWriter", Writer)
+    process._assigned(0)
+    assert list(table(process)) == [0]
+
+
+async def test_writers_that_hang_are_waited_for_together(process: KafkaWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writers, "_HAND_OVER_SECONDS", 0.05)
+    hanging = [Writer(partition) for partition in range(6)]
+    table(process).update(enumerate(hanging))
+    process._close_threads()
+    assert all(writer.stopped for writer in hanging)
+    assert sum(min(writer.waited[0], 0.02) for writer in hanging) <= 0.05 + 0.02
