@@ -269,7 +269,7 @@ async def archived(gateway: RunningGateway, package_id: str, query: str = "", **
         assert answer.status == 200, await answer.text()
         data = await answer.read()
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
-        return {m.name: archive.extractfile(m).read() for m in archive.getmembers()}  # type: ignore[union-attr]
+        return {m.name: file.read() for m in archive if (file := archive.extractfile(m)) is not None}
 
 
 async def test_a_package_comes_as_an_archive_by_the_bytes_of_its_paths(gateway: RunningGateway) -> None:

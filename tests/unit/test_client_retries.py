@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
@@ -34,6 +35,7 @@ from services.http.problems import TYPE_PREFIX
 from tests.unit.client_gateway import (
     FILE,
     PACKAGE,
+    Answering,
     FailingGateway,
     answers,
     client_of,
@@ -64,8 +66,8 @@ async def once(chunks: tuple[bytes, ...]) -> AsyncIterator[bytes]:
         cuts,
     ],
 )
-async def test_a_write_is_tried_again_with_the_same_command_id(failure: object) -> None:
-    async with failing_gateway(failure, failure, created()) as gateway, client_of(gateway) as registry:  # type: ignore[arg-type]
+async def test_a_write_is_tried_again_with_the_same_command_id(failure: Answering) -> None:
+    async with failing_gateway(failure, failure, created()) as gateway, client_of(gateway) as registry:
         assert await registry.create_package(*ABOUT) == PACKAGE
     assert len(gateway.seen) == 3
     keys = set(gateway.sent("Idempotency-Key"))
@@ -172,9 +174,9 @@ async def test_a_range_that_does_not_exist_tells_the_length_of_the_file() -> Non
     assert gateway.sent("Range") == ["bytes=9-"]
 
 
-async def put(gateway: FailingGateway, stream: object, declared: Declared | None = None) -> UUID:
+async def put(gateway: FailingGateway, stream: Any, declared: Declared | None = None) -> UUID:
     async with client_of(gateway) as registry:
-        return await registry.ingest_file(PACKAGE, "a", "text/plain", stream, declared=declared)  # type: ignore[arg-type]
+        return await registry.ingest_file(PACKAGE, "a", "text/plain", stream, declared=declared)
 
 
 @pytest.mark.parametrize("stream", [b"abc" * 1000, BytesIO(b"abc" * 1000)])
@@ -206,8 +208,8 @@ async def test_a_server_that_knows_nothing_of_continuing_gets_the_body_all_the_s
 
 
 @pytest.mark.parametrize("failure", [cuts, refuses(503, "unavailable")])
-async def test_a_stream_that_was_begun_is_not_sent_again(failure: object) -> None:
-    async with failing_gateway(failure, ingested) as gateway:  # type: ignore[arg-type]
+async def test_a_stream_that_was_begun_is_not_sent_again(failure: Answering) -> None:
+    async with failing_gateway(failure, ingested) as gateway:
         with pytest.raises(UnavailableError, match=r"cannot be read again.*command id"):
             await put(gateway, once((b"one", b"two")))
     assert len(gateway.seen) == 1
@@ -404,10 +406,10 @@ async def test_a_file_that_changes_while_it_is_sent_is_refused(tmp_path: Path) -
 
 
 async def test_bytes_that_arrived_as_others_are_noticed() -> None:
-    async def garbled(request: object, body: bytes) -> object:
-        return await ingested(request, b"!" + body[1:])  # type: ignore[arg-type]
+    async def garbled(request: web.Request, body: bytes) -> web.StreamResponse:
+        return await ingested(request, b"!" + body[1:])
 
-    async with failing_gateway(garbled) as gateway:  # type: ignore[arg-type]
+    async with failing_gateway(garbled) as gateway:
         with pytest.raises(CorruptError, match="arrived as other bytes"):
             await put(gateway, b"some bytes")
 
