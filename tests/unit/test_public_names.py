@@ -1,0 +1,63 @@
+"""The Python names that programs outside are written against: leaving one out or renaming it breaks them."""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+
+import pytest
+from sqlalchemy import Table
+
+from services.config import Settings
+from services.registry import Registry
+from services.views import tables
+
+EXPORTED = {
+    "services.registry": {
+        *("Registry", "open_registry", "find_frozen"),
+        *("PackageNotFoundError", "DuplicateRelativePathError", "IllegalPackageStateError"),
+    },
+    "services.client": {
+        *("GatewayRegistry", "RetryPolicy", "push", "Pushed", "pull", "Pulled"),
+        *("BodySource", "BytesSource", "FileSource"),
+    },
+    "projector": {
+        *("replay", "ReplayResult", "RebuildOptions", "DigestMismatchError", "abandon"),
+        *("run_projection", "run_projectors"),
+    },
+}
+OPERATIONS = {
+    "create_package": ("name", "producer", "subject", "retention_class", "actor", "metadata"),
+    "ingest_file": ("package_id", "relative_path", "media_type", "stream", "actor"),
+    "finalize_package": ("package_id", "actor"),
+    "get_manifest_bytes": ("package_id", "format"),
+    "get_file": ("file_id",),
+    "tail_events": ("since_sequence", "poll_interval_seconds", "package_id", "since"),
+}
+TABLES = {
+    *("artifact_packages", "artifact_files", "artifact_manifests", "storage_locations"),
+    *("retention_state", "retention_classes", "usage_totals"),
+}
+
+
+@pytest.mark.parametrize("module", EXPORTED)
+def test_a_module_exports_these_names(module: str) -> None:
+    found = import_module(module)
+    assert set(found.__all__) == EXPORTED[module]
+    assert [name for name in found.__all__ if not hasattr(found, name)] == []
+
+
+def test_settings_and_manifests_are_read_by_these_names() -> None:
+    assert callable(Settings.from_env)
+    manifest = import_module("services.manifest")
+    assert inspect.get_annotations(manifest.decode)["return"] == manifest.Manifest.__name__
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_an_operation_of_the_registry_takes_these_arguments(operation: str) -> None:
+    assert set(OPERATIONS[operation]) <= set(inspect.signature(getattr(Registry, operation)).parameters)
+
+
+def test_the_tables_of_the_views_have_these_names() -> None:
+    assert {name for name in TABLES if getattr(tables, name).name == name} == TABLES
+    assert all(isinstance(getattr(tables, name), Table) for name in TABLES)
