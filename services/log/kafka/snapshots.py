@@ -11,11 +11,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import secrets
 import time
 from collections.abc import Callable, Coroutine, Set
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -46,6 +46,7 @@ PART_BYTES = 4 << 20
 _FORMAT = 1
 _UNNAMED_FORMAT = 4
 """That of state files while names had none."""
+_FOLDER = re.compile(r"([0-9]{1,20})-(?:([0-9]{1,9})-)?[^-/]+")
 _ANSWER_SECONDS = 60.0
 _LOOK_SECONDS = 0.1
 _TEMPORARY = "snapshot-"
@@ -161,6 +162,8 @@ class Snapshots:
         except (ArtifactStoreError, OSError) as error:
             text = error.detail if isinstance(error, ArtifactStoreError) else str(error.strerror)
             _LOG.warning("no snapshot of partition %d was made: %s", place.partition, text)
+        except Exception:  # noqa: BLE001 - nobody would hear of it; the cause is logged whole
+            _LOG.exception("no snapshot of partition %d was made", place.partition)
         ended = time.monotonic()
         progress.not_before = max(began + SNAPSHOT_SECONDS, ended + (ended - began) / SNAPSHOT_SHARE)
 
@@ -221,22 +224,22 @@ class Snapshots:
 
     def _result(self, running: Future[_T], stopping: Callable[[], bool]) -> _T:
         deadline = time.monotonic() + _ANSWER_SECONDS
-        while True:
-            try:
-                return running.result(_LOOK_SECONDS)
-            except FutureTimeoutError:
-                if running.done():
-                    raise SnapshotError("the blob store gave no answer in time") from None
-                if stopping():
-                    running.cancel()
-                    raise PartitionNotOwnedError("the partition was handed over meanwhile") from None
-                if time.monotonic() > deadline:
-                    running.cancel()
-                    raise SnapshotError("the blob store gave no answer in time") from None
-            except asyncio.CancelledError:
-                raise SnapshotError("the process ends") from None
-            except ArtifactStoreError as error:
-                raise SnapshotError(error.detail) from error
+        while not running.done() and not wait([running], _LOOK_SECONDS).done:
+            if stopping():
+                running.cancel()
+                raise PartitionNotOwnedError("the partition was handed over meanwhile")
+            if time.monotonic() > deadline:
+                running.cancel()
+                raise SnapshotError("the blob store gave no answer in time")
+        try:
+            return running.result()
+        except CancelledError:
+            raise SnapshotError("the process ends") from None
+        except ArtifactStoreError as error:
+            raise SnapshotError(error.detail) from error
+        # Whatever the blob store's own failure is, the log has everything.
+        except Exception as error:
+            raise SnapshotError(f"the blob store failed ({type(error).__name__})") from error
 
 
 def _identity(place: Place) -> dict[str, object]:
@@ -252,11 +255,12 @@ def _part_key(snapshot: Snapshot, number: int) -> str:
 
 
 def _snapshot_of(key: str, place: Place) -> Snapshot | None:
+    """The snapshot that the object belongs to; None for what others left there."""
     folder, _, _ = key.removeprefix(_prefix(place)).partition("/")
-    position, *format_, token = folder.split("-")
-    if not position.isdecimal() or not token or not all(part.isdecimal() for part in format_):
+    found = _FOLDER.fullmatch(folder)
+    if found is None:
         return None
-    return Snapshot(int(position), f"{_prefix(place)}{folder}/", int(format_[0]) if format_ else _UNNAMED_FORMAT)
+    return Snapshot(int(found[1]), f"{_prefix(place)}{folder}/", int(found[2] or _UNNAMED_FORMAT))
 
 
 def _remove_leftovers(folder: Path) -> None:

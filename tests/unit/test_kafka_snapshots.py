@@ -1,0 +1,119 @@
+"""Snapshots: what others left among them, and what goes wrong with one, stands in the way of no partition."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from concurrent.futures import Future
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+
+from services.log.kafka import snapshots as snapshots_module
+from services.log.kafka.snapshots import SnapshotError, Snapshots
+from services.log.kafka.state_file import FORMAT, Place, Standing, StateFile
+
+PLACE = Place(UUID(int=7), "t.events", 3)
+PREFIX = f"snapshots/{PLACE.identity}/{PLACE.partition}/"
+STRAY = [
+    "",
+    "index",
+    "notes/index",
+    "-/index",
+    "7/index",
+    "7-/index",
+    "1-2-3-ab/index",
+    f"{10**30}-4-ab/index",
+    "²-4-ab/index",
+]
+
+
+class Store:
+    """Objects in memory."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, bytes] = {}
+        self.failure: Exception | None = None
+
+    async def put_object(self, key: str, data: bytes) -> None:
+        self.objects[key] = data
+
+    async def get_object(self, key: str) -> bytes | None:
+        return self.objects.get(key)
+
+    async def list_objects(self, prefix: str) -> list[str]:
+        if self.failure is not None:
+            raise self.failure
+        return sorted(key for key in self.objects if key.startswith(prefix))
+
+    async def delete_object(self, key: str) -> None:
+        del self.objects[key]
+
+
+@pytest.fixture
+def store() -> Store:
+    return Store()
+
+
+@pytest.fixture
+async def snapshots(store: Store) -> AsyncIterator[Snapshots]:
+    made = Snapshots(store, asyncio.get_running_loop())
+    yield made
+    await asyncio.to_thread(made.close, 30)
+
+
+def state_at(folder: Path, position: int) -> Path:
+    path = folder / "state.db"
+    file = StateFile.create(path, PLACE)
+    file.save([], Standing(position, b"mark"), 0)
+    file.close()
+    return path
+
+
+async def made(snapshots: Snapshots, path: Path, position: int) -> None:
+    snapshots.offer(PLACE, path, position, closing=True)
+    running = snapshots._progress[PLACE.partition].running
+    assert running is not None
+    await asyncio.wrap_future(running)
+
+
+async def test_objects_of_others_among_the_snapshots_are_left_alone(
+    snapshots: Snapshots, store: Store, tmp_path: Path
+) -> None:
+    store.objects = {PREFIX + stray: b"" for stray in STRAY}
+    for position in (20_000, 40_000, 60_000):
+        await made(snapshots, state_at(tmp_path, position), position)
+    found = await asyncio.to_thread(snapshots.newest, PLACE, set(), lambda: False)
+    assert found is not None
+    assert (found.position, found.format) == (60_000, FORMAT)
+    assert set(store.objects) >= {PREFIX + stray for stray in STRAY}
+    assert sum(key.endswith("/index") for key in store.objects) == 2 + sum(key.endswith("/index") for key in STRAY) + 1
+
+
+async def test_a_failure_that_nobody_thought_of_is_told_and_not_met_again_at_once(
+    snapshots: Snapshots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object) -> None:
+        raise ValueError("nobody thought of this")
+
+    monkeypatch.setattr(snapshots_module, "copy_file", fails)
+    await made(snapshots, state_at(tmp_path, 20_000), 20_000)
+    assert "nobody thought of this" in caplog.text
+    assert snapshots._progress[PLACE.partition].not_before > asyncio.get_running_loop().time()
+
+
+@pytest.mark.parametrize("failure", [ValueError("of the store's client"), TimeoutError(), ConnectionResetError()])
+async def test_a_store_that_fails_in_any_way_has_no_snapshot(
+    snapshots: Snapshots, store: Store, failure: Exception
+) -> None:
+    store.failure = failure
+    with pytest.raises(SnapshotError):
+        await asyncio.to_thread(snapshots.newest, PLACE, set(), lambda: False)
+
+
+async def test_an_answer_that_is_given_up_because_the_process_ends_is_no_snapshot(snapshots: Snapshots) -> None:
+    running: Future[None] = Future()
+    running.cancel()
+    with pytest.raises(SnapshotError, match="the process ends"):
+        snapshots._result(running, lambda: False)
