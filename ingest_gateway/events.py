@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from uuid import UUID
 
 from aiohttp import web
@@ -15,6 +15,7 @@ from ingest_gateway.negotiation import choose
 from ingest_gateway.operations import Route, Success
 from ingest_gateway.parameters import FOLLOW, LAST_EVENT_ID, OF_PACKAGE, SINCE
 from ingest_gateway.problems import NotAcceptableError
+from ingest_gateway.tail import Frame
 from services.errors import (
     InvalidPositionError,
     InvalidRequestError,
@@ -22,8 +23,7 @@ from services.errors import (
     PushBackError,
     UnavailableError,
 )
-from services.http.events import EventShape, event_line
-from services.log.port import RecordedEvent
+from services.http.events import EventShape, event_head, line_of
 from services.log.position import Position
 from services.registry import Registry
 
@@ -48,7 +48,7 @@ async def get_events(call: Call) -> web.StreamResponse:
     else:
         async with (
             call.gateway.followers.stay(call.client),
-            feed(_for_ever(call.registry, since, package_id, media_type)) as lines,
+            feed(call.gateway.tail.follow(since, package_id, FRAMES[media_type])) as lines,
         ):
             await _send_all(call, response, lines)
     if not response.prepared or call.sent_in_part:
@@ -83,26 +83,20 @@ async def _to_the_end(
     registry: Registry, since: Position | None, package_id: UUID | None, media_type: str
 ) -> AsyncIterator[bytes]:
     async for event in registry.read_events(since, package_id=package_id):
-        yield _encoded(event, media_type)
+        yield FRAMES[media_type](event.event_type, event_head(event), str(event.position))
 
 
-async def _for_ever(
-    registry: Registry, since: Position | None, package_id: UUID | None, media_type: str
-) -> AsyncIterator[bytes]:
-    # First up to the end: a position that cannot be taken shows itself there, however quiet the log is.
-    async for event in registry.read_events(since, package_id=package_id):
-        since = event.position
-        yield _encoded(event, media_type)
-    yield b""
-    async for event in registry.read_events(since, package_id=package_id, follow=True):
-        yield _encoded(event, media_type)
+def _line(_: str, head: bytes, position: str) -> bytes:
+    return line_of(head, position) + b"\n"
 
 
-def _encoded(event: RecordedEvent, media_type: str) -> bytes:
-    line = event_line(event)
-    if media_type == LINES:
-        return line + b"\n"
-    return b"id: %b\nevent: %b\ndata: %b\n\n" % (str(event.position).encode(), event.event_type.encode(), line)
+def _server_sent(event_type: str, head: bytes, position: str) -> bytes:
+    line = line_of(head, position)
+    return b"id: %b\nevent: %b\ndata: %b\n\n" % (position.encode(), event_type.encode(), line)
+
+
+FRAMES: Mapping[str, Frame] = {LINES: _line, EVENT_STREAM: _server_sent}
+"""How an event is sent, by media type."""
 
 
 ROUTES = (

@@ -27,6 +27,7 @@ class MemoryLog:
     def __init__(self, partitions: int = 3, *, every: int = 5, hole: int = 1) -> None:
         self.id = uuid4()
         self.unavailable = False
+        self.readers = 0
         self.members: list[MemorySubscription] = []
         self.committed: dict[str, dict[int, tuple[int, str]]] = {}
         self._records: list[list[Record]] = [[] for _ in range(partitions)]
@@ -76,20 +77,29 @@ class MemoryLog:
         follow: bool = False,
         poll_seconds: float = 0.1,
     ) -> AsyncIterator[RecordedEvent]:
-        assert not follow, "following is not needed by these tests"
         end = await self.end()
         at = since or Position(self.id, {})
         at.require(self.id)
         if not end.covers(at):
             raise InvalidPositionError("the position is beyond the log's end")
-        for partition, records in enumerate(self._records):
-            start = at.offsets.get(partition, 0)
-            for record in [r for r in records if start <= r.offset < end.offsets[partition]]:
-                await asyncio.sleep(0)
-                event = decode(record.value)
-                at = at.after(partition, record.offset)
-                if package_id in (None, event.package_id):
-                    yield RecordedEvent(**{name: getattr(event, name) for name in _FIELDS}, position=at)
+        self.readers += 1
+        try:
+            while True:
+                for partition, records in enumerate(self._records):
+                    start = at.offsets.get(partition, 0)
+                    for record in [r for r in records if start <= r.offset < end.offsets[partition]]:
+                        await asyncio.sleep(0)
+                        event = decode(record.value)
+                        at = at.after(partition, record.offset)
+                        if package_id in (None, event.package_id):
+                            yield RecordedEvent(**{name: getattr(event, name) for name in _FIELDS}, position=at)
+                if not follow:
+                    return
+                if (now := await self.end()) == end:
+                    await self.wait_for_change(poll_seconds)
+                end = now
+        finally:
+            self.readers -= 1
 
     async def scan(self, starts: Mapping[int, int], ends: Mapping[int, int]) -> AsyncIterator[Batch]:
         at = dict(starts)
@@ -149,7 +159,8 @@ class MemoryLog:
         """Return when something was appended or rebalanced, or the time is over."""
         self._changed.clear()
         try:
-            await asyncio.wait_for(self._changed.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
         except TimeoutError:
             return
 

@@ -15,6 +15,7 @@ from pydantic import Base64Bytes, Field, TypeAdapter
 
 from schemas.canonical import jcs
 from schemas.events import (
+    Event,
     FileIngested,
     PackageCreated,
     PackageFinalized,
@@ -142,7 +143,17 @@ _ADAPTER: TypeAdapter[PackageCreatedEvent | FileIngestedEvent | PackageFinalized
 
 
 def event_line(event: RecordedEvent) -> bytes:
-    """The event as one line of JSON without its line end. Plain dictionaries: this is the fan-out's inner loop."""
+    """The event as one line of JSON without its line end."""
+    return line_of(event_head(event), str(event.position))
+
+
+def line_of(head: bytes, position: str) -> bytes:
+    """The line of the event that this is the head of, with the text of the position behind it."""
+    return b'%b%b"}' % (head, position.encode())
+
+
+def event_head(event: Event) -> bytes:
+    """The line up to its position, which followers do not have in common. Plain dictionaries, for there are many."""
     shape = {
         "type": event.event_type,
         "id": str(event.event_id),
@@ -156,9 +167,9 @@ def event_line(event: RecordedEvent) -> bytes:
         "payload_digest": event.payload_digest.hex(),
         "previous_digest": event.previous_digest.hex(),
         "payload": _payload(event.payload),
-        "position": str(event.position),
+        "position": "",
     }
-    return json.dumps(shape, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    return json.dumps(shape, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()[:-2]
 
 
 def parse_event(line: bytes | str) -> RecordedEvent:

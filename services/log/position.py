@@ -52,6 +52,13 @@ class Position:
         """Whether this is at or beyond `other` in every partition."""
         return all(self.offsets.get(p, 0) >= offset for p, offset in other.offsets.items())
 
+    def furthest(self, other: Position) -> Position:
+        """The position that is at or beyond both, of the same log, and beyond nothing that neither is."""
+        offsets = dict(self.offsets)
+        for partition, offset in other.offsets.items():
+            offsets[partition] = max(offset, offsets.get(partition, 0))
+        return Position(self.log, offsets)
+
     def left_behind(self, reached: Position | None) -> dict[int, int]:
         """Per partition, how many offsets lie between `reached` and this; all where nothing of this log was reached."""
         offsets = {} if reached is None or reached.log != self.log else reached.offsets

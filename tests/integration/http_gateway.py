@@ -71,7 +71,7 @@ async def running_gateway(
         looked_at = replace(own, **(checks or {}))
         limits = Bounds(settings.max_file_bytes, settings.max_metadata_bytes, **bounds)
         async with (
-            listening(registry, looked_at, limits, drain_seconds=drain_seconds) as url,
+            listening(registry, opened.log, looked_at, limits, drain_seconds=drain_seconds) as url,
             aiohttp.ClientSession(url) as session,
         ):
             yield RunningGateway(url, opened, session)

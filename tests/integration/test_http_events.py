@@ -6,13 +6,14 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 import pytest
 
 from ingest_gateway import events
 from ingest_gateway.followers import Followers
+from ingest_gateway.tail import Frame
 from services.config import Settings
 from services.http.events import parse_event
 from tests.integration.conditions import until
@@ -178,7 +179,7 @@ async def test_a_follower_that_is_let_go_within_an_event_is_cut_off(
         asyncio.get_running_loop().call_later(0, dismissed.set)
 
     monkeypatch.setattr(Followers, "dismiss", told)
-    monkeypatch.setattr(events, "_encoded", lambda *_: bytes(STALLING_BYTES))
+    monkeypatch.setitem(cast("dict[str, Frame]", events.FRAMES), events.LINES, lambda *_: bytes(STALLING_BYTES))
     async with AsyncExitStack() as stack:
         gateway = await stack.enter_async_context(running_gateway(embedded_settings))
         await _publish(gateway)

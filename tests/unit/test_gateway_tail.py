@@ -1,0 +1,208 @@
+"""The tail that a gateway's followers share: each event once and in order, however slow, from wherever."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from random import Random
+from uuid import UUID
+
+import pytest
+
+from ingest_gateway.events import FRAMES, LINES
+from ingest_gateway.tail import Tail
+from schemas.events import Event
+from services.errors import InvalidPositionError, LogIdentityError, UnavailableError
+from services.http.events import parse_event
+from services.log.port import RecordedEvent
+from services.log.position import Position
+from tests.memory_log import MemoryLog
+from tests.views_history import History
+
+EVENTS = tuple(History().fill(packages=12, files=4).events)
+PACKAGES = sorted({event.package_id for event in EVENTS})
+
+
+@pytest.fixture
+def log() -> MemoryLog:
+    return MemoryLog()
+
+
+async def _followed(
+    tail: Tail, count: int, since: Position | None = None, package_id: UUID | None = None
+) -> list[RecordedEvent]:
+    """The next events, `count` of them, as a follower gets them."""
+    found: list[RecordedEvent] = []
+    async with asyncio.timeout(60), aclosing(tail.follow(since, package_id, FRAMES[LINES])) as pieces:
+        while len(found) < count:
+            found += [parse_event(line) for line in (await anext(pieces)).splitlines()]
+    return found
+
+
+class _Follower:
+    """One that takes pieces when it is told to."""
+
+    def __init__(self, tail: Tail, since: Position | None = None) -> None:
+        self._pieces = tail.follow(since, None, FRAMES[LINES])
+        self.found: list[RecordedEvent] = []
+
+    async def take(self) -> bool:
+        """The next piece; whether it told of what was before."""
+        async with asyncio.timeout(60):
+            piece = await anext(self._pieces)
+        self.found += [parse_event(line) for line in piece.splitlines()]
+        return piece == b""
+
+    async def join(self) -> None:
+        while not await self.take():
+            pass
+
+    async def leave(self) -> None:
+        await self._pieces.aclose()
+
+
+def _ids(events: Sequence[Event]) -> list[UUID]:
+    return [event.event_id for event in events]
+
+
+async def test_all_followers_take_from_one_reader_and_the_last_that_leaves_ends_it(log: MemoryLog) -> None:
+    tail = Tail(log)
+    log.append(*EVENTS[:10])
+    followers = [_Follower(tail) for _ in range(20)]
+    for follower in followers:
+        await follower.join()
+    assert log.readers == 1
+    log.append(*EVENTS[10:])
+    for follower in followers:
+        while len(follower.found) < len(EVENTS):
+            await follower.take()
+        assert log.readers == 1
+        assert sorted(_ids(follower.found)) == sorted(_ids(EVENTS))
+    assert len({tuple(event.position.offsets.items()) for f in followers for event in f.found[10:]}) == len(EVENTS) - 10
+    for follower in followers:
+        await follower.leave()
+    assert log.readers == 0
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("room", [1, 2_000, 1 << 20])
+async def test_whoever_comes_when_sees_every_event_once_and_can_go_on_behind_any(seed: int, room: int) -> None:
+    draw, log = Random(seed), MemoryLog()
+    tail, told = Tail(log, room), [(Position(log.id, {}), 0)]  # with how many events lie before it
+    waiting = [[event for event in EVENTS if event.package_id == package] for package in PACKAGES]
+    done: list[tuple[Position, list[RecordedEvent]]] = []
+
+    async def write() -> None:
+        while any(waiting):
+            package = draw.choice([events for events in waiting if events])
+            log.append(*package[: (count := draw.randint(1, 3))])
+            del package[:count]
+            for _ in range(draw.randint(0, 20)):
+                await asyncio.sleep(0)
+
+    async def read(turns: int) -> None:
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        since, before = draw.choice(told)
+        found = await _followed(tail, len(EVENTS) - before, since)
+        told.extend((event.position, before + number) for number, event in enumerate(found, 1))
+        done.append((since, found))
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(write())
+        for _ in range(6):
+            tasks.create_task(read(draw.randint(0, 1_000)))
+
+    assert len(done) == 6
+    for since, found in done:
+        expected = [event async for event in log.read(since)]
+        assert Counter(_ids(found)) == Counter(_ids(expected))
+        for package in PACKAGES:
+            of_package = [event.sequence for event in found if event.package_id == package]
+            assert of_package == sorted(of_package)
+        for count in (0, len(found) // 2, len(found) - 1):
+            if found:
+                rest = [event async for event in log.read(found[count].position)]
+                assert Counter(_ids(found[: count + 1] + rest)) == Counter(_ids(expected))
+
+
+async def test_who_stands_still_for_longer_than_the_tail_is_kept_loses_nothing(log: MemoryLog) -> None:
+    tail = Tail(log, room_bytes=1)
+    slow, quick = _Follower(tail), _Follower(tail)
+    await slow.join()
+    await quick.join()
+    for event in EVENTS:
+        log.append(event)
+        while len(quick.found) <= EVENTS.index(event):
+            await quick.take()
+    while len(slow.found) < len(EVENTS):
+        await slow.take()
+    assert sorted(_ids(slow.found)) == sorted(_ids(EVENTS))
+    await slow.leave()
+    await quick.leave()
+
+
+async def test_one_package_is_followed_alone(log: MemoryLog) -> None:
+    tail, package = Tail(log), EVENTS[0].package_id
+    wanted = [event for event in EVENTS if event.package_id == package]
+    log.append(*EVENTS[:20])
+    following = asyncio.create_task(_followed(tail, len(wanted), package_id=package))
+    await asyncio.sleep(0)
+    log.append(*EVENTS[20:])
+    assert _ids(await following) == _ids(wanted)
+
+
+async def test_a_failure_reaches_every_follower_and_the_next_one_begins_anew(log: MemoryLog) -> None:
+    tail = Tail(log)
+    followers = [_Follower(tail) for _ in range(3)]
+    for follower in followers:
+        await follower.join()
+    log.unavailable = True
+    log.append(EVENTS[0])
+    for follower in followers:
+        with pytest.raises(UnavailableError):
+            await follower.take()
+    with pytest.raises(UnavailableError):
+        await _followed(tail, 1)
+    assert log.readers == 0
+    log.unavailable = False
+    assert _ids(await _followed(tail, 1)) == [EVENTS[0].event_id]
+
+
+@pytest.mark.parametrize(
+    ("since", "error"),
+    [
+        (lambda log: Position(log.id, {0: 1}), InvalidPositionError),
+        (lambda _: Position(UUID(int=1), {}), LogIdentityError),
+    ],
+)
+async def test_a_position_that_is_none_of_this_log_is_refused(
+    log: MemoryLog, since: object, error: type[Exception]
+) -> None:
+    assert callable(since)
+    with pytest.raises(error):
+        await _followed(Tail(log), 1, since(log))
+    assert log.readers == 0
+
+
+async def test_so_many_read_what_was_before_at_a_time_and_no_more(
+    log: MemoryLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ingest_gateway.tail.READERS", 2)
+    tail = Tail(log)
+    log.append(*EVENTS)
+    readers: list[int] = []
+    read = log.read
+
+    async def counted(*arguments: object, **options: object) -> AsyncIterator[RecordedEvent]:
+        async with aclosing(read(*arguments, **options)) as events:  # type: ignore  # handed through
+            async for event in events:
+                readers.append(log.readers)
+                yield event
+
+    monkeypatch.setattr(log, "read", counted)
+    found = await asyncio.gather(*(_followed(tail, len(EVENTS)) for _ in range(8)))
+    assert all(sorted(_ids(events)) == sorted(_ids(EVENTS)) for events in found)
+    assert max(readers) == 3, "two, and the one of the tail"
