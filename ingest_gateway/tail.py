@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import NamedTuple
 from uuid import UUID
@@ -55,7 +55,9 @@ class Tail:
         self._followers = 0
         self._run: _Run | None = None
 
-    async def follow(self, since: Position | None, package_id: UUID | None, frame: Frame) -> AsyncIterator[bytes]:
+    async def follow(
+        self, since: Position | None, package_id: UUID | None, frame: Frame
+    ) -> AsyncGenerator[bytes, None]:
         """Events behind `since`, of one package or of all, each once, one or more to a piece; never ends.
 
         The first empty piece says that what came before is read. Memory is bounded however slow the caller is.
