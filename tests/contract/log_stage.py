@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TypeVar
 from uuid import UUID
 
@@ -16,8 +17,12 @@ from services.core.commands import Acknowledgement, Command
 from services.errors import PushBackError, UnavailableError
 from services.log.port import CommandWriter, Log, PutManifest, Record, RecordedEvent, Settled, Subscription
 from services.wiring import open_log, open_writer
+from tests.unit.commands import create, finalize, ingest
 
 _T = TypeVar("_T")
+
+Done = list[tuple[Command, Acknowledgement]]
+"""Commands and their answers."""
 
 PATIENCE_SECONDS = 60.0
 """How long anything may take before a test takes it for lost."""
@@ -143,3 +148,21 @@ class Projection:
     async def _start(self, partitions: Sequence[int], committed: Mapping[int, tuple[int, str]]) -> Mapping[int, int]:
         self.asked.append((partitions, committed))
         return {partition: self.offsets.get(partition, 0) for partition in partitions}
+
+
+async def fill(stage: Stage, packages: int = 3, files: int = 3) -> Done:
+    """Some packages of five events each: created, a file, the other files together, finalized."""
+
+    async def one(number: int) -> Done:
+        made = create(f"p{number}")
+        others = [f"{n}.txt" for n in range(1, files)]
+        commands: list[Command] = [
+            made,
+            ingest(made.package_id, "0.txt", name="one"),
+            ingest(made.package_id, *others, name="others"),
+            finalize(made.package_id),
+        ]
+        return [(command, await settled(writer, command)) for command in commands]
+
+    async with stage.writer() as writer:
+        return list(chain.from_iterable(await asyncio.gather(*(one(number) for number in range(packages)))))
