@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import shutil
 import sqlite3
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -20,6 +22,7 @@ from services.core.commands import Acknowledgement, Command, FinalizePackage, In
 from services.errors import CommandReusedError, IllegalPackageStateError
 from services.log.kafka import KafkaLog, KafkaWriter, snapshots
 from services.log.kafka.state import ANSWERS_KEPT_MICROS
+from services.log.kafka.state_rows import sealed, unsealed
 from services.wiring import open_blobs
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import PATIENCE_SECONDS, ready
@@ -217,33 +220,31 @@ def overwrite(path: Path) -> None:
         file.write(b"\x5a" * (path.stat().st_size - 4096))
 
 
-def of_another_log(path: Path) -> None:
+def change_about(path: Path, change: Callable[[list[Any]], None]) -> None:
+    """What a state says of itself: identity, topic, partition, position, mark and more; its checksum is right."""
     connection = sqlite3.connect(path)
     with connection:
-        connection.execute("UPDATE about SET identity = ?", (uuid4().bytes,))
+        values = unsealed(connection.execute("SELECT body FROM about").fetchone()[0])
+        change(values)
+        connection.execute("UPDATE about SET body = ?", (sealed(*values),))
     connection.close()
+
+
+def of_another_log(path: Path) -> None:
+    change_about(path, lambda about: operator.setitem(about, 0, uuid4().bytes))
 
 
 def beyond_the_end(path: Path) -> None:
-    connection = sqlite3.connect(path)
-    with connection:
-        connection.execute("UPDATE about SET position = position + 1000000")
-    connection.close()
+    change_about(path, lambda about: operator.setitem(about, 3, about[3] + 1_000_000))
 
 
 def on_another_record(path: Path) -> None:
-    connection = sqlite3.connect(path)
-    with connection:
-        connection.execute("UPDATE about SET mark = zeroblob(32)")
-    connection.close()
+    change_about(path, lambda about: operator.setitem(about, 4, bytes(32)))
 
 
 def knows_a_package_wrongly(path: Path) -> None:
     """Stands where it stood before its last checkpoint, with the packages that it had after."""
-    connection = sqlite3.connect(path)
-    with connection:
-        connection.execute("UPDATE about SET position = 0, mark = x''")
-    connection.close()
+    change_about(path, lambda about: operator.setitem(about, slice(3, 5), [0, b""]))
 
 
 SPOILING = [truncate, overwrite, of_another_log, beyond_the_end, on_another_record, knows_a_package_wrongly]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Self
 from uuid import UUID
@@ -41,7 +41,7 @@ from services.log.kafka.state_rows import (
 from services.log.kafka.state_statements import Changes
 
 _APPLICATION_ID = 0x61727470
-FORMAT = 4
+FORMAT = 5
 """Of tables and rows; a file of another one is built anew."""
 
 QUICK_CHECK_BYTES = 32 << 20
@@ -79,10 +79,8 @@ AT_ONCE = 2_000
 """Of a package with more commands and files than this, so many are made answers at a time; about 20 ms."""
 
 _TABLES = (
-    # `position` is the offset behind the last record that is in the state, `mark` that record's digest.
-    """CREATE TABLE about (
-        identity BLOB NOT NULL, topic TEXT NOT NULL, partition INTEGER NOT NULL, position INTEGER NOT NULL,
-        mark BLOB NOT NULL, last_created_at INTEGER NOT NULL, next_answer INTEGER NOT NULL)""",
+    # One row: what the state belongs to, where it stands, and the number of the next row of answers.
+    "CREATE TABLE about (body BLOB NOT NULL)",
     "CREATE TABLE packages (package_id BLOB PRIMARY KEY, body BLOB NOT NULL) WITHOUT ROWID",
     # Of some commands, what they became since the last checkpoint; `sequence` is their last event's.
     """CREATE TABLE commands (package_id BLOB, sequence INTEGER, body BLOB NOT NULL,
@@ -126,11 +124,14 @@ class Standing:
 class StateFile:
     """Used by one thread at a time; every method blocks and raises StateFileError."""
 
-    def __init__(self, path: Path, connection: sqlite3.Connection, standing: Standing, next_answer: int) -> None:
+    def __init__(
+        self, path: Path, connection: sqlite3.Connection, place: Place, standing: Standing, next_answer: int
+    ) -> None:
         """Of `open` and `create`."""
         self.path = path
         self.standing = standing
         self._connection = connection
+        self._place = place
         self._next_answer = next_answer
         self.untidy = connection.execute("SELECT 1 FROM untidy LIMIT 1").fetchone() is not None
         """Whether there is anything for `tidy` to do."""
@@ -148,14 +149,11 @@ class StateFile:
                     connection.execute(f"PRAGMA user_version = {FORMAT}")
                     for table in _TABLES:
                         connection.execute(table)
-                    connection.execute(
-                        "INSERT INTO about VALUES (?, ?, ?, 0, x'', 0, 1)",
-                        (place.identity.bytes, place.topic, place.partition),
-                    )
+                    connection.execute("INSERT INTO about VALUES (?)", (_about(place, Standing(), 1),))
             except BaseException:
                 connection.close()
                 raise
-            return cls(path, connection, Standing(), 1)
+            return cls(path, connection, place, Standing(), 1)
 
     @classmethod
     def open(cls, path: Path, place: Place) -> Self:
@@ -169,15 +167,15 @@ class StateFile:
                 )
                 if ids != (_APPLICATION_ID, FORMAT):
                     raise UnusableStateError(f"{path.name} is no state of this version")
-                row = connection.execute("SELECT * FROM about").fetchone()
-                if row is None or row[:3] != (place.identity.bytes, place.topic, place.partition):
+                (body,) = connection.execute("SELECT body FROM about").fetchone() or (b"",)
+                *found, position, mark, last_created_at, next_answer = unsealed(body)
+                if found != [place.identity.bytes, place.topic, place.partition]:
                     raise UnusableStateError(f"{path.name} is the state of another partition or log")
                 if size <= QUICK_CHECK_BYTES:
-                    found = connection.execute("PRAGMA quick_check(1)").fetchone()
-                    if found != ("ok",):
+                    checked = connection.execute("PRAGMA quick_check(1)").fetchone()
+                    if checked != ("ok",):
                         raise UnusableStateError(f"{path.name} is damaged")
-                _, _, _, position, mark, last_created_at, next_answer = row
-                return cls(path, connection, Standing(position, mark, last_created_at), next_answer)
+                return cls(path, connection, place, Standing(position, mark, last_created_at), next_answer)
             except BaseException:
                 connection.close()
                 raise
@@ -188,7 +186,7 @@ class StateFile:
             connection = _connect(self.path, "rw")
             try:
                 connection.execute("PRAGMA query_only = ON")
-                return type(self)(self.path, connection, self.standing, 0)
+                return type(self)(self.path, connection, self._place, self.standing, 0)
             except BaseException:
                 connection.close()
                 raise
@@ -242,10 +240,7 @@ class StateFile:
                     self._save_open(changes, state, saved)
             changes.flush()
             self._purge(answers_kept_after)
-            self._connection.execute(
-                "UPDATE about SET position = ?, mark = ?, last_created_at = ?, next_answer = ?",
-                (standing.position, standing.mark, standing.last_created_at, self._next_answer),
-            )
+            self._connection.execute("UPDATE about SET body = ?", (_about(self._place, standing, self._next_answer),))
         self.standing = standing
 
     def tidy(self) -> None:
@@ -409,6 +404,10 @@ class StateFile:
             for _, body in answer_rows(answers_of_rows((body for (body,) in rows), created)):
                 add_answers(state, body, command_id)
         return state
+
+
+def _about(place: Place, standing: Standing, next_answer: int) -> bytes:
+    return sealed(place.identity.bytes, place.topic, place.partition, *astuple(standing), next_answer)
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -1,0 +1,54 @@
+"""What a state file says of itself: where it stands, and the time behind which no event may be."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+
+from services.log.kafka.state_file import Place, Standing, StateFile, UnusableStateError
+
+PLACE = Place(UUID(int=7), "t.events", 3)
+STANDING = Standing(12, bytes(range(32)), 1_700_000_000_000_000)
+
+
+def body(path: Path, changed: bytes | None = None) -> bytes:
+    """What it says, which is `changed` then."""
+    connection = sqlite3.connect(path)
+    found: bytes = connection.execute("SELECT body FROM about").fetchone()[0]
+    if changed is not None:
+        with connection:
+            connection.execute("UPDATE about SET body = ?", (changed,))
+    connection.close()
+    return found
+
+
+def test_a_state_stands_where_it_was_saved_and_no_bit_of_that_is_changed_unnoticed(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    file = StateFile.create(path, PLACE)
+    assert file.standing == Standing()
+    file.save([], STANDING, 0)
+    file.close()
+    file = StateFile.open(path, PLACE)
+    assert file.standing == STANDING
+    file.close()
+    whole = body(path)
+    for at in range(len(whole)):
+        body(path, whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(UnusableStateError):
+            StateFile.open(path, PLACE)
+    body(path, whole)
+    StateFile.open(path, PLACE).close()
+
+
+def test_a_state_that_does_not_say_what_it_is_cannot_be_used(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    StateFile.create(path, PLACE).close()
+    connection = sqlite3.connect(path)
+    with connection:
+        connection.execute("DELETE FROM about")
+    connection.close()
+    with pytest.raises(UnusableStateError):
+        StateFile.open(path, PLACE)
