@@ -145,15 +145,22 @@ class _Watched:
         return code
 
     async def _run(self) -> int:
-        """Start the process and wait for its end, or for `stop`, then for its end; its exit code."""
-        # In a group of its own: a terminal's Ctrl-C reaches this process, which tells the others, once.
-        process = await asyncio.create_subprocess_exec(
-            *self._command.arguments,
-            stdin=asyncio.subprocess.PIPE,
-            env=self._command.environment,
-            pass_fds=self._command.descriptors,
-            process_group=0,
-        )
+        """Start the process and wait for its end, or for `stop`, then for its end; its exit code.
+
+        One that the system does not start counts as one that ended with 1.
+        """
+        try:
+            # In a group of its own: a terminal's Ctrl-C reaches this process, which tells the others, once.
+            process = await asyncio.create_subprocess_exec(
+                *self._command.arguments,
+                stdin=asyncio.subprocess.PIPE,
+                env=self._command.environment,
+                pass_fds=self._command.descriptors,
+                process_group=0,
+            )
+        except OSError as error:
+            logger.error("process %d cannot be started: %s", self._number, error)
+            return 1
         logger.info("process %d runs (pid %d)", self._number, process.pid)
         ended = asyncio.create_task(process.wait())
         stopping = asyncio.create_task(self._stop.wait())

@@ -130,6 +130,30 @@ async def test_where_each_stands_for_itself_the_others_go_on(tmp_path: Path) -> 
     assert await asyncio.wait_for(running, SECONDS) == 2
 
 
+async def test_one_that_cannot_be_started_now_is_one_that_died(tmp_path: Path) -> None:
+    """As when the system has no more processes or memory."""
+    stop, starts, program = asyncio.Event(), tmp_path / "starts", tmp_path / "program"
+    program.symlink_to(sys.executable)
+    dying = noting(starts, f"f.close(); os.remove({str(program)!r}) if n < 2 else sys.stdin.read()")
+    begun = Command([str(program), "-c", "import os; " + dying.arguments[2]], dying.environment)
+    running = asyncio.create_task(run_processes([begun], rule(longest_pause=0.05), stop))
+    await until_started(starts, 1)
+
+    async def gone() -> bool:
+        return not program.exists()
+
+    await until(gone, SECONDS, "the program did not go")
+    program.symlink_to(sys.executable)
+    await until_started(starts, 2)
+    stop.set()
+    assert await asyncio.wait_for(running, SECONDS) == 0
+
+
+async def test_one_that_can_never_be_started_ends_all(tmp_path: Path) -> None:
+    commands = [command(WAIT), Command([str(tmp_path / "nothing")], dict(os.environ))]
+    assert await asyncio.wait_for(run_processes(commands, rule(most_deaths=3), asyncio.Event()), SECONDS) == 1
+
+
 async def test_descriptors_are_inherited() -> None:
     reading, writing = os.pipe()
     try:
