@@ -127,11 +127,16 @@ class Room:
             shares.give(client, held)
 
 
-def connections_within(wanted: int) -> int:
-    """As many connections as are wanted and as the system lets this process have; raises its soft limit if it may."""
+def connections_within(wanted: int, forwarded: int = 0) -> int:
+    """As many connections as are wanted and as the system lets this process have; raises its soft limit if it may.
+
+    So many are left for commands that are `forwarded`, but not more than half.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = _WANTED_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _WANTED_DESCRIPTORS)
-    if soft != resource.RLIM_INFINITY and soft < min(needed, wanted + _OTHER_DESCRIPTORS):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(needed, wanted + _OTHER_DESCRIPTORS), hard))
+    most = _WANTED_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _WANTED_DESCRIPTORS)
+    needed = min(most, wanted + forwarded + _OTHER_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - _OTHER_DESCRIPTORS))
+    left = soft - _OTHER_DESCRIPTORS
+    return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, max(left - forwarded, left // 2)))

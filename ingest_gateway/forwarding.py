@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from types import TracebackType
 from typing import Self
@@ -14,7 +16,7 @@ from pydantic import SecretStr
 
 from services.core.commands import Acknowledgement, Command
 from services.core.wire import decode_acknowledgement, decode_error, encode_check, encode_command
-from services.errors import InvalidRequestError, UnavailableError
+from services.errors import InvalidRequestError, PushBackError, UnavailableError
 from services.log.port import PartitionStatus
 from services.tracing import TRACEPARENT
 
@@ -22,6 +24,9 @@ CONTENT_TYPE = "application/cbor"
 COMMANDS_PATH = "/commands"
 CHECKS_PATH = "/checks"
 STATUS_PATH = "/status"
+
+MAX_FORWARDED = 1024
+"""How many commands and questions may be on their way at a time, half of them to one process: each has a connection."""
 
 _CONNECT_SECONDS = 2.0
 _TOTAL_SECONDS = 40.0
@@ -36,10 +41,11 @@ class HttpForwarder:
         if secret is not None:
             self._headers["Authorization"] = f"Bearer {secret.get_secret_value()}"
         self._session: aiohttp.ClientSession | None = None
+        self._on_their_way: Counter[str] = Counter()
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
-            # What comes in is bounded; a bound here would let the commands of one partition that hangs hold up others'.
+            # `_place` bounds them; a bound here would let the commands of one partition that hangs hold up others'.
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=_TOTAL_SECONDS, sock_connect=_CONNECT_SECONDS),
             headers=self._headers,
@@ -54,8 +60,9 @@ class HttpForwarder:
             await session.close()
 
     async def submit(self, owner_url: str, command: Command) -> Acknowledgement:
-        """See `Forwarder`."""
-        answer = await self._post(owner_url + COMMANDS_PATH, encode_command(command))
+        """See `Forwarder`. Raises PushBackError, before anything is sent, when too many are on their way."""
+        with self._place(owner_url):
+            answer = await self._post(owner_url + COMMANDS_PATH, encode_command(command))
         try:
             return decode_acknowledgement(answer)
         except InvalidRequestError as error:
@@ -65,12 +72,26 @@ class HttpForwarder:
     async def check_ingest(
         self, owner_url: str, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None
     ) -> None:
-        """See `Forwarder`."""
-        await self._post(owner_url + CHECKS_PATH, encode_check(package_id, relative_paths, command_id))
+        """See `Forwarder`. Raises PushBackError as `submit`."""
+        with self._place(owner_url):
+            await self._post(owner_url + CHECKS_PATH, encode_check(package_id, relative_paths, command_id))
 
     async def status(self, owner_url: str) -> list[PartitionStatus]:
         """How the partitions are that the process at this URL writes to. Raises UnavailableError."""
         return decode_status(await self._post(owner_url + STATUS_PATH, b""), owner_url)
+
+    @contextmanager
+    def _place(self, owner_url: str) -> Iterator[None]:
+        on_their_way = self._on_their_way
+        if on_their_way.total() >= MAX_FORWARDED or on_their_way[owner_url] >= MAX_FORWARDED // 2:
+            raise PushBackError("too many commands are on their way to the writer of the package's partition", 2.0)
+        on_their_way[owner_url] += 1
+        try:
+            yield
+        finally:
+            on_their_way[owner_url] -= 1
+            if not on_their_way[owner_url]:
+                del on_their_way[owner_url]
 
     async def _post(self, url: str, body: bytes) -> bytes:
         if self._session is None:

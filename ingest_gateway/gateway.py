@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 from ingest_gateway.admission import JSON_ROOM_BYTES, MAX_DOWNLOADS, Places, Room, Transfer, connections_within
 from ingest_gateway.followers import MAX_FOLLOWERS, Followers
+from ingest_gateway.forwarding import MAX_FORWARDED
 from ingest_gateway.health import Checks
+from ingest_gateway.internal import MAX_TAKEN
 from ingest_gateway.metrics import Metrics
 from ingest_gateway.siblings import Siblings
 from ingest_gateway.tail import Tail
@@ -44,10 +46,11 @@ class Bounds:
     @classmethod
     def of(cls, settings: Settings) -> Bounds:
         """The bounds of these settings."""
+        forwarded = MAX_FORWARDED + MAX_TAKEN if settings.log_url.startswith("kafka") else 0
         return cls(
             settings.max_file_bytes,
             settings.max_metadata_bytes,
-            max_connections=connections_within(settings.max_connections),
+            max_connections=connections_within(settings.max_connections, forwarded),
             max_uploads=settings.max_uploads,
         )
 

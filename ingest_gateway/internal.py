@@ -36,6 +36,9 @@ MAX_BODY_BYTES = 32 << 20
 MAX_TAKEN_BYTES = 4 * MAX_BODY_BYTES
 """How many bytes of commands may be under way here at a time; the next one is pushed back."""
 
+MAX_TAKEN = 1024
+"""How many commands and questions may be under way here at a time; the next one is pushed back."""
+
 _EVERYWHERE = frozenset({"0.0.0.0", "::"})  # noqa: S104 - compared with, not listened on
 _DRAIN_SECONDS = 5.0
 
@@ -69,7 +72,7 @@ class InternalListener:
         self.url = ""
         self._secret = None if secret is None else f"Bearer {secret.get_secret_value()}".encode()
         self._here: Here | None = None
-        self._taken = 0
+        self._taken = self._taken_bytes = 0
         self._runner: web.AppRunner | None = None
 
     @classmethod
@@ -148,13 +151,17 @@ class InternalListener:
 
     @contextmanager
     def _room(self, size: int) -> Iterator[None]:
-        if self._taken and self._taken + size > MAX_TAKEN_BYTES:
+        """Raises PushBackError; never for what has no body, as an operator's question how the partitions are."""
+        full = self._taken >= MAX_TAKEN or (self._taken and self._taken_bytes + size > MAX_TAKEN_BYTES)
+        if size and full:
             raise PushBackError("too many commands are forwarded to the owner of the partition", 2.0)
-        self._taken += size
+        self._taken += 1
+        self._taken_bytes += size
         try:
             yield
         finally:
-            self._taken -= size
+            self._taken -= 1
+            self._taken_bytes -= size
 
     async def _answer(self, request: web.Request, carry_out: Callable[[Here, bytes], Awaitable[bytes]]) -> web.Response:
         if self._secret is not None:

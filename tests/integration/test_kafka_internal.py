@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from io import BytesIO
@@ -11,6 +12,7 @@ import aiohttp
 import pytest
 from pydantic import SecretStr
 
+from ingest_gateway import forwarding, internal
 from ingest_gateway.forwarding import CHECKS_PATH, COMMANDS_PATH, CONTENT_TYPE, HttpForwarder
 from ingest_gateway.internal import MAX_BODY_BYTES, InternalListener
 from services.config import Settings
@@ -24,6 +26,7 @@ from services.errors import (
     UnavailableError,
 )
 from services.log.port import PartitionNotOwnedError, PartitionStatus
+from tests.integration.conditions import until
 from tests.services.process import free_ports
 from tests.unit.commands import create, ingest
 
@@ -164,6 +167,64 @@ async def test_the_largest_command_fits(listener: InternalListener, writer: Answ
     async with HttpForwarder(SECRET) as forwarder:
         await forwarder.submit(listener.url, command)
     assert writer.seen == [command]
+
+
+class Waiting(Answering):
+    """Answers when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers = asyncio.Event()
+
+    async def submit_here(self, command: Command) -> Acknowledgement:
+        answer = await super().submit_here(command)
+        await self.answers.wait()
+        return answer
+
+    async def has_seen(self, count: int) -> None:
+        async def seen() -> bool:
+            return len(self.seen) == count
+
+        await until(seen, 30, "the commands did not come")
+
+
+async def test_a_process_that_does_not_answer_takes_no_more_than_half_of_what_may_be_on_its_way(
+    listener: InternalListener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forwarding, "MAX_FORWARDED", 4)
+    waiting = Waiting()
+    listener.serve(waiting)
+    async with HttpForwarder(SECRET) as forwarder:
+        sent = [asyncio.ensure_future(forwarder.submit(listener.url, create(n))) for n in range(2)]
+        await waiting.has_seen(2)
+        with pytest.raises(PushBackError):
+            await forwarder.submit(listener.url, create())
+        with pytest.raises(PushBackError):
+            await forwarder.check_ingest(listener.url, create().package_id, ["a"], None)
+        assert len(await forwarder.status(listener.url)) == len(OWNED)
+        assert len(waiting.seen) == 2, "what is pushed back was not sent"
+        with pytest.raises(UnavailableError):
+            await forwarder.submit(f"http://127.0.0.1:{free_ports(1)[0]}", create())
+        waiting.answers.set()
+        await asyncio.gather(*sent)
+        await forwarder.submit(listener.url, create())
+
+
+async def test_a_listener_takes_so_many_commands_at_a_time_and_is_asked_how_it_is_all_the_same(
+    listener: InternalListener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(internal, "MAX_TAKEN", 2)
+    waiting = Waiting()
+    listener.serve(waiting)
+    async with HttpForwarder(SECRET) as forwarder:
+        sent = [asyncio.ensure_future(forwarder.submit(listener.url, create(n))) for n in range(2)]
+        await waiting.has_seen(2)
+        with pytest.raises(PushBackError, match="too many commands are forwarded"):
+            await forwarder.submit(listener.url, create())
+        assert len(await forwarder.status(listener.url)) == len(OWNED)
+        waiting.answers.set()
+        await asyncio.gather(*sent)
+        await forwarder.submit(listener.url, create())
 
 
 async def test_an_owner_that_is_gone_leaves_the_outcome_unknown() -> None:

@@ -70,13 +70,27 @@ def test_no_client_has_more_than_half_of_the_room() -> None:
 
 
 @pytest.mark.parametrize(
-    ("soft", "hard", "wanted", "connections"),
-    [(1024, 4096, 2048, 2048), (1024, 1024, 2048, 512), (600, 1000, 2048, 488), (4096, 4096, 100, 100), (64, 64, 9, 1)],
+    ("soft", "hard", "wanted", "forwarded", "connections"),
+    [
+        (1024, 4096, 2048, 0, 2048),
+        (1024, 1024, 2048, 0, 512),
+        (600, 1000, 2048, 0, 488),
+        (4096, 4096, 100, 0, 100),
+        (64, 64, 9, 0, 1),
+        (1024, 8192, 2048, 2048, 2048),
+        (1024, 4096, 2048, 2000, 1792),
+        (4096, 4096, 2048, 1000, 2048),
+        (1024, 1024, 2048, 2048, 256),
+        (64, 64, 9, 2048, 1),
+    ],
 )
-def test_connections_leave_descriptors_for_the_rest(soft: int, hard: int, wanted: int, connections: int) -> None:
+def test_connections_leave_descriptors_for_the_rest(
+    soft: int, hard: int, wanted: int, forwarded: int, connections: int
+) -> None:
     code = (
         "import resource; from ingest_gateway.admission import connections_within; "
-        f"resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard})); print(connections_within({wanted}))"
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard})); "
+        f"print(connections_within({wanted}, {forwarded}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) == connections
