@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import overload
 from uuid import UUID
 
+from schemas.canonical import jcs
 from schemas.codec import UndecodableEventError, decode
-from schemas.events import Event, FileIngested
+from schemas.events import Event, FileIngested, PackageCreated
 from schemas.file_fields import FileFields, fields_of, read_fields
 
 Entry = FileFields | Event
@@ -32,13 +34,17 @@ class EventBatch(Sequence[Event]):
             self.append(value)
 
     def append(self, value: bytes, key: bytes | None = None) -> None:
-        """One more record value. Raises UndecodableEventError, also when `key`, the record's, is not its package's id.
+        """One more record value. Raises UndecodableEventError, after which the batch is as it was.
 
-        The batch is then as it was.
+        Also when `key`, the record's, is not its package's id, and for what no writer writes and nobody could be shown.
         """
         fields = read_fields(value, self._packages)
         entry = entry_of(decode(value)) if fields is None else fields
-        # The quick reader knows the package by the same text, nearly always.
+        if entry.created_at < 0:
+            raise UndecodableEventError("its time lies before 1970")
+        if isinstance(entry, Event) and isinstance(entry.payload, PackageCreated):
+            _check_metadata(entry.payload.metadata)
+        # The quick reader keeps packages by their ids as they are written.
         known = key is None or self._packages.get(key) is entry.package_id
         if not known and key != str(entry.package_id).encode():
             raise UndecodableEventError("its key is not its package's id")
@@ -69,6 +75,18 @@ class EventBatch(Sequence[Event]):
             return self.select(range(len(self))[index])
         entry = self.entries[index]
         return entry if isinstance(entry, Event) else decode(self._values[index])
+
+
+def _check_metadata(text: str) -> None:
+    if text == "{}":
+        return
+    try:
+        value = json.loads(text)
+        jcs(value)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise UndecodableEventError("its metadata is not a JSON object that has a JCS form")
 
 
 def entry_of(event: Event) -> Entry:

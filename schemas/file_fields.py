@@ -82,7 +82,7 @@ def read_fields(value: bytes, packages: dict[bytes, UUID]) -> FileFields | None:
 
     None when anything about it is unusual, or it is another event: then the general codec finds out what it is. Never
     less strict than that codec, also in what no fold needs: whoever asks for the whole event afterwards must get it.
-    `packages` keeps package ids by their texts, so that all events of one package share one object.
+    `packages` keeps package ids by their texts, in lower case, so that all events of one package share one object.
     """
     try:
         return _read(value, packages)
@@ -97,7 +97,9 @@ def _read(value: bytes, packages: dict[bytes, UUID]) -> FileFields | None:
     text = value[65:101]
     package_id = packages.get(text)
     if package_id is None:
-        package_id = packages[text] = UUID(text.decode())
+        package_id = UUID(text.decode())
+        if str(package_id).encode() == text:
+            packages[text] = package_id
     sequence, at = _long(value, 101)
     created_at, at = _moment(value, at)
     size = value[at]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Row, Select, Uuid, literal, select, tuple_
+from sqlalchemy import Column, Row, Select, Tuple, literal, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.core.content_address import ContentAddress
@@ -48,8 +48,6 @@ PAGE_BYTES = 1 << 20
 """Most metadata on one page: a thousand packages with all they may hold would be 64 MiB, and ten times that parsed."""
 
 _ROWS_AT_ONCE = 50
-_MAX_BIGINT = 2**63 - 1
-_MIN_DAY, _MAX_DAY = -(2**31), 2**31 - 1
 
 
 class Queries:
@@ -83,22 +81,19 @@ class Queries:
         Raises InvalidRequestError: a bad cursor, limit or filter.
         """
         table = artifact_packages.c
-        query = select(artifact_packages).order_by(table.created_at.desc(), table.id.desc())
+        key = (table.created_at, table.id)
+        query = select(artifact_packages).order_by(*(column.desc() for column in key))
         for name in ("producer", "subject", "status", "retention_class", "manifest_digest"):
             wanted = getattr(where, name, None)
             if wanted is not None:
                 check_text(name, wanted)
                 query = query.where(table[name] == wanted)
         if cursor is not None:
-            created_at, raw_id = read_cursor(cursor, "packages", int, bytes)
-            if len(raw_id) != 16 or not 0 <= created_at <= _MAX_BIGINT:
-                raise InvalidRequestError("the cursor is not one that this listing has given out")
-            last = tuple_(literal(created_at, table.created_at.type), literal(UUID(bytes=raw_id), Uuid()))
-            query = query.where(tuple_(table.created_at, table.id) < last)
+            query = query.where(tuple_(*key) < _behind(cursor, "packages", key))
         rows, more = await self._page(query, limit, lambda row: len(row.metadata.encode()))
         async with self._views.reading() as connection:
             marks = await _marks(connection)
-        following = write_cursor("packages", rows[-1].created_at, rows[-1].id.bytes) if more else None
+        following = write_cursor("packages", rows[-1].created_at, rows[-1].id) if more else None
         return Page(tuple(_package(row, marks) for row in rows), following)
 
     async def files(self, package_id: UUID, limit: int = DEFAULT_PAGE, cursor: str | None = None) -> Page[File]:
@@ -109,8 +104,7 @@ class Queries:
         table = artifact_files.c
         query = select(artifact_files).where(table.package_id == package_id).order_by(table.relative_path)
         if cursor is not None:
-            (path,) = read_cursor(cursor, "files", str)
-            check_path(path)  # it was a path when it was given out, and no other text reaches the database
+            (path,) = read_cursor(cursor, "files", table.relative_path)
             query = query.where(table.relative_path > path)
         rows, more = await self._page(query, limit)
         return Page(tuple(_file(row) for row in rows), write_cursor("files", rows[-1].relative_path) if more else None)
@@ -197,13 +191,7 @@ class Queries:
                 check_text(column.name, wanted)
                 query = query.where(column == wanted)
         if cursor is not None:
-            last = read_cursor(cursor, "usage", str, str, int)
-            for name, text in zip(("producer", "retention_class"), last, strict=False):
-                check_text(name, text)
-            if not _MIN_DAY <= last[2] <= _MAX_DAY:
-                raise InvalidRequestError("the cursor is not one that this listing has given out")
-            values = (literal(value, column.type) for value, column in zip(last, key, strict=True))
-            query = query.where(tuple_(*key) > tuple_(*values))
+            query = query.where(tuple_(*key) > _behind(cursor, "usage", key))
         rows, more = await self._page(query, limit)
         following = write_cursor("usage", *rows[-1][:3]) if more else None
         return Page(tuple(_usage(row) for row in rows), following)
@@ -238,6 +226,12 @@ class Queries:
                     return rows, True
                 rows.append(row)
         return rows, False
+
+
+def _behind(cursor: str, listing: str, key: Sequence[Column[Any]]) -> Tuple:
+    """The values of these columns that a cursor stands for. Raises InvalidRequestError."""
+    values = zip(read_cursor(cursor, listing, *key), key, strict=True)
+    return tuple_(*(literal(value, column.type) for value, column in values))
 
 
 async def _marks(connection: AsyncConnection, package_id: UUID | None = None) -> dict[UUID, Parked]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from schemas.batch import EventBatch, entries_of, entry_of
 from schemas.codec import UndecodableEventError, decode, encode
-from schemas.events import FILE_INGESTED, Event, FileIngested, StorageReceipt, payload_map
+from schemas.events import FILE_INGESTED, Event, FileIngested, PackageCreated, StorageReceipt, payload_map
 from schemas.file_fields import FileFields, read_fields
 from tests.views_history import History
 
@@ -41,7 +41,11 @@ def test_fields_are_those_of_the_decoded_event(event: Event) -> None:
     fields = read_fields(value, {})
     assert fields is not None
     assert fields == entry_of(decode(value))
-    assert list(EventBatch([value])) == [event]
+    if event.created_at < 0:
+        with pytest.raises(UndecodableEventError, match="1970"):
+            EventBatch([value])
+    else:
+        assert list(EventBatch([value])) == [event]
 
 
 def _broken(value: bytes, field: str) -> bytes:
@@ -134,3 +138,34 @@ def test_an_identifier_that_is_none_is_refused() -> None:
     assert read_fields(value, {}) is None
     with pytest.raises(UndecodableEventError):
         EventBatch([value])
+
+
+@pytest.mark.parametrize("event", History().fill(2, 1).events, ids=lambda event: event.event_type)
+def test_a_time_before_1970_is_refused_whatever_reads_it(event: Event) -> None:
+    with pytest.raises(UndecodableEventError, match="1970"):
+        EventBatch([encode(replace(event, created_at=-1))])
+    assert len(EventBatch([encode(replace(event, created_at=0))])) == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["", "none", "[]", "7", '{"a":NaN}', '{"a":1e999}', '{"a":"\\ud800"}', '{"a":' * 9000 + "1" + "}" * 9000]
+)
+def test_metadata_that_nobody_could_be_shown_is_refused(text: str) -> None:
+    event = History().fill(1, 1).events[0]
+    assert isinstance(event.payload, PackageCreated)
+    with pytest.raises(UndecodableEventError, match="metadata"):
+        EventBatch([encode(replace(event, payload=replace(event.payload, metadata=text)))])
+
+
+@pytest.mark.parametrize("event", History().fill(2, 1).events, ids=lambda event: event.event_type)
+def test_a_key_is_the_package_s_id_as_it_is_written_although_the_event_writes_it_otherwise(event: Event) -> None:
+    key = str(event.package_id).encode()
+    value = encode(event)
+    odd = value.replace(key, key.upper())
+    batch = EventBatch([value])
+    for spelled in (value, odd):
+        batch.append(spelled, key)
+        for _ in range(2):
+            with pytest.raises(UndecodableEventError, match="key"):
+                batch.append(spelled, key.upper())
+    assert {entry.package_id for entry in batch.entries} == {event.package_id}
