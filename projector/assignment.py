@@ -15,10 +15,17 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from uuid import UUID
 
-from services.errors import CorruptError, LogIdentityError, PushBackError, UnavailableError
+from services.errors import CorruptError, PushBackError, UnavailableError
 from services.log.port import Batch, Log, Record, Subscription
 from services.log.position import Position
-from services.views.checkpoints import Checkpoint, StaleCheckpointError, live_row, load_checkpoint, reset
+from services.views.checkpoints import (
+    Checkpoint,
+    StaleCheckpointError,
+    live_row,
+    load_checkpoint,
+    require_same_log,
+    reset,
+)
 from services.views.engine import Views
 from services.views.guard import check_continues
 from services.views.projections import Projection
@@ -240,12 +247,9 @@ class Assignment:
 
         A client goes on at its offset when a topic was deleted and made anew under its feet, as if nothing had been.
         """
-        now = await self._log.identity()
-        if now != self._identity:
-            raise LogIdentityError(
-                f"the log was made anew: the view {self._projection.name} was folded from log {self._identity}, this "
-                f"is log {now}; restore the log, or `artifact-store replay {self._projection.name}` to fold the new one"
-            )
+        if self._identity is None:
+            raise StaleCheckpointError("read before joining")
+        require_same_log(self._projection, self._identity, await self._log.identity())
         self._looked = time.monotonic()
 
     async def _require_same_generation(self) -> None:

@@ -9,23 +9,15 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from projector.loading import Told
-from services import errors
 from services.config import Settings
 from services.errors import ArtifactStoreError, UnavailableError
 from services.log.position import Position
 from services.processes import PYTHON
-from services.views.checkpoints import Checkpoint, StaleCheckpointError
-from services.views.failures import DamagedDatabaseError
-from services.views.parked import TooManyParkedError
-
-_OF_VIEWS: Mapping[str, type[ArtifactStoreError]] = {
-    kind.__name__: kind for kind in (StaleCheckpointError, TooManyParkedError, DamagedDatabaseError)
-}
-"""The errors that a load may end with and that do not stand in the one tree."""
+from services.views.checkpoints import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +69,15 @@ def _shares(since: Position, ends: Mapping[int, int], processes: int) -> list[di
 
 async def _run_process(job: Job, told: Told) -> None:
     # The settings hold secrets: a pipe shows them to nobody, a command line or environment would.
-    process = await asyncio.create_subprocess_exec(
-        *(*PYTHON, "-m", "projector.loader"),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        process_group=0,  # a terminal's Ctrl-C is for the one who started it
-    )
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *(*PYTHON, "-m", "projector.loader"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            process_group=0,  # a terminal's Ctrl-C is for the one who started it
+        )
+    except OSError as error:
+        raise UnavailableError(f"a process of the replay cannot be started: {error.strerror}") from error
     if process.stdin is None or process.stdout is None:
         raise UnavailableError("a process of the replay has no pipes")
     try:
@@ -103,5 +98,13 @@ async def _run_process(job: Job, told: Told) -> None:
 
 
 def _error(name: str, detail: str) -> ArtifactStoreError:
-    kind: type[ArtifactStoreError] = _OF_VIEWS.get(name, getattr(errors, name, ArtifactStoreError))
-    return kind(detail)
+    """The error of this name, wherever it is defined: what can be done about it goes by its class."""
+    kinds = {kind.__name__: kind for kind in _within(ArtifactStoreError)}
+    return kinds.get(name, ArtifactStoreError)(detail)
+
+
+def _within(kind: type[ArtifactStoreError]) -> Iterator[type[ArtifactStoreError]]:
+    """The class and all below it that are imported; those that a load raises are, as this imports what it does."""
+    yield kind
+    for narrower in kind.__subclasses__():
+        yield from _within(narrower)

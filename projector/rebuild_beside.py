@@ -24,13 +24,13 @@ from projector.loading_process import load_in_processes
 from projector.pace import Pace
 from projector.progress import Meter
 from services.config import Settings
-from services.errors import CorruptError, InvalidRequestError, LogIdentityError, PushBackError, UnavailableError
+from services.errors import CorruptError, InvalidRequestError, PushBackError, UnavailableError
 from services.log.port import Log
 from services.log.position import Position
 from services.views.attempts import Attempts
 from services.views.building import analyze, building_tables, create_index, index_statements, live_tables
 from services.views.catch_up import catch_up
-from services.views.checkpoints import Checkpoint, StaleCheckpointError, apply_within
+from services.views.checkpoints import Checkpoint, StaleCheckpointError, apply_within, require_same_log
 from services.views.digest import ViewDigest, digest_tables, keep_tables
 from services.views.engine import Views
 from services.views.generations import (
@@ -388,11 +388,7 @@ class _Rebuild:
     async def _end(self) -> Position:
         """The log's end. Raises LogIdentityError when the log was made anew since the build began."""
         end = await self._log.end()
-        if end.log != self._build.position.log:
-            raise LogIdentityError(
-                f"the log was made anew: what was built of {self._projection.name} was folded from log "
-                f"{self._build.position.log}, this is log {end.log}; replay again to fold the new one"
-            )
+        require_same_log(self._projection, self._build.position.log, end.log)
         return end
 
 

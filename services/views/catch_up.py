@@ -11,7 +11,7 @@ from contextlib import aclosing
 
 from services.log.port import Log
 from services.log.position import Position
-from services.views.checkpoints import Checkpoint, StaleCheckpointError, apply, load_checkpoint
+from services.views.checkpoints import Checkpoint, StaleCheckpointError, apply, load_checkpoint, require_same_log
 from services.views.engine import Views
 from services.views.guard import check_continues, check_within
 from services.views.projections import Projection
@@ -45,6 +45,7 @@ async def catch_up(
         while True:
             checkpoint = await load_checkpoint(views, projection, identity)
             end = await log.end()  # after the checkpoint, which others may move on meanwhile
+            require_same_log(projection, identity, end.log)
             until = until or end
             check_within(checkpoint.position, end, projection.name)
             if checkpoint.position.covers(until):

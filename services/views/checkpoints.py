@@ -88,12 +88,18 @@ async def load_checkpoint(views: Views, projection: Projection, log: UUID) -> Ch
                 .values(log=log)
             )
         return await load_checkpoint(views, projection, log)
-    if owner != log:
-        raise LogIdentityError(
-            f"the view {projection.name} was folded from log {owner}, this is log {log}: set the URLs of a log and "
-            f"views that belong together, or `artifact-store replay {projection.name}` to fold it from this log"
-        )
+    require_same_log(projection, owner, log)
     return Checkpoint(generation, Position(log, offsets), last)
+
+
+def require_same_log(projection: Projection, folded: UUID, now: UUID) -> None:
+    """Raise LogIdentityError unless the log that is there `now` is the one that the projection was folded from."""
+    if now != folded:
+        raise LogIdentityError(
+            f"{projection.name} was folded from log {folded}, this is log {now}: it was made anew, or the URLs are "
+            "those of a log and views that do not belong together; bring that log back, or "
+            f"`artifact-store replay {projection.name}` to fold this one"
+        )
 
 
 async def apply(

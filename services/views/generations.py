@@ -12,7 +12,7 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -115,15 +115,18 @@ async def building(views: Views, projection: Projection) -> AsyncIterator[None]:
         finally:
             lock.release()
         return
-    async with views.reading(long=True) as connection:
-        await connection.execution_options(isolation_level="AUTOCOMMIT")  # a lock of the session, not of a transaction
-        key = {"name": f"artifact-store building {projection.name}"}
-        locked = text("SELECT pg_try_advisory_lock(hashtextextended(:name, 0))")
-        deadline = time.monotonic() + _GONE_SECONDS
-        while not (await connection.execute(locked, key)).scalar_one():
-            if time.monotonic() > deadline:
-                raise await _busy(views, projection)
-            await asyncio.sleep(0.1)
+    async with AsyncExitStack() as stack:
+        with database_errors():  # around the lock alone: what fails inside the block has its own causes
+            connection = await stack.enter_async_context(views.engine.connect())
+            # A lock of the session, not of a transaction.
+            await connection.execution_options(isolation_level="AUTOCOMMIT")
+            key = {"name": f"artifact-store building {projection.name}"}
+            locked = text("SELECT pg_try_advisory_lock(hashtextextended(:name, 0))")
+            deadline = time.monotonic() + _GONE_SECONDS
+            while not (await connection.execute(locked, key)).scalar_one():
+                if time.monotonic() > deadline:
+                    raise await _busy(views, projection)
+                await asyncio.sleep(0.1)
         try:
             yield
         finally:

@@ -343,6 +343,23 @@ async def test_a_view_of_another_log_is_refused(views: Views) -> None:
         await catch_up(views, second, REGISTRY)
 
 
+async def test_a_log_that_is_made_anew_before_its_end_is_known_is_not_folded(
+    views: Views, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = MemoryLog()
+    log.append(*History().fill(packages=2, files=1).events)
+    ask = log.end
+
+    async def end_of_another() -> Position:
+        log.id = UUID(int=8)
+        return await ask()
+
+    monkeypatch.setattr(log, "end", end_of_another)
+    with pytest.raises(LogIdentityError, match="made anew"):
+        await catch_up(views, log, REGISTRY)
+    assert not any((await view_rows(views)).values())
+
+
 async def test_a_database_that_is_not_there_is_unavailable_and_its_password_stays_secret(unused_tcp_port: int) -> None:
     views = Views(f"postgresql+asyncpg://someone:geheim@127.0.0.1:{unused_tcp_port}/views")
     for attempt in (views.check, views.migrate):

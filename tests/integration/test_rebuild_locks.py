@@ -143,3 +143,10 @@ async def test_a_builder_whose_connection_was_lost_ends_as_if_it_had_not_been(po
             await fail()
         async with building(views, REGISTRY):
             pass
+
+
+async def test_what_fails_while_a_builder_has_its_lock_is_not_the_database_s_failure(postgres_url: str) -> None:
+    async with opened(postgres_url) as views:
+        with pytest.raises(FileNotFoundError, match="no such program"):
+            async with building(views, REGISTRY):
+                raise FileNotFoundError("no such program")
