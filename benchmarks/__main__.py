@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import sys
 
-from benchmarks import append, append_latency, catch_up, rebuild, single_puts, trees
+from benchmarks import append, append_latency, catch_up, fan_out, rebuild, single_puts, trees
 from benchmarks.harness import measure
 from benchmarks.result import table
 from services.config import PREFIX, Settings
@@ -19,6 +19,7 @@ _ALL = (
     append_latency.PLAN,
     catch_up.PLAN,
     rebuild.PLAN,
+    fan_out.PLAN,
     trees.INGEST,
     trees.INGEST_LARGE,
     single_puts.PLAN,

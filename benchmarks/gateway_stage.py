@@ -23,8 +23,9 @@ from tests.integration.processes import ProductProcess, deployed, output_of
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One gateway, and a folder for files."""
+    """One gateway with its settings, and a folder for files."""
 
+    settings: Settings
     bucket: Bucket
     gateway: ProductProcess
     folder: Path
@@ -57,7 +58,7 @@ async def gateway_stage(settings: Settings, *, projectors: bool) -> AsyncIterato
             own = fresh.model_copy(update={"blobs_url": f"{url}/{bucket.name}"})
             try:
                 with _running(own, Path(folder) / "processes", projectors=projectors) as gateway:
-                    yield Stage(bucket, gateway, Path(folder))
+                    yield Stage(own, bucket, gateway, Path(folder))
             finally:
                 await asyncio.to_thread(clear, bucket, "")
                 await asyncio.to_thread(bucket.client().remove_bucket, bucket.name)

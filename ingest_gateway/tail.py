@@ -21,8 +21,8 @@ from services.log.position import Position
 ROOM_BYTES = 8 << 20
 """How much of the tail is kept for followers that are not quite as fast."""
 
-READERS = 64
-"""How many followers read what came before them at a time; others wait for their turn."""
+READERS = 16
+"""How many followers read what came before them at a time, by some ten descriptors each; others wait for their turn."""
 
 _AT_ONCE_BYTES = 64 * 1024
 _BREATH = 50
