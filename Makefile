@@ -26,8 +26,8 @@ test: lint chart ## Everything against embedded and real adapters; brings the se
 	@$(SERVICES) run -- $(PYTHON) -m pytest -n 2 --dist loadfile -m "not endurance" --ignore=tests/chart --durations=30
 
 .PHONY: test-fast
-test-fast: lint ## Lint, types and the tests that need no service
-	@$(PYTHON) -m pytest -m "not services and not processes and not endurance" --ignore=tests/chart
+test-fast: lint ## Lint, types and the quick tests of parts that need no service
+	@$(PYTHON) -m pytest -n 2 --dist loadfile -m "not services and not processes and not slow and not endurance" tests/unit tests/contract
 
 .PHONY: endurance
 endurance: $(DEV) ## The tests that take long, on real services

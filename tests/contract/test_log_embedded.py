@@ -54,6 +54,7 @@ async def writer(path: Path) -> AsyncIterator[SqliteWriter]:
 # Many processes
 
 
+@pytest.mark.processes
 async def test_processes_that_write_at_once_lose_nothing_and_share_packages(path: Path, log: SqliteLog) -> None:
     def run() -> list[tuple[Command, Acknowledgement]]:
         with ExitStack() as stack:
@@ -68,6 +69,7 @@ async def test_processes_that_write_at_once_lose_nothing_and_share_packages(path
     assert_recorded_once(events, done)
 
 
+@pytest.mark.processes
 async def test_a_killed_writer_loses_nothing_that_it_acknowledged(path: Path, log: SqliteLog) -> None:
     chance = random.Random(20)
     answers: dict[Command, Acknowledgement] = {}

@@ -372,6 +372,7 @@ async def test_an_object_is_created_once(scene: Scene) -> None:
     assert await scene.stage.store.create_object(key, winner), "an attempt whose answer was lost finds its own"
 
 
+@pytest.mark.slow
 async def test_memory_is_bounded_by_two_parts_an_upload(tmp_path: Path) -> None:
     stage = local_stage(tmp_path)
     await stage.store.migrate()

@@ -30,6 +30,7 @@ ROWS = 10_000
 MOST_MIB = 6
 
 
+@pytest.mark.slow
 async def test_a_digest_holds_few_rows_at_a_time(views: Views) -> None:
     await fill(views, 0, ROWS)
     tracemalloc.start()
@@ -59,6 +60,7 @@ async def test_a_digest_may_take_longer_than_other_statements(
     await views.close()
 
 
+@pytest.mark.slow
 async def test_another_process_finds_the_same_digest_run_after_run(
     views: Views, views_url: str, embedded_settings: Settings, tmp_path: Path
 ) -> None:

@@ -47,6 +47,7 @@ async def measured() -> tuple[Result, Scripted, list[str]]:
     return await measure(plan, Settings(), notes.append), scripted, notes
 
 
+@pytest.mark.slow
 async def test_the_ratio_is_that_of_the_medians_of_counted_rounds() -> None:
     result, _, notes = await measured()
     assert (result.ours, result.baseline) == (2.0, 6.0)
@@ -55,11 +56,13 @@ async def test_the_ratio_is_that_of_the_medians_of_counted_rounds() -> None:
     assert len(notes) == 3
 
 
+@pytest.mark.slow
 async def test_both_ways_run_by_turns_and_each_comes_first() -> None:
     _, scripted, _ = await measured()
     assert scripted.called == ["ours", "baseline"] * 2 + ["baseline", "ours", "ours", "baseline"]
 
 
+@pytest.mark.slow
 async def test_what_is_written_holds_figures_runs_and_environment(tmp_path: Path) -> None:
     result, _, _ = await measured()
     path = result.write(tmp_path / "bench")

@@ -57,6 +57,7 @@ async def test_a_slow_body_may_take_its_time_while_nobody_waits() -> None:
         await reading
 
 
+@pytest.mark.slow
 async def test_a_fast_body_goes_on_while_others_wait() -> None:
     look = 2.0  # longer than a busy machine lets a body wait
     body = Body(bytes(SLOW_BYTES_PER_SECOND), many=round(3 * look / (LOOK / 5)))

@@ -125,6 +125,7 @@ async def test_a_completion_that_fails_under_status_200_is_not_taken_for_done(fa
     assert kept == ({"/bucket/multipart/UUID", "/bucket/uploads/UUIDid"} if failures == 1 else set())
 
 
+@pytest.mark.slow
 async def test_a_store_may_think_about_a_completion_for_longer_than_about_other_requests(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

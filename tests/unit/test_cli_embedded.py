@@ -207,6 +207,7 @@ def test_doctor_names_what_is_wrong(run: Run, tmp_path: Path) -> None:
     assert "settings" in run("doctor", "--kafka-partitions", "0", code=1).stdout
 
 
+@pytest.mark.slow
 def test_doctor_says_which_setting_names_a_part_that_gives_no_answer(run: Run) -> None:
     nowhere = ("--views-url", "postgresql+asyncpg://u@127.0.0.1:1/d", "--url", "http://127.0.0.1:1")
     found = json.loads(run("doctor", *nowhere, "--json", code=1).stdout)

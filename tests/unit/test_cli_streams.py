@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.usefixtures("elsewhere")
+pytestmark = [pytest.mark.usefixtures("elsewhere"), pytest.mark.processes]
 
 NEW = ("--name", "n", "--producer", "p", "--subject", "s", "--retention-class", "scratch")
 

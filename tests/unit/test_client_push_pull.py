@@ -313,6 +313,7 @@ async def test_small_files_go_in_bundles_and_come_back(registry: Registry, tmp_p
     assert trees.read(tmp_path / "out") == files
 
 
+@pytest.mark.slow
 async def test_the_same_tree_again_moves_no_bytes(registry: Registry, tmp_path: Path) -> None:
     files = many(tmp_path / "tree")
     await pushed(registry, tmp_path / "tree")
@@ -323,6 +324,7 @@ async def test_the_same_tree_again_moves_no_bytes(registry: Registry, tmp_path: 
     assert trees.read(tmp_path / "out") == files
 
 
+@pytest.mark.slow
 async def test_a_push_of_bundles_goes_on_where_it_was(registry: Registry, tmp_path: Path) -> None:
     files = many(tmp_path / "tree")
     state = PushState(uuid4(), resumed=False, kept=True)

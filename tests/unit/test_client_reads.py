@@ -300,6 +300,7 @@ async def test_a_line_that_is_no_event_is_an_error() -> None:
             await anext(registry.read_events())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("idle_seconds", "given_up"), [(0.0, False), (30.0, True)])
 async def test_a_quiet_log_is_followed_over_any_number_of_connections_that_lived_for_a_while(
     idle_seconds: float, given_up: bool

@@ -6,6 +6,7 @@ import asyncio
 import json
 from dataclasses import replace
 
+import pytest
 from aiohttp import web
 from blake3 import blake3
 
@@ -64,6 +65,7 @@ async def standing(request: web.Request, body: bytes) -> web.StreamResponse:
     return web.Response(text=json.dumps({**found, "offset": 0}), content_type="application/json")
 
 
+@pytest.mark.slow
 async def test_an_upload_goes_on_where_nothing_knows_100_continue() -> None:
     policy = replace(QUICK, idle_seconds=0.5)
     content = bytes(LENGTH)
@@ -78,6 +80,7 @@ async def test_an_upload_goes_on_where_nothing_knows_100_continue() -> None:
     assert bodies == {None: LENGTH}, "the one that expected an answer first never came to its body"
 
 
+@pytest.mark.slow
 async def test_an_upload_that_is_taken_up_may_be_read_back_before_the_answer() -> None:
     policy = replace(QUICK, idle_seconds=1.0, total_seconds=1.2)
     async with failing_gateway(begun_late, recorded) as gateway, Transport(gateway.url, policy) as transport:

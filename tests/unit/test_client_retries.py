@@ -94,6 +94,7 @@ async def test_a_pause_beyond_the_time_that_is_left_is_not_begun() -> None:
     assert len(gateway.seen) == 1
 
 
+@pytest.mark.slow
 async def test_trying_ends_with_the_time_that_it_may_take() -> None:
     async with failing_gateway(cuts) as gateway, client_of(gateway, SHORT) as registry:
         began = time.monotonic()
@@ -103,6 +104,7 @@ async def test_trying_ends_with_the_time_that_it_may_take() -> None:
     assert len(gateway.seen) > 1
 
 
+@pytest.mark.slow
 async def test_a_view_that_stays_behind_is_a_wait_that_ran_out() -> None:
     async with failing_gateway(refuses(504, "wait-timeout")) as gateway, client_of(gateway, SHORT) as registry:
         with pytest.raises(WaitTimeoutError):
@@ -110,6 +112,7 @@ async def test_a_view_that_stays_behind_is_a_wait_that_ran_out() -> None:
     assert len(gateway.seen) > 1
 
 
+@pytest.mark.slow
 async def test_nothing_that_answers_is_unavailable() -> None:
     async with failing_gateway(created()) as gateway:
         pass
@@ -161,6 +164,7 @@ async def test_a_range_that_does_not_exist_tells_the_length_of_the_file() -> Non
     assert gateway.sent("Range") == ["bytes=9-"]
 
 
+@pytest.mark.slow
 async def test_a_request_that_waits_for_others_of_this_process_is_not_late(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(services.client.transport, "_AT_ONCE", 2)
     hurried = RetryPolicy(total_seconds=1.5, idle_seconds=1.5, first_pause_seconds=0.01)

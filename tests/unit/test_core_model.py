@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from uuid import UUID
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -152,7 +153,7 @@ class RegistryMachine(RuleBasedStateMachine):
             assert state == self.states[package_id]
 
 
-TestRegistry = RegistryMachine.TestCase
+TestRegistry = pytest.mark.slow(RegistryMachine.TestCase)
 TestRegistry.settings = settings(
     max_examples=2_000, stateful_step_count=12, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )

@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
+import pytest
+
 from tests.faults.proxy import END_TXN, PRODUCE, Network
 from tests.integration.conditions import until
 from tests.services.process import free_ports
@@ -74,6 +76,7 @@ async def test_what_is_not_meant_passes_at_once_and_what_is_meant_comes_late_and
         writer.close()
 
 
+@pytest.mark.slow
 async def test_a_request_arrives_although_its_client_has_hung_up() -> None:
     async with staged() as stage:
         _, writer = await asyncio.open_connection("127.0.0.1", stage.port)

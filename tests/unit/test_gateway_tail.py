@@ -86,6 +86,7 @@ async def test_all_followers_take_from_one_reader_and_the_last_that_leaves_ends_
     assert log.readers == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("room", [1, 2_000, 1 << 20])
 async def test_whoever_comes_when_sees_every_event_once_and_can_go_on_behind_any(seed: int, room: int) -> None:

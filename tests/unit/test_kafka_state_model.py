@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from uuid import UUID
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
@@ -196,7 +197,7 @@ def refused(
     return None
 
 
-TestState = StateMachine.TestCase
+TestState = pytest.mark.slow(StateMachine.TestCase)
 TestState.settings = settings(
     max_examples=80, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )

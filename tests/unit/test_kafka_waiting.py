@@ -105,6 +105,7 @@ async def test_enough_commands_do_not_wait_and_neither_does_who_is_woken(monkeyp
     assert waiting.drain() == many[:1]
 
 
+@pytest.mark.slow
 async def test_one_that_never_comes_holds_up_nobody_once_it_is_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(requests, "GATHER_SECONDS", LONG)
     waiting = Waiting()

@@ -25,6 +25,8 @@ from services.processes import Command, RestartRule, run_processes
 from services.views.checkpoints import Checkpoint
 from tests.integration.conditions import until
 
+pytestmark = pytest.mark.processes
+
 WAIT = "import sys; sys.stdin.read()"
 """Runs until it is told to end, or whoever started it is gone."""
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import signal
 import time
 
+import pytest
+
 from tests.standstill import Standstill
 
 
+@pytest.mark.slow
 def test_a_standstill_is_measured_and_one_before_the_moment_is_not() -> None:
     with Standstill() as machine:
         began = time.monotonic()

@@ -63,6 +63,7 @@ async def digest_of(url: str, name: str, batches: Sequence[tuple[int, Sequence[E
         await views.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROJECTIONS)
 def test_any_interleaving_gives_the_same_digest(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder: Path = tmp_path_factory.mktemp("views")
