@@ -7,7 +7,7 @@ and a rebalance begins each partition anew where `start_offsets` says.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from itertools import accumulate
 from uuid import UUID, uuid4
 
@@ -101,7 +101,7 @@ class MemoryLog:
         finally:
             self.readers -= 1
 
-    async def scan(self, starts: Mapping[int, int], ends: Mapping[int, int]) -> AsyncIterator[Batch]:
+    async def scan(self, starts: Mapping[int, int], ends: Mapping[int, int]) -> AsyncGenerator[Batch]:
         at = dict(starts)
         while behind := {p: at[p] for p in at if at[p] < ends[p]}:
             self._reach()

@@ -5,7 +5,7 @@ Two adapters fulfil each (`kafka`, `sqlite`) and pass one contract suite (`tests
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 from uuid import UUID
@@ -109,7 +109,7 @@ class Log(Protocol):
             the end), UnavailableError (within a bound), CorruptError (a record cannot be decoded).
         """
 
-    def scan(self, starts: Mapping[int, int], ends: Mapping[int, int]) -> AsyncIterator[Batch]:
+    def scan(self, starts: Mapping[int, int], ends: Mapping[int, int]) -> AsyncGenerator[Batch]:
         """Read the records of some partitions, undecoded: of each in `starts` from there to its offset in `ends`.
 
         For those who read much and decode it elsewhere. `ends` must not lie beyond the log's end; the last

@@ -41,7 +41,7 @@ class LogCheck:
         await self._look_below()
         batches = self._log.scan(dict.fromkeys(end.offsets, 0), end.offsets)
         try:
-            async with aclosing(batches):  # type: ignore[type-var]  # every adapter's is a generator
+            async with aclosing(batches):
                 async for batch in batches:
                     for record in batch.records:
                         await self._read(record)

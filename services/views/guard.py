@@ -60,7 +60,7 @@ async def _records_at(log: Log, offsets: dict[int, int]) -> dict[int, Record]:
     """The records at these offsets, by partition, where there are any."""
     found: dict[int, Record] = {}
     batches = log.scan(offsets, {p: offset + 1 for p, offset in offsets.items()})
-    async with aclosing(batches):  # type: ignore[type-var]  # every adapter's is a generator
+    async with aclosing(batches):
         async for batch in batches:
             found |= {record.partition: record for record in batch.records}
     return found

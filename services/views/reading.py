@@ -78,7 +78,7 @@ async def read_stretches(
     records: list[Record] = []
     behind: dict[int, int] = {}
     size = 0
-    async with aclosing(log.scan(starts, ends)) as batches:  # type: ignore[type-var]  # every adapter's is a generator
+    async with aclosing(log.scan(starts, ends)) as batches:
         async for batch in batches:
             for record in batch.records:
                 if records and (len(records) >= batch_events or size + len(record.value) > batch_bytes):

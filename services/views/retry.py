@@ -63,7 +63,7 @@ async def retry(views: Views, log: Log, mark: Mark) -> Retried:
         seen = 0
         waiting: list[Record] = []
         batches = log.scan({mark.partition: mark.offset}, {mark.partition: end})
-        async with aclosing(batches):  # type: ignore[type-var]  # every adapter's is a generator
+        async with aclosing(batches):
             async for batch in batches:
                 waiting += await asyncio.to_thread(_of_package, batch.records, mark)
                 if len(waiting) >= _BATCH_EVENTS:

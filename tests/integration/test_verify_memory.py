@@ -16,7 +16,7 @@ SLACK_MIB = 24
 
 _VERIFY = """
 import asyncio, json, sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from uuid import UUID, uuid5
 
@@ -44,7 +44,7 @@ class LongLog(MemoryLog):
     async def end(self) -> Position:
         return Position(self.id, {0: PACKAGES * (1 + FILES) + sum(number % OPEN > 0 for number in range(PACKAGES))})
 
-    async def scan(self, starts, ends) -> AsyncIterator[Batch]:
+    async def scan(self, starts, ends) -> AsyncGenerator[Batch]:
         offset = 0
         for number in range(PACKAGES):
             state = None

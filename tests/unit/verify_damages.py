@@ -5,7 +5,7 @@ Those of views and of the embedded log's file are in `test_verify_damage.py`, wh
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import replace
 from uuid import uuid4
 
@@ -44,7 +44,7 @@ def at(scene: Scene, index: int, event: Event) -> None:
 class TornLog(MemoryLog):
     """A log that has lost what came behind its last record."""
 
-    async def scan(self, starts: Mapping[int, int], ends: Mapping[int, int]) -> AsyncIterator[Batch]:
+    async def scan(self, starts: Mapping[int, int], ends: Mapping[int, int]) -> AsyncGenerator[Batch]:
         async for batch in super().scan(starts, ends):
             yield batch
         raise CorruptError("records are gone")
