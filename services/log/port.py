@@ -221,7 +221,7 @@ class SnapshotStore(Protocol):
 
 
 class PartitionNotOwnedError(UnavailableError):
-    """This process is not the writer of the package's partition now, and has appended nothing; try where the writer is."""
+    """This process is not the writer of the package's partition now, and has appended nothing; the writer may be asked."""
 
     problem = "partition-not-owned"
 
