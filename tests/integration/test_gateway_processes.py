@@ -56,6 +56,13 @@ def up(gateway: ProductProcess) -> set[str]:
     return {key.removeprefix(name).rstrip('"}') for key, value in found if key.startswith(name) and value}
 
 
+def writing(gateway: ProductProcess) -> set[str]:
+    """The numbers of the processes that write to a partition."""
+    found = metrics_of(gateway).items()
+    owned = [name for name, value in found if name.startswith("artifact_store_partition_owned{") and value]
+    return {str(n + 1) for n in range(PROCESSES) for name in owned if f'process="{n + 1}"' in name}
+
+
 def served(metrics: Mapping[str, float]) -> list[float]:
     """How many requests to write each process has answered."""
     return [
@@ -71,11 +78,12 @@ def served(metrics: Mapping[str, float]) -> list[float]:
 
 
 async def whole(gateway: ProductProcess, partitions: int) -> None:
-    """Wait until every process serves and all partitions are written to."""
+    """Wait until all partitions are written to, and every process writes to one at least."""
 
     async def serving() -> bool:
-        shown = await asyncio.to_thread(lambda: (up(gateway), partitions_of(gateway)))
-        return shown == ({str(n + 1) for n in range(PROCESSES)}, partitions)
+        shown = await asyncio.to_thread(lambda: (up(gateway), writing(gateway), partitions_of(gateway)))
+        every = {str(n + 1) for n in range(PROCESSES)}
+        return shown == (every, every, partitions)
 
     await until(serving, SECONDS, "not all processes serve")
 
