@@ -13,7 +13,8 @@ AHEAD_BYTES = 64 * 1024
 class Feed:
     """The reading end and the writing end of the bytes in between. Belongs to one event loop."""
 
-    def __init__(self, lines: AsyncIterator[bytes]) -> None:
+    def __init__(self, lines: AsyncIterator[bytes], patience: float | None = None) -> None:
+        self._patience = patience
         self._waiting = bytearray()
         self._news = asyncio.Event()
         self._room = asyncio.Event()
@@ -49,13 +50,20 @@ class Feed:
                 self._news.set()
                 if len(self._waiting) >= AHEAD_BYTES:
                     self._room.clear()
-                    await self._room.wait()
+                    try:
+                        async with asyncio.timeout(self._patience):
+                            await self._room.wait()
+                    except TimeoutError:
+                        return
 
 
 @asynccontextmanager
-async def feed(lines: AsyncIterator[bytes]) -> AsyncIterator[Feed]:
-    """A feed of these lines, closed on the way out."""
-    opened = Feed(lines)
+async def feed(lines: AsyncIterator[bytes], patience: float | None = None) -> AsyncIterator[Feed]:
+    """A feed of these lines, closed on the way out.
+
+    With `patience`, it ends early, the lines closed, when a client takes nothing of AHEAD_BYTES for so many seconds.
+    """
+    opened = Feed(lines, patience)
     try:
         yield opened
     finally:

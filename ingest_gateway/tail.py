@@ -10,10 +10,12 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
 from typing import NamedTuple
 from uuid import UUID
 
-from services.errors import UnavailableError
+from ingest_gateway.feed import feed
+from services.errors import CorruptError, InvalidPositionError, UnavailableError
 from services.http.events import event_head
 from services.log.port import Log, RecordedEvent
 from services.log.position import Position
@@ -24,9 +26,18 @@ ROOM_BYTES = 8 << 20
 READERS = 16
 """How many followers read what came before them at a time, by some ten descriptors each; others wait for their turn."""
 
+TURN_SECONDS = 10.0
+"""How long a follower may read while others wait for a turn."""
+
+PATIENCE_SECONDS = 2.0
+"""A follower that takes nothing for so long has no turn meanwhile."""
+
 _AT_ONCE_BYTES = 64 * 1024
 _BREATH = 50
 """After so many events the event loop has a turn."""
+
+_EVENT_BYTES, _OFFSET_BYTES = 500, 100
+"""What an event takes beside its texts, and each offset of its position."""
 
 
 class TailEvent(NamedTuple):
@@ -39,6 +50,11 @@ class TailEvent(NamedTuple):
     head: bytes
     position: Position
     position_text: str
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it takes."""
+        return len(self.head) + len(self.position_text) + _OFFSET_BYTES * len(self.position.offsets) + _EVENT_BYTES
 
 
 Frame = Callable[[str, bytes, str], bytes]
@@ -61,21 +77,52 @@ class Tail:
         """Events behind `since`, of one package or of all, each once, one or more to a piece; never ends.
 
         The first empty piece says that what came before is read. Memory is bounded however slow the caller is.
-        Raises as `Log.read`.
+        Raises as `Log.read`; a record that cannot be decoded ends a follower of another package only if it is the
+        first that it meets.
         """
+        at = _Standing(since)
         while True:
             async with self._seat() as seat:
                 # Whatever comes behind this moment is in the seat; what came before is read up to the log's end.
-                async with self._turns, aclosing(self._log.read(since, package_id=package_id)) as before:  # type: ignore[type-var]  # every adapter's is a generator
-                    async for event in before:
-                        since = event.position
-                        yield frame(event.event_type, event_head(event), str(since))
+                while await self._behind(at):
+                    async with feed(self._missed(at, package_id, frame), PATIENCE_SECONDS) as pieces:
+                        while (piece := await pieces.take()) is not None:
+                            yield piece
                 yield b""
-                while (found := await seat.take()) is not None:
-                    pieces, since = _framed(found, since, package_id, frame)
-                    if pieces:
-                        yield b"".join(pieces)
-            # It was too slow, and what it missed is kept no longer: it is in the log.
+                try:
+                    while (found := await seat.take()) is not None:
+                        new, at.position = _framed(found, at.position, package_id, frame)
+                        if new:
+                            yield b"".join(new)
+                except CorruptError:
+                    if package_id is None:
+                        raise
+                    # It may be another package's record: this one's events are in the log, behind it too.
+            # Or it was too slow, and what it missed is kept no longer.
+            at.caught_up = False
+
+    async def _behind(self, at: _Standing) -> bool:
+        """Whether there is something to read before the tail. Raises InvalidPositionError, LogIdentityError."""
+        if at.caught_up:
+            return False
+        end = await self._log.end()
+        if at.position is None:
+            return any(end.offsets.values())
+        at.position.require(end.log)
+        if not end.covers(at.position):
+            raise InvalidPositionError("the position is beyond the end of the log")
+        return not at.position.covers(end)
+
+    async def _missed(self, at: _Standing, package_id: UUID | None, frame: Frame) -> AsyncIterator[bytes]:
+        """What lies between where the follower stands and the log's end, or as much as its turn lets it read."""
+        async with self._turns, aclosing(self._log.read(at.position, package_id=package_id)) as events:  # type: ignore[type-var]  # every adapter's is a generator
+            until = asyncio.get_running_loop().time() + TURN_SECONDS
+            async for event in events:
+                at.position = event.position
+                yield frame(event.event_type, event_head(event), str(event.position))
+                if self._turns.locked() and asyncio.get_running_loop().time() > until:
+                    return
+        at.caught_up = True
 
     @asynccontextmanager
     async def _seat(self) -> AsyncIterator[_Seat]:
@@ -89,6 +136,14 @@ class Tail:
             if not self._followers and self._run is not None:
                 ended, self._run = self._run, None
                 await ended.close()
+
+
+@dataclass(slots=True)
+class _Standing:
+    """Where a follower stands; what was read for it up to there is on its way to it."""
+
+    position: Position | None
+    caught_up: bool = False
 
 
 def _framed(
@@ -167,23 +222,32 @@ class _Run:
     async def _read(self) -> None:
         end = await self._log.end()
         self._begun.set()
-        count = 0
+        before, count = end.offsets, 0
         async with aclosing(self._log.read(end, follow=True)) as events:  # type: ignore[type-var]  # as above
             async for event in events:
-                self._keep(event)
+                # Where it lay, which for a record under a wrong key is not where its package's others are.
+                moved = (p for p, offset in event.position.offsets.items() if offset != before.get(p))
+                self._keep(event, next(moved))
+                before = event.position.offsets
                 count += 1
                 if count % _BREATH == 0:
                     await asyncio.sleep(0)
 
-    def _keep(self, event: RecordedEvent) -> None:
-        partition, position, head = self._log.partition_of(event.package_id), event.position, event_head(event)
-        offset = position.offsets[partition] - 1
-        self._kept.append(
-            TailEvent(partition, offset, event.package_id, event.event_type, head, position, str(position))
+    def _keep(self, event: RecordedEvent, partition: int) -> None:
+        position = event.position
+        kept = TailEvent(
+            partition,
+            position.offsets[partition] - 1,
+            event.package_id,
+            event.event_type,
+            event_head(event),
+            position,
+            str(position),
         )
-        self._kept_bytes += len(head)
+        self._kept.append(kept)
+        self._kept_bytes += kept.size
         while self._kept_bytes > self._room_bytes and len(self._kept) > 1:
-            self._kept_bytes -= len(self._kept.popleft().head)
+            self._kept_bytes -= self._kept.popleft().size
             self._first += 1
         self._wake()
 

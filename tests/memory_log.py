@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from itertools import accumulate
 from uuid import UUID, uuid4
 
-from schemas.codec import decode, encode
+from schemas.codec import UndecodableEventError, decode, encode
 from schemas.events import Event
 from services.errors import CorruptError, InvalidPositionError, UnavailableError
 from services.log.port import Batch, Record, RecordedEvent, Settled, StartOffsets
@@ -89,10 +89,14 @@ class MemoryLog:
                     start = at.offsets.get(partition, 0)
                     for record in [r for r in records if start <= r.offset < end.offsets[partition]]:
                         await asyncio.sleep(0)
-                        event = decode(record.value)
                         at = at.after(partition, record.offset)
-                        if package_id in (None, event.package_id):
-                            yield RecordedEvent(**{name: getattr(event, name) for name in _FIELDS}, position=at)
+                        if package_id is not None and record.key != str(package_id).encode():
+                            continue
+                        try:
+                            event = decode(record.value)
+                        except UndecodableEventError as error:
+                            raise CorruptError(str(error)) from error
+                        yield RecordedEvent(**{name: getattr(event, name) for name in _FIELDS}, position=at)
                 if not follow:
                     return
                 if (now := await self.end()) == end:

@@ -221,7 +221,7 @@ class SnapshotStore(Protocol):
 
 
 class PartitionNotOwnedError(UnavailableError):
-    """This process is not the writer of the package's partition now, and has appended nothing; the writer may be asked."""
+    """This process is not the writer of the package's partition now, and has appended nothing; ask the writer."""
 
     problem = "partition-not-owned"
 

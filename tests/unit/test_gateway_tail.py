@@ -13,8 +13,9 @@ import pytest
 
 from ingest_gateway.events import FRAMES, LINES
 from ingest_gateway.tail import Tail
+from schemas.codec import encode
 from schemas.events import Event
-from services.errors import InvalidPositionError, LogIdentityError, UnavailableError
+from services.errors import CorruptError, InvalidPositionError, LogIdentityError, UnavailableError
 from services.http.events import parse_event
 from services.log.port import RecordedEvent
 from services.log.position import Position
@@ -44,8 +45,8 @@ async def _followed(
 class _Follower:
     """One that takes pieces when it is told to."""
 
-    def __init__(self, tail: Tail, since: Position | None = None) -> None:
-        self._pieces = tail.follow(since, None, FRAMES[LINES])
+    def __init__(self, tail: Tail, since: Position | None = None, package_id: UUID | None = None) -> None:
+        self._pieces = tail.follow(since, package_id, FRAMES[LINES])
         self.found: list[RecordedEvent] = []
 
     async def take(self) -> bool:
@@ -207,3 +208,75 @@ async def test_so_many_read_what_was_before_at_a_time_and_no_more(
     found = await asyncio.gather(*(_followed(tail, len(EVENTS)) for _ in range(8)))
     assert all(sorted(_ids(events)) == sorted(_ids(EVENTS)) for events in found)
     assert max(readers) == 3, "two, and the one of the tail"
+
+
+async def test_who_does_not_take_what_was_before_keeps_nobody_from_what_comes(
+    log: MemoryLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ingest_gateway.tail.READERS", 2)
+    monkeypatch.setattr("ingest_gateway.tail.PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr("ingest_gateway.feed.AHEAD_BYTES", 1)
+    tail = Tail(log)
+    log.append(*EVENTS[:-1])
+    stalled = [_Follower(tail) for _ in range(5)]
+    for follower in stalled:
+        await follower.take()
+    others = [_Follower(tail, await log.end()), _Follower(tail)]
+    for follower in others:
+        await follower.join()
+    with pytest.raises(InvalidPositionError):
+        await _followed(tail, 1, (await log.end()).after(0, 1_000))
+    log.append(EVENTS[-1])
+    await others[0].take()
+    assert _ids(others[0].found) == [EVENTS[-1].event_id]
+    for follower in (*stalled, others[1]):
+        while len(follower.found) < len(EVENTS):
+            await follower.take()
+        assert sorted(_ids(follower.found)) == sorted(_ids(EVENTS))
+    for follower in (*stalled, *others):
+        await follower.leave()
+    assert log.readers == 0
+
+
+async def test_a_turn_ends_when_others_wait_and_reading_goes_on_where_it_was(
+    log: MemoryLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ingest_gateway.tail.READERS", 1)
+    monkeypatch.setattr("ingest_gateway.tail.TURN_SECONDS", 0.0)
+    tail = Tail(log)
+    log.append(*EVENTS)
+    found = await asyncio.gather(*(_followed(tail, len(EVENTS)) for _ in range(3)))
+    assert all(sorted(_ids(events)) == sorted(_ids(EVENTS)) for events in found)
+
+
+async def test_an_event_under_a_wrong_key_is_passed_on_from_where_it_lies(log: MemoryLog) -> None:
+    tail = Tail(log)
+    log.append(*EVENTS[:6])
+    follower = _Follower(tail)
+    await follower.join()
+    elsewhere = (log.partition_of(EVENTS[6].package_id) + 1) % 3
+    log.append_raw(elsewhere, encode(EVENTS[6]), str(EVENTS[6].package_id).encode())
+    await follower.take()
+    assert follower.found[-1].event_id == EVENTS[6].event_id
+    assert follower.found[-1].position.covers(await log.end())
+    await follower.leave()
+
+
+async def test_a_record_that_cannot_be_read_ends_only_who_would_have_to_read_it(log: MemoryLog) -> None:
+    tail, package = Tail(log), EVENTS[-1].package_id
+    log.append(*EVENTS[:-1])
+    everything = _Follower(tail)
+    await everything.join()
+    wanted = [event for event in EVENTS if event.package_id == package]
+    of_package = _Follower(tail, package_id=package)
+    await of_package.join()
+    log.append_raw((log.partition_of(package) + 1) % 3, b"garbage")
+    with pytest.raises(CorruptError):
+        await everything.take()
+    await everything.leave()
+    log.append(EVENTS[-1])
+    while len(of_package.found) < len(wanted):
+        await of_package.take()
+    assert _ids(of_package.found) == _ids(wanted)
+    await of_package.leave()
+    assert log.readers == 0
