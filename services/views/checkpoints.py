@@ -218,7 +218,7 @@ async def reset(
 
 async def _reset(connection: AsyncConnection, projection: Projection, expected: UUID | None) -> UUID:
     generation = uuid4()
-    await hold_off_vacuums(connection, projection)
+    await hold_off_vacuums(connection, live_tables(projection))
     # The row is updated, never replaced: a fold that waits for its lock must find it again.
     before = await hold_all_folds(connection, projection)
     if expected not in (None, before.generation):

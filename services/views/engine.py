@@ -168,7 +168,7 @@ async def _require_utf8(connection: AsyncConnection) -> None:
     if not on_postgresql(connection):
         return
     encoding = (await connection.execute(text("SHOW server_encoding"))).scalar_one()
-    if encoding != "UTF8":
+    if encoding not in ("UTF8", "SQL_ASCII"):  # the second keeps bytes as they come, and ours are UTF-8
         raise ConfigurationError(
             f"the views database has the encoding {encoding}, which does not hold every text: make another, by "
             "`CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0`, and name it in ARTIFACT_STORE_VIEWS_URL"

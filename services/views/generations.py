@@ -25,10 +25,12 @@ from services.errors import PushBackError, UnavailableError
 from services.file_lock import FileLock
 from services.log.position import Position
 from services.views.building import (
+    building_tables,
     create_tables,
     drop_tables,
     hold_off_vacuums,
     index_statements,
+    live_tables,
     lock_live_tables,
     replace_live_tables,
 )
@@ -208,7 +210,8 @@ async def switch(views: Views, projection: Projection, generation: UUID, log_end
         ConfigurationError: the live tables cannot be dropped, for what others have put on them.
     """
     async with views.writing() as connection:
-        await hold_off_vacuums(connection, projection)
+        of_build = [table.name for table in building_tables(projection).values()]
+        await hold_off_vacuums(connection, [*live_tables(projection), *of_build])
         await hold_all_folds(connection, projection)
         live = await read_live(connection, projection)
         mine = projection_builds.c.generation == generation

@@ -100,7 +100,8 @@ async def test_a_projection_s_partition_is_free_again_when_its_holder_is_killed(
         projection = Projection(log)
         waiting = await projection.subscribe()
         await projection.poll(waiting)
-        assert (waiting.assigned, projection.asked, projection.records) == (frozenset(), [], [])
+        await projection.poll(waiting)
+        assert (waiting.assigned, projection.asked, projection.records) == (frozenset(), [([], {})], [])
 
         other = Projection(log, "retention")
         beside = await other.subscribe()

@@ -86,18 +86,30 @@ async def test_a_table_that_was_lost_before_anything_was_folded_is_made_anew(vie
     assert (await view_rows(views))["artifact_packages"] == []
 
 
-@pytest.mark.services
-async def test_a_database_that_does_not_hold_every_text_is_refused(postgres_url: str) -> None:
+async def _made_anew(postgres_url: str, encoding: str) -> Views:
     server, _, name = postgres_url.rpartition("/")
     connection = await asyncpg.connect(f"{server}/postgres".replace("+asyncpg", ""))
     try:
         await connection.execute(f"DROP DATABASE {name}")
         await connection.execute(
-            f"CREATE DATABASE {name} ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0"
+            f"CREATE DATABASE {name} ENCODING '{encoding}' LC_COLLATE 'C' LC_CTYPE 'C' LOCALE_PROVIDER libc TEMPLATE template0"
         )
     finally:
         await connection.close()
-    views = Views(postgres_url)
+    return Views(postgres_url)
+
+
+@pytest.mark.services
+async def test_a_database_that_keeps_texts_as_they_come_holds_every_text(postgres_url: str) -> None:
+    views = await _made_anew(postgres_url, "SQL_ASCII")
+    await views.migrate()
+    await views.check()
+    await views.close()
+
+
+@pytest.mark.services
+async def test_a_database_that_does_not_hold_every_text_is_refused(postgres_url: str) -> None:
+    views = await _made_anew(postgres_url, "LATIN1")
     for attempt in (views.create_missing, views.check):
         with pytest.raises(ConfigurationError, match=r"LATIN1.*CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0"):
             await attempt()

@@ -158,6 +158,15 @@ async def test_a_vacuum_of_the_server_s_own_gives_way_to_a_view_that_is(
         await replacing
 
 
+async def test_a_reset_does_not_wait_for_what_is_done_to_a_build_beside_it(postgres_url: str) -> None:
+    async with filled(postgres_url) as (views, _, _), views.engine.connect() as indexing:
+        await indexing.execute(text("CREATE TABLE artifact_files__building (LIKE artifact_files)"))
+        await indexing.commit()
+        await indexing.execute(text("LOCK TABLE artifact_files__building IN SHARE MODE"))  # as an index that is made
+        async with asyncio.timeout(WAIT_SECONDS):
+            await reset(views, REGISTRY, patience_seconds=0)
+
+
 async def test_an_index_may_take_longer_than_the_server_lets_statements_take(postgres_url: str) -> None:
     async with opened(postgres_url) as views, views.writing() as connection:
         await connection.execute(text("SET LOCAL statement_timeout = '1s'"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas.batch import EventBatch, entries_of, entry_of
+from schemas.canonical import MAX_LEVELS, jcs
 from schemas.codec import UndecodableEventError, decode, encode
 from schemas.events import FILE_INGESTED, Event, FileIngested, PackageCreated, StorageReceipt, payload_map
 from schemas.file_fields import FileFields, read_fields
@@ -138,6 +140,49 @@ def test_an_identifier_that_is_none_is_refused() -> None:
     assert read_fields(value, {}) is None
     with pytest.raises(UndecodableEventError):
         EventBatch([value])
+
+
+_numbers = st.integers() | st.floats() | st.sampled_from([2**53, 2**53 + 1, -(2**53), 2.0**53, 1e300, 1e-300])
+_json = st.recursive(
+    st.none() | st.booleans() | _numbers | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+)
+
+
+@given(st.dictionaries(st.text(max_size=3), _json, max_size=3) | _json, st.booleans())
+def test_metadata_is_taken_exactly_when_it_is_an_object_that_has_a_jcs_form(value: Any, escaped: bool) -> None:
+    try:
+        text = json.dumps(value, ensure_ascii=escaped)
+        text.encode()
+        jcs(json.loads(text))
+        lawful = isinstance(value, dict)
+    except UnicodeEncodeError:
+        return  # no record holds it
+    except ValueError:
+        lawful = False
+    assert _taken(text) == lawful
+
+
+@pytest.mark.parametrize("innermost", ["{}", "1", "[]", "[1]"])
+@pytest.mark.parametrize("levels", range(MAX_LEVELS - 2, MAX_LEVELS + 3))
+def test_metadata_may_be_as_deep_as_what_writers_take(levels: int, innermost: str) -> None:
+    text = '{"a":' * levels + innermost + "}" * levels
+    try:
+        jcs(json.loads(text))
+        lawful = True
+    except ValueError:
+        lawful = False
+    assert _taken(text) == lawful
+
+
+def _taken(metadata: str) -> bool:
+    event = History().fill(1, 1).events[0]
+    assert isinstance(event.payload, PackageCreated)
+    try:
+        EventBatch([encode(replace(event, payload=replace(event.payload, metadata=metadata)))])
+    except UndecodableEventError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("event", History().fill(2, 1).events, ids=lambda event: event.event_type)

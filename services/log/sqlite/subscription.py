@@ -29,6 +29,7 @@ class SqliteSubscription:
         self._poll_seconds = poll_seconds
         self._lock = FileLock(path.with_name(f"{path.name}.{projection}.lock"))
         self._next: int | None = None
+        self._told = False  # that nothing was assigned
         self._progress: LogFile | None = None
 
     @property
@@ -69,8 +70,12 @@ class SqliteSubscription:
 
     async def _try_to_join(self) -> None:
         with file_errors(self._path):
-            if not self._lock.take():
-                return
+            taken = self._lock.take()
+        if not taken:
+            if not self._told:
+                self._told = True
+                await self._start_offsets([], {})
+            return
         try:
             committed = await self._readers.run(lambda file: progress_of(file.connection, self._projection))
             start = (await self._start_offsets([PARTITION], committed))[PARTITION]
