@@ -49,8 +49,8 @@ class Batch:
 class Subscription(Protocol):
     """One member of a projection's consumer group; used by one task at a time.
 
-    The group spreads the partitions over its members. On every assignment, be it of none, `start_offsets` is asked where
-    to begin.
+    The group spreads the partitions over its members. On every assignment, be it of none, `start_offsets` is asked
+    where to begin.
     """
 
     async def poll(self, max_records: int, timeout_seconds: float) -> Batch:

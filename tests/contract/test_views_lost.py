@@ -92,7 +92,7 @@ async def _made_anew(postgres_url: str, encoding: str) -> Views:
     try:
         await connection.execute(f"DROP DATABASE {name}")
         await connection.execute(
-            f"CREATE DATABASE {name} ENCODING '{encoding}' LC_COLLATE 'C' LC_CTYPE 'C' LOCALE_PROVIDER libc TEMPLATE template0"
+            f"CREATE DATABASE {name} ENCODING '{encoding}' LOCALE 'C' LOCALE_PROVIDER libc TEMPLATE template0"
         )
     finally:
         await connection.close()
