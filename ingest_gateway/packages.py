@@ -44,6 +44,7 @@ from services.http.models import (
     PackageFinalizedAnswer,
     PackagePageAnswer,
 )
+from services.log.port import NotAppendedError
 from services.views.models import DEFAULT_PAGE, PackageFilter
 
 ANYONE = "anonymous"
@@ -100,7 +101,7 @@ def link_to_next(call: Call, cursor: str | None) -> dict[str, str]:
     return {} if cursor is None else {"Link": f'<{call.same_with(cursor=cursor)}>; rel="next"'}
 
 
-WRITING = (PushBackError, UnavailableError)
+WRITING = (PushBackError, NotAppendedError, UnavailableError)
 """Problems that every write may meet."""
 READING = (IncompleteBodyError, BodyTimeoutError, TooLargeError, UnsupportedMediaTypeError)
 """What a body may be refused for, whatever it holds."""

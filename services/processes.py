@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 PYTHON = (sys.executable, "-P")
 """What runs a module of ours: -P, since it would import from the folder that the command was called in first."""
 
+_NOT_STARTED = -1
+
 STOP_SECONDS = 90.0
 """How long a process may take to end once it was told to: a gateway gives its requests 30 s, then hands over."""
 
@@ -147,7 +149,7 @@ class _Watched:
     async def _run(self) -> int:
         """Start the process and wait for its end, or for `stop`, then for its end; its exit code.
 
-        One that the system does not start counts as one that ended with 1.
+        One that the system does not start counts as one that died.
         """
         try:
             # In a group of its own: a terminal's Ctrl-C reaches this process, which tells the others, once.
@@ -160,7 +162,7 @@ class _Watched:
             )
         except OSError as error:
             logger.error("process %d cannot be started: %s", self._number, error)
-            return 1
+            return _NOT_STARTED
         logger.info("process %d runs (pid %d)", self._number, process.pid)
         ended = asyncio.create_task(process.wait())
         stopping = asyncio.create_task(self._stop.wait())

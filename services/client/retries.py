@@ -100,7 +100,12 @@ async def with_retries(
     retrying = AsyncRetrying(
         stop=stop, wait=pause, retry=retry_if_exception(worth_a_retry), before_sleep=announce, reraise=True
     )
-    return await retrying(once)
+    try:
+        return await retrying(once)
+    except PushBackError:
+        if last is None:
+            raise
+        raise last from None  # an earlier attempt may have been carried out, which a refusal of this one denies
 
 
 def no_answer(seconds: float) -> UnavailableError:

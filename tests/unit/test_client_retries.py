@@ -94,6 +94,14 @@ async def test_a_pause_beyond_the_time_that_is_left_is_not_begun() -> None:
     assert len(gateway.seen) == 1
 
 
+async def test_a_refusal_behind_an_answer_that_was_lost_is_not_told_as_nothing_recorded() -> None:
+    busy = refuses(503, "push-back", {"Retry-After": "3600"})
+    async with failing_gateway(cuts, busy) as gateway, client_of(gateway) as registry:
+        with pytest.raises(UnavailableError):
+            await registry.create_package(*ABOUT)
+    assert len(gateway.seen) == 2
+
+
 @pytest.mark.slow
 async def test_trying_ends_with_the_time_that_it_may_take() -> None:
     async with failing_gateway(cuts) as gateway, client_of(gateway, SHORT) as registry:

@@ -52,3 +52,21 @@ def test_a_state_that_does_not_say_what_it_is_cannot_be_used(tmp_path: Path) -> 
     connection.close()
     with pytest.raises(UnusableStateError):
         StateFile.open(path, PLACE)
+
+
+def test_whatever_is_lost_of_a_file_it_is_no_state_or_a_whole_one(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    StateFile.create(path, PLACE).close()
+    whole = path.read_bytes()
+    found = set()
+    for at in range(0, len(whole), 64):
+        path.write_bytes(whole[:at] + bytes(64) + whole[at + 64 :])
+        try:
+            file = StateFile.open(path, PLACE)
+        except UnusableStateError:
+            found.add(False)
+        else:
+            assert file.standing == Standing()
+            file.close()
+            found.add(True)
+    assert found == {False, True}

@@ -132,13 +132,14 @@ async def test_where_each_stands_for_itself_the_others_go_on(tmp_path: Path) -> 
     assert await asyncio.wait_for(running, SECONDS) == 2
 
 
-async def test_one_that_cannot_be_started_now_is_one_that_died(tmp_path: Path) -> None:
+@pytest.mark.parametrize("final", [{2}, {1, 2}])
+async def test_one_that_cannot_be_started_now_is_one_that_died(tmp_path: Path, final: set[int]) -> None:
     """As when the system has no more processes or memory."""
     stop, starts, program = asyncio.Event(), tmp_path / "starts", tmp_path / "program"
     program.symlink_to(sys.executable)
     dying = noting(starts, f"f.close(); os.remove({str(program)!r}) if n < 2 else sys.stdin.read()")
     begun = Command([str(program), "-c", "import os; " + dying.arguments[2]], dying.environment)
-    running = asyncio.create_task(run_processes([begun], rule(longest_pause=0.05), stop))
+    running = asyncio.create_task(run_processes([begun], rule(final=frozenset(final), longest_pause=0.05), stop))
     await until_started(starts, 1)
 
     async def gone() -> bool:

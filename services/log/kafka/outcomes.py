@@ -54,5 +54,7 @@ def given_up(request: Request, done: int) -> Exception:
         return RejectedError("Kafka does not take an event of this command; nothing is recorded")
     # Each of several events may be small enough for the topic, but not what the client sends of them at once.
     cause = "max.message.bytes of the topic is too small for it" if request.spoiled else request.last_failure
-    recorded = f"{done} of its events are recorded" if done else "nothing is recorded"
-    return NotAppendedError(f"the command's transaction failed {request.failures} times ({cause}); {recorded}")
+    failed = f"the command's transaction failed {request.failures} times ({cause})"
+    if done:
+        return UnavailableError(f"{failed}; {done} of its events are recorded")
+    return NotAppendedError(f"{failed}; nothing is recorded")

@@ -158,7 +158,7 @@ class StateFile:
     @classmethod
     def open(cls, path: Path, place: Place) -> Self:
         """The file that is there. Raises UnusableStateError when it is not a whole state of this place."""
-        with _explained(path, opening=True):
+        with _explained(path, opening=True, reading=True):
             size = path.stat().st_size
             connection = _connect(path, "rw")
             try:
