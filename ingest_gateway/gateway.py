@@ -46,7 +46,9 @@ class Bounds:
     @classmethod
     def of(cls, settings: Settings) -> Bounds:
         """The bounds of these settings."""
-        forwarded = MAX_FORWARDED + MAX_TAKEN if settings.log_url.startswith("kafka") else 0
+        from services.wiring import is_embedded  # wiring chooses adapters, and imports this package
+
+        forwarded = 0 if is_embedded(settings) else MAX_FORWARDED + MAX_TAKEN
         return cls(
             settings.max_file_bytes,
             settings.max_metadata_bytes,
