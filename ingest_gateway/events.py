@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from uuid import UUID
 
 from aiohttp import web
@@ -81,7 +81,7 @@ async def _next(call: Call, response: web.StreamResponse, lines: Feed) -> bytes 
 
 async def _to_the_end(
     registry: Registry, since: Position | None, package_id: UUID | None, media_type: str
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes]:
     async for event in registry.read_events(since, package_id=package_id):
         yield FRAMES[media_type](event.event_type, event_head(event), str(event.position))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 
 AHEAD_BYTES = 64 * 1024
@@ -13,7 +13,7 @@ AHEAD_BYTES = 64 * 1024
 class Feed:
     """The reading end and the writing end of the bytes in between. Belongs to one event loop."""
 
-    def __init__(self, lines: AsyncIterator[bytes], patience: float | None = None) -> None:
+    def __init__(self, lines: AsyncGenerator[bytes], patience: float | None = None) -> None:
         self._patience = patience
         self._waiting = bytearray()
         self._news = asyncio.Event()
@@ -43,8 +43,8 @@ class Feed:
         self._reader.cancel()
         await asyncio.wait([self._reader])
 
-    async def _read(self, lines: AsyncIterator[bytes]) -> None:
-        async with aclosing(lines):  # type: ignore[type-var]  # every source here is a generator
+    async def _read(self, lines: AsyncGenerator[bytes]) -> None:
+        async with aclosing(lines):
             async for line in lines:
                 self._waiting += line
                 self._news.set()
@@ -58,7 +58,7 @@ class Feed:
 
 
 @asynccontextmanager
-async def feed(lines: AsyncIterator[bytes], patience: float | None = None) -> AsyncIterator[Feed]:
+async def feed(lines: AsyncGenerator[bytes], patience: float | None = None) -> AsyncIterator[Feed]:
     """A feed of these lines, closed on the way out.
 
     With `patience`, it ends early, the lines closed, when a client takes nothing of AHEAD_BYTES for so many seconds.

@@ -71,9 +71,7 @@ class Tail:
         self._followers = 0
         self._run: _Run | None = None
 
-    async def follow(
-        self, since: Position | None, package_id: UUID | None, frame: Frame
-    ) -> AsyncGenerator[bytes, None]:
+    async def follow(self, since: Position | None, package_id: UUID | None, frame: Frame) -> AsyncGenerator[bytes]:
         """Events behind `since`, of one package or of all, each once, one or more to a piece; never ends.
 
         The first empty piece says that what came before is read. Memory is bounded however slow the caller is.
@@ -113,9 +111,9 @@ class Tail:
             raise InvalidPositionError("the position is beyond the end of the log")
         return not at.position.covers(end)
 
-    async def _missed(self, at: _Standing, package_id: UUID | None, frame: Frame) -> AsyncIterator[bytes]:
+    async def _missed(self, at: _Standing, package_id: UUID | None, frame: Frame) -> AsyncGenerator[bytes]:
         """What lies between where the follower stands and the log's end, or as much as its turn lets it read."""
-        async with self._turns, aclosing(self._log.read(at.position, package_id=package_id)) as events:  # type: ignore[type-var]  # every adapter's is a generator
+        async with self._turns, aclosing(self._log.read(at.position, package_id=package_id)) as events:
             until = asyncio.get_running_loop().time() + TURN_SECONDS
             async for event in events:
                 at.position = event.position
@@ -223,7 +221,7 @@ class _Run:
         end = await self._log.end()
         self._begun.set()
         before, count = end.offsets, 0
-        async with aclosing(self._log.read(end, follow=True)) as events:  # type: ignore[type-var]  # as above
+        async with aclosing(self._log.read(end, follow=True)) as events:
             async for event in events:
                 # Where it lay, which for a record under a wrong key is not where its package's others are.
                 moved = (p for p, offset in event.position.offsets.items() if offset != before.get(p))

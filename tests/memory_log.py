@@ -7,7 +7,7 @@ and a rebalance begins each partition anew where `start_offsets` says.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from itertools import accumulate
 from uuid import UUID, uuid4
 
@@ -76,7 +76,7 @@ class MemoryLog:
         package_id: UUID | None = None,
         follow: bool = False,
         poll_seconds: float = 0.1,
-    ) -> AsyncIterator[RecordedEvent]:
+    ) -> AsyncGenerator[RecordedEvent]:
         end = await self.end()
         at = since or Position(self.id, {})
         at.require(self.id)

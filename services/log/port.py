@@ -5,7 +5,7 @@ Two adapters fulfil each (`kafka`, `sqlite`) and pass one contract suite (`tests
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 from uuid import UUID
@@ -100,7 +100,7 @@ class Log(Protocol):
         package_id: UUID | None = None,
         follow: bool = False,
         poll_seconds: float = 0.1,
-    ) -> AsyncIterator[RecordedEvent]:
+    ) -> AsyncGenerator[RecordedEvent]:
         """Read on from `since` (None: the start), of one package or of all.
 
         Ends at what was the end when reading began, or never when `follow` is set: then new events are looked for at

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 import pytest
 
@@ -12,7 +12,7 @@ from ingest_gateway.followers import Followers
 from services.errors import PushBackError, UnavailableError
 
 
-async def _everything(lines: AsyncIterator[bytes]) -> bytes:
+async def _everything(lines: AsyncGenerator[bytes]) -> bytes:
     found = b""
     async with feed(lines) as opened:
         while (piece := await opened.take()) is not None:
@@ -21,7 +21,7 @@ async def _everything(lines: AsyncIterator[bytes]) -> bytes:
 
 
 async def test_a_feed_hands_over_everything_in_order() -> None:
-    async def lines() -> AsyncIterator[bytes]:
+    async def lines() -> AsyncGenerator[bytes]:
         for number in range(10_000):
             yield b"%d\n" % number
             if number % 100 == 0:
@@ -33,7 +33,7 @@ async def test_a_feed_hands_over_everything_in_order() -> None:
 async def test_reading_stops_behind_a_client_that_does_not_take() -> None:
     read = 0
 
-    async def lines() -> AsyncIterator[bytes]:
+    async def lines() -> AsyncGenerator[bytes]:
         nonlocal read
         for _ in range(1000):
             read += 1024
@@ -49,7 +49,7 @@ async def test_reading_stops_behind_a_client_that_does_not_take() -> None:
 
 
 async def test_what_came_before_an_error_is_handed_over_first() -> None:
-    async def lines() -> AsyncIterator[bytes]:
+    async def lines() -> AsyncGenerator[bytes]:
         yield b"a"
         yield b"b"
         raise UnavailableError("gone")
@@ -64,7 +64,7 @@ async def test_a_cancelled_take_loses_nothing_and_the_source_is_closed_in_the_en
     go_on = asyncio.Event()
     closed = False
 
-    async def lines() -> AsyncIterator[bytes]:
+    async def lines() -> AsyncGenerator[bytes]:
         nonlocal closed
         try:
             yield b""

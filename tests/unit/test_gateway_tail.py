@@ -199,7 +199,7 @@ async def test_so_many_read_what_was_before_at_a_time_and_no_more(
     read = log.read
 
     async def counted(*arguments: object, **options: object) -> AsyncIterator[RecordedEvent]:
-        async with aclosing(read(*arguments, **options)) as events:  # type: ignore[arg-type, type-var]  # handed through
+        async with aclosing(read(*arguments, **options)) as events:  # type: ignore[arg-type]  # handed through
             async for event in events:
                 readers.append(log.readers)
                 yield event

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 from uuid import UUID
@@ -65,7 +65,7 @@ class KafkaLog:
         package_id: UUID | None = None,
         follow: bool = False,
         poll_seconds: float = 0.1,
-    ) -> AsyncIterator[RecordedEvent]:
+    ) -> AsyncGenerator[RecordedEvent]:
         """See `Log`. One consumer and one thread while the caller iterates.
 
         `poll_seconds` changes nothing: the broker answers a waiting reader as soon as there is something.

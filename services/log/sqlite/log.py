@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import sqlite3
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from uuid import UUID
@@ -67,7 +67,7 @@ class SqliteLog:
         package_id: UUID | None = None,
         follow: bool = False,
         poll_seconds: float = 0.1,
-    ) -> AsyncIterator[RecordedEvent]:
+    ) -> AsyncGenerator[RecordedEvent]:
         """See `Log`."""
         cursor = await self._readers.run(lambda file: _Cursor(file, since, package_id, follow))
         while True:
