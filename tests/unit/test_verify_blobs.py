@@ -41,6 +41,16 @@ async def packed(scene: Scene) -> Scene:
     return scene
 
 
+async def with_bytes(scene: Scene, blobs: LocalBlobStore) -> Report:
+    """Every blob of the scene is read, by this store, which is closed then."""
+    views = scene.views()
+    await blobs.migrate()
+    report = await verify(scene.log, blobs, views, check_bytes=True)
+    await views.close()
+    await blobs.close()
+    return report
+
+
 async def send(folder: Path, content: bytes) -> None:
     """Store the bytes as an upload would."""
     store = LocalBlobStore(folder / "blobs")
@@ -148,11 +158,7 @@ async def test_a_blob_that_an_upload_replaced_in_the_same_moment_is_put_back(sce
             scene.blob("a").write_bytes(CONTENT["a"])
             return await super().set_aside(key)
 
-    blobs, views = Racing(scene.folder / "blobs"), scene.views()
-    await blobs.migrate()
-    report = await verify(scene.log, blobs, views, check_bytes=True)
-    await views.close()
-    await blobs.close()
+    report = await with_bytes(scene, Racing(scene.folder / "blobs"))
     assert report.clean
     assert scene.blob("a").read_bytes() == CONTENT["a"]
 
@@ -183,11 +189,7 @@ async def test_what_a_damaged_pack_gave_back_to_a_key_whose_damaged_blob_is_bein
                 kept.set()
             return stored
 
-    blobs, views = Racing(packed.folder / "blobs"), packed.views()
-    await blobs.migrate()
-    report = await verify(packed.log, blobs, views, check_bytes=True)
-    await views.close()
-    await blobs.close()
+    report = await with_bytes(packed, Racing(packed.folder / "blobs"))
     assert named(report) == {("blob-damaged", "b")}
     assert packed.blob("a").read_bytes() == CONTENT["a"]
 
@@ -203,11 +205,7 @@ async def test_a_blob_that_was_moved_and_could_not_be_looked_at_again_is_named_w
             async for chunk in super().read(key, offset, length):
                 yield chunk
 
-    blobs, views = Failing(scene.folder / "blobs"), scene.views()
-    await blobs.migrate()
-    report = await verify(scene.log, blobs, views, check_bytes=True)
-    await views.close()
-    await blobs.close()
+    report = await with_bytes(scene, Failing(scene.folder / "blobs"))
     key = content_key(blake3(CONTENT["a"]).digest())
     assert report.set_aside == {key: f"damaged/{key}"}
     assert f"set aside as damaged/{key}" in report.violations[0].detail
@@ -231,11 +229,7 @@ async def test_good_bytes_that_were_read_wrongly_are_not_lost(scene: Scene) -> N
             async for chunk in super().read(key, offset, length):
                 yield chunk if self.reads > 1 else bytes(len(chunk))
 
-    blobs, views = Flaky(scene.folder / "blobs"), scene.views()
-    await blobs.migrate()
-    report = await verify(scene.log, blobs, views, check_bytes=True)
-    await views.close()
-    await blobs.close()
+    report = await with_bytes(scene, Flaky(scene.folder / "blobs"))
     assert report.violations == []
     assert scene.blob("a").read_bytes() == CONTENT["a"]
     assert (await scene.verify(check_bytes=True)).clean
@@ -252,10 +246,7 @@ async def test_a_blob_that_is_cut_short_while_it_is_read_is_named(scene: Scene) 
                 scene.blob("a").write_bytes(b"fir")
             return found
 
-    blobs, views = Shrinking(scene.folder / "blobs"), scene.views()
-    report = await verify(scene.log, blobs, views, check_bytes=True)
-    await views.close()
-    await blobs.close()
+    report = await with_bytes(scene, Shrinking(scene.folder / "blobs"))
     assert named(report) == {("blob-damaged", "a")}
     assert report.set_aside == {}
 
