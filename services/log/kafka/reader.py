@@ -41,8 +41,8 @@ class Reader:
         """
         with explaining(_DOING):
             found: list[Message] = self._consumer.consume(count, timeout)
-            # Without a step of Python for each.
-            if list(map(Message.error, found)).count(None) < len(found):
+            # Without a step of Python for each; a KafkaError cannot be compared with None, so `count` and `in` fail.
+            if any(map(Message.error, found)):
                 for message in found:
                     _checked(message)
             return list(map(Message.value, found)), _checked(found[-1]) if found else 0
