@@ -130,7 +130,7 @@ def decide_together(state: PackageState, commands: Sequence[IngestFiles], now: i
     be refused. Then each is to be decided by itself.
     """
     new = {command.command_id for command in commands}
-    if len(new) < len(commands) or state.unfinished is not None or not new.isdisjoint(state.commands):
+    if len(new) < len(commands) or state.unfinished is not None or not state.commands.keys().isdisjoint(new):
         return None
     return _ingest(_require_open(state, state.package_id), commands, 0, now, limits)
 
@@ -293,7 +293,8 @@ def _require_open(state: PackageState | None, package_id: UUID) -> PackageState:
 def _check_paths(state: PackageState, relative_paths: Sequence[str], limits: Limits) -> None:
     check_paths(relative_paths)
     files, new = state.files, set(relative_paths)
-    if len(new) < len(relative_paths) or not new.isdisjoint(files):
+    # `isdisjoint` walks its argument: the few new paths, never the package's files.
+    if len(new) < len(relative_paths) or not files.keys().isdisjoint(new):
         seen: set[str] = set()
         for path in relative_paths:
             if path in files or path in seen:
