@@ -223,10 +223,13 @@ class _Run:
         before, count = end.offsets, 0
         async with aclosing(self._log.read(end, follow=True)) as events:
             async for event in events:
-                # Where it lay, which for a record under a wrong key is not where its package's others are.
-                moved = (p for p, offset in event.position.offsets.items() if offset != before.get(p))
-                self._keep(event, next(moved))
-                before = event.position.offsets
+                offsets = event.position.offsets
+                partition = self._log.partition_of(event.package_id)
+                if offsets.get(partition) == before.get(partition):
+                    # A record under a wrong key does not lie where its package's others do.
+                    partition = next(p for p, offset in offsets.items() if offset != before.get(p))
+                self._keep(event, partition)
+                before = offsets
                 count += 1
                 if count % _BREATH == 0:
                     await asyncio.sleep(0)

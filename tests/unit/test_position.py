@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import random
+from collections.abc import Callable
 from uuid import UUID
 
 import cbor2
@@ -10,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from schemas.canonical import canonical_cbor
 from services.errors import InvalidPositionError, LogIdentityError
 from services.log.position import MAX_TEXT, Position
 
@@ -87,6 +90,78 @@ def test_what_the_log_did_not_give_out_is_refused(text: str) -> None:
         Position.parse(text)
 
 
+@given(positions)
+def test_a_text_of_the_previous_format_is_still_read(position: Position) -> None:
+    text = base64.urlsafe_b64encode(canonical_cbor([position.log.bytes, dict(position.offsets)])).rstrip(b"=").decode()
+
+    assert Position.parse(text) == position
+
+
+@pytest.mark.parametrize(
+    "offset",
+    [
+        lambda: 10**9,
+        lambda: 10**9 + random.randrange(-(10**7), 10**7),
+        lambda: random.randrange(2 * 10**9),
+        lambda: 10**12 + random.randrange(2**32),
+        lambda: random.choice([0, 10**9]),
+    ],
+)
+def test_a_position_of_1024_partitions_fits_in_6_kib(offset: Callable[[], int]) -> None:
+    random.seed(1024)
+
+    assert len(str(Position(LOG, {p: offset() for p in range(1024)}))) < 6 * 1024
+
+
+@given(offsets, st.lists(st.tuples(st.integers(0, 1023), st.integers(0, 2**62)), max_size=20))
+def test_a_text_does_not_depend_on_the_way_that_led_to_the_position(
+    start: dict[int, int], moves: list[tuple[int, int]]
+) -> None:
+    position, expected = Position(LOG, start), dict(start)
+    for partition, offset in moves:
+        position = position.after(partition, offset)
+        expected[partition] = offset + 1
+
+        assert str(position) == str(Position(LOG, expected))
+
+
+def test_a_part_that_a_later_release_adds_behind_the_offsets_is_passed_over() -> None:
+    position = Position(LOG, {0: 5, 40: 7})
+    raw = base64.urlsafe_b64decode(_padded(str(position)))
+    later = base64.urlsafe_b64encode(raw + b"\x01\x03abc").rstrip(b"=").decode()
+
+    assert Position.parse(later) == position
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",  # no number of blocks
+        b"\x01",  # no block
+        b"\x01\x00\x01\x02",  # a block cut off
+        b"\x01\x00\x00\x01\x00",  # a block of no partition
+        b"\x01\x00\x21\x01\x00",  # a block of too many partitions
+        b"\x01\x00\x01\x00\x00",  # nothing in the last place of a block
+        b"\x01\x00\x02\x01\x01\x03",  # a base that is not the least
+        b"\x01\x00\x02\x01\x01\x06",  # a bit beyond the last place
+        b"\x01\x00\x02\x01\x02\x04",  # more bits than are needed
+        b"\x01\x00\x01\x81\x00\x00",  # a number with leading zeros
+        b"\x01\x00\x01" + b"\xff" * 12 + b"\x01\x00",  # a number without bounds
+        b"\x01" + b"\xff" * 8 + b"\x01\x01\x01\x00",  # a partition that no log has
+        b"\x01\x00\x01\x01\xff",  # more bits than an offset has
+        b"\xff\xff\xff\xff\x0f",  # blocks without end
+        b"\x00\x00\x00",  # a part without a number
+        b"\x00\x01\x05abc",  # a part cut off
+        b"\x00\x02\x01a\x01\x01a",  # parts out of order
+    ],
+)
+def test_what_is_malformed_behind_the_identity_is_refused(raw: bytes) -> None:
+    text = base64.urlsafe_b64encode(b"\x01" + LOG.bytes + raw).rstrip(b"=").decode()
+
+    with pytest.raises(InvalidPositionError):
+        Position.parse(text)
+
+
 def test_after_moves_one_partition_behind_a_record() -> None:
     position = Position(LOG, {0: 5, 1: 7})
 
@@ -103,6 +178,10 @@ def test_covering_goes_partition_by_partition(one: dict[int, int], two: dict[int
     assert Position(LOG, both).covers(Position(LOG, two))
     assert Position(LOG, one).covers(Position(LOG, {}))
     assert Position(LOG, one).covers(Position(LOG, two)) is (both == one or _equal_but_for_zeros(both, one))
+
+
+def _padded(text: str) -> str:
+    return text + "=" * (-len(text) % 4)
 
 
 def _equal_but_for_zeros(one: dict[int, int], two: dict[int, int]) -> bool:
