@@ -27,7 +27,8 @@ from services.errors import (
 from services.log.kafka import KafkaLog, KafkaWriter, requests, tenure
 from services.log.port import PartitionNotOwnedError
 from tests.contract.log_invariants import assert_recorded_once, read_valid
-from tests.contract.log_stage import ready, settled
+from tests.contract.log_stage import PATIENCE_SECONDS, ready, settled
+from tests.integration.conditions import until
 from tests.integration.kafka_stage import (
     PARTITIONS,
     create_in,
@@ -35,6 +36,7 @@ from tests.integration.kafka_stage import (
     kafka_settings,
     lone_writer,
     open_kafka_log,
+    owned,
     shared,
 )
 from tests.standstill import Standstill
@@ -252,3 +254,79 @@ async def test_a_command_that_the_code_cannot_handle_does_not_disturb_the_others
         answers = await asyncio.gather(*(writer.submit(command) for command in commands), return_exceptions=True)
     assert [n for n, answer in enumerate(answers) if isinstance(answer, BaseException)] == [5]
     assert len(await read_valid(log)) == 19
+
+
+async def test_commands_reach_their_owner_while_the_group_s_coordinator_is_away(
+    kafka: Settings, log: KafkaLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_kafka_log(kafka) as cut, gateway(kafka, log) as one, gateway(kafka, cut) as two:
+        others, _ = await shared(one, two)
+        other = others.pop()
+        away = CoordinatorAway(monkeypatch, cut)
+        done: list[tuple[Command, Acknowledgement]] = []
+
+        async def written_unasked() -> bool:
+            made = create_in(other)
+            done.append((made, await two.submit(made)))
+            return away.asked > 1
+
+        async with asyncio.timeout(20):
+            await until(written_unasked, 20, "the group was not asked")
+        assert await two.ready() is None
+    assert_recorded_once(await read_valid(log), done)
+
+
+async def test_a_command_that_the_last_known_owner_refuses_is_recorded_by_the_next_one(
+    kafka: Settings, log: KafkaLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with (
+        open_kafka_log(kafka) as second,
+        open_kafka_log(kafka) as third,
+        gateway(kafka, log) as one,
+        gateway(kafka, second) as two,
+    ):
+        of_one, of_two = await shared(one, two)
+        # The third is given one of the two partitions that either of them has.
+        loser, before, asker, cut = (one, of_one, two, second) if len(of_one) > len(of_two) else (two, of_two, one, log)
+        away = CoordinatorAway(monkeypatch, cut)
+        refused = asyncio.Event()
+        carry_out = loser.submit_here
+
+        async def watched(command: Command) -> Acknowledgement:
+            try:
+                return await carry_out(command)
+            except PartitionNotOwnedError:
+                refused.set()
+                raise
+
+        monkeypatch.setattr(loser, "submit_here", watched)
+        async with gateway(kafka, third) as three:
+
+            async def moved() -> bool:
+                return len(await owned(three)) == 1
+
+            await until(moved, PATIENCE_SECONDS, "the third is given no partition")
+            made = create_in((before & await owned(three)).pop())
+            answer = asyncio.ensure_future(asker.submit(made))
+            async with asyncio.timeout(30):
+                await refused.wait()
+            away.ends()
+            done = [(made, await answer)]
+    assert_recorded_once(await read_valid(log), done)
+
+
+class CoordinatorAway:
+    """Questions about the group that one log's client asks come to nothing until `ends`; leaders answer."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, log: KafkaLog) -> None:
+        self._members, self._cluster, self._monkeypatch = log.cluster.members, log.cluster, monkeypatch
+        self.asked = 0
+        monkeypatch.setattr(log.cluster, "members", self._unanswered)
+
+    def _unanswered(self, _group: str) -> None:
+        self.asked += 1
+        raise UnavailableError("Kafka gave no answer in time while describing a group")
+
+    def ends(self) -> None:
+        """The coordinator answers again."""
+        self._monkeypatch.setattr(self._cluster, "members", self._members)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Mapping
+from threading import Event as Flag
 from typing import Any, cast
 
 import pytest
@@ -22,12 +23,16 @@ class Group:
 
     def __init__(self) -> None:
         self.asked = 0
-        self.silent = False
+        self.failure: Exception | None = None
+        self.hold = Flag()
+        """Cleared, it does not answer."""
+        self.hold.set()
 
     def members(self) -> list[Member]:
         self.asked += 1
-        if self.silent:
-            raise UnavailableError("the group does not answer")
+        self.hold.wait(30)
+        if self.failure is not None:
+            raise self.failure
         return [ONE]
 
     def is_self(self, _: Member) -> bool:
@@ -75,7 +80,7 @@ async def test_a_group_that_does_not_answer_is_not_asked_for_each_who_waits(owne
         finally:
             owners.forget()
 
-    group.silent = True
+    group.failure = UnavailableError("the group does not answer")
     answers = await asyncio.gather(*(seek() for _ in range(50)), return_exceptions=True)
     assert {type(answer) for answer in answers} == {UnavailableError}
     assert group.asked == 1
@@ -85,10 +90,10 @@ async def test_a_group_that_answers_again_is_believed(
     owners: Owners, group: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(owners_module, "_FAILED_SECONDS", 0.0)
-    group.silent = True
+    group.failure = UnavailableError("the group does not answer")
     with pytest.raises(UnavailableError):
         await owners.all()
-    group.silent = False
+    group.failure = None
     assert set(await owners.all()) == ONE.partitions
 
 
@@ -155,3 +160,42 @@ async def test_who_may_not_ask_who_owns_it_waits_for_the_answer(
     monkeypatch.setattr(Owners, "all", refused)
     async with asyncio.timeout(30):
         assert await owners.while_owned(0, Owner("http://there", is_self=False), answer()) == "recorded"
+
+
+async def test_while_the_group_cannot_be_asked_the_last_known_owners_stand(
+    owners: Owners, group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owners_module, "_FRESH_SECONDS", 0.0)
+    known = await owners.all()
+    for failure in (UnavailableError("the coordinator is away"), ConfigurationError("no right to describe the group")):
+        group.failure = failure
+        assert await owners.all() == known
+        owners.forget()
+        assert await owners.all() == known, "also when one of them has refused"
+    group.failure = None
+    monkeypatch.setattr(owners_module, "_FAILED_SECONDS", 0.0)
+    assert await owners.all() == known
+
+
+async def test_a_group_that_keeps_silent_holds_up_nobody_who_knows_an_owner(
+    owners: Owners, group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owners_module, "_FRESH_SECONDS", 0.0)
+    monkeypatch.setattr(owners_module, "_PATIENCE_SECONDS", 0.01)
+    known = await owners.all()
+    group.hold.clear()
+    try:
+        async with asyncio.timeout(30):
+            assert await asyncio.gather(*(owners.all() for _ in range(50))) == [known] * 50
+        assert group.asked == 2, "all of them wait for one question"
+    finally:
+        group.hold.set()
+
+
+async def test_who_knows_no_owner_waits_for_the_group_and_hears_why_it_cannot_be_asked(
+    owners: Owners, group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owners_module, "_PATIENCE_SECONDS", 0.0)
+    group.failure = ConfigurationError("no right to describe the group")
+    with pytest.raises(ConfigurationError, match="no right"):
+        await owners.all()

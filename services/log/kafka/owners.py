@@ -1,4 +1,8 @@
-"""Who owns which partition, as the group of writers says; remembered for a moment."""
+"""Who owns which partition, as the group of writers says; the last answer stands while the group cannot be asked.
+
+The group's coordinator may be away while all owners are well. A process that has lost a partition since the last answer
+refuses its commands (PartitionNotOwnedError), so asking it costs time and never an event.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
-from services.errors import ConfigurationError, UnavailableError
+from services.errors import ArtifactStoreError, ConfigurationError, UnavailableError
 from services.log.kafka.group import WriterGroup
 
 _LOOK_SECONDS = 1.0
@@ -21,7 +25,10 @@ _UNSETTLED_SECONDS = 0.1
 """After so long the group may have something new to say."""
 
 _FAILED_SECONDS = 0.5
-"""So long nobody asks again after the group did not answer, for which each has waited for seconds already."""
+"""The pause before the group is asked again after it did not answer."""
+
+_PATIENCE_SECONDS = 1.0
+"""How long callers wait for the group's answer while an earlier answer is known."""
 
 _T = TypeVar("_T")
 
@@ -39,43 +46,62 @@ class Owners:
 
     def __init__(self, group: WriterGroup) -> None:
         self._group = group
+        # A thread of its own: a group that keeps still must not hold up what else is asked.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="log-owners")
-        self._asking = asyncio.Lock()
+        self._question: asyncio.Task[None] | None = None
+        self._asked_at = 0.0
         self._closed = False
-        self._known: dict[int, Owner] = {}
-        self._failure: UnavailableError | None = None
+        self._known: dict[int, Owner] | None = None
+        """The group's last answer."""
+        self._failure: ArtifactStoreError | None = None
+        """Why there was no answer to the last question."""
         self._until = 0.0
-        """How long what is known, or that nobody can say it, is believed,"""
+        """When the group is asked again,"""
         self._least = 0.0
-        """and how long at least, even if it has proved wrong."""
+        """and before when it is not, even if what is known has proved wrong."""
 
     async def all(self) -> Mapping[int, Owner]:
-        """Owner by partition, without those that nobody owns. Raises UnavailableError, ConfigurationError."""
-        async with self._asking:
+        """Owner by partition, without those that nobody owns.
+
+        While the group cannot be asked, those that it named last. Raises UnavailableError or ConfigurationError when it
+        has not named any yet.
+        """
+        if self._closed:
+            raise UnavailableError("this process asks for no owners any more")
+        if time.monotonic() >= self._until:
+            if self._question is None or self._question.done():
+                self._question = asyncio.create_task(self._ask(), name="log-owners")
+                self._asked_at = time.monotonic()
+            known = self._known is not None
+            patience = max(0.0, self._asked_at + _PATIENCE_SECONDS - time.monotonic()) if known else None
+            await asyncio.wait([self._question], timeout=patience)
             if self._closed:
                 raise UnavailableError("this process asks for no owners any more")
-            if time.monotonic() >= self._until:
-                try:
-                    # A thread of its own: a group that keeps still must not hold up what else is asked.
-                    members = await asyncio.get_running_loop().run_in_executor(self._thread, self._group.members)
-                except UnavailableError as error:
-                    self._failure = error
-                    self._until = self._least = time.monotonic() + _FAILED_SECONDS
-                    raise
-                self._failure = None
-                # Between two assignments most partitions stay where they were.
-                fresh = _FRESH_SECONDS if members is not None else _UNSETTLED_SECONDS
-                if members is not None:
-                    self._known = {
-                        p: Owner(m.client_id if m.client_id.startswith("http") else None, self._group.is_self(m))
-                        for m in members
-                        for p in m.partitions
-                    }
-                self._until = time.monotonic() + fresh
-                self._least = time.monotonic() + _UNSETTLED_SECONDS
-            if self._failure is not None:
-                raise UnavailableError(self._failure.detail)
+            if self._question.done():
+                self._question.result()
+        if self._known is not None:
             return self._known
+        if self._failure is not None:
+            raise type(self._failure)(self._failure.detail)
+        return {}
+
+    async def _ask(self) -> None:
+        try:
+            members = await asyncio.get_running_loop().run_in_executor(self._thread, self._group.members)
+        except (UnavailableError, ConfigurationError) as error:
+            self._failure = error
+            self._until = self._least = time.monotonic() + _FAILED_SECONDS
+            return
+        self._failure = None
+        # Between two assignments most partitions stay where they were.
+        if members is not None:
+            self._known = {
+                p: Owner(m.client_id if m.client_id.startswith("http") else None, self._group.is_self(m))
+                for m in members
+                for p in m.partitions
+            }
+        self._until = time.monotonic() + (_FRESH_SECONDS if members is not None else _UNSETTLED_SECONDS)
+        self._least = time.monotonic() + _UNSETTLED_SECONDS
 
     async def while_owned(self, partition: int, owner: Owner, answer: Awaitable[_T]) -> _T:
         """Wait for the answer of a partition's owner. Raises UnavailableError once another owns the partition."""
@@ -106,6 +132,8 @@ class Owners:
     def close(self) -> None:
         """Ask no more. Does not wait for a question that is under way."""
         self._closed = True
+        if self._question is not None:
+            self._question.cancel()
         self._thread.shutdown(wait=False)
 
     def forget(self) -> None:
