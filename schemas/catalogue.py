@@ -17,6 +17,10 @@ id as text. Headers repeat type and version (`event_type`, `event_version`), the
 `command_count`) and the CloudEvents attributes (`ce_*`, `content-type`), so that a consumer can route without decoding;
 `traceparent` (W3C Trace Context) is there where the request carried one.
 
+Read with `isolation.level=read_committed`. Most consumers default to `read_uncommitted`, which also shows events that
+were never recorded, and records without key and value that writers append in aborted transactions: skip what has no
+value.
+
 Digests are recomputed like this:
 
 - `payload_digest` is BLAKE3 over the payload as a canonical CBOR map (RFC 8949 §4.2) of its fields by name: identifiers

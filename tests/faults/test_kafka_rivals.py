@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from uuid import uuid4
 
 import confluent_kafka.admin
 import pytest
-from confluent_kafka import KafkaException
+from confluent_kafka import KafkaException, Producer
 
 from benchmarks.kafka_topics import read_records
 from schemas.codec import EncodedEvents, decode, encode
@@ -25,6 +25,7 @@ from services.core.decide import Decision, decide, decide_together
 from services.core.limits import Limits
 from services.errors import ArtifactStoreError, CorruptError, PackageNotFoundError, RejectedError, UnavailableError
 from services.log.kafka import KafkaLog, KafkaWriter, tenure
+from services.log.kafka.cluster import Cluster
 from services.log.kafka.restore import States
 from services.log.kafka.tenure import Staged, Tenure
 from services.log.port import PartitionNotOwnedError
@@ -59,14 +60,36 @@ async def log(kafka: Settings) -> AsyncIterator[KafkaLog]:
         yield found
 
 
-async def take_over(kafka: Settings, log: KafkaLog, partition: int, *, ours: bool = True) -> Tenure:
+class DeposedLeader(Cluster):
+    """Asks a leader that was deposed and does not know it, so that the log ends where it ended then."""
+
+    def __init__(self, log: KafkaLog, ends: Mapping[int, int]) -> None:
+        super().__init__(log.kafka)
+        self._ends = ends
+
+    def last_stable(self, partitions: Iterable[int]) -> dict[int, int]:
+        """See `Cluster`."""
+        return {p: self._ends[p] for p in partitions}
+
+    high_watermark = last_stable
+
+
+async def take_over(
+    kafka: Settings,
+    log: KafkaLog,
+    partition: int,
+    *,
+    ours: bool = True,
+    cluster: Cluster | None = None,
+    folder: str = "rivals",
+) -> Tenure:
     """The right to a partition, without asking any group, and with a state of its own."""
     identity = await log.identity()
-    states = States(kafka.state_dir.with_name("rivals"))
+    states = States(kafka.state_dir.with_name(folder))
     return await asyncio.to_thread(
         lambda: Tenure(
             log.kafka,
-            log.cluster,
+            cluster or log.cluster,
             partition,
             identity,
             states,
@@ -105,6 +128,47 @@ async def test_who_was_cut_off_can_append_nothing_more_and_its_successor_knows_a
     for holder in (first, second):
         await asyncio.to_thread(holder.close)
     assert len(await read_valid(log)) == 2
+
+
+async def test_a_successor_knows_what_was_appended_although_a_deposed_leader_answers_where_the_log_ends(
+    kafka: Settings, log: KafkaLog
+) -> None:
+    deposed = DeposedLeader(log, {0: 0})
+    first = await take_over(kafka, log, 0)
+    made = create_in(0)
+    await asyncio.to_thread(carry_out, first, made)
+    second = await take_over(kafka, log, 0, cluster=deposed, folder="empty disk")
+    known = second.state.package(made.package_id)
+    for holder in (first, second):
+        await asyncio.to_thread(holder.close)
+    assert known is not None, "a retry would create the package a second time"
+    assert made.command_id in known.commands
+
+
+async def test_the_end_that_a_take_over_reads_up_to_is_seen_by_nobody(kafka: Settings, log: KafkaLog) -> None:
+    for _ in range(3):
+        holder = await take_over(kafka, log, 0)
+        await asyncio.to_thread(holder.close)
+    assert (await log.end()).offsets[0] > 0
+    assert await read_valid(log) == []
+    scanned = [record async for batch in log.scan({0: 0}, (await log.end()).offsets) for record in batch.records]
+    assert scanned == []
+
+
+async def test_nothing_is_committed_behind_what_the_writer_has_not_read(kafka: Settings, log: KafkaLog) -> None:
+    """As when the take-over's end was not the end: somebody's event lies between it and the first transaction."""
+    made, late = create_in(0), create_in(0)
+    holder = await take_over(kafka, log, 0)
+    decision = decide(None, made, system_clock(), Limits())
+    stranger = Producer({"bootstrap.servers": log.kafka.bootstrap, "log_level": 3})
+    stranger.produce(log.kafka.topic, decision.values[0], decision.package_id, 0)
+    assert await asyncio.to_thread(stranger.flush, 30) == 0
+    with pytest.raises(UnavailableError, match="another process has written to the partition"):
+        await asyncio.to_thread(carry_out, holder, late)
+    await asyncio.to_thread(holder.close)
+    next_holder = await take_over(kafka, log, 0)
+    await asyncio.to_thread(next_holder.close)
+    assert [event.package_id for event in await read_valid(log)] == [made.package_id]
 
 
 async def test_what_a_predecessor_left_uncommitted_is_gone_for_its_successor(kafka: Settings, log: KafkaLog) -> None:

@@ -1,7 +1,9 @@
 """One uninterrupted right to append to a partition: a fenced producer, a committed tail, and the state they keep true.
 
-Taking over goes in this order: `init_transactions` cuts off every predecessor, then the partition is read to the high
-watermark, then commands are served. Read first, and a predecessor could still append behind what was read.
+Taking over goes in this order: `init_transactions` cuts off every predecessor, then a barrier is appended, then the
+partition is read up to it, then commands are served. Read first, and a predecessor could still append behind what was
+read. Ask the cluster for the end instead, and a leader that was deposed without knowing it may answer: nothing obliges
+it to ask its peers. It cannot acknowledge a record for all replicas, so the barrier's offset is the true end.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from itertools import islice
 from typing import NamedTuple, TypeVar
 from uuid import UUID
 
-from confluent_kafka import KafkaException, Producer
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from schemas.headers import Headers, RecordHeaders
 from services.core.decide import Decision
@@ -38,9 +40,6 @@ COMMIT_SECONDS = 12.0
 PATIENCE_SECONDS = 15.0
 """How long reading may make no progress, as it does below another producer's open transaction."""
 
-STALL_SECONDS = 2.0
-"""After so long without progress a take-over ends what may be left of its own transactional id's transactions."""
-
 _CONNECT_SECONDS = 0.05
 """A client that is asked to begin before it is connected looks for its coordinator again only after 0.5 s."""
 
@@ -49,6 +48,7 @@ _LOOK_SECONDS = 0.02
 
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
+_Delivered = Callable[[KafkaError | None, Message], None]
 
 
 class Staged(NamedTuple):
@@ -102,6 +102,10 @@ class Tenure:
         self._stopping = stopping
         self._in_doubt = in_doubt
         self._progressed = progressed
+        self._first_committed = False
+        """Whether a transaction of this tenure was committed."""
+        self._delivered: list[int] = []
+        """Offsets of the records of the first transaction."""
         self._tail: Reader | None = None
         self._producer: Producer | None = make_producer(kafka.producer(partition))
         try:
@@ -113,7 +117,7 @@ class Tenure:
                 raise PartitionNotOwnedError("the group has given the partition to another process")
             with explaining("taking over a partition"):
                 self._producer.init_transactions(INIT_SECONDS)
-            self._restore(cluster.high_watermark([partition])[partition])
+            self._restore(self._barrier())
         except BaseException:
             self.close()
             raise
@@ -141,13 +145,16 @@ class Tenure:
         """End the transaction of these records' values; return when the tail has shown them all.
 
         Raises whatever the client raises; also UnavailableError when something else is read back, or nothing in time,
-        and when the topic may have been deleted.
+        when the topic may have been deleted, and when the first transaction begins behind events that were not read.
         """
         producer = _open(self._producer)
         producer.flush(COMMIT_SECONDS)  # so that what was sent is where the topic was when it is asked
         if self._in_doubt():
             raise UnavailableError("the topic may not be the log's any more")
+        if not self._first_committed:
+            self._require_all_read()
         producer.commit_transaction(COMMIT_SECONDS)
+        self._first_committed = True
         self.state.confirm(self._read_back(values), values[-1])
 
     def catch_up(self) -> bool:
@@ -199,17 +206,37 @@ class Tenure:
             if slot is not None:
                 slot.release()
 
-    def _restore(self, end: int) -> None:
-        """Go on from the best state that stands on the log, and read from there up to `end`."""
+    def _barrier(self) -> int:
+        """Append a record that no reader of committed events sees, acknowledged by all in-sync replicas; its offset.
+
+        Every transaction that was committed before lies below it. Aborting it also ends whatever the partition still
+        takes for an open transaction of this transactional id: `init_transactions` says that there is none, but a
+        broker that was killed can come back without the marker of a transaction that its coordinator holds for ended,
+        and the partition would wait for it for ever. Nobody has read what is aborted so, so nothing of it was
+        acknowledged. Transactions of others stay as they are.
+        """
+        producer = _open(self._producer)
+        offsets: list[int] = []
+        with explaining("establishing the end of a partition"):
+            producer.begin_transaction()
+            producer.produce(self._kafka.topic, None, None, self._partition, _into(offsets))
+            producer.flush(COMMIT_SECONDS)
+            producer.abort_transaction(COMMIT_SECONDS)
+        if not offsets:
+            raise UnavailableError("the end of the partition is unknown: its replicas did not acknowledge a record")
+        return offsets[0]
+
+    def _restore(self, barrier: int) -> None:
+        """Go on from the best state that stands on the log, and read from there up to the barrier."""
         self._slot, file = claim(self._states.folder, self._place)
-        for source, state in candidates(self._slot, file, self._place, self._states, end, self._stopping):
+        for source, state in candidates(self._slot, file, self._place, self._states, barrier, self._stopping):
             self._state, self.restored_from = state, source
             if source == FROM_SNAPSHOT:
                 self._progressed()
             self._tail = Reader(self._kafka, {self._partition: max(0, state.position - 1)})
             try:
                 self._check_standing(state)
-                self._read_to(end, stalled=self._end_own_transaction)
+                self._read_to(barrier + 1)  # with its marker, so that the first transaction begins right there
                 return
             except CorruptError as error:
                 if source == FROM_LOG:
@@ -242,19 +269,30 @@ class Tenure:
     def _produce(self, producer: Producer, decision: Decision, traceparents: Sequence[str | None]) -> None:
         topic, partition, key = self._kafka.topic, self._partition, decision.package_id
         timestamp = decision.created_at // 1000
+        delivered = None if self._first_committed else _into(self._delivered)
         for value, headers in records_of(decision, traceparents):
             try:
-                producer.produce(topic, value, key, partition, timestamp=timestamp, headers=headers)
+                producer.produce(topic, value, key, partition, delivered, timestamp=timestamp, headers=headers)
             except BufferError:
-                self._produce_late(producer, value, key, timestamp, headers)
+                self._produce_late(producer, value, key, timestamp, headers, delivered)
 
-    def _produce_late(self, producer: Producer, value: bytes, key: bytes, timestamp: int, headers: Headers) -> None:
+    def _produce_late(
+        self,
+        producer: Producer,
+        value: bytes,
+        key: bytes,
+        timestamp: int,
+        headers: Headers,
+        delivered: _Delivered | None,
+    ) -> None:
         """The client's queue is full: it drains while we wait."""
         deadline = time.monotonic() + COMMIT_SECONDS
         while True:
             producer.poll(_LOOK_SECONDS)
             try:
-                producer.produce(self._kafka.topic, value, key, self._partition, timestamp=timestamp, headers=headers)
+                producer.produce(
+                    self._kafka.topic, value, key, self._partition, delivered, timestamp=timestamp, headers=headers
+                )
                 return
             except BufferError:
                 if time.monotonic() > deadline:
@@ -278,26 +316,25 @@ class Tenure:
             seen += len(found)
         return last
 
-    def _end_own_transaction(self) -> None:
-        """Abort whatever the partition still takes for an open transaction of this transactional id.
+    def _require_all_read(self) -> None:
+        """Raise UnavailableError unless everything below the first transaction of the tenure was read before it.
 
-        `init_transactions` says that there is none, but a broker that was killed can come back without the marker of a
-        transaction that its coordinator holds for ended; the partition then waits for it for ever. An aborted
-        transaction of the same producer, with its newer epoch, is the missing marker. Nobody has read what it aborts,
-        so nothing of it was acknowledged. Transactions of others stay as they are.
+        Its events were decided on what was read. Later ones follow a commit, which nobody but this writer has a right
+        to, so what lies between is its own.
         """
-        producer = _open(self._producer)
-        with explaining("ending a transaction that was left open"):
-            producer.begin_transaction()
-            producer.produce(self._kafka.topic, b"", b"", self._partition)
-            producer.flush(COMMIT_SECONDS)
-            producer.abort_transaction(COMMIT_SECONDS)
+        if not self._delivered:
+            raise UnavailableError("where the transaction begins is unknown")
+        first, tail = min(self._delivered), _open(self._tail)
+        self._delivered.clear()
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while tail.reached()[self._partition] < first:
+            if tail.take(1, _LOOK_SECONDS):
+                raise UnavailableError("another process has written to the partition")
+            if time.monotonic() > deadline:
+                raise UnavailableError(self._cause("what lies before the transaction cannot be read"))
 
-    def _read_to(self, target: int, *, stalled: Callable[[], None] | None = None) -> int:
-        """Fold what lies before `target` into the state; how many events that were.
-
-        `stalled` is called once when nothing has come for a while.
-        """
+    def _read_to(self, target: int) -> int:
+        """Fold what lies before `target` into the state; how many events that were."""
         tail = _open(self._tail)
         deadline = time.monotonic() + PATIENCE_SECONDS
         count = 0
@@ -307,13 +344,9 @@ class Tenure:
                 self._fold(record)
             self.save_if_due()
             count += len(found)
-            left = deadline - time.monotonic()
             if found:
                 deadline = time.monotonic() + PATIENCE_SECONDS
-            elif stalled is not None and left < PATIENCE_SECONDS - STALL_SECONDS:
-                stalled()
-                stalled = None
-            elif left < 0:
+            elif time.monotonic() > deadline:
                 raise UnavailableError(self._cause("the end of the log cannot be read"))
             if self._stopping():
                 raise PartitionNotOwnedError("the partition was handed over while it was being taken over")
@@ -334,6 +367,17 @@ class Tenure:
             f"It ends by its own time-out; `kafka-transactions.sh --bootstrap-server {kafka.bootstrap} find-hanging "
             f"--topic {kafka.topic} --partition {partition}` shows one that does not, and its `abort` ends it"
         )
+
+
+def _into(offsets: list[int]) -> _Delivered:
+    """A delivery callback that notes at which offset a record lies; what was not delivered fails the transaction."""
+
+    def note(error: KafkaError | None, message: Message) -> None:
+        offset = message.offset()
+        if error is None and offset is not None and offset >= 0:
+            offsets.append(offset)
+
+    return note
 
 
 def records_of(decision: Decision, traceparents: Sequence[str | None]) -> Iterator[tuple[bytes, Headers]]:
