@@ -15,7 +15,14 @@ import cbor2
 from pydantic import SecretStr
 
 from services.core.commands import Acknowledgement, Command
-from services.core.wire import decode_acknowledgement, decode_error, encode_check, encode_command
+from services.core.wire import (
+    OLDEST,
+    VERSION,
+    decode_acknowledgement,
+    decode_error,
+    encode_check,
+    encode_command,
+)
 from services.errors import InvalidRequestError, PushBackError, UnavailableError
 from services.log.port import PartitionStatus
 from services.tracing import TRACEPARENT
@@ -24,6 +31,8 @@ CONTENT_TYPE = "application/cbor"
 COMMANDS_PATH = "/commands"
 CHECKS_PATH = "/checks"
 STATUS_PATH = "/status"
+WIRE_VERSION = "Artifact-Store-Wire-Version"
+"""The header with the version of a message, in answers with the newest one that the process knows; absent: 1."""
 
 MAX_FORWARDED = 1024
 """How many commands and questions may be on their way at a time, half of them to one process: each has a connection."""
@@ -42,6 +51,8 @@ class HttpForwarder:
             self._headers["Authorization"] = f"Bearer {secret.get_secret_value()}"
         self._session: aiohttp.ClientSession | None = None
         self._on_their_way: Counter[str] = Counter()
+        self._versions: dict[str, int] = {}
+        """The newest version of messages that the process at a URL is known to read."""
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
@@ -62,9 +73,10 @@ class HttpForwarder:
     async def submit(self, owner_url: str, command: Command) -> Acknowledgement:
         """See `Forwarder`. Raises PushBackError, before anything is sent, when too many are on their way."""
         with self._place(owner_url):
-            answer = await self._post(owner_url + COMMANDS_PATH, encode_command(command))
+            version = self._versions.get(owner_url, OLDEST)
+            answer = await self._post(owner_url, COMMANDS_PATH, encode_command(command, version), version)
         try:
-            return decode_acknowledgement(answer)
+            return decode_acknowledgement(answer, version)
         except InvalidRequestError as error:
             # The command may well be recorded, so this is no rejection.
             raise UnavailableError("the owner of the partition gave an answer that cannot be read") from error
@@ -74,11 +86,11 @@ class HttpForwarder:
     ) -> None:
         """See `Forwarder`. Raises PushBackError as `submit`."""
         with self._place(owner_url):
-            await self._post(owner_url + CHECKS_PATH, encode_check(package_id, relative_paths, command_id))
+            await self._post(owner_url, CHECKS_PATH, encode_check(package_id, relative_paths, command_id))
 
     async def status(self, owner_url: str) -> list[PartitionStatus]:
         """How the partitions are that the process at this URL writes to. Raises UnavailableError."""
-        return decode_status(await self._post(owner_url + STATUS_PATH, b""), owner_url)
+        return decode_status(await self._post(owner_url, STATUS_PATH, b""), owner_url)
 
     @contextmanager
     def _place(self, owner_url: str) -> Iterator[None]:
@@ -93,15 +105,18 @@ class HttpForwarder:
             if not on_their_way[owner_url]:
                 del on_their_way[owner_url]
 
-    async def _post(self, url: str, body: bytes) -> bytes:
+    async def _post(self, owner_url: str, path: str, body: bytes, version: int = OLDEST) -> bytes:
         if self._session is None:
             raise UnavailableError("forwarding is closed")
         try:
             trace = TRACEPARENT.get()
-            headers = {} if trace is None else {"traceparent": trace}
-            async with self._session.post(url, data=BytesIO(body), headers=headers, allow_redirects=False) as response:
+            headers = {WIRE_VERSION: str(version), **({} if trace is None else {"traceparent": trace})}
+            async with self._session.post(
+                owner_url + path, data=BytesIO(body), headers=headers, allow_redirects=False
+            ) as response:
                 answer = await response.read()
                 status, kind = response.status, response.content_type
+                self._note_version(owner_url, response.headers.get(WIRE_VERSION, ""))
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise UnavailableError(
                 f"the owner of the partition cannot be reached ({type(error).__name__}); the outcome is unknown"
@@ -117,9 +132,17 @@ class HttpForwarder:
             raise decode_error(answer)
         return answer
 
+    def _note_version(self, owner_url: str, newest: str) -> None:
+        """A process of another release may have taken the URL over: its word replaces the one before."""
+        known = min(int(newest), VERSION) if newest.isascii() and newest.isdecimal() else OLDEST
+        if known > OLDEST:
+            self._versions[owner_url] = known
+        else:
+            self._versions.pop(owner_url, None)
+
 
 def encode_status(found: Sequence[PartitionStatus]) -> bytes:
-    """The states of a process's partitions as CBOR, without the owner, who is asked."""
+    """The states of a process's partitions as CBOR, without the owner, who is asked; later releases append values."""
     return cbor2.dumps(
         [[s.partition, s.since, s.takeover_seconds, s.restored_from, s.trouble, s.waiting] for s in found]
     )
@@ -130,7 +153,7 @@ def decode_status(data: bytes, owner: str) -> list[PartitionStatus]:
     try:
         return [
             PartitionStatus(partition, owner, since, took, restored_from, trouble, waiting)
-            for partition, since, took, restored_from, trouble, waiting in cbor2.loads(data)
+            for partition, since, took, restored_from, trouble, waiting, *_ in cbor2.loads(data)
         ]
     except (cbor2.CBORDecodeError, ValueError, TypeError) as error:
         raise UnavailableError("the owner of the partition gave an answer that cannot be read") from error

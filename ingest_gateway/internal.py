@@ -14,11 +14,11 @@ from uuid import UUID
 from aiohttp import web
 from pydantic import SecretStr
 
-from ingest_gateway.forwarding import CHECKS_PATH, COMMANDS_PATH, CONTENT_TYPE, STATUS_PATH, encode_status
+from ingest_gateway.forwarding import CHECKS_PATH, COMMANDS_PATH, CONTENT_TYPE, STATUS_PATH, WIRE_VERSION, encode_status
 from services.addresses import ListenAddress
 from services.config import Settings
 from services.core.commands import Acknowledgement, Command
-from services.core.wire import decode_check, decode_command, encode_acknowledgement, encode_error
+from services.core.wire import VERSION, decode_check, decode_command, encode_acknowledgement, encode_error
 from services.errors import (
     ArtifactStoreError,
     ConfigurationError,
@@ -128,9 +128,10 @@ class InternalListener:
 
     async def _command(self, request: web.Request) -> web.Response:
         async def carry_out(here: Here, body: bytes) -> bytes:
+            version = _version_of(request)
             with _of_another_release():
-                command = decode_command(body)
-            return encode_acknowledgement(await here.submit_here(command))
+                command = decode_command(body, version)
+            return encode_acknowledgement(await here.submit_here(command), version)
 
         return await self._answer(request, carry_out)
 
@@ -183,5 +184,16 @@ class InternalListener:
                     raise TooLargeError(f"a forwarded command is larger than {MAX_BODY_BYTES:,} bytes") from None
                 answer = await carry_out(self._here, body)
         except ArtifactStoreError as error:
-            return web.Response(status=error.status, body=encode_error(error), content_type=CONTENT_TYPE)
-        return web.Response(body=answer, content_type=CONTENT_TYPE)
+            return _message(encode_error(error), error.status)
+        return _message(answer)
+
+
+def _version_of(request: web.Request) -> int:
+    """The version that the sender wrote the message in; gateways that do not say so write the first one."""
+    named = request.headers.get(WIRE_VERSION, "1")
+    return int(named) if named.isascii() and named.isdecimal() else 0
+
+
+def _message(body: bytes, status: int = 200) -> web.Response:
+    headers = {WIRE_VERSION: str(VERSION)}
+    return web.Response(body=body, status=status, content_type=CONTENT_TYPE, headers=headers)

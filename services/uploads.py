@@ -24,7 +24,7 @@ from services.blobs.upload_states import SupersededError, UploadState, UploadSta
 from services.core.commands import Acknowledgement
 from services.core.fields import check_text
 from services.core.paths import check_path
-from services.core.wire import decode_acknowledgement, encode_acknowledgement
+from services.core.wire import OLDEST, decode_acknowledgement, encode_acknowledgement
 from services.errors import (
     CommandReusedError,
     ContentMismatchError,
@@ -267,7 +267,7 @@ class ResumableUploads:
             # Only of a command that was never tried before is it certain that no event names what was stored.
             await (self._states.remove_with_blob(state) if first else self._states.remove(state))
             raise
-        answer = encode_acknowledgement(done).hex()
+        answer = encode_acknowledgement(done, OLDEST).hex()  # the previous release may be the one that reads it
         state = await self._states.replace(state, answer=answer, active_at=self._clock())
         await self._parts.discard(state.where, blob=False)
         return state
@@ -304,7 +304,7 @@ class ResumableUploads:
 
 def acknowledgement_of(state: UploadState) -> Acknowledgement | None:
     """The answer to the command that named the upload's file, None before that."""
-    return None if state.answer is None else decode_acknowledgement(bytes.fromhex(state.answer))
+    return None if state.answer is None else decode_acknowledgement(bytes.fromhex(state.answer), OLDEST)
 
 
 def _hex(digest: bytes | None) -> str | None:

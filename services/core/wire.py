@@ -1,7 +1,9 @@
 """Commands, acknowledgements and errors as CBOR, for the way between two gateways of one deployment.
 
-Not a public format: both ends run the same release, and a command that meets another one is refused, never guessed at.
-Identifiers are CBOR tag 37 (binary UUID).
+Not a public format, but a versioned one: gateways of two adjacent releases forward commands to each other while one is
+replaced by the other. A message has the values of its shape's fields in their order. A field that is added later has a
+default, and is left out of messages of the versions before it. A message of a version that the reader does not know is
+refused, never guessed at. Identifiers are CBOR tag 37 (binary UUID).
 """
 
 from __future__ import annotations
@@ -29,6 +31,15 @@ from services.errors import (
     UnavailableError,
 )
 
+VERSION = 1
+"""The newest version that this release reads and writes. Raise it when a field is added, and enter that in `_ADDED`."""
+
+OLDEST = 1
+"""The newest version that the previous release knows: for what is stored, and for gateways that have not answered."""
+
+_ADDED: dict[tuple[str, str], int] = {}
+"""The version that a field came with, by the names of its shape and its own; the others were there from the first."""
+
 _COMMANDS: dict[str, type[Command]] = {
     "create-package": CreatePackage,
     "ingest-files": IngestFiles,
@@ -47,18 +58,18 @@ _PARTS: dict[str, type] = {"tuple[StoredFile, ...]": StoredFile, "tuple[Ingested
 _Shape = TypeVar("_Shape")
 
 
-def encode_command(command: Command) -> bytes:
+def encode_command(command: Command, version: int = VERSION) -> bytes:
     """The command as CBOR."""
-    return _dumps([_KINDS[type(command)], _values(command)])
+    return _dumps([_KINDS[type(command)], _values(command, version)])
 
 
-def decode_command(data: bytes) -> Command:
-    """Read a command. Raises InvalidRequestError when it is none."""
+def decode_command(data: bytes, version: int = VERSION) -> Command:
+    """Read a command. Raises InvalidRequestError when it is none of this version, or the version is not known."""
     kind, values = _pair(_loads(data))
     shape = _COMMANDS.get(kind) if isinstance(kind, str) else None
     if shape is None:
         raise InvalidRequestError("the forwarded command is of no known kind")
-    return _build(shape, values)
+    return _build(shape, values, version)
 
 
 def encode_check(package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None) -> bytes:
@@ -74,14 +85,14 @@ def decode_check(data: bytes) -> tuple[UUID, list[str], UUID | None]:
     raise InvalidRequestError("the forwarded question has another form")
 
 
-def encode_acknowledgement(acknowledgement: Acknowledgement) -> bytes:
+def encode_acknowledgement(acknowledgement: Acknowledgement, version: int = VERSION) -> bytes:
     """The acknowledgement as CBOR."""
-    return _dumps(_values(acknowledgement))
+    return _dumps(_values(acknowledgement, version))
 
 
-def decode_acknowledgement(data: bytes) -> Acknowledgement:
-    """Read an acknowledgement. Raises InvalidRequestError when it is none."""
-    return _build(Acknowledgement, _loads(data))
+def decode_acknowledgement(data: bytes, version: int = VERSION) -> Acknowledgement:
+    """Read an acknowledgement. Raises as `decode_command`."""
+    return _build(Acknowledgement, _loads(data), version)
 
 
 def encode_error(error: ArtifactStoreError) -> bytes:
@@ -109,18 +120,22 @@ def _error_classes(root: type[ArtifactStoreError] = ArtifactStoreError) -> Itera
         yield from _error_classes(cls)
 
 
-def _values(shape: Any) -> list[Any]:
-    """The fields in their order; tuples of our own shapes as lists of the same."""
+def _values(value: Any, version: int) -> list[Any]:
+    """The values of the fields in their order; tuples of our own shapes as lists of the same."""
     found = []
-    for name, kind in _fields(shape):
-        value = getattr(shape, name)
-        found.append([_values(part) for part in value] if kind in _PARTS else _plain(value))
+    for name, kind in _fields(type(value), version):
+        part = getattr(value, name)
+        found.append([_values(each, version) for each in part] if kind in _PARTS else _plain(part))
     return found
 
 
-def _fields(shape: Any) -> list[tuple[str, str]]:
-    """Names and types of a dataclass's or named tuple's fields, in their order, as they are written there."""
-    return [(name, getattr(kind, "__forward_arg__", kind)) for name, kind in shape.__annotations__.items()]
+def _fields(shape: Any, version: int) -> list[tuple[str, str]]:
+    """Names and types of the fields of a dataclass or named tuple that a version has, in their order."""
+    return [
+        (name, getattr(kind, "__forward_arg__", kind))
+        for name, kind in shape.__annotations__.items()
+        if _ADDED.get((shape.__name__, name), OLDEST) <= version
+    ]
 
 
 def _plain(value: Any) -> Any:
@@ -128,19 +143,21 @@ def _plain(value: Any) -> Any:
     return UUID(int=value.int) if isinstance(value, UUID) and type(value) is not UUID else value
 
 
-def _build(shape: type[_Shape], values: Any) -> _Shape:
-    expected = _fields(shape)
+def _build(shape: type[_Shape], values: Any, version: int) -> _Shape:
+    if not OLDEST <= version <= VERSION:
+        raise InvalidRequestError(f"version {version} of what gateways forward is not known here")
+    expected = _fields(shape, version)
     if not isinstance(values, list) or len(values) != len(expected):
         raise InvalidRequestError(f"the forwarded {shape.__name__} has another form")
-    built: list[Any] = []
+    built: dict[str, Any] = {}
     for (name, kind), value in zip(expected, values, strict=True):
         if kind in _PARTS and isinstance(value, list):
-            built.append(tuple(_build(_PARTS[kind], part) for part in value))
+            built[name] = tuple(_build(_PARTS[kind], part, version) for part in value)
         elif isinstance(value, _TYPES.get(kind, ())) and not isinstance(value, bool):
-            built.append(value)
+            built[name] = value
         else:
             raise InvalidRequestError(f"the forwarded {shape.__name__} has another form at {name}")
-    return shape(*built)
+    return shape(**built)
 
 
 def _pair(value: Any) -> tuple[Any, Any]:

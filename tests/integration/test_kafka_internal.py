@@ -13,11 +13,12 @@ import pytest
 from pydantic import SecretStr
 
 from ingest_gateway import forwarding, internal
-from ingest_gateway.forwarding import CHECKS_PATH, COMMANDS_PATH, CONTENT_TYPE, HttpForwarder
+from ingest_gateway.forwarding import CHECKS_PATH, COMMANDS_PATH, CONTENT_TYPE, WIRE_VERSION, HttpForwarder
 from ingest_gateway.internal import MAX_BODY_BYTES, InternalListener
 from services.config import Settings
+from services.core import wire
 from services.core.commands import Acknowledgement, Command
-from services.core.wire import encode_command
+from services.core.wire import decode_error, encode_command
 from services.errors import (
     ConfigurationError,
     DuplicateRelativePathError,
@@ -45,12 +46,13 @@ class Answering:
     def __init__(self) -> None:
         self.seen: list[object] = []
         self.refusal: Exception | None = None
+        self.manifest_digest: bytes | None = None
 
     async def submit_here(self, command: Command) -> Acknowledgement:
         self.seen.append(command)
         if self.refusal is not None:
             raise self.refusal
-        return Acknowledgement(command.package_id, 7, bytes(32))
+        return Acknowledgement(command.package_id, 7, bytes(32), manifest_digest=self.manifest_digest)
 
     async def check_ingest_here(self, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None) -> None:
         self.seen.append((package_id, list(relative_paths), command_id))
@@ -84,6 +86,36 @@ async def test_commands_and_questions_reach_the_owner_and_its_answer_comes_back(
         await forwarder.check_ingest(listener.url, command.package_id, ["ä"], None)
     assert answer == Acknowledgement(command.package_id, 7, bytes(32))
     assert writer.seen == [command, (command.package_id, ["ä"], None)]
+
+
+async def test_two_gateways_use_the_newest_version_that_both_know(
+    listener: InternalListener, writer: Answering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "_ADDED", {("Acknowledgement", "manifest_digest"): 2})
+    for module in (wire, forwarding):
+        monkeypatch.setattr(module, "VERSION", 2)
+    command, writer.manifest_digest = create(), b"m" * 32
+    first, second = (Acknowledgement(command.package_id, 7, bytes(32), manifest_digest=d) for d in (None, b"m" * 32))
+    async with HttpForwarder(SECRET) as forwarder:
+        assert [await forwarder.submit(listener.url, command) for _ in range(2)] == [first, first]
+        monkeypatch.setattr(internal, "VERSION", 2)
+        assert [await forwarder.submit(listener.url, command) for _ in range(2)] == [first, second]
+        monkeypatch.setattr(internal, "VERSION", 1)  # a process of the release before has taken the address over
+        assert [await forwarder.submit(listener.url, command) for _ in range(2)] == [second, first]
+
+
+async def test_a_message_of_a_version_that_is_not_known_is_for_later(
+    listener: InternalListener, writer: Answering
+) -> None:
+    headers = {"Authorization": f"Bearer {SECRET.get_secret_value()}", "Content-Type": CONTENT_TYPE}
+    body = encode_command(create())
+    async with aiohttp.ClientSession(headers=headers) as session:
+        for version in ("2", "0", "-1", "one"):
+            named = {WIRE_VERSION: version}
+            async with session.post(listener.url + COMMANDS_PATH, data=BytesIO(body), headers=named) as answer:
+                assert answer.status == UnavailableError.status
+                assert "different releases" in decode_error(await answer.read()).detail
+    assert writer.seen == []
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from schemas import identifiers
 from schemas.identifiers import Identifier
+from services.core import wire
 from services.core.commands import (
     Acknowledgement,
     Command,
@@ -70,6 +71,25 @@ def made(cls: type[ArtifactStoreError]) -> ArtifactStoreError:
 @given(COMMANDS)
 def test_a_command_arrives_as_it_was_sent(command: Command) -> None:
     assert decode_command(encode_command(command)) == command
+
+
+def test_a_field_that_a_later_version_added_stays_out_of_messages_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "VERSION", 2)
+    monkeypatch.setattr(wire, "_ADDED", {("Acknowledgement", "manifest_digest"): 2})
+    answer = Acknowledgement(UUID(int=1), 7, bytes(32), manifest_digest=b"m" * 32)
+    first, second = encode_acknowledgement(answer, 1), encode_acknowledgement(answer, 2)
+    assert decode_acknowledgement(first, 1) == answer._replace(manifest_digest=None)
+    assert decode_acknowledgement(second, 2) == answer
+    for data, version in ((first, 2), (second, 1)):
+        with pytest.raises(InvalidRequestError, match="another form"):
+            decode_acknowledgement(data, version)
+
+
+@pytest.mark.parametrize("version", [0, wire.VERSION + 1])
+def test_a_version_that_is_not_known_is_refused(version: int) -> None:
+    command = FinalizePackage(UUID(int=1), UUID(int=2), "ada")
+    with pytest.raises(InvalidRequestError, match=f"version {version} "):
+        decode_command(encode_command(command), version)
 
 
 def test_derived_identifiers_arrive_as_what_they_were() -> None:
