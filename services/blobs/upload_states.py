@@ -22,6 +22,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from services.blobs.port import RESUMABLE, BlobStore, Declared, Part, PartsKey, StoredBlob
 from services.errors import ArtifactStoreError, CorruptError, UnavailableError
 
+FORM = 1
+"""The newest form of a state that this release reads, and the one that it writes: a field that earlier releases may not
+ignore raises it."""
+
 _STATE = "state-"
 _READS = 10
 _log = logging.getLogger(__name__)
@@ -31,12 +35,17 @@ class SupersededError(ArtifactStoreError):
     """Another request or process has changed the upload since its state was read."""
 
 
+class NewerStateError(UnavailableError):
+    """A newer release has continued the upload; this one leaves it alone."""
+
+
 class UploadState(BaseModel):
     """One upload at one moment. Digests are hex, times aware; `number` is not in the object but its name."""
 
     model_config = ConfigDict(frozen=True, ser_json_bytes="hex", val_json_bytes="hex")
 
     number: int = Field(default=0, exclude=True)
+    form: int = FORM
     nonce: UUID = Field(default_factory=uuid4)
     """Makes every state differ from every other, so that its writer can tell whether it was written."""
 
@@ -70,7 +79,7 @@ class UploadState(BaseModel):
     stored: StoredBlob | None = None
     """The blob that it became: from here on an event may name it."""
     answer: str | None = None
-    """The acknowledgement of the command that named it, as hex of its wire form."""
+    """The acknowledgement of the command that named it, as hex of the oldest version in `services.core.wire`."""
 
     @property
     def offset(self) -> int:
@@ -171,7 +180,7 @@ class UploadStates:
                     swept += 1
             except SupersededError:  # somebody goes on with it
                 continue
-            except CorruptError as error:
+            except (CorruptError, NewerStateError) as error:
                 _log.error("upload %s: %s", upload_id, error)
         return swept
 
@@ -254,6 +263,12 @@ def _uploads(keys: Sequence[str]) -> list[UUID]:
 
 def _read(data: bytes, number: int) -> UploadState:
     try:
-        return UploadState.model_validate_json(data).model_copy(update={"number": number})
+        state = UploadState.model_validate_json(data)
     except ValidationError as error:
         raise CorruptError(f"not the state of an upload: {error.errors()[0]['msg']}") from None
+    if state.form > FORM:
+        raise NewerStateError(
+            f"upload {state.upload_id} was continued by a newer release, whose states this one cannot read: "
+            "upgrade this gateway, or retry at one that is"
+        )
+    return state.model_copy(update={"number": number})

@@ -14,8 +14,9 @@ import pytest
 from blake3 import blake3
 
 from services.appending import Checksum
+from services.blobs import upload_states
 from services.blobs.port import Declared
-from services.blobs.upload_states import SupersededError, UploadState, UploadStates
+from services.blobs.upload_states import NewerStateError, SupersededError, UploadState, UploadStates
 from services.errors import (
     ChecksumMismatchError,
     CommandReusedError,
@@ -395,3 +396,22 @@ async def test_memory_is_bounded_by_two_parts_an_upload(tmp_path: Path) -> None:
     assert memory.free == memory.limit
     assert {log.blob(str(n)).blake3 for n in range(3)} == {blake3(data).digest()}
     await stage.store.close()
+
+
+async def test_an_upload_that_a_newer_release_continued_is_left_to_it(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = await scene.begin(10)
+    with monkeypatch.context() as newer:
+        newer.setattr(upload_states, "FORM", upload_states.FORM + 1)
+        states = UploadStates(scene.stage.store)
+        state = await states.load(upload)
+        assert state is not None
+        await states.replace(state, form=upload_states.FORM)
+    with pytest.raises(NewerStateError, match="upgrade this gateway"):
+        await scene.other.find(PACKAGE, upload)
+    scene.clock.now += DAY
+    assert await scene.sweep() == 0
+    with monkeypatch.context() as newer:
+        newer.setattr(upload_states, "FORM", upload_states.FORM + 1)
+        assert await scene.sweep() == 1
