@@ -21,6 +21,10 @@ _FORMAT = 1
 _BLOCK = 32
 """How many partitions are encoded together: when one of them moves, the others' blocks stay as they are."""
 
+_PREVIOUS_PARTITIONS = 64
+"""Up to so many partitions a position is written in the previous format, which the release before this one reads too: a
+client that follows the log goes on at gateways of both while they are upgraded."""
+
 _MAX_BLOCKS = 2048
 """A text that names a partition beyond these blocks is refused before it takes memory."""
 
@@ -41,7 +45,11 @@ class Position:
 
         At 1,024 partitions it has less than 6 KiB as long as their offsets are within 2³² of each other.
         """
-        return _text(self._encoded())
+        return _text(self._encoded_previously() if self._is_small else self._encoded())
+
+    @property
+    def _is_small(self) -> bool:
+        return len(self.offsets) <= _PREVIOUS_PARTITIONS
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -93,9 +101,12 @@ class Position:
         position = cls(UUID(bytes=log), dict(offsets))
         if not all(_is_count(p) and _is_count(o) for p, o in position.offsets.items()):
             raise ValueError("not a position")
-        if canonical_cbor([position.log.bytes, position.offsets]) != raw:
+        if position._encoded_previously() != raw:
             raise ValueError("not canonical")
         return position
+
+    def _encoded_previously(self) -> bytes:
+        return canonical_cbor([self.log.bytes, self.offsets])
 
     def _encoded(self) -> bytes:
         blocks = self._filled()
@@ -115,6 +126,8 @@ class Position:
     def after(self, partition: int, offset: int) -> Position:
         """The position behind the record at `offset` of `partition`."""
         moved = Position(self.log, {**self.offsets, partition: offset + 1})
+        if moved._is_small:
+            return moved
         block = partition // _BLOCK
         moved._blocks.update(self._filled())
         moved._blocks[block] = _packed(moved.offsets, block)

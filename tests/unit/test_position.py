@@ -19,7 +19,11 @@ from services.log.position import MAX_TEXT, Position
 LOG = UUID("11111111-2222-3333-4444-555555555555")
 OTHER = UUID("99999999-2222-3333-4444-555555555555")
 
-offsets = st.dictionaries(st.integers(0, 1023), st.integers(0, 2**63 - 1), max_size=20)
+few = st.dictionaries(st.integers(0, 1023), st.integers(0, 2**63 - 1), max_size=20)
+many = st.builds(lambda first, others: dict.fromkeys(range(65), first) | others, st.integers(0, 2**63 - 1), few)
+offsets = few | many
+"""Of few partitions, whose positions the previous release reads as well, and of more."""
+
 positions = st.builds(Position, st.uuids(), offsets)
 
 
@@ -97,6 +101,13 @@ def test_a_text_of_the_previous_format_is_still_read(position: Position) -> None
     assert Position.parse(text) == position
 
 
+@given(few)
+def test_a_position_of_few_partitions_is_read_by_the_previous_release(found: dict[int, int]) -> None:
+    text = base64.urlsafe_b64encode(canonical_cbor([LOG.bytes, found])).rstrip(b"=").decode()
+
+    assert str(Position(LOG, found)) == text
+
+
 @pytest.mark.parametrize(
     "offset",
     [
@@ -126,7 +137,7 @@ def test_a_text_does_not_depend_on_the_way_that_led_to_the_position(
 
 
 def test_a_part_that_a_later_release_adds_behind_the_offsets_is_passed_over() -> None:
-    position = Position(LOG, {0: 5, 40: 7})
+    position = Position(LOG, dict.fromkeys(range(70), 5))
     raw = base64.urlsafe_b64decode(_padded(str(position)))
     later = base64.urlsafe_b64encode(raw + b"\x01\x03abc").rstrip(b"=").decode()
 
