@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ import pytest
 from confluent_kafka import Producer, TopicPartition
 
 from services.config import Settings
-from services.errors import ConfigurationError, CorruptError, LogIdentityError, UnavailableError
-from services.log.kafka import KafkaLog, watch
+from services.errors import ConfigurationError, CorruptError, LogIdentityError, PushBackError, UnavailableError
+from services.log.kafka import KafkaLog, KafkaWriter, watch
 from services.log.kafka.cluster import Topic
 from services.log.position import Position
-from tests.contract.log_invariants import read_valid
+from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import Projection, ready, settled
 from tests.integration.conditions import until
 from tests.integration.kafka_stage import create_in, kafka_settings, lone_writer, open_kafka_log, operate
@@ -320,3 +321,90 @@ async def test_a_record_that_is_no_event_stops_a_reader_which_names_its_place(lo
     assert await asyncio.to_thread(producer.flush, 30) == 0
     with pytest.raises(CorruptError, match="offset 0 of partition 2"):
         _ = [event async for event in log.read()]
+
+
+@pytest.fixture
+def guarded_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.log.kafka.writers._GUARD_SECONDS", 0.2)
+
+
+async def refused(writer: KafkaWriter, log: KafkaLog, cause: str) -> str:
+    """Wait until no partition acknowledges a command any more; what callers are told."""
+    told: list[str] = []
+
+    async def everywhere() -> bool:
+        told.clear()
+        for partition in range(3):
+            try:
+                await writer.submit(create_in(partition))
+                return False
+            except PushBackError as error:
+                told.append(error.detail)
+        return all(cause in text for text in told)
+
+    await until(everywhere, 60, f"writers acknowledge although {cause}")
+    return told[0]
+
+
+@pytest.mark.usefixtures("guarded_often")
+@pytest.mark.parametrize(
+    ("name", "value", "sound"),
+    [
+        ("retention.ms", "604800000", "-1"),
+        ("retention.bytes", "1000000000", "-1"),
+        ("cleanup.policy", "compact", "delete"),
+        ("unclean.leader.election.enable", "true", "false"),
+    ],
+)
+async def test_writers_stop_on_a_topic_that_could_lose_events_and_go_on_once_it_is_mended(
+    kafka: Settings, log: KafkaLog, name: str, value: str, sound: str
+) -> None:
+    async with lone_writer(kafka, log) as writer:
+        await ready(writer)
+        made = [create_in(partition) for partition in range(3)]
+        done = [(command, await writer.submit(command)) for command in made]
+        await asyncio.to_thread(set_on_topic, log, **{name: value})
+        cause = await refused(writer, log, f"{name}={value}")
+        assert f"--add-config {name}={sound}" in cause
+        assert cause in (await writer.ready() or "")
+        assert [status.trouble for status in await writer.status()] == [cause] * 3
+        await asyncio.to_thread(set_on_topic, log, **{name: sound})
+        await ready(writer)
+        again = create_in(0)
+        done.append((again, await settled(writer, again)))
+    assert_recorded_once(await read_valid(log), done)
+
+
+@pytest.mark.usefixtures("guarded_often")
+async def test_writers_stop_when_the_log_s_beginning_goes_away_under_them(kafka: Settings, log: KafkaLog) -> None:
+    async with lone_writer(kafka, log) as writer:
+        await ready(writer)
+        for _ in range(3):
+            await writer.submit(create_in(1))
+        cut = [TopicPartition(log.kafka.topic, 1, 2)]
+        await asyncio.to_thread(operate, log, lambda admin: admin.delete_records(cut))
+        cause = await refused(writer, log, "partitions 1 do not begin at offset 0")
+        assert "Restore the topic from a mirror or backup" in cause
+
+
+@pytest.mark.usefixtures("guarded_often")
+async def test_writers_go_on_while_the_topic_s_settings_cannot_be_asked_for(
+    kafka: Settings, log: KafkaLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures: list[Exception] = []
+    errors = cycle([UnavailableError("no answer in time"), ConfigurationError("no right to describe")])
+
+    def away() -> dict[str, str]:
+        failures.append(next(errors))
+        raise failures[-1]
+
+    async with lone_writer(kafka, log) as writer:
+        await ready(writer)
+        monkeypatch.setattr(log.cluster, "topic_settings", away)
+
+        async def written_unasked() -> bool:
+            await writer.submit(create_in(0))
+            return len(failures) > 4
+
+        await until(written_unasked, 30, "nobody asks for the topic's settings")
+        assert await writer.ready() is None

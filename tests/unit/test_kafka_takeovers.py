@@ -72,6 +72,7 @@ class Scene:
             disowned=lambda _: None,
             clock=lambda: 1,
             doubt=asyncio.Event(),
+            guard=SimpleNamespace(require=lambda: None),
             **dict.fromkeys(["kafka", "cluster", "identity", "states", "limits", "put_manifest"]),
         )
         self.writer = PartitionWriter(0, cast("Any", context))

@@ -13,6 +13,7 @@ from uuid import UUID
 from services.clock import Clock
 from services.core.limits import Limits
 from services.log.kafka.cluster import Cluster
+from services.log.kafka.guard import Guard
 from services.log.kafka.restore import States
 from services.log.kafka.settings import KafkaSettings
 from services.log.kafka.turns import Turns
@@ -58,5 +59,6 @@ class WriterContext:
     """Told, in the writer's thread, that the partition cannot be written to from here, and why. Blocks."""
     doubt: Flag
     """Set while it is not known that the topic is still the log's."""
+    guard: Guard
     counts: Counts
     turns: Turns

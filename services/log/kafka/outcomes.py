@@ -12,11 +12,15 @@ from services.errors import (
     RejectedError,
     UnavailableError,
 )
+from services.log.kafka.guard import HeldError
 from services.log.kafka.requests import IngestCheck, Request
 from services.log.port import NotAppendedError, PartitionNotOwnedError
 
 REFUSE_SECONDS = 10.0
 """How long everything is refused before it is looked whether somebody has mended what was wrong."""
+
+HELD_SECONDS = 1.0
+"""How long everything is refused before the guard is asked again, which costs nothing."""
 
 _UNKNOWN = "the outcome is unknown"
 
@@ -34,6 +38,8 @@ def refused(error: Exception) -> tuple[Exception, float] | None:
         return UnavailableError(error.detail), math.inf  # nothing is wrong with what was asked
     if isinstance(error, CorruptError):
         return error, math.inf
+    if isinstance(error, HeldError):
+        return error, HELD_SECONDS
     if isinstance(error, ConfigurationError):
         return error, REFUSE_SECONDS  # somebody may mend it: a right that was taken away, a topic
     return None

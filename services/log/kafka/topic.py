@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from services.errors import ConfigurationError
 from services.log.kafka.cluster import Cluster, Topic
@@ -42,7 +42,19 @@ def check(kafka: KafkaSettings, cluster: Cluster) -> Topic:
     """
     _check_replication(kafka)
     topic = cluster.topic()
-    troubles = [*_shape_troubles(kafka, topic), *_setting_troubles(kafka, cluster.topic_settings())]
+    if troubles := [*_shape_troubles(kafka, topic), *hazards(kafka, cluster)]:
+        raise ConfigurationError(unfit(kafka, troubles))
+    return topic
+
+
+def hazards(kafka: KafkaSettings, cluster: Cluster) -> list[str]:
+    """What about the topic could lose events or has lost some, each with what mends it; blocks.
+
+    Three questions to the cluster, however many partitions there are. Raises UnavailableError, and ConfigurationError
+    when the topic or the right to see it is missing.
+    """
+    topic = cluster.topic()
+    troubles = [*_replica_troubles(kafka, topic), *_setting_troubles(kafka, cluster.topic_settings())]
     lost = {p: offset for p, offset in cluster.earliest(range(topic.partitions)).items() if offset > 0}
     if lost:
         troubles.append(
@@ -50,9 +62,12 @@ def check(kafka: KafkaSettings, cluster: Cluster) -> Topic:
             "topic from a mirror or backup, or begin a new log: another prefix in ARTIFACT_STORE_LOG_URL, then "
             "`artifact-store migrate`"
         )
-    if troubles:
-        raise ConfigurationError(f"topic {kafka.topic} cannot be the log of record: " + "; ".join(troubles))
-    return topic
+    return troubles
+
+
+def unfit(kafka: KafkaSettings, troubles: Sequence[str]) -> str:
+    """One sentence of them all."""
+    return f"topic {kafka.topic} cannot be the log of record: " + "; ".join(troubles)
 
 
 def _check_replication(kafka: KafkaSettings) -> None:
@@ -64,20 +79,25 @@ def _check_replication(kafka: KafkaSettings) -> None:
 
 
 def _shape_troubles(kafka: KafkaSettings, topic: Topic) -> list[str]:
-    troubles = []
-    if topic.partitions != kafka.partitions:
-        troubles.append(
-            f"it has {topic.partitions} partitions, the settings say {kafka.partitions}: if it was made with "
-            f"{topic.partitions}, set ARTIFACT_STORE_KAFKA_PARTITIONS={topic.partitions}; if partitions were added "
-            "later, packages lie in the wrong ones: copy the events to a new topic of the first count"
-        )
-    if topic.replicas < kafka.replication_factor:
-        troubles.append(
-            f"a partition has {topic.replicas} replicas, the settings ask for {kafka.replication_factor}: "
-            f"`kafka-reassign-partitions.sh --bootstrap-server {kafka.bootstrap} --execute "
-            "--reassignment-json-file FILE` adds replicas"
-        )
-    return troubles
+    if topic.partitions == kafka.partitions:
+        return []
+    trouble = (
+        f"it has {topic.partitions} partitions, the settings say {kafka.partitions}: if it was made with "
+        f"{topic.partitions}, set ARTIFACT_STORE_KAFKA_PARTITIONS={topic.partitions}; if partitions were added "
+        "later, packages lie in the wrong ones: copy the events to a new topic of the first count"
+    )
+    return [trouble]
+
+
+def _replica_troubles(kafka: KafkaSettings, topic: Topic) -> list[str]:
+    if topic.replicas >= kafka.replication_factor:
+        return []
+    trouble = (
+        f"a partition has {topic.replicas} replicas, the settings ask for {kafka.replication_factor}: "
+        f"`kafka-reassign-partitions.sh --bootstrap-server {kafka.bootstrap} --execute "
+        "--reassignment-json-file FILE` adds replicas"
+    )
+    return [trouble]
 
 
 def _setting_troubles(kafka: KafkaSettings, settings: Mapping[str, str]) -> list[str]:

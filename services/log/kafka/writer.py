@@ -27,6 +27,7 @@ from services.log.kafka.aside import Asides
 from services.log.kafka.context import WriterContext
 from services.log.kafka.deadlines import Deadlines
 from services.log.kafka.failures import refusal, spoiled_by_record
+from services.log.kafka.guard import HeldError
 from services.log.kafka.outcomes import given_up, in_doubt, refused, told
 from services.log.kafka.requests import CHECK_SECONDS, MAX_BATCH_BYTES, TOGETHER, IngestCheck, Request, Waiting, runs_of
 from services.log.kafka.state import TIDY_SECONDS, PartitionState
@@ -155,7 +156,8 @@ class PartitionWriter:
     def _after(self, error: Exception) -> None:
         """End a tenure that failed, or whose take-over did; returns when it is time for the next one."""
         served, self.since = self.since is not None, None
-        self._context.counts.failed_tenures += 1
+        held = isinstance(error, HeldError)
+        self._context.counts.failed_tenures += served or not held
         error = refusal(error, "writing") or error
         self._note(error)
         if (answer := refused(error)) is not None:
@@ -181,6 +183,7 @@ class PartitionWriter:
     def _hold(self) -> None:
         """One tenure: take over, then serve until told to stop."""
         context, began = self._context, time.monotonic()
+        context.guard.require()
         tenure = Tenure(
             context.kafka,
             context.cluster,
@@ -210,6 +213,7 @@ class PartitionWriter:
             self._failed = 0
             pause = _IDLE_SECONDS
             while (batch := self._waiting.take(pause)) is not None:
+                self._require_guard(batch)
                 if batch:
                     self._serve(tenure, asides, batch)
                 else:
@@ -223,6 +227,14 @@ class PartitionWriter:
         finally:
             self._waiting.put_back(asides.cancel())
             tenure.close()
+
+    def _require_guard(self, batch: Sequence[Request]) -> None:
+        """Raise HeldError when nothing may be appended; the batch is answered with it."""
+        try:
+            self._context.guard.require()
+        except HeldError:
+            self._waiting.put_back(batch)
+            raise
 
     def _is_ours(self) -> bool:
         """Ask the group until it answers; False as well when this writer is to stop."""
@@ -359,6 +371,7 @@ class PartitionWriter:
             batch = self._waiting.take(min(left, _IDLE_SECONDS))
             if batch is None:
                 return
+            self._context.counts.pushed_back += len(batch) * isinstance(error, HeldError)
             self._deliver([(request, error) for request in batch])
 
     def _note(self, error: Exception) -> None:

@@ -18,6 +18,7 @@ from services.errors import ConfigurationError, PushBackError, UnavailableError
 from services.log.kafka.cluster import Topic
 from services.log.kafka.context import Counts, WriterContext
 from services.log.kafka.group import NO_URL, WriterGroup
+from services.log.kafka.guard import Guard
 from services.log.kafka.log import KafkaLog
 from services.log.kafka.owners import Owner, Owners
 from services.log.kafka.requests import IngestCheck, Request, size_of
@@ -39,6 +40,9 @@ SNAPSHOT_SECONDS = 20.0
 """How long `close` waits for snapshots that are being made, once the partitions are handed over."""
 _IDENTITY_SECONDS = 1.0
 """How often it is looked whether the topic is still the log's: so much may be written to one that was made anew."""
+
+_GUARD_SECONDS = 10.0
+"""How often it is looked whether the topic still keeps what is written to it."""
 
 _T = TypeVar("_T")
 
@@ -80,7 +84,8 @@ class KafkaWriter:
         """Held while a writer begins or goes: one that ends as it begins must not be taken for its successor."""
         self._ending: list[PartitionWriter] = []
         self._context: WriterContext | None = None
-        self._watch: asyncio.Task[None] | None = None
+        self._guard = Guard(log.kafka, log.cluster)
+        self._watching: list[asyncio.Task[None]] = []
         self._foreign: str | None = None
         """What makes the topic another log than the one that was opened."""
         self._under_way = UnderWay()
@@ -111,11 +116,15 @@ class KafkaWriter:
             disowned=self._disowned,
             give_way=self._group.give_way,
             doubt=Flag(),
+            guard=self._guard,
             counts=self._counts,
             turns=Turns(),
         )
         self._group.start()
-        self._watch = asyncio.create_task(self._watch_topic(topic, self._context.doubt), name="log-identity")
+        self._watching = [
+            asyncio.create_task(self._watch_topic(topic, self._context.doubt), name="log-identity"),
+            asyncio.create_task(self._watch_guard(), name="log-guard"),
+        ]
 
     def submit(self, command: Command) -> Awaitable[Acknowledgement]:
         """See `CommandWriter`. What this process's own writer takes needs no task and no coroutine."""
@@ -149,8 +158,8 @@ class KafkaWriter:
         """See `CommandWriter`."""
         if self._context is None:
             return "the log's writers are not started"
-        if self._foreign is not None:
-            return self._foreign
+        if (trouble := self._foreign or self._guard.trouble) is not None:
+            return trouble
         owners = await self._owners.all()
         for p in range(await self._log.partitions()):
             writer, owner = self._writers.get(p), owners.get(p)
@@ -181,9 +190,9 @@ class KafkaWriter:
     async def close(self) -> None:
         """See `CommandWriter`."""
         self._closing = True
-        if self._watch is not None:
-            self._watch.cancel()
-            await asyncio.gather(self._watch, return_exceptions=True)
+        for task in self._watching:
+            task.cancel()
+        await asyncio.gather(*self._watching, return_exceptions=True)
         await self._all_answered()
         await asyncio.to_thread(self._close_threads)
         self._owners.close()
@@ -276,6 +285,12 @@ class KafkaWriter:
                 return  # the group has said so meanwhile, or has given it back
             del self._writers[writer.partition]
         self._group.rejoin()
+
+    async def _watch_guard(self) -> None:
+        """Look at the topic's settings again and again, in a thread of the log's: no writer waits for the answer."""
+        while True:
+            await asyncio.sleep(_GUARD_SECONDS)
+            await self._log.blocking(self._guard.look)
 
     async def _watch_topic(self, opened: Topic, doubt: Flag) -> None:
         """Stop writing when the topic was made anew, or grew: what we know of the packages is not where it should be.
