@@ -139,11 +139,11 @@ ROUTES = (
             *WRITING,
         ),
         description=f"At most {MAX_BUNDLE_FILES:,} files. Folders are passed over; links, devices, sparse files, "
-        "paths that break a rule, paths that come twice and an archive without its end marker are refused, the entry "
-        "named, and nothing is recorded. A leading `./` is taken off. Media types follow the names. Files of up to "
-        f"{SMALL_FILE_BYTES:,} bytes are packed. Package and state are checked before the body is read. With "
-        "`application/json`, the files' bytes are read where they lie and verified; `unknown-content` says that they "
-        "must be sent.",
+        "paths that break a rule, come twice or are both a file and a folder, and an archive without its end marker "
+        "are refused, the entry named, and nothing is recorded. A leading `./` is taken off. Media types follow the "
+        f"names. Files of up to {SMALL_FILE_BYTES:,} bytes are packed. Package and state are checked before the body "
+        "is read. With `application/json`, the files' bytes are read where they lie and verified; `unknown-content` "
+        "says that they must be sent.",
         tag="files",
         transfer="uploads",
     ),

@@ -12,6 +12,7 @@
     │   │   └── UploadNotFoundError
     │   ├── ConflictError
     │   │   ├── DuplicateRelativePathError
+    │   │   ├── PathConflictError          a path would be both a file and a folder
     │   │   ├── IllegalPackageStateError
     │   │   └── UploadOffsetError          ask where the upload stands, and go on from there
     │   ├── ContentMismatchError       the bytes are not what was declared
@@ -123,6 +124,12 @@ class DuplicateRelativePathError(ConflictError):
     """The package holds a file of this relative path already."""
 
     problem = "duplicate-relative-path"
+
+
+class PathConflictError(ConflictError):
+    """The file's path is a folder of another file of the package, or lies below another file."""
+
+    problem = "path-conflict"
 
 
 class IllegalPackageStateError(ConflictError):

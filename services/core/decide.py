@@ -37,7 +37,7 @@ from services.core.evolve import evolve
 from services.core.fields import check_metadata_size, check_text
 from services.core.limits import EVENT_OVERHEAD_BYTES, Limits
 from services.core.manifest import item_file_id, manifest_of
-from services.core.paths import check_paths
+from services.core.paths import add_folders, check_paths, folders_above
 from services.core.retention import retention_class
 from services.core.state import CREATED, CommandState, PackageState, file_states
 from services.errors import (
@@ -47,6 +47,7 @@ from services.errors import (
     IllegalPackageStateError,
     InvalidRequestError,
     PackageNotFoundError,
+    PathConflictError,
     PushBackError,
     TooLargeError,
 )
@@ -165,7 +166,7 @@ def accept(state: PackageState | None, decision: Decision) -> PackageState:
         known.last_sequence, known.last_digest = state.sequence + len(paths), digests[len(paths) - 1]
         known.paths += own
     kept = zip(count(appended.first_sequence), digests, appended.manifest_items, appended.receipt_items, strict=False)
-    state.files.update(zip(paths, file_states(kept), strict=True))
+    state.add_files(paths, file_states(kept))
     state.sequence, state.digest = state.sequence + len(paths), digests[-1]
     state.unfinished = None
     state.last_event_at = decision.created_at
@@ -195,7 +196,9 @@ def check_ingest(
     """
     if state is not None and command_id in state.commands:
         return
-    _check_paths(_require_open(state, package_id), relative_paths, limits)
+    state = _require_open(state, package_id)
+    _check_paths(state, relative_paths, limits)
+    _check_tree(state, relative_paths, limits)
 
 
 def _create(state: PackageState | None, command: CreatePackage, now: int, limits: Limits) -> Decision:
@@ -225,7 +228,11 @@ def _ingest(state: PackageState, commands: Sequence[IngestFiles], done: int, now
     largest = max([file.size_bytes for file in files])
     if largest > limits.max_file_bytes:
         raise TooLargeError(f"a file is {largest:,} bytes; the limit is {limits.max_file_bytes:,}")
-    _check_paths(state, [file.relative_path for file in files], limits)
+    paths = [file.relative_path for file in files]
+    _check_paths(state, paths, limits)
+    # The rest of a command that is torn was accepted with its first events, perhaps by older rules.
+    if not done:
+        _check_tree(state, paths, limits)
     pieces = state.pieces
     if pieces is None:
         pieces = state.pieces = PackagePieces(state.package_id)
@@ -302,6 +309,23 @@ def _check_paths(state: PackageState, relative_paths: Sequence[str], limits: Lim
             seen.add(path)
     if len(files) + len(new) > limits.max_files_per_package:
         raise TooLargeError(f"a package holds at most {limits.max_files_per_package:,} files")
+
+
+def _check_tree(state: PackageState, relative_paths: Sequence[str], limits: Limits) -> None:
+    """Raise PathConflictError when a path would be both a file and a folder: nothing could unpack the package."""
+    folders, files, new = set[str](), state.files, set(relative_paths)
+    add_folders(folders, relative_paths)
+    known = state.folders
+    if not (known.isdisjoint(new) and folders.isdisjoint(new) and files.keys().isdisjoint(folders)):
+        for path in relative_paths:
+            if path in known or path in folders:
+                raise PathConflictError(f"package {state.package_id}: {path!r} cannot be a file, other files lie in it")
+            for folder in folders_above(path):
+                if folder in files:
+                    raise PathConflictError(f"package {state.package_id}: {path!r} cannot lie in {folder!r}, a file")
+    most = limits.max_folders_per_package
+    if len(known) + len(folders) > most and len(known) + len(folders - known) > most:
+        raise TooLargeError(f"the files of a package lie in at most {most:,} folders")
 
 
 def _known(state: PackageState, command: Command) -> CommandState | None:

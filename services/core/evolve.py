@@ -36,7 +36,7 @@ def evolve(state: PackageState | None, event: Event, digest: bytes | None = None
             if payload.relative_path in state.files:
                 raise CorruptError(f"package {event.package_id}: event {event.sequence} ingests a path again")
             item, receipt = manifest_items(payload)
-            state.files[payload.relative_path] = FileState(event.sequence, digest, item, receipt)
+            state.add_files([payload.relative_path], [FileState(event.sequence, digest, item, receipt)])
             state.total_bytes += payload.size_bytes
         case PackageFinalized():
             state.status = FINALIZED

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from services.core.paths import MAX_PATH_BYTES
+
 INLINE_MANIFEST_BYTES = 512 * 1024
 """A manifest above this travels as a claim check."""
 
@@ -20,3 +22,11 @@ class Limits:
     max_metadata_bytes: int = 64 << 10
     max_event_bytes: int = 1_000_000
     inline_manifest_bytes: int = INLINE_MANIFEST_BYTES
+
+    @property
+    def max_folders_per_package(self) -> int:
+        """How many folders the files of a package may lie in: four for each file, and one path as deep as can be.
+
+        The writer keeps the name of each folder, and a path of 1,024 bytes may have 511 of them.
+        """
+        return 4 * self.max_files_per_package + MAX_PATH_BYTES // 2

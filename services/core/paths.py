@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from services.core.fields import holds_control
 from services.errors import InvalidPathError
@@ -18,6 +18,23 @@ _PLAIN = f"{_SEGMENT}(?:/{_SEGMENT})*+"
 _PLAIN_PATH = re.compile(_PLAIN)
 """A path that surely keeps all rules but that of length: ASCII, no segment empty or with a dot first."""
 _PLAIN_LINES = re.compile(f"{_PLAIN}(?:\n{_PLAIN})*+")
+
+
+def folders_above(path: str) -> Iterator[str]:
+    """The folders that a file of this path lies in, the deepest first."""
+    end = path.rfind("/")
+    while end > 0:
+        yield path[:end]
+        end = path.rfind("/", 0, end)
+
+
+def add_folders(folders: set[str], paths: Iterable[str]) -> None:
+    """Add the folders that files of these paths lie in. A folder that is there already has those above it beside it."""
+    for path in paths:
+        for folder in folders_above(path):
+            if folder in folders:
+                break
+            folders.add(folder)
 
 
 def check_paths(paths: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -10,6 +10,7 @@ from uuid import UUID
 
 from schemas.events import PackageCreated
 from schemas.ingested import PackagePieces
+from services.core.paths import add_folders
 
 CREATED = "created"
 FINALIZED = "finalized"
@@ -77,8 +78,20 @@ class PackageState:
     total_bytes: int = 0
     manifest_digest: bytes | None = None
     files: dict[str, FileState] = field(default_factory=dict)
+    folders: set[str] = field(default_factory=set)
+    """The folders that the files lie in. They follow from `files`, which only `add_files` changes."""
     commands: dict[UUID, CommandState] = field(default_factory=dict)
     unfinished: UUID | None = None
     """A command of which the log holds fewer events than it counts; only its retry is taken until it is whole."""
     pieces: PackagePieces | None = field(default=None, compare=False, repr=False)
     """What the package's events share, once it was needed."""
+
+    @property
+    def entries(self) -> int:
+        """How many files, folders and commands it holds, each of which takes memory."""
+        return len(self.files) + len(self.folders) + len(self.commands)
+
+    def add_files(self, paths: Sequence[str], files: Iterable[FileState]) -> None:
+        """Add files by their paths, with the folders that they lie in. Raises ValueError: they are not as many."""
+        self.files.update(zip(paths, files, strict=True))
+        add_folders(self.folders, paths)

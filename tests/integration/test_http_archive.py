@@ -196,6 +196,8 @@ async def test_one_bad_entry_leaves_nothing_recorded(gateway: RunningGateway) ->
     cases = [
         (tar_of({"new": b"1", "../up": b"2"}), 400, "invalid-path", "'../up'"),
         (tar_of({"new": b"1", "there": b"2"}), 409, "duplicate-relative-path", "'there'"),
+        (tar_of({"new": b"1", "there/below": b"2"}), 409, "path-conflict", "'there/below' cannot lie in 'there'"),
+        (tar_of({"new": b"1", "new/below": b"2"}), 409, "path-conflict", "'new' cannot be a file"),
         (tar_of({"new": b"1"}) + tar_of({"more": b"1"}), 422, "invalid-archive", "follow"),
         (tar_of({"new": b"1", "large": bytes(1 << 20)})[: 1 << 20], 422, "invalid-archive", "cut off"),
         (tar_of({}), 400, "invalid-request", "at least one"),

@@ -15,6 +15,7 @@ from blake3 import blake3
 from schemas.codec import decode, encode
 from schemas.events import Event, FileIngested, PackageCreated, PackageFinalized
 from services.config import Settings
+from services.core import decide
 from services.registry import Registry, open_registry
 from services.verify import Progress, Report
 from services.verify import verify as verify_parts
@@ -30,6 +31,20 @@ async def fill(registry: Registry) -> UUID:
     await registry.ingest_file(package, "b", "text/plain", b"second")
     await registry.finalize_package(package)
     return package
+
+
+async def test_a_package_that_holds_a_path_as_file_and_folder_is_whole(
+    embedded_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_registry(embedded_settings) as registry:
+        package = await registry.create_package("run", "lab", "sample", "report")
+        with monkeypatch.context() as before_the_rule:
+            before_the_rule.setattr(decide, "_check_tree", lambda *_: None)
+            for path in ("a", "a/b"):
+                await registry.ingest_file(package, path, "text/plain", b"content")
+        await registry.finalize_package(package)
+        await registry.get_package(package)
+    assert not (await verify(embedded_settings)).violations
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from services.errors import (
     InvalidPathError,
     InvalidRequestError,
     PackageNotFoundError,
+    PathConflictError,
     PushBackError,
     TooLargeError,
     UnknownRetentionClassError,
@@ -238,3 +239,65 @@ def test_evolve_refuses_what_cannot_follow() -> None:
         evolve(None, first)
     with pytest.raises(CorruptError, match="created twice"):
         evolve(state, decide(None, CREATE, 0, LIMITS).events[0])
+
+
+PAIRS = [("a.txt", "a.txt/b"), ("a.txt/b", "a.txt"), ("a", "a/b/c"), ("a/b/c", "a"), ("a/b/c", "a/b")]
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+def test_a_path_that_would_be_both_a_file_and_a_folder_is_refused(first: str, second: str) -> None:
+    state = after(CREATE, commands.ingest(PACKAGE, first, "other", name=1))
+    command = commands.ingest(PACKAGE, "fine", second, name=2)
+    with pytest.raises(PathConflictError, match=f"'{second}' cannot") as caught:
+        decide(state, command, 1_000, LIMITS)
+    assert caught.value.status == 409
+    with pytest.raises(PathConflictError):
+        check_ingest(state, PACKAGE, [second], uuid4(), LIMITS)
+    with pytest.raises(PathConflictError):
+        decide_together(state, [commands.ingest(PACKAGE, "x", name=3), command], 1_000, LIMITS)
+    with pytest.raises(PathConflictError):
+        decide(after(CREATE), commands.ingest(PACKAGE, first, second), 1_000, LIMITS)
+
+
+@pytest.mark.parametrize("path", ["a", "a.txt.b", "a.tx", "a.txu/b", "b/a.txt", "a.txt-/b"])
+def test_paths_that_only_look_alike_are_taken(path: str) -> None:
+    state = after(CREATE, commands.ingest(PACKAGE, "a.txt", name=1))
+    assert len(decide(state, commands.ingest(PACKAGE, path, name=2), 1_000, LIMITS).events) == 1
+
+
+def with_pair() -> PackageState:
+    """A package of a time when a path could be both: its events are put together from two histories."""
+    state = after(CREATE, commands.ingest(PACKAGE, "a.txt", name=1))
+    hidden, state.files, state.folders = state.files, {}, set()
+    (event,) = decide(state, commands.ingest(PACKAGE, "a.txt/b", name=2), 1_000, LIMITS).events
+    state.files, state.folders = hidden, set()
+    return evolve(state, event)
+
+
+def test_a_history_that_holds_both_stays_valid_and_takes_what_does_not_add_to_it() -> None:
+    state = with_pair()
+    assert list(state.files) == ["a.txt", "a.txt/b"]
+    state = accept(state, decide(state, commands.ingest(PACKAGE, "c", name=3), 1_000, LIMITS))
+    with pytest.raises(PathConflictError):
+        decide(state, commands.ingest(PACKAGE, "a.txt/d", name=4), 1_000, LIMITS)
+    assert decide(state, commands.finalize(PACKAGE), 1_000, LIMITS).event is not None
+
+
+def test_the_rest_of_a_torn_command_is_taken_although_newer_rules_would_refuse_it() -> None:
+    state = after(CREATE)
+    whole = commands.ingest(PACKAGE, "a.txt", "a.txt/b")
+    replaced = replace(whole, files=(whole.files[0], commands.stored("other")))
+    first, _ = decide(state, replaced, 1_000, LIMITS).events
+    state = evolve(state, first)
+    (rest,) = decide(state, whole, 1_000, LIMITS).events
+    assert rest.command_index == 1
+
+
+def test_a_package_lies_in_a_bounded_number_of_folders() -> None:
+    limits = Limits(max_files_per_package=200)
+    deep = ["/".join([name] * 512) for name in "abc"]
+    state = after(CREATE, commands.ingest(PACKAGE, *deep[:2], name=1), limits=limits)
+    with pytest.raises(TooLargeError, match="at most 1,312 folders"):
+        decide(state, commands.ingest(PACKAGE, deep[2], name=2), 1_000, limits)
+    again = [path + "b" for path in deep[:2]]
+    assert len(decide(state, commands.ingest(PACKAGE, *again, name=3), 1_000, limits).events) == 2

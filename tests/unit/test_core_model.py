@@ -24,6 +24,7 @@ from services.errors import (
     DuplicateRelativePathError,
     IllegalPackageStateError,
     PackageNotFoundError,
+    PathConflictError,
     RejectedError,
     TooLargeError,
 )
@@ -32,7 +33,7 @@ from tests.unit import commands
 LIMITS = Limits(max_files_per_package=6)
 NAMES = st.integers(0, 2)
 COMMAND_NAMES = st.integers(0, 5)
-PATHS = st.sampled_from(["a", "b", "a/b", "é", "z" * 40, "dir/file.txt"])
+PATHS = st.sampled_from(["a", "b", "a/b", "a/b/c", "é", "z" * 40, "dir/file.txt"])
 
 
 @dataclass
@@ -103,7 +104,10 @@ class RegistryMachine(RuleBasedStateMachine):
         paths = [file.relative_path for file in command.files]
         if len(set(paths)) < len(paths) or set(paths) & set(package.paths):
             return DuplicateRelativePathError
-        return TooLargeError if len(paths) + len(package.paths) > LIMITS.max_files_per_package else None
+        if len(paths) + len(package.paths) > LIMITS.max_files_per_package:
+            return TooLargeError
+        every = [*package.paths, *paths]
+        return PathConflictError if any(a.startswith(f"{b}/") for a in every for b in every) else None
 
     def note(self, command: Command, answer: Acknowledgement, appended: int) -> None:
         package = self.model.setdefault(command.package_id, ModelPackage())

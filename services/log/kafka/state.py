@@ -31,8 +31,8 @@ SAVE_SECONDS = 5.0
 """and, if there was any, after so many seconds."""
 
 MAX_ENTRIES = 120_000
-"""Files and commands of all open packages in memory, at about 1 KiB each. A large one that was used since the last
-checkpoint, and those that are worked on beside the partition, come on top."""
+"""Files, folders and commands of all open packages in memory, at about 1 KiB each. A large one that was used since the
+last checkpoint, and those that are worked on beside the partition, come on top."""
 
 LARGE = 2_000
 """A package with more events than this is not read back from the file while others wait; that many take about 20 ms."""
@@ -309,7 +309,7 @@ class PartitionState:
         self._changed.add(state.package_id)
 
     def _keep(self, state: PackageState, saved: int) -> None:
-        entries = 1 + len(state.files) + len(state.commands)
+        entries = 1 + state.entries
         self._held += entries - self._entries.get(state.package_id, 0)
         self._entries[state.package_id] = entries
         self._packages[state.package_id] = state

@@ -73,7 +73,7 @@ def add_command_row(state: PackageState, body: bytes) -> int:
     events = 0
     for command, paths, files in _commands(body):
         known = _add_command(state, command)
-        state.files.update(zip(paths, file_states(files), strict=True))
+        state.add_files(paths, file_states(files))
         known.paths += paths
         events += len(files) or 1
     return events

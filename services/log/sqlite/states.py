@@ -18,8 +18,8 @@ LARGE = 1_000
 25 µs to read again, so that all others are back within 25 ms."""
 
 MAX_SMALL = 100_000
-"""Entries of all kept states that are small, or finalized, together. An entry, which is a file or a command, takes 0.9
-KiB where commands bring hundreds of files each and 0.6 KiB where each brings one, in which case a file makes two."""
+"""Entries of all kept states that are small, or finalized, together. An entry is a file, a folder or a command. It
+takes 0.9 KiB where commands bring hundreds of files each, 0.6 KiB where each brings one, so that a file makes two."""
 
 MAX_LARGE = 600_000
 """Entries of all kept states that are large and open: three packages of 100,000 files that came one by one, six that
@@ -94,7 +94,7 @@ class PackageStates:
     def keep(self, state: PackageState) -> None:
         """Remember the state, forgetting others beyond the bounds."""
         self._take(state.package_id)
-        entries = 1 + len(state.files) + len(state.commands)
+        entries = 1 + state.entries
         # Of one that is finalized there is nothing to come but a retry.
         if entries > self._large_from and state.status != FINALIZED:
             self._large.put(state, entries)
