@@ -120,15 +120,16 @@ def _say_how_to_go_on(state: PushState) -> None:
 @click.argument("package", metavar="PACKAGE_ID|blake3:…")
 @click.argument("destination", metavar="DEST", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--force", is_flag=True, help="Replace files that are there and different.")
+@click.option("--rename", is_flag=True, help="Write a file whose path is a folder of other files as PATH.file.")
 @_CONCURRENCY
 @common_options(shown=("url",))
-def pull(package: str, destination: Path, *, force: bool, concurrency: int) -> None:
+def pull(package: str, destination: Path, *, force: bool, rename: bool, concurrency: int) -> None:
     """Download a package into the folder DEST and verify every byte against its manifest.
 
     Equal files that are there already are kept, so that an interrupted pull can be run again.
     """
     settings = invocation().settings()
-    done = run(_pull(settings, package, destination, force=force, concurrency=concurrency))
+    done = run(_pull(settings, package, destination, force=force, rename=rename, concurrency=concurrency))
     answer(
         {
             "package_id": str(done.package_id),
@@ -136,11 +137,14 @@ def pull(package: str, destination: Path, *, force: bool, concurrency: int) -> N
             "files": done.files,
             "bytes": done.size_bytes,
             "kept": done.kept,
+            **({"renamed": dict(done.renamed)} if done.renamed else {}),
         }
     )
 
 
-async def _pull(settings: Settings, package: str, destination: Path, *, force: bool, concurrency: int) -> Pulled:
+async def _pull(
+    settings: Settings, package: str, destination: Path, *, force: bool, rename: bool, concurrency: int
+) -> Pulled:
     from services.cli.addressing import package_or_address
     from services.client import pull as pull_package
     from services.collector import collect_rarely
@@ -152,5 +156,11 @@ async def _pull(settings: Settings, package: str, destination: Path, *, force: b
     async with open_registry(settings) as registry:
         with transfer_progress("pull") as progress:
             return await pull_package(
-                registry, which, destination, force=force, concurrency=concurrency, progress=progress
+                registry,
+                which,
+                destination,
+                force=force,
+                rename=rename,
+                concurrency=concurrency,
+                progress=progress,
             )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -34,14 +34,18 @@ _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 class Destination:
     """One folder, held open until `close`. Its methods block on the disk; `holds` while it reads a whole file."""
 
-    def __init__(self, folder: Path) -> None:
-        """Open the folder, creating it if need be; it may itself be named through a link. Raises ConflictError."""
+    def __init__(self, folder: Path, renamed: Mapping[str, str] | None = None) -> None:
+        """Open the folder, creating it if need be; it may itself be named through a link. Raises ConflictError.
+
+        Files whose path is a key of `renamed` get the path that it names.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         try:
             self._root = os.open(folder.resolve(), _FOLDER)
         except NotADirectoryError:
             raise ConflictError(f"{folder} is no folder") from None
         self._name_bytes = os.fpathconf(self._root, "PC_NAME_MAX")
+        self._renamed = renamed or {}
         self._placed = _Placed()
         self._name = uuid4().hex
         self._numbers = count()  # asking it for the next one is safe in threads
@@ -85,6 +89,7 @@ class Destination:
 
     def check_names(self, relative_path: str) -> None:
         """Raise ConflictError when a name in the path is longer than the folder's file system takes."""
+        relative_path = self._renamed.get(relative_path, relative_path)
         if len(relative_path.encode()) <= self._name_bytes:
             return
         for part in relative_path.split("/"):
@@ -113,7 +118,7 @@ class Destination:
         last, folder = "", -1
         try:
             for relative_path, data in files:
-                above, _, name = relative_path.rpartition("/")
+                above, _, name = self._renamed.get(relative_path, relative_path).rpartition("/")
                 if folder < 0 or above != last:
                     with self._folder(relative_path, create=True) as (found, _):
                         if found is None:
@@ -151,7 +156,7 @@ class Destination:
     def _folder(self, relative_path: str, *, create: bool) -> Iterator[tuple[int | None, str]]:
         """The open folder of the path, and the path's last segment; no folder when it is not there."""
         check_path(relative_path)
-        *above, name = relative_path.split("/")
+        *above, name = self._renamed.get(relative_path, relative_path).split("/")
         current = os.dup(self._root)
         try:
             for depth, part in enumerate(above, start=1):

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from threading import Event
 from uuid import UUID
@@ -25,7 +25,7 @@ from services.client.batches import FEWEST_FILES
 from services.client.destination import Destination, Landing
 from services.client.transfers import DEFAULT_CONCURRENCY, NoProgress, TransferProgress, at_once
 from services.core.content_address import ContentAddress
-from services.core.paths import check_path
+from services.core.paths import add_folders, check_path
 from services.errors import (
     ConflictError,
     CorruptError,
@@ -40,6 +40,9 @@ from services.threads import to_its_end
 _logger = logging.getLogger(__name__)
 
 _MOST_CONFLICTS_SHOWN = 10
+_RENAMED = ".file"
+"""What the path of a file gets at its end where other files need it as a folder."""
+
 _WORTH_STREAMING = 4
 """At least every fourth file of a stream must be wanted."""
 
@@ -52,13 +55,17 @@ _WRITTEN_AT_ONCE_BYTES = 64 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """What a pull gave. `size_bytes` counts every file; `kept` are the files that were there already."""
+    """What a pull gave. `size_bytes` counts every file; `kept` are the files that were there already.
+
+    `renamed` names the files that were written under another path, with that path.
+    """
 
     package_id: UUID
     manifest_digest: ContentAddress
     files: int
     size_bytes: int
     kept: int
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
 
 async def pull(
@@ -67,6 +74,7 @@ async def pull(
     destination: Path,
     *,
     force: bool = False,
+    rename: bool = False,
     concurrency: int = DEFAULT_CONCURRENCY,
     progress: TransferProgress | None = None,
 ) -> Pulled:
@@ -75,16 +83,20 @@ async def pull(
     Files that are there and equal are kept; different ones are an error before anything is written, unless `force`
     says that they are to be replaced. Nothing else in the folder is touched.
 
+    Packages of earlier releases may hold a file whose path is a folder of other files, which no folder can hold. With
+    `rename` such a file `PATH` is written as `PATH.file`, or as `PATH.file-2` and so on where the package holds that.
+
     Raises:
         PackageNotFoundError: no such package. IllegalPackageStateError: it is not finalized.
         CorruptError: manifest or bytes are not what they must be, or a path would lead out of the folder.
-        ConflictError: something else is in the way.
+        ConflictError: something else is in the way, or two files need one place and there is no `rename`.
     """
     told = progress or NoProgress()
     package_id, address = await _package(registry, which)
     manifest = await read_manifest(registry, package_id, address)
     told.expect(len(manifest.files), sum(file.size_bytes for file in manifest.files))
-    folder = await asyncio.to_thread(Destination, destination)
+    renamed = await asyncio.to_thread(_renamed, manifest.files, rename=rename)
+    folder = await asyncio.to_thread(Destination, destination, renamed)
     try:
         given_up = Event()
         wanted = await to_its_end(partial(_missing, folder, manifest.files, given_up, force=force), given_up)
@@ -103,11 +115,11 @@ async def pull(
     finally:
         folder.close()
     total = sum(file.size_bytes for file in manifest.files)
-    return Pulled(package_id, address, len(manifest.files), total, kept)
+    return Pulled(package_id, address, len(manifest.files), total, kept, renamed)
 
 
 async def read_manifest(registry: Registry, package_id: UUID, address: ContentAddress) -> Manifest:
-    """The package's manifest, checked against `address` and for what a folder cannot hold. Raises CorruptError."""
+    """The package's manifest, checked against `address` and for what no package holds. Raises CorruptError."""
     data = await registry.get_manifest_bytes(package_id)
     if manifest_digest(data) != address.digest:
         raise CorruptError(f"the manifest of package {package_id} is not what {address} stands for")
@@ -132,7 +144,8 @@ async def _package(registry: Registry, which: UUID | ContentAddress) -> tuple[UU
 
 
 def _check_files(files: Sequence[ManifestFile]) -> None:
-    """Raise CorruptError for what no package holds, ConflictError for paths that no folder holds. Blocks."""
+    """Raise CorruptError for what no package holds. Blocks."""
+    seen: set[str] = set()
     for file in files:
         try:
             check_path(file.relative_path)
@@ -140,13 +153,33 @@ def _check_files(files: Sequence[ManifestFile]) -> None:
                 raise ValueError("no size or no digest")
         except (InvalidPathError, ValueError, TypeError, AttributeError) as error:
             raise CorruptError(f"the manifest's entry {str(file.relative_path)[:100]!r} cannot be: {error}") from None
+        if file.relative_path in seen:
+            raise CorruptError(f"the manifest names {file.relative_path!r} twice")
+        seen.add(file.relative_path)
+
+
+def _renamed(files: Sequence[ManifestFile], *, rename: bool) -> Mapping[str, str]:
+    """Other paths for files whose own path is a folder of other files. Blocks.
+
+    Raises ConflictError when there is such a file, unless `rename` allows another path.
+    """
+    renamed: dict[str, str] = {}
+    taken = {file.relative_path for file in files}
+    add_folders(taken, list(taken))
     # A path and those below it are neighbours once `/` comes before every other character.
     paths = sorted((file.relative_path for file in files), key=lambda path: path.replace("/", "\0"))
     for above, path in pairwise(paths):
-        if above == path:
-            raise CorruptError(f"the manifest names {path!r} twice")
-        if path.startswith(above + "/"):
-            raise ConflictError(f"the package holds {above!r} and {path!r}: no folder can hold them both")
+        if not path.startswith(above + "/"):
+            continue
+        if not rename:
+            raise ConflictError(
+                f"nothing was written: the package holds {above!r} and {path!r}, and no folder can hold both; "
+                f"`--rename` (`rename=True`) writes the first one as {above + _RENAMED!r}"
+            )
+        names = (f"{above}{_RENAMED}{'' if number == 1 else f'-{number}'}" for number in count(1))
+        renamed[above] = next(name for name in names if name not in taken)
+        taken.add(renamed[above])
+    return renamed
 
 
 def _missing(folder: Destination, files: Sequence[ManifestFile], given_up: Event, *, force: bool) -> list[ManifestFile]:

@@ -12,8 +12,10 @@ import pytest
 
 from services.blobs.port import Declared
 from services.client import Pushed, pull, push
+from services.client.batches import FEWEST_FILES
 from services.client.push_state import PushState
 from services.config import Settings
+from services.core import decide
 from services.core.content_address import ContentAddress
 from services.errors import (
     ConflictError,
@@ -264,6 +266,30 @@ async def test_nothing_is_written_through_a_link(
     with pytest.raises(ConflictError):
         await pull(registry, done.package_id, out, force=force)
     assert trees.read(elsewhere) == {}
+
+
+@pytest.mark.parametrize("small", [0, FEWEST_FILES])
+async def test_a_package_with_a_file_in_the_place_of_a_folder_is_pulled_with_that_file_renamed(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: int
+) -> None:
+    files = {f"small/{number}": b"%d" % number for number in range(small)}
+    files |= {"a": b"1", "a/b": b"2", "a/b/c": b"3", "a/b.file": b"4", "a-b": b"5", "z/a": b"6"}
+    package_id = await registry.create_package("n", "p", "s", "scratch")
+    with monkeypatch.context() as before_the_rule:
+        before_the_rule.setattr(decide, "_check_tree", lambda *_: None)
+        for path, content in files.items():
+            await registry.ingest_file(package_id, path, "text/plain", content)
+    await registry.finalize_package(package_id)
+    out = tmp_path / "out"
+    with pytest.raises(ConflictError, match=r"nothing was written.*'a' and 'a/b'.*--rename.*'a\.file'"):
+        await pull(registry, package_id, out)
+    assert not out.exists()
+    done = await pull(registry, package_id, out, rename=True)
+    assert done.renamed == {"a": "a.file", "a/b": "a/b.file-2"}
+    expected = {"a.file": b"1", "a/b.file-2": b"2", **{path: files[path] for path in files if path not in done.renamed}}
+    assert trees.read(out) == expected
+    again = await pull(registry, package_id, out, rename=True)
+    assert (again.kept, again.renamed) == (len(files), done.renamed)
 
 
 def many(folder: Path, count: int = 1_200, seed: int = 0) -> dict[str, bytes]:
