@@ -16,7 +16,7 @@ from services.core.evolve import evolve
 from services.core.fields import metadata_text
 from services.core.limits import Limits
 from services.core.state import PackageState
-from services.errors import DuplicateRelativePathError
+from services.errors import ConflictError
 from services.verify.history import Histories
 from services.verify.notes import Claim, Notes
 from tests.unit import commands
@@ -56,7 +56,7 @@ def appended(all_commands: list[list[Command]], order: list[int], limits: Limits
         command = of_package.pop(0)
         try:
             made = decide(states.get(command.package_id), command, now, limits).events
-        except DuplicateRelativePathError:
+        except ConflictError:
             continue
         for event in made:
             states[command.package_id] = evolve(states.get(command.package_id), event)
