@@ -7,7 +7,6 @@ was read from, so that the checkpoint's guard can tell whether it is still the n
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from uuid import UUID
 from services.errors import CorruptError, PushBackError, UnavailableError
 from services.log.port import Batch, Log, Record, Subscription
 from services.log.position import Position
+from services.log.records import Skips
 from services.views.checkpoints import (
     Checkpoint,
     StaleCheckpointError,
@@ -29,7 +29,7 @@ from services.views.checkpoints import (
 from services.views.engine import Views
 from services.views.guard import check_continues
 from services.views.projections import Projection
-from services.views.reading import ReadBatch
+from services.views.reading import ReadBatch, read_batch
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +83,7 @@ class Assignment:
         self._next: dict[int, int] = {}
         self._unclaimed: dict[int, int] = {}
         self._subscription: Subscription | None = None
+        self._skips = Skips(log)
         self._unshown: dict[int, int] = {}
         self._usual_size = _FIRST_SIZE
         self._looked = time.monotonic()
@@ -147,7 +148,7 @@ class Assignment:
                 await self._require_same_generation()
             return None
         self._quiet_since = time.monotonic()
-        events = await asyncio.to_thread(ReadBatch.of, records)
+        events = await read_batch(self._log, records, self._skips)
         await self._require_same_log()
         return Work(events, self._checkpoint(starts), ends)
 

@@ -27,6 +27,7 @@ from services.views.checkpoints import StaleCheckpointError, apply
 from services.views.engine import Views
 from services.views.failures import TablesError
 from services.views.projections import PROJECTIONS, Projection, projection_named
+from services.views.retry import retry_confirmed
 from services.wiring import open_log, open_views
 
 logger = logging.getLogger(__name__)
@@ -129,6 +130,7 @@ class _Run:
         self.joined = False
         self.progressed = False
         self._views = views
+        self._log = log
         self._projection = projection
         self._metrics = metrics
         self._assignment = Assignment(views, log, projection, self._settled)
@@ -153,6 +155,8 @@ class _Run:
 
     async def _apply(self, work: Work) -> Mapping[int, int]:
         await apply(self._views, self._projection, work.events, since=work.since, next_offsets=work.next_offsets)
+        if work.events.confirmed:
+            await retry_confirmed(self._views, self._log, self._projection, work.events.confirmed)
         self.progressed = True
         if self._metrics is not None:
             self._metrics.folded(self._projection.name, len(work.events.records))

@@ -8,7 +8,7 @@ from uuid import UUID
 
 from schemas.canonical import is_jcs_object
 from schemas.codec import UndecodableEventError, decode
-from schemas.events import Event, FileIngested, PackageCreated
+from schemas.events import AdministrativePayload, Event, FileIngested, PackageCreated
 from schemas.file_fields import FileFields, fields_of, read_fields
 
 Entry = FileFields | Event
@@ -32,10 +32,11 @@ class EventBatch(Sequence[Event]):
         for value in values:
             self.append(value)
 
-    def append(self, value: bytes, key: bytes | None = None) -> None:
-        """One more record value. Raises UndecodableEventError, after which the batch is as it was.
+    def append(self, value: bytes, key: bytes | None = None) -> Entry:
+        """Read one more record value, and keep it unless it is an administrative record, which is no package's.
 
-        Also when `key`, the record's, is not its package's id, and for what no writer writes and nobody could be shown.
+        Raises UndecodableEventError, after which the batch is as it was. Also when `key`, the record's, is not its
+        package's id, and for what no writer writes and nobody could be shown.
         """
         fields = read_fields(value, self._packages)
         entry = entry_of(decode(value)) if fields is None else fields
@@ -48,8 +49,14 @@ class EventBatch(Sequence[Event]):
         known = key is None or self._packages.get(key) is entry.package_id
         if not known and key != str(entry.package_id).encode():
             raise UndecodableEventError("its key is not its package's id")
-        self.entries.append(entry)
-        self._values.append(value)
+        if not (isinstance(entry, Event) and isinstance(entry.payload, AdministrativePayload)):
+            self.entries.append(entry)
+            self._values.append(value)
+        return entry
+
+    def drop_last(self) -> None:
+        """Forget what was appended last."""
+        del self.entries[-1], self._values[-1]
 
     def select(self, indexes: Iterable[int]) -> EventBatch:
         """A batch of the events at these indexes, in this order."""

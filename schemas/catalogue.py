@@ -21,6 +21,11 @@ Read with `isolation.level=read_committed`. Most consumers default to `read_unco
 were never recorded, and records without key and value that writers append in aborted transactions: skip what has no
 value.
 
+Events of the types `v1.log.*` belong to no package. They record what an operator confirmed about one partition of the
+log, lie in that partition whatever their key, and carry the id of the partition in place of a package's. A consumer of
+packages ignores them; one that meets a record that it cannot read finds in the partition, further on, the
+`v1.log.skipped` with its digest, once an operator has confirmed it.
+
 Digests are recomputed like this:
 
 - `payload_digest` is BLAKE3 over the payload as a canonical CBOR map (RFC 8949 §4.2) of its fields by name: identifiers

@@ -22,10 +22,14 @@ from fastavro.schema import fingerprint, to_parsing_canonical_form
 
 from schemas.events import (
     FILE_INGESTED,
+    LOG_SKIPPED,
+    LOSS_ACCEPTED,
     PACKAGE_CREATED,
     PACKAGE_FINALIZED,
     Event,
     FileIngested,
+    LogSkipped,
+    LossAccepted,
     PackageCreated,
     PackageFinalized,
     Payload,
@@ -181,6 +185,16 @@ def _ingested(record: Mapping[str, Any]) -> Payload:
     )
 
 
+def _skipped(record: Mapping[str, Any]) -> Payload:
+    return LogSkipped(**{**record, "log": UUID(record["log"])})
+
+
+def _loss_accepted(record: Mapping[str, Any]) -> Payload:
+    previous = record["previous_log"]
+    logs = {"log": UUID(record["log"]), "previous_log": None if previous is None else UUID(previous)}
+    return LossAccepted(**{**record, **logs})
+
+
 def _without_logical_types(schema: Any) -> Any:
     """Logical types do not change the bytes; without them the codec moves text and integers, which is twice as fast."""
     match schema:
@@ -195,6 +209,8 @@ _DECODERS: dict[str, Callable[[Mapping[str, Any]], Payload]] = {
     PACKAGE_CREATED: _created,
     FILE_INGESTED: _ingested,
     PACKAGE_FINALIZED: _finalized,
+    LOG_SKIPPED: _skipped,
+    LOSS_ACCEPTED: _loss_accepted,
 }
 
 EVENT_TYPES = tuple(_DECODERS)

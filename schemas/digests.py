@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from blake3 import blake3
 
 from schemas.canonical import ordered_cbor
-from schemas.events import Event, FileIngested, PackageCreated, PackageFinalized, payload_map
+from schemas.events import AdministrativePayload, Event, FileIngested, PackageCreated, PackageFinalized, payload_map
 
 DIGEST_BYTES = 32
 
 
-def payload_digest(payload: PackageCreated | FileIngested) -> bytes:
+def payload_digest(payload: PackageCreated | FileIngested | AdministrativePayload) -> bytes:
     """BLAKE3 over the payload in canonical CBOR (32 bytes).
 
     A map of the payload's fields by their names: identifiers and metadata as text, digests as byte strings, timestamps
@@ -58,6 +58,14 @@ def manifest_digest(manifest: bytes) -> bytes:
 def items_digest(items: Iterable[bytes]) -> bytes:
     """BLAKE3 over files' items in a manifest, which say everything that a producer said of the files (32 bytes)."""
     return blake3(b"".join(items)).digest()
+
+
+def record_digest(key: bytes, value: bytes) -> bytes:
+    """By what a record is recognised that is no event (32 bytes): BLAKE3 over the canonical CBOR array of both.
+
+    An absent key or value counts as an empty one.
+    """
+    return blake3(ordered_cbor([key, value])).digest()
 
 
 def payload_digest_holds(event: Event) -> bool | None:

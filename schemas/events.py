@@ -9,6 +9,8 @@ from uuid import UUID
 PACKAGE_CREATED = "v1.package.created"
 FILE_INGESTED = "v1.file.ingested"
 PACKAGE_FINALIZED = "v1.package.finalized"
+LOG_SKIPPED = "v1.log.skipped"
+LOSS_ACCEPTED = "v1.log.loss_accepted"
 
 NO_DIGEST = bytes(32)
 """`previous_digest` of a package's first event."""
@@ -61,7 +63,45 @@ class PackageFinalized:
     total_bytes: int
 
 
-Payload = PackageCreated | FileIngested | PackageFinalized
+@dataclass(frozen=True, slots=True)
+class LogSkipped:
+    """Payload of `v1.log.skipped`: the record with this `digest` (see `digests.record_digest`) is passed over.
+
+    `offset` is where it lay in the log of this identity. `size_bytes` counts its key and value.
+    """
+
+    log: UUID
+    partition: int
+    offset: int
+    digest: bytes
+    size_bytes: int
+    cause: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LossAccepted:
+    """Payload of `v1.log.loss_accepted`: the log lacks the record at `expected_offset`, which was acknowledged.
+
+    `evidence` names what proves it (`file` or `snapshot`); `previous_log` is the evidence's log when it is another one.
+    The digests are BLAKE3 over the value of the record that was there, and of the one that is there now, if any.
+    """
+
+    log: UUID
+    partition: int
+    evidence: str
+    previous_log: UUID | None
+    expected_offset: int
+    expected_digest: bytes
+    found_digest: bytes | None
+    end_offset: int
+    reason: str
+
+
+AdministrativePayload = LogSkipped | LossAccepted
+"""What belongs to no package but to a partition of the log."""
+
+Payload = PackageCreated | FileIngested | PackageFinalized | LogSkipped | LossAccepted
 
 
 def payload_map(payload: Payload) -> dict[str, Any]:
@@ -105,6 +145,28 @@ def payload_map(payload: Payload) -> dict[str, Any]:
                 "total_bytes": payload.total_bytes,
                 "manifest_key": payload.manifest_key,
             }
+        case LogSkipped():
+            return {
+                "log": str(payload.log),
+                "cause": payload.cause,
+                "digest": payload.digest,
+                "offset": payload.offset,
+                "reason": payload.reason,
+                "partition": payload.partition,
+                "size_bytes": payload.size_bytes,
+            }
+        case LossAccepted():
+            return {
+                "log": str(payload.log),
+                "reason": payload.reason,
+                "evidence": payload.evidence,
+                "partition": payload.partition,
+                "end_offset": payload.end_offset,
+                "found_digest": payload.found_digest,
+                "previous_log": None if payload.previous_log is None else str(payload.previous_log),
+                "expected_digest": payload.expected_digest,
+                "expected_offset": payload.expected_offset,
+            }
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +174,8 @@ class Event:
     """A fact on the log.
 
     `created_at` is in µs since 1970-01-01T00:00Z; `command_index` counts from 0 to `command_count` - 1; digests are 32
-    raw bytes.
+    raw bytes. With an AdministrativePayload, `package_id` is the id of the partition (`identifiers.partition_id`), and
+    `sequence` and `previous_digest` count and chain the partition's administrative records.
     """
 
     event_id: UUID

@@ -63,6 +63,11 @@ def package_id(actor: str, command_id: UUID) -> UUID:
     return uuid5(uuid5(_PACKAGES, actor), str(command_id))
 
 
+def partition_id(log: UUID, partition: int) -> UUID:
+    """What stands in place of a package's id in the administrative records of one partition of a log."""
+    return uuid5(log, f"partition:{partition}")
+
+
 def event_id(package: UUID, sequence: int) -> Identifier:
     """The id of the package's event number `sequence` (from 1)."""
     return Identifier(event_text(package.bytes, sequence).decode())

@@ -27,6 +27,7 @@
     ├── UnavailableError         retry, perhaps elsewhere: a part cannot be reached; the outcome may be unknown
     │   └── WaitTimeoutError           the view did not reach what was waited for
     ├── CorruptError             stop: what was read breaks an invariant
+    │   ├── BadRecordError             the log holds a record that is no event; an operator has to confirm it
     │   ├── PackageParkedError         the view stopped following a package; an operator has to mend it
     │   └── LogIdentityError           a position, checkpoint or state belongs to another log
     └── ConfigurationError       mend the settings; the text says how
@@ -230,6 +231,12 @@ class CorruptError(ArtifactStoreError):
     """What was read breaks an invariant. Stop; nothing is skipped and nothing resets by itself."""
 
     problem = "corrupt"
+
+
+class BadRecordError(CorruptError):
+    """The log holds a record that is no event. The text names its place, its digest and the command that passes it."""
+
+    problem = "bad-record"
 
 
 class PackageParkedError(CorruptError):

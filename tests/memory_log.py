@@ -12,13 +12,21 @@ from itertools import accumulate
 from uuid import UUID, uuid4
 
 from schemas.codec import UndecodableEventError, decode, encode
-from schemas.events import Event
+from schemas.events import AdministrativePayload, Event, LogSkipped
 from services.errors import CorruptError, InvalidPositionError, UnavailableError
 from services.log.port import Batch, Record, RecordedEvent, Settled, StartOffsets
 from services.log.position import Position
+from services.log.records import AdministrativeHead, BadRecord, administrative_event, is_administrative
 
 _FIELDS = tuple(Event.__slots__)
 _POLL_BYTES = 2 << 20
+
+
+def skip_of(log: MemoryLog, record: Record, after: AdministrativeHead | None = None) -> Event:
+    """An operator's confirmation that this record is no event, the next administrative record after that one."""
+    bad = BadRecord.of(record, "it cannot be read")
+    payload = LogSkipped(log.id, bad.partition, bad.offset, bad.digest, bad.size_bytes, bad.cause, "a test")
+    return administrative_event(payload, after, created_at=1, actor="ada", command_id=uuid4())
 
 
 class MemoryLog:
@@ -49,6 +57,11 @@ class MemoryLog:
         if len(records) % self._every == 0:
             self._ends[partition] += self._hole
         self._changed.set()
+
+    def append_administrative(self, event: Event) -> None:
+        """Append a record of the partition's own, to the partition that it names."""
+        assert isinstance(event.payload, AdministrativePayload)
+        self.append_raw(event.payload.partition, encode(event), str(event.package_id).encode())
 
     def truncate(self, partition: int) -> None:
         """Lose every record of the partition, as a restore from an older copy would."""
@@ -96,6 +109,8 @@ class MemoryLog:
                             event = decode(record.value)
                         except UndecodableEventError as error:
                             raise CorruptError(str(error)) from error
+                        if is_administrative(event):
+                            continue
                         yield RecordedEvent(**{name: getattr(event, name) for name in _FIELDS}, position=at)
                 if not follow:
                     return

@@ -209,3 +209,4 @@ def _about(event: RecordedEvent) -> str:
             return f"{path} ({size:,} bytes)"
         case PackageFinalized(file_count=count, total_bytes=total):
             return f"blake3:{event.payload_digest.hex()} ({count:,} files, {total:,} bytes)"
+    return ""

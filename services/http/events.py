@@ -17,6 +17,8 @@ from schemas.canonical import jcs
 from schemas.events import (
     Event,
     FileIngested,
+    LogSkipped,
+    LossAccepted,
     PackageCreated,
     PackageFinalized,
     Payload,
@@ -232,3 +234,5 @@ def _payload(payload: Payload) -> dict[str, Any]:
                 "file_count": payload.file_count,
                 "total_bytes": payload.total_bytes,
             }
+        case LogSkipped() | LossAccepted():
+            raise CorruptError("an administrative record of the log belongs to no package and has no such form")

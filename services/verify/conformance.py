@@ -71,3 +71,4 @@ def _command(event: Event) -> Command:
             return IngestFiles(package, command, actor, (stored,))
         case PackageFinalized():
             return FinalizePackage(package, command, actor)
+    raise ValueError(f"no command becomes {event.event_type}")

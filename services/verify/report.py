@@ -12,7 +12,8 @@ Complain = Callable[[str, str, str], None]
 KINDS = {
     "gone": "records are gone: the log begins too late, ends too early or has a gap; reading stops there",
     "log-file": "the embedded log's file is damaged: SQLite finds a page, a row or an index of it that is not whole",
-    "undecodable": "a record is no event that can be read",
+    "undecodable": "a record is no event that can be read, and no operator has confirmed that (`log skip`)",
+    "administrative": "the administrative records of a partition are not numbered 1, 2, 3 … or not chained",
     "partition": "an event does not lie in the partition of its package",
     "key": "a record's key is not its package's id: whoever reads by package misses the event, and views park it",
     "listed": "the embedded log lists an event under another number than its own: whoever reads by package stops there",
@@ -81,6 +82,10 @@ class Report:
     """Large bodies that were stored a day ago or earlier and that no event names; no violation."""
     removed: int | None = None
     """How many of them were removed; None when none were to be."""
+    skipped: int = 0
+    """Records that are no events and are passed over, as an operator has confirmed; no violation."""
+    administrative: int = 0
+    """Records that belong to a partition of the log and to no package."""
     unfinished_commands: int = 0
     views: dict[str, str] = field(default_factory=dict)
     """Digest of each view that was compared with a fresh fold."""
@@ -117,6 +122,8 @@ class Report:
             "healed": self.healed,
             "orphans": self.orphans,
             "removed": self.removed,
+            "skipped": self.skipped,
+            "administrative": self.administrative,
             "unfinished_commands": self.unfinished_commands,
             "views": self.views,
             "set_aside": self.set_aside,

@@ -16,6 +16,7 @@ from services.views.engine import Views
 from services.views.guard import check_continues, check_within
 from services.views.projections import Projection
 from services.views.reading import ReadBatch, read_stretches
+from services.views.retry import retry_confirmed
 
 BATCH_EVENTS = 2000
 
@@ -51,9 +52,9 @@ async def catch_up(
             if checkpoint.position.covers(until):
                 return folded
             await check_continues(log, projection.name, checkpoint, end.offsets, end=end)
-            fold = _Fold(views, projection, checkpoint, batch_events, progress)
+            fold = _Fold(views, log, projection, checkpoint, batch_events, progress)
             try:
-                await fold.run(log, end)
+                await fold.run(end)
             except StaleCheckpointError:
                 continue  # another folds as well: go on from where it has come to
             finally:
@@ -64,25 +65,34 @@ class _Fold:
     """One pass over the log, batch by batch."""
 
     def __init__(
-        self, views: Views, projection: Projection, since: Checkpoint, batch_events: int, progress: Progress | None
+        self,
+        views: Views,
+        log: Log,
+        projection: Projection,
+        since: Checkpoint,
+        batch_events: int,
+        progress: Progress | None,
     ) -> None:
         self.folded = 0
         self._views = views
+        self._log = log
         self._projection = projection
         self._at = since
         self._batch_events = batch_events
         self._progress = progress
 
-    async def run(self, log: Log, end: Position) -> None:
+    async def run(self, end: Position) -> None:
         """Fold what lies between the checkpoint and the end; offsets without events (transaction markers) lie there
         as well."""
-        stretches = read_stretches(log, self._at.position, end.offsets, batch_events=self._batch_events)
+        stretches = read_stretches(self._log, self._at.position, end.offsets, batch_events=self._batch_events)
         async with aclosing(stretches):
             async for stretch in stretches:
                 await self._apply(stretch.batch, stretch.next_offsets)
 
     async def _apply(self, batch: ReadBatch, behind: Mapping[int, int]) -> None:
         self._at = await apply(self._views, self._projection, batch, since=self._at, next_offsets=behind)
+        if batch.confirmed:
+            await retry_confirmed(self._views, self._log, self._projection, batch.confirmed)
         self.folded += len(batch.records)
         if self._progress is not None:
             self._progress(self.folded, self._at.position)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
+from uuid import UUID
 
 from schemas.batch import EventBatch
 from schemas.codec import UndecodableEventError
-from schemas.events import Event
+from schemas.events import AdministrativePayload, Event, LogSkipped
 from services.log.port import Log, Record
 from services.log.position import Position
+from services.log.records import BadRecord, PartitionOf, Skips, misplacement
 
 BATCH_BYTES = 8 << 20
 """A batch ends early when its records have so many bytes, so that memory is bounded: manifests are large."""
@@ -25,27 +27,60 @@ _FEW = 20
 class ReadBatch:
     """Records in log order per partition, the events in them in the same order, and what cannot be read.
 
-    `unreadable` tells the cause, by the index of the record.
+    `unreadable` tells the cause, by the index of the record. Administrative records are not among them, nor records
+    that an operator confirmed to be no events. `confirmed` are the partitions in which such a confirmation was read.
     """
 
     records: Sequence[Record] = ()
     events: Sequence[Event] = ()
     unreadable: Mapping[int, str] = field(default_factory=dict)
+    confirmed: frozenset[int] = frozenset()
 
     @classmethod
-    def of(cls, records: Sequence[Record]) -> Self:
+    def of(cls, records: Sequence[Record], partition_of: PartitionOf) -> Self:
         """Decode the records. Blocks for as long as that takes.
 
-        An event under a key that is not its package's id is unreadable too: whoever reads by package misses it.
+        An event under a key that is not its package's id, or in another partition than its package's, is unreadable.
         """
         events = EventBatch()
+        kept: list[Record] = []
         unreadable: dict[int, str] = {}
-        for i, record in enumerate(records):
+        confirmed: set[int] = set()
+        belongs: set[tuple[int, UUID]] = set()
+        for record in records:
             try:
-                events.append(record.value, record.key)
+                entry = events.append(record.value, record.key)
             except UndecodableEventError as error:
-                unreadable[i] = f"it cannot be read: {error}"
-        return cls(records, events, unreadable)
+                unreadable[len(kept)] = f"it cannot be read: {error}"
+                kept.append(record)
+                continue
+            payload = entry.payload if isinstance(entry, Event) else None
+            administrative = isinstance(payload, AdministrativePayload)
+            place = record.partition, entry.package_id
+            if administrative or place not in belongs:
+                cause = misplacement(record, entry.package_id, payload, partition_of)
+                if cause is not None:
+                    if not administrative:
+                        events.drop_last()
+                    unreadable[len(kept)] = cause
+                elif administrative:
+                    if isinstance(payload, LogSkipped):
+                        confirmed.add(record.partition)
+                    continue
+                else:
+                    belongs.add(place)
+            kept.append(record)
+        return cls(kept, events, unreadable, frozenset(confirmed))
+
+    async def passing_over(self, skips: Skips) -> Self:
+        """Without the records that an operator has confirmed to be no events. Raises as `Skips.covers`."""
+        bad = {i: BadRecord.of(self.records[i], cause) for i, cause in self.unreadable.items()}
+        passed = {i for i, record in bad.items() if await skips.covers(record)}
+        if not passed:
+            return self
+        kept = [i for i in range(len(self.records)) if i not in passed]
+        unreadable = {at: self.unreadable[i] for at, i in enumerate(kept) if i in self.unreadable}
+        return replace(self, records=[self.records[i] for i in kept], unreadable=unreadable)
 
     def __iter__(self) -> Iterator[tuple[Record, Event | str]]:
         """Each record with its event, or with the cause why there is none."""
@@ -74,6 +109,7 @@ async def read_stretches(
 
     Raises as `Log.scan`.
     """
+    skips = Skips(log)
     starts = {p: since.offsets.get(p, 0) for p, end in ends.items() if since.offsets.get(p, 0) < end}
     records: list[Record] = []
     behind: dict[int, int] = {}
@@ -82,17 +118,20 @@ async def read_stretches(
         async for batch in batches:
             for record in batch.records:
                 if records and (len(records) >= batch_events or size + len(record.value) > batch_bytes):
-                    yield Stretch(await _decoded(records), {**behind, record.partition: record.offset})
+                    yield Stretch(await read_batch(log, records, skips), {**behind, record.partition: record.offset})
                     records, behind, size = [], {}, 0
                 records.append(record)
                 behind[record.partition] = record.offset + 1
                 size += len(record.value)
             behind.update(batch.next_offsets)
     if behind:
-        yield Stretch(await _decoded(records), behind)
+        yield Stretch(await read_batch(log, records, skips), behind)
 
 
-async def _decoded(records: Sequence[Record]) -> ReadBatch:
+async def read_batch(log: Log, records: Sequence[Record], skips: Skips) -> ReadBatch:
+    """Decode the records, in a thread if they are many, without what is passed over. Raises as `Skips.covers`."""
     if len(records) <= _FEW:
-        return ReadBatch.of(records)
-    return await asyncio.to_thread(ReadBatch.of, records)
+        batch = ReadBatch.of(records, log.partition_of)
+    else:
+        batch = await asyncio.to_thread(ReadBatch.of, records, log.partition_of)
+    return await batch.passing_over(skips) if batch.unreadable else batch

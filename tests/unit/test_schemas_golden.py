@@ -17,12 +17,13 @@ from fastavro.schema import fingerprint, to_parsing_canonical_form
 
 from schemas.codec import EVENT_TYPES, UndecodableEventError, decode, encode, schema_text
 from schemas.digests import event_digest, payload_digest_holds
-from schemas.events import Event
+from schemas.events import Event, LogSkipped, LossAccepted
 from services.core.commands import Command
 from services.core.decide import decide
 from services.core.evolve import evolve
 from services.core.limits import Limits
 from services.core.state import PackageState
+from services.log.records import AdministrativeHead, administrative_event
 from tests.unit import commands
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -44,7 +45,20 @@ def history() -> list[Event]:
             for event in decide(state, command, 1_700_000_000_000_000 + at, limits).events:
                 state = evolve(state, event)
                 events.append(event)
-    return events
+    return [*events, *administrative()]
+
+
+def administrative() -> list[Event]:
+    """Both kinds of records that belong to a partition and to no package."""
+    log = UUID(int=7)
+    skipped = LogSkipped(
+        log, 3, 41, b"\x01" * 32, 18, "the value is not in a framing that is known", "a stray producer"
+    )
+    lost = LossAccepted(log, 3, "file", UUID(int=8), 99, b"\x02" * 32, None, 57, "restored from the copy of Monday")
+    first = administrative_event(skipped, None, created_at=1_700_000_000_000_003, actor="ada", command_id=UUID(int=9))
+    after = AdministrativeHead(first.sequence, event_digest(first))
+    second = administrative_event(lost, after, created_at=1_700_000_000_000_004, actor="ada", command_id=UUID(int=10))
+    return [first, second]
 
 
 @pytest.mark.parametrize("event_type", EVENT_TYPES)

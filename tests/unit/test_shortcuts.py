@@ -27,6 +27,8 @@ from schemas.events import (
     FILE_INGESTED,
     Event,
     FileIngested,
+    LogSkipped,
+    LossAccepted,
     PackageCreated,
     PackageFinalized,
     Payload,
@@ -73,7 +75,15 @@ _CREATED = st.builds(PackageCreated, _TEXT, _TEXT, _TEXT, _TEXT, st.none() | _SI
 _FINALIZED = st.builds(PackageFinalized, st.none() | st.binary(), st.none() | _TEXT, _SIZE, _SIZE)
 
 
-@given(_INGESTED | _CREATED | _FINALIZED)
+_INT = st.integers(0, 2**31 - 1)
+_SKIPPED = st.builds(LogSkipped, st.uuids(), _INT, _SIZE, _DIGEST, _SIZE, _TEXT, _TEXT)
+_LOST = st.builds(
+    LossAccepted,
+    *(st.uuids(), _INT, _TEXT, st.none() | st.uuids(), _SIZE, _DIGEST, st.none() | _DIGEST, _SIZE, _TEXT),
+)
+
+
+@given(_INGESTED | _CREATED | _FINALIZED | _SKIPPED | _LOST)
 def test_a_payloads_map_is_written_in_canonical_order(payload: Payload) -> None:
     found = payload_map(payload)
     assert ordered_cbor(found) == canonical_cbor(found)

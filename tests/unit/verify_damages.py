@@ -14,8 +14,9 @@ from blake3 import blake3
 from schemas.events import Event
 from services.blobs.port import content_key
 from services.errors import CorruptError
-from services.log.port import Batch
-from tests.memory_log import MemoryLog
+from services.log.port import Batch, Record
+from services.log.records import AdministrativeHead
+from tests.memory_log import MemoryLog, skip_of
 from tests.verify_scene import CONTENT, Scene, chained, changed, put_blob
 
 Act = Callable[[Scene], Awaitable[None] | None]
@@ -58,6 +59,13 @@ def records_are_gone(scene: Scene) -> None:
 @damage("undecodable")
 def a_record_is_no_event(scene: Scene) -> None:
     scene.log.append_raw(0, b"\x00")
+
+
+@damage("administrative")
+def administrative_records_of_a_partition_are_not_numbered_in_order(scene: Scene) -> None:
+    bad = Record(0, 0, b"", b"not there any more")
+    for after in (None, AdministrativeHead(7, bytes(32))):
+        scene.log.append_administrative(skip_of(scene.log, bad, after))
 
 
 @damage("partition")

@@ -6,14 +6,15 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from typing import TypeVar
 from uuid import UUID
 
+from schemas.events import Event
 from services.config import Settings
 from services.errors import ConfigurationError, CorruptError, InvalidPositionError, UnavailableError
 from services.log.kafka import topic
 from services.log.kafka.cluster import Cluster, Topic
-from services.log.kafka.decoding import event_of, recorded
 from services.log.kafka.partitioner import partition_of, record_key
 from services.log.kafka.reader import Reader
 from services.log.kafka.settings import KafkaSettings
@@ -21,7 +22,9 @@ from services.log.kafka.subscription import KafkaSubscription
 from services.log.kafka.watch import Watch
 from services.log.port import Batch, RecordedEvent, Settled, StartOffsets
 from services.log.position import Position
+from services.log.records import BadRecord, Skips, is_administrative, read_record
 
+_FIELDS = tuple(field.name for field in fields(Event))
 _BATCH = 500
 _SCAN_BATCH = 2000
 _POLL_SECONDS = 0.5
@@ -166,6 +169,11 @@ class KafkaLog:
         return ends
 
 
+def recorded(event: Event, position: Position) -> RecordedEvent:
+    """The event with the position behind it."""
+    return RecordedEvent(**{name: getattr(event, name) for name in _FIELDS}, position=position)
+
+
 class _Scan:
     """Partitions read from one offset to another, undecoded. Every method blocks; for one thread."""
 
@@ -215,14 +223,27 @@ class _Reading:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="log-read")
         self._reader: Reader | None = None
         self._done = False
+        self._skips = Skips(log)
+        self._stopped: BadRecord | None = None
         self._watch = Watch(position.log, log.identity)
 
     async def some(self) -> list[RecordedEvent] | None:
         """The next events, perhaps none; None behind the last."""
+        if self._stopped is not None:
+            raise self._stopped.error
         if self._done:
             return None
-        events = await asyncio.get_running_loop().run_in_executor(self._thread, self._take)
+        found = await asyncio.get_running_loop().run_in_executor(self._thread, self._take)
         await self._watch.check(at_end=self._done)
+        events: list[RecordedEvent] = []
+        for event in found:
+            if isinstance(event, RecordedEvent):
+                events.append(event)
+            elif not await self._skips.covers(event):
+                if not events:
+                    raise event.error
+                self._stopped = event  # what lies before it is given first
+                break
         return events
 
     async def close(self) -> None:
@@ -230,16 +251,20 @@ class _Reading:
         await asyncio.get_running_loop().run_in_executor(self._thread, self._close)
         self._thread.shutdown(wait=False)
 
-    def _take(self) -> list[RecordedEvent]:
+    def _take(self) -> list[RecordedEvent | BadRecord]:
         if self._reader is None:
             self._reader = Reader(self._log.kafka, self._starts)
-        began, events = time.monotonic(), []
+        began, events = time.monotonic(), list[RecordedEvent | BadRecord]()
         for record in self._reader.take(_BATCH, _POLL_SECONDS if self._ends is None else 0.05):
             if self._ends is not None and record.offset >= self._ends[record.partition]:
                 continue
             if self._key in (None, record.key):
+                found = read_record(record, self._log.partition_of)
                 self._position = self._position.after(record.partition, record.offset)
-                events.append(recorded(event_of(record), self._position))
+                if isinstance(found, BadRecord):
+                    events.append(found)
+                elif not is_administrative(found):
+                    events.append(recorded(found, self._position))
         if self._ends is not None:
             reached = self._reader.reached()
             self._watch.took(reached, time.monotonic() - began)

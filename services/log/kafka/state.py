@@ -16,10 +16,12 @@ from uuid import UUID
 from blake3 import blake3
 
 from schemas.events import Event
+from schemas.identifiers import partition_id
 from services.core.decide import Decision, accept
 from services.core.evolve import evolve
 from services.core.state import CREATED, FINALIZED, PackageState
-from services.log.kafka.state_file import Standing, StateFile, StateFileError, UnusableStateError, remove
+from services.log.kafka.state_file import Irregular, Standing, StateFile, StateFileError, UnusableStateError, remove
+from services.log.records import AdministrativeHead
 
 ANSWERS_KEPT_MICROS = 24 * 3600 * 1_000_000
 """How long after its finalization a package's commands are known, by the time of the partition's newest event."""
@@ -79,6 +81,11 @@ class PartitionState:
     def path(self) -> Path:
         """Where the file is."""
         return self._file.path
+
+    @property
+    def irregular(self) -> Irregular:
+        """What the partition held that is no next event of a package, up to `position`."""
+        return self._file.irregular
 
     @property
     def mark(self) -> bytes:
@@ -169,6 +176,22 @@ class PartitionState:
         self._unsaved += len(decision.values)
         self.last_created_at = max(self.last_created_at, decision.created_at)
         return state
+
+    def note_administrative(self, event: Event) -> None:
+        """Fold an administrative record in, which must be confirmed like an event."""
+        if event.package_id == partition_id(self._file.place.identity, self._file.place.partition):
+            self.irregular.administrative = AdministrativeHead.of(event)
+        self._note_passed(event.created_at)
+
+    def note_skipped(self) -> None:
+        """Pass over a record that is no event, which must be confirmed like one."""
+        self.irregular.skipped += 1
+        self._note_passed(0)
+
+    def _note_passed(self, created_at: int) -> None:
+        self._ahead = True
+        self._unsaved += 1
+        self.last_created_at = max(self.last_created_at, created_at)
 
     def confirm(self, offset: int, value: bytes) -> None:
         """All that was applied was read from the log, the last of it as this record."""

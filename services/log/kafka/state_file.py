@@ -15,7 +15,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 from uuid import UUID
@@ -39,10 +39,13 @@ from services.log.kafka.state_rows import (
     unsealed,
 )
 from services.log.kafka.state_statements import Changes
+from services.log.records import AdministrativeHead
 
 _APPLICATION_ID = 0x61727470
-FORMAT = 5
-"""Of tables and rows; a file of another one is built anew."""
+FORMAT = 6
+"""Of tables and rows; a file of another one is built anew, but for the one before it, which is brought to this one."""
+
+_FORMAT_BEFORE = 5
 
 QUICK_CHECK_BYTES = 32 << 20
 """A file up to this size is checked page by page when it is opened; it takes about 0.1 s."""
@@ -88,6 +91,8 @@ _TABLES = (
     # Several commands of one package in a row: that makes few rows, and a retry is still found at once.
     """CREATE TABLE answers (
         id INTEGER PRIMARY KEY, finalized_at INTEGER NOT NULL, command_ids BLOB NOT NULL, body BLOB NOT NULL)""",
+    # One row: what `Irregular` has.
+    "CREATE TABLE irregular (body BLOB NOT NULL)",
     # Finalized packages some of whose commands are no answers yet; `next_answer` is of those that are kept for them.
     """CREATE TABLE untidy (
         id INTEGER PRIMARY KEY, package_id BLOB NOT NULL UNIQUE, finalized_at INTEGER NOT NULL,
@@ -121,6 +126,20 @@ class Standing:
     last_created_at: int = 0
 
 
+@dataclass(slots=True)
+class Irregular:
+    """What a partition held, up to where its state stands, that is no next event of a package."""
+
+    administrative: AdministrativeHead | None = None
+    """The last administrative record of this log."""
+    skipped: int = 0
+    """Records that are no events, passed over as an operator confirmed."""
+    repeated: int = 0
+    """Events that their packages had already, passed over."""
+    quarantined: dict[UUID, str] = field(default_factory=dict)
+    """Packages whose history is contradicted, and by what."""
+
+
 class StateFile:
     """Used by one thread at a time; every method blocks and raises StateFileError."""
 
@@ -131,8 +150,10 @@ class StateFile:
         self.path = path
         self.standing = standing
         self._connection = connection
-        self._place = place
+        self.place = place
         self._next_answer = next_answer
+        self.irregular = _irregular(connection.execute("SELECT body FROM irregular").fetchone()[0])
+        """As it was when the file was opened; the caller may change it, and `save` writes it."""
         self.untidy = connection.execute("SELECT 1 FROM untidy LIMIT 1").fetchone() is not None
         """Whether there is anything for `tidy` to do."""
 
@@ -150,6 +171,7 @@ class StateFile:
                     for table in _TABLES:
                         connection.execute(table)
                     connection.execute("INSERT INTO about VALUES (?)", (_about(place, Standing(), 1),))
+                    connection.execute("INSERT INTO irregular VALUES (?)", (_sealed_irregular(Irregular()),))
             except BaseException:
                 connection.close()
                 raise
@@ -165,7 +187,9 @@ class StateFile:
                 ids = tuple(
                     connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
                 )
-                if ids != (_APPLICATION_ID, FORMAT):
+                if ids == (_APPLICATION_ID, _FORMAT_BEFORE):
+                    _bring_up_to_date(connection)
+                elif ids != (_APPLICATION_ID, FORMAT):
                     raise UnusableStateError(f"{path.name} is no state of this version")
                 (body,) = connection.execute("SELECT body FROM about").fetchone() or (b"",)
                 *found, position, mark, last_created_at, next_answer = unsealed(body)
@@ -186,7 +210,7 @@ class StateFile:
             connection = _connect(self.path, "rw")
             try:
                 connection.execute("PRAGMA query_only = ON")
-                return type(self)(self.path, connection, self._place, self.standing, 0)
+                return type(self)(self.path, connection, self.place, self.standing, 0)
             except BaseException:
                 connection.close()
                 raise
@@ -240,7 +264,8 @@ class StateFile:
                     self._save_open(changes, state, saved)
             changes.flush()
             self._purge(answers_kept_after)
-            self._connection.execute("UPDATE about SET body = ?", (_about(self._place, standing, self._next_answer),))
+            self._connection.execute("UPDATE irregular SET body = ?", (_sealed_irregular(self.irregular),))
+            self._connection.execute("UPDATE about SET body = ?", (_about(self.place, standing, self._next_answer),))
         self.standing = standing
 
     def tidy(self) -> None:
@@ -408,6 +433,26 @@ class StateFile:
 
 def _about(place: Place, standing: Standing, next_answer: int) -> bytes:
     return sealed(place.identity.bytes, place.topic, place.partition, *astuple(standing), next_answer)
+
+
+def _sealed_irregular(found: Irregular) -> bytes:
+    quarantined = [[package_id.bytes, cause] for package_id, cause in found.quarantined.items()]
+    head = None if found.administrative is None else list(found.administrative)
+    return sealed(head, found.skipped, found.repeated, quarantined)
+
+
+def _irregular(body: bytes) -> Irregular:
+    head, skipped, repeated, quarantined = unsealed(body)
+    known = None if head is None else AdministrativeHead(*head)
+    return Irregular(known, skipped, repeated, {UUID(bytes=package): cause for package, cause in quarantined})
+
+
+def _bring_up_to_date(connection: sqlite3.Connection) -> None:
+    """What the format before this one lacks: it stopped at everything irregular, so that there is none before it."""
+    with _transaction(connection):
+        connection.execute("CREATE TABLE irregular (body BLOB NOT NULL)")
+        connection.execute("INSERT INTO irregular VALUES (?)", (_sealed_irregular(Irregular()),))
+        connection.execute(f"PRAGMA user_version = {FORMAT}")
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -12,19 +12,24 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from itertools import islice
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import NamedTuple, TypeVar
 from uuid import UUID
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
+from schemas.codec import encode
+from schemas.events import AdministrativePayload, Event, LogSkipped
 from schemas.headers import Headers, RecordHeaders
+from schemas.headers import headers as headers_of
+from schemas.identifiers import partition_id
 from services.core.decide import Decision
-from services.errors import CorruptError, LogIdentityError, UnavailableError
+from services.errors import CorruptError, InvalidRequestError, LogIdentityError, UnavailableError
 from services.log.kafka.clients import make_producer
 from services.log.kafka.cluster import Cluster
-from services.log.kafka.decoding import event_of
 from services.log.kafka.failures import explaining
+from services.log.kafka.partitioner import partition_of
 from services.log.kafka.reader import Reader
 from services.log.kafka.restore import FROM_LOG, FROM_SNAPSHOT, States, candidates
 from services.log.kafka.settings import KafkaSettings
@@ -32,6 +37,15 @@ from services.log.kafka.state import PartitionState, mark_of
 from services.log.kafka.state_file import Place
 from services.log.kafka.state_slots import Slot, claim
 from services.log.port import PartitionNotOwnedError, Record
+from services.log.records import (
+    AdministrativeHead,
+    BadRecord,
+    SkipRecord,
+    administrative_event,
+    is_administrative,
+    read_record,
+    skipped_by,
+)
 
 INIT_SECONDS = 30.0
 COMMIT_SECONDS = 12.0
@@ -59,8 +73,22 @@ class Staged(NamedTuple):
     """One for each command."""
 
 
+@dataclass(slots=True)
+class _Ahead:
+    """What lies in the partition up to `end`, beyond where the fold stands."""
+
+    end: int
+    skips: dict[bytes, int] = field(default_factory=dict)
+    """By digest of a record that is no event, the offset of the last confirmation of it."""
+    administrative: AdministrativeHead | None = None
+    last_created_at: int = 0
+
+
 class Tenure:
     """Used by one thread. Every method blocks.
+
+    The fold stops before a record that is no event, unless an operator has confirmed it: the tenure then takes that
+    confirmation (`skip`) and nothing else, until the fold has come to its end (`require_whole`).
 
     Any exception from `hand_over` or `commit` leaves the outcome unknown: close the tenure, begin another, and look at
     its state.
@@ -92,6 +120,10 @@ class Tenure:
             ConfigurationError: no right to write, or no such topic.
         """
         self.restored_from = FROM_LOG
+        self._stopped: BadRecord | None = None
+        """The record that the fold stands before."""
+        self._skips: dict[bytes, int] = {}
+        """As `_Ahead.skips`, as far as was looked."""
         self._states = states
         self._place = Place(identity, kafka.topic, partition)
         self._slot: Slot | None = None
@@ -109,8 +141,10 @@ class Tenure:
         self._tail: Reader | None = None
         self._producer: Producer | None = make_producer(kafka.producer(partition))
         try:
-            if (now := cluster.topic().identity) != identity:
-                raise LogIdentityError(f"the topic was made anew: it was log {identity}, it is log {now}")
+            topic = cluster.topic()
+            if topic.identity != identity:
+                raise LogIdentityError(f"the topic was made anew: it was log {identity}, it is log {topic.identity}")
+            self._partitions = topic.partitions
             time.sleep(_CONNECT_SECONDS)
             # A process that woke up late must not cut off the rightful owner.
             if not is_ours():
@@ -158,18 +192,79 @@ class Tenure:
         self.state.confirm(self._read_back(values), values[-1])
 
     def catch_up(self) -> bool:
-        """Read to what is the last stable offset now; whether there was anything new.
+        """Read to what is the last stable offset now; whether there was anything new. Raises as `require_whole`.
 
         A refusal is given only on a state that was as new as the log when it was asked for: a process that was frozen
         may hold an old one without knowing.
         """
-        return self._read_to(self._cluster.last_stable([self._partition])[self._partition]) > 0
+        count = self._read_to(self._cluster.last_stable([self._partition])[self._partition])
+        self.require_whole()
+        return count > 0
 
     def idle(self) -> None:
         """Serve the clients' housekeeping. Raises UnavailableError when another process has written meanwhile."""
         _open(self._producer).poll(0)
-        if _open(self._tail).take(1, 0):
+        if self._stopped is None and _open(self._tail).take(1, 0):
             raise UnavailableError("another process has written to the partition")
+
+    def require_whole(self) -> None:
+        """Raise BadRecordError while the fold stands before a record that is no event."""
+        if self._stopped is not None:
+            raise self._stopped.error
+
+    def skip(self, request: SkipRecord, now: int) -> Event | None:
+        """Record that a record is no event, and fold on; None when that is recorded already. `now` in µs since 1970.
+
+        Raises InvalidRequestError: the record at that offset is an event, or has another digest. Raises as `append`.
+        """
+        bad = self._record_at(request.offset)
+        if not isinstance(bad, BadRecord):
+            raise InvalidRequestError(
+                f"the record at offset {request.offset} of partition {self._partition} is an event: nothing to skip"
+                if bad is not None
+                else f"partition {self._partition} holds no record at offset {request.offset}"
+            )
+        if bad.digest != request.digest:
+            raise InvalidRequestError(
+                f"the record at offset {bad.offset} of partition {bad.partition} has the digest {bad.digest.hex()}, "
+                f"not {request.digest.hex()}"
+            )
+        ahead = self._look_ahead(bad.offset)
+        if ahead.skips.get(bad.digest, -1) > bad.offset:
+            return None
+        payload = LogSkipped(
+            self._place.identity, bad.partition, bad.offset, bad.digest, bad.size_bytes, bad.cause, request.reason
+        )
+        return self.append(payload, actor=request.actor, command_id=request.command_id, now=now)
+
+    def append(self, payload: AdministrativePayload, *, actor: str, command_id: UUID, now: int) -> Event:
+        """Append an administrative record in a transaction of its own, and fold up to it; what was appended.
+
+        Works also while the fold stands before a bad record. Call it only once every member of the installation can
+        read such records. Raises whatever the client raises, after which the outcome is unknown: close the tenure.
+        """
+        state = self.state
+        ahead = self._look_ahead(state.position)
+        event = administrative_event(
+            payload,
+            ahead.administrative or state.irregular.administrative,
+            created_at=max(now, state.last_created_at, ahead.last_created_at),
+            actor=actor,
+            command_id=command_id,
+        )
+        producer, value = _open(self._producer), encode(event)
+        with explaining("recording what an operator confirmed"):
+            producer.begin_transaction()
+            key, timestamp = str(event.package_id), event.created_at // 1000
+            producer.produce(
+                self._kafka.topic, value, key, self._partition, timestamp=timestamp, headers=headers_of(event)
+            )
+            producer.flush(COMMIT_SECONDS)
+            if self._in_doubt():
+                raise UnavailableError("the topic may not be the log's any more")
+            producer.commit_transaction(COMMIT_SECONDS)
+        self._read_on(self._offset_of(value, ahead.end) + 1)
+        return event
 
     def save_if_due(self) -> None:
         """Write a checkpoint of the state, if it is time for one, and offer it as a snapshot; tidy its file a bit.
@@ -228,9 +323,10 @@ class Tenure:
 
     def _restore(self, barrier: int) -> None:
         """Go on from the best state that stands on the log, and read from there up to the barrier."""
+        self._end = barrier + 1
         self._slot, file = claim(self._states.folder, self._place)
         for source, state in candidates(self._slot, file, self._place, self._states, barrier, self._stopping):
-            self._state, self.restored_from = state, source
+            self._state, self.restored_from, self._stopped = state, source, None
             if source == FROM_SNAPSHOT:
                 self._progressed()
             self._tail = Reader(self._kafka, {self._partition: max(0, state.position - 1)})
@@ -334,27 +430,108 @@ class Tenure:
                 raise UnavailableError(self._cause("what lies before the transaction cannot be read"))
 
     def _read_to(self, target: int) -> int:
-        """Fold what lies before `target` into the state; how many events that were."""
-        tail = _open(self._tail)
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        """Fold what lies before `target` into the state; how many records that were. Stops before a bad record."""
         count = 0
-        while tail.reached()[self._partition] < target:
-            found = tail.take(_READ, _LOOK_SECONDS)
+        for found in self._records_to(_open(self._tail), target):
             for record in found:
                 self._fold(record)
+                if self._stopped is not None:
+                    return count
+                count += 1
             self.save_if_due()
-            count += len(found)
+        return count
+
+    def _records_to(self, reader: Reader, target: int) -> Iterator[Sequence[Record]]:
+        """What the reader finds before `target`, bit by bit."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while reader.reached()[self._partition] < target:
+            found = reader.take(_READ, _LOOK_SECONDS)
+            yield found
             if found:
                 deadline = time.monotonic() + PATIENCE_SECONDS
             elif time.monotonic() > deadline:
                 raise UnavailableError(self._cause("the end of the log cannot be read"))
             if self._stopping():
                 raise PartitionNotOwnedError("the partition was handed over while it was being taken over")
-        return count
 
     def _fold(self, record: Record) -> None:
-        self.state.apply(event_of(record))
+        """Fold the record into the state, or stop before it."""
+        found = self._read(record)
+        if isinstance(found, BadRecord):
+            if not self._is_skipped(found):
+                self._stopped = found
+                return
+            self.state.note_skipped()
+        elif is_administrative(found):
+            self.state.note_administrative(found)
+        else:
+            self.state.apply(found)
         self.state.confirm(record.offset, record.value)
+
+    def _read(self, record: Record) -> Event | BadRecord:
+        return read_record(record, self._partition_of)
+
+    def _partition_of(self, package_id: UUID) -> int:
+        return partition_of(package_id, self._partitions)
+
+    def _is_skipped(self, bad: BadRecord) -> bool:
+        if self._skips.get(bad.digest, -1) < bad.offset:
+            self._skips |= self._look_ahead(bad.offset).skips
+        return self._skips.get(bad.digest, -1) > bad.offset
+
+    def _look_ahead(self, offset: int) -> _Ahead:
+        """What lies between this offset, or where the fold stands if that is before it, and the end."""
+        start = min(offset, self.state.position)
+        ahead = _Ahead(max(start, self._end, self._cluster.last_stable([self._partition])[self._partition]))
+        aggregate = partition_id(self._place.identity, self._partition)
+        reader = Reader(self._kafka, {self._partition: start})
+        try:
+            for records in self._records_to(reader, ahead.end):
+                for record in records:
+                    if (digest := skipped_by(record, self._partition_of)) is not None:
+                        ahead.skips[digest] = record.offset
+                    if not isinstance(found := self._read(record), Event):
+                        continue
+                    if found.package_id == aggregate:
+                        ahead.administrative = AdministrativeHead.of(found)
+                    ahead.last_created_at = max(ahead.last_created_at, found.created_at)
+        finally:
+            reader.close()
+        return ahead
+
+    def _record_at(self, offset: int) -> Event | BadRecord | None:
+        """The record at this offset; None when there is none that is committed."""
+        end = max(self._end, self._cluster.last_stable([self._partition])[self._partition])
+        if not 0 <= offset < end:
+            return None
+        reader = Reader(self._kafka, {self._partition: offset})
+        try:
+            for record in chain.from_iterable(self._records_to(reader, offset + 1)):
+                return self._read(record) if record.offset == offset else None
+        finally:
+            reader.close()
+        return None
+
+    def _offset_of(self, value: bytes, start: int) -> int:
+        """Wait until a record of this value, which was committed behind `start`, can be read; its offset."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        reader = Reader(self._kafka, {self._partition: start})
+        try:
+            while time.monotonic() < deadline:
+                for record in reader.take(_READ, _LOOK_SECONDS):
+                    if record.value == value:
+                        return record.offset
+        finally:
+            reader.close()
+        raise UnavailableError(self._cause("a record that was appended is not readable"))
+
+    def _read_on(self, target: int) -> None:
+        """Fold from where the state stands up to `target`, as after a stop."""
+        self._stopped = None
+        self._end = max(self._end, target)
+        _open(self._tail).close()
+        self._tail = Reader(self._kafka, {self._partition: self.state.position})
+        self._read_to(target)
 
     def _cause(self, what: str) -> str:
         partition, kafka = self._partition, self._kafka

@@ -204,6 +204,7 @@ class PartitionWriter:
             wake=self._waiting.wake,
         )
         try:
+            tenure.require_whole()
             self.takeover_seconds = time.monotonic() - began
             self.restored_from = tenure.restored_from
             context.counts.takeovers[tenure.restored_from] += 1

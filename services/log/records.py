@@ -1,0 +1,182 @@
+"""What a record of the log is: an event of a package, an administrative record, or no event of ours.
+
+Writers, readers, projections and verification all ask here, so that a record is the same to each of them. A record that
+is no event stops them until an operator confirms it by `artifact-store log skip`. That is recorded in the same
+partition as `v1.log.skipped`, further on: who meets such a record looks ahead for its digest. Offsets do not identify
+it, because they change when a log is copied; order does not change. So a skip covers records of that digest before it,
+and none behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import NamedTuple
+from uuid import UUID
+
+from schemas.codec import UndecodableEventError, decode, framing
+from schemas.digests import event_digest, payload_digest, record_digest
+from schemas.events import (
+    LOG_SKIPPED,
+    LOSS_ACCEPTED,
+    NO_DIGEST,
+    AdministrativePayload,
+    Event,
+    LogSkipped,
+)
+from schemas.identifiers import event_id, partition_id
+from services.errors import BadRecordError
+from services.log.port import Log, Record
+
+PartitionOf = Callable[[UUID], int]
+"""The partition that a package's events belong in."""
+
+_SKIPPED_FRAMING = framing(LOG_SKIPPED)
+
+
+@dataclass(frozen=True, slots=True)
+class BadRecord:
+    """A record that is no event of ours, and why. `digest` is `schemas.digests.record_digest` (32 bytes)."""
+
+    partition: int
+    offset: int
+    digest: bytes
+    size_bytes: int
+    cause: str
+
+    @classmethod
+    def of(cls, record: Record, cause: str) -> BadRecord:
+        """What is kept of the record."""
+        key, value = record.key, record.value
+        return cls(record.partition, record.offset, record_digest(key, value), len(key) + len(value), cause)
+
+    @property
+    def error(self) -> BadRecordError:
+        """What stops whoever meets it."""
+        return BadRecordError(
+            f"the record at offset {self.offset} of partition {self.partition} is no event: {self.cause} "
+            f"({self.size_bytes} bytes, digest {self.digest.hex()}). Find out who wrote it; then "
+            f"`artifact-store log skip {self.partition} {self.offset} --digest {self.digest.hex()}` passes over it"
+        )
+
+
+def read_record(record: Record, partition_of: PartitionOf) -> Event | BadRecord:
+    """The event in the record, administrative ones included, or why there is none. Raises as `partition_of`."""
+    try:
+        event = decode(record.value)
+    except UndecodableEventError as error:
+        return BadRecord.of(record, f"it cannot be read: {error}")
+    cause = misplacement(record, event.package_id, event.payload, partition_of)
+    return event if cause is None else BadRecord.of(record, cause)
+
+
+def misplacement(record: Record, aggregate_id: UUID, payload: object, partition_of: PartitionOf) -> str | None:
+    """Why a record that can be decoded does not belong where it lies; None when it does.
+
+    `payload` need only be given of an administrative record, which belongs in the partition that it names.
+    """
+    if record.key != str(aggregate_id).encode():
+        return "its key is not its package's id"
+    if isinstance(payload, AdministrativePayload):
+        right = payload.partition
+        if aggregate_id != partition_id(payload.log, right):
+            return "its id is not that of the partition that it names"
+    else:
+        right = partition_of(aggregate_id)
+    return None if record.partition == right else f"it belongs in partition {right}"
+
+
+@dataclass(frozen=True, slots=True)
+class SkipRecord:
+    """An operator's confirmation that the record with this digest, at this offset now, is no event."""
+
+    partition: int
+    offset: int
+    digest: bytes
+    actor: str
+    reason: str
+    command_id: UUID
+
+
+class AdministrativeHead(NamedTuple):
+    """The last administrative record of a partition in one log: its number, and its digest for the next one."""
+
+    sequence: int
+    digest: bytes
+
+    @classmethod
+    def of(cls, event: Event) -> AdministrativeHead:
+        """The head once this record is in the log."""
+        return cls(event.sequence, event_digest(event))
+
+
+def administrative_event(
+    payload: AdministrativePayload,
+    after: AdministrativeHead | None,
+    *,
+    created_at: int,
+    actor: str,
+    command_id: UUID,
+) -> Event:
+    """The event that records this, the next after `after` of its partition and log. `created_at` in µs since 1970."""
+    aggregate = partition_id(payload.log, payload.partition)
+    sequence = 1 if after is None else after.sequence + 1
+    return Event(
+        event_id=event_id(aggregate, sequence),
+        event_type=LOG_SKIPPED if isinstance(payload, LogSkipped) else LOSS_ACCEPTED,
+        package_id=aggregate,
+        sequence=sequence,
+        created_at=created_at,
+        actor=actor,
+        command_id=command_id,
+        command_index=0,
+        command_count=1,
+        payload_digest=payload_digest(payload),
+        previous_digest=NO_DIGEST if after is None else after.digest,
+        payload=payload,
+    )
+
+
+def is_administrative(event: Event) -> bool:
+    """Whether the event belongs to a partition and to no package."""
+    return isinstance(event.payload, AdministrativePayload)
+
+
+def skipped_by(record: Record, partition_of: PartitionOf) -> bytes | None:
+    """The digest that a record of an operator's confirmation names; None for every other record."""
+    if not record.value.startswith(_SKIPPED_FRAMING):
+        return None
+    found = read_record(record, partition_of)
+    return found.payload.digest if isinstance(found, Event) and isinstance(found.payload, LogSkipped) else None
+
+
+class Skips:
+    """Which records of a log an operator has confirmed to be no events; looks ahead for that in the log."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._found: dict[tuple[int, bytes], int] = {}
+        """By partition and digest, the offset of the last skip."""
+        self._looked: dict[int, tuple[int, int]] = {}
+        """By partition, the offsets between which all is known."""
+
+    async def covers(self, bad: BadRecord) -> bool:
+        """Whether the record is passed over: its skip lies in the same partition, behind it.
+
+        Reads the partition to its end, as far as it has not done so before. Raises as `Log.scan` and `Log.end`.
+        """
+        partition = bad.partition
+        if self._found.get((partition, bad.digest), -1) > bad.offset:
+            return True
+        first, behind = self._looked.get(partition, (bad.offset, bad.offset))
+        if bad.offset < first:
+            first = behind = bad.offset
+        end = (await self._log.end()).offsets.get(partition, 0)
+        async with aclosing(self._log.scan({partition: behind}, {partition: end})) as batches:
+            async for batch in batches:
+                for record in batch.records:
+                    if (digest := skipped_by(record, self._log.partition_of)) is not None:
+                        self._found[partition, digest] = record.offset
+        self._looked[partition] = first, max(behind, end)
+        return self._found.get((partition, bad.digest), -1) > bad.offset
