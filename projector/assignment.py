@@ -1,8 +1,8 @@
 """One membership in a projection's group: what is assigned, where each partition is read on, and batches to apply.
 
-The view's own checkpoint says where reading begins; what is committed to the log's group is for people to see, and for
-them to set back: a rewound group means that the view is folded again from the start. A batch keeps the offsets that it
-was read from, so that the checkpoint's guard can tell whether it is still the next one.
+The view's own checkpoint says where reading begins. What is committed to the log's group is for people to see. They may
+reset it to the log's start as a whole: then the view is folded again. Anything else that they set stops the projector.
+A batch keeps the offsets that it was read from, so that the checkpoint's guard can tell whether it is still the next.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from services.views.checkpoints import (
     reset,
 )
 from services.views.engine import Views
-from services.views.guard import check_continues
+from services.views.guard import check_continues, folds_again
 from services.views.projections import Projection
 from services.views.reading import ReadBatch, read_batch
 
@@ -174,23 +174,22 @@ class Assignment:
         if subscription is not None:
             await subscription.close()
 
-    async def _start_offsets(
-        self, partitions: Sequence[int], committed: Mapping[int, tuple[int, str]]
-    ) -> Mapping[int, int]:
+    async def _start_offsets(self, partitions: Sequence[int]) -> Mapping[int, int]:
         await self._settled()
         if self._identity is None:
             raise StaleCheckpointError("asked for offsets before joining")
         checkpoint = await load_checkpoint(self._views, self._projection, self._identity)
         if checkpoint.generation != self._generation:
             self._reset = True  # partitions that are held already stand in the older generation: join anew for all
+        name = self._projection.name
         if partitions:
-            await check_continues(self._log, self._projection.name, checkpoint, partitions)
+            await check_continues(self._log, name, checkpoint, partitions)
+        # Asked for after the checkpoint: what another member claims and folds meanwhile must not look like a reset.
+        committed = await self._log.committed(name)
+        if not self._reset and folds_again(name, committed, checkpoint.position, range(await self._log.partitions())):
+            await self._begin_anew(checkpoint.generation)
         starts = {p: checkpoint.position.offsets.get(p, 0) for p in partitions}
-        foreign = {p: committed[p][0] for p in starts if p in committed and not committed[p][1]}
-        rewound = {p: offset for p, offset in foreign.items() if offset < starts[p]}
-        if rewound:
-            await self._begin_anew(checkpoint.generation, rewound)
-        self._unclaimed.update({p: starts[p] for p in foreign})
+        self._unclaimed.update({p: offset for p, offset in starts.items() if p in committed and not committed[p][1]})
         self._next.update(starts)
         self._unshown.update({p: offset for p, offset in starts.items() if committed.get(p, (0, ""))[0] != offset})
         self._quiet_since = time.monotonic()
@@ -198,16 +197,18 @@ class Assignment:
             logger.info("%s: assigned partitions %s", self._projection.name, starts)
         return starts
 
-    async def _begin_anew(self, generation: UUID, rewound: Mapping[int, int]) -> None:
-        """An operator has set the group back with the log's own tools: the view is to be folded again.
+    async def _begin_anew(self, generation: UUID) -> None:
+        """Empty the view, because an operator has reset the whole group to the log's start.
 
-        Our own commits carry the generation, and those tools clear it. Of several members that see this one resets the
-        view, which is still of the generation that was looked at; the others, and the next assignment of all of them,
-        find a view that stands at the start. Always raises StaleCheckpointError.
+        Of several members that see this one resets the view, which is still of the generation that was looked at; the
+        others, and the next assignment of all of them, find a view that stands at the start. Always raises
+        StaleCheckpointError.
         """
         name = self._projection.name
+        logger.warning(
+            "%s: the group was reset to the log's start with other tools: the view is emptied and folded again", name
+        )
         await reset(self._views, self._projection, expected=generation, patience_seconds=_RESET_SECONDS)
-        logger.warning("%s: the group was set back to %s by other means: the view is folded again", name, dict(rewound))
         raise StaleCheckpointError(f"the view {name} begins anew")
 
     async def _claim(self) -> None:

@@ -93,6 +93,7 @@ async def replay_view(
     began = time.monotonic()
     meter = Meter(progress)
     matches = None
+    await _take_group_over(log, projection)
     if in_place:
         await _fold_in_place(views, log, projection, meter)
     else:
@@ -117,6 +118,14 @@ async def abandon(settings: Settings, projection: str) -> bool:
             return await drop_build(views, known)
     finally:
         await views.close()
+
+
+async def _take_group_over(log: Log, projection: Projection) -> None:
+    """Make offsets that other tools have set for the group ours: projectors stop at them, and go on after a replay."""
+    name = projection.name
+    foreign = {p: offset for p, (offset, metadata) in (await log.committed(name)).items() if not metadata}
+    if foreign and await log.show(name, foreign, "replay"):
+        logger.info("%s: the offsets that other tools have set for the group decide nothing any more", name)
 
 
 async def _fold_in_place(views: Views, log: Log, projection: Projection, meter: Meter) -> None:

@@ -37,7 +37,7 @@ class MemoryLog:
         self.unavailable = False
         self.readers = 0
         self.members: list[MemorySubscription] = []
-        self.committed: dict[str, dict[int, tuple[int, str]]] = {}
+        self.groups: dict[str, dict[int, tuple[int, str]]] = {}
         self._records: list[list[Record]] = [[] for _ in range(partitions)]
         self._ends = [0] * partitions
         self._every = every
@@ -143,8 +143,19 @@ class MemoryLog:
     async def damage(self) -> Sequence[str]:
         return ()
 
+    async def committed(self, projection: str) -> Mapping[int, tuple[int, str]]:
+        self._reach()
+        return dict(self.groups.get(projection, {}))
+
+    async def show(self, projection: str, next_offsets: Mapping[int, int], metadata: str) -> bool:
+        self._reach()
+        if any(member.projection == projection for member in self.members):
+            return False
+        self.groups.setdefault(projection, {}).update({p: (offset, metadata) for p, offset in next_offsets.items()})
+        return True
+
     async def lag(self, projection: str) -> Mapping[int, int]:
-        done = self.committed.get(projection, {})
+        done = self.groups.get(projection, {})
         return {p: end - done.get(p, (0, ""))[0] for p, end in enumerate(self._ends)}
 
     async def migrate(self) -> None:
@@ -212,7 +223,7 @@ class MemorySubscription:
                 raise UnavailableError("the log cannot be reached")
             if self._fresh is not None:
                 partitions, self._fresh = self._fresh, None
-                self._next = dict(await self._start_offsets(partitions, self._log.committed.get(self.projection, {})))
+                self._next = dict(await self._start_offsets(partitions))
             records: list[Record] = []
             moved: dict[int, int] = {}
             for partition, start in self._next.items():
@@ -229,7 +240,7 @@ class MemorySubscription:
     async def commit(self, next_offsets: Mapping[int, int], metadata: str) -> None:
         if self._log.unavailable:
             raise UnavailableError("the log cannot be reached")
-        committed = self._log.committed.setdefault(self.projection, {})
+        committed = self._log.groups.setdefault(self.projection, {})
         committed.update({p: (offset, metadata) for p, offset in next_offsets.items() if p in self._next})
 
     async def close(self) -> None:

@@ -13,6 +13,7 @@ from services.cli.settings import common_options, invocation
 from services.cli.writers import COLUMNS, row, writers
 
 if TYPE_CHECKING:
+    from services.log.port import Log
     from services.log.position import Position
     from services.views.engine import Views
     from services.views.projections import Projection
@@ -34,6 +35,8 @@ def status() -> None:
     columns = ("projection", "behind", "parked")
     table(("projection", "events behind", "packages parked"), [[p[c] for c in columns] for p in found["projections"]])
     for p in found["projections"]:
+        if p["group"] is not None:
+            raw(f"{p['projection']}: {p['group']}".encode())
         if (build := p["building"]) is not None:
             raw(f"{p['projection']} is built anew by {build['builder']}, {build['behind']} events behind".encode())
     if found["writers"] is None:
@@ -43,6 +46,7 @@ def status() -> None:
 
 
 async def _status() -> dict[str, Any]:
+    from services.log.position import Position
     from services.views.parked import list_marks
     from services.views.projections import PROJECTIONS
     from services.views.queries import Queries
@@ -63,6 +67,7 @@ async def _status() -> dict[str, Any]:
                     # Who reads a file commits nothing: what a view stands on is its checkpoint.
                     "committed_behind": None if embedded else sum((await log.lag(name)).values()),
                     "parked": len(await list_marks(views, name)),
+                    "group": await _group(log, name, position or Position(end.log, {})),
                     "building": await _building(views, projection, end),
                 }
             )
@@ -73,6 +78,19 @@ async def _status() -> dict[str, Any]:
             "projections": projections,
             "writers": await writers(log, settings.internal_secret),
         }
+
+
+async def _group(log: Log, name: str, stands: Position) -> str | None:
+    """What the next projector does because of offsets that other tools have set for its group; None: nothing."""
+    from services.errors import CorruptError
+    from services.views.guard import folds_again
+
+    try:
+        if folds_again(name, await log.committed(name), stands, range(await log.partitions())):
+            return "the group was reset to the log's start: a projector empties the view and folds it again"
+    except CorruptError as error:
+        return error.detail
+    return None
 
 
 async def _building(views: Views, projection: Projection, end: Position) -> dict[str, Any] | None:

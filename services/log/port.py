@@ -50,7 +50,7 @@ class Subscription(Protocol):
     """One member of a projection's consumer group; used by one task at a time.
 
     The group spreads the partitions over its members. On every assignment, be it of none, `start_offsets` is asked
-    where to begin.
+    where to begin; what the group has committed decides nothing.
     """
 
     async def poll(self, max_records: int, timeout_seconds: float) -> Batch:
@@ -70,9 +70,8 @@ class Subscription(Protocol):
         """Leave the group at once, so that others take over without waiting for a time-out."""
 
 
-StartOffsets = Callable[[Sequence[int], Mapping[int, tuple[int, str]]], Awaitable[Mapping[int, int]]]
-"""From the assigned partitions, and what the group has committed for them (offset and metadata; absent: nothing), to
-the offset to begin each at."""
+StartOffsets = Callable[[Sequence[int]], Awaitable[Mapping[int, int]]]
+"""From the assigned partitions to the offset to begin each at."""
 
 Settled = Callable[[], Awaitable[None]]
 """Returns when nothing that was read is on its way into the view any more."""
@@ -133,6 +132,19 @@ class Log(Protocol):
         """What is broken of what the log lies in, and its records do not show, in words; blocks no writer.
 
         Nothing of a log whose servers look after that. Raises UnavailableError; CorruptError when it cannot be told.
+        """
+
+    async def committed(self, projection: str) -> Mapping[int, tuple[int, str]]:
+        """What the projection's group has committed, by partition: the offset to read next, and the metadata.
+
+        A partition without a commit is absent. Tools of the log's own write offsets without metadata. Raises
+        UnavailableError.
+        """
+
+    async def show(self, projection: str, next_offsets: Mapping[int, int], metadata: str) -> bool:
+        """Commit offsets for the projection's group from outside it; whether that was done.
+
+        Nothing is committed while the group has members: they commit themselves. Raises UnavailableError.
         """
 
     async def lag(self, projection: str) -> Mapping[int, int]:

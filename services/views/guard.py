@@ -7,7 +7,7 @@ would be folded has another past than what the view holds. Nothing resets by its
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import aclosing
 
 from services.errors import CorruptError
@@ -50,6 +50,39 @@ def check_within(position: Position, end: Position, name: str) -> None:
                 f"the view {name} stands at offset {offset} of partition {partition}, beyond the log's end at "
                 f"{end.offsets.get(partition, 0)}: the log was truncated or restored from an older copy. {_mend(name)}"
             )
+
+
+def folds_again(
+    name: str, committed: Mapping[int, tuple[int, str]], stands: Position, partitions: Iterable[int]
+) -> bool:
+    """Whether an operator has set the group of the view `name` back to the log's start with the log's own tools.
+
+    `committed` is what the group has, read after `stands`, where the view stands. Our commits carry metadata, and those
+    tools write none. An offset that they have set to where the view stands changes nothing. An offset that is missing
+    (deleted, or expired) says nothing.
+
+    Raises CorruptError: some offsets were set, but not those of all partitions to the start. The view cannot follow:
+    it cannot take one partition out of totals, and skips nothing.
+    """
+    set_by_others = {p: offset for p, (offset, metadata) in committed.items() if not metadata}
+    foreign = {p: offset for p, offset in set_by_others.items() if offset != stands.offsets.get(p, 0)}
+    if not foreign:
+        return False
+
+    def at_start(partition: int) -> bool:
+        if partition in committed:
+            return committed[partition] == (0, "")
+        return not stands.offsets.get(partition)  # where the view has folded nothing, there may be no commit to reset
+
+    if all(at_start(partition) for partition in partitions):
+        return True
+    partition, offset = min(foreign.items())
+    raise CorruptError(
+        f"the group of the view {name} was set to offset {offset} of partition {partition} with other tools, and the "
+        f"view stands at {stands.offsets.get(partition, 0)}. Only a reset of all partitions to the earliest offset is "
+        f"followed. To fold the view again, run `artifact-store replay {name}`; to go on from where it stands, delete "
+        "the group's offsets"
+    )
 
 
 def _mend(name: str) -> str:

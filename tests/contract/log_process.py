@@ -117,7 +117,7 @@ def hold_projection(path: Path, projection: str, reports: Connection) -> None:
 
 
 async def _hold_projection(path: Path, projection: str, reports: Connection) -> None:
-    async def from_start(partitions: Sequence[int], _: Mapping[int, tuple[int, str]]) -> Mapping[int, int]:
+    async def from_start(partitions: Sequence[int]) -> Mapping[int, int]:
         return dict.fromkeys(partitions, 0)
 
     subscription = await SqliteLog(path).subscribe(projection, from_start)

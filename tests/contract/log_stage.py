@@ -122,7 +122,7 @@ class Projection:
     name: str = "registry"
     offsets: dict[int, int] = field(default_factory=dict)
     records: list[Record] = field(default_factory=list)
-    asked: list[tuple[Sequence[int], Mapping[int, tuple[int, str]]]] = field(default_factory=list)
+    asked: list[Sequence[int]] = field(default_factory=list)
 
     async def subscribe(self, settled: Settled | None = None) -> Subscription:
         """Join, to go on from what this projection has."""
@@ -145,8 +145,8 @@ class Projection:
         self.records += batch.records
         self.offsets.update(batch.next_offsets)
 
-    async def _start(self, partitions: Sequence[int], committed: Mapping[int, tuple[int, str]]) -> Mapping[int, int]:
-        self.asked.append((partitions, committed))
+    async def _start(self, partitions: Sequence[int]) -> Mapping[int, int]:
+        self.asked.append(partitions)
         return {partition: self.offsets.get(partition, 0) for partition in partitions}
 
 

@@ -101,7 +101,7 @@ async def test_a_projection_s_partition_is_free_again_when_its_holder_is_killed(
         waiting = await projection.subscribe()
         await projection.poll(waiting)
         await projection.poll(waiting)
-        assert (waiting.assigned, projection.asked, projection.records) == (frozenset(), [([], {})], [])
+        assert (waiting.assigned, projection.asked, projection.records) == (frozenset(), [[]], [])
 
         other = Projection(log, "retention")
         beside = await other.subscribe()

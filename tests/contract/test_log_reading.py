@@ -167,7 +167,7 @@ async def test_a_projection_gets_every_record_in_order_and_can_decode_it(stage: 
         assert record.partition == stage.log.partition_of(event.package_id)
         found.setdefault(event.package_id, []).append(event.sequence)
     assert found == by_package(events)
-    assert projection.asked == [(list(range(await stage.log.partitions())), {})]
+    assert projection.asked == [list(range(await stage.log.partitions()))]
 
 
 async def test_a_committed_projection_lags_behind_only_what_comes_later(stage: Stage) -> None:
@@ -187,7 +187,7 @@ async def test_a_committed_projection_lags_behind_only_what_comes_later(stage: S
     await subscription.close()
 
 
-async def test_a_projection_goes_on_where_it_says_and_is_told_what_was_committed(stage: Stage) -> None:
+async def test_a_projection_goes_on_where_it_says_and_the_log_tells_what_was_committed(stage: Stage) -> None:
     await fill(stage)
     projection = Projection(stage.log)
     before = await projection.subscribe()
@@ -205,7 +205,24 @@ async def test_a_projection_goes_on_where_it_says_and_is_told_what_was_committed
     await after.close()
 
     assert len(projection.records) == read + 1
-    assert projection.asked[-1][1] == {partition: (offset, "generation 7") for partition, offset in committed.items()}
+    found = await stage.log.committed(projection.name)
+    assert found == {partition: (offset, "generation 7") for partition, offset in committed.items()}
+
+
+async def test_offsets_are_committed_from_outside_only_for_a_group_without_members(stage: Stage) -> None:
+    await fill(stage)
+    projection = Projection(stage.log)
+    assert await stage.log.committed(projection.name) == {}
+    member = await projection.subscribe()
+    await projection.catch_up(member)
+    await member.commit(projection.offsets, "generation 7")
+    ours = await stage.log.committed(projection.name)
+    assert not await stage.log.show(projection.name, dict.fromkeys(ours, 1), "another")
+    assert await stage.log.committed(projection.name) == ours
+    await member.close()
+
+    assert await stage.log.show(projection.name, dict.fromkeys(ours, 1), "another")
+    assert await stage.log.committed(projection.name) == dict.fromkeys(ours, (1, "another"))
 
 
 async def test_another_member_takes_over_when_one_leaves(stage: Stage) -> None:

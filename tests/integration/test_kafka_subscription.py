@@ -58,4 +58,4 @@ async def test_an_assignment_that_brings_nothing_new_is_asked_for_too(kafka_url:
                 asyncio.create_task(late.poll_until(two, lambda: len(late.asked) > 0)),
             ]
             await asyncio.gather(*both)
-        assert [list(partitions) for partitions, _ in (*projection.asked[:2], late.asked[0])] == [[0], [], []]
+        assert [list(partitions) for partitions in (*projection.asked[:2], late.asked[0])] == [[0], [], []]

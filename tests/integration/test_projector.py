@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 from sqlalchemy import delete
 
 from projector import run_projection, run_projectors
+from projector.rebuild import replay_view
 from services.config import Settings
 from services.core.limits import Limits
 from services.errors import CorruptError, InvalidRequestError, LogIdentityError, UnavailableError
@@ -52,7 +54,7 @@ async def test_what_is_appended_is_projected_and_shown_as_committed(views: Views
         await eventually(shown, "the lag is nothing")
     await same_as_one_fold(views, reference, log)
     generation = (await load_checkpoint(views, REGISTRY, log.id)).generation
-    assert {metadata for _, metadata in log.committed["registry"].values()} == {str(generation)}
+    assert {metadata for _, metadata in log.groups["registry"].values()} == {str(generation)}
 
 
 async def test_stopping_leaves_the_group(views: Views) -> None:
@@ -98,7 +100,7 @@ async def test_a_crash_between_the_view_and_the_log_applies_nothing_twice(views:
     log.append(*history.events)
     at = await load_checkpoint(views, REGISTRY, log.id)
     await apply(views, REGISTRY, history.events[:9], since=at, next_offsets={0: 10})  # 5 events, a hole, 4 events
-    assert log.committed == {}
+    assert log.groups == {}
     async with projecting(views, log, REGISTRY):
         await covers(views, REGISTRY, await log.end())
     await same_as_one_fold(views, reference, log)
@@ -108,7 +110,7 @@ async def test_progress_that_was_never_shown_is_shown_by_whoever_comes_next(view
     log = MemoryLog()
     log.append(*History().fill(packages=4, files=2).events)
     await catch_up(views, log, REGISTRY)
-    assert log.committed == {}
+    assert log.groups == {}
     async with projecting(views, log, REGISTRY):
 
         async def shown() -> bool:
@@ -229,13 +231,13 @@ async def test_a_group_that_was_set_back_with_other_tools_folds_the_view_again_a
     async with projecting(views, log, REGISTRY, times=members):
         await covers(views, REGISTRY, await log.end())
     before = (await load_checkpoint(views, REGISTRY, log.id)).generation
-    log.committed["registry"] = dict.fromkeys(range(3), (0, ""))
+    log.groups["registry"] = dict.fromkeys(range(3), (0, ""))
     async with views.writing() as connection:  # what only a fold of everything mends
         await connection.execute(delete(artifact_files))
     async with projecting(views, log, REGISTRY, times=members):
 
         async def shown() -> bool:
-            return all(metadata for _, metadata in log.committed["registry"].values())
+            return all(metadata for _, metadata in log.groups["registry"].values())
 
         await eventually(shown, "every partition carries a generation again")
         await covers(views, REGISTRY, await log.end())
@@ -248,13 +250,109 @@ async def test_a_group_that_was_set_back_with_other_tools_folds_the_view_again_a
     await same_as_one_fold(views, reference, log)
 
 
-async def test_a_group_that_was_set_forward_skips_nothing(views: Views, reference: Views) -> None:
-    log = MemoryLog()
-    log.append(*History().fill(packages=6, files=3).events)
-    log.committed["registry"] = {p: (offset, "") for p, offset in (await log.end()).offsets.items()}
+Groups = dict[int, tuple[int, str]]
+
+
+def _one_to_the_start(ours: Groups) -> Groups:
+    return {**ours, 1: (0, "")}
+
+
+def _all_but_one_to_the_start(ours: Groups) -> Groups:
+    return {**dict.fromkeys(ours, (0, "")), 2: ours[2]}
+
+
+def _to_the_start_and_one_deleted(ours: Groups) -> Groups:
+    return dict.fromkeys([0, 1], (0, ""))
+
+
+def _to_the_end(ours: Groups) -> Groups:
+    return {p: (offset + 7, "") for p, (offset, _) in ours.items()}
+
+
+def _to_a_time(ours: Groups) -> Groups:
+    return {p: (offset // 2, "") for p, (offset, _) in ours.items()}
+
+
+SET = (_one_to_the_start, _all_but_one_to_the_start, _to_the_start_and_one_deleted, _to_the_end, _to_a_time)
+
+
+@pytest.mark.parametrize("set_to", SET)
+async def test_a_group_that_other_tools_set_elsewhere_stops_the_projector_and_leaves_the_view(
+    views: Views, reference: Views, set_to: Callable[[Groups], Groups]
+) -> None:
+    log, history = MemoryLog(), History().fill(packages=6, files=3)
+    log.append(*history.events[:-5])
+    async with projecting(views, log, REGISTRY):
+        await covers(views, REGISTRY, await log.end())
+    rows, before = await view_rows(views), await load_checkpoint(views, REGISTRY, log.id)
+    log.groups["registry"] = set_to(log.groups["registry"])
+    log.append(*history.events[-5:])
+    with pytest.raises(CorruptError, match="artifact-store replay registry"):
+        await asyncio.wait_for(run_projection(views, log, REGISTRY, asyncio.Event()), WAIT_SECONDS)
+    assert await view_rows(views) == rows
+    assert await load_checkpoint(views, REGISTRY, log.id) == before
+
+    await replay_view(views, log, REGISTRY)
     async with projecting(views, log, REGISTRY):
         await covers(views, REGISTRY, await log.end())
     await same_as_one_fold(views, reference, log)
+
+
+def _expired(ours: Groups) -> Groups:
+    return {}
+
+
+def _one_deleted(ours: Groups) -> Groups:
+    return {p: ours[p] for p in ours if p != 1}
+
+
+def _to_where_the_view_stands(ours: Groups) -> Groups:
+    return {p: (offset, "") for p, (offset, _) in ours.items()}
+
+
+@pytest.mark.parametrize("left", [_expired, _one_deleted, _to_where_the_view_stands])
+async def test_offsets_that_are_gone_or_say_nothing_new_are_no_reset(
+    views: Views, reference: Views, left: Callable[[Groups], Groups]
+) -> None:
+    log, history = MemoryLog(), History().fill(packages=6, files=3)
+    log.append(*history.events[:-5])
+    async with projecting(views, log, REGISTRY):
+        await covers(views, REGISTRY, await log.end())
+    before = await load_checkpoint(views, REGISTRY, log.id)
+    log.groups["registry"] = left(log.groups["registry"])
+    log.append(*history.events[-5:])
+    async with projecting(views, log, REGISTRY):
+        await covers(views, REGISTRY, await log.end())
+    assert (await load_checkpoint(views, REGISTRY, log.id)).generation == before.generation
+    assert all(metadata for _, metadata in log.groups["registry"].values())
+    await same_as_one_fold(views, reference, log)
+
+
+async def test_a_projector_says_that_it_folds_again_before_the_view_is_empty(
+    views: Views, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = MemoryLog()
+    log.append(*History().fill(packages=3, files=2).events)
+    async with projecting(views, log, REGISTRY):
+        await covers(views, REGISTRY, await log.end())
+    log.groups["registry"] = dict.fromkeys(range(3), (0, ""))
+    said = []
+
+    async def watched(*given: Any, **named: Any) -> UUID:
+        said.append("is emptied and folded again" in caplog.text)
+        return await reset(*given, **named)
+
+    monkeypatch.setattr("projector.assignment.reset", watched)
+    async with projecting(views, log, REGISTRY):
+        await eventually(_returned(log), "every partition carries a generation again")
+    assert said == [True]
+
+
+def _returned(log: MemoryLog) -> Callable[[], Awaitable[bool]]:
+    async def shown() -> bool:
+        return all(metadata for _, metadata in log.groups["registry"].values())
+
+    return shown
 
 
 async def test_a_mistake_in_a_fold_is_shown_whole_and_tried_again(

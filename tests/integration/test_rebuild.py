@@ -191,7 +191,7 @@ async def test_projectors_go_on_in_the_new_generation(views: Views, reference: V
             ).scalar_one()
 
         async def shown() -> bool:
-            return str(generation) in {metadata for _, metadata in log.committed["registry"].values()}
+            return str(generation) in {metadata for _, metadata in log.groups["registry"].values()}
 
         await eventually(shown, "the group's offsets carry the new generation")
 

@@ -1,4 +1,4 @@
-"""Rewinds on Kafka: an operator sets the projector's group back, and the view folds again to the same digest."""
+"""Resets on Kafka: a projector's group that is reset as a whole folds again; anything else leaves the view alone."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ import pytest
 from confluent_kafka import ConsumerGroupTopicPartitions, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
+from projector import run_projection
+from projector.rebuild import replay_view
 from schemas.codec import encode
 from schemas.events import Event
+from services.errors import CorruptError
 from services.log.kafka import KafkaLog
 from services.views.catch_up import catch_up
 from services.views.checkpoints import load_checkpoint
@@ -83,6 +86,65 @@ async def carries_generation(log: KafkaLog) -> bool:
     return await asyncio.to_thread(ask)
 
 
+async def delete_offsets(log: KafkaLog, partitions: Iterable[int]) -> None:
+    """What `kafka-consumer-groups --delete-offsets` leaves: the group without a commit for these partitions."""
+    admin = AdminClient({"bootstrap.servers": log.kafka.bootstrap, "log_level": 3})
+    (answer,) = admin.delete_consumer_groups([log.kafka.projector_group("usage")]).values()
+    before = await log.committed("usage")
+    await asyncio.to_thread(answer.result, 30)
+    left = {p: found for p, found in before.items() if p not in set(partitions)}
+    for p, (offset, metadata) in left.items():
+        assert await log.show("usage", {p: offset}, metadata)
+
+
+@pytest.mark.parametrize("some", ["one back", "all but one back", "all to the end", "all to a time"])
+async def test_a_group_that_is_set_elsewhere_stops_the_projector_until_a_replay(
+    log: KafkaLog, views: Views, some: str
+) -> None:
+    events = History(7).fill(packages=20, files=3).events
+    await asyncio.to_thread(write, log, events)
+    async with projecting(views, log, USAGE):
+        await covers(views, USAGE, await log.end())
+        await eventually(lambda: carries_generation(log), "every partition carries a generation")
+    before = await load_checkpoint(views, USAGE, await log.identity())
+    await asyncio.to_thread(write, log, History(8).fill(packages=20, files=3).events)
+    end, stands = (await log.end()).offsets, before.position.offsets
+    back = dict.fromkeys(range(PARTITIONS), 0)
+    moved = {
+        "one back": {1: 0},
+        "all but one back": dict.fromkeys(range(1, PARTITIONS), 0),
+        "all to the end": dict(end),
+        "all to a time": {p: offset - 1 for p, offset in stands.items()},
+    }[some]
+    assert moved != back
+    await rewind(log, moved)
+    with pytest.raises(CorruptError, match="artifact-store replay usage"):
+        await asyncio.wait_for(run_projection(views, log, USAGE, asyncio.Event()), 60)
+    assert await load_checkpoint(views, USAGE, await log.identity()) == before
+    await replay_view(views, log, USAGE)
+    async with projecting(views, log, USAGE, times=2):
+        await covers(views, USAGE, await log.end())
+        await eventually(lambda: carries_generation(log), "every partition carries a generation again")
+
+
+@pytest.mark.parametrize("gone", [[1], list(range(PARTITIONS))])
+async def test_offsets_that_were_deleted_or_have_expired_are_no_reset(
+    log: KafkaLog, views: Views, gone: list[int]
+) -> None:
+    await asyncio.to_thread(write, log, History(7).fill(packages=20, files=3).events)
+    async with projecting(views, log, USAGE):
+        await covers(views, USAGE, await log.end())
+        await eventually(lambda: carries_generation(log), "every partition carries a generation")
+    before = await generation_of(views, log)
+    await delete_offsets(log, gone)
+    assert await log.committed("usage") == {p: v for p, v in (await log.committed("usage")).items() if p not in gone}
+    await asyncio.to_thread(write, log, History(8).fill(packages=20, files=3).events)
+    async with projecting(views, log, USAGE, times=2):
+        await covers(views, USAGE, await log.end())
+        await eventually(lambda: carries_generation(log), "every partition carries a generation again")
+    assert await generation_of(views, log) == before
+
+
 async def generation_of(views: Views, log: KafkaLog) -> UUID:
     return (await load_checkpoint(views, USAGE, await log.identity())).generation
 
@@ -112,12 +174,9 @@ async def test_ten_rewinds_at_random_moments_end_in_the_digest_of_one_fold(
                 return position is not None and sum(position.offsets.values()) >= wanted
 
             await eventually(far_enough, f"the view has come to {wanted}")
-        stands = await position_of(views, USAGE)
-        assert stands is not None
-        moved = {p: dice.choice([0, 0, 1]) for p in dice.sample(range(PARTITIONS), dice.randint(1, PARTITIONS))}
-        rewound = turn < 10 and any(stands.offsets.get(p, 0) > offset for p, offset in moved.items())
-        if turn < 10:
-            await rewind(log, moved)
+        rewound = turn < 10
+        if rewound:
+            await rewind(log, dict.fromkeys(range(PARTITIONS), 0))
     await asyncio.to_thread(write, log, events[half + 440 :])
     async with projecting(views, log, USAGE, times=2):
         await covers(views, USAGE, await log.end())

@@ -14,6 +14,7 @@ import pytest
 from blake3 import blake3
 
 from services.cli.verify import progress_line
+from services.config import Settings
 from services.manifest import decode
 from services.verify import Report
 from services.views.projections import PROJECTIONS
@@ -186,6 +187,24 @@ def test_status_says_how_far_each_projection_is_behind(run: Run, package: dict[s
     assert {p["committed_behind"] for p in status["projections"]} == {None}  # nobody commits to a file
     assert status["writers"] is None
     assert "registry" in run("status").stdout
+
+
+@pytest.mark.parametrize(
+    ("offset", "text"), [(0, "empties the view and folds it again"), (1, "artifact-store replay registry")]
+)
+def test_status_says_what_a_projector_does_about_a_group_that_other_tools_have_set(
+    run: Run, package: dict[str, Any], embedded_settings: Settings, offset: int, text: str
+) -> None:
+    run("replay", "registry")
+    with closing(sqlite3.connect(embedded_settings.log_url.removeprefix("sqlite:///"))) as file, file:
+        file.execute("INSERT INTO progress VALUES ('registry', 0, ?, '')", (offset,))
+    found = {p["projection"]: p["group"] for p in json.loads(run("status", "--json").stdout)["projections"]}
+    assert text in found.pop("registry")
+    assert set(found.values()) == {None}
+    assert text in run("status").stdout
+
+    run("replay", "registry")
+    assert {p["group"] for p in json.loads(run("status", "--json").stdout)["projections"]} == {None}
 
 
 def test_doctor_finds_nothing_wrong_before_and_after_the_parts_are_made(run: Run, tree: Path) -> None:

@@ -69,6 +69,8 @@ _MOVING = frozenset(
     }
 )
 
+_HAS_MEMBERS = frozenset({KafkaError.NON_EMPTY_GROUP, KafkaError.UNKNOWN_MEMBER_ID})
+
 
 @dataclass(frozen=True, slots=True)
 class Topic:
@@ -170,12 +172,29 @@ class Cluster:
         """Per partition, the offset behind the last replicated record, open transactions included."""
         return self._offsets(partitions, _admin.OffsetSpec.latest(), IsolationLevel.READ_UNCOMMITTED)
 
-    def committed(self, group: str) -> dict[int, int]:
-        """What the group has committed, by partition; a partition without a commit is absent."""
+    def committed(self, group: str) -> dict[int, tuple[int, str]]:
+        """What the group has committed, by partition: offset and metadata; a partition without a commit is absent."""
         request = ConsumerGroupTopicPartitions(group)
         found = self._ask("reading a group's offsets", lambda admin: admin.list_consumer_group_offsets([request]))
         of_topic = [p for p in found[group].topic_partitions if p.topic == self._kafka.topic]
-        return {p.partition: p.offset for p in of_topic if p.offset >= 0}
+        return {p.partition: (p.offset, p.metadata or "") for p in of_topic if p.offset >= 0}
+
+    def commit(self, group: str, next_offsets: Mapping[int, int], metadata: str) -> bool:
+        """Commit offsets for a group that has no members; False, and nothing is committed, when it has some."""
+        parts = [TopicPartition(self._kafka.topic, p, offset, metadata) for p, offset in next_offsets.items()]
+        request = ConsumerGroupTopicPartitions(group, parts)
+        with explaining("committing a group's offsets"):
+            try:
+                found = self._answers(lambda admin: admin.alter_consumer_group_offsets([request]))[group]
+                errors = [part.error for part in found.topic_partitions if part.error is not None]
+                if errors:
+                    raise KafkaException(errors[0])
+            except KafkaException as error:
+                refused = kafka_error(error)
+                if refused is not None and refused.code() in _HAS_MEMBERS:
+                    return False
+                raise
+        return True
 
     def members(self, group: str) -> list[Member] | None:
         """The group's members; None while it is between two assignments."""

@@ -124,11 +124,20 @@ class KafkaLog:
         """See `Log`. Brokers check what they keep, and clients what they fetch."""
         return ()
 
+    async def committed(self, projection: str) -> Mapping[int, tuple[int, str]]:
+        """See `Log`."""
+        return await self.blocking(lambda: self.cluster.committed(self.kafka.projector_group(projection)))
+
+    async def show(self, projection: str, next_offsets: Mapping[int, int], metadata: str) -> bool:
+        """See `Log`."""
+        group = self.kafka.projector_group(projection)
+        return await self.blocking(lambda: self.cluster.commit(group, next_offsets, metadata))
+
     async def lag(self, projection: str) -> Mapping[int, int]:
         """See `Log`. A partition without a commit lags by all it holds."""
         ends = (await self.end()).offsets
-        committed = await self.blocking(lambda: self.cluster.committed(self.kafka.projector_group(projection)))
-        return {p: max(0, end - committed.get(p, 0)) for p, end in ends.items()}
+        committed = await self.committed(projection)
+        return {p: max(0, end - committed.get(p, (0, ""))[0]) for p, end in ends.items()}
 
     async def migrate(self) -> None:
         """See `Log`."""

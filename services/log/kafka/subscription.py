@@ -12,7 +12,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from services.errors import ArtifactStoreError, CorruptError, UnavailableError
 from services.log.kafka.clients import make_consumer
-from services.log.kafka.cluster import ANSWER_SECONDS, Cluster
+from services.log.kafka.cluster import Cluster
 from services.log.kafka.failures import explaining, kafka_error
 from services.log.kafka.reader import positions, records, take_messages
 from services.log.kafka.settings import KafkaSettings
@@ -150,7 +150,7 @@ class KafkaSubscription:
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Runs within a poll; an error here must not pass through the client, so it is kept for that poll to raise."""
         try:
-            starts = self._starts(consumer, partitions)
+            starts = self._starts(partitions)
         except ArtifactStoreError as error:
             self._refused = error
             consumer.incremental_assign([])
@@ -177,18 +177,10 @@ class KafkaSubscription:
         for p in partitions:
             self._reached.pop(p.partition, None)
 
-    def _starts(self, consumer: Consumer, partitions: list[TopicPartition]) -> dict[int, int]:
+    def _starts(self, partitions: list[TopicPartition]) -> dict[int, int]:
         """Where to begin each. Nothing new is asked for too: the projection looks then whether it can go on at all."""
-        committed: dict[int, tuple[int, str]] = {}
-        if partitions:
-            with explaining("asking where a projection stands"):
-                committed = {
-                    p.partition: (p.offset, p.metadata or "")
-                    for p in consumer.committed(partitions, ANSWER_SECONDS)
-                    if p.offset >= 0
-                }
         numbers = [p.partition for p in partitions]
-        asked = asyncio.run_coroutine_threadsafe(self._ask(numbers, committed), self._loop)
+        asked = asyncio.run_coroutine_threadsafe(self._ask(numbers), self._loop)
         starts = asked.result(_START_SECONDS)
         if not numbers:
             return {}
@@ -204,5 +196,5 @@ class KafkaSubscription:
     async def _when_settled(self, settled: Settled) -> None:
         await settled()
 
-    async def _ask(self, partitions: list[int], committed: Mapping[int, tuple[int, str]]) -> Mapping[int, int]:
-        return await self._start_offsets(partitions, committed)
+    async def _ask(self, partitions: list[int]) -> Mapping[int, int]:
+        return await self._start_offsets(partitions)

@@ -6,15 +6,16 @@ import asyncio
 import re
 import sqlite3
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from uuid import UUID
 
 from schemas.events import Event
 from services.errors import ConfigurationError, CorruptError, InvalidPositionError
+from services.file_lock import FileLock
 from services.log.port import Batch, Record, RecordedEvent, Settled, StartOffsets, Subscription
 from services.log.position import Position
-from services.log.sqlite.file import PARTITION, LogFile, create_file
+from services.log.sqlite.file import PARTITION, LogFile, create_file, file_errors, open_file, write_lock
 from services.log.sqlite.readers import Readers
 from services.log.sqlite.records import (
     BATCH_RECORDS,
@@ -25,8 +26,9 @@ from services.log.sqlite.records import (
     progress_of,
     records_from,
     sequence_before,
+    store_progress,
 )
-from services.log.sqlite.subscription import SqliteSubscription
+from services.log.sqlite.subscription import SqliteSubscription, member_lock
 
 _FIELDS = tuple(Event.__slots__)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -119,6 +121,27 @@ class SqliteLog:
                 with suppress(sqlite3.ProgrammingError):
                     connection.interrupt()
             raise
+
+    async def committed(self, projection: str) -> Mapping[int, tuple[int, str]]:
+        """See `Log`."""
+        return await self._readers.run(lambda file: progress_of(file.connection, projection))
+
+    async def show(self, projection: str, next_offsets: Mapping[int, int], metadata: str) -> bool:
+        """See `Log`."""
+
+        def work() -> bool:
+            lock = FileLock(member_lock(self._path, projection))
+            with file_errors(self._path):
+                if not lock.take():
+                    return False
+                try:
+                    with closing(open_file(self._path, writable=True)) as file, write_lock(self._path):
+                        store_progress(file.connection, projection, next_offsets[PARTITION], metadata)
+                finally:
+                    lock.release()
+            return True
+
+        return await asyncio.to_thread(work)
 
     async def lag(self, projection: str) -> Mapping[int, int]:
         """See `Log`."""

@@ -73,6 +73,15 @@ def progress_of(connection: sqlite3.Connection, projection: str) -> Mapping[int,
     return {partition: (offset, metadata) for partition, offset, metadata in rows}
 
 
+def store_progress(connection: sqlite3.Connection, projection: str, next_offset: int, metadata: str) -> None:
+    """Write what `progress_of` reads."""
+    connection.execute(
+        "INSERT INTO progress VALUES (?, ?, ?, ?) ON CONFLICT (projection, partition)"
+        " DO UPDATE SET next_offset = excluded.next_offset, metadata = excluded.metadata",
+        (projection, PARTITION, next_offset, metadata),
+    )
+
+
 def decoded(record: Record) -> Event:
     """The record's event. Raises CorruptError, which names partition and offset."""
     try:

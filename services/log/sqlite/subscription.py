@@ -11,7 +11,13 @@ from services.file_lock import FileLock
 from services.log.port import Batch, Record, StartOffsets
 from services.log.sqlite.file import PARTITION, LogFile, file_errors, open_file, write_lock
 from services.log.sqlite.readers import Readers
-from services.log.sqlite.records import end_offset, progress_of, records_from
+from services.log.sqlite.records import end_offset, records_from, store_progress
+
+
+def member_lock(path: Path, projection: str) -> Path:
+    """The file that the one member of a projection's group locks."""
+    return path.with_name(f"{path.name}.{projection}.lock")
+
 
 _NOTHING = Batch((), {})
 
@@ -27,7 +33,7 @@ class SqliteSubscription:
         self._projection = projection
         self._start_offsets = start_offsets
         self._poll_seconds = poll_seconds
-        self._lock = FileLock(path.with_name(f"{path.name}.{projection}.lock"))
+        self._lock = FileLock(member_lock(path, projection))
         self._next: int | None = None
         self._told = False  # that nothing was assigned
         self._progress: LogFile | None = None
@@ -74,11 +80,10 @@ class SqliteSubscription:
         if not taken:
             if not self._told:
                 self._told = True
-                await self._start_offsets([], {})
+                await self._start_offsets([])
             return
         try:
-            committed = await self._readers.run(lambda file: progress_of(file.connection, self._projection))
-            start = (await self._start_offsets([PARTITION], committed))[PARTITION]
+            start = (await self._start_offsets([PARTITION]))[PARTITION]
             end = await self._readers.run(lambda file: end_offset(file.connection))
             if not 0 <= start <= end:
                 raise CorruptError(
@@ -110,8 +115,4 @@ class SqliteSubscription:
                 self._progress.connection.execute("PRAGMA synchronous = NORMAL")
             self._progress.check_in_place()
             with write_lock(self._path):
-                self._progress.connection.execute(
-                    "INSERT INTO progress VALUES (?, ?, ?, ?) ON CONFLICT (projection, partition)"
-                    " DO UPDATE SET next_offset = excluded.next_offset, metadata = excluded.metadata",
-                    (self._projection, PARTITION, next_offset, metadata),
-                )
+                store_progress(self._progress.connection, self._projection, next_offset, metadata)
