@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import os
+import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -233,6 +235,49 @@ async def test_a_refusal_is_never_given_on_a_state_that_another_has_moved_on(kaf
         ended = FinalizePackage(made.package_id, uuid4(), "ada")
         done_too = [(ended, await writer.submit(ended))]
     assert_recorded_once(await read_valid(log), [*done, *done_too])
+
+
+async def test_a_refusal_is_never_given_on_what_a_deposed_leader_says_of_the_end(
+    kafka: Settings, log: KafkaLog
+) -> None:
+    log.cluster = DeposedLeader(log, (await log.end()).offsets)
+    async with lone_writer(kafka, log) as writer:
+        await ready(writer)
+        made = create_in(2)
+        with pytest.raises(PackageNotFoundError):
+            await writer.check_ingest(made.package_id, ["a"], None)
+        rival = await take_over(kafka, log, 2)
+        await asyncio.to_thread(carry_out, rival, made)
+        await asyncio.to_thread(rival.close)
+        await writer.check_ingest(made.package_id, ["a"], None)
+
+
+async def test_refusals_add_nothing_to_the_log_and_share_their_proofs(
+    kafka: Settings, log: KafkaLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proofs: list[float] = []
+    prove = Tenure.prove
+
+    def counted(holder: Tenure) -> None:
+        proofs.append(time.monotonic())
+        prove(holder)
+
+    monkeypatch.setattr(Tenure, "prove", counted)
+    async with lone_writer(kafka, log) as writer:
+        await ready(writer)
+        before = await log.end()
+
+        async def refused() -> None:
+            for _ in range(20):
+                with pytest.raises(PackageNotFoundError):
+                    await writer.check_ingest(create_in(1).package_id, ["a"], None)
+
+        await asyncio.gather(*(refused() for _ in range(20)))
+        assert await log.end() == before
+        done = [(made, await writer.submit(made)) for made in [create_in(1) for _ in range(5)]]
+    assert 0 < len(proofs) <= 60  # each of the twenty in a row waits for one, or for two when it comes during one
+    assert all(later - earlier >= tenure.PROOF_SECONDS for earlier, later in pairwise(proofs))
+    assert_recorded_once(await read_valid(log), done)
 
 
 async def named(writer: KafkaWriter) -> None:

@@ -52,6 +52,10 @@ class Reader:
         with explaining(_DOING):
             return {**self._starts, **positions(self._consumer, self._parts)}
 
+    def offsets_for_transaction(self) -> tuple[list[TopicPartition], object]:
+        """Arguments for a producer's `send_offsets_to_transaction`: any offset, for a group that nobody joins."""
+        return self._parts, self._consumer.consumer_group_metadata()
+
     def close(self) -> None:
         """Release the connections."""
         self._consumer.close()

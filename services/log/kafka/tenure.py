@@ -54,6 +54,9 @@ COMMIT_SECONDS = 12.0
 PATIENCE_SECONDS = 15.0
 """How long reading may make no progress, as it does below another producer's open transaction."""
 
+PROOF_SECONDS = 0.02
+"""The least time from one proof to the next: each takes 3 ms, in which nothing can be appended."""
+
 _CONNECT_SECONDS = 0.05
 """A client that is asked to begin before it is connected looks for its coordinator again only after 0.5 s."""
 
@@ -136,6 +139,8 @@ class Tenure:
         self._progressed = progressed
         self._first_committed = False
         """Whether a transaction of this tenure was committed."""
+        self._proven = 0.0
+        """When the last proof began, by the monotonic clock."""
         self._delivered: list[int] = []
         """Offsets of the records of the first transaction."""
         self._tail: Reader | None = None
@@ -191,15 +196,23 @@ class Tenure:
         self._first_committed = True
         self.state.confirm(self._read_back(values), values[-1])
 
-    def catch_up(self) -> bool:
-        """Read to what is the last stable offset now; whether there was anything new. Raises as `require_whole`.
+    @property
+    def proof_due(self) -> float:
+        """When `prove` may be called next, by the monotonic clock."""
+        return self._proven + PROOF_SECONDS
 
-        A refusal is given only on a state that was as new as the log when it was asked for: a process that was frozen
-        may hold an old one without knowing.
+    def prove(self) -> None:
+        """Return if nobody has taken over, so that the state is as new as the log was when this was called.
+
+        The proof is a transaction that sends an offset and is aborted: its coordinator refuses who was fenced, and the
+        topic does not grow. Raises whatever the client raises; UnavailableError.
         """
-        count = self._read_to(self._cluster.last_stable([self._partition])[self._partition])
-        self.require_whole()
-        return count > 0
+        producer, tail = _open(self._producer), _open(self._tail)
+        self._proven = time.monotonic()
+        producer.begin_transaction()
+        producer.send_offsets_to_transaction(*tail.offsets_for_transaction(), COMMIT_SECONDS)
+        producer.abort_transaction(COMMIT_SECONDS)
+        self.idle()
 
     def idle(self) -> None:
         """Serve the clients' housekeeping. Raises UnavailableError when another process has written meanwhile."""

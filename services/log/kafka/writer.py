@@ -68,6 +68,8 @@ class PartitionWriter:
         """When something succeeded last: a tenure, or a step of a long take-over."""
         self._context = context
         self._waiting = Waiting()
+        self._unproven: list[Request] = []
+        """Requests that were refused and wait for a proof that the state is current."""
         self._deadlines = Deadlines(context.submit_seconds, self._late)
         self._checks = Deadlines(min(CHECK_SECONDS, context.submit_seconds), self._late_check)
         self._stop = Flag()
@@ -214,6 +216,7 @@ class PartitionWriter:
             self._failed = 0
             pause = _IDLE_SECONDS
             while (batch := self._waiting.take(pause)) is not None:
+                batch, self._unproven = [*self._unproven, *batch], []
                 self._require_guard(batch)
                 if batch:
                     self._serve(tenure, asides, batch)
@@ -225,8 +228,11 @@ class PartitionWriter:
                 self._waiting.put_back(back)
                 asides.begin()
                 pause = TIDY_SECONDS if tenure.state.untidy else _IDLE_SECONDS
+                if self._unproven:
+                    pause = max(0.0, tenure.proof_due - time.monotonic())
         finally:
-            self._waiting.put_back(asides.cancel())
+            self._waiting.put_back([*self._unproven, *asides.cancel()])
+            self._unproven = []
             tenure.close()
 
     def _require_guard(self, batch: Sequence[Request]) -> None:
@@ -255,7 +261,7 @@ class PartitionWriter:
         try:
             runs = runs_of(self._without_held(asides, batch))
             batch = [request for run in runs for request in run]
-            answers = self._answers(tenure, asides, runs)
+            answers, proven = self._answers(tenure, asides, runs)
         except Exception as error:
             for request in batch:
                 # Not the exception itself, whose traceback holds this batch.
@@ -267,7 +273,11 @@ class PartitionWriter:
             self._serving_since = None
         self._waiting.put_back(batch[len(answers) :])
         self._waiting.announce(answers.count(None))
-        self._deliver(list(zip(batch, answers, strict=False)))
+        answered = list(zip(batch, answers, strict=False))
+        if not proven:
+            self._unproven = [request for request, outcome in answered if _needs_proof(outcome)]
+            answered = [(request, outcome) for request, outcome in answered if not _needs_proof(outcome)]
+        self._deliver(answered)
 
     def _without_held(self, asides: Asides, batch: Sequence[Request]) -> list[Request]:
         """Those of the batch that can be decided now."""
@@ -282,30 +292,34 @@ class PartitionWriter:
         self._deliver(refused)
         return now
 
-    def _answers(self, tenure: Tenure, asides: Asides, runs: Sequence[Sequence[Request]]) -> list[_Outcome]:
-        """Decide the requests, append what they become, and only then say so.
+    def _answers(
+        self, tenure: Tenure, asides: Asides, runs: Sequence[Sequence[Request]]
+    ) -> tuple[list[_Outcome], bool]:
+        """Decide the requests, append what they become, and only then say so; and whether refusals are proven.
 
-        If they become more than one transaction takes, these are the answers of the first of them.
+        A commit proves that the state was current, and so does `Tenure.prove`, which is not called too often: one
+        proof serves all who wait for it. If the requests become more than one transaction takes, these are the answers
+        of the first of them.
         """
-        while True:
-            staged: list[Staged] = []
-            with self._context.turns:
-                now, size, outcomes = asides.now(), 0, list[_Outcome]()
-                for run in runs:
-                    decided = len(staged)
-                    outcomes += self._decide_run(tenure.state, asides, run, now, staged)
-                    # How large manifests are is known only now.
-                    size += sum(sum(map(len, decision.values)) for decision, _ in staged[decided:])
-                    if size > MAX_BATCH_BYTES:
-                        break
-                values = tenure.hand_over(staged) if staged else []
-            if staged:
-                tenure.commit(values)
-                break
-            definite = any(isinstance(outcome, RejectedError | NotAppendedError) for outcome in outcomes)
-            if not definite or not tenure.catch_up():
-                break
-        return outcomes
+        staged: list[Staged] = []
+        with self._context.turns:
+            now, size, outcomes = asides.now(), 0, list[_Outcome]()
+            for run in runs:
+                decided = len(staged)
+                outcomes += self._decide_run(tenure.state, asides, run, now, staged)
+                # How large manifests are is known only now.
+                size += sum(sum(map(len, decision.values)) for decision, _ in staged[decided:])
+                if size > MAX_BATCH_BYTES:
+                    break
+            values = tenure.hand_over(staged) if staged else []
+        if staged:
+            tenure.commit(values)
+            return outcomes, True
+        if time.monotonic() < tenure.proof_due:
+            return outcomes, False
+        if any(map(_needs_proof, outcomes)):
+            tenure.prove()
+        return outcomes, True
 
     def _decide_run(
         self, state: PartitionState, asides: Asides, run: Sequence[Request], now: int, staged: list[Staged]
@@ -398,3 +412,8 @@ class PartitionWriter:
 
         if answers and not self._context.loop.is_closed():
             self._context.loop.call_soon_threadsafe(settle)
+
+
+def _needs_proof(outcome: _Outcome) -> bool:
+    """Whether the answer would be wrong if another process had appended something meanwhile."""
+    return isinstance(outcome, RejectedError | NotAppendedError)
