@@ -53,6 +53,9 @@ class Scene:
                 if getattr(self._step, "__name__", "") != "serve":
                     self._step()
 
+            def require_whole(self) -> None:
+                pass
+
             def save_if_due(self) -> None:
                 self._step()
 
