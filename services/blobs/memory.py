@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import mmap
+import zlib
 from collections import deque
 from collections.abc import Iterator
 from types import TracebackType
@@ -33,9 +34,15 @@ class PartBuffer:
         )
         self._capacity = capacity
         self._length = 0
+        self._crc32 = 0
 
     def __len__(self) -> int:
         return self._length
+
+    @property
+    def crc32(self) -> int:
+        """CRC-32 of the bytes that are there, counted as they come: they are then still in the processor's cache."""
+        return self._crc32
 
     def append(self, data: bytes) -> None:
         """Add bytes behind those that are there. Raises ValueError if there is no room."""
@@ -44,6 +51,7 @@ class PartBuffer:
             raise ValueError(f"no room for {end} bytes in a buffer of {self._capacity}, or in a closed one")
         self._pages[self._length : end] = data
         self._length = end
+        self._crc32 = zlib.crc32(data, self._crc32)
 
     def read(self, start: int, end: int) -> bytes:
         """A copy of the bytes from `start` to before `end`, or to the end of what is there."""
@@ -56,11 +64,11 @@ class PartBuffer:
 
     def clear(self) -> None:
         """Empty the buffer, to be filled again."""
-        self._length = 0
+        self._length = self._crc32 = 0
 
     def close(self) -> None:
         """Give the memory back. The buffer is empty afterwards, so that a request that lingers finds nothing."""
-        self._length = 0
+        self.clear()
         pages, self._pages = self._pages, None
         if pages is None:
             return

@@ -8,7 +8,9 @@ own under `uploads/` if not; it becomes an object only after its digests were ch
 from __future__ import annotations
 
 import asyncio
+import base64
 import logging
+import zlib
 from collections.abc import AsyncIterable, AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -40,15 +42,19 @@ from services.blobs.port import (
     checked_removable_key,
     content_key,
 )
-from services.blobs.s3_multipart import RECORDS, MultipartUpload, UploadRecord, fill, object_size, remove_upload
+from services.blobs.s3_multipart import RECORDS, MultipartUpload, UploadRecord, fill, find_object, remove_upload
 from services.blobs.s3_parts import S3Parts
 from services.blobs.s3_requests import (
     ANSWER_SECONDS,
     ATTEMPTS,
+    CHECKSUM_CRC32,
+    CHECKSUM_SHA256,
+    TELL_CHECKSUM,
     AccessRefusedError,
     Endpoint,
     S3Requests,
     StoreTroubleError,
+    crc32_text,
     patience,
 )
 from services.blobs.upload_states import sweep_states
@@ -177,7 +183,8 @@ class S3BlobStore:
 
     async def size(self, key: str) -> int | None:
         """See the port."""
-        return await object_size(self._requests, checked_key(key))
+        found = await find_object(self._requests, checked_key(key))
+        return None if found is None else found.length
 
     async def secure(self, key: str) -> None:
         """See the port. What a store shows it has promised to keep (AWS: "Amazon S3 data consistency model")."""
@@ -248,8 +255,18 @@ class S3BlobStore:
 
     async def get_object(self, key: str) -> bytes | None:
         """See the port."""
-        answer = await self._requests.send("GET", checked_object_key(key), frozenset({200, 404}))
-        return answer.body if answer.status == 200 else None
+        checked_object_key(key)
+
+        async def attempt() -> bytes | None:
+            answer = await self._requests.send("GET", key, frozenset({200, 404}), headers=TELL_CHECKSUM, attempts=1)
+            if answer.status == 404:
+                return None
+            told = answer.headers.get(CHECKSUM_CRC32)
+            if told is not None and told != crc32_text(zlib.crc32(answer.body)):
+                raise StoreTroubleError(str(self._requests.unavailable(f"gave other bytes of {key} than it keeps")))
+            return answer.body
+
+        return await self._requests.retry(attempt)
 
     async def list_objects(self, prefix: str) -> list[str]:
         """See the port."""
@@ -318,7 +335,7 @@ class S3BlobStore:
         key = content_key(digests.blake3)
         with self._memory.share() as share:
             await self._await_turn(share, max(1, size))
-            await self._put(key, data)
+            await self._put(key, data, digests)
         return self._stored(key, digests)
 
     async def _store_held(self, intake: Intake, declared: Declared, plan: PartPlan, share: Share) -> StoredBlob:
@@ -329,7 +346,7 @@ class S3BlobStore:
                 return await self._store_parts(intake, first, declared, plan, share)
             digests = await intake.digests()
             key = content_key(digests.blake3)
-            await self._put(key, first)
+            await self._put(key, first, digests)
             return self._stored(key, digests)
         finally:
             first.close()
@@ -340,50 +357,63 @@ class S3BlobStore:
         addressed = declared.blake3 is not None
         key = content_key(declared.blake3) if declared.blake3 is not None else f"{UPLOADS}{uuid4()}"
         anew = key in self._mistrusted
-        known = addressed and not anew and declared.size_bytes is not None
-        if known and await self.size(key) == declared.size_bytes:
-            while await intake.take(PIECE_BYTES):  # the bytes are there, but these must prove to be the same
-                pass
-            stored = self._stored(key, await intake.digests())
-            if await self.size(key) != stored.length:
-                raise UnavailableError(f"blob {key} was set aside as damaged while it was sent again: retry")
-            return stored
+        if addressed and not anew and declared.size_bytes is not None:
+            there = await find_object(self._requests, key)
+            # An object without a checksum of its whole is stored again: nothing else tells cheaply what it holds.
+            if there is not None and there.length == declared.size_bytes and there.crc32 is not None:
+                return await self._store_known(intake, first, key)
         upload = MultipartUpload(self._requests, key, plan, share, self._clock)
         try:
             await upload.begin()
             await upload.send(intake, first)
             digests = await intake.digests()
-            await upload.complete(digests.length, only_if_absent=addressed and not anew)
+            await upload.complete(digests.length)
             self._mistrusted.discard(key)
         except BaseException:
             await self._cleanups.run(self._abandon(upload, None if addressed else key))
             raise
         return self._stored(key, digests)
 
+    async def _store_known(self, intake: Intake, first: PartBuffer | None, key: str) -> StoredBlob:
+        """Take a body that seems to be stored: it must prove to be what was declared, and the object to be the same."""
+        crc32 = 0 if first is None else first.crc32
+        while piece := await intake.take(PIECE_BYTES):
+            crc32 = zlib.crc32(piece, crc32)
+        stored = self._stored(key, await intake.digests())
+        there = await find_object(self._requests, key)
+        if there is None:
+            raise UnavailableError(f"blob {key} was set aside as damaged while it was sent again: retry")
+        if (there.length, there.crc32) != (stored.length, crc32_text(crc32)):
+            self.mistrust(key)
+            raise UnavailableError(f"blob {key} has other bytes than belong there: retry, so that they are replaced")
+        return stored
+
     async def _abandon(self, upload: MultipartUpload, own_key: str | None) -> None:
         await upload.abandon()
         if own_key is not None:  # nobody else ever heard of this key, and the completion may have come through
             await self._requests.send("DELETE", own_key, frozenset({200, 204, 404}))
 
-    async def _put(self, key: str, data: bytes | PartBuffer) -> None:
+    async def _put(self, key: str, data: bytes | PartBuffer, digests: Digests) -> None:
+        sha256 = base64.b64encode(digests.sha256).decode()
+
         async def present() -> bool:
-            return await object_size(self._requests, key, attempts=1) == len(data)
+            there = await find_object(self._requests, key, attempts=1)
+            return there is not None and (there.length, there.sha256) == (len(data), sha256)
+
+        async def put(expect: frozenset[int], **condition: str) -> int:
+            headers = {CHECKSUM_SHA256: sha256, **condition}
+            return (await self._requests.send("PUT", key, expect, headers=headers, body=data, attempts=1)).status
 
         anew = key in self._mistrusted
 
         async def attempt() -> None:
-            if anew:
-                await self._requests.send("PUT", key, _OK, body=data, attempts=1)
-                return
-            if len(data) >= _ASK_FIRST_BYTES and await present():
-                return
-            condition = {"If-None-Match": "*"}
-            expect = frozenset({200, 409, 412})
-            answer = await self._requests.send("PUT", key, expect, headers=condition, body=data, attempts=1)
-            if answer.status == 200 or await present():
-                return
-            # What is there is not what belongs there, or is just going away: these bytes are verified.
-            await self._requests.send("PUT", key, _OK, body=data, attempts=1)
+            if not anew:
+                if len(data) >= _ASK_FIRST_BYTES and await present():
+                    return
+                if await put(frozenset({200, 409, 412}), **{"If-None-Match": "*"}) == 200 or await present():
+                    return
+            # What is there is not known to be what belongs there, or is just going away: these bytes are verified.
+            await put(_OK)
 
         await self._requests.retry(attempt, seconds=patience(len(data)))
         self._mistrusted.discard(key)

@@ -9,19 +9,29 @@ left to the sweep, a day after its completion: so long it says that an event may
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from uuid import uuid4
 from xml.sax.saxutils import escape
 
-from services.blobs.intake import Intake
+from services.blobs.intake import PIECE_BYTES, Intake
 from services.blobs.memory import PartBuffer, Share
 from services.blobs.parts import PartPlan
 from services.blobs.port import UPLOADS
-from services.blobs.s3_requests import Answer, Relay, S3Requests, StoreTroubleError, parse_xml
+from services.blobs.s3_requests import (
+    CHECKSUM_CRC32,
+    CHECKSUM_SHA256,
+    TELL_CHECKSUM,
+    Relay,
+    S3Requests,
+    StoreTroubleError,
+    crc32_text,
+    parse_xml,
+)
 from services.errors import CorruptError, UnavailableError
 
 RECORDS = "multipart/"
@@ -29,6 +39,7 @@ RENEW_SECONDS = 3600.0  # far below the day after which an upload counts as idle
 _COMPLETE_SECONDS = 120.0  # a store may have to put thousands of parts together
 OK = frozenset({200})
 GONE = frozenset({200, 204, 404})
+_BETWEEN = " "  # CRC-32 and ETag in the tag of a part
 _log = logging.getLogger(__name__)
 
 
@@ -81,8 +92,7 @@ class MultipartUpload:
         self._record: UploadRecord | None = None
         self._opening: asyncio.Task[None] | None = None
         self._sending: set[asyncio.Task[None]] = set()
-        self._etags: dict[int, str] = {}
-        self._relaying = False
+        self._tags: dict[int, str] = {}
 
     async def begin(self) -> None:
         """Start the upload and write its record. Raises UnavailableError."""
@@ -115,14 +125,9 @@ class MultipartUpload:
             await self._renew()
         await self._settle()
 
-    async def complete(self, length: int, *, only_if_absent: bool) -> None:
-        """Make the upload an object of `length` bytes; with `only_if_absent` one that is there already is kept.
-
-        Returns if the object is there, whoever completed it. Raises UnavailableError.
-        """
-        parts = sorted(self._etags.items())
-        upload_id = self._opened().upload_id
-        await complete_upload(self._requests, self._key, upload_id, parts, length, only_if_absent=only_if_absent)
+    async def complete(self, length: int) -> None:
+        """Make the upload an object of `length` bytes, in place of one that is there. Raises UnavailableError."""
+        await complete_upload(self._requests, self._key, self._opened().upload_id, sorted(self._tags.items()), length)
         try:
             if self._key.startswith(UPLOADS):
                 await self._write_record(completed=True)
@@ -169,9 +174,7 @@ class MultipartUpload:
         task.add_done_callback(sent)
 
     async def _put(self, number: int, body: PartBuffer | Relay) -> None:
-        query = {**self._query(), "partNumber": str(number)}
-        answer = await self._requests.send("PUT", self._key, OK, query=query, body=body)
-        self._etags[number] = answer.headers.get("ETag", "")
+        self._tags[number] = await put_part(self._requests, self._key, self._opened().upload_id, number, body)
 
     async def _relay(self, number: int, size: int, intake: Intake) -> None:
         failure: list[Exception] = []
@@ -189,7 +192,7 @@ class MultipartUpload:
                 raise
 
         try:
-            await self._put(number, Relay(pieces(), size))
+            await self._put(number, Relay(pieces(), size, PIECE_BYTES))
         except StoreTroubleError:
             if failure:
                 raise failure[0] from None
@@ -214,9 +217,6 @@ class MultipartUpload:
             raise RuntimeError("the upload has not begun")
         return self._record
 
-    def _query(self) -> dict[str, str]:
-        return {"uploadId": self._opened().upload_id}
-
 
 async def fill(intake: Intake, size: int) -> PartBuffer:
     """The next `size` bytes of a body, fewer at its end, in a buffer that the caller closes."""
@@ -230,15 +230,41 @@ async def fill(intake: Intake, size: int) -> PartBuffer:
     return part
 
 
-async def object_size(requests: S3Requests, key: str, attempts: int | None = None) -> int | None:
-    """Length of an object in bytes, None if there is none. Raises UnavailableError."""
-    answer = await requests.send("HEAD", key, frozenset({200, 404}), attempts=attempts)
-    return int(answer.headers["Content-Length"]) if answer.status == 200 else None
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """What a store says of an object: bytes, ETag, and checksums of the whole in base64 where it keeps them."""
+
+    length: int
+    etag: str
+    crc32: str | None
+    sha256: str | None
+
+
+async def find_object(requests: S3Requests, key: str, attempts: int | None = None) -> StoredObject | None:
+    """What the store says of an object, None if there is none. Raises UnavailableError."""
+    found = await requests.send("HEAD", key, frozenset({200, 404}), headers=TELL_CHECKSUM, attempts=attempts)
+    if found.status == 404:
+        return None
+
+    def checksum(name: str) -> str | None:
+        told = found.headers.get(name)
+        return None if told is None or "-" in told else told  # one that ends in -3 was made of those of three parts
+
+    return StoredObject(
+        int(found.headers["Content-Length"]),
+        found.headers.get("ETag", ""),
+        checksum(CHECKSUM_CRC32),
+        checksum(CHECKSUM_SHA256),
+    )
 
 
 async def begin_upload(requests: S3Requests, key: str) -> str:
-    """Begin a multipart upload and return its id. Raises UnavailableError."""
-    answer = await requests.send("POST", key, OK, query={"uploads": ""})
+    """Begin a multipart upload and return its id. Raises UnavailableError.
+
+    The store is asked to check the CRC-32 of each part, and to keep that of the whole.
+    """
+    wanted = {"x-amz-checksum-algorithm": "CRC32", "x-amz-checksum-type": "FULL_OBJECT"}
+    answer = await requests.send("POST", key, OK, query={"uploads": ""}, headers=wanted)
     root = parse_xml(answer.body)
     upload_id = root.findtext("UploadId") if root is not None else None
     if not upload_id:
@@ -246,29 +272,29 @@ async def begin_upload(requests: S3Requests, key: str) -> str:
     return upload_id
 
 
-async def complete_upload(
-    requests: S3Requests,
-    key: str,
-    upload_id: str,
-    parts: Iterable[tuple[int, str]],
-    length: int,
-    *,
-    only_if_absent: bool,
-) -> None:
-    """Make parts (number and ETag, by number) an object of `length` bytes, as `MultipartUpload.complete` does."""
-    listed = "".join(
-        f"<Part><PartNumber>{number}</PartNumber><ETag>{escape(etag)}</ETag></Part>" for number, etag in parts
-    )
-    body = f"<CompleteMultipartUpload>{listed}</CompleteMultipartUpload>".encode()
+async def put_part(requests: S3Requests, key: str, upload_id: str, number: int, body: PartBuffer | Relay) -> str:
+    """Store a part and return its tag: CRC-32 and ETag, for `complete_upload`. Raises UnavailableError."""
+    query = {"uploadId": upload_id, "partNumber": str(number)}
+    answer = await requests.send("PUT", key, OK, query=query, body=body)
+    return f"{crc32_text(body.crc32)}{_BETWEEN}{answer.headers.get('ETag', '')}"
 
-    async def ask(condition: dict[str, str]) -> Answer:
-        expect = frozenset({200, 404, 409, 412})
+
+async def complete_upload(
+    requests: S3Requests, key: str, upload_id: str, parts: Iterable[tuple[int, str]], length: int
+) -> None:
+    """Make parts (number and tag, by number) an object of `length` bytes, in place of one that is there.
+
+    Returns if the object is there, whoever completed the upload. Raises UnavailableError.
+    """
+    tags = [(number, *_parted(tag)) for number, tag in parts]
+    body = f"<CompleteMultipartUpload>{''.join(_listed(*tag) for tag in tags)}</CompleteMultipartUpload>".encode()
+
+    async def finish() -> None:
         answer = await requests.send(
             "POST",
             key,
-            expect,
+            frozenset({200, 404}),
             query={"uploadId": upload_id},
-            headers=condition,
             body=body,
             attempts=1,
             seconds=_COMPLETE_SECONDS,
@@ -279,18 +305,33 @@ async def complete_upload(
             raise StoreTroubleError(
                 str(requests.unavailable(f"failed to complete an upload ({answer.code or 'no reason given'})"))
             )
-        return answer
-
-    async def finish() -> None:
-        answer = await ask({"If-None-Match": "*"} if only_if_absent else {})
-        if answer.status == 200 or await object_size(requests, key, attempts=1) == length:
-            return
-        if answer.status in {409, 412}:  # what is there is not what belongs there: these bytes are verified
-            answer = await ask({})
-        if answer.status != 200:
-            raise requests.unavailable(f"lost an upload ({answer.status} {answer.code}) before its completion")
+        if answer.status == 404:  # it may be completed, by a request whose answer was lost
+            there = await find_object(requests, key, attempts=1)
+            ours = there is not None and (key.startswith(UPLOADS) or there.etag == _whole_etag(tags))
+            if there is None or not ours or there.length != length:
+                raise requests.unavailable(f"lost an upload ({answer.code}) before its completion")
 
     await requests.retry(finish, seconds=_COMPLETE_SECONDS)
+
+
+def _parted(tag: str) -> tuple[str, str]:
+    """CRC-32 and ETag out of a part's tag; no CRC-32 of a part that an older release stored."""
+    crc32, between, etag = tag.partition(_BETWEEN)
+    return (crc32, etag) if between else ("", tag)
+
+
+def _listed(number: int, crc32: str, etag: str) -> str:
+    checksum = f"<ChecksumCRC32>{crc32}</ChecksumCRC32>" if crc32 else ""
+    return f"<Part><PartNumber>{number}</PartNumber><ETag>{escape(etag)}</ETag>{checksum}</Part>"
+
+
+def _whole_etag(tags: Sequence[tuple[int, str, str]]) -> str | None:
+    """The ETag that the whole has where those of its parts are their MD5, as stores have it that do not encrypt."""
+    try:
+        digests = b"".join(bytes.fromhex(etag.strip('"')) for _, _, etag in tags)
+    except ValueError:
+        return None
+    return f'"{hashlib.md5(digests, usedforsecurity=False).hexdigest()}-{len(tags)}"'
 
 
 async def remove_upload(requests: S3Requests, record_key: str, record: UploadRecord) -> None:

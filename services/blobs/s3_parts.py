@@ -7,6 +7,7 @@ the digests are computed once the object is whole. An upload that fits into one 
 from __future__ import annotations
 
 import asyncio
+import zlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from uuid import UUID, uuid4
@@ -17,8 +18,8 @@ from services.blobs.memory import ByteBudget, PartBuffer
 from services.blobs.object_parts import ObjectParts
 from services.blobs.parts import MIB
 from services.blobs.port import UPLOADS, BlobStore, Declared, Digests, Part, PartsKey, StoredBlob
-from services.blobs.s3_multipart import GONE, OK, begin_upload, complete_upload, object_size
-from services.blobs.s3_requests import S3Requests, StoreTroubleError
+from services.blobs.s3_multipart import GONE, begin_upload, complete_upload, find_object, put_part
+from services.blobs.s3_requests import S3Requests, StoreTroubleError, crc32_text
 from services.errors import TooLargeError, UnavailableError, UploadNotFoundError
 
 _BETWEEN = "/"  # name and multipart upload's id in a token
@@ -92,10 +93,8 @@ class S3Parts:
         key, upload = _place(where)
         if key is None:
             return await self._small.put(where, number, part)
-        query = {"uploadId": upload, "partNumber": str(number)}
         async with self._upload(key, upload):
-            answer = await self._requests.send("PUT", key, OK, query=query, body=part)
-        return answer.headers.get("ETag", "")
+            return await put_part(self._requests, key, upload, number, part)
 
     async def assemble(
         self, where: PartsKey, parts: Sequence[Part], *, declared: Declared, digests: Digests | None = None
@@ -109,12 +108,16 @@ class S3Parts:
         length = declared.size_bytes
         listed = sorted((part.number, part.etag) for part in parts)
         async with self._upload(key, upload):
-            await complete_upload(self._requests, key, upload, listed, length, only_if_absent=False)
+            await complete_upload(self._requests, key, upload, listed, length)
         if digests is None:
             intake = Intake(self._blobs.read(key, 0, length), declared=declared, max_bytes=length)
-            while await intake.take(PIECE_BYTES):
-                pass
+            crc32 = 0
+            while piece := await intake.take(PIECE_BYTES):
+                crc32 = zlib.crc32(piece, crc32)
             digests = await intake.digests()
+            there = await find_object(self._requests, key)
+            if there is not None and there.crc32 not in (None, crc32_text(crc32)):
+                raise StoreTroubleError(str(self._requests.unavailable(f"gave other bytes of {key} than were put")))
         else:
             check_declared(digests, declared)
         return StoredBlob(self._blobs.backend_id, key, 0, digests.length, digests.blake3, digests.sha256)
@@ -146,7 +149,7 @@ class S3Parts:
         except UnavailableError:
             query = {"uploadId": upload, "max-parts": "1"}
             answer = await self._requests.send("GET", key, frozenset({200, 404}), query=query, attempts=1)
-            if answer.code != "NoSuchUpload" or await object_size(self._requests, key, attempts=1) is not None:
+            if answer.code != "NoSuchUpload" or await find_object(self._requests, key, attempts=1) is not None:
                 raise
             raise UploadNotFoundError("the blob store has removed what came of this upload: begin a new one") from None
 

@@ -1,25 +1,35 @@
-"""Single requests to an S3 store: presigned, timed out, tried a few times, with errors that name the cause.
+"""Single requests to an S3 store: signed, timed out, tried a few times, with errors that name the cause.
 
-The MinIO SDK signs (with a fixed region, so that signing asks the store nothing); aiohttp carries the bytes, with an
-unsigned payload, since every body is hashed on its way in anyway. A presigned URL is a credential for as long as it
-lives: it stays inside this file, and no error text or chained exception shows it.
+The MinIO SDK signs (with a fixed region, so that signing asks the store nothing); aiohttp carries the bytes. Every body
+that is put comes with a checksum among the signed headers, or behind it where it passes through: the store refuses
+bytes that were altered on the way. The payload itself is not signed, which would be one more SHA-256 for large parts.
+A signature is a credential for some minutes: it stays inside this file, and no error text or chained exception shows
+it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import os
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any, TypeVar
+from urllib.parse import quote, urlsplit
 from weakref import WeakSet
 from xml.etree import ElementTree
 
 import aiohttp
 import urllib3
 from minio import Minio
+from minio.credentials.credentials import Credentials
+from minio.signer import sign_v4_s3
+from minio.time import to_amz_date
 from tenacity import (
     AsyncRetrying,
     retry_if_exception_type,
@@ -36,8 +46,14 @@ ATTEMPTS = 4
 CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 30.0
 SLOWEST_BYTES_PER_SECOND = 256 * 1024  # a transfer below this rate is given up
-_SIGNED_FOR = timedelta(minutes=15)  # S3 allows clocks to differ by as much
+CHECKSUM_SHA256 = "x-amz-checksum-sha256"
+CHECKSUM_CRC32 = "x-amz-checksum-crc32"
+TELL_CHECKSUM = {"x-amz-checksum-mode": "ENABLED"}
+"""Header of a HEAD or GET by which a store tells the checksum that it keeps of the whole object."""
+_UNSIGNED = "UNSIGNED-PAYLOAD"
+_UNSIGNED_WITH_TRAILER = "STREAMING-UNSIGNED-PAYLOAD-TRAILER"
 _SLICE = 256 * 1024
+_ALTERED_CODES = {"BadDigest", "XAmzContentChecksumMismatch"}  # Amazon S3 and SeaweedFS, MinIO
 _PASSING_CODES = {"SlowDown", "RequestTimeout", "InternalError", "OperationAborted", "ServiceUnavailable"}
 _FULL_CODES = {"XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "QuotaExceeded"}  # MinIO, MinIO, Ceph (a 403)
 _FULL_RETRY_SECONDS = 10.0  # nobody makes room within the second
@@ -103,12 +119,46 @@ class Answer:
         return (root.findtext("Code") or "") if root is not None and root.tag == "Error" else ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Relay:
-    """A request body of known length that passes through once, so that such a request has one attempt only."""
+    """A request body of known length that passes through once, so that such a request has one attempt only.
+
+    Its checksum, known at its end, follows it: it is sent as chunks in the coding `aws-chunked`, with a trailer.
+    """
 
     pieces: AsyncIterator[bytes]
+    """Each of `piece_bytes`, but the last."""
     length: int
+    piece_bytes: int
+    crc32: int = 0
+    """Of the pieces that were sent."""
+
+    @property
+    def framed_length(self) -> int:
+        """Bytes that are sent, framing and trailer included."""
+        full, rest = divmod(self.length, self.piece_bytes)
+        framing = full * len(_framing(self.piece_bytes)) + (len(_framing(rest)) if rest else 0)
+        return self.length + framing + len(_trailer(0))
+
+    async def framed(self) -> AsyncIterator[bytes]:
+        """The chunks."""
+        async for piece in self.pieces:
+            self.crc32 = zlib.crc32(piece, self.crc32)
+            yield b"%x\r\n%b\r\n" % (len(piece), piece)
+        yield _trailer(self.crc32)
+
+
+def _framing(size: int) -> bytes:
+    return b"%x\r\n\r\n" % size
+
+
+def _trailer(crc32: int) -> bytes:
+    return f"0\r\n{CHECKSUM_CRC32}:{crc32_text(crc32)}\r\n\r\n".encode()
+
+
+def crc32_text(crc32: int) -> str:
+    """A CRC-32 as S3 writes it: its four bytes in base64."""
+    return base64.b64encode(crc32.to_bytes(4, "big")).decode()
 
 
 def patience(length: int, seconds: float = ANSWER_SECONDS) -> float:
@@ -159,7 +209,8 @@ class S3Requests:
         """Send a request until it is answered with one of the statuses in `expect`, and return that answer.
 
         `seconds` bounds the wait for an answer; a body adds time for its transfer. Once so much time has passed, no
-        further attempt begins: a store that hangs is not waited for again and again.
+        further attempt begins: a store that hangs is not waited for again and again. A body that is put comes with its
+        CRC-32 where the headers hold no checksum.
 
         Raises:
             UnavailableError: the store cannot be reached, is full, or answers otherwise.
@@ -210,10 +261,8 @@ class S3Requests:
             StoreTroubleError, UnavailableError: as `send`. The statuses 206, 404 and 416 are the caller's.
         """
         with _Explained(self, ANSWER_SECONDS):
-            headers = {"Range": f"bytes={first}-{last}"}
-            async with self._opened().request(
-                "GET", self._signed("GET", key, {}), headers=headers, allow_redirects=False
-            ) as response:
+            url, headers = self._signed("GET", key, {}, {"Range": f"bytes={first}-{last}"})
+            async with self._opened().request("GET", url, headers=headers, allow_redirects=False) as response:
                 if response.status != 206:
                     answer = Answer(response.status, response.headers, await response.read())
                     self._judge("GET", key, answer, frozenset({404, 416}))
@@ -253,10 +302,15 @@ class S3Requests:
     ) -> Answer:
         length = _length(body)
         sent = dict(headers)
+        payload = _UNSIGNED
         data: object = None
         if isinstance(body, Relay):
-            data = body.pieces
-            sent["Content-Length"] = str(length)
+            data = body.framed()
+            payload = _UNSIGNED_WITH_TRAILER
+            sent["Content-Encoding"] = "aws-chunked"
+            sent["Content-Length"] = str(body.framed_length)
+            sent["x-amz-decoded-content-length"] = str(length)
+            sent["x-amz-trailer"] = CHECKSUM_CRC32
         elif isinstance(body, PartBuffer) and length > _SLICE:
             data = _slices(body)
             sent["Content-Length"] = str(length)
@@ -264,13 +318,18 @@ class S3Requests:
             data = body.read(0, length)
         else:
             data = body
+        if isinstance(body, bytes) and method != "PUT":
+            payload = hashlib.sha256(body).hexdigest()  # a checksum here would be that of the object
+        elif isinstance(body, bytes | PartBuffer) and CHECKSUM_SHA256 not in sent:
+            sent[CHECKSUM_CRC32] = crc32_text(body.crc32 if isinstance(body, PartBuffer) else zlib.crc32(body))
+        url, sent = self._signed(method, key, query, sent, payload)
         limit = patience(length, seconds)
         with _Explained(self, limit):
             async with (
                 asyncio.timeout(limit),
                 self._opened().request(
                     method,
-                    self._signed(method, key, query),
+                    url,
                     headers=sent,
                     data=data,
                     allow_redirects=False,
@@ -293,16 +352,47 @@ class S3Requests:
             raise full
         if answer.status in {401, 403}:
             raise self.refused(code)
+        if code in _ALTERED_CODES:
+            raise StoreTroubleError(str(self.unavailable(f"received other bytes than were sent to {method} {key}")))
         reason = f"answered {answer.status} {code}".rstrip() + f" to {method} {key}"
         if answer.status >= 500 or answer.status == 429 or code in _PASSING_CODES:
             raise StoreTroubleError(str(self.unavailable(reason)))
         raise self.unavailable(reason)
 
-    def _signed(self, method: str, key: str, query: Mapping[str, str]) -> URL:
-        url = self._sdk.get_presigned_url(
-            method, self.endpoint.bucket, key, expires=_SIGNED_FOR, extra_query_params=dict(query)
+    @cached_property
+    def _bucket_url(self) -> str:
+        """Where the keys of the bucket begin, as the SDK has it: the bucket may be part of the path or of the host."""
+        return self._sdk.get_presigned_url("GET", self.endpoint.bucket, "k").partition("?")[0].removesuffix("k")
+
+    def _signed(
+        self,
+        method: str,
+        key: str,
+        query: Mapping[str, str],
+        headers: Mapping[str, str],
+        payload: str = _UNSIGNED,
+    ) -> tuple[URL, dict[str, str]]:
+        """The address, and the headers with a signature over all of them but the length."""
+        asked = "&".join(f"{name}={quote(value, safe='')}" for name, value in query.items())
+        url = f"{self._bucket_url}{quote(key)}{'?' if asked else ''}{asked}"
+        split = urlsplit(url)
+        now = datetime.now(UTC)
+        signed = sign_v4_s3(
+            method=method,
+            url=split,
+            region=self.endpoint.region,
+            headers={
+                **headers,
+                "Host": split.netloc,
+                "x-amz-date": to_amz_date(now),
+                "x-amz-content-sha256": payload,
+            },
+            credentials=Credentials(self.endpoint.access_key, self.endpoint.secret_key),
+            content_sha256=payload,
+            date=now,
         )
-        return URL(url, encoded=True)  # anything re-quoted would break the signature
+        # Anything re-quoted would break the signature.
+        return URL(url, encoded=True), {name: str(value) for name, value in signed.items()}
 
     def _opened(self) -> aiohttp.ClientSession:
         if self._session is None:

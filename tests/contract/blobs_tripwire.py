@@ -1,4 +1,4 @@
-"""A TCP proxy in front of a store that breaks the connection when a certain request passes."""
+"""TCP proxies in front of a store that break the connection, or flip a bit, when a certain request passes."""
 
 from __future__ import annotations
 
@@ -63,3 +63,49 @@ class Tripwire:
                 if passed >= self._after:
                     return
             await writer.drain()
+
+
+class BitFlipper(Tripwire):
+    """Flips a bit of what passes once a request begins with a pattern, at most so many times.
+
+    `after` bytes behind the end of the request's head; with `back`, of the answer's.
+    """
+
+    def __init__(self, host: str, request: bytes, *, times: int = 1, after: int = 0, back: bool = False) -> None:
+        super().__init__(host, request, times=times, after=after)
+        self._flips_back = back
+
+    async def _forth(self, reader: asyncio.StreamReader, up: asyncio.StreamWriter, tripped: asyncio.Event) -> None:
+        at: int | None = None  # where the bit to flip is, counted from the chunk at hand
+        while data := await reader.read(65536):
+            if self._left and self._request.match(data):
+                self._left -= 1
+                self.tripped += 1
+                if self._flips_back:
+                    tripped.set()
+                else:
+                    at = _body(data) + self._after
+            data, at = _flipped(data, at)
+            up.write(data)
+            await up.drain()
+
+    async def _back(self, up: asyncio.StreamReader, writer: asyncio.StreamWriter, tripped: asyncio.Event) -> None:
+        at: int | None = None
+        while data := await up.read(65536):
+            if tripped.is_set():
+                tripped.clear()
+                at = _body(data) + self._after
+            data, at = _flipped(data, at)
+            writer.write(data)
+            await writer.drain()
+
+
+def _body(data: bytes) -> int:
+    return data.index(b"\r\n\r\n") + 4
+
+
+def _flipped(data: bytes, at: int | None) -> tuple[bytes, int | None]:
+    """The chunk with a bit flipped if `at` lies in it, and where `at` is from the next chunk on."""
+    if at is None or at >= len(data):
+        return data, None if at is None else at - len(data)
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :], None

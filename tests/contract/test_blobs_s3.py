@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from blake3 import blake3
 
-from services.blobs.memory import ByteBudget
+from services.blobs.memory import ByteBudget, PartBuffer
 from services.blobs.packs import Packing
-from services.blobs.port import Declared, content_key
+from services.blobs.port import Declared, Part, PartsKey, content_key
 from services.blobs.s3 import S3BlobStore
 from services.blobs.s3_multipart import RECORDS, UploadRecord
 from services.blobs.s3_requests import Endpoint
@@ -39,7 +40,7 @@ from tests.contract.blobs_stage import (
     s3_store,
     some_bytes,
 )
-from tests.contract.blobs_tripwire import Tripwire
+from tests.contract.blobs_tripwire import BitFlipper, Tripwire
 
 pytestmark = pytest.mark.services
 
@@ -116,6 +117,88 @@ async def test_an_upload_whose_store_keeps_failing_leaves_nothing(
     assert "X-Amz" not in str(failed.value)
     assert failed.value.__cause__ is None
     assert objects(at) == set()
+
+
+ALTERED = pytest.mark.parametrize(
+    ("altered", "size", "said"),
+    [
+        (rb"PUT /[^/]+/blobs/", 1000, False),
+        (rb"PUT /[^/]+/blobs/", 1 << 20, True),
+        (rb"PUT /[^/]+/uploads/.*partNumber=2", 3 * PART, False),
+        (rb"PUT /[^/]+/blobs/.*partNumber=1", 2 * PART, True),
+    ],
+    ids=["small", "held", "part", "addressed"],
+)
+
+
+@ALTERED
+async def test_bytes_that_are_altered_on_their_way_to_the_store_are_sent_again(
+    any_s3_bucket: dict[str, Any], at: Endpoint, altered: bytes, size: int, said: bool
+) -> None:
+    data = some_bytes(size)
+    wire = BitFlipper(at.host, altered, after=size // 10)
+    async with wire.listening() as host, opened(endpoint(any_s3_bucket, host)) as store:
+        blob = await put(store, data, declared(data) if said else None)
+        assert await got(store, blob) == data
+    assert wire.tripped == 1
+
+
+@ALTERED
+async def test_bytes_that_are_altered_again_and_again_are_not_acknowledged(
+    any_s3_bucket: dict[str, Any], at: Endpoint, altered: bytes, size: int, said: bool
+) -> None:
+    data = some_bytes(size)
+    wire = BitFlipper(at.host, altered, times=100, after=size // 10)
+    async with wire.listening() as host, opened(endpoint(any_s3_bucket, host), attempts=2) as store:
+        with pytest.raises(UnavailableError, match=r"other bytes than were sent|lost in the middle"):
+            await put(store, data, declared(data) if said else None)
+    assert wire.tripped >= 2
+    assert objects(at) == set()
+
+
+async def test_a_relayed_part_that_is_altered_on_its_way_is_not_acknowledged(
+    any_s3_bucket: dict[str, Any], at: Endpoint
+) -> None:
+    data = some_bytes(4 * PART + 17)
+    wire = BitFlipper(at.host, rb"PUT /[^/]+/uploads/.*partNumber=2", after=PART)
+    options = {"held_bytes": PART, "max_parts": 2}
+    async with wire.listening() as host, opened(endpoint(any_s3_bucket, host), **options) as store:
+        with pytest.raises(UnavailableError):
+            await put(store, data, Declared(size_bytes=len(data)))
+    assert wire.tripped == 1
+    assert not {key for key in objects(at) if not key.startswith(RECORDS)}
+
+
+async def test_an_object_that_is_altered_on_its_way_is_sent_or_read_again(
+    any_s3_bucket: dict[str, Any], at: Endpoint
+) -> None:
+    forth = BitFlipper(at.host, rb"PUT /[^/]+/snapshots/", after=10)
+    back = BitFlipper(at.host, rb"GET /[^/]+/snapshots/", after=10, back=True)
+    async with forth.listening() as host, opened(endpoint(any_s3_bucket, host)) as store:
+        await store.put_object("snapshots/x", some_bytes(1000))
+    async with back.listening() as host, opened(endpoint(any_s3_bucket, host)) as store:
+        assert await store.get_object("snapshots/x") == some_bytes(1000)
+    assert (forth.tripped, back.tripped) == (1, 1)
+
+
+async def test_parts_that_are_altered_while_they_are_read_back_are_read_again(
+    any_s3_bucket: dict[str, Any], at: Endpoint
+) -> None:
+    data = some_bytes(2 * PART)
+    wire = BitFlipper(at.host, rb"GET /[^/]+/uploads/", after=PART, back=True)
+    async with wire.listening() as host, opened(endpoint(any_s3_bucket, host)) as store:
+        upload_id = uuid4()
+        where = PartsKey(upload_id, await store.parts.begin(upload_id, len(data)))
+        parts = []
+        for number in (1, 2):
+            with closing(PartBuffer(PART)) as part:
+                part.append(data[(number - 1) * PART : number * PART])
+                parts.append(Part(number, await store.parts.put(where, number, part)))
+        with pytest.raises(UnavailableError, match="gave other bytes"):
+            await store.parts.assemble(where, parts, declared=Declared(len(data)))
+        blob = await store.parts.assemble(where, parts, declared=Declared(len(data)))
+    assert blob.blake3 == blake3(data).digest()
+    assert wire.tripped == 1
 
 
 async def test_an_aborted_upload_is_unknown_to_the_store(at: Endpoint) -> None:
