@@ -11,7 +11,7 @@ import errno
 import os
 from collections.abc import AsyncIterable, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -79,13 +79,7 @@ class LocalBlobStore:
         if declared.blake3 is not None and declared.size_bytes is not None:
             key = content_key(declared.blake3)
             if key not in self._mistrusted and await self.size(key) == declared.size_bytes:
-                while await intake.take(PIECE_BYTES):  # the bytes are there, but these must prove to be the same
-                    pass
-                stored = self._stored(await intake.digests())
-                await self.secure(key)
-                if await self.size(key) != stored.length:
-                    raise UnavailableError(f"blob {key} was set aside as damaged while it was sent again: retry")
-                return stored
+                return await self._store_known(intake, key)
         draft = _Draft(self._incoming / f"{uuid4()}.part")
         try:
             await self._work(draft.open)
@@ -99,6 +93,25 @@ class LocalBlobStore:
             await self._cleanups.run(self._work(draft.discard))
             raise
         return self._stored(digests)
+
+    async def _store_known(self, intake: Intake, key: str) -> StoredBlob:
+        """Take a body that seems to be stored: it must prove to be what was declared, and the file to be the same."""
+        there = self.read(key, 0, await self.size(key) or 0)
+        same = True
+        async with aclosing(there):  # type: ignore[type-var]  # it is a generator
+            while piece := await intake.take(PIECE_BYTES):
+                try:
+                    same = same and await anext(there, b"") == piece
+                except CorruptError:  # it is gone, or was cut short
+                    same = False
+        stored = self._stored(await intake.digests())
+        await self.secure(key)
+        if await self.size(key) != stored.length:
+            raise UnavailableError(f"blob {key} was set aside as damaged while it was sent again: retry")
+        if not same:
+            self.mistrust(key)
+            raise UnavailableError(f"blob {key} has other bytes than belong there: retry, so that they are replaced")
+        return stored
 
     async def read(self, key: str, offset: int, length: int) -> AsyncIterator[bytes]:
         """See the port."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from base64 import b64encode
 from collections.abc import AsyncIterator, Callable
+from contextlib import closing
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 from minio import Minio
 
+from services.blobs.memory import PartBuffer
 from services.blobs.port import Declared, StoredBlob
 from services.blobs.s3 import S3BlobStore
 from services.errors import CorruptError, UnavailableError
@@ -109,8 +113,45 @@ async def test_identical_uploads_at_the_same_time_heal_a_blob_once(stage: Stage,
     assert stage.holds() == {blob.key, aside}
 
 
+@pytest.mark.parametrize("size", [1, 1000, MIB, pytest.param(LARGE, marks=MUCH)])
+@pytest.mark.parametrize("said", [False, True], ids=["undeclared", "declared"])
+async def test_an_upload_is_not_acknowledged_while_other_bytes_of_its_length_lie_at_its_key(
+    stage: Stage, size: int, said: bool
+) -> None:
+    said = said or size == LARGE  # a large body that declares nothing has a key of its own
+    data, blob = await damaged(stage, size)
+    try:
+        assert await put(stage.store, data, declared(data) if said else None) == blob
+    except UnavailableError:  # it had nothing left of the body to store
+        assert await put(stage.store, data, declared(data) if said else None) == blob
+    assert await got(stage.store, blob) == data
+    assert stage.holds() == {blob.key}
+
+
+@pytest.mark.services
+@pytest.mark.parametrize("size", [1000, MIB, LARGE])
+async def test_the_checksum_that_the_store_keeps_tells_that_an_object_has_other_bytes(
+    any_s3_bucket: dict[str, Any], size: int
+) -> None:
+    data = some_bytes(size)
+    store = S3BlobStore(endpoint(any_s3_bucket), part_bytes=PART)
+    blob = await put(store, data, declared(data))
+    # A checksum of the kind that is looked for: CRC-32 of what was stored in parts, else SHA-256.
+    kept = {} if size == LARGE else {"x-amz-checksum-sha256": b64encode(sha256(bytes(size)).digest()).decode()}
+    with closing(PartBuffer(size)) as wrong:
+        wrong.append(bytes(size))
+        await store._requests.send("PUT", blob.key, frozenset({200}), body=wrong, headers=kept)
+    if size == LARGE:
+        with pytest.raises(UnavailableError, match="other bytes than belong there: retry"):
+            await put(store, data, declared(data))
+    assert await put(store, data, declared(data)) == blob
+    assert await got(store, blob) == data
+    await store.close()
+
+
 async def test_an_upload_that_found_a_blob_that_is_set_aside_meanwhile_is_to_be_tried_again(stage: Stage) -> None:
-    data, blob = await damaged(stage, LARGE)
+    data = some_bytes(LARGE)
+    blob = await put(stage.store, data, declared(data))
 
     async def slow() -> AsyncIterator[bytes]:
         async for chunk in body(data[:-1]):
