@@ -51,6 +51,18 @@ def remark(text: str) -> None:
         click.echo(text, err=True)
 
 
+def unportable(count: int, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """What a finalization says of paths that cannot be unpacked everywhere, for its result; people are warned."""
+    if not count:
+        return {}
+    shown = ", ".join(f"{path!r} and {other!r}" for path, other in pairs)
+    remark(
+        f"warning: paths differ only by case or Unicode form, and can be unpacked together only where file systems "
+        f"tell them apart: {shown}{f' and {count - len(pairs):,} more' if count > len(pairs) else ''}"
+    )
+    return {"unportable_count": count, "unportable_paths": pairs}
+
+
 class ProgressLine:
     """How far something has come that takes long: a line on standard error, written over on a terminal.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from services.cli.output import answer, remark, transfer_progress
+from services.cli.output import answer, remark, transfer_progress, unportable
 from services.cli.root import run
 from services.cli.settings import common_options, invocation, metadata_of
 from services.cli.signals import end_as_interrupted
@@ -65,6 +65,7 @@ def push(
             "sequence": done.sequence,
             "files": done.files,
             "bytes": done.size_bytes,
+            **unportable(done.unportable_count, done.unportable_paths),
         }
     )
 

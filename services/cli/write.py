@@ -10,7 +10,7 @@ from uuid import UUID
 
 import click
 
-from services.cli.output import answer, transfer_progress
+from services.cli.output import answer, transfer_progress, unportable
 from services.cli.piped import named_pipe, standard_input
 from services.cli.root import run
 from services.cli.settings import common_options, invocation
@@ -98,7 +98,14 @@ def finalize(package: str, *, actor: str) -> None:
 
     done = run(_finalize(invocation().settings(), package_id(package), actor))
     manifest = None if done.manifest_digest is None else ContentAddress.of_digest(done.manifest_digest)
-    answer({"package_id": str(done.package_id), "manifest_digest": manifest, "sequence": done.sequence})
+    answer(
+        {
+            "package_id": str(done.package_id),
+            "manifest_digest": manifest,
+            "sequence": done.sequence,
+            **unportable(done.unportable_count, done.unportable_paths),
+        }
+    )
 
 
 async def _finalize(settings: Settings, package: UUID, actor: str) -> Acknowledgement:

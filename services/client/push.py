@@ -23,6 +23,7 @@ from services.client.transfers import DEFAULT_CONCURRENCY, NoProgress, TransferP
 from services.client.tree import TreeFile, walk
 from services.core.commands import Acknowledgement
 from services.core.content_address import ContentAddress
+from services.core.paths import NONE_UNPORTABLE, PathPair, Unportable
 from services.errors import (
     CommandReusedError,
     ConflictError,
@@ -43,13 +44,18 @@ _BATCHES_AT_ONCE = 4
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """What a push made. `sequence` is that of the package's last event; `size_bytes` counts every file."""
+    """What a push made. `sequence` is that of the package's last event; `size_bytes` counts every file.
+
+    `unportable_count` and `unportable_paths` are those of the finalization's `Acknowledgement`.
+    """
 
     package_id: UUID
     manifest_digest: ContentAddress | None
     sequence: int
     files: int
     size_bytes: int
+    unportable_count: int = 0
+    unportable_paths: tuple[PathPair, ...] = ()
 
 
 async def push(
@@ -112,7 +118,7 @@ async def push(
         told.finish_file()
     sender = _Sender(registry, created.package_id, actor, current, told)
     await at_once(batches(missing), concurrency, send)
-    manifest = None
+    manifest, unportable = None, NONE_UNPORTABLE
     if finalize:
         done = await registry.finalize(created.package_id, actor, command_id=current.command_id("finalize"))
         last = done.sequence
@@ -122,10 +128,12 @@ async def push(
                 "something that an earlier run had sent arrived after it was gone from the tree"
             )
         manifest = None if done.manifest_digest is None else ContentAddress.of_digest(done.manifest_digest)
+        unportable = Unportable(done.unportable_count, done.unportable_paths)
     elif present:
         last = max(last, len(files) + 1)  # one event a file, after the one of the creation
     current.done = True
-    return Pushed(created.package_id, manifest, last, len(files), sum(file.stamp.size_bytes for file in files))
+    size_bytes = sum(file.stamp.size_bytes for file in files)
+    return Pushed(created.package_id, manifest, last, len(files), size_bytes, *unportable)
 
 
 class _Sender:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 from uuid import UUID
 
+from services.core.paths import PathPair
+
 
 @dataclass(frozen=True, slots=True)
 class CreatePackage:
@@ -77,8 +79,9 @@ class IngestedFile(NamedTuple):
 class Acknowledgement(NamedTuple):
     """The answer to a command whose events are in the log for good; a retry gets the same one.
 
-    `sequence` and `event_digest` are those of the command's last event; `files` is for `IngestFiles`,
-    `manifest_digest` (32 raw bytes) for `FinalizePackage`.
+    `sequence` and `event_digest` are those of the command's last event; `files` is for `IngestFiles`. The others are
+    for `FinalizePackage`: `manifest_digest` (32 raw bytes), and the paths that cannot be unpacked everywhere because
+    they differ only by case or Unicode form, by their number and the first ten.
     """
 
     package_id: UUID
@@ -86,3 +89,5 @@ class Acknowledgement(NamedTuple):
     event_digest: bytes
     files: tuple[IngestedFile, ...] = ()
     manifest_digest: bytes | None = None
+    unportable_count: int = 0
+    unportable_paths: tuple[PathPair, ...] = ()

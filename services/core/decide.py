@@ -37,7 +37,7 @@ from services.core.evolve import evolve
 from services.core.fields import check_metadata_size, check_text
 from services.core.limits import EVENT_OVERHEAD_BYTES, Limits
 from services.core.manifest import item_file_id, manifest_of
-from services.core.paths import add_folders, check_paths, folders_above
+from services.core.paths import Unportable, add_folders, check_paths, folders_above
 from services.core.retention import retention_class
 from services.core.state import CREATED, CommandState, PackageState, file_states
 from services.errors import (
@@ -72,6 +72,8 @@ class Decision:
     event: Event | None = None
     """What is appended, if it is one event that ingests no file."""
     claim_check: bytes | None = None
+    unportable: Unportable | None = None
+    """What the answer to a finalization says of the package's paths."""
 
     @property
     def events(self) -> tuple[Event, ...]:
@@ -144,7 +146,7 @@ def accept(state: PackageState | None, decision: Decision) -> PackageState:
     appended = decision.appended
     if not isinstance(appended, EncodedIngested):
         if appended is not None and decision.event is not None:
-            return evolve(state, decision.event, appended.digests[0])
+            return evolve(state, decision.event, appended.digests[0], decision.unportable)
         if state is None:
             raise CorruptError("a command without a package became nothing")
         return state
@@ -179,12 +181,10 @@ def acknowledge(state: PackageState, command: Command) -> Acknowledgement:
     if isinstance(command, IngestFiles):
         files = _answered(state, done, command) if done.answered else _ingested(state, command)
         return Acknowledgement(command.package_id, done.last_sequence, done.last_digest, files)
-    return Acknowledgement(
-        command.package_id,
-        done.last_sequence,
-        done.last_digest,
-        manifest_digest=state.manifest_digest if isinstance(command, FinalizePackage) else None,
-    )
+    if isinstance(command, FinalizePackage):
+        of_package = (), state.manifest_digest, *state.unportable
+        return Acknowledgement(command.package_id, done.last_sequence, done.last_digest, *of_package)
+    return Acknowledgement(command.package_id, done.last_sequence, done.last_digest)
 
 
 def check_ingest(
@@ -261,6 +261,7 @@ def _finalize(state: PackageState, command: FinalizePackage, now: int, limits: L
     )
     decision = _single(command, PACKAGE_FINALIZED, payload, digest, now, state.sequence, state.digest)
     decision.claim_check = None if inline else manifest
+    decision.unportable = state.find_unportable()
     return decision
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 from schemas.digests import event_digest
 from schemas.events import Event, FileIngested, PackageCreated, PackageFinalized
 from services.core.manifest import manifest_items
+from services.core.paths import Unportable
 from services.core.state import FINALIZED, CommandState, FileState, PackageState
 from services.errors import CorruptError
 
 
-def evolve(state: PackageState | None, event: Event, digest: bytes | None = None) -> PackageState:
+def evolve(
+    state: PackageState | None, event: Event, digest: bytes | None = None, unportable: Unportable | None = None
+) -> PackageState:
     """Apply the event; `state` is None before the first. The state is changed in place and returned.
 
-    `digest` is the event's chain digest for a caller that has just computed it.
+    `digest` is the event's chain digest, and `unportable` what a finalization finds in the package, for a caller that
+    has just computed them.
 
     Raises:
         CorruptError: the event cannot follow the state: a gap in the sequence, a broken chain, an impossible order.
@@ -41,6 +45,7 @@ def evolve(state: PackageState | None, event: Event, digest: bytes | None = None
         case PackageFinalized():
             state.status = FINALIZED
             state.manifest_digest = event.payload_digest
+            state.unportable = state.find_unportable() if unportable is None else unportable
     _note_command(state, event, digest)
     state.sequence = event.sequence
     state.digest = digest

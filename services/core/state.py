@@ -10,7 +10,7 @@ from uuid import UUID
 
 from schemas.events import PackageCreated
 from schemas.ingested import PackagePieces
-from services.core.paths import add_folders
+from services.core.paths import NONE_UNPORTABLE, Unportable, add_folders, unportable
 
 CREATED = "created"
 FINALIZED = "finalized"
@@ -77,6 +77,8 @@ class PackageState:
     status: str = CREATED
     total_bytes: int = 0
     manifest_digest: bytes | None = None
+    unportable: Unportable = NONE_UNPORTABLE
+    """Of a finalized package, for the answer to its finalization."""
     files: dict[str, FileState] = field(default_factory=dict)
     folders: set[str] = field(default_factory=set)
     """The folders that the files lie in. They follow from `files`, which only `add_files` changes."""
@@ -95,3 +97,7 @@ class PackageState:
         """Add files by their paths, with the folders that they lie in. Raises ValueError: they are not as many."""
         self.files.update(zip(paths, files, strict=True))
         add_folders(self.folders, paths)
+
+    def find_unportable(self) -> Unportable:
+        """What of its files cannot be unpacked everywhere; takes as long as `unportable`."""
+        return unportable(self.files, self.folders)

@@ -23,6 +23,7 @@ from services.core.commands import (
     IngestFiles,
     StoredFile,
 )
+from services.core.paths import PathPair
 from services.errors import (
     ArtifactStoreError,
     InvalidRequestError,
@@ -31,13 +32,16 @@ from services.errors import (
     UnavailableError,
 )
 
-VERSION = 1
+VERSION = 2
 """The newest version that this release reads and writes. Raise it when a field is added, and enter that in `_ADDED`."""
 
 OLDEST = 1
 """The newest version that the previous release knows: for what is stored, and for gateways that have not answered."""
 
-_ADDED: dict[tuple[str, str], int] = {}
+_ADDED: dict[tuple[str, str], int] = {
+    ("Acknowledgement", "unportable_count"): 2,
+    ("Acknowledgement", "unportable_paths"): 2,
+}
 """The version that a field came with, by the names of its shape and its own; the others were there from the first."""
 
 _COMMANDS: dict[str, type[Command]] = {
@@ -53,7 +57,11 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "bytes": (bytes,),
     "bytes | None": (bytes, type(None)),
 }
-_PARTS: dict[str, type] = {"tuple[StoredFile, ...]": StoredFile, "tuple[IngestedFile, ...]": IngestedFile}
+_PARTS: dict[str, type] = {
+    "tuple[StoredFile, ...]": StoredFile,
+    "tuple[IngestedFile, ...]": IngestedFile,
+    "tuple[PathPair, ...]": PathPair,
+}
 
 _Shape = TypeVar("_Shape")
 

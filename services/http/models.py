@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from services.core.commands import Acknowledgement, IngestedFile
 from services.core.content_address import ContentAddress
+from services.core.paths import MAX_PAIRS, PathPair
 from services.errors import CorruptError
 from services.http import times
 from services.views.models import File, Package, Page, Parked, UsageTotal
@@ -133,6 +134,14 @@ class PackageFinalizedAnswer(Answer):
     manifest_digest: AddressText
     sequence: SequenceNumber
     event_digest: Hex32
+    unportable_count: Count = Field(
+        0, description="How many paths differ from another one of the package only by case or by Unicode form"
+    )
+    unportable_paths: list[tuple[str, str]] = Field(
+        default_factory=list,
+        description=f"The first {MAX_PAIRS} of them, each as the second of two paths: the first is the other file's. "
+        "Such files can be unpacked together only where file systems tell the two apart",
+    )
 
     @classmethod
     def of(cls, done: Acknowledgement) -> Self:
@@ -144,6 +153,8 @@ class PackageFinalizedAnswer(Answer):
             manifest_digest=ContentAddress.of_digest(done.manifest_digest),
             sequence=done.sequence,
             event_digest=done.event_digest.hex(),
+            unportable_count=done.unportable_count,
+            unportable_paths=[(path, other) for path, other in done.unportable_paths],
         )
 
     def to_acknowledgement(self) -> Acknowledgement:
@@ -153,6 +164,8 @@ class PackageFinalizedAnswer(Answer):
             self.sequence,
             bytes.fromhex(self.event_digest),
             manifest_digest=ContentAddress(self.manifest_digest).digest,
+            unportable_count=self.unportable_count,
+            unportable_paths=tuple(PathPair(path, other) for path, other in self.unportable_paths),
         )
 
 

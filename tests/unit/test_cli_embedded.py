@@ -45,6 +45,19 @@ def test_push_tells_what_it_made(package: dict[str, Any]) -> None:
     assert package["manifest_digest"].startswith("blake3:")
 
 
+def test_push_and_finalize_warn_of_paths_that_are_one_name_elsewhere(run: Run, tree: Path) -> None:
+    (tree / "A B.TXT").write_bytes(b"shout")
+    pushed = run("push", tree, *ABOUT, "--json")
+    assert json.loads(pushed.stdout)["unportable_count"] == 1
+    (clash,) = json.loads(pushed.stdout)["unportable_paths"]
+    assert sorted(clash) == ["A B.TXT", "a b.txt"]
+    assert "'A B.TXT'" in pushed.stderr
+    package = json.loads(run("push", tree, *ABOUT, "--no-finalize", "--json").stdout)["package_id"]
+    frozen = run("finalize", package)
+    assert "warning: paths differ only by case" in frozen.stderr
+    assert "unportable count" in frozen.stdout
+
+
 def test_push_without_finalizing_leaves_the_package_open(run: Run, tree: Path) -> None:
     pushed = json.loads(run("push", tree, *ABOUT, "--no-finalize", "--json").stdout)
     assert pushed["manifest_digest"] is None

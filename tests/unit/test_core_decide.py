@@ -301,3 +301,16 @@ def test_a_package_lies_in_a_bounded_number_of_folders() -> None:
         decide(state, commands.ingest(PACKAGE, deep[2], name=2), 1_000, limits)
     again = [path + "b" for path in deep[:2]]
     assert len(decide(state, commands.ingest(PACKAGE, *again, name=3), 1_000, limits).events) == 2
+
+
+def test_a_finalization_and_its_retries_report_paths_that_differ_only_by_case() -> None:
+    command = commands.finalize(PACKAGE)
+    before = after(CREATE, commands.ingest(PACKAGE, "README", "readme", "lib/a", "LIB"))
+    decision = decide(before, command, 2_000, LIMITS)
+    state = accept(before, decision)
+    answer = acknowledge(state, command)
+    assert answer.unportable_count == 2
+    assert answer.unportable_paths == (("README", "readme"), ("LIB", "lib"))
+    assert acknowledge(accept(state, decide(state, command, 3_000, LIMITS)), command) == answer
+    folded = after(CREATE, commands.ingest(PACKAGE, "README", "readme", "lib/a", "LIB"))
+    assert acknowledge(evolve(folded, decision.events[0]), command) == answer

@@ -33,7 +33,7 @@ from tests.unit import commands
 LIMITS = Limits(max_files_per_package=6)
 NAMES = st.integers(0, 2)
 COMMAND_NAMES = st.integers(0, 5)
-PATHS = st.sampled_from(["a", "b", "a/b", "a/b/c", "é", "z" * 40, "dir/file.txt"])
+PATHS = st.sampled_from(["a", "A", "b", "a/b", "a/b/c", "é", "z" * 40, "dir/file.txt"])
 
 
 @dataclass
@@ -126,6 +126,7 @@ class RegistryMachine(RuleBasedStateMachine):
             assert appended == 1
         if isinstance(command, FinalizePackage):
             package.finalized = True
+            assert answer.unportable_count == ("A" in package.paths and any(p[0] == "a" for p in package.paths))
             self.check_manifest(command.package_id, package, answer)
 
     def check_manifest(self, package_id: UUID, package: ModelPackage, answer: Acknowledgement) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.core.paths import MAX_PATH_BYTES, check_path, check_paths
+from services.core.paths import MAX_PAIRS, MAX_PATH_BYTES, add_folders, check_path, check_paths, unportable
 from services.errors import InvalidPathError
 
 
@@ -68,3 +68,35 @@ def test_a_path_that_is_taken_stays_inside_and_round_trips(path: str) -> None:
     assert len(path.encode()) <= MAX_PATH_BYTES
     assert unicodedata.normalize("NFC", path) == path
     assert not {"", ".", ".."} & set(path.split("/"))
+
+
+@pytest.mark.parametrize(
+    ("files", "clashing"),
+    [
+        (["a", "b/a", "c/b"], []),
+        (["README", "readme"], [("README", "readme")]),
+        (["a", "A", "b", "B"], [("a", "A"), ("b", "B")]),
+        (["src/x", "Src/y"], []),  # one folder on such a system, and both files in it
+        (["src/x", "Src/X"], [("src/x", "Src/X")]),
+        (["LIB", "lib/a", "lib/b"], [("LIB", "lib")]),
+        (["stra\u00dfe", "STRASSE"], [("stra\u00dfe", "STRASSE")]),
+        (["\ufb01le", "file"], [("\ufb01le", "file")]),
+        (["\u0130", "i\u0307x"], []),
+        (["\uac00", "\u3131"], []),
+    ],
+)
+def test_paths_that_differ_only_by_case_or_unicode_form_are_found(
+    files: list[str], clashing: list[tuple[str, str]]
+) -> None:
+    folders: set[str] = set()
+    add_folders(folders, files)
+    found = unportable(files, folders)
+    assert (found.number, list(found.pairs)) == (len(clashing), clashing)
+
+
+def test_many_clashing_paths_are_counted_and_the_first_are_named() -> None:
+    files = [f"{number}/{name}" for number in range(30) for name in ("a", "A", "\u00e4", "\u00c4")]
+    found = unportable(files, [])
+    assert found.number == 60
+    assert found.pairs[:3] == (("0/a", "0/A"), ("0/\u00e4", "0/\u00c4"), ("1/a", "1/A"))
+    assert len(found.pairs) == MAX_PAIRS

@@ -10,6 +10,7 @@ from schemas.events import FileIngested, PackageCreated, PackageFinalized, Paylo
 from services import errors
 from services.core.commands import Acknowledgement, IngestedFile
 from services.core.content_address import ContentAddress
+from services.core.paths import PathPair
 from services.errors import (
     ArtifactStoreError,
     CorruptError,
@@ -94,7 +95,8 @@ def test_acknowledgements_survive_the_way_over_http() -> None:
     ingested = Acknowledgement(created.package_id, 2, file.event_digest, files=(file,))
     shape = FileIngestedAnswer.model_validate_json(FileIngestedAnswer.of(ingested).model_dump_json())
     assert shape.to_acknowledgement() == ingested
-    finalized = Acknowledgement(created.package_id, 3, bytes(32), manifest_digest=bytes(range(32)))
+    clashes = 7, (PathPair("README", "readme"), PathPair("a", "A"))
+    finalized = Acknowledgement(created.package_id, 3, bytes(32), (), bytes(range(32)), *clashes)
     done = PackageFinalizedAnswer.model_validate_json(PackageFinalizedAnswer.of(finalized).model_dump_json())
     assert done.to_acknowledgement() == finalized
 

@@ -31,7 +31,7 @@ LIMITS = Limits(max_files_per_package=6)
 PLACE = Place(UUID(int=7), "t.events", 3)
 NAMES = st.integers(0, 3)
 COMMAND_NAMES = st.integers(0, 5)
-PATHS = st.sampled_from(["a", "b", "a/b", "é", "z" * 40, "dir/file.txt"])
+PATHS = st.sampled_from(["a", "A", "b", "a/b", "é", "É", "z" * 40, "dir/file.txt"])
 TICKS = st.sampled_from([0, 1, 1, 5, ANSWERS_KEPT_MICROS // 2, ANSWERS_KEPT_MICROS])
 
 

@@ -35,6 +35,7 @@ from services.log.kafka.state_rows import (
     command_rows,
     created_values,
     entries_of,
+    package_values,
     sealed,
     unsealed,
 )
@@ -275,10 +276,10 @@ class StateFile:
             row = execute("SELECT * FROM untidy ORDER BY id LIMIT 1").fetchone()
             if row is not None:
                 id_, package_id, finalized_at, next_answer, body = row
-                (created,) = unsealed(body)
+                of_package = unsealed(body)
                 bodies, last, whole = self._next_commands(package_id)
                 changes = Changes(self._connection)
-                answers = answers_of_rows(bodies, created)
+                answers = answers_of_rows(bodies, of_package)
                 first_free = self._add_answers(changes, answers, finalized_at, next_answer)
                 changes.flush()
                 execute("DELETE FROM commands WHERE package_id = ? AND sequence <= ?", (package_id, last))
@@ -342,7 +343,7 @@ class StateFile:
             self._save_commands(changes, state, saved)
             self._connection.execute(
                 "INSERT INTO untidy (package_id, finalized_at, next_answer, body) VALUES (?, ?, ?, ?)",
-                (key, state.last_event_at, first, sealed(created_values(created))),
+                (key, state.last_event_at, first, sealed(*package_values(state))),
             )
             self.untidy = True
         body = sealed(
@@ -421,12 +422,12 @@ class StateFile:
             add_answers(state, body, command_id)
         untidy = execute("SELECT body FROM untidy WHERE package_id = ?", (package_id.bytes,)).fetchone()
         if untidy is not None:
-            (created,) = unsealed(untidy[0])
+            of_package = unsealed(untidy[0])
             rows = execute(
                 "SELECT body FROM commands WHERE package_id = ? AND instr(body, ?) ORDER BY sequence",
                 (package_id.bytes, command_id.bytes),
             )
-            for _, body in answer_rows(answers_of_rows((body for (body,) in rows), created)):
+            for _, body in answer_rows(answers_of_rows((body for (body,) in rows), of_package)):
                 add_answers(state, body, command_id)
         return state
 

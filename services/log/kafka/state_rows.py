@@ -11,7 +11,8 @@ from uuid import UUID
 import cbor2
 
 from schemas.digests import DIGEST_BYTES, items_digest
-from schemas.events import PackageCreated
+from schemas.events import PACKAGE_CREATED, PACKAGE_FINALIZED, PackageCreated
+from services.core.paths import PathPair, Unportable
 from services.core.state import Answered, CommandState, FileState, PackageState, file_states
 
 ROW_ENTRIES = 128
@@ -24,7 +25,10 @@ Command = tuple[bytes, str, str, int, int, int, bytes]
 """Of one command: its id, and what it became, in the order of `CommandState`."""
 
 Answer = tuple[Command, list[Any] | None, tuple[bytes, bytes] | None]
-"""Of one command: what it became, the creation if it was that, and what is kept of files that it brought."""
+"""Of one command: what it became, what else its answer needs, and what is kept of files that it brought.
+
+The second is the creation's fields if it was that, and `Unportable` if it finalized a package that holds any.
+"""
 
 
 class DamagedRowError(ValueError):
@@ -87,36 +91,38 @@ def entries_of(body: bytes) -> int:
 def answers_of(state: PackageState) -> Iterator[Answer]:
     """What retries of the package's commands are compared with and answered by."""
     files_of = state.files
-    for command_id, command in state.commands.items():
-        created = created_values(state.created) if command.last_sequence == 1 else None
-        yield _command(command_id, command), created, _answered([files_of[path] for path in command.paths])
+    of_package = package_values(state)
+    for command_id, known in state.commands.items():
+        command = _command(command_id, known)
+        yield command, _needed(command, *of_package), _answered([files_of[path] for path in known.paths])
 
 
-def answers_of_rows(bodies: Iterable[bytes], created: list[Any]) -> Iterator[Answer]:
-    """The same, made of rows that `command_rows` gave. Raises as `unsealed`."""
+def answers_of_rows(bodies: Iterable[bytes], of_package: Sequence[list[Any]]) -> Iterator[Answer]:
+    """The same, made of rows that `command_rows` gave, and of `package_values`. Raises as `unsealed`."""
     for body in bodies:
         for command, _, files in _commands(body):
-            last_sequence = command[-2]
-            yield command, created if last_sequence == 1 else None, _answered(files)
+            yield command, _needed(command, *of_package), _answered(files)
 
 
 def answer_rows(answers: Iterable[Answer]) -> Iterator[tuple[bytes, bytes]]:
     """Several commands to a row, that makes few rows: the ids of its commands one behind the other, and its body."""
     left = iter(answers)
     while found := list(islice(left, ROW_ENTRIES)):
-        commands, created, answered = zip(*found, strict=True)
+        commands, needed, answered = zip(*found, strict=True)
         columns = _columns(commands)
-        yield columns[0], sealed(columns, created, answered)
+        yield columns[0], sealed(columns, needed, answered)
 
 
 def add_answers(state: PackageState, body: bytes, command_id: UUID) -> None:
     """Put back what `answer_rows` gave of this command. Raises as `unsealed`."""
-    for command, created, answered in _commands(body):
+    for command, needed, answered in _commands(body):
         if command[0] != command_id.bytes:
             continue
         known = _add_command(state, command)
-        if created is not None:
-            state.created = PackageCreated(*created)
+        if needed is not None and known.event_type == PACKAGE_CREATED:
+            state.created = PackageCreated(*needed)
+        elif needed is not None:
+            state.unportable = _unportable(*needed)
         if answered is not None:
             known.answered = (*known.answered, Answered(*answered))
 
@@ -124,6 +130,22 @@ def add_answers(state: PackageState, body: bytes, command_id: UUID) -> None:
 def created_values(created: PackageCreated) -> list[Any]:
     """The creation's fields in their order."""
     return [getattr(created, name) for name in PackageCreated.__slots__]
+
+
+def package_values(state: PackageState) -> list[list[Any]]:
+    """What answers need of a finalized package beside its commands and files."""
+    return [created_values(state.created), list(state.unportable)]
+
+
+def _needed(command: Command, created: list[Any], unportable: Sequence[Any] = ()) -> list[Any] | None:
+    """What of `package_values`, which may come from a file of before there was the second, this command needs."""
+    if command[1] == PACKAGE_CREATED:
+        return created
+    return list(unportable) if command[1] == PACKAGE_FINALIZED and unportable and unportable[0] else None
+
+
+def _unportable(number: int, pairs: Sequence[Sequence[str]]) -> Unportable:
+    return Unportable(number, tuple(PathPair(*pair) for pair in pairs))
 
 
 def _add_command(state: PackageState, values: Command) -> CommandState:
