@@ -11,7 +11,7 @@ import logging
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Protocol
 
 from services.errors import ArtifactStoreError
@@ -24,6 +24,9 @@ _log = logging.getLogger(__name__)
 class Sweepable(Protocol):
     """What there is to know of a blob store here."""
 
+    async def now(self) -> datetime:
+        """See `BlobStore`."""
+
     async def sweep(self, *, now: datetime) -> int:
         """See `BlobStore`."""
 
@@ -33,7 +36,6 @@ async def swept_regularly(
     blobs: Sweepable,
     *,
     seconds: float = SWEEP_SECONDS,
-    clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     draw: Callable[[float, float], float] = random.uniform,
 ) -> AsyncIterator[None]:
     """Sweep for the length of the block, after pauses of half to one and a half times `seconds`."""
@@ -42,7 +44,7 @@ async def swept_regularly(
         while True:
             await asyncio.sleep(draw(0.5 * seconds, 1.5 * seconds))
             try:
-                swept = await blobs.sweep(now=clock())
+                swept = await blobs.sweep(now=await blobs.now())
             except ArtifactStoreError as error:
                 _log.warning("uploads could not be swept and are left to the next time: %s", error.detail)
             except Exception:  # noqa: BLE001 - nobody waits for this task: it is logged, and the next sweep comes

@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from datetime import UTC, datetime
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
@@ -16,7 +15,6 @@ from services.blobs.packs import Placed
 from services.blobs.port import BlobStore, Declared
 from services.bundle import MAX_BUNDLE_FILES, Bundle, Group, NamedFile, StreamedFile
 from services.bundle_store import BundleStore
-from services.clock import Clock
 from services.core.commands import Acknowledgement, CreatePackage, FinalizePackage, IngestFiles, StoredFile
 from services.core.content_address import ContentAddress, content_key
 from services.core.fields import check_text, metadata_text
@@ -62,7 +60,6 @@ class DirectRegistry(Registry):
         queries: Queries,
         *,
         limits: Limits,
-        clock: Clock,
         freshen: Callable[[str], Awaitable[None]] | None = None,
         wait_seconds: float = WAIT_SECONDS,
     ) -> None:
@@ -72,7 +69,6 @@ class DirectRegistry(Registry):
         self._bundles = BundleStore(blobs)
         self._queries = queries
         self._limits = limits
-        self._clock = clock
         self._freshen = freshen
         self._wait_seconds = wait_seconds
         self._uploads: ResumableUploads | None = None
@@ -85,7 +81,6 @@ class DirectRegistry(Registry):
                 check=self.check_ingest,
                 record=self._record_upload,
                 max_file_bytes=self._limits.max_file_bytes,
-                clock=lambda: datetime.fromtimestamp(self._clock() / 1e6, UTC),
             )
         return self._uploads
 
@@ -295,7 +290,7 @@ class DirectRegistry(Registry):
         self, package_id: UUID, placed: Sequence[Placed], actor: str, command_id: UUID | None
     ) -> Acknowledgement:
         """The command that names bytes which are durable by now."""
-        now = self._clock()
+        now = self._blobs.clock.micros()  # a receipt is the store's word
         files = tuple(
             StoredFile(
                 relative_path=file.relative_path,

@@ -12,7 +12,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from uuid import UUID, uuid4, uuid5
 from weakref import WeakValueDictionary
 
@@ -70,17 +70,20 @@ class ResumableUploads:
         check: CheckIngest,
         record: Record,
         max_file_bytes: int,
-        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        clock: Callable[[], datetime] | None = None,
         hold_seconds: float = HOLD_SECONDS,
         idle_seconds: float = IDLE_SECONDS,
     ) -> None:
-        """`check` asks the writer as before a single request's body, `record` submits the command."""
+        """`check` asks the writer as before a single request's body, `record` submits the command.
+
+        Gateways share uploads, so all go by the store's clock; tests give another `clock`.
+        """
         self._parts = blobs.parts
         self._states = UploadStates(blobs)
         self._blobs = blobs
         self._check = check
         self._record = record
-        self._clock = clock
+        self._clock = clock or blobs.clock.now
         self._hold = timedelta(seconds=hold_seconds)
         self._idle = timedelta(seconds=idle_seconds)
         self._cleanups = Cleanups(_SAVE_SECONDS)
@@ -199,8 +202,8 @@ class ResumableUploads:
         await self._cleanups.drain()
 
     async def _begin(self, upload_id: UUID, new: NewUpload) -> UploadState:
-        now = self._clock()
         token = await self._parts.begin(upload_id, new.length)
+        now = self._clock()
         state = UploadState(
             upload_id=upload_id,
             package_id=new.package_id,

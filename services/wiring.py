@@ -207,7 +207,6 @@ async def parts(settings: Settings, *, clock: Clock = system_clock) -> AsyncIter
             blobs,
             Queries(views),
             limits=limits_of(settings),
-            clock=clock,
             freshen=freshen if embedded else None,
         )
         stack.push_async_callback(opened.close)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -36,6 +37,7 @@ from services.blobs.port import (
     content_key,
 )
 from services.blobs.upload_states import sweep_states
+from services.clock import StoreClock
 from services.errors import CorruptError, UnavailableError
 from services.folders import secure_folder, sync_folder
 from services.threads import ended
@@ -59,6 +61,7 @@ class LocalBlobStore:
         self._incoming = root / "incoming"
         self._threads = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="blob-file")
         self._cleanups = Cleanups()
+        self._clock = StoreClock()
         self._mistrusted = Mistrusted[str]()
         self._durable_folders: set[Path] = set()  # their own entries were synced by this process
         self._parts = ObjectParts(self, part_bytes=part_bytes)
@@ -254,6 +257,30 @@ class LocalBlobStore:
                 draft.discard()
 
         await self._work(probe)
+
+    @property
+    def clock(self) -> StoreClock:
+        """See the port. Files have no clock of their own."""
+        return self._clock
+
+    async def now(self) -> datetime:
+        """See the port. The time that a new file is given: on a network file system it is the server's.
+
+        The system's time where no file can be made, as for a reader.
+        """
+        draft = _Draft(self._incoming / f"{uuid4()}.part")
+
+        def probe() -> float:
+            try:
+                draft.open()
+                return draft.path.stat().st_mtime
+            except OSError:
+                return time.time()
+            finally:
+                with suppress(OSError):
+                    draft.discard()
+
+        return datetime.fromtimestamp(await self._work(probe), UTC)
 
     async def sweep(self, *, now: datetime, idle_seconds: float = IDLE_SECONDS) -> int:
         """See the port. A file that is being written has a fresh time of modification, however long it takes."""

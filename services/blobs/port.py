@@ -16,6 +16,7 @@ from typing import Protocol
 from uuid import UUID
 
 from services.blobs.memory import ByteBudget, PartBuffer
+from services.clock import StoreClock
 from services.core.content_address import content_key
 from services.errors import CorruptError
 
@@ -290,8 +291,17 @@ class BlobStore(Protocol):
     async def check(self) -> None:
         """Return if the store can take writes now. Raises UnavailableError with the reason."""
 
+    @property
+    def clock(self) -> StoreClock:
+        """The store's clock, as its last answers tell it; the system's where the store has none of its own."""
+
+    async def now(self) -> datetime:
+        """Ask for the time (aware) by which the store dates what it holds. Raises UnavailableError."""
+
     async def sweep(self, *, now: datetime, idle_seconds: float = IDLE_SECONDS) -> int:
-        """Abort the uploads that stood still for `idle_seconds` before `now` (aware), and return how many they were.
+        """Abort the uploads that stood still for `idle_seconds` before `now`, and return how many they were.
+
+        `now` is the time by the store's clock: a system clock that is ahead would abort uploads that are under way.
 
         Removes unfinished uploads only, never a blob; safe beside running uploads and other sweeps. Raises
         UnavailableError.

@@ -12,7 +12,7 @@ import base64
 import logging
 import zlib
 from collections.abc import AsyncIterable, AsyncIterator, Callable
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from itertools import islice
 from typing import TypeVar
@@ -58,6 +58,7 @@ from services.blobs.s3_requests import (
     patience,
 )
 from services.blobs.upload_states import sweep_states
+from services.clock import StoreClock
 from services.errors import ConfigurationError, CorruptError, UnavailableError
 
 PROBE_KEY = "health/write-probe"
@@ -71,10 +72,6 @@ _COPY_SECONDS = 900.0  # a store answers once it has copied all of a large objec
 _OK = frozenset({200})
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
-
-
-def _utc_now() -> datetime:
-    return datetime.now(UTC)
 
 
 class S3BlobStore:
@@ -92,7 +89,7 @@ class S3BlobStore:
         attempts: int = ATTEMPTS,
         turn_seconds: float = TURN_SECONDS,
         look_seconds: float = LOOK_SECONDS,
-        clock: Callable[[], datetime] = _utc_now,
+        clock: Callable[[], datetime] | None = None,
     ) -> None:
         """Connects at the first request.
 
@@ -105,7 +102,7 @@ class S3BlobStore:
             attempts: how often a request is tried before UnavailableError.
             turn_seconds: how long an upload waits for its first memory before PushBackError.
             look_seconds: how often slow uploads are looked for while others wait for memory.
-            clock: the time that is written into records of uploads (aware).
+            clock: the time that is written into records of uploads (aware); the store's if not given.
         """
         self._part_bytes = part_bytes
         self._held_bytes = held_bytes
@@ -117,7 +114,7 @@ class S3BlobStore:
         self._attempts = attempts
         self._turn_seconds = turn_seconds
         self._look_seconds = look_seconds
-        self._clock = clock
+        self._clock = clock or self._requests.clock.now
         self._cleanups = Cleanups()
         self._mistrusted = Mistrusted[str]()
         self._parts = S3Parts(
@@ -292,6 +289,17 @@ class S3BlobStore:
     async def check(self) -> None:
         """See the port. Writes a small object `health/write-probe`, since a store that is full still answers reads."""
         await self._requests.send("PUT", PROBE_KEY, _OK, body=b"ok", attempts=1, seconds=5.0)
+
+    @property
+    def clock(self) -> StoreClock:
+        """See the port. Every answer of an S3 store has a `Date`."""
+        return self._requests.clock
+
+    async def now(self) -> datetime:
+        """See the port."""
+        # A store refuses a request that is signed by a clock far from its own, and says its time with the refusal.
+        await self._requests.send("HEAD", PROBE_KEY, frozenset({200, 403, 404}), attempts=1, seconds=5.0)
+        return self.clock.now()
 
     async def sweep(self, *, now: datetime, idle_seconds: float = IDLE_SECONDS) -> int:
         """See the port. A record that cannot be read is logged and left for people to look at."""

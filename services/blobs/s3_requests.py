@@ -13,11 +13,13 @@ import asyncio
 import base64
 import hashlib
 import os
+import time
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from functools import cached_property
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
@@ -40,6 +42,7 @@ from tenacity import (
 from yarl import URL
 
 from services.blobs.memory import PartBuffer
+from services.clock import StoreClock
 from services.errors import UnavailableError
 
 ATTEMPTS = 4
@@ -188,6 +191,7 @@ class S3Requests:
 
     def __init__(self, endpoint: Endpoint, *, connections: int = 256, attempts: int = ATTEMPTS) -> None:
         self.endpoint = endpoint
+        self.clock = StoreClock()
         self._sdk = endpoint.sdk()
         self._connections = connections
         self._attempts = attempts
@@ -324,6 +328,7 @@ class S3Requests:
             sent[CHECKSUM_CRC32] = crc32_text(body.crc32 if isinstance(body, PartBuffer) else zlib.crc32(body))
         url, sent = self._signed(method, key, query, sent, payload)
         limit = patience(length, seconds)
+        began = time.monotonic()
         with _Explained(self, limit):
             async with (
                 asyncio.timeout(limit),
@@ -336,9 +341,16 @@ class S3Requests:
                     timeout=_bounds(max(ANSWER_SECONDS, seconds)),
                 ) as response,
             ):
+                self._note_time(response.headers.get("Date"), began)
                 answer = Answer(response.status, response.headers, await response.read())
         self._judge(method, key, answer, expect)
         return answer
+
+    def _note_time(self, date: str | None, sent: float) -> None:
+        """Learn the store's time from the answer's `Date` (RFC 9110 §6.6.1), refusals included."""
+        with suppress(ValueError):
+            if date is not None:
+                self.clock.heard(int(parsedate_to_datetime(date).timestamp()), sent)
 
     def _judge(self, method: str, key: str, answer: Answer, expect: frozenset[int]) -> None:
         code = answer.code

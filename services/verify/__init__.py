@@ -6,7 +6,7 @@ It shares the language (`schemas`), the ports and the folds with what it checks,
 from __future__ import annotations
 
 import tempfile
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 from services.blobs.port import IDLE_SECONDS, BlobStore
@@ -45,7 +45,7 @@ async def verify(
     report = Report()
     notify = progress or (lambda _: None)
     # An event that names a body is appended seconds after it was stored: the log, read from here on, has had a day.
-    before = datetime.now(UTC) - timedelta(seconds=IDLE_SECONDS)
+    before = await blobs.now() - timedelta(seconds=IDLE_SECONDS)
     spared = await keys_to_come(blobs)
     with Notes() as notes:
         await LogCheck(log, notes, report, backend_id=blobs.backend_id, progress=notify).run()

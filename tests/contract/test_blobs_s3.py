@@ -27,6 +27,7 @@ from services.errors import (
     TooLargeError,
     UnavailableError,
 )
+from services.uploads import ResumableUploads
 from tests.contract.blobs_stage import (
     LIMIT,
     MUCH,
@@ -41,6 +42,7 @@ from tests.contract.blobs_stage import (
     some_bytes,
 )
 from tests.contract.blobs_tripwire import BitFlipper, Tripwire
+from tests.contract.resumable_stage import PACKAGE, Log, new
 
 pytestmark = pytest.mark.services
 
@@ -495,3 +497,20 @@ async def test_more_uploads_than_one_listing_holds_are_all_asked_for(
         late = datetime.now(UTC) + timedelta(hours=1)
         assert await store.remove_uploads(before=late, orphaned=lambda key: key != "uploads/3") == 4
     assert objects(at) == {"uploads/3"}
+
+
+async def test_a_gateway_whose_clock_is_a_day_ahead_ends_nobody_s_upload(at: Endpoint) -> None:
+    log = Log()
+    async with opened(at) as right, opened(at) as wrong:
+        await wrong.now()
+        ours = wrong.clock._own
+        wrong.clock._own = lambda: ours() + 25 * 3600 * 1_000_000
+
+        def uploads(store: S3BlobStore) -> ResumableUploads:
+            return ResumableUploads(store, check=log.check, record=log.record, max_file_bytes=1 << 40)
+
+        begun = await uploads(right).create(new(10))
+        assert await wrong.sweep(now=await wrong.now()) == 0
+        assert (await uploads(wrong).find(PACKAGE, begun.upload_id)).active_at == begun.active_at
+        other = await uploads(wrong).create(new(10))
+        assert abs(other.active_at - begun.active_at) < timedelta(minutes=1)

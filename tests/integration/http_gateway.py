@@ -12,7 +12,6 @@ import aiohttp
 from ingest_gateway.gateway import Bounds
 from ingest_gateway.health import Check, Checks
 from ingest_gateway.server import listening
-from services.clock import system_clock
 from services.config import Settings
 from services.direct import DirectRegistry
 from services.views.catch_up import catch_up
@@ -63,7 +62,6 @@ async def running_gateway(
             opened.blobs,
             Queries(opened.views),
             limits=limits_of(settings),
-            clock=system_clock,
             freshen=freshen,
             wait_seconds=wait_seconds,
         )

@@ -13,7 +13,6 @@ import pytest
 from schemas.digests import manifest_digest
 from services.blobs.local import LocalBlobStore
 from services.client import pull
-from services.clock import system_clock
 from services.core.content_address import ContentAddress, content_key
 from services.core.limits import Limits
 from services.direct import DirectRegistry
@@ -70,7 +69,6 @@ class Stage:
             LocalBlobStore(folder / "blobs"),
             self.queries,
             limits=Limits(),
-            clock=system_clock,
             wait_seconds=wait_seconds,
         )
 

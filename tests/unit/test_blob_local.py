@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import threading
+import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -195,3 +196,20 @@ async def test_files_that_are_nobody_s_upload_hinder_neither_the_sweep_nor_the_o
     assert await UploadStates(store).blob_keys() == frozenset()
     assert await store.sweep(now=datetime.now(UTC)) == 0
     assert (tmp_path / "blobs" / "resumable" / ".DS_Store").exists()
+
+
+async def test_the_store_s_time_is_that_of_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = LocalBlobStore(tmp_path)
+    await store.migrate()
+    real = time.time()
+    monkeypatch.setattr(time, "time", lambda: real + 86_400)
+    assert abs((await store.now()).timestamp() - real) < 60
+    assert list((tmp_path / "incoming").iterdir()) == []
+    assert store.clock.ahead() is None, "files have no clock of their own"
+    await store.close()
+
+
+async def test_who_can_write_no_file_has_the_system_s_time(tmp_path: Path) -> None:
+    store = LocalBlobStore(tmp_path / "missing")
+    assert abs((await store.now()).timestamp() - time.time()) < 60
+    await store.close()

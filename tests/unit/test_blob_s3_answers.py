@@ -6,6 +6,8 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from uuid import uuid4
 
 import pytest
@@ -193,3 +195,37 @@ async def test_a_store_that_ignores_conditional_puts_still_keeps_the_right_bytes
         for _ in range(2):
             blob = await store.store(zeros(10), declared=Declared(), max_bytes=10)
     assert kept == {f"/bucket/{blob.key}": bytes(10)}
+
+
+@pytest.mark.parametrize("status", [200, 403, 404])
+@pytest.mark.parametrize("days", [1, -1])
+async def test_the_store_s_time_is_known_from_its_answers_even_if_it_refuses_ours(status: int, days: int) -> None:
+    its = datetime.now(UTC) + timedelta(days=days)
+
+    async def dated(_: web.Request) -> web.StreamResponse:
+        return web.Response(status=status, headers={"Date": format_datetime(its, usegmt=True)})
+
+    async with answered_by(dated) as store:
+        assert store.clock.ahead() is None
+        assert abs(await store.now() - its) < timedelta(seconds=10)
+        assert abs((store.clock.ahead() or 0) / 1e6 + days * 86_400) < 10
+
+
+@pytest.mark.parametrize("date", [None, "yesterday", ""])
+async def test_a_store_that_names_no_time_has_ours(date: str | None) -> None:
+    async def undated(request: web.Request) -> web.StreamResponse:
+        answer = web.Response(headers={} if date is None else {"Date": date})
+        await answer.prepare(request)
+        return answer
+
+    class Undated(web.Response):
+        async def _prepare_headers(self) -> None:
+            await super()._prepare_headers()
+            del self.headers["Date"]
+
+    async def without(_: web.Request) -> web.StreamResponse:
+        return Undated()
+
+    async with answered_by(without if date is None else undated) as store:
+        assert abs(await store.now() - datetime.now(UTC)) < timedelta(seconds=10)
+        assert store.clock.ahead() is None

@@ -24,6 +24,9 @@ class Store:
         self.running = 0
         self.many = asyncio.Event()
 
+    async def now(self) -> datetime:
+        return NOW
+
     async def sweep(self, *, now: datetime) -> int:
         assert now == NOW
         assert self.running == 0
@@ -40,7 +43,7 @@ class Store:
 
 async def test_it_sweeps_one_at_a_time_and_goes_on_after_failures(caplog: pytest.LogCaptureFixture) -> None:
     store = Store(UnavailableError("the store is down"), RuntimeError("a bug"))
-    async with asyncio.timeout(30), swept_regularly(store, seconds=0.001, clock=lambda: NOW):
+    async with asyncio.timeout(30), swept_regularly(store, seconds=0.001):
         await store.many.wait()
     assert asyncio.all_tasks() == {asyncio.current_task()}, "it ends with the block"
     assert "the store is down" in caplog.text
@@ -56,7 +59,7 @@ async def test_the_pauses_are_drawn_around_an_hour() -> None:
         paused.set()
         return most
 
-    async with swept_regularly(Store(), clock=lambda: NOW, draw=draw):
+    async with swept_regularly(Store(), draw=draw):
         await paused.wait()
     assert asked == [(SWEEP_SECONDS / 2, SWEEP_SECONDS * 3 / 2)]
 
@@ -70,13 +73,13 @@ async def test_drafts_of_a_local_store_that_stood_still_for_a_day_go_and_blobs_s
     blob.write_bytes(b"whole")
     gone = asyncio.Event()
 
-    class Watched:
+    class Watched(Store):
         async def sweep(self, *, now: datetime) -> int:
             swept = await store.sweep(now=now)
             gone.set()
             return swept
 
-    async with asyncio.timeout(30), swept_regularly(Watched(), seconds=0.001, clock=lambda: NOW):
+    async with asyncio.timeout(30), swept_regularly(Watched(), seconds=0.001):
         await gone.wait()
     assert not old.exists()
     assert blob.exists()
