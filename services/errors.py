@@ -23,6 +23,7 @@
     │   ├── TooLargeError              a limit is exceeded
     │   └── RangeNotSatisfiableError
     ├── PushBackError            retry later, after `retry_after` seconds: the system cannot take more now
+    │   ├── LogLostError               the log lacks what it had acknowledged: an operator has to decide
     │   └── UploadBusyError            another request adds to the upload
     ├── UnavailableError         retry, perhaps elsewhere: a part cannot be reached; the outcome may be unknown
     │   └── WaitTimeoutError           the view did not reach what was waited for
@@ -203,6 +204,15 @@ class PushBackError(ArtifactStoreError):
     def __init__(self, detail: str, retry_after: float = 1.0) -> None:
         super().__init__(detail)
         self.retry_after = retry_after
+
+
+class LogLostError(PushBackError):
+    """The package's partition lacks events that it had acknowledged: nothing is appended until an operator decides."""
+
+    problem = "log-lost"
+
+    def __init__(self, detail: str, retry_after: float = 60.0) -> None:
+        super().__init__(detail, retry_after)
 
 
 class UploadBusyError(PushBackError):

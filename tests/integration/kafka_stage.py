@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager
@@ -18,8 +20,10 @@ from services.clock import system_clock
 from services.config import Settings
 from services.core.commands import CreatePackage
 from services.core.limits import Limits
+from services.errors import ConfigurationError
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka.partitioner import partition_of
+from services.log.kafka.state_rows import sealed, unsealed
 from tests.contract.log_stage import PATIENCE_SECONDS, no_manifest
 from tests.integration.conditions import until
 
@@ -127,6 +131,35 @@ def cut_off(log: KafkaLog, partition: int) -> None:
         }
     )
     producer.init_transactions(30)
+
+
+async def make_anew(log: KafkaLog) -> None:
+    """As an operator who deletes the topic and lets `migrate` make it again."""
+    gone = [log.kafka.topic]
+    await asyncio.to_thread(operate, log, lambda admin: admin.delete_topics(gone, operation_timeout=30))
+
+    async def deleted() -> bool:
+        try:
+            await log.identity()
+        except ConfigurationError:
+            return True
+        return False
+
+    await until(deleted, 30, "the topic is still there")
+    await log.migrate()
+
+
+@contextmanager
+def state_about(path: Path) -> Iterator[list[Any]]:
+    """What a state file says of itself, to be changed: log, topic, partition, position, mark and more."""
+    connection = sqlite3.connect(path)
+    try:
+        values = list(unsealed(connection.execute("SELECT body FROM about").fetchone()[0]))
+        yield values
+        with connection:
+            connection.execute("UPDATE about SET body = ?", (sealed(*values),))
+    finally:
+        connection.close()
 
 
 def operate(log: KafkaLog, act: Callable[[AdminClient], dict[Any, Future[Any]]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import shutil
 import sqlite3
 import subprocess
@@ -10,7 +9,6 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -22,12 +20,18 @@ from services.core.commands import Acknowledgement, Command, FinalizePackage, In
 from services.errors import CommandReusedError, IllegalPackageStateError
 from services.log.kafka import KafkaLog, KafkaWriter, snapshots
 from services.log.kafka.state import ANSWERS_KEPT_MICROS
-from services.log.kafka.state_rows import sealed, unsealed
 from services.wiring import open_blobs
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import PATIENCE_SECONDS, ready
 from tests.integration.conditions import until
-from tests.integration.kafka_stage import PARTITIONS, create_in, kafka_settings, lone_writer, open_kafka_log
+from tests.integration.kafka_stage import (
+    PARTITIONS,
+    create_in,
+    kafka_settings,
+    lone_writer,
+    open_kafka_log,
+    state_about,
+)
 from tests.unit.commands import stored
 
 pytestmark = pytest.mark.services
@@ -160,7 +164,7 @@ async def test_the_newest_two_snapshots_are_kept(kafka: Settings, log: KafkaLog,
 async def test_snapshots_that_nobody_can_use_stand_in_the_way_of_none(
     kafka: Settings, log: KafkaLog, store: BlobStore
 ) -> None:
-    """Those of another format of the file, and those that go further than the log does."""
+    """Those of another format of the file, and those that are damaged, also such as would be beyond the log's end."""
     async with writer_on(kafka, log, store) as writer:
         await fill(writer)
     prefix = f"snapshots/{await log.identity()}/0/"
@@ -169,7 +173,7 @@ async def test_snapshots_that_nobody_can_use_stand_in_the_way_of_none(
     position, format_, token = folder.split("-")
     strange = {
         "newer format": f"{position}-{int(format_) + 1}-{token}",
-        "beyond the end": f"{10**9:020d}-{format_}-{token}",
+        "beyond the end": f"{10**9:020d}-{format_}-{token}",  # its index says another position
     }
     for key in made:
         for name in strange.values():
@@ -220,34 +224,18 @@ def overwrite(path: Path) -> None:
         file.write(b"\x5a" * (path.stat().st_size - 4096))
 
 
-def change_about(path: Path, change: Callable[[list[Any]], None]) -> None:
-    """What a state says of itself: identity, topic, partition, position, mark and more; its checksum is right."""
-    connection = sqlite3.connect(path)
-    with connection:
-        values = unsealed(connection.execute("SELECT body FROM about").fetchone()[0])
-        change(values)
-        connection.execute("UPDATE about SET body = ?", (sealed(*values),))
-    connection.close()
-
-
-def of_another_log(path: Path) -> None:
-    change_about(path, lambda about: operator.setitem(about, 0, uuid4().bytes))
-
-
-def beyond_the_end(path: Path) -> None:
-    change_about(path, lambda about: operator.setitem(about, 3, about[3] + 1_000_000))
-
-
-def on_another_record(path: Path) -> None:
-    change_about(path, lambda about: operator.setitem(about, 4, bytes(32)))
+def of_another_partition(path: Path) -> None:
+    with state_about(path) as about:
+        about[2] += PARTITIONS
 
 
 def knows_a_package_wrongly(path: Path) -> None:
     """Stands where it stood before its last checkpoint, with the packages that it had after."""
-    change_about(path, lambda about: operator.setitem(about, slice(3, 5), [0, b""]))
+    with state_about(path) as about:
+        about[3:5] = [0, b""]
 
 
-SPOILING = [truncate, overwrite, of_another_log, beyond_the_end, on_another_record, knows_a_package_wrongly]
+SPOILING = [truncate, overwrite, of_another_partition, knows_a_package_wrongly]
 
 
 @pytest.mark.parametrize("spoil", SPOILING, ids=lambda spoil: spoil.__name__)

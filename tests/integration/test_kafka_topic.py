@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
 from collections.abc import AsyncIterator
 from itertools import cycle
@@ -21,7 +22,7 @@ from services.log.position import Position
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import Projection, ready, settled
 from tests.integration.conditions import until
-from tests.integration.kafka_stage import create_in, kafka_settings, lone_writer, open_kafka_log, operate
+from tests.integration.kafka_stage import create_in, kafka_settings, lone_writer, make_anew, open_kafka_log, operate
 from tests.services.process import free_ports
 
 pytestmark = pytest.mark.services
@@ -172,6 +173,7 @@ async def test_a_topic_made_anew_has_another_identity_and_refuses_the_old_positi
     assert await log.identity() != before
     with pytest.raises(LogIdentityError):
         _ = [event async for event in log.read(end)]
+    shutil.rmtree(kafka.state_dir)  # what is there remembers the log before
     async with lone_writer(kafka, log) as writer:
         await ready(writer)
         await writer.submit(create_in(0))
@@ -257,22 +259,6 @@ async def test_nothing_is_committed_while_the_topic_is_gone(
 
 async def _set(flag: threading.Event, *, wanted: bool = True) -> bool:
     return flag.is_set() is wanted
-
-
-async def make_anew(log: KafkaLog) -> None:
-    """As an operator who deletes the topic and lets `migrate` make it again."""
-    gone = [log.kafka.topic]
-    await asyncio.to_thread(operate, log, lambda admin: admin.delete_topics(gone, operation_timeout=30))
-
-    async def deleted() -> bool:
-        try:
-            await log.identity()
-        except ConfigurationError:
-            return True
-        return False
-
-    await until(deleted, 30, "the topic is still there")
-    await log.migrate()
 
 
 @pytest.mark.parametrize("follow", [False, True])

@@ -11,11 +11,12 @@ from uuid import UUID
 import pytest
 
 from services.log.kafka import snapshots as snapshots_module
-from services.log.kafka.snapshots import SnapshotError, Snapshots
+from services.log.kafka.snapshots import SnapshotError, Snapshots, Stored
 from services.log.kafka.state_file import FORMAT, Place, Standing, StateFile
 
 PLACE = Place(UUID(int=7), "t.events", 3)
 PREFIX = f"snapshots/{PLACE.identity}/{PLACE.partition}/"
+MARK = bytes(range(32))
 STRAY = [
     "",
     "index",
@@ -66,7 +67,7 @@ async def snapshots(store: Store) -> AsyncIterator[Snapshots]:
 def state_at(folder: Path, position: int) -> Path:
     path = folder / "state.db"
     file = StateFile.create(path, PLACE)
-    file.save([], Standing(position, b"mark"), 0)
+    file.save([], Standing(position, MARK, 7), 0)
     file.close()
     return path
 
@@ -78,15 +79,23 @@ async def made(snapshots: Snapshots, path: Path, position: int) -> None:
     await asyncio.wrap_future(running)
 
 
+async def found(snapshots: Snapshots) -> Stored:
+    return await asyncio.to_thread(lambda: snapshots.found(snapshots.look(PLACE), lambda: False))
+
+
 async def test_objects_of_others_among_the_snapshots_are_left_alone(
     snapshots: Snapshots, store: Store, tmp_path: Path
 ) -> None:
     store.objects = {PREFIX + stray: b"" for stray in STRAY}
+    store.objects[f"snapshots/witnesses/{PLACE.topic}/{PLACE.partition}/notes"] = b""
     for position in (20_000, 40_000, 60_000):
         await made(snapshots, state_at(tmp_path, position), position)
-    found = await asyncio.to_thread(snapshots.newest, PLACE, set(), lambda: False)
-    assert found is not None
-    assert (found.position, found.format) == (60_000, FORMAT)
+    stored = await found(snapshots)
+    assert [(made.position, made.format) for made in stored.snapshots if made.format == FORMAT] == [
+        (40_000, FORMAT),
+        (60_000, FORMAT),
+    ]
+    assert [witness.standing for witness in stored.witnesses] == [Standing(40_000, MARK, 7), Standing(60_000, MARK, 7)]
     assert set(store.objects) >= {PREFIX + stray for stray in STRAY}
     assert sum(key.endswith("/index") for key in store.objects) == 2 + sum(key.endswith("/index") for key in STRAY) + 1
 
@@ -109,7 +118,7 @@ async def test_a_store_that_fails_in_any_way_has_no_snapshot(
 ) -> None:
     store.failure = failure
     with pytest.raises(SnapshotError):
-        await asyncio.to_thread(snapshots.newest, PLACE, set(), lambda: False)
+        await found(snapshots)
 
 
 async def test_an_answer_that_is_given_up_because_the_process_ends_is_no_snapshot(snapshots: Snapshots) -> None:

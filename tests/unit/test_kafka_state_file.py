@@ -19,9 +19,10 @@ from services.errors import CommandReusedError
 from services.file_lock import FileLock
 from services.log.kafka import state as state_module
 from services.log.kafka import state_file as state_file_module
+from services.log.kafka.loss import Loss, Witness
 from services.log.kafka.state import ANSWERS_KEPT_MICROS, PartitionState
 from services.log.kafka.state_file import Place, StateFile, StateFileError, UnusableStateError, copy_file
-from services.log.kafka.state_slots import claim
+from services.log.kafka.state_slots import Slot, claim
 from services.log.kafka.state_statements import BYTES, ROWS, Many
 from tests.unit import commands
 from tests.unit.commands import stored
@@ -57,6 +58,13 @@ def filled(path: Path, place: Place = PLACE, packages: int = PACKAGES) -> Path:
     return path
 
 
+def claimed(folder: Path) -> tuple[Slot, StateFile | None]:
+    """A slot of a partition whose log holds whatever a state remembers."""
+    found = claim(folder, PLACE, lambda witness: None)
+    assert found.losses == []
+    return found.slot, found.file
+
+
 def truncate(path: Path) -> None:
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size // 2)
@@ -90,15 +98,15 @@ def older_format(path: Path) -> None:
     connection.close()
 
 
-def other_log(path: Path) -> None:
-    filled(path, Place(uuid4(), PLACE.topic, PLACE.partition), 1)
+def empty_of_other_log(path: Path) -> None:
+    filled(path, Place(uuid4(), PLACE.topic, PLACE.partition), 0)
 
 
 def other_partition(path: Path) -> None:
     filled(path, Place(PLACE.identity, PLACE.topic, 2), 1)
 
 
-SPOILING = [truncate, scribble, empty, no_database, other_database, older_format, other_log, other_partition]
+SPOILING = [truncate, scribble, empty, no_database, other_database, older_format, empty_of_other_log, other_partition]
 
 
 @pytest.mark.parametrize("spoil", SPOILING, ids=lambda spoil: spoil.__name__)
@@ -106,7 +114,7 @@ def test_what_is_no_whole_state_of_the_partition_is_discarded_with_a_line_in_the
     tmp_path: Path, spoil: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     spoil(filled(tmp_path / NAME))
-    slot, file = claim(tmp_path, PLACE)
+    slot, file = claimed(tmp_path)
     assert file is None
     assert slot.path == tmp_path / NAME
     assert not slot.path.exists()
@@ -137,8 +145,8 @@ def test_a_state_is_not_thrown_away_for_what_passes_by_itself(
     with monkeypatch.context() as now:
         now.setattr(sqlite3, "connect", fail)
         with pytest.raises(StateFileError, match="not now"):
-            claim(tmp_path, PLACE)
-    slot, file = claim(tmp_path, PLACE)
+            claimed(tmp_path)
+    slot, file = claimed(tmp_path)
     assert slot.path == path
     assert file is not None
     file.close()
@@ -185,10 +193,10 @@ def held(tmp_path: Path) -> Iterator[FileLock]:
 def test_a_file_that_is_held_is_not_waited_for_and_not_touched(tmp_path: Path, held: FileLock) -> None:
     filled(tmp_path / NAME)
     before = (tmp_path / NAME).read_bytes()
-    slot, file = claim(tmp_path, PLACE)
+    slot, file = claimed(tmp_path)
     assert slot.path.name == "t.events-3.1.db"
     assert file is None
-    another, _ = claim(tmp_path, PLACE)
+    another, _ = claimed(tmp_path)
     assert another.path.name == "t.events-3.2.db"
     for taken in (slot, another):
         taken.release()
@@ -201,7 +209,7 @@ def test_of_several_files_that_are_free_the_furthest_is_taken_and_the_others_are
     filled(tmp_path / "t.events-3.1.db", packages=5)
     filled(tmp_path / "t.events-3.2.db", packages=3)
     filled(tmp_path / "t.events-30.db", Place(PLACE.identity, PLACE.topic, 30), packages=9)
-    slot, file = claim(tmp_path, PLACE)
+    slot, file = claimed(tmp_path)
     assert file is not None
     assert slot.path.name == "t.events-3.1.db"
     assert {path.name for path in tmp_path.glob("*.db")} == {"t.events-3.1.db", "t.events-30.db"}
@@ -209,10 +217,40 @@ def test_of_several_files_that_are_free_the_furthest_is_taken_and_the_others_are
     slot.release()
 
 
+def lacking(*positions: int) -> Callable[[Witness], Loss | None]:
+    """What a log lost that has no record before these positions, and none of another log."""
+
+    def lost(witness: Witness) -> Loss | None:
+        lacks = witness.log != PLACE.identity or witness.standing.position in positions
+        return Loss(PLACE.partition, witness, "ends before") if lacks else None
+
+    return lost
+
+
+def test_a_state_that_proves_a_loss_is_kept_and_found_each_time(tmp_path: Path) -> None:
+    """The partition goes on with the furthest of the others, or with a fresh one."""
+    filled(tmp_path / NAME, packages=5)
+    filled(tmp_path / "t.events-3.1.db", packages=3)
+    filled(tmp_path / "t.events-3.2.db", Place(uuid4(), PLACE.topic, PLACE.partition), 2)
+    before = {path: path.read_bytes() for path in (tmp_path / NAME, tmp_path / "t.events-3.2.db")}
+    for expected in ("t.events-3.1.db", "t.events-3.1.db"):
+        found = claim(tmp_path, PLACE, lacking(12))
+        assert found.slot.path.name == expected
+        assert {loss.witness.where for loss in found.losses} == set(map(str, before))
+        assert {loss.offset for loss in found.losses} == {11, 4}
+        if found.file is not None:
+            found.file.close()
+        again = claim(tmp_path, PLACE, lacking(12))  # by another process at the same time
+        assert again.slot.path.name not in (expected, *(path.name for path in before))
+        again.slot.release()
+        found.slot.release()
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     (tmp_path / "state").write_text("a file")
     with pytest.raises(state_file_module.StateFileError, match="ARTIFACT_STORE_STATE_DIR"):
-        claim(tmp_path / "state", PLACE)
+        claimed(tmp_path / "state")
 
 
 def test_a_copy_of_a_state_in_use_is_a_whole_state(tmp_path: Path) -> None:
@@ -433,11 +471,11 @@ def test_a_checkpoint_is_due_after_many_events_or_some_time_and_not_without_any(
 
 def test_a_closed_state_says_nothing_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    slot, file = claim(tmp_path, PLACE)
+    slot, file = claimed(tmp_path)
     assert file is None
     PartitionState(StateFile.create(slot.path, PLACE)).close()
     slot.release()
-    slot, found = claim(tmp_path, PLACE)
+    slot, found = claimed(tmp_path)
     assert found is not None
     found.close()
     slot.release()

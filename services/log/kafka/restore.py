@@ -1,16 +1,19 @@
 """What a writer's state can be restored from: its own file, a snapshot, or nothing, which means the log from zero.
 
-None is believed before it was seen to stand on the log, so the next best one follows for the case that it does not.
+None is believed before it was seen to stand on the log. One that does not stand on it proves a loss (see `loss`); the
+next best one follows all the same, so that the writer is ready when the loss is accepted.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.log.kafka.snapshots import Snapshot, SnapshotError, Snapshots
+from services.log.kafka.loss import Witness
+from services.log.kafka.snapshots import Snapshot, SnapshotError, Snapshots, Stored
 from services.log.kafka.state import PartitionState
 from services.log.kafka.state_file import Place, StateFile, StateFileError, remove
 from services.log.kafka.state_slots import Slot
@@ -35,23 +38,22 @@ class States:
 
 
 def candidates(
-    slot: Slot, file: StateFile | None, place: Place, states: States, end: int, stopping: Callable[[], bool]
+    slot: Slot,
+    file: StateFile | None,
+    found: Iterable[Snapshot],
+    place: Place,
+    states: States,
+    stopping: Callable[[], bool],
 ) -> Iterator[tuple[str, PartitionState]]:
-    """States to go on from, the best first, none of them beyond `end`, each with where it comes from.
+    """States to go on from, the best first, each with where it comes from; of the snapshots only what is worth it.
 
     The caller ends a state that it does not take by `discard`. Blocks. Raises StateFileError; PartitionNotOwnedError
     when `stopping` came true.
     """
-    if file is not None and file.standing.position > end:
-        _LOG.warning("the state file of partition %d is beyond the log's end and discarded", place.partition)
-        file.close()
-        remove(file.path)
-        file = None
-    tried: set[Snapshot] = set()
+    at_least = 0 if file is None else file.standing.position + WORTH_OFFSETS
     try:
-        while (snapshot := _better(states.snapshots, place, file, end, tried, stopping)) is not None:
-            tried.add(snapshot)
-            if _fetched(states.snapshots, snapshot, place, slot, end, stopping):
+        for snapshot in sorted(found, reverse=True):
+            if snapshot.position >= at_least and _fetched(states.snapshots, snapshot, place, slot, stopping):
                 if file is not None:
                     file.close()
                 file = None
@@ -65,28 +67,37 @@ def candidates(
     yield FROM_LOG, PartitionState(StateFile.create(slot.path, place))
 
 
-def _better(
-    snapshots: Snapshots | None,
-    place: Place,
-    file: StateFile | None,
-    end: int,
-    tried: set[Snapshot],
-    stopping: Callable[[], bool],
-) -> Snapshot | None:
-    """The newest snapshot that was not tried, if it is worth more than the file."""
-    at_least = 0 if file is None else file.standing.position + WORTH_OFFSETS
-    if snapshots is None or at_least > end:
-        return None
+def stored(states: States, looking: Future[Stored] | None, place: Place, stopping: Callable[[], bool]) -> Stored:
+    """What the store was found to have; nothing, and a line in the log, when it gives no answer.
+
+    Blocks. Raises PartitionNotOwnedError when `stopping` came true.
+    """
+    if states.snapshots is None or looking is None:
+        return Stored()
     try:
-        found = snapshots.newest(place, tried, stopping)
+        return states.snapshots.found(looking, stopping)
     except SnapshotError as error:
         _LOG.warning("no snapshot of partition %d can be looked for: %s", place.partition, error.detail)
-        return None
-    return found if found is not None and found.position >= at_least else None
+        return Stored()
+
+
+def witnesses(states: States, found: Stored, place: Place, end: int, stopping: Callable[[], bool]) -> Iterator[Witness]:
+    """All that remembers a record: witnesses, and snapshots beyond `end` that have none, which are fetched for it.
+
+    Blocks. Raises PartitionNotOwnedError when `stopping` came true.
+    """
+    yield from found.witnesses
+    known = {witness.standing.position for witness in found.witnesses if witness.log == place.identity}
+    for snapshot in found.snapshots:
+        if states.snapshots is not None and snapshot.position > end and snapshot.position not in known:
+            try:
+                yield states.snapshots.witness_of(snapshot, place, states.folder, stopping)
+            except (SnapshotError, StateFileError) as error:
+                _unused(place, snapshot, error)
 
 
 def _fetched(
-    snapshots: Snapshots | None, snapshot: Snapshot, place: Place, slot: Slot, end: int, stopping: Callable[[], bool]
+    snapshots: Snapshots | None, snapshot: Snapshot, place: Place, slot: Slot, stopping: Callable[[], bool]
 ) -> bool:
     """Bring a snapshot beside the slot's file; False, and a line in the log, when it is of no use."""
     path = _beside(slot)
@@ -94,8 +105,6 @@ def _fetched(
         return False
     try:
         remove(path)
-        if snapshot.position > end:
-            raise SnapshotError("it is beyond the log's end")
         snapshots.fetch(snapshot, place, path, stopping)
         found = StateFile.open(path, place)
         position = found.standing.position
@@ -103,12 +112,7 @@ def _fetched(
         if position != snapshot.position:
             raise SnapshotError("it stands elsewhere than it should")
     except (SnapshotError, StateFileError) as error:
-        _LOG.warning(
-            "the snapshot of partition %d at offset %d is not used: %s",
-            place.partition,
-            snapshot.position,
-            error.detail,
-        )
+        _unused(place, snapshot, error)
         remove(path)
         return False
     except BaseException:
@@ -116,6 +120,12 @@ def _fetched(
         raise
     snapshots.restored(place.partition, snapshot.position)
     return True
+
+
+def _unused(place: Place, snapshot: Snapshot, error: SnapshotError | StateFileError) -> None:
+    _LOG.warning(
+        "the snapshot of partition %d at offset %d is not used: %s", place.partition, snapshot.position, error.detail
+    )
 
 
 def _moved_in(slot: Slot, place: Place) -> PartitionState:

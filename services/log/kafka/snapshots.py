@@ -4,6 +4,10 @@ A snapshot is a folder of named objects, `snapshots/<log>/<partition>/<position>
 and last `index`, which makes it whole and has their digests. The newest two of a partition are kept, of those that this
 release can use. A snapshot that cannot be used is passed over: the log has everything. Parts are not compressed: most
 of them is digests, and zlib takes five times as long as all the rest to make them half as large.
+
+Beside each snapshot lies a witness, `snapshots/witnesses/<topic>/<partition>/<position>-<time>-<log>-<digest>`, whose
+name says which record the state stood on. A writer on any machine finds by it that the log lost that record, also when
+the topic was made again and the log is another one. A writer whose own file proves a loss leaves a witness as well.
 """
 
 from __future__ import annotations
@@ -14,18 +18,20 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Set
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event as Flag
 from typing import Any, TypeVar
+from uuid import UUID
 
 from blake3 import blake3
 
 from services.errors import ArtifactStoreError, UnavailableError
-from services.log.kafka.state_file import FORMAT, Place, StateFile, copy_file
+from services.log.kafka.loss import SNAPSHOT, Witness
+from services.log.kafka.state_file import FORMAT, Place, Standing, StateFile, copy_file
 from services.log.port import PartitionNotOwnedError, SnapshotStore
 
 SNAPSHOT_OFFSETS = 50_000
@@ -47,7 +53,10 @@ _FORMAT = 1
 _UNNAMED_FORMAT = 4
 """That of state files while names had none."""
 _FOLDER = re.compile(r"([0-9]{1,20})-(?:([0-9]{1,9})-)?[^-/]+")
+_WITNESS = re.compile(r"([0-9]{20})-([0-9]{20})-([0-9a-f]{32})-([0-9a-f]{64})")
 _ANSWER_SECONDS = 60.0
+_LIST_SECONDS = 10.0
+"""How long a take-over waits for what the store has; without an answer it goes on, for the log has everything."""
 _LOOK_SECONDS = 0.1
 _TEMPORARY = "snapshot-"
 _LEFT_SECONDS = 3_600.0
@@ -70,6 +79,14 @@ class Snapshot:
     """That of the state file in it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What the store has of a partition: whole snapshots of its log, and witnesses, which may be of other logs."""
+
+    snapshots: Sequence[Snapshot] = ()
+    witnesses: Sequence[Witness] = ()
+
+
 @dataclass(slots=True)
 class _Progress:
     """What is known of a partition's last snapshot; `not_before` is of the monotonic clock."""
@@ -88,6 +105,7 @@ class Snapshots:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="log-snapshot")
         self._closed = Flag()
         self._progress: dict[int, _Progress] = {}
+        self._running: set[Future[None]] = set()
 
     def offer(self, place: Place, path: Path, position: int, *, closing: bool = False) -> None:
         """Make a snapshot of the state file, which stands at `position`, if it is time for one. Does not block."""
@@ -97,15 +115,46 @@ class Snapshots:
         if new < wanted or self._closed.is_set():
             return
         if closing or (not busy and time.monotonic() > progress.not_before):
-            progress.running = self._thread.submit(self._make, place, path, progress, position, wanted)
+            what = f"no snapshot of partition {place.partition} was made"
+            progress.running = self._later(what, self._make, place, path, progress, position, wanted)
 
     def restored(self, partition: int, position: int) -> None:
         """A writer went on from the snapshot of this position: it need not be made again."""
         self._progress[partition] = _Progress(position, time.monotonic())
 
-    def newest(self, place: Place, but: Set[Snapshot], stopping: Callable[[], bool]) -> Snapshot | None:
-        """The newest whole snapshot that is not among `but`. Blocks. Raises SnapshotError, PartitionNotOwnedError."""
-        return max((found for found in self._whole(place, stopping) if found not in but), default=None)
+    def look(self, place: Place) -> Future[Stored]:
+        """Begin to ask the store what it has of the partition, for `found`. Does not block."""
+        return self._begin(self._look(place))
+
+    def found(self, looking: Future[Stored], stopping: Callable[[], bool]) -> Stored:
+        """The answer; blocks, for some seconds at most. Raises SnapshotError, PartitionNotOwnedError."""
+        return self._result(looking, stopping, _LIST_SECONDS)
+
+    def witness_of(self, snapshot: Snapshot, place: Place, folder: Path, stopping: Callable[[], bool]) -> Witness:
+        """What a snapshot without a witness stands on, as releases made them that left none: it is fetched for that.
+
+        Blocks. Raises SnapshotError, StateFileError, PartitionNotOwnedError.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(dir=folder, prefix=_TEMPORARY) as temporary:
+                copy = Path(temporary) / "copy.db"
+                self.fetch(snapshot, place, copy, stopping)
+                file = StateFile.open(copy, place)
+                file.close()
+        except OSError as error:
+            raise SnapshotError(f"it cannot be written to the disk: {error.strerror}") from error
+        return Witness(SNAPSHOT, place.identity, file.standing, snapshot.prefix)
+
+    def testify(self, place: Place, witnesses: Iterable[Witness]) -> None:
+        """Leave these witnesses in the store, so that writers on other machines find them. Does not block."""
+        for witness in witnesses:
+            self._later(f"no witness of partition {place.partition} was left", self._put_witness, place, witness)
+
+    def forget(self, place: Place, witnesses: Iterable[Witness]) -> None:
+        """Remove these witnesses with the snapshots that they belong to. Does not block."""
+        for witness in witnesses:
+            self._later(f"no witness of partition {place.partition} was removed", self._remove_witness, place, witness)
 
     def fetch(self, snapshot: Snapshot, place: Place, target: Path, stopping: Callable[[], bool]) -> None:
         """Write the snapshot's file to `target`; blocks. Raises SnapshotError, PartitionNotOwnedError."""
@@ -130,20 +179,19 @@ class Snapshots:
 
     def close(self, seconds: float) -> None:
         """Wait for snapshots that are being made, `seconds` at most, then give them up; blocks."""
-        wait([progress.running for progress in self._progress.values() if progress.running is not None], seconds)
+        wait(list(self._running), seconds)
         self._closed.set()
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _make(self, place: Place, path: Path, progress: _Progress, stands: int, wanted: int) -> None:
-        """In the snapshots' thread. What goes wrong is logged: the next one may succeed, and nothing depends on it.
+        """Unless there is one fewer than `wanted` offsets before where the file `stands`.
 
-        Nothing is to be done when there is one fewer than `wanted` offsets before where the file `stands`: made
-        meanwhile, or by another process. One that goes further is of a log that was cut off since.
+        It was made meanwhile, or by another process. One that goes further is of a successor, or of what was lost.
         """
         began = time.monotonic()
         try:
             if not progress.position:
-                whole = self._whole(place, self._closed.is_set)
+                whole = self._whole(place)
                 progress.position = max((found.position for found in whole if found.position <= stands), default=0)
             if progress.position > stands - wanted:
                 return
@@ -152,56 +200,97 @@ class Snapshots:
                 copy = Path(folder) / "copy.db"
                 copy_file(path, copy)
                 file = StateFile.open(copy, place)
-                position = file.standing.position
                 file.close()
-                self._upload(copy, place, position)
+                self._upload(copy, place, file.standing)
+            position = file.standing.position
             progress.position = position
             took = time.monotonic() - began
             _LOG.info("a snapshot of partition %d at offset %d took %.2f s", place.partition, position, took)
             self._prune(place, position)
-        except (ArtifactStoreError, OSError) as error:
-            text = error.detail if isinstance(error, ArtifactStoreError) else str(error.strerror)
-            _LOG.warning("no snapshot of partition %d was made: %s", place.partition, text)
-        except Exception:  # noqa: BLE001 - nobody would hear of it; the cause is logged whole
-            _LOG.exception("no snapshot of partition %d was made", place.partition)
-        ended = time.monotonic()
-        progress.not_before = max(began + SNAPSHOT_SECONDS, ended + (ended - began) / SNAPSHOT_SHARE)
+        finally:
+            ended = time.monotonic()
+            progress.not_before = max(began + SNAPSHOT_SECONDS, ended + (ended - began) / SNAPSHOT_SHARE)
 
-    def _upload(self, copy: Path, place: Place, position: int) -> None:
+    def _later(self, failed: str, work: Callable[..., None], *arguments: Any) -> Future[None]:
+        """Do some work in the snapshots' thread. What goes wrong is logged: it is tried again some day."""
+
+        def do() -> None:
+            try:
+                work(*arguments)
+            except (ArtifactStoreError, OSError) as error:
+                text = error.detail if isinstance(error, ArtifactStoreError) else str(error.strerror)
+                _LOG.warning("%s: %s", failed, text)
+            except Exception:  # noqa: BLE001 - nobody would hear of it; the cause is logged whole
+                _LOG.exception("%s", failed)
+
+        running = self._thread.submit(do)
+        self._running.add(running)
+        running.add_done_callback(self._running.discard)
+        return running
+
+    def _upload(self, copy: Path, place: Place, standing: Standing) -> None:
+        position = standing.position
         folder = f"{position:020d}-{FORMAT}-{secrets.token_hex(4)}"
         snapshot = Snapshot(position, f"{_prefix(place)}{folder}/", FORMAT)
         parts: list[dict[str, str]] = []
         size = 0
         with copy.open("rb") as source:
             while piece := source.read(PART_BYTES):
-                self._wait(self._store.put_object(_part_key(snapshot, len(parts)), piece), self._closed.is_set)
+                self._wait(self._store.put_object(_part_key(snapshot, len(parts)), piece))
                 parts.append({"blake3": blake3(piece).hexdigest()})
                 size += len(piece)
         index = {**_identity(place), "position": position, "size": size, "parts": parts}
-        self._wait(self._store.put_object(f"{snapshot.prefix}index", json.dumps(index).encode()), self._closed.is_set)
+        self._put_witness(place, Witness(SNAPSHOT, place.identity, standing, snapshot.prefix))
+        self._wait(self._store.put_object(f"{snapshot.prefix}index", json.dumps(index).encode()))
+
+    def _put_witness(self, place: Place, witness: Witness) -> None:
+        about = {"log": str(witness.log), "topic": place.topic, "partition": place.partition, "from": witness.where}
+        self._wait(self._store.put_object(_witness_key(place, witness), json.dumps(about).encode()))
+
+    def _remove_witness(self, place: Place, witness: Witness) -> None:
+        """The witness last: while it is there, what is left of its snapshot needs no fetching."""
+        of_its_log = replace(place, identity=witness.log)
+        for key in self._wait(self._store.list_objects(_prefix(of_its_log))):
+            found = _snapshot_of(key, of_its_log)
+            if found is not None and found.position == witness.standing.position:
+                self._wait(self._store.delete_object(key))
+        self._wait(self._store.delete_object(_witness_key(place, witness)))
 
     def _prune(self, place: Place, position: int) -> None:
         """Remove what is older than the newest KEPT up to this position; one that is not whole may be on its way.
 
         Those of a newer format are for who knows it.
         """
-        whole = sorted(found for found in self._whole(place, self._closed.is_set) if found.position <= position)
+        whole = sorted(found for found in self._whole(place) if found.position <= position)
         if len(whole) < KEPT:
             return
         oldest_kept = whole[-KEPT]
-        keys = self._wait(self._store.list_objects(_prefix(place)), self._closed.is_set)
-        for key in sorted(keys, key=lambda key: not key.endswith("/index")):
+        pruned: set[int] = set()
+        for key in sorted(
+            self._wait(self._store.list_objects(_prefix(place))), key=lambda key: not key.endswith("/index")
+        ):
             found = _snapshot_of(key, place)
             if found is not None and found.format <= FORMAT and found < oldest_kept:
-                self._wait(self._store.delete_object(key), self._closed.is_set)
+                self._wait(self._store.delete_object(key))
+                pruned.add(found.position)
+        for key in self._wait(self._store.list_objects(_witnesses(place))):
+            witness = _witness_of(key)
+            if witness is not None and witness.log == place.identity and witness.standing.position in pruned:
+                self._wait(self._store.delete_object(key))
 
-    def _whole(self, place: Place, stopping: Callable[[], bool]) -> list[Snapshot]:
-        keys = self._wait(self._store.list_objects(_prefix(place)), stopping)
-        found = [_snapshot_of(key, place) for key in keys if key.endswith("/index")]
-        return [snapshot for snapshot in found if snapshot is not None and snapshot.format == FORMAT]
+    def _whole(self, place: Place) -> list[Snapshot]:
+        """Those of this release's format."""
+        keys = self._wait(self._store.list_objects(_prefix(place)))
+        return [found for found in _whole_of(keys, place) if found.format == FORMAT]
+
+    async def _look(self, place: Place) -> Stored:
+        keys, witnesses = await asyncio.gather(
+            self._store.list_objects(_prefix(place)), self._store.list_objects(_witnesses(place))
+        )
+        return Stored(_whole_of(keys, place), [found for key in witnesses if (found := _witness_of(key)) is not None])
 
     def _index(self, snapshot: Snapshot, place: Place, stopping: Callable[[], bool]) -> dict[str, Any]:
-        data = self._wait(self._store.get_object(f"{snapshot.prefix}index"), stopping)
+        data = self._result(self._begin(self._store.get_object(f"{snapshot.prefix}index")), stopping)
         try:
             index = json.loads(data or b"")
         except ValueError:
@@ -211,9 +300,9 @@ class Snapshots:
             raise SnapshotError("its index is of another partition, log or format")
         return index
 
-    def _wait(self, act: Coroutine[Any, Any, _T], stopping: Callable[[], bool]) -> _T:
-        """Let the loop do it. Raises SnapshotError, PartitionNotOwnedError when `stopping` comes true."""
-        return self._result(self._begin(act), stopping)
+    def _wait(self, act: Coroutine[Any, Any, _T]) -> _T:
+        """Let the loop do it, for the snapshots' thread. Raises SnapshotError, PartitionNotOwnedError at the end."""
+        return self._result(self._begin(act), self._closed.is_set)
 
     def _begin(self, act: Coroutine[Any, Any, _T]) -> Future[_T]:
         try:
@@ -222,8 +311,8 @@ class Snapshots:
             act.close()
             raise SnapshotError("the process ends") from None
 
-    def _result(self, running: Future[_T], stopping: Callable[[], bool]) -> _T:
-        deadline = time.monotonic() + _ANSWER_SECONDS
+    def _result(self, running: Future[_T], stopping: Callable[[], bool], seconds: float = _ANSWER_SECONDS) -> _T:
+        deadline = time.monotonic() + seconds
         while not running.done() and not wait([running], _LOOK_SECONDS).done:
             if stopping():
                 running.cancel()
@@ -261,6 +350,30 @@ def _snapshot_of(key: str, place: Place) -> Snapshot | None:
     if found is None:
         return None
     return Snapshot(int(found[1]), f"{_prefix(place)}{folder}/", int(found[2] or _UNNAMED_FORMAT))
+
+
+def _whole_of(keys: Iterable[str], place: Place) -> list[Snapshot]:
+    found = [_snapshot_of(key, place) for key in keys if key.endswith("/index")]
+    return [snapshot for snapshot in found if snapshot is not None]
+
+
+def _witnesses(place: Place) -> str:
+    return f"snapshots/witnesses/{place.topic}/{place.partition}/"
+
+
+def _witness_key(place: Place, witness: Witness) -> str:
+    standing = witness.standing
+    name = f"{standing.position:020d}-{standing.last_created_at:020d}-{witness.log.hex}-{standing.mark.hex()}"
+    return f"{_witnesses(place)}{name}"
+
+
+def _witness_of(key: str) -> Witness | None:
+    """The witness whose object this is; None for what others left there."""
+    found = _WITNESS.fullmatch(key.rpartition("/")[2])
+    if found is None:
+        return None
+    standing = Standing(int(found[1]), bytes.fromhex(found[4]), int(found[2]))
+    return Witness(SNAPSHOT, UUID(found[3]), standing, key)
 
 
 def _remove_leftovers(folder: Path) -> None:

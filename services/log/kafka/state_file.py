@@ -109,6 +109,15 @@ class UnusableStateError(StateFileError):
     """The file is corrupt, another's, or of another format: it is to be thrown away and built anew."""
 
 
+class ForeignStateError(StateFileError):
+    """The file is whole, but was folded from another log: the topic was deleted and made again."""
+
+    def __init__(self, detail: str, log: UUID, standing: Standing) -> None:
+        super().__init__(detail)
+        self.log = log
+        self.standing = standing
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """What a state belongs to: one partition of one topic, by the topic's identity."""
@@ -180,7 +189,11 @@ class StateFile:
 
     @classmethod
     def open(cls, path: Path, place: Place) -> Self:
-        """The file that is there. Raises UnusableStateError when it is not a whole state of this place."""
+        """The file that is there.
+
+        Raises UnusableStateError when it is not a whole state of this topic and partition, ForeignStateError when it is
+        one of another log.
+        """
         with _explained(path, opening=True, reading=True):
             size = path.stat().st_size
             connection = _connect(path, "rw")
@@ -193,14 +206,17 @@ class StateFile:
                 elif ids != (_APPLICATION_ID, FORMAT):
                     raise UnusableStateError(f"{path.name} is no state of this version")
                 (body,) = connection.execute("SELECT body FROM about").fetchone() or (b"",)
-                *found, position, mark, last_created_at, next_answer = unsealed(body)
-                if found != [place.identity.bytes, place.topic, place.partition]:
-                    raise UnusableStateError(f"{path.name} is the state of another partition or log")
+                log, *found, position, mark, last_created_at, next_answer = unsealed(body)
+                if found != [place.topic, place.partition]:
+                    raise UnusableStateError(f"{path.name} is the state of another partition")
+                standing = Standing(position, mark, last_created_at)
+                if log != place.identity.bytes:
+                    raise ForeignStateError(f"{path.name} is the state of another log", UUID(bytes=log), standing)
                 if size <= QUICK_CHECK_BYTES:
                     checked = connection.execute("PRAGMA quick_check(1)").fetchone()
                     if checked != ("ok",):
                         raise UnusableStateError(f"{path.name} is damaged")
-                return cls(path, connection, place, Standing(position, mark, last_created_at), next_answer)
+                return cls(path, connection, place, standing, next_answer)
             except BaseException:
                 connection.close()
                 raise

@@ -29,12 +29,13 @@ from services.errors import CorruptError, InvalidRequestError, LogIdentityError,
 from services.log.kafka.clients import make_producer
 from services.log.kafka.cluster import Cluster
 from services.log.kafka.failures import explaining
+from services.log.kafka.loss import SNAPSHOT, Loss, Witness
 from services.log.kafka.partitioner import partition_of
 from services.log.kafka.reader import Reader
-from services.log.kafka.restore import FROM_LOG, FROM_SNAPSHOT, States, candidates
+from services.log.kafka.restore import FROM_LOG, FROM_SNAPSHOT, States, candidates, stored, witnesses
 from services.log.kafka.settings import KafkaSettings
 from services.log.kafka.state import PartitionState, mark_of
-from services.log.kafka.state_file import Place
+from services.log.kafka.state_file import FORMAT, Place, Standing
 from services.log.kafka.state_slots import Slot, claim
 from services.log.port import PartitionNotOwnedError, Record
 from services.log.records import (
@@ -61,6 +62,7 @@ _CONNECT_SECONDS = 0.05
 """A client that is asked to begin before it is connected looks for its coordinator again only after 0.5 s."""
 
 _READ = 500
+_NOWHERE = -1
 _LOOK_SECONDS = 0.02
 
 _LOG = logging.getLogger(__name__)
@@ -127,6 +129,8 @@ class Tenure:
         """The record that the fold stands before."""
         self._skips: dict[bytes, int] = {}
         """As `_Ahead.skips`, as far as was looked."""
+        self.losses: Sequence[Loss] = ()
+        """What the log lost of what it had acknowledged: nothing may be appended."""
         self._states = states
         self._place = Place(identity, kafka.topic, partition)
         self._slot: Slot | None = None
@@ -144,6 +148,9 @@ class Tenure:
         self._delivered: list[int] = []
         """Offsets of the records of the first transaction."""
         self._tail: Reader | None = None
+        self._tail_at = 0
+        """The offset that the tail gives next; _NOWHERE once it was read on from there."""
+        self._looking = None if states.snapshots is None else states.snapshots.look(self._place)
         self._producer: Producer | None = make_producer(kafka.producer(partition))
         try:
             topic = cluster.topic()
@@ -335,41 +342,87 @@ class Tenure:
         return offsets[0]
 
     def _restore(self, barrier: int) -> None:
-        """Go on from the best state that stands on the log, and read from there up to the barrier."""
+        """Go on from the best state that stands on the log, and read from there up to the barrier.
+
+        Whatever remembers a record that the log does not hold is among the `losses`.
+        """
         self._end = barrier + 1
-        self._slot, file = claim(self._states.folder, self._place)
-        for source, state in candidates(self._slot, file, self._place, self._states, barrier, self._stopping):
+        found = stored(self._states, self._looking, self._place, self._stopping)
+        remembered = witnesses(self._states, found, self._place, barrier, self._stopping)
+        losses = [loss for witness in remembered if (loss := self._lost(witness, barrier)) is not None]
+        claimed = claim(self._states.folder, self._place, lambda witness: self._lost(witness, barrier))
+        self._slot = claimed.slot
+        losses += claimed.losses
+        if self._states.snapshots is not None:
+            known = {loss.witness.standing for loss in losses if loss.witness.kind == SNAPSHOT}
+            files = [loss.witness for loss in claimed.losses if loss.witness.standing not in known]
+            self._states.snapshots.testify(self._place, files)
+        lost = {loss.witness.standing.position for loss in losses}
+        usable = [s for s in found.snapshots if s.format == FORMAT and s.position <= barrier and s.position not in lost]
+        for source, state in candidates(self._slot, claimed.file, usable, self._place, self._states, self._stopping):
             self._state, self.restored_from, self._stopped = state, source, None
             if source == FROM_SNAPSHOT:
                 self._progressed()
-            self._tail = Reader(self._kafka, {self._partition: max(0, state.position - 1)})
-            try:
-                self._check_standing(state)
-                self._read_to(barrier + 1)  # with its marker, so that the first transaction begins right there
-                return
-            except CorruptError as error:
-                if source == FROM_LOG:
-                    raise
-                # The state may be what is wrong: only the log itself is believed.
-                _LOG.warning("the %s of partition %d is discarded: %s", source, self._partition, error.detail)
-            self._tail.close()
+            loss = self._lost_by(state, barrier) if source == FROM_SNAPSHOT else None
+            if loss is not None:
+                losses.append(loss)
+            else:
+                self._begin_at(state.position)
+                try:
+                    self._read_to(barrier + 1)  # with its marker, so that the first transaction begins right there
+                except CorruptError as error:
+                    if source == FROM_LOG:
+                        raise
+                    # The state may be what is wrong: only the log itself is believed.
+                    _LOG.warning("the %s of partition %d is discarded: %s", source, self._partition, error.detail)
+                else:
+                    self.losses = losses
+                    return
             state.discard()
             self._state = None
 
-    def _check_standing(self, state: PartitionState) -> None:
-        """Raise CorruptError unless the record before the state's position is the one that it stands on."""
-        if not state.position:
-            return
-        found: list[Record] = []
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not found:
-            found = _open(self._tail).take(1, _LOOK_SECONDS)
-            if not found and time.monotonic() > deadline:
-                raise UnavailableError(self._cause("the record that the state stands on cannot be read"))
-            if self._stopping():
-                raise PartitionNotOwnedError("the partition was handed over while it was being taken over")
-        if found[0].offset != state.position - 1 or mark_of(found[0].value) != state.mark:
-            raise CorruptError(f"it stands on a record at offset {state.position - 1} that the log does not have")
+    def _lost_by(self, state: PartitionState, end: int) -> Loss | None:
+        """As `_lost`, for a snapshot that was fetched."""
+        standing = Standing(state.position, state.mark, state.last_created_at)
+        return self._lost(Witness(SNAPSHOT, self._place.identity, standing, state.path.name), end)
+
+    def _lost(self, witness: Witness, end: int) -> Loss | None:
+        """What the log, which ends at `end`, lost if it does not hold the record that the witness remembers."""
+        position = witness.standing.position
+        if not position:
+            return None
+        identity = self._place.identity
+        if witness.log != identity:
+            return Loss(self._partition, witness, f"is {identity}: the topic was deleted and made again")
+        if position > end:
+            return Loss(self._partition, witness, f"ends at offset {end}")
+        record = self._remembered(position - 1)
+        if record is None:
+            return Loss(self._partition, witness, "holds no record there")
+        if (digest := mark_of(record.value)) != witness.standing.mark:
+            return Loss(self._partition, witness, f"holds a record with digest {digest.hex()} there", digest)
+        return None
+
+    def _remembered(self, offset: int) -> Record | None:
+        """The committed record at this offset, from a tail that goes on behind it; None when there is none.
+
+        Raises CorruptError when the log begins behind it.
+        """
+        self._begin_at(offset)
+        self._tail_at = _NOWHERE
+        for record in chain.from_iterable(self._records_to(_open(self._tail), offset + 1, 1)):
+            if record.offset == offset:
+                self._tail_at = offset + 1
+            return record if record.offset == offset else None
+        return None
+
+    def _begin_at(self, offset: int) -> None:
+        """Let the tail be one that reads from `offset`."""
+        if self._tail is not None:
+            if self._tail_at == offset:
+                return
+            self._tail.close()
+        self._tail, self._tail_at = Reader(self._kafka, {self._partition: offset}), offset
 
     def _offer(self, state: PartitionState, *, closing: bool = False) -> None:
         if self._states.snapshots is not None:
@@ -444,7 +497,7 @@ class Tenure:
 
     def _read_to(self, target: int) -> int:
         """Fold what lies before `target` into the state; how many records that were. Stops before a bad record."""
-        count = 0
+        count, self._tail_at = 0, _NOWHERE
         for found in self._records_to(_open(self._tail), target):
             for record in found:
                 self._fold(record)
@@ -454,11 +507,11 @@ class Tenure:
             self.save_if_due()
         return count
 
-    def _records_to(self, reader: Reader, target: int) -> Iterator[Sequence[Record]]:
-        """What the reader finds before `target`, bit by bit."""
+    def _records_to(self, reader: Reader, target: int, limit: int = _READ) -> Iterator[Sequence[Record]]:
+        """What the reader finds before `target`, at most `limit` records at a time."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while reader.reached()[self._partition] < target:
-            found = reader.take(_READ, _LOOK_SECONDS)
+            found = reader.take(limit, _LOOK_SECONDS)
             yield found
             if found:
                 deadline = time.monotonic() + PATIENCE_SECONDS

@@ -19,6 +19,7 @@ from services.core.commands import Acknowledgement, Command, IngestFiles
 from services.core.decide import acknowledge, check_ingest, decide, decide_together
 from services.errors import (
     ArtifactStoreError,
+    LogLostError,
     PushBackError,
     RejectedError,
     UnavailableError,
@@ -211,9 +212,12 @@ class PartitionWriter:
             self.restored_from = tenure.restored_from
             context.counts.takeovers[tenure.restored_from] += 1
             context.counts.takeover_seconds += self.takeover_seconds
+            self._failed = 0
+            if tenure.losses:
+                self._refuse_to_append(tenure)
+                return
             self.since = context.clock()
             self._trouble = None
-            self._failed = 0
             pause = _IDLE_SECONDS
             while (batch := self._waiting.take(pause)) is not None:
                 batch, self._unproven = [*self._unproven, *batch], []
@@ -242,6 +246,19 @@ class PartitionWriter:
         except HeldError:
             self._waiting.put_back(batch)
             raise
+
+    def _refuse_to_append(self, tenure: Tenure) -> None:
+        """Take nothing as long as the log lacks what it had acknowledged; returns when the writer is to end."""
+        self._trouble = "; ".join(loss.detail for loss in tenure.losses)
+        for loss in tenure.losses:
+            _LOG.error("%s", loss.detail)
+        refused = LogLostError(
+            f"partition {self.partition} lost events that it had acknowledged, so nothing is appended to it until an "
+            "operator restores the topic or accepts the loss; `artifact-store status` says which"
+        )
+        while (batch := self._waiting.take(_IDLE_SECONDS)) is not None:
+            self._deliver([(request, refused) for request in batch])
+            tenure.idle()
 
     def _is_ours(self) -> bool:
         """Ask the group until it answers; False as well when this writer is to stop."""

@@ -1,0 +1,62 @@
+"""What proves that a partition lost what it had acknowledged.
+
+A state holds only what was read back from the log, and remembers the last record that it read: its offset and the
+digest of its value. A log that does not hold that record has lost it, and whatever else was acknowledged beside it.
+Writing to the partition stops, and what proves the loss is kept, until an operator accepts it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from uuid import UUID
+
+from services.log.kafka.state_file import Standing
+
+FILE = "file"
+SNAPSHOT = "snapshot"
+
+
+@dataclass(frozen=True, slots=True)
+class Witness:
+    """A state that remembers a record of the log."""
+
+    kind: str
+    """FILE or SNAPSHOT."""
+    log: UUID
+    """The log that the state was folded from."""
+    standing: Standing
+    where: str
+    """The file's path, or the object's key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A record that was acknowledged and that the partition does not hold."""
+
+    partition: int
+    witness: Witness
+    found: str
+    """What the log is or holds instead, as the end of a sentence that begins with `the log`."""
+    found_digest: bytes | None = None
+    """The digest of the record that lies at the offset now, if there is one."""
+
+    @property
+    def offset(self) -> int:
+        """Where the record lay."""
+        return self.witness.standing.position - 1
+
+    @property
+    def digest(self) -> bytes:
+        """BLAKE3 over the record's value."""
+        return self.witness.standing.mark
+
+    @property
+    def detail(self) -> str:
+        """Both records, and what an operator can do."""
+        witness = self.witness
+        return (
+            f"partition {self.partition} lost what it had acknowledged: the {witness.kind} {witness.where} stands on "
+            f"the record at offset {self.offset} with digest {self.digest.hex()} of log {witness.log}, but the log "
+            f"{self.found}. Restore the topic from a mirror or a backup; or accept the loss by `artifact-store log "
+            f"accept-loss {self.partition} {self.offset} --digest {self.digest.hex()}`"
+        )

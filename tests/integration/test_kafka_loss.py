@@ -1,0 +1,229 @@
+"""A log that lost what it had acknowledged is not written to, whatever remembers it, until an operator accepts that."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from services.blobs.local import LocalBlobStore
+from services.blobs.port import BlobStore
+from services.config import Settings
+from services.errors import LogLostError
+from services.log.kafka import KafkaLog, KafkaWriter, snapshots
+from services.log.kafka.state_file import Place, StateFile
+from services.log.port import PartitionStatus
+from tests.contract.log_invariants import read_valid
+from tests.contract.log_stage import PATIENCE_SECONDS, ready
+from tests.integration.conditions import until
+from tests.integration.kafka_stage import (
+    PARTITIONS,
+    create_in,
+    kafka_settings,
+    lone_writer,
+    make_anew,
+    open_kafka_log,
+    state_about,
+)
+
+pytestmark = pytest.mark.services
+
+
+@pytest.fixture
+def kafka(kafka_url: str, tmp_path: Path) -> Settings:
+    return kafka_settings(kafka_url, tmp_path)
+
+
+@pytest.fixture
+async def log(kafka: Settings) -> AsyncIterator[KafkaLog]:
+    async with open_kafka_log(kafka) as found:
+        yield found
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[BlobStore]:
+    found = LocalBlobStore(tmp_path / "blobs")
+    await found.migrate()
+    yield found
+    await found.close()
+
+
+@pytest.fixture
+def every_close_makes_a_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshots, "CLOSING_OFFSETS", 1)
+
+
+async def fill(kafka: Settings, log: KafkaLog, store: BlobStore | None = None) -> None:
+    """Some packages in every partition, acknowledged, and a state file of each on the disk."""
+    async with lone_writer(kafka, log, snapshots=store) as writer:
+        await ready(writer)
+        for partition in range(PARTITIONS):
+            for _ in range(3):
+                await writer.submit(create_in(partition))
+
+
+@asynccontextmanager
+async def refusing(
+    kafka: Settings, log: KafkaLog, store: BlobStore | None = None, *, partitions: int = PARTITIONS
+) -> AsyncIterator[tuple[KafkaWriter, dict[int, PartitionStatus]]]:
+    """A writer that refuses to append to so many partitions, the first ones, and what it shows of them."""
+    async with lone_writer(kafka, log, snapshots=store) as writer:
+        shown: dict[int, PartitionStatus] = {}
+
+        async def refused() -> bool:
+            shown.update({s.partition: s for s in await writer.status()})
+            return all("accept-loss" in (shown[p].trouble or "") for p in range(partitions))
+
+        await until(refused, PATIENCE_SECONDS, f"it writes, or says nothing: {shown}")
+        for partition in range(partitions):
+            with pytest.raises(LogLostError, match=f"partition {partition} lost"):
+                await writer.submit(create_in(partition))
+            assert shown[partition].since is None, "the partition is shown as one that is written to"
+        for partition in range(partitions, PARTITIONS):
+            await writer.submit(create_in(partition))
+        assert "accept-loss" in (await writer.ready() or "")
+        yield writer, shown
+
+
+def state_of(kafka: Settings, partition: int) -> Path:
+    """The partition's only state file."""
+    [found] = kafka.state_dir.glob(f"*-{partition}.db")
+    return found
+
+
+async def test_a_state_beyond_the_end_stops_its_partition_and_is_kept(kafka: Settings, log: KafkaLog) -> None:
+    await fill(kafka, log)
+    path = state_of(kafka, 0)
+    with state_about(path) as about:
+        about[3] += 1_000
+        offset, digest = about[3] - 1, about[4]
+    before = len(await read_valid(log))
+    for _ in range(2):  # nothing changes by starting it again
+        async with refusing(kafka, log, partitions=1) as (_, shown):
+            trouble = shown[0].trouble or ""
+        assert f"partition 0 lost what it had acknowledged: the file {path} stands on" in trouble
+        assert f"the record at offset {offset} with digest {digest.hex()} of log {await log.identity()}" in trouble
+        assert "but the log ends at offset" in trouble
+        assert f"`artifact-store log accept-loss 0 {offset} --digest {digest.hex()}`" in trouble
+    with state_about(path) as about:
+        assert (about[3] - 1, about[4]) == (offset, digest)
+    others = 2 * (PARTITIONS - 1)
+    assert len(await read_valid(log)) == before + others
+
+
+async def test_a_state_on_a_record_that_is_another_one_by_now_names_both(kafka: Settings, log: KafkaLog) -> None:
+    await fill(kafka, log)
+    with state_about(state_of(kafka, 0)) as about:
+        about[4], held = bytes(32), about[4]
+    async with refusing(kafka, log, partitions=1) as (_, shown):
+        trouble = shown[0].trouble or ""
+    assert f"with digest {bytes(32).hex()}" in trouble
+    assert f"but the log holds a record with digest {held.hex()} there" in trouble
+
+
+async def test_a_state_on_an_offset_that_holds_no_record_is_no_reason_to_wait(kafka: Settings, log: KafkaLog) -> None:
+    """A transaction's marker lies there: so it is when the log was cut off and take-overs went on with it."""
+    await fill(kafka, log)
+    with state_about(state_of(kafka, 0)) as about:
+        about[3] += 1
+    async with refusing(kafka, log, partitions=1) as (_, shown):
+        assert "but the log holds no record there" in (shown[0].trouble or "")
+
+
+async def test_a_topic_that_was_made_again_is_not_written_to(kafka: Settings, log: KafkaLog) -> None:
+    await fill(kafka, log)
+    before = await log.identity()
+    await make_anew(log)
+    async with refusing(kafka, log) as (_, shown):
+        for partition in range(PARTITIONS):
+            trouble = shown[partition].trouble or ""
+            assert f"of log {before}, but the log is {await log.identity()}: the topic was deleted and made" in trouble
+    assert await read_valid(log) == []
+    for partition in range(PARTITIONS):
+        with state_about(state_of(kafka, partition)) as about:
+            assert about[0] == before.bytes
+
+
+async def test_a_topic_that_was_made_again_before_anything_was_acknowledged_is_a_new_one(
+    kafka: Settings, log: KafkaLog
+) -> None:
+    async with lone_writer(kafka, log) as writer:
+        await ready(writer)
+    await make_anew(log)
+    async with lone_writer(kafka, log) as writer:
+        await ready(writer)
+        await writer.submit(create_in(0))
+    assert len(await read_valid(log)) == 1
+
+
+@pytest.mark.usefixtures("every_close_makes_a_snapshot")
+@pytest.mark.parametrize("witnesses", ["left", "missing"])
+async def test_a_snapshot_beyond_the_end_stops_the_partition_on_an_empty_disk(
+    kafka: Settings, log: KafkaLog, store: BlobStore, witnesses: str
+) -> None:
+    """Snapshots of earlier releases have no witness beside them."""
+    await fill(kafka, log, store)
+    path = state_of(kafka, 0)
+    with state_about(path) as about:
+        about[3] += 1_000
+        offset, digest = about[3] - 1, about[4]
+    await snapshot_of(path, log, store)
+    if witnesses == "missing":
+        for key in await store.list_objects("snapshots/witnesses/"):
+            await store.delete_object(key)
+    for _ in range(2):
+        shutil.rmtree(kafka.state_dir)
+        async with refusing(kafka, log, store, partitions=1) as (_, shown):
+            trouble = shown[0].trouble or ""
+        assert "lost what it had acknowledged: the snapshot snapshots/" in trouble
+        assert f"the record at offset {offset} with digest {digest.hex()}" in trouble
+
+
+async def snapshot_of(path: Path, log: KafkaLog, store: BlobStore) -> None:
+    """Store this state of partition 0 as its writer does."""
+    place = Place(await log.identity(), log.kafka.topic, 0)
+    file = StateFile.open(path, place)
+    file.close()
+    made = snapshots.Snapshots(store, asyncio.get_running_loop())
+    made.offer(place, path, file.standing.position, closing=True)
+    await asyncio.to_thread(made.close, PATIENCE_SECONDS)
+
+
+@pytest.mark.usefixtures("every_close_makes_a_snapshot")
+async def test_a_topic_that_was_made_again_is_not_written_to_from_an_empty_disk(
+    kafka: Settings, log: KafkaLog, store: BlobStore
+) -> None:
+    await fill(kafka, log, store)
+    before = await log.identity()
+    await make_anew(log)
+    shutil.rmtree(kafka.state_dir)
+    async with refusing(kafka, log, store) as (_, shown):
+        assert all(f"of log {before}, but the log is" in (status.trouble or "") for status in shown.values())
+
+
+async def test_what_one_disk_proves_is_known_on_every_other(kafka: Settings, log: KafkaLog, store: BlobStore) -> None:
+    """The file itself is made too small for a snapshot; the machine that has it may never come back."""
+    await fill(kafka, log, store)
+    with state_about(state_of(kafka, 0)) as about:
+        about[3] += 1
+        offset, digest = about[3] - 1, about[4]
+    async with refusing(kafka, log, store, partitions=1):
+        pass
+    elsewhere = kafka.model_copy(update={"state_dir": kafka.state_dir.with_name("elsewhere")})
+    async with refusing(elsewhere, log, store, partitions=1) as (_, shown):
+        assert f"the record at offset {offset} with digest {digest.hex()}" in (shown[0].trouble or "")
+
+
+@pytest.mark.usefixtures("every_close_makes_a_snapshot")
+async def test_older_snapshots_and_files_prove_nothing(kafka: Settings, log: KafkaLog, store: BlobStore) -> None:
+    await fill(kafka, log, store)
+    old = kafka.state_dir.with_name("old")
+    shutil.copytree(kafka.state_dir, old)
+    for _ in range(3):
+        await fill(kafka, log, store)
+    for folder in (old, kafka.state_dir.with_name("empty"), kafka.state_dir):
+        await fill(kafka.model_copy(update={"state_dir": folder}), log, store)
