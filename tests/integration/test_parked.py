@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 import sqlite3
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from schemas.events import Event, FileIngested, PackageCreated, PackageFinalized
 from services.config import Settings
 from services.core.retention import MICROS_PER_DAY
 from services.errors import CorruptError
+from services.log.port import Batch
 from services.registry import open_registry
 from services.views.catch_up import catch_up
 from services.views.checkpoints import StaleCheckpointError, reset
@@ -330,6 +331,85 @@ async def test_a_retry_while_events_arrive_loses_and_doubles_nothing(
         await eventually(brought_back, "the package is brought back")
         await arriving
         await covers(views, REGISTRY, await log.end())
+    await catch_up(reference, log, REGISTRY)
+    assert await list_marks(views) == []
+    assert (await digest_view(views, REGISTRY)).digest == (await digest_view(reference, REGISTRY)).digest
+
+
+class _Interrupted(MemoryLog):
+    """Does something whenever a retry has read a batch and not yet gone on."""
+
+    async def scan(self, starts: Mapping[int, int], ends: Mapping[int, int]) -> AsyncGenerator[Batch]:
+        async with aclosing(super().scan(starts, ends)) as batches:
+            async for batch in batches:
+                meanwhile, self.meanwhile = self.meanwhile, None
+                if meanwhile is not None:
+                    await meanwhile()
+                    self.meanwhile = meanwhile
+                yield batch
+
+    meanwhile: Callable[[], Awaitable[None]] | None = None
+
+
+@pytest.mark.parametrize("batch_events", [3, 2000])
+async def test_folds_go_on_while_a_retry_reads_the_log(
+    views: Views, reference: Views, monkeypatch: pytest.MonkeyPatch, batch_events: int
+) -> None:
+    monkeypatch.setattr("services.views.retry._BATCH_EVENTS", batch_events)
+    log, history = _Interrupted(partitions=1), History().fill(packages=5, files=20)
+    package_id = history.events[0].package_id
+    later = [event for event in history.events if event.package_id != package_id][-30:]
+    log.append(*(event for event in history.events if event not in later))
+    with monkeypatch.context() as patch:
+        forgive(patch, package_id)
+        await catch_up(views, log, REGISTRY)
+        (mark,) = await list_marks(views)
+
+    async def one_more() -> None:
+        if later:
+            log.append(later.pop(0))
+            async with asyncio.timeout(5):
+                await catch_up(views, log, REGISTRY)
+
+    log.meanwhile = one_more
+    done = await retry(views, log, mark)
+    log.meanwhile = None
+    assert (done.events, done.mark) == (mark.events, None)
+    log.append(*later)
+    await catch_up(views, log, REGISTRY)
+    await catch_up(reference, log, REGISTRY)
+    assert await list_marks(views) == []
+    assert (await digest_view(views, REGISTRY)).digest == (await digest_view(reference, REGISTRY)).digest
+
+
+async def test_a_retry_comes_to_its_end_while_the_package_takes_events_in_every_moment(
+    views: Views, reference: Views, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, history = _Interrupted(partitions=1), History()
+    package_id = history.create()
+    history.ingest(package_id, *(f"{n}.txt" for n in range(40)))
+    log.append(*history.events[:10])
+    with monkeypatch.context() as patch:
+        forgive(patch, package_id)
+        await catch_up(views, log, REGISTRY)
+        (mark,) = await list_marks(views)
+    later, folds = history.events[10:], list[asyncio.Task[int]]()
+
+    async def one_more() -> None:
+        if later:
+            log.append(later.pop(0))
+            folding = asyncio.create_task(catch_up(views, log, REGISTRY))
+            if not (await asyncio.wait([folding], timeout=0.5))[0]:  # the retry holds the view for its last events
+                later.clear()
+            folds.append(folding)
+
+    log.meanwhile = one_more
+    done = await retry(views, log, mark)
+    log.meanwhile = None
+    await asyncio.gather(*folds)
+    assert done.mark is None
+    assert done.events > mark.events
+    await catch_up(views, log, REGISTRY)
     await catch_up(reference, log, REGISTRY)
     assert await list_marks(views) == []
     assert (await digest_view(views, REGISTRY)).digest == (await digest_view(reference, REGISTRY)).digest
