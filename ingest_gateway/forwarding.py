@@ -31,6 +31,9 @@ CONTENT_TYPE = "application/cbor"
 COMMANDS_PATH = "/commands"
 CHECKS_PATH = "/checks"
 STATUS_PATH = "/status"
+WIRE_READS = "Artifact-Store-Wire-Reads"
+"""Names the newest version that the sender of a message reads: errors come in it, whatever the message is in."""
+
 WIRE_VERSION = "Artifact-Store-Wire-Version"
 """The header with the version of a message, in answers with the newest one that the process knows; absent: 1."""
 
@@ -110,7 +113,9 @@ class HttpForwarder:
             raise UnavailableError("forwarding is closed")
         try:
             trace = TRACEPARENT.get()
-            headers = {WIRE_VERSION: str(version), **({} if trace is None else {"traceparent": trace})}
+            headers = {WIRE_VERSION: str(version), WIRE_READS: str(VERSION)}
+            if trace is not None:
+                headers["traceparent"] = trace
             async with self._session.post(
                 owner_url + path, data=BytesIO(body), headers=headers, allow_redirects=False
             ) as response:

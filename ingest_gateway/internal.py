@@ -14,7 +14,15 @@ from uuid import UUID
 from aiohttp import web
 from pydantic import SecretStr
 
-from ingest_gateway.forwarding import CHECKS_PATH, COMMANDS_PATH, CONTENT_TYPE, STATUS_PATH, WIRE_VERSION, encode_status
+from ingest_gateway.forwarding import (
+    CHECKS_PATH,
+    COMMANDS_PATH,
+    CONTENT_TYPE,
+    STATUS_PATH,
+    WIRE_READS,
+    WIRE_VERSION,
+    encode_status,
+)
 from services.addresses import ListenAddress
 from services.config import Settings
 from services.core.commands import Acknowledgement, Command
@@ -184,13 +192,13 @@ class InternalListener:
                     raise TooLargeError(f"a forwarded command is larger than {MAX_BODY_BYTES:,} bytes") from None
                 answer = await carry_out(self._here, body)
         except ArtifactStoreError as error:
-            return _message(encode_error(error), error.status)
+            return _message(encode_error(error, _version_of(request, WIRE_READS)), error.status)
         return _message(answer)
 
 
-def _version_of(request: web.Request) -> int:
-    """The version that the sender wrote the message in; gateways that do not say so write the first one."""
-    named = request.headers.get(WIRE_VERSION, "1")
+def _version_of(request: web.Request, header: str = WIRE_VERSION) -> int:
+    """The version that the sender wrote the message in; gateways that do not say so write, and read, the first one."""
+    named = request.headers.get(header, "1")
     return int(named) if named.isascii() and named.isdecimal() else 0
 
 

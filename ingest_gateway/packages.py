@@ -22,6 +22,7 @@ from ingest_gateway.parameters import (
 )
 from ingest_gateway.problems import BodyTimeoutError, IncompleteBodyError, UnsupportedMediaTypeError
 from services.errors import (
+    AnswerExpiredError,
     CommandReusedError,
     ContentMismatchError,
     DuplicateRelativePathError,
@@ -111,6 +112,7 @@ INGESTING = (
     InvalidPathError,
     PackageNotFoundError,
     IllegalPackageStateError,
+    AnswerExpiredError,
     DuplicateRelativePathError,
     PathConflictError,
     ContentMismatchError,
@@ -140,6 +142,7 @@ ROUTES = (
         problems=(
             InvalidRequestError,
             UnknownRetentionClassError,
+            AnswerExpiredError,
             CommandReusedError,
             *READING,
             *WRITING,
@@ -158,6 +161,7 @@ ROUTES = (
             InvalidRequestError,
             PackageNotFoundError,
             IllegalPackageStateError,
+            AnswerExpiredError,
             CommandReusedError,
             *READING,
             *WRITING,

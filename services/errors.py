@@ -1,7 +1,7 @@
 """The one tree of errors, cut by what the caller should do next.
 
     ArtifactStoreError
-    ├── RejectedError            do not retry: the request itself is refused and nothing was recorded
+    ├── RejectedError            do not retry: the request itself is refused, and records nothing
     │   ├── InvalidRequestError        a field, id, path, cursor or position breaks a rule
     │   │   ├── InvalidPathError
     │   │   └── InvalidPositionError
@@ -14,6 +14,7 @@
     │   │   ├── DuplicateRelativePathError
     │   │   ├── PathConflictError          a path would be both a file and a folder
     │   │   ├── IllegalPackageStateError
+    │   │   │   └── AnswerExpiredError     look in the log: an earlier try may be recorded, its answer is not kept
     │   │   └── UploadOffsetError          ask where the upload stands, and go on from there
     │   ├── ContentMismatchError       the bytes are not what was declared
     │   ├── ChecksumMismatchError      a piece of an upload was damaged on its way: send the piece again
@@ -39,18 +40,24 @@ command line, so that every outside maps it in one place.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 
 class ArtifactStoreError(Exception):
     """Root of every error that this project raises on purpose.
 
-    The text says what is wrong and, where something mends it, what does; it never holds a secret.
+    The text says what is wrong and, where something mends it, what does; it never holds a secret. `facts` are what is
+    known besides, for programs: members of the problem document, by the names of `services.http.problems.Problem`.
     """
 
     status: ClassVar[int] = 500
     problem: ClassVar[str] = "internal"
     exit_code: ClassVar[int] = 1
+
+    def __init__(self, *args: object, facts: Mapping[str, str | int] | None = None) -> None:
+        super().__init__(*args)
+        self.facts: Mapping[str, str | int] = facts or {}
 
     @property
     def detail(self) -> str:
@@ -59,7 +66,7 @@ class ArtifactStoreError(Exception):
 
 
 class RejectedError(ArtifactStoreError):
-    """The request is refused for good; nothing was recorded."""
+    """The request is refused for good, and records nothing."""
 
     status = 422
     problem = "rejected"
@@ -138,6 +145,15 @@ class IllegalPackageStateError(ConflictError):
     """The package is not in the state that the request needs."""
 
     problem = "illegal-package-state"
+
+
+class AnswerExpiredError(IllegalPackageStateError):
+    """Answers of the package are not kept any more: whether an earlier try was recorded, its events tell.
+
+    `facts` names the package, when it was finalized (µs since 1970) and its manifest.
+    """
+
+    problem = "answer-expired"
 
 
 class UploadOffsetError(ConflictError):

@@ -25,6 +25,7 @@ from services.core.commands import Acknowledgement
 from services.core.content_address import ContentAddress
 from services.core.paths import NONE_UNPORTABLE, PathPair, Unportable
 from services.errors import (
+    AnswerExpiredError,
     CommandReusedError,
     ConflictError,
     CorruptError,
@@ -94,14 +95,18 @@ async def push(
     about = (name, producer, subject, retention_class, actor, metadata or {})
     try:
         created = await registry.create(*about, command_id=current.command_id("create"))
+        package_id, last = created.package_id, created.sequence
+    except AnswerExpiredError as error:
+        if not current.resumed:
+            raise
+        package_id, last = UUID(str(error.facts["package_id"])), 1  # finalized long ago: all that is left is to compare
     except RejectedError:
         current.began = current.resumed
         raise
-    present = await _present(registry, created.package_id) if current.resumed else {}
+    present = await _present(registry, package_id) if current.resumed else {}
     gone = present.keys() - {file.relative_path for file in files}
     if gone:
         raise ConflictError(f"the interrupted push has sent {min(gone)!r}, which is not there any more")
-    last = created.sequence
 
     async def send(item: Batch | TreeFile) -> None:
         nonlocal last
@@ -116,24 +121,37 @@ async def push(
         await _compare(file, known)
         told.advance(file.stamp.size_bytes)
         told.finish_file()
-    sender = _Sender(registry, created.package_id, actor, current, told)
+    sender = _Sender(registry, package_id, actor, current, told)
     await at_once(batches(missing), concurrency, send)
     manifest, unportable = None, NONE_UNPORTABLE
     if finalize:
-        done = await registry.finalize(created.package_id, actor, command_id=current.command_id("finalize"))
-        last = done.sequence
+        manifest, last, unportable = await _finalize(registry, package_id, actor, current)
         if current.resumed and last != len(files) + 2:  # an event of the creation, one a file, one of this
             raise CorruptError(
-                f"package {created.package_id} was frozen with {last - 2:,} files where the tree has {len(files):,}: "
+                f"package {package_id} was frozen with {last - 2:,} files where the tree has {len(files):,}: "
                 "something that an earlier run had sent arrived after it was gone from the tree"
             )
-        manifest = None if done.manifest_digest is None else ContentAddress.of_digest(done.manifest_digest)
-        unportable = Unportable(done.unportable_count, done.unportable_paths)
     elif present:
         last = max(last, len(files) + 1)  # one event a file, after the one of the creation
     current.done = True
     size_bytes = sum(file.stamp.size_bytes for file in files)
-    return Pushed(created.package_id, manifest, last, len(files), size_bytes, *unportable)
+    return Pushed(package_id, manifest, last, len(files), size_bytes, *unportable)
+
+
+async def _finalize(
+    registry: Registry, package_id: UUID, actor: str, state: PushState
+) -> tuple[ContentAddress | None, int, Unportable]:
+    """The package's manifest, its last event's sequence, and what cannot be unpacked everywhere."""
+    try:
+        done = await registry.finalize(package_id, actor, command_id=state.command_id("finalize"))
+    except AnswerExpiredError:
+        if not state.resumed:
+            raise
+        # The interrupted push got as far as this. All files were compared, so the package is what was to be made.
+        package = await registry.get_package(package_id)
+        return package.manifest_digest, package.last_event_sequence, NONE_UNPORTABLE
+    manifest = None if done.manifest_digest is None else ContentAddress.of_digest(done.manifest_digest)
+    return manifest, done.sequence, Unportable(done.unportable_count, done.unportable_paths)
 
 
 class _Sender:

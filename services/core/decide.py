@@ -32,15 +32,16 @@ from services.core.commands import (
     IngestFiles,
     StoredFile,
 )
-from services.core.content_address import content_key
+from services.core.content_address import ContentAddress, content_key
 from services.core.evolve import evolve
 from services.core.fields import check_metadata_size, check_text
-from services.core.limits import EVENT_OVERHEAD_BYTES, Limits
+from services.core.limits import ANSWERS_KEPT_MICROS, EVENT_OVERHEAD_BYTES, Limits
 from services.core.manifest import item_file_id, manifest_of
 from services.core.paths import Unportable, add_folders, check_paths, folders_above
 from services.core.retention import retention_class
 from services.core.state import CREATED, CommandState, PackageState, file_states
 from services.errors import (
+    AnswerExpiredError,
     CommandReusedError,
     CorruptError,
     DuplicateRelativePathError,
@@ -119,11 +120,12 @@ def decide(state: PackageState | None, command: Command, now: int, limits: Limit
     match command:
         case IngestFiles():
             done = known.done if known is not None else 0
-            return _ingest(_require_open(state, command.package_id), [command], done, now, limits)
+            opened = _require_open(state, command.package_id, command.command_id)
+            return _ingest(opened, [command], done, now, limits)
         case CreatePackage():
             return _create(state, command, now, limits)
         case FinalizePackage():
-            return _finalize(_require_open(state, command.package_id), command, now, limits)
+            return _finalize(_require_open(state, command.package_id, command.command_id), command, now, limits)
 
 
 def decide_together(state: PackageState, commands: Sequence[IngestFiles], now: int, limits: Limits) -> Decision | None:
@@ -196,13 +198,15 @@ def check_ingest(
     """
     if state is not None and command_id in state.commands:
         return
-    state = _require_open(state, package_id)
+    state = _require_open(state, package_id, command_id)
     _check_paths(state, relative_paths, limits)
     _check_tree(state, relative_paths, limits)
 
 
 def _create(state: PackageState | None, command: CreatePackage, now: int, limits: Limits) -> Decision:
     if state is not None:
+        if state.forgotten:
+            raise _expired(state, command.command_id)
         raise CommandReusedError("a package of this id exists, made by another request")
     for name in ("name", "producer", "subject", "actor"):
         check_text(name, getattr(command, name))
@@ -290,12 +294,26 @@ def _single(
     return Decision(event_type, now, package_id, [command], [command_id], 0, appended, event)
 
 
-def _require_open(state: PackageState | None, package_id: UUID) -> PackageState:
+def _require_open(state: PackageState | None, package_id: UUID, command_id: UUID | None = None) -> PackageState:
+    """The package, for this command, which it does not know."""
     if state is None:
         raise PackageNotFoundError(f"there is no package {package_id}")
+    if state.forgotten and command_id is not None:
+        raise _expired(state, command_id)
     if state.status != CREATED:
         raise IllegalPackageStateError(f"package {package_id} is {state.status}; only a package that is open changes")
     return state
+
+
+def _expired(state: PackageState, command_id: UUID) -> AnswerExpiredError:
+    """What is known when a command may be a retry of one that the package has forgotten."""
+    package_id, manifest = state.package_id, ContentAddress.of_digest(state.manifest_digest or NO_DIGEST)
+    return AnswerExpiredError(
+        f"package {package_id} was finalized more than {ANSWERS_KEPT_MICROS // 3_600_000_000} hours ago, with the "
+        f"manifest {manifest}, and takes no new command. Whether command {command_id} was recorded before that cannot "
+        f"be told here any more: the package's events name their commands, and its manifest lists its files",
+        facts={"package_id": str(package_id), "finalized_at": state.last_event_at, "manifest_digest": manifest},
+    )
 
 
 def _check_paths(state: PackageState, relative_paths: Sequence[str], limits: Limits) -> None:

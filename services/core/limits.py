@@ -13,6 +13,10 @@ EVENT_OVERHEAD_BYTES = 16 * 1024
 """Room for everything in an event but metadata or manifest: six texts of 256 characters, a path, digests, headers."""
 
 
+ANSWERS_KEPT_MICROS = 24 * 3600 * 1_000_000
+"""How long after its finalization a package's commands are known, by the time of the partition's newest event."""
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What one deployment allows. Sizes in bytes; `max_event_bytes` is what the log takes in one record."""

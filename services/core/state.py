@@ -83,6 +83,8 @@ class PackageState:
     folders: set[str] = field(default_factory=set)
     """The folders that the files lie in. They follow from `files`, which only `add_files` changes."""
     commands: dict[UUID, CommandState] = field(default_factory=dict)
+    forgotten: bool = False
+    """Whether the package's commands are not known any more, because the time in which they are answered is over."""
     unfinished: UUID | None = None
     """A command of which the log holds fewer events than it counts; only its retry is taken until it is whole."""
     pieces: PackagePieces | None = field(default=None, compare=False, repr=False)

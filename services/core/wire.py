@@ -44,6 +44,9 @@ _ADDED: dict[tuple[str, str], int] = {
 }
 """The version that a field came with, by the names of its shape and its own; the others were there from the first."""
 
+_ADDED_PROBLEMS = {"path-conflict": 2, "answer-expired": 2}
+"""The version that an error came with, by its problem."""
+
 _COMMANDS: dict[str, type[Command]] = {
     "create-package": CreatePackage,
     "ingest-files": IngestFiles,
@@ -103,15 +106,21 @@ def decode_acknowledgement(data: bytes, version: int = VERSION) -> Acknowledgeme
     return _build(Acknowledgement, _loads(data), version)
 
 
-def encode_error(error: ArtifactStoreError) -> bytes:
-    """The error's problem, text and numbers as CBOR."""
-    return _dumps([error.problem, error.detail, getattr(error, "retry_after", None), getattr(error, "size", None)])
+def encode_error(error: ArtifactStoreError, version: int = VERSION) -> bytes:
+    """The error's problem, text, numbers and facts as CBOR.
+
+    An error that the version does not know goes as the nearest kind that it knows.
+    """
+    known = (getattr(kind, "problem", ArtifactStoreError.problem) for kind in type(error).__mro__)
+    problem = next(name for name in known if _ADDED_PROBLEMS.get(name, OLDEST) <= max(version, OLDEST))
+    values = [problem, error.detail, getattr(error, "retry_after", None), getattr(error, "size", None)]
+    return _dumps([*values, dict(error.facts)] if version > 1 else values)
 
 
 def decode_error(data: bytes) -> ArtifactStoreError:
     """Rebuild an error as the class of its problem; UnavailableError when the bytes tell of none that is known."""
     try:
-        problem, detail, retry_after, size = _loads(data)
+        problem, detail, retry_after, size, *facts = _loads(data)
     except (InvalidRequestError, TypeError, ValueError):
         return UnavailableError("the owner of the partition gave an answer that cannot be read")
     shape = next((cls for cls in _error_classes() if cls.__dict__.get("problem") == problem), UnavailableError)
@@ -119,7 +128,10 @@ def decode_error(data: bytes) -> ArtifactStoreError:
         return RangeNotSatisfiableError(str(detail), int(size or 0))
     if shape is PushBackError:
         return PushBackError(str(detail), float(retry_after or 1.0))
-    return shape(str(detail))
+    error = shape(str(detail))
+    if facts and isinstance(facts[0], dict):
+        error.facts = facts[0]
+    return error
 
 
 def _error_classes(root: type[ArtifactStoreError] = ArtifactStoreError) -> Iterator[type[ArtifactStoreError]]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from services import errors
 from services.errors import ArtifactStoreError, PushBackError, RangeNotSatisfiableError, RejectedError, UnavailableError
+from services.http import times
 
 MEDIA_TYPE = "application/problem+json"
 TYPE_PREFIX = "urn:artifact-store:problem:"
@@ -35,6 +37,10 @@ class Problem(BaseModel):
     errors: tuple[FieldFault, ...] | None = Field(None, description="Every field that is at fault")
     retry_after: float | None = Field(None, description="Seconds to wait before the same request again")
     size: int | None = Field(None, description="Length of the whole in bytes, where a range cannot be satisfied")
+    package_id: str | None = Field(None, description="The package that the problem is about")
+    finalized_at: str | None = Field(None, description="When it was finalized (RFC 3339, UTC)")
+    manifest_digest: str | None = Field(None, description="The content address of its manifest")
+    events: str | None = Field(None, description="Where its events are read, each with its `command_id`")
 
     @property
     def name(self) -> str:
@@ -58,7 +64,12 @@ def problem_of(error: ArtifactStoreError) -> Problem:
         more["retry_after"] = error.retry_after
     if isinstance(error, RangeNotSatisfiableError):
         more["size"] = error.size
-    return problem(error.status, error.problem, error.detail, **more)
+    facts = dict(error.facts)
+    if "finalized_at" in facts:
+        facts["finalized_at"] = times.to_text(int(facts["finalized_at"]))
+    if "package_id" in facts:
+        more["events"] = f"/v1/events?package_id={facts['package_id']}"
+    return problem(error.status, error.problem, error.detail, **more, **facts)
 
 
 def error_of(found: Problem) -> ArtifactStoreError:
@@ -72,7 +83,20 @@ def error_of(found: Problem) -> ArtifactStoreError:
         kind = UnavailableError
     if kind is None:
         kind = RejectedError if found.status < 500 else UnavailableError if found.status > 500 else ArtifactStoreError
-    return kind(found.detail)
+    error = kind(found.detail)
+    error.facts = _facts(found)
+    return error
+
+
+def _facts(found: Problem) -> dict[str, str | int]:
+    """What `problem_of` took from the error's facts."""
+    facts: dict[str, str | int] = {
+        name: value for name in ("package_id", "manifest_digest") if (value := getattr(found, name)) is not None
+    }
+    if found.finalized_at is not None:
+        with suppress(ValueError):  # the problem may come from anywhere
+            facts["finalized_at"] = times.from_text(found.finalized_at)
+    return facts
 
 
 def _tree(kind: type[ArtifactStoreError]) -> Iterator[type[ArtifactStoreError]]:

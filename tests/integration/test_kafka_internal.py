@@ -92,8 +92,8 @@ async def test_two_gateways_use_the_newest_version_that_both_know(
     listener: InternalListener, writer: Answering, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(wire, "_ADDED", {("Acknowledgement", "manifest_digest"): 2})
-    for module in (wire, forwarding):
-        monkeypatch.setattr(module, "VERSION", 2)
+    for module, version in ((wire, 2), (forwarding, 2), (internal, 1)):
+        monkeypatch.setattr(module, "VERSION", version)
     command, writer.manifest_digest = create(), b"m" * 32
     first, second = (Acknowledgement(command.package_id, 7, bytes(32), manifest_digest=d) for d in (None, b"m" * 32))
     async with HttpForwarder(SECRET) as forwarder:
@@ -110,7 +110,7 @@ async def test_a_message_of_a_version_that_is_not_known_is_for_later(
     headers = {"Authorization": f"Bearer {SECRET.get_secret_value()}", "Content-Type": CONTENT_TYPE}
     body = encode_command(create())
     async with aiohttp.ClientSession(headers=headers) as session:
-        for version in ("2", "0", "-1", "one"):
+        for version in (str(wire.VERSION + 1), "0", "-1", "one"):
             named = {WIRE_VERSION: version}
             async with session.post(listener.url + COMMANDS_PATH, data=BytesIO(body), headers=named) as answer:
                 assert answer.status == UnavailableError.status

@@ -17,9 +17,10 @@ from services.blobs.local import LocalBlobStore
 from services.blobs.port import BlobStore
 from services.config import Settings
 from services.core.commands import Acknowledgement, Command, FinalizePackage, IngestFiles
-from services.errors import CommandReusedError, IllegalPackageStateError
+from services.core.content_address import ContentAddress
+from services.core.limits import ANSWERS_KEPT_MICROS
+from services.errors import AnswerExpiredError, IllegalPackageStateError
 from services.log.kafka import KafkaLog, KafkaWriter, snapshots
-from services.log.kafka.state import ANSWERS_KEPT_MICROS
 from services.wiring import open_blobs
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import PATIENCE_SECONDS, ready
@@ -429,7 +430,11 @@ async def test_a_retry_is_answered_for_a_day_after_finalization_and_refused_late
         assert [await writer.submit(made), await writer.submit(ended)] == answers
         now += 1
         await writer.submit(create_in(0))
-        with pytest.raises(IllegalPackageStateError):
-            await writer.submit(ended)
-        with pytest.raises(CommandReusedError):
-            await writer.submit(made)
+        finalized = {"package_id": str(made.package_id), "finalized_at": 1_700_000_000_000_000}
+        for retried in (made, ended):
+            with pytest.raises(AnswerExpiredError, match=str(retried.command_id)) as caught:
+                await writer.submit(retried)
+            assert caught.value.facts.items() >= finalized.items()
+            assert caught.value.facts["manifest_digest"] == ContentAddress.of_digest(answers[1].manifest_digest or b"")
+        with pytest.raises(AnswerExpiredError):
+            await writer.check_ingest(made.package_id, ["a"], uuid4())

@@ -34,8 +34,11 @@ from services.core.wire import (
     encode_error,
 )
 from services.errors import (
+    AnswerExpiredError,
     ArtifactStoreError,
+    IllegalPackageStateError,
     InvalidRequestError,
+    PathConflictError,
     PushBackError,
     RangeNotSatisfiableError,
     UnavailableError,
@@ -133,6 +136,15 @@ def test_numbers_of_an_error_arrive_too() -> None:
     assert isinstance(ranged, RangeNotSatisfiableError)
     assert (pushed.retry_after, ranged.size) == (2.5, 10)
     assert type(decode_error(encode_error(PartitionNotOwnedError("moved")))) is PartitionNotOwnedError
+
+
+def test_facts_of_an_error_arrive_and_the_previous_release_gets_the_nearest_kind_it_knows() -> None:
+    error = AnswerExpiredError("long ago", facts={"package_id": str(UUID(int=7)), "finalized_at": 12})
+    arrived = decode_error(encode_error(error))
+    assert (type(arrived), arrived.detail, arrived.facts) == (AnswerExpiredError, "long ago", error.facts)
+    assert cbor2.loads(encode_error(error, 1)) == ["illegal-package-state", "long ago", None, None]
+    assert cbor2.loads(encode_error(PathConflictError("both"), 1)) == ["conflict", "both", None, None]
+    assert type(decode_error(encode_error(error, 1))) is IllegalPackageStateError
 
 
 def test_an_error_that_is_not_known_here_leaves_the_outcome_unknown() -> None:

@@ -18,6 +18,7 @@ from services.config import Settings
 from services.core import decide
 from services.core.content_address import ContentAddress
 from services.errors import (
+    AnswerExpiredError,
     ConflictError,
     CorruptError,
     IllegalPackageStateError,
@@ -298,6 +299,36 @@ def many(folder: Path, count: int = 1_200, seed: int = 0) -> dict[str, bytes]:
     files |= {"large": bytes(range(256)) * 4_000, "zz/" + "d/" * 60 + "leaf": b"deep"}
     write(folder, files)
     return files
+
+
+class Forgetful:
+    """A registry that answers no command of a package any more, as a writer does a day after its finalization."""
+
+    def __init__(self, registry: Registry, package_id: UUID) -> None:
+        self._registry = registry
+        self._package_id = package_id
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._registry, name)
+
+    async def create(self, *_: Any, **__: Any) -> Any:
+        raise AnswerExpiredError("long ago", facts={"package_id": str(self._package_id)})
+
+    finalize = ingest = ingest_named = ingest_files = create
+
+
+async def test_a_push_that_was_interrupted_long_ago_finds_the_package_that_it_had_finalized(
+    registry: Registry, tree: Path
+) -> None:
+    began = uuid4()
+    first = await pushed(registry, tree, state=PushState(began, resumed=False, kept=False))
+    late: Any = Forgetful(registry, first.package_id)
+    assert await pushed(late, tree, state=PushState(began, resumed=True, kept=False)) == first
+    write(tree, {"new": b"was not there then"})
+    with pytest.raises(AnswerExpiredError):
+        await pushed(late, tree, state=PushState(began, resumed=True, kept=False))
+    with pytest.raises(AnswerExpiredError):
+        await pushed(late, tree)
 
 
 class Counting:

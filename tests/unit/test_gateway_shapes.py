@@ -12,6 +12,7 @@ from services.core.commands import Acknowledgement, IngestedFile
 from services.core.content_address import ContentAddress
 from services.core.paths import PathPair
 from services.errors import (
+    AnswerExpiredError,
     ArtifactStoreError,
     CorruptError,
     InvalidPathError,
@@ -130,6 +131,18 @@ def test_every_error_of_the_tree_comes_back_as_itself(kind: type[ArtifactStoreEr
     assert back.detail == "why"
     if isinstance(back, RangeNotSatisfiableError):
         assert back.size == 12
+
+
+def test_a_problem_says_what_is_known_and_where_to_look() -> None:
+    known = {"package_id": str(uuid4()), "manifest_digest": f"blake3:{'0' * 64}"}
+    found = problem_of(AnswerExpiredError("why", facts={**known, "finalized_at": _TIME}))
+    assert (found.status, found.name) == (409, "answer-expired")
+    assert found.model_dump(include=set(known)) == known
+    assert found.finalized_at == times.to_text(_TIME)
+    assert found.events == f"/v1/events?package_id={known['package_id']}"
+    back = error_of(Problem.model_validate_json(found.model_dump_json()))
+    assert (type(back), back.facts) == (AnswerExpiredError, {**known, "finalized_at": _TIME})
+    assert "finalized_at" not in error_of(found.model_copy(update={"finalized_at": "yesterday"})).facts
 
 
 def test_a_problem_of_an_unknown_kind_tells_by_its_status_what_to_do() -> None:

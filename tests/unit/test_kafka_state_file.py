@@ -13,14 +13,14 @@ import pytest
 
 from services.core.commands import Command, IngestFiles
 from services.core.decide import acknowledge, decide
-from services.core.limits import Limits
+from services.core.limits import ANSWERS_KEPT_MICROS, Limits
 from services.core.state import CREATED, FINALIZED, PackageState
-from services.errors import CommandReusedError
+from services.errors import AnswerExpiredError, CommandReusedError
 from services.file_lock import FileLock
 from services.log.kafka import state as state_module
 from services.log.kafka import state_file as state_file_module
 from services.log.kafka.loss import Loss, Witness
-from services.log.kafka.state import ANSWERS_KEPT_MICROS, PartitionState
+from services.log.kafka.state import PartitionState
 from services.log.kafka.state_file import Place, StateFile, StateFileError, UnusableStateError, copy_file
 from services.log.kafka.state_slots import Slot, claim
 from services.log.kafka.state_statements import BYTES, ROWS, Many
@@ -245,6 +245,26 @@ def test_a_state_that_proves_a_loss_is_kept_and_found_each_time(tmp_path: Path) 
         again.slot.release()
         found.slot.release()
     assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_late_retry_is_told_what_is_known_and_not_that_nothing_was_recorded(tmp_path: Path, saved: bool) -> None:
+    state = PartitionState(StateFile.create(tmp_path / NAME, PLACE))
+    writing = Writing(state)
+    made = commands.create("old")
+    retries: list[Command] = [made, commands.ingest(made.package_id, "a"), commands.finalize(made.package_id)]
+    for command in retries:
+        writing.run(command)
+    if saved:
+        state.save()
+    writing.now += ANSWERS_KEPT_MICROS
+    writing.run(commands.create("new"))
+    for command in [*retries, commands.ingest(made.package_id, "b", name="new"), replace(made, subject="other")]:
+        with pytest.raises(AnswerExpiredError, match=r"24 hours ago, .* manifest blake3:") as caught:
+            decide(state.package(command.package_id, command.command_id), command, writing.now, Limits())
+        assert str(command.command_id) in caught.value.detail
+        assert caught.value.facts["finalized_at"] == 1_000
+    state.discard()
 
 
 def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:

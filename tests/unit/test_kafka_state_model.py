@@ -19,11 +19,11 @@ from schemas.events import Event
 from services.core.commands import Acknowledgement, Command
 from services.core.decide import Decision, acknowledge, check_ingest, decide
 from services.core.evolve import evolve
-from services.core.limits import Limits
+from services.core.limits import ANSWERS_KEPT_MICROS, Limits
 from services.core.state import FINALIZED, PackageState
 from services.errors import ArtifactStoreError
 from services.log.kafka import state_file as state_file_module
-from services.log.kafka.state import ANSWERS_KEPT_MICROS, PartitionState, mark_of
+from services.log.kafka.state import PartitionState, mark_of
 from services.log.kafka.state_file import Place, StateFile
 from tests.unit import commands
 
@@ -183,6 +183,7 @@ class StateMachine(RuleBasedStateMachine):
             FINALIZED,
             state.total_bytes,
             state.manifest_digest,
+            forgotten=True,
         )
 
 

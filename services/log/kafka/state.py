@@ -19,12 +19,10 @@ from schemas.events import Event
 from schemas.identifiers import partition_id
 from services.core.decide import Decision, accept
 from services.core.evolve import evolve
+from services.core.limits import ANSWERS_KEPT_MICROS
 from services.core.state import CREATED, FINALIZED, PackageState
 from services.log.kafka.state_file import Irregular, Standing, StateFile, StateFileError, UnusableStateError, remove
 from services.log.records import AdministrativeHead
-
-ANSWERS_KEPT_MICROS = 24 * 3600 * 1_000_000
-"""How long after its finalization a package's commands are known, by the time of the partition's newest event."""
 
 SAVE_EVENTS = 10_000
 """A checkpoint is written after so many events, which a take-over reads again in less than half a second,"""
@@ -118,6 +116,7 @@ class PartitionState:
                 FINALIZED,
                 state.total_bytes,
                 state.manifest_digest,
+                forgotten=True,
             )
         else:
             self._packages.move_to_end(package_id)

@@ -427,7 +427,8 @@ class StateFile:
             total_bytes,
             manifest_digest,
         )
-        if command_id is None or last_event_at <= kept_after:
+        state.forgotten = last_event_at <= kept_after
+        if command_id is None or state.forgotten:
             return state
         execute = self._connection.execute
         rows = execute(
