@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ingest_gateway.admission import JSON_ROOM_BYTES, MAX_DOWNLOADS, Places, Room, Transfer, connections_within
 from ingest_gateway.followers import MAX_FOLLOWERS, Followers
 from ingest_gateway.forwarding import MAX_FORWARDED
-from ingest_gateway.health import Checks
+from ingest_gateway.health import Checks, ReadyAnswers
 from ingest_gateway.internal import MAX_TAKEN
 from ingest_gateway.metrics import Metrics
 from ingest_gateway.siblings import Siblings
@@ -73,7 +73,7 @@ class Gateway:
         """`siblings` are the other processes of a gateway of several."""
         self.registry = registry
         self.tail = Tail(log)
-        self.checks = checks
+        self.ready = ReadyAnswers(checks)
         self.bounds = bounds
         self.metrics = metrics
         self.openapi = openapi

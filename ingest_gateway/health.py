@@ -23,6 +23,10 @@ CHECK_SECONDS = 3.0
 """How long one part may take to answer before it counts as away."""
 
 
+FRESH_SECONDS = 1.0
+"""How long all who ask get the answer that one check gave."""
+
+
 @dataclass(frozen=True)
 class Checks:
     """How each part is looked at. Without log, blobs or writer there are no writes; without views reads only suffer."""
@@ -67,6 +71,25 @@ async def readiness(checks: Checks) -> Readiness:
     )
 
 
+class ReadyAnswers:
+    """The answers of `/readyz`, from one check at a time that all who ask share. Belongs to one event loop."""
+
+    def __init__(self, checks: Checks) -> None:
+        self._checks = checks
+        self._checking = asyncio.Lock()
+        self._found: Readiness | None = None
+        self._until = 0.0
+
+    async def now(self) -> Readiness:
+        """What was found within FRESH_SECONDS, or is found now. Blocks for CHECK_SECONDS at most."""
+        loop = asyncio.get_running_loop()
+        async with self._checking:
+            if self._found is None or loop.time() >= self._until:
+                self._found = await readiness(self._checks)
+                self._until = loop.time() + FRESH_SECONDS
+            return self._found
+
+
 async def _cause(check: Check) -> str | None:
     try:
         async with asyncio.timeout(CHECK_SECONDS):
@@ -84,7 +107,7 @@ async def get_health(call: Call) -> web.StreamResponse:
 
 async def get_readiness(call: Call) -> web.StreamResponse:
     """GET /readyz."""
-    found = await readiness(call.gateway.checks)
+    found = await call.gateway.ready.now()
     if call.gateway.draining:
         found = found.model_copy(update={"status": "unready"})
     return json_answer(found, status=503 if found.status == "unready" else 200)

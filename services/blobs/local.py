@@ -26,6 +26,7 @@ from services.blobs.object_parts import PART_BYTES, ObjectParts
 from services.blobs.port import (
     DAMAGED,
     IDLE_SECONDS,
+    PROVEN_SECONDS,
     RESUMABLE,
     Declared,
     Digests,
@@ -63,6 +64,7 @@ class LocalBlobStore:
         self._cleanups = Cleanups()
         self._clock = StoreClock()
         self._mistrusted = Mistrusted[str]()
+        self._proven_until = 0.0
         self._durable_folders: set[Path] = set()  # their own entries were synced by this process
         self._parts = ObjectParts(self, part_bytes=part_bytes)
 
@@ -249,12 +251,17 @@ class LocalBlobStore:
         draft = _Draft(self._incoming / f"{uuid4()}.part")
 
         def probe() -> None:
+            if self._proven_until > time.monotonic() and os.access(self._incoming, os.W_OK | os.X_OK):
+                space = os.statvfs(self._incoming)
+                if space.f_bavail and (space.f_favail or not space.f_files):
+                    return
             try:
                 draft.open()
                 draft.write(b"ok")
                 draft.sync()
             finally:
                 draft.discard()
+            self._proven_until = time.monotonic() + PROVEN_SECONDS
 
         await self._work(probe)
 
@@ -344,6 +351,7 @@ class LocalBlobStore:
                 f"there is no blob folder at {self._root}: `artifact-store migrate` creates it"
             ) from None
         except OSError as error:
+            self._proven_until = 0.0
             raise UnavailableError(f"the blob folder {self._root} cannot be used: {error.strerror}") from error
 
 

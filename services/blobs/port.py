@@ -187,6 +187,10 @@ class PartStore(Protocol):
         """
 
 
+PROVEN_SECONDS = 30.0
+"""How long a write that succeeded shows that the store takes writes."""
+
+
 class BlobStore(Protocol):
     """A store of immutable blobs. Every method may be called from many tasks of one event loop at a time."""
 
@@ -289,7 +293,10 @@ class BlobStore(Protocol):
         """Create the bucket or folder if it is missing. Safe to repeat. Raises UnavailableError, ConfigurationError."""
 
     async def check(self) -> None:
-        """Return if the store can take writes now. Raises UnavailableError with the reason."""
+        """Return if the store can take writes now. Raises UnavailableError with the reason.
+
+        It writes something small, unless a write has succeeded within PROVEN_SECONDS and none has failed since.
+        """
 
     @property
     def clock(self) -> StoreClock:

@@ -32,6 +32,7 @@ from services.blobs.parts import MAX_PARTS, MIB, PartPlan
 from services.blobs.port import (
     DAMAGED,
     IDLE_SECONDS,
+    PROVEN_SECONDS,
     UPLOADS,
     Declared,
     Digests,
@@ -288,7 +289,10 @@ class S3BlobStore:
 
     async def check(self) -> None:
         """See the port. Writes a small object `health/write-probe`, since a store that is full still answers reads."""
-        await self._requests.send("PUT", PROBE_KEY, _OK, body=b"ok", attempts=1, seconds=5.0)
+        if self._requests.wrote_within(PROVEN_SECONDS):
+            await self._requests.send("HEAD", PROBE_KEY, frozenset({200, 404}), attempts=1, seconds=5.0)
+        else:
+            await self._requests.send("PUT", PROBE_KEY, _OK, body=b"ok", attempts=1, seconds=5.0)
 
     @property
     def clock(self) -> StoreClock:

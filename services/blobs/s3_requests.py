@@ -196,6 +196,7 @@ class S3Requests:
         self._connections = connections
         self._attempts = attempts
         self._session: aiohttp.ClientSession | None = None
+        self._wrote_at: float | None = None
         self._transports: WeakSet[asyncio.Transport] = WeakSet()
 
     async def send(
@@ -224,7 +225,18 @@ class S3Requests:
             return await self._once(method, key, expect, query or {}, headers or {}, body, seconds)
 
         limit = patience(_length(body), seconds)
-        return await self.retry(once, attempts=1 if isinstance(body, Relay) else attempts, seconds=limit)
+        writes, began = method in ("PUT", "POST"), asyncio.get_running_loop().time()
+        try:
+            answer = await self.retry(once, attempts=1 if isinstance(body, Relay) else attempts, seconds=limit)
+        except UnavailableError:
+            self._wrote_at = None if writes else self._wrote_at
+            raise
+        self._wrote_at = began if writes else self._wrote_at
+        return answer
+
+    def wrote_within(self, seconds: float) -> bool:
+        """Whether the last request that writes has succeeded, and began within so many seconds."""
+        return self._wrote_at is not None and asyncio.get_running_loop().time() < self._wrote_at + seconds
 
     async def retry(
         self, act: Callable[[], Awaitable[_T]], *, attempts: int | None = None, seconds: float = ANSWER_SECONDS

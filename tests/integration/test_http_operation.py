@@ -14,6 +14,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from ingest_gateway.health import FRESH_SECONDS
 from ingest_gateway.server import run
 from services.config import PREFIX, Settings
 from services.errors import ConfigurationError, UnavailableError
@@ -56,6 +57,34 @@ async def test_readiness_is_about_writes_and_names_the_cause(
     assert (answer.status, found["status"]) == (status, overall)
     assert found["parts"][part] == {"state": state, "cause": "nobody answers"}
     assert [name for name, health in found["parts"].items() if health["state"] != "ok"] == [part]
+
+
+async def test_many_who_ask_for_readiness_share_a_check_that_is_at_most_a_second_old(
+    embedded_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted, begun, answers = 0, asyncio.Event(), asyncio.Event()
+
+    async def count() -> str | None:
+        nonlocal counted
+        counted += 1
+        begun.set()
+        await answers.wait()
+        return None if counted < 2 else "trouble"
+
+    async with running_gateway(embedded_settings, checks={"writer": count}) as gateway:
+
+        async def ask() -> int:
+            async with gateway.session.get("/readyz") as answer:
+                return answer.status
+
+        asked = [asyncio.create_task(ask()) for _ in range(20)]
+        await begun.wait()
+        answers.set()
+        assert set(await asyncio.gather(*asked)) == {200}
+        assert (await ask(), counted) == (200, 1)
+        now = asyncio.get_running_loop().time
+        monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now() + FRESH_SECONDS)
+        assert (await ask(), counted) == (503, 2)
 
 
 async def test_a_part_that_does_not_answer_in_time_is_away(

@@ -150,6 +150,33 @@ async def test_a_disk_that_is_full_is_unavailable_and_nothing_is_left(
     await store.store(hello(), declared=Declared(), max_bytes=10)
 
 
+async def test_readiness_writes_only_while_no_write_has_shown_that_the_folder_takes_any(
+    store: LocalBlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, fsync = [], os.fsync
+
+    def counted(file: int) -> None:
+        written.append(file)
+        fsync(file)
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", counted)
+    for _ in range(3):
+        await store.check()
+    assert len(written) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(UnavailableError, match="No space left"):
+            await store.store(hello(), declared=Declared(), max_bytes=10)
+        with pytest.raises(UnavailableError, match="No space left"):
+            await store.check()
+    await store.check()
+    await store.check()
+    assert len(written) == 2
+
+
 async def test_a_folder_that_is_missing_is_named_with_what_makes_it(tmp_path: Path) -> None:
     store = LocalBlobStore(tmp_path / "absent")
     with pytest.raises(UnavailableError, match="artifact-store migrate"):

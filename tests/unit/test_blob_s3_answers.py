@@ -229,3 +229,34 @@ async def test_a_store_that_names_no_time_has_ours(date: str | None) -> None:
     async with answered_by(without if date is None else undated) as store:
         assert abs(await store.now() - datetime.now(UTC)) < timedelta(seconds=10)
         assert store.clock.ahead() is None
+
+
+async def test_readiness_writes_only_while_no_write_has_shown_that_the_store_takes_any(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+    full = False
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        asked.append(request.method)
+        return error(507, "InsufficientStorage") if full and request.method == "PUT" else web.Response()
+
+    async with answered_by(answer) as store:
+        for _ in range(3):
+            await store.check()
+        assert asked == ["PUT", "HEAD", "HEAD"]
+
+        full = True
+        with pytest.raises(UnavailableError):
+            await store.put_object("resumable/a", b"a")
+        asked.clear()
+        for _ in range(2):
+            with pytest.raises(UnavailableError, match="full"):
+                await store.check()
+        assert asked == ["PUT", "PUT"]
+
+        full = False
+        await store.check()
+        monkeypatch.setattr("services.blobs.s3.PROVEN_SECONDS", 0.0)
+        await store.check()
+        assert asked == ["PUT"] * 4
