@@ -16,6 +16,7 @@ from ingest_gateway.packages import ANYONE, INGESTING, READING, WRITING
 from ingest_gateway.parameters import (
     ACTOR,
     AFTER,
+    DIGESTS,
     IDEMPOTENCY_KEY,
     IF_MATCH,
     IF_NONE_MATCH,
@@ -125,7 +126,7 @@ ROUTES = (
         ingest_files,
         "Stream many files into a package, all or none",
         (Success(201, "All bytes and events are durable", {JSON: FilesIngestedAnswer}),),
-        parameters=(PACKAGE_ID, IDEMPOTENCY_KEY, ACTOR),
+        parameters=(PACKAGE_ID, IDEMPOTENCY_KEY, ACTOR, *DIGESTS),
         body=Body(
             {TAR: BINARY, **dict.fromkeys(_COMPRESSED, BINARY), JSON: IngestNamedRequest},
             description="A tar archive, as it is or compressed by gzip or Zstandard (`Content-Encoding`, or the media "

@@ -8,6 +8,7 @@ from ingest_gateway.answers import JSON, json_answer
 from ingest_gateway.call import Call
 from ingest_gateway.operations import Body, Route, Success
 from ingest_gateway.packages import READING
+from ingest_gateway.parameters import DIGESTS
 from services.core.content_address import ContentAddress
 from services.errors import InvalidRequestError, UnavailableError
 from services.http.bundles import MAX_KNOWN, KnownBlobsAnswer, KnownBlobsRequest
@@ -27,6 +28,7 @@ ROUTES = (
         known_blobs,
         "Ask which blobs are stored",
         (Success(200, "Those that are", {JSON: KnownBlobsAnswer}),),
+        parameters=DIGESTS,
         body=Body({JSON: KnownBlobsRequest}, example={"addresses": [f"blake3:{'0' * 64}"]}),
         problems=(InvalidRequestError, *READING, UnavailableError),
         description=f"At most {MAX_KNOWN:,} content addresses. What is known can be ingested by name "

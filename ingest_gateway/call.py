@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+import hashlib
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import parse_qsl, urlencode
 
@@ -13,7 +14,7 @@ from ingest_gateway.answers import SERVER
 from ingest_gateway.connections import client_of
 from ingest_gateway.json_body import parse_json
 from ingest_gateway.operations import Route
-from ingest_gateway.parameters import Parameter
+from ingest_gateway.parameters import CONTENT_DIGEST, CONTENT_MD5, REPR_DIGEST, Parameter
 from ingest_gateway.problems import (
     BodyTimeoutError,
     ExpectationFailedError,
@@ -23,7 +24,8 @@ from ingest_gateway.problems import (
 )
 from ingest_gateway.routing import Target
 from ingest_gateway.sending import SENT_AT_ONCE_BYTES, taken
-from services.errors import InvalidRequestError, TooLargeError
+from services.errors import ContentMismatchError, InvalidRequestError, TooLargeError
+from services.http.headers import HASHES
 from services.http.models import Request
 
 if TYPE_CHECKING:
@@ -37,6 +39,9 @@ MAX_JSON_BYTES = 1 << 20
 
 _PARSED_AT_ONCE_BYTES = 64 * 1024  # a larger JSON body is parsed beside the event loop
 
+_HASHED_AT_ONCE_BYTES = 64 * 1024  # of a larger chunk a thread computes digests that were declared
+_MD5 = "md5"
+
 _MAX_QUERY_FIELDS = 32
 _JSON_ESCAPE = 6  # `\u00e9` is six bytes where the JCS form has at least one
 
@@ -47,7 +52,10 @@ class Call:
     def __init__(
         self, gateway: Gateway, request: web.BaseRequest, route: Route, target: Target, path: Mapping[str, str]
     ) -> None:
-        """Raises InvalidRequestError for a query that the route does not take; ExpectationFailedError."""
+        """Raises InvalidRequestError for a query that the route does not take or digests that are not checked here.
+
+        ContentMismatchError: digests contradict each other, or there is no body. ExpectationFailedError.
+        """
         self.gateway = gateway
         self.registry = gateway.registry
         self.request = request
@@ -63,6 +71,11 @@ class Call:
         if expect is not None and expect.lower() != "100-continue":
             raise ExpectationFailedError("the only expectation that is met is 100-continue")
         self.continue_pending = expect is not None and request.version >= HttpVersion11
+        self._digests: dict[str, bytes] = {}  # by algorithm: what the content must hash to
+        if route.body is not None:
+            self._declare_digests()
+            if not request.can_read_body:
+                _check(_hashes(self._digests), self._digests)
 
     @property
     def client(self) -> str:
@@ -90,6 +103,37 @@ class Call:
         values = self.request.headers.getall(name, ())
         return ", ".join(values) if values else None
 
+    @property
+    def checked(self) -> bool:
+        """Whether `body` raises at its end if it is not what the headers declare."""
+        return bool(self._digests)
+
+    def take_sha256(self) -> bytes | None:
+        """The SHA-256 that the headers declare of the content, for the caller to check: `body` does so no more."""
+        return self._digests.pop("sha-256", None)
+
+    def _declare_digests(self) -> None:
+        if "Digest" in self.request.headers:
+            raise InvalidRequestError(
+                "Digest (RFC 3230) is obsolete and not checked: declare Content-Digest (RFC 9530)"
+            )
+        trailer = (self.list_header("Trailer") or "").lower()
+        for name, declared in self._declarations():
+            if name.lower() in trailer:
+                raise InvalidRequestError(f"{name} is not read from a trailer: send it as a header")
+            for algorithm, digest in declared.items():
+                if self._digests.setdefault(algorithm, digest) != digest:
+                    raise ContentMismatchError(
+                        f"two headers declare different digests by {algorithm} of the same content"
+                    )
+
+    def _declarations(self) -> Iterator[tuple[str, Mapping[str, bytes]]]:
+        for parameter in (CONTENT_DIGEST, REPR_DIGEST):
+            value = self.list_header(parameter.name) if parameter in self.route.parameters else None
+            yield parameter.name, {} if value is None else parameter.parse(value)
+        md5 = self.header(CONTENT_MD5)
+        yield CONTENT_MD5.name, {} if md5 is None else {_MD5: md5}
+
     def same_with(self, **changes: str) -> str:
         """This request's target with query parameters changed: a relative reference for a `Link`."""
         return f"{self.target.path}?{urlencode({**self._query, **changes})}"
@@ -100,6 +144,7 @@ class Call:
         Raises:
             IncompleteBodyError, MalformedHttpError, BodyTimeoutError: the body did not come to its end.
             UnsupportedMediaTypeError: it is coded; the bytes that are stored are those that are meant.
+            ContentMismatchError: it is not what the headers declare.
         """
         coding = self.list_header("Content-Encoding")
         if not coded and coding is not None and coding.strip().lower() != "identity":
@@ -116,6 +161,7 @@ class Call:
             self.continue_pending = False
             await self.request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             self.request.writer.output_size = 0  # the answer itself has not begun
+        hashes = _hashes(self._digests)
         content = self.request.content
         clock = asyncio.get_running_loop().time
         seconds = self.gateway.bounds.body_idle_seconds
@@ -141,7 +187,10 @@ class Call:
             except OSError:
                 raise IncompleteBodyError("the body ended before its announced end") from None
             if not chunk:
+                _check(hashes, self._digests)
                 return
+            if hashes:
+                await _update(hashes, chunk)
             self.received += len(chunk)
             waited += clock() - began
             got += len(chunk)
@@ -204,6 +253,29 @@ class Call:
     async def finish(self, response: web.StreamResponse) -> None:
         """End a streamed answer. Waits, and raises, as `send`."""
         await taken(response.write_eof(), 0, self.gateway.bounds)
+
+
+def _hashes(algorithms: Iterable[str]) -> dict[str, hashlib._Hash]:
+    return {name: HASHES[name]() if name in HASHES else hashlib.md5(usedforsecurity=False) for name in algorithms}
+
+
+async def _update(hashes: Mapping[str, hashlib._Hash], chunk: bytes) -> None:
+    def work() -> None:
+        for each in hashes.values():
+            each.update(chunk)
+
+    if len(chunk) > _HASHED_AT_ONCE_BYTES:
+        await asyncio.to_thread(work)
+    else:
+        work()
+
+
+def _check(hashes: Mapping[str, hashlib._Hash], declared: Mapping[str, bytes]) -> None:
+    for algorithm, found in hashes.items():
+        if found.digest() != declared[algorithm]:
+            raise ContentMismatchError(
+                f"the {algorithm} of the content is {found.hexdigest()}, {declared[algorithm].hex()} was declared"
+            )
 
 
 def _query(raw: str, known: frozenset[str]) -> dict[str, str]:

@@ -12,12 +12,12 @@ from ingest_gateway.parameters import (
     ACTOR,
     CONTENT_ADDRESS,
     CURSOR,
+    DIGESTS,
     FILE_ID,
     IDEMPOTENCY_KEY,
     LIMIT,
     PACKAGE_ID,
     RELATIVE_PATH,
-    REPR_DIGEST,
     WAIT_SEQUENCE,
     declared,
 )
@@ -47,7 +47,7 @@ async def ingest_file(call: Call) -> web.StreamResponse:
     command_id, actor = call.header(IDEMPOTENCY_KEY), call.header(ACTOR) or ANYONE
     media_type = call.request.headers.get("Content-Type", ANY_MEDIA_TYPE)
     check_text("Content-Type", media_type)
-    said = declared(call.request.content_length, call.header(CONTENT_ADDRESS), call.header(REPR_DIGEST))
+    said = declared(call.request.content_length, call.header(CONTENT_ADDRESS), call.take_sha256())
     largest = call.gateway.bounds.max_file_bytes
     if said.size_bytes is not None and said.size_bytes > largest:
         raise TooLargeError(f"a file may have {largest:,} bytes here")
@@ -101,7 +101,7 @@ ROUTES = (
         ingest_file,
         "Stream a file into a package",
         (Success(201, "Bytes and event are durable", {JSON: FileIngestedAnswer}, {"Location": LOCATION}),),
-        parameters=(PACKAGE_ID, RELATIVE_PATH, IDEMPOTENCY_KEY, ACTOR, CONTENT_ADDRESS, REPR_DIGEST),
+        parameters=(PACKAGE_ID, RELATIVE_PATH, IDEMPOTENCY_KEY, ACTOR, CONTENT_ADDRESS, *DIGESTS),
         body=Body(
             {"*/*": BINARY},
             description="The bytes. `Content-Type` becomes the file's media type (absent: application/octet-stream).",

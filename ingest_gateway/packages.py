@@ -10,6 +10,7 @@ from ingest_gateway.operations import Body, Route, Success
 from ingest_gateway.parameters import (
     ACTOR,
     CURSOR,
+    DIGESTS,
     IDEMPOTENCY_KEY,
     LIMIT,
     MANIFEST_DIGEST,
@@ -105,7 +106,7 @@ def link_to_next(call: Call, cursor: str | None) -> dict[str, str]:
 
 WRITING = (PushBackError, NotAppendedError, UnavailableError)
 """Problems that every write may meet."""
-READING = (IncompleteBodyError, BodyTimeoutError, TooLargeError, UnsupportedMediaTypeError)
+READING = (IncompleteBodyError, BodyTimeoutError, TooLargeError, UnsupportedMediaTypeError, ContentMismatchError)
 """What a body may be refused for, whatever it holds."""
 INGESTING = (
     InvalidRequestError,
@@ -128,7 +129,7 @@ ROUTES = (
         create_package,
         "Create a package",
         (Success(201, "The package is on the log", {JSON: PackageCreatedAnswer}, {"Location": LOCATION}),),
-        parameters=(IDEMPOTENCY_KEY, ACTOR),
+        parameters=(IDEMPOTENCY_KEY, ACTOR, *DIGESTS),
         body=Body(
             {JSON: CreatePackageRequest},
             example={
@@ -155,7 +156,7 @@ ROUTES = (
         finalize_package,
         "Freeze a package under its manifest",
         (Success(200, "The package is finalized", {JSON: PackageFinalizedAnswer}),),
-        parameters=(PACKAGE_ID, IDEMPOTENCY_KEY, ACTOR),
+        parameters=(PACKAGE_ID, IDEMPOTENCY_KEY, ACTOR, *DIGESTS),
         body=Body({JSON: NothingRequest}, required=False),
         problems=(
             InvalidRequestError,

@@ -14,7 +14,7 @@ from services.core.fields import MAX_TEXT_CHARACTERS, check_text
 from services.core.paths import check_path
 from services.errors import InvalidPathError, InvalidRequestError
 from services.http import headers as names
-from services.http.headers import parse_repr_digest
+from services.http.headers import parse_content_md5, parse_digests
 from services.http.paths import UUID_PATTERN, parse_id, unquoted
 from services.log.position import Position
 from services.views.models import DEFAULT_PAGE, MAX_PAGE
@@ -200,13 +200,42 @@ CONTENT_ADDRESS = Parameter(
     "BLAKE3 that the body must have",
     _ADDRESS_SCHEMA,
 )
+_DIGEST_RULES = (
+    "sha-256 or sha-512, as `sha-256=:BASE64:`. Other algorithms are ignored beside one of them, and refused without"
+)
+CONTENT_DIGEST = Parameter(
+    names.CONTENT_DIGEST,
+    "header",
+    parse_digests(names.CONTENT_DIGEST),
+    "Digest that the content must have as it is sent, with its `Content-Encoding` (RFC 9530): " + _DIGEST_RULES,
+    {"type": "string"},
+)
 REPR_DIGEST = Parameter(
     names.REPR_DIGEST,
     "header",
-    parse_repr_digest,
-    "SHA-256 that the body must have (RFC 9530): `sha-256=:BASE64:`; other algorithms are ignored",
+    parse_digests(names.REPR_DIGEST),
+    "Digest that the representation in the body must have (RFC 9530), with its `Content-Encoding`. A request brings "
+    "all of it, so the bytes are those of `Content-Digest`: " + _DIGEST_RULES,
     {"type": "string"},
 )
+FILE_DIGEST = Parameter(
+    names.REPR_DIGEST,
+    "header",
+    parse_digests(names.REPR_DIGEST),
+    "Digest that the whole file must have (RFC 9530), however many requests bring it: sha-256, as `sha-256=:BASE64:`. "
+    "Other algorithms are ignored beside it, and refused without",
+    {"type": "string"},
+)
+CONTENT_MD5 = Parameter(
+    names.CONTENT_MD5,
+    "header",
+    parse_content_md5,
+    "MD5 that the content must have as it is sent, in base64 (RFC 1864): against damage on the way only",
+    {"type": "string"},
+)
+DIGESTS = (CONTENT_DIGEST, REPR_DIGEST, CONTENT_MD5)
+"""What every request with a body may declare of it. A digest that is declared is checked or refused, never ignored."""
+
 LAST_EVENT_ID = Parameter(
     names.LAST_EVENT_ID,
     "header",

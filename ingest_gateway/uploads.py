@@ -14,9 +14,12 @@ from ingest_gateway.packages import ANYONE, INGESTING, READING, WRITING
 from ingest_gateway.parameters import (
     ACTOR,
     CONTENT_ADDRESS,
+    CONTENT_DIGEST,
+    CONTENT_MD5,
+    DIGESTS,
+    FILE_DIGEST,
     IDEMPOTENCY_KEY,
     PACKAGE_ID,
-    REPR_DIGEST,
     UPLOAD_ID,
     WAIT_SEQUENCE,
     declared,
@@ -82,6 +85,8 @@ async def begin_upload(call: Call) -> web.StreamResponse:
     if said is None or not paths:
         raise InvalidRequestError(f"{names.UPLOAD_METADATA} must name the file's {RELATIVE_PATH[0]}")
     has_body = call.request.headers.get("Content-Type", "").lower() == CONTENT_TYPE
+    if call.checked and call.request.can_read_body and not has_body:
+        raise UnsupportedMediaTypeError(f"the body must be {CONTENT_TYPE}", {"Accept": CONTENT_TYPE})
     checksum = call.header(UPLOAD_CHECKSUM)
     state = await call.registry.uploads.create(
         NewUpload(
@@ -90,7 +95,7 @@ async def begin_upload(call: Call) -> web.StreamResponse:
             media_type=next((said[key] for key in MEDIA_TYPE if said.get(key)), ANY_MEDIA_TYPE),
             actor=call.header(ACTOR) or ANYONE,
             length=length,
-            declared=declared(length, call.header(CONTENT_ADDRESS), call.header(REPR_DIGEST)),
+            declared=declared(length, call.header(CONTENT_ADDRESS), _file_sha256(call)),
             command_id=call.header(IDEMPOTENCY_KEY),
             metadata=call.request.headers[names.UPLOAD_METADATA],
         )
@@ -168,7 +173,15 @@ async def _append(call: Call, upload_id: UUID, offset: int, checksum: Checksum |
         call.body(),
         size=call.request.content_length,
         checksum=checksum,
+        whole=call.checked,
     )
+
+
+def _file_sha256(call: Call) -> bytes | None:
+    said = call.header(FILE_DIGEST)
+    if said is not None and "sha-256" not in said:
+        raise InvalidRequestError(f"{FILE_DIGEST.name} of an upload is checked by sha-256 alone: declare that")
+    return None if said is None else said["sha-256"]
 
 
 async def _end(call: Call) -> web.StreamResponse:
@@ -250,7 +263,9 @@ ROUTES = (
             IDEMPOTENCY_KEY,
             ACTOR,
             CONTENT_ADDRESS,
-            REPR_DIGEST,
+            CONTENT_DIGEST,
+            FILE_DIGEST,
+            CONTENT_MD5,
         ),
         body=_BYTES,
         problems=_ADDING,
@@ -294,7 +309,7 @@ ROUTES = (
         add_to_upload,
         "Add bytes to an upload",
         (Success(204, "They are stored", headers=_TOLD),),
-        parameters=(PACKAGE_ID, UPLOAD_ID, RESUMABLE, UPLOAD_OFFSET, UPLOAD_CHECKSUM),
+        parameters=(PACKAGE_ID, UPLOAD_ID, RESUMABLE, UPLOAD_OFFSET, UPLOAD_CHECKSUM, *DIGESTS),
         body=_BYTES,
         problems=_ADDING,
         description="One request at a time may add to an upload, whichever gateway it comes to. " + _KEPT,
@@ -317,7 +332,7 @@ ROUTES = (
         override_upload,
         "Add to an upload or end it, where only POST can be sent",
         (Success(204, "As PATCH or DELETE"),),
-        parameters=(PACKAGE_ID, UPLOAD_ID, RESUMABLE, METHOD_OVERRIDE, UPLOAD_OFFSET, UPLOAD_CHECKSUM),
+        parameters=(PACKAGE_ID, UPLOAD_ID, RESUMABLE, METHOD_OVERRIDE, UPLOAD_OFFSET, UPLOAD_CHECKSUM, *DIGESTS),
         body=_BYTES,
         problems=(*_ADDING, MethodNotAllowedError),
         tag="files",

@@ -71,8 +71,13 @@ class Appending:
         clock: Callable[[], datetime],
         cleanups: Cleanups,
         checksum: Checksum | None,
+        *,
+        whole: bool,
     ) -> None:
-        """`state` is the newest one; all others are refused when it runs."""
+        """`state` is the newest one; all others are refused when it runs.
+
+        With `whole` or a `checksum` a body that ends in an error adds nothing.
+        """
         self._blobs = blobs
         self._parts = blobs.parts
         self._states = states
@@ -80,6 +85,7 @@ class Appending:
         self._clock = clock
         self._cleanups = cleanups
         self._checksum = checksum
+        self._whole = whole or checksum is not None
         self._hash = None if checksum is None else ALGORITHMS[checksum.algorithm]()
         self._body = BodyHash() if state.offset == 0 else None  # hashing cannot go on where another request ended
         self._holder = uuid4()
@@ -104,7 +110,7 @@ class Appending:
     async def run(self, body: AsyncIterator[bytes]) -> UploadState:
         """Take the body and return the upload's state behind it. Raises as `ResumableUploads.append`, SupersededError.
 
-        Also when it raises, what came is stored, unless there is a checksum or the body was too long.
+        Also when it raises, what came is stored, unless all of it was to be taken or the body was too long.
         """
         with self._parts.memory.share() as share:
             first = min(self._state.part_bytes, self._state.length - self._state.held)
@@ -117,7 +123,7 @@ class Appending:
                         await self._take(pace, share)
                     self._verify()
                 except BaseException as error:
-                    keep = self._checksum is None and not isinstance(error, TooLargeError)
+                    keep = not self._whole and not isinstance(error, TooLargeError)
                     await self._cleanups.run(self._save(keep=keep))
                     raise
                 await self._save(keep=True)
@@ -194,7 +200,7 @@ class Appending:
     async def _renew(self, *, force: bool) -> None:
         """Say that bytes come, commit the parts that are there, and reserve more numbers."""
         if force or asyncio.get_running_loop().time() - self._renewed >= RENEW_SECONDS:
-            moved = self._moved() if self._checksum is None and self._done else {}
+            moved = self._moved() if self._done and not self._whole else {}
             self._state = await self._states.replace(self._state, **moved, **self._claim())
             if moved:
                 self._done, self._done_bytes = [], 0

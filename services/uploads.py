@@ -129,11 +129,12 @@ class ResumableUploads:
         *,
         size: int | None = None,
         checksum: Checksum | None = None,
+        whole: bool = False,
     ) -> UploadState:
         """Add the body's bytes behind the `offset` bytes that are there; what came of a body that broke off is kept.
 
-        With a `checksum` all of the body is taken or nothing. The last byte finishes the upload. `size` is the length
-        of the body, where it is known.
+        With `whole` or a `checksum` all of the body is taken or nothing. The last byte finishes the upload. `size` is
+        the length of the body, where it is known.
 
         Raises:
             UploadNotFoundError, UploadOffsetError.
@@ -151,7 +152,7 @@ class ResumableUploads:
             await self._check(package_id, state.relative_path, state.command_id)
             if size == 0:
                 return state
-            appending = Appending(self._blobs, self._states, state, self._clock, self._cleanups, checksum)
+            appending = Appending(self._blobs, self._states, state, self._clock, self._cleanups, checksum, whole=whole)
             try:
                 state = await appending.run(body)
             except SupersededError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from uuid import UUID, uuid4
 
 import pytest
@@ -24,7 +25,7 @@ from services.errors import (
 )
 from services.http import times
 from services.http.events import event_line, parse_event
-from services.http.headers import parse_repr_digest, repr_digest
+from services.http.headers import parse_content_md5, parse_digests, repr_digest
 from services.http.models import (
     FileAnswer,
     FileIngestedAnswer,
@@ -172,14 +173,35 @@ def test_an_id_has_one_form() -> None:
             parse_id("package_id", other)
 
 
-def test_repr_digest_reads_sha256_and_ignores_others() -> None:
-    digest = bytes(range(32))
-    assert parse_repr_digest(repr_digest(digest)) == digest
-    assert parse_repr_digest(f"md5=:AAAA:, {repr_digest(digest)}") == digest
-    assert parse_repr_digest("sha-512=:AAAA:") is None
+READ = parse_digests("Content-Digest")
 
 
-@pytest.mark.parametrize("value", ["", "sha-256", "sha-256=abc", "sha-256=:AA:", "sha-256=:AAAA:", "sha-256=:A=A=:"])
-def test_a_malformed_repr_digest_is_refused(value: str) -> None:
-    with pytest.raises(InvalidRequestError):
-        parse_repr_digest(value)
+def test_digests_are_read_of_algorithms_that_are_checked_and_others_beside_them_are_ignored() -> None:
+    sha256, sha512 = bytes(range(32)), bytes(range(64))
+    long = f"sha-512=:{b64encode(sha512).decode()}:"
+    assert READ(repr_digest(sha256)) == {"sha-256": sha256}
+    assert READ(f"md5=:AAAA:,\t{repr_digest(sha256)} , {long};a=1") == {"sha-256": sha256, "sha-512": sha512}
+    assert READ(f"{repr_digest(bytes(32))}, {repr_digest(sha256)}") == {"sha-256": sha256}, "the last one counts"
+    assert READ(long.replace("==:", ":")) == {"sha-512": sha512}, "without padding"
+
+
+@pytest.mark.parametrize("alone", ["md5=:AAAA:", "sha=:AAAA:", "adler=:AAAA:, crc32c=:AAAA:", "x=:AA==:"])
+def test_digests_of_no_algorithm_that_is_checked_are_refused(alone: str) -> None:
+    with pytest.raises(InvalidRequestError, match=r"Content-Digest names no algorithm.*: declare sha-256 or sha-512"):
+        READ(alone)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["", "sha-256", "sha-256=abc", "sha-256=:AA:", "sha-256=:AAAA:", "sha-256=:A=A=:", "sha-512=:AAAA:"],
+)
+def test_a_malformed_digest_is_refused(value: str) -> None:
+    with pytest.raises(InvalidRequestError, match="Content-Digest"):
+        READ(value)
+
+
+def test_content_md5_is_sixteen_bytes_in_base64() -> None:
+    assert parse_content_md5("AAAAAAAAAAAAAAAAAAAAAA==") == bytes(16)
+    for other in ("", "AAAA", "?", "0" * 32):
+        with pytest.raises(InvalidRequestError, match="Content-MD5"):
+            parse_content_md5(other)
