@@ -29,6 +29,7 @@ from tests.integration.kafka_stage import (
     open_kafka_log,
     state_about,
 )
+from tests.services.kafka import KafkaBroker
 
 pytestmark = pytest.mark.services
 
@@ -227,3 +228,35 @@ async def test_older_snapshots_and_files_prove_nothing(kafka: Settings, log: Kaf
         await fill(kafka, log, store)
     for folder in (old, kafka.state_dir.with_name("empty"), kafka.state_dir):
         await fill(kafka.model_copy(update={"state_dir": folder}), log, store)
+
+
+async def test_a_broker_that_was_restored_from_an_older_copy_is_noticed_until_the_newer_one_is_back(
+    tmp_path: Path,
+) -> None:
+    older, newer = tmp_path / "older", tmp_path / "newer"
+    with KafkaBroker(tmp_path / "broker") as broker:
+
+        async def put_back(saved: Path, *, keep: Path | None = None) -> None:
+            """Let the broker go on with the saved data, and keep what it has now."""
+            await asyncio.to_thread(broker.stop)
+            if keep is not None:
+                shutil.copytree(broker.data, keep)
+            shutil.rmtree(broker.data)
+            shutil.copytree(saved, broker.data)
+            await asyncio.to_thread(broker.start)
+
+        kafka = kafka_settings(f"kafka://{broker.endpoint}/private", tmp_path)
+        async with open_kafka_log(kafka) as log:
+            await fill(kafka, log)
+            await asyncio.to_thread(broker.stop)
+            shutil.copytree(broker.data, older)
+            await asyncio.to_thread(broker.start)
+            await fill(kafka, log)
+            events = {event.event_id for event in await read_valid(log)}
+        await put_back(older, keep=newer)
+        async with open_kafka_log(kafka) as log:
+            async with refusing(kafka, log):
+                assert len(await read_valid(log)) < len(events), "reads go on"
+            await put_back(newer)
+            await fill(kafka, log)
+            assert events < {event.event_id for event in await read_valid(log)}
