@@ -254,6 +254,24 @@ async def test_a_log_that_became_shorter_stops_writer_reader_and_projection(
     assert len(await read_valid(log)) == 1
 
 
+async def test_a_log_that_was_restored_from_an_older_copy_and_written_on_takes_nothing_more(
+    path: Path, writer: SqliteWriter
+) -> None:
+    """As long as a process lives that knows what is missing; the file has as many events as it had."""
+    await writer.submit(create("first"))
+    with closing(sqlite3.connect(path)) as live, closing(sqlite3.connect(path.with_name("older"))) as older:
+        live.backup(older)
+        await writer.submit(create("lost"))
+        older.backup(live)
+    another = SqliteWriter(path, limits=Limits(), put_manifest=no_manifest)
+    await another.start()
+    for name in ("after it", "and more"):
+        await another.submit(create(name))
+        with pytest.raises(CorruptError, match=r"record at offset 1 with .* the log holds a record"):
+            await writer.submit(create("last"))
+    await another.close()
+
+
 async def test_a_log_with_a_gap_stops_reader_scan_and_projection(
     path: Path, log: SqliteLog, writer: SqliteWriter
 ) -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
 
+from blake3 import blake3
+
 from services.clock import Clock
 from services.core.commands import Acknowledgement, Command
 from services.core.decide import accept, acknowledge, check_ingest, decide
@@ -47,6 +49,12 @@ class Appender:
         self._states = PackageStates()
         self._file: LogFile | None = None
         self._end = 0
+        self._known_end = 0
+        """The end of the log when this process saw it last, with what it had acknowledged until then,"""
+        self._known_digest = b""
+        """and BLAKE3 over the value of the record before it."""
+        self._appended = b""
+        """The value of the last record that the transaction at hand inserted."""
         self._last_created_at = 0
 
     def run(self, requests: Sequence[Request]) -> list[Answer]:
@@ -92,28 +100,44 @@ class Appender:
     def _transaction(self, connection: sqlite3.Connection, begin: str, requests: Sequence[Request]) -> list[Answer]:
         # Nothing has changed when this raises, because another program holds the file.
         connection.execute(begin)
-        committed_end = self._end
+        self._appended = b""
         try:
             self._see_end(connection)
-            committed_end = self._end
             answers = [self._answer(connection, request) for request in requests]
             connection.execute("COMMIT")
         except BaseException:
             self.close()
-            self._end = committed_end
+            self._end = self._known_end
             raise
+        self._known_end = self._end
+        if self._appended:
+            self._known_digest = _digest(self._appended)
         return answers
 
     def _see_end(self, connection: sqlite3.Connection) -> None:
-        """Learn what other processes appended meanwhile."""
+        """Learn what other processes appended meanwhile. Raises CorruptError when the log lacks what it had before."""
         end = end_offset(connection)
-        if end < self._end:
-            raise CorruptError(
-                f"the log {self._path} is shorter than it was: acknowledged events are not in it any more"
-            )
+        self._require_known(connection, end)
         if end != self._end:
-            self._last_created_at = decoded(records_from(connection, end - 1, None, 1)[0]).created_at
-            self._end = end
+            last = records_from(connection, end - 1, None, 1)[0]
+            self._last_created_at = decoded(last).created_at
+            self._end = self._known_end = end
+            self._known_digest = _digest(last.value)
+
+    def _require_known(self, connection: sqlite3.Connection, end: int) -> None:
+        offset = self._known_end - 1
+        if offset < 0:
+            return
+        found = f"ends at offset {end}"
+        for record in records_from(connection, offset, offset + 1, 1):
+            if (digest := _digest(record.value)) == self._known_digest:
+                return
+            found = f"holds a record with digest {digest.hex()} there"
+        raise CorruptError(
+            f"the log {self._path} lost what it had acknowledged: this process knows the record at offset {offset} "
+            f"with digest {self._known_digest.hex()}, but the log {found}. Put the newer file back; or accept the loss "
+            "by starting this process again"
+        )
 
     def _answer(self, connection: sqlite3.Connection, request: Request) -> Answer:
         try:
@@ -136,7 +160,12 @@ class Appender:
                 row = self._end, package_id, sequence, command_id, value
                 connection.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?)", row)
                 self._end += 1
+            self._appended = decision.values[-1]
             self._last_created_at = decision.created_at
         state = accept(state, decision)
         self._states.keep(state)
         return acknowledge(state, request)
+
+
+def _digest(value: bytes) -> bytes:
+    return blake3(value).digest()
