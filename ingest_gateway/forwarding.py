@@ -149,7 +149,10 @@ class HttpForwarder:
 def encode_status(found: Sequence[PartitionStatus]) -> bytes:
     """The states of a process's partitions as CBOR, without the owner, who is asked; later releases append values."""
     return cbor2.dumps(
-        [[s.partition, s.since, s.takeover_seconds, s.restored_from, s.trouble, s.waiting] for s in found]
+        [
+            [s.partition, s.since, s.takeover_seconds, s.restored_from, s.trouble, s.waiting, s.memory_only]
+            for s in found
+        ]
     )
 
 
@@ -157,8 +160,8 @@ def decode_status(data: bytes, owner: str) -> list[PartitionStatus]:
     """Read what `encode_status` gave. Raises UnavailableError when it is of another release."""
     try:
         return [
-            PartitionStatus(partition, owner, since, took, restored_from, trouble, waiting)
-            for partition, since, took, restored_from, trouble, waiting, *_ in cbor2.loads(data)
+            PartitionStatus(partition, owner, since, took, restored_from, trouble, waiting, *later[:1])
+            for partition, since, took, restored_from, trouble, waiting, *later in cbor2.loads(data)
         ]
     except (cbor2.CBORDecodeError, ValueError, TypeError) as error:
         raise UnavailableError("the owner of the partition gave an answer that cannot be read") from error

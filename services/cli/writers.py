@@ -39,10 +39,8 @@ async def writers(log: Log, secret: SecretStr | None) -> list[dict[str, Any]] | 
 
 def row(writer: Mapping[str, Any]) -> tuple[object, ...]:
     """One of `writers` under COLUMNS."""
-    return tuple(writer[name] for name in ("partition", "owner", "since", *_DETAILS))
-
-
-_DETAILS = ("takeover_seconds", "restored_from", "waiting", "trouble")
+    names = ("partition", "owner", "since", "takeover_seconds", "restored_from", "waiting")
+    return (*(writer[name] for name in names), writer["trouble"] or writer["memory_only"])
 
 
 def _shown(status: PartitionStatus) -> dict[str, Any]:
@@ -57,6 +55,7 @@ def _shown(status: PartitionStatus) -> dict[str, Any]:
         "restored_from": status.restored_from,
         "waiting": status.waiting,
         "trouble": status.trouble,
+        "memory_only": status.memory_only,
     }
 
 

@@ -211,6 +211,8 @@ class PartitionStatus:
     """Why the partition cannot be written to now, as far as its owner knows."""
     waiting: int = 0
     """How many requests wait for the writer's next turn."""
+    memory_only: str | None = None
+    """Why the newest part of the writer's state is in memory alone; writing goes on, a take-over takes longer."""
 
 
 PutManifest = Callable[[bytes], Awaitable[None]]

@@ -21,7 +21,14 @@ from services.log.kafka import state as state_module
 from services.log.kafka import state_file as state_file_module
 from services.log.kafka.loss import Loss, Witness
 from services.log.kafka.state import PartitionState
-from services.log.kafka.state_file import Place, StateFile, StateFileError, UnusableStateError, copy_file
+from services.log.kafka.state_file import (
+    DiskFullError,
+    Place,
+    StateFile,
+    StateFileError,
+    UnusableStateError,
+    copy_file,
+)
 from services.log.kafka.state_slots import Slot, claim
 from services.log.kafka.state_statements import BYTES, ROWS, Many
 from tests.unit import commands
@@ -500,3 +507,80 @@ def test_a_closed_state_says_nothing_in_the_log(tmp_path: Path, caplog: pytest.L
     found.close()
     slot.release()
     assert caplog.text == ""
+
+
+def fill_disk(state: PartitionState) -> None:
+    """Let the file grow no more, which SQLite reports as it does a full disk."""
+    connection = state._file._connection
+    connection.execute(f"PRAGMA max_page_count = {connection.execute('PRAGMA page_count').fetchone()[0]}")
+
+
+def empty_disk(state: PartitionState) -> None:
+    state._file._connection.execute(f"PRAGMA max_page_count = {2**31}")
+
+
+def grow(writing: Writing, packages: range) -> None:
+    for n in packages:
+        made = commands.create(n)
+        writing.run(made)
+        writing.run(commands.ingest(made.package_id, *(f"{n}/{m}" for m in range(8))))
+        if n % 2:
+            writing.run(commands.finalize(made.package_id))
+
+
+def known(state: PartitionState, packages: range) -> list[tuple[str, int, bytes]]:
+    """What the state says of these packages, which it must know."""
+    found = [state.package(commands.create(n).package_id) for n in packages]
+    return [(package.status, package.sequence, package.digest) for package in found if package is not None]
+
+
+def test_a_full_disk_does_not_end_a_tenure_and_nothing_is_lost_when_there_is_room(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = PartitionState(StateFile.open(filled(tmp_path / NAME), PLACE))
+    every = range(3 * PACKAGES)
+    fill_disk(state)
+    with caplog.at_level(logging.WARNING):
+        for n in range(PACKAGES, 3 * PACKAGES, 10):
+            grow(Writing(state), range(n, n + 10))
+            state.save()
+    assert "full" in str(state.memory_only)
+    assert caplog.text.count("kept in memory") == 1
+    before = known(state, every)
+    assert len(before) == len(every)
+    empty_disk(state)
+    assert state.close()
+    assert state.memory_only is None
+    reopened = PartitionState(StateFile.open(tmp_path / NAME, PLACE))
+    assert known(reopened, every) == before
+    reopened.close()
+
+
+def test_what_a_full_disk_keeps_in_memory_is_bounded(tmp_path: Path) -> None:
+    state = PartitionState(StateFile.create(tmp_path / NAME, PLACE), max_entries=200)
+    fill_disk(state)
+    writing = Writing(state)
+    grow(writing, range(10))
+    state.save()
+    grow(writing, range(10, 60))
+    with pytest.raises(DiskFullError):
+        state.save()
+    assert not state.close()
+
+
+def test_a_state_that_is_in_memory_goes_back_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = PartitionState(StateFile.in_memory(tmp_path / NAME, PLACE))
+    monkeypatch.setattr(state_file_module, "SPARE_BYTES", 2**62)
+    grow(Writing(state), range(PACKAGES))
+    state.save()
+    before = known(state, range(PACKAGES))
+    assert (state.memory_only is None, state.shared, list(tmp_path.iterdir())) == (False, False, [])
+    monkeypatch.setattr(state_file_module, "SPARE_BYTES", 0)
+    grow(Writing(state), range(PACKAGES, PACKAGES + 1))
+    state.save()
+    assert (state.memory_only, state.shared) == (None, True)
+    assert known(state, range(PACKAGES)) == before
+    assert state.close()
+    reopened = PartitionState(StateFile.open(tmp_path / NAME, PLACE))
+    assert known(reopened, range(PACKAGES)) == before
+    reopened.close()

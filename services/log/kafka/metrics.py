@@ -36,15 +36,21 @@ class WriterCollector(Collector):
         waiting = GaugeMetricFamily(
             "artifact_store_partition_waiting", "Requests that wait for the writer's next turn", labels=["partition"]
         )
+        memory_only = GaugeMetricFamily(
+            "artifact_store_partition_memory_only",
+            "1 while the disk has no room for the partition's state file, and what changes is in memory alone",
+            labels=["partition"],
+        )
         for found in self._writer.status_here():
             label = str(found.partition)
             owned.add_metric([label], float(found.since is not None))
             waiting.add_metric([label], found.waiting)
+            memory_only.add_metric([label], float(found.memory_only is not None))
             if found.since is not None:
                 since.add_metric([label], found.since / _MICROS)
             if found.takeover_seconds is not None:
                 took.add_metric([label, found.restored_from or ""], found.takeover_seconds)
-        yield from (owned, since, took, waiting)
+        yield from (owned, since, took, waiting, memory_only)
         yield from self._totals()
 
     def _totals(self) -> Iterator[Metric]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from services.log.kafka.loss import Witness
 from services.log.kafka.snapshots import Snapshot, SnapshotError, Snapshots, Stored
 from services.log.kafka.state import PartitionState
-from services.log.kafka.state_file import Place, StateFile, StateFileError, remove
+from services.log.kafka.state_file import DiskFullError, Place, StateFile, StateFileError, remove
 from services.log.kafka.state_slots import Slot
 
 FROM_FILE = "file"
@@ -64,7 +64,15 @@ def candidates(
         raise
     if file is not None:
         yield FROM_FILE, PartitionState(file)
-    yield FROM_LOG, PartitionState(StateFile.create(slot.path, place))
+    yield FROM_LOG, PartitionState(_fresh(slot, place))
+
+
+def _fresh(slot: Slot, place: Place) -> StateFile:
+    try:
+        return StateFile.create(slot.path, place)
+    except DiskFullError as error:
+        _LOG.warning("the state of partition %d is kept in memory: %s", place.partition, error.detail)
+        return StateFile.in_memory(slot.path, place)
 
 
 def stored(states: States, looking: Future[Stored] | None, place: Place, stopping: Callable[[], bool]) -> Stored:

@@ -21,7 +21,15 @@ from services.core.decide import Decision, accept
 from services.core.evolve import evolve
 from services.core.limits import ANSWERS_KEPT_MICROS
 from services.core.state import CREATED, FINALIZED, PackageState
-from services.log.kafka.state_file import Irregular, Standing, StateFile, StateFileError, UnusableStateError, remove
+from services.log.kafka.state_file import (
+    DiskFullError,
+    Irregular,
+    Standing,
+    StateFile,
+    StateFileError,
+    UnusableStateError,
+    remove,
+)
 from services.log.records import AdministrativeHead
 
 SAVE_EVENTS = 10_000
@@ -72,6 +80,8 @@ class PartitionState:
         """Open packages that were asked for since the last checkpoint."""
         self.pinned: set[UUID] = set()
         """Packages that stay in memory."""
+        self.memory_only: str | None = "the disk has no room for its file" if file.alone else None
+        """Why the newest part of the state is in memory alone, which a full disk makes it; None when it is not."""
         self.last_created_at = file.standing.last_created_at
         self.position = file.standing.position
 
@@ -79,6 +89,11 @@ class PartitionState:
     def path(self) -> Path:
         """Where the file is."""
         return self._file.path
+
+    @property
+    def shared(self) -> bool:
+        """Whether others can open the file, as a copy of it needs; not while the disk is full."""
+        return not self._file.alone
 
     @property
     def irregular(self) -> Irregular:
@@ -128,7 +143,7 @@ class PartitionState:
 
         A smaller one is read back now: while a batch is decided, other partitions' writers wait.
         """
-        if package_id in self._packages or package_id in self._absent:
+        if self._file.alone or package_id in self._packages or package_id in self._absent:
             return False
         found = self._standing_of(package_id)
         if found is None:
@@ -204,13 +219,22 @@ class PartitionState:
         return self._unsaved >= SAVE_EVENTS or (self._unsaved > 0 and time.monotonic() > self._saved_at + SAVE_SECONDS)
 
     def save(self) -> None:
-        """Write what changed to the file, and forget what need not be in memory. Nothing while ahead of the log."""
+        """Write what changed to the file, and forget what need not be in memory. Nothing while ahead of the log.
+
+        While the disk is full, what changed stays in memory, `max_entries` files and commands at most; then it raises.
+        """
         if self._ahead or self._last_value is None:
             return
         standing = Standing(self.position, mark_of(self._last_value), self.last_created_at)
         changed = [(self._packages[package_id], self._saved[package_id]) for package_id in self._changed]
         try:
             self._file.save(changed, standing, self._kept_after())
+        except DiskFullError as error:
+            if sum(1 + state.entries for state, _ in changed) > self._max_entries:
+                raise
+            self._note_full(error)
+            self._saved_at, self._unsaved = time.monotonic(), 1
+            return
         except UnusableStateError:
             self._broken = True
             raise
@@ -225,6 +249,24 @@ class PartitionState:
         self._last_value = None
         self._make_room()
         self._used.clear()
+        self._share()
+
+    def _note_full(self, error: StateFileError) -> None:
+        if self.memory_only is None:
+            _LOG.warning("what changes is kept in memory until there is room: %s", error.detail)
+        self.memory_only = error.detail
+
+    def _share(self) -> None:
+        """After a save that had room: let others open the file again."""
+        if self._file.alone:
+            try:
+                self._file = self._file.shared()
+            except DiskFullError as error:
+                self.memory_only = error.detail
+                return
+        if self.memory_only is not None and not self._file.alone:
+            _LOG.warning("the state file %s is written again", self._file.path)
+            self.memory_only = None
 
     @property
     def tidy_due(self) -> bool:
@@ -240,6 +282,10 @@ class PartitionState:
         """Make some of them answers."""
         try:
             self._file.tidy()
+        except DiskFullError as error:
+            self._note_full(error)
+            self._tidied_at = time.monotonic() + SAVE_SECONDS
+            return
         except UnusableStateError:
             self._broken = True
             raise
@@ -254,7 +300,7 @@ class PartitionState:
         try:
             if not self._broken:
                 self.save()
-                saved = not self._ahead
+                saved = not self._ahead and self.memory_only is None
         except StateFileError as error:
             _LOG.warning("the last checkpoint was not written: %s", error.detail)
         self._end(discard=self._broken)

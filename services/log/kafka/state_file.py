@@ -12,6 +12,8 @@ When a large one is finalized, these rows become answers bit by bit (`tidy`), an
 
 from __future__ import annotations
 
+import errno
+import shutil
 import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -75,6 +77,16 @@ _NO_ROOM = frozenset(
 )
 """Nor do these extended codes: what SQLite makes beside the file found no room, or could not be written."""
 
+_DISK_FULL = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE})
+_DISK_FULL_ERRNO = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+MEMORY_BYTES = 128 << 20
+"""What a state in memory takes at most, beside the packages that `PartitionState` holds."""
+
+SPARE_BYTES = 32 << 20
+"""How much must be free beside a state that goes back to the disk, so that it does not fill it again at once."""
+
+_PAGE_BYTES = 4 << 10
 _CACHE_KIB = 2 << 10
 _WAL_PAGES = 4_000
 _PURGE_ROWS = 2_000
@@ -102,7 +114,11 @@ _TABLES = (
 
 
 class StateFileError(UnavailableError):
-    """The file cannot be used now: the disk is full, or it is gone. The partition is taken over again."""
+    """The file cannot be used now. Unless it is a DiskFullError, the partition is taken over again."""
+
+
+class DiskFullError(StateFileError):
+    """There is no room: what was saved before is whole, and a state can go on in memory until there is."""
 
 
 class UnusableStateError(StateFileError):
@@ -154,10 +170,19 @@ class StateFile:
     """Used by one thread at a time; every method blocks and raises StateFileError."""
 
     def __init__(
-        self, path: Path, connection: sqlite3.Connection, place: Place, standing: Standing, next_answer: int
+        self,
+        path: Path,
+        connection: sqlite3.Connection,
+        place: Place,
+        standing: Standing,
+        next_answer: int,
+        *,
+        alone: bool = False,
     ) -> None:
-        """Of `open` and `create`."""
+        """Of `open`, `create` and `in_memory`."""
         self.path = path
+        self.alone = alone
+        """Whether nobody else can open it: it is in memory, or was opened on a full disk. See `shared`."""
         self.standing = standing
         self._connection = connection
         self.place = place
@@ -173,19 +198,16 @@ class StateFile:
         remove(path)
         with _explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            connection = _connect(path, "rwc")
-            try:
-                with _transaction(connection):
-                    connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-                    connection.execute(f"PRAGMA user_version = {FORMAT}")
-                    for table in _TABLES:
-                        connection.execute(table)
-                    connection.execute("INSERT INTO about VALUES (?)", (_about(place, Standing(), 1),))
-                    connection.execute("INSERT INTO irregular VALUES (?)", (_sealed_irregular(Irregular()),))
-            except BaseException:
-                connection.close()
-                raise
-            return cls(path, connection, place, Standing(), 1)
+            return cls(path, _made(_connect(path, "rwc"), place), place, Standing(), 1)
+
+    @classmethod
+    def in_memory(cls, path: Path, place: Place) -> Self:
+        """A new state for which the disk has no room. It takes MEMORY_BYTES at most; `shared` brings it to `path`."""
+        with _explained(path):
+            connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+            connection.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
+            connection.execute(f"PRAGMA max_page_count = {MEMORY_BYTES // _PAGE_BYTES}")
+            return cls(path, _made(connection, place), place, Standing(), 1, alone=True)
 
     @classmethod
     def open(cls, path: Path, place: Place) -> Self:
@@ -196,7 +218,7 @@ class StateFile:
         """
         with _explained(path, opening=True, reading=True):
             size = path.stat().st_size
-            connection = _connect(path, "rw")
+            connection, alone = _connect_with_or_without_room(path)
             try:
                 ids = tuple(
                     connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
@@ -216,7 +238,7 @@ class StateFile:
                     checked = connection.execute("PRAGMA quick_check(1)").fetchone()
                     if checked != ("ok",):
                         raise UnusableStateError(f"{path.name} is damaged")
-                return cls(path, connection, place, standing, next_answer)
+                return cls(path, connection, place, standing, next_answer, alone=alone)
             except BaseException:
                 connection.close()
                 raise
@@ -231,6 +253,40 @@ class StateFile:
             except BaseException:
                 connection.close()
                 raise
+
+    def shared(self) -> Self:
+        """The same state as a file that others can open too, in place of this one.
+
+        Raises DiskFullError, after which this one is still to be used.
+        """
+        with _explained(self.path):
+            if self._in_memory:
+                self._write_to_disk()
+            self._connection.close()
+        return self.open(self.path, self.place)
+
+    def _write_to_disk(self) -> None:
+        (pages,) = self._connection.execute("PRAGMA page_count").fetchone()
+        if shutil.disk_usage(self.path.parent).free < 2 * pages * _PAGE_BYTES + SPARE_BYTES:
+            raise DiskFullError(f"there is no room for the state file {self.path} yet")
+        written = self.path.with_name(self.path.name + ".written")
+        try:
+            remove(written)
+            target = sqlite3.connect(written, isolation_level=None)
+            try:
+                self._connection.backup(target)
+            finally:
+                target.close()
+            remove(self.path)
+            written.rename(self.path)
+        except BaseException:
+            remove(written)
+            raise
+
+    @property
+    def _in_memory(self) -> bool:
+        (_, _, file), *_ = self._connection.execute("PRAGMA database_list").fetchall()
+        return not file
 
     def close(self) -> None:
         """Close the connection; what was saved stays."""
@@ -271,7 +327,7 @@ class StateFile:
 
         Answers of packages that were finalized at `answers_kept_after` (µs) or before are deleted, some at a time.
         """
-        with _explained(self.path), _transaction(self._connection):
+        with _explained(self.path), self._numbering(), _transaction(self._connection):
             changes = Changes(self._connection)
             # In the order of their keys, which are spread all over the table.
             for state, saved in sorted(changed, key=lambda found: found[0].package_id.bytes):
@@ -284,6 +340,16 @@ class StateFile:
             self._connection.execute("UPDATE irregular SET body = ?", (_sealed_irregular(self.irregular),))
             self._connection.execute("UPDATE about SET body = ?", (_about(self.place, standing, self._next_answer),))
         self.standing = standing
+
+    @contextmanager
+    def _numbering(self) -> Iterator[None]:
+        """Take the numbers back that answers got in a transaction that failed."""
+        first_free = self._next_answer
+        try:
+            yield
+        except BaseException:
+            self._next_answer = first_free
+            raise
 
     def tidy(self) -> None:
         """Make some more commands of large finalized packages answers, in a transaction of its own."""
@@ -499,11 +565,39 @@ def remove(path: Path) -> None:
             path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
-def _connect(path: Path, mode: str) -> sqlite3.Connection:
+def _made(connection: sqlite3.Connection, place: Place) -> sqlite3.Connection:
+    """The connection, with an empty state in it; closed when that fails."""
+    try:
+        with _transaction(connection):
+            connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+            connection.execute(f"PRAGMA user_version = {FORMAT}")
+            for table in _TABLES:
+                connection.execute(table)
+            connection.execute("INSERT INTO about VALUES (?)", (_about(place, Standing(), 1),))
+            connection.execute("INSERT INTO irregular VALUES (?)", (_sealed_irregular(Irregular()),))
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _connect_with_or_without_room(path: Path) -> tuple[sqlite3.Connection, bool]:
+    """A connection, and whether it shuts others out: a full disk may have no room for the memory that they share."""
+    try:
+        return _connect(path, "rw"), False
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode not in _DISK_FULL:
+            raise
+        return _connect(path, "rw", alone=True), True
+
+
+def _connect(path: Path, mode: str, *, alone: bool = False) -> sqlite3.Connection:
     connection = sqlite3.connect(
         f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None, check_same_thread=False, timeout=5.0
     )
     try:
+        if alone:
+            connection.execute("PRAGMA locking_mode = EXCLUSIVE")
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")
         # What is deleted need not be overwritten; some systems build SQLite so that it is.
@@ -539,9 +633,11 @@ def _explained(path: Path, *, opening: bool = False, reading: bool = False) -> I
         code = extended & 0xFF
         if code in _DAMAGE or (opening and code not in _PASSING and extended not in _NO_ROOM):
             raise UnusableStateError(f"{path.name} is damaged: {error}") from error
-        raise StateFileError(f"the state file {path} cannot be used: {error}") from error
+        kind = DiskFullError if extended in _DISK_FULL else StateFileError
+        raise kind(f"the state file {path} cannot be used: {error}") from error
     except OSError as error:
-        raise StateFileError(f"the state file {path} cannot be used: {error.strerror}") from error
+        kind = DiskFullError if error.errno in _DISK_FULL_ERRNO else StateFileError
+        raise kind(f"the state file {path} cannot be used: {error.strerror}") from error
     except DamagedRowError:
         raise UnusableStateError(f"{path.name} holds a damaged row") from None
     except (KeyError, TypeError, ValueError) as error:  # of a row: its form is another one

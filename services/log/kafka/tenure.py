@@ -425,7 +425,7 @@ class Tenure:
         self._tail, self._tail_at = Reader(self._kafka, {self._partition: offset}), offset
 
     def _offer(self, state: PartitionState, *, closing: bool = False) -> None:
-        if self._states.snapshots is not None:
+        if self._states.snapshots is not None and state.shared:
             self._states.snapshots.offer(self._place, state.path, state.position, closing=closing)
 
     def _produce(self, producer: Producer, decision: Decision, traceparents: Sequence[str | None]) -> None:

@@ -62,6 +62,7 @@ class PartitionWriter:
         self.takeover_seconds: float | None = None
         self.restored_from: str | None = None
         self._trouble: str | None = "it is being taken over"
+        self._memory_only: str | None = None
         self._serving_since: float | None = None
         self._failed = 0
         """Take-overs that failed one after another."""
@@ -127,6 +128,7 @@ class PartitionWriter:
             self.restored_from,
             self.trouble,
             len(self._waiting),
+            self._memory_only,
         )
 
     def stop(self) -> None:
@@ -219,6 +221,7 @@ class PartitionWriter:
             self.since = context.clock()
             self._trouble = None
             pause = _IDLE_SECONDS
+            self._memory_only = tenure.state.memory_only
             while (batch := self._waiting.take(pause)) is not None:
                 batch, self._unproven = [*self._unproven, *batch], []
                 self._require_guard(batch)
@@ -227,6 +230,7 @@ class PartitionWriter:
                 else:
                     tenure.idle()
                 tenure.save_if_due()
+                self._memory_only = tenure.state.memory_only
                 back, failed = asides.settle()
                 self._deliver(failed)
                 self._waiting.put_back(back)
