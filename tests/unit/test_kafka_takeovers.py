@@ -48,7 +48,7 @@ class Scene:
 
             def __init__(self, *_: object, progressed: Callable[[], None], **__: object) -> None:
                 scene.progressed = progressed
-                self.state, self.restored_from, self.losses = SimpleNamespace(untidy=False), "log", ()
+                self.state, self.restored_from, self.losses = SimpleNamespace(untidy=False, memory_only=None), "log", ()
                 self._step = next(left, scene.writer.stop)
                 if getattr(self._step, "__name__", "") != "serve":
                     self._step()
