@@ -21,6 +21,9 @@ Transfer = Literal["uploads", "downloads"]
 MAX_DOWNLOADS = 128
 """How many downloads there may be: each may hold a connection to the blob store, of which uploads need theirs too."""
 
+MAX_READS = 128
+"""How many clients may read events to the log's end at a time; few of them read at once, the others wait (`tail`)."""
+
 JSON_ROOM_BYTES = 64 << 20
 """How many bytes of JSON bodies may be held at a time, before they are commands."""
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
-from uuid import UUID
+from collections.abc import Mapping
 
 from aiohttp import web
 
@@ -23,9 +22,7 @@ from services.errors import (
     PushBackError,
     UnavailableError,
 )
-from services.http.events import EventShape, event_head, line_of
-from services.log.position import Position
-from services.registry import Registry
+from services.http.events import EventShape, line_of
 
 LINES = "application/x-ndjson"
 EVENT_STREAM = "text/event-stream"
@@ -43,8 +40,9 @@ async def get_events(call: Call) -> web.StreamResponse:
         await call.start(response)
         return response
     if not follow:
-        async with feed(_to_the_end(call.registry, since, package_id, media_type)) as lines:
-            await _send_all(call, response, lines)
+        with call.gateway.reads.place(call.client):
+            async with feed(call.gateway.tail.read(since, package_id, FRAMES[media_type])) as lines:
+                await _send_all(call, response, lines)
     else:
         async with (
             call.gateway.followers.stay(call.client),
@@ -77,13 +75,6 @@ async def _next(call: Call, response: web.StreamResponse, lines: Feed) -> bytes 
             raise ConnectionResetError("the follower went away") from None
         # A comment keeps proxies from closing the connection; lines of JSON have none.
         return b":\n\n" if response.content_type == EVENT_STREAM else b""
-
-
-async def _to_the_end(
-    registry: Registry, since: Position | None, package_id: UUID | None, media_type: str
-) -> AsyncGenerator[bytes]:
-    async for event in registry.read_events(since, package_id=package_id):
-        yield FRAMES[media_type](event.event_type, event_head(event), str(event.position))
 
 
 def _line(_: str, head: bytes, position: str) -> bytes:

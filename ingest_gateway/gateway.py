@@ -8,7 +8,15 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from ingest_gateway.admission import JSON_ROOM_BYTES, MAX_DOWNLOADS, Places, Room, Transfer, connections_within
+from ingest_gateway.admission import (
+    JSON_ROOM_BYTES,
+    MAX_DOWNLOADS,
+    MAX_READS,
+    Places,
+    Room,
+    Transfer,
+    connections_within,
+)
 from ingest_gateway.followers import MAX_FOLLOWERS, Followers
 from ingest_gateway.forwarding import MAX_FORWARDED
 from ingest_gateway.health import Checks, ReadyAnswers
@@ -31,6 +39,7 @@ class Bounds:
     max_file_bytes: int
     max_metadata_bytes: int
     max_followers: int = MAX_FOLLOWERS
+    max_reads: int = MAX_READS
     max_connections: int = 2048
     max_uploads: int = 256
     max_downloads: int = MAX_DOWNLOADS
@@ -79,6 +88,7 @@ class Gateway:
         self.openapi = openapi
         self.siblings = siblings
         self.followers = Followers(bounds.max_followers, metrics.refused)
+        self.reads = Places("reads of events", bounds.max_reads, metrics.refused)
         self.connections = Places("connections", bounds.max_connections, metrics.refused)
         self.transfers: Mapping[Transfer, Places] = {
             "uploads": Places("uploads", bounds.max_uploads, metrics.refused),

@@ -1,7 +1,8 @@
 """The tail of the log, for all who follow it through one gateway: read, decoded and put into JSON once.
 
 A reader of its own for every follower would cost threads, connections and descriptors that writes need. A follower
-reads by itself only what came before it, or what it missed because it was slow; then it takes what all take.
+reads by itself only what came before it, or what it missed because it was slow; then it takes what all take. Whoever
+reads to the log's end and no further takes turns with these.
 """
 
 from __future__ import annotations
@@ -99,6 +100,18 @@ class Tail:
             # Or it was too slow, and what it missed is kept no longer.
             at.caught_up = False
 
+    async def read(self, since: Position | None, package_id: UUID | None, frame: Frame) -> AsyncGenerator[bytes]:
+        """Events behind `since` up to where the log ends now, of one package or of all, one or more to a piece.
+
+        Takes turns with followers that read what came before them. Memory is bounded however slow the caller is. Raises
+        as `Log.read`.
+        """
+        at, end = _Standing(since), await self._log.end()
+        while not at.caught_up:
+            async with feed(self._missed(at, package_id, frame, end), PATIENCE_SECONDS) as pieces:
+                while (piece := await pieces.take()) is not None:
+                    yield piece
+
     async def _behind(self, at: _Standing) -> bool:
         """Whether there is something to read before the tail. Raises InvalidPositionError, LogIdentityError."""
         if at.caught_up:
@@ -111,14 +124,16 @@ class Tail:
             raise InvalidPositionError("the position is beyond the end of the log")
         return not at.position.covers(end)
 
-    async def _missed(self, at: _Standing, package_id: UUID | None, frame: Frame) -> AsyncGenerator[bytes]:
+    async def _missed(
+        self, at: _Standing, package_id: UUID | None, frame: Frame, until: Position | None = None
+    ) -> AsyncGenerator[bytes]:
         """What lies between where the follower stands and the log's end, or as much as its turn lets it read."""
-        async with self._turns, aclosing(self._log.read(at.position, package_id=package_id)) as events:
-            until = asyncio.get_running_loop().time() + TURN_SECONDS
+        async with self._turns, aclosing(self._log.read(at.position, package_id=package_id, until=until)) as events:
+            turn_ends = asyncio.get_running_loop().time() + TURN_SECONDS
             async for event in events:
                 at.position = event.position
                 yield frame(event.event_type, event_head(event), str(event.position))
-                if self._turns.locked() and asyncio.get_running_loop().time() > until:
+                if self._turns.locked() and asyncio.get_running_loop().time() > turn_ends:
                     return
         at.caught_up = True
 

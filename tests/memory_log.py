@@ -87,6 +87,7 @@ class MemoryLog:
         since: Position | None = None,
         *,
         package_id: UUID | None = None,
+        until: Position | None = None,
         follow: bool = False,
         poll_seconds: float = 0.1,
     ) -> AsyncGenerator[RecordedEvent]:
@@ -95,6 +96,8 @@ class MemoryLog:
         at.require(self.id)
         if not end.covers(at):
             raise InvalidPositionError("the position is beyond the log's end")
+        if until is not None and not follow:
+            end = Position(self.id, {p: min(offset, until.offsets.get(p, 0)) for p, offset in end.offsets.items()})
         self.readers += 1
         try:
             while True:

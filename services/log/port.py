@@ -97,13 +97,14 @@ class Log(Protocol):
         since: Position | None = None,
         *,
         package_id: UUID | None = None,
+        until: Position | None = None,
         follow: bool = False,
         poll_seconds: float = 0.1,
     ) -> AsyncGenerator[RecordedEvent]:
         """Read on from `since` (None: the start), of one package or of all.
 
-        Ends at what was the end when reading began, or never when `follow` is set: then new events are looked for at
-        least every `poll_seconds`. Memory is bounded by a batch.
+        Ends at `until` (None: what was the end when reading began), or never when `follow` is set: then new events are
+        looked for at least every `poll_seconds`. Memory is bounded by a batch.
 
         Raises (on iteration): LogIdentityError (also when the log is made anew meanwhile), InvalidPositionError (beyond
             the end), UnavailableError (within a bound), CorruptError (a record cannot be decoded).

@@ -225,6 +225,20 @@ async def test_offsets_are_committed_from_outside_only_for_a_group_without_membe
     assert await stage.log.committed(projection.name) == dict.fromkeys(ours, (1, "another"))
 
 
+async def test_reading_ends_where_it_is_told(stage: Stage) -> None:
+    await fill(stage)
+    end, before = await stage.log.end(), await read_valid(stage.log)
+    async with stage.writer() as writer:
+        await settled(writer, create("later"))
+
+    assert [event async for event in stage.log.read(until=end)] == before
+    assert [event async for event in stage.log.read(end, until=end)] == []
+    chosen = before[0].package_id
+    mine = [event.sequence for event in before if event.package_id == chosen]
+    assert [event.sequence async for event in stage.log.read(package_id=chosen, until=end)] == mine
+    assert [event async for event in stage.log.read(package_id=chosen, until=Position(end.log, {}))] == []
+
+
 async def test_another_member_takes_over_when_one_leaves(stage: Stage) -> None:
     await fill(stage)
     everything = frozenset(range(await stage.log.partitions()))

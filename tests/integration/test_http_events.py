@@ -116,7 +116,7 @@ async def test_followers_are_bounded_and_their_places_become_free(gateway: Runni
         assert answer.status == 429
         assert int(answer.headers["Retry-After"]) >= 1
         assert (await answer.json(content_type=None))["type"].endswith(":too-many-at-once")
-    assert await _lines(gateway) == []  # who does not stay needs no place
+    assert await _lines(gateway) == []  # who does not stay has places of its own
     for follower in staying:
         follower.close()
 

@@ -218,6 +218,25 @@ async def test_no_client_has_more_than_half_of_the_places_for_followers(embedded
         assert refused(await (await following(THEM)).answer(), 503, "push-back")
 
 
+async def test_who_reads_events_to_the_end_needs_a_place_as_a_follower_does(embedded_settings: Settings) -> None:
+    async with running_gateway(embedded_settings, max_reads=4) as gateway, AsyncExitStack() as stack:
+        for _ in range(200):  # more than what lies between a gateway and a client that takes nothing
+            metadata = {"text": "x" * 60_000}
+            await gateway.parts.registry.create("n", "p", "s", "scratch", "ada", metadata)
+
+        async def reading(address: str) -> Client:
+            found = await stack.enter_async_context(client(gateway, address))
+            found.send("GET /v1/events")
+            return found
+
+        for _ in range(2):
+            assert (await (await reading(ME)).head())[0] == 200
+        assert refused(await (await reading(ME)).answer(), 429, "too-many-at-once")
+        for _ in range(2):
+            assert (await (await reading(YOU)).head())[0] == 200
+        assert refused(await (await reading(THEM)).answer(), 503, "push-back")
+
+
 @pytest.mark.parametrize("kind", ["file", "tar"])
 async def test_what_the_state_refuses_is_refused_before_the_body(embedded_settings: Settings, kind: str) -> None:
     async with running_gateway(embedded_settings) as gateway:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from random import Random
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -19,6 +20,7 @@ from services.errors import CorruptError, InvalidPositionError, LogIdentityError
 from services.http.events import parse_event
 from services.log.port import RecordedEvent
 from services.log.position import Position
+from tests.integration.conditions import until
 from tests.memory_log import MemoryLog
 from tests.views_history import History
 
@@ -280,3 +282,58 @@ async def test_a_record_that_cannot_be_read_ends_only_who_would_have_to_read_it(
     assert _ids(of_package.found) == _ids(wanted)
     await of_package.leave()
     assert log.readers == 0
+
+
+class _Counting(MemoryLog):
+    most = 0
+
+    async def read(self, *given: Any, **named: Any) -> AsyncGenerator[RecordedEvent]:
+        async with aclosing(super().read(*given, **named)) as events:
+            async for event in events:
+                self.most = max(self.most, self.readers)
+                yield event
+
+
+async def test_who_reads_to_the_end_takes_turns_and_ends_where_the_log_ended_when_it_began(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log = _Counting()
+    monkeypatch.setattr("ingest_gateway.tail.READERS", 2)
+    monkeypatch.setattr("ingest_gateway.tail.TURN_SECONDS", 0.0)
+    tail = Tail(log)
+    log.append(*EVENTS[:-5])
+
+    async def read() -> list[RecordedEvent]:
+        found: list[RecordedEvent] = []
+        async with aclosing(tail.read(None, None, FRAMES[LINES])) as pieces:
+            async for piece in pieces:
+                if not found:
+                    log.append(*EVENTS[-5:])
+                found += [parse_event(line) for line in piece.splitlines()]
+        return found
+
+    async with asyncio.timeout(60):
+        first, *others = await asyncio.gather(*(read() for _ in range(6)))
+    assert log.most == 2
+    assert sorted(_ids(first)) == sorted(_ids(EVENTS[:-5]))
+    for found in others:
+        assert sorted(_ids(found)) == sorted(_ids(first))
+
+
+async def test_who_reads_to_the_end_and_takes_nothing_holds_no_reader(
+    log: MemoryLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ingest_gateway.tail.PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr("ingest_gateway.feed.AHEAD_BYTES", 1_000)
+    log.append(*EVENTS)
+
+    async def closed() -> bool:
+        return not log.readers
+
+    async with asyncio.timeout(60), aclosing(Tail(log).read(None, None, FRAMES[LINES])) as pieces:
+        found = [parse_event(line) for line in (await anext(pieces)).splitlines()]
+        assert log.readers == 1
+        await until(closed, 60, "the reader is closed")
+        async for piece in pieces:
+            found += [parse_event(line) for line in piece.splitlines()]
+    assert _ids(found) == _ids([event async for event in log.read()])

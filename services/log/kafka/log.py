@@ -66,6 +66,7 @@ class KafkaLog:
         since: Position | None = None,
         *,
         package_id: UUID | None = None,
+        until: Position | None = None,
         follow: bool = False,
         poll_seconds: float = 0.1,
     ) -> AsyncGenerator[RecordedEvent]:
@@ -82,6 +83,9 @@ class KafkaLog:
         starts = {p: position.offsets.get(p, 0) for p in wanted}
         ends = await self._checked_ends(starts)
         if not follow:
+            if until is not None:
+                until.require(found.identity)
+                ends = {p: min(end, until.offsets.get(p, 0)) for p, end in ends.items()}
             starts = {p: offset for p, offset in starts.items() if offset < ends[p]}
             if not starts:
                 return

@@ -67,11 +67,12 @@ class SqliteLog:
         since: Position | None = None,
         *,
         package_id: UUID | None = None,
+        until: Position | None = None,
         follow: bool = False,
         poll_seconds: float = 0.1,
     ) -> AsyncGenerator[RecordedEvent]:
         """See `Log`."""
-        cursor = await self._readers.run(lambda file: _Cursor(file, since, package_id, follow))
+        cursor = await self._readers.run(lambda file: _Cursor(file, since, package_id, until, follow))
         while True:
             events = await self._readers.run(cursor.next_batch)
             for event in events:
@@ -168,9 +169,14 @@ class SqliteLog:
 class _Cursor:
     """Where one reader stands. Its methods block and are called one after another."""
 
-    def __init__(self, file: LogFile, since: Position | None, package_id: UUID | None, follow: bool) -> None:
+    def __init__(
+        self, file: LogFile, since: Position | None, package_id: UUID | None, until: Position | None, follow: bool
+    ) -> None:
         end = end_offset(file.connection)
         self._offset = 0 if since is None else _start(since, file.identity, end)
+        if until is not None:
+            until.require(file.identity)
+            end = min(end, until.offsets.get(PARTITION, 0))
         self._end = None if follow else end
         self._package_id = package_id
         self._sequence = 0 if package_id is None else sequence_before(file.connection, package_id, self._offset)
