@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, fields
 from io import BytesIO
 from types import TracebackType
 from typing import Self
@@ -25,12 +26,14 @@ from services.core.wire import (
 )
 from services.errors import InvalidRequestError, PushBackError, UnavailableError
 from services.log.port import PartitionStatus
+from services.log.records import Confirmation, SkipRecord
 from services.tracing import TRACEPARENT
 
 CONTENT_TYPE = "application/cbor"
 COMMANDS_PATH = "/commands"
 CHECKS_PATH = "/checks"
 STATUS_PATH = "/status"
+CONFIRMATIONS_PATH = "/confirmations"
 WIRE_READS = "Artifact-Store-Wire-Reads"
 """Names the newest version that the sender of a message reads: errors come in it, whatever the message is in."""
 
@@ -95,6 +98,11 @@ class HttpForwarder:
         """How the partitions are that the process at this URL writes to. Raises UnavailableError."""
         return decode_status(await self._post(owner_url, STATUS_PATH, b""), owner_url)
 
+    async def confirm(self, owner_url: str, confirmation: Confirmation) -> Acknowledgement:
+        """Have the partition's owner record what an operator confirmed. Raises as `KafkaWriter.confirm_here`."""
+        answer = await self._post(owner_url, CONFIRMATIONS_PATH, encode_confirmation(confirmation))
+        return decode_acknowledgement(answer, OLDEST)
+
     @contextmanager
     def _place(self, owner_url: str) -> Iterator[None]:
         on_their_way = self._on_their_way
@@ -146,22 +154,31 @@ class HttpForwarder:
             self._versions.pop(owner_url, None)
 
 
+def encode_confirmation(confirmation: Confirmation) -> bytes:
+    """What an operator confirmed, as CBOR."""
+    return cbor2.dumps({**asdict(confirmation), "kind": "skip", "command_id": confirmation.command_id.bytes})
+
+
+def decode_confirmation(data: bytes) -> Confirmation:
+    """Read what `encode_confirmation` gave. Raises InvalidRequestError when it is of another release."""
+    try:
+        found = cbor2.loads(data)
+        if found.pop("kind") != "skip":
+            raise ValueError
+        return SkipRecord(**{**found, "command_id": UUID(bytes=found["command_id"])})
+    except (cbor2.CBORDecodeError, AttributeError, KeyError, ValueError, TypeError) as error:
+        raise InvalidRequestError("a confirmation cannot be read") from error
+
+
 def encode_status(found: Sequence[PartitionStatus]) -> bytes:
     """The states of a process's partitions as CBOR, without the owner, who is asked; later releases append values."""
-    return cbor2.dumps(
-        [
-            [s.partition, s.since, s.takeover_seconds, s.restored_from, s.trouble, s.waiting, s.memory_only]
-            for s in found
-        ]
-    )
+    return cbor2.dumps([[value for name, value in asdict(s).items() if name != "owner"] for s in found])
 
 
 def decode_status(data: bytes, owner: str) -> list[PartitionStatus]:
     """Read what `encode_status` gave. Raises UnavailableError when it is of another release."""
     try:
-        return [
-            PartitionStatus(partition, owner, since, took, restored_from, trouble, waiting, *later[:1])
-            for partition, since, took, restored_from, trouble, waiting, *later in cbor2.loads(data)
-        ]
+        known = len(fields(PartitionStatus)) - 2
+        return [PartitionStatus(partition, owner, *rest[:known]) for partition, *rest in cbor2.loads(data)]
     except (cbor2.CBORDecodeError, ValueError, TypeError) as error:
         raise UnavailableError("the owner of the partition gave an answer that cannot be read") from error

@@ -17,10 +17,12 @@ from pydantic import SecretStr
 from ingest_gateway.forwarding import (
     CHECKS_PATH,
     COMMANDS_PATH,
+    CONFIRMATIONS_PATH,
     CONTENT_TYPE,
     STATUS_PATH,
     WIRE_READS,
     WIRE_VERSION,
+    decode_confirmation,
     encode_status,
 )
 from services.addresses import ListenAddress
@@ -35,7 +37,9 @@ from services.errors import (
     TooLargeError,
     UnavailableError,
 )
+from services.log.kafka.settings import INTERFACE
 from services.log.port import PartitionNotOwnedError, PartitionStatus
+from services.log.records import Confirmation
 from services.tracing import TRACEPARENT, traceparent
 
 MAX_BODY_BYTES = 32 << 20
@@ -59,6 +63,9 @@ class Here(Protocol):
 
     async def check_ingest_here(self, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None) -> None:
         """As `CommandWriter.check_ingest`; PartitionNotOwnedError when this process is not the owner."""
+
+    async def confirm_here(self, confirmation: Confirmation) -> Acknowledgement:
+        """Record what an operator confirmed; PartitionNotOwnedError when this process is not the owner."""
 
     def status_here(self) -> Sequence[PartitionStatus]:
         """How the partitions are that this process owns."""
@@ -120,9 +127,11 @@ class InternalListener:
 
     async def _bind(self, address: ListenAddress) -> None:
         app = web.Application(client_max_size=MAX_BODY_BYTES)
-        app.router.add_post(COMMANDS_PATH, self._command)
-        app.router.add_post(CHECKS_PATH, self._check)
-        app.router.add_post(STATUS_PATH, self._status)
+        for prefix in ("", INTERFACE):  # of gateways that were told the URL without it, and with it
+            app.router.add_post(prefix + COMMANDS_PATH, self._command)
+            app.router.add_post(prefix + CHECKS_PATH, self._check)
+            app.router.add_post(prefix + STATUS_PATH, self._status)
+            app.router.add_post(prefix + CONFIRMATIONS_PATH, self._confirmation)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=_DRAIN_SECONDS)
         await self._runner.setup()
         try:
@@ -149,6 +158,14 @@ class InternalListener:
                 asked = decode_check(body)
             await here.check_ingest_here(*asked)
             return b""
+
+        return await self._answer(request, carry_out)
+
+    async def _confirmation(self, request: web.Request) -> web.Response:
+        async def carry_out(here: Here, body: bytes) -> bytes:
+            with _of_another_release():
+                confirmation = decode_confirmation(body)
+            return encode_acknowledgement(await here.confirm_here(confirmation), _version_of(request))
 
         return await self._answer(request, carry_out)
 

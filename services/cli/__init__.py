@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from services.cli.doctor import doctor
+from services.cli.log import log
 from services.cli.parked import parked
 from services.cli.read import manifest, packages, show, tail, usage
 from services.cli.replay import digest, replay
@@ -40,6 +41,6 @@ def main() -> None:
 for _command in (
     *(push, add, finalize, pull, packages, show, manifest, usage, tail),
     *(serve, gateway, projector, migrate),
-    *(replay, digest, verify, parked, status, doctor),
+    *(replay, digest, verify, parked, log, status, doctor),
 ):
     main.add_command(_command)

@@ -106,6 +106,8 @@ async def _looked(part: str, look: Callable[[], Awaitable[str | None]]) -> Findi
 
 
 async def _log(settings: Settings) -> str | None:
+    from services.cli.writers import writers
+    from services.errors import CorruptError
     from services.wiring import is_embedded, open_log
 
     log = open_log(settings)
@@ -113,6 +115,9 @@ async def _log(settings: Settings) -> str | None:
         if is_embedded(settings) and not _sqlite_file(settings.log_url).exists():
             return "not there yet; the first command that writes makes it"
         await log.check()
+        for writer in await writers(log, settings.internal_secret) or ():
+            if writer["bad_record"] is not None:
+                raise CorruptError(writer["trouble"])
         return f"{await log.partitions()} partitions, id {await log.identity()}"
     finally:
         await log.close()

@@ -43,6 +43,10 @@ def status() -> None:
         raw(b"the log is a file: whoever writes holds its lock")
     else:
         table(COLUMNS, [row(writer) for writer in found["writers"]])
+        for writer in found["writers"]:
+            if any(writer[name] for name in ("skipped", "repeated", "quarantined")):
+                text = "partition {partition}: {skipped} records skipped, {repeated} repeated, {quarantined} packages"
+                raw(f"{text} quarantined".format(**writer).encode())
 
 
 async def _status() -> dict[str, Any]:

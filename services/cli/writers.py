@@ -6,19 +6,22 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from services.errors import UnavailableError
+from services.errors import ArtifactStoreError, ConfigurationError, PushBackError, UnavailableError
 
 if TYPE_CHECKING:
     from pydantic import SecretStr
 
+    from services.core.commands import Acknowledgement
     from services.log.kafka.cluster import Member
     from services.log.port import Log, PartitionStatus
+    from services.log.records import Confirmation
 
 COLUMNS = ("partition", "writer", "since", "taken over in s", "state from", "waiting", "trouble")
 
 _ANSWER_SECONDS = 3.0
 _SETTLED_SECONDS = 5.0
 _AGAIN_SECONDS = 0.2
+_CONFIRM_SECONDS = 15.0
 
 
 async def writers(log: Log, secret: SecretStr | None) -> list[dict[str, Any]] | None:
@@ -35,6 +38,36 @@ async def writers(log: Log, secret: SecretStr | None) -> list[dict[str, Any]] | 
     owners = {partition: member.client_id for member in await _members(log) for partition in member.partitions}
     told = await _told({url for url in owners.values() if url.startswith("http")}, secret)
     return [_shown(_status(p, owners.get(p), told)) for p in range(await log.partitions())]
+
+
+async def confirm(log: Log, secret: SecretStr | None, confirmation: Confirmation) -> Acknowledgement:
+    """Have the gateway that writes to the partition record what an operator confirmed; blocks until it is recorded.
+
+    Raises ConfigurationError: the log is a file. UnavailableError: no gateway writes to the partition, or it gives no
+    answer; whether it was recorded is unknown then, and confirming it again is safe. Otherwise as
+    `KafkaWriter.confirm_here`.
+    """
+    from ingest_gateway.forwarding import HttpForwarder
+    from services.log.port import PartitionNotOwnedError
+
+    if type(log).__name__ != "KafkaLog":
+        raise ConfigurationError("the embedded log is a file that nobody else writes to: restore it from a copy")
+    deadline = asyncio.get_running_loop().time() + _CONFIRM_SECONDS
+    async with HttpForwarder(secret) as forwarder:
+        while True:
+            owners = {p: member.client_id for member in await _members(log) for p in member.partitions}
+            owner = owners.get(confirmation.partition, "")
+            trouble: ArtifactStoreError = UnavailableError(
+                f"no gateway that can be asked writes to partition {confirmation.partition}: start one, then try again"
+            )
+            if owner.startswith("http"):
+                try:
+                    return await forwarder.confirm(owner, confirmation)
+                except (PartitionNotOwnedError, PushBackError) as error:
+                    trouble = error
+            if asyncio.get_running_loop().time() > deadline:
+                raise trouble
+            await asyncio.sleep(_AGAIN_SECONDS)
 
 
 def row(writer: Mapping[str, Any]) -> tuple[object, ...]:
@@ -56,6 +89,10 @@ def _shown(status: PartitionStatus) -> dict[str, Any]:
         "waiting": status.waiting,
         "trouble": status.trouble,
         "memory_only": status.memory_only,
+        "bad_record": None if status.bad_offset is None else {"offset": status.bad_offset, "digest": status.bad_digest},
+        "skipped": status.skipped,
+        "repeated": status.repeated,
+        "quarantined": status.quarantined,
     }
 
 

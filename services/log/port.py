@@ -214,6 +214,16 @@ class PartitionStatus:
     """How many requests wait for the writer's next turn."""
     memory_only: str | None = None
     """Why the newest part of the writer's state is in memory alone; writing goes on, a take-over takes longer."""
+    skipped: int = 0
+    """Records that are no events and were passed over, as an operator confirmed."""
+    repeated: int = 0
+    """Events that their packages had already, and that were passed over."""
+    quarantined: int = 0
+    """Packages whose history is contradicted: nothing is added to them."""
+    bad_offset: int | None = None
+    """Where the record lies that is no event and that nobody has confirmed: the partition stands before it,"""
+    bad_digest: str | None = None
+    """and its digest (64 hex digits), by which `artifact-store log skip` confirms it."""
 
 
 PutManifest = Callable[[bytes], Awaitable[None]]

@@ -97,6 +97,11 @@ class SkipRecord:
     actor: str
     reason: str
     command_id: UUID
+    """A retry carries the same one."""
+
+
+Confirmation = SkipRecord
+"""What an operator confirms about a partition, and its writer records."""
 
 
 class AdministrativeHead(NamedTuple):

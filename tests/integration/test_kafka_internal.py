@@ -26,7 +26,9 @@ from services.errors import (
     TooLargeError,
     UnavailableError,
 )
+from services.log.kafka.settings import INTERFACE
 from services.log.port import PartitionNotOwnedError, PartitionStatus
+from services.log.records import Confirmation, SkipRecord
 from tests.integration.conditions import until
 from tests.services.process import free_ports
 from tests.unit.commands import create, ingest
@@ -36,7 +38,7 @@ SECRET = SecretStr("correct horse battery staple")
 
 OWNED = (
     PartitionStatus(3, "this process", 1_000_000, 0.25, "file", None, 4),
-    PartitionStatus(5, "this process", trouble="it is being taken over"),
+    PartitionStatus(5, "this process", trouble="it stands", skipped=1, quarantined=2, bad_offset=9, bad_digest="ab"),
 )
 
 
@@ -58,6 +60,10 @@ class Answering:
         self.seen.append((package_id, list(relative_paths), command_id))
         if self.refusal is not None:
             raise self.refusal
+
+    async def confirm_here(self, confirmation: Confirmation) -> Acknowledgement:
+        self.seen.append(confirmation)
+        return Acknowledgement(UUID(int=1), 3, bytes(32))
 
     def status_here(self) -> list[PartitionStatus]:
         return list(OWNED)
@@ -86,6 +92,17 @@ async def test_commands_and_questions_reach_the_owner_and_its_answer_comes_back(
         await forwarder.check_ingest(listener.url, command.package_id, ["ä"], None)
     assert answer == Acknowledgement(command.package_id, 7, bytes(32))
     assert writer.seen == [command, (command.package_id, ["ä"], None)]
+
+
+async def test_an_operators_confirmation_reaches_the_owner_also_below_the_path_of_its_release(
+    listener: InternalListener, writer: Answering
+) -> None:
+    confirmation = SkipRecord(3, 41, b"d" * 32, "ada", "a stray producer", UUID(int=5))
+    async with HttpForwarder(SECRET) as forwarder:
+        for url in (listener.url, listener.url + INTERFACE):
+            assert await forwarder.confirm(url, confirmation) == Acknowledgement(UUID(int=1), 3, bytes(32))
+        await forwarder.submit(listener.url + INTERFACE, create())
+    assert writer.seen[:2] == [confirmation, confirmation]
 
 
 async def test_two_gateways_use_the_newest_version_that_both_know(

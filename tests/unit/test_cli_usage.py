@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
 COMMANDS = {
     *("push", "add", "finalize", "pull", "packages", "show", "manifest", "usage", "tail"),
     *("serve", "gateway", "projector", "migrate"),
-    *("replay", "digest", "verify", "parked", "status", "doctor"),
+    *("replay", "digest", "verify", "parked", "log", "status", "doctor"),
 }
 
 

@@ -12,6 +12,7 @@ import pytest
 from services.errors import ConfigurationError, CorruptError, LogIdentityError, UnavailableError
 from services.log.kafka import writer as writer_module
 from services.log.kafka.context import Counts
+from services.log.kafka.state_file import Irregular
 from services.log.kafka.writer import PartitionWriter
 
 
@@ -48,7 +49,8 @@ class Scene:
 
             def __init__(self, *_: object, progressed: Callable[[], None], **__: object) -> None:
                 scene.progressed = progressed
-                self.state, self.restored_from, self.losses = SimpleNamespace(untidy=False, memory_only=None), "log", ()
+                self.state = SimpleNamespace(untidy=False, irregular=Irregular(), memory_only=None)
+                self.restored_from, self.losses, self.stopped = "log", (), None
                 self._step = next(left, scene.writer.stop)
                 if getattr(self._step, "__name__", "") != "serve":
                     self._step()

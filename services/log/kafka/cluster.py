@@ -196,6 +196,11 @@ class Cluster:
                 raise
         return True
 
+    def groups(self, prefix: str) -> list[str]:
+        """The consumer groups whose names begin with this."""
+        listed = self._ask("listing consumer groups", lambda admin: {"groups": admin.list_consumer_groups()})["groups"]
+        return sorted(found.group_id for found in listed.valid if found.group_id.startswith(prefix))
+
     def members(self, group: str) -> list[Member] | None:
         """The group's members; None while it is between two assignments."""
         found = self._ask("describing a group", lambda admin: admin.describe_consumer_groups([group]))[group]

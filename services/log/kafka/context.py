@@ -53,6 +53,8 @@ class WriterContext:
     states: States
     holds: Callable[[int], bool | None]
     """Asks the group whether the partition is this process's; None when it cannot say now. Blocks."""
+    require_readers: Callable[[], None]
+    """Raises unless every member of the installation can read administrative records. Blocks."""
     disowned: Callable[[PartitionWriter], None]
     """Told, in this writer's thread, that the group has given its partition to another."""
     give_way: Callable[[str], None]

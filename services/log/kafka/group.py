@@ -15,14 +15,14 @@ from threading import Lock, Thread
 
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 
-from services.errors import ConfigurationError, UnavailableError
+from services.errors import ConfigurationError, ConflictError, PushBackError, UnavailableError
 from services.log.kafka.clients import make_consumer
 from services.log.kafka.cluster import Cluster, Member
 from services.log.kafka.failures import explained, kafka_error
-from services.log.kafka.settings import KafkaSettings
+from services.log.kafka.settings import INTERFACE, KafkaSettings
 
 NO_URL = "artifact-store"
-"""The client id of a gateway that no other can forward to."""
+"""In place of the URL of a gateway that no other can forward to."""
 
 _POLL_SECONDS = 0.25
 
@@ -41,7 +41,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class WriterGroup:
-    """This process's membership; `client_id` is the URL that other gateways reach it by, or NO_URL.
+    """This process's membership. Its client id is the URL that other gateways reach it by, or NO_URL, and INTERFACE.
 
     `assigned` and `revoked` are called in the group's own thread; a partition is given to another when `revoked` has
     returned, unless it was lost already (the second argument).
@@ -51,14 +51,14 @@ class WriterGroup:
         self,
         kafka: KafkaSettings,
         cluster: Cluster,
-        client_id: str,
+        url: str | None,
         assigned: Callable[[int], None],
         revoked: Callable[[Sequence[int], bool], None],
     ) -> None:
         self.trouble: str | None = "the group of writers was not joined yet"
         self._kafka = kafka
         self._cluster = cluster
-        self._client_id = client_id
+        self._client_id = (url or NO_URL) + INTERFACE
         self._assigned = assigned
         self._revoked = revoked
         self._closing = Flag()
@@ -114,9 +114,31 @@ class WriterGroup:
         """Whether the group has the partition assigned to this process; None between two assignments. As `members`."""
         return self._any(lambda member: self.is_self(member) and partition in member.partitions)
 
+    def require_readers(self) -> None:
+        """Return if every member of the writers' and the projectors' groups can read administrative records. Blocks.
+
+        Raises ConflictError, which names one that cannot; PushBackError: nobody can tell now.
+        """
+        kafka = self._kafka
+        try:
+            projectors = self._cluster.groups(kafka.projector_group(""))
+            groups = [(kafka.writers_group, "gateway"), *((group, "projector") for group in projectors)]
+            found = [(group, role, self._cluster.members(group)) for group, role in groups]
+        except (UnavailableError, ConfigurationError) as error:
+            raise PushBackError(f"who could read it cannot be told: {error.detail}") from error
+        for group, role, members in found:
+            if members is None:
+                raise PushBackError(f"the group {group} is between two assignments; try again in a moment")
+            for member in members:
+                if not member.client_id.endswith(INTERFACE):
+                    raise ConflictError(
+                        f"the {role} {member.client_id} (member {member.member_id} of the group {group}) is of a "
+                        "release that cannot read records of the log's own: upgrade it or end it, then try again"
+                    )
+
     def _others(self) -> bool | None:
         """Whether gateways that this one can forward to are members; None between two assignments. As `members`."""
-        return self._any(lambda member: member.client_id != NO_URL and not self.is_self(member))
+        return self._any(lambda member: member.client_id.startswith("http") and not self.is_self(member))
 
     def _any(self, wanted: Callable[[Member], bool]) -> bool | None:
         members = self.members()

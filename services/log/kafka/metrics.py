@@ -10,6 +10,21 @@ from prometheus_client.registry import Collector
 from services.log.kafka.writers import KafkaWriter
 
 _MICROS = 1_000_000
+_IRREGULAR = {
+    "skipped": (
+        "artifact_store_partition_skipped",
+        "Records of the partition that are no events and are passed over, as an operator confirmed",
+    ),
+    "repeated": (
+        "artifact_store_partition_repeated",
+        "Events of the partition that their packages had already, and that are passed over",
+    ),
+    "quarantined": (
+        "artifact_store_partition_quarantined",
+        "Packages of the partition whose history is contradicted: nothing is added to them",
+    ),
+}
+"""By the field of `PartitionStatus` that it shows."""
 
 
 class WriterCollector(Collector):
@@ -41,16 +56,28 @@ class WriterCollector(Collector):
             "1 while the disk has no room for the partition's state file, and what changes is in memory alone",
             labels=["partition"],
         )
+        bad = GaugeMetricFamily(
+            "artifact_store_partition_bad_record_offset",
+            "Offset of the record that is no event, before which the partition stands until `artifact-store log skip`",
+            labels=["partition", "digest"],
+        )
+        passed = {
+            field: GaugeMetricFamily(name, text, labels=["partition"]) for field, (name, text) in _IRREGULAR.items()
+        }
         for found in self._writer.status_here():
             label = str(found.partition)
             owned.add_metric([label], float(found.since is not None))
             waiting.add_metric([label], found.waiting)
             memory_only.add_metric([label], float(found.memory_only is not None))
+            if found.bad_offset is not None:
+                bad.add_metric([label, found.bad_digest or ""], found.bad_offset)
+            for name, family in passed.items():
+                family.add_metric([label], getattr(found, name))
             if found.since is not None:
                 since.add_metric([label], found.since / _MICROS)
             if found.takeover_seconds is not None:
                 took.add_metric([label, found.restored_from or ""], found.takeover_seconds)
-        yield from (owned, since, took, waiting, memory_only)
+        yield from (owned, since, took, waiting, memory_only, bad, *passed.values())
         yield from self._totals()
 
     def _totals(self) -> Iterator[Metric]:

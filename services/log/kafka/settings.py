@@ -22,6 +22,13 @@ MAX_RECORD_BYTES = 1_048_588
 TOPIC_MAX_MESSAGE_BYTES = 2 << 20
 """`max.message.bytes` of a topic that `migrate` makes: a batch of one largest record fits with its framing."""
 
+INTERFACE = "/v2"
+"""What client ids of gateways and projectors end with that can read administrative records.
+
+As the end of a gateway's URL it is part of every path of its internal listener, so that gateways without it can forward
+to one that has it.
+"""
+
 # What the guarantees of the log stand on; these are not for ARTIFACT_STORE_KAFKA_OPTIONS.
 _RESERVED = frozenset(
     {

@@ -15,7 +15,7 @@ from services.log.kafka.clients import make_consumer
 from services.log.kafka.cluster import Cluster
 from services.log.kafka.failures import explaining, kafka_error
 from services.log.kafka.reader import positions, records, take_messages
-from services.log.kafka.settings import KafkaSettings
+from services.log.kafka.settings import INTERFACE, KafkaSettings
 from services.log.port import Batch, Settled, StartOffsets
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ class KafkaSubscription:
         return await self._loop.run_in_executor(self._thread, call)
 
     def _join(self) -> None:
-        self._consumer = make_consumer(self._kafka.member(self._group, "artifact-store-projector", _BOUNDS))
+        self._consumer = make_consumer(self._kafka.member(self._group, f"artifact-store-projector{INTERFACE}", _BOUNDS))
         with explaining("joining the projection's group"):
             self._consumer.subscribe(
                 [self._kafka.topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost

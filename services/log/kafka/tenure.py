@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -45,7 +45,6 @@ from services.log.records import (
     administrative_event,
     is_administrative,
     read_record,
-    skipped_by,
 )
 
 INIT_SECONDS = 30.0
@@ -83,8 +82,8 @@ class _Ahead:
     """What lies in the partition up to `end`, beyond where the fold stands."""
 
     end: int
-    skips: dict[bytes, int] = field(default_factory=dict)
-    """By digest of a record that is no event, the offset of the last confirmation of it."""
+    skips: dict[bytes, tuple[int, Event]] = field(default_factory=dict)
+    """By digest of a record that is no event, the last confirmation of it and its offset."""
     administrative: AdministrativeHead | None = None
     last_created_at: int = 0
 
@@ -127,7 +126,7 @@ class Tenure:
         self.restored_from = FROM_LOG
         self._stopped: BadRecord | None = None
         """The record that the fold stands before."""
-        self._skips: dict[bytes, int] = {}
+        self._skips: dict[bytes, tuple[int, Event]] = {}
         """As `_Ahead.skips`, as far as was looked."""
         self.losses: Sequence[Loss] = ()
         """What the log lost of what it had acknowledged: nothing may be appended."""
@@ -227,15 +226,21 @@ class Tenure:
         if self._stopped is None and _open(self._tail).take(1, 0):
             raise UnavailableError("another process has written to the partition")
 
+    @property
+    def stopped(self) -> BadRecord | None:
+        """The record that the fold stands before; None when everything was folded."""
+        return self._stopped
+
     def require_whole(self) -> None:
         """Raise BadRecordError while the fold stands before a record that is no event."""
         if self._stopped is not None:
             raise self._stopped.error
 
-    def skip(self, request: SkipRecord, now: int) -> Event | None:
-        """Record that a record is no event, and fold on; None when that is recorded already. `now` in µs since 1970.
+    def skip(self, request: SkipRecord, now: int, require_readers: Callable[[], None]) -> Event:
+        """Record that a record is no event, and fold on; what is recorded, now or before. `now` in µs since 1970.
 
-        Raises InvalidRequestError: the record at that offset is an event, or has another digest. Raises as `append`.
+        Raises InvalidRequestError: the record at that offset is an event, or has another digest. Raises as `append`,
+        and as `require_readers`, which is called before anything is appended.
         """
         bad = self._record_at(request.offset)
         if not isinstance(bad, BadRecord):
@@ -250,8 +255,9 @@ class Tenure:
                 f"not {request.digest.hex()}"
             )
         ahead = self._look_ahead(bad.offset)
-        if ahead.skips.get(bad.digest, -1) > bad.offset:
-            return None
+        if (recorded := _skip_of(bad, ahead.skips)) is not None:
+            return recorded
+        require_readers()
         payload = LogSkipped(
             self._place.identity, bad.partition, bad.offset, bad.digest, bad.size_bytes, bad.cause, request.reason
         )
@@ -541,9 +547,9 @@ class Tenure:
         return partition_of(package_id, self._partitions)
 
     def _is_skipped(self, bad: BadRecord) -> bool:
-        if self._skips.get(bad.digest, -1) < bad.offset:
+        if _skip_of(bad, self._skips) is None:
             self._skips |= self._look_ahead(bad.offset).skips
-        return self._skips.get(bad.digest, -1) > bad.offset
+        return _skip_of(bad, self._skips) is not None
 
     def _look_ahead(self, offset: int) -> _Ahead:
         """What lies between this offset, or where the fold stands if that is before it, and the end."""
@@ -554,10 +560,10 @@ class Tenure:
         try:
             for records in self._records_to(reader, ahead.end):
                 for record in records:
-                    if (digest := skipped_by(record, self._partition_of)) is not None:
-                        ahead.skips[digest] = record.offset
                     if not isinstance(found := self._read(record), Event):
                         continue
+                    if isinstance(found.payload, LogSkipped):
+                        ahead.skips[found.payload.digest] = record.offset, found
                     if found.package_id == aggregate:
                         ahead.administrative = AdministrativeHead.of(found)
                     ahead.last_created_at = max(ahead.last_created_at, found.created_at)
@@ -610,6 +616,12 @@ class Tenure:
             f"It ends by its own time-out; `kafka-transactions.sh --bootstrap-server {kafka.bootstrap} find-hanging "
             f"--topic {kafka.topic} --partition {partition}` shows one that does not, and its `abort` ends it"
         )
+
+
+def _skip_of(bad: BadRecord, skips: Mapping[bytes, tuple[int, Event]]) -> Event | None:
+    """The confirmation that covers the record: the last of its digest, if that lies behind it."""
+    offset, event = skips.get(bad.digest, (bad.offset, None))
+    return event if offset > bad.offset else None
 
 
 def _into(offsets: list[int]) -> _Delivered:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from threading import Event as Flag
 from threading import Thread
 from typing import Any
 
+from schemas.digests import event_digest
 from services.core.commands import Acknowledgement, Command, IngestFiles
 from services.core.decide import acknowledge, check_ingest, decide, decide_together
 from services.errors import (
@@ -32,8 +34,10 @@ from services.log.kafka.guard import HeldError
 from services.log.kafka.outcomes import given_up, in_doubt, refused, told
 from services.log.kafka.requests import CHECK_SECONDS, MAX_BATCH_BYTES, TOGETHER, IngestCheck, Request, Waiting, runs_of
 from services.log.kafka.state import TIDY_SECONDS, PartitionState
+from services.log.kafka.state_file import Irregular
 from services.log.kafka.tenure import Staged, Tenure
 from services.log.port import NotAppendedError, PartitionNotOwnedError, PartitionStatus
+from services.log.records import BadRecord, Confirmation
 from services.tracing import TRACEPARENT
 
 _IDLE_SECONDS = 5.0
@@ -72,6 +76,10 @@ class PartitionWriter:
         self._waiting = Waiting()
         self._unproven: list[Request] = []
         """Requests that were refused and wait for a proof that the state is current."""
+        self._confirmations: deque[tuple[Confirmation, asyncio.Future[Acknowledgement]]] = deque()
+        self._bad: BadRecord | None = None
+        """The record, no event, that the partition stands before."""
+        self._irregular = Irregular()
         self._deadlines = Deadlines(context.submit_seconds, self._late)
         self._checks = Deadlines(min(CHECK_SECONDS, context.submit_seconds), self._late_check)
         self._stop = Flag()
@@ -114,12 +122,27 @@ class PartitionWriter:
         deadlines.watch(answer)
         return answer
 
+    def confirm(self, confirmation: Confirmation) -> asyncio.Future[Acknowledgement]:
+        """Let an operator's confirmation be recorded; on the event loop.
+
+        The answer is there once it is in the log and folded. Raises, when it is awaited: PartitionNotOwnedError; errors
+        of the tree that say why it is refused, or that its outcome is unknown.
+        """
+        answer: asyncio.Future[Acknowledgement] = self._context.loop.create_future()
+        if self._stop.is_set():
+            answer.set_exception(PartitionNotOwnedError("this process does not write to the partition any more"))
+        else:
+            self._confirmations.append((confirmation, answer))
+            self._waiting.wake()
+        return answer
+
     def unanswered(self) -> list[asyncio.Future[Any]]:
         """What is waited for; on the event loop."""
         return [*self._deadlines.unanswered(), *self._checks.unanswered()]
 
     def status(self, owner: str) -> PartitionStatus:
         """How the partition is, for operators; its owner, this process, goes by the name of `owner`."""
+        irregular, bad = self._irregular, self._bad
         return PartitionStatus(
             self.partition,
             owner,
@@ -129,6 +152,11 @@ class PartitionWriter:
             self.trouble,
             len(self._waiting),
             self._memory_only,
+            irregular.skipped,
+            irregular.repeated,
+            len(irregular.quarantined),
+            None if bad is None else bad.offset,
+            None if bad is None else bad.digest.hex(),
         )
 
     def stop(self) -> None:
@@ -184,6 +212,9 @@ class PartitionWriter:
         self._waiting.close()
         moved = PartitionNotOwnedError("this process does not write to the package's partition any more")
         self._deliver([(request, moved) for request in self._waiting.drain()])
+        while self._confirmations:
+            _, answer = self._confirmations.popleft()
+            self._answer(answer, moved)
 
     def _hold(self) -> None:
         """One tenure: take over, then serve until told to stop."""
@@ -209,7 +240,7 @@ class PartitionWriter:
             wake=self._waiting.wake,
         )
         try:
-            tenure.require_whole()
+            self._irregular = tenure.state.irregular
             self.takeover_seconds = time.monotonic() - began
             self.restored_from = tenure.restored_from
             context.counts.takeovers[tenure.restored_from] += 1
@@ -217,6 +248,8 @@ class PartitionWriter:
             self._failed = 0
             if tenure.losses:
                 self._refuse_to_append(tenure)
+                return
+            if not self._whole(tenure):
                 return
             self.since = context.clock()
             self._trouble = None
@@ -229,6 +262,7 @@ class PartitionWriter:
                     self._serve(tenure, asides, batch)
                 else:
                     tenure.idle()
+                self._record(tenure)
                 tenure.save_if_due()
                 self._memory_only = tenure.state.memory_only
                 back, failed = asides.settle()
@@ -263,6 +297,60 @@ class PartitionWriter:
         while (batch := self._waiting.take(_IDLE_SECONDS)) is not None:
             self._deliver([(request, refused) for request in batch])
             tenure.idle()
+
+    def _whole(self, tenure: Tenure) -> bool:
+        """Refuse everything but an operator's confirmation while the partition stands before a record that is no event.
+
+        False when the writer is told to stop meanwhile.
+        """
+        while (bad := tenure.stopped) is not None:
+            self._bad = bad
+            if self._trouble != bad.error.detail:
+                _LOG.error("partition %d cannot be written to: %s", self.partition, bad.error.detail)
+            self._trouble = bad.error.detail
+            batch = self._waiting.take(_IDLE_SECONDS)
+            if batch is None:
+                return False
+            self._deliver([(request, bad.error) for request in batch])
+            self._record(tenure)
+            tenure.idle()
+            tenure.save_if_due()
+        self._bad = None
+        return True
+
+    def _record(self, tenure: Tenure) -> None:
+        """Record what operators confirmed about the partition, and answer them."""
+        while self._confirmations:
+            confirmation, answer = self._confirmations[0]
+            outcome: Acknowledgement | Exception
+            try:
+                event = tenure.skip(confirmation, self._context.clock(), self._require_recordable)
+                outcome = Acknowledgement(event.package_id, event.sequence, event_digest(event))
+            except (RejectedError, PushBackError) as error:
+                outcome = error
+            except ArtifactStoreError as error:
+                # It may be recorded: whoever confirms it again is told so.
+                self._confirmations.popleft()
+                self._answer(answer, error)
+                raise
+            self._confirmations.popleft()
+            self._answer(answer, outcome)
+
+    def _require_recordable(self) -> None:
+        self._context.guard.require()
+        self._context.require_readers()
+
+    def _answer(self, answer: asyncio.Future[Acknowledgement], outcome: Acknowledgement | Exception) -> None:
+        def settle() -> None:
+            if answer.done():
+                return
+            if isinstance(outcome, Exception):
+                answer.set_exception(outcome)
+            else:
+                answer.set_result(outcome)
+
+        if not self._context.loop.is_closed():
+            self._context.loop.call_soon_threadsafe(settle)
 
     def _is_ours(self) -> bool:
         """Ask the group until it answers; False as well when this writer is to stop."""

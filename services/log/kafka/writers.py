@@ -17,7 +17,7 @@ from services.core.limits import Limits
 from services.errors import ConfigurationError, PushBackError, UnavailableError
 from services.log.kafka.cluster import Topic
 from services.log.kafka.context import Counts, WriterContext
-from services.log.kafka.group import NO_URL, WriterGroup
+from services.log.kafka.group import WriterGroup
 from services.log.kafka.guard import Guard
 from services.log.kafka.log import KafkaLog
 from services.log.kafka.owners import Owner, Owners
@@ -29,6 +29,7 @@ from services.log.kafka.turns import Turns
 from services.log.kafka.under_way import UnderWay
 from services.log.kafka.writer import PartitionWriter
 from services.log.port import Forwarder, PartitionNotOwnedError, PartitionStatus, PutManifest, SnapshotStore
+from services.log.records import Confirmation
 
 SUBMIT_SECONDS = 30.0
 """How long a command may look for its owner, and how long wait there for its turn; the outcome is unknown then."""
@@ -77,7 +78,7 @@ class KafkaWriter:
         self._state_dir = settings.state_dir
         self._snapshot_store = snapshots
         self._snapshots: Snapshots | None = None
-        self._group = WriterGroup(log.kafka, log.cluster, internal_url or NO_URL, self._assigned, self._revoked)
+        self._group = WriterGroup(log.kafka, log.cluster, internal_url, self._assigned, self._revoked)
         self._owners = Owners(self._group)
         self._writers: dict[int, PartitionWriter] = {}
         self._assigning = Lock()
@@ -113,6 +114,7 @@ class KafkaWriter:
             submit_seconds=self._submit_seconds,
             states=States(self._state_dir, self._snapshots),
             holds=self._group.holds,
+            require_readers=self._group.require_readers,
             disowned=self._disowned,
             give_way=self._group.give_way,
             doubt=Flag(),
@@ -153,6 +155,22 @@ class KafkaWriter:
     async def check_ingest_here(self, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None) -> None:
         """As `check_ingest`, but PartitionNotOwnedError when this process is not the partition's writer."""
         await self._accepted(IngestCheck(package_id, tuple(relative_paths), command_id))
+
+    async def confirm_here(self, confirmation: Confirmation) -> Acknowledgement:
+        """Record what an operator confirmed about a partition that this process writes to; a repeat gets its answer.
+
+        Waits as long as a command does. Raises PartitionNotOwnedError; ConflictError and InvalidRequestError: it is
+        refused, nothing is recorded; UnavailableError: the outcome is unknown, confirm it again.
+        """
+        writer = self._writers.get(confirmation.partition)
+        if writer is None or self._closing:
+            raise PartitionNotOwnedError(f"this process does not write to partition {confirmation.partition}")
+        try:
+            async with asyncio.timeout(self._submit_seconds):
+                return await writer.confirm(confirmation)
+        except TimeoutError:
+            trouble = writer.trouble or "its writer gave no answer in time"
+            raise UnavailableError(f"partition {confirmation.partition}: {trouble}") from None
 
     async def ready(self) -> str | None:
         """See `CommandWriter`."""
