@@ -14,7 +14,8 @@
     │   │   ├── DuplicateRelativePathError
     │   │   ├── PathConflictError          a path would be both a file and a folder
     │   │   ├── IllegalPackageStateError
-    │   │   │   └── AnswerExpiredError     look in the log: an earlier try may be recorded, its answer is not kept
+    │   │   │   ├── AnswerExpiredError     look in the log: an earlier try may be recorded, its answer is not kept
+    │   │   │   └── PackageAbandonedError  the package stayed open for too long: create another one
     │   │   └── UploadOffsetError          ask where the upload stands, and go on from there
     │   ├── ContentMismatchError       the bytes are not what was declared
     │   ├── ChecksumMismatchError      a piece of an upload was damaged on its way: send the piece again
@@ -154,6 +155,15 @@ class AnswerExpiredError(IllegalPackageStateError):
     """
 
     problem = "answer-expired"
+
+
+class PackageAbandonedError(IllegalPackageStateError):
+    """The package is open, and so much time passed since its last event that it takes no command any more.
+
+    Nor are its commands answered again: whether one was recorded, its events tell. `facts` names the package.
+    """
+
+    problem = "package-abandoned"
 
 
 class UploadOffsetError(ConflictError):

@@ -35,11 +35,11 @@ from services.core.commands import (
 from services.core.content_address import ContentAddress, content_key
 from services.core.evolve import evolve
 from services.core.fields import check_metadata_size, check_text
-from services.core.limits import ANSWERS_KEPT_MICROS, EVENT_OVERHEAD_BYTES, Limits
+from services.core.limits import ANSWERS_KEPT_MICROS, EVENT_OVERHEAD_BYTES, MAX_IDLE_MICROS, Limits
 from services.core.manifest import item_file_id, manifest_of
 from services.core.paths import Unportable, add_folders, check_paths, folders_above
-from services.core.retention import retention_class
-from services.core.state import CREATED, CommandState, PackageState, file_states
+from services.core.retention import MICROS_PER_DAY, retention_class
+from services.core.state import ABANDONED, CREATED, CommandState, PackageState, file_states
 from services.errors import (
     AnswerExpiredError,
     CommandReusedError,
@@ -47,6 +47,7 @@ from services.errors import (
     DuplicateRelativePathError,
     IllegalPackageStateError,
     InvalidRequestError,
+    PackageAbandonedError,
     PackageNotFoundError,
     PathConflictError,
     PushBackError,
@@ -120,12 +121,13 @@ def decide(state: PackageState | None, command: Command, now: int, limits: Limit
     match command:
         case IngestFiles():
             done = known.done if known is not None else 0
-            opened = _require_open(state, command.package_id, command.command_id)
+            opened = _require_open(state, command.package_id, command.command_id, now, limits)
             return _ingest(opened, [command], done, now, limits)
         case CreatePackage():
             return _create(state, command, now, limits)
         case FinalizePackage():
-            return _finalize(_require_open(state, command.package_id, command.command_id), command, now, limits)
+            opened = _require_open(state, command.package_id, command.command_id, now, limits)
+            return _finalize(opened, command, now, limits)
 
 
 def decide_together(state: PackageState, commands: Sequence[IngestFiles], now: int, limits: Limits) -> Decision | None:
@@ -137,7 +139,7 @@ def decide_together(state: PackageState, commands: Sequence[IngestFiles], now: i
     new = {command.command_id for command in commands}
     if len(new) < len(commands) or state.unfinished is not None or not state.commands.keys().isdisjoint(new):
         return None
-    return _ingest(_require_open(state, state.package_id), commands, 0, now, limits)
+    return _ingest(_require_open(state, state.package_id, None, now, limits), commands, 0, now, limits)
 
 
 def accept(state: PackageState | None, decision: Decision) -> PackageState:
@@ -190,7 +192,12 @@ def acknowledge(state: PackageState, command: Command) -> Acknowledgement:
 
 
 def check_ingest(
-    state: PackageState | None, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None, limits: Limits
+    state: PackageState | None,
+    package_id: UUID,
+    relative_paths: Sequence[str],
+    command_id: UUID | None,
+    now: int,
+    limits: Limits,
 ) -> None:
     """Raise what `decide` would for files of these paths, before any byte of them is read.
 
@@ -198,7 +205,7 @@ def check_ingest(
     """
     if state is not None and command_id in state.commands:
         return
-    state = _require_open(state, package_id, command_id)
+    state = _require_open(state, package_id, command_id, now, limits)
     _check_paths(state, relative_paths, limits)
     _check_tree(state, relative_paths, limits)
 
@@ -206,7 +213,7 @@ def check_ingest(
 def _create(state: PackageState | None, command: CreatePackage, now: int, limits: Limits) -> Decision:
     if state is not None:
         if state.forgotten:
-            raise _expired(state, command.command_id)
+            raise _abandoned(state) if state.status == ABANDONED else _expired(state, command.command_id)
         raise CommandReusedError("a package of this id exists, made by another request")
     for name in ("name", "producer", "subject", "actor"):
         check_text(name, getattr(command, name))
@@ -294,10 +301,14 @@ def _single(
     return Decision(event_type, now, package_id, [command], [command_id], 0, appended, event)
 
 
-def _require_open(state: PackageState | None, package_id: UUID, command_id: UUID | None = None) -> PackageState:
+def _require_open(
+    state: PackageState | None, package_id: UUID, command_id: UUID | None, now: int, limits: Limits
+) -> PackageState:
     """The package, for this command, which it does not know."""
     if state is None:
         raise PackageNotFoundError(f"there is no package {package_id}")
+    if state.status == ABANDONED or (state.status == CREATED and now - state.last_event_at > limits.max_idle_micros):
+        raise _abandoned(state)
     if state.forgotten and command_id is not None:
         raise _expired(state, command_id)
     if state.status != CREATED:
@@ -313,6 +324,15 @@ def _expired(state: PackageState, command_id: UUID) -> AnswerExpiredError:
         f"manifest {manifest}, and takes no new command. Whether command {command_id} was recorded before that cannot "
         f"be told here any more: the package's events name their commands, and its manifest lists its files",
         facts={"package_id": str(package_id), "finalized_at": state.last_event_at, "manifest_digest": manifest},
+    )
+
+
+def _abandoned(state: PackageState) -> PackageAbandonedError:
+    return PackageAbandonedError(
+        f"package {state.package_id} is open, and its last event lies more than "
+        f"{MAX_IDLE_MICROS // MICROS_PER_DAY} days back, so that it takes no command any more: create another package. "
+        f"Which commands were recorded before, its events tell",
+        facts={"package_id": str(state.package_id)},
     )
 
 

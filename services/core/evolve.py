@@ -35,6 +35,8 @@ def evolve(
         )
     if state.status == FINALIZED:
         raise CorruptError(f"package {event.package_id}: {event.event_type} follows its finalization")
+    if state.forgotten:
+        raise CorruptError(f"package {event.package_id}: {event.event_type} follows files that are not kept any more")
     match payload:
         case FileIngested():
             if payload.relative_path in state.files:

@@ -17,6 +17,10 @@ ANSWERS_KEPT_MICROS = 24 * 3600 * 1_000_000
 """How long after its finalization a package's commands are known, by the time of the partition's newest event."""
 
 
+MAX_IDLE_MICROS = 365 * 24 * 3600 * 1_000_000
+"""How long after its last event an open package takes commands. Then a writer need not keep its files any more."""
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What one deployment allows. Sizes in bytes; `max_event_bytes` is what the log takes in one record."""
@@ -26,6 +30,7 @@ class Limits:
     max_metadata_bytes: int = 64 << 10
     max_event_bytes: int = 1_000_000
     inline_manifest_bytes: int = INLINE_MANIFEST_BYTES
+    max_idle_micros: int = MAX_IDLE_MICROS
 
     @property
     def max_folders_per_package(self) -> int:

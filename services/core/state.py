@@ -14,6 +14,8 @@ from services.core.paths import NONE_UNPORTABLE, Unportable, add_folders, unport
 
 CREATED = "created"
 FINALIZED = "finalized"
+ABANDONED = "abandoned"
+"""Of an open package whose files are not kept any more, because it takes no command: see `MAX_IDLE_MICROS`."""
 
 
 class FileState(NamedTuple):
@@ -99,6 +101,21 @@ class PackageState:
         """Add files by their paths, with the folders that they lie in. Raises ValueError: they are not as many."""
         self.files.update(zip(paths, files, strict=True))
         add_folders(self.folders, paths)
+
+    def remains(self) -> PackageState:
+        """What is kept of the package once its commands are not answered any more."""
+        return PackageState(
+            self.package_id,
+            self.created,
+            self.created_at,
+            self.last_event_at,
+            self.sequence,
+            self.digest,
+            FINALIZED if self.status == FINALIZED else ABANDONED,
+            self.total_bytes,
+            self.manifest_digest,
+            forgotten=True,
+        )
 
     def find_unportable(self) -> Unportable:
         """What of its files cannot be unpacked everywhere; takes as long as `unportable`."""

@@ -44,7 +44,7 @@ _ADDED: dict[tuple[str, str], int] = {
 }
 """The version that a field came with, by the names of its shape and its own; the others were there from the first."""
 
-_ADDED_PROBLEMS = {"path-conflict": 2, "answer-expired": 2}
+_ADDED_PROBLEMS = {"path-conflict": 2, "answer-expired": 2, "package-abandoned": 2}
 """The version that an error came with, by its problem."""
 
 _COMMANDS: dict[str, type[Command]] = {

@@ -22,7 +22,7 @@ from services.errors import ArtifactStoreError
 from services.verify.notes import Head
 
 _ENDLESS = 1 << 62
-_NO_LIMITS = Limits(_ENDLESS, _ENDLESS, _ENDLESS, _ENDLESS, _ENDLESS)
+_NO_LIMITS = Limits(_ENDLESS, _ENDLESS, _ENDLESS, _ENDLESS, _ENDLESS, _ENDLESS)
 _SOMETHING = PackageCreated("name", "producer", "subject", "class", None, "{}")
 _FILE = FileState(0, b"", b"", b"")
 _FIELDS = tuple(Event.__slots__)

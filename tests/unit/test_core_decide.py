@@ -15,7 +15,7 @@ from schemas.events import PackageCreated, PackageFinalized
 from services.core.commands import Command, IngestFiles
 from services.core.decide import accept, acknowledge, check_ingest, decide, decide_together
 from services.core.evolve import evolve
-from services.core.limits import Limits
+from services.core.limits import MAX_IDLE_MICROS, Limits
 from services.core.state import PackageState
 from services.errors import (
     ArtifactStoreError,
@@ -25,6 +25,7 @@ from services.errors import (
     IllegalPackageStateError,
     InvalidPathError,
     InvalidRequestError,
+    PackageAbandonedError,
     PackageNotFoundError,
     PathConflictError,
     PushBackError,
@@ -145,14 +146,14 @@ def test_a_command_id_with_another_request_is_refused() -> None:
 
 def test_the_check_before_the_body_says_what_decide_would_say() -> None:
     state = after(CREATE, commands.ingest(PACKAGE, "a"))
-    check_ingest(state, PACKAGE, ["b"], None, LIMITS)
-    check_ingest(state, PACKAGE, ["a"], commands.command_id("ingest"), LIMITS)
+    check_ingest(state, PACKAGE, ["b"], None, 1_000, LIMITS)
+    check_ingest(state, PACKAGE, ["a"], commands.command_id("ingest"), 1_000, LIMITS)
     with pytest.raises(DuplicateRelativePathError):
-        check_ingest(state, PACKAGE, ["a"], uuid4(), LIMITS)
+        check_ingest(state, PACKAGE, ["a"], uuid4(), 1_000, LIMITS)
     with pytest.raises(InvalidPathError):
-        check_ingest(state, PACKAGE, ["../a"], None, LIMITS)
+        check_ingest(state, PACKAGE, ["../a"], None, 1_000, LIMITS)
     with pytest.raises(PackageNotFoundError):
-        check_ingest(None, PACKAGE, ["a"], None, LIMITS)
+        check_ingest(None, PACKAGE, ["a"], None, 1_000, LIMITS)
 
 
 def test_a_torn_command_takes_only_its_own_retry_which_appends_the_rest() -> None:
@@ -252,7 +253,7 @@ def test_a_path_that_would_be_both_a_file_and_a_folder_is_refused(first: str, se
         decide(state, command, 1_000, LIMITS)
     assert caught.value.status == 409
     with pytest.raises(PathConflictError):
-        check_ingest(state, PACKAGE, [second], uuid4(), LIMITS)
+        check_ingest(state, PACKAGE, [second], uuid4(), 1_000, LIMITS)
     with pytest.raises(PathConflictError):
         decide_together(state, [commands.ingest(PACKAGE, "x", name=3), command], 1_000, LIMITS)
     with pytest.raises(PathConflictError):
@@ -314,3 +315,20 @@ def test_a_finalization_and_its_retries_report_paths_that_differ_only_by_case() 
     assert acknowledge(accept(state, decide(state, command, 3_000, LIMITS)), command) == answer
     folded = after(CREATE, commands.ingest(PACKAGE, "README", "readme", "lib/a", "LIB"))
     assert acknowledge(evolve(folded, decision.events[0]), command) == answer
+
+
+def test_an_open_package_takes_no_command_once_nothing_came_to_it_for_a_year() -> None:
+    known = commands.ingest(PACKAGE, "a", name=1)
+    state, late = after(CREATE, known), 1_000 + MAX_IDLE_MICROS
+    new: list[Command] = [commands.ingest(PACKAGE, "b", name=2), commands.finalize(PACKAGE)]
+    for command in new:
+        assert decide(state, command, late, LIMITS).appended is not None
+        with pytest.raises(PackageAbandonedError, match=f"package {PACKAGE} is open"):
+            decide(state, command, late + 1, LIMITS)
+    with pytest.raises(PackageAbandonedError):
+        check_ingest(state, PACKAGE, ["b"], uuid4(), late + 1, LIMITS)
+    with pytest.raises(PackageAbandonedError):
+        decide_together(state, [commands.ingest(PACKAGE, name, name=name) for name in "bc"], late + 1, LIMITS)
+    assert decide(state, known, late + 1, LIMITS).appended is None, "what is known is answered"
+    (event,) = decide(state, new[0], late + 1, Limits(max_idle_micros=2 * late)).events
+    assert list(evolve(state, event).files) == ["a", "b"], "a history with such a pause is valid"

@@ -13,9 +13,9 @@ import pytest
 
 from services.core.commands import Command, IngestFiles
 from services.core.decide import acknowledge, decide
-from services.core.limits import ANSWERS_KEPT_MICROS, Limits
+from services.core.limits import ANSWERS_KEPT_MICROS, MAX_IDLE_MICROS, Limits
 from services.core.state import CREATED, FINALIZED, PackageState
-from services.errors import AnswerExpiredError, CommandReusedError
+from services.errors import AnswerExpiredError, CommandReusedError, PackageAbandonedError
 from services.file_lock import FileLock
 from services.log.kafka import state as state_module
 from services.log.kafka import state_file as state_file_module
@@ -272,6 +272,85 @@ def test_a_late_retry_is_told_what_is_known_and_not_that_nothing_was_recorded(tm
         assert str(command.command_id) in caught.value.detail
         assert caught.value.facts["finalized_at"] == 1_000
     state.discard()
+
+
+def rows_of(path: Path, table: str) -> int:
+    connection = sqlite3.connect(path)
+    try:
+        (count,) = connection.execute(f"SELECT count(*) FROM {table}").fetchone()
+    finally:
+        connection.close()
+    return int(count)
+
+
+def come_round(state: PartitionState) -> None:
+    """Let the state look at every package, from where it happens to be and from the beginning."""
+    for _ in range(3):
+        state._put_away_at = 0.0
+        state.put_away()
+
+
+def test_an_open_package_that_nothing_came_to_for_a_year_costs_a_row_and_takes_no_command(tmp_path: Path) -> None:
+    state = PartitionState(StateFile.create(tmp_path / NAME, PLACE))
+    writing = Writing(state)
+    idle, busy = commands.create("idle"), commands.create("busy")
+    recorded = commands.ingest(idle.package_id, *(f"{n}" for n in range(300)))
+    first: list[Command] = [idle, recorded, busy]
+    for command in first:
+        writing.run(command)
+    writing.now += MAX_IDLE_MICROS
+    writing.run(commands.ingest(busy.package_id, "a", name="a"))
+    state.save()
+    come_round(state)
+    assert rows_of(tmp_path / NAME, "commands") == 2
+    writing.run(commands.ingest(idle.package_id, "just in time", name="b"))
+    writing.now += MAX_IDLE_MICROS + 1
+    writing.run(commands.create("new"))
+    come_round(state)
+    assert rows_of(tmp_path / NAME, "commands") == 2, "what is not saved yet was put away"
+    state.save()
+    come_round(state)
+    assert rows_of(tmp_path / NAME, "commands") == 1
+    assert not {idle.package_id, busy.package_id} & state._packages.keys()
+    assert state.close()
+
+    state = PartitionState(StateFile.open(tmp_path / NAME, PLACE))
+    late: list[Command] = [idle, recorded, commands.ingest(idle.package_id, "new"), commands.finalize(idle.package_id)]
+    for command in late:
+        package = state.package(command.package_id, command.command_id)
+        with pytest.raises(PackageAbandonedError, match="365 days") as caught:
+            decide(package, command, writing.now, Limits())
+        assert caught.value.facts == {"package_id": str(idle.package_id)}
+    assert not state.away(idle.package_id)
+    state.discard()
+
+
+def test_an_event_of_a_package_that_was_put_away_sends_the_state_back_to_the_log(tmp_path: Path) -> None:
+    """A gateway of a release without the rule may have gone on with it."""
+    state = PartitionState(StateFile.create(tmp_path / NAME, PLACE))
+    writing = Writing(state)
+    idle = commands.create("idle")
+    writing.run(idle)
+    package = state.package(idle.package_id)
+    (event,) = decide(package, commands.ingest(idle.package_id, "a"), writing.now, Limits()).events
+    writing.now += MAX_IDLE_MICROS + 1
+    writing.run(commands.create("new"))
+    state.apply(event)  # not put away yet, although it takes no command: so a history with such a pause is read
+    state.confirm(state.position, b"late")
+    assert state._whole(idle.package_id) is package
+    state.discard()
+
+    state = PartitionState(StateFile.create(tmp_path / NAME, PLACE))
+    writing = Writing(state)
+    writing.run(idle)
+    writing.now += MAX_IDLE_MICROS + 1
+    writing.run(commands.create("new"))
+    state.save()
+    come_round(state)
+    with pytest.raises(UnusableStateError, match="away, and an event of it followed"):
+        state.apply(event)
+    state.close()
+    assert not (tmp_path / NAME).exists()
 
 
 def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from schemas.events import Event
 from services.core.commands import Acknowledgement, Command
 from services.core.decide import Decision, acknowledge, check_ingest, decide
 from services.core.evolve import evolve
-from services.core.limits import ANSWERS_KEPT_MICROS, Limits
+from services.core.limits import ANSWERS_KEPT_MICROS, MAX_IDLE_MICROS, Limits
 from services.core.state import FINALIZED, PackageState
 from services.errors import ArtifactStoreError
 from services.log.kafka import state_file as state_file_module
@@ -32,7 +32,7 @@ PLACE = Place(UUID(int=7), "t.events", 3)
 NAMES = st.integers(0, 3)
 COMMAND_NAMES = st.integers(0, 5)
 PATHS = st.sampled_from(["a", "A", "b", "a/b", "é", "É", "z" * 40, "dir/file.txt"])
-TICKS = st.sampled_from([0, 1, 1, 5, ANSWERS_KEPT_MICROS // 2, ANSWERS_KEPT_MICROS])
+TICKS = st.sampled_from([0, 1, 1, 5, ANSWERS_KEPT_MICROS // 2, ANSWERS_KEPT_MICROS, MAX_IDLE_MICROS])
 
 
 class StateMachine(RuleBasedStateMachine):
@@ -87,6 +87,12 @@ class StateMachine(RuleBasedStateMachine):
     @rule()
     def tidy(self) -> None:
         self.state.tidy()
+
+    @rule()
+    def put_away(self) -> None:
+        for _ in range(2):  # from somewhere in the file to its end, and from its beginning
+            self.state._put_away_at = 0.0
+            self.state.put_away()
 
     @rule(package=NAMES)
     def load_beside(self, package: int) -> None:
@@ -168,23 +174,14 @@ class StateMachine(RuleBasedStateMachine):
         return acknowledge(state, command)
 
     def expected(self, package_id: UUID) -> PackageState | None:
-        """The package folded from the whole log; a day after its finalization without what its commands became."""
+        """The package folded from the whole log; what remains of it once its commands are not answered any more."""
         state = self.model.get(package_id)
         newest = max((event.created_at for event, _ in self.log), default=0)
-        if state is None or state.status != FINALIZED or newest < state.last_event_at + ANSWERS_KEPT_MICROS:
-            return state
-        return PackageState(
-            package_id,
-            state.created,
-            state.created_at,
-            state.last_event_at,
-            state.sequence,
-            state.digest,
-            FINALIZED,
-            state.total_bytes,
-            state.manifest_digest,
-            forgotten=True,
-        )
+        if state is None:
+            return None
+        age = newest - state.last_event_at
+        over = age >= ANSWERS_KEPT_MICROS if state.status == FINALIZED else age > MAX_IDLE_MICROS
+        return state.remains() if over else state
 
 
 def refused(
@@ -192,7 +189,7 @@ def refused(
 ) -> tuple[type, str] | None:
     """Why files of these paths cannot be ingested, None if they can."""
     try:
-        check_ingest(state, package_id, paths, command_id, LIMITS)
+        check_ingest(state, package_id, paths, command_id, 1_000, LIMITS)
     except ArtifactStoreError as error:
         return type(error), error.detail
     return None

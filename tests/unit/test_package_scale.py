@@ -47,7 +47,9 @@ class InMemory:
     def __call__(self, command: Command) -> None:
         before = self._states.get(command.package_id)
         if isinstance(command, IngestFiles):
-            check_ingest(before, command.package_id, [file.relative_path for file in command.files], uuid4(), LIMITS)
+            check_ingest(
+                before, command.package_id, [file.relative_path for file in command.files], uuid4(), 1_000, LIMITS
+            )
         after = accept(before, decide(before, command, 1_000, LIMITS))
         acknowledge(after, command)
         self._states[command.package_id] = after

@@ -19,8 +19,8 @@ from schemas.events import Event
 from schemas.identifiers import partition_id
 from services.core.decide import Decision, accept
 from services.core.evolve import evolve
-from services.core.limits import ANSWERS_KEPT_MICROS
-from services.core.state import CREATED, FINALIZED, PackageState
+from services.core.limits import ANSWERS_KEPT_MICROS, MAX_IDLE_MICROS
+from services.core.state import ABANDONED, CREATED, FINALIZED, PackageState
 from services.log.kafka.state_file import (
     DiskFullError,
     Irregular,
@@ -50,6 +50,9 @@ _MAX_ABSENT = 10_000
 TIDY_SECONDS = 0.2
 """The pause between two turns in which a large package's commands are made answers."""
 
+PUT_AWAY_SECONDS = 5.0
+"""The pause between two looks at some packages, whether they take commands still."""
+
 _LOG = logging.getLogger(__name__)
 
 
@@ -74,6 +77,7 @@ class PartitionState:
         self._ahead = False
         self._unsaved = 0
         self._saved_at = self._tidied_at = time.monotonic()
+        self._put_away_at = 0.0
         self._last_value: bytes | None = None
         self._broken = False
         self._used: set[UUID] = set()
@@ -109,34 +113,32 @@ class PartitionState:
         """The package, None when the partition has no event of it.
 
         Of one that is finalized only what this command became is sure to be known, and nothing after
-        ANSWERS_KEPT_MICROS.
+        ANSWERS_KEPT_MICROS; of an open one nothing once it takes no command any more.
         """
+        state = self._whole(package_id, command_id)
+        return state.remains() if state is not None and self._is_over(state) else state
+
+    def _whole(self, package_id: UUID, command_id: UUID | None = None) -> PackageState | None:
+        """As much of the package as is there."""
         state = self._packages.get(package_id)
         if state is None:
             if package_id in self._absent:
                 return None
             state = self._loaded(package_id, command_id)
-            if state is not None and state.status != FINALIZED:
+            if state is not None and state.status == CREATED:
                 self._hold(state)
             elif state is None:
                 self._note_absent(package_id)
-        elif state.status == FINALIZED and state.last_event_at <= self._kept_after():
-            state = PackageState(
-                package_id,
-                state.created,
-                state.created_at,
-                state.last_event_at,
-                state.sequence,
-                state.digest,
-                FINALIZED,
-                state.total_bytes,
-                state.manifest_digest,
-                forgotten=True,
-            )
         else:
             self._packages.move_to_end(package_id)
             self._used.add(package_id)
         return state
+
+    def _is_over(self, state: PackageState) -> bool:
+        """Whether no command of the package is answered any more, by the time of the partition's newest event."""
+        if state.status == FINALIZED:
+            return state.last_event_at <= self._kept_after()
+        return state.last_event_at < self._idle_before()
 
     def away(self, package_id: UUID) -> bool:
         """Whether the package is open, large, and in the file alone, so that `package` would take long.
@@ -174,7 +176,11 @@ class PartitionState:
         Raises CorruptError when the event cannot follow.
         """
         package_id = event.package_id
-        before = self.package(package_id)
+        before = self._whole(package_id)
+        if before is not None and before.status == ABANDONED:
+            # A process of a release without this rule went on with it: only the whole log has its files.
+            self._broken = True
+            raise UnusableStateError(f"the state has put package {package_id} away, and an event of it followed")
         self._ahead = True
         state = evolve(before, event)
         self._note_change(state, new=before is None)
@@ -291,6 +297,25 @@ class PartitionState:
             raise
         self._tidied_at = time.monotonic()
 
+    def put_away(self) -> None:
+        """Of open packages that take no command any more, keep what refuses commands; some packages at a time.
+
+        Call it while the state has all of the log: an older release may have gone on with such a package.
+        """
+        if self._ahead or self._unsaved or time.monotonic() < self._put_away_at + PUT_AWAY_SECONDS:
+            return
+        try:
+            gone = self._file.put_away(self._idle_before())
+        except DiskFullError as error:
+            self._note_full(error)
+            gone = set()
+        except UnusableStateError:
+            self._broken = True
+            raise
+        for package_id in gone & self._packages.keys():
+            self._forget(package_id)
+        self._put_away_at = time.monotonic()
+
     def close(self) -> bool:
         """Save what is certain and close the file; a broken one is deleted. Never raises: another state comes next.
 
@@ -318,6 +343,9 @@ class PartitionState:
                 remove(self._file.path)
         except StateFileError as error:
             _LOG.warning("a state file was not closed: %s", error.detail)
+
+    def _idle_before(self) -> int:
+        return self.last_created_at - MAX_IDLE_MICROS
 
     def _kept_after(self) -> int:
         return self.last_created_at - ANSWERS_KEPT_MICROS

@@ -7,7 +7,8 @@ pages that do not fit), or, by a checksum in every row, when the row is read.
 
 A finalized package is one row. Its answers to retries lie in the order of finalization in another table, which loses
 them at its front. An open package has a row for itself and others for its commands, with the files that they brought.
-When a large one is finalized, these rows become answers bit by bit (`tidy`), and are looked through until then.
+When a large one is finalized, these rows become answers bit by bit (`tidy`), and are looked through until then. When an
+open one takes no command any more, they are deleted (`put_away`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any, Self
 from uuid import UUID
 
 from schemas.events import PackageCreated
-from services.core.state import CREATED, FINALIZED, PackageState
+from services.core.state import ABANDONED, CREATED, FINALIZED, PackageState
 from services.errors import UnavailableError
 from services.log.kafka.state_rows import (
     ROW_ENTRIES,
@@ -90,6 +91,8 @@ _PAGE_BYTES = 4 << 10
 _CACHE_KIB = 2 << 10
 _WAL_PAGES = 4_000
 _PURGE_ROWS = 2_000
+_LOOK_ROWS = 100
+_UNKNOWN = PackageCreated("", "", "", "", None, "{}")
 
 AT_ONCE = 2_000
 """Of a package with more commands and files than this, so many are made answers at a time; about 20 ms."""
@@ -187,6 +190,7 @@ class StateFile:
         self._connection = connection
         self.place = place
         self._next_answer = next_answer
+        self._looked_at = standing.mark[:16]  # as good as random, so that processes that end soon come round as well
         self.irregular = _irregular(connection.execute("SELECT body FROM irregular").fetchone()[0])
         """As it was when the file was opened; the caller may change it, and `save` writes it."""
         self.untidy = connection.execute("SELECT 1 FROM untidy LIMIT 1").fetchone() is not None
@@ -307,6 +311,10 @@ class StateFile:
             kind, *values = unsealed(row[0])
             if kind == CREATED:
                 return self._open_package(package_id, values)
+            if kind == ABANDONED:
+                _, created_at, last_event_at, sequence, digest = values
+                about = package_id, _UNKNOWN, created_at, last_event_at, sequence, digest
+                return PackageState(*about, ABANDONED, forgotten=True)
             return self._finalized_package(package_id, values, command_id, kept_after)
 
     def standing_of(self, package_id: UUID) -> tuple[str, int, bytes] | None:
@@ -371,6 +379,33 @@ class StateFile:
                     execute("UPDATE untidy SET next_answer = ? WHERE id = ?", (first_free, id_))
             untidy = execute("SELECT 1 FROM untidy LIMIT 1").fetchone() is not None
         self.untidy = untidy
+
+    def put_away(self, idle_before: int) -> set[UUID]:
+        """Drop the files and commands of open packages whose last event lies before `idle_before` (µs); which it was.
+
+        Looks at a few packages and goes on there the next time, in a transaction of its own.
+        """
+        with _explained(self.path, reading=True), _transaction(self._connection):
+            execute = self._connection.execute
+            rows = execute(
+                "SELECT package_id, body FROM packages WHERE package_id > ? ORDER BY package_id LIMIT ?",
+                (self._looked_at, _LOOK_ROWS),
+            ).fetchall()
+            gone, events, self._looked_at = set[UUID](), 0, b""
+            for key, body in rows:
+                if events > AT_ONCE:
+                    break
+                self._looked_at = key
+                kind, *values = unsealed(body)
+                if kind != CREATED or values[2] >= idle_before:
+                    continue
+                _, created_at, last_event_at, sequence, digest, *_ = values
+                kept = sealed(ABANDONED, None, created_at, last_event_at, sequence, digest)
+                execute("UPDATE packages SET body = ? WHERE package_id = ?", (kept, key))
+                execute("DELETE FROM commands WHERE package_id = ?", (key,))
+                gone.add(UUID(bytes=key))
+                events += sequence
+        return gone
 
     def _next_commands(self, package_id: bytes) -> tuple[list[bytes], int, bool]:
         """The first rows of the package's commands, the last one's sequence, and whether these are all."""

@@ -264,6 +264,7 @@ class PartitionWriter:
                     tenure.idle()
                 self._record(tenure)
                 tenure.save_if_due()
+                tenure.state.put_away()
                 self._memory_only = tenure.state.memory_only
                 back, failed = asides.settle()
                 self._deliver(failed)
@@ -458,7 +459,7 @@ class PartitionWriter:
         package = state.package(asked.package_id, asked.command_id)
         try:
             if isinstance(asked, IngestCheck):
-                check_ingest(package, asked.package_id, asked.relative_paths, asked.command_id, limits)
+                check_ingest(package, asked.package_id, asked.relative_paths, asked.command_id, now, limits)
                 return None
             decision = asides.decision(asked) or decide(package, asked, now, limits)
             if decision.appended is not None and request.failures > TOGETHER:

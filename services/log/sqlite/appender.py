@@ -142,10 +142,11 @@ class Appender:
     def _answer(self, connection: sqlite3.Connection, request: Request) -> Answer:
         try:
             state = self._states.current(connection, request.package_id)
+            now = max(self._clock(), self._last_created_at)
             if isinstance(request, IngestCheck):
-                check_ingest(state, request.package_id, request.relative_paths, request.command_id, self._limits)
+                check_ingest(state, request.package_id, request.relative_paths, request.command_id, now, self._limits)
                 return None
-            decision = decide(state, request, max(self._clock(), self._last_created_at), self._limits)
+            decision = decide(state, request, now, self._limits)
             if decision.claim_check is not None:
                 self._put_manifest(decision.claim_check)
         except sqlite3.Error:
