@@ -15,7 +15,7 @@ from services.core.limits import Limits
 from services.errors import ConfigurationError
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka.metrics import WriterCollector
-from services.log.port import Log, PutManifest, SnapshotStore
+from services.log.port import Log, PutManifest, SnapshotStore, TimedStore
 
 
 @asynccontextmanager
@@ -27,11 +27,12 @@ async def kafka_writer(
     put_manifest: PutManifest,
     clock: Clock,
     snapshots: SnapshotStore | None = None,
+    times: TimedStore | None = None,
     metrics: CollectorRegistry | None = None,
 ) -> AsyncIterator[KafkaWriter]:
     """A started member of the group of writers for the length of the block; partitions are handed over on the way out.
 
-    In `metrics` it shows what it does.
+    It writes nothing while its clock differs much from that of `times`. In `metrics` it shows what it does.
 
     Raises ConfigurationError: the topic could lose events, or the internal listener cannot be; UnavailableError.
     """
@@ -51,6 +52,7 @@ async def kafka_writer(
             forwarder=forwarder,
             internal_url=listener.url,
             snapshots=snapshots,
+            times=times,
         )
         stack.push_async_callback(writer.close)
         listener.serve(writer)

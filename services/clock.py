@@ -9,6 +9,9 @@ from datetime import UTC, datetime
 Clock = Callable[[], int]
 """Gives the time in µs since 1970-01-01T00:00Z."""
 
+FAR_SECONDS = 300.0
+"""Clocks that differ by more than this are wrong; those of machines that keep time differ by far less than a second."""
+
 _SLOW_SECONDS = 5.0
 """An answer that took longer says too little about the time at which it was given."""
 
@@ -18,6 +21,14 @@ _MICROS = 1_000_000
 def system_clock() -> int:
     """The system's time in µs since 1970, UTC."""
     return time.time_ns() // 1000
+
+
+def span(seconds: float) -> str:
+    """A length of time in words, rounded."""
+    for unit, name in ((3600, "h"), (60, "min")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{seconds:.0f} s"
 
 
 class StoreClock:
@@ -50,6 +61,14 @@ class StoreClock:
         least, most = (passed + bound for bound in self._bounds)
         now = self._own()
         return now - most if now > most else min(0, now - least)
+
+    def trouble(self) -> str | None:
+        """What is wrong when the clocks differ by more than FAR_SECONDS, and what mends it."""
+        ahead = (self.ahead() or 0) / _MICROS
+        if abs(ahead) <= FAR_SECONDS:
+            return None
+        differs = f"{span(abs(ahead))} {'ahead of' if ahead > 0 else 'behind'}"
+        return f"this machine's clock is {differs} the blob store's: set the one that is wrong, best by NTP on both"
 
     def micros(self) -> int:
         """The store's time in µs since 1970, and the system's until the store has named its own."""

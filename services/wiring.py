@@ -15,7 +15,7 @@ from services.clock import Clock, system_clock
 from services.config import Settings
 from services.core.limits import Limits
 from services.errors import ArtifactStoreError, ConfigurationError, UnavailableError
-from services.log.port import CommandWriter, Log, PutManifest, SnapshotStore
+from services.log.port import CommandWriter, Log, PutManifest, SnapshotStore, TimedStore
 from services.registry import Registry
 
 if TYPE_CHECKING:
@@ -110,11 +110,13 @@ async def open_writer(
     *,
     clock: Clock = system_clock,
     snapshots: SnapshotStore | None = None,
+    times: TimedStore | None = None,
     metrics: CollectorRegistry | None = None,
 ) -> AsyncIterator[CommandWriter]:
     """The writer to the log, started; with Kafka, a member of the group of writers with its internal listener.
 
-    `snapshots` is where a Kafka writer leaves copies of its state, and finds one when it has none. In `metrics` it
+    `snapshots` is where a Kafka writer leaves copies of its state, and finds one when it has none; while its clock
+    differs much from that of `times` it writes nothing. In `metrics` it
     shows what it does.
     """
     if is_embedded(settings):
@@ -138,6 +140,7 @@ async def open_writer(
         put_manifest=put_manifest,
         clock=clock,
         snapshots=snapshots,
+        times=times,
         metrics=metrics,
     ) as owned:
         yield owned
@@ -199,7 +202,7 @@ async def parts(settings: Settings, *, clock: Clock = system_clock) -> AsyncIter
 
         metrics = CollectorRegistry()
         writer = await stack.enter_async_context(
-            open_writer(settings, log, put_manifest, clock=clock, snapshots=blobs, metrics=metrics)
+            open_writer(settings, log, put_manifest, clock=clock, snapshots=blobs, times=blobs, metrics=metrics)
         )
         opened = DirectRegistry(
             log,

@@ -124,12 +124,16 @@ async def _log(settings: Settings) -> str | None:
 
 
 async def _blobs(settings: Settings) -> str | None:
+    from services.errors import ConfigurationError
     from services.wiring import open_blobs
 
     blobs = open_blobs(settings)
     try:
         if blobs.backend_id == "local" and not _local_folder(settings).exists():
             return "not there yet; the first command that writes makes it"
+        await blobs.now()  # a clock that is wrong makes the store refuse what follows
+        if (trouble := blobs.clock.trouble()) is not None:
+            raise ConfigurationError(trouble)
         await blobs.check()
         return blobs.backend_id
     finally:

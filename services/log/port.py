@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import NamedTuple, Protocol
 from uuid import UUID
 
 from schemas.events import Event
+from services.clock import StoreClock
 from services.core.commands import Acknowledgement, Command
 from services.errors import UnavailableError
 from services.log.position import Position
@@ -244,6 +246,17 @@ class SnapshotStore(Protocol):
 
     async def delete_object(self, key: str) -> None:
         """Remove an object, if it is there. Raises UnavailableError."""
+
+
+class TimedStore(Protocol):
+    """A store whose clock a writer compares with its own."""
+
+    @property
+    def clock(self) -> StoreClock:
+        """The store's clock, as its last answers tell it."""
+
+    async def now(self) -> datetime:
+        """Ask for the store's time, so that `clock` is up to date. Raises UnavailableError."""
 
 
 class PartitionNotOwnedError(UnavailableError):

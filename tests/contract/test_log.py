@@ -11,6 +11,7 @@ import pytest
 
 from schemas.digests import manifest_digest
 from schemas.events import FILE_INGESTED, PACKAGE_CREATED, PACKAGE_FINALIZED, PackageFinalized
+from services.clock import system_clock
 from services.core.commands import Acknowledgement, Command
 from services.core.content_address import content_key
 from services.errors import (
@@ -296,11 +297,12 @@ async def test_a_manifest_that_cannot_be_stored_leaves_its_package_open(stage: S
 
 
 async def test_times_never_step_back_even_when_the_clock_does(stage: Stage) -> None:
-    ticks = count(2_000_000_000_000_000, -1_000_000)
+    now = system_clock()
+    ticks = count(now, -100_000)
     async with stage.writer(clock=lambda: next(ticks)) as one:
         for number in range(10):
             await settled(one, create(f"one {number}"))
-    async with stage.writer(clock=lambda: 1_000_000_000_000_000) as two:
+    async with stage.writer(clock=lambda: now - 120_000_000) as two:
         for number in range(10):
             made = create(f"two {number}")
             await settled(two, made)

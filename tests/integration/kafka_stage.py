@@ -54,9 +54,10 @@ async def open_kafka_log(settings: Settings) -> AsyncIterator[KafkaLog]:
 
 
 @asynccontextmanager
-async def gateway(settings: Settings, log: KafkaLog) -> AsyncIterator[KafkaWriter]:
+async def gateway(settings: Settings, log: KafkaLog, **options: Any) -> AsyncIterator[KafkaWriter]:
     """A member of the group of writers, as a gateway process is one: others can forward to it."""
-    async with kafka_writer(settings, log, limits=Limits(), put_manifest=no_manifest, clock=system_clock) as writer:
+    values = {"limits": Limits(), "put_manifest": no_manifest, "clock": system_clock, **options}
+    async with kafka_writer(settings, log, **values) as writer:
         yield writer
 
 

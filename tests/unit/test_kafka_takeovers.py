@@ -49,7 +49,7 @@ class Scene:
 
             def __init__(self, *_: object, progressed: Callable[[], None], **__: object) -> None:
                 scene.progressed = progressed
-                self.state = SimpleNamespace(untidy=False, irregular=Irregular(), memory_only=None)
+                self.state = SimpleNamespace(untidy=False, irregular=Irregular(), memory_only=None, last_created_at=1)
                 self.restored_from, self.losses, self.stopped = "log", (), None
                 self._step = next(left, scene.writer.stop)
                 if getattr(self._step, "__name__", "") != "serve":
@@ -77,7 +77,7 @@ class Scene:
             disowned=lambda _: None,
             clock=lambda: 1,
             doubt=asyncio.Event(),
-            guard=SimpleNamespace(require=lambda: None),
+            guard=SimpleNamespace(require=lambda *_: None),
             **dict.fromkeys(["kafka", "cluster", "identity", "states", "limits", "put_manifest"]),
         )
         self.writer = PartitionWriter(0, cast("Any", context))

@@ -130,6 +130,15 @@ class Cluster:
         found = self._ask("reading the topic's settings", lambda admin: admin.describe_configs([resource]))
         return {name: entry.value for name, entry in found[resource].items()}
 
+    def set_on_topic(self, settings: Mapping[str, str]) -> None:
+        """Change these of the topic's settings. Raises ConfigurationError when the cluster refuses it."""
+        entries = [
+            _admin.ConfigEntry(name, value, incremental_operation=_admin.AlterConfigOpType.SET)
+            for name, value in settings.items()
+        ]
+        resource = _admin.ConfigResource(_admin.ResourceType.TOPIC, self._kafka.topic, incremental_configs=entries)
+        self._ask("changing the topic's settings", lambda admin: admin.incremental_alter_configs([resource]))
+
     def create_topic(self, settings: Mapping[str, str]) -> bool:
         """Create the topic; False when it was there already. Raises ConfigurationError when the cluster refuses it."""
         kafka = self._kafka
@@ -163,6 +172,13 @@ class Cluster:
     def earliest(self, partitions: Iterable[int]) -> dict[int, int]:
         """Per partition, the first offset that is still there."""
         return self._offsets(partitions, _admin.OffsetSpec.earliest(), IsolationLevel.READ_UNCOMMITTED)
+
+    def latest_times(self, partitions: Iterable[int]) -> dict[int, int]:
+        """Per partition, the latest time of a record (ms since 1970); a partition without records is absent."""
+        spec = _admin.OffsetSpec.max_timestamp()
+        request = {TopicPartition(self._kafka.topic, p): spec for p in partitions}
+        found = self._ask("asking for times", lambda admin: admin.list_offsets(request), or_nothing=True)
+        return {p.partition: result.timestamp for p, result in found.items() if result.timestamp >= 0}
 
     def last_stable(self, partitions: Iterable[int]) -> dict[int, int]:
         """Per partition, the offset up to which every transaction is decided; committed readers get this far."""
@@ -219,12 +235,18 @@ class Cluster:
         found = self._ask("asking for offsets", lambda admin: admin.list_offsets(request, isolation_level=isolation))
         return {p.partition: result.offset for p, result in found.items()}
 
-    def _ask(self, doing: str, question: Callable[[AdminClient], dict[Any, Future[Any]]]) -> dict[Any, Any]:
+    def _ask(
+        self, doing: str, question: Callable[[AdminClient], dict[Any, Future[Any]]], *, or_nothing: bool = False
+    ) -> dict[Any, Any]:
         with explaining(doing):
-            return self._answers(question)
+            return self._answers(question, or_nothing=or_nothing)
 
-    def _answers(self, question: Callable[[AdminClient], dict[Any, Future[Any]]]) -> dict[Any, Any]:
+    def _answers(
+        self, question: Callable[[AdminClient], dict[Any, Future[Any]]], *, or_nothing: bool = False
+    ) -> dict[Any, Any]:
         """Ask, and again while leaders or coordinators move, until ANSWER_SECONDS are over.
+
+        With `or_nothing`, that there is no such offset is an answer.
 
         A client whose broker was restarted may never get an answer about groups again, or keeps to the coordinator that
         it was; another one does not.
@@ -235,7 +257,7 @@ class Cluster:
             admin.poll(0)  # hands over what the client has to log
             try:
                 left = max(_AGAIN_SECONDS, min(_CLIENT_SECONDS, deadline - time.monotonic()))
-                return {key: _answer(future, left) for key, future in question(admin).items()}
+                return {key: _answer(future, left, or_nothing=or_nothing) for key, future in question(admin).items()}
             except TimeoutError:
                 self._discard(admin)
                 if time.monotonic() > deadline:
@@ -277,12 +299,15 @@ class Cluster:
             self._made = None
 
 
-def _answer(future: Future[Any], seconds: float) -> Any:
+_NO_OFFSET = -1  # of ListOffsets, as Kafka answers it
+
+
+def _answer(future: Future[Any], seconds: float, *, or_nothing: bool) -> Any:
     """The answer, unless it is none: of a leader whose answer was lost librdkafka gives offset -1001 and no error.
 
     Taken for the end of the log, it would let a writer serve from an empty state.
     """
     answer = future.result(seconds)
-    if isinstance(answer, _admin.ListOffsetsResultInfo) and answer.offset < 0:
+    if isinstance(answer, _admin.ListOffsetsResultInfo) and answer.offset < (_NO_OFFSET if or_nothing else 0):
         raise KafkaException(KafkaError(KafkaError.OFFSET_NOT_AVAILABLE))
     return answer

@@ -11,7 +11,9 @@ from typing import Any
 
 from confluent_kafka import KafkaError, KafkaException
 
-from services.errors import ArtifactStoreError, ConfigurationError, CorruptError, UnavailableError
+from services.errors import ArtifactStoreError, ConfigurationError, CorruptError, PushBackError, UnavailableError
+
+_HELD_SECONDS = 10.0
 
 _FORBIDDEN = frozenset(
     {
@@ -38,12 +40,29 @@ _BAD_RECORD = frozenset(
 )
 
 
+class HeldError(PushBackError):
+    """A partition is not written to while something is wrong that an operator has to mend; the text says what and how.
+
+    With `own_clock` the cause is this machine's clock, so that other gateways may be able to write.
+    """
+
+    def __init__(self, detail: str, *, own_clock: bool = False) -> None:
+        super().__init__(detail, _HELD_SECONDS)
+        self.own_clock = own_clock
+
+
 def explained(error: KafkaError, doing: str) -> ArtifactStoreError:
     """The error of our tree for a client's error; `doing` says what was tried, as in `reading the log`."""
     code = error.code()
     if code in _FORBIDDEN:
         return ConfigurationError(
             f"Kafka refuses {doing}: {error.name()}; mend the credentials in ARTIFACT_STORE_KAFKA_OPTIONS or the rights"
+        )
+    if code == KafkaError.INVALID_TIMESTAMP:
+        return HeldError(
+            "Kafka refuses the time of an event: this machine's clock is further ahead of a broker's than "
+            "message.timestamp.after.max.ms of the topic. Set the clock that is wrong, best by NTP on all machines",
+            own_clock=True,
         )
     if code in _NO_TOPIC:
         return ConfigurationError(
@@ -62,9 +81,10 @@ def kafka_error(error: BaseException) -> KafkaError | None:
 
 
 def refusal(error: BaseException, doing: str) -> ArtifactStoreError | None:
-    """The error of our tree if the exception says that a right is missing; None for all others."""
+    """The error of our tree if the exception says that a right is missing or a clock is wrong; None for all others."""
     found = kafka_error(error)
-    return explained(found, doing) if found is not None and found.code() in _FORBIDDEN else None
+    mendable = found is not None and found.code() in {*_FORBIDDEN, KafkaError.INVALID_TIMESTAMP}
+    return explained(found, doing) if found is not None and mendable else None
 
 
 def spoiled_by_record(error: BaseException) -> bool:

@@ -78,6 +78,12 @@ class WriterCollector(Collector):
             if found.takeover_seconds is not None:
                 took.add_metric([label, found.restored_from or ""], found.takeover_seconds)
         yield from (owned, since, took, waiting, memory_only, bad, *passed.values())
+        if (skew := self._writer.clock_skew_seconds) is not None:
+            yield GaugeMetricFamily(
+                "artifact_store_clock_skew_seconds",
+                "How far this machine's clock is ahead of the blob store's; negative when it is behind",
+                value=skew,
+            )
         yield from self._totals()
 
     def _totals(self) -> Iterator[Metric]:

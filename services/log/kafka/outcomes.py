@@ -12,7 +12,7 @@ from services.errors import (
     RejectedError,
     UnavailableError,
 )
-from services.log.kafka.guard import HeldError
+from services.log.kafka.failures import HeldError
 from services.log.kafka.requests import IngestCheck, Request
 from services.log.port import NotAppendedError, PartitionNotOwnedError
 
@@ -39,7 +39,7 @@ def refused(error: Exception) -> tuple[Exception, float] | None:
     if isinstance(error, CorruptError):
         return error, math.inf
     if isinstance(error, HeldError):
-        return error, HELD_SECONDS
+        return error, REFUSE_SECONDS if error.own_clock else HELD_SECONDS
     if isinstance(error, ConfigurationError):
         return error, REFUSE_SECONDS  # somebody may mend it: a right that was taken away, a topic
     return None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
+from services.clock import system_clock
 from services.errors import ConfigurationError
 from services.log.kafka.cluster import Cluster, Topic
 from services.log.kafka.settings import MAX_RECORD_BYTES, TOPIC_MAX_MESSAGE_BYTES, KafkaSettings
@@ -18,18 +20,30 @@ _FIXED = {
 """What must be so, word for word: nothing is compacted or deleted, no acknowledged record lost to a stale replica."""
 
 
+TIMES_AHEAD = "message.timestamp.after.max.ms"
+
+TIMES_AHEAD_MS = 3_600_000
+"""How far the time of an event may be ahead of a broker's clock: Kafka's own default, far below the 24 hours for which
+retries are answered. A gateway whose clock is further ahead cannot write."""
+
+
 def migrate(kafka: KafkaSettings, cluster: Cluster) -> Topic:
-    """Create the topic or check the one that is there; blocks. Raises as `check`."""
+    """Create the topic or check the one that is there; blocks. Raises as `check`.
+
+    Earlier releases let events have any time: that is mended, unless a partition holds a future time already.
+    """
     _check_replication(kafka)
-    cluster.create_topic(
+    created = cluster.create_topic(
         {
             **_FIXED,
             "min.insync.replicas": str(kafka.min_insync_replicas),
             "max.message.bytes": str(TOPIC_MAX_MESSAGE_BYTES),
-            # Times never step back within a partition, so one clock that was ahead must not stop it for good.
-            "message.timestamp.after.max.ms": str(2**63 - 1),
+            TIMES_AHEAD: str(TIMES_AHEAD_MS),
         }
     )
+    if not created and _needless(cluster, cluster.topic_settings()):
+        with suppress(ConfigurationError):  # without the right to change it, the guard says what an operator has to do
+            cluster.set_on_topic({TIMES_AHEAD: str(TIMES_AHEAD_MS)})
     return check(kafka, cluster)
 
 
@@ -42,19 +56,26 @@ def check(kafka: KafkaSettings, cluster: Cluster) -> Topic:
     """
     _check_replication(kafka)
     topic = cluster.topic()
-    if troubles := [*_shape_troubles(kafka, topic), *hazards(kafka, cluster)]:
+    settings = cluster.topic_settings()
+    troubles = [*_shape_troubles(kafka, topic), *hazards(kafka, cluster, settings)]
+    if _needless(cluster, settings):
+        troubles.append(
+            f"{TIMES_AHEAD}={settings[TIMES_AHEAD]} lets a wrong clock set the time of a partition far ahead, and no "
+            f"partition needs it: `{command(kafka, {TIMES_AHEAD: TIMES_AHEAD_MS})}` mends it"
+        )
+    if troubles:
         raise ConfigurationError(unfit(kafka, troubles))
     return topic
 
 
-def hazards(kafka: KafkaSettings, cluster: Cluster) -> list[str]:
-    """What about the topic could lose events or has lost some, each with what mends it; blocks.
+def hazards(kafka: KafkaSettings, cluster: Cluster, settings: Mapping[str, str]) -> list[str]:
+    """What about the topic and its `settings` could lose events or has lost some, each with what mends it; blocks.
 
-    Three questions to the cluster, however many partitions there are. Raises UnavailableError, and ConfigurationError
+    Two questions to the cluster, however many partitions there are. Raises UnavailableError, and ConfigurationError
     when the topic or the right to see it is missing.
     """
     topic = cluster.topic()
-    troubles = [*_replica_troubles(kafka, topic), *_setting_troubles(kafka, cluster.topic_settings())]
+    troubles = [*_replica_troubles(kafka, topic), *_setting_troubles(kafka, settings)]
     lost = {p: offset for p, offset in cluster.earliest(range(topic.partitions)).items() if offset > 0}
     if lost:
         troubles.append(
@@ -109,12 +130,29 @@ def _setting_troubles(kafka: KafkaSettings, settings: Mapping[str, str]) -> list
     if not wanted:
         return []
     is_now = ", ".join(f"{name}={settings.get(name)}" for name in wanted)
+    return [f"{is_now}: `{command(kafka, wanted)}` mends it"]
+
+
+def command(kafka: KafkaSettings, wanted: Mapping[str, str | int]) -> str:
+    """The command line of Kafka's own tool that gives the topic these settings."""
     change = ",".join(f"{name}={value}" for name, value in wanted.items())
-    command = (
+    return (
         f"kafka-configs.sh --bootstrap-server {kafka.bootstrap} --alter --entity-type topics "
         f"--entity-name {kafka.topic} --add-config {change}"
     )
-    return [f"{is_now}: `{command}` mends it"]
+
+
+def times_ahead_ms(settings: Mapping[str, str]) -> int:
+    """How far ahead of its clock a broker lets the time of an event be."""
+    return int(settings.get(TIMES_AHEAD, TIMES_AHEAD_MS))
+
+
+def _needless(cluster: Cluster, settings: Mapping[str, str]) -> bool:
+    """Whether events may have times further ahead than is needed to write to every partition."""
+    if times_ahead_ms(settings) <= TIMES_AHEAD_MS:
+        return False
+    latest = cluster.latest_times(range(cluster.topic().partitions))
+    return max(latest.values(), default=0) <= system_clock() // 1000 + TIMES_AHEAD_MS
 
 
 def _number(settings: Mapping[str, str], name: str) -> int:

@@ -29,8 +29,7 @@ from services.errors import (
 from services.log.kafka.aside import Asides
 from services.log.kafka.context import WriterContext
 from services.log.kafka.deadlines import Deadlines
-from services.log.kafka.failures import refusal, spoiled_by_record
-from services.log.kafka.guard import HeldError
+from services.log.kafka.failures import HeldError, refusal, spoiled_by_record
 from services.log.kafka.outcomes import given_up, in_doubt, refused, told
 from services.log.kafka.requests import CHECK_SECONDS, MAX_BATCH_BYTES, TOGETHER, IngestCheck, Request, Waiting, runs_of
 from services.log.kafka.state import TIDY_SECONDS, PartitionState
@@ -72,6 +71,8 @@ class PartitionWriter:
         """Take-overs that failed one after another."""
         self._well = time.monotonic()
         """When something succeeded last: a tenure, or a step of a long take-over."""
+        self._last_created_at = 0
+        """The time (µs) of the partition's last event, as far as it was read; 0 before that."""
         self._context = context
         self._waiting = Waiting()
         self._unproven: list[Request] = []
@@ -189,10 +190,11 @@ class PartitionWriter:
     def _after(self, error: Exception) -> None:
         """End a tenure that failed, or whose take-over did; returns when it is time for the next one."""
         served, self.since = self.since is not None, None
-        held = isinstance(error, HeldError)
-        self._context.counts.failed_tenures += served or not held
         error = refusal(error, "writing") or error
+        self._context.counts.failed_tenures += served or not isinstance(error, HeldError)
         self._note(error)
+        if isinstance(error, HeldError) and error.own_clock and not self._stop.is_set():
+            self._give_way()
         if (answer := refused(error)) is not None:
             self._refuse_all(*answer)
             self._went_well()
@@ -201,8 +203,11 @@ class PartitionWriter:
         else:
             self._failed += 1
             if not self._stop.is_set() and time.monotonic() - self._well > _GIVE_WAY_SECONDS:
-                self._context.give_way(f"partition {self.partition} cannot be written to: {self._trouble}")
+                self._give_way()
             self._stop.wait(_RETRY_SECONDS[min(self._failed, len(_RETRY_SECONDS)) - 1])
+
+    def _give_way(self) -> None:
+        self._context.give_way(f"partition {self.partition} cannot be written to: {self._trouble}")
 
     def _went_well(self) -> None:
         self._well = time.monotonic()
@@ -219,7 +224,7 @@ class PartitionWriter:
     def _hold(self) -> None:
         """One tenure: take over, then serve until told to stop."""
         context, began = self._context, time.monotonic()
-        context.guard.require()
+        context.guard.require(self.partition, self._last_created_at)
         tenure = Tenure(
             context.kafka,
             context.cluster,
@@ -257,6 +262,7 @@ class PartitionWriter:
             self._memory_only = tenure.state.memory_only
             while (batch := self._waiting.take(pause)) is not None:
                 batch, self._unproven = [*self._unproven, *batch], []
+                self._last_created_at = tenure.state.last_created_at
                 self._require_guard(batch)
                 if batch:
                     self._serve(tenure, asides, batch)
@@ -281,7 +287,7 @@ class PartitionWriter:
     def _require_guard(self, batch: Sequence[Request]) -> None:
         """Raise HeldError when nothing may be appended; the batch is answered with it."""
         try:
-            self._context.guard.require()
+            self._context.guard.require(self.partition, self._last_created_at)
         except HeldError:
             self._waiting.put_back(batch)
             raise
@@ -338,7 +344,7 @@ class PartitionWriter:
             self._answer(answer, outcome)
 
     def _require_recordable(self) -> None:
-        self._context.guard.require()
+        self._context.guard.require(self.partition, self._last_created_at)
         self._context.require_readers()
 
     def _answer(self, answer: asyncio.Future[Acknowledgement], outcome: Acknowledgement | Exception) -> None:

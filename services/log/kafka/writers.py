@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Sequence
+from contextlib import suppress
 from threading import Event as Flag
 from threading import Lock
 from typing import TypeVar, cast
@@ -28,7 +29,7 @@ from services.log.kafka.snapshots import Snapshots
 from services.log.kafka.turns import Turns
 from services.log.kafka.under_way import UnderWay
 from services.log.kafka.writer import PartitionWriter
-from services.log.port import Forwarder, PartitionNotOwnedError, PartitionStatus, PutManifest, SnapshotStore
+from services.log.port import Forwarder, PartitionNotOwnedError, PartitionStatus, PutManifest, SnapshotStore, TimedStore
 from services.log.records import Confirmation
 
 SUBMIT_SECONDS = 30.0
@@ -66,9 +67,13 @@ class KafkaWriter:
         forwarder: Forwarder | None = None,
         internal_url: str | None = None,
         snapshots: SnapshotStore | None = None,
+        times: TimedStore | None = None,
         submit_seconds: float = SUBMIT_SECONDS,
     ) -> None:
-        """Connects to nothing yet. `settings` are those that `log` was made of."""
+        """Connects to nothing yet. `settings` are those that `log` was made of.
+
+        Nothing is written while the clock differs much from that of `times`.
+        """
         self._log = log
         self._limits = limits
         self._put_manifest = put_manifest
@@ -85,7 +90,8 @@ class KafkaWriter:
         """Held while a writer begins or goes: one that ends as it begins must not be taken for its successor."""
         self._ending: list[PartitionWriter] = []
         self._context: WriterContext | None = None
-        self._guard = Guard(log.kafka, log.cluster)
+        self._times = times
+        self._guard = Guard(log.kafka, log.cluster, clock, None if times is None else times.clock)
         self._watching: list[asyncio.Task[None]] = []
         self._foreign: str | None = None
         """What makes the topic another log than the one that was opened."""
@@ -122,6 +128,7 @@ class KafkaWriter:
             counts=self._counts,
             turns=Turns(),
         )
+        await self._look()
         self._group.start()
         self._watching = [
             asyncio.create_task(self._watch_topic(topic, self._context.doubt), name="log-identity"),
@@ -199,6 +206,11 @@ class KafkaWriter:
     def status_here(self) -> list[PartitionStatus]:
         """As `status`, of the partitions that this process writes to; asks nobody and does not block."""
         return [writer.status(THIS_PROCESS) for _, writer in sorted(self._writers.items())]
+
+    @property
+    def clock_skew_seconds(self) -> float | None:
+        """How far this machine's clock is ahead of the blob store's (negative: behind); None when that is not known."""
+        return self._guard.skew_seconds
 
     @property
     def counts(self) -> Counts:
@@ -305,10 +317,18 @@ class KafkaWriter:
         self._group.rejoin()
 
     async def _watch_guard(self) -> None:
-        """Look at the topic's settings again and again, in a thread of the log's: no writer waits for the answer."""
+        """Look at the topic's settings and the store's clock again and again; no writer waits for the answers."""
         while True:
             await asyncio.sleep(_GUARD_SECONDS)
-            await self._log.blocking(self._guard.look)
+            await self._look()
+
+    async def _look(self) -> None:
+        async def hear_time() -> None:
+            if self._times is not None:
+                with suppress(UnavailableError):
+                    await self._times.now()
+
+        await asyncio.gather(self._log.blocking(self._guard.look), hear_time())
 
     async def _watch_topic(self, opened: Topic, doubt: Flag) -> None:
         """Stop writing when the topic was made anew, or grew: what we know of the packages is not where it should be.
