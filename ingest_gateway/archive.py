@@ -33,6 +33,7 @@ from services.errors import (
     InvalidRequestError,
     PackageNotFoundError,
     PackageParkedError,
+    SequenceBeyondLogError,
     UnavailableError,
     UnknownContentError,
     WaitTimeoutError,
@@ -166,6 +167,7 @@ ROUTES = (
             PackageParkedError,
             PreconditionFailedError,
             UnavailableError,
+            SequenceBeyondLogError,
             WaitTimeoutError,
         ),
         description="Always the same bytes for the same package. Should they fail on the way, the connection is cut "

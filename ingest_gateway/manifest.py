@@ -20,6 +20,7 @@ from services.errors import (
     InvalidRequestError,
     PackageNotFoundError,
     PackageParkedError,
+    SequenceBeyondLogError,
     UnavailableError,
     WaitTimeoutError,
 )
@@ -79,6 +80,7 @@ ROUTES = (
             NotAcceptableError,
             PreconditionFailedError,
             UnavailableError,
+            SequenceBeyondLogError,
             WaitTimeoutError,
         ),
         description="Canonical CBOR (RFC 8949 §4.2) unless `Accept` prefers JSON (JCS, RFC 8785). The `ETag` of the "

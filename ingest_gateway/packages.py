@@ -35,6 +35,7 @@ from services.errors import (
     PackageParkedError,
     PathConflictError,
     PushBackError,
+    SequenceBeyondLogError,
     TooLargeError,
     UnavailableError,
     UnknownRetentionClassError,
@@ -189,6 +190,13 @@ ROUTES = (
         "Show a package",
         (Success(200, "The package as the view has it", {JSON: PackageAnswer}),),
         parameters=(PACKAGE_ID, WAIT_SEQUENCE),
-        problems=(InvalidRequestError, PackageNotFoundError, PackageParkedError, UnavailableError, WaitTimeoutError),
+        problems=(
+            InvalidRequestError,
+            PackageNotFoundError,
+            PackageParkedError,
+            SequenceBeyondLogError,
+            UnavailableError,
+            WaitTimeoutError,
+        ),
     ),
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -26,10 +25,8 @@ from services.errors import (
     IllegalPackageStateError,
     InvalidRequestError,
     PackageNotFoundError,
-    PackageParkedError,
     RangeNotSatisfiableError,
     TooLargeError,
-    WaitTimeoutError,
 )
 from services.log.port import CommandWriter, Log, RecordedEvent
 from services.log.position import Position
@@ -39,14 +36,12 @@ from services.streams import joined
 from services.uploads import ResumableUploads
 from services.views.models import DEFAULT_PAGE, MAX_PAGE, File, Package, PackageFilter, Page, PlacedFile, UsageTotal
 from services.views.queries import Queries
+from services.views.waiting import ViewWaits, beyond_log, parked_error
 
 Found = TypeVar("Found")
 
 WAIT_SECONDS = 10.0
 """How long a read waits for the view at most."""
-
-_POLL_SECONDS = 0.02
-_FIRST_POLL_SECONDS = 0.002
 
 
 class DirectRegistry(Registry):
@@ -70,7 +65,7 @@ class DirectRegistry(Registry):
         self._queries = queries
         self._limits = limits
         self._freshen = freshen
-        self._wait_seconds = wait_seconds
+        self._waits = ViewWaits(queries, log, wait_seconds)
         self._uploads: ResumableUploads | None = None
 
     @property
@@ -86,6 +81,7 @@ class DirectRegistry(Registry):
 
     async def close(self) -> None:
         """Wait for what uploads have left to do."""
+        await self._waits.close()
         if self._uploads is not None:
             await self._uploads.close()
 
@@ -338,47 +334,26 @@ class DirectRegistry(Registry):
         found = await read()
         if found is not None or self._freshen is not None:
             return found
-        end = await self._log.end()
-        if package_id is not None:
-            partition = self._log.partition_of(package_id)
-            end = Position(end.log, {partition: end.offsets.get(partition, 0)})
-
-        async def reached() -> bool:
-            checkpoint = await self._queries.checkpoint("registry")
-            # A view of another log says nothing about what this one holds.
-            return checkpoint is not None and checkpoint.log == end.log and checkpoint.covers(end)
-
-        await self._until(reached, "the registry view did not reach the end of the log")
+        await self._waits.for_end(package_id)
         return await read()
 
     async def _require_followed(self, package_id: UUID) -> None:
         """Raise PackageParkedError if the view has stopped following the package: what it lacks may be in the log."""
         parked = await self._queries.parked(package_id)
         if parked is not None:
-            raise PackageParkedError(
-                f"the registry view stopped following package {package_id} at offset {parked.offset} of partition "
-                f"{parked.partition}; {parked.events} of its events are not shown: {parked.cause}"
-            )
+            raise parked_error(package_id, parked)
 
     async def _wait_sequence(self, package_id: UUID, sequence: int) -> None:
-        async def reached() -> bool:
-            await self._fresh()
-            package = await self._queries.package(package_id)
-            if package is not None and package.last_event_sequence >= sequence:
-                return True
-            await self._require_followed(package_id)
-            return False
-
-        await self._until(reached, f"the registry view did not reach event {sequence} of package {package_id}")
-
-    async def _until(self, condition: Callable[[], Awaitable[bool]], otherwise: str) -> None:
-        deadline = time.monotonic() + self._wait_seconds
-        pause = _FIRST_POLL_SECONDS
-        while not await condition():
-            if time.monotonic() >= deadline:
-                raise WaitTimeoutError(f"{otherwise} within {self._wait_seconds:g} s")
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, _POLL_SECONDS)
+        await self._fresh()
+        package = await self._queries.package(package_id)
+        last = None if package is None else package.last_event_sequence
+        if last is not None and last >= sequence:
+            return
+        if self._freshen is None:
+            await self._waits.for_sequence(package_id, sequence)
+            return
+        await self._require_followed(package_id)
+        raise beyond_log(package_id, last, sequence)  # the view was brought up to the log just now
 
     async def _claim(self, key: str | None, digest: ContentAddress) -> bytes:
         if key is None:

@@ -16,6 +16,7 @@
     │   │   ├── IllegalPackageStateError
     │   │   │   ├── AnswerExpiredError     look in the log: an earlier try may be recorded, its answer is not kept
     │   │   │   └── PackageAbandonedError  the package stayed open for too long: create another one
+    │   │   ├── SequenceBeyondLogError     the package has no event of the number that a read was to wait for
     │   │   └── UploadOffsetError          ask where the upload stands, and go on from there
     │   ├── ContentMismatchError       the bytes are not what was declared
     │   ├── ChecksumMismatchError      a piece of an upload was damaged on its way: send the piece again
@@ -164,6 +165,12 @@ class PackageAbandonedError(IllegalPackageStateError):
     """
 
     problem = "package-abandoned"
+
+
+class SequenceBeyondLogError(ConflictError):
+    """A read was to wait for an event that the log does not hold; waiting would not help."""
+
+    problem = "sequence-beyond-log"
 
 
 class UploadOffsetError(ConflictError):

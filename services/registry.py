@@ -232,7 +232,11 @@ class Registry(ABC):
 
     @abstractmethod
     async def get_package(self, package_id: UUID, *, wait_sequence: int | None = None) -> Package:
-        """The package as the view has it. Raises PackageNotFoundError; WaitTimeoutError after a bounded wait."""
+        """The package as the view has it. Raises PackageNotFoundError.
+
+        With `wait_sequence` it waits until the view has the package's event of that number: WaitTimeoutError after a
+        bounded wait, SequenceBeyondLogError at once when the log has no such event.
+        """
 
     @abstractmethod
     async def list_packages(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
@@ -48,6 +49,18 @@ PAGE_BYTES = 1 << 20
 """Most metadata on one page: a thousand packages with all they may hold would be 64 MiB, and ten times that parsed."""
 
 _ROWS_AT_ONCE = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far the registry view is: its position, and of some packages the last event that it has and what is parked.
+
+    A package that the view does not know is absent.
+    """
+
+    position: Position | None
+    last_sequences: Mapping[UUID, int]
+    parked: Mapping[UUID, Parked]
 
 
 class Queries:
@@ -195,6 +208,20 @@ class Queries:
         rows, more = await self._page(query, limit)
         following = write_cursor("usage", *rows[-1][:3]) if more else None
         return Page(tuple(_usage(row) for row in rows), following)
+
+    async def progress(self, package_ids: Set[UUID]) -> Progress:
+        """How far the registry view is, and with these packages."""
+        table = artifact_packages.c
+        sequences: dict[UUID, int] = {}
+        async with self._views.reading() as connection:
+            # The position first: the rows are then of there or later.
+            position = await read_position(connection, projection_named("registry"))
+            wanted = sorted(package_ids)
+            for first in range(0, len(wanted), MAX_PAGE):
+                some = wanted[first : first + MAX_PAGE]
+                rows = await connection.execute(select(table.id, table.last_event_sequence).where(table.id.in_(some)))
+                sequences |= {row.id: row.last_event_sequence for row in rows}
+            return Progress(position, sequences, await _marks(connection))
 
     async def checkpoint(self, projection: str) -> Position | None:
         """Where the view stands; None before it has folded from any log. Raises InvalidRequestError: no such view."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Set
 from pathlib import Path
 from typing import Any, cast
 from uuid import UUID, uuid4
@@ -21,15 +21,15 @@ from services.errors import (
     FileNotFoundInRegistryError,
     IllegalPackageStateError,
     PackageNotFoundError,
+    SequenceBeyondLogError,
     WaitTimeoutError,
 )
 from services.log.port import CommandWriter
-from services.log.position import Position
 from services.views.catch_up import catch_up
 from services.views.engine import Views
 from services.views.models import ManifestLocation, PackageFilter, Parked
 from services.views.projections import PROJECTIONS
-from services.views.queries import Queries
+from services.views.queries import Progress, Queries
 from tests.memory_log import MemoryLog
 from tests.views_history import History
 
@@ -37,14 +37,16 @@ REGISTRY = PROJECTIONS["registry"]
 
 
 class WatchedQueries(Queries):
-    """Tells when a reader has looked in vain: it then asks where the view stands, or whether it follows the package."""
+    """Tells when a reader has looked in vain: then it is asked how far the view is, or whether it follows a package."""
 
     def __init__(self, views: Views) -> None:
         super().__init__(views)
         self.in_vain = asyncio.Event()
+        self.looks = 0
 
-    async def checkpoint(self, projection: str) -> Position | None:
-        found = await super().checkpoint(projection)
+    async def progress(self, package_ids: Set[UUID]) -> Progress:
+        self.looks += 1
+        found = await super().progress(package_ids)
         self.in_vain.set()
         return found
 
@@ -179,10 +181,68 @@ async def test_waiting_has_an_end(tmp_path: Path) -> None:
     with pytest.raises(WaitTimeoutError):
         await stage.registry.get_file_record(UUID(int=7))
     await stage.fold()
+    stage.log.append(*stage.history.events)  # or anything that the view does not have
     with pytest.raises(WaitTimeoutError):
         await stage.registry.get_package(package_id, wait_sequence=4)
     assert (await stage.registry.get_package(package_id, wait_sequence=3)).last_event_sequence == 3
     await stage.views.close()
+
+
+@pytest.mark.parametrize("read", READS)
+async def test_a_sequence_beyond_the_end_of_the_log_is_refused_at_once(stage: Stage, read: str) -> None:
+    package_id = a_package(stage)
+    await stage.fold()
+    async with asyncio.timeout(5):
+        with pytest.raises(SequenceBeyondLogError, match="last one in the log is 3"):
+            await READS[read](stage.registry, package_id, wait_sequence=4)
+        with pytest.raises(PackageNotFoundError):
+            await READS[read](stage.registry, UUID(int=7), wait_sequence=1)
+
+
+async def test_a_sequence_is_not_refused_before_the_view_holds_what_the_log_held(stage: Stage) -> None:
+    package_id = a_package(stage)
+    with pytest.raises(SequenceBeyondLogError):  # of a package that the view does not know when it is asked for
+        await asyncio.gather(stage.registry.get_package(package_id, wait_sequence=4), stage.later())
+    stage.history.create()
+    stage.log.append(stage.history.events[-1])
+    later = stage.history.events[-1].package_id
+    found, _ = await asyncio.gather(stage.registry.get_package(later, wait_sequence=1), stage.later())
+    assert found.package_id == later
+
+
+async def test_while_the_log_is_away_a_sequence_is_waited_for_in_the_view(stage: Stage) -> None:
+    package_id = a_package(stage)
+    waiting = asyncio.create_task(stage.registry.get_package(package_id, wait_sequence=3))
+    await stage.queries.in_vain.wait()
+    stage.log.unavailable = True
+    other = asyncio.create_task(stage.registry.get_package(package_id, wait_sequence=2))
+    stage.queries.in_vain.clear()
+    await stage.queries.in_vain.wait()
+    stage.log.unavailable = False
+    await stage.fold()
+    assert {found.package_id for found in await asyncio.gather(waiting, other)} == {package_id}
+
+
+async def test_all_who_wait_share_one_look_at_the_database(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.views.waiting.LOOK_SECONDS", 0.2)
+    packages = [stage.history.create() for _ in range(20)]
+    for package_id in packages:
+        stage.history.ingest(package_id, "a")
+        stage.history.finalize(package_id)
+    stage.log.append(*stage.history.events)
+    began = asyncio.get_running_loop().time()
+    waiting = [
+        asyncio.create_task(stage.registry.get_package(package_id, wait_sequence=3))
+        for package_id in packages
+        for _ in range(10)
+    ]
+    waiting += [asyncio.create_task(stage.registry.get_package(package_id)) for package_id in packages]
+    await stage.queries.in_vain.wait()
+    stage.queries.in_vain.clear()
+    await stage.queries.in_vain.wait()
+    await stage.fold()
+    assert {found.status for found in await asyncio.gather(*waiting)} == {"finalized"}
+    assert stage.queries.looks <= 2 + (asyncio.get_running_loop().time() - began) / 0.2
 
 
 async def test_a_view_of_another_log_denies_nothing(tmp_path: Path) -> None:

@@ -1,0 +1,169 @@
+"""Waiting until the registry view has come far enough: one look at the database for all who wait, whatever they are.
+
+The view tells how far it is, and the log where it ended when a reader came. Once the view holds everything up to there,
+what it lacks is not in the log: nobody waits for that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+from services.errors import (
+    ArtifactStoreError,
+    PackageNotFoundError,
+    PackageParkedError,
+    SequenceBeyondLogError,
+    UnavailableError,
+    WaitTimeoutError,
+)
+from services.log.port import Log
+from services.log.position import Position
+from services.views.models import Parked
+from services.views.queries import Progress, Queries
+
+LOOK_SECONDS = 0.025
+"""The pause between two looks at the database, in one process, while anybody waits."""
+
+
+@dataclass(eq=False, slots=True)
+class _Waiter:
+    """Waits for the package's event of this number; without one, for what the log held when it came."""
+
+    package_id: UUID | None
+    sequence: int | None
+    done: asyncio.Future[None]
+    end: Position | None = None
+
+
+class ViewWaits:
+    """Everyone in this process who waits for the registry view. Belongs to one event loop."""
+
+    def __init__(self, queries: Queries, log: Log, wait_seconds: float) -> None:
+        """Nobody waits for longer than `wait_seconds`."""
+        self._queries = queries
+        self._log = log
+        self._wait_seconds = wait_seconds
+        self._waiters: set[_Waiter] = set()
+        self._looking: asyncio.Task[None] | None = None
+
+    async def for_sequence(self, package_id: UUID, sequence: int) -> None:
+        """Return when the view has the package's event of this number.
+
+        Raises:
+            PackageNotFoundError, SequenceBeyondLogError: the log does not hold that event.
+            PackageParkedError: the view has stopped following the package.
+            WaitTimeoutError: the view lags behind. UnavailableError: the database cannot be reached.
+        """
+        otherwise = f"the registry view did not reach event {sequence} of package {package_id}"
+        await self._wait(package_id, sequence, otherwise)
+
+    async def for_end(self, package_id: UUID | None) -> None:
+        """Return when the view holds what the log holds now, of the package's partition or of all.
+
+        Raises WaitTimeoutError: the view lags behind. UnavailableError: database or log cannot be reached.
+        """
+        await self._wait(package_id, None, "the registry view did not reach the end of the log")
+
+    async def _wait(self, package_id: UUID | None, sequence: int | None, otherwise: str) -> None:
+        waiter = _Waiter(package_id, sequence, asyncio.get_running_loop().create_future())
+        self._waiters.add(waiter)
+        if self._looking is None:
+            self._looking = asyncio.create_task(self._look(), name="view-waits")
+        try:
+            async with asyncio.timeout(self._wait_seconds):
+                await waiter.done
+        except TimeoutError:
+            raise WaitTimeoutError(f"{otherwise} within {self._wait_seconds:g} s") from None
+        finally:
+            self._waiters.discard(waiter)
+            if waiter.done.done() and not waiter.done.cancelled():
+                waiter.done.exception()  # whoever was cancelled meanwhile takes no answer
+
+    async def close(self) -> None:
+        """Look no more; nobody may wait any more."""
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.wait([self._looking])
+
+    async def _look(self) -> None:
+        """Look at the view again and again, as long as anybody waits. The log's end is asked for beside."""
+        asking: asyncio.Task[None] | None = None
+        try:
+            while self._waiters:
+                if asking is None or asking.done():
+                    new = [waiter for waiter in self._waiters if waiter.end is None]
+                    asking = asyncio.create_task(self._ask_end(new)) if new else None
+                waiters = list(self._waiters)
+                try:
+                    progress = await self._queries.progress({w.package_id for w in waiters if w.package_id is not None})
+                except Exception as error:  # noqa: BLE001 - those who wait raise it
+                    _fail(waiters, error)
+                else:
+                    for waiter in waiters:
+                        self._tell(waiter, progress)
+                await asyncio.sleep(LOOK_SECONDS)
+        finally:
+            self._looking = None
+            if asking is not None:
+                asking.cancel()
+                await asyncio.wait([asking])
+
+    async def _ask_end(self, waiters: Sequence[_Waiter]) -> None:
+        try:
+            end = await self._log.end()
+        except UnavailableError as error:
+            _fail([waiter for waiter in waiters if waiter.sequence is None], error)  # others have the view alone
+            return
+        except Exception as error:  # noqa: BLE001 - those who wait raise it
+            _fail(waiters, error)
+            return
+        for waiter in waiters:
+            waiter.end = end
+            if waiter.package_id is not None:
+                partition = self._log.partition_of(waiter.package_id)
+                waiter.end = Position(end.log, {partition: end.offsets.get(partition, 0)})
+
+    def _tell(self, waiter: _Waiter, progress: Progress) -> None:
+        if waiter.done.done():
+            return
+        # A view of another log says nothing about what this one holds.
+        end, at = waiter.end, progress.position
+        covered = end is not None and at is not None and at.log == end.log and at.covers(end)
+        if waiter.package_id is None or waiter.sequence is None:
+            if covered:
+                waiter.done.set_result(None)
+            return
+        last = progress.last_sequences.get(waiter.package_id)
+        if last is not None and last >= waiter.sequence:
+            waiter.done.set_result(None)
+        elif waiter.package_id in progress.parked:
+            waiter.done.set_exception(parked_error(waiter.package_id, progress.parked[waiter.package_id]))
+        elif covered:
+            waiter.done.set_exception(beyond_log(waiter.package_id, last, waiter.sequence))
+
+
+def beyond_log(package_id: UUID, last: int | None, sequence: int) -> ArtifactStoreError:
+    """The error for a sequence that the log does not hold; `last` is the package's last one, None without events."""
+    if last is None:
+        return PackageNotFoundError(f"there is no package {package_id}")
+    return SequenceBeyondLogError(
+        f"package {package_id} has no event {sequence}: the last one in the log is {last}. Wait for the `sequence` "
+        "that a write was answered with"
+    )
+
+
+def parked_error(package_id: UUID, parked: Parked) -> PackageParkedError:
+    """The error for what the view may lack of a package that it has stopped following."""
+    return PackageParkedError(
+        f"the registry view stopped following package {package_id} at offset {parked.offset} of partition "
+        f"{parked.partition}; {parked.events} of its events are not shown: {parked.cause}"
+    )
+
+
+def _fail(waiters: Sequence[_Waiter], error: Exception) -> None:
+    for waiter in waiters:
+        if not waiter.done.done():
+            waiter.done.set_exception(error)
