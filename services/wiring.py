@@ -77,11 +77,14 @@ def open_log(settings: Settings) -> Log:
     return KafkaLog(settings)
 
 
-def open_blobs(settings: Settings) -> BlobStore:
-    """The blob store that `settings.blobs_url` names. Connects to nothing yet. Raises ConfigurationError."""
+def open_blobs(settings: Settings, clock: Clock = system_clock) -> BlobStore:
+    """The blob store that `settings.blobs_url` names; its clock is compared with `clock`.
+
+    Connects to nothing yet. Raises ConfigurationError.
+    """
     from services.blobs import open as blobs
 
-    return blobs.open_blobs(settings)
+    return blobs.open_blobs(settings, clock)
 
 
 def open_views(settings: Settings) -> Views:
@@ -164,7 +167,7 @@ async def parts(settings: Settings, *, clock: Clock = system_clock) -> AsyncIter
     from services.views.queries import Queries
 
     async with AsyncExitStack() as stack:
-        blobs = open_blobs(settings)
+        blobs = open_blobs(settings, clock)
         stack.push_async_callback(blobs.close)
         views = open_views(settings)
         stack.push_async_callback(views.close)

@@ -9,6 +9,7 @@ from urllib.parse import unquote, urlsplit
 from services.blobs.local import LocalBlobStore
 from services.blobs.memory import ByteBudget
 from services.blobs.port import BlobStore
+from services.clock import Clock, system_clock
 from services.config import Settings
 from services.errors import ConfigurationError
 
@@ -22,8 +23,8 @@ _FORMS = "file:FOLDER, s3://host:port/BUCKET (TLS) or s3+http://host:port/BUCKET
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 
-def open_blobs(settings: Settings) -> BlobStore:
-    """The blob store that `settings.blobs_url` names. Connects to nothing yet.
+def open_blobs(settings: Settings, clock: Clock = system_clock) -> BlobStore:
+    """The blob store that `settings.blobs_url` names; its clock is compared with `clock`. Connects to nothing yet.
 
     Raises:
         ConfigurationError: the URL has another form, or a bucket comes without credentials. The URL itself is not
@@ -73,6 +74,7 @@ def open_blobs(settings: Settings) -> BlobStore:
             region=settings.s3_region,
         ),
         memory=ByteBudget(_MEMORY_BYTES, small=_SMALL_MEMORY_BYTES),
+        own_clock=clock,
     )
 
 

@@ -59,7 +59,7 @@ from services.blobs.s3_requests import (
     patience,
 )
 from services.blobs.upload_states import sweep_states
-from services.clock import StoreClock
+from services.clock import Clock, StoreClock, system_clock
 from services.errors import ConfigurationError, CorruptError, UnavailableError
 
 PROBE_KEY = "health/write-probe"
@@ -91,6 +91,7 @@ class S3BlobStore:
         turn_seconds: float = TURN_SECONDS,
         look_seconds: float = LOOK_SECONDS,
         clock: Callable[[], datetime] | None = None,
+        own_clock: Clock = system_clock,
     ) -> None:
         """Connects at the first request.
 
@@ -104,6 +105,7 @@ class S3BlobStore:
             turn_seconds: how long an upload waits for its first memory before PushBackError.
             look_seconds: how often slow uploads are looked for while others wait for memory.
             clock: the time that is written into records of uploads (aware); the store's if not given.
+            own_clock: this machine's, with which the store's is compared.
         """
         self._part_bytes = part_bytes
         self._held_bytes = held_bytes
@@ -111,7 +113,7 @@ class S3BlobStore:
         self._memory = memory or ByteBudget(max(96 * MIB, held_bytes))
         if self._memory.limit < held_bytes:
             raise ValueError("the memory of all uploads must be enough for one")
-        self._requests = S3Requests(endpoint, connections=connections, attempts=attempts)
+        self._requests = S3Requests(endpoint, connections=connections, attempts=attempts, own_clock=own_clock)
         self._attempts = attempts
         self._turn_seconds = turn_seconds
         self._look_seconds = look_seconds

@@ -42,7 +42,7 @@ from tenacity import (
 from yarl import URL
 
 from services.blobs.memory import PartBuffer
-from services.clock import StoreClock
+from services.clock import Clock, StoreClock, system_clock
 from services.errors import UnavailableError
 
 ATTEMPTS = 4
@@ -189,9 +189,11 @@ def parse_xml(body: bytes) -> ElementTree.Element | None:
 class S3Requests:
     """Sends requests for objects of one bucket. Belongs to one event loop, in which its session opens at first use."""
 
-    def __init__(self, endpoint: Endpoint, *, connections: int = 256, attempts: int = ATTEMPTS) -> None:
+    def __init__(
+        self, endpoint: Endpoint, *, connections: int = 256, attempts: int = ATTEMPTS, own_clock: Clock = system_clock
+    ) -> None:
         self.endpoint = endpoint
-        self.clock = StoreClock()
+        self.clock = StoreClock(own_clock)
         self._sdk = endpoint.sdk()
         self._connections = connections
         self._attempts = attempts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import time
 from collections.abc import AsyncIterator
@@ -11,11 +12,14 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from services.cli import main
 from services.clock import StoreClock, system_clock
 from services.config import Settings
 from services.errors import ConfigurationError, PushBackError, UnavailableError
 from services.log.kafka import KafkaLog, KafkaWriter
+from services.wiring import open_blobs, open_log, parts
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import ready, settled
 from tests.integration.conditions import until
@@ -179,6 +183,36 @@ async def test_times_that_may_lie_far_ahead_are_refused_at_the_start_and_bounded
     await log.migrate()
     await log.check()
     assert log.cluster.topic_settings()["message.timestamp.after.max.ms"] == "3600000"
+
+
+async def test_a_gateway_shows_that_its_clock_is_wrong_and_records_nothing(real_settings: Settings) -> None:
+    clock = Clock(25 * HOUR)
+    for part in (open_log(real_settings), open_blobs(real_settings)):
+        await part.migrate()
+        await part.close()
+    async with parts(real_settings, clock=clock) as opened:
+        with pytest.raises(PushBackError, match="25 h ahead of the blob store's"):
+            await opened.registry.create("run", "lab", "sample", "report", "ada", {})
+        assert "25 h ahead of the blob store's" in (await opened.writer.ready() or "")
+        assert abs((opened.metrics.get_sample_value("artifact_store_clock_skew_seconds") or 0) - 25 * 3600) < 60
+        clock.wrong = 0
+        await ready(opened.writer)
+        await opened.registry.create("run", "lab", "sample", "report", "ada", {})
+        assert opened.metrics.get_sample_value("artifact_store_clock_skew_seconds") == 0
+        assert len(await read_valid(opened.log)) == 1
+
+
+def test_doctor_says_that_the_clock_is_wrong(real_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = real_settings.environment()
+    assert CliRunner().invoke(main, ["migrate"], env=environment).exit_code == 0
+    right = time.time_ns
+    monkeypatch.setattr("time.time_ns", lambda: right() + 25 * HOUR * 1000)
+    done = CliRunner().invoke(main, ["doctor", "--json"], env=environment)
+    causes = {finding["part"]: finding["cause"] for finding in json.loads(done.stdout)["findings"]}
+    assert causes["blobs"].startswith(
+        "this machine's clock is 25 h ahead of the blob store's: set the one that is wrong"
+    )
+    assert done.exit_code == 1
 
 
 class Store:

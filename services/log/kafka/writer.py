@@ -246,6 +246,7 @@ class PartitionWriter:
         )
         try:
             self._irregular = tenure.state.irregular
+            self._last_created_at = tenure.state.last_created_at
             self.takeover_seconds = time.monotonic() - began
             self.restored_from = tenure.restored_from
             context.counts.takeovers[tenure.restored_from] += 1
@@ -256,6 +257,7 @@ class PartitionWriter:
                 return
             if not self._whole(tenure):
                 return
+            context.guard.require(self.partition, self._last_created_at)
             self.since = context.clock()
             self._trouble = None
             pause = _IDLE_SECONDS
