@@ -26,7 +26,7 @@ from services.core.wire import (
 )
 from services.errors import InvalidRequestError, PushBackError, UnavailableError
 from services.log.port import PartitionStatus
-from services.log.records import Confirmation, SkipRecord
+from services.log.records import AcceptLoss, Confirmation, SkipRecord
 from services.tracing import TRACEPARENT
 
 CONTENT_TYPE = "application/cbor"
@@ -39,6 +39,8 @@ WIRE_READS = "Artifact-Store-Wire-Reads"
 
 WIRE_VERSION = "Artifact-Store-Wire-Version"
 """The header with the version of a message, in answers with the newest one that the process knows; absent: 1."""
+
+_CONFIRMATIONS: dict[str, type[Confirmation]] = {"skip": SkipRecord, "accept-loss": AcceptLoss}
 
 MAX_FORWARDED = 1024
 """How many commands and questions may be on their way at a time, half of them to one process: each has a connection."""
@@ -156,16 +158,16 @@ class HttpForwarder:
 
 def encode_confirmation(confirmation: Confirmation) -> bytes:
     """What an operator confirmed, as CBOR."""
-    return cbor2.dumps({**asdict(confirmation), "kind": "skip", "command_id": confirmation.command_id.bytes})
+    kind = next(kind for kind, shape in _CONFIRMATIONS.items() if type(confirmation) is shape)
+    return cbor2.dumps({**asdict(confirmation), "kind": kind, "command_id": confirmation.command_id.bytes})
 
 
 def decode_confirmation(data: bytes) -> Confirmation:
     """Read what `encode_confirmation` gave. Raises InvalidRequestError when it is of another release."""
     try:
         found = cbor2.loads(data)
-        if found.pop("kind") != "skip":
-            raise ValueError
-        return SkipRecord(**{**found, "command_id": UUID(bytes=found["command_id"])})
+        shape = _CONFIRMATIONS[found.pop("kind")]
+        return shape(**{**found, "command_id": UUID(bytes=found["command_id"])})
     except (cbor2.CBORDecodeError, AttributeError, KeyError, ValueError, TypeError) as error:
         raise InvalidRequestError("a confirmation cannot be read") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -23,13 +24,22 @@ def log() -> None:
     """Confirm what stops a partition of the log, through the running gateway that writes to it."""
 
 
+def _of_one_record(command: Callable[..., None]) -> Callable[..., None]:
+    """What names the record, and who says so why."""
+    for add in (
+        common_options(shown=("log_url", "internal_secret")),
+        click.option("--actor", default="anonymous", show_default=True, help="Who does it."),
+        click.option("--reason", default="", help="Why; recorded with it."),
+        click.option("--digest", required=True, metavar="HEX", help="The record's digest, as `status` shows it."),
+        click.argument("offset", type=click.IntRange(0)),
+        click.argument("partition", type=click.IntRange(0)),
+    ):
+        command = add(command)
+    return command
+
+
 @log.command()
-@click.argument("partition", type=click.IntRange(0))
-@click.argument("offset", type=click.IntRange(0))
-@click.option("--digest", required=True, metavar="HEX", help="The record's digest, as `status` and `verify` show it.")
-@click.option("--reason", default="", help="Why; recorded with it.")
-@click.option("--actor", default="anonymous", show_default=True, help="Who does it.")
-@common_options(shown=("log_url", "internal_secret"))
+@_of_one_record
 def skip(partition: int, offset: int, digest: str, reason: str, actor: str) -> None:
     """Pass over one record that is no event, for good.
 
@@ -39,22 +49,49 @@ def skip(partition: int, offset: int, digest: str, reason: str, actor: str) -> N
     """
     from services.log.records import SkipRecord
 
+    _record(
+        SkipRecord(partition, offset, _digest(digest), actor, reason, uuid4()),
+        f"partition {partition} passes over the record at offset {offset}",
+    )
+
+
+@log.command("accept-loss")
+@_of_one_record
+def accept_loss(partition: int, offset: int, digest: str, reason: str, actor: str) -> None:
+    """Go on without events that the partition lost after it had acknowledged them, for good.
+
+    OFFSET and --digest name the record that is missing, as `status` shows it. First try to bring the records back. The
+    acceptance is recorded in the same partition, the state that remembers the record is deleted, and writing goes on.
+    """
+    from services.log.records import AcceptLoss
+
+    _record(
+        AcceptLoss(partition, offset, _digest(digest), actor, reason, uuid4()),
+        f"partition {partition} goes on without the record that was at offset {offset}",
+    )
+
+
+def _digest(text: str) -> bytes:
     try:
-        found = bytes.fromhex(digest)
+        found = bytes.fromhex(text)
     except ValueError:
         found = b""
     if len(found) != 32:
         raise click.BadParameter("it has 64 hex digits", param_hint="--digest")
-    recorded = run(_confirm(SkipRecord(partition, offset, found, actor, reason, uuid4())))
+    return found
+
+
+def _record(confirmation: Confirmation, done: str) -> None:
+    recorded = run(_confirm(confirmation))
     answer(
         {
-            "partition": partition,
-            "offset": offset,
-            "digest": digest.lower(),
+            "partition": confirmation.partition,
+            "offset": confirmation.offset,
+            "digest": confirmation.digest.hex(),
             "sequence": recorded.sequence,
             "event_digest": recorded.event_digest.hex(),
         },
-        f"partition {partition} passes over the record at offset {offset}",
+        done,
     )
 
 

@@ -90,6 +90,9 @@ def _shown(status: PartitionStatus) -> dict[str, Any]:
         "trouble": status.trouble,
         "memory_only": status.memory_only,
         "bad_record": None if status.bad_offset is None else {"offset": status.bad_offset, "digest": status.bad_digest},
+        "lost_record": None
+        if status.lost_offset is None
+        else {"offset": status.lost_offset, "digest": status.lost_digest},
         "skipped": status.skipped,
         "repeated": status.repeated,
         "quarantined": status.quarantined,

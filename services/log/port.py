@@ -226,6 +226,11 @@ class PartitionStatus:
     """Where the record lies that is no event and that nobody has confirmed: the partition stands before it,"""
     bad_digest: str | None = None
     """and its digest (64 hex digits), by which `artifact-store log skip` confirms it."""
+    lost_offset: int | None = None
+    """Where a record lay that was acknowledged and that the partition lacks: nothing is appended until an operator has
+    accepted that,"""
+    lost_digest: str | None = None
+    """and its digest (64 hex digits), by which `artifact-store log accept-loss` does."""
 
 
 PutManifest = Callable[[bytes], Awaitable[None]]

@@ -24,6 +24,7 @@ from schemas.events import (
     AdministrativePayload,
     Event,
     LogSkipped,
+    LossAccepted,
 )
 from schemas.identifiers import event_id, partition_id
 from services.errors import BadRecordError
@@ -88,8 +89,8 @@ def misplacement(record: Record, aggregate_id: UUID, payload: object, partition_
 
 
 @dataclass(frozen=True, slots=True)
-class SkipRecord:
-    """An operator's confirmation that the record with this digest, at this offset now, is no event."""
+class Confirmation:
+    """What an operator confirms about one record of a partition, and the partition's writer records."""
 
     partition: int
     offset: int
@@ -100,8 +101,14 @@ class SkipRecord:
     """A retry carries the same one."""
 
 
-Confirmation = SkipRecord
-"""What an operator confirms about a partition, and its writer records."""
+@dataclass(frozen=True, slots=True)
+class SkipRecord(Confirmation):
+    """The record with this digest (`record_digest`), at this offset now, is no event."""
+
+
+@dataclass(frozen=True, slots=True)
+class AcceptLoss(Confirmation):
+    """The log lacks the record with this digest (BLAKE3 over its value), which lay at this offset; go on without it."""
 
 
 class AdministrativeHead(NamedTuple):
@@ -114,6 +121,23 @@ class AdministrativeHead(NamedTuple):
     def of(cls, event: Event) -> AdministrativeHead:
         """The head once this record is in the log."""
         return cls(event.sequence, event_digest(event))
+
+
+class AcceptedLoss(NamedTuple):
+    """A loss that an operator accepted: which record is missing, of which log, and how that was recorded."""
+
+    log: UUID
+    offset: int
+    digest: bytes
+    created_at: int
+    head: AdministrativeHead
+
+    @classmethod
+    def of(cls, event: Event, payload: LossAccepted) -> AcceptedLoss:
+        """What this record says."""
+        log = payload.previous_log or payload.log
+        head = AdministrativeHead.of(event)
+        return cls(log, payload.expected_offset, payload.expected_digest, event.created_at, head)
 
 
 def administrative_event(

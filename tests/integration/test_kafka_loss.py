@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 import pytest
+from pydantic import SecretStr
 
+from schemas.codec import decode
+from schemas.events import LossAccepted
 from services.blobs.local import LocalBlobStore
 from services.blobs.port import BlobStore
 from services.config import Settings
-from services.errors import LogLostError
+from services.errors import InvalidRequestError, LogLostError
 from services.log.kafka import KafkaLog, KafkaWriter, snapshots
 from services.log.kafka.state_file import Place, StateFile
 from services.log.port import PartitionStatus
+from services.log.records import AcceptLoss
 from tests.contract.log_invariants import read_valid
 from tests.contract.log_stage import PATIENCE_SECONDS, ready
 from tests.integration.conditions import until
@@ -29,6 +37,8 @@ from tests.integration.kafka_stage import (
     open_kafka_log,
     state_about,
 )
+from tests.integration.processes import ProductProcess, get, metrics_of, output_of, partitions_of, run_command
+from tests.integration.test_bad_records import created, readiness, wait
 from tests.services.kafka import KafkaBroker
 
 pytestmark = pytest.mark.services
@@ -260,3 +270,143 @@ async def test_a_broker_that_was_restored_from_an_older_copy_is_noticed_until_th
             await put_back(newer)
             await fill(kafka, log)
             assert events < {event.event_id for event in await read_valid(log)}
+
+
+def acceptance(status: PartitionStatus, **changes: Any) -> AcceptLoss:
+    """Of what this partition shows as lost."""
+    assert status.lost_offset is not None
+    digest = bytes.fromhex(status.lost_digest or "")
+    confirmation = AcceptLoss(status.partition, status.lost_offset, digest, "ada", "the disk burned", uuid4())
+    return replace(confirmation, **changes)
+
+
+async def accept(writer: KafkaWriter, shown: Mapping[int, PartitionStatus]) -> None:
+    """Accept what these partitions show, and wait until they are written to."""
+    for status in shown.values():
+        if status.lost_offset is not None:
+            await writer.confirm_here(acceptance(status))
+    await ready(writer)
+
+
+async def losses_accepted(log: KafkaLog) -> list[LossAccepted]:
+    end = (await log.end()).offsets
+    values = [r.value async for batch in log.scan(dict.fromkeys(end, 0), end) for r in batch.records]
+    payloads = [decode(value).payload for value in values]
+    return [payload for payload in payloads if isinstance(payload, LossAccepted)]
+
+
+@pytest.mark.usefixtures("every_close_makes_a_snapshot")
+async def test_a_loss_that_is_accepted_is_recorded_and_forgotten_everywhere(
+    kafka: Settings, log: KafkaLog, store: BlobStore
+) -> None:
+    await fill(kafka, log, store)
+    elsewhere = kafka.model_copy(update={"state_dir": kafka.state_dir.with_name("elsewhere")})
+    shutil.copytree(kafka.state_dir, elsewhere.state_dir)
+    for settings, further in ((elsewhere, 10), (kafka, 1_000)):
+        with state_about(state_of(settings, 0)) as about:
+            about[3] += further
+            offset, digest = about[3] - 1, about[4]
+    await snapshot_of(state_of(kafka, 0), log, store)
+    async with refusing(kafka, log, store, partitions=1) as (writer, shown):
+        right = acceptance(shown[0])
+        assert (right.offset, right.digest) == (offset, digest)
+        for wrong in (replace(right, offset=offset - 1), replace(right, digest=bytes(32)), replace(right, partition=1)):
+            with pytest.raises(InvalidRequestError, match="not known to have lost"):
+                await writer.confirm_here(wrong)
+        answered = await writer.confirm_here(right)
+        await ready(writer)
+        assert await writer.confirm_here(right) == answered, "a retry gets the first answer"
+        await writer.submit(create_in(0))
+    [recorded] = await losses_accepted(log)
+    expected = LossAccepted(
+        await log.identity(), 0, "file", None, offset, digest, None, recorded.end_offset, "the disk burned"
+    )
+    assert recorded == expected
+    assert 0 < recorded.end_offset < offset
+    # Here, on another machine that remembers less of what was lost, and on an empty disk.
+    for settings in (kafka, elsewhere, kafka.model_copy(update={"state_dir": kafka.state_dir.with_name("empty")})):
+        await fill(settings, log, store)
+    left = await store.list_objects(f"snapshots/witnesses/{log.kafka.topic}/0/")
+    assert f"{offset + 1:020d}" not in "".join(left)
+    assert len(await losses_accepted(log)) == 1
+
+
+async def test_what_is_lost_after_an_acceptance_is_another_loss(kafka: Settings, log: KafkaLog) -> None:
+    await fill(kafka, log)
+    with state_about(state_of(kafka, 0)) as about:
+        about[3] += 1_000
+    async with refusing(kafka, log, partitions=1) as (writer, shown):
+        await accept(writer, {0: shown[0]})
+    await fill(kafka, log)
+    [path] = kafka.state_dir.glob("*-0.*db")
+    with state_about(path) as about:
+        about[3] += 100  # not as far as what was accepted
+    async with refusing(kafka, log, partitions=1) as (writer, shown):
+        await accept(writer, {0: shown[0]})
+    await fill(kafka, log)
+    assert len(await losses_accepted(log)) == 2
+
+
+async def test_a_topic_that_was_made_again_is_written_to_once_that_is_accepted(
+    kafka: Settings, log: KafkaLog, store: BlobStore
+) -> None:
+    await fill(kafka, log, store)
+    before = await log.identity()
+    elsewhere = kafka.model_copy(update={"state_dir": kafka.state_dir.with_name("elsewhere")})
+    shutil.copytree(kafka.state_dir, elsewhere.state_dir)
+    await make_anew(log)
+    async with refusing(kafka, log, store) as (writer, shown):
+        await accept(writer, shown)
+    for settings in (kafka, elsewhere):
+        await fill(settings, log, store)
+        assert all(len(list(settings.state_dir.glob(f"*-{p}.*db"))) == 1 for p in range(PARTITIONS))
+    recorded = await losses_accepted(log)
+    assert {payload.partition: payload.previous_log for payload in recorded} == dict.fromkeys(range(PARTITIONS), before)
+    await make_anew(log)  # what was accepted is gone with the topic that it was recorded in
+    async with refusing(kafka, log, store):
+        pass
+
+
+class Unready(ProductProcess):
+    """A gateway that takes no writes when it begins."""
+
+    def answers(self) -> bool:
+        """Whether it is alive."""
+        return get(f"{self.endpoint}/healthz") == 200
+
+
+@pytest.mark.processes
+def test_operators_see_the_loss_everywhere_and_accept_it_by_one_command(
+    kafka_url: str, s3_bucket: dict[str, Any], tmp_path: Path
+) -> None:
+    views = f"sqlite+aiosqlite:///{tmp_path / 'views.db'}"
+    deployment = kafka_settings(kafka_url, tmp_path, views_url=views, internal_secret=SecretStr("sesame"), **s3_bucket)
+    output_of(deployment, "migrate")
+    with ProductProcess(deployment, tmp_path / "first", "gateway") as gateway:
+        wait(lambda: partitions_of(gateway) == PARTITIONS, "the gateway does not serve every partition")
+        before = [created(gateway) for _ in range(12)]
+    with state_about(state_of(deployment, 1)) as about:
+        about[3] += 1_000
+        offset, digest = about[3] - 1, about[4].hex()
+    command = f"artifact-store log accept-loss 1 {offset} --digest {digest}"
+    with Unready(deployment, tmp_path / "second", "gateway") as gateway:
+        wait(lambda: command in readiness(gateway), "the partition is written to")
+        writer = json.loads(output_of(deployment, "status", "--json"))["writers"][1]
+        assert writer["lost_record"] == {"offset": offset, "digest": digest}
+        doctor = run_command(deployment, "doctor")
+        assert doctor.returncode == 1
+        for said in (writer["trouble"], doctor.stdout.decode(), output_of(deployment, "status").decode()):
+            assert command in said
+        name = f'artifact_store_partition_lost_record_offset{{digest="{digest}",partition="1"}}'
+        assert metrics_of(gateway)[name] == offset
+        refused = run_command(deployment, *command.replace(digest, "0" * 64).split()[1:])
+        assert refused.returncode == 1
+        assert b"not known to have lost" in refused.stderr
+        output_of(deployment, *command.split()[1:], "--reason", "the disk burned", "--actor", "ada")
+        wait(lambda: readiness(gateway) == "", "the partition does not go on")
+        after = [created(gateway) for _ in range(12)]
+        events = [json.loads(line) for line in output_of(None, "tail", "--json", url=gateway.endpoint).splitlines()]
+        assert {event["package_id"] for event in events} == {*before, *after}
+        assert run_command(deployment, "doctor").returncode == 0
+        report = json.loads(run_command(deployment, "verify", "--json").stdout)
+        assert (report["administrative"], report["violation_count"]) == (1, 0)

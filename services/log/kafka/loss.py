@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from services.log.kafka.state_file import Standing
+from services.log.records import AcceptedLoss
 
 FILE = "file"
 SNAPSHOT = "snapshot"
@@ -41,6 +42,11 @@ class Loss:
     """The digest of the record that lies at the offset now, if there is one."""
 
     @property
+    def key(self) -> tuple[UUID, Standing]:
+        """What several witnesses of the same moment have in common."""
+        return self.witness.log, self.witness.standing
+
+    @property
     def offset(self) -> int:
         """Where the record lay."""
         return self.witness.standing.position - 1
@@ -49,6 +55,19 @@ class Loss:
     def digest(self) -> bytes:
         """BLAKE3 over the record's value."""
         return self.witness.standing.mark
+
+    def accepted_by(self, accepted: AcceptedLoss, log: UUID) -> bool:
+        """Whether an operator's acceptance, which was recorded in `log`, covers this loss as well.
+
+        It covers all that states of another log remember, and of `log` itself all up to its offset that states remember
+        from before it was recorded: it is recorded with a later time than anything that was known to be lost.
+        """
+        standing = self.witness.standing
+        if accepted.log != self.witness.log:
+            return False
+        return accepted.log != log or (
+            self.offset <= accepted.offset and standing.last_created_at < accepted.created_at
+        )
 
     @property
     def detail(self) -> str:

@@ -61,6 +61,11 @@ class WriterCollector(Collector):
             "Offset of the record that is no event, before which the partition stands until `artifact-store log skip`",
             labels=["partition", "digest"],
         )
+        lost = GaugeMetricFamily(
+            "artifact_store_partition_lost_record_offset",
+            "Offset of an acknowledged record that the partition lacks; it takes no writes until the loss is accepted",
+            labels=["partition", "digest"],
+        )
         passed = {
             field: GaugeMetricFamily(name, text, labels=["partition"]) for field, (name, text) in _IRREGULAR.items()
         }
@@ -71,13 +76,15 @@ class WriterCollector(Collector):
             memory_only.add_metric([label], float(found.memory_only is not None))
             if found.bad_offset is not None:
                 bad.add_metric([label, found.bad_digest or ""], found.bad_offset)
+            if found.lost_offset is not None:
+                lost.add_metric([label, found.lost_digest or ""], found.lost_offset)
             for name, family in passed.items():
                 family.add_metric([label], getattr(found, name))
             if found.since is not None:
                 since.add_metric([label], found.since / _MICROS)
             if found.takeover_seconds is not None:
                 took.add_metric([label, found.restored_from or ""], found.takeover_seconds)
-        yield from (owned, since, took, waiting, memory_only, bad, *passed.values())
+        yield from (owned, since, took, waiting, memory_only, bad, lost, *passed.values())
         if (skew := self._writer.clock_skew_seconds) is not None:
             yield GaugeMetricFamily(
                 "artifact_store_clock_skew_seconds",

@@ -8,6 +8,7 @@ from services.errors import (
     ConfigurationError,
     CorruptError,
     LogIdentityError,
+    LogLostError,
     PushBackError,
     RejectedError,
     UnavailableError,
@@ -30,6 +31,14 @@ def in_doubt(detail: str) -> UnavailableError:
     if _UNKNOWN in detail:  # as the process says that it was forwarded to
         return UnavailableError(detail)
     return UnavailableError(f"{detail}; {_UNKNOWN}, retry with the same command id")
+
+
+def lost(partition: int) -> LogLostError:
+    """What everyone is told while the partition lacks what it had acknowledged."""
+    return LogLostError(
+        f"partition {partition} lost events that it had acknowledged, so nothing is appended to it until an operator "
+        "restores the topic or accepts the loss; `artifact-store status` says which"
+    )
 
 
 def refused(error: Exception) -> tuple[Exception, float] | None:

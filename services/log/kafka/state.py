@@ -15,7 +15,7 @@ from uuid import UUID
 
 from blake3 import blake3
 
-from schemas.events import Event
+from schemas.events import Event, LossAccepted
 from schemas.identifiers import partition_id
 from services.core.decide import Decision, accept
 from services.core.evolve import evolve
@@ -30,7 +30,7 @@ from services.log.kafka.state_file import (
     UnusableStateError,
     remove,
 )
-from services.log.records import AdministrativeHead
+from services.log.records import AcceptedLoss, AdministrativeHead
 
 SAVE_EVENTS = 10_000
 """A checkpoint is written after so many events, which a take-over reads again in less than half a second,"""
@@ -201,6 +201,8 @@ class PartitionState:
         """Fold an administrative record in, which must be confirmed like an event."""
         if event.package_id == partition_id(self._file.place.identity, self._file.place.partition):
             self.irregular.administrative = AdministrativeHead.of(event)
+            if isinstance(event.payload, LossAccepted):
+                self.irregular.accepted.append(AcceptedLoss.of(event, event.payload))
         self._note_passed(event.created_at)
 
     def note_skipped(self) -> None:

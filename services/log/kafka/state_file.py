@@ -43,7 +43,7 @@ from services.log.kafka.state_rows import (
     unsealed,
 )
 from services.log.kafka.state_statements import Changes
-from services.log.records import AdministrativeHead
+from services.log.records import AcceptedLoss, AdministrativeHead
 
 _APPLICATION_ID = 0x61727470
 FORMAT = 6
@@ -167,6 +167,8 @@ class Irregular:
     """Events that their packages had already, passed over."""
     quarantined: dict[UUID, str] = field(default_factory=dict)
     """Packages whose history is contradicted, and by what."""
+    accepted: list[AcceptedLoss] = field(default_factory=list)
+    """Losses that were accepted in this log."""
 
 
 class StateFile:
@@ -557,13 +559,22 @@ def _about(place: Place, standing: Standing, next_answer: int) -> bytes:
 def _sealed_irregular(found: Irregular) -> bytes:
     quarantined = [[package_id.bytes, cause] for package_id, cause in found.quarantined.items()]
     head = None if found.administrative is None else list(found.administrative)
-    return sealed(head, found.skipped, found.repeated, quarantined)
+    accepted = [[loss.log.bytes, *loss[1:4], list(loss.head)] for loss in found.accepted]
+    return sealed(head, found.skipped, found.repeated, quarantined, accepted)
 
 
 def _irregular(body: bytes) -> Irregular:
-    head, skipped, repeated, quarantined = unsealed(body)
-    known = None if head is None else AdministrativeHead(*head)
-    return Irregular(known, skipped, repeated, {UUID(bytes=package): cause for package, cause in quarantined})
+    head, skipped, repeated, quarantined, accepted = unsealed(body)
+    return Irregular(
+        None if head is None else AdministrativeHead(*head),
+        skipped,
+        repeated,
+        {UUID(bytes=package): cause for package, cause in quarantined},
+        [
+            AcceptedLoss(UUID(bytes=log), offset, digest, created_at, AdministrativeHead(*last))
+            for log, offset, digest, created_at, last in accepted
+        ],
+    )
 
 
 def _bring_up_to_date(connection: sqlite3.Connection) -> None:

@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain, islice
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 from uuid import UUID
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from schemas.codec import encode
-from schemas.events import AdministrativePayload, Event, LogSkipped
+from schemas.events import AdministrativePayload, Event, LogSkipped, LossAccepted
 from schemas.headers import Headers, RecordHeaders
 from schemas.headers import headers as headers_of
 from schemas.identifiers import partition_id
@@ -29,19 +30,20 @@ from services.errors import CorruptError, InvalidRequestError, LogIdentityError,
 from services.log.kafka.clients import make_producer
 from services.log.kafka.cluster import Cluster
 from services.log.kafka.failures import explaining
-from services.log.kafka.loss import SNAPSHOT, Loss, Witness
+from services.log.kafka.loss import FILE, SNAPSHOT, Loss, Witness
 from services.log.kafka.partitioner import partition_of
 from services.log.kafka.reader import Reader
 from services.log.kafka.restore import FROM_LOG, FROM_SNAPSHOT, States, candidates, stored, witnesses
 from services.log.kafka.settings import KafkaSettings
 from services.log.kafka.state import PartitionState, mark_of
 from services.log.kafka.state_file import FORMAT, Place, Standing
-from services.log.kafka.state_slots import Slot, claim
+from services.log.kafka.state_slots import Slot, claim, discard
 from services.log.port import PartitionNotOwnedError, Record
 from services.log.records import (
+    AcceptLoss,
     AdministrativeHead,
     BadRecord,
-    SkipRecord,
+    Confirmation,
     administrative_event,
     is_administrative,
     read_record,
@@ -236,7 +238,13 @@ class Tenure:
         if self._stopped is not None:
             raise self._stopped.error
 
-    def skip(self, request: SkipRecord, now: int, require_readers: Callable[[], None]) -> Event:
+    def record(self, confirmation: Confirmation, now: int, require_readers: Callable[[], None]) -> AdministrativeHead:
+        """As `skip` or `accept`: number and digest of what is recorded, now or before."""
+        if isinstance(confirmation, AcceptLoss):
+            return self.accept(confirmation, now, require_readers)
+        return AdministrativeHead.of(self.skip(confirmation, now, require_readers))
+
+    def skip(self, request: Confirmation, now: int, require_readers: Callable[[], None]) -> Event:
         """Record that a record is no event, and fold on; what is recorded, now or before. `now` in µs since 1970.
 
         Raises InvalidRequestError: the record at that offset is an event, or has another digest. Raises as `append`,
@@ -262,6 +270,40 @@ class Tenure:
             self._place.identity, bad.partition, bad.offset, bad.digest, bad.size_bytes, bad.cause, request.reason
         )
         return self.append(payload, actor=request.actor, command_id=request.command_id, now=now)
+
+    def accept(self, request: Confirmation, now: int, require_readers: Callable[[], None]) -> AdministrativeHead:
+        """Record that an operator accepts a loss; what is recorded, now or before. `now` in µs since 1970.
+
+        Raises InvalidRequestError: the partition has lost no such record. Raises as `append`, and as `require_readers`,
+        which is called before anything is appended.
+        """
+        for accepted in self.state.irregular.accepted:
+            if (accepted.offset, accepted.digest) == (request.offset, request.digest):
+                return accepted.head
+        loss = next(
+            (loss for loss in self.losses if (loss.offset, loss.digest) == (request.offset, request.digest)), None
+        )
+        if loss is None:
+            raise InvalidRequestError(
+                f"partition {self._partition} is not known to have lost a record of that digest at offset "
+                f"{request.offset}; `artifact-store status` says what it has lost"
+            )
+        require_readers()
+        witness = loss.witness
+        payload = LossAccepted(
+            self._place.identity,
+            self._partition,
+            witness.kind,
+            None if witness.log == self._place.identity else witness.log,
+            loss.offset,
+            loss.digest,
+            loss.found_digest,
+            self._end,
+            request.reason,
+        )
+        later = max(known.witness.standing.last_created_at for known in self.losses) + 1
+        event = self.append(payload, actor=request.actor, command_id=request.command_id, now=max(now, later))
+        return AdministrativeHead.of(event)
 
     def append(self, payload: AdministrativePayload, *, actor: str, command_id: UUID, now: int) -> Event:
         """Append an administrative record in a transaction of its own, and fold up to it; what was appended.
@@ -290,6 +332,7 @@ class Tenure:
                 raise UnavailableError("the topic may not be the log's any more")
             producer.commit_transaction(COMMIT_SECONDS)
         self._read_on(self._offset_of(value, ahead.end) + 1)
+        self._settle(self.losses)
         return event
 
     def save_if_due(self) -> None:
@@ -358,12 +401,13 @@ class Tenure:
         losses = [loss for witness in remembered if (loss := self._lost(witness, barrier)) is not None]
         claimed = claim(self._states.folder, self._place, lambda witness: self._lost(witness, barrier))
         self._slot = claimed.slot
-        losses += claimed.losses
+        known = {loss.key for loss in losses}
         if self._states.snapshots is not None:
-            known = {loss.witness.standing for loss in losses if loss.witness.kind == SNAPSHOT}
-            files = [loss.witness for loss in claimed.losses if loss.witness.standing not in known]
+            files = [loss.witness for loss in claimed.losses if loss.key not in known]
             self._states.snapshots.testify(self._place, files)
         lost = {loss.witness.standing.position for loss in losses}
+        of_files = {loss.key for loss in claimed.losses}
+        losses = [*claimed.losses, *(loss for loss in losses if loss.key not in of_files)]
         usable = [s for s in found.snapshots if s.format == FORMAT and s.position <= barrier and s.position not in lost]
         for source, state in candidates(self._slot, claimed.file, usable, self._place, self._states, self._stopping):
             self._state, self.restored_from, self._stopped = state, source, None
@@ -382,10 +426,22 @@ class Tenure:
                     # The state may be what is wrong: only the log itself is believed.
                     _LOG.warning("the %s of partition %d is discarded: %s", source, self._partition, error.detail)
                 else:
-                    self.losses = losses
+                    self._settle(losses)
                     return
             state.discard()
             self._state = None
+
+    def _settle(self, losses: Sequence[Loss]) -> None:
+        """Keep as `losses` those that no operator has accepted, and remove what proves the others."""
+        accepted = self.state.irregular.accepted
+        settled = [loss for loss in losses if any(loss.accepted_by(a, self._place.identity) for a in accepted)]
+        self.losses = [loss for loss in losses if loss not in settled]
+        for loss in settled:
+            _LOG.warning("an operator has accepted this loss, and what proves it is removed: %s", loss.detail)
+            if loss.witness.kind == FILE:
+                discard(Path(loss.witness.where))
+        if self._states.snapshots is not None:
+            self._states.snapshots.forget(self._place, [loss.witness for loss in settled])
 
     def _lost_by(self, state: PartitionState, end: int) -> Loss | None:
         """As `_lost`, for a snapshot that was fetched."""
@@ -402,7 +458,11 @@ class Tenure:
             return Loss(self._partition, witness, f"is {identity}: the topic was deleted and made again")
         if position > end:
             return Loss(self._partition, witness, f"ends at offset {end}")
-        record = self._remembered(position - 1)
+        try:
+            record = self._remembered(position - 1)
+        except CorruptError:
+            first = self._cluster.earliest([self._partition])[self._partition]
+            return Loss(self._partition, witness, f"begins at offset {first}")
         if record is None:
             return Loss(self._partition, witness, "holds no record there")
         if (digest := mark_of(record.value)) != witness.standing.mark:
@@ -517,7 +577,15 @@ class Tenure:
         """What the reader finds before `target`, at most `limit` records at a time."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while reader.reached()[self._partition] < target:
-            found = reader.take(limit, _LOOK_SECONDS)
+            try:
+                found = reader.take(limit, _LOOK_SECONDS)
+            except CorruptError as error:
+                if self._cluster.earliest([self._partition])[self._partition] > reader.reached()[self._partition]:
+                    raise
+                # What was read up to is below the barrier: only a leader that was deposed can lack it.
+                raise UnavailableError(
+                    f"partition {self._partition} was read from a broker that does not lead it any more"
+                ) from error
             yield found
             if found:
                 deadline = time.monotonic() + PATIENCE_SECONDS

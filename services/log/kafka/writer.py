@@ -16,12 +16,11 @@ from threading import Event as Flag
 from threading import Thread
 from typing import Any
 
-from schemas.digests import event_digest
+from schemas.identifiers import partition_id
 from services.core.commands import Acknowledgement, Command, IngestFiles
 from services.core.decide import acknowledge, check_ingest, decide, decide_together
 from services.errors import (
     ArtifactStoreError,
-    LogLostError,
     PushBackError,
     RejectedError,
     UnavailableError,
@@ -30,7 +29,8 @@ from services.log.kafka.aside import Asides
 from services.log.kafka.context import WriterContext
 from services.log.kafka.deadlines import Deadlines
 from services.log.kafka.failures import HeldError, refusal, spoiled_by_record
-from services.log.kafka.outcomes import given_up, in_doubt, refused, told
+from services.log.kafka.loss import Loss
+from services.log.kafka.outcomes import given_up, in_doubt, lost, refused, told
 from services.log.kafka.requests import CHECK_SECONDS, MAX_BATCH_BYTES, TOGETHER, IngestCheck, Request, Waiting, runs_of
 from services.log.kafka.state import TIDY_SECONDS, PartitionState
 from services.log.kafka.state_file import Irregular
@@ -80,6 +80,8 @@ class PartitionWriter:
         self._confirmations: deque[tuple[Confirmation, asyncio.Future[Acknowledgement]]] = deque()
         self._bad: BadRecord | None = None
         """The record, no event, that the partition stands before."""
+        self._losses: Sequence[Loss] = ()
+        """What the partition lost of what it had acknowledged."""
         self._irregular = Irregular()
         self._deadlines = Deadlines(context.submit_seconds, self._late)
         self._checks = Deadlines(min(CHECK_SECONDS, context.submit_seconds), self._late_check)
@@ -143,7 +145,7 @@ class PartitionWriter:
 
     def status(self, owner: str) -> PartitionStatus:
         """How the partition is, for operators; its owner, this process, goes by the name of `owner`."""
-        irregular, bad = self._irregular, self._bad
+        irregular, bad, lost = self._irregular, self._bad, next(iter(self._losses), None)
         return PartitionStatus(
             self.partition,
             owner,
@@ -158,6 +160,8 @@ class PartitionWriter:
             len(irregular.quarantined),
             None if bad is None else bad.offset,
             None if bad is None else bad.digest.hex(),
+            None if lost is None else lost.offset,
+            None if lost is None else lost.digest.hex(),
         )
 
     def stop(self) -> None:
@@ -252,9 +256,6 @@ class PartitionWriter:
             context.counts.takeovers[tenure.restored_from] += 1
             context.counts.takeover_seconds += self.takeover_seconds
             self._failed = 0
-            if tenure.losses:
-                self._refuse_to_append(tenure)
-                return
             if not self._whole(tenure):
                 return
             context.guard.require(self.partition, self._last_created_at)
@@ -294,37 +295,28 @@ class PartitionWriter:
             self._waiting.put_back(batch)
             raise
 
-    def _refuse_to_append(self, tenure: Tenure) -> None:
-        """Take nothing as long as the log lacks what it had acknowledged; returns when the writer is to end."""
-        self._trouble = "; ".join(loss.detail for loss in tenure.losses)
-        for loss in tenure.losses:
-            _LOG.error("%s", loss.detail)
-        refused = LogLostError(
-            f"partition {self.partition} lost events that it had acknowledged, so nothing is appended to it until an "
-            "operator restores the topic or accepts the loss; `artifact-store status` says which"
-        )
-        while (batch := self._waiting.take(_IDLE_SECONDS)) is not None:
-            self._deliver([(request, refused) for request in batch])
-            tenure.idle()
-
     def _whole(self, tenure: Tenure) -> bool:
-        """Refuse everything but an operator's confirmation while the partition stands before a record that is no event.
+        """Refuse everything but operators' confirmations while the partition needs one.
 
-        False when the writer is told to stop meanwhile.
+        It stands before a record that is no event, or it lost what it had acknowledged. False when the writer is told
+        to stop meanwhile.
         """
-        while (bad := tenure.stopped) is not None:
-            self._bad = bad
-            if self._trouble != bad.error.detail:
-                _LOG.error("partition %d cannot be written to: %s", self.partition, bad.error.detail)
-            self._trouble = bad.error.detail
+        while tenure.stopped is not None or tenure.losses:
+            self._bad, self._losses = tenure.stopped, tenure.losses
+            bad = [] if self._bad is None else [self._bad.error]
+            trouble = "; ".join([*(error.detail for error in bad), *(loss.detail for loss in self._losses)])
+            if self._trouble != trouble:
+                _LOG.error("partition %d cannot be written to: %s", self.partition, trouble)
+            self._trouble = trouble
             batch = self._waiting.take(_IDLE_SECONDS)
             if batch is None:
                 return False
-            self._deliver([(request, bad.error) for request in batch])
+            refused = bad[0] if bad else lost(self.partition)
+            self._deliver([(request, refused) for request in batch])
             self._record(tenure)
             tenure.idle()
             tenure.save_if_due()
-        self._bad = None
+        self._bad, self._losses = None, ()
         return True
 
     def _record(self, tenure: Tenure) -> None:
@@ -333,8 +325,8 @@ class PartitionWriter:
             confirmation, answer = self._confirmations[0]
             outcome: Acknowledgement | Exception
             try:
-                event = tenure.skip(confirmation, self._context.clock(), self._require_recordable)
-                outcome = Acknowledgement(event.package_id, event.sequence, event_digest(event))
+                recorded = tenure.record(confirmation, self._context.clock(), self._require_recordable)
+                outcome = Acknowledgement(partition_id(self._context.identity, self.partition), *recorded)
             except (RejectedError, PushBackError) as error:
                 outcome = error
             except ArtifactStoreError as error:
