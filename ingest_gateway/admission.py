@@ -27,6 +27,9 @@ MAX_READS = 128
 JSON_ROOM_BYTES = 64 << 20
 """How many bytes of JSON bodies may be held at a time, before they are commands."""
 
+HEADS_ROOM_BYTES = 16 << 20
+"""How many bytes of requests' heads may be held at a time, from their first byte until the request is answered."""
+
 _RETRY_SECONDS = 2.0
 _OTHER_DESCRIPTORS = 512
 """File descriptors that are kept for connections to the blob store, the log and the views, and for files."""
@@ -116,8 +119,8 @@ class Room:
         The function raises PushBackError: there is no room. TooManyAtOnceError: the client has as much as one may have.
         """
         held, shares = 0, self._shares
-        none_left = f"this gateway holds as much {shares.what} as it can already"
-        enough = f"as much {shares.what} as one may send comes from this address"
+        none_left = f"this gateway can hold no more {shares.what} now"
+        enough = f"one address may send no more {shares.what} at a time"
 
         def take(more: int) -> None:
             nonlocal held

@@ -70,10 +70,11 @@ class App:
                 self._record(exchange)
         return response
 
-    def refuse(self, request: web.BaseRequest, why: str) -> web.StreamResponse:
-        """Answer what is no HTTP."""
+    def refuse(self, request: web.BaseRequest, why: ArtifactStoreError) -> web.StreamResponse:
+        """Answer a request whose head was not taken, and close its connection."""
         exchange = Exchange(request)
-        response = answer_of(MalformedHttpError(f"this is not HTTP that can be read: {why}", {"Connection": "close"}))
+        response = answer_of(why)
+        response.force_close()
         response.headers["Server"] = SERVER
         exchange.answered(response)
         self._record(exchange)

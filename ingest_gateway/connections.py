@@ -7,15 +7,26 @@ gets the answer to one request and is closed. Of these there are few at a time, 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
 
 from aiohttp import web
+from aiohttp.http_exceptions import BadHttpMessage
 
-from ingest_gateway.admission import Places
-from services.errors import PushBackError
+from ingest_gateway.admission import Places, Room
+from ingest_gateway.problems import HeadTooLargeError, MalformedHttpError
+from services.errors import ArtifactStoreError, PushBackError
 
 HEADER_BYTES = 32 * 1024
 """Longest request line and longest header; a position of a thousand partitions has some 20 KiB."""
+
+HEAD_BYTES = 64 * 1024
+"""Longest head of a request: its line and all its headers."""
+
+_PIECE_BYTES = 16 * 1024  # of what may hold the end of a body: so many bytes of a head may be parsed before they count
+_HEAD_END = b"\r\n\r\n"
+_CLOSE = {"Connection": "close"}
 
 KEEP_ALIVE_SECONDS = 75.0
 """How long a connection may stand without a request, or take for the head of its first one."""
@@ -30,7 +41,7 @@ EXCESS_SECONDS = 10.0
 class Connection(web.RequestHandler):
     """One client's connection. `refusal` says why it has no place, if it has none."""
 
-    __slots__ = ("_client", "_server", "refusal")
+    __slots__ = ("_client", "_heads", "_server", "refusal")
 
     def __init__(self, server: Server) -> None:
         super().__init__(
@@ -44,12 +55,15 @@ class Connection(web.RequestHandler):
         )
         self._server = server
         self._client: str | None = None
+        self._heads: _BoundedParser | None = None
         self.refusal: PushBackError | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin, with a place or without one."""
         super().connection_made(transport)
         client = client_of(self)
+        self._heads = _BoundedParser(self._parser, self._server.heads, client, self._is_idle)
+        self._parser = self._heads  # type: ignore[assignment]  # it has what is called of a parser
         try:
             self._server.places.take(client)
         except PushBackError as error:
@@ -61,6 +75,8 @@ class Connection(web.RequestHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         """Give the place back."""
         super().connection_lost(exc)
+        if self._heads is not None:
+            self._heads.release()
         if self._client is not None:
             self._server.places.give(self._client)
             self._client = None
@@ -79,13 +95,126 @@ class Connection(web.RequestHandler):
         """
         if request.writer.output_size > 0 or status != 400:
             raise ConnectionResetError("the answer was cut off") from exc
+        if isinstance(exc, _RefusedHeadError):
+            return self._server.refuse(request, exc.reason)
         lines = (message or "").strip().splitlines() or ["it is malformed"]
-        return self._server.refuse(request, lines[0][:200])
+        return self._server.refuse(
+            request,
+            MalformedHttpError(f"this is not HTTP that can be read: {lines[0][:200]}", _CLOSE),
+        )
+
+    def _is_idle(self) -> bool:
+        """Whether no request is being answered or waits to be."""
+        return self._current_request is None and not self._messages
 
     def cut(self) -> None:
         """End it at once."""
         if self.transport is not None:
             self.transport.abort()
+
+
+class _RefusedHeadError(BadHttpMessage):
+    """A head for which there is no room, as the base class takes it from a parser."""
+
+    def __init__(self, reason: ArtifactStoreError) -> None:
+        super().__init__(reason.detail)
+        self.reason = reason
+
+
+class _BoundedParser:
+    """The parser of one connection, with a bound for each head and for those that all connections hold.
+
+    The parser bounds a line and the number of lines, and so lets a head grow to 4 MiB. Where a head begins is known
+    once the parser has taken a piece, so pieces are small where a body may end.
+    """
+
+    def __init__(self, parser: Any, room: Room, client: str, is_idle: Callable[[], bool]) -> None:
+        """`is_idle` says whether all heads that were given out are done with."""
+        self._parser = parser
+        self._room = room
+        self._client = client
+        self._is_idle = is_idle
+        self._held = ExitStack()
+        self._take: Callable[[int], None] | None = None
+        self._head = 0  # bytes of the head that has begun
+        self._body: Any = None  # where the body goes that has begun
+        self._left: int | None = None  # bytes that it lacks, None where chunks tell its end
+        self._last = b""  # bytes of it
+        self._failed = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._parser, name)
+
+    def feed_data(self, data: bytes) -> tuple[Sequence[Any], bool, bytes]:
+        """See aiohttp's parsers. Raises _RefusedHeadError; BadHttpMessage. After either everything is passed over."""
+        messages: list[Any] = []
+        upgraded, tail, at = False, b"", 0
+        while not self._failed:
+            piece = data[at : at + self._step(data, at)]
+            at += len(piece)
+            try:
+                found, upgraded, tail = self._parser.feed_data(piece)
+                self._count(piece, found)
+            except BadHttpMessage:
+                self._failed = True
+                self.release()
+                raise
+            messages += found
+            if upgraded or at == len(data):
+                tail += data[at:]
+                break
+        return messages, upgraded, tail
+
+    def release(self) -> None:
+        """Give all room back."""
+        self._held.close()
+        self._take = None
+
+    def _step(self, data: bytes, at: int) -> int:
+        """How many of the bytes from `at` on may be parsed at once."""
+        rest = len(data) - at
+        if self._body is None:
+            return _PIECE_BYTES
+        if self._left is not None:
+            return rest if self._left > rest else _PIECE_BYTES
+        straddling = self._last + data[at : at + len(_HEAD_END) - 1]
+        return _PIECE_BYTES if _HEAD_END in straddling or data.find(_HEAD_END, at) >= 0 else rest
+
+    def _count(self, piece: bytes, found: Sequence[Any]) -> None:
+        """Hold room for the heads in a piece, and for the bytes after a body that ended in it: they begin a head."""
+        behind = len(piece) - piece.find(_HEAD_END) - len(_HEAD_END)
+        for message, body in found:
+            size = len(message.path) + sum(len(name) + len(value) + 4 for name, value in message.raw_headers)
+            self._hold(size, more=max(0, size - self._head))
+            behind -= body.total_bytes + (size if self._body is not None else 0)
+            self._head, self._body = 0, body
+            length = "" if message.chunked else message.headers.get("Content-Length", "0")
+            self._left = int(length) - body.total_bytes if length.isdecimal() else None
+        if not found and self._body is not None and self._left is not None:
+            self._left -= len(piece)
+            behind = -self._left
+        self._last = piece[1 - len(_HEAD_END) :]
+        if self._body is None:
+            behind = len(piece)
+        elif not self._body.is_eof():
+            return
+        elif self._left is None:
+            behind = len(piece) - piece.rfind(_HEAD_END) - len(_HEAD_END)
+        self._body = None
+        if behind > 0:
+            self._head += behind
+            self._hold(self._head, more=behind)
+
+    def _hold(self, size: int, *, more: int) -> None:
+        if size > HEAD_BYTES:
+            raise _RefusedHeadError(HeadTooLargeError(f"the head of a request may have {HEAD_BYTES:,} bytes", _CLOSE))
+        if self._take is None or (size == more and self._is_idle()):
+            self._held.close()
+            self._take = self._held.enter_context(self._room.share(self._client))
+        try:
+            self._take(more)
+        except PushBackError as error:
+            raise _RefusedHeadError(error) from None
 
 
 class Server(web.Server):
@@ -94,13 +223,15 @@ class Server(web.Server):
     def __init__(
         self,
         handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
-        refuse: Callable[[web.BaseRequest, str], web.StreamResponse],
+        refuse: Callable[[web.BaseRequest, ArtifactStoreError], web.StreamResponse],
         places: Places,
+        heads: Room,
     ) -> None:
-        """`refuse` answers what the parser could not read, and is told why."""
+        """`refuse` answers what the parser did not take; `places` and `heads` are for all connections together."""
         super().__init__(handler)
         self.refuse = refuse
         self.places = places
+        self.heads = heads
         self.excess: set[Connection] = set()
 
     def __call__(self) -> web.RequestHandler:

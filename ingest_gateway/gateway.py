@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from ingest_gateway.admission import (
+    HEADS_ROOM_BYTES,
     JSON_ROOM_BYTES,
     MAX_DOWNLOADS,
     MAX_READS,
@@ -96,6 +97,7 @@ class Gateway:
         }
         self.archives = Places("archives", BUNDLES_AT_ONCE, metrics.refused)
         """As many as bundles are read at a time: whoever has a place has a turn too, and nobody has all of them."""
+        self.heads = Room("heads", HEADS_ROOM_BYTES, metrics.refused)
         self.json = Room("JSON", bounds.json_room_bytes, metrics.refused)
         self.parsing = asyncio.Lock()
         """Held by who parses a large JSON body: as objects it takes many times its bytes."""

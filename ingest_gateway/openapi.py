@@ -12,12 +12,17 @@ from pydantic import BaseModel, TypeAdapter
 
 from ingest_gateway.operations import Body, Route, Success
 from ingest_gateway.parameters import Parameter
-from ingest_gateway.problems import ExpectationFailedError, MalformedHttpError, TooManyAtOnceError
+from ingest_gateway.problems import (
+    ExpectationFailedError,
+    HeadTooLargeError,
+    MalformedHttpError,
+    TooManyAtOnceError,
+)
 from services.errors import ArtifactStoreError, PushBackError, UnavailableError
 from services.http.headers import RETRY_AFTER
 from services.http.problems import MEDIA_TYPE, TYPE_PREFIX, Problem
 
-_ANYWHERE = (MalformedHttpError, ExpectationFailedError, TooManyAtOnceError, PushBackError)
+_ANYWHERE = (MalformedHttpError, ExpectationFailedError, HeadTooLargeError, TooManyAtOnceError, PushBackError)
 """Problems that every request may meet: what is no HTTP or expects what is not met, and a gateway that is full."""
 
 _REF = "#/components/schemas/{model}"

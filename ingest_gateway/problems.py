@@ -90,6 +90,13 @@ class ExpectationFailedError(ProtocolError):
     problem = "expectation-failed"
 
 
+class HeadTooLargeError(ProtocolError):
+    """The request's line and headers have more bytes together than are taken."""
+
+    status = 431
+    problem = "head-too-large"
+
+
 class TooManyAtOnceError(PushBackError):
     """The client (its address) has as many connections, uploads or downloads under way as one may have."""
 
