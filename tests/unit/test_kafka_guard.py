@@ -316,3 +316,17 @@ async def test_a_writer_whose_clock_is_wrong_leaves_its_partition_to_others(
             await writer.submit(create_in(0))
     writer.stop()
     assert await asyncio.to_thread(writer.join, 30)
+
+
+def test_running_gateways_say_once_that_no_partition_needs_a_future_time_any_more(
+    cluster: Cluster, guard: Guard, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster.settings["message.timestamp.after.max.ms"] = "97200000"
+    cluster.times = {2: now_ms() + 25 * 3_600_000}
+    guard.look()
+    assert caplog.text == ""
+    cluster.times = {2: now_ms()}
+    for _ in range(3):
+        guard.look()
+    guard.require(0, NOON)
+    assert caplog.text.count("no partition needs it: `kafka-configs.sh") == 1

@@ -37,6 +37,8 @@ class Guard:
         self._store = store
         self._trouble: str | None = None
         self._ahead_seconds = FAR_SECONDS
+        """How far the last event of a partition may be ahead of our clock."""
+        self._needless: str | None = None
 
     @property
     def trouble(self) -> str | None:
@@ -54,6 +56,7 @@ class Guard:
         try:
             settings = self._cluster.topic_settings()
             troubles = topic.hazards(self._kafka, self._cluster, settings)
+            needless = topic.needless(self._kafka, self._cluster, settings)
         except (UnavailableError, ConfigurationError) as error:
             _LOG.debug("the topic's settings could not be looked at: %s", error.detail)
             return
@@ -61,20 +64,12 @@ class Guard:
             _LOG.exception("the topic's settings could not be looked at")
             return
         self._trouble = topic.unfit(self._kafka, troubles) if troubles else None
-        self._ahead_seconds = self._allowed(topic.times_ahead_ms(settings))
-
-    def _allowed(self, ahead_ms: int) -> float:
-        """How far (s) a partition's last event may be ahead of our clock: more while an operator lets Kafka take it."""
-        allowed = FAR_SECONDS if ahead_ms <= topic.TIMES_AHEAD_MS else ahead_ms / 1000
-        if allowed not in (FAR_SECONDS, self._ahead_seconds):
-            _LOG.warning(
-                "events of %s may have times up to %s ahead, as a partition with a future time needs: once that time "
-                "is reached, run `%s`",
-                self._kafka.topic,
-                span(allowed),
-                topic.command(self._kafka, {topic.TIMES_AHEAD: topic.TIMES_AHEAD_MS}),
-            )
-        return allowed
+        allowed = topic.times_ahead_ms(settings)
+        # An operator lets Kafka take a time that is far ahead, and so do we.
+        self._ahead_seconds = FAR_SECONDS if allowed <= topic.TIMES_AHEAD_MS else allowed / 1000
+        if needless is not None and needless != self._needless:
+            _LOG.warning("topic %s: %s; until then no gateway can start", self._kafka.topic, needless)
+        self._needless = needless
 
     def require(self, partition: int, last_created_at: int) -> None:
         """Return if events may be appended now, after one of this time (µs). Does not block. Raises HeldError."""

@@ -40,6 +40,8 @@ class KafkaLog:
         self.cluster = Cluster(self.kafka)
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="log-ask")
         self._topic: Topic | None = None
+        self._passed = False
+        """Whether the topic has passed the check."""
 
     async def identity(self) -> UUID:
         """See `Log`."""
@@ -148,8 +150,10 @@ class KafkaLog:
         self._topic = await self.blocking(lambda: topic.migrate(self.kafka, self.cluster))
 
     async def check(self) -> None:
-        """See `Log`."""
-        self._topic = await self.blocking(lambda: topic.check(self.kafka, self.cluster))
+        """See `Log`. What only keeps a process from starting is looked at until it has passed once."""
+        starting = not self._passed
+        self._topic = await self.blocking(lambda: topic.check(self.kafka, self.cluster, starting=starting))
+        self._passed = True
 
     async def close(self) -> None:
         """See `Log`."""

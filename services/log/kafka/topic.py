@@ -41,14 +41,14 @@ def migrate(kafka: KafkaSettings, cluster: Cluster) -> Topic:
             TIMES_AHEAD: str(TIMES_AHEAD_MS),
         }
     )
-    if not created and _needless(cluster, cluster.topic_settings()):
+    if not created and needless(kafka, cluster, cluster.topic_settings()) is not None:
         with suppress(ConfigurationError):  # without the right to change it, the guard says what an operator has to do
             cluster.set_on_topic({TIMES_AHEAD: str(TIMES_AHEAD_MS)})
     return check(kafka, cluster)
 
 
-def check(kafka: KafkaSettings, cluster: Cluster) -> Topic:
-    """The start-up guard; blocks.
+def check(kafka: KafkaSettings, cluster: Cluster, *, starting: bool = True) -> Topic:
+    """The start-up guard; blocks. A process that is not `starting` any more goes on where only times are too free.
 
     Raises:
         ConfigurationError: the topic is missing, or could lose or has lost events; all causes, each with what mends it.
@@ -58,11 +58,8 @@ def check(kafka: KafkaSettings, cluster: Cluster) -> Topic:
     topic = cluster.topic()
     settings = cluster.topic_settings()
     troubles = [*_shape_troubles(kafka, topic), *hazards(kafka, cluster, settings)]
-    if _needless(cluster, settings):
-        troubles.append(
-            f"{TIMES_AHEAD}={settings[TIMES_AHEAD]} lets a wrong clock set the time of a partition far ahead, and no "
-            f"partition needs it: `{command(kafka, {TIMES_AHEAD: TIMES_AHEAD_MS})}` mends it"
-        )
+    if starting and (too_free := needless(kafka, cluster, settings)) is not None:
+        troubles.append(too_free)
     if troubles:
         raise ConfigurationError(unfit(kafka, troubles))
     return topic
@@ -147,12 +144,20 @@ def times_ahead_ms(settings: Mapping[str, str]) -> int:
     return int(settings.get(TIMES_AHEAD, TIMES_AHEAD_MS))
 
 
-def _needless(cluster: Cluster, settings: Mapping[str, str]) -> bool:
-    """Whether events may have times further ahead than is needed to write to every partition."""
+def needless(kafka: KafkaSettings, cluster: Cluster, settings: Mapping[str, str]) -> str | None:
+    """What is wrong if events may have times further ahead than is needed to write to every partition; blocks.
+
+    Asks nothing of the cluster while the bound is the usual one. Raises as `hazards`.
+    """
     if times_ahead_ms(settings) <= TIMES_AHEAD_MS:
-        return False
+        return None
     latest = cluster.latest_times(range(cluster.topic().partitions))
-    return max(latest.values(), default=0) <= system_clock() // 1000 + TIMES_AHEAD_MS
+    if max(latest.values(), default=0) > system_clock() // 1000 + TIMES_AHEAD_MS:
+        return None
+    return (
+        f"{TIMES_AHEAD}={settings[TIMES_AHEAD]} lets a wrong clock set the time of a partition far ahead, and no "
+        f"partition needs it: `{command(kafka, {TIMES_AHEAD: TIMES_AHEAD_MS})}` mends it"
+    )
 
 
 def _number(settings: Mapping[str, str], name: str) -> int:
