@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from services.client.transfers import TransferProgress
+    from services.core.paths import PathPair
     from services.errors import ArtifactStoreError
 
 _SECONDS_ON_A_TERMINAL = 0.2
@@ -51,7 +52,7 @@ def remark(text: str) -> None:
         click.echo(text, err=True)
 
 
-def unportable(count: int, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+def unportable(count: int, pairs: Sequence[PathPair]) -> dict[str, Any]:
     """What a finalization says of paths that cannot be unpacked everywhere, for its result; people are warned."""
     if not count:
         return {}
@@ -60,7 +61,7 @@ def unportable(count: int, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
         f"warning: paths differ only by case or Unicode form, and can be unpacked together only where file systems "
         f"tell them apart: {shown}{f' and {count - len(pairs):,} more' if count > len(pairs) else ''}"
     )
-    return {"unportable_count": count, "unportable_paths": pairs}
+    return {"unportable_count": count, "unportable_paths": [pair._asdict() for pair in pairs]}
 
 
 class ProgressLine:

@@ -127,6 +127,13 @@ class FileIngestedAnswer(Answer):
         return Acknowledgement(self.package_id, self.sequence, file.event_digest, files=(file,))
 
 
+class ClashingPaths(Answer):
+    """Two paths of a package that differ only by case or by Unicode form."""
+
+    path: str = Field(description="Of a file")
+    other: str = Field(description="Of another file, or of a folder that files lie in")
+
+
 class PackageFinalizedAnswer(Answer):
     """A package is frozen under its manifest."""
 
@@ -137,10 +144,10 @@ class PackageFinalizedAnswer(Answer):
     unportable_count: Count = Field(
         0, description="How many paths differ from another one of the package only by case or by Unicode form"
     )
-    unportable_paths: list[tuple[str, str]] = Field(
+    unportable_paths: list[ClashingPaths] = Field(
         default_factory=list,
-        description=f"The first {MAX_PAIRS} of them, each as the second of two paths: the first is the other file's. "
-        "Such files can be unpacked together only where file systems tell the two apart",
+        description=f"The first {MAX_PAIRS} of them. Such files can be unpacked together only where file systems tell "
+        "the two paths apart",
     )
 
     @classmethod
@@ -154,7 +161,7 @@ class PackageFinalizedAnswer(Answer):
             sequence=done.sequence,
             event_digest=done.event_digest.hex(),
             unportable_count=done.unportable_count,
-            unportable_paths=[(path, other) for path, other in done.unportable_paths],
+            unportable_paths=[ClashingPaths(path=path, other=other) for path, other in done.unportable_paths],
         )
 
     def to_acknowledgement(self) -> Acknowledgement:
@@ -165,7 +172,7 @@ class PackageFinalizedAnswer(Answer):
             bytes.fromhex(self.event_digest),
             manifest_digest=ContentAddress(self.manifest_digest).digest,
             unportable_count=self.unportable_count,
-            unportable_paths=tuple(PathPair(path, other) for path, other in self.unportable_paths),
+            unportable_paths=tuple(PathPair(clash.path, clash.other) for clash in self.unportable_paths),
         )
 
 
