@@ -13,6 +13,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from confluent_kafka import Producer
 from pydantic import SecretStr
 
 from schemas.codec import decode
@@ -365,6 +366,34 @@ async def test_a_topic_that_was_made_again_is_written_to_once_that_is_accepted(
     await make_anew(log)  # what was accepted is gone with the topic that it was recorded in
     async with refusing(kafka, log, store):
         pass
+
+
+@pytest.mark.usefixtures("every_close_makes_a_snapshot")
+@pytest.mark.parametrize("missing", [0, 1])
+async def test_a_copy_of_the_log_is_written_to_unless_it_lacks_the_last_record(
+    kafka: Settings, log: KafkaLog, store: BlobStore, missing: int
+) -> None:
+    """As after a restore from a mirror: another topic, other offsets, the same records in their order."""
+    await fill(kafka, log, store)
+    elsewhere = kafka.model_copy(update={"state_dir": kafka.state_dir.with_name("elsewhere")})
+    shutil.copytree(kafka.state_dir, elsewhere.state_dir)
+    end = (await log.end()).offsets
+    records = [record async for batch in log.scan(dict.fromkeys(end, 0), end) for record in batch.records]
+    await make_anew(log)
+    producer = Producer({"bootstrap.servers": log.kafka.bootstrap})
+    last = [record for record in records if record.partition == 0][-1]
+    for record in records:
+        if record is not last or not missing:
+            producer.produce(log.kafka.topic, record.value, record.key, record.partition)
+    assert await asyncio.to_thread(producer.flush, 30) == 0
+    if missing:
+        async with refusing(kafka, log, store, partitions=1):
+            pass
+        return
+    for settings in (kafka, elsewhere, kafka.model_copy(update={"state_dir": kafka.state_dir.with_name("empty")})):
+        await fill(settings, log, store)
+        assert all(len(list(settings.state_dir.glob(f"*-{p}.*db"))) == 1 for p in range(PARTITIONS))
+    assert await losses_accepted(log) == []
 
 
 class Unready(ProductProcess):

@@ -405,7 +405,7 @@ class Tenure:
         if self._states.snapshots is not None:
             files = [loss.witness for loss in claimed.losses if loss.key not in known]
             self._states.snapshots.testify(self._place, files)
-        lost = {loss.witness.standing.position for loss in losses}
+        lost = {loss.witness.standing.position for loss in losses if loss.witness.log == self._place.identity}
         of_files = {loss.key for loss in claimed.losses}
         losses = [*claimed.losses, *(loss for loss in losses if loss.key not in of_files)]
         usable = [s for s in found.snapshots if s.format == FORMAT and s.position <= barrier and s.position not in lost]
@@ -427,6 +427,7 @@ class Tenure:
                     _LOG.warning("the %s of partition %d is discarded: %s", source, self._partition, error.detail)
                 else:
                     self._settle(losses)
+                    self._settle_copied(barrier)
                     return
             state.discard()
             self._state = None
@@ -435,13 +436,33 @@ class Tenure:
         """Keep as `losses` those that no operator has accepted, and remove what proves the others."""
         accepted = self.state.irregular.accepted
         settled = [loss for loss in losses if any(loss.accepted_by(a, self._place.identity) for a in accepted)]
+        self._forget(settled, "an operator has accepted that")
         self.losses = [loss for loss in losses if loss not in settled]
-        for loss in settled:
-            _LOG.warning("an operator has accepted this loss, and what proves it is removed: %s", loss.detail)
+
+    def _settle_copied(self, end: int) -> None:
+        """Forget the losses of another log whose records this one holds too, at whatever offset: it is a copy."""
+        wanted = {loss.digest for loss in self.losses if loss.witness.log != self._place.identity}
+        if not wanted:
+            return
+        found: set[bytes] = set()
+        reader = Reader(self._kafka, {self._partition: 0})
+        try:
+            for record in chain.from_iterable(self._records_to(reader, end)):
+                found |= wanted & {mark_of(record.value)}
+        finally:
+            reader.close()
+        copied = [loss for loss in self.losses if loss.witness.log != self._place.identity and loss.digest in found]
+        self._forget(copied, "this log is a copy, and holds the record elsewhere")
+        self.losses = [loss for loss in self.losses if loss not in copied]
+
+    def _forget(self, losses: Sequence[Loss], why: str) -> None:
+        """Remove what proves these losses."""
+        for loss in losses:
+            _LOG.warning("%s: the %s %s is removed; %s", why, loss.witness.kind, loss.witness.where, loss.detail)
             if loss.witness.kind == FILE:
                 discard(Path(loss.witness.where))
         if self._states.snapshots is not None:
-            self._states.snapshots.forget(self._place, [loss.witness for loss in settled])
+            self._states.snapshots.forget(self._place, [loss.witness for loss in losses])
 
     def _lost_by(self, state: PartitionState, end: int) -> Loss | None:
         """As `_lost`, for a snapshot that was fetched."""
