@@ -17,6 +17,7 @@
     │   │   │   ├── AnswerExpiredError     look in the log: an earlier try may be recorded, its answer is not kept
     │   │   │   └── PackageAbandonedError  the package stayed open for too long: create another one
     │   │   ├── SequenceBeyondLogError     the package has no event of the number that a read was to wait for
+    │   │   ├── PackageQuarantinedError    the log contradicts the package's history: nothing is added to it
     │   │   └── UploadOffsetError          ask where the upload stands, and go on from there
     │   ├── ContentMismatchError       the bytes are not what was declared
     │   ├── ChecksumMismatchError      a piece of an upload was damaged on its way: send the piece again
@@ -171,6 +172,12 @@ class SequenceBeyondLogError(ConflictError):
     """A read was to wait for an event that the log does not hold; waiting would not help."""
 
     problem = "sequence-beyond-log"
+
+
+class PackageQuarantinedError(ConflictError):
+    """The log holds an event that contradicts the package's history. Nothing is added to it; publish another one."""
+
+    problem = "package-quarantined"
 
 
 class UploadOffsetError(ConflictError):

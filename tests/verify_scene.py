@@ -49,6 +49,8 @@ class Scene:
     """The log that the oracle reads in place of the one in memory."""
     misplaced: list[Event] = field(default_factory=list)
     """Events that go to a partition that is not theirs."""
+    again: list[Event] = field(default_factory=list)
+    """Events that follow all others, in the partition that is theirs."""
     keys: dict[UUID, bytes] = field(default_factory=dict)
     """Keys of events, by their ids, that are not those of their packages."""
 
@@ -73,6 +75,7 @@ class Scene:
         for event in self.events:
             key = self.keys.get(event.event_id, str(event.package_id).encode())
             self.log.append_raw(self.log.partition_of(event.package_id), encode(event), key)
+        self.log.append(*self.again)
         for event in self.misplaced:
             partition = self.log.partition_of(event.package_id) + 1
             self.log.append_raw(partition % 3, encode(event), str(event.package_id).encode())

@@ -6,7 +6,7 @@ from schemas.digests import event_digest
 from schemas.events import Event, FileIngested, PackageCreated, PackageFinalized
 from services.core.manifest import manifest_items
 from services.core.paths import Unportable
-from services.core.state import FINALIZED, CommandState, FileState, PackageState
+from services.core.state import CREATED, FINALIZED, CommandState, FileState, PackageState
 from services.errors import CorruptError
 
 
@@ -20,6 +20,7 @@ def evolve(
 
     Raises:
         CorruptError: the event cannot follow the state: a gap in the sequence, a broken chain, an impossible order.
+            The state is as it was.
     """
     digest = digest or event_digest(event)
     payload = event.payload
@@ -37,6 +38,10 @@ def evolve(
         raise CorruptError(f"package {event.package_id}: {event.event_type} follows its finalization")
     if state.forgotten:
         raise CorruptError(f"package {event.package_id}: {event.event_type} follows files that are not kept any more")
+    command = state.commands.get(event.command_id)
+    done = 0 if command is None else command.done
+    if event.command_index != done or (state.unfinished not in (None, event.command_id)):
+        raise CorruptError(f"package {event.package_id}: event {event.sequence} is out of its command's order")
     match payload:
         case FileIngested():
             if payload.relative_path in state.files:
@@ -55,13 +60,43 @@ def evolve(
     return state
 
 
+def repeats(state: PackageState | None, event: Event) -> bool:
+    """Whether the package has the event already: its number is taken, and by this event as far as the state tells.
+
+    Of an open package the state tells it of every event, of a finalized one of the last.
+
+    Raises:
+        CorruptError: the number is that of another event, or none.
+    """
+    if state is None or event.sequence > state.sequence:
+        return False
+    if event.sequence < 1 or _is_another(state, event):
+        raise CorruptError(
+            f"package {event.package_id}: event {event.sequence} is there already, and its content is another one"
+        )
+    return True
+
+
+def _is_another(state: PackageState, event: Event) -> bool:
+    digest, payload = event_digest(event), event.payload
+    if event.sequence == state.sequence:
+        return digest != state.digest
+    if state.status != CREATED or state.forgotten:
+        return False
+    match payload:
+        case FileIngested():
+            known = state.files.get(payload.relative_path)
+            return known is None or (known.sequence, known.event_digest) != (event.sequence, digest)
+        case PackageCreated():
+            return (event.sequence, payload, event.created_at) != (1, state.created, state.created_at)
+    return True
+
+
 def _note_command(state: PackageState, event: Event, digest: bytes) -> None:
     command = state.commands.get(event.command_id)
     if command is None:
         command = CommandState(event.event_type, event.actor, event.command_count)
         state.commands[event.command_id] = command
-    if event.command_index != command.done or (state.unfinished not in (None, event.command_id)):
-        raise CorruptError(f"package {event.package_id}: event {event.sequence} is out of its command's order")
     command.done += 1
     command.last_sequence = event.sequence
     command.last_digest = digest

@@ -31,9 +31,14 @@ class Histories:
         self._report = complain
         self._named = 0
 
-    def follow(self, event: Event) -> tuple[bool, Claim | None]:
-        """Check the next event of its package; whether the package is new, and what the event claims of a blob."""
+    def follow(self, event: Event) -> tuple[bool, Claim | None] | None:
+        """Check the next event of its package; whether the package is new, and what the event claims of a blob.
+
+        None for an event whose number the package has already: it is passed over, as everybody does.
+        """
         head, is_new = self._notes.head(event.package_id)
+        if 1 <= event.sequence <= head.sequence:
+            return None
         place = f"package {event.package_id} event {event.sequence}"
         named = self._named
         payload = event.payload

@@ -8,7 +8,7 @@ from contextlib import aclosing
 from uuid import UUID
 
 from schemas.codec import UndecodableEventError, decode
-from schemas.digests import payload_digest_holds
+from schemas.digests import payload_digest_holds, record_digest
 from schemas.events import NO_DIGEST, Event, FileIngested, PackageFinalized
 from schemas.identifiers import event_id
 from services.errors import CorruptError
@@ -51,12 +51,32 @@ class LogCheck:
                 async for batch in batches:
                     for record in batch.records:
                         await self._read(record)
+            await self._compare_repeats()
         except CorruptError as error:
             self._report.add("gone", "log", f"reading stopped: {error.detail}")
         for package_id, command_id in self._notes.unfinished():
             self._report.unfinished_commands += 1
             self._report.add("unfinished-command", f"package {package_id}", f"command {command_id} waits for its retry")
         self._progress(self._report)
+
+    async def _compare_repeats(self) -> None:
+        """Look whether events that came again are those that were there: read once more up to the last of them."""
+        ends = self._notes.repeats_end()
+        async with aclosing(self._log.scan(dict.fromkeys(ends, 0), ends)) as batches:
+            async for batch in batches:
+                for record in batch.records:
+                    event = read_record(record, self._log.partition_of)
+                    if not isinstance(event, Event):
+                        continue
+                    first = record_digest(record.key, record.value)
+                    for offset, digest in self._notes.take_repeats(event):
+                        place = f"package {event.package_id} event {event.sequence}"
+                        if digest == first:
+                            self._report.repeated += 1
+                        else:
+                            where = f"at offset {offset} of partition {record.partition}"
+                            what = f"has another content {where} than at offset {record.offset}"
+                            self._report.add("repeated-event", place, what)
 
     async def _look_below(self) -> None:
         try:
@@ -90,8 +110,12 @@ class LogCheck:
         report.events += 1
         place = f"package {event.package_id} event {event.sequence}"
         self._check_place(record, event, place)
+        followed = self._histories.follow(event)
+        if followed is None:
+            self._notes.note_repeat(record, event)
+            return
         self._check_time(record, event, place)
-        is_new, claim = self._histories.follow(event)
+        is_new, claim = followed
         report.packages += is_new
         match event.payload:
             case FileIngested() as file:

@@ -17,8 +17,10 @@ from uuid import UUID
 
 import cbor2
 
-from schemas.events import NO_DIGEST, PackageCreated
+from schemas.digests import record_digest
+from schemas.events import NO_DIGEST, Event, PackageCreated
 from services.errors import UnavailableError
+from services.log.port import Record
 
 _CACHED_HEADS = 4096
 _CACHE_KIB = 16 * 1024
@@ -31,6 +33,10 @@ CREATE TABLE claims (
     key TEXT, start INTEGER, length INTEGER, blake3 BLOB, sha256 BLOB, whole INTEGER NOT NULL,
     package BLOB NOT NULL, sequence INTEGER NOT NULL, path TEXT NOT NULL,
     PRIMARY KEY (key, start, length, blake3, sha256)
+) WITHOUT ROWID;
+CREATE TABLE repeats (
+    package BLOB, sequence INTEGER, partition INTEGER, offset INTEGER, digest BLOB NOT NULL,
+    PRIMARY KEY (package, sequence, partition, offset)
 ) WITHOUT ROWID;
 """
 
@@ -175,6 +181,23 @@ class Notes:
         query = "SELECT package, open_command FROM packages WHERE open_command IS NOT NULL ORDER BY package"
         for package, command in self._db.execute(query):
             yield UUID(bytes=package), UUID(bytes=cbor2.loads(command)[0])
+
+    def note_repeat(self, record: Record, event: Event) -> None:
+        """Keep that the event's package had an event of its number already."""
+        digest = record_digest(record.key, record.value)
+        row = (event.package_id.bytes, event.sequence, record.partition, record.offset, digest)
+        self._db.execute("INSERT INTO repeats VALUES (?, ?, ?, ?, ?)", row)
+
+    def repeats_end(self) -> dict[int, int]:
+        """By partition, the offset behind the last event that came again."""
+        return dict(self._db.execute("SELECT partition, max(offset) + 1 FROM repeats GROUP BY partition").fetchall())
+
+    def take_repeats(self, event: Event) -> list[tuple[int, bytes]]:
+        """Offset and record digest of all that came again with the event's number. Forgets them."""
+        key = (event.package_id.bytes, event.sequence)
+        return self._db.execute(
+            "DELETE FROM repeats WHERE package = ? AND sequence = ? RETURNING offset, digest", key
+        ).fetchall()
 
     def note_claim(self, claim: Claim) -> None:
         """Keep a claim; of equal ones the first."""

@@ -19,6 +19,7 @@ KINDS = {
     "listed": "the embedded log lists an event under another number than its own: whoever reads by package stops there",
     "created-at": "created_at decreases within a partition",
     "sequence": "a package's events are not numbered 1, 2, 3 …",
+    "repeated-event": "an event has the number that an earlier one of its package has, and is another record",
     "chain": "previous_digest is not the digest of the event before it",
     "event-id": "event_id is not derived from package and sequence",
     "creation": "the first event, and only it, creates the package",
@@ -84,6 +85,8 @@ class Report:
     """How many of them were removed; None when none were to be."""
     skipped: int = 0
     """Records that are no events and are passed over, as an operator has confirmed; no violation."""
+    repeated: int = 0
+    """Records that came again, byte for byte, and are passed over, as mirrors repeat them; no violation."""
     administrative: int = 0
     """Records that belong to a partition of the log and to no package."""
     unfinished_commands: int = 0
@@ -123,6 +126,7 @@ class Report:
             "orphans": self.orphans,
             "removed": self.removed,
             "skipped": self.skipped,
+            "repeated": self.repeated,
             "administrative": self.administrative,
             "unfinished_commands": self.unfinished_commands,
             "views": self.views,

@@ -92,9 +92,11 @@ async def test_a_violation_changes_nothing_and_names_the_package(views: Views) -
     with pytest.raises(CorruptError, match=str(package_id)):
         await apply(views, REGISTRY, [history.events[0], history.events[2]], since=at, next_offsets={0: 2})
     twice = [history.events[0]]
+    another = History(7)
+    another.create()
     at = await apply(views, REGISTRY, twice, since=at, next_offsets={0: 1})
     with pytest.raises(CorruptError, match="artifact_packages"):
-        await apply(views, REGISTRY, twice, since=at, next_offsets={0: 2})
+        await apply(views, REGISTRY, [*twice, *another.events], since=at, next_offsets={0: 3})
     assert len((await view_rows(views))["artifact_packages"]) == len(before["artifact_packages"]) + 1
     assert await load_checkpoint(views, REGISTRY, LOG) == at
 

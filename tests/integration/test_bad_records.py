@@ -8,6 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,11 +17,19 @@ import pytest
 from confluent_kafka import Producer
 from pydantic import SecretStr
 
+from schemas.codec import decode, encode
 from services.config import Settings
-from services.core.commands import Acknowledgement
-from services.errors import BadRecordError, ConflictError, InvalidRequestError, UnavailableError
+from services.core.commands import Acknowledgement, Command
+from services.errors import (
+    BadRecordError,
+    ConflictError,
+    InvalidRequestError,
+    PackageQuarantinedError,
+    UnavailableError,
+)
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka.clients import make_consumer
+from services.log.port import Record
 from services.log.records import BadRecord, SkipRecord, read_record
 from tests.contract.log_stage import PATIENCE_SECONDS
 from tests.integration.conditions import until
@@ -35,6 +44,7 @@ from tests.integration.kafka_stage import (
 )
 from tests.integration.processes import ProductProcess, metrics_of, output_of, partitions_of, run_command
 from tests.services.process import free_ports
+from tests.unit.commands import finalize, ingest
 
 GARBAGE = b"18 bytes, no event"
 PARTITION = 1
@@ -184,6 +194,79 @@ async def test_an_event_that_does_not_belong_where_it_lies_is_none(kafka_url: st
         await writer.confirm_here(skip_of(await bad_record(log, PARTITION, offset)))
         assert (await writer.submit(create_in(PARTITION))).sequence == 1
         assert (await read_all(log)).count("v1.package.created") in (2, 3)  # the one in doubt may be recorded
+
+
+async def records_of(log: KafkaLog, partition: int) -> list[Record]:
+    end = (await log.end()).offsets
+    return [r async for batch in log.scan({partition: 0}, {partition: end[partition]}) for r in batch.records]
+
+
+def irregular(writer: KafkaWriter) -> tuple[int, int]:
+    """How many records came again in the partition, and how many packages are quarantined."""
+    status = next(s for s in writer.status_here() if s.partition == PARTITION)
+    return status.repeated, status.quarantined
+
+
+async def submitted(writer: KafkaWriter, command: Command) -> Acknowledgement:
+    """The command's answer, tried again with the same id while its outcome is unknown, as clients do."""
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while True:
+            try:
+                return await writer.submit(command)
+            except UnavailableError:
+                await asyncio.sleep(0)
+
+
+@pytest.mark.services
+async def test_records_that_come_again_are_passed_over_by_writers_and_readers(kafka_url: str, tmp_path: Path) -> None:
+    settings = kafka_settings(kafka_url, tmp_path)
+    async with open_kafka_log(settings) as log, gateway(settings, log) as writer:
+        await serving(writer)
+        made = create_in(PARTITION)
+        first = await writer.submit(made)
+        await writer.submit(ingest(made.package_id, "a", "b"))
+        for record in await records_of(log, PARTITION):
+            await asyncio.to_thread(stray, settings, value=record.value, key=record.key)
+        more = await submitted(writer, ingest(made.package_id, "c", name="more"))
+        assert more.sequence == 4
+        assert await writer.submit(made) == first
+        assert irregular(writer) == (3, 0)
+        assert [event.sequence async for event in log.read()] == [1, 2, 3, 4]
+
+
+@pytest.mark.services
+@pytest.mark.parametrize("kind", ["gap", "chain", "content"])
+async def test_a_contradicted_package_takes_no_more_events_and_others_go_on(
+    kafka_url: str, tmp_path: Path, kind: str
+) -> None:
+    settings = kafka_settings(kafka_url, tmp_path)
+    async with open_kafka_log(settings) as log:
+        made, ingested = create_in(PARTITION), None
+        async with gateway(settings, log) as writer:
+            await serving(writer)
+            ingested = ingest(made.package_id, "a")
+            await writer.submit(made)
+            recorded = await writer.submit(ingested)
+            last = decode((await records_of(log, PARTITION))[-1].value)
+            wrong = {
+                "gap": replace(last, sequence=7),
+                "chain": replace(last, sequence=3, previous_digest=bytes(32)),
+                "content": replace(last, actor="eve"),
+            }[kind]
+            await asyncio.to_thread(stray, settings, value=encode(wrong), key=str(wrong.package_id).encode())
+            other = create_in(PARTITION)
+            assert (await submitted(writer, other)).sequence == 1
+        # Also for a writer that goes on from the file.
+        async with gateway(settings, log) as writer:
+            await serving(writer)
+            assert irregular(writer) == (0, 1)
+            for refused in (ingest(made.package_id, "b", name="b"), finalize(made.package_id)):
+                with pytest.raises(PackageQuarantinedError, match="contradicts"):
+                    await writer.submit(refused)
+            with pytest.raises(PackageQuarantinedError):
+                await writer.check_ingest(made.package_id, ["b"], None)
+            assert await writer.submit(ingested) == recorded, "what was recorded is answered as before"
+            assert (await writer.submit(ingest(other.package_id, "a"))).sequence == 2
 
 
 @pytest.mark.services

@@ -21,6 +21,7 @@ from services.log.kafka import writer as writer_module
 from services.log.kafka.context import Counts
 from services.log.kafka.outcomes import given_up
 from services.log.kafka.requests import Request
+from services.log.kafka.state_file import Irregular
 from services.log.kafka.writer import PartitionWriter
 from services.log.port import NotAppendedError, PartitionNotOwnedError
 from tests.integration.kafka_stage import create_in
@@ -168,6 +169,7 @@ async def test_what_cannot_be_decided_for_want_of_memory_is_not_refused_for_good
     monkeypatch.setattr(writer_module, "decide", fails)
     writer._context.limits = Limits()  # type: ignore[misc]  # it is frozen where it is real
     (request,), _ = await taken(writer, 0)
-    state, asides = SimpleNamespace(package=lambda *_: None), SimpleNamespace(decision=lambda _: None)
+    state = SimpleNamespace(package=lambda *_: None, irregular=Irregular())
+    asides = SimpleNamespace(decision=lambda _: None)
     outcome = writer._decide(cast("Any", state), cast("Any", asides), request, 0, [])
     assert type(outcome) is UnavailableError

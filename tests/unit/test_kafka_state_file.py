@@ -11,18 +11,21 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from schemas.events import LogSkipped
 from services.core.commands import Command, IngestFiles
 from services.core.decide import acknowledge, decide
 from services.core.limits import ANSWERS_KEPT_MICROS, MAX_IDLE_MICROS, Limits
 from services.core.state import CREATED, FINALIZED, PackageState
-from services.errors import AnswerExpiredError, CommandReusedError, PackageAbandonedError
+from services.errors import AnswerExpiredError, CommandReusedError, CorruptError, PackageAbandonedError
 from services.file_lock import FileLock
 from services.log.kafka import state as state_module
 from services.log.kafka import state_file as state_file_module
 from services.log.kafka.loss import Loss, Witness
 from services.log.kafka.state import PartitionState
 from services.log.kafka.state_file import (
+    FORMAT,
     DiskFullError,
+    Irregular,
     Place,
     StateFile,
     StateFileError,
@@ -31,6 +34,7 @@ from services.log.kafka.state_file import (
 )
 from services.log.kafka.state_slots import Slot, claim
 from services.log.kafka.state_statements import BYTES, ROWS, Many
+from services.log.records import AdministrativeHead, administrative_event
 from tests.unit import commands
 from tests.unit.commands import stored
 
@@ -663,3 +667,44 @@ def test_a_state_that_is_in_memory_goes_back_to_the_disk(tmp_path: Path, monkeyp
     reopened = PartitionState(StateFile.open(tmp_path / NAME, PLACE))
     assert known(reopened, range(PACKAGES)) == before
     reopened.close()
+
+
+def test_what_is_irregular_in_a_partition_is_kept_with_its_state(tmp_path: Path) -> None:
+    writing = Writing(PartitionState(StateFile.create(tmp_path / NAME, PLACE)))
+    made = commands.create()
+    created = decide(None, made, 1_000, Limits()).events[0]
+    writing.run(made)
+    writing.state.apply(created)  # it comes again
+    gap = replace(created, sequence=7)
+    with pytest.raises(CorruptError, match="created twice"):
+        writing.state.apply(gap)
+    writing.state.quarantine(gap, "a gap")
+    writing.state.apply(replace(gap, sequence=8))
+    skipped = LogSkipped(PLACE.identity, PLACE.partition, 5, bytes(32), 18, "no event", "")
+    event = administrative_event(skipped, None, created_at=2_000, actor="ada", command_id=UUID(int=1))
+    writing.state.note_administrative(event)
+    writing.state.note_skipped()
+    elsewhere = administrative_event(
+        replace(skipped, log=UUID(int=9)), None, created_at=3_000, actor="ada", command_id=UUID(int=1)
+    )
+    writing.state.note_administrative(elsewhere)  # of the log that this one is a copy of
+    writing.state.confirm(9, b"the last")
+    assert writing.state.close()
+    state = PartitionState(StateFile.open(tmp_path / NAME, PLACE))
+    kept = Irregular(AdministrativeHead.of(event), 1, 1, {made.package_id: "a gap"})
+    assert (state.irregular, state.last_created_at) == (kept, 3_000)
+    state.close()
+
+
+def test_a_file_of_the_format_before_is_brought_to_this_one(tmp_path: Path) -> None:
+    path = filled(tmp_path / NAME)
+    connection = sqlite3.connect(path)
+    with connection:
+        connection.execute("DROP TABLE irregular")
+        connection.execute(f"PRAGMA user_version = {FORMAT - 1}")
+    connection.close()
+    for _ in range(2):
+        state = PartitionState(StateFile.open(path, PLACE))
+        assert state.irregular == Irregular()
+        assert state.package(commands.create(3).package_id) is not None
+        state.close()

@@ -118,3 +118,16 @@ async def test_verify_names_a_record_that_is_no_event_until_it_is_confirmed(tmp_
     assert (report.violations, report.skipped, report.administrative) == ([], 1, 1)
     later = skip_of(scene.log, bad, AdministrativeHead.of(event))
     assert later.sequence == 2
+
+
+@pytest.mark.parametrize("same", [True, False])
+async def test_verify_says_whether_what_came_again_is_the_same_record(tmp_path: Path, same: bool) -> None:
+    scene = await whole_scene(tmp_path)
+    second = scene.events[1]
+    scene.again = [scene.events[0], second if same else replace(second, actor="eve")]
+    scene.append()
+    await scene.fold()
+    report = await scene.verify()
+    kinds = {violation.kind for violation in report.violations}
+    assert report.repeated == 1 + same
+    assert kinds == (set() if same else {"repeated-event"})

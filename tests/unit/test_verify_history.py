@@ -69,7 +69,7 @@ def judged(events: list[Event], cached_heads: int = 4096) -> tuple[list[tuple[st
     said: list[tuple[str, str, str]] = []
     with Notes(cached_heads) as notes:
         histories = Histories(notes, lambda *what: said.append(what))
-        claims = [histories.follow(event)[1] for event in events]
+        claims = [followed[1] for event in events if (followed := histories.follow(event)) is not None]
         said += [("unfinished-command", str(package), str(command)) for package, command in notes.unfinished()]
     return said, claims
 

@@ -12,7 +12,6 @@ import pytest
 from sqlalchemy import select
 
 from schemas.events import Event, FileIngested
-from services.errors import CorruptError
 from services.views.checkpoints import apply, load_checkpoint
 from services.views.engine import Views
 from services.views.projections import PROJECTIONS
@@ -91,9 +90,8 @@ async def test_an_event_that_comes_twice_is_not_counted_twice(views: Views) -> N
     package_id = history.create()
     history.ingest(package_id, "a")
     await fold(views, history.events)
-    for again in (history.events, history.events[1:]):
-        with pytest.raises(CorruptError):
-            await fold(views, again)
+    for again in (history.events[:1], history.events[1:]):
+        await fold(views, again)
     assert await totals(views) == expected(history.events)
 
 

@@ -89,6 +89,11 @@ def a_number_is_left_out(scene: Scene) -> None:
     scene.events = chained(events, numbered=False)
 
 
+@damage("repeated-event")
+def an_event_of_a_number_that_is_taken_has_another_content(scene: Scene) -> None:
+    scene.again.append(replace(scene.events[1], actor="eve", created_at=scene.events[-1].created_at))
+
+
 @damage("chain")
 def a_link_is_broken(scene: Scene) -> None:
     scene.events[2] = replace(scene.events[2], previous_digest=bytes(32))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
@@ -27,6 +28,9 @@ from services.log.records import BadRecord, Skips, is_administrative, read_recor
 _FIELDS = tuple(field.name for field in fields(Event))
 _BATCH = 500
 _SCAN_BATCH = 2000
+_REMEMBERED = 10_000
+"""Of so many packages a reader knows the last number, to pass over records that come again."""
+
 _POLL_SECONDS = 0.5
 _T = TypeVar("_T")
 
@@ -242,6 +246,7 @@ class _Reading:
         self._done = False
         self._skips = Skips(log)
         self._stopped: BadRecord | None = None
+        self._sequences: OrderedDict[UUID, int] = OrderedDict()
         self._watch = Watch(position.log, log.identity)
 
     async def some(self) -> list[RecordedEvent] | None:
@@ -280,13 +285,21 @@ class _Reading:
                 self._position = self._position.after(record.partition, record.offset)
                 if isinstance(found, BadRecord):
                     events.append(found)
-                elif not is_administrative(found):
+                elif not is_administrative(found) and not self._came_again(found):
                     events.append(recorded(found, self._position))
         if self._ends is not None:
             reached = self._reader.reached()
             self._watch.took(reached, time.monotonic() - began)
             self._done = all(offset >= self._ends[p] for p, offset in reached.items())
         return events
+
+    def _came_again(self, event: Event) -> bool:
+        """Whether the event's package had its number before, among the packages that were read lately."""
+        last = self._sequences.pop(event.package_id, 0)
+        self._sequences[event.package_id] = max(last, event.sequence)
+        if len(self._sequences) > _REMEMBERED:
+            self._sequences.popitem(last=False)
+        return 1 <= event.sequence <= last
 
     def _close(self) -> None:
         if self._reader is not None:

@@ -9,6 +9,7 @@ from services.errors import (
     CorruptError,
     LogIdentityError,
     LogLostError,
+    PackageQuarantinedError,
     PushBackError,
     RejectedError,
     UnavailableError,
@@ -52,6 +53,13 @@ def refused(error: Exception) -> tuple[Exception, float] | None:
     if isinstance(error, ConfigurationError):
         return error, REFUSE_SECONDS  # somebody may mend it: a right that was taken away, a topic
     return None
+
+
+def quarantined(cause: str) -> PackageQuarantinedError:
+    """The answer to whatever would add to a package whose history is contradicted."""
+    return PackageQuarantinedError(
+        f"nothing is added to a package whose history the log contradicts ({cause}): publish it as another one"
+    )
 
 
 def told(request: Request, error: Exception) -> Exception:

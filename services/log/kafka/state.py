@@ -18,7 +18,7 @@ from blake3 import blake3
 from schemas.events import Event, LossAccepted
 from schemas.identifiers import partition_id
 from services.core.decide import Decision, accept
-from services.core.evolve import evolve
+from services.core.evolve import evolve, repeats
 from services.core.limits import ANSWERS_KEPT_MICROS, MAX_IDLE_MICROS
 from services.core.state import ABANDONED, CREATED, FINALIZED, PackageState
 from services.log.kafka.state_file import (
@@ -170,23 +170,35 @@ class PartitionState:
         if not known and package.status == CREATED and self._standing_of(package.package_id) == standing:
             self._hold(package)
 
-    def apply(self, event: Event) -> PackageState:
-        """Fold one more event in, ahead of the log until it is confirmed; its package after it.
+    def apply(self, event: Event) -> None:
+        """Fold one more event in, ahead of the log until it is confirmed.
 
-        Raises CorruptError when the event cannot follow.
+        One that its package has already is passed over, and so is all that comes of a quarantined package. Raises
+        CorruptError when the event contradicts the history of its package; the state is as it was.
         """
         package_id = event.package_id
+        if package_id in self.irregular.quarantined:
+            self._note_passed(event.created_at)
+            return
         before = self._whole(package_id)
+        if repeats(before, event):
+            self.irregular.repeated += 1
+            self._note_passed(event.created_at)
+            return
         if before is not None and before.status == ABANDONED:
             # A process of a release without this rule went on with it: only the whole log has its files.
             self._broken = True
             raise UnusableStateError(f"the state has put package {package_id} away, and an event of it followed")
-        self._ahead = True
         state = evolve(before, event)
+        self._ahead = True
         self._note_change(state, new=before is None)
         self._unsaved += 1
         self.last_created_at = max(self.last_created_at, event.created_at)
-        return state
+
+    def quarantine(self, event: Event, cause: str) -> None:
+        """Pass over an event that contradicts its package's history, and over all that comes of the package."""
+        self.irregular.quarantined[event.package_id] = cause
+        self._note_passed(event.created_at)
 
     def accept(self, before: PackageState | None, decision: Decision) -> PackageState:
         """Fold in what was just decided on `before`, ahead of the log until it is confirmed."""

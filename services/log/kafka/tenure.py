@@ -94,7 +94,7 @@ class Tenure:
     """Used by one thread. Every method blocks.
 
     The fold stops before a record that is no event, unless an operator has confirmed it: the tenure then takes that
-    confirmation (`skip`) and nothing else, until the fold has come to its end (`require_whole`).
+    confirmation (`skip`) and nothing else, until nothing is `stopped`.
 
     Any exception from `hand_over` or `commit` leaves the outcome unknown: close the tenure, begin another, and look at
     its state.
@@ -232,11 +232,6 @@ class Tenure:
     def stopped(self) -> BadRecord | None:
         """The record that the fold stands before; None when everything was folded."""
         return self._stopped
-
-    def require_whole(self) -> None:
-        """Raise BadRecordError while the fold stands before a record that is no event."""
-        if self._stopped is not None:
-            raise self._stopped.error
 
     def record(self, confirmation: Confirmation, now: int, require_readers: Callable[[], None]) -> AdministrativeHead:
         """As `skip` or `accept`: number and digest of what is recorded, now or before."""
@@ -626,7 +621,14 @@ class Tenure:
         elif is_administrative(found):
             self.state.note_administrative(found)
         else:
-            self.state.apply(found)
+            try:
+                self.state.apply(found)
+            except CorruptError as error:
+                if self.restored_from != FROM_LOG:
+                    raise  # the state may be what is wrong: only the log itself is believed
+                place = f"offset {record.offset} of partition {record.partition}"
+                _LOG.error("package %s takes no more events: %s, at %s", found.package_id, error.detail, place)
+                self.state.quarantine(found, f"{error.detail}, at {place}")
         self.state.confirm(record.offset, record.value)
 
     def _read(self, record: Record) -> Event | BadRecord:
@@ -692,7 +694,11 @@ class Tenure:
         self._end = max(self._end, target)
         _open(self._tail).close()
         self._tail = Reader(self._kafka, {self._partition: self.state.position})
-        self._read_to(target)
+        try:
+            self._read_to(target)
+        except CorruptError as error:
+            # The state may be what is wrong, as at a take-over, which finds that out.
+            raise UnavailableError(f"partition {self._partition} is to be read again: {error.detail}") from error
 
     def _cause(self, what: str) -> str:
         partition, kafka = self._partition, self._kafka

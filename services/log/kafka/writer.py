@@ -30,7 +30,7 @@ from services.log.kafka.context import WriterContext
 from services.log.kafka.deadlines import Deadlines
 from services.log.kafka.failures import HeldError, refusal, spoiled_by_record
 from services.log.kafka.loss import Loss
-from services.log.kafka.outcomes import given_up, in_doubt, lost, refused, told
+from services.log.kafka.outcomes import given_up, in_doubt, lost, quarantined, refused, told
 from services.log.kafka.requests import CHECK_SECONDS, MAX_BATCH_BYTES, TOGETHER, IngestCheck, Request, Waiting, runs_of
 from services.log.kafka.state import TIDY_SECONDS, PartitionState
 from services.log.kafka.state_file import Irregular
@@ -437,7 +437,7 @@ class PartitionWriter:
         """Commands of one package that add files to it, together if they can be, or any other request."""
         commands = [request.asked for request in run if isinstance(request.asked, IngestFiles)]
         package = state.package(run[0].asked.package_id) if len(commands) > 1 else None
-        if package is not None:
+        if package is not None and package.package_id not in state.irregular.quarantined:
             decision = None
             # Which of them it is, and what is wrong with it, is found by deciding each by itself.
             try:
@@ -457,13 +457,18 @@ class PartitionWriter:
     ) -> _Outcome:
         asked, limits = request.asked, self._context.limits
         package = state.package(asked.package_id, asked.command_id)
+        contradicted = state.irregular.quarantined.get(asked.package_id)
         try:
+            if contradicted is not None and (package is None or isinstance(asked, IngestCheck)):
+                raise quarantined(contradicted)
             if isinstance(asked, IngestCheck):
                 check_ingest(package, asked.package_id, asked.relative_paths, asked.command_id, now, limits)
                 return None
             decision = asides.decision(asked) or decide(package, asked, now, limits)
             if decision.appended is not None and request.failures > TOGETHER:
                 return given_up(request, decision.done)
+            if decision.appended is not None and contradicted is not None:
+                raise quarantined(contradicted)
             if decision.claim_check is not None:
                 return UnavailableError("the manifest is not stored yet; retry with the same command id")
         except ArtifactStoreError as error:

@@ -1,4 +1,4 @@
-"""The check that every reader makes: per package, each event's sequence is the last one plus one."""
+"""The check that every projection makes: per package, each event's sequence is the last one plus one."""
 
 from __future__ import annotations
 
@@ -21,11 +21,16 @@ async def known_packages(
 ) -> dict[UUID, tuple[Any, ...]]:
     """What a view holds of the events' packages: from package id to the values of `columns`.
 
-    Packages whose first event is among the events are left out: their rows are yet to be inserted, and an insert of
-    one that is there already fails by itself.
+    Packages whose first event is among several events are left out: their rows are yet to be inserted, and an insert
+    of one that is there already fails by itself. The events are then folded one by one, and it is seen that this one
+    comes again.
     """
+    events = list(events)
+    if len(events) == 1:
+        wanted = [events[0].package_id]
+        return {row[0]: row[1:] for row in await find_rows(connection, [key, *columns], wanted)}
     begun: set[UUID] = set()
-    wanted: list[UUID] = []
+    wanted = []
     last: UUID | None = None
     for event in events:
         package_id = event.package_id
@@ -37,11 +42,16 @@ async def known_packages(
     return {row[0]: row[1:] for row in await find_rows(connection, [key, *columns], wanted)}
 
 
-def check_follows(event: Entry, last_sequence: int) -> None:
-    """Raise CorruptError unless the event is the one after `last_sequence` (0: the package is not known)."""
+def follows(event: Entry, last_sequence: int) -> bool:
+    """Whether the event is the one after `last_sequence` (0: the package is not known); False when it comes again.
+
+    An event that comes again, as mirrors repeat records, is to be passed over. Raises CorruptError: it is neither.
+    """
+    if 1 <= event.sequence <= last_sequence:
+        return False
     creates = isinstance(event, Event) and isinstance(event.payload, PackageCreated)
     if event.sequence == last_sequence + 1 and creates == (event.sequence == 1):
-        return
+        return True
     event_type = FILE_INGESTED if isinstance(event, FileFields) else event.event_type
     if event.sequence != last_sequence + 1:
         raise CorruptError(

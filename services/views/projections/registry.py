@@ -17,7 +17,7 @@ from services.core.state import CREATED, FINALIZED
 from services.errors import CorruptError
 from services.views.bulk import Row, insert_rows, update_rows
 from services.views.projections.file_rows import insert_files
-from services.views.projections.order import check_follows, known_packages
+from services.views.projections.order import follows, known_packages
 from services.views.projections.port import Tables
 from services.views.tables import artifact_files, artifact_manifests, artifact_packages, storage_locations
 
@@ -65,10 +65,12 @@ def _follow_all(changes: dict[UUID, _Change], entries: Sequence[Entry]) -> tuple
             package_id = entry.package_id
             change = changes.get(package_id)
         if isinstance(entry, FileFields) and change and change.status == CREATED:
-            if entry.sequence != change.last_sequence + 1:
-                check_follows(entry, change.last_sequence)
+            if entry.sequence != change.last_sequence + 1 and not follows(entry, change.last_sequence):
+                continue
             change.last_sequence = entry.sequence
             files.append(entry)
+            continue
+        if not follows(entry, change.last_sequence if change else 0):
             continue
         change = _follow(changes, entry)
         if isinstance(entry, Event) and isinstance(entry.payload, PackageFinalized):
@@ -80,8 +82,7 @@ def _follow_all(changes: dict[UUID, _Change], entries: Sequence[Entry]) -> tuple
 
 def _follow(changes: dict[UUID, _Change], entry: Entry) -> _Change:
     change = changes.get(entry.package_id)
-    check_follows(entry, change.last_sequence if change else 0)
-    if change is None and isinstance(entry, Event):  # `check_follows` has seen to it: the first event is no file
+    if change is None and isinstance(entry, Event):  # `follows` has seen to it: the first event is no file
         change = changes[entry.package_id] = _Change(0, CREATED, entry)
     if change is None or change.status != CREATED:
         raise CorruptError(f"package {entry.package_id}: event {entry.sequence} follows its finalization")
@@ -91,7 +92,7 @@ def _follow(changes: dict[UUID, _Change], entry: Entry) -> _Change:
 
 def _package(event: Event, change: _Change) -> Row:
     created = event.payload
-    if not isinstance(created, PackageCreated):  # `check_follows` has seen to it
+    if not isinstance(created, PackageCreated):  # `follows` has seen to it
         raise CorruptError(f"package {event.package_id} begins with {event.event_type}")
     return (
         event.package_id,

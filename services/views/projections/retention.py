@@ -17,7 +17,7 @@ from schemas.batch import Entry, entries_of
 from schemas.events import Event, PackageCreated, PackageFinalized
 from services.core.retention import retain_until
 from services.views.bulk import insert_rows, update_rows
-from services.views.projections.order import check_follows, known_packages
+from services.views.projections.order import follows, known_packages
 from services.views.projections.port import Tables
 from services.views.tables import retention_state
 
@@ -69,7 +69,8 @@ class RetentionProjection:
 def _follow_all(changes: dict[UUID, _Change], entries: Sequence[Entry]) -> None:
     for entry in entries:
         change = changes.get(entry.package_id)
-        check_follows(entry, change.last_sequence if change else 0)
+        if not follows(entry, change.last_sequence if change else 0):
+            continue
         if isinstance(entry, Event):
             match entry.payload:
                 case PackageCreated(retention_class=name, retention_days=days):

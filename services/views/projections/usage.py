@@ -18,7 +18,7 @@ from schemas.events import Event, PackageCreated
 from schemas.file_fields import FileFields
 from services.errors import CorruptError
 from services.views.bulk import insert_rows, on_postgresql, update_rows, upsert
-from services.views.projections.order import check_follows, known_packages
+from services.views.projections.order import follows, known_packages
 from services.views.projections.port import Tables
 from services.views.tables import usage_packages, usage_totals
 
@@ -70,7 +70,8 @@ class UsageProjection:
 def _follow_all(packages: dict[UUID, _Package], totals: dict[_Key, list[int]], entries: Sequence[Entry]) -> None:
     for entry in entries:
         package = packages.get(entry.package_id)
-        check_follows(entry, package.last_sequence if package else 0)
+        if not follows(entry, package.last_sequence if package else 0):
+            continue
         if isinstance(entry, Event) and isinstance(entry.payload, PackageCreated):
             created = entry.payload
             package = _Package(0, created.producer, created.retention_class, begun_here=True)

@@ -127,6 +127,8 @@ def verify(settings: Settings, verdict: Verdict) -> None:
     for violation in found["violations"]:
         verdict.say(f"verify: {violation['kind']} {violation['place']}: {violation['detail']}")
     verdict.violations += found["violation_count"]
+    if found["repeated"]:
+        verdict.violation(f"verify: {found['repeated']} records are in the log twice", found["repeated"])
     for view in PROJECTIONS:
         if view not in found["views"]:
             verdict.violation(f"the view {view} was not compared with the log")
