@@ -183,7 +183,8 @@ IDEMPOTENCY_KEY = Parameter(
     names.IDEMPOTENCY_KEY,
     "header",
     _key,
-    "Names this write, so that a repeat answers as the first did; with another request it is refused",
+    "Names this write, so that a repeat answers as the first did, until 24 hours after the package is finalized; with "
+    "another request it is refused",
     {"type": "string", "format": "uuid"},
 )
 ACTOR = Parameter(

@@ -51,7 +51,8 @@ class Registry(ABC):
 
     The named operations (`create_package` … `tail_events`) are what most callers want; the primitives beneath them
     return whole acknowledgements and pages. Every operation may raise UnavailableError or PushBackError, after which a
-    retry with the same `command_id` is safe: a repeat answers as the first did.
+    retry with the same `command_id` is safe: a repeat answers as the first did. That holds until 24 hours after the
+    package is finalized; then a command of it may raise AnswerExpiredError, whether it was recorded or not.
     """
 
     async def create_package(
@@ -91,8 +92,8 @@ class Registry(ABC):
         """Stream a file into the package and return its id, once its bytes and its event are durable.
 
         Raises:
-            PackageNotFoundError, IllegalPackageStateError, DuplicateRelativePathError, InvalidPathError: before the
-                body is read, and again when it is stored.
+            PackageNotFoundError, IllegalPackageStateError, DuplicateRelativePathError, PathConflictError,
+                InvalidPathError: before the body is read, and again when it is stored.
             ContentMismatchError: the bytes are not what `declared` says.
             TooLargeError, CommandReusedError.
         """
@@ -111,6 +112,8 @@ class Registry(ABC):
         self, package_id: UUID, actor: str = _ANYONE, *, command_id: UUID | None = None
     ) -> ContentAddress:
         """Freeze the package and return its manifest's content address.
+
+        `finalize` also tells which paths differ only by case or Unicode form, and so cannot be unpacked everywhere.
 
         Raises:
             PackageNotFoundError, IllegalPackageStateError: there is no such package, or it is finalized already.

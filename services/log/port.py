@@ -178,7 +178,8 @@ class CommandWriter(Protocol):
         A repeat of a command id gets the first answer. Wherever the package's writer is, the caller sees only delay.
 
         Raises, at once or when it is awaited:
-            RejectedError: refused for good, nothing recorded.
+            RejectedError: refused for good; it records nothing.
+            AnswerExpiredError, PackageAbandonedError: an earlier try may be recorded, and its answer is not kept.
             PushBackError: nothing recorded, retry after a while.
             UnavailableError: the outcome is unknown; retry with the same command id.
         """

@@ -13,6 +13,7 @@ import pytest
 
 from services.config import Settings
 from tests.integration.http_gateway import RunningGateway, running_gateway
+from tests.integration.processes import output_of
 
 FILES = 100_000
 TENTH = FILES // 10
@@ -25,6 +26,7 @@ async def test_the_last_tenth_of_a_hundred_thousand_puts_takes_no_longer_than_th
     settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The last tenth of one package goes beside the first tenth of another: so the machine is as busy with both."""
+    await asyncio.to_thread(output_of, settings, "migrate")
     seconds: dict[UUID, list[float]] = {}
     async with running_gateway(settings) as gateway:
         for _ in range(2):
