@@ -25,13 +25,14 @@ from services.core.wire import (
     encode_command,
 )
 from services.errors import InvalidRequestError, PushBackError, UnavailableError
-from services.log.port import PartitionStatus
+from services.log.port import PackageExtent, PartitionStatus
 from services.log.records import AcceptLoss, Confirmation, SkipRecord
 from services.tracing import TRACEPARENT
 
 CONTENT_TYPE = "application/cbor"
 COMMANDS_PATH = "/commands"
 CHECKS_PATH = "/checks"
+EXTENTS_PATH = "/extents"
 STATUS_PATH = "/status"
 CONFIRMATIONS_PATH = "/confirmations"
 WIRE_READS = "Artifact-Store-Wire-Reads"
@@ -105,6 +106,11 @@ class HttpForwarder:
         answer = await self._post(owner_url, CONFIRMATIONS_PATH, encode_confirmation(confirmation))
         return decode_acknowledgement(answer, OLDEST)
 
+    async def extent(self, owner_url: str, package_id: UUID) -> PackageExtent | None:
+        """See `Forwarder`. An owner of the previous release does not know the question: UnavailableError."""
+        with self._place(owner_url):
+            return decode_extent(await self._post(owner_url, EXTENTS_PATH, package_id.bytes))
+
     @contextmanager
     def _place(self, owner_url: str) -> Iterator[None]:
         on_their_way = self._on_their_way
@@ -154,6 +160,24 @@ class HttpForwarder:
             self._versions[owner_url] = known
         else:
             self._versions.pop(owner_url, None)
+
+
+def encode_extent(found: PackageExtent | None) -> bytes:
+    """Where a package's events lie, as CBOR."""
+    return cbor2.dumps(None if found is None else [found.created_at, found.last_sequence])
+
+
+def decode_extent(data: bytes) -> PackageExtent | None:
+    """Read what `encode_extent` gave. Raises UnavailableError when it is of another release."""
+    try:
+        match cbor2.loads(data):
+            case None:
+                return None
+            case [int() as created_at, (int() | None) as last_sequence]:
+                return PackageExtent(created_at, last_sequence)
+    except (cbor2.CBORDecodeError, ValueError, TypeError):
+        pass
+    raise UnavailableError("the owner of the partition gave an answer that cannot be read")
 
 
 def encode_confirmation(confirmation: Confirmation) -> bytes:

@@ -82,7 +82,7 @@ class Gateway:
     ) -> None:
         """`siblings` are the other processes of a gateway of several."""
         self.registry = registry
-        self.tail = Tail(log)
+        self.tail = Tail(log, extent=registry.package_extent)
         self.ready = ReadyAnswers(checks)
         self.bounds = bounds
         self.metrics = metrics

@@ -19,10 +19,12 @@ from ingest_gateway.forwarding import (
     COMMANDS_PATH,
     CONFIRMATIONS_PATH,
     CONTENT_TYPE,
+    EXTENTS_PATH,
     STATUS_PATH,
     WIRE_READS,
     WIRE_VERSION,
     decode_confirmation,
+    encode_extent,
     encode_status,
 )
 from services.addresses import ListenAddress
@@ -38,7 +40,7 @@ from services.errors import (
     UnavailableError,
 )
 from services.log.kafka.settings import INTERFACE
-from services.log.port import PartitionNotOwnedError, PartitionStatus
+from services.log.port import PackageExtent, PartitionNotOwnedError, PartitionStatus
 from services.log.records import Confirmation
 from services.tracing import TRACEPARENT, traceparent
 
@@ -66,6 +68,9 @@ class Here(Protocol):
 
     async def confirm_here(self, confirmation: Confirmation) -> Acknowledgement:
         """Record what an operator confirmed; PartitionNotOwnedError when this process is not the owner."""
+
+    async def extent_here(self, package_id: UUID) -> PackageExtent | None:
+        """As `CommandWriter.extent`; PartitionNotOwnedError when this process is not the owner."""
 
     def status_here(self) -> Sequence[PartitionStatus]:
         """How the partitions are that this process owns."""
@@ -130,6 +135,7 @@ class InternalListener:
         for prefix in ("", INTERFACE):  # of gateways that were told the URL without it, and with it
             app.router.add_post(prefix + COMMANDS_PATH, self._command)
             app.router.add_post(prefix + CHECKS_PATH, self._check)
+            app.router.add_post(prefix + EXTENTS_PATH, self._extent)
             app.router.add_post(prefix + STATUS_PATH, self._status)
             app.router.add_post(prefix + CONFIRMATIONS_PATH, self._confirmation)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=_DRAIN_SECONDS)
@@ -166,6 +172,16 @@ class InternalListener:
             with _of_another_release():
                 confirmation = decode_confirmation(body)
             return encode_acknowledgement(await here.confirm_here(confirmation), _version_of(request))
+
+        return await self._answer(request, carry_out)
+
+    async def _extent(self, request: web.Request) -> web.Response:
+        async def carry_out(here: Here, body: bytes) -> bytes:
+            try:
+                package_id = UUID(bytes=body)
+            except ValueError:
+                raise UnavailableError("the forwarded question has another form") from None
+            return encode_extent(await here.extent_here(package_id))
 
         return await self._answer(request, carry_out)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from uuid import UUID
 from ingest_gateway.feed import feed
 from services.errors import CorruptError, InvalidPositionError, UnavailableError
 from services.http.events import event_head
-from services.log.port import Log, RecordedEvent
+from services.log.port import Log, PackageExtent, RecordedEvent
 from services.log.position import Position
 
 ROOM_BYTES = 8 << 20
@@ -58,6 +58,8 @@ class TailEvent(NamedTuple):
         return len(self.head) + len(self.position_text) + _OFFSET_BYTES * len(self.position.offsets) + _EVENT_BYTES
 
 
+ExtentOf = Callable[[UUID], Awaitable[PackageExtent | None]]
+
 Frame = Callable[[str, bytes, str], bytes]
 """How an event is sent: from its type, its `event_head`, and the text of the position behind it."""
 
@@ -65,8 +67,10 @@ Frame = Callable[[str, bytes, str], bytes]
 class Tail:
     """What a gateway's followers share. Belongs to one event loop; reads while there is a follower."""
 
-    def __init__(self, log: Log, room_bytes: int = ROOM_BYTES) -> None:
+    def __init__(self, log: Log, room_bytes: int = ROOM_BYTES, extent: ExtentOf | None = None) -> None:
+        """`extent` tells where a package's events lie, so that not all of its partition is read."""
         self._log = log
+        self._extent = extent
         self._room_bytes = room_bytes
         self._turns = asyncio.Semaphore(READERS)
         self._followers = 0
@@ -128,7 +132,13 @@ class Tail:
         self, at: _Standing, package_id: UUID | None, frame: Frame, until: Position | None = None
     ) -> AsyncGenerator[bytes]:
         """What lies between where the follower stands and the log's end, or as much as its turn lets it read."""
-        async with self._turns, aclosing(self._log.read(at.position, package_id=package_id, until=until)) as events:
+        extent = None
+        if package_id is not None and self._extent is not None:
+            extent = await self._extent(package_id)
+            if extent is not None and until is None:
+                extent = PackageExtent(extent.created_at)  # a follower must have all up to the tail
+        events = self._log.read(at.position, package_id=package_id, extent=extent, until=until)
+        async with self._turns, aclosing(events):
             turn_ends = asyncio.get_running_loop().time() + TURN_SECONDS
             async for event in events:
                 at.position = event.position

@@ -20,6 +20,7 @@ from services.core.fields import check_text, metadata_text
 from services.core.limits import Limits
 from services.core.paths import check_path
 from services.errors import (
+    ArtifactStoreError,
     CorruptError,
     FileNotFoundInRegistryError,
     IllegalPackageStateError,
@@ -28,7 +29,7 @@ from services.errors import (
     RangeNotSatisfiableError,
     TooLargeError,
 )
-from services.log.port import CommandWriter, Log, RecordedEvent
+from services.log.port import EXTENT_SECONDS, CommandWriter, Log, PackageExtent, RecordedEvent
 from services.log.position import Position
 from services.manifest import to_json
 from services.registry import ManifestFormat, Registry
@@ -272,15 +273,33 @@ class DirectRegistry(Registry):
         cbor = found.inline if found.inline is not None else await self._claim(found.key, found.digest)
         return cbor if format == "cbor" else await asyncio.to_thread(to_json, cbor)
 
-    def read_events(
+    async def read_events(
         self,
         since: Position | None = None,
         *,
         package_id: UUID | None = None,
         follow: bool = False,
         poll_seconds: float = 0.1,
-    ) -> AsyncIterator[RecordedEvent]:
-        return self._log.read(since, package_id=package_id, follow=follow, poll_seconds=poll_seconds)
+    ) -> AsyncGenerator[RecordedEvent]:
+        extent = None if package_id is None else await self.package_extent(package_id)
+        events = self._log.read(since, package_id=package_id, extent=extent, follow=follow, poll_seconds=poll_seconds)
+        async with aclosing(events):
+            async for event in events:
+                yield event
+
+    async def package_extent(self, package_id: UUID) -> PackageExtent | None:
+        if self._freshen is not None:
+            return None  # the embedded log needs none
+        found = await self._writer.extent(package_id)
+        if found is not None:
+            return found
+        try:
+            async with asyncio.timeout(EXTENT_SECONDS):
+                package = await self._queries.package(package_id)
+        except (TimeoutError, ArtifactStoreError):
+            return None
+        # What the view has not seen may be in the log.
+        return None if package is None else PackageExtent(package.created_at)
 
     async def _record(
         self, package_id: UUID, placed: Sequence[Placed], actor: str, command_id: UUID | None

@@ -23,7 +23,7 @@ from services.errors import (
     InvalidRequestError,
     PackageNotFoundError,
 )
-from services.log.port import RecordedEvent
+from services.log.port import PackageExtent, RecordedEvent
 from services.log.position import Position
 from services.streams import from_any
 from services.views.models import DEFAULT_PAGE, File, Package, PackageFilter, Page, UsageTotal
@@ -149,6 +149,10 @@ class Registry(ABC):
         async for event in events:
             if event.sequence > since_sequence:
                 yield event
+
+    async def package_extent(self, package_id: UUID) -> PackageExtent | None:
+        """Where the package's events lie, as far as that can be learned at once; None: nothing is known."""
+        return None
 
     @abstractmethod
     async def create(

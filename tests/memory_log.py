@@ -14,7 +14,7 @@ from uuid import UUID, uuid4
 from schemas.codec import UndecodableEventError, decode, encode
 from schemas.events import AdministrativePayload, Event, LogSkipped
 from services.errors import CorruptError, InvalidPositionError, UnavailableError
-from services.log.port import Batch, Record, RecordedEvent, Settled, StartOffsets
+from services.log.port import Batch, PackageExtent, Record, RecordedEvent, Settled, StartOffsets
 from services.log.position import Position
 from services.log.records import AdministrativeHead, BadRecord, administrative_event, is_administrative
 
@@ -87,6 +87,7 @@ class MemoryLog:
         since: Position | None = None,
         *,
         package_id: UUID | None = None,
+        extent: PackageExtent | None = None,
         until: Position | None = None,
         follow: bool = False,
         poll_seconds: float = 0.1,

@@ -79,6 +79,17 @@ Settled = Callable[[], Awaitable[None]]
 """Returns when nothing that was read is on its way into the view any more."""
 
 
+@dataclass(frozen=True, slots=True)
+class PackageExtent:
+    """What is known of where a package's events lie: when it was created (µs since 1970), and its last event's number.
+
+    The last event may be a later one by now; None when nothing is known of it.
+    """
+
+    created_at: int
+    last_sequence: int | None = None
+
+
 class Log(Protocol):
     """Reading the log of record. Only committed events are seen, in order per partition."""
 
@@ -99,6 +110,7 @@ class Log(Protocol):
         since: Position | None = None,
         *,
         package_id: UUID | None = None,
+        extent: PackageExtent | None = None,
         until: Position | None = None,
         follow: bool = False,
         poll_seconds: float = 0.1,
@@ -106,7 +118,8 @@ class Log(Protocol):
         """Read on from `since` (None: the start), of one package or of all.
 
         Ends at `until` (None: what was the end when reading began), or never when `follow` is set: then new events are
-        looked for at least every `poll_seconds`. Memory is bounded by a batch.
+        looked for at least every `poll_seconds`. With the package's `extent`, reading begins at its creation; without
+        `follow` it ends at its last event, however much the partition holds. Memory is bounded by a batch.
 
         Raises (on iteration): LogIdentityError (also when the log is made anew meanwhile), InvalidPositionError (beyond
             the end), UnavailableError (within a bound), CorruptError (a record cannot be decoded).
@@ -166,6 +179,10 @@ class Log(Protocol):
         """Release connections and threads; blocks until done."""
 
 
+EXTENT_SECONDS = 1.0
+"""How long it may take to learn where a package's events lie; without it more of the log is read."""
+
+
 class CommandWriter(Protocol):
     """Appending to the log: commands in, events appended exactly once, acknowledgements out."""
 
@@ -188,6 +205,12 @@ class CommandWriter(Protocol):
         """Ask the package's writer whether files of these paths could be ingested now.
 
         Raises as `submit`: PackageNotFoundError, IllegalPackageStateError, DuplicateRelativePathError, TooLargeError.
+        """
+
+    async def extent(self, package_id: UUID) -> PackageExtent | None:
+        """Where the package's events lie, as its writer knows; None when that cannot be learned at once.
+
+        Blocks for EXTENT_SECONDS at most, and never raises for what is away.
         """
 
     async def ready(self) -> str | None:
@@ -282,6 +305,9 @@ class Forwarder(Protocol):
 
     async def submit(self, owner_url: str, command: Command) -> Acknowledgement:
         """As `CommandWriter.submit`, at the owner; PartitionNotOwnedError when it is not the owner any more."""
+
+    async def extent(self, owner_url: str, package_id: UUID) -> PackageExtent | None:
+        """As `CommandWriter.extent`, at the owner; UnavailableError when it does not answer or is not the owner."""
 
     async def check_ingest(
         self, owner_url: str, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None

@@ -27,7 +27,7 @@ from services.errors import (
     UnavailableError,
 )
 from services.log.kafka.settings import INTERFACE
-from services.log.port import PartitionNotOwnedError, PartitionStatus
+from services.log.port import PackageExtent, PartitionNotOwnedError, PartitionStatus
 from services.log.records import Confirmation, SkipRecord
 from tests.integration.conditions import until
 from tests.services.process import free_ports
@@ -49,6 +49,7 @@ class Answering:
         self.seen: list[object] = []
         self.refusal: Exception | None = None
         self.manifest_digest: bytes | None = None
+        self.extent: PackageExtent | None = None
 
     async def submit_here(self, command: Command) -> Acknowledgement:
         self.seen.append(command)
@@ -64,6 +65,12 @@ class Answering:
     async def confirm_here(self, confirmation: Confirmation) -> Acknowledgement:
         self.seen.append(confirmation)
         return Acknowledgement(UUID(int=1), 3, bytes(32))
+
+    async def extent_here(self, package_id: UUID) -> PackageExtent | None:
+        self.seen.append(package_id)
+        if self.refusal is not None:
+            raise self.refusal
+        return self.extent
 
     def status_here(self) -> list[PartitionStatus]:
         return list(OWNED)
@@ -92,6 +99,21 @@ async def test_commands_and_questions_reach_the_owner_and_its_answer_comes_back(
         await forwarder.check_ingest(listener.url, command.package_id, ["ä"], None)
     assert answer == Acknowledgement(command.package_id, 7, bytes(32))
     assert writer.seen == [command, (command.package_id, ["ä"], None)]
+
+
+async def test_a_package_s_extent_comes_from_the_owner_or_not_at_all(
+    listener: InternalListener, writer: Answering
+) -> None:
+    package_id = create().package_id
+    async with HttpForwarder(SECRET) as forwarder:
+        for writer.extent in (None, PackageExtent(1_700_000_000_000_000, 7), PackageExtent(0)):
+            assert await forwarder.extent(listener.url, package_id) == writer.extent
+        writer.refusal = PartitionNotOwnedError("moved")
+        with pytest.raises(PartitionNotOwnedError):
+            await forwarder.extent(listener.url, package_id)
+        with pytest.raises(UnavailableError):  # as a release that does not know the question answers
+            await forwarder.extent(listener.url + "/older", package_id)
+    assert writer.seen == [package_id] * 4
 
 
 async def test_an_operators_confirmation_reaches_the_owner_also_below_the_path_of_its_release(

@@ -22,7 +22,7 @@ from services.log.kafka.context import Counts
 from services.log.kafka.owners import Owner
 from services.log.kafka.requests import IngestCheck
 from services.log.kafka.seeking import Seeking
-from services.log.port import Forwarder, NotAppendedError, PartitionNotOwnedError
+from services.log.port import Forwarder, NotAppendedError, PackageExtent, PartitionNotOwnedError
 from tests.unit.commands import create
 
 MADE = create()
@@ -69,6 +69,9 @@ class There:
 
     async def check_ingest(self, url: str, _package: UUID, _paths: Sequence[str], _command: UUID | None) -> None:
         await self.submit(url, MADE)
+
+    async def extent(self, _url: str, _package_id: UUID) -> PackageExtent | None:
+        return None
 
 
 def nobody(_asked: object, _partition: int) -> asyncio.Future[Acknowledgement | None]:

@@ -180,6 +180,14 @@ class Cluster:
         found = self._ask("asking for times", lambda admin: admin.list_offsets(request), or_nothing=True)
         return {p.partition: result.timestamp for p, result in found.items() if result.timestamp >= 0}
 
+    def at_time(self, partition: int, time_ms: int) -> int:
+        """The first offset with a record of this time (ms since 1970) or later; 0 when there is none."""
+        place = TopicPartition(self._kafka.topic, partition)
+        request = {place: _admin.OffsetSpec.for_timestamp(time_ms)}
+        found = self._ask("asking for an offset", lambda admin: admin.list_offsets(request), or_nothing=True)
+        offset: int = found[place].offset
+        return max(0, offset)
+
     def last_stable(self, partitions: Iterable[int]) -> dict[int, int]:
         """Per partition, the offset up to which every transaction is decided; committed readers get this far."""
         return self._offsets(partitions, _admin.OffsetSpec.latest(), IsolationLevel.READ_COMMITTED)

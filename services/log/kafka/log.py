@@ -21,7 +21,7 @@ from services.log.kafka.reader import Reader
 from services.log.kafka.settings import KafkaSettings
 from services.log.kafka.subscription import KafkaSubscription
 from services.log.kafka.watch import Watch
-from services.log.port import Batch, RecordedEvent, Settled, StartOffsets
+from services.log.port import Batch, PackageExtent, RecordedEvent, Settled, StartOffsets
 from services.log.position import Position
 from services.log.records import BadRecord, Skips, is_administrative, read_record
 
@@ -72,6 +72,7 @@ class KafkaLog:
         since: Position | None = None,
         *,
         package_id: UUID | None = None,
+        extent: PackageExtent | None = None,
         until: Position | None = None,
         follow: bool = False,
         poll_seconds: float = 0.1,
@@ -95,8 +96,15 @@ class KafkaLog:
             starts = {p: offset for p, offset in starts.items() if offset < ends[p]}
             if not starts:
                 return
-        key = None if package_id is None else record_key(package_id)
-        reading = _Reading(self, starts, None if follow else ends, key, position)
+        key = last = None
+        if package_id is not None:
+            key = record_key(package_id)
+            if extent is not None:
+                last = None if follow else extent.last_sequence
+                ((p, start),) = starts.items()
+                begins = await self.blocking(lambda: self.cluster.at_time(p, extent.created_at // 1000))
+                starts = {p: max(start, min(begins, ends[p]))}
+        reading = _Reading(self, starts, None if follow else ends, key, position, last)
         try:
             while (events := await reading.some()) is not None:
                 for event in events:
@@ -234,9 +242,17 @@ class _Reading:
     """One pass over the log: a reader in its own thread, asked for one batch at a time, so that memory is bounded."""
 
     def __init__(
-        self, log: KafkaLog, starts: dict[int, int], ends: dict[int, int] | None, key: bytes | None, position: Position
+        self,
+        log: KafkaLog,
+        starts: dict[int, int],
+        ends: dict[int, int] | None,
+        key: bytes | None,
+        position: Position,
+        last: int | None,
     ) -> None:
+        """`last` is the number of the last event of the package with this key, if it is known."""
         self._log = log
+        self._last = last
         self._starts = starts
         self._ends = ends
         self._key = key
@@ -287,6 +303,9 @@ class _Reading:
                     events.append(found)
                 elif not is_administrative(found) and not self._came_again(found):
                     events.append(recorded(found, self._position))
+                    if self._last is not None and found.sequence >= self._last:
+                        self._done = True
+                        return events
         if self._ends is not None:
             reached = self._reader.reached()
             self._watch.took(reached, time.monotonic() - began)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
+from contextlib import closing
 from pathlib import Path
 from uuid import UUID
 
@@ -30,6 +31,7 @@ from services.log.kafka.state_file import (
     UnusableStateError,
     remove,
 )
+from services.log.port import PackageExtent
 from services.log.records import AcceptedLoss, AdministrativeHead
 
 SAVE_EVENTS = 10_000
@@ -162,6 +164,16 @@ class PartitionState:
     def beside(self) -> StateFile:
         """The file once more, from which another thread loads a package for `adopt`."""
         return self._file.beside()
+
+    def extent(self, package_id: UUID) -> PackageExtent | None:
+        """Where the package's events lie, as far as that is known; from any thread, while the state is open."""
+        held = self._packages.get(package_id)
+        if held is not None:
+            return PackageExtent(held.created_at, held.sequence)
+        if not self.shared:
+            return None
+        with closing(self._file.beside()) as file:
+            return file.extent_of(package_id)
 
     def adopt(self, package: PackageState) -> None:
         """Hold a package in memory that was loaded `beside`, if it is what the file has by now."""

@@ -43,6 +43,7 @@ from services.log.kafka.state_rows import (
     unsealed,
 )
 from services.log.kafka.state_statements import Changes
+from services.log.port import PackageExtent
 from services.log.records import AcceptedLoss, AdministrativeHead
 
 _APPLICATION_ID = 0x61727470
@@ -318,6 +319,19 @@ class StateFile:
                 about = package_id, _UNKNOWN, created_at, last_event_at, sequence, digest
                 return PackageState(*about, ABANDONED, forgotten=True)
             return self._finalized_package(package_id, values, command_id, kept_after)
+
+    def extent_of(self, package_id: UUID) -> PackageExtent | None:
+        """When the package was created and its last event, at little cost; None when there is none."""
+        with _explained(self.path, reading=True):
+            row = self._connection.execute(
+                "SELECT body FROM packages WHERE package_id = ?", (package_id.bytes,)
+            ).fetchone()
+            if row is None:
+                return None
+            kind, *values = unsealed(row[0])
+            first = 2 if kind == FINALIZED else 1  # `_finalized_package` and `_open_package` name the values
+            created_at, _, sequence, *_ = values[first:]
+            return PackageExtent(created_at, sequence)
 
     def standing_of(self, package_id: UUID) -> tuple[str, int, bytes] | None:
         """Status, sequence and digest of the package, at little cost; None when there is none."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from threading import Event as Flag
 from threading import Thread
 from typing import Any
+from uuid import UUID
 
 from schemas.identifiers import partition_id
 from services.core.commands import Acknowledgement, Command, IngestFiles
@@ -33,9 +34,9 @@ from services.log.kafka.loss import Loss
 from services.log.kafka.outcomes import given_up, in_doubt, lost, quarantined, refused, told
 from services.log.kafka.requests import CHECK_SECONDS, MAX_BATCH_BYTES, TOGETHER, IngestCheck, Request, Waiting, runs_of
 from services.log.kafka.state import TIDY_SECONDS, PartitionState
-from services.log.kafka.state_file import Irregular
+from services.log.kafka.state_file import Irregular, StateFileError
 from services.log.kafka.tenure import Staged, Tenure
-from services.log.port import NotAppendedError, PartitionNotOwnedError, PartitionStatus
+from services.log.port import NotAppendedError, PackageExtent, PartitionNotOwnedError, PartitionStatus
 from services.log.records import BadRecord, Confirmation
 from services.tracing import TRACEPARENT
 
@@ -66,6 +67,8 @@ class PartitionWriter:
         self.restored_from: str | None = None
         self._trouble: str | None = "it is being taken over"
         self._memory_only: str | None = None
+        self._state: PartitionState | None = None
+        """What packages are asked about from other threads, while commands are served."""
         self._serving_since: float | None = None
         self._failed = 0
         """Take-overs that failed one after another."""
@@ -138,6 +141,15 @@ class PartitionWriter:
             self._confirmations.append((confirmation, answer))
             self._waiting.wake()
         return answer
+
+    def extent(self, package_id: UUID) -> PackageExtent | None:
+        """Where the package's events lie; None when that is not known now. Blocks for a look into the state file."""
+        state = self._state
+        try:
+            return None if state is None else state.extent(package_id)
+        except StateFileError as error:
+            _LOG.info("partition %d: %s", self.partition, error.detail)
+            return None
 
     def unanswered(self) -> list[asyncio.Future[Any]]:
         """What is waited for; on the event loop."""
@@ -261,6 +273,7 @@ class PartitionWriter:
             context.guard.require(self.partition, self._last_created_at)
             self.since = context.clock()
             self._trouble = None
+            self._state = tenure.state
             pause = _IDLE_SECONDS
             self._memory_only = tenure.state.memory_only
             while (batch := self._waiting.take(pause)) is not None:
@@ -285,6 +298,7 @@ class PartitionWriter:
         finally:
             self._waiting.put_back([*self._unproven, *asides.cancel()])
             self._unproven = []
+            self._state = None
             tenure.close()
 
     def _require_guard(self, batch: Sequence[Request]) -> None:

@@ -15,7 +15,7 @@ from services.clock import Clock, system_clock
 from services.config import Settings
 from services.core.commands import Acknowledgement, Command
 from services.core.limits import Limits
-from services.errors import ConfigurationError, PushBackError, UnavailableError
+from services.errors import ArtifactStoreError, ConfigurationError, PushBackError, UnavailableError
 from services.log.kafka.cluster import Topic
 from services.log.kafka.context import Counts, WriterContext
 from services.log.kafka.group import WriterGroup
@@ -29,7 +29,16 @@ from services.log.kafka.snapshots import Snapshots
 from services.log.kafka.turns import Turns
 from services.log.kafka.under_way import UnderWay
 from services.log.kafka.writer import PartitionWriter
-from services.log.port import Forwarder, PartitionNotOwnedError, PartitionStatus, PutManifest, SnapshotStore, TimedStore
+from services.log.port import (
+    EXTENT_SECONDS,
+    Forwarder,
+    PackageExtent,
+    PartitionNotOwnedError,
+    PartitionStatus,
+    PutManifest,
+    SnapshotStore,
+    TimedStore,
+)
 from services.log.records import Confirmation
 
 SUBMIT_SECONDS = 30.0
@@ -154,6 +163,27 @@ class KafkaWriter:
         await self._routed(
             asked, lambda forwarder, url: forwarder.check_ingest(url, package_id, relative_paths, command_id)
         )
+
+    async def extent(self, package_id: UUID) -> PackageExtent | None:
+        """See `CommandWriter`."""
+        try:
+            async with asyncio.timeout(EXTENT_SECONDS):
+                partition = self._log.partition_of(package_id)
+                if partition in self._writers:
+                    return await self.extent_here(package_id)
+                owner = (await self._owners.all()).get(partition)
+                if owner is None or owner.is_self or owner.url is None or self._forwarder is None:
+                    return None
+                return await self._forwarder.extent(owner.url, package_id)
+        except (TimeoutError, ArtifactStoreError):
+            return None
+
+    async def extent_here(self, package_id: UUID) -> PackageExtent | None:
+        """As `extent`, but PartitionNotOwnedError when this process is not the partition's writer."""
+        writer = self._writers.get(self._log.partition_of(package_id))
+        if writer is None:
+            raise PartitionNotOwnedError("this process does not write to the package's partition")
+        return await asyncio.to_thread(writer.extent, package_id)
 
     async def submit_here(self, command: Command) -> Acknowledgement:
         """As `submit`, but PartitionNotOwnedError when this process is not the partition's writer."""

@@ -13,7 +13,7 @@ from uuid import UUID
 from schemas.events import Event
 from services.errors import ConfigurationError, CorruptError, InvalidPositionError
 from services.file_lock import FileLock
-from services.log.port import Batch, Record, RecordedEvent, Settled, StartOffsets, Subscription
+from services.log.port import Batch, PackageExtent, Record, RecordedEvent, Settled, StartOffsets, Subscription
 from services.log.position import Position
 from services.log.sqlite.file import PARTITION, LogFile, create_file, file_errors, open_file, write_lock
 from services.log.sqlite.readers import Readers
@@ -67,6 +67,7 @@ class SqliteLog:
         since: Position | None = None,
         *,
         package_id: UUID | None = None,
+        extent: PackageExtent | None = None,
         until: Position | None = None,
         follow: bool = False,
         poll_seconds: float = 0.1,

@@ -57,6 +57,8 @@ def package_records_from(
 
 def sequence_before(connection: sqlite3.Connection, package_id: UUID, offset: int) -> int:
     """The number of the package's last event below `offset`, 0 if there is none. Raises as `numbered`."""
+    if not offset:
+        return 0
     rows = connection.execute(
         f"SELECT {_COLUMNS} FROM events"  # noqa: S608 - our own
         " WHERE package_id = ? AND offset < ? ORDER BY sequence DESC LIMIT 1",

@@ -19,7 +19,7 @@ from services.clock import Clock, system_clock
 from services.core.commands import Acknowledgement, Command, IngestFiles
 from services.core.limits import Limits
 from services.errors import ArtifactStoreError, PushBackError, UnavailableError
-from services.log.port import PartitionStatus, PutManifest
+from services.log.port import PackageExtent, PartitionStatus, PutManifest
 from services.log.sqlite.appender import Answer, Appender, IngestCheck, Request
 from services.log.sqlite.file import PARTITION, create_file, open_file
 
@@ -86,6 +86,10 @@ class SqliteWriter:
     async def check_ingest(self, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None) -> None:
         """See `CommandWriter`."""
         await self._enqueue(IngestCheck(package_id, relative_paths, command_id), 1)
+
+    async def extent(self, package_id: UUID) -> PackageExtent | None:
+        """See `CommandWriter`. Nothing: the file finds a package's events by an index."""
+        return None
 
     async def ready(self) -> str | None:
         """See `CommandWriter`."""
