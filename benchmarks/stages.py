@@ -32,6 +32,7 @@ from services.core.commands import Command, IngestFiles
 from services.core.decide import Decision, acknowledge, decide, decide_together
 from services.core.limits import Limits
 from services.core.state import PackageState
+from services.log.kafka.cluster import Cluster
 from services.log.kafka.context import WriterContext
 from services.log.kafka.partitioner import partition_of
 from services.log.kafka.reader import Reader
@@ -81,7 +82,7 @@ class _Broker:
         (broker,) = self._producer.list_topics(timeout=_SECONDS).brokers.values()
         self._kafka = KafkaSettings.of(Settings(log_url=f"kafka://{broker.host}:{broker.port}/bench"))
         self._producer.list_topics(self._kafka.topic, timeout=_SECONDS)  # makes it
-        self.tail = Reader(self._kafka, {0: 0})
+        self.tail = Reader(self._kafka, {0: 0}, Cluster(self._kafka))
 
     def produce(self, decision: Decision) -> None:
         """As a tenure does it."""

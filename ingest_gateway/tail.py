@@ -120,7 +120,7 @@ class Tail:
         """Whether there is something to read before the tail. Raises InvalidPositionError, LogIdentityError."""
         if at.caught_up:
             return False
-        end = await self._log.end()
+        end = await self._log.end(at.position)
         if at.position is None:
             return any(end.offsets.values())
         at.position.require(end.log)

@@ -147,7 +147,7 @@ async def _require_comparable(views: Views, log: Log, projection: Projection) ->
             f"the live {projection.name} has layout {live.layout}, what is built has {projection.layout}: their "
             "digests cannot be equal; replay without comparing"
         )
-    end = await log.end()  # behind the view's position, which moves
+    end = await log.end(live.position)  # behind the view's position, which moves
     if live.position is None or live.position.log != end.log:
         raise InvalidRequestError(f"the live {projection.name} was not folded from this log: replay without comparing")
     check_within(live.position, end, projection.name)

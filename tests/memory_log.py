@@ -78,7 +78,7 @@ class MemoryLog:
     def partition_of(self, package_id: UUID) -> int:
         return package_id.int % len(self._records)
 
-    async def end(self) -> Position:
+    async def end(self, covering: Position | None = None) -> Position:
         self._reach()
         return Position(self.id, dict(enumerate(self._ends)))
 

@@ -102,8 +102,12 @@ class Log(Protocol):
     def partition_of(self, package_id: UUID) -> int:
         """The partition that holds the package's events. Raises UnavailableError before the log was reached once."""
 
-    async def end(self) -> Position:
-        """The position behind the last committed event of every partition. Raises UnavailableError."""
+    async def end(self, covering: Position | None = None) -> Position:
+        """The position behind the last committed event of every partition. Raises UnavailableError.
+
+        A broker that is cut off from the others may answer, with an older end. One that does not cover `covering`, a
+        position that the caller has seen, is asked for again, of others, before it is believed.
+        """
 
     def read(
         self,

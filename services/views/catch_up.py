@@ -45,7 +45,7 @@ async def catch_up(
     async with views.folding[projection.name]:
         while True:
             checkpoint = await load_checkpoint(views, projection, identity)
-            end = await log.end()  # after the checkpoint, which others may move on meanwhile
+            end = await log.end(checkpoint.position)  # after the checkpoint, which others may move on meanwhile
             require_same_log(projection, identity, end.log)
             until = until or end
             check_within(checkpoint.position, end, projection.name)

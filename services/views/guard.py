@@ -26,7 +26,8 @@ async def check_continues(
     """
     wanted = sorted(set(partitions))
     offsets = {p: checkpoint.position.offsets[p] for p in wanted if p in checkpoint.position.offsets}
-    check_within(Position(checkpoint.position.log, offsets), end or await log.end(), name)
+    position = Position(checkpoint.position.log, offsets)
+    check_within(position, end or await log.end(position), name)
     last = {p: checkpoint.last[p] for p in wanted if p in checkpoint.last}
     if not last:
         return

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import os
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -25,12 +25,19 @@ from services.config import Settings
 from services.core.commands import Acknowledgement, Command, FinalizePackage, IngestFiles
 from services.core.decide import Decision, decide, decide_together
 from services.core.limits import Limits
-from services.errors import ArtifactStoreError, CorruptError, PackageNotFoundError, RejectedError, UnavailableError
+from services.errors import (
+    ArtifactStoreError,
+    CorruptError,
+    InvalidPositionError,
+    PackageNotFoundError,
+    RejectedError,
+    UnavailableError,
+)
 from services.log.kafka import KafkaLog, KafkaWriter, tenure
 from services.log.kafka.cluster import Cluster
 from services.log.kafka.restore import States
 from services.log.kafka.tenure import Staged, Tenure
-from services.log.port import PartitionNotOwnedError
+from services.log.port import PartitionNotOwnedError, Record
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import PATIENCE_SECONDS, ready
 from tests.integration.conditions import until
@@ -250,6 +257,37 @@ async def test_a_refusal_is_never_given_on_what_a_deposed_leader_says_of_the_end
         await asyncio.to_thread(carry_out, rival, made)
         await asyncio.to_thread(rival.close)
         await writer.check_ingest(made.package_id, ["a"], None)
+
+
+async def test_a_reader_does_not_stop_for_what_a_deposed_leader_says_of_the_end(kafka: Settings, log: KafkaLog) -> None:
+    holder = await take_over(kafka, log, 0)
+    await asyncio.to_thread(carry_out, holder, create_in(0))
+    end = await log.end()
+    await asyncio.to_thread(carry_out, holder, create_in(0))
+    await asyncio.to_thread(holder.close)
+    log.cluster = DeposedLeader(log, dict.fromkeys(range(3), 0))
+    follower = log.read(end, follow=True)
+    assert (await anext(follower)).position.covers(end)
+    await follower.aclose()
+    assert (await log.end(end)).covers(end)
+
+    async def where_it_stood(partitions: Sequence[int]) -> Mapping[int, int]:
+        return {p: end.offsets[p] for p in partitions}
+
+    subscription = await log.subscribe("usage", where_it_stood)
+    found: list[Record] = []
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while not found:
+            found += (await subscription.poll(10, 1.0)).records
+    await subscription.close()
+    assert [record.partition for record in found] == [0]
+
+
+async def test_a_reader_stops_beyond_the_end_that_all_brokers_name(kafka: Settings, log: KafkaLog) -> None:
+    beyond = (await log.end()).after(0, 1_000)
+    with pytest.raises(InvalidPositionError):
+        await anext(log.read(beyond))
+    assert not (await log.end(beyond)).covers(beyond)
 
 
 async def test_refusals_add_nothing_to_the_log_and_share_their_proofs(

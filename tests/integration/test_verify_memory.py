@@ -41,7 +41,7 @@ LOG = UUID(int=1)
 class LongLog(MemoryLog):
     # Package after package, of which every OPEN-th is never finalized; every blob has a key of its own.
 
-    async def end(self) -> Position:
+    async def end(self, covering: Position | None = None) -> Position:
         return Position(self.id, {0: PACKAGES * (1 + FILES) + sum(number % OPEN > 0 for number in range(PACKAGES))})
 
     async def scan(self, starts, ends) -> AsyncGenerator[Batch]:

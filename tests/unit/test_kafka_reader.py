@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pytest
 
 from services.config import Settings
-from services.errors import CorruptError
+from services.errors import CorruptError, UnavailableError
+from services.log.kafka.cluster import Cluster
 from services.log.kafka.reader import Reader
 from services.log.kafka.settings import KafkaSettings
 
 
 @pytest.fixture
 def beyond() -> Iterator[Reader]:
-    """It reads from an offset beyond the end, in a broker that the client library plays itself."""
+    """It reads from an offset beyond the end, in a broker that the client library plays itself, and others agree."""
     options = {"test.mock.num.brokers": 1, "allow.auto.create.topics": "true"}
     settings = Settings(log_url="kafka://127.0.0.1:9/made", kafka_options=options)
-    reader = Reader(KafkaSettings.of(settings), {0: 5})
+    reader = Reader(KafkaSettings.of(settings), {0: 5}, Agreeing(KafkaSettings.of(settings)))
     yield reader
     reader.close()
+
+
+class Agreeing(Cluster):
+    """Whatever lies outside of one broker's log lies outside of every broker's."""
+
+    def outside(self, offsets: Mapping[int, int]) -> dict[int, tuple[int, int]]:
+        """See `Cluster`."""
+        return dict.fromkeys(offsets, (0, 0))
+
+
+class Denying(Cluster):
+    """Whatever lies outside of one broker's log lies in those of the others."""
+
+    def outside(self, offsets: Mapping[int, int]) -> dict[int, tuple[int, int]]:
+        """See `Cluster`."""
+        return {}
+
+
+def test_one_broker_that_lacks_an_offset_is_not_believed(beyond: Reader) -> None:
+    beyond._cluster = Denying(beyond._cluster._kafka)
+    with pytest.raises(UnavailableError, match="cut off from the others"):
+        beyond.take(10, 30)
 
 
 def test_taking_exactly_so_many_records_raises_the_error_that_comes_in_their_place(beyond: Reader) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import cycle, islice
 from threading import Lock
 from typing import Any
 from uuid import UUID
@@ -24,9 +26,9 @@ from confluent_kafka import (
 )
 from confluent_kafka.admin import AdminClient
 
-from services.errors import ConfigurationError
+from services.errors import ArtifactStoreError, ConfigurationError, UnavailableError
 from services.log.kafka.clients import make_admin
-from services.log.kafka.failures import explaining, kafka_error
+from services.log.kafka.failures import OutsideError, explaining, kafka_error
 from services.log.kafka.settings import KafkaSettings
 
 # The package's types neither cover all that its documentation names nor mark it as exported.
@@ -37,6 +39,9 @@ ANSWER_SECONDS = 10.0
 
 _CLIENT_SECONDS = 3.0
 """How long one client may be silent before another is asked."""
+
+_CONFIRMATIONS = 3
+"""How many clients are asked, at least, before an offset is said to lie outside the log."""
 
 _AGAIN_SECONDS = 0.05
 _SPENT = frozenset(
@@ -112,6 +117,12 @@ class Cluster:
         self._kafka = kafka
         self._lock = Lock()
         self._made: AdminClient | None = None
+        self._identity: UUID | None = None
+        self._epochs: dict[int, int] = {}
+        """The newest leader epoch that has answered for a partition of the topic of `_identity`."""
+        self._confirming = Lock()
+        self._confirmed: dict[int, tuple[int, int]] = {}
+        self._confirmed_from = -math.inf
 
     def topic(self) -> Topic:
         """Describe the topic. Raises ConfigurationError: the brokers are too old."""
@@ -122,6 +133,10 @@ class Cluster:
             raise ConfigurationError(
                 "the brokers give topics no identity (KIP-516), which tells logs apart: upgrade them"
             )
+        with self._lock:
+            if self._identity not in (None, identity):
+                self._epochs = {}
+            self._identity = identity
         return Topic(identity, len(found.partitions), min(len(p.replicas) for p in found.partitions))
 
     def topic_settings(self) -> Mapping[str, str]:
@@ -189,12 +204,59 @@ class Cluster:
         return max(0, offset)
 
     def last_stable(self, partitions: Iterable[int]) -> dict[int, int]:
-        """Per partition, the offset up to which every transaction is decided; committed readers get this far."""
-        return self._offsets(partitions, _admin.OffsetSpec.latest(), IsolationLevel.READ_COMMITTED)
+        """Per partition, the offset up to which every transaction is decided; committed readers get this far.
+
+        A leader that was deposed may answer, with an older end: see `outside`.
+        """
+        return self._latest(partitions, IsolationLevel.READ_COMMITTED)
 
     def high_watermark(self, partitions: Iterable[int]) -> dict[int, int]:
         """Per partition, the offset behind the last replicated record, open transactions included."""
-        return self._offsets(partitions, _admin.OffsetSpec.latest(), IsolationLevel.READ_UNCOMMITTED)
+        return self._latest(partitions, IsolationLevel.READ_UNCOMMITTED)
+
+    def outside(self, offsets: Mapping[int, int]) -> dict[int, tuple[int, int]]:
+        """Those of the offsets, by partition, that lie outside the log; with its first offset and its last stable one.
+
+        For whoever would otherwise stop for good. A leader that was deposed and does not know it answers with an older
+        end, so new clients ask through each bootstrap server in turn, and the newest leader that any of them knows of
+        is believed. Callers that wait at the same time share the answers.
+        """
+        came = time.monotonic()
+        with self._confirming:
+            if self._confirmed_from < came:
+                began = time.monotonic()
+                self._confirmed = self._confirm()
+                self._confirmed_from = began
+            bounds = self._confirmed
+        return {p: bounds[p] for p, offset in offsets.items() if not bounds[p][0] <= offset <= bounds[p][1]}
+
+    def judged(self, error: OutsideError, offsets: Mapping[int, int]) -> ArtifactStoreError:
+        """What it means that a broker does not hold one of these offsets: `error`, unless the newest leader holds them.
+
+        Raises UnavailableError when nobody can be asked.
+        """
+        if self.outside(offsets):
+            return error
+        return UnavailableError("a broker that is cut off from the others does not hold what was to be read")
+
+    def _confirm(self) -> dict[int, tuple[int, int]]:
+        partitions = range(self._kafka.partitions)
+        spec, uncommitted, committed = _admin.OffsetSpec, IsolationLevel.READ_UNCOMMITTED, IsolationLevel.READ_COMMITTED
+        doors = self._kafka.bootstrap.split(",")
+        best: dict[int, tuple[int, int, int]] = {}
+        for door in islice(cycle(doors), max(_CONFIRMATIONS, len(doors))):
+            admin = make_admin({**self._kafka.admin(), "bootstrap.servers": door})
+            # A server that is down, or leads nowhere, says nothing.
+            with suppress(KafkaException, TimeoutError):
+                earliest = _answered(self._listed(admin, partitions, spec.earliest(), uncommitted), _CLIENT_SECONDS)
+                latest = _answered(self._listed(admin, partitions, spec.latest(), committed), _CLIENT_SECONDS)
+                for place, last in latest.items():
+                    p, first = place.partition, earliest[place]
+                    best[p] = max(best.get(p, (-1, -1, -1)), (_epoch(last), last.offset, first.offset))
+        if len(best) < len(partitions):
+            raise UnavailableError("no bootstrap server says where the log begins and ends")
+        self._note_epochs({p: epoch for p, (epoch, _, _) in best.items()})
+        return {p: (first, last) for p, (_, last, first) in best.items()}
 
     def committed(self, group: str) -> dict[int, tuple[int, str]]:
         """What the group has committed, by partition: offset and metadata; a partition without a commit is absent."""
@@ -236,12 +298,39 @@ class Cluster:
         parts = member.assignment.topic_partitions if member.assignment is not None else []
         return frozenset(p.partition for p in parts if p.topic == self._kafka.topic)
 
+    def _latest(self, partitions: Iterable[int], isolation: IsolationLevel) -> dict[int, int]:
+        """Refuses what a leader says that is older than one that has answered before."""
+        partitions, deadline = list(partitions), time.monotonic() + ANSWER_SECONDS
+        while True:
+            found = self._results(partitions, _admin.OffsetSpec.latest(), isolation)
+            if self._note_epochs({p: _epoch(result) for p, result in found.items()}):
+                return {p: result.offset for p, result in found.items()}
+            if time.monotonic() > deadline:
+                raise UnavailableError("a broker that leads a partition no more says where it ends")
+            self._discard(self._admin())
+            self.topic()  # one that was made anew begins with the first epoch again
+            time.sleep(_AGAIN_SECONDS)
+
+    def _note_epochs(self, epochs: Mapping[int, int]) -> bool:
+        """Whether none of these leaders is older than one that has answered before."""
+        with self._lock:
+            if any(epoch < self._epochs.get(p, epoch) for p, epoch in epochs.items() if epoch >= 0):
+                return False
+            self._epochs.update({p: epoch for p, epoch in epochs.items() if epoch >= 0})
+            return True
+
     def _offsets(self, partitions: Iterable[int], spec: Any, isolation: IsolationLevel) -> dict[int, int]:
+        return {p: result.offset for p, result in self._results(partitions, spec, isolation).items()}
+
+    def _results(self, partitions: Iterable[int], spec: Any, isolation: IsolationLevel) -> dict[int, Any]:
+        found = self._ask("asking for offsets", lambda admin: self._listed(admin, partitions, spec, isolation))
+        return {p.partition: result for p, result in found.items()}
+
+    def _listed(
+        self, admin: AdminClient, partitions: Iterable[int], spec: Any, isolation: IsolationLevel
+    ) -> dict[Any, Future[Any]]:
         request = {TopicPartition(self._kafka.topic, p): spec for p in partitions}
-        if not request:
-            return {}
-        found = self._ask("asking for offsets", lambda admin: admin.list_offsets(request, isolation_level=isolation))
-        return {p.partition: result.offset for p, result in found.items()}
+        return admin.list_offsets(request, isolation_level=isolation) if request else {}
 
     def _ask(
         self, doing: str, question: Callable[[AdminClient], dict[Any, Future[Any]]], *, or_nothing: bool = False
@@ -265,7 +354,7 @@ class Cluster:
             admin.poll(0)  # hands over what the client has to log
             try:
                 left = max(_AGAIN_SECONDS, min(_CLIENT_SECONDS, deadline - time.monotonic()))
-                return {key: _answer(future, left, or_nothing=or_nothing) for key, future in question(admin).items()}
+                return _answered(question(admin), left, or_nothing=or_nothing)
             except TimeoutError:
                 self._discard(admin)
                 if time.monotonic() > deadline:
@@ -308,6 +397,15 @@ class Cluster:
 
 
 _NO_OFFSET = -1  # of ListOffsets, as Kafka answers it
+
+
+def _answered(futures: Mapping[Any, Future[Any]], seconds: float, *, or_nothing: bool = False) -> dict[Any, Any]:
+    return {key: _answer(future, seconds, or_nothing=or_nothing) for key, future in futures.items()}
+
+
+def _epoch(result: Any) -> int:
+    """The epoch of the leader that has answered; -1 when it does not say."""
+    return -1 if result.leader_epoch is None else int(result.leader_epoch)
 
 
 def _answer(future: Future[Any], seconds: float, *, or_nothing: bool) -> Any:

@@ -51,6 +51,10 @@ class HeldError(PushBackError):
         self.own_clock = own_clock
 
 
+class OutsideError(CorruptError):
+    """The broker that answered does not hold the offset that was to be read, or holds another log up to it."""
+
+
 def explained(error: KafkaError, doing: str) -> ArtifactStoreError:
     """The error of our tree for a client's error; `doing` says what was tried, as in `reading the log`."""
     code = error.code()
@@ -70,7 +74,7 @@ def explained(error: KafkaError, doing: str) -> ArtifactStoreError:
             "unless it was deleted: then restore it"
         )
     if code in _OUTSIDE:
-        return CorruptError(f"{doing}: the offset is not in the log any more; it was truncated, re-created or restored")
+        return OutsideError(f"{doing}: the offset is not in the log any more; it was truncated, re-created or restored")
     return UnavailableError(f"Kafka cannot be used for {doing} now: {error.name()}: {error.str()}")
 
 

@@ -61,10 +61,13 @@ class KafkaLog:
             raise UnavailableError("the log was not reached yet")
         return partition_of(package_id, self._topic.partitions)
 
-    async def end(self) -> Position:
+    async def end(self, covering: Position | None = None) -> Position:
         """See `Log`. The last stable offsets: what lies beyond is of transactions that are not decided."""
         found = await self._look()
         ends = await self.blocking(lambda: self.cluster.last_stable(range(found.partitions)))
+        if covering is not None and covering.log == found.identity:
+            beyond = {p: offset for p, offset in covering.offsets.items() if offset > ends.get(p, offset)}
+            ends.update(await self._confirmed(beyond))
         return Position(found.identity, ends)
 
     async def read(
@@ -118,10 +121,10 @@ class KafkaLog:
         if not wanted:
             return
         watch = Watch((await self._look()).identity, self.identity)
-        reached = await self._checked_ends(wanted)
+        reached = await self._checked_ends(wanted, {p: ends[p] for p in wanted})
         if short := [p for p in wanted if ends[p] > reached[p]]:
             raise CorruptError(f"partition {short[0]} ends at offset {reached[short[0]]}: what lay behind it is gone")
-        scanning = _Scan(self.kafka, wanted, ends, watch)
+        scanning = _Scan(self, wanted, ends, watch)
         with ThreadPoolExecutor(1, thread_name_prefix="log-scan") as thread:
             loop = asyncio.get_running_loop()
             try:
@@ -185,17 +188,29 @@ class KafkaLog:
             raise ConfigurationError(grown)
         return found
 
-    async def _checked_ends(self, starts: Mapping[int, int]) -> dict[int, int]:
+    async def _checked_ends(
+        self, starts: Mapping[int, int], at_least: Mapping[int, int] | None = None
+    ) -> dict[int, int]:
+        """Where the partitions end, which the caller knows to be no less than `at_least`."""
         ends, earliest = await asyncio.gather(
             self.blocking(lambda: self.cluster.last_stable(starts)),
             self.blocking(lambda: self.cluster.earliest(starts)),
         )
+        beyond = {p: offset for p, offset in (at_least or starts).items() if offset > ends[p]}
+        ends.update(await self._confirmed(beyond))
         for p, offset in starts.items():
             if offset > ends[p]:
                 raise InvalidPositionError(f"the position is beyond the end of partition {p}")
             if offset < earliest[p]:
                 raise CorruptError(f"partition {p} begins at offset {earliest[p]}: events before it are gone")
         return ends
+
+    async def _confirmed(self, offsets: Mapping[int, int]) -> dict[int, int]:
+        """Where partitions end that were said to end before these offsets: there, unless the newest leader agrees."""
+        if not offsets:
+            return {}
+        outside = await self.blocking(lambda: self.cluster.outside(offsets))
+        return {p: outside[p][1] if p in outside else offset for p, offset in offsets.items()}
 
 
 def recorded(event: Event, position: Position) -> RecordedEvent:
@@ -206,8 +221,8 @@ def recorded(event: Event, position: Position) -> RecordedEvent:
 class _Scan:
     """Partitions read from one offset to another, undecoded. Every method blocks; for one thread."""
 
-    def __init__(self, kafka: KafkaSettings, starts: Mapping[int, int], ends: Mapping[int, int], watch: Watch) -> None:
-        self._kafka = kafka
+    def __init__(self, log: KafkaLog, starts: Mapping[int, int], ends: Mapping[int, int], watch: Watch) -> None:
+        self._log = log
         self._watch = watch
         self._at = dict(starts)
         self._ends = {p: ends[p] for p in starts}
@@ -224,7 +239,7 @@ class _Scan:
             return None
         began = time.monotonic()
         if self._reader is None:
-            self._reader = Reader(self._kafka, self._at)
+            self._reader = Reader(self._log.kafka, self._at, self._log.cluster)
         found = [r for r in self._reader.take(_SCAN_BATCH, _POLL_SECONDS) if r.offset < self._ends[r.partition]]
         reached = {p: min(offset, self._ends[p]) for p, offset in self._reader.reached().items()}
         self._watch.took(reached, time.monotonic() - began)
@@ -291,7 +306,7 @@ class _Reading:
 
     def _take(self) -> list[RecordedEvent | BadRecord]:
         if self._reader is None:
-            self._reader = Reader(self._log.kafka, self._starts)
+            self._reader = Reader(self._log.kafka, self._starts, self._log.cluster)
         began, events = time.monotonic(), list[RecordedEvent | BadRecord]()
         for record in self._reader.take(_BATCH, _POLL_SECONDS if self._ends is None else 0.05):
             if self._ends is not None and record.offset >= self._ends[record.partition]:

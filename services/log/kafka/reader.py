@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 from confluent_kafka import Consumer, Message, TopicPartition
 
 from services.errors import UnavailableError
 from services.log.kafka.clients import make_consumer
-from services.log.kafka.failures import explained, explaining
+from services.log.kafka.cluster import Cluster
+from services.log.kafka.failures import OutsideError, explained, explaining
 from services.log.kafka.settings import KafkaSettings
 from services.log.port import Record
 
@@ -18,8 +20,9 @@ _DOING = "reading the log"
 class Reader:
     """A read_committed consumer of partitions that it is given; used by one thread at a time. Every method blocks."""
 
-    def __init__(self, kafka: KafkaSettings, starts: Mapping[int, int]) -> None:
+    def __init__(self, kafka: KafkaSettings, starts: Mapping[int, int], cluster: Cluster) -> None:
         """`starts`: the offset to begin at, by partition. Raises ConfigurationError."""
+        self._cluster = cluster
         self._parts = [TopicPartition(kafka.topic, p, offset) for p, offset in starts.items()]
         self._starts = dict(starts)
         self._consumer = make_consumer(kafka.reader())
@@ -31,7 +34,7 @@ class Reader:
 
         Raises UnavailableError; CorruptError when the offset to read is not in the log; ConfigurationError.
         """
-        with explaining(_DOING):
+        with self._reading():
             return records(take_messages(self._consumer, limit, timeout))
 
     def take_exactly(self, count: int, timeout: float) -> tuple[list[bytes | None], int]:
@@ -39,7 +42,7 @@ class Reader:
 
         Their values, and the offset of the last (0 without any). Raises as `take`.
         """
-        with explaining(_DOING):
+        with self._reading():
             found: list[Message] = self._consumer.consume(count, timeout)
             # Without a step of Python for each; a KafkaError cannot be compared with None, so `count` and `in` fail.
             if any(map(Message.error, found)):
@@ -55,6 +58,14 @@ class Reader:
     def offsets_for_transaction(self) -> tuple[list[TopicPartition], object]:
         """Arguments for a producer's `send_offsets_to_transaction`: any offset, for a group that nobody joins."""
         return self._parts, self._consumer.consumer_group_metadata()
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            with explaining(_DOING):
+                yield
+        except OutsideError as error:
+            raise self._cluster.judged(error, self.reached()) from error
 
     def close(self) -> None:
         """Release the connections."""
@@ -97,4 +108,9 @@ def _checked(message: Message) -> int:
 
 def positions(consumer: Consumer, partitions: list[TopicPartition]) -> dict[int, int]:
     """The consumer's positions where it has one: transaction markers move it, although they are no messages."""
-    return {p.partition: p.offset for p in consumer.position(partitions) if p.offset >= 0}
+    return {p.partition: p.offset for p in places(consumer, partitions)}
+
+
+def places(consumer: Consumer, partitions: list[TopicPartition]) -> list[TopicPartition]:
+    """As `positions`, each with the leader epoch of what lies before it."""
+    return [p for p in consumer.position(partitions) if p.offset >= 0]

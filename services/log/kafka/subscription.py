@@ -13,8 +13,8 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from services.errors import ArtifactStoreError, CorruptError, UnavailableError
 from services.log.kafka.clients import make_consumer
 from services.log.kafka.cluster import Cluster
-from services.log.kafka.failures import explaining, kafka_error
-from services.log.kafka.reader import positions, records, take_messages
+from services.log.kafka.failures import OutsideError, explaining, kafka_error
+from services.log.kafka.reader import places, records, take_messages
 from services.log.kafka.settings import INTERFACE, KafkaSettings
 from services.log.port import Batch, Settled, StartOffsets
 
@@ -65,6 +65,8 @@ class KafkaSubscription:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"log-subscribe-{projection}")
         self._consumer: Consumer | None = None
         self._reached: dict[int, int] = {}
+        self._places: dict[int, TopicPartition] = {}
+        """Where this member read last, by partition, with the leader epoch of what lies before."""
         self._refused: ArtifactStoreError | None = None
 
     async def open(self) -> Self:
@@ -111,16 +113,21 @@ class KafkaSubscription:
             # An assignment could not begin; joining again asks for it once more.
             self._join()
         consumer = self._joined()
+        try:
+            with explaining("reading the log"):
+                messages = take_messages(consumer, max_records, timeout)
+            if self._refused is not None:
+                refused, self._refused = self._refused, None
+                self._leave()
+                raise refused
+            # A rebalance may have happened between the records of this very batch.
+            found = [record for record in records(messages) if record.partition in self._reached]
+        except OutsideError as error:
+            raise self._cluster.judged(error, self._reached) from error
         with explaining("reading the log"):
-            messages = take_messages(consumer, max_records, timeout)
-        if self._refused is not None:
-            refused, self._refused = self._refused, None
-            self._leave()
-            raise refused
-        # A rebalance may have happened between the records of this very batch.
-        found = [record for record in records(messages) if record.partition in self._reached]
-        with explaining("reading the log"):
-            now = positions(consumer, [TopicPartition(self._kafka.topic, p) for p in self._reached])
+            at = places(consumer, [TopicPartition(self._kafka.topic, p) for p in self._reached])
+        self._places.update({place.partition: place for place in at})
+        now = {place.partition: place.offset for place in at}
         moved = {p: offset for p, offset in now.items() if offset > self._reached.get(p, offset)}
         self._reached.update(moved)
         return Batch(found, moved)
@@ -161,8 +168,15 @@ class KafkaSubscription:
             self._refused.__cause__ = error
             consumer.incremental_assign([])
             return
-        consumer.incremental_assign([TopicPartition(self._kafka.topic, p, o) for p, o in starts.items()])
+        consumer.incremental_assign([self._place(p, offset) for p, offset in starts.items()])
         self._reached.update(starts)
+
+    def _place(self, partition: int, offset: int) -> TopicPartition:
+        """With the leader epoch, where it is known: the client then has the leader say that it holds the same log."""
+        place = self._places.get(partition)
+        if place is not None and place.offset == offset:
+            return place
+        return TopicPartition(self._kafka.topic, partition, offset)
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Runs within a poll or while closing; the partitions go over to others when it returns."""
@@ -185,10 +199,10 @@ class KafkaSubscription:
         if not numbers:
             return {}
         earliest, end = self._cluster.earliest(numbers), self._cluster.last_stable(numbers)
-        for p in numbers:
-            if not earliest[p] <= starts[p] <= end[p]:
+        if any(not earliest[p] <= starts[p] <= end[p] for p in numbers):
+            for p, (first, last) in self._cluster.outside({p: starts[p] for p in numbers}).items():
                 raise CorruptError(
-                    f"partition {p} holds offsets {earliest[p]} to {end[p]}, reading was to begin at {starts[p]}: "
+                    f"partition {p} holds offsets {first} to {last}, reading was to begin at {starts[p]}: "
                     "the log was truncated, re-created or restored"
                 )
         return {p: starts[p] for p in numbers}

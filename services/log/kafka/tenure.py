@@ -440,7 +440,7 @@ class Tenure:
         if not wanted:
             return
         found: set[bytes] = set()
-        reader = Reader(self._kafka, {self._partition: 0})
+        reader = Reader(self._kafka, {self._partition: 0}, self._cluster)
         try:
             for record in chain.from_iterable(self._records_to(reader, end)):
                 found |= wanted & {mark_of(record.value)}
@@ -504,7 +504,7 @@ class Tenure:
             if self._tail_at == offset:
                 return
             self._tail.close()
-        self._tail, self._tail_at = Reader(self._kafka, {self._partition: offset}), offset
+        self._tail, self._tail_at = Reader(self._kafka, {self._partition: offset}, self._cluster), offset
 
     def _offer(self, state: PartitionState, *, closing: bool = False) -> None:
         if self._states.snapshots is not None and state.shared:
@@ -647,7 +647,7 @@ class Tenure:
         start = min(offset, self.state.position)
         ahead = _Ahead(max(start, self._end, self._cluster.last_stable([self._partition])[self._partition]))
         aggregate = partition_id(self._place.identity, self._partition)
-        reader = Reader(self._kafka, {self._partition: start})
+        reader = Reader(self._kafka, {self._partition: start}, self._cluster)
         try:
             for records in self._records_to(reader, ahead.end):
                 for record in records:
@@ -667,7 +667,7 @@ class Tenure:
         end = max(self._end, self._cluster.last_stable([self._partition])[self._partition])
         if not 0 <= offset < end:
             return None
-        reader = Reader(self._kafka, {self._partition: offset})
+        reader = Reader(self._kafka, {self._partition: offset}, self._cluster)
         try:
             for record in chain.from_iterable(self._records_to(reader, offset + 1)):
                 return self._read(record) if record.offset == offset else None
@@ -678,7 +678,7 @@ class Tenure:
     def _offset_of(self, value: bytes, start: int) -> int:
         """Wait until a record of this value, which was committed behind `start`, can be read; its offset."""
         deadline = time.monotonic() + PATIENCE_SECONDS
-        reader = Reader(self._kafka, {self._partition: start})
+        reader = Reader(self._kafka, {self._partition: start}, self._cluster)
         try:
             while time.monotonic() < deadline:
                 for record in reader.take(_READ, _LOOK_SECONDS):
@@ -693,7 +693,7 @@ class Tenure:
         self._stopped = None
         self._end = max(self._end, target)
         _open(self._tail).close()
-        self._tail = Reader(self._kafka, {self._partition: self.state.position})
+        self._tail = Reader(self._kafka, {self._partition: self.state.position}, self._cluster)
         try:
             self._read_to(target)
         except CorruptError as error:

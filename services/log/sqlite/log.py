@@ -58,7 +58,7 @@ class SqliteLog:
         """Always the only one."""
         return PARTITION
 
-    async def end(self) -> Position:
+    async def end(self, covering: Position | None = None) -> Position:
         """See `Log`."""
         return await self._readers.run(lambda file: Position(file.identity, {PARTITION: end_offset(file.connection)}))
 
