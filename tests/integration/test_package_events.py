@@ -114,6 +114,9 @@ async def test_a_packages_events_are_read_without_its_partition_and_without_the_
         assert len(stage.records) < FILLER
         rest = await _events(registry.read_events(found[0].position, package_id=stage.package_id))
         assert [event.sequence for event in rest] == [2, 3]
+        stage.records.clear()
+        assert await _events(registry.read_events(found[-1].position, package_id=stage.package_id)) == []
+        assert len(stage.records) < FILLER
 
         stage.records.clear()
         tail = Tail(stage.log, extent=registry.package_extent)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from uuid import UUID, uuid4
@@ -34,6 +35,7 @@ from services.log.kafka.state_file import (
 )
 from services.log.kafka.state_slots import Slot, claim
 from services.log.kafka.state_statements import BYTES, ROWS, Many
+from services.log.port import PackageExtent
 from services.log.records import AdministrativeHead, administrative_event
 from tests.unit import commands
 from tests.unit.commands import stored
@@ -465,6 +467,26 @@ def test_only_what_is_open_and_lately_used_stays_in_memory(tmp_path: Path) -> No
     for command in made[30:]:
         assert [*getattr(state.package(command.package_id), "files", {})] == [f"f{n}" for n in range(8)]
     state.close()
+
+
+def test_where_a_package_lies_is_known_in_memory_and_in_the_file(tmp_path: Path) -> None:
+    writing = Writing(PartitionState(StateFile.create(tmp_path / "state", PLACE), max_entries=0))
+    expected: dict[UUID, PackageExtent | None] = {UUID(int=7): None}
+    for n in range(4):
+        made = commands.create(n)
+        writing.run(made)
+        writing.run(commands.ingest(made.package_id, "a", "b"))
+        if n % 2:
+            writing.run(commands.finalize(made.package_id))
+        package = writing.state.package(made.package_id)
+        assert package is not None
+        expected[made.package_id] = PackageExtent(package.created_at, 4 if n % 2 else 3)
+    assert {package_id: writing.state.extent(package_id) for package_id in expected} == expected
+    writing.state.save()
+    assert {package_id: writing.state.extent(package_id) for package_id in expected} == expected
+    with closing(writing.state.beside()) as file:
+        assert {package_id: file.extent_of(package_id) for package_id in expected} == expected
+    writing.state.close()
 
 
 def test_a_small_open_package_is_read_back_before_it_is_decided_on(

@@ -106,7 +106,8 @@ class KafkaLog:
                 last = None if follow else extent.last_sequence
                 ((p, start),) = starts.items()
                 begins = await self.blocking(lambda: self.cluster.at_time(p, extent.created_at // 1000))
-                starts = {p: max(start, min(begins, ends[p]))}
+                # The record before a position is most likely the event that the reader saw last: it tells its number.
+                starts = {p: max(start - 1 if last is not None and start else start, min(begins, ends[p]))}
         reading = _Reading(self, starts, None if follow else ends, key, position, last)
         try:
             while (events := await reading.some()) is not None:
@@ -268,6 +269,7 @@ class _Reading:
         """`last` is the number of the last event of the package with this key, if it is known."""
         self._log = log
         self._last = last
+        self._since = position.offsets
         self._starts = starts
         self._ends = ends
         self._key = key
@@ -311,6 +313,11 @@ class _Reading:
         for record in self._reader.take(_BATCH, _POLL_SECONDS if self._ends is None else 0.05):
             if self._ends is not None and record.offset >= self._ends[record.partition]:
                 continue
+            if record.offset < self._since.get(record.partition, 0):
+                if self._key == record.key and self._is_last(read_record(record, self._log.partition_of)):
+                    self._done = True
+                    return events
+                continue
             if self._key in (None, record.key):
                 found = read_record(record, self._log.partition_of)
                 self._position = self._position.after(record.partition, record.offset)
@@ -318,7 +325,7 @@ class _Reading:
                     events.append(found)
                 elif not is_administrative(found) and not self._came_again(found):
                     events.append(recorded(found, self._position))
-                    if self._last is not None and found.sequence >= self._last:
+                    if self._is_last(found):
                         self._done = True
                         return events
         if self._ends is not None:
@@ -334,6 +341,9 @@ class _Reading:
         if len(self._sequences) > _REMEMBERED:
             self._sequences.popitem(last=False)
         return 1 <= event.sequence <= last
+
+    def _is_last(self, found: Event | BadRecord) -> bool:
+        return self._last is not None and isinstance(found, Event) and found.sequence >= self._last
 
     def _close(self) -> None:
         if self._reader is not None:
