@@ -15,7 +15,7 @@ from uuid import uuid4
 
 import confluent_kafka.admin
 import pytest
-from confluent_kafka import KafkaException, Producer
+from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 
 from benchmarks.kafka_topics import read_records
 from schemas.codec import EncodedEvents, decode, encode
@@ -162,6 +162,11 @@ async def test_the_end_that_a_take_over_reads_up_to_is_seen_by_nobody(kafka: Set
     assert await read_valid(log) == []
     scanned = [record async for batch in log.scan({0: 0}, (await log.end()).offsets) for record in batch.records]
     assert scanned == []
+    stranger = Consumer({**log.kafka.reader(), "isolation.level": "read_uncommitted"})
+    stranger.assign([TopicPartition(log.kafka.topic, 0, 0)])
+    barriers = await asyncio.to_thread(stranger.consume, 3, 30.0)
+    stranger.close()
+    assert [(b.key(), b.value(), b.timestamp()[1]) for b in barriers] == [(None, None, 1)] * 3
 
 
 async def test_nothing_is_committed_behind_what_the_writer_has_not_read(kafka: Settings, log: KafkaLog) -> None:

@@ -59,6 +59,9 @@ PATIENCE_SECONDS = 15.0
 PROOF_SECONDS = 0.02
 """The least time from one proof to the next: each takes 3 ms, in which nothing can be appended."""
 
+_NO_TIME_MS = 1
+"""The time of the barrier: a wrong clock must neither keep it out nor become the latest time of a partition."""
+
 _CONNECT_SECONDS = 0.05
 """A client that is asked to begin before it is connected looks for its coordinator again only after 0.5 s."""
 
@@ -378,7 +381,7 @@ class Tenure:
         offsets: list[int] = []
         with explaining("establishing the end of a partition"):
             producer.begin_transaction()
-            producer.produce(self._kafka.topic, None, None, self._partition, _into(offsets))
+            producer.produce(self._kafka.topic, None, None, self._partition, _into(offsets), timestamp=_NO_TIME_MS)
             producer.flush(COMMIT_SECONDS)
             producer.abort_transaction(COMMIT_SECONDS)
         if not offsets:
