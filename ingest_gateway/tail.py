@@ -110,7 +110,7 @@ class Tail:
         Takes turns with followers that read what came before them. Memory is bounded however slow the caller is. Raises
         as `Log.read`.
         """
-        at, end = _Standing(since), await self._log.end()
+        at, end = _Standing(since), await self._log.end(since)
         while not at.caught_up:
             async with feed(self._missed(at, package_id, frame, end), PATIENCE_SECONDS) as pieces:
                 while (piece := await pieces.take()) is not None:

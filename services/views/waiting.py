@@ -93,9 +93,6 @@ class ViewWaits:
         asking: asyncio.Task[None] | None = None
         try:
             while self._waiters:
-                if asking is None or asking.done():
-                    new = [waiter for waiter in self._waiters if waiter.end is None]
-                    asking = asyncio.create_task(self._ask_end(new)) if new else None
                 waiters = list(self._waiters)
                 try:
                     progress = await self._queries.progress({w.package_id for w in waiters if w.package_id is not None})
@@ -104,6 +101,9 @@ class ViewWaits:
                 else:
                     for waiter in waiters:
                         self._tell(waiter, progress)
+                    if asking is None or asking.done():
+                        new = [waiter for waiter in self._waiters if waiter.end is None]
+                        asking = asyncio.create_task(self._ask_end(new, progress.position)) if new else None
                 await asyncio.sleep(LOOK_SECONDS)
         finally:
             self._looking = None
@@ -111,9 +111,10 @@ class ViewWaits:
                 asking.cancel()
                 await asyncio.wait([asking])
 
-    async def _ask_end(self, waiters: Sequence[_Waiter]) -> None:
+    async def _ask_end(self, waiters: Sequence[_Waiter], seen: Position | None) -> None:
+        """Ask where the log ends, which is not before what the view has `seen`."""
         try:
-            end = await self._log.end()
+            end = await self._log.end(seen)
         except UnavailableError as error:
             _fail([waiter for waiter in waiters if waiter.sequence is None], error)  # others have the view alone
             return

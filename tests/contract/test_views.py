@@ -352,7 +352,7 @@ async def test_a_log_that_is_made_anew_before_its_end_is_known_is_not_folded(
     log.append(*History().fill(packages=2, files=1).events)
     ask = log.end
 
-    async def end_of_another() -> Position:
+    async def end_of_another(_covering: Position | None = None) -> Position:
         log.id = UUID(int=8)
         return await ask()
 
