@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from confluent_kafka import Producer
+from confluent_kafka import Producer, TopicPartition
 from pydantic import SecretStr
 
 from schemas.codec import decode
@@ -21,10 +22,11 @@ from schemas.events import LossAccepted
 from services.blobs.local import LocalBlobStore
 from services.blobs.port import BlobStore
 from services.config import Settings
-from services.errors import InvalidRequestError, LogLostError
+from services.errors import CorruptError, InvalidRequestError, LogLostError
 from services.log.kafka import KafkaLog, KafkaWriter, snapshots
+from services.log.kafka.reader import Reader
 from services.log.kafka.state_file import Place, StateFile
-from services.log.port import PartitionStatus
+from services.log.port import PartitionStatus, Record
 from services.log.records import AcceptLoss
 from tests.contract.log_invariants import read_valid
 from tests.contract.log_stage import PATIENCE_SECONDS, ready
@@ -36,6 +38,7 @@ from tests.integration.kafka_stage import (
     lone_writer,
     make_anew,
     open_kafka_log,
+    operate,
     state_about,
 )
 from tests.integration.processes import ProductProcess, get, metrics_of, output_of, partitions_of, run_command
@@ -144,6 +147,54 @@ async def test_a_state_on_an_offset_that_holds_no_record_is_no_reason_to_wait(ka
         about[3] += 1
     async with refusing(kafka, log, partitions=1) as (_, shown):
         assert "but the log holds no record there" in (shown[0].trouble or "")
+
+
+async def test_a_deposed_leader_that_lacks_records_is_no_proof_of_a_loss(
+    kafka: Settings, log: KafkaLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A consumer is told that its offset is out of range, although the partition's leader has the record."""
+    await fill(kafka, log)
+    asked: Counter[tuple[int, ...]] = Counter()
+
+    class FromDeposedLeader(Reader):
+        def take(self, limit: int, timeout: float) -> list[Record]:
+            asked[tuple(self.reached())] += 1
+            if asked[tuple(self.reached())] == 1:
+                raise CorruptError("the offset is not in the log any more")
+            return super().take(limit, timeout)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("services.log.kafka.tenure.Reader", FromDeposedLeader)
+        async with lone_writer(kafka, log) as writer:
+            await ready(writer)
+            assert {status.restored_from for status in await writer.status()} == {"file"}
+    assert set(asked) == {(partition,) for partition in range(PARTITIONS)}
+
+
+async def test_a_partition_whose_beginning_was_deleted_with_the_rest_is_refused_and_its_state_is_kept(
+    kafka: Settings, log: KafkaLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under a running gateway; none would start on such a topic. No acceptance helps: there is nothing to fold."""
+    await fill(kafka, log)
+    path = state_of(kafka, 0)
+    with state_about(path) as about:
+        offset = about[3] - 1
+    behind = [TopicPartition(log.kafka.topic, 0, (await log.end()).offsets[0])]
+    await asyncio.to_thread(operate, log, lambda admin: admin.delete_records(behind))
+    monkeypatch.setattr("services.log.kafka.topic.check", lambda _, cluster, **__: cluster.topic())
+    monkeypatch.setattr("services.log.kafka.topic.hazards", lambda *_: [])
+    async with lone_writer(kafka, log) as writer:
+
+        async def refused() -> bool:
+            [trouble] = [status.trouble for status in await writer.status() if status.partition == 0]
+            return "not in the log any more" in (trouble or "")
+
+        await until(refused, PATIENCE_SECONDS, "it is written to")
+        with pytest.raises(CorruptError):
+            await writer.submit(create_in(0))
+        await writer.submit(create_in(1))
+    with state_about(path) as about:
+        assert about[3] - 1 == offset
 
 
 async def test_a_topic_that_was_made_again_is_not_written_to(kafka: Settings, log: KafkaLog) -> None:
