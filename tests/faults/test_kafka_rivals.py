@@ -26,10 +26,9 @@ from services.core.commands import Acknowledgement, Command, FinalizePackage, In
 from services.core.decide import Decision, decide, decide_together
 from services.core.limits import Limits
 from services.errors import (
-    ArtifactStoreError,
-    CorruptError,
     InvalidPositionError,
     PackageNotFoundError,
+    PackageQuarantinedError,
     RejectedError,
     UnavailableError,
 )
@@ -434,19 +433,20 @@ async def test_records_say_of_which_command_they_are_although_several_were_decid
         assert record.headers == list(headers(event, trace).items())
 
 
-async def test_a_partition_that_breaks_an_invariant_is_not_written_to(kafka: Settings, log: KafkaLog) -> None:
+async def test_a_package_without_a_beginning_stops_no_other(kafka: Settings, log: KafkaLog) -> None:
     holder = await take_over(kafka, log, 0)
     made = create_in(0)
     await asyncio.to_thread(carry_out, holder, made)
-    decision = decide(None, create_in(0), system_clock(), Limits())
+    torn = create_in(0)
+    decision = decide(None, torn, system_clock(), Limits())
     assert decision.appended is not None
     gap = replace(decision.appended, values=[encode(replace(decision.events[0], sequence=2))])
     await asyncio.to_thread(append, holder, replace(decision, appended=gap))
     await asyncio.to_thread(holder.close)
     async with lone_writer(kafka, log) as writer:
-        with pytest.raises(CorruptError):
-            await writer.submit(create_in(0))
-        with pytest.raises(ArtifactStoreError):
-            await writer.submit(made)
-        assert "partition 0 cannot be written to" in (await writer.ready() or "")
-        await writer.submit(create_in(1))
+        with pytest.raises(PackageQuarantinedError):
+            await writer.submit(torn)
+        for partition in (0, 1):
+            await writer.submit(create_in(partition))
+        assert (await writer.submit(made)).sequence == 1
+        await ready(writer)

@@ -7,7 +7,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from uuid import uuid4
 
@@ -19,8 +19,10 @@ from services.config import Settings
 from services.core.commands import Acknowledgement, Command, FinalizePackage, IngestFiles
 from services.core.content_address import ContentAddress
 from services.core.limits import ANSWERS_KEPT_MICROS
+from services.core.state import CREATED
 from services.errors import AnswerExpiredError, IllegalPackageStateError
 from services.log.kafka import KafkaLog, KafkaWriter, snapshots
+from services.log.kafka.state_rows import sealed, unsealed
 from services.wiring import open_blobs
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import PATIENCE_SECONDS, ready
@@ -231,9 +233,15 @@ def of_another_partition(path: Path) -> None:
 
 
 def knows_a_package_wrongly(path: Path) -> None:
-    """Stands where it stood before its last checkpoint, with the packages that it had after."""
+    """Stands before all events, and knows of open packages another last event than the log has."""
     with state_about(path) as about:
         about[3:5] = [0, b""]
+    with closing(sqlite3.connect(path)) as connection, connection:
+        for package, body in connection.execute("SELECT package_id, body FROM packages").fetchall():
+            kind, created, created_at, last_event_at, sequence, digest, *rest = unsealed(body)
+            if kind == CREATED:
+                changed = sealed(kind, created, created_at, last_event_at, sequence, bytes(len(digest)), *rest)
+                connection.execute("UPDATE packages SET body = ? WHERE package_id = ?", (changed, package))
 
 
 SPOILING = [truncate, overwrite, of_another_partition, knows_a_package_wrongly]
