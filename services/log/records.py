@@ -45,19 +45,27 @@ class BadRecord:
     digest: bytes
     size_bytes: int
     cause: str
+    foreign: bool = True
+    """Whether somebody else may have written it; in a log that nobody else writes to it is damaged."""
 
     @classmethod
     def of(cls, record: Record, cause: str) -> BadRecord:
         """What is kept of the record."""
         key, value = record.key, record.value
-        return cls(record.partition, record.offset, record_digest(key, value), len(key) + len(value), cause)
+        digest, size = record_digest(key, value), len(key) + len(value)
+        return cls(record.partition, record.offset, digest, size, cause, foreign=record.sequence is None)
 
     @property
     def error(self) -> BadRecordError:
         """What stops whoever meets it."""
-        return BadRecordError(
+        found = (
             f"the record at offset {self.offset} of partition {self.partition} is no event: {self.cause} "
-            f"({self.size_bytes} bytes, digest {self.digest.hex()}). Find out who wrote it; then "
+            f"({self.size_bytes} bytes, digest {self.digest.hex()})"
+        )
+        if not self.foreign:
+            return BadRecordError(f"{found}. The log's file is damaged: restore it from a copy")
+        return BadRecordError(
+            f"{found}. Find out who wrote it; then "
             f"`artifact-store log skip {self.partition} {self.offset} --digest {self.digest.hex()}` passes over it"
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from uuid import UUID
 
 from schemas.codec import UndecodableEventError, decode
@@ -13,7 +13,7 @@ from schemas.events import NO_DIGEST, Event, FileIngested, PackageFinalized
 from schemas.identifiers import event_id
 from services.errors import CorruptError
 from services.log.port import Log, Record
-from services.log.records import AdministrativeHead, Skips, is_administrative, read_record
+from services.log.records import AdministrativeHead, BadRecord, Skips, is_administrative, read_record
 from services.verify.history import Histories
 from services.verify.notes import Claim, Notes
 from services.verify.report import Report
@@ -93,23 +93,29 @@ class LogCheck:
         elif await self._skips.covers(found):
             self._report.skipped += 1
         else:
-            try:
-                self._follow(record, decode(record.value))
-            except UndecodableEventError:
-                place = f"partition {record.partition} offset {record.offset}"
-                self._report.add("undecodable", place, found.error.detail)
+            self._name(record, found)
         if self._report.events % _PROGRESS_EVERY == 0:
             self._progress(self._report)
             await asyncio.sleep(0)
 
-    def _follow(self, record: Record, event: Event) -> None:
+    def _name(self, record: Record, bad: BadRecord) -> None:
+        """Name a record that is no event. If an event is in it, its package may lack just that: it is followed."""
+        with suppress(UndecodableEventError):
+            event = decode(record.value)
+            if not is_administrative(event):
+                self._follow(record, event, bad)
+                return
+        place = f"partition {record.partition} offset {record.offset}"
+        self._report.add("undecodable", place, bad.error.detail)
+
+    def _follow(self, record: Record, event: Event, bad: BadRecord | None = None) -> None:
         report = self._report
         if is_administrative(event):
             self._follow_administrative(record, event)
             return
         report.events += 1
         place = f"package {event.package_id} event {event.sequence}"
-        self._check_place(record, event, place)
+        self._check_place(record, event, place, bad)
         followed = self._histories.follow(event)
         if followed is None:
             self._notes.note_repeat(record, event)
@@ -128,12 +134,11 @@ class LogCheck:
         if claim is not None:
             self._note(claim)
 
-    def _check_place(self, record: Record, event: Event, place: str) -> None:
-        partition = record.partition
-        if (right := self._log.partition_of(event.package_id)) != partition:
-            self._report.add("partition", place, f"lies in partition {partition}, not {right}")
-        if record.key != str(event.package_id).encode():
-            self._report.add("key", place, "its record's key is not its package's id")
+    def _check_place(self, record: Record, event: Event, place: str, bad: BadRecord | None) -> None:
+        if bad is not None and record.key == str(event.package_id).encode():
+            self._report.add("partition", place, bad.error.detail)
+        elif bad is not None:
+            self._report.add("key", place, bad.error.detail)
         if record.sequence not in (None, event.sequence):
             self._report.add("listed", place, f"the log lists it as event {record.sequence} of its package")
 

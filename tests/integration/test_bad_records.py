@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -142,7 +143,15 @@ async def test_a_partition_stands_before_garbage_until_it_is_confirmed_and_nobod
         await stands_after_submit(writer, second)
         assert (await writer.confirm_here(skip_of(await bad_record(log, PARTITION, second)))).sequence == 2
         assert (await writer.submit(create_in(PARTITION))).sequence == 1
-        assert first.package_id in {event.package_id async for event in log.read()}
+        for partition in range(PARTITIONS):
+            await writer.submit(create_in(partition))
+        events = [event async for event in log.read()]
+        assert first.package_id in {event.package_id for event in events}
+        # Followers tell by it which partition an event lies in, whatever was passed over in between.
+        for one, two in pairwise(event.position.offsets for event in events):
+            assert len([p for p, offset in two.items() if one.get(p) != offset]) == 1
+        rest = [event.package_id async for event in log.read(events[2].position)]
+        assert sorted(rest) == sorted(event.package_id for event in events[3:])
 
 
 @pytest.mark.services

@@ -320,10 +320,11 @@ class _Reading:
                 continue
             if self._key in (None, record.key):
                 found = read_record(record, self._log.partition_of)
-                self._position = self._position.after(record.partition, record.offset)
                 if isinstance(found, BadRecord):
                     events.append(found)
                 elif not is_administrative(found) and not self._came_again(found):
+                    # From one event to the next the position moves in one partition alone, the event's.
+                    self._position = self._position.after(record.partition, record.offset)
                     events.append(recorded(found, self._position))
                     if self._is_last(found):
                         self._done = True

@@ -51,6 +51,7 @@ FORMAT = 6
 """Of tables and rows; a file of another one is built anew, but for the one before it, which is brought to this one."""
 
 _FORMAT_BEFORE = 5
+READABLE_FORMATS = frozenset({_FORMAT_BEFORE, FORMAT})
 
 QUICK_CHECK_BYTES = 32 << 20
 """A file up to this size is checked page by page when it is opened; it takes about 0.1 s."""

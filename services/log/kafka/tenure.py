@@ -36,7 +36,7 @@ from services.log.kafka.reader import Reader
 from services.log.kafka.restore import FROM_LOG, FROM_SNAPSHOT, States, candidates, stored, witnesses
 from services.log.kafka.settings import KafkaSettings
 from services.log.kafka.state import PartitionState, mark_of
-from services.log.kafka.state_file import FORMAT, Place, Standing
+from services.log.kafka.state_file import READABLE_FORMATS, Place, Standing
 from services.log.kafka.state_slots import Slot, claim, discard
 from services.log.port import PartitionNotOwnedError, Record
 from services.log.records import (
@@ -406,7 +406,11 @@ class Tenure:
         lost = {loss.witness.standing.position for loss in losses if loss.witness.log == self._place.identity}
         of_files = {loss.key for loss in claimed.losses}
         losses = [*claimed.losses, *(loss for loss in losses if loss.key not in of_files)]
-        usable = [s for s in found.snapshots if s.format == FORMAT and s.position <= barrier and s.position not in lost]
+        usable = [
+            s
+            for s in found.snapshots
+            if s.format in READABLE_FORMATS and s.position <= barrier and s.position not in lost
+        ]
         for source, state in candidates(self._slot, claimed.file, usable, self._place, self._states, self._stopping):
             self._state, self.restored_from, self._stopped = state, source, None
             if source == FROM_SNAPSHOT:
