@@ -32,12 +32,7 @@ class ProxiedCluster(KafkaCluster):
         ports = free_ports(2 * brokers)
         self.outside, self.inside = ports[:brokers], ports[brokers:]
         for broker, outside, inside in zip(self.brokers, self.outside, self.inside, strict=True):
-            plain = f"CLIENT://{broker.endpoint},CONTROLLER://127.0.0.1:{broker.controller_port}"
-            broker.options |= {
-                "listeners": f"{plain},PROXIED://127.0.0.1:{inside}",
-                "advertised.listeners": f"{plain},PROXIED://127.0.0.1:{outside}",
-                "listener.security.protocol.map": "CLIENT:PLAINTEXT,CONTROLLER:PLAINTEXT,PROXIED:PLAINTEXT",
-            }
+            broker.listeners["PROXIED"] = inside, outside
 
     @property
     def proxied_endpoint(self) -> str:

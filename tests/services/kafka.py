@@ -65,6 +65,11 @@ class KafkaBroker(Server):
         self.cluster_id = random_uuid()
         self.directory_ids: dict[int, str] = {}
         self._heap_mib = heap_mib
+        self.listeners = {
+            "CLIENT": (self.port, self.port),
+            "CONTROLLER": (self.controller_port, self.controller_port),
+        }
+        """By name, the port that is listened on and the one that is advertised; they count from the next start on."""
         self.options = dict(options or {})
         """Broker settings beyond or instead of the ones here; they count from the next start on."""
 
@@ -107,9 +112,11 @@ class KafkaBroker(Server):
         properties: dict[str, str | int] = {
             "process.roles": "broker,controller",
             "node.id": self.node_id,
-            "listeners": f"CLIENT://127.0.0.1:{self.port},CONTROLLER://127.0.0.1:{self.controller_port}",
-            "advertised.listeners": f"CLIENT://127.0.0.1:{self.port},CONTROLLER://127.0.0.1:{self.controller_port}",
-            "listener.security.protocol.map": "CLIENT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+            "listeners": ",".join(f"{name}://127.0.0.1:{port}" for name, (port, _) in self.listeners.items()),
+            "advertised.listeners": ",".join(
+                f"{name}://127.0.0.1:{port}" for name, (_, port) in self.listeners.items()
+            ),
+            "listener.security.protocol.map": ",".join(f"{name}:PLAINTEXT" for name in self.listeners),
             "inter.broker.listener.name": "CLIENT",
             "controller.listener.names": "CONTROLLER",
             "controller.quorum.bootstrap.servers": ",".join(f"127.0.0.1:{port}" for port in self.voters.values()),
