@@ -33,6 +33,7 @@ CONTENT_TYPE = "application/cbor"
 COMMANDS_PATH = "/commands"
 CHECKS_PATH = "/checks"
 EXTENTS_PATH = "/extents"
+ENDS_PATH = "/ends"
 STATUS_PATH = "/status"
 CONFIRMATIONS_PATH = "/confirmations"
 WIRE_READS = "Artifact-Store-Wire-Reads"
@@ -48,6 +49,10 @@ MAX_FORWARDED = 1024
 
 _CONNECT_SECONDS = 2.0
 _TOTAL_SECONDS = 40.0
+
+
+class _UnknownQuestionError(UnavailableError):
+    """The other gateway is of a release that does not know the question."""
 
 
 class HttpForwarder:
@@ -106,6 +111,14 @@ class HttpForwarder:
         answer = await self._post(owner_url, CONFIRMATIONS_PATH, encode_confirmation(confirmation))
         return decode_acknowledgement(answer, OLDEST)
 
+    async def end(self, owner_url: str, partition: int) -> int | None:
+        """See `Forwarder`. Raises PushBackError as `submit`."""
+        try:
+            with self._place(owner_url):
+                return decode_end(await self._post(owner_url, ENDS_PATH, cbor2.dumps(partition)))
+        except _UnknownQuestionError:
+            return None
+
     async def extent(self, owner_url: str, package_id: UUID) -> PackageExtent | None:
         """See `Forwarder`. An owner of the previous release does not know the question: UnavailableError."""
         with self._place(owner_url):
@@ -147,6 +160,8 @@ class HttpForwarder:
                 "the owner of the partition refuses the internal secret: "
                 "set the same ARTIFACT_STORE_INTERNAL_SECRET for every gateway"
             )
+        if kind != CONTENT_TYPE and status == 404:
+            raise _UnknownQuestionError("the owner of the partition is of a release that does not know the question")
         if kind != CONTENT_TYPE:
             raise UnavailableError(f"the owner of the partition answered with status {status} and no reason")
         if status != 200:
@@ -160,6 +175,17 @@ class HttpForwarder:
             self._versions[owner_url] = known
         else:
             self._versions.pop(owner_url, None)
+
+
+def decode_end(data: bytes) -> int:
+    """Read a number of a partition, or an offset in it. Raises UnavailableError when it is none."""
+    try:
+        found = cbor2.loads(data)
+    except (cbor2.CBORDecodeError, ValueError, TypeError):
+        found = None
+    if type(found) is not int or found < 0:
+        raise UnavailableError("another gateway sent what is no number of a partition or record")
+    return found
 
 
 def encode_extent(found: PackageExtent | None) -> bytes:

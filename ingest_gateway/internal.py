@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Protocol, Self
 from uuid import UUID
 
+import cbor2
 from aiohttp import web
 from pydantic import SecretStr
 
@@ -19,11 +20,13 @@ from ingest_gateway.forwarding import (
     COMMANDS_PATH,
     CONFIRMATIONS_PATH,
     CONTENT_TYPE,
+    ENDS_PATH,
     EXTENTS_PATH,
     STATUS_PATH,
     WIRE_READS,
     WIRE_VERSION,
     decode_confirmation,
+    decode_end,
     encode_extent,
     encode_status,
 )
@@ -68,6 +71,9 @@ class Here(Protocol):
 
     async def confirm_here(self, confirmation: Confirmation) -> Acknowledgement:
         """Record what an operator confirmed; PartitionNotOwnedError when this process is not the owner."""
+
+    async def end_here(self, partition: int) -> int:
+        """As `CommandWriter.end`, of one partition; PartitionNotOwnedError when this process is not the owner."""
 
     async def extent_here(self, package_id: UUID) -> PackageExtent | None:
         """As `CommandWriter.extent`; PartitionNotOwnedError when this process is not the owner."""
@@ -136,6 +142,7 @@ class InternalListener:
             app.router.add_post(prefix + COMMANDS_PATH, self._command)
             app.router.add_post(prefix + CHECKS_PATH, self._check)
             app.router.add_post(prefix + EXTENTS_PATH, self._extent)
+            app.router.add_post(prefix + ENDS_PATH, self._end)
             app.router.add_post(prefix + STATUS_PATH, self._status)
             app.router.add_post(prefix + CONFIRMATIONS_PATH, self._confirmation)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=_DRAIN_SECONDS)
@@ -172,6 +179,12 @@ class InternalListener:
             with _of_another_release():
                 confirmation = decode_confirmation(body)
             return encode_acknowledgement(await here.confirm_here(confirmation), _version_of(request))
+
+        return await self._answer(request, carry_out)
+
+    async def _end(self, request: web.Request) -> web.Response:
+        async def carry_out(here: Here, body: bytes) -> bytes:
+            return cbor2.dumps(await here.end_here(decode_end(body)))
 
         return await self._answer(request, carry_out)
 

@@ -66,7 +66,7 @@ class DirectRegistry(Registry):
         self._queries = queries
         self._limits = limits
         self._freshen = freshen
-        self._waits = ViewWaits(queries, log, wait_seconds)
+        self._waits = ViewWaits(queries, log, writer, wait_seconds)
         self._uploads: ResumableUploads | None = None
 
     @property

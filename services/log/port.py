@@ -5,7 +5,7 @@ Two adapters fulfil each (`kafka`, `sqlite`) and pass one contract suite (`tests
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import NamedTuple, Protocol
@@ -211,6 +211,13 @@ class CommandWriter(Protocol):
         Raises as `submit`: PackageNotFoundError, IllegalPackageStateError, DuplicateRelativePathError, TooLargeError.
         """
 
+    async def end(self, partitions: Collection[int]) -> Position:
+        """A position behind every event of these partitions that was acknowledged before the call.
+
+        Their writers prove it: `Log.end` may ask a broker that is cut off from the others. Raises UnavailableError and
+        PushBackError when a partition has no writer that can.
+        """
+
     async def extent(self, package_id: UUID) -> PackageExtent | None:
         """Where the package's events lie, as its writer knows; None when that cannot be learned at once.
 
@@ -309,6 +316,12 @@ class Forwarder(Protocol):
 
     async def submit(self, owner_url: str, command: Command) -> Acknowledgement:
         """As `CommandWriter.submit`, at the owner; PartitionNotOwnedError when it is not the owner any more."""
+
+    async def end(self, owner_url: str, partition: int) -> int | None:
+        """The offset of `CommandWriter.end`, from the owner; PartitionNotOwnedError when it is not the owner any more.
+
+        None: it is of a release that cannot prove it.
+        """
 
     async def extent(self, owner_url: str, package_id: UUID) -> PackageExtent | None:
         """As `CommandWriter.extent`, at the owner; UnavailableError when it does not answer or is not the owner."""

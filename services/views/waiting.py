@@ -15,11 +15,12 @@ from services.errors import (
     ArtifactStoreError,
     PackageNotFoundError,
     PackageParkedError,
+    PushBackError,
     SequenceBeyondLogError,
     UnavailableError,
     WaitTimeoutError,
 )
-from services.log.port import Log
+from services.log.port import CommandWriter, Log
 from services.log.position import Position
 from services.views.models import Parked
 from services.views.queries import Progress, Queries
@@ -41,10 +42,11 @@ class _Waiter:
 class ViewWaits:
     """Everyone in this process who waits for the registry view. Belongs to one event loop."""
 
-    def __init__(self, queries: Queries, log: Log, wait_seconds: float) -> None:
-        """Nobody waits for longer than `wait_seconds`."""
+    def __init__(self, queries: Queries, log: Log, writer: CommandWriter, wait_seconds: float) -> None:
+        """Nobody waits for longer than `wait_seconds`; `writer` proves where the log ends."""
         self._queries = queries
         self._log = log
+        self._writer = writer
         self._wait_seconds = wait_seconds
         self._waiters: set[_Waiter] = set()
         self._looking: asyncio.Task[None] | None = None
@@ -89,8 +91,11 @@ class ViewWaits:
             await asyncio.wait([self._looking])
 
     async def _look(self) -> None:
-        """Look at the view again and again, as long as anybody waits. The log's end is asked for beside."""
-        asking: asyncio.Task[None] | None = None
+        """Look at the view again and again, as long as anybody waits. The log's end is asked for beside.
+
+        There is one question at a time about a partition, and one about all of them, for everyone who came before it.
+        """
+        asking: dict[int | None, asyncio.Task[None]] = {}
         try:
             while self._waiters:
                 waiters = list(self._waiters)
@@ -101,21 +106,31 @@ class ViewWaits:
                 else:
                     for waiter in waiters:
                         self._tell(waiter, progress)
-                    if asking is None or asking.done():
-                        new = [waiter for waiter in self._waiters if waiter.end is None]
-                        asking = asyncio.create_task(self._ask_end(new, progress.position)) if new else None
+                    asking = {partition: task for partition, task in asking.items() if not task.done()}
+                    for partition, new in self._without_end().items():
+                        if partition not in asking:
+                            asking[partition] = asyncio.create_task(self._ask_end(partition, new))
                 await asyncio.sleep(LOOK_SECONDS)
         finally:
             self._looking = None
-            if asking is not None:
-                asking.cancel()
-                await asyncio.wait([asking])
+            for task in asking.values():
+                task.cancel()
+            if asking:
+                await asyncio.wait(asking.values())
 
-    async def _ask_end(self, waiters: Sequence[_Waiter], seen: Position | None) -> None:
-        """Ask where the log ends, which is not before what the view has `seen`."""
+    def _without_end(self) -> dict[int | None, list[_Waiter]]:
+        """By the partition that they wait for, or None for all, those for whom the log's end was not asked yet."""
+        found: dict[int | None, list[_Waiter]] = {}
+        for waiter in self._waiters:
+            if waiter.end is None:
+                partition = None if waiter.package_id is None else self._log.partition_of(waiter.package_id)
+                found.setdefault(partition, []).append(waiter)
+        return found
+
+    async def _ask_end(self, partition: int | None, waiters: Sequence[_Waiter]) -> None:
         try:
-            end = await self._log.end(seen)
-        except UnavailableError as error:
+            end = await self._writer.end(range(await self._log.partitions()) if partition is None else [partition])
+        except (UnavailableError, PushBackError) as error:
             _fail([waiter for waiter in waiters if waiter.sequence is None], error)  # others have the view alone
             return
         except Exception as error:  # noqa: BLE001 - those who wait raise it
@@ -123,9 +138,6 @@ class ViewWaits:
             return
         for waiter in waiters:
             waiter.end = end
-            if waiter.package_id is not None:
-                partition = self._log.partition_of(waiter.package_id)
-                waiter.end = Position(end.log, {partition: end.offsets.get(partition, 0)})
 
     def _tell(self, waiter: _Waiter, progress: Progress) -> None:
         if waiter.done.done():

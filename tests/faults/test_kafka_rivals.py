@@ -287,6 +287,25 @@ async def test_a_reader_does_not_stop_for_what_a_deposed_leader_says_of_the_end(
     assert [record.partition for record in found] == [0]
 
 
+async def test_a_writer_proves_where_its_partition_ends_whatever_a_deposed_leader_says(
+    kafka: Settings, log: KafkaLog
+) -> None:
+    real = log.cluster
+    log.cluster = DeposedLeader(log, dict.fromkeys(range(3), 0))
+    async with lone_writer(kafka, log) as writer:
+        await ready(writer)
+        await writer.submit(create_in(2))
+        rival = await take_over(kafka, log, 2)
+        await asyncio.to_thread(carry_out, rival, create_in(2))
+        last = rival.state.position
+        await asyncio.to_thread(rival.close)
+        found = await writer.end(range(3))
+    log.cluster = real
+    assert found.offsets.keys() == {0, 1, 2}
+    assert found.offsets[2] >= last
+    assert (await log.end()).covers(found)
+
+
 async def test_a_reader_stops_beyond_the_end_that_all_brokers_name(kafka: Settings, log: KafkaLog) -> None:
     beyond = (await log.end()).after(0, 1_000)
     with pytest.raises(InvalidPositionError):

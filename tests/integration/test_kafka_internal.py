@@ -66,6 +66,12 @@ class Answering:
         self.seen.append(confirmation)
         return Acknowledgement(UUID(int=1), 3, bytes(32))
 
+    async def end_here(self, partition: int) -> int:
+        self.seen.append(partition)
+        if self.refusal is not None:
+            raise self.refusal
+        return 10 + partition
+
     async def extent_here(self, package_id: UUID) -> PackageExtent | None:
         self.seen.append(package_id)
         if self.refusal is not None:
@@ -238,6 +244,22 @@ async def test_the_largest_command_fits(listener: InternalListener, writer: Answ
     async with HttpForwarder(SECRET) as forwarder:
         await forwarder.submit(listener.url, command)
     assert writer.seen == [command]
+
+
+async def test_a_gateway_asks_the_owner_where_a_partition_ends(listener: InternalListener, writer: Answering) -> None:
+    async with HttpForwarder(SECRET) as forwarder:
+        assert await forwarder.end(listener.url, 5) == 15
+        assert writer.seen == [5]
+        writer.refusal = PartitionNotOwnedError("it moved")
+        with pytest.raises(PartitionNotOwnedError):
+            await forwarder.end(listener.url, 5)
+
+
+async def test_an_owner_of_the_previous_release_does_not_know_where_a_partition_ends(
+    listener: InternalListener,
+) -> None:
+    async with HttpForwarder(SECRET) as forwarder:
+        assert await forwarder.end(f"{listener.url}/other", 5) is None
 
 
 class Waiting(Answering):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Set
+from collections.abc import AsyncIterator, Collection, Set
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 from uuid import UUID, uuid4
 
@@ -25,6 +26,7 @@ from services.errors import (
     WaitTimeoutError,
 )
 from services.log.port import CommandWriter
+from services.log.position import Position
 from services.views.catch_up import catch_up
 from services.views.engine import Views
 from services.views.models import ManifestLocation, PackageFilter, Parked
@@ -64,7 +66,8 @@ class Stage:
         self.views = Views(f"sqlite+aiosqlite:///{folder}/views.db")
         self.history = History()
         self.queries = WatchedQueries(self.views)
-        writer = cast("CommandWriter", None)  # nothing is written through this registry
+        # Nothing is written through this registry.
+        writer = cast("CommandWriter", SimpleNamespace(end=self.proven_end))
         self.registry = DirectRegistry(
             self.log,
             writer,
@@ -73,6 +76,11 @@ class Stage:
             limits=Limits(),
             wait_seconds=wait_seconds,
         )
+
+    async def proven_end(self, partitions: Collection[int]) -> Position:
+        """As the partitions' writers prove it."""
+        end = await self.log.end()
+        return Position(end.log, {p: end.offsets[p] for p in partitions if p in end.offsets})
 
     async def fold(self) -> None:
         """Bring the view up to the log."""
@@ -114,6 +122,36 @@ async def test_what_is_in_the_log_is_never_denied(stage: Stage, read: str) -> No
     package_id = a_package(stage)
     found, _ = await asyncio.gather(READS[read](stage.registry, package_id), stage.later())
     assert found
+
+
+async def test_what_is_in_the_log_is_not_denied_because_a_deposed_leader_names_an_older_end(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await stage.fold()
+    older = await stage.log.end()
+    package_id = a_package(stage)
+    true_end = await stage.log.end()
+
+    async def deposed(_covering: Position | None = None) -> Position:
+        return older
+
+    async def proven(partitions: Collection[int]) -> Position:
+        return true_end
+
+    monkeypatch.setattr(stage, "proven_end", proven)
+    monkeypatch.setattr(stage.registry._writer, "end", proven)
+
+    async def later() -> None:
+        while stage.queries.looks < 4:  # what the first ones find, with an end at hand, is enough for an answer
+            stage.queries.in_vain.clear()
+            await stage.queries.in_vain.wait()
+        monkeypatch.setattr(stage.log, "end", end)
+        await stage.fold()
+
+    end = stage.log.end
+    monkeypatch.setattr(stage.log, "end", deposed)
+    found, _ = await asyncio.gather(stage.registry.get_package(package_id), later())
+    assert found.package_id == package_id
 
 
 async def test_a_file_by_its_id_is_waited_for_too(stage: Stage) -> None:

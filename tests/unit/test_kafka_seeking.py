@@ -70,6 +70,9 @@ class There:
     async def check_ingest(self, url: str, _package: UUID, _paths: Sequence[str], _command: UUID | None) -> None:
         await self.submit(url, MADE)
 
+    async def end(self, _url: str, _partition: int) -> int | None:
+        return None
+
     async def extent(self, _url: str, _package_id: UUID) -> PackageExtent | None:
         return None
 

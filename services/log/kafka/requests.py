@@ -53,6 +53,13 @@ class IngestCheck:
     command_id: UUID | None
 
 
+class EndQuestion(IngestCheck):
+    """The question where the partition ends; it is about no package."""
+
+    def __init__(self) -> None:
+        super().__init__(UUID(int=0), (), None)
+
+
 class Request:
     """A command or a question, and who waits for the answer."""
 

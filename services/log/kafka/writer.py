@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from threading import Event as Flag
 from threading import Thread
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 from schemas.identifiers import partition_id
@@ -32,7 +32,16 @@ from services.log.kafka.deadlines import Deadlines
 from services.log.kafka.failures import HeldError, refusal, spoiled_by_record
 from services.log.kafka.loss import Loss
 from services.log.kafka.outcomes import given_up, in_doubt, lost, quarantined, refused, told
-from services.log.kafka.requests import CHECK_SECONDS, MAX_BATCH_BYTES, TOGETHER, IngestCheck, Request, Waiting, runs_of
+from services.log.kafka.requests import (
+    CHECK_SECONDS,
+    MAX_BATCH_BYTES,
+    TOGETHER,
+    EndQuestion,
+    IngestCheck,
+    Request,
+    Waiting,
+    runs_of,
+)
 from services.log.kafka.state import TIDY_SECONDS, PartitionState
 from services.log.kafka.state_file import Irregular, StateFileError
 from services.log.kafka.tenure import Staged, Tenure
@@ -53,8 +62,8 @@ _GIVE_WAY_SECONDS = 20.0
 _LOG = logging.getLogger(__name__)
 
 
-_Outcome = Acknowledgement | Exception | None
-"""What becomes of a request once its batch is appended; None says that a check passed."""
+_Outcome = Acknowledgement | Exception | int | None
+"""What becomes of a request once its batch is appended; None says that a check passed, an offset where the log ends."""
 
 
 class PartitionWriter:
@@ -470,6 +479,8 @@ class PartitionWriter:
         self, state: PartitionState, asides: Asides, request: Request, now: int, staged: list[Staged]
     ) -> _Outcome:
         asked, limits = request.asked, self._context.limits
+        if isinstance(asked, EndQuestion):
+            return state.position
         package = state.package(asked.package_id, asked.command_id)
         contradicted = state.irregular.quarantined.get(asked.package_id)
         try:
@@ -533,7 +544,7 @@ class PartitionWriter:
                 if waiting.done():
                     continue
                 if not isinstance(answer, Exception):
-                    waiting.set_result(answer)
+                    waiting.set_result(cast("Acknowledgement | None", answer))
                 elif isinstance(answer, PartitionNotOwnedError) and request.moved is not None:
                     request.moved(request)
                 else:
@@ -545,4 +556,4 @@ class PartitionWriter:
 
 def _needs_proof(outcome: _Outcome) -> bool:
     """Whether the answer would be wrong if another process had appended something meanwhile."""
-    return isinstance(outcome, RejectedError | NotAppendedError)
+    return isinstance(outcome, RejectedError | NotAppendedError | int)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Collection, Sequence
 from contextlib import suppress
 from threading import Event as Flag
 from threading import Lock
@@ -22,7 +22,7 @@ from services.log.kafka.group import WriterGroup
 from services.log.kafka.guard import Guard
 from services.log.kafka.log import KafkaLog
 from services.log.kafka.owners import Owner, Owners
-from services.log.kafka.requests import IngestCheck, Request, size_of
+from services.log.kafka.requests import EndQuestion, IngestCheck, Request, size_of
 from services.log.kafka.restore import States
 from services.log.kafka.seeking import Seeking, There
 from services.log.kafka.snapshots import Snapshots
@@ -39,6 +39,7 @@ from services.log.port import (
     SnapshotStore,
     TimedStore,
 )
+from services.log.position import Position
 from services.log.records import Confirmation
 
 SUBMIT_SECONDS = 30.0
@@ -163,6 +164,30 @@ class KafkaWriter:
         await self._routed(
             asked, lambda forwarder, url: forwarder.check_ingest(url, package_id, relative_paths, command_id)
         )
+
+    async def end(self, partitions: Collection[int]) -> Position:
+        """See `CommandWriter`."""
+        if self._context is None:
+            raise UnavailableError("the log's writers are not started")
+        offsets = await asyncio.gather(*map(self._end_of, partitions))
+        return Position(self._context.identity, dict(zip(partitions, offsets, strict=True)))
+
+    async def _end_of(self, partition: int) -> int:
+        if self._closing:
+            raise PushBackError("this gateway is being shut down")
+        asked = EndQuestion()
+        there: There[int | None] = lambda forwarder, url: forwarder.end(url, partition)  # noqa: E731 - its type is told
+        with self._under_way:
+            end = await self._seeking.answer(partition, asked, there, doubtful=False)
+        # An owner of the previous release believes the brokers, as all of its reads do.
+        return end if end is not None else (await self._log.end()).offsets[partition]
+
+    async def end_here(self, partition: int) -> int:
+        """As `end`, of one partition, but PartitionNotOwnedError when this process is not its writer."""
+        if self._closing:
+            raise PartitionNotOwnedError("this process hands its partitions over")
+        with self._under_way:
+            return cast("int", await self._here(EndQuestion(), partition))
 
     async def extent(self, package_id: UUID) -> PackageExtent | None:
         """See `CommandWriter`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Condition, Thread
@@ -20,8 +20,10 @@ from services.core.commands import Acknowledgement, Command, IngestFiles
 from services.core.limits import Limits
 from services.errors import ArtifactStoreError, PushBackError, UnavailableError
 from services.log.port import PackageExtent, PartitionStatus, PutManifest
+from services.log.position import Position
 from services.log.sqlite.appender import Answer, Appender, IngestCheck, Request
 from services.log.sqlite.file import PARTITION, create_file, open_file
+from services.log.sqlite.records import end_offset
 
 MAX_WAITING = 20_000
 """Events that may wait to be appended; one more request is pushed back."""
@@ -90,6 +92,18 @@ class SqliteWriter:
     async def extent(self, package_id: UUID) -> PackageExtent | None:
         """See `CommandWriter`. Nothing: the file finds a package's events by an index."""
         return None
+
+    async def end(self, partitions: Collection[int]) -> Position:
+        """See `CommandWriter`. The file has one writer at a time, and whoever reads it sees all of it."""
+
+        def look() -> Position:
+            file = open_file(self._path)
+            try:
+                return Position(file.identity, {PARTITION: end_offset(file.connection)})
+            finally:
+                file.close()
+
+        return await asyncio.to_thread(look)
 
     async def ready(self) -> str | None:
         """See `CommandWriter`."""
