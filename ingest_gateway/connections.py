@@ -19,7 +19,7 @@ from ingest_gateway.problems import HeadTooLargeError, MalformedHttpError
 from services.errors import ArtifactStoreError, PushBackError
 
 HEADER_BYTES = 32 * 1024
-"""Longest request line and longest header; a position of a thousand partitions has some 20 KiB."""
+"""Longest request line and longest header; a position of 1,024 partitions has 6 KiB, in the previous format 11."""
 
 HEAD_BYTES = 64 * 1024
 """Longest head of a request: its line and all its headers."""
