@@ -13,6 +13,7 @@ from uuid import UUID
 
 from services.errors import (
     ArtifactStoreError,
+    CorruptError,
     PackageNotFoundError,
     PackageParkedError,
     PushBackError,
@@ -130,7 +131,7 @@ class ViewWaits:
     async def _ask_end(self, partition: int | None, waiters: Sequence[_Waiter]) -> None:
         try:
             end = await self._writer.end(range(await self._log.partitions()) if partition is None else [partition])
-        except (UnavailableError, PushBackError) as error:
+        except (UnavailableError, PushBackError, CorruptError) as error:
             _fail([waiter for waiter in waiters if waiter.sequence is None], error)  # others have the view alone
             return
         except Exception as error:  # noqa: BLE001 - those who wait raise it

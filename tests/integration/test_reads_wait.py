@@ -154,6 +154,21 @@ async def test_what_is_in_the_log_is_not_denied_because_a_deposed_leader_names_a
     assert found.package_id == package_id
 
 
+async def test_a_sequence_that_the_view_reaches_is_found_although_the_partition_has_no_writer(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package_id = a_package(stage)
+
+    async def stopped(_: Collection[int]) -> Position:
+        raise CorruptError("a record is no event")
+
+    monkeypatch.setattr(stage.registry._writer, "end", stopped)
+    with pytest.raises(CorruptError, match="a record is no event"):
+        await stage.registry.get_package(package_id)
+    found, _ = await asyncio.gather(stage.registry.get_package(package_id, wait_sequence=2), stage.later())
+    assert found.package_id == package_id
+
+
 async def test_a_file_by_its_id_is_waited_for_too(stage: Stage) -> None:
     a_package(stage)
     file_id = stage.history.events[1].payload.file_id  # type: ignore[union-attr]  # it is the file's
