@@ -1,0 +1,164 @@
+"""What must be true after each step: the invariants of the log, held against what was committed and what was answered.
+
+It reads the copies of the true leaders, below their last stable offsets, and shares no code with what decides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from uuid import UUID
+
+from schemas.codec import UndecodableEventError, decode
+from schemas.digests import event_digest
+from schemas.events import NO_DIGEST, PACKAGE_CREATED, PACKAGE_FINALIZED, Event, FileIngested
+from services.core.commands import Acknowledgement, Command, IngestFiles
+from services.log.kafka.partitioner import partition_of
+from tests.simulation.kafka import Cluster, Entry
+
+Answered = tuple[UUID, UUID]
+"""A command: its package and its id."""
+
+
+class ViolationError(AssertionError):
+    """A promise was broken."""
+
+
+@dataclass(slots=True)
+class History:
+    """What the log says of one package."""
+
+    digests: list[bytes] = field(default_factory=list)
+    """Of its events, in their order."""
+    paths: set[str] = field(default_factory=set)
+    finalized: bool = False
+    commands: dict[UUID, list[Event]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Seen:
+    """How far a partition was looked at."""
+
+    offset: int = 0
+    end: int = 0
+    last: Entry | None = None
+    time: int = 0
+
+
+class Checker:
+    """Raises ViolationError as soon as something is wrong."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.histories: dict[UUID, History] = {}
+        self.acknowledged: dict[Answered, tuple[Command, Acknowledgement]] = {}
+        self.refused: set[Answered] = set()
+        """Commands of which somebody was told that nothing is recorded, and will not be."""
+        self.events = 0
+        self.violation: str | None = None
+        self._cluster = cluster
+        self._seen = [_Seen() for _ in cluster.partitions]
+
+    def broken(self, what: str) -> ViolationError:
+        """Note that a promise is broken: whoever catches the exception, the simulation ends."""
+        self.violation = self.violation or what
+        return ViolationError(what)
+
+    def look(self) -> None:
+        """Check what was committed since the last look."""
+        for number, seen in enumerate(self._seen):
+            leader = self._cluster.truth(number)
+            if leader is None:
+                continue
+            if seen.last is not None and (
+                len(leader.log) < seen.offset or leader.log[seen.offset - 1] is not seen.last
+            ):
+                raise self.broken(f"the model lost what was committed in partition {number}")
+            stable = leader.stable
+            while seen.offset < stable:
+                entry, offset = leader.log[seen.offset], seen.offset
+                seen.offset, seen.last = offset + 1, entry
+                if entry.control is None and offset not in leader.aborted:
+                    self._follow(number, offset, entry, seen)
+
+    def end(self, number: int) -> int:
+        """The offset behind the last event of the partition."""
+        self.look()
+        return self._seen[number].end
+
+    def _follow(self, number: int, offset: int, entry: Entry, seen: _Seen) -> None:
+        place = f"offset {offset} of partition {number}"
+        try:
+            event = decode(entry.value or b"")
+        except UndecodableEventError as error:
+            raise self.broken(f"{place} cannot be read: {error}") from None
+        self.events += 1
+        package_id = event.package_id
+        history = self.histories.setdefault(package_id, History())
+        if entry.key != str(package_id).encode() or partition_of(package_id, len(self._seen)) != number:
+            raise self.broken(f"{place}: package {package_id} is in the wrong place")
+        if event.sequence != len(history.digests) + 1:
+            raise self.broken(
+                f"{place}: package {package_id} goes on with {event.sequence} after {len(history.digests)}"
+                f" ({event.event_type}, command {event.command_id})"
+            )
+        if event.previous_digest != (history.digests[-1] if history.digests else NO_DIGEST):
+            raise self.broken(f"{place}: the chain of package {package_id} is broken")
+        if (event.event_type == PACKAGE_CREATED) != (event.sequence == 1):
+            raise self.broken(f"{place}: package {package_id} does not begin with its creation")
+        if history.finalized:
+            raise self.broken(f"{place}: package {package_id} goes on after its finalization")
+        if event.created_at < seen.time:
+            raise self.broken(f"{place}: time steps back")
+        if isinstance(event.payload, FileIngested):
+            if event.payload.relative_path in history.paths:
+                raise self.broken(f"{place}: {event.payload.relative_path} of package {package_id} is there twice")
+            history.paths.add(event.payload.relative_path)
+        whole = history.commands.setdefault(event.command_id, [])
+        if event.command_index != len(whole):
+            raise self.broken(f"{place}: command {event.command_id} has event {event.command_index} after {len(whole)}")
+        if (package_id, event.command_id) in self.refused:
+            raise self.broken(f"{place}: command {event.command_id} is recorded, and was refused")
+        whole.append(event)
+        seen.time, seen.end = event.created_at, offset + 1
+        history.finalized = event.event_type == PACKAGE_FINALIZED
+        history.digests.append(event_digest(event))
+
+    def answered(self, command: Command, answer: Acknowledgement) -> None:
+        """A writer has acknowledged a command: it is in the log, whole, and any answer before was the same."""
+        self.look()
+        name = command.package_id, command.command_id
+        history = self.histories.get(command.package_id)
+        recorded = history.commands.get(command.command_id, []) if history is not None else []
+        count = len(command.files) if isinstance(command, IngestFiles) else 1
+        if history is None or len(recorded) != count:
+            raise self.broken(f"command {command.command_id} was acknowledged; the log has {len(recorded)} of {count}")
+        if answer.sequence != recorded[-1].sequence or answer.event_digest != history.digests[answer.sequence - 1]:
+            raise self.broken(f"command {command.command_id} was acknowledged as another event than the log has")
+        before = self.acknowledged.setdefault(name, (command, answer))
+        if before[1] != answer:
+            raise self.broken(f"command {command.command_id} was answered in two ways")
+
+    def denied(self, command: Command, why: str) -> None:
+        """A writer has refused a command for good, or said that nothing of it is recorded."""
+        self.look()
+        history = self.histories.get(command.package_id)
+        if history is not None and command.command_id in history.commands:
+            raise self.broken(f"command {command.command_id} is recorded, but its writer says: {why}")
+
+    def refused_for_good(self, command: Command, why: str) -> None:
+        """Refused by a rule, on its first try: it will never be recorded."""
+        self.denied(command, why)
+        self.refused.add((command.package_id, command.command_id))
+
+    def exists(self, package_id: UUID) -> bool:
+        """Whether the log has the package."""
+        self.look()
+        return package_id in self.histories
+
+    def folded(self, event: Event) -> None:
+        """A view has folded an event: it is the one that the log has."""
+        self.look()
+        history = self.histories.get(event.package_id)
+        if history is None or event.sequence > len(history.digests):
+            raise self.broken(f"a view has event {event.sequence} of package {event.package_id}, the log has not")
+        if event_digest(event) != history.digests[event.sequence - 1]:
+            raise self.broken(f"a view has another event {event.sequence} of package {event.package_id}")

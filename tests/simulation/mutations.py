@@ -1,0 +1,121 @@
+"""Named mistakes in the product that the simulation must find: each takes out what keeps a promise.
+
+A mutation replaces whole functions of the product; one that does not exist any more fails by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+from services.log.kafka import tenure as tenure_module
+from services.log.kafka.state import PartitionState
+from services.log.kafka.tenure import COMMIT_SECONDS, INIT_SECONDS, Tenure
+from tests.simulation.clients import Producer
+
+_Patch = tuple[object, str, object]
+
+
+@contextmanager
+def mutated(name: str | None) -> Iterator[None]:
+    """Run with this mistake; None: with none. Raises KeyError for a name that is unknown."""
+    patches = [] if name is None else MUTATIONS[name]()
+    before = [(where, attribute, getattr(where, attribute)) for where, attribute, _ in patches]
+    try:
+        for where, attribute, value in patches:
+            setattr(where, attribute, value)
+        yield
+    finally:
+        for where, attribute, value in before:
+            setattr(where, attribute, value)
+
+
+def _end_by_list_offsets() -> list[_Patch]:
+    """A take-over asks the cluster for the end, which a deposed leader may answer."""
+
+    def barrier(self: Any) -> int:
+        return int(self._cluster.high_watermark([self._partition])[self._partition]) - 1
+
+    return [(Tenure, "_barrier", barrier), (Tenure, "_require_all_read", lambda _: None)]
+
+
+def _no_proof() -> list[_Patch]:
+    """A refusal rests on the state as it is, although another may have taken over."""
+    return [(Tenure, "prove", lambda _: None)]
+
+
+def _restore_before_fence() -> list[_Patch]:
+    """A take-over reads first, and cuts off its predecessors then."""
+    restore = cast("Any", Tenure)._restore
+
+    class LateFence(Producer):
+        def init_transactions(self, timeout: float = -1) -> None:
+            self._id = self._epoch = -1
+
+        def fence(self) -> None:
+            super().init_transactions(INIT_SECONDS)
+
+    def restore_then_fence(self: Any, barrier: int) -> None:
+        restore(self, barrier)
+        self._producer.fence()
+
+    return [
+        *_end_by_last_stable(),
+        (tenure_module, "make_producer", LateFence),
+        (Tenure, "_restore", restore_then_fence),
+    ]
+
+
+def _end_by_last_stable() -> list[_Patch]:
+    def barrier(self: Any) -> int:
+        return int(self._cluster.last_stable([self._partition])[self._partition]) - 1
+
+    return [(Tenure, "_barrier", barrier), (Tenure, "_require_all_read", lambda _: None)]
+
+
+def _acknowledge_before_read_back() -> list[_Patch]:
+    """A commit counts as soon as the client says so; what was appended is read back before the next one."""
+    hand_over, idle, prove = Tenure.hand_over, Tenure.idle, Tenure.prove
+    waiting: dict[int, Sequence[bytes]] = {}
+
+    def commit(self: Any, values: Sequence[bytes]) -> None:
+        self._producer.flush(COMMIT_SECONDS)
+        self._producer.commit_transaction(COMMIT_SECONDS)
+        self._first_committed = True
+        waiting[id(self)] = values
+
+    def reading_back(then: Callable[..., Any]) -> Callable[..., Any]:
+        def read_back(self: Any, *args: Any) -> Any:
+            if (values := waiting.pop(id(self), None)) is not None:
+                self.state.confirm(self._read_back(values), values[-1])
+            return then(self, *args)
+
+        return read_back
+
+    return [
+        (Tenure, "commit", commit),
+        (Tenure, "hand_over", reading_back(hand_over)),
+        (Tenure, "idle", reading_back(idle)),
+        (Tenure, "prove", reading_back(prove)),
+    ]
+
+
+def _state_ahead_of_log() -> list[_Patch]:
+    """A state file is written with what was decided, before the log has it."""
+    save = PartitionState.save
+
+    def save_all(self: Any) -> None:
+        self._ahead = False
+        save(self)
+
+    return [(PartitionState, "save", save_all)]
+
+
+MUTATIONS: dict[str, Callable[[], list[_Patch]]] = {
+    "end-by-list-offsets": _end_by_list_offsets,
+    "refuse-without-proof": _no_proof,
+    "restore-before-fence": _restore_before_fence,
+    "acknowledge-before-read-back": _acknowledge_before_read_back,
+    "state-ahead-of-log": _state_ahead_of_log,
+}

@@ -1,0 +1,351 @@
+"""The simulated processes: gateways with the real writers, projectors with the real runner on a database in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TypeVar, cast
+from uuid import UUID
+
+from projector import runner
+from schemas.events import Event
+from services.config import Settings
+from services.core.commands import Acknowledgement, Command
+from services.core.limits import Limits
+from services.errors import UnavailableError
+from services.log.kafka.log import KafkaLog
+from services.log.kafka.writers import KafkaWriter
+from services.log.port import PackageExtent
+from services.log.position import Position
+from services.views import checkpoints
+from services.views.checkpoints import Checkpoint, LastRecord, StaleCheckpointError
+from services.views.projections import projection_named
+from tests.simulation.checker import Checker
+from tests.simulation.kafka import Cluster
+from tests.simulation.scheduler import Process, Scheduler
+
+_T = TypeVar("_T")
+
+LIMITS = Limits(inline_manifest_bytes=6_000)
+"""Manifests of a few files are large already, so that they are made beside the partition."""
+
+PROJECTION = "registry"
+
+
+@dataclass(eq=False)
+class Stage:
+    """What all processes share."""
+
+    scheduler: Scheduler
+    cluster: Cluster
+    checker: Checker
+    folder: Path
+    settings: Settings
+    gateways: list[Gateway] = field(default_factory=list)
+    projectors: list[Projector] = field(default_factory=list)
+
+
+class Gateway:
+    """A gateway that may be killed and started again, with the state files that its predecessor left."""
+
+    def __init__(self, stage: Stage, number: int) -> None:
+        self.name = f"g{number}"
+        self.url = f"http://{self.name}"
+        self.writer: KafkaWriter | None = None
+        self.process = Process(stage.scheduler, self.name)
+        self.process.alive = False
+        self.clock_ahead = 0.0
+        self._stage = stage
+        self._starts = 0
+
+    @property
+    def running(self) -> bool:
+        return self.process.alive
+
+    @property
+    def _state_dir(self) -> Path:
+        return self._stage.folder / f"{self.name}-{self._starts}"
+
+    def start(self, *, empty_disk: bool = False) -> None:
+        """Begin; does nothing while it runs. On an empty disk, or on what the process before it left there."""
+        if self.running:
+            return
+        left = self._state_dir
+        self._starts += 1
+        if left.exists() and not empty_disk:
+            left.rename(self._state_dir)
+        self.process = process = Process(self._stage.scheduler, self.name)
+        process.clock_ahead = self.clock_ahead
+        process.loop.create_task(self._serve(process), name=self.name)
+
+    async def _serve(self, process: Process) -> None:
+        self.writer = None
+        settings = self._stage.settings.model_copy(update={"state_dir": self._state_dir})
+        log = KafkaLog(settings)
+        writer = KafkaWriter(
+            settings,
+            log,
+            limits=LIMITS,
+            put_manifest=_stored,
+            clock=process.wall_clock,
+            forwarder=Forwarding(self._stage, process),
+            internal_url=self.url,
+        )
+        while True:
+            try:
+                await writer.start()
+                break
+            except UnavailableError:
+                await asyncio.sleep(1.0)
+        self.writer = writer
+
+    def kill(self) -> None:
+        """As SIGKILL."""
+        if self.running:
+            # As the files are now: while they unwind, its threads may still write to what they have open.
+            kept = self._state_dir.with_suffix(".kept")
+            if self._state_dir.exists():
+                shutil.copytree(self._state_dir, kept, ignore=shutil.ignore_patterns("*.lock", "*-shm"))
+            self.process.kill()
+            self.writer = None
+            shutil.rmtree(self._state_dir, ignore_errors=True)
+            if kept.exists():
+                kept.rename(self._state_dir)
+
+    def stop(self, stopped: Callable[[], object]) -> None:
+        """As SIGTERM; `stopped` is called when it has ended."""
+        writer, process = self.writer, self.process
+        if writer is None or not process.alive:
+            self.kill()
+            stopped()
+            return
+        closing: KafkaWriter = writer
+
+        async def close() -> None:
+            await closing.close()
+            if process is self.process and process.alive:
+                self.kill()
+            stopped()
+
+        process.loop.create_task(close())
+
+    async def submit(self, command: Command) -> Acknowledgement:
+        """What the HTTP route does; in this process."""
+        writer = self.writer
+        if writer is None:
+            raise UnavailableError("the gateway is starting")
+        answer = await writer.submit(command)
+        self._stage.checker.answered(command, answer)
+        return answer
+
+    async def end(self, partition: int) -> int:
+        """What a read asks for before it says that something is not there."""
+        if self.writer is None:
+            raise UnavailableError("the gateway is starting")
+        return (await self.writer.end([partition])).offsets[partition]
+
+    async def check_ingest(self, package_id: UUID, paths: Sequence[str], command_id: UUID | None) -> None:
+        """As `submit`."""
+        if self.writer is None:
+            raise UnavailableError("the gateway is starting")
+        await self.writer.check_ingest(package_id, paths, command_id)
+
+
+async def _stored(manifest: bytes) -> None:
+    await asyncio.sleep(0.01)
+
+
+async def call(stage: Stage, caller: Process, target: Process, act: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
+    """Let another process do something and wait for its answer, which may never come. Raises what it raises.
+
+    Raises UnavailableError when the other process is known to be away.
+    """
+    scheduler, cluster = stage.scheduler, stage.cluster
+    answer: asyncio.Future[_T] = caller.loop.create_future()
+
+    def connected() -> bool:
+        return target.alive and caller.alive and cluster.connected(caller.name, target.name)
+
+    def give(set_: Callable[[Any], None], what: object) -> None:
+        if caller.alive and not answer.done():
+            set_(what)
+
+    def broken() -> None:
+        give(answer.set_exception, UnavailableError("the connection is broken; the outcome is unknown"))
+
+    def arrive() -> None:
+        if not connected():
+            scheduler.after(scheduler.rng.choice((0.01, 5.0)), broken)
+            return
+        task = target.loop.create_task(act())
+        task.add_done_callback(ended)
+
+    def ended(done: asyncio.Task[_T]) -> None:
+        if target.alive:
+            scheduler.after(scheduler.rng.random() * 0.002, lambda: back(done))
+
+    def back(done: asyncio.Task[_T]) -> None:
+        error = None if done.cancelled() else done.exception()
+        if done.cancelled() or not connected():
+            scheduler.after(scheduler.rng.choice((0.01, 5.0)), broken)
+        elif error is not None:
+            give(answer.set_exception, error)
+        else:
+            give(answer.set_result, done.result())
+
+    scheduler.after(scheduler.rng.random() * 0.002, arrive)
+    return await answer
+
+
+class Forwarding:
+    """The forwarder of one gateway: other gateways' internal listeners."""
+
+    def __init__(self, stage: Stage, process: Process) -> None:
+        self._stage = stage
+        self._process = process
+
+    async def submit(self, owner_url: str, command: Command) -> Acknowledgement:
+        return await self._at(owner_url, lambda writer: writer.submit_here(command))
+
+    async def check_ingest(
+        self, owner_url: str, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None
+    ) -> None:
+        await self._at(owner_url, lambda writer: writer.check_ingest_here(package_id, relative_paths, command_id))
+
+    async def end(self, owner_url: str, partition: int) -> int | None:
+        return await self._at(owner_url, lambda writer: writer.end_here(partition))
+
+    async def extent(self, owner_url: str, package_id: UUID) -> PackageExtent | None:
+        return await self._at(owner_url, lambda writer: writer.extent(package_id))
+
+    async def _at(self, url: str, act: Callable[[KafkaWriter], Awaitable[_T]]) -> _T:
+        gateway = next(gateway for gateway in self._stage.gateways if url.startswith(gateway.url))
+
+        async def there() -> _T:
+            if gateway.writer is None:
+                raise UnavailableError("the gateway is starting")
+            return await act(gateway.writer)
+
+        return await call(self._stage, self._process, gateway.process, there)
+
+
+@dataclass(eq=False)
+class Database:
+    """The views' database: one projection's live generation. Everything in it changes in one go."""
+
+    stage: Stage
+    generation: UUID
+    log: UUID | None = None
+    offsets: dict[int, int] = field(default_factory=dict)
+    last: dict[int, LastRecord] = field(default_factory=dict)
+    packages: dict[UUID, int] = field(default_factory=dict)
+    """How many events of each package were folded."""
+    resets: int = 0
+    max_parked: int | None = None
+
+    @asynccontextmanager
+    async def reading(self, **_: object) -> AsyncIterator[Any]:
+        await self.pause()
+        yield self
+
+    async def pause(self) -> None:
+        """What a database takes."""
+        await asyncio.sleep(self.stage.scheduler.rng.random() * 0.02)
+
+
+async def _load_checkpoint(views: Database, _: object, log: UUID) -> Checkpoint:
+    await views.pause()
+    if views.log is None:
+        views.log = log
+    return Checkpoint(views.generation, Position(log, dict(views.offsets)), dict(views.last))
+
+
+async def _live_row(connection: Database, _: object, **__: object) -> Any:
+    return SimpleNamespace(generation=connection.generation, log=connection.log)
+
+
+async def _apply(
+    views: Database, _: object, events: Any, *, since: Checkpoint, next_offsets: Mapping[int, int]
+) -> Checkpoint:
+    await views.pause()
+    expected = since.position.offsets
+    if views.generation != since.generation or any(views.offsets.get(p, 0) != expected.get(p, 0) for p in next_offsets):
+        raise StaleCheckpointError("the view does not stand there")
+    for event in events.events:
+        _fold(views, event)
+    views.offsets.update(next_offsets)
+    views.last.update({p: LastRecord.of(record) for p, record in events.last_records().items()})
+    await views.pause()  # the answer to the commit
+    return Checkpoint(since.generation, Position(since.position.log, {**expected, **next_offsets}), views.last)
+
+
+def _fold(views: Database, event: Event) -> None:
+    before = views.packages.get(event.package_id, 0)
+    if event.sequence != before + 1:
+        raise views.stage.checker.broken(
+            f"a view folds event {event.sequence} of package {event.package_id} after {before}"
+        )
+    views.packages[event.package_id] = event.sequence
+    views.stage.checker.folded(event)
+
+
+async def _reset(views: Database, _: object, *, expected: UUID | None = None, **__: object) -> UUID:
+    await views.pause()
+    if expected not in (None, views.generation):
+        raise StaleCheckpointError("the view was reset meanwhile")
+    views.generation = UUID(int=views.stage.scheduler.rng.getrandbits(128), version=4)
+    views.log = None
+    views.offsets, views.last, views.packages = {}, {}, {}
+    views.resets += 1
+    return views.generation
+
+
+STAND_INS: dict[object, object] = {
+    checkpoints.load_checkpoint: _load_checkpoint,
+    checkpoints.live_row: _live_row,
+    checkpoints.apply: _apply,
+    checkpoints.reset: _reset,
+}
+
+
+class Projector:
+    """A process that runs one projection."""
+
+    def __init__(self, stage: Stage, number: int, database: Database) -> None:
+        self.name = f"p{number}"
+        self.process = Process(stage.scheduler, self.name)
+        self.process.alive = False
+        self.failure: BaseException | None = None
+        self._stage = stage
+        self._database = database
+
+    @property
+    def running(self) -> bool:
+        return self.process.alive
+
+    def start(self) -> None:
+        """Begin; does nothing while it runs."""
+        if not self.running:
+            self.process = process = Process(self._stage.scheduler, self.name)
+            process.loop.create_task(self._project(), name=self.name)
+
+    async def _project(self) -> None:
+        log = KafkaLog(self._stage.settings)
+        while True:
+            try:
+                await runner.run_projection(
+                    cast("Any", self._database), log, projection_named(PROJECTION), asyncio.Event()
+                )
+            except Exception as error:  # noqa: BLE001 - the simulation asks for it
+                self.failure = error
+                await asyncio.sleep(5.0)
+
+    def kill(self) -> None:
+        """As SIGKILL."""
+        if self.running:
+            self.process.kill()
