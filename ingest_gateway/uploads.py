@@ -37,8 +37,8 @@ from ingest_gateway.tus import (
     http_date,
     spoken,
 )
-from services.appending import Checksum
-from services.blobs.upload_states import UploadState
+from services.blobs.resumable.states import UploadState
+from services.blobs.resumable.uploads import Checksum, NewUpload, acknowledgement_of
 from services.errors import (
     ChecksumMismatchError,
     InvalidRequestError,
@@ -54,7 +54,6 @@ from services.http import times
 from services.http import uploads as names
 from services.http.models import FileIngestedAnswer
 from services.http.uploads import CONTENT_TYPE, MEDIA_TYPE, RELATIVE_PATH, UploadAnswer
-from services.uploads import NewUpload, acknowledgement_of
 
 _RESOURCE = "/v1/packages/{package_id}/uploads"
 _UPLOAD = _RESOURCE + "/{upload_id}"

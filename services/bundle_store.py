@@ -14,12 +14,11 @@ from dataclasses import dataclass, replace
 
 from blake3 import blake3
 
+from services.blobs.intake import LOOK_SECONDS, Pace
 from services.blobs.memory import TURN_SECONDS, ByteBudget
-from services.blobs.named import find_named
-from services.blobs.pace import LOOK_SECONDS, Pace
-from services.blobs.packs import PACK_BYTES, Packing, Placed
+from services.blobs.packs import PACK_BYTES, Packing, Placed, find_named
 from services.blobs.port import BlobStore, content_key
-from services.blobs.sound import SoundReads
+from services.blobs.verified_reads import SoundReads
 from services.bundle import SMALL_FILE_BYTES, Bundle, Group, NamedFile, SmallFile, StreamedFile
 from services.errors import CorruptError, UnavailableError
 from services.streams import joined

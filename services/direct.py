@@ -12,6 +12,7 @@ from schemas import identifiers
 from schemas.digests import manifest_digest
 from services.blobs.packs import Placed
 from services.blobs.port import BlobStore, Declared
+from services.blobs.resumable.uploads import ResumableUploads
 from services.bundle import MAX_BUNDLE_FILES, Bundle, Group, NamedFile, StreamedFile
 from services.bundle_store import BundleStore
 from services.core.commands import Acknowledgement, CreatePackage, FinalizePackage, IngestFiles, StoredFile
@@ -34,7 +35,6 @@ from services.log.position import Position
 from services.manifest import to_json
 from services.registry import ManifestFormat, Registry
 from services.streams import joined
-from services.uploads import ResumableUploads
 from services.views.models import DEFAULT_PAGE, MAX_PAGE, File, Package, PackageFilter, Page, PlacedFile, UsageTotal
 from services.views.queries import Queries
 from services.views.waiting import ViewWaits, beyond_log, parked_error

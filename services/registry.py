@@ -29,7 +29,7 @@ from services.streams import from_any
 from services.views.models import DEFAULT_PAGE, File, Package, PackageFilter, Page, UsageTotal
 
 if TYPE_CHECKING:
-    from services.uploads import ResumableUploads
+    from services.blobs.resumable.uploads import ResumableUploads
 
 __all__ = [
     "DuplicateRelativePathError",

@@ -1,22 +1,32 @@
-"""How a body comes in: piece by piece, counted, hashed with BLAKE3 and SHA-256, and held against what was declared.
+"""How a body comes in, on every store: in pieces that are counted, hashed and compared with what was declared.
 
-Both adapters pull their bytes through `Intake`, so that limits and declared digests are checked in one place. Hashing
-runs in a few threads beside the event loop (both libraries release the interpreter lock for larger pieces), while the
-adapter already writes the same piece.
+`Intake` hashes with BLAKE3 and SHA-256 in threads beside the event loop, while the adapter writes the piece. Limits
+and declared digests are checked there alone. `PartPlan` says how large the parts of a long body are, `Pace` bounds the
+time that a slow body may take from others, and `Cleanups` ends what an upload that failed has left.
+
+S3 takes at most 10,000 parts, each but the last of 5 MiB to 5 GiB (Amazon S3 user guide, "multipart upload limits"). A
+body of known size gets parts that fit it: beyond what memory can hold, they are relayed to the store as they arrive. A
+body of unknown size cannot be relayed, because a request for a part must name its length first: its parts grow in steps
+up to what memory may hold, which bounds how long such a body can be.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import os
-from collections.abc import AsyncIterable, Iterable
+import random
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Generic, Self, TypeVar
 
 from blake3 import blake3
 
 from services.blobs.port import Declared, Digests
-from services.errors import ContentMismatchError, TooLargeError
+from services.errors import ContentMismatchError, PushBackError, TooLargeError, UnavailableError
 
 PIECE_BYTES = 512 * 1024
 """Most bytes that `Intake.take` returns at once; with 64 bodies at a time this keeps what is in flight small."""
@@ -149,3 +159,186 @@ class Intake:
             self._hash.update(data)
         else:
             self._hashing = self._hash.update_beside((data,))
+
+
+MIB = 1 << 20
+MAX_PARTS = 10_000
+SMALLEST_PART = 5 * MIB
+LARGEST_PART = 5 * 1024 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class PartPlan:
+    """Sizes of the parts of one body, in bytes: `part_bytes` at first, at most `held_bytes` of them in memory."""
+
+    part_bytes: int
+    held_bytes: int
+    total: int | None = None
+    max_parts: int = MAX_PARTS
+
+    def __post_init__(self) -> None:
+        if not 0 < self.part_bytes <= self.held_bytes:
+            raise ValueError("a part must fit into the memory of an upload")
+
+    def size(self, number: int) -> int:
+        """Size of part `number` (from 1); of the last part the most that it can be.
+
+        Raises:
+            TooLargeError: the store takes no such part.
+        """
+        if number > self.max_parts:
+            raise TooLargeError(
+                f"a body of undeclared size may have {self.longest_unknown()} bytes: declare its size"
+                if self.total is None
+                else f"{self.total} bytes do not fit into {self.max_parts} parts"
+            )
+        if self.total is None:
+            return self._grown(number)
+        fitting = -(-self.total // self.max_parts)
+        rounded = -(-fitting // MIB) * MIB
+        size = max(self.part_bytes, min(rounded, LARGEST_PART))
+        return max(1, min(size, self.total - (number - 1) * size))
+
+    def relayed(self, number: int) -> bool:
+        """Whether part `number` is too large to be held in memory."""
+        return self.size(number) > self.held_bytes
+
+    def longest_unknown(self) -> int:
+        """Most bytes that a body of undeclared size may have."""
+        return sum(self._grown(number) for number in range(1, self.max_parts + 1))
+
+    def _grown(self, number: int) -> int:
+        tenths = 10 * (number - 1) // self.max_parts
+        doublings = 0 if tenths < 1 else 1 if tenths < 2 else 2 if tenths < 4 else 3
+        return min(self.part_bytes << doublings, self.held_bytes)
+
+
+Piece = TypeVar("Piece")
+Part = TypeVar("Part")
+
+LOOK_SECONDS = 5.0
+SLOW_BYTES_PER_SECOND = 64 * 1024
+"""At this pace a part of 8 MiB is held for two minutes."""
+
+_MOSTLY = 0.8
+_RETRY_SECONDS = 10.0
+
+
+class Pace(Generic[Piece]):
+    """A body, and a block in which it is read; the block ends in PushBackError when the body is slow and others wait.
+
+    About every `look_seconds` it is asked whether others are `waiting`. If so, and if most of that time was spent
+    waiting for the body, which brought less than SLOW_BYTES_PER_SECOND, what runs in the block is cancelled. A store
+    that is slow is not held against the body.
+    """
+
+    def __init__(
+        self,
+        body: AsyncIterable[Piece],
+        waiting: Callable[[], bool],
+        *,
+        size: Callable[[Piece], int],
+        look_seconds: float = LOOK_SECONDS,
+    ) -> None:
+        """`size` says how many bytes a piece of the body has."""
+        self._body = body
+        self._size = size
+        self._others_wait = waiting
+        self._look_seconds = look_seconds
+        self._window = look_seconds
+        self._loop = asyncio.get_running_loop()
+        self._limit = asyncio.timeout(None)
+        self._timer: asyncio.TimerHandle | None = None
+        self._got = 0
+        self._waited = 0.0
+        self._since: float | None = None
+
+    async def __aenter__(self) -> Self:
+        await self._limit.__aenter__()
+        self._look_later()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        try:
+            await self._limit.__aexit__(kind, error, at)
+        except TimeoutError:
+            if not self._limit.expired():
+                raise
+            raise PushBackError(
+                f"the body came at less than {SLOW_BYTES_PER_SECOND // 1024} KiB/s while other uploads waited for the "
+                "memory that it held; nothing was stored",
+                _RETRY_SECONDS,
+            ) from None
+
+    def __aiter__(self) -> AsyncIterator[Piece]:
+        return self.watched(self._body, self._size)
+
+    async def watched(self, stream: AsyncIterable[Part], size: Callable[[Part], int]) -> AsyncIterator[Part]:
+        """A stream that is itself a piece of the body, read before the next piece is asked for: it counts as the body.
+
+        `size` says how many bytes a part of it has.
+        """
+        self._since = self._loop.time()
+        async for part in stream:
+            self._waited += self._loop.time() - self._since
+            self._since = None
+            self._got += size(part)
+            yield part
+            self._since = self._loop.time()
+        self._since = None
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        if self._since is not None:
+            self._waited += now - self._since
+            self._since = now
+        slow = self._got < self._window * SLOW_BYTES_PER_SECOND
+        if slow and self._waited >= _MOSTLY * self._window and self._others_wait():
+            self._limit.reschedule(now)
+            return
+        self._got, self._waited = 0, 0.0
+        self._look_later()
+
+    def _look_later(self) -> None:
+        # Drawn, so that of many slow bodies one makes room and the others see that nobody waits any more.
+        self._window = self._look_seconds * random.uniform(0.75, 1.25)
+        self._timer = self._loop.call_later(self._window, self._look)
+
+
+_log = logging.getLogger(__name__)
+
+
+class Cleanups:
+    """Runs clean-up work to its end or its time limit, whatever happens to the task that asked for it."""
+
+    def __init__(self, seconds: float = 10.0) -> None:
+        self._seconds = seconds
+        self._running: set[asyncio.Task[None]] = set()
+
+    async def run(self, work: Coroutine[None, None, None]) -> None:
+        """Wait for `work`. Cancelled meanwhile, the caller leaves and the work goes on.
+
+        A store that cannot be reached, or not in time, is logged only: the error that led here matters more, and
+        `sweep` finds what is left.
+        """
+        task = asyncio.create_task(self._bounded(work))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        await asyncio.wait({task})
+        task.result()
+
+    async def drain(self) -> None:
+        """Wait for all work that is still running."""
+        if self._running:
+            await asyncio.wait(set(self._running))
+
+    async def _bounded(self, work: Coroutine[None, None, None]) -> None:
+        try:
+            async with asyncio.timeout(self._seconds):
+                await work
+        except (UnavailableError, TimeoutError) as error:
+            _log.warning("an upload could not be cleaned up and is left to the sweep: %s", str(error) or "out of time")

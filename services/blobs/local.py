@@ -19,10 +19,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 from uuid import uuid4
 
-from services.blobs.cleanup import Cleanups
-from services.blobs.intake import PIECE_BYTES, Intake
-from services.blobs.mistrusted import Mistrusted
-from services.blobs.object_parts import PART_BYTES, ObjectParts
+from services.blobs.intake import PIECE_BYTES, Cleanups, Intake
 from services.blobs.port import (
     DAMAGED,
     IDLE_SECONDS,
@@ -37,7 +34,9 @@ from services.blobs.port import (
     checked_removable_key,
     content_key,
 )
-from services.blobs.upload_states import sweep_states
+from services.blobs.resumable.object_parts import PART_BYTES, ObjectParts
+from services.blobs.resumable.states import sweep_states
+from services.blobs.verified_reads import Mistrusted
 from services.clock import StoreClock
 from services.errors import CorruptError, UnavailableError
 from services.folders import secure_folder, sync_folder

@@ -60,8 +60,8 @@ def open_blobs(settings: Settings, clock: Clock = system_clock) -> BlobStore:
         )
     if not settings.s3_region:
         raise ConfigurationError("ARTIFACT_STORE_S3_REGION is empty: us-east-1 is right for most stores but Amazon's")
-    from services.blobs.s3 import S3BlobStore  # loads the SDK, which a folder does without
-    from services.blobs.s3_requests import Endpoint
+    from services.blobs.s3.requests import Endpoint
+    from services.blobs.s3.store import S3BlobStore  # loads the SDK, which a folder does without
 
     name = f"[{host}]" if ":" in host else host
     return S3BlobStore(

@@ -9,7 +9,7 @@ import logging
 from datetime import datetime
 
 from services.blobs.port import BlobStore
-from services.blobs.upload_states import UploadStates
+from services.blobs.resumable.states import UploadStates
 from services.errors import CorruptError
 from services.verify.notes import Notes
 from services.verify.report import Report

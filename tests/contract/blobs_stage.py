@@ -17,9 +17,9 @@ from blake3 import blake3
 
 from services.blobs.local import LocalBlobStore
 from services.blobs.port import UPLOADS, BlobStore, Declared, StoredBlob
-from services.blobs.s3 import S3BlobStore
-from services.blobs.s3_multipart import RECORDS
-from services.blobs.s3_requests import Endpoint
+from services.blobs.s3.multipart import RECORDS
+from services.blobs.s3.requests import Endpoint
+from services.blobs.s3.store import S3BlobStore
 
 STORES = [
     "local",

@@ -17,10 +17,10 @@ from schemas import identifiers
 from services.blobs.local import LocalBlobStore
 from services.blobs.packs import Placed
 from services.blobs.port import BlobStore, Declared, StoredBlob
-from services.blobs.upload_states import UploadState
+from services.blobs.resumable.states import UploadState
+from services.blobs.resumable.uploads import NewUpload, ResumableUploads
 from services.core.commands import Acknowledgement, IngestedFile
 from services.errors import DuplicateRelativePathError
-from services.uploads import NewUpload, ResumableUploads
 from tests.contract.blobs_stage import PART, Stage, body, endpoint, got, opened_stage, s3_store
 
 PACKAGE = uuid4()

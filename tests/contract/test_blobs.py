@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from services.blobs.local import LocalBlobStore
 from services.blobs.port import BlobStore, Declared, content_key
-from services.blobs.s3 import S3BlobStore
-from services.blobs.s3_requests import Endpoint
+from services.blobs.s3.requests import Endpoint
+from services.blobs.s3.store import S3BlobStore
 from services.errors import ContentMismatchError, CorruptError, TooLargeError, UnavailableError
 from tests.contract.blobs_stage import (
     LIMIT,

@@ -15,7 +15,7 @@ from minio import Minio
 
 from services.blobs.memory import PartBuffer
 from services.blobs.port import Declared, StoredBlob
-from services.blobs.s3 import S3BlobStore
+from services.blobs.s3.store import S3BlobStore
 from services.errors import CorruptError, UnavailableError
 from tests.contract.blobs_stage import (
     LIMIT,

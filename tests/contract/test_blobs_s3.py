@@ -16,9 +16,10 @@ from blake3 import blake3
 from services.blobs.memory import ByteBudget, PartBuffer
 from services.blobs.packs import Packing
 from services.blobs.port import Declared, Part, PartsKey, content_key
-from services.blobs.s3 import S3BlobStore
-from services.blobs.s3_multipart import RECORDS, UploadRecord
-from services.blobs.s3_requests import Endpoint
+from services.blobs.resumable.uploads import ResumableUploads
+from services.blobs.s3.multipart import RECORDS, UploadRecord
+from services.blobs.s3.requests import Endpoint
+from services.blobs.s3.store import S3BlobStore
 from services.bundle import Group, SmallFile, StreamedFile
 from services.errors import (
     ConfigurationError,
@@ -27,7 +28,6 @@ from services.errors import (
     TooLargeError,
     UnavailableError,
 )
-from services.uploads import ResumableUploads
 from tests.contract.blobs_stage import (
     LIMIT,
     MUCH,
@@ -490,7 +490,7 @@ async def test_a_bundle_that_is_not_stored_whole_leaves_none_of_its_large_files(
 async def test_more_uploads_than_one_listing_holds_are_all_asked_for(
     at: Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.blobs.s3._LISTED_AT_ONCE", 2)
+    monkeypatch.setattr("services.blobs.s3.store._LISTED_AT_ONCE", 2)
     async with opened(at) as store:
         for number in range(5):
             at.sdk().put_object(at.bucket, f"uploads/{number}", io.BytesIO(b"x"), 1)

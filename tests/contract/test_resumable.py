@@ -13,10 +13,10 @@ from uuid import UUID, uuid4
 import pytest
 from blake3 import blake3
 
-from services.appending import Checksum
-from services.blobs import upload_states
 from services.blobs.port import Declared
-from services.blobs.upload_states import NewerStateError, SupersededError, UploadState, UploadStates
+from services.blobs.resumable import states as upload_states
+from services.blobs.resumable.states import NewerStateError, SupersededError, UploadState, UploadStates
+from services.blobs.resumable.uploads import HOLD_SECONDS, Checksum, ResumableUploads, acknowledgement_of
 from services.errors import (
     ChecksumMismatchError,
     CommandReusedError,
@@ -28,7 +28,6 @@ from services.errors import (
     UploadNotFoundError,
     UploadOffsetError,
 )
-from services.uploads import HOLD_SECONDS, ResumableUploads, acknowledgement_of
 from tests.contract.blobs_stage import (
     MUCH,
     STORES,

@@ -17,7 +17,7 @@ from uuid import uuid4
 import aiohttp
 from blake3 import blake3
 
-from services.blobs.s3_requests import Endpoint
+from services.blobs.s3.requests import Endpoint
 from services.config import Settings
 from services.verify import verify
 from services.wiring import open_blobs, open_log, open_views

@@ -25,7 +25,7 @@ from tusclient.uploader.uploader import Uploader
 import services.client.registry
 from schemas.events import FileIngested
 from services.blobs.port import Declared
-from services.blobs.s3 import S3BlobStore
+from services.blobs.s3.store import S3BlobStore
 from services.client import GatewayRegistry, RetryPolicy
 from services.client.sources import CountedSource, FileSource, FileStamp
 from services.config import Settings

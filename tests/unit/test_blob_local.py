@@ -17,7 +17,7 @@ import pytest
 
 from services.blobs.local import LocalBlobStore
 from services.blobs.port import Declared
-from services.blobs.upload_states import UploadStates
+from services.blobs.resumable.states import UploadStates
 from services.errors import CorruptError, UnavailableError
 
 

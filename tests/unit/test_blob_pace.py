@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from services.blobs.intake import SLOW_BYTES_PER_SECOND, Pace
 from services.blobs.memory import ByteBudget
-from services.blobs.pace import SLOW_BYTES_PER_SECOND, Pace
 from services.errors import PushBackError
 
 LOOK = 0.05

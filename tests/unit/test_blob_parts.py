@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.blobs.parts import LARGEST_PART, MAX_PARTS, MIB, SMALLEST_PART, PartPlan
+from services.blobs.intake import LARGEST_PART, MAX_PARTS, MIB, SMALLEST_PART, PartPlan
 from services.errors import TooLargeError
 
 TIB = 1 << 40

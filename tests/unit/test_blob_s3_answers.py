@@ -15,8 +15,8 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from services.blobs.port import Declared
-from services.blobs.s3 import S3BlobStore
-from services.blobs.s3_requests import Endpoint
+from services.blobs.s3.requests import Endpoint
+from services.blobs.s3.store import S3BlobStore
 from services.errors import UnavailableError
 
 PART = 5 << 20
@@ -131,7 +131,7 @@ async def test_a_completion_that_fails_under_status_200_is_not_taken_for_done(fa
 async def test_a_store_may_think_about_a_completion_for_longer_than_about_other_requests(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("services.blobs.s3_requests.ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr("services.blobs.s3.requests.ANSWER_SECONDS", 0.5)
     completions = 0
 
     async def slow(request: web.Request) -> web.StreamResponse:
@@ -257,6 +257,6 @@ async def test_readiness_writes_only_while_no_write_has_shown_that_the_store_tak
 
         full = False
         await store.check()
-        monkeypatch.setattr("services.blobs.s3.PROVEN_SECONDS", 0.0)
+        monkeypatch.setattr("services.blobs.s3.store.PROVEN_SECONDS", 0.0)
         await store.check()
         assert asked == ["PUT"] * 4

@@ -9,8 +9,8 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import BaseTestServer, TestServer
 
-from services.blobs.s3 import S3BlobStore
-from services.blobs.s3_requests import Endpoint, StoreTroubleError
+from services.blobs.s3.requests import Endpoint, StoreTroubleError
+from services.blobs.s3.store import S3BlobStore
 from services.errors import UnavailableError
 
 OF_NO_AUTHORITY = """\

@@ -11,7 +11,7 @@ from blake3 import blake3
 
 from services.blobs.local import LocalBlobStore
 from services.blobs.port import content_key
-from services.blobs.sound import Place, SoundReads
+from services.blobs.verified_reads import Place, SoundReads
 from services.errors import CorruptError, UnavailableError
 from tests.unit.watched_store import WatchedStore
 

@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.blobs.local import LocalBlobStore
-from services.blobs.named import find_named
-from services.blobs.packs import PACK_BYTES, Packing, PackLayout, Placed
+from services.blobs.packs import PACK_BYTES, Packing, PackLayout, Placed, find_named
 from services.blobs.port import Declared, content_key
 from services.bundle import Group, NamedFile, SmallFile, StreamedFile
 from services.errors import TooLargeError, UnknownContentError

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from uuid import UUID, uuid4
 
+from services.blobs.intake import LARGEST_PART, MAX_PARTS, MIB
 from services.blobs.memory import ByteBudget, PartBuffer
-from services.blobs.parts import LARGEST_PART, MAX_PARTS, MIB
 from services.blobs.port import RESUMABLE, BlobStore, Declared, Digests, Part, PartsKey, StoredBlob
 from services.errors import TooLargeError, UploadNotFoundError
 

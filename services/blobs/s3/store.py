@@ -23,12 +23,8 @@ from minio import Minio
 from minio.commonconfig import CopySource
 from minio.error import MinioException, S3Error
 
-from services.blobs.cleanup import Cleanups
-from services.blobs.intake import PIECE_BYTES, Intake
+from services.blobs.intake import LOOK_SECONDS, MAX_PARTS, MIB, PIECE_BYTES, Cleanups, Intake, Pace, PartPlan
 from services.blobs.memory import TURN_SECONDS, ByteBudget, PartBuffer, Share
-from services.blobs.mistrusted import Mistrusted
-from services.blobs.pace import LOOK_SECONDS, Pace
-from services.blobs.parts import MAX_PARTS, MIB, PartPlan
 from services.blobs.port import (
     DAMAGED,
     IDLE_SECONDS,
@@ -43,9 +39,17 @@ from services.blobs.port import (
     checked_removable_key,
     content_key,
 )
-from services.blobs.s3_multipart import RECORDS, MultipartUpload, UploadRecord, fill, find_object, remove_upload
-from services.blobs.s3_parts import S3Parts
-from services.blobs.s3_requests import (
+from services.blobs.resumable.states import sweep_states
+from services.blobs.s3.multipart import (
+    RECORDS,
+    MultipartUpload,
+    S3Parts,
+    UploadRecord,
+    fill,
+    find_object,
+    remove_upload,
+)
+from services.blobs.s3.requests import (
     ANSWER_SECONDS,
     ATTEMPTS,
     CHECKSUM_CRC32,
@@ -58,7 +62,7 @@ from services.blobs.s3_requests import (
     crc32_text,
     patience,
 )
-from services.blobs.upload_states import sweep_states
+from services.blobs.verified_reads import Mistrusted
 from services.clock import Clock, StoreClock, system_clock
 from services.errors import ConfigurationError, CorruptError, UnavailableError
 
