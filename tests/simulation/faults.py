@@ -23,6 +23,8 @@ class Faults:
     stage: Stage
     network: Network
     every_seconds: float
+    focus: tuple[str, ...] = ()
+    """Kinds that come often, while others are rare."""
     happened: dict[str, int] = field(default_factory=dict)
     _weights: list[float] = field(default_factory=list)
     _mending: dict[int, Callable[[], None]] = field(default_factory=dict)
@@ -33,6 +35,8 @@ class Faults:
         """Let the first one come."""
         rng = self.stage.scheduler.rng
         self._weights = [weight * rng.choice((0, 1, 1, 4)) for weight, _ in KINDS.values()]
+        if self.focus:
+            self._weights = [10.0 if kind in self.focus else weight / 10 for kind, (weight, _) in KINDS.items()]
         if not any(self._weights):
             self._weights = [weight for weight, _ in KINDS.values()]
         self._next()

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 from services.log.kafka import tenure as tenure_module
+from services.log.kafka.cluster import Cluster
 from services.log.kafka.state import PartitionState
 from services.log.kafka.tenure import COMMIT_SECONDS, INIT_SECONDS, Tenure
 from tests.simulation.clients import Producer
@@ -20,7 +22,7 @@ _Patch = tuple[object, str, object]
 @contextmanager
 def mutated(name: str | None) -> Iterator[None]:
     """Run with this mistake; None: with none. Raises KeyError for a name that is unknown."""
-    patches = [] if name is None else MUTATIONS[name]()
+    patches = [] if name is None else MUTATIONS[name].patches()
     before = [(where, attribute, getattr(where, attribute)) for where, attribute, _ in patches]
     try:
         for where, attribute, value in patches:
@@ -37,7 +39,11 @@ def _end_by_list_offsets() -> list[_Patch]:
     def barrier(self: Any) -> int:
         return int(self._cluster.high_watermark([self._partition])[self._partition]) - 1
 
-    return [(Tenure, "_barrier", barrier), (Tenure, "_require_all_read", lambda _: None)]
+    return [
+        (Tenure, "_barrier", barrier),
+        (Tenure, "_require_all_read", lambda _: None),
+        (Cluster, "_note_epochs", lambda *_: True),
+    ]
 
 
 def _no_proof() -> list[_Patch]:
@@ -112,10 +118,21 @@ def _state_ahead_of_log() -> list[_Patch]:
     return [(PartitionState, "save", save_all)]
 
 
-MUTATIONS: dict[str, Callable[[], list[_Patch]]] = {
-    "end-by-list-offsets": _end_by_list_offsets,
-    "refuse-without-proof": _no_proof,
-    "restore-before-fence": _restore_before_fence,
-    "acknowledge-before-read-back": _acknowledge_before_read_back,
-    "state-ahead-of-log": _state_ahead_of_log,
+@dataclass(frozen=True, slots=True)
+class Mutation:
+    """A mistake, and the kinds of faults that are to come more often than others while it is looked for."""
+
+    patches: Callable[[], list[_Patch]]
+    focus: tuple[str, ...] = ()
+
+
+_DEPOSED = ("cut a broker off from controller and peers", "expel a member", "end a gateway")
+_OVERLAP = ("freeze a gateway", "expel a member", "cut a process off from brokers")
+
+MUTATIONS = {
+    "end-by-list-offsets": Mutation(_end_by_list_offsets, _DEPOSED),
+    "refuse-without-proof": Mutation(_no_proof, ("freeze a gateway",)),
+    "restore-before-fence": Mutation(_restore_before_fence, _OVERLAP),
+    "acknowledge-before-read-back": Mutation(_acknowledge_before_read_back),
+    "state-ahead-of-log": Mutation(_state_ahead_of_log, ("answers lost", "late repeats", "kill a broker")),
 }

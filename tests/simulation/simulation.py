@@ -17,7 +17,7 @@ from tests.simulation.checker import Checker, ViolationError
 from tests.simulation.clients import Network, World
 from tests.simulation.faults import Faults
 from tests.simulation.kafka import Cluster
-from tests.simulation.mutations import mutated
+from tests.simulation.mutations import MUTATIONS, mutated
 from tests.simulation.processes import Database, Gateway, Projector, Stage
 from tests.simulation.scheduler import Process, Scheduler, installed
 from tests.simulation.workload import Client
@@ -58,15 +58,21 @@ class Result:
         return f"{text}\n  {self.violation}\n  {command}\n "
 
 
-def run(seed: int, steps: int, mutation: str | None = None) -> Result:
-    """Simulate so many steps with faults, then the quiet in which everything is finished; blocks until done."""
+def run(seed: int, steps: int, mutation: str | None = None, focus: tuple[str, ...] = ()) -> Result:
+    """Simulate so many steps with faults, then the quiet in which everything is finished; blocks until done.
+
+    `focus`: kinds of faults that come more often than others; a mutation has its own.
+    """
+    if mutation is not None:
+        focus = MUTATIONS[mutation].focus
     with TemporaryDirectory(prefix="simulation-", dir=_memory()) as folder, _quiet(), mutated(mutation):
-        return _Run(seed, Path(folder)).run(steps, mutation)
+        return _Run(seed, Path(folder), focus).run(steps, mutation)
 
 
 class _Run:
-    def __init__(self, seed: int, folder: Path) -> None:
+    def __init__(self, seed: int, folder: Path, focus: tuple[str, ...]) -> None:
         self.seed = seed
+        self.focus = focus
         self.scheduler = Scheduler(seed)
         self.cluster = Cluster(self.scheduler, "sim.events", PARTITIONS)
         self.network = Network()
@@ -124,7 +130,7 @@ class _Run:
             client = Client(stage, self.working, number, think)
             self.clients.append(client)
             self.working.loop.create_task(client.work())
-        faults = Faults(stage, self.network, rng.choice((0.5, 2.0, 5.0)))
+        faults = Faults(stage, self.network, rng.choice((0.5, 2.0, 5.0)), self.focus)
         self.scheduler.after(rng.uniform(0.5, 2.0), faults.begin)
         return faults
 

@@ -35,7 +35,7 @@ def test_a_seed_repeats_its_run() -> None:
 def test_a_mistake_is_found(mutation: str) -> None:
     for seed in range(1, SEARCH + 1):
         if run(seed, STEPS, mutation).violation is not None:
-            result = run(seed, STEPS)
+            result = run(seed, STEPS, focus=MUTATIONS[mutation].focus)
             assert result.violation is None, result  # it is the mistake that was found
             return
     pytest.fail(f"{SEARCH} runs of {STEPS} steps do not find {mutation}")
