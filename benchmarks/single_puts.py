@@ -19,9 +19,9 @@ from uuid import uuid4
 import aiohttp
 from yarl import URL
 
+from artifact_store.client.client import Client
 from benchmarks.gateway_stage import Stage, gateway_stage
 from benchmarks.harness import Plan
-from services.client.registry import GatewayRegistry
 from services.config import Settings
 
 FILES = 4_000
@@ -50,7 +50,7 @@ class SinglePuts:
 
     async def ours(self) -> float:
         """Through the gateway."""
-        async with GatewayRegistry(self._stage.gateway.endpoint) as registry:
+        async with Client(self._stage.gateway.endpoint) as registry:
             packages = [
                 await registry.create_package(f"single-{number}", "benchmark", "single", "scratch")
                 for number in range(PACKAGES)

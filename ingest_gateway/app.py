@@ -19,9 +19,9 @@ from ingest_gateway.problems import AnswerTimeoutError, MalformedHttpError, answ
 from ingest_gateway.routing import Routes, Target
 from ingest_gateway.sending import held, send
 from ingest_gateway.siblings import Siblings
+from services.direct import DirectRegistry
 from services.errors import ArtifactStoreError, PushBackError
 from services.log.port import Log
-from services.registry import Registry
 from services.tracing import TRACEPARENT, traceparent
 
 _log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class App:
 
     def __init__(
         self,
-        registry: Registry,
+        registry: DirectRegistry,
         log: Log,
         checks: Checks,
         bounds: Bounds,

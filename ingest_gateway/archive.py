@@ -7,6 +7,8 @@ from contextlib import aclosing
 
 from aiohttp import web
 
+from artifact_store.archives.tar import ArchiveLimits, TarReader, entries_of, tar_of
+from artifact_store.documents.shapes import TAR, FilesIngestedAnswer, IngestNamedRequest
 from ingest_gateway.answers import ETAG, IMMUTABLE, JSON, TEXT, json_answer
 from ingest_gateway.call import Call
 from ingest_gateway.codings import CODINGS, decoded
@@ -38,9 +40,6 @@ from services.errors import (
     UnknownContentError,
     WaitTimeoutError,
 )
-from services.http.bundles import TAR, FilesIngestedAnswer, IngestNamedRequest
-from services.tar.bundles import entries_of, tar_of
-from services.tar.reading import ArchiveLimits, TarReader
 
 _MAX_NAMED_BYTES = 16 << 20
 """Most bytes of JSON that name files: 10,000 of them, whose paths are as long as they may be."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
+from artifact_store.documents.shapes import MAX_KNOWN, KnownBlobsAnswer, KnownBlobsRequest
 from ingest_gateway.answers import JSON, json_answer
 from ingest_gateway.call import Call
 from ingest_gateway.operations import Body, Route, Success
@@ -11,7 +12,6 @@ from ingest_gateway.packages import READING
 from ingest_gateway.parameters import DIGESTS
 from services.core.content_address import ContentAddress
 from services.errors import InvalidRequestError, UnavailableError
-from services.http.bundles import MAX_KNOWN, KnownBlobsAnswer, KnownBlobsRequest
 
 
 async def known_blobs(call: Call) -> web.StreamResponse:

@@ -10,6 +10,8 @@ from urllib.parse import parse_qsl, urlencode
 
 from aiohttp import HttpVersion11, web
 
+from artifact_store.documents.http import HASHES
+from artifact_store.documents.shapes import Request
 from ingest_gateway.answers import SERVER
 from ingest_gateway.connections import client_of
 from ingest_gateway.json_body import parse_json
@@ -25,8 +27,6 @@ from ingest_gateway.problems import (
 from ingest_gateway.routing import Target
 from ingest_gateway.sending import SENT_AT_ONCE_BYTES, taken
 from services.errors import ContentMismatchError, InvalidRequestError, TooLargeError
-from services.http.headers import HASHES
-from services.http.models import Request
 
 if TYPE_CHECKING:
     from ingest_gateway.gateway import Gateway

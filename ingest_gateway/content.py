@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 from aiohttp import web
 
+from artifact_store.documents.http import repr_digest
 from ingest_gateway import ranges
 from ingest_gateway.answers import ETAG, IMMUTABLE, TEXT, bytes_answer
 from ingest_gateway.call import Call
@@ -25,7 +26,6 @@ from services.errors import (
     UnavailableError,
     WaitTimeoutError,
 )
-from services.http.headers import repr_digest
 from services.views.models import File
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # noqa: S105 - a grammar's token (RFC 9110 §5.6.2), no secret
@@ -55,7 +55,7 @@ async def get_content(call: Call) -> web.StreamResponse:
         return response
     # What can fail fails here: afterwards the status is sent, and a failure can only cut the connection.
     chunks = await call.registry.open_content(file.file_id, 0 if part is None else part.offset, length)
-    async with aclosing(chunks):  # type: ignore[type-var]  # the registry of a gateway gives generators
+    async with aclosing(chunks):
         await call.start(response)
         async for chunk in chunks:
             await call.send(response, chunk)

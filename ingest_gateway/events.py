@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from aiohttp import web
 
+from artifact_store.documents.event_lines import EventShape, line_of
 from ingest_gateway.call import Call
 from ingest_gateway.feed import Feed, feed
 from ingest_gateway.followers import gateway_closes
@@ -22,7 +23,6 @@ from services.errors import (
     PushBackError,
     UnavailableError,
 )
-from services.http.events import EventShape, line_of
 
 LINES = "application/x-ndjson"
 EVENT_STREAM = "text/event-stream"

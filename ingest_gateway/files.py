@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from aiohttp import web
 
+from artifact_store.documents.http import quoted
+from artifact_store.documents.shapes import FileAnswer, FileIngestedAnswer, FilePageAnswer
 from ingest_gateway.answers import JSON, LOCATION, TEXT, json_answer
 from ingest_gateway.call import Call
 from ingest_gateway.operations import BINARY, Body, Route, Success
@@ -34,8 +36,6 @@ from services.errors import (
     UnavailableError,
     WaitTimeoutError,
 )
-from services.http.models import FileAnswer, FileIngestedAnswer, FilePageAnswer
-from services.http.paths import quoted
 from services.views.models import DEFAULT_PAGE
 
 ANY_MEDIA_TYPE = "application/octet-stream"

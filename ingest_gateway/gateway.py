@@ -27,8 +27,8 @@ from ingest_gateway.siblings import Siblings
 from ingest_gateway.tail import Tail
 from services.bundle_store import BUNDLES_AT_ONCE
 from services.config import Settings
+from services.direct import DirectRegistry
 from services.log.port import Log
-from services.registry import Registry
 
 _log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Gateway:
 
     def __init__(
         self,
-        registry: Registry,
+        registry: DirectRegistry,
         log: Log,
         checks: Checks,
         bounds: Bounds,

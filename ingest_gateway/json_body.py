@@ -7,10 +7,10 @@ from typing import Any, NoReturn, TypeVar
 
 from pydantic import ValidationError
 
+from artifact_store.documents.problem_details import FieldFault
+from artifact_store.documents.shapes import Request
 from ingest_gateway.problems import InvalidFieldsError
 from services.errors import InvalidRequestError
-from services.http.models import Request
-from services.http.problems import FieldFault
 
 Shape = TypeVar("Shape", bound=Request)
 

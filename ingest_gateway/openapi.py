@@ -10,6 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter
 
+from artifact_store.documents.http import RETRY_AFTER
+from artifact_store.documents.problem_details import MEDIA_TYPE, TYPE_PREFIX, Problem
 from ingest_gateway.operations import Body, Route, Success
 from ingest_gateway.parameters import Parameter
 from ingest_gateway.problems import (
@@ -19,8 +21,6 @@ from ingest_gateway.problems import (
     TooManyAtOnceError,
 )
 from services.errors import ArtifactStoreError, PushBackError, UnavailableError
-from services.http.headers import RETRY_AFTER
-from services.http.problems import MEDIA_TYPE, TYPE_PREFIX, Problem
 
 _ANYWHERE = (MalformedHttpError, ExpectationFailedError, HeadTooLargeError, TooManyAtOnceError, PushBackError)
 """Problems that every request may meet: what is no HTTP or expects what is not met, and a gateway that is full."""

@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from aiohttp import web
 
+from artifact_store.documents.shapes import (
+    CreatePackageRequest,
+    NothingRequest,
+    PackageAnswer,
+    PackageCreatedAnswer,
+    PackageFinalizedAnswer,
+    PackagePageAnswer,
+)
 from ingest_gateway.answers import JSON, LOCATION, TEXT, json_answer
 from ingest_gateway.call import Call
 from ingest_gateway.operations import Body, Route, Success
@@ -40,14 +48,6 @@ from services.errors import (
     UnavailableError,
     UnknownRetentionClassError,
     WaitTimeoutError,
-)
-from services.http.models import (
-    CreatePackageRequest,
-    NothingRequest,
-    PackageAnswer,
-    PackageCreatedAnswer,
-    PackageFinalizedAnswer,
-    PackagePageAnswer,
 )
 from services.log.port import NotAppendedError
 from services.views.models import DEFAULT_PAGE, PackageFilter

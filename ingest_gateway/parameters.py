@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 from uuid import UUID
 
+from artifact_store.documents import http as names
+from artifact_store.documents.http import UUID_PATTERN, parse_content_md5, parse_digests, parse_id, unquoted
 from services.blobs.port import Declared
 from services.core.content_address import ContentAddress
 from services.core.fields import MAX_TEXT_CHARACTERS, check_text
 from services.core.paths import check_path
 from services.errors import InvalidPathError, InvalidRequestError
-from services.http import headers as names
-from services.http.headers import parse_content_md5, parse_digests
-from services.http.paths import UUID_PATTERN, parse_id, unquoted
 from services.log.position import Position
 from services.views.models import DEFAULT_PAGE, MAX_PAGE
 

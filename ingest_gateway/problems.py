@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 from aiohttp import web
 
+from artifact_store.documents.http import RETRY_AFTER
+from artifact_store.documents.problem_details import MEDIA_TYPE, FieldFault, Problem, problem, problem_of
 from services.errors import ArtifactStoreError, InvalidRequestError, PushBackError, RejectedError
-from services.http.headers import RETRY_AFTER
-from services.http.problems import MEDIA_TYPE, FieldFault, Problem, problem, problem_of
 
 
 class ProtocolError(RejectedError):

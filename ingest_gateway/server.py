@@ -23,9 +23,9 @@ from ingest_gateway.siblings import Siblings
 from ingest_gateway.sweeping import swept_regularly
 from services.addresses import ListenAddress
 from services.config import Settings
+from services.direct import DirectRegistry
 from services.errors import ConfigurationError
 from services.log.port import Log
-from services.registry import Registry
 
 if TYPE_CHECKING:
     from services.wiring import Parts
@@ -101,7 +101,7 @@ async def serve(
 
 @asynccontextmanager
 async def listening(
-    registry: Registry,
+    registry: DirectRegistry,
     log: Log,
     checks: Checks,
     bounds: Bounds,

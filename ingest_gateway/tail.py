@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 from uuid import UUID
 
+from artifact_store.documents.event_lines import event_head
 from ingest_gateway.feed import feed
 from services.errors import CorruptError, InvalidPositionError, UnavailableError
-from services.http.events import event_head
 from services.log.port import Log, PackageExtent, RecordedEvent
 from services.log.position import Position
 

@@ -8,13 +8,13 @@ from functools import wraps
 
 from aiohttp import web
 
+from artifact_store.documents import resumable_uploads as names
 from ingest_gateway.call import Call
 from ingest_gateway.operations import Handler
 from ingest_gateway.parameters import Parameter, whole_number
 from ingest_gateway.problems import ProtocolError, answer_of
 from services.blobs.resumable.uploads import ALGORITHMS, Checksum
 from services.errors import ArtifactStoreError
-from services.http import uploads as names
 
 
 class UnsupportedTusVersionError(ProtocolError):

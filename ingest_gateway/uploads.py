@@ -6,6 +6,11 @@ from uuid import UUID
 
 from aiohttp import web
 
+from artifact_store.documents import http as headers_
+from artifact_store.documents import resumable_uploads as names
+from artifact_store.documents import times
+from artifact_store.documents.resumable_uploads import CONTENT_TYPE, MEDIA_TYPE, RELATIVE_PATH, UploadAnswer
+from artifact_store.documents.shapes import FileIngestedAnswer
 from ingest_gateway.answers import JSON, LOCATION, TEXT, json_answer
 from ingest_gateway.call import Call
 from ingest_gateway.files import ANY_MEDIA_TYPE
@@ -49,11 +54,6 @@ from services.errors import (
     UploadOffsetError,
     WaitTimeoutError,
 )
-from services.http import headers as headers_
-from services.http import times
-from services.http import uploads as names
-from services.http.models import FileIngestedAnswer
-from services.http.uploads import CONTENT_TYPE, MEDIA_TYPE, RELATIVE_PATH, UploadAnswer
 
 _RESOURCE = "/v1/packages/{package_id}/uploads"
 _UPLOAD = _RESOURCE + "/{upload_id}"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from aiohttp import web
 
+from artifact_store.documents.shapes import UsagePageAnswer
 from ingest_gateway.answers import JSON, TEXT, json_answer
 from ingest_gateway.call import Call
 from ingest_gateway.operations import Route, Success
 from ingest_gateway.packages import link_to_next
 from ingest_gateway.parameters import CURSOR, LIMIT, PRODUCER, RETENTION_CLASS
 from services.errors import InvalidRequestError, UnavailableError
-from services.http.models import UsagePageAnswer
 from services.views.models import DEFAULT_PAGE
 
 

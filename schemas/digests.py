@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from blake3 import blake3
 
+from artifact_store.manifest import manifest_digest as manifest_digest
 from schemas.canonical import ordered_cbor
 from schemas.events import AdministrativePayload, Event, FileIngested, PackageCreated, PackageFinalized, payload_map
 
@@ -48,11 +49,6 @@ def chain_digest(
     """BLAKE3 over the canonical CBOR array of these values, in this order (32 bytes)."""
     link = [event_type, package_id, sequence, created_at, actor, command_id, payload_digest, previous_digest]
     return blake3(ordered_cbor(link)).digest()
-
-
-def manifest_digest(manifest: bytes) -> bytes:
-    """BLAKE3 over the manifest's canonical CBOR (32 bytes)."""
-    return blake3(manifest).digest()
 
 
 def items_digest(items: Iterable[bytes]) -> bytes:

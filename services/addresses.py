@@ -6,15 +6,9 @@ import ipaddress
 from dataclasses import dataclass
 from typing import Self
 
+from artifact_store.rules import check_host as check_host
+
 _LAST_PORT = 65_535
-
-
-def check_host(host: str) -> None:
-    """Raise ValueError for a host that no resolver takes, which tells it in no way that callers expect."""
-    try:
-        host.encode("idna")
-    except UnicodeError:
-        raise ValueError("its host is no name that can be") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,7 @@ class DirectRegistry(Registry):
 
     @property
     def uploads(self) -> ResumableUploads:
+        """Files that arrive in several requests."""
         if self._uploads is None:
             self._uploads = ResumableUploads(
                 self._blobs,
@@ -288,6 +289,7 @@ class DirectRegistry(Registry):
                 yield event
 
     async def package_extent(self, package_id: UUID) -> PackageExtent | None:
+        """Where the package's events lie, as far as that can be learned at once; None: nothing is known."""
         if self._freshen is not None:
             return None  # the embedded log needs none
         found = await self._writer.extent(package_id)

@@ -1,37 +1,3 @@
-"""Media types by the names of files, with Python's own table alone: the same everywhere, whatever a machine knows."""
+"""The names of `artifact_store.media_types`, for importers that still name this place."""
 
-from __future__ import annotations
-
-from functools import lru_cache
-from mimetypes import MimeTypes
-
-DEFAULT_MEDIA_TYPE = "application/octet-stream"
-
-_COMPRESSED = {
-    "gzip": "application/gzip",
-    "bzip2": "application/x-bzip2",
-    "xz": "application/x-xz",
-    "compress": "application/x-compress",
-}
-_TYPES = MimeTypes()
-
-
-def guess_media_type(name: str) -> str:
-    """The media type of a file of this name; `application/octet-stream` when nothing is known of it."""
-    last = name.rpartition("/")[2]
-    stem, dot, ending = last.rpartition(".")
-    if dot and stem.strip(".") and "." not in stem and ":" not in last:
-        return _of_ending(ending)  # the usual case: what stands before a single dot does not matter
-    return _guess(last)
-
-
-@lru_cache(1024)
-def _of_ending(ending: str) -> str:
-    return _guess(f"x.{ending}")
-
-
-def _guess(last: str) -> str:
-    found, compressed = _TYPES.guess_type(last)
-    if compressed is not None:
-        return _COMPRESSED.get(compressed, DEFAULT_MEDIA_TYPE)
-    return found or DEFAULT_MEDIA_TYPE
+from artifact_store.media_types import *  # noqa: F403

@@ -229,9 +229,9 @@ async def parts(settings: Settings, *, clock: Clock = system_clock) -> AsyncIter
 async def registry(settings: Settings) -> AsyncIterator[Registry]:
     """The registry of these settings, as `services.registry.open_registry` gives it."""
     if settings.url is not None:
-        from services.client import GatewayRegistry
+        from artifact_store import Client
 
-        async with GatewayRegistry(settings.url) as remote:
+        async with Client(settings.url) as remote:
             yield remote
     elif not is_embedded(settings):
         raise ConfigurationError(

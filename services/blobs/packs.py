@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
+from artifact_store.archives.bundle import PACK_BYTES as PACK_BYTES
+from artifact_store.archives.bundle import PackLayout as PackLayout
 from services.blobs.intake import PIECE_BYTES, Cleanups, Intake
 from services.blobs.memory import PartBuffer
 from services.blobs.port import UPLOADS, BlobStore, Declared, Digests, StoredBlob, content_key
@@ -24,9 +26,6 @@ from services.bundle import Bundle, NamedFile, SmallFile, StreamedFile
 from services.core.content_address import ContentAddress
 from services.errors import ContentMismatchError, CorruptError, TooLargeError, UnknownContentError
 from services.streams import joined
-
-PACK_BYTES = 8 << 20
-"""Most bytes of a pack: what every store takes in one request."""
 
 _SLICE = 1 << 20
 
@@ -38,31 +37,6 @@ class Placed:
     relative_path: str
     media_type: str
     blob: StoredBlob
-
-
-class PackLayout:
-    """Which bytes of a bundle go where: the rule that both ends follow. Digests are 32 raw bytes."""
-
-    def __init__(self) -> None:
-        self._places: dict[bytes, tuple[int, int]] = {}
-        self._pack = 0
-        self._length = 0
-
-    def place(self, digest: bytes, size: int) -> tuple[int, int, bool] | None:
-        """Number of the pack, offset in it, and whether these bytes are new; None if another pack must begin first."""
-        known = self._places.get(digest)
-        if known is not None:
-            return *known, False
-        if self._length and self._length + size > PACK_BYTES:
-            return None
-        place = self._places[digest] = (self._pack, self._length)
-        self._length += size
-        return *place, True
-
-    def begin(self) -> None:
-        """Begin the next pack."""
-        self._pack += 1
-        self._length = 0
 
 
 class Packing:

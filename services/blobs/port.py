@@ -15,6 +15,7 @@ from datetime import datetime
 from typing import Protocol
 from uuid import UUID
 
+from artifact_store.models import Declared
 from services.blobs.memory import ByteBudget, PartBuffer
 from services.clock import StoreClock
 from services.core.content_address import content_key
@@ -59,15 +60,6 @@ class Digests:
     length: int
     blake3: bytes
     sha256: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Declared:
-    """What a producer says the bytes are, before they arrive. None means: not said. Digests are raw 32 bytes."""
-
-    size_bytes: int | None = None
-    blake3: bytes | None = None
-    sha256: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)

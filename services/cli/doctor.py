@@ -169,8 +169,7 @@ async def _builds(views: Views) -> list[str]:
 
 
 async def _gateway(url: str) -> str | None:
-    from services.client.retries import RetryPolicy
-    from services.client.transport import Transport
+    from artifact_store.client.transport import RetryPolicy, Transport
 
     async with Transport(url, RetryPolicy(total_seconds=5.0)) as transport:
         await transport.call("GET", "/readyz")

@@ -16,7 +16,7 @@ from services.cli.settings import invocation
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from services.client.transfers import TransferProgress
+    from artifact_store.transfers.parallel import TransferProgress
     from services.core.paths import PathPair
     from services.errors import ArtifactStoreError
 
@@ -109,7 +109,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 def complain(error: ArtifactStoreError, *, as_json: bool) -> None:
     """Print an error to standard error: for people, or as a problem document (RFC 9457)."""
     if as_json:
-        from services.http.problems import problem_of
+        from artifact_store.documents.problem_details import problem_of
 
         click.echo(problem_of(error).model_dump_json(exclude_none=True), err=True)
     else:
@@ -132,7 +132,7 @@ def complain_plainly(kind: str, detail: str, *, as_json: bool) -> None:
 @contextmanager
 def transfer_progress(verb: str) -> Iterator[TransferProgress]:
     """Bars for a push or pull on standard error; nothing when that is no terminal, or with `--quiet`."""
-    from services.client.transfers import NoProgress
+    from artifact_store.transfers.parallel import NoProgress
 
     if invocation().quiet or not sys.stderr.isatty():
         yield NoProgress()

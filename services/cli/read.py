@@ -38,7 +38,7 @@ def packages(
 
 
 async def _packages(where: PackageFilter, limit: int | None) -> None:
-    from services.http.models import PackageAnswer
+    from artifact_store.documents.shapes import PackageAnswer
     from services.registry import open_registry
     from services.views.models import MAX_PAGE, all_pages
 
@@ -58,7 +58,7 @@ async def _packages(where: PackageFilter, limit: int | None) -> None:
 
 
 def _row(package: Package) -> tuple[object, ...]:
-    from services.http.times import to_text
+    from artifact_store.documents.times import to_text
 
     return (
         package.package_id,
@@ -81,7 +81,7 @@ def usage(producer: str | None, retention_class: str | None) -> None:
 
 
 async def _usage(producer: str | None, retention_class: str | None) -> None:
-    from services.http.models import UsageAnswer
+    from artifact_store.documents.shapes import UsageAnswer
     from services.registry import open_registry
     from services.views.models import MAX_PAGE, all_pages
 
@@ -106,8 +106,8 @@ def show(package: str) -> None:
 
 
 async def _show(text: str) -> None:
+    from artifact_store.documents.shapes import FileAnswer, PackageAnswer
     from services.cli.addressing import find_package
-    from services.http.models import FileAnswer, PackageAnswer
     from services.registry import open_registry
     from services.views.models import MAX_PAGE, all_pages
 
@@ -163,9 +163,9 @@ def tail(since: str | None, package: str | None, *, follow: bool) -> None:
 
 
 async def _tail(since: str | None, package: str | None, *, follow: bool) -> None:
+    from artifact_store.documents.event_lines import event_line
     from services.cli.addressing import as_usage, package_id
     from services.cli.signals import end_as_interrupted
-    from services.http.events import event_line
     from services.log.position import Position
     from services.registry import open_registry
 
@@ -192,7 +192,7 @@ def _say_where_to_go_on(position: Position | None) -> None:
 
 
 def _event_text(event: RecordedEvent) -> str:
-    from services.http.times import to_text
+    from artifact_store.documents.times import to_text
 
     return "  ".join(
         (to_text(event.created_at), str(event.package_id), f"{event.sequence:>6}", event.event_type, _about(event))

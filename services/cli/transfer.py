@@ -15,8 +15,8 @@ from services.cli.settings import common_options, invocation, metadata_of
 from services.cli.signals import end_as_interrupted
 
 if TYPE_CHECKING:
-    from services.client import Pulled, Pushed
-    from services.client.push_state import PushState
+    from artifact_store import Pulled, Pushed
+    from artifact_store.transfers.push import PushState
     from services.config import Settings
 
 _CONCURRENCY = click.option(
@@ -73,8 +73,8 @@ def push(
 async def _push(
     settings: Settings, path: Path, about: dict[str, Any], *, finalize: bool, fresh: bool, concurrency: int
 ) -> Pushed:
-    from services.client import push as push_tree
-    from services.client.push_state import default_folder, push_state
+    from artifact_store import push as push_tree
+    from artifact_store.transfers.push import default_folder, push_state
     from services.collector import collect_rarely
     from services.errors import ArtifactStoreError
     from services.registry import open_registry
@@ -146,8 +146,8 @@ def pull(package: str, destination: Path, *, force: bool, rename: bool, concurre
 async def _pull(
     settings: Settings, package: str, destination: Path, *, force: bool, rename: bool, concurrency: int
 ) -> Pulled:
+    from artifact_store import pull as pull_package
     from services.cli.addressing import package_or_address
-    from services.client import pull as pull_package
     from services.collector import collect_rarely
     from services.registry import open_registry
 

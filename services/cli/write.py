@@ -57,8 +57,8 @@ def add(package: str, file: Path, *, relative_path: str | None, media_type: str 
 async def _add(
     settings: Settings, package: UUID, file: Path, relative_path: str, media_type: str | None, actor: str
 ) -> Acknowledgement:
+    from artifact_store.client.bodies import CountedSource, FileSource, FileStamp
     from services.blobs.port import Declared
-    from services.client.sources import CountedSource, FileSource, FileStamp
     from services.media_types import guess_media_type
     from services.registry import open_registry
 

@@ -77,7 +77,7 @@ def row(writer: Mapping[str, Any]) -> tuple[object, ...]:
 
 
 def _shown(status: PartitionStatus) -> dict[str, Any]:
-    from services.http.times import to_text
+    from artifact_store.documents.times import to_text
 
     took = status.takeover_seconds
     return {

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 from uuid import UUID
 
-from services.core.paths import PathPair
+from artifact_store.models import Acknowledgement as Acknowledgement
+from artifact_store.models import IngestedFile as IngestedFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,32 +62,3 @@ class FinalizePackage:
 
 
 Command = CreatePackage | IngestFiles | FinalizePackage
-
-
-class IngestedFile(NamedTuple):
-    """One file of an acknowledgement. `event_digest` is the producer's proof against a truncated log."""
-
-    file_id: UUID
-    relative_path: str
-    size_bytes: int
-    blake3: bytes
-    sha256: bytes
-    sequence: int
-    event_digest: bytes
-
-
-class Acknowledgement(NamedTuple):
-    """The answer to a command whose events are in the log for good; a retry gets the same one.
-
-    `sequence` and `event_digest` are those of the command's last event; `files` is for `IngestFiles`. The others are
-    for `FinalizePackage`: `manifest_digest` (32 raw bytes), and the paths that cannot be unpacked everywhere because
-    they differ only by case or Unicode form, by their number and the first ten.
-    """
-
-    package_id: UUID
-    sequence: int
-    event_digest: bytes
-    files: tuple[IngestedFile, ...] = ()
-    manifest_digest: bytes | None = None
-    unportable_count: int = 0
-    unportable_paths: tuple[PathPair, ...] = ()

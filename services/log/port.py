@@ -11,18 +11,11 @@ from datetime import datetime
 from typing import NamedTuple, Protocol
 from uuid import UUID
 
-from schemas.events import Event
+from artifact_store.events import RecordedEvent as RecordedEvent
 from services.clock import StoreClock
 from services.core.commands import Acknowledgement, Command
 from services.errors import UnavailableError
 from services.log.position import Position
-
-
-@dataclass(frozen=True, slots=True)
-class RecordedEvent(Event):
-    """An event as read from the log, with the position behind it, from which reading goes on."""
-
-    position: Position
 
 
 class Record(NamedTuple):

@@ -15,9 +15,9 @@ import aiohttp
 import psutil
 import pytest
 
+from artifact_store import Client
+from artifact_store.client.transport import RetryPolicy
 from schemas import identifiers
-from services.client import GatewayRegistry
-from services.client.retries import RetryPolicy
 from services.config import Settings
 from services.log.kafka.requests import CHECK_SECONDS, MAX_WAITING_BYTES
 from services.log.kafka.writers import SUBMIT_SECONDS
@@ -115,7 +115,7 @@ async def overload(settings: Settings, network: Network, process: ProductProcess
     gateway = psutil.Process(process.pid)
     flood, memory = Flood(process.endpoint), [gateway.memory_info().rss]
     policy = RetryPolicy(total_seconds=180.0)
-    async with GatewayRegistry(process.endpoint, policy, notify=lambda _error, _seconds: None) as client:
+    async with Client(process.endpoint, policy, notify=lambda _error, _seconds: None) as client:
         package = await client.create_package("n", "p", "s", "scratch", "ada", {})
         with network.holding(TRANSACTION_SECONDS, END_TXN):
             flooding = asyncio.ensure_future(flood.run())

@@ -20,8 +20,8 @@ import aiohttp
 import pytest
 from blake3 import blake3
 
+from artifact_store.documents.resumable_uploads import encode_metadata
 from services.config import Settings
-from services.http.uploads import encode_metadata
 from services.log.kafka.settings import SESSION_TIMEOUT_MS
 from tests.faults.http_load import Load
 from tests.faults.previous_release import AnyRelease, PreviousRelease

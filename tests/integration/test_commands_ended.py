@@ -25,7 +25,7 @@ _PULL = """
 import asyncio, importlib, sys
 from services.cli import main
 
-module = importlib.import_module("services.client.pull")
+module = importlib.import_module("artifact_store.transfers.pull")
 
 async def stand_still(registry, folder, file, told, *, replace):
     with folder.new_file(file.relative_path) as landing:

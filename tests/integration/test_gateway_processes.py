@@ -12,7 +12,7 @@ from typing import ClassVar
 import psutil
 import pytest
 
-from services.client import GatewayRegistry
+from artifact_store import Client
 from services.config import Settings
 from tests.integration.conditions import until
 from tests.integration.processes import ProductProcess, get, metrics_of, output_of, partitions_of, run_command
@@ -92,7 +92,7 @@ async def packages(url: str, count: int) -> None:
     """Make, fill and finalize so many packages, each over a connection of its own; no error is seen."""
 
     async def one(n: int) -> None:
-        async with GatewayRegistry(url) as registry:
+        async with Client(url) as registry:
             package = await registry.create_package(f"p {n}", "lab", "s", "scratch", actor="ada")
             await registry.ingest_file(package, "a.txt", "text/plain", f"file {n}".encode(), actor="ada")
             await registry.finalize_package(package, actor="ada")
@@ -163,7 +163,7 @@ async def test_told_to_end_together_with_the_first_one_processes_hand_over_all_t
 @pytest.mark.services
 async def test_serve_projects_in_its_processes_too(kafka: Settings, tmp_path: Path) -> None:
     with Gateway(kafka, tmp_path / "serve", "serve", "--processes", "2") as process:
-        async with GatewayRegistry(process.endpoint) as registry:
+        async with Client(process.endpoint) as registry:
             package = await registry.create_package("p", "lab", "s", "scratch", actor="ada")
             await registry.finalize_package(package, actor="ada")
             assert (await registry.get_package(package, wait_sequence=2)).status == "finalized"

@@ -16,9 +16,9 @@ import pytest
 import pytest_asyncio
 from blake3 import blake3
 
+from artifact_store.documents.problem_details import TYPE_PREFIX
 from ingest_gateway.json_body import MAX_FAULTS
 from services.config import Settings
-from services.http.problems import TYPE_PREFIX
 from services.log.position import Position
 from tests.integration.conditions import until
 from tests.integration.http_gateway import RunningGateway, running_gateway

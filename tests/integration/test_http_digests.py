@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from artifact_store.documents.resumable_uploads import encode_metadata
 from ingest_gateway.app import ROUTES
 from ingest_gateway.parameters import CONTENT_DIGEST, CONTENT_MD5, FILE_DIGEST, REPR_DIGEST
 from services.config import Settings
-from services.http.uploads import encode_metadata
 from tests.contract.blobs_stage import some_bytes
 from tests.integration.http_gateway import RunningGateway, running_gateway
 from tests.integration.test_http_archive import tar_of

@@ -11,11 +11,11 @@ from typing import Any, cast
 import aiohttp
 import pytest
 
+from artifact_store.documents.event_lines import parse_event
 from ingest_gateway import events
 from ingest_gateway.followers import Followers
 from ingest_gateway.tail import Frame
 from services.config import Settings
-from services.http.events import parse_event
 from tests.integration.conditions import until
 from tests.integration.http_gateway import RunningGateway, running_gateway
 from tests.integration.http_raw import STALLING_BYTES, connected

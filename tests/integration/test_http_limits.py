@@ -9,9 +9,9 @@ from uuid import UUID, uuid4
 
 import pytest
 
+import artifact_store
 from ingest_gateway import connections
 from services.blobs.memory import TURN_SECONDS
-from services.client import GatewayRegistry
 from services.config import Settings
 from tests.integration.conditions import until
 from tests.integration.http_gateway import RunningGateway, running_gateway
@@ -126,7 +126,9 @@ async def test_the_client_library_comes_again_until_there_is_a_place(embedded_se
         first.send(put(package), *expecting(5))
         await first.may_go_on()
         refusals: list[str] = []
-        async with GatewayRegistry(gateway.url, notify=lambda error, _: refusals.append(error.detail)) as registry:
+        async with artifact_store.Client(
+            gateway.url, notify=lambda error, _: refusals.append(error.detail)
+        ) as registry:
             pushed = asyncio.create_task(registry.ingest_file(package, "b", "text/plain", b"bytes", actor="ada"))
 
             async def was_refused() -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from yarl import URL
 
-from services.client import GatewayRegistry
+from artifact_store import Client
 from services.config import Settings
 from services.views.models import PackageFilter
 from tests.integration.http_gateway import RunningGateway, running_gateway
@@ -60,7 +60,7 @@ async def test_filters_choose_what_has_all_their_values(gateway: RunningGateway,
         found = (await answer.json())["items"]
     assert found == [item for item in everything if all(item[name] == value for name, value in wanted.items())]
     assert found or wanted == {"producer": "nobody"}
-    async with GatewayRegistry(gateway.url) as client:
+    async with Client(gateway.url) as client:
         page = await client.list_packages(PackageFilter(**wanted))
     assert [str(package.package_id) for package in page.items] == [item["package_id"] for item in found]
 

@@ -15,8 +15,8 @@ from uuid import uuid4
 import pytest
 from blake3 import blake3
 
+from artifact_store.documents.resumable_uploads import encode_metadata
 from services.config import Settings
-from services.http.uploads import encode_metadata
 from tests.contract.blobs_stage import some_bytes
 from tests.integration.conditions import until
 from tests.integration.http_gateway import RunningGateway, running_gateway

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from services.client import GatewayRegistry
+from artifact_store import Client
+from artifact_store.documents.times import day_to_text
 from services.config import Settings
-from services.http.times import day_to_text
 from tests.integration.http_gateway import RunningGateway, running_gateway
 
 
@@ -55,7 +55,7 @@ async def test_a_bad_question_is_refused(gateway: RunningGateway, query: str) ->
 
 
 async def test_the_client_reads_the_same(gateway: RunningGateway) -> None:
-    async with GatewayRegistry(gateway.url) as client:
+    async with Client(gateway.url) as client:
         page = await client.list_usage("c")
     (shown,) = (await get(gateway, "/v1/usage?producer=c"))["items"]
     (total,) = page.items

@@ -11,8 +11,8 @@ import aiohttp
 import psutil
 import pytest
 
+from artifact_store.documents.event_lines import parse_event
 from services.config import Settings
-from services.http.events import parse_event
 from tests.integration.conditions import until
 from tests.integration.processes import ProductProcess, output_of
 

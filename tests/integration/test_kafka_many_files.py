@@ -16,9 +16,9 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from artifact_store import Client
+from artifact_store.transfers.pull import pull, read_manifest
 from services.blobs.port import Declared, StoredBlob
-from services.client import GatewayRegistry
-from services.client.pull import pull, read_manifest
 from services.config import Settings
 from services.core.commands import Acknowledgement, Command, FinalizePackage, IngestFiles, StoredFile
 from services.core.content_address import ContentAddress
@@ -171,7 +171,7 @@ async def finalized(kafka: Settings, files: int, destination: Path | None = None
         await neighbour.end()
         assert again == done == await writer.submit(end)
         address = ContentAddress.of_digest(done.manifest_digest or b"")
-        async with GatewayRegistry(gateway.url) as client:
+        async with Client(gateway.url) as client:
             manifest = await client.get_manifest_bytes(package_id, wait_sequence=done.sequence)
             verified = await read_manifest(client, package_id, address)
             if destination is not None:

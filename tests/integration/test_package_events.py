@@ -12,6 +12,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from artifact_store.documents.event_lines import parse_event
 from ingest_gateway.events import FRAMES, LINES
 from ingest_gateway.tail import Tail
 from services.blobs.local import LocalBlobStore
@@ -19,7 +20,6 @@ from services.config import Settings
 from services.core.commands import Command, FinalizePackage, IngestFiles
 from services.core.limits import Limits
 from services.direct import DirectRegistry
-from services.http.events import parse_event
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka.reader import Reader
 from services.log.port import CommandWriter, PackageExtent, Record, RecordedEvent

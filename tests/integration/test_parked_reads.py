@@ -10,7 +10,7 @@ from uuid import UUID
 
 import pytest
 
-from services.client import GatewayRegistry
+from artifact_store import Client
 from services.config import Settings
 from services.errors import FileNotFoundInRegistryError, PackageNotFoundError, PackageParkedError
 from tests.integration.http_gateway import RunningGateway, running_gateway
@@ -50,7 +50,7 @@ async def test_a_parked_package_carries_its_mark_alone_and_in_listings(
         shown = await answer.json()
     assert (shown["last_event_sequence"], shown["parked"]["events"]) == (2, 2)
     assert "cannot be read" in shown["parked"]["cause"]
-    async with GatewayRegistry(gateway.url) as client:
+    async with Client(gateway.url) as client:
         listed = {item.package_id: item.parked for item in (await client.list_packages()).items}
         assert listed[whole_id] is None
         assert listed[parked_id] == (await client.get_package(parked_id)).parked is not None
@@ -77,7 +77,7 @@ async def test_what_a_parked_package_lacks_is_not_said_to_be_absent(
         async with gateway.session.get(path) as answer:
             problem = json.loads(await answer.read())
             assert (path, answer.status, problem["type"]) == (path, 500, "urn:artifact-store:problem:package-parked")
-    async with GatewayRegistry(gateway.url) as client:
+    async with Client(gateway.url) as client:
         with pytest.raises(PackageParkedError, match=str(unseen_id)):
             await client.get_package(unseen_id)
         with pytest.raises(FileNotFoundInRegistryError):

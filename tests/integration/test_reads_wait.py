@@ -11,9 +11,9 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from artifact_store import pull
 from schemas.digests import manifest_digest
 from services.blobs.local import LocalBlobStore
-from services.client import pull
 from services.core.content_address import ContentAddress, content_key
 from services.core.limits import Limits
 from services.direct import DirectRegistry

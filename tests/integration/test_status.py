@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
+from artifact_store.documents.times import from_text
 from services.config import Settings
 from services.errors import ConfigurationError
-from services.http.times import from_text
 from services.log.kafka.restore import FROM_FILE, FROM_LOG
 from services.views.projections import PROJECTIONS
 from tests.contract.log_stage import PATIENCE_SECONDS

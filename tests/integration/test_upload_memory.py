@@ -15,7 +15,7 @@ from uuid import UUID
 import psutil
 import pytest
 
-from services.client import GatewayRegistry
+from artifact_store import Client
 from services.config import Settings
 from tests.integration.processes import ProductProcess, output_of
 
@@ -47,13 +47,13 @@ def resident(gateway: ProductProcess) -> int:
     return int(psutil.Process(gateway.pid).memory_info().rss)
 
 
-async def new_package(registry: GatewayRegistry) -> UUID:
+async def new_package(registry: Client) -> UUID:
     return await registry.create_package("load", "lab", "s", "scratch", actor="ada")
 
 
 @pytest.mark.timeout(LOAD_SECONDS + 300)
 async def test_64_uploads_of_256_mib_at_a_time_take_less_than_200_mib(gateway: ProductProcess) -> None:
-    async with GatewayRegistry(gateway.endpoint) as registry:
+    async with Client(gateway.endpoint) as registry:
         package = await new_package(registry)
         await registry.ingest_file(package, "first", "text/plain", b"bytes", actor="ada")
     idle = peak = resident(gateway)
@@ -82,7 +82,7 @@ async def test_memory_is_flat_over_time(gateway: ProductProcess) -> None:
             samples[quarter].append(resident(gateway))
             await asyncio.sleep(_SAMPLE_SECONDS)
 
-    async def work(registry: GatewayRegistry, number: int) -> None:
+    async def work(registry: Client, number: int) -> None:
         rounds = 0
         while time.monotonic() - began < SOAK_SECONDS:
             package = await new_package(registry)
@@ -94,7 +94,7 @@ async def test_memory_is_flat_over_time(gateway: ProductProcess) -> None:
             await registry.finalize_package(package, actor="ada")
             rounds += 1
 
-    async with GatewayRegistry(gateway.endpoint) as registry:
+    async with Client(gateway.endpoint) as registry:
         await asyncio.gather(watch(), *(work(registry, n) for n in range(SOAK_CLIENTS)))
     # How much is in parts at the peaks is a matter of chance; what grows shows when few are under way.
     floors = [sorted(quarter)[len(quarter) // 10] for quarter in samples]

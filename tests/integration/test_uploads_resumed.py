@@ -22,12 +22,12 @@ from tusclient.client import TusClient
 from tusclient.exceptions import TusUploadFailed
 from tusclient.uploader.uploader import Uploader
 
-import services.client.registry
+import artifact_store.client.client
+from artifact_store import Client, RetryPolicy
+from artifact_store.client.bodies import CountedSource, FileSource, FileStamp
 from schemas.events import FileIngested
 from services.blobs.port import Declared
 from services.blobs.s3.store import S3BlobStore
-from services.client import GatewayRegistry, RetryPolicy
-from services.client.sources import CountedSource, FileSource, FileStamp
 from services.config import Settings
 from services.errors import CommandReusedError
 from services.streams import joined
@@ -106,7 +106,7 @@ async def test_a_foreign_client_that_is_cut_off_again_and_again_gets_its_file_in
 async def test_our_client_sends_no_byte_twice_that_has_arrived(
     embedded_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(services.client.registry, "RESUMABLE_BYTES", MIB)
+    monkeypatch.setattr(artifact_store.client.client, "RESUMABLE_BYTES", MIB)
     path = tmp_path / "large.bin"
     data = some_bytes(40 * MIB)
     path.write_bytes(data)
@@ -117,7 +117,7 @@ async def test_our_client_sends_no_byte_twice_that_has_arrived(
     async with (
         running_gateway(embedded_settings) as gateway,
         cutting_proxy(gateway.port, lambda: rng.randrange(2 * MIB, 15 * MIB)) as proxy,
-        GatewayRegistry(proxy.url, policy) as registry,
+        Client(proxy.url, policy) as registry,
     ):
         package = await registry.create_package("n", "p", "s", "scratch")
 
@@ -184,7 +184,7 @@ async def test_another_gateway_goes_on_with_an_upload_whose_gateway_was_killed(
     ports = free_ports(2)
     one, two = (ProductProcess(real_settings, tmp_path / str(port), "gateway", port=port) for port in ports)
     with one, two, ProductProcess(real_settings, tmp_path / "registry", "projector", "registry", listens=False):
-        async with GatewayRegistry(two.endpoint) as registry, cutting_proxy(one.port, lambda: None) as proxy:
+        async with Client(two.endpoint) as registry, cutting_proxy(one.port, lambda: None) as proxy:
             package = await registry.create_package("n", "p", "s", "scratch")
             uploader = tus(proxy.url, package, data, "a", retries=0)
             uploader.chunk_size = 10 * MIB
@@ -233,7 +233,7 @@ async def test_a_thousand_uploads_each_cut_at_a_random_byte_end_whole(real_setti
     sizes = [rng.randrange(1, 300_000) if rng.random() < 0.93 else rng.randrange(MIB, 20 * MIB) for _ in range(count)]
     with ProductProcess(real_settings, tmp_path / "gateway", "gateway") as gateway:
         turns = asyncio.Semaphore(4)
-        async with GatewayRegistry(gateway.endpoint) as registry:
+        async with Client(gateway.endpoint) as registry:
             package = await registry.create_package("n", "p", "s", "scratch")
 
             async def upload(number: int, size: int) -> tuple[str, tuple[bytes, bytes]]:

@@ -12,8 +12,8 @@ from uuid import UUID
 from aiohttp import web
 from blake3 import blake3
 
-from services.client import GatewayRegistry, RetryPolicy
-from services.http.problems import problem
+from artifact_store import Client, RetryPolicy
+from artifact_store.documents.problem_details import problem
 
 PACKAGE = UUID("11111111-1111-4111-8111-111111111111")
 FILE = UUID("22222222-2222-4222-8222-222222222222")
@@ -88,9 +88,9 @@ async def failing_gateway(*script: Answering) -> AsyncIterator[FailingGateway]:
 
 
 @asynccontextmanager
-async def client_of(gateway: FailingGateway, policy: RetryPolicy = QUICK) -> AsyncIterator[GatewayRegistry]:
+async def client_of(gateway: FailingGateway, policy: RetryPolicy = QUICK) -> AsyncIterator[Client]:
     """A client that tries again quickly."""
-    async with GatewayRegistry(gateway.url, policy) as registry:
+    async with Client(gateway.url, policy) as registry:
         yield registry
 
 

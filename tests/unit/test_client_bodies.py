@@ -13,9 +13,9 @@ from uuid import UUID
 import pytest
 from aiohttp import web
 
+from artifact_store import FileSource, RetryPolicy
+from artifact_store.client.bodies import BodySource, CountedSource, FileStamp, SeekableSource
 from services.blobs.port import Declared
-from services.client import FileSource, RetryPolicy
-from services.client.sources import BodySource, CountedSource, FileStamp, SeekableSource
 from services.errors import (
     ContentMismatchError,
     CorruptError,

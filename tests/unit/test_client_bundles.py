@@ -7,11 +7,10 @@ from collections.abc import AsyncIterator
 import pytest
 from aiohttp import web
 
+from artifact_store import Client
+from artifact_store.archives.tar import END, entry_header, tar_of_small
 from services.bundle import Group, HeldFiles, SmallFile, StreamedFile
-from services.client import GatewayRegistry
 from services.errors import CorruptError, IllegalPackageStateError, UnavailableError
-from services.tar.bundles import tar_of_small
-from services.tar.writing import END, entry_header
 from tests.unit.client_gateway import PACKAGE, Answering, client_of, cuts, failing_gateway, refuses
 
 FILES = [SmallFile(f"{number:04}", "application/octet-stream", b"%d" % number * 1_000) for number in range(800)]
@@ -32,7 +31,7 @@ def streams(data: bytes, *, whole: bool) -> Answering:
     return answer
 
 
-async def read(registry: GatewayRegistry) -> list[SmallFile]:
+async def read(registry: Client) -> list[SmallFile]:
     found: list[SmallFile] = []
     async for group in registry.read_files(PACKAGE, largest=5_000):
         assert not isinstance(group, StreamedFile)

@@ -14,10 +14,10 @@ from uuid import UUID, uuid4
 import pytest
 from blake3 import blake3
 
+from artifact_store import pull
+from artifact_store.transfers.parallel import at_once
+from artifact_store.transfers.pull import Destination, Landing
 from schemas.canonical import canonical_cbor
-from services.client import pull
-from services.client.destination import Destination, Landing
-from services.client.transfers import at_once
 from services.core.content_address import ContentAddress
 from services.errors import (
     ConflictError,

@@ -10,10 +10,9 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from artifact_store import Pushed, pull, push
+from artifact_store.transfers.push import FEWEST_FILES, PushState
 from services.blobs.port import Declared
-from services.client import Pushed, pull, push
-from services.client.batches import FEWEST_FILES
-from services.client.push_state import PushState
 from services.config import Settings
 from services.core import decide
 from services.core.content_address import ContentAddress

@@ -11,14 +11,14 @@ import pytest
 from aiohttp import web
 from blake3 import blake3
 
+from artifact_store.client import downloads as content_module
+from artifact_store.client import transport as transport_module
+from artifact_store.client.client import Written
+from artifact_store.client.following import follow_events
+from artifact_store.client.transport import Transport
+from artifact_store.documents.event_lines import event_line
 from schemas.events import FileIngested, StorageReceipt
-from services.client import content as content_module
-from services.client import transport as transport_module
-from services.client.following import follow_events
-from services.client.transport import Transport
-from services.client.written import Written
 from services.errors import CorruptError, FileNotFoundInRegistryError, RangeNotSatisfiableError, UnavailableError
-from services.http.events import event_line
 from services.log.port import RecordedEvent
 from services.log.position import Position
 from tests.unit.client_gateway import (

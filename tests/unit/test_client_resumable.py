@@ -10,9 +10,9 @@ import pytest
 from aiohttp import web
 from blake3 import blake3
 
-from services.client.resumable import send_resumably
-from services.client.sources import BytesSource
-from services.client.transport import Transport
+from artifact_store.client.bodies import BytesSource
+from artifact_store.client.resumable import send_resumably
+from artifact_store.client.transport import Transport
 from tests.unit.client_gateway import FILE, PACKAGE, QUICK, failing_gateway
 
 CONTENT = b"all of it"

@@ -9,9 +9,9 @@ from uuid import UUID, uuid4
 import pytest
 from aiohttp import web
 
-import services.client.transport
-from services.client import RetryPolicy
-from services.client.problems import retry_after
+import artifact_store.client.transport
+from artifact_store import RetryPolicy
+from artifact_store.documents.problem_details import TYPE_PREFIX, retry_after
 from services.errors import (
     ArtifactStoreError,
     ContentMismatchError,
@@ -24,7 +24,6 @@ from services.errors import (
     UnknownRetentionClassError,
     WaitTimeoutError,
 )
-from services.http.problems import TYPE_PREFIX
 from tests.unit.client_gateway import (
     FILE,
     PACKAGE,
@@ -174,7 +173,7 @@ async def test_a_range_that_does_not_exist_tells_the_length_of_the_file() -> Non
 
 @pytest.mark.slow
 async def test_a_request_that_waits_for_others_of_this_process_is_not_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(services.client.transport, "_AT_ONCE", 2)
+    monkeypatch.setattr(artifact_store.client.transport, "_AT_ONCE", 2)
     hurried = RetryPolicy(total_seconds=1.5, idle_seconds=1.5, first_pause_seconds=0.01)
     under_way = most = 0
 

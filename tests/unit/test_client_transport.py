@@ -9,8 +9,8 @@ from contextlib import ExitStack
 import pytest
 from aiohttp import web
 
-from services.client import RetryPolicy
-from services.client.transport import Transport
+from artifact_store import RetryPolicy
+from artifact_store.client.transport import Transport
 from services.errors import ConfigurationError, InvalidRequestError, UnavailableError
 from tests.unit.client_gateway import FailingGateway, client_of, failing_gateway
 

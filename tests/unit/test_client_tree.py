@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from services.client.push_state import default_folder, push_state
-from services.client.tree import walk
+from artifact_store.transfers.push import default_folder, push_state
+from artifact_store.transfers.tree import walk
 from services.errors import InvalidPathError, InvalidRequestError
 from services.media_types import guess_media_type
 

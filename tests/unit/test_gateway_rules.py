@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from artifact_store.documents.shapes import CreatePackageRequest
 from ingest_gateway.app import ROUTES
 from ingest_gateway.content import disposition
 from ingest_gateway.json_body import parse_json
@@ -25,7 +26,6 @@ from ingest_gateway.problems import (
 from ingest_gateway.ranges import requested
 from ingest_gateway.routing import Routes
 from services.errors import InvalidRequestError, RangeNotSatisfiableError
-from services.http.models import CreatePackageRequest
 
 _OFFERED = ("application/cbor", "application/json")
 

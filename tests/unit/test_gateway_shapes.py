@@ -7,6 +7,17 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from artifact_store.documents import times
+from artifact_store.documents.event_lines import event_line, parse_event
+from artifact_store.documents.http import parse_content_md5, parse_digests, parse_id, quoted, repr_digest, unquoted
+from artifact_store.documents.problem_details import Problem, error_of, problem, problem_of
+from artifact_store.documents.shapes import (
+    FileAnswer,
+    FileIngestedAnswer,
+    PackageAnswer,
+    PackageCreatedAnswer,
+    PackageFinalizedAnswer,
+)
 from schemas.events import FileIngested, PackageCreated, PackageFinalized, Payload, StorageReceipt
 from services import errors
 from services.core.commands import Acknowledgement, IngestedFile
@@ -23,18 +34,6 @@ from services.errors import (
     RejectedError,
     UnavailableError,
 )
-from services.http import times
-from services.http.events import event_line, parse_event
-from services.http.headers import parse_content_md5, parse_digests, repr_digest
-from services.http.models import (
-    FileAnswer,
-    FileIngestedAnswer,
-    PackageAnswer,
-    PackageCreatedAnswer,
-    PackageFinalizedAnswer,
-)
-from services.http.paths import parse_id, quoted, unquoted
-from services.http.problems import Problem, error_of, problem, problem_of
 from services.log.port import RecordedEvent
 from services.log.position import Position
 from services.views.models import File, Package

@@ -12,12 +12,12 @@ from uuid import UUID
 
 import pytest
 
+from artifact_store.documents.event_lines import parse_event
 from ingest_gateway.events import FRAMES, LINES
 from ingest_gateway.tail import Tail
 from schemas.codec import encode
 from schemas.events import Event
 from services.errors import CorruptError, InvalidPositionError, LogIdentityError, UnavailableError
-from services.http.events import parse_event
 from services.log.port import RecordedEvent
 from services.log.position import Position
 from tests.integration.conditions import until

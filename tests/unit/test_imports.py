@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-OURS = frozenset({"schemas", "services", "ingest_gateway", "projector"})
+OURS = frozenset({"artifact_store", "schemas", "services", "ingest_gateway", "projector"})
 NOT_SHIPPED = frozenset({"tests", "benchmarks"})
 OUTWARDS = ("services.cli", "services.wiring")
 """The command line and the wiring, which alone may import outwards."""
@@ -23,16 +27,28 @@ IO_MODULES = frozenset({
     "selectors", "shutil", "signal", "socket", "sqlalchemy", "sqlite3", "ssl", "subprocess", "sys", "tempfile",
     "threading", "time", "urllib", "urllib3", "zoneinfo",
 })
-# fmt: on
 """What reads or writes anything, the clock and random sources included: not for the core."""
 
-PURE_OF_OURS = (
-    "schemas",
-    "services.core",
-    "services.errors",
-    "services.manifest",
+PURE_OF_THE_CLIENT = (
+    "artifact_store.canonical",
+    "artifact_store.errors",
+    "artifact_store.events",
+    "artifact_store.manifest",
+    "artifact_store.models",
+    "artifact_store.position",
+    "artifact_store.rules",
 )
+"""The modules of `artifact_store` that do no I/O, which the core and the log's language may import."""
+
+PURE_OF_OURS = (*PURE_OF_THE_CLIENT, "schemas", "services.core", "services.errors", "services.manifest")
 """What the core may import of ours: none of it does I/O."""
+
+SERVER_ONLY = frozenset({
+    "aiosqlite", "asyncpg", "click", "confluent_kafka", "dotenv", "fastavro", "ingest_gateway", "minio", "projector",
+    "prometheus_client", "rich", "schemas", "services", "sqlalchemy", "uvloop",
+})
+# fmt: on
+"""What a program that only talks to a gateway neither needs nor has."""
 
 
 def modules(package: str) -> Iterator[tuple[str, Path]]:
@@ -68,7 +84,7 @@ def documented() -> dict[str, tuple[str, ...]]:
     for where, permitted in re.findall(r"^\| (`.*?) \| .* \| (.*) \|$", ARCHITECTURE, re.MULTILINE):
         row = tuple(name.strip("/").removesuffix(".py").replace("/", ".") for name in re.findall(r"`(.*?)`", where))
         names = re.findall(r"`(.*?)`", permitted)
-        allowed = tuple(name if name in OURS else f"services.{name}" for name in names)
+        allowed = tuple(name if name.split(".")[0] in OURS else f"services.{name}" for name in names)
         found |= dict.fromkeys(row, tuple(OURS) if permitted == "everything" else (*row, *allowed))
     return found
 
@@ -76,6 +92,9 @@ def documented() -> dict[str, tuple[str, ...]]:
 ALLOWED = documented()
 TOOLS = tuple(name for name, _ in modules("services") if name.count(".") == 1 and name not in ALLOWED)
 """The files in `services/` that are no part of their own."""
+
+TOOLLESS = ("artifact_store", "schemas")
+"""The packages that import nothing of `services`, not even those files."""
 
 
 def test_the_table_names_what_is_there_and_every_folder() -> None:
@@ -89,7 +108,7 @@ def test_a_module_imports_only_what_the_table_lets_it(package: str) -> None:
     wrong = []
     for name, path in modules(package):
         row = next((part for part in ALLOWED if within(name, (part,))), None)
-        allowed = (*(ALLOWED[row] if row else ("schemas",)), *(TOOLS if package != "schemas" else ()))
+        allowed = (*(ALLOWED[row] if row else ("artifact_store", "schemas")), *(() if package in TOOLLESS else TOOLS))
         wrong += [
             f"{name} imports {imported}"
             for imported in imports(name, path)
@@ -126,6 +145,7 @@ def test_only_the_command_line_and_outer_packages_import_the_wiring() -> None:
         ("services.core", set()),
         # Times that it is given are formatted, bytes in memory are read, and the catalogue can be printed as a command.
         ("schemas", {"datetime", "io", "sys"}),
+        *((module, set[str]()) for module in PURE_OF_THE_CLIENT),
     ],
 )
 def test_the_core_and_its_language_do_no_io(package: str, harmless: set[str]) -> None:
@@ -148,6 +168,41 @@ def test_the_core_imports_nothing_of_ours_that_does_io() -> None:
         if imported.split(".")[0] in OURS and imported != "services" and not within(imported, PURE_OF_OURS)
     ]
     assert wrong == []
+
+
+def test_the_language_of_the_log_imports_nothing_of_the_client_that_does_io() -> None:
+    wrong = [
+        f"{name} imports {imported}"
+        for name, path in modules("schemas")
+        for imported in imports(name, path)
+        if within(imported, ("artifact_store",)) and imported != "artifact_store"
+        if not within(imported, PURE_OF_THE_CLIENT)
+    ]
+    assert wrong == []
+
+
+def test_no_modules_of_the_client_import_each_other_in_a_circle() -> None:
+    there = dict(modules("artifact_store"))
+    graph = {
+        name: {imported for imported in imports(name, path) if imported in there and imported != "artifact_store"}
+        for name, path in there.items()
+    }
+    assert len(graph["artifact_store.client.client"]) > 1
+    TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_the_client_loads_nothing_that_only_the_server_needs() -> None:
+    names = sorted(name for name, _ in modules("artifact_store"))
+    code = (
+        "import importlib, json, sys, artifact_store\n"
+        "for name in artifact_store.__all__: getattr(artifact_store, name)\n"
+        f"for name in {names!r}: importlib.import_module(name)\n"
+        "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    loaded = set(json.loads(done.stdout))
+    assert loaded & SERVER_ONLY == set()
+    assert {"aiohttp", "artifact_store", "pydantic"} <= loaded
 
 
 def test_the_walk_sees_every_kind_of_import(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from importlib import import_module
 import pytest
 from sqlalchemy import Table
 
+from artifact_store import Client
 from services.config import Settings
 from services.registry import Registry
 from services.views import tables
@@ -17,9 +18,12 @@ EXPORTED = {
         *("Registry", "open_registry", "find_frozen"),
         *("PackageNotFoundError", "DuplicateRelativePathError", "IllegalPackageStateError"),
     },
-    "services.client": {
-        *("GatewayRegistry", "RetryPolicy", "push", "Pushed", "pull", "Pulled"),
-        *("BodySource", "BytesSource", "FileSource"),
+    "artifact_store": {
+        *("Client", "Registry", "RetryPolicy", "push", "Pushed", "pull", "Pulled"),
+        *("BodySource", "BytesSource", "FileSource", "Declared", "Acknowledgement"),
+        *("Package", "PackageFilter", "Page", "File", "Manifest", "ContentAddress", "Position", "RecordedEvent"),
+        *("ArtifactStoreError", "RejectedError", "PushBackError", "UnavailableError", "CorruptError"),
+        *("ConfigurationError", "PackageNotFoundError", "DuplicateRelativePathError", "IllegalPackageStateError"),
     },
     "projector": {
         *("replay", "ReplayResult", "RebuildOptions", "DigestMismatchError", "abandon"),
@@ -53,9 +57,10 @@ def test_settings_and_manifests_are_read_by_these_names() -> None:
     assert inspect.get_annotations(manifest.decode)["return"] == manifest.Manifest.__name__
 
 
+@pytest.mark.parametrize("owner", [Registry, Client])
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_an_operation_of_the_registry_takes_these_arguments(operation: str) -> None:
-    assert set(OPERATIONS[operation]) <= set(inspect.signature(getattr(Registry, operation)).parameters)
+def test_an_operation_of_the_registry_takes_these_arguments(operation: str, owner: type[Registry]) -> None:
+    assert set(OPERATIONS[operation]) <= set(inspect.signature(getattr(owner, operation)).parameters)
 
 
 def test_the_tables_of_the_views_have_these_names() -> None:

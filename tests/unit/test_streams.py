@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from services.client.sources import source_of
+from artifact_store.client.bodies import source_of
 from services.config import Settings
 from services.errors import InvalidRequestError
 from services.registry import open_registry

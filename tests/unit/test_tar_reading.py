@@ -9,11 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from artifact_store.archives.tar import (
+    END,
+    ArchiveLimits,
+    EntryBegin,
+    EntryPiece,
+    TarReader,
+    WholeEntry,
+    entry_header,
+    padding,
+    tar_of_small,
+)
 from services.bundle import SmallFile
 from services.errors import ArtifactStoreError
-from services.tar.bundles import tar_of_small
-from services.tar.reading import ArchiveLimits, EntryBegin, EntryPiece, TarReader, WholeEntry
-from services.tar.writing import END, entry_header, padding
 
 LIMITS = ArchiveLimits(max_files=5, max_file_bytes=100_000, whole_bytes=1_000)
 

@@ -15,10 +15,10 @@ from typing import Protocol, Self
 import aiohttp
 from yarl import URL
 
+import artifact_store
+from artifact_store.client.bodies import BytesSource
+from artifact_store.client.transport import RetryPolicy
 from services.blobs.port import Declared
-from services.client.registry import GatewayRegistry
-from services.client.retries import RetryPolicy
-from services.client.sources import BytesSource
 from services.core.commands import Acknowledgement
 from services.core.content_address import ContentAddress
 from services.errors import ArtifactStoreError, PushBackError, UnavailableError
@@ -111,7 +111,7 @@ class LibraryClient:
 
     def __init__(self, urls: Sequence[str]) -> None:
         policy = RetryPolicy(total_seconds=ATTEMPT_SECONDS / 2, idle_seconds=ATTEMPT_SECONDS, connect_seconds=2)
-        self._registries = [GatewayRegistry(url, policy, notify=lambda _error, _seconds: None) for url in urls]
+        self._registries = [artifact_store.Client(url, policy, notify=lambda _error, _seconds: None) for url in urls]
 
     async def __aenter__(self) -> Self:
         for registry in self._registries:
@@ -138,7 +138,7 @@ class LibraryClient:
                 raise UnexpectedAnswerError(f"{text}: {error.detail}") from error
             at += 1
 
-    async def _ask(self, registry: GatewayRegistry, work: Work) -> Acknowledgement:
+    async def _ask(self, registry: artifact_store.Client, work: Work) -> Acknowledgement:
         if work.kind == CREATE:
             fields = package_fields(work)
             return await registry.create(**fields, actor=ACTOR, command_id=work.command_id)

@@ -1,0 +1,94 @@
+"""Bundles: many files on their way together, small ones whole, larger ones as streams, in one order.
+
+A bundle is an asynchronous iterator of groups: a sequence of small files, or one larger file, whose stream must be read
+to its end before the next group is asked for. Memory is a group's. `PackLayout` says how a store packs small files into
+blobs, so that a client can name the blobs without sending them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, AsyncIterator, Sequence
+from dataclasses import dataclass
+
+MAX_BUNDLE_FILES = 10_000
+"""Most files that are ingested together: one command, one transaction."""
+
+SMALL_FILE_BYTES = 256 * 1024
+"""Up to here files are small: they travel whole and are packed. Asking whether one is stored costs as much as sending
+it."""
+
+PACK_BYTES = 8 << 20
+"""Most bytes of a pack: what every store takes in one request."""
+
+
+@dataclass(frozen=True, slots=True)
+class SmallFile:
+    """A file with all its bytes, at most SMALL_FILE_BYTES."""
+
+    relative_path: str
+    media_type: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StreamedFile:
+    """A larger file. `body` gives its `size_bytes` once."""
+
+    relative_path: str
+    media_type: str
+    size_bytes: int
+    body: AsyncIterator[bytes]
+
+
+Group = Sequence[SmallFile] | StreamedFile
+Bundle = AsyncIterable[Group]
+
+
+class HeldFiles(AsyncIterable[Group]):
+    """A bundle of small files in memory, which every iteration begins anew: so it can be sent again."""
+
+    def __init__(self, files: Sequence[SmallFile]) -> None:
+        self.files = files
+
+    async def __aiter__(self) -> AsyncIterator[Group]:
+        yield self.files
+
+
+@dataclass(frozen=True, slots=True)
+class NamedFile:
+    """A file whose bytes are said to be stored: `size_bytes` from `offset` of the blob of this BLAKE3 (32 raw bytes).
+
+    `blake3` is the file's own digest; of a file that is a blob by itself it is the blob's, and the offset 0.
+    """
+
+    relative_path: str
+    media_type: str
+    size_bytes: int
+    blake3: bytes
+    blob: bytes
+    offset: int = 0
+
+
+class PackLayout:
+    """Which bytes of a bundle go where: the rule that both ends follow. Digests are 32 raw bytes."""
+
+    def __init__(self) -> None:
+        self._places: dict[bytes, tuple[int, int]] = {}
+        self._pack = 0
+        self._length = 0
+
+    def place(self, digest: bytes, size: int) -> tuple[int, int, bool] | None:
+        """Number of the pack, offset in it, and whether these bytes are new; None if another pack must begin first."""
+        known = self._places.get(digest)
+        if known is not None:
+            return *known, False
+        if self._length and self._length + size > PACK_BYTES:
+            return None
+        place = self._places[digest] = (self._pack, self._length)
+        self._length += size
+        return *place, True
+
+    def begin(self) -> None:
+        """Begin the next pack."""
+        self._pack += 1
+        self._length = 0

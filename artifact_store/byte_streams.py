@@ -1,0 +1,79 @@
+"""Byte streams: whatever a caller has, as one asynchronous iterator of chunks; and work on files in threads.
+
+A thread cannot be stopped, so cancelled work is waited for: another file could get the number of a file that was closed
+under the thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable
+from contextlib import suppress
+from threading import Event
+from typing import IO, TypeVar
+
+from artifact_store.errors import InvalidRequestError
+
+CHUNK_BYTES = 1 << 20
+
+
+async def from_any(
+    stream: AsyncIterable[bytes] | Iterable[bytes] | IO[bytes] | bytes,
+) -> AsyncGenerator[bytes, None]:
+    """Iterate over the stream's bytes; a file object is read in a thread, so that the event loop never waits for it.
+
+    Raises InvalidRequestError: it is a file object that is set not to block.
+    """
+    if isinstance(stream, bytes | bytearray | memoryview):
+        yield bytes(stream)
+    elif isinstance(stream, AsyncIterable):
+        async for chunk in stream:
+            yield chunk
+    elif hasattr(stream, "read"):
+        while chunk := await asyncio.to_thread(read_chunk, stream):  # type: ignore[arg-type]  # it reads: a file object
+            yield chunk
+    else:
+        for chunk in stream:
+            yield chunk
+
+
+def read_chunk(file: IO[bytes]) -> bytes:
+    """The file object's next bytes, at most CHUNK_BYTES; empty at its end alone. Blocks.
+
+    Raises InvalidRequestError: it is set not to block (`io.RawIOBase.read` gives None then, for nothing as yet).
+    """
+    chunk: bytes | None = file.read(CHUNK_BYTES)
+    if chunk is None:
+        raise InvalidRequestError("the stream is non-blocking: set it to block")
+    return chunk
+
+
+async def joined(chunks: AsyncIterable[bytes]) -> bytes:
+    """All the bytes at once, for streams that are known to fit into memory."""
+    return b"".join([chunk async for chunk in chunks])
+
+
+Result = TypeVar("Result")
+
+
+async def to_its_end(work: Callable[[], Result], given_up: Event | None = None) -> Result:
+    """Do `work` in a thread and return its result; when cancelled, however often, only once the thread is done.
+
+    `given_up` is set when it is cancelled, for long work that looks at it.
+    """
+    return await ended(asyncio.ensure_future(asyncio.to_thread(work)), given_up)
+
+
+async def ended(doing: asyncio.Future[Result], given_up: Event | None = None) -> Result:
+    """As `to_its_end`, of work that a thread does already."""
+    try:
+        return await asyncio.shield(doing)
+    except asyncio.CancelledError:
+        if given_up is not None:
+            given_up.set()
+        while not doing.done():
+            with suppress(asyncio.CancelledError):  # once more: no reason to leave the thread alone
+                await asyncio.wait([doing])
+        if not doing.cancelled():
+            doing.exception()  # seen; the cancellation is what the caller hears of
+        raise

@@ -1,0 +1,424 @@
+"""Bodies of requests: where their bytes come from, and how they are sent.
+
+A `BodySource` can be read again from any offset, so its bytes are sent again after a lost connection. Any other stream
+is sent once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Mapping
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import AsyncGeneratorType
+from typing import IO
+from uuid import UUID
+
+from blake3 import blake3
+
+from artifact_store.byte_streams import CHUNK_BYTES, Result, from_any, read_chunk, to_its_end
+from artifact_store.client.transport import Answer, GivenUpError, Transport, no_answer, with_retries
+from artifact_store.errors import ContentMismatchError, UnavailableError
+
+_READING = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+"""A name that became a pipe since the walk must not block for ever, nor one that became a link lead elsewhere."""
+
+
+class BodySource(ABC, AsyncIterable[bytes]):
+    """A body that every iteration reads from its beginning, in chunks of at most 1 MiB.
+
+    `size_bytes` is its length where it is known before.
+    """
+
+    size_bytes: int | None
+
+    @property
+    def digest(self) -> bytes | None:
+        """The BLAKE3 of the whole (32 raw bytes) where it costs no second reading."""
+        return None
+
+    @abstractmethod
+    def __aiter__(self) -> AsyncGenerator[bytes, None]:
+        """Read from the beginning; what is left before its end is to be closed."""
+
+    def behind(self, offset: int) -> BodySource:
+        """The body from this offset on."""
+        return _Rest(self, offset)
+
+    async def blake3(self) -> bytes:
+        """The BLAKE3 of the whole (32 raw bytes), for which it is read. Raises as iterating does."""
+        hashed = blake3()
+        async with aclosing(aiter(self)) as chunks:
+            async for chunk in chunks:
+                await asyncio.to_thread(hashed.update, chunk)
+        return hashed.digest()
+
+
+class _Rest(BodySource):
+    """Another source without its first bytes, which are read and dropped."""
+
+    def __init__(self, source: BodySource, offset: int) -> None:
+        self._source = source
+        self._offset = offset
+        self.size_bytes = None if source.size_bytes is None else source.size_bytes - offset
+
+    async def __aiter__(self) -> AsyncGenerator[bytes, None]:
+        left = self._offset
+        async with aclosing(aiter(self._source)) as chunks:
+            async for chunk in chunks:
+                if left < len(chunk):
+                    yield chunk[left:]
+                left = max(0, left - len(chunk))
+
+
+class BytesSource(BodySource):
+    """A body that lies in memory."""
+
+    def __init__(self, data: bytes | bytearray | memoryview) -> None:
+        self._data = memoryview(data).cast("B")
+        self.size_bytes = len(self._data)
+
+    async def __aiter__(self) -> AsyncGenerator[bytes, None]:
+        for start in range(0, len(self._data), CHUNK_BYTES):
+            yield bytes(self._data[start : start + CHUNK_BYTES])
+
+    @property
+    def digest(self) -> bytes:
+        return blake3(self._data).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class FileStamp:
+    """What shows that a file has changed: its size in bytes and its time of modification in ns."""
+
+    size_bytes: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> FileStamp:
+        return cls(found.st_size, found.st_mtime_ns)
+
+
+class FileSource(BodySource):
+    """A file on disk, expected to stay as `stamp` has it; read in threads, so that the event loop never waits.
+
+    Iterating raises ContentMismatchError when the file is another length than `stamp` says or was written to meanwhile,
+    and OSError when it cannot be read.
+    """
+
+    def __init__(self, path: Path | str, stamp: FileStamp, offset: int = 0) -> None:
+        """`offset` is where reading begins."""
+        self._path = path
+        self._stamp = stamp
+        self._offset = offset
+        self.size_bytes = stamp.size_bytes - offset
+
+    def behind(self, offset: int) -> BodySource:
+        return FileSource(self._path, self._stamp, self._offset + offset)
+
+    async def __aiter__(self) -> AsyncGenerator[bytes, None]:
+        opened: list[int] = []  # a file object that is dropped unread would warn and be closed before this ends
+        try:
+            await to_its_end(lambda: opened.append(os.open(self._path, _READING)))
+            (descriptor,) = opened
+            self._check(descriptor)
+            at, end = self._offset, self._stamp.size_bytes
+            while at < end:
+                chunk = await to_its_end(partial(os.pread, descriptor, min(end - at, CHUNK_BYTES), at))
+                if not chunk:
+                    raise self._changed()
+                at += len(chunk)
+                yield chunk
+            await to_its_end(partial(self._check_end, descriptor))
+        finally:
+            for descriptor in opened:
+                os.close(descriptor)
+
+    async def read_whole(self) -> bytes:
+        """The file's bytes at once, for files that fit into memory. Raises as iterating does."""
+        return await asyncio.to_thread(self.read_now)
+
+    def read_now(self) -> bytes:
+        """As `read_whole`; blocks."""
+        descriptor = os.open(self._path, _READING)
+        try:
+            self._check(descriptor)
+            data = os.read(descriptor, self._stamp.size_bytes + 1)
+            while len(data) <= self._stamp.size_bytes and (more := os.read(descriptor, CHUNK_BYTES)):
+                data += more
+            if len(data) != self._stamp.size_bytes:
+                raise self._changed()
+            self._check(descriptor)
+        finally:
+            os.close(descriptor)
+        return data
+
+    def _check_end(self, descriptor: int) -> None:
+        """Also of files whose length is not what they hold, as of those that a kernel makes up."""
+        self._check(descriptor)
+        if os.pread(descriptor, 1, self._stamp.size_bytes):
+            raise self._changed()
+
+    def _check(self, descriptor: int) -> None:
+        """Raise ContentMismatchError unless the file is as it was found."""
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise ContentMismatchError(f"{self._path} is no regular file any more")
+        if (found.st_size, found.st_mtime_ns) != (self._stamp.size_bytes, self._stamp.modified_ns):
+            raise self._changed()
+
+    def _changed(self) -> ContentMismatchError:
+        return ContentMismatchError(
+            f"{self._path} changed while it was pushed; push it again once nothing writes to it"
+        )
+
+
+class SeekableSource(BodySource):
+    """A file object that can be set back to where it stood when it was handed over."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._start = file.tell()
+        self._turn = asyncio.Lock()
+        self.size_bytes = None
+
+    async def __aiter__(self) -> AsyncGenerator[bytes, None]:
+        await self._do(partial(self._file.seek, self._start))
+        while chunk := await self._do(partial(read_chunk, self._file)):
+            yield chunk
+
+    async def _do(self, work: Callable[[], Result]) -> Result:
+        """One step after the other: a read that an earlier attempt left behind would move the file under this one."""
+        async with self._turn:
+            return await to_its_end(work)
+
+
+class CountedSource(BodySource):
+    """Another source that tells how many more bytes were read; a negative number takes back what is read again."""
+
+    def __init__(self, source: BodySource, advance: Callable[[int], None]) -> None:
+        self._source = source
+        self._advance = advance
+        self._read = 0
+        self.size_bytes = source.size_bytes
+
+    @property
+    def digest(self) -> bytes | None:
+        return self._source.digest
+
+    async def blake3(self) -> bytes:
+        """As of any source; not counted."""
+        return await self._source.blake3()
+
+    def behind(self, offset: int) -> BodySource:
+        return _CountedRest(self, self._source.behind(offset), offset)
+
+    def count(self, read: int) -> None:
+        """So many bytes from the beginning were read."""
+        self._advance(read - self._read)
+        self._read = read
+
+    def __aiter__(self) -> AsyncGenerator[bytes, None]:
+        return aiter(_CountedRest(self, self._source, 0))
+
+
+class _CountedRest(BodySource):
+    """The rest of a counted source."""
+
+    def __init__(self, counted: CountedSource, source: BodySource, offset: int) -> None:
+        self._counted = counted
+        self._source = source
+        self._offset = offset
+        self.size_bytes = source.size_bytes
+
+    async def __aiter__(self) -> AsyncGenerator[bytes, None]:
+        read = self._offset
+        self._counted.count(read)
+        async with aclosing(aiter(self._source)) as chunks:
+            async for chunk in chunks:
+                read += len(chunk)
+                self._counted.count(read)
+                yield chunk
+
+
+def source_of(stream: AsyncIterable[bytes] | Iterable[bytes] | IO[bytes] | bytes) -> AsyncIterable[bytes]:
+    """The stream as a BodySource where it can be read again, and as a plain asynchronous iterator where it cannot."""
+    if isinstance(stream, BodySource):
+        return stream
+    if isinstance(stream, bytes | bytearray | memoryview):
+        return BytesSource(stream)
+    seekable: Callable[[], bool] | None = getattr(stream, "seekable", None)
+    if seekable is not None and hasattr(stream, "read") and seekable():
+        return SeekableSource(stream)  # type: ignore[arg-type]  # it reads and seeks: a binary file object
+    return from_any(stream)
+
+
+EXPECT_CONTINUE_BYTES = 1 << 20
+"""Larger bodies (and those of unknown length) wait for `100 Continue`, so that a refusal comes before the bytes go."""
+
+
+class Sending(AsyncIterable[bytes]):
+    """The body of one ingest over all its attempts; each iteration is an attempt."""
+
+    def __init__(
+        self,
+        body: AsyncIterable[bytes],
+        size_bytes: int | None,
+        answer_seconds: float | None = None,
+        *,
+        hashed: bool = True,
+    ) -> None:
+        """`answer_seconds` is how long the answer may take once all is sent, where that is more than usual.
+
+        A body whose digest is declared need not be `hashed` again: the other side takes no other bytes for these.
+        """
+        self._body = body
+        self._hashed = hashed
+        self.size_bytes = size_bytes
+        self.expect = size_bytes is None or size_bytes > EXPECT_CONTINUE_BYTES
+        """Whether `100 Continue` is waited for: no longer once it did not come in time."""
+        self._answer_seconds = answer_seconds
+        self._limit: asyncio.Timeout | None = None
+        self._idle_seconds = 0.0
+        self._reading = False
+        self._empty = False
+        self._pieces: AsyncGenerator[bytes, None] | None = None
+        self.began = False
+        """Whether it was begun to be read: a stream that was left while it had nothing yet may be at its end after."""
+        self.failure: Exception | None = None
+        """What the body itself raised while it was read."""
+        self.digest: bytes | None = None
+        """BLAKE3 of the whole, once an attempt has sent it all; None where it is not hashed."""
+
+    @asynccontextmanager
+    async def attempt(self, idle_seconds: float) -> AsyncIterator[None]:
+        """An attempt, which raises UnavailableError when the other side takes no byte and gives no answer for so long.
+
+        The HTTP library watches over answers only. Time that the body's own source takes does not count.
+        """
+        self._idle_seconds = idle_seconds
+        self._reading = False
+        try:
+            async with asyncio.timeout(idle_seconds) as self._limit:
+                yield
+        except TimeoutError:
+            self.expect = self.expect and self._reading  # what is there may know nothing of `100 Continue`
+            raise no_answer(idle_seconds) from None
+        finally:
+            self._limit = None
+            # What is waiting for a piece now is being cancelled, and ends it.
+            if isinstance(self._pieces, AsyncGeneratorType) and not self._pieces.ag_running:
+                await self._pieces.aclose()
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether the body can be sent from its beginning now."""
+        return isinstance(self._body, BodySource) or not self.began or self._empty
+
+    async def data(self) -> AsyncIterable[bytes] | bytes:
+        """What the HTTP library is to send: this, or nothing, once it is seen that the body really has no bytes."""
+        if self.size_bytes != 0:
+            return self
+        if not self._empty:
+            async with aclosing(self._read()) as pieces:
+                async for _ in pieces:
+                    raise AssertionError("a byte of a body of length 0 is refused")
+            self._empty = True
+        return b""
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        self._pieces = self._read()
+        return self._pieces
+
+    async def _read(self) -> AsyncGenerator[bytes, None]:
+        """The body, its last piece only once the body has ended well: whoever knows the length may answer then."""
+        self.began = self._reading = True
+        self.digest = None
+        hashed = blake3()
+        sent, held = 0, b""
+        try:
+            self._allow(None)
+            async with _closing(self._body) as chunks:
+                async for chunk in chunks:
+                    if not chunk:
+                        continue
+                    if self._hashed:
+                        hashed.update(chunk)
+                    sent += len(chunk)
+                    self._check(sent, done=False)
+                    if held:
+                        self._allow(self._idle_seconds)
+                        yield held
+                        self._allow(None)
+                    held = chunk
+            self._check(sent, done=True)
+        except Exception as error:
+            # The HTTP library would report this as a lost connection, after which a retry makes no sense.
+            self.failure = error
+            raise
+        self.digest = hashed.digest() if self._hashed else None
+        if held:
+            self._allow(self._idle_seconds)
+            yield held
+        # For what is still in the buffers, and for the answer.
+        self._allow(self._idle_seconds + max(self._idle_seconds, self._answer_seconds or 0.0))
+
+    def _allow(self, seconds: float | None) -> None:
+        if self._limit is not None and not self._limit.expired():
+            self._limit.reschedule(None if seconds is None else asyncio.get_running_loop().time() + seconds)
+
+    def _check(self, sent: int, *, done: bool) -> None:
+        if self.size_bytes is not None and (sent > self.size_bytes or (done and sent < self.size_bytes)):
+            raise ContentMismatchError(
+                f"the body has {'more' if sent > self.size_bytes else 'fewer'} bytes than declared"
+            )
+
+
+@asynccontextmanager
+async def _closing(body: AsyncIterable[bytes]) -> AsyncIterator[AsyncIterator[bytes]]:
+    """Read a body; what is opened for this reading alone is closed after it."""
+    if not isinstance(body, BodySource):
+        yield aiter(body)
+        return
+    async with aclosing(aiter(body)) as chunks:
+        yield chunks
+
+
+async def send_body(
+    transport: Transport,
+    method: str,
+    path: str,
+    headers: Mapping[str, str],
+    sending: Sending,
+    *,
+    what: str,
+    command_id: UUID,
+) -> Answer:
+    """Send a body until it is answered, again for as long as it is repeatable; `what` says what is lost otherwise.
+
+    Raises what the body raises, and what the answer stands for; UnavailableError when a body that cannot be read again
+    was lost: the outcome is unknown.
+    """
+
+    async def attempt() -> Answer:
+        data = await sending.data()
+        try:
+            async with transport.turn(), sending.attempt(transport.policy.idle_seconds):
+                return await transport.attempt(method, path, headers=headers, data=data, expect100=sending.expect)
+        except UnavailableError as error:
+            if sending.failure is not None:
+                raise sending.failure from None
+            if not sending.repeatable:
+                raise GivenUpError(
+                    f"{what}; the outcome is unknown: look for it, or send it again with command id {command_id}"
+                ) from error
+            raise
+
+    return await with_retries(
+        transport.policy, attempt, transfer=True, notify=transport.notify, repeatable=lambda: sending.repeatable
+    )

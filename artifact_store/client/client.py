@@ -1,0 +1,438 @@
+"""The registry through a gateway: one method for each operation of `Registry`.
+
+Each write has one command id, which the client draws when the caller gives none. All attempts carry it, so a repeat
+gets the first answer. Reads wait until the view shows what this client wrote.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Sequence
+from dataclasses import replace
+from typing import Any
+from uuid import UUID, uuid4
+
+from pydantic import ValidationError
+
+from artifact_store.archives.bundle import Bundle, Group, NamedFile
+from artifact_store.client.bodies import BodySource, Sending, send_body, source_of
+from artifact_store.client.downloads import ContentStream, receive_manifest, verified
+from artifact_store.client.many_files import ask_known, name_files, receive_files, send_files
+from artifact_store.client.resumable import RESUMABLE_BYTES, send_resumably
+from artifact_store.client.transport import Answer, Notify, RetryPolicy, Transport, log_retry, read_answer
+from artifact_store.documents import http as headers
+from artifact_store.documents.http import quoted
+from artifact_store.documents.shapes import (
+    CreatePackageRequest,
+    FileAnswer,
+    FileIngestedAnswer,
+    FilePageAnswer,
+    PackageAnswer,
+    PackageCreatedAnswer,
+    PackageFinalizedAnswer,
+    PackagePageAnswer,
+    UsagePageAnswer,
+)
+from artifact_store.errors import (
+    CorruptError,
+    DuplicateRelativePathError,
+    FileNotFoundInRegistryError,
+    IllegalPackageStateError,
+    InvalidRequestError,
+    RangeNotSatisfiableError,
+    TooLargeError,
+)
+from artifact_store.events import RecordedEvent
+from artifact_store.manifest import ContentAddress
+from artifact_store.models import (
+    DEFAULT_PAGE,
+    Acknowledgement,
+    Declared,
+    File,
+    Package,
+    PackageFilter,
+    Page,
+    UsageTotal,
+)
+from artifact_store.position import Position
+from artifact_store.registry import ByteStream, ManifestFormat, Registry
+from artifact_store.rules import check_path, check_text, metadata_text
+
+_OPEN = "created"
+_log = logging.getLogger(__name__)
+
+
+class Client(Registry):
+    """The registry behind a gateway's URL. Used inside `async with`; by many tasks of one event loop at a time.
+
+    Every operation is retried as `policy` says, and raises UnavailableError or PushBackError when its time is over.
+    """
+
+    def __init__(self, url: str, policy: RetryPolicy | None = None, notify: Notify = log_retry) -> None:
+        """`notify` is told before each pause between attempts. Raises ConfigurationError for a URL of another form."""
+        self._transport = Transport(url, policy or RetryPolicy(), notify)
+        self._written = Written()
+
+    async def __aenter__(self) -> Client:
+        await self._transport.__aenter__()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._transport.__aexit__()
+
+    async def create(
+        self,
+        name: str,
+        producer: str,
+        subject: str,
+        retention_class: str,
+        actor: str,
+        metadata: dict[str, Any],
+        *,
+        command_id: UUID | None = None,
+    ) -> Acknowledgement:
+        for field, text in (("name", name), ("producer", producer), ("subject", subject)):
+            check_text(field, text)
+        metadata_text(metadata, sys.maxsize)  # how large it may be is the gateway's to say
+        try:
+            request = CreatePackageRequest(
+                name=name, producer=producer, subject=subject, retention_class=retention_class, metadata=metadata
+            )
+        except ValidationError as error:
+            raise InvalidRequestError(f"{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}") from None
+        answer = await self._transport.call(
+            "POST", "/v1/packages", headers=_write_headers(actor, command_id), json=request.model_dump()
+        )
+        return self._acknowledged(read_answer(PackageCreatedAnswer, answer).to_acknowledgement())
+
+    async def check_ingest(self, package_id: UUID, relative_path: str, command_id: UUID | None = None) -> None:
+        """As far as the view knows it; `ingest` asks the package's writer before a large body is sent."""
+        check_path(relative_path)
+        package = await self.get_package(package_id)
+        if command_id is not None:
+            return
+        if package.status != _OPEN:
+            raise IllegalPackageStateError(f"package {package_id} is {package.status}")
+        try:
+            await self.get_file_at(package_id, relative_path)
+        except FileNotFoundInRegistryError:
+            return
+        raise DuplicateRelativePathError(f"package {package_id} holds {relative_path!r} already")
+
+    async def ingest_file(
+        self,
+        package_id: UUID,
+        relative_path: str,
+        media_type: str,
+        stream: ByteStream,
+        actor: str = "anonymous",
+        *,
+        declared: Declared | None = None,
+        command_id: UUID | None = None,
+    ) -> UUID:
+        # Bytes and files that can be set back stay repeatable: a lost connection need not be the caller's concern.
+        done = await self.ingest(
+            package_id,
+            relative_path,
+            media_type,
+            source_of(stream),
+            actor,
+            declared=declared or Declared(),
+            command_id=command_id,
+        )
+        return done.files[0].file_id
+
+    async def ingest(
+        self,
+        package_id: UUID,
+        relative_path: str,
+        media_type: str,
+        body: AsyncIterable[bytes],
+        actor: str,
+        *,
+        declared: Declared,
+        command_id: UUID | None = None,
+    ) -> Acknowledgement:
+        """As `Registry.ingest`. A `BodySource` is sent again after a lost connection, another stream is not.
+
+        Raises UnavailableError when a stream that cannot be read again was lost on its way: the outcome is unknown.
+        """
+        check_path(relative_path)
+        check_text("media_type", media_type)
+        _check_header("media_type", media_type)
+        command = command_id or uuid4()
+        declared = _completed(declared, body)
+        length = declared.size_bytes
+        if length is not None and length >= RESUMABLE_BYTES and isinstance(body, BodySource):
+            try:
+                return await self._ingest_resumably(
+                    package_id, relative_path, media_type, body, length, actor, declared, command
+                )
+            except TooLargeError as error:
+                _log.info("%s: sending %r in one request", error.detail, relative_path)
+        fields = {
+            **_write_headers(actor, command),
+            **_declared_headers(declared),
+            "Content-Type": media_type,
+        }
+        sending = Sending(body, declared.size_bytes, hashed=declared.blake3 is None)
+        answer = await send_body(
+            self._transport,
+            "PUT",
+            f"/v1/packages/{package_id}/files/{quoted(relative_path)}",
+            fields,
+            sending,
+            what=f"{relative_path!r} was lost on its way and its stream cannot be read again",
+            command_id=command,
+        )
+        done = read_answer(FileIngestedAnswer, answer).to_acknowledgement()
+        sent = declared.blake3 or sending.digest
+        if sent is not None and done.files[0].blake3 != sent:
+            raise CorruptError(f"{relative_path!r} arrived as other bytes than were sent; do not finalize {package_id}")
+        return self._acknowledged(done)
+
+    async def _ingest_resumably(
+        self,
+        package_id: UUID,
+        relative_path: str,
+        media_type: str,
+        body: BodySource,
+        length: int,
+        actor: str,
+        declared: Declared,
+        command: UUID,
+    ) -> Acknowledgement:
+        """Send a large file in as many requests as it takes; what a run before this one has sent stays sent."""
+        # Its digest is declared, so that bytes of another file that was sent under this command are not gone on with.
+        said = replace(declared, size_bytes=None, blake3=declared.blake3 or await body.blake3())
+        fields = {**_write_headers(actor, command), **_declared_headers(said)}
+        done = await send_resumably(self._transport, package_id, relative_path, media_type, body, length, fields)
+        return self._acknowledged(done.to_acknowledgement())
+
+    async def ingest_files(
+        self, package_id: UUID, files: Bundle, actor: str, *, command_id: UUID | None = None
+    ) -> Acknowledgement:
+        """As `Registry.ingest_files`; `HeldFiles` are sent again after a lost connection, another bundle is not."""
+        command = command_id or uuid4()
+        return self._acknowledged(
+            await send_files(self._transport, package_id, files, _write_headers(actor, command), command)
+        )
+
+    async def ingest_named(
+        self, package_id: UUID, files: Sequence[NamedFile], actor: str, *, command_id: UUID | None = None
+    ) -> Acknowledgement:
+        fields = _write_headers(actor, command_id)
+        return self._acknowledged(await name_files(self._transport, package_id, files, fields))
+
+    async def known_blobs(self, digests: Sequence[bytes]) -> frozenset[bytes]:
+        return await ask_known(self._transport, digests)
+
+    def read_files(
+        self,
+        package_id: UUID,
+        *,
+        after: str | None = None,
+        largest: int | None = None,
+        wait_sequence: int | None = None,
+    ) -> AsyncGenerator[Group, None]:
+        """As `Registry.read_files`; a lost connection is taken up behind the last whole file."""
+        wait = self._wait(package_id, wait_sequence)
+        return receive_files(self._transport, package_id, after, largest, wait)
+
+    async def finalize(self, package_id: UUID, actor: str, *, command_id: UUID | None = None) -> Acknowledgement:
+        answer = await self._transport.call(
+            "POST", f"/v1/packages/{package_id}/finalize", headers=_write_headers(actor, command_id)
+        )
+        return self._acknowledged(read_answer(PackageFinalizedAnswer, answer).to_acknowledgement())
+
+    async def get_package(self, package_id: UUID, *, wait_sequence: int | None = None) -> Package:
+        answer = await self._below(package_id, "", wait_sequence)
+        package = read_answer(PackageAnswer, answer).to_package()
+        self._written.seen(package_id, package.last_event_sequence)
+        return package
+
+    async def list_packages(
+        self, where: PackageFilter | None = None, *, limit: int = DEFAULT_PAGE, cursor: str | None = None
+    ) -> Page[Package]:
+        # A listing has no sequence to wait for: what was written here is waited for package by package, once each.
+        await asyncio.gather(*(self.get_package(package) for package in self._written.unseen()))
+        asked = where or PackageFilter()
+        query = {
+            "producer": asked.producer,
+            "subject": asked.subject,
+            "status": asked.status,
+            "retention_class": asked.retention_class,
+            "manifest_digest": asked.manifest_digest,
+            "limit": limit,
+            "cursor": cursor,
+        }
+        return read_answer(PackagePageAnswer, await self._transport.call("GET", "/v1/packages", query=query)).to_page()
+
+    async def list_usage(
+        self,
+        producer: str | None = None,
+        retention_class: str | None = None,
+        *,
+        limit: int = DEFAULT_PAGE,
+        cursor: str | None = None,
+    ) -> Page[UsageTotal]:
+        query = {"producer": producer, "retention_class": retention_class, "limit": limit, "cursor": cursor}
+        return read_answer(UsagePageAnswer, await self._transport.call("GET", "/v1/usage", query=query)).to_page()
+
+    async def list_files(
+        self,
+        package_id: UUID,
+        *,
+        limit: int = DEFAULT_PAGE,
+        cursor: str | None = None,
+        wait_sequence: int | None = None,
+    ) -> Page[File]:
+        answer = await self._below(package_id, "/files", wait_sequence, limit=limit, cursor=cursor)
+        return read_answer(FilePageAnswer, answer).to_page()
+
+    async def get_file_record(self, file_id: UUID) -> File:
+        return read_answer(FileAnswer, await self._transport.call("GET", f"/v1/files/{file_id}")).to_file()
+
+    async def get_file_at(self, package_id: UUID, relative_path: str, *, wait_sequence: int | None = None) -> File:
+        check_path(relative_path)
+        answer = await self._below(package_id, f"/files/{quoted(relative_path)}", wait_sequence)
+        return read_answer(FileAnswer, answer).to_file()
+
+    async def open_content(self, file_id: UUID, offset: int = 0, length: int | None = None) -> AsyncIterator[bytes]:
+        """As `Registry.open_content`. A whole file is checked against its content address when its end is reached."""
+        if offset < 0 or (length is not None and length < 0):
+            raise InvalidRequestError("offset and length of a range must not be negative")
+        if length == 0:
+            await self._check_offset(file_id, offset)
+            return _nothing()
+        stream = ContentStream(self._transport, f"/v1/files/{file_id}/content", offset, length)
+        try:
+            await stream.open()
+        except RangeNotSatisfiableError as error:
+            if offset == 0 and error.size == 0:  # an empty file holds nothing from its beginning on
+                return _nothing()
+            raise
+        if offset == 0 and length is None and stream.address is not None:
+            return verified(stream, ContentAddress.parse(stream.address).digest)
+        return stream
+
+    async def get_manifest_bytes(
+        self,
+        package_id: UUID,
+        format: ManifestFormat = "cbor",  # noqa: A002 - the documented name
+        *,
+        wait_sequence: int | None = None,
+    ) -> bytes:
+        if format not in ("cbor", "json"):
+            raise InvalidRequestError("a manifest comes as `cbor` or `json`")
+        query = {"wait_sequence": self._wait(package_id, wait_sequence)}
+        accept = {"Accept": f"application/{format}"}
+        return await receive_manifest(self._transport, f"/v1/packages/{package_id}/manifest", query, accept)
+
+    def read_events(
+        self,
+        since: Position | None = None,
+        *,
+        package_id: UUID | None = None,
+        follow: bool = False,
+        poll_seconds: float = 0.1,
+    ) -> AsyncIterator[RecordedEvent]:
+        """As `Registry.read_events`. A gateway sends events when they come: `poll_seconds` says nothing here."""
+        from artifact_store.client.following import (
+            follow_events,  # loads all event types, which only readers of events need
+        )
+
+        return follow_events(self._transport, since, package_id, follow=follow)
+
+    async def _below(self, package_id: UUID, path: str, wait_sequence: int | None, **query: object) -> Answer:
+        """GET something below a package, not before the view holds what was written through here."""
+        query["wait_sequence"] = self._wait(package_id, wait_sequence)
+        return await self._transport.call("GET", f"/v1/packages/{package_id}{path}", query=query)
+
+    def _wait(self, package_id: UUID, wait_sequence: int | None) -> int | None:
+        return max(wait_sequence or 0, self._written.last(package_id)) or None
+
+    async def _check_offset(self, file_id: UUID, offset: int) -> None:
+        size = (await self.get_file_record(file_id)).size_bytes
+        if offset and offset >= size:
+            raise RangeNotSatisfiableError(f"the file has {size:,} bytes", size)
+
+    def _acknowledged(self, done: Acknowledgement) -> Acknowledgement:
+        self._written.wrote(done.package_id, done.sequence)
+        return done
+
+
+async def _nothing() -> AsyncIterator[bytes]:
+    chunks: tuple[bytes, ...] = ()
+    for chunk in chunks:
+        yield chunk
+
+
+def _check_header(field: str, text: str) -> None:
+    if text != text.strip(" \t"):
+        raise InvalidRequestError(f"{field} must not begin or end with a space: it travels in a header")
+
+
+def _write_headers(actor: str, command_id: UUID | None) -> dict[str, str]:
+    check_text("actor", actor)
+    _check_header("actor", actor)
+    return {headers.ACTOR: actor, headers.IDEMPOTENCY_KEY: str(command_id or uuid4())}
+
+
+def _completed(declared: Declared, body: AsyncIterable[bytes]) -> Declared:
+    """With what a source knows of itself."""
+    if not isinstance(body, BodySource):
+        return declared
+    return Declared(
+        size_bytes=body.size_bytes if declared.size_bytes is None else declared.size_bytes,
+        blake3=declared.blake3 or body.digest,
+        sha256=declared.sha256,
+    )
+
+
+def _declared_headers(declared: Declared) -> dict[str, str]:
+    found = {}
+    if declared.size_bytes is not None:
+        found["Content-Length"] = str(declared.size_bytes)
+    if declared.blake3 is not None:
+        found[headers.CONTENT_ADDRESS] = ContentAddress.of_digest(declared.blake3)
+    if declared.sha256 is not None:
+        found[headers.REPR_DIGEST] = headers.repr_digest(declared.sha256)
+    return found
+
+
+REMEMBERED_PACKAGES = 10_000
+
+
+class Written:
+    """The last sequences written, of the packages written to most recently; older ones are forgotten."""
+
+    def __init__(self, remembered: int = REMEMBERED_PACKAGES) -> None:
+        self._remembered = remembered
+        self._last: OrderedDict[UUID, int] = OrderedDict()
+        self._unseen: OrderedDict[UUID, int] = OrderedDict()
+
+    def wrote(self, package_id: UUID, sequence: int) -> None:
+        """The package has an event of this number."""
+        newest = max(sequence, self._last.pop(package_id, 0))
+        self._last[package_id] = newest
+        self._unseen[package_id] = newest
+        if len(self._last) > self._remembered:
+            forgotten, _ = self._last.popitem(last=False)
+            self._unseen.pop(forgotten, None)
+
+    def last(self, package_id: UUID) -> int:
+        """The number of the last event written to the package, 0 when none is remembered."""
+        return self._last.get(package_id, 0)
+
+    def seen(self, package_id: UUID, sequence: int) -> None:
+        """A view that holds the package up to `sequence` has answered."""
+        if sequence >= self._unseen.get(package_id, 0):
+            self._unseen.pop(package_id, None)
+
+    def unseen(self) -> tuple[UUID, ...]:
+        """The packages whose last event no view has shown yet."""
+        return tuple(self._unseen)

@@ -1,0 +1,116 @@
+"""Many files in one request, in both directions: as archives, or by name where the store has their bytes already."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Mapping, Sequence
+from uuid import UUID
+
+import aiohttp
+
+from artifact_store.archives.bundle import SMALL_FILE_BYTES, Bundle, Group, HeldFiles, NamedFile, StreamedFile
+from artifact_store.archives.tar import END, ArchiveLimits, TarReader, entries_of, tar_of, tar_of_small
+from artifact_store.client.bodies import BytesSource, Sending, send_body
+from artifact_store.client.transport import Transport, read_answer
+from artifact_store.documents.shapes import (
+    MAX_KNOWN,
+    TAR,
+    FilesIngestedAnswer,
+    IngestNamedRequest,
+    KnownBlobsAnswer,
+    NamedFileRequest,
+)
+from artifact_store.errors import CorruptError, RejectedError, UnavailableError
+from artifact_store.manifest import ContentAddress
+from artifact_store.models import Acknowledgement
+
+_BARREN_CONNECTIONS = 5
+"""So many connections in a row that bring no file are enough."""
+
+_ANY = 1 << 62
+
+
+async def send_files(
+    transport: Transport, package_id: UUID, files: Bundle, headers: Mapping[str, str], command_id: UUID
+) -> Acknowledgement:
+    """Send a bundle as one archive. Raises as `Registry.ingest_files`."""
+    fields = {**headers, "Content-Type": TAR}
+    body: AsyncIterable[bytes]
+    size: int | None = None
+    if isinstance(files, HeldFiles):
+        archive = await asyncio.to_thread(tar_of_small, files.files) + END
+        body, size = BytesSource(archive), len(archive)
+        fields["Content-Length"] = str(size)
+    else:
+        body = tar_of(files)
+    answer = await send_body(
+        transport,
+        "POST",
+        f"/v1/packages/{package_id}/files",
+        fields,
+        Sending(body, size),
+        what="an archive was lost on its way and its stream cannot be read again",
+        command_id=command_id,
+    )
+    return (await asyncio.to_thread(read_answer, FilesIngestedAnswer, answer)).to_acknowledgement()
+
+
+async def name_files(
+    transport: Transport, package_id: UUID, files: Sequence[NamedFile], headers: Mapping[str, str]
+) -> Acknowledgement:
+    """Have files recorded whose bytes are stored. Raises as `Registry.ingest_named`."""
+    request = IngestNamedRequest(files=[NamedFileRequest.of(file) for file in files])
+    answer = await transport.call(
+        "POST", f"/v1/packages/{package_id}/files", headers=headers, json=request.model_dump(exclude_none=True)
+    )
+    return (await asyncio.to_thread(read_answer, FilesIngestedAnswer, answer)).to_acknowledgement()
+
+
+async def ask_known(transport: Transport, digests: Sequence[bytes]) -> frozenset[bytes]:
+    """Which blobs are stored, in as many requests as it takes."""
+    found: set[bytes] = set()
+    for start in range(0, len(digests), MAX_KNOWN):
+        addresses = [ContentAddress.of_digest(digest) for digest in digests[start : start + MAX_KNOWN]]
+        answer = await transport.call("POST", "/v1/blobs/known", json={"addresses": addresses})
+        found |= read_answer(KnownBlobsAnswer, answer).to_digests()
+    return frozenset(found)
+
+
+async def receive_files(
+    transport: Transport, package_id: UUID, after: str | None, largest: int | None, wait_sequence: int | None
+) -> AsyncGenerator[Group, None]:
+    """The files of a package out of its archive; a lost connection is taken up behind the last whole file.
+
+    Raises (on iteration) as `Registry.read_files`; UnavailableError when the gateway stays away, or when a larger file
+    broke off, which cannot be taken up within.
+    """
+    last, barren = after, 0
+    while True:
+        before = last
+        query = {"after": last, "largest": largest, "wait_sequence": wait_sequence}
+        response = await transport.open(f"/v1/packages/{package_id}/archive", query=query)
+        reader = TarReader(ArchiveLimits(_ANY, _ANY, SMALL_FILE_BYTES))
+
+        streaming = False
+        try:
+            async for group in entries_of(reader, _chunks(transport, response)):
+                streaming = isinstance(group, StreamedFile)
+                yield group
+                streaming = False
+                last = group.relative_path if isinstance(group, StreamedFile) else group[-1].relative_path
+            return
+        except UnavailableError:
+            barren = 0 if last != before else barren + 1
+            if streaming or barren >= _BARREN_CONNECTIONS:
+                raise
+        except RejectedError as error:
+            raise CorruptError(
+                f"the gateway's archive of package {package_id} cannot be read: {error.detail}"
+            ) from None
+        finally:
+            response.close()
+
+
+async def _chunks(transport: Transport, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    while chunk := await transport.read_chunk(response):
+        yield chunk

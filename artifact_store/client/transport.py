@@ -1,0 +1,385 @@
+"""HTTP requests to one gateway: connections, retries, and the errors that answers stand for.
+
+Retries pause exponentially with jitter, honour `Retry-After`, and are bounded in time by a `RetryPolicy`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from urllib.parse import quote, urlencode, urlsplit
+
+import aiohttp
+from pydantic import BaseModel, ValidationError
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception
+from tenacity.wait import wait_random_exponential
+from yarl import URL
+
+from artifact_store.byte_streams import CHUNK_BYTES
+from artifact_store.documents.problem_details import MAX_PROBLEM_BYTES, error_of_answer
+from artifact_store.errors import ArtifactStoreError, ConfigurationError, CorruptError, PushBackError, UnavailableError
+from artifact_store.rules import check_host
+
+_READ_AHEAD_BYTES = 256 * 1024
+_AT_ONCE = 128
+
+QUIET_SECONDS = 120.0
+"""After so long an answer without end is asked for anew: a gateway that is frozen keeps its connections open."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer that is no error. Header names are found in any case."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+Shape = TypeVar("Shape", bound=BaseModel)
+
+
+def read_answer(shape: type[Shape], answer: Answer) -> Shape:
+    """The answer's JSON body in this shape. Raises CorruptError: it is another one."""
+    try:
+        return shape.model_validate_json(answer.body)
+    except ValidationError:
+        raise CorruptError(f"the gateway's answer is no {shape.__name__}: is the URL that of a gateway?") from None
+
+
+class Transport:
+    """Requests to one gateway. Opened and closed with `async with`; used by many tasks of one event loop at a time."""
+
+    def __init__(self, url: str, policy: RetryPolicy, notify: Notify | None = None) -> None:
+        """Raises ConfigurationError when `url` is no plain `http(s)://host[:port][/prefix]`."""
+        form = ConfigurationError("the gateway's URL (ARTIFACT_STORE_URL) must have the form http(s)://host[:port]")
+        try:
+            parts = urlsplit(url)
+            _ = parts.port  # which is read only now
+            check_host(parts.hostname or "")
+        except ValueError:
+            raise form from None
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise form
+        if not url.isprintable() or " " in url:
+            raise form
+        if parts.username is not None or parts.password is not None:
+            raise ConfigurationError("the gateway's URL (ARTIFACT_STORE_URL) must not hold credentials")
+        self.url = url.rstrip("/")
+        self.policy = policy
+        self.notify = notify
+        self._session: aiohttp.ClientSession | None = None
+        self._bodies = asyncio.Semaphore(_AT_ONCE)
+        self._calls = asyncio.Semaphore(_AT_ONCE)
+
+    async def __aenter__(self) -> Transport:
+        self._session = aiohttp.ClientSession(
+            # Without a bound of its own: a request would wait for its connection while its time-out runs.
+            connector=aiohttp.TCPConnector(limit=0, socket_factory=_socket),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            # Digests and ranges are about the bytes themselves: nothing may be compressed on the way.
+            auto_decompress=False,
+            headers={"Accept-Encoding": "identity", "User-Agent": "artifact-store"},
+            read_bufsize=_READ_AHEAD_BYTES,
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    def turn(self) -> asyncio.Semaphore:
+        """Held while a body is sent, it bounds how many are. A body may take long, and calls do not wait for it."""
+        return self._bodies
+
+    async def call(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, object] | None = None,
+        headers: Mapping[str, str] | None = None,
+        json: Any = None,
+    ) -> Answer:
+        """Send a request without a stream, with retries, and return its whole answer.
+
+        Raises what the answer's problem document stands for; UnavailableError when the policy's time is over.
+        """
+        async with self._calls:
+            return await with_retries(
+                self.policy,
+                lambda: self.attempt(method, path, query=query, headers=headers, json=json),
+                notify=self.notify,
+            )
+
+    async def attempt(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, object] | None = None,
+        headers: Mapping[str, str] | None = None,
+        json: Any = None,
+        data: AsyncIterable[bytes] | bytes | None = None,
+        expect100: bool = False,
+        answer_seconds: float | None = None,
+    ) -> Answer:
+        """As `call`, once, and with a body in `data` when it is given.
+
+        `answer_seconds` is how long the answer may keep still, where that is more than the policy's `idle_seconds`.
+        """
+        options: dict[str, Any] = {"json": json} if json is not None else {"data": data}
+        options["answer_seconds"] = answer_seconds
+        async with self._answer(method, path, query, headers, expect100=expect100, **options) as response:
+            try:
+                body = await response.read()
+            except (aiohttp.ClientError, TimeoutError) as error:
+                raise self._lost(error, self._idle_seconds(answer_seconds)) from error
+            return Answer(response.status, response.headers, body)
+
+    async def open(
+        self,
+        path: str,
+        *,
+        query: Mapping[str, object] | None = None,
+        headers: Mapping[str, str] | None = None,
+        endless: bool = False,
+    ) -> aiohttp.ClientResponse:
+        """GET, with retries until the answer begins; the caller reads the rest with `read_chunk` and closes it.
+
+        An `endless` answer may keep still for QUIET_SECONDS; the kernel notices earlier when the other side is gone.
+        """
+
+        async def attempt() -> aiohttp.ClientResponse:
+            return await self._begin("GET", path, query, headers, endless=endless)
+
+        return await with_retries(self.policy, attempt, notify=self.notify)
+
+    async def read_chunk(self, response: aiohttp.ClientResponse) -> bytes:
+        """The next bytes of an open answer, at most 1 MiB, empty at its end. Raises UnavailableError if it was cut."""
+        try:
+            return await response.content.read(CHUNK_BYTES)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise self._lost(error) from error
+
+    @asynccontextmanager
+    async def _answer(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, object] | None,
+        headers: Mapping[str, str] | None,
+        **options: Any,
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        response = await self._begin(method, path, query, headers, **options)
+        try:
+            yield response
+        finally:
+            response.release()
+
+    async def _begin(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, object] | None,
+        headers: Mapping[str, str] | None,
+        *,
+        endless: bool = False,
+        answer_seconds: float | None = None,
+        **options: Any,
+    ) -> aiohttp.ClientResponse:
+        if self._session is None:
+            raise ConfigurationError("the client is closed; use it inside `async with`")
+        still = QUIET_SECONDS if endless else self._idle_seconds(answer_seconds)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=self.policy.connect_seconds, sock_read=still)
+        address = URL(self.url + path + _query_text(query), encoded=True)
+        try:
+            response = await self._session.request(
+                method, address, headers=headers, timeout=timeout, allow_redirects=False, **options
+            )
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise self._lost(error, still) from error
+        if not 200 <= response.status < 300:
+            raise error_of_answer(response.status, response.headers, await _problem_bytes(response))
+        return response
+
+    def _idle_seconds(self, answer_seconds: float | None) -> float:
+        return max(self.policy.idle_seconds, answer_seconds or 0.0)
+
+    def _lost(self, error: Exception, idle_seconds: float | None = None) -> Exception:
+        """Our own error for what went wrong below HTTP; `idle_seconds`: how long the answer could keep still."""
+        match error:
+            case aiohttp.InvalidURL():
+                return ConfigurationError(f"{self.url} is no address that can be used")
+            case aiohttp.ClientSSLError():
+                return GivenUpError(f"no secure connection to {self.url}: {error}")
+            case aiohttp.ClientConnectorError():
+                return unavailable(f"cannot reach the gateway at {self.url}: {error.strerror or error.os_error}")
+            case aiohttp.ConnectionTimeoutError():
+                return unavailable(f"cannot reach the gateway at {self.url} within {self.policy.connect_seconds:g} s")
+            case TimeoutError():
+                return no_answer(idle_seconds or self.policy.idle_seconds)
+        return unavailable(f"the connection to {self.url} was lost: {type(error).__name__}; the outcome is unknown")
+
+
+async def _problem_bytes(response: aiohttp.ClientResponse) -> bytes:
+    """The body of an answer that is an error, as far as it came; the status says enough without."""
+    body = b""
+    try:
+        while len(body) < MAX_PROBLEM_BYTES and (chunk := await response.content.read(MAX_PROBLEM_BYTES)):
+            body += chunk
+    except (aiohttp.ClientError, TimeoutError):
+        return b""
+    finally:
+        response.release() if response.content.at_eof() else response.close()
+    return body
+
+
+def _socket(address: aiohttp.AddrInfoType) -> socket.socket:
+    """A socket whose peer is asked for a sign of life when it keeps still, so that a vanished gateway is noticed."""
+    family, kind, protocol, _, _ = address
+    made = socket.socket(family=family, type=kind, proto=protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, seconds in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, option):
+            made.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), seconds)
+    return made
+
+
+def _query_text(query: Mapping[str, object] | None) -> str:
+    given = {name: value for name, value in (query or {}).items() if value is not None}
+    return "?" + urlencode(given, quote_via=quote) if given else ""
+
+
+Outcome = TypeVar("Outcome")
+
+Notify = Callable[[ArtifactStoreError, float], None]
+"""Told before each pause: why, and how many seconds it takes."""
+
+_logger = logging.getLogger(__name__)
+
+
+def log_retry(error: ArtifactStoreError, seconds: float) -> None:
+    """Say in the log that another attempt follows."""
+    _logger.warning("%s; trying again in %.1f s", error.detail, seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How long and how often to try, in seconds.
+
+    `total_seconds` bounds a request and its retries together; for a transfer of file bytes, which may rightly take
+    long, it bounds the time from its first failure. `idle_seconds` is how long an answer may keep still before the
+    attempt counts as lost. Pauses grow from `first_pause_seconds` to `longest_pause_seconds`, each drawn at random
+    below the bound that it has reached.
+    """
+
+    total_seconds: float = 60.0
+    idle_seconds: float = 30.0
+    connect_seconds: float = 10.0
+    first_pause_seconds: float = 0.1
+    longest_pause_seconds: float = 5.0
+
+
+class GivenUpError(UnavailableError):
+    """A failure after which another attempt could do harm or cannot help."""
+
+
+async def with_retries(
+    policy: RetryPolicy,
+    attempt: Callable[[], Awaitable[Outcome]],
+    *,
+    transfer: bool = False,
+    notify: Notify | None = None,
+    repeatable: Callable[[], bool] = lambda: True,
+) -> Outcome:
+    """Call `attempt` until it answers, is refused for good or the policy's time is over; then raise its last error.
+
+    Retried are UnavailableError and PushBackError, but not GivenUpError, for as long as it is `repeatable`.
+    """
+    budget = _Budget(policy.total_seconds, counts_from_start=not transfer)
+    jitter = wait_random_exponential(multiplier=policy.first_pause_seconds, max=policy.longest_pause_seconds)
+
+    def pause(state: RetryCallState) -> float:
+        asked = getattr(_failure(state), "retry_after", 0.0)
+        return float(asked) + jitter(state)
+
+    def stop(state: RetryCallState) -> bool:
+        return state.upcoming_sleep >= budget.left()
+
+    def announce(state: RetryCallState) -> None:
+        failure = _failure(state)
+        if notify is not None and failure is not None:
+            notify(failure, state.upcoming_sleep)
+
+    def worth_a_retry(error: BaseException) -> bool:
+        may_pass = isinstance(error, UnavailableError | PushBackError) and not isinstance(error, GivenUpError)
+        return may_pass and repeatable()
+
+    last: UnavailableError | None = None
+
+    async def once() -> Outcome:
+        nonlocal last
+        try:
+            if transfer:
+                return await attempt()
+            async with asyncio.timeout(budget.left()):
+                return await attempt()
+        except UnavailableError as error:
+            last = error
+            raise
+        except TimeoutError:
+            # What went wrong before says more than that there was no time for one more attempt.
+            raise last or no_answer(policy.total_seconds) from None
+        finally:
+            budget.attempted()
+
+    retrying = AsyncRetrying(
+        stop=stop, wait=pause, retry=retry_if_exception(worth_a_retry), before_sleep=announce, reraise=True
+    )
+    try:
+        return await retrying(once)
+    except PushBackError:
+        if last is None:
+            raise
+        raise last from None  # an earlier attempt may have been carried out, which a refusal of this one denies
+
+
+def no_answer(seconds: float) -> UnavailableError:
+    """The error of an attempt that got no answer in time. Its outcome is unknown."""
+    return unavailable(f"the gateway did not answer within {seconds:g} s; the outcome is unknown")
+
+
+def unavailable(detail: str) -> UnavailableError:
+    """An UnavailableError that asks for no pause of its own."""
+    error = UnavailableError(detail)
+    error.retry_after = 0.0
+    return error
+
+
+class _Budget:
+    """Seconds that are left, from the start or from the end of the first attempt."""
+
+    def __init__(self, seconds: float, *, counts_from_start: bool) -> None:
+        self._seconds = seconds
+        self._since = time.monotonic() if counts_from_start else None
+
+    def attempted(self) -> None:
+        if self._since is None:
+            self._since = time.monotonic()
+
+    def left(self) -> float:
+        spent = 0.0 if self._since is None else time.monotonic() - self._since
+        return max(0.0, self._seconds - spent)
+
+
+def _failure(state: RetryCallState) -> ArtifactStoreError | None:
+    failure = state.outcome.exception() if state.outcome is not None else None
+    return failure if isinstance(failure, ArtifactStoreError) else None

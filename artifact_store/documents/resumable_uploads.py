@@ -1,0 +1,88 @@
+"""Resumable uploads by tus 1.0 (https://tus.io/protocols/resumable-upload): its headers, and our JSON beside them.
+
+tus itself says nothing of an upload's outcome; `UploadAnswer`, which GET shows, does.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Mapping
+from uuid import UUID
+
+from pydantic import Field
+
+from artifact_store.documents.shapes import Answer, FileIngestedAnswer, Size, TimeText
+from artifact_store.errors import InvalidRequestError
+
+VERSION = "1.0.0"
+EXTENSIONS = ("creation", "creation-with-upload", "termination", "checksum", "expiration")
+CONTENT_TYPE = "application/offset+octet-stream"
+
+TUS_RESUMABLE = "Tus-Resumable"
+TUS_VERSION = "Tus-Version"
+TUS_EXTENSION = "Tus-Extension"
+TUS_MAX_SIZE = "Tus-Max-Size"
+TUS_CHECKSUM_ALGORITHM = "Tus-Checksum-Algorithm"
+UPLOAD_OFFSET = "Upload-Offset"
+UPLOAD_LENGTH = "Upload-Length"
+UPLOAD_METADATA = "Upload-Metadata"
+UPLOAD_CHECKSUM = "Upload-Checksum"
+UPLOAD_EXPIRES = "Upload-Expires"
+METHOD_OVERRIDE = "X-HTTP-Method-Override"
+
+RELATIVE_PATH = ("relative_path", "filename")
+"""Keys of `Upload-Metadata` that name the file's path, the first one that is there; foreign clients send the second."""
+
+MEDIA_TYPE = ("media_type", "filetype")
+"""The same for its media type."""
+
+_PAIR = re.compile(r"(?P<key>[!-+\--~]+)(?: (?P<value>[A-Za-z0-9+/=]*))?")
+
+
+class UploadAnswer(Answer):
+    """An upload as it stands; `file` once it is in its package."""
+
+    upload_id: UUID
+    package_id: UUID
+    relative_path: str
+    media_type: str
+    length: Size
+    offset: Size = Field(description="Bytes that are stored")
+    created_at: TimeText
+    expires_at: TimeText = Field(description="When it is removed if nothing more comes; its file stays")
+    file: FileIngestedAnswer | None = None
+
+
+def encode_metadata(values: Mapping[str, str]) -> str:
+    """`Upload-Metadata` of these values."""
+    return ",".join(f"{key} {base64.b64encode(value.encode()).decode()}" for key, value in values.items())
+
+
+def decode_metadata(text: str) -> dict[str, str]:
+    """The values of `Upload-Metadata`. Raises InvalidRequestError: it is malformed, or names a key twice."""
+    found: dict[str, str] = {}
+    for pair in text.split(","):
+        match = _PAIR.fullmatch(pair.strip(" "))
+        if match is None:
+            raise InvalidRequestError(
+                f"{UPLOAD_METADATA} must be pairs of a key and a value in base64: `key BASE64, …`"
+            )
+        key = match["key"]
+        if key in found:
+            raise InvalidRequestError(f"{UPLOAD_METADATA} names {key[:64]!r} twice")
+        try:
+            found[key] = base64.b64decode(match["value"] or "", validate=True).decode()
+        except (binascii.Error, UnicodeDecodeError):
+            raise InvalidRequestError(f"{UPLOAD_METADATA}: {key[:64]!r} is not UTF-8 in base64") from None
+    return found
+
+
+def parse_checksum(text: str) -> tuple[str, bytes]:
+    """Algorithm and raw digest of `Upload-Checksum`. Raises InvalidRequestError."""
+    algorithm, _, digest = text.partition(" ")
+    try:
+        return algorithm, base64.b64decode(digest, validate=True)
+    except binascii.Error:
+        raise InvalidRequestError(f"{UPLOAD_CHECKSUM} must be an algorithm and a digest in base64") from None

@@ -1,0 +1,474 @@
+"""JSON shapes of requests and answers, and how they become the domain's own objects and back.
+
+Both sides use them: the gateway writes answers with `of`, the client reads them with `model_validate_json` and `to_…`.
+Digests and addresses are text, times RFC 3339 (`documents/times.py`). Requests refuse unknown fields. Answers may gain
+fields, so a reader ignores those that it does not know.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated, Any, Self
+from uuid import UUID
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from artifact_store.archives.bundle import MAX_BUNDLE_FILES, NamedFile
+from artifact_store.documents import times
+from artifact_store.errors import CorruptError
+from artifact_store.manifest import ContentAddress
+from artifact_store.models import Acknowledgement, File, IngestedFile, Package, Page, Parked, UsageTotal
+from artifact_store.rules import MAX_PAIRS, PathPair
+
+Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="32 bytes in lower-case hex")]
+AddressText = Annotated[str, Field(pattern=r"^blake3:[0-9a-f]{64}$", description="BLAKE3 content address")]
+TimeText = Annotated[
+    str,
+    Field(
+        pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}Z$",
+        description="RFC 3339, UTC, six digits",
+    ),
+]
+SequenceNumber = Annotated[int, Field(ge=1, description="Number of an event within its package")]
+DayText = Annotated[
+    str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$", description="A day in UTC, as RFC 3339 writes it")
+]
+Count = Annotated[int, Field(ge=0, description="How many")]
+Size = Annotated[int, Field(ge=0, description="Bytes")]
+
+
+class Request(BaseModel):
+    """A request: nothing unknown, nothing converted."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Answer(BaseModel):
+    """An answer."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class CreatePackageRequest(Request):
+    """A package to create."""
+
+    name: str = Field(min_length=1, max_length=256)
+    producer: str = Field(min_length=1, max_length=256)
+    subject: str = Field(min_length=1, max_length=256)
+    retention_class: str
+    metadata: dict[str, Any] = Field(default_factory=dict)
+
+
+class NothingRequest(Request):
+    """A request without fields: no body, or an empty object."""
+
+
+class PackageCreatedAnswer(Answer):
+    """A package was created."""
+
+    package_id: UUID
+    status: str
+    sequence: SequenceNumber
+    event_digest: Hex32
+
+    @classmethod
+    def of(cls, done: Acknowledgement) -> Self:
+        """The answer that this acknowledgement becomes."""
+        return cls(
+            package_id=done.package_id,
+            status="created",
+            sequence=done.sequence,
+            event_digest=done.event_digest.hex(),
+        )
+
+    def to_acknowledgement(self) -> Acknowledgement:
+        """The acknowledgement again."""
+        return Acknowledgement(self.package_id, self.sequence, bytes.fromhex(self.event_digest))
+
+
+class FileIngestedAnswer(Answer):
+    """A file's bytes and its event are durable."""
+
+    package_id: UUID
+    file_id: UUID
+    relative_path: str
+    content_address: AddressText
+    sha256: Hex32
+    size_bytes: Size
+    sequence: SequenceNumber
+    event_digest: Hex32
+
+    @classmethod
+    def of(cls, done: Acknowledgement) -> Self:
+        """The answer that this acknowledgement of one file becomes."""
+        (file,) = done.files
+        return cls(
+            package_id=done.package_id,
+            file_id=file.file_id,
+            relative_path=file.relative_path,
+            content_address=ContentAddress.of_digest(file.blake3),
+            sha256=file.sha256.hex(),
+            size_bytes=file.size_bytes,
+            sequence=file.sequence,
+            event_digest=file.event_digest.hex(),
+        )
+
+    def to_acknowledgement(self) -> Acknowledgement:
+        """The acknowledgement again."""
+        file = IngestedFile(
+            file_id=self.file_id,
+            relative_path=self.relative_path,
+            size_bytes=self.size_bytes,
+            blake3=ContentAddress(self.content_address).digest,
+            sha256=bytes.fromhex(self.sha256),
+            sequence=self.sequence,
+            event_digest=bytes.fromhex(self.event_digest),
+        )
+        return Acknowledgement(self.package_id, self.sequence, file.event_digest, files=(file,))
+
+
+class ClashingPaths(Answer):
+    """Two paths of a package that differ only by case or by Unicode form."""
+
+    path: str = Field(description="Of a file")
+    other: str = Field(description="Of another file, or of a folder that files lie in")
+
+
+class PackageFinalizedAnswer(Answer):
+    """A package is frozen under its manifest."""
+
+    package_id: UUID
+    manifest_digest: AddressText
+    sequence: SequenceNumber
+    event_digest: Hex32
+    unportable_count: Count = Field(
+        0, description="How many paths differ from another one of the package only by case or by Unicode form"
+    )
+    unportable_paths: list[ClashingPaths] = Field(
+        default_factory=list,
+        description=f"The first {MAX_PAIRS} of them. Such files can be unpacked together only where file systems tell "
+        "the two paths apart",
+    )
+
+    @classmethod
+    def of(cls, done: Acknowledgement) -> Self:
+        """The answer that this acknowledgement becomes. Raises CorruptError when it names no manifest."""
+        if done.manifest_digest is None:
+            raise CorruptError("a package was finalized without a manifest")
+        return cls(
+            package_id=done.package_id,
+            manifest_digest=ContentAddress.of_digest(done.manifest_digest),
+            sequence=done.sequence,
+            event_digest=done.event_digest.hex(),
+            unportable_count=done.unportable_count,
+            unportable_paths=[ClashingPaths(path=path, other=other) for path, other in done.unportable_paths],
+        )
+
+    def to_acknowledgement(self) -> Acknowledgement:
+        """The acknowledgement again."""
+        return Acknowledgement(
+            self.package_id,
+            self.sequence,
+            bytes.fromhex(self.event_digest),
+            manifest_digest=ContentAddress(self.manifest_digest).digest,
+            unportable_count=self.unportable_count,
+            unportable_paths=tuple(PathPair(clash.path, clash.other) for clash in self.unportable_paths),
+        )
+
+
+class ParkedAnswer(Answer):
+    """Where and why the view stopped following a package: so many of its events are not shown."""
+
+    partition: Count
+    offset: Count
+    events: Count
+    cause: str
+
+
+class PackageAnswer(Answer):
+    """A package as the view has it."""
+
+    package_id: UUID
+    name: str
+    producer: str
+    subject: str
+    retention_class: str
+    status: str
+    metadata: dict[str, Any]
+    manifest_digest: AddressText | None
+    last_event_sequence: SequenceNumber
+    created_at: TimeText
+    finalized_at: TimeText | None
+    parked: ParkedAnswer | None = None
+
+    @classmethod
+    def of(cls, package: Package) -> Self:
+        """The answer that shows this package."""
+        return cls(
+            package_id=package.package_id,
+            name=package.name,
+            producer=package.producer,
+            subject=package.subject,
+            retention_class=package.retention_class,
+            status=package.status,
+            metadata=package.metadata,
+            manifest_digest=package.manifest_digest,
+            last_event_sequence=package.last_event_sequence,
+            created_at=times.to_text(package.created_at),
+            finalized_at=None if package.finalized_at is None else times.to_text(package.finalized_at),
+            parked=None if package.parked is None else ParkedAnswer(**asdict(package.parked)),
+        )
+
+    def to_package(self) -> Package:
+        """The package again."""
+        return Package(
+            package_id=self.package_id,
+            name=self.name,
+            producer=self.producer,
+            subject=self.subject,
+            retention_class=self.retention_class,
+            status=self.status,
+            metadata=self.metadata,
+            manifest_digest=None if self.manifest_digest is None else ContentAddress(self.manifest_digest),
+            last_event_sequence=self.last_event_sequence,
+            created_at=times.from_text(self.created_at),
+            finalized_at=None if self.finalized_at is None else times.from_text(self.finalized_at),
+            parked=None if self.parked is None else Parked(**self.parked.model_dump()),
+        )
+
+
+class FileAnswer(Answer):
+    """A file as the view has it."""
+
+    file_id: UUID
+    package_id: UUID
+    relative_path: str
+    media_type: str
+    size_bytes: Size
+    content_address: AddressText
+    sha256: Hex32
+    created_at: TimeText
+
+    @classmethod
+    def of(cls, file: File) -> Self:
+        """The answer that shows this file."""
+        return cls(
+            file_id=file.file_id,
+            package_id=file.package_id,
+            relative_path=file.relative_path,
+            media_type=file.media_type,
+            size_bytes=file.size_bytes,
+            content_address=ContentAddress.of_digest(file.blake3),
+            sha256=file.sha256.hex(),
+            created_at=times.to_text(file.created_at),
+        )
+
+    def to_file(self) -> File:
+        """The file again."""
+        return File(
+            file_id=self.file_id,
+            package_id=self.package_id,
+            relative_path=self.relative_path,
+            media_type=self.media_type,
+            size_bytes=self.size_bytes,
+            blake3=ContentAddress(self.content_address).digest,
+            sha256=bytes.fromhex(self.sha256),
+            created_at=times.from_text(self.created_at),
+        )
+
+
+class UsageAnswer(Answer):
+    """What came in from one producer under one retention class on one day."""
+
+    producer: str
+    retention_class: str
+    day: DayText
+    packages: Count
+    files: Count
+    bytes: Size
+
+    @classmethod
+    def of(cls, total: UsageTotal) -> Self:
+        """The answer that shows this total."""
+        return cls(
+            producer=total.producer,
+            retention_class=total.retention_class,
+            day=times.day_to_text(total.day),
+            packages=total.packages,
+            files=total.files,
+            bytes=total.bytes,
+        )
+
+    def to_total(self) -> UsageTotal:
+        """The total again."""
+        day = times.day_from_text(self.day)
+        return UsageTotal(self.producer, self.retention_class, day, self.packages, self.files, self.bytes)
+
+
+class UsagePageAnswer(Answer):
+    """A page of totals by producer, class and day; `next` is the cursor of the following page, null on the last."""
+
+    items: list[UsageAnswer]
+    next: str | None
+
+    @classmethod
+    def of(cls, page: Page[UsageTotal]) -> Self:
+        """The answer that shows this page."""
+        return cls(items=[UsageAnswer.of(item) for item in page.items], next=page.next)
+
+    def to_page(self) -> Page[UsageTotal]:
+        """The page again."""
+        return Page(tuple(item.to_total() for item in self.items), self.next)
+
+
+class PackagePageAnswer(Answer):
+    """A page of packages, newest first; `next` is the cursor of the following page, null on the last."""
+
+    items: list[PackageAnswer]
+    next: str | None
+
+    @classmethod
+    def of(cls, page: Page[Package]) -> Self:
+        """The answer that shows this page."""
+        return cls(items=[PackageAnswer.of(item) for item in page.items], next=page.next)
+
+    def to_page(self) -> Page[Package]:
+        """The page again."""
+        return Page(tuple(item.to_package() for item in self.items), self.next)
+
+
+class FilePageAnswer(Answer):
+    """A page of files by the bytes of their paths; `next` is the cursor of the following page, null on the last."""
+
+    items: list[FileAnswer]
+    next: str | None
+
+    @classmethod
+    def of(cls, page: Page[File]) -> Self:
+        """The answer that shows this page."""
+        return cls(items=[FileAnswer.of(item) for item in page.items], next=page.next)
+
+    def to_page(self) -> Page[File]:
+        """The page again."""
+        return Page(tuple(item.to_file() for item in self.items), self.next)
+
+
+TAR = "application/x-tar"
+MAX_KNOWN = 1_000
+"""About so many blobs one request may ask."""
+
+
+class NamedFileRequest(Request):
+    """A file whose bytes are stored already: as the blob of its content address, or as a slice of another blob."""
+
+    relative_path: str
+    media_type: str = Field(min_length=1, max_length=256)
+    size_bytes: int = Field(ge=0, lt=2**63)
+    content_address: AddressText
+    blob: AddressText | None = Field(None, description="The blob that holds it; absent: the file is a blob by itself")
+    offset: int = Field(0, ge=0, lt=2**62, description="Where in the blob it begins")
+
+    @classmethod
+    def of(cls, file: NamedFile) -> Self:
+        """How this file is named."""
+        return cls(
+            relative_path=file.relative_path,
+            media_type=file.media_type,
+            size_bytes=file.size_bytes,
+            content_address=ContentAddress.of_digest(file.blake3),
+            blob=None if file.blob == file.blake3 else ContentAddress.of_digest(file.blob),
+            offset=file.offset,
+        )
+
+    def to_file(self) -> NamedFile:
+        """The file that is named."""
+        digest = ContentAddress(self.content_address).digest
+        blob = digest if self.blob is None else ContentAddress(self.blob).digest
+        return NamedFile(self.relative_path, self.media_type, self.size_bytes, digest, blob, self.offset)
+
+
+class IngestNamedRequest(Request):
+    """Files to add without sending their bytes, all or none."""
+
+    files: list[NamedFileRequest] = Field(max_length=MAX_BUNDLE_FILES)
+
+    def to_files(self) -> list[NamedFile]:
+        """The files that are named."""
+        return [file.to_file() for file in self.files]
+
+
+class IngestedFileAnswer(Answer):
+    """One file of many whose bytes and event are durable."""
+
+    file_id: UUID
+    relative_path: str
+    content_address: AddressText
+    sha256: Hex32
+    size_bytes: Size
+    sequence: SequenceNumber
+    event_digest: Hex32
+
+
+class FilesIngestedAnswer(Answer):
+    """Many files' bytes and events are durable; `sequence` and `event_digest` are those of the last."""
+
+    package_id: UUID
+    files: list[IngestedFileAnswer]
+    sequence: SequenceNumber
+    event_digest: Hex32
+
+    @classmethod
+    def of(cls, done: Acknowledgement) -> Self:
+        """The answer that this acknowledgement becomes."""
+        # Made by ourselves out of checked parts: to check ten thousand of them again takes longer than the rest.
+        files = [
+            IngestedFileAnswer.model_construct(
+                file_id=file.file_id,
+                relative_path=file.relative_path,
+                content_address=ContentAddress.of_digest(file.blake3),
+                sha256=file.sha256.hex(),
+                size_bytes=file.size_bytes,
+                sequence=file.sequence,
+                event_digest=file.event_digest.hex(),
+            )
+            for file in done.files
+        ]
+        return cls.model_construct(
+            package_id=done.package_id, files=files, sequence=done.sequence, event_digest=done.event_digest.hex()
+        )
+
+    def to_acknowledgement(self) -> Acknowledgement:
+        """The acknowledgement again."""
+        files = tuple(
+            IngestedFile(
+                file_id=file.file_id,
+                relative_path=file.relative_path,
+                size_bytes=file.size_bytes,
+                blake3=ContentAddress(file.content_address).digest,
+                sha256=bytes.fromhex(file.sha256),
+                sequence=file.sequence,
+                event_digest=bytes.fromhex(file.event_digest),
+            )
+            for file in self.files
+        )
+        return Acknowledgement(self.package_id, self.sequence, bytes.fromhex(self.event_digest), files=files)
+
+
+class KnownBlobsRequest(Request):
+    """Blobs to look for."""
+
+    addresses: list[AddressText] = Field(max_length=MAX_KNOWN)
+
+    def to_digests(self) -> list[bytes]:
+        """The digests (32 raw bytes each)."""
+        return [ContentAddress(address).digest for address in self.addresses]
+
+
+class KnownBlobsAnswer(Answer):
+    """Those of the blobs that are stored, in no order."""
+
+    known: list[AddressText]
+
+    def to_digests(self) -> frozenset[bytes]:
+        """The digests (32 raw bytes each)."""
+        return frozenset(ContentAddress(address).digest for address in self.known)

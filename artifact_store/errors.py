@@ -1,0 +1,309 @@
+"""The one tree of errors, cut by what the caller should do next.
+
+    ArtifactStoreError
+    ├── RejectedError            do not retry: the request itself is refused, and records nothing
+    │   ├── InvalidRequestError        a field, id, path, cursor or position breaks a rule
+    │   │   ├── InvalidPathError
+    │   │   └── InvalidPositionError
+    │   ├── UnknownRetentionClassError     also a ValueError
+    │   ├── NotFoundError
+    │   │   ├── PackageNotFoundError
+    │   │   ├── FileNotFoundInRegistryError
+    │   │   └── UploadNotFoundError
+    │   ├── ConflictError
+    │   │   ├── DuplicateRelativePathError
+    │   │   ├── PathConflictError          a path would be both a file and a folder
+    │   │   ├── IllegalPackageStateError
+    │   │   │   ├── AnswerExpiredError     look in the log: an earlier try may be recorded, its answer is not kept
+    │   │   │   └── PackageAbandonedError  the package stayed open for too long: create another one
+    │   │   ├── SequenceBeyondLogError     the package has no event of the number that a read was to wait for
+    │   │   ├── PackageQuarantinedError    the log contradicts the package's history: nothing is added to it
+    │   │   └── UploadOffsetError          ask where the upload stands, and go on from there
+    │   ├── ContentMismatchError       the bytes are not what was declared
+    │   ├── ChecksumMismatchError      a piece of an upload was damaged on its way: send the piece again
+    │   ├── UnknownContentError        bytes that were only named are not stored here
+    │   ├── InvalidArchiveError        an archive is malformed, or holds what no package can
+    │   ├── CommandReusedError         a command id came back with another request
+    │   ├── TooLargeError              a limit is exceeded
+    │   └── RangeNotSatisfiableError
+    ├── PushBackError            retry later, after `retry_after` seconds: the system cannot take more now
+    │   ├── LogLostError               the log lacks what it had acknowledged: an operator has to decide
+    │   └── UploadBusyError            another request adds to the upload
+    ├── UnavailableError         retry, perhaps elsewhere: a part cannot be reached; the outcome may be unknown
+    │   └── WaitTimeoutError           the view did not reach what was waited for
+    ├── CorruptError             stop: what was read breaks an invariant
+    │   ├── BadRecordError             the log holds a record that is no event; an operator has to confirm it
+    │   ├── PackageParkedError         the view stopped following a package; an operator has to mend it
+    │   └── LogIdentityError           a position, checkpoint or state belongs to another log
+    └── ConfigurationError       mend the settings; the text says how
+
+Each class carries its HTTP status, its problem type (RFC 9457, the last part of a stable URN) and the exit code of the
+command line, so that every outside maps it in one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+
+class ArtifactStoreError(Exception):
+    """Root of every error that this project raises on purpose.
+
+    The text says what is wrong and, where something mends it, what does; it never holds a secret. `facts` are for
+    programs: further members of the problem document, by their names in `documents.problem_details.Problem`.
+    """
+
+    status: ClassVar[int] = 500
+    problem: ClassVar[str] = "internal"
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, *args: object, facts: Mapping[str, str | int] | None = None) -> None:
+        super().__init__(*args)
+        self.facts: Mapping[str, str | int] = facts or {}
+
+    @property
+    def detail(self) -> str:
+        """The text for people."""
+        return str(self.args[0]) if self.args else self.__class__.__name__
+
+
+class RejectedError(ArtifactStoreError):
+    """The request is refused for good, and records nothing."""
+
+    status = 422
+    problem = "rejected"
+
+
+class InvalidRequestError(RejectedError, ValueError):
+    """A field, identifier, cursor or header breaks a rule that the text names."""
+
+    status = 400
+    problem = "invalid-request"
+
+
+class InvalidPathError(InvalidRequestError):
+    """A relative path breaks a rule that the text names."""
+
+    problem = "invalid-path"
+
+
+class InvalidPositionError(InvalidRequestError):
+    """A log position cannot be read."""
+
+    problem = "invalid-position"
+
+
+class UnknownRetentionClassError(RejectedError, ValueError):
+    """The retention class is not one of the seeded ones."""
+
+    problem = "unknown-retention-class"
+
+
+class NotFoundError(RejectedError):
+    """What was asked for does not exist."""
+
+    status = 404
+    problem = "not-found"
+
+
+class PackageNotFoundError(NotFoundError):
+    """No such package."""
+
+    problem = "package-not-found"
+
+
+class FileNotFoundInRegistryError(NotFoundError):
+    """No such file in the registry."""
+
+    problem = "file-not-found"
+
+
+class UploadNotFoundError(NotFoundError):
+    """No such upload: it never was, it has expired, was ended, or what it brought was refused."""
+
+    problem = "upload-not-found"
+
+
+class ConflictError(RejectedError):
+    """The request does not fit the state of the package."""
+
+    status = 409
+    problem = "conflict"
+
+
+class DuplicateRelativePathError(ConflictError):
+    """The package holds a file of this relative path already."""
+
+    problem = "duplicate-relative-path"
+
+
+class PathConflictError(ConflictError):
+    """The file's path is a folder of another file of the package, or lies below another file."""
+
+    problem = "path-conflict"
+
+
+class IllegalPackageStateError(ConflictError):
+    """The package is not in the state that the request needs."""
+
+    problem = "illegal-package-state"
+
+
+class AnswerExpiredError(IllegalPackageStateError):
+    """Answers of the package are not kept any more: whether an earlier try was recorded, its events tell.
+
+    `facts` names the package, when it was finalized (µs since 1970) and its manifest.
+    """
+
+    problem = "answer-expired"
+
+
+class PackageAbandonedError(IllegalPackageStateError):
+    """The package is open, and so much time passed since its last event that it takes no command any more.
+
+    Nor are its commands answered again: whether one was recorded, its events tell. `facts` names the package.
+    """
+
+    problem = "package-abandoned"
+
+
+class SequenceBeyondLogError(ConflictError):
+    """A read was to wait for an event that the log does not hold; waiting would not help."""
+
+    problem = "sequence-beyond-log"
+
+
+class PackageQuarantinedError(ConflictError):
+    """The log holds an event that contradicts the package's history. Nothing is added to it; publish another one."""
+
+    problem = "package-quarantined"
+
+
+class UploadOffsetError(ConflictError):
+    """The upload stands at another offset than the request names."""
+
+    problem = "upload-offset"
+
+
+class ContentMismatchError(RejectedError):
+    """The bytes that arrived are not those that were declared."""
+
+    problem = "content-mismatch"
+
+
+class ChecksumMismatchError(RejectedError):
+    """The bytes of one request are not those of its `Upload-Checksum`; the upload stands where it stood before."""
+
+    status = 460  # tus 1.0, "Checksum"
+    problem = "checksum-mismatch"
+
+
+class UnknownContentError(RejectedError):
+    """Bytes that were named by their digest are not stored here, or not whole: send them."""
+
+    problem = "unknown-content"
+
+
+class InvalidArchiveError(RejectedError):
+    """An archive is malformed, cut off, or holds an entry that no package can; the text names it."""
+
+    problem = "invalid-archive"
+
+
+class CommandReusedError(RejectedError):
+    """The command id (`Idempotency-Key`) was used before with another request."""
+
+    problem = "command-reused"
+
+
+class TooLargeError(RejectedError):
+    """A documented limit is exceeded."""
+
+    status = 413
+    problem = "too-large"
+
+
+class RangeNotSatisfiableError(RejectedError):
+    """No byte of the requested range exists (RFC 9110 §15.5.17). `size` is the length of the whole, in bytes."""
+
+    status = 416
+    problem = "range-not-satisfiable"
+
+    def __init__(self, detail: str, size: int) -> None:
+        super().__init__(detail)
+        self.size = size
+
+
+class PushBackError(ArtifactStoreError):
+    """The system cannot take more now. Retry after `retry_after` seconds; nothing was recorded."""
+
+    status = 503
+    problem = "push-back"
+
+    def __init__(self, detail: str, retry_after: float = 1.0) -> None:
+        super().__init__(detail)
+        self.retry_after = retry_after
+
+
+class LogLostError(PushBackError):
+    """The package's partition lacks events that it had acknowledged: nothing is appended until an operator decides."""
+
+    problem = "log-lost"
+
+    def __init__(self, detail: str, retry_after: float = 60.0) -> None:
+        super().__init__(detail, retry_after)
+
+
+class UploadBusyError(PushBackError):
+    """Another request adds to this upload, or did so a moment ago."""
+
+    status = 423
+    problem = "upload-busy"
+
+
+class UnavailableError(ArtifactStoreError):
+    """A part cannot be reached. Retry with the same command id, perhaps elsewhere: the outcome may be unknown."""
+
+    status = 503
+    problem = "unavailable"
+    retry_after: float = 1.0
+
+
+class WaitTimeoutError(UnavailableError):
+    """The view did not reach the sequence that was waited for within the bound."""
+
+    status = 504
+    problem = "wait-timeout"
+
+
+class CorruptError(ArtifactStoreError):
+    """What was read breaks an invariant. Stop; nothing is skipped and nothing resets by itself."""
+
+    problem = "corrupt"
+
+
+class BadRecordError(CorruptError):
+    """The log holds a record that is no event. The text names its place, its digest and the command that passes it."""
+
+    problem = "bad-record"
+
+
+class PackageParkedError(CorruptError):
+    """The view stopped following the package at an event that it cannot read or apply; an operator has to mend it."""
+
+    problem = "package-parked"
+
+
+class LogIdentityError(CorruptError):
+    """A position, checkpoint or state file belongs to another log than the one at hand."""
+
+    status = 400
+    problem = "foreign-log"
+
+
+class ConfigurationError(ArtifactStoreError):
+    """The settings cannot work. The text says what mends them."""
+
+    problem = "configuration"
+    exit_code = 2

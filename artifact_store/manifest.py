@@ -1,0 +1,133 @@
+"""The manifest of a finalized package, in canonical CBOR and as JSON; and content addresses, which name bytes."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, Self
+from uuid import UUID
+
+import cbor2
+from blake3 import blake3
+
+from artifact_store.canonical import MAX_LEVELS, jcs
+from artifact_store.errors import CorruptError, InvalidRequestError
+
+_FORM = re.compile(r"blake3:[0-9a-f]{64}")
+
+
+class ContentAddress(str):
+    """`blake3:` and 64 lower-case hex digits. A `str`, so that it prints, compares and serialises as one."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of_digest(cls, digest: bytes) -> Self:
+        """The address of what has this BLAKE3 digest (32 raw bytes)."""
+        return cls(f"blake3:{digest.hex()}")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read an address that came from outside. Raises InvalidRequestError when it has another form."""
+        if not _FORM.fullmatch(text):
+            raise InvalidRequestError("a content address is `blake3:` followed by 64 lower-case hex digits")
+        return cls(text)
+
+    @property
+    def digest(self) -> bytes:
+        """The 32 raw bytes."""
+        return bytes.fromhex(self.removeprefix("blake3:"))
+
+
+def content_key(blake3: bytes) -> str:
+    """The key under which a blob store keeps the bytes of this BLAKE3 digest (32 raw bytes)."""
+    text = blake3.hex()
+    return f"blobs/blake3/{text[:2]}/{text[2:4]}/{text}"
+
+
+MANIFEST_VERSION = 1
+
+_LEVELS = 2 + MAX_LEVELS
+"""A package's metadata, as deep as it may be, lies two levels down."""
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestPackage:
+    """The package as the manifest names it; times in µs since 1970, UTC."""
+
+    id: UUID
+    name: str
+    producer: str
+    subject: str
+    retention_class: str
+    metadata: dict[str, Any]
+    status: str
+    created_at: int
+    finalized_at: int
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestFile:
+    """One file; digests in 64 hex digits each."""
+
+    file_id: UUID
+    relative_path: str
+    media_type: str
+    size_bytes: int
+    blake3: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestReceipt:
+    """Where one file's bytes lay when the package was finalized; `stored_at` in µs since 1970."""
+
+    file_id: UUID
+    location_id: UUID
+    backend_id: str
+    key: str
+    offset: int
+    length: int
+    stored_at: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A decoded manifest. `files` and `storage_receipts` stand in the same order: by UTF-8 bytes of the path."""
+
+    manifest_version: int
+    package: ManifestPackage
+    files: tuple[ManifestFile, ...]
+    storage_receipts: tuple[ManifestReceipt, ...]
+
+
+def decode(data: bytes) -> Manifest:
+    """Read a manifest from either form, canonical CBOR or JSON. Raises CorruptError when it is neither."""
+    try:
+        raw = json.loads(data) if data[:1] == b"{" else cbor2.loads(data)
+        if raw["manifest_version"] != MANIFEST_VERSION:
+            raise CorruptError("the manifest is of a version that is not known")
+        package = dict(raw["package"])
+        package["id"] = UUID(package["id"])
+        return Manifest(
+            manifest_version=raw["manifest_version"],
+            package=ManifestPackage(**package),
+            files=tuple(ManifestFile(**{**f, "file_id": UUID(f["file_id"])}) for f in raw["files"]),
+            storage_receipts=tuple(
+                ManifestReceipt(**{**r, "file_id": UUID(r["file_id"]), "location_id": UUID(r["location_id"])})
+                for r in raw["storage_receipts"]
+            ),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, cbor2.CBORDecodeError) as error:
+        raise CorruptError(f"the manifest cannot be read: {type(error).__name__}") from error
+
+
+def to_json(cbor: bytes) -> bytes:
+    """The JCS projection (RFC 8785) of a manifest in canonical CBOR."""
+    return jcs(cbor2.loads(cbor), levels=_LEVELS).encode()
+
+
+def manifest_digest(manifest: bytes) -> bytes:
+    """BLAKE3 over the manifest's canonical CBOR (32 bytes)."""
+    return blake3(manifest).digest()

@@ -1,0 +1,297 @@
+"""The operations of the registry: the one interface of the HTTP gateway, the command line and Python programs.
+
+`artifact_store.Client` fulfils it through a gateway, `services.direct.DirectRegistry` on the log, blobs and views.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Sequence
+from typing import IO, Any, Literal
+from uuid import UUID
+
+from artifact_store.archives.bundle import Bundle, Group, NamedFile
+from artifact_store.byte_streams import from_any
+from artifact_store.errors import InvalidRequestError, PackageNotFoundError
+from artifact_store.events import RecordedEvent
+from artifact_store.manifest import ContentAddress
+from artifact_store.models import (
+    DEFAULT_PAGE,
+    Acknowledgement,
+    Declared,
+    File,
+    Package,
+    PackageFilter,
+    Page,
+    UsageTotal,
+)
+from artifact_store.position import Position
+
+ByteStream = AsyncIterable[bytes] | Iterable[bytes] | IO[bytes] | bytes
+ManifestFormat = Literal["cbor", "json"]
+
+_ANYONE = "anonymous"
+
+
+class Registry(ABC):
+    """Packages in, files in, manifests and bytes out, events to follow.
+
+    The named operations (`create_package` … `tail_events`) are what most callers want; the primitives beneath them
+    return whole acknowledgements and pages. Every operation may raise UnavailableError or PushBackError, after which a
+    retry with the same `command_id` is safe: a repeat answers as the first did. That holds until 24 hours after the
+    package is finalized; then a command of it may raise AnswerExpiredError, whether it was recorded or not.
+    """
+
+    async def create_package(
+        self,
+        name: str,
+        producer: str,
+        subject: str,
+        retention_class: str,
+        actor: str = _ANYONE,
+        metadata: dict[str, Any] | None = None,
+        *,
+        command_id: UUID | None = None,
+    ) -> UUID:
+        """Create a package and return its id.
+
+        Raises:
+            UnknownRetentionClassError: a ValueError that lists the known classes.
+            InvalidRequestError, TooLargeError: a field breaks its rule.
+            CommandReusedError: `command_id` was used before with another request.
+        """
+        done = await self.create(
+            name, producer, subject, retention_class, actor, {} if metadata is None else metadata, command_id=command_id
+        )
+        return done.package_id
+
+    async def ingest_file(
+        self,
+        package_id: UUID,
+        relative_path: str,
+        media_type: str,
+        stream: ByteStream,
+        actor: str = _ANYONE,
+        *,
+        declared: Declared | None = None,
+        command_id: UUID | None = None,
+    ) -> UUID:
+        """Stream a file into the package and return its id, once its bytes and its event are durable.
+
+        Raises:
+            PackageNotFoundError, IllegalPackageStateError, DuplicateRelativePathError, PathConflictError,
+                InvalidPathError: before the body is read, and again when it is stored.
+            ContentMismatchError: the bytes are not what `declared` says.
+            TooLargeError, CommandReusedError.
+        """
+        done = await self.ingest(
+            package_id,
+            relative_path,
+            media_type,
+            from_any(stream),
+            actor,
+            declared=declared or Declared(),
+            command_id=command_id,
+        )
+        return done.files[0].file_id
+
+    async def finalize_package(
+        self, package_id: UUID, actor: str = _ANYONE, *, command_id: UUID | None = None
+    ) -> ContentAddress:
+        """Freeze the package and return its manifest's content address.
+
+        `finalize` also tells which paths differ only by case or Unicode form, and so cannot be unpacked everywhere.
+
+        Raises:
+            PackageNotFoundError, IllegalPackageStateError: there is no such package, or it is finalized already.
+        """
+        done = await self.finalize(package_id, actor, command_id=command_id)
+        if done.manifest_digest is None:
+            raise InvalidRequestError("the command id belongs to a command that did not finalize")
+        return ContentAddress.of_digest(done.manifest_digest)
+
+    async def get_file(self, file_id: UUID) -> AsyncIterator[bytes]:
+        """An iterator over the file's bytes. Raises FileNotFoundInRegistryError here, CorruptError while iterating."""
+        return await self.open_content(file_id)
+
+    async def tail_events(
+        self,
+        since_sequence: int = 0,
+        poll_interval_seconds: float = 0.5,
+        package_id: UUID | None = None,
+        since: Position | str | None = None,
+    ) -> AsyncIterator[RecordedEvent]:
+        """Follow events for as long as the caller iterates; in order per package.
+
+        `since_sequence` skips a package's events up to that number and needs `package_id`; `since` goes on behind a
+        position. `poll_interval_seconds` bounds how late an event of the embedded log is seen.
+
+        Raises:
+            InvalidRequestError: a sequence without a package. InvalidPositionError, LogIdentityError: a bad `since`.
+        """
+        if since_sequence and package_id is None:
+            raise InvalidRequestError("since_sequence needs a package_id: sequences count within a package")
+        position = Position.parse(since) if isinstance(since, str) else since
+        events = self.read_events(position, package_id=package_id, follow=True, poll_seconds=poll_interval_seconds)
+        async for event in events:
+            if event.sequence > since_sequence:
+                yield event
+
+    @abstractmethod
+    async def create(
+        self,
+        name: str,
+        producer: str,
+        subject: str,
+        retention_class: str,
+        actor: str,
+        metadata: dict[str, Any],
+        *,
+        command_id: UUID | None = None,
+    ) -> Acknowledgement:
+        """`create_package`, with the whole acknowledgement."""
+
+    @abstractmethod
+    async def check_ingest(self, package_id: UUID, relative_path: str, command_id: UUID | None = None) -> None:
+        """Raise what `ingest` would, as far as it can be known before the body is read."""
+
+    @abstractmethod
+    async def ingest(
+        self,
+        package_id: UUID,
+        relative_path: str,
+        media_type: str,
+        body: AsyncIterable[bytes],
+        actor: str,
+        *,
+        declared: Declared,
+        command_id: UUID | None = None,
+    ) -> Acknowledgement:
+        """`ingest_file`, with the whole acknowledgement (one entry in `files`)."""
+
+    @abstractmethod
+    async def ingest_files(
+        self, package_id: UUID, files: Bundle, actor: str, *, command_id: UUID | None = None
+    ) -> Acknowledgement:
+        """Add many files, all or none, in one command; small ones are packed. `files` in the answer keep their order.
+
+        Raises as `ingest`, and TooLargeError for more than MAX_BUNDLE_FILES; what iterating over `files` raises.
+        """
+
+    @abstractmethod
+    async def ingest_named(
+        self, package_id: UUID, files: Sequence[NamedFile], actor: str, *, command_id: UUID | None = None
+    ) -> Acknowledgement:
+        """As `ingest_files`, of files whose bytes are stored already: they are read there, verified, and not sent.
+
+        Raises UnknownContentError when one is not there; nothing is recorded then, and its bytes must be sent.
+        """
+
+    @abstractmethod
+    async def known_blobs(self, digests: Sequence[bytes]) -> frozenset[bytes]:
+        """Which of these blobs (BLAKE3, 32 raw bytes each) are stored at their content-addressed keys."""
+
+    @abstractmethod
+    def read_files(
+        self,
+        package_id: UUID,
+        *,
+        after: str | None = None,
+        largest: int | None = None,
+        wait_sequence: int | None = None,
+    ) -> AsyncGenerator[Group, None]:
+        """The files of a finalized package with their bytes, by the UTF-8 bytes of their paths.
+
+        Only those behind the path `after`, and of at most `largest` bytes, where these are given. The bytes are those
+        that the places hold: the caller has the digests to check them.
+
+        Raises (on iteration): PackageNotFoundError; IllegalPackageStateError while the package is open; CorruptError.
+        """
+
+    @abstractmethod
+    async def finalize(self, package_id: UUID, actor: str, *, command_id: UUID | None = None) -> Acknowledgement:
+        """`finalize_package`, with the whole acknowledgement."""
+
+    @abstractmethod
+    async def get_package(self, package_id: UUID, *, wait_sequence: int | None = None) -> Package:
+        """The package as the view has it. Raises PackageNotFoundError.
+
+        With `wait_sequence` it waits until the view has the package's event of that number: WaitTimeoutError after a
+        bounded wait, SequenceBeyondLogError at once when the log has no such event.
+        """
+
+    @abstractmethod
+    async def list_packages(
+        self, where: PackageFilter | None = None, *, limit: int = DEFAULT_PAGE, cursor: str | None = None
+    ) -> Page[Package]:
+        """Packages, newest first. Raises InvalidRequestError for a bad cursor or limit."""
+
+    @abstractmethod
+    async def list_usage(
+        self,
+        producer: str | None = None,
+        retention_class: str | None = None,
+        *,
+        limit: int = DEFAULT_PAGE,
+        cursor: str | None = None,
+    ) -> Page[UsageTotal]:
+        """What came in, by producer, retention class and day. Raises InvalidRequestError for a bad cursor or limit."""
+
+    @abstractmethod
+    async def list_files(
+        self,
+        package_id: UUID,
+        *,
+        limit: int = DEFAULT_PAGE,
+        cursor: str | None = None,
+        wait_sequence: int | None = None,
+    ) -> Page[File]:
+        """Files of a package by the UTF-8 bytes of their paths. Raises PackageNotFoundError."""
+
+    @abstractmethod
+    async def get_file_record(self, file_id: UUID) -> File:
+        """A file's metadata. Raises FileNotFoundInRegistryError."""
+
+    @abstractmethod
+    async def get_file_at(self, package_id: UUID, relative_path: str, *, wait_sequence: int | None = None) -> File:
+        """A file's metadata by its path. Raises PackageNotFoundError, FileNotFoundInRegistryError, InvalidPathError."""
+
+    @abstractmethod
+    async def open_content(self, file_id: UUID, offset: int = 0, length: int | None = None) -> AsyncIterator[bytes]:
+        """An iterator over `length` bytes from `offset` (None: to the end).
+
+        Raises FileNotFoundInRegistryError; RangeNotSatisfiableError when no byte lies in the range; on iteration
+        CorruptError and UnavailableError.
+        """
+
+    @abstractmethod
+    async def get_manifest_bytes(
+        self,
+        package_id: UUID,
+        format: ManifestFormat = "cbor",  # noqa: A002 - the documented name
+        *,
+        wait_sequence: int | None = None,
+    ) -> bytes:
+        """The manifest's canonical CBOR, or its JCS projection.
+
+        Raises PackageNotFoundError; IllegalPackageStateError while the package is open.
+        """
+
+    @abstractmethod
+    def read_events(
+        self,
+        since: Position | None = None,
+        *,
+        package_id: UUID | None = None,
+        follow: bool = False,
+        poll_seconds: float = 0.1,
+    ) -> AsyncIterator[RecordedEvent]:
+        """Events behind `since`, up to the end as it was at the call, or for ever when `follow` is set."""
+
+
+async def find_frozen(registry: Registry, manifest: ContentAddress) -> UUID:
+    """The id of the package that is frozen under the manifest of this address. Raises PackageNotFoundError."""
+    page = await registry.list_packages(PackageFilter(manifest_digest=manifest), limit=1)
+    if not page.items:
+        raise PackageNotFoundError(f"no package is frozen under {manifest}")
+    return page.items[0].package_id

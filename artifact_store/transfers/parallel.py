@@ -1,0 +1,58 @@
+"""Many transfers at the same time, up to a limit. The first failure ends them all."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Protocol, TypeVar
+
+Item = TypeVar("Item")
+
+DEFAULT_CONCURRENCY = 16
+
+
+class TransferProgress(Protocol):
+    """What a push or pull tells about itself, from the event loop's thread."""
+
+    def expect(self, files: int, size_bytes: int) -> None:
+        """So much there is to transfer; called once, before the first transfer."""
+
+    def advance(self, size_bytes: int) -> None:
+        """So many more bytes were transferred; negative when some have to go again."""
+
+    def finish_file(self) -> None:
+        """One more file is done."""
+
+
+class NoProgress:
+    """Tells nobody."""
+
+    def expect(self, files: int, size_bytes: int) -> None:
+        """Nothing."""
+
+    def advance(self, size_bytes: int) -> None:
+        """Nothing."""
+
+    def finish_file(self) -> None:
+        """Nothing."""
+
+
+async def at_once(items: Iterable[Item], concurrency: int, work: Callable[[Item], Awaitable[None]]) -> None:
+    """Do `work` on every item, at most `concurrency` at a time, in order of their beginning.
+
+    Returns when all are done. The first exception cancels the others, waits for their end and is raised as it is.
+    """
+    waiting = iter(items)
+
+    async def worker() -> None:
+        for item in waiting:
+            await work(item)
+
+    tasks = [asyncio.create_task(worker()) for _ in range(concurrency)]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            if not task.cancelling():
+                task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

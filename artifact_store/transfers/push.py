@@ -1,0 +1,453 @@
+"""Push: a file or a tree becomes a package, in any registry.
+
+Small files travel in batches, large ones alone. Names, kinds of files and links are checked before the package is
+created. A batch fills at most one pack, so that this side can name the pack that the batch becomes; bytes that the
+store has already are then named and not sent. The same tree makes the same batches.
+
+An interrupted push leaves only its own id behind, in one small file that is locked while the push runs. Every command
+id is derived from that id, so the same push, run again, gets the first answer to each step and continues. Two equal
+pushes at the same time are two pushes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4, uuid5
+
+from blake3 import blake3
+
+from artifact_store.archives.bundle import PACK_BYTES, SMALL_FILE_BYTES, HeldFiles, NamedFile, PackLayout, SmallFile
+from artifact_store.byte_streams import CHUNK_BYTES, to_its_end
+from artifact_store.client.bodies import BodySource, BytesSource, CountedSource, FileSource
+from artifact_store.errors import (
+    AnswerExpiredError,
+    CommandReusedError,
+    ConflictError,
+    CorruptError,
+    IllegalPackageStateError,
+    RejectedError,
+    UnavailableError,
+    UnknownContentError,
+)
+from artifact_store.manifest import ContentAddress
+from artifact_store.models import MAX_PAGE, Acknowledgement, Declared, File, all_pages
+from artifact_store.registry import Registry
+from artifact_store.rules import NONE_UNPORTABLE, PathPair, Unportable
+from artifact_store.transfers.parallel import DEFAULT_CONCURRENCY, NoProgress, TransferProgress, at_once
+from artifact_store.transfers.tree import TreeFile, walk
+
+_MOST_AT_ONCE = 64
+
+
+@dataclass(slots=True)
+class PushState:
+    """One push.
+
+    `resumed`: an earlier run began it. `kept`: a later run can go on. `began`: something was sent. `done`: forget it.
+    """
+
+    push_id: UUID
+    resumed: bool
+    kept: bool
+    began: bool = False
+    done: bool = False
+
+    def command_id(self, step: str) -> UUID:
+        """The command id of one step, the same in every run."""
+        return uuid5(self.push_id, step)
+
+
+def default_folder() -> Path | None:
+    """Where states of pushes lie: `artifact-store/pushes` in the user's state folder (XDG Base Directory 0.8).
+
+    None where the user has no home.
+    """
+    named = os.environ.get("XDG_STATE_HOME", "")
+    try:
+        state = Path(named) if named.startswith("/") else Path.home() / ".local" / "state"
+    except RuntimeError:
+        return None
+    return state / "artifact-store" / "pushes"
+
+
+@contextmanager
+def push_state(folder: Path | None, identity: dict[str, Any], *, fresh: bool = False) -> Iterator[PushState]:
+    """The state of the push that `identity` describes (JSON values), locked inside the block.
+
+    `fresh` forgets what an interrupted run left. With no folder, or one that cannot be written, nothing is kept and the
+    push cannot be resumed. Blocks for a moment.
+    """
+    descriptor, path = _lock(folder, identity)
+    if descriptor is None or path is None:
+        yield PushState(uuid4(), resumed=False, kept=False)
+        return
+    try:
+        known = None if fresh else _read(descriptor)
+        state = PushState(known or uuid4(), resumed=known is not None, kept=True)
+        if known is None and not _write(descriptor, state.push_id):
+            _forget(descriptor, path)
+            yield PushState(uuid4(), resumed=False, kept=False)
+            return
+        try:
+            yield state
+        finally:
+            if state.done or not (state.began or state.resumed):
+                _forget(descriptor, path)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(folder: Path | None, identity: dict[str, Any]) -> tuple[int | None, Path | None]:
+    """The first state file of this push that no running process holds, opened and locked."""
+    if folder is None:
+        return None, None
+    try:
+        # Not JCS, which refuses what the registry will refuse with a reason: NaN, surrogates, numbers beyond a double.
+        name = blake3(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for number in range(_MOST_AT_ONCE):
+            path = folder / f"{name}.{number}.json"
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            if _try_lock(descriptor, path):
+                return descriptor, path
+            os.close(descriptor)
+    except (OSError, RecursionError):  # so many levels the registry refuses as well
+        return None, None
+    return None, None
+
+
+def _try_lock(descriptor: int, path: Path) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    try:
+        # Another push may have finished and removed the file between our opening and locking it.
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _read(descriptor: int) -> UUID | None:
+    try:
+        return UUID(json.loads(os.pread(descriptor, 4096, 0))["push_id"])
+    except (ValueError, KeyError, TypeError):
+        return None  # new, or cut off while it was written: then nothing was sent under its id
+
+
+def _forget(descriptor: int, path: Path) -> None:
+    """Empty the file, which is no state then, and remove it; that it has gone, or has to stay, spoils no push."""
+    with suppress(OSError):
+        os.ftruncate(descriptor, 0)
+    with suppress(OSError):
+        path.unlink()
+
+
+def _write(descriptor: int, push_id: UUID) -> bool:
+    """Keep the id; whether that could be done."""
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps({"push_id": str(push_id)}).encode(), 0)
+        os.fsync(descriptor)
+    except OSError:
+        return False
+    return True
+
+
+BATCH_FILES = 1_000
+"""Most files of a batch: as many events as a transaction of the log takes together with others."""
+
+FEWEST_FILES = 8
+"""Fewer go alone, all at the same time: each is then a blob by itself, which is shared and healed by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Some small files that go together."""
+
+    files: Sequence[TreeFile]
+
+    def __str__(self) -> str:
+        return f"one of the files from {self.files[0].relative_path!r} to {self.files[-1].relative_path!r}"
+
+    @property
+    def step(self) -> str:
+        """The name of this step of a push: that of the same files, and of no others."""
+        paths = "\0".join(file.relative_path for file in self.files)
+        return f"files:{blake3(paths.encode()).hexdigest()}"
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A batch in memory: its files, and how they would be named in the pack of this BLAKE3 (32 raw bytes)."""
+
+    files: Sequence[SmallFile]
+    named: Sequence[NamedFile]
+    pack: bytes
+
+
+def batches(files: Iterable[TreeFile]) -> Iterator[Batch | TreeFile]:
+    """The files in batches as far as they are small, and the others, in the order of the first of each."""
+    waiting: list[TreeFile] = []
+    size = 0
+    for file in files:
+        if file.stamp.size_bytes > SMALL_FILE_BYTES:
+            yield file
+            continue
+        if waiting and (len(waiting) == BATCH_FILES or size + file.stamp.size_bytes > PACK_BYTES):
+            yield from _together(waiting)
+            waiting, size = [], 0
+        waiting.append(file)
+        size += file.stamp.size_bytes
+    yield from _together(waiting)
+
+
+def _together(files: list[TreeFile]) -> Sequence[Batch | TreeFile]:
+    return [Batch(files)] if len(files) >= FEWEST_FILES else files
+
+
+def hold(batch: Batch) -> Held:
+    """Read the files. Blocks. Raises ContentMismatchError: one has changed since the walk; OSError."""
+    layout, pack = PackLayout(), blake3()
+    files: list[SmallFile] = []
+    places: list[tuple[bytes, int]] = []
+    for file in batch.files:
+        data = FileSource(file.path, file.stamp).read_now()
+        digest = blake3(data).digest()
+        place = layout.place(digest, len(data))
+        if place is None:
+            raise RuntimeError("a batch is more than a pack")
+        _, offset, new = place
+        if new:
+            pack.update(data)
+        files.append(SmallFile(file.relative_path, file.media_type, data))
+        places.append((digest, offset))
+    name = pack.digest()
+    named = [
+        NamedFile(file.relative_path, file.media_type, len(file.data), digest, name, offset)
+        for file, (digest, offset) in zip(files, places, strict=True)
+    ]
+    return Held(files, named, name)
+
+
+_BATCHES_AT_ONCE = 4
+"""So many batches are in memory at a time, of 8 MiB at most each, and as much again on their way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """What a push made. `sequence` is that of the package's last event; `size_bytes` counts every file.
+
+    `unportable_count` and `unportable_paths` are those of the finalization's `Acknowledgement`.
+    """
+
+    package_id: UUID
+    manifest_digest: ContentAddress | None
+    sequence: int
+    files: int
+    size_bytes: int
+    unportable_count: int = 0
+    unportable_paths: tuple[PathPair, ...] = ()
+
+
+async def push(
+    registry: Registry,
+    path: Path,
+    *,
+    name: str,
+    producer: str,
+    subject: str,
+    retention_class: str,
+    actor: str = "anonymous",
+    metadata: dict[str, Any] | None = None,
+    finalize: bool = True,
+    concurrency: int = DEFAULT_CONCURRENCY,
+    state: PushState | None = None,
+    progress: TransferProgress | None = None,
+) -> Pushed:
+    """Create a package, send what lies at `path` and finalize it. Memory is bounded by `concurrency` chunks of 1 MiB.
+
+    Small files go many at a time, and what the store holds already is named instead of sent.
+    With the `state` of an interrupted push it goes on there: what the package holds already is compared, not sent. For
+    that the registry's view has to be there.
+
+    Raises:
+        InvalidPathError, InvalidRequestError: something at `path` cannot be pushed; nothing was created.
+        ContentMismatchError: a file changed while it was read.
+        ConflictError, CommandReusedError: what was interrupted was another tree than is there now.
+        CorruptError: what arrived is not what was sent.
+        What the operations of `Registry` raise; the package stays open then, and the push can be resumed.
+    """
+    told = progress or NoProgress()
+    current = state or PushState(uuid4(), resumed=False, kept=False)
+    files = await asyncio.to_thread(walk, path)
+    told.expect(len(files), sum(file.stamp.size_bytes for file in files))
+    current.began = True  # from here on a lost answer may hide a package
+    about = (name, producer, subject, retention_class, actor, metadata or {})
+    try:
+        created = await registry.create(*about, command_id=current.command_id("create"))
+        package_id, last = created.package_id, created.sequence
+    except AnswerExpiredError as error:
+        if not current.resumed:
+            raise
+        package_id, last = UUID(str(error.facts["package_id"])), 1  # finalized long ago: all that is left is to compare
+    except RejectedError:
+        current.began = current.resumed
+        raise
+    present = await _present(registry, package_id) if current.resumed else {}
+    gone = present.keys() - {file.relative_path for file in files}
+    if gone:
+        raise ConflictError(f"the interrupted push has sent {min(gone)!r}, which is not there any more")
+
+    async def send(item: Batch | TreeFile) -> None:
+        nonlocal last
+        last = max(last, await sender.send(item))
+
+    missing = []
+    for file in files:
+        known = present.get(file.relative_path)
+        if known is None:
+            missing.append(file)
+            continue
+        await _compare(file, known)
+        told.advance(file.stamp.size_bytes)
+        told.finish_file()
+    sender = _Sender(registry, package_id, actor, current, told)
+    await at_once(batches(missing), concurrency, send)
+    manifest, unportable = None, NONE_UNPORTABLE
+    if finalize:
+        manifest, last, unportable = await _finalize(registry, package_id, actor, current)
+        if current.resumed and last != len(files) + 2:  # an event of the creation, one a file, one of this
+            raise CorruptError(
+                f"package {package_id} was frozen with {last - 2:,} files where the tree has {len(files):,}: "
+                "something that an earlier run had sent arrived after it was gone from the tree"
+            )
+    elif present:
+        last = max(last, len(files) + 1)  # one event a file, after the one of the creation
+    current.done = True
+    size_bytes = sum(file.stamp.size_bytes for file in files)
+    return Pushed(package_id, manifest, last, len(files), size_bytes, *unportable)
+
+
+async def _finalize(
+    registry: Registry, package_id: UUID, actor: str, state: PushState
+) -> tuple[ContentAddress | None, int, Unportable]:
+    """The package's manifest, its last event's sequence, and what cannot be unpacked everywhere."""
+    try:
+        done = await registry.finalize(package_id, actor, command_id=state.command_id("finalize"))
+    except AnswerExpiredError:
+        if not state.resumed:
+            raise
+        # The interrupted push got as far as this. All files were compared, so the package is what was to be made.
+        package = await registry.get_package(package_id)
+        return package.manifest_digest, package.last_event_sequence, NONE_UNPORTABLE
+    manifest = None if done.manifest_digest is None else ContentAddress.of_digest(done.manifest_digest)
+    return manifest, done.sequence, Unportable(done.unportable_count, done.unportable_paths)
+
+
+class _Sender:
+    """Brings files and batches of them into one package; what is stored already is named, not sent."""
+
+    def __init__(
+        self, registry: Registry, package_id: UUID, actor: str, state: PushState, told: TransferProgress
+    ) -> None:
+        self._registry = registry
+        self._package_id = package_id
+        self._actor = actor
+        self._state = state
+        self._told = told
+        self._turns = asyncio.Semaphore(_BATCHES_AT_ONCE)
+
+    async def send(self, item: Batch | TreeFile) -> int:
+        """The sequence of its last event."""
+        try:
+            if isinstance(item, TreeFile):
+                return await self._send_file(item)
+            async with self._turns:
+                return await self._send_batch(item)
+        except CommandReusedError:
+            what = repr(item.relative_path) if isinstance(item, TreeFile) else str(item)
+            raise CommandReusedError(f"{what} is not what the interrupted push has sent") from None
+
+    async def _send_batch(self, batch: Batch) -> int:
+        held = await to_its_end(partial(hold, batch))
+        command = self._state.command_id(batch.step)
+        done = await self._name(held.pack, held.named, command)
+        if done is None:
+            bundle = HeldFiles(held.files)
+            done = await self._registry.ingest_files(self._package_id, bundle, self._actor, command_id=command)
+        for file, ingested in zip(held.named, done.files, strict=True):
+            if file.blake3 != ingested.blake3:
+                raise CorruptError(f"{file.relative_path!r} arrived as other bytes than were sent; do not finalize")
+        for sent in batch.files:
+            self._told.advance(sent.stamp.size_bytes)
+            self._told.finish_file()
+        return done.sequence
+
+    async def _send_file(self, file: TreeFile) -> int:
+        path, size = file.relative_path, file.stamp.size_bytes
+        command = self._state.command_id(f"file:{path}")
+        source, digest = await _source(file)
+        done = await self._name(digest, [NamedFile(path, file.media_type, size, digest, digest)], command)
+        if done is not None:
+            self._told.advance(size)
+        else:
+            done = await self._registry.ingest(
+                self._package_id,
+                path,
+                file.media_type,
+                CountedSource(source, self._told.advance),
+                self._actor,
+                declared=Declared(size_bytes=size, blake3=digest),
+                command_id=command,
+            )
+        self._told.finish_file()
+        return done.sequence
+
+    async def _name(self, blob: bytes, files: Sequence[NamedFile], command: UUID) -> Acknowledgement | None:
+        """Name the files instead of sending them, if the blob that holds them is stored; None when it is not."""
+        if not await self._registry.known_blobs([blob]):
+            return None
+        try:
+            return await self._registry.ingest_named(self._package_id, files, self._actor, command_id=command)
+        except UnknownContentError:  # it was there and is damaged, or just going away
+            return None
+
+
+async def _source(file: TreeFile) -> tuple[BodySource, bytes]:
+    """The file's bytes and their BLAKE3, so that it goes before them; what fits into memory is read once for both."""
+    source = FileSource(file.path, file.stamp)
+    if file.stamp.size_bytes > CHUNK_BYTES:
+        return source, await source.blake3()
+    whole = BytesSource(await source.read_whole())
+    return whole, whole.digest
+
+
+async def _present(registry: Registry, package_id: UUID) -> Mapping[str, File]:
+    """What the package holds by now, whole.
+
+    Files that are missed here would be sent once more in other batches, which are other commands, and one that is not
+    in the tree any more would stay in the package. Raises UnavailableError when that cannot be known.
+    """
+    try:
+        with suppress(IllegalPackageStateError):  # it is open: to know that, the view was brought to the log's end
+            await registry.get_manifest_bytes(package_id)
+        pages = all_pages(lambda cursor: registry.list_files(package_id, limit=MAX_PAGE, cursor=cursor))
+        return {file.relative_path: file async for page in pages for file in page.items}
+    except UnavailableError as error:
+        raise UnavailableError(f"what the interrupted push has sent cannot be listed now: {error.detail}") from error
+
+
+async def _compare(file: TreeFile, known: File) -> None:
+    same = known.size_bytes == file.stamp.size_bytes
+    if not same or await FileSource(file.path, file.stamp).blake3() != known.blake3:
+        raise ConflictError(f"{file.relative_path!r} is not what the interrupted push has sent")
