@@ -85,6 +85,20 @@ def test_the_http_examples_are_answered(
     assert "v1.package.created" in out
 
 
+def test_the_client_example_pushes_and_pulls(
+    embedded_settings: Settings, environment: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    with serving(embedded_settings, tmp_path) as process:
+        code = BLOCKS["client"].replace("localhost:8080", f"127.0.0.1:{process.port}")
+        command = [ROOT / ".venv/bin/python", "-W", "error", "-c", code]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=True
+        )
+    copied = [path for path in (tmp_path / "copy").rglob("*") if path.is_file()]
+    assert re.fullmatch(rf"blake3:[0-9a-f]{{64}} {len(copied)}\n", done.stdout)
+
+
 def test_every_make_target_that_the_readme_names_exists() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     assert set(re.findall(r"\bmake ([a-z-]+)\b", README)) - {"are"} <= targets
