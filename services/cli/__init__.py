@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import click
 
+from services.cli.command import SETTINGS, Root, common_options
 from services.cli.doctor import doctor
-from services.cli.log import log
-from services.cli.parked import parked
 from services.cli.read import manifest, packages, show, tail, usage
+from services.cli.repair import log, parked
 from services.cli.replay import digest, replay
-from services.cli.root import Root
 from services.cli.run import gateway, migrate, projector, serve
-from services.cli.settings import SETTINGS, common_options
 from services.cli.status import status
-from services.cli.transfer import pull, push
+from services.cli.transfer import add, finalize, pull, push
 from services.cli.verify import verify
-from services.cli.write import add, finalize
 
 __all__ = ["main"]
 

@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from services.cli.output import answer, say
-from services.cli.root import run
-from services.cli.settings import common_options, invocation
+from services.cli.command import answer, common_options, invocation, run, say
 
 if TYPE_CHECKING:
     from services.config import Settings
@@ -106,7 +104,7 @@ async def _looked(part: str, look: Callable[[], Awaitable[str | None]]) -> Findi
 
 
 async def _log(settings: Settings) -> str | None:
-    from services.cli.writers import writers
+    from services.cli.status import writers
     from services.errors import CorruptError
     from services.wiring import is_embedded, open_log
 

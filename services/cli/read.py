@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from services.cli.output import answer, raw, remark, table
-from services.cli.root import run
-from services.cli.settings import common_options, invocation
+from services.cli.command import answer, common_options, invocation, raw, remark, run, table
 
 if TYPE_CHECKING:
     from services.log.port import RecordedEvent
@@ -165,7 +163,7 @@ def tail(since: str | None, package: str | None, *, follow: bool) -> None:
 async def _tail(since: str | None, package: str | None, *, follow: bool) -> None:
     from artifact_store.documents.event_lines import event_line
     from services.cli.addressing import as_usage, package_id
-    from services.cli.signals import end_as_interrupted
+    from services.cli.standard_streams import end_as_interrupted
     from services.log.position import Position
     from services.registry import open_registry
 

@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from services.cli.output import ProgressLine, answer
-from services.cli.parked import max_parked_option
-from services.cli.root import run
-from services.cli.settings import common_options, invocation
+from services.cli.command import ProgressLine, answer, common_options, invocation, run
+from services.cli.repair import max_parked_option
 
 if TYPE_CHECKING:
     from projector.progress import ReplayProgress

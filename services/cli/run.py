@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from services.cli.output import answer, remark
-from services.cli.parked import max_parked_option
-from services.cli.root import run
-from services.cli.settings import common_options, invocation
+from services.cli.command import answer, common_options, invocation, remark, run
+from services.cli.repair import max_parked_option
 from services.collector import collect_rarely
 
 if TYPE_CHECKING:

@@ -1,20 +1,27 @@
-"""`status`: how far the views are, and who writes to the log."""
+"""`status`: how far the views are, who writes to each partition, and what holds it up.
+
+The group of writers says who owns a partition; each owner says itself since when and how it is.
+"""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from services.cli.opening import LOG_AND_VIEWS, log_and_views
-from services.cli.output import answer, raw, table
-from services.cli.root import run
-from services.cli.settings import common_options, invocation
-from services.cli.writers import COLUMNS, row, writers
+from services.cli.command import LOG_AND_VIEWS, answer, common_options, invocation, log_and_views, raw, run, table
+from services.errors import ArtifactStoreError, ConfigurationError, PushBackError, UnavailableError
 
 if TYPE_CHECKING:
-    from services.log.port import Log
+    from pydantic import SecretStr
+
+    from services.core.commands import Acknowledgement
+    from services.log.kafka.cluster import Member
+    from services.log.port import Log, PartitionStatus
     from services.log.position import Position
+    from services.log.records import Confirmation
     from services.views.engine import Views
     from services.views.projections import Projection
 
@@ -107,3 +114,130 @@ async def _building(views: Views, projection: Projection, end: Position) -> dict
         return None
     behind = sum(end.left_behind(build.position).values())
     return {"builder": build.builder, "position": str(build.position), "behind": behind}
+
+
+COLUMNS = ("partition", "writer", "since", "taken over in s", "state from", "waiting", "trouble")
+
+_ANSWER_SECONDS = 3.0
+_SETTLED_SECONDS = 5.0
+_AGAIN_SECONDS = 0.2
+_CONFIRM_SECONDS = 15.0
+
+
+async def writers(log: Log, secret: SecretStr | None) -> list[dict[str, Any]] | None:
+    """One object a partition; None for a log that is a file. `secret` guards the internal listeners of the owners.
+
+    Of a partition whose owner does not answer `trouble` says why. Raises UnavailableError: Kafka cannot be asked.
+    """
+    if type(log).__name__ != "KafkaLog":  # importing it to ask would load librdkafka for a file
+        return None
+    from services.log.kafka import KafkaLog
+
+    if not isinstance(log, KafkaLog):
+        return None
+    owners = {partition: member.client_id for member in await _members(log) for partition in member.partitions}
+    told = await _told({url for url in owners.values() if url.startswith("http")}, secret)
+    return [_shown(_asked_owner(p, owners.get(p), told)) for p in range(await log.partitions())]
+
+
+async def confirm(log: Log, secret: SecretStr | None, confirmation: Confirmation) -> Acknowledgement:
+    """Have the gateway that writes to the partition record what an operator confirmed; blocks until it is recorded.
+
+    Raises ConfigurationError: the log is a file. UnavailableError: no gateway writes to the partition, or it gives no
+    answer; whether it was recorded is unknown then, and confirming it again is safe. Otherwise as
+    `KafkaWriter.confirm_here`.
+    """
+    from ingest_gateway.forwarding import HttpForwarder
+    from services.log.port import PartitionNotOwnedError
+
+    if type(log).__name__ != "KafkaLog":
+        raise ConfigurationError("the embedded log is a file that nobody else writes to: restore it from a copy")
+    deadline = asyncio.get_running_loop().time() + _CONFIRM_SECONDS
+    async with HttpForwarder(secret) as forwarder:
+        while True:
+            owners = {p: member.client_id for member in await _members(log) for p in member.partitions}
+            owner = owners.get(confirmation.partition, "")
+            trouble: ArtifactStoreError = UnavailableError(
+                f"no gateway that can be asked writes to partition {confirmation.partition}: start one, then try again"
+            )
+            if owner.startswith("http"):
+                try:
+                    return await forwarder.confirm(owner, confirmation)
+                except (PartitionNotOwnedError, PushBackError) as error:
+                    trouble = error
+            if asyncio.get_running_loop().time() > deadline:
+                raise trouble
+            await asyncio.sleep(_AGAIN_SECONDS)
+
+
+def row(writer: Mapping[str, Any]) -> tuple[object, ...]:
+    """One of `writers` under COLUMNS."""
+    names = ("partition", "owner", "since", "takeover_seconds", "restored_from", "waiting")
+    return (*(writer[name] for name in names), writer["trouble"] or writer["memory_only"])
+
+
+def _shown(status: PartitionStatus) -> dict[str, Any]:
+    from artifact_store.documents.times import to_text
+
+    took = status.takeover_seconds
+    return {
+        "partition": status.partition,
+        "owner": status.owner,
+        "since": None if status.since is None else to_text(status.since),
+        "takeover_seconds": None if took is None else round(took, 3),
+        "restored_from": status.restored_from,
+        "waiting": status.waiting,
+        "trouble": status.trouble,
+        "memory_only": status.memory_only,
+        "bad_record": None if status.bad_offset is None else {"offset": status.bad_offset, "digest": status.bad_digest},
+        "lost_record": None
+        if status.lost_offset is None
+        else {"offset": status.lost_offset, "digest": status.lost_digest},
+        "skipped": status.skipped,
+        "repeated": status.repeated,
+        "quarantined": status.quarantined,
+    }
+
+
+async def _members(log: Any) -> list[Member]:
+    """The members of the group of writers, once it is not between two assignments; none if it stays so."""
+    kafka, cluster = log.kafka, log.cluster
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + _SETTLED_SECONDS
+    while True:
+        members: list[Member] | None = await log.blocking(lambda: cluster.members(kafka.writers_group))
+        if members is not None or loop.time() > deadline:
+            return members or []
+        await asyncio.sleep(_AGAIN_SECONDS)
+
+
+async def _told(urls: set[str], secret: SecretStr | None) -> dict[str, Sequence[PartitionStatus] | str]:
+    """By owner, what it says of its partitions, or why it says nothing."""
+    from ingest_gateway.forwarding import HttpForwarder
+
+    async with HttpForwarder(secret) as forwarder:
+
+        async def ask(url: str) -> Sequence[PartitionStatus] | str:
+            try:
+                async with asyncio.timeout(_ANSWER_SECONDS):
+                    return await forwarder.status(url)
+            except TimeoutError:
+                return f"its owner gave no answer within {_ANSWER_SECONDS:g} s"
+            except UnavailableError as error:
+                return error.detail
+
+        return dict(zip(urls, await asyncio.gather(*(ask(url) for url in urls)), strict=True))
+
+
+def _asked_owner(
+    partition: int, owner: str | None, told: Mapping[str, Sequence[PartitionStatus] | str]
+) -> PartitionStatus:
+    from services.log.port import PartitionStatus
+
+    if owner is None:
+        return PartitionStatus(partition, None, trouble="no process writes to it")
+    said = told.get(owner, "its owner has no address to ask")
+    if isinstance(said, str):
+        return PartitionStatus(partition, owner, trouble=said)
+    known = next((found for found in said if found.partition == partition), None)
+    return known or PartitionStatus(partition, owner, trouble="its owner has not begun to write to it")

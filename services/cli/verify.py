@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from services.cli.output import ProgressLine, answer, say
-from services.cli.root import run
-from services.cli.settings import common_options, invocation
-from services.cli.signals import end_as_interrupted
+from services.cli.command import ProgressLine, answer, common_options, invocation, run, say
+from services.cli.standard_streams import end_as_interrupted
 
 if TYPE_CHECKING:
     from services.verify import Report

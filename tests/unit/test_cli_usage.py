@@ -15,8 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from services.cli import main
-from services.cli.output import table
-from services.cli.settings import SETTINGS, Invocation, metadata_of
+from services.cli.command import SETTINGS, Invocation, metadata_of, table
 from services.config import PREFIX, Settings
 
 pytestmark = pytest.mark.usefixtures("elsewhere")

@@ -1,20 +1,32 @@
-"""`parked`: packages that a projection could not follow; which, why, and bringing them back."""
+"""`parked` and `log`: what operators do about packages that a view cannot follow and records that stop a partition."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import click
 
-from services.cli.opening import LOG_AND_VIEWS, log_and_views
-from services.cli.output import answer, raw, remark, table
-from services.cli.root import run
-from services.cli.settings import common_options, invocation
+from services.cli.command import (
+    LOG_AND_VIEWS,
+    answer,
+    common_options,
+    invocation,
+    log_and_views,
+    raw,
+    remark,
+    run,
+    table,
+)
+from services.cli.status import confirm
 
 if TYPE_CHECKING:
+    from services.core.commands import Acknowledgement
     from services.log.port import Log
+    from services.log.records import Confirmation
     from services.views.parked import Mark
+
 
 max_parked_option = click.option(
     "--max-parked",
@@ -155,3 +167,91 @@ def _known(projection: str | None) -> str | None:
     from services.cli.addressing import known_projection
 
     return None if projection is None else known_projection(projection).name
+
+
+@click.group()
+@common_options()
+def log() -> None:
+    """Confirm what stops a partition of the log, through the running gateway that writes to it."""
+
+
+def _of_one_record(command: Callable[..., None]) -> Callable[..., None]:
+    """What names the record, and who says so why."""
+    for add in (
+        common_options(shown=("log_url", "internal_secret")),
+        click.option("--actor", default="anonymous", show_default=True, help="Who does it."),
+        click.option("--reason", default="", help="Why; recorded with it."),
+        click.option("--digest", required=True, metavar="HEX", help="The record's digest, as `status` shows it."),
+        click.argument("offset", type=click.IntRange(0)),
+        click.argument("partition", type=click.IntRange(0)),
+    ):
+        command = add(command)
+    return command
+
+
+@log.command()
+@_of_one_record
+def skip(partition: int, offset: int, digest: str, reason: str, actor: str) -> None:
+    """Pass over one record that is no event, for good.
+
+    A record that somebody else wrote to the topic, and that cannot be deleted, stops its partition. Find out who wrote
+    it, and that nothing of value is in it. The confirmation is recorded in the same partition; every writer, reader and
+    view then passes over the record and counts it. A record that is an event is refused.
+    """
+    from services.log.records import SkipRecord
+
+    _confirmed(
+        SkipRecord(partition, offset, _digest(digest), actor, reason, uuid4()),
+        f"partition {partition} passes over the record at offset {offset}",
+    )
+
+
+@log.command("accept-loss")
+@_of_one_record
+def accept_loss(partition: int, offset: int, digest: str, reason: str, actor: str) -> None:
+    """Go on without events that the partition lost after it had acknowledged them, for good.
+
+    OFFSET and --digest name the record that is missing, as `status` shows it. First try to bring the records back. The
+    acceptance is recorded in the same partition, the state that remembers the record is deleted, and writing goes on.
+    """
+    from services.log.records import AcceptLoss
+
+    _confirmed(
+        AcceptLoss(partition, offset, _digest(digest), actor, reason, uuid4()),
+        f"partition {partition} goes on without the record that was at offset {offset}",
+    )
+
+
+def _digest(text: str) -> bytes:
+    try:
+        found = bytes.fromhex(text)
+    except ValueError:
+        found = b""
+    if len(found) != 32:
+        raise click.BadParameter("it has 64 hex digits", param_hint="--digest")
+    return found
+
+
+def _confirmed(confirmation: Confirmation, done: str) -> None:
+    recorded = run(_confirm(confirmation))
+    answer(
+        {
+            "partition": confirmation.partition,
+            "offset": confirmation.offset,
+            "digest": confirmation.digest.hex(),
+            "sequence": recorded.sequence,
+            "event_digest": recorded.event_digest.hex(),
+        },
+        done,
+    )
+
+
+async def _confirm(confirmation: Confirmation) -> Acknowledgement:
+    from services.wiring import open_log
+
+    settings = invocation().settings()
+    opened = open_log(settings)
+    try:
+        return await confirm(opened, settings.internal_secret, confirmation)
+    finally:
+        await opened.close()

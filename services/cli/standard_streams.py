@@ -1,14 +1,11 @@
-"""Standard input, or a pipe that has a name, as it comes, read by a thread that nobody waits for.
-
-A read from a pipe or a terminal cannot be ended from outside, and the event loop waits for its own threads when it
-closes: a command that failed, or was told to end, would go on until whoever writes into the pipe writes again.
-"""
+"""Standard input, output and error, and the signals of a command that a person ends."""
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
@@ -17,6 +14,29 @@ from pathlib import Path
 from threading import Thread
 
 from services.streams import CHUNK_BYTES
+
+_INPUT, _OUTPUT, _ERROR = range(3)
+
+
+def open_missing_streams() -> None:
+    """Open /dev/null in place of each standard stream that is closed.
+
+    Otherwise the next file or socket gets its number, and what is printed goes there; libuv aborts. What is written is
+    gone then; reading fails, since an end at once would be recorded as a file without bytes.
+    """
+    for number in (_INPUT, _OUTPUT, _ERROR):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_WRONLY)  # gets the least number that is free, which is this one
+            os.set_inheritable(number, True)
+    if sys.stdin is None:
+        sys.stdin = os.fdopen(_INPUT, closefd=False, encoding="utf-8")
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(_OUTPUT, "w", closefd=False, encoding="utf-8")
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(_ERROR, "w", closefd=False, encoding="utf-8", errors="backslashreplace")
+
 
 _CHUNKS_AHEAD = 2
 
@@ -54,3 +74,13 @@ async def _read(opened: Callable[[], int]) -> AsyncIterator[bytes]:
         if isinstance(chunk, OSError):
             raise chunk
         yield chunk
+
+
+def end_as_interrupted() -> None:
+    """From now on SIGTERM is what Ctrl-C is, so that what the command made in passing is removed on the way out.
+
+    Also where Ctrl-C is ignored, as in what a script starts with `&` (POSIX, shell command language, 2.12).
+    """
+    task = asyncio.current_task()
+    if task is not None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)

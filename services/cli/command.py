@@ -1,0 +1,441 @@
+"""What every command stands on: its flags, what it prints, and how its errors become messages and exit codes.
+
+A setting is a flag of the same name, before or after the command. Results go to standard output, as text or JSON;
+progress and errors go to standard error. `run` is the one place where an error becomes a message and an exit code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from services.cli.standard_streams import open_missing_streams
+from services.errors import ArtifactStoreError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from artifact_store.transfers.parallel import TransferProgress
+    from services.config import Settings
+    from services.core.paths import PathPair
+    from services.log.port import Log
+    from services.views.engine import Views
+
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+SETTINGS: dict[str, str] = {
+    "log_url": "The log: sqlite:///PATH or kafka://host:port[,host:port]/PREFIX.",
+    "kafka_partitions": "Partitions of the topic that `migrate` creates.",
+    "kafka_replication_factor": "Replicas that the topic must have.",
+    "kafka_min_insync_replicas": "Replicas that must have an event before it counts.",
+    "kafka_options": "Further librdkafka client settings, as a JSON object.",
+    "blobs_url": "The blob store: file:FOLDER, s3://host:port/BUCKET or s3+http://… without TLS.",
+    "s3_access_key": "Access key of the blob store.",
+    "s3_secret_key": "Secret key of the blob store; other users can see flags, so better in the environment.",
+    "s3_region": "Region of the blob store.",
+    "views_url": "The views: sqlite+aiosqlite:///PATH or postgresql+asyncpg://….",
+    "schema_registry_url": "A schema registry for the event schemas; not used yet.",
+    "url": "A gateway that client commands talk to instead of opening the parts themselves.",
+    "listen": "HOST:PORT to listen on.",
+    "insecure": "Allow listening on an interface that others reach.",
+    "internal_listen": "HOST:PORT for commands that other gateways forward.",
+    "internal_url": "The address that other gateways reach this one by.",
+    "internal_secret": "The secret that guards forwarded commands; better in the environment.",
+    "state_dir": "Folder of the writers' disposable state.",
+    "max_file_bytes": "The largest file that is taken.",
+    "max_files_per_package": "The most files that a package takes.",
+    "max_metadata_bytes": "The most metadata that a package takes.",
+    "max_connections": "Connections to one gateway process; half of them from one address.",
+    "max_uploads": "Uploads at a time to one gateway process; half of them from one address.",
+}
+
+_SWITCHES = frozenset({"insecure"})
+_META = "artifact-store"
+
+
+@dataclass(slots=True)
+class Invocation:
+    """What the flags of this command line say; the same object for the group and its command."""
+
+    overrides: dict[str, Any]
+    as_json: bool = False
+    quiet: bool = False
+
+    def settings(self) -> Settings:
+        """The settings: `.env`, environment, then the flags. Raises ConfigurationError."""
+        from services.config import Settings
+
+        return Settings.from_env(**self.overrides)
+
+
+def invocation() -> Invocation:
+    """That of the command that runs now."""
+    found: Invocation = click.get_current_context().meta.setdefault(_META, Invocation({}))
+    return found
+
+
+class SettingOption(click.Option):
+    """A flag that is a setting."""
+
+
+def common_options(*, shown: tuple[str, ...] = ()) -> Callable[[Decorated], Decorated]:
+    """Add `--json`, `--quiet` and every setting; of the settings only those in `shown` are in the help."""
+
+    def decorate(command: Decorated) -> Decorated:
+        for name in reversed(SETTINGS):
+            command = _setting(name, hidden=name not in shown)(command)
+        command = click.option(
+            "--quiet", "-q", is_flag=True, expose_value=False, callback=_keep_quiet, help="No progress, no remarks."
+        )(command)
+        return click.option(
+            "--json", is_flag=True, expose_value=False, callback=_keep_json, help="One JSON object, or one a line."
+        )(command)
+
+    return decorate
+
+
+def _setting(name: str, *, hidden: bool) -> Callable[[Decorated], Decorated]:
+    def keep(_context: click.Context, _parameter: click.Parameter, value: object) -> None:
+        if value is not None:
+            invocation().overrides[name] = value
+
+    switch: dict[str, Any] = {"is_flag": True, "default": None, "flag_value": True} if name in _SWITCHES else {}
+    return click.option(
+        "--" + name.replace("_", "-"),
+        f"setting_{name}",
+        cls=SettingOption,
+        expose_value=False,
+        callback=keep,
+        hidden=hidden,
+        help=SETTINGS[name],
+        metavar=None if switch else "VALUE",
+        **switch,
+    )
+
+
+def _keep_json(_context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    invocation().as_json |= value
+
+
+def _keep_quiet(_context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    invocation().quiet |= value
+
+
+def metadata_of(pairs: tuple[str, ...], document: str | None) -> dict[str, Any]:
+    """Metadata from `--metadata K=V` (values are text) over `--metadata-json` (a JSON object, or the file of one).
+
+    Raises click.BadParameter: no `=`, a key twice, no JSON object.
+    """
+    found: dict[str, Any] = {}
+    if document is not None:
+        found = _json_object(document)
+    given: set[str] = set()
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator or not key:
+            raise click.BadParameter(f"{pair!r} is not of the form KEY=VALUE", param_hint="--metadata")
+        if key in given:
+            raise click.BadParameter(f"the key {key!r} comes twice", param_hint="--metadata")
+        given.add(key)
+        found[key] = value
+    return found
+
+
+def _json_object(document: str) -> dict[str, Any]:
+    hint = "--metadata-json"
+    try:
+        text = document
+        if not document.lstrip().startswith(
+            ("{", "[", '"')
+        ):  # all three are JSON; that it must be an object comes below
+            with click.open_file(document, encoding="utf-8") as file:
+                text = file.read()
+        value = json.loads(text)
+    except OSError as error:
+        raise click.BadParameter(f"{document}: {error.strerror}", param_hint=hint) from None
+    except ValueError as error:
+        raise click.BadParameter(f"no JSON: {error}", param_hint=hint) from None
+    except RecursionError:
+        raise click.BadParameter("no JSON that can be read: it is nested too deeply", param_hint=hint) from None
+    if not isinstance(value, dict):
+        raise click.BadParameter("it must be a JSON object", param_hint=hint)
+    return value
+
+
+_SECONDS_ON_A_TERMINAL = 0.2
+_SECONDS_ELSEWHERE = 10.0
+
+
+def answer(result: Mapping[str, Any], text: str | None = None) -> None:
+    """Print a result: one JSON object, or `text`, or else its entries one a line."""
+    if invocation().as_json:
+        say(json.dumps(result, ensure_ascii=False))
+    elif text is not None:
+        say(text)
+    else:
+        width = max(len(name) for name in result)
+        lines = (f"{name.replace('_', ' '):<{width}}  {_plain(value)}" for name, value in result.items())
+        say("\n".join(lines))
+
+
+def raw(text: bytes) -> None:
+    """Print bytes and a line end."""
+    click.echo(text)
+
+
+def say(text: str) -> None:
+    """Print a line, or several. A path need not be UTF-8: what is not is shown by its code, as JSON shows it."""
+    raw(text.encode(errors="backslashreplace"))
+
+
+def remark(text: str) -> None:
+    """Say something to people that is no result."""
+    if not invocation().quiet:
+        click.echo(text, err=True)
+
+
+def unportable(count: int, pairs: Sequence[PathPair]) -> dict[str, Any]:
+    """What a finalization says of paths that cannot be unpacked everywhere, for its result; people are warned."""
+    if not count:
+        return {}
+    shown = ", ".join(f"{path!r} and {other!r}" for path, other in pairs)
+    remark(
+        f"warning: paths differ only by case or Unicode form, and can be unpacked together only where file systems "
+        f"tell them apart: {shown}{f' and {count - len(pairs):,} more' if count > len(pairs) else ''}"
+    )
+    return {"unportable_count": count, "unportable_paths": [pair._asdict() for pair in pairs]}
+
+
+class ProgressLine:
+    """How far something has come that takes long: a line on standard error, written over on a terminal.
+
+    Elsewhere, where it may go into a file, it is a line now and then. Nothing with `--quiet`.
+    """
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._seconds = _SECONDS_ON_A_TERMINAL if self._terminal else _SECONDS_ELSEWHERE
+        self._told_at = time.monotonic()
+        self._drawn = False
+
+    def tell(self, line: Callable[[], str], *, at_once: bool = False) -> None:
+        """Say it, unless something was said a moment ago and this need not be said `at_once`."""
+        now = time.monotonic()
+        if invocation().quiet or not (at_once or now - self._told_at >= self._seconds):
+            return
+        self._told_at, self._drawn = now, True
+        click.echo(f"\r\x1b[2K{line()}" if self._terminal else line(), err=True, nl=not self._terminal)
+
+    def close(self) -> None:
+        """Clear the terminal's line."""
+        if self._terminal and self._drawn:
+            click.echo("\r\x1b[2K", err=True, nl=False)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print rows for people: a table on a terminal, tabs between the values elsewhere."""
+    if not sys.stdout.isatty():
+        for row in rows:
+            say("\t".join(_plain(value) for value in row))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        drawn.add_row(*(Text(_plain(value), overflow="fold") for value in row))
+    Console().print(drawn)
+
+
+def complain(error: ArtifactStoreError, *, as_json: bool) -> None:
+    """Print an error to standard error: for people, or as a problem document (RFC 9457)."""
+    if as_json:
+        from artifact_store.documents.problem_details import problem_of
+
+        click.echo(problem_of(error).model_dump_json(exclude_none=True), err=True)
+    else:
+        click.echo(f"error: {error.detail}", err=True)
+
+
+def complain_plainly(kind: str, detail: str, *, as_json: bool) -> None:
+    """As `complain`, for what the command line itself or the operating system refuses."""
+    if as_json:
+        problem = {
+            "type": f"urn:artifact-store:problem:{kind}",
+            "title": kind.replace("-", " ").capitalize(),
+            "detail": detail,
+        }
+        click.echo(json.dumps(problem, ensure_ascii=False), err=True)
+    else:
+        click.echo(f"error: {detail}", err=True)
+
+
+@contextmanager
+def transfer_progress(verb: str) -> Iterator[TransferProgress]:
+    """Bars for a push or pull on standard error; nothing when that is no terminal, or with `--quiet`."""
+    from artifact_store.transfers.parallel import NoProgress
+
+    if invocation().quiet or not sys.stderr.isatty():
+        yield NoProgress()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    bars = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[done]} of {task.fields[files]} files"),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    with bars:
+        yield _Bars(bars, bars.add_task(verb, total=None, done=0, files=0))
+
+
+class _Bars:
+    """A TransferProgress that draws."""
+
+    def __init__(self, bars: Progress, task: TaskID) -> None:
+        self._bars = bars
+        self._task = task
+        self._done = 0
+
+    def expect(self, files: int, size_bytes: int) -> None:
+        self._bars.update(self._task, total=size_bytes, files=files)
+
+    def advance(self, size_bytes: int) -> None:
+        self._bars.advance(self._task, size_bytes)
+
+    def finish_file(self) -> None:
+        self._done += 1
+        self._bars.update(self._task, done=self._done)
+
+
+def _plain(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, dict | list):
+        value = json.dumps(value, ensure_ascii=False)
+    return str(value).encode(errors="backslashreplace").decode()
+
+
+Result = TypeVar("Result")
+
+_FAILED = 1
+
+
+class Root(click.Group):
+    """`artifact-store`."""
+
+    def main(  # type: ignore[override]  # click's own has overloads for its standalone mode, which we do ourselves
+        self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
+    ) -> None:
+        """Run a command and end the process. Raises SystemExit."""
+        open_missing_streams()
+        arguments = list(sys.argv[1:] if args is None else args)
+        as_json = "--json" in arguments
+        extra["standalone_mode"] = False
+        try:
+            code = super().main(arguments, prog_name or "artifact-store", **extra)
+            sys.stdout.flush()
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            code = error.exit_code
+        except click.UsageError as error:
+            where = f" (see `{error.ctx.command_path} --help`)" if error.ctx else ""
+            complain_plainly("usage", error.format_message() + where, as_json=as_json)
+            code = error.exit_code
+        except click.ClickException as error:
+            complain_plainly("failed", error.format_message(), as_json=as_json)
+            code = error.exit_code
+        except (click.Abort, KeyboardInterrupt):
+            complain_plainly("interrupted", "interrupted", as_json=as_json)
+            code = _FAILED
+        except ArtifactStoreError as error:
+            complain(error, as_json=as_json)
+            code = error.exit_code
+        except BrokenPipeError:
+            # Whoever read our output has enough; what is still buffered must not fail once more at the end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = _FAILED
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            complain_plainly("system", f"{where}{error.strerror or error}", as_json=as_json)
+            code = _FAILED
+        except Exception as error:
+            if not as_json:
+                raise  # the traceback is what whoever mends this needs
+            complain_plainly("internal", _unforeseen(error), as_json=True)
+            code = _FAILED
+        sys.exit(code if isinstance(code, int) else 0)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Options and settings apart, then the commands."""
+        sections: dict[str, list[tuple[str, str]]] = {"Options": [], "Settings (also after a command)": []}
+        own, settings = sections.values()
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                (settings if isinstance(parameter, SettingOption) else own).append(record)
+        self.format_commands(ctx, formatter)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+def _unforeseen(error: Exception) -> str:
+    """What happened and where; the error's own text may hold a secret."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return (
+        f"an error that was not foreseen: {type(error).__name__} in {place.filename}, line {place.lineno}; without "
+        "--json all of it is shown"
+    )
+
+
+def run(main: Coroutine[Any, Any, Result], *, many_bytes: bool = False) -> Result:
+    """Run a command's coroutine to its end. Raises KeyboardInterrupt also when it was cancelled, as SIGTERM does.
+
+    `many_bytes`: on uvloop's event loop, which spends less on sockets than asyncio's own; other commands do without.
+    """
+    try:
+        if not many_bytes:
+            return asyncio.run(main)
+        import uvloop
+
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(main)
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+
+
+LOG_AND_VIEWS = ("log_url", "views_url")
+"""The settings that such a command shows."""
+
+
+@asynccontextmanager
+async def log_and_views() -> AsyncIterator[tuple[Log, Views]]:
+    """Log and views of this command line's settings."""
+    from services.wiring import open_log, open_views
+
+    settings = invocation().settings()
+    log, views = open_log(settings), open_views(settings)
+    try:
+        yield log, views
+    finally:
+        await views.close()
+        await log.close()
