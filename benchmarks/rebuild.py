@@ -15,7 +15,7 @@ import asyncpg
 
 from benchmarks.full_log import FullLog, plan
 from projector import replay
-from projector.progress import ReplayProgress
+from projector.rebuild import ReplayProgress
 from services.config import Settings
 
 

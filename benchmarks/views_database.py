@@ -9,7 +9,7 @@ from uuid import uuid4
 import asyncpg
 
 from services.config import Settings
-from services.views.engine import Views
+from services.views.database import Views
 
 _SECONDS = 60.0
 _DURABILITY = ("fsync", "synchronous_commit", "full_page_writes", "shared_buffers", "max_wal_size")

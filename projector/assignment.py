@@ -18,18 +18,19 @@ from services.errors import CorruptError, PushBackError, UnavailableError
 from services.log.port import Batch, Log, Record, Subscription
 from services.log.position import Position
 from services.log.records import Skips
-from services.views.checkpoints import (
+from services.views.database import Views
+from services.views.engine.checkpoints import (
     Checkpoint,
     StaleCheckpointError,
+    check_continues,
+    folds_again,
     live_row,
     load_checkpoint,
     require_same_log,
-    reset,
 )
-from services.views.engine import Views
-from services.views.guard import check_continues, folds_again
+from services.views.engine.generations import reset
+from services.views.engine.source import ReadBatch, read_batch
 from services.views.projections import Projection
-from services.views.reading import ReadBatch, read_batch
 
 logger = logging.getLogger(__name__)
 

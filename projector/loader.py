@@ -9,10 +9,7 @@ import pickle
 import sys
 from collections.abc import Mapping
 
-from projector.loading import load
-from projector.loading_process import Job
-from projector.pace import Pace
-from projector.turns import take_short_turns
+from projector.loading import Job, Pace, load, take_short_turns
 from services.collector import collect_rarely
 from services.errors import ArtifactStoreError
 from services.processes import when_input_ends

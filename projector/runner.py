@@ -1,33 +1,38 @@
 """Running a projection: read, fold, show the progress; again and again, until told to stop.
 
-At least once in, exactly once in effect: rows and checkpoint are one transaction under a guard, and a batch that comes
-again is refused by it. While one batch is on its way into the view, the next one is read and decoded.
+Each batch takes effect exactly once, however often it is read: rows and checkpoint are one transaction, whose guard
+refuses a batch that comes again. While one batch is written, the next one is read and decoded.
 
-Every trouble that may pass ends the membership in the group and begins another after a pause: others can take the
-partitions over meanwhile, and the view's checkpoint is the place to go on from. What does not pass is raised: that log
-and view do not belong together, or that one of them is damaged. Settings that worked before may work again, tables that
-are missing or of another layout may be made, and a fold that met a mistake may be mended: nothing is skipped meanwhile,
-and people see it.
+A failure that may pass ends the membership in the group, and after a pause another begins. Meanwhile others can take
+the partitions over, and the view's checkpoint says where to go on. A failure that does not pass is raised: log and
+view do not belong together, or one of them is damaged. Three kinds are tried again where people see them, and nothing
+is skipped: settings that worked before, tables that are missing or have another layout, and a mistake in a fold.
+
+`run_processes` runs several projectors. Each is a member of the groups, so that the partitions are spread over them.
+One that dies is started again. One that reports that it cannot go on is not: its partitions go to the others.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from projector.assignment import Assignment, Work
-from projector.metrics import ProjectorMetrics, served
+from projector.projection_metrics import ProjectorMetrics, served
 from services.addresses import ListenAddress
 from services.config import Settings
 from services.errors import ArtifactStoreError, CorruptError, PushBackError, UnavailableError
 from services.log.port import Log
-from services.views.checkpoints import StaleCheckpointError, apply
-from services.views.engine import Views
-from services.views.failures import TablesError
+from services.processes import PYTHON, Command, RestartRule
+from services.processes import run_processes as run_all
+from services.views.database import TablesError, Views
+from services.views.engine.apply import apply
+from services.views.engine.checkpoints import StaleCheckpointError
+from services.views.engine.parking import retry_confirmed
 from services.views.projections import PROJECTIONS, Projection, projection_named
-from services.views.retry import retry_confirmed
 from services.wiring import open_log, open_views
 
 logger = logging.getLogger(__name__)
@@ -184,3 +189,32 @@ async def _wait(stop: asyncio.Event, seconds: float) -> None:
         await asyncio.wait_for(stop.wait(), seconds)
     except TimeoutError:
         return
+
+
+_RULE = RestartRule(final=frozenset({1, 2}), all_or_none=False)
+"""The exit codes are those of a projector that has said in its log what is wrong: a projection failed, or the settings
+do."""
+
+
+async def run_processes(
+    settings: Settings,
+    names: Sequence[str],
+    processes: int,
+    stop: asyncio.Event,
+    *,
+    max_parked: int | None = None,
+    metrics_at: ListenAddress | None = None,
+) -> int:
+    """Run so many projectors of these projections until `stop` is set, then tell them to stop; the exit code.
+
+    Blocks until all have ended. The code is 0 when they were told to end and did so, else that of the first which could
+    not go on. Returns early when none is left that can. From `metrics_at` on each has its own metrics.
+    """
+    limit = [] if max_parked is None else ["--max-parked", str(max_parked)]
+    arguments = [*PYTHON, "-m", "services.cli", "projector", "--until-input-ends", *limit]
+    environment = {**os.environ, **settings.environment()}
+    commands = []
+    for number in range(processes):
+        listen = [] if metrics_at is None else ["--metrics-listen", str(metrics_at.of_process(number))]
+        commands.append(Command([*arguments, *listen, *names], environment))
+    return await run_all(commands, _RULE, stop)

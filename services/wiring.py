@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from services.blobs.port import BlobStore
     from services.direct import DirectRegistry
-    from services.views.engine import Views
+    from services.views.database import Views
 
 # Adapters are imported where they are chosen: loading all of them takes longer than most commands run.
 
@@ -92,7 +92,7 @@ def open_views(settings: Settings) -> Views:
 
     Also when that is the log's file: the views would write to it beside the log's lock (see `write_lock`).
     """
-    from services.views.engine import Views
+    from services.views.database import Views
 
     views = Views(settings.views_url)
     if views.dialect == "sqlite" and settings.log_url.startswith(_SQLITE):
@@ -162,7 +162,7 @@ async def parts(settings: Settings, *, clock: Clock = system_clock) -> AsyncIter
     from services.blobs.port import Declared
     from services.direct import DirectRegistry
     from services.streams import from_any
-    from services.views.catch_up import catch_up
+    from services.views.engine.catch_up import catch_up
     from services.views.projections import PROJECTIONS
     from services.views.queries import Queries
 

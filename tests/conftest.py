@@ -23,7 +23,7 @@ from confluent_kafka.admin import AdminClient
 from hypothesis import settings as property_tests
 
 from services.config import PREFIX, Settings
-from services.views.engine import Views
+from services.views.database import Views
 from tests.buckets import Bucket
 from tests.services.seaweed import SeaweedServer
 from tests.services.shared import read_environment

@@ -20,7 +20,7 @@ from services.core.evolve import evolve
 from services.core.limits import Limits
 from services.core.retention import RETENTION_CLASSES
 from services.core.state import PackageState
-from services.views.engine import Views
+from services.views.database import Views
 from services.views.projections import PROJECTIONS
 
 START = 1_750_000_000_000_000

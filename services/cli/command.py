@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from services.config import Settings
     from services.core.paths import PathPair
     from services.log.port import Log
-    from services.views.engine import Views
+    from services.views.database import Views
 
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])

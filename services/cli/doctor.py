@@ -17,7 +17,7 @@ from services.cli.command import answer, common_options, invocation, run, say
 
 if TYPE_CHECKING:
     from services.config import Settings
-    from services.views.engine import Views
+    from services.views.database import Views
 
 _PYTHON = (3, 11)
 _PATIENCE_SECONDS = 20.0
@@ -153,7 +153,7 @@ async def _views(settings: Settings) -> str | None:
 
 async def _builds(views: Views) -> list[str]:
     """What is being built beside the live views, or was left by a replay that ended early."""
-    from services.views.generations import read_build
+    from services.views.engine.generations import read_build
     from services.views.projections import PROJECTIONS
 
     async with views.reading(snapshot=True) as connection:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from services.core.commands import Acknowledgement
     from services.log.port import Log
     from services.log.records import Confirmation
-    from services.views.parked import Mark
+    from services.views.engine.parking import Mark
 
 
 max_parked_option = click.option(
@@ -81,7 +81,7 @@ def retry(packages: Sequence[str], projection: str | None) -> None:
 
 async def _list(projection: str | None) -> None:
     async with log_and_views() as (_, views):
-        from services.views.parked import list_marks
+        from services.views.engine.parking import list_marks
 
         await views.check()
         marks = await list_marks(views, _known(projection))
@@ -98,7 +98,7 @@ async def _show(package: str) -> None:
     from services.errors import NotFoundError
 
     async with log_and_views() as (log, views):
-        from services.views.parked import list_marks
+        from services.views.engine.parking import list_marks
 
         marks = [mark for mark in await list_marks(views) if mark.package == package]
         if not marks:
@@ -116,8 +116,8 @@ async def _retry(packages: Sequence[str], projection: str | None) -> bool:
 
     whole = True
     async with log_and_views() as (log, views):
-        from services.views.parked import list_marks
-        from services.views.retry import retry as fold_again
+        from services.views.engine.parking import list_marks
+        from services.views.engine.parking import retry as fold_again
 
         marks = await list_marks(views, _known(projection))
         if unknown := set(packages) - {mark.package for mark in marks}:

@@ -11,8 +11,7 @@ from services.cli.command import ProgressLine, answer, common_options, invocatio
 from services.cli.repair import max_parked_option
 
 if TYPE_CHECKING:
-    from projector.progress import ReplayProgress
-    from projector.rebuild import ReplayResult
+    from projector.rebuild import ReplayProgress, ReplayResult
     from services.views.projections import Projection
 
 
@@ -132,7 +131,7 @@ def digest(projection: str) -> None:
 
 async def _digest(projection: Projection) -> dict[str, Any]:
     from services.views.digest import digest_view
-    from services.views.generations import read_build
+    from services.views.engine.generations import read_build
     from services.wiring import open_views
 
     views = open_views(invocation().settings())

@@ -185,7 +185,7 @@ async def _project(
 ) -> Mapping[str, Exception]:
     from ingest_gateway.server import stopped_by_signals
     from projector import run_projectors
-    from projector.turns import take_short_turns
+    from projector.loading import take_short_turns
     from services.processes import end_with_parent
 
     take_short_turns()
@@ -199,7 +199,7 @@ async def _project_in_processes(
     settings: Settings, names: tuple[str, ...], processes: int, options: Mapping[str, Any]
 ) -> int:
     from ingest_gateway.server import stopped_by_signals
-    from projector.processes import run_processes
+    from projector.runner import run_processes
 
     with stopped_by_signals() as stop:
         return await run_processes(settings, names, processes, stop, **options)

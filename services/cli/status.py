@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from services.log.port import Log, PartitionStatus
     from services.log.position import Position
     from services.log.records import Confirmation
-    from services.views.engine import Views
+    from services.views.database import Views
     from services.views.projections import Projection
 
 
@@ -58,7 +58,7 @@ def status() -> None:
 
 async def _status() -> dict[str, Any]:
     from services.log.position import Position
-    from services.views.parked import list_marks
+    from services.views.engine.parking import list_marks
     from services.views.projections import PROJECTIONS
     from services.views.queries import Queries
     from services.wiring import is_embedded
@@ -94,7 +94,7 @@ async def _status() -> dict[str, Any]:
 async def _group(log: Log, name: str, stands: Position) -> str | None:
     """What the next projector does because of offsets that other tools have set for its group; None: nothing."""
     from services.errors import CorruptError
-    from services.views.guard import folds_again
+    from services.views.engine.checkpoints import folds_again
 
     try:
         if folds_again(name, await log.committed(name), stands, range(await log.partitions())):
@@ -106,7 +106,7 @@ async def _group(log: Log, name: str, stands: Position) -> str | None:
 
 async def _building(views: Views, projection: Projection, end: Position) -> dict[str, Any] | None:
     """The generation that is built beside the live one, or was left by a replay that ended early."""
-    from services.views.generations import read_build
+    from services.views.engine.generations import read_build
 
     async with views.reading(snapshot=True) as connection:
         build = await read_build(connection, projection)

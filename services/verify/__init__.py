@@ -17,7 +17,7 @@ from services.verify.notes import Notes
 from services.verify.orphans import find_orphans, keys_to_come
 from services.verify.report import KINDS, Report, Violation
 from services.verify.views import check_view
-from services.views.engine import Views
+from services.views.database import Views
 from services.views.projections import PROJECTIONS
 
 __all__ = ["KINDS", "Progress", "Report", "Violation", "verify"]

@@ -11,12 +11,13 @@ from services.errors import CorruptError
 from services.log.port import Log
 from services.log.position import Position
 from services.verify.report import Report
-from services.views.checkpoints import apply, load_checkpoint
+from services.views.database import Views
 from services.views.digest import digest_view
-from services.views.engine import Views
-from services.views.parked import list_marks
+from services.views.engine.apply import apply
+from services.views.engine.checkpoints import load_checkpoint
+from services.views.engine.parking import list_marks
+from services.views.engine.source import read_stretches
 from services.views.projections import Projection
-from services.views.reading import read_stretches
 
 _BATCH_EVENTS = 1000
 

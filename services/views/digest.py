@@ -21,10 +21,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from schemas.canonical import canonical_cbor
 from services.core.content_address import ContentAddress
 from services.log.position import Position
-from services.views.building import LONG_SECONDS, live_tables, take_long
 from services.views.bulk import driver_of, on_postgresql
-from services.views.checkpoints import read_position
-from services.views.engine import Views
+from services.views.database import Views
+from services.views.engine.build_tables import LONG_SECONDS, live_tables, take_long
+from services.views.engine.checkpoints import read_position
 from services.views.projections import Projection, Tables
 
 _ROWS_AT_ONCE = 1000

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Column, Row, Select, Tuple, literal, select, tuple_
+import cbor2
+from sqlalchemy import BigInteger, Column, Integer, Row, Select, Text, Tuple, Uuid, literal, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.types import TypeEngine
 
+from schemas.canonical import canonical_cbor
 from services.core.content_address import ContentAddress
 from services.core.fields import check_text
 from services.core.paths import check_path
 from services.errors import InvalidRequestError
 from services.log.position import Position
-from services.views.checkpoints import read_position
-from services.views.cursor import read_cursor, write_cursor
-from services.views.engine import Views
+from services.views.database import Views
+from services.views.engine.checkpoints import read_position
 from services.views.models import (
     DEFAULT_PAGE,
     MAX_PAGE,
@@ -306,3 +310,49 @@ def _file(row: Row[Any]) -> File:
 
 def _usage(row: Row[Any]) -> UsageTotal:
     return UsageTotal(row.producer, row.retention_class, row.day, row.packages, row.files, row.bytes)
+
+
+_MAX_TEXT = 4096
+
+
+def write_cursor(listing: str, *key: int | str | UUID) -> str:
+    """The cursor behind the row of this key: base64url (RFC 4648 §5) of the canonical CBOR array [listing, key…]."""
+    return _encoded([listing, *(part.bytes if isinstance(part, UUID) else part for part in key)])
+
+
+def _encoded(parts: list[Any]) -> str:
+    return base64.urlsafe_b64encode(canonical_cbor(parts)).rstrip(b"=").decode()
+
+
+def read_cursor(text: str, listing: str, *columns: Column[Any]) -> list[Any]:
+    """The key in a cursor of this listing: a value that the database takes for each of these columns.
+
+    Raises InvalidRequestError: it is not one that the listing has given out.
+    """
+    try:
+        if len(text) > _MAX_TEXT:
+            raise ValueError("too long")
+        raw = base64.b64decode(text.encode("ascii") + b"=" * (-len(text) % 4), altchars=b"-_", validate=True)
+        found = cbor2.loads(raw)
+        if not isinstance(found, list) or found[:1] != [listing]:
+            raise ValueError("not a cursor of this listing")
+        key = [_value(part, column.type) for part, column in zip(found[1:], columns, strict=True)]
+        if _encoded(found) != text:
+            raise ValueError("not in the form that is given out")
+    except (ValueError, TypeError, binascii.Error, cbor2.CBORDecodeError, RecursionError, OverflowError):
+        raise InvalidRequestError("the cursor is not one that this listing has given out") from None
+    return key
+
+
+def _value(part: object, kind: TypeEngine[Any]) -> Any:
+    """The part as a value of the column's type, whatever rules a writer has for it. Raises ValueError."""
+    match part:
+        case bytes() if isinstance(kind, Uuid):
+            return UUID(bytes=part)
+        case str() if isinstance(kind, Text) and "\0" not in part:
+            return part
+        case int() if isinstance(kind, Integer) and not isinstance(part, bool):
+            bits = 64 if isinstance(kind, BigInteger) else 32
+            if -(1 << bits - 1) <= part < 1 << bits - 1:
+                return part
+    raise ValueError("not a key of this listing")

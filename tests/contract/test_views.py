@@ -22,10 +22,12 @@ from services.errors import (
     UnavailableError,
 )
 from services.log.position import Position
-from services.views.catch_up import catch_up
-from services.views.checkpoints import StaleCheckpointError, apply, load_checkpoint, reset
+from services.views.database import Views
 from services.views.digest import ViewDigest, digest_view
-from services.views.engine import Views
+from services.views.engine.apply import apply
+from services.views.engine.catch_up import catch_up
+from services.views.engine.checkpoints import StaleCheckpointError, load_checkpoint
+from services.views.engine.generations import reset
 from services.views.models import PackageFilter
 from services.views.projections import PROJECTIONS
 from services.views.queries import PAGE_BYTES, Queries

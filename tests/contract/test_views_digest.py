@@ -14,9 +14,9 @@ import pytest
 from sqlalchemy import Column, Integer, MetaData, Table, text
 
 from services.config import Settings
-from services.views.catch_up import catch_up
+from services.views.database import Views
 from services.views.digest import digest_tables, digest_view, keep_tables
-from services.views.engine import Views
+from services.views.engine.catch_up import catch_up
 from services.views.projections import PROJECTIONS, Projection
 from tests.contract.test_views_plans import fill
 from tests.integration.processes import COMMAND
@@ -47,7 +47,7 @@ async def test_a_digest_holds_few_rows_at_a_time(views: Views) -> None:
 async def test_a_digest_may_take_longer_than_other_statements(
     postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.views.engine._STATEMENT_SECONDS", 1)
+    monkeypatch.setattr("services.views.database._STATEMENT_SECONDS", 1)
     views = Views(postgres_url)
     slow = Table("slow", MetaData(), Column("id", Integer, primary_key=True))
     async with views.writing() as connection:  # its first row takes as long as a large sort

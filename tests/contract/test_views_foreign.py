@@ -10,9 +10,9 @@ import pytest
 
 from schemas.events import PackageCreated
 from services.views.bulk import insert_rows
-from services.views.catch_up import catch_up
-from services.views.engine import Views
-from services.views.parked import list_marks
+from services.views.database import Views
+from services.views.engine.catch_up import catch_up
+from services.views.engine.parking import list_marks
 from services.views.projections import PROJECTIONS
 from services.views.queries import Queries
 from services.views.tables import artifact_files, artifact_packages, usage_totals

@@ -9,11 +9,11 @@ from sqlalchemy import Table
 from projector.rebuild import replay_view
 from schemas.codec import encode
 from services.errors import ConfigurationError
-from services.views.catch_up import catch_up
-from services.views.checkpoints import apply
-from services.views.engine import Views
-from services.views.generations import begin_build
-from services.views.parked import list_marks
+from services.views.database import Views
+from services.views.engine.apply import apply
+from services.views.engine.catch_up import catch_up
+from services.views.engine.generations import begin_build
+from services.views.engine.parking import list_marks
 from services.views.projections import PROJECTIONS
 from services.views.tables import (
     artifact_files,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sqlalchemy import delete, update
 
 from services.views.bulk import insert_rows
-from services.views.engine import Views
+from services.views.database import Views
 from services.views.models import PackageFilter
 from services.views.queries import Queries
 from services.views.tables import artifact_files, artifact_packages

@@ -14,7 +14,7 @@ from sqlalchemy import event, text
 from services.core.content_address import ContentAddress
 from services.core.retention import RETENTION_CLASSES
 from services.views.bulk import Row, insert_rows
-from services.views.engine import Views
+from services.views.database import Views
 from services.views.models import PackageFilter
 from services.views.queries import Queries
 from services.views.tables import (

@@ -26,9 +26,9 @@ from services.config import Settings
 from services.errors import ArtifactStoreError
 from services.log.kafka import KafkaLog
 from services.log.position import Position
-from services.views.catch_up import catch_up
+from services.views.database import Views
 from services.views.digest import digest_view
-from services.views.engine import Views
+from services.views.engine.catch_up import catch_up
 from services.views.projections import PROJECTIONS
 from tests.integration.processes import ProductProcess
 from tests.integration.projector_stage import eventually, position_of

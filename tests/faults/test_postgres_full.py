@@ -13,8 +13,8 @@ import pytest
 
 from projector.rebuild import replay_view
 from services.errors import UnavailableError
+from services.views.database import Views
 from services.views.digest import digest_view
-from services.views.engine import Views
 from services.views.projections import PROJECTIONS
 from services.views.queries import Queries
 from tests.faults.store_proxy import StoreProxy

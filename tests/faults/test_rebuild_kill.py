@@ -15,17 +15,16 @@ from pathlib import Path
 import pytest
 from sqlalchemy import inspect
 
-from projector.rebuild import replay_view
-from projector.rebuild_beside import RebuildOptions
+from projector.rebuild import RebuildOptions, replay_view
 from schemas.codec import encode
 from services.config import Settings
 from services.log.position import Position
 from services.log.sqlite.file import create_file
-from services.views.building import SUFFIX
-from services.views.catch_up import catch_up
+from services.views.database import Views
 from services.views.digest import digest_view
-from services.views.engine import Views
-from services.views.generations import read_build
+from services.views.engine.build_tables import SUFFIX
+from services.views.engine.catch_up import catch_up
+from services.views.engine.generations import read_build
 from services.views.projections import PROJECTIONS
 from services.wiring import open_log
 from tests.integration.processes import COMMAND

@@ -14,8 +14,8 @@ from sqlalchemy import select
 
 from benchmarks.file_events import Amount, filled_topic
 from services.log.kafka import KafkaLog
-from services.views.engine import Views
-from services.views.generations import read_build
+from services.views.database import Views
+from services.views.engine.generations import read_build
 from services.views.projections import PROJECTIONS
 from services.views.tables import artifact_packages
 from services.wiring import open_log

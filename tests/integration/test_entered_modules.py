@@ -13,7 +13,7 @@ import pytest
 
 from ingest_gateway import server
 from services.config import Settings
-from services.views.engine import Views
+from services.views.database import Views
 from services.views.projections import PROJECTIONS
 from services.wiring import open_log
 from tests.integration.entered_modules import EnteredModules
@@ -70,5 +70,5 @@ async def test_an_event_enters_few_modules_from_record_to_commit(real_settings: 
                     await covers(views, projection, await log.end())
     await views.close()
     await log.close()
-    assert "services.views.projections.registry" in found
+    assert "services.views.projections.registry_fold" in found
     assert len(found) <= MOST_FOR_AN_EVENT, sorted(found)

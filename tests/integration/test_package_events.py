@@ -23,8 +23,8 @@ from services.direct import DirectRegistry
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka.reader import Reader
 from services.log.port import CommandWriter, PackageExtent, Record, RecordedEvent
-from services.views.catch_up import catch_up
-from services.views.engine import Views
+from services.views.database import Views
+from services.views.engine.catch_up import catch_up
 from services.views.projections import PROJECTIONS
 from services.views.queries import Queries
 from tests.contract.log_stage import settled

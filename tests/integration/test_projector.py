@@ -18,12 +18,14 @@ from services.config import Settings
 from services.core.limits import Limits
 from services.errors import CorruptError, InvalidRequestError, LogIdentityError, UnavailableError
 from services.log.sqlite import SqliteLog, SqliteWriter
-from services.views.catch_up import catch_up
-from services.views.checkpoints import Checkpoint, apply, load_checkpoint, reset
+from services.views.database import Views
 from services.views.digest import digest_view
-from services.views.engine import Views
+from services.views.engine.apply import apply
+from services.views.engine.catch_up import catch_up
+from services.views.engine.checkpoints import Checkpoint, load_checkpoint
+from services.views.engine.generations import reset
 from services.views.projections import PROJECTIONS
-from services.views.projections.registry import RegistryProjection
+from services.views.projections.registry_fold import RegistryProjection
 from services.views.tables import artifact_files
 from tests.integration.projector_stage import WAIT_SECONDS, covers, eventually, projecting
 from tests.memory_log import MemoryLog

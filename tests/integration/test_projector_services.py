@@ -13,9 +13,9 @@ from schemas.codec import encode
 from services.config import Settings
 from services.errors import ConfigurationError, LogIdentityError, UnavailableError
 from services.log.kafka import KafkaLog
-from services.views.catch_up import catch_up
+from services.views.database import Views
 from services.views.digest import digest_view
-from services.views.engine import Views
+from services.views.engine.catch_up import catch_up
 from services.views.projections import PROJECTIONS
 from services.views.queries import Queries
 from services.wiring import open_log, parts

@@ -10,14 +10,14 @@ import pytest
 from sqlalchemy import update
 
 from projector import run_projection
-from projector.metrics import ProjectorMetrics
+from projector.projection_metrics import ProjectorMetrics
 from projector.rebuild import replay_view
 from services.errors import ConfigurationError
 from services.log.port import Batch, Settled, StartOffsets
-from services.views.catch_up import catch_up
-from services.views.engine import Views
+from services.views.database import Views
+from services.views.engine.catch_up import catch_up
 from services.views.projections import PROJECTIONS
-from services.views.projections.registry import RegistryProjection
+from services.views.projections.registry_fold import RegistryProjection
 from services.views.tables import projection_generations
 from tests.integration.projector_stage import covers, eventually, projecting
 from tests.memory_log import MemoryLog, MemorySubscription

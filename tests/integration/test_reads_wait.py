@@ -27,8 +27,8 @@ from services.errors import (
 )
 from services.log.port import CommandWriter
 from services.log.position import Position
-from services.views.catch_up import catch_up
-from services.views.engine import Views
+from services.views.database import Views
+from services.views.engine.catch_up import catch_up
 from services.views.models import ManifestLocation, PackageFilter, Parked
 from services.views.projections import PROJECTIONS
 from services.views.queries import Progress, Queries

@@ -14,20 +14,19 @@ import pytest
 from sqlalchemy import Column, Index, MetaData, Table, Text, inspect, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from projector import DigestMismatchError, RebuildOptions, rebuild_beside
-from projector.progress import ReplayProgress
-from projector.rebuild import replay_view
+from projector import DigestMismatchError, RebuildOptions, rebuild
+from projector.rebuild import ReplayProgress, replay_view
 from schemas.events import Event
 from services.errors import ConfigurationError, CorruptError, InvalidRequestError, PushBackError, UnavailableError
 from services.log.position import Position
-from services.views.building import create_index
-from services.views.catch_up import catch_up
+from services.views.database import Views
 from services.views.digest import digest_view
-from services.views.engine import Views
-from services.views.generations import begin_build, building, drop_build, read_build, switch, this_process
-from services.views.parked import list_marks
+from services.views.engine.build_tables import create_index
+from services.views.engine.catch_up import catch_up
+from services.views.engine.generations import begin_build, building, drop_build, read_build, switch, this_process
+from services.views.engine.parking import list_marks
 from services.views.projections import PROJECTIONS, Projection
-from services.views.projections.retention import RetentionProjection
+from services.views.projections.retention_fold import RetentionProjection
 from services.views.queries import Queries
 from services.views.tables import artifact_packages, projection_checkpoints, projection_generations, retention_state
 from tests.integration.projector_stage import (
@@ -153,7 +152,7 @@ async def test_what_is_folded_just_before_the_switch_is_in_the_view_behind_it(
         await catch_up(views, log, REGISTRY)
         await switch(*given)
 
-    monkeypatch.setattr(rebuild_beside, "switch", fold_and_switch)
+    monkeypatch.setattr(rebuild, "switch", fold_and_switch)
     done = await replay_view(views, log, REGISTRY)
     assert done.position.covers(await log.end())
     await same_as_a_fresh_fold(views, reference, log, REGISTRY)
@@ -376,7 +375,7 @@ async def test_a_rate_is_kept(views: Views) -> None:
 async def test_a_rate_below_that_of_what_arrives_is_told_and_ends_once_less_arrives(
     views: Views, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("projector.rebuild_beside._NEAR_EVENTS", 5)
+    monkeypatch.setattr("projector.rebuild._NEAR_EVENTS", 5)
     log, history = MemoryLog(), History().fill(packages=4, files=5)
     log.append(*history.events)
     told: list[ReplayProgress] = []
@@ -432,12 +431,12 @@ async def test_no_index_of_a_build_is_still_made_when_the_next_build_begins(
     async def begin(*arguments: Any, **options: Any) -> Any:
         begun.append(set(running))
         if len(begun) == 2:
-            monkeypatch.setattr(rebuild_beside, "create_index", create_index)
+            monkeypatch.setattr(rebuild, "create_index", create_index)
         return await begin_build(*arguments, **options)
 
-    monkeypatch.setattr(rebuild_beside, "create_index", make)
-    monkeypatch.setattr(rebuild_beside, "begin_build", begin)
-    monkeypatch.setattr(rebuild_beside, "_cores", lambda: 2)
+    monkeypatch.setattr(rebuild, "create_index", make)
+    monkeypatch.setattr(rebuild, "begin_build", begin)
+    monkeypatch.setattr(rebuild, "_cores", lambda: 2)
     async with opened(postgres_url) as views:
         await replay_view(views, log, REGISTRY)
         assert begun == [set(), set()]

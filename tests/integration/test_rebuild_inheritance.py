@@ -11,13 +11,13 @@ from uuid import uuid4
 import pytest
 from sqlalchemy import text
 
-from projector import rebuild_beside
+from projector import rebuild
 from projector.rebuild import replay_view
 from services.errors import ConfigurationError
-from services.views.building import create_index
-from services.views.catch_up import catch_up
-from services.views.checkpoints import reset
-from services.views.engine import Views
+from services.views.database import Views
+from services.views.engine.build_tables import create_index
+from services.views.engine.catch_up import catch_up
+from services.views.engine.generations import reset
 from services.views.projections import PROJECTIONS
 from tests.integration.projector_stage import WAIT_SECONDS, eventually, opened
 from tests.memory_log import MemoryLog
@@ -134,7 +134,7 @@ async def test_a_vacuum_of_the_server_s_own_gives_way_to_a_view_that_is(
     postgres_url: str, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     """Such a vacuum ends for a lock that was waited for so long, and for no number of shorter attempts."""
-    monkeypatch.setattr(rebuild_beside, "_SWITCH_SECONDS", WAIT_SECONDS / 2)
+    monkeypatch.setattr(rebuild, "_SWITCH_SECONDS", WAIT_SECONDS / 2)
     waited_for = text(
         "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = to_regclass('artifact_files') "
         "AND waitstart < clock_timestamp() - (SELECT CAST(setting || 'ms' AS interval) FROM pg_settings "

@@ -12,10 +12,11 @@ import pytest
 from sqlalchemy import select, text
 
 from projector.rebuild import replay_view
-from services.views.catch_up import catch_up
-from services.views.checkpoints import StaleCheckpointError, apply, load_checkpoint, tables_of
-from services.views.engine import Views
-from services.views.generations import building
+from services.views.database import Views
+from services.views.engine.apply import apply
+from services.views.engine.catch_up import catch_up
+from services.views.engine.checkpoints import StaleCheckpointError, load_checkpoint, tables_of
+from services.views.engine.generations import building
 from services.views.projections import PROJECTIONS
 from services.views.queries import Queries
 from services.views.tables import artifact_packages

@@ -9,12 +9,12 @@ import psutil
 import pytest
 from confluent_kafka import Producer
 
-from projector import RebuildOptions, rebuild_beside, replay
-from projector.progress import ReplayProgress
-from services.views.catch_up import catch_up
+from projector import RebuildOptions, rebuild, replay
+from projector.rebuild import ReplayProgress
+from services.views.database import Views
 from services.views.digest import digest_view
-from services.views.engine import Views
-from services.views.parked import TooManyParkedError, list_marks
+from services.views.engine.catch_up import catch_up
+from services.views.engine.parking import TooManyParkedError, list_marks
 from services.views.projections import PROJECTIONS
 from tests.faults.catch_up_storm import write_history
 from tests.integration.kafka_stage import kafka_settings, open_kafka_log
@@ -34,7 +34,7 @@ def loaders() -> list[psutil.Process]:
 async def test_processes_load_the_partitions_and_one_that_dies_costs_nothing(
     kafka_url: str, postgres_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rebuild_beside, "_MANY_EVENTS", 0)
+    monkeypatch.setattr(rebuild, "_MANY_EVENTS", 0)
     settings = kafka_settings(kafka_url, tmp_path, kafka_partitions=6, views_url=postgres_url)
     killed: list[int] = []
 
@@ -70,7 +70,7 @@ async def test_processes_load_the_partitions_and_one_that_dies_costs_nothing(
 async def test_processes_that_load_park_no_more_packages_than_the_replay_is_told(
     kafka_url: str, postgres_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rebuild_beside, "_MANY_EVENTS", 0)
+    monkeypatch.setattr(rebuild, "_MANY_EVENTS", 0)
     settings = kafka_settings(kafka_url, tmp_path, kafka_partitions=2, views_url=postgres_url)
     options = RebuildOptions(processes=2)
     async with open_kafka_log(settings) as log:

@@ -8,15 +8,14 @@ from pathlib import Path
 import pytest
 
 from projector import replay
-from projector.progress import ReplayProgress
-from projector.rebuild import replay_view
+from projector.rebuild import ReplayProgress, replay_view
 from schemas.events import Event
 from services.config import Settings
 from services.errors import InvalidRequestError, UnavailableError
 from services.registry import open_registry
-from services.views.catch_up import catch_up
+from services.views.database import Views
 from services.views.digest import digest_view
-from services.views.engine import Views
+from services.views.engine.catch_up import catch_up
 from services.views.projections import PROJECTIONS
 from services.views.queries import Queries
 from tests.integration.projector_stage import covers, projecting

@@ -18,10 +18,10 @@ from schemas.codec import encode
 from schemas.events import Event
 from services.errors import CorruptError
 from services.log.kafka import KafkaLog
-from services.views.catch_up import catch_up
-from services.views.checkpoints import load_checkpoint
+from services.views.database import Views
 from services.views.digest import digest_view
-from services.views.engine import Views
+from services.views.engine.catch_up import catch_up
+from services.views.engine.checkpoints import load_checkpoint
 from services.views.projections import PROJECTIONS
 from tests.integration.kafka_stage import PARTITIONS, kafka_settings, open_kafka_log
 from tests.integration.projector_stage import covers, eventually, position_of, projecting

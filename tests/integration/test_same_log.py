@@ -24,9 +24,9 @@ from services.config import Settings
 from services.core.content_address import ContentAddress
 from services.errors import CorruptError
 from services.log.kafka import KafkaLog
-from services.views.catch_up import catch_up
+from services.views.database import Views
 from services.views.digest import digest_view
-from services.views.engine import Views
+from services.views.engine.catch_up import catch_up
 from services.views.projections import PROJECTIONS
 from services.views.tables import projection_checkpoints
 from tests.integration.kafka_stage import kafka_settings, open_kafka_log

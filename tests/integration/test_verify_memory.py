@@ -30,7 +30,7 @@ from services.core.limits import Limits
 from services.log.port import Batch, Record
 from services.log.position import Position
 from services.verify import verify
-from services.views.engine import Views
+from services.views.database import Views
 from tests.memory_log import MemoryLog
 from tests.unit.commands import create
 

@@ -8,9 +8,10 @@ import pytest
 
 from projector import run_projection
 from services.errors import CorruptError
-from services.views.catch_up import catch_up
-from services.views.checkpoints import load_checkpoint, reset
-from services.views.engine import Views
+from services.views.database import Views
+from services.views.engine.catch_up import catch_up
+from services.views.engine.checkpoints import load_checkpoint
+from services.views.engine.generations import reset
 from services.views.projections import PROJECTIONS
 from tests.integration.projector_stage import covers, projecting
 from tests.memory_log import MemoryLog

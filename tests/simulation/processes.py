@@ -22,8 +22,8 @@ from services.log.kafka.log import KafkaLog
 from services.log.kafka.writers import KafkaWriter
 from services.log.port import PackageExtent
 from services.log.position import Position
-from services.views import checkpoints
-from services.views.checkpoints import Checkpoint, LastRecord, StaleCheckpointError
+from services.views.engine import apply, checkpoints, generations
+from services.views.engine.checkpoints import Checkpoint, LastRecord, StaleCheckpointError
 from services.views.projections import projection_named
 from tests.simulation.checker import Checker
 from tests.simulation.kafka import Cluster
@@ -308,8 +308,8 @@ async def _reset(views: Database, _: object, *, expected: UUID | None = None, **
 STAND_INS: dict[object, object] = {
     checkpoints.load_checkpoint: _load_checkpoint,
     checkpoints.live_row: _live_row,
-    checkpoints.apply: _apply,
-    checkpoints.reset: _reset,
+    apply.apply: _apply,
+    generations.reset: _reset,
 }
 
 

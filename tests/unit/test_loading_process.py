@@ -9,14 +9,14 @@ from uuid import UUID
 
 import pytest
 
-from projector import loading_process
-from projector.loading_process import load_in_processes
+from projector import loading
+from projector.loading import load_in_processes
 from services.config import Settings
 from services.errors import ArtifactStoreError, CorruptError, UnavailableError
 from services.log.position import Position
-from services.views.checkpoints import Checkpoint, StaleCheckpointError
-from services.views.failures import DamagedDatabaseError, LockedError, TablesError
-from services.views.parked import TooManyParkedError
+from services.views.database import DamagedDatabaseError, LockedError, TablesError
+from services.views.engine.checkpoints import Checkpoint, StaleCheckpointError
+from services.views.engine.parking import TooManyParkedError
 
 
 async def load(settings: Settings) -> None:
@@ -52,7 +52,7 @@ async def test_an_error_of_a_process_keeps_its_class(
     said = json.dumps({"error": kind.__name__, "detail": "what it says"})
     script = tmp_path / "fails.py"
     script.write_text(f"import sys; sys.stdin.buffer.read(1); print({said!r}, flush=True)")
-    monkeypatch.setattr(loading_process, "PYTHON", (sys.executable, str(script)))
+    monkeypatch.setattr(loading, "PYTHON", (sys.executable, str(script)))
     with pytest.raises(kind, match="what it says") as raised:
         await load(embedded_settings)
     assert raised.type is kind
@@ -61,6 +61,6 @@ async def test_an_error_of_a_process_keeps_its_class(
 async def test_a_process_that_cannot_be_started_may_be_later(
     embedded_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading_process, "PYTHON", (str(tmp_path / "missing"),))
+    monkeypatch.setattr(loading, "PYTHON", (str(tmp_path / "missing"),))
     with pytest.raises(UnavailableError, match="cannot be started: No such file"):
         await load(embedded_settings)

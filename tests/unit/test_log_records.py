@@ -12,10 +12,10 @@ from schemas.codec import encode
 from schemas.events import Event
 from services.log.port import Record
 from services.log.records import AdministrativeHead, BadRecord, Skips, read_record
-from services.views.catch_up import catch_up
+from services.views.database import Views
 from services.views.digest import digest_view
-from services.views.engine import Views
-from services.views.parked import list_marks
+from services.views.engine.catch_up import catch_up
+from services.views.engine.parking import list_marks
 from services.views.projections import PROJECTIONS
 from tests.memory_log import MemoryLog, skip_of
 from tests.unit.test_schemas_golden import administrative, history

@@ -15,7 +15,7 @@ from services.cli import main
 from services.config import Settings
 from services.errors import ConfigurationError
 from services.log.sqlite import file
-from services.views.engine import Views
+from services.views.database import Views
 from services.wiring import open_views
 
 

@@ -16,13 +16,13 @@ import psutil
 import pytest
 
 from ingest_gateway import processes as gateway_processes
-from projector import processes as projector_processes
-from projector.loading_process import load_in_processes
+from projector import runner as projector_processes
+from projector.loading import load_in_processes
 from services.config import Settings
 from services.errors import ConfigurationError
 from services.log.position import Position
 from services.processes import Command, RestartRule, run_processes
-from services.views.checkpoints import Checkpoint
+from services.views.engine.checkpoints import Checkpoint
 from tests.integration.conditions import until
 
 pytestmark = pytest.mark.processes

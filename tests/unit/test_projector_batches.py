@@ -9,7 +9,7 @@ import pytest
 
 from projector.assignment import Assignment
 from schemas.events import PackageFinalized
-from services.views.engine import Views
+from services.views.database import Views
 from services.views.projections import PROJECTIONS
 from tests.memory_log import MemoryLog
 from tests.views_history import History

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from services.views.sqlite_connection import SqliteConnection, connect
+from services.views.database import SqliteConnection, connect
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import asyncpg
 import pytest
 
 from services.errors import UnavailableError
-from services.views.failures import database_errors
+from services.views.database import database_errors
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,10 @@ from schemas.events import Event
 from services.core.retention import MICROS_PER_DAY
 from services.errors import CorruptError, InvalidRequestError, LogIdentityError
 from services.log.position import Position
-from services.views.checkpoints import Checkpoint, StaleCheckpointError, apply, load_checkpoint, reset
-from services.views.engine import Views
+from services.views.database import Views
+from services.views.engine.apply import apply
+from services.views.engine.checkpoints import Checkpoint, StaleCheckpointError, load_checkpoint
+from services.views.engine.generations import reset
 from services.views.models import ManifestLocation
 from services.views.projections import PROJECTIONS, projection_named
 from services.views.queries import Queries

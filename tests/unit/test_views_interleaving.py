@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 from schemas.events import Event
 from services.core.content_address import ContentAddress
-from services.views.checkpoints import apply, load_checkpoint, reset
+from services.views.database import Views
 from services.views.digest import digest_view
-from services.views.engine import Views
+from services.views.engine.apply import apply
+from services.views.engine.checkpoints import load_checkpoint
+from services.views.engine.generations import reset
 from services.views.projections import PROJECTIONS
 from tests.views_history import History
 

@@ -9,7 +9,7 @@ import asyncpg
 import pytest
 
 from services.errors import ConfigurationError, UnavailableError
-from services.views.engine import Views
+from services.views.database import Views
 
 SECRET = "w0rd-that-nobody-sees"
 POSTGRESQL = f"postgresql+asyncpg://ada:{SECRET}@127.0.0.1:1/views"

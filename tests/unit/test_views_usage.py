@@ -12,10 +12,11 @@ import pytest
 from sqlalchemy import select
 
 from schemas.events import Event, FileIngested
-from services.views.checkpoints import apply, load_checkpoint
-from services.views.engine import Views
+from services.views.database import Views
+from services.views.engine.apply import apply
+from services.views.engine.checkpoints import load_checkpoint
 from services.views.projections import PROJECTIONS
-from services.views.projections.usage import DAY
+from services.views.projections.usage_fold import DAY
 from services.views.tables import usage_totals
 from tests.views_history import START, History
 

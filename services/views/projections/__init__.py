@@ -1,4 +1,8 @@
-"""The projections: one file each. `PROJECTIONS` knows them by their names."""
+"""The projections: one file each. `PROJECTIONS` knows them by their names.
+
+Begin with `port`, which says what a projection is, then read `retention_fold`, the shortest. They write through
+`services.views.bulk` and check the order of events through `order`; they know nothing of the log or the engine.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,9 @@ from collections.abc import Mapping
 
 from services.errors import InvalidRequestError
 from services.views.projections.port import Projection, Tables
-from services.views.projections.registry import RegistryProjection
-from services.views.projections.retention import RetentionProjection
-from services.views.projections.usage import UsageProjection
+from services.views.projections.registry_fold import RegistryProjection
+from services.views.projections.retention_fold import RetentionProjection
+from services.views.projections.usage_fold import UsageProjection
 
 __all__ = ["PROJECTIONS", "Projection", "Tables", "projection_named"]
 

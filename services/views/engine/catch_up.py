@@ -11,12 +11,19 @@ from contextlib import aclosing
 
 from services.log.port import Log
 from services.log.position import Position
-from services.views.checkpoints import Checkpoint, StaleCheckpointError, apply, load_checkpoint, require_same_log
-from services.views.engine import Views
-from services.views.guard import check_continues, check_within
+from services.views.database import Views
+from services.views.engine.apply import apply
+from services.views.engine.checkpoints import (
+    Checkpoint,
+    StaleCheckpointError,
+    check_continues,
+    check_within,
+    load_checkpoint,
+    require_same_log,
+)
+from services.views.engine.parking import retry_confirmed
+from services.views.engine.source import ReadBatch, read_stretches
 from services.views.projections import Projection
-from services.views.reading import ReadBatch, read_stretches
-from services.views.retry import retry_confirmed
 
 BATCH_EVENTS = 2000
 

@@ -1,6 +1,6 @@
-"""Generations: one that is built beside the live one, from its first row to the switch that makes it live.
+"""Generations: a view is emptied (`reset`), or one is built beside the live one and takes its place (`switch`).
 
-A build is known by its row in `projection_builds`; its rows and checkpoint are moved by `apply`, as the live one's are.
+A build is known by its row in `projection_builds`; `apply` moves its rows and checkpoint as it moves the live one's.
 The live generation's row is only ever updated: whoever waits for its lock finds it again and sees what has changed.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import random
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -24,30 +25,36 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from services.errors import PushBackError, UnavailableError
 from services.file_lock import FileLock
 from services.log.position import Position
-from services.views.building import (
+from services.views.bulk import on_postgresql
+from services.views.database import (
+    LockedError,
+    Views,
+    database_errors,
+)
+from services.views.engine.build_tables import (
     building_tables,
     create_tables,
     drop_tables,
     hold_off_vacuums,
     index_statements,
+    inherit,
+    inheritance_of,
     live_tables,
     lock_live_tables,
     replace_live_tables,
 )
-from services.views.checkpoints import (
+from services.views.engine.checkpoints import (
     Checkpoint,
     StaleCheckpointError,
-    forget_progress,
     hold_all_folds,
     hold_live,
     live_row,
     read_offsets,
     read_progress,
 )
-from services.views.engine import Views
-from services.views.failures import database_errors
+from services.views.engine.parking import forget_marks
 from services.views.projections import Projection
-from services.views.tables import projection_builds, projection_generations
+from services.views.tables import metadata, projection_builds, projection_checkpoints, projection_generations
 
 logger = logging.getLogger(__name__)
 
@@ -268,3 +275,88 @@ async def _forget(connection: AsyncConnection, projection: Projection) -> bool:
         await forget_progress(connection, known.generation)
         await connection.execute(delete(projection_builds).where(mine))
     return known is not None
+
+
+_FIRST_PAUSE = 0.05
+_LONGEST_PAUSE = 1.0
+
+
+class Attempts:
+    """The time that there is for one undertaking, and the pauses within."""
+
+    def __init__(self, seconds: float) -> None:
+        """The time begins now."""
+        self._until = time.monotonic() + seconds
+        self._pause = _FIRST_PAUSE
+
+    async def another(self) -> bool:
+        """Pause, longer each time, and return True; False at once when the time is over."""
+        if time.monotonic() > self._until:
+            return False
+        await asyncio.sleep(random.uniform(0, self._pause))
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+        return True
+
+
+_RESET_SECONDS = 600.0
+"""How long a reset looks for a moment in which nobody reads and no fold takes long."""
+
+
+async def reset(
+    views: Views, projection: Projection, *, expected: UUID | None = None, patience_seconds: float = _RESET_SECONDS
+) -> UUID:
+    """Empty the projection's tables and begin a new generation at the log's start; returns its id.
+
+    One transaction, in a moment in which nobody reads the tables: readers find them empty behind it, on PostgreSQL also
+    those whose snapshot is older. Folds that are under way come to their end, later ones of the old generation fail at
+    their guard. Tables of another layout are made anew.
+
+    Raises:
+        StaleCheckpointError: `expected` is not the live generation; nothing was changed.
+        UnavailableError: there was no such moment for so long, or the database cannot be reached.
+        ConfigurationError: tables of another layout cannot be dropped, for what others have put on them.
+    """
+    attempts = Attempts(patience_seconds)
+    while True:
+        try:
+            async with views.writing() as connection:
+                return await _reset(connection, projection, expected)
+        except LockedError as error:
+            logger.info("%s: not emptied yet: %s", projection.name, error.detail)
+            if not await attempts.another():
+                raise UnavailableError(
+                    f"{projection.name} could not be emptied in {patience_seconds:.0f} s: {error.detail}"
+                ) from error
+
+
+async def _reset(connection: AsyncConnection, projection: Projection, expected: UUID | None) -> UUID:
+    generation = uuid4()
+    await hold_off_vacuums(connection, live_tables(projection))
+    # The row is updated, never replaced: a fold that waits for its lock must find it again.
+    before = await hold_all_folds(connection, projection)
+    if expected not in (None, before.generation):
+        raise StaleCheckpointError(f"the view {projection.name} was reset meanwhile")
+    await lock_live_tables(connection, projection)
+    fresh = {"generation": generation, "layout": projection.layout, "log": None}
+    mine = projection_generations.c.projection == projection.name
+    await connection.execute(update(projection_generations).where(mine).values(fresh))
+    await forget_progress(connection, before.generation)
+    if before.layout != projection.layout:
+        inherited = [await inheritance_of(connection, table) for table in projection.tables]
+        await connection.run_sync(metadata.drop_all, tables=projection.tables)
+        await connection.run_sync(metadata.create_all, tables=projection.tables)
+        for table, statements in zip(projection.tables, inherited, strict=True):
+            await inherit(connection, table, statements)
+    elif on_postgresql(connection):
+        names = ", ".join(table.name for table in projection.tables)  # our own names, not anyone's input
+        await connection.execute(text(f"TRUNCATE {names}"))
+    else:
+        for table in projection.tables:
+            await connection.execute(delete(table))
+    return generation
+
+
+async def forget_progress(connection: AsyncConnection, generation: UUID) -> None:
+    """Remove checkpoints and marks of a generation that is given up."""
+    await connection.execute(delete(projection_checkpoints).where(projection_checkpoints.c.generation == generation))
+    await forget_marks(connection, generation)

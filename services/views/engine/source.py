@@ -1,4 +1,4 @@
-"""Records on their way into a view: decoded where they can be, and kept, so that a fold can say which they were."""
+"""Reading for the engine: records from the log, decoded where they can be, each kept with what it was."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ from prometheus_client.registry import Collector
 from services.addresses import ListenAddress
 from services.errors import ArtifactStoreError, ConfigurationError
 from services.log.port import Log
-from services.views.engine import Views
-from services.views.parked import list_marks
+from services.views.database import Views
+from services.views.engine.parking import list_marks
 from services.views.queries import Queries
 
 logger = logging.getLogger(__name__)

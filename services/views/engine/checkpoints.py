@@ -1,0 +1,269 @@
+"""Checkpoints: how far a view has come, and whether the log still goes on from there.
+
+Two things keep an outdated fold from writing. The offsets that it starts from must be those of the checkpoint, so of
+two folds of one batch only one is applied. And its generation must still be there, live or being built, so a fold
+that began before a reset or a switch cannot write into the tables that took its place.
+
+The guard (`check_continues`) compares a checkpoint with the log before anything is added. The log's identity tells
+another log. A log that was restored from an older copy keeps its identity; it ends before the checkpoint or, once it
+was written on, holds another record where the view folded its last one. Both are refused, because what would be
+folded has another past than what the view holds. Nothing resets by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import UUID
+
+from blake3 import blake3
+from sqlalchemy import Row, select, text, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from services.errors import CorruptError, LogIdentityError, UnavailableError
+from services.log.port import Log, Record
+from services.log.position import Position
+from services.views.bulk import on_postgresql
+from services.views.database import TablesError, Views, check_layouts
+from services.views.engine.build_tables import (
+    building_tables,
+    live_tables,
+)
+from services.views.projections import Projection, Tables
+from services.views.tables import projection_builds, projection_checkpoints, projection_generations
+
+_FOLDS_SECONDS = 10
+"""How long folds that are under way are waited for; no other begins meanwhile."""
+
+
+class StaleCheckpointError(UnavailableError):
+    """The view does not stand where the batch begins: another has moved it. Nothing was applied; read it again."""
+
+    problem = "stale-checkpoint"
+
+
+@dataclass(frozen=True, slots=True)
+class LastRecord:
+    """The last record that was folded from a partition: its offset and the BLAKE3 of its bytes."""
+
+    offset: int
+    digest: bytes
+
+    @classmethod
+    def of(cls, record: Record) -> LastRecord:
+        """What is kept of this record."""
+        return cls(record.offset, blake3(record.value).digest())
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Where one generation of a view stands in the log, and which records it folded last, by partition."""
+
+    generation: UUID
+    position: Position
+    last: Mapping[int, LastRecord] = field(default_factory=dict)
+
+
+async def load_checkpoint(views: Views, projection: Projection, log: UUID) -> Checkpoint:
+    """Where the view stands in `log`; a view that has folded nothing yet belongs to that log from now on.
+
+    Raises LogIdentityError (it was folded from another log), UnavailableError, TablesError (its tables are missing or
+    of another layout).
+    """
+    async with views.reading(snapshot=True) as connection:
+        await check_layouts(connection, [projection])
+        live = await live_row(connection, projection)
+        offsets, last = await read_progress(connection, live.generation)
+        generation, owner = live.generation, live.log
+    if owner is None:
+        async with views.writing() as connection:
+            await connection.execute(
+                update(projection_generations)
+                .where(projection_generations.c.generation == generation, projection_generations.c.log.is_(None))
+                .values(log=log)
+            )
+        return await load_checkpoint(views, projection, log)
+    require_same_log(projection, owner, log)
+    return Checkpoint(generation, Position(log, offsets), last)
+
+
+def require_same_log(projection: Projection, folded: UUID, now: UUID) -> None:
+    """Raise LogIdentityError unless the log that is there `now` is the one that the projection was folded from."""
+    if now != folded:
+        raise LogIdentityError(
+            f"{projection.name} was folded from log {folded}, this is log {now}: it was made anew, or the URLs are "
+            "those of a log and views that do not belong together; bring that log back, or "
+            f"`artifact-store replay {projection.name}` to fold this one"
+        )
+
+
+async def read_position(connection: AsyncConnection, projection: Projection) -> Position | None:
+    """Where the view stands; None before it has folded from any log."""
+    live = await live_row(connection, projection)
+    return None if live.log is None else Position(live.log, await read_offsets(connection, live.generation))
+
+
+async def read_offsets(connection: AsyncConnection, generation: UUID) -> dict[int, int]:
+    """From partition to the offset of the next record, for one generation."""
+    offsets, _ = await read_progress(connection, generation)
+    return offsets
+
+
+async def read_progress(connection: AsyncConnection, generation: UUID) -> tuple[dict[int, int], dict[int, LastRecord]]:
+    """From partition to the offset of the next record, and to the record that was folded last, for one generation."""
+    table = projection_checkpoints.c
+    query = select(table.partition, table.next_offset, table.last_offset, table.last_digest)
+    offsets: dict[int, int] = {}
+    last: dict[int, LastRecord] = {}
+    for row in await connection.execute(query.where(table.generation == generation).order_by(table.partition)):
+        offsets[row.partition] = row.next_offset
+        if row.last_offset is not None:
+            last[row.partition] = LastRecord(row.last_offset, row.last_digest)
+    return offsets, last
+
+
+async def hold_live(connection: AsyncConnection, projection: Projection) -> Row[Any]:
+    """Wait for folds into the live generation and let no other begin until the transaction ends; a build's go on.
+
+    Returns the row of the live generation. Neither readers nor other projections wait. Raises LockedError through
+    `Views.writing` when the folds take too long; TablesError when there is no live generation yet.
+    """
+    if on_postgresql(connection):
+        await _bound_waiting(connection)
+    return await live_row(connection, projection, lock=True)
+
+
+async def hold_all_folds(connection: AsyncConnection, projection: Projection) -> Row[Any]:
+    """As `hold_live`, for folds into a build too."""
+    if on_postgresql(connection):
+        await _bound_waiting(connection)
+        # Folds hold the live row together and may follow each other without a gap; this lock has a queue.
+        await connection.execute(text(f"SELECT pg_advisory_xact_lock({_FOLDING})"), _folding(projection))
+    return await live_row(connection, projection, lock=True)
+
+
+async def _bound_waiting(connection: AsyncConnection) -> None:
+    await connection.execute(text(f"SET LOCAL lock_timeout = '{_FOLDS_SECONDS}s'"))
+
+
+async def live_row(connection: AsyncConnection, projection: Projection, *, lock: bool = False) -> Row[Any]:
+    """The row of the live generation. With `lock` it stands still until the transaction ends.
+
+    Raises TablesError when there is none yet.
+    """
+    query = select(projection_generations).where(projection_generations.c.projection == projection.name)
+    row = (await connection.execute(query.with_for_update() if lock else query)).one_or_none()
+    if row is None:
+        raise TablesError(f"the views have no {projection.name}: `artifact-store migrate` creates it")
+    return row
+
+
+_FOLDING = "hashtextextended(:folding, 0)"
+
+
+def _folding(projection: Projection) -> dict[str, str]:
+    return {"folding": f"artifact-store folding {projection.name}"}
+
+
+async def tables_of(connection: AsyncConnection, projection: Projection, since: Checkpoint) -> Tables:
+    """The tables of the checkpoint's generation; it stays what it is, live or being built, until the transaction ends.
+
+    Raises StaleCheckpointError when there is no such generation any more.
+    """
+    if on_postgresql(connection):
+        await connection.execute(text(f"SELECT pg_advisory_xact_lock_shared({_FOLDING})"), _folding(projection))
+    for table, tables in ((projection_generations, live_tables), (projection_builds, building_tables)):
+        mine = (table.c.projection == projection.name, table.c.generation == since.generation)
+        query = select(table.c.log).where(*mine, table.c.log == since.position.log).with_for_update(read=True)
+        if (await connection.execute(query)).one_or_none() is not None:
+            if table is projection_builds and on_postgresql(connection):
+                # Nobody sees a build: a server that dies may lose its last batches, whole, with their checkpoint.
+                await connection.execute(text("SET LOCAL synchronous_commit TO off"))
+            return tables(projection)
+    raise StaleCheckpointError(f"the view {projection.name} was reset: this fold is of an older generation")
+
+
+async def check_continues(
+    log: Log, name: str, checkpoint: Checkpoint, partitions: Iterable[int], *, end: Position | None = None
+) -> None:
+    """Return if the log goes on, in these partitions, from what the view `name` has folded; reads a record of each.
+
+    `end` is the log's, from after the checkpoint; without it the log is asked. Raises CorruptError, which names the
+    replay that would accept the log as it is; UnavailableError.
+    """
+    wanted = sorted(set(partitions))
+    offsets = {p: checkpoint.position.offsets[p] for p in wanted if p in checkpoint.position.offsets}
+    position = Position(checkpoint.position.log, offsets)
+    check_within(position, end or await log.end(position), name)
+    last = {p: checkpoint.last[p] for p in wanted if p in checkpoint.last}
+    if not last:
+        return
+    try:
+        found = await _records_at(log, {p: record.offset for p, record in last.items()})
+    except CorruptError as error:
+        raise CorruptError(f"the view {name} cannot go on: {error.detail}. {_mend(name)}") from error
+    for partition, record in last.items():
+        if partition not in found or LastRecord.of(found[partition]) != record:
+            raise CorruptError(
+                f"the view {name} folded a record at offset {record.offset} of partition {partition} that the log does "
+                f"not hold any more: it was restored from an older copy and written on. {_mend(name)}"
+            )
+
+
+def check_within(position: Position, end: Position, name: str) -> None:
+    """Raise CorruptError when a view stands beyond the log's end: the log has lost what the view has seen."""
+    for partition, offset in position.offsets.items():
+        if offset > end.offsets.get(partition, 0):
+            raise CorruptError(
+                f"the view {name} stands at offset {offset} of partition {partition}, beyond the log's end at "
+                f"{end.offsets.get(partition, 0)}: the log was truncated or restored from an older copy. {_mend(name)}"
+            )
+
+
+def folds_again(
+    name: str, committed: Mapping[int, tuple[int, str]], stands: Position, partitions: Iterable[int]
+) -> bool:
+    """Whether an operator has set the group of the view `name` back to the log's start with the log's own tools.
+
+    `committed` is what the group has, read after `stands`, where the view stands. Our commits carry metadata, and those
+    tools write none. An offset that they have set to where the view stands changes nothing. An offset that is missing
+    (deleted, or expired) says nothing.
+
+    Raises CorruptError: some offsets were set, but not those of all partitions to the start. The view cannot follow:
+    it cannot take one partition out of totals, and skips nothing.
+    """
+    set_by_others = {p: offset for p, (offset, metadata) in committed.items() if not metadata}
+    foreign = {p: offset for p, offset in set_by_others.items() if offset != stands.offsets.get(p, 0)}
+    if not foreign:
+        return False
+
+    def at_start(partition: int) -> bool:
+        if partition in committed:
+            return committed[partition] == (0, "")
+        return not stands.offsets.get(partition)  # where the view has folded nothing, there may be no commit to reset
+
+    if all(at_start(partition) for partition in partitions):
+        return True
+    partition, offset = min(foreign.items())
+    raise CorruptError(
+        f"the group of the view {name} was set to offset {offset} of partition {partition} with other tools, and the "
+        f"view stands at {stands.offsets.get(partition, 0)}. Only a reset of all partitions to the earliest offset is "
+        f"followed. To fold the view again, run `artifact-store replay {name}`; to go on from where it stands, delete "
+        "the group's offsets"
+    )
+
+
+def _mend(name: str) -> str:
+    return f"Bring the whole log back, or accept the loss and fold again with `artifact-store replay {name}`"
+
+
+async def _records_at(log: Log, offsets: dict[int, int]) -> dict[int, Record]:
+    """The records at these offsets, by partition, where there are any."""
+    found: dict[int, Record] = {}
+    batches = log.scan(offsets, {p: offset + 1 for p, offset in offsets.items()})
+    async with aclosing(batches):
+        async for batch in batches:
+            found |= {record.partition: record for record in batch.records}
+    return found
