@@ -20,9 +20,9 @@ CHUNK_BYTES = 1 << 20
 async def from_any(
     stream: AsyncIterable[bytes] | Iterable[bytes] | IO[bytes] | bytes,
 ) -> AsyncGenerator[bytes, None]:
-    """Iterate over the stream's bytes; a file object is read in a thread, so that the event loop never waits for it.
+    """Iterate over the stream's bytes. File objects are read in a thread, so the event loop never waits for them.
 
-    Raises InvalidRequestError: it is a file object that is set not to block.
+    Raises InvalidRequestError for a non-blocking file object.
     """
     if isinstance(stream, bytes | bytearray | memoryview):
         yield bytes(stream)
@@ -38,9 +38,9 @@ async def from_any(
 
 
 def read_chunk(file: IO[bytes]) -> bytes:
-    """The file object's next bytes, at most CHUNK_BYTES; empty at its end alone. Blocks.
+    """The file object's next bytes, at most CHUNK_BYTES, empty only at its end. Blocks.
 
-    Raises InvalidRequestError: it is set not to block (`io.RawIOBase.read` gives None then, for nothing as yet).
+    Raises InvalidRequestError when it is non-blocking (`io.RawIOBase.read` then returns None for no bytes yet).
     """
     chunk: bytes | None = file.read(CHUNK_BYTES)
     if chunk is None:
@@ -57,15 +57,15 @@ Result = TypeVar("Result")
 
 
 async def to_its_end(work: Callable[[], Result], given_up: Event | None = None) -> Result:
-    """Do `work` in a thread and return its result; when cancelled, however often, only once the thread is done.
+    """Do `work` in a thread and return its result. When cancelled, however often, wait for the thread first.
 
-    `given_up` is set when it is cancelled, for long work that looks at it.
+    Cancelling sets `given_up`, which long work may check.
     """
     return await ended(asyncio.ensure_future(asyncio.to_thread(work)), given_up)
 
 
 async def ended(doing: asyncio.Future[Result], given_up: Event | None = None) -> Result:
-    """As `to_its_end`, of work that a thread does already."""
+    """As `to_its_end`, for work that a thread is doing already."""
     try:
         return await asyncio.shield(doing)
     except asyncio.CancelledError:

@@ -38,7 +38,7 @@
     └── ConfigurationError       mend the settings; the text says how
 
 Each class carries its HTTP status, its problem type (RFC 9457, the last part of a stable URN) and the exit code of the
-command line, so that every outside maps it in one place.
+command line.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from typing import ClassVar
 class ArtifactStoreError(Exception):
     """Root of every error that this project raises on purpose.
 
-    The text says what is wrong and, where something mends it, what does; it never holds a secret. `facts` are for
+    The text says what is wrong and what mends it, where something does. It never holds a secret. `facts` are for
     programs: further members of the problem document, by their names in `documents.problem_details.Problem`.
     """
 
@@ -120,7 +120,7 @@ class FileNotFoundInRegistryError(NotFoundError):
 
 
 class UploadNotFoundError(NotFoundError):
-    """No such upload: it never was, it has expired, was ended, or what it brought was refused."""
+    """No such upload: it never existed, has expired, was ended, or its bytes were refused."""
 
     problem = "upload-not-found"
 
@@ -151,7 +151,7 @@ class IllegalPackageStateError(ConflictError):
 
 
 class AnswerExpiredError(IllegalPackageStateError):
-    """Answers of the package are not kept any more: whether an earlier try was recorded, its events tell.
+    """The package's answers are no longer kept. Its events show whether an earlier attempt was recorded.
 
     `facts` names the package, when it was finalized (µs since 1970) and its manifest.
     """
@@ -160,16 +160,16 @@ class AnswerExpiredError(IllegalPackageStateError):
 
 
 class PackageAbandonedError(IllegalPackageStateError):
-    """The package is open, and so much time passed since its last event that it takes no command any more.
+    """The package was left open for so long after its last event that it takes no more commands.
 
-    Nor are its commands answered again: whether one was recorded, its events tell. `facts` names the package.
+    Repeats get no answer either: its events show whether a command was recorded. `facts` names the package.
     """
 
     problem = "package-abandoned"
 
 
 class SequenceBeyondLogError(ConflictError):
-    """A read was to wait for an event that the log does not hold; waiting would not help."""
+    """A read asked to wait for an event that the log does not hold. Waiting would not help."""
 
     problem = "sequence-beyond-log"
 
@@ -193,14 +193,14 @@ class ContentMismatchError(RejectedError):
 
 
 class ChecksumMismatchError(RejectedError):
-    """The bytes of one request are not those of its `Upload-Checksum`; the upload stands where it stood before."""
+    """The bytes of one request do not match its `Upload-Checksum`. The upload has not moved."""
 
     status = 460  # tus 1.0, "Checksum"
     problem = "checksum-mismatch"
 
 
 class UnknownContentError(RejectedError):
-    """Bytes that were named by their digest are not stored here, or not whole: send them."""
+    """Bytes named by their digest are not stored here, or not completely. Send them."""
 
     problem = "unknown-content"
 
@@ -247,7 +247,7 @@ class PushBackError(ArtifactStoreError):
 
 
 class LogLostError(PushBackError):
-    """The package's partition lacks events that it had acknowledged: nothing is appended until an operator decides."""
+    """The package's partition has lost acknowledged events. Nothing is appended until an operator decides."""
 
     problem = "log-lost"
 
@@ -256,7 +256,7 @@ class LogLostError(PushBackError):
 
 
 class UploadBusyError(PushBackError):
-    """Another request adds to this upload, or did so a moment ago."""
+    """Another request is adding to this upload, or did so a moment ago."""
 
     status = 423
     problem = "upload-busy"
@@ -271,26 +271,26 @@ class UnavailableError(ArtifactStoreError):
 
 
 class WaitTimeoutError(UnavailableError):
-    """The view did not reach the sequence that was waited for within the bound."""
+    """The view did not reach the requested sequence in time."""
 
     status = 504
     problem = "wait-timeout"
 
 
 class CorruptError(ArtifactStoreError):
-    """What was read breaks an invariant. Stop; nothing is skipped and nothing resets by itself."""
+    """What was read breaks an invariant. Stop: nothing is skipped, and nothing resets by itself."""
 
     problem = "corrupt"
 
 
 class BadRecordError(CorruptError):
-    """The log holds a record that is no event. The text names its place, its digest and the command that passes it."""
+    """The log holds a record that is no event. The text names its place, its digest and the command that skips it."""
 
     problem = "bad-record"
 
 
 class PackageParkedError(CorruptError):
-    """The view stopped following the package at an event that it cannot read or apply; an operator has to mend it."""
+    """The view stopped at an event of the package that it cannot read or apply. An operator has to mend it."""
 
     problem = "package-parked"
 

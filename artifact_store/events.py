@@ -101,7 +101,7 @@ class LossAccepted:
 
 
 AdministrativePayload = LogSkipped | LossAccepted
-"""What belongs to no package but to a partition of the log."""
+"""Payloads that belong to a partition of the log, not to a package."""
 
 Payload = PackageCreated | FileIngested | PackageFinalized | LogSkipped | LossAccepted
 
@@ -196,6 +196,6 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class RecordedEvent(Event):
-    """An event as read from the log, with the position behind it, from which reading goes on."""
+    """An event as read from the log. Reading continues from its `position`."""
 
     position: Position

@@ -16,6 +16,11 @@ from artifact_store.errors import CorruptError, InvalidRequestError
 
 _FORM = re.compile(r"blake3:[0-9a-f]{64}")
 
+MANIFEST_VERSION = 1
+
+_LEVELS = 2 + MAX_LEVELS
+"""A package's metadata may be MAX_LEVELS deep and lies two levels down."""
+
 
 class ContentAddress(str):
     """`blake3:` and 64 lower-case hex digits. A `str`, so that it prints, compares and serialises as one."""
@@ -44,12 +49,6 @@ def content_key(blake3: bytes) -> str:
     """The key under which a blob store keeps the bytes of this BLAKE3 digest (32 raw bytes)."""
     text = blake3.hex()
     return f"blobs/blake3/{text[:2]}/{text[2:4]}/{text}"
-
-
-MANIFEST_VERSION = 1
-
-_LEVELS = 2 + MAX_LEVELS
-"""A package's metadata, as deep as it may be, lies two levels down."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +102,7 @@ class Manifest:
 
 
 def decode(data: bytes) -> Manifest:
-    """Read a manifest from either form, canonical CBOR or JSON. Raises CorruptError when it is neither."""
+    """Read a manifest in canonical CBOR or JSON. Raises CorruptError when it is neither."""
     try:
         raw = json.loads(data) if data[:1] == b"{" else cbor2.loads(data)
         if raw["manifest_version"] != MANIFEST_VERSION:

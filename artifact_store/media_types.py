@@ -1,4 +1,4 @@
-"""Media types by the names of files, with Python's own table alone: the same everywhere, whatever a machine knows."""
+"""Media types guessed from file names, with Python's own table only, so that every machine gives the same."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _TYPES = MimeTypes()
 
 
 def guess_media_type(name: str) -> str:
-    """The media type of a file of this name; `application/octet-stream` when nothing is known of it."""
+    """The media type of a file of this name; `application/octet-stream` when it is unknown."""
     last = name.rpartition("/")[2]
     stem, dot, ending = last.rpartition(".")
     if dot and stem.strip(".") and "." not in stem and ":" not in last:
-        return _of_ending(ending)  # the usual case: what stands before a single dot does not matter
+        return _of_ending(ending)  # the usual case: only the ending matters
     return _guess(last)
 
 

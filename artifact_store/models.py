@@ -21,7 +21,7 @@ MAX_PAGE = 1000
 
 @dataclass(frozen=True, slots=True)
 class Parked:
-    """Where and why a view stopped following a package; from that record on, `events` of its events wait in the log."""
+    """Where and why a view stopped following a package. `events` counts the events that wait in the log since then."""
 
     partition: int
     offset: int
@@ -31,7 +31,7 @@ class Parked:
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """A package as the view has it; times in µs since 1970, UTC. A parked one has events that it does not show."""
+    """A package as the view has it; times in µs since 1970, UTC. A parked one has events that this does not show."""
 
     package_id: UUID
     name: str
@@ -81,7 +81,7 @@ class Page(Generic[Item]):
 
 
 async def all_pages(read: Callable[[str | None], Awaitable[Page[Item]]]) -> AsyncIterator[Page[Item]]:
-    """The pages of a listing, one after the other; `read` is given the cursor of each. Raises as it does."""
+    """The pages of a listing, one after the other. `read` gets the cursor of each; what it raises is raised."""
     page = await read(None)
     yield page
     while page.next is not None:
@@ -91,7 +91,7 @@ async def all_pages(read: Callable[[str | None], Awaitable[Page[Item]]]) -> Asyn
 
 @dataclass(frozen=True, slots=True)
 class UsageTotal:
-    """What came in from one producer under one retention class on one day; `day` counts from 1970-01-01, UTC."""
+    """Totals of one producer, retention class and day. `day` counts from 1970-01-01, UTC."""
 
     producer: str
     retention_class: str
@@ -103,7 +103,7 @@ class UsageTotal:
 
 @dataclass(frozen=True, slots=True)
 class Declared:
-    """What a producer says the bytes are, before they arrive. None means: not said. Digests are raw 32 bytes."""
+    """What a producer declares about bytes before they arrive; None: nothing. Digests are 32 raw bytes."""
 
     size_bytes: int | None = None
     blake3: bytes | None = None
@@ -123,11 +123,11 @@ class IngestedFile(NamedTuple):
 
 
 class Acknowledgement(NamedTuple):
-    """The answer to a command whose events are in the log for good; a retry gets the same one.
+    """The result of a command whose events are in the log for good. A retry gets the same one.
 
-    `sequence` and `event_digest` are those of the command's last event; `files` is for `IngestFiles`. The others are
-    for `FinalizePackage`: `manifest_digest` (32 raw bytes), and the paths that cannot be unpacked everywhere because
-    they differ only by case or Unicode form, by their number and the first ten.
+    `sequence` and `event_digest` belong to the command's last event. `files` are the files that it ingested. The
+    other fields are set when it finalized a package: `manifest_digest` (32 raw bytes), and how many paths differ from
+    another one only by case or Unicode form, with the first ten of them. Some file systems cannot hold both.
     """
 
     package_id: UUID

@@ -66,7 +66,7 @@ class Position:
 
     @classmethod
     def _read(cls, raw: bytes) -> Self:
-        """The bytes of `_encoded`. Parts that a later release puts behind them are passed over."""
+        """The bytes of `_encoded`. Parts that a later release adds after them are skipped."""
         count, at = _number(raw, 17)
         offsets: dict[int, int] = {}
         blocks: dict[int, bytes] = {}
@@ -124,7 +124,7 @@ class Position:
         return self._blocks
 
     def after(self, partition: int, offset: int) -> Position:
-        """The position behind the record at `offset` of `partition`."""
+        """The position after the record at `offset` of `partition`."""
         moved = Position(self.log, {**self.offsets, partition: offset + 1})
         if moved._is_small:
             return moved

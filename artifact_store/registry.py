@@ -36,10 +36,10 @@ _ANYONE = "anonymous"
 class Registry(ABC):
     """Packages in, files in, manifests and bytes out, events to follow.
 
-    The named operations (`create_package` … `tail_events`) are what most callers want; the primitives beneath them
-    return whole acknowledgements and pages. Every operation may raise UnavailableError or PushBackError, after which a
-    retry with the same `command_id` is safe: a repeat answers as the first did. That holds until 24 hours after the
-    package is finalized; then a command of it may raise AnswerExpiredError, whether it was recorded or not.
+    Most callers want the first six operations (`create_package` … `tail_events`). The others return whole
+    acknowledgements and pages. Every operation may raise UnavailableError or PushBackError. Retry it with the same
+    `command_id`: a repeat gets the first answer. Answers are kept until 24 hours after the package is finalized. A
+    repeat after that raises AnswerExpiredError, whether the command was recorded or not.
     """
 
     async def create_package(
@@ -76,11 +76,11 @@ class Registry(ABC):
         declared: Declared | None = None,
         command_id: UUID | None = None,
     ) -> UUID:
-        """Stream a file into the package and return its id, once its bytes and its event are durable.
+        """Stream a file into the package. Return its id once the bytes and the event are durable.
 
         Raises:
             PackageNotFoundError, IllegalPackageStateError, DuplicateRelativePathError, PathConflictError,
-                InvalidPathError: before the body is read, and again when it is stored.
+                InvalidPathError: checked before the body is read, and again when it is stored.
             ContentMismatchError: the bytes are not what `declared` says.
             TooLargeError, CommandReusedError.
         """
@@ -100,7 +100,7 @@ class Registry(ABC):
     ) -> ContentAddress:
         """Freeze the package and return its manifest's content address.
 
-        `finalize` also tells which paths differ only by case or Unicode form, and so cannot be unpacked everywhere.
+        `finalize` also returns the paths that differ only by case or Unicode form: some file systems cannot hold both.
 
         Raises:
             PackageNotFoundError, IllegalPackageStateError: there is no such package, or it is finalized already.
@@ -123,8 +123,8 @@ class Registry(ABC):
     ) -> AsyncIterator[RecordedEvent]:
         """Follow events for as long as the caller iterates; in order per package.
 
-        `since_sequence` skips a package's events up to that number and needs `package_id`; `since` goes on behind a
-        position. `poll_interval_seconds` bounds how late an event of the embedded log is seen.
+        `since_sequence` skips a package's events up to that number, and needs `package_id`. `since` continues after a
+        position. `poll_interval_seconds` is how late an event of the embedded log may be seen.
 
         Raises:
             InvalidRequestError: a sequence without a package. InvalidPositionError, LogIdentityError: a bad `since`.
@@ -153,7 +153,7 @@ class Registry(ABC):
 
     @abstractmethod
     async def check_ingest(self, package_id: UUID, relative_path: str, command_id: UUID | None = None) -> None:
-        """Raise what `ingest` would, as far as it can be known before the body is read."""
+        """Raise what `ingest` would raise, as far as that is known before the body is read."""
 
     @abstractmethod
     async def ingest(
@@ -173,18 +173,18 @@ class Registry(ABC):
     async def ingest_files(
         self, package_id: UUID, files: Bundle, actor: str, *, command_id: UUID | None = None
     ) -> Acknowledgement:
-        """Add many files, all or none, in one command; small ones are packed. `files` in the answer keep their order.
+        """Add many files in one command, all or none; small ones are packed. `files` of the result keeps their order.
 
-        Raises as `ingest`, and TooLargeError for more than MAX_BUNDLE_FILES; what iterating over `files` raises.
+        Raises what `ingest` and iterating over `files` raise, and TooLargeError for more than MAX_BUNDLE_FILES.
         """
 
     @abstractmethod
     async def ingest_named(
         self, package_id: UUID, files: Sequence[NamedFile], actor: str, *, command_id: UUID | None = None
     ) -> Acknowledgement:
-        """As `ingest_files`, of files whose bytes are stored already: they are read there, verified, and not sent.
+        """As `ingest_files`, for files whose bytes are stored already: the registry reads and verifies them there.
 
-        Raises UnknownContentError when one is not there; nothing is recorded then, and its bytes must be sent.
+        Raises UnknownContentError when a file's bytes are not there: nothing is recorded, send the bytes.
         """
 
     @abstractmethod
@@ -202,8 +202,8 @@ class Registry(ABC):
     ) -> AsyncGenerator[Group, None]:
         """The files of a finalized package with their bytes, by the UTF-8 bytes of their paths.
 
-        Only those behind the path `after`, and of at most `largest` bytes, where these are given. The bytes are those
-        that the places hold: the caller has the digests to check them.
+        `after` leaves out the files up to that path, `largest` those of more bytes. The bytes are not verified: the
+        caller has their digests.
 
         Raises (on iteration): PackageNotFoundError; IllegalPackageStateError while the package is open; CorruptError.
         """
@@ -216,8 +216,8 @@ class Registry(ABC):
     async def get_package(self, package_id: UUID, *, wait_sequence: int | None = None) -> Package:
         """The package as the view has it. Raises PackageNotFoundError.
 
-        With `wait_sequence` it waits until the view has the package's event of that number: WaitTimeoutError after a
-        bounded wait, SequenceBeyondLogError at once when the log has no such event.
+        `wait_sequence` waits until the view has the package's event of that number. Raises WaitTimeoutError after a
+        bounded wait, and SequenceBeyondLogError at once when the log has no such event.
         """
 
     @abstractmethod
@@ -235,7 +235,7 @@ class Registry(ABC):
         limit: int = DEFAULT_PAGE,
         cursor: str | None = None,
     ) -> Page[UsageTotal]:
-        """What came in, by producer, retention class and day. Raises InvalidRequestError for a bad cursor or limit."""
+        """Totals by producer, retention class and day. Raises InvalidRequestError for a bad cursor or limit."""
 
     @abstractmethod
     async def list_files(
@@ -260,7 +260,7 @@ class Registry(ABC):
     async def open_content(self, file_id: UUID, offset: int = 0, length: int | None = None) -> AsyncIterator[bytes]:
         """An iterator over `length` bytes from `offset` (None: to the end).
 
-        Raises FileNotFoundInRegistryError; RangeNotSatisfiableError when no byte lies in the range; on iteration
+        Raises FileNotFoundInRegistryError; RangeNotSatisfiableError when no byte lies in the range. Iterating raises
         CorruptError and UnavailableError.
         """
 
@@ -286,11 +286,11 @@ class Registry(ABC):
         follow: bool = False,
         poll_seconds: float = 0.1,
     ) -> AsyncIterator[RecordedEvent]:
-        """Events behind `since`, up to the end as it was at the call, or for ever when `follow` is set."""
+        """Events after `since`, up to the log's end at the time of the call; with `follow`, without end."""
 
 
 async def find_frozen(registry: Registry, manifest: ContentAddress) -> UUID:
-    """The id of the package that is frozen under the manifest of this address. Raises PackageNotFoundError."""
+    """The id of the package that was finalized under this manifest. Raises PackageNotFoundError."""
     page = await registry.list_packages(PackageFilter(manifest_digest=manifest), limit=1)
     if not page.items:
         raise PackageNotFoundError(f"no package is frozen under {manifest}")

@@ -19,10 +19,26 @@ MAX_TEXT_CHARACTERS = 256
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 """Unicode's categories Cc and Cs, which are closed for good (Unicode Character Encoding Stability Policies)."""
 
+MAX_PATH_BYTES = 1024
+
+MAX_PAIRS = 10
+"""At most this many clashing paths are named; all are counted."""
+
+_NO_SEGMENTS = frozenset({"", ".", ".."})
+
+_SEGMENT = "[ -\\-0-~][ -.0-~]*+"
+
+_PLAIN = f"{_SEGMENT}(?:/{_SEGMENT})*+"
+
+_PLAIN_PATH = re.compile(_PLAIN)
+"""A path that certainly keeps all rules but the one on length: ASCII, no segment empty or beginning with a dot."""
+
+_PLAIN_LINES = re.compile(f"{_PLAIN}(?:\n{_PLAIN})*+")
+
 
 @lru_cache(1_024)
 def _holds_control_again(text: str) -> bool:
-    """For short texts, which come again and again."""
+    """As `holds_control`, cached: short texts recur."""
     return _CONTROL.search(text) is not None
 
 
@@ -64,25 +80,11 @@ def check_metadata_size(text: str, max_bytes: int) -> None:
 
 
 def check_host(host: str) -> None:
-    """Raise ValueError for a host that no resolver takes, which tells it in no way that callers expect."""
+    """Raise ValueError for a host name that no resolver accepts; resolvers raise UnicodeError for it."""
     try:
         host.encode("idna")
     except UnicodeError:
-        raise ValueError("its host is no name that can be") from None
-
-
-MAX_PATH_BYTES = 1024
-
-MAX_PAIRS = 10
-"""So many clashing paths are named; the others are only counted."""
-
-_NO_SEGMENTS = frozenset({"", ".", ".."})
-
-_SEGMENT = "[ -\\-0-~][ -.0-~]*+"
-_PLAIN = f"{_SEGMENT}(?:/{_SEGMENT})*+"
-_PLAIN_PATH = re.compile(_PLAIN)
-"""A path that surely keeps all rules but that of length: ASCII, no segment empty or with a dot first."""
-_PLAIN_LINES = re.compile(f"{_PLAIN}(?:\n{_PLAIN})*+")
+        raise ValueError("the host name is invalid") from None
 
 
 def folders_above(path: str) -> Iterator[str]:
@@ -94,7 +96,7 @@ def folders_above(path: str) -> Iterator[str]:
 
 
 def add_folders(folders: set[str], paths: Iterable[str]) -> None:
-    """Add the folders that files of these paths lie in. A folder that is there already has those above it beside it."""
+    """Add the folders that these paths lie in. A folder that is in the set has its parents there too."""
     for path in paths:
         for folder in folders_above(path):
             if folder in folders:
@@ -103,14 +105,14 @@ def add_folders(folders: set[str], paths: Iterable[str]) -> None:
 
 
 class PathPair(NamedTuple):
-    """Two paths of a package that are one name on some file systems: a file's, and another file's or a folder's."""
+    """Two paths that are one name on some file systems: a file's, and another file's or a folder's."""
 
     path: str
     other: str
 
 
 class Unportable(NamedTuple):
-    """What of a package cannot be unpacked everywhere: how many paths clash with an earlier one, and the first ones."""
+    """How many paths of a package clash with an earlier one, and the first of them."""
 
     number: int = 0
     pairs: tuple[PathPair, ...] = ()
@@ -120,7 +122,7 @@ NONE_UNPORTABLE = Unportable()
 
 
 def unportable(files: Iterable[str], folders: Iterable[str]) -> Unportable:
-    """Paths that differ only by case or by Unicode form, of files in their order and of the folders that they lie in.
+    """Find paths that differ only by case or Unicode form, among files in their order and the folders they lie in.
 
     Compared by NFKC and case folding, which is at least as coarse as what file systems do. Folders that clash with
     each other alone hold their files together, and are not counted. Takes 20 ms for 100,000 ASCII paths, 90 ms for
@@ -137,7 +139,7 @@ def unportable(files: Iterable[str], folders: Iterable[str]) -> Unportable:
 
 
 def _portable(path: str) -> str:
-    """The same for paths that are one name on some file system."""
+    """A key that two paths share when some file system takes them for one name."""
     if path.isascii():
         return path.lower()
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", path).casefold())

@@ -14,8 +14,8 @@ MAX_BUNDLE_FILES = 10_000
 """Most files that are ingested together: one command, one transaction."""
 
 SMALL_FILE_BYTES = 256 * 1024
-"""Up to here files are small: they travel whole and are packed. Asking whether one is stored costs as much as sending
-it."""
+"""Files up to this size are small: they travel whole and are packed. To ask whether one is stored costs as much as to
+send it."""
 
 PACK_BYTES = 8 << 20
 """Most bytes of a pack: what every store takes in one request."""
@@ -45,7 +45,7 @@ Bundle = AsyncIterable[Group]
 
 
 class HeldFiles(AsyncIterable[Group]):
-    """A bundle of small files in memory, which every iteration begins anew: so it can be sent again."""
+    """A bundle of small files in memory. It can be iterated, and so sent, any number of times."""
 
     def __init__(self, files: Sequence[SmallFile]) -> None:
         self.files = files
@@ -56,9 +56,9 @@ class HeldFiles(AsyncIterable[Group]):
 
 @dataclass(frozen=True, slots=True)
 class NamedFile:
-    """A file whose bytes are said to be stored: `size_bytes` from `offset` of the blob of this BLAKE3 (32 raw bytes).
+    """A file whose bytes the store should have: `size_bytes` from `offset` of the blob of this BLAKE3 (32 raw bytes).
 
-    `blake3` is the file's own digest; of a file that is a blob by itself it is the blob's, and the offset 0.
+    `blake3` is the file's own digest. A file that is a whole blob has the blob's digest and offset 0.
     """
 
     relative_path: str
@@ -70,7 +70,7 @@ class NamedFile:
 
 
 class PackLayout:
-    """Which bytes of a bundle go where: the rule that both ends follow. Digests are 32 raw bytes."""
+    """Which bytes of a bundle go where: the rule that client and store both follow. Digests are 32 raw bytes."""
 
     def __init__(self) -> None:
         self._places: dict[bytes, tuple[int, int]] = {}
@@ -78,7 +78,7 @@ class PackLayout:
         self._length = 0
 
     def place(self, digest: bytes, size: int) -> tuple[int, int, bool] | None:
-        """Number of the pack, offset in it, and whether these bytes are new; None if another pack must begin first."""
+        """The pack's number, the offset in it, and whether these bytes are new. None: begin another pack first."""
         known = self._places.get(digest)
         if known is not None:
             return *known, False

@@ -22,17 +22,50 @@ BLOCK = 512
 ZERO_BLOCK = bytes(BLOCK)
 
 OCTAL_LIMIT = 8 << 30
-"""From here on a size does not fit into the header's twelve octal digits."""
+"""Sizes from here on do not fit into the header's twelve octal digits."""
 
 _FIELDS = struct.Struct("100s 24x 12s 12x 8s c 100x 8s 80x 155s 12x")
 _USTAR = b"ustar\x00"
 _GNU = b"ustar  \x00"
 _MAX_SHOWN = 200
 
+END = bytes(2 * BLOCK)
+"""The end of an archive."""
+
+_NAME_BYTES = 100
+
+MAX_EXTENSION_BYTES = 64 * 1024
+"""Most bytes of one extension header: names and attributes."""
+
+MAX_TRAILING_BYTES = 1 << 20
+"""Most bytes of zeros after an archive's end. Writers pad their last record, mostly to 10 KiB."""
+
+_FILES = frozenset({b"0", b"\0", b"7"})
+
+_FOLDER = b"5"
+
+_REFUSED = {
+    b"1": "a hard link",
+    b"2": "a symbolic link",
+    b"3": "a character device",
+    b"4": "a block device",
+    b"6": "a pipe",
+    b"D": "a folder's listing (GNU dump)",
+    b"K": "a long link name",
+    b"M": "a continuation from another volume",
+    b"S": "a sparse file",
+    b"V": "a volume label",
+}
+
+_MAX_GLOBAL_HEADERS = 16
+
+FED_BYTES = 512 * 1024
+"""About this many bytes of an archive are parsed at a time, in a thread."""
+
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What of a header counts: the name with its prefix, the size in bytes, the kind of entry."""
+    """What is used of a header: the name with its prefix, the size in bytes, the kind of entry."""
 
     name: bytes
     size: int
@@ -120,12 +153,6 @@ def shown(name: str) -> str:
     return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "…"
 
 
-END = bytes(2 * BLOCK)
-"""What ends an archive."""
-
-_NAME_BYTES = 100
-
-
 def entry_header(relative_path: str, size_bytes: int, modified: int = 0) -> bytes:
     """What stands before a file's bytes; `modified` in seconds since 1970."""
     name = relative_path.encode()
@@ -140,31 +167,8 @@ def entry_header(relative_path: str, size_bytes: int, modified: int = 0) -> byte
 
 
 def padding(size_bytes: int) -> bytes:
-    """What stands behind a file's bytes."""
+    """What follows a file's bytes."""
     return bytes(-size_bytes % BLOCK)
-
-
-MAX_EXTENSION_BYTES = 64 * 1024
-"""Most bytes of one extension header: names and attributes."""
-
-MAX_TRAILING_BYTES = 1 << 20
-"""Most bytes of zeros behind an archive's end; writers fill their last record up, mostly to 10 KiB."""
-
-_FILES = frozenset({b"0", b"\0", b"7"})
-_FOLDER = b"5"
-_REFUSED = {
-    b"1": "a hard link",
-    b"2": "a symbolic link",
-    b"3": "a character device",
-    b"4": "a block device",
-    b"6": "a pipe",
-    b"D": "a folder's listing (GNU dump)",
-    b"K": "a long link name",
-    b"M": "a continuation from another volume",
-    b"S": "a sparse file",
-    b"V": "a volume label",
-}
-_MAX_GLOBAL_HEADERS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +208,7 @@ Found = WholeEntry | EntryBegin | EntryPiece
 
 @dataclass(slots=True)
 class _Extension:
-    """What extension headers say of the entry that follows them."""
+    """What extension headers say about the next entry."""
 
     path: str | None = None
     size: int | None = None
@@ -212,7 +216,7 @@ class _Extension:
 
 
 class TarReader:
-    """One archive. `feed` it its bytes in order, then `close`. Used by one thread at a time; holds one small file."""
+    """Reads one archive: `feed` it the bytes in order, then `close`. One thread at a time. Holds one small file."""
 
     def __init__(self, limits: ArchiveLimits) -> None:
         self._limits = limits
@@ -234,10 +238,10 @@ class TarReader:
         return len(self._seen)
 
     def feed(self, data: bytes) -> list[Found]:
-        """What these bytes complete.
+        """Take the next bytes, and return what they complete.
 
         Raises:
-            InvalidArchiveError: the archive is malformed, or holds what is no regular file and no folder.
+            InvalidArchiveError: the archive is malformed, or holds something else than files and folders.
             InvalidPathError, DuplicateRelativePathError: a file's path. TooLargeError: a limit.
         """
         return list(self._parse(data))
@@ -366,7 +370,7 @@ class TarReader:
                 raise self._wrong(header, "one global header too many")
 
     def _admit(self, header: Header) -> tuple[str | None, int]:
-        """Path and size of a file; no path for a folder, which is passed over."""
+        """Path and size of a file. A folder has no path here and is skipped."""
         extension = self._extension
         raw = header.name if extension.path is None else extension.path
         name = raw if isinstance(raw, str) else self._text(header, raw)
@@ -435,14 +439,10 @@ class TarReader:
         return InvalidArchiveError(f"entry {self._number + 1}, {name}, has {what}")
 
 
-FED_BYTES = 512 * 1024
-"""About so many bytes of an archive are taken apart at a time, in a thread."""
-
-
 async def entries_of(reader: TarReader, body: AsyncIterable[bytes]) -> AsyncIterator[Group]:
-    """The files of an archive that arrives in `body`, their media types guessed from their names.
+    """The files of the archive in `body`, with media types guessed from their names.
 
-    Raises (on iteration) as `TarReader`, and what the body raises.
+    Iterating raises what `TarReader` raises, and what reading the body raises.
     """
     steps = _steps(reader, body)
     group: list[SmallFile] = []
@@ -458,7 +458,7 @@ async def entries_of(reader: TarReader, body: AsyncIterable[bytes]) -> AsyncIter
                         group = []
                     pieces = _pieces(size, rest, steps)
                     yield StreamedFile(path, guess_media_type(path), size, pieces)
-                    async for _ in pieces:  # what the taker has left
+                    async for _ in pieces:  # what the caller did not read
                         pass
         if group:
             yield group
@@ -477,7 +477,7 @@ async def _pieces(size: int, rest: list[Found], steps: AsyncIterator[list[Found]
 
 
 async def _steps(reader: TarReader, body: AsyncIterable[bytes]) -> AsyncIterator[list[Found]]:
-    """What the archive holds, step by step; then the check that it was whole."""
+    """What the archive holds, step by step; then check that it was complete."""
     waiting: list[bytes] = []
     size = 0
     async for chunk in body:

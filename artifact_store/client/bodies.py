@@ -26,32 +26,35 @@ from artifact_store.client.transport import Answer, GivenUpError, Transport, no_
 from artifact_store.errors import ContentMismatchError, UnavailableError
 
 _READING = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
-"""A name that became a pipe since the walk must not block for ever, nor one that became a link lead elsewhere."""
+"""If the name has become a pipe since the walk, do not block; if it has become a link, do not follow it."""
+
+EXPECT_CONTINUE_BYTES = 1 << 20
+"""Larger bodies, and those of unknown length, wait for `100 Continue`, so a refusal comes before the bytes go."""
 
 
 class BodySource(ABC, AsyncIterable[bytes]):
-    """A body that every iteration reads from its beginning, in chunks of at most 1 MiB.
+    """A body that can be read any number of times, in chunks of at most 1 MiB.
 
-    `size_bytes` is its length where it is known before.
+    `size_bytes` is its length, or None when that is not known in advance.
     """
 
     size_bytes: int | None
 
     @property
     def digest(self) -> bytes | None:
-        """The BLAKE3 of the whole (32 raw bytes) where it costs no second reading."""
+        """The BLAKE3 of the whole (32 raw bytes), or None when it would cost another reading."""
         return None
 
     @abstractmethod
     def __aiter__(self) -> AsyncGenerator[bytes, None]:
-        """Read from the beginning; what is left before its end is to be closed."""
+        """Read from the beginning. Close the iterator when you stop before its end."""
 
     def behind(self, offset: int) -> BodySource:
         """The body from this offset on."""
         return _Rest(self, offset)
 
     async def blake3(self) -> bytes:
-        """The BLAKE3 of the whole (32 raw bytes), for which it is read. Raises as iterating does."""
+        """Read the whole and return its BLAKE3 (32 raw bytes). Raises what iterating raises."""
         hashed = blake3()
         async with aclosing(aiter(self)) as chunks:
             async for chunk in chunks:
@@ -94,7 +97,7 @@ class BytesSource(BodySource):
 
 @dataclass(frozen=True, slots=True)
 class FileStamp:
-    """What shows that a file has changed: its size in bytes and its time of modification in ns."""
+    """How a change of a file is noticed: by its size in bytes and its time of modification in ns."""
 
     size_bytes: int
     modified_ns: int
@@ -105,10 +108,9 @@ class FileStamp:
 
 
 class FileSource(BodySource):
-    """A file on disk, expected to stay as `stamp` has it; read in threads, so that the event loop never waits.
+    """A file on disk that must not change from its `stamp`. It is read in threads, so the event loop never waits.
 
-    Iterating raises ContentMismatchError when the file is another length than `stamp` says or was written to meanwhile,
-    and OSError when it cannot be read.
+    Iterating raises ContentMismatchError when the file has changed since `stamp`, and OSError when it cannot be read.
     """
 
     def __init__(self, path: Path | str, stamp: FileStamp, offset: int = 0) -> None:
@@ -122,7 +124,7 @@ class FileSource(BodySource):
         return FileSource(self._path, self._stamp, self._offset + offset)
 
     async def __aiter__(self) -> AsyncGenerator[bytes, None]:
-        opened: list[int] = []  # a file object that is dropped unread would warn and be closed before this ends
+        opened: list[int] = []  # a descriptor: a file object that is dropped unread would warn
         try:
             await to_its_end(lambda: opened.append(os.open(self._path, _READING)))
             (descriptor,) = opened
@@ -159,13 +161,13 @@ class FileSource(BodySource):
         return data
 
     def _check_end(self, descriptor: int) -> None:
-        """Also of files whose length is not what they hold, as of those that a kernel makes up."""
+        """Raise as `_check`, and when bytes follow: files that a kernel makes up hold more than their length says."""
         self._check(descriptor)
         if os.pread(descriptor, 1, self._stamp.size_bytes):
             raise self._changed()
 
     def _check(self, descriptor: int) -> None:
-        """Raise ContentMismatchError unless the file is as it was found."""
+        """Raise ContentMismatchError unless the file still has its stamp."""
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise ContentMismatchError(f"{self._path} is no regular file any more")
@@ -179,7 +181,7 @@ class FileSource(BodySource):
 
 
 class SeekableSource(BodySource):
-    """A file object that can be set back to where it stood when it was handed over."""
+    """A seekable file object, read from where it stood when it was handed over."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -193,13 +195,13 @@ class SeekableSource(BodySource):
             yield chunk
 
     async def _do(self, work: Callable[[], Result]) -> Result:
-        """One step after the other: a read that an earlier attempt left behind would move the file under this one."""
+        """Do one step at a time: a read left over from an earlier attempt would move the file's position."""
         async with self._turn:
             return await to_its_end(work)
 
 
 class CountedSource(BodySource):
-    """Another source that tells how many more bytes were read; a negative number takes back what is read again."""
+    """A source that reports to `advance` how many more bytes were read; negative when bytes are read again."""
 
     def __init__(self, source: BodySource, advance: Callable[[int], None]) -> None:
         self._source = source
@@ -212,14 +214,14 @@ class CountedSource(BodySource):
         return self._source.digest
 
     async def blake3(self) -> bytes:
-        """As of any source; not counted."""
+        """As `BodySource.blake3`; these bytes are not counted."""
         return await self._source.blake3()
 
     def behind(self, offset: int) -> BodySource:
         return _CountedRest(self, self._source.behind(offset), offset)
 
     def count(self, read: int) -> None:
-        """So many bytes from the beginning were read."""
+        """Report that this many bytes from the beginning have been read."""
         self._advance(read - self._read)
         self._read = read
 
@@ -247,7 +249,7 @@ class _CountedRest(BodySource):
 
 
 def source_of(stream: AsyncIterable[bytes] | Iterable[bytes] | IO[bytes] | bytes) -> AsyncIterable[bytes]:
-    """The stream as a BodySource where it can be read again, and as a plain asynchronous iterator where it cannot."""
+    """The stream as a BodySource if it can be read again, otherwise as a plain asynchronous iterator."""
     if isinstance(stream, BodySource):
         return stream
     if isinstance(stream, bytes | bytearray | memoryview):
@@ -258,12 +260,8 @@ def source_of(stream: AsyncIterable[bytes] | Iterable[bytes] | IO[bytes] | bytes
     return from_any(stream)
 
 
-EXPECT_CONTINUE_BYTES = 1 << 20
-"""Larger bodies (and those of unknown length) wait for `100 Continue`, so that a refusal comes before the bytes go."""
-
-
 class Sending(AsyncIterable[bytes]):
-    """The body of one ingest over all its attempts; each iteration is an attempt."""
+    """The body of one request over all its attempts. Each iteration is one attempt."""
 
     def __init__(
         self,
@@ -273,15 +271,15 @@ class Sending(AsyncIterable[bytes]):
         *,
         hashed: bool = True,
     ) -> None:
-        """`answer_seconds` is how long the answer may take once all is sent, where that is more than usual.
+        """`answer_seconds` is how long the answer may take once everything is sent, if longer than usual.
 
-        A body whose digest is declared need not be `hashed` again: the other side takes no other bytes for these.
+        A body with a declared digest need not be `hashed` here: the gateway refuses other bytes.
         """
         self._body = body
         self._hashed = hashed
         self.size_bytes = size_bytes
         self.expect = size_bytes is None or size_bytes > EXPECT_CONTINUE_BYTES
-        """Whether `100 Continue` is waited for: no longer once it did not come in time."""
+        """Whether to wait for `100 Continue`; false once it did not come in time."""
         self._answer_seconds = answer_seconds
         self._limit: asyncio.Timeout | None = None
         self._idle_seconds = 0.0
@@ -289,17 +287,17 @@ class Sending(AsyncIterable[bytes]):
         self._empty = False
         self._pieces: AsyncGenerator[bytes, None] | None = None
         self.began = False
-        """Whether it was begun to be read: a stream that was left while it had nothing yet may be at its end after."""
+        """Whether reading has begun. A stream that was abandoned while it waited for bytes may be at its end."""
         self.failure: Exception | None = None
-        """What the body itself raised while it was read."""
+        """What reading the body raised."""
         self.digest: bytes | None = None
-        """BLAKE3 of the whole, once an attempt has sent it all; None where it is not hashed."""
+        """BLAKE3 of the whole once an attempt has sent everything; None when it is not hashed."""
 
     @asynccontextmanager
     async def attempt(self, idle_seconds: float) -> AsyncIterator[None]:
-        """An attempt, which raises UnavailableError when the other side takes no byte and gives no answer for so long.
+        """One attempt. Raises UnavailableError when for `idle_seconds` the gateway takes no byte and gives no answer.
 
-        The HTTP library watches over answers only. Time that the body's own source takes does not count.
+        The HTTP library limits only answers. Time spent reading the body's source does not count.
         """
         self._idle_seconds = idle_seconds
         self._reading = False
@@ -307,21 +305,21 @@ class Sending(AsyncIterable[bytes]):
             async with asyncio.timeout(idle_seconds) as self._limit:
                 yield
         except TimeoutError:
-            self.expect = self.expect and self._reading  # what is there may know nothing of `100 Continue`
+            self.expect = self.expect and self._reading  # the other side may not know `100 Continue`
             raise no_answer(idle_seconds) from None
         finally:
             self._limit = None
-            # What is waiting for a piece now is being cancelled, and ends it.
+            # If a task waits for a piece now, its cancellation ends the generator.
             if isinstance(self._pieces, AsyncGeneratorType) and not self._pieces.ag_running:
                 await self._pieces.aclose()
 
     @property
     def repeatable(self) -> bool:
-        """Whether the body can be sent from its beginning now."""
+        """Whether the body can be sent from its beginning."""
         return isinstance(self._body, BodySource) or not self.began or self._empty
 
     async def data(self) -> AsyncIterable[bytes] | bytes:
-        """What the HTTP library is to send: this, or nothing, once it is seen that the body really has no bytes."""
+        """What the HTTP library sends: this object, or nothing once the body has proved to be empty."""
         if self.size_bytes != 0:
             return self
         if not self._empty:
@@ -336,7 +334,7 @@ class Sending(AsyncIterable[bytes]):
         return self._pieces
 
     async def _read(self) -> AsyncGenerator[bytes, None]:
-        """The body, its last piece only once the body has ended well: whoever knows the length may answer then."""
+        """The body. Its last piece waits until the body has ended well: the gateway may answer as soon as it comes."""
         self.began = self._reading = True
         self.digest = None
         hashed = blake3()
@@ -358,14 +356,14 @@ class Sending(AsyncIterable[bytes]):
                     held = chunk
             self._check(sent, done=True)
         except Exception as error:
-            # The HTTP library would report this as a lost connection, after which a retry makes no sense.
+            # The HTTP library would report a lost connection, which would be retried for nothing.
             self.failure = error
             raise
         self.digest = hashed.digest() if self._hashed else None
         if held:
             self._allow(self._idle_seconds)
             yield held
-        # For what is still in the buffers, and for the answer.
+        # Time for what is still in buffers, and for the answer.
         self._allow(self._idle_seconds + max(self._idle_seconds, self._answer_seconds or 0.0))
 
     def _allow(self, seconds: float | None) -> None:
@@ -381,7 +379,7 @@ class Sending(AsyncIterable[bytes]):
 
 @asynccontextmanager
 async def _closing(body: AsyncIterable[bytes]) -> AsyncIterator[AsyncIterator[bytes]]:
-    """Read a body; what is opened for this reading alone is closed after it."""
+    """Read a body. An iterator that was opened only for this is closed afterwards."""
     if not isinstance(body, BodySource):
         yield aiter(body)
         return
@@ -399,10 +397,10 @@ async def send_body(
     what: str,
     command_id: UUID,
 ) -> Answer:
-    """Send a body until it is answered, again for as long as it is repeatable; `what` says what is lost otherwise.
+    """Send a body until there is an answer, again while it is repeatable. `what` names what was lost if it is not.
 
-    Raises what the body raises, and what the answer stands for; UnavailableError when a body that cannot be read again
-    was lost: the outcome is unknown.
+    Raises what reading the body raises and what the answer stands for. UnavailableError when a body that cannot be
+    read again was lost: the outcome is unknown.
     """
 
     async def attempt() -> Answer:

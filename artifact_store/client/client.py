@@ -23,7 +23,7 @@ from artifact_store.client.downloads import ContentStream, receive_manifest, ver
 from artifact_store.client.many_files import ask_known, name_files, receive_files, send_files
 from artifact_store.client.resumable import RESUMABLE_BYTES, send_resumably
 from artifact_store.client.transport import Answer, Notify, RetryPolicy, Transport, log_retry, read_answer
-from artifact_store.documents import http as headers
+from artifact_store.documents import http
 from artifact_store.documents.http import quoted
 from artifact_store.documents.shapes import (
     CreatePackageRequest,
@@ -64,15 +64,17 @@ from artifact_store.rules import check_path, check_text, metadata_text
 _OPEN = "created"
 _log = logging.getLogger(__name__)
 
+REMEMBERED_PACKAGES = 10_000
+
 
 class Client(Registry):
-    """The registry behind a gateway's URL. Used inside `async with`; by many tasks of one event loop at a time.
+    """The registry behind a gateway's URL. Use it inside `async with`; many tasks of one event loop may share it.
 
-    Every operation is retried as `policy` says, and raises UnavailableError or PushBackError when its time is over.
+    Operations are retried as `policy` says. Once its time is over they raise UnavailableError or PushBackError.
     """
 
     def __init__(self, url: str, policy: RetryPolicy | None = None, notify: Notify = log_retry) -> None:
-        """`notify` is told before each pause between attempts. Raises ConfigurationError for a URL of another form."""
+        """`notify` is called before each pause between attempts. Raises ConfigurationError for a malformed URL."""
         self._transport = Transport(url, policy or RetryPolicy(), notify)
         self._written = Written()
 
@@ -109,7 +111,7 @@ class Client(Registry):
         return self._acknowledged(read_answer(PackageCreatedAnswer, answer).to_acknowledgement())
 
     async def check_ingest(self, package_id: UUID, relative_path: str, command_id: UUID | None = None) -> None:
-        """As far as the view knows it; `ingest` asks the package's writer before a large body is sent."""
+        """Check by what the view shows. `ingest` asks the package's writer before it sends a large body."""
         check_path(relative_path)
         package = await self.get_package(package_id)
         if command_id is not None:
@@ -133,7 +135,7 @@ class Client(Registry):
         declared: Declared | None = None,
         command_id: UUID | None = None,
     ) -> UUID:
-        # Bytes and files that can be set back stay repeatable: a lost connection need not be the caller's concern.
+        # Bytes and seekable files can be sent again, so the caller need not care about a lost connection.
         done = await self.ingest(
             package_id,
             relative_path,
@@ -156,9 +158,9 @@ class Client(Registry):
         declared: Declared,
         command_id: UUID | None = None,
     ) -> Acknowledgement:
-        """As `Registry.ingest`. A `BodySource` is sent again after a lost connection, another stream is not.
+        """As `Registry.ingest`. After a lost connection a `BodySource` is sent again, any other stream is not.
 
-        Raises UnavailableError when a stream that cannot be read again was lost on its way: the outcome is unknown.
+        Raises UnavailableError when the connection was lost with such a stream: the outcome is unknown.
         """
         check_path(relative_path)
         check_text("media_type", media_type)
@@ -205,8 +207,8 @@ class Client(Registry):
         declared: Declared,
         command: UUID,
     ) -> Acknowledgement:
-        """Send a large file in as many requests as it takes; what a run before this one has sent stays sent."""
-        # Its digest is declared, so that bytes of another file that was sent under this command are not gone on with.
+        """Send a large file in as many requests as it takes. Bytes that an earlier run sent are not sent again."""
+        # With the digest declared, an upload of another file's bytes under this command is not continued.
         said = replace(declared, size_bytes=None, blake3=declared.blake3 or await body.blake3())
         fields = {**_write_headers(actor, command), **_declared_headers(said)}
         done = await send_resumably(self._transport, package_id, relative_path, media_type, body, length, fields)
@@ -215,7 +217,7 @@ class Client(Registry):
     async def ingest_files(
         self, package_id: UUID, files: Bundle, actor: str, *, command_id: UUID | None = None
     ) -> Acknowledgement:
-        """As `Registry.ingest_files`; `HeldFiles` are sent again after a lost connection, another bundle is not."""
+        """As `Registry.ingest_files`. After a lost connection `HeldFiles` are sent again, any other bundle is not."""
         command = command_id or uuid4()
         return self._acknowledged(
             await send_files(self._transport, package_id, files, _write_headers(actor, command), command)
@@ -238,7 +240,7 @@ class Client(Registry):
         largest: int | None = None,
         wait_sequence: int | None = None,
     ) -> AsyncGenerator[Group, None]:
-        """As `Registry.read_files`; a lost connection is taken up behind the last whole file."""
+        """As `Registry.read_files`. After a lost connection it continues after the last complete file."""
         wait = self._wait(package_id, wait_sequence)
         return receive_files(self._transport, package_id, after, largest, wait)
 
@@ -257,7 +259,7 @@ class Client(Registry):
     async def list_packages(
         self, where: PackageFilter | None = None, *, limit: int = DEFAULT_PAGE, cursor: str | None = None
     ) -> Page[Package]:
-        # A listing has no sequence to wait for: what was written here is waited for package by package, once each.
+        # A listing has no sequence to wait for, so wait for each package that was written to and not read since.
         await asyncio.gather(*(self.get_package(package) for package in self._written.unseen()))
         asked = where or PackageFilter()
         query = {
@@ -302,7 +304,7 @@ class Client(Registry):
         return read_answer(FileAnswer, answer).to_file()
 
     async def open_content(self, file_id: UUID, offset: int = 0, length: int | None = None) -> AsyncIterator[bytes]:
-        """As `Registry.open_content`. A whole file is checked against its content address when its end is reached."""
+        """As `Registry.open_content`. A whole file is checked against its content address at its end."""
         if offset < 0 or (length is not None and length < 0):
             raise InvalidRequestError("offset and length of a range must not be negative")
         if length == 0:
@@ -340,15 +342,15 @@ class Client(Registry):
         follow: bool = False,
         poll_seconds: float = 0.1,
     ) -> AsyncIterator[RecordedEvent]:
-        """As `Registry.read_events`. A gateway sends events when they come: `poll_seconds` says nothing here."""
+        """As `Registry.read_events`. A gateway sends events as they come, so `poll_seconds` has no effect."""
         from artifact_store.client.following import (
-            follow_events,  # loads all event types, which only readers of events need
+            follow_events,  # its models take time to load, and only readers of events need them
         )
 
         return follow_events(self._transport, since, package_id, follow=follow)
 
     async def _below(self, package_id: UUID, path: str, wait_sequence: int | None, **query: object) -> Answer:
-        """GET something below a package, not before the view holds what was written through here."""
+        """GET something below a package, once the view shows what this client wrote."""
         query["wait_sequence"] = self._wait(package_id, wait_sequence)
         return await self._transport.call("GET", f"/v1/packages/{package_id}{path}", query=query)
 
@@ -379,11 +381,11 @@ def _check_header(field: str, text: str) -> None:
 def _write_headers(actor: str, command_id: UUID | None) -> dict[str, str]:
     check_text("actor", actor)
     _check_header("actor", actor)
-    return {headers.ACTOR: actor, headers.IDEMPOTENCY_KEY: str(command_id or uuid4())}
+    return {http.ACTOR: actor, http.IDEMPOTENCY_KEY: str(command_id or uuid4())}
 
 
 def _completed(declared: Declared, body: AsyncIterable[bytes]) -> Declared:
-    """With what a source knows of itself."""
+    """What the caller declared, with what the source knows of itself."""
     if not isinstance(body, BodySource):
         return declared
     return Declared(
@@ -398,17 +400,14 @@ def _declared_headers(declared: Declared) -> dict[str, str]:
     if declared.size_bytes is not None:
         found["Content-Length"] = str(declared.size_bytes)
     if declared.blake3 is not None:
-        found[headers.CONTENT_ADDRESS] = ContentAddress.of_digest(declared.blake3)
+        found[http.CONTENT_ADDRESS] = ContentAddress.of_digest(declared.blake3)
     if declared.sha256 is not None:
-        found[headers.REPR_DIGEST] = headers.repr_digest(declared.sha256)
+        found[http.REPR_DIGEST] = http.repr_digest(declared.sha256)
     return found
 
 
-REMEMBERED_PACKAGES = 10_000
-
-
 class Written:
-    """The last sequences written, of the packages written to most recently; older ones are forgotten."""
+    """The last sequence written to each package, for the packages written to most recently."""
 
     def __init__(self, remembered: int = REMEMBERED_PACKAGES) -> None:
         self._remembered = remembered
@@ -416,7 +415,7 @@ class Written:
         self._unseen: OrderedDict[UUID, int] = OrderedDict()
 
     def wrote(self, package_id: UUID, sequence: int) -> None:
-        """The package has an event of this number."""
+        """Remember that the package has an event of this number."""
         newest = max(sequence, self._last.pop(package_id, 0))
         self._last[package_id] = newest
         self._unseen[package_id] = newest
@@ -429,7 +428,7 @@ class Written:
         return self._last.get(package_id, 0)
 
     def seen(self, package_id: UUID, sequence: int) -> None:
-        """A view that holds the package up to `sequence` has answered."""
+        """Remember that a view has shown the package up to `sequence`."""
         if sequence >= self._unseen.get(package_id, 0):
             self._unseen.pop(package_id, None)
 

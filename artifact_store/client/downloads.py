@@ -12,16 +12,16 @@ from artifact_store.client.transport import Transport, unavailable
 from artifact_store.errors import CorruptError, UnavailableError
 
 _BARREN_CONNECTIONS = 5
-"""So many connections in a row that bring no byte are enough."""
+"""Give up after this many connections in a row without a byte."""
 
 MAX_MANIFEST_BYTES = 1 << 30
-"""A file takes 6 KB of a manifest at most, in the form that is longer, and a gateway takes 100,000 files by default."""
+"""A file takes at most 6 KB of a manifest's longer form, and a gateway takes 100,000 files by default."""
 
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 
 class ContentStream(AsyncIterator[bytes]):
-    """The bytes of a file from `offset` on; a lost connection is taken up where it broke off.
+    """The bytes of a file from `offset` on. After a lost connection it continues where that broke off.
 
     Iterating raises UnavailableError when the gateway stays away, CorruptError when it answers with another range.
     """
@@ -38,7 +38,7 @@ class ContentStream(AsyncIterator[bytes]):
         """The content address of the whole file, as the gateway's `ETag` has it."""
 
     async def open(self) -> ContentStream:
-        """Ask for the bytes, so that what is wrong with the request shows here. Raises as the gateway answers."""
+        """Send the request, so that its errors show here and not while iterating. Raises what the answer stands for."""
         ranged = not (self._whole and self._position == 0)
         last = "" if self._end is None else str(self._end - 1)
         asked = {"Range": f"bytes={self._position}-{last}"} if ranged else {}
@@ -74,18 +74,18 @@ class ContentStream(AsyncIterator[bytes]):
             return chunk
 
     async def aclose(self) -> None:
-        """Let go of the connection; the rest is not read."""
+        """Close the connection; the rest is not read."""
         self.close()
         self._end = self._position
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Close the connection."""
         if self._response is not None:
             self._response.close()
             self._response = None
 
     def __del__(self) -> None:
-        # A caller may drop an iterator that it never began; the connection must not wait for the end of the session.
+        # A caller may drop an iterator without starting it; do not keep its connection until the session ends.
         self.close()
 
     async def _read(self) -> bytes:
@@ -97,7 +97,7 @@ class ContentStream(AsyncIterator[bytes]):
         return chunk
 
     def _learn(self, response: aiohttp.ClientResponse, *, ranged: bool) -> None:
-        """Take end and address from the answer's headers, and see that it is the range that was asked for."""
+        """Read the end and the address from the answer's headers. Raise CorruptError when it is another range."""
         tag = response.headers.get("ETag", "").removeprefix("W/").strip('"')
         self.address = tag if tag.startswith("blake3:") else self.address
         if not ranged:
@@ -114,9 +114,9 @@ class ContentStream(AsyncIterator[bytes]):
 async def receive_manifest(
     transport: Transport, path: str, query: Mapping[str, object], headers: Mapping[str, str]
 ) -> bytes:
-    """A manifest, which may take as long as its bytes keep coming; begun anew when its connection was lost.
+    """Fetch a manifest, for as long as its bytes keep coming. After a lost connection it starts over.
 
-    Raises as the gateway answers; CorruptError when it is longer than MAX_MANIFEST_BYTES.
+    Raises what the answer stands for, and CorruptError when it is longer than MAX_MANIFEST_BYTES.
     """
     for left in reversed(range(_BARREN_CONNECTIONS)):
         response = await transport.open(path, query=query, headers=headers)
@@ -136,7 +136,7 @@ async def receive_manifest(
 
 
 async def verified(chunks: AsyncIterator[bytes], digest: bytes, size_bytes: int | None = None) -> AsyncIterator[bytes]:
-    """The chunks of a whole file, checked at their end against its BLAKE3 (32 raw bytes) and its length.
+    """Pass on the chunks of a whole file, and check its BLAKE3 (32 raw bytes) and length at the end.
 
     Raises CorruptError, after the last chunk or as soon as there are too many bytes.
     """

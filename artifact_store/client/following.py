@@ -17,7 +17,7 @@ from artifact_store.position import Position
 
 _LONGEST_LINE_BYTES = 16 << 20
 _BARREN_CONNECTIONS = 5
-"""So many in a row that were lost soon and brought nothing end it."""
+"""Give up after this many connections in a row that were lost soon and brought nothing."""
 
 _PAUSE_SECONDS = 0.5
 
@@ -25,9 +25,10 @@ _PAUSE_SECONDS = 0.5
 async def follow_events(
     transport: Transport, since: Position | None, package_id: UUID | None, *, follow: bool
 ) -> AsyncIterator[RecordedEvent]:
-    """Events behind `since`, as `Registry.read_events` promises them: each once, over any number of connections.
+    """Events after `since`, as `Registry.read_events` promises: each once, over any number of connections.
 
-    Raises what the gateway answers; UnavailableError when it stays away; CorruptError for what is no event.
+    Raises what the answer stands for, UnavailableError when the gateway stays away, CorruptError for a line that is no
+    event.
     """
     position = since
     barren = 0
@@ -49,7 +50,7 @@ async def follow_events(
             if not follow:
                 return
         except UnavailableError:
-            # On a quiet log a connection that is lost after a while shows nothing but somebody's time-out.
+            # On a quiet log, a connection lost after a while only shows that a proxy timed out.
             barren = barren + 1 if time.monotonic() - began < transport.policy.idle_seconds else 0
             if barren >= _BARREN_CONNECTIONS:
                 raise
@@ -59,7 +60,7 @@ async def follow_events(
 
 
 async def _lines(transport: Transport, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-    """The answer's lines; blank ones, which only show that the connection lives, are left out."""
+    """The answer's lines without the blank ones, which only keep the connection alive."""
     kept = bytearray()
     while chunk := await transport.read_chunk(response):
         kept += chunk

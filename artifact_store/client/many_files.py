@@ -25,7 +25,7 @@ from artifact_store.manifest import ContentAddress
 from artifact_store.models import Acknowledgement
 
 _BARREN_CONNECTIONS = 5
-"""So many connections in a row that bring no file are enough."""
+"""Give up after this many connections in a row without a file."""
 
 _ANY = 1 << 62
 
@@ -33,7 +33,7 @@ _ANY = 1 << 62
 async def send_files(
     transport: Transport, package_id: UUID, files: Bundle, headers: Mapping[str, str], command_id: UUID
 ) -> Acknowledgement:
-    """Send a bundle as one archive. Raises as `Registry.ingest_files`."""
+    """Send a bundle as one archive. Raises what `Registry.ingest_files` raises."""
     fields = {**headers, "Content-Type": TAR}
     body: AsyncIterable[bytes]
     size: int | None = None
@@ -58,7 +58,7 @@ async def send_files(
 async def name_files(
     transport: Transport, package_id: UUID, files: Sequence[NamedFile], headers: Mapping[str, str]
 ) -> Acknowledgement:
-    """Have files recorded whose bytes are stored. Raises as `Registry.ingest_named`."""
+    """Record files whose bytes are stored already. Raises what `Registry.ingest_named` raises."""
     request = IngestNamedRequest(files=[NamedFileRequest.of(file) for file in files])
     answer = await transport.call(
         "POST", f"/v1/packages/{package_id}/files", headers=headers, json=request.model_dump(exclude_none=True)
@@ -67,7 +67,7 @@ async def name_files(
 
 
 async def ask_known(transport: Transport, digests: Sequence[bytes]) -> frozenset[bytes]:
-    """Which blobs are stored, in as many requests as it takes."""
+    """Ask which blobs are stored, in as many requests as it takes."""
     found: set[bytes] = set()
     for start in range(0, len(digests), MAX_KNOWN):
         addresses = [ContentAddress.of_digest(digest) for digest in digests[start : start + MAX_KNOWN]]
@@ -79,10 +79,10 @@ async def ask_known(transport: Transport, digests: Sequence[bytes]) -> frozenset
 async def receive_files(
     transport: Transport, package_id: UUID, after: str | None, largest: int | None, wait_sequence: int | None
 ) -> AsyncGenerator[Group, None]:
-    """The files of a package out of its archive; a lost connection is taken up behind the last whole file.
+    """The files of a package, from its archive. After a lost connection it continues after the last complete file.
 
-    Raises (on iteration) as `Registry.read_files`; UnavailableError when the gateway stays away, or when a larger file
-    broke off, which cannot be taken up within.
+    Iterating raises what `Registry.read_files` raises. UnavailableError when the gateway stays away, or when a larger
+    file broke off: an archive cannot be continued within a file.
     """
     last, barren = after, 0
     while True:

@@ -22,7 +22,7 @@ from artifact_store.errors import ArtifactStoreError, CorruptError, PushBackErro
 from artifact_store.errors import UploadOffsetError as MovedError
 
 RESUMABLE_BYTES = 64 << 20
-"""From this length on a file that can be read from any offset is sent in this way."""
+"""Files from this length on are sent in this way, if they can be read from any offset."""
 
 _BEGINNINGS = 3
 _READ_BACK_BYTES_PER_SECOND = 32 << 20
@@ -44,22 +44,22 @@ async def send_resumably(
     length: int,
     fields: Mapping[str, str],
 ) -> FileIngestedAnswer:
-    """Send the bytes that are missing until the file is in its package. `fields` are the headers of a single request.
+    """Send the missing bytes until the file is in its package. `fields` are the headers of a single request.
 
-    It goes on for as long as bytes arrive, and raises UnavailableError or PushBackError once none did for the policy's
-    `total_seconds`. Raises what reading the source raises, and what the gateway refuses the file for; TooLargeError:
-    it takes no upload of this length in several requests.
+    It continues while bytes arrive. Raises UnavailableError or PushBackError once none did for the policy's
+    `total_seconds`; what reading the source raises; what the gateway refuses the file for. TooLargeError: the gateway
+    takes no upload of this length in several requests.
     """
     said = encode_metadata({names.RELATIVE_PATH[0]: relative_path, names.MEDIA_TYPE[0]: media_type})
     headers = {**fields, **_TUS, names.UPLOAD_LENGTH: str(length), names.UPLOAD_METADATA: said}
     headers["Content-Length"] = "0"
-    # A gateway may have to read all of it once more before it answers.
+    # A gateway may have to read the whole file again before it answers.
     patience = transport.policy.idle_seconds + length / _READ_BACK_BYTES_PER_SECOND
     for left in reversed(range(_BEGINNINGS)):
         try:
             where = await _begin(transport, package_id, headers, patience)
             return await _Upload(transport, where, source, length, patience).send()
-        except UploadNotFoundError:  # it expired while nobody sent, or what it brought was refused: asked anew, we hear
+        except UploadNotFoundError:  # it expired or its bytes were refused; beginning again shows which
             if not left:
                 raise
     raise AssertionError("the last beginning returns or raises")
@@ -78,7 +78,7 @@ async def _begin(transport: Transport, package_id: UUID, headers: Mapping[str, s
 
 
 class _Upload:
-    """One upload on its way. Belongs to one task."""
+    """One upload. Belongs to one task."""
 
     def __init__(self, transport: Transport, where: _Where, source: BodySource, length: int, patience: float) -> None:
         self._transport = transport
@@ -90,7 +90,7 @@ class _Upload:
         self._expect = True
 
     async def send(self) -> FileIngestedAnswer:
-        """Add what is missing, again and again, until the file is there."""
+        """Add what is missing until the file is there."""
         stalled_since: float | None = None
         pause = self._transport.policy.first_pause_seconds
         while True:
@@ -145,7 +145,7 @@ class _Upload:
         self._offset = self._length
 
     async def _ask(self) -> None:
-        """Learn where the upload stands; what cannot be asked now is asked the next time."""
+        """Ask how far the upload is. If that fails now, the next round asks again."""
         try:
             self._offset = (await self._show()).offset
         except (UnavailableError, PushBackError) as error:

@@ -30,7 +30,16 @@ _READ_AHEAD_BYTES = 256 * 1024
 _AT_ONCE = 128
 
 QUIET_SECONDS = 120.0
-"""After so long an answer without end is asked for anew: a gateway that is frozen keeps its connections open."""
+"""Request an endless answer again after this silence: a frozen gateway keeps its connections open."""
+
+Shape = TypeVar("Shape", bound=BaseModel)
+
+Outcome = TypeVar("Outcome")
+
+Notify = Callable[[ArtifactStoreError, float], None]
+"""Called before each pause with its reason and its length in seconds."""
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +49,6 @@ class Answer:
     status: int
     headers: Mapping[str, str]
     body: bytes
-
-
-Shape = TypeVar("Shape", bound=BaseModel)
 
 
 def read_answer(shape: type[Shape], answer: Answer) -> Shape:
@@ -80,10 +86,10 @@ class Transport:
 
     async def __aenter__(self) -> Transport:
         self._session = aiohttp.ClientSession(
-            # Without a bound of its own: a request would wait for its connection while its time-out runs.
+            # No limit here: a request would wait for its connection while its time-out runs.
             connector=aiohttp.TCPConnector(limit=0, socket_factory=_socket),
             cookie_jar=aiohttp.DummyCookieJar(),
-            # Digests and ranges are about the bytes themselves: nothing may be compressed on the way.
+            # Digests and ranges refer to the bytes themselves, so nothing may be compressed on the way.
             auto_decompress=False,
             headers={"Accept-Encoding": "identity", "User-Agent": "artifact-store"},
             read_bufsize=_READ_AHEAD_BYTES,
@@ -96,7 +102,7 @@ class Transport:
             self._session = None
 
     def turn(self) -> asyncio.Semaphore:
-        """Held while a body is sent, it bounds how many are. A body may take long, and calls do not wait for it."""
+        """Hold this while sending a body: it limits how many are sent at a time. Other calls do not wait for it."""
         return self._bodies
 
     async def call(
@@ -108,9 +114,9 @@ class Transport:
         headers: Mapping[str, str] | None = None,
         json: Any = None,
     ) -> Answer:
-        """Send a request without a stream, with retries, and return its whole answer.
+        """Send a request without a stream, with retries, and return the whole answer.
 
-        Raises what the answer's problem document stands for; UnavailableError when the policy's time is over.
+        Raises the error that the answer stands for, and UnavailableError once the policy's time is over.
         """
         async with self._calls:
             return await with_retries(
@@ -131,9 +137,9 @@ class Transport:
         expect100: bool = False,
         answer_seconds: float | None = None,
     ) -> Answer:
-        """As `call`, once, and with a body in `data` when it is given.
+        """As `call`, without retries, and with `data` as the body.
 
-        `answer_seconds` is how long the answer may keep still, where that is more than the policy's `idle_seconds`.
+        `answer_seconds` is how long the answer may be silent, if longer than the policy's `idle_seconds`.
         """
         options: dict[str, Any] = {"json": json} if json is not None else {"data": data}
         options["answer_seconds"] = answer_seconds
@@ -152,9 +158,9 @@ class Transport:
         headers: Mapping[str, str] | None = None,
         endless: bool = False,
     ) -> aiohttp.ClientResponse:
-        """GET, with retries until the answer begins; the caller reads the rest with `read_chunk` and closes it.
+        """GET, with retries until the answer begins. The caller reads it with `read_chunk`, then closes it.
 
-        An `endless` answer may keep still for QUIET_SECONDS; the kernel notices earlier when the other side is gone.
+        An `endless` answer may be silent for QUIET_SECONDS; the kernel notices a vanished peer earlier.
         """
 
         async def attempt() -> aiohttp.ClientResponse:
@@ -214,7 +220,7 @@ class Transport:
         return max(self.policy.idle_seconds, answer_seconds or 0.0)
 
     def _lost(self, error: Exception, idle_seconds: float | None = None) -> Exception:
-        """Our own error for what went wrong below HTTP; `idle_seconds`: how long the answer could keep still."""
+        """The error for a failure below HTTP. `idle_seconds` is how long the answer may be silent."""
         match error:
             case aiohttp.InvalidURL():
                 return ConfigurationError(f"{self.url} is no address that can be used")
@@ -230,7 +236,7 @@ class Transport:
 
 
 async def _problem_bytes(response: aiohttp.ClientResponse) -> bytes:
-    """The body of an answer that is an error, as far as it came; the status says enough without."""
+    """The body of an error answer, as far as it arrived; the status says enough without it."""
     body = b""
     try:
         while len(body) < MAX_PROBLEM_BYTES and (chunk := await response.content.read(MAX_PROBLEM_BYTES)):
@@ -243,7 +249,7 @@ async def _problem_bytes(response: aiohttp.ClientResponse) -> bytes:
 
 
 def _socket(address: aiohttp.AddrInfoType) -> socket.socket:
-    """A socket whose peer is asked for a sign of life when it keeps still, so that a vanished gateway is noticed."""
+    """A socket with TCP keep-alive, so that a vanished gateway is noticed."""
     family, kind, protocol, _, _ = address
     made = socket.socket(family=family, type=kind, proto=protocol)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -258,16 +264,8 @@ def _query_text(query: Mapping[str, object] | None) -> str:
     return "?" + urlencode(given, quote_via=quote) if given else ""
 
 
-Outcome = TypeVar("Outcome")
-
-Notify = Callable[[ArtifactStoreError, float], None]
-"""Told before each pause: why, and how many seconds it takes."""
-
-_logger = logging.getLogger(__name__)
-
-
 def log_retry(error: ArtifactStoreError, seconds: float) -> None:
-    """Say in the log that another attempt follows."""
+    """Log that another attempt follows."""
     _logger.warning("%s; trying again in %.1f s", error.detail, seconds)
 
 
@@ -275,10 +273,9 @@ def log_retry(error: ArtifactStoreError, seconds: float) -> None:
 class RetryPolicy:
     """How long and how often to try, in seconds.
 
-    `total_seconds` bounds a request and its retries together; for a transfer of file bytes, which may rightly take
-    long, it bounds the time from its first failure. `idle_seconds` is how long an answer may keep still before the
-    attempt counts as lost. Pauses grow from `first_pause_seconds` to `longest_pause_seconds`, each drawn at random
-    below the bound that it has reached.
+    `total_seconds` limits a request and its retries together. A transfer of file bytes may take longer: for it the time
+    counts from the first failure. `idle_seconds` is how long an answer may be silent before the attempt counts as lost.
+    The limit of a pause grows from `first_pause_seconds` to `longest_pause_seconds`; each pause is random below it.
     """
 
     total_seconds: float = 60.0
@@ -289,7 +286,7 @@ class RetryPolicy:
 
 
 class GivenUpError(UnavailableError):
-    """A failure after which another attempt could do harm or cannot help."""
+    """A failure after which another attempt cannot help or could do harm."""
 
 
 async def with_retries(
@@ -300,9 +297,9 @@ async def with_retries(
     notify: Notify | None = None,
     repeatable: Callable[[], bool] = lambda: True,
 ) -> Outcome:
-    """Call `attempt` until it answers, is refused for good or the policy's time is over; then raise its last error.
+    """Call `attempt` until it succeeds, is refused for good, or the policy's time is over. Then raise its last error.
 
-    Retried are UnavailableError and PushBackError, but not GivenUpError, for as long as it is `repeatable`.
+    UnavailableError and PushBackError are retried while `repeatable` is true, GivenUpError is not.
     """
     budget = _Budget(policy.total_seconds, counts_from_start=not transfer)
     jitter = wait_random_exponential(multiplier=policy.first_pause_seconds, max=policy.longest_pause_seconds)
@@ -336,7 +333,7 @@ async def with_retries(
             last = error
             raise
         except TimeoutError:
-            # What went wrong before says more than that there was no time for one more attempt.
+            # The earlier failure says more than that the time for another attempt ran out.
             raise last or no_answer(policy.total_seconds) from None
         finally:
             budget.attempted()
@@ -349,23 +346,23 @@ async def with_retries(
     except PushBackError:
         if last is None:
             raise
-        raise last from None  # an earlier attempt may have been carried out, which a refusal of this one denies
+        raise last from None  # an earlier attempt may have succeeded; raising this refusal would deny that
 
 
 def no_answer(seconds: float) -> UnavailableError:
-    """The error of an attempt that got no answer in time. Its outcome is unknown."""
+    """The error of an attempt without an answer in time. The outcome is unknown."""
     return unavailable(f"the gateway did not answer within {seconds:g} s; the outcome is unknown")
 
 
 def unavailable(detail: str) -> UnavailableError:
-    """An UnavailableError that asks for no pause of its own."""
+    """An UnavailableError without a `retry_after` of its own."""
     error = UnavailableError(detail)
     error.retry_after = 0.0
     return error
 
 
 class _Budget:
-    """Seconds that are left, from the start or from the end of the first attempt."""
+    """The seconds left, counted from the start or from the end of the first attempt."""
 
     def __init__(self, seconds: float, *, counts_from_start: bool) -> None:
         self._seconds = seconds

@@ -1,7 +1,7 @@
-"""JSON shape of an event, in both directions.
+"""An event as one line of JSON, in both directions.
 
-Digests and bytes of digests are hex, a manifest is base64, metadata is the JSON object that its JCS text stands for,
-times are RFC 3339. `position` is where reading goes on behind the event.
+Digests are hex, a manifest is base64, metadata is the JSON object that its JCS text stands for, times are RFC 3339.
+Reading continues from `position`.
 """
 
 from __future__ import annotations
@@ -145,17 +145,17 @@ _ADAPTER: TypeAdapter[PackageCreatedEvent | FileIngestedEvent | PackageFinalized
 
 
 def event_line(event: RecordedEvent) -> bytes:
-    """The event as one line of JSON without its line end."""
+    """The event as one line of JSON, without the line's end."""
     return line_of(event_head(event), str(event.position))
 
 
 def line_of(head: bytes, position: str) -> bytes:
-    """The line of the event that this is the head of, with the text of the position behind it."""
+    """The event's line, from its head and the text of the position after it."""
     return b'%b%b"}' % (head, position.encode())
 
 
 def event_head(event: Event) -> bytes:
-    """The line up to its position, which followers do not have in common. Plain dictionaries, for there are many."""
+    """The line up to its position, which differs between followers. Uses plain dictionaries, which are fast."""
     shape = {
         "type": event.event_type,
         "id": str(event.event_id),
@@ -175,7 +175,7 @@ def event_head(event: Event) -> bytes:
 
 
 def parse_event(line: bytes | str) -> RecordedEvent:
-    """The event that such a line stands for. Raises CorruptError when it is none that this version reads."""
+    """Read such a line. Raises CorruptError when it is no event that this version knows."""
     try:
         shape = _ADAPTER.validate_json(line)
         return RecordedEvent(

@@ -27,12 +27,20 @@ LAST_EVENT_ID = "Last-Event-ID"
 _SHA256 = "sha-256"
 
 HASHES = {_SHA256: hashlib.sha256, "sha-512": hashlib.sha512}
-"""Algorithms of RFC 9530 that are checked, by their names: those that are not insecure."""
+"""The algorithms of RFC 9530 that are checked, by name: the secure ones."""
 
 # One member of a structured dictionary whose value is a byte sequence, parameters allowed and ignored (RFC 9651 §3.2).
 _MEMBER = re.compile(
     r"(?P<key>[a-z*][a-z0-9_.*-]*)=:(?P<value>[A-Za-z0-9+/=]*):(?P<parameters>(?:; *[a-z*][a-z0-9_.*-]*(?:=[^;,]*)?)*)"
 )
+
+_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
+
+_ENCODED_SEPARATOR = re.compile(r"%2[Ff]")
+
+_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+
+UUID_PATTERN = f"^{_UUID.pattern}$"
 
 
 def repr_digest(sha256: bytes) -> str:
@@ -41,13 +49,13 @@ def repr_digest(sha256: bytes) -> str:
 
 
 def parse_digests(name: str) -> Callable[[str], dict[str, bytes]]:
-    """Reads the header of this name: the digests that it declares, by algorithm, of those that are in HASHES.
+    """A reader for the header of this name. It returns the declared digests by algorithm, of those in HASHES.
 
-    Others are ignored beside one of these, as RFC 9530 §2 allows, and refused alone: nobody is to take bytes for
-    checked that were not. Of a key that comes twice the last one counts (RFC 9651 §3.2).
+    Other algorithms are ignored beside one of these, as RFC 9530 §2 allows. Alone they are refused, so that nobody
+    believes that the bytes were checked. If a key comes twice, the last one counts (RFC 9651 §3.2).
 
-    The reader raises InvalidRequestError: the value is no dictionary of byte sequences, a digest has another length, or
-    none of the algorithms is known.
+    The reader raises InvalidRequestError when the value is no dictionary of byte sequences, a digest has the wrong
+    length, or no algorithm is known.
     """
 
     def parse(value: str) -> dict[str, bytes]:
@@ -83,22 +91,15 @@ def _digest(what: str, text: str, length: int) -> bytes:
     return found
 
 
-_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
-_ENCODED_SEPARATOR = re.compile(r"%2[Ff]")
-_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
-
-UUID_PATTERN = f"^{_UUID.pattern}$"
-
-
 def quoted(relative_path: str) -> str:
-    """The path as it stands in a URL. Separators stay; everything else but unreserved characters is percent-encoded."""
+    """The path as it stands in a URL: everything but separators and unreserved characters is percent-encoded."""
     return quote(relative_path, safe="/")
 
 
 def unquoted(raw: str) -> str:
     """The relative path that a raw part of a request target stands for, decoded exactly once.
 
-    `raw` may hold undecoded bytes as surrogate escapes. Only the encoding is judged here, not the path's own rules.
+    `raw` may hold undecoded bytes as surrogate escapes. This checks the encoding only, not the rules of paths.
 
     Raises:
         InvalidPathError: an encoded separator, a broken percent-encoding, or bytes that are not UTF-8.

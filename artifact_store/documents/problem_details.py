@@ -10,8 +10,7 @@ from email.utils import parsedate_to_datetime
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from artifact_store.documents import http as headers
-from artifact_store.documents import times
+from artifact_store.documents import http, times
 from artifact_store.errors import (
     ArtifactStoreError,
     ConflictError,
@@ -26,6 +25,9 @@ from artifact_store.errors import (
 
 MEDIA_TYPE = "application/problem+json"
 TYPE_PREFIX = "urn:artifact-store:problem:"
+
+MAX_PROBLEM_BYTES = 64 * 1024
+"""How many bytes of an error answer are read."""
 
 
 class FieldFault(BaseModel):
@@ -70,7 +72,7 @@ def problem(status: int, name: str, detail: str, **more: object) -> Problem:
 
 
 def problem_of(error: ArtifactStoreError) -> Problem:
-    """How this error travels."""
+    """The problem document of this error."""
     more: dict[str, object] = {}
     if isinstance(error, PushBackError | UnavailableError):
         more["retry_after"] = error.retry_after
@@ -85,13 +87,13 @@ def problem_of(error: ArtifactStoreError) -> Problem:
 
 
 def error_of(found: Problem) -> ArtifactStoreError:
-    """The error that this problem was, of the very class; of an unknown kind, the class that says what to do next."""
+    """The error of this problem, in the same class. Of an unknown kind, a class that says what to do next."""
     kind = _BY_NAME.get(found.name)
     if kind is RangeNotSatisfiableError:
         return RangeNotSatisfiableError(found.detail, found.size or 0)
     if kind is PushBackError or found.status == 429:
         return PushBackError(found.detail, 1.0 if found.retry_after is None else found.retry_after)
-    if kind is None and found.status == 408:  # the sender kept still for too long, and may go on
+    if kind is None and found.status == 408:  # the sender was silent for too long, and may continue
         kind = UnavailableError
     if kind is None:
         kind = RejectedError if found.status < 500 else UnavailableError if found.status > 500 else ArtifactStoreError
@@ -101,7 +103,7 @@ def error_of(found: Problem) -> ArtifactStoreError:
 
 
 def _facts(found: Problem) -> dict[str, str | int]:
-    """What `problem_of` took from the error's facts."""
+    """The facts that `problem_of` took from the error."""
     facts: dict[str, str | int] = {
         name: value for name in ("package_id", "manifest_digest") if (value := getattr(found, name)) is not None
     }
@@ -121,9 +123,6 @@ def _tree(kind: type[ArtifactStoreError]) -> Iterator[type[ArtifactStoreError]]:
 _BY_NAME = {kind.problem: kind for kind in _tree(ArtifactStoreError)}
 
 
-MAX_PROBLEM_BYTES = 64 * 1024
-"""How much of an answer that is an error is read."""
-
 _BY_STATUS: Mapping[int, type[ArtifactStoreError]] = {
     400: InvalidRequestError,
     404: NotFoundError,
@@ -138,15 +137,15 @@ _BY_STATUS: Mapping[int, type[ArtifactStoreError]] = {
 
 
 def error_of_answer(status: int, answer_headers: Mapping[str, str], body: bytes) -> ArtifactStoreError:
-    """The error that an answer stands for.
+    """The error that an answer of the gateway stands for.
 
-    `retry_after` of the result is what the answer asks for, 0 for an UnavailableError when it asks for nothing.
+    Its `retry_after` is what the answer asks for. An UnavailableError gets 0 when the answer asks for nothing.
     """
     try:
         error = error_of(Problem.model_validate_json(body))
     except ValidationError:  # something between the client and the gateway answered
         error = _by_status(status, answer_headers)
-    pause = retry_after(answer_headers.get(headers.RETRY_AFTER))
+    pause = retry_after(answer_headers.get(http.RETRY_AFTER))
     if isinstance(error, PushBackError) and pause is not None:
         error.retry_after = pause
     elif isinstance(error, UnavailableError):

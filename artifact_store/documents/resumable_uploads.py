@@ -1,6 +1,6 @@
 """Resumable uploads by tus 1.0 (https://tus.io/protocols/resumable-upload): its headers, and our JSON beside them.
 
-tus itself says nothing of an upload's outcome; `UploadAnswer`, which GET shows, does.
+tus itself does not say what became of an upload. GET does, with an `UploadAnswer`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ UPLOAD_EXPIRES = "Upload-Expires"
 METHOD_OVERRIDE = "X-HTTP-Method-Override"
 
 RELATIVE_PATH = ("relative_path", "filename")
-"""Keys of `Upload-Metadata` that name the file's path, the first one that is there; foreign clients send the second."""
+"""Keys of `Upload-Metadata` for the file's path. The first one present counts; foreign clients send the second."""
 
 MEDIA_TYPE = ("media_type", "filetype")
 """The same for its media type."""
@@ -42,7 +42,7 @@ _PAIR = re.compile(r"(?P<key>[!-+\--~]+)(?: (?P<value>[A-Za-z0-9+/=]*))?")
 
 
 class UploadAnswer(Answer):
-    """An upload as it stands; `file` once it is in its package."""
+    """The state of an upload. `file` is set once the file is in its package."""
 
     upload_id: UUID
     package_id: UUID
@@ -61,7 +61,7 @@ def encode_metadata(values: Mapping[str, str]) -> str:
 
 
 def decode_metadata(text: str) -> dict[str, str]:
-    """The values of `Upload-Metadata`. Raises InvalidRequestError: it is malformed, or names a key twice."""
+    """The values of `Upload-Metadata`. Raises InvalidRequestError when it is malformed or names a key twice."""
     found: dict[str, str] = {}
     for pair in text.split(","):
         match = _PAIR.fullmatch(pair.strip(" "))

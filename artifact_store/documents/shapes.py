@@ -36,6 +36,11 @@ DayText = Annotated[
 Count = Annotated[int, Field(ge=0, description="How many")]
 Size = Annotated[int, Field(ge=0, description="Bytes")]
 
+TAR = "application/x-tar"
+
+MAX_KNOWN = 1_000
+"""About so many blobs one request may ask."""
+
 
 class Request(BaseModel):
     """A request: nothing unknown, nothing converted."""
@@ -351,11 +356,6 @@ class FilePageAnswer(Answer):
     def to_page(self) -> Page[File]:
         """The page again."""
         return Page(tuple(item.to_file() for item in self.items), self.next)
-
-
-TAR = "application/x-tar"
-MAX_KNOWN = 1_000
-"""About so many blobs one request may ask."""
 
 
 class NamedFileRequest(Request):

@@ -12,20 +12,20 @@ DEFAULT_CONCURRENCY = 16
 
 
 class TransferProgress(Protocol):
-    """What a push or pull tells about itself, from the event loop's thread."""
+    """What a push or pull reports, from the event loop's thread."""
 
     def expect(self, files: int, size_bytes: int) -> None:
-        """So much there is to transfer; called once, before the first transfer."""
+        """What there is to transfer. Called once, before the first transfer."""
 
     def advance(self, size_bytes: int) -> None:
-        """So many more bytes were transferred; negative when some have to go again."""
+        """How many more bytes were transferred; negative when some have to be sent again."""
 
     def finish_file(self) -> None:
-        """One more file is done."""
+        """Another file is done."""
 
 
 class NoProgress:
-    """Tells nobody."""
+    """Reports nothing."""
 
     def expect(self, files: int, size_bytes: int) -> None:
         """Nothing."""
@@ -38,9 +38,9 @@ class NoProgress:
 
 
 async def at_once(items: Iterable[Item], concurrency: int, work: Callable[[Item], Awaitable[None]]) -> None:
-    """Do `work` on every item, at most `concurrency` at a time, in order of their beginning.
+    """Do `work` on every item, at most `concurrency` at a time, begun in order.
 
-    Returns when all are done. The first exception cancels the others, waits for their end and is raised as it is.
+    Returns when all are done. The first exception cancels the others, waits for them to end, and is raised.
     """
     waiting = iter(items)
 

@@ -44,16 +44,32 @@ from artifact_store.transfers.push import FEWEST_FILES
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
-"""How file systems refuse a second name that know none (link(2))."""
+"""Errors of file systems without hard links (link(2))."""
+
+_logger = logging.getLogger(__name__)
+
+_MOST_CONFLICTS_SHOWN = 10
+
+_RENAMED = ".file"
+"""The suffix of a file whose path other files need as a folder."""
+
+_WORTH_STREAMING = 4
+"""Use a stream only if at least every fourth of its files is wanted."""
+
+_WRITING_AT_ONCE = 6
+"""Groups of small files, of about 1 MiB each: on some file systems, creating a file is mostly waiting."""
+
+_WRITTEN_AT_ONCE_BYTES = 64 * 1024
+"""Writing a chunk of up to this size takes less time than handing it to a thread."""
 
 
 class Destination:
-    """One folder, held open until `close`. Its methods block on the disk; `holds` while it reads a whole file."""
+    """One folder, held open until `close`. Its methods block on the disk; `holds` reads a whole file."""
 
     def __init__(self, folder: Path, renamed: Mapping[str, str] | None = None) -> None:
-        """Open the folder, creating it if need be; it may itself be named through a link. Raises ConflictError.
+        """Open the folder, and create it if needed. The folder itself may be a link. Raises ConflictError.
 
-        Files whose path is a key of `renamed` get the path that it names.
+        `renamed` maps paths to the paths under which those files are written.
         """
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -297,27 +313,11 @@ class Landing:
             os.close(file)
 
 
-_logger = logging.getLogger(__name__)
-
-_MOST_CONFLICTS_SHOWN = 10
-_RENAMED = ".file"
-"""What the path of a file gets at its end where other files need it as a folder."""
-
-_WORTH_STREAMING = 4
-"""At least every fourth file of a stream must be wanted."""
-
-_WRITING_AT_ONCE = 6
-"""Groups of small files, of about 1 MiB each: on some file systems, making a file is mostly waiting."""
-
-_WRITTEN_AT_ONCE_BYTES = 64 * 1024
-"""Up to here writing takes less time than handing the chunk to a thread."""
-
-
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """What a pull gave. `size_bytes` counts every file; `kept` are the files that were there already.
+    """The result of a pull. `size_bytes` counts every file; `kept` counts the files that were there already.
 
-    `renamed` names the files that were written under another path, with that path.
+    `renamed` maps the paths of files that were written elsewhere to where they are.
     """
 
     package_id: UUID
@@ -338,18 +338,18 @@ async def pull(
     concurrency: int = DEFAULT_CONCURRENCY,
     progress: TransferProgress | None = None,
 ) -> Pulled:
-    """Bring the package's files into `destination`, which is created if need be. Memory is bounded.
+    """Write the package's files into `destination`, which is created if needed. Memory is bounded.
 
-    Files that are there and equal are kept; different ones are an error before anything is written, unless `force`
-    says that they are to be replaced. Nothing else in the folder is touched.
+    Equal files that are there already are kept. Different ones are an error before anything is written, unless `force`
+    replaces them. Nothing else in the folder is touched.
 
-    Packages of earlier releases may hold a file whose path is a folder of other files, which no folder can hold. With
-    `rename` such a file `PATH` is written as `PATH.file`, or as `PATH.file-2` and so on where the package holds that.
+    Packages of earlier releases may hold a file whose path is also a folder of other files. With `rename` such a file
+    `PATH` is written as `PATH.file`, or as `PATH.file-2` and so on if the package has that path.
 
     Raises:
         PackageNotFoundError: no such package. IllegalPackageStateError: it is not finalized.
-        CorruptError: manifest or bytes are not what they must be, or a path would lead out of the folder.
-        ConflictError: something else is in the way, or two files need one place and there is no `rename`.
+        CorruptError: the manifest or bytes do not match their digests, or a path would lead out of the folder.
+        ConflictError: something else is in the way, or two files need one place and `rename` is not set.
     """
     told = progress or NoProgress()
     package_id, address = await _package(registry, which)
@@ -395,7 +395,7 @@ async def _package(registry: Registry, which: UUID | ContentAddress) -> tuple[UU
         return await find_frozen(registry, which), which
     package = await registry.get_package(which)
     if package.manifest_digest is None:
-        with suppress(IllegalPackageStateError):  # the view may lag: a manifest is waited for up to the log's end
+        with suppress(IllegalPackageStateError):  # the view may lag; a manifest is waited for up to the log's end
             await registry.get_manifest_bytes(which)
             package = await registry.get_package(which)
     if package.manifest_digest is None:
@@ -419,9 +419,9 @@ def _check_files(files: Sequence[ManifestFile]) -> None:
 
 
 def _renamed(files: Sequence[ManifestFile], *, rename: bool) -> Mapping[str, str]:
-    """Other paths for files whose own path is a folder of other files. Blocks.
+    """New paths for files whose path is also a folder of other files. Blocks.
 
-    Raises ConflictError when there is such a file, unless `rename` allows another path.
+    Raises ConflictError when there is such a file and `rename` is not set.
     """
     renamed: dict[str, str] = {}
     taken = {file.relative_path for file in files}
@@ -443,9 +443,9 @@ def _renamed(files: Sequence[ManifestFile], *, rename: bool) -> Mapping[str, str
 
 
 def _missing(folder: Destination, files: Sequence[ManifestFile], given_up: Event, *, force: bool) -> list[ManifestFile]:
-    """The files that are to be fetched. Raises ConflictError when others are in their place.
+    """The files to fetch. Raises ConflictError when different files are in their place.
 
-    Blocks while it reads what is there; it ends early, with nothing that means anything, once it is `given_up`.
+    Blocks while it reads what is there. Once `given_up` is set, it ends early and the result means nothing.
     """
     for file in files:
         folder.check_names(file.relative_path)
@@ -479,14 +479,14 @@ def _tell_kept(files: Iterable[ManifestFile], wanted: list[ManifestFile], told: 
 
 @dataclass(frozen=True, slots=True)
 class _Together:
-    """Small files, by their paths, that are worth asking for in one stream, which begins behind the path `after`."""
+    """Small files by path, to fetch in one stream that begins after the path `after`."""
 
     files: dict[str, ManifestFile]
     after: str | None
 
 
 def _together(files: Sequence[ManifestFile], wanted: Sequence[ManifestFile]) -> _Together | None:
-    """None when one by one is better: few are wanted, or few of what the stream would bring. By the order of paths."""
+    """The small files to fetch in one stream. None: too few are wanted, or too few of what the stream would bring."""
     small = {file.relative_path: file for file in wanted if file.size_bytes <= SMALL_FILE_BYTES}
     if len(small) < FEWEST_FILES:
         return None
@@ -506,9 +506,9 @@ async def _fetch_together(
     *,
     replace: bool,
 ) -> set[str]:
-    """Small files out of one stream, groups written while the next are on their way; the paths that are in place.
+    """Fetch small files in one stream, writing groups while the next arrive. Return the paths that are in place.
 
-    A stream that fails is no error: what it did not bring is fetched alone, which says what is wrong with which file.
+    A stream that fails is no error: the rest is fetched file by file, which shows what is wrong with which file.
     """
     arrived: set[str] = set()
     writing: set[asyncio.Task[None]] = set()
@@ -567,7 +567,7 @@ async def _fetch(
 async def _receive(registry: Registry, landing: Landing, file: ManifestFile, told: TransferProgress) -> None:
     hashed = blake3()
     if file.size_bytes:
-        # A range, although it is the whole: the bytes are checked here, once.
+        # A range, although it is the whole: then the bytes are checked only here.
         async for chunk in await registry.open_content(file.file_id, 0, file.size_bytes):
             if landing.size_bytes + len(chunk) > file.size_bytes:
                 raise CorruptError(f"{file.relative_path!r} has more bytes than its manifest says")

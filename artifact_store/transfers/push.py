@@ -47,12 +47,21 @@ from artifact_store.transfers.tree import TreeFile, walk
 
 _MOST_AT_ONCE = 64
 
+BATCH_FILES = 1_000
+"""Most files of a batch: a transaction of the log takes this many events together with others."""
+
+FEWEST_FILES = 8
+"""Fewer files go alone, in parallel: each is then a blob of its own, which is shared and healed by itself."""
+
+_BATCHES_AT_ONCE = 4
+"""At most this many batches are in memory at a time, each of up to 8 MiB, and as much again in flight."""
+
 
 @dataclass(slots=True)
 class PushState:
     """One push.
 
-    `resumed`: an earlier run began it. `kept`: a later run can go on. `began`: something was sent. `done`: forget it.
+    `resumed`: an earlier run began it. `kept`: a later one can resume it. `began`: something was sent. `done`: drop it.
     """
 
     push_id: UUID
@@ -67,9 +76,9 @@ class PushState:
 
 
 def default_folder() -> Path | None:
-    """Where states of pushes lie: `artifact-store/pushes` in the user's state folder (XDG Base Directory 0.8).
+    """Where pushes keep their state: `artifact-store/pushes` in the user's state folder (XDG Base Directory 0.8).
 
-    None where the user has no home.
+    None when the user has no home.
     """
     named = os.environ.get("XDG_STATE_HOME", "")
     try:
@@ -81,10 +90,10 @@ def default_folder() -> Path | None:
 
 @contextmanager
 def push_state(folder: Path | None, identity: dict[str, Any], *, fresh: bool = False) -> Iterator[PushState]:
-    """The state of the push that `identity` describes (JSON values), locked inside the block.
+    """The state of the push that `identity` (JSON values) describes, locked inside the block.
 
-    `fresh` forgets what an interrupted run left. With no folder, or one that cannot be written, nothing is kept and the
-    push cannot be resumed. Blocks for a moment.
+    `fresh` forgets what an interrupted run left. Without a folder, or with one that cannot be written, nothing is kept
+    and the push cannot be resumed. Blocks for a moment.
     """
     descriptor, path = _lock(folder, identity)
     if descriptor is None or path is None:
@@ -111,7 +120,7 @@ def _lock(folder: Path | None, identity: dict[str, Any]) -> tuple[int | None, Pa
     if folder is None:
         return None, None
     try:
-        # Not JCS, which refuses what the registry will refuse with a reason: NaN, surrogates, numbers beyond a double.
+        # Not JCS: it would refuse NaN, surrogates and large numbers here, and the registry refuses them with a reason.
         name = blake3(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for number in range(_MOST_AT_ONCE):
@@ -120,7 +129,7 @@ def _lock(folder: Path | None, identity: dict[str, Any]) -> tuple[int | None, Pa
             if _try_lock(descriptor, path):
                 return descriptor, path
             os.close(descriptor)
-    except (OSError, RecursionError):  # so many levels the registry refuses as well
+    except (OSError, RecursionError):  # RecursionError: the registry refuses that many levels as well
         return None, None
     return None, None
 
@@ -145,7 +154,7 @@ def _read(descriptor: int) -> UUID | None:
 
 
 def _forget(descriptor: int, path: Path) -> None:
-    """Empty the file, which is no state then, and remove it; that it has gone, or has to stay, spoils no push."""
+    """Empty the file, so that it is no state, and remove it. A failure does not matter."""
     with suppress(OSError):
         os.ftruncate(descriptor, 0)
     with suppress(OSError):
@@ -153,7 +162,7 @@ def _forget(descriptor: int, path: Path) -> None:
 
 
 def _write(descriptor: int, push_id: UUID) -> bool:
-    """Keep the id; whether that could be done."""
+    """Store the id. Return whether that succeeded."""
     try:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps({"push_id": str(push_id)}).encode(), 0)
@@ -163,16 +172,9 @@ def _write(descriptor: int, push_id: UUID) -> bool:
     return True
 
 
-BATCH_FILES = 1_000
-"""Most files of a batch: as many events as a transaction of the log takes together with others."""
-
-FEWEST_FILES = 8
-"""Fewer go alone, all at the same time: each is then a blob by itself, which is shared and healed by itself."""
-
-
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Some small files that go together."""
+    """Small files that are sent together."""
 
     files: Sequence[TreeFile]
 
@@ -181,14 +183,14 @@ class Batch:
 
     @property
     def step(self) -> str:
-        """The name of this step of a push: that of the same files, and of no others."""
+        """The name of this step of a push, which only the same files have."""
         paths = "\0".join(file.relative_path for file in self.files)
         return f"files:{blake3(paths.encode()).hexdigest()}"
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A batch in memory: its files, and how they would be named in the pack of this BLAKE3 (32 raw bytes)."""
+    """A batch in memory: its files, and their names as parts of the pack with this BLAKE3 (32 raw bytes)."""
 
     files: Sequence[SmallFile]
     named: Sequence[NamedFile]
@@ -196,7 +198,7 @@ class Held:
 
 
 def batches(files: Iterable[TreeFile]) -> Iterator[Batch | TreeFile]:
-    """The files in batches as far as they are small, and the others, in the order of the first of each."""
+    """The small files in batches, the others alone, ordered by the first file of each."""
     waiting: list[TreeFile] = []
     size = 0
     for file in files:
@@ -216,7 +218,7 @@ def _together(files: list[TreeFile]) -> Sequence[Batch | TreeFile]:
 
 
 def hold(batch: Batch) -> Held:
-    """Read the files. Blocks. Raises ContentMismatchError: one has changed since the walk; OSError."""
+    """Read the files. Blocks. Raises ContentMismatchError when one has changed since the walk; OSError."""
     layout, pack = PackLayout(), blake3()
     files: list[SmallFile] = []
     places: list[tuple[bytes, int]] = []
@@ -239,15 +241,11 @@ def hold(batch: Batch) -> Held:
     return Held(files, named, name)
 
 
-_BATCHES_AT_ONCE = 4
-"""So many batches are in memory at a time, of 8 MiB at most each, and as much again on their way."""
-
-
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """What a push made. `sequence` is that of the package's last event; `size_bytes` counts every file.
+    """The result of a push. `sequence` is the package's last event; `size_bytes` counts every file.
 
-    `unportable_count` and `unportable_paths` are those of the finalization's `Acknowledgement`.
+    `unportable_count` and `unportable_paths` are explained at `Acknowledgement`.
     """
 
     package_id: UUID
@@ -276,16 +274,16 @@ async def push(
 ) -> Pushed:
     """Create a package, send what lies at `path` and finalize it. Memory is bounded by `concurrency` chunks of 1 MiB.
 
-    Small files go many at a time, and what the store holds already is named instead of sent.
-    With the `state` of an interrupted push it goes on there: what the package holds already is compared, not sent. For
-    that the registry's view has to be there.
+    Small files go many at a time. Bytes that the store has already are named instead of sent. With the `state` of an
+    interrupted push it continues there: files that the package has already are compared, not sent. That needs the
+    registry's view.
 
     Raises:
         InvalidPathError, InvalidRequestError: something at `path` cannot be pushed; nothing was created.
         ContentMismatchError: a file changed while it was read.
-        ConflictError, CommandReusedError: what was interrupted was another tree than is there now.
-        CorruptError: what arrived is not what was sent.
-        What the operations of `Registry` raise; the package stays open then, and the push can be resumed.
+        ConflictError, CommandReusedError: the tree is not the one that was interrupted.
+        CorruptError: other bytes arrived than were sent.
+        What the operations of `Registry` raise. The package then stays open, and the push can be resumed.
     """
     told = progress or NoProgress()
     current = state or PushState(uuid4(), resumed=False, kept=False)
@@ -299,7 +297,7 @@ async def push(
     except AnswerExpiredError as error:
         if not current.resumed:
             raise
-        package_id, last = UUID(str(error.facts["package_id"])), 1  # finalized long ago: all that is left is to compare
+        package_id, last = UUID(str(error.facts["package_id"])), 1  # finalized long ago: only compare
     except RejectedError:
         current.began = current.resumed
         raise
@@ -341,13 +339,13 @@ async def push(
 async def _finalize(
     registry: Registry, package_id: UUID, actor: str, state: PushState
 ) -> tuple[ContentAddress | None, int, Unportable]:
-    """The package's manifest, its last event's sequence, and what cannot be unpacked everywhere."""
+    """The package's manifest, the sequence of its last event, and its clashing paths."""
     try:
         done = await registry.finalize(package_id, actor, command_id=state.command_id("finalize"))
     except AnswerExpiredError:
         if not state.resumed:
             raise
-        # The interrupted push got as far as this. All files were compared, so the package is what was to be made.
+        # The interrupted push got this far, and all files were compared: the package is complete.
         package = await registry.get_package(package_id)
         return package.manifest_digest, package.last_event_sequence, NONE_UNPORTABLE
     manifest = None if done.manifest_digest is None else ContentAddress.of_digest(done.manifest_digest)
@@ -355,7 +353,7 @@ async def _finalize(
 
 
 class _Sender:
-    """Brings files and batches of them into one package; what is stored already is named, not sent."""
+    """Sends files and batches into one package. Bytes that are stored already are named, not sent."""
 
     def __init__(
         self, registry: Registry, package_id: UUID, actor: str, state: PushState, told: TransferProgress
@@ -368,7 +366,7 @@ class _Sender:
         self._turns = asyncio.Semaphore(_BATCHES_AT_ONCE)
 
     async def send(self, item: Batch | TreeFile) -> int:
-        """The sequence of its last event."""
+        """Send it and return the sequence of its last event."""
         try:
             if isinstance(item, TreeFile):
                 return await self._send_file(item)
@@ -414,12 +412,12 @@ class _Sender:
         return done.sequence
 
     async def _name(self, blob: bytes, files: Sequence[NamedFile], command: UUID) -> Acknowledgement | None:
-        """Name the files instead of sending them, if the blob that holds them is stored; None when it is not."""
+        """Name the files instead of sending them, if their blob is stored. None when it is not."""
         if not await self._registry.known_blobs([blob]):
             return None
         try:
             return await self._registry.ingest_named(self._package_id, files, self._actor, command_id=command)
-        except UnknownContentError:  # it was there and is damaged, or just going away
+        except UnknownContentError:  # it was there, but is damaged or being removed
             return None
 
 
