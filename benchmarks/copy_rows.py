@@ -15,9 +15,9 @@ from typing import Any
 
 import asyncpg
 
+from artifact_store.events import Event, FileIngested, PackageCreated
 from benchmarks.file_events import Amount, file_events
 from benchmarks.views_database import connect, fresh_views
-from schemas.events import Event, FileIngested, PackageCreated
 from services.config import Settings
 from services.core.state import CREATED
 from services.views.tables import artifact_files, artifact_packages, storage_locations

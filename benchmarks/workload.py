@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from random import Random
 from uuid import UUID
 
+from artifact_store.manifest import content_key
 from schemas import identifiers
 from services.core.commands import CreatePackage, FinalizePackage, IngestFiles, StoredFile
-from services.core.content_address import content_key
 
 ACTOR = "pipeline@lab.example"
 _STORED_AT = 1_900_000_000_000_000

@@ -14,9 +14,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from uuid import UUID
 
-from services.errors import CorruptError, PushBackError, UnavailableError
+from artifact_store.errors import CorruptError, PushBackError, UnavailableError
+from artifact_store.position import Position
 from services.log.port import Batch, Log, Record, Subscription
-from services.log.position import Position
 from services.log.records import Skips
 from services.views.database import Views
 from services.views.engine.checkpoints import (

@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 
+from artifact_store.errors import ArtifactStoreError, UnavailableError
+from artifact_store.position import Position
 from services.config import Settings
-from services.errors import ArtifactStoreError, UnavailableError
 from services.log.port import Log
-from services.log.position import Position
 from services.processes import PYTHON
 from services.views.database import Views
 from services.views.engine.apply import apply

@@ -14,8 +14,8 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from artifact_store.errors import ArtifactStoreError, ConfigurationError
 from services.addresses import ListenAddress
-from services.errors import ArtifactStoreError, ConfigurationError
 from services.log.port import Log
 from services.views.database import Views
 from services.views.engine.parking import list_marks

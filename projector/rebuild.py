@@ -21,12 +21,12 @@ from typing import Any
 from sqlalchemy import Table
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from artifact_store.errors import CorruptError, InvalidRequestError, PushBackError, UnavailableError
+from artifact_store.manifest import ContentAddress
+from artifact_store.position import Position
 from projector.loading import Pace, load, load_in_processes, read_stretch
 from services.config import Settings
-from services.core.content_address import ContentAddress
-from services.errors import CorruptError, InvalidRequestError, PushBackError, UnavailableError
 from services.log.port import Log
-from services.log.position import Position
 from services.views.database import Views
 from services.views.digest import ViewDigest, digest_tables, digest_view, keep_tables
 from services.views.engine.apply import apply_within

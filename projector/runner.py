@@ -20,11 +20,11 @@ import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
 
+from artifact_store.errors import ArtifactStoreError, CorruptError, PushBackError, UnavailableError
 from projector.assignment import Assignment, Work
 from projector.projection_metrics import ProjectorMetrics, served
 from services.addresses import ListenAddress
 from services.config import Settings
-from services.errors import ArtifactStoreError, CorruptError, PushBackError, UnavailableError
 from services.log.port import Log
 from services.processes import PYTHON, Command, RestartRule
 from services.processes import run_processes as run_all

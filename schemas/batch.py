@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import overload
 from uuid import UUID
 
-from schemas.canonical import is_jcs_object
+from artifact_store.canonical import is_jcs_object
+from artifact_store.events import AdministrativePayload, Event, FileIngested, PackageCreated
 from schemas.codec import UndecodableEventError, decode
-from schemas.events import AdministrativePayload, Event, FileIngested, PackageCreated
 from schemas.file_fields import FileFields, fields_of, read_fields
 
 Entry = FileFields | Event

@@ -20,7 +20,7 @@ from uuid import UUID
 import fastavro
 from fastavro.schema import fingerprint, to_parsing_canonical_form
 
-from schemas.events import (
+from artifact_store.events import (
     FILE_INGESTED,
     LOG_SKIPPED,
     LOSS_ACCEPTED,

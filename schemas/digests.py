@@ -6,9 +6,16 @@ from collections.abc import Iterable
 
 from blake3 import blake3
 
+from artifact_store.canonical import ordered_cbor
+from artifact_store.events import (
+    AdministrativePayload,
+    Event,
+    FileIngested,
+    PackageCreated,
+    PackageFinalized,
+    payload_map,
+)
 from artifact_store.manifest import manifest_digest as manifest_digest
-from schemas.canonical import ordered_cbor
-from schemas.events import AdministrativePayload, Event, FileIngested, PackageCreated, PackageFinalized, payload_map
 
 DIGEST_BYTES = 32
 

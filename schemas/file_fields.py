@@ -9,8 +9,8 @@ from binascii import unhexlify
 from typing import NamedTuple
 from uuid import UUID
 
+from artifact_store.events import FILE_INGESTED, Event, FileIngested
 from schemas.codec import framing
-from schemas.events import FILE_INGESTED, Event, FileIngested
 
 _UUID = 36 << 1
 """The Avro length of a UUID's text."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from functools import lru_cache
 
-from schemas.events import Event
+from artifact_store.events import Event
 
 CONTENT_TYPE = b"avro/binary"
 SOURCE = b"artifact-store"

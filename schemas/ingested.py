@@ -17,12 +17,12 @@ from uuid import UUID
 
 from blake3 import blake3
 
+from artifact_store.canonical import cbor_integer, cbor_text
+from artifact_store.events import FILE_INGESTED
 from schemas import identifiers
 from schemas.avro import avro_long, avro_text
-from schemas.canonical import cbor_integer, cbor_text
 from schemas.codec import EncodedEvents, framing
 from schemas.digests import DIGEST_BYTES
-from schemas.events import FILE_INGESTED
 
 _PIECE = b"%b"
 _IDENTIFIER = cbor_text(b"x" * 36)[:2] + _PIECE

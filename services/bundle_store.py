@@ -14,14 +14,23 @@ from dataclasses import dataclass, replace
 
 from blake3 import blake3
 
+from artifact_store.archives.bundle import (
+    PACK_BYTES,
+    SMALL_FILE_BYTES,
+    Bundle,
+    Group,
+    NamedFile,
+    SmallFile,
+    StreamedFile,
+)
+from artifact_store.byte_streams import joined
+from artifact_store.errors import CorruptError, UnavailableError
+from artifact_store.manifest import content_key
 from services.blobs.intake import LOOK_SECONDS, Pace
 from services.blobs.memory import TURN_SECONDS, ByteBudget
-from services.blobs.packs import PACK_BYTES, Packing, Placed, find_named
-from services.blobs.port import BlobStore, content_key
+from services.blobs.packs import Packing, Placed, find_named
+from services.blobs.port import BlobStore
 from services.blobs.verified_reads import SoundReads
-from services.bundle import SMALL_FILE_BYTES, Bundle, Group, NamedFile, SmallFile, StreamedFile
-from services.errors import CorruptError, UnavailableError
-from services.streams import joined
 from services.views.models import PlacedFile
 
 BUNDLES_AT_ONCE = 12

@@ -10,7 +10,7 @@ from typing import Any, Self
 from dotenv.parser import Binding, parse_stream
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
-from services.errors import ConfigurationError
+from artifact_store.errors import ConfigurationError
 
 PREFIX = "ARTIFACT_STORE_"
 _TIB = 1 << 40

@@ -8,19 +8,9 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
-from schemas import identifiers
-from schemas.digests import manifest_digest
-from services.blobs.packs import Placed
-from services.blobs.port import BlobStore, Declared
-from services.blobs.resumable.uploads import ResumableUploads
-from services.bundle import MAX_BUNDLE_FILES, Bundle, Group, NamedFile, StreamedFile
-from services.bundle_store import BundleStore
-from services.core.commands import Acknowledgement, CreatePackage, FinalizePackage, IngestFiles, StoredFile
-from services.core.content_address import ContentAddress, content_key
-from services.core.fields import check_text, metadata_text
-from services.core.limits import Limits
-from services.core.paths import check_path
-from services.errors import (
+from artifact_store.archives.bundle import MAX_BUNDLE_FILES, Bundle, Group, NamedFile, StreamedFile
+from artifact_store.byte_streams import joined
+from artifact_store.errors import (
     ArtifactStoreError,
     CorruptError,
     FileNotFoundInRegistryError,
@@ -30,12 +20,31 @@ from services.errors import (
     RangeNotSatisfiableError,
     TooLargeError,
 )
-from services.log.port import EXTENT_SECONDS, CommandWriter, Log, PackageExtent, RecordedEvent
-from services.log.position import Position
-from services.manifest import to_json
-from services.registry import ManifestFormat, Registry
-from services.streams import joined
-from services.views.models import DEFAULT_PAGE, MAX_PAGE, File, Package, PackageFilter, Page, PlacedFile, UsageTotal
+from artifact_store.events import RecordedEvent
+from artifact_store.manifest import ContentAddress, content_key, manifest_digest, to_json
+from artifact_store.models import (
+    DEFAULT_PAGE,
+    MAX_PAGE,
+    Acknowledgement,
+    Declared,
+    File,
+    Package,
+    PackageFilter,
+    Page,
+    UsageTotal,
+)
+from artifact_store.position import Position
+from artifact_store.registry import ManifestFormat, Registry
+from artifact_store.rules import check_path, check_text, metadata_text
+from schemas import identifiers
+from services.blobs.packs import Placed
+from services.blobs.port import BlobStore
+from services.blobs.resumable.uploads import ResumableUploads
+from services.bundle_store import BundleStore
+from services.core.commands import CreatePackage, FinalizePackage, IngestFiles, StoredFile
+from services.core.limits import Limits
+from services.log.port import EXTENT_SECONDS, CommandWriter, Log, PackageExtent
+from services.views.models import PlacedFile
 from services.views.queries import Queries
 from services.views.waiting import ViewWaits, beyond_log, parked_error
 

@@ -11,11 +11,11 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from itertools import accumulate
 from uuid import UUID, uuid4
 
+from artifact_store.errors import CorruptError, InvalidPositionError, UnavailableError
+from artifact_store.events import AdministrativePayload, Event, LogSkipped, RecordedEvent
+from artifact_store.position import Position
 from schemas.codec import UndecodableEventError, decode, encode
-from schemas.events import AdministrativePayload, Event, LogSkipped
-from services.errors import CorruptError, InvalidPositionError, UnavailableError
-from services.log.port import Batch, PackageExtent, Record, RecordedEvent, Settled, StartOffsets
-from services.log.position import Position
+from services.log.port import Batch, PackageExtent, Record, Settled, StartOffsets
 from services.log.records import AdministrativeHead, BadRecord, administrative_event, is_administrative
 
 _FIELDS = tuple(Event.__slots__)

@@ -16,12 +16,12 @@ from uuid import UUID
 
 from blake3 import blake3
 
+from artifact_store.events import NO_DIGEST, Event, FileIngested, PackageFinalized
+from artifact_store.manifest import content_key
 from schemas import identifiers
 from schemas.codec import encode
 from schemas.digests import event_digest, payload_digest
-from schemas.events import NO_DIGEST, Event, FileIngested, PackageFinalized
 from services.blobs.local import LocalBlobStore
-from services.blobs.port import content_key
 from services.core.commands import Command, IngestFiles, StoredFile
 from services.core.decide import decide
 from services.core.evolve import evolve

@@ -11,10 +11,10 @@ from uuid import UUID
 from blake3 import blake3
 from sqlalchemy import select
 
+from artifact_store.events import Event
+from artifact_store.manifest import content_key
 from schemas import identifiers
-from schemas.events import Event
 from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles, StoredFile
-from services.core.content_address import content_key
 from services.core.decide import decide
 from services.core.evolve import evolve
 from services.core.limits import Limits

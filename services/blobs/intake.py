@@ -25,8 +25,9 @@ from typing import Generic, Self, TypeVar
 
 from blake3 import blake3
 
-from services.blobs.port import Declared, Digests
-from services.errors import ContentMismatchError, PushBackError, TooLargeError, UnavailableError
+from artifact_store.errors import ContentMismatchError, PushBackError, TooLargeError, UnavailableError
+from artifact_store.models import Declared
+from services.blobs.port import Digests
 
 PIECE_BYTES = 512 * 1024
 """Most bytes that `Intake.take` returns at once; with 64 bodies at a time this keeps what is in flight small."""

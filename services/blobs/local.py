@@ -19,28 +19,28 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 from uuid import uuid4
 
+from artifact_store.byte_streams import ended
+from artifact_store.errors import CorruptError, UnavailableError
+from artifact_store.manifest import content_key
+from artifact_store.models import Declared
 from services.blobs.intake import PIECE_BYTES, Cleanups, Intake
 from services.blobs.port import (
     DAMAGED,
     IDLE_SECONDS,
     PROVEN_SECONDS,
     RESUMABLE,
-    Declared,
     Digests,
     PartStore,
     StoredBlob,
     checked_key,
     checked_object_key,
     checked_removable_key,
-    content_key,
 )
 from services.blobs.resumable.object_parts import PART_BYTES, ObjectParts
 from services.blobs.resumable.states import sweep_states
 from services.blobs.verified_reads import Mistrusted
 from services.clock import StoreClock
-from services.errors import CorruptError, UnavailableError
 from services.folders import secure_folder, sync_folder
-from services.threads import ended
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
-from services.errors import PushBackError
+from artifact_store.errors import PushBackError
 
 TURN_SECONDS = 30.0
 """How long an upload waits for its first memory."""

@@ -6,12 +6,12 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from artifact_store.errors import ConfigurationError
 from services.blobs.local import LocalBlobStore
 from services.blobs.memory import ByteBudget
 from services.blobs.port import BlobStore
 from services.clock import Clock, system_clock
 from services.config import Settings
-from services.errors import ConfigurationError
 
 _MEMORY_BYTES = 64 << 20
 """What all uploads of a process may hold in memory on their way to a bucket, and"""

@@ -18,14 +18,15 @@ from dataclasses import dataclass
 from blake3 import blake3
 
 from artifact_store.archives.bundle import PACK_BYTES as PACK_BYTES
+from artifact_store.archives.bundle import Bundle, NamedFile, SmallFile, StreamedFile
 from artifact_store.archives.bundle import PackLayout as PackLayout
+from artifact_store.byte_streams import joined
+from artifact_store.errors import ContentMismatchError, CorruptError, TooLargeError, UnknownContentError
+from artifact_store.manifest import ContentAddress, content_key
+from artifact_store.models import Declared
 from services.blobs.intake import PIECE_BYTES, Cleanups, Intake
 from services.blobs.memory import PartBuffer
-from services.blobs.port import UPLOADS, BlobStore, Declared, Digests, StoredBlob, content_key
-from services.bundle import Bundle, NamedFile, SmallFile, StreamedFile
-from services.core.content_address import ContentAddress
-from services.errors import ContentMismatchError, CorruptError, TooLargeError, UnknownContentError
-from services.streams import joined
+from services.blobs.port import UPLOADS, BlobStore, Digests, StoredBlob
 
 _SLICE = 1 << 20
 

@@ -15,11 +15,11 @@ from datetime import datetime
 from typing import Protocol
 from uuid import UUID
 
+from artifact_store.errors import CorruptError
+from artifact_store.manifest import content_key
 from artifact_store.models import Declared
 from services.blobs.memory import ByteBudget, PartBuffer
 from services.clock import StoreClock
-from services.core.content_address import content_key
-from services.errors import CorruptError
 
 __all__ = [
     "DAMAGED",

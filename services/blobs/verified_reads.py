@@ -18,9 +18,9 @@ from typing import Generic, TypeVar
 
 from blake3 import blake3
 
+from artifact_store.byte_streams import from_any, joined
+from artifact_store.errors import CorruptError, UnavailableError
 from services.blobs.port import BlobStore
-from services.errors import CorruptError, UnavailableError
-from services.streams import from_any, joined
 
 Place = tuple[str, int]
 """Key and offset."""

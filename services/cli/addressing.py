@@ -9,9 +9,9 @@ from uuid import UUID
 
 import click
 
-from services.core.content_address import ContentAddress
-from services.errors import InvalidRequestError
-from services.registry import Registry, find_frozen
+from artifact_store.errors import InvalidRequestError
+from artifact_store.manifest import ContentAddress
+from artifact_store.registry import Registry, find_frozen
 
 if TYPE_CHECKING:
     from services.views.projections import Projection

@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from artifact_store.errors import ArtifactStoreError
 from services.cli.standard_streams import open_missing_streams
-from services.errors import ArtifactStoreError
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+    from artifact_store.rules import PathPair
     from artifact_store.transfers.parallel import TransferProgress
     from services.config import Settings
-    from services.core.paths import PathPair
     from services.log.port import Log
     from services.views.database import Views
 

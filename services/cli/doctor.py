@@ -58,7 +58,7 @@ def _said(finding: Finding) -> str:
 
 
 async def _examine() -> list[Finding]:
-    from services.errors import ConfigurationError
+    from artifact_store.errors import ConfigurationError
 
     findings = [_python()]
     try:
@@ -86,7 +86,7 @@ def _python() -> Finding:
 
 async def _looked(part: str, look: Callable[[], Awaitable[str | None]]) -> Finding:
     """What `look` finds: an error of the tree is what is wrong, a text a remark."""
-    from services.errors import ArtifactStoreError, UnavailableError
+    from artifact_store.errors import ArtifactStoreError, UnavailableError
 
     try:
         async with asyncio.timeout(_PATIENCE_SECONDS):
@@ -104,8 +104,8 @@ async def _looked(part: str, look: Callable[[], Awaitable[str | None]]) -> Findi
 
 
 async def _log(settings: Settings) -> str | None:
+    from artifact_store.errors import CorruptError
     from services.cli.status import writers
-    from services.errors import CorruptError
     from services.wiring import is_embedded, open_log
 
     log = open_log(settings)
@@ -122,7 +122,7 @@ async def _log(settings: Settings) -> str | None:
 
 
 async def _blobs(settings: Settings) -> str | None:
-    from services.errors import ConfigurationError
+    from artifact_store.errors import ConfigurationError
     from services.wiring import open_blobs
 
     blobs = open_blobs(settings)

@@ -11,9 +11,9 @@ import click
 from services.cli.command import answer, common_options, invocation, raw, remark, run, table
 
 if TYPE_CHECKING:
-    from services.log.port import RecordedEvent
-    from services.log.position import Position
-    from services.views.models import File, Package, PackageFilter
+    from artifact_store.events import RecordedEvent
+    from artifact_store.models import File, Package, PackageFilter
+    from artifact_store.position import Position
 
 _TOTALS = ("producer", "retention class", "day", "packages", "files", "bytes")
 _COLUMNS = ("package", "status", "retention class", "created", "producer", "subject", "name")
@@ -30,15 +30,15 @@ def packages(
     producer: str | None, subject: str | None, status: str | None, retention_class: str | None, limit: int | None
 ) -> None:
     """List packages, newest first."""
-    from services.views.models import PackageFilter
+    from artifact_store.models import PackageFilter
 
     run(_packages(PackageFilter(producer, subject, status, retention_class), limit))
 
 
 async def _packages(where: PackageFilter, limit: int | None) -> None:
     from artifact_store.documents.shapes import PackageAnswer
+    from artifact_store.models import MAX_PAGE, all_pages
     from services.registry import open_registry
-    from services.views.models import MAX_PAGE, all_pages
 
     asked = invocation()
     left = limit or sys.maxsize
@@ -80,8 +80,8 @@ def usage(producer: str | None, retention_class: str | None) -> None:
 
 async def _usage(producer: str | None, retention_class: str | None) -> None:
     from artifact_store.documents.shapes import UsageAnswer
+    from artifact_store.models import MAX_PAGE, all_pages
     from services.registry import open_registry
-    from services.views.models import MAX_PAGE, all_pages
 
     asked = invocation()
     async with open_registry(asked.settings()) as registry:
@@ -105,9 +105,9 @@ def show(package: str) -> None:
 
 async def _show(text: str) -> None:
     from artifact_store.documents.shapes import FileAnswer, PackageAnswer
+    from artifact_store.models import MAX_PAGE, all_pages
     from services.cli.addressing import find_package
     from services.registry import open_registry
-    from services.views.models import MAX_PAGE, all_pages
 
     asked = invocation()
     async with open_registry(asked.settings()) as registry:
@@ -162,9 +162,9 @@ def tail(since: str | None, package: str | None, *, follow: bool) -> None:
 
 async def _tail(since: str | None, package: str | None, *, follow: bool) -> None:
     from artifact_store.documents.event_lines import event_line
+    from artifact_store.position import Position
     from services.cli.addressing import as_usage, package_id
     from services.cli.standard_streams import end_as_interrupted
-    from services.log.position import Position
     from services.registry import open_registry
 
     asked = invocation()
@@ -198,7 +198,7 @@ def _event_text(event: RecordedEvent) -> str:
 
 
 def _about(event: RecordedEvent) -> str:
-    from schemas.events import FileIngested, PackageCreated, PackageFinalized
+    from artifact_store.events import FileIngested, PackageCreated, PackageFinalized
 
     match event.payload:
         case PackageCreated(name=name, retention_class=kept):

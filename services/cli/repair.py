@@ -22,7 +22,7 @@ from services.cli.command import (
 from services.cli.status import confirm
 
 if TYPE_CHECKING:
-    from services.core.commands import Acknowledgement
+    from artifact_store.models import Acknowledgement
     from services.log.port import Log
     from services.log.records import Confirmation
     from services.views.engine.parking import Mark
@@ -95,7 +95,7 @@ async def _list(projection: str | None) -> None:
 
 
 async def _show(package: str) -> None:
-    from services.errors import NotFoundError
+    from artifact_store.errors import NotFoundError
 
     async with log_and_views() as (log, views):
         from services.views.engine.parking import list_marks
@@ -112,7 +112,7 @@ async def _show(package: str) -> None:
 
 async def _retry(packages: Sequence[str], projection: str | None) -> bool:
     """Whether nothing is parked any more of what was meant."""
-    from services.errors import NotFoundError
+    from artifact_store.errors import NotFoundError
 
     whole = True
     async with log_and_views() as (log, views):

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from threading import Thread
 
-from services.streams import CHUNK_BYTES
+from artifact_store.byte_streams import CHUNK_BYTES
 
 _INPUT, _OUTPUT, _ERROR = range(3)
 

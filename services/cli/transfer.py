@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterable
 
     from artifact_store import Pulled, Pushed
+    from artifact_store.models import Acknowledgement
     from artifact_store.transfers.push import PushState
     from services.config import Settings
-    from services.core.commands import Acknowledgement
 
 
 _CONCURRENCY = click.option(
@@ -87,9 +87,9 @@ async def _push(
     settings: Settings, path: Path, about: dict[str, Any], *, finalize: bool, fresh: bool, concurrency: int
 ) -> Pushed:
     from artifact_store import push as push_tree
+    from artifact_store.errors import ArtifactStoreError
     from artifact_store.transfers.push import default_folder, push_state
     from services.collector import collect_rarely
-    from services.errors import ArtifactStoreError
     from services.registry import open_registry
 
     end_as_interrupted()
@@ -194,8 +194,8 @@ _ACTOR = click.option("--actor", default="anonymous", show_default=True, help="W
 @common_options(shown=("url",))
 def add(package: str, file: Path, *, relative_path: str | None, media_type: str | None, actor: str) -> None:
     """Add one file to a package that is open; `-` reads it from standard input, and a pipe is read to its end."""
+    from artifact_store.manifest import ContentAddress
     from services.cli.addressing import package_id
-    from services.core.content_address import ContentAddress
 
     if relative_path is None:
         if file == _STANDARD_INPUT:
@@ -217,8 +217,8 @@ async def _add(
     settings: Settings, package: UUID, file: Path, relative_path: str, media_type: str | None, actor: str
 ) -> Acknowledgement:
     from artifact_store.client.bodies import CountedSource, FileSource, FileStamp
-    from services.blobs.port import Declared
-    from services.media_types import guess_media_type
+    from artifact_store.media_types import guess_media_type
+    from artifact_store.models import Declared
     from services.registry import open_registry
 
     with transfer_progress("add") as progress:
@@ -252,8 +252,8 @@ async def _add(
 @common_options(shown=("url",))
 def finalize(package: str, *, actor: str) -> None:
     """Freeze a package that is open; prints the content address of its manifest."""
+    from artifact_store.manifest import ContentAddress
     from services.cli.addressing import package_id
-    from services.core.content_address import ContentAddress
 
     done = run(_finalize(invocation().settings(), package_id(package), actor))
     manifest = None if done.manifest_digest is None else ContentAddress.of_digest(done.manifest_digest)

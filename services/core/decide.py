@@ -9,38 +9,7 @@ from uuid import UUID
 
 import cbor2
 
-from schemas import identifiers
-from schemas.codec import EncodedEvents, decode, encode
-from schemas.digests import DIGEST_BYTES, event_digest, items_digest, manifest_digest, payload_digest
-from schemas.events import (
-    FILE_INGESTED,
-    NO_DIGEST,
-    PACKAGE_CREATED,
-    PACKAGE_FINALIZED,
-    Event,
-    PackageCreated,
-    PackageFinalized,
-    Payload,
-)
-from schemas.ingested import EncodedIngested, PackagePieces, ingested
-from services.core.commands import (
-    Acknowledgement,
-    Command,
-    CreatePackage,
-    FinalizePackage,
-    IngestedFile,
-    IngestFiles,
-    StoredFile,
-)
-from services.core.content_address import ContentAddress, content_key
-from services.core.evolve import evolve
-from services.core.fields import check_metadata_size, check_text
-from services.core.limits import ANSWERS_KEPT_MICROS, EVENT_OVERHEAD_BYTES, MAX_IDLE_MICROS, Limits
-from services.core.manifest import item_file_id, manifest_of
-from services.core.paths import Unportable, add_folders, check_paths, folders_above
-from services.core.retention import MICROS_PER_DAY, retention_class
-from services.core.state import ABANDONED, CREATED, CommandState, PackageState, file_states
-from services.errors import (
+from artifact_store.errors import (
     AnswerExpiredError,
     CommandReusedError,
     CorruptError,
@@ -53,6 +22,29 @@ from services.errors import (
     PushBackError,
     TooLargeError,
 )
+from artifact_store.events import (
+    FILE_INGESTED,
+    NO_DIGEST,
+    PACKAGE_CREATED,
+    PACKAGE_FINALIZED,
+    Event,
+    PackageCreated,
+    PackageFinalized,
+    Payload,
+)
+from artifact_store.manifest import ContentAddress, content_key, manifest_digest
+from artifact_store.models import Acknowledgement, IngestedFile
+from artifact_store.rules import Unportable, add_folders, check_metadata_size, check_paths, check_text, folders_above
+from schemas import identifiers
+from schemas.codec import EncodedEvents, decode, encode
+from schemas.digests import DIGEST_BYTES, event_digest, items_digest, payload_digest
+from schemas.ingested import EncodedIngested, PackagePieces, ingested
+from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles, StoredFile
+from services.core.evolve import evolve
+from services.core.limits import ANSWERS_KEPT_MICROS, EVENT_OVERHEAD_BYTES, MAX_IDLE_MICROS, Limits
+from services.core.manifest import item_file_id, manifest_of
+from services.core.retention import MICROS_PER_DAY, retention_class
+from services.core.state import ABANDONED, CREATED, CommandState, PackageState, file_states
 
 
 @dataclass(slots=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from artifact_store.errors import CorruptError
+from artifact_store.events import Event, FileIngested, PackageCreated, PackageFinalized
+from artifact_store.rules import Unportable
 from schemas.digests import event_digest
-from schemas.events import Event, FileIngested, PackageCreated, PackageFinalized
 from services.core.manifest import manifest_items
-from services.core.paths import Unportable
 from services.core.state import CREATED, FINALIZED, CommandState, FileState, PackageState
-from services.errors import CorruptError
 
 
 def evolve(

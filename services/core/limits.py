@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from services.core.paths import MAX_PATH_BYTES
+from artifact_store.rules import MAX_PATH_BYTES
 
 INLINE_MANIFEST_BYTES = 512 * 1024
 """A manifest above this travels as a claim check."""

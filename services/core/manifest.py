@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 
-from schemas.canonical import canonical_cbor, cbor_array_head, ordered_cbor
-from schemas.events import FileIngested
+from artifact_store.canonical import canonical_cbor, cbor_array_head, ordered_cbor
+from artifact_store.events import FileIngested
+from artifact_store.manifest import MANIFEST_VERSION
 from schemas.identifiers import Identifier
 from services.core.state import FINALIZED, PackageState
-from services.manifest import MANIFEST_VERSION
 
 
 def manifest_items(file: FileIngested) -> tuple[bytes, bytes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from services.errors import UnknownRetentionClassError
+from artifact_store.errors import UnknownRetentionClassError
 
 MICROS_PER_DAY = 86_400 * 1_000_000
 

@@ -8,9 +8,9 @@ from functools import partial
 from typing import NamedTuple
 from uuid import UUID
 
-from schemas.events import PackageCreated
+from artifact_store.events import PackageCreated
+from artifact_store.rules import NONE_UNPORTABLE, Unportable, add_folders, unportable
 from schemas.ingested import PackagePieces
-from services.core.paths import NONE_UNPORTABLE, Unportable, add_folders, unportable
 
 CREATED = "created"
 FINALIZED = "finalized"

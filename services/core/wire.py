@@ -14,23 +14,16 @@ from uuid import UUID
 
 import cbor2
 
-from services.core.commands import (
-    Acknowledgement,
-    Command,
-    CreatePackage,
-    FinalizePackage,
-    IngestedFile,
-    IngestFiles,
-    StoredFile,
-)
-from services.core.paths import PathPair
-from services.errors import (
+from artifact_store.errors import (
     ArtifactStoreError,
     InvalidRequestError,
     PushBackError,
     RangeNotSatisfiableError,
     UnavailableError,
 )
+from artifact_store.models import Acknowledgement, IngestedFile
+from artifact_store.rules import PathPair
+from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles, StoredFile
 
 VERSION = 2
 """The newest version that this release reads and writes. Raise it when a field is added, and enter that in `_ADDED`."""

@@ -11,8 +11,10 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from services.blobs.port import BlobStore, Declared, content_key
-from services.errors import ArtifactStoreError, CorruptError, UnavailableError
+from artifact_store.errors import ArtifactStoreError, CorruptError, UnavailableError
+from artifact_store.manifest import content_key
+from artifact_store.models import Declared
+from services.blobs.port import BlobStore
 from services.verify.notes import Claim, Notes
 from services.verify.rehash import Rehash
 from services.verify.report import Report

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from schemas.events import Event, FileIngested, PackageCreated, PackageFinalized
+from artifact_store.errors import ArtifactStoreError
+from artifact_store.events import Event, FileIngested, PackageCreated, PackageFinalized
+from artifact_store.rules import check_text
 from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles, StoredFile
 from services.core.decide import decide
-from services.core.fields import check_text
 from services.core.limits import Limits
 from services.core.retention import RETENTION_CLASSES
 from services.core.state import CREATED, FINALIZED, FileState, PackageState
-from services.errors import ArtifactStoreError
 from services.verify.notes import Head
 
 _ENDLESS = 1 << 62

@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 from uuid import uuid5
 
-from schemas.canonical import canonical_cbor, jcs
+from artifact_store.canonical import canonical_cbor, jcs
+from artifact_store.errors import InvalidPathError
+from artifact_store.events import Event, FileIngested, PackageCreated, PackageFinalized
+from artifact_store.manifest import content_key
+from artifact_store.rules import check_path
 from schemas.digests import event_digest, payload_digest
-from schemas.events import Event, FileIngested, PackageCreated, PackageFinalized
 from schemas.identifiers import package_id
-from services.core.content_address import content_key
-from services.core.paths import check_path
-from services.errors import InvalidPathError
 from services.verify.conformance import differs
 from services.verify.manifest import ManifestCheck
 from services.verify.notes import Claim, Head, Notes, OpenCommand

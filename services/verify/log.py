@@ -7,11 +7,11 @@ from collections.abc import Callable
 from contextlib import aclosing, suppress
 from uuid import UUID
 
+from artifact_store.errors import CorruptError
+from artifact_store.events import NO_DIGEST, Event, FileIngested, PackageFinalized
 from schemas.codec import UndecodableEventError, decode
 from schemas.digests import payload_digest_holds, record_digest
-from schemas.events import NO_DIGEST, Event, FileIngested, PackageFinalized
 from schemas.identifiers import event_id
-from services.errors import CorruptError
 from services.log.port import Log, Record
 from services.log.records import AdministrativeHead, BadRecord, Skips, is_administrative, read_record
 from services.verify.history import Histories

@@ -11,8 +11,8 @@ from itertools import chain
 
 from blake3 import blake3
 
-from schemas.canonical import canonical_cbor, cbor_array_head
-from schemas.events import Event, PackageCreated
+from artifact_store.canonical import canonical_cbor, cbor_array_head
+from artifact_store.events import Event, PackageCreated
 from services.verify.notes import Head, Notes
 
 _MAP_OF_FOUR = b"\xa4"

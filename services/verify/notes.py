@@ -17,9 +17,9 @@ from uuid import UUID
 
 import cbor2
 
+from artifact_store.errors import UnavailableError
+from artifact_store.events import NO_DIGEST, Event, PackageCreated
 from schemas.digests import record_digest
-from schemas.events import NO_DIGEST, Event, PackageCreated
-from services.errors import UnavailableError
 from services.log.port import Record
 
 _CACHED_HEADS = 4096

@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 from datetime import datetime
 
+from artifact_store.errors import CorruptError
 from services.blobs.port import BlobStore
 from services.blobs.resumable.states import UploadStates
-from services.errors import CorruptError
 from services.verify.notes import Notes
 from services.verify.report import Report
 

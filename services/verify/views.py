@@ -7,9 +7,9 @@ from contextlib import aclosing
 
 from sqlalchemy.exc import DBAPIError
 
-from services.errors import CorruptError
+from artifact_store.errors import CorruptError
+from artifact_store.position import Position
 from services.log.port import Log
-from services.log.position import Position
 from services.verify.report import Report
 from services.views.database import Views
 from services.views.digest import digest_view

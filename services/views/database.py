@@ -3,7 +3,7 @@
 SQLite runs in WAL mode: readers never wait for the one writer. Rows and checkpoint share a transaction, so after a
 crash folding goes on from whatever is there.
 
-`database_errors` turns the drivers' errors into the tree of `services.errors`. No statement, parameter or URL gets
+`database_errors` turns the drivers' errors into those of `artifact_store.errors`. No statement, parameter or URL gets
 into an error's text: they may hold secrets or a producer's data.
 """
 
@@ -28,8 +28,8 @@ from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from artifact_store.errors import ArtifactStoreError, ConfigurationError, CorruptError, UnavailableError
 from services.core.retention import RETENTION_CLASSES
-from services.errors import ArtifactStoreError, ConfigurationError, CorruptError, UnavailableError
 from services.file_lock import FileLock
 from services.folders import make_folder
 from services.views.bulk import on_postgresql

@@ -18,9 +18,9 @@ from blake3 import blake3
 from sqlalchemy import LargeBinary, Select, Table, Uuid, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from schemas.canonical import canonical_cbor
-from services.core.content_address import ContentAddress
-from services.log.position import Position
+from artifact_store.canonical import canonical_cbor
+from artifact_store.manifest import ContentAddress
+from artifact_store.position import Position
 from services.views.bulk import driver_of, on_postgresql
 from services.views.database import Views
 from services.views.engine.build_tables import LONG_SECONDS, live_tables, take_long

@@ -15,28 +15,15 @@ from sqlalchemy import BigInteger, Column, Integer, Row, Select, Text, Tuple, Uu
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.types import TypeEngine
 
-from schemas.canonical import canonical_cbor
-from services.core.content_address import ContentAddress
-from services.core.fields import check_text
-from services.core.paths import check_path
-from services.errors import InvalidRequestError
-from services.log.position import Position
+from artifact_store.canonical import canonical_cbor
+from artifact_store.errors import InvalidRequestError
+from artifact_store.manifest import ContentAddress
+from artifact_store.models import DEFAULT_PAGE, MAX_PAGE, File, Package, PackageFilter, Page, Parked, UsageTotal
+from artifact_store.position import Position
+from artifact_store.rules import check_path, check_text
 from services.views.database import Views
 from services.views.engine.checkpoints import read_position
-from services.views.models import (
-    DEFAULT_PAGE,
-    MAX_PAGE,
-    File,
-    Location,
-    ManifestLocation,
-    Package,
-    PackageFilter,
-    Page,
-    Parked,
-    PlacedFile,
-    Retention,
-    UsageTotal,
-)
+from services.views.models import Location, ManifestLocation, PlacedFile, Retention
 from services.views.projections import projection_named
 from services.views.tables import (
     artifact_files,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
-from services.errors import (
+from artifact_store.errors import (
     ArtifactStoreError,
     CorruptError,
     PackageNotFoundError,
@@ -21,9 +21,9 @@ from services.errors import (
     UnavailableError,
     WaitTimeoutError,
 )
+from artifact_store.models import Parked
+from artifact_store.position import Position
 from services.log.port import CommandWriter, Log
-from services.log.position import Position
-from services.views.models import Parked
 from services.views.queries import Progress, Queries
 
 LOOK_SECONDS = 0.025

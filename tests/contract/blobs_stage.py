@@ -15,8 +15,9 @@ from urllib.parse import urlsplit
 import pytest
 from blake3 import blake3
 
+from artifact_store.models import Declared
 from services.blobs.local import LocalBlobStore
-from services.blobs.port import UPLOADS, BlobStore, Declared, StoredBlob
+from services.blobs.port import UPLOADS, BlobStore, StoredBlob
 from services.blobs.s3.multipart import RECORDS
 from services.blobs.s3.requests import Endpoint
 from services.blobs.s3.store import S3BlobStore

@@ -9,10 +9,11 @@ from collections import defaultdict
 from collections.abc import Iterable
 from uuid import UUID
 
+from artifact_store.events import FileIngested, RecordedEvent
+from artifact_store.models import Acknowledgement
 from schemas.digests import event_digest
-from schemas.events import FileIngested
-from services.core.commands import Acknowledgement, Command, IngestFiles
-from services.log.port import Log, RecordedEvent
+from services.core.commands import Command, IngestFiles
+from services.log.port import Log
 from services.verify.history import Histories
 from services.verify.notes import Notes
 

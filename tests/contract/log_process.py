@@ -13,9 +13,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from artifact_store.errors import UnavailableError
 from services.core.commands import Command
 from services.core.limits import Limits
-from services.errors import UnavailableError
 from services.log.sqlite import SqliteLog, SqliteWriter
 from tests.contract.log_stage import no_manifest, settled
 from tests.unit.commands import create, finalize, ingest

@@ -10,12 +10,13 @@ from itertools import chain
 from typing import TypeVar
 from uuid import UUID
 
-from schemas.events import Event
+from artifact_store.errors import PushBackError, UnavailableError
+from artifact_store.events import Event, RecordedEvent
+from artifact_store.models import Acknowledgement
 from services.clock import Clock, system_clock
 from services.config import Settings
-from services.core.commands import Acknowledgement, Command
-from services.errors import PushBackError, UnavailableError
-from services.log.port import CommandWriter, Log, PutManifest, Record, RecordedEvent, Settled, Subscription
+from services.core.commands import Command
+from services.log.port import CommandWriter, Log, PutManifest, Record, Settled, Subscription
 from services.wiring import open_log, open_writer
 from tests.unit.commands import create, finalize, ingest
 

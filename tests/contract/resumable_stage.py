@@ -13,14 +13,14 @@ from uuid import UUID, uuid4
 import pytest
 from blake3 import blake3
 
+from artifact_store.errors import DuplicateRelativePathError
+from artifact_store.models import Acknowledgement, Declared, IngestedFile
 from schemas import identifiers
 from services.blobs.local import LocalBlobStore
 from services.blobs.packs import Placed
-from services.blobs.port import BlobStore, Declared, StoredBlob
+from services.blobs.port import BlobStore, StoredBlob
 from services.blobs.resumable.states import UploadState
 from services.blobs.resumable.uploads import NewUpload, ResumableUploads
-from services.core.commands import Acknowledgement, IngestedFile
-from services.errors import DuplicateRelativePathError
 from tests.contract.blobs_stage import PART, Stage, body, endpoint, got, opened_stage, s3_store
 
 PACKAGE = uuid4()

@@ -17,11 +17,13 @@ from blake3 import blake3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from artifact_store.errors import ContentMismatchError, CorruptError, TooLargeError, UnavailableError
+from artifact_store.manifest import content_key
+from artifact_store.models import Declared
 from services.blobs.local import LocalBlobStore
-from services.blobs.port import BlobStore, Declared, content_key
+from services.blobs.port import BlobStore
 from services.blobs.s3.requests import Endpoint
 from services.blobs.s3.store import S3BlobStore
-from services.errors import ContentMismatchError, CorruptError, TooLargeError, UnavailableError
 from tests.contract.blobs_stage import (
     LIMIT,
     MUCH,

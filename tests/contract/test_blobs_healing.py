@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 from minio import Minio
 
+from artifact_store.errors import CorruptError, UnavailableError
+from artifact_store.models import Declared
 from services.blobs.memory import PartBuffer
-from services.blobs.port import Declared, StoredBlob
+from services.blobs.port import StoredBlob
 from services.blobs.s3.store import S3BlobStore
-from services.errors import CorruptError, UnavailableError
 from tests.contract.blobs_stage import (
     LIMIT,
     MUCH,

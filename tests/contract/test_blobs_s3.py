@@ -13,21 +13,23 @@ from uuid import uuid4
 import pytest
 from blake3 import blake3
 
-from services.blobs.memory import ByteBudget, PartBuffer
-from services.blobs.packs import Packing
-from services.blobs.port import Declared, Part, PartsKey, content_key
-from services.blobs.resumable.uploads import ResumableUploads
-from services.blobs.s3.multipart import RECORDS, UploadRecord
-from services.blobs.s3.requests import Endpoint
-from services.blobs.s3.store import S3BlobStore
-from services.bundle import Group, SmallFile, StreamedFile
-from services.errors import (
+from artifact_store.archives.bundle import Group, SmallFile, StreamedFile
+from artifact_store.errors import (
     ConfigurationError,
     ContentMismatchError,
     PushBackError,
     TooLargeError,
     UnavailableError,
 )
+from artifact_store.manifest import content_key
+from artifact_store.models import Declared
+from services.blobs.memory import ByteBudget, PartBuffer
+from services.blobs.packs import Packing
+from services.blobs.port import Part, PartsKey
+from services.blobs.resumable.uploads import ResumableUploads
+from services.blobs.s3.multipart import RECORDS, UploadRecord
+from services.blobs.s3.requests import Endpoint
+from services.blobs.s3.store import S3BlobStore
 from tests.contract.blobs_stage import (
     LIMIT,
     MUCH,

@@ -9,12 +9,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from schemas.digests import manifest_digest
-from schemas.events import FILE_INGESTED, PACKAGE_CREATED, PACKAGE_FINALIZED, PackageFinalized
-from services.clock import system_clock
-from services.core.commands import Acknowledgement, Command
-from services.core.content_address import content_key
-from services.errors import (
+from artifact_store.errors import (
     ArtifactStoreError,
     CommandReusedError,
     DuplicateRelativePathError,
@@ -25,8 +20,12 @@ from services.errors import (
     TooLargeError,
     UnknownRetentionClassError,
 )
-from services.log.port import RecordedEvent
-from services.manifest import decode as decode_manifest
+from artifact_store.events import FILE_INGESTED, PACKAGE_CREATED, PACKAGE_FINALIZED, PackageFinalized, RecordedEvent
+from artifact_store.manifest import content_key, manifest_digest
+from artifact_store.manifest import decode as decode_manifest
+from artifact_store.models import Acknowledgement
+from services.clock import system_clock
+from services.core.commands import Command
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import (
     Done,

@@ -13,15 +13,10 @@ from typing import Any
 
 import pytest
 
-from services.core.commands import Acknowledgement, Command
+from artifact_store.errors import ConfigurationError, CorruptError, LogIdentityError, PushBackError, UnavailableError
+from artifact_store.models import Acknowledgement
+from services.core.commands import Command
 from services.core.limits import Limits
-from services.errors import (
-    ConfigurationError,
-    CorruptError,
-    LogIdentityError,
-    PushBackError,
-    UnavailableError,
-)
 from services.file_lock import FileLock
 from services.log.sqlite import SqliteLog, SqliteWriter, file
 from tests.contract.log_invariants import assert_recorded_once, read_valid

@@ -10,10 +10,10 @@ from uuid import UUID
 
 import pytest
 
+from artifact_store.errors import CorruptError
+from artifact_store.position import Position
 from services.core.limits import Limits
-from services.errors import CorruptError
 from services.log.port import Record
-from services.log.position import Position
 from services.log.sqlite import SqliteLog, SqliteWriter
 from tests.contract.log_stage import no_manifest
 from tests.unit.commands import create, ingest

@@ -7,15 +7,11 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from artifact_store.errors import CorruptError, InvalidPositionError, LogIdentityError
+from artifact_store.position import Position
 from schemas.codec import decode
 from services.core.commands import Command
-from services.errors import (
-    CorruptError,
-    InvalidPositionError,
-    LogIdentityError,
-)
 from services.log.port import Record
-from services.log.position import Position
 from tests.contract.log_invariants import read_valid
 from tests.contract.log_stage import (
     PATIENCE_SECONDS,

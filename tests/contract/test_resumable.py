@@ -13,11 +13,7 @@ from uuid import UUID, uuid4
 import pytest
 from blake3 import blake3
 
-from services.blobs.port import Declared
-from services.blobs.resumable import states as upload_states
-from services.blobs.resumable.states import NewerStateError, SupersededError, UploadState, UploadStates
-from services.blobs.resumable.uploads import HOLD_SECONDS, Checksum, ResumableUploads, acknowledgement_of
-from services.errors import (
+from artifact_store.errors import (
     ChecksumMismatchError,
     CommandReusedError,
     ContentMismatchError,
@@ -28,6 +24,10 @@ from services.errors import (
     UploadNotFoundError,
     UploadOffsetError,
 )
+from artifact_store.models import Declared
+from services.blobs.resumable import states as upload_states
+from services.blobs.resumable.states import NewerStateError, SupersededError, UploadState, UploadStates
+from services.blobs.resumable.uploads import HOLD_SECONDS, Checksum, ResumableUploads, acknowledgement_of
 from tests.contract.blobs_stage import (
     MUCH,
     STORES,

@@ -12,10 +12,10 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from artifact_store.errors import CommandReusedError, UnavailableError, UploadBusyError, UploadNotFoundError
 from services.blobs.port import PartsKey
 from services.blobs.resumable.states import SupersededError, UploadState, UploadStates
 from services.blobs.resumable.uploads import HOLD_SECONDS, acknowledgement_of
-from services.errors import CommandReusedError, UnavailableError, UploadBusyError, UploadNotFoundError
 from tests.contract.blobs_stage import MUCH, STORES, body, some_bytes
 from tests.contract.resumable_stage import PACKAGE, CutError, Scene, check_recorded, cut, new, opened_scene, send
 

@@ -11,8 +11,7 @@ import pytest
 from sqlalchemy import update
 from sqlalchemy.engine import make_url
 
-from services.core.content_address import ContentAddress
-from services.errors import (
+from artifact_store.errors import (
     ArtifactStoreError,
     ConfigurationError,
     CorruptError,
@@ -21,14 +20,15 @@ from services.errors import (
     LogIdentityError,
     UnavailableError,
 )
-from services.log.position import Position
+from artifact_store.manifest import ContentAddress
+from artifact_store.models import PackageFilter
+from artifact_store.position import Position
 from services.views.database import Views
 from services.views.digest import ViewDigest, digest_view
 from services.views.engine.apply import apply
 from services.views.engine.catch_up import catch_up
 from services.views.engine.checkpoints import StaleCheckpointError, load_checkpoint
 from services.views.engine.generations import reset
-from services.views.models import PackageFilter
 from services.views.projections import PROJECTIONS
 from services.views.queries import PAGE_BYTES, Queries
 from services.views.tables import artifact_files, artifact_packages, projection_generations

@@ -8,7 +8,7 @@ from uuid import UUID
 
 import pytest
 
-from schemas.events import PackageCreated
+from artifact_store.events import PackageCreated
 from services.views.bulk import insert_rows
 from services.views.database import Views
 from services.views.engine.catch_up import catch_up

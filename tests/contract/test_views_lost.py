@@ -6,9 +6,9 @@ import asyncpg
 import pytest
 from sqlalchemy import Table
 
+from artifact_store.errors import ConfigurationError
 from projector.rebuild import replay_view
 from schemas.codec import encode
-from services.errors import ConfigurationError
 from services.views.database import Views
 from services.views.engine.apply import apply
 from services.views.engine.catch_up import catch_up

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import delete, update
 
+from artifact_store.models import PackageFilter
 from services.views.bulk import insert_rows
 from services.views.database import Views
-from services.views.models import PackageFilter
 from services.views.queries import Queries
 from services.views.tables import artifact_files, artifact_packages
 

@@ -11,11 +11,11 @@ from uuid import UUID
 import pytest
 from sqlalchemy import event, text
 
-from services.core.content_address import ContentAddress
+from artifact_store.manifest import ContentAddress
+from artifact_store.models import PackageFilter
 from services.core.retention import RETENTION_CLASSES
 from services.views.bulk import Row, insert_rows
 from services.views.database import Views
-from services.views.models import PackageFilter
 from services.views.queries import Queries
 from services.views.tables import (
     artifact_files,

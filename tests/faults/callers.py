@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from uuid import uuid4
 
-from services.core.commands import Acknowledgement, Command, IngestFiles
+from artifact_store.models import Acknowledgement
+from services.core.commands import Command, IngestFiles
 from services.log.kafka import KafkaLog, KafkaWriter
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import PATIENCE_SECONDS, ready, settled

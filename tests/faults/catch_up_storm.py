@@ -20,12 +20,12 @@ from uuid import uuid4
 import asyncpg
 import psutil
 
+from artifact_store.errors import ArtifactStoreError
+from artifact_store.position import Position
 from benchmarks.kafka_topics import SentRecord, bare_producer, send_transaction
 from schemas.codec import encode
 from services.config import Settings
-from services.errors import ArtifactStoreError
 from services.log.kafka import KafkaLog
-from services.log.position import Position
 from services.views.database import Views
 from services.views.digest import digest_view
 from services.views.engine.catch_up import catch_up

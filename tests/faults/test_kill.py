@@ -20,9 +20,10 @@ from blake3 import blake3
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from schemas.events import FileIngested
+from artifact_store.events import FileIngested
+from artifact_store.registry import Registry
 from services.config import Settings
-from services.registry import Registry, open_registry
+from services.registry import open_registry
 from services.views.projections import PROJECTIONS
 from services.views.tables import retention_state
 from tests.integration.conditions import until

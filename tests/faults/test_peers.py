@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from services.core.commands import Acknowledgement, Command
-from services.errors import PushBackError, UnavailableError
+from artifact_store.errors import PushBackError, UnavailableError
+from artifact_store.models import Acknowledgement
+from services.core.commands import Command
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka.cluster import Cluster
 from tests.contract.log_invariants import assert_recorded_once, read_valid

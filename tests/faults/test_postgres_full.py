@@ -11,8 +11,8 @@ from pathlib import Path
 import asyncpg
 import pytest
 
+from artifact_store.errors import UnavailableError
 from projector.rebuild import replay_view
-from services.errors import UnavailableError
 from services.views.database import Views
 from services.views.digest import digest_view
 from services.views.projections import PROJECTIONS

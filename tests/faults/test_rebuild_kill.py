@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from sqlalchemy import inspect
 
+from artifact_store.position import Position
 from projector.rebuild import RebuildOptions, replay_view
 from schemas.codec import encode
 from services.config import Settings
-from services.log.position import Position
 from services.log.sqlite.file import create_file
 from services.views.database import Views
 from services.views.digest import digest_view

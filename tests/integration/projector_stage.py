@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
+from artifact_store.position import Position
 from projector import run_projection
 from services.log.port import Log
-from services.log.position import Position
 from services.views.database import Views
 from services.views.digest import digest_view
 from services.views.engine.catch_up import catch_up

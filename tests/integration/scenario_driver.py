@@ -8,9 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 from uuid import UUID, uuid4
 
+from artifact_store.errors import (
+    DuplicateRelativePathError,
+    IllegalPackageStateError,
+    InvalidPathError,
+    PackageNotFoundError,
+    UnknownRetentionClassError,
+)
 from services.config import Settings
-from services.errors import InvalidPathError, UnknownRetentionClassError
-from services.registry import DuplicateRelativePathError, IllegalPackageStateError, PackageNotFoundError
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from uuid import UUID
 
 import pytest
 
+from artifact_store.events import RecordedEvent
+from artifact_store.registry import Registry
 from projector import replay
 from services.config import Settings
-from services.log.port import RecordedEvent
-from services.registry import Registry, open_registry
+from services.registry import open_registry
 from services.verify import verify
 from services.views.digest import digest_view
 from services.views.projections import PROJECTIONS

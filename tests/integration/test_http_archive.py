@@ -15,7 +15,7 @@ from uuid import uuid4
 import pytest
 from blake3 import blake3
 
-from services.bundle import SMALL_FILE_BYTES
+from artifact_store.archives.bundle import SMALL_FILE_BYTES
 from services.config import Settings
 from services.verify import verify
 from services.wiring import open_blobs, open_log, open_views

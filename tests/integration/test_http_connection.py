@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from services.bundle import HeldFiles, SmallFile
+from artifact_store.archives.bundle import HeldFiles, SmallFile
 from services.config import Settings
 from tests.integration.conditions import until
 from tests.integration.http_gateway import running_gateway

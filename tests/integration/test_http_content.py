@@ -17,8 +17,8 @@ import pytest
 from blake3 import blake3
 from yarl import URL
 
+from artifact_store.manifest import decode
 from services.config import Settings
-from services.manifest import decode
 from tests.integration.http_gateway import RunningGateway, running_gateway
 from tests.integration.http_raw import read_answer
 

@@ -9,8 +9,8 @@ import pytest
 from yarl import URL
 
 from artifact_store import Client
+from artifact_store.models import PackageFilter
 from services.config import Settings
-from services.views.models import PackageFilter
 from tests.integration.http_gateway import RunningGateway, running_gateway
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from artifact_store.errors import ConfigurationError, UnavailableError
 from ingest_gateway.health import FRESH_SECONDS
 from ingest_gateway.server import run
 from services.config import PREFIX, Settings
-from services.errors import ConfigurationError, UnavailableError
 from tests.integration.http_gateway import running_gateway
 
 _PACKAGE = {"name": "n", "producer": "p", "subject": "s", "retention_class": "scratch"}

@@ -10,19 +10,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from artifact_store.errors import (
+    AnswerExpiredError,
+    ArtifactStoreError,
+    IllegalPackageStateError,
+    InvalidRequestError,
+    PathConflictError,
+    PushBackError,
+    RangeNotSatisfiableError,
+    UnavailableError,
+)
+from artifact_store.models import Acknowledgement, IngestedFile
+from artifact_store.rules import PathPair
 from schemas import identifiers
 from schemas.identifiers import Identifier
 from services.core import wire
-from services.core.commands import (
-    Acknowledgement,
-    Command,
-    CreatePackage,
-    FinalizePackage,
-    IngestedFile,
-    IngestFiles,
-    StoredFile,
-)
-from services.core.paths import PathPair
+from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles, StoredFile
 from services.core.wire import (
     decode_acknowledgement,
     decode_check,
@@ -32,16 +35,6 @@ from services.core.wire import (
     encode_check,
     encode_command,
     encode_error,
-)
-from services.errors import (
-    AnswerExpiredError,
-    ArtifactStoreError,
-    IllegalPackageStateError,
-    InvalidRequestError,
-    PathConflictError,
-    PushBackError,
-    RangeNotSatisfiableError,
-    UnavailableError,
 )
 from services.log.port import PartitionNotOwnedError
 

@@ -16,13 +16,13 @@ import pytest
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from artifact_store.errors import CorruptError
+from artifact_store.events import Event, FileIngested, PackageCreated, PackageFinalized
 from projector import run_projection
 from projector.rebuild import replay_view
 from schemas.codec import encode
-from schemas.events import Event, FileIngested, PackageCreated, PackageFinalized
 from services.config import Settings
 from services.core.retention import MICROS_PER_DAY
-from services.errors import CorruptError
 from services.log.port import Batch
 from services.registry import open_registry
 from services.views.database import Views

@@ -11,8 +11,8 @@ from uuid import UUID
 import pytest
 
 from artifact_store import Client
+from artifact_store.errors import FileNotFoundInRegistryError, PackageNotFoundError, PackageParkedError
 from services.config import Settings
-from services.errors import FileNotFoundInRegistryError, PackageNotFoundError, PackageParkedError
 from tests.integration.http_gateway import RunningGateway, running_gateway
 
 _WANTED = {"name": "n", "producer": "p", "subject": "s", "retention_class": "scratch"}

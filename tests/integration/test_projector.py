@@ -12,11 +12,11 @@ from uuid import UUID, uuid4
 import pytest
 from sqlalchemy import delete
 
+from artifact_store.errors import CorruptError, InvalidRequestError, LogIdentityError, UnavailableError
 from projector import run_projection, run_projectors
 from projector.rebuild import replay_view
 from services.config import Settings
 from services.core.limits import Limits
-from services.errors import CorruptError, InvalidRequestError, LogIdentityError, UnavailableError
 from services.log.sqlite import SqliteLog, SqliteWriter
 from services.views.database import Views
 from services.views.digest import digest_view

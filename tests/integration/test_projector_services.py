@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from confluent_kafka import Producer
 
+from artifact_store.errors import ConfigurationError, LogIdentityError, UnavailableError
 from projector import replay, run_projectors
 from schemas.codec import encode
 from services.config import Settings
-from services.errors import ConfigurationError, LogIdentityError, UnavailableError
 from services.log.kafka import KafkaLog
 from services.views.database import Views
 from services.views.digest import digest_view

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
+from artifact_store.errors import ConfigurationError
 from projector import run_projection
 from projector.projection_metrics import ProjectorMetrics
 from projector.rebuild import replay_view
-from services.errors import ConfigurationError
 from services.log.port import Batch, Settled, StartOffsets
 from services.views.database import Views
 from services.views.engine.catch_up import catch_up

@@ -12,12 +12,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from artifact_store import pull
-from schemas.digests import manifest_digest
-from services.blobs.local import LocalBlobStore
-from services.core.content_address import ContentAddress, content_key
-from services.core.limits import Limits
-from services.direct import DirectRegistry
-from services.errors import (
+from artifact_store.errors import (
     CorruptError,
     FileNotFoundInRegistryError,
     IllegalPackageStateError,
@@ -25,11 +20,16 @@ from services.errors import (
     SequenceBeyondLogError,
     WaitTimeoutError,
 )
+from artifact_store.manifest import ContentAddress, content_key, manifest_digest
+from artifact_store.models import PackageFilter, Parked
+from artifact_store.position import Position
+from services.blobs.local import LocalBlobStore
+from services.core.limits import Limits
+from services.direct import DirectRegistry
 from services.log.port import CommandWriter
-from services.log.position import Position
 from services.views.database import Views
 from services.views.engine.catch_up import catch_up
-from services.views.models import ManifestLocation, PackageFilter, Parked
+from services.views.models import ManifestLocation
 from services.views.projections import PROJECTIONS
 from services.views.queries import Progress, Queries
 from tests.memory_log import MemoryLog

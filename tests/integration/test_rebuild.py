@@ -14,11 +14,11 @@ import pytest
 from sqlalchemy import Column, Index, MetaData, Table, Text, inspect, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from artifact_store.errors import ConfigurationError, CorruptError, InvalidRequestError, PushBackError, UnavailableError
+from artifact_store.events import Event
+from artifact_store.position import Position
 from projector import DigestMismatchError, RebuildOptions, rebuild
 from projector.rebuild import ReplayProgress, replay_view
-from schemas.events import Event
-from services.errors import ConfigurationError, CorruptError, InvalidRequestError, PushBackError, UnavailableError
-from services.log.position import Position
 from services.views.database import Views
 from services.views.digest import digest_view
 from services.views.engine.build_tables import create_index

@@ -11,9 +11,9 @@ from uuid import uuid4
 import pytest
 from sqlalchemy import text
 
+from artifact_store.errors import ConfigurationError
 from projector import rebuild
 from projector.rebuild import replay_view
-from services.errors import ConfigurationError
 from services.views.database import Views
 from services.views.engine.build_tables import create_index
 from services.views.engine.catch_up import catch_up

@@ -8,8 +8,8 @@ from uuid import uuid4
 import pytest
 from sqlalchemy import text
 
+from artifact_store.errors import ConfigurationError
 from projector.rebuild import replay_view
-from services.errors import ConfigurationError
 from services.views.projections import PROJECTIONS
 from tests.integration.projector_stage import (
     opened,

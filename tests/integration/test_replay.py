@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from artifact_store.errors import InvalidRequestError, UnavailableError
+from artifact_store.events import Event
 from projector import replay
 from projector.rebuild import ReplayProgress, replay_view
-from schemas.events import Event
 from services.config import Settings
-from services.errors import InvalidRequestError, UnavailableError
 from services.registry import open_registry
 from services.views.database import Views
 from services.views.digest import digest_view

@@ -12,11 +12,11 @@ import pytest
 from confluent_kafka import ConsumerGroupTopicPartitions, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
+from artifact_store.errors import CorruptError
+from artifact_store.events import Event
 from projector import run_projection
 from projector.rebuild import replay_view
 from schemas.codec import encode
-from schemas.events import Event
-from services.errors import CorruptError
 from services.log.kafka import KafkaLog
 from services.views.database import Views
 from services.views.digest import digest_view

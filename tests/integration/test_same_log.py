@@ -17,12 +17,12 @@ from confluent_kafka import Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from sqlalchemy import update
 
+from artifact_store.errors import CorruptError
+from artifact_store.events import Event
+from artifact_store.manifest import ContentAddress
 from projector import replay
 from schemas.codec import encode
-from schemas.events import Event
 from services.config import Settings
-from services.core.content_address import ContentAddress
-from services.errors import CorruptError
 from services.log.kafka import KafkaLog
 from services.views.database import Views
 from services.views.digest import digest_view

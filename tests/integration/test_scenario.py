@@ -19,8 +19,8 @@ from blake3 import blake3
 from sqlalchemy import Table, select
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from artifact_store.manifest import decode
 from services.config import Settings
-from services.manifest import decode
 from services.views.tables import artifact_files, artifact_packages, retention_state, storage_locations
 from tests.integration.conditions import until
 from tests.integration.processes import deployed, serving

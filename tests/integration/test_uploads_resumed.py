@@ -24,13 +24,13 @@ from tusclient.uploader.uploader import Uploader
 
 import artifact_store.client.client
 from artifact_store import Client, RetryPolicy
+from artifact_store.byte_streams import joined
 from artifact_store.client.bodies import CountedSource, FileSource, FileStamp
-from schemas.events import FileIngested
-from services.blobs.port import Declared
+from artifact_store.errors import CommandReusedError
+from artifact_store.events import FileIngested
+from artifact_store.models import Declared
 from services.blobs.s3.store import S3BlobStore
 from services.config import Settings
-from services.errors import CommandReusedError
-from services.streams import joined
 from services.wiring import open_blobs
 from tests.contract.blobs_stage import endpoint, objects, some_bytes
 from tests.integration.conditions import until

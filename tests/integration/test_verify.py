@@ -12,11 +12,12 @@ from uuid import UUID
 import pytest
 from blake3 import blake3
 
+from artifact_store.events import Event, FileIngested, PackageCreated, PackageFinalized
+from artifact_store.registry import Registry
 from schemas.codec import decode, encode
-from schemas.events import Event, FileIngested, PackageCreated, PackageFinalized
 from services.config import Settings
 from services.core import decide
-from services.registry import Registry, open_registry
+from services.registry import open_registry
 from services.verify import Progress, Report
 from services.verify import verify as verify_parts
 from services.views.projections import PROJECTIONS

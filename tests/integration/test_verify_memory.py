@@ -23,12 +23,12 @@ from uuid import UUID, uuid5
 from schemas.codec import encode
 from services.blobs.local import LocalBlobStore
 from services.core.commands import FinalizePackage, IngestFiles, StoredFile
-from services.core.content_address import content_key
+from artifact_store.manifest import content_key
 from services.core.decide import decide
 from services.core.evolve import evolve
 from services.core.limits import Limits
 from services.log.port import Batch, Record
-from services.log.position import Position
+from artifact_store.position import Position
 from services.verify import verify
 from services.views.database import Views
 from tests.memory_log import MemoryLog

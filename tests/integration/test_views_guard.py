@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
+from artifact_store.errors import CorruptError
 from projector import run_projection
-from services.errors import CorruptError
 from services.views.database import Views
 from services.views.engine.catch_up import catch_up
 from services.views.engine.checkpoints import load_checkpoint

@@ -10,9 +10,9 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
+from artifact_store.errors import ContentMismatchError, TooLargeError
+from artifact_store.models import Declared
 from services.blobs.intake import PIECE_BYTES, Intake
-from services.blobs.port import Declared
-from services.errors import ContentMismatchError, TooLargeError
 
 
 async def chunked(chunks: Iterable[bytes]) -> AsyncIterator[bytes]:

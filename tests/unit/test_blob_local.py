@@ -15,10 +15,10 @@ from uuid import uuid4
 
 import pytest
 
+from artifact_store.errors import CorruptError, UnavailableError
+from artifact_store.models import Declared
 from services.blobs.local import LocalBlobStore
-from services.blobs.port import Declared
 from services.blobs.resumable.states import UploadStates
-from services.errors import CorruptError, UnavailableError
 
 
 async def hello() -> AsyncIterator[bytes]:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from artifact_store.errors import ConfigurationError
 from services.blobs.open import open_blobs
 from services.config import Settings
-from services.errors import ConfigurationError
 
 KEYS = {"s3_access_key": "user", "s3_secret_key": "a-secret-key"}
 

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from artifact_store.errors import PushBackError
 from services.blobs.intake import SLOW_BYTES_PER_SECOND, Pace
 from services.blobs.memory import ByteBudget
-from services.errors import PushBackError
 
 LOOK = 0.05
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from artifact_store.errors import TooLargeError
 from services.blobs.intake import LARGEST_PART, MAX_PARTS, MIB, SMALLEST_PART, PartPlan
-from services.errors import TooLargeError
 
 TIB = 1 << 40
 

@@ -14,10 +14,10 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from services.blobs.port import Declared
+from artifact_store.errors import UnavailableError
+from artifact_store.models import Declared
 from services.blobs.s3.requests import Endpoint
 from services.blobs.s3.store import S3BlobStore
-from services.errors import UnavailableError
 
 PART = 5 << 20
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]

@@ -9,9 +9,9 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import BaseTestServer, TestServer
 
+from artifact_store.errors import UnavailableError
 from services.blobs.s3.requests import Endpoint, StoreTroubleError
 from services.blobs.s3.store import S3BlobStore
-from services.errors import UnavailableError
 
 OF_NO_AUTHORITY = """\
 -----BEGIN PRIVATE KEY-----

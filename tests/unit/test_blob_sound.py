@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
+from artifact_store.errors import CorruptError, UnavailableError
+from artifact_store.manifest import content_key
 from services.blobs.local import LocalBlobStore
-from services.blobs.port import content_key
 from services.blobs.verified_reads import Place, SoundReads
-from services.errors import CorruptError, UnavailableError
 from tests.unit.watched_store import WatchedStore
 
 SIZES = (0, 1, 70_000, 1 << 20, (1 << 20) + 1, (3 << 20) + 17)

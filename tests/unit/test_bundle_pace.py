@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from artifact_store.archives.bundle import Group, SmallFile, StreamedFile
+from artifact_store.errors import PushBackError
 from services.blobs.local import LocalBlobStore
-from services.bundle import Group, SmallFile, StreamedFile
 from services.bundle_store import BundleStore
-from services.errors import PushBackError
 
 
 @pytest.mark.parametrize("kind", ["many files", "one file"])

@@ -11,12 +11,13 @@ from uuid import uuid4
 import pytest
 from blake3 import blake3
 
-from services.blobs.packs import PACK_BYTES, Placed
-from services.blobs.port import Declared, content_key
-from services.bundle import Group, NamedFile, SmallFile, StreamedFile
+from artifact_store.archives.bundle import PACK_BYTES, Group, NamedFile, SmallFile, StreamedFile
+from artifact_store.byte_streams import from_any
+from artifact_store.errors import CorruptError, PushBackError
+from artifact_store.manifest import content_key
+from artifact_store.models import Declared
+from services.blobs.packs import Placed
 from services.bundle_store import BundleStore
-from services.errors import CorruptError, PushBackError
-from services.streams import from_any
 from services.views.models import PlacedFile
 from tests.unit.watched_store import WatchedStore
 

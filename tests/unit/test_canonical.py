@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from schemas.canonical import canonical_cbor, cbor_array_head, cbor_integer, jcs
+from artifact_store.canonical import canonical_cbor, cbor_array_head, cbor_integer, jcs
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(-1e15, 1e15) | st.text(),

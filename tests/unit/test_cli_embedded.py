@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from blake3 import blake3
 
+from artifact_store.manifest import decode
 from services.cli.verify import progress_line
 from services.config import Settings
-from services.manifest import decode
 from services.verify import Report
 from services.views.projections import PROJECTIONS
 from tests.unit.conftest import Run
@@ -306,7 +306,7 @@ def test_a_push_that_fails_says_how_to_go_on_and_goes_on(
     run: Run, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import services.direct
-    from services.errors import UnavailableError
+    from artifact_store.errors import UnavailableError
 
     async def out_of_reach(*_: object, **__: object) -> None:
         raise UnavailableError("the log is out of reach")

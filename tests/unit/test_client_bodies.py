@@ -15,13 +15,8 @@ from aiohttp import web
 
 from artifact_store import FileSource, RetryPolicy
 from artifact_store.client.bodies import BodySource, CountedSource, FileStamp, SeekableSource
-from services.blobs.port import Declared
-from services.errors import (
-    ContentMismatchError,
-    CorruptError,
-    PushBackError,
-    UnavailableError,
-)
+from artifact_store.errors import ContentMismatchError, CorruptError, PushBackError, UnavailableError
+from artifact_store.models import Declared
 from tests.unit.client_gateway import (
     FILE,
     PACKAGE,

@@ -8,9 +8,9 @@ import pytest
 from aiohttp import web
 
 from artifact_store import Client
+from artifact_store.archives.bundle import Group, HeldFiles, SmallFile, StreamedFile
 from artifact_store.archives.tar import END, entry_header, tar_of_small
-from services.bundle import Group, HeldFiles, SmallFile, StreamedFile
-from services.errors import CorruptError, IllegalPackageStateError, UnavailableError
+from artifact_store.errors import CorruptError, IllegalPackageStateError, UnavailableError
 from tests.unit.client_gateway import PACKAGE, Answering, client_of, cuts, failing_gateway, refuses
 
 FILES = [SmallFile(f"{number:04}", "application/octet-stream", b"%d" % number * 1_000) for number in range(800)]

@@ -15,16 +15,13 @@ import pytest
 from blake3 import blake3
 
 from artifact_store import pull
+from artifact_store.byte_streams import to_its_end
+from artifact_store.canonical import canonical_cbor
+from artifact_store.errors import ConflictError, CorruptError
+from artifact_store.manifest import ContentAddress
+from artifact_store.models import Package
 from artifact_store.transfers.parallel import at_once
 from artifact_store.transfers.pull import Destination, Landing
-from schemas.canonical import canonical_cbor
-from services.core.content_address import ContentAddress
-from services.errors import (
-    ConflictError,
-    CorruptError,
-)
-from services.threads import to_its_end
-from services.views.models import Package
 from tests import trees
 
 

@@ -11,12 +11,8 @@ from uuid import UUID, uuid4
 import pytest
 
 from artifact_store import Pushed, pull, push
-from artifact_store.transfers.push import FEWEST_FILES, PushState
-from services.blobs.port import Declared
-from services.config import Settings
-from services.core import decide
-from services.core.content_address import ContentAddress
-from services.errors import (
+from artifact_store.byte_streams import from_any
+from artifact_store.errors import (
     AnswerExpiredError,
     ConflictError,
     CorruptError,
@@ -25,9 +21,13 @@ from services.errors import (
     PackageNotFoundError,
     UnavailableError,
 )
-from services.registry import Registry, open_registry
-from services.streams import from_any
-from services.views.models import File, Page
+from artifact_store.manifest import ContentAddress
+from artifact_store.models import Declared, File, Page
+from artifact_store.registry import Registry
+from artifact_store.transfers.push import FEWEST_FILES, PushState
+from services.config import Settings
+from services.core import decide
+from services.registry import open_registry
 from tests import trees
 
 TREE = {

@@ -17,10 +17,9 @@ from artifact_store.client.client import Written
 from artifact_store.client.following import follow_events
 from artifact_store.client.transport import Transport
 from artifact_store.documents.event_lines import event_line
-from schemas.events import FileIngested, StorageReceipt
-from services.errors import CorruptError, FileNotFoundInRegistryError, RangeNotSatisfiableError, UnavailableError
-from services.log.port import RecordedEvent
-from services.log.position import Position
+from artifact_store.errors import CorruptError, FileNotFoundInRegistryError, RangeNotSatisfiableError, UnavailableError
+from artifact_store.events import FileIngested, RecordedEvent, StorageReceipt
+from artifact_store.position import Position
 from tests.unit.client_gateway import (
     FILE,
     PACKAGE,

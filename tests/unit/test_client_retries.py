@@ -12,7 +12,7 @@ from aiohttp import web
 import artifact_store.client.transport
 from artifact_store import RetryPolicy
 from artifact_store.documents.problem_details import TYPE_PREFIX, retry_after
-from services.errors import (
+from artifact_store.errors import (
     ArtifactStoreError,
     ContentMismatchError,
     CorruptError,

@@ -11,7 +11,7 @@ from aiohttp import web
 
 from artifact_store import RetryPolicy
 from artifact_store.client.transport import Transport
-from services.errors import ConfigurationError, InvalidRequestError, UnavailableError
+from artifact_store.errors import ConfigurationError, InvalidRequestError, UnavailableError
 from tests.unit.client_gateway import FailingGateway, client_of, failing_gateway
 
 

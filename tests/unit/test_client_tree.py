@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from artifact_store.errors import InvalidPathError, InvalidRequestError
+from artifact_store.media_types import guess_media_type
 from artifact_store.transfers.push import default_folder, push_state
 from artifact_store.transfers.tree import walk
-from services.errors import InvalidPathError, InvalidRequestError
-from services.media_types import guess_media_type
 
 
 def test_files_come_by_the_bytes_of_their_paths(tmp_path: Path) -> None:

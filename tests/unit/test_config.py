@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from artifact_store.errors import ConfigurationError
 from services.config import PREFIX, Settings
-from services.errors import ConfigurationError
 
 SECRET = "w0rd-that-nobody-sees"
 

@@ -9,15 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas.codec import decode as decoded
-from schemas.digests import event_digest
-from schemas.events import PackageCreated, PackageFinalized
-from services.core.commands import Command, IngestFiles
-from services.core.decide import accept, acknowledge, check_ingest, decide, decide_together
-from services.core.evolve import evolve
-from services.core.limits import MAX_IDLE_MICROS, Limits
-from services.core.state import PackageState
-from services.errors import (
+from artifact_store.errors import (
     ArtifactStoreError,
     CommandReusedError,
     CorruptError,
@@ -32,6 +24,14 @@ from services.errors import (
     TooLargeError,
     UnknownRetentionClassError,
 )
+from artifact_store.events import PackageCreated, PackageFinalized
+from schemas.codec import decode as decoded
+from schemas.digests import event_digest
+from services.core.commands import Command, IngestFiles
+from services.core.decide import accept, acknowledge, check_ingest, decide, decide_together
+from services.core.evolve import evolve
+from services.core.limits import MAX_IDLE_MICROS, Limits
+from services.core.state import PackageState
 from tests.unit import commands
 
 LIMITS = Limits()

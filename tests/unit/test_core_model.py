@@ -10,16 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from schemas.codec import decode, encode
-from schemas.digests import event_digest, payload_digest_holds
-from schemas.events import NO_DIGEST, Event
-from services import manifest
-from services.core.commands import Acknowledgement, Command, CreatePackage, FinalizePackage, IngestFiles
-from services.core.decide import Decision, accept, acknowledge, decide
-from services.core.evolve import evolve
-from services.core.limits import Limits
-from services.core.state import PackageState
-from services.errors import (
+from artifact_store.errors import (
     CommandReusedError,
     DuplicateRelativePathError,
     IllegalPackageStateError,
@@ -28,6 +19,16 @@ from services.errors import (
     RejectedError,
     TooLargeError,
 )
+from artifact_store.events import NO_DIGEST, Event
+from artifact_store.models import Acknowledgement
+from schemas.codec import decode, encode
+from schemas.digests import event_digest, payload_digest_holds
+from services import manifest
+from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles
+from services.core.decide import Decision, accept, acknowledge, decide
+from services.core.evolve import evolve
+from services.core.limits import Limits
+from services.core.state import PackageState
 from tests.unit import commands
 
 LIMITS = Limits(max_files_per_package=6)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.core.paths import MAX_PAIRS, MAX_PATH_BYTES, add_folders, check_path, check_paths, unportable
-from services.errors import InvalidPathError
+from artifact_store.errors import InvalidPathError
+from artifact_store.rules import MAX_PAIRS, MAX_PATH_BYTES, add_folders, check_path, check_paths, unportable
 
 
 @pytest.mark.parametrize(

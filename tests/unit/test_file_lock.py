@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from artifact_store.errors import PushBackError
 from services.config import Settings
-from services.errors import PushBackError
 from services.file_lock import FileLock
 from services.log.sqlite import file
 from services.wiring import open_log, open_writer

@@ -7,6 +7,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from artifact_store import errors
 from artifact_store.documents import times
 from artifact_store.documents.event_lines import event_line, parse_event
 from artifact_store.documents.http import parse_content_md5, parse_digests, parse_id, quoted, repr_digest, unquoted
@@ -18,12 +19,7 @@ from artifact_store.documents.shapes import (
     PackageCreatedAnswer,
     PackageFinalizedAnswer,
 )
-from schemas.events import FileIngested, PackageCreated, PackageFinalized, Payload, StorageReceipt
-from services import errors
-from services.core.commands import Acknowledgement, IngestedFile
-from services.core.content_address import ContentAddress
-from services.core.paths import PathPair
-from services.errors import (
+from artifact_store.errors import (
     AnswerExpiredError,
     ArtifactStoreError,
     CorruptError,
@@ -34,9 +30,11 @@ from services.errors import (
     RejectedError,
     UnavailableError,
 )
-from services.log.port import RecordedEvent
-from services.log.position import Position
-from services.views.models import File, Package
+from artifact_store.events import FileIngested, PackageCreated, PackageFinalized, Payload, RecordedEvent, StorageReceipt
+from artifact_store.manifest import ContentAddress
+from artifact_store.models import Acknowledgement, File, IngestedFile, Package
+from artifact_store.position import Position
+from artifact_store.rules import PathPair
 
 _TIME = 1_767_225_600_123_456
 

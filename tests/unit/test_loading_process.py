@@ -9,11 +9,11 @@ from uuid import UUID
 
 import pytest
 
+from artifact_store.errors import ArtifactStoreError, CorruptError, UnavailableError
+from artifact_store.position import Position
 from projector import loading
 from projector.loading import load_in_processes
 from services.config import Settings
-from services.errors import ArtifactStoreError, CorruptError, UnavailableError
-from services.log.position import Position
 from services.views.database import DamagedDatabaseError, LockedError, TablesError
 from services.views.engine.checkpoints import Checkpoint, StaleCheckpointError
 from services.views.engine.parking import TooManyParkedError

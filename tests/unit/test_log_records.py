@@ -8,8 +8,8 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from artifact_store.events import Event
 from schemas.codec import encode
-from schemas.events import Event
 from services.log.port import Record
 from services.log.records import AdministrativeHead, BadRecord, Skips, read_record
 from services.views.database import Views

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from artifact_store.errors import ConfigurationError
 from services.cli import main
 from services.config import Settings
-from services.errors import ConfigurationError
 from services.log.sqlite import file
 from services.views.database import Views
 from services.wiring import open_views

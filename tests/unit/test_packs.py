@@ -12,11 +12,12 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
+from artifact_store.archives.bundle import PACK_BYTES, Group, NamedFile, PackLayout, SmallFile, StreamedFile
+from artifact_store.errors import TooLargeError, UnknownContentError
+from artifact_store.manifest import content_key
+from artifact_store.models import Declared
 from services.blobs.local import LocalBlobStore
-from services.blobs.packs import PACK_BYTES, Packing, PackLayout, Placed, find_named
-from services.blobs.port import Declared, content_key
-from services.bundle import Group, NamedFile, SmallFile, StreamedFile
-from services.errors import TooLargeError, UnknownContentError
+from services.blobs.packs import Packing, Placed, find_named
 
 
 @pytest.fixture

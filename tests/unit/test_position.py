@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas.canonical import canonical_cbor
-from services.errors import InvalidPositionError, LogIdentityError
-from services.log.position import MAX_TEXT, Position
+from artifact_store.canonical import canonical_cbor
+from artifact_store.errors import InvalidPositionError, LogIdentityError
+from artifact_store.position import MAX_TEXT, Position
 
 LOG = UUID("11111111-2222-3333-4444-555555555555")
 OTHER = UUID("99999999-2222-3333-4444-555555555555")

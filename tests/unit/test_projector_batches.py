@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from artifact_store.events import PackageFinalized
 from projector.assignment import Assignment
-from schemas.events import PackageFinalized
 from services.views.database import Views
 from services.views.projections import PROJECTIONS
 from tests.memory_log import MemoryLog

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from artifact_store.canonical import MAX_LEVELS, jcs
+from artifact_store.events import FILE_INGESTED, Event, FileIngested, PackageCreated, StorageReceipt, payload_map
 from schemas.batch import EventBatch, entries_of, entry_of
-from schemas.canonical import MAX_LEVELS, jcs
 from schemas.codec import UndecodableEventError, decode, encode
-from schemas.events import FILE_INGESTED, Event, FileIngested, PackageCreated, StorageReceipt, payload_map
 from schemas.file_fields import FileFields, read_fields
 from tests.views_history import History
 

@@ -15,9 +15,9 @@ import fastavro
 import pytest
 from fastavro.schema import fingerprint, to_parsing_canonical_form
 
+from artifact_store.events import Event, LogSkipped, LossAccepted
 from schemas.codec import EVENT_TYPES, UndecodableEventError, decode, encode, schema_text
 from schemas.digests import event_digest, payload_digest_holds
-from schemas.events import Event, LogSkipped, LossAccepted
 from services.core.commands import Command
 from services.core.decide import decide
 from services.core.evolve import evolve

@@ -18,12 +18,8 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas import identifiers
-from schemas.avro import avro_long
-from schemas.canonical import canonical_cbor, cbor_text, ordered_cbor
-from schemas.codec import decode, encode, schema_text
-from schemas.digests import event_digest
-from schemas.events import (
+from artifact_store.canonical import canonical_cbor, cbor_text, ordered_cbor
+from artifact_store.events import (
     FILE_INGESTED,
     Event,
     FileIngested,
@@ -35,13 +31,17 @@ from schemas.events import (
     StorageReceipt,
     payload_map,
 )
+from artifact_store.rules import holds_control
+from schemas import identifiers
+from schemas.avro import avro_long
+from schemas.codec import decode, encode, schema_text
+from schemas.digests import event_digest
 from schemas.headers import headers
 from schemas.identifiers import Identifier
 from schemas.ingested import PackagePieces, ingested
 from services.core.commands import StoredFile
 from services.core.decide import accept, decide
 from services.core.evolve import evolve
-from services.core.fields import holds_control
 from services.core.limits import Limits
 from services.core.manifest import item_file_id, manifest_items
 from tests.unit.commands import create, ingest

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from artifact_store.byte_streams import from_any, joined
 from artifact_store.client.bodies import source_of
+from artifact_store.errors import InvalidRequestError
 from services.config import Settings
-from services.errors import InvalidRequestError
 from services.registry import open_registry
-from services.streams import from_any, joined
 from tests.unit.client_gateway import PACKAGE, client_of, failing_gateway, ingested
 
 

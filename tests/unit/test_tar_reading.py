@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from artifact_store.archives.bundle import SmallFile
 from artifact_store.archives.tar import (
     END,
     ArchiveLimits,
@@ -20,8 +21,7 @@ from artifact_store.archives.tar import (
     padding,
     tar_of_small,
 )
-from services.bundle import SmallFile
-from services.errors import ArtifactStoreError
+from artifact_store.errors import ArtifactStoreError
 
 LIMITS = ArchiveLimits(max_files=5, max_file_bytes=100_000, whole_bytes=1_000)
 

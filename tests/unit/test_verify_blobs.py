@@ -12,9 +12,11 @@ from uuid import uuid4
 import pytest
 from blake3 import blake3
 
+from artifact_store.errors import UnavailableError
+from artifact_store.manifest import content_key
+from artifact_store.models import Declared
 from services.blobs.local import LocalBlobStore
-from services.blobs.port import Declared, StoredBlob, content_key
-from services.errors import UnavailableError
+from services.blobs.port import StoredBlob
 from services.verify import Report, verify
 from tests.verify_scene import CONTENT, Scene, chained, changed, put_blob, whole_scene
 

@@ -9,14 +9,14 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas.events import Event, FileIngested, PackageFinalized
+from artifact_store.errors import ConflictError
+from artifact_store.events import Event, FileIngested, PackageFinalized
+from artifact_store.rules import metadata_text
 from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles
 from services.core.decide import decide
 from services.core.evolve import evolve
-from services.core.fields import metadata_text
 from services.core.limits import Limits
 from services.core.state import PackageState
-from services.errors import ConflictError
 from services.verify.history import Histories
 from services.verify.notes import Claim, Notes
 from tests.unit import commands

@@ -7,7 +7,7 @@ from uuid import UUID
 
 import pytest
 
-from services.errors import UnavailableError
+from artifact_store.errors import UnavailableError
 from services.verify.notes import Claim, Notes
 
 

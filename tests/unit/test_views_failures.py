@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncpg
 import pytest
 
-from services.errors import UnavailableError
+from artifact_store.errors import UnavailableError
 from services.views.database import database_errors
 
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schemas.events import Event
-from services.core.content_address import ContentAddress
+from artifact_store.events import Event
+from artifact_store.manifest import ContentAddress
 from services.views.database import Views
 from services.views.digest import digest_view
 from services.views.engine.apply import apply

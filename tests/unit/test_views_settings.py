@@ -8,7 +8,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from services.errors import ConfigurationError, UnavailableError
+from artifact_store.errors import ConfigurationError, UnavailableError
 from services.views.database import Views
 
 SECRET = "w0rd-that-nobody-sees"

@@ -11,7 +11,7 @@ from uuid import UUID
 import pytest
 from sqlalchemy import select
 
-from schemas.events import Event, FileIngested
+from artifact_store.events import Event, FileIngested
 from services.views.database import Views
 from services.views.engine.apply import apply
 from services.views.engine.checkpoints import load_checkpoint

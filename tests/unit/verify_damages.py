@@ -11,9 +11,9 @@ from uuid import uuid4
 
 from blake3 import blake3
 
-from schemas.events import Event
-from services.blobs.port import content_key
-from services.errors import CorruptError
+from artifact_store.errors import CorruptError
+from artifact_store.events import Event
+from artifact_store.manifest import content_key
 from services.log.port import Batch, Record
 from services.log.records import AdministrativeHead
 from tests.memory_log import MemoryLog, skip_of

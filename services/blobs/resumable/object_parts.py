@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from uuid import UUID, uuid4
 
+from artifact_store.errors import TooLargeError, UploadNotFoundError
+from artifact_store.models import Declared
 from services.blobs.intake import LARGEST_PART, MAX_PARTS, MIB
 from services.blobs.memory import ByteBudget, PartBuffer
-from services.blobs.port import RESUMABLE, BlobStore, Declared, Digests, Part, PartsKey, StoredBlob
-from services.errors import TooLargeError, UploadNotFoundError
+from services.blobs.port import RESUMABLE, BlobStore, Digests, Part, PartsKey, StoredBlob
 
 PART_BYTES = 8 * MIB
 _MEMORY_BYTES = 96 * MIB

@@ -19,8 +19,9 @@ from uuid import UUID, uuid4
 from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from services.blobs.port import RESUMABLE, BlobStore, Declared, Part, PartsKey, StoredBlob
-from services.errors import ArtifactStoreError, CorruptError, UnavailableError
+from artifact_store.errors import ArtifactStoreError, CorruptError, UnavailableError
+from artifact_store.models import Declared
+from services.blobs.port import RESUMABLE, BlobStore, Part, PartsKey, StoredBlob
 
 FORM = 1
 """The newest form of a state that this release reads, and the one that it writes: a field that earlier releases may not

@@ -20,16 +20,7 @@ from weakref import WeakValueDictionary
 
 from blake3 import blake3
 
-from services.blobs.intake import PIECE_BYTES, BodyHash, Cleanups, Pace
-from services.blobs.memory import PartBuffer, Share
-from services.blobs.packs import Placed
-from services.blobs.port import IDLE_SECONDS, BlobStore, Declared, Digests, Part
-from services.blobs.resumable.states import SupersededError, UploadState, UploadStates, tail_key
-from services.core.commands import Acknowledgement
-from services.core.fields import check_text
-from services.core.paths import check_path
-from services.core.wire import OLDEST, decode_acknowledgement, encode_acknowledgement
-from services.errors import (
+from artifact_store.errors import (
     ChecksumMismatchError,
     CommandReusedError,
     ContentMismatchError,
@@ -41,6 +32,14 @@ from services.errors import (
     UploadNotFoundError,
     UploadOffsetError,
 )
+from artifact_store.models import Acknowledgement, Declared
+from artifact_store.rules import check_path, check_text
+from services.blobs.intake import PIECE_BYTES, BodyHash, Cleanups, Pace
+from services.blobs.memory import PartBuffer, Share
+from services.blobs.packs import Placed
+from services.blobs.port import IDLE_SECONDS, BlobStore, Digests, Part
+from services.blobs.resumable.states import SupersededError, UploadState, UploadStates, tail_key
+from services.core.wire import OLDEST, decode_acknowledgement, encode_acknowledgement
 
 HOLD_SECONDS = 10.0
 """For so long after its last sign of life nobody takes an upload from whoever adds to it."""

@@ -20,9 +20,11 @@ from datetime import datetime
 from uuid import UUID, uuid4
 from xml.sax.saxutils import escape
 
+from artifact_store.errors import CorruptError, TooLargeError, UnavailableError, UploadNotFoundError
+from artifact_store.models import Declared
 from services.blobs.intake import MIB, PIECE_BYTES, Cleanups, Intake, PartPlan, check_declared
 from services.blobs.memory import ByteBudget, PartBuffer, Share
-from services.blobs.port import UPLOADS, BlobStore, Declared, Digests, Part, PartsKey, StoredBlob
+from services.blobs.port import UPLOADS, BlobStore, Digests, Part, PartsKey, StoredBlob
 from services.blobs.resumable.object_parts import ObjectParts
 from services.blobs.s3.requests import (
     CHECKSUM_CRC32,
@@ -34,7 +36,6 @@ from services.blobs.s3.requests import (
     crc32_text,
     parse_xml,
 )
-from services.errors import CorruptError, TooLargeError, UnavailableError, UploadNotFoundError
 
 RECORDS = "multipart/"
 RENEW_SECONDS = 3600.0  # far below the day after which an upload counts as idle

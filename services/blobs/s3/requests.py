@@ -41,9 +41,9 @@ from tenacity import (
 )
 from yarl import URL
 
+from artifact_store.errors import UnavailableError
 from services.blobs.memory import PartBuffer
 from services.clock import Clock, StoreClock, system_clock
-from services.errors import UnavailableError
 
 ATTEMPTS = 4
 CONNECT_SECONDS = 5.0

@@ -23,6 +23,9 @@ from minio import Minio
 from minio.commonconfig import CopySource
 from minio.error import MinioException, S3Error
 
+from artifact_store.errors import ConfigurationError, CorruptError, UnavailableError
+from artifact_store.manifest import content_key
+from artifact_store.models import Declared
 from services.blobs.intake import LOOK_SECONDS, MAX_PARTS, MIB, PIECE_BYTES, Cleanups, Intake, Pace, PartPlan
 from services.blobs.memory import TURN_SECONDS, ByteBudget, PartBuffer, Share
 from services.blobs.port import (
@@ -30,14 +33,12 @@ from services.blobs.port import (
     IDLE_SECONDS,
     PROVEN_SECONDS,
     UPLOADS,
-    Declared,
     Digests,
     PartStore,
     StoredBlob,
     checked_key,
     checked_object_key,
     checked_removable_key,
-    content_key,
 )
 from services.blobs.resumable.states import sweep_states
 from services.blobs.s3.multipart import (
@@ -64,7 +65,6 @@ from services.blobs.s3.requests import (
 )
 from services.blobs.verified_reads import Mistrusted
 from services.clock import Clock, StoreClock, system_clock
-from services.errors import ConfigurationError, CorruptError, UnavailableError
 
 PROBE_KEY = "health/write-probe"
 _RETRY_SECONDS = 5.0

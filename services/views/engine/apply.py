@@ -8,9 +8,9 @@ from uuid import UUID
 from sqlalchemy import update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from schemas.events import Event
-from services.errors import CorruptError, LogIdentityError
-from services.log.position import Position
+from artifact_store.errors import CorruptError, LogIdentityError
+from artifact_store.events import Event
+from artifact_store.position import Position
 from services.views.bulk import upsert
 from services.views.database import DamagedDatabaseError, Views
 from services.views.engine.checkpoints import Checkpoint, LastRecord, StaleCheckpointError, tables_of

@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.schema import CreateIndex, CreateTable
 from sqlalchemy.sql import quoted_name
 
-from services.errors import ConfigurationError
+from artifact_store.errors import ConfigurationError
 from services.views.bulk import driver_of, on_postgresql
 from services.views.projections import Projection, Tables
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import aclosing
 
+from artifact_store.position import Position
 from services.log.port import Log
-from services.log.position import Position
 from services.views.database import Views
 from services.views.engine.apply import apply
 from services.views.engine.checkpoints import (

@@ -22,9 +22,9 @@ from blake3 import blake3
 from sqlalchemy import Row, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from services.errors import CorruptError, LogIdentityError, UnavailableError
+from artifact_store.errors import CorruptError, LogIdentityError, UnavailableError
+from artifact_store.position import Position
 from services.log.port import Log, Record
-from services.log.position import Position
 from services.views.bulk import on_postgresql
 from services.views.database import TablesError, Views, check_layouts
 from services.views.engine.build_tables import (

@@ -22,9 +22,9 @@ from uuid import UUID, uuid4
 from sqlalchemy import delete, insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from services.errors import PushBackError, UnavailableError
+from artifact_store.errors import PushBackError, UnavailableError
+from artifact_store.position import Position
 from services.file_lock import FileLock
-from services.log.position import Position
 from services.views.bulk import on_postgresql
 from services.views.database import (
     LockedError,

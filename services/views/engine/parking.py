@@ -21,11 +21,11 @@ from blake3 import blake3
 from sqlalchemy import delete, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from artifact_store.errors import CorruptError, UnavailableError
+from artifact_store.events import Event
+from artifact_store.position import Position
 from schemas.batch import EventBatch, entries_of
-from schemas.events import Event
-from services.errors import CorruptError, UnavailableError
 from services.log.port import Log, Record
-from services.log.position import Position
 from services.log.records import Skips
 from services.views.database import DamagedDatabaseError, Views, database_errors
 from services.views.engine.checkpoints import (

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 from uuid import UUID
 
+from artifact_store.events import AdministrativePayload, Event, LogSkipped
+from artifact_store.position import Position
 from schemas.batch import EventBatch
 from schemas.codec import UndecodableEventError
-from schemas.events import AdministrativePayload, Event, LogSkipped
 from services.log.port import Log, Record
-from services.log.position import Position
 from services.log.records import BadRecord, PartitionOf, Skips, misplacement
 
 BATCH_BYTES = 8 << 20

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from services.errors import InvalidRequestError
+from artifact_store.errors import InvalidRequestError
 from services.views.projections.port import Projection, Tables
 from services.views.projections.registry_fold import RegistryProjection
 from services.views.projections.retention_fold import RetentionProjection

@@ -12,8 +12,8 @@ from uuid import UUID
 from sqlalchemy import Table
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from artifact_store.manifest import ContentAddress
 from schemas.file_fields import FileFields
-from services.core.content_address import ContentAddress
 from services.views.bulk import Row, copy_encoded, insert_rows, on_postgresql
 from services.views.tables import artifact_files
 

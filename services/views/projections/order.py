@@ -9,10 +9,10 @@ from uuid import UUID
 from sqlalchemy import Column
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from artifact_store.errors import CorruptError
+from artifact_store.events import FILE_INGESTED, Event, PackageCreated
 from schemas.batch import Entry
-from schemas.events import FILE_INGESTED, Event, PackageCreated
 from schemas.file_fields import FileFields
-from services.errors import CorruptError
 from services.views.bulk import find_rows
 
 

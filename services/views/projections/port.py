@@ -8,7 +8,7 @@ from typing import Protocol
 from sqlalchemy import Table
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from schemas.events import Event
+from artifact_store.events import Event
 
 Tables = Mapping[str, Table]
 """One build of a projection's tables, by the names that they have, or will have, when it is the live one."""

@@ -9,12 +9,12 @@ from uuid import UUID
 from sqlalchemy import Table
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from artifact_store.errors import CorruptError
+from artifact_store.events import Event, PackageCreated, PackageFinalized
+from artifact_store.manifest import ContentAddress
 from schemas.batch import Entry, entries_of
-from schemas.events import Event, PackageCreated, PackageFinalized
 from schemas.file_fields import FileFields
-from services.core.content_address import ContentAddress
 from services.core.state import CREATED, FINALIZED
-from services.errors import CorruptError
 from services.views.bulk import Row, insert_rows, update_rows
 from services.views.projections.file_rows import insert_files
 from services.views.projections.order import follows, known_packages

@@ -13,10 +13,10 @@ from uuid import UUID
 from sqlalchemy import Table, func
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from artifact_store.errors import CorruptError
+from artifact_store.events import Event, PackageCreated
 from schemas.batch import Entry, entries_of
-from schemas.events import Event, PackageCreated
 from schemas.file_fields import FileFields
-from services.errors import CorruptError
 from services.views.bulk import insert_rows, on_postgresql, update_rows, upsert
 from services.views.projections.order import follows, known_packages
 from services.views.projections.port import Tables
