@@ -10,9 +10,9 @@ import resource
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal
 
-from ingest_gateway.problems import TooManyAtOnceError
 from services.errors import PushBackError
 
 Transfer = Literal["uploads", "downloads"]
@@ -23,6 +23,8 @@ MAX_DOWNLOADS = 128
 
 MAX_READS = 128
 """How many clients may read events to the log's end at a time; few of them read at once, the others wait (`tail`)."""
+
+MAX_FOLLOWERS = 1000
 
 JSON_ROOM_BYTES = 64 << 20
 """How many bytes of JSON bodies may be held at a time, before they are commands."""
@@ -38,6 +40,34 @@ _WANTED_DESCRIPTORS = 65_536
 
 Refused = Callable[[str], None]
 """Told of what there was no place for."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What one gateway takes, in bytes, seconds and clients."""
+
+    max_file_bytes: int
+    max_metadata_bytes: int
+    max_followers: int = MAX_FOLLOWERS
+    max_reads: int = MAX_READS
+    max_connections: int = 2048
+    max_uploads: int = 256
+    max_downloads: int = MAX_DOWNLOADS
+    json_room_bytes: int = JSON_ROOM_BYTES
+    """Bytes of JSON bodies that may be held at a time."""
+    body_idle_seconds: float = 60.0
+    """How long a body may stand still, and over how long its pace is taken; so too an answer's."""
+    body_bytes_per_second: float = 1024.0
+    """The least pace of a body, or of a client that takes an answer, that is waited for."""
+    heartbeat_seconds: float = 10.0
+    """How often a quiet follower is looked after."""
+
+
+class TooManyAtOnceError(PushBackError):
+    """The client (its address) has as many connections, uploads or downloads under way as one may have."""
+
+    status = 429
+    problem = "too-many-at-once"
 
 
 class _Shares:

@@ -7,20 +7,20 @@ import logging
 
 from aiohttp import web
 
-from ingest_gateway import archive, blobs, content, events, files, health, manifest, openapi, packages, uploads, usage
+from ingest_gateway import archive, blobs, content, events, files, manifest, openapi, packages, uploads, usage
+from ingest_gateway.admission import Bounds
 from ingest_gateway.answers import SERVER
 from ingest_gateway.call import Call
-from ingest_gateway.connections import Connection
-from ingest_gateway.gateway import Bounds, Gateway
+from ingest_gateway.gateway import Gateway
 from ingest_gateway.health import Checks
 from ingest_gateway.metrics import Metrics
 from ingest_gateway.operations import Route
 from ingest_gateway.problems import AnswerTimeoutError, MalformedHttpError, answer_of, internal
-from ingest_gateway.routing import Routes, Target
-from ingest_gateway.sending import held, send
+from ingest_gateway.routes import operations
+from ingest_gateway.routing import Routes
 from ingest_gateway.siblings import Siblings
 from services.direct import DirectRegistry
-from services.errors import ArtifactStoreError, PushBackError
+from services.errors import ArtifactStoreError
 from services.log.port import Log
 from services.tracing import TRACEPARENT, traceparent
 
@@ -37,7 +37,7 @@ ROUTES: tuple[Route, ...] = (
     *blobs.ROUTES,
     *manifest.ROUTES,
     *events.ROUTES,
-    *health.ROUTES,
+    *operations.ROUTES,
 )
 
 _METHODS = frozenset({"GET", "HEAD", "PUT", "POST", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT"})
@@ -60,122 +60,62 @@ class App:
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer a request. Every error becomes a problem or, once an answer has begun, cuts the connection."""
-        exchange = Exchange(request)
+        call = Call(self.gateway, request)
         async with self.gateway.request():
             try:
-                response = await self._answer(exchange)
-                exchange.answered(response)
-                await self._send(exchange, response)
+                response = await self._answer(call)
+                await self._send(call, response)
             finally:
-                self._record(exchange)
+                self._record(call)
         return response
 
     def refuse(self, request: web.BaseRequest, why: ArtifactStoreError) -> web.StreamResponse:
         """Answer a request whose head was not taken, and close its connection."""
-        exchange = Exchange(request)
+        call = Call(self.gateway, request)
         response = answer_of(why)
         response.force_close()
         response.headers["Server"] = SERVER
-        exchange.answered(response)
-        self._record(exchange)
+        call.note(response)
+        self._record(call)
         return response
 
-    async def _send(self, exchange: Exchange, response: web.StreamResponse) -> None:
-        if not response.prepared:
-            response.headers["Server"] = SERVER
-            # A body may still come that nobody wants any more (RFC 9110 §10.1.1), this process goes away, or the
-            # connection has no place.
-            if self.gateway.draining or exchange.body_withheld or exchange.refusal is not None:
-                response.force_close()
+    async def _send(self, call: Call, response: web.StreamResponse) -> None:
         try:
-            await send(exchange.request, response, self.gateway.bounds)
+            await call.answer(response)
         except AnswerTimeoutError as error:
-            _log.warning("%s was cut off: %s", exchange, error.detail)
-            raise exchange.cut() from None
+            _log.warning("%s was cut off: %s", call, error.detail)
+            raise call.cut() from None
 
-    async def _answer(self, exchange: Exchange) -> web.StreamResponse:
-        request = exchange.request
+    async def _answer(self, call: Call) -> web.StreamResponse:
+        request = call.request
         try:
-            if "#" in exchange.target.path:
+            if "#" in call.target:
                 raise MalformedHttpError("a request target has no fragment")
             TRACEPARENT.set(traceparent(request.headers.get("traceparent")))
-            route, values = self._routes.find(request.method, exchange.target.path)
-            exchange.call = Call(self.gateway, request, route, exchange.target, values)
-            if exchange.refusal is not None and route.tag != "operation":
-                raise exchange.refusal
+            route, values = self._routes.find(request.method, call.target)
+            call.read_head(values, route.parameters, takes_body=route.body is not None)
+            call.template = route.template
+            if call.refusal is not None and route.tag != "operation":
+                raise call.refusal
             if route.transfer is None or request.method == "HEAD":
-                return await route.handler(exchange.call)
-            with self.gateway.transfers[route.transfer].place(exchange.call.client):
-                return await route.handler(exchange.call)
+                return await route.handler(call)
+            with self.gateway.transfers[route.transfer].place(call.client):
+                return await route.handler(call)
         except ArtifactStoreError as error:
-            if not exchange.begun:
+            if not call.begun:
                 return answer_of(error)
-            _log.warning("%s was cut off: %s", exchange, error.detail)
+            _log.warning("%s was cut off: %s", call, error.detail)
         except Exception as error:
             if isinstance(error, ConnectionError) and request.transport is None:
                 raise  # the client went away: there is nobody to answer
             # Nobody foresaw it, and this is the outermost place: it is logged and answered.
-            _log.exception("%s failed", exchange)
-            if not exchange.begun:
+            _log.exception("%s failed", call)
+            if not call.begun:
                 return internal()
-        raise exchange.cut()
+        raise call.cut()
 
-    def _record(self, exchange: Exchange) -> None:
-        seconds = asyncio.get_running_loop().time() - exchange.began
-        route = "none" if exchange.call is None else exchange.call.route.template
-        received, sent = exchange.bytes
-        method = exchange.request.method
-        self.gateway.metrics.answered(
-            route, method if method in _METHODS else "other", exchange.status, seconds, received, sent
-        )
-        _access.info("%s %d %.1f ms, %d in, %d out", exchange, exchange.status, seconds * 1000, received, sent)
-
-
-class Exchange:
-    """One request and what has become of it."""
-
-    def __init__(self, request: web.BaseRequest) -> None:
-        self.request = request
-        self.target = Target.of(request)
-        self.began = asyncio.get_running_loop().time()
-        self.call: Call | None = None
-        self.status = 0
-        self._body = 0
-
-    def __str__(self) -> str:
-        """Client, method and path on one line: escaped, bounded, and without the query."""
-        path = self.target.path[:2048].encode("unicode_escape").decode()
-        return f"{self.request.remote} {self.request.method[:32]} {path}"
-
-    @property
-    def refusal(self) -> PushBackError | None:
-        """Why there is no place for the connection, if there is none."""
-        protocol = self.request.protocol
-        return protocol.refusal if isinstance(protocol, Connection) else None
-
-    @property
-    def begun(self) -> bool:
-        """Whether bytes of an answer are on their way already."""
-        return self.request.writer.output_size > 0
-
-    @property
-    def body_withheld(self) -> bool:
-        """Whether the client waits for a 100-continue that it did not get."""
-        return "Expect" in self.request.headers and (self.call is None or self.call.continue_pending)
-
-    @property
-    def bytes(self) -> tuple[int, int]:
-        """Bytes of the bodies: received and sent."""
-        return (0, self._body) if self.call is None else (self.call.received, self.call.sent + self._body)
-
-    def answered(self, response: web.StreamResponse) -> None:
-        """Note what the answer is."""
-        self.status = response.status
-        self._body = 0 if self.request.method == "HEAD" else len(held(response))
-
-    def cut(self) -> ConnectionResetError:
-        """End the connection in the middle of the answer; gives the error that says so."""
-        self.status = 0
-        if self.request.transport is not None:
-            self.request.transport.abort()
-        return ConnectionResetError("the answer was cut off")
+    def _record(self, call: Call) -> None:
+        seconds = asyncio.get_running_loop().time() - call.began
+        method = call.request.method if call.request.method in _METHODS else "other"
+        self.gateway.metrics.answered(call.template, method, call.status, seconds, call.received, call.sent)
+        _access.info("%s %d %.1f ms, %d in, %d out", call, call.status, seconds * 1000, call.received, call.sent)

@@ -1,11 +1,11 @@
-"""One request on its way through a handler: its parameters, its body, and what the handler may use."""
+"""One HTTP request: its head and body are read here, and its answer is sent."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlencode
 
 from aiohttp import HttpVersion11, web
@@ -13,9 +13,9 @@ from aiohttp import HttpVersion11, web
 from artifact_store.documents.http import HASHES
 from artifact_store.documents.shapes import Request
 from ingest_gateway.answers import SERVER
-from ingest_gateway.connections import client_of
+from ingest_gateway.connections import Connection, client_of
+from ingest_gateway.gateway import Gateway
 from ingest_gateway.json_body import parse_json
-from ingest_gateway.operations import Route
 from ingest_gateway.parameters import CONTENT_DIGEST, CONTENT_MD5, REPR_DIGEST, Parameter
 from ingest_gateway.problems import (
     BodyTimeoutError,
@@ -24,12 +24,8 @@ from ingest_gateway.problems import (
     MalformedHttpError,
     UnsupportedMediaTypeError,
 )
-from ingest_gateway.routing import Target
-from ingest_gateway.sending import SENT_AT_ONCE_BYTES, taken
-from services.errors import ContentMismatchError, InvalidRequestError, TooLargeError
-
-if TYPE_CHECKING:
-    from ingest_gateway.gateway import Gateway
+from ingest_gateway.sending import SENT_AT_ONCE_BYTES, held, taken
+from services.errors import ContentMismatchError, InvalidRequestError, PushBackError, TooLargeError
 
 Value = TypeVar("Value")
 Shape = TypeVar("Shape", bound=Request)
@@ -47,40 +43,73 @@ _JSON_ESCAPE = 6  # `\u00e9` is six bytes where the JCS form has at least one
 
 
 class Call:
-    """A request and its route. Belongs to one task."""
+    """One HTTP request, from its head to the end of its answer. Belongs to one task."""
 
-    def __init__(
-        self, gateway: Gateway, request: web.BaseRequest, route: Route, target: Target, path: Mapping[str, str]
-    ) -> None:
-        """Raises InvalidRequestError for a query that the route does not take or digests that are not checked here.
-
-        ContentMismatchError: digests contradict each other, or there is no body. ExpectationFailedError.
-        """
+    def __init__(self, gateway: Gateway, request: web.BaseRequest) -> None:
+        """It has no parameters and takes no body until `read_head` has said which."""
         self.gateway = gateway
         self.registry = gateway.registry
         self.request = request
-        self.route = route
-        self.target = target
+        self.target, self._raw_query = _target(request)
+        self.began = asyncio.get_running_loop().time()
+        self.status = 0
+        """The answer's status; 0 until there is one, and where the answer was cut off."""
         self.received = 0
-        self.sent = 0
         self.sent_in_part = False
         """Whether a piece of the answer was given up before all of it was written."""
+        self._streamed = 0
+        self._held = 0
+        self._path: Mapping[str, str] = {}
+        self._query: Mapping[str, str] = {}
+        self.template = "none"
+        """Of the route that it goes to: what metrics call it."""
+        self._expects = "Expect" in request.headers  # a 100-continue that was not sent yet, as far as is known
+        self._digests: dict[str, bytes] = {}  # by algorithm: what the content must hash to
+
+    def __str__(self) -> str:
+        """Client, method and path on one line: escaped, bounded, and without the query."""
+        path = self.target[:2048].encode("unicode_escape").decode()
+        return f"{self.request.remote} {self.request.method[:32]} {path}"
+
+    def read_head(self, path: Mapping[str, str], parameters: Collection[Parameter[Any]], *, takes_body: bool) -> None:
+        """Read the head as a route declares it; `path` holds the raw path parameters.
+
+        Raises:
+            InvalidRequestError: a query parameter is not among `parameters`, or a digest cannot be checked here.
+            ContentMismatchError: digests contradict each other, or there is no body.
+            ExpectationFailedError.
+        """
         self._path = path
-        self._query = _query(target.query, route.named("query"))
-        expect = request.headers.get("Expect")
+        self._query = _query(self._raw_query, {p.name for p in parameters if p.place == "query"})
+        expect = self.request.headers.get("Expect")
         if expect is not None and expect.lower() != "100-continue":
             raise ExpectationFailedError("the only expectation that is met is 100-continue")
-        self.continue_pending = expect is not None and request.version >= HttpVersion11
-        self._digests: dict[str, bytes] = {}  # by algorithm: what the content must hash to
-        if route.body is not None:
-            self._declare_digests()
-            if not request.can_read_body:
+        if takes_body:
+            self._declare_digests(parameters)
+            if not self.request.can_read_body:
                 _check(_hashes(self._digests), self._digests)
+        self._expects = expect is not None and self.request.version >= HttpVersion11
 
     @property
     def client(self) -> str:
-        """Whose request it is, as places are given."""
+        """Whose request it is: limits are for each client."""
         return client_of(self.request.protocol)
+
+    @property
+    def refusal(self) -> PushBackError | None:
+        """Why there is no place for the connection, if there is none."""
+        protocol = self.request.protocol
+        return protocol.refusal if isinstance(protocol, Connection) else None
+
+    @property
+    def begun(self) -> bool:
+        """Whether bytes of the answer are on their way already."""
+        return self.request.writer.output_size > 0
+
+    @property
+    def sent(self) -> int:
+        """Bytes of the answer's body."""
+        return self._streamed + self._held
 
     def path(self, parameter: Parameter[Value]) -> Value:
         """The value of a path parameter. Raises InvalidRequestError."""
@@ -112,13 +141,13 @@ class Call:
         """The SHA-256 that the headers declare of the content, for the caller to check: `body` does so no more."""
         return self._digests.pop("sha-256", None)
 
-    def _declare_digests(self) -> None:
+    def _declare_digests(self, parameters: Collection[Parameter[Any]]) -> None:
         if "Digest" in self.request.headers:
             raise InvalidRequestError(
                 "Digest (RFC 3230) is obsolete and not checked: declare Content-Digest (RFC 9530)"
             )
         trailer = (self.list_header("Trailer") or "").lower()
-        for name, declared in self._declarations():
+        for name, declared in self._declarations(parameters):
             if name.lower() in trailer:
                 raise InvalidRequestError(f"{name} is not read from a trailer: send it as a header")
             for algorithm, digest in declared.items():
@@ -127,16 +156,16 @@ class Call:
                         f"two headers declare different digests by {algorithm} of the same content"
                     )
 
-    def _declarations(self) -> Iterator[tuple[str, Mapping[str, bytes]]]:
+    def _declarations(self, parameters: Collection[Parameter[Any]]) -> Iterator[tuple[str, Mapping[str, bytes]]]:
         for parameter in (CONTENT_DIGEST, REPR_DIGEST):
-            value = self.list_header(parameter.name) if parameter in self.route.parameters else None
+            value = self.list_header(parameter.name) if parameter in parameters else None
             yield parameter.name, {} if value is None else parameter.parse(value)
         md5 = self.header(CONTENT_MD5)
         yield CONTENT_MD5.name, {} if md5 is None else {_MD5: md5}
 
     def same_with(self, **changes: str) -> str:
         """This request's target with query parameters changed: a relative reference for a `Link`."""
-        return f"{self.target.path}?{urlencode({**self._query, **changes})}"
+        return f"{self.target}?{urlencode({**self._query, **changes})}"
 
     async def body(self, *, coded: bool = False) -> AsyncIterator[bytes]:
         """The body as it arrives, 100-continue having been sent where it was asked for; `coded`: it may be.
@@ -157,8 +186,8 @@ class Call:
             raise UnsupportedMediaTypeError(
                 "the only Transfer-Encoding that is taken is chunked", {"Connection": "close"}
             )
-        if self.continue_pending:
-            self.continue_pending = False
+        if self._expects:
+            self._expects = False
             await self.request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             self.request.writer.output_size = 0  # the answer itself has not begun
         hashes = _hashes(self._digests)
@@ -248,11 +277,51 @@ class Call:
             piece, rest = rest[:SENT_AT_ONCE_BYTES], rest[SENT_AT_ONCE_BYTES:]
             self.sent_in_part = bool(rest)  # what is written waits for the client, if it has to, behind this
             await taken(response.write(piece), len(piece), self.gateway.bounds)
-            self.sent += len(piece)
+            self._streamed += len(piece)
 
     async def finish(self, response: web.StreamResponse) -> None:
         """End a streamed answer. Waits, and raises, as `send`."""
         await taken(response.write_eof(), 0, self.gateway.bounds)
+
+    async def answer(self, response: web.StreamResponse) -> None:
+        """Send what was not sent yet of the answer: all of one that is held whole. Waits, and raises, as `taken`."""
+        self.note(response)
+        if not response.prepared:
+            response.headers["Server"] = SERVER
+            # A body may still come that nobody wants any more (RFC 9110 §10.1.1), this process goes away, or the
+            # connection has no place.
+            if self.gateway.draining or self._expects or self.refusal is not None:
+                response.force_close()
+        body = held(response)
+        await response.prepare(self.request)
+        if len(body) > SENT_AT_ONCE_BYTES and isinstance(response, web.Response) and self.request.method != "HEAD":
+            rest = memoryview(body)
+            while rest:
+                piece, rest = rest[:SENT_AT_ONCE_BYTES], rest[SENT_AT_ONCE_BYTES:]
+                await taken(response.write(piece), len(piece), self.gateway.bounds)
+            body = response.body = b""
+        await taken(response.write_eof(), len(body), self.gateway.bounds)
+
+    def note(self, response: web.StreamResponse) -> None:
+        """Note what the answer is."""
+        self.status = response.status
+        self._held = 0 if self.request.method == "HEAD" else len(held(response))
+
+    def cut(self) -> ConnectionResetError:
+        """End the connection in the middle of the answer; gives the error that says so."""
+        self.status = 0
+        if self.request.transport is not None:
+            self.request.transport.abort()
+        return ConnectionResetError("the answer was cut off")
+
+
+def _target(request: web.BaseRequest) -> tuple[str, str]:
+    """Path and query as they came, nothing decoded; an absolute form (RFC 9112 §3.2.2) is brought to its path."""
+    raw = request.raw_path
+    if not raw.startswith("/"):
+        raw = request.rel_url.raw_path_qs
+    path, _, query = raw.partition("?")
+    return path, query
 
 
 def _hashes(algorithms: Iterable[str]) -> dict[str, hashlib._Hash]:
@@ -278,7 +347,7 @@ def _check(hashes: Mapping[str, hashlib._Hash], declared: Mapping[str, bytes]) -
             )
 
 
-def _query(raw: str, known: frozenset[str]) -> dict[str, str]:
+def _query(raw: str, known: Collection[str]) -> dict[str, str]:
     if not raw:
         return {}
     try:

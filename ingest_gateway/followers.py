@@ -6,10 +6,9 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from ingest_gateway.admission import Places, Refused
+from ingest_gateway.admission import MAX_FOLLOWERS, Places, Refused
 from services.errors import PushBackError
 
-MAX_FOLLOWERS = 1000
 _RETRY_SECONDS = 5.0
 
 

@@ -6,65 +6,18 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 
-from ingest_gateway.admission import (
-    HEADS_ROOM_BYTES,
-    JSON_ROOM_BYTES,
-    MAX_DOWNLOADS,
-    MAX_READS,
-    Places,
-    Room,
-    Transfer,
-    connections_within,
-)
-from ingest_gateway.followers import MAX_FOLLOWERS, Followers
-from ingest_gateway.forwarding import MAX_FORWARDED
+from ingest_gateway.admission import HEADS_ROOM_BYTES, Bounds, Places, Room, Transfer
+from ingest_gateway.followers import Followers
 from ingest_gateway.health import Checks, ReadyAnswers
-from ingest_gateway.internal import MAX_TAKEN
 from ingest_gateway.metrics import Metrics
 from ingest_gateway.siblings import Siblings
 from ingest_gateway.tail import Tail
 from services.bundle_store import BUNDLES_AT_ONCE
-from services.config import Settings
 from services.direct import DirectRegistry
 from services.log.port import Log
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What one gateway takes, in bytes, seconds and clients."""
-
-    max_file_bytes: int
-    max_metadata_bytes: int
-    max_followers: int = MAX_FOLLOWERS
-    max_reads: int = MAX_READS
-    max_connections: int = 2048
-    max_uploads: int = 256
-    max_downloads: int = MAX_DOWNLOADS
-    json_room_bytes: int = JSON_ROOM_BYTES
-    """Bytes of JSON bodies that may be held at a time."""
-    body_idle_seconds: float = 60.0
-    """How long a body may stand still, and over how long its pace is taken; so too an answer's."""
-    body_bytes_per_second: float = 1024.0
-    """The least pace of a body, or of a client that takes an answer, that is waited for."""
-    heartbeat_seconds: float = 10.0
-    """How often a quiet follower is looked after."""
-
-    @classmethod
-    def of(cls, settings: Settings) -> Bounds:
-        """The bounds of these settings."""
-        from services.wiring import is_embedded  # wiring chooses adapters, and imports this package
-
-        forwarded = 0 if is_embedded(settings) else MAX_FORWARDED + MAX_TAKEN
-        return cls(
-            settings.max_file_bytes,
-            settings.max_metadata_bytes,
-            max_connections=connections_within(settings.max_connections, forwarded),
-            max_uploads=settings.max_uploads,
-        )
 
 
 class Gateway:

@@ -1,4 +1,4 @@
-"""Liveness, readiness to take writes, metrics, and the contract."""
+"""Whether a gateway can take writes: each part is checked, and one check answers all who ask."""
 
 from __future__ import annotations
 
@@ -7,13 +7,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from aiohttp import web
 from pydantic import BaseModel
 
-from ingest_gateway.answers import JSON, bytes_answer, json_answer
-from ingest_gateway.call import Call
-from ingest_gateway.metrics import CONTENT_TYPE
-from ingest_gateway.operations import Route, Success
 from services.errors import ArtifactStoreError
 
 Check = Callable[[], Awaitable[str | None]]
@@ -98,67 +93,3 @@ async def _cause(check: Check) -> str | None:
         return f"no answer within {CHECK_SECONDS:g} s"
     except ArtifactStoreError as error:
         return error.detail
-
-
-async def get_health(call: Call) -> web.StreamResponse:
-    """GET /healthz."""
-    return json_answer(Health(status="ok"))
-
-
-async def get_readiness(call: Call) -> web.StreamResponse:
-    """GET /readyz."""
-    found = await call.gateway.ready.now()
-    if call.gateway.draining:
-        found = found.model_copy(update={"status": "unready"})
-    return json_answer(found, status=503 if found.status == "unready" else 200)
-
-
-async def get_metrics(call: Call) -> web.StreamResponse:
-    """GET /metrics."""
-    siblings = call.gateway.siblings
-    shown = call.gateway.metrics.exposition() if siblings is None else await siblings.exposition()
-    return bytes_answer(shown, CONTENT_TYPE)
-
-
-async def get_openapi(call: Call) -> web.StreamResponse:
-    """GET /openapi.json."""
-    return bytes_answer(call.gateway.openapi, JSON)
-
-
-ROUTES = (
-    Route(
-        "GET",
-        "/healthz",
-        get_health,
-        "Whether the process lives",
-        (Success(200, "It does", {JSON: Health}),),
-        tag="operation",
-    ),
-    Route(
-        "GET",
-        "/readyz",
-        get_readiness,
-        "Whether writes can be taken",
-        (
-            Success(200, "They can; `degraded` when the views are away", {JSON: Readiness}),
-            Success(503, "They cannot", {JSON: Readiness}),
-        ),
-        tag="operation",
-    ),
-    Route(
-        "GET",
-        "/metrics",
-        get_metrics,
-        "Metrics for Prometheus, of all processes behind this address",
-        (Success(200, "Text exposition", {"text/plain": {"type": "string"}}),),
-        tag="operation",
-    ),
-    Route(
-        "GET",
-        "/openapi.json",
-        get_openapi,
-        "This document",
-        (Success(200, "OpenAPI 3.1", {JSON: {"type": "object"}}),),
-        tag="operation",
-    ),
-)

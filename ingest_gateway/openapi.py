@@ -12,14 +12,10 @@ from pydantic import BaseModel, TypeAdapter
 
 from artifact_store.documents.http import RETRY_AFTER
 from artifact_store.documents.problem_details import MEDIA_TYPE, TYPE_PREFIX, Problem
+from ingest_gateway.admission import TooManyAtOnceError
 from ingest_gateway.operations import Body, Route, Success
 from ingest_gateway.parameters import Parameter
-from ingest_gateway.problems import (
-    ExpectationFailedError,
-    HeadTooLargeError,
-    MalformedHttpError,
-    TooManyAtOnceError,
-)
+from ingest_gateway.problems import ExpectationFailedError, HeadTooLargeError, MalformedHttpError
 from services.errors import ArtifactStoreError, PushBackError, UnavailableError
 
 _ANYWHERE = (MalformedHttpError, ExpectationFailedError, HeadTooLargeError, TooManyAtOnceError, PushBackError)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aiohttp import web
 
 from ingest_gateway.admission import Transfer
+from ingest_gateway.call import Call
 from ingest_gateway.parameters import Parameter
 from services.errors import ArtifactStoreError
 
-if TYPE_CHECKING:
-    from ingest_gateway.call import Call
-
-Handler = Callable[["Call"], Awaitable[web.StreamResponse]]
+Handler = Callable[[Call], Awaitable[web.StreamResponse]]
 Schema = Mapping[str, Any]
 
 BINARY: Schema = {}
@@ -65,7 +63,3 @@ class Route:
     def operation_id(self) -> str:
         """Its name in the document: that of the handler."""
         return self.handler.__name__
-
-    def named(self, place: str) -> frozenset[str]:
-        """The names of its parameters in this place."""
-        return frozenset(p.name for p in self.parameters if p.place == place)

@@ -9,7 +9,7 @@ from aiohttp import web
 
 from artifact_store.documents.http import RETRY_AFTER
 from artifact_store.documents.problem_details import MEDIA_TYPE, FieldFault, Problem, problem, problem_of
-from services.errors import ArtifactStoreError, InvalidRequestError, PushBackError, RejectedError
+from services.errors import ArtifactStoreError, InvalidRequestError, RejectedError
 
 
 class ProtocolError(RejectedError):
@@ -95,13 +95,6 @@ class HeadTooLargeError(ProtocolError):
 
     status = 431
     problem = "head-too-large"
-
-
-class TooManyAtOnceError(PushBackError):
-    """The client (its address) has as many connections, uploads or downloads under way as one may have."""
-
-    status = 429
-    problem = "too-many-at-once"
 
 
 class InvalidFieldsError(InvalidRequestError):

@@ -7,31 +7,11 @@ relative path has to be judged as it came (docs/decisions/http.md).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-
-from aiohttp import web
 
 from ingest_gateway.operations import Route
 from ingest_gateway.problems import MethodNotAllowedError, UnknownResourceError
 
 _REST = "{relative_path}"
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """The two halves of a request target, as they came: nothing is decoded."""
-
-    path: str
-    query: str
-
-    @classmethod
-    def of(cls, request: web.BaseRequest) -> Target:
-        """The target of this request; an absolute form (RFC 9112 §3.2.2) is brought to its path."""
-        raw = request.raw_path
-        if not raw.startswith("/"):
-            raw = request.rel_url.raw_path_qs
-        path, _, query = raw.partition("?")
-        return cls(path, query)
 
 
 class Routes:

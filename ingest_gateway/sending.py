@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
-from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from ingest_gateway.admission import Bounds
 from ingest_gateway.problems import AnswerTimeoutError
-
-if TYPE_CHECKING:
-    from ingest_gateway.gateway import Bounds
 
 SENT_AT_ONCE_BYTES = 256 * 1024
 """Most bytes that a client has one span of time for: the longer the piece, the later it shows that nobody takes it."""
@@ -29,19 +26,6 @@ async def taken(writing: Awaitable[None], size: int, bounds: Bounds) -> None:
             await writing
     except TimeoutError:
         raise AnswerTimeoutError(f"the client did not take {size:,} bytes of it within {seconds:g} s") from None
-
-
-async def send(request: web.BaseRequest, response: web.StreamResponse, bounds: Bounds) -> None:
-    """Send what was not sent yet of an answer: all of one that is held whole. Waits, and raises, as `taken`."""
-    body = held(response)
-    await response.prepare(request)
-    if len(body) > SENT_AT_ONCE_BYTES and isinstance(response, web.Response) and request.method != "HEAD":
-        rest = memoryview(body)
-        while rest:
-            piece, rest = rest[:SENT_AT_ONCE_BYTES], rest[SENT_AT_ONCE_BYTES:]
-            await taken(response.write(piece), len(piece), bounds)
-        body = response.body = b""
-    await taken(response.write_eof(), len(body), bounds)
 
 
 def held(response: web.StreamResponse) -> bytes:

@@ -9,14 +9,15 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, nullcontext
-from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from ingest_gateway.admission import Bounds, connections_within
 from ingest_gateway.app import App
 from ingest_gateway.connections import Server
-from ingest_gateway.gateway import Bounds
+from ingest_gateway.forwarding import MAX_FORWARDED
 from ingest_gateway.health import Checks
+from ingest_gateway.internal import MAX_TAKEN
 from ingest_gateway.metrics import Metrics
 from ingest_gateway.processes import Member
 from ingest_gateway.siblings import Siblings
@@ -26,9 +27,7 @@ from services.config import Settings
 from services.direct import DirectRegistry
 from services.errors import ConfigurationError
 from services.log.port import Log
-
-if TYPE_CHECKING:
-    from services.wiring import Parts
+from services.wiring import Parts, is_embedded, parts
 
 _log = logging.getLogger(__name__)
 
@@ -55,8 +54,6 @@ async def run(
 
     Raises ConfigurationError: the interface may not be listened on, or the address cannot be had; UnavailableError.
     """
-    from services.wiring import parts  # wiring chooses adapters, and imports this package
-
     listen_address(settings)
     if stop is None:
         with stopped_by_signals() as stopped:
@@ -85,7 +82,7 @@ async def serve(
         opened.registry,
         opened.log,
         checks,
-        Bounds.of(settings),
+        _bounds(settings),
         address.host,
         address.port,
         metrics=Metrics(opened.metrics),
@@ -97,6 +94,16 @@ async def serve(
         async with swept_regularly(opened.blobs):
             await stop.wait()
         _log.info("stopping: no new connections, finishing what is under way")
+
+
+def _bounds(settings: Settings) -> Bounds:
+    forwarded = 0 if is_embedded(settings) else MAX_FORWARDED + MAX_TAKEN
+    return Bounds(
+        settings.max_file_bytes,
+        settings.max_metadata_bytes,
+        max_connections=connections_within(settings.max_connections, forwarded),
+        max_uploads=settings.max_uploads,
+    )
 
 
 @asynccontextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 import aiohttp
 
-from ingest_gateway.gateway import Bounds
+from ingest_gateway.admission import Bounds
 from ingest_gateway.health import Check, Checks
 from ingest_gateway.server import listening
 from services.config import Settings

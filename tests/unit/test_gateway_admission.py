@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ingest_gateway.admission import Places, Room
-from ingest_gateway.problems import TooManyAtOnceError
+from ingest_gateway.admission import Places, Room, TooManyAtOnceError
 from services.errors import PushBackError
 
 

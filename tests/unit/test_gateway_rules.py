@@ -120,7 +120,7 @@ def test_routes_are_found_by_raw_segments() -> None:
 def test_every_template_names_exactly_its_path_parameters() -> None:
     for route in ROUTES:
         named = {part[1:-1] for part in route.template.split("/") if part.startswith("{")}
-        assert named == route.named("path"), route.template
+        assert named == {p.name for p in route.parameters if p.place == "path"}, route.template
 
 
 _values = st.recursive(
@@ -168,7 +168,7 @@ def test_every_body_may_break_off_or_come_too_slowly() -> None:
 def test_every_read_below_a_package_may_wait_for_the_view() -> None:
     for route in ROUTES:
         if route.method == "GET" and route.template.startswith("/v1/packages/{package_id}"):
-            assert "wait_sequence" in route.named("query"), route.template
+            assert "wait_sequence" in {p.name for p in route.parameters if p.place == "query"}, route.template
 
 
 def test_what_says_when_to_come_again_is_declared_with_it() -> None:

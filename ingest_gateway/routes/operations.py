@@ -1,0 +1,75 @@
+"""For those who run a gateway: liveness, readiness to take writes, metrics, and the contract."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from ingest_gateway.answers import JSON, bytes_answer, json_answer
+from ingest_gateway.call import Call
+from ingest_gateway.health import Health, Readiness
+from ingest_gateway.metrics import CONTENT_TYPE
+from ingest_gateway.operations import Route, Success
+
+
+async def get_health(call: Call) -> web.StreamResponse:
+    """GET /healthz."""
+    return json_answer(Health(status="ok"))
+
+
+async def get_readiness(call: Call) -> web.StreamResponse:
+    """GET /readyz."""
+    found = await call.gateway.ready.now()
+    if call.gateway.draining:
+        found = found.model_copy(update={"status": "unready"})
+    return json_answer(found, status=503 if found.status == "unready" else 200)
+
+
+async def get_metrics(call: Call) -> web.StreamResponse:
+    """GET /metrics."""
+    siblings = call.gateway.siblings
+    shown = call.gateway.metrics.exposition() if siblings is None else await siblings.exposition()
+    return bytes_answer(shown, CONTENT_TYPE)
+
+
+async def get_openapi(call: Call) -> web.StreamResponse:
+    """GET /openapi.json."""
+    return bytes_answer(call.gateway.openapi, JSON)
+
+
+ROUTES = (
+    Route(
+        "GET",
+        "/healthz",
+        get_health,
+        "Whether the process lives",
+        (Success(200, "It does", {JSON: Health}),),
+        tag="operation",
+    ),
+    Route(
+        "GET",
+        "/readyz",
+        get_readiness,
+        "Whether writes can be taken",
+        (
+            Success(200, "They can; `degraded` when the views are away", {JSON: Readiness}),
+            Success(503, "They cannot", {JSON: Readiness}),
+        ),
+        tag="operation",
+    ),
+    Route(
+        "GET",
+        "/metrics",
+        get_metrics,
+        "Metrics for Prometheus, of all processes behind this address",
+        (Success(200, "Text exposition", {"text/plain": {"type": "string"}}),),
+        tag="operation",
+    ),
+    Route(
+        "GET",
+        "/openapi.json",
+        get_openapi,
+        "This document",
+        (Success(200, "OpenAPI 3.1", {JSON: {"type": "object"}}),),
+        tag="operation",
+    ),
+)
