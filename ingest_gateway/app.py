@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterable, Mapping
 
 from aiohttp import web
 
-from ingest_gateway import archive, blobs, content, events, files, manifest, openapi, packages, uploads, usage
-from ingest_gateway.admission import Bounds
-from ingest_gateway.answers import SERVER
-from ingest_gateway.call import Call
 from ingest_gateway.gateway import Gateway
 from ingest_gateway.health import Checks
-from ingest_gateway.metrics import Metrics
-from ingest_gateway.operations import Route
-from ingest_gateway.problems import AnswerTimeoutError, MalformedHttpError, answer_of, internal
-from ingest_gateway.routes import operations
-from ingest_gateway.routing import Routes
+from ingest_gateway.http_metrics import Metrics
+from ingest_gateway.limits.admission import Bounds
+from ingest_gateway.protocol.declaration import Route, document
+from ingest_gateway.protocol.http_errors import (
+    AnswerTimeoutError,
+    MalformedHttpError,
+    MethodNotAllowedError,
+    UnknownResourceError,
+    answer_of,
+    internal,
+)
+from ingest_gateway.protocol.request import SERVER, Call
+from ingest_gateway.routes import archives, event_feed, files, manifests, operations, packages, tus_uploads
 from ingest_gateway.siblings import Siblings
 from services.direct import DirectRegistry
 from services.errors import ArtifactStoreError
@@ -29,14 +34,11 @@ _access = logging.getLogger("ingest_gateway.access")
 
 ROUTES: tuple[Route, ...] = (
     *packages.ROUTES,
-    *usage.ROUTES,
     *files.ROUTES,
-    *content.ROUTES,
-    *archive.ROUTES,
-    *uploads.ROUTES,
-    *blobs.ROUTES,
-    *manifest.ROUTES,
-    *events.ROUTES,
+    *archives.ROUTES,
+    *tus_uploads.ROUTES,
+    *manifests.ROUTES,
+    *event_feed.ROUTES,
     *operations.ROUTES,
 )
 
@@ -55,7 +57,7 @@ class App:
         metrics: Metrics | None = None,
         siblings: Siblings | None = None,
     ) -> None:
-        self.gateway = Gateway(registry, log, checks, bounds, metrics or Metrics(), openapi.document(ROUTES), siblings)
+        self.gateway = Gateway(registry, log, checks, bounds, metrics or Metrics(), document(ROUTES), siblings)
         self._routes = Routes(ROUTES)
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -119,3 +121,54 @@ class App:
         method = call.request.method if call.request.method in _METHODS else "other"
         self.gateway.metrics.answered(call.template, method, call.status, seconds, call.received, call.sent)
         _access.info("%s %d %.1f ms, %d in, %d out", call, call.status, seconds * 1000, call.received, call.sent)
+
+
+_REST = "{relative_path}"
+
+
+class Routes:
+    """The table of routes."""
+
+    def __init__(self, routes: Iterable[Route]) -> None:
+        self._resources: dict[str, dict[str, Route]] = {}
+        for route in routes:
+            methods = self._resources.setdefault(route.template, {})
+            if route.method in methods:
+                raise ValueError(f"{route.method} {route.template} is there twice")
+            methods[route.method] = route
+        self._templates = [(template, template.split("/")) for template in self._resources]
+
+    def find(self, method: str, path: str) -> tuple[Route, Mapping[str, str]]:
+        """The route and its raw path parameters; HEAD goes where GET does.
+
+        Raises UnknownResourceError, MethodNotAllowedError.
+        """
+        segments = path.split("/")
+        for template, parts in self._templates:
+            values = _match(parts, segments)
+            if values is None:
+                continue
+            methods = self._resources[template]
+            route = methods.get("GET" if method == "HEAD" else method)
+            if route is None:
+                allow = sorted(methods.keys() | ({"HEAD"} if "GET" in methods else set()))
+                raise MethodNotAllowedError(f"this resource takes {', '.join(allow)}", {"Allow": ", ".join(allow)})
+            return route, values
+        raise UnknownResourceError("there is no such resource; /openapi.json lists what there is")
+
+
+def _match(parts: list[str], segments: list[str]) -> dict[str, str] | None:
+    rest = parts[-1] == _REST
+    if len(segments) < len(parts) or (len(segments) > len(parts) and not rest):
+        return None
+    values: dict[str, str] = {}
+    for part, segment in zip(parts, segments, strict=False):
+        if part.startswith("{") and part != _REST and not segment:
+            return None
+        if part.startswith("{"):
+            values[part[1:-1]] = segment
+        elif part != segment:
+            return None
+    if rest:
+        values[_REST[1:-1]] = "/".join(segments[len(parts) - 1 :])
+    return values

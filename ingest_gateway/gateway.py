@@ -7,12 +7,12 @@ import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
-from ingest_gateway.admission import HEADS_ROOM_BYTES, Bounds, Places, Room, Transfer
-from ingest_gateway.followers import Followers
+from ingest_gateway.event_tail import Tail
 from ingest_gateway.health import Checks, ReadyAnswers
-from ingest_gateway.metrics import Metrics
+from ingest_gateway.http_metrics import Metrics
+from ingest_gateway.limits.admission import HEADS_ROOM_BYTES, Bounds, Places, Room, Transfer
+from ingest_gateway.limits.followers import Followers
 from ingest_gateway.siblings import Siblings
-from ingest_gateway.tail import Tail
 from services.bundle_store import BUNDLES_AT_ONCE
 from services.direct import DirectRegistry
 from services.log.port import Log

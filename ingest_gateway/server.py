@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
+from datetime import datetime
+from typing import Protocol
 
 from aiohttp import web
 
-from ingest_gateway.admission import Bounds, connections_within
 from ingest_gateway.app import App
-from ingest_gateway.connections import Server
-from ingest_gateway.forwarding import MAX_FORWARDED
 from ingest_gateway.health import Checks
-from ingest_gateway.internal import MAX_TAKEN
-from ingest_gateway.metrics import Metrics
-from ingest_gateway.processes import Member
-from ingest_gateway.siblings import Siblings
-from ingest_gateway.sweeping import swept_regularly
+from ingest_gateway.http_metrics import Metrics
+from ingest_gateway.limits.admission import Bounds, connections_within
+from ingest_gateway.peers.forwarding import MAX_FORWARDED
+from ingest_gateway.peers.internal_listener import MAX_TAKEN
+from ingest_gateway.protocol.connections import Server
+from ingest_gateway.siblings import Member, Siblings
 from services.addresses import ListenAddress
 from services.config import Settings
 from services.direct import DirectRegistry
-from services.errors import ConfigurationError
+from services.errors import ArtifactStoreError, ConfigurationError
 from services.log.port import Log
 from services.wiring import Parts, is_embedded, parts
 
@@ -222,3 +223,47 @@ def stopped_by_signals(*, watched: bool = False) -> Iterator[asyncio.Event]:
         yield stop
     finally:
         let_go()
+
+
+SWEEP_SECONDS = 3600.0
+
+
+class Sweepable(Protocol):
+    """What there is to know of a blob store here."""
+
+    async def now(self) -> datetime:
+        """See `BlobStore`."""
+
+    async def sweep(self, *, now: datetime) -> int:
+        """See `BlobStore`."""
+
+
+@asynccontextmanager
+async def swept_regularly(
+    blobs: Sweepable,
+    *,
+    seconds: float = SWEEP_SECONDS,
+    draw: Callable[[float, float], float] = random.uniform,
+) -> AsyncIterator[None]:
+    """Sweep for the length of the block, after pauses of half to one and a half times `seconds`."""
+
+    async def sweep() -> None:
+        while True:
+            await asyncio.sleep(draw(0.5 * seconds, 1.5 * seconds))
+            try:
+                swept = await blobs.sweep(now=await blobs.now())
+            except ArtifactStoreError as error:
+                _log.warning("uploads could not be swept and are left to the next time: %s", error.detail)
+            except Exception:  # noqa: BLE001 - nobody waits for this task: it is logged, and the next sweep comes
+                _log.exception("sweeping uploads failed")
+            else:
+                if swept:
+                    _log.info("swept %d uploads that stood still", swept)
+
+    sweeping = asyncio.create_task(sweep())
+    try:
+        yield
+    finally:
+        sweeping.cancel()
+        with suppress(asyncio.CancelledError):
+            await sweeping

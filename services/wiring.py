@@ -134,7 +134,7 @@ async def open_writer(
         finally:
             await writer.close()
         return
-    from ingest_gateway.ownership import kafka_writer  # a gateway's: the listener for forwarded commands is HTTP
+    from ingest_gateway.peers.membership import kafka_writer  # a gateway's: the listener for forwarded commands is HTTP
 
     async with kafka_writer(
         settings,

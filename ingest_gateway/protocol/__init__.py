@@ -1,0 +1,8 @@
+"""HTTP for the gateway: connections, requests, answers and problems. It knows no route.
+
+Begin with `request`: a `Call` is one request, read and answered. `declaration` is how a route is declared.
+`connections` bounds what arrives before there is a request; `negotiation`, `codings` and `json_body` read headers and
+bodies and know nothing of the rest.
+
+May import `limits`, and `gateway` for what a `Call` carries to its handler.
+"""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from ingest_gateway.answers import JSON, bytes_answer, json_answer
-from ingest_gateway.call import Call
 from ingest_gateway.health import Health, Readiness
-from ingest_gateway.metrics import CONTENT_TYPE
-from ingest_gateway.operations import Route, Success
+from ingest_gateway.http_metrics import CONTENT_TYPE
+from ingest_gateway.protocol.declaration import Route, Success
+from ingest_gateway.protocol.request import JSON, Call, bytes_answer, json_answer
 
 
 async def get_health(call: Call) -> web.StreamResponse:

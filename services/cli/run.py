@@ -17,7 +17,7 @@ from services.collector import collect_rarely
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ingest_gateway.processes import Member
+    from ingest_gateway.siblings import Member
     from services.addresses import ListenAddress
     from services.config import Settings
 
@@ -111,7 +111,7 @@ async def _gateway(settings: Settings, member: str | None) -> None:
 
 
 def _member(text: str | None, stop: asyncio.Event) -> Member | None:
-    from ingest_gateway.processes import Member
+    from ingest_gateway.siblings import Member
     from services.processes import end_with_parent
 
     if text is None:
@@ -127,7 +127,7 @@ def _run_processes(settings: Settings, command: str, processes: int) -> None:
 
 async def _in_processes(settings: Settings, command: str, processes: int) -> int:
     from ingest_gateway import server
-    from ingest_gateway.processes import run_processes
+    from ingest_gateway.siblings import run_processes
     from services.errors import ConfigurationError
     from services.wiring import is_embedded
 

@@ -147,7 +147,7 @@ async def confirm(log: Log, secret: SecretStr | None, confirmation: Confirmation
     answer; whether it was recorded is unknown then, and confirming it again is safe. Otherwise as
     `KafkaWriter.confirm_here`.
     """
-    from ingest_gateway.forwarding import HttpForwarder
+    from ingest_gateway.peers.forwarding import HttpForwarder
     from services.log.port import PartitionNotOwnedError
 
     if type(log).__name__ != "KafkaLog":
@@ -213,7 +213,7 @@ async def _members(log: Any) -> list[Member]:
 
 async def _told(urls: set[str], secret: SecretStr | None) -> dict[str, Sequence[PartitionStatus] | str]:
     """By owner, what it says of its partitions, or why it says nothing."""
-    from ingest_gateway.forwarding import HttpForwarder
+    from ingest_gateway.peers.forwarding import HttpForwarder
 
     async with HttpForwarder(secret) as forwarder:
 

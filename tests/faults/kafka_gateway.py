@@ -15,7 +15,7 @@ from typing import Any
 
 from confluent_kafka import Producer
 
-from ingest_gateway.ownership import kafka_writer
+from ingest_gateway.peers.membership import kafka_writer
 from schemas.events import PackageCreated
 from services.clock import system_clock
 from services.config import Settings

@@ -9,8 +9,8 @@ from typing import Any
 
 import aiohttp
 
-from ingest_gateway.admission import Bounds
 from ingest_gateway.health import Check, Checks
+from ingest_gateway.limits.admission import Bounds
 from ingest_gateway.server import listening
 from services.config import Settings
 from services.direct import DirectRegistry

@@ -14,7 +14,7 @@ from uuid import uuid4
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient
 
-from ingest_gateway.ownership import kafka_writer
+from ingest_gateway.peers.membership import kafka_writer
 from schemas import identifiers
 from services.clock import system_clock
 from services.config import Settings

@@ -17,7 +17,7 @@ import pytest_asyncio
 from blake3 import blake3
 
 from artifact_store.documents.problem_details import TYPE_PREFIX
-from ingest_gateway.json_body import MAX_FAULTS
+from ingest_gateway.protocol.json_body import MAX_FAULTS
 from services.config import Settings
 from services.log.position import Position
 from tests.integration.conditions import until

@@ -15,7 +15,7 @@ import pytest
 
 from artifact_store.documents.resumable_uploads import encode_metadata
 from ingest_gateway.app import ROUTES
-from ingest_gateway.parameters import CONTENT_DIGEST, CONTENT_MD5, FILE_DIGEST, REPR_DIGEST
+from ingest_gateway.protocol.request import CONTENT_DIGEST, CONTENT_MD5, FILE_DIGEST, REPR_DIGEST
 from services.config import Settings
 from tests.contract.blobs_stage import some_bytes
 from tests.integration.http_gateway import RunningGateway, running_gateway

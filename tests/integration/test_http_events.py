@@ -12,9 +12,9 @@ import aiohttp
 import pytest
 
 from artifact_store.documents.event_lines import parse_event
-from ingest_gateway import events
-from ingest_gateway.followers import Followers
-from ingest_gateway.tail import Frame
+from ingest_gateway.event_tail import Frame
+from ingest_gateway.limits.followers import Followers
+from ingest_gateway.routes import event_feed as events
 from services.config import Settings
 from tests.integration.conditions import until
 from tests.integration.http_gateway import RunningGateway, running_gateway

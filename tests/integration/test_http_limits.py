@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 import pytest
 
 import artifact_store
-from ingest_gateway import connections
+from ingest_gateway.protocol import connections
 from services.blobs.memory import TURN_SECONDS
 from services.config import Settings
 from tests.integration.conditions import until

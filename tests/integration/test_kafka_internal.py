@@ -12,9 +12,10 @@ import aiohttp
 import pytest
 from pydantic import SecretStr
 
-from ingest_gateway import forwarding, internal
-from ingest_gateway.forwarding import CHECKS_PATH, COMMANDS_PATH, CONTENT_TYPE, WIRE_VERSION, HttpForwarder
-from ingest_gateway.internal import MAX_BODY_BYTES, InternalListener
+from ingest_gateway.peers import forwarding
+from ingest_gateway.peers import internal_listener as internal
+from ingest_gateway.peers.forwarding import CHECKS_PATH, COMMANDS_PATH, CONTENT_TYPE, WIRE_VERSION, HttpForwarder
+from ingest_gateway.peers.internal_listener import MAX_BODY_BYTES, InternalListener
 from services.config import Settings
 from services.core import wire
 from services.core.commands import Acknowledgement, Command

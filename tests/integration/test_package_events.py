@@ -13,8 +13,8 @@ from uuid import UUID, uuid4
 import pytest
 
 from artifact_store.documents.event_lines import parse_event
-from ingest_gateway.events import FRAMES, LINES
-from ingest_gateway.tail import Tail
+from ingest_gateway.event_tail import Tail
+from ingest_gateway.routes.event_feed import FRAMES, LINES
 from services.blobs.local import LocalBlobStore
 from services.config import Settings
 from services.core.commands import Command, FinalizePackage, IngestFiles

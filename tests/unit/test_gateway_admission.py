@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ingest_gateway.admission import Places, Room, TooManyAtOnceError
+from ingest_gateway.limits.admission import Places, Room, TooManyAtOnceError
 from services.errors import PushBackError
 
 
@@ -87,7 +87,7 @@ def test_connections_leave_descriptors_for_the_rest(
     soft: int, hard: int, wanted: int, forwarded: int, connections: int
 ) -> None:
     code = (
-        "import resource; from ingest_gateway.admission import connections_within; "
+        "import resource; from ingest_gateway.limits.admission import connections_within; "
         f"resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard})); "
         f"print(connections_within({wanted}, {forwarded}))"
     )

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from ingest_gateway import codings
-from ingest_gateway.codings import FRAME_BYTES, FREE_FRAMES, PIECE_BYTES, decoded
+from ingest_gateway.protocol import codings
+from ingest_gateway.protocol.codings import FRAME_BYTES, FREE_FRAMES, PIECE_BYTES, decoded
 from services.errors import InvalidArchiveError
 
 if sys.version_info >= (3, 14):

@@ -7,8 +7,8 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
-from ingest_gateway.feed import AHEAD_BYTES, feed
-from ingest_gateway.followers import Followers
+from ingest_gateway.event_tail import AHEAD_BYTES, feed
+from ingest_gateway.limits.followers import Followers
 from services.errors import PushBackError, UnavailableError
 
 

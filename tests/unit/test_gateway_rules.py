@@ -9,13 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from artifact_store.documents.shapes import CreatePackageRequest
-from ingest_gateway.app import ROUTES
-from ingest_gateway.content import disposition
-from ingest_gateway.json_body import parse_json
-from ingest_gateway.negotiation import choose, entity_tags, not_modified
-from ingest_gateway.openapi import document
-from ingest_gateway.operations import BINARY, Route
-from ingest_gateway.problems import (
+from ingest_gateway.app import ROUTES, Routes
+from ingest_gateway.protocol.declaration import BINARY, Route, document
+from ingest_gateway.protocol.http_errors import (
     BodyTimeoutError,
     IncompleteBodyError,
     MethodNotAllowedError,
@@ -23,8 +19,9 @@ from ingest_gateway.problems import (
     PreconditionFailedError,
     UnknownResourceError,
 )
-from ingest_gateway.ranges import requested
-from ingest_gateway.routing import Routes
+from ingest_gateway.protocol.json_body import parse_json
+from ingest_gateway.protocol.negotiation import choose, entity_tags, not_modified, requested
+from ingest_gateway.routes.files import disposition
 from services.errors import InvalidRequestError, RangeNotSatisfiableError
 
 _OFFERED = ("application/cbor", "application/json")

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from ingest_gateway.metrics import Metrics
-from ingest_gateway.processes import Member, internal_addresses
-from ingest_gateway.siblings import Siblings, merged
+from ingest_gateway.http_metrics import Metrics
+from ingest_gateway.siblings import Member, Siblings, internal_addresses, merged
 from services.config import Settings
 from services.errors import ConfigurationError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ingest_gateway.sweeping import SWEEP_SECONDS, swept_regularly
+from ingest_gateway.server import SWEEP_SECONDS, swept_regularly
 from services.blobs.local import LocalBlobStore
 from services.errors import UnavailableError
 

@@ -13,8 +13,8 @@ from uuid import UUID
 import pytest
 
 from artifact_store.documents.event_lines import parse_event
-from ingest_gateway.events import FRAMES, LINES
-from ingest_gateway.tail import Tail
+from ingest_gateway.event_tail import Tail
+from ingest_gateway.routes.event_feed import FRAMES, LINES
 from schemas.codec import encode
 from schemas.events import Event
 from services.errors import CorruptError, InvalidPositionError, LogIdentityError, UnavailableError
@@ -194,7 +194,7 @@ async def test_a_position_that_is_none_of_this_log_is_refused(
 async def test_so_many_read_what_was_before_at_a_time_and_no_more(
     log: MemoryLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ingest_gateway.tail.READERS", 2)
+    monkeypatch.setattr("ingest_gateway.event_tail.READERS", 2)
     tail = Tail(log)
     log.append(*EVENTS)
     readers: list[int] = []
@@ -215,9 +215,9 @@ async def test_so_many_read_what_was_before_at_a_time_and_no_more(
 async def test_who_does_not_take_what_was_before_keeps_nobody_from_what_comes(
     log: MemoryLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ingest_gateway.tail.READERS", 2)
-    monkeypatch.setattr("ingest_gateway.tail.PATIENCE_SECONDS", 0.01)
-    monkeypatch.setattr("ingest_gateway.feed.AHEAD_BYTES", 1)
+    monkeypatch.setattr("ingest_gateway.event_tail.READERS", 2)
+    monkeypatch.setattr("ingest_gateway.event_tail.PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr("ingest_gateway.event_tail.AHEAD_BYTES", 1)
     tail = Tail(log)
     log.append(*EVENTS[:-1])
     stalled = [_Follower(tail) for _ in range(5)]
@@ -243,8 +243,8 @@ async def test_who_does_not_take_what_was_before_keeps_nobody_from_what_comes(
 async def test_a_turn_ends_when_others_wait_and_reading_goes_on_where_it_was(
     log: MemoryLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ingest_gateway.tail.READERS", 1)
-    monkeypatch.setattr("ingest_gateway.tail.TURN_SECONDS", 0.0)
+    monkeypatch.setattr("ingest_gateway.event_tail.READERS", 1)
+    monkeypatch.setattr("ingest_gateway.event_tail.TURN_SECONDS", 0.0)
     tail = Tail(log)
     log.append(*EVENTS)
     found = await asyncio.gather(*(_followed(tail, len(EVENTS)) for _ in range(3)))
@@ -298,8 +298,8 @@ async def test_who_reads_to_the_end_takes_turns_and_ends_where_the_log_ended_whe
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     log = _Counting()
-    monkeypatch.setattr("ingest_gateway.tail.READERS", 2)
-    monkeypatch.setattr("ingest_gateway.tail.TURN_SECONDS", 0.0)
+    monkeypatch.setattr("ingest_gateway.event_tail.READERS", 2)
+    monkeypatch.setattr("ingest_gateway.event_tail.TURN_SECONDS", 0.0)
     tail = Tail(log)
     log.append(*EVENTS[:-5])
 
@@ -323,8 +323,8 @@ async def test_who_reads_to_the_end_takes_turns_and_ends_where_the_log_ended_whe
 async def test_who_reads_to_the_end_and_takes_nothing_holds_no_reader(
     log: MemoryLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ingest_gateway.tail.PATIENCE_SECONDS", 0.05)
-    monkeypatch.setattr("ingest_gateway.feed.AHEAD_BYTES", 1_000)
+    monkeypatch.setattr("ingest_gateway.event_tail.PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr("ingest_gateway.event_tail.AHEAD_BYTES", 1_000)
     log.append(*EVENTS)
 
     async def closed() -> bool:

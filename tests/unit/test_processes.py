@@ -15,7 +15,7 @@ from uuid import uuid4
 import psutil
 import pytest
 
-from ingest_gateway import processes as gateway_processes
+from ingest_gateway import siblings as gateway_processes
 from projector import runner as projector_processes
 from projector.loading import load_in_processes
 from services.config import Settings

@@ -7,8 +7,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from prometheus_client import CollectorRegistry
 
-from ingest_gateway.forwarding import HttpForwarder
-from ingest_gateway.internal import InternalListener
+from ingest_gateway.peers.forwarding import HttpForwarder
+from ingest_gateway.peers.internal_listener import InternalListener
 from services.clock import Clock
 from services.config import Settings
 from services.core.limits import Limits

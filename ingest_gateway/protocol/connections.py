@@ -14,8 +14,8 @@ from typing import Any
 from aiohttp import web
 from aiohttp.http_exceptions import BadHttpMessage
 
-from ingest_gateway.admission import Places, Room
-from ingest_gateway.problems import HeadTooLargeError, MalformedHttpError
+from ingest_gateway.limits.admission import Places, Room
+from ingest_gateway.protocol.http_errors import HeadTooLargeError, MalformedHttpError
 from services.errors import ArtifactStoreError, PushBackError
 
 HEADER_BYTES = 32 * 1024

@@ -1,22 +1,75 @@
-"""The OpenAPI 3.1 document, built from the routes and the shapes: what is not declared there does not exist."""
+"""What a route says of itself: parameters, body, answers and problems; routing and the OpenAPI document read it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError as DistributionNotFoundError
 from importlib.metadata import version
 from typing import Any
 
+from aiohttp import web
 from pydantic import BaseModel, TypeAdapter
 
 from artifact_store.documents.http import RETRY_AFTER
 from artifact_store.documents.problem_details import MEDIA_TYPE, TYPE_PREFIX, Problem
-from ingest_gateway.admission import TooManyAtOnceError
-from ingest_gateway.operations import Body, Route, Success
-from ingest_gateway.parameters import Parameter
-from ingest_gateway.problems import ExpectationFailedError, HeadTooLargeError, MalformedHttpError
+from ingest_gateway.limits.admission import TooManyAtOnceError, Transfer
+from ingest_gateway.protocol.http_errors import ExpectationFailedError, HeadTooLargeError, MalformedHttpError
+from ingest_gateway.protocol.request import Call, Parameter
 from services.errors import ArtifactStoreError, PushBackError, UnavailableError
+
+Handler = Callable[[Call], Awaitable[web.StreamResponse]]
+Schema = Mapping[str, Any]
+
+BINARY: Schema = {}
+"""Schema of bytes: the media type alone describes them (OpenAPI 3.1 §4.8.14.3)."""
+
+
+@dataclass(frozen=True)
+class Body:
+    """A request body: per media type its shape (a pydantic type) or schema, and an example that works."""
+
+    content: Mapping[str, Any]
+    required: bool = True
+    example: Any = None
+    description: str = ""
+
+
+@dataclass(frozen=True)
+class Success:
+    """An answer that is no problem: per media type its shape (a pydantic type) or schema; per header its schema."""
+
+    status: int
+    description: str
+    content: Mapping[str, Any] = field(default_factory=dict)
+    headers: Mapping[str, Schema] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Route:
+    """One method of one resource. In `template` a last `{relative_path}` takes everything that remains.
+
+    `transfer` says what kind of place a request takes before it is handled; HEAD, which moves no bytes, takes none.
+    """
+
+    method: str
+    template: str
+    handler: Handler
+    summary: str
+    successes: tuple[Success, ...]
+    parameters: tuple[Parameter[Any], ...] = ()
+    body: Body | None = None
+    problems: tuple[type[ArtifactStoreError], ...] = ()
+    description: str = ""
+    tag: str = "packages"
+    transfer: Transfer | None = None
+
+    @property
+    def operation_id(self) -> str:
+        """Its name in the document: that of the handler."""
+        return self.handler.__name__
+
 
 _ANYWHERE = (MalformedHttpError, ExpectationFailedError, HeadTooLargeError, TooManyAtOnceError, PushBackError)
 """Problems that every request may meet: what is no HTTP or expects what is not met, and a gateway that is full."""

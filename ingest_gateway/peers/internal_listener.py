@@ -15,7 +15,7 @@ import cbor2
 from aiohttp import web
 from pydantic import SecretStr
 
-from ingest_gateway.forwarding import (
+from ingest_gateway.peers.forwarding import (
     CHECKS_PATH,
     COMMANDS_PATH,
     CONFIRMATIONS_PATH,

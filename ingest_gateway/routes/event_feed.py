@@ -8,21 +8,13 @@ from collections.abc import Mapping
 from aiohttp import web
 
 from artifact_store.documents.event_lines import EventShape, line_of
-from ingest_gateway.call import Call
-from ingest_gateway.feed import Feed, feed
-from ingest_gateway.followers import gateway_closes
-from ingest_gateway.negotiation import choose
-from ingest_gateway.operations import Route, Success
-from ingest_gateway.parameters import FOLLOW, LAST_EVENT_ID, OF_PACKAGE, SINCE
-from ingest_gateway.problems import NotAcceptableError
-from ingest_gateway.tail import Frame
-from services.errors import (
-    InvalidPositionError,
-    InvalidRequestError,
-    LogIdentityError,
-    PushBackError,
-    UnavailableError,
-)
+from ingest_gateway.event_tail import Feed, Frame, feed
+from ingest_gateway.limits.followers import gateway_closes
+from ingest_gateway.protocol.declaration import Route, Success
+from ingest_gateway.protocol.http_errors import NotAcceptableError
+from ingest_gateway.protocol.negotiation import choose
+from ingest_gateway.protocol.request import FOLLOW, LAST_EVENT_ID, OF_PACKAGE, SINCE, Call
+from services.errors import InvalidPositionError, InvalidRequestError, LogIdentityError, PushBackError, UnavailableError
 
 LINES = "application/x-ndjson"
 EVENT_STREAM = "text/event-stream"

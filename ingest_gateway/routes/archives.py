@@ -8,26 +8,38 @@ from contextlib import aclosing
 from aiohttp import web
 
 from artifact_store.archives.tar import ArchiveLimits, TarReader, entries_of, tar_of
-from artifact_store.documents.shapes import TAR, FilesIngestedAnswer, IngestNamedRequest
-from ingest_gateway.answers import ETAG, IMMUTABLE, JSON, TEXT, json_answer
-from ingest_gateway.call import Call
-from ingest_gateway.codings import CODINGS, decoded
-from ingest_gateway.negotiation import not_modified
-from ingest_gateway.operations import BINARY, Body, Route, Success
-from ingest_gateway.packages import ANYONE, INGESTING, READING, WRITING
-from ingest_gateway.parameters import (
+from artifact_store.documents.shapes import (
+    MAX_KNOWN,
+    TAR,
+    FilesIngestedAnswer,
+    IngestNamedRequest,
+    KnownBlobsAnswer,
+    KnownBlobsRequest,
+)
+from ingest_gateway.protocol.codings import CODINGS, decoded
+from ingest_gateway.protocol.declaration import BINARY, Body, Route, Success
+from ingest_gateway.protocol.http_errors import PreconditionFailedError, UnsupportedMediaTypeError
+from ingest_gateway.protocol.negotiation import not_modified
+from ingest_gateway.protocol.request import (
     ACTOR,
     AFTER,
     DIGESTS,
+    ETAG,
     IDEMPOTENCY_KEY,
     IF_MATCH,
     IF_NONE_MATCH,
+    IMMUTABLE,
+    JSON,
     LARGEST,
     PACKAGE_ID,
+    TEXT,
     WAIT_SEQUENCE,
+    Call,
+    json_answer,
 )
-from ingest_gateway.problems import PreconditionFailedError, UnsupportedMediaTypeError
+from ingest_gateway.routes.packages import ANYONE, INGESTING, READING, WRITING
 from services.bundle import MAX_BUNDLE_FILES, SMALL_FILE_BYTES
+from services.core.content_address import ContentAddress
 from services.errors import (
     IllegalPackageStateError,
     InvalidArchiveError,
@@ -119,6 +131,13 @@ async def get_archive(call: Call) -> web.StreamResponse:
     return response
 
 
+async def known_blobs(call: Call) -> web.StreamResponse:
+    """POST /v1/blobs/known."""
+    asked = await call.json(KnownBlobsRequest)
+    known = await call.registry.known_blobs(asked.to_digests())
+    return json_answer(KnownBlobsAnswer(known=sorted(map(ContentAddress.of_digest, known))))
+
+
 ROUTES = (
     Route(
         "POST",
@@ -174,5 +193,18 @@ ROUTES = (
         "takes less than 1 KiB/s.",
         tag="files",
         transfer="downloads",
+    ),
+    Route(
+        "POST",
+        "/v1/blobs/known",
+        known_blobs,
+        "Ask which blobs are stored",
+        (Success(200, "Those that are", {JSON: KnownBlobsAnswer}),),
+        parameters=DIGESTS,
+        body=Body({JSON: KnownBlobsRequest}, example={"addresses": [f"blake3:{'0' * 64}"]}),
+        problems=(InvalidRequestError, *READING, UnavailableError),
+        description=f"At most {MAX_KNOWN:,} content addresses. What is known can be ingested by name "
+        "(`POST /v1/packages/{package_id}/files` with `application/json`) instead of sent.",
+        tag="files",
     ),
 )

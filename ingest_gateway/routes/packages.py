@@ -11,25 +11,29 @@ from artifact_store.documents.shapes import (
     PackageCreatedAnswer,
     PackageFinalizedAnswer,
     PackagePageAnswer,
+    UsagePageAnswer,
 )
-from ingest_gateway.answers import JSON, LOCATION, TEXT, json_answer
-from ingest_gateway.call import Call
-from ingest_gateway.operations import Body, Route, Success
-from ingest_gateway.parameters import (
+from ingest_gateway.protocol.declaration import Body, Route, Success
+from ingest_gateway.protocol.http_errors import BodyTimeoutError, IncompleteBodyError, UnsupportedMediaTypeError
+from ingest_gateway.protocol.request import (
     ACTOR,
     CURSOR,
     DIGESTS,
     IDEMPOTENCY_KEY,
+    JSON,
     LIMIT,
+    LOCATION,
     MANIFEST_DIGEST,
     PACKAGE_ID,
     PRODUCER,
     RETENTION_CLASS,
     STATUS,
     SUBJECT,
+    TEXT,
     WAIT_SEQUENCE,
+    Call,
+    json_answer,
 )
-from ingest_gateway.problems import BodyTimeoutError, IncompleteBodyError, UnsupportedMediaTypeError
 from services.errors import (
     AnswerExpiredError,
     CommandReusedError,
@@ -125,6 +129,18 @@ INGESTING = (
 )
 """What a file may be refused for, in whatever way its bytes come."""
 
+
+async def list_usage(call: Call) -> web.StreamResponse:
+    """GET /v1/usage."""
+    page = await call.registry.list_usage(
+        call.query(PRODUCER),
+        call.query(RETENTION_CLASS),
+        limit=call.query(LIMIT) or DEFAULT_PAGE,
+        cursor=call.query(CURSOR),
+    )
+    return json_answer(UsagePageAnswer.of(page), headers=link_to_next(call, page.next))
+
+
 ROUTES = (
     Route(
         "POST",
@@ -198,5 +214,17 @@ ROUTES = (
             UnavailableError,
             WaitTimeoutError,
         ),
+    ),
+    Route(
+        "GET",
+        "/v1/usage",
+        list_usage,
+        "List what came in, by producer, retention class and day",
+        (Success(200, "A page", {JSON: UsagePageAnswer}, {"Link": TEXT}),),
+        parameters=(PRODUCER, RETENTION_CLASS, LIMIT, CURSOR),
+        problems=(InvalidRequestError, UnavailableError),
+        description="As far as the usage view has come. A package counts on the day of its creation, a file on the day "
+        "of its event; days begin at midnight UTC.",
+        tag="usage",
     ),
 )

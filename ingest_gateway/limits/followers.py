@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from ingest_gateway.admission import MAX_FOLLOWERS, Places, Refused
+from ingest_gateway.limits.admission import MAX_FOLLOWERS, Places, Refused
 from services.errors import PushBackError
 
 _RETRY_SECONDS = 5.0

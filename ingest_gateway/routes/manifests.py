@@ -7,13 +7,22 @@ import asyncio
 from aiohttp import web
 from blake3 import blake3
 
-from ingest_gateway.answers import ETAG, IMMUTABLE, JSON, TEXT, bytes_answer
-from ingest_gateway.call import Call
-from ingest_gateway.negotiation import choose, not_modified
-from ingest_gateway.operations import BINARY, Route, Success
-from ingest_gateway.parameters import IF_MATCH, IF_NONE_MATCH, PACKAGE_ID, WAIT_SEQUENCE
-from ingest_gateway.problems import NotAcceptableError, PreconditionFailedError
-from ingest_gateway.sending import SENT_AT_ONCE_BYTES
+from ingest_gateway.protocol.declaration import BINARY, Route, Success
+from ingest_gateway.protocol.http_errors import NotAcceptableError, PreconditionFailedError
+from ingest_gateway.protocol.negotiation import choose, not_modified
+from ingest_gateway.protocol.request import (
+    ETAG,
+    IF_MATCH,
+    IF_NONE_MATCH,
+    IMMUTABLE,
+    JSON,
+    PACKAGE_ID,
+    SENT_AT_ONCE_BYTES,
+    TEXT,
+    WAIT_SEQUENCE,
+    Call,
+    bytes_answer,
+)
 from services.core.content_address import ContentAddress
 from services.errors import (
     IllegalPackageStateError,
