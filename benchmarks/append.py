@@ -31,7 +31,7 @@ from benchmarks.workload import PackageCommands, package_commands
 from services.collector import collect_rarely
 from services.config import Settings
 from services.log.kafka import KafkaWriter
-from services.log.kafka.settings import KafkaSettings
+from services.log.kafka.connection import KafkaSettings
 
 PACKAGES = 1_200
 FILES = 64

@@ -26,7 +26,7 @@ from benchmarks.kafka_topics import (
 from benchmarks.workload import package_commands
 from services.collector import collect_rarely
 from services.config import Settings
-from services.log.kafka.settings import KafkaSettings
+from services.log.kafka.connection import KafkaSettings
 
 COMMANDS = 300
 

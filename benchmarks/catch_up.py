@@ -22,7 +22,7 @@ from confluent_kafka.admin import AdminClient
 
 from benchmarks.full_log import FullLog, plan
 from services.config import Settings
-from services.log.kafka.settings import KafkaSettings
+from services.log.kafka.connection import KafkaSettings
 
 PROCESSES = 2
 

@@ -25,7 +25,7 @@ from benchmarks.gateway_stage import Stage, gateway_stage
 from benchmarks.harness import Plan
 from services.config import Settings
 from services.log.kafka import KafkaLog
-from services.log.kafka.settings import KafkaSettings
+from services.log.kafka.connection import KafkaSettings
 
 SUBSCRIBERS = 100
 PACKAGES = 10

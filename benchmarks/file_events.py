@@ -23,8 +23,8 @@ from schemas.events import FILE_INGESTED, PACKAGE_CREATED, Event, FileIngested, 
 from schemas.headers import headers
 from services.config import Settings
 from services.core.content_address import content_key
-from services.log.kafka.partitioner import partition_of, record_key
-from services.log.kafka.settings import KafkaSettings
+from services.log.kafka.connection import KafkaSettings
+from services.log.kafka.topic import partition_of, record_key
 
 UNDER_WAY = 60
 RUN = 10

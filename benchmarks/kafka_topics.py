@@ -18,7 +18,7 @@ from services.config import Settings
 from services.core.limits import Limits
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka.cluster import Cluster
-from services.log.kafka.settings import KafkaSettings
+from services.log.kafka.connection import KafkaSettings
 from services.log.kafka.topic import migrate
 
 _SECONDS = 60.0

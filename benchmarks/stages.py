@@ -33,15 +33,14 @@ from services.core.decide import Decision, acknowledge, decide, decide_together
 from services.core.limits import Limits
 from services.core.state import PackageState
 from services.log.kafka.cluster import Cluster
-from services.log.kafka.context import WriterContext
-from services.log.kafka.partitioner import partition_of
-from services.log.kafka.reader import Reader
-from services.log.kafka.requests import Request, Waiting, runs_of
-from services.log.kafka.settings import KafkaSettings
-from services.log.kafka.state import PartitionState
-from services.log.kafka.state_file import Place, StateFile
-from services.log.kafka.tenure import records_of
-from services.log.kafka.writer import PartitionWriter
+from services.log.kafka.connection import KafkaSettings
+from services.log.kafka.lease import records_of
+from services.log.kafka.partition_writer import PartitionWriter, WriterContext
+from services.log.kafka.tail import Reader
+from services.log.kafka.topic import partition_of
+from services.log.sequencer.queue import Request, Waiting, runs_of
+from services.log.state.partition_state import PartitionState
+from services.log.state.state_file import Place, StateFile
 
 _PACKAGES = 15
 _FILES = 64

@@ -42,7 +42,7 @@ from services.errors import (
     TooLargeError,
     UnavailableError,
 )
-from services.log.kafka.settings import INTERFACE
+from services.log.kafka.connection import INTERFACE
 from services.log.port import PackageExtent, PartitionNotOwnedError, PartitionStatus
 from services.log.records import Confirmation
 from services.tracing import TRACEPARENT, traceparent

@@ -14,7 +14,7 @@ from services.config import Settings
 from services.core.limits import Limits
 from services.errors import ConfigurationError
 from services.log.kafka import KafkaLog, KafkaWriter
-from services.log.kafka.metrics import WriterCollector
+from services.log.kafka.writer_metrics import WriterCollector
 from services.log.port import Log, PutManifest, SnapshotStore, TimedStore
 
 

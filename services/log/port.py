@@ -14,7 +14,7 @@ from uuid import UUID
 from artifact_store.events import RecordedEvent as RecordedEvent
 from services.clock import StoreClock
 from services.core.commands import Acknowledgement, Command
-from services.errors import UnavailableError
+from services.errors import PushBackError, UnavailableError
 from services.log.position import Position
 
 
@@ -176,6 +176,8 @@ class Log(Protocol):
         """Release connections and threads; blocks until done."""
 
 
+_HELD_SECONDS = 10.0
+
 EXTENT_SECONDS = 1.0
 """How long it may take to learn where a package's events lie; without it more of the log is read."""
 
@@ -302,6 +304,17 @@ class NotAppendedError(UnavailableError):
     """The writer has tried to append the command's events, in vain, and looked: the log has not got them."""
 
     problem = "not-appended"
+
+
+class HeldError(PushBackError):
+    """Nothing is appended to a partition until an operator has mended something; the text says what and how.
+
+    With `own_clock`, this machine's clock is wrong: other gateways may still be able to write.
+    """
+
+    def __init__(self, detail: str, *, own_clock: bool = False) -> None:
+        super().__init__(detail, _HELD_SECONDS)
+        self.own_clock = own_clock
 
 
 class Forwarder(Protocol):

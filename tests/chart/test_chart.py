@@ -16,9 +16,9 @@ from ingest_gateway.health import CHECK_SECONDS
 from ingest_gateway.server import DRAIN_SECONDS
 from services.cli import main
 from services.config import PREFIX, Settings
-from services.log.kafka.requests import MAX_WAITING_BYTES
-from services.log.kafka.state import MAX_ENTRIES
-from services.log.kafka.writers import SNAPSHOT_SECONDS
+from services.log.kafka.writer import SNAPSHOT_SECONDS
+from services.log.sequencer.queue import MAX_WAITING_BYTES
+from services.log.state.partition_state import MAX_ENTRIES
 from services.processes import STOP_SECONDS
 from services.views.projections import PROJECTIONS
 from tests.chart.commands import STARTED, containers, pod_specs, rendered_commands

@@ -21,7 +21,8 @@ from services.clock import system_clock
 from services.config import Settings
 from services.core.decide import Decision
 from services.core.limits import Limits
-from services.log.kafka import KafkaLog, tenure
+from services.log.kafka import KafkaLog
+from services.log.kafka import lease as tenure
 from tests.contract.log_stage import no_manifest
 
 STEPS = ("decided", "produced", "committed", "read-back")

@@ -17,7 +17,7 @@ from schemas.codec import encode
 from schemas.events import Event
 from services.errors import ArtifactStoreError
 from services.log.kafka import KafkaLog
-from services.log.kafka.partitioner import record_key
+from services.log.kafka.topic import record_key
 from services.views.database import Views
 from services.views.queries import Queries
 from tests.views_history import History

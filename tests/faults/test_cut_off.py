@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from services.log.kafka import KafkaLog, KafkaWriter, group, tenure, writer
+from services.log.kafka import KafkaLog, KafkaWriter
+from services.log.kafka import lease as tenure
+from services.log.kafka import ownership as group
+from services.log.kafka import partition_writer as writer
 from tests.contract.log_stage import ready
 from tests.faults.callers import Callers
 from tests.faults.proxy import ProxiedCluster

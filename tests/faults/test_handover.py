@@ -14,7 +14,7 @@ from time import monotonic
 import pytest
 
 from services.config import Settings
-from services.log.kafka.settings import SESSION_TIMEOUT_MS, TRANSACTION_TIMEOUT_MS
+from services.log.kafka.connection import SESSION_TIMEOUT_MS, TRANSACTION_TIMEOUT_MS
 from tests.faults.http_load import Load, gateways
 from tests.faults.torture.clients import PlainClient
 from tests.integration.processes import ProductProcess

@@ -32,11 +32,12 @@ from services.errors import (
     RejectedError,
     UnavailableError,
 )
-from services.log.kafka import KafkaLog, KafkaWriter, tenure
+from services.log.kafka import KafkaLog, KafkaWriter
+from services.log.kafka import lease as tenure
 from services.log.kafka.cluster import Cluster
-from services.log.kafka.restore import States
-from services.log.kafka.tenure import Staged, Tenure
+from services.log.kafka.lease import Staged, Tenure
 from services.log.port import PartitionNotOwnedError, Record
+from services.log.state.restore import States
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import PATIENCE_SECONDS, ready
 from tests.integration.conditions import until

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from services.errors import UnavailableError
-from services.log.kafka import KafkaLog, tenure
+from services.log.kafka import KafkaLog
 from services.log.kafka import cluster as questions
+from services.log.kafka import lease as tenure
 from tests.contract.log_stage import ready
 from tests.faults.callers import Callers
 from tests.faults.proxy import ADD_PARTITIONS_TO_TXN, END_TXN, LIST_OFFSETS, PRODUCE, Network, ProxiedCluster

@@ -19,8 +19,8 @@ from artifact_store import Client
 from artifact_store.client.transport import RetryPolicy
 from schemas import identifiers
 from services.config import Settings
-from services.log.kafka.requests import CHECK_SECONDS, MAX_WAITING_BYTES
-from services.log.kafka.writers import SUBMIT_SECONDS
+from services.log.kafka.writer import SUBMIT_SECONDS
+from services.log.sequencer.queue import CHECK_SECONDS, MAX_WAITING_BYTES
 from tests.contract.log_invariants import read_valid
 from tests.faults.proxy import END_TXN, Network, ProxiedCluster
 from tests.integration.conditions import until

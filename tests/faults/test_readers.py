@@ -10,7 +10,8 @@ from time import monotonic
 import pytest
 
 from services.errors import UnavailableError
-from services.log.kafka import KafkaLog, cluster, watch
+from services.log.kafka import KafkaLog, cluster
+from services.log.kafka import tail as watch
 from tests.contract.log_stage import ready
 from tests.faults.proxy import Network, ProxiedCluster
 from tests.integration.kafka_stage import create_in, kafka_settings, lone_writer, open_kafka_log

@@ -87,7 +87,7 @@ async def scenario(url: str, disk: Path, begin: str) -> None:
 
 
 if __name__ == "__main__":
-    from services.log.kafka import state_file
+    from services.log.state import state_file
 
     state_file.SPARE_BYTES = 0
     asyncio.run(scenario(sys.argv[1], Path(sys.argv[2]), sys.argv[3]))

@@ -22,7 +22,7 @@ from blake3 import blake3
 
 from artifact_store.documents.resumable_uploads import encode_metadata
 from services.config import Settings
-from services.log.kafka.settings import SESSION_TIMEOUT_MS
+from services.log.kafka.connection import SESSION_TIMEOUT_MS
 from tests.faults.http_load import Load
 from tests.faults.previous_release import AnyRelease, PreviousRelease
 from tests.faults.torture.clients import PlainClient

@@ -22,8 +22,8 @@ from services.core.commands import CreatePackage
 from services.core.limits import Limits
 from services.errors import ConfigurationError
 from services.log.kafka import KafkaLog, KafkaWriter
-from services.log.kafka.partitioner import partition_of
-from services.log.kafka.state_rows import sealed, unsealed
+from services.log.kafka.topic import partition_of
+from services.log.state.state_file import sealed, unsealed
 from tests.contract.log_stage import PATIENCE_SECONDS, no_manifest
 from tests.integration.conditions import until
 

@@ -19,7 +19,8 @@ from services.blobs.port import BlobStore
 from services.config import Settings
 from services.core.commands import CreatePackage, FinalizePackage
 from services.core.limits import Limits
-from services.log.kafka import KafkaLog, KafkaWriter, writers
+from services.log.kafka import KafkaLog, KafkaWriter
+from services.log.kafka import writer as writers
 from services.wiring import open_blobs
 from tests.contract.log_stage import no_manifest
 

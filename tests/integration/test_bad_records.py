@@ -29,7 +29,7 @@ from services.errors import (
     UnavailableError,
 )
 from services.log.kafka import KafkaLog, KafkaWriter
-from services.log.kafka.clients import make_consumer
+from services.log.kafka.connection import make_consumer
 from services.log.port import Record
 from services.log.records import BadRecord, SkipRecord, read_record
 from tests.contract.log_stage import PATIENCE_SECONDS

@@ -53,8 +53,8 @@ async def log(kafka: Settings) -> AsyncIterator[KafkaLog]:
 
 @pytest.fixture(autouse=True)
 def looked_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.log.kafka.writers._GUARD_SECONDS", 0.2)
-    monkeypatch.setattr("services.log.kafka.outcomes.REFUSE_SECONDS", 0.2)
+    monkeypatch.setattr("services.log.kafka.writer._GUARD_SECONDS", 0.2)
+    monkeypatch.setattr("services.log.sequencer.answers.REFUSE_SECONDS", 0.2)
 
 
 async def allow_times(log: KafkaLog, ahead_ms: int) -> None:

@@ -24,8 +24,10 @@ from services.errors import (
     PushBackError,
     UnavailableError,
 )
-from services.log.kafka import KafkaLog, KafkaWriter, requests, tenure
+from services.log.kafka import KafkaLog, KafkaWriter
+from services.log.kafka import lease as tenure
 from services.log.port import PartitionNotOwnedError
+from services.log.sequencer import queue as requests
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import PATIENCE_SECONDS, ready, settled
 from tests.integration.conditions import until
@@ -197,7 +199,7 @@ async def test_commands_that_add_files_to_a_package_are_decided_together_if_they
             raise ZeroDivisionError
         return core.decide_together(state, commands, now, limits)
 
-    monkeypatch.setattr("services.log.kafka.writer.decide_together", together)
+    monkeypatch.setattr("services.log.kafka.partition_writer.decide_together", together)
     made = create_in(0)
     paths = [f"{number}.txt" for number in range(40)]
     if case == "one refused":
@@ -230,8 +232,8 @@ async def test_a_right_that_was_taken_away_and_given_back_is_only_a_delay(
             raise ConfigurationError("Kafka refuses it")
         return begin(*given, **named)
 
-    monkeypatch.setattr("services.log.kafka.writer.Tenure", without_right)
-    monkeypatch.setattr("services.log.kafka.outcomes.REFUSE_SECONDS", 0.2)
+    monkeypatch.setattr("services.log.kafka.partition_writer.Tenure", without_right)
+    monkeypatch.setattr("services.log.sequencer.answers.REFUSE_SECONDS", 0.2)
     async with lone_writer(kafka, log) as writer:
         await ready(writer)
         answers = await asyncio.gather(*(writer.submit(create_in(n)) for n in range(PARTITIONS)))
@@ -247,7 +249,7 @@ async def test_a_command_that_the_code_cannot_handle_does_not_disturb_the_others
             raise ZeroDivisionError
         return core.decide(state, command, now, limits)
 
-    monkeypatch.setattr("services.log.kafka.writer.decide", explode)
+    monkeypatch.setattr("services.log.kafka.partition_writer.decide", explode)
     async with lone_writer(kafka, log) as writer:
         await ready(writer)
         commands = [create_in(0, name="poison" if n == 5 else "fine") for n in range(20)]

@@ -18,9 +18,12 @@ from services.core.commands import Acknowledgement, Command, CreatePackage, Fina
 from services.core.content_address import content_key
 from services.core.limits import EVENT_OVERHEAD_BYTES, Limits
 from services.errors import IllegalPackageStateError, PushBackError, UnavailableError
-from services.log.kafka import KafkaLog, KafkaWriter, aside, state, state_file
-from services.log.kafka import writer as writer_module
-from services.log.kafka.tenure import Tenure
+from services.log.kafka import KafkaLog, KafkaWriter
+from services.log.kafka import partition_writer as writer_module
+from services.log.kafka.lease import Tenure
+from services.log.sequencer import background as aside
+from services.log.state import partition_state as state
+from services.log.state import state_file
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import PATIENCE_SECONDS, ready, settled
 from tests.integration.conditions import until

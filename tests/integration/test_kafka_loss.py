@@ -23,11 +23,12 @@ from services.blobs.local import LocalBlobStore
 from services.blobs.port import BlobStore
 from services.config import Settings
 from services.errors import CorruptError, InvalidRequestError, LogLostError
-from services.log.kafka import KafkaLog, KafkaWriter, snapshots
-from services.log.kafka.reader import Reader
-from services.log.kafka.state_file import Place, StateFile
+from services.log.kafka import KafkaLog, KafkaWriter
+from services.log.kafka.tail import Reader
 from services.log.port import PartitionStatus, Record
 from services.log.records import AcceptLoss
+from services.log.state import snapshots
+from services.log.state.state_file import Place, StateFile
 from tests.contract.log_invariants import read_valid
 from tests.contract.log_stage import PATIENCE_SECONDS, ready
 from tests.integration.conditions import until
@@ -164,7 +165,7 @@ async def test_a_deposed_leader_that_lacks_records_is_no_proof_of_a_loss(
             return super().take(limit, timeout)
 
     with monkeypatch.context() as patched:
-        patched.setattr("services.log.kafka.tenure.Reader", FromDeposedLeader)
+        patched.setattr("services.log.kafka.lease.Reader", FromDeposedLeader)
         async with lone_writer(kafka, log) as writer:
             await ready(writer)
             assert {status.restored_from for status in await writer.status()} == {"file"}

@@ -25,9 +25,9 @@ from services.core.content_address import ContentAddress
 from services.core.limits import INLINE_MANIFEST_BYTES
 from services.core.state import FINALIZED
 from services.errors import DuplicateRelativePathError
-from services.log.kafka import state
-from services.log.kafka.state_rows import unsealed
 from services.log.port import CommandWriter
+from services.log.state import partition_state as state
+from services.log.state.state_file import unsealed
 from services.streams import from_any
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import ready, settled

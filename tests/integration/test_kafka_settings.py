@@ -9,8 +9,8 @@ from confluent_kafka import murmur2
 
 from services.config import Settings
 from services.errors import ConfigurationError
-from services.log.kafka.partitioner import partition_of
-from services.log.kafka.settings import KafkaSettings
+from services.log.kafka.connection import KafkaSettings
+from services.log.kafka.topic import partition_of
 
 
 @pytest.mark.parametrize(

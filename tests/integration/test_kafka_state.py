@@ -21,8 +21,9 @@ from services.core.content_address import ContentAddress
 from services.core.limits import ANSWERS_KEPT_MICROS
 from services.core.state import CREATED
 from services.errors import AnswerExpiredError, IllegalPackageStateError
-from services.log.kafka import KafkaLog, KafkaWriter, snapshots
-from services.log.kafka.state_rows import sealed, unsealed
+from services.log.kafka import KafkaLog, KafkaWriter
+from services.log.state import snapshots
+from services.log.state.state_file import sealed, unsealed
 from services.wiring import open_blobs
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import PATIENCE_SECONDS, ready
@@ -199,7 +200,7 @@ async def test_a_snapshot_is_made_while_the_writer_serves(
     kafka: Settings, log: KafkaLog, store: BlobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(snapshots, "SNAPSHOT_OFFSETS", 5)
-    monkeypatch.setattr("services.log.kafka.state.SAVE_EVENTS", 5)
+    monkeypatch.setattr("services.log.state.partition_state.SAVE_EVENTS", 5)
     prefix = f"snapshots/{await log.identity()}"
     async with writer_on(kafka, log, store) as writer:
         done = await fill(writer)
@@ -401,8 +402,8 @@ async def test_a_file_that_breaks_while_it_is_in_use_is_rebuilt_and_the_caller_s
 async def test_a_state_is_saved_while_the_writer_is_idle(
     kafka: Settings, log: KafkaLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.log.kafka.state.SAVE_SECONDS", 0.1)
-    monkeypatch.setattr("services.log.kafka.writer._IDLE_SECONDS", 0.1)
+    monkeypatch.setattr("services.log.state.partition_state.SAVE_SECONDS", 0.1)
+    monkeypatch.setattr("services.log.kafka.partition_writer._IDLE_SECONDS", 0.1)
     async with writer_on(kafka, log) as writer:
         made = create_in(0)
         await writer.submit(made)

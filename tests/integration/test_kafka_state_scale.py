@@ -29,8 +29,8 @@ from services.core.decide import decide
 from services.core.evolve import evolve
 from services.core.limits import Limits
 from services.core.state import PackageState
-from services.log.kafka.partitioner import record_key
-from services.log.kafka.settings import KafkaSettings
+from services.log.kafka.connection import KafkaSettings
+from services.log.kafka.topic import record_key
 from tests.integration.kafka_stage import kafka_settings, open_kafka_log, operate
 from tests.services.shared import ROOT
 

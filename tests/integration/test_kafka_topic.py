@@ -16,7 +16,8 @@ from confluent_kafka import Producer, TopicPartition
 
 from services.config import Settings
 from services.errors import ConfigurationError, CorruptError, LogIdentityError, PushBackError, UnavailableError
-from services.log.kafka import KafkaLog, KafkaWriter, watch
+from services.log.kafka import KafkaLog, KafkaWriter
+from services.log.kafka import tail as watch
 from services.log.kafka.cluster import Topic
 from services.log.position import Position
 from tests.contract.log_invariants import assert_recorded_once, read_valid
@@ -183,7 +184,7 @@ async def test_a_topic_made_anew_has_another_identity_and_refuses_the_old_positi
 async def test_a_topic_that_is_made_anew_under_a_writer_is_not_written_to(
     kafka: Settings, log: KafkaLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.log.kafka.writers._IDENTITY_SECONDS", 0.3)
+    monkeypatch.setattr("services.log.kafka.writer._IDENTITY_SECONDS", 0.3)
     async with lone_writer(kafka, log) as writer:
         await ready(writer)
         await asyncio.gather(*(writer.submit(create_in(n % 3)) for n in range(30)))
@@ -202,7 +203,7 @@ async def test_a_topic_that_is_made_anew_under_a_writer_is_not_written_to(
 async def test_a_topic_that_grows_under_a_writer_is_not_written_to(
     kafka: Settings, log: KafkaLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.log.kafka.writers._IDENTITY_SECONDS", 0.3)
+    monkeypatch.setattr("services.log.kafka.writer._IDENTITY_SECONDS", 0.3)
     async with lone_writer(kafka, log) as writer:
         await ready(writer)
         made = [create_in(n % 3) for n in range(30)]
@@ -230,7 +231,7 @@ async def test_a_topic_that_grows_under_a_writer_is_not_written_to(
 async def test_nothing_is_committed_while_the_topic_is_gone(
     kafka: Settings, log: KafkaLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.log.kafka.writers._IDENTITY_SECONDS", 0.1)
+    monkeypatch.setattr("services.log.kafka.writer._IDENTITY_SECONDS", 0.1)
     topic, gone = log.cluster.topic, threading.Event()
 
     def asked() -> Topic:
@@ -238,7 +239,7 @@ async def test_nothing_is_committed_while_the_topic_is_gone(
             raise ConfigurationError("Kafka has no such topic")
         return topic()
 
-    monkeypatch.setattr("services.log.kafka.outcomes.REFUSE_SECONDS", 0.1)
+    monkeypatch.setattr("services.log.sequencer.answers.REFUSE_SECONDS", 0.1)
     async with lone_writer(kafka, log, submit_seconds=3.0) as writer:
         await ready(writer)
         await writer.submit(create_in(0))
@@ -311,7 +312,7 @@ async def test_a_record_that_is_no_event_stops_a_reader_which_names_its_place(lo
 
 @pytest.fixture
 def guarded_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.log.kafka.writers._GUARD_SECONDS", 0.2)
+    monkeypatch.setattr("services.log.kafka.writer._GUARD_SECONDS", 0.2)
 
 
 async def refused(writer: KafkaWriter, log: KafkaLog, cause: str) -> str:

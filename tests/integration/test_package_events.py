@@ -21,7 +21,7 @@ from services.core.commands import Command, FinalizePackage, IngestFiles
 from services.core.limits import Limits
 from services.direct import DirectRegistry
 from services.log.kafka import KafkaLog, KafkaWriter
-from services.log.kafka.reader import Reader
+from services.log.kafka.tail import Reader
 from services.log.port import CommandWriter, PackageExtent, Record, RecordedEvent
 from services.views.database import Views
 from services.views.engine.catch_up import catch_up

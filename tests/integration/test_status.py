@@ -14,7 +14,7 @@ from pydantic import SecretStr
 from artifact_store.documents.times import from_text
 from services.config import Settings
 from services.errors import ConfigurationError
-from services.log.kafka.restore import FROM_FILE, FROM_LOG
+from services.log.state.restore import FROM_FILE, FROM_LOG
 from services.views.projections import PROJECTIONS
 from tests.contract.log_stage import PATIENCE_SECONDS
 from tests.integration.kafka_stage import PARTITIONS, kafka_settings

@@ -12,7 +12,7 @@ from schemas.codec import UndecodableEventError, decode
 from schemas.digests import event_digest
 from schemas.events import NO_DIGEST, PACKAGE_CREATED, PACKAGE_FINALIZED, Event, FileIngested
 from services.core.commands import Acknowledgement, Command, IngestFiles
-from services.log.kafka.partitioner import partition_of
+from services.log.kafka.topic import partition_of
 from tests.simulation.kafka import Cluster, Entry
 
 Answered = tuple[UUID, UUID]

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
-from services.log.kafka import tenure as tenure_module
+from services.log.kafka import lease as tenure_module
 from services.log.kafka.cluster import Cluster
-from services.log.kafka.state import PartitionState
-from services.log.kafka.tenure import COMMIT_SECONDS, INIT_SECONDS, Tenure
+from services.log.kafka.lease import COMMIT_SECONDS, INIT_SECONDS, Tenure
+from services.log.state.partition_state import PartitionState
 from tests.simulation.clients import Producer
 
 _Patch = tuple[object, str, object]

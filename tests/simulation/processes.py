@@ -19,7 +19,7 @@ from services.core.commands import Acknowledgement, Command
 from services.core.limits import Limits
 from services.errors import UnavailableError
 from services.log.kafka.log import KafkaLog
-from services.log.kafka.writers import KafkaWriter
+from services.log.kafka.writer import KafkaWriter
 from services.log.port import PackageExtent
 from services.log.position import Position
 from services.views.engine import apply, checkpoints, generations

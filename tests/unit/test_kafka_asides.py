@@ -14,14 +14,14 @@ from services.core.commands import Command
 from services.core.decide import acknowledge, decide
 from services.core.limits import Limits
 from services.errors import UnavailableError
-from services.log.kafka import aside
-from services.log.kafka import state as state_module
-from services.log.kafka.aside import Asides
-from services.log.kafka.context import Counts
-from services.log.kafka.requests import Request
-from services.log.kafka.state import PartitionState
-from services.log.kafka.state_file import Place, StateFile
-from services.log.kafka.writer import PartitionWriter
+from services.log.kafka.partition_writer import PartitionWriter
+from services.log.sequencer import background as aside
+from services.log.sequencer.answers import Counts
+from services.log.sequencer.background import Asides
+from services.log.sequencer.queue import Request
+from services.log.state import partition_state as state_module
+from services.log.state.partition_state import PartitionState
+from services.log.state.state_file import Place, StateFile
 from tests.unit import commands
 
 PLACE = Place(UUID(int=7), "t.events", 3)

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from services.log.kafka.clients import CLIENT_LOGGER, REPEAT_SECONDS, Repeats
+from services.log.kafka.connection import CLIENT_LOGGER, REPEAT_SECONDS, Repeats
 
 REFUSED = (
     "FAIL [{client}] [thrd:10.0.0.7:9092/1]: 10.0.0.7:9092/1: Connect to ipv4#10.0.0.7:9092 failed: Connection refused "

@@ -17,7 +17,7 @@ from services.config import Settings
 from services.errors import UnavailableError
 from services.log.kafka import cluster as cluster_module
 from services.log.kafka.cluster import Cluster
-from services.log.kafka.settings import KafkaSettings
+from services.log.kafka.connection import KafkaSettings
 
 # The package's types do not mark what its documentation names as exported.
 _admin: Any = confluent_kafka.admin

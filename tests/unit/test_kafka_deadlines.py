@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from services.errors import UnavailableError
-from services.log.kafka.deadlines import Deadlines
+from services.log.sequencer.answers import Deadlines
 
 SECONDS = 0.05
 

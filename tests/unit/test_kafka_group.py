@@ -14,11 +14,11 @@ from confluent_kafka import KafkaError, KafkaException
 
 from services.config import Settings
 from services.errors import ConfigurationError, UnavailableError
-from services.log.kafka import clients
-from services.log.kafka import group as group_module
+from services.log.kafka import connection as clients
+from services.log.kafka import ownership as group_module
 from services.log.kafka.cluster import Member
-from services.log.kafka.group import NO_URL, WriterGroup
-from services.log.kafka.settings import KafkaSettings
+from services.log.kafka.connection import KafkaSettings
+from services.log.kafka.ownership import NO_URL, WriterGroup
 
 
 class Quiet:

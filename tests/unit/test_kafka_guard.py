@@ -16,14 +16,14 @@ import pytest
 from services.clock import StoreClock
 from services.config import Settings
 from services.errors import ConfigurationError, PushBackError, UnavailableError
+from services.log.kafka import partition_writer as writer_module
 from services.log.kafka import topic
-from services.log.kafka import writer as writer_module
 from services.log.kafka.cluster import Topic
-from services.log.kafka.context import Counts
-from services.log.kafka.failures import HeldError
-from services.log.kafka.guard import Guard
-from services.log.kafka.settings import KafkaSettings
-from services.log.kafka.writer import PartitionWriter
+from services.log.kafka.connection import KafkaSettings
+from services.log.kafka.partition_writer import PartitionWriter
+from services.log.kafka.topic import Guard
+from services.log.port import HeldError
+from services.log.sequencer.answers import Counts
 from tests.integration.kafka_stage import create_in
 
 SOUND = {

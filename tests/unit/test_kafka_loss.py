@@ -8,10 +8,10 @@ from uuid import UUID, uuid4
 import pytest
 
 from schemas.events import Event, LossAccepted
-from services.log.kafka.loss import FILE, Loss, Witness
-from services.log.kafka.state import PartitionState
-from services.log.kafka.state_file import Place, Standing, StateFile
 from services.log.records import AcceptedLoss, AdministrativeHead, administrative_event
+from services.log.state.loss import FILE, Loss, Witness
+from services.log.state.partition_state import PartitionState
+from services.log.state.state_file import Place, Standing, StateFile
 
 LOG, BEFORE, BEFORE_THAT = UUID(int=7), UUID(int=6), UUID(int=5)
 PLACE = Place(LOG, "t.events", 3)

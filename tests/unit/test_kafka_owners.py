@@ -5,17 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Mapping
 from threading import Event as Flag
-from typing import Any, cast
 
 import pytest
 
 from services.errors import ConfigurationError, UnavailableError
-from services.log.kafka import owners as owners_module
-from services.log.kafka.cluster import Member
-from services.log.kafka.owners import Owner, Owners
+from services.log import router as owners_module
 from services.log.port import PartitionNotOwnedError
+from services.log.router import Owner, Owners
 
-ONE = Member("one", "http://127.0.0.1:1", frozenset({0, 1}))
+ONE = Owner("http://127.0.0.1:1", is_self=False)
 
 
 class Group:
@@ -28,15 +26,12 @@ class Group:
         """Cleared, it does not answer."""
         self.hold.set()
 
-    def members(self) -> list[Member]:
+    def owners(self) -> Mapping[int, Owner]:
         self.asked += 1
         self.hold.wait(30)
         if self.failure is not None:
             raise self.failure
-        return [ONE]
-
-    def is_self(self, _: Member) -> bool:
-        return False
+        return {0: ONE, 1: ONE}
 
 
 @pytest.fixture
@@ -46,7 +41,7 @@ def group() -> Group:
 
 @pytest.fixture
 def owners(group: Group) -> Iterator[Owners]:
-    made = Owners(cast("Any", group))
+    made = Owners(group.owners)
     yield made
     made.close()
 
@@ -57,7 +52,7 @@ async def test_many_who_find_the_owner_wrong_do_not_ask_one_after_the_other(owne
         owners.forget()
         return found
 
-    assert await asyncio.gather(*(seek() for _ in range(50))) == [ONE.client_id] * 50
+    assert await asyncio.gather(*(seek() for _ in range(50))) == [ONE.url] * 50
     assert group.asked == 1
 
 
@@ -94,7 +89,7 @@ async def test_a_group_that_answers_again_is_believed(
     with pytest.raises(UnavailableError):
         await owners.all()
     group.failure = None
-    assert set(await owners.all()) == ONE.partitions
+    assert set(await owners.all()) == {0, 1}
 
 
 @pytest.fixture

@@ -17,13 +17,12 @@ import pytest
 from services.core.commands import IngestFiles
 from services.core.limits import Limits
 from services.errors import ConfigurationError, CorruptError, RejectedError, UnavailableError
-from services.log.kafka import writer as writer_module
-from services.log.kafka.context import Counts
-from services.log.kafka.outcomes import given_up
-from services.log.kafka.requests import Request
-from services.log.kafka.state_file import Irregular
-from services.log.kafka.writer import PartitionWriter
+from services.log.kafka import partition_writer as writer_module
+from services.log.kafka.partition_writer import PartitionWriter
 from services.log.port import NotAppendedError, PartitionNotOwnedError
+from services.log.sequencer.answers import Counts, given_up
+from services.log.sequencer.queue import Request
+from services.log.state.state_file import Irregular
 from tests.integration.kafka_stage import create_in
 from tests.unit.commands import stored
 

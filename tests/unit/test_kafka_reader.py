@@ -9,8 +9,8 @@ import pytest
 from services.config import Settings
 from services.errors import CorruptError, UnavailableError
 from services.log.kafka.cluster import Cluster
-from services.log.kafka.reader import Reader
-from services.log.kafka.settings import KafkaSettings
+from services.log.kafka.connection import KafkaSettings
+from services.log.kafka.tail import Reader
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from services.core.commands import Command
-from services.log.kafka.requests import IngestCheck, Request, runs_of
+from services.log.sequencer.queue import IngestCheck, Request, runs_of
 from tests.unit.commands import create, finalize, ingest
 
 ONE, TWO = create(1), create(2)

@@ -17,12 +17,11 @@ from services.errors import (
     PushBackError,
     UnavailableError,
 )
-from services.log.kafka import seeking
-from services.log.kafka.context import Counts
-from services.log.kafka.owners import Owner
-from services.log.kafka.requests import IngestCheck
-from services.log.kafka.seeking import Seeking
+from services.log import router as seeking
 from services.log.port import Forwarder, NotAppendedError, PackageExtent, PartitionNotOwnedError
+from services.log.router import Owner, Seeking
+from services.log.sequencer.answers import Counts
+from services.log.sequencer.queue import IngestCheck
 from tests.unit.commands import create
 
 MADE = create()

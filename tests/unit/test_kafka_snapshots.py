@@ -10,9 +10,9 @@ from uuid import UUID
 
 import pytest
 
-from services.log.kafka import snapshots as snapshots_module
-from services.log.kafka.snapshots import SnapshotError, Snapshots, Stored
-from services.log.kafka.state_file import FORMAT, Place, Standing, StateFile
+from services.log.state import snapshots as snapshots_module
+from services.log.state.snapshots import SnapshotError, Snapshots, Stored
+from services.log.state.state_file import FORMAT, Place, Standing, StateFile
 
 PLACE = Place(UUID(int=7), "t.events", 3)
 PREFIX = f"snapshots/{PLACE.identity}/{PLACE.partition}/"

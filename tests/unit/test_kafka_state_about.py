@@ -8,7 +8,7 @@ from uuid import UUID
 
 import pytest
 
-from services.log.kafka.state_file import Place, Standing, StateFile, UnusableStateError
+from services.log.state.state_file import Place, Standing, StateFile, UnusableStateError
 
 PLACE = Place(UUID(int=7), "t.events", 3)
 STANDING = Standing(12, bytes(range(32)), 1_700_000_000_000_000)

@@ -19,24 +19,26 @@ from services.core.limits import ANSWERS_KEPT_MICROS, MAX_IDLE_MICROS, Limits
 from services.core.state import CREATED, FINALIZED, PackageState
 from services.errors import AnswerExpiredError, CommandReusedError, CorruptError, PackageAbandonedError
 from services.file_lock import FileLock
-from services.log.kafka import state as state_module
-from services.log.kafka import state_file as state_file_module
-from services.log.kafka.loss import Loss, Witness
-from services.log.kafka.state import PartitionState
-from services.log.kafka.state_file import (
+from services.log.port import PackageExtent
+from services.log.records import AdministrativeHead, administrative_event
+from services.log.state import partition_state as state_module
+from services.log.state import state_file as state_file_module
+from services.log.state.loss import Loss, Witness
+from services.log.state.partition_state import PartitionState
+from services.log.state.restore import Slot, claim
+from services.log.state.state_file import (
     FORMAT,
+    STATEMENT_BYTES,
+    STATEMENT_ROWS,
     DiskFullError,
     Irregular,
+    Many,
     Place,
     StateFile,
     StateFileError,
     UnusableStateError,
     copy_file,
 )
-from services.log.kafka.state_slots import Slot, claim
-from services.log.kafka.state_statements import BYTES, ROWS, Many
-from services.log.port import PackageExtent
-from services.log.records import AdministrativeHead, administrative_event
 from tests.unit import commands
 from tests.unit.commands import stored
 
@@ -540,7 +542,7 @@ def test_a_large_package_is_saved_bit_by_bit_and_not_anew_each_time(tmp_path: Pa
     state.close()
 
 
-@pytest.mark.parametrize("rows", [ROWS - 1, ROWS, ROWS + 1, 3 * ROWS + 1])
+@pytest.mark.parametrize("rows", [STATEMENT_ROWS - 1, STATEMENT_ROWS, STATEMENT_ROWS + 1, 3 * STATEMENT_ROWS + 1])
 def test_a_checkpoint_of_many_packages_is_written_whole(tmp_path: Path, rows: int) -> None:
     """By statements of ROWS rows each and one for what is left; first new packages, then the same ones with more."""
     path = tmp_path / NAME
@@ -573,9 +575,9 @@ def test_large_rows_do_not_wait_for_many_others(tmp_path: Path) -> None:
     connection.execute("CREATE TABLE rows (id INTEGER, body BLOB)")
     many = Many(connection, "INSERT INTO rows VALUES {}".format, 2)
     count = "SELECT count(*) FROM rows"
-    many.add(1, bytes(BYTES // 2 + 1))
+    many.add(1, bytes(STATEMENT_BYTES // 2 + 1))
     assert connection.execute(count).fetchone() == (0,)
-    many.add(2, bytes(BYTES // 2 + 1))
+    many.add(2, bytes(STATEMENT_BYTES // 2 + 1))
     assert connection.execute(count).fetchone() == (2,)
     many.flush()
     assert connection.execute(count).fetchone() == (2,)

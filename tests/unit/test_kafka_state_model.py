@@ -22,9 +22,9 @@ from services.core.evolve import evolve
 from services.core.limits import ANSWERS_KEPT_MICROS, MAX_IDLE_MICROS, Limits
 from services.core.state import FINALIZED, PackageState
 from services.errors import ArtifactStoreError
-from services.log.kafka import state_file as state_file_module
-from services.log.kafka.state import PartitionState, mark_of
-from services.log.kafka.state_file import Place, StateFile
+from services.log.state import state_file as state_file_module
+from services.log.state.partition_state import PartitionState, mark_of
+from services.log.state.state_file import Place, StateFile
 from tests.unit import commands
 
 LIMITS = Limits(max_files_per_package=6)

@@ -10,10 +10,10 @@ from typing import Any, cast
 import pytest
 
 from services.errors import ConfigurationError, CorruptError, LogIdentityError, UnavailableError
-from services.log.kafka import writer as writer_module
-from services.log.kafka.context import Counts
-from services.log.kafka.state_file import Irregular
-from services.log.kafka.writer import PartitionWriter
+from services.log.kafka import partition_writer as writer_module
+from services.log.kafka.partition_writer import PartitionWriter
+from services.log.sequencer.answers import Counts
+from services.log.state.state_file import Irregular
 
 
 class Clock:

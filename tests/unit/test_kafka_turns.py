@@ -6,7 +6,7 @@ from threading import Thread
 
 import pytest
 
-from services.log.kafka.turns import Turns
+from services.log.kafka.partition_writer import Turns
 
 WRITERS = 8
 SECONDS = 10.0

@@ -7,8 +7,8 @@ from threading import Thread
 
 import pytest
 
-from services.log.kafka import requests
-from services.log.kafka.requests import ENOUGH_TOGETHER, IngestCheck, Request, Waiting
+from services.log.sequencer import queue as requests
+from services.log.sequencer.queue import ENOUGH_TOGETHER, IngestCheck, Request, Waiting
 from tests.unit.commands import create, ingest
 
 PACKAGE = create().package_id

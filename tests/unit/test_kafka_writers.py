@@ -11,8 +11,9 @@ from typing import Any, cast
 import pytest
 
 from services.core.limits import Limits
-from services.log.kafka import KafkaLog, KafkaWriter, writers
-from services.log.kafka.writer import PartitionWriter
+from services.log.kafka import KafkaLog, KafkaWriter
+from services.log.kafka import writer as writers
+from services.log.kafka.partition_writer import PartitionWriter
 from tests.contract.log_stage import no_manifest
 from tests.integration.kafka_stage import kafka_settings
 

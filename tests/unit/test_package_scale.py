@@ -14,10 +14,10 @@ from services.core.commands import Command, IngestFiles
 from services.core.decide import accept, acknowledge, check_ingest, decide, decide_together
 from services.core.limits import Limits
 from services.core.state import PackageState
-from services.log.kafka.state import PartitionState
-from services.log.kafka.state_file import Place, StateFile
-from services.log.sqlite.appender import Appender
 from services.log.sqlite.file import create_file, open_file
+from services.log.sqlite.writer import Appender
+from services.log.state.partition_state import PartitionState
+from services.log.state.state_file import Place, StateFile
 from tests.unit import commands
 
 FILES = 30_000

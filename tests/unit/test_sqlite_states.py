@@ -17,10 +17,11 @@ from services.clock import system_clock
 from services.core.commands import Acknowledgement
 from services.core.limits import Limits
 from services.log.port import Record
-from services.log.sqlite import file, states
-from services.log.sqlite.appender import Appender, Request
-from services.log.sqlite.records import package_records_from
-from services.log.sqlite.states import PackageStates
+from services.log.sqlite import file
+from services.log.sqlite import package_states as states
+from services.log.sqlite.file import package_records_from
+from services.log.sqlite.package_states import PackageStates
+from services.log.sqlite.writer import Appender, Request
 from tests.unit.commands import create, finalize, ingest
 
 LARGE = 20
@@ -129,7 +130,7 @@ def test_large_packages_that_take_turns_within_the_bound_are_read_once(
     read: Counter[UUID],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("services.log.sqlite.appender.PackageStates", partial(bounded, 20, 200))
+    monkeypatch.setattr("services.log.sqlite.writer.PackageStates", partial(bounded, 20, 200))
     one, two = made(30), made(30)
     read.clear()
     writing = appender()
@@ -145,7 +146,7 @@ def test_the_packages_of_a_batch_are_kept_until_it_ends_whatever_they_hold(
     read: Counter[UUID],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("services.log.sqlite.appender.PackageStates", partial(bounded, 8, 40))
+    monkeypatch.setattr("services.log.sqlite.writer.PackageStates", partial(bounded, 8, 40))
     packages = [made(files) for files in (3, 4, 5, 30, 40, 50)]
     read.clear()
     writing = appender()
@@ -177,7 +178,7 @@ def test_what_another_process_appended_to_a_package_is_read_before_the_lock_is_t
             in_lock.append(len(records))
         return records
 
-    monkeypatch.setattr("services.log.sqlite.appender.write_lock", lock)
+    monkeypatch.setattr("services.log.sqlite.writer.write_lock", lock)
     monkeypatch.setattr(states, "package_records_from", read)
     run(writing, [ingest(package_id, "b", name="b")])
     assert in_lock == [0]

@@ -27,9 +27,7 @@ from confluent_kafka import (
 from confluent_kafka.admin import AdminClient
 
 from services.errors import ArtifactStoreError, ConfigurationError, UnavailableError
-from services.log.kafka.clients import make_admin
-from services.log.kafka.failures import OutsideError, explaining, kafka_error
-from services.log.kafka.settings import KafkaSettings
+from services.log.kafka.connection import KafkaSettings, OutsideError, explaining, kafka_error, make_admin
 
 # The package's types neither cover all that its documentation names nor mark it as exported.
 _admin: Any = confluent_kafka.admin

@@ -16,11 +16,10 @@ from services.config import Settings
 from services.errors import ConfigurationError, CorruptError, InvalidPositionError, UnavailableError
 from services.log.kafka import topic
 from services.log.kafka.cluster import Cluster, Topic
-from services.log.kafka.partitioner import partition_of, record_key
-from services.log.kafka.reader import Reader
-from services.log.kafka.settings import KafkaSettings
+from services.log.kafka.connection import KafkaSettings
 from services.log.kafka.subscription import KafkaSubscription
-from services.log.kafka.watch import Watch
+from services.log.kafka.tail import Reader, Watch
+from services.log.kafka.topic import partition_of, record_key
 from services.log.port import Batch, PackageExtent, RecordedEvent, Settled, StartOffsets
 from services.log.position import Position
 from services.log.records import BadRecord, Skips, is_administrative, read_record

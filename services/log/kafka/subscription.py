@@ -11,11 +11,9 @@ from typing import Self, TypeVar
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from services.errors import ArtifactStoreError, CorruptError, UnavailableError
-from services.log.kafka.clients import make_consumer
 from services.log.kafka.cluster import Cluster
-from services.log.kafka.failures import OutsideError, explaining, kafka_error
-from services.log.kafka.reader import places, records, take_messages
-from services.log.kafka.settings import INTERFACE, KafkaSettings
+from services.log.kafka.connection import INTERFACE, KafkaSettings, OutsideError, explaining, kafka_error, make_consumer
+from services.log.kafka.tail import places, records, take_messages
 from services.log.port import Batch, Settled, StartOffsets
 
 logger = logging.getLogger(__name__)

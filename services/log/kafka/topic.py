@@ -1,14 +1,31 @@
-"""The topic: how `migrate` makes it, and the guard that refuses to run on one that could lose events."""
+"""The topic: how `migrate` makes it, what it must be like, and the guard that stops writing when it is not.
+
+At the start, `check` refuses a topic that could lose events. While a process writes, `Guard` looks at the topic's
+settings every few seconds for all of its writers, which ask the guard before each batch. When the cluster does not
+answer, the guard keeps what it knew.
+
+Times never decrease within a partition. One event by a clock that is a day ahead would give its time to all events of
+the next day, and retries of everything before it would no longer be answered. So this machine's clock is compared with
+the blob store's and with the partition's last event here, and with the brokers' by a setting of the topic.
+
+A package's events are all in one partition, which `partition_of` computes from its id.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
+from uuid import UUID
 
-from services.clock import system_clock
-from services.errors import ConfigurationError
+from confluent_kafka import murmur2
+
+from services.clock import FAR_SECONDS, Clock, StoreClock, span, system_clock
+from services.errors import ConfigurationError, UnavailableError
 from services.log.kafka.cluster import Cluster, Topic
-from services.log.kafka.settings import MAX_RECORD_BYTES, TOPIC_MAX_MESSAGE_BYTES, KafkaSettings
+from services.log.kafka.connection import MAX_RECORD_BYTES, TOPIC_MAX_MESSAGE_BYTES, KafkaSettings
+from services.log.port import HeldError
 
 _FIXED = {
     "cleanup.policy": "delete",
@@ -162,3 +179,84 @@ def needless(kafka: KafkaSettings, cluster: Cluster, settings: Mapping[str, str]
 
 def _number(settings: Mapping[str, str], name: str) -> int:
     return int(settings.get(name, "0"))
+
+
+_MICROS = 1_000_000
+
+_LOG = logging.getLogger(__name__)
+
+
+class Guard:
+    """Belongs to one process. `look` is for one thread at a time, all else for any."""
+
+    def __init__(self, kafka: KafkaSettings, cluster: Cluster, clock: Clock, store: StoreClock | None = None) -> None:
+        """`clock` is this machine's, `store` that of the blob store, if it has one."""
+        self._kafka = kafka
+        self._cluster = cluster
+        self._clock = clock
+        self._store = store
+        self._trouble: str | None = None
+        self._ahead_seconds = FAR_SECONDS
+        """How far the last event of a partition may be ahead of our clock."""
+        self._needless: str | None = None
+
+    @property
+    def trouble(self) -> str | None:
+        """Why this process may write to no partition, and what mends it; None when nothing is wrong."""
+        return self._trouble or (None if self._store is None else self._store.trouble())
+
+    @property
+    def skew_seconds(self) -> float | None:
+        """How far this machine's clock is ahead of the blob store's (negative: behind); None when that is not known."""
+        ahead = None if self._store is None else self._store.ahead()
+        return None if ahead is None else ahead / _MICROS
+
+    def look(self) -> None:
+        """Look at the topic again; keeps what was known when the cluster does not say. Blocks. Never raises."""
+        try:
+            settings = self._cluster.topic_settings()
+            troubles = hazards(self._kafka, self._cluster, settings)
+            too_free = needless(self._kafka, self._cluster, settings)
+        except (UnavailableError, ConfigurationError) as error:
+            _LOG.debug("the topic's settings could not be looked at: %s", error.detail)
+            return
+        except Exception:  # noqa: BLE001 - the process goes on writing, and the cause is logged whole
+            _LOG.exception("the topic's settings could not be looked at")
+            return
+        self._trouble = unfit(self._kafka, troubles) if troubles else None
+        allowed = times_ahead_ms(settings)
+        # An operator lets Kafka take a time that is far ahead, and so do we.
+        self._ahead_seconds = FAR_SECONDS if allowed <= TIMES_AHEAD_MS else allowed / 1000
+        if too_free is not None and too_free != self._needless:
+            _LOG.warning("topic %s: %s; until then no gateway can start", self._kafka.topic, too_free)
+        self._needless = too_free
+
+    def require(self, partition: int, last_created_at: int) -> None:
+        """Return if events may be appended now, after one of this time (µs). Does not block. Raises HeldError."""
+        if (trouble := self.trouble) is not None:
+            raise HeldError(trouble, own_clock=self._trouble is None)
+        ahead = last_created_at / _MICROS - self._clock() / _MICROS
+        if ahead > self._ahead_seconds:
+            raise HeldError(self._future(partition, last_created_at // _MICROS, ahead))
+
+    def _future(self, partition: int, second: int, ahead: float) -> str:
+        # A whole hour more than is needed: brokers' clocks differ, and the operator takes a while.
+        needed = {TIMES_AHEAD: (int(ahead // 3600) + 2) * 3_600_000}
+        usual = {TIMES_AHEAD: TIMES_AHEAD_MS}
+        until = datetime.fromtimestamp(second, UTC).isoformat()
+        return (
+            f"the last event of partition {partition} has the time {until}, {span(ahead)} ahead of this machine's "
+            "clock, and times never step back within a partition. If this clock is wrong, set it. If the event's time "
+            f"is wrong, `{command(self._kafka, needed)}` lets the partition be written to, with that time on all "
+            f"events until it is reached; then `{command(self._kafka, usual)}` ends the exception"
+        )
+
+
+def record_key(package_id: UUID) -> bytes:
+    """The key of every record of the package: its id as text."""
+    return str(package_id).encode()
+
+
+def partition_of(package_id: UUID, partitions: int) -> int:
+    """murmur2 of the key, made positive, modulo the count: Java's `BuiltInPartitioner.partitionForKey`."""
+    return int(murmur2(record_key(package_id), partitions))

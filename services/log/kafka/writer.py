@@ -1,559 +1,452 @@
-"""The writer of one partition: a thread that takes the waiting commands, decides them and appends their events.
-
-Whatever goes wrong between the beginning of a transaction and its read-back, the answer is the same: throw away
-producer and state, take over again, and decide the same commands on the state that the log gives. Those that the log
-holds are recognised by their command ids; the others are appended. Nothing is guessed.
-"""
+"""Appending to the log on Kafka: the `CommandWriter` port over the writers of this process and those of others."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Collection, Sequence
+from contextlib import suppress
 from threading import Event as Flag
-from threading import Thread
-from typing import Any, cast
+from threading import Lock
+from typing import TypeVar, cast
 from uuid import UUID
 
-from schemas.identifiers import partition_id
-from services.core.commands import Acknowledgement, Command, IngestFiles
-from services.core.decide import acknowledge, check_ingest, decide, decide_together
-from services.errors import (
-    ArtifactStoreError,
-    PushBackError,
-    RejectedError,
-    UnavailableError,
+from services.clock import Clock, system_clock
+from services.config import Settings
+from services.core.commands import Acknowledgement, Command
+from services.core.limits import Limits
+from services.errors import ArtifactStoreError, ConfigurationError, PushBackError, UnavailableError
+from services.log.kafka.cluster import Topic
+from services.log.kafka.log import KafkaLog
+from services.log.kafka.ownership import WriterGroup
+from services.log.kafka.partition_writer import PartitionWriter, Turns, WriterContext
+from services.log.kafka.topic import Guard
+from services.log.port import (
+    EXTENT_SECONDS,
+    Forwarder,
+    PackageExtent,
+    PartitionNotOwnedError,
+    PartitionStatus,
+    PutManifest,
+    SnapshotStore,
+    TimedStore,
 )
-from services.log.kafka.aside import Asides
-from services.log.kafka.context import WriterContext
-from services.log.kafka.deadlines import Deadlines
-from services.log.kafka.failures import HeldError, refusal, spoiled_by_record
-from services.log.kafka.loss import Loss
-from services.log.kafka.outcomes import given_up, in_doubt, lost, quarantined, refused, told
-from services.log.kafka.requests import (
-    CHECK_SECONDS,
-    MAX_BATCH_BYTES,
-    TOGETHER,
-    EndQuestion,
-    IngestCheck,
-    Request,
-    Waiting,
-    runs_of,
-)
-from services.log.kafka.state import TIDY_SECONDS, PartitionState
-from services.log.kafka.state_file import Irregular, StateFileError
-from services.log.kafka.tenure import Staged, Tenure
-from services.log.port import NotAppendedError, PackageExtent, PartitionNotOwnedError, PartitionStatus
-from services.log.records import BadRecord, Confirmation
-from services.tracing import TRACEPARENT
+from services.log.position import Position
+from services.log.records import Confirmation
+from services.log.router import Owner, Owners, Seeking, There
+from services.log.sequencer.answers import Counts
+from services.log.sequencer.queue import EndQuestion, IngestCheck, Request, size_of
+from services.log.state.restore import States
+from services.log.state.snapshots import Snapshots
 
-_IDLE_SECONDS = 5.0
-_ASK_SECONDS = 0.2
-_RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0)
+SUBMIT_SECONDS = 30.0
+"""How long a command may look for its owner, and how long wait there for its turn; the outcome is unknown then."""
 
-_SLOW_SECONDS = 5.0
-"""After so long a transaction that is on its way is told of."""
+THIS_PROCESS = "this process"
 
-_GIVE_WAY_SECONDS = 20.0
-"""After so long without success a take-over is left to others: twice what an election of a leader takes."""
+_HAND_OVER_SECONDS = 15.0
+SNAPSHOT_SECONDS = 20.0
+"""How long `close` waits for snapshots that are being made, once the partitions are handed over."""
+_IDENTITY_SECONDS = 1.0
+"""How often it is looked whether the topic is still the log's: so much may be written to one that was made anew."""
 
-_LOG = logging.getLogger(__name__)
+_GUARD_SECONDS = 10.0
+"""How often it is looked whether the topic still keeps what is written to it."""
+
+_T = TypeVar("_T")
 
 
-_Outcome = Acknowledgement | Exception | int | None
-"""What becomes of a request once its batch is appended; None says that a check passed, an offset where the log ends."""
+class KafkaWriter:
+    """See `CommandWriter`. Commands of partitions that another gateway owns go there through `forwarder`.
 
+    `internal_url` is where others reach this process; without it, and without a forwarder, one gateway works alone.
+    The state of its partitions lies in `settings.state_dir`, and copies of it in `snapshots`, if there is such a store.
+    """
 
-class PartitionWriter:
-    """Starts with `start`; `stop` only asks it to end, `join` waits for that."""
+    def __init__(
+        self,
+        settings: Settings,
+        log: KafkaLog,
+        *,
+        limits: Limits,
+        put_manifest: PutManifest,
+        clock: Clock = system_clock,
+        forwarder: Forwarder | None = None,
+        internal_url: str | None = None,
+        snapshots: SnapshotStore | None = None,
+        times: TimedStore | None = None,
+        submit_seconds: float = SUBMIT_SECONDS,
+    ) -> None:
+        """Connects to nothing yet. `settings` are those that `log` was made of.
 
-    def __init__(self, partition: int, context: WriterContext) -> None:
-        self.partition = partition
-        self.since: int | None = None
-        self.takeover_seconds: float | None = None
-        self.restored_from: str | None = None
-        self._trouble: str | None = "it is being taken over"
-        self._memory_only: str | None = None
-        self._state: PartitionState | None = None
-        """What packages are asked about from other threads, while commands are served."""
-        self._serving_since: float | None = None
-        self._failed = 0
-        """Take-overs that failed one after another."""
-        self._well = time.monotonic()
-        """When something succeeded last: a tenure, or a step of a long take-over."""
-        self._last_created_at = 0
-        """The time (µs) of the partition's last event, as far as it was read; 0 before that."""
-        self._context = context
-        self._waiting = Waiting()
-        self._unproven: list[Request] = []
-        """Requests that were refused and wait for a proof that the state is current."""
-        self._confirmations: deque[tuple[Confirmation, asyncio.Future[Acknowledgement]]] = deque()
-        self._bad: BadRecord | None = None
-        """The record, no event, that the partition stands before."""
-        self._losses: Sequence[Loss] = ()
-        """What the partition lost of what it had acknowledged."""
-        self._irregular = Irregular()
-        self._deadlines = Deadlines(context.submit_seconds, self._late)
-        self._checks = Deadlines(min(CHECK_SECONDS, context.submit_seconds), self._late_check)
-        self._stop = Flag()
-        # A daemon: one that hangs in a call to a frozen broker must not keep the process; its fence protects the log.
-        self._thread = Thread(target=self._run, name=f"log-write-{partition}", daemon=True)
-
-    @property
-    def helpless(self) -> bool:
-        """Whether the last take-over failed."""
-        return self._failed > 0
-
-    @property
-    def trouble(self) -> str | None:
-        """What keeps it from writing now; None when nothing does."""
-        began = self._serving_since
-        if self._trouble is None and began is not None and (since := time.monotonic() - began) > _SLOW_SECONDS:
-            return f"a transaction has not come to its end for {since:.0f} s"
-        return self._trouble
-
-    def start(self) -> None:
-        """Begin to take over. Does not block."""
-        self._thread.start()
-
-    def submit(
-        self, asked: Command | IngestCheck, moved: Callable[[Request], None] | None = None
-    ) -> asyncio.Future[Acknowledgement | None]:
-        """Let a request wait for its turn; on the event loop. Raises PushBackError, PartitionNotOwnedError.
-
-        The answer comes in time or is UnavailableError, for a question PushBackError. When the partition moves
-        meanwhile, `moved` is called on the event loop and finds one; without it, it is PartitionNotOwnedError, or
-        UnavailableError when a transaction with it failed before.
+        Nothing is written while the clock differs much from that of `times`.
         """
-        answer: asyncio.Future[Acknowledgement | None] = self._context.loop.create_future()
+        self._log = log
+        self._limits = limits
+        self._put_manifest = put_manifest
+        self._clock = clock
+        self._forwarder = forwarder
+        self._submit_seconds = submit_seconds
+        self._state_dir = settings.state_dir
+        self._snapshot_store = snapshots
+        self._snapshots: Snapshots | None = None
+        self._group = WriterGroup(log.kafka, log.cluster, internal_url, self._assigned, self._revoked)
+        self._owners = Owners(self._group.owners)
+        self._writers: dict[int, PartitionWriter] = {}
+        self._assigning = Lock()
+        """Held while a writer begins or goes: one that ends as it begins must not be taken for its successor."""
+        self._ending: list[PartitionWriter] = []
+        self._context: WriterContext | None = None
+        self._times = times
+        self._guard = Guard(log.kafka, log.cluster, clock, None if times is None else times.clock)
+        self._watching: list[asyncio.Task[None]] = []
+        self._foreign: str | None = None
+        """What makes the topic another log than the one that was opened."""
+        self._under_way = UnderWay()
+        self._moving: set[asyncio.Task[Acknowledgement]] = set()
+        self._counts = Counts()
+        self._seeking = Seeking(
+            self._owners, forwarder, self._here, lambda: self._foreign, self._counts, submit_seconds
+        )
+        self._closing = False
+
+    async def start(self) -> None:
+        """See `CommandWriter`. Raises ConfigurationError when the topic could lose events, UnavailableError."""
+        await self._log.check()
+        if self._snapshot_store is not None:
+            self._snapshots = Snapshots(self._snapshot_store, asyncio.get_running_loop())
+        topic = await self._log.blocking(self._log.cluster.topic)
+        self._context = WriterContext(
+            kafka=self._log.kafka,
+            cluster=self._log.cluster,
+            identity=topic.identity,
+            limits=self._limits,
+            put_manifest=self._put_manifest,
+            clock=self._clock,
+            loop=asyncio.get_running_loop(),
+            submit_seconds=self._submit_seconds,
+            states=States(self._state_dir, self._snapshots),
+            holds=self._group.holds,
+            require_readers=self._group.require_readers,
+            disowned=self._disowned,
+            give_way=self._group.give_way,
+            doubt=Flag(),
+            guard=self._guard,
+            counts=self._counts,
+            turns=Turns(),
+        )
+        await self._look()
+        self._group.start()
+        self._watching = [
+            asyncio.create_task(self._watch_topic(topic, self._context.doubt), name="log-identity"),
+            asyncio.create_task(self._watch_guard(), name="log-guard"),
+        ]
+
+    def submit(self, command: Command) -> Awaitable[Acknowledgement]:
+        """See `CommandWriter`. What this process's own writer takes needs no task and no coroutine."""
+        if not self._closing and self._foreign is None:
+            writer = self._writers.get(self._log.partition_of(command.package_id))
+            if writer is not None:
+                try:
+                    return cast("Awaitable[Acknowledgement]", writer.submit(command, self._moved))
+                except PushBackError as error:
+                    return _refused(error)
+                except PartitionNotOwnedError:
+                    pass
+        return self._routed(command, _submitting(command))
+
+    async def check_ingest(self, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None) -> None:
+        """See `CommandWriter`."""
+        asked = IngestCheck(package_id, tuple(relative_paths), command_id)
+        await self._routed(
+            asked, lambda forwarder, url: forwarder.check_ingest(url, package_id, relative_paths, command_id)
+        )
+
+    async def end(self, partitions: Collection[int]) -> Position:
+        """See `CommandWriter`."""
+        if self._context is None:
+            raise UnavailableError("the log's writers are not started")
+        offsets = await asyncio.gather(*map(self._end_of, partitions))
+        return Position(self._context.identity, dict(zip(partitions, offsets, strict=True)))
+
+    async def _end_of(self, partition: int) -> int:
+        if self._closing:
+            raise PushBackError("this gateway is being shut down")
+        asked = EndQuestion()
+        there: There[int | None] = lambda forwarder, url: forwarder.end(url, partition)  # noqa: E731 - its type is told
+        with self._under_way:
+            end = await self._seeking.answer(partition, asked, there, doubtful=False)
+        # An owner of the previous release believes the brokers, as all of its reads do.
+        return end if end is not None else (await self._log.end()).offsets[partition]
+
+    async def end_here(self, partition: int) -> int:
+        """As `end`, of one partition, but PartitionNotOwnedError when this process is not its writer."""
+        if self._closing:
+            raise PartitionNotOwnedError("this process hands its partitions over")
+        with self._under_way:
+            return cast("int", await self._here(EndQuestion(), partition))
+
+    async def extent(self, package_id: UUID) -> PackageExtent | None:
+        """See `CommandWriter`."""
         try:
-            self._waiting.put(Request(asked, answer, TRACEPARENT.get(), moved))
-        except PushBackError:
-            self._context.counts.pushed_back += 1
-            raise
-        deadlines = self._checks if isinstance(asked, IngestCheck) else self._deadlines
-        deadlines.watch(answer)
-        return answer
-
-    def confirm(self, confirmation: Confirmation) -> asyncio.Future[Acknowledgement]:
-        """Let an operator's confirmation be recorded; on the event loop.
-
-        The answer is there once it is in the log and folded. Raises, when it is awaited: PartitionNotOwnedError; errors
-        of the tree that say why it is refused, or that its outcome is unknown.
-        """
-        answer: asyncio.Future[Acknowledgement] = self._context.loop.create_future()
-        if self._stop.is_set():
-            answer.set_exception(PartitionNotOwnedError("this process does not write to the partition any more"))
-        else:
-            self._confirmations.append((confirmation, answer))
-            self._waiting.wake()
-        return answer
-
-    def extent(self, package_id: UUID) -> PackageExtent | None:
-        """Where the package's events lie; None when that is not known now. Blocks for a look into the state file."""
-        state = self._state
-        try:
-            return None if state is None else state.extent(package_id)
-        except StateFileError as error:
-            _LOG.info("partition %d: %s", self.partition, error.detail)
+            async with asyncio.timeout(EXTENT_SECONDS):
+                partition = self._log.partition_of(package_id)
+                if partition in self._writers:
+                    return await self.extent_here(package_id)
+                owner = (await self._owners.all()).get(partition)
+                if owner is None or owner.is_self or owner.url is None or self._forwarder is None:
+                    return None
+                return await self._forwarder.extent(owner.url, package_id)
+        except (TimeoutError, ArtifactStoreError):
             return None
 
-    def unanswered(self) -> list[asyncio.Future[Any]]:
-        """What is waited for; on the event loop."""
-        return [*self._deadlines.unanswered(), *self._checks.unanswered()]
+    async def extent_here(self, package_id: UUID) -> PackageExtent | None:
+        """As `extent`, but PartitionNotOwnedError when this process is not the partition's writer."""
+        writer = self._writers.get(self._log.partition_of(package_id))
+        if writer is None:
+            raise PartitionNotOwnedError("this process does not write to the package's partition")
+        return await asyncio.to_thread(writer.extent, package_id)
 
-    def status(self, owner: str) -> PartitionStatus:
-        """How the partition is, for operators; its owner, this process, goes by the name of `owner`."""
-        irregular, bad, lost = self._irregular, self._bad, next(iter(self._losses), None)
-        return PartitionStatus(
-            self.partition,
-            owner,
-            self.since,
-            self.takeover_seconds,
-            self.restored_from,
-            self.trouble,
-            len(self._waiting),
-            self._memory_only,
-            irregular.skipped,
-            irregular.repeated,
-            len(irregular.quarantined),
-            None if bad is None else bad.offset,
-            None if bad is None else bad.digest.hex(),
-            None if lost is None else lost.offset,
-            None if lost is None else lost.digest.hex(),
-        )
+    async def submit_here(self, command: Command) -> Acknowledgement:
+        """As `submit`, but PartitionNotOwnedError when this process is not the partition's writer."""
+        return cast("Acknowledgement", await self._accepted(command))
 
-    def stop(self) -> None:
-        """End after the transaction at hand. Does not block; what still waits is told that the partition moves."""
-        self._stop.set()
-        self._let_go()
+    async def check_ingest_here(self, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None) -> None:
+        """As `check_ingest`, but PartitionNotOwnedError when this process is not the partition's writer."""
+        await self._accepted(IngestCheck(package_id, tuple(relative_paths), command_id))
 
-    def join(self, timeout: float) -> bool:
-        """Block until the writer has ended, `timeout` seconds at most; whether it has."""
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
+    async def confirm_here(self, confirmation: Confirmation) -> Acknowledgement:
+        """Record what an operator confirmed about a partition that this process writes to; a repeat gets its answer.
 
-    def _run(self) -> None:
-        try:
-            while not self._stop.is_set():
-                try:
-                    self._hold()
-                except PartitionNotOwnedError:
-                    if not self._stop.is_set():
-                        self._context.disowned(self)
-                    return
-                # Whatever it is is met by taking over again: the state that the log gives says what has happened.
-                except Exception as error:  # noqa: BLE001 - see above; the cause is shown in `trouble` and logged
-                    self._after(error)
-                finally:
-                    self.since = None
-        finally:
-            self._let_go()
-
-    def _after(self, error: Exception) -> None:
-        """End a tenure that failed, or whose take-over did; returns when it is time for the next one."""
-        served, self.since = self.since is not None, None
-        error = refusal(error, "writing") or error
-        self._context.counts.failed_tenures += served or not isinstance(error, HeldError)
-        self._note(error)
-        if isinstance(error, HeldError) and error.own_clock and not self._stop.is_set():
-            self._give_way()
-        if (answer := refused(error)) is not None:
-            self._refuse_all(*answer)
-            self._went_well()
-        elif served:
-            self._went_well()
-        else:
-            self._failed += 1
-            if not self._stop.is_set() and time.monotonic() - self._well > _GIVE_WAY_SECONDS:
-                self._give_way()
-            self._stop.wait(_RETRY_SECONDS[min(self._failed, len(_RETRY_SECONDS)) - 1])
-
-    def _give_way(self) -> None:
-        self._context.give_way(f"partition {self.partition} cannot be written to: {self._trouble}")
-
-    def _went_well(self) -> None:
-        self._well = time.monotonic()
-
-    def _let_go(self) -> None:
-        """Take nothing more, and tell what waits that the partition moves: a transaction at hand may take long."""
-        self._waiting.close()
-        moved = PartitionNotOwnedError("this process does not write to the package's partition any more")
-        self._deliver([(request, moved) for request in self._waiting.drain()])
-        while self._confirmations:
-            _, answer = self._confirmations.popleft()
-            self._answer(answer, moved)
-
-    def _hold(self) -> None:
-        """One tenure: take over, then serve until told to stop."""
-        context, began = self._context, time.monotonic()
-        context.guard.require(self.partition, self._last_created_at)
-        tenure = Tenure(
-            context.kafka,
-            context.cluster,
-            self.partition,
-            context.identity,
-            context.states,
-            is_ours=self._is_ours,
-            stopping=self._stop.is_set,
-            in_doubt=context.doubt.is_set,
-            progressed=self._went_well,
-        )
-        asides = Asides(
-            tenure.state,
-            limits=context.limits,
-            clock=context.clock,
-            put_manifest=context.put_manifest,
-            loop=context.loop,
-            wake=self._waiting.wake,
-        )
-        try:
-            self._irregular = tenure.state.irregular
-            self._last_created_at = tenure.state.last_created_at
-            self.takeover_seconds = time.monotonic() - began
-            self.restored_from = tenure.restored_from
-            context.counts.takeovers[tenure.restored_from] += 1
-            context.counts.takeover_seconds += self.takeover_seconds
-            self._failed = 0
-            if not self._whole(tenure):
-                return
-            context.guard.require(self.partition, self._last_created_at)
-            self.since = context.clock()
-            self._trouble = None
-            self._state = tenure.state
-            pause = _IDLE_SECONDS
-            self._memory_only = tenure.state.memory_only
-            while (batch := self._waiting.take(pause)) is not None:
-                batch, self._unproven = [*self._unproven, *batch], []
-                self._last_created_at = tenure.state.last_created_at
-                self._require_guard(batch)
-                if batch:
-                    self._serve(tenure, asides, batch)
-                else:
-                    tenure.idle()
-                self._record(tenure)
-                tenure.save_if_due()
-                tenure.state.put_away()
-                self._memory_only = tenure.state.memory_only
-                back, failed = asides.settle()
-                self._deliver(failed)
-                self._waiting.put_back(back)
-                asides.begin()
-                pause = TIDY_SECONDS if tenure.state.untidy else _IDLE_SECONDS
-                if self._unproven:
-                    pause = max(0.0, tenure.proof_due - time.monotonic())
-        finally:
-            self._waiting.put_back([*self._unproven, *asides.cancel()])
-            self._unproven = []
-            self._state = None
-            tenure.close()
-
-    def _require_guard(self, batch: Sequence[Request]) -> None:
-        """Raise HeldError when nothing may be appended; the batch is answered with it."""
-        try:
-            self._context.guard.require(self.partition, self._last_created_at)
-        except HeldError:
-            self._waiting.put_back(batch)
-            raise
-
-    def _whole(self, tenure: Tenure) -> bool:
-        """Refuse everything but operators' confirmations while the partition needs one.
-
-        It stands before a record that is no event, or it lost what it had acknowledged. False when the writer is told
-        to stop meanwhile.
+        Waits as long as a command does. Raises PartitionNotOwnedError; ConflictError and InvalidRequestError: it is
+        refused, nothing is recorded; UnavailableError: the outcome is unknown, confirm it again.
         """
-        while tenure.stopped is not None or tenure.losses:
-            self._bad, self._losses = tenure.stopped, tenure.losses
-            bad = [] if self._bad is None else [self._bad.error]
-            trouble = "; ".join([*(error.detail for error in bad), *(loss.detail for loss in self._losses)])
-            if self._trouble != trouble:
-                _LOG.error("partition %d cannot be written to: %s", self.partition, trouble)
-            self._trouble = trouble
-            batch = self._waiting.take(_IDLE_SECONDS)
-            if batch is None:
-                return False
-            refused = bad[0] if bad else lost(self.partition)
-            self._deliver([(request, refused) for request in batch])
-            self._record(tenure)
-            tenure.idle()
-            tenure.save_if_due()
-        self._bad, self._losses = None, ()
-        return True
+        writer = self._writers.get(confirmation.partition)
+        if writer is None or self._closing:
+            raise PartitionNotOwnedError(f"this process does not write to partition {confirmation.partition}")
+        try:
+            async with asyncio.timeout(self._submit_seconds):
+                return await writer.confirm(confirmation)
+        except TimeoutError:
+            trouble = writer.trouble or "its writer gave no answer in time"
+            raise UnavailableError(f"partition {confirmation.partition}: {trouble}") from None
 
-    def _record(self, tenure: Tenure) -> None:
-        """Record what operators confirmed about the partition, and answer them."""
-        while self._confirmations:
-            confirmation, answer = self._confirmations[0]
-            outcome: Acknowledgement | Exception
-            try:
-                recorded = tenure.record(confirmation, self._context.clock(), self._require_recordable)
-                outcome = Acknowledgement(partition_id(self._context.identity, self.partition), *recorded)
-            except (RejectedError, PushBackError) as error:
-                outcome = error
-            except ArtifactStoreError as error:
-                # It may be recorded: whoever confirms it again is told so.
-                self._confirmations.popleft()
-                self._answer(answer, error)
-                raise
-            self._confirmations.popleft()
-            self._answer(answer, outcome)
+    async def ready(self) -> str | None:
+        """See `CommandWriter`."""
+        if self._context is None:
+            return "the log's writers are not started"
+        if (trouble := self._foreign or self._guard.trouble) is not None:
+            return trouble
+        owners = await self._owners.all()
+        for p in range(await self._log.partitions()):
+            writer, owner = self._writers.get(p), owners.get(p)
+            if writer is not None:
+                if writer.trouble is not None:
+                    return f"partition {p} cannot be written to: {writer.trouble}"
+            elif owner is None or owner.is_self:
+                return self._group.trouble or f"partition {p} has no writer yet"
+            elif owner.url is None or self._forwarder is None:
+                return f"partition {p} is written by another process that commands cannot be forwarded to"
+        return None
 
-    def _require_recordable(self) -> None:
-        self._context.guard.require(self.partition, self._last_created_at)
-        self._context.require_readers()
+    async def status(self) -> Sequence[PartitionStatus]:
+        """See `CommandWriter`."""
+        owners = await self._owners.all()
+        here = {found.partition: found for found in self.status_here()}
+        return [here.get(p) or _elsewhere(p, owners.get(p)) for p in range(await self._log.partitions())]
 
-    def _answer(self, answer: asyncio.Future[Acknowledgement], outcome: Acknowledgement | Exception) -> None:
-        def settle() -> None:
-            if answer.done():
+    def status_here(self) -> list[PartitionStatus]:
+        """As `status`, of the partitions that this process writes to; asks nobody and does not block."""
+        return [writer.status(THIS_PROCESS) for _, writer in sorted(self._writers.items())]
+
+    @property
+    def clock_skew_seconds(self) -> float | None:
+        """How far this machine's clock is ahead of the blob store's (negative: behind); None when that is not known."""
+        return self._guard.skew_seconds
+
+    @property
+    def counts(self) -> Counts:
+        """What the writers of this process have counted since it began."""
+        return self._counts
+
+    async def close(self) -> None:
+        """See `CommandWriter`."""
+        self._closing = True
+        for task in self._watching:
+            task.cancel()
+        await asyncio.gather(*self._watching, return_exceptions=True)
+        await self._all_answered()
+        await asyncio.to_thread(self._close_threads)
+        self._owners.close()
+
+    async def _all_answered(self) -> None:
+        """Wait until there is an answer to everything that was taken."""
+        await self._under_way.none()
+        while open_ := [f for writer in [*self._writers.values(), *self._ending] for f in writer.unanswered()]:
+            await asyncio.wait(open_)
+            await self._under_way.none()
+
+    def _close_threads(self) -> None:
+        self._group.close()
+        left = [*self._writers.values(), *self._ending]
+        for writer in left:
+            writer.stop()
+        _join(left)
+        if self._snapshots is not None:
+            self._snapshots.close(SNAPSHOT_SECONDS)
+
+    async def _accepted(self, asked: Command | IngestCheck) -> Acknowledgement | None:
+        if self._closing:
+            raise PartitionNotOwnedError("this process hands its partitions over")
+        with self._under_way:
+            return await self._here(asked, self._log.partition_of(asked.package_id))
+
+    def _moved(self, request: Request) -> None:
+        """Find the answer to a command elsewhere that this process's writer took and cannot answer any more."""
+        command = cast("Command", request.asked)
+        task = asyncio.ensure_future(self._sought(command, _submitting(command), doubtful=request.failures > 0))
+        self._moving.add(task)
+
+        def pass_on(task: asyncio.Task[Acknowledgement]) -> None:
+            self._moving.discard(task)
+            error = None if task.cancelled() else task.exception()
+            if request.answer.done():
                 return
-            if isinstance(outcome, Exception):
-                answer.set_exception(outcome)
+            if task.cancelled():
+                request.answer.cancel()
+            elif error is not None:
+                request.answer.set_exception(error)
             else:
-                answer.set_result(outcome)
+                request.answer.set_result(task.result())
 
-        if not self._context.loop.is_closed():
-            self._context.loop.call_soon_threadsafe(settle)
+        task.add_done_callback(pass_on)
 
-    def _is_ours(self) -> bool:
-        """Ask the group until it answers; False as well when this writer is to stop."""
-        while not self._stop.is_set():
-            try:
-                answer = self._context.holds(self.partition)
-            except UnavailableError as error:
-                self._note(error)
-                answer = None
-            if answer is not None:
-                return answer
-            self._stop.wait(_ASK_SECONDS)
-        return False
+    async def _routed(self, asked: Command | IngestCheck, there: There[_T]) -> _T:
+        """Bring a request to the partition's writer, wherever it is."""
+        if self._closing:
+            raise PushBackError("this gateway is being shut down")
+        with self._seeking.room(self._log.partition_of(asked.package_id), size_of(asked)):
+            return await self._sought(asked, there)
 
-    def _serve(self, tenure: Tenure, asides: Asides, batch: list[Request]) -> None:
-        self._serving_since = time.monotonic()
-        try:
-            runs = runs_of(self._without_held(asides, batch))
-            batch = [request for run in runs for request in run]
-            answers, proven = self._answers(tenure, asides, runs)
-        except Exception as error:
-            for request in batch:
-                # Not the exception itself, whose traceback holds this batch.
-                request.failed(type(error).__name__, spoiled=spoiled_by_record(error))
-            held = [request for request in asides.cancel() if request not in batch]
-            self._waiting.put_back([*batch, *held])
-            raise
-        finally:
-            self._serving_since = None
-        self._waiting.put_back(batch[len(answers) :])
-        self._waiting.announce(answers.count(None))
-        answered = list(zip(batch, answers, strict=False))
-        if not proven:
-            self._unproven = [request for request, outcome in answered if _needs_proof(outcome)]
-            answered = [(request, outcome) for request, outcome in answered if not _needs_proof(outcome)]
-        self._deliver(answered)
+    async def _sought(self, asked: Command | IngestCheck, there: There[_T], *, doubtful: bool = False) -> _T:
+        with self._under_way:
+            return await self._seeking.answer(self._log.partition_of(asked.package_id), asked, there, doubtful=doubtful)
 
-    def _without_held(self, asides: Asides, batch: Sequence[Request]) -> list[Request]:
-        """Those of the batch that can be decided now."""
-        now, refused = [], []
-        for request in batch:
-            try:
-                if not asides.holds(request):
-                    now.append(request)
-            except PushBackError as error:
-                self._context.counts.pushed_back += 1
-                refused.append((request, error))
-        self._deliver(refused)
-        return now
+    def _here(self, asked: Command | IngestCheck, partition: int) -> asyncio.Future[Acknowledgement | None]:
+        """Let this process's writer carry it out. Raises PartitionNotOwnedError, and as `PartitionWriter.submit`."""
+        writer = self._writers.get(partition)
+        if self._foreign is not None:
+            raise UnavailableError(self._foreign)
+        if writer is None:
+            raise PartitionNotOwnedError("this process does not write to the package's partition")
+        return writer.submit(asked)
 
-    def _answers(
-        self, tenure: Tenure, asides: Asides, runs: Sequence[Sequence[Request]]
-    ) -> tuple[list[_Outcome], bool]:
-        """Decide the requests, append what they become, and only then say so; and whether refusals are proven.
+    def _assigned(self, partition: int) -> None:
+        """Called in the group's thread."""
+        if self._context is not None and self._foreign is None:
+            writer = PartitionWriter(partition, self._context)
+            with self._assigning:
+                writer.start()
+                self._writers[partition] = writer
 
-        A commit proves that the state was current, and so does `Tenure.prove`, which is not called too often: one
-        proof serves all who wait for it. If the requests become more than one transaction takes, these are the answers
-        of the first of them.
+    def _revoked(self, partitions: Sequence[int], lost: bool) -> None:
+        """Called in the group's thread. What was lost is another's already, and fenced: waiting would help nobody."""
+        with self._assigning:
+            gone = [writer for p in partitions if (writer := self._writers.pop(p, None)) is not None]
+        for writer in gone:
+            writer.stop()
+        if not lost:
+            # One that is helpless writes nothing, and may wait for an answer for long.
+            _join([writer for writer in gone if not writer.helpless])
+        self._ending = [writer for writer in [*self._ending, *gone] if not writer.join(0)]
+
+    def _disowned(self, writer: PartitionWriter) -> None:
+        """Called in a writer's thread, which ends."""
+        with self._assigning:
+            if self._writers.get(writer.partition) is not writer:
+                return  # the group has said so meanwhile, or has given it back
+            del self._writers[writer.partition]
+        self._group.rejoin()
+
+    async def _watch_guard(self) -> None:
+        """Look at the topic's settings and the store's clock again and again; no writer waits for the answers."""
+        while True:
+            await asyncio.sleep(_GUARD_SECONDS)
+            await self._look()
+
+    async def _look(self) -> None:
+        async def hear_time() -> None:
+            if self._times is not None:
+                with suppress(UnavailableError):
+                    await self._times.now()
+
+        await asyncio.gather(self._log.blocking(self._guard.look), hear_time())
+
+    async def _watch_topic(self, opened: Topic, doubt: Flag) -> None:
+        """Stop writing when the topic was made anew, or grew: what we know of the packages is not where it should be.
+
+        A client goes on with another topic of that name as if nothing had been. While there is none, nothing is
+        committed.
         """
-        staged: list[Staged] = []
-        with self._context.turns:
-            now, size, outcomes = asides.now(), 0, list[_Outcome]()
-            for run in runs:
-                decided = len(staged)
-                outcomes += self._decide_run(tenure.state, asides, run, now, staged)
-                # How large manifests are is known only now.
-                size += sum(sum(map(len, decision.values)) for decision, _ in staged[decided:])
-                if size > MAX_BATCH_BYTES:
-                    break
-            values = tenure.hand_over(staged) if staged else []
-        if staged:
-            tenure.commit(values)
-            return outcomes, True
-        if time.monotonic() < tenure.proof_due:
-            return outcomes, False
-        if any(map(_needs_proof, outcomes)):
-            tenure.prove()
-        return outcomes, True
-
-    def _decide_run(
-        self, state: PartitionState, asides: Asides, run: Sequence[Request], now: int, staged: list[Staged]
-    ) -> list[_Outcome]:
-        """Commands of one package that add files to it, together if they can be, or any other request."""
-        commands = [request.asked for request in run if isinstance(request.asked, IngestFiles)]
-        package = state.package(run[0].asked.package_id) if len(commands) > 1 else None
-        if package is not None and package.package_id not in state.irregular.quarantined:
-            decision = None
-            # Which of them it is, and what is wrong with it, is found by deciding each by itself.
+        while True:
+            await asyncio.sleep(_IDENTITY_SECONDS)
             try:
-                decision = decide_together(package, commands, now, self._context.limits)
-            except ArtifactStoreError:
-                pass
-            except Exception:  # noqa: BLE001 - see above; the cause is logged whole
-                _LOG.exception("commands of package %s cannot be decided together", package.package_id)
-            if decision is not None:
-                package = state.accept(package, decision)
-                staged.append(Staged(decision, [request.traceparent for request in run]))
-                return [acknowledge(package, command) for command in commands]
-        return [self._decide(state, asides, request, now, staged) for request in run]
-
-    def _decide(
-        self, state: PartitionState, asides: Asides, request: Request, now: int, staged: list[Staged]
-    ) -> _Outcome:
-        asked, limits = request.asked, self._context.limits
-        if isinstance(asked, EndQuestion):
-            return state.position
-        package = state.package(asked.package_id, asked.command_id)
-        contradicted = state.irregular.quarantined.get(asked.package_id)
-        try:
-            if contradicted is not None and (package is None or isinstance(asked, IngestCheck)):
-                raise quarantined(contradicted)
-            if isinstance(asked, IngestCheck):
-                check_ingest(package, asked.package_id, asked.relative_paths, asked.command_id, now, limits)
-                return None
-            decision = asides.decision(asked) or decide(package, asked, now, limits)
-            if decision.appended is not None and request.failures > TOGETHER:
-                return given_up(request, decision.done)
-            if decision.appended is not None and contradicted is not None:
-                raise quarantined(contradicted)
-            if decision.claim_check is not None:
-                return UnavailableError("the manifest is not stored yet; retry with the same command id")
-        except ArtifactStoreError as error:
-            return error
-        except (MemoryError, OSError) as error:  # that passes
-            cause = type(error).__name__
-            return UnavailableError(f"the command cannot be decided now ({cause}); retry with the same command id")
-        # Nothing was appended; one command that the code cannot handle must not stop the partition.
-        except Exception as error:  # noqa: BLE001 - see above; the cause is logged whole
-            _LOG.exception("a command of package %s cannot be decided", asked.package_id)
-            return RejectedError(f"the command cannot be carried out: {type(error).__name__}")
-        if decision.appended is not None:
-            package = state.accept(package, decision)
-            staged.append(Staged(decision, [request.traceparent]))
-        elif package is None:
-            return UnavailableError("the package's state was lost; retry with the same command id")
-        return acknowledge(package, asked)
-
-    def _late(self) -> Exception:
-        return in_doubt(f"partition {self.partition}: {self.trouble or 'its writer gave no answer in time'}")
-
-    def _late_check(self) -> Exception:
-        self._context.counts.pushed_back += 1
-        return PushBackError(f"partition {self.partition}: {self.trouble or 'its writer is busy'}", 2.0)
-
-    def _refuse_all(self, error: Exception, seconds: float) -> None:
-        """The partition cannot be written to as it is; say so to everyone, at most until the process gives it up."""
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0:
-            batch = self._waiting.take(min(left, _IDLE_SECONDS))
-            if batch is None:
-                return
-            self._context.counts.pushed_back += len(batch) * isinstance(error, HeldError)
-            self._deliver([(request, error) for request in batch])
-
-    def _note(self, error: Exception) -> None:
-        text = error.detail if isinstance(error, ArtifactStoreError) else f"{type(error).__name__}: {error}"
-        if text != self._trouble:
-            _LOG.warning("partition %d of the log is taken over again: %s", self.partition, text)
-        self._trouble = text
-
-    def _deliver(self, answers: Sequence[tuple[Request, _Outcome]]) -> None:
-        """Hand answers to the event loop in one go; who gave up meanwhile gets none."""
-
-        def settle() -> None:
-            for request, answer in answers:
-                waiting = request.answer
-                if waiting.done():
-                    continue
-                if not isinstance(answer, Exception):
-                    waiting.set_result(cast("Acknowledgement | None", answer))
-                elif isinstance(answer, PartitionNotOwnedError) and request.moved is not None:
-                    request.moved(request)
-                else:
-                    waiting.set_exception(told(request, answer))
-
-        if answers and not self._context.loop.is_closed():
-            self._context.loop.call_soon_threadsafe(settle)
+                self._foreign = opened.difference(await self._log.blocking(self._log.cluster.topic))
+            except UnavailableError:
+                continue
+            except ConfigurationError:
+                doubt.set()
+                continue
+            if self._foreign is None:
+                doubt.clear()
+                continue
+            doubt.set()
+            # Others may be sound, and find no owner as long as this process is one.
+            await asyncio.to_thread(self._group.close)
+            return
 
 
-def _needs_proof(outcome: _Outcome) -> bool:
-    """Whether the answer would be wrong if another process had appended something meanwhile."""
-    return isinstance(outcome, RejectedError | NotAppendedError | int)
+def _join(writers: Sequence[PartitionWriter]) -> None:
+    """Block until they have ended, _HAND_OVER_SECONDS at most for all of them."""
+    deadline = time.monotonic() + _HAND_OVER_SECONDS
+    for writer in writers:
+        writer.join(max(0.0, deadline - time.monotonic()))
+
+
+def _refused(error: PushBackError) -> asyncio.Future[Acknowledgement]:
+    """An answer that is there already: the caller hears of it where it waits."""
+    answer: asyncio.Future[Acknowledgement] = asyncio.get_running_loop().create_future()
+    answer.set_exception(error)
+    return answer
+
+
+def _submitting(command: Command) -> There[Acknowledgement]:
+    return lambda forwarder, url: forwarder.submit(url, command)
+
+
+def _elsewhere(partition: int, owner: Owner | None) -> PartitionStatus:
+    if owner is None or owner.is_self:
+        return PartitionStatus(partition, None)
+    return PartitionStatus(partition, owner.url or "another process")
+
+
+class UnderWay:
+    """Counts the requests that `close` waits for and that no writer of this process has yet."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def __enter__(self) -> None:
+        self._count += 1
+        self._idle.clear()
+
+    def __exit__(self, *_: object) -> None:
+        self._count -= 1
+        if not self._count:
+            self._idle.set()
+
+    async def none(self) -> None:
+        """Wait until there is none."""
+        await self._idle.wait()

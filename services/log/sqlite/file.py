@@ -1,17 +1,25 @@
-"""The SQLite file: its tables, how it is created and recognised, and how connections to it are opened.
+"""The SQLite file: its tables, queries on its events, and connections to it. Everything but `Readers` blocks.
 
 The file carries this project's application id, a format number and the log's identity. It is in WAL mode, so that
-reading never waits for writing; a commit is on the disk when it returns (`synchronous=FULL`).
+reading never waits for writing; a commit is on the disk when it returns (`synchronous=FULL`). Every query's answer is
+bounded in rows and bytes. `Readers` runs queries in a few threads, so that the event loop never waits for a disk.
 """
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
+from threading import Lock
+from typing import TypeVar
 from uuid import UUID, uuid4
 
+from schemas.codec import UndecodableEventError, decode
+from schemas.events import Event
 from services.errors import (
     ArtifactStoreError,
     ConfigurationError,
@@ -22,6 +30,7 @@ from services.errors import (
 )
 from services.file_lock import FileLock
 from services.folders import secure_folder
+from services.log.port import Record
 
 PARTITION = 0
 """The only partition."""
@@ -202,3 +211,158 @@ def _inode(path: Path) -> tuple[int, int] | None:
     except FileNotFoundError:
         return None
     return found.st_dev, found.st_ino
+
+
+BATCH_RECORDS = 500
+_BATCH_BYTES = 4 << 20
+"""Manifests make records of half a megabyte: a batch ends early when it holds so much."""
+
+_COLUMNS = "offset, CAST(package_id AS BLOB), CAST(sequence AS INTEGER), CAST(value AS BLOB)"
+"""Whatever a damaged row holds comes as one of these types, for its readers to tell what it is not."""
+
+_NO_END = (1 << 63) - 1
+
+
+def end_offset(connection: sqlite3.Connection) -> int:
+    """The offset behind the last event."""
+    (last,) = connection.execute("SELECT max(offset) FROM events").fetchone()
+    return 0 if last is None else last + 1
+
+
+def records_from(connection: sqlite3.Connection, offset: int, end: int | None, limit: int) -> list[Record]:
+    """The records from `offset` on, below `end` if there is one. Raises CorruptError when one between them is gone."""
+    rows = connection.execute(
+        f"SELECT {_COLUMNS} FROM events WHERE offset >= ? AND offset < ? ORDER BY offset LIMIT ?",  # noqa: S608 - ours
+        (offset, _NO_END if end is None else end, limit),
+    )
+    found = _bounded(rows)
+    if found and found[-1].offset != offset + len(found) - 1:  # they are numbered without gaps
+        there = {record.offset for record in found}
+        gap = next(expected for expected in itertools.count(offset) if expected not in there)
+        raise CorruptError(f"the log's record at offset {gap} is gone, and those behind it are there")
+    return found
+
+
+def package_records_from(
+    connection: sqlite3.Connection, package_id: UUID, sequence: int, end: int | None, limit: int
+) -> list[Record]:
+    """The package's records behind event number `sequence`, below offset `end` if there is one."""
+    rows = connection.execute(
+        f"SELECT {_COLUMNS} FROM events"  # noqa: S608 - our own
+        " WHERE package_id = ? AND sequence > ? AND offset < ? ORDER BY sequence LIMIT ?",
+        (package_id.bytes, sequence, _NO_END if end is None else end, limit),
+    )
+    return _bounded(rows)
+
+
+def sequence_before(connection: sqlite3.Connection, package_id: UUID, offset: int) -> int:
+    """The number of the package's last event below `offset`, 0 if there is none. Raises as `numbered`."""
+    if not offset:
+        return 0
+    rows = connection.execute(
+        f"SELECT {_COLUMNS} FROM events"  # noqa: S608 - our own
+        " WHERE package_id = ? AND offset < ? ORDER BY sequence DESC LIMIT 1",
+        (package_id.bytes, offset),
+    )
+    return max((numbered(record).sequence for record in _bounded(rows)), default=0)
+
+
+def progress_of(connection: sqlite3.Connection, projection: str) -> Mapping[int, tuple[int, str]]:
+    """What the projection has committed: per partition the next offset and the metadata."""
+    rows = connection.execute(
+        "SELECT partition, next_offset, metadata FROM progress WHERE projection = ?", (projection,)
+    ).fetchall()
+    return {partition: (offset, metadata) for partition, offset, metadata in rows}
+
+
+def store_progress(connection: sqlite3.Connection, projection: str, next_offset: int, metadata: str) -> None:
+    """Write what `progress_of` reads."""
+    connection.execute(
+        "INSERT INTO progress VALUES (?, ?, ?, ?) ON CONFLICT (projection, partition)"
+        " DO UPDATE SET next_offset = excluded.next_offset, metadata = excluded.metadata",
+        (projection, PARTITION, next_offset, metadata),
+    )
+
+
+def decoded(record: Record) -> Event:
+    """The record's event. Raises CorruptError, which names partition and offset."""
+    try:
+        return decode(record.value)
+    except UndecodableEventError as error:
+        raise CorruptError(
+            f"the log's record at partition {record.partition}, offset {record.offset}: {error}"
+        ) from None
+
+
+def numbered(record: Record) -> Event:
+    """As `decoded`, of a record that was found by its number. Raises CorruptError also if its event has another one.
+
+    Whoever reads on behind the event's number would be given the same record again, or miss others.
+    """
+    event = decoded(record)
+    if record.sequence != event.sequence:
+        raise CorruptError(
+            f"the log's record at offset {record.offset} is listed as event {record.sequence} of its package, and is"
+            f" event {event.sequence}"
+        )
+    return event
+
+
+def _bounded(rows: Iterable[tuple[int, bytes | None, int | None, bytes | None]]) -> list[Record]:
+    found: list[Record] = []
+    size = 0
+    for offset, package_id, sequence, value in rows:
+        key = str(UUID(bytes=package_id)).encode() if package_id and len(package_id) == 16 else b""
+        found.append(Record(PARTITION, offset, key, value or b"", sequence))
+        size += len(found[-1].value)
+        if size >= _BATCH_BYTES:
+            break
+    return found
+
+
+_T = TypeVar("_T")
+_THREADS = 4
+
+
+class Readers:
+    """Runs queries. Remembers the log's identity from the first connection; another log is refused from then on."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="log-read")
+        self._idle: list[LogFile] = []
+        self._identity: UUID | None = None
+        self._lock = Lock()
+
+    async def run(self, work: Callable[[LogFile], _T]) -> _T:
+        """Run `work` in a thread. Raises what it raises, and UnavailableError, ConfigurationError, LogIdentityError."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._run, work)
+
+    async def close(self) -> None:
+        """Wait for what is running and close the connections."""
+        await asyncio.to_thread(self._pool.shutdown)
+        while self._idle:
+            self._idle.pop().close()
+
+    def _run(self, work: Callable[[LogFile], _T]) -> _T:
+        file = self._take()
+        try:
+            with file_errors(self._path):
+                file.check_in_place()
+                result = work(file)
+        except BaseException:
+            # The connection may be what is broken: the next query opens a fresh one.
+            file.close()
+            raise
+        with self._lock:
+            self._idle.append(file)
+        return result
+
+    def _take(self) -> LogFile:
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+        file = open_file(self._path, identity=self._identity)
+        with self._lock:
+            self._identity = file.identity
+        return file

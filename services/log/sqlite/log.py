@@ -15,18 +15,23 @@ from services.errors import ConfigurationError, CorruptError, InvalidPositionErr
 from services.file_lock import FileLock
 from services.log.port import Batch, PackageExtent, Record, RecordedEvent, Settled, StartOffsets, Subscription
 from services.log.position import Position
-from services.log.sqlite.file import PARTITION, LogFile, create_file, file_errors, open_file, write_lock
-from services.log.sqlite.readers import Readers
-from services.log.sqlite.records import (
+from services.log.sqlite.file import (
     BATCH_RECORDS,
+    PARTITION,
+    LogFile,
+    Readers,
+    create_file,
     decoded,
     end_offset,
+    file_errors,
     numbered,
+    open_file,
     package_records_from,
     progress_of,
     records_from,
     sequence_before,
     store_progress,
+    write_lock,
 )
 from services.log.sqlite.subscription import SqliteSubscription, member_lock
 

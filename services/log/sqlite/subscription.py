@@ -9,9 +9,17 @@ from pathlib import Path
 from services.errors import CorruptError, UnavailableError
 from services.file_lock import FileLock
 from services.log.port import Batch, Record, StartOffsets
-from services.log.sqlite.file import PARTITION, LogFile, file_errors, open_file, write_lock
-from services.log.sqlite.readers import Readers
-from services.log.sqlite.records import end_offset, records_from, store_progress
+from services.log.sqlite.file import (
+    PARTITION,
+    LogFile,
+    Readers,
+    end_offset,
+    file_errors,
+    open_file,
+    records_from,
+    store_progress,
+    write_lock,
+)
 
 
 def member_lock(path: Path, projection: str) -> Path:

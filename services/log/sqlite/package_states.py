@@ -11,7 +11,7 @@ from uuid import UUID
 
 from services.core.evolve import evolve
 from services.core.state import FINALIZED, PackageState
-from services.log.sqlite.records import BATCH_RECORDS, numbered, package_records_from
+from services.log.sqlite.file import BATCH_RECORDS, numbered, package_records_from
 
 LARGE = 1_000
 """A state with more entries than this is large: it is never forgotten in favour of smaller ones. An event takes about

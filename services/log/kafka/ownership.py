@@ -16,10 +16,9 @@ from threading import Lock, Thread
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 
 from services.errors import ConfigurationError, ConflictError, PushBackError, UnavailableError
-from services.log.kafka.clients import make_consumer
 from services.log.kafka.cluster import Cluster, Member
-from services.log.kafka.failures import explained, kafka_error
-from services.log.kafka.settings import INTERFACE, KafkaSettings
+from services.log.kafka.connection import INTERFACE, KafkaSettings, explained, kafka_error, make_consumer
+from services.log.router import Owner
 
 NO_URL = "artifact-store"
 """In place of the URL of a gateway that no other can forward to."""
@@ -105,6 +104,14 @@ class WriterGroup:
     def members(self) -> list[Member] | None:
         """Who writes to what; None between two assignments. Blocks. Raises UnavailableError."""
         return self._cluster.members(self._kafka.writers_group)
+
+    def owners(self) -> dict[int, Owner] | None:
+        """Owner by partition; None between two assignments. As `members`."""
+        members = self.members()
+        if members is None:
+            return None
+        urls = {m.member_id: m.client_id if m.client_id.startswith("http") else None for m in members}
+        return {p: Owner(urls[m.member_id], self.is_self(m)) for m in members for p in m.partitions}
 
     def is_self(self, member: Member) -> bool:
         """Whether the member is this process."""

@@ -27,17 +27,10 @@ from schemas.headers import headers as headers_of
 from schemas.identifiers import partition_id
 from services.core.decide import Decision
 from services.errors import CorruptError, InvalidRequestError, LogIdentityError, UnavailableError
-from services.log.kafka.clients import make_producer
 from services.log.kafka.cluster import Cluster
-from services.log.kafka.failures import explaining
-from services.log.kafka.loss import FILE, SNAPSHOT, Loss, Witness
-from services.log.kafka.partitioner import partition_of
-from services.log.kafka.reader import Reader
-from services.log.kafka.restore import FROM_LOG, FROM_SNAPSHOT, States, candidates, stored, witnesses
-from services.log.kafka.settings import KafkaSettings
-from services.log.kafka.state import PartitionState, mark_of
-from services.log.kafka.state_file import READABLE_FORMATS, Place, Standing
-from services.log.kafka.state_slots import Slot, claim, discard
+from services.log.kafka.connection import KafkaSettings, explaining, make_producer
+from services.log.kafka.tail import Reader
+from services.log.kafka.topic import partition_of
 from services.log.port import PartitionNotOwnedError, Record
 from services.log.records import (
     AcceptLoss,
@@ -48,6 +41,20 @@ from services.log.records import (
     is_administrative,
     read_record,
 )
+from services.log.state.loss import FILE, SNAPSHOT, Loss, Witness
+from services.log.state.partition_state import PartitionState, mark_of
+from services.log.state.restore import (
+    FROM_LOG,
+    FROM_SNAPSHOT,
+    Slot,
+    States,
+    candidates,
+    claim,
+    discard,
+    stored,
+    witnesses,
+)
+from services.log.state.state_file import READABLE_FORMATS, Place, Standing
 
 INIT_SECONDS = 30.0
 COMMIT_SECONDS = 12.0

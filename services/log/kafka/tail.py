@@ -1,17 +1,20 @@
-"""Reading committed records from given partitions: under `Log.read`, a writer's take-over and its read-back."""
+"""Reading committed records from given partitions: under `Log.read`, a writer's take-over and its read-back.
+
+`Reader` reads; `Watch` notices when the topic is replaced while it is read, or when nothing more comes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from uuid import UUID
 
 from confluent_kafka import Consumer, Message, TopicPartition
 
-from services.errors import UnavailableError
-from services.log.kafka.clients import make_consumer
+from services.errors import LogIdentityError, UnavailableError
 from services.log.kafka.cluster import Cluster
-from services.log.kafka.failures import OutsideError, explained, explaining
-from services.log.kafka.settings import KafkaSettings
+from services.log.kafka.connection import KafkaSettings, OutsideError, explained, explaining, make_consumer
 from services.log.port import Record
 
 _DOING = "reading the log"
@@ -114,3 +117,46 @@ def positions(consumer: Consumer, partitions: list[TopicPartition]) -> dict[int,
 def places(consumer: Consumer, partitions: list[TopicPartition]) -> list[TopicPartition]:
     """As `positions`, each with the leader epoch of what lies before it."""
     return [p for p in consumer.position(partitions) if p.offset >= 0]
+
+
+IDENTITY_SECONDS = 10.0
+"""How often a reader looks whether the topic is still the same one; it also does when it has come to its end."""
+
+PATIENCE_SECONDS = 30.0
+"""How long reading up to an end may make no progress; leaders are found anew, and brokers start, in less."""
+
+
+class Watch:
+    """Of one pass over the log. `took` is for the thread that reads, `check` for the event loop, by turns."""
+
+    def __init__(self, identity: UUID, ask: Callable[[], Awaitable[UUID]]) -> None:
+        """`ask` says what the log's identity is now."""
+        self._identity = identity
+        self._ask = ask
+        self._looked = time.monotonic()
+        self._reached: Mapping[int, int] = {}
+        self._still = 0.0
+
+    def took(self, reached: Mapping[int, int], seconds: float) -> None:
+        """Reading took so long and has come this far. Only for who reads to an end: elsewhere silence is no news."""
+        self._still = self._still + seconds if reached == self._reached else 0.0
+        self._reached = reached
+
+    async def check(self, *, at_end: bool = False) -> None:
+        """Call it after every read, before anything of it is passed on.
+
+        Raises:
+            LogIdentityError: the topic was made anew meanwhile: what was read may be of either.
+            UnavailableError: nothing has come for PATIENCE_SECONDS, or nobody says which topic it is.
+            ConfigurationError: the topic is gone.
+        """
+        stuck = self._still > PATIENCE_SECONDS
+        if at_end or stuck or time.monotonic() > self._looked + IDENTITY_SECONDS:
+            now = await self._ask()
+            if now != self._identity:
+                raise LogIdentityError(f"the topic was made anew while it was read: it was {self._identity}, is {now}")
+            self._looked = time.monotonic()
+        if stuck:
+            raise UnavailableError(
+                f"the log cannot be read to its end: no broker has sent anything for {PATIENCE_SECONDS:g} s"
+            )

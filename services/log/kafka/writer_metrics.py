@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from services.log.kafka.writers import KafkaWriter
+from services.log.kafka.writer import KafkaWriter
 
 _MICROS = 1_000_000
 _IRREGULAR = {

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from uuid import UUID
 
-from services.log.kafka.state_file import Standing
 from services.log.records import AcceptedLoss
+from services.log.state.state_file import Standing
 
 FILE = "file"
 SNAPSHOT = "snapshot"

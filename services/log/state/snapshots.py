@@ -30,9 +30,9 @@ from uuid import UUID
 from blake3 import blake3
 
 from services.errors import ArtifactStoreError, UnavailableError
-from services.log.kafka.loss import SNAPSHOT, Witness
-from services.log.kafka.state_file import FORMAT, Place, Standing, StateFile, copy_file
 from services.log.port import PartitionNotOwnedError, SnapshotStore
+from services.log.state.loss import SNAPSHOT, Witness
+from services.log.state.state_file import FORMAT, Place, Standing, StateFile, copy_file
 
 SNAPSHOT_OFFSETS = 50_000
 """A snapshot is made when the log went on by so many offsets since the last one,"""

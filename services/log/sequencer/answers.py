@@ -1,8 +1,16 @@
-"""What callers are told when their commands cannot be carried out, and whether the log may hold these all the same."""
+"""What callers are told, and when: errors in place of acknowledgements, deadlines, and counts of both.
+
+Every error says whether the log may hold the command all the same.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import math
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 from services.errors import (
     ConfigurationError,
@@ -14,9 +22,8 @@ from services.errors import (
     RejectedError,
     UnavailableError,
 )
-from services.log.kafka.failures import HeldError
-from services.log.kafka.requests import IngestCheck, Request
-from services.log.port import NotAppendedError, PartitionNotOwnedError
+from services.log.port import HeldError, NotAppendedError, PartitionNotOwnedError
+from services.log.sequencer.queue import IngestCheck, Request
 
 REFUSE_SECONDS = 10.0
 """How long everything is refused before it is looked whether somebody has mended what was wrong."""
@@ -25,6 +32,20 @@ HELD_SECONDS = 1.0
 """How long everything is refused before the guard is asked again, which costs nothing."""
 
 _UNKNOWN = "the outcome is unknown"
+
+
+@dataclass(slots=True)
+class Counts:
+    """Totals over all writers of a process; read and added to by any thread."""
+
+    takeovers: Counter[str] = field(default_factory=Counter)
+    """By what the state was restored from."""
+    takeover_seconds: float = 0.0
+    """Of all of them together."""
+    failed_tenures: int = 0
+    """How often a partition was taken over again because something went wrong."""
+    pushed_back: int = 0
+    """Requests that were told to come again later."""
 
 
 def in_doubt(detail: str) -> UnavailableError:
@@ -81,3 +102,43 @@ def given_up(request: Request, done: int) -> Exception:
     if done:
         return UnavailableError(f"{failed}; {done} of its events are recorded")
     return NotAppendedError(f"{failed}; nothing is recorded")
+
+
+class Deadlines:
+    """Futures of one partition, which get an error when `seconds` are over; for use on the event loop.
+
+    They are answered about in the order in which they came, so that few are remembered beyond their answer.
+    """
+
+    def __init__(self, seconds: float, late: Callable[[], Exception]) -> None:
+        """`late` makes the error."""
+        self._seconds = seconds
+        self._late = late
+        self._open: deque[tuple[float, asyncio.Future[Any]]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def remembered(self) -> int:
+        """How many futures are held, answered ones included."""
+        return len(self._open)
+
+    def unanswered(self) -> list[asyncio.Future[Any]]:
+        """Those that still wait."""
+        return [answer for _, answer in self._open if not answer.done()]
+
+    def watch(self, answer: asyncio.Future[Any]) -> None:
+        """Give the future `seconds` from now."""
+        loop, waiting = answer.get_loop(), self._open
+        while waiting and waiting[0][1].done():
+            waiting.popleft()
+        waiting.append((loop.time() + self._seconds, answer))
+        if self._timer is None:
+            self._timer = loop.call_later(self._seconds, self._expire, loop)
+
+    def _expire(self, loop: asyncio.AbstractEventLoop) -> None:
+        now, waiting = loop.time(), self._open
+        while waiting and (waiting[0][1].done() or waiting[0][0] <= now):
+            _, answer = waiting.popleft()
+            if not answer.done():
+                answer.set_exception(self._late())
+        self._timer = loop.call_at(waiting[0][0], self._expire, loop) if waiting else None

@@ -22,7 +22,9 @@ from services.core.decide import Decision, accept
 from services.core.evolve import evolve, repeats
 from services.core.limits import ANSWERS_KEPT_MICROS, MAX_IDLE_MICROS
 from services.core.state import ABANDONED, CREATED, FINALIZED, PackageState
-from services.log.kafka.state_file import (
+from services.log.port import PackageExtent
+from services.log.records import AcceptedLoss, AdministrativeHead
+from services.log.state.state_file import (
     DiskFullError,
     Irregular,
     Standing,
@@ -31,8 +33,6 @@ from services.log.kafka.state_file import (
     UnusableStateError,
     remove,
 )
-from services.log.port import PackageExtent
-from services.log.records import AcceptedLoss, AdministrativeHead
 
 SAVE_EVENTS = 10_000
 """A checkpoint is written after so many events, which a take-over reads again in less than half a second,"""

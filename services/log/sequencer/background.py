@@ -25,10 +25,10 @@ from services.core.decide import Decision, decide
 from services.core.limits import EVENT_OVERHEAD_BYTES, Limits
 from services.core.state import CREATED, PackageState
 from services.errors import ArtifactStoreError, PushBackError, UnavailableError
-from services.log.kafka.requests import Request
-from services.log.kafka.state import PartitionState
-from services.log.kafka.state_file import StateFileError
 from services.log.port import PutManifest
+from services.log.sequencer.queue import Request
+from services.log.state.partition_state import PartitionState
+from services.log.state.state_file import StateFileError
 
 PUT_SECONDS = 15.0
 """How long a manifest may take to be stored."""

@@ -1,14 +1,100 @@
-"""What the settings say to Kafka: names derived from the log's URL, and the client configuration of each role."""
+"""Connecting to Kafka: the settings of each kind of client, making them, and what their failures mean.
+
+Clients are made after any fork. Their log lines go to `logging`, and no error shows a secret. Error codes are those of
+the Kafka protocol guide, and librdkafka's own (negative, names with a leading underscore).
+"""
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, TypeVar
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer
+from confluent_kafka.admin import AdminClient
 
 from services.config import Settings
-from services.errors import ConfigurationError
+from services.errors import ArtifactStoreError, ConfigurationError, CorruptError, UnavailableError
+from services.log.port import HeldError
+
+CLIENT_LOGGER = logging.getLogger("services.log.kafka.client")
+"""Where the client library's own log lines go; they appear when the client is next polled."""
+
+REPEAT_SECONDS = 60.0
+"""How often the same line of the client library may come; each of its clients says it for itself, again and again."""
+
+_CLIENT = re.compile(r"\[[^\]]*#(?:consumer|producer)-[0-9]+\] ")
+_MOST_LINES = 200
+
+_Client = TypeVar("_Client")
+
+
+class Repeats(logging.Filter):
+    """Lets a line pass once in a while, whichever client says it, and says how often it came in between."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._seen: dict[str, tuple[float, int]] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """See `logging.Filter`."""
+        line, _, _ = _CLIENT.sub("", record.getMessage()).partition(" (after ")
+        now = self._clock()
+        since, more = self._seen.get(line, (now - REPEAT_SECONDS, 0))
+        if now - since < REPEAT_SECONDS:
+            self._seen[line] = since, more + 1
+            return False
+        if len(self._seen) >= _MOST_LINES:
+            self._seen.clear()
+        self._seen[line] = now, 0
+        record.msg, record.args = f"{line} (and {more} times more)" if more else line, ()
+        return True
+
+
+CLIENT_LOGGER.addFilter(Repeats())
+
+
+def make_consumer(config: dict[str, Any]) -> Consumer:
+    """Raises ConfigurationError for a setting that the client refuses, UnavailableError when the system has no room."""
+    return _make(Consumer, config)
+
+
+def make_producer(config: dict[str, Any]) -> Producer:
+    """Raises as `make_consumer`."""
+    return _make(Producer, config)
+
+
+def make_admin(config: dict[str, Any]) -> AdminClient:
+    """Raises as `make_consumer`."""
+    return _make(AdminClient, config)
+
+
+def _make(kind: Callable[..., _Client], config: dict[str, Any]) -> _Client:
+    try:
+        # Errors that matter come back from the calls; this callback only keeps the client from printing them.
+        return kind({**config, "error_cb": _note}, logger=CLIENT_LOGGER)
+    except KafkaException as error:
+        found = kafka_error(error)
+        if found is not None and found.code() != KafkaError._INVALID_ARG:
+            # No thread, no descriptor: that passes, or another process takes over.
+            raise UnavailableError(f"a Kafka client cannot be made now: {found.name()}") from None
+        # The client's own text may show the value; the name is enough.
+        text = found.str() if found else ""
+        named = next((name for name in sorted(config, key=len, reverse=True) if f'"{name}"' in text), None)
+        raise ConfigurationError(
+            f"the Kafka client refuses {f'the option {named}' if named else 'an option'}: "
+            "mend ARTIFACT_STORE_KAFKA_OPTIONS"
+        ) from None
+
+
+def _note(error: KafkaError) -> None:
+    CLIENT_LOGGER.debug("%s", error.name())
+
 
 SESSION_TIMEOUT_MS = 6_000
 """After this long without a heartbeat a member's partitions go to others; the least that brokers allow by default."""
@@ -186,3 +272,88 @@ class KafkaSettings:
 
 def _text(value: str | int | float | bool) -> str | int | float:
     return str(value).lower() if isinstance(value, bool) else value
+
+
+_FORBIDDEN = frozenset(
+    {
+        KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+        KafkaError.GROUP_AUTHORIZATION_FAILED,
+        KafkaError.TOPIC_AUTHORIZATION_FAILED,
+        KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
+        KafkaError.SASL_AUTHENTICATION_FAILED,
+        KafkaError.UNSUPPORTED_SASL_MECHANISM,
+        KafkaError._AUTHENTICATION,
+    }
+)
+_NO_TOPIC = frozenset({KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION})
+_OUTSIDE = frozenset({KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE, KafkaError._LOG_TRUNCATION})
+_BAD_RECORD = frozenset(
+    {
+        KafkaError.MSG_SIZE_TOO_LARGE,
+        KafkaError.RECORD_LIST_TOO_LARGE,
+        KafkaError.INVALID_MSG,
+        KafkaError.INVALID_MSG_SIZE,
+        KafkaError.INVALID_RECORD,
+        KafkaError.POLICY_VIOLATION,
+    }
+)
+
+
+class OutsideError(CorruptError):
+    """The broker that answered does not hold the offset that was to be read, or holds another log up to it."""
+
+
+def explained(error: KafkaError, doing: str) -> ArtifactStoreError:
+    """The error of our tree for a client's error; `doing` says what was tried, as in `reading the log`."""
+    code = error.code()
+    if code in _FORBIDDEN:
+        return ConfigurationError(
+            f"Kafka refuses {doing}: {error.name()}; mend the credentials in ARTIFACT_STORE_KAFKA_OPTIONS or the rights"
+        )
+    if code == KafkaError.INVALID_TIMESTAMP:
+        return HeldError(
+            "Kafka refuses the time of an event: this machine's clock is further ahead of a broker's than "
+            "message.timestamp.after.max.ms of the topic. Set the clock that is wrong, best by NTP on all machines",
+            own_clock=True,
+        )
+    if code in _NO_TOPIC:
+        return ConfigurationError(
+            f"Kafka has no such topic while {doing}; make it by `artifact-store migrate`, "
+            "unless it was deleted: then restore it"
+        )
+    if code in _OUTSIDE:
+        return OutsideError(f"{doing}: the offset is not in the log any more; it was truncated, re-created or restored")
+    return UnavailableError(f"Kafka cannot be used for {doing} now: {error.name()}: {error.str()}")
+
+
+def kafka_error(error: BaseException) -> KafkaError | None:
+    """The client's error inside an exception, if there is one."""
+    found: Any = error.args[0] if isinstance(error, KafkaException) and error.args else None
+    return found if isinstance(found, KafkaError) else None
+
+
+def refusal(error: BaseException, doing: str) -> ArtifactStoreError | None:
+    """The error of our tree if the exception says that a right is missing or a clock is wrong; None for all others."""
+    found = kafka_error(error)
+    mendable = found is not None and found.code() in {*_FORBIDDEN, KafkaError.INVALID_TIMESTAMP}
+    return explained(found, doing) if found is not None and mendable else None
+
+
+def spoiled_by_record(error: BaseException) -> bool:
+    """Whether a transaction failed for what is in its records, so that trying them again cannot help."""
+    found = kafka_error(error)
+    return found is not None and found.code() in _BAD_RECORD
+
+
+@contextmanager
+def explaining(doing: str) -> Iterator[None]:
+    """Turn the client's exceptions within into errors of our tree."""
+    try:
+        yield
+    except KafkaException as error:
+        found = kafka_error(error)
+        if found is None:
+            raise UnavailableError(f"Kafka cannot be used for {doing} now") from error
+        raise explained(found, doing) from error
+    except TimeoutError as error:
+        raise UnavailableError(f"Kafka gave no answer in time while {doing}") from error

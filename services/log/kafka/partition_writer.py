@@ -1,0 +1,629 @@
+"""The writer of one partition: a thread that takes the waiting commands, decides them and appends their events.
+
+Whatever goes wrong between the beginning of a transaction and its read-back, the answer is the same: throw away
+producer and state, take over again, and decide the same commands on the state that the log gives. Those that the log
+holds are recognised by their command ids; the others are appended. Nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from threading import Event as Flag
+from threading import Lock, Thread
+from types import TracebackType
+from typing import Any, cast
+from uuid import UUID
+
+from schemas.identifiers import partition_id
+from services.clock import Clock
+from services.core.commands import Acknowledgement, Command, IngestFiles
+from services.core.decide import acknowledge, check_ingest, decide, decide_together
+from services.core.limits import Limits
+from services.errors import ArtifactStoreError, PushBackError, RejectedError, UnavailableError
+from services.log.kafka.cluster import Cluster
+from services.log.kafka.connection import KafkaSettings, refusal, spoiled_by_record
+from services.log.kafka.lease import Staged, Tenure
+from services.log.kafka.topic import Guard
+from services.log.port import (
+    HeldError,
+    NotAppendedError,
+    PackageExtent,
+    PartitionNotOwnedError,
+    PartitionStatus,
+    PutManifest,
+)
+from services.log.records import BadRecord, Confirmation
+from services.log.sequencer.answers import Counts, Deadlines, given_up, in_doubt, lost, quarantined, refused, told
+from services.log.sequencer.background import Asides
+from services.log.sequencer.queue import (
+    CHECK_SECONDS,
+    MAX_BATCH_BYTES,
+    TOGETHER,
+    EndQuestion,
+    IngestCheck,
+    Request,
+    Waiting,
+    runs_of,
+)
+from services.log.state.loss import Loss
+from services.log.state.partition_state import TIDY_SECONDS, PartitionState
+from services.log.state.restore import States
+from services.log.state.state_file import Irregular, StateFileError
+from services.tracing import TRACEPARENT
+
+_IDLE_SECONDS = 5.0
+_ASK_SECONDS = 0.2
+_RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0)
+
+_SLOW_SECONDS = 5.0
+"""After so long a transaction that is on its way is told of."""
+
+_GIVE_WAY_SECONDS = 20.0
+"""After so long without success a take-over is left to others: twice what an election of a leader takes."""
+
+_LOG = logging.getLogger(__name__)
+
+
+_Outcome = Acknowledgement | Exception | int | None
+"""What becomes of a request once its batch is appended; None says that a check passed, an offset where the log ends."""
+
+
+class PartitionWriter:
+    """Starts with `start`; `stop` only asks it to end, `join` waits for that."""
+
+    def __init__(self, partition: int, context: WriterContext) -> None:
+        self.partition = partition
+        self.since: int | None = None
+        self.takeover_seconds: float | None = None
+        self.restored_from: str | None = None
+        self._trouble: str | None = "it is being taken over"
+        self._memory_only: str | None = None
+        self._state: PartitionState | None = None
+        """What packages are asked about from other threads, while commands are served."""
+        self._serving_since: float | None = None
+        self._failed = 0
+        """Take-overs that failed one after another."""
+        self._well = time.monotonic()
+        """When something succeeded last: a tenure, or a step of a long take-over."""
+        self._last_created_at = 0
+        """The time (µs) of the partition's last event, as far as it was read; 0 before that."""
+        self._context = context
+        self._waiting = Waiting()
+        self._unproven: list[Request] = []
+        """Requests that were refused and wait for a proof that the state is current."""
+        self._confirmations: deque[tuple[Confirmation, asyncio.Future[Acknowledgement]]] = deque()
+        self._bad: BadRecord | None = None
+        """The record, no event, that the partition stands before."""
+        self._losses: Sequence[Loss] = ()
+        """What the partition lost of what it had acknowledged."""
+        self._irregular = Irregular()
+        self._deadlines = Deadlines(context.submit_seconds, self._late)
+        self._checks = Deadlines(min(CHECK_SECONDS, context.submit_seconds), self._late_check)
+        self._stop = Flag()
+        # A daemon: one that hangs in a call to a frozen broker must not keep the process; its fence protects the log.
+        self._thread = Thread(target=self._run, name=f"log-write-{partition}", daemon=True)
+
+    @property
+    def helpless(self) -> bool:
+        """Whether the last take-over failed."""
+        return self._failed > 0
+
+    @property
+    def trouble(self) -> str | None:
+        """What keeps it from writing now; None when nothing does."""
+        began = self._serving_since
+        if self._trouble is None and began is not None and (since := time.monotonic() - began) > _SLOW_SECONDS:
+            return f"a transaction has not come to its end for {since:.0f} s"
+        return self._trouble
+
+    def start(self) -> None:
+        """Begin to take over. Does not block."""
+        self._thread.start()
+
+    def submit(
+        self, asked: Command | IngestCheck, moved: Callable[[Request], None] | None = None
+    ) -> asyncio.Future[Acknowledgement | None]:
+        """Let a request wait for its turn; on the event loop. Raises PushBackError, PartitionNotOwnedError.
+
+        The answer comes in time or is UnavailableError, for a question PushBackError. When the partition moves
+        meanwhile, `moved` is called on the event loop and finds one; without it, it is PartitionNotOwnedError, or
+        UnavailableError when a transaction with it failed before.
+        """
+        answer: asyncio.Future[Acknowledgement | None] = self._context.loop.create_future()
+        try:
+            self._waiting.put(Request(asked, answer, TRACEPARENT.get(), moved))
+        except PushBackError:
+            self._context.counts.pushed_back += 1
+            raise
+        deadlines = self._checks if isinstance(asked, IngestCheck) else self._deadlines
+        deadlines.watch(answer)
+        return answer
+
+    def confirm(self, confirmation: Confirmation) -> asyncio.Future[Acknowledgement]:
+        """Let an operator's confirmation be recorded; on the event loop.
+
+        The answer is there once it is in the log and folded. Raises, when it is awaited: PartitionNotOwnedError; errors
+        of the tree that say why it is refused, or that its outcome is unknown.
+        """
+        answer: asyncio.Future[Acknowledgement] = self._context.loop.create_future()
+        if self._stop.is_set():
+            answer.set_exception(PartitionNotOwnedError("this process does not write to the partition any more"))
+        else:
+            self._confirmations.append((confirmation, answer))
+            self._waiting.wake()
+        return answer
+
+    def extent(self, package_id: UUID) -> PackageExtent | None:
+        """Where the package's events lie; None when that is not known now. Blocks for a look into the state file."""
+        state = self._state
+        try:
+            return None if state is None else state.extent(package_id)
+        except StateFileError as error:
+            _LOG.info("partition %d: %s", self.partition, error.detail)
+            return None
+
+    def unanswered(self) -> list[asyncio.Future[Any]]:
+        """What is waited for; on the event loop."""
+        return [*self._deadlines.unanswered(), *self._checks.unanswered()]
+
+    def status(self, owner: str) -> PartitionStatus:
+        """How the partition is, for operators; its owner, this process, goes by the name of `owner`."""
+        irregular, bad, lost = self._irregular, self._bad, next(iter(self._losses), None)
+        return PartitionStatus(
+            self.partition,
+            owner,
+            self.since,
+            self.takeover_seconds,
+            self.restored_from,
+            self.trouble,
+            len(self._waiting),
+            self._memory_only,
+            irregular.skipped,
+            irregular.repeated,
+            len(irregular.quarantined),
+            None if bad is None else bad.offset,
+            None if bad is None else bad.digest.hex(),
+            None if lost is None else lost.offset,
+            None if lost is None else lost.digest.hex(),
+        )
+
+    def stop(self) -> None:
+        """End after the transaction at hand. Does not block; what still waits is told that the partition moves."""
+        self._stop.set()
+        self._let_go()
+
+    def join(self, timeout: float) -> bool:
+        """Block until the writer has ended, `timeout` seconds at most; whether it has."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.is_set():
+                try:
+                    self._hold()
+                except PartitionNotOwnedError:
+                    if not self._stop.is_set():
+                        self._context.disowned(self)
+                    return
+                # Whatever it is is met by taking over again: the state that the log gives says what has happened.
+                except Exception as error:  # noqa: BLE001 - see above; the cause is shown in `trouble` and logged
+                    self._after(error)
+                finally:
+                    self.since = None
+        finally:
+            self._let_go()
+
+    def _after(self, error: Exception) -> None:
+        """End a tenure that failed, or whose take-over did; returns when it is time for the next one."""
+        served, self.since = self.since is not None, None
+        error = refusal(error, "writing") or error
+        self._context.counts.failed_tenures += served or not isinstance(error, HeldError)
+        self._note(error)
+        if isinstance(error, HeldError) and error.own_clock and not self._stop.is_set():
+            self._give_way()
+        if (answer := refused(error)) is not None:
+            self._refuse_all(*answer)
+            self._went_well()
+        elif served:
+            self._went_well()
+        else:
+            self._failed += 1
+            if not self._stop.is_set() and time.monotonic() - self._well > _GIVE_WAY_SECONDS:
+                self._give_way()
+            self._stop.wait(_RETRY_SECONDS[min(self._failed, len(_RETRY_SECONDS)) - 1])
+
+    def _give_way(self) -> None:
+        self._context.give_way(f"partition {self.partition} cannot be written to: {self._trouble}")
+
+    def _went_well(self) -> None:
+        self._well = time.monotonic()
+
+    def _let_go(self) -> None:
+        """Take nothing more, and tell what waits that the partition moves: a transaction at hand may take long."""
+        self._waiting.close()
+        moved = PartitionNotOwnedError("this process does not write to the package's partition any more")
+        self._deliver([(request, moved) for request in self._waiting.drain()])
+        while self._confirmations:
+            _, answer = self._confirmations.popleft()
+            self._answer(answer, moved)
+
+    def _hold(self) -> None:
+        """One tenure: take over, then serve until told to stop."""
+        context, began = self._context, time.monotonic()
+        context.guard.require(self.partition, self._last_created_at)
+        tenure = Tenure(
+            context.kafka,
+            context.cluster,
+            self.partition,
+            context.identity,
+            context.states,
+            is_ours=self._is_ours,
+            stopping=self._stop.is_set,
+            in_doubt=context.doubt.is_set,
+            progressed=self._went_well,
+        )
+        asides = Asides(
+            tenure.state,
+            limits=context.limits,
+            clock=context.clock,
+            put_manifest=context.put_manifest,
+            loop=context.loop,
+            wake=self._waiting.wake,
+        )
+        try:
+            self._irregular = tenure.state.irregular
+            self._last_created_at = tenure.state.last_created_at
+            self.takeover_seconds = time.monotonic() - began
+            self.restored_from = tenure.restored_from
+            context.counts.takeovers[tenure.restored_from] += 1
+            context.counts.takeover_seconds += self.takeover_seconds
+            self._failed = 0
+            if not self._whole(tenure):
+                return
+            context.guard.require(self.partition, self._last_created_at)
+            self.since = context.clock()
+            self._trouble = None
+            self._state = tenure.state
+            pause = _IDLE_SECONDS
+            self._memory_only = tenure.state.memory_only
+            while (batch := self._waiting.take(pause)) is not None:
+                batch, self._unproven = [*self._unproven, *batch], []
+                self._last_created_at = tenure.state.last_created_at
+                self._require_guard(batch)
+                if batch:
+                    self._serve(tenure, asides, batch)
+                else:
+                    tenure.idle()
+                self._record(tenure)
+                tenure.save_if_due()
+                tenure.state.put_away()
+                self._memory_only = tenure.state.memory_only
+                back, failed = asides.settle()
+                self._deliver(failed)
+                self._waiting.put_back(back)
+                asides.begin()
+                pause = TIDY_SECONDS if tenure.state.untidy else _IDLE_SECONDS
+                if self._unproven:
+                    pause = max(0.0, tenure.proof_due - time.monotonic())
+        finally:
+            self._waiting.put_back([*self._unproven, *asides.cancel()])
+            self._unproven = []
+            self._state = None
+            tenure.close()
+
+    def _require_guard(self, batch: Sequence[Request]) -> None:
+        """Raise HeldError when nothing may be appended; the batch is answered with it."""
+        try:
+            self._context.guard.require(self.partition, self._last_created_at)
+        except HeldError:
+            self._waiting.put_back(batch)
+            raise
+
+    def _whole(self, tenure: Tenure) -> bool:
+        """Refuse everything but operators' confirmations while the partition needs one.
+
+        It stands before a record that is no event, or it lost what it had acknowledged. False when the writer is told
+        to stop meanwhile.
+        """
+        while tenure.stopped is not None or tenure.losses:
+            self._bad, self._losses = tenure.stopped, tenure.losses
+            bad = [] if self._bad is None else [self._bad.error]
+            trouble = "; ".join([*(error.detail for error in bad), *(loss.detail for loss in self._losses)])
+            if self._trouble != trouble:
+                _LOG.error("partition %d cannot be written to: %s", self.partition, trouble)
+            self._trouble = trouble
+            batch = self._waiting.take(_IDLE_SECONDS)
+            if batch is None:
+                return False
+            refused = bad[0] if bad else lost(self.partition)
+            self._deliver([(request, refused) for request in batch])
+            self._record(tenure)
+            tenure.idle()
+            tenure.save_if_due()
+        self._bad, self._losses = None, ()
+        return True
+
+    def _record(self, tenure: Tenure) -> None:
+        """Record what operators confirmed about the partition, and answer them."""
+        while self._confirmations:
+            confirmation, answer = self._confirmations[0]
+            outcome: Acknowledgement | Exception
+            try:
+                recorded = tenure.record(confirmation, self._context.clock(), self._require_recordable)
+                outcome = Acknowledgement(partition_id(self._context.identity, self.partition), *recorded)
+            except (RejectedError, PushBackError) as error:
+                outcome = error
+            except ArtifactStoreError as error:
+                # It may be recorded: whoever confirms it again is told so.
+                self._confirmations.popleft()
+                self._answer(answer, error)
+                raise
+            self._confirmations.popleft()
+            self._answer(answer, outcome)
+
+    def _require_recordable(self) -> None:
+        self._context.guard.require(self.partition, self._last_created_at)
+        self._context.require_readers()
+
+    def _answer(self, answer: asyncio.Future[Acknowledgement], outcome: Acknowledgement | Exception) -> None:
+        def settle() -> None:
+            if answer.done():
+                return
+            if isinstance(outcome, Exception):
+                answer.set_exception(outcome)
+            else:
+                answer.set_result(outcome)
+
+        if not self._context.loop.is_closed():
+            self._context.loop.call_soon_threadsafe(settle)
+
+    def _is_ours(self) -> bool:
+        """Ask the group until it answers; False as well when this writer is to stop."""
+        while not self._stop.is_set():
+            try:
+                answer = self._context.holds(self.partition)
+            except UnavailableError as error:
+                self._note(error)
+                answer = None
+            if answer is not None:
+                return answer
+            self._stop.wait(_ASK_SECONDS)
+        return False
+
+    def _serve(self, tenure: Tenure, asides: Asides, batch: list[Request]) -> None:
+        self._serving_since = time.monotonic()
+        try:
+            runs = runs_of(self._without_held(asides, batch))
+            batch = [request for run in runs for request in run]
+            answers, proven = self._answers(tenure, asides, runs)
+        except Exception as error:
+            for request in batch:
+                # Not the exception itself, whose traceback holds this batch.
+                request.failed(type(error).__name__, spoiled=spoiled_by_record(error))
+            held = [request for request in asides.cancel() if request not in batch]
+            self._waiting.put_back([*batch, *held])
+            raise
+        finally:
+            self._serving_since = None
+        self._waiting.put_back(batch[len(answers) :])
+        self._waiting.announce(answers.count(None))
+        answered = list(zip(batch, answers, strict=False))
+        if not proven:
+            self._unproven = [request for request, outcome in answered if _needs_proof(outcome)]
+            answered = [(request, outcome) for request, outcome in answered if not _needs_proof(outcome)]
+        self._deliver(answered)
+
+    def _without_held(self, asides: Asides, batch: Sequence[Request]) -> list[Request]:
+        """Those of the batch that can be decided now."""
+        now, refused = [], []
+        for request in batch:
+            try:
+                if not asides.holds(request):
+                    now.append(request)
+            except PushBackError as error:
+                self._context.counts.pushed_back += 1
+                refused.append((request, error))
+        self._deliver(refused)
+        return now
+
+    def _answers(
+        self, tenure: Tenure, asides: Asides, runs: Sequence[Sequence[Request]]
+    ) -> tuple[list[_Outcome], bool]:
+        """Decide the requests, append what they become, and only then say so; and whether refusals are proven.
+
+        A commit proves that the state was current, and so does `Tenure.prove`, which is not called too often: one
+        proof serves all who wait for it. If the requests become more than one transaction takes, these are the answers
+        of the first of them.
+        """
+        staged: list[Staged] = []
+        with self._context.turns:
+            now, size, outcomes = asides.now(), 0, list[_Outcome]()
+            for run in runs:
+                decided = len(staged)
+                outcomes += self._decide_run(tenure.state, asides, run, now, staged)
+                # How large manifests are is known only now.
+                size += sum(sum(map(len, decision.values)) for decision, _ in staged[decided:])
+                if size > MAX_BATCH_BYTES:
+                    break
+            values = tenure.hand_over(staged) if staged else []
+        if staged:
+            tenure.commit(values)
+            return outcomes, True
+        if time.monotonic() < tenure.proof_due:
+            return outcomes, False
+        if any(map(_needs_proof, outcomes)):
+            tenure.prove()
+        return outcomes, True
+
+    def _decide_run(
+        self, state: PartitionState, asides: Asides, run: Sequence[Request], now: int, staged: list[Staged]
+    ) -> list[_Outcome]:
+        """Commands of one package that add files to it, together if they can be, or any other request."""
+        commands = [request.asked for request in run if isinstance(request.asked, IngestFiles)]
+        package = state.package(run[0].asked.package_id) if len(commands) > 1 else None
+        if package is not None and package.package_id not in state.irregular.quarantined:
+            decision = None
+            # Which of them it is, and what is wrong with it, is found by deciding each by itself.
+            try:
+                decision = decide_together(package, commands, now, self._context.limits)
+            except ArtifactStoreError:
+                pass
+            except Exception:  # noqa: BLE001 - see above; the cause is logged whole
+                _LOG.exception("commands of package %s cannot be decided together", package.package_id)
+            if decision is not None:
+                package = state.accept(package, decision)
+                staged.append(Staged(decision, [request.traceparent for request in run]))
+                return [acknowledge(package, command) for command in commands]
+        return [self._decide(state, asides, request, now, staged) for request in run]
+
+    def _decide(
+        self, state: PartitionState, asides: Asides, request: Request, now: int, staged: list[Staged]
+    ) -> _Outcome:
+        asked, limits = request.asked, self._context.limits
+        if isinstance(asked, EndQuestion):
+            return state.position
+        package = state.package(asked.package_id, asked.command_id)
+        contradicted = state.irregular.quarantined.get(asked.package_id)
+        try:
+            if contradicted is not None and (package is None or isinstance(asked, IngestCheck)):
+                raise quarantined(contradicted)
+            if isinstance(asked, IngestCheck):
+                check_ingest(package, asked.package_id, asked.relative_paths, asked.command_id, now, limits)
+                return None
+            decision = asides.decision(asked) or decide(package, asked, now, limits)
+            if decision.appended is not None and request.failures > TOGETHER:
+                return given_up(request, decision.done)
+            if decision.appended is not None and contradicted is not None:
+                raise quarantined(contradicted)
+            if decision.claim_check is not None:
+                return UnavailableError("the manifest is not stored yet; retry with the same command id")
+        except ArtifactStoreError as error:
+            return error
+        except (MemoryError, OSError) as error:  # that passes
+            cause = type(error).__name__
+            return UnavailableError(f"the command cannot be decided now ({cause}); retry with the same command id")
+        # Nothing was appended; one command that the code cannot handle must not stop the partition.
+        except Exception as error:  # noqa: BLE001 - see above; the cause is logged whole
+            _LOG.exception("a command of package %s cannot be decided", asked.package_id)
+            return RejectedError(f"the command cannot be carried out: {type(error).__name__}")
+        if decision.appended is not None:
+            package = state.accept(package, decision)
+            staged.append(Staged(decision, [request.traceparent]))
+        elif package is None:
+            return UnavailableError("the package's state was lost; retry with the same command id")
+        return acknowledge(package, asked)
+
+    def _late(self) -> Exception:
+        return in_doubt(f"partition {self.partition}: {self.trouble or 'its writer gave no answer in time'}")
+
+    def _late_check(self) -> Exception:
+        self._context.counts.pushed_back += 1
+        return PushBackError(f"partition {self.partition}: {self.trouble or 'its writer is busy'}", 2.0)
+
+    def _refuse_all(self, error: Exception, seconds: float) -> None:
+        """The partition cannot be written to as it is; say so to everyone, at most until the process gives it up."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            batch = self._waiting.take(min(left, _IDLE_SECONDS))
+            if batch is None:
+                return
+            self._context.counts.pushed_back += len(batch) * isinstance(error, HeldError)
+            self._deliver([(request, error) for request in batch])
+
+    def _note(self, error: Exception) -> None:
+        text = error.detail if isinstance(error, ArtifactStoreError) else f"{type(error).__name__}: {error}"
+        if text != self._trouble:
+            _LOG.warning("partition %d of the log is taken over again: %s", self.partition, text)
+        self._trouble = text
+
+    def _deliver(self, answers: Sequence[tuple[Request, _Outcome]]) -> None:
+        """Hand answers to the event loop in one go; who gave up meanwhile gets none."""
+
+        def settle() -> None:
+            for request, answer in answers:
+                waiting = request.answer
+                if waiting.done():
+                    continue
+                if not isinstance(answer, Exception):
+                    waiting.set_result(cast("Acknowledgement | None", answer))
+                elif isinstance(answer, PartitionNotOwnedError) and request.moved is not None:
+                    request.moved(request)
+                else:
+                    waiting.set_exception(told(request, answer))
+
+        if answers and not self._context.loop.is_closed():
+            self._context.loop.call_soon_threadsafe(settle)
+
+
+def _needs_proof(outcome: _Outcome) -> bool:
+    """Whether the answer would be wrong if another process had appended something meanwhile."""
+    return isinstance(outcome, RejectedError | NotAppendedError | int)
+
+
+@dataclass(frozen=True, slots=True)
+class WriterContext:
+    """What the writers of a process share."""
+
+    kafka: KafkaSettings
+    cluster: Cluster
+    identity: UUID
+    limits: Limits
+    put_manifest: PutManifest
+    clock: Clock
+    loop: asyncio.AbstractEventLoop
+    submit_seconds: float
+    """How long a request may wait for its answer."""
+    states: States
+    holds: Callable[[int], bool | None]
+    """Asks the group whether the partition is this process's; None when it cannot say now. Blocks."""
+    require_readers: Callable[[], None]
+    """Raises unless every member of the installation can read administrative records. Blocks."""
+    disowned: Callable[[PartitionWriter], None]
+    """Told, in this writer's thread, that the group has given its partition to another."""
+    give_way: Callable[[str], None]
+    """Told, in the writer's thread, that the partition cannot be written to from here, and why. Blocks."""
+    doubt: Flag
+    """Set while it is not known that the topic is still the log's."""
+    guard: Guard
+    counts: Counts
+    turns: Turns
+
+
+class Turns:
+    """A lock that is passed on in the order in which it was asked for, as `threading.Lock` is not. Not reentrant."""
+
+    def __init__(self) -> None:
+        self._guard = Lock()
+        self._taken = False
+        self._waiting: deque[Lock] = deque()
+
+    @property
+    def waiting(self) -> int:
+        """How many threads wait for their turn."""
+        return len(self._waiting)
+
+    def __enter__(self) -> None:
+        """Block until it is the caller's turn."""
+        with self._guard:
+            if not self._taken:
+                self._taken = True
+                return
+            ours = Lock()
+            ours.acquire()
+            self._waiting.append(ours)
+        ours.acquire()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with self._guard:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._taken = False

@@ -1,0 +1,250 @@
+"""Brings a request to the writer of its partition, in this process or another, and tries again until it is found.
+
+Retrying is safe, because a command carries its id. But once a writer may have tried a command, the log may hold it. A
+refusal by another writer (it is full, or cannot write) is then no answer to the command.
+
+The group of writers says who owns which partition. Its coordinator may be away while all owners are well, so the last
+answer is used meanwhile. A process that lost a partition since then refuses its commands (PartitionNotOwnedError): an
+old answer costs time and never an event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+from services.core.commands import Acknowledgement, Command
+from services.errors import ArtifactStoreError, ConfigurationError, PushBackError, RejectedError, UnavailableError
+from services.log.port import Forwarder, NotAppendedError, PartitionNotOwnedError
+from services.log.sequencer.answers import Counts, in_doubt
+from services.log.sequencer.queue import IngestCheck
+
+CHECK_SECONDS = 12.0
+"""How long a question may look for the owner: twice as long as it takes until another owns what a killed one did."""
+
+MAX_BYTES = 32 << 20
+"""About how much memory commands of one partition may take that seek its writer or wait for another process's."""
+
+_FIRST_PAUSE = 0.02
+_LONGEST_PAUSE = 0.5
+
+_T = TypeVar("_T")
+
+There = Callable[[Forwarder, str], Awaitable[_T]]
+"""Asks the process at this URL."""
+
+Here = Callable[[Command | IngestCheck, int], "asyncio.Future[Acknowledgement | None]"]
+"""Lets this process's writer of the partition carry it out; PartitionNotOwnedError when there is none."""
+
+
+class Seeking:
+    """Of one process; belongs to its event loop."""
+
+    def __init__(
+        self,
+        owners: Owners,
+        forwarder: Forwarder | None,
+        here: Here,
+        foreign: Callable[[], str | None],
+        counts: Counts,
+        seconds: float,
+    ) -> None:
+        """`foreign` says what makes the topic another log by now; a command is sought for so many seconds."""
+        self._owners = owners
+        self._forwarder = forwarder
+        self._here = here
+        self._foreign = foreign
+        self._counts = counts
+        self._seconds = seconds
+        self._held: dict[int, int] = {}
+        """Bytes of requests that are under way, by partition."""
+
+    @contextmanager
+    def room(self, partition: int, size: int) -> Iterator[None]:
+        """Hold memory for a request that seeks the partition's writer. Raises PushBackError when others hold it."""
+        held = self._held.get(partition, 0)
+        if held and held + size > MAX_BYTES:
+            self._counts.pushed_back += 1
+            raise PushBackError("too many commands seek the writer of the package's partition", 2.0)
+        self._held[partition] = held + size
+        try:
+            yield
+        finally:
+            self._held[partition] -= size
+
+    async def answer(self, partition: int, asked: Command | IngestCheck, there: There[_T], *, doubtful: bool) -> _T:
+        """Seek the partition's writer until it has answered. The log may hold a command that is `doubtful`.
+
+        Raises as `CommandWriter.submit`; ConfigurationError, CorruptError: the writer cannot write.
+        """
+        loop, pause = asyncio.get_running_loop(), _FIRST_PAUSE
+        check = isinstance(asked, IngestCheck)
+        deadline = loop.time() + (min(CHECK_SECONDS, self._seconds) if check else self._seconds)
+        while True:
+            if (foreign := self._foreign()) is not None:
+                raise in_doubt(foreign) if doubtful else UnavailableError(foreign)
+            try:
+                return await self._once(partition, asked, there, deadline)
+            except (RejectedError, NotAppendedError):
+                raise
+            except PartitionNotOwnedError as error:
+                trouble = error.detail
+            except TimeoutError:
+                trouble, doubtful = "the partition's writer gave no answer in time", not check
+            except UnavailableError as error:
+                trouble, doubtful = error.detail, not check
+            except ArtifactStoreError as error:
+                if not doubtful:
+                    raise
+                trouble = error.detail
+            self._owners.forget()
+            if loop.time() + pause > deadline:
+                if check:
+                    self._counts.pushed_back += 1
+                    raise PushBackError(trouble, 2.0)
+                raise in_doubt(trouble)
+            await asyncio.sleep(pause * random.uniform(0.5, 1.5))
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    async def _once(self, partition: int, asked: Command | IngestCheck, there: There[_T], deadline: float) -> _T:
+        """What the writer answers, as far as it is known who that is.
+
+        Raises what it does; PartitionNotOwnedError: nobody has tried it; TimeoutError: another process gave no answer.
+        """
+        with suppress(PartitionNotOwnedError):
+            return cast("_T", await self._here(asked, partition))
+        try:
+            owner = (await self._owners.all()).get(partition)
+        except UnavailableError as error:
+            raise PartitionNotOwnedError(error.detail) from error
+        if owner is None or owner.is_self:
+            raise PartitionNotOwnedError(f"partition {partition} has no writer now")
+        if owner.url is None or self._forwarder is None:
+            raise PartitionNotOwnedError(f"partition {partition} is written by another process that cannot be reached")
+        async with asyncio.timeout_at(deadline):
+            return await self._owners.while_owned(partition, owner, there(self._forwarder, owner.url))
+
+
+_LOOK_SECONDS = 1.0
+"""How often it is looked whether a forwarded command's owner still is: a frozen one neither answers nor refuses."""
+
+_FRESH_SECONDS = 1.0
+_UNSETTLED_SECONDS = 0.1
+"""After so long the group may have something new to say."""
+
+_FAILED_SECONDS = 0.5
+"""The pause before the group is asked again after it did not answer."""
+
+_PATIENCE_SECONDS = 1.0
+"""How long callers wait for the group's answer while an earlier answer is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """A member of the group. `url` is None when it cannot be reached by others."""
+
+    url: str | None
+    is_self: bool
+
+
+class Owners:
+    """Asks the group once for all who want to know at the same time."""
+
+    def __init__(self, ask: Callable[[], Mapping[int, Owner] | None]) -> None:
+        """`ask` blocks; it returns None between two assignments, and raises UnavailableError, ConfigurationError."""
+        self._ask_group = ask
+        # A thread of its own: a group that keeps still must not hold up what else is asked.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="log-owners")
+        self._question: asyncio.Task[None] | None = None
+        self._asked_at = 0.0
+        self._closed = False
+        self._known: Mapping[int, Owner] | None = None
+        """The group's last answer."""
+        self._failure: ArtifactStoreError | None = None
+        """Why there was no answer to the last question."""
+        self._until = 0.0
+        """When the group is asked again,"""
+        self._least = 0.0
+        """and before when it is not, even if what is known has proved wrong."""
+
+    async def all(self) -> Mapping[int, Owner]:
+        """Owner by partition, without those that nobody owns.
+
+        While the group cannot be asked, those that it named last. Raises UnavailableError or ConfigurationError when it
+        has not named any yet.
+        """
+        if self._closed:
+            raise UnavailableError("this process asks for no owners any more")
+        if time.monotonic() >= self._until:
+            if self._question is None or self._question.done():
+                self._question = asyncio.create_task(self._ask(), name="log-owners")
+                self._asked_at = time.monotonic()
+            known = self._known is not None
+            patience = max(0.0, self._asked_at + _PATIENCE_SECONDS - time.monotonic()) if known else None
+            await asyncio.wait([self._question], timeout=patience)
+            if self._closed:
+                raise UnavailableError("this process asks for no owners any more")
+            if self._question.done():
+                self._question.result()
+        if self._known is not None:
+            return self._known
+        if self._failure is not None:
+            raise type(self._failure)(self._failure.detail)
+        return {}
+
+    async def _ask(self) -> None:
+        try:
+            found = await asyncio.get_running_loop().run_in_executor(self._thread, self._ask_group)
+        except (UnavailableError, ConfigurationError) as error:
+            self._failure = error
+            self._until = self._least = time.monotonic() + _FAILED_SECONDS
+            return
+        self._failure = None
+        # Between two assignments most partitions stay where they were.
+        if found is not None:
+            self._known = found
+        self._until = time.monotonic() + (_FRESH_SECONDS if found is not None else _UNSETTLED_SECONDS)
+        self._least = time.monotonic() + _UNSETTLED_SECONDS
+
+    async def while_owned(self, partition: int, owner: Owner, answer: Awaitable[_T]) -> _T:
+        """Wait for the answer of a partition's owner. Raises UnavailableError once another owns the partition."""
+        waiting = asyncio.ensure_future(answer)
+        looking: asyncio.Future[None] | None = None
+        try:
+            if not (await asyncio.wait([waiting], timeout=_LOOK_SECONDS))[0]:
+                looking = asyncio.ensure_future(self._goes_elsewhere(partition, owner))
+                await asyncio.wait([waiting, looking], return_when=asyncio.FIRST_COMPLETED)
+                if not waiting.done():
+                    await looking
+                    raise UnavailableError("the partition went to another process")
+            return await waiting
+        finally:
+            waiting.cancel()
+            if looking is not None:
+                looking.cancel()
+
+    async def _goes_elsewhere(self, partition: int, owner: Owner) -> None:
+        """Return once the group says that another owns the partition."""
+        while True:
+            # Who cannot say who owns it does not say that it went elsewhere.
+            with suppress(UnavailableError, ConfigurationError):
+                if (await self.all()).get(partition, owner) != owner:
+                    return
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    def close(self) -> None:
+        """Ask no more. Does not wait for a question that is under way."""
+        self._closed = True
+        if self._question is not None:
+            self._question.cancel()
+        self._thread.shutdown(wait=False)
+
+    def forget(self) -> None:
+        """What is remembered has proved wrong; the group is asked again, unless that was a moment ago."""
+        self._until = min(self._until, self._least)

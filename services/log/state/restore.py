@@ -1,0 +1,300 @@
+"""Where a writer's state comes from at a take-over: its own file, a snapshot, or the log from offset zero.
+
+No state is believed before the record that it names was found in the log. A state whose record is missing proves a loss
+(see `loss`). The next best state is used all the same, so that the writer is ready when the loss is accepted.
+
+A frozen process may hold a state file for ever, so a partition has several slots for files. The first is
+`<topic>-<partition>.db`, further ones carry a number; each has a lock file beside it, which stays. A take-over looks at
+every free slot, goes on with the newest state and empties the others. A state that proves a loss stays in its slot,
+which is passed over until the loss is accepted.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.file_lock import FileLock
+from services.log.state.loss import FILE, Loss, Witness
+from services.log.state.partition_state import PartitionState
+from services.log.state.snapshots import Snapshot, SnapshotError, Snapshots, Stored
+from services.log.state.state_file import (
+    DiskFullError,
+    ForeignStateError,
+    Place,
+    StateFile,
+    StateFileError,
+    UnusableStateError,
+    remove,
+)
+
+FROM_FILE = "file"
+FROM_SNAPSHOT = "snapshot"
+FROM_LOG = "log"
+
+WORTH_OFFSETS = 50_000
+"""How far a snapshot must be ahead of the file for it to be fetched instead."""
+
+_FETCHED = ".fetched"
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class States:
+    """Where the writers of a process keep their states, and where they may find one of others."""
+
+    folder: Path
+    snapshots: Snapshots | None = None
+
+
+def candidates(
+    slot: Slot,
+    file: StateFile | None,
+    found: Iterable[Snapshot],
+    place: Place,
+    states: States,
+    stopping: Callable[[], bool],
+) -> Iterator[tuple[str, PartitionState]]:
+    """States to go on from, the best first, each with where it comes from; of the snapshots only what is worth it.
+
+    The caller ends a state that it does not take by `discard`. Blocks. Raises StateFileError; PartitionNotOwnedError
+    when `stopping` came true.
+    """
+    at_least = 0 if file is None else file.standing.position + WORTH_OFFSETS
+    try:
+        for snapshot in sorted(found, reverse=True):
+            if snapshot.position >= at_least and _fetched(states.snapshots, snapshot, place, slot, stopping):
+                if file is not None:
+                    file.close()
+                file = None
+                yield FROM_SNAPSHOT, _moved_in(slot, place)
+    except BaseException:
+        if file is not None:
+            file.close()
+        raise
+    if file is not None:
+        yield FROM_FILE, PartitionState(file)
+    yield FROM_LOG, PartitionState(_fresh(slot, place))
+
+
+def _fresh(slot: Slot, place: Place) -> StateFile:
+    try:
+        return StateFile.create(slot.path, place)
+    except DiskFullError as error:
+        _LOG.warning("the state of partition %d is kept in memory: %s", place.partition, error.detail)
+        return StateFile.in_memory(slot.path, place)
+
+
+def stored(states: States, looking: Future[Stored] | None, place: Place, stopping: Callable[[], bool]) -> Stored:
+    """What the store was found to have; nothing, and a line in the log, when it gives no answer.
+
+    Blocks. Raises PartitionNotOwnedError when `stopping` came true.
+    """
+    if states.snapshots is None or looking is None:
+        return Stored()
+    try:
+        return states.snapshots.found(looking, stopping)
+    except SnapshotError as error:
+        _LOG.warning("no snapshot of partition %d can be looked for: %s", place.partition, error.detail)
+        return Stored()
+
+
+def witnesses(states: States, found: Stored, place: Place, end: int, stopping: Callable[[], bool]) -> Iterator[Witness]:
+    """All that remembers a record: witnesses, and snapshots beyond `end` that have none, which are fetched for it.
+
+    Blocks. Raises PartitionNotOwnedError when `stopping` came true.
+    """
+    yield from found.witnesses
+    known = {witness.standing.position for witness in found.witnesses if witness.log == place.identity}
+    for snapshot in found.snapshots:
+        if states.snapshots is not None and snapshot.position > end and snapshot.position not in known:
+            try:
+                yield states.snapshots.witness_of(snapshot, place, states.folder, stopping)
+            except (SnapshotError, StateFileError) as error:
+                _unused(place, snapshot, error)
+
+
+def _fetched(
+    snapshots: Snapshots | None, snapshot: Snapshot, place: Place, slot: Slot, stopping: Callable[[], bool]
+) -> bool:
+    """Bring a snapshot beside the slot's file; False, and a line in the log, when it is of no use."""
+    path = _beside(slot)
+    if snapshots is None:
+        return False
+    try:
+        remove(path)
+        snapshots.fetch(snapshot, place, path, stopping)
+        found = StateFile.open(path, place)
+        position = found.standing.position
+        found.close()
+        if position != snapshot.position:
+            raise SnapshotError("it stands elsewhere than it should")
+    except (SnapshotError, StateFileError) as error:
+        _unused(place, snapshot, error)
+        remove(path)
+        return False
+    except BaseException:
+        remove(path)
+        raise
+    snapshots.restored(place.partition, snapshot.position)
+    return True
+
+
+def _unused(place: Place, snapshot: Snapshot, error: SnapshotError | StateFileError) -> None:
+    _LOG.warning(
+        "the snapshot of partition %d at offset %d is not used: %s", place.partition, snapshot.position, error.detail
+    )
+
+
+def _moved_in(slot: Slot, place: Place) -> PartitionState:
+    remove(slot.path)
+    _beside(slot).rename(slot.path)
+    return PartitionState(StateFile.open(slot.path, place))
+
+
+def _beside(slot: Slot) -> Path:
+    return slot.path.with_name(slot.path.name + _FETCHED)
+
+
+class Slot:
+    """A place for a state file that this process holds, until `release`."""
+
+    def __init__(self, path: Path, lock: FileLock) -> None:
+        self.path = path
+        self._lock = lock
+
+    def release(self) -> None:
+        """Let others have it; the file stays."""
+        self._lock.release()
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A slot of the partition, the state in it if there is one, and the losses that states in other slots prove."""
+
+    slot: Slot
+    file: StateFile | None
+    losses: Sequence[Loss]
+
+
+def claim(folder: Path, place: Place, lost: Callable[[Witness], Loss | None]) -> Claim:
+    """Take a slot for the partition. Blocks, but waits for no lock.
+
+    `lost` says what the log lost if it does not hold the record that a state stands on. Raises StateFileError, and
+    whatever `lost` raises.
+    """
+    with _system_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        numbers = _numbers(folder, place)
+        held = [slot for number in sorted({0, *numbers}) if (slot := _locked(folder, place, number))]
+    files: list[tuple[Slot, StateFile]] = []
+    empty: list[Slot] = []
+    losses: list[Loss] = []
+    try:
+        for slot in held:
+            found = _looked_at(slot, place, lost)
+            if isinstance(found, Loss):
+                losses.append(found)
+            elif found is None:
+                empty.append(slot)
+            else:
+                files.append((slot, found))
+        files.sort(key=lambda kept: kept[1].standing.position)
+        for slot, worse in files[:-1]:
+            worse.close()
+            remove(slot.path)
+        kept, file = files[-1] if files else (empty[0] if empty else _fresh_slot(folder, place, numbers), None)
+    except BaseException:
+        for _, opened in files:
+            with suppress(StateFileError):
+                opened.close()
+        _release(held)
+        raise
+    _release([slot for slot in held if slot is not kept])
+    return Claim(kept, file, losses)
+
+
+def discard(path: Path) -> None:
+    """Delete the state in a slot, unless another process holds it. Raises StateFileError."""
+    with _system_errors(path.parent):
+        lock = _lock_of(path)
+        if lock.take():
+            try:
+                remove(path)
+            finally:
+                lock.release()
+
+
+def _numbers(folder: Path, place: Place) -> set[int]:
+    """Those of the slots that have ever been used."""
+    form = re.compile(re.escape(f"{place.topic}-{place.partition}") + r"(?:\.([1-9][0-9]{0,5}))?\.db(?:\.lock)?")
+    return {int(found[1] or 0) for path in folder.iterdir() if (found := form.fullmatch(path.name))}
+
+
+def _fresh_slot(folder: Path, place: Place, numbers: set[int]) -> Slot:
+    """A slot that was never used."""
+    _LOG.warning("no state of partition %d can be used: a fresh one is begun", place.partition)
+    number = 1
+    with _system_errors(folder):
+        while number in numbers or (slot := _locked(folder, place, number)) is None:
+            number += 1
+    return slot
+
+
+def _locked(folder: Path, place: Place, number: int) -> Slot | None:
+    stem = f"{place.topic}-{place.partition}"
+    path = folder / (f"{stem}.{number}.db" if number else f"{stem}.db")
+    lock = _lock_of(path)
+    return Slot(path, lock) if lock.take() else None
+
+
+def _lock_of(path: Path) -> FileLock:
+    return FileLock(path.with_name(path.name + ".lock"))
+
+
+def _looked_at(slot: Slot, place: Place, lost: Callable[[Witness], Loss | None]) -> StateFile | Loss | None:
+    """The state in the slot, or the loss that it proves; None when there is none, or none that can be used."""
+    if not slot.path.exists():
+        remove(slot.path)  # what SQLite kept beside a file that is gone
+        return None
+    try:
+        file = StateFile.open(slot.path, place)
+    except ForeignStateError as error:
+        if (loss := lost(Witness(FILE, error.log, error.standing, str(slot.path)))) is not None:
+            return loss
+        _discard(slot, place, error)
+        return None
+    except UnusableStateError as error:
+        _discard(slot, place, error)
+        return None
+    try:
+        loss = lost(Witness(FILE, place.identity, file.standing, str(slot.path)))
+    except BaseException:
+        file.close()
+        raise
+    if loss is not None:
+        file.close()
+    return file if loss is None else loss
+
+
+def _discard(slot: Slot, place: Place, error: StateFileError) -> None:
+    _LOG.warning("a state file of partition %d is discarded: %s", place.partition, error.detail)
+    remove(slot.path)
+
+
+def _release(slots: Sequence[Slot]) -> None:
+    for slot in slots:
+        slot.release()
+
+
+@contextmanager
+def _system_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StateFileError(f"ARTIFACT_STORE_STATE_DIR {folder} cannot be used: {error.strerror}") from error
