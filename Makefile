@@ -34,8 +34,8 @@ endurance: $(DEV) ## The tests that take long, on real services
 	@$(SERVICES) run -- $(PYTHON) -m pytest -m endurance --timeout=0
 
 .PHONY: torture
-torture: $(DEV) ## Random faults under load, then the oracle; DURATION=seconds (60), SEED=number to repeat
-	@$(PYTHON) -m tests.faults.torture $(if $(DURATION),--duration $(DURATION)) $(if $(SEED),--seed $(SEED))
+torture: $(DEV) ## Random faults under load, then the oracle; DURATION=seconds (60), SEED=number to repeat, ONLY=kind
+	@$(PYTHON) -m tests.faults.torture $(if $(DURATION),--duration $(DURATION)) $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only "$(ONLY)")
 
 .PHONY: bench
 bench: $(DEV) ## The benchmarks, each against its baseline in one run; ONLY=NAME for one (docs/benchmarks.md)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import struct
 import threading
 from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
-
+from tests.faults.proxy import read_frame
 from tests.services.kafka import KafkaBroker, KafkaCluster
 from tests.services.process import free_ports
 
@@ -20,8 +21,9 @@ _SECONDS = 10.0
 class SplitCluster(KafkaCluster):
     """Brokers that reach each other, and the controller, through proxies alone; clients reach them as always.
 
-    Each broker advertises to its peers the proxies of its two inner listeners. A proxy asks the system which
-    broker connects, since Kafka advertises one address of a listener to all. The proxies run in a thread of their own.
+    Each broker advertises to its peers the proxies of its two inner listeners. A proxy learns from
+    the first request which broker has connected, since Kafka advertises one address of a listener to all. The proxies
+    run in a thread of their own.
     """
 
     def __init__(self, folder: Path, brokers: int = 3) -> None:
@@ -85,21 +87,37 @@ class SplitCluster(KafkaCluster):
                 broker: KafkaBroker = broker,
                 port: int = port,
             ) -> None:
-                self._accept(reader, writer, broker, port)
+                task = self._loop.create_task(self._pass(reader, writer, broker, port))
+                self._passing[task] = frozenset()
+                task.add_done_callback(self._passing.pop)
+                task.add_done_callback(lambda _: writer.transport.abort())  # also when it is cancelled before it begins
 
             self._servers.append(await asyncio.start_server(accept, "127.0.0.1", outer))
 
-    def _accept(
+    async def _pass(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, broker: KafkaBroker, port: int
     ) -> None:
-        ends = frozenset({broker.node_id, self._owner(writer.get_extra_info("peername")[1])})
-        if self._between(ends):
-            writer.transport.abort()
+        """Pass on what comes, both ways, until either side ends it."""
+        task, first = asyncio.current_task(), await read_frame(reader)
+        if first is None:
             return
-        task = self._loop.create_task(_pass(reader, writer, port))
-        self._passing[task] = ends
-        task.add_done_callback(self._passing.pop)
-        task.add_done_callback(lambda _: writer.transport.abort())  # also when it is cancelled before it begins
+        assert task is not None
+        ends = self._passing[task] = frozenset({broker.node_id, _sender(first)})
+        if self._between(ends):
+            return
+        try:
+            there, back = await asyncio.open_connection("127.0.0.1", port)
+        except OSError:
+            return
+        back.write(first)
+        ways = [asyncio.create_task(_copy(reader, back)), asyncio.create_task(_copy(there, writer))]
+        try:
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            back.transport.abort()
+            for way in ways:
+                way.cancel()
+            await asyncio.gather(*ways, return_exceptions=True)
 
     async def _end(self) -> None:
         for server in self._servers:
@@ -121,31 +139,15 @@ class SplitCluster(KafkaCluster):
         """Whether the connection leads from a broker that is cut off to another one, or back."""
         return len(ends) > 1 and bool(ends & self._cut)
 
-    def _owner(self, port: int) -> int:
-        """The broker whose connection begins at this port; 0 for nobody's."""
-        for broker in self.brokers:
-            with suppress(psutil.Error):
-                if broker.running and any(
-                    found.laddr.port == port for found in psutil.Process(broker.pid).net_connections("tcp")
-                ):
-                    return broker.node_id
-        return 0
 
+def _sender(request: bytes) -> int:
+    """The broker that sends this request; 0 when it is none.
 
-async def _pass(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, port: int) -> None:
-    """Pass on what comes, both ways, until either side ends it."""
-    try:
-        there, back = await asyncio.open_connection("127.0.0.1", port)
-    except OSError:
-        return
-    ways = [asyncio.create_task(_copy(reader, back)), asyncio.create_task(_copy(there, writer))]
-    try:
-        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        back.transport.abort()
-        for way in ways:
-            way.cancel()
-        await asyncio.gather(*ways, return_exceptions=True)
+    The client ids of its clients name it: `3`, `raft-client-3`, `broker-3-fetcher-0`.
+    """
+    (length,) = struct.unpack(">h", request[12:14])  # after the frame's length, key, version and correlation id
+    number = re.search(rb"\d+", request[14 : 14 + max(0, length)])
+    return 0 if number is None else int(number[0])
 
 
 async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

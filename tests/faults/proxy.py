@@ -192,7 +192,7 @@ class _Connection:
 
     async def _take_requests(self) -> None:
         loop, network = asyncio.get_running_loop(), self._network
-        while (frame := await _frame(self._from_client)) is not None:
+        while (frame := await read_frame(self._from_client)) is not None:
             kind = _kind(frame)
             network.requests[kind] += 1
             if kind in network.late:
@@ -217,7 +217,7 @@ class _Connection:
 
     async def _pass_answers(self) -> None:
         network = self._network
-        while (frame := await _frame(self._from_broker)) is not None:
+        while (frame := await read_frame(self._from_broker)) is not None:
             kind = self._asked.popleft()
             if not self._asked:
                 self._answered.set()
@@ -233,7 +233,7 @@ class _Connection:
                     await self._to_client.drain()
 
 
-async def _frame(reader: asyncio.StreamReader) -> bytes | None:
+async def read_frame(reader: asyncio.StreamReader) -> bytes | None:
     """The next request or answer with its length in front; None when the other side has hung up."""
     try:
         head = await reader.readexactly(4)

@@ -6,6 +6,7 @@ which ends it; what it wrote is at the end of the error when something fails.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -88,6 +89,16 @@ def metrics_of(gateway: ProductProcess) -> dict[str, float]:
     with urllib.request.urlopen(f"{gateway.endpoint}/metrics", timeout=10) as answer:  # noqa: S310  as above
         lines = answer.read().decode().splitlines()
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+
+
+def readiness(gateway: ProductProcess) -> str:
+    """The cause that `/readyz` gives for its writer, empty when there is none."""
+    try:
+        with urllib.request.urlopen(f"{gateway.endpoint}/readyz", timeout=10) as answer:  # noqa: S310 - as above
+            found = json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        found = json.loads(error.read())
+    return found["parts"]["writer"]["cause"] or ""
 
 
 def run_command(

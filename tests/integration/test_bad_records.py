@@ -43,7 +43,14 @@ from tests.integration.kafka_stage import (
     open_kafka_log,
     owned,
 )
-from tests.integration.processes import ProductProcess, metrics_of, output_of, partitions_of, run_command
+from tests.integration.processes import (
+    ProductProcess,
+    metrics_of,
+    output_of,
+    partitions_of,
+    readiness,
+    run_command,
+)
 from tests.services.process import free_ports
 from tests.unit.commands import finalize, ingest
 
@@ -339,16 +346,6 @@ def created(gateway: ProductProcess) -> str:
     with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310 - as above
         found: str = json.loads(answer.read())["package_id"]
         return found
-
-
-def readiness(gateway: ProductProcess) -> str:
-    """The cause that `/readyz` gives for its writer, empty when there is none."""
-    try:
-        with urllib.request.urlopen(f"{gateway.endpoint}/readyz", timeout=10) as answer:  # noqa: S310 - of our own
-            found = json.loads(answer.read())
-    except urllib.error.HTTPError as error:
-        found = json.loads(error.read())
-    return found["parts"]["writer"]["cause"] or ""
 
 
 def wait(condition: Callable[[], bool], otherwise: str) -> None:

@@ -42,8 +42,16 @@ from tests.integration.kafka_stage import (
     operate,
     state_about,
 )
-from tests.integration.processes import ProductProcess, get, metrics_of, output_of, partitions_of, run_command
-from tests.integration.test_bad_records import created, readiness, wait
+from tests.integration.processes import (
+    ProductProcess,
+    get,
+    metrics_of,
+    output_of,
+    partitions_of,
+    readiness,
+    run_command,
+)
+from tests.integration.test_bad_records import created, wait
 from tests.services.kafka import KafkaBroker
 
 pytestmark = pytest.mark.services

@@ -8,13 +8,14 @@ from uuid import uuid4
 
 import pytest
 
-from schemas.digests import event_digest
-from schemas.events import Event, FileIngested
+from schemas.digests import event_digest, record_digest
+from schemas.events import Event, FileIngested, LogSkipped
 from services.core.commands import Command, FinalizePackage, IngestFiles
 from services.core.decide import decide
 from services.core.evolve import evolve
 from services.core.limits import Limits
 from services.core.state import PackageState
+from services.log.records import administrative_event
 from tests.faults.torture.oracle import Verdict, compare
 from tests.faults.torture.work import CREATE, FINALIZE, INGEST, Answer, Entry, Work
 from tests.unit.commands import create, stored
@@ -90,3 +91,31 @@ def test_a_log_that_keeps_every_promise_is_clean() -> None:
 def test_damage_is_noticed(damage: Damage, kind: str) -> None:
     missing, duplicates, violations = judged(damage)
     assert {"missing": missing, "duplicates": duplicates, "violations": violations}[kind] > 0
+
+
+def test_an_event_by_a_wrong_clock_is_noticed() -> None:
+    entries, events = history()
+    verdict = Verdict()
+    compare(entries, events, verdict, began=86_400_000_000)
+    assert verdict.violations == len(events)
+
+
+@pytest.mark.parametrize(
+    ("strays", "confirmed"), [([b"a"], []), ([], [b"a"]), ([b"a"], [b"a", b"a"]), ([b"a"], [b"b"])]
+)
+def test_a_foreign_record_that_is_not_confirmed_just_once_is_noticed(
+    strays: list[bytes], confirmed: list[bytes]
+) -> None:
+    assert violations_with([b"a", b"b"], [b"b", b"a"]) == 0
+    assert violations_with(strays, confirmed) > 0
+
+
+def violations_with(strays: list[bytes], confirmed: list[bytes]) -> int:
+    """How many there are when these records are no events, and these are confirmed to be none."""
+    entries, events = history()
+    for value in confirmed:
+        payload = LogSkipped(uuid4(), 0, 7, record_digest(b"", value), len(value), "no event", "")
+        events.append(administrative_event(payload, None, created_at=2_000, actor="ada", command_id=uuid4()))
+    verdict = Verdict()
+    compare(entries, events, verdict, strays=strays)
+    return verdict.violations

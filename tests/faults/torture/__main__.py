@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Coroutine, Sequence
@@ -33,7 +35,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--at-once", type=int, default=120, help="how many commands are under way at once")
     parser.add_argument("--only", action="append", metavar="KIND", help="make faults of this kind alone; repeatable")
     parser.add_argument("--keep", action="store_true", help="keep journals, logs and data even when all was well")
+    parser.add_argument("--own-mounts", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if not options.own_mounts and _may_mount():
+        command = [sys.executable, "-m", "tests.faults.torture", *arguments, "--own-mounts"]
+        # The same process, with mounts of its own.
+        os.execvp("unshare", ["unshare", "--mount", *command])  # noqa: S606 - no shell is wanted
     kinds = [kind for kind in KINDS if options.only is None or kind.name in options.only]
     if not kinds:
         parser.error(f"kinds are: {', '.join(kind.name for kind in KINDS)}")
@@ -42,7 +49,8 @@ def main(arguments: list[str]) -> int:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     say(f"seed {seed}; {options.duration:.0f} s; everything is kept in {folder} if a promise breaks")
-    under_fire = torture(folder, options.duration, seed, options.producers, options.at_once, kinds, keep=options.keep)
+    given = {"keep": options.keep, "own_mounts": options.own_mounts}
+    under_fire = torture(folder, options.duration, seed, options.producers, options.at_once, kinds, **given)
     result = asyncio.run(until_told(under_fire))
     if result is None:
         return 130
@@ -50,6 +58,13 @@ def main(arguments: list[str]) -> int:
     if result.verdict.clean and not options.keep:
         shutil.rmtree(folder, ignore_errors=True)
     return 0 if result.verdict.clean else 1
+
+
+def _may_mount() -> bool:
+    return (
+        shutil.which("unshare") is not None
+        and subprocess.run(["unshare", "--mount", "true"], check=False).returncode == 0
+    )
 
 
 async def until_told(under_fire: Coroutine[None, None, Result]) -> Result | None:
@@ -72,12 +87,19 @@ async def torture(
     kinds: Sequence[Kind] = KINDS,
     *,
     keep: bool = False,
+    own_mounts: bool = False,
 ) -> Result:
-    """A whole round on a stage of its own in `folder`, whose data stays when a promise breaks."""
+    """A whole round on a stage of its own in `folder`, whose data stays when a promise breaks.
+
+    `own_mounts`: what this process mounts ends with it; without, no disk can be filled.
+    """
     found: list[Result] = []
-    async with staged(folder, keep=lambda: keep or not (found and found[0].verdict.clean)) as stage:
+    async with staged(
+        folder, keep=lambda: keep or not (found and found[0].verdict.clean), own_mounts=own_mounts
+    ) as stage:
         say("everything runs")
-        found.append(await Round(stage, seed, say, loads(stage, seed, producers, at_once), kinds).run(duration))
+        made = kinds if own_mounts else [kind for kind in kinds if not kind.small_disk]
+        found.append(await Round(stage, seed, say, loads(stage, seed, producers, at_once), made).run(duration))
     return found[0]
 
 

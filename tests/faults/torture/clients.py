@@ -21,7 +21,7 @@ from artifact_store.client.transport import RetryPolicy
 from services.blobs.port import Declared
 from services.core.commands import Acknowledgement
 from services.core.content_address import ContentAddress
-from services.errors import ArtifactStoreError, PushBackError, UnavailableError
+from services.errors import ArtifactStoreError, BadRecordError, PushBackError, UnavailableError
 from tests.faults.torture.work import ACTOR, CREATE, INGEST, MEDIA_TYPE, Answer, Work, package_fields
 
 ATTEMPT_SECONDS = 10.0
@@ -31,6 +31,9 @@ GIVE_UP_SECONDS = 180.0
 """A command that is not answered by then counts as an error that the client has seen."""
 
 _LATER = (429, 503, 504)
+_BAD_RECORD = b"urn:artifact-store:problem:bad-record"
+"""The partition stands before a stranger's record until an operator confirms it. Nothing is wrong with the command."""
+
 _PAUSE_SECONDS = (0.05, 0.1, 0.2, 0.5)
 
 
@@ -82,7 +85,7 @@ class PlainClient:
                 if 200 <= status < 300:
                     return answer_of(json.loads(body)), attempts
                 last = f"{status} {body[:500].decode(errors='replace')}"
-                if status not in _LATER:
+                if status not in _LATER and _BAD_RECORD not in body:
                     raise UnexpectedAnswerError(f"{work.kind} {work.command_id} of package {work.package_id}: {last}")
                 pause += float(headers.get("Retry-After", "0"))
             at += 1
@@ -130,9 +133,11 @@ class LibraryClient:
             attempts += 1
             try:
                 return _answer(await self._ask(self._registries[at % len(self._registries)], work)), attempts
-            except (PushBackError, UnavailableError) as error:
+            except (BadRecordError, PushBackError, UnavailableError) as error:
                 if loop.time() > deadline:
                     raise UnexpectedAnswerError(f"{work.kind} {work.command_id}: {error.detail}") from error
+                if isinstance(error, BadRecordError):
+                    await asyncio.sleep(_PAUSE_SECONDS[-1])  # all others the library has retried by itself
             except ArtifactStoreError as error:
                 text = f"{work.kind} {work.command_id} of package {work.package_id}: {type(error).__name__}"
                 raise UnexpectedAnswerError(f"{text}: {error.detail}") from error

@@ -9,8 +9,9 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import confluent_kafka.admin
 from confluent_kafka import ElectionType, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
 
@@ -22,6 +23,9 @@ _NO_TAGS = b"\0"
 
 _T = TypeVar("_T")
 
+# The package's types do not mark what its documentation names as exported.
+_admin: Any = confluent_kafka.admin
+
 
 def prefer(cluster: KafkaCluster, topic: str, partitions: Sequence[int], order: Sequence[int]) -> None:
     """Let the first broker in `order`, all replicas in a new order, lead these partitions. Blocks.
@@ -32,6 +36,15 @@ def prefer(cluster: KafkaCluster, topic: str, partitions: Sequence[int], order: 
     admin = AdminClient({"bootstrap.servers": cluster.endpoint, "log_level": 0})
     moved = admin.elect_leaders(ElectionType.PREFERRED, [TopicPartition(topic, p) for p in partitions])
     moved.result(_SECONDS)
+
+
+def set_on_topic(cluster: KafkaCluster, topic: str, name: str, value: str) -> None:
+    """Change one setting of the topic, as an operator does. Blocks. Raises KafkaException when it is not done."""
+    change = _admin.AlterConfigOpType.SET
+    entries = [_admin.ConfigEntry(name, value, incremental_operation=change)]
+    resource = _admin.ConfigResource(_admin.ResourceType.TOPIC, topic, incremental_configs=entries)
+    admin = AdminClient({"bootstrap.servers": cluster.endpoint, "log_level": 0})
+    admin.incremental_alter_configs([resource])[resource].result(_SECONDS)
 
 
 def in_sync(cluster: KafkaCluster) -> bool:

@@ -8,15 +8,15 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from uuid import UUID
 
 from confluent_kafka import Consumer, KafkaError, TopicPartition
 
 from schemas.codec import decode
-from schemas.digests import event_digest
-from schemas.events import Event, FileIngested, PackageFinalized
+from schemas.digests import event_digest, record_digest
+from schemas.events import Event, FileIngested, LogSkipped, PackageFinalized
 from services.config import Settings
 from services.views.projections import PROJECTIONS
 from tests.faults.torture.work import Answer, Entry
@@ -25,6 +25,8 @@ from tests.integration.processes import run_command
 _READ_SECONDS = 60.0
 _VERIFY_SECONDS = 1800.0
 _KEPT = 200
+_CLOCKS_DIFFER_MICROS = 300_000_000
+"""A gateway whose clock differs by more than this writes nothing."""
 
 
 @dataclass
@@ -53,15 +55,35 @@ class Verdict:
         return not (self.missing or self.duplicates or self.violations)
 
 
-def compare(entries: Iterable[Entry], events: Iterable[Event], verdict: Verdict) -> None:
-    """Every acknowledged command once and as acknowledged; nothing else; no number and no path of a package twice."""
+def compare(
+    entries: Iterable[Entry],
+    events: Iterable[Event],
+    verdict: Verdict,
+    *,
+    strays: Collection[bytes] = (),
+    began: int = 0,
+) -> None:
+    """Every acknowledged command once and as acknowledged; nothing else; no number and no path of a package twice.
+
+    `strays`: the values of records that are no events, each of which was confirmed once. No event is much older than
+    the beginning of the round (`began`, µs since 1970), or much newer than now.
+    """
     promised: dict[tuple[UUID, UUID], Entry] = {}
     for entry in entries:
         promised[entry.work.package_id, entry.work.command_id] = entry
     verdict.acknowledged = len(promised)
     found: Counter[tuple[UUID, UUID]] = Counter()
     places: set[tuple[UUID, int | str]] = set()
+    latest = time.time_ns() // 1000 + _CLOCKS_DIFFER_MICROS
+    unconfirmed = {record_digest(b"", value) for value in strays}
     for event in events:
+        if not began - _CLOCKS_DIFFER_MICROS < event.created_at < latest:
+            verdict.violation(f"{event.event_type} {event.sequence} of {event.package_id} is of {event.created_at}")
+        if isinstance(event.payload, LogSkipped):
+            if event.payload.digest not in unconfirmed:
+                verdict.violation(f"a record of digest {event.payload.digest.hex()} was confirmed twice, or by nobody")
+            unconfirmed.discard(event.payload.digest)
+            continue
         key = (event.package_id, event.command_id)
         found[key] += 1
         if found[key] > event.command_count:
@@ -77,14 +99,19 @@ def compare(entries: Iterable[Entry], events: Iterable[Event], verdict: Verdict)
             verdict.violation(f"{event.event_type} {event.sequence} of {event.package_id} was acknowledged to nobody")
         elif (_answer(event), _path(event)) != (promise.answer, promise.work.path):
             verdict.violation(f"{promise.work} was acknowledged as {promise.answer}, the log has {_answer(event)}")
+    if unconfirmed:
+        verdict.violation(f"the confirmation of {len(unconfirmed)} records is not in the log", len(unconfirmed))
     for key, entry in promised.items():
         if key not in found:
             verdict.missing += 1
             verdict.say(f"{entry.work}, acknowledged as {entry.answer}, is not in the log")
 
 
-def read_log(settings: Settings) -> Iterator[Event]:
-    """Every committed event, by an ordinary consumer. Blocks. Raises TimeoutError when the end is not reached."""
+def read_log(settings: Settings, strays: Collection[bytes] = ()) -> Iterator[Event]:
+    """Every committed event, by an ordinary consumer; `strays` are left out. Blocks.
+
+    Raises TimeoutError when the end is not reached.
+    """
     bootstrap, _, prefix = settings.log_url.removeprefix("kafka://").partition("/")
     topic = f"{prefix}.events"
     consumer = Consumer(
@@ -109,14 +136,16 @@ def read_log(settings: Settings) -> Iterator[Event]:
                 raise TimeoutError(f"partitions {sorted(unread)} cannot be read to their end")
             for message in messages:
                 if (error := message.error()) is None:
-                    yield decode(message.value() or b"")
+                    value = message.value() or b""
+                    if value not in strays:
+                        yield decode(value)
                 elif error.code() == KafkaError._PARTITION_EOF:
                     unread.discard(message.partition())
     finally:
         consumer.close()
 
 
-def verify(settings: Settings, verdict: Verdict) -> None:
+def verify(settings: Settings, verdict: Verdict, strays: Collection[bytes] = ()) -> None:
     """Let `artifact-store verify` read log, blobs and views. Blocks."""
     done = run_command(settings, "verify", "--json", seconds=_VERIFY_SECONDS)
     try:
@@ -129,6 +158,8 @@ def verify(settings: Settings, verdict: Verdict) -> None:
     verdict.violations += found["violation_count"]
     if found["repeated"]:
         verdict.violation(f"verify: {found['repeated']} records are in the log twice", found["repeated"])
+    if found["skipped"] != len(strays):
+        verdict.violation(f"verify: {found['skipped']} records were passed over, {len(strays)} are no events")
     for view in PROJECTIONS:
         if view not in found["views"]:
             verdict.violation(f"the view {view} was not compared with the log")

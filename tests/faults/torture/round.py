@@ -91,6 +91,7 @@ class Round:
         self._running: set[asyncio.Task[None]] = set()
         self._journals = [Path(load.journal) for load in self.loads] + [self.stage.folder / "storm.journal"]
         self._reader = JournalReader(self._journals)
+        self._began = time.time_ns() // 1000
         self._acknowledged = 0
         self._longest = 0.0
         self._producers: list[Producers] = []
@@ -138,12 +139,12 @@ class Round:
         """Begin faults until the time is over; return when all are healed."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            free = [kind for kind in self.kinds if kind.takes not in self._taken]
+            free = [kind for kind in self.kinds if not kind.takes & self._taken]
             if free:
                 chosen = self._rng.choices(free, [kind.weight for kind in free])[0]
                 # Each fault draws from numbers of its own, so that a seed means the same faults whatever else happens.
                 own = Scene(scene.stage, random.Random(self._rng.getrandbits(64)), scene.storm)
-                self._taken.add(chosen.takes)
+                self._taken |= chosen.takes
                 task = asyncio.create_task(self._one(chosen, own))
                 self._running.add(task)
                 task.add_done_callback(self._running.discard)
@@ -161,7 +162,7 @@ class Round:
         finally:
             self.windows.append(Window(chosen.name, began, time.monotonic()))
         await asyncio.sleep(scene.rng.uniform(*_REST_SECONDS))
-        self._taken.discard(chosen.takes)
+        self._taken -= chosen.takes
 
     async def _drain(self, listening: list[asyncio.Task[None]]) -> None:
         for producers in self._producers:
@@ -215,7 +216,9 @@ class Round:
             if isinstance(entry, Complaint):
                 verdict.violation(entry.text)
         self.say("comparing journals and log")
-        await in_thread(lambda: oracle.compare(self._entries(), oracle.read_log(settings), verdict))
+        strays = self.stage.strays
+        events = oracle.read_log(settings, strays)
+        await in_thread(lambda: oracle.compare(self._entries(), events, verdict, strays=strays, began=self._began))
         self.say("waiting for the projections")
         deadline = time.monotonic() + _VIEWS_SECONDS
         while not await in_thread(lambda: oracle.caught_up(settings)):
@@ -224,7 +227,7 @@ class Round:
                 break
             await asyncio.sleep(1)
         self.say("verify reads log, blobs and views")
-        await in_thread(lambda: oracle.verify(settings, verdict))
+        await in_thread(lambda: oracle.verify(settings, verdict, strays))
 
     def _entries(self) -> Iterator[Entry]:
         return (entry for entry in JournalReader(self._journals).new() if isinstance(entry, Entry))

@@ -1,39 +1,55 @@
 """What is tortured: three brokers behind a network of our own, MinIO, PostgreSQL, three gateways and all projectors.
 
-The first gateway reaches the brokers through the network's proxies, the others directly. A gateway or projector that
+The first gateway reaches the brokers through the network's proxies, the others directly; brokers reach each other
+through proxies of their own. The last gateway may have a small disk for its state. A gateway or projector that
 ends although nobody ended it is noted, and started again as any supervisor would.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import TypeVar
 
 from services.config import Settings
 from services.views.projections import PROJECTIONS
+from tests.faults.peers import SplitCluster
 from tests.faults.proxy import Network, ProxiedCluster
 from tests.faults.torture.leaders import in_sync
-from tests.integration.processes import ProductProcess, get, output_of
+from tests.integration.processes import ProductProcess, get, output_of, readiness
 from tests.services.kafka import KafkaBroker
 from tests.services.minio import MinioServer
 from tests.services.postgres import PostgresServer
 from tests.services.process import ServiceError, free_ports
 from tests.services.s3 import REGION
+from tests.services.shared import ROOT
 
 PARTITIONS = 6
 GATEWAYS = 3
 
+SMALL_DISK_MIB = 96
+"""Three times what a gateway leaves free on the disk of its state."""
+
+_FILL_BYTES = 65536
 _START_SECONDS = 90.0
 _WATCH_SECONDS = 0.5
 _WHOLE_SECONDS = 90.0
 
 _T = TypeVar("_T")
+
+
+class TorturedCluster(ProxiedCluster, SplitCluster):
+    """A network between clients and brokers, and another one among the brokers."""
 
 
 class Part(ProductProcess):
@@ -42,8 +58,35 @@ class Part(ProductProcess):
     wanted = True
     """Whether it is to run; what is not running although it is wanted has ended by itself."""
 
+    def prepare(self) -> None:
+        """Its clock is right unless it was set."""
+        if not self._clock.exists():
+            self._clock.write_text("0", encoding="ascii")
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", "tests.faults.torture.wrong_clock", str(self._clock), *self._arguments]
+
+    def environment(self) -> dict[str, str]:
+        return {**super().environment(), "PYTHONPATH": str(ROOT)}
+
     def answers(self) -> bool:
         return not self._listens or get(f"{self.endpoint}/healthz") == 200
+
+    def set_clock(self, ahead_seconds: int) -> None:
+        """Let its clock be so much ahead of the right time from now on, also when it is started again."""
+        self._clock.write_text(str(ahead_seconds), encoding="ascii")
+        if self.running:
+            os.kill(self.pid, signal.SIGUSR1)
+
+    def says(self) -> str:
+        """Why the gateway cannot write, as `/readyz` says; empty when it can, or gives no answer. Blocks."""
+        with suppress(OSError, HTTPException):
+            return readiness(self)
+        return ""
+
+    @property
+    def _clock(self) -> Path:
+        return self.folder / "clock"
 
 
 @dataclass
@@ -52,14 +95,18 @@ class Stage:
 
     folder: Path
     settings: Settings
-    cluster: ProxiedCluster
+    cluster: TorturedCluster
     network: Network
     minio: MinioServer
     postgres: PostgresServer
     gateways: list[Part]
     projectors: list[Part]
+    small_disk: Path | None
+    """Where the last gateway's state lies on a small disk of its own, if it does."""
     ended: list[str] = field(default_factory=list)
     """Processes that ended by themselves, with the end of what they wrote."""
+    strays: list[bytes] = field(default_factory=list)
+    """Values of committed records that are no events; each was written once, without a key."""
 
     @property
     def urls(self) -> list[str]:
@@ -94,6 +141,19 @@ class Stage:
                     self.ended.append(f"{part.folder.name} ended by itself: {part.end_of_log()[-2000:]}")
                     await self.up_again(part)
 
+    @contextmanager
+    def full_disk(self) -> Iterator[None]:
+        """Within the block nothing more can be written to the small disk."""
+        assert self.small_disk is not None
+        other = self.small_disk / "other"
+        try:
+            with other.open("wb", buffering=0) as file, suppress(OSError):
+                while True:
+                    file.write(bytes(_FILL_BYTES))
+            yield
+        finally:
+            other.unlink(missing_ok=True)
+
     async def whole(self) -> None:
         """Wait until every partition of every topic has all its replicas in sync. Raises TimeoutError."""
         deadline = time.monotonic() + _WHOLE_SECONDS
@@ -120,9 +180,12 @@ async def in_thread(call: Callable[[], _T]) -> _T:
 
 
 @asynccontextmanager
-async def staged(folder: Path, *, keep: Callable[[], bool]) -> AsyncIterator[Stage]:
-    """All of it, started; stopped at the end of the block, its data deleted unless `keep` says otherwise."""
-    cluster = ProxiedCluster(folder / "kafka")
+async def staged(folder: Path, *, keep: Callable[[], bool], own_mounts: bool = False) -> AsyncIterator[Stage]:
+    """All of it, started; stopped at the end of the block, its data deleted unless `keep` says otherwise.
+
+    `own_mounts`: what this process mounts ends with it, so that one gateway can have a small disk.
+    """
+    cluster = TorturedCluster(folder / "kafka")
     minio = MinioServer(folder / "minio")
     postgres = PostgresServer(folder / "postgres")
     servers = [minio, postgres]
@@ -134,7 +197,8 @@ async def staged(folder: Path, *, keep: Callable[[], bool]) -> AsyncIterator[Sta
         async with cluster.network() as network:
             gateways, projectors = _parts(folder, settings, cluster)
             parts += [*gateways, *projectors]
-            stage = Stage(folder, settings, cluster, network, minio, postgres, gateways, projectors)
+            small_disk = _small_disk(gateways[-1].folder / "state") if own_mounts else None
+            stage = Stage(folder, settings, cluster, network, minio, postgres, gateways, projectors, small_disk)
             await asyncio.gather(*(in_thread(part.start) for part in parts))
             yield stage
             for part in parts:
@@ -149,6 +213,13 @@ async def staged(folder: Path, *, keep: Callable[[], bool]) -> AsyncIterator[Sta
             await in_thread(server.kill)
             if not keep():
                 await in_thread(server.delete)
+        await in_thread(cluster.end_network)
+
+
+def _small_disk(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK_MIB}m", "none", folder], check=True)
+    return folder
 
 
 def _settings(folder: Path, log_url: str, minio: MinioServer, postgres: PostgresServer) -> Settings:
@@ -164,7 +235,7 @@ def _settings(folder: Path, log_url: str, minio: MinioServer, postgres: Postgres
     )
 
 
-def _parts(folder: Path, settings: Settings, cluster: ProxiedCluster) -> tuple[list[Part], list[Part]]:
+def _parts(folder: Path, settings: Settings, cluster: TorturedCluster) -> tuple[list[Part], list[Part]]:
     ports = free_ports(GATEWAYS + len(PROJECTIONS))
     gateways = []
     for n in range(GATEWAYS):
