@@ -198,7 +198,7 @@ class _Client:
         broker = self._cluster.coordinator[kind]
 
         def checked() -> _T:
-            if self._scheduler.now < self._cluster.coordinators_away_until or self._cluster.brokers[broker].fenced:
+            if self._scheduler.now < self._cluster.away_until[kind] or self._cluster.brokers[broker].fenced:
                 raise RefusedError(KafkaError.COORDINATOR_NOT_AVAILABLE)
             if self._cluster.coordinator[kind] != broker:
                 raise RefusedError(KafkaError.NOT_COORDINATOR)
@@ -662,7 +662,7 @@ class Consumer(_Client):
         coordinator = cluster.coordinator["group"]
         if (
             not cluster.reachable(self._process, coordinator)
-            or now < cluster.coordinators_away_until
+            or now < cluster.away_until["group"]
             or not cluster.connected(cluster.brokers[coordinator].name, "controller")
         ):
             if self._member is not None and now - self._heard > self._member.session and self._owned:
@@ -818,6 +818,8 @@ class AdminClient(_Client):
     def describe_consumer_groups(self, names: Sequence[str], **_: object) -> dict[str, Any]:
         def question(name: str) -> _Answer:
             def describe() -> Any:
+                if self._scheduler.now < self._cluster.away_until["describe"]:
+                    raise RefusedError(KafkaError.COORDINATOR_NOT_AVAILABLE)
                 group = self._cluster.group(name)
                 state = {
                     "Stable": ConsumerGroupState.STABLE,

@@ -9,7 +9,7 @@ from functools import partial
 
 from tests.simulation.clients import Network
 from tests.simulation.kafka import Entry, RefusedError
-from tests.simulation.processes import Stage
+from tests.simulation.processes import PROJECTION, Stage
 
 
 @dataclass(eq=False)
@@ -36,7 +36,7 @@ class Faults:
         rng = self.stage.scheduler.rng
         self._weights = [weight * rng.choice((0, 1, 1, 4)) for weight, _ in KINDS.values()]
         if self.focus:
-            self._weights = [10.0 if kind in self.focus else weight / 10 for kind, (weight, _) in KINDS.items()]
+            self._weights = [10.0 if kind in self.focus else weight / 100 for kind, (weight, _) in KINDS.items()]
         if not any(self._weights):
             self._weights = [weight for weight, _ in KINDS.values()]
         self._next()
@@ -63,6 +63,8 @@ class Faults:
         name = self.stage.scheduler.rng.choices(list(KINDS), self._weights)[0]
         self.happened[name] = self.happened.get(name, 0) + 1
         self.stage.scheduler.note(name)
+        if name not in HARMLESS:
+            self.stage.disturbed = self.stage.scheduler.now
         KINDS[name][1](self)
 
     def _unless_stopped(self, act: Callable[[], None]) -> None:
@@ -75,6 +77,7 @@ class Faults:
 
         def over() -> None:
             if self._mending.pop(number, None) is not None:
+                self.stage.disturbed = self.stage.scheduler.now
                 mend()
 
         self._mending[number] = mend
@@ -96,7 +99,9 @@ class Faults:
     def freeze_gateway(self) -> None:
         rng = self.stage.scheduler.rng
         process = rng.choice(self.stage.gateways).process
-        process.freeze(rng.choice((0.5, 3.0, 9.0, 20.0)) * rng.random())
+        seconds = rng.choice((0.5, 3.0, 9.0, 20.0)) * rng.random()
+        process.freeze(seconds)
+        self._for(seconds, seconds, lambda: None)
 
     def expel_member(self) -> None:
         """The group takes a member for dead that is not; it learns of it when it asks next."""
@@ -162,7 +167,78 @@ class Faults:
 
     def coordinators_away(self) -> None:
         cluster, scheduler = self.stage.cluster, self.stage.scheduler
-        cluster.coordinators_away_until = scheduler.now + scheduler.rng.uniform(0.5, 15.0)
+        seconds = scheduler.rng.uniform(0.5, 15.0)
+        for kind in cluster.away_until:
+            cluster.away_until[kind] = max(cluster.away_until[kind], scheduler.now + seconds)
+        self._for(seconds, seconds, lambda: None)
+
+    def hide_members(self) -> None:
+        """For long, nobody is told who the members of a group are, while all else is well."""
+        stage, until = self.stage, self.stage.cluster.away_until
+        if stage.scheduler.now > until["describe"]:
+            seconds = stage.scheduler.rng.uniform(20.0, 90.0)
+            until["describe"] = stage.scheduler.now + seconds
+            stage.untold_since = stage.scheduler.now if stage.calm_seconds > CALM_SECONDS else None
+            self._for(seconds, seconds, lambda: None)
+
+    def change_settings(self) -> None:
+        """Somebody changes the topic so that it could lose events."""
+        stage, settings = self.stage, self.stage.cluster.settings
+        if stage.unsafe_since is not None:
+            return
+        name, value = stage.scheduler.rng.choice(
+            (("retention.ms", "60000"), ("cleanup.policy", "compact"), ("min.insync.replicas", "1"))
+        )
+        before, settings[name] = settings[name], value
+        stage.unsafe_since = stage.scheduler.now
+
+        def mend() -> None:
+            settings[name] = before
+            stage.unsafe_since = None
+
+        self._for(5.0, stage.scheduler.rng.choice((20.0, 150.0)), mend)
+
+    def set_group(self) -> None:
+        """An operator stops the projectors and sets their group to an offset, or all of it to the log's start."""
+        stage, rng = self.stage, self.stage.scheduler.rng
+        if stage.foreign_offset or stage.whole_reset:
+            return
+        for projector in stage.projectors:
+            projector.kill()
+        group = stage.cluster.group(stage.settings.log_url.rpartition("/")[2] + f".projector.{PROJECTION}")
+        stage.whole_reset = rng.random() < 0.3
+        stage.foreign_offset = not stage.whole_reset
+
+        def act() -> None:
+            if group.members or len(group.offsets) < len(stage.cluster.partitions):
+                stage.whole_reset = stage.foreign_offset = False
+            else:
+                chosen = rng.choice(sorted(group.offsets))
+                for number, (offset, _) in list(group.offsets.items()):
+                    if stage.whole_reset:
+                        group.offsets[number] = 0, ""
+                    elif number == chosen:
+                        group.offsets[number] = rng.choice((0, rng.randrange(offset + 1))), ""
+            start()
+            self._for(10.0, 20.0, put_right)
+
+        def put_right() -> None:
+            """Say by a commit as the projectors make them that the view's own checkpoint holds."""
+            if stage.foreign_offset:
+                for projector in stage.projectors:
+                    projector.kill()
+                group.members.clear()
+                group.state = "Empty"
+                database = stage.projectors[0].database
+                group.offsets.update({p: (o, str(database.generation)) for p, o in database.offsets.items()})
+                start()
+            stage.whole_reset = stage.foreign_offset = False
+
+        def start() -> None:
+            for projector in stage.projectors:
+                projector.start()
+
+        self._for(8.0, 9.0, act)
 
     def lose_answers(self) -> None:
         self.network.lost_answers = 0.1
@@ -210,6 +286,12 @@ class Faults:
         self._for(1.0, 40.0, abort)
 
 
+CALM_SECONDS = 8.0
+"""After so long without a fault everybody knows who owns what."""
+
+HARMLESS = ("members of groups untold", "settings change", "a tool sets a group")
+"""Kinds that are no excuse for anything that takes long, or is acknowledged."""
+
 KINDS: dict[str, tuple[float, Callable[[Faults], None]]] = {
     "kill a gateway": (3, Faults.kill_gateway),
     "end a gateway": (2, Faults.end_gateway),
@@ -225,5 +307,8 @@ KINDS: dict[str, tuple[float, Callable[[Faults], None]]] = {
     "answers lost": (2, Faults.lose_answers),
     "late repeats": (2, Faults.repeat_requests),
     "a clock moves": (1, Faults.move_clock),
+    "members of groups untold": (0.3, Faults.hide_members),
+    "settings change": (0.3, Faults.change_settings),
+    "a tool sets a group": (0.5, Faults.set_group),
     "a stranger's open transaction": (1, Faults.open_transaction),
 }

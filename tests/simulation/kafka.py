@@ -224,7 +224,8 @@ class Cluster:
         """Pairs that cannot reach each other, and by how many faults."""
         self.transactions: dict[str, Transaction] = {}
         self.groups: dict[str, Group] = {}
-        self.coordinators_away_until = 0.0
+        self.away_until = {"group": 0.0, "transaction": 0.0, "describe": 0.0}
+        """Until when a coordinator answers nobody, or does not say who the members of a group are."""
         self.coordinator = {"group": 0, "transaction": 1 % brokers}
         self.changed = [Signal(scheduler) for _ in range(partitions)]
         """Something has happened in a partition."""
@@ -334,7 +335,7 @@ class Cluster:
                 usable = [broker.number for broker in self.brokers if broker.alive and not broker.fenced]
                 if usable:
                     self.coordinator[kind] = usable[0]
-                    self.coordinators_away_until = max(self.coordinators_away_until, now + 0.5)
+                    self.away_until[kind] = max(self.away_until[kind], now + 0.5)
         for group in self.groups.values():
             self._look_after_group(group)
         self.scheduler.after(TICK_SECONDS, self._tick)
@@ -645,7 +646,7 @@ class Cluster:
 
     def _look_after_group(self, group: Group) -> None:
         now = self.scheduler.now
-        away = now < self.coordinators_away_until
+        away = now < self.away_until["group"]
         coordinator = self.coordinator["group"]
         gone = False
         for member in list(group.members.values()):

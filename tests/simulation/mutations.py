@@ -10,11 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
+from projector import assignment
 from services.log.kafka import lease as tenure_module
 from services.log.kafka.cluster import Cluster
 from services.log.kafka.lease import COMMIT_SECONDS, INIT_SECONDS, Tenure
+from services.log.kafka.topic import Guard
+from services.log.router import Owners
 from services.log.state.partition_state import PartitionState
-from tests.simulation.clients import Producer
+from tests.simulation.clients import Producer, World
 
 _Patch = tuple[object, str, object]
 
@@ -64,6 +67,7 @@ def _restore_before_fence() -> list[_Patch]:
 
     def restore_then_fence(self: Any, barrier: int) -> None:
         restore(self, barrier)
+        World.scheduler.sleep(2.0)  # what reading a long partition takes
         self._producer.fence()
 
     return [
@@ -118,6 +122,32 @@ def _state_ahead_of_log() -> list[_Patch]:
     return [(PartitionState, "save", save_all)]
 
 
+def _guard_only_at_start() -> list[_Patch]:
+    """What a topic keeps is looked at when a gateway starts, and never again."""
+    return [(Guard, "look", lambda _: None)]
+
+
+def _owners_forgotten() -> list[_Patch]:
+    """While the group cannot be asked, nobody knows who owned what."""
+    ask = cast("Any", Owners)._ask
+
+    async def ask_and_forget(self: Any) -> None:
+        await ask(self)
+        if self._failure is not None:
+            self._known = None
+
+    return [(Owners, "_ask", ask_and_forget)]
+
+
+def _any_rewind_empties_the_view() -> list[_Patch]:
+    """One partition whose offset a tool has set back is enough for the view to be emptied and folded again."""
+
+    def folds_again(_: str, committed: Any, position: Any, __: Any) -> bool:
+        return any(not text and offset < position.offsets.get(p, 0) for p, (offset, text) in committed.items())
+
+    return [(assignment, "folds_again", folds_again)]
+
+
 @dataclass(frozen=True, slots=True)
 class Mutation:
     """A mistake, and the kinds of faults that are to come more often than others while it is looked for."""
@@ -134,5 +164,8 @@ MUTATIONS = {
     "refuse-without-proof": Mutation(_no_proof, ("freeze a gateway",)),
     "restore-before-fence": Mutation(_restore_before_fence, _OVERLAP),
     "acknowledge-before-read-back": Mutation(_acknowledge_before_read_back),
+    "guard-only-at-start": Mutation(_guard_only_at_start, ("settings change",)),
+    "owners-forgotten": Mutation(_owners_forgotten, ("members of groups untold",)),
+    "any-rewind-empties-the-view": Mutation(_any_rewind_empties_the_view, ("a tool sets a group",)),
     "state-ahead-of-log": Mutation(_state_ahead_of_log, ("answers lost", "late repeats", "kill a broker")),
 }

@@ -17,7 +17,7 @@ from schemas.events import Event
 from services.config import Settings
 from services.core.commands import Acknowledgement, Command
 from services.core.limits import Limits
-from services.errors import UnavailableError
+from services.errors import ConfigurationError, UnavailableError
 from services.log.kafka.log import KafkaLog
 from services.log.kafka.writer import KafkaWriter
 from services.log.port import PackageExtent
@@ -36,6 +36,9 @@ LIMITS = Limits(inline_manifest_bytes=6_000)
 
 PROJECTION = "registry"
 
+GUARD_SECONDS = 60.0
+"""After so long on a topic that could lose events nothing is acknowledged."""
+
 
 @dataclass(eq=False)
 class Stage:
@@ -48,6 +51,21 @@ class Stage:
     settings: Settings
     gateways: list[Gateway] = field(default_factory=list)
     projectors: list[Projector] = field(default_factory=list)
+    disturbed: float = 0.0
+    """When a fault began or ended last."""
+    untold_since: float | None = None
+    """Since when nobody is told of a group's members, if all was well before."""
+    unsafe_since: float | None = None
+    """Since when the topic's settings could lose events."""
+    whole_reset: bool = False
+    """Whether an operator's tool has set a projection's whole group to the log's start."""
+    foreign_offset: bool = False
+    """Whether such a tool has set a part of it, to wherever."""
+
+    @property
+    def calm_seconds(self) -> float:
+        """For how long no fault has begun or ended."""
+        return self.scheduler.now - self.disturbed
 
 
 class Gateway:
@@ -100,7 +118,7 @@ class Gateway:
             try:
                 await writer.start()
                 break
-            except UnavailableError:
+            except (UnavailableError, ConfigurationError):
                 await asyncio.sleep(1.0)
         self.writer = writer
 
@@ -140,7 +158,10 @@ class Gateway:
         if writer is None:
             raise UnavailableError("the gateway is starting")
         answer = await writer.submit(command)
-        self._stage.checker.answered(command, answer)
+        stage, unsafe = self._stage, self._stage.unsafe_since
+        if unsafe is not None and min(stage.scheduler.now - unsafe, stage.calm_seconds) > GUARD_SECONDS:
+            stage.checker.broken(f"a command was acknowledged {GUARD_SECONDS} s after the topic could lose it")
+        stage.checker.answered(command, answer)
         return answer
 
     async def end(self, partition: int) -> int:
@@ -298,6 +319,8 @@ async def _reset(views: Database, _: object, *, expected: UUID | None = None, **
     await views.pause()
     if expected not in (None, views.generation):
         raise StaleCheckpointError("the view was reset meanwhile")
+    if not views.stage.whole_reset:
+        views.stage.checker.broken("a view was emptied, although nobody has set its whole group to the log's start")
     views.generation = UUID(int=views.stage.scheduler.rng.getrandbits(128), version=4)
     views.log = None
     views.offsets, views.last, views.packages = {}, {}, {}
@@ -322,7 +345,7 @@ class Projector:
         self.process.alive = False
         self.failure: BaseException | None = None
         self._stage = stage
-        self._database = database
+        self.database = database
 
     @property
     def running(self) -> bool:
@@ -339,7 +362,7 @@ class Projector:
         while True:
             try:
                 await runner.run_projection(
-                    cast("Any", self._database), log, projection_named(PROJECTION), asyncio.Event()
+                    cast("Any", self.database), log, projection_named(PROJECTION), asyncio.Event()
                 )
             except Exception as error:  # noqa: BLE001 - the simulation asks for it
                 self.failure = error

@@ -155,6 +155,8 @@ class _Run:
         if self.scheduler.crashes:
             raise ViolationError(self.scheduler.crashes[0])
         for projector in self.stage.projectors:
+            if projector.failure is not None and self.stage.foreign_offset:
+                projector.failure = None  # it names what mends that
             if projector.failure is not None:
                 raise ViolationError(f"a projector stopped for good: {projector.failure!r}")
 

@@ -111,7 +111,7 @@ class Client:
         checker = self._stage.checker
         while True:
             gateway = self._rng.choice(self._stage.gateways)
-            expected = checker.exists(command.package_id)
+            expected, began = checker.exists(command.package_id), self._stage.scheduler.now
             try:
                 answer = await self._within(gateway, command)
             except NotAppendedError as error:
@@ -124,8 +124,9 @@ class Client:
                 checker.broken(f"a writer takes the log for cut short: {error.detail}")
             except PushBackError:
                 pass
-            except UnavailableError:
+            except UnavailableError as error:
                 in_doubt = True
+                self._excuse(began, error)
             except ArtifactStoreError as error:
                 checker.broken(f"{type(error).__name__}: {error.detail}")
                 return None
@@ -142,6 +143,17 @@ class Client:
                 return await call(self._stage, self._process, gateway.process, lambda: gateway.submit(command))
         except TimeoutError:
             raise UnavailableError("no answer in time") from None
+
+    def _excuse(self, began: float, error: UnavailableError) -> None:
+        """While nobody says who the members are, commands still find the owner that was known."""
+        stage, now = self._stage, self._stage.scheduler.now
+        since, waited = stage.untold_since, now - began
+        if since is None or now > stage.cluster.away_until["describe"] or stage.disturbed > since or stage.unsafe_since:
+            return
+        if began > since and waited >= _PATIENCE_SECONDS - 1:
+            stage.checker.broken(
+                f"no owner was found in {waited:.0f} s while nobody told the group's members: {error.detail}"
+            )
 
     def _refused(self, command: Command, error: RejectedError, *, expected: bool, may_fail: bool) -> None:
         checker = self._stage.checker
