@@ -15,14 +15,14 @@ from uuid import UUID
 
 from confluent_kafka import Producer
 
+from artifact_store.events import FILE_INGESTED, PACKAGE_CREATED, Event, FileIngested, PackageCreated, StorageReceipt
+from artifact_store.manifest import content_key
 from benchmarks.kafka_topics import fresh_topic
 from schemas import identifiers
 from schemas.codec import encode
 from schemas.digests import event_digest, payload_digest
-from schemas.events import FILE_INGESTED, PACKAGE_CREATED, Event, FileIngested, PackageCreated, StorageReceipt
 from schemas.headers import headers
 from services.config import Settings
-from services.core.content_address import content_key
 from services.log.kafka.connection import KafkaSettings
 from services.log.kafka.topic import partition_of, record_key
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from aiohttp import web
 
+from artifact_store.errors import ArtifactStoreError
 from ingest_gateway.gateway import Gateway
 from ingest_gateway.health import Checks
 from ingest_gateway.http_metrics import Metrics
@@ -25,7 +26,6 @@ from ingest_gateway.protocol.request import SERVER, Call
 from ingest_gateway.routes import archives, event_feed, files, manifests, operations, packages, tus_uploads
 from ingest_gateway.siblings import Siblings
 from services.direct import DirectRegistry
-from services.errors import ArtifactStoreError
 from services.log.port import Log
 from services.tracing import TRACEPARENT, traceparent
 

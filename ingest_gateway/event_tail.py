@@ -16,9 +16,10 @@ from typing import NamedTuple
 from uuid import UUID
 
 from artifact_store.documents.event_lines import event_head
-from services.errors import CorruptError, InvalidPositionError, UnavailableError
-from services.log.port import Log, PackageExtent, RecordedEvent
-from services.log.position import Position
+from artifact_store.errors import CorruptError, InvalidPositionError, UnavailableError
+from artifact_store.events import RecordedEvent
+from artifact_store.position import Position
+from services.log.port import Log, PackageExtent
 
 ROOM_BYTES = 8 << 20
 """How much of the tail is kept for followers that are not quite as fast."""

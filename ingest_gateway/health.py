@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from services.errors import ArtifactStoreError
+from artifact_store.errors import ArtifactStoreError
 
 Check = Callable[[], Awaitable[str | None]]
 """Looks at one part: None when it is well, else what is wrong. An error of the tree that it raises is a cause too."""

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from aiohttp import web
 
+from artifact_store.errors import ArtifactStoreError, ConfigurationError
 from ingest_gateway.app import App
 from ingest_gateway.health import Checks
 from ingest_gateway.http_metrics import Metrics
@@ -26,7 +27,6 @@ from ingest_gateway.siblings import Member, Siblings
 from services.addresses import ListenAddress
 from services.config import Settings
 from services.direct import DirectRegistry
-from services.errors import ArtifactStoreError, ConfigurationError
 from services.log.port import Log
 from services.wiring import Parts, is_embedded, parts
 

@@ -21,8 +21,8 @@ from prometheus_client import Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
+from artifact_store.errors import ConfigurationError
 from services.config import Settings
-from services.errors import ConfigurationError
 from services.processes import PYTHON, Command, RestartRule
 from services.processes import run_processes as run_all
 

@@ -15,7 +15,7 @@ from artifact_store.events import (
     PackageFinalized,
     payload_map,
 )
-from artifact_store.manifest import manifest_digest as manifest_digest
+from artifact_store.manifest import manifest_digest
 
 DIGEST_BYTES = 32
 

@@ -6,7 +6,7 @@ import ipaddress
 from dataclasses import dataclass
 from typing import Self
 
-from artifact_store.rules import check_host as check_host
+from artifact_store.rules import check_host
 
 _LAST_PORT = 65_535
 

@@ -31,7 +31,7 @@ from services.blobs.memory import TURN_SECONDS, ByteBudget
 from services.blobs.packs import Packing, Placed, find_named
 from services.blobs.port import BlobStore
 from services.blobs.verified_reads import SoundReads
-from services.views.models import PlacedFile
+from services.views.queries import PlacedFile
 
 BUNDLES_AT_ONCE = 12
 """How many bundles are stored at a time; as many are read."""

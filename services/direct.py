@@ -44,8 +44,7 @@ from services.bundle_store import BundleStore
 from services.core.commands import CreatePackage, FinalizePackage, IngestFiles, StoredFile
 from services.core.limits import Limits
 from services.log.port import EXTENT_SECONDS, CommandWriter, Log, PackageExtent
-from services.views.models import PlacedFile
-from services.views.queries import Queries
+from services.views.queries import PlacedFile, Queries
 from services.views.waiting import ViewWaits, beyond_log, parked_error
 
 Found = TypeVar("Found")

@@ -1,3 +1,23 @@
-"""The names of `artifact_store.manifest`, for importers that still name this place."""
+"""Read manifests: `decode` gives a `Manifest` of either form. They are `artifact_store`'s, offered here as well."""
 
-from artifact_store.manifest import *  # noqa: F403
+from __future__ import annotations
+
+from artifact_store.manifest import (
+    MANIFEST_VERSION,
+    Manifest,
+    ManifestFile,
+    ManifestPackage,
+    ManifestReceipt,
+    decode,
+    to_json,
+)
+
+__all__ = [
+    "MANIFEST_VERSION",
+    "Manifest",
+    "ManifestFile",
+    "ManifestPackage",
+    "ManifestReceipt",
+    "decode",
+    "to_json",
+]

@@ -9,8 +9,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from artifact_store.errors import DuplicateRelativePathError, IllegalPackageStateError, PackageNotFoundError
-from artifact_store.registry import ByteStream as ByteStream
-from artifact_store.registry import ManifestFormat as ManifestFormat
 from artifact_store.registry import Registry, find_frozen
 from services.config import Settings
 

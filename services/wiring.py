@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from artifact_store.errors import ArtifactStoreError, ConfigurationError, UnavailableError
+from artifact_store.registry import Registry
 from services.clock import Clock, system_clock
 from services.config import Settings
 from services.core.limits import Limits
-from services.errors import ArtifactStoreError, ConfigurationError, UnavailableError
 from services.log.port import CommandWriter, Log, PutManifest, SnapshotStore, TimedStore
-from services.registry import Registry
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -158,10 +158,10 @@ async def parts(settings: Settings, *, clock: Clock = system_clock) -> AsyncIter
     """
     from prometheus_client import CollectorRegistry
 
-    from schemas.digests import manifest_digest
-    from services.blobs.port import Declared
+    from artifact_store.byte_streams import from_any
+    from artifact_store.manifest import manifest_digest
+    from artifact_store.models import Declared
     from services.direct import DirectRegistry
-    from services.streams import from_any
     from services.views.engine.catch_up import catch_up
     from services.views.projections import PROJECTIONS
     from services.views.queries import Queries

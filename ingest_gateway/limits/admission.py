@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-from services.errors import PushBackError
+from artifact_store.errors import PushBackError
 
 Transfer = Literal["uploads", "downloads"]
 """What moves many bytes, and so has places of its own."""

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from artifact_store.errors import PushBackError
 from ingest_gateway.limits.admission import MAX_FOLLOWERS, Places, Refused
-from services.errors import PushBackError
 
 _RETRY_SECONDS = 5.0
 

@@ -15,9 +15,10 @@ import aiohttp
 import cbor2
 from pydantic import SecretStr
 
-from services.core.commands import Acknowledgement, Command
+from artifact_store.errors import InvalidRequestError, PushBackError, UnavailableError
+from artifact_store.models import Acknowledgement
+from services.core.commands import Command
 from services.core.wire import OLDEST, VERSION, decode_acknowledgement, decode_error, encode_check, encode_command
-from services.errors import InvalidRequestError, PushBackError, UnavailableError
 from services.log.port import PackageExtent, PartitionStatus
 from services.log.records import AcceptLoss, Confirmation, SkipRecord
 from services.tracing import TRACEPARENT

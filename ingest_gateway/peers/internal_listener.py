@@ -15,6 +15,15 @@ import cbor2
 from aiohttp import web
 from pydantic import SecretStr
 
+from artifact_store.errors import (
+    ArtifactStoreError,
+    ConfigurationError,
+    InvalidRequestError,
+    PushBackError,
+    TooLargeError,
+    UnavailableError,
+)
+from artifact_store.models import Acknowledgement
 from ingest_gateway.peers.forwarding import (
     CHECKS_PATH,
     COMMANDS_PATH,
@@ -32,16 +41,8 @@ from ingest_gateway.peers.forwarding import (
 )
 from services.addresses import ListenAddress
 from services.config import Settings
-from services.core.commands import Acknowledgement, Command
+from services.core.commands import Command
 from services.core.wire import VERSION, decode_check, decode_command, encode_acknowledgement, encode_error
-from services.errors import (
-    ArtifactStoreError,
-    ConfigurationError,
-    InvalidRequestError,
-    PushBackError,
-    TooLargeError,
-    UnavailableError,
-)
 from services.log.kafka.connection import INTERFACE
 from services.log.port import PackageExtent, PartitionNotOwnedError, PartitionStatus
 from services.log.records import Confirmation

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import AsyncIterable, AsyncIterator
 from typing import Protocol
 
-from services.errors import InvalidArchiveError, TooLargeError
+from artifact_store.errors import InvalidArchiveError, TooLargeError
 
 if sys.version_info >= (3, 14):
     from compression import zstd

@@ -14,9 +14,9 @@ from typing import Any
 from aiohttp import web
 from aiohttp.http_exceptions import BadHttpMessage
 
+from artifact_store.errors import ArtifactStoreError, PushBackError
 from ingest_gateway.limits.admission import Places, Room
 from ingest_gateway.protocol.http_errors import HeadTooLargeError, MalformedHttpError
-from services.errors import ArtifactStoreError, PushBackError
 
 HEADER_BYTES = 32 * 1024
 """Longest request line and longest header; a position of 1,024 partitions has 6 KiB, in the previous format 11."""

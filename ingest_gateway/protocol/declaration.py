@@ -14,10 +14,10 @@ from pydantic import BaseModel, TypeAdapter
 
 from artifact_store.documents.http import RETRY_AFTER
 from artifact_store.documents.problem_details import MEDIA_TYPE, TYPE_PREFIX, Problem
+from artifact_store.errors import ArtifactStoreError, PushBackError, UnavailableError
 from ingest_gateway.limits.admission import TooManyAtOnceError, Transfer
 from ingest_gateway.protocol.http_errors import ExpectationFailedError, HeadTooLargeError, MalformedHttpError
 from ingest_gateway.protocol.request import Call, Parameter
-from services.errors import ArtifactStoreError, PushBackError, UnavailableError
 
 Handler = Callable[[Call], Awaitable[web.StreamResponse]]
 Schema = Mapping[str, Any]

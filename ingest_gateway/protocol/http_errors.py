@@ -9,7 +9,7 @@ from aiohttp import web
 
 from artifact_store.documents.http import RETRY_AFTER
 from artifact_store.documents.problem_details import MEDIA_TYPE, FieldFault, Problem, problem, problem_of
-from services.errors import ArtifactStoreError, InvalidRequestError, RejectedError
+from artifact_store.errors import ArtifactStoreError, InvalidRequestError, RejectedError
 
 
 class ProtocolError(RejectedError):

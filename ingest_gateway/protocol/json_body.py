@@ -9,8 +9,8 @@ from pydantic import ValidationError
 
 from artifact_store.documents.problem_details import FieldFault
 from artifact_store.documents.shapes import Request
+from artifact_store.errors import InvalidRequestError
 from ingest_gateway.protocol.http_errors import InvalidFieldsError
-from services.errors import InvalidRequestError
 
 Shape = TypeVar("Shape", bound=Request)
 

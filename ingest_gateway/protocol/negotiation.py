@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from artifact_store.errors import RangeNotSatisfiableError
 from ingest_gateway.protocol.http_errors import NotAcceptableError, PreconditionFailedError
-from services.errors import RangeNotSatisfiableError
 
 _QUALITY = re.compile(r"(?:0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?)")
 _TAG = re.compile(r'[\s,]*(?:(?P<weak>W/)?"(?P<value>[\x21\x23-\x7e\x80-\U0010ffff]*)")\s*(?:,|$)')

@@ -17,6 +17,17 @@ from pydantic import BaseModel
 from artifact_store.documents import http as names
 from artifact_store.documents.http import HASHES, UUID_PATTERN, parse_content_md5, parse_digests, parse_id, unquoted
 from artifact_store.documents.shapes import Request
+from artifact_store.errors import (
+    ContentMismatchError,
+    InvalidPathError,
+    InvalidRequestError,
+    PushBackError,
+    TooLargeError,
+)
+from artifact_store.manifest import ContentAddress
+from artifact_store.models import DEFAULT_PAGE, MAX_PAGE, Declared
+from artifact_store.position import Position
+from artifact_store.rules import MAX_TEXT_CHARACTERS, check_path, check_text
 from ingest_gateway.gateway import Gateway
 from ingest_gateway.limits.admission import Bounds
 from ingest_gateway.protocol.connections import Connection, client_of
@@ -29,13 +40,6 @@ from ingest_gateway.protocol.http_errors import (
     UnsupportedMediaTypeError,
 )
 from ingest_gateway.protocol.json_body import parse_json
-from services.blobs.port import Declared
-from services.core.content_address import ContentAddress
-from services.core.fields import MAX_TEXT_CHARACTERS, check_text
-from services.core.paths import check_path
-from services.errors import ContentMismatchError, InvalidPathError, InvalidRequestError, PushBackError, TooLargeError
-from services.log.position import Position
-from services.views.models import DEFAULT_PAGE, MAX_PAGE
 
 Value = TypeVar("Value")
 Shape = TypeVar("Shape", bound=Request)

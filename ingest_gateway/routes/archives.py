@@ -7,6 +7,7 @@ from contextlib import aclosing
 
 from aiohttp import web
 
+from artifact_store.archives.bundle import MAX_BUNDLE_FILES, SMALL_FILE_BYTES
 from artifact_store.archives.tar import ArchiveLimits, TarReader, entries_of, tar_of
 from artifact_store.documents.shapes import (
     MAX_KNOWN,
@@ -16,6 +17,19 @@ from artifact_store.documents.shapes import (
     KnownBlobsAnswer,
     KnownBlobsRequest,
 )
+from artifact_store.errors import (
+    IllegalPackageStateError,
+    InvalidArchiveError,
+    InvalidPathError,
+    InvalidRequestError,
+    PackageNotFoundError,
+    PackageParkedError,
+    SequenceBeyondLogError,
+    UnavailableError,
+    UnknownContentError,
+    WaitTimeoutError,
+)
+from artifact_store.manifest import ContentAddress
 from ingest_gateway.protocol.codings import CODINGS, decoded
 from ingest_gateway.protocol.declaration import BINARY, Body, Route, Success
 from ingest_gateway.protocol.http_errors import PreconditionFailedError, UnsupportedMediaTypeError
@@ -38,20 +52,6 @@ from ingest_gateway.protocol.request import (
     json_answer,
 )
 from ingest_gateway.routes.packages import ANYONE, INGESTING, READING, WRITING
-from services.bundle import MAX_BUNDLE_FILES, SMALL_FILE_BYTES
-from services.core.content_address import ContentAddress
-from services.errors import (
-    IllegalPackageStateError,
-    InvalidArchiveError,
-    InvalidPathError,
-    InvalidRequestError,
-    PackageNotFoundError,
-    PackageParkedError,
-    SequenceBeyondLogError,
-    UnavailableError,
-    UnknownContentError,
-    WaitTimeoutError,
-)
 
 _MAX_NAMED_BYTES = 16 << 20
 """Most bytes of JSON that name files: 10,000 of them, whose paths are as long as they may be."""

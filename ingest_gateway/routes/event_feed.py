@@ -8,13 +8,19 @@ from collections.abc import Mapping
 from aiohttp import web
 
 from artifact_store.documents.event_lines import EventShape, line_of
+from artifact_store.errors import (
+    InvalidPositionError,
+    InvalidRequestError,
+    LogIdentityError,
+    PushBackError,
+    UnavailableError,
+)
 from ingest_gateway.event_tail import Feed, Frame, feed
 from ingest_gateway.limits.followers import gateway_closes
 from ingest_gateway.protocol.declaration import Route, Success
 from ingest_gateway.protocol.http_errors import NotAcceptableError
 from ingest_gateway.protocol.negotiation import choose
 from ingest_gateway.protocol.request import FOLLOW, LAST_EVENT_ID, OF_PACKAGE, SINCE, Call
-from services.errors import InvalidPositionError, InvalidRequestError, LogIdentityError, PushBackError, UnavailableError
 
 LINES = "application/x-ndjson"
 EVENT_STREAM = "text/event-stream"

@@ -11,6 +11,21 @@ from aiohttp import web
 
 from artifact_store.documents.http import quoted, repr_digest
 from artifact_store.documents.shapes import FileAnswer, FileIngestedAnswer, FilePageAnswer
+from artifact_store.errors import (
+    FileNotFoundInRegistryError,
+    InvalidPathError,
+    InvalidRequestError,
+    PackageNotFoundError,
+    PackageParkedError,
+    RangeNotSatisfiableError,
+    SequenceBeyondLogError,
+    TooLargeError,
+    UnavailableError,
+    WaitTimeoutError,
+)
+from artifact_store.manifest import ContentAddress
+from artifact_store.models import DEFAULT_PAGE, File
+from artifact_store.rules import check_path, check_text
 from ingest_gateway.protocol.declaration import BINARY, Body, Route, Success
 from ingest_gateway.protocol.http_errors import PreconditionFailedError
 from ingest_gateway.protocol.negotiation import not_modified, requested
@@ -40,22 +55,6 @@ from ingest_gateway.protocol.request import (
     json_answer,
 )
 from ingest_gateway.routes.packages import ANYONE, INGESTING, READING, WRITING, link_to_next
-from services.core.content_address import ContentAddress
-from services.core.fields import check_text
-from services.core.paths import check_path
-from services.errors import (
-    FileNotFoundInRegistryError,
-    InvalidPathError,
-    InvalidRequestError,
-    PackageNotFoundError,
-    PackageParkedError,
-    RangeNotSatisfiableError,
-    SequenceBeyondLogError,
-    TooLargeError,
-    UnavailableError,
-    WaitTimeoutError,
-)
-from services.views.models import DEFAULT_PAGE, File
 
 ANY_MEDIA_TYPE = "application/octet-stream"
 

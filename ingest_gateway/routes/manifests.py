@@ -7,6 +7,17 @@ import asyncio
 from aiohttp import web
 from blake3 import blake3
 
+from artifact_store.errors import (
+    IllegalPackageStateError,
+    InvalidRequestError,
+    PackageNotFoundError,
+    PackageParkedError,
+    SequenceBeyondLogError,
+    UnavailableError,
+    WaitTimeoutError,
+)
+from artifact_store.manifest import ContentAddress
+from artifact_store.registry import ManifestFormat
 from ingest_gateway.protocol.declaration import BINARY, Route, Success
 from ingest_gateway.protocol.http_errors import NotAcceptableError, PreconditionFailedError
 from ingest_gateway.protocol.negotiation import choose, not_modified
@@ -23,17 +34,6 @@ from ingest_gateway.protocol.request import (
     Call,
     bytes_answer,
 )
-from services.core.content_address import ContentAddress
-from services.errors import (
-    IllegalPackageStateError,
-    InvalidRequestError,
-    PackageNotFoundError,
-    PackageParkedError,
-    SequenceBeyondLogError,
-    UnavailableError,
-    WaitTimeoutError,
-)
-from services.registry import ManifestFormat
 
 CBOR = "application/cbor"
 _FORMATS: dict[str, ManifestFormat] = {CBOR: "cbor", JSON: "json"}

@@ -13,6 +13,26 @@ from artifact_store.documents.shapes import (
     PackagePageAnswer,
     UsagePageAnswer,
 )
+from artifact_store.errors import (
+    AnswerExpiredError,
+    CommandReusedError,
+    ContentMismatchError,
+    DuplicateRelativePathError,
+    IllegalPackageStateError,
+    InvalidPathError,
+    InvalidRequestError,
+    PackageAbandonedError,
+    PackageNotFoundError,
+    PackageParkedError,
+    PathConflictError,
+    PushBackError,
+    SequenceBeyondLogError,
+    TooLargeError,
+    UnavailableError,
+    UnknownRetentionClassError,
+    WaitTimeoutError,
+)
+from artifact_store.models import DEFAULT_PAGE, PackageFilter
 from ingest_gateway.protocol.declaration import Body, Route, Success
 from ingest_gateway.protocol.http_errors import BodyTimeoutError, IncompleteBodyError, UnsupportedMediaTypeError
 from ingest_gateway.protocol.request import (
@@ -34,27 +54,7 @@ from ingest_gateway.protocol.request import (
     Call,
     json_answer,
 )
-from services.errors import (
-    AnswerExpiredError,
-    CommandReusedError,
-    ContentMismatchError,
-    DuplicateRelativePathError,
-    IllegalPackageStateError,
-    InvalidPathError,
-    InvalidRequestError,
-    PackageAbandonedError,
-    PackageNotFoundError,
-    PackageParkedError,
-    PathConflictError,
-    PushBackError,
-    SequenceBeyondLogError,
-    TooLargeError,
-    UnavailableError,
-    UnknownRetentionClassError,
-    WaitTimeoutError,
-)
 from services.log.port import NotAppendedError
-from services.views.models import DEFAULT_PAGE, PackageFilter
 
 ANYONE = "anonymous"
 

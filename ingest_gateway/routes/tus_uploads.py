@@ -14,6 +14,17 @@ from artifact_store.documents import resumable_uploads as names
 from artifact_store.documents import times
 from artifact_store.documents.resumable_uploads import CONTENT_TYPE, MEDIA_TYPE, RELATIVE_PATH, UploadAnswer
 from artifact_store.documents.shapes import FileIngestedAnswer
+from artifact_store.errors import (
+    ArtifactStoreError,
+    ChecksumMismatchError,
+    InvalidRequestError,
+    PackageParkedError,
+    SequenceBeyondLogError,
+    UploadBusyError,
+    UploadNotFoundError,
+    UploadOffsetError,
+    WaitTimeoutError,
+)
 from ingest_gateway.protocol.declaration import BINARY, Body, Handler, Route, Schema, Success
 from ingest_gateway.protocol.http_errors import (
     MethodNotAllowedError,
@@ -45,17 +56,6 @@ from ingest_gateway.routes.files import ANY_MEDIA_TYPE
 from ingest_gateway.routes.packages import ANYONE, INGESTING, READING, WRITING
 from services.blobs.resumable.states import UploadState
 from services.blobs.resumable.uploads import ALGORITHMS, Checksum, NewUpload, acknowledgement_of
-from services.errors import (
-    ArtifactStoreError,
-    ChecksumMismatchError,
-    InvalidRequestError,
-    PackageParkedError,
-    SequenceBeyondLogError,
-    UploadBusyError,
-    UploadNotFoundError,
-    UploadOffsetError,
-    WaitTimeoutError,
-)
 
 
 class UnsupportedTusVersionError(ProtocolError):

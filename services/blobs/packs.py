@@ -17,9 +17,7 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
-from artifact_store.archives.bundle import PACK_BYTES as PACK_BYTES
-from artifact_store.archives.bundle import Bundle, NamedFile, SmallFile, StreamedFile
-from artifact_store.archives.bundle import PackLayout as PackLayout
+from artifact_store.archives.bundle import PACK_BYTES, Bundle, NamedFile, PackLayout, SmallFile, StreamedFile
 from artifact_store.byte_streams import joined
 from artifact_store.errors import ContentMismatchError, CorruptError, TooLargeError, UnknownContentError
 from artifact_store.manifest import ContentAddress, content_key

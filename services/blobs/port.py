@@ -16,7 +16,6 @@ from typing import Protocol
 from uuid import UUID
 
 from artifact_store.errors import CorruptError
-from artifact_store.manifest import content_key
 from artifact_store.models import Declared
 from services.blobs.memory import ByteBudget, PartBuffer
 from services.clock import StoreClock
@@ -27,7 +26,6 @@ __all__ = [
     "RESUMABLE",
     "UPLOADS",
     "BlobStore",
-    "Declared",
     "Part",
     "PartStore",
     "PartsKey",
@@ -35,7 +33,6 @@ __all__ = [
     "checked_key",
     "checked_object_key",
     "checked_removable_key",
-    "content_key",
 ]
 
 UPLOADS = "uploads/"

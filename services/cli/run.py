@@ -126,9 +126,9 @@ def _run_processes(settings: Settings, command: str, processes: int) -> None:
 
 
 async def _in_processes(settings: Settings, command: str, processes: int) -> int:
+    from artifact_store.errors import ConfigurationError
     from ingest_gateway import server
     from ingest_gateway.siblings import run_processes
-    from services.errors import ConfigurationError
     from services.wiring import is_embedded
 
     if is_embedded(settings):
@@ -216,7 +216,7 @@ def _end(stopped: Mapping[str, Exception]) -> None:
 
     Each has said why in the log when it happened.
     """
-    from services.errors import ConfigurationError
+    from artifact_store.errors import ConfigurationError
 
     if stopped:
         kind = (

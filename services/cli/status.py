@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from artifact_store.errors import ArtifactStoreError, ConfigurationError, PushBackError, UnavailableError
 from services.cli.command import LOG_AND_VIEWS, answer, common_options, invocation, log_and_views, raw, run, table
-from services.errors import ArtifactStoreError, ConfigurationError, PushBackError, UnavailableError
 
 if TYPE_CHECKING:
     from pydantic import SecretStr
 
-    from services.core.commands import Acknowledgement
+    from artifact_store.models import Acknowledgement
+    from artifact_store.position import Position
     from services.log.kafka.cluster import Member
     from services.log.port import Log, PartitionStatus
-    from services.log.position import Position
     from services.log.records import Confirmation
     from services.views.database import Views
     from services.views.projections import Projection
@@ -57,7 +57,7 @@ def status() -> None:
 
 
 async def _status() -> dict[str, Any]:
-    from services.log.position import Position
+    from artifact_store.position import Position
     from services.views.engine.parking import list_marks
     from services.views.projections import PROJECTIONS
     from services.views.queries import Queries
@@ -93,7 +93,7 @@ async def _status() -> dict[str, Any]:
 
 async def _group(log: Log, name: str, stands: Position) -> str | None:
     """What the next projector does because of offsets that other tools have set for its group; None: nothing."""
-    from services.errors import CorruptError
+    from artifact_store.errors import CorruptError
     from services.views.engine.checkpoints import folds_again
 
     try:

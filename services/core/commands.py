@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from uuid import UUID
 
-from artifact_store.models import Acknowledgement as Acknowledgement
-from artifact_store.models import IngestedFile as IngestedFile
-
 
 @dataclass(frozen=True, slots=True)
 class CreatePackage:

@@ -11,11 +11,12 @@ from datetime import datetime
 from typing import NamedTuple, Protocol
 from uuid import UUID
 
-from artifact_store.events import RecordedEvent as RecordedEvent
+from artifact_store.errors import PushBackError, UnavailableError
+from artifact_store.events import RecordedEvent
+from artifact_store.models import Acknowledgement
+from artifact_store.position import Position
 from services.clock import StoreClock
-from services.core.commands import Acknowledgement, Command
-from services.errors import PushBackError, UnavailableError
-from services.log.position import Position
+from services.core.commands import Command
 
 
 class Record(NamedTuple):

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 from uuid import UUID
 
-from schemas.codec import UndecodableEventError, decode, framing
-from schemas.digests import event_digest, payload_digest, record_digest
-from schemas.events import (
+from artifact_store.errors import BadRecordError
+from artifact_store.events import (
     LOG_SKIPPED,
     LOSS_ACCEPTED,
     NO_DIGEST,
@@ -26,8 +25,9 @@ from schemas.events import (
     LogSkipped,
     LossAccepted,
 )
+from schemas.codec import UndecodableEventError, decode, framing
+from schemas.digests import event_digest, payload_digest, record_digest
 from schemas.identifiers import event_id, partition_id
-from services.errors import BadRecordError
 from services.log.port import Log, Record
 
 PartitionOf = Callable[[UUID], int]

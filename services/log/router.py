@@ -19,8 +19,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
-from services.core.commands import Acknowledgement, Command
-from services.errors import ArtifactStoreError, ConfigurationError, PushBackError, RejectedError, UnavailableError
+from artifact_store.errors import ArtifactStoreError, ConfigurationError, PushBackError, RejectedError, UnavailableError
+from artifact_store.models import Acknowledgement
+from services.core.commands import Command
 from services.log.port import Forwarder, NotAppendedError, PartitionNotOwnedError
 from services.log.sequencer.answers import Counts, in_doubt
 from services.log.sequencer.queue import IngestCheck

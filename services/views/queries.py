@@ -23,7 +23,6 @@ from artifact_store.position import Position
 from artifact_store.rules import check_path, check_text
 from services.views.database import Views
 from services.views.engine.checkpoints import read_position
-from services.views.models import Location, ManifestLocation, PlacedFile, Retention
 from services.views.projections import projection_named
 from services.views.tables import (
     artifact_files,
@@ -40,6 +39,53 @@ PAGE_BYTES = 1 << 20
 """Most metadata on one page: a thousand packages with all they may hold would be 64 MiB, and ten times that parsed."""
 
 _ROWS_AT_ONCE = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Where one file's bytes lie."""
+
+    backend_id: str
+    content_address: ContentAddress
+    key: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedFile:
+    """A file and where its bytes lie: `size_bytes` from `offset` of `key`; `blake3` is its own (32 raw bytes)."""
+
+    file_id: UUID
+    relative_path: str
+    media_type: str
+    size_bytes: int
+    blake3: bytes
+    key: str
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestLocation:
+    """The manifest of a finalized package: inline bytes, or the key of the blob that holds them."""
+
+    digest: ContentAddress
+    inline: bytes | None
+    key: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """How long a package is kept: `retention_days` after `counted_from`; None in either form means for ever.
+
+    Times in µs since 1970, UTC.
+    """
+
+    package_id: UUID
+    retention_class: str
+    retention_days: int | None
+    counted_from: int
+    retain_until: int | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from typing import Any
 
 from confluent_kafka import Producer
 
+from artifact_store.events import PackageCreated
 from ingest_gateway.peers.membership import kafka_writer
-from schemas.events import PackageCreated
 from services.clock import system_clock
 from services.config import Settings
 from services.core.decide import Decision

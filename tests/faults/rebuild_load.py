@@ -13,9 +13,9 @@ from uuid import UUID
 
 from confluent_kafka import Producer
 
+from artifact_store.errors import ArtifactStoreError
+from artifact_store.events import Event
 from schemas.codec import encode
-from schemas.events import Event
-from services.errors import ArtifactStoreError
 from services.log.kafka import KafkaLog
 from services.log.kafka.topic import record_key
 from services.views.database import Views

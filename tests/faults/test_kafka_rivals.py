@@ -17,21 +17,22 @@ import confluent_kafka.admin
 import pytest
 from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 
-from benchmarks.kafka_topics import read_records
-from schemas.codec import EncodedEvents, decode, encode
-from schemas.headers import headers
-from services.clock import system_clock
-from services.config import Settings
-from services.core.commands import Acknowledgement, Command, FinalizePackage, IngestFiles
-from services.core.decide import Decision, decide, decide_together
-from services.core.limits import Limits
-from services.errors import (
+from artifact_store.errors import (
     InvalidPositionError,
     PackageNotFoundError,
     PackageQuarantinedError,
     RejectedError,
     UnavailableError,
 )
+from artifact_store.models import Acknowledgement
+from benchmarks.kafka_topics import read_records
+from schemas.codec import EncodedEvents, decode, encode
+from schemas.headers import headers
+from services.clock import system_clock
+from services.config import Settings
+from services.core.commands import Command, FinalizePackage, IngestFiles
+from services.core.decide import Decision, decide, decide_together
+from services.core.limits import Limits
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka import lease as tenure
 from services.log.kafka.cluster import Cluster

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from services.errors import UnavailableError
+from artifact_store.errors import UnavailableError
 from services.log.kafka import KafkaLog
 from services.log.kafka import cluster as questions
 from services.log.kafka import lease as tenure

@@ -9,7 +9,7 @@ from time import monotonic
 
 import pytest
 
-from services.errors import UnavailableError
+from artifact_store.errors import UnavailableError
 from services.log.kafka import KafkaLog, cluster
 from services.log.kafka import tail as watch
 from tests.contract.log_stage import ready

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from services.core.commands import Acknowledgement, Command
+from artifact_store.models import Acknowledgement
+from services.core.commands import Command
 from services.log.kafka import KafkaWriter
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import PATIENCE_SECONDS, ready

@@ -14,13 +14,13 @@ from uuid import uuid4
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient
 
+from artifact_store.errors import ConfigurationError
 from ingest_gateway.peers.membership import kafka_writer
 from schemas import identifiers
 from services.clock import system_clock
 from services.config import Settings
 from services.core.commands import CreatePackage
 from services.core.limits import Limits
-from services.errors import ConfigurationError
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka.topic import partition_of
 from services.log.state.state_file import sealed, unsealed

@@ -18,16 +18,17 @@ import pytest
 from confluent_kafka import Producer
 from pydantic import SecretStr
 
-from schemas.codec import decode, encode
-from services.config import Settings
-from services.core.commands import Acknowledgement, Command
-from services.errors import (
+from artifact_store.errors import (
     BadRecordError,
     ConflictError,
     InvalidRequestError,
     PackageQuarantinedError,
     UnavailableError,
 )
+from artifact_store.models import Acknowledgement
+from schemas.codec import decode, encode
+from services.config import Settings
+from services.core.commands import Command
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka.connection import make_consumer
 from services.log.port import Record

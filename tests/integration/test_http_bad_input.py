@@ -17,9 +17,9 @@ import pytest_asyncio
 from blake3 import blake3
 
 from artifact_store.documents.problem_details import TYPE_PREFIX
+from artifact_store.position import Position
 from ingest_gateway.protocol.json_body import MAX_FAULTS
 from services.config import Settings
-from services.log.position import Position
 from tests.integration.conditions import until
 from tests.integration.http_gateway import RunningGateway, running_gateway
 from tests.integration.http_raw import exchange, send_and_leave

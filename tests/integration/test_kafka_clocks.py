@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from artifact_store.errors import ConfigurationError, PushBackError, UnavailableError
 from services.cli import main
 from services.clock import StoreClock, system_clock
 from services.config import Settings
-from services.errors import ConfigurationError, PushBackError, UnavailableError
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.wiring import open_blobs, open_log, parts
 from tests.contract.log_invariants import assert_recorded_once, read_valid

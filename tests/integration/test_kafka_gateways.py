@@ -12,18 +12,19 @@ from uuid import uuid4
 
 import pytest
 
-from services.config import Settings
-from services.core import decide as core
-from services.core.commands import Acknowledgement, Command, CreatePackage, FinalizePackage, IngestFiles
-from services.core.limits import Limits
-from services.core.state import PackageState
-from services.errors import (
+from artifact_store.errors import (
     ConfigurationError,
     DuplicateRelativePathError,
     PackageNotFoundError,
     PushBackError,
     UnavailableError,
 )
+from artifact_store.models import Acknowledgement
+from services.config import Settings
+from services.core import decide as core
+from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles
+from services.core.limits import Limits
+from services.core.state import PackageState
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka import lease as tenure
 from services.log.port import PartitionNotOwnedError

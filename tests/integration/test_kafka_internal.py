@@ -12,21 +12,22 @@ import aiohttp
 import pytest
 from pydantic import SecretStr
 
-from ingest_gateway.peers import forwarding
-from ingest_gateway.peers import internal_listener as internal
-from ingest_gateway.peers.forwarding import CHECKS_PATH, COMMANDS_PATH, CONTENT_TYPE, WIRE_VERSION, HttpForwarder
-from ingest_gateway.peers.internal_listener import MAX_BODY_BYTES, InternalListener
-from services.config import Settings
-from services.core import wire
-from services.core.commands import Acknowledgement, Command
-from services.core.wire import decode_error, encode_command
-from services.errors import (
+from artifact_store.errors import (
     ConfigurationError,
     DuplicateRelativePathError,
     PushBackError,
     TooLargeError,
     UnavailableError,
 )
+from artifact_store.models import Acknowledgement
+from ingest_gateway.peers import forwarding
+from ingest_gateway.peers import internal_listener as internal
+from ingest_gateway.peers.forwarding import CHECKS_PATH, COMMANDS_PATH, CONTENT_TYPE, WIRE_VERSION, HttpForwarder
+from ingest_gateway.peers.internal_listener import MAX_BODY_BYTES, InternalListener
+from services.config import Settings
+from services.core import wire
+from services.core.commands import Command
+from services.core.wire import decode_error, encode_command
 from services.log.kafka.connection import INTERFACE
 from services.log.port import PackageExtent, PartitionNotOwnedError, PartitionStatus
 from services.log.records import Confirmation, SkipRecord

@@ -11,13 +11,13 @@ from uuid import uuid4
 
 import pytest
 
-from schemas.digests import manifest_digest
-from schemas.events import PACKAGE_FINALIZED, PackageFinalized
+from artifact_store.errors import IllegalPackageStateError, PushBackError, UnavailableError
+from artifact_store.events import PACKAGE_FINALIZED, PackageFinalized
+from artifact_store.manifest import content_key, manifest_digest
+from artifact_store.models import Acknowledgement
 from services.config import Settings
-from services.core.commands import Acknowledgement, Command, CreatePackage, FinalizePackage, IngestFiles
-from services.core.content_address import content_key
+from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles
 from services.core.limits import EVENT_OVERHEAD_BYTES, Limits
-from services.errors import IllegalPackageStateError, PushBackError, UnavailableError
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka import partition_writer as writer_module
 from services.log.kafka.lease import Tenure

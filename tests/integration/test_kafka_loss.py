@@ -17,12 +17,12 @@ import pytest
 from confluent_kafka import Producer, TopicPartition
 from pydantic import SecretStr
 
+from artifact_store.errors import CorruptError, InvalidRequestError, LogLostError
+from artifact_store.events import LossAccepted
 from schemas.codec import decode
-from schemas.events import LossAccepted
 from services.blobs.local import LocalBlobStore
 from services.blobs.port import BlobStore
 from services.config import Settings
-from services.errors import CorruptError, InvalidRequestError, LogLostError
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka.tail import Reader
 from services.log.port import PartitionStatus, Record

@@ -17,18 +17,19 @@ from uuid import UUID, uuid4
 import pytest
 
 from artifact_store import Client
+from artifact_store.byte_streams import from_any
+from artifact_store.errors import DuplicateRelativePathError
+from artifact_store.manifest import ContentAddress
+from artifact_store.models import Acknowledgement, Declared
 from artifact_store.transfers.pull import pull, read_manifest
-from services.blobs.port import Declared, StoredBlob
+from services.blobs.port import StoredBlob
 from services.config import Settings
-from services.core.commands import Acknowledgement, Command, FinalizePackage, IngestFiles, StoredFile
-from services.core.content_address import ContentAddress
+from services.core.commands import Command, FinalizePackage, IngestFiles, StoredFile
 from services.core.limits import INLINE_MANIFEST_BYTES
 from services.core.state import FINALIZED
-from services.errors import DuplicateRelativePathError
 from services.log.port import CommandWriter
 from services.log.state import partition_state as state
 from services.log.state.state_file import unsealed
-from services.streams import from_any
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import ready, settled
 from tests.integration.conditions import until

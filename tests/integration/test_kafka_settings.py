@@ -7,8 +7,8 @@ from uuid import UUID, uuid4
 import pytest
 from confluent_kafka import murmur2
 
+from artifact_store.errors import ConfigurationError
 from services.config import Settings
-from services.errors import ConfigurationError
 from services.log.kafka.connection import KafkaSettings
 from services.log.kafka.topic import partition_of
 

@@ -13,14 +13,15 @@ from uuid import uuid4
 
 import pytest
 
+from artifact_store.errors import AnswerExpiredError, IllegalPackageStateError
+from artifact_store.manifest import ContentAddress
+from artifact_store.models import Acknowledgement
 from services.blobs.local import LocalBlobStore
 from services.blobs.port import BlobStore
 from services.config import Settings
-from services.core.commands import Acknowledgement, Command, FinalizePackage, IngestFiles
-from services.core.content_address import ContentAddress
+from services.core.commands import Command, FinalizePackage, IngestFiles
 from services.core.limits import ANSWERS_KEPT_MICROS
 from services.core.state import CREATED
-from services.errors import AnswerExpiredError, IllegalPackageStateError
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.state import snapshots
 from services.log.state.state_file import sealed, unsealed

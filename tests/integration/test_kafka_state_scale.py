@@ -18,9 +18,9 @@ from uuid import UUID
 import pytest
 from confluent_kafka import Producer
 
+from artifact_store.events import Event
 from schemas import identifiers
 from schemas.codec import encode
-from schemas.events import Event
 from schemas.headers import headers
 from services.clock import system_clock
 from services.config import Settings

@@ -14,12 +14,12 @@ import confluent_kafka.admin
 import pytest
 from confluent_kafka import Producer, TopicPartition
 
+from artifact_store.errors import ConfigurationError, CorruptError, LogIdentityError, PushBackError, UnavailableError
+from artifact_store.position import Position
 from services.config import Settings
-from services.errors import ConfigurationError, CorruptError, LogIdentityError, PushBackError, UnavailableError
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka import tail as watch
 from services.log.kafka.cluster import Topic
-from services.log.position import Position
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import Projection, ready, settled
 from tests.integration.conditions import until

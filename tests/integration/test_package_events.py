@@ -13,6 +13,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from artifact_store.documents.event_lines import parse_event
+from artifact_store.events import RecordedEvent
 from ingest_gateway.event_tail import Tail
 from ingest_gateway.routes.event_feed import FRAMES, LINES
 from services.blobs.local import LocalBlobStore
@@ -22,7 +23,7 @@ from services.core.limits import Limits
 from services.direct import DirectRegistry
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka.tail import Reader
-from services.log.port import CommandWriter, PackageExtent, Record, RecordedEvent
+from services.log.port import CommandWriter, PackageExtent, Record
 from services.views.database import Views
 from services.views.engine.catch_up import catch_up
 from services.views.projections import PROJECTIONS

@@ -29,9 +29,8 @@ from services.direct import DirectRegistry
 from services.log.port import CommandWriter
 from services.views.database import Views
 from services.views.engine.catch_up import catch_up
-from services.views.models import ManifestLocation
 from services.views.projections import PROJECTIONS
-from services.views.queries import Progress, Queries
+from services.views.queries import ManifestLocation, Progress, Queries
 from tests.memory_log import MemoryLog
 from tests.views_history import History
 

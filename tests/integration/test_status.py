@@ -12,8 +12,8 @@ import pytest
 from pydantic import SecretStr
 
 from artifact_store.documents.times import from_text
+from artifact_store.errors import ConfigurationError
 from services.config import Settings
-from services.errors import ConfigurationError
 from services.log.state.restore import FROM_FILE, FROM_LOG
 from services.views.projections import PROJECTIONS
 from tests.contract.log_stage import PATIENCE_SECONDS

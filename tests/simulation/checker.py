@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from uuid import UUID
 
+from artifact_store.events import NO_DIGEST, PACKAGE_CREATED, PACKAGE_FINALIZED, Event, FileIngested
+from artifact_store.models import Acknowledgement
 from schemas.codec import UndecodableEventError, decode
 from schemas.digests import event_digest
-from schemas.events import NO_DIGEST, PACKAGE_CREATED, PACKAGE_FINALIZED, Event, FileIngested
-from services.core.commands import Acknowledgement, Command, IngestFiles
+from services.core.commands import Command, IngestFiles
 from services.log.kafka.topic import partition_of
 from tests.simulation.kafka import Cluster, Entry
 

@@ -12,16 +12,17 @@ from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 from uuid import UUID
 
+from artifact_store.errors import ConfigurationError, UnavailableError
+from artifact_store.events import Event
+from artifact_store.models import Acknowledgement
+from artifact_store.position import Position
 from projector import runner
-from schemas.events import Event
 from services.config import Settings
-from services.core.commands import Acknowledgement, Command
+from services.core.commands import Command
 from services.core.limits import Limits
-from services.errors import ConfigurationError, UnavailableError
 from services.log.kafka.log import KafkaLog
 from services.log.kafka.writer import KafkaWriter
 from services.log.port import PackageExtent
-from services.log.position import Position
 from services.views.engine import apply, checkpoints, generations
 from services.views.engine.checkpoints import Checkpoint, LastRecord, StaleCheckpointError
 from services.views.projections import projection_named

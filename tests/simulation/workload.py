@@ -7,9 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from uuid import UUID
 
-from schemas import identifiers
-from services.core.commands import Acknowledgement, Command, CreatePackage, FinalizePackage, IngestFiles, StoredFile
-from services.errors import (
+from artifact_store.errors import (
     ArtifactStoreError,
     CommandReusedError,
     DuplicateRelativePathError,
@@ -20,6 +18,9 @@ from services.errors import (
     RejectedError,
     UnavailableError,
 )
+from artifact_store.models import Acknowledgement
+from schemas import identifiers
+from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles, StoredFile
 from services.log.port import NotAppendedError
 from tests.simulation.processes import Gateway, Stage, call
 from tests.simulation.scheduler import Process

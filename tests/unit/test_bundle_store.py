@@ -18,7 +18,7 @@ from artifact_store.manifest import content_key
 from artifact_store.models import Declared
 from services.blobs.packs import Placed
 from services.bundle_store import BundleStore
-from services.views.models import PlacedFile
+from services.views.queries import PlacedFile
 from tests.unit.watched_store import WatchedStore
 
 

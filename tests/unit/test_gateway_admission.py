@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from artifact_store.errors import PushBackError
 from ingest_gateway.limits.admission import Places, Room, TooManyAtOnceError
-from services.errors import PushBackError
 
 
 @given(limit=st.integers(1, 9), moves=st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), max_size=60))

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from artifact_store.errors import InvalidArchiveError
 from ingest_gateway.protocol import codings
 from ingest_gateway.protocol.codings import FRAME_BYTES, FREE_FRAMES, PIECE_BYTES, decoded
-from services.errors import InvalidArchiveError
 
 if sys.version_info >= (3, 14):
     from compression import zstd

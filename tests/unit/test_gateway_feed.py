@@ -7,9 +7,9 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
+from artifact_store.errors import PushBackError, UnavailableError
 from ingest_gateway.event_tail import AHEAD_BYTES, feed
 from ingest_gateway.limits.followers import Followers
-from services.errors import PushBackError, UnavailableError
 
 
 async def _everything(lines: AsyncGenerator[bytes]) -> bytes:

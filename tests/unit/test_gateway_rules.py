@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from artifact_store.documents.shapes import CreatePackageRequest
+from artifact_store.errors import InvalidRequestError, RangeNotSatisfiableError
 from ingest_gateway.app import ROUTES, Routes
 from ingest_gateway.protocol.declaration import BINARY, Route, document
 from ingest_gateway.protocol.http_errors import (
@@ -22,7 +23,6 @@ from ingest_gateway.protocol.http_errors import (
 from ingest_gateway.protocol.json_body import parse_json
 from ingest_gateway.protocol.negotiation import choose, entity_tags, not_modified, requested
 from ingest_gateway.routes.files import disposition
-from services.errors import InvalidRequestError, RangeNotSatisfiableError
 
 _OFFERED = ("application/cbor", "application/json")
 

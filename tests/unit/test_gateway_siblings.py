@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from artifact_store.errors import ConfigurationError
 from ingest_gateway.http_metrics import Metrics
 from ingest_gateway.siblings import Member, Siblings, internal_addresses, merged
 from services.config import Settings
-from services.errors import ConfigurationError
 
 
 def samples(text: bytes) -> dict[tuple[str, str, str], float]:

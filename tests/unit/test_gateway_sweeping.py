@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from artifact_store.errors import UnavailableError
 from ingest_gateway.server import SWEEP_SECONDS, swept_regularly
 from services.blobs.local import LocalBlobStore
-from services.errors import UnavailableError
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 

@@ -13,13 +13,12 @@ from uuid import UUID
 import pytest
 
 from artifact_store.documents.event_lines import parse_event
+from artifact_store.errors import CorruptError, InvalidPositionError, LogIdentityError, UnavailableError
+from artifact_store.events import Event, RecordedEvent
+from artifact_store.position import Position
 from ingest_gateway.event_tail import Tail
 from ingest_gateway.routes.event_feed import FRAMES, LINES
 from schemas.codec import encode
-from schemas.events import Event
-from services.errors import CorruptError, InvalidPositionError, LogIdentityError, UnavailableError
-from services.log.port import RecordedEvent
-from services.log.position import Position
 from tests.integration.conditions import until
 from tests.memory_log import MemoryLog
 from tests.views_history import History

@@ -40,7 +40,7 @@ PURE_OF_THE_CLIENT = (
 )
 """The modules of `artifact_store` that do no I/O, which the core and the log's language may import."""
 
-PURE_OF_OURS = (*PURE_OF_THE_CLIENT, "schemas", "services.core", "services.errors", "services.manifest")
+PURE_OF_OURS = (*PURE_OF_THE_CLIENT, "schemas", "services.core")
 """What the core may import of ours: none of it does I/O."""
 
 SERVER_ONLY = frozenset({

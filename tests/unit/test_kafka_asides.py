@@ -10,10 +10,10 @@ from uuid import UUID
 
 import pytest
 
+from artifact_store.errors import UnavailableError
 from services.core.commands import Command
 from services.core.decide import acknowledge, decide
 from services.core.limits import Limits
-from services.errors import UnavailableError
 from services.log.kafka.partition_writer import PartitionWriter
 from services.log.sequencer import background as aside
 from services.log.sequencer.answers import Counts

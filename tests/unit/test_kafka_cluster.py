@@ -13,8 +13,8 @@ import confluent_kafka.admin
 import pytest
 from confluent_kafka import KafkaError, KafkaException
 
+from artifact_store.errors import UnavailableError
 from services.config import Settings
-from services.errors import UnavailableError
 from services.log.kafka import cluster as cluster_module
 from services.log.kafka.cluster import Cluster
 from services.log.kafka.connection import KafkaSettings

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from services.errors import UnavailableError
+from artifact_store.errors import UnavailableError
 from services.log.sequencer.answers import Deadlines
 
 SECONDS = 0.05

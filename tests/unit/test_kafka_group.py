@@ -12,8 +12,8 @@ from typing import Any, cast
 import pytest
 from confluent_kafka import KafkaError, KafkaException
 
+from artifact_store.errors import ConfigurationError, UnavailableError
 from services.config import Settings
-from services.errors import ConfigurationError, UnavailableError
 from services.log.kafka import connection as clients
 from services.log.kafka import ownership as group_module
 from services.log.kafka.cluster import Member

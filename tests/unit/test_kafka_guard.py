@@ -13,9 +13,9 @@ from uuid import UUID
 
 import pytest
 
+from artifact_store.errors import ConfigurationError, PushBackError, UnavailableError
 from services.clock import StoreClock
 from services.config import Settings
-from services.errors import ConfigurationError, PushBackError, UnavailableError
 from services.log.kafka import partition_writer as writer_module
 from services.log.kafka import topic
 from services.log.kafka.cluster import Topic

@@ -7,7 +7,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from schemas.events import Event, LossAccepted
+from artifact_store.events import Event, LossAccepted
 from services.log.records import AcceptedLoss, AdministrativeHead, administrative_event
 from services.log.state.loss import FILE, Loss, Witness
 from services.log.state.partition_state import PartitionState

@@ -8,7 +8,7 @@ from threading import Event as Flag
 
 import pytest
 
-from services.errors import ConfigurationError, UnavailableError
+from artifact_store.errors import ConfigurationError, UnavailableError
 from services.log import router as owners_module
 from services.log.port import PartitionNotOwnedError
 from services.log.router import Owner, Owners

@@ -14,9 +14,9 @@ from uuid import uuid4
 
 import pytest
 
+from artifact_store.errors import ConfigurationError, CorruptError, RejectedError, UnavailableError
 from services.core.commands import IngestFiles
 from services.core.limits import Limits
-from services.errors import ConfigurationError, CorruptError, RejectedError, UnavailableError
 from services.log.kafka import partition_writer as writer_module
 from services.log.kafka.partition_writer import PartitionWriter
 from services.log.port import NotAppendedError, PartitionNotOwnedError

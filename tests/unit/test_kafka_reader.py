@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 
+from artifact_store.errors import CorruptError, UnavailableError
 from services.config import Settings
-from services.errors import CorruptError, UnavailableError
 from services.log.kafka.cluster import Cluster
 from services.log.kafka.connection import KafkaSettings
 from services.log.kafka.tail import Reader

@@ -9,14 +9,15 @@ from uuid import UUID
 
 import pytest
 
-from services.core.commands import Acknowledgement, Command
-from services.errors import (
+from artifact_store.errors import (
     ConfigurationError,
     CorruptError,
     DuplicateRelativePathError,
     PushBackError,
     UnavailableError,
 )
+from artifact_store.models import Acknowledgement
+from services.core.commands import Command
 from services.log import router as seeking
 from services.log.port import Forwarder, NotAppendedError, PackageExtent, PartitionNotOwnedError
 from services.log.router import Owner, Seeking

@@ -12,12 +12,12 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from schemas.events import LogSkipped
+from artifact_store.errors import AnswerExpiredError, CommandReusedError, CorruptError, PackageAbandonedError
+from artifact_store.events import LogSkipped
 from services.core.commands import Command, IngestFiles
 from services.core.decide import acknowledge, decide
 from services.core.limits import ANSWERS_KEPT_MICROS, MAX_IDLE_MICROS, Limits
 from services.core.state import CREATED, FINALIZED, PackageState
-from services.errors import AnswerExpiredError, CommandReusedError, CorruptError, PackageAbandonedError
 from services.file_lock import FileLock
 from services.log.port import PackageExtent
 from services.log.records import AdministrativeHead, administrative_event

@@ -15,13 +15,14 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
-from schemas.events import Event
-from services.core.commands import Acknowledgement, Command
+from artifact_store.errors import ArtifactStoreError
+from artifact_store.events import Event
+from artifact_store.models import Acknowledgement
+from services.core.commands import Command
 from services.core.decide import Decision, acknowledge, check_ingest, decide
 from services.core.evolve import evolve
 from services.core.limits import ANSWERS_KEPT_MICROS, MAX_IDLE_MICROS, Limits
 from services.core.state import FINALIZED, PackageState
-from services.errors import ArtifactStoreError
 from services.log.state import state_file as state_file_module
 from services.log.state.partition_state import PartitionState, mark_of
 from services.log.state.state_file import Place, StateFile

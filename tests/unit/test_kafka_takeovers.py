@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from services.errors import ConfigurationError, CorruptError, LogIdentityError, UnavailableError
+from artifact_store.errors import ConfigurationError, CorruptError, LogIdentityError, UnavailableError
 from services.log.kafka import partition_writer as writer_module
 from services.log.kafka.partition_writer import PartitionWriter
 from services.log.sequencer.answers import Counts

@@ -15,12 +15,12 @@ from uuid import uuid4
 import psutil
 import pytest
 
+from artifact_store.errors import ConfigurationError
+from artifact_store.position import Position
 from ingest_gateway import siblings as gateway_processes
 from projector import runner as projector_processes
 from projector.loading import load_in_processes
 from services.config import Settings
-from services.errors import ConfigurationError
-from services.log.position import Position
 from services.processes import Command, RestartRule, run_processes
 from services.views.engine.checkpoints import Checkpoint
 from tests.integration.conditions import until

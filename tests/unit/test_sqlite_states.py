@@ -13,8 +13,8 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from artifact_store.models import Acknowledgement
 from services.clock import system_clock
-from services.core.commands import Acknowledgement
 from services.core.limits import Limits
 from services.log.port import Record
 from services.log.sqlite import file

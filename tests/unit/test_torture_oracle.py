@@ -8,8 +8,8 @@ from uuid import uuid4
 
 import pytest
 
+from artifact_store.events import Event, FileIngested, LogSkipped
 from schemas.digests import event_digest, record_digest
-from schemas.events import Event, FileIngested, LogSkipped
 from services.core.commands import Command, FinalizePackage, IngestFiles
 from services.core.decide import decide
 from services.core.evolve import evolve

@@ -17,9 +17,8 @@ from services.views.database import Views
 from services.views.engine.apply import apply
 from services.views.engine.checkpoints import Checkpoint, StaleCheckpointError, load_checkpoint
 from services.views.engine.generations import reset
-from services.views.models import ManifestLocation
 from services.views.projections import PROJECTIONS, projection_named
-from services.views.queries import Queries
+from services.views.queries import ManifestLocation, Queries
 from tests.views_history import History, view_rows
 
 LOG = UUID(int=7)

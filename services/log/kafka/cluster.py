@@ -26,7 +26,7 @@ from confluent_kafka import (
 )
 from confluent_kafka.admin import AdminClient
 
-from services.errors import ArtifactStoreError, ConfigurationError, UnavailableError
+from artifact_store.errors import ArtifactStoreError, ConfigurationError, UnavailableError
 from services.log.kafka.connection import KafkaSettings, OutsideError, explaining, kafka_error, make_admin
 
 # The package's types neither cover all that its documentation names nor mark it as exported.

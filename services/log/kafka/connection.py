@@ -17,8 +17,8 @@ from typing import Any, Self, TypeVar
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer
 from confluent_kafka.admin import AdminClient
 
+from artifact_store.errors import ArtifactStoreError, ConfigurationError, CorruptError, UnavailableError
 from services.config import Settings
-from services.errors import ArtifactStoreError, ConfigurationError, CorruptError, UnavailableError
 from services.log.port import HeldError
 
 CLIENT_LOGGER = logging.getLogger("services.log.kafka.client")

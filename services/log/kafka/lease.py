@@ -20,13 +20,13 @@ from uuid import UUID
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
+from artifact_store.errors import CorruptError, InvalidRequestError, LogIdentityError, UnavailableError
+from artifact_store.events import AdministrativePayload, Event, LogSkipped, LossAccepted
 from schemas.codec import encode
-from schemas.events import AdministrativePayload, Event, LogSkipped, LossAccepted
 from schemas.headers import Headers, RecordHeaders
 from schemas.headers import headers as headers_of
 from schemas.identifiers import partition_id
 from services.core.decide import Decision
-from services.errors import CorruptError, InvalidRequestError, LogIdentityError, UnavailableError
 from services.log.kafka.cluster import Cluster
 from services.log.kafka.connection import KafkaSettings, explaining, make_producer
 from services.log.kafka.tail import Reader

@@ -11,17 +11,17 @@ from dataclasses import fields
 from typing import TypeVar
 from uuid import UUID
 
-from schemas.events import Event
+from artifact_store.errors import ConfigurationError, CorruptError, InvalidPositionError, UnavailableError
+from artifact_store.events import Event, RecordedEvent
+from artifact_store.position import Position
 from services.config import Settings
-from services.errors import ConfigurationError, CorruptError, InvalidPositionError, UnavailableError
 from services.log.kafka import topic
 from services.log.kafka.cluster import Cluster, Topic
 from services.log.kafka.connection import KafkaSettings
 from services.log.kafka.subscription import KafkaSubscription
 from services.log.kafka.tail import Reader, Watch
 from services.log.kafka.topic import partition_of, record_key
-from services.log.port import Batch, PackageExtent, RecordedEvent, Settled, StartOffsets
-from services.log.position import Position
+from services.log.port import Batch, PackageExtent, Settled, StartOffsets
 from services.log.records import BadRecord, Skips, is_administrative, read_record
 
 _FIELDS = tuple(field.name for field in fields(Event))

@@ -15,7 +15,7 @@ from threading import Lock, Thread
 
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 
-from services.errors import ConfigurationError, ConflictError, PushBackError, UnavailableError
+from artifact_store.errors import ConfigurationError, ConflictError, PushBackError, UnavailableError
 from services.log.kafka.cluster import Cluster, Member
 from services.log.kafka.connection import INTERFACE, KafkaSettings, explained, kafka_error, make_consumer
 from services.log.router import Owner

@@ -19,12 +19,13 @@ from types import TracebackType
 from typing import Any, cast
 from uuid import UUID
 
+from artifact_store.errors import ArtifactStoreError, PushBackError, RejectedError, UnavailableError
+from artifact_store.models import Acknowledgement
 from schemas.identifiers import partition_id
 from services.clock import Clock
-from services.core.commands import Acknowledgement, Command, IngestFiles
+from services.core.commands import Command, IngestFiles
 from services.core.decide import acknowledge, check_ingest, decide, decide_together
 from services.core.limits import Limits
-from services.errors import ArtifactStoreError, PushBackError, RejectedError, UnavailableError
 from services.log.kafka.cluster import Cluster
 from services.log.kafka.connection import KafkaSettings, refusal, spoiled_by_record
 from services.log.kafka.lease import Staged, Tenure

@@ -10,7 +10,7 @@ from typing import Self, TypeVar
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
-from services.errors import ArtifactStoreError, CorruptError, UnavailableError
+from artifact_store.errors import ArtifactStoreError, CorruptError, UnavailableError
 from services.log.kafka.cluster import Cluster
 from services.log.kafka.connection import INTERFACE, KafkaSettings, OutsideError, explaining, kafka_error, make_consumer
 from services.log.kafka.tail import places, records, take_messages

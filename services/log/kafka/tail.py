@@ -12,7 +12,7 @@ from uuid import UUID
 
 from confluent_kafka import Consumer, Message, TopicPartition
 
-from services.errors import LogIdentityError, UnavailableError
+from artifact_store.errors import LogIdentityError, UnavailableError
 from services.log.kafka.cluster import Cluster
 from services.log.kafka.connection import KafkaSettings, OutsideError, explained, explaining, make_consumer
 from services.log.port import Record

@@ -11,11 +11,13 @@ from threading import Lock
 from typing import TypeVar, cast
 from uuid import UUID
 
+from artifact_store.errors import ArtifactStoreError, ConfigurationError, PushBackError, UnavailableError
+from artifact_store.models import Acknowledgement
+from artifact_store.position import Position
 from services.clock import Clock, system_clock
 from services.config import Settings
-from services.core.commands import Acknowledgement, Command
+from services.core.commands import Command
 from services.core.limits import Limits
-from services.errors import ArtifactStoreError, ConfigurationError, PushBackError, UnavailableError
 from services.log.kafka.cluster import Topic
 from services.log.kafka.log import KafkaLog
 from services.log.kafka.ownership import WriterGroup
@@ -31,7 +33,6 @@ from services.log.port import (
     SnapshotStore,
     TimedStore,
 )
-from services.log.position import Position
 from services.log.records import Confirmation
 from services.log.router import Owner, Owners, Seeking, There
 from services.log.sequencer.answers import Counts

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from services.errors import (
+from artifact_store.errors import (
     ConfigurationError,
     CorruptError,
     LogIdentityError,

@@ -19,12 +19,12 @@ from enum import Enum
 from threading import Thread
 from uuid import UUID
 
+from artifact_store.errors import ArtifactStoreError, PushBackError, UnavailableError
 from services.clock import Clock
 from services.core.commands import Command, FinalizePackage
 from services.core.decide import Decision, decide
 from services.core.limits import EVENT_OVERHEAD_BYTES, Limits
 from services.core.state import CREATED, PackageState
-from services.errors import ArtifactStoreError, PushBackError, UnavailableError
 from services.log.port import PutManifest
 from services.log.sequencer.queue import Request
 from services.log.state.partition_state import PartitionState

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from threading import Condition, Lock
 from uuid import UUID
 
-from services.core.commands import Acknowledgement, Command, CreatePackage, IngestFiles
-from services.errors import PushBackError
+from artifact_store.errors import PushBackError
+from artifact_store.models import Acknowledgement
+from services.core.commands import Command, CreatePackage, IngestFiles
 from services.log.port import PartitionNotOwnedError
 
 MAX_WAITING_BYTES = 32 << 20

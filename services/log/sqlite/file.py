@@ -18,9 +18,7 @@ from threading import Lock
 from typing import TypeVar
 from uuid import UUID, uuid4
 
-from schemas.codec import UndecodableEventError, decode
-from schemas.events import Event
-from services.errors import (
+from artifact_store.errors import (
     ArtifactStoreError,
     ConfigurationError,
     CorruptError,
@@ -28,6 +26,8 @@ from services.errors import (
     PushBackError,
     UnavailableError,
 )
+from artifact_store.events import Event
+from schemas.codec import UndecodableEventError, decode
 from services.file_lock import FileLock
 from services.folders import secure_folder
 from services.log.port import Record

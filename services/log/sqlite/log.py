@@ -10,11 +10,11 @@ from contextlib import closing, suppress
 from pathlib import Path
 from uuid import UUID
 
-from schemas.events import Event
-from services.errors import ConfigurationError, CorruptError, InvalidPositionError
+from artifact_store.errors import ConfigurationError, CorruptError, InvalidPositionError
+from artifact_store.events import Event, RecordedEvent
+from artifact_store.position import Position
 from services.file_lock import FileLock
-from services.log.port import Batch, PackageExtent, Record, RecordedEvent, Settled, StartOffsets, Subscription
-from services.log.position import Position
+from services.log.port import Batch, PackageExtent, Record, Settled, StartOffsets, Subscription
 from services.log.sqlite.file import (
     BATCH_RECORDS,
     PARTITION,

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 
-from services.errors import CorruptError, UnavailableError
+from artifact_store.errors import CorruptError, UnavailableError
 from services.file_lock import FileLock
 from services.log.port import Batch, Record, StartOffsets
 from services.log.sqlite.file import (

@@ -19,13 +19,14 @@ from uuid import UUID
 
 from blake3 import blake3
 
+from artifact_store.errors import ArtifactStoreError, CorruptError, PushBackError, UnavailableError
+from artifact_store.models import Acknowledgement
+from artifact_store.position import Position
 from services.clock import Clock, system_clock
-from services.core.commands import Acknowledgement, Command, IngestFiles
+from services.core.commands import Command, IngestFiles
 from services.core.decide import accept, acknowledge, check_ingest, decide
 from services.core.limits import Limits
-from services.errors import ArtifactStoreError, CorruptError, PushBackError, UnavailableError
 from services.log.port import PackageExtent, PartitionStatus, PutManifest
-from services.log.position import Position
 from services.log.sqlite.file import (
     PARTITION,
     LogFile,

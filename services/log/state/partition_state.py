@@ -16,7 +16,7 @@ from uuid import UUID
 
 from blake3 import blake3
 
-from schemas.events import Event, LossAccepted
+from artifact_store.events import Event, LossAccepted
 from schemas.identifiers import partition_id
 from services.core.decide import Decision, accept
 from services.core.evolve import evolve, repeats

@@ -29,7 +29,7 @@ from uuid import UUID
 
 from blake3 import blake3
 
-from services.errors import ArtifactStoreError, UnavailableError
+from artifact_store.errors import ArtifactStoreError, UnavailableError
 from services.log.port import PartitionNotOwnedError, SnapshotStore
 from services.log.state.loss import SNAPSHOT, Witness
 from services.log.state.state_file import FORMAT, Place, Standing, StateFile, copy_file

@@ -32,9 +32,10 @@ from uuid import UUID
 
 import cbor2
 
+from artifact_store.errors import UnavailableError
+from artifact_store.events import PACKAGE_CREATED, PACKAGE_FINALIZED, PackageCreated
+from artifact_store.rules import PathPair, Unportable
 from schemas.digests import DIGEST_BYTES, items_digest
-from schemas.events import PACKAGE_CREATED, PACKAGE_FINALIZED, PackageCreated
-from services.core.paths import PathPair, Unportable
 from services.core.state import (
     ABANDONED,
     CREATED,
@@ -45,7 +46,6 @@ from services.core.state import (
     PackageState,
     file_states,
 )
-from services.errors import UnavailableError
 from services.log.port import PackageExtent
 from services.log.records import AcceptedLoss, AdministrativeHead
 

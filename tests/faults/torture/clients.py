@@ -18,10 +18,9 @@ from yarl import URL
 import artifact_store
 from artifact_store.client.bodies import BytesSource
 from artifact_store.client.transport import RetryPolicy
-from services.blobs.port import Declared
-from services.core.commands import Acknowledgement
-from services.core.content_address import ContentAddress
-from services.errors import ArtifactStoreError, BadRecordError, PushBackError, UnavailableError
+from artifact_store.errors import ArtifactStoreError, BadRecordError, PushBackError, UnavailableError
+from artifact_store.manifest import ContentAddress
+from artifact_store.models import Acknowledgement, Declared
 from tests.faults.torture.work import ACTOR, CREATE, INGEST, MEDIA_TYPE, Answer, Work, package_fields
 
 ATTEMPT_SECONDS = 10.0

@@ -14,9 +14,9 @@ from uuid import UUID
 
 from confluent_kafka import Consumer, KafkaError, TopicPartition
 
+from artifact_store.events import Event, FileIngested, LogSkipped, PackageFinalized
 from schemas.codec import decode
 from schemas.digests import event_digest, record_digest
-from schemas.events import Event, FileIngested, LogSkipped, PackageFinalized
 from services.config import Settings
 from services.views.projections import PROJECTIONS
 from tests.faults.torture.work import Answer, Entry
