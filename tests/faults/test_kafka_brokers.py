@@ -151,6 +151,37 @@ async def test_a_group_is_seen_although_its_coordinator_died_and_is_none_any_mor
             await until(seen, 60, "the group has no members")
 
 
+async def test_what_a_group_has_committed_is_known_although_another_broker_coordinates_it_by_now(
+    tmp_path: Path,
+) -> None:
+    """An admin client that is answered NOT_COORDINATOR to OffsetFetch ends its process (librdkafka 2.16.0)."""
+    with KafkaCluster(tmp_path / "cluster") as cluster:
+        settings = kafka_settings(
+            f"kafka://{cluster.endpoint}/private", tmp_path, kafka_replication_factor=3, kafka_min_insync_replicas=2
+        )
+        async with open_kafka_log(settings) as log:
+            group, topic, offsets = "private.projector.registry", "__consumer_offsets", {0: 3, 2: 5}
+
+            async def commits() -> bool:
+                with suppress(UnavailableError):  # the coordinator is only just being made
+                    return await asyncio.to_thread(log.cluster.commit, group, offsets, "of a view")
+                return False
+
+            await until(commits, 60, "the group cannot commit")
+            committed = {p: (offset, "of a view") for p, offset in offsets.items()}
+            own = coordinated_by(group, len(await asyncio.to_thread(leaders, cluster.endpoint, topic)))
+            for broker in cluster.brokers:
+                assert await asyncio.to_thread(log.cluster.committed, group) == committed
+                others = [other.node_id for other in cluster.brokers if other is not broker]
+                await asyncio.to_thread(prefer, cluster, topic, [own], [broker.node_id, *others])
+
+                async def moved(to: int = broker.node_id) -> bool:
+                    return (await asyncio.to_thread(leaders, cluster.endpoint, topic))[own] == to
+
+                await until(moved, 30, "the group's coordinator does not move")
+                assert await asyncio.to_thread(log.cluster.committed, group) == committed
+
+
 async def test_offsets_are_asked_of_whoever_leads_now(tmp_path: Path) -> None:
     with KafkaCluster(tmp_path / "cluster") as cluster:
         settings = kafka_settings(

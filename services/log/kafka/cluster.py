@@ -27,7 +27,14 @@ from confluent_kafka import (
 from confluent_kafka.admin import AdminClient
 
 from artifact_store.errors import ArtifactStoreError, ConfigurationError, UnavailableError
-from services.log.kafka.connection import KafkaSettings, OutsideError, explaining, kafka_error, make_admin
+from services.log.kafka.connection import (
+    KafkaSettings,
+    OutsideError,
+    explaining,
+    kafka_error,
+    make_admin,
+    make_consumer,
+)
 
 # The package's types neither cover all that its documentation names nor mark it as exported.
 _admin: Any = confluent_kafka.admin
@@ -257,11 +264,23 @@ class Cluster:
         return {p: (first, last) for p, (_, last, first) in best.items()}
 
     def committed(self, group: str) -> dict[int, tuple[int, str]]:
-        """What the group has committed, by partition: offset and metadata; a partition without a commit is absent."""
-        request = ConsumerGroupTopicPartitions(group)
-        found = self._ask("reading a group's offsets", lambda admin: admin.list_consumer_group_offsets([request]))
-        of_topic = [p for p in found[group].topic_partitions if p.topic == self._kafka.topic]
-        return {p.partition: (p.offset, p.metadata or "") for p in of_topic if p.offset >= 0}
+        """What the group has committed, by partition: offset and metadata; a partition without a commit is absent.
+
+        A consumer that never joins the group asks, not an admin client, which would end the process: librdkafka 2.16.0
+        follows a null pointer when OffsetFetch is answered NOT_COORDINATOR and the client is no consumer
+        (confluentinc/librdkafka#5318).
+        """
+        partitions = [TopicPartition(self._kafka.topic, p) for p in range(self.topic().partitions)]
+        consumer = make_consumer({**self._kafka.reader(), "group.id": group})
+        try:
+            with explaining("reading a group's offsets"):
+                found = consumer.committed(partitions, ANSWER_SECONDS)
+                for place in found:
+                    if place.error is not None:
+                        raise KafkaException(place.error)
+        finally:
+            consumer.close()
+        return {p.partition: (p.offset, p.metadata or "") for p in found if p.offset >= 0}
 
     def commit(self, group: str, next_offsets: Mapping[int, int], metadata: str) -> bool:
         """Commit offsets for a group that has no members; False, and nothing is committed, when it has some."""
