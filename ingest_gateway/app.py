@@ -63,7 +63,7 @@ class App:
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer a request. Every error becomes a problem or, once an answer has begun, cuts the connection."""
         call = Call(self.gateway, request)
-        async with self.gateway.request():
+        with self.gateway.admission.request():
             try:
                 response = await self._answer(call)
                 await self._send(call, response)
@@ -101,7 +101,7 @@ class App:
                 raise call.refusal
             if route.transfer is None or request.method == "HEAD":
                 return await route.handler(call)
-            with self.gateway.transfers[route.transfer].place(call.client):
+            with self.gateway.admission.transfers[route.transfer].place(call.client):
                 return await route.handler(call)
         except ArtifactStoreError as error:
             if not call.begun:

@@ -131,7 +131,8 @@ async def listening(
     siblings = None if member is None else Siblings(member, metrics.exposition)
     app = App(registry, log, checks, bounds, metrics, siblings)
     runner = web.ServerRunner(
-        Server(app.handle, app.refuse, app.gateway.connections, app.gateway.heads), shutdown_timeout=1.0
+        Server(app.handle, app.refuse, app.gateway.admission.connections, app.gateway.admission.heads),
+        shutdown_timeout=1.0,
     )
     await runner.setup()
     lag = asyncio.create_task(metrics.watch_loop())

@@ -6,14 +6,19 @@ client is an address: behind a proxy that hides them, all are one.
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import resource
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 from artifact_store.errors import PushBackError
+from services.bundle_store import BUNDLES_AT_ONCE
+
+_log = logging.getLogger(__name__)
 
 Transfer = Literal["uploads", "downloads"]
 """What moves many bytes, and so has places of its own."""
@@ -39,7 +44,7 @@ _OTHER_DESCRIPTORS = 512
 _WANTED_DESCRIPTORS = 65_536
 
 Refused = Callable[[str], None]
-"""Told of what there was no place for."""
+"""Called with the kind of what was refused for lack of a place or of room."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +166,51 @@ class Room:
             yield take
         finally:
             shares.give(client, held)
+
+
+class Admission:
+    """What one gateway has let in: requests, and places and room of every kind. Belongs to one event loop."""
+
+    def __init__(self, bounds: Bounds, refused: Refused) -> None:
+        """`refused` is called with the kind of what there was no place or room for."""
+        self.connections = Places("connections", bounds.max_connections, refused)
+        self.transfers: Mapping[Transfer, Places] = {
+            "uploads": Places("uploads", bounds.max_uploads, refused),
+            "downloads": Places("downloads", bounds.max_downloads, refused),
+        }
+        self.archives = Places("archives", BUNDLES_AT_ONCE, refused)
+        """As many as bundles are read at a time: whoever has a place has a turn too, and nobody has all of them."""
+        self.reads = Places("reads of events", bounds.max_reads, refused)
+        self.heads = Room("heads", HEADS_ROOM_BYTES, refused)
+        self.json = Room("JSON", bounds.json_room_bytes, refused)
+        self.parsing = asyncio.Lock()
+        """Held while a large JSON body is parsed: as objects it takes many times its bytes."""
+        self.draining = False
+        self.in_flight = 0
+        """How many requests are under way."""
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """A request is under way for the length of the block."""
+        self.in_flight += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+            if not self.in_flight:
+                self._idle.set()
+
+    async def drain(self, seconds: float) -> None:
+        """Wait, for `seconds` at most, until every request is answered; from now on answers close their connections."""
+        self.draining = True
+        try:
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            _log.warning("%d requests were not done within %g s; they are cut off", self.in_flight, seconds)
 
 
 def connections_within(wanted: int, forwarded: int = 0) -> int:

@@ -252,11 +252,11 @@ class Call:
         limit = max(limit, MAX_JSON_BYTES + _JSON_ESCAPE * self.gateway.bounds.max_metadata_bytes)
         if (self.request.content_length or 0) > limit:
             raise TooLargeError(f"a JSON body may have {limit:,} bytes here")
-        with self.gateway.json.share(self.client) as take:
+        with self.gateway.admission.json.share(self.client) as take:
             body = await self._gathered(limit, take)
             if len(body) <= _PARSED_AT_ONCE_BYTES:
                 return self._parsed(body, shape)
-            async with self.gateway.parsing:
+            async with self.gateway.admission.parsing:
                 return await asyncio.to_thread(self._parsed, body, shape)
 
     async def _gathered(self, limit: int, take: Callable[[int], None]) -> bytes:
@@ -304,7 +304,7 @@ class Call:
             response.headers["Server"] = SERVER
             # A body may still come that nobody wants any more (RFC 9110 §10.1.1), this process goes away, or the
             # connection has no place.
-            if self.gateway.draining or self._expects or self.refusal is not None:
+            if self.gateway.admission.draining or self._expects or self.refusal is not None:
                 response.force_close()
         body = held(response)
         await response.prepare(self.request)

@@ -119,7 +119,7 @@ async def get_archive(call: Call) -> web.StreamResponse:
     if call.request.method == "HEAD":
         await call.start(response)
         return response
-    with call.gateway.archives.place(call.client):
+    with call.gateway.admission.archives.place(call.client):
         files = call.registry.read_files(package_id, after=after, largest=largest)
         async with aclosing(files), aclosing(tar_of(files, package.finalized_at // 1_000_000)) as pieces:
             first = await anext(pieces)  # what can fail at once fails here, while the status can still say so

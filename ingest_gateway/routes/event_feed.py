@@ -38,7 +38,7 @@ async def get_events(call: Call) -> web.StreamResponse:
         await call.start(response)
         return response
     if not follow:
-        with call.gateway.reads.place(call.client):
+        with call.gateway.admission.reads.place(call.client):
             async with feed(call.gateway.tail.read(since, package_id, FRAMES[media_type])) as lines:
                 await _send_all(call, response, lines)
     else:

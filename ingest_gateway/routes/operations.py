@@ -18,7 +18,7 @@ async def get_health(call: Call) -> web.StreamResponse:
 async def get_readiness(call: Call) -> web.StreamResponse:
     """GET /readyz."""
     found = await call.gateway.ready.now()
-    if call.gateway.draining:
+    if call.gateway.admission.draining:
         found = found.model_copy(update={"status": "unready"})
     return json_answer(found, status=503 if found.status == "unready" else 200)
 

@@ -23,6 +23,7 @@ from tests.integration.projector_stage import covers, projecting
 _PACKAGE = {"name": "n", "producer": "p", "subject": "s", "retention_class": "scratch"}
 
 MOST_FOR_A_PUT = 52
+MOST_OF_THE_GATEWAY_FOR_A_PUT = 6
 MOST_FOR_AN_EVENT = 24
 
 pytestmark = pytest.mark.services
@@ -54,6 +55,8 @@ async def test_a_put_enters_few_modules_from_socket_to_answer(real_settings: Set
             stop.set()
     assert "services.core.decide" in found
     assert len(found) <= MOST_FOR_A_PUT, sorted(found)
+    of_the_gateway = sorted(name for name in found if name.startswith("ingest_gateway."))
+    assert len(of_the_gateway) <= MOST_OF_THE_GATEWAY_FOR_A_PUT, of_the_gateway
 
 
 async def test_an_event_enters_few_modules_from_record_to_commit(real_settings: Settings, tmp_path: Path) -> None:

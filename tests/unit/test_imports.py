@@ -128,6 +128,15 @@ def test_no_package_imports_the_tests(package: str) -> None:
     assert wrong == []
 
 
+@pytest.mark.parametrize("package", ["ingest_gateway"])
+def test_no_modules_import_each_other_in_a_circle(package: str) -> None:
+    there = dict(modules(package))
+    graph = {name: imports(name, path) & there.keys() for name, path in there.items()}
+    for name in graph:
+        graph[name] -= {name, *(above for above in there if name.startswith(f"{above}."))}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules of a circle
+
+
 def test_only_the_command_line_and_outer_packages_import_the_wiring() -> None:
     allowed = ("services.cli", "services.registry", "services.wiring", "ingest_gateway", "projector")
     wrong = [
