@@ -8,7 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from uuid import UUID
 
-from artifact_store.events import NO_DIGEST, PACKAGE_CREATED, PACKAGE_FINALIZED, Event, FileIngested
+from artifact_store.events import (
+    NO_DIGEST,
+    PACKAGE_CREATED,
+    PACKAGE_FINALIZED,
+    AdministrativePayload,
+    Event,
+    FileIngested,
+)
 from artifact_store.models import Acknowledgement
 from schemas.codec import UndecodableEventError, decode
 from schemas.digests import event_digest
@@ -54,6 +61,8 @@ class Checker:
         self.refused: set[Answered] = set()
         """Commands of which somebody was told that nothing is recorded, and will not be."""
         self.events = 0
+        self.foreign: list[set[int]] = [set() for _ in cluster.partitions]
+        """Offsets of records that a stranger has put there, which are no events."""
         self.violation: str | None = None
         self._cluster = cluster
         self._seen = [_Seen() for _ in cluster.partitions]
@@ -90,7 +99,12 @@ class Checker:
         try:
             event = decode(entry.value or b"")
         except UndecodableEventError as error:
+            if offset in self.foreign[number]:
+                return
             raise self.broken(f"{place} cannot be read: {error}") from None
+        if isinstance(event.payload, AdministrativePayload):
+            seen.time = max(seen.time, event.created_at)
+            return
         self.events += 1
         package_id = event.package_id
         history = self.histories.setdefault(package_id, History())

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from uuid import UUID
 
+from artifact_store.errors import PushBackError, UnavailableError
+from services.log.port import Record
+from services.log.records import BadRecord, SkipRecord
 from tests.simulation.clients import Network
 from tests.simulation.kafka import Entry, RefusedError
-from tests.simulation.processes import PROJECTION, Stage
+from tests.simulation.processes import PROJECTION, Stage, call
+from tests.simulation.scheduler import Process
 
 
 @dataclass(eq=False)
@@ -44,9 +50,8 @@ class Faults:
     def stop(self) -> None:
         """No more faults; what lasts is mended now."""
         self._stopped = True
-        for mend in list(self._mending.values()):
-            mend()
-        self._mending.clear()
+        while self._mending:  # what is mended may begin something else that ends
+            self._mending.pop(next(iter(self._mending)))()
         self.network.lost_answers = self.network.late_requests = 0.0
 
     def _next(self) -> None:
@@ -198,6 +203,40 @@ class Faults:
 
         self._for(5.0, stage.scheduler.rng.choice((20.0, 150.0)), mend)
 
+    def append_garbage(self) -> None:
+        """A stranger's committed record that is no event; an operator confirms it after a while."""
+        stage, cluster, rng = self.stage, self.stage.cluster, self.stage.scheduler.rng
+        partition = rng.choice(cluster.partitions).number
+        leader = cluster.truth(partition)
+        if leader is None or stage.bad_records or leader.high < len(leader.log):
+            return
+        entry = Entry(b"stranger", rng.randbytes(18), None, 0)
+        offset = cluster.append(leader, partition, [entry], None) - 1
+        cluster.replicate(partition)
+        if leader.high <= offset:
+            leader.cut(offset)  # it could not be committed
+            return
+        stage.checker.foreign[partition].add(offset)
+        stage.bad_records += 1
+        bad = BadRecord.of(Record(partition, offset, entry.key or b"", entry.value or b""), "it is no event")
+        command_id = UUID(int=rng.getrandbits(128), version=4)
+        skip = SkipRecord(partition, offset, bad.digest, "operator", "a stranger's", command_id)
+        operator = Process(stage.scheduler, "operator")
+        stage.scheduler.after(rng.uniform(1.0, 15.0), lambda: operator.loop.create_task(self._confirm(operator, skip)))
+
+    async def _confirm(self, operator: Process, skip: SkipRecord) -> None:
+        """Ask one gateway after the other until the writer has recorded it."""
+        stage = self.stage
+        while True:
+            gateway = stage.scheduler.rng.choice(stage.gateways)
+            with suppress(UnavailableError, PushBackError, TimeoutError):
+                async with asyncio.timeout(20.0):
+                    await call(stage, operator, gateway.process, partial(gateway.confirm, skip))
+                break
+            await asyncio.sleep(stage.scheduler.rng.random())
+        await asyncio.sleep(30.0)  # until everybody has seen it
+        stage.bad_records -= 1
+
     def set_group(self) -> None:
         """An operator stops the projectors and sets their group to an offset, or all of it to the log's start."""
         stage, rng = self.stage, self.stage.scheduler.rng
@@ -309,6 +348,7 @@ KINDS: dict[str, tuple[float, Callable[[Faults], None]]] = {
     "a clock moves": (1, Faults.move_clock),
     "members of groups untold": (0.3, Faults.hide_members),
     "settings change": (0.3, Faults.change_settings),
+    "a stranger's committed record": (0.3, Faults.append_garbage),
     "a tool sets a group": (0.5, Faults.set_group),
     "a stranger's open transaction": (1, Faults.open_transaction),
 }

@@ -139,6 +139,11 @@ def _owners_forgotten() -> list[_Patch]:
     return [(Owners, "_ask", ask_and_forget)]
 
 
+def _bad_record_closes_partition() -> list[_Patch]:
+    """What an operator confirmed about a record that is no event opens its partition for nobody."""
+    return [(Tenure, "_is_skipped", lambda *_: False)]
+
+
 def _any_rewind_empties_the_view() -> list[_Patch]:
     """One partition whose offset a tool has set back is enough for the view to be emptied and folded again."""
 
@@ -166,6 +171,7 @@ MUTATIONS = {
     "acknowledge-before-read-back": Mutation(_acknowledge_before_read_back),
     "guard-only-at-start": Mutation(_guard_only_at_start, ("settings change",)),
     "owners-forgotten": Mutation(_owners_forgotten, ("members of groups untold",)),
+    "bad-record-closes-partition": Mutation(_bad_record_closes_partition, ("a stranger's committed record",)),
     "any-rewind-empties-the-view": Mutation(_any_rewind_empties_the_view, ("a tool sets a group",)),
     "state-ahead-of-log": Mutation(_state_ahead_of_log, ("answers lost", "late repeats", "kill a broker")),
 }

@@ -23,6 +23,7 @@ from services.core.limits import Limits
 from services.log.kafka.log import KafkaLog
 from services.log.kafka.writer import KafkaWriter
 from services.log.port import PackageExtent
+from services.log.records import Confirmation
 from services.views.engine import apply, checkpoints, generations
 from services.views.engine.checkpoints import Checkpoint, LastRecord, StaleCheckpointError
 from services.views.projections import projection_named
@@ -56,6 +57,8 @@ class Stage:
     """When a fault began or ended last."""
     untold_since: float | None = None
     """Since when nobody is told of a group's members, if all was well before."""
+    bad_records: int = 0
+    """How many records that are no events wait for an operator."""
     unsafe_since: float | None = None
     """Since when the topic's settings could lose events."""
     whole_reset: bool = False
@@ -164,6 +167,12 @@ class Gateway:
             stage.checker.broken(f"a command was acknowledged {GUARD_SECONDS} s after the topic could lose it")
         stage.checker.answered(command, answer)
         return answer
+
+    async def confirm(self, confirmation: Confirmation) -> None:
+        """What an operator's command asks of the writer; in this process."""
+        if self.writer is None:
+            raise UnavailableError("the gateway is starting")
+        await self.writer.confirm_here(confirmation)
 
     async def end(self, partition: int) -> int:
         """What a read asks for before it says that something is not there."""

@@ -23,7 +23,7 @@ from tests.simulation.scheduler import Process, Scheduler, installed
 from tests.simulation.workload import Client
 
 PARTITIONS = 2
-_PRODUCT = ("services", "projector")
+_PRODUCT = ("artifact_store", "services", "projector")
 _SETTLE_SECONDS = 400.0
 """How long everything may take, once no more faults come, until all is answered and folded."""
 
@@ -155,7 +155,7 @@ class _Run:
         if self.scheduler.crashes:
             raise ViolationError(self.scheduler.crashes[0])
         for projector in self.stage.projectors:
-            if projector.failure is not None and self.stage.foreign_offset:
+            if projector.failure is not None and (self.stage.foreign_offset or self.stage.bad_records):
                 projector.failure = None  # it names what mends that
             if projector.failure is not None:
                 raise ViolationError(f"a projector stopped for good: {projector.failure!r}")

@@ -10,6 +10,7 @@ from uuid import UUID
 from artifact_store.errors import (
     ArtifactStoreError,
     CommandReusedError,
+    CorruptError,
     DuplicateRelativePathError,
     IllegalPackageStateError,
     LogLostError,
@@ -99,7 +100,7 @@ class Client:
         gateway, checker = self._rng.choice(self._stage.gateways), self._stage.checker
         partition = self._rng.randrange(len(self._stage.cluster.partitions))
         least = checker.end(partition)
-        with suppress(UnavailableError, PushBackError, TimeoutError):
+        with suppress(UnavailableError, PushBackError, TimeoutError, CorruptError):
             async with asyncio.timeout(_PATIENCE_SECONDS):
                 end = await call(self._stage, self._process, gateway.process, lambda: gateway.end(partition))
             if end < least:
@@ -129,8 +130,9 @@ class Client:
                 in_doubt = True
                 self._excuse(began, error)
             except ArtifactStoreError as error:
-                checker.broken(f"{type(error).__name__}: {error.detail}")
-                return None
+                if not self._stage.bad_records:
+                    checker.broken(f"{type(error).__name__}: {error.detail}")
+                    return None
             else:
                 self.answers += 1
                 self._made.append((command, answer))
@@ -179,7 +181,7 @@ class Client:
                     gateway.process,
                     lambda: gateway.check_ingest(command.package_id, paths, command.command_id),
                 )
-        except (UnavailableError, PushBackError, TimeoutError):
+        except (UnavailableError, PushBackError, TimeoutError, CorruptError):
             return
         except PackageNotFoundError:
             if expected:
