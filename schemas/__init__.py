@@ -1,4 +1,5 @@
-"""The language of the log: event types, their Avro schemas, the codec, canonical forms and digests.
+"""The language of the log: Avro schemas of the event types, their codec, digests, identifiers and Kafka headers.
 
-No I/O beyond reading the packaged `.avsc` files, and no import of anything else of this project.
+The events themselves are plain dataclasses, in `artifact_store.events`. No I/O but reading the packaged `.avsc` files.
+Imports nothing else of this project but the modules of `artifact_store` that do no I/O. Start reading at `codec.py`.
 """
