@@ -38,9 +38,9 @@ from services.log.kafka.lease import records_of
 from services.log.kafka.partition_writer import PartitionWriter, WriterContext
 from services.log.kafka.tail import Reader
 from services.log.kafka.topic import partition_of
-from services.log.sequencer.queue import Request, Waiting, runs_of
+from services.log.sequencer.queue import Request, RequestQueue, runs_of
 from services.log.state.partition_state import PartitionState
-from services.log.state.state_file import Place, StateFile
+from services.log.state.state_file import LogPartition, StateFile
 
 _PACKAGES = 15
 _FILES = 64
@@ -84,7 +84,7 @@ class _Broker:
         self.tail = Reader(self._kafka, {0: 0}, Cluster(self._kafka))
 
     def produce(self, decision: Decision) -> None:
-        """As a tenure does it."""
+        """As a lease does it."""
         topic, key, timestamp = self._kafka.topic, decision.package_id, decision.created_at // 1000
         for value, headers in records_of(decision, [None] * len(decision.commands)):
             self._producer.produce(topic, value, key, 0, timestamp=timestamp, headers=headers)
@@ -99,7 +99,7 @@ async def stages(files_a_command: int, passes: int = _PASSES) -> dict[str, float
     draw, found, broker = Random(22), _Stages(), _Broker()
     collect_rarely()
     with tempfile.TemporaryDirectory() as folder:
-        place = Place(UUID(int=1), "bench.events", 0)
+        place = LogPartition(UUID(int=1), "bench.events", 0)
         state = PartitionState(StateFile.create(Path(folder) / "state.db", place))
         for _ in range(passes):
             packages = [package_commands(draw, _FILES, files_a_command) for _ in range(_PACKAGES)]
@@ -120,7 +120,7 @@ async def _ingest(found: _Stages, state: PartitionState, commands: Sequence[Comm
     loop, decisions = asyncio.get_running_loop(), []
     # Its thread is not started: what it would do is done here.
     writer = PartitionWriter(0, cast("WriterContext", SimpleNamespace(loop=loop, submit_seconds=_SECONDS)))
-    waiting: Waiting = writer._waiting
+    waiting: RequestQueue = writer._queue
     with found.timed("submit: find the partition"):
         for command in commands:
             partition_of(command.package_id, _PARTITIONS)

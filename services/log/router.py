@@ -44,8 +44,8 @@ Here = Callable[[Command | IngestCheck, int], "asyncio.Future[Acknowledgement | 
 """Lets this process's writer of the partition carry it out; PartitionNotOwnedError when there is none."""
 
 
-class Seeking:
-    """Of one process; belongs to its event loop."""
+class Router:
+    """One for a process; used on its event loop."""
 
     def __init__(
         self,

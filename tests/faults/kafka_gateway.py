@@ -21,8 +21,7 @@ from services.clock import system_clock
 from services.config import Settings
 from services.core.decide import Decision
 from services.core.limits import Limits
-from services.log.kafka import KafkaLog
-from services.log.kafka import lease as tenure
+from services.log.kafka import KafkaLog, lease
 from tests.contract.log_stage import no_manifest
 
 STEPS = ("decided", "produced", "committed", "read-back")
@@ -54,18 +53,22 @@ def hold_at(step: str) -> None:
             say("held")
             thawed.wait()
 
-    hand_over, commit, read_back = tenure.Tenure.hand_over, tenure.Tenure.commit, tenure.Tenure._read_back
+    hand_over, commit, read_back = (
+        lease.PartitionLease.hand_over,
+        lease.PartitionLease.commit,
+        lease.PartitionLease._read_back,
+    )
 
-    def held_hand_over(self: tenure.Tenure, staged: Sequence[tenure.Staged]) -> list[bytes]:
+    def held_hand_over(self: lease.PartitionLease, staged: Sequence[lease.Staged]) -> list[bytes]:
         _holding.now = any(_creates_held(decision) for decision, _ in staged)
         hold("decided")
         return hand_over(self, staged)
 
-    def held_commit(self: tenure.Tenure, values: Sequence[bytes]) -> None:
+    def held_commit(self: lease.PartitionLease, values: Sequence[bytes]) -> None:
         commit(self, values)
         hold("read-back")
 
-    def held_read_back(self: tenure.Tenure, values: Sequence[bytes]) -> int:
+    def held_read_back(self: lease.PartitionLease, values: Sequence[bytes]) -> int:
         hold("committed")
         return read_back(self, values)
 
@@ -78,10 +81,10 @@ def hold_at(step: str) -> None:
     def make_held(config: dict[str, Any]) -> Producer:
         return HeldProducer(config)
 
-    tenure.Tenure.hand_over = held_hand_over  # type: ignore[method-assign]  # what this program is for
-    tenure.Tenure.commit = held_commit  # type: ignore[method-assign]  # what this program is for
-    tenure.Tenure._read_back = held_read_back  # type: ignore[method-assign]  # what this program is for
-    tenure.make_producer = make_held  # type: ignore[attr-defined]  # what this program is for
+    lease.PartitionLease.hand_over = held_hand_over  # type: ignore[method-assign]  # what this program is for
+    lease.PartitionLease.commit = held_commit  # type: ignore[method-assign]  # what this program is for
+    lease.PartitionLease._read_back = held_read_back  # type: ignore[method-assign]  # what this program is for
+    lease.make_producer = make_held  # type: ignore[attr-defined]  # what this program is for
 
 
 async def main(step: str | None) -> None:

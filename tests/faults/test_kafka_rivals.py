@@ -33,10 +33,9 @@ from services.config import Settings
 from services.core.commands import Command, FinalizePackage, IngestFiles
 from services.core.decide import Decision, decide, decide_together
 from services.core.limits import Limits
-from services.log.kafka import KafkaLog, KafkaWriter
-from services.log.kafka import lease as tenure
+from services.log.kafka import KafkaLog, KafkaWriter, lease
 from services.log.kafka.cluster import Cluster
-from services.log.kafka.lease import Staged, Tenure
+from services.log.kafka.lease import PartitionLease, Staged
 from services.log.port import PartitionNotOwnedError, Record
 from services.log.state.restore import States
 from tests.contract.log_invariants import assert_recorded_once, read_valid
@@ -92,12 +91,12 @@ async def take_over(
     ours: bool = True,
     cluster: Cluster | None = None,
     folder: str = "rivals",
-) -> Tenure:
+) -> PartitionLease:
     """The right to a partition, without asking any group, and with a state of its own."""
     identity = await log.identity()
     states = States(kafka.state_dir.with_name(folder))
     return await asyncio.to_thread(
-        lambda: Tenure(
+        lambda: PartitionLease(
             log.kafka,
             cluster or log.cluster,
             partition,
@@ -110,7 +109,7 @@ async def take_over(
     )
 
 
-def carry_out(holder: Tenure, command: Command) -> None:
+def carry_out(holder: PartitionLease, command: Command) -> None:
     """Decide a command and append what it becomes."""
     now = max(system_clock(), holder.state.last_created_at)
     package = holder.state.package(command.package_id)
@@ -119,7 +118,7 @@ def carry_out(holder: Tenure, command: Command) -> None:
     append(holder, decision)
 
 
-def append(holder: Tenure, decision: Decision) -> None:
+def append(holder: PartitionLease, decision: Decision) -> None:
     """Append a decision's events in a transaction of their own."""
     holder.commit(holder.hand_over([Staged(decision, [None])]))
 
@@ -299,7 +298,7 @@ async def test_a_writer_proves_where_its_partition_ends_whatever_a_deposed_leade
         await writer.submit(create_in(2))
         rival = await take_over(kafka, log, 2)
         await asyncio.to_thread(carry_out, rival, create_in(2))
-        last = rival.state.position
+        last = rival.state.next_offset
         await asyncio.to_thread(rival.close)
         found = await writer.end(range(3))
     log.cluster = real
@@ -319,13 +318,13 @@ async def test_refusals_add_nothing_to_the_log_and_share_their_proofs(
     kafka: Settings, log: KafkaLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proofs: list[float] = []
-    prove = Tenure.prove
+    prove = PartitionLease.prove
 
-    def counted(holder: Tenure) -> None:
+    def counted(holder: PartitionLease) -> None:
         proofs.append(time.monotonic())
         prove(holder)
 
-    monkeypatch.setattr(Tenure, "prove", counted)
+    monkeypatch.setattr(PartitionLease, "prove", counted)
     async with lone_writer(kafka, log) as writer:
         await ready(writer)
         before = await log.end()
@@ -339,7 +338,7 @@ async def test_refusals_add_nothing_to_the_log_and_share_their_proofs(
         assert await log.end() == before
         done = [(made, await writer.submit(made)) for made in [create_in(1) for _ in range(5)]]
     assert 0 < len(proofs) <= 60  # each of the twenty in a row waits for one, or for two when it comes during one
-    assert all(later - earlier >= tenure.PROOF_SECONDS for earlier, later in pairwise(proofs))
+    assert all(later - earlier >= lease.PROOF_SECONDS for earlier, later in pairwise(proofs))
     assert_recorded_once(await read_valid(log), done)
 
 
@@ -355,7 +354,7 @@ async def named(writer: KafkaWriter) -> None:
 async def test_a_stranger_s_open_transaction_bounds_a_take_over_and_is_named(
     kafka: Settings, log: KafkaLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tenure, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(lease, "PATIENCE_SECONDS", 0.5)
     with foreign_transaction(log, 1):
         async with lone_writer(kafka, log, submit_seconds=3.0) as writer:
             await named(writer)
@@ -374,7 +373,7 @@ async def test_a_stranger_s_open_transaction_bounds_a_take_over_and_is_named(
 async def test_a_command_below_a_stranger_s_transaction_waits_and_is_settled_once_when_it_ends(
     kafka: Settings, log: KafkaLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tenure, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(lease, "PATIENCE_SECONDS", 0.5)
     async with lone_writer(kafka, log) as writer:
         await ready(writer)
         commands = [create_in(1) for _ in range(20)]

@@ -16,9 +16,8 @@ from pathlib import Path
 import pytest
 
 from artifact_store.errors import UnavailableError
-from services.log.kafka import KafkaLog
+from services.log.kafka import KafkaLog, lease
 from services.log.kafka import cluster as questions
-from services.log.kafka import lease as tenure
 from tests.contract.log_stage import ready
 from tests.faults.callers import Callers
 from tests.faults.proxy import ADD_PARTITIONS_TO_TXN, END_TXN, LIST_OFFSETS, PRODUCE, Network, ProxiedCluster
@@ -42,7 +41,7 @@ every_kind = pytest.mark.parametrize("kind", NAMES, ids=NAMES.values())
 
 @pytest.fixture(autouse=True)
 def quick_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tenure, "COMMIT_SECONDS", COMMIT_SECONDS)
+    monkeypatch.setattr(lease, "COMMIT_SECONDS", COMMIT_SECONDS)
 
 
 @pytest.fixture

@@ -25,8 +25,7 @@ from services.core import decide as core
 from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles
 from services.core.limits import Limits
 from services.core.state import PackageState
-from services.log.kafka import KafkaLog, KafkaWriter
-from services.log.kafka import lease as tenure
+from services.log.kafka import KafkaLog, KafkaWriter, lease
 from services.log.port import PartitionNotOwnedError
 from services.log.sequencer import queue as requests
 from tests.contract.log_invariants import assert_recorded_once, read_valid
@@ -224,16 +223,16 @@ async def test_commands_that_add_files_to_a_package_are_decided_together_if_they
 async def test_a_right_that_was_taken_away_and_given_back_is_only_a_delay(
     kafka: Settings, log: KafkaLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin, refused = tenure.Tenure, 0
+    begin, refused = lease.PartitionLease, 0
 
-    def without_right(*given: Any, **named: Any) -> tenure.Tenure:
+    def without_right(*given: Any, **named: Any) -> lease.PartitionLease:
         nonlocal refused
         if refused < PARTITIONS:
             refused += 1
             raise ConfigurationError("Kafka refuses it")
         return begin(*given, **named)
 
-    monkeypatch.setattr("services.log.kafka.partition_writer.Tenure", without_right)
+    monkeypatch.setattr("services.log.kafka.partition_writer.PartitionLease", without_right)
     monkeypatch.setattr("services.log.sequencer.answers.REFUSE_SECONDS", 0.2)
     async with lone_writer(kafka, log) as writer:
         await ready(writer)

@@ -264,7 +264,7 @@ async def test_an_owner_of_the_previous_release_does_not_know_where_a_partition_
         assert await forwarder.end(f"{listener.url}/other", 5) is None
 
 
-class Waiting(Answering):
+class RequestQueue(Answering):
     """Answers when it is told to."""
 
     def __init__(self) -> None:
@@ -287,7 +287,7 @@ async def test_a_process_that_does_not_answer_takes_no_more_than_half_of_what_ma
     listener: InternalListener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(forwarding, "MAX_FORWARDED", 4)
-    waiting = Waiting()
+    waiting = RequestQueue()
     listener.serve(waiting)
     async with HttpForwarder(SECRET) as forwarder:
         sent = [asyncio.ensure_future(forwarder.submit(listener.url, create(n))) for n in range(2)]
@@ -309,7 +309,7 @@ async def test_a_listener_takes_so_many_commands_at_a_time_and_is_asked_how_it_i
     listener: InternalListener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(internal, "MAX_TAKEN", 2)
-    waiting = Waiting()
+    waiting = RequestQueue()
     listener.serve(waiting)
     async with HttpForwarder(SECRET) as forwarder:
         sent = [asyncio.ensure_future(forwarder.submit(listener.url, create(n))) for n in range(2)]

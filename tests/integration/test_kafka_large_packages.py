@@ -20,8 +20,8 @@ from services.core.commands import Command, CreatePackage, FinalizePackage, Inge
 from services.core.limits import EVENT_OVERHEAD_BYTES, Limits
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka import partition_writer as writer_module
-from services.log.kafka.lease import Tenure
-from services.log.sequencer import background as aside
+from services.log.kafka.lease import PartitionLease
+from services.log.sequencer import background
 from services.log.state import partition_state as state
 from services.log.state import state_file
 from tests.contract.log_invariants import assert_recorded_once, read_valid
@@ -151,11 +151,11 @@ async def test_the_partition_goes_on_while_a_manifest_is_stored_and_the_packages
 async def test_several_manifests_of_a_partition_are_made_at_a_time(settings: Settings, log: KafkaLog) -> None:
     store = Store()
     async with writer_on(settings, log, store) as writer:
-        made = [(await filled(writer))[0] for _ in range(aside.AT_A_TIME + 2)]
+        made = [(await filled(writer))[0] for _ in range(background.AT_A_TIME + 2)]
         finalizing = [asyncio.ensure_future(writer.submit(ending(package))) for package in made]
-        await store.was_asked(aside.AT_A_TIME)
+        await store.was_asked(background.AT_A_TIME)
         await small_package(writer)
-        assert store.asked == aside.AT_A_TIME
+        assert store.asked == background.AT_A_TIME
         store.open.set()
         done = await asyncio.gather(*finalizing)
     assert len({answer.manifest_digest for answer in done}) == len(made)
@@ -210,7 +210,7 @@ async def test_a_hand_over_does_not_wait_for_a_manifest(settings: Settings, log:
                 return bool(await owned(other))
 
             await until(handed_over, PATIENCE_SECONDS, "no partition was handed over")
-            assert time.monotonic() - began < aside.PUT_SECONDS / 2
+            assert time.monotonic() - began < background.PUT_SECONDS / 2
         store.open.set()
         done = await asyncio.gather(*finalizing)
     assert_recorded_once(await read_valid(log), [*zip(ends, done, strict=True)])
@@ -219,7 +219,7 @@ async def test_a_hand_over_does_not_wait_for_a_manifest(settings: Settings, log:
 async def test_requests_for_a_package_that_is_finalized_are_pushed_back_when_they_are_many(
     settings: Settings, log: KafkaLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(aside, "HELD_BYTES", 20_000)
+    monkeypatch.setattr(background, "HELD_BYTES", 20_000)
     store = Store()
     async with writer_on(settings, log, store) as writer:
         made, _ = await filled(writer)
@@ -266,15 +266,15 @@ async def test_finalizations_that_are_more_than_a_transaction_takes_are_split(
     most = 3 * LIMITS.inline_manifest_bytes
     monkeypatch.setattr(writer_module, "MAX_BATCH_BYTES", most)
     transactions: list[int] = []
-    commit = Tenure.commit
+    commit = PartitionLease.commit
 
-    def counted(self: Tenure, values: Sequence[bytes]) -> None:
+    def counted(self: PartitionLease, values: Sequence[bytes]) -> None:
         transactions.append(sum(map(len, values)))
         commit(self, values)
 
     async with writer_on(settings, log, Store()) as writer:
         packages = [(await filled(writer, files=30))[0] for _ in range(20)]
-        monkeypatch.setattr(Tenure, "commit", counted)
+        monkeypatch.setattr(PartitionLease, "commit", counted)
         answers = await asyncio.gather(*(writer.submit(ending(made)) for made in packages))
     assert [answer.sequence for answer in answers] == [32] * len(packages)
     assert sum(transactions) > 2 * most, "all of it would have fitted into few transactions"

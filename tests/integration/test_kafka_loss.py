@@ -28,7 +28,7 @@ from services.log.kafka.tail import Reader
 from services.log.port import PartitionStatus, Record
 from services.log.records import AcceptLoss
 from services.log.state import snapshots
-from services.log.state.state_file import Place, StateFile
+from services.log.state.state_file import LogPartition, StateFile
 from tests.contract.log_invariants import read_valid
 from tests.contract.log_stage import PATIENCE_SECONDS, ready
 from tests.integration.conditions import until
@@ -257,11 +257,11 @@ async def test_a_snapshot_beyond_the_end_stops_the_partition_on_an_empty_disk(
 
 async def snapshot_of(path: Path, log: KafkaLog, store: BlobStore) -> None:
     """Store this state of partition 0 as its writer does."""
-    place = Place(await log.identity(), log.kafka.topic, 0)
+    place = LogPartition(await log.identity(), log.kafka.topic, 0)
     file = StateFile.open(path, place)
     file.close()
     made = snapshots.Snapshots(store, asyncio.get_running_loop())
-    made.offer(place, path, file.standing.position, closing=True)
+    made.offer(place, path, file.anchor.next_offset, closing=True)
     await asyncio.to_thread(made.close, PATIENCE_SECONDS)
 
 

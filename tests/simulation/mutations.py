@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from projector import assignment
-from services.log.kafka import lease as tenure_module
+from services.log.kafka import lease as lease_module
 from services.log.kafka.cluster import Cluster
-from services.log.kafka.lease import COMMIT_SECONDS, INIT_SECONDS, Tenure
+from services.log.kafka.lease import COMMIT_SECONDS, INIT_SECONDS, PartitionLease
 from services.log.kafka.topic import Guard
 from services.log.router import Owners
 from services.log.state.partition_state import PartitionState
@@ -43,20 +43,20 @@ def _end_by_list_offsets() -> list[_Patch]:
         return int(self._cluster.high_watermark([self._partition])[self._partition]) - 1
 
     return [
-        (Tenure, "_barrier", barrier),
-        (Tenure, "_require_all_read", lambda _: None),
+        (PartitionLease, "_barrier", barrier),
+        (PartitionLease, "_require_all_read", lambda _: None),
         (Cluster, "_note_epochs", lambda *_: True),
     ]
 
 
 def _no_proof() -> list[_Patch]:
     """A refusal rests on the state as it is, although another may have taken over."""
-    return [(Tenure, "prove", lambda _: None)]
+    return [(PartitionLease, "prove", lambda _: None)]
 
 
 def _restore_before_fence() -> list[_Patch]:
     """A take-over reads first, and cuts off its predecessors then."""
-    restore = cast("Any", Tenure)._restore
+    restore = cast("Any", PartitionLease)._restore
 
     class LateFence(Producer):
         def init_transactions(self, timeout: float = -1) -> None:
@@ -72,8 +72,8 @@ def _restore_before_fence() -> list[_Patch]:
 
     return [
         *_end_by_last_stable(),
-        (tenure_module, "make_producer", LateFence),
-        (Tenure, "_restore", restore_then_fence),
+        (lease_module, "make_producer", LateFence),
+        (PartitionLease, "_restore", restore_then_fence),
     ]
 
 
@@ -81,12 +81,12 @@ def _end_by_last_stable() -> list[_Patch]:
     def barrier(self: Any) -> int:
         return int(self._cluster.last_stable([self._partition])[self._partition]) - 1
 
-    return [(Tenure, "_barrier", barrier), (Tenure, "_require_all_read", lambda _: None)]
+    return [(PartitionLease, "_barrier", barrier), (PartitionLease, "_require_all_read", lambda _: None)]
 
 
 def _acknowledge_before_read_back() -> list[_Patch]:
     """A commit counts as soon as the client says so; what was appended is read back before the next one."""
-    hand_over, idle, prove = Tenure.hand_over, Tenure.idle, Tenure.prove
+    hand_over, idle, prove = PartitionLease.hand_over, PartitionLease.idle, PartitionLease.prove
     waiting: dict[int, Sequence[bytes]] = {}
 
     def commit(self: Any, values: Sequence[bytes]) -> None:
@@ -104,10 +104,10 @@ def _acknowledge_before_read_back() -> list[_Patch]:
         return read_back
 
     return [
-        (Tenure, "commit", commit),
-        (Tenure, "hand_over", reading_back(hand_over)),
-        (Tenure, "idle", reading_back(idle)),
-        (Tenure, "prove", reading_back(prove)),
+        (PartitionLease, "commit", commit),
+        (PartitionLease, "hand_over", reading_back(hand_over)),
+        (PartitionLease, "idle", reading_back(idle)),
+        (PartitionLease, "prove", reading_back(prove)),
     ]
 
 
@@ -141,7 +141,7 @@ def _owners_forgotten() -> list[_Patch]:
 
 def _bad_record_closes_partition() -> list[_Patch]:
     """What an operator confirmed about a record that is no event opens its partition for nobody."""
-    return [(Tenure, "_is_skipped", lambda *_: False)]
+    return [(PartitionLease, "_is_skipped", lambda *_: False)]
 
 
 def _any_rewind_empties_the_view() -> list[_Patch]:

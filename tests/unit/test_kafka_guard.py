@@ -192,7 +192,7 @@ async def test_a_writer_that_is_held_tells_everyone_and_takes_nothing_over(
     def take_over(*_: object, **__: object) -> None:
         raise AssertionError("it took the partition over")
 
-    monkeypatch.setattr(writer_module, "Tenure", take_over)
+    monkeypatch.setattr(writer_module, "PartitionLease", take_over)
     cluster.settings["retention.ms"] = "1"
     guard.look()
     counts = Counts()
@@ -206,7 +206,7 @@ async def test_a_writer_that_is_held_tells_everyone_and_takes_nothing_over(
     assert "retention.ms=1" in (writer.trouble or "")
     writer.stop()
     assert await asyncio.to_thread(writer.join, 30)
-    assert (counts.failed_tenures, counts.pushed_back) == (0, 3)
+    assert (counts.failed_leases, counts.pushed_back) == (0, 3)
 
 
 @pytest.mark.parametrize(("days", "differs"), [(1, "24 h ahead of"), (-1, "24 h behind")])

@@ -11,15 +11,15 @@ from artifact_store.events import Event, LossAccepted
 from services.log.records import AcceptedLoss, AdministrativeHead, administrative_event
 from services.log.state.loss import FILE, Loss, Witness
 from services.log.state.partition_state import PartitionState
-from services.log.state.state_file import Place, Standing, StateFile
+from services.log.state.state_file import Anchor, LogPartition, StateFile
 
 LOG, BEFORE, BEFORE_THAT = UUID(int=7), UUID(int=6), UUID(int=5)
-PLACE = Place(LOG, "t.events", 3)
+PLACE = LogPartition(LOG, "t.events", 3)
 MARK = bytes(range(32))
 
 
 def loss(log: UUID, offset: int, time: int) -> Loss:
-    return Loss(PLACE.partition, Witness(FILE, log, Standing(offset + 1, MARK, time), "state.db"), "ends before")
+    return Loss(PLACE.partition, Witness(FILE, log, Anchor(offset + 1, MARK, time), "state.db"), "ends before")
 
 
 def accepted(log: UUID, offset: int, time: int) -> AcceptedLoss:

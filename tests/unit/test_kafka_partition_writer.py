@@ -57,13 +57,13 @@ async def test_what_a_failed_transaction_held_is_let_go(writer: PartitionWriter)
 
     writer._answers = fails  # type: ignore[method-assign,assignment]  # the log is not reached
     writer.submit(create_in(0))
-    batch = writer._waiting.take(1.0)
+    batch = writer._queue.take(1.0)
     assert batch is not None
-    asides = SimpleNamespace(holds=lambda _: False, cancel=list)
+    jobs = SimpleNamespace(holds=lambda _: False, cancel=list)
     gc.disable()
     try:
         with suppress(UnavailableError):
-            writer._serve(cast("Any", None), cast("Any", asides), batch)
+            writer._serve(cast("Any", None), cast("Any", jobs), batch)
         assert gone[0]() is None, "only the collector of cycles would free it"
     finally:
         gc.enable()
@@ -98,7 +98,7 @@ def test_what_is_given_up_and_recorded_in_part_is_not_said_to_be_nothing() -> No
 async def taken(writer: PartitionWriter, *failures: int) -> tuple[list[Request], list[asyncio.Future[Any]]]:
     """One command each that waits, with which so many transactions failed; and the answers."""
     answers = [writer.submit(create_in(0)) for _ in failures]
-    requests = writer._waiting.take(1.0) or []
+    requests = writer._queue.take(1.0) or []
     for request, failed in zip(requests, failures, strict=True):
         for _ in range(failed):
             request.failed("KafkaException", spoiled=False)
@@ -116,7 +116,7 @@ async def heard(*answers: asyncio.Future[Any]) -> list[Any]:
 
 async def test_a_command_whose_transaction_failed_is_in_doubt_when_the_partition_moves(writer: PartitionWriter) -> None:
     requests, answers = await taken(writer, 0, 1)
-    writer._waiting.put_back(requests)
+    writer._queue.put_back(requests)
     writer.stop()
     told = await heard(*answers)
     assert kinds(told) == [PartitionNotOwnedError, UnavailableError]
@@ -134,9 +134,9 @@ async def test_whoever_seeks_a_command_elsewhere_knows_that_its_transaction_fail
 
     for _ in range(2):
         writer.submit(create_in(0), note)
-    requests = writer._waiting.take(1.0) or []
+    requests = writer._queue.take(1.0) or []
     requests[1].failed("KafkaException", spoiled=False)
-    writer._waiting.put_back(requests)
+    writer._queue.put_back(requests)
     writer.stop()
     async with asyncio.timeout(30):
         await both.wait()
@@ -148,7 +148,7 @@ async def test_a_partition_that_refuses_everything_does_not_say_that_what_it_tri
     writer: PartitionWriter, error: Exception
 ) -> None:
     requests, answers = await taken(writer, 0, 1)
-    writer._waiting.put_back(requests)
+    writer._queue.put_back(requests)
     refusing = asyncio.ensure_future(asyncio.to_thread(writer._refuse_all, error, 3_600.0))
     told = await heard(*answers)
     assert kinds(told) == [type(error), UnavailableError]
@@ -169,6 +169,6 @@ async def test_what_cannot_be_decided_for_want_of_memory_is_not_refused_for_good
     writer._context.limits = Limits()  # type: ignore[misc]  # it is frozen where it is real
     (request,), _ = await taken(writer, 0)
     state = SimpleNamespace(package=lambda *_: None, irregular=Irregular())
-    asides = SimpleNamespace(decision=lambda _: None)
-    outcome = writer._decide(cast("Any", state), cast("Any", asides), request, 0, [])
+    jobs = SimpleNamespace(decision=lambda _: None)
+    outcome = writer._decide(cast("Any", state), cast("Any", jobs), request, 0, [])
     assert type(outcome) is UnavailableError

@@ -12,9 +12,9 @@ import pytest
 
 from services.log.state import snapshots as snapshots_module
 from services.log.state.snapshots import SnapshotError, Snapshots, Stored
-from services.log.state.state_file import FORMAT, Place, Standing, StateFile
+from services.log.state.state_file import FORMAT, Anchor, LogPartition, StateFile
 
-PLACE = Place(UUID(int=7), "t.events", 3)
+PLACE = LogPartition(UUID(int=7), "t.events", 3)
 PREFIX = f"snapshots/{PLACE.identity}/{PLACE.partition}/"
 MARK = bytes(range(32))
 STRAY = [
@@ -67,7 +67,7 @@ async def snapshots(store: Store) -> AsyncIterator[Snapshots]:
 def state_at(folder: Path, position: int) -> Path:
     path = folder / "state.db"
     file = StateFile.create(path, PLACE)
-    file.save([], Standing(position, MARK, 7), 0)
+    file.save([], Anchor(position, MARK, 7), 0)
     file.close()
     return path
 
@@ -91,11 +91,11 @@ async def test_objects_of_others_among_the_snapshots_are_left_alone(
     for position in (20_000, 40_000, 60_000):
         await made(snapshots, state_at(tmp_path, position), position)
     stored = await found(snapshots)
-    assert [(made.position, made.format) for made in stored.snapshots if made.format == FORMAT] == [
+    assert [(made.next_offset, made.format) for made in stored.snapshots if made.format == FORMAT] == [
         (40_000, FORMAT),
         (60_000, FORMAT),
     ]
-    assert [witness.standing for witness in stored.witnesses] == [Standing(40_000, MARK, 7), Standing(60_000, MARK, 7)]
+    assert [witness.anchor for witness in stored.witnesses] == [Anchor(40_000, MARK, 7), Anchor(60_000, MARK, 7)]
     assert set(store.objects) >= {PREFIX + stray for stray in STRAY}
     assert sum(key.endswith("/index") for key in store.objects) == 2 + sum(key.endswith("/index") for key in STRAY) + 1
 

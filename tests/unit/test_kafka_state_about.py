@@ -8,10 +8,10 @@ from uuid import UUID
 
 import pytest
 
-from services.log.state.state_file import Place, Standing, StateFile, UnusableStateError
+from services.log.state.state_file import Anchor, LogPartition, StateFile, UnusableStateError
 
-PLACE = Place(UUID(int=7), "t.events", 3)
-STANDING = Standing(12, bytes(range(32)), 1_700_000_000_000_000)
+PLACE = LogPartition(UUID(int=7), "t.events", 3)
+STANDING = Anchor(12, bytes(range(32)), 1_700_000_000_000_000)
 
 
 def body(path: Path, changed: bytes | None = None) -> bytes:
@@ -28,11 +28,11 @@ def body(path: Path, changed: bytes | None = None) -> bytes:
 def test_a_state_stands_where_it_was_saved_and_no_bit_of_that_is_changed_unnoticed(tmp_path: Path) -> None:
     path = tmp_path / "state.db"
     file = StateFile.create(path, PLACE)
-    assert file.standing == Standing()
+    assert file.anchor == Anchor()
     file.save([], STANDING, 0)
     file.close()
     file = StateFile.open(path, PLACE)
-    assert file.standing == STANDING
+    assert file.anchor == STANDING
     file.close()
     whole = body(path)
     for at in range(len(whole)):
@@ -66,7 +66,7 @@ def test_whatever_is_lost_of_a_file_it_is_no_state_or_a_whole_one(tmp_path: Path
         except UnusableStateError:
             found.add(False)
         else:
-            assert file.standing == Standing()
+            assert file.anchor == Anchor()
             file.close()
             found.add(True)
     assert found == {False, True}

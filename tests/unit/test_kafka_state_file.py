@@ -32,8 +32,8 @@ from services.log.state.state_file import (
     STATEMENT_ROWS,
     DiskFullError,
     Irregular,
+    LogPartition,
     Many,
-    Place,
     StateFile,
     StateFileError,
     UnusableStateError,
@@ -42,7 +42,7 @@ from services.log.state.state_file import (
 from tests.unit import commands
 from tests.unit.commands import stored
 
-PLACE = Place(UUID(int=7), "t.events", 3)
+PLACE = LogPartition(UUID(int=7), "t.events", 3)
 NAME = "t.events-3.db"
 PACKAGES = 40
 
@@ -57,10 +57,10 @@ class Writing:
     def run(self, command: Command) -> None:
         for event in decide(self.state.package(command.package_id), command, self.now, Limits()).events:
             self.state.apply(event)
-        self.state.confirm(self.state.position, b"record %d" % self.state.position)
+        self.state.confirm(self.state.next_offset, b"record %d" % self.state.next_offset)
 
 
-def filled(path: Path, place: Place = PLACE, packages: int = PACKAGES) -> Path:
+def filled(path: Path, place: LogPartition = PLACE, packages: int = PACKAGES) -> Path:
     """A closed state with packages of eight files, every other one finalized."""
     writing = Writing(PartitionState(StateFile.create(path, place)))
     for n in range(packages):
@@ -114,11 +114,11 @@ def older_format(path: Path) -> None:
 
 
 def empty_of_other_log(path: Path) -> None:
-    filled(path, Place(uuid4(), PLACE.topic, PLACE.partition), 0)
+    filled(path, LogPartition(uuid4(), PLACE.topic, PLACE.partition), 0)
 
 
 def other_partition(path: Path) -> None:
-    filled(path, Place(PLACE.identity, PLACE.topic, 2), 1)
+    filled(path, LogPartition(PLACE.identity, PLACE.topic, 2), 1)
 
 
 SPOILING = [truncate, scribble, empty, no_database, other_database, older_format, empty_of_other_log, other_partition]
@@ -223,7 +223,7 @@ def test_of_several_files_that_are_free_the_furthest_is_taken_and_the_others_are
     filled(tmp_path / NAME, packages=2)
     filled(tmp_path / "t.events-3.1.db", packages=5)
     filled(tmp_path / "t.events-3.2.db", packages=3)
-    filled(tmp_path / "t.events-30.db", Place(PLACE.identity, PLACE.topic, 30), packages=9)
+    filled(tmp_path / "t.events-30.db", LogPartition(PLACE.identity, PLACE.topic, 30), packages=9)
     slot, file = claimed(tmp_path)
     assert file is not None
     assert slot.path.name == "t.events-3.1.db"
@@ -236,7 +236,7 @@ def lacking(*positions: int) -> Callable[[Witness], Loss | None]:
     """What a log lost that has no record before these positions, and none of another log."""
 
     def lost(witness: Witness) -> Loss | None:
-        lacks = witness.log != PLACE.identity or witness.standing.position in positions
+        lacks = witness.log != PLACE.identity or witness.anchor.next_offset in positions
         return Loss(PLACE.partition, witness, "ends before") if lacks else None
 
     return lost
@@ -246,7 +246,7 @@ def test_a_state_that_proves_a_loss_is_kept_and_found_each_time(tmp_path: Path) 
     """The partition goes on with the furthest of the others, or with a fresh one."""
     filled(tmp_path / NAME, packages=5)
     filled(tmp_path / "t.events-3.1.db", packages=3)
-    filled(tmp_path / "t.events-3.2.db", Place(uuid4(), PLACE.topic, PLACE.partition), 2)
+    filled(tmp_path / "t.events-3.2.db", LogPartition(uuid4(), PLACE.topic, PLACE.partition), 2)
     before = {path: path.read_bytes() for path in (tmp_path / NAME, tmp_path / "t.events-3.2.db")}
     for expected in ("t.events-3.1.db", "t.events-3.1.db"):
         found = claim(tmp_path, PLACE, lacking(12))
@@ -344,7 +344,7 @@ def test_an_event_of_a_package_that_was_put_away_sends_the_state_back_to_the_log
     writing.now += MAX_IDLE_MICROS + 1
     writing.run(commands.create("new"))
     state.apply(event)  # not put away yet, although it takes no command: so a history with such a pause is read
-    state.confirm(state.position, b"late")
+    state.confirm(state.next_offset, b"late")
     assert state._whole(idle.package_id) is package
     state.discard()
 
@@ -378,7 +378,7 @@ def test_a_copy_of_a_state_in_use_is_a_whole_state(tmp_path: Path) -> None:
     copy = PartitionState(StateFile.open(tmp_path / "copy.db", PLACE))
     found = copy.package(made.package_id)
     assert found is not None
-    assert (found.sequence, copy.position) == (1, state.position - 1)
+    assert (found.sequence, copy.next_offset) == (1, state.next_offset - 1)
     copy.close()
     state.close()
 
@@ -420,7 +420,7 @@ def test_a_command_that_came_in_parts_is_answered_while_its_rows_are_made_answer
     for some in (events[:2], events[2:3], events[3:]):
         for event in some:
             state.apply(event)
-        state.confirm(state.position, b"record %d" % state.position)
+        state.confirm(state.next_offset, b"record %d" % state.next_offset)
         state.save()
     writing.run(after)
     expected = {c: acknowledge(_known(state, c), c) for c in (parts, after)}

@@ -24,12 +24,12 @@ from services.core.evolve import evolve
 from services.core.limits import ANSWERS_KEPT_MICROS, MAX_IDLE_MICROS, Limits
 from services.core.state import FINALIZED, PackageState
 from services.log.state import state_file as state_file_module
-from services.log.state.partition_state import PartitionState, mark_of
-from services.log.state.state_file import Place, StateFile
+from services.log.state.partition_state import PartitionState, value_digest
+from services.log.state.state_file import LogPartition, StateFile
 from tests.unit import commands
 
 LIMITS = Limits(max_files_per_package=6)
-PLACE = Place(UUID(int=7), "t.events", 3)
+PLACE = LogPartition(UUID(int=7), "t.events", 3)
 NAMES = st.integers(0, 3)
 COMMAND_NAMES = st.integers(0, 5)
 PATHS = st.sampled_from(["a", "A", "b", "a/b", "é", "É", "z" * 40, "dir/file.txt"])
@@ -108,7 +108,7 @@ class StateMachine(RuleBasedStateMachine):
     def end_and_begin_again(self) -> None:
         self.state.close()
         self.begin()
-        assert self.state.position == len(self.log)
+        assert self.state.next_offset == len(self.log)
 
     @rule()
     def crash(self) -> None:
@@ -133,10 +133,10 @@ class StateMachine(RuleBasedStateMachine):
         """Open the file and read on from where it stands."""
         file = StateFile.open(self.path, PLACE)
         self.state = PartitionState(file, max_entries=2)
-        position = self.state.position
+        position = self.state.next_offset
         assert position <= len(self.log)
         if position:
-            assert mark_of(self.log[position - 1][1]) == self.state.mark
+            assert value_digest(self.log[position - 1][1]) == self.state.digest
         for offset in range(position, len(self.log)):
             event, value = self.log[offset]
             self.state.apply(event)

@@ -35,7 +35,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class Scene:
-    """A writer each of whose tenures does the next of some steps, and ends when there are none left."""
+    """A writer each of whose leases does the next of some steps, and ends when there are none left."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *steps: Callable[[], None]) -> None:
         self.given_way: list[str] = []
@@ -44,7 +44,7 @@ class Scene:
         left: Iterator[Callable[[], None]] = iter(steps)
         scene = self
 
-        class Tenure:
+        class PartitionLease:
             """Fails as the step does, while taking over; `serve` has it take over first."""
 
             def __init__(self, *_: object, progressed: Callable[[], None], **__: object) -> None:
@@ -67,7 +67,7 @@ class Scene:
             def close(self) -> None:
                 pass
 
-        monkeypatch.setattr(writer_module, "Tenure", Tenure)
+        monkeypatch.setattr(writer_module, "PartitionLease", PartitionLease)
         monkeypatch.setattr(writer_module, "_IDLE_SECONDS", 0.0)
         context = SimpleNamespace(
             loop=asyncio.get_running_loop(),
@@ -153,4 +153,4 @@ async def test_a_partition_that_refuses_everything_is_not_shown_as_owned(
     monkeypatch.setattr(scene.writer, "_refuse_all", refuse_all)
     await scene.played()
     assert since == [1, None]
-    assert scene.counts.failed_tenures == 1
+    assert scene.counts.failed_leases == 1

@@ -8,7 +8,7 @@ from threading import Thread
 import pytest
 
 from services.log.sequencer import queue as requests
-from services.log.sequencer.queue import ENOUGH_TOGETHER, IngestCheck, Request, Waiting
+from services.log.sequencer.queue import ENOUGH_TOGETHER, IngestCheck, Request, RequestQueue
 from tests.unit.commands import create, ingest
 
 PACKAGE = create().package_id
@@ -36,7 +36,7 @@ def question() -> Request:
 
 @pytest.mark.usefixtures("gathering")
 async def test_nothing_waits_when_nothing_is_announced() -> None:
-    waiting, first, second = Waiting(), command(1), command(2)
+    waiting, first, second = RequestQueue(), command(1), command(2)
     waiting.put(first)
     waiting.put(second)
     assert waiting.take(LONG) == [first, second]
@@ -47,7 +47,7 @@ async def test_nothing_waits_when_nothing_is_announced() -> None:
 
 @pytest.mark.usefixtures("gathering")
 async def test_commands_wait_for_the_last_that_is_announced() -> None:
-    waiting, sent = Waiting(), [command(number) for number in range(3)]
+    waiting, sent = RequestQueue(), [command(number) for number in range(3)]
     waiting.announce(3)
     taken: list[list[Request] | None] = []
     taker = Thread(target=lambda: taken.append(waiting.take(LONG)))
@@ -61,7 +61,7 @@ async def test_commands_wait_for_the_last_that_is_announced() -> None:
 
 
 async def test_a_command_that_is_announced_and_does_not_come_is_not_waited_for_longer_than_agreed() -> None:
-    waiting, first = Waiting(), command()
+    waiting, first = RequestQueue(), command()
     waiting.announce(2)
     waiting.put(first)
     assert waiting.take(LONG) == [first]
@@ -71,7 +71,7 @@ async def test_a_command_that_is_announced_and_does_not_come_is_not_waited_for_l
 async def test_what_was_announced_long_ago_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(requests, "GATHER_SECONDS", LONG)
     monkeypatch.setattr(requests, "ANNOUNCED_SECONDS", -1.0)
-    waiting, first = Waiting(), command()
+    waiting, first = RequestQueue(), command()
     waiting.announce(2)
     waiting.put(first)
     assert waiting.take(LONG) == [first]
@@ -79,7 +79,7 @@ async def test_what_was_announced_long_ago_is_not_waited_for(monkeypatch: pytest
 
 async def test_a_question_is_answered_while_commands_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(requests, "GATHER_SECONDS", LONG)
-    waiting, first, asked, last = Waiting(), command(1), question(), command(2)
+    waiting, first, asked, last = RequestQueue(), command(1), question(), command(2)
     waiting.announce(2)
     waiting.put(first)
     waiting.put(asked)
@@ -91,7 +91,7 @@ async def test_a_question_is_answered_while_commands_wait(monkeypatch: pytest.Mo
 
 async def test_enough_commands_do_not_wait_and_neither_does_who_is_woken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(requests, "GATHER_SECONDS", LONG)
-    waiting, many = Waiting(), [command(number) for number in range(ENOUGH_TOGETHER)]
+    waiting, many = RequestQueue(), [command(number) for number in range(ENOUGH_TOGETHER)]
     waiting.announce(2 * ENOUGH_TOGETHER)
     for request in many:
         waiting.put(request)
@@ -108,7 +108,7 @@ async def test_enough_commands_do_not_wait_and_neither_does_who_is_woken(monkeyp
 @pytest.mark.slow
 async def test_one_that_never_comes_holds_up_nobody_once_it_is_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(requests, "GATHER_SECONDS", LONG)
-    waiting = Waiting()
+    waiting = RequestQueue()
     waiting.announce(1)
     announced = asyncio.get_running_loop().time()
     for number in range(3):

@@ -17,7 +17,7 @@ from services.core.state import PackageState
 from services.log.sqlite.file import create_file, open_file
 from services.log.sqlite.writer import Appender
 from services.log.state.partition_state import PartitionState
-from services.log.state.state_file import Place, StateFile
+from services.log.state.state_file import LogPartition, StateFile
 from tests.unit import commands
 
 FILES = 30_000
@@ -59,7 +59,7 @@ class Partition:
     """As the writer of a Kafka partition, which saves its state from time to time."""
 
     def __init__(self, folder: Path) -> None:
-        place = Place(UUID(int=7), "t.events", 3)
+        place = LogPartition(UUID(int=7), "t.events", 3)
         self._state = PartitionState(StateFile.create(folder / "state.db", place))
 
     def __call__(self, command: Command) -> None:
@@ -67,8 +67,8 @@ class Partition:
         package = state.package(command.package_id, command.command_id)
         decision = decide(package, command, 1_000, LIMITS)
         acknowledge(state.accept(package, decision), command)
-        state.confirm(state.position, decision.values[-1])
-        if state.position % 10 == 0:
+        state.confirm(state.next_offset, decision.values[-1])
+        if state.next_offset % 10 == 0:
             state.save()
 
 

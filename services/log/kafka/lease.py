@@ -1,9 +1,11 @@
-"""One uninterrupted right to append to a partition: a fenced producer, a committed tail, and the state they keep true.
+"""The lease of a partition: the right to append to it, for as long as nobody else takes the partition over.
 
-Taking over goes in this order: `init_transactions` cuts off every predecessor, then a barrier is appended, then the
-partition is read up to it, then commands are served. Read first, and a predecessor could still append behind what was
-read. Ask the cluster for the end instead, and a leader that was deposed without knowing it may answer: nothing obliges
-it to ask its peers. It cannot acknowledge a record for all replicas, so the barrier's offset is the true end.
+It is a fenced producer, a tail of committed records, and the state that both keep true.
+
+A take-over has this order: `init_transactions` cuts off every predecessor, a barrier is appended, the partition is read
+up to the barrier, and commands are served. If it read first, a predecessor could still append after what was read. If
+it asked the cluster for the end instead of appending a barrier, a leader that was deposed without knowing it might
+answer. Such a leader cannot acknowledge a record for all replicas, so the barrier's offset is the true end.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ from services.log.records import (
     read_record,
 )
 from services.log.state.loss import FILE, SNAPSHOT, Loss, Witness
-from services.log.state.partition_state import PartitionState, mark_of
+from services.log.state.partition_state import PartitionState, value_digest
 from services.log.state.restore import (
     FROM_LOG,
     FROM_SNAPSHOT,
@@ -54,7 +56,7 @@ from services.log.state.restore import (
     stored,
     witnesses,
 )
-from services.log.state.state_file import READABLE_FORMATS, Place, Standing
+from services.log.state.state_file import READABLE_FORMATS, Anchor, LogPartition
 
 INIT_SECONDS = 30.0
 COMMIT_SECONDS = 12.0
@@ -100,13 +102,13 @@ class _Ahead:
     last_created_at: int = 0
 
 
-class Tenure:
+class PartitionLease:
     """Used by one thread. Every method blocks.
 
-    The fold stops before a record that is no event, unless an operator has confirmed it: the tenure then takes that
+    The fold stops before a record that is no event, unless an operator has confirmed it: the lease then takes that
     confirmation (`skip`) and nothing else, until nothing is `stopped`.
 
-    Any exception from `hand_over` or `commit` leaves the outcome unknown: close the tenure, begin another, and look at
+    Any exception from `hand_over` or `commit` leaves the outcome unknown: close the lease, begin another, and look at
     its state.
     """
 
@@ -143,7 +145,7 @@ class Tenure:
         self.losses: Sequence[Loss] = ()
         """What the log lost of what it had acknowledged: nothing may be appended."""
         self._states = states
-        self._place = Place(identity, kafka.topic, partition)
+        self._origin = LogPartition(identity, kafka.topic, partition)
         self._slot: Slot | None = None
         self._state: PartitionState | None = None
         self._kafka = kafka
@@ -153,7 +155,7 @@ class Tenure:
         self._in_doubt = in_doubt
         self._progressed = progressed
         self._first_committed = False
-        """Whether a transaction of this tenure was committed."""
+        """Whether a transaction of this lease was committed."""
         self._proven = 0.0
         """When the last proof began, by the monotonic clock."""
         self._delivered: list[int] = []
@@ -161,7 +163,7 @@ class Tenure:
         self._tail: Reader | None = None
         self._tail_at = 0
         """The offset that the tail gives next; _NOWHERE once it was read on from there."""
-        self._looking = None if states.snapshots is None else states.snapshots.look(self._place)
+        self._looking = None if states.snapshots is None else states.snapshots.look(self._origin)
         self._producer: Producer | None = make_producer(kafka.producer(partition))
         try:
             topic = cluster.topic()
@@ -272,7 +274,7 @@ class Tenure:
             return recorded
         require_readers()
         payload = LogSkipped(
-            self._place.identity, bad.partition, bad.offset, bad.digest, bad.size_bytes, bad.cause, request.reason
+            self._origin.identity, bad.partition, bad.offset, bad.digest, bad.size_bytes, bad.cause, request.reason
         )
         return self.append(payload, actor=request.actor, command_id=request.command_id, now=now)
 
@@ -296,17 +298,17 @@ class Tenure:
         require_readers()
         witness = loss.witness
         payload = LossAccepted(
-            self._place.identity,
+            self._origin.identity,
             self._partition,
             witness.kind,
-            None if witness.log == self._place.identity else witness.log,
+            None if witness.log == self._origin.identity else witness.log,
             loss.offset,
             loss.digest,
             loss.found_digest,
             self._end,
             request.reason,
         )
-        later = max(known.witness.standing.last_created_at for known in self.losses) + 1
+        later = max(known.witness.anchor.last_created_at for known in self.losses) + 1
         event = self.append(payload, actor=request.actor, command_id=request.command_id, now=max(now, later))
         return AdministrativeHead.of(event)
 
@@ -314,10 +316,10 @@ class Tenure:
         """Append an administrative record in a transaction of its own, and fold up to it; what was appended.
 
         Works also while the fold stands before a bad record. Call it only once every member of the installation can
-        read such records. Raises whatever the client raises, after which the outcome is unknown: close the tenure.
+        read such records. Raises whatever the client raises, after which the outcome is unknown: close the lease.
         """
         state = self.state
-        ahead = self._look_ahead(state.position)
+        ahead = self._look_ahead(state.next_offset)
         event = administrative_event(
             payload,
             ahead.administrative or state.irregular.administrative,
@@ -341,7 +343,7 @@ class Tenure:
         return event
 
     def save_if_due(self) -> None:
-        """Write a checkpoint of the state, if it is time for one, and offer it as a snapshot; tidy its file a bit.
+        """Save the state and offer it as a snapshot, if it is time for that; tidy its file a bit.
 
         Raises StateFileError.
         """
@@ -401,24 +403,24 @@ class Tenure:
         Whatever remembers a record that the log does not hold is among the `losses`.
         """
         self._end = barrier + 1
-        found = stored(self._states, self._looking, self._place, self._stopping)
-        remembered = witnesses(self._states, found, self._place, barrier, self._stopping)
+        found = stored(self._states, self._looking, self._origin, self._stopping)
+        remembered = witnesses(self._states, found, self._origin, barrier, self._stopping)
         losses = [loss for witness in remembered if (loss := self._lost(witness, barrier)) is not None]
-        claimed = claim(self._states.folder, self._place, lambda witness: self._lost(witness, barrier))
+        claimed = claim(self._states.folder, self._origin, lambda witness: self._lost(witness, barrier))
         self._slot = claimed.slot
         known = {loss.key for loss in losses}
         if self._states.snapshots is not None:
             files = [loss.witness for loss in claimed.losses if loss.key not in known]
-            self._states.snapshots.testify(self._place, files)
-        lost = {loss.witness.standing.position for loss in losses if loss.witness.log == self._place.identity}
+            self._states.snapshots.testify(self._origin, files)
+        lost = {loss.witness.anchor.next_offset for loss in losses if loss.witness.log == self._origin.identity}
         of_files = {loss.key for loss in claimed.losses}
         losses = [*claimed.losses, *(loss for loss in losses if loss.key not in of_files)]
         usable = [
             s
             for s in found.snapshots
-            if s.format in READABLE_FORMATS and s.position <= barrier and s.position not in lost
+            if s.format in READABLE_FORMATS and s.next_offset <= barrier and s.next_offset not in lost
         ]
-        for source, state in candidates(self._slot, claimed.file, usable, self._place, self._states, self._stopping):
+        for source, state in candidates(self._slot, claimed.file, usable, self._origin, self._states, self._stopping):
             self._state, self.restored_from, self._stopped = state, source, None
             if source == FROM_SNAPSHOT:
                 self._progressed()
@@ -426,7 +428,7 @@ class Tenure:
             if loss is not None:
                 losses.append(loss)
             else:
-                self._begin_at(state.position)
+                self._begin_at(state.next_offset)
                 try:
                     self._read_to(barrier + 1)  # with its marker, so that the first transaction begins right there
                 except CorruptError as error:
@@ -444,23 +446,23 @@ class Tenure:
     def _settle(self, losses: Sequence[Loss]) -> None:
         """Keep as `losses` those that no operator has accepted, and remove what proves the others."""
         accepted = self.state.irregular.accepted
-        settled = [loss for loss in losses if any(loss.accepted_by(a, self._place.identity) for a in accepted)]
+        settled = [loss for loss in losses if any(loss.accepted_by(a, self._origin.identity) for a in accepted)]
         self._forget(settled, "an operator has accepted that")
         self.losses = [loss for loss in losses if loss not in settled]
 
     def _settle_copied(self, end: int) -> None:
         """Forget the losses of another log whose records this one holds too, at whatever offset: it is a copy."""
-        wanted = {loss.digest for loss in self.losses if loss.witness.log != self._place.identity}
+        wanted = {loss.digest for loss in self.losses if loss.witness.log != self._origin.identity}
         if not wanted:
             return
         found: set[bytes] = set()
         reader = Reader(self._kafka, {self._partition: 0}, self._cluster)
         try:
             for record in chain.from_iterable(self._records_to(reader, end)):
-                found |= wanted & {mark_of(record.value)}
+                found |= wanted & {value_digest(record.value)}
         finally:
             reader.close()
-        copied = [loss for loss in self.losses if loss.witness.log != self._place.identity and loss.digest in found]
+        copied = [loss for loss in self.losses if loss.witness.log != self._origin.identity and loss.digest in found]
         self._forget(copied, "this log is a copy, and holds the record elsewhere")
         self.losses = [loss for loss in self.losses if loss not in copied]
 
@@ -471,31 +473,31 @@ class Tenure:
             if loss.witness.kind == FILE:
                 discard(Path(loss.witness.where))
         if self._states.snapshots is not None:
-            self._states.snapshots.forget(self._place, [loss.witness for loss in losses])
+            self._states.snapshots.forget(self._origin, [loss.witness for loss in losses])
 
     def _lost_by(self, state: PartitionState, end: int) -> Loss | None:
         """As `_lost`, for a snapshot that was fetched."""
-        standing = Standing(state.position, state.mark, state.last_created_at)
-        return self._lost(Witness(SNAPSHOT, self._place.identity, standing, state.path.name), end)
+        anchor = Anchor(state.next_offset, state.digest, state.last_created_at)
+        return self._lost(Witness(SNAPSHOT, self._origin.identity, anchor, state.path.name), end)
 
     def _lost(self, witness: Witness, end: int) -> Loss | None:
         """What the log, which ends at `end`, lost if it does not hold the record that the witness remembers."""
-        position = witness.standing.position
-        if not position:
+        next_offset = witness.anchor.next_offset
+        if not next_offset:
             return None
-        identity = self._place.identity
+        identity = self._origin.identity
         if witness.log != identity:
             return Loss(self._partition, witness, f"is {identity}: the topic was deleted and made again")
-        if position > end:
+        if next_offset > end:
             return Loss(self._partition, witness, f"ends at offset {end}")
         try:
-            record = self._remembered(position - 1)
+            record = self._remembered(next_offset - 1)
         except CorruptError:
             first = self._cluster.earliest([self._partition])[self._partition]
             return Loss(self._partition, witness, f"begins at offset {first}")
         if record is None:
             return Loss(self._partition, witness, "holds no record there")
-        if (digest := mark_of(record.value)) != witness.standing.mark:
+        if (digest := value_digest(record.value)) != witness.anchor.digest:
             return Loss(self._partition, witness, f"holds a record with digest {digest.hex()} there", digest)
         return None
 
@@ -522,7 +524,7 @@ class Tenure:
 
     def _offer(self, state: PartitionState, *, closing: bool = False) -> None:
         if self._states.snapshots is not None and state.shared:
-            self._states.snapshots.offer(self._place, state.path, state.position, closing=closing)
+            self._states.snapshots.offer(self._origin, state.path, state.next_offset, closing=closing)
 
     def _produce(self, producer: Producer, decision: Decision, traceparents: Sequence[str | None]) -> None:
         topic, partition, key = self._kafka.topic, self._partition, decision.package_id
@@ -575,7 +577,7 @@ class Tenure:
         return last
 
     def _require_all_read(self) -> None:
-        """Raise UnavailableError unless everything below the first transaction of the tenure was read before it.
+        """Raise UnavailableError unless everything below the first transaction of the lease was read before it.
 
         Its events were decided on what was read. Later ones follow a commit, which nobody but this writer has a right
         to, so what lies between is its own.
@@ -658,9 +660,9 @@ class Tenure:
 
     def _look_ahead(self, offset: int) -> _Ahead:
         """What lies between this offset, or where the fold stands if that is before it, and the end."""
-        start = min(offset, self.state.position)
+        start = min(offset, self.state.next_offset)
         ahead = _Ahead(max(start, self._end, self._cluster.last_stable([self._partition])[self._partition]))
-        aggregate = partition_id(self._place.identity, self._partition)
+        aggregate = partition_id(self._origin.identity, self._partition)
         reader = Reader(self._kafka, {self._partition: start}, self._cluster)
         try:
             for records in self._records_to(reader, ahead.end):
@@ -707,7 +709,7 @@ class Tenure:
         self._stopped = None
         self._end = max(self._end, target)
         _open(self._tail).close()
-        self._tail = Reader(self._kafka, {self._partition: self.state.position}, self._cluster)
+        self._tail = Reader(self._kafka, {self._partition: self.state.next_offset}, self._cluster)
         try:
             self._read_to(target)
         except CorruptError as error:

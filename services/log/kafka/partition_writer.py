@@ -28,7 +28,7 @@ from services.core.decide import acknowledge, check_ingest, decide, decide_toget
 from services.core.limits import Limits
 from services.log.kafka.cluster import Cluster
 from services.log.kafka.connection import KafkaSettings, refusal, spoiled_by_record
-from services.log.kafka.lease import Staged, Tenure
+from services.log.kafka.lease import PartitionLease, Staged
 from services.log.kafka.topic import Guard
 from services.log.port import (
     HeldError,
@@ -40,7 +40,7 @@ from services.log.port import (
 )
 from services.log.records import BadRecord, Confirmation
 from services.log.sequencer.answers import Counts, Deadlines, given_up, in_doubt, lost, quarantined, refused, told
-from services.log.sequencer.background import Asides
+from services.log.sequencer.background import BackgroundJobs
 from services.log.sequencer.queue import (
     CHECK_SECONDS,
     MAX_BATCH_BYTES,
@@ -48,7 +48,7 @@ from services.log.sequencer.queue import (
     EndQuestion,
     IngestCheck,
     Request,
-    Waiting,
+    RequestQueue,
     runs_of,
 )
 from services.log.state.loss import Loss
@@ -90,11 +90,11 @@ class PartitionWriter:
         self._failed = 0
         """Take-overs that failed one after another."""
         self._well = time.monotonic()
-        """When something succeeded last: a tenure, or a step of a long take-over."""
+        """When something succeeded last: a lease, or a step of a long take-over."""
         self._last_created_at = 0
         """The time (µs) of the partition's last event, as far as it was read; 0 before that."""
         self._context = context
-        self._waiting = Waiting()
+        self._queue = RequestQueue()
         self._unproven: list[Request] = []
         """Requests that were refused and wait for a proof that the state is current."""
         self._confirmations: deque[tuple[Confirmation, asyncio.Future[Acknowledgement]]] = deque()
@@ -137,7 +137,7 @@ class PartitionWriter:
         """
         answer: asyncio.Future[Acknowledgement | None] = self._context.loop.create_future()
         try:
-            self._waiting.put(Request(asked, answer, TRACEPARENT.get(), moved))
+            self._queue.put(Request(asked, answer, TRACEPARENT.get(), moved))
         except PushBackError:
             self._context.counts.pushed_back += 1
             raise
@@ -156,7 +156,7 @@ class PartitionWriter:
             answer.set_exception(PartitionNotOwnedError("this process does not write to the partition any more"))
         else:
             self._confirmations.append((confirmation, answer))
-            self._waiting.wake()
+            self._queue.wake()
         return answer
 
     def extent(self, package_id: UUID) -> PackageExtent | None:
@@ -182,7 +182,7 @@ class PartitionWriter:
             self.takeover_seconds,
             self.restored_from,
             self.trouble,
-            len(self._waiting),
+            len(self._queue),
             self._memory_only,
             irregular.skipped,
             irregular.repeated,
@@ -221,10 +221,10 @@ class PartitionWriter:
             self._let_go()
 
     def _after(self, error: Exception) -> None:
-        """End a tenure that failed, or whose take-over did; returns when it is time for the next one."""
+        """End a lease that failed, or whose take-over did; returns when it is time for the next one."""
         served, self.since = self.since is not None, None
         error = refusal(error, "writing") or error
-        self._context.counts.failed_tenures += served or not isinstance(error, HeldError)
+        self._context.counts.failed_leases += served or not isinstance(error, HeldError)
         self._note(error)
         if isinstance(error, HeldError) and error.own_clock and not self._stop.is_set():
             self._give_way()
@@ -247,18 +247,18 @@ class PartitionWriter:
 
     def _let_go(self) -> None:
         """Take nothing more, and tell what waits that the partition moves: a transaction at hand may take long."""
-        self._waiting.close()
+        self._queue.close()
         moved = PartitionNotOwnedError("this process does not write to the package's partition any more")
-        self._deliver([(request, moved) for request in self._waiting.drain()])
+        self._deliver([(request, moved) for request in self._queue.drain()])
         while self._confirmations:
             _, answer = self._confirmations.popleft()
             self._answer(answer, moved)
 
     def _hold(self) -> None:
-        """One tenure: take over, then serve until told to stop."""
+        """One lease: take over, then serve until told to stop."""
         context, began = self._context, time.monotonic()
         context.guard.require(self.partition, self._last_created_at)
-        tenure = Tenure(
+        lease = PartitionLease(
             context.kafka,
             context.cluster,
             self.partition,
@@ -269,94 +269,94 @@ class PartitionWriter:
             in_doubt=context.doubt.is_set,
             progressed=self._went_well,
         )
-        asides = Asides(
-            tenure.state,
+        jobs = BackgroundJobs(
+            lease.state,
             limits=context.limits,
             clock=context.clock,
             put_manifest=context.put_manifest,
             loop=context.loop,
-            wake=self._waiting.wake,
+            wake=self._queue.wake,
         )
         try:
-            self._irregular = tenure.state.irregular
-            self._last_created_at = tenure.state.last_created_at
+            self._irregular = lease.state.irregular
+            self._last_created_at = lease.state.last_created_at
             self.takeover_seconds = time.monotonic() - began
-            self.restored_from = tenure.restored_from
-            context.counts.takeovers[tenure.restored_from] += 1
+            self.restored_from = lease.restored_from
+            context.counts.takeovers[lease.restored_from] += 1
             context.counts.takeover_seconds += self.takeover_seconds
             self._failed = 0
-            if not self._whole(tenure):
+            if not self._whole(lease):
                 return
             context.guard.require(self.partition, self._last_created_at)
             self.since = context.clock()
             self._trouble = None
-            self._state = tenure.state
+            self._state = lease.state
             pause = _IDLE_SECONDS
-            self._memory_only = tenure.state.memory_only
-            while (batch := self._waiting.take(pause)) is not None:
+            self._memory_only = lease.state.memory_only
+            while (batch := self._queue.take(pause)) is not None:
                 batch, self._unproven = [*self._unproven, *batch], []
-                self._last_created_at = tenure.state.last_created_at
+                self._last_created_at = lease.state.last_created_at
                 self._require_guard(batch)
                 if batch:
-                    self._serve(tenure, asides, batch)
+                    self._serve(lease, jobs, batch)
                 else:
-                    tenure.idle()
-                self._record(tenure)
-                tenure.save_if_due()
-                tenure.state.put_away()
-                self._memory_only = tenure.state.memory_only
-                back, failed = asides.settle()
+                    lease.idle()
+                self._record(lease)
+                lease.save_if_due()
+                lease.state.put_away()
+                self._memory_only = lease.state.memory_only
+                back, failed = jobs.settle()
                 self._deliver(failed)
-                self._waiting.put_back(back)
-                asides.begin()
-                pause = TIDY_SECONDS if tenure.state.untidy else _IDLE_SECONDS
+                self._queue.put_back(back)
+                jobs.begin()
+                pause = TIDY_SECONDS if lease.state.untidy else _IDLE_SECONDS
                 if self._unproven:
-                    pause = max(0.0, tenure.proof_due - time.monotonic())
+                    pause = max(0.0, lease.proof_due - time.monotonic())
         finally:
-            self._waiting.put_back([*self._unproven, *asides.cancel()])
+            self._queue.put_back([*self._unproven, *jobs.cancel()])
             self._unproven = []
             self._state = None
-            tenure.close()
+            lease.close()
 
     def _require_guard(self, batch: Sequence[Request]) -> None:
         """Raise HeldError when nothing may be appended; the batch is answered with it."""
         try:
             self._context.guard.require(self.partition, self._last_created_at)
         except HeldError:
-            self._waiting.put_back(batch)
+            self._queue.put_back(batch)
             raise
 
-    def _whole(self, tenure: Tenure) -> bool:
+    def _whole(self, lease: PartitionLease) -> bool:
         """Refuse everything but operators' confirmations while the partition needs one.
 
         It stands before a record that is no event, or it lost what it had acknowledged. False when the writer is told
         to stop meanwhile.
         """
-        while tenure.stopped is not None or tenure.losses:
-            self._bad, self._losses = tenure.stopped, tenure.losses
+        while lease.stopped is not None or lease.losses:
+            self._bad, self._losses = lease.stopped, lease.losses
             bad = [] if self._bad is None else [self._bad.error]
             trouble = "; ".join([*(error.detail for error in bad), *(loss.detail for loss in self._losses)])
             if self._trouble != trouble:
                 _LOG.error("partition %d cannot be written to: %s", self.partition, trouble)
             self._trouble = trouble
-            batch = self._waiting.take(_IDLE_SECONDS)
+            batch = self._queue.take(_IDLE_SECONDS)
             if batch is None:
                 return False
             refused = bad[0] if bad else lost(self.partition)
             self._deliver([(request, refused) for request in batch])
-            self._record(tenure)
-            tenure.idle()
-            tenure.save_if_due()
+            self._record(lease)
+            lease.idle()
+            lease.save_if_due()
         self._bad, self._losses = None, ()
         return True
 
-    def _record(self, tenure: Tenure) -> None:
+    def _record(self, lease: PartitionLease) -> None:
         """Record what operators confirmed about the partition, and answer them."""
         while self._confirmations:
             confirmation, answer = self._confirmations[0]
             outcome: Acknowledgement | Exception
             try:
-                recorded = tenure.record(confirmation, self._context.clock(), self._require_recordable)
+                recorded = lease.record(confirmation, self._context.clock(), self._require_recordable)
                 outcome = Acknowledgement(partition_id(self._context.identity, self.partition), *recorded)
             except (RejectedError, PushBackError) as error:
                 outcome = error
@@ -397,35 +397,35 @@ class PartitionWriter:
             self._stop.wait(_ASK_SECONDS)
         return False
 
-    def _serve(self, tenure: Tenure, asides: Asides, batch: list[Request]) -> None:
+    def _serve(self, lease: PartitionLease, jobs: BackgroundJobs, batch: list[Request]) -> None:
         self._serving_since = time.monotonic()
         try:
-            runs = runs_of(self._without_held(asides, batch))
+            runs = runs_of(self._without_held(jobs, batch))
             batch = [request for run in runs for request in run]
-            answers, proven = self._answers(tenure, asides, runs)
+            answers, proven = self._answers(lease, jobs, runs)
         except Exception as error:
             for request in batch:
                 # Not the exception itself, whose traceback holds this batch.
                 request.failed(type(error).__name__, spoiled=spoiled_by_record(error))
-            held = [request for request in asides.cancel() if request not in batch]
-            self._waiting.put_back([*batch, *held])
+            held = [request for request in jobs.cancel() if request not in batch]
+            self._queue.put_back([*batch, *held])
             raise
         finally:
             self._serving_since = None
-        self._waiting.put_back(batch[len(answers) :])
-        self._waiting.announce(answers.count(None))
+        self._queue.put_back(batch[len(answers) :])
+        self._queue.announce(answers.count(None))
         answered = list(zip(batch, answers, strict=False))
         if not proven:
             self._unproven = [request for request, outcome in answered if _needs_proof(outcome)]
             answered = [(request, outcome) for request, outcome in answered if not _needs_proof(outcome)]
         self._deliver(answered)
 
-    def _without_held(self, asides: Asides, batch: Sequence[Request]) -> list[Request]:
+    def _without_held(self, jobs: BackgroundJobs, batch: Sequence[Request]) -> list[Request]:
         """Those of the batch that can be decided now."""
         now, refused = [], []
         for request in batch:
             try:
-                if not asides.holds(request):
+                if not jobs.holds(request):
                     now.append(request)
             except PushBackError as error:
                 self._context.counts.pushed_back += 1
@@ -434,36 +434,36 @@ class PartitionWriter:
         return now
 
     def _answers(
-        self, tenure: Tenure, asides: Asides, runs: Sequence[Sequence[Request]]
+        self, lease: PartitionLease, jobs: BackgroundJobs, runs: Sequence[Sequence[Request]]
     ) -> tuple[list[_Outcome], bool]:
         """Decide the requests, append what they become, and only then say so; and whether refusals are proven.
 
-        A commit proves that the state was current, and so does `Tenure.prove`, which is not called too often: one
-        proof serves all who wait for it. If the requests become more than one transaction takes, these are the answers
-        of the first of them.
+        A commit proves that the state was current, and so does `PartitionLease.prove`, which is not called too often:
+        one proof serves all who wait for it. If the requests become more than one transaction takes, these are the
+        answers of the first of them.
         """
         staged: list[Staged] = []
-        with self._context.turns:
-            now, size, outcomes = asides.now(), 0, list[_Outcome]()
+        with self._context.fair_lock:
+            now, size, outcomes = jobs.now(), 0, list[_Outcome]()
             for run in runs:
                 decided = len(staged)
-                outcomes += self._decide_run(tenure.state, asides, run, now, staged)
+                outcomes += self._decide_run(lease.state, jobs, run, now, staged)
                 # How large manifests are is known only now.
                 size += sum(sum(map(len, decision.values)) for decision, _ in staged[decided:])
                 if size > MAX_BATCH_BYTES:
                     break
-            values = tenure.hand_over(staged) if staged else []
+            values = lease.hand_over(staged) if staged else []
         if staged:
-            tenure.commit(values)
+            lease.commit(values)
             return outcomes, True
-        if time.monotonic() < tenure.proof_due:
+        if time.monotonic() < lease.proof_due:
             return outcomes, False
         if any(map(_needs_proof, outcomes)):
-            tenure.prove()
+            lease.prove()
         return outcomes, True
 
     def _decide_run(
-        self, state: PartitionState, asides: Asides, run: Sequence[Request], now: int, staged: list[Staged]
+        self, state: PartitionState, jobs: BackgroundJobs, run: Sequence[Request], now: int, staged: list[Staged]
     ) -> list[_Outcome]:
         """Commands of one package that add files to it, together if they can be, or any other request."""
         commands = [request.asked for request in run if isinstance(request.asked, IngestFiles)]
@@ -481,14 +481,14 @@ class PartitionWriter:
                 package = state.accept(package, decision)
                 staged.append(Staged(decision, [request.traceparent for request in run]))
                 return [acknowledge(package, command) for command in commands]
-        return [self._decide(state, asides, request, now, staged) for request in run]
+        return [self._decide(state, jobs, request, now, staged) for request in run]
 
     def _decide(
-        self, state: PartitionState, asides: Asides, request: Request, now: int, staged: list[Staged]
+        self, state: PartitionState, jobs: BackgroundJobs, request: Request, now: int, staged: list[Staged]
     ) -> _Outcome:
         asked, limits = request.asked, self._context.limits
         if isinstance(asked, EndQuestion):
-            return state.position
+            return state.next_offset
         package = state.package(asked.package_id, asked.command_id)
         contradicted = state.irregular.quarantined.get(asked.package_id)
         try:
@@ -497,7 +497,7 @@ class PartitionWriter:
             if isinstance(asked, IngestCheck):
                 check_ingest(package, asked.package_id, asked.relative_paths, asked.command_id, now, limits)
                 return None
-            decision = asides.decision(asked) or decide(package, asked, now, limits)
+            decision = jobs.decision(asked) or decide(package, asked, now, limits)
             if decision.appended is not None and request.failures > TOGETHER:
                 return given_up(request, decision.done)
             if decision.appended is not None and contradicted is not None:
@@ -531,7 +531,7 @@ class PartitionWriter:
         """The partition cannot be written to as it is; say so to everyone, at most until the process gives it up."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
-            batch = self._waiting.take(min(left, _IDLE_SECONDS))
+            batch = self._queue.take(min(left, _IDLE_SECONDS))
             if batch is None:
                 return
             self._context.counts.pushed_back += len(batch) * isinstance(error, HeldError)
@@ -593,11 +593,17 @@ class WriterContext:
     """Set while it is not known that the topic is still the log's."""
     guard: Guard
     counts: Counts
-    turns: Turns
+    fair_lock: FairLock
 
 
-class Turns:
-    """A lock that is passed on in the order in which it was asked for, as `threading.Lock` is not. Not reentrant."""
+class FairLock:
+    """A lock that threads get in the order in which they asked for it, unlike `threading.Lock`. Not reentrant.
+
+    Writers hold it while they decide a batch and hand it to the client, and not while they wait for brokers. Python
+    runs one thread at a time anyway, but threads that are all busy take the interpreter from each other every 5 ms, and
+    the Kafka client asks for it once for every record that was delivered. With six busy writers that took a fifth of
+    their time (docs/benchmarks.md).
+    """
 
     def __init__(self) -> None:
         self._guard = Lock()

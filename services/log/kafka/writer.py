@@ -21,7 +21,7 @@ from services.core.limits import Limits
 from services.log.kafka.cluster import Topic
 from services.log.kafka.log import KafkaLog
 from services.log.kafka.ownership import WriterGroup
-from services.log.kafka.partition_writer import PartitionWriter, Turns, WriterContext
+from services.log.kafka.partition_writer import FairLock, PartitionWriter, WriterContext
 from services.log.kafka.topic import Guard
 from services.log.port import (
     EXTENT_SECONDS,
@@ -34,7 +34,7 @@ from services.log.port import (
     TimedStore,
 )
 from services.log.records import Confirmation
-from services.log.router import Owner, Owners, Seeking, There
+from services.log.router import Owner, Owners, Router, There
 from services.log.sequencer.answers import Counts
 from services.log.sequencer.queue import EndQuestion, IngestCheck, Request, size_of
 from services.log.state.restore import States
@@ -103,12 +103,10 @@ class KafkaWriter:
         self._watching: list[asyncio.Task[None]] = []
         self._foreign: str | None = None
         """What makes the topic another log than the one that was opened."""
-        self._under_way = UnderWay()
+        self._in_flight = InFlight()
         self._moving: set[asyncio.Task[Acknowledgement]] = set()
         self._counts = Counts()
-        self._seeking = Seeking(
-            self._owners, forwarder, self._here, lambda: self._foreign, self._counts, submit_seconds
-        )
+        self._router = Router(self._owners, forwarder, self._here, lambda: self._foreign, self._counts, submit_seconds)
         self._closing = False
 
     async def start(self) -> None:
@@ -134,7 +132,7 @@ class KafkaWriter:
             doubt=Flag(),
             guard=self._guard,
             counts=self._counts,
-            turns=Turns(),
+            fair_lock=FairLock(),
         )
         await self._look()
         self._group.start()
@@ -175,8 +173,8 @@ class KafkaWriter:
             raise PushBackError("this gateway is being shut down")
         asked = EndQuestion()
         there: There[int | None] = lambda forwarder, url: forwarder.end(url, partition)  # noqa: E731 - its type is told
-        with self._under_way:
-            end = await self._seeking.answer(partition, asked, there, doubtful=False)
+        with self._in_flight:
+            end = await self._router.answer(partition, asked, there, doubtful=False)
         # An owner of the previous release believes the brokers, as all of its reads do.
         return end if end is not None else (await self._log.end()).offsets[partition]
 
@@ -184,7 +182,7 @@ class KafkaWriter:
         """As `end`, of one partition, but PartitionNotOwnedError when this process is not its writer."""
         if self._closing:
             raise PartitionNotOwnedError("this process hands its partitions over")
-        with self._under_way:
+        with self._in_flight:
             return cast("int", await self._here(EndQuestion(), partition))
 
     async def extent(self, package_id: UUID) -> PackageExtent | None:
@@ -282,10 +280,10 @@ class KafkaWriter:
 
     async def _all_answered(self) -> None:
         """Wait until there is an answer to everything that was taken."""
-        await self._under_way.none()
+        await self._in_flight.none()
         while open_ := [f for writer in [*self._writers.values(), *self._ending] for f in writer.unanswered()]:
             await asyncio.wait(open_)
-            await self._under_way.none()
+            await self._in_flight.none()
 
     def _close_threads(self) -> None:
         self._group.close()
@@ -299,7 +297,7 @@ class KafkaWriter:
     async def _accepted(self, asked: Command | IngestCheck) -> Acknowledgement | None:
         if self._closing:
             raise PartitionNotOwnedError("this process hands its partitions over")
-        with self._under_way:
+        with self._in_flight:
             return await self._here(asked, self._log.partition_of(asked.package_id))
 
     def _moved(self, request: Request) -> None:
@@ -326,12 +324,12 @@ class KafkaWriter:
         """Bring a request to the partition's writer, wherever it is."""
         if self._closing:
             raise PushBackError("this gateway is being shut down")
-        with self._seeking.room(self._log.partition_of(asked.package_id), size_of(asked)):
+        with self._router.room(self._log.partition_of(asked.package_id), size_of(asked)):
             return await self._sought(asked, there)
 
     async def _sought(self, asked: Command | IngestCheck, there: There[_T], *, doubtful: bool = False) -> _T:
-        with self._under_way:
-            return await self._seeking.answer(self._log.partition_of(asked.package_id), asked, there, doubtful=doubtful)
+        with self._in_flight:
+            return await self._router.answer(self._log.partition_of(asked.package_id), asked, there, doubtful=doubtful)
 
     def _here(self, asked: Command | IngestCheck, partition: int) -> asyncio.Future[Acknowledgement | None]:
         """Let this process's writer carry it out. Raises PartitionNotOwnedError, and as `PartitionWriter.submit`."""
@@ -431,8 +429,8 @@ def _elsewhere(partition: int, owner: Owner | None) -> PartitionStatus:
     return PartitionStatus(partition, owner.url or "another process")
 
 
-class UnderWay:
-    """Counts the requests that `close` waits for and that no writer of this process has yet."""
+class InFlight:
+    """Counts requests that no writer of this process holds yet, so that `close` can wait for them."""
 
     def __init__(self) -> None:
         self._count = 0

@@ -107,7 +107,7 @@ class WriterCollector(Collector):
         yield CounterMetricFamily(
             "artifact_store_failed_tenures",
             "Partitions that were taken over again because something went wrong",
-            value=counts.failed_tenures,
+            value=counts.failed_leases,
         )
         yield CounterMetricFamily(
             "artifact_store_pushed_back", "Requests that were told to come again later", value=counts.pushed_back

@@ -42,7 +42,7 @@ class Counts:
     """By what the state was restored from."""
     takeover_seconds: float = 0.0
     """Of all of them together."""
-    failed_tenures: int = 0
+    failed_leases: int = 0
     """How often a partition was taken over again because something went wrong."""
     pushed_back: int = 0
     """Requests that were told to come again later."""

@@ -1,4 +1,4 @@
-"""Large packages that are worked on beside their partition, whose writer goes on with all others meanwhile.
+"""Background jobs for large packages, so that the partition's writer can go on with all others meanwhile.
 
 Two things take long with 100,000 files: reading an open package back from the state file, and making its manifest and
 storing it. Each is done in a thread of its own; requests for that package are held until it is done, and pushed back
@@ -42,7 +42,7 @@ TOGETHER_MICROS = 1_000_000
 HELD_BYTES = 4 << 20
 """About how much memory requests for one package may wait in; the next one is pushed back."""
 
-MAX_ASIDE = 100
+MAX_JOBS = 100
 """How many packages of a partition may wait for their turn."""
 
 _SURELY_LARGE = 4_096
@@ -58,8 +58,8 @@ class _Task(Enum):
 
 
 @dataclass(eq=False, slots=True)
-class _Aside:
-    """One package. `task` and `command` are what is to be done, the other fields what has become of it."""
+class _Job:
+    """The job for one package: `task` and `command` say what to do, the other fields what came of it."""
 
     package_id: UUID
     task: _Task
@@ -75,8 +75,8 @@ class _Aside:
     putting: Future[None] | None = None
 
 
-class Asides:
-    """Of one tenure; used by the writer's thread alone. No method blocks for longer than a look into the state file."""
+class BackgroundJobs:
+    """Of one lease; used by the writer's thread alone. No method blocks for longer than a look into the state file."""
 
     def __init__(
         self,
@@ -95,10 +95,10 @@ class Asides:
         self._put_manifest = put_manifest
         self._loop = loop
         self._wake = wake
-        self._asides: dict[UUID, _Aside] = {}
+        self._jobs: dict[UUID, _Job] = {}
         self._decisions: dict[UUID, tuple[Command, Decision]] = {}
         self._at_hand: set[UUID] = set()
-        """Packages that could not be loaded aside: the writer is to find out why."""
+        """Packages whose loading failed: the writer loads them itself, and meets the cause."""
         self._time: int | None = None
 
     def now(self) -> int:
@@ -108,21 +108,21 @@ class Asides:
     def holds(self, request: Request) -> bool:
         """Whether the request was taken to wait for its package. Raises PushBackError, StateFileError."""
         package_id = request.asked.package_id
-        aside = self._asides.get(package_id) if self._asides else None
-        if aside is None:
-            aside = self._needed(request)
-            if aside is None:
+        job = self._jobs.get(package_id) if self._jobs else None
+        if job is None:
+            job = self._needed(request)
+            if job is None:
                 return False
-            if len(self._asides) >= MAX_ASIDE:
+            if len(self._jobs) >= MAX_JOBS:
                 raise PushBackError("too many large packages of the partition are worked on", 2.0)
-            self._asides[package_id] = aside
-        elif aside.size + request.size > HELD_BYTES:
-            aside.requests = [held for held in aside.requests if not held.answer.done()]
-            aside.size = sum(held.size for held in aside.requests)
-            if aside.size + request.size > HELD_BYTES:
+            self._jobs[package_id] = job
+        elif job.size + request.size > HELD_BYTES:
+            job.requests = [held for held in job.requests if not held.answer.done()]
+            job.size = sum(held.size for held in job.requests)
+            if job.size + request.size > HELD_BYTES:
                 raise PushBackError(f"package {package_id} is being finalized or loaded; others wait already", 2.0)
-        aside.requests.append(request)
-        aside.size += request.size
+        job.requests.append(request)
+        job.size += request.size
         return True
 
     def decision(self, command: Command) -> Decision | None:
@@ -146,18 +146,18 @@ class Asides:
         self._at_hand.clear()
         back: list[Request] = []
         failed: list[tuple[Request, ArtifactStoreError]] = []
-        for aside in [aside for aside in self._asides.values() if aside.done]:
-            del self._asides[aside.package_id]
-            if aside.task is _Task.LOAD:
-                self._adopt(aside)
-            elif aside.decision is not None and aside.command is not None:
-                self._decisions[aside.package_id] = aside.command, aside.decision
-            for request in aside.requests:
-                if aside.error is not None and request.asked == aside.command:
-                    failed.append((request, aside.error))
+        for job in [job for job in self._jobs.values() if job.done]:
+            del self._jobs[job.package_id]
+            if job.task is _Task.LOAD:
+                self._adopt(job)
+            elif job.decision is not None and job.command is not None:
+                self._decisions[job.package_id] = job.command, job.decision
+            for request in job.requests:
+                if job.error is not None and request.asked == job.command:
+                    failed.append((request, job.error))
                 else:
                     back.append(request)
-        at_work = {aside.package_id for aside in self._asides.values() if aside.running}
+        at_work = {job.package_id for job in self._jobs.values() if job.running}
         self._state.pinned = {*at_work, *self._decisions}
         if not self._decisions and not self._finalizing():
             self._time = None
@@ -165,49 +165,49 @@ class Asides:
 
     def begin(self) -> None:
         """Begin what may be begun; call it while all of the state is confirmed."""
-        for aside in list(self._asides.values()):
-            if aside.running:
+        for job in list(self._jobs.values()):
+            if job.running:
                 continue
-            if self._state.away(aside.package_id):
-                aside.task = _Task.LOAD
-            if aside.task is _Task.LOAD:
-                if not any(other.running and other.task is _Task.LOAD for other in self._asides.values()):
-                    self._run(aside, self._loading(aside))
+            if self._state.away(job.package_id):
+                job.task = _Task.LOAD
+            if job.task is _Task.LOAD:
+                if not any(other.running and other.task is _Task.LOAD for other in self._jobs.values()):
+                    self._run(job, self._loading(job))
             elif self._may_finalize():
-                command = aside.command
-                package = None if command is None else self._state.package(aside.package_id, command.command_id)
+                command = job.command
+                package = None if command is None else self._state.package(job.package_id, command.command_id)
                 if package is None or command is None:
-                    aside.done = True
+                    job.done = True
                     self._wake()
                     continue
                 self._time = self.now()
-                self._state.pinned.add(aside.package_id)
-                self._run(aside, self._finalizing_of(aside, command, package, self._time))
+                self._state.pinned.add(job.package_id)
+                self._run(job, self._finalizing_of(job, command, package, self._time))
 
     def cancel(self) -> list[Request]:
         """Give up everything; the requests that are held, in their order."""
         held = []
-        for aside in self._asides.values():
-            aside.cancelled = True
-            if aside.putting is not None:
-                aside.putting.cancel()
-            held += aside.requests
-        self._asides.clear()
+        for job in self._jobs.values():
+            job.cancelled = True
+            if job.putting is not None:
+                job.putting.cancel()
+            held += job.requests
+        self._jobs.clear()
         return held
 
-    def _adopt(self, aside: _Aside) -> None:
+    def _adopt(self, job: _Job) -> None:
         try:
-            if aside.loaded is not None:
-                self._state.adopt(aside.loaded)
+            if job.loaded is not None:
+                self._state.adopt(job.loaded)
                 return
         except StateFileError:
-            pass  # the writer meets it again when it reads the package itself, and then ends its tenure
-        self._at_hand.add(aside.package_id)
+            pass  # the writer meets it again when it reads the package itself, and then ends its lease
+        self._at_hand.add(job.package_id)
 
-    def _needed(self, request: Request) -> _Aside | None:
+    def _needed(self, request: Request) -> _Job | None:
         asked = request.asked
         if self._state.away(asked.package_id) and asked.package_id not in self._at_hand:
-            return _Aside(asked.package_id, _Task.LOAD)
+            return _Job(asked.package_id, _Task.LOAD)
         if not isinstance(asked, FinalizePackage):
             return None
         made = self._decisions.get(asked.package_id)
@@ -216,7 +216,7 @@ class Asides:
         package = self._state.package(asked.package_id, asked.command_id)
         if package is None or package.status != CREATED or package.unfinished is not None:
             return None
-        return _Aside(asked.package_id, _Task.FINALIZE, asked) if self._may_be_large(package) else None
+        return _Job(asked.package_id, _Task.FINALIZE, asked) if self._may_be_large(package) else None
 
     def _may_be_large(self, package: PackageState) -> bool:
         """Whether the package's manifest may have to travel as a claim check, or takes long to make."""
@@ -228,66 +228,66 @@ class Asides:
         return size > min(limits.inline_manifest_bytes, limits.max_event_bytes - EVENT_OVERHEAD_BYTES)
 
     def _finalizing(self) -> int:
-        return sum(aside.running and aside.task is _Task.FINALIZE for aside in self._asides.values())
+        return sum(job.running and job.task is _Task.FINALIZE for job in self._jobs.values())
 
     def _may_finalize(self) -> bool:
         if self._time is None:
             return True
         return self._finalizing() < AT_A_TIME and self._clock() < self._time + TOGETHER_MICROS
 
-    def _run(self, aside: _Aside, work: Callable[[], None]) -> None:
-        aside.running = True
+    def _run(self, job: _Job, work: Callable[[], None]) -> None:
+        job.running = True
 
         def run() -> None:
             try:
                 work()
             except ArtifactStoreError as error:
-                aside.error = error
+                job.error = error
             except Exception as error:  # noqa: BLE001 - whatever it is, the command is told and the partition goes on
-                _LOG.exception("package %s could not be worked on", aside.package_id)
-                aside.error = UnavailableError(f"the package could not be worked on: {type(error).__name__}")
-            aside.done = True
+                _LOG.exception("package %s could not be worked on", job.package_id)
+                job.error = UnavailableError(f"the package could not be worked on: {type(error).__name__}")
+            job.done = True
             self._wake()
 
         # A daemon, as the writer's own thread is: nothing that it does may keep the process.
-        Thread(target=run, name=f"log-aside-{aside.task.value}", daemon=True).start()
+        Thread(target=run, name=f"log-job-{job.task.value}", daemon=True).start()
 
-    def _loading(self, aside: _Aside) -> Callable[[], None]:
+    def _loading(self, job: _Job) -> Callable[[], None]:
         file = self._state.beside()
 
         def load() -> None:
             try:
-                aside.loaded = file.load(aside.package_id, None, 0)
+                job.loaded = file.load(job.package_id, None, 0)
             finally:
                 file.close()
 
         return load
 
-    def _finalizing_of(self, aside: _Aside, command: Command, package: PackageState, now: int) -> Callable[[], None]:
+    def _finalizing_of(self, job: _Job, command: Command, package: PackageState, now: int) -> Callable[[], None]:
         def finalize() -> None:
             decision = decide(package, command, now, self._limits)
             if decision.claim_check is not None:
-                self._put(aside, decision.claim_check)
+                self._put(job, decision.claim_check)
                 decision = replace(decision, claim_check=None)
-            aside.decision = decision
+            job.decision = decision
 
         return finalize
 
-    def _put(self, aside: _Aside, manifest: bytes) -> None:
+    def _put(self, job: _Job, manifest: bytes) -> None:
         """Make a manifest durable before its event is appended. Blocks. Raises UnavailableError, PushBackError."""
         try:
             act = _awaited(self._put_manifest, manifest)
             try:
-                aside.putting = asyncio.run_coroutine_threadsafe(act, self._loop)
+                job.putting = asyncio.run_coroutine_threadsafe(act, self._loop)
             except RuntimeError:  # the loop is closed
                 act.close()
                 raise UnavailableError("the process ends; nothing is recorded") from None
-            if aside.cancelled:
-                aside.putting.cancel()
-            aside.putting.result(PUT_SECONDS)
+            if job.cancelled:
+                job.putting.cancel()
+            job.putting.result(PUT_SECONDS)
         except (TimeoutError, CancelledError):
-            if aside.putting is not None:
-                aside.putting.cancel()
+            if job.putting is not None:
+                job.putting.cancel()
             raise UnavailableError("the manifest could not be stored in time; nothing is recorded") from None
         except ArtifactStoreError:
             raise

@@ -138,7 +138,7 @@ def runs_of(batch: Sequence[Request]) -> list[list[Request]]:
     return runs
 
 
-class Waiting:
+class RequestQueue:
     """The queue of one partition. `put` never blocks, `take` does.
 
     A transaction of one command costs client and brokers about as much as one of many. A file's command follows the

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from services.log.records import AcceptedLoss
-from services.log.state.state_file import Standing
+from services.log.state.state_file import Anchor
 
 FILE = "file"
 SNAPSHOT = "snapshot"
@@ -25,7 +25,7 @@ class Witness:
     """FILE or SNAPSHOT."""
     log: UUID
     """The log that the state was folded from."""
-    standing: Standing
+    anchor: Anchor
     where: str
     """The file's path, or the object's key."""
 
@@ -42,19 +42,19 @@ class Loss:
     """The digest of the record that lies at the offset now, if there is one."""
 
     @property
-    def key(self) -> tuple[UUID, Standing]:
+    def key(self) -> tuple[UUID, Anchor]:
         """What several witnesses of the same moment have in common."""
-        return self.witness.log, self.witness.standing
+        return self.witness.log, self.witness.anchor
 
     @property
     def offset(self) -> int:
         """Where the record lay."""
-        return self.witness.standing.position - 1
+        return self.witness.anchor.next_offset - 1
 
     @property
     def digest(self) -> bytes:
         """BLAKE3 over the record's value."""
-        return self.witness.standing.mark
+        return self.witness.anchor.digest
 
     def accepted_by(self, accepted: AcceptedLoss, log: UUID) -> bool:
         """Whether an operator's acceptance, which was recorded in `log`, covers this loss as well.
@@ -62,12 +62,10 @@ class Loss:
         It covers all that states of another log remember, and of `log` itself all up to its offset that states remember
         from before it was recorded: it is recorded with a later time than anything that was known to be lost.
         """
-        standing = self.witness.standing
+        anchor = self.witness.anchor
         if accepted.log != self.witness.log:
             return False
-        return accepted.log != log or (
-            self.offset <= accepted.offset and standing.last_created_at < accepted.created_at
-        )
+        return accepted.log != log or (self.offset <= accepted.offset and anchor.last_created_at < accepted.created_at)
 
     @property
     def detail(self) -> str:

@@ -1,8 +1,8 @@
 """The state of one partition, as its writer holds it: every package, folded from the log up to an offset.
 
-In memory are the packages that changed since the last checkpoint and open ones that were used lately; all others lie in
+In memory are the packages that changed since the last save and open ones that were used lately; all others lie in
 the state file. What is in memory is never trusted beyond one take-over: when a transaction's outcome is in doubt it is
-thrown away. The file never runs ahead of the log: a checkpoint holds only what was read back.
+thrown away. The file never runs ahead of the log: a save holds only what was read back.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from services.core.state import ABANDONED, CREATED, FINALIZED, PackageState
 from services.log.port import PackageExtent
 from services.log.records import AcceptedLoss, AdministrativeHead
 from services.log.state.state_file import (
+    Anchor,
     DiskFullError,
     Irregular,
-    Standing,
     StateFile,
     StateFileError,
     UnusableStateError,
@@ -35,14 +35,14 @@ from services.log.state.state_file import (
 )
 
 SAVE_EVENTS = 10_000
-"""A checkpoint is written after so many events, which a take-over reads again in less than half a second,"""
+"""A save is written after so many events, which a take-over reads again in less than half a second,"""
 
 SAVE_SECONDS = 5.0
 """and, if there was any, after so many seconds."""
 
 MAX_ENTRIES = 120_000
 """Files, folders and commands of all open packages in memory, at about 1 KiB each. A large one that was used since the
-last checkpoint, and those that are worked on beside the partition, come on top."""
+last save, and those that are worked on beside the partition, come on top."""
 
 LARGE = 2_000
 """A package with more events than this is not read back from the file while others wait; that many take about 20 ms."""
@@ -83,13 +83,13 @@ class PartitionState:
         self._last_value: bytes | None = None
         self._broken = False
         self._used: set[UUID] = set()
-        """Open packages that were asked for since the last checkpoint."""
+        """Open packages that were asked for since the last save."""
         self.pinned: set[UUID] = set()
         """Packages that stay in memory."""
         self.memory_only: str | None = "the disk has no room for its file" if file.alone else None
         """Why the newest part of the state is in memory alone, which a full disk makes it; None when it is not."""
-        self.last_created_at = file.standing.last_created_at
-        self.position = file.standing.position
+        self.last_created_at = file.anchor.last_created_at
+        self.next_offset = file.anchor.next_offset
 
     @property
     def path(self) -> Path:
@@ -103,13 +103,13 @@ class PartitionState:
 
     @property
     def irregular(self) -> Irregular:
-        """What the partition held that is no next event of a package, up to `position`."""
+        """What the partition held that is no next event of a package, up to `next_offset`."""
         return self._file.irregular
 
     @property
-    def mark(self) -> bytes:
-        """The digest of the record before `position`, as it was when the state was saved."""
-        return self._file.standing.mark
+    def digest(self) -> bytes:
+        """The digest of the record before `next_offset`, as it was when the state was saved."""
+        return self._file.anchor.digest
 
     def package(self, package_id: UUID, command_id: UUID | None = None) -> PackageState | None:
         """The package, None when the partition has no event of it.
@@ -149,7 +149,7 @@ class PartitionState:
         """
         if self._file.alone or package_id in self._packages or package_id in self._absent:
             return False
-        found = self._standing_of(package_id)
+        found = self._summary_of(package_id)
         if found is None:
             self._note_absent(package_id)
             return False
@@ -178,8 +178,8 @@ class PartitionState:
     def adopt(self, package: PackageState) -> None:
         """Hold a package in memory that was loaded `beside`, if it is what the file has by now."""
         known = package.package_id in self._packages
-        standing = (package.status, package.sequence, package.digest)
-        if not known and package.status == CREATED and self._standing_of(package.package_id) == standing:
+        anchor = (package.status, package.sequence, package.digest)
+        if not known and package.status == CREATED and self._summary_of(package.package_id) == anchor:
             self._hold(package)
 
     def apply(self, event: Event) -> None:
@@ -223,7 +223,7 @@ class PartitionState:
 
     def note_administrative(self, event: Event) -> None:
         """Fold an administrative record in, which must be confirmed like an event."""
-        if event.package_id == partition_id(self._file.place.identity, self._file.place.partition):
+        if event.package_id == partition_id(self._file.origin.identity, self._file.origin.partition):
             self.irregular.administrative = AdministrativeHead.of(event)
             if isinstance(event.payload, LossAccepted):
                 self.irregular.accepted.append(AcceptedLoss.of(event, event.payload))
@@ -242,12 +242,12 @@ class PartitionState:
     def confirm(self, offset: int, value: bytes) -> None:
         """All that was applied was read from the log, the last of it as this record."""
         self._ahead = False
-        self.position = offset + 1
+        self.next_offset = offset + 1
         self._last_value = value
 
     @property
     def save_due(self) -> bool:
-        """Whether it is time for a checkpoint."""
+        """Whether it is time for a save."""
         return self._unsaved >= SAVE_EVENTS or (self._unsaved > 0 and time.monotonic() > self._saved_at + SAVE_SECONDS)
 
     def save(self) -> None:
@@ -257,10 +257,10 @@ class PartitionState:
         """
         if self._ahead or self._last_value is None:
             return
-        standing = Standing(self.position, mark_of(self._last_value), self.last_created_at)
+        anchor = Anchor(self.next_offset, value_digest(self._last_value), self.last_created_at)
         changed = [(self._packages[package_id], self._saved[package_id]) for package_id in self._changed]
         try:
-            self._file.save(changed, standing, self._kept_after())
+            self._file.save(changed, anchor, self._kept_after())
         except DiskFullError as error:
             if sum(1 + state.entries for state, _ in changed) > self._max_entries:
                 raise
@@ -353,7 +353,7 @@ class PartitionState:
                 self.save()
                 saved = not self._ahead and self.memory_only is None
         except StateFileError as error:
-            _LOG.warning("the last checkpoint was not written: %s", error.detail)
+            _LOG.warning("the last save was not written: %s", error.detail)
         self._end(discard=self._broken)
         return saved
 
@@ -383,9 +383,9 @@ class PartitionState:
             self._broken = True
             raise
 
-    def _standing_of(self, package_id: UUID) -> tuple[str, int, bytes] | None:
+    def _summary_of(self, package_id: UUID) -> tuple[str, int, bytes] | None:
         try:
-            return self._file.standing_of(package_id)
+            return self._file.summary_of(package_id)
         except UnusableStateError:
             self._broken = True
             raise
@@ -411,7 +411,7 @@ class PartitionState:
     def _hold(self, state: PackageState) -> None:
         """Keep what was just read from the file, and is about to be used.
 
-        There may be more such than changes that a checkpoint would follow.
+        There may be more such than changes that a save would follow.
         """
         self._keep(state, state.sequence)
         self._used.add(state.package_id)
@@ -424,7 +424,7 @@ class PartitionState:
         self._absent.add(package_id)
 
     def _note_change(self, state: PackageState, *, new: bool) -> None:
-        """The next checkpoint is to write the package, which is held from now on if it is new."""
+        """The next save is to write the package, which is held from now on if it is new."""
         if new:
             self._keep(state, 0)
             self._absent.discard(state.package_id)
@@ -442,6 +442,6 @@ class PartitionState:
         self._held -= self._entries.pop(package_id)
 
 
-def mark_of(value: bytes) -> bytes:
+def value_digest(value: bytes) -> bytes:
     """By what a state recognises the record that it stands on."""
     return blake3(value).digest()

@@ -26,7 +26,7 @@ from services.log.state.snapshots import Snapshot, SnapshotError, Snapshots, Sto
 from services.log.state.state_file import (
     DiskFullError,
     ForeignStateError,
-    Place,
+    LogPartition,
     StateFile,
     StateFileError,
     UnusableStateError,
@@ -56,7 +56,7 @@ def candidates(
     slot: Slot,
     file: StateFile | None,
     found: Iterable[Snapshot],
-    place: Place,
+    origin: LogPartition,
     states: States,
     stopping: Callable[[], bool],
 ) -> Iterator[tuple[str, PartitionState]]:
@@ -65,32 +65,34 @@ def candidates(
     The caller ends a state that it does not take by `discard`. Blocks. Raises StateFileError; PartitionNotOwnedError
     when `stopping` came true.
     """
-    at_least = 0 if file is None else file.standing.position + WORTH_OFFSETS
+    at_least = 0 if file is None else file.anchor.next_offset + WORTH_OFFSETS
     try:
         for snapshot in sorted(found, reverse=True):
-            if snapshot.position >= at_least and _fetched(states.snapshots, snapshot, place, slot, stopping):
+            if snapshot.next_offset >= at_least and _fetched(states.snapshots, snapshot, origin, slot, stopping):
                 if file is not None:
                     file.close()
                 file = None
-                yield FROM_SNAPSHOT, _moved_in(slot, place)
+                yield FROM_SNAPSHOT, _moved_in(slot, origin)
     except BaseException:
         if file is not None:
             file.close()
         raise
     if file is not None:
         yield FROM_FILE, PartitionState(file)
-    yield FROM_LOG, PartitionState(_fresh(slot, place))
+    yield FROM_LOG, PartitionState(_fresh(slot, origin))
 
 
-def _fresh(slot: Slot, place: Place) -> StateFile:
+def _fresh(slot: Slot, origin: LogPartition) -> StateFile:
     try:
-        return StateFile.create(slot.path, place)
+        return StateFile.create(slot.path, origin)
     except DiskFullError as error:
-        _LOG.warning("the state of partition %d is kept in memory: %s", place.partition, error.detail)
-        return StateFile.in_memory(slot.path, place)
+        _LOG.warning("the state of partition %d is kept in memory: %s", origin.partition, error.detail)
+        return StateFile.in_memory(slot.path, origin)
 
 
-def stored(states: States, looking: Future[Stored] | None, place: Place, stopping: Callable[[], bool]) -> Stored:
+def stored(
+    states: States, looking: Future[Stored] | None, origin: LogPartition, stopping: Callable[[], bool]
+) -> Stored:
     """What the store was found to have; nothing, and a line in the log, when it gives no answer.
 
     Blocks. Raises PartitionNotOwnedError when `stopping` came true.
@@ -100,27 +102,29 @@ def stored(states: States, looking: Future[Stored] | None, place: Place, stoppin
     try:
         return states.snapshots.found(looking, stopping)
     except SnapshotError as error:
-        _LOG.warning("no snapshot of partition %d can be looked for: %s", place.partition, error.detail)
+        _LOG.warning("no snapshot of partition %d can be looked for: %s", origin.partition, error.detail)
         return Stored()
 
 
-def witnesses(states: States, found: Stored, place: Place, end: int, stopping: Callable[[], bool]) -> Iterator[Witness]:
+def witnesses(
+    states: States, found: Stored, origin: LogPartition, end: int, stopping: Callable[[], bool]
+) -> Iterator[Witness]:
     """All that remembers a record: witnesses, and snapshots beyond `end` that have none, which are fetched for it.
 
     Blocks. Raises PartitionNotOwnedError when `stopping` came true.
     """
     yield from found.witnesses
-    known = {witness.standing.position for witness in found.witnesses if witness.log == place.identity}
+    known = {witness.anchor.next_offset for witness in found.witnesses if witness.log == origin.identity}
     for snapshot in found.snapshots:
-        if states.snapshots is not None and snapshot.position > end and snapshot.position not in known:
+        if states.snapshots is not None and snapshot.next_offset > end and snapshot.next_offset not in known:
             try:
-                yield states.snapshots.witness_of(snapshot, place, states.folder, stopping)
+                yield states.snapshots.witness_of(snapshot, origin, states.folder, stopping)
             except (SnapshotError, StateFileError) as error:
-                _unused(place, snapshot, error)
+                _unused(origin, snapshot, error)
 
 
 def _fetched(
-    snapshots: Snapshots | None, snapshot: Snapshot, place: Place, slot: Slot, stopping: Callable[[], bool]
+    snapshots: Snapshots | None, snapshot: Snapshot, origin: LogPartition, slot: Slot, stopping: Callable[[], bool]
 ) -> bool:
     """Bring a snapshot beside the slot's file; False, and a line in the log, when it is of no use."""
     path = _beside(slot)
@@ -128,33 +132,36 @@ def _fetched(
         return False
     try:
         remove(path)
-        snapshots.fetch(snapshot, place, path, stopping)
-        found = StateFile.open(path, place)
-        position = found.standing.position
+        snapshots.fetch(snapshot, origin, path, stopping)
+        found = StateFile.open(path, origin)
+        next_offset = found.anchor.next_offset
         found.close()
-        if position != snapshot.position:
+        if next_offset != snapshot.next_offset:
             raise SnapshotError("it stands elsewhere than it should")
     except (SnapshotError, StateFileError) as error:
-        _unused(place, snapshot, error)
+        _unused(origin, snapshot, error)
         remove(path)
         return False
     except BaseException:
         remove(path)
         raise
-    snapshots.restored(place.partition, snapshot.position)
+    snapshots.restored(origin.partition, snapshot.next_offset)
     return True
 
 
-def _unused(place: Place, snapshot: Snapshot, error: SnapshotError | StateFileError) -> None:
+def _unused(origin: LogPartition, snapshot: Snapshot, error: SnapshotError | StateFileError) -> None:
     _LOG.warning(
-        "the snapshot of partition %d at offset %d is not used: %s", place.partition, snapshot.position, error.detail
+        "the snapshot of partition %d at offset %d is not used: %s",
+        origin.partition,
+        snapshot.next_offset,
+        error.detail,
     )
 
 
-def _moved_in(slot: Slot, place: Place) -> PartitionState:
+def _moved_in(slot: Slot, origin: LogPartition) -> PartitionState:
     remove(slot.path)
     _beside(slot).rename(slot.path)
-    return PartitionState(StateFile.open(slot.path, place))
+    return PartitionState(StateFile.open(slot.path, origin))
 
 
 def _beside(slot: Slot) -> Path:
@@ -162,7 +169,7 @@ def _beside(slot: Slot) -> Path:
 
 
 class Slot:
-    """A place for a state file that this process holds, until `release`."""
+    """A path for a state file that this process alone uses, until `release`."""
 
     def __init__(self, path: Path, lock: FileLock) -> None:
         self.path = path
@@ -182,7 +189,7 @@ class Claim:
     losses: Sequence[Loss]
 
 
-def claim(folder: Path, place: Place, lost: Callable[[Witness], Loss | None]) -> Claim:
+def claim(folder: Path, origin: LogPartition, lost: Callable[[Witness], Loss | None]) -> Claim:
     """Take a slot for the partition. Blocks, but waits for no lock.
 
     `lost` says what the log lost if it does not hold the record that a state stands on. Raises StateFileError, and
@@ -190,25 +197,25 @@ def claim(folder: Path, place: Place, lost: Callable[[Witness], Loss | None]) ->
     """
     with _system_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        numbers = _numbers(folder, place)
-        held = [slot for number in sorted({0, *numbers}) if (slot := _locked(folder, place, number))]
+        numbers = _numbers(folder, origin)
+        held = [slot for number in sorted({0, *numbers}) if (slot := _locked(folder, origin, number))]
     files: list[tuple[Slot, StateFile]] = []
     empty: list[Slot] = []
     losses: list[Loss] = []
     try:
         for slot in held:
-            found = _looked_at(slot, place, lost)
+            found = _looked_at(slot, origin, lost)
             if isinstance(found, Loss):
                 losses.append(found)
             elif found is None:
                 empty.append(slot)
             else:
                 files.append((slot, found))
-        files.sort(key=lambda kept: kept[1].standing.position)
+        files.sort(key=lambda kept: kept[1].anchor.next_offset)
         for slot, worse in files[:-1]:
             worse.close()
             remove(slot.path)
-        kept, file = files[-1] if files else (empty[0] if empty else _fresh_slot(folder, place, numbers), None)
+        kept, file = files[-1] if files else (empty[0] if empty else _fresh_slot(folder, origin, numbers), None)
     except BaseException:
         for _, opened in files:
             with suppress(StateFileError):
@@ -230,24 +237,24 @@ def discard(path: Path) -> None:
                 lock.release()
 
 
-def _numbers(folder: Path, place: Place) -> set[int]:
+def _numbers(folder: Path, origin: LogPartition) -> set[int]:
     """Those of the slots that have ever been used."""
-    form = re.compile(re.escape(f"{place.topic}-{place.partition}") + r"(?:\.([1-9][0-9]{0,5}))?\.db(?:\.lock)?")
+    form = re.compile(re.escape(f"{origin.topic}-{origin.partition}") + r"(?:\.([1-9][0-9]{0,5}))?\.db(?:\.lock)?")
     return {int(found[1] or 0) for path in folder.iterdir() if (found := form.fullmatch(path.name))}
 
 
-def _fresh_slot(folder: Path, place: Place, numbers: set[int]) -> Slot:
+def _fresh_slot(folder: Path, origin: LogPartition, numbers: set[int]) -> Slot:
     """A slot that was never used."""
-    _LOG.warning("no state of partition %d can be used: a fresh one is begun", place.partition)
+    _LOG.warning("no state of partition %d can be used: a fresh one is begun", origin.partition)
     number = 1
     with _system_errors(folder):
-        while number in numbers or (slot := _locked(folder, place, number)) is None:
+        while number in numbers or (slot := _locked(folder, origin, number)) is None:
             number += 1
     return slot
 
 
-def _locked(folder: Path, place: Place, number: int) -> Slot | None:
-    stem = f"{place.topic}-{place.partition}"
+def _locked(folder: Path, origin: LogPartition, number: int) -> Slot | None:
+    stem = f"{origin.topic}-{origin.partition}"
     path = folder / (f"{stem}.{number}.db" if number else f"{stem}.db")
     lock = _lock_of(path)
     return Slot(path, lock) if lock.take() else None
@@ -257,23 +264,23 @@ def _lock_of(path: Path) -> FileLock:
     return FileLock(path.with_name(path.name + ".lock"))
 
 
-def _looked_at(slot: Slot, place: Place, lost: Callable[[Witness], Loss | None]) -> StateFile | Loss | None:
+def _looked_at(slot: Slot, origin: LogPartition, lost: Callable[[Witness], Loss | None]) -> StateFile | Loss | None:
     """The state in the slot, or the loss that it proves; None when there is none, or none that can be used."""
     if not slot.path.exists():
         remove(slot.path)  # what SQLite kept beside a file that is gone
         return None
     try:
-        file = StateFile.open(slot.path, place)
+        file = StateFile.open(slot.path, origin)
     except ForeignStateError as error:
-        if (loss := lost(Witness(FILE, error.log, error.standing, str(slot.path)))) is not None:
+        if (loss := lost(Witness(FILE, error.log, error.anchor, str(slot.path)))) is not None:
             return loss
-        _discard(slot, place, error)
+        _discard(slot, origin, error)
         return None
     except UnusableStateError as error:
-        _discard(slot, place, error)
+        _discard(slot, origin, error)
         return None
     try:
-        loss = lost(Witness(FILE, place.identity, file.standing, str(slot.path)))
+        loss = lost(Witness(FILE, origin.identity, file.anchor, str(slot.path)))
     except BaseException:
         file.close()
         raise
@@ -282,8 +289,8 @@ def _looked_at(slot: Slot, place: Place, lost: Callable[[Witness], Loss | None])
     return file if loss is None else loss
 
 
-def _discard(slot: Slot, place: Place, error: StateFileError) -> None:
-    _LOG.warning("a state file of partition %d is discarded: %s", place.partition, error.detail)
+def _discard(slot: Slot, origin: LogPartition, error: StateFileError) -> None:
+    _LOG.warning("a state file of partition %d is discarded: %s", origin.partition, error.detail)
     remove(slot.path)
 
 

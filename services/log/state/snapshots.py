@@ -32,7 +32,7 @@ from blake3 import blake3
 from artifact_store.errors import ArtifactStoreError, UnavailableError
 from services.log.port import PartitionNotOwnedError, SnapshotStore
 from services.log.state.loss import SNAPSHOT, Witness
-from services.log.state.state_file import FORMAT, Place, Standing, StateFile, copy_file
+from services.log.state.state_file import FORMAT, Anchor, LogPartition, StateFile, copy_file
 
 SNAPSHOT_OFFSETS = 50_000
 """A snapshot is made when the log went on by so many offsets since the last one,"""
@@ -71,9 +71,9 @@ class SnapshotError(UnavailableError):
 
 @dataclass(frozen=True, slots=True, order=True)
 class Snapshot:
-    """A snapshot's place: how far it goes in the log, and the prefix of its objects."""
+    """Where a snapshot is: how far it goes in the log, and the prefix of its objects."""
 
-    position: int
+    next_offset: int
     prefix: str
     format: int
     """That of the state file in it."""
@@ -91,7 +91,7 @@ class Stored:
 class _Progress:
     """What is known of a partition's last snapshot; `not_before` is of the monotonic clock."""
 
-    position: int = 0
+    next_offset: int = 0
     not_before: float = 0.0
     running: Future[None] | None = None
 
@@ -107,30 +107,32 @@ class Snapshots:
         self._progress: dict[int, _Progress] = {}
         self._running: set[Future[None]] = set()
 
-    def offer(self, place: Place, path: Path, position: int, *, closing: bool = False) -> None:
-        """Make a snapshot of the state file, which stands at `position`, if it is time for one. Does not block."""
-        progress = self._progress.setdefault(place.partition, _Progress(not_before=time.monotonic()))
-        new, wanted = position - progress.position, CLOSING_OFFSETS if closing else SNAPSHOT_OFFSETS
+    def offer(self, origin: LogPartition, path: Path, next_offset: int, *, closing: bool = False) -> None:
+        """Make a snapshot of the state file, which ends at `next_offset`, if it is time for one. Does not block."""
+        progress = self._progress.setdefault(origin.partition, _Progress(not_before=time.monotonic()))
+        new, wanted = next_offset - progress.next_offset, CLOSING_OFFSETS if closing else SNAPSHOT_OFFSETS
         busy = progress.running is not None and not progress.running.done()
         if new < wanted or self._closed.is_set():
             return
         if closing or (not busy and time.monotonic() > progress.not_before):
-            what = f"no snapshot of partition {place.partition} was made"
-            progress.running = self._later(what, self._make, place, path, progress, position, wanted)
+            what = f"no snapshot of partition {origin.partition} was made"
+            progress.running = self._later(what, self._make, origin, path, progress, next_offset, wanted)
 
-    def restored(self, partition: int, position: int) -> None:
-        """A writer went on from the snapshot of this position: it need not be made again."""
-        self._progress[partition] = _Progress(position, time.monotonic())
+    def restored(self, partition: int, next_offset: int) -> None:
+        """A writer went on from the snapshot that ends there: it need not be made again."""
+        self._progress[partition] = _Progress(next_offset, time.monotonic())
 
-    def look(self, place: Place) -> Future[Stored]:
+    def look(self, origin: LogPartition) -> Future[Stored]:
         """Begin to ask the store what it has of the partition, for `found`. Does not block."""
-        return self._begin(self._look(place))
+        return self._begin(self._look(origin))
 
     def found(self, looking: Future[Stored], stopping: Callable[[], bool]) -> Stored:
         """The answer; blocks, for some seconds at most. Raises SnapshotError, PartitionNotOwnedError."""
         return self._result(looking, stopping, _LIST_SECONDS)
 
-    def witness_of(self, snapshot: Snapshot, place: Place, folder: Path, stopping: Callable[[], bool]) -> Witness:
+    def witness_of(
+        self, snapshot: Snapshot, origin: LogPartition, folder: Path, stopping: Callable[[], bool]
+    ) -> Witness:
         """What a snapshot without a witness stands on, as releases made them that left none: it is fetched for that.
 
         Blocks. Raises SnapshotError, StateFileError, PartitionNotOwnedError.
@@ -139,26 +141,28 @@ class Snapshots:
             folder.mkdir(parents=True, exist_ok=True)
             with TemporaryDirectory(dir=folder, prefix=_TEMPORARY) as temporary:
                 copy = Path(temporary) / "copy.db"
-                self.fetch(snapshot, place, copy, stopping)
-                file = StateFile.open(copy, place)
+                self.fetch(snapshot, origin, copy, stopping)
+                file = StateFile.open(copy, origin)
                 file.close()
         except OSError as error:
             raise SnapshotError(f"it cannot be written to the disk: {error.strerror}") from error
-        return Witness(SNAPSHOT, place.identity, file.standing, snapshot.prefix)
+        return Witness(SNAPSHOT, origin.identity, file.anchor, snapshot.prefix)
 
-    def testify(self, place: Place, witnesses: Iterable[Witness]) -> None:
+    def testify(self, origin: LogPartition, witnesses: Iterable[Witness]) -> None:
         """Leave these witnesses in the store, so that writers on other machines find them. Does not block."""
         for witness in witnesses:
-            self._later(f"no witness of partition {place.partition} was left", self._put_witness, place, witness)
+            self._later(f"no witness of partition {origin.partition} was left", self._put_witness, origin, witness)
 
-    def forget(self, place: Place, witnesses: Iterable[Witness]) -> None:
+    def forget(self, origin: LogPartition, witnesses: Iterable[Witness]) -> None:
         """Remove these witnesses with the snapshots that they belong to. Does not block."""
         for witness in witnesses:
-            self._later(f"no witness of partition {place.partition} was removed", self._remove_witness, place, witness)
+            self._later(
+                f"no witness of partition {origin.partition} was removed", self._remove_witness, origin, witness
+            )
 
-    def fetch(self, snapshot: Snapshot, place: Place, target: Path, stopping: Callable[[], bool]) -> None:
+    def fetch(self, snapshot: Snapshot, origin: LogPartition, target: Path, stopping: Callable[[], bool]) -> None:
         """Write the snapshot's file to `target`; blocks. Raises SnapshotError, PartitionNotOwnedError."""
-        index = self._index(snapshot, place, stopping)
+        index = self._index(snapshot, origin, stopping)
         try:
             digests = [part["blake3"] for part in index["parts"]]
             with target.open("wb") as file:
@@ -183,30 +187,32 @@ class Snapshots:
         self._closed.set()
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _make(self, place: Place, path: Path, progress: _Progress, stands: int, wanted: int) -> None:
+    def _make(self, origin: LogPartition, path: Path, progress: _Progress, stands: int, wanted: int) -> None:
         """Unless there is one fewer than `wanted` offsets before where the file `stands`.
 
         It was made meanwhile, or by another process. One that goes further is of a successor, or of what was lost.
         """
         began = time.monotonic()
         try:
-            if not progress.position:
-                whole = self._whole(place)
-                progress.position = max((found.position for found in whole if found.position <= stands), default=0)
-            if progress.position > stands - wanted:
+            if not progress.next_offset:
+                whole = self._whole(origin)
+                progress.next_offset = max(
+                    (found.next_offset for found in whole if found.next_offset <= stands), default=0
+                )
+            if progress.next_offset > stands - wanted:
                 return
             _remove_leftovers(path.parent)
             with TemporaryDirectory(dir=path.parent, prefix=_TEMPORARY) as folder:
                 copy = Path(folder) / "copy.db"
                 copy_file(path, copy)
-                file = StateFile.open(copy, place)
+                file = StateFile.open(copy, origin)
                 file.close()
-                self._upload(copy, place, file.standing)
-            position = file.standing.position
-            progress.position = position
+                self._upload(copy, origin, file.anchor)
+            next_offset = file.anchor.next_offset
+            progress.next_offset = next_offset
             took = time.monotonic() - began
-            _LOG.info("a snapshot of partition %d at offset %d took %.2f s", place.partition, position, took)
-            self._prune(place, position)
+            _LOG.info("a snapshot of partition %d at offset %d took %.2f s", origin.partition, next_offset, took)
+            self._prune(origin, next_offset)
         finally:
             ended = time.monotonic()
             progress.not_before = max(began + SNAPSHOT_SECONDS, ended + (ended - began) / SNAPSHOT_SHARE)
@@ -228,10 +234,10 @@ class Snapshots:
         running.add_done_callback(self._running.discard)
         return running
 
-    def _upload(self, copy: Path, place: Place, standing: Standing) -> None:
-        position = standing.position
-        folder = f"{position:020d}-{FORMAT}-{secrets.token_hex(4)}"
-        snapshot = Snapshot(position, f"{_prefix(place)}{folder}/", FORMAT)
+    def _upload(self, copy: Path, origin: LogPartition, anchor: Anchor) -> None:
+        next_offset = anchor.next_offset
+        folder = f"{next_offset:020d}-{FORMAT}-{secrets.token_hex(4)}"
+        snapshot = Snapshot(next_offset, f"{_prefix(origin)}{folder}/", FORMAT)
         parts: list[dict[str, str]] = []
         size = 0
         with copy.open("rb") as source:
@@ -239,63 +245,63 @@ class Snapshots:
                 self._wait(self._store.put_object(_part_key(snapshot, len(parts)), piece))
                 parts.append({"blake3": blake3(piece).hexdigest()})
                 size += len(piece)
-        index = {**_identity(place), "position": position, "size": size, "parts": parts}
-        self._put_witness(place, Witness(SNAPSHOT, place.identity, standing, snapshot.prefix))
+        index = {**_identity(origin), "position": next_offset, "size": size, "parts": parts}
+        self._put_witness(origin, Witness(SNAPSHOT, origin.identity, anchor, snapshot.prefix))
         self._wait(self._store.put_object(f"{snapshot.prefix}index", json.dumps(index).encode()))
 
-    def _put_witness(self, place: Place, witness: Witness) -> None:
-        about = {"log": str(witness.log), "topic": place.topic, "partition": place.partition, "from": witness.where}
-        self._wait(self._store.put_object(_witness_key(place, witness), json.dumps(about).encode()))
+    def _put_witness(self, origin: LogPartition, witness: Witness) -> None:
+        about = {"log": str(witness.log), "topic": origin.topic, "partition": origin.partition, "from": witness.where}
+        self._wait(self._store.put_object(_witness_key(origin, witness), json.dumps(about).encode()))
 
-    def _remove_witness(self, place: Place, witness: Witness) -> None:
+    def _remove_witness(self, origin: LogPartition, witness: Witness) -> None:
         """The witness last: while it is there, what is left of its snapshot needs no fetching."""
-        of_its_log = replace(place, identity=witness.log)
+        of_its_log = replace(origin, identity=witness.log)
         for key in self._wait(self._store.list_objects(_prefix(of_its_log))):
             found = _snapshot_of(key, of_its_log)
-            if found is not None and found.position == witness.standing.position:
+            if found is not None and found.next_offset == witness.anchor.next_offset:
                 self._wait(self._store.delete_object(key))
-        self._wait(self._store.delete_object(_witness_key(place, witness)))
+        self._wait(self._store.delete_object(_witness_key(origin, witness)))
 
-    def _prune(self, place: Place, position: int) -> None:
-        """Remove what is older than the newest KEPT up to this position; one that is not whole may be on its way.
+    def _prune(self, origin: LogPartition, next_offset: int) -> None:
+        """Remove what is older than the newest KEPT that end there or before. A part of one may still be on its way.
 
         Those of a newer format are for who knows it.
         """
-        whole = sorted(found for found in self._whole(place) if found.position <= position)
+        whole = sorted(found for found in self._whole(origin) if found.next_offset <= next_offset)
         if len(whole) < KEPT:
             return
         oldest_kept = whole[-KEPT]
         pruned: set[int] = set()
         for key in sorted(
-            self._wait(self._store.list_objects(_prefix(place))), key=lambda key: not key.endswith("/index")
+            self._wait(self._store.list_objects(_prefix(origin))), key=lambda key: not key.endswith("/index")
         ):
-            found = _snapshot_of(key, place)
+            found = _snapshot_of(key, origin)
             if found is not None and found.format <= FORMAT and found < oldest_kept:
                 self._wait(self._store.delete_object(key))
-                pruned.add(found.position)
-        for key in self._wait(self._store.list_objects(_witnesses(place))):
+                pruned.add(found.next_offset)
+        for key in self._wait(self._store.list_objects(_witnesses(origin))):
             witness = _witness_of(key)
-            if witness is not None and witness.log == place.identity and witness.standing.position in pruned:
+            if witness is not None and witness.log == origin.identity and witness.anchor.next_offset in pruned:
                 self._wait(self._store.delete_object(key))
 
-    def _whole(self, place: Place) -> list[Snapshot]:
+    def _whole(self, origin: LogPartition) -> list[Snapshot]:
         """Those of this release's format."""
-        keys = self._wait(self._store.list_objects(_prefix(place)))
-        return [found for found in _whole_of(keys, place) if found.format == FORMAT]
+        keys = self._wait(self._store.list_objects(_prefix(origin)))
+        return [found for found in _whole_of(keys, origin) if found.format == FORMAT]
 
-    async def _look(self, place: Place) -> Stored:
+    async def _look(self, origin: LogPartition) -> Stored:
         keys, witnesses = await asyncio.gather(
-            self._store.list_objects(_prefix(place)), self._store.list_objects(_witnesses(place))
+            self._store.list_objects(_prefix(origin)), self._store.list_objects(_witnesses(origin))
         )
-        return Stored(_whole_of(keys, place), [found for key in witnesses if (found := _witness_of(key)) is not None])
+        return Stored(_whole_of(keys, origin), [found for key in witnesses if (found := _witness_of(key)) is not None])
 
-    def _index(self, snapshot: Snapshot, place: Place, stopping: Callable[[], bool]) -> dict[str, Any]:
+    def _index(self, snapshot: Snapshot, origin: LogPartition, stopping: Callable[[], bool]) -> dict[str, Any]:
         data = self._result(self._begin(self._store.get_object(f"{snapshot.prefix}index")), stopping)
         try:
             index = json.loads(data or b"")
         except ValueError:
             raise SnapshotError("its index cannot be read") from None
-        expected = {**_identity(place), "position": snapshot.position}
+        expected = {**_identity(origin), "position": snapshot.next_offset}
         if not isinstance(index, dict) or {name: index.get(name) for name in expected} != expected:
             raise SnapshotError("its index is of another partition, log or format")
         return index
@@ -331,40 +337,40 @@ class Snapshots:
             raise SnapshotError(f"the blob store failed ({type(error).__name__})") from error
 
 
-def _identity(place: Place) -> dict[str, object]:
-    return {"format": _FORMAT, "log": str(place.identity), "topic": place.topic, "partition": place.partition}
+def _identity(origin: LogPartition) -> dict[str, object]:
+    return {"format": _FORMAT, "log": str(origin.identity), "topic": origin.topic, "partition": origin.partition}
 
 
-def _prefix(place: Place) -> str:
-    return f"snapshots/{place.identity}/{place.partition}/"
+def _prefix(origin: LogPartition) -> str:
+    return f"snapshots/{origin.identity}/{origin.partition}/"
 
 
 def _part_key(snapshot: Snapshot, number: int) -> str:
     return f"{snapshot.prefix}{number:06d}"
 
 
-def _snapshot_of(key: str, place: Place) -> Snapshot | None:
+def _snapshot_of(key: str, origin: LogPartition) -> Snapshot | None:
     """The snapshot that the object belongs to; None for what others left there."""
-    folder, _, _ = key.removeprefix(_prefix(place)).partition("/")
+    folder, _, _ = key.removeprefix(_prefix(origin)).partition("/")
     found = _FOLDER.fullmatch(folder)
     if found is None:
         return None
-    return Snapshot(int(found[1]), f"{_prefix(place)}{folder}/", int(found[2] or _UNNAMED_FORMAT))
+    return Snapshot(int(found[1]), f"{_prefix(origin)}{folder}/", int(found[2] or _UNNAMED_FORMAT))
 
 
-def _whole_of(keys: Iterable[str], place: Place) -> list[Snapshot]:
-    found = [_snapshot_of(key, place) for key in keys if key.endswith("/index")]
+def _whole_of(keys: Iterable[str], origin: LogPartition) -> list[Snapshot]:
+    found = [_snapshot_of(key, origin) for key in keys if key.endswith("/index")]
     return [snapshot for snapshot in found if snapshot is not None]
 
 
-def _witnesses(place: Place) -> str:
-    return f"snapshots/witnesses/{place.topic}/{place.partition}/"
+def _witnesses(origin: LogPartition) -> str:
+    return f"snapshots/witnesses/{origin.topic}/{origin.partition}/"
 
 
-def _witness_key(place: Place, witness: Witness) -> str:
-    standing = witness.standing
-    name = f"{standing.position:020d}-{standing.last_created_at:020d}-{witness.log.hex}-{standing.mark.hex()}"
-    return f"{_witnesses(place)}{name}"
+def _witness_key(origin: LogPartition, witness: Witness) -> str:
+    anchor = witness.anchor
+    name = f"{anchor.next_offset:020d}-{anchor.last_created_at:020d}-{witness.log.hex}-{anchor.digest.hex()}"
+    return f"{_witnesses(origin)}{name}"
 
 
 def _witness_of(key: str) -> Witness | None:
@@ -372,8 +378,8 @@ def _witness_of(key: str) -> Witness | None:
     found = _WITNESS.fullmatch(key.rpartition("/")[2])
     if found is None:
         return None
-    standing = Standing(int(found[1]), bytes.fromhex(found[4]), int(found[2]))
-    return Witness(SNAPSHOT, UUID(found[3]), standing, key)
+    anchor = Anchor(int(found[1]), bytes.fromhex(found[4]), int(found[2]))
+    return Witness(SNAPSHOT, UUID(found[3]), anchor, key)
 
 
 def _remove_leftovers(folder: Path) -> None:

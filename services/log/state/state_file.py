@@ -106,7 +106,7 @@ _TABLES = (
     # One row: what the state belongs to, where it stands, and the number of the next row of answers.
     "CREATE TABLE about (body BLOB NOT NULL)",
     "CREATE TABLE packages (package_id BLOB PRIMARY KEY, body BLOB NOT NULL) WITHOUT ROWID",
-    # Of some commands, what they became since the last checkpoint; `sequence` is their last event's.
+    # Of some commands, what they became since the last save; `sequence` is their last event's.
     """CREATE TABLE commands (package_id BLOB, sequence INTEGER, body BLOB NOT NULL,
         PRIMARY KEY (package_id, sequence)) WITHOUT ROWID""",
     # Several commands of one package in a row: that makes few rows, and a retry is still found at once.
@@ -136,15 +136,15 @@ class UnusableStateError(StateFileError):
 class ForeignStateError(StateFileError):
     """The file is whole, but was folded from another log: the topic was deleted and made again."""
 
-    def __init__(self, detail: str, log: UUID, standing: Standing) -> None:
+    def __init__(self, detail: str, log: UUID, anchor: Anchor) -> None:
         super().__init__(detail)
         self.log = log
-        self.standing = standing
+        self.anchor = anchor
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """What a state belongs to: one partition of one topic, by the topic's identity."""
+class LogPartition:
+    """One partition of one topic, which a state is folded from. `identity` is the topic's."""
 
     identity: UUID
     topic: str
@@ -152,12 +152,15 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
-    """Where a state stands: behind which record, and the time of the newest event so far (µs since 1970)."""
+class Anchor:
+    """The last record that was folded into a state, by which the state is compared with the log."""
 
-    position: int = 0
-    mark: bytes = b""
+    next_offset: int = 0
+    """The offset after that record."""
+    digest: bytes = b""
+    """BLAKE3 over the record's value."""
     last_created_at: int = 0
+    """The time of the newest event so far (µs since 1970)."""
 
 
 @dataclass(slots=True)
@@ -183,8 +186,8 @@ class StateFile:
         self,
         path: Path,
         connection: sqlite3.Connection,
-        place: Place,
-        standing: Standing,
+        origin: LogPartition,
+        anchor: Anchor,
         next_answer: int,
         *,
         alone: bool = False,
@@ -193,35 +196,35 @@ class StateFile:
         self.path = path
         self.alone = alone
         """Whether nobody else can open it: it is in memory, or was opened on a full disk. See `shared`."""
-        self.standing = standing
+        self.anchor = anchor
         self._connection = connection
-        self.place = place
+        self.origin = origin
         self._next_answer = next_answer
-        self._looked_at = standing.mark[:16]  # as good as random, so that processes that end soon come round as well
+        self._looked_at = anchor.digest[:16]  # as good as random, so that processes that end soon come round as well
         self.irregular = _irregular(connection.execute("SELECT body FROM irregular").fetchone()[0])
         """As it was when the file was opened; the caller may change it, and `save` writes it."""
         self.untidy = connection.execute("SELECT 1 FROM untidy LIMIT 1").fetchone() is not None
         """Whether there is anything for `tidy` to do."""
 
     @classmethod
-    def create(cls, path: Path, place: Place) -> Self:
+    def create(cls, path: Path, origin: LogPartition) -> Self:
         """A new file, in place of any that is there."""
         remove(path)
         with _explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            return cls(path, _made(_connect(path, "rwc"), place), place, Standing(), 1)
+            return cls(path, _made(_connect(path, "rwc"), origin), origin, Anchor(), 1)
 
     @classmethod
-    def in_memory(cls, path: Path, place: Place) -> Self:
+    def in_memory(cls, path: Path, origin: LogPartition) -> Self:
         """A new state for which the disk has no room. It takes MEMORY_BYTES at most; `shared` brings it to `path`."""
         with _explained(path):
             connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
             connection.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
             connection.execute(f"PRAGMA max_page_count = {MEMORY_BYTES // _PAGE_BYTES}")
-            return cls(path, _made(connection, place), place, Standing(), 1, alone=True)
+            return cls(path, _made(connection, origin), origin, Anchor(), 1, alone=True)
 
     @classmethod
-    def open(cls, path: Path, place: Place) -> Self:
+    def open(cls, path: Path, origin: LogPartition) -> Self:
         """The file that is there.
 
         Raises UnusableStateError when it is not a whole state of this topic and partition, ForeignStateError when it is
@@ -239,17 +242,17 @@ class StateFile:
                 elif ids != (_APPLICATION_ID, FORMAT):
                     raise UnusableStateError(f"{path.name} is no state of this version")
                 (body,) = connection.execute("SELECT body FROM about").fetchone() or (b"",)
-                log, *found, position, mark, last_created_at, next_answer = unsealed(body)
-                if found != [place.topic, place.partition]:
+                log, *found, next_offset, digest, last_created_at, next_answer = unsealed(body)
+                if found != [origin.topic, origin.partition]:
                     raise UnusableStateError(f"{path.name} is the state of another partition")
-                standing = Standing(position, mark, last_created_at)
-                if log != place.identity.bytes:
-                    raise ForeignStateError(f"{path.name} is the state of another log", UUID(bytes=log), standing)
+                anchor = Anchor(next_offset, digest, last_created_at)
+                if log != origin.identity.bytes:
+                    raise ForeignStateError(f"{path.name} is the state of another log", UUID(bytes=log), anchor)
                 if size <= QUICK_CHECK_BYTES:
                     checked = connection.execute("PRAGMA quick_check(1)").fetchone()
                     if checked != ("ok",):
                         raise UnusableStateError(f"{path.name} is damaged")
-                return cls(path, connection, place, standing, next_answer, alone=alone)
+                return cls(path, connection, origin, anchor, next_answer, alone=alone)
             except BaseException:
                 connection.close()
                 raise
@@ -260,7 +263,7 @@ class StateFile:
             connection = _connect(self.path, "rw")
             try:
                 connection.execute("PRAGMA query_only = ON")
-                return type(self)(self.path, connection, self.place, self.standing, 0)
+                return type(self)(self.path, connection, self.origin, self.anchor, 0)
             except BaseException:
                 connection.close()
                 raise
@@ -274,7 +277,7 @@ class StateFile:
             if self._in_memory:
                 self._write_to_disk()
             self._connection.close()
-        return self.open(self.path, self.place)
+        return self.open(self.path, self.origin)
 
     def _write_to_disk(self) -> None:
         (pages,) = self._connection.execute("PRAGMA page_count").fetchone()
@@ -337,7 +340,7 @@ class StateFile:
             created_at, _, sequence, *_ = values[first:]
             return PackageExtent(created_at, sequence)
 
-    def standing_of(self, package_id: UUID) -> tuple[str, int, bytes] | None:
+    def summary_of(self, package_id: UUID) -> tuple[str, int, bytes] | None:
         """Status, sequence and digest of the package, at little cost; None when there is none."""
         with _explained(self.path, reading=True):
             row = self._connection.execute(
@@ -350,7 +353,7 @@ class StateFile:
                 _, _, _, _, _, sequence, digest, *_ = found
             return kind, sequence, digest
 
-    def save(self, changed: Iterable[tuple[PackageState, int]], standing: Standing, answers_kept_after: int) -> None:
+    def save(self, changed: Iterable[tuple[PackageState, int]], anchor: Anchor, answers_kept_after: int) -> None:
         """Write packages that changed, each with the sequence up to which the file has it, in one transaction.
 
         Answers of packages that were finalized at `answers_kept_after` (µs) or before are deleted, some at a time.
@@ -366,8 +369,8 @@ class StateFile:
             changes.flush()
             self._purge(answers_kept_after)
             self._connection.execute("UPDATE irregular SET body = ?", (_sealed_irregular(self.irregular),))
-            self._connection.execute("UPDATE about SET body = ?", (_about(self.place, standing, self._next_answer),))
-        self.standing = standing
+            self._connection.execute("UPDATE about SET body = ?", (_about(self.origin, anchor, self._next_answer),))
+        self.anchor = anchor
 
     @contextmanager
     def _numbering(self) -> Iterator[None]:
@@ -501,7 +504,7 @@ class StateFile:
     def _purge(self, kept_after: int) -> None:
         """What goes is at the front, up to the first that is still kept.
 
-        Those of one checkpoint lie by their packages, not by their time: some may stay for a while longer.
+        Those of one save lie by their packages, not by their time: some may stay for a while longer.
         """
         row = self._connection.execute(
             "SELECT coalesce(min(CASE WHEN finalized_at > ? THEN id END), max(id) + 1) "
@@ -570,8 +573,8 @@ class StateFile:
         return state
 
 
-def _about(place: Place, standing: Standing, next_answer: int) -> bytes:
-    return sealed(place.identity.bytes, place.topic, place.partition, *astuple(standing), next_answer)
+def _about(origin: LogPartition, anchor: Anchor, next_answer: int) -> bytes:
+    return sealed(origin.identity.bytes, origin.topic, origin.partition, *astuple(anchor), next_answer)
 
 
 def _sealed_irregular(found: Irregular) -> bytes:
@@ -629,7 +632,7 @@ def remove(path: Path) -> None:
             path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
-def _made(connection: sqlite3.Connection, place: Place) -> sqlite3.Connection:
+def _made(connection: sqlite3.Connection, origin: LogPartition) -> sqlite3.Connection:
     """The connection, with an empty state in it; closed when that fails."""
     try:
         with _transaction(connection):
@@ -637,7 +640,7 @@ def _made(connection: sqlite3.Connection, place: Place) -> sqlite3.Connection:
             connection.execute(f"PRAGMA user_version = {FORMAT}")
             for table in _TABLES:
                 connection.execute(table)
-            connection.execute("INSERT INTO about VALUES (?)", (_about(place, Standing(), 1),))
+            connection.execute("INSERT INTO about VALUES (?)", (_about(origin, Anchor(), 1),))
             connection.execute("INSERT INTO irregular VALUES (?)", (_sealed_irregular(Irregular()),))
     except BaseException:
         connection.close()
@@ -935,7 +938,7 @@ class Many:
 
 
 class Changes:
-    """What a checkpoint changes in the tables of a state file."""
+    """What a save changes in the tables of a state file."""
 
     def __init__(self, connection: Connection) -> None:
         self.packages = Many(connection, "INSERT OR REPLACE INTO packages VALUES {}".format, 2)

@@ -1,4 +1,4 @@
-"""Turns: one writer at a time, in the order in which they came, and passed on whatever happens."""
+"""The fair lock: one writer at a time, in the order in which they came, and passed on whatever happens."""
 
 from __future__ import annotations
 
@@ -6,72 +6,72 @@ from threading import Thread
 
 import pytest
 
-from services.log.kafka.partition_writer import Turns
+from services.log.kafka.partition_writer import FairLock
 
 WRITERS = 8
 SECONDS = 10.0
 
 
-def started(turns: Turns, number: int, order: list[int]) -> Thread:
+def started(lock: FairLock, number: int, order: list[int]) -> Thread:
     """A thread that takes a turn and notes it; returns when the thread waits for it or has had it."""
 
     def take() -> None:
-        with turns:
+        with lock:
             order.append(number)
 
-    waiting = turns.waiting
+    waiting = lock.waiting
     thread = Thread(target=take, daemon=True)
     thread.start()
-    while turns.waiting == waiting and thread.is_alive():
+    while lock.waiting == waiting and thread.is_alive():
         thread.join(0.001)
     return thread
 
 
 def test_turns_go_to_who_came_first() -> None:
-    turns, order = Turns(), list[int]()
-    with turns:
-        threads = [started(turns, number, order) for number in range(WRITERS)]
-        assert turns.waiting == WRITERS
+    lock, order = FairLock(), list[int]()
+    with lock:
+        threads = [started(lock, number, order) for number in range(WRITERS)]
+        assert lock.waiting == WRITERS
         assert order == []
     for thread in threads:
         thread.join(SECONDS)
     assert order == list(range(WRITERS))
-    assert turns.waiting == 0
+    assert lock.waiting == 0
 
 
 def test_a_turn_is_not_taken_twice_by_who_comes_again_before_others_that_wait() -> None:
-    turns, order = Turns(), list[int]()
-    with turns:
-        other = started(turns, 1, order)
-    with turns:
+    lock, order = FairLock(), list[int]()
+    with lock:
+        other = started(lock, 1, order)
+    with lock:
         order.append(2)
     other.join(SECONDS)
     assert order == [1, 2]
 
 
 def test_an_error_ends_the_turn() -> None:
-    turns, order = Turns(), list[int]()
+    lock, order = FairLock(), list[int]()
     others: list[Thread] = []
 
     def fail() -> None:
-        with turns:
-            others.append(started(turns, 1, order))
+        with lock:
+            others.append(started(lock, 1, order))
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         fail()
     others[0].join(SECONDS)
     assert order == [1]
-    with turns:
-        assert turns.waiting == 0
+    with lock:
+        assert lock.waiting == 0
 
 
 def test_only_one_at_a_time_has_a_turn() -> None:
-    turns, inside, most = Turns(), list[int](), list[int]()
+    lock, inside, most = FairLock(), list[int](), list[int]()
 
     def work(number: int) -> None:
         for _ in range(500):
-            with turns:
+            with lock:
                 inside.append(number)
                 most.append(len(inside))
                 inside.remove(number)

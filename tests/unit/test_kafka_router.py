@@ -18,9 +18,9 @@ from artifact_store.errors import (
 )
 from artifact_store.models import Acknowledgement
 from services.core.commands import Command
-from services.log import router as seeking
+from services.log import router
 from services.log.port import Forwarder, NotAppendedError, PackageExtent, PartitionNotOwnedError
-from services.log.router import Owner, Seeking
+from services.log.router import Owner, Router
 from services.log.sequencer.answers import Counts
 from services.log.sequencer.queue import IngestCheck
 from tests.unit.commands import create
@@ -89,8 +89,8 @@ def answering(*answers: Answer) -> Callable[[object, int], asyncio.Future[Acknow
 
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(seeking, "_FIRST_PAUSE", 0.001)
-    monkeypatch.setattr(seeking, "_LONGEST_PAUSE", 0.001)
+    monkeypatch.setattr(router, "_FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(router, "_LONGEST_PAUSE", 0.001)
 
 
 async def sought(
@@ -101,8 +101,8 @@ async def sought(
     doubtful: bool = False,
     seconds: float = 30.0,
 ) -> Acknowledgement:
-    seeker = Seeking(cast("Any", known or Known()), there, here, lambda: None, Counts(), seconds)
-    return await seeker.answer(0, MADE, lambda forwarder, url: forwarder.submit(url, MADE), doubtful=doubtful)
+    seeking = Router(cast("Any", known or Known()), there, here, lambda: None, Counts(), seconds)
+    return await seeking.answer(0, MADE, lambda forwarder, url: forwarder.submit(url, MADE), doubtful=doubtful)
 
 
 @pytest.mark.parametrize("error", [FULL, ConfigurationError("no right to write"), CorruptError("an event is torn")])
@@ -168,11 +168,11 @@ async def test_what_the_writer_has_decided_is_the_answer(error: Exception, doubt
 
 async def test_a_question_leaves_nothing_in_doubt() -> None:
     there = There(GONE, FULL)
-    seeker = Seeking(cast("Any", Known()), there, nobody, lambda: None, Counts(), 30.0)
+    seeking = Router(cast("Any", Known()), there, nobody, lambda: None, Counts(), 30.0)
 
     def there_too(forwarder: Forwarder, url: str) -> Awaitable[None]:
         return forwarder.check_ingest(url, MADE.package_id, ["a"], None)
 
     with pytest.raises(PushBackError) as heard:
-        await seeker.answer(0, QUESTION, there_too, doubtful=False)
+        await seeking.answer(0, QUESTION, there_too, doubtful=False)
     assert heard.value is FULL

@@ -1,4 +1,4 @@
-"""Asides: what was found beside the partition is used only if it still holds when the writer comes to it."""
+"""Background jobs: what was found beside the partition is used only if it still holds when the writer comes to it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from services.core.commands import Command
 from services.core.decide import acknowledge, decide
 from services.core.limits import Limits
 from services.log.kafka.partition_writer import PartitionWriter
-from services.log.sequencer import background as aside
+from services.log.sequencer import background
 from services.log.sequencer.answers import Counts
-from services.log.sequencer.background import Asides
+from services.log.sequencer.background import BackgroundJobs
 from services.log.sequencer.queue import Request
 from services.log.state import partition_state as state_module
 from services.log.state.partition_state import PartitionState
-from services.log.state.state_file import Place, StateFile
+from services.log.state.state_file import LogPartition, StateFile
 from tests.unit import commands
 
-PLACE = Place(UUID(int=7), "t.events", 3)
+PLACE = LogPartition(UUID(int=7), "t.events", 3)
 LIMITS = Limits(inline_manifest_bytes=100)
 NOW = 1_000
 
@@ -38,7 +38,7 @@ def record(state: PartitionState, *asked: Command) -> None:
     for each in asked:
         for event in decide(state.package(each.package_id), each, NOW, LIMITS).events:
             state.apply(event)
-        state.confirm(state.position, b"record %d" % state.position)
+        state.confirm(state.next_offset, b"record %d" % state.next_offset)
 
 
 async def test_a_finalization_that_another_writer_recorded_meanwhile_is_answered_as_it_was(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ async def test_a_finalization_that_another_writer_recorded_meanwhile_is_answered
     def wake() -> None:
         loop.call_soon_threadsafe(woken.set)
 
-    asides = Asides(
+    jobs = BackgroundJobs(
         state,
         limits=LIMITS,
         clock=lambda: NOW,
@@ -63,14 +63,14 @@ async def test_a_finalization_that_another_writer_recorded_meanwhile_is_answered
         wake=wake,
     )
     request = Request(command, loop.create_future())
-    assert asides.holds(request)
+    assert jobs.holds(request)
     record(state, command)
     state.save()  # a finalized package does not stay in memory
-    asides.begin()
+    jobs.begin()
     await asyncio.wait_for(woken.wait(), 10)
-    back, failed = asides.settle()
+    back, failed = jobs.settle()
     assert (back, failed) == ([request], [])
-    assert asides.decision(command) is None
+    assert jobs.decision(command) is None
     package = state.package(command.package_id, command.command_id)
     assert package is not None
     assert decide(package, command, NOW, LIMITS).appended is None
@@ -83,7 +83,7 @@ async def test_a_recorded_command_for_which_there_is_no_place_aside_is_in_doubt(
 ) -> None:
     """Three packages lie in the file alone; their commands were recorded by transactions whose ends were not seen."""
     monkeypatch.setattr(state_module, "LARGE", 2)
-    monkeypatch.setattr(aside, "MAX_ASIDE", 2)
+    monkeypatch.setattr(background, "MAX_JOBS", 2)
     before = PartitionState(StateFile.create(tmp_path / "state.db", PLACE))
     added = []
     for number in range(3):
@@ -93,13 +93,15 @@ async def test_a_recorded_command_for_which_there_is_no_place_aside_is_in_doubt(
     before.close()
     state = PartitionState(StateFile.open(tmp_path / "state.db", PLACE))
     loop = asyncio.get_running_loop()
-    asides = Asides(state, limits=LIMITS, clock=lambda: NOW, put_manifest=no_manifest, loop=loop, wake=lambda: None)
+    jobs = BackgroundJobs(
+        state, limits=LIMITS, clock=lambda: NOW, put_manifest=no_manifest, loop=loop, wake=lambda: None
+    )
     context = SimpleNamespace(loop=loop, submit_seconds=30.0, counts=Counts())
     writer = PartitionWriter(PLACE.partition, cast("Any", context))
     requests = [Request(command, loop.create_future()) for command in added]
     for request in requests:
         request.failed("KafkaException", spoiled=False)
-    assert writer._without_held(asides, requests) == []
+    assert writer._without_held(jobs, requests) == []
     async with asyncio.timeout(30):
         with pytest.raises(UnavailableError, match="the outcome is unknown"):
             await requests[2].answer
