@@ -365,16 +365,18 @@ class Projector:
         """Begin; does nothing while it runs."""
         if not self.running:
             self.process = process = Process(self._stage.scheduler, self.name)
-            process.loop.create_task(self._project(), name=self.name)
+            process.loop.create_task(self._project(process), name=self.name)
 
-    async def _project(self) -> None:
+    async def _project(self, process: Process) -> None:
         log = KafkaLog(self._stage.settings)
         while True:
             try:
                 await runner.run_projection(
                     cast("Any", self.database), log, projection_named(PROJECTION), asyncio.Event()
                 )
-            except Exception as error:  # noqa: BLE001 - the simulation asks for it
+            except Exception as error:  # the simulation asks for it
+                if not process.alive:
+                    raise
                 self.failure = error
                 await asyncio.sleep(5.0)
 
