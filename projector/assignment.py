@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from uuid import UUID
 
 from artifact_store.errors import CorruptError, PushBackError, UnavailableError
@@ -29,7 +28,7 @@ from services.views.engine.checkpoints import (
     require_same_log,
 )
 from services.views.engine.generations import reset
-from services.views.engine.source import ReadBatch, read_batch
+from services.views.engine.source import DecodedBatch, decode
 from services.views.projections import Projection
 
 logger = logging.getLogger(__name__)
@@ -50,15 +49,6 @@ IDENTITY_SECONDS = 5.0
 
 _RESET_SECONDS = 10.0
 """How long an assignment may wait for those who read a view that is to be folded again; the next one tries again."""
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What was read, the checkpoint that it was read from, and the offsets behind it."""
-
-    events: ReadBatch
-    since: Checkpoint
-    next_offsets: Mapping[int, int]
 
 
 class Assignment:
@@ -108,8 +98,10 @@ class Assignment:
         self._generation = checkpoint.generation
         self._subscription = await self._log.subscribe(self._projection.name, self._start_offsets, self._settled)
 
-    async def next_work(self, timeout_seconds: float) -> Work | None:
+    async def next_batch(self, timeout_seconds: float) -> tuple[DecodedBatch, Checkpoint] | None:
         """Wait until there is something to apply; None when there is nothing within the time.
+
+        With the batch comes the checkpoint that it was read from, in the partitions that the batch moves.
 
         Raises:
             StaleCheckpointError: what is assigned cannot be read on from here, or the view has another generation by
@@ -149,9 +141,9 @@ class Assignment:
                 await self._require_same_generation()
             return None
         self._quiet_since = time.monotonic()
-        events = await read_batch(self._log, records, self._skips)
+        decoded = await decode(self._log, records, self._skips, ends)
         await self._require_same_log()
-        return Work(events, self._checkpoint(starts), ends)
+        return decoded, self._checkpoint(starts)
 
     async def show(self, next_offsets: Mapping[int, int]) -> None:
         """Commit what the view holds to the group, with the view's generation, for the log's own tools.

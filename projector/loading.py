@@ -16,7 +16,6 @@ import pickle
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import aclosing
 from dataclasses import dataclass
 
 from artifact_store.errors import ArtifactStoreError, UnavailableError
@@ -26,8 +25,9 @@ from services.log.port import Log
 from services.processes import PYTHON
 from services.views.database import Views
 from services.views.engine.apply import apply
+from services.views.engine.catch_up import fold_range
 from services.views.engine.checkpoints import Checkpoint
-from services.views.engine.source import ReadBatch, Stretch, read_stretches
+from services.views.engine.source import DecodedBatch
 from services.views.projections import Projection
 
 Told = Callable[[int, Mapping[int, int]], None]
@@ -51,41 +51,17 @@ async def load(
         CorruptError: too many packages would be parked; the generation holds what came before that.
         UnavailableError: the log or the database cannot be reached.
     """
-    at = since
-    applying: asyncio.Task[Checkpoint] | None = None
-    # SQLite has one writer: whoever never stops writing lets nobody else in.
     overlaps = views.dialect != "sqlite"
-    try:
-        async with aclosing(read_stretches(log, since.position, ends, batch_events=pace.batch_events)) as stretches:
-            async for stretch in stretches:
-                if applying is not None:
-                    at = await applying
-                await pace.wait(len(stretch.batch.records))
-                applying = asyncio.create_task(_apply(views, projection, stretch, at, told))
-                if not overlaps:
-                    at, applying = await applying, None
-                    await asyncio.sleep(0)
-        if applying is not None:
-            at = await applying
-    finally:
-        if applying is not None and not applying.done():
-            await asyncio.wait([applying])  # its end is seen in the checkpoint
-    return at
 
+    async def put(batch: DecodedBatch, at: Checkpoint) -> Checkpoint:
+        await pace.wait(len(batch.records))
+        after = await apply(views, projection, batch, since=at)
+        told(len(batch.records), batch.next_offsets)
+        if not overlaps:  # SQLite has one writer: if this one never paused, nobody else would get in
+            await asyncio.sleep(0)
+        return after
 
-async def read_stretch(log: Log, since: Position, ends: Mapping[int, int]) -> Stretch:
-    """Everything between a position and `ends` at once: for stretches that are known to be short."""
-    everything = read_stretches(log, since, ends, batch_events=sys.maxsize, batch_bytes=sys.maxsize)
-    async with aclosing(everything) as stretches:
-        async for stretch in stretches:
-            return stretch
-    return Stretch(ReadBatch(), {})
-
-
-async def _apply(views: Views, projection: Projection, stretch: Stretch, at: Checkpoint, told: Told) -> Checkpoint:
-    behind = await apply(views, projection, stretch.batch, since=at, next_offsets=stretch.next_offsets)
-    told(len(stretch.batch.records), stretch.next_offsets)
-    return behind
+    return await fold_range(log, since, ends, put, batch_events=pace.batch_events, read_ahead=overlaps)
 
 
 @dataclass(frozen=True, slots=True)

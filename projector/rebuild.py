@@ -24,14 +24,14 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from artifact_store.errors import CorruptError, InvalidRequestError, PushBackError, UnavailableError
 from artifact_store.manifest import ContentAddress
 from artifact_store.position import Position
-from projector.loading import Pace, load, load_in_processes, read_stretch
+from projector.loading import Pace, load, load_in_processes
 from services.config import Settings
 from services.log.port import Log
 from services.views.database import Views
 from services.views.digest import ViewDigest, digest_tables, digest_view, keep_tables
 from services.views.engine.apply import apply_within
 from services.views.engine.build_tables import analyze, building_tables, create_index, index_statements, live_tables
-from services.views.engine.catch_up import catch_up
+from services.views.engine.catch_up import catch_up, fold_range
 from services.views.engine.checkpoints import (
     Checkpoint,
     StaleCheckpointError,
@@ -55,6 +55,7 @@ from services.views.engine.generations import (
     reset,
     switch,
 )
+from services.views.engine.source import DecodedBatch
 from services.views.projections import Projection, projection_named
 from services.wiring import open_log, open_views
 
@@ -468,20 +469,18 @@ class _Rebuild:
 
     async def _fold_within(self, connection: AsyncConnection, at: Checkpoint, ends: Mapping[int, int]) -> None:
         """What the live view is ahead by, while it is held: little, or it is better done before."""
+
+        async def put(batch: DecodedBatch, since: Checkpoint) -> Checkpoint:
+            most = self._views.max_parked
+            after = await apply_within(connection, self._projection, batch, since=since, max_parked=most)
+            self._meter.note(len(batch.records), batch.next_offsets)
+            return after
+
         missing = sum(end - at.position.offsets.get(p, 0) for p, end in ends.items())
         if missing > 2 * _NEAR_EVENTS:
             raise UnavailableError(f"the live view is {missing} offsets ahead")
         if missing:
-            stretch = await read_stretch(self._log, at.position, ends)
-            await apply_within(
-                self._views,
-                connection,
-                self._projection,
-                stretch.batch,
-                since=at,
-                next_offsets=stretch.next_offsets,
-            )
-            self._meter.note(len(stretch.batch.records), stretch.next_offsets)
+            await fold_range(self._log, at, ends, put)
 
     def _processes(self, end: Position) -> int:
         """How many processes to load in: several where they do not stand in each other's way."""

@@ -21,7 +21,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 
 from artifact_store.errors import ArtifactStoreError, CorruptError, PushBackError, UnavailableError
-from projector.assignment import Assignment, Work
+from projector.assignment import Assignment
 from projector.projection_metrics import ProjectorMetrics, served
 from services.addresses import ListenAddress
 from services.config import Settings
@@ -29,9 +29,9 @@ from services.log.port import Log
 from services.processes import PYTHON, Command, RestartRule
 from services.processes import run_processes as run_all
 from services.views.database import TablesError, Views
-from services.views.engine.apply import apply
-from services.views.engine.checkpoints import StaleCheckpointError
-from services.views.engine.parking import retry_confirmed
+from services.views.engine.catch_up import fold
+from services.views.engine.checkpoints import Checkpoint, StaleCheckpointError
+from services.views.engine.source import DecodedBatch
 from services.views.projections import PROJECTIONS, Projection, projection_named
 from services.wiring import open_log, open_views
 
@@ -147,10 +147,10 @@ class _Run:
             await self._assignment.join()
             self.joined = True
             while not stop.is_set():
-                work = await self._assignment.next_work(_POLL_SECONDS)
+                found = await self._assignment.next_batch(_POLL_SECONDS)
                 await self._finish()
-                if work is not None:
-                    self._applying = asyncio.create_task(self._apply(work))
+                if found is not None:
+                    self._applying = asyncio.create_task(self._apply(*found))
                 elif self._metrics is not None and self._assignment.idle:
                     self._metrics.goes_on(self._projection.name)  # nothing is left to fold: no trouble either
             await self._finish()
@@ -158,14 +158,12 @@ class _Run:
             await self._abandon()
             await self._assignment.leave()
 
-    async def _apply(self, work: Work) -> Mapping[int, int]:
-        await apply(self._views, self._projection, work.events, since=work.since, next_offsets=work.next_offsets)
-        if work.events.confirmed:
-            await retry_confirmed(self._views, self._log, self._projection, work.events.confirmed)
+    async def _apply(self, batch: DecodedBatch, since: Checkpoint) -> Mapping[int, int]:
+        await fold(self._views, self._log, self._projection, batch, since=since)
         self.progressed = True
         if self._metrics is not None:
-            self._metrics.folded(self._projection.name, len(work.events.records))
-        return work.next_offsets
+            self._metrics.folded(self._projection.name, len(batch.records))
+        return batch.next_offsets
 
     async def _finish(self) -> None:
         """Wait for the batch that is on its way, then show how far the view is."""

@@ -14,6 +14,7 @@ from services.views.engine.apply import apply
 from services.views.engine.catch_up import catch_up
 from services.views.engine.generations import begin_build
 from services.views.engine.parking import list_marks
+from services.views.engine.source import DecodedBatch
 from services.views.projections import PROJECTIONS
 from services.views.tables import (
     artifact_files,
@@ -72,7 +73,7 @@ async def test_a_build_whose_progress_was_lost_is_begun_anew(views: Views, log: 
     build = await begin_build(views, REGISTRY, log.id)
     first = History().fill(packages=3, files=2).events[0]
     behind = {log.partition_of(first.package_id): 1}
-    await apply(views, REGISTRY, [first], since=build.checkpoint, next_offsets=behind)
+    await apply(views, REGISTRY, DecodedBatch(events=[first], next_offsets=behind), since=build.checkpoint)
     await drop(views, projection_checkpoints)
     await views.create_missing()
     await replay_view(views, log, REGISTRY)

@@ -21,9 +21,10 @@ from services.log.sqlite import SqliteLog, SqliteWriter
 from services.views.database import Views
 from services.views.digest import digest_view
 from services.views.engine.apply import apply
-from services.views.engine.catch_up import catch_up
+from services.views.engine.catch_up import catch_up, fold
 from services.views.engine.checkpoints import Checkpoint, load_checkpoint
 from services.views.engine.generations import reset
+from services.views.engine.source import DecodedBatch
 from services.views.projections import PROJECTIONS
 from services.views.projections.registry_fold import RegistryProjection
 from services.views.tables import artifact_files
@@ -101,7 +102,9 @@ async def test_a_crash_between_the_view_and_the_log_applies_nothing_twice(views:
     log, history = MemoryLog(partitions=1), History().fill(packages=4, files=2)
     log.append(*history.events)
     at = await load_checkpoint(views, REGISTRY, log.id)
-    await apply(views, REGISTRY, history.events[:9], since=at, next_offsets={0: 10})  # 5 events, a hole, 4 events
+    await apply(
+        views, REGISTRY, DecodedBatch(events=history.events[:9], next_offsets={0: 10}), since=at
+    )  # 5 events, a hole, 4 events
     assert log.groups == {}
     async with projecting(views, log, REGISTRY):
         await covers(views, REGISTRY, await log.end())
@@ -127,15 +130,15 @@ async def test_an_answer_that_was_lost_after_the_commit_applies_nothing_twice(
     log, history = MemoryLog(), History().fill(packages=4, files=2)
     lost = 0
 
-    async def apply_and_lose(*args: Any, **more: Any) -> Checkpoint:
+    async def fold_and_lose(*args: Any, **more: Any) -> Checkpoint:
         nonlocal lost
-        after = await apply(*args, **more)
+        after = await fold(*args, **more)
         if lost < 3:
             lost += 1
             raise UnavailableError("the connection was lost while committing")
         return after
 
-    monkeypatch.setattr("projector.runner.apply", apply_and_lose)
+    monkeypatch.setattr("projector.runner.fold", fold_and_lose)
     async with projecting(views, log, REGISTRY):
         for event in history.events:
             log.append(event)

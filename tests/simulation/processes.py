@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from services.log.port import PackageExtent
 from services.log.records import Confirmation
 from services.views.engine import apply, checkpoints, generations
 from services.views.engine.checkpoints import Checkpoint, LastRecord, StaleCheckpointError
+from services.views.engine.source import DecodedBatch
 from services.views.projections import projection_named
 from tests.simulation.checker import Checker
 from tests.simulation.kafka import Cluster
@@ -300,19 +301,19 @@ async def _live_row(connection: Database, _: object, **__: object) -> Any:
     return SimpleNamespace(generation=connection.generation, log=connection.log)
 
 
-async def _apply(
-    views: Database, _: object, events: Any, *, since: Checkpoint, next_offsets: Mapping[int, int]
-) -> Checkpoint:
+async def _apply(views: Database, _: object, batch: DecodedBatch, *, since: Checkpoint) -> Checkpoint:
     await views.pause()
     expected = since.position.offsets
-    if views.generation != since.generation or any(views.offsets.get(p, 0) != expected.get(p, 0) for p in next_offsets):
+    if views.generation != since.generation or any(
+        views.offsets.get(p, 0) != expected.get(p, 0) for p in batch.next_offsets
+    ):
         raise StaleCheckpointError("the view does not stand there")
-    for event in events.events:
+    for event in batch.events:
         _fold(views, event)
-    views.offsets.update(next_offsets)
-    views.last.update({p: LastRecord.of(record) for p, record in events.last_records().items()})
+    views.offsets.update(batch.next_offsets)
+    views.last.update({p: LastRecord.of(record) for p, record in batch.last_records().items()})
     await views.pause()  # the answer to the commit
-    return Checkpoint(since.generation, Position(since.position.log, {**expected, **next_offsets}), views.last)
+    return Checkpoint(since.generation, Position(since.position.log, {**expected, **batch.next_offsets}), views.last)
 
 
 def _fold(views: Database, event: Event) -> None:

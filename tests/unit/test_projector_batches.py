@@ -39,8 +39,9 @@ async def test_a_batch_ends_by_its_bytes_when_manifests_are_large(views: Views) 
     assignment = Assignment(views, log, REGISTRY, settled)
     await assignment.join()
     sizes: list[tuple[int, int]] = []
-    while (work := await assignment.next_work(0.01)) is not None:
-        sizes.append((len(work.events.records), sum(len(record.value) for record in work.events.records)))
+    while (found := await assignment.next_batch(0.01)) is not None:
+        batch, _ = found
+        sizes.append((len(batch.records), sum(len(record.value) for record in batch.records)))
     await assignment.leave()
     assert sum(events for events, _ in sizes) == len(small) + len(large)
     assert max(events for events, _ in sizes) > 100

@@ -18,6 +18,7 @@ from services.views.digest import digest_view
 from services.views.engine.apply import apply
 from services.views.engine.checkpoints import load_checkpoint
 from services.views.engine.generations import reset
+from services.views.engine.source import DecodedBatch
 from services.views.projections import PROJECTIONS
 from tests.views_history import History
 
@@ -59,7 +60,7 @@ async def digest_of(url: str, name: str, batches: Sequence[tuple[int, Sequence[E
         at = await load_checkpoint(views, projection, LOG)
         for partition, events in batches:
             behind = {partition: at.position.offsets.get(partition, 0) + len(events)}
-            at = await apply(views, projection, events, since=at, next_offsets=behind)
+            at = await apply(views, projection, DecodedBatch(events=events, next_offsets=behind), since=at)
         return (await digest_view(views, projection)).digest
     finally:
         await views.close()

@@ -15,6 +15,7 @@ from artifact_store.events import Event, FileIngested
 from services.views.database import Views
 from services.views.engine.apply import apply
 from services.views.engine.checkpoints import load_checkpoint
+from services.views.engine.source import DecodedBatch
 from services.views.projections import PROJECTIONS
 from services.views.projections.usage_fold import DAY
 from services.views.tables import usage_totals
@@ -34,7 +35,7 @@ async def fold(views: Views, events: Sequence[Event], partition: int = 0) -> Non
     """Apply the events as the next ones of the partition."""
     at = await load_checkpoint(views, USAGE, LOG)
     behind = {partition: at.position.offsets.get(partition, 0) + len(events)}
-    await apply(views, USAGE, events, since=at, next_offsets=behind)
+    await apply(views, USAGE, DecodedBatch(events=events, next_offsets=behind), since=at)
 
 
 async def totals(views: Views) -> list[tuple[str, str, int, int, int, int]]:

@@ -35,7 +35,7 @@ from services.views.engine.checkpoints import (
     load_checkpoint,
     tables_of,
 )
-from services.views.engine.source import BATCH_BYTES, ReadBatch, read_batch
+from services.views.engine.source import BATCH_BYTES, DecodedBatch, decode
 from services.views.projections import Projection, Tables, projection_named
 from services.views.tables import parked_packages, projection_checkpoints, projection_generations
 
@@ -147,7 +147,7 @@ class Parking:
         """By partition and package; what `save` writes."""
         self._before = dict(marks)
 
-    def pass_over(self, batch: ReadBatch) -> Sequence[Event]:
+    def pass_over(self, batch: DecodedBatch) -> Sequence[Event]:
         """The events that do not wait, as far as can be seen before they are folded; counts those that do.
 
         Raises TooManyParkedError as `fold` does.
@@ -167,7 +167,7 @@ class Parking:
                 left.append(number)
         return batch.events.select(left) if isinstance(batch.events, EventBatch) else [batch.events[n] for n in left]
 
-    async def fold(self, batch: ReadBatch) -> None:
+    async def fold(self, batch: DecodedBatch) -> None:
         """Fold what can be folded and park the rest.
 
         Raises TooManyParkedError, after which the transaction must not be committed; UnavailableError.
@@ -343,23 +343,23 @@ async def _hold_partition(connection: AsyncConnection, mark: Mark) -> int:
     return end
 
 
-async def _read(log: Log, mark: Mark, start: int, end: int, skips: Skips) -> tuple[ReadBatch, int]:
+async def _read(log: Log, mark: Mark, start: int, end: int, skips: Skips) -> tuple[DecodedBatch, int]:
     """What waits between these offsets, or the first of it, and the offset behind what was read."""
     waiting: list[Record] = []
     size, at = 0, start
     async with aclosing(log.scan({mark.partition: start}, {mark.partition: end})) as batches:
         async for batch in batches:
-            for record, event in await read_batch(log, batch.records, skips):
+            for record, event in await decode(log, batch.records, skips):
                 if package_of(record, event)[0] == mark.package:
                     waiting.append(record)
                     size += len(record.value)
             at = batch.next_offsets.get(mark.partition, at)
             if len(waiting) >= _BATCH_EVENTS or size >= BATCH_BYTES:
                 break
-    return await read_batch(log, waiting, skips), at
+    return await decode(log, waiting, skips), at
 
 
-async def _read_locked(log: Log, mark: Mark, start: int, end: int, skips: Skips) -> tuple[ReadBatch, int]:
+async def _read_locked(log: Log, mark: Mark, start: int, end: int, skips: Skips) -> tuple[DecodedBatch, int]:
     """As `_read`, for the little that came since. Raises UnavailableError when the log takes too long."""
     try:
         async with asyncio.timeout(_LOCKED_SECONDS):
@@ -381,5 +381,5 @@ async def retry_confirmed(views: Views, log: Log, projection: Projection, partit
     for mark in marks:
         async with aclosing(log.scan({mark.partition: mark.offset}, {mark.partition: mark.offset + 1})) as batches:
             records = [record async for batch in batches for record in batch.records]
-        if ReadBatch.of(records, log.partition_of).unreadable and not (await read_batch(log, records, skips)).records:
+        if DecodedBatch.of(records, log.partition_of).unreadable and not (await decode(log, records, skips)).records:
             await retry(views, log, mark)

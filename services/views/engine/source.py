@@ -24,20 +24,24 @@ _FEW = 20
 
 
 @dataclass(frozen=True, slots=True)
-class ReadBatch:
-    """Records in log order per partition, the events in them in the same order, and what cannot be read.
+class DecodedBatch:
+    """Records in log order per partition, the events in them in the same order, and the offsets to go on from.
 
-    `unreadable` tells the cause, by the index of the record. Administrative records are not among them, nor records
-    that an operator confirmed to be no events. `confirmed` are the partitions in which such a confirmation was read.
+    `next_offsets` names the partitions that the batch moves, also those of which it has no record. `unreadable` tells
+    the cause, by the index of the record. Administrative records are left out, and so are records that an operator
+    confirmed to be no events. `confirmed` are the partitions in which such a confirmation was read.
     """
 
     records: Sequence[Record] = ()
     events: Sequence[Event] = ()
+    next_offsets: Mapping[int, int] = field(default_factory=dict)
     unreadable: Mapping[int, str] = field(default_factory=dict)
     confirmed: frozenset[int] = frozenset()
 
     @classmethod
-    def of(cls, records: Sequence[Record], partition_of: PartitionOf) -> Self:
+    def of(
+        cls, records: Sequence[Record], partition_of: PartitionOf, next_offsets: Mapping[int, int] | None = None
+    ) -> Self:
         """Decode the records. Blocks for as long as that takes.
 
         An event under a key that is not its package's id, or in another partition than its package's, is unreadable.
@@ -70,7 +74,7 @@ class ReadBatch:
                 else:
                     belongs.add(place)
             kept.append(record)
-        return cls(kept, events, unreadable, frozenset(confirmed))
+        return cls(kept, events, next_offsets or {}, unreadable, frozenset(confirmed))
 
     async def passing_over(self, skips: Skips) -> Self:
         """Without the records that an operator has confirmed to be no events. Raises as `Skips.covers`."""
@@ -93,19 +97,12 @@ class ReadBatch:
         return {record.partition: record for record in self.records}
 
 
-@dataclass(frozen=True, slots=True)
-class Stretch:
-    """What lies between two positions: a batch, and the offsets behind it in the partitions that it moves."""
-
-    batch: ReadBatch
-    next_offsets: Mapping[int, int]
-
-
-async def read_stretches(
+async def read_range(
     log: Log, since: Position, ends: Mapping[int, int], *, batch_events: int, batch_bytes: int = BATCH_BYTES
-) -> AsyncGenerator[Stretch]:
-    """Read on from `since`, in these partitions, exactly to `ends`; each stretch has at most so many events or bytes,
-    but one record at least. Decoding takes place in a thread.
+) -> AsyncGenerator[DecodedBatch]:
+    """Read on from `since`, in these partitions, exactly to `ends`: offsets without events lie there as well.
+
+    A batch has at most so many events or bytes, but at least one record. Decoding takes place in a thread.
 
     Raises as `Log.scan`.
     """
@@ -118,20 +115,25 @@ async def read_stretches(
         async for batch in batches:
             for record in batch.records:
                 if records and (len(records) >= batch_events or size + len(record.value) > batch_bytes):
-                    yield Stretch(await read_batch(log, records, skips), {**behind, record.partition: record.offset})
+                    yield await decode(log, records, skips, {**behind, record.partition: record.offset})
                     records, behind, size = [], {}, 0
                 records.append(record)
                 behind[record.partition] = record.offset + 1
                 size += len(record.value)
             behind.update(batch.next_offsets)
     if behind:
-        yield Stretch(await read_batch(log, records, skips), behind)
+        yield await decode(log, records, skips, behind)
 
 
-async def read_batch(log: Log, records: Sequence[Record], skips: Skips) -> ReadBatch:
-    """Decode the records, in a thread if they are many, without what is passed over. Raises as `Skips.covers`."""
+async def decode(
+    log: Log, records: Sequence[Record], skips: Skips, next_offsets: Mapping[int, int] | None = None
+) -> DecodedBatch:
+    """Decode the records, in a thread if they are many, and leave out those that an operator confirmed to be no events.
+
+    Raises as `Skips.covers`.
+    """
     if len(records) <= _FEW:
-        batch = ReadBatch.of(records, log.partition_of)
+        batch = DecodedBatch.of(records, log.partition_of, next_offsets)
     else:
-        batch = await asyncio.to_thread(ReadBatch.of, records, log.partition_of)
+        batch = await asyncio.to_thread(DecodedBatch.of, records, log.partition_of, next_offsets)
     return await batch.passing_over(skips) if batch.unreadable else batch
