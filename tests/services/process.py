@@ -255,6 +255,11 @@ class Server(ABC):
                 raise ServiceError(f"{self.name} gave no answer in {self.start_seconds:.0f} s:\n{self.end_of_log()}")
             time.sleep(_POLL_SECONDS)
 
+    @property
+    def exit_code(self) -> int | None:
+        """Of the process that was started last, negative for a signal; None while it runs, or when it was adopted."""
+        return None if self._child is None else self._child.poll()
+
     def end_of_log(self) -> str:
         """For messages: where the log is, and its last lines."""
         text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""

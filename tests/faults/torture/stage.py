@@ -138,7 +138,8 @@ class Stage:
             for part in [*self.gateways, *self.projectors]:
                 if part.wanted and not part.running:
                     part.wanted = False
-                    self.ended.append(f"{part.folder.name} ended by itself: {part.end_of_log()[-2000:]}")
+                    how = f"{part.folder.name} ended by itself, exit code {part.exit_code}"
+                    self.ended.append(f"{how}: {part.end_of_log()[-2000:]}")
                     await self.up_again(part)
 
     @contextmanager
