@@ -1,4 +1,4 @@
-"""The application: one request from its head to its answer, whatever happens on the way."""
+"""The application: finds the route of a request, and turns whatever happens into an answer or a cut connection."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _METHODS = frozenset({"GET", "HEAD", "PUT", "POST", "DELETE", "OPTIONS", "PATCH"
 
 
 class App:
-    """The routes over one gateway."""
+    """Answers requests by the table of routes. Belongs to one event loop."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class App:
         self._routes = Routes(ROUTES)
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Answer a request. Every error becomes a problem or, once an answer has begun, cuts the connection."""
+        """Answer a request. An error becomes a problem document or, once an answer has begun, cuts the connection."""
         call = Call(self.gateway, request)
         with self.gateway.admission.request():
             try:
@@ -72,7 +72,7 @@ class App:
         return response
 
     def refuse(self, request: web.BaseRequest, why: ArtifactStoreError) -> web.StreamResponse:
-        """Answer a request whose head was not taken, and close its connection."""
+        """Answer a request whose head was refused, and close its connection."""
         call = Call(self.gateway, request)
         response = answer_of(why)
         response.force_close()
@@ -110,7 +110,7 @@ class App:
         except Exception as error:
             if isinstance(error, ConnectionError) and request.transport is None:
                 raise  # the client went away: there is nobody to answer
-            # Nobody foresaw it, and this is the outermost place: it is logged and answered.
+            # Unexpected, and this is the outermost frame: log it and answer.
             _log.exception("%s failed", call)
             if not call.begun:
                 return internal()
@@ -127,14 +127,18 @@ _REST = "{relative_path}"
 
 
 class Routes:
-    """The table of routes."""
+    """The table of routes, searched by the raw segments of a path.
+
+    aiohttp's own router matches the decoded path, in which `%2e` and `%25` are no longer what the client sent. A
+    relative path must be judged as it came (docs/decisions/http.md).
+    """
 
     def __init__(self, routes: Iterable[Route]) -> None:
         self._resources: dict[str, dict[str, Route]] = {}
         for route in routes:
             methods = self._resources.setdefault(route.template, {})
             if route.method in methods:
-                raise ValueError(f"{route.method} {route.template} is there twice")
+                raise ValueError(f"{route.method} {route.template} is declared twice")
             methods[route.method] = route
         self._templates = [(template, template.split("/")) for template in self._resources]
 

@@ -1,8 +1,8 @@
-"""The tail of the log, for all who follow it through one gateway: read, decoded and put into JSON once.
+"""The tail of the log, shared by all who follow it through one gateway: read, decoded and put into JSON once.
 
-A reader of its own for every follower would cost threads, connections and descriptors that writes need. A follower
-reads by itself only what came before it, or what it missed because it was slow; then it takes what all take. Whoever
-reads to the log's end and no further takes turns with these.
+A reader for every follower would cost threads, connections and descriptors that writes need. A follower has a reader of
+its own only while it catches up: on what came before it, or on what it missed because it was slow. Then it takes events
+from the shared tail. Clients that read to the log's end and stop share the same bounded number of readers.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from artifact_store.position import Position
 from services.log.port import Log, PackageExtent
 
 ROOM_BYTES = 8 << 20
-"""How much of the tail is kept for followers that are not quite as fast."""
+"""Bytes of the tail that are kept for followers that lag a little."""
 
 READERS = 16
-"""How many followers read what came before them at a time, by some ten descriptors each; others wait for their turn."""
+"""How many clients catch up at a time, each with some ten descriptors; others wait for their turn."""
 
 TURN_SECONDS = 10.0
-"""How long a follower may read while others wait for a turn."""
+"""How long a client may catch up while others wait for a turn."""
 
 PATIENCE_SECONDS = 2.0
-"""A follower that takes nothing for so long has no turn meanwhile."""
+"""Seconds after which a client that takes nothing loses its turn."""
 
 _AT_ONCE_BYTES = 64 * 1024
 _BREATH = 50
-"""After so many events the event loop has a turn."""
+"""Events after which reading yields to the event loop."""
 
 _EVENT_BYTES, _OFFSET_BYTES = 500, 100
-"""What an event takes beside its texts, and each offset of its position."""
+"""Estimated bytes of memory for an event beside its texts, and for each offset of its position."""
 
 
 class TailEvent(NamedTuple):
-    """One event of the tail. `position` lies behind it and behind all that the tail had before it."""
+    """One event of the tail. `position` is the position after it and after all events that the tail had before it."""
 
     partition: int
     offset: int
@@ -54,21 +54,21 @@ class TailEvent(NamedTuple):
 
     @property
     def size(self) -> int:
-        """About how many bytes it takes."""
+        """Estimated bytes of memory."""
         return len(self.head) + len(self.position_text) + _OFFSET_BYTES * len(self.position.offsets) + _EVENT_BYTES
 
 
 ExtentOf = Callable[[UUID], Awaitable[PackageExtent | None]]
 
 Frame = Callable[[str, bytes, str], bytes]
-"""How an event is sent: from its type, its `event_head`, and the text of the position behind it."""
+"""Formats an event for a client, from its type, its `event_head`, and the text of the position after it."""
 
 
 class Tail:
-    """What a gateway's followers share. Belongs to one event loop; reads while there is a follower."""
+    """Reads the log for all followers of a gateway, while there are any. Belongs to one event loop."""
 
     def __init__(self, log: Log, room_bytes: int = ROOM_BYTES, extent: ExtentOf | None = None) -> None:
-        """`extent` tells where a package's events lie, so that not all of its partition is read."""
+        """`extent` tells where a package's events lie, which spares reading all of its partition."""
         self._log = log
         self._extent = extent
         self._room_bytes = room_bytes
@@ -77,16 +77,16 @@ class Tail:
         self._run: _Run | None = None
 
     async def follow(self, since: Position | None, package_id: UUID | None, frame: Frame) -> AsyncGenerator[bytes]:
-        """Events behind `since`, of one package or of all, each once, one or more to a piece; never ends.
+        """Events after `since`, of one package or of all, each once, one or more to a piece; never ends.
 
-        The first empty piece says that what came before is read. Memory is bounded however slow the caller is.
-        Raises as `Log.read`; a record that cannot be decoded ends a follower of another package only if it is the
-        first that it meets.
+        The first empty piece means that the follower has caught up. Memory is bounded however slow the caller is.
+        Raises as `Log.read`. A record that cannot be decoded does not end a follower of another package, unless the
+        follower meets such a record first of all.
         """
         at = _Standing(since)
         while True:
             async with self._seat() as seat:
-                # Whatever comes behind this moment is in the seat; what came before is read up to the log's end.
+                # The seat has all events from this moment on; earlier ones are read up to the log's end.
                 while await self._behind(at):
                     async with feed(self._missed(at, package_id, frame), PATIENCE_SECONDS) as pieces:
                         while (piece := await pieces.take()) is not None:
@@ -100,15 +100,14 @@ class Tail:
                 except CorruptError:
                     if package_id is None:
                         raise
-                    # It may be another package's record: this one's events are in the log, behind it too.
-            # Or it was too slow, and what it missed is kept no longer.
+                    # It may be another package's record: this one's later events can still be read from the log.
+            # Or it was too slow, and the events that it missed are no longer kept.
             at.caught_up = False
 
     async def read(self, since: Position | None, package_id: UUID | None, frame: Frame) -> AsyncGenerator[bytes]:
-        """Events behind `since` up to where the log ends now, of one package or of all, one or more to a piece.
+        """Events after `since` up to where the log ends now, of one package or of all, one or more to a piece.
 
-        Takes turns with followers that read what came before them. Memory is bounded however slow the caller is. Raises
-        as `Log.read`.
+        Takes turns with followers that catch up. Memory is bounded however slow the caller is. Raises as `Log.read`.
         """
         at, end = _Standing(since), await self._log.end(since)
         while not at.caught_up:
@@ -117,7 +116,7 @@ class Tail:
                     yield piece
 
     async def _behind(self, at: _Standing) -> bool:
-        """Whether there is something to read before the tail. Raises InvalidPositionError, LogIdentityError."""
+        """Whether events before the tail remain to be read. Raises InvalidPositionError, LogIdentityError."""
         if at.caught_up:
             return False
         end = await self._log.end(at.position)
@@ -131,7 +130,7 @@ class Tail:
     async def _missed(
         self, at: _Standing, package_id: UUID | None, frame: Frame, until: Position | None = None
     ) -> AsyncGenerator[bytes]:
-        """What lies between where the follower stands and the log's end, or as much as its turn lets it read."""
+        """Events from where the client stands to the log's end, or as many as it can read in its turn."""
         extent = None
         if package_id is not None and self._extent is not None:
             extent = await self._extent(package_id)
@@ -163,7 +162,7 @@ class Tail:
 
 @dataclass(slots=True)
 class _Standing:
-    """Where a follower stands; what was read for it up to there is on its way to it."""
+    """How far events were read for a client."""
 
     position: Position | None
     caught_up: bool = False
@@ -172,12 +171,12 @@ class _Standing:
 def _framed(
     found: Sequence[TailEvent], since: Position | None, package_id: UUID | None, frame: Frame
 ) -> tuple[list[bytes], Position | None]:
-    """The pieces that are new behind `since` and wanted, and the position behind all."""
+    """Format the events after `since` that the client wants; also returns the position after all of `found`."""
     pieces, in_step = [], since is None
     for event in found:
         position, text = event.position, event.position_text
         if not in_step and since is not None:
-            # What was read before may hold this event, and may reach further than the tail does in some partition.
+            # Catching up may have read this event already, and may have read further than the tail in some partition.
             read_before = event.offset < since.offsets.get(event.partition, 0)
             in_step = position.covers(since)
             if not in_step:
@@ -193,7 +192,7 @@ def _framed(
 
 
 class _Run:
-    """The tail from one moment on, until nobody follows or reading fails."""
+    """One reader of the log from its end on, until nobody follows or reading fails."""
 
     def __init__(self, log: Log, room_bytes: int) -> None:
         self._log = log
@@ -208,17 +207,17 @@ class _Run:
 
     @property
     def over(self) -> bool:
-        """Whether it reads no more."""
+        """Whether it has stopped reading."""
         return self._task.done()
 
     async def seat(self) -> _Seat:
-        """A place behind all that has been read. Raises what reading raised."""
+        """A seat after all events read so far. Raises what reading raised."""
         await self._begun.wait()
         self._require()
         return _Seat(self, self._first + len(self._kept))
 
     async def take(self, number: int) -> Sequence[TailEvent] | None:
-        """Wait for the events from this number on, and return some; None when it is not kept any more."""
+        """Wait for events from this number on and return some; None when the first of them is no longer kept."""
         while number >= self._first + len(self._kept):
             self._require()
             await self._news.wait()
@@ -238,7 +237,7 @@ class _Run:
             raise UnavailableError("the log is not followed any more")
 
     async def close(self) -> None:
-        """Stop reading; returns when the log's reader is closed."""
+        """Stop reading; returns once the log's reader is closed."""
         self._task.cancel()
         await asyncio.wait([self._task])
 
@@ -251,7 +250,7 @@ class _Run:
                 offsets = event.position.offsets
                 partition = self._log.partition_of(event.package_id)
                 if offsets.get(partition) == before.get(partition):
-                    # A record under a wrong key does not lie where its package's others do.
+                    # A record with a wrong key is in another partition than its package.
                     partition = next(p for p, offset in offsets.items() if offset != before.get(p))
                 self._keep(event, partition)
                 before = offsets
@@ -283,20 +282,20 @@ class _Run:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled():
-            task.exception()  # there may be nobody left to hear of it
+            task.exception()  # retrieved here in case nobody is left to await it
         self._begun.set()
         self._wake()
 
 
 class _Seat:
-    """Where one follower stands in the tail."""
+    """One follower's place in the tail."""
 
     def __init__(self, run: _Run, number: int) -> None:
         self._run = run
         self._number = number
 
     async def take(self) -> Sequence[TailEvent] | None:
-        """Wait for events and return some, in order; None when some that were not taken are kept no longer.
+        """Wait for events and return some, in order; None when events were dropped before they were taken.
 
         Raises what reading raised.
         """
@@ -307,11 +306,11 @@ class _Seat:
 
 
 AHEAD_BYTES = 64 * 1024
-"""Most bytes that wait for a slow client, beside one event; behind them reading stops."""
+"""Bytes that may wait for a slow client; beyond them reading pauses. One more event may exceed it."""
 
 
 class Feed:
-    """The reading end and the writing end of the bytes in between. Belongs to one event loop."""
+    """Lines read ahead for one client, up to a bounded number of bytes. Belongs to one event loop."""
 
     def __init__(self, lines: AsyncGenerator[bytes], patience: float | None = None) -> None:
         self._patience = patience
@@ -322,10 +321,10 @@ class Feed:
         self._reader.add_done_callback(lambda _: self._news.set())
 
     async def take(self) -> bytes | None:
-        """Wait for news and return all bytes that are waiting; None at the end.
+        """Wait for lines and return all bytes that are waiting; None at the end.
 
-        May return no bytes: an empty line says that there is something to tell, if only that nothing failed. Cancelling
-        it loses nothing. Raises what reading the lines raised, after the bytes that came before.
+        Returns no bytes when an empty line was read, which means only that nothing has failed so far. Cancelling it
+        loses nothing. Raises what reading the lines raised, after the bytes that came before.
         """
         await self._news.wait()
         if not self._waiting and self._reader.done():
@@ -339,7 +338,7 @@ class Feed:
         return piece
 
     async def close(self) -> None:
-        """Stop reading; returns when the source is closed."""
+        """Stop reading; returns once the source is closed."""
         self._reader.cancel()
         await asyncio.wait([self._reader])
 
@@ -359,9 +358,9 @@ class Feed:
 
 @asynccontextmanager
 async def feed(lines: AsyncGenerator[bytes], patience: float | None = None) -> AsyncIterator[Feed]:
-    """A feed of these lines, closed on the way out.
+    """A feed of these lines for the length of the block.
 
-    With `patience`, it ends early, the lines closed, when a client takes nothing of AHEAD_BYTES for so many seconds.
+    With `patience`, it ends early when AHEAD_BYTES wait and the client takes nothing for so many seconds.
     """
     opened = Feed(lines, patience)
     try:

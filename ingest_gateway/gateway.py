@@ -1,4 +1,4 @@
-"""What the handlers of one gateway share."""
+"""The state that all requests of one gateway share: registry, tail, readiness, metrics, limits."""
 
 from __future__ import annotations
 
@@ -45,6 +45,6 @@ class Gateway:
         )
 
     async def drain(self, seconds: float) -> None:
-        """Let followers go and wait, for `seconds` at most, until every request is answered."""
+        """Dismiss followers, then wait up to `seconds` until every request is answered."""
         self.followers.dismiss()
         await self.admission.drain(seconds)

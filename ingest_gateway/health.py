@@ -1,4 +1,4 @@
-"""Whether a gateway can take writes: each part is checked, and one check answers all who ask."""
+"""Readiness: whether a gateway can take writes. Concurrent probes share one check."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from pydantic import BaseModel
 from artifact_store.errors import ArtifactStoreError
 
 Check = Callable[[], Awaitable[str | None]]
-"""Looks at one part: None when it is well, else what is wrong. An error of the tree that it raises is a cause too."""
+"""Checks one part: returns None when it works, else the cause. An ArtifactStoreError counts as a cause."""
 
 CHECK_SECONDS = 3.0
-"""How long one part may take to answer before it counts as away."""
+"""Seconds after which a part that has not answered counts as down."""
 
 
 FRESH_SECONDS = 1.0
-"""How long all who ask get the answer that one check gave."""
+"""Seconds for which the result of a check is reused."""
 
 
 @dataclass(frozen=True)
 class Checks:
-    """How each part is looked at. Without log, blobs or writer there are no writes; without views reads only suffer."""
+    """A check for each part. Writes need log, blobs and writer; without views only reads suffer."""
 
     log: Check
     blobs: Check
@@ -33,7 +33,7 @@ class Checks:
 
 
 class PartHealth(BaseModel):
-    """One part."""
+    """The state of one part."""
 
     state: Literal["ok", "degraded", "missing"]
     cause: str | None
@@ -46,14 +46,14 @@ class Health(BaseModel):
 
 
 class Readiness(BaseModel):
-    """Whether writes can be taken, and how each part is."""
+    """Whether the gateway can take writes, and the state of each part."""
 
     status: Literal["ready", "degraded", "unready"]
     parts: Mapping[str, PartHealth]
 
 
 async def readiness(checks: Checks) -> Readiness:
-    """Look at all parts at once. Blocks for CHECK_SECONDS at most."""
+    """Check all parts concurrently. Waits CHECK_SECONDS at most."""
     names = ("log", "blobs", "writer", "views")
     causes = await asyncio.gather(*(_cause(getattr(checks, name)) for name in names))
     parts = {
@@ -67,7 +67,7 @@ async def readiness(checks: Checks) -> Readiness:
 
 
 class ReadyAnswers:
-    """The answers of `/readyz`, from one check at a time that all who ask share. Belongs to one event loop."""
+    """The result behind `/readyz`: one check runs at a time, and all who wait share it. Belongs to one event loop."""
 
     def __init__(self, checks: Checks) -> None:
         self._checks = checks
@@ -76,7 +76,7 @@ class ReadyAnswers:
         self._until = 0.0
 
     async def now(self) -> Readiness:
-        """What was found within FRESH_SECONDS, or is found now. Blocks for CHECK_SECONDS at most."""
+        """The last result if it is younger than FRESH_SECONDS, else a new one. Waits CHECK_SECONDS at most."""
         loop = asyncio.get_running_loop()
         async with self._checking:
             if self._found is None or loop.time() >= self._until:

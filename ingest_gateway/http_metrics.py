@@ -15,10 +15,10 @@ _LAG_INTERVAL = 1.0
 
 
 class Metrics:
-    """What is counted. Labels are route templates, never paths: their number is bounded."""
+    """The gateway's metrics. Labels are route templates, never paths, so their number is bounded."""
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
-        """With `registry`, what other parts count there is shown too."""
+        """`registry` may already hold the metrics of other parts; all are exposed together."""
         self.registry = registry or CollectorRegistry()
         self._requests = Counter(
             "artifact_store_http_requests",
@@ -69,7 +69,7 @@ class Metrics:
         uploads: Callable[[], float],
         downloads: Callable[[], float],
     ) -> None:
-        """Ask these whenever somebody looks."""
+        """Set the functions that give the gauges' values at each scrape."""
         self._in_flight.set_function(in_flight)
         self._followers.set_function(followers)
         self._connections.set_function(connections)
@@ -77,7 +77,7 @@ class Metrics:
         self._downloads.set_function(downloads)
 
     def refused(self, what: str) -> None:
-        """Count something for which there was no place."""
+        """Count one refusal for lack of a place, by its kind."""
         self._refused.labels(what).inc()
 
     def answered(self, route: str, method: str, status: int, seconds: float, received: int, sent: int) -> None:

@@ -1,4 +1,9 @@
-"""The gateway as a process: listening, being told to stop, and finishing what it took on."""
+"""The gateway as a process: it listens until it is told to stop, then finishes the requests under way.
+
+Meanwhile it sweeps the blob store, about once an hour: uploads that made no progress for a day are aborted, so that a
+killed process leaves nothing behind. Sweeps of several gateways do not harm each other; random pauses keep them apart.
+Only bytes that never became a blob are removed.
+"""
 
 from __future__ import annotations
 
@@ -33,12 +38,12 @@ from services.wiring import Parts, is_embedded, parts
 _log = logging.getLogger(__name__)
 
 DRAIN_SECONDS = 30.0
-"""How long requests that are under way may go on once the gateway was told to stop."""
+"""How long requests under way may go on once the gateway is told to stop."""
 
 _BACKLOG = 1024
 
 _TAKEN_AT_ONCE = 1
-"""How many connections one of several processes takes in one turn of its event loop; the others are to get some too."""
+"""Connections that one of several processes accepts per turn of its event loop, so that the others get their share."""
 
 
 async def run(
@@ -48,12 +53,12 @@ async def run(
     ready: Callable[[str], None] | None = None,
     member: Member | None = None,
 ) -> None:
-    """Open the parts of these settings and run a gateway on them until `stop` is set.
+    """Open the parts that the settings name and run a gateway on them until `stop` is set.
 
-    Without `stop`, SIGTERM and SIGINT end it. `ready` is called with the URL once the gateway listens. `member` says
-    which process of a gateway of several this is.
+    Without `stop`, SIGTERM and SIGINT end it. `ready` is called with the URL once the gateway listens. `member`: this
+    is one of several processes of a gateway.
 
-    Raises ConfigurationError: the interface may not be listened on, or the address cannot be had; UnavailableError.
+    Raises ConfigurationError: the settings forbid the interface, or the address is taken; UnavailableError.
     """
     listen_address(settings)
     if stop is None:
@@ -72,9 +77,9 @@ async def serve(
     ready: Callable[[str], None] | None = None,
     member: Member | None = None,
 ) -> None:
-    """Run a gateway on parts that are open already until `stop` is set; returns when what it took on is done.
+    """Run a gateway on open parts until `stop` is set; returns when its requests are answered.
 
-    Raises ConfigurationError: the interface may not be listened on, or the address cannot be had.
+    Raises ConfigurationError: the settings forbid the interface, or the address is taken.
     """
     settings = opened.settings
     checks = Checks(opened.log.check, opened.blobs.check, opened.writer.ready, opened.views.check)
@@ -120,12 +125,12 @@ async def listening(
     drain_seconds: float = DRAIN_SECONDS,
     member: Member | None = None,
 ) -> AsyncIterator[str]:
-    """A gateway that listens for the length of the block; gives its URL. Port 0 takes a free one.
+    """Listen for the length of the block; yields the URL. Port 0 takes a free one.
 
-    One process of several takes connections from the socket that was handed to it instead.
+    With `member`, accepts connections from the member's socket instead of `host` and `port`.
 
-    On the way out it takes no new connection, lets followers go, finishes what is under way, for `drain_seconds` at
-    most, and closes. Raises ConfigurationError when the address cannot be had.
+    At the end of the block it accepts no new connection, dismisses followers, waits up to `drain_seconds` for requests
+    under way, and closes. Raises ConfigurationError: the address is taken or does not exist.
     """
     metrics = metrics or Metrics()
     siblings = None if member is None else Siblings(member, metrics.exposition)
@@ -160,7 +165,7 @@ async def _shared_site(runner: web.ServerRunner, member: Member) -> web.BaseSite
     listener = socket.socket(fileno=member.descriptor)
     site = web.SockSite(runner, listener, backlog=_TAKEN_AT_ONCE)
     await site.start()
-    listener.listen(_BACKLOG)  # the length of the queue too was set to what the site was given
+    listener.listen(_BACKLOG)  # SockSite set the queue's length to its backlog too
     return site
 
 
@@ -199,10 +204,10 @@ def listen_address(settings: Settings) -> ListenAddress:
 
 @contextmanager
 def stopped_by_signals(*, watched: bool = False) -> Iterator[asyncio.Event]:
-    """An event that SIGTERM or SIGINT sets, for the length of the block; a second signal ends the process at once.
+    """An event that SIGTERM or SIGINT sets during the block; a second signal ends the process at once.
 
-    Not one that is `watched` over by another process: a service manager tells both, and then the other one tells this
-    one again. Further signals change nothing there, behind the block neither; the other one knows how to end it.
+    A process `watched` by a parent ignores further signals instead, also after the block: a service manager signals
+    both, and then the parent signals this one again. The parent knows how to end it.
     """
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
@@ -218,7 +223,7 @@ def stopped_by_signals(*, watched: bool = False) -> Iterator[asyncio.Event]:
             if watched:
                 signal.signal(number, signal.SIG_IGN)
 
-    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT is caught by Python anyway: SIGTERM then tells of both
+    for number in (signal.SIGINT, signal.SIGTERM):  # Python catches SIGINT itself: once SIGTERM is caught, both are
         loop.add_signal_handler(number, told)
     try:
         yield stop
@@ -230,7 +235,7 @@ SWEEP_SECONDS = 3600.0
 
 
 class Sweepable(Protocol):
-    """What there is to know of a blob store here."""
+    """The part of a blob store that sweeping uses."""
 
     async def now(self) -> datetime:
         """See `BlobStore`."""
@@ -246,7 +251,7 @@ async def swept_regularly(
     seconds: float = SWEEP_SECONDS,
     draw: Callable[[float, float], float] = random.uniform,
 ) -> AsyncIterator[None]:
-    """Sweep for the length of the block, after pauses of half to one and a half times `seconds`."""
+    """Sweep during the block, with pauses of half to one and a half times `seconds`."""
 
     async def sweep() -> None:
         while True:

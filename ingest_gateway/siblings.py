@@ -1,6 +1,12 @@
-"""Metrics of a gateway of several processes: whichever is asked shows those of all, each with its number.
+"""One gateway of several processes behind one address.
 
-A Prometheus that asks at the common address would otherwise see now the counters of one process, now of another.
+The first process binds the address once and hands the socket to all others, which accept connections from it; it serves
+no requests itself. Each of the others is a whole gateway: a member of the group of writers with an internal listener of
+its own. They share the folder of the writers' state, where a lock guards each partition, so that one process goes on
+where another stopped.
+
+Whichever process a scrape reaches answers with the metrics of all, each labelled with its process number. Otherwise
+Prometheus would see the counters of a different process at each scrape.
 """
 
 from __future__ import annotations
@@ -31,7 +37,7 @@ _UP = "artifact_store_process_up"
 
 
 class Siblings:
-    """What the processes of one gateway tell each other. Belongs to one event loop."""
+    """Exchanges metrics between the processes of one gateway. Belongs to one event loop."""
 
     def __init__(self, member: Member, own: Callable[[], bytes]) -> None:
         """`own` gives this process's metrics in Prometheus' text format."""
@@ -40,14 +46,14 @@ class Siblings:
 
     @asynccontextmanager
     async def telling(self) -> AsyncIterator[None]:
-        """Give this process's metrics to the others for the length of the block."""
+        """Serve this process's metrics to the others for the length of the block."""
 
         async def tell(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             try:
                 writer.write(self._own())
                 await writer.drain()
             except OSError:
-                pass  # whoever asked waits no longer
+                pass  # the other process stopped waiting
             finally:
                 writer.close()
 
@@ -58,7 +64,7 @@ class Siblings:
             server.close()
 
     async def exposition(self) -> bytes:
-        """The metrics of all processes in Prometheus' text format, those of one that does not answer missing."""
+        """The metrics of all processes in Prometheus' text format, without those of a process that does not answer."""
         numbers = range(1, self._member.count + 1)
         texts = await asyncio.gather(*(self._of(number) for number in numbers))
         return await asyncio.to_thread(merged, dict(zip(numbers, texts, strict=True)))
@@ -86,7 +92,7 @@ class _Families(Collector):
 
 
 def merged(texts: Mapping[int, bytes | None]) -> bytes:
-    """One exposition of several, by process number: every sample gets the label `process`, None is one that is down."""
+    """Merge expositions by process number; every sample gets the label `process`. None: a process is down."""
     up = Metric(_UP, "Whether the process gave its metrics", "gauge")
     families = {_UP: up}
     for number, text in texts.items():
@@ -100,16 +106,16 @@ def merged(texts: Mapping[int, bytes | None]) -> bytes:
 
 
 MOST_DEATHS = 5
-"""After so many deaths in a row of one process the whole gateway ends, so that whoever watches over it notices."""
+"""Consecutive deaths of one process after which the whole gateway ends, so that its service manager notices."""
 
 _WRONG_SETTINGS = 2
 
 
 @dataclass(frozen=True)
 class Member:
-    """Which of the processes one is, counted from 1, and what it shares with the others.
+    """The number of one process, counted from 1, and what it shares with the others.
 
-    `descriptor` is that of the listening socket; in `folder` each has a socket by which the others get its metrics.
+    `descriptor` is the listening socket's. Each process has a socket in `folder` at which the others fetch its metrics.
     """
 
     number: int
@@ -123,24 +129,24 @@ class Member:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """What `text` gave."""
+        """Read what `text` returned."""
         return cls(**json.loads(text))
 
     def path_of(self, number: int) -> Path:
-        """Where process `number` gives its metrics."""
+        """The path of the socket at which process `number` serves its metrics."""
         return Path(self.folder) / f"{number}.sock"
 
 
 async def run_processes(
     settings: Settings, command: str, processes: int, listener: socket.socket, stop: asyncio.Event
 ) -> int:
-    """Run so many processes of `command` on the socket until `stop` is set, then tell them to stop; the exit code.
+    """Run `processes` processes of `command` on the socket until `stop` is set; returns the exit code.
 
-    Blocks until all have ended. The code is 0 when they were told to end and did so. A process that dies is started
-    again; one that says that the settings are wrong (exit code 2), or that died MOST_DEATHS times in a row, ends all.
-    Closes the socket as soon as they are to end.
+    Returns when all have ended: 0 if they ended because they were told to. A process that dies is restarted. All end
+    when one reports wrong settings (exit code 2) or dies MOST_DEATHS times in a row. Closes the socket as soon as the
+    processes are told to stop.
 
-    Raises ConfigurationError: the internal listeners cannot have addresses of their own.
+    Raises ConfigurationError: `internal_listen` or `internal_url` cannot give each process an address of its own.
     """
     rule = RestartRule(final=frozenset({_WRONG_SETTINGS}), all_or_none=True, most_deaths=MOST_DEATHS)
     with tempfile.TemporaryDirectory(prefix="artifact-store-") as folder:
@@ -150,17 +156,17 @@ async def run_processes(
             own = settings.model_copy(update=internal_addresses(settings, number, processes))
             arguments = [*PYTHON, "-m", "services.cli", command, "--member", member.text()]
             commands.append(Command(arguments, {**os.environ, **own.environment()}, (listener.fileno(),)))
-        # Connections that nobody takes any more are to be refused rather than to wait.
+        # New connections are refused from then on: nobody would accept them.
         return await run_all(commands, rule, stop, when_ending=listener.close)
 
 
 def internal_addresses(settings: Settings, number: int, processes: int) -> dict[str, str]:
-    """The settings of the internal listener of process `number`: its port counts up, unless any will do.
+    """Settings of the internal listener of process `number`: each takes the next port. Empty if any port will do.
 
-    Raises ConfigurationError.
+    Raises ConfigurationError: no fixed port for `internal_url` to name, or not enough ports.
     """
     host, _, port = settings.internal_listen.rpartition(":")
-    if not port.isascii() or not port.isdigit() or int(port) == 0:  # one that is no number is refused where it is used
+    if not port.isascii() or not port.isdigit() or int(port) == 0:  # an invalid port is refused where it is used
         if settings.internal_url is not None:
             raise ConfigurationError(
                 "with several processes ARTIFACT_STORE_INTERNAL_URL needs a fixed port in "

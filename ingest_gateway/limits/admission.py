@@ -1,7 +1,7 @@
-"""Who is let in: how many connections, transfers, followers and bytes of JSON one gateway process takes at a time.
+"""Admission: how many connections, transfers, followers and bytes in memory one gateway process takes at a time.
 
-No client gets more than half of the places of a kind, nor of the room, so that one alone never keeps out all others. A
-client is an address: behind a proxy that hides them, all are one.
+No client gets more than half of the places or of the room of a kind, so that one alone never keeps out all others. A
+client is an IP address: all clients behind a proxy that hides their addresses count as one.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from services.bundle_store import BUNDLES_AT_ONCE
 _log = logging.getLogger(__name__)
 
 Transfer = Literal["uploads", "downloads"]
-"""What moves many bytes, and so has places of its own."""
+"""Requests that move many bytes, and so have places of their own."""
 
 MAX_DOWNLOADS = 128
-"""How many downloads there may be: each may hold a connection to the blob store, of which uploads need theirs too."""
+"""How many downloads may run at a time. Each may hold a connection to the blob store, and uploads need some too."""
 
 MAX_READS = 128
-"""How many clients may read events to the log's end at a time; few of them read at once, the others wait (`tail`)."""
+"""How many clients may read events to the log's end at a time; `event_tail` lets a few of them read at once."""
 
 MAX_FOLLOWERS = 1000
 
 JSON_ROOM_BYTES = 64 << 20
-"""How many bytes of JSON bodies may be held at a time, before they are commands."""
+"""Bytes of JSON bodies that may be held at a time, until they are parsed."""
 
 HEADS_ROOM_BYTES = 16 << 20
-"""How many bytes of requests' heads may be held at a time, from their first byte until the request is answered."""
+"""Bytes of request heads that may be held at a time, each from its first byte until the request is answered."""
 
 _RETRY_SECONDS = 2.0
 _OTHER_DESCRIPTORS = 512
-"""File descriptors that are kept for connections to the blob store, the log and the views, and for files."""
+"""File descriptors reserved for connections to the blob store, the log and the views, and for files."""
 
 _WANTED_DESCRIPTORS = 65_536
 
@@ -49,7 +49,7 @@ Refused = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Bounds:
-    """What one gateway takes, in bytes, seconds and clients."""
+    """The limits of one gateway, in bytes, seconds and clients."""
 
     max_file_bytes: int
     max_metadata_bytes: int
@@ -61,11 +61,11 @@ class Bounds:
     json_room_bytes: int = JSON_ROOM_BYTES
     """Bytes of JSON bodies that may be held at a time."""
     body_idle_seconds: float = 60.0
-    """How long a body may stand still, and over how long its pace is taken; so too an answer's."""
+    """How long a body may make no progress, and the time over which its pace is measured; the same for answers."""
     body_bytes_per_second: float = 1024.0
-    """The least pace of a body, or of a client that takes an answer, that is waited for."""
+    """The slowest pace at which a client may send a body or take an answer."""
     heartbeat_seconds: float = 10.0
-    """How often a quiet follower is looked after."""
+    """How often a follower without events gets a sign of life."""
 
 
 class TooManyAtOnceError(PushBackError):
@@ -76,7 +76,7 @@ class TooManyAtOnceError(PushBackError):
 
 
 class _Shares:
-    """How much of one thing each client has, and all of them together. Belongs to one event loop."""
+    """How much of one kind each client holds, and all together. Belongs to one event loop."""
 
     def __init__(self, what: str, limit: int, refused: Refused) -> None:
         self.what = what
@@ -87,7 +87,7 @@ class _Shares:
         self._of: Counter[str] = Counter()
 
     def take(self, client: str, more: int, *, none_left: str, enough: str) -> None:
-        """Raises PushBackError, which says `none_left`; TooManyAtOnceError, which says that the client has `enough`."""
+        """Raises PushBackError with the text `none_left`; TooManyAtOnceError with the text `enough`."""
         if self.all + more > self.limit:
             self._refused(self.what)
             raise PushBackError(none_left, _RETRY_SECONDS)
@@ -98,7 +98,7 @@ class _Shares:
         self._of[client] += more
 
     def give(self, client: str, less: int) -> None:
-        """Give back what this client has."""
+        """Give back what this client holds."""
         self.all -= less
         self._of[client] -= less
         if not self._of[client]:
@@ -106,7 +106,7 @@ class _Shares:
 
 
 class Places:
-    """Places for one kind of thing. Belongs to one event loop."""
+    """A bounded number of places of one kind. Belongs to one event loop."""
 
     def __init__(self, what: str, limit: int, refused: Refused = lambda _: None) -> None:
         self._shares = _Shares(what, limit, refused)
@@ -117,7 +117,7 @@ class Places:
     def take(self, client: str) -> None:
         """Take a place, which `give` gives back.
 
-        Raises PushBackError: all are taken. TooManyAtOnceError: this client has as many as one may have.
+        Raises PushBackError: all are taken. TooManyAtOnceError: this client holds as many as one may.
         """
         shares = self._shares
         shares.take(
@@ -128,7 +128,7 @@ class Places:
         )
 
     def give(self, client: str) -> None:
-        """Give a place back that this client has."""
+        """Give back a place that this client holds."""
         self._shares.give(client, 1)
 
     @contextmanager
@@ -142,16 +142,16 @@ class Places:
 
 
 class Room:
-    """So many bytes may be held at a time. Belongs to one event loop."""
+    """A bounded number of bytes that may be held at a time. Belongs to one event loop."""
 
     def __init__(self, what: str, limit: int, refused: Refused = lambda _: None) -> None:
         self._shares = _Shares(what, limit, refused)
 
     @contextmanager
     def share(self, client: str) -> Iterator[Callable[[int], None]]:
-        """Gives a function that takes so many bytes more for this client; all come back at the end of the block.
+        """Yields a function that takes more bytes for this client; all are given back at the end of the block.
 
-        The function raises PushBackError: there is no room. TooManyAtOnceError: the client has as much as one may have.
+        The function raises PushBackError: there is no room. TooManyAtOnceError: the client holds as much as one may.
         """
         held, shares = 0, self._shares
         none_left = f"this gateway can hold no more {shares.what} now"
@@ -169,17 +169,17 @@ class Room:
 
 
 class Admission:
-    """What one gateway has let in: requests, and places and room of every kind. Belongs to one event loop."""
+    """All places and rooms of one gateway, and its requests under way. Belongs to one event loop."""
 
     def __init__(self, bounds: Bounds, refused: Refused) -> None:
-        """`refused` is called with the kind of what there was no place or room for."""
+        """`refused` counts refusals by their kind."""
         self.connections = Places("connections", bounds.max_connections, refused)
         self.transfers: Mapping[Transfer, Places] = {
             "uploads": Places("uploads", bounds.max_uploads, refused),
             "downloads": Places("downloads", bounds.max_downloads, refused),
         }
         self.archives = Places("archives", BUNDLES_AT_ONCE, refused)
-        """As many as bundles are read at a time: whoever has a place has a turn too, and nobody has all of them."""
+        """As many as bundles are read at a time: a client with a place never waits, and none holds all."""
         self.reads = Places("reads of events", bounds.max_reads, refused)
         self.heads = Room("heads", HEADS_ROOM_BYTES, refused)
         self.json = Room("JSON", bounds.json_room_bytes, refused)
@@ -193,7 +193,7 @@ class Admission:
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        """A request is under way for the length of the block."""
+        """Count a request as under way for the length of the block."""
         self.in_flight += 1
         self._idle.clear()
         try:
@@ -204,7 +204,7 @@ class Admission:
                 self._idle.set()
 
     async def drain(self, seconds: float) -> None:
-        """Wait, for `seconds` at most, until every request is answered; from now on answers close their connections."""
+        """Wait up to `seconds` until every request is answered. From now on answers close their connections."""
         self.draining = True
         try:
             async with asyncio.timeout(seconds):
@@ -214,9 +214,10 @@ class Admission:
 
 
 def connections_within(wanted: int, forwarded: int = 0) -> int:
-    """As many connections as are wanted and as the system lets this process have; raises its soft limit if it may.
+    """The number of connections, at most `wanted`, that the limit of file descriptors allows.
 
-    So many are left for commands that are `forwarded`, but not more than half.
+    Raises this process's soft limit as far as needed and permitted. Reserves descriptors for `forwarded` commands, but
+    never more than half of those that remain.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = _WANTED_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _WANTED_DESCRIPTORS)

@@ -1,4 +1,4 @@
-"""Followers: clients that stay. How many there may be, and how they are told to go."""
+"""Followers: clients that follow events and stay until the gateway closes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _RETRY_SECONDS = 5.0
 
 
 def gateway_closes() -> PushBackError:
-    """What a follower hears who is not to stay."""
+    """The error for a follower that is turned away because the gateway closes."""
     return PushBackError("this gateway closes", _RETRY_SECONDS)
 
 
@@ -30,7 +30,7 @@ class Followers:
 
     @asynccontextmanager
     async def stay(self, client: str) -> AsyncIterator[None]:
-        """Hold a place for the length of the block, which ends early, without an error, when the gateway closes.
+        """Hold a place for the length of the block. The block ends early, without an error, when the gateway closes.
 
         Raises as `Places.take`; PushBackError when the gateway closes.
         """
@@ -49,7 +49,7 @@ class Followers:
             self._stays.discard(scope)
 
     def dismiss(self) -> None:
-        """Let every follower go, and take no more."""
+        """End every follower's block, and take no more followers."""
         self._closing = True
         now = asyncio.get_running_loop().time()
         for scope in list(self._stays):

@@ -1,4 +1,7 @@
-"""Forwarding small commands to the gateway that owns their partition; bytes of files never travel this way."""
+"""Forwarding: sends small commands to the gateway that owns their partition, and defines the messages between them.
+
+Bytes of files are never forwarded.
+"""
 
 from __future__ import annotations
 
@@ -31,40 +34,40 @@ ENDS_PATH = "/ends"
 STATUS_PATH = "/status"
 CONFIRMATIONS_PATH = "/confirmations"
 WIRE_READS = "Artifact-Store-Wire-Reads"
-"""Names the newest version that the sender of a message reads: errors come in it, whatever the message is in."""
+"""The header with the newest version that the sender can read. Errors are sent in that version."""
 
 WIRE_VERSION = "Artifact-Store-Wire-Version"
-"""The header with the version of a message, in answers with the newest one that the process knows; absent: 1."""
+"""The header with the version of a message; in answers, the newest version that the process knows. Absent means 1."""
 
 _CONFIRMATIONS: dict[str, type[Confirmation]] = {"skip": SkipRecord, "accept-loss": AcceptLoss}
 
 MAX_FORWARDED = 1024
-"""How many commands and questions may be on their way at a time, half of them to one process: each has a connection."""
+"""How many commands and questions may be in flight, at most half of them to one process: each has a connection."""
 
 _CONNECT_SECONDS = 2.0
 _TOTAL_SECONDS = 40.0
 
 
 class _UnknownQuestionError(UnavailableError):
-    """The other gateway is of a release that does not know the question."""
+    """The other gateway's release does not know this question."""
 
 
 class HttpForwarder:
     """See `Forwarder`. Used as an asynchronous context manager, which holds the connections."""
 
     def __init__(self, secret: SecretStr | None) -> None:
-        """`secret` is what the internal listeners of this deployment ask for; None on loopback alone."""
+        """`secret` is the one of this deployment's internal listeners; None only on loopback."""
         self._headers = {"Content-Type": CONTENT_TYPE}
         if secret is not None:
             self._headers["Authorization"] = f"Bearer {secret.get_secret_value()}"
         self._session: aiohttp.ClientSession | None = None
         self._on_their_way: Counter[str] = Counter()
         self._versions: dict[str, int] = {}
-        """The newest version of messages that the process at a URL is known to read."""
+        """By URL: the newest version of messages that the process there is known to read."""
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
-            # `_place` bounds them; a bound here would let the commands of one partition that hangs hold up others'.
+            # `_place` bounds them. A bound here would let commands of a partition that hangs hold up those of others.
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=_TOTAL_SECONDS, sock_connect=_CONNECT_SECONDS),
             headers=self._headers,
@@ -79,7 +82,7 @@ class HttpForwarder:
             await session.close()
 
     async def submit(self, owner_url: str, command: Command) -> Acknowledgement:
-        """See `Forwarder`. Raises PushBackError, before anything is sent, when too many are on their way."""
+        """See `Forwarder`. Raises PushBackError, before anything is sent, when too many are in flight."""
         with self._place(owner_url):
             version = self._versions.get(owner_url, OLDEST)
             answer = await self._post(owner_url, COMMANDS_PATH, encode_command(command, version), version)
@@ -97,7 +100,7 @@ class HttpForwarder:
             await self._post(owner_url, CHECKS_PATH, encode_check(package_id, relative_paths, command_id))
 
     async def status(self, owner_url: str) -> list[PartitionStatus]:
-        """How the partitions are that the process at this URL writes to. Raises UnavailableError."""
+        """The state of the partitions that the process at this URL owns. Raises UnavailableError."""
         return decode_status(await self._post(owner_url, STATUS_PATH, b""), owner_url)
 
     async def confirm(self, owner_url: str, confirmation: Confirmation) -> Acknowledgement:
@@ -163,7 +166,7 @@ class HttpForwarder:
         return answer
 
     def _note_version(self, owner_url: str, newest: str) -> None:
-        """A process of another release may have taken the URL over: its word replaces the one before."""
+        """Replace the version known for this URL: a process of another release may have taken it over."""
         known = min(int(newest), VERSION) if newest.isascii() and newest.isdecimal() else OLDEST
         if known > OLDEST:
             self._versions[owner_url] = known
@@ -172,7 +175,7 @@ class HttpForwarder:
 
 
 def decode_end(data: bytes) -> int:
-    """Read a number of a partition, or an offset in it. Raises UnavailableError when it is none."""
+    """Read the number of a partition or an offset. Raises UnavailableError when it is neither."""
     try:
         found = cbor2.loads(data)
     except (cbor2.CBORDecodeError, ValueError, TypeError):

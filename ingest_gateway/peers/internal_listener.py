@@ -1,6 +1,6 @@
-"""The internal listener: where other gateways bring commands of partitions that this process owns.
+"""The internal listener: other gateways send it commands for partitions that this process owns.
 
-One per process, on loopback by default. Elsewhere a secret guards it, which every gateway of the deployment shares.
+Each process has one, by default on loopback. On other interfaces it requires a secret that all gateways share.
 """
 
 from __future__ import annotations
@@ -49,20 +49,20 @@ from services.log.records import Confirmation
 from services.tracing import TRACEPARENT, traceparent
 
 MAX_BODY_BYTES = 32 << 20
-"""The largest command: 10,000 files whose paths and media types are all as long as they may be."""
+"""The largest command: 10,000 files with the longest paths and media types."""
 
 MAX_TAKEN_BYTES = 4 * MAX_BODY_BYTES
-"""How many bytes of commands may be under way here at a time; the next one is pushed back."""
+"""Bytes of commands that may be under way here at a time; further ones are pushed back."""
 
 MAX_TAKEN = 1024
-"""How many commands and questions may be under way here at a time; the next one is pushed back."""
+"""How many commands and questions may be under way here at a time; further ones are pushed back."""
 
 _EVERYWHERE = frozenset({"0.0.0.0", "::"})  # noqa: S104 - compared with, not listened on
 _DRAIN_SECONDS = 5.0
 
 
 class Here(Protocol):
-    """What this process's writer does for others: `KafkaWriter`, without routing."""
+    """What this process's writer does for other gateways: the methods of `KafkaWriter` that do not forward."""
 
     async def submit_here(self, command: Command) -> Acknowledgement:
         """As `CommandWriter.submit`; PartitionNotOwnedError when this process is not the owner."""
@@ -80,12 +80,12 @@ class Here(Protocol):
         """As `CommandWriter.extent`; PartitionNotOwnedError when this process is not the owner."""
 
     def status_here(self) -> Sequence[PartitionStatus]:
-        """How the partitions are that this process owns."""
+        """The state of the partitions that this process owns."""
 
 
 @contextmanager
 def _of_another_release() -> Iterator[None]:
-    """What cannot be read comes of another release of a gateway: not the client's fault, and over once all are one."""
+    """A message that cannot be read is from another release: not the client's fault; it ends once all are upgraded."""
     try:
         yield
     except InvalidRequestError as error:
@@ -93,7 +93,7 @@ def _of_another_release() -> Iterator[None]:
 
 
 class InternalListener:
-    """Listens from `open` to `close`; until `serve` has named the writer it owns nothing."""
+    """Listens from `open` to `close`. Until `serve` is called it answers that it owns no partition."""
 
     def __init__(self, secret: SecretStr | None) -> None:
         self.url = ""
@@ -104,9 +104,9 @@ class InternalListener:
 
     @classmethod
     async def open(cls, settings: Settings) -> Self:
-        """Bind `internal_listen`. `url` is then `internal_url`, or else the address that was bound.
+        """Bind `internal_listen` and set `url` to `internal_url`, or else to the bound address.
 
-        Raises ConfigurationError: the address cannot be had, is no address that others reach, or has no secret.
+        Raises ConfigurationError: the address is invalid or taken, others cannot reach it, or it needs a secret.
         """
         try:
             address = ListenAddress.parse(settings.internal_listen)
@@ -129,17 +129,17 @@ class InternalListener:
         return listener
 
     def serve(self, here: Here) -> None:
-        """From now on, carry out what arrives."""
+        """Carry out requests with this writer from now on."""
         self._here = here
 
     async def close(self) -> None:
-        """Finish what is under way, for some seconds at most, and release the port."""
+        """Wait a few seconds at most for requests under way, and release the port."""
         if self._runner is not None:
             await self._runner.cleanup()
 
     async def _bind(self, address: ListenAddress) -> None:
         app = web.Application(client_max_size=MAX_BODY_BYTES)
-        for prefix in ("", INTERFACE):  # of gateways that were told the URL without it, and with it
+        for prefix in ("", INTERFACE):  # other gateways may know the URL without or with the prefix
             app.router.add_post(prefix + COMMANDS_PATH, self._command)
             app.router.add_post(prefix + CHECKS_PATH, self._check)
             app.router.add_post(prefix + EXTENTS_PATH, self._extent)
@@ -207,7 +207,7 @@ class InternalListener:
 
     @contextmanager
     def _room(self, size: int) -> Iterator[None]:
-        """Raises PushBackError; never for what has no body, as an operator's question how the partitions are."""
+        """Raises PushBackError; never for a request without a body, such as an operator's question for the state."""
         full = self._taken >= MAX_TAKEN or (self._taken and self._taken_bytes + size > MAX_TAKEN_BYTES)
         if size and full:
             raise PushBackError("too many commands are forwarded to the owner of the partition", 2.0)
@@ -244,7 +244,7 @@ class InternalListener:
 
 
 def _version_of(request: web.Request, header: str = WIRE_VERSION) -> int:
-    """The version that the sender wrote the message in; gateways that do not say so write, and read, the first one."""
+    """The version of the message. Gateways that do not send the header write and read the first one."""
     named = request.headers.get(header, "1")
     return int(named) if named.isascii() and named.isdecimal() else 0
 

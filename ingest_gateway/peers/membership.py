@@ -1,4 +1,4 @@
-"""Owning partitions of a Kafka log: the writer, the listener by which others reach it, and the way to reach them."""
+"""Joining the gateways that share a Kafka log: the writer, its internal listener and the way to other gateways."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ async def kafka_writer(
     times: TimedStore | None = None,
     metrics: CollectorRegistry | None = None,
 ) -> AsyncIterator[KafkaWriter]:
-    """A started member of the group of writers for the length of the block; partitions are handed over on the way out.
+    """A started member of the group of writers for the length of the block, at whose end it hands its partitions over.
 
-    It writes nothing while its clock differs much from that of `times`. In `metrics` it shows what it does.
+    It writes nothing while its clock differs much from that of `times`. Its own metrics are added to `metrics`.
 
-    Raises ConfigurationError: the topic could lose events, or the internal listener cannot be; UnavailableError.
+    Raises ConfigurationError: the topic could lose events, or the internal listener cannot open; UnavailableError.
     """
     if not isinstance(log, KafkaLog):
         raise ConfigurationError("a Kafka log alone has writers that share its partitions")
     async with AsyncExitStack() as stack:
         listener = await InternalListener.open(settings)
-        # Last to go: while the writer finishes, others still hear that partitions move.
+        # Closed last: while the writer finishes, other gateways still learn that partitions move.
         stack.push_async_callback(listener.close)
         forwarder = await stack.enter_async_context(HttpForwarder(settings.internal_secret))
         writer = KafkaWriter(

@@ -1,8 +1,8 @@
 """Compressed bodies, decoded while they stream: gzip (RFC 1952) and Zstandard (RFC 8878), bounded in every direction.
 
-A few bytes can stand for gigabytes: no step gives more than a piece, and an archive may grow so much and no more. Nor
-may it consist of members or frames that hold next to nothing, each of which costs a decoder. A Zstandard window above
-8 MiB is refused, as RFC 9659 has it for content codings.
+A few bytes can expand to gigabytes: each step gives at most one piece, and the ratio of expansion is bounded. So is the
+number of members or frames that hold next to nothing, because each costs a decoder. A Zstandard window above 8 MiB is
+refused, as RFC 9659 asks for content codings.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ else:
     from backports import zstd
 
 PIECE_BYTES = 1 << 20
-"""Most bytes that one step gives."""
+"""Most bytes that one step returns."""
 
 MAX_RATIO = 200
-"""So many bytes may stand behind each compressed one; beyond FREE_BYTES more is a bomb rather than an archive."""
+"""Most decompressed bytes for each compressed byte, once FREE_BYTES are exceeded: more is a bomb, not an archive."""
 
 FREE_BYTES = 64 << 20
-"""Up to here the ratio does not matter: a log full of zeros compresses by ten thousand."""
+"""Decompressed bytes up to which the ratio does not matter: a log full of zeros compresses ten thousand times."""
 
 FREE_FRAMES = 64
-"""So many members or frames there may be, whatever they hold; beyond it one for FRAME_BYTES of the archive."""
+"""Members or frames allowed whatever they hold; beyond them one for each FRAME_BYTES of the archive."""
 
 FRAME_BYTES = 512
 
-_BEGINNING_BYTES = 1024  # of a frame, as it may end there, and what is behind it is copied
+_BEGINNING_BYTES = 1024  # of a frame are decoded first: it may end there, and bytes after its end are copied
 
 _WINDOW_LOG = 23  # 8 MiB
 _GZIP_WINDOW = 31  # zlib's number for gzip with the largest window
 
 
 class _Decoder(Protocol):
-    """One member or frame. `decompress` takes bytes and gives at most `max_length`, keeping the rest.
+    """Decodes one member or frame. `decompress` returns at most `max_length` bytes and keeps the rest.
 
-    It copies what is behind the end into `unused_data`.
+    It copies input after the end into `unused_data`.
     """
 
     @property
@@ -94,9 +94,9 @@ CODINGS = frozenset(_DECODERS)
 
 
 async def decoded(body: AsyncIterable[bytes], coding: str) -> AsyncIterator[bytes]:
-    """The body without its coding, in pieces of at most PIECE_BYTES; decoding runs in threads.
+    """The decoded body, in pieces of at most PIECE_BYTES; decoding runs in threads.
 
-    Raises (on iteration): InvalidArchiveError: it is not so coded, or cut off. TooLargeError: it grows too much.
+    Raises (on iteration) InvalidArchiveError: it is not in this coding, or cut off. TooLargeError: it expands too much.
     """
     decoding = _Decoding(coding)
     async for chunk in body:
@@ -107,20 +107,20 @@ async def decoded(body: AsyncIterable[bytes], coding: str) -> AsyncIterator[byte
 
 
 class _Decoding:
-    """A body of one or more members or frames, one behind the other."""
+    """Decodes a body of one or more consecutive members or frames."""
 
     def __init__(self, coding: str) -> None:
         self._coding = coding
         self._decoder: _Decoder = _DECODERS[coding]()
-        self._fresh = True  # whether the decoder has not got a byte
+        self._fresh = True  # whether the decoder has had no input yet
         self._data = memoryview(b"")
-        self._at = 0  # behind what a decoder has got of it
+        self._at = 0  # how much of it a decoder has had
         self._frames = 1
         self._in = 0
         self._out = 0
 
     def take(self, data: bytes) -> None:
-        """Take a piece of the body, once `give` has given all of the one before it."""
+        """Take a piece of the body, once `give` has returned all of the one before it."""
         self._data, self._at = memoryview(data), 0
         self._in += len(data)
 

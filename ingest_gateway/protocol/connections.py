@@ -1,7 +1,7 @@
-"""Connections: HTTP as aiohttp speaks it, with our limits, and problems for what is no HTTP at all.
+"""Connections: aiohttp's HTTP with our limits, and problem documents for requests that cannot be parsed.
 
-A connection for which there is no place is taken all the same, so that its client hears why and when to come again: it
-gets the answer to one request and is closed. Of these there are few at a time, and none stays long.
+A connection for which there is no place is accepted all the same, so that its client learns why and when to retry: it
+gets the answer to one request and is closed. Few such connections exist at a time, and none stays long.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ _HEAD_END = b"\r\n\r\n"
 _CLOSE = {"Connection": "close"}
 
 KEEP_ALIVE_SECONDS = 75.0
-"""How long a connection may stand without a request, or take for the head of its first one."""
+"""How long a connection may be idle, or take to send the head of its first request."""
 
 MAX_EXCESS = 128
-"""How many connections without a place there may be at a time; further ones are cut off."""
+"""How many connections without a place may exist at a time; further ones are aborted."""
 
 EXCESS_SECONDS = 10.0
 """How long one of them may stand; also how long the rest of a body is read that nobody wants."""
 
 
 class Connection(web.RequestHandler):
-    """One client's connection. `refusal` says why it has no place, if it has none."""
+    """One client's connection. `refusal` says why it has no place; None when it has one."""
 
     __slots__ = ("_client", "_heads", "_server", "refusal")
 
@@ -59,7 +59,7 @@ class Connection(web.RequestHandler):
         self.refusal: PushBackError | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin, with a place or without one."""
+        """Take a place, or note why there is none."""
         super().connection_made(transport)
         client = client_of(self)
         self._heads = _BoundedParser(self._parser, self._server.heads, client, self._is_idle)
@@ -89,9 +89,9 @@ class Connection(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """The answer to what the parser refused; `App` has answered everything else, so that only cuts remain.
+        """The answer to a head that the parser refused. `App` answers all other errors itself.
 
-        Raises ConnectionError where there is nobody to answer or an answer has begun.
+        Raises ConnectionError: an answer has begun, or there is nobody to answer.
         """
         if request.writer.output_size > 0 or status != 400:
             raise ConnectionResetError("the answer was cut off") from exc
@@ -104,17 +104,17 @@ class Connection(web.RequestHandler):
         )
 
     def _is_idle(self) -> bool:
-        """Whether no request is being answered or waits to be."""
+        """Whether no request is being answered or waits for its answer."""
         return self._current_request is None and not self._messages
 
     def cut(self) -> None:
-        """End it at once."""
+        """Abort the connection."""
         if self.transport is not None:
             self.transport.abort()
 
 
 class _RefusedHeadError(BadHttpMessage):
-    """A head for which there is no room, as the base class takes it from a parser."""
+    """A head that is too large or for which there is no room, as the base class expects it from a parser."""
 
     def __init__(self, reason: ArtifactStoreError) -> None:
         super().__init__(reason.detail)
@@ -122,14 +122,14 @@ class _RefusedHeadError(BadHttpMessage):
 
 
 class _BoundedParser:
-    """The parser of one connection, with a bound for each head and for those that all connections hold.
+    """aiohttp's parser of one connection, with a bound for each head and for the heads of all connections together.
 
-    The parser bounds a line and the number of lines, and so lets a head grow to 4 MiB. Where a head begins is known
-    once the parser has taken a piece, so pieces are small where a body may end.
+    The parser bounds only a line and the number of lines, and so lets a head grow to 4 MiB. Where a head begins is
+    known only after the parser has read a piece, so pieces are small where a body may end.
     """
 
     def __init__(self, parser: Any, room: Room, client: str, is_idle: Callable[[], bool]) -> None:
-        """`is_idle` says whether all heads that were given out are done with."""
+        """`is_idle` says whether all requests parsed so far are answered."""
         self._parser = parser
         self._room = room
         self._client = client
@@ -146,7 +146,7 @@ class _BoundedParser:
         return getattr(self._parser, name)
 
     def feed_data(self, data: bytes) -> tuple[Sequence[Any], bool, bytes]:
-        """See aiohttp's parsers. Raises _RefusedHeadError; BadHttpMessage. After either everything is passed over."""
+        """See aiohttp's parsers. Raises _RefusedHeadError; BadHttpMessage. After either, further data is ignored."""
         messages: list[Any] = []
         upgraded, tail, at = False, b"", 0
         while not self._failed:
@@ -166,7 +166,7 @@ class _BoundedParser:
         return messages, upgraded, tail
 
     def release(self) -> None:
-        """Give all room back."""
+        """Give back all room."""
         self._held.close()
         self._take = None
 
@@ -181,7 +181,7 @@ class _BoundedParser:
         return _PIECE_BYTES if _HEAD_END in straddling or data.find(_HEAD_END, at) >= 0 else rest
 
     def _count(self, piece: bytes, found: Sequence[Any]) -> None:
-        """Hold room for the heads in a piece, and for the bytes after a body that ended in it: they begin a head."""
+        """Take room for the heads in a piece, and for bytes after the end of a body: they begin the next head."""
         behind = len(piece) - piece.find(_HEAD_END) - len(_HEAD_END)
         for message, body in found:
             size = len(message.path) + sum(len(name) + len(value) + 4 for name, value in message.raw_headers)
@@ -227,7 +227,7 @@ class Server(web.Server):
         places: Places,
         heads: Room,
     ) -> None:
-        """`refuse` answers what the parser did not take; `places` and `heads` are for all connections together."""
+        """`refuse` answers a head that was refused; all connections share `places` and `heads`."""
         super().__init__(handler)
         self.refuse = refuse
         self.places = places
@@ -238,7 +238,7 @@ class Server(web.Server):
         return Connection(self)
 
     def exceeded(self, connection: Connection) -> None:
-        """There is one more without a place."""
+        """Keep a connection without a place for EXCESS_SECONDS, or abort it when there are too many."""
         if len(self.excess) >= MAX_EXCESS:
             connection.cut()
             return
@@ -247,6 +247,6 @@ class Server(web.Server):
 
 
 def client_of(protocol: web.RequestHandler) -> str:
-    """Whose connection this is: the address, without the port."""
+    """The address of the client, without the port."""
     peer = protocol.peername
     return peer[0] if isinstance(peer, tuple) else ""

@@ -1,4 +1,4 @@
-"""What a route says of itself: parameters, body, answers and problems; routing and the OpenAPI document read it."""
+"""Declarations of routes: parameters, body, answers and problems; and the OpenAPI 3.1 document made from them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Body:
 
 @dataclass(frozen=True)
 class Success:
-    """An answer that is no problem: per media type its shape (a pydantic type) or schema; per header its schema."""
+    """A successful answer: per media type its shape (a pydantic type) or schema; per header its schema."""
 
     status: int
     description: str
@@ -48,9 +48,9 @@ class Success:
 
 @dataclass(frozen=True)
 class Route:
-    """One method of one resource. In `template` a last `{relative_path}` takes everything that remains.
+    """One method of one resource. `{relative_path}` at the end of `template` matches the rest of the path.
 
-    `transfer` says what kind of place a request takes before it is handled; HEAD, which moves no bytes, takes none.
+    `transfer` is the kind of place that a request takes before it is handled. HEAD moves no bytes and takes none.
     """
 
     method: str
@@ -67,12 +67,12 @@ class Route:
 
     @property
     def operation_id(self) -> str:
-        """Its name in the document: that of the handler."""
+        """Its name in the OpenAPI document: the handler's."""
         return self.handler.__name__
 
 
 _ANYWHERE = (MalformedHttpError, ExpectationFailedError, HeadTooLargeError, TooManyAtOnceError, PushBackError)
-"""Problems that every request may meet: what is no HTTP or expects what is not met, and a gateway that is full."""
+"""Problems of every route: a malformed request, an unknown expectation, and a gateway that is full."""
 
 _REF = "#/components/schemas/{model}"
 _DESCRIPTION = """\
@@ -85,7 +85,7 @@ is not listed is refused. `HEAD` works wherever `GET` does. Answers may gain fie
 
 
 def document(routes: Iterable[Route]) -> bytes:
-    """The document in JSON."""
+    """The OpenAPI document in JSON."""
     schemas: dict[str, Any] = {}
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
@@ -184,7 +184,7 @@ def _problems(kinds: Iterable[type[ArtifactStoreError]], schemas: dict[str, Any]
 
 
 def _schema(shape: Any, schemas: dict[str, Any]) -> Mapping[str, Any]:
-    """A schema as it stands, or a reference to that of a shape, which is added to the components."""
+    """A schema unchanged; or, for a shape, a reference to its schema, which is added to the components."""
     if isinstance(shape, Mapping):
         return shape
     inline = TypeAdapter(shape).json_schema(ref_template=_REF, mode="serialization")

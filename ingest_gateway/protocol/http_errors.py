@@ -1,4 +1,4 @@
-"""Problems of the protocol itself, and the one place where an error becomes an answer (RFC 9457)."""
+"""Errors of HTTP itself, and the one place where an error becomes an answer (RFC 9457)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ProtocolError(RejectedError):
 
 
 class MalformedHttpError(ProtocolError):
-    """What arrived is no HTTP message, or its framing is broken."""
+    """The message is not valid HTTP, or its framing is broken."""
 
     status = 400
     problem = "malformed-http"
@@ -106,7 +106,7 @@ class InvalidFieldsError(InvalidRequestError):
 
 
 def answer_of(error: ArtifactStoreError) -> web.Response:
-    """The answer that this error becomes."""
+    """The problem document for this error."""
     found = problem_of(error)
     headers: dict[str, str] = {}
     if isinstance(error, InvalidFieldsError):
@@ -121,7 +121,7 @@ def answer_of(error: ArtifactStoreError) -> web.Response:
 
 
 def internal() -> web.Response:
-    """The answer to an error that nobody foresaw; its text stays in the log."""
+    """The answer to an unexpected error, whose text stays in the log."""
     return problem_answer(problem(500, ArtifactStoreError.problem, "an error that was not foreseen; see the log"), {})
 
 
@@ -134,5 +134,5 @@ def problem_answer(found: Problem, headers: Mapping[str, str]) -> web.Response:
         headers={"Content-Type": MEDIA_TYPE, "Cache-Control": "no-store", **headers},
     )
     if headers.get("Connection") == "close":
-        response.force_close()  # what is said is done, also where more requests have come already (RFC 9112 §9.6)
+        response.force_close()  # also when more requests have arrived already (RFC 9112 §9.6)
     return response

@@ -1,4 +1,4 @@
-"""Reading JSON from outside strictly: what two readers could understand differently is refused (RFC 8259, RFC 7493)."""
+"""Strict JSON: a body that two parsers could read differently is refused (RFC 8259, RFC 7493)."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from ingest_gateway.protocol.http_errors import InvalidFieldsError
 Shape = TypeVar("Shape", bound=Request)
 
 MAX_FAULTS = 64
-"""How many faulty fields are named one by one; of more the first few are."""
+"""Up to this many faulty fields are all named; of more, only the first few."""
 
 _FIRST_FAULTS = 5
-_MOST_FAULTS_READ = 10_000  # pydantic makes texts of all or none; beyond this they are only counted
+_MOST_FAULTS_READ = 10_000  # pydantic formats all or none; more than this are only counted
 
 
 def parse_json(body: bytes, shape: type[Shape]) -> Shape:
     """The body in this shape.
 
-    Raises InvalidRequestError: not UTF-8, not JSON, a key twice, a number that is none (NaN, Infinity), too deep, or
-    more than MAX_FAULTS fields at fault; InvalidFieldsError: a field is missing, unknown or mistyped. Computes for a
-    second or two on a body of 16 MiB.
+    Raises InvalidRequestError: not UTF-8, not JSON, a repeated key, NaN or Infinity, nested too deeply, or
+    more than MAX_FAULTS fields at fault; InvalidFieldsError: a field is missing, unknown or mistyped. Takes a
+    second or two for a body of 16 MiB.
     """
     try:
         value = json.loads(body.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_number)

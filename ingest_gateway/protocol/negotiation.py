@@ -1,4 +1,4 @@
-"""Content negotiation and conditional requests (RFC 9110 §12.5.1, §13.1): pure functions over header texts."""
+"""Content negotiation, conditional and range requests (RFC 9110 §12.5.1, §13.1, §14): pure functions of headers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _TAG = re.compile(r'[\s,]*(?:(?P<weak>W/)?"(?P<value>[\x21\x23-\x7e\x80-\U0010ff
 
 
 def choose(accept: str | None, offered: Sequence[str]) -> str:
-    """The first of the `offered` media types that `accept` likes best.
+    """The `offered` media type that `accept` prefers; the first of those it likes equally.
 
-    The most specific media range that matches decides; other parameters than `q` are not looked at. Raises
-    NotAcceptableError when none is taken.
+    The most specific media range that matches decides; parameters other than `q` are ignored. Raises
+    NotAcceptableError when `accept` takes none.
     """
     if accept is None or not accept.strip():
         return offered[0]
@@ -45,7 +45,7 @@ def _media_range(part: str) -> tuple[str, float]:
 
 
 def entity_tags(header: str) -> list[tuple[bool, str]] | None:
-    """The tags of an `If-Match` or `If-None-Match` list, each with whether it is weak; None for what is no list."""
+    """The tags of an `If-Match` or `If-None-Match` list, each with whether it is weak; None if it is malformed."""
     tags: list[tuple[bool, str]] = []
     at = 0
     text = header.strip(" \t,")  # a list may have empty elements (RFC 9110 §5.6.1.2)
@@ -61,7 +61,7 @@ def entity_tags(header: str) -> list[tuple[bool, str]] | None:
 def not_modified(if_match: str | None, if_none_match: str | None, tag: str) -> bool:
     """Whether 304 is the answer for a representation with the strong tag `tag` (without its quotes).
 
-    `If-Match` compares strongly, `If-None-Match` weakly. What is neither `*` nor a list of tags matches nothing. Raises
+    `If-Match` compares strongly, `If-None-Match` weakly. A malformed header matches nothing. Raises
     PreconditionFailedError.
     """
     if if_match is not None and if_match.strip() != "*" and (False, tag) not in (entity_tags(if_match) or []):
@@ -78,7 +78,7 @@ _RANGE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """`length` bytes from `offset`, of a whole of `size` bytes."""
+    """`length` bytes from `offset` of a representation of `size` bytes."""
 
     offset: int
     length: int
@@ -91,12 +91,12 @@ class Slice:
 
 
 def requested(header: str | None, if_range: str | None, tag: str, size: int) -> Slice | None:
-    """The slice that is asked for; None when the whole is the answer.
+    """The slice that `Range` asks for; None to answer with the whole.
 
     Ignored, as RFC 9110 §14.2 allows or demands: another unit, a malformed range, more than one range, and any range
     when `If-Range` is not the strong tag `tag` (without its quotes).
 
-    Raises RangeNotSatisfiableError when no byte lies in the range.
+    Raises RangeNotSatisfiableError: the representation has no byte in the range.
     """
     if header is None or (if_range is not None and if_range.strip() != f'"{tag}"'):
         return None

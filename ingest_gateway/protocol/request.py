@@ -1,4 +1,7 @@
-"""One HTTP request: its head and body are read here, and its answer is sent."""
+"""One HTTP request: its parameters and its body are read here, and its answer is made and sent here.
+
+Each parameter is declared once, for reading requests and for the OpenAPI document.
+"""
 
 from __future__ import annotations
 
@@ -60,24 +63,24 @@ class Call:
     """One HTTP request, from its head to the end of its answer. Belongs to one task."""
 
     def __init__(self, gateway: Gateway, request: web.BaseRequest) -> None:
-        """It has no parameters and takes no body until `read_head` has said which."""
+        """Parameters can be read once `read_head` has been told which there are."""
         self.gateway = gateway
         self.registry = gateway.registry
         self.request = request
         self.target, self._raw_query = _target(request)
         self.began = asyncio.get_running_loop().time()
         self.status = 0
-        """The answer's status; 0 until there is one, and where the answer was cut off."""
+        """The answer's status; 0 until there is one, and when the answer was cut off."""
         self.received = 0
         self.sent_in_part = False
-        """Whether a piece of the answer was given up before all of it was written."""
+        """Whether sending stopped within a piece of the answer."""
         self._streamed = 0
         self._held = 0
         self._path: Mapping[str, str] = {}
         self._query: Mapping[str, str] = {}
         self.template = "none"
-        """Of the route that it goes to: what metrics call it."""
-        self._expects = "Expect" in request.headers  # a 100-continue that was not sent yet, as far as is known
+        """The template of its route, which labels its metrics."""
+        self._expects = "Expect" in request.headers  # whether the client still waits for a 100-continue
         self._digests: dict[str, bytes] = {}  # by algorithm: what the content must hash to
 
     def __str__(self) -> str:
@@ -106,18 +109,18 @@ class Call:
 
     @property
     def client(self) -> str:
-        """Whose request it is: limits are for each client."""
+        """The client's address, to which limits apply."""
         return client_of(self.request.protocol)
 
     @property
     def refusal(self) -> PushBackError | None:
-        """Why there is no place for the connection, if there is none."""
+        """Why the connection has no place; None when it has one."""
         protocol = self.request.protocol
         return protocol.refusal if isinstance(protocol, Connection) else None
 
     @property
     def begun(self) -> bool:
-        """Whether bytes of the answer are on their way already."""
+        """Whether bytes of the answer have been sent."""
         return self.request.writer.output_size > 0
 
     @property
@@ -152,7 +155,7 @@ class Call:
         return bool(self._digests)
 
     def take_sha256(self) -> bytes | None:
-        """The SHA-256 that the headers declare of the content, for the caller to check: `body` does so no more."""
+        """The SHA-256 that the headers declare of the content. The caller must check it: `body` no longer does."""
         return self._digests.pop("sha-256", None)
 
     def _declare_digests(self, parameters: Collection[Parameter[Any]]) -> None:
@@ -182,11 +185,11 @@ class Call:
         return f"{self.target}?{urlencode({**self._query, **changes})}"
 
     async def body(self, *, coded: bool = False) -> AsyncIterator[bytes]:
-        """The body as it arrives, 100-continue having been sent where it was asked for; `coded`: it may be.
+        """The body as it arrives. Sends 100-continue first if the client waits for it.
 
         Raises:
             IncompleteBodyError, MalformedHttpError, BodyTimeoutError: the body did not come to its end.
-            UnsupportedMediaTypeError: it is coded; the bytes that are stored are those that are meant.
+            UnsupportedMediaTypeError: it has a Content-Encoding, which only `coded` bodies may have.
             ContentMismatchError: it is not what the headers declare.
         """
         coding = self.list_header("Content-Encoding")
@@ -196,7 +199,7 @@ class Call:
             )
         framing = self.list_header("Transfer-Encoding")
         if framing is not None and framing.strip().lower() != "chunked":
-            # The parser takes the chunks off and nothing else: `gzip, chunked` would be stored as gzip.
+            # The parser decodes chunks and nothing else: `gzip, chunked` would be stored as gzip.
             raise UnsupportedMediaTypeError(
                 "the only Transfer-Encoding that is taken is chunked", {"Connection": "close"}
             )
@@ -209,12 +212,12 @@ class Call:
         clock = asyncio.get_running_loop().time
         seconds = self.gateway.bounds.body_idle_seconds
         least = max(1, int(seconds * self.gateway.bounds.body_bytes_per_second))
-        waited, got = 0.0, 0  # since the last look; only waiting for the client counts
+        waited, got = 0.0, 0  # since the pace was last checked; only waiting for the client counts
         while True:
             began = clock()
             try:
                 chunk = content.read_nowait()
-                if not chunk and not content.at_eof():  # a timer is for what is waited for, not for what is there
+                if not chunk and not content.at_eof():  # bytes that are there need no timer
                     async with asyncio.timeout(seconds - waited):
                         chunk = await content.readany()
             except TimeoutError:
@@ -240,14 +243,14 @@ class Call:
             yield chunk
 
     async def json(self, shape: type[Shape], *, limit: int = 0) -> Shape:
-        """The JSON body in this shape, of at most `limit` bytes where that is more than the usual.
+        """The JSON body in this shape. `limit` raises the usual limit of its bytes.
 
         No body at all reads as an empty object when every field has a default.
 
         Raises:
             UnsupportedMediaTypeError: the body is not declared as JSON.
             InvalidRequestError: it is not JSON, or does not have the shape; TooLargeError.
-            PushBackError: bodies of others take all the room. TooManyAtOnceError: this client's own take half of it.
+            PushBackError: other bodies take all the room. TooManyAtOnceError: this client's bodies take half of it.
         """
         limit = max(limit, MAX_JSON_BYTES + _JSON_ESCAPE * self.gateway.bounds.max_metadata_bytes)
         if (self.request.content_length or 0) > limit:
@@ -285,24 +288,24 @@ class Call:
         await response.prepare(self.request)
 
     async def send(self, response: web.StreamResponse, data: bytes) -> None:
-        """Send a piece of a streamed answer; waits, and raises, as `taken`."""
+        """Send a piece of a streamed answer. Waits and raises as `taken`."""
         rest = memoryview(data)
         while rest:
             piece, rest = rest[:SENT_AT_ONCE_BYTES], rest[SENT_AT_ONCE_BYTES:]
-            self.sent_in_part = bool(rest)  # what is written waits for the client, if it has to, behind this
+            self.sent_in_part = bool(rest)  # the write below may wait for the client
             await taken(response.write(piece), len(piece), self.gateway.bounds)
             self._streamed += len(piece)
 
     async def finish(self, response: web.StreamResponse) -> None:
-        """End a streamed answer. Waits, and raises, as `send`."""
+        """End a streamed answer. Waits and raises as `taken`."""
         await taken(response.write_eof(), 0, self.gateway.bounds)
 
     async def answer(self, response: web.StreamResponse) -> None:
-        """Send what was not sent yet of the answer: all of one that is held whole. Waits, and raises, as `taken`."""
+        """Send the rest of the answer: all of it unless it was streamed. Waits and raises as `taken`."""
         self.note(response)
         if not response.prepared:
             response.headers["Server"] = SERVER
-            # A body may still come that nobody wants any more (RFC 9110 §10.1.1), this process goes away, or the
+            # The client may still send a body that it announced (RFC 9110 §10.1.1), this process stops, or the
             # connection has no place.
             if self.gateway.admission.draining or self._expects or self.refusal is not None:
                 response.force_close()
@@ -317,12 +320,12 @@ class Call:
         await taken(response.write_eof(), len(body), self.gateway.bounds)
 
     def note(self, response: web.StreamResponse) -> None:
-        """Note what the answer is."""
+        """Record the answer's status and size, for metrics and the access log."""
         self.status = response.status
         self._held = 0 if self.request.method == "HEAD" else len(held(response))
 
     def cut(self) -> ConnectionResetError:
-        """End the connection in the middle of the answer; gives the error that says so."""
+        """Abort the connection in the middle of the answer; returns the error to raise."""
         self.status = 0
         if self.request.transport is not None:
             self.request.transport.abort()
@@ -330,7 +333,7 @@ class Call:
 
 
 def _target(request: web.BaseRequest) -> tuple[str, str]:
-    """Path and query as they came, nothing decoded; an absolute form (RFC 9112 §3.2.2) is brought to its path."""
+    """The path and query, not decoded. A target in absolute form (RFC 9112 §3.2.2) loses scheme and host."""
     raw = request.raw_path
     if not raw.startswith("/"):
         raw = request.rel_url.raw_path_qs
@@ -436,7 +439,7 @@ def _number(name: str, low: int, high: int) -> Callable[[str], int]:
 
 
 def whole_number(name: str) -> Callable[[str], int]:
-    """Reads a number of bytes."""
+    """A parser for a number of bytes."""
     return _number(name, 0, _MAX_LONG)
 
 
@@ -601,7 +604,7 @@ CONTENT_MD5 = Parameter(
     {"type": "string"},
 )
 DIGESTS = (CONTENT_DIGEST, REPR_DIGEST, CONTENT_MD5)
-"""What every request with a body may declare of it. A digest that is declared is checked or refused, never ignored."""
+"""Digests that every request with a body may declare. A declared digest is checked or refused, never ignored."""
 
 LAST_EVENT_ID = Parameter(
     names.LAST_EVENT_ID,
@@ -625,19 +628,19 @@ IF_NONE_MATCH = Parameter("If-None-Match", "header", str, "304 if one of these i
 
 
 def declared(size: int | None, address: ContentAddress | None, sha256: bytes | None) -> Declared:
-    """What a producer says of the bytes, from the headers' values."""
+    """What a producer declares of the bytes, from the values of headers."""
     return Declared(size_bytes=size, blake3=None if address is None else address.digest, sha256=sha256)
 
 
 SENT_AT_ONCE_BYTES = 256 * 1024
-"""Most bytes that a client has one span of time for: the longer the piece, the later it shows that nobody takes it."""
+"""Most bytes that are sent at once. The longer the piece, the later a client is found that takes nothing."""
 
 
 async def taken(writing: Awaitable[None], size: int, bounds: Bounds) -> None:
     """Wait until `size` bytes are written.
 
     Raises ConnectionError; AnswerTimeoutError: the client takes less than `Bounds.body_bytes_per_second`, measured over
-    `Bounds.body_idle_seconds` at least. Only time in which it is waited for counts.
+    at least `Bounds.body_idle_seconds`. Only time spent waiting for the client counts.
     """
     seconds = max(bounds.body_idle_seconds, size / bounds.body_bytes_per_second)
     try:
@@ -648,15 +651,15 @@ async def taken(writing: Awaitable[None], size: int, bounds: Bounds) -> None:
 
 
 def held(response: web.StreamResponse) -> bytes:
-    """The body that an answer holds whole; nothing of one that is streamed."""
+    """The body of an answer that is not streamed; empty for one that is."""
     return response.body if isinstance(response, web.Response) and isinstance(response.body, bytes) else b""
 
 
 JSON = "application/json"
 SERVER = "artifact-store"
-"""What `Server` says: no versions."""
+"""The value of `Server`, without a version."""
 IMMUTABLE = "private, max-age=31536000, immutable"
-"""`Cache-Control` of what never changes under its address; private, because reading will need a right."""
+"""`Cache-Control` of a representation that never changes; private, because reading will need a permission."""
 
 LOCATION: Mapping[str, Any] = {"type": "string", "format": "uri-reference"}
 ETAG: Mapping[str, Any] = {"type": "string", "pattern": '^"[^"]+"$'}
@@ -666,7 +669,7 @@ TEXT: Mapping[str, Any] = {"type": "string"}
 def json_answer(
     answer: BaseModel, *, status: int = 200, headers: Mapping[str, str] | None = None, media_type: str = JSON
 ) -> web.Response:
-    """The answer as JSON; not to be cached, because the next event may change it."""
+    """The answer as JSON. It must not be cached, because the next event may change it."""
     body = answer.model_dump_json().encode()
     return bytes_answer(body, media_type, status=status, headers={"Cache-Control": "no-store", **(headers or {})})
 
@@ -674,5 +677,5 @@ def json_answer(
 def bytes_answer(
     body: bytes, media_type: str, *, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> web.Response:
-    """These bytes under this media type."""
+    """An answer of these bytes and this media type."""
     return web.Response(status=status, body=body, headers={"Content-Type": media_type, **(headers or {})})

@@ -1,4 +1,4 @@
-"""Events over HTTP: as lines of JSON or as server-sent events, up to the log's end or for ever."""
+"""Events over HTTP: as lines of JSON or server-sent events, up to the log's end or without end."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ async def get_events(call: Call) -> web.StreamResponse:
         ):
             await _send_all(call, response, lines)
     if not response.prepared or call.sent_in_part:
-        # The follower was let go before its first event or within one: no answer ends as if it were whole.
+        # The follower was dismissed before its first event or within one: the answer must not look complete.
         raise gateway_closes()
     await call.finish(response)
     return response
 
 
 async def _send_all(call: Call, response: web.StreamResponse, lines: Feed) -> None:
-    piece = await _next(call, response, lines)  # what can fail fails here, before the head is sent
+    piece = await _next(call, response, lines)  # most failures show here, before the head is sent
     await call.start(response)
     while piece is not None:
         if piece:
@@ -64,7 +64,7 @@ async def _send_all(call: Call, response: web.StreamResponse, lines: Feed) -> No
 
 
 async def _next(call: Call, response: web.StreamResponse, lines: Feed) -> bytes | None:
-    """What there is to send next, None at the end; when nothing comes for a while, what keeps the connection open."""
+    """The next bytes to send, None at the end. After a while without events, bytes that keep the connection open."""
     try:
         async with asyncio.timeout(call.gateway.bounds.heartbeat_seconds):
             return await lines.take()
@@ -85,7 +85,7 @@ def _server_sent(event_type: str, head: bytes, position: str) -> bytes:
 
 
 FRAMES: Mapping[str, Frame] = {LINES: _line, EVENT_STREAM: _server_sent}
-"""How an event is sent, by media type."""
+"""The format of an event, by media type."""
 
 
 ROUTES = (

@@ -1,4 +1,7 @@
-"""Files: stream one in, list a package's, show one by path or id."""
+"""Files: upload one, list those of a package, show one by path or id, read its bytes.
+
+Bytes are read whole or as a range. They may be cached for good under their digest, and no browser runs them.
+"""
 
 from __future__ import annotations
 
@@ -128,7 +131,7 @@ async def get_content(call: Call) -> web.StreamResponse:
     if request.method == "HEAD":
         await call.start(response)
         return response
-    # What can fail fails here: afterwards the status is sent, and a failure can only cut the connection.
+    # Most failures show here. Once the status is sent, a failure can only cut the connection.
     chunks = await call.registry.open_content(file.file_id, 0 if part is None else part.offset, length)
     async with aclosing(chunks):
         await call.start(response)
@@ -145,7 +148,7 @@ def _headers(file: File, tag: ContentAddress) -> dict[str, str]:
         "Cache-Control": IMMUTABLE,
         "Accept-Ranges": "bytes",
         "Repr-Digest": repr_digest(file.sha256),
-        # What producers store is foreign: a browser saves it, and neither sniffs nor runs it in our origin.
+        # Producers' bytes are not trusted: a browser saves them, and neither sniffs nor runs them in our origin.
         "Content-Disposition": disposition(file.relative_path),
         "X-Content-Type-Options": "nosniff",
         "Content-Security-Policy": "sandbox; default-src 'none'",

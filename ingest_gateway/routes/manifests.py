@@ -1,4 +1,4 @@
-"""The manifest of a finalized package: the very bytes in CBOR, or their projection in JSON."""
+"""The manifest of a finalized package: its exact bytes in CBOR, or their projection in JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""For those who run a gateway: liveness, readiness to take writes, metrics, and the contract."""
+"""For operators: liveness, readiness to take writes, metrics, and the OpenAPI document."""
 
 from __future__ import annotations
 

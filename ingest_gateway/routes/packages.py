@@ -1,4 +1,4 @@
-"""Packages: create, finalize, list, show."""
+"""Packages: create, finalize, list and show them, and list their usage by producer, retention class and day."""
 
 from __future__ import annotations
 
@@ -106,14 +106,14 @@ async def show_package(call: Call) -> web.StreamResponse:
 
 
 def link_to_next(call: Call, cursor: str | None) -> dict[str, str]:
-    """The `Link` header of a page (RFC 8288): nothing on the last one."""
+    """The `Link` header of a page (RFC 8288); empty on the last page."""
     return {} if cursor is None else {"Link": f'<{call.same_with(cursor=cursor)}>; rel="next"'}
 
 
 WRITING = (PushBackError, NotAppendedError, UnavailableError)
-"""Problems that every write may meet."""
+"""Problems of every write."""
 READING = (IncompleteBodyError, BodyTimeoutError, TooLargeError, UnsupportedMediaTypeError, ContentMismatchError)
-"""What a body may be refused for, whatever it holds."""
+"""Problems of every request body, whatever it holds."""
 INGESTING = (
     InvalidRequestError,
     InvalidPathError,
@@ -127,7 +127,7 @@ INGESTING = (
     CommandReusedError,
     TooLargeError,
 )
-"""What a file may be refused for, in whatever way its bytes come."""
+"""Problems of ingesting a file, however its bytes arrive."""
 
 
 async def list_usage(call: Call) -> web.StreamResponse:

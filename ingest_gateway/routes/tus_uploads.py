@@ -59,7 +59,7 @@ from services.blobs.resumable.uploads import ALGORITHMS, Checksum, NewUpload, ac
 
 
 class UnsupportedTusVersionError(ProtocolError):
-    """`Tus-Resumable` is missing, or names a version that is not spoken here; `Tus-Version` names those that are."""
+    """`Tus-Resumable` is missing or names an unsupported version; `Tus-Version` names the supported ones."""
 
     status = 412
     problem = "unsupported-tus-version"
@@ -117,7 +117,7 @@ METHOD_OVERRIDE = Parameter(
 
 
 def capabilities(longest: int) -> dict[str, str]:
-    """The headers that answer OPTIONS; `longest` is the most bytes that an upload may have."""
+    """Headers of the answer to OPTIONS; `longest` is the most bytes that an upload may have."""
     return {
         names.TUS_VERSION: names.VERSION,
         names.TUS_EXTENSION: ",".join(names.EXTENSIONS),
@@ -132,13 +132,13 @@ def http_date(moment: datetime) -> str:
 
 
 def spoken(handler: Handler) -> Handler:
-    """The handler for clients that speak tus: refuses other versions, and says ours in every answer."""
+    """Wrap a handler for clients of tus: it refuses other versions, and every answer names ours."""
 
     @wraps(handler)
     async def speak(call: Call) -> web.StreamResponse:
         try:
             said = call.header(RESUMABLE)
-            # OPTIONS comes before a version is agreed upon, and reading is of use without tus as well.
+            # OPTIONS is sent before a version is agreed on, and GET and HEAD are useful without tus.
             needless = call.request.method == "OPTIONS" or (said is None and call.request.method in ("GET", "HEAD"))
             if said != names.VERSION and not needless:
                 raise UnsupportedTusVersionError(
@@ -159,7 +159,7 @@ _UPLOAD = _RESOURCE + "/{upload_id}"
 
 @spoken
 async def describe_uploads(call: Call) -> web.StreamResponse:
-    """OPTIONS: what is spoken here."""
+    """OPTIONS: the versions and extensions of tus that this server has."""
     call.path(PACKAGE_ID)
     return web.Response(status=204, headers=capabilities(call.registry.uploads.longest))
 
@@ -292,7 +292,7 @@ def _location(state: UploadState) -> str:
 
 
 def _headers(call: Call, state: UploadState) -> dict[str, str]:
-    """What every answer says of an upload; the file's address, digests and id once it is one."""
+    """Headers of every answer about an upload; once it is a file, also the file's address, digest and location."""
     found = {
         names.UPLOAD_OFFSET: str(state.offset),
         names.UPLOAD_EXPIRES: http_date(call.registry.uploads.expires_at(state)),
