@@ -96,7 +96,7 @@ async def take_over(
     identity = await log.identity()
     states = States(kafka.state_dir.with_name(folder))
     return await asyncio.to_thread(
-        lambda: PartitionLease(
+        lambda: PartitionLease.take_over(
             log.kafka,
             cluster or log.cluster,
             partition,

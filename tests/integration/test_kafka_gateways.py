@@ -223,16 +223,16 @@ async def test_commands_that_add_files_to_a_package_are_decided_together_if_they
 async def test_a_right_that_was_taken_away_and_given_back_is_only_a_delay(
     kafka: Settings, log: KafkaLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin, refused = lease.PartitionLease, 0
+    take_over, refused = lease.PartitionLease.take_over, 0
 
     def without_right(*given: Any, **named: Any) -> lease.PartitionLease:
         nonlocal refused
         if refused < PARTITIONS:
             refused += 1
             raise ConfigurationError("Kafka refuses it")
-        return begin(*given, **named)
+        return take_over(*given, **named)
 
-    monkeypatch.setattr("services.log.kafka.partition_writer.PartitionLease", without_right)
+    monkeypatch.setattr(lease.PartitionLease, "take_over", without_right)
     monkeypatch.setattr("services.log.sequencer.answers.REFUSE_SECONDS", 0.2)
     async with lone_writer(kafka, log) as writer:
         await ready(writer)

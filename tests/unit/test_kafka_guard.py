@@ -16,10 +16,10 @@ import pytest
 from artifact_store.errors import ConfigurationError, PushBackError, UnavailableError
 from services.clock import StoreClock
 from services.config import Settings
-from services.log.kafka import partition_writer as writer_module
 from services.log.kafka import topic
 from services.log.kafka.cluster import Topic
 from services.log.kafka.connection import KafkaSettings
+from services.log.kafka.lease import PartitionLease
 from services.log.kafka.partition_writer import PartitionWriter
 from services.log.kafka.topic import Guard
 from services.log.port import HeldError
@@ -192,7 +192,7 @@ async def test_a_writer_that_is_held_tells_everyone_and_takes_nothing_over(
     def take_over(*_: object, **__: object) -> None:
         raise AssertionError("it took the partition over")
 
-    monkeypatch.setattr(writer_module, "PartitionLease", take_over)
+    monkeypatch.setattr(PartitionLease, "take_over", take_over)
     cluster.settings["retention.ms"] = "1"
     guard.look()
     counts = Counts()

@@ -11,6 +11,7 @@ import pytest
 
 from artifact_store.errors import ConfigurationError, CorruptError, LogIdentityError, UnavailableError
 from services.log.kafka import partition_writer as writer_module
+from services.log.kafka.lease import PartitionLease
 from services.log.kafka.partition_writer import PartitionWriter
 from services.log.sequencer.answers import Counts
 from services.log.state.state_file import Irregular
@@ -44,7 +45,7 @@ class Scene:
         left: Iterator[Callable[[], None]] = iter(steps)
         scene = self
 
-        class PartitionLease:
+        class Lease:
             """Fails as the step does, while taking over; `serve` has it take over first."""
 
             def __init__(self, *_: object, progressed: Callable[[], None], **__: object) -> None:
@@ -67,7 +68,7 @@ class Scene:
             def close(self) -> None:
                 pass
 
-        monkeypatch.setattr(writer_module, "PartitionLease", PartitionLease)
+        monkeypatch.setattr(PartitionLease, "take_over", Lease)
         monkeypatch.setattr(writer_module, "_IDLE_SECONDS", 0.0)
         context = SimpleNamespace(
             loop=asyncio.get_running_loop(),

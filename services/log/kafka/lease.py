@@ -13,11 +13,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Self, TypeVar
 from uuid import UUID
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
@@ -56,6 +57,7 @@ from services.log.state.restore import (
     stored,
     witnesses,
 )
+from services.log.state.snapshots import Stored
 from services.log.state.state_file import READABLE_FORMATS, Anchor, LogPartition
 
 INIT_SECONDS = 30.0
@@ -120,30 +122,18 @@ class PartitionLease:
         identity: UUID,
         states: States,
         *,
-        is_ours: Callable[[], bool],
         stopping: Callable[[], bool],
         in_doubt: Callable[[], bool],
-        progressed: Callable[[], None] = lambda: None,
+        progressed: Callable[[], None],
     ) -> None:
-        """Take over, if `is_ours` says at the last moment that the group has the partition assigned to this process.
-
-        Nothing is committed while `in_doubt` says that the topic may be another one by now. `progressed` is called when
-        a part of the work was done for good.
-
-        Raises:
-            UnavailableError: the cluster cannot be reached, or another's open transaction hides the end of the log.
-                The state file cannot be used.
-            PartitionNotOwnedError: the partition is another's, or `stopping` came true meanwhile.
-            CorruptError: the partition breaks an invariant. LogIdentityError: it is another topic by now.
-            ConfigurationError: no right to write, or no such topic.
-        """
+        """Of `take_over`."""
         self.restored_from = FROM_LOG
         self._stopped: BadRecord | None = None
         """The record that the fold stands before."""
         self._skips: dict[bytes, tuple[int, Event]] = {}
         """As `_Ahead.skips`, as far as was looked."""
         self.losses: Sequence[Loss] = ()
-        """What the log lost of what it had acknowledged: nothing may be appended."""
+        """Acknowledged records that the log lost: nothing may be appended."""
         self._states = states
         self._origin = LogPartition(identity, kafka.topic, partition)
         self._slot: Slot | None = None
@@ -163,23 +153,60 @@ class PartitionLease:
         self._tail: Reader | None = None
         self._tail_at = 0
         """The offset that the tail gives next; _NOWHERE once it was read on from there."""
-        self._looking = None if states.snapshots is None else states.snapshots.look(self._origin)
-        self._producer: Producer | None = make_producer(kafka.producer(partition))
+        self._producer: Producer | None = None
+
+    @classmethod
+    def take_over(
+        cls,
+        kafka: KafkaSettings,
+        cluster: Cluster,
+        partition: int,
+        identity: UUID,
+        states: States,
+        *,
+        is_ours: Callable[[], bool],
+        stopping: Callable[[], bool],
+        in_doubt: Callable[[], bool],
+        progressed: Callable[[], None] = lambda: None,
+    ) -> Self:
+        """Take the partition over; blocks until everything before is read, which takes seconds to minutes.
+
+        Nothing happens unless `is_ours` says, right before, that the group has the partition assigned to this process.
+        The lease commits nothing while `in_doubt` says that the topic may be another one by now. It calls `progressed`
+        whenever a part of the work is done for good.
+
+        Raises:
+            UnavailableError: the cluster cannot be reached, or another's open transaction hides the end of the log.
+                The state file cannot be used.
+            PartitionNotOwnedError: the partition is another's, or `stopping` came true meanwhile.
+            CorruptError: the partition breaks an invariant. LogIdentityError: it is another topic by now.
+            ConfigurationError: no right to write, or no such topic.
+        """
+        lease = cls(
+            kafka, cluster, partition, identity, states, stopping=stopping, in_doubt=in_doubt, progressed=progressed
+        )
         try:
-            topic = cluster.topic()
-            if topic.identity != identity:
-                raise LogIdentityError(f"the topic was made anew: it was log {identity}, it is log {topic.identity}")
-            self._partitions = topic.partitions
-            time.sleep(_CONNECT_SECONDS)
-            # A process that woke up late must not cut off the rightful owner.
-            if not is_ours():
-                raise PartitionNotOwnedError("the group has given the partition to another process")
-            with explaining("taking over a partition"):
-                self._producer.init_transactions(INIT_SECONDS)
-            self._restore(self._barrier())
+            looking = None if states.snapshots is None else states.snapshots.look(lease._origin)
+            lease._fence(is_ours)
+            lease._restore(lease._barrier(), looking)
         except BaseException:
-            self.close()
+            lease.close()
             raise
+        return lease
+
+    def _fence(self, is_ours: Callable[[], bool]) -> None:
+        """Cut off every predecessor."""
+        self._producer = make_producer(self._kafka.producer(self._partition))
+        topic, identity = self._cluster.topic(), self._origin.identity
+        if topic.identity != identity:
+            raise LogIdentityError(f"the topic was made anew: it was log {identity}, it is log {topic.identity}")
+        self._partitions = topic.partitions
+        time.sleep(_CONNECT_SECONDS)
+        # A process that woke up late must not cut off the rightful owner.
+        if not is_ours():
+            raise PartitionNotOwnedError("the group has given the partition to another process")
+        with explaining("taking over a partition"):
+            self._producer.init_transactions(INIT_SECONDS)
 
     @property
     def state(self) -> PartitionState:
@@ -397,13 +424,13 @@ class PartitionLease:
             raise UnavailableError("the end of the partition is unknown: its replicas did not acknowledge a record")
         return offsets[0]
 
-    def _restore(self, barrier: int) -> None:
+    def _restore(self, barrier: int, looking: Future[Stored] | None) -> None:
         """Go on from the best state that stands on the log, and read from there up to the barrier.
 
         Whatever remembers a record that the log does not hold is among the `losses`.
         """
         self._end = barrier + 1
-        found = stored(self._states, self._looking, self._origin, self._stopping)
+        found = stored(self._states, looking, self._origin, self._stopping)
         remembered = witnesses(self._states, found, self._origin, barrier, self._stopping)
         losses = [loss for witness in remembered if (loss := self._lost(witness, barrier)) is not None]
         claimed = claim(self._states.folder, self._origin, lambda witness: self._lost(witness, barrier))

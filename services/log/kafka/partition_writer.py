@@ -258,7 +258,7 @@ class PartitionWriter:
         """One lease: take over, then serve until told to stop."""
         context, began = self._context, time.monotonic()
         context.guard.require(self.partition, self._last_created_at)
-        lease = PartitionLease(
+        lease = PartitionLease.take_over(
             context.kafka,
             context.cluster,
             self.partition,
