@@ -1,6 +1,6 @@
 """The operations of the registry: the one interface of the HTTP gateway, the command line and Python programs.
 
-`artifact_store.Client` fulfils it through a gateway, `services.direct.DirectRegistry` on the log, blobs and views.
+`artifact_store.Client` fulfils it through a gateway, `services.registry.direct.DirectRegistry` on log, blobs and views.
 """
 
 from __future__ import annotations

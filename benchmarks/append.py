@@ -28,10 +28,10 @@ from benchmarks.kafka_topics import (
     serving_writer,
 )
 from benchmarks.workload import PackageCommands, package_commands
-from services.collector import collect_rarely
 from services.config import Settings
 from services.log.kafka import KafkaWriter
 from services.log.kafka.connection import KafkaSettings
+from services.runtime.processes import collect_rarely
 
 PACKAGES = 1_200
 FILES = 64

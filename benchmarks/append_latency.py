@@ -24,9 +24,9 @@ from benchmarks.kafka_topics import (
     serving_writer,
 )
 from benchmarks.workload import package_commands
-from services.collector import collect_rarely
 from services.config import Settings
 from services.log.kafka.connection import KafkaSettings
+from services.runtime.processes import collect_rarely
 
 COMMANDS = 300
 

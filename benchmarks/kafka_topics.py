@@ -13,13 +13,13 @@ from uuid import uuid4
 from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
-from services.clock import system_clock
 from services.config import Settings
 from services.core.limits import Limits
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka.cluster import Cluster
 from services.log.kafka.connection import KafkaSettings
 from services.log.kafka.topic import migrate
+from services.runtime.clock import system_clock
 
 _SECONDS = 60.0
 _READ = 1_000

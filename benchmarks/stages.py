@@ -26,7 +26,6 @@ from uuid import UUID
 from confluent_kafka import Producer
 
 from benchmarks.workload import package_commands
-from services.collector import collect_rarely
 from services.config import Settings
 from services.core.commands import Command, IngestFiles
 from services.core.decide import Decision, acknowledge, decide, decide_together
@@ -41,6 +40,7 @@ from services.log.kafka.topic import partition_of
 from services.log.sequencer.queue import Request, RequestQueue, runs_of
 from services.log.state.partition_state import PartitionState
 from services.log.state.state_file import LogPartition, StateFile
+from services.runtime.processes import collect_rarely
 
 _PACKAGES = 15
 _FILES = 64

@@ -25,9 +25,9 @@ from ingest_gateway.protocol.http_errors import (
 from ingest_gateway.protocol.request import SERVER, Call
 from ingest_gateway.routes import archives, event_feed, files, manifests, operations, packages, tus_uploads
 from ingest_gateway.siblings import Siblings
-from services.direct import DirectRegistry
 from services.log.port import Log
-from services.tracing import TRACEPARENT, traceparent
+from services.registry.direct import DirectRegistry
+from services.runtime.tracing import TRACEPARENT, traceparent
 
 _log = logging.getLogger(__name__)
 _access = logging.getLogger("ingest_gateway.access")

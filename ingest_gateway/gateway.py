@@ -8,8 +8,8 @@ from ingest_gateway.http_metrics import Metrics
 from ingest_gateway.limits.admission import Admission, Bounds
 from ingest_gateway.limits.followers import Followers
 from ingest_gateway.siblings import Siblings
-from services.direct import DirectRegistry
 from services.log.port import Log
+from services.registry.direct import DirectRegistry
 
 
 class Gateway:

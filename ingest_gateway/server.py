@@ -29,10 +29,10 @@ from ingest_gateway.peers.forwarding import MAX_FORWARDED
 from ingest_gateway.peers.internal_listener import MAX_TAKEN
 from ingest_gateway.protocol.connections import Server
 from ingest_gateway.siblings import Member, Siblings
-from services.addresses import ListenAddress
 from services.config import Settings
-from services.direct import DirectRegistry
 from services.log.port import Log
+from services.registry.direct import DirectRegistry
+from services.runtime.addresses import ListenAddress
 from services.wiring import Parts, is_embedded, parts
 
 _log = logging.getLogger(__name__)

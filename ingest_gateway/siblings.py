@@ -29,8 +29,8 @@ from prometheus_client.registry import Collector
 
 from artifact_store.errors import ConfigurationError
 from services.config import Settings
-from services.processes import PYTHON, Command, RestartRule
-from services.processes import run_processes as run_all
+from services.runtime.processes import PYTHON, Command, RestartRule
+from services.runtime.processes import run_processes as run_all
 
 _PATIENCE_SECONDS = 2.0
 _UP = "artifact_store_process_up"

@@ -11,8 +11,7 @@ from collections.abc import Mapping
 
 from artifact_store.errors import ArtifactStoreError
 from projector.loading import Job, Pace, load, take_short_turns
-from services.collector import collect_rarely
-from services.processes import when_input_ends
+from services.runtime.processes import collect_rarely, when_input_ends
 from services.views.projections import projection_named
 from services.wiring import open_log, open_views
 

@@ -22,7 +22,7 @@ from artifact_store.errors import ArtifactStoreError, UnavailableError
 from artifact_store.position import Position
 from services.config import Settings
 from services.log.port import Log
-from services.processes import PYTHON
+from services.runtime.processes import PYTHON
 from services.views.database import Views
 from services.views.engine.apply import apply
 from services.views.engine.catch_up import fold_range

@@ -15,8 +15,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from artifact_store.errors import ArtifactStoreError, ConfigurationError
-from services.addresses import ListenAddress
 from services.log.port import Log
+from services.runtime.addresses import ListenAddress
 from services.views.database import Views
 from services.views.engine.parking import list_marks
 from services.views.queries import Queries

@@ -23,11 +23,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from artifact_store.errors import ArtifactStoreError, CorruptError, PushBackError, UnavailableError
 from projector.assignment import Assignment
 from projector.projection_metrics import ProjectorMetrics, served
-from services.addresses import ListenAddress
 from services.config import Settings
 from services.log.port import Log
-from services.processes import PYTHON, Command, RestartRule
-from services.processes import run_processes as run_all
+from services.runtime.addresses import ListenAddress
+from services.runtime.processes import PYTHON, Command, RestartRule
+from services.runtime.processes import run_processes as run_all
 from services.views.database import TablesError, Views
 from services.views.engine.catch_up import fold
 from services.views.engine.checkpoints import Checkpoint, StaleCheckpointError

@@ -2,7 +2,7 @@
 
 Nearly every event is one, and all its forms are made of the same pieces, so they are made together, each piece once,
 from templates of their constant bytes. That takes a tenth of the time of making an event object and giving it to the
-general ways (`codec`, `digests`, `services.core.manifest`); a test holds both to the same bytes.
+general ways (`codec`, `digests`, `services.core.freezing`); a test holds both to the same bytes.
 """
 
 from __future__ import annotations

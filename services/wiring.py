@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING
 
 from artifact_store.errors import ArtifactStoreError, ConfigurationError, UnavailableError
 from artifact_store.registry import Registry
-from services.clock import Clock, system_clock
 from services.config import Settings
 from services.core.limits import Limits
 from services.log.port import CommandWriter, Log, PutManifest, SnapshotStore, TimedStore
+from services.runtime.clock import Clock, system_clock
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from services.blobs.port import BlobStore
-    from services.direct import DirectRegistry
+    from services.registry.direct import DirectRegistry
     from services.views.database import Views
 
 # Adapters are imported where they are chosen: loading all of them takes longer than most commands run.
@@ -161,7 +161,7 @@ async def parts(settings: Settings, *, clock: Clock = system_clock) -> AsyncIter
     from artifact_store.byte_streams import from_any
     from artifact_store.manifest import manifest_digest
     from artifact_store.models import Declared
-    from services.direct import DirectRegistry
+    from services.registry.direct import DirectRegistry
     from services.views.engine.catch_up import catch_up
     from services.views.projections import PROJECTIONS
     from services.views.queries import Queries

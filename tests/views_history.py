@@ -17,8 +17,8 @@ from schemas import identifiers
 from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles, StoredFile
 from services.core.decide import decide
 from services.core.evolve import evolve
+from services.core.lifecycle import RETENTION_CLASSES
 from services.core.limits import Limits
-from services.core.retention import RETENTION_CLASSES
 from services.core.state import PackageState
 from services.views.database import Views
 from services.views.projections import PROJECTIONS

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from artifact_store.errors import PushBackError
-from services.bundle_store import BUNDLES_AT_ONCE
+from services.registry.bundle_store import BUNDLES_AT_ONCE
 
 _log = logging.getLogger(__name__)
 

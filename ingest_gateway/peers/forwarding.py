@@ -24,7 +24,7 @@ from services.core.commands import Command
 from services.core.wire import OLDEST, VERSION, decode_acknowledgement, decode_error, encode_check, encode_command
 from services.log.port import PackageExtent, PartitionStatus
 from services.log.records import AcceptLoss, Confirmation, SkipRecord
-from services.tracing import TRACEPARENT
+from services.runtime.tracing import TRACEPARENT
 
 CONTENT_TYPE = "application/cbor"
 COMMANDS_PATH = "/commands"

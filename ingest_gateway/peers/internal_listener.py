@@ -39,14 +39,14 @@ from ingest_gateway.peers.forwarding import (
     encode_extent,
     encode_status,
 )
-from services.addresses import ListenAddress
 from services.config import Settings
 from services.core.commands import Command
 from services.core.wire import VERSION, decode_check, decode_command, encode_acknowledgement, encode_error
 from services.log.kafka.connection import INTERFACE
 from services.log.port import PackageExtent, PartitionNotOwnedError, PartitionStatus
 from services.log.records import Confirmation
-from services.tracing import TRACEPARENT, traceparent
+from services.runtime.addresses import ListenAddress
+from services.runtime.tracing import TRACEPARENT, traceparent
 
 MAX_BODY_BYTES = 32 << 20
 """The largest command: 10,000 files with the longest paths and media types."""

@@ -10,12 +10,12 @@ from prometheus_client import CollectorRegistry
 from artifact_store.errors import ConfigurationError
 from ingest_gateway.peers.forwarding import HttpForwarder
 from ingest_gateway.peers.internal_listener import InternalListener
-from services.clock import Clock
 from services.config import Settings
 from services.core.limits import Limits
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka.writer_metrics import WriterCollector
 from services.log.port import Log, PutManifest, SnapshotStore, TimedStore
+from services.runtime.clock import Clock
 
 
 @asynccontextmanager

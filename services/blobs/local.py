@@ -39,8 +39,8 @@ from services.blobs.port import (
 from services.blobs.resumable.object_parts import PART_BYTES, ObjectParts
 from services.blobs.resumable.states import sweep_states
 from services.blobs.verified_reads import Mistrusted
-from services.clock import StoreClock
-from services.folders import secure_folder, sync_folder
+from services.runtime.clock import StoreClock
+from services.runtime.files import secure_folder, sync_folder
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")

@@ -10,8 +10,8 @@ from artifact_store.errors import ConfigurationError
 from services.blobs.local import LocalBlobStore
 from services.blobs.memory import ByteBudget
 from services.blobs.port import BlobStore
-from services.clock import Clock, system_clock
 from services.config import Settings
+from services.runtime.clock import Clock, system_clock
 
 _MEMORY_BYTES = 64 << 20
 """What all uploads of a process may hold in memory on their way to a bucket, and"""

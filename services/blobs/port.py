@@ -18,7 +18,7 @@ from uuid import UUID
 from artifact_store.errors import CorruptError
 from artifact_store.models import Declared
 from services.blobs.memory import ByteBudget, PartBuffer
-from services.clock import StoreClock
+from services.runtime.clock import StoreClock
 
 __all__ = [
     "DAMAGED",

@@ -12,14 +12,14 @@ import click
 
 from services.cli.command import answer, common_options, invocation, remark, run
 from services.cli.repair import max_parked_option
-from services.collector import collect_rarely
+from services.runtime.processes import collect_rarely
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ingest_gateway.siblings import Member
-    from services.addresses import ListenAddress
     from services.config import Settings
+    from services.runtime.addresses import ListenAddress
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -112,7 +112,7 @@ async def _gateway(settings: Settings, member: str | None) -> None:
 
 def _member(text: str | None, stop: asyncio.Event) -> Member | None:
     from ingest_gateway.siblings import Member
-    from services.processes import end_with_parent
+    from services.runtime.processes import end_with_parent
 
     if text is None:
         return None
@@ -140,7 +140,7 @@ async def _in_processes(settings: Settings, command: str, processes: int) -> int
 
 
 def _listen_address(_context: click.Context, _option: click.Parameter, text: str | None) -> ListenAddress | None:
-    from services.addresses import ListenAddress
+    from services.runtime.addresses import ListenAddress
 
     if text is None:
         return None
@@ -186,7 +186,7 @@ async def _project(
     from ingest_gateway.server import stopped_by_signals
     from projector import run_projectors
     from projector.loading import take_short_turns
-    from services.processes import end_with_parent
+    from services.runtime.processes import end_with_parent
 
     take_short_turns()
     with stopped_by_signals(watched=until_input_ends) as stop:

@@ -89,8 +89,8 @@ async def _push(
     from artifact_store import push as push_tree
     from artifact_store.errors import ArtifactStoreError
     from artifact_store.transfers.push import default_folder, push_state
-    from services.collector import collect_rarely
     from services.registry import open_registry
+    from services.runtime.processes import collect_rarely
 
     end_as_interrupted()
     collect_rarely()
@@ -161,8 +161,8 @@ async def _pull(
 ) -> Pulled:
     from artifact_store import pull as pull_package
     from services.cli.addressing import package_or_address
-    from services.collector import collect_rarely
     from services.registry import open_registry
+    from services.runtime.processes import collect_rarely
 
     end_as_interrupted()
     collect_rarely()

@@ -41,9 +41,9 @@ from schemas.digests import DIGEST_BYTES, event_digest, items_digest, payload_di
 from schemas.ingested import EncodedIngested, PackagePieces, ingested
 from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles, StoredFile
 from services.core.evolve import evolve
+from services.core.freezing import item_file_id, manifest_of
+from services.core.lifecycle import MICROS_PER_DAY, retention_class
 from services.core.limits import ANSWERS_KEPT_MICROS, EVENT_OVERHEAD_BYTES, MAX_IDLE_MICROS, Limits
-from services.core.manifest import item_file_id, manifest_of
-from services.core.retention import MICROS_PER_DAY, retention_class
 from services.core.state import ABANDONED, CREATED, CommandState, PackageState, file_states
 
 

@@ -6,7 +6,7 @@ from artifact_store.errors import CorruptError
 from artifact_store.events import Event, FileIngested, PackageCreated, PackageFinalized
 from artifact_store.rules import Unportable
 from schemas.digests import event_digest
-from services.core.manifest import manifest_items
+from services.core.freezing import manifest_items
 from services.core.state import CREATED, FINALIZED, CommandState, FileState, PackageState
 
 

@@ -15,8 +15,8 @@ from artifact_store.errors import PushBackError, UnavailableError
 from artifact_store.events import RecordedEvent
 from artifact_store.models import Acknowledgement
 from artifact_store.position import Position
-from services.clock import StoreClock
 from services.core.commands import Command
+from services.runtime.clock import StoreClock
 
 
 class Record(NamedTuple):

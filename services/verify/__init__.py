@@ -11,12 +11,11 @@ from pathlib import Path
 
 from services.blobs.port import IDLE_SECONDS, BlobStore
 from services.log.port import Log
-from services.verify.blobs import BlobCheck
-from services.verify.log import LogCheck, Progress
+from services.verify.check_blobs import BlobCheck, find_orphans, keys_to_come
+from services.verify.check_log import LogCheck, Progress
+from services.verify.check_views import check_view
 from services.verify.notes import Notes
-from services.verify.orphans import find_orphans, keys_to_come
 from services.verify.report import KINDS, Report, Violation
-from services.verify.views import check_view
 from services.views.database import Views
 from services.views.projections import PROJECTIONS
 

@@ -29,9 +29,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from artifact_store.errors import ArtifactStoreError, ConfigurationError, CorruptError, UnavailableError
-from services.core.retention import RETENTION_CLASSES
-from services.file_lock import FileLock
-from services.folders import make_folder
+from services.core.lifecycle import RETENTION_CLASSES
+from services.runtime.files import FileLock, make_folder
 from services.views.bulk import on_postgresql
 from services.views.projections import PROJECTIONS, Projection
 from services.views.tables import (

@@ -19,7 +19,7 @@ from services.config import PREFIX, Settings
 from services.log.kafka.writer import SNAPSHOT_SECONDS
 from services.log.sequencer.queue import MAX_WAITING_BYTES
 from services.log.state.partition_state import MAX_ENTRIES
-from services.processes import STOP_SECONDS
+from services.runtime.processes import STOP_SECONDS
 from services.views.projections import PROJECTIONS
 from tests.chart.commands import STARTED, containers, pod_specs, rendered_commands
 from tests.chart.environment import POD_ADDRESS, environment, secret_names

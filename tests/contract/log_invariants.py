@@ -1,6 +1,6 @@
 """The oracle of every test that writes: reads a whole log and holds it to what must be true (docs/architecture.md).
 
-Event by event it goes by `services.verify.history`, which shares no code with what decides and evolves.
+Event by event it goes by `services.verify.check_log`, which shares no code with what decides and evolves.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from artifact_store.models import Acknowledgement
 from schemas.digests import event_digest
 from services.core.commands import Command, IngestFiles
 from services.log.port import Log
-from services.verify.history import Histories
+from services.verify.check_log import Histories
 from services.verify.notes import Notes
 
 

@@ -24,8 +24,8 @@ from artifact_store.events import FILE_INGESTED, PACKAGE_CREATED, PACKAGE_FINALI
 from artifact_store.manifest import content_key, manifest_digest
 from artifact_store.manifest import decode as decode_manifest
 from artifact_store.models import Acknowledgement
-from services.clock import system_clock
 from services.core.commands import Command
+from services.runtime.clock import system_clock
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import (
     Done,

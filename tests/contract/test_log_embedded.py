@@ -17,8 +17,8 @@ from artifact_store.errors import ConfigurationError, CorruptError, LogIdentityE
 from artifact_store.models import Acknowledgement
 from services.core.commands import Command
 from services.core.limits import Limits
-from services.file_lock import FileLock
 from services.log.sqlite import SqliteLog, SqliteWriter, file
+from services.runtime.files import FileLock
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_process import hold_projection, process, reports_of, write, write_with_little_room
 from tests.contract.log_stage import Projection, no_manifest

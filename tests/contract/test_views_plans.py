@@ -13,7 +13,7 @@ from sqlalchemy import event, text
 
 from artifact_store.manifest import ContentAddress
 from artifact_store.models import PackageFilter
-from services.core.retention import RETENTION_CLASSES
+from services.core.lifecycle import RETENTION_CLASSES
 from services.views.bulk import Row, insert_rows
 from services.views.database import Views
 from services.views.queries import Queries

@@ -17,11 +17,11 @@ from confluent_kafka import Producer
 
 from artifact_store.events import PackageCreated
 from ingest_gateway.peers.membership import kafka_writer
-from services.clock import system_clock
 from services.config import Settings
 from services.core.decide import Decision
 from services.core.limits import Limits
 from services.log.kafka import KafkaLog, lease
+from services.runtime.clock import system_clock
 from tests.contract.log_stage import no_manifest
 
 STEPS = ("decided", "produced", "committed", "read-back")

@@ -28,7 +28,6 @@ from artifact_store.models import Acknowledgement
 from benchmarks.kafka_topics import read_records
 from schemas.codec import EncodedEvents, decode, encode
 from schemas.headers import headers
-from services.clock import system_clock
 from services.config import Settings
 from services.core.commands import Command, FinalizePackage, IngestFiles
 from services.core.decide import Decision, decide, decide_together
@@ -38,6 +37,7 @@ from services.log.kafka.cluster import Cluster
 from services.log.kafka.lease import PartitionLease, Staged
 from services.log.port import PartitionNotOwnedError, Record
 from services.log.state.restore import States
+from services.runtime.clock import system_clock
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import PATIENCE_SECONDS, ready
 from tests.integration.conditions import until

@@ -17,13 +17,13 @@ from confluent_kafka.admin import AdminClient
 from artifact_store.errors import ConfigurationError
 from ingest_gateway.peers.membership import kafka_writer
 from schemas import identifiers
-from services.clock import system_clock
 from services.config import Settings
 from services.core.commands import CreatePackage
 from services.core.limits import Limits
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka.topic import partition_of
 from services.log.state.state_file import sealed, unsealed
+from services.runtime.clock import system_clock
 from tests.contract.log_stage import PATIENCE_SECONDS, no_manifest
 from tests.integration.conditions import until
 

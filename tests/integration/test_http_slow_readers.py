@@ -13,9 +13,9 @@ import pytest
 
 from artifact_store.archives.tar import END, entry_header, padding
 from services.blobs.memory import TURN_SECONDS
-from services.bundle_store import BUNDLES_AT_ONCE
 from services.config import Settings
-from services.direct import DirectRegistry
+from services.registry.bundle_store import BUNDLES_AT_ONCE
+from services.registry.direct import DirectRegistry
 from tests.integration.conditions import until
 from tests.integration.http_gateway import RunningGateway, running_gateway
 from tests.integration.http_raw import SECONDS, STALLING_BYTES, connected

@@ -16,9 +16,9 @@ from click.testing import CliRunner
 
 from artifact_store.errors import ConfigurationError, PushBackError, UnavailableError
 from services.cli import main
-from services.clock import StoreClock, system_clock
 from services.config import Settings
 from services.log.kafka import KafkaLog, KafkaWriter
+from services.runtime.clock import StoreClock, system_clock
 from services.wiring import open_blobs, open_log, parts
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import ready, settled

@@ -22,7 +22,6 @@ from artifact_store.events import Event
 from schemas import identifiers
 from schemas.codec import encode
 from schemas.headers import headers
-from services.clock import system_clock
 from services.config import Settings
 from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles, StoredFile
 from services.core.decide import decide
@@ -31,6 +30,7 @@ from services.core.limits import Limits
 from services.core.state import PackageState
 from services.log.kafka.connection import KafkaSettings
 from services.log.kafka.topic import record_key
+from services.runtime.clock import system_clock
 from tests.integration.kafka_stage import kafka_settings, open_kafka_log, operate
 from tests.services.shared import ROOT
 

@@ -20,10 +20,10 @@ from services.blobs.local import LocalBlobStore
 from services.config import Settings
 from services.core.commands import Command, FinalizePackage, IngestFiles
 from services.core.limits import Limits
-from services.direct import DirectRegistry
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka.tail import Reader
 from services.log.port import CommandWriter, PackageExtent, Record
+from services.registry.direct import DirectRegistry
 from services.views.database import Views
 from services.views.engine.catch_up import catch_up
 from services.views.projections import PROJECTIONS

@@ -22,7 +22,7 @@ from projector import run_projection
 from projector.rebuild import replay_view
 from schemas.codec import encode
 from services.config import Settings
-from services.core.retention import MICROS_PER_DAY
+from services.core.lifecycle import MICROS_PER_DAY
 from services.log.port import Batch
 from services.registry import open_registry
 from services.views.database import Views

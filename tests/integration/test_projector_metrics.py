@@ -14,8 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from artifact_store.errors import ConfigurationError
 from projector.projection_metrics import ProjectorMetrics, served
 from projector.runner import run_projection
-from services.addresses import ListenAddress
 from services.config import Settings
+from services.runtime.addresses import ListenAddress
 from services.views.database import Views
 from services.views.projections import PROJECTIONS
 from tests.integration.processes import output_of, started

@@ -25,8 +25,8 @@ from artifact_store.models import PackageFilter, Parked
 from artifact_store.position import Position
 from services.blobs.local import LocalBlobStore
 from services.core.limits import Limits
-from services.direct import DirectRegistry
 from services.log.port import CommandWriter
+from services.registry.direct import DirectRegistry
 from services.views.database import Views
 from services.views.engine.catch_up import catch_up
 from services.views.projections import PROJECTIONS

@@ -11,7 +11,7 @@ import pytest
 from artifact_store.archives.bundle import Group, SmallFile, StreamedFile
 from artifact_store.errors import PushBackError
 from services.blobs.local import LocalBlobStore
-from services.bundle_store import BundleStore
+from services.registry.bundle_store import BundleStore
 
 
 @pytest.mark.parametrize("kind", ["many files", "one file"])

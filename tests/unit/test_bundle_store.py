@@ -17,7 +17,7 @@ from artifact_store.errors import CorruptError, PushBackError
 from artifact_store.manifest import content_key
 from artifact_store.models import Declared
 from services.blobs.packs import Placed
-from services.bundle_store import BundleStore
+from services.registry.bundle_store import BundleStore
 from services.views.queries import PlacedFile
 from tests.unit.watched_store import WatchedStore
 

@@ -290,13 +290,13 @@ def test_metadata_that_the_registry_refuses_is_refused_with_its_reason(run: Run,
 
 
 def test_a_push_that_is_interrupted_says_how_to_go_on(run: Run, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import services.direct
+    import services.registry.direct
 
     async def interrupted(*_: object, **__: object) -> None:
         signal.raise_signal(signal.SIGINT)
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(services.direct.DirectRegistry, "finalize", interrupted)
+    monkeypatch.setattr(services.registry.direct.DirectRegistry, "finalize", interrupted)
     stopped = run("push", tree, *ABOUT, code=1)
     assert "run the same command again" in stopped.stderr
     assert stopped.stderr.endswith("error: interrupted\n")
@@ -305,14 +305,14 @@ def test_a_push_that_is_interrupted_says_how_to_go_on(run: Run, tree: Path, monk
 def test_a_push_that_fails_says_how_to_go_on_and_goes_on(
     run: Run, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import services.direct
+    import services.registry.direct
     from artifact_store.errors import UnavailableError
 
     async def out_of_reach(*_: object, **__: object) -> None:
         raise UnavailableError("the log is out of reach")
 
     with monkeypatch.context() as broken:
-        broken.setattr(services.direct.DirectRegistry, "finalize", out_of_reach)
+        broken.setattr(services.registry.direct.DirectRegistry, "finalize", out_of_reach)
         failed = run("push", tree, *ABOUT, code=1)
     assert "run the same command again" in failed.stderr
     again = run("push", tree, *ABOUT, "--json")

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from services.clock import StoreClock
+from services.runtime.clock import StoreClock
 
 SECOND = 1_000_000
 DAY = 86_400 * SECOND

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from services.collector import YOUNG, collect_rarely
+from services.runtime.processes import YOUNG, collect_rarely
 
 
 class Ring:

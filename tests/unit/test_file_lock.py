@@ -10,8 +10,8 @@ import pytest
 
 from artifact_store.errors import PushBackError
 from services.config import Settings
-from services.file_lock import FileLock
 from services.log.sqlite import file
+from services.runtime.files import FileLock
 from services.wiring import open_log, open_writer
 from tests.contract.log_stage import Projection, no_manifest
 from tests.unit.commands import create
@@ -19,7 +19,7 @@ from tests.unit.commands import create
 _FORKED = """
 import os, sys
 from pathlib import Path
-from services.file_lock import FileLock
+from services.runtime.files import FileLock
 
 path = Path(sys.argv[1])
 held = FileLock(path)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from services.config import Settings
-from services.folders import secure_folder
 from services.log.sqlite import file
+from services.runtime.files import secure_folder
 from services.wiring import open_blobs, open_views, parts
 
 Steps = list[Path | int]

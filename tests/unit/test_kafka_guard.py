@@ -14,7 +14,6 @@ from uuid import UUID
 import pytest
 
 from artifact_store.errors import ConfigurationError, PushBackError, UnavailableError
-from services.clock import StoreClock
 from services.config import Settings
 from services.log.kafka import topic
 from services.log.kafka.cluster import Topic
@@ -24,6 +23,7 @@ from services.log.kafka.partition_writer import PartitionWriter
 from services.log.kafka.topic import Guard
 from services.log.port import HeldError
 from services.log.sequencer.answers import Counts
+from services.runtime.clock import StoreClock
 from tests.integration.kafka_stage import create_in
 
 SOUND = {

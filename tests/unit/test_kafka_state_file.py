@@ -18,7 +18,6 @@ from services.core.commands import Command, IngestFiles
 from services.core.decide import acknowledge, decide
 from services.core.limits import ANSWERS_KEPT_MICROS, MAX_IDLE_MICROS, Limits
 from services.core.state import CREATED, FINALIZED, PackageState
-from services.file_lock import FileLock
 from services.log.port import PackageExtent
 from services.log.records import AdministrativeHead, administrative_event
 from services.log.state import partition_state as state_module
@@ -39,6 +38,7 @@ from services.log.state.state_file import (
     UnusableStateError,
     copy_file,
 )
+from services.runtime.files import FileLock
 from tests.unit import commands
 from tests.unit.commands import stored
 

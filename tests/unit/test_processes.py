@@ -21,7 +21,7 @@ from ingest_gateway import siblings as gateway_processes
 from projector import runner as projector_processes
 from projector.loading import load_in_processes
 from services.config import Settings
-from services.processes import Command, RestartRule, run_processes
+from services.runtime.processes import Command, RestartRule, run_processes
 from services.views.engine.checkpoints import Checkpoint
 from tests.integration.conditions import until
 
@@ -211,7 +211,7 @@ def test_one_that_is_watched_over_may_be_told_any_number_of_times(factory: str) 
 async def test_one_whose_parent_is_gone_ends_and_at_once_where_it_was_told_already() -> None:
     code = """
 import asyncio, os
-from services.processes import end_with_parent
+from services.runtime.processes import end_with_parent
 
 async def until_told(told):
     stop = asyncio.Event()

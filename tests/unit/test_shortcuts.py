@@ -42,8 +42,8 @@ from schemas.ingested import PackagePieces, ingested
 from services.core.commands import StoredFile
 from services.core.decide import accept, decide
 from services.core.evolve import evolve
+from services.core.freezing import item_file_id, manifest_items
 from services.core.limits import Limits
-from services.core.manifest import item_file_id, manifest_items
 from tests.unit.commands import create, ingest
 
 _TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=300)

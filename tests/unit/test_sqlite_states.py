@@ -14,7 +14,6 @@ from uuid import UUID, uuid4
 import pytest
 
 from artifact_store.models import Acknowledgement
-from services.clock import system_clock
 from services.core.limits import Limits
 from services.log.port import Record
 from services.log.sqlite import file
@@ -22,6 +21,7 @@ from services.log.sqlite import package_states as states
 from services.log.sqlite.file import package_records_from
 from services.log.sqlite.package_states import PackageStates
 from services.log.sqlite.writer import Appender, Request
+from services.runtime.clock import system_clock
 from tests.unit.commands import create, finalize, ingest
 
 LARGE = 20

@@ -17,7 +17,7 @@ from services.core.decide import decide
 from services.core.evolve import evolve
 from services.core.limits import Limits
 from services.core.state import PackageState
-from services.verify.history import Histories
+from services.verify.check_log import Histories
 from services.verify.notes import Claim, Notes
 from tests.unit import commands
 from tests.verify_scene import changed, history

@@ -12,7 +12,7 @@ import pytest
 from artifact_store.errors import CorruptError, InvalidRequestError, LogIdentityError
 from artifact_store.events import Event
 from artifact_store.position import Position
-from services.core.retention import MICROS_PER_DAY
+from services.core.lifecycle import MICROS_PER_DAY
 from services.views.database import Views
 from services.views.engine.apply import apply
 from services.views.engine.checkpoints import Checkpoint, StaleCheckpointError, load_checkpoint

@@ -43,7 +43,7 @@ from yarl import URL
 
 from artifact_store.errors import UnavailableError
 from services.blobs.memory import PartBuffer
-from services.clock import Clock, StoreClock, system_clock
+from services.runtime.clock import Clock, StoreClock, system_clock
 
 ATTEMPTS = 4
 CONNECT_SECONDS = 5.0

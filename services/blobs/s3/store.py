@@ -64,7 +64,7 @@ from services.blobs.s3.requests import (
     patience,
 )
 from services.blobs.verified_reads import Mistrusted
-from services.clock import Clock, StoreClock, system_clock
+from services.runtime.clock import Clock, StoreClock, system_clock
 
 PROBE_KEY = "health/write-probe"
 _RETRY_SECONDS = 5.0

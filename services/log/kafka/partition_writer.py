@@ -22,7 +22,6 @@ from uuid import UUID
 from artifact_store.errors import ArtifactStoreError, PushBackError, RejectedError, UnavailableError
 from artifact_store.models import Acknowledgement
 from schemas.identifiers import partition_id
-from services.clock import Clock
 from services.core.commands import Command, IngestFiles
 from services.core.decide import acknowledge, check_ingest, decide, decide_together
 from services.core.limits import Limits
@@ -55,7 +54,8 @@ from services.log.state.loss import Loss
 from services.log.state.partition_state import TIDY_SECONDS, PartitionState
 from services.log.state.restore import States
 from services.log.state.state_file import Irregular, StateFileError
-from services.tracing import TRACEPARENT
+from services.runtime.clock import Clock
+from services.runtime.tracing import TRACEPARENT
 
 _IDLE_SECONDS = 5.0
 _ASK_SECONDS = 0.2

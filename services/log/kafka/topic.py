@@ -22,10 +22,10 @@ from uuid import UUID
 from confluent_kafka import murmur2
 
 from artifact_store.errors import ConfigurationError, UnavailableError
-from services.clock import FAR_SECONDS, Clock, StoreClock, span, system_clock
 from services.log.kafka.cluster import Cluster, Topic
 from services.log.kafka.connection import MAX_RECORD_BYTES, TOPIC_MAX_MESSAGE_BYTES, KafkaSettings
 from services.log.port import HeldError
+from services.runtime.clock import FAR_SECONDS, Clock, StoreClock, span, system_clock
 
 _FIXED = {
     "cleanup.policy": "delete",

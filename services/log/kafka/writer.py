@@ -14,7 +14,6 @@ from uuid import UUID
 from artifact_store.errors import ArtifactStoreError, ConfigurationError, PushBackError, UnavailableError
 from artifact_store.models import Acknowledgement
 from artifact_store.position import Position
-from services.clock import Clock, system_clock
 from services.config import Settings
 from services.core.commands import Command
 from services.core.limits import Limits
@@ -39,6 +38,7 @@ from services.log.sequencer.answers import Counts
 from services.log.sequencer.queue import EndQuestion, IngestCheck, Request, size_of
 from services.log.state.restore import States
 from services.log.state.snapshots import Snapshots
+from services.runtime.clock import Clock, system_clock
 
 SUBMIT_SECONDS = 30.0
 """How long a command may look for its owner, and how long wait there for its turn; the outcome is unknown then."""

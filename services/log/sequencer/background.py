@@ -20,7 +20,6 @@ from threading import Thread
 from uuid import UUID
 
 from artifact_store.errors import ArtifactStoreError, PushBackError, UnavailableError
-from services.clock import Clock
 from services.core.commands import Command, FinalizePackage
 from services.core.decide import Decision, decide
 from services.core.limits import EVENT_OVERHEAD_BYTES, Limits
@@ -29,6 +28,7 @@ from services.log.port import PutManifest
 from services.log.sequencer.queue import Request
 from services.log.state.partition_state import PartitionState
 from services.log.state.state_file import StateFileError
+from services.runtime.clock import Clock
 
 PUT_SECONDS = 15.0
 """How long a manifest may take to be stored."""

@@ -28,9 +28,8 @@ from artifact_store.errors import (
 )
 from artifact_store.events import Event
 from schemas.codec import UndecodableEventError, decode
-from services.file_lock import FileLock
-from services.folders import secure_folder
 from services.log.port import Record
+from services.runtime.files import FileLock, secure_folder
 
 PARTITION = 0
 """The only partition."""

@@ -13,7 +13,6 @@ from uuid import UUID
 from artifact_store.errors import ConfigurationError, CorruptError, InvalidPositionError
 from artifact_store.events import Event, RecordedEvent
 from artifact_store.position import Position
-from services.file_lock import FileLock
 from services.log.port import Batch, PackageExtent, Record, Settled, StartOffsets, Subscription
 from services.log.sqlite.file import (
     BATCH_RECORDS,
@@ -34,6 +33,7 @@ from services.log.sqlite.file import (
     write_lock,
 )
 from services.log.sqlite.subscription import SqliteSubscription, member_lock
+from services.runtime.files import FileLock
 
 _FIELDS = tuple(Event.__slots__)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")

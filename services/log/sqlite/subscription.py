@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from artifact_store.errors import CorruptError, UnavailableError
-from services.file_lock import FileLock
 from services.log.port import Batch, Record, StartOffsets
 from services.log.sqlite.file import (
     PARTITION,
@@ -20,6 +19,7 @@ from services.log.sqlite.file import (
     store_progress,
     write_lock,
 )
+from services.runtime.files import FileLock
 
 
 def member_lock(path: Path, projection: str) -> Path:

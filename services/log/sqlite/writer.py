@@ -22,7 +22,6 @@ from blake3 import blake3
 from artifact_store.errors import ArtifactStoreError, CorruptError, PushBackError, UnavailableError
 from artifact_store.models import Acknowledgement
 from artifact_store.position import Position
-from services.clock import Clock, system_clock
 from services.core.commands import Command, IngestFiles
 from services.core.decide import accept, acknowledge, check_ingest, decide
 from services.core.limits import Limits
@@ -39,6 +38,7 @@ from services.log.sqlite.file import (
     write_lock,
 )
 from services.log.sqlite.package_states import PackageStates
+from services.runtime.clock import Clock, system_clock
 
 MAX_WAITING = 20_000
 """Events that may wait to be appended; one more request is pushed back."""

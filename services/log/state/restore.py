@@ -19,7 +19,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.file_lock import FileLock
 from services.log.state.loss import FILE, Loss, Witness
 from services.log.state.partition_state import PartitionState
 from services.log.state.snapshots import Snapshot, SnapshotError, Snapshots, Stored
@@ -32,6 +31,7 @@ from services.log.state.state_file import (
     UnusableStateError,
     remove,
 )
+from services.runtime.files import FileLock
 
 FROM_FILE = "file"
 FROM_SNAPSHOT = "snapshot"

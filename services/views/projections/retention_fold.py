@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from artifact_store.events import Event, PackageCreated, PackageFinalized
 from schemas.batch import Entry, entries_of
-from services.core.retention import retain_until
+from services.core.lifecycle import retain_until
 from services.views.bulk import insert_rows, update_rows
 from services.views.projections.order import follows, known_packages
 from services.views.projections.port import Tables

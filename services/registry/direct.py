@@ -40,10 +40,10 @@ from schemas import identifiers
 from services.blobs.packs import Placed
 from services.blobs.port import BlobStore
 from services.blobs.resumable.uploads import ResumableUploads
-from services.bundle_store import BundleStore
 from services.core.commands import CreatePackage, FinalizePackage, IngestFiles, StoredFile
 from services.core.limits import Limits
 from services.log.port import EXTENT_SECONDS, CommandWriter, Log, PackageExtent
+from services.registry.bundle_store import BundleStore
 from services.views.queries import PlacedFile, Queries
 from services.views.waiting import ViewWaits, beyond_log, parked_error
 
