@@ -34,9 +34,9 @@ from services.core.state import PackageState
 from services.log.kafka.cluster import Cluster
 from services.log.kafka.connection import KafkaSettings
 from services.log.kafka.lease import records_of
-from services.log.kafka.partition_writer import PartitionWriter, WriterContext
 from services.log.kafka.tail import Reader
 from services.log.kafka.topic import partition_of
+from services.log.sequencer.partition_writer import PartitionWriter, WriterContext
 from services.log.sequencer.queue import Request, RequestQueue, runs_of
 from services.log.state.partition_state import PartitionState
 from services.log.state.state_file import LogPartition, StateFile

@@ -21,6 +21,7 @@ from services.config import Settings
 from services.core.decide import Decision
 from services.core.limits import Limits
 from services.log.kafka import KafkaLog, lease
+from services.log.sequencer.driver import Staged
 from services.runtime.clock import system_clock
 from tests.contract.log_stage import no_manifest
 
@@ -59,7 +60,7 @@ def hold_at(step: str) -> None:
         lease.PartitionLease._read_back,
     )
 
-    def held_hand_over(self: lease.PartitionLease, staged: Sequence[lease.Staged]) -> list[bytes]:
+    def held_hand_over(self: lease.PartitionLease, staged: Sequence[Staged]) -> list[bytes]:
         _holding.now = any(_creates_held(decision) for decision, _ in staged)
         hold("decided")
         return hand_over(self, staged)

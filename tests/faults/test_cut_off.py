@@ -9,7 +9,7 @@ import pytest
 
 from services.log.kafka import KafkaLog, KafkaWriter, lease
 from services.log.kafka import ownership as group
-from services.log.kafka import partition_writer as writer
+from services.log.sequencer import partition_writer as writer
 from tests.contract.log_stage import ready
 from tests.faults.callers import Callers
 from tests.faults.proxy import ProxiedCluster

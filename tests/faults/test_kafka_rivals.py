@@ -34,8 +34,9 @@ from services.core.decide import Decision, decide, decide_together
 from services.core.limits import Limits
 from services.log.kafka import KafkaLog, KafkaWriter, lease
 from services.log.kafka.cluster import Cluster
-from services.log.kafka.lease import PartitionLease, Staged
+from services.log.kafka.lease import PartitionLease
 from services.log.port import PartitionNotOwnedError, Record
+from services.log.sequencer.driver import Staged
 from services.log.state.restore import States
 from services.runtime.clock import system_clock
 from tests.contract.log_invariants import assert_recorded_once, read_valid

@@ -199,7 +199,7 @@ async def test_commands_that_add_files_to_a_package_are_decided_together_if_they
             raise ZeroDivisionError
         return core.decide_together(state, commands, now, limits)
 
-    monkeypatch.setattr("services.log.kafka.partition_writer.decide_together", together)
+    monkeypatch.setattr("services.log.sequencer.partition_writer.decide_together", together)
     made = create_in(0)
     paths = [f"{number}.txt" for number in range(40)]
     if case == "one refused":
@@ -249,7 +249,7 @@ async def test_a_command_that_the_code_cannot_handle_does_not_disturb_the_others
             raise ZeroDivisionError
         return core.decide(state, command, now, limits)
 
-    monkeypatch.setattr("services.log.kafka.partition_writer.decide", explode)
+    monkeypatch.setattr("services.log.sequencer.partition_writer.decide", explode)
     async with lone_writer(kafka, log) as writer:
         await ready(writer)
         commands = [create_in(0, name="poison" if n == 5 else "fine") for n in range(20)]

@@ -19,9 +19,9 @@ from services.config import Settings
 from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles
 from services.core.limits import EVENT_OVERHEAD_BYTES, Limits
 from services.log.kafka import KafkaLog, KafkaWriter
-from services.log.kafka import partition_writer as writer_module
 from services.log.kafka.lease import PartitionLease
 from services.log.sequencer import background
+from services.log.sequencer import partition_writer as writer_module
 from services.log.state import partition_state as state
 from services.log.state import state_file
 from tests.contract.log_invariants import assert_recorded_once, read_valid

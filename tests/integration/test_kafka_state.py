@@ -404,7 +404,7 @@ async def test_a_state_is_saved_while_the_writer_is_idle(
     kafka: Settings, log: KafkaLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("services.log.state.partition_state.SAVE_SECONDS", 0.1)
-    monkeypatch.setattr("services.log.kafka.partition_writer._IDLE_SECONDS", 0.1)
+    monkeypatch.setattr("services.log.sequencer.partition_writer._IDLE_SECONDS", 0.1)
     async with writer_on(kafka, log) as writer:
         made = create_in(0)
         await writer.submit(made)

@@ -8,7 +8,7 @@ import threading
 from collections.abc import AsyncIterator
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import confluent_kafka.admin
 import pytest
@@ -20,6 +20,7 @@ from services.config import Settings
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka import tail as watch
 from services.log.kafka.cluster import Topic
+from services.log.kafka.driver import KafkaDriver
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import Projection, ready, settled
 from tests.integration.conditions import until
@@ -247,12 +248,13 @@ async def test_nothing_is_committed_while_the_topic_is_gone(
         gone.set()
         context = writer._context
         assert context is not None
-        await until(lambda: _set(context.doubt), 30, "nobody doubts that the topic is there")
+        doubt = cast("KafkaDriver", context.driver).doubt
+        await until(lambda: _set(doubt), 30, "nobody doubts that the topic is there")
         late = create_in(0)
         with pytest.raises((UnavailableError, ConfigurationError)):
             await writer.submit(late)
         gone.clear()
-        await until(lambda: _set(context.doubt, wanted=False), 30, "it is doubted for ever")
+        await until(lambda: _set(doubt, wanted=False), 30, "it is doubted for ever")
         await ready(writer)
         await settled(writer, late)
     assert len(await read_valid(log)) == 2

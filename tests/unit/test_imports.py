@@ -191,6 +191,18 @@ def test_the_language_of_the_log_imports_nothing_of_the_client_that_does_io() ->
     assert wrong == []
 
 
+def test_what_both_logs_can_use_imports_no_adapter() -> None:
+    shared = ("services.log.port", "services.log.records", "services.log.router", "services.log.sequencer")
+    wrong = [
+        f"{name} imports {imported}"
+        for name, path in modules("services/log")
+        if within(name, (*shared, "services.log.state"))
+        for imported in imports(name, path)
+        if within(imported, ("services.log.kafka", "services.log.sqlite", "confluent_kafka"))
+    ]
+    assert wrong == []
+
+
 @pytest.mark.parametrize(("package", "busy"), [("artifact_store", "client.client"), ("services.log", "kafka.writer")])
 def test_no_modules_of_a_package_import_each_other_in_a_circle(package: str, busy: str) -> None:
     there = {name: path for name, path in modules(package.replace(".", "/")) if path.name != "__init__.py"}

@@ -14,10 +14,10 @@ from artifact_store.errors import UnavailableError
 from services.core.commands import Command
 from services.core.decide import acknowledge, decide
 from services.core.limits import Limits
-from services.log.kafka.partition_writer import PartitionWriter
 from services.log.sequencer import background
 from services.log.sequencer.answers import Counts
 from services.log.sequencer.background import BackgroundJobs
+from services.log.sequencer.partition_writer import PartitionWriter
 from services.log.sequencer.queue import Request
 from services.log.state import partition_state as state_module
 from services.log.state.partition_state import PartitionState

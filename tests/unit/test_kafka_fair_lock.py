@@ -6,7 +6,7 @@ from threading import Thread
 
 import pytest
 
-from services.log.kafka.partition_writer import FairLock
+from services.log.sequencer.partition_writer import FairLock
 
 WRITERS = 8
 SECONDS = 10.0

@@ -18,11 +18,12 @@ from services.config import Settings
 from services.log.kafka import topic
 from services.log.kafka.cluster import Topic
 from services.log.kafka.connection import KafkaSettings
+from services.log.kafka.driver import KafkaDriver
 from services.log.kafka.lease import PartitionLease
-from services.log.kafka.partition_writer import PartitionWriter
 from services.log.kafka.topic import Guard
 from services.log.port import HeldError
 from services.log.sequencer.answers import Counts
+from services.log.sequencer.partition_writer import PartitionWriter
 from services.runtime.clock import StoreClock
 from tests.integration.kafka_stage import create_in
 
@@ -186,6 +187,11 @@ def test_looking_costs_the_same_for_any_number_of_partitions_and_requiring_nothi
     assert cluster.questions == ["settings", "topic", "earliest"]
 
 
+def driver_of(guard: Guard) -> KafkaDriver:
+    """A driver that asks nobody but the guard."""
+    return KafkaDriver(cast("Any", None), cast("Any", None), UUID(int=1), cast("Any", None), cast("Any", None), guard)
+
+
 async def test_a_writer_that_is_held_tells_everyone_and_takes_nothing_over(
     cluster: Cluster, guard: Guard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,7 +202,9 @@ async def test_a_writer_that_is_held_tells_everyone_and_takes_nothing_over(
     cluster.settings["retention.ms"] = "1"
     guard.look()
     counts = Counts()
-    context = SimpleNamespace(loop=asyncio.get_running_loop(), submit_seconds=30.0, counts=counts, guard=guard)
+    context = SimpleNamespace(
+        loop=asyncio.get_running_loop(), submit_seconds=30.0, counts=counts, driver=driver_of(guard)
+    )
     writer = PartitionWriter(0, cast("Any", context))
     writer.start()
     answers = [writer.submit(create_in(0)) for _ in range(3)]
@@ -307,7 +315,9 @@ async def test_a_writer_whose_clock_is_wrong_leaves_its_partition_to_others(
         loop.call_soon_threadsafe(given_way.set)
 
     machine.own += DAY
-    context = SimpleNamespace(loop=loop, submit_seconds=30.0, counts=Counts(), guard=guard, give_way=give_way)
+    context = SimpleNamespace(
+        loop=loop, submit_seconds=30.0, counts=Counts(), driver=driver_of(guard), give_way=give_way
+    )
     writer = PartitionWriter(0, cast("Any", context))
     writer.start()
     async with asyncio.timeout(30):

@@ -17,10 +17,11 @@ import pytest
 from artifact_store.errors import ConfigurationError, CorruptError, RejectedError, UnavailableError
 from services.core.commands import IngestFiles
 from services.core.limits import Limits
-from services.log.kafka import partition_writer as writer_module
-from services.log.kafka.partition_writer import PartitionWriter
+from services.log.kafka.connection import spoiled_by_record
 from services.log.port import NotAppendedError, PartitionNotOwnedError
+from services.log.sequencer import partition_writer as writer_module
 from services.log.sequencer.answers import Counts, given_up
+from services.log.sequencer.partition_writer import PartitionWriter
 from services.log.sequencer.queue import Request
 from services.log.state.state_file import Irregular
 from tests.integration.kafka_stage import create_in
@@ -30,7 +31,8 @@ from tests.unit.commands import stored
 @pytest.fixture
 async def writer() -> PartitionWriter:
     """One whose thread does not run, as if it hung in a call."""
-    context = SimpleNamespace(loop=asyncio.get_running_loop(), submit_seconds=30.0, counts=Counts())
+    driver = SimpleNamespace(spoiled_by_record=spoiled_by_record)
+    context = SimpleNamespace(loop=asyncio.get_running_loop(), submit_seconds=30.0, counts=Counts(), driver=driver)
     return PartitionWriter(0, cast("Any", context))
 
 

@@ -10,10 +10,9 @@ from typing import Any, cast
 import pytest
 
 from artifact_store.errors import ConfigurationError, CorruptError, LogIdentityError, UnavailableError
-from services.log.kafka import partition_writer as writer_module
-from services.log.kafka.lease import PartitionLease
-from services.log.kafka.partition_writer import PartitionWriter
+from services.log.sequencer import partition_writer as writer_module
 from services.log.sequencer.answers import Counts
+from services.log.sequencer.partition_writer import PartitionWriter
 from services.log.state.state_file import Irregular
 
 
@@ -68,8 +67,8 @@ class Scene:
             def close(self) -> None:
                 pass
 
-        monkeypatch.setattr(PartitionLease, "take_over", Lease)
         monkeypatch.setattr(writer_module, "_IDLE_SECONDS", 0.0)
+
         context = SimpleNamespace(
             loop=asyncio.get_running_loop(),
             submit_seconds=30.0,
@@ -77,9 +76,8 @@ class Scene:
             give_way=self.given_way.append,
             disowned=lambda _: None,
             clock=lambda: 1,
-            doubt=asyncio.Event(),
-            guard=SimpleNamespace(require=lambda *_: None),
-            **dict.fromkeys(["kafka", "cluster", "identity", "states", "limits", "put_manifest"]),
+            driver=SimpleNamespace(take_over=Lease, require=lambda *_: None, refusal=lambda _: None),
+            **dict.fromkeys(["limits", "put_manifest"]),
         )
         self.writer = PartitionWriter(0, cast("Any", context))
 

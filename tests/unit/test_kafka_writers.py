@@ -13,7 +13,7 @@ import pytest
 from services.core.limits import Limits
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka import writer as writers
-from services.log.kafka.partition_writer import PartitionWriter
+from services.log.sequencer.partition_writer import PartitionWriter
 from tests.contract.log_stage import no_manifest
 from tests.integration.kafka_stage import kafka_settings
 

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple, Self, TypeVar
+from typing import Self, TypeVar
 from uuid import UUID
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
@@ -44,6 +44,7 @@ from services.log.records import (
     is_administrative,
     read_record,
 )
+from services.log.sequencer.driver import Staged
 from services.log.state.loss import FILE, SNAPSHOT, Loss, Witness
 from services.log.state.partition_state import PartitionState, value_digest
 from services.log.state.restore import (
@@ -83,14 +84,6 @@ _LOOK_SECONDS = 0.02
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _Delivered = Callable[[KafkaError | None, Message], None]
-
-
-class Staged(NamedTuple):
-    """What commands became, decided and folded into the state, that waits to be appended."""
-
-    decision: Decision
-    traceparents: Sequence[str | None]
-    """One for each command."""
 
 
 @dataclass(slots=True)

@@ -18,9 +18,9 @@ from services.config import Settings
 from services.core.commands import Command
 from services.core.limits import Limits
 from services.log.kafka.cluster import Topic
+from services.log.kafka.driver import KafkaDriver
 from services.log.kafka.log import KafkaLog
 from services.log.kafka.ownership import WriterGroup
-from services.log.kafka.partition_writer import FairLock, PartitionWriter, WriterContext
 from services.log.kafka.topic import Guard
 from services.log.port import (
     EXTENT_SECONDS,
@@ -35,6 +35,7 @@ from services.log.port import (
 from services.log.records import Confirmation
 from services.log.router import Owner, Owners, Router, There
 from services.log.sequencer.answers import Counts
+from services.log.sequencer.partition_writer import FairLock, PartitionWriter, WriterContext
 from services.log.sequencer.queue import EndQuestion, IngestCheck, Request, size_of
 from services.log.state.restore import States
 from services.log.state.snapshots import Snapshots
@@ -115,29 +116,24 @@ class KafkaWriter:
         if self._snapshot_store is not None:
             self._snapshots = Snapshots(self._snapshot_store, asyncio.get_running_loop())
         topic = await self._log.blocking(self._log.cluster.topic)
+        states = States(self._state_dir, self._snapshots)
+        driver = KafkaDriver(self._log.kafka, self._log.cluster, topic.identity, states, self._group, self._guard)
         self._context = WriterContext(
-            kafka=self._log.kafka,
-            cluster=self._log.cluster,
-            identity=topic.identity,
+            driver=driver,
             limits=self._limits,
             put_manifest=self._put_manifest,
             clock=self._clock,
             loop=asyncio.get_running_loop(),
             submit_seconds=self._submit_seconds,
-            states=States(self._state_dir, self._snapshots),
-            holds=self._group.holds,
-            require_readers=self._group.require_readers,
             disowned=self._disowned,
             give_way=self._group.give_way,
-            doubt=Flag(),
-            guard=self._guard,
             counts=self._counts,
             fair_lock=FairLock(),
         )
         await self._look()
         self._group.start()
         self._watching = [
-            asyncio.create_task(self._watch_topic(topic, self._context.doubt), name="log-identity"),
+            asyncio.create_task(self._watch_topic(topic, driver.doubt), name="log-identity"),
             asyncio.create_task(self._watch_guard(), name="log-guard"),
         ]
 
@@ -166,7 +162,7 @@ class KafkaWriter:
         if self._context is None:
             raise UnavailableError("the log's writers are not started")
         offsets = await asyncio.gather(*map(self._end_of, partitions))
-        return Position(self._context.identity, dict(zip(partitions, offsets, strict=True)))
+        return Position(self._context.driver.identity, dict(zip(partitions, offsets, strict=True)))
 
     async def _end_of(self, partition: int) -> int:
         if self._closing:

@@ -25,10 +25,6 @@ from schemas.identifiers import partition_id
 from services.core.commands import Command, IngestFiles
 from services.core.decide import acknowledge, check_ingest, decide, decide_together
 from services.core.limits import Limits
-from services.log.kafka.cluster import Cluster
-from services.log.kafka.connection import KafkaSettings, refusal, spoiled_by_record
-from services.log.kafka.lease import PartitionLease, Staged
-from services.log.kafka.topic import Guard
 from services.log.port import (
     HeldError,
     NotAppendedError,
@@ -40,6 +36,7 @@ from services.log.port import (
 from services.log.records import BadRecord, Confirmation
 from services.log.sequencer.answers import Counts, Deadlines, given_up, in_doubt, lost, quarantined, refused, told
 from services.log.sequencer.background import BackgroundJobs
+from services.log.sequencer.driver import Driver, Lease, Staged
 from services.log.sequencer.queue import (
     CHECK_SECONDS,
     MAX_BATCH_BYTES,
@@ -52,7 +49,6 @@ from services.log.sequencer.queue import (
 )
 from services.log.state.loss import Loss
 from services.log.state.partition_state import TIDY_SECONDS, PartitionState
-from services.log.state.restore import States
 from services.log.state.state_file import Irregular, StateFileError
 from services.runtime.clock import Clock
 from services.runtime.tracing import TRACEPARENT
@@ -223,7 +219,7 @@ class PartitionWriter:
     def _after(self, error: Exception) -> None:
         """End a lease that failed, or whose take-over did; returns when it is time for the next one."""
         served, self.since = self.since is not None, None
-        error = refusal(error, "writing") or error
+        error = self._context.driver.refusal(error) or error
         self._context.counts.failed_leases += served or not isinstance(error, HeldError)
         self._note(error)
         if isinstance(error, HeldError) and error.own_clock and not self._stop.is_set():
@@ -257,17 +253,9 @@ class PartitionWriter:
     def _hold(self) -> None:
         """One lease: take over, then serve until told to stop."""
         context, began = self._context, time.monotonic()
-        context.guard.require(self.partition, self._last_created_at)
-        lease = PartitionLease.take_over(
-            context.kafka,
-            context.cluster,
-            self.partition,
-            context.identity,
-            context.states,
-            is_ours=self._is_ours,
-            stopping=self._stop.is_set,
-            in_doubt=context.doubt.is_set,
-            progressed=self._went_well,
+        context.driver.require(self.partition, self._last_created_at)
+        lease = context.driver.take_over(
+            self.partition, is_ours=self._is_ours, stopping=self._stop.is_set, progressed=self._went_well
         )
         jobs = BackgroundJobs(
             lease.state,
@@ -287,7 +275,7 @@ class PartitionWriter:
             self._failed = 0
             if not self._whole(lease):
                 return
-            context.guard.require(self.partition, self._last_created_at)
+            context.driver.require(self.partition, self._last_created_at)
             self.since = context.clock()
             self._trouble = None
             self._state = lease.state
@@ -321,12 +309,12 @@ class PartitionWriter:
     def _require_guard(self, batch: Sequence[Request]) -> None:
         """Raise HeldError when nothing may be appended; the batch is answered with it."""
         try:
-            self._context.guard.require(self.partition, self._last_created_at)
+            self._context.driver.require(self.partition, self._last_created_at)
         except HeldError:
             self._queue.put_back(batch)
             raise
 
-    def _whole(self, lease: PartitionLease) -> bool:
+    def _whole(self, lease: Lease) -> bool:
         """Refuse everything but operators' confirmations while the partition needs one.
 
         It stands before a record that is no event, or it lost what it had acknowledged. False when the writer is told
@@ -350,14 +338,14 @@ class PartitionWriter:
         self._bad, self._losses = None, ()
         return True
 
-    def _record(self, lease: PartitionLease) -> None:
+    def _record(self, lease: Lease) -> None:
         """Record what operators confirmed about the partition, and answer them."""
         while self._confirmations:
             confirmation, answer = self._confirmations[0]
             outcome: Acknowledgement | Exception
             try:
                 recorded = lease.record(confirmation, self._context.clock(), self._require_recordable)
-                outcome = Acknowledgement(partition_id(self._context.identity, self.partition), *recorded)
+                outcome = Acknowledgement(partition_id(self._context.driver.identity, self.partition), *recorded)
             except (RejectedError, PushBackError) as error:
                 outcome = error
             except ArtifactStoreError as error:
@@ -369,8 +357,8 @@ class PartitionWriter:
             self._answer(answer, outcome)
 
     def _require_recordable(self) -> None:
-        self._context.guard.require(self.partition, self._last_created_at)
-        self._context.require_readers()
+        self._context.driver.require(self.partition, self._last_created_at)
+        self._context.driver.require_readers()
 
     def _answer(self, answer: asyncio.Future[Acknowledgement], outcome: Acknowledgement | Exception) -> None:
         def settle() -> None:
@@ -388,7 +376,7 @@ class PartitionWriter:
         """Ask the group until it answers; False as well when this writer is to stop."""
         while not self._stop.is_set():
             try:
-                answer = self._context.holds(self.partition)
+                answer = self._context.driver.holds(self.partition)
             except UnavailableError as error:
                 self._note(error)
                 answer = None
@@ -397,7 +385,7 @@ class PartitionWriter:
             self._stop.wait(_ASK_SECONDS)
         return False
 
-    def _serve(self, lease: PartitionLease, jobs: BackgroundJobs, batch: list[Request]) -> None:
+    def _serve(self, lease: Lease, jobs: BackgroundJobs, batch: list[Request]) -> None:
         self._serving_since = time.monotonic()
         try:
             runs = runs_of(self._without_held(jobs, batch))
@@ -406,7 +394,7 @@ class PartitionWriter:
         except Exception as error:
             for request in batch:
                 # Not the exception itself, whose traceback holds this batch.
-                request.failed(type(error).__name__, spoiled=spoiled_by_record(error))
+                request.failed(type(error).__name__, spoiled=self._context.driver.spoiled_by_record(error))
             held = [request for request in jobs.cancel() if request not in batch]
             self._queue.put_back([*batch, *held])
             raise
@@ -434,11 +422,11 @@ class PartitionWriter:
         return now
 
     def _answers(
-        self, lease: PartitionLease, jobs: BackgroundJobs, runs: Sequence[Sequence[Request]]
+        self, lease: Lease, jobs: BackgroundJobs, runs: Sequence[Sequence[Request]]
     ) -> tuple[list[_Outcome], bool]:
         """Decide the requests, append what they become, and only then say so; and whether refusals are proven.
 
-        A commit proves that the state was current, and so does `PartitionLease.prove`, which is not called too often:
+        A commit proves that the state was current, and so does `Lease.prove`, which is not called too often:
         one proof serves all who wait for it. If the requests become more than one transaction takes, these are the
         answers of the first of them.
         """
@@ -571,27 +559,17 @@ def _needs_proof(outcome: _Outcome) -> bool:
 class WriterContext:
     """What the writers of a process share."""
 
-    kafka: KafkaSettings
-    cluster: Cluster
-    identity: UUID
+    driver: Driver
     limits: Limits
     put_manifest: PutManifest
     clock: Clock
     loop: asyncio.AbstractEventLoop
     submit_seconds: float
     """How long a request may wait for its answer."""
-    states: States
-    holds: Callable[[int], bool | None]
-    """Asks the group whether the partition is this process's; None when it cannot say now. Blocks."""
-    require_readers: Callable[[], None]
-    """Raises unless every member of the installation can read administrative records. Blocks."""
     disowned: Callable[[PartitionWriter], None]
     """Told, in this writer's thread, that the group has given its partition to another."""
     give_way: Callable[[str], None]
     """Told, in the writer's thread, that the partition cannot be written to from here, and why. Blocks."""
-    doubt: Flag
-    """Set while it is not known that the topic is still the log's."""
-    guard: Guard
     counts: Counts
     fair_lock: FairLock
 

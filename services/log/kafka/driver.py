@@ -1,0 +1,73 @@
+"""The sequencer's driver for Kafka: leases of one topic's partitions, as its group and its guard allow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from threading import Event as Flag
+from uuid import UUID
+
+from artifact_store.errors import ArtifactStoreError
+from services.log.kafka.cluster import Cluster
+from services.log.kafka.connection import KafkaSettings, refusal, spoiled_by_record
+from services.log.kafka.lease import PartitionLease
+from services.log.kafka.ownership import WriterGroup
+from services.log.kafka.topic import Guard
+from services.log.state.restore import States
+
+
+class KafkaDriver:
+    """See `Driver`."""
+
+    def __init__(
+        self, kafka: KafkaSettings, cluster: Cluster, identity: UUID, states: States, group: WriterGroup, guard: Guard
+    ) -> None:
+        self.identity = identity
+        """The topic's id."""
+        self.doubt = Flag()
+        """Set while it is not known that the topic is still the log's: nothing is committed."""
+        self._kafka = kafka
+        self._cluster = cluster
+        self._states = states
+        self._guard = guard
+        self._group = group
+
+    def take_over(
+        self,
+        partition: int,
+        *,
+        is_ours: Callable[[], bool],
+        stopping: Callable[[], bool],
+        progressed: Callable[[], None],
+    ) -> PartitionLease:
+        """See `Driver`. Raises as `PartitionLease.take_over`."""
+        return PartitionLease.take_over(
+            self._kafka,
+            self._cluster,
+            partition,
+            self.identity,
+            self._states,
+            is_ours=is_ours,
+            stopping=stopping,
+            in_doubt=self.doubt.is_set,
+            progressed=progressed,
+        )
+
+    def holds(self, partition: int) -> bool | None:
+        """See `Driver`."""
+        return self._group.holds(partition)
+
+    def require_readers(self) -> None:
+        """See `Driver`. Raises ConflictError, PushBackError."""
+        self._group.require_readers()
+
+    def require(self, partition: int, last_created_at: int) -> None:
+        """See `Driver`."""
+        self._guard.require(partition, last_created_at)
+
+    def refusal(self, error: BaseException) -> ArtifactStoreError | None:
+        """See `Driver`."""
+        return refusal(error, "writing")
+
+    def spoiled_by_record(self, error: BaseException) -> bool:
+        """See `Driver`."""
+        return spoiled_by_record(error)
