@@ -24,8 +24,7 @@ from services.config import Settings
 from services.log.port import Log
 from services.runtime.processes import PYTHON
 from services.views.database import Views
-from services.views.engine.apply import apply
-from services.views.engine.catch_up import fold_range
+from services.views.engine.apply import apply, fold_range
 from services.views.engine.checkpoints import Checkpoint
 from services.views.engine.source import DecodedBatch
 from services.views.projections import Projection

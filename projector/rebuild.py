@@ -29,14 +29,15 @@ from services.config import Settings
 from services.log.port import Log
 from services.views.database import Views
 from services.views.digest import ViewDigest, digest_tables, digest_view, keep_tables
-from services.views.engine.apply import apply_within
-from services.views.engine.build_tables import analyze, building_tables, create_index, index_statements, live_tables
-from services.views.engine.catch_up import catch_up, fold_range
+from services.views.engine.apply import apply_within, catch_up, fold_range
+from services.views.engine.build_tables import analyze, create_index, index_statements
 from services.views.engine.checkpoints import (
     Checkpoint,
     StaleCheckpointError,
+    building_tables,
     check_continues,
     check_within,
+    live_tables,
     require_same_log,
 )
 from services.views.engine.generations import (

@@ -162,7 +162,7 @@ async def parts(settings: Settings, *, clock: Clock = system_clock) -> AsyncIter
     from artifact_store.manifest import manifest_digest
     from artifact_store.models import Declared
     from services.registry.direct import DirectRegistry
-    from services.views.engine.catch_up import catch_up
+    from services.views.engine.apply import catch_up
     from services.views.projections import PROJECTIONS
     from services.views.queries import Queries
 

@@ -30,7 +30,7 @@ from services.core.state import PackageState
 from services.log.sqlite import SqliteLog
 from services.verify import Report, verify
 from services.views.database import Views
-from services.views.engine.catch_up import catch_up
+from services.views.engine.apply import catch_up
 from services.views.projections import PROJECTIONS
 from tests.memory_log import MemoryLog
 from tests.unit.commands import command_id, create, finalize

@@ -12,8 +12,7 @@ from services.log.port import Log
 from services.verify.report import Report
 from services.views.database import Views
 from services.views.digest import digest_view
-from services.views.engine.apply import apply
-from services.views.engine.catch_up import fold_range
+from services.views.engine.apply import apply, fold_range
 from services.views.engine.checkpoints import Checkpoint, load_checkpoint
 from services.views.engine.parking import list_marks
 from services.views.engine.source import DecodedBatch

@@ -23,8 +23,8 @@ from artifact_store.manifest import ContentAddress
 from artifact_store.position import Position
 from services.views.bulk import driver_of, on_postgresql
 from services.views.database import Views
-from services.views.engine.build_tables import LONG_SECONDS, live_tables, take_long
-from services.views.engine.checkpoints import read_position
+from services.views.engine.build_tables import LONG_SECONDS, take_long
+from services.views.engine.checkpoints import live_tables, read_position
 from services.views.projections import Projection, Tables
 
 _ROWS_AT_ONCE = 1000

@@ -25,8 +25,7 @@ from artifact_store.models import PackageFilter
 from artifact_store.position import Position
 from services.views.database import Views
 from services.views.digest import ViewDigest, digest_view
-from services.views.engine.apply import apply
-from services.views.engine.catch_up import catch_up
+from services.views.engine.apply import apply, catch_up
 from services.views.engine.checkpoints import StaleCheckpointError, load_checkpoint
 from services.views.engine.generations import reset
 from services.views.engine.source import DecodedBatch

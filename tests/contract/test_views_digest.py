@@ -16,7 +16,7 @@ from sqlalchemy import Column, Integer, MetaData, Table, text
 from services.config import Settings
 from services.views.database import Views
 from services.views.digest import digest_tables, digest_view, keep_tables
-from services.views.engine.catch_up import catch_up
+from services.views.engine.apply import catch_up
 from services.views.projections import PROJECTIONS, Projection
 from tests.contract.test_views_plans import fill
 from tests.integration.processes import COMMAND

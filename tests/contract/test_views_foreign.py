@@ -11,7 +11,7 @@ import pytest
 from artifact_store.events import PackageCreated
 from services.views.bulk import insert_rows
 from services.views.database import Views
-from services.views.engine.catch_up import catch_up
+from services.views.engine.apply import catch_up
 from services.views.engine.parking import list_marks
 from services.views.projections import PROJECTIONS
 from services.views.queries import Queries

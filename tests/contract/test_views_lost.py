@@ -10,8 +10,7 @@ from artifact_store.errors import ConfigurationError
 from projector.rebuild import replay_view
 from schemas.codec import encode
 from services.views.database import Views
-from services.views.engine.apply import apply
-from services.views.engine.catch_up import catch_up
+from services.views.engine.apply import apply, catch_up
 from services.views.engine.generations import begin_build
 from services.views.engine.parking import list_marks
 from services.views.engine.source import DecodedBatch

@@ -28,7 +28,7 @@ from services.config import Settings
 from services.log.kafka import KafkaLog
 from services.views.database import Views
 from services.views.digest import digest_view
-from services.views.engine.catch_up import catch_up
+from services.views.engine.apply import catch_up
 from services.views.projections import PROJECTIONS
 from tests.integration.processes import ProductProcess
 from tests.integration.projector_stage import eventually, position_of

@@ -22,8 +22,8 @@ from services.config import Settings
 from services.log.sqlite.file import create_file
 from services.views.database import Views
 from services.views.digest import digest_view
-from services.views.engine.build_tables import SUFFIX
-from services.views.engine.catch_up import catch_up
+from services.views.engine.apply import catch_up
+from services.views.engine.checkpoints import SUFFIX
 from services.views.engine.generations import read_build
 from services.views.projections import PROJECTIONS
 from services.wiring import open_log

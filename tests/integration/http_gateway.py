@@ -14,7 +14,7 @@ from ingest_gateway.limits.admission import Bounds
 from ingest_gateway.server import listening
 from services.config import Settings
 from services.registry.direct import DirectRegistry
-from services.views.engine.catch_up import catch_up
+from services.views.engine.apply import catch_up
 from services.views.projections import PROJECTIONS
 from services.views.queries import Queries
 from services.wiring import Parts, limits_of, parts

@@ -11,7 +11,7 @@ from projector import run_projection
 from services.log.port import Log
 from services.views.database import Views
 from services.views.digest import digest_view
-from services.views.engine.catch_up import catch_up
+from services.views.engine.apply import catch_up
 from services.views.engine.checkpoints import read_position
 from services.views.projections import Projection
 from tests.integration.conditions import until

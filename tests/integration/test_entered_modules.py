@@ -24,7 +24,7 @@ _PACKAGE = {"name": "n", "producer": "p", "subject": "s", "retention_class": "sc
 
 MOST_FOR_A_PUT = 52
 MOST_OF_THE_GATEWAY_FOR_A_PUT = 6
-MOST_FOR_AN_EVENT = 24
+MOST_FOR_AN_EVENT = 19
 
 pytestmark = pytest.mark.services
 

@@ -25,7 +25,7 @@ from services.log.kafka.tail import Reader
 from services.log.port import CommandWriter, PackageExtent, Record
 from services.registry.direct import DirectRegistry
 from services.views.database import Views
-from services.views.engine.catch_up import catch_up
+from services.views.engine.apply import catch_up
 from services.views.projections import PROJECTIONS
 from services.views.queries import Queries
 from tests.contract.log_stage import settled

@@ -27,7 +27,7 @@ from services.log.port import Batch
 from services.registry import open_registry
 from services.views.database import Views
 from services.views.digest import digest_view
-from services.views.engine.catch_up import catch_up
+from services.views.engine.apply import catch_up
 from services.views.engine.checkpoints import StaleCheckpointError
 from services.views.engine.generations import reset
 from services.views.engine.parking import Mark, TooManyParkedError, list_marks, retry

@@ -20,8 +20,7 @@ from services.core.limits import Limits
 from services.log.sqlite import SqliteLog, SqliteWriter
 from services.views.database import Views
 from services.views.digest import digest_view
-from services.views.engine.apply import apply
-from services.views.engine.catch_up import catch_up, fold
+from services.views.engine.apply import apply, catch_up, fold
 from services.views.engine.checkpoints import Checkpoint, load_checkpoint
 from services.views.engine.generations import reset
 from services.views.engine.source import DecodedBatch
@@ -182,7 +181,7 @@ async def test_a_reset_under_a_running_projector_folds_everything_again(views: V
 async def test_a_reset_under_projectors_to_which_nothing_comes_folds_everything_again(
     views: Views, reference: Views, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("projector.assignment.IDENTITY_SECONDS", 0.1)
+    monkeypatch.setattr("projector.runner.IDENTITY_SECONDS", 0.1)
     log = MemoryLog()
     log.append(*History().fill(packages=6, files=3).events)
     async with projecting(views, log, REGISTRY, times=2):
@@ -217,7 +216,7 @@ async def test_another_log_under_the_view_stops_the_projector(views: Views) -> N
 async def test_another_log_in_the_place_of_a_silent_one_stops_the_projector(
     views: Views, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("projector.assignment.IDENTITY_SECONDS", 0.1)
+    monkeypatch.setattr("projector.runner.IDENTITY_SECONDS", 0.1)
     log = MemoryLog()
     log.append(*History().fill(packages=2, files=2).events)
     running = asyncio.create_task(run_projection(views, log, REGISTRY, asyncio.Event()))
@@ -347,7 +346,7 @@ async def test_a_projector_says_that_it_folds_again_before_the_view_is_empty(
         said.append("is emptied and folded again" in caplog.text)
         return await reset(*given, **named)
 
-    monkeypatch.setattr("projector.assignment.reset", watched)
+    monkeypatch.setattr("projector.runner.reset", watched)
     async with projecting(views, log, REGISTRY):
         await eventually(_returned(log), "every partition carries a generation again")
     assert said == [True]

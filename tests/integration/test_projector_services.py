@@ -15,7 +15,7 @@ from services.config import Settings
 from services.log.kafka import KafkaLog
 from services.views.database import Views
 from services.views.digest import digest_view
-from services.views.engine.catch_up import catch_up
+from services.views.engine.apply import catch_up
 from services.views.projections import PROJECTIONS
 from services.views.queries import Queries
 from services.wiring import open_log, parts

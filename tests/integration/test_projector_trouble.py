@@ -15,7 +15,7 @@ from projector.projection_metrics import ProjectorMetrics
 from projector.rebuild import replay_view
 from services.log.port import Batch, Settled, StartOffsets
 from services.views.database import Views
-from services.views.engine.catch_up import catch_up
+from services.views.engine.apply import catch_up
 from services.views.projections import PROJECTIONS
 from services.views.projections.registry_fold import RegistryProjection
 from services.views.tables import projection_generations
@@ -139,7 +139,7 @@ async def test_a_projector_whose_fold_always_fails_never_seems_to_go_on(
 async def test_a_projector_that_has_nothing_to_fold_goes_on_once_that_is_known(
     views: Views, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("projector.assignment.IDENTITY_SECONDS", 0.1)
+    monkeypatch.setattr("projector.runner.IDENTITY_SECONDS", 0.1)
     log, stop = _LateLog(), asyncio.Event()
     metrics = _Watched(views, log)
     running = asyncio.create_task(run_projection(views, log, REGISTRY, stop, metrics))

@@ -28,7 +28,7 @@ from services.core.limits import Limits
 from services.log.port import CommandWriter
 from services.registry.direct import DirectRegistry
 from services.views.database import Views
-from services.views.engine.catch_up import catch_up
+from services.views.engine.apply import catch_up
 from services.views.projections import PROJECTIONS
 from services.views.queries import ManifestLocation, Progress, Queries
 from tests.memory_log import MemoryLog

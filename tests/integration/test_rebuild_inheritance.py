@@ -15,8 +15,8 @@ from artifact_store.errors import ConfigurationError
 from projector import rebuild
 from projector.rebuild import replay_view
 from services.views.database import Views
+from services.views.engine.apply import catch_up
 from services.views.engine.build_tables import create_index
-from services.views.engine.catch_up import catch_up
 from services.views.engine.generations import reset
 from services.views.projections import PROJECTIONS
 from tests.integration.projector_stage import WAIT_SECONDS, eventually, opened

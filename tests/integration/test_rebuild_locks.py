@@ -13,8 +13,7 @@ from sqlalchemy import select, text
 
 from projector.rebuild import replay_view
 from services.views.database import Views
-from services.views.engine.apply import apply
-from services.views.engine.catch_up import catch_up
+from services.views.engine.apply import apply, catch_up
 from services.views.engine.checkpoints import StaleCheckpointError, load_checkpoint, tables_of
 from services.views.engine.generations import building
 from services.views.engine.source import DecodedBatch

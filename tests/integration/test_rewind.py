@@ -20,7 +20,7 @@ from schemas.codec import encode
 from services.log.kafka import KafkaLog
 from services.views.database import Views
 from services.views.digest import digest_view
-from services.views.engine.catch_up import catch_up
+from services.views.engine.apply import catch_up
 from services.views.engine.checkpoints import load_checkpoint
 from services.views.projections import PROJECTIONS
 from tests.integration.kafka_stage import PARTITIONS, kafka_settings, open_kafka_log

@@ -26,7 +26,7 @@ from services.config import Settings
 from services.log.kafka import KafkaLog
 from services.views.database import Views
 from services.views.digest import digest_view
-from services.views.engine.catch_up import catch_up
+from services.views.engine.apply import catch_up
 from services.views.projections import PROJECTIONS
 from services.views.tables import projection_checkpoints
 from tests.integration.kafka_stage import kafka_settings, open_kafka_log

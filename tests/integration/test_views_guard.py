@@ -9,7 +9,7 @@ import pytest
 from artifact_store.errors import CorruptError
 from projector import run_projection
 from services.views.database import Views
-from services.views.engine.catch_up import catch_up
+from services.views.engine.apply import catch_up
 from services.views.engine.checkpoints import load_checkpoint
 from services.views.engine.generations import reset
 from services.views.projections import PROJECTIONS

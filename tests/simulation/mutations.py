@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
-from projector import assignment
+from projector import runner as assignment
 from services.log.kafka import lease as lease_module
 from services.log.kafka.cluster import Cluster
 from services.log.kafka.lease import COMMIT_SECONDS, INIT_SECONDS, PartitionLease

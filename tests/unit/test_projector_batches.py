@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from artifact_store.events import PackageFinalized
-from projector.assignment import Assignment
+from projector.runner import Assignment
 from services.views.database import Views
 from services.views.projections import PROJECTIONS
 from tests.memory_log import MemoryLog

@@ -12,7 +12,6 @@ for, and go with the table.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import lru_cache
 from uuid import UUID
 
 from sqlalchemy import Column, Index, MetaData, Table, TextClause, text
@@ -23,9 +22,8 @@ from sqlalchemy.sql import quoted_name
 
 from artifact_store.errors import ConfigurationError
 from services.views.bulk import driver_of, on_postgresql
-from services.views.projections import Projection, Tables
-
-SUFFIX = "__building"
+from services.views.engine.checkpoints import SUFFIX, building_tables
+from services.views.projections import Projection
 
 _READERS_MILLISECONDS = 50
 """How long readers are waited for at each table, and those behind them wait, before all of it is let go."""
@@ -38,23 +36,6 @@ _BEYOND_DEADLOCKS = """
 
 LONG_SECONDS = 24 * 3600.0
 """A large index takes longer than any other statement may, and so does what a digest has to sort."""
-
-
-def live_tables(projection: Projection) -> Tables:
-    """The live build."""
-    return {table.name: table for table in projection.tables}
-
-
-def building_tables(projection: Projection) -> Tables:
-    """The build beside the live one; indexes and constraints in it are not those that it really has."""
-    return _aside(tuple(projection.tables))
-
-
-@lru_cache(maxsize=64)
-def _aside(tables: tuple[Table, ...]) -> Tables:
-    """Always the same objects for the same tables: SQLAlchemy keeps what it has compiled for them."""
-    aside = MetaData()
-    return {table.name: table.to_metadata(aside, name=table.name + SUFFIX) for table in tables}
 
 
 async def create_tables(connection: AsyncConnection, projection: Projection, generation: UUID) -> None:

@@ -15,11 +15,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 from uuid import UUID
 
 from blake3 import blake3
-from sqlalchemy import Row, select, text, update
+from sqlalchemy import MetaData, Row, Table, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from artifact_store.errors import CorruptError, LogIdentityError, UnavailableError
@@ -27,10 +28,6 @@ from artifact_store.position import Position
 from services.log.port import Log, Record
 from services.views.bulk import on_postgresql
 from services.views.database import TablesError, Views, check_layouts
-from services.views.engine.build_tables import (
-    building_tables,
-    live_tables,
-)
 from services.views.projections import Projection, Tables
 from services.views.tables import projection_builds, projection_checkpoints, projection_generations
 
@@ -267,3 +264,23 @@ async def _records_at(log: Log, offsets: dict[int, int]) -> dict[int, Record]:
         async for batch in batches:
             found |= {record.partition: record for record in batch.records}
     return found
+
+
+SUFFIX = "__building"
+
+
+def live_tables(projection: Projection) -> Tables:
+    """The live build."""
+    return {table.name: table for table in projection.tables}
+
+
+def building_tables(projection: Projection) -> Tables:
+    """The build beside the live one; indexes and constraints in it are not those that it really has."""
+    return _aside(tuple(projection.tables))
+
+
+@lru_cache(maxsize=64)
+def _aside(tables: tuple[Table, ...]) -> Tables:
+    """Always the same objects for the same tables: SQLAlchemy keeps what it has compiled for them."""
+    aside = MetaData()
+    return {table.name: table.to_metadata(aside, name=table.name + SUFFIX) for table in tables}

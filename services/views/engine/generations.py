@@ -32,23 +32,23 @@ from services.views.database import (
     database_errors,
 )
 from services.views.engine.build_tables import (
-    building_tables,
     create_tables,
     drop_tables,
     hold_off_vacuums,
     index_statements,
     inherit,
     inheritance_of,
-    live_tables,
     lock_live_tables,
     replace_live_tables,
 )
 from services.views.engine.checkpoints import (
     Checkpoint,
     StaleCheckpointError,
+    building_tables,
     hold_all_folds,
     hold_live,
     live_row,
+    live_tables,
     read_offsets,
     read_progress,
 )
