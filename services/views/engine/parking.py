@@ -71,13 +71,11 @@ class Mark:
         return self.partition, self.package
 
 
-def package_of(record: Record, event: Event | str) -> tuple[str, UUID | None]:
-    """Whose a record is: by its event, or by its key where it cannot be read."""
-    return (str(event.package_id), event.package_id) if isinstance(event, Event) else key_name(record.key)
-
-
 def key_name(key: bytes) -> tuple[str, UUID | None]:
-    """The package that a record's key names; else a text that stands for the key."""
+    """The package that a record's key names; else a text that stands for the key.
+
+    An event that was decoded has its package's id as its key.
+    """
     try:
         text = key.decode("ascii")
         package_id = UUID(text)
@@ -160,7 +158,7 @@ class Parking:
         number = -1
         for i, record in enumerate(batch.records):
             if i in batch.unreadable:
-                self._park(record, batch.unreadable[i], batch.unreadable[i])
+                self._park(record, batch.unreadable[i])
                 continue
             number += 1
             if not self._waits(record, entries[number].package_id):
@@ -177,7 +175,7 @@ class Parking:
             if isinstance(event, Event):
                 events.append((record, event))
             else:
-                self._park(record, event, event)
+                self._park(record, event)
         await self._fold(events)
 
     async def save(self) -> None:
@@ -199,7 +197,7 @@ class Parking:
         if cause is None:
             return
         if len(left) == 1:
-            self._park(*left[0], cause)
+            self._park(left[0][0], cause)
             return
         middle = len(left) // 2
         await self._fold(left[:middle])
@@ -228,8 +226,8 @@ class Parking:
         self.marks[key] = replace(mark, events=mark.events + 1)
         return True
 
-    def _park(self, record: Record, event: Event | str, cause: str) -> None:
-        package, package_id = package_of(record, event)
+    def _park(self, record: Record, cause: str) -> None:
+        package, package_id = key_name(record.key)
         key = (record.partition, package)
         mark = self.marks.get(key)
         if mark is not None:
@@ -349,8 +347,8 @@ async def _read(log: Log, mark: Mark, start: int, end: int, skips: Skips) -> tup
     size, at = 0, start
     async with aclosing(log.scan({mark.partition: start}, {mark.partition: end})) as batches:
         async for batch in batches:
-            for record, event in await decode(log, batch.records, skips):
-                if package_of(record, event)[0] == mark.package:
+            for record in batch.records:
+                if key_name(record.key)[0] == mark.package:
                     waiting.append(record)
                     size += len(record.value)
             at = batch.next_offsets.get(mark.partition, at)
