@@ -1,8 +1,8 @@
-"""The writer of one partition: a thread that takes the waiting commands, decides them and appends their events.
+"""The writer of one partition: a thread that takes waiting commands, decides them and appends their events.
 
-Whatever goes wrong between the beginning of a transaction and its read-back, the answer is the same: throw away
-producer and state, take over again, and decide the same commands on the state that the log gives. Those that the log
-holds are recognised by their command ids; the others are appended. Nothing is guessed.
+A transaction may fail anywhere between its beginning and its read-back. The writer then always does the same: it gives
+up lease and state, takes the partition over again, and decides the same commands on the state that it reads from the
+log. Commands that the log already holds are recognised by their ids; the others are appended. Nothing is guessed.
 """
 
 from __future__ import annotations
@@ -58,16 +58,16 @@ _ASK_SECONDS = 0.2
 _RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0)
 
 _SLOW_SECONDS = 5.0
-"""After so long a transaction that is on its way is told of."""
+"""`trouble` mentions a transaction that takes longer than this."""
 
 _GIVE_WAY_SECONDS = 20.0
-"""After so long without success a take-over is left to others: twice what an election of a leader takes."""
+"""After this long without success, the take-over is left to other processes. Electing a leader takes half as long."""
 
 _LOG = logging.getLogger(__name__)
 
 
 _Outcome = Acknowledgement | Exception | int | None
-"""What becomes of a request once its batch is appended; None says that a check passed, an offset where the log ends."""
+"""The answer to a request once its batch is appended. None: a check passed; an int: the offset where the log ends."""
 
 
 class PartitionWriter:
@@ -81,28 +81,29 @@ class PartitionWriter:
         self._trouble: str | None = "it is being taken over"
         self._memory_only: str | None = None
         self._state: PartitionState | None = None
-        """What packages are asked about from other threads, while commands are served."""
+        """The state, which other threads may ask for extents while commands are served."""
         self._serving_since: float | None = None
         self._failed = 0
-        """Take-overs that failed one after another."""
+        """How many take-overs in a row have failed."""
         self._well = time.monotonic()
-        """When something succeeded last: a lease, or a step of a long take-over."""
+        """When something last succeeded: a lease, or a step of a long take-over."""
         self._last_created_at = 0
-        """The time (µs) of the partition's last event, as far as it was read; 0 before that."""
+        """The time (µs since 1970) of the last event that was read from the partition; 0 before any was."""
         self._context = context
         self._queue = RequestQueue()
         self._unproven: list[Request] = []
-        """Requests that were refused and wait for a proof that the state is current."""
+        """Refused requests: they are answered once it is proved that the state is current."""
         self._confirmations: deque[tuple[Confirmation, asyncio.Future[Acknowledgement]]] = deque()
         self._bad: BadRecord | None = None
-        """The record, no event, that the partition stands before."""
+        """The record that is not an event and that stops the partition."""
         self._losses: Sequence[Loss] = ()
-        """What the partition lost of what it had acknowledged."""
+        """Acknowledged records that the partition lost."""
         self._irregular = Irregular()
         self._deadlines = Deadlines(context.submit_seconds, self._late)
         self._checks = Deadlines(min(CHECK_SECONDS, context.submit_seconds), self._late_check)
         self._stop = Flag()
-        # A daemon: one that hangs in a call to a frozen broker must not keep the process; its fence protects the log.
+        # A daemon: a thread that hangs in a call to a frozen broker must not keep the process alive. Its fence protects
+        # the log.
         self._thread = Thread(target=self._run, name=f"log-write-{partition}", daemon=True)
 
     @property
@@ -112,7 +113,7 @@ class PartitionWriter:
 
     @property
     def trouble(self) -> str | None:
-        """What keeps it from writing now; None when nothing does."""
+        """Why it cannot write now; None when it can."""
         began = self._serving_since
         if self._trouble is None and began is not None and (since := time.monotonic() - began) > _SLOW_SECONDS:
             return f"a transaction has not come to its end for {since:.0f} s"
@@ -125,11 +126,13 @@ class PartitionWriter:
     def submit(
         self, asked: Command | IngestCheck, moved: Callable[[Request], None] | None = None
     ) -> asyncio.Future[Acknowledgement | None]:
-        """Let a request wait for its turn; on the event loop. Raises PushBackError, PartitionNotOwnedError.
+        """Put a request into the queue. For the event loop; does not block.
 
-        The answer comes in time or is UnavailableError, for a question PushBackError. When the partition moves
-        meanwhile, `moved` is called on the event loop and finds one; without it, it is PartitionNotOwnedError, or
-        UnavailableError when a transaction with it failed before.
+        Raises PushBackError, PartitionNotOwnedError.
+
+        A command that is not answered in time gets UnavailableError, a question PushBackError. If the partition moves
+        meanwhile, `moved` is called on the event loop and answers the request. Without `moved` the answer is
+        PartitionNotOwnedError, or UnavailableError if a transaction with the command has failed before.
         """
         answer: asyncio.Future[Acknowledgement | None] = self._context.loop.create_future()
         try:
@@ -142,10 +145,10 @@ class PartitionWriter:
         return answer
 
     def confirm(self, confirmation: Confirmation) -> asyncio.Future[Acknowledgement]:
-        """Let an operator's confirmation be recorded; on the event loop.
+        """Record an operator's confirmation. For the event loop; does not block.
 
-        The answer is there once it is in the log and folded. Raises, when it is awaited: PartitionNotOwnedError; errors
-        of the tree that say why it is refused, or that its outcome is unknown.
+        The future is done once the record is in the log and folded. Awaiting it raises PartitionNotOwnedError, or an
+        error of our tree that says why it is refused or that the outcome is unknown.
         """
         answer: asyncio.Future[Acknowledgement] = self._context.loop.create_future()
         if self._stop.is_set():
@@ -165,11 +168,11 @@ class PartitionWriter:
             return None
 
     def unanswered(self) -> list[asyncio.Future[Any]]:
-        """What is waited for; on the event loop."""
+        """Futures of requests that have no answer yet. For the event loop."""
         return [*self._deadlines.unanswered(), *self._checks.unanswered()]
 
     def status(self, owner: str) -> PartitionStatus:
-        """How the partition is, for operators; its owner, this process, goes by the name of `owner`."""
+        """The partition's status for operators, with this process named `owner`."""
         irregular, bad, lost = self._irregular, self._bad, next(iter(self._losses), None)
         return PartitionStatus(
             self.partition,
@@ -190,7 +193,7 @@ class PartitionWriter:
         )
 
     def stop(self) -> None:
-        """End after the transaction at hand. Does not block; what still waits is told that the partition moves."""
+        """End after the current transaction. Does not block. Waiting requests get PartitionNotOwnedError, or move."""
         self._stop.set()
         self._let_go()
 
@@ -208,7 +211,7 @@ class PartitionWriter:
                     if not self._stop.is_set():
                         self._context.disowned(self)
                     return
-                # Whatever it is is met by taking over again: the state that the log gives says what has happened.
+                # Taking over again is the remedy for every failure: the state read from the log says what has happened.
                 except Exception as error:  # noqa: BLE001 - see above; the cause is shown in `trouble` and logged
                     self._after(error)
                 finally:
@@ -217,7 +220,7 @@ class PartitionWriter:
             self._let_go()
 
     def _after(self, error: Exception) -> None:
-        """End a lease that failed, or whose take-over did; returns when it is time for the next one."""
+        """Handle a failed lease or take-over; returns when it is time for the next one."""
         served, self.since = self.since is not None, None
         error = self._context.driver.refusal(error) or error
         self._context.counts.failed_leases += served or not isinstance(error, HeldError)
@@ -242,7 +245,7 @@ class PartitionWriter:
         self._well = time.monotonic()
 
     def _let_go(self) -> None:
-        """Take nothing more, and tell what waits that the partition moves: a transaction at hand may take long."""
+        """Close the queue and answer what waits at once: the current transaction may take long."""
         self._queue.close()
         moved = PartitionNotOwnedError("this process does not write to the package's partition any more")
         self._deliver([(request, moved) for request in self._queue.drain()])
@@ -307,7 +310,7 @@ class PartitionWriter:
             lease.close()
 
     def _require_guard(self, batch: Sequence[Request]) -> None:
-        """Raise HeldError when nothing may be appended; the batch is answered with it."""
+        """Raise HeldError when nothing may be appended; the batch is then back in the queue, to be refused."""
         try:
             self._context.driver.require(self.partition, self._last_created_at)
         except HeldError:
@@ -409,7 +412,7 @@ class PartitionWriter:
         self._deliver(answered)
 
     def _without_held(self, jobs: BackgroundJobs, batch: Sequence[Request]) -> list[Request]:
-        """Those of the batch that can be decided now."""
+        """The requests of the batch that can be decided now, because no background job holds them."""
         now, refused = [], []
         for request in batch:
             try:
@@ -516,7 +519,7 @@ class PartitionWriter:
         return PushBackError(f"partition {self.partition}: {self.trouble or 'its writer is busy'}", 2.0)
 
     def _refuse_all(self, error: Exception, seconds: float) -> None:
-        """The partition cannot be written to as it is; say so to everyone, at most until the process gives it up."""
+        """Answer every request with `error` for this many seconds, or until the writer is told to stop."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             batch = self._queue.take(min(left, _IDLE_SECONDS))
@@ -532,7 +535,7 @@ class PartitionWriter:
         self._trouble = text
 
     def _deliver(self, answers: Sequence[tuple[Request, _Outcome]]) -> None:
-        """Hand answers to the event loop in one go; who gave up meanwhile gets none."""
+        """Hand all answers to the event loop at once. Callers that gave up meanwhile get none."""
 
         def settle() -> None:
             for request, answer in answers:
@@ -567,9 +570,9 @@ class WriterContext:
     submit_seconds: float
     """How long a request may wait for its answer."""
     disowned: Callable[[PartitionWriter], None]
-    """Told, in this writer's thread, that the group has given its partition to another."""
+    """Called in the writer's thread when the group has given its partition to another process."""
     give_way: Callable[[str], None]
-    """Told, in the writer's thread, that the partition cannot be written to from here, and why. Blocks."""
+    """Called in the writer's thread with the reason why this process cannot write to the partition. Blocks."""
     counts: Counts
     fair_lock: FairLock
 
