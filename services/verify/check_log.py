@@ -74,6 +74,8 @@ class LogCheck:
     async def _compare_repeats(self) -> None:
         """Look whether events that came again are those that were there: read once more up to the last of them."""
         ends = self._notes.repeats_end()
+        if not ends:
+            return
         async with aclosing(self._log.scan(dict.fromkeys(ends, 0), ends)) as batches:
             async for batch in batches:
                 for record in batch.records:
