@@ -20,7 +20,6 @@ from pydantic import SecretStr
 from artifact_store.errors import CorruptError, InvalidRequestError, LogLostError
 from artifact_store.events import LossAccepted
 from schemas.codec import decode
-from services.blobs.local import LocalBlobStore
 from services.blobs.port import BlobStore
 from services.config import Settings
 from services.log.kafka import KafkaLog, KafkaWriter
@@ -66,19 +65,6 @@ def kafka(kafka_url: str, tmp_path: Path) -> Settings:
 async def log(kafka: Settings) -> AsyncIterator[KafkaLog]:
     async with open_kafka_log(kafka) as found:
         yield found
-
-
-@pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[BlobStore]:
-    found = LocalBlobStore(tmp_path / "blobs")
-    await found.migrate()
-    yield found
-    await found.close()
-
-
-@pytest.fixture
-def every_close_makes_a_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(snapshots, "CLOSING_OFFSETS", 1)
 
 
 async def fill(kafka: Settings, log: KafkaLog, store: BlobStore | None = None) -> None:

@@ -55,19 +55,6 @@ async def log(kafka: Settings) -> AsyncIterator[KafkaLog]:
         yield found
 
 
-@pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[BlobStore]:
-    found = LocalBlobStore(tmp_path / "blobs")
-    await found.migrate()
-    yield found
-    await found.close()
-
-
-@pytest.fixture
-def every_close_makes_a_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(snapshots, "CLOSING_OFFSETS", 1)
-
-
 @asynccontextmanager
 async def writer_on(kafka: Settings, log: KafkaLog, store: BlobStore | None = None) -> AsyncIterator[KafkaWriter]:
     async with lone_writer(kafka, log, snapshots=store) as writer:
