@@ -1,0 +1,100 @@
+"""Access: what a principal may do, and with the packages of which producers and subjects."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import lru_cache
+
+
+class Right(StrEnum):
+    """What a rule can allow."""
+
+    READ = "read"
+    WRITE = "write"
+    """Create packages, ingest files, finalize."""
+    DELEGATE = "delegate"
+    """Name another actor."""
+    DISPOSE = "dispose"
+    """Hold, release, expire, restore."""
+    SUBSCRIBE = "subscribe"
+    OPERATE = "operate"
+
+
+def matches(pattern: str, value: str) -> bool:
+    """Whether `value` has the form of `pattern`, in which `*` stands for any text and all else for itself."""
+    return _compiled(pattern).fullmatch(value) is not None
+
+
+@lru_cache(maxsize=4_096)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(".*".join(map(re.escape, pattern.split("*"))), re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Packages:
+    """The packages whose producer matches one of `producers` and whose subject matches one of `subjects`."""
+
+    producers: tuple[str, ...] = ("*",)
+    subjects: tuple[str, ...] = ("*",)
+
+    def include(self, producer: str, subject: str) -> bool:
+        """Whether a package of this producer and subject is one of them."""
+        return any(matches(pattern, producer) for pattern in self.producers) and any(
+            matches(pattern, subject) for pattern in self.subjects
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Rights on some packages."""
+
+    rights: frozenset[Right]
+    packages: Packages = Packages()
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """Where one right holds: the packages that any of `packages` includes. An empty scope is nowhere."""
+
+    packages: tuple[Packages, ...]
+
+    def includes(self, producer: str, subject: str) -> bool:
+        """Whether the right holds for a package of this producer and subject."""
+        return any(packages.include(producer, subject) for packages in self.packages)
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether the right holds for every package there may be."""
+        return any("*" in packages.producers and "*" in packages.subjects for packages in self.packages)
+
+    def __bool__(self) -> bool:
+        return bool(self.packages)
+
+
+EVERYWHERE = Scope((Packages(),))
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who asks, and what they may do. `expires_at` is when their token ends, in seconds since 1970."""
+
+    actor: str
+    """What events name them by: the alias of their issuer, a colon, and their subject there."""
+    grants: tuple[Grant, ...]
+    expires_at: float | None = None
+
+    def may(self, right: Right) -> bool:
+        """Whether they have the right for any package at all."""
+        return any(right in grant.rights for grant in self.grants)
+
+    def scope(self, right: Right) -> Scope:
+        """The packages for which they have the right."""
+        return Scope(tuple(grant.packages for grant in self.grants if right in grant.rights))
+
+
+def all_rights(actor: str, rights: Iterable[Right] = Right) -> Principal:
+    """A principal with these rights, all of them by default, on every package."""
+    return Principal(actor, (Grant(frozenset(rights)),))
