@@ -32,8 +32,8 @@ from services.verify import Report, verify
 from services.views.database import Views
 from services.views.engine.apply import catch_up
 from services.views.projections import PROJECTIONS
+from tests.commands import command_id, create, finalize
 from tests.memory_log import MemoryLog
-from tests.unit.commands import command_id, create, finalize
 
 CONTENT = {"a": b"first", "b": b"second", "c": b"the third"}
 

@@ -17,8 +17,8 @@ from artifact_store.errors import UnavailableError
 from services.core.commands import Command
 from services.core.limits import Limits
 from services.log.sqlite import SqliteLog, SqliteWriter
+from tests.commands import create, finalize, ingest
 from tests.contract.log_stage import no_manifest, settled
-from tests.unit.commands import create, finalize, ingest
 
 _TASKS = 4
 

@@ -18,7 +18,7 @@ from services.core.commands import Command
 from services.log.port import CommandWriter, Log, PutManifest, Record, Settled, Subscription
 from services.runtime.clock import Clock, system_clock
 from services.wiring import open_log, open_writer
-from tests.unit.commands import create, finalize, ingest
+from tests.commands import create, finalize, ingest
 
 _T = TypeVar("_T")
 

@@ -26,6 +26,7 @@ from artifact_store.manifest import decode as decode_manifest
 from artifact_store.models import Acknowledgement
 from services.core.commands import Command
 from services.runtime.clock import system_clock
+from tests.commands import create, finalize, ingest, stored
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import (
     Done,
@@ -35,7 +36,6 @@ from tests.contract.log_stage import (
     ready,
     settled,
 )
-from tests.unit.commands import create, finalize, ingest, stored
 
 LONG = "x" * 900
 """Fills a path, so that few files make a large manifest."""

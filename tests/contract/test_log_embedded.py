@@ -19,10 +19,10 @@ from services.core.commands import Command
 from services.core.limits import Limits
 from services.log.sqlite import SqliteLog, SqliteWriter, file
 from services.runtime.files import FileLock
+from tests.commands import create, finalize, ingest
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_process import hold_projection, process, reports_of, write, write_with_little_room
 from tests.contract.log_stage import Projection, no_manifest
-from tests.unit.commands import create, finalize, ingest
 
 
 @pytest.fixture

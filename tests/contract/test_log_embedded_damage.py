@@ -15,8 +15,8 @@ from artifact_store.position import Position
 from services.core.limits import Limits
 from services.log.port import Record
 from services.log.sqlite import SqliteLog, SqliteWriter
+from tests.commands import create, ingest
 from tests.contract.log_stage import no_manifest
-from tests.unit.commands import create, ingest
 
 MADE = create()
 PACKAGE = MADE.package_id

@@ -12,6 +12,7 @@ from artifact_store.position import Position
 from schemas.codec import decode
 from services.core.commands import Command
 from services.log.port import Record
+from tests.commands import create, finalize, ingest
 from tests.contract.log_invariants import read_valid
 from tests.contract.log_stage import (
     PATIENCE_SECONDS,
@@ -22,7 +23,6 @@ from tests.contract.log_stage import (
     first,
     settled,
 )
-from tests.unit.commands import create, finalize, ingest
 
 
 async def test_an_empty_log_has_an_end_and_nothing_to_read(stage: Stage) -> None:

@@ -8,11 +8,11 @@ from uuid import uuid4
 from artifact_store.models import Acknowledgement
 from services.core.commands import Command, IngestFiles
 from services.log.kafka import KafkaLog, KafkaWriter
+from tests.commands import stored
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import PATIENCE_SECONDS, ready, settled
 from tests.integration.conditions import until
 from tests.integration.kafka_stage import PARTITIONS, create_in
-from tests.unit.commands import stored
 
 _FILES = 5
 """A command of several events, so that half of one would show."""

@@ -39,6 +39,7 @@ from services.log.port import PartitionNotOwnedError, Record
 from services.log.sequencer.driver import Staged
 from services.log.state.restore import States
 from services.runtime.clock import system_clock
+from tests.commands import stored
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import PATIENCE_SECONDS, ready
 from tests.integration.conditions import until
@@ -51,7 +52,6 @@ from tests.integration.kafka_stage import (
     open_kafka_log,
     operate,
 )
-from tests.unit.commands import stored
 
 pytestmark = pytest.mark.services
 

@@ -28,10 +28,10 @@ from services.views.database import Views
 from services.views.engine.apply import catch_up
 from services.views.projections import PROJECTIONS
 from services.views.queries import Queries
+from tests.commands import ingest
 from tests.contract.log_stage import settled
 from tests.integration.kafka_stage import create_in, gateway, kafka_settings, open_kafka_log
 from tests.services.process import free_ports
-from tests.unit.commands import ingest
 
 pytestmark = pytest.mark.services
 

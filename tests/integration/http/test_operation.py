@@ -1,0 +1,243 @@
+"""What operators see of a gateway: health, readiness, metrics, the log of access, the address it listens on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from artifact_store.errors import ConfigurationError, UnavailableError
+from ingest_gateway.health import FRESH_SECONDS
+from ingest_gateway.server import run
+from services.config import PREFIX, Settings
+from tests.integration.http_gateway import running_gateway
+
+_PACKAGE = {"name": "n", "producer": "p", "subject": "s", "retention_class": "scratch"}
+
+
+async def test_a_gateway_whose_parts_are_well_is_ready(embedded_settings: Settings) -> None:
+    async with running_gateway(embedded_settings) as gateway:
+        async with gateway.session.get("/healthz") as answer:
+            assert (answer.status, await answer.json()) == (200, {"status": "ok"})
+        async with gateway.session.get("/readyz") as answer:
+            found = await answer.json()
+            assert (answer.status, found["status"]) == (200, "ready")
+        assert {part["state"] for part in found["parts"].values()} == {"ok"}
+
+
+async def _away() -> str | None:
+    raise UnavailableError("nobody answers")
+
+
+@pytest.mark.parametrize(
+    ("part", "status", "overall", "state"),
+    [
+        ("views", 200, "degraded", "degraded"),
+        ("log", 503, "unready", "missing"),
+        ("blobs", 503, "unready", "missing"),
+        ("writer", 503, "unready", "missing"),
+    ],
+)
+async def test_readiness_is_about_writes_and_names_the_cause(
+    embedded_settings: Settings, part: str, status: int, overall: str, state: str
+) -> None:
+    async with (
+        running_gateway(embedded_settings, checks={part: _away}) as gateway,
+        gateway.session.get("/readyz") as answer,
+    ):
+        found = await answer.json()
+    assert (answer.status, found["status"]) == (status, overall)
+    assert found["parts"][part] == {"state": state, "cause": "nobody answers"}
+    assert [name for name, health in found["parts"].items() if health["state"] != "ok"] == [part]
+
+
+async def test_many_who_ask_for_readiness_share_a_check_that_is_at_most_a_second_old(
+    embedded_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted, begun, answers = 0, asyncio.Event(), asyncio.Event()
+
+    async def count() -> str | None:
+        nonlocal counted
+        counted += 1
+        begun.set()
+        await answers.wait()
+        return None if counted < 2 else "trouble"
+
+    async with running_gateway(embedded_settings, checks={"writer": count}) as gateway:
+
+        async def ask() -> int:
+            async with gateway.session.get("/readyz") as answer:
+                return answer.status
+
+        asked = [asyncio.create_task(ask()) for _ in range(20)]
+        await begun.wait()
+        answers.set()
+        assert set(await asyncio.gather(*asked)) == {200}
+        assert (await ask(), counted) == (200, 1)
+        now = asyncio.get_running_loop().time
+        monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now() + FRESH_SECONDS)
+        assert (await ask(), counted) == (503, 2)
+
+
+async def test_a_part_that_does_not_answer_in_time_is_away(
+    embedded_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def silent() -> str | None:
+        await asyncio.Event().wait()
+        return None
+
+    monkeypatch.setattr("ingest_gateway.health.CHECK_SECONDS", 0.05)
+    async with (
+        running_gateway(embedded_settings, checks={"writer": silent}) as gateway,
+        gateway.session.get("/readyz") as answer,
+    ):
+        assert answer.status == 503
+        assert "no answer" in (await answer.json())["parts"]["writer"]["cause"]
+
+
+async def test_a_gateway_starts_and_takes_writes_although_its_database_is_away(embedded_settings: Settings) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        nowhere = f"postgresql+asyncpg://user@127.0.0.1:{listener.getsockname()[1]}/views?ssl=disable"
+    settings = embedded_settings.model_copy(update={"views_url": nowhere})
+    async with running_gateway(settings) as gateway:
+        async with gateway.session.post("/v1/packages", json=_PACKAGE) as answer:
+            assert answer.status == 201
+            path = answer.headers["Location"]
+        async with gateway.session.get(path) as answer:
+            assert answer.status == 503
+        async with gateway.session.get("/readyz") as answer:
+            assert (answer.status, (await answer.json())["status"]) == (200, "degraded")
+
+
+async def test_metrics_count_by_route_and_not_by_path(embedded_settings: Settings) -> None:
+    async with running_gateway(embedded_settings) as gateway:
+        for _ in range(2):
+            async with gateway.session.post("/v1/packages", json=_PACKAGE) as answer:
+                path = answer.headers["Location"]
+            await gateway.session.put(f"{path}/files/a", data=b"12345")
+        await gateway.session.get("/nowhere")
+        async with gateway.session.get("/metrics") as answer:
+            assert answer.content_type == "text/plain"
+            text = await answer.text()
+    put = 'route="/v1/packages/{package_id}/files/{relative_path}"'
+    assert f'artifact_store_http_requests_total{{method="PUT",{put},status="201"}} 2.0' in text
+    assert f"artifact_store_http_received_bytes_total{{{put}}} 10.0" in text
+    assert 'artifact_store_http_requests_total{method="GET",route="none",status="404"} 1.0' in text
+    assert "artifact_store_http_in_flight 1.0" in text
+    assert "/nowhere" not in text
+
+
+async def test_the_log_of_access_has_no_queries_and_one_line_a_request(
+    embedded_settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "ingest_gateway.access"):
+        async with running_gateway(embedded_settings) as gateway:
+            await gateway.session.get("/v1/packages?cursor=secret")
+            await gateway.session.get("/v1/packages/%0Afake")
+    lines = [record.getMessage() for record in caplog.records if record.name == "ingest_gateway.access"]
+    assert len(lines) == 2
+    assert not any("secret" in line or "\n" in line for line in lines)
+
+
+async def test_the_document_describes_every_route_and_every_problem(embedded_settings: Settings) -> None:
+    async with running_gateway(embedded_settings) as gateway, gateway.session.get("/openapi.json") as answer:
+        document = await answer.json()
+    assert document["openapi"].startswith("3.1")
+    operations = {(method, path) for path, methods in document["paths"].items() for method in methods}
+    assert ("put", "/v1/packages/{package_id}/files/{relative_path}") in operations
+    assert len(operations) == 26
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            for status, found in operation["responses"].items():
+                if int(status) >= 400 and path != "/readyz":
+                    assert list(found["content"]) == ["application/problem+json"], (method, path, status)
+    references = set(_references(document))
+    assert references
+    assert references <= {f"#/components/schemas/{name}" for name in document["components"]["schemas"]}
+
+
+def _references(value: object) -> list[str]:
+    match value:
+        case {"$ref": str(reference)}:
+            return [reference]
+        case dict():
+            return [found for item in value.values() for found in _references(item)]
+        case list():
+            return [found for item in value for found in _references(item)]
+    return []
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:0", "[::]:0", "192.0.2.1:0", "example.org:80", "x", ":80", "127.0.0.1:x"])
+async def test_another_interface_than_loopback_is_refused(embedded_settings: Settings, listen: str) -> None:
+    settings = embedded_settings.model_copy(update={"listen": listen})
+    with pytest.raises(ConfigurationError, match="ARTIFACT_STORE_LISTEN"):
+        await run(settings, stop=asyncio.Event())
+
+
+async def test_another_interface_is_taken_when_it_is_meant(embedded_settings: Settings) -> None:
+    settings = embedded_settings.model_copy(update={"listen": "0.0.0.0:0", "insecure": True})
+    stop = asyncio.Event()
+    urls: list[str] = []
+
+    def ready(url: str) -> None:
+        urls.append(url)
+        stop.set()
+
+    await run(settings, stop=stop, ready=ready)
+    assert urls[0].startswith("http://0.0.0.0:")
+
+
+async def test_a_port_that_is_taken_is_a_clear_error(embedded_settings: Settings) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        settings = embedded_settings.model_copy(update={"listen": f"127.0.0.1:{taken.getsockname()[1]}"})
+        with pytest.raises(ConfigurationError, match="ARTIFACT_STORE_LISTEN"):
+            await run(settings, stop=asyncio.Event())
+
+
+_PROGRAM = """
+import asyncio
+from ingest_gateway.server import run
+from services.config import Settings
+asyncio.run(run(Settings.from_env()))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_process_says_where_it_listens_and_ends_when_it_is_told_to(
+    embedded_settings: Settings, tmp_path: Path, number: signal.Signals
+) -> None:
+    names = ("log_url", "blobs_url", "views_url", "state_dir", "listen")
+    values = {PREFIX + name.upper(): str(getattr(embedded_settings, name)) for name in names}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        _PROGRAM,
+        stderr=asyncio.subprocess.PIPE,
+        cwd=tmp_path,
+        env={**os.environ, **values, "PYTHONPATH": str(Path(__file__).parents[3])},
+    )
+    assert process.stderr is not None
+    line = (await process.stderr.readline()).decode().strip()
+    url = line.removeprefix("listening on ")
+    assert url.startswith("http://127.0.0.1:"), line
+    async with aiohttp.ClientSession(url) as session:
+        async with session.post("/v1/packages", json=_PACKAGE) as answer:
+            assert answer.status == 201
+        async with session.get("/v1/events") as answer:
+            assert len((await answer.read()).splitlines()) == 1
+        follower = await session.get("/v1/events?follow=true")
+        assert json.loads(await follower.content.readline())["sequence"] == 1
+        process.send_signal(number)
+        assert await follower.read() == b""
+    assert await asyncio.wait_for(process.wait(), 20) == 0
+    assert await process.stderr.read() == b""

@@ -1,0 +1,357 @@
+"""The internal listener: who may use it, what it takes, and what a gateway says that does not own the partition."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from io import BytesIO
+from uuid import UUID
+
+import aiohttp
+import pytest
+from pydantic import SecretStr
+
+from artifact_store.errors import (
+    ConfigurationError,
+    DuplicateRelativePathError,
+    PushBackError,
+    TooLargeError,
+    UnavailableError,
+)
+from artifact_store.models import Acknowledgement
+from ingest_gateway.peers import forwarding
+from ingest_gateway.peers import internal_listener as internal
+from ingest_gateway.peers.forwarding import CHECKS_PATH, COMMANDS_PATH, CONTENT_TYPE, WIRE_VERSION, HttpForwarder
+from ingest_gateway.peers.internal_listener import MAX_BODY_BYTES, InternalListener
+from services.config import Settings
+from services.core import wire
+from services.core.commands import Command
+from services.core.wire import decode_error, encode_command
+from services.log.kafka.connection import INTERFACE
+from services.log.port import PackageExtent, PartitionNotOwnedError, PartitionStatus
+from services.log.records import Confirmation, SkipRecord
+from tests.commands import create, ingest
+from tests.integration.conditions import until
+from tests.services.process import free_ports
+
+SECRET = SecretStr("correct horse battery staple")
+
+
+OWNED = (
+    PartitionStatus(3, "this process", 1_000_000, 0.25, "file", None, 4),
+    PartitionStatus(5, "this process", trouble="it stands", skipped=1, quarantined=2, bad_offset=9, bad_digest="ab"),
+)
+
+
+class Answering:
+    """A writer that answers every command with the same acknowledgement, or raises."""
+
+    def __init__(self) -> None:
+        self.seen: list[object] = []
+        self.refusal: Exception | None = None
+        self.manifest_digest: bytes | None = None
+        self.extent: PackageExtent | None = None
+
+    async def submit_here(self, command: Command) -> Acknowledgement:
+        self.seen.append(command)
+        if self.refusal is not None:
+            raise self.refusal
+        return Acknowledgement(command.package_id, 7, bytes(32), manifest_digest=self.manifest_digest)
+
+    async def check_ingest_here(self, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None) -> None:
+        self.seen.append((package_id, list(relative_paths), command_id))
+        if self.refusal is not None:
+            raise self.refusal
+
+    async def confirm_here(self, confirmation: Confirmation) -> Acknowledgement:
+        self.seen.append(confirmation)
+        return Acknowledgement(UUID(int=1), 3, bytes(32))
+
+    async def end_here(self, partition: int) -> int:
+        self.seen.append(partition)
+        if self.refusal is not None:
+            raise self.refusal
+        return 10 + partition
+
+    async def extent_here(self, package_id: UUID) -> PackageExtent | None:
+        self.seen.append(package_id)
+        if self.refusal is not None:
+            raise self.refusal
+        return self.extent
+
+    def status_here(self) -> list[PartitionStatus]:
+        return list(OWNED)
+
+
+@pytest.fixture
+async def listener() -> AsyncIterator[InternalListener]:
+    found = await InternalListener.open(Settings(internal_secret=SECRET))
+    yield found
+    await found.close()
+
+
+@pytest.fixture
+def writer(listener: InternalListener) -> Answering:
+    answering = Answering()
+    listener.serve(answering)
+    return answering
+
+
+async def test_commands_and_questions_reach_the_owner_and_its_answer_comes_back(
+    listener: InternalListener, writer: Answering
+) -> None:
+    command = ingest(create().package_id, "a", "b")
+    async with HttpForwarder(SECRET) as forwarder:
+        answer = await forwarder.submit(listener.url, command)
+        await forwarder.check_ingest(listener.url, command.package_id, ["ä"], None)
+    assert answer == Acknowledgement(command.package_id, 7, bytes(32))
+    assert writer.seen == [command, (command.package_id, ["ä"], None)]
+
+
+async def test_a_package_s_extent_comes_from_the_owner_or_not_at_all(
+    listener: InternalListener, writer: Answering
+) -> None:
+    package_id = create().package_id
+    async with HttpForwarder(SECRET) as forwarder:
+        for writer.extent in (None, PackageExtent(1_700_000_000_000_000, 7), PackageExtent(0)):
+            assert await forwarder.extent(listener.url, package_id) == writer.extent
+        writer.refusal = PartitionNotOwnedError("moved")
+        with pytest.raises(PartitionNotOwnedError):
+            await forwarder.extent(listener.url, package_id)
+        with pytest.raises(UnavailableError):  # as a release that does not know the question answers
+            await forwarder.extent(listener.url + "/older", package_id)
+    assert writer.seen == [package_id] * 4
+
+
+async def test_an_operators_confirmation_reaches_the_owner_also_below_the_path_of_its_release(
+    listener: InternalListener, writer: Answering
+) -> None:
+    confirmation = SkipRecord(3, 41, b"d" * 32, "ada", "a stray producer", UUID(int=5))
+    async with HttpForwarder(SECRET) as forwarder:
+        for url in (listener.url, listener.url + INTERFACE):
+            assert await forwarder.confirm(url, confirmation) == Acknowledgement(UUID(int=1), 3, bytes(32))
+        await forwarder.submit(listener.url + INTERFACE, create())
+    assert writer.seen[:2] == [confirmation, confirmation]
+
+
+async def test_two_gateways_use_the_newest_version_that_both_know(
+    listener: InternalListener, writer: Answering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "_ADDED", {("Acknowledgement", "manifest_digest"): 2})
+    for module, version in ((wire, 2), (forwarding, 2), (internal, 1)):
+        monkeypatch.setattr(module, "VERSION", version)
+    command, writer.manifest_digest = create(), b"m" * 32
+    first, second = (Acknowledgement(command.package_id, 7, bytes(32), manifest_digest=d) for d in (None, b"m" * 32))
+    async with HttpForwarder(SECRET) as forwarder:
+        assert [await forwarder.submit(listener.url, command) for _ in range(2)] == [first, first]
+        monkeypatch.setattr(internal, "VERSION", 2)
+        assert [await forwarder.submit(listener.url, command) for _ in range(2)] == [first, second]
+        monkeypatch.setattr(internal, "VERSION", 1)  # a process of the release before has taken the address over
+        assert [await forwarder.submit(listener.url, command) for _ in range(2)] == [second, first]
+
+
+async def test_a_message_of_a_version_that_is_not_known_is_for_later(
+    listener: InternalListener, writer: Answering
+) -> None:
+    headers = {"Authorization": f"Bearer {SECRET.get_secret_value()}", "Content-Type": CONTENT_TYPE}
+    body = encode_command(create())
+    async with aiohttp.ClientSession(headers=headers) as session:
+        for version in (str(wire.VERSION + 1), "0", "-1", "one"):
+            named = {WIRE_VERSION: version}
+            async with session.post(listener.url + COMMANDS_PATH, data=BytesIO(body), headers=named) as answer:
+                assert answer.status == UnavailableError.status
+                assert "different releases" in decode_error(await answer.read()).detail
+    assert writer.seen == []
+
+
+@pytest.mark.parametrize(
+    "refusal", [DuplicateRelativePathError("it is there"), PushBackError("full", 3.0), PartitionNotOwnedError("moved")]
+)
+async def test_a_refusal_comes_back_as_what_it_was(
+    listener: InternalListener, writer: Answering, refusal: Exception
+) -> None:
+    writer.refusal = refusal
+    async with HttpForwarder(SECRET) as forwarder:
+        for ask in (
+            forwarder.submit(listener.url, create()),
+            forwarder.check_ingest(listener.url, create().package_id, ["a"], None),
+        ):
+            with pytest.raises(type(refusal)) as refused:
+                await ask
+            assert refused.value.args == refusal.args
+
+
+async def test_an_owner_says_how_its_partitions_are(listener: InternalListener, writer: Answering) -> None:
+    async with HttpForwarder(SECRET) as forwarder:
+        found = await forwarder.status(listener.url)
+    assert found == [replace(status, owner=listener.url) for status in OWNED]
+    async with HttpForwarder(SecretStr("wrong")) as forwarder:
+        with pytest.raises(UnavailableError, match="ARTIFACT_STORE_INTERNAL_SECRET"):
+            await forwarder.status(listener.url)
+    assert writer.seen == []
+
+
+@pytest.mark.parametrize("secret", [None, SecretStr("wrong"), SecretStr("")])
+async def test_without_the_secret_nothing_is_carried_out(
+    listener: InternalListener, writer: Answering, secret: SecretStr | None
+) -> None:
+    async with HttpForwarder(secret) as forwarder:
+        with pytest.raises(UnavailableError, match="ARTIFACT_STORE_INTERNAL_SECRET"):
+            await forwarder.submit(listener.url, create())
+        with pytest.raises(UnavailableError, match="ARTIFACT_STORE_INTERNAL_SECRET"):
+            await forwarder.check_ingest(listener.url, create().package_id, ["a"], None)
+    assert writer.seen == []
+
+
+async def test_a_gateway_that_is_only_starting_owns_nothing(listener: InternalListener) -> None:
+    async with HttpForwarder(SECRET) as forwarder:
+        with pytest.raises(PartitionNotOwnedError):
+            await forwarder.submit(listener.url, create())
+
+
+async def test_a_body_that_is_no_command_of_this_release_is_for_later(
+    listener: InternalListener, writer: Answering
+) -> None:
+    headers = {"Authorization": f"Bearer {SECRET.get_secret_value()}", "Content-Type": CONTENT_TYPE}
+    async with aiohttp.ClientSession(headers=headers) as session:
+        for path in (COMMANDS_PATH, CHECKS_PATH):
+            async with session.post(listener.url + path, data=b"\xff") as answer:
+                assert answer.status == UnavailableError.status
+        async with session.post(listener.url + COMMANDS_PATH, data=BytesIO(bytes(MAX_BODY_BYTES + 1))) as answer:
+            assert answer.status == TooLargeError.status
+        async with session.get(listener.url + COMMANDS_PATH) as answer:
+            assert answer.status == 405
+    assert writer.seen == []
+
+
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded"])
+async def test_what_a_page_in_a_browser_can_send_unasked_is_refused_even_without_a_secret(kind: str | None) -> None:
+    listener, writer = await InternalListener.open(Settings()), Answering()
+    listener.serve(writer)
+    headers = {} if kind is None else {"Content-Type": kind}
+    async with (
+        aiohttp.ClientSession(headers=headers, skip_auto_headers=["Content-Type"]) as session,
+        session.post(listener.url + COMMANDS_PATH, data=encode_command(create())) as answer,
+    ):
+        assert answer.status == 415
+    await listener.close()
+    assert writer.seen == []
+
+
+async def test_the_largest_command_fits(listener: InternalListener, writer: Answering) -> None:
+    paths = [f"{n:05}{'ä' * 509}" for n in range(10_000)]
+    command = ingest(create().package_id, *paths)
+    assert len(encode_command(command)) < MAX_BODY_BYTES
+    async with HttpForwarder(SECRET) as forwarder:
+        await forwarder.submit(listener.url, command)
+    assert writer.seen == [command]
+
+
+async def test_a_gateway_asks_the_owner_where_a_partition_ends(listener: InternalListener, writer: Answering) -> None:
+    async with HttpForwarder(SECRET) as forwarder:
+        assert await forwarder.end(listener.url, 5) == 15
+        assert writer.seen == [5]
+        writer.refusal = PartitionNotOwnedError("it moved")
+        with pytest.raises(PartitionNotOwnedError):
+            await forwarder.end(listener.url, 5)
+
+
+async def test_an_owner_of_the_previous_release_does_not_know_where_a_partition_ends(
+    listener: InternalListener,
+) -> None:
+    async with HttpForwarder(SECRET) as forwarder:
+        assert await forwarder.end(f"{listener.url}/other", 5) is None
+
+
+class RequestQueue(Answering):
+    """Answers when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers = asyncio.Event()
+
+    async def submit_here(self, command: Command) -> Acknowledgement:
+        answer = await super().submit_here(command)
+        await self.answers.wait()
+        return answer
+
+    async def has_seen(self, count: int) -> None:
+        async def seen() -> bool:
+            return len(self.seen) == count
+
+        await until(seen, 30, "the commands did not come")
+
+
+async def test_a_process_that_does_not_answer_takes_no_more_than_half_of_what_may_be_on_its_way(
+    listener: InternalListener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forwarding, "MAX_FORWARDED", 4)
+    waiting = RequestQueue()
+    listener.serve(waiting)
+    async with HttpForwarder(SECRET) as forwarder:
+        sent = [asyncio.ensure_future(forwarder.submit(listener.url, create(n))) for n in range(2)]
+        await waiting.has_seen(2)
+        with pytest.raises(PushBackError):
+            await forwarder.submit(listener.url, create())
+        with pytest.raises(PushBackError):
+            await forwarder.check_ingest(listener.url, create().package_id, ["a"], None)
+        assert len(await forwarder.status(listener.url)) == len(OWNED)
+        assert len(waiting.seen) == 2, "what is pushed back was not sent"
+        with pytest.raises(UnavailableError):
+            await forwarder.submit(f"http://127.0.0.1:{free_ports(1)[0]}", create())
+        waiting.answers.set()
+        await asyncio.gather(*sent)
+        await forwarder.submit(listener.url, create())
+
+
+async def test_a_listener_takes_so_many_commands_at_a_time_and_is_asked_how_it_is_all_the_same(
+    listener: InternalListener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(internal, "MAX_TAKEN", 2)
+    waiting = RequestQueue()
+    listener.serve(waiting)
+    async with HttpForwarder(SECRET) as forwarder:
+        sent = [asyncio.ensure_future(forwarder.submit(listener.url, create(n))) for n in range(2)]
+        await waiting.has_seen(2)
+        with pytest.raises(PushBackError, match="too many commands are forwarded"):
+            await forwarder.submit(listener.url, create())
+        assert len(await forwarder.status(listener.url)) == len(OWNED)
+        waiting.answers.set()
+        await asyncio.gather(*sent)
+        await forwarder.submit(listener.url, create())
+
+
+async def test_an_owner_that_is_gone_leaves_the_outcome_unknown() -> None:
+    async with HttpForwarder(SECRET) as forwarder:
+        with pytest.raises(UnavailableError, match="outcome is unknown"):
+            await forwarder.submit(f"http://127.0.0.1:{free_ports(1)[0]}", create())
+
+
+@pytest.mark.parametrize(
+    ("settings", "mended"),
+    [
+        (Settings(internal_listen="0.0.0.0:0"), "ARTIFACT_STORE_INTERNAL_SECRET"),
+        (Settings(internal_listen="[::]:0"), "ARTIFACT_STORE_INTERNAL_SECRET"),
+        (Settings(internal_listen="gateway.example:1"), "ARTIFACT_STORE_INTERNAL_SECRET"),
+        (Settings(internal_listen="0.0.0.0:0", internal_secret=SECRET), "ARTIFACT_STORE_INTERNAL_URL"),
+        (Settings(internal_listen="nowhere"), "HOST:PORT"),
+        (Settings(internal_listen="127.0.0.1:70000"), "HOST:PORT"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.internal_listen,
+)
+async def test_a_listener_that_others_could_misuse_or_not_reach_is_refused(settings: Settings, mended: str) -> None:
+    with pytest.raises(ConfigurationError, match=mended):
+        await InternalListener.open(settings)
+
+
+async def test_a_port_that_is_taken_is_a_clear_error(listener: InternalListener) -> None:
+    taken = listener.url.removeprefix("http://")
+    with pytest.raises(ConfigurationError, match="ARTIFACT_STORE_INTERNAL_LISTEN"):
+        await InternalListener.open(Settings(internal_listen=taken))
+
+
+async def test_the_address_that_others_use_can_be_another_than_the_one_that_is_bound() -> None:
+    listener = await InternalListener.open(Settings(internal_url="http://gateway-1.example:9000/"))
+    await listener.close()
+    assert listener.url == "http://gateway-1.example:9000"

@@ -1,0 +1,178 @@
+"""Seeking a partition's writer: a command that one may have recorded gets no answer that says it is not."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, cast
+from uuid import UUID
+
+import pytest
+
+from artifact_store.errors import (
+    ConfigurationError,
+    CorruptError,
+    DuplicateRelativePathError,
+    PushBackError,
+    UnavailableError,
+)
+from artifact_store.models import Acknowledgement
+from services.core.commands import Command
+from services.log import router
+from services.log.port import Forwarder, NotAppendedError, PackageExtent, PartitionNotOwnedError
+from services.log.router import Owner, Router
+from services.log.sequencer.answers import Counts
+from services.log.sequencer.queue import IngestCheck
+from tests.commands import create
+
+MADE = create()
+RECORDED = Acknowledgement(MADE.package_id, 1, bytes(32))
+QUESTION = IngestCheck(MADE.package_id, ("a",), None)
+FULL = PushBackError("too many commands wait for the package's partition", 2.0)
+GONE = UnavailableError("the owner of the partition cannot be reached; the outcome is unknown")
+MOVED = PartitionNotOwnedError("this process does not write to the package's partition any more")
+
+Answer = Acknowledgement | Exception
+
+
+class Known:
+    """Owners as the group names them, or an error of the group's."""
+
+    def __init__(self) -> None:
+        self.failures: list[Exception] = []
+
+    async def all(self) -> Mapping[int, Owner]:
+        if self.failures:
+            raise self.failures.pop(0)
+        return {0: Owner("http://there", is_self=False)}
+
+    async def while_owned(self, _partition: int, _owner: Owner, answer: Awaitable[Any]) -> Any:
+        return await answer
+
+    def forget(self) -> None:
+        pass
+
+
+class There:
+    """Other processes: each attempt meets the next of these answers, and the last one from then on."""
+
+    def __init__(self, *answers: Answer) -> None:
+        self.answers = list(answers)
+        self.asked = 0
+
+    async def submit(self, _url: str, _command: Command) -> Acknowledgement:
+        self.asked += 1
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async def check_ingest(self, url: str, _package: UUID, _paths: Sequence[str], _command: UUID | None) -> None:
+        await self.submit(url, MADE)
+
+    async def end(self, _url: str, _partition: int) -> int | None:
+        return None
+
+    async def extent(self, _url: str, _package_id: UUID) -> PackageExtent | None:
+        return None
+
+
+def nobody(_asked: object, _partition: int) -> asyncio.Future[Acknowledgement | None]:
+    raise PartitionNotOwnedError("this process writes to nothing")
+
+
+def answering(*answers: Answer) -> Callable[[object, int], asyncio.Future[Acknowledgement | None]]:
+    """This process's writer, as `There`."""
+    there = There(*answers)
+    return lambda _asked, _partition: asyncio.ensure_future(there.submit("", MADE))
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router, "_FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(router, "_LONGEST_PAUSE", 0.001)
+
+
+async def sought(
+    there: There,
+    *,
+    known: Known | None = None,
+    here: Callable[..., Any] = nobody,
+    doubtful: bool = False,
+    seconds: float = 30.0,
+) -> Acknowledgement:
+    seeking = Router(cast("Any", known or Known()), there, here, lambda: None, Counts(), seconds)
+    return await seeking.answer(0, MADE, lambda forwarder, url: forwarder.submit(url, MADE), doubtful=doubtful)
+
+
+@pytest.mark.parametrize("error", [FULL, ConfigurationError("no right to write"), CorruptError("an event is torn")])
+async def test_a_command_that_nobody_tried_hears_what_keeps_it_from_being_written(error: Exception) -> None:
+    for before in ([], [MOVED]):
+        with pytest.raises(type(error)) as heard:
+            await sought(There(*before, error))
+        assert heard.value is error
+
+
+@pytest.mark.parametrize("error", [FULL, ConfigurationError("no right to write"), CorruptError("an event is torn")])
+@pytest.mark.parametrize("lost", [GONE, UnavailableError("the partition went to another process")])
+async def test_a_command_that_may_be_recorded_is_sought_until_its_writer_has_room(
+    lost: Exception, error: Exception
+) -> None:
+    assert await sought(There(lost, error, MOVED, error, RECORDED)) == RECORDED
+    assert await sought(There(error, MOVED, error, RECORDED), doubtful=True) == RECORDED
+    with pytest.raises(UnavailableError, match="the outcome is unknown") as heard:
+        await sought(There(lost, error), seconds=0.2)
+    assert type(heard.value) is UnavailableError
+
+
+async def test_what_this_process_s_own_writer_leaves_in_doubt_is_sought_elsewhere() -> None:
+    here = answering(UnavailableError("it stopped; the outcome is unknown"), MOVED)
+    assert await sought(There(FULL, RECORDED), here=here) == RECORDED
+    with pytest.raises(PushBackError):
+        await sought(There(FULL), here=answering(MOVED))
+
+
+async def test_an_answer_that_does_not_come_leaves_the_outcome_unknown() -> None:
+    class Silent(There):
+        async def submit(self, _url: str, _command: Command) -> Acknowledgement:
+            await asyncio.Event().wait()
+            raise AssertionError("never reached")
+
+    with pytest.raises(UnavailableError, match="gave no answer in time; the outcome is unknown"):
+        await sought(Silent(RECORDED), seconds=0.05)
+
+
+async def test_who_the_owner_is_may_be_hidden_for_a_while() -> None:
+    known = Known()
+    known.failures = [UnavailableError("no answer")]
+    with pytest.raises(PushBackError):
+        await sought(There(FULL), known=known)
+    known.failures = [ConfigurationError("no right to describe the group")]
+    with pytest.raises(ConfigurationError):
+        await sought(There(RECORDED), known=known)
+    known.failures = [ConfigurationError("no right to describe the group")]
+    assert await sought(There(RECORDED), known=known, doubtful=True) == RECORDED
+
+
+@pytest.mark.parametrize(
+    "error", [NotAppendedError("failed 3 times; nothing is recorded"), DuplicateRelativePathError("it is there")]
+)
+@pytest.mark.parametrize("doubtful", [False, True])
+async def test_what_the_writer_has_decided_is_the_answer(error: Exception, doubtful: bool) -> None:
+    there = There(error)
+    with pytest.raises(type(error)) as heard:
+        await sought(there, doubtful=doubtful)
+    assert heard.value is error
+    assert there.asked == 1
+
+
+async def test_a_question_leaves_nothing_in_doubt() -> None:
+    there = There(GONE, FULL)
+    seeking = Router(cast("Any", Known()), there, nobody, lambda: None, Counts(), 30.0)
+
+    def there_too(forwarder: Forwarder, url: str) -> Awaitable[None]:
+        return forwarder.check_ingest(url, MADE.package_id, ["a"], None)
+
+    with pytest.raises(PushBackError) as heard:
+        await seeking.answer(0, QUESTION, there_too, doubtful=False)
+    assert heard.value is FULL

@@ -1,0 +1,37 @@
+"""What the guides point at is there, so that nobody follows them to a file or a name that has moved."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+GUIDES = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")))
+BY_FILE = ("CONTRIBUTING.md", "docs/life-of-an-event.md")
+"""The guides that name files in full, or from `services/` on."""
+
+
+def text_of(guide: str) -> str:
+    return (ROOT / guide).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_links_lead_to_files_that_are_there(guide: str) -> None:
+    links = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", text_of(guide))
+    assert [link for link in links if not ((ROOT / guide).parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("guide", BY_FILE)
+def test_files_that_are_named_are_there(guide: str) -> None:
+    named = re.findall(r"`(\w[\w/.-]*/(?:[\w.-]+\.\w+)?)`", text_of(guide))
+    assert len(named) > 20
+    assert [name for name in named if not any((root / name).exists() for root in (ROOT, ROOT / "services"))] == []
+
+
+def test_every_number_of_a_format_is_where_the_table_says() -> None:
+    rows = re.findall(r"^\| [^|]* \| ([^|]*) in `([\w/.]+\.py)` \| ", text_of("CONTRIBUTING.md"), re.MULTILINE)
+    numbers = [(name, file) for names, file in rows for name in re.findall(r"`([A-Z_]+)`", names)]
+    assert len(numbers) >= 8
+    assert [(name, file) for name, file in numbers if not re.search(rf"\b{name}\b", text_of(file))] == []

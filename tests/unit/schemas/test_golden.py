@@ -1,0 +1,133 @@
+"""What was released stays readable: every schema ever released, and bytes that were written with each.
+
+A file in `golden/` is never changed; a new version of an event adds files.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import fastavro
+import pytest
+from fastavro.schema import fingerprint, to_parsing_canonical_form
+
+from artifact_store.events import Event, LogSkipped, LossAccepted
+from schemas.codec import EVENT_TYPES, UndecodableEventError, decode, encode, schema_text
+from schemas.digests import event_digest, payload_digest_holds
+from services.core.commands import Command
+from services.core.decide import decide
+from services.core.evolve import evolve
+from services.core.limits import Limits
+from services.core.state import PackageState
+from services.log.records import AdministrativeHead, administrative_event
+from tests import commands
+
+GOLDEN = Path(__file__).parent / "golden"
+VALUES = sorted(GOLDEN.glob("*.avro"))
+
+
+def history() -> list[Event]:
+    """A history with every event type; a claim-checked manifest in the second package."""
+    events: list[Event] = []
+    for name, limits in (("one", Limits()), ("two", Limits(inline_manifest_bytes=1))):
+        created = commands.create(name, retention_class="permanent" if name == "two" else "report")
+        run: list[Command] = [
+            created,
+            commands.ingest(created.package_id, "data/é.bin", "b", name="files"),
+            commands.finalize(created.package_id),
+        ]
+        state: PackageState | None = None
+        for at, command in enumerate(run):
+            for event in decide(state, command, 1_700_000_000_000_000 + at, limits).events:
+                state = evolve(state, event)
+                events.append(event)
+    return [*events, *administrative()]
+
+
+def administrative() -> list[Event]:
+    """Both kinds of records that belong to a partition and to no package."""
+    log = UUID(int=7)
+    skipped = LogSkipped(
+        log, 3, 41, b"\x01" * 32, 18, "the value is not in a framing that is known", "a stray producer"
+    )
+    lost = LossAccepted(log, 3, "file", UUID(int=8), 99, b"\x02" * 32, None, 57, "restored from the copy of Monday")
+    first = administrative_event(skipped, None, created_at=1_700_000_000_000_003, actor="ada", command_id=UUID(int=9))
+    after = AdministrativeHead(first.sequence, event_digest(first))
+    second = administrative_event(lost, after, created_at=1_700_000_000_000_004, actor="ada", command_id=UUID(int=10))
+    return [first, second]
+
+
+@pytest.mark.parametrize("event_type", EVENT_TYPES)
+def test_a_released_schema_is_never_changed(event_type: str) -> None:
+    released = (GOLDEN / f"{event_type}.avsc").read_text(encoding="utf-8")
+    assert schema_text(event_type) == released
+
+
+def test_every_released_schema_has_an_event_type_that_still_reads_it() -> None:
+    assert {path.stem for path in GOLDEN.glob("*.avsc")} <= set(EVENT_TYPES)
+
+
+@pytest.mark.parametrize("path", VALUES, ids=lambda path: path.stem)
+def test_old_bytes_still_read_and_hold_their_digests(path: Path) -> None:
+    event = decode(path.read_bytes())
+    facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    assert event.event_type == facts["event_type"]
+    assert str(event.event_id) == facts["event_id"]
+    assert event.payload_digest.hex() == facts["payload_digest"]
+    assert event_digest(event).hex() == facts["event_digest"]
+    assert payload_digest_holds(event) in (True, None)
+
+
+def test_the_same_history_still_gives_the_same_bytes() -> None:
+    assert [encode(event) for event in history()] == [path.read_bytes() for path in VALUES]
+
+
+@pytest.mark.parametrize("event", history(), ids=lambda event: f"{event.event_type}-{event.sequence}")
+def test_plain_fastavro_reads_an_event_with_nothing_but_its_schema_file(event: Event) -> None:
+    """Avro 1.12, single-object encoding: C3 01, the schema's CRC-64-AVRO fingerprint, then the datum."""
+    schema = json.loads(schema_text(event.event_type))
+    value = encode(event)
+    assert value[:2] == b"\xc3\x01"
+    assert value[2:10].hex() == fingerprint(to_parsing_canonical_form(schema), "CRC-64-AVRO")
+    record: Any = fastavro.schemaless_reader(io.BytesIO(value[10:]), schema, None)
+    assert record["package_id"] == event.package_id
+    assert isinstance(record["event_id"], UUID)
+    assert round(record["created_at"].timestamp() * 1_000_000) == event.created_at
+
+
+def test_the_fingerprint_is_that_of_the_avro_specification() -> None:
+    """The fingerprint of the schema "null", from the reference implementation's published test vectors."""
+    assert fingerprint('"null"', "CRC-64-AVRO") == (0x63DD24E7CC258F8A).to_bytes(8, "little").hex()
+
+
+def test_confluent_framing_is_read_where_its_schema_id_can_be_resolved() -> None:
+    event = history()[0]
+    value = encode(event)
+    framed = b"\x00" + (7).to_bytes(4) + value[10:]
+    assert decode(framed, {7: value[2:10]}.__getitem__) == event
+    with pytest.raises(UndecodableEventError, match="framing"):
+        decode(framed)
+
+
+@pytest.mark.parametrize(
+    "value", [b"", b"\xc3", b"\xc3\x01", b"\xc3\x01" + bytes(8), b"\x00" + bytes(9), b"{}", encode(history()[0])[:-1]]
+)
+def test_bytes_that_are_no_event_are_refused(value: bytes) -> None:
+    with pytest.raises(UndecodableEventError):
+        decode(value)
+
+
+def test_an_event_whose_type_is_not_that_of_its_schema_is_refused() -> None:
+    event = history()[0]
+    value = encode(event).replace(event.event_type.encode(), event.event_type.encode().upper())
+    with pytest.raises(UndecodableEventError, match="type"):
+        decode(value)
+
+
+def test_bytes_behind_an_event_are_refused() -> None:
+    with pytest.raises(UndecodableEventError, match="follow"):
+        decode(encode(history()[0]) + b"\x00")
