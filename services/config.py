@@ -1,9 +1,15 @@
-"""Settings: environment, `.env` file or keyword arguments; an unknown `ARTIFACT_STORE_*` name is an error."""
+"""Settings: environment, a named file, or keyword arguments; an unknown `ARTIFACT_STORE_*` name is an error.
+
+Settings decide where secrets go and whom a server trusts. So a file `.env` that merely lies in the current folder is
+never read: a package that was pulled, or an archive that was unpacked, may have brought it.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import stat
+from io import StringIO
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, f
 from artifact_store.errors import ConfigurationError
 
 PREFIX = "ARTIFACT_STORE_"
+_ENV_FILE = PREFIX + "ENV_FILE"
 _TIB = 1 << 40
 _KIB = 1 << 10
 
@@ -24,6 +31,8 @@ class Settings(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, hide_input_in_errors=True)
+
+    env_file: Path | None = None
 
     log_url: str = "sqlite:///./var/log.db"
     kafka_partitions: int = Field(6, ge=1, le=1024)
@@ -78,13 +87,17 @@ class Settings(BaseModel):
 
     @classmethod
     def from_env(cls, **overrides: Any) -> Self:
-        """Read `.env` in the current folder, then the environment, then `overrides` (None is skipped); last one wins.
+        """Read the file that `env_file` names, then the environment, then `overrides` (None is skipped); last one wins.
 
         Raises:
-            ConfigurationError: an unknown `ARTIFACT_STORE_*` name, a value that breaks its rule, or `.env` is no text
-                or holds a line that cannot be read.
+            ConfigurationError: an unknown `ARTIFACT_STORE_*` name, or a value that breaks its rule. The named file
+                cannot be read, others may write it, or it is not lines of NAME=VALUE. No file is named, and `.env` in
+                the current folder has settings.
         """
-        found = {**_of_file(Path(".env")), **os.environ}
+        named = overrides.get("env_file") or os.environ.get(_ENV_FILE)
+        if not named:
+            _refuse_unnamed(Path(".env"))
+        found = {**(_of_file(Path(named)) if named else {}), **os.environ}
         values: dict[str, Any] = {}
         unknown: list[str] = []
         for name, value in found.items():
@@ -101,7 +114,10 @@ class Settings(BaseModel):
         return cls(**values)
 
     def environment(self) -> dict[str, str]:
-        """The environment variables that stand for these settings, secrets included: for a process of our own."""
+        """The environment variables that stand for these settings, secrets included: for a process of our own.
+
+        That process reads no file: these are all settings, and a pipe can be read only once.
+        """
         found = {}
         for name in type(self).model_fields:
             value = getattr(self, name)
@@ -109,25 +125,49 @@ class Settings(BaseModel):
                 value = value.get_secret_value()
             if value is not None and value != "":
                 found[PREFIX + name.upper()] = json.dumps(value) if isinstance(value, dict | bool) else str(value)
+        if self.env_file is not None:
+            found[_ENV_FILE] = os.devnull
         return found
 
 
 def _of_file(path: Path) -> dict[str, str]:
-    """The names and values of a `.env` file, as they stand there; none when there is no such file."""
-    found: dict[str, str] = {}
+    """The names and values of the file, as they stand there."""
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            for line in parse_stream(file):
-                name, value = line.key, line.value
-                if line.error or (value is None and name is not None and name.startswith(PREFIX)):
-                    raise ConfigurationError(f"line {_number(line)} of the file .env in this folder is not NAME=VALUE")
-                if name is not None and value is not None:
-                    found[name] = value
-    except (FileNotFoundError, IsADirectoryError):
-        return {}
+        with path.open("rb") as file:
+            about = os.fstat(file.fileno())
+            if stat.S_ISREG(about.st_mode) and about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise ConfigurationError(f"the file {path} is not read, because others may write it: chmod go-w {path}")
+            if stat.S_ISREG(about.st_mode) and about.st_uid not in (0, os.geteuid()):
+                raise ConfigurationError(f"the file {path} is not read, because it belongs to another user")
+            text = file.read().decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigurationError(f"the file {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise ConfigurationError("the file .env in this folder is not UTF-8: save it in that encoding") from None
+        raise ConfigurationError(f"the file {path} is not UTF-8: save it in that encoding") from None
+    found: dict[str, str] = {}
+    for line in parse_stream(StringIO(text, newline="")):
+        name, value = line.key, line.value
+        if line.error or (value is None and name is not None and name.startswith(PREFIX)):
+            raise ConfigurationError(f"line {_number(line)} of the file {path} is not NAME=VALUE")
+        if name == _ENV_FILE:
+            raise ConfigurationError(f"line {_number(line)} of the file {path} sets {name}: a file cannot name another")
+        if name is not None and value is not None:
+            found[name] = value
     return found
+
+
+def _refuse_unnamed(path: Path) -> None:
+    """Raises ConfigurationError when a file that nobody named has settings: its owner may think that they hold."""
+    try:
+        text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
+    except OSError:
+        return
+    names = {line.key for line in parse_stream(StringIO(text)) if line.key is not None and line.key.startswith(PREFIX)}
+    if names:
+        raise ConfigurationError(
+            f"the file {path} sets {', '.join(sorted(names))} and is not read: it may have come with a package. "
+            f"If it is yours, name it by --env-file {path} or {_ENV_FILE}; --env-file {os.devnull} goes on without it"
+        )
 
 
 def _number(line: Binding) -> int:

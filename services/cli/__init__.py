@@ -31,7 +31,8 @@ def _version(context: click.Context, _parameter: click.Parameter, value: bool) -
 def main() -> None:
     """A registry of artifact packages whose log of record is a Kafka topic.
 
-    Every setting is also an environment variable: --log-url is ARTIFACT_STORE_LOG_URL, in a file .env too.
+    Every setting is also an environment variable: --log-url is ARTIFACT_STORE_LOG_URL, also in a file that --env-file
+    names.
     """
 
 

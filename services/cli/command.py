@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 SETTINGS: dict[str, str] = {
+    "env_file": "A file of settings, ARTIFACT_STORE_NAME=VALUE a line; .env is read only when it is named here.",
     "log_url": "The log: sqlite:///PATH or kafka://host:port[,host:port]/PREFIX.",
     "kafka_partitions": "Partitions of the topic that `migrate` creates.",
     "kafka_replication_factor": "Replicas that the topic must have.",
@@ -73,7 +74,7 @@ class Invocation:
     quiet: bool = False
 
     def settings(self) -> Settings:
-        """The settings: `.env`, environment, then the flags. Raises ConfigurationError."""
+        """The settings: the named file, environment, then the flags. Raises ConfigurationError."""
         from services.config import Settings
 
         return Settings.from_env(**self.overrides)

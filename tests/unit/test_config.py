@@ -28,17 +28,60 @@ def test_keyword_arguments_read_no_environment(monkeypatch: pytest.MonkeyPatch) 
 def test_the_environment_wins_over_the_file_and_arguments_win_over_both(
     nowhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (nowhere / ".env").write_text(f"{PREFIX}LISTEN=127.0.0.1:1\n{PREFIX}S3_REGION=file\n")
+    (nowhere / "settings").write_text(f"{PREFIX}LISTEN=127.0.0.1:1\n{PREFIX}S3_REGION=file\n")
+    monkeypatch.setenv(PREFIX + "ENV_FILE", "settings")
     monkeypatch.setenv(PREFIX + "LISTEN", "127.0.0.1:2")
     found = Settings.from_env()
     assert (found.listen, found.s3_region) == ("127.0.0.1:2", "file")
     assert Settings.from_env(listen="127.0.0.1:3").listen == "127.0.0.1:3"
 
 
+@pytest.mark.parametrize("mode", [0o600, 0o644])
+def test_a_file_that_nobody_named_is_refused_when_it_has_settings(nowhere: Path, mode: int) -> None:
+    """A pulled package may bring it, and belongs to the user who pulled it."""
+    (nowhere / ".env").write_text(f"{PREFIX}KAFKA_OPTIONS={SECRET}\n")
+    (nowhere / ".env").chmod(mode)
+    with pytest.raises(ConfigurationError, match=rf"\.env sets {PREFIX}KAFKA_OPTIONS.*--env-file") as caught:
+        Settings.from_env()
+    assert SECRET not in caught.value.detail
+    assert Settings.from_env(env_file="/dev/null").kafka_options == {}
+
+
+def test_a_file_of_another_program_is_nothing_to_us(nowhere: Path) -> None:
+    (nowhere / ".env").write_bytes(b"OTHERS=1\n\xff broken '\n")
+    assert Settings.from_env().listen == "127.0.0.1:8080"
+
+
+@pytest.mark.parametrize("mode", [0o620, 0o602])
+def test_a_named_file_that_others_may_write_is_refused(nowhere: Path, mode: int) -> None:
+    (nowhere / "settings").write_text(f"{PREFIX}LISTEN=127.0.0.1:1\n")
+    (nowhere / "settings").chmod(mode)
+    with pytest.raises(ConfigurationError, match=r"others may write it.*chmod go-w"):
+        Settings.from_env(env_file="settings")
+
+
+def test_a_named_file_must_be_there(nowhere: Path) -> None:
+    with pytest.raises(ConfigurationError, match="settings cannot be read: No such file"):
+        Settings.from_env(env_file="settings")
+
+
+def test_a_process_of_our_own_needs_no_file_again(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (nowhere / ".env").write_text(f"{PREFIX}LISTEN=127.0.0.1:1\n")
+    for name, value in Settings.from_env(env_file=".env").environment().items():
+        monkeypatch.setenv(name, value)
+    assert Settings.from_env().listen == "127.0.0.1:1"
+
+
+def test_a_file_cannot_name_another(nowhere: Path) -> None:
+    (nowhere / "settings").write_text(f"{PREFIX}ENV_FILE=more\n")
+    with pytest.raises(ConfigurationError, match="ENV_FILE"):
+        Settings.from_env(env_file="settings")
+
+
 def test_a_file_that_is_no_text_is_refused_by_its_name(nowhere: Path) -> None:
     (nowhere / ".env").write_bytes(f"{PREFIX}S3_SECRET_KEY={SECRET}\xff\n".encode("latin-1"))
     with pytest.raises(ConfigurationError, match=r"\.env") as caught:
-        Settings.from_env()
+        Settings.from_env(env_file=".env")
     assert SECRET not in caught.value.detail
 
 
@@ -48,7 +91,7 @@ def test_a_file_that_is_no_text_is_refused_by_its_name(nowhere: Path) -> None:
 def test_a_line_of_the_file_that_cannot_be_read_is_named_and_not_shown(nowhere: Path, line: str) -> None:
     (nowhere / ".env").write_text(f"OTHERS\n# {PREFIX}OLD\n\n\n{line}\nMORE=1\n")
     with pytest.raises(ConfigurationError, match=r"line 5 of the file \.env") as caught:
-        Settings.from_env()
+        Settings.from_env(env_file=".env")
     assert SECRET not in caught.value.detail
 
 
@@ -56,7 +99,7 @@ def test_a_value_in_the_file_is_taken_as_it_stands(nowhere: Path, monkeypatch: p
     monkeypatch.setenv("HOME", "/home/me")
     text = f'{PREFIX}S3_REGION="a${{HOME}}b"  # kept\r\nexport {PREFIX}LISTEN=127.0.0.1:1\r\n'
     (nowhere / ".env").write_bytes(b"\xef\xbb\xbf" + text.encode())  # as some editors save it
-    found = Settings.from_env()
+    found = Settings.from_env(env_file=".env")
     assert (found.s3_region, found.listen) == ("a${HOME}b", "127.0.0.1:1")
 
 
