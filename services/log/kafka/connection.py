@@ -115,28 +115,39 @@ As the end of a gateway's URL it is part of every path of its internal listener,
 to one that has it.
 """
 
-# What the guarantees of the log stand on; these are not for ARTIFACT_STORE_KAFKA_OPTIONS.
-_RESERVED = frozenset(
-    {
-        "acks",
-        "auto.offset.reset",
-        "bootstrap.servers",
-        "client.id",
-        "enable.auto.commit",
-        "enable.auto.offset.store",
-        "enable.idempotence",
-        "enable.partition.eof",
-        "group.id",
-        "group.instance.id",
-        "group.protocol",
-        "isolation.level",
-        "message.max.bytes",
-        "metadata.broker.list",
-        "partition.assignment.strategy",
-        "request.required.acks",
-        "transactional.id",
-    }
+_REFUSED = {
+    "plugin.library.paths": "it loads code from a file",
+    "ssl.engine.location": "it loads code from a file",
+    "ssl.engine.id": "it belongs to ssl.engine.location, which loads code from a file",
+    "ssl.providers": "it loads code from a file",
+    "sasl.kerberos.kinit.cmd": "it runs a command",
+}
+"""Settings of librdkafka that let whoever sets them run code as this process."""
+
+_KERBEROS_NAME = re.compile(r"[A-Za-z0-9._/@:-]*")
+"""Values that librdkafka puts into the shell command that renews a Kerberos ticket."""
+
+_ALLOWED = re.compile(
+    # Security, all of it but what is refused above. `sasl.oauthbearer.*` has many names, none of which loads code.
+    r"security\.protocol|enable\.ssl\.certificate\.verification|enable\.sasl\.oauthbearer\.unsecure\.jwt"
+    r"|sasl\.(mechanisms?|username|password)|sasl\.oauthbearer\.[a-z.]+"
+    r"|sasl\.kerberos\.(service\.name|principal|keytab|min\.time\.before\.relogin)"
+    r"|ssl\.(cipher\.suites|curves\.list|sigalgs\.list|endpoint\.identification\.algorithm)"
+    r"|ssl\.(key|certificate|ca)\.(location|pem)|ssl\.key\.password|ssl\.ca\.certificate\.stores|ssl\.crl\.location"
+    r"|ssl\.keystore\.(location|password)|https\.ca\.(location|pem)"
+    # The network.
+    r"|socket\.[a-z.]+|broker\.address\.(ttl|family)|client\.(dns\.lookup|rack)|connections\.max\.idle\.ms"
+    r"|(reconnect|retry)\.backoff\.(max\.)?ms|(topic\.)?metadata\.(max\.age|refresh|recovery|propagation)[a-z.]*"
+    r"|max\.in\.flight(\.requests\.per\.connection)?|receive\.message\.max\.bytes|enable\.metrics\.push|check\.crcs"
+    # How long things may take, and how much is held, sent and read at once.
+    r"|(session|request|delivery|message|transaction)\.timeout\.ms|heartbeat\.interval\.ms|max\.poll\.interval\.ms"
+    r"|queued?\.[a-z.]+|fetch\.[a-z.]+|max\.partition\.fetch\.bytes|batch\.(size|num\.messages)|linger\.ms"
+    r"|compression\.(type|codec|level)|(message\.send\.max\.)?retries"
+    # Log lines of the client.
+    r"|debug|log_level|log\.(connection\.close|thread\.name)"
 )
+"""The settings of librdkafka that operators may make. All others decide what the log guarantees, or may run code."""
+
 _PREFIX = re.compile(r"[A-Za-z0-9._-]{1,200}")
 _ENTRY = re.compile(r"[A-Za-z0-9.\-]+:[0-9]{1,5}|\[[0-9A-Fa-f:.]+\]:[0-9]{1,5}")
 
@@ -166,10 +177,8 @@ class KafkaSettings:
             raise ConfigurationError(
                 "ARTIFACT_STORE_LOG_URL must end in /PREFIX: up to 200 letters, digits, '.', '_' and '-'"
             )
-        if reserved := sorted(_RESERVED & settings.kafka_options.keys()):
-            raise ConfigurationError(
-                f"ARTIFACT_STORE_KAFKA_OPTIONS must not set {', '.join(reserved)}: the log's guarantees stand on it"
-            )
+        for name, value in settings.kafka_options.items():
+            _check_option(name, value)
         return cls(
             bootstrap=bootstrap,
             prefix=prefix,
@@ -268,6 +277,21 @@ class KafkaSettings:
             "bootstrap.servers": self.bootstrap,
             "client.id": client_id,
         }
+
+
+def _check_option(name: str, value: str | float | bool) -> None:
+    """Raises ConfigurationError, without the value."""
+    if (why := _REFUSED.get(name)) is not None:
+        raise ConfigurationError(f"ARTIFACT_STORE_KAFKA_OPTIONS must not set {name}: {why}")
+    if not _ALLOWED.fullmatch(name):
+        raise ConfigurationError(
+            f"ARTIFACT_STORE_KAFKA_OPTIONS must not set {name}: only security, network, time-outs, sizes and log lines "
+            "can be set, because the log's guarantees stand on the rest"
+        )
+    if name.startswith("sasl.kerberos.") and not _KERBEROS_NAME.fullmatch(str(value)):
+        raise ConfigurationError(
+            f"{name} in ARTIFACT_STORE_KAFKA_OPTIONS goes into a shell command: use only letters, digits and ._/@:-"
+        )
 
 
 def _text(value: str | int | float | bool) -> str | int | float:

@@ -45,10 +45,65 @@ def test_several_brokers_and_further_client_settings_are_taken() -> None:
     assert "hidden-value" not in repr(found)
 
 
-@pytest.mark.parametrize("name", ["acks", "isolation.level", "transactional.id", "enable.auto.commit", "group.id"])
+@pytest.mark.parametrize(
+    "name", ["acks", "isolation.level", "transactional.id", "enable.auto.commit", "group.id", "no.such"]
+)
 def test_client_settings_that_the_guarantees_stand_on_are_refused(name: str) -> None:
     with pytest.raises(ConfigurationError, match=name):
         KafkaSettings.of(Settings(log_url="kafka://h:1/p", kafka_options={name: "1"}))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["plugin.library.paths", "ssl.engine.location", "ssl.engine.id", "ssl.providers", "sasl.kerberos.kinit.cmd"],
+)
+def test_client_settings_that_run_code_are_refused(name: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{name}: it .*(loads code|runs a command)") as refused:
+        KafkaSettings.of(Settings(log_url="kafka://h:1/p", kafka_options={name: "hidden-value"}))
+    assert "hidden-value" not in refused.value.detail
+
+
+def test_a_kerberos_name_cannot_extend_the_command_that_it_goes_into() -> None:
+    options = {"sasl.kerberos.principal": "kafka/host.example@REALM", "sasl.kerberos.keytab": "/etc/kafka.keytab"}
+    assert KafkaSettings.of(Settings(log_url="kafka://h:1/p", kafka_options=options)).options == options
+    with pytest.raises(ConfigurationError, match=r"sasl\.kerberos\.principal .*shell command"):
+        KafkaSettings.of(Settings(log_url="kafka://h:1/p", kafka_options={"sasl.kerberos.principal": "x; touch y"}))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "security.protocol",
+        "ssl.ca.location",
+        "ssl.ca.pem",
+        "ssl.certificate.location",
+        "ssl.certificate.pem",
+        "ssl.key.location",
+        "ssl.key.pem",
+        "ssl.key.password",
+        "ssl.keystore.location",
+        "ssl.keystore.password",
+        "ssl.crl.location",
+        "ssl.cipher.suites",
+        "ssl.curves.list",
+        "ssl.sigalgs.list",
+        "ssl.endpoint.identification.algorithm",
+        "enable.ssl.certificate.verification",
+        "https.ca.location",
+        "sasl.mechanism",
+        "sasl.mechanisms",
+        "sasl.username",
+        "sasl.password",
+        "sasl.kerberos.service.name",
+        "sasl.oauthbearer.method",
+        "sasl.oauthbearer.client.secret",
+        "sasl.oauthbearer.token.endpoint.url",
+        "sasl.oauthbearer.assertion.private.key.file",
+    ],
+)
+def test_every_other_client_setting_of_security_can_be_set(name: str) -> None:
+    found = KafkaSettings.of(Settings(log_url="kafka://h:1/p", kafka_options={name: "value"}))
+    assert found.admin()[name] == "value"
 
 
 @pytest.mark.parametrize(

@@ -294,7 +294,7 @@ async def test_a_cluster_that_cannot_be_reached_is_unavailable(tmp_path: Path, m
 
 
 async def test_a_client_setting_that_does_not_exist_is_named_and_its_value_is_not_shown(kafka: Settings) -> None:
-    log = KafkaLog(kafka.model_copy(update={"kafka_options": {"no.such.option": "hidden-value"}}))
+    log = KafkaLog(kafka.model_copy(update={"kafka_options": {"socket.no.such.option": "hidden-value"}}))
     try:
         with pytest.raises(ConfigurationError) as refused:
             await log.check()

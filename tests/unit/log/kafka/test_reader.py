@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import pytest
 
@@ -16,9 +17,9 @@ from services.log.kafka.tail import Reader
 @pytest.fixture
 def beyond() -> Iterator[Reader]:
     """It reads from an offset beyond the end, in a broker that the client library plays itself, and others agree."""
-    options = {"test.mock.num.brokers": 1, "allow.auto.create.topics": "true"}
-    settings = Settings(log_url="kafka://127.0.0.1:9/made", kafka_options=options)
-    reader = Reader(KafkaSettings.of(settings), {0: 5}, Agreeing(KafkaSettings.of(settings)))
+    options: dict[str, str | int | float] = {"test.mock.num.brokers": 1, "allow.auto.create.topics": "true"}
+    kafka = replace(KafkaSettings.of(Settings(log_url="kafka://127.0.0.1:9/made")), options=options)
+    reader = Reader(kafka, {0: 5}, Agreeing(kafka))
     yield reader
     reader.close()
 
