@@ -24,7 +24,7 @@ from uuid import UUID
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from artifact_store.errors import CorruptError, InvalidRequestError, LogIdentityError, UnavailableError
-from artifact_store.events import AdministrativePayload, Event, LogSkipped, LossAccepted
+from artifact_store.events import Event, LogSkipped, LossAccepted
 from schemas.codec import encode
 from schemas.headers import Headers, RecordHeaders
 from schemas.headers import headers as headers_of
@@ -226,13 +226,10 @@ class PartitionLease:
         Raises whatever the client raises; also UnavailableError when something else is read back, or nothing in time,
         when the topic may have been deleted, and when the first transaction begins behind events that were not read.
         """
-        producer = _open(self._producer)
-        producer.flush(COMMIT_SECONDS)  # so that what was sent is where the topic was when it is asked
-        if self._in_doubt():
-            raise UnavailableError("the topic may not be the log's any more")
+        _open(self._producer).flush(COMMIT_SECONDS)  # so that what was sent is where the topic was when it is asked
         if not self._first_committed:
             self._require_all_read()
-        producer.commit_transaction(COMMIT_SECONDS)
+        self._commit_sent()
         self._first_committed = True
         self.state.confirm(self._read_back(values), values[-1])
 
@@ -266,17 +263,40 @@ class PartitionLease:
         return self._stopped
 
     def record(self, confirmation: Confirmation, now: int, require_readers: Callable[[], None]) -> AdministrativeHead:
-        """As `skip` or `accept`: number and digest of what is recorded, now or before."""
-        if isinstance(confirmation, AcceptLoss):
-            return self.accept(confirmation, now, require_readers)
-        return AdministrativeHead.of(self.skip(confirmation, now, require_readers))
+        """Record what an operator confirmed, and fold up to it; the number and digest of the record, which a repeat
+        finds there already. `now` in µs since 1970.
 
-    def skip(self, request: Confirmation, now: int, require_readers: Callable[[], None]) -> Event:
-        """Record that a record is no event, and fold on; what is recorded, now or before. `now` in µs since 1970.
+        `require_readers` is called before anything is appended: every member of the installation must be able to read
+        such records. Works also while the fold stands before a bad record.
 
-        Raises InvalidRequestError: the record at that offset is an event, or has another digest. Raises as `append`,
-        and as `require_readers`, which is called before anything is appended.
+        Raises InvalidRequestError: the log contradicts what is confirmed. Raises what `require_readers` raises. Raises
+        whatever the client raises, after which the outcome is unknown: close the lease.
         """
+        found = self._acceptance(confirmation) if isinstance(confirmation, AcceptLoss) else self._skip(confirmation)
+        if isinstance(found, AdministrativeHead):
+            return found
+        require_readers()
+        state = self.state
+        ahead = self._look_ahead(state.next_offset)
+        # An acceptance covers what states remember from before it, so it is later than all of that.
+        lost_until = max([loss.witness.anchor.last_created_at + 1 for loss in self.losses], default=0)
+        event = administrative_event(
+            found,
+            ahead.administrative or state.irregular.administrative,
+            created_at=max(now, state.last_created_at, ahead.last_created_at, lost_until),
+            actor=confirmation.actor,
+            command_id=confirmation.command_id,
+        )
+        value = encode(event)
+        with explaining("recording what an operator confirmed"):
+            timestamp = event.created_at // 1000
+            self._append_alone(value, str(event.package_id), timestamp, headers_of(event), commit=True)
+        self._read_on(self._offset_of(value, ahead.end) + 1)
+        self._settle(self.losses)
+        return AdministrativeHead.of(event)
+
+    def _skip(self, request: Confirmation) -> AdministrativeHead | LogSkipped:
+        """What records that a record is no event: the record of that which is there, or the payload of a new one."""
         bad = self._record_at(request.offset)
         if not isinstance(bad, BadRecord):
             raise InvalidRequestError(
@@ -289,78 +309,63 @@ class PartitionLease:
                 f"the record at offset {bad.offset} of partition {bad.partition} has the digest {bad.digest.hex()}, "
                 f"not {request.digest.hex()}"
             )
-        ahead = self._look_ahead(bad.offset)
-        if (recorded := _skip_of(bad, ahead.skips)) is not None:
-            return recorded
-        require_readers()
-        payload = LogSkipped(
+        if (recorded := _skip_of(bad, self._look_ahead(bad.offset).skips)) is not None:
+            return AdministrativeHead.of(recorded)
+        return LogSkipped(
             self._origin.identity, bad.partition, bad.offset, bad.digest, bad.size_bytes, bad.cause, request.reason
         )
-        return self.append(payload, actor=request.actor, command_id=request.command_id, now=now)
 
-    def accept(self, request: Confirmation, now: int, require_readers: Callable[[], None]) -> AdministrativeHead:
-        """Record that an operator accepts a loss; what is recorded, now or before. `now` in µs since 1970.
-
-        Raises InvalidRequestError: the partition has lost no such record. Raises as `append`, and as `require_readers`,
-        which is called before anything is appended.
-        """
+    def _acceptance(self, request: AcceptLoss) -> AdministrativeHead | LossAccepted:
+        """What records that an operator accepts a loss, as `_skip`."""
+        wanted = request.offset, request.digest
         for accepted in self.state.irregular.accepted:
-            if (accepted.offset, accepted.digest) == (request.offset, request.digest):
+            if (accepted.offset, accepted.digest) == wanted:
                 return accepted.head
-        loss = next(
-            (loss for loss in self.losses if (loss.offset, loss.digest) == (request.offset, request.digest)), None
-        )
+        loss = next((loss for loss in self.losses if (loss.offset, loss.digest) == wanted), None)
         if loss is None:
             raise InvalidRequestError(
                 f"partition {self._partition} is not known to have lost a record of that digest at offset "
                 f"{request.offset}; `artifact-store status` says what it has lost"
             )
-        require_readers()
-        witness = loss.witness
-        payload = LossAccepted(
-            self._origin.identity,
+        witness, identity = loss.witness, self._origin.identity
+        return LossAccepted(
+            identity,
             self._partition,
             witness.kind,
-            None if witness.log == self._origin.identity else witness.log,
+            None if witness.log == identity else witness.log,
             loss.offset,
             loss.digest,
             loss.found_digest,
             self._end,
             request.reason,
         )
-        later = max(known.witness.anchor.last_created_at for known in self.losses) + 1
-        event = self.append(payload, actor=request.actor, command_id=request.command_id, now=max(now, later))
-        return AdministrativeHead.of(event)
 
-    def append(self, payload: AdministrativePayload, *, actor: str, command_id: UUID, now: int) -> Event:
-        """Append an administrative record in a transaction of its own, and fold up to it; what was appended.
+    def _append_alone(
+        self, value: bytes | None, key: str | None, timestamp: int, headers: Headers | None, *, commit: bool
+    ) -> int:
+        """Append one record in a transaction of its own, which is committed or aborted; the record's offset.
 
-        Works also while the fold stands before a bad record. Call it only once every member of the installation can
-        read such records. Raises whatever the client raises, after which the outcome is unknown: close the lease.
+        Raises whatever the client raises, and UnavailableError when not all in-sync replicas have acknowledged it.
         """
-        state = self.state
-        ahead = self._look_ahead(state.next_offset)
-        event = administrative_event(
-            payload,
-            ahead.administrative or state.irregular.administrative,
-            created_at=max(now, state.last_created_at, ahead.last_created_at),
-            actor=actor,
-            command_id=command_id,
+        producer, offsets = _open(self._producer), list[int]()
+        producer.begin_transaction()
+        producer.produce(
+            self._kafka.topic, value, key, self._partition, _into(offsets), timestamp=timestamp, headers=headers
         )
-        producer, value = _open(self._producer), encode(event)
-        with explaining("recording what an operator confirmed"):
-            producer.begin_transaction()
-            key, timestamp = str(event.package_id), event.created_at // 1000
-            producer.produce(
-                self._kafka.topic, value, key, self._partition, timestamp=timestamp, headers=headers_of(event)
-            )
-            producer.flush(COMMIT_SECONDS)
-            if self._in_doubt():
-                raise UnavailableError("the topic may not be the log's any more")
-            producer.commit_transaction(COMMIT_SECONDS)
-        self._read_on(self._offset_of(value, ahead.end) + 1)
-        self._settle(self.losses)
-        return event
+        producer.flush(COMMIT_SECONDS)
+        if commit:
+            self._commit_sent()
+        else:
+            producer.abort_transaction(COMMIT_SECONDS)
+        if not offsets:
+            raise UnavailableError(f"the replicas of partition {self._partition} did not acknowledge a record")
+        return offsets[0]
+
+    def _commit_sent(self) -> None:
+        """Commit what was sent and flushed. Raises whatever the client raises, and UnavailableError."""
+        if self._in_doubt():
+            raise UnavailableError("the topic may not be the log's any more")
+        _open(self._producer).commit_transaction(COMMIT_SECONDS)
 
     def save_if_due(self) -> None:
         """Save the state and offer it as a snapshot, if it is time for that; tidy its file a bit.
@@ -406,16 +411,8 @@ class PartitionLease:
         and the partition would wait for it for ever. Nobody has read what is aborted so, so nothing of it was
         acknowledged. Transactions of others stay as they are.
         """
-        producer = _open(self._producer)
-        offsets: list[int] = []
         with explaining("establishing the end of a partition"):
-            producer.begin_transaction()
-            producer.produce(self._kafka.topic, None, None, self._partition, _into(offsets), timestamp=_NO_TIME_MS)
-            producer.flush(COMMIT_SECONDS)
-            producer.abort_transaction(COMMIT_SECONDS)
-        if not offsets:
-            raise UnavailableError("the end of the partition is unknown: its replicas did not acknowledge a record")
-        return offsets[0]
+            return self._append_alone(None, None, _NO_TIME_MS, None, commit=False)
 
     def _restore(self, barrier: int, looking: Future[Stored] | None) -> None:
         """Go on from the best state that stands on the log, and read from there up to the barrier.
