@@ -79,7 +79,7 @@ async def scenario(url: str, disk: Path, begin: str) -> None:
             assert (await writer.status())[0].restored_from == ("file" if begin == "with a file" else "log")
             (disk / "other").unlink()
             await until(lambda: saved(writer), PATIENCE_SECONDS, "the state does not go back to its file")
-            assert writer.counts.failed_leases == 0
+            assert writer.counts.failed_takeovers == 0
         async with lone_writer(settings, log) as writer:
             await ready(writer)
             assert (await writer.status())[0].restored_from == "file"

@@ -105,9 +105,9 @@ class WriterCollector(Collector):
             "artifact_store_takeover_seconds", "What take-overs took together", value=counts.takeover_seconds
         )
         yield CounterMetricFamily(
-            "artifact_store_failed_tenures",
-            "Partitions that were taken over again because something went wrong",
-            value=counts.failed_leases,
+            "artifact_store_failed_takeovers",
+            "Leases and take-overs of partitions that failed, so that a take-over followed",
+            value=counts.failed_takeovers,
         )
         yield CounterMetricFamily(
             "artifact_store_pushed_back", "Requests that were told to come again later", value=counts.pushed_back

@@ -42,8 +42,8 @@ class Counts:
     """By what the state was restored from."""
     takeover_seconds: float = 0.0
     """Of all of them together."""
-    failed_leases: int = 0
-    """How often a partition was taken over again because something went wrong."""
+    failed_takeovers: int = 0
+    """How often a lease or a take-over failed, so that a take-over followed."""
     pushed_back: int = 0
     """Requests that were told to come again later."""
 

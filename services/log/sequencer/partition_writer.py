@@ -223,7 +223,7 @@ class PartitionWriter:
         """Handle a failed lease or take-over; returns when it is time for the next one."""
         served, self.since = self.since is not None, None
         error = self._context.driver.refusal(error) or error
-        self._context.counts.failed_leases += served or not isinstance(error, HeldError)
+        self._context.counts.failed_takeovers += served or not isinstance(error, HeldError)
         self._note(error)
         if isinstance(error, HeldError) and error.own_clock and not self._stop.is_set():
             self._give_way()

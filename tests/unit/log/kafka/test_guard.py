@@ -214,7 +214,7 @@ async def test_a_writer_that_is_held_tells_everyone_and_takes_nothing_over(
     assert "retention.ms=1" in (writer.trouble or "")
     writer.stop()
     assert await asyncio.to_thread(writer.join, 30)
-    assert (counts.failed_leases, counts.pushed_back) == (0, 3)
+    assert (counts.failed_takeovers, counts.pushed_back) == (0, 3)
 
 
 @pytest.mark.parametrize(("days", "differs"), [(1, "24 h ahead of"), (-1, "24 h behind")])

@@ -152,4 +152,4 @@ async def test_a_partition_that_refuses_everything_is_not_shown_as_owned(
     monkeypatch.setattr(scene.writer, "_refuse_all", refuse_all)
     await scene.played()
     assert since == [1, None]
-    assert scene.counts.failed_leases == 1
+    assert scene.counts.failed_takeovers == 1
