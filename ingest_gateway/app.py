@@ -42,6 +42,8 @@ ROUTES: tuple[Route, ...] = (
     *operations.ROUTES,
 )
 
+PROBES = frozenset(route.template for route in operations.ROUTES)
+
 _METHODS = frozenset({"GET", "HEAD", "PUT", "POST", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT"})
 
 
@@ -119,7 +121,9 @@ class App:
     def _record(self, call: Call) -> None:
         seconds = asyncio.get_running_loop().time() - call.began
         method = call.request.method if call.request.method in _METHODS else "other"
-        self.gateway.metrics.answered(call.template, method, call.status, seconds, call.received, call.sent)
+        self.gateway.metrics.answered(
+            call.template, method, call.status, seconds, call.received, call.sent, timed=call.template not in PROBES
+        )
         _access.info("%s %d %.1f ms, %d in, %d out", call, call.status, seconds * 1000, call.received, call.sent)
 
 

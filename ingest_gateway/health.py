@@ -1,8 +1,9 @@
-"""Readiness: whether a gateway can take writes. Concurrent probes share one check."""
+"""Readiness: whether a gateway can take writes. Probes and metrics share one check."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -10,6 +11,8 @@ from typing import Literal
 from pydantic import BaseModel
 
 from artifact_store.errors import ArtifactStoreError
+
+_log = logging.getLogger(__name__)
 
 Check = Callable[[], Awaitable[str | None]]
 """Checks one part: returns None when it works, else the cause. An ArtifactStoreError counts as a cause."""
@@ -20,6 +23,11 @@ CHECK_SECONDS = 3.0
 
 FRESH_SECONDS = 1.0
 """Seconds for which the result of a check is reused."""
+
+WATCH_SECONDS = 5.0
+"""Seconds between the checks that metrics show."""
+
+COMPONENTS = ("log", "blobs", "writer", "views")
 
 
 @dataclass(frozen=True)
@@ -54,11 +62,10 @@ class Readiness(BaseModel):
 
 async def readiness(checks: Checks) -> Readiness:
     """Check all parts concurrently. Waits CHECK_SECONDS at most."""
-    names = ("log", "blobs", "writer", "views")
-    causes = await asyncio.gather(*(_cause(getattr(checks, name)) for name in names))
+    causes = await asyncio.gather(*(_cause(getattr(checks, name)) for name in COMPONENTS))
     parts = {
         name: PartHealth(state="ok" if cause is None else "degraded" if name == "views" else "missing", cause=cause)
-        for name, cause in zip(names, causes, strict=True)
+        for name, cause in zip(COMPONENTS, causes, strict=True)
     }
     states = {part.state for part in parts.values()}
     return Readiness(
@@ -83,6 +90,18 @@ class ReadyAnswers:
                 self._found = await readiness(self._checks)
                 self._until = loop.time() + FRESH_SECONDS
             return self._found
+
+    async def watch(self, show: Callable[[str, bool], None]) -> None:
+        """Check every WATCH_SECONDS and call `show` with each component and whether it works, until cancelled."""
+        while True:
+            try:
+                for name, part in (await self.now()).parts.items():
+                    show(name, part.state == "ok")
+            except Exception:  # noqa: BLE001 - nobody waits for this task: a mistake is logged, and the next check comes
+                _log.exception("a readiness check failed")
+                for name in COMPONENTS:
+                    show(name, False)
+            await asyncio.sleep(WATCH_SECONDS)
 
 
 async def _cause(check: Check) -> str | None:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from services.runtime.metrics import new_registry
+
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -19,7 +21,7 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         """`registry` may already hold the metrics of other parts; all are exposed together."""
-        self.registry = registry or CollectorRegistry()
+        self.registry = registry or new_registry()
         self._requests = Counter(
             "artifact_store_http_requests",
             "Requests that were answered",
@@ -54,6 +56,12 @@ class Metrics:
             ("what",),
             registry=self.registry,
         )
+        self._up = Gauge(
+            "artifact_store_component_up",
+            "1 while a component that the process needs worked when it was last asked, at most 10 s ago",
+            ("component",),
+            registry=self.registry,
+        )
         self._lag = Gauge(
             "artifact_store_event_loop_lag_seconds",
             "How much later than asked for a timer of the event loop fired",
@@ -80,10 +88,17 @@ class Metrics:
         """Count one refusal for lack of a place, by its kind."""
         self._refused.labels(what).inc()
 
-    def answered(self, route: str, method: str, status: int, seconds: float, received: int, sent: int) -> None:
-        """Count one request; the numbers of bytes are those of the bodies."""
+    def component(self, name: str, works: bool) -> None:
+        """Show whether a component of the process works."""
+        self._up.labels(name).set(works)
+
+    def answered(
+        self, route: str, method: str, status: int, seconds: float, received: int, sent: int, *, timed: bool = True
+    ) -> None:
+        """Count one request; the numbers of bytes are those of the bodies. Probes are counted and not `timed`."""
         self._requests.labels(route, method, str(status)).inc()
-        self._seconds.labels(route, method).observe(seconds)
+        if timed:
+            self._seconds.labels(route, method).observe(seconds)
         if received:
             self._received.labels(route).inc(received)
         if sent:

@@ -140,7 +140,10 @@ async def listening(
         shutdown_timeout=1.0,
     )
     await runner.setup()
-    lag = asyncio.create_task(metrics.watch_loop())
+    watching = [
+        asyncio.create_task(metrics.watch_loop()),
+        asyncio.create_task(app.gateway.ready.watch(metrics.component)),
+    ]
     try:
         async with siblings.telling() if siblings is not None else nullcontext():
             site = await _site(runner, host, port) if member is None else await _shared_site(runner, member)
@@ -148,7 +151,8 @@ async def listening(
             await site.stop()
             await app.gateway.drain(drain_seconds)
     finally:
-        lag.cancel()
+        for task in watching:
+            task.cancel()
         await runner.cleanup()
 
 

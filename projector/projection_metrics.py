@@ -7,24 +7,32 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+import time
+from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
+from typing import TypeVar
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from artifact_store.errors import ArtifactStoreError, ConfigurationError
+from artifact_store.position import Position
 from services.log.port import Log
 from services.runtime.addresses import ListenAddress
+from services.runtime.metrics import new_registry
 from services.views.database import Views
 from services.views.engine.parking import list_marks
 from services.views.queries import Queries
 
 logger = logging.getLogger(__name__)
 
+Answer = TypeVar("Answer")
+
+_MICROS = 1_000_000
 _ANSWER_SECONDS = 8.0
-"""How long log and database may take to answer; less than Prometheus waits for a scrape (10 s)."""
+"""How long log and database may take to answer; with the second in which the event
+loop may be busy, less than Prometheus waits for a scrape (10 s)."""
 
 
 class ProjectorMetrics(Collector):
@@ -38,11 +46,19 @@ class ProjectorMetrics(Collector):
         self._loop = asyncio.get_running_loop()
         self._events = dict.fromkeys(names, 0)
         self._running = dict.fromkeys(self._events, True)
+        self._times: dict[str, dict[int, float]] = {name: {} for name in self._events}
 
-    def folded(self, name: str, events: int) -> None:
-        """So many events more are in the view."""
+    def folded(self, name: str, events: int, last_times: Mapping[int, int]) -> None:
+        """So many events more are in the view; `last_times` as in `DecodedBatch`."""
         self._events[name] += events
+        for partition, micros in last_times.items():
+            self._came_to(name, partition, micros / _MICROS)
         self.goes_on(name)
+
+    def _came_to(self, name: str, partition: int, moment: float) -> None:
+        """The view holds all that was recorded in the partition before `moment`, in seconds since 1970."""
+        times = self._times[name]
+        times[partition] = max(moment, times.get(partition, moment))
 
     def goes_on(self, name: str) -> None:
         """The projection has folded, or has had nothing to fold for a while."""
@@ -70,6 +86,16 @@ class ProjectorMetrics(Collector):
 
     def _progress(self) -> Iterator[Metric]:
         """Nothing of what cannot be found out now: an old number would look like a good one."""
+        up = GaugeMetricFamily(
+            "artifact_store_component_up",
+            "1 if a component that the process needs has answered this scrape",
+            labels=["component"],
+        )
+        seconds = GaugeMetricFamily(
+            "artifact_store_projection_lag_seconds",
+            "Age of the oldest event that may be missing in the view; 0 at the log's end",
+            labels=["projection", "partition"],
+        )
         lag = GaugeMetricFamily(
             "artifact_store_projection_lag",
             "Offsets between where the view stands in a partition and its end",
@@ -80,23 +106,53 @@ class ProjectorMetrics(Collector):
             "Packages that the view could not follow",
             labels=["projection"],
         )
+        now = time.time()
         asked = asyncio.run_coroutine_threadsafe(self._ask(), self._loop)
         try:
-            lags, marks = asked.result(_ANSWER_SECONDS)
-        except (ArtifactStoreError, TimeoutError) as error:
+            end, views = asked.result(_ANSWER_SECONDS + 1)
+        except TimeoutError:  # the event loop itself is busy for so long
             asked.cancel()
-            logger.info("metrics without progress: %s", error)
+            logger.info("the metrics lack the progress of projections, because the process has too much to do")
             return
-        for name, partitions in lags.items():
-            parked.add_metric([name], marks[name])
-            for partition, behind in partitions.items():
-                lag.add_metric([name, str(partition)], behind)
-        yield from (lag, parked)
+        up.add_metric(["log"], float(end is not None))
+        up.add_metric(["views"], float(views is not None))
+        yield up
+        if views is None:
+            return
+        for name, (position, marks) in views.items():
+            parked.add_metric([name], marks)
+            if end is None:
+                continue
+            for partition, behind in end.left_behind(position).items():
+                labels = [name, str(partition)]
+                lag.add_metric(labels, behind)
+                if not behind:
+                    self._came_to(name, partition, now)
+                if (moment := self._times[name].get(partition)) is not None:
+                    seconds.add_metric(labels, max(0.0, now - moment) if behind else 0.0)
+        yield from (lag, seconds, parked)
 
-    async def _ask(self) -> tuple[Mapping[str, Mapping[int, int]], Mapping[str, int]]:
-        end = await self._log.end()
-        lags = {name: end.left_behind(await self._queries.checkpoint(name)) for name in self._events}
-        return lags, {name: len(await list_marks(self._views, name)) for name in self._events}
+    async def _ask(self) -> tuple[Position | None, Mapping[str, tuple[Position | None, int]] | None]:
+        """The log's end, and by projection where its view stands and how many packages are parked."""
+        return await asyncio.gather(self._within("log", self._log.end()), self._within("views", self._of_views()))
+
+    async def _of_views(self) -> Mapping[str, tuple[Position | None, int]]:
+        return {
+            name: (await self._queries.checkpoint(name), len(await list_marks(self._views, name)))
+            for name in self._events
+        }
+
+    async def _within(self, component: str, asked: Awaitable[Answer]) -> Answer | None:
+        """What it says, None if it does not within _ANSWER_SECONDS."""
+        try:
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                return await asked
+        except TimeoutError:
+            cause = f"no answer within {_ANSWER_SECONDS:g} s"
+        except ArtifactStoreError as error:
+            cause = error.detail
+        logger.info("the metrics lack the progress of projections, because the %s failed: %s", component, cause)
+        return None
 
 
 @asynccontextmanager
@@ -108,7 +164,7 @@ async def served(metrics: ProjectorMetrics, address: ListenAddress | None) -> As
     if address is None:
         yield
         return
-    registry = CollectorRegistry()
+    registry = new_registry()
     registry.register(metrics)
     try:
         server, thread = start_http_server(address.port, address.host, registry)

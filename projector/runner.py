@@ -112,6 +112,8 @@ async def run_projection(
             logger.info("%s: %s; reading on from the view's checkpoint", projection.name, error.detail)
             await _wait(stop, random.uniform(0, _FIRST_PAUSE))
         except (UnavailableError, PushBackError) as error:
+            if metrics is not None and isinstance(error, UnavailableError):
+                metrics.stopped(projection.name)
             pause = _FIRST_PAUSE if run.progressed else min(2 * pause, _LONGEST_PAUSE)
             logger.warning("%s: %s; trying again in %.1f s", projection.name, error.detail, pause)
             await _wait(stop, pause)
@@ -179,7 +181,7 @@ class _Run:
         await fold(self._views, self._log, self._projection, batch, since=since)
         self.progressed = True
         if self._metrics is not None:
-            self._metrics.folded(self._projection.name, len(batch.records))
+            self._metrics.folded(self._projection.name, len(batch.records), batch.last_times())
         return batch.next_offsets
 
     async def _finish(self) -> None:

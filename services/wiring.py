@@ -156,12 +156,11 @@ async def parts(settings: Settings, *, clock: Clock = system_clock) -> AsyncIter
     Raises:
         ConfigurationError: settings that cannot work. UnavailableError: an embedded part cannot be opened.
     """
-    from prometheus_client import CollectorRegistry
-
     from artifact_store.byte_streams import from_any
     from artifact_store.manifest import manifest_digest
     from artifact_store.models import Declared
     from services.registry.direct import DirectRegistry
+    from services.runtime.metrics import new_registry
     from services.views.engine.apply import catch_up
     from services.views.projections import PROJECTIONS
     from services.views.queries import Queries
@@ -203,7 +202,7 @@ async def parts(settings: Settings, *, clock: Clock = system_clock) -> AsyncIter
             for projection in PROJECTIONS.values():
                 await catch_up(views, log, projection)
 
-        metrics = CollectorRegistry()
+        metrics = new_registry()
         writer = await stack.enter_async_context(
             open_writer(settings, log, put_manifest, clock=clock, snapshots=blobs, times=blobs, metrics=metrics)
         )

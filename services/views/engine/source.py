@@ -92,6 +92,18 @@ class DecodedBatch:
         for i, record in enumerate(self.records):
             yield record, self.unreadable[i] if i in self.unreadable else next(events)
 
+    def last_times(self) -> Mapping[int, int]:
+        """When the last event of each partition was recorded, in µs since 1970."""
+        times: dict[int, int] = {}
+        at = len(self.events)
+        for i in range(len(self.records) - 1, -1, -1):
+            if i not in self.unreadable:
+                at -= 1
+                times.setdefault(self.records[i].partition, self.events[at].created_at)
+            if len(times) == len(self.next_offsets):
+                break
+        return times
+
     def last_records(self) -> Mapping[int, Record]:
         """The last record of each partition."""
         return {record.partition: record for record in self.records}

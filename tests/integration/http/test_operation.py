@@ -6,9 +6,13 @@ import asyncio
 import json
 import logging
 import os
+import platform
+import re
 import signal
 import socket
 import sys
+from collections.abc import Awaitable, Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import aiohttp
@@ -19,6 +23,7 @@ from ingest_gateway.health import FRESH_SECONDS
 from ingest_gateway.server import run
 from services.config import PREFIX, Settings
 from tests.integration.http_gateway import running_gateway
+from tests.integration.projector_stage import eventually
 
 _PACKAGE = {"name": "n", "producer": "p", "subject": "s", "retention_class": "scratch"}
 
@@ -133,6 +138,59 @@ async def test_metrics_count_by_route_and_not_by_path(embedded_settings: Setting
     assert 'artifact_store_http_requests_total{method="GET",route="none",status="404"} 1.0' in text
     assert "artifact_store_http_in_flight 1.0" in text
     assert "/nowhere" not in text
+
+
+async def test_a_probe_is_counted_and_does_not_hide_among_the_times_of_requests(embedded_settings: Settings) -> None:
+    async with running_gateway(embedded_settings) as gateway:
+        for probe in ("/healthz", "/readyz", "/metrics"):
+            await gateway.session.get(probe)
+        async with gateway.session.get("/v1/packages") as answer:
+            assert answer.status == 200
+        async with gateway.session.get("/metrics") as answer:
+            text = await answer.text()
+    assert 'artifact_store_http_requests_total{method="GET",route="/healthz",status="200"} 1.0' in text
+    timed = {line for line in text.splitlines() if line.startswith("artifact_store_http_request_seconds_count")}
+    assert timed == {'artifact_store_http_request_seconds_count{method="GET",route="/v1/packages"} 1.0'}
+    assert "_created" not in text
+    assert (
+        f'artifact_store_build_info{{python="{platform.python_version()}",version="{version("artifact-store")}"}} 1.0'
+        in text
+    )
+    assert re.search(r"^process_resident_memory_bytes [1-9]", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("component", ["log", "blobs", "writer", "views"])
+async def test_a_component_that_goes_away_is_seen_in_the_metrics(
+    embedded_settings: Settings, monkeypatch: pytest.MonkeyPatch, component: str
+) -> None:
+    monkeypatch.setattr("ingest_gateway.health.WATCH_SECONDS", 0.01)
+    monkeypatch.setattr("ingest_gateway.health.FRESH_SECONDS", 0.0)
+    away = False
+
+    async def check() -> str | None:
+        if away:
+            raise UnavailableError("nobody answers")
+        return None
+
+    async with running_gateway(embedded_settings, checks={component: check}) as gateway:
+
+        async def shown() -> dict[str, float]:
+            async with gateway.session.get("/metrics") as answer:
+                lines = re.findall(
+                    r'^artifact_store_component_up\{component="(\w+)"\} (\S+)', await answer.text(), re.MULTILINE
+                )
+            return {name: float(value) for name, value in lines}
+
+        all_up = dict.fromkeys(("log", "blobs", "writer", "views"), 1.0)
+        await eventually(lambda: _equal(shown, all_up), "every component works")
+        away = True
+        await eventually(lambda: _equal(shown, {**all_up, component: 0.0}), f"{component} alone is down")
+        away = False
+        await eventually(lambda: _equal(shown, all_up), f"{component} works again")
+
+
+async def _equal(shown: Callable[[], Awaitable[dict[str, float]]], expected: dict[str, float]) -> bool:
+    return await shown() == expected
 
 
 async def test_the_log_of_access_has_no_queries_and_one_line_a_request(

@@ -17,12 +17,13 @@ from projector.runner import run_projection
 from services.config import Settings
 from services.runtime.addresses import ListenAddress
 from services.views.database import Views
+from services.views.engine.apply import catch_up
 from services.views.projections import PROJECTIONS
 from tests.integration.processes import output_of, started
 from tests.integration.projector_stage import covers, eventually
 from tests.memory_log import MemoryLog
 from tests.services.process import becomes_true
-from tests.views_history import History
+from tests.views_history import START, History
 
 REGISTRY = PROJECTIONS["registry"]
 ANYWHERE = ListenAddress("127.0.0.1", 0)
@@ -30,10 +31,12 @@ SECONDS = 60.0
 
 
 def look(url: str) -> dict[str, float]:
-    """What the address shows, by name and labels, these in the order of their names."""
+    """What the address shows of the projector, by name and labels, these in the order of their names."""
     with urllib.request.urlopen(url, timeout=20) as answer:  # noqa: S310 - a loopback address of our own
         text = answer.read().decode()
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    assert any(sample.name == "process_cpu_seconds_total" for sample in samples)
+    samples = [s for s in samples if not s.name.startswith(("process_", "artifact_store_build_info"))]
     return {" ".join((sample.name, *sample.labels.values())): sample.value for sample in samples}
 
 
@@ -67,11 +70,44 @@ async def test_what_was_folded_is_left_and_parked_is_shown(views: Views, caplog:
         stop.set()
         await running
     assert {name: value for name, value in after.items() if "events" not in name} == {
+        "artifact_store_component_up log": 1,
+        "artifact_store_component_up views": 1,
         "artifact_store_projection_running registry": 1,
         "artifact_store_projection_lag 0 registry": 0,
         "artifact_store_projection_lag 1 registry": 0,
+        "artifact_store_projection_lag_seconds 0 registry": 0,
+        "artifact_store_projection_lag_seconds 1 registry": 0,
         "artifact_store_projection_parked_packages registry": 1,
     }
+
+
+async def test_the_age_of_what_may_be_missing_is_shown_in_seconds(
+    views: Views, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is never more than the time since the view was last seen at the end, nor since its last event was recorded."""
+    caplog.set_level("INFO")
+    now, log, history = START / 1_000_000, MemoryLog(partitions=1), History().fill(packages=1, files=2)
+    monkeypatch.setattr("projector.projection_metrics.time.time", lambda: now)
+    metrics = ProjectorMetrics(views, log, ["registry"])
+    async with served(metrics, ANYWHERE):
+        (url,) = urls(caplog.text)
+
+        async def age() -> float | None:
+            return (await asyncio.to_thread(look, url)).get("artifact_store_projection_lag_seconds 0 registry")
+
+        assert await age() == 0
+        now += 100
+        log.append(*history.events)
+        assert await age() == 100
+        now += 50
+        metrics.folded("registry", 1, {0: round(1_000_000 * now) - 30_000_000})
+        assert await age() == pytest.approx(30)
+        await catch_up(views, log, REGISTRY)
+        assert await age() == 0
+        now += 1
+        history.create()
+        log.append(history.events[-1])
+        assert await age() == pytest.approx(1)
 
 
 async def test_what_cannot_be_asked_now_is_left_out_and_what_stopped_is_told(
@@ -82,12 +118,16 @@ async def test_what_cannot_be_asked_now_is_left_out_and_what_stopped_is_told(
     metrics = ProjectorMetrics(views, log, ["registry", "usage"])
     metrics.stopped("usage")
     metrics.stopped("registry")
-    metrics.folded("registry", 0)
+    metrics.folded("registry", 0, {})
     log.unavailable = True
     async with served(metrics, ANYWHERE):
         (url,) = urls(caplog.text)
         found = await asyncio.to_thread(look, url)
     assert found == {
+        "artifact_store_component_up log": 0,
+        "artifact_store_component_up views": 1,
+        "artifact_store_projection_parked_packages registry": 0,
+        "artifact_store_projection_parked_packages usage": 0,
         "artifact_store_projection_events_total registry": 0,
         "artifact_store_projection_events_total usage": 0,
         "artifact_store_projection_running registry": 1,

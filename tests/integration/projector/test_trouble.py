@@ -136,6 +136,24 @@ async def test_a_projector_whose_fold_always_fails_never_seems_to_go_on(
     assert "goes on" not in metrics.told
 
 
+async def test_a_projector_whose_log_is_away_does_not_run_until_it_is_back(
+    views: Views, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("projector.runner.IDENTITY_SECONDS", 0.1)
+    log, stop = MemoryLog(), asyncio.Event()
+    metrics = _Watched(views, log)
+    running = asyncio.create_task(run_projection(views, log, REGISTRY, stop, metrics))
+    await eventually(_counted(metrics, "goes on", 1), "it runs")
+    log.unavailable = True
+    await eventually(_counted(metrics, "stopped", 1), "it cannot run")
+    metrics.told.clear()
+    log.unavailable = False
+    await eventually(_counted(metrics, "goes on", 1), "it runs again")
+    assert "stopped" not in metrics.told[metrics.told.index("goes on") :]
+    stop.set()
+    await running
+
+
 async def test_a_projector_that_has_nothing_to_fold_goes_on_once_that_is_known(
     views: Views, monkeypatch: pytest.MonkeyPatch
 ) -> None:
