@@ -94,10 +94,11 @@ class HttpForwarder:
 
     async def check_ingest(
         self, owner_url: str, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None
-    ) -> None:
+    ) -> str | None:
         """See `Forwarder`. Raises PushBackError as `submit`."""
         with self._place(owner_url):
-            await self._post(owner_url, CHECKS_PATH, encode_check(package_id, relative_paths, command_id))
+            answer = await self._post(owner_url, CHECKS_PATH, encode_check(package_id, relative_paths, command_id))
+        return answer.decode(errors="replace") or None  # an owner of the previous release answers with nothing
 
     async def status(self, owner_url: str) -> list[PartitionStatus]:
         """The state of the partitions that the process at this URL owns. Raises UnavailableError."""

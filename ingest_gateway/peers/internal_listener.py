@@ -67,7 +67,7 @@ class Here(Protocol):
     async def submit_here(self, command: Command) -> Acknowledgement:
         """As `CommandWriter.submit`; PartitionNotOwnedError when this process is not the owner."""
 
-    async def check_ingest_here(self, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None) -> None:
+    async def check_ingest_here(self, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None) -> str:
         """As `CommandWriter.check_ingest`; PartitionNotOwnedError when this process is not the owner."""
 
     async def confirm_here(self, confirmation: Confirmation) -> Acknowledgement:
@@ -170,8 +170,7 @@ class InternalListener:
         async def carry_out(here: Here, body: bytes) -> bytes:
             with _of_another_release():
                 asked = decode_check(body)
-            await here.check_ingest_here(*asked)
-            return b""
+            return (await here.check_ingest_here(*asked)).encode()
 
         return await self._answer(request, carry_out)
 

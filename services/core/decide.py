@@ -190,16 +190,18 @@ def check_ingest(
     command_id: UUID | None,
     now: int,
     limits: Limits,
-) -> None:
+) -> str:
     """Raise what `decide` would for files of these paths, before any byte of them is read.
 
-    A command id that the package knows passes: only the bytes can tell whether the request is the same.
+    A command id that the package knows passes: only the bytes can tell whether the request is the same. Returns the
+    package's retention class.
     """
     if state is not None and command_id in state.commands:
-        return
+        return state.created.retention_class
     state = _require_open(state, package_id, command_id, now, limits)
     _check_paths(state, relative_paths, limits)
     _check_tree(state, relative_paths, limits)
+    return state.created.retention_class
 
 
 def _create(state: PackageState | None, command: CreatePackage, now: int, limits: Limits) -> Decision:

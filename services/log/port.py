@@ -201,8 +201,12 @@ class CommandWriter(Protocol):
             UnavailableError: the outcome is unknown; retry with the same command id.
         """
 
-    async def check_ingest(self, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None) -> None:
+    async def check_ingest(
+        self, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None
+    ) -> str | None:
         """Ask the package's writer whether files of these paths could be ingested now.
+
+        Returns the package's retention class; None when its writer is of a release that does not say it.
 
         Raises as `submit`: PackageNotFoundError, IllegalPackageStateError, DuplicateRelativePathError, TooLargeError.
         """
@@ -335,5 +339,5 @@ class Forwarder(Protocol):
 
     async def check_ingest(
         self, owner_url: str, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None
-    ) -> None:
+    ) -> str | None:
         """As `CommandWriter.check_ingest`, at the owner; PartitionNotOwnedError when it is not the owner any more."""

@@ -40,7 +40,7 @@ _T = TypeVar("_T")
 There = Callable[[Forwarder, str], Awaitable[_T]]
 """Asks the process at this URL."""
 
-Here = Callable[[Command | IngestCheck, int], "asyncio.Future[Acknowledgement | None]"]
+Here = Callable[[Command | IngestCheck, int], "asyncio.Future[Acknowledgement | str]"]
 """Lets this process's writer of the partition carry it out; PartitionNotOwnedError when there is none."""
 
 

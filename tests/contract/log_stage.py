@@ -74,9 +74,9 @@ async def settled(writer: CommandWriter, command: Command) -> Acknowledgement:
     return await _retried(lambda: writer.submit(command))
 
 
-async def checked(writer: CommandWriter, package_id: UUID, *paths: str, command_id: UUID | None = None) -> None:
-    """Ask whether the paths could be ingested, as a good client does."""
-    await _retried(lambda: writer.check_ingest(package_id, paths, command_id))
+async def checked(writer: CommandWriter, package_id: UUID, *paths: str, command_id: UUID | None = None) -> str | None:
+    """Ask whether the paths could be ingested, as a good client does; the package's retention class."""
+    return await _retried(lambda: writer.check_ingest(package_id, paths, command_id))
 
 
 async def ready(writer: CommandWriter) -> None:

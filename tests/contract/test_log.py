@@ -233,7 +233,7 @@ async def test_check_ingest_says_what_an_ingest_would_meet(stage: Stage) -> None
     async with stage.writer(max_files_per_package=3) as writer:
         await settled(writer, made)
         command = ingest(made.package_id, "a", "b")
-        await checked(writer, made.package_id, "a", "b")
+        assert await checked(writer, made.package_id, "a", "b") == made.retention_class
         await settled(writer, command)
 
         await checked(writer, made.package_id, "c")

@@ -246,8 +246,10 @@ class Forwarding:
 
     async def check_ingest(
         self, owner_url: str, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None
-    ) -> None:
-        await self._at(owner_url, lambda writer: writer.check_ingest_here(package_id, relative_paths, command_id))
+    ) -> str | None:
+        return await self._at(
+            owner_url, lambda writer: writer.check_ingest_here(package_id, relative_paths, command_id)
+        )
 
     async def end(self, owner_url: str, partition: int) -> int | None:
         return await self._at(owner_url, lambda writer: writer.end_here(partition))

@@ -150,10 +150,12 @@ class KafkaWriter:
                     pass
         return self._routed(command, _submitting(command))
 
-    async def check_ingest(self, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None) -> None:
+    async def check_ingest(
+        self, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None
+    ) -> str | None:
         """See `CommandWriter`."""
         asked = IngestCheck(package_id, tuple(relative_paths), command_id)
-        await self._routed(
+        return await self._routed(
             asked, lambda forwarder, url: forwarder.check_ingest(url, package_id, relative_paths, command_id)
         )
 
@@ -206,9 +208,9 @@ class KafkaWriter:
         """As `submit`, but PartitionNotOwnedError when this process is not the partition's writer."""
         return cast("Acknowledgement", await self._accepted(command))
 
-    async def check_ingest_here(self, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None) -> None:
+    async def check_ingest_here(self, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None) -> str:
         """As `check_ingest`, but PartitionNotOwnedError when this process is not the partition's writer."""
-        await self._accepted(IngestCheck(package_id, tuple(relative_paths), command_id))
+        return cast("str", await self._accepted(IngestCheck(package_id, tuple(relative_paths), command_id)))
 
     async def confirm_here(self, confirmation: Confirmation) -> Acknowledgement:
         """Record what an operator confirmed about a partition that this process writes to; a repeat gets its answer.
@@ -290,7 +292,7 @@ class KafkaWriter:
         if self._snapshots is not None:
             self._snapshots.close(SNAPSHOT_SECONDS)
 
-    async def _accepted(self, asked: Command | IngestCheck) -> Acknowledgement | None:
+    async def _accepted(self, asked: Command | IngestCheck) -> Acknowledgement | str:
         if self._closing:
             raise PartitionNotOwnedError("this process hands its partitions over")
         with self._in_flight:
@@ -327,7 +329,7 @@ class KafkaWriter:
         with self._in_flight:
             return await self._router.answer(self._log.partition_of(asked.package_id), asked, there, doubtful=doubtful)
 
-    def _here(self, asked: Command | IngestCheck, partition: int) -> asyncio.Future[Acknowledgement | None]:
+    def _here(self, asked: Command | IngestCheck, partition: int) -> asyncio.Future[Acknowledgement | str]:
         """Let this process's writer carry it out. Raises PartitionNotOwnedError, and as `PartitionWriter.submit`."""
         writer = self._writers.get(partition)
         if self._foreign is not None:

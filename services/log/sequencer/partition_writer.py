@@ -66,8 +66,9 @@ _GIVE_WAY_SECONDS = 20.0
 _LOG = logging.getLogger(__name__)
 
 
-_Outcome = Acknowledgement | Exception | int | None
-"""The answer to a request once its batch is appended. None: a check passed; an int: the offset where the log ends."""
+_Outcome = Acknowledgement | Exception | int | str
+"""The answer to a request once its batch is appended. A string: a check passed, and the package is of this retention
+class; an int: the offset where the log ends."""
 
 
 class PartitionWriter:
@@ -125,7 +126,7 @@ class PartitionWriter:
 
     def submit(
         self, asked: Command | IngestCheck, moved: Callable[[Request], None] | None = None
-    ) -> asyncio.Future[Acknowledgement | None]:
+    ) -> asyncio.Future[Acknowledgement | str]:
         """Put a request into the queue. For the event loop; does not block.
 
         Raises PushBackError, PartitionNotOwnedError.
@@ -134,7 +135,7 @@ class PartitionWriter:
         meanwhile, `moved` is called on the event loop and answers the request. Without `moved` the answer is
         PartitionNotOwnedError, or UnavailableError if a transaction with the command has failed before.
         """
-        answer: asyncio.Future[Acknowledgement | None] = self._context.loop.create_future()
+        answer: asyncio.Future[Acknowledgement | str] = self._context.loop.create_future()
         try:
             self._queue.put(Request(asked, answer, TRACEPARENT.get(), moved))
         except PushBackError:
@@ -404,7 +405,7 @@ class PartitionWriter:
         finally:
             self._serving_since = None
         self._queue.put_back(batch[len(answers) :])
-        self._queue.announce(answers.count(None))
+        self._queue.announce(sum(isinstance(answer, str) for answer in answers))
         answered = list(zip(batch, answers, strict=False))
         if not proven:
             self._unproven = [request for request, outcome in answered if _needs_proof(outcome)]
@@ -486,8 +487,7 @@ class PartitionWriter:
             if contradicted is not None and (package is None or isinstance(asked, IngestCheck)):
                 raise quarantined(contradicted)
             if isinstance(asked, IngestCheck):
-                check_ingest(package, asked.package_id, asked.relative_paths, asked.command_id, now, limits)
-                return None
+                return check_ingest(package, asked.package_id, asked.relative_paths, asked.command_id, now, limits)
             decision = jobs.decision(asked) or decide(package, asked, now, limits)
             if decision.appended is not None and request.failures > TOGETHER:
                 return given_up(request, decision.done)
@@ -543,7 +543,7 @@ class PartitionWriter:
                 if waiting.done():
                     continue
                 if not isinstance(answer, Exception):
-                    waiting.set_result(cast("Acknowledgement | None", answer))
+                    waiting.set_result(cast("Acknowledgement | str", answer))
                 elif isinstance(answer, PartitionNotOwnedError) and request.moved is not None:
                     request.moved(request)
                 else:

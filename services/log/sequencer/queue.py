@@ -80,7 +80,7 @@ class Request:
     def __init__(
         self,
         asked: Command | IngestCheck,
-        answer: asyncio.Future[Acknowledgement | None],
+        answer: asyncio.Future[Acknowledgement | str],
         traceparent: str | None = None,
         moved: Callable[[Request], None] | None = None,
     ) -> None:

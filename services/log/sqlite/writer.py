@@ -51,7 +51,7 @@ _PUT_SECONDS = 30.0
 class _Waiting:
     request: Request
     weight: int
-    answer: asyncio.Future[Acknowledgement | None]
+    answer: asyncio.Future[Acknowledgement | str]
 
 
 class SqliteWriter:
@@ -100,9 +100,9 @@ class SqliteWriter:
         weight = max(1, len(command.files)) if isinstance(command, IngestFiles) else 1
         return cast("Acknowledgement", await self._enqueue(command, weight))
 
-    async def check_ingest(self, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None) -> None:
+    async def check_ingest(self, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None) -> str:
         """See `CommandWriter`."""
-        await self._enqueue(IngestCheck(package_id, relative_paths, command_id), 1)
+        return cast("str", await self._enqueue(IngestCheck(package_id, relative_paths, command_id), 1))
 
     async def extent(self, package_id: UUID) -> PackageExtent | None:
         """See `CommandWriter`. Nothing: the file finds a package's events by an index."""
@@ -145,7 +145,7 @@ class SqliteWriter:
         file.close()
         return file.identity
 
-    async def _enqueue(self, request: Request, weight: int) -> Acknowledgement | None:
+    async def _enqueue(self, request: Request, weight: int) -> Acknowledgement | str:
         loop = asyncio.get_running_loop()
         waiting = _Waiting(request, weight, loop.create_future())
         with self._changed:
@@ -235,8 +235,8 @@ class IngestCheck:
 
 
 Request = Command | IngestCheck
-Answer = Acknowledgement | Exception | None
-"""What becomes of a request: None says that the check passed."""
+Answer = Acknowledgement | Exception | str
+"""What becomes of a request. A string says that the check passed, and of which retention class the package is."""
 
 
 class Appender:
@@ -348,8 +348,8 @@ class Appender:
             state = self._states.current(connection, request.package_id)
             now = max(self._clock(), self._last_created_at)
             if isinstance(request, IngestCheck):
-                check_ingest(state, request.package_id, request.relative_paths, request.command_id, now, self._limits)
-                return None
+                asked, paths = request.package_id, request.relative_paths
+                return check_ingest(state, asked, paths, request.command_id, now, self._limits)
             decision = decide(state, request, now, self._limits)
             if decision.claim_check is not None:
                 self._put_manifest(decision.claim_check)

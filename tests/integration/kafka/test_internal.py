@@ -59,10 +59,11 @@ class Answering:
             raise self.refusal
         return Acknowledgement(command.package_id, 7, bytes(32), manifest_digest=self.manifest_digest)
 
-    async def check_ingest_here(self, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None) -> None:
+    async def check_ingest_here(self, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None) -> str:
         self.seen.append((package_id, list(relative_paths), command_id))
         if self.refusal is not None:
             raise self.refusal
+        return "raw-evidence"
 
     async def confirm_here(self, confirmation: Confirmation) -> Acknowledgement:
         self.seen.append(confirmation)
@@ -104,7 +105,7 @@ async def test_commands_and_questions_reach_the_owner_and_its_answer_comes_back(
     command = ingest(create().package_id, "a", "b")
     async with HttpForwarder(SECRET) as forwarder:
         answer = await forwarder.submit(listener.url, command)
-        await forwarder.check_ingest(listener.url, command.package_id, ["ä"], None)
+        assert await forwarder.check_ingest(listener.url, command.package_id, ["ä"], None) == "raw-evidence"
     assert answer == Acknowledgement(command.package_id, 7, bytes(32))
     assert writer.seen == [command, (command.package_id, ["ä"], None)]
 

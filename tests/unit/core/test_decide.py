@@ -146,8 +146,8 @@ def test_a_command_id_with_another_request_is_refused() -> None:
 
 def test_the_check_before_the_body_says_what_decide_would_say() -> None:
     state = after(CREATE, commands.ingest(PACKAGE, "a"))
-    check_ingest(state, PACKAGE, ["b"], None, 1_000, LIMITS)
-    check_ingest(state, PACKAGE, ["a"], commands.command_id("ingest"), 1_000, LIMITS)
+    assert check_ingest(state, PACKAGE, ["b"], None, 1_000, LIMITS) == "report"
+    assert check_ingest(state, PACKAGE, ["a"], commands.command_id("ingest"), 1_000, LIMITS) == "report"
     with pytest.raises(DuplicateRelativePathError):
         check_ingest(state, PACKAGE, ["a"], uuid4(), 1_000, LIMITS)
     with pytest.raises(InvalidPathError):

@@ -67,8 +67,9 @@ class There:
             raise answer
         return answer
 
-    async def check_ingest(self, url: str, _package: UUID, _paths: Sequence[str], _command: UUID | None) -> None:
+    async def check_ingest(self, url: str, _package: UUID, _paths: Sequence[str], _command: UUID | None) -> str | None:
         await self.submit(url, MADE)
+        return None
 
     async def end(self, _url: str, _partition: int) -> int | None:
         return None
@@ -77,11 +78,11 @@ class There:
         return None
 
 
-def nobody(_asked: object, _partition: int) -> asyncio.Future[Acknowledgement | None]:
+def nobody(_asked: object, _partition: int) -> asyncio.Future[Acknowledgement | str]:
     raise PartitionNotOwnedError("this process writes to nothing")
 
 
-def answering(*answers: Answer) -> Callable[[object, int], asyncio.Future[Acknowledgement | None]]:
+def answering(*answers: Answer) -> Callable[[object, int], asyncio.Future[Acknowledgement | str]]:
     """This process's writer, as `There`."""
     there = There(*answers)
     return lambda _asked, _partition: asyncio.ensure_future(there.submit("", MADE))
@@ -170,7 +171,7 @@ async def test_a_question_leaves_nothing_in_doubt() -> None:
     there = There(GONE, FULL)
     seeking = Router(cast("Any", Known()), there, nobody, lambda: None, Counts(), 30.0)
 
-    def there_too(forwarder: Forwarder, url: str) -> Awaitable[None]:
+    def there_too(forwarder: Forwarder, url: str) -> Awaitable[str | None]:
         return forwarder.check_ingest(url, MADE.package_id, ["a"], None)
 
     with pytest.raises(PushBackError) as heard:
