@@ -22,6 +22,7 @@ from ingest_gateway.protocol.http_errors import (
     answer_of,
     internal,
 )
+from ingest_gateway.protocol.origins import Origins
 from ingest_gateway.protocol.request import SERVER, Call
 from ingest_gateway.routes import archives, event_feed, files, manifests, operations, packages, tus_uploads
 from ingest_gateway.siblings import Siblings
@@ -58,9 +59,11 @@ class App:
         bounds: Bounds,
         metrics: Metrics | None = None,
         siblings: Siblings | None = None,
+        origins: Origins | None = None,
     ) -> None:
         self.gateway = Gateway(registry, log, checks, bounds, metrics or Metrics(), document(ROUTES), siblings)
         self._routes = Routes(ROUTES)
+        self._origins = origins or Origins()
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer a request. An error becomes a problem document or, once an answer has begun, cuts the connection."""
@@ -96,6 +99,7 @@ class App:
             if "#" in call.target:
                 raise MalformedHttpError("a request target has no fragment")
             TRACEPARENT.set(traceparent(request.headers.get("traceparent")))
+            self._origins.check(request.headers.getall("Host", ()), request.headers.getall("Origin", ()))
             route, values = self._routes.find(request.method, call.target)
             call.read_head(values, route.parameters, takes_body=route.body is not None)
             call.template = route.template

@@ -28,6 +28,7 @@ from ingest_gateway.limits.admission import Bounds, connections_within
 from ingest_gateway.peers.forwarding import MAX_FORWARDED
 from ingest_gateway.peers.internal_listener import MAX_TAKEN
 from ingest_gateway.protocol.connections import Server
+from ingest_gateway.protocol.origins import Origins
 from ingest_gateway.siblings import Member, Siblings
 from services.config import Settings
 from services.log.port import Log
@@ -93,6 +94,7 @@ async def serve(
         address.port,
         metrics=Metrics(opened.metrics),
         member=member,
+        origins=Origins(settings.allowed_hosts, loopback=address.is_loopback),
     ) as url:
         print(f"listening on {url}", file=sys.stderr, flush=True)  # noqa: T201 - the line that people wait for
         if ready is not None:
@@ -124,17 +126,19 @@ async def listening(
     metrics: Metrics | None = None,
     drain_seconds: float = DRAIN_SECONDS,
     member: Member | None = None,
+    origins: Origins | None = None,
 ) -> AsyncIterator[str]:
     """Listen for the length of the block; yields the URL. Port 0 takes a free one.
 
-    With `member`, accepts connections from the member's socket instead of `host` and `port`.
+    With `member`, accepts connections from the member's socket instead of `host` and `port`. `origins` says which hosts
+    requests may name, by default those of loopback.
 
     At the end of the block it accepts no new connection, dismisses followers, waits up to `drain_seconds` for requests
     under way, and closes. Raises ConfigurationError: the address is taken or does not exist.
     """
     metrics = metrics or Metrics()
     siblings = None if member is None else Siblings(member, metrics.exposition)
-    app = App(registry, log, checks, bounds, metrics, siblings)
+    app = App(registry, log, checks, bounds, metrics, siblings, origins)
     runner = web.ServerRunner(
         Server(app.handle, app.refuse, app.gateway.admission.connections, app.gateway.admission.heads),
         shutdown_timeout=1.0,

@@ -50,6 +50,7 @@ class Settings(BaseModel):
 
     url: str | None = None
     listen: str = "127.0.0.1:8080"
+    allowed_hosts: tuple[str, ...] = ()
     insecure: bool = False
     internal_listen: str = "127.0.0.1:0"
     internal_url: str | None = None
@@ -66,6 +67,18 @@ class Settings(BaseModel):
     @classmethod
     def _options_from_json(cls, value: Any) -> Any:
         return json.loads(value) if isinstance(value, str) else value
+
+    @field_validator("allowed_hosts", mode="before")
+    @classmethod
+    def _hosts_of_a_list(cls, value: Any) -> Any:
+        return [host.strip() for host in value.split(",") if host.strip()] if isinstance(value, str) else value
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _hosts_alone(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if any("/" in host or "*" in host or "@" in host for host in value):
+            raise ValueError("it must be a list of HOST or HOST:PORT, separated by commas")
+        return value
 
     @field_validator("internal_secret", "s3_access_key", "s3_secret_key", mode="before")
     @classmethod
@@ -123,6 +136,8 @@ class Settings(BaseModel):
             value = getattr(self, name)
             if isinstance(value, SecretStr):
                 value = value.get_secret_value()
+            if isinstance(value, tuple):
+                value = ",".join(value)
             if value is not None and value != "":
                 found[PREFIX + name.upper()] = json.dumps(value) if isinstance(value, dict | bool) else str(value)
         if self.env_file is not None:

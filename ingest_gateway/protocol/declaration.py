@@ -16,7 +16,13 @@ from artifact_store.documents.http import RETRY_AFTER
 from artifact_store.documents.problem_details import MEDIA_TYPE, TYPE_PREFIX, Problem
 from artifact_store.errors import ArtifactStoreError, PushBackError, UnavailableError
 from ingest_gateway.limits.admission import TooManyAtOnceError, Transfer
-from ingest_gateway.protocol.http_errors import ExpectationFailedError, HeadTooLargeError, MalformedHttpError
+from ingest_gateway.protocol.http_errors import (
+    ExpectationFailedError,
+    ForeignOriginError,
+    HeadTooLargeError,
+    MalformedHttpError,
+    UnknownHostError,
+)
 from ingest_gateway.protocol.request import Call, Parameter
 
 Handler = Callable[[Call], Awaitable[web.StreamResponse]]
@@ -71,7 +77,15 @@ class Route:
         return self.handler.__name__
 
 
-_ANYWHERE = (MalformedHttpError, ExpectationFailedError, HeadTooLargeError, TooManyAtOnceError, PushBackError)
+_ANYWHERE = (
+    MalformedHttpError,
+    ForeignOriginError,
+    ExpectationFailedError,
+    UnknownHostError,
+    HeadTooLargeError,
+    TooManyAtOnceError,
+    PushBackError,
+)
 """Problems of every route: a malformed request, an unknown expectation, and a gateway that is full."""
 
 _REF = "#/components/schemas/{model}"

@@ -34,6 +34,13 @@ class IncompleteBodyError(ProtocolError):
     problem = "incomplete-body"
 
 
+class ForeignOriginError(ProtocolError):
+    """A page of another site sent the request."""
+
+    status = 403
+    problem = "foreign-origin"
+
+
 class UnknownResourceError(ProtocolError):
     """No resource has this path."""
 
@@ -81,6 +88,13 @@ class UnsupportedMediaTypeError(ProtocolError):
 
     status = 415
     problem = "unsupported-media-type"
+
+
+class UnknownHostError(ProtocolError):
+    """`Host` is no name of this gateway."""
+
+    status = 421
+    problem = "unknown-host"
 
 
 class ExpectationFailedError(ProtocolError):

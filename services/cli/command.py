@@ -49,6 +49,7 @@ SETTINGS: dict[str, str] = {
     "schema_registry_url": "A schema registry for the event schemas; not used yet.",
     "url": "A gateway that client commands talk to instead of opening the parts themselves.",
     "listen": "HOST:PORT to listen on.",
+    "allowed_hosts": "Names that a gateway is reached by, HOST or HOST:PORT, with commas; on loopback also localhost.",
     "insecure": "Allow listening on an interface that others reach.",
     "internal_listen": "HOST:PORT for commands that other gateways forward.",
     "internal_url": "The address that other gateways reach this one by.",

@@ -44,7 +44,7 @@ class Client:
 
     def send(self, line: str, *headers: str, body: bytes = b"") -> None:
         """Send a request: method and target, header lines, body."""
-        self.writer.write("\r\n".join([f"{line} HTTP/1.1", "Host: x", *headers, "", ""]).encode() + body)
+        self.writer.write("\r\n".join([f"{line} HTTP/1.1", "Host: [::1]", *headers, "", ""]).encode() + body)
 
     async def answer(self) -> RawAnswer:
         """Read a whole answer."""

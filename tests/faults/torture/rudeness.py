@@ -21,7 +21,7 @@ async def hang_up_half_way(rng: Random, urls: Sequence[str], package_id: UUID) -
     async def one(n: int) -> None:
         length = rng.choice([100, 200_000])
         head = (
-            f"PUT /v1/packages/{package_id}/files/half/{n}.bin HTTP/1.1\r\nHost: torture\r\nX-Actor: {ACTOR}\r\n"
+            f"PUT /v1/packages/{package_id}/files/half/{n}.bin HTTP/1.1\r\nHost: [::1]\r\nX-Actor: {ACTOR}\r\n"
             f"Idempotency-Key: {uuid4()}\r\nContent-Type: {MEDIA_TYPE}\r\nContent-Length: {length}\r\n\r\n"
         )
         await _send(rng.choice(urls), head.encode() + b"h" * (length // 2), rng.uniform(0.0, 3.0))
@@ -36,7 +36,7 @@ async def leave_without_answer(rng: Random, urls: Sequence[str], works: Sequence
         body = json.dumps(package_fields(work)).encode() if work.kind == CREATE else work.bytes
         media_type = "application/json" if work.kind == CREATE else MEDIA_TYPE
         head = (
-            f"{'POST' if work.kind == CREATE else 'PUT'} {target_of(work)} HTTP/1.1\r\nHost: torture\r\n"
+            f"{'POST' if work.kind == CREATE else 'PUT'} {target_of(work)} HTTP/1.1\r\nHost: [::1]\r\n"
             f"X-Actor: {ACTOR}\r\nIdempotency-Key: {work.command_id}\r\nContent-Type: {media_type}\r\n"
             f"Content-Length: {len(body)}\r\n\r\n"
         )

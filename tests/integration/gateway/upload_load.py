@@ -38,7 +38,7 @@ def _attempt(url: str, path: str, file: int, size: int) -> float | None:
     """Upload once; None when it is stored, else after how many seconds to come again."""
     address = urlsplit(url)
     with socket.create_connection((address.hostname, address.port)) as connection:
-        head = f"PUT {path} HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: {size}\r\n\r\n"
+        head = f"PUT {path} HTTP/1.1\r\nHost: [::1]\r\nExpect: 100-continue\r\nContent-Length: {size}\r\n\r\n"
         connection.sendall(head.encode())
         status, headers = _head(connection)
         if status == 100:

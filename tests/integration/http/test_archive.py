@@ -243,7 +243,7 @@ async def test_a_body_that_breaks_off_leaves_nothing_recorded(gateway: RunningGa
     package_id = await package(gateway)
     data = tar_of(FILES)
     reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
-    head = f"POST /v1/packages/{package_id}/files HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-tar\r\n"
+    head = f"POST /v1/packages/{package_id}/files HTTP/1.1\r\nHost: [::1]\r\nContent-Type: application/x-tar\r\n"
     writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data[: len(data) // 2])
     await writer.drain()
     writer.close()

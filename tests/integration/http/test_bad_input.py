@@ -170,7 +170,8 @@ async def test_metadata_and_json_bodies_are_bounded(gateway: RunningGateway) -> 
     headers = {"Content-Type": "application/json"}
     await refused(gateway, "POST", "/v1/packages", 413, "too-large", data=chunks(), headers=headers)
     head = (
-        b"POST /v1/packages HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99999999\r\n\r\n"
+        b"POST /v1/packages HTTP/1.1\r\nHost: [::1]\r\nContent-Type: application/json\r\n"
+        b"Content-Length: 99999999\r\n\r\n"
     )
     async with nothing_recorded(gateway):
         answer = await exchange(gateway.port, head)
@@ -224,7 +225,8 @@ async def test_a_hostile_path_is_refused_as_it_came(
     gateway: RunningGateway, package: str, target: str, method: str
 ) -> None:
     request = (
-        f"{method} /v1/packages/{package}/files/{target} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(_BODY)}\r\n\r\n"
+        f"{method} /v1/packages/{package}/files/{target} HTTP/1.1\r\nHost: [::1]\r\n"
+        f"Content-Length: {len(_BODY)}\r\n\r\n"
     )
     async with nothing_recorded(gateway):
         answer = await exchange(gateway.port, request.encode() + _BODY)
@@ -233,7 +235,7 @@ async def test_a_hostile_path_is_refused_as_it_came(
 
 
 async def test_a_path_of_raw_bytes_that_are_no_utf8_is_refused(gateway: RunningGateway, package: str) -> None:
-    request = b"PUT /v1/packages/%b/files/a\xff HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n" % package.encode()
+    request = b"PUT /v1/packages/%b/files/a\xff HTTP/1.1\r\nHost: [::1]\r\nContent-Length: 0\r\n\r\n" % package.encode()
     async with nothing_recorded(gateway):
         answer = await exchange(gateway.port, request)
     assert answer.status == 400
@@ -242,11 +244,13 @@ async def test_a_path_of_raw_bytes_that_are_no_utf8_is_refused(gateway: RunningG
 async def test_the_longest_path_and_odd_but_lawful_ones_are_taken(gateway: RunningGateway, package: str) -> None:
     for target in ("x" * 1024, "...", "a..b/c", "%25", "a%252Fb", "a+b", "%F0%9F%93%A6", "a;b=c", "~", "a%5Cb"):
         request = (
-            f"PUT /v1/packages/{package}/files/{target} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(_BODY)}\r\n\r\n"
+            f"PUT /v1/packages/{package}/files/{target} HTTP/1.1\r\nHost: [::1]\r\nContent-Length: {len(_BODY)}\r\n\r\n"
         )
         answer = await exchange(gateway.port, request.encode() + _BODY)
         assert answer.status == 201, target
-        again = await exchange(gateway.port, f"GET {answer.headers['location']} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        again = await exchange(
+            gateway.port, f"GET {answer.headers['location']} HTTP/1.1\r\nHost: [::1]\r\n\r\n".encode()
+        )
         assert again.status == 200
         assert json.loads(again.body)["file_id"] == json.loads(answer.body)["file_id"]
 
@@ -305,7 +309,7 @@ async def test_a_header_that_breaks_its_rule_is_named(
 async def test_control_characters_and_bytes_that_are_no_text_do_not_pass_in_headers(
     gateway: RunningGateway, package: str, line: bytes
 ) -> None:
-    request = b"PUT /v1/packages/%b/files/a HTTP/1.1\r\nHost: x\r\n%b\r\nContent-Length: 0\r\n\r\n"
+    request = b"PUT /v1/packages/%b/files/a HTTP/1.1\r\nHost: [::1]\r\n%b\r\nContent-Length: 0\r\n\r\n"
     async with nothing_recorded(gateway):
         answer = await exchange(gateway.port, request % (package.encode(), line))
     assert answer.status == 400
@@ -314,7 +318,7 @@ async def test_control_characters_and_bytes_that_are_no_text_do_not_pass_in_head
 
 async def test_a_header_that_may_come_once_is_refused_twice(gateway: RunningGateway, package: str) -> None:
     lines = b"X-Actor: a\r\nX-Actor: b\r\nContent-Length: 0"
-    request = b"PUT /v1/packages/%b/files/a HTTP/1.1\r\nHost: x\r\n%b\r\n\r\n" % (package.encode(), lines)
+    request = b"PUT /v1/packages/%b/files/a HTTP/1.1\r\nHost: [::1]\r\n%b\r\n\r\n" % (package.encode(), lines)
     async with nothing_recorded(gateway):
         answer = await exchange(gateway.port, request)
     assert (answer.status, answer.problem()["type"]) == (400, TYPE_PREFIX + "invalid-request")
@@ -333,7 +337,7 @@ async def test_a_header_that_may_come_once_is_refused_twice(gateway: RunningGate
 async def test_a_body_that_breaks_off_leaves_nothing_behind(
     gateway: RunningGateway, package: str, folder: Path, framing: bytes, sent: bytes
 ) -> None:
-    head = b"PUT /v1/packages/%b/files/a HTTP/1.1\r\nHost: x\r\n%b\r\n\r\n" % (package.encode(), framing)
+    head = b"PUT /v1/packages/%b/files/a HTTP/1.1\r\nHost: [::1]\r\n%b\r\n\r\n" % (package.encode(), framing)
     blobs = _files(folder / "blobs")
     ended = await _uploads_refused(gateway)
 
@@ -364,7 +368,9 @@ async def _uploads_refused(gateway: RunningGateway) -> float:
     "sent", [b"zz\r\nhello\r\n0\r\n\r\n", b"-5\r\nhello\r\n0\r\n\r\n", b"5\r\nhelloworld\r\n0\r\n\r\n"]
 )
 async def test_broken_chunks_are_refused(gateway: RunningGateway, package: str, sent: bytes) -> None:
-    head = b"PUT /v1/packages/%b/files/a HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" % package.encode()
+    head = (
+        b"PUT /v1/packages/%b/files/a HTTP/1.1\r\nHost: [::1]\r\nTransfer-Encoding: chunked\r\n\r\n" % package.encode()
+    )
     async with nothing_recorded(gateway):
         answer = await exchange(gateway.port, head + sent)
     assert (answer.status, answer.problem()["type"]) == (400, TYPE_PREFIX + "malformed-http")
@@ -374,13 +380,13 @@ async def test_broken_chunks_are_refused(gateway: RunningGateway, package: str, 
     "request_bytes",
     [
         b"nonsense\r\n\r\n",
-        b"GET /healthz HTTP/9.9\r\nHost: x\r\n\r\n",
+        b"GET /healthz HTTP/9.9\r\nHost: [::1]\r\n\r\n",
         b"GET /healthz HTTP/1.1\r\nHost x\r\n\r\n",
-        b"PUT /v1/packages HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
-        b"PUT /v1/packages HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
-        b"PUT /v1/packages HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
-        b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Long: " + b"x" * 100_000 + b"\r\n\r\n",
-        b"GET /healthz#fragment HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"PUT /v1/packages HTTP/1.1\r\nHost: [::1]\r\nContent-Length: -1\r\n\r\n",
+        b"PUT /v1/packages HTTP/1.1\r\nHost: [::1]\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+        b"PUT /v1/packages HTTP/1.1\r\nHost: [::1]\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\nHost: [::1]\r\nX-Long: " + b"x" * 100_000 + b"\r\n\r\n",
+        b"GET /healthz#fragment HTTP/1.1\r\nHost: [::1]\r\n\r\n",
     ],
 )
 async def test_what_is_no_http_is_answered_with_a_problem(gateway: RunningGateway, request_bytes: bytes) -> None:
@@ -397,7 +403,7 @@ async def test_a_coded_body_is_refused_rather_than_decoded(gateway: RunningGatew
 async def test_a_transfer_coding_beside_chunked_is_refused_rather_than_stored(
     gateway: RunningGateway, package: str
 ) -> None:
-    head = b"PUT /v1/packages/%b/files/a HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, chunked\r\n\r\n"
+    head = b"PUT /v1/packages/%b/files/a HTTP/1.1\r\nHost: [::1]\r\nTransfer-Encoding: gzip, chunked\r\n\r\n"
     async with nothing_recorded(gateway):
         answer = await exchange(gateway.port, head % package.encode() + b"5\r\nhello\r\n0\r\n\r\n")
     assert (answer.status, answer.problem()["type"]) == (415, TYPE_PREFIX + "unsupported-media-type")
@@ -407,7 +413,7 @@ async def test_a_body_that_stands_still_is_given_up(embedded_settings: Settings)
     async with running_gateway(embedded_settings, body_idle_seconds=0.2) as gateway:
         async with gateway.session.post("/v1/packages", json=_PACKAGE) as answer:
             package = (await answer.json())["package_id"]
-        head = f"PUT /v1/packages/{package}/files/a HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nsome".encode()
+        head = f"PUT /v1/packages/{package}/files/a HTTP/1.1\r\nHost: [::1]\r\nContent-Length: 100\r\n\r\nsome".encode()
         async with nothing_recorded(gateway):
             slow = await exchange(gateway.port, head)
     assert (slow.status, slow.problem()["type"]) == (408, TYPE_PREFIX + "body-timeout")
@@ -422,7 +428,7 @@ async def test_a_body_that_trickles_is_given_up_unless_it_comes_at_the_least_pac
         async with gateway.session.post("/v1/packages", json=_PACKAGE) as answer:
             package = (await answer.json())["package_id"]
         reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
-        head = f"PUT /v1/packages/{package}/files/a HTTP/1.1\r\nHost: x\r\nContent-Length: 40\r\n\r\n"
+        head = f"PUT /v1/packages/{package}/files/a HTTP/1.1\r\nHost: [::1]\r\nContent-Length: 40\r\n\r\n"
         writer.write(head.encode())
         answered = asyncio.create_task(reader.readline())
         for _ in range(40):
@@ -495,7 +501,7 @@ async def test_ids_have_one_form_and_unknown_ones_are_not_found(gateway: Running
     ],
 )
 async def test_a_query_that_breaks_a_rule_is_refused(gateway: RunningGateway, package: str, query: str) -> None:
-    answer = await exchange(gateway.port, f"GET /v1/packages?{query} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    answer = await exchange(gateway.port, f"GET /v1/packages?{query} HTTP/1.1\r\nHost: [::1]\r\n\r\n".encode())
     assert (answer.status, answer.problem()["type"]) == (400, TYPE_PREFIX + "invalid-request")
 
 
@@ -586,7 +592,7 @@ async def test_unknown_resources_and_methods_are_problems_too(gateway: RunningGa
     for path in ("/", "/v1", "/v1/packages/", "/v2/packages", "/v1/packages/x/y"):
         await refused(gateway, "GET", path, 404, "unknown-resource")
     for target in (b"/v1/packages/../packages", b"//v1/packages", b"/v1/p%61ckages"):
-        raw = await exchange(gateway.port, b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % target)
+        raw = await exchange(gateway.port, b"GET %b HTTP/1.1\r\nHost: [::1]\r\n\r\n" % target)
         assert (raw.status, raw.problem()["type"]) == (404, TYPE_PREFIX + "unknown-resource")
     for method, path, allow in (
         ("DELETE", "/v1/packages", "GET, HEAD, POST"),
@@ -604,7 +610,7 @@ async def test_who_waits_for_100_continue_is_spared_the_upload(gateway: RunningG
     async with gateway.session.put(f"/v1/packages/{package}/files/a", data=_BODY, expect100=True) as answer:
         assert answer.status == 201
     lines = b"Expect: 100-continue\r\nContent-Length: 5000000"
-    head = b"PUT /v1/packages/%b/files/a HTTP/1.1\r\nHost: x\r\n%b\r\n\r\n" % (package.encode(), lines)
+    head = b"PUT /v1/packages/%b/files/a HTTP/1.1\r\nHost: [::1]\r\n%b\r\n\r\n" % (package.encode(), lines)
     async with nothing_recorded(gateway):
         early = await exchange(gateway.port, head)
     assert (early.status, early.headers["connection"]) == (409, "close")

@@ -11,7 +11,7 @@ from artifact_store.archives.bundle import HeldFiles, SmallFile
 from services.config import Settings
 from tests.integration.conditions import until
 from tests.integration.http_gateway import running_gateway
-from tests.integration.http_raw import SECONDS, connected
+from tests.integration.http_raw import SECONDS, connected, exchange
 
 _LARGEST_PAGE = 1000
 
@@ -25,6 +25,26 @@ async def test_connection_close_is_kept_although_another_request_has_come(embedd
         answer = await client.answer()
         assert (answer.status, answer.headers["connection"]) == (415, "close")
         assert await client.is_closed()
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "problem"),
+    [
+        (("Host: evil.example",), 421, "unknown-host"),
+        (("Host: evil.example", "Origin: http://evil.example"), 421, "unknown-host"),
+        (("Host: localhost", "Origin: http://evil.example"), 403, "foreign-origin"),
+    ],
+)
+async def test_a_page_of_a_stranger_can_neither_write_nor_read(
+    embedded_settings: Settings, headers: tuple[str, ...], status: int, problem: str
+) -> None:
+    body = b'{"name": "n", "producer": "p", "subject": "s", "retention_class": "scratch"}'
+    async with running_gateway(embedded_settings) as gateway:
+        for request in (f"POST /v1/packages HTTP/1.1\r\nContent-Length: {len(body)}", "GET /metrics HTTP/1.1"):
+            head = "\r\n".join([request, "Content-Type: application/json", *headers, "", ""]).encode()
+            answer = await exchange(gateway.port, head + (body if request.startswith("POST") else b""))
+            assert (answer.status, answer.problem()["type"].rpartition(":")[2]) == (status, problem)
+        assert await gateway.events() == 0
 
 
 @pytest.mark.parametrize("what", ["archive", "events"])

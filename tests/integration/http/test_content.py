@@ -272,7 +272,7 @@ async def test_content_that_breaks_off_cuts_the_connection(gateway: RunningGatew
     path = await _file(gateway, body=bytes(size))
     (blob,) = (found for found in (tmp_path / "blobs").rglob("*") if found.is_file() and found.stat().st_size == size)
     reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
-    writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    writer.write(f"GET {path} HTTP/1.1\r\nHost: [::1]\r\n\r\n".encode())
     assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
     os.truncate(blob, 0)
     received = 0
@@ -287,7 +287,9 @@ async def test_an_upload_under_way_is_finished_when_the_gateway_is_told_to_stop(
     async with running_gateway(embedded_settings, drain_seconds=30) as gateway:
         path = f"/v1/packages/{await _package(gateway)}/files/a"
         reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
-        writer.write(f"PUT {path} HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 10\r\n\r\n".encode())
+        writer.write(
+            f"PUT {path} HTTP/1.1\r\nHost: [::1]\r\nExpect: 100-continue\r\nContent-Length: 10\r\n\r\n".encode()
+        )
         assert b"100 Continue" in await reader.readuntil(b"\r\n\r\n")
 
         async def go_on() -> int:
@@ -312,7 +314,9 @@ async def test_an_upload_that_does_not_end_is_cut_off_and_leaves_nothing(embedde
     async with running_gateway(embedded_settings, drain_seconds=0.1) as gateway:
         path = f"/v1/packages/{await _package(gateway)}/files/a"
         reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
-        writer.write(f"PUT {path} HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 10\r\n\r\n".encode())
+        writer.write(
+            f"PUT {path} HTTP/1.1\r\nHost: [::1]\r\nExpect: 100-continue\r\nContent-Length: 10\r\n\r\n".encode()
+        )
         assert b"100 Continue" in await reader.readuntil(b"\r\n\r\n")
     assert await reader.read() == b""
     writer.close()

@@ -18,7 +18,7 @@ from tests.integration.conditions import until
 from tests.integration.http_gateway import RunningGateway, running_gateway
 from tests.integration.http_raw import SECONDS, Client, connected
 
-LINE = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
+LINE = b"GET /healthz HTTP/1.1\r\nHost: [::1]\r\n"
 
 
 def fields(count: int) -> bytes:
@@ -39,7 +39,7 @@ async def gateway(embedded_settings: Settings) -> AsyncIterator[RunningGateway]:
 async def put(gateway: RunningGateway, framing: str, body: bytes) -> bytes:
     """A whole request, which the connection goes on after."""
     package = await gateway.parts.registry.create_package("n", "p", "s", "scratch")
-    return f"PUT /v1/packages/{package}/files/a HTTP/1.1\r\nHost: x\r\n{framing}\r\n\r\n".encode() + body
+    return f"PUT /v1/packages/{package}/files/a HTTP/1.1\r\nHost: [::1]\r\n{framing}\r\n\r\n".encode() + body
 
 
 @pytest.mark.parametrize("ended", [False, True], ids=["unfinished", "finished"])

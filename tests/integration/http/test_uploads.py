@@ -261,7 +261,7 @@ async def test_after_a_lost_connection_it_goes_on_close_to_where_it_stood(
     data = some_bytes(10 * MIB)
     url = await begin(gateway, package, len(data))
     head = "".join(f"{name}: {value}\r\n" for name, value in PATCH.items())
-    request = f"PATCH {url} HTTP/1.1\r\nHost: x\r\n{head}Upload-Offset: 0\r\nContent-Length: {len(data)}\r\n\r\n"
+    request = f"PATCH {url} HTTP/1.1\r\nHost: [::1]\r\n{head}Upload-Offset: 0\r\nContent-Length: {len(data)}\r\n\r\n"
     await send_and_leave(gateway.port, request.encode() + data[:sent])
     told: dict[str, str] = {}
     least = sent - MIB  # what the server had not read yet when the connection ended is lost
