@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
+import re
 import sys
 import time
 import traceback
@@ -191,20 +193,40 @@ def answer(result: Mapping[str, Any], text: str | None = None) -> None:
         say("\n".join(lines))
 
 
-def raw(text: bytes) -> None:
-    """Print bytes and a line end."""
-    click.echo(text)
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+"""What a terminal obeys instead of showing it: control characters but tab and line end, and bidirectional ones."""
+
+
+def visible(text: str) -> str:
+    """The text with what a terminal would obey as `\\uXXXX`, which is the same JSON where the text is JSON.
+
+    A path need not be UTF-8: what is not is shown by its code too.
+    """
+    shown = _OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return shown.encode(errors="backslashreplace").decode()
+
+
+class VisibleLines(logging.Formatter):
+    """Log lines in which no name can hide, or end, what is said."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See `logging.Formatter`."""
+        return visible(super().format(record))
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the base class's name
+        """See `logging.Formatter`: the line without the traceback, which alone has several."""
+        return super().formatMessage(record).replace("\n", "\\n")
 
 
 def say(text: str) -> None:
-    """Print a line, or several. A path need not be UTF-8: what is not is shown by its code, as JSON shows it."""
-    raw(text.encode(errors="backslashreplace"))
+    """Print a line, or several, of text or JSON, as `visible` shows them."""
+    click.echo(visible(text))
 
 
 def remark(text: str) -> None:
     """Say something to people that is no result."""
     if not invocation().quiet:
-        click.echo(text, err=True)
+        click.echo(visible(text), err=True)
 
 
 def unportable(count: int, pairs: Sequence[PathPair]) -> dict[str, Any]:
@@ -237,7 +259,8 @@ class ProgressLine:
         if invocation().quiet or not (at_once or now - self._told_at >= self._seconds):
             return
         self._told_at, self._drawn = now, True
-        click.echo(f"\r\x1b[2K{line()}" if self._terminal else line(), err=True, nl=not self._terminal)
+        shown = visible(line())
+        click.echo(f"\r\x1b[2K{shown}" if self._terminal else shown, err=True, nl=not self._terminal)
 
     def close(self) -> None:
         """Clear the terminal's line."""
@@ -266,9 +289,9 @@ def complain(error: ArtifactStoreError, *, as_json: bool) -> None:
     if as_json:
         from artifact_store.documents.problem_details import problem_of
 
-        click.echo(problem_of(error).model_dump_json(exclude_none=True), err=True)
+        click.echo(visible(problem_of(error).model_dump_json(exclude_none=True)), err=True)
     else:
-        click.echo(f"error: {error.detail}", err=True)
+        click.echo(visible(f"error: {error.detail}"), err=True)
 
 
 def complain_plainly(kind: str, detail: str, *, as_json: bool) -> None:
@@ -279,9 +302,9 @@ def complain_plainly(kind: str, detail: str, *, as_json: bool) -> None:
             "title": kind.replace("-", " ").capitalize(),
             "detail": detail,
         }
-        click.echo(json.dumps(problem, ensure_ascii=False), err=True)
+        click.echo(visible(json.dumps(problem, ensure_ascii=False)), err=True)
     else:
-        click.echo(f"error: {detail}", err=True)
+        click.echo(visible(f"error: {detail}"), err=True)
 
 
 @contextmanager
@@ -333,7 +356,7 @@ def _plain(value: object) -> str:
         return "-"
     if isinstance(value, dict | list):
         value = json.dumps(value, ensure_ascii=False)
-    return str(value).encode(errors="backslashreplace").decode()
+    return visible(str(value))
 
 
 Result = TypeVar("Result")
@@ -349,6 +372,8 @@ class Root(click.Group):
     ) -> None:
         """Run a command and end the process. Raises SystemExit."""
         open_missing_streams()
+        if logging.lastResort is not None:
+            logging.lastResort.setFormatter(VisibleLines())
         arguments = list(sys.argv[1:] if args is None else args)
         as_json = "--json" in arguments
         extra["standalone_mode"] = False

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from services.cli.command import answer, common_options, invocation, raw, remark, run, table
+from services.cli.command import answer, common_options, invocation, remark, run, say, table
 
 if TYPE_CHECKING:
     from artifact_store.events import RecordedEvent
@@ -47,7 +47,7 @@ async def _packages(where: PackageFilter, limit: int | None) -> None:
         async for page in pages:
             if asked.as_json:
                 for package in page.items:
-                    raw(PackageAnswer.of(package).model_dump_json().encode())
+                    say(PackageAnswer.of(package).model_dump_json())
             elif page.items:
                 table(_COLUMNS, [_row(package) for package in page.items])
             left -= len(page.items)
@@ -90,7 +90,7 @@ async def _usage(producer: str | None, retention_class: str | None) -> None:
             totals = [UsageAnswer.of(total) for total in page.items]
             if asked.as_json:
                 for total in totals:
-                    raw(total.model_dump_json().encode())
+                    say(total.model_dump_json())
             elif totals:
                 table(_TOTALS, [[getattr(total, name.replace(" ", "_")) for name in _TOTALS] for total in totals])
 
@@ -119,7 +119,7 @@ async def _show(text: str) -> None:
         answer({**package, "files": [FileAnswer.of(file).model_dump(mode="json") for file in files]})
         return
     answer(package)
-    raw(b"")
+    say("")
     table(("file", "bytes", "media type", "path"), [_file_row(file) for file in files])
 
 
@@ -132,8 +132,11 @@ def _file_row(file: File) -> tuple[object, ...]:
 @click.option("--format", "form", type=click.Choice(["cbor", "json"]), help="cbor (default; json with --json) or json.")
 @common_options(shown=("url",))
 def manifest(package: str, form: str | None) -> None:
-    """Write a finalized package's manifest to standard output, byte for byte."""
-    run(_manifest(package, form or ("json" if invocation().as_json else "cbor")))
+    """Write a finalized package's manifest to standard output, byte for byte unless that is a terminal."""
+    form = form or ("json" if invocation().as_json else "cbor")
+    if form == "cbor" and sys.stdout.isatty():
+        raise click.UsageError("the manifest is binary and this is a terminal: redirect the output, or --format json")
+    run(_manifest(package, form))
 
 
 async def _manifest(text: str, form: str) -> None:
@@ -143,7 +146,10 @@ async def _manifest(text: str, form: str) -> None:
     async with open_registry(invocation().settings()) as registry:
         package_id = await find_package(registry, text)
         data = await registry.get_manifest_bytes(package_id, "json" if form == "json" else "cbor")
-    click.echo(data, nl=False)
+    if sys.stdout.isatty():
+        say(data.decode())
+    else:
+        click.echo(data, nl=False)
 
 
 @click.command()
@@ -177,7 +183,7 @@ async def _tail(since: str | None, package: str | None, *, follow: bool) -> None
         async with open_registry(asked.settings()) as registry:
             async for event in registry.read_events(position, package_id=of_package, follow=follow):
                 position = event.position
-                raw(event_line(event) if asked.as_json else _event_text(event).encode())
+                say(event_line(event).decode() if asked.as_json else _event_text(event))
     except asyncio.CancelledError:
         _say_where_to_go_on(position)
         raise

@@ -14,9 +14,9 @@ from services.cli.command import (
     common_options,
     invocation,
     log_and_views,
-    raw,
     remark,
     run,
+    say,
     table,
 )
 from services.cli.status import confirm
@@ -106,7 +106,7 @@ async def _show(package: str) -> None:
         shown = [{**_shown(mark), "record": await _record(log, mark)} for mark in marks]
     for number, one in enumerate(shown):
         if number and not invocation().as_json:
-            raw(b"")
+            say("")
         answer(one)
 
 

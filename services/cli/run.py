@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from services.cli.command import answer, common_options, invocation, remark, run
+from services.cli.command import VisibleLines, answer, common_options, invocation, remark, run
 from services.cli.repair import max_parked_option
 from services.runtime.processes import collect_rarely
 
@@ -30,7 +30,9 @@ _PARTS = ("log_url", "blobs_url", "views_url")
 def begin_to_run() -> None:
     """What every process that runs long begins with: it says what happens, with times, and collects garbage rarely."""
     collect_rarely()
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=_LOG_LINE)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(VisibleLines(_LOG_LINE))
 
 
 def _several(command: Decorated) -> Decorated:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from artifact_store.errors import ArtifactStoreError, ConfigurationError, PushBackError, UnavailableError
-from services.cli.command import LOG_AND_VIEWS, answer, common_options, invocation, log_and_views, raw, run, table
+from services.cli.command import LOG_AND_VIEWS, answer, common_options, invocation, log_and_views, run, say, table
 
 if TYPE_CHECKING:
     from pydantic import SecretStr
@@ -38,22 +38,22 @@ def status() -> None:
     if invocation().as_json:
         answer(found)
         return
-    raw(f"log {found['log']}, {found['partitions']} partitions".encode())
+    say(f"log {found['log']}, {found['partitions']} partitions")
     columns = ("projection", "behind", "parked")
     table(("projection", "events behind", "packages parked"), [[p[c] for c in columns] for p in found["projections"]])
     for p in found["projections"]:
         if p["group"] is not None:
-            raw(f"{p['projection']}: {p['group']}".encode())
+            say(f"{p['projection']}: {p['group']}")
         if (build := p["building"]) is not None:
-            raw(f"{p['projection']} is built anew by {build['builder']}, {build['behind']} events behind".encode())
+            say(f"{p['projection']} is built anew by {build['builder']}, {build['behind']} events behind")
     if found["writers"] is None:
-        raw(b"the log is a file: whoever writes holds its lock")
+        say("the log is a file: whoever writes holds its lock")
     else:
         table(COLUMNS, [row(writer) for writer in found["writers"]])
         for writer in found["writers"]:
             if any(writer[name] for name in ("skipped", "repeated", "quarantined")):
                 text = "partition {partition}: {skipped} records skipped, {repeated} repeated, {quarantined} packages"
-                raw(f"{text} quarantined".format(**writer).encode())
+                say(f"{text} quarantined".format(**writer))
 
 
 async def _status() -> dict[str, Any]:
