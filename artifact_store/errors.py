@@ -5,6 +5,8 @@
     │   ├── InvalidRequestError        a field, id, path, cursor or position breaks a rule
     │   │   ├── InvalidPathError
     │   │   └── InvalidPositionError
+    │   ├── UnauthenticatedError       nobody the gateway knows: get a token, or a new one
+    │   ├── ForbiddenError             somebody without the right: ask an operator for it
     │   ├── UnknownRetentionClassError     also a ValueError
     │   ├── NotFoundError
     │   │   ├── PackageNotFoundError
@@ -92,6 +94,46 @@ class InvalidPositionError(InvalidRequestError):
     """A log position cannot be read."""
 
     problem = "invalid-position"
+
+
+class UnauthenticatedError(RejectedError):
+    """The request carries no token, or one that is not accepted. The text never holds the token.
+
+    `code` is the error code of RFC 6750 §3.1, None when there was no token at all.
+    """
+
+    status = 401
+    problem = "unauthenticated"
+
+    def __init__(self, detail: str, code: str | None = None) -> None:
+        super().__init__(detail)
+        self.code = code
+
+    @property
+    def challenge(self) -> str:
+        """The value of `WWW-Authenticate` (RFC 6750 §3)."""
+        return bearer_challenge(self.code, self.detail)
+
+
+class ForbiddenError(RejectedError):
+    """The principal is known and lacks the right. The text names the right."""
+
+    status = 403
+    problem = "forbidden"
+
+    @property
+    def challenge(self) -> str:
+        """The value of `WWW-Authenticate` (RFC 6750 §3)."""
+        return bearer_challenge("insufficient_scope", self.detail)
+
+
+def bearer_challenge(code: str | None, detail: str) -> str:
+    """A `Bearer` challenge. Without a `code` it says only that a token is needed (RFC 6750 §3.1)."""
+    realm = 'Bearer realm="artifact-store"'
+    if code is None:
+        return realm
+    plain = "".join(c if " " <= c <= "~" and c not in '"\\' else "'" for c in detail)
+    return f'{realm}, error="{code}", error_description="{plain}"'
 
 
 class UnknownRetentionClassError(RejectedError, ValueError):

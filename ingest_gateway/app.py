@@ -8,12 +8,13 @@ from collections.abc import Iterable, Mapping
 
 from aiohttp import web
 
+from artifact_store.documents.resumable_uploads import METHOD_OVERRIDE
 from artifact_store.errors import ArtifactStoreError
-from ingest_gateway.gateway import Gateway
+from ingest_gateway.gateway import Authenticate, Gateway, believe
 from ingest_gateway.health import Checks
 from ingest_gateway.http_metrics import Metrics
 from ingest_gateway.limits.admission import Bounds
-from ingest_gateway.protocol.declaration import Route, document
+from ingest_gateway.protocol.declaration import Access, Route, document
 from ingest_gateway.protocol.http_errors import (
     AnswerTimeoutError,
     MalformedHttpError,
@@ -26,6 +27,7 @@ from ingest_gateway.protocol.origins import Origins
 from ingest_gateway.protocol.request import SERVER, Call
 from ingest_gateway.routes import archives, event_feed, files, manifests, operations, packages, tus_uploads
 from ingest_gateway.siblings import Siblings
+from services.core.access import Right
 from services.log.port import Log
 from services.registry.direct import DirectRegistry
 from services.runtime.tracing import TRACEPARENT, traceparent
@@ -60,8 +62,10 @@ class App:
         metrics: Metrics | None = None,
         siblings: Siblings | None = None,
         origins: Origins | None = None,
+        authenticate: Authenticate = believe,
     ) -> None:
-        self.gateway = Gateway(registry, log, checks, bounds, metrics or Metrics(), document(ROUTES), siblings)
+        openapi = document(ROUTES)
+        self.gateway = Gateway(registry, log, checks, bounds, metrics or Metrics(), openapi, siblings, authenticate)
         self._routes = Routes(ROUTES)
         self._origins = origins or Origins()
 
@@ -101,10 +105,11 @@ class App:
             TRACEPARENT.set(traceparent(request.headers.get("traceparent")))
             self._origins.check(request.headers.getall("Host", ()), request.headers.getall("Origin", ()))
             route, values = self._routes.find(request.method, call.target)
-            call.read_head(values, route.parameters, takes_body=route.body is not None)
-            call.template = route.template
             if call.refusal is not None and route.tag != "operation":
                 raise call.refusal
+            call.template = route.template
+            await self._authorize(call, route)
+            call.read_head(values, route.parameters, takes_body=route.body is not None)
             if route.transfer is None or request.method == "HEAD":
                 return await route.handler(call)
             with self.gateway.admission.transfers[route.transfer].place(call.client):
@@ -121,6 +126,20 @@ class App:
             if not call.begun:
                 return internal()
         raise call.cut()
+
+    async def _authorize(self, call: Call, route: Route) -> None:
+        """Raise UnauthenticatedError or ForbiddenError unless the sender may call the route.
+
+        A method that a header puts in the place of the request's own needs its own route's rights as well.
+        """
+        meant = call.request.headers.getall(METHOD_OVERRIDE, ())
+        wanted = {route.access, *self._routes.access(route.template, meant)}
+        if wanted == {"open"}:
+            return
+        await call.authenticate()
+        for right in wanted:
+            if isinstance(right, Right):
+                call.require(right)
 
     def _record(self, call: Call) -> None:
         seconds = asyncio.get_running_loop().time() - call.began
@@ -149,6 +168,11 @@ class Routes:
                 raise ValueError(f"{route.method} {route.template} is declared twice")
             methods[route.method] = route
         self._templates = [(template, template.split("/")) for template in self._resources]
+
+    def access(self, template: str, methods: Iterable[str]) -> set[Access]:
+        """Who may call the resource of this template by any of these methods."""
+        routes = self._resources[template]
+        return {routes[method].access for method in methods if method in routes}
 
     def find(self, method: str, path: str) -> tuple[Route, Mapping[str, str]]:
         """The route and its raw path parameters; HEAD goes where GET does.

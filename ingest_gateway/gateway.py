@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 from ingest_gateway.event_tail import Tail
 from ingest_gateway.health import Checks, ReadyAnswers
 from ingest_gateway.http_metrics import Metrics
 from ingest_gateway.limits.admission import Admission, Bounds
 from ingest_gateway.limits.followers import Followers
 from ingest_gateway.siblings import Siblings
+from services.core.access import Principal, local_user
 from services.log.port import Log
 from services.registry.direct import DirectRegistry
+
+Authenticate = Callable[[str | None], Awaitable[Principal]]
+"""Tells who sends a request, from the value of its `Authorization`, None without one.
+
+Raises UnauthenticatedError: the request does not prove who sends it; UnavailableError: that cannot be told now.
+"""
+
+_LOCAL = local_user("anonymous")
+
+
+async def believe(_authorization: str | None) -> Principal:
+    """Ask nobody who they are: for a gateway that only this machine reaches."""
+    return _LOCAL
 
 
 class Gateway:
@@ -24,9 +40,11 @@ class Gateway:
         metrics: Metrics,
         openapi: bytes,
         siblings: Siblings | None = None,
+        authenticate: Authenticate = believe,
     ) -> None:
         """`siblings` are the other processes of a gateway of several."""
         self.registry = registry
+        self.authenticate = authenticate
         self.tail = Tail(log, extent=registry.package_extent)
         self.ready = ReadyAnswers(checks)
         self.bounds = bounds

@@ -22,6 +22,7 @@ from aiohttp import web
 
 from artifact_store.errors import ArtifactStoreError, ConfigurationError
 from ingest_gateway.app import App
+from ingest_gateway.gateway import Authenticate, believe
 from ingest_gateway.health import Checks
 from ingest_gateway.http_metrics import Metrics
 from ingest_gateway.limits.admission import Bounds, connections_within
@@ -127,6 +128,7 @@ async def listening(
     drain_seconds: float = DRAIN_SECONDS,
     member: Member | None = None,
     origins: Origins | None = None,
+    authenticate: Authenticate = believe,
 ) -> AsyncIterator[str]:
     """Listen for the length of the block; yields the URL. Port 0 takes a free one.
 
@@ -138,7 +140,7 @@ async def listening(
     """
     metrics = metrics or Metrics()
     siblings = None if member is None else Siblings(member, metrics.exposition)
-    app = App(registry, log, checks, bounds, metrics, siblings, origins)
+    app = App(registry, log, checks, bounds, metrics, siblings, origins, authenticate)
     runner = web.ServerRunner(
         Server(app.handle, app.refuse, app.gateway.admission.connections, app.gateway.admission.heads),
         shutdown_timeout=1.0,

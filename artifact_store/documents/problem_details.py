@@ -14,12 +14,14 @@ from artifact_store.documents import http, times
 from artifact_store.errors import (
     ArtifactStoreError,
     ConflictError,
+    ForbiddenError,
     InvalidRequestError,
     NotFoundError,
     PushBackError,
     RangeNotSatisfiableError,
     RejectedError,
     TooLargeError,
+    UnauthenticatedError,
     UnavailableError,
 )
 
@@ -125,6 +127,8 @@ _BY_NAME = {kind.problem: kind for kind in _tree(ArtifactStoreError)}
 
 _BY_STATUS: Mapping[int, type[ArtifactStoreError]] = {
     400: InvalidRequestError,
+    401: UnauthenticatedError,
+    403: ForbiddenError,
     404: NotFoundError,
     408: UnavailableError,
     409: ConflictError,

@@ -7,14 +7,20 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError as DistributionNotFoundError
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 from aiohttp import web
 from pydantic import BaseModel, TypeAdapter
 
 from artifact_store.documents.http import RETRY_AFTER
 from artifact_store.documents.problem_details import MEDIA_TYPE, TYPE_PREFIX, Problem
-from artifact_store.errors import ArtifactStoreError, PushBackError, UnavailableError
+from artifact_store.errors import (
+    ArtifactStoreError,
+    ForbiddenError,
+    PushBackError,
+    UnauthenticatedError,
+    UnavailableError,
+)
 from ingest_gateway.limits.admission import TooManyAtOnceError, Transfer
 from ingest_gateway.protocol.http_errors import (
     ExpectationFailedError,
@@ -24,8 +30,12 @@ from ingest_gateway.protocol.http_errors import (
     UnknownHostError,
 )
 from ingest_gateway.protocol.request import Call, Parameter
+from services.core.access import Right
 
 Handler = Callable[[Call], Awaitable[web.StreamResponse]]
+Access = Right | Literal["open", "identified"]
+"""Who may call a route: whoever has this right on some packages; anyone, or anyone who proves who they are."""
+
 Schema = Mapping[str, Any]
 
 BINARY: Schema = {}
@@ -56,6 +66,8 @@ class Success:
 class Route:
     """One method of one resource. `{relative_path}` at the end of `template` matches the rest of the path.
 
+    `access` is checked before anything else of a request. On which packages the caller has the right is for the
+    registry to check.
     `transfer` is the kind of place that a request takes before it is handled. HEAD moves no bytes and takes none.
     """
 
@@ -64,6 +76,7 @@ class Route:
     handler: Handler
     summary: str
     successes: tuple[Success, ...]
+    access: Access = field(kw_only=True)
     parameters: tuple[Parameter[Any], ...] = ()
     body: Body | None = None
     problems: tuple[type[ArtifactStoreError], ...] = ()
@@ -87,6 +100,14 @@ _ANYWHERE = (
     PushBackError,
 )
 """Problems of every route: a malformed request, an unknown expectation, and a gateway that is full."""
+
+_SCHEME = "bearer"
+_BEARER = {
+    "type": "http",
+    "scheme": "bearer",
+    "description": "A token of an issuer that the gateway's policy names, or a static one. A gateway without a policy "
+    "listens on loopback only, asks for no token, and lets everybody do everything.",
+}
 
 _REF = "#/components/schemas/{model}"
 _DESCRIPTION = """\
@@ -123,7 +144,7 @@ def document(routes: Iterable[Route]) -> bytes:
                 {"name": "operation", "description": "For those who run it"},
             ],
             "paths": paths,
-            "components": {"schemas": schemas},
+            "components": {"schemas": schemas, "securitySchemes": {_SCHEME: _BEARER}},
         },
         ensure_ascii=False,
     ).encode()
@@ -137,14 +158,26 @@ def _operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
         "parameters": [_parameter(p) for p in route.parameters],
         "responses": {
             **_successes(route.successes, schemas),
-            **dict(_problems(dict.fromkeys((*_ANYWHERE, *route.problems, ArtifactStoreError)), schemas)),
+            **dict(
+                _problems(dict.fromkeys((*_ANYWHERE, *_refusals(route), *route.problems, ArtifactStoreError)), schemas)
+            ),
         },
     }
+    if route.access != "open":
+        found["security"] = [{_SCHEME: []}, {}]
+    if isinstance(route.access, Right):
+        found["x-right"] = str(route.access)
     if route.description:
         found["description"] = route.description
     if route.body is not None:
         found["requestBody"] = _body(route.body, schemas)
     return found
+
+
+def _refusals(route: Route) -> tuple[type[ArtifactStoreError], ...]:
+    if route.access == "open":
+        return ()
+    return (UnauthenticatedError, ForbiddenError) if isinstance(route.access, Right) else (UnauthenticatedError,)
 
 
 def _parameter(parameter: Parameter[Any]) -> dict[str, Any]:
@@ -192,6 +225,8 @@ def _problems(kinds: Iterable[type[ArtifactStoreError]], schemas: dict[str, Any]
             "description": "\n".join(lines),
             "content": {MEDIA_TYPE: {"schema": _schema(Problem, schemas)}},
         }
+        if status in (401, 403):
+            answer["headers"] = {"WWW-Authenticate": {"schema": {"type": "string"}}}
         if any(issubclass(kind, PushBackError | UnavailableError) for kind in of_status):
             answer["headers"] = {RETRY_AFTER: {"schema": {"type": "integer", "minimum": 1}}}
         yield str(status), answer

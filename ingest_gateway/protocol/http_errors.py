@@ -9,7 +9,13 @@ from aiohttp import web
 
 from artifact_store.documents.http import RETRY_AFTER
 from artifact_store.documents.problem_details import MEDIA_TYPE, FieldFault, Problem, problem, problem_of
-from artifact_store.errors import ArtifactStoreError, InvalidRequestError, RejectedError
+from artifact_store.errors import (
+    ArtifactStoreError,
+    ForbiddenError,
+    InvalidRequestError,
+    RejectedError,
+    UnauthenticatedError,
+)
 
 
 class ProtocolError(RejectedError):
@@ -127,6 +133,8 @@ def answer_of(error: ArtifactStoreError) -> web.Response:
         found = found.model_copy(update={"errors": error.faults})
     if isinstance(error, ProtocolError):
         headers.update(error.headers)
+    if isinstance(error, UnauthenticatedError | ForbiddenError):
+        headers["WWW-Authenticate"] = error.challenge
     if found.size is not None:
         headers["Content-Range"] = f"bytes */{found.size}"
     if found.retry_after is not None:

@@ -22,10 +22,12 @@ from artifact_store.documents.http import HASHES, UUID_PATTERN, parse_content_md
 from artifact_store.documents.shapes import Request
 from artifact_store.errors import (
     ContentMismatchError,
+    ForbiddenError,
     InvalidPathError,
     InvalidRequestError,
     PushBackError,
     TooLargeError,
+    UnauthenticatedError,
 )
 from artifact_store.manifest import ContentAddress
 from artifact_store.models import DEFAULT_PAGE, MAX_PAGE, Declared
@@ -43,6 +45,8 @@ from ingest_gateway.protocol.http_errors import (
     UnsupportedMediaTypeError,
 )
 from ingest_gateway.protocol.json_body import parse_json
+from services.core.access import Principal, Right
+from services.registry.direct import DirectRegistry
 
 Value = TypeVar("Value")
 Shape = TypeVar("Shape", bound=Request)
@@ -55,6 +59,7 @@ _PARSED_AT_ONCE_BYTES = 64 * 1024  # a larger JSON body is parsed beside the eve
 _HASHED_AT_ONCE_BYTES = 64 * 1024  # of a larger chunk a thread computes digests that were declared
 _MD5 = "md5"
 
+_NOBODY = Principal("nobody", ())
 _MAX_QUERY_FIELDS = 32
 _JSON_ESCAPE = 6  # `\u00e9` is six bytes where the JCS form has at least one
 
@@ -65,7 +70,8 @@ class Call:
     def __init__(self, gateway: Gateway, request: web.BaseRequest) -> None:
         """Parameters can be read once `read_head` has been told which there are."""
         self.gateway = gateway
-        self.registry = gateway.registry
+        self.principal = _NOBODY
+        """Who sends the request, once `authenticate` has found out."""
         self.request = request
         self.target, self._raw_query = _target(request)
         self.began = asyncio.get_running_loop().time()
@@ -106,6 +112,34 @@ class Call:
             if not self.request.can_read_body:
                 _check(_hashes(self._digests), self._digests)
         self._expects = expect is not None and self.request.version >= HttpVersion11
+
+    async def authenticate(self) -> None:
+        """Find out who sends the request. Raises UnauthenticatedError, UnavailableError."""
+        given = self.request.headers.getall("Authorization", ())
+        if len(given) > 1:
+            raise UnauthenticatedError(f"Authorization came {len(given)} times; send one")
+        self.principal = await self.gateway.authenticate(given[0] if given else None)
+
+    def require(self, right: Right) -> None:
+        """Raise ForbiddenError unless the sender has the right on some packages."""
+        if not self.principal.may(right):
+            raise ForbiddenError(f"{self.principal.actor} does not have the right to {right}")
+
+    @property
+    def actor(self) -> str:
+        """Who acts: the sender; or, from this machine alone, whoever `X-Actor` names.
+
+        Raises ForbiddenError: `X-Actor` names another than the sender. InvalidRequestError.
+        """
+        named = self.header(ACTOR)
+        if named is not None and named != self.principal.actor and not self.principal.local:
+            raise ForbiddenError(f"{ACTOR.name} names {named}, but the token is that of {self.principal.actor}")
+        return named or self.principal.actor
+
+    @property
+    def registry(self) -> DirectRegistry:
+        """The registry."""
+        return self.gateway.registry
 
     @property
     def client(self) -> str:

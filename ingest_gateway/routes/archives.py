@@ -54,7 +54,8 @@ from ingest_gateway.protocol.request import (
     Call,
     json_answer,
 )
-from ingest_gateway.routes.packages import ANYONE, INGESTING, READING, WRITING
+from ingest_gateway.routes.packages import INGESTING, READING, WRITING
+from services.core.access import Right
 
 _MAX_NAMED_BYTES = 16 << 20
 """Most bytes of JSON that name files: enough for 10,000 files with the longest paths."""
@@ -65,7 +66,7 @@ _COMPRESSED = {"application/gzip": "gzip", "application/zstd": "zstd"}
 async def ingest_files(call: Call) -> web.StreamResponse:
     """POST /v1/packages/{package_id}/files."""
     package_id = call.path(PACKAGE_ID)
-    command_id, actor = call.header(IDEMPOTENCY_KEY), call.header(ACTOR) or ANYONE
+    command_id, actor = call.header(IDEMPOTENCY_KEY), call.actor
     media_type = call.request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
     if media_type == JSON:
         named = await call.json(IngestNamedRequest, limit=_MAX_NAMED_BYTES)
@@ -148,6 +149,7 @@ ROUTES = (
         ingest_files,
         "Stream many files into a package, all or none",
         (Success(201, "All bytes and events are durable", {JSON: FilesIngestedAnswer}),),
+        access=Right.WRITE,
         parameters=(PACKAGE_ID, IDEMPOTENCY_KEY, ACTOR, *DIGESTS),
         body=Body(
             {TAR: BINARY, **dict.fromkeys(_COMPRESSED, BINARY), JSON: IngestNamedRequest},
@@ -179,6 +181,7 @@ ROUTES = (
             Success(200, "The files by the bytes of their paths", {TAR: BINARY}, {"ETag": ETAG, "Cache-Control": TEXT}),
             Success(304, "The client has it", headers={"ETag": ETAG}),
         ),
+        access=Right.READ,
         parameters=(PACKAGE_ID, AFTER, LARGEST, WAIT_SEQUENCE, IF_MATCH, IF_NONE_MATCH),
         problems=(
             InvalidRequestError,
@@ -203,6 +206,7 @@ ROUTES = (
         known_blobs,
         "Ask which blobs are stored",
         (Success(200, "Those that are", {JSON: KnownBlobsAnswer}),),
+        access=Right.WRITE,
         parameters=DIGESTS,
         body=Body({JSON: KnownBlobsRequest}, example={"addresses": [f"blake3:{'0' * 64}"]}),
         problems=(InvalidRequestError, *READING, UnavailableError),

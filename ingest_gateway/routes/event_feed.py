@@ -21,6 +21,7 @@ from ingest_gateway.protocol.declaration import Route, Success
 from ingest_gateway.protocol.http_errors import NotAcceptableError
 from ingest_gateway.protocol.negotiation import choose
 from ingest_gateway.protocol.request import FOLLOW, LAST_EVENT_ID, OF_PACKAGE, SINCE, Call
+from services.core.access import Right
 
 LINES = "application/x-ndjson"
 EVENT_STREAM = "text/event-stream"
@@ -95,6 +96,7 @@ ROUTES = (
         get_events,
         "Read or follow events",
         (Success(200, "One event a line, or one a server-sent event", {LINES: EventShape, EVENT_STREAM: {}}),),
+        access=Right.READ,
         parameters=(SINCE, OF_PACKAGE, FOLLOW, LAST_EVENT_ID),
         problems=(
             InvalidRequestError,

@@ -57,7 +57,8 @@ from ingest_gateway.protocol.request import (
     declared,
     json_answer,
 )
-from ingest_gateway.routes.packages import ANYONE, INGESTING, READING, WRITING, link_to_next
+from ingest_gateway.routes.packages import INGESTING, READING, WRITING, link_to_next
+from services.core.access import Right
 
 ANY_MEDIA_TYPE = "application/octet-stream"
 
@@ -66,7 +67,7 @@ async def ingest_file(call: Call) -> web.StreamResponse:
     """PUT /v1/packages/{package_id}/files/{relative_path}."""
     package_id, relative_path = call.path(PACKAGE_ID), call.path(RELATIVE_PATH)
     check_path(relative_path)
-    command_id, actor = call.header(IDEMPOTENCY_KEY), call.header(ACTOR) or ANYONE
+    command_id, actor = call.header(IDEMPOTENCY_KEY), call.actor
     media_type = call.request.headers.get("Content-Type", ANY_MEDIA_TYPE)
     check_text("Content-Type", media_type)
     said = declared(call.request.content_length, call.header(CONTENT_ADDRESS), call.take_sha256())
@@ -171,6 +172,7 @@ ROUTES = (
         list_files,
         "List a package's files by the bytes of their paths",
         (Success(200, "A page", {JSON: FilePageAnswer}, {"Link": TEXT}),),
+        access=Right.READ,
         parameters=(PACKAGE_ID, LIMIT, CURSOR, WAIT_SEQUENCE),
         problems=(
             InvalidRequestError,
@@ -188,6 +190,7 @@ ROUTES = (
         ingest_file,
         "Stream a file into a package",
         (Success(201, "Bytes and event are durable", {JSON: FileIngestedAnswer}, {"Location": LOCATION}),),
+        access=Right.WRITE,
         parameters=(PACKAGE_ID, RELATIVE_PATH, IDEMPOTENCY_KEY, ACTOR, CONTENT_ADDRESS, *DIGESTS),
         body=Body(
             {"*/*": BINARY},
@@ -205,6 +208,7 @@ ROUTES = (
         show_file_at,
         "Show a file by its path",
         (Success(200, "The file's metadata", {JSON: FileAnswer}),),
+        access=Right.READ,
         parameters=(PACKAGE_ID, RELATIVE_PATH, WAIT_SEQUENCE),
         problems=(
             InvalidRequestError,
@@ -224,6 +228,7 @@ ROUTES = (
         show_file,
         "Show a file by its id",
         (Success(200, "The file's metadata", {JSON: FileAnswer}),),
+        access=Right.READ,
         parameters=(FILE_ID,),
         problems=(InvalidRequestError, FileNotFoundInRegistryError, UnavailableError, WaitTimeoutError),
         tag="files",
@@ -238,6 +243,7 @@ ROUTES = (
             Success(206, "The range", {"*/*": BINARY}, {"ETag": ETAG, "Content-Range": TEXT, "Accept-Ranges": TEXT}),
             Success(304, "The client has it", headers={"ETag": ETAG}),
         ),
+        access=Right.READ,
         parameters=(FILE_ID, RANGE, IF_RANGE, IF_MATCH, IF_NONE_MATCH),
         problems=(
             InvalidRequestError,

@@ -34,6 +34,7 @@ from ingest_gateway.protocol.request import (
     Call,
     bytes_answer,
 )
+from services.core.access import Right
 
 CBOR = "application/cbor"
 _FORMATS: dict[str, ManifestFormat] = {CBOR: "cbor", JSON: "json"}
@@ -80,6 +81,7 @@ ROUTES = (
             ),
             Success(304, "The client has it", headers={"ETag": ETAG}),
         ),
+        access=Right.READ,
         parameters=(PACKAGE_ID, WAIT_SEQUENCE, IF_MATCH, IF_NONE_MATCH),
         problems=(
             InvalidRequestError,

@@ -42,6 +42,7 @@ ROUTES = (
         get_health,
         "Whether the process lives",
         (Success(200, "It does", {JSON: Health}),),
+        access="open",
         tag="operation",
     ),
     Route(
@@ -53,6 +54,7 @@ ROUTES = (
             Success(200, "They can; `degraded` when the views are away", {JSON: Readiness}),
             Success(503, "They cannot", {JSON: Readiness}),
         ),
+        access="open",
         tag="operation",
     ),
     Route(
@@ -61,6 +63,7 @@ ROUTES = (
         get_metrics,
         "Metrics for Prometheus, of all processes behind this address",
         (Success(200, "Text exposition", {"text/plain": {"type": "string"}}),),
+        access="open",
         tag="operation",
     ),
     Route(
@@ -69,6 +72,7 @@ ROUTES = (
         get_openapi,
         "This document",
         (Success(200, "OpenAPI 3.1", {JSON: {"type": "object"}}),),
+        access="open",
         tag="operation",
     ),
 )

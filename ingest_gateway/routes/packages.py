@@ -54,14 +54,13 @@ from ingest_gateway.protocol.request import (
     Call,
     json_answer,
 )
+from services.core.access import Right
 from services.log.port import NotAppendedError
-
-ANYONE = "anonymous"
 
 
 async def create_package(call: Call) -> web.StreamResponse:
     """POST /v1/packages."""
-    command_id, actor = call.header(IDEMPOTENCY_KEY), call.header(ACTOR) or ANYONE
+    command_id, actor = call.header(IDEMPOTENCY_KEY), call.actor
     wanted = await call.json(CreatePackageRequest)
     done = await call.registry.create(
         wanted.name,
@@ -79,7 +78,7 @@ async def create_package(call: Call) -> web.StreamResponse:
 async def finalize_package(call: Call) -> web.StreamResponse:
     """POST /v1/packages/{package_id}/finalize."""
     package_id = call.path(PACKAGE_ID)
-    command_id, actor = call.header(IDEMPOTENCY_KEY), call.header(ACTOR) or ANYONE
+    command_id, actor = call.header(IDEMPOTENCY_KEY), call.actor
     await call.json(NothingRequest)
     done = await call.registry.finalize(package_id, actor, command_id=command_id)
     return json_answer(PackageFinalizedAnswer.of(done))
@@ -148,6 +147,7 @@ ROUTES = (
         create_package,
         "Create a package",
         (Success(201, "The package is on the log", {JSON: PackageCreatedAnswer}, {"Location": LOCATION}),),
+        access=Right.WRITE,
         parameters=(IDEMPOTENCY_KEY, ACTOR, *DIGESTS),
         body=Body(
             {JSON: CreatePackageRequest},
@@ -176,6 +176,7 @@ ROUTES = (
         finalize_package,
         "Freeze a package under its manifest",
         (Success(200, "The package is finalized", {JSON: PackageFinalizedAnswer}),),
+        access=Right.WRITE,
         parameters=(PACKAGE_ID, IDEMPOTENCY_KEY, ACTOR, *DIGESTS),
         body=Body({JSON: NothingRequest}, required=False),
         problems=(
@@ -195,6 +196,7 @@ ROUTES = (
         list_packages,
         "List packages, newest first",
         (Success(200, "A page", {JSON: PackagePageAnswer}, {"Link": TEXT}),),
+        access=Right.READ,
         parameters=(PRODUCER, SUBJECT, STATUS, RETENTION_CLASS, MANIFEST_DIGEST, LIMIT, CURSOR),
         problems=(InvalidRequestError, UnavailableError),
         description='`Link: <…>; rel="next"` leads to the following page, where there is one.',
@@ -205,6 +207,7 @@ ROUTES = (
         show_package,
         "Show a package",
         (Success(200, "The package as the view has it", {JSON: PackageAnswer}),),
+        access=Right.READ,
         parameters=(PACKAGE_ID, WAIT_SEQUENCE),
         problems=(
             InvalidRequestError,
@@ -221,6 +224,7 @@ ROUTES = (
         list_usage,
         "List what came in, by producer, retention class and day",
         (Success(200, "A page", {JSON: UsagePageAnswer}, {"Link": TEXT}),),
+        access=Right.READ,
         parameters=(PRODUCER, RETENTION_CLASS, LIMIT, CURSOR),
         problems=(InvalidRequestError, UnavailableError),
         description="As far as the usage view has come. A package counts on the day of its creation, a file on the day "

@@ -53,9 +53,10 @@ from ingest_gateway.protocol.request import (
     whole_number,
 )
 from ingest_gateway.routes.files import ANY_MEDIA_TYPE
-from ingest_gateway.routes.packages import ANYONE, INGESTING, READING, WRITING
+from ingest_gateway.routes.packages import INGESTING, READING, WRITING
 from services.blobs.resumable.states import UploadState
 from services.blobs.resumable.uploads import ALGORITHMS, Checksum, NewUpload, acknowledgement_of
+from services.core.access import Right
 
 
 class UnsupportedTusVersionError(ProtocolError):
@@ -191,7 +192,7 @@ async def begin_upload(call: Call) -> web.StreamResponse:
             package_id=package_id,
             relative_path=paths[0],
             media_type=next((said[key] for key in MEDIA_TYPE if said.get(key)), ANY_MEDIA_TYPE),
-            actor=call.header(ACTOR) or ANYONE,
+            actor=call.actor,
             length=length,
             declared=declared(length, call.header(CONTENT_ADDRESS), _file_sha256(call)),
             command_id=call.header(IDEMPOTENCY_KEY),
@@ -342,6 +343,7 @@ ROUTES = (
         describe_uploads,
         "Tell what of tus is spoken",
         (Success(204, "In the headers", headers=_CAPABLE),),
+        access="open",
         parameters=(PACKAGE_ID,),
         problems=(InvalidRequestError,),
         tag="files",
@@ -352,6 +354,7 @@ ROUTES = (
         begin_upload,
         "Begin an upload in several requests (tus 1.0, creation)",
         (Success(201, "It has begun", headers={"Location": LOCATION, **_TOLD}),),
+        access=Right.WRITE,
         parameters=(
             PACKAGE_ID,
             RESUMABLE,
@@ -378,6 +381,7 @@ ROUTES = (
         describe_upload,
         "Tell what of tus is spoken",
         (Success(204, "In the headers", headers=_CAPABLE),),
+        access="open",
         parameters=(PACKAGE_ID, UPLOAD_ID),
         problems=(InvalidRequestError,),
         tag="files",
@@ -388,6 +392,7 @@ ROUTES = (
         show_upload,
         "Show how far an upload is, and what it became",
         (Success(200, "As it stands", {JSON: UploadAnswer}, {**_TOLD, names.UPLOAD_LENGTH: {"type": "integer"}}),),
+        access=Right.WRITE,
         parameters=(PACKAGE_ID, UPLOAD_ID, RESUMABLE, WAIT_SEQUENCE),
         problems=(
             *INGESTING,
@@ -408,6 +413,7 @@ ROUTES = (
         add_to_upload,
         "Add bytes to an upload",
         (Success(204, "They are stored", headers=_TOLD),),
+        access=Right.WRITE,
         parameters=(PACKAGE_ID, UPLOAD_ID, RESUMABLE, UPLOAD_OFFSET, UPLOAD_CHECKSUM, *DIGESTS),
         body=_BYTES,
         problems=_ADDING,
@@ -421,6 +427,7 @@ ROUTES = (
         end_upload,
         "End an upload and remove its bytes",
         (Success(204, "Nothing is left of it; a file that it became stays"),),
+        access=Right.WRITE,
         parameters=(PACKAGE_ID, UPLOAD_ID, RESUMABLE),
         problems=(InvalidRequestError, UploadNotFoundError, UploadBusyError, UnsupportedTusVersionError, *WRITING),
         tag="files",
@@ -431,6 +438,7 @@ ROUTES = (
         override_upload,
         "Add to an upload or end it, where only POST can be sent",
         (Success(204, "As PATCH or DELETE"),),
+        access=Right.WRITE,
         parameters=(PACKAGE_ID, UPLOAD_ID, RESUMABLE, METHOD_OVERRIDE, UPLOAD_OFFSET, UPLOAD_CHECKSUM, *DIGESTS),
         body=_BYTES,
         problems=(*_ADDING, MethodNotAllowedError),

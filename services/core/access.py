@@ -85,6 +85,8 @@ class Principal:
     """What events name them by: the alias of their issuer, a colon, and their subject there."""
     grants: tuple[Grant, ...]
     expires_at: float | None = None
+    local: bool = False
+    """Whether nothing proved who they are: they use this machine, and may act under any name."""
 
     def may(self, right: Right) -> bool:
         """Whether they have the right for any package at all."""
@@ -98,3 +100,8 @@ class Principal:
 def all_rights(actor: str, rights: Iterable[Right] = Right) -> Principal:
     """A principal with these rights, all of them by default, on every package."""
     return Principal(actor, (Grant(frozenset(rights)),))
+
+
+def local_user(actor: str) -> Principal:
+    """Whoever uses this machine: they have all rights, and may act under any name."""
+    return Principal(actor, (Grant(frozenset(Right)),), local=True)

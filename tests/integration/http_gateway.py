@@ -9,6 +9,7 @@ from typing import Any
 
 import aiohttp
 
+from ingest_gateway.gateway import Authenticate, believe
 from ingest_gateway.health import Check, Checks
 from ingest_gateway.limits.admission import Bounds
 from ingest_gateway.server import listening
@@ -45,11 +46,13 @@ async def running_gateway(
     wait_seconds: float = 5.0,
     drain_seconds: float = 5.0,
     checks: Mapping[str, Check] | None = None,
+    authenticate: Authenticate = believe,
     **bounds: Any,
 ) -> AsyncIterator[RunningGateway]:
     """A gateway on the parts of these settings.
 
-    Reads wait for the view for `wait_seconds` at most; `checks` look at parts instead of the parts' own.
+    Reads wait for the view for `wait_seconds` at most; `checks` look at parts instead of the parts' own, and
+    `authenticate` tells who asks.
     """
     async with parts(settings) as opened:
 
@@ -69,7 +72,9 @@ async def running_gateway(
         looked_at = replace(own, **(checks or {}))
         limits = Bounds(settings.max_file_bytes, settings.max_metadata_bytes, **bounds)
         async with (
-            listening(registry, opened.log, looked_at, limits, drain_seconds=drain_seconds) as url,
+            listening(
+                registry, opened.log, looked_at, limits, drain_seconds=drain_seconds, authenticate=authenticate
+            ) as url,
             aiohttp.ClientSession(url) as session,
         ):
             yield RunningGateway(url, opened, session)

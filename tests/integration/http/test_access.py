@@ -1,0 +1,134 @@
+"""Who may call which route: every one of them is tried with every kind of token."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from uuid import uuid4
+
+import pytest
+
+from ingest_gateway.app import ROUTES
+from ingest_gateway.protocol.declaration import Route
+from services.config import Settings
+from services.core.access import Right
+from tests.integration.http_gateway import RunningGateway, running_gateway
+from tests.integration.http_raw import connected
+from tests.integration.tokens import Tokens, bearer, principal
+
+OPEN = {
+    *(("GET", path) for path in ("/healthz", "/readyz", "/metrics", "/openapi.json")),
+    ("OPTIONS", "/v1/packages/{package_id}/uploads"),
+    ("OPTIONS", "/v1/packages/{package_id}/uploads/{upload_id}"),
+}
+"""What is answered to everybody."""
+
+TOKENS = Tokens(
+    expired=replace(principal("old", *Right), expires_at=1.0),
+    reader=principal("reader", Right.READ),
+    writer=principal("writer", Right.WRITE),
+    operator=principal("operator", Right.OPERATE, Right.DISPOSE, Right.DELEGATE, Right.SUBSCRIBE),
+    nothing=principal("nothing"),
+)
+
+
+def target(route: Route) -> str:
+    """A path of the route, with identifiers of what is not there."""
+    return route.template.format(package_id=uuid4(), file_id=uuid4(), upload_id=uuid4(), relative_path="a/b")
+
+
+async def status(gateway: RunningGateway, route: Route, token: str | None) -> int:
+    headers = {} if token is None else bearer(token)
+    async with gateway.session.request(route.method, target(route), headers=headers) as answer:
+        if answer.status in (401, 403):
+            assert answer.content_type == "application/problem+json"
+            challenge = answer.headers["WWW-Authenticate"]
+            assert challenge.startswith('Bearer realm="artifact-store"')
+            assert ("error=" in challenge) == (token is not None)
+        return answer.status
+
+
+async def test_every_route_is_refused_to_those_who_may_not_call_it(embedded_settings: Settings) -> None:
+    async with running_gateway(embedded_settings, authenticate=TOKENS) as gateway:
+        for route in ROUTES:
+            name = f"{route.method} {route.template}"
+            found = {token: await status(gateway, route, token) for token in (None, *TOKENS.principals)}
+            if (route.method, route.template) in OPEN:
+                assert not {401, 403} & set(found.values()), name
+                continue
+            assert (found[None], found["expired"], found["nothing"]) == (401, 401, 403), name
+            allowed = {token for token, answered in found.items() if answered not in (401, 403)}
+            assert allowed == ({"reader"} if route.method == "GET" and "uploads" not in name else {"writer"}), name
+        assert await gateway.events() == 0
+
+
+async def test_a_head_request_needs_what_its_get_needs(embedded_settings: Settings) -> None:
+    async with running_gateway(embedded_settings, authenticate=TOKENS) as gateway:
+        for path in (f"/v1/files/{uuid4()}/content", "/v1/events"):
+            async with gateway.session.head(path) as answer:
+                assert answer.status == 401
+            async with gateway.session.head(path, headers=bearer("writer")) as answer:
+                assert answer.status == 403
+
+
+async def test_an_upload_is_refused_before_it_is_asked_for(embedded_settings: Settings) -> None:
+    # No place is free: whoever got as far as asking for one would be pushed back.
+    async with (
+        running_gateway(embedded_settings, authenticate=TOKENS, max_uploads=0) as gateway,
+        connected(gateway.port) as client,
+    ):
+        client.send(f"PUT /v1/packages/{uuid4()}/files/a", "Content-Length: 5", "Expect: 100-continue")
+        answer = await client.answer()  # a 100 would come first
+        assert (answer.status, answer.headers["connection"]) == (401, "close")
+        async with gateway.session.put(f"/v1/packages/{uuid4()}/files/a", headers=bearer("reader")) as refused:
+            assert refused.status == 403
+        async with gateway.session.put(f"/v1/packages/{uuid4()}/files/a", headers=bearer("writer")) as full:
+            assert full.status == 503
+
+
+async def test_two_authorizations_are_none(embedded_settings: Settings) -> None:
+    async with (
+        running_gateway(embedded_settings, authenticate=TOKENS) as gateway,
+        connected(gateway.port) as client,
+    ):
+        client.send("GET /v1/packages", "Authorization: Bearer reader", "Authorization: Bearer writer")
+        assert (await client.answer()).status == 401
+
+
+async def test_a_method_in_a_header_needs_the_rights_of_that_method(
+    embedded_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = "/v1/packages/{package_id}/uploads/{upload_id}"
+    loosened = [
+        replace(route, access="open") if (route.method, route.template) == ("POST", template) else route
+        for route in ROUTES
+    ]
+    monkeypatch.setattr("ingest_gateway.app.ROUTES", tuple(loosened))
+    async with running_gateway(embedded_settings, authenticate=TOKENS) as gateway:
+        path = template.format(package_id=uuid4(), upload_id=uuid4())
+        for method, answered in (("DELETE", 401), ("PATCH", 401), ("HEAD", 412)):  # 412: no version of tus is named
+            async with gateway.session.post(path, headers={"X-HTTP-Method-Override": method}) as answer:
+                assert answer.status == answered
+
+
+async def test_an_actor_may_not_be_another_than_the_sender(embedded_settings: Settings) -> None:
+    package = {"name": "n", "producer": "p", "subject": "s", "retention_class": "scratch"}
+    async with running_gateway(embedded_settings, authenticate=TOKENS) as gateway:
+        post = gateway.session.post
+        async with post("/v1/packages", json=package, headers={**bearer("writer"), "X-Actor": "ada"}) as answer:
+            assert (answer.status, (await answer.json())["type"]) == (403, "urn:artifact-store:problem:forbidden")
+        async with post("/v1/packages", json=package, headers=bearer("writer")) as answer:
+            assert answer.status == 201
+        async with gateway.session.get("/v1/events", headers=bearer("reader")) as answer:
+            (line,) = (await answer.text()).splitlines()
+        assert json.loads(line)["actor"] == "ci:writer"
+
+
+async def test_the_document_says_who_may_call_what(embedded_settings: Settings) -> None:
+    async with running_gateway(embedded_settings) as gateway, gateway.session.get("/openapi.json") as answer:
+        document = await answer.json()
+    assert document["components"]["securitySchemes"]["bearer"]["scheme"] == "bearer"
+    for route in ROUTES:
+        operation = document["paths"][route.template][route.method.lower()]
+        is_open = (route.method, route.template) in OPEN
+        assert ("security" in operation, {"401", "403"} <= operation["responses"].keys()) == (not is_open, not is_open)
