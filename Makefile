@@ -68,8 +68,9 @@ run: $(DEV) ## The whole product on the real services, until interrupted
 setup: $(DEV) ## The virtual environment for development, in .venv
 
 .PHONY: docs
-docs: $(RUN) ## The event catalogue, from the schemas
+docs: $(RUN) ## The pages that are generated: the event catalogue, the settings
 	@$(PYTHON) -m schemas.catalogue > docs/events.md
+	@$(PYTHON) -m services.config > docs/settings.md
 
 .PHONY: lock
 lock: $(DEV) ## Lock the dependencies again; UPGRADE=1 for newer versions

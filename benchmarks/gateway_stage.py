@@ -55,7 +55,7 @@ async def gateway_stage(settings: Settings, *, projectors: bool) -> AsyncIterato
         fresh_topic(settings) as on_topic,
     ):
         async with fresh_views(on_topic) as fresh:
-            own = fresh.model_copy(update={"blobs_url": f"{url}/{bucket.name}"})
+            own = replace(fresh, blobs_url=f"{url}/{bucket.name}")
             try:
                 with _running(own, Path(folder) / "processes", projectors=projectors) as gateway:
                     yield Stage(own, bucket, gateway, Path(folder))

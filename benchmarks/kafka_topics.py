@@ -6,7 +6,7 @@ import asyncio
 import shutil
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from uuid import uuid4
 
@@ -42,7 +42,7 @@ def fresh_topic(settings: Settings) -> Iterator[Settings]:
     prefix = f"bench-{uuid4().hex[:12]}"
     # On the disk where a gateway's state would be.
     states = settings.state_dir / prefix
-    fresh = settings.model_copy(update={"log_url": f"{server}/{prefix}", "state_dir": states})
+    fresh = replace(settings, log_url=f"{server}/{prefix}", state_dir=states)
     kafka = KafkaSettings.of(fresh)
     migrate(kafka, Cluster(kafka))
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from uuid import uuid4
 
 import asyncpg
@@ -22,7 +23,7 @@ async def fresh_views(settings: Settings) -> AsyncIterator[Settings]:
     server, _, _ = settings.views_url.rpartition("/")
     await _execute(settings.views_url, f"create database {database}")
     try:
-        fresh = settings.model_copy(update={"views_url": f"{server}/{database}"})
+        fresh = replace(settings, views_url=f"{server}/{database}")
         views = Views(fresh.views_url)
         await views.migrate()
         await views.close()

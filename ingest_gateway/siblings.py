@@ -18,9 +18,9 @@ import socket
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 from prometheus_client import Metric, generate_latest
@@ -153,14 +153,14 @@ async def run_processes(
         commands = []
         for number in range(1, processes + 1):
             member = Member(number, processes, listener.fileno(), folder)
-            own = settings.model_copy(update=internal_addresses(settings, number, processes))
+            own = replace(settings, **internal_addresses(settings, number, processes))
             arguments = [*PYTHON, "-m", "services.cli", command, "--member", member.text()]
             commands.append(Command(arguments, {**os.environ, **own.environment()}, (listener.fileno(),)))
         # New connections are refused from then on: nobody would accept them.
         return await run_all(commands, rule, stop, when_ending=listener.close)
 
 
-def internal_addresses(settings: Settings, number: int, processes: int) -> dict[str, str]:
+def internal_addresses(settings: Settings, number: int, processes: int) -> dict[str, Any]:
     """Settings of the internal listener of process `number`: each takes the next port. Empty if any port will do.
 
     Raises ConfigurationError: no fixed port for `internal_url` to name, or not enough ports.

@@ -2,6 +2,9 @@
 
 Settings decide where secrets go and whom a server trusts. So a file `.env` that merely lies in the current folder is
 never read: a package that was pulled, or an archive that was unpacked, may have brought it.
+
+A setting is declared once, as a field of `Settings`: its type, default, limits and description. The environment
+variable, the flag of the command line and the row in docs/settings.md (`make docs`) all come from there.
 """
 
 from __future__ import annotations
@@ -9,94 +12,189 @@ from __future__ import annotations
 import json
 import os
 import stat
+import sys
+from collections.abc import Callable
+from dataclasses import Field, dataclass, field, fields
 from io import StringIO
+from operator import index
 from pathlib import Path
-from typing import Any, Self
-
-from dotenv.parser import Binding, parse_stream
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from artifact_store.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from dotenv.parser import Binding
+    from pydantic import SecretStr
 
 PREFIX = "ARTIFACT_STORE_"
 _ENV_FILE = PREFIX + "ENV_FILE"
 _TIB = 1 << 40
 _KIB = 1 << 10
 
+Value = TypeVar("Value")
 
-class Settings(BaseModel):
+
+def setting(default: Any, read: Callable[[Any], Value], description: str, *, secret: bool = False) -> Value:
+    """Declare a setting.
+
+    Args:
+        default: what it is when nobody sets it, as text or as a value.
+        read: makes the value from text, or takes one as it is; raises ValueError, which must not show the text.
+        description: one sentence for users.
+        secret: it is, or may contain, something secret: `repr` leaves it out, and users are told not to use the flag.
+    """
+    about = {"read": read, "description": description, "secret": secret}
+    declared: Value = field(default=default, repr=not secret, metadata=about)
+    return declared
+
+
+def text(value: Any) -> str:
+    """Read text."""
+    if not isinstance(value, str):
+        raise ValueError("it must be text")
+    return value
+
+
+def switch(value: Any) -> bool:
+    """Read true or false."""
+    word = str(value).lower()
+    if word not in (*_ON, *_OFF):
+        raise ValueError("it must be 1 or 0, true or false, yes or no, on or off")
+    return word in _ON
+
+
+_ON = ("1", "true", "t", "yes", "y", "on")
+_OFF = ("0", "false", "f", "no", "n", "off")
+
+
+def whole(least: int, most: int = sys.maxsize) -> Callable[[Any], int]:
+    """Read a whole number from `least` to `most`."""
+
+    def read(value: Any) -> int:
+        try:
+            number = int(value) if isinstance(value, str) else index(value)
+        except (TypeError, ValueError):
+            raise ValueError("it must be a whole number") from None
+        if not least <= number <= most:
+            raise ValueError(f"it must be {least} or more" + (f", at most {most}" if most < sys.maxsize else ""))
+        return number
+
+    return read
+
+
+def header_text(value: Any) -> str:
+    """Read text that is sent in a header, without the newline that a file with a secret usually ends in."""
+    stripped = text(value).strip()
+    if not stripped.isprintable():
+        raise ValueError("it holds a character that cannot be sent")
+    return stripped
+
+
+def secret_text(value: Any) -> SecretStr:
+    """Read text that is sent in a header and never shown."""
+    from pydantic import SecretStr
+
+    return value if isinstance(value, SecretStr) else SecretStr(header_text(value))
+
+
+def options(value: Any) -> dict[str, str | int | float | bool]:
+    """Read a JSON object of texts, numbers and booleans."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        raise ValueError("it is not JSON") from None
+    if not isinstance(found, dict) or not all(isinstance(value, str | int | float) for value in found.values()):
+        raise ValueError("it must be a JSON object whose values are text, numbers or booleans")
+    return dict(found)
+
+
+def hosts(value: Any) -> tuple[str, ...]:
+    """Read HOST or HOST:PORT, separated by commas."""
+    found = tuple(host.strip() for host in value.split(",") if host.strip()) if isinstance(value, str) else tuple(value)
+    if any("/" in host or "*" in host or "@" in host for host in found):
+        raise ValueError("it must be a list of HOST or HOST:PORT, separated by commas")
+    return found
+
+
+@dataclass(frozen=True, init=False)
+class Settings:
     """Everything that can be set. Each field is `ARTIFACT_STORE_` plus its name in upper case in the environment.
 
     Keyword arguments take the names without the prefix and read no environment; `from_env` reads it.
+    `dataclasses.replace` makes a changed copy.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, hide_input_in_errors=True)
+    env_file: Path | None = setting(
+        None,
+        Path,
+        "A file of settings, one `ARTIFACT_STORE_NAME=VALUE` a line. `.env` is read only when it is named here.",
+    )
 
-    env_file: Path | None = None
+    log_url: str = setting(
+        "sqlite:///./var/log.db", text, "The log: sqlite:///PATH or kafka://host:port[,host:port]/PREFIX."
+    )
+    kafka_partitions: int = setting(6, whole(1, 1024), "Partitions of the topic that `migrate` creates.")
+    kafka_replication_factor: int = setting(3, whole(1), "Replicas that the topic must have.")
+    kafka_min_insync_replicas: int = setting(2, whole(1), "Replicas that must have an event before it counts.")
+    kafka_options: dict[str, str | int | float | bool] = setting(
+        "{}", options, "More librdkafka client settings, as a JSON object.", secret=True
+    )
 
-    log_url: str = "sqlite:///./var/log.db"
-    kafka_partitions: int = Field(6, ge=1, le=1024)
-    kafka_replication_factor: int = Field(3, ge=1)
-    kafka_min_insync_replicas: int = Field(2, ge=1)
-    kafka_options: dict[str, str | int | float | bool] = Field(default_factory=dict, repr=False)
+    blobs_url: str = setting(
+        "file:./var/blobs", text, "The blob store: file:FOLDER, s3://host:port/BUCKET or s3+http://… without TLS."
+    )
+    s3_access_key: str = setting("", header_text, "Access key of the blob store.", secret=True)
+    s3_secret_key: SecretStr = setting("", secret_text, "Secret key of the blob store.", secret=True)
+    s3_region: str = setting("us-east-1", text, "Region of the blob store.")
 
-    blobs_url: str = "file:./var/blobs"
-    s3_access_key: str = ""
-    s3_secret_key: SecretStr = SecretStr("")
-    s3_region: str = "us-east-1"
+    views_url: str = setting(
+        "sqlite+aiosqlite:///./var/views.db",
+        text,
+        "The views: sqlite+aiosqlite:///PATH or postgresql+asyncpg://….",
+        secret=True,
+    )
+    schema_registry_url: str | None = setting(None, text, "A schema registry for the event schemas; not used yet.")
 
-    views_url: str = Field("sqlite+aiosqlite:///./var/views.db", repr=False)
-    schema_registry_url: str | None = None
+    url: str | None = setting(
+        None, text, "A gateway that client commands talk to instead of opening log, blobs and views themselves."
+    )
+    listen: str = setting("127.0.0.1:8080", text, "HOST:PORT to listen on.")
+    allowed_hosts: tuple[str, ...] = setting(
+        "",
+        hosts,
+        "Names that a gateway is reached by: HOST or HOST:PORT, separated by commas. On loopback also `localhost`.",
+    )
+    insecure: bool = setting(False, switch, "Allow listening on an interface that other machines reach.")
+    internal_listen: str = setting("127.0.0.1:0", text, "HOST:PORT for commands that other gateways forward.")
+    internal_url: str | None = setting(None, text, "The address at which other gateways reach this one.")
+    internal_secret: SecretStr | None = setting(
+        None, secret_text, "The secret that guards forwarded commands, the same for all gateways.", secret=True
+    )
+    state_dir: Path = setting("./var/state", Path, "Folder of the writers' disposable state.")
 
-    url: str | None = None
-    listen: str = "127.0.0.1:8080"
-    allowed_hosts: tuple[str, ...] = ()
-    insecure: bool = False
-    internal_listen: str = "127.0.0.1:0"
-    internal_url: str | None = None
-    internal_secret: SecretStr | None = None
-    state_dir: Path = Path("./var/state")
-
-    max_file_bytes: int = Field(5 * _TIB, ge=0)
-    max_files_per_package: int = Field(100_000, ge=1)
-    max_metadata_bytes: int = Field(64 * _KIB, ge=2)
-    max_connections: int = Field(2048, ge=1)
-    max_uploads: int = Field(256, ge=1)
-
-    @field_validator("kafka_options", mode="before")
-    @classmethod
-    def _options_from_json(cls, value: Any) -> Any:
-        return json.loads(value) if isinstance(value, str) else value
-
-    @field_validator("allowed_hosts", mode="before")
-    @classmethod
-    def _hosts_of_a_list(cls, value: Any) -> Any:
-        return [host.strip() for host in value.split(",") if host.strip()] if isinstance(value, str) else value
-
-    @field_validator("allowed_hosts")
-    @classmethod
-    def _hosts_alone(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if any("/" in host or "*" in host or "@" in host for host in value):
-            raise ValueError("it must be a list of HOST or HOST:PORT, separated by commas")
-        return value
-
-    @field_validator("internal_secret", "s3_access_key", "s3_secret_key", mode="before")
-    @classmethod
-    def _secret_of_a_file(cls, value: Any) -> Any:
-        """Without the newline that a file of a secret mostly ends in: it can be in no header."""
-        if not isinstance(value, str):
-            return value
-        value = value.strip()
-        if not value.isprintable():
-            raise ValueError("it holds a character that cannot be sent")
-        return value
+    max_file_bytes: int = setting(5 * _TIB, whole(0), "Size of the largest file that is accepted, in bytes.")
+    max_files_per_package: int = setting(100_000, whole(1), "Most files in a package.")
+    max_metadata_bytes: int = setting(64 * _KIB, whole(2), "Most bytes of metadata in a package.")
+    max_connections: int = setting(
+        2048, whole(1), "Connections to one gateway process, at most half of them from one address."
+    )
+    max_uploads: int = setting(
+        256, whole(1), "Uploads at a time to one gateway process, at most half of them from one address."
+    )
 
     def __init__(self, **values: Any) -> None:
-        """Raises ConfigurationError naming every value that is missing, unknown or out of range; never the value."""
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise ConfigurationError(_explain(error)) from None
+        """Raises ConfigurationError naming every value that is unknown or breaks its rule; never the value."""
+        wrong = [f"{PREFIX}{name.upper()}: there is no such setting" for name in values.keys() - declarations().keys()]
+        for name, declared in declarations().items():
+            value = values.get(name, declared.default)
+            try:
+                if value is not None or declared.default is not None:
+                    value = declared.metadata["read"](value)
+            except (TypeError, ValueError) as error:
+                wrong.append(f"{PREFIX}{name.upper()}: {error}")
+            object.__setattr__(self, name, value)
+        if wrong:
+            raise ConfigurationError("; ".join(wrong))
 
     @classmethod
     def from_env(cls, **overrides: Any) -> Self:
@@ -111,19 +209,12 @@ class Settings(BaseModel):
         if not named:
             _refuse_unnamed(Path(".env"))
         found = {**(_of_file(Path(named)) if named else {}), **os.environ}
-        values: dict[str, Any] = {}
-        unknown: list[str] = []
-        for name, value in found.items():
-            if not name.startswith(PREFIX):
-                continue
-            field = name.removeprefix(PREFIX).lower()
-            if field not in cls.model_fields or name != name.upper():
-                unknown.append(name)
-            elif value != "":
-                values[field] = value
-        if unknown:
-            raise ConfigurationError(f"unknown setting {', '.join(sorted(unknown))}: known names are {_known(cls)}")
-        values.update({k: v for k, v in overrides.items() if v is not None})
+        known = {PREFIX + name.upper(): name for name in declarations()}
+        given = {name: value for name, value in found.items() if name.startswith(PREFIX)}
+        if unknown := sorted(given.keys() - known.keys()):
+            raise ConfigurationError(f"unknown setting {', '.join(unknown)}: known names are {', '.join(known)}")
+        values: dict[str, Any] = {known[name]: value for name, value in given.items() if value != ""}
+        values.update({name: value for name, value in overrides.items() if value is not None})
         return cls(**values)
 
     def environment(self) -> dict[str, str]:
@@ -131,8 +222,10 @@ class Settings(BaseModel):
 
         That process reads no file: these are all settings, and a pipe can be read only once.
         """
+        from pydantic import SecretStr
+
         found = {}
-        for name in type(self).model_fields:
+        for name in declarations():
             value = getattr(self, name)
             if isinstance(value, SecretStr):
                 value = value.get_secret_value()
@@ -145,8 +238,15 @@ class Settings(BaseModel):
         return found
 
 
+def declarations() -> dict[str, Field[Any]]:
+    """Every setting as it is declared, by its name; `metadata` has its `read`, `description` and `secret`."""
+    return {declared.name: declared for declared in fields(Settings)}
+
+
 def _of_file(path: Path) -> dict[str, str]:
     """The names and values of the file, as they stand there."""
+    from dotenv.parser import parse_stream
+
     try:
         with path.open("rb") as file:
             about = os.fstat(file.fileno())
@@ -173,6 +273,8 @@ def _of_file(path: Path) -> dict[str, str]:
 
 def _refuse_unnamed(path: Path) -> None:
     """Raises ConfigurationError when a file that nobody named has settings: its owner may think that they hold."""
+    from dotenv.parser import parse_stream
+
     try:
         text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
     except OSError:
@@ -191,13 +293,33 @@ def _number(line: Binding) -> int:
     return line.original.line + text[: len(text) - len(text.lstrip())].count("\n")
 
 
-def _known(cls: type[Settings]) -> str:
-    return ", ".join(PREFIX + name.upper() for name in cls.model_fields)
+def table() -> str:
+    """docs/settings.md."""
+    rows, secret = "", []
+    for name, declared in declarations().items():
+        rows += f"| `{PREFIX}{name.upper()}` | {_shown(declared.default)} | {declared.metadata['description']} |\n"
+        if declared.metadata["secret"]:
+            secret.append(f"`…_{name.upper()}`")
+    return f"""# Settings
+
+Generated from `services/config.py` by `make docs`; do not edit.
+
+Set an environment variable, or write `NAME=VALUE` into a file and name that by `{_ENV_FILE}`. A flag of the
+same name overrides both: `--log-url` is `ARTIFACT_STORE_LOG_URL`. Python takes the name in lower case without the
+prefix: `Settings(log_url=…)`. An empty variable counts as not set, and a variable `{PREFIX}*` that is not in this
+table is an error.
+
+Other users of the machine can see flags. These are, or may contain, secrets, so do not set them by a flag:
+{", ".join(secret)}.
+
+| setting | default | meaning |
+| --- | --- | --- |
+{rows}"""
 
 
-def _explain(error: ValidationError) -> str:
-    lines = [
-        f"{PREFIX}{'.'.join(str(part) for part in e['loc']).upper()}: {e['msg']}"
-        for e in error.errors(include_input=False)
-    ]
-    return "; ".join(lines)
+def _shown(default: Any) -> str:
+    return "" if default in (None, "") else f"`{json.dumps(default) if isinstance(default, bool) else default}`"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(table())

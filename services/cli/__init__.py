@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from services.cli.command import SETTINGS, Root, common_options
+from services.cli.command import Root, common_options
 from services.cli.doctor import doctor
 from services.cli.read import manifest, packages, show, tail, usage
 from services.cli.repair import log, parked
@@ -13,6 +13,7 @@ from services.cli.run import gateway, migrate, projector, serve
 from services.cli.status import status
 from services.cli.transfer import add, finalize, pull, push
 from services.cli.verify import verify
+from services.config import declarations
 
 __all__ = ["main"]
 
@@ -27,7 +28,7 @@ def _version(context: click.Context, _parameter: click.Parameter, value: bool) -
 
 @click.group(cls=Root, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="The version.")
-@common_options(shown=tuple(SETTINGS))
+@common_options(shown=tuple(declarations()))
 def main() -> None:
     """A registry of artifact packages whose log of record is a Kafka topic.
 

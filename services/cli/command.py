@@ -23,48 +23,19 @@ import click
 
 from artifact_store.errors import ArtifactStoreError
 from services.cli.standard_streams import open_missing_streams
+from services.config import Settings, declarations, switch
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from artifact_store.rules import PathPair
     from artifact_store.transfers.parallel import TransferProgress
-    from services.config import Settings
     from services.log.port import Log
     from services.views.database import Views
 
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
-SETTINGS: dict[str, str] = {
-    "env_file": "A file of settings, ARTIFACT_STORE_NAME=VALUE a line; .env is read only when it is named here.",
-    "log_url": "The log: sqlite:///PATH or kafka://host:port[,host:port]/PREFIX.",
-    "kafka_partitions": "Partitions of the topic that `migrate` creates.",
-    "kafka_replication_factor": "Replicas that the topic must have.",
-    "kafka_min_insync_replicas": "Replicas that must have an event before it counts.",
-    "kafka_options": "Further librdkafka client settings, as a JSON object.",
-    "blobs_url": "The blob store: file:FOLDER, s3://host:port/BUCKET or s3+http://… without TLS.",
-    "s3_access_key": "Access key of the blob store.",
-    "s3_secret_key": "Secret key of the blob store; other users can see flags, so better in the environment.",
-    "s3_region": "Region of the blob store.",
-    "views_url": "The views: sqlite+aiosqlite:///PATH or postgresql+asyncpg://….",
-    "schema_registry_url": "A schema registry for the event schemas; not used yet.",
-    "url": "A gateway that client commands talk to instead of opening the parts themselves.",
-    "listen": "HOST:PORT to listen on.",
-    "allowed_hosts": "Names that a gateway is reached by, HOST or HOST:PORT, with commas; on loopback also localhost.",
-    "insecure": "Allow listening on an interface that others reach.",
-    "internal_listen": "HOST:PORT for commands that other gateways forward.",
-    "internal_url": "The address that other gateways reach this one by.",
-    "internal_secret": "The secret that guards forwarded commands; better in the environment.",
-    "state_dir": "Folder of the writers' disposable state.",
-    "max_file_bytes": "The largest file that is taken.",
-    "max_files_per_package": "The most files that a package takes.",
-    "max_metadata_bytes": "The most metadata that a package takes.",
-    "max_connections": "Connections to one gateway process; half of them from one address.",
-    "max_uploads": "Uploads at a time to one gateway process; half of them from one address.",
-}
-
-_SWITCHES = frozenset({"insecure"})
 _META = "artifact-store"
 
 
@@ -78,8 +49,6 @@ class Invocation:
 
     def settings(self) -> Settings:
         """The settings: the named file, environment, then the flags. Raises ConfigurationError."""
-        from services.config import Settings
-
         return Settings.from_env(**self.overrides)
 
 
@@ -97,7 +66,7 @@ def common_options(*, shown: tuple[str, ...] = ()) -> Callable[[Decorated], Deco
     """Add `--json`, `--quiet` and every setting; of the settings only those in `shown` are in the help."""
 
     def decorate(command: Decorated) -> Decorated:
-        for name in reversed(SETTINGS):
+        for name in reversed(declarations()):
             command = _setting(name, hidden=name not in shown)(command)
         command = click.option(
             "--quiet", "-q", is_flag=True, expose_value=False, callback=_keep_quiet, help="No progress, no remarks."
@@ -114,7 +83,11 @@ def _setting(name: str, *, hidden: bool) -> Callable[[Decorated], Decorated]:
         if value is not None:
             invocation().overrides[name] = value
 
-    switch: dict[str, Any] = {"is_flag": True, "default": None, "flag_value": True} if name in _SWITCHES else {}
+    declared = declarations()[name].metadata
+    kind: dict[str, Any] = {"metavar": "VALUE"}
+    if declared["read"] is switch:
+        kind = {"is_flag": True, "default": None, "flag_value": True}
+    warning = " Other users can see flags: better in the environment." if declared["secret"] else ""
     return click.option(
         "--" + name.replace("_", "-"),
         f"setting_{name}",
@@ -122,9 +95,8 @@ def _setting(name: str, *, hidden: bool) -> Callable[[Decorated], Decorated]:
         expose_value=False,
         callback=keep,
         hidden=hidden,
-        help=SETTINGS[name],
-        metavar=None if switch else "VALUE",
-        **switch,
+        help=declared["description"] + warning,
+        **kind,
     )
 
 

@@ -15,7 +15,7 @@ from pydantic import SecretStr
 from ingest_gateway.health import CHECK_SECONDS
 from ingest_gateway.server import DRAIN_SECONDS
 from services.cli import main
-from services.config import PREFIX, Settings
+from services.config import PREFIX, Settings, declarations
 from services.log.kafka.writer import SNAPSHOT_SECONDS
 from services.log.sequencer.queue import MAX_WAITING_BYTES
 from services.log.state.partition_state import MAX_ENTRIES
@@ -44,11 +44,9 @@ pytestmark = pytest.mark.timeout(1900)
 
 SETS = value_sets()
 WRONG = sorted((VALUES / "wrong").glob("*.yaml"))
-KNOWN_NAMES = {PREFIX + field.upper() for field in Settings.model_fields}
+KNOWN_NAMES = {PREFIX + name.upper() for name in declarations()}
 SECRET_NAMES = {
-    PREFIX + name.upper()
-    for name, field in Settings.model_fields.items()
-    if SecretStr.__name__ in str(field.annotation)
+    PREFIX + name.upper() for name, declared in declarations().items() if SecretStr.__name__ in str(declared.type)
 }
 
 
@@ -228,7 +226,9 @@ def test_the_memory_of_a_gateway_is_enough_for_its_bounds(documents: list[dict[s
 
 def test_every_setting_is_given_decided_or_secret(documents: list[dict[str, Any]]) -> None:
     schema = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))["properties"]
-    given = set(schema["settings"]["properties"]) | set(schema["secrets"]["properties"])
+    secrets = set(schema["secrets"]["properties"])
+    assert secrets == {PREFIX + name.upper() for name, found in declarations().items() if found.metadata["secret"]}
+    given = set(schema["settings"]["properties"]) | secrets
     (gateway,) = containers(_named(documents, "Deployment", "-gateway"))
     decided = {entry["name"] for entry in gateway["env"] if entry["name"].startswith(PREFIX)}
     # Only clients are pointed at a gateway; the word for listening without authentication is a value of its own.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar
 from uuid import UUID
 
 from artifact_store.errors import PushBackError, UnavailableError
@@ -42,10 +42,10 @@ class Stage:
     log: Log
 
     def writer(
-        self, *, put_manifest: PutManifest = no_manifest, clock: Clock = system_clock, **settings: object
+        self, *, put_manifest: PutManifest = no_manifest, clock: Clock = system_clock, **settings: Any
     ) -> AbstractAsyncContextManager[CommandWriter]:
         """A writer of its own, started and closed by the context; `settings` are changed for it alone."""
-        changed = self.settings.model_copy(update=settings)
+        changed = replace(self.settings, **settings)
         return open_writer(changed, self.log, put_manifest, clock=clock)
 
     @asynccontextmanager

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -66,7 +67,7 @@ async def test_another_process_finds_the_same_digest_run_after_run(
 ) -> None:
     log = MemoryLog()
     log.append(*History().fill(packages=9, files=5).events)
-    settings = embedded_settings.model_copy(update={"views_url": views_url})
+    settings = replace(embedded_settings, views_url=views_url)
     await catch_up(views, log, REGISTRY)
     here = await digest_view(views, REGISTRY)
     for seed in ("1", "2"):  # sets and maps come in another order with another seed

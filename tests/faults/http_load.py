@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
 from uuid import UUID, uuid4
@@ -75,7 +75,7 @@ async def gateways(settings: Settings, folder: Path, count: int) -> AsyncIterato
     async with AsyncExitStack() as stack:
         started = []
         for n, port in enumerate(free_ports(count)):
-            own = settings.model_copy(update={"state_dir": folder / f"state-{n}"})
+            own = replace(settings, state_dir=folder / f"state-{n}")
             process = ProductProcess(own, folder / f"gateway-{n}", "gateway", port=port)
             await asyncio.to_thread(stack.enter_context, process)
             started.append(process)

@@ -191,7 +191,7 @@ async def stage_on(minio: MinioServer, embedded: Settings) -> AsyncIterator[Stag
     proxy = StoreProxy(minio.endpoint)
     async with proxy.listening() as host:
         url = {"blobs_url": bucket["blobs_url"].replace(minio.endpoint, host)}
-        through = Settings(**{**embedded.model_dump(), **bucket, **url})
+        through = Settings(**{**vars(embedded), **bucket, **url})
         for part in (open_log(through), open_blobs(through), open_views(through)):
             await part.migrate()
             await part.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ async def test_the_views_are_those_of_one_undisturbed_fold(storm: Storm, kafka_u
         with PostgresServer(tmp_path / "postgres") as server:
             for number in range(storm.catch_ups):
                 url = await fresh_database(server)
-                fold = CatchUp(settings.model_copy(update={"views_url": url}), tmp_path / str(number), server, draw)
+                fold = CatchUp(replace(settings, views_url=url), tmp_path / str(number), server, draw)
                 found = await fold.run(log, storm.disturbances)
                 assert found == expected, f"catch-up {number} after {fold.done}"
                 assert len(fold.done) == storm.disturbances

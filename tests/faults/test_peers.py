@@ -72,7 +72,7 @@ async def test_a_take_over_reads_all_that_was_recorded_although_a_deposed_leader
         kafka_replication_factor=3,
         kafka_min_insync_replicas=2,
     )
-    other = settings.model_copy(update={"state_dir": tmp_path / "second" / "state"})
+    other = replace(settings, state_dir=tmp_path / "second" / "state")
     async with open_kafka_log(settings) as log, open_kafka_log(other) as successors:
         commands = [create_in(PARTITION) for _ in range(3)]
         async with lone_writer(settings, log) as writer:

@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ RATE = 2000
 def settings(request: pytest.FixtureRequest, embedded_settings: Settings) -> Settings:
     if request.param == "sqlite":
         return embedded_settings
-    return embedded_settings.model_copy(update={"views_url": request.getfixturevalue("postgres_url")})
+    return replace(embedded_settings, views_url=request.getfixturevalue("postgres_url"))
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -172,7 +173,7 @@ async def cluster(
     async with AsyncExitStack() as stack:
         processes = []
         for n, port in enumerate(free_ports(GATEWAYS + 1)):
-            own = settings.model_copy(update={"state_dir": folder / f"state-{n}"})
+            own = replace(settings, state_dir=folder / f"state-{n}")
             command, listens = ("gateway", True) if n < GATEWAYS else ("projector", False)
             process = AnyRelease(own, folder / f"process-{n}", command, port=port, listens=listens)
             process.released = released

@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -47,7 +48,7 @@ class ProductProcess(Server):
         super().__init__(folder, port)
         self._arguments = arguments
         self._listens = listens
-        self._settings = settings.model_copy(update={"listen": f"127.0.0.1:{self.port}"})
+        self._settings = replace(settings, listen=f"127.0.0.1:{self.port}")
 
     @property
     def endpoint(self) -> str:

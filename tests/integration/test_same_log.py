@@ -9,6 +9,7 @@ import asyncio
 import random
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from uuid import UUID
 
@@ -22,7 +23,6 @@ from artifact_store.events import Event
 from artifact_store.manifest import ContentAddress
 from projector import replay
 from schemas.codec import encode
-from services.config import Settings
 from services.log.kafka import KafkaLog
 from services.views.database import Views
 from services.views.digest import digest_view
@@ -120,7 +120,7 @@ async def test_a_topic_copied_to_another_cluster_gives_the_same_digests_over_oth
         expected = await digests(views)
         assert await digests(projected) == expected
         await projected.close()
-        settings = Settings(**{**there.model_dump(), "views_url": postgres_url})
+        settings = replace(there, views_url=postgres_url)
         for name in PROJECTIONS:
             assert (await replay(settings, name)).digest == expected[name][0]
 

@@ -6,7 +6,7 @@ import asyncio
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar, cast
@@ -108,7 +108,7 @@ class Gateway:
 
     async def _serve(self, process: Process) -> None:
         self.writer = None
-        settings = self._stage.settings.model_copy(update={"state_dir": self._state_dir})
+        settings = replace(self._stage.settings, state_dir=self._state_dir)
         log = KafkaLog(settings)
         writer = KafkaWriter(
             settings,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from artifact_store.errors import ConfigurationError
-from services.config import PREFIX, Settings
+from services.config import PREFIX, Settings, table
 
 SECRET = "w0rd-that-nobody-sees"
 
@@ -147,3 +148,56 @@ def test_the_newline_that_a_file_of_a_secret_ends_in_is_no_part_of_it() -> None:
     with pytest.raises(ConfigurationError, match=r"INTERNAL_SECRET: .*cannot be sent") as caught:
         Settings(internal_secret="correct\nhorse")
     assert "horse" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "rule"),
+    [
+        ({"kafka_partitions": "0"}, "KAFKA_PARTITIONS: it must be 1 or more, at most 1024"),
+        ({"kafka_partitions": "six"}, "KAFKA_PARTITIONS: it must be a whole number"),
+        ({"max_uploads": 1.5}, "MAX_UPLOADS: it must be a whole number"),
+        ({"kafka_options": "[]"}, "KAFKA_OPTIONS: it must be a JSON object"),
+        ({"kafka_options": {"a": None}}, "KAFKA_OPTIONS: it must be a JSON object"),
+        ({"insecure": "perhaps"}, "INSECURE: it must be 1 or 0"),
+        ({"listen": None}, "LISTEN: it must be text"),
+        ({"state_dir": None}, "STATE_DIR: "),
+    ],
+)
+def test_a_value_that_breaks_its_rule_is_refused_by_the_rule(values: dict[str, object], rule: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        Settings(**values)
+    assert rule in caught.value.detail
+
+
+def test_every_wrong_value_is_named_at_once() -> None:
+    with pytest.raises(ConfigurationError, match="MAX_UPLOADS") as caught:
+        Settings(max_uploads=0, kafka_partitions=0)
+    assert "KAFKA_PARTITIONS" in caught.value.detail
+
+
+def test_values_are_read_by_their_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"INSECURE": "1", "MAX_UPLOADS": "7", "KAFKA_OPTIONS": '{"linger.ms": 5}', "STATE_DIR": "/state", "URL": ""}
+    for name, value in given.items():
+        monkeypatch.setenv(PREFIX + name, value)
+    found = Settings.from_env()
+    assert (found.insecure, found.max_uploads, found.kafka_options) == (True, 7, {"linger.ms": 5})
+    assert (found.state_dir, found.url) == (Path("/state"), None)
+
+
+def test_a_changed_copy_keeps_the_rest_and_the_rules() -> None:
+    found = replace(Settings(s3_secret_key=SECRET, max_uploads=7), listen="127.0.0.1:1")
+    assert (found.listen, found.max_uploads, found.s3_secret_key.get_secret_value()) == ("127.0.0.1:1", 7, SECRET)
+    with pytest.raises(ConfigurationError, match="MAX_UPLOADS"):
+        replace(found, max_uploads=0)
+
+
+def test_the_environment_of_settings_gives_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(insecure=True, kafka_options={"a": 1.5}, internal_secret=SECRET, state_dir=Path("/state"))
+    for name, value in settings.environment().items():
+        monkeypatch.setenv(name, value)
+    assert Settings.from_env() == settings
+
+
+def test_the_page_of_settings_is_current() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert page == table(), "run `make docs`"

@@ -16,10 +16,10 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.client import HTTPException
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from services.config import Settings
 from services.views.projections import PROJECTIONS
@@ -241,10 +241,10 @@ def _parts(folder: Path, settings: Settings, cluster: TorturedCluster) -> tuple[
     gateways = []
     for n in range(GATEWAYS):
         home = folder / f"gateway-{n}"
-        own: dict[str, object] = {"state_dir": home / "state"}
+        own: dict[str, Any] = {"state_dir": home / "state"}
         if n == 0:
             own["log_url"] = f"kafka://{cluster.proxied_endpoint}/torture"
-        gateways.append(Part(settings.model_copy(update=own), home, "gateway", port=ports[n]))
+        gateways.append(Part(replace(settings, **own), home, "gateway", port=ports[n]))
     projectors = [
         Part(settings, folder / name, "projector", name, listens=False, port=port)
         for name, port in zip(PROJECTIONS, ports[GATEWAYS:], strict=True)

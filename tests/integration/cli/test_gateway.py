@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,7 @@ def test_an_address_that_can_be_no_gateway_is_wrong_usage() -> None:
 def test_an_address_that_is_taken_is_said_in_one_line(embedded_settings: Settings, command: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        settings = embedded_settings.model_copy(update={"listen": f"127.0.0.1:{port}"})
+        settings = replace(embedded_settings, listen=f"127.0.0.1:{port}")
         refused = run_command(settings, command, "--json")
     assert refused.returncode == 2
     assert b"Traceback" not in refused.stderr
@@ -79,7 +80,7 @@ def test_a_process_of_the_product_ends_cleanly_when_it_is_told(
     embedded_settings: Settings, tmp_path: Path, command: str, number: signal.Signals
 ) -> None:
     output_of(embedded_settings, "migrate")
-    settings = embedded_settings.model_copy(update={"listen": "127.0.0.1:0"})
+    settings = replace(embedded_settings, listen="127.0.0.1:0")
     with subprocess.Popen(
         [*COMMAND, command], env={**os.environ, **settings.environment()}, stderr=subprocess.PIPE
     ) as made:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def test_every_partition_is_shown_whichever_process_writes_to_it(kafka: Settings
         wait_for_all(one)
         fill(one)
         alone = status_of(kafka)["writers"]
-        stranger = status_of(kafka.model_copy(update={"internal_secret": SecretStr("guess")}))["writers"]
+        stranger = status_of(replace(kafka, internal_secret=SecretStr("guess")))["writers"]
         with ProductProcess(kafka, tmp_path / "two", "gateway", port=ports[1]) as two:
             counted = wait_for_all(one, two)
             shared = status_of(kafka)["writers"]

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -33,7 +34,7 @@ class Gateway(ProductProcess):
 @pytest.fixture
 def kafka(real_settings: Settings, tmp_path: Path) -> Settings:
     """Kafka and MinIO; the views are a file here, as nothing but `serve` reads them."""
-    settings = real_settings.model_copy(update={"views_url": f"sqlite+aiosqlite:///{tmp_path}/views.db"})
+    settings = replace(real_settings, views_url=f"sqlite+aiosqlite:///{tmp_path}/views.db")
     output_of(settings, "migrate")
     return settings
 
@@ -179,7 +180,7 @@ def test_an_address_that_is_taken_is_said_once_and_nothing_is_tried_again(kafka:
 
         internal = f"127.0.0.1:{taken.port - 1}"  # the second process would have the port that is taken
         wrong = Gateway(
-            kafka.model_copy(update={"internal_listen": internal}),
+            replace(kafka, internal_listen=internal),
             tmp_path / "wrong",
             *("gateway", "--processes", "2"),
             port=free_ports(1)[0],

@@ -70,9 +70,7 @@ async def assert_nothing_left(settings: Settings, keys: set[str]) -> None:
         await store.sweep(now=datetime.now(UTC) + timedelta(days=1, minutes=1))
         assert await store.list_objects("resumable/") == []
         if isinstance(store, S3BlobStore):
-            found = objects(
-                endpoint({**settings.model_dump(), "s3_secret_key": settings.s3_secret_key.get_secret_value()})
-            )
+            found = objects(endpoint({**vars(settings), "s3_secret_key": settings.s3_secret_key.get_secret_value()}))
             assert not keys or {key for key in found if not key.startswith(("health/", "snapshots/"))} == keys
     finally:
         await store.close()

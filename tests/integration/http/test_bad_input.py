@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -442,7 +443,7 @@ async def test_a_body_that_trickles_is_given_up_unless_it_comes_at_the_least_pac
 
 
 async def test_a_file_above_the_limit_is_refused_declared_or_not(embedded_settings: Settings) -> None:
-    settings = embedded_settings.model_copy(update={"max_file_bytes": 1000})
+    settings = replace(embedded_settings, max_file_bytes=1000)
     async with running_gateway(settings) as gateway:
         async with gateway.session.post("/v1/packages", json=_PACKAGE) as answer:
             path = f"/v1/packages/{(await answer.json())['package_id']}/files/a"

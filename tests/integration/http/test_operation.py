@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -111,7 +112,7 @@ async def test_a_part_that_does_not_answer_in_time_is_away(
 async def test_a_gateway_starts_and_takes_writes_although_its_database_is_away(embedded_settings: Settings) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         nowhere = f"postgresql+asyncpg://user@127.0.0.1:{listener.getsockname()[1]}/views?ssl=disable"
-    settings = embedded_settings.model_copy(update={"views_url": nowhere})
+    settings = replace(embedded_settings, views_url=nowhere)
     async with running_gateway(settings) as gateway:
         async with gateway.session.post("/v1/packages", json=_PACKAGE) as answer:
             assert answer.status == 201
@@ -235,13 +236,13 @@ def _references(value: object) -> list[str]:
 
 @pytest.mark.parametrize("listen", ["0.0.0.0:0", "[::]:0", "192.0.2.1:0", "example.org:80", "x", ":80", "127.0.0.1:x"])
 async def test_another_interface_than_loopback_is_refused(embedded_settings: Settings, listen: str) -> None:
-    settings = embedded_settings.model_copy(update={"listen": listen})
+    settings = replace(embedded_settings, listen=listen)
     with pytest.raises(ConfigurationError, match="ARTIFACT_STORE_LISTEN"):
         await run(settings, stop=asyncio.Event())
 
 
 async def test_another_interface_is_taken_when_it_is_meant(embedded_settings: Settings) -> None:
-    settings = embedded_settings.model_copy(update={"listen": "0.0.0.0:0", "insecure": True})
+    settings = replace(embedded_settings, listen="0.0.0.0:0", insecure=True)
     stop = asyncio.Event()
     urls: list[str] = []
 
@@ -257,7 +258,7 @@ async def test_a_port_that_is_taken_is_a_clear_error(embedded_settings: Settings
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        settings = embedded_settings.model_copy(update={"listen": f"127.0.0.1:{taken.getsockname()[1]}"})
+        settings = replace(embedded_settings, listen=f"127.0.0.1:{taken.getsockname()[1]}")
         with pytest.raises(ConfigurationError, match="ARTIFACT_STORE_LISTEN"):
             await run(settings, stop=asyncio.Event())
 

@@ -177,7 +177,7 @@ async def test_a_take_over_passes_over_what_was_confirmed(kafka_url: str, tmp_pa
                 await writer.confirm_here(skip_of(await bad_record(log, PARTITION, offset)))
             await writer.submit(create_in(PARTITION))
         if restored_from == "log":
-            settings = settings.model_copy(update={"state_dir": tmp_path / "empty"})
+            settings = replace(settings, state_dir=tmp_path / "empty")
         async with gateway(settings, log) as writer:
             await serving(writer)
             status = next(s for s in writer.status_here() if s.partition == PARTITION)
@@ -292,7 +292,7 @@ async def test_nothing_is_recorded_while_a_member_of_an_older_release_could_not_
     kafka_url: str, tmp_path: Path, group: str
 ) -> None:
     settings = kafka_settings(kafka_url, tmp_path)
-    another = settings.model_copy(update={"log_url": f"{settings.log_url}-another"})
+    another = replace(settings, log_url=f"{settings.log_url}-another")
     async with (
         open_kafka_log(another) as elsewhere,
         open_kafka_log(settings) as log,

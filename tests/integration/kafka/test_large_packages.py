@@ -202,7 +202,7 @@ async def test_a_hand_over_does_not_wait_for_a_manifest(settings: Settings, log:
         ends = [ending((await filled(writer, partition=p))[0]) for p in range(PARTITIONS)]
         finalizing = [asyncio.ensure_future(writer.submit(end)) for end in ends]
         await store.was_asked(PARTITIONS)
-        elsewhere = settings.model_copy(update={"state_dir": settings.state_dir / "two"})
+        elsewhere = replace(settings, state_dir=settings.state_dir / "two")
         async with lone_writer(elsewhere, log, limits=LIMITS, put_manifest=store.put) as other:
             began = time.monotonic()
 

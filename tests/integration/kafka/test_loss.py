@@ -271,7 +271,7 @@ async def test_what_one_disk_proves_is_known_on_every_other(kafka: Settings, log
         offset, digest = about[3] - 1, about[4]
     async with refusing(kafka, log, store, partitions=1):
         pass
-    elsewhere = kafka.model_copy(update={"state_dir": kafka.state_dir.with_name("elsewhere")})
+    elsewhere = replace(kafka, state_dir=kafka.state_dir.with_name("elsewhere"))
     async with refusing(elsewhere, log, store, partitions=1) as (_, shown):
         assert f"the record at offset {offset} with digest {digest.hex()}" in (shown[0].trouble or "")
 
@@ -284,7 +284,7 @@ async def test_older_snapshots_and_files_prove_nothing(kafka: Settings, log: Kaf
     for _ in range(3):
         await fill(kafka, log, store)
     for folder in (old, kafka.state_dir.with_name("empty"), kafka.state_dir):
-        await fill(kafka.model_copy(update={"state_dir": folder}), log, store)
+        await fill(replace(kafka, state_dir=folder), log, store)
 
 
 async def test_a_broker_that_was_restored_from_an_older_copy_is_noticed_until_the_newer_one_is_back(
@@ -347,7 +347,7 @@ async def test_a_loss_that_is_accepted_is_recorded_and_forgotten_everywhere(
     kafka: Settings, log: KafkaLog, store: BlobStore
 ) -> None:
     await fill(kafka, log, store)
-    elsewhere = kafka.model_copy(update={"state_dir": kafka.state_dir.with_name("elsewhere")})
+    elsewhere = replace(kafka, state_dir=kafka.state_dir.with_name("elsewhere"))
     shutil.copytree(kafka.state_dir, elsewhere.state_dir)
     for settings, further in ((elsewhere, 10), (kafka, 1_000)):
         with state_about(state_of(settings, 0)) as about:
@@ -371,7 +371,7 @@ async def test_a_loss_that_is_accepted_is_recorded_and_forgotten_everywhere(
     assert recorded == expected
     assert 0 < recorded.end_offset < offset
     # Here, on another machine that remembers less of what was lost, and on an empty disk.
-    for settings in (kafka, elsewhere, kafka.model_copy(update={"state_dir": kafka.state_dir.with_name("empty")})):
+    for settings in (kafka, elsewhere, replace(kafka, state_dir=kafka.state_dir.with_name("empty"))):
         await fill(settings, log, store)
     left = await store.list_objects(f"snapshots/witnesses/{log.kafka.topic}/0/")
     assert f"{offset + 1:020d}" not in "".join(left)
@@ -399,7 +399,7 @@ async def test_a_topic_that_was_made_again_is_written_to_once_that_is_accepted(
 ) -> None:
     await fill(kafka, log, store)
     before = await log.identity()
-    elsewhere = kafka.model_copy(update={"state_dir": kafka.state_dir.with_name("elsewhere")})
+    elsewhere = replace(kafka, state_dir=kafka.state_dir.with_name("elsewhere"))
     shutil.copytree(kafka.state_dir, elsewhere.state_dir)
     await make_anew(log)
     async with refusing(kafka, log, store) as (writer, shown):
@@ -421,7 +421,7 @@ async def test_a_copy_of_the_log_is_written_to_unless_it_lacks_the_last_record(
 ) -> None:
     """As after a restore from a mirror: another topic, other offsets, the same records in their order."""
     await fill(kafka, log, store)
-    elsewhere = kafka.model_copy(update={"state_dir": kafka.state_dir.with_name("elsewhere")})
+    elsewhere = replace(kafka, state_dir=kafka.state_dir.with_name("elsewhere"))
     shutil.copytree(kafka.state_dir, elsewhere.state_dir)
     end = (await log.end()).offsets
     records = [record async for batch in log.scan(dict.fromkeys(end, 0), end) for record in batch.records]
@@ -436,7 +436,7 @@ async def test_a_copy_of_the_log_is_written_to_unless_it_lacks_the_last_record(
         async with refusing(kafka, log, store, partitions=1):
             pass
         return
-    for settings in (kafka, elsewhere, kafka.model_copy(update={"state_dir": kafka.state_dir.with_name("empty")})):
+    for settings in (kafka, elsewhere, replace(kafka, state_dir=kafka.state_dir.with_name("empty"))):
         await fill(settings, log, store)
         assert all(len(list(settings.state_dir.glob(f"*-{p}.*db"))) == 1 for p in range(PARTITIONS))
     assert await losses_accepted(log) == []

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -198,7 +199,7 @@ async def test_a_snapshot_is_made_while_the_writer_serves(
             return all(any(key.endswith("/index") for key in found) for found in keys)
 
         await until(made, PATIENCE_SECONDS, "there is no snapshot of every partition")
-        elsewhere = kafka.model_copy(update={"state_dir": kafka.state_dir.with_name("elsewhere")})
+        elsewhere = replace(kafka, state_dir=kafka.state_dir.with_name("elsewhere"))
     async with writer_on(elsewhere, log, store) as writer:
         assert await restored_from(writer) == {"snapshot"}
         done += await assert_goes_on(writer, done)

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -116,7 +116,7 @@ async def test_taking_over_is_quick_and_memory_bounded_after_a_million_events(
     kafka_url: str, s3_bucket: dict[str, Any], tmp_path: Path, shape: Shape, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = kafka_settings(kafka_url, tmp_path, kafka_partitions=1, **s3_bucket)
-    small = settings.model_copy(update={"log_url": f"{kafka_url}-small", "state_dir": tmp_path / "small"})
+    small = replace(settings, log_url=f"{kafka_url}-small", state_dir=tmp_path / "small")
     async with open_kafka_log(small) as log:
         await asyncio.to_thread(produce, log.kafka, Shape(1_000, 0))
         few = await run_writer(small)

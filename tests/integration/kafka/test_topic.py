@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import threading
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any, cast
@@ -104,7 +105,7 @@ async def test_a_writer_does_not_start_on_a_topic_that_the_guard_refuses(kafka: 
 
 
 async def test_replication_below_the_settings_is_refused(kafka: Settings, log: KafkaLog) -> None:
-    wanted = kafka.model_copy(update={"kafka_replication_factor": 3, "kafka_min_insync_replicas": 2})
+    wanted = replace(kafka, kafka_replication_factor=3, kafka_min_insync_replicas=2)
     other = KafkaLog(wanted)
     try:
         with pytest.raises(ConfigurationError) as refused:
@@ -116,7 +117,7 @@ async def test_replication_below_the_settings_is_refused(kafka: Settings, log: K
 
 
 async def test_more_replicas_in_sync_than_there_are_is_refused_before_anything_is_made(kafka: Settings) -> None:
-    log = KafkaLog(kafka.model_copy(update={"kafka_min_insync_replicas": 2}))
+    log = KafkaLog(replace(kafka, kafka_min_insync_replicas=2))
     try:
         with pytest.raises(ConfigurationError, match="MIN_INSYNC_REPLICAS"):
             await log.migrate()
@@ -294,7 +295,7 @@ async def test_a_cluster_that_cannot_be_reached_is_unavailable(tmp_path: Path, m
 
 
 async def test_a_client_setting_that_does_not_exist_is_named_and_its_value_is_not_shown(kafka: Settings) -> None:
-    log = KafkaLog(kafka.model_copy(update={"kafka_options": {"socket.no.such.option": "hidden-value"}}))
+    log = KafkaLog(replace(kafka, kafka_options={"socket.no.such.option": "hidden-value"}))
     try:
         with pytest.raises(ConfigurationError) as refused:
             await log.check()

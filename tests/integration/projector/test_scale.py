@@ -35,7 +35,7 @@ async def test_ten_times_the_events_keep_the_ratio(plan: Plan, opened: Opened, k
 
     async def found(amount: Amount, rounds: int) -> Result:
         with PostgresServer(tmp_path / "postgres", durable=True) as server:
-            there = settings.model_copy(update={"views_url": server.url()})
+            there = replace(settings, views_url=server.url())
             of_amount = replace(plan, opened=lambda given: opened(given, amount), rounds=rounds)
             return await measure(of_amount, there, print)
 

@@ -9,6 +9,7 @@ import io
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def settings(request: pytest.FixtureRequest) -> Settings:
         found: Settings = request.getfixturevalue(f"{request.param}_settings")
         return found
     embedded: Settings = request.getfixturevalue("embedded_settings")
-    return Settings(**{**embedded.model_dump(), **request.getfixturevalue("seaweed_bucket")})
+    return replace(embedded, **request.getfixturevalue("seaweed_bucket"))
 
 
 @pytest.fixture
