@@ -156,6 +156,11 @@ def _postgres_here() -> Path | None:
     return next((path for path in candidates if (path / "initdb").exists() and (path / "postgres").exists()), None)
 
 
+def promtool() -> str:
+    """The path of Prometheus' `promtool`. Raises ServiceError when it cannot be had."""
+    return _tool("promtool", "prometheus", "Prometheus")
+
+
 def _tool(name: str, package: str, what: str) -> str:
     if found := shutil.which(name):
         return found
