@@ -172,6 +172,14 @@ class Settings:
     )
     state_dir: Path = setting("./var/state", Path, "Folder of the writers' disposable state.")
 
+    policy: Path | None = setting(None, Path, "The policy file: who may do what (TOML).")
+    tokens: Path | None = setting(None, Path, "The file of static tokens, which holds only their hashes.")
+    audit_file: Path | None = setting(
+        None, Path, "Where a gateway records who did what, one JSON object a line; nowhere by default."
+    )
+    token_file: Path | None = setting(None, Path, "A file with the token that client commands send to the gateway.")
+    ca: Path | None = setting(None, Path, "A PEM file of authorities that clients trust in addition to the system's.")
+
     max_file_bytes: int = setting(5 * _TIB, whole(0), "Size of the largest file that is accepted, in bytes.")
     max_files_per_package: int = setting(100_000, whole(1), "Most files in a package.")
     max_metadata_bytes: int = setting(64 * _KIB, whole(2), "Most bytes of metadata in a package.")

@@ -1,0 +1,342 @@
+"""The authenticator: an `Authorization` header goes in, a principal comes out.
+
+A verified token is remembered until it expires, or until the policy or its issuer's keys change. Changes of the policy
+file and of the file of static tokens are noticed within a second of the next request. A file that became invalid
+changes nothing; that is logged and shows in a metric.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pwd
+import re
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+from artifact_store.errors import ConfigurationError, UnauthenticatedError, UnavailableError
+from artifact_store.rules import MAX_TEXT_CHARACTERS, holds_control
+from services.config import Settings
+from services.core.access import Principal, local_user
+from services.identity.oidc import MAX_TOKEN_BYTES, Issuer, Keys, invalid, looks_like_email, unverified
+from services.identity.policy import STATIC_ALIAS, IssuerTable, Policy, read_policy
+from services.identity.static_tokens import NO_TOKENS, TokenSet, is_static, read_tokens
+from services.runtime.addresses import ListenAddress
+
+LOOK_SECONDS = 1.0
+"""After this long a change of a file is noticed."""
+
+MAX_REMEMBERED = 4096
+"""Verified tokens that are remembered; the one that was used longest ago is forgotten first."""
+
+_HEADER = re.compile(r"(?i:bearer) +([A-Za-z0-9._~+/-]+=*) *")
+
+_log = logging.getLogger(__name__)
+
+
+def actor_of(alias: str, subject: str) -> str:
+    """What events name a principal by: `alias:subject`, the same for every token that the subject ever has.
+
+    Some subjects are replaced by their digest, as `alias:~` and 64 hex digits: those that are too long or hold control
+    characters, and e-mail addresses, which must not get into a log that forgets nothing.
+    """
+    actor = f"{alias}:{subject}"
+    plain = (
+        subject
+        and not subject.startswith("~")
+        and len(actor) <= MAX_TEXT_CHARACTERS
+        and not holds_control(subject)
+        and not looks_like_email(subject)
+    )
+    return actor if plain else f"{alias}:~{hashlib.sha256(subject.encode(errors='surrogatepass')).hexdigest()}"
+
+
+def local_principal() -> Principal:
+    """The user that this process runs as, with all rights."""
+    try:
+        name = pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # a container's user often has no name
+        name = str(os.getuid())
+    return local_user(actor_of("local", name))
+
+
+@dataclass(frozen=True, slots=True)
+class LoginChoice:
+    """An issuer at which people can log in."""
+
+    alias: str
+    issuer: str
+    client_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Remembered:
+    principal: Principal
+    issuer: Issuer
+    keys: Keys
+
+
+class Authenticator:
+    """Tells who asks. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        *,
+        policy: Path | None = None,
+        tokens: Path | None = None,
+        anyone: Principal | None = None,
+        metrics: CollectorRegistry | None = None,
+        clock: Callable[[], float] = time.time,
+        ticks: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """With neither `policy` nor `tokens`, everyone is `anyone`.
+
+        `clock` gives seconds since 1970, `ticks` seconds that never step. Blocks while it reads the files. Raises
+        ConfigurationError: a file is invalid, or there is nothing to go by.
+        """
+        if policy is None and tokens is None and anyone is None:
+            raise ConfigurationError("set ARTIFACT_STORE_POLICY or ARTIFACT_STORE_TOKENS: nothing says who may ask")
+        self._anyone = anyone if policy is None and tokens is None else None
+        self._clock = clock
+        self._ticks = ticks
+        registry = metrics or CollectorRegistry()
+        self._outcomes = Counter(
+            "artifact_store_authentications",
+            "Tokens that were looked at",
+            ("issuer", "outcome"),
+            registry=registry,
+        )
+        self._fetch_failures = Counter(
+            "artifact_store_issuer_failures",
+            "Fetches of an issuer's keys that failed",
+            ("issuer",),
+            registry=registry,
+        )
+        self._stale = Gauge(
+            "artifact_store_identity_file_invalid",
+            "1 while a file cannot be read and what it said before is in force",
+            ("file",),
+            registry=registry,
+        )
+        self._issuers: dict[str, Issuer] = {}
+        self._retired: list[Issuer] = []
+        self._remembered: OrderedDict[bytes, _Remembered] = OrderedDict()
+        self._policy = Policy()
+        self._tokens: TokenSet = NO_TOKENS
+        self._policy_file = None if policy is None else _Watched("policy", policy)
+        self._tokens_file = None if tokens is None else _Watched("tokens", tokens)
+        self._looked_at = self._ticks()
+        if self._policy_file is not None:
+            self._take_policy(self._policy_file)
+        if self._tokens_file is not None:
+            self._take_tokens(self._tokens_file)
+
+    @classmethod
+    def open(cls, settings: Settings, metrics: CollectorRegistry | None = None) -> Self:
+        """The authenticator of these settings. Blocks while it reads files; asks no issuer.
+
+        Without policy and tokens everyone is the local user with all rights, on loopback; beyond loopback that is
+        refused, unless `settings.insecure` says that everyone may do everything there, as `anonymous`.
+
+        Raises ConfigurationError.
+        """
+        anyone = None
+        if settings.policy is None and settings.tokens is None:
+            try:
+                loopback = ListenAddress.parse(settings.listen).is_loopback
+            except ValueError as error:
+                raise ConfigurationError(f"ARTIFACT_STORE_LISTEN: {error}") from None
+            if not loopback and not settings.insecure:
+                raise ConfigurationError(
+                    "ARTIFACT_STORE_LISTEN names an interface that others reach, and nothing asks them who they are: "
+                    "set ARTIFACT_STORE_POLICY or ARTIFACT_STORE_TOKENS, or listen on 127.0.0.1, or set "
+                    "ARTIFACT_STORE_INSECURE=1 where the network itself keeps strangers out"
+                )
+            anyone = local_principal() if loopback else local_user("anonymous")
+        return cls(policy=settings.policy, tokens=settings.tokens, anyone=anyone, metrics=metrics)
+
+    async def authenticate(self, authorization: str | None) -> Principal:
+        """Who sends a request with this `Authorization` header; None when it has none.
+
+        Returns at once for tokens that are known; may wait some seconds for an issuer's keys. The principal holds as
+        of now: ask again for what takes long.
+
+        Raises:
+            UnauthenticatedError: there is no token, or it is not accepted. Its text never holds the token.
+            UnavailableError: the issuer's keys cannot be had, so nobody can tell; try again.
+        """
+        if self._anyone is not None:
+            return self._anyone
+        if self._ticks() - self._looked_at >= LOOK_SECONDS:
+            self._look()
+        if authorization is None:
+            raise UnauthenticatedError("this needs a token: send it as `Authorization: Bearer TOKEN`")
+        match = _HEADER.fullmatch(authorization) if len(authorization) <= 2 * MAX_TOKEN_BYTES else None
+        if match is None:
+            self._count(None, "refused")
+            raise UnauthenticatedError("the Authorization header must be `Bearer TOKEN`", "invalid_token")
+        return self._static(match[1]) if is_static(match[1]) else await self._verified(match[1])
+
+    @property
+    def logins(self) -> tuple[LoginChoice, ...]:
+        """The issuers at which people can log in."""
+        tables = (issuer.table for issuer in self._issuers.values())
+        return tuple(LoginChoice(t.alias, t.url, t.client_id) for t in tables if t.client_id is not None)
+
+    async def close(self) -> None:
+        """Stop what runs in the background."""
+        for issuer in (*self._issuers.values(), *self._retired):
+            await issuer.close()
+
+    def _static(self, token: str) -> Principal:
+        found = self._tokens.find(token)
+        if found is None or (found.expires_at is not None and found.expires_at <= self._clock()):
+            self._count(STATIC_ALIAS, "refused")
+            raise invalid("the token is not known: it was revoked, has expired, or is of another gateway")
+        self._count(STATIC_ALIAS, "accepted")
+        return Principal(
+            actor_of(STATIC_ALIAS, found.name),
+            (*found.grants, *self._policy.grants_of_name(found.name)),
+            None if found.expires_at is None else float(found.expires_at),
+        )
+
+    async def _verified(self, token: str) -> Principal:
+        digest = hashlib.sha256(token.encode()).digest()
+        known = self._remembered.get(digest)
+        policy, alias = self._policy, None
+        try:
+            if known is not None and (known.principal.expires_at or 0.0) > self._clock():
+                alias = known.issuer.table.alias
+                keys = await known.issuer.current_keys()
+                if keys is known.keys and self._remembered.get(digest) is known:
+                    self._remembered.move_to_end(digest)
+                    self._count(alias, "accepted")
+                    return known.principal
+            issuer = self._issuer_of(token)
+            alias = issuer.table.alias
+            claims = await issuer.verify(token)
+        except UnauthenticatedError:
+            self._count(alias, "refused")
+            raise
+        except UnavailableError:
+            self._count(alias, "unavailable")
+            raise
+        if policy is not self._policy:  # it changed while keys were fetched
+            return await self._verified(token)
+        self._count(alias, "accepted")
+        principal = Principal(
+            actor_of(alias, claims["sub"]), policy.grants_of_token(alias, claims), float(claims["exp"])
+        )
+        if issuer.keys is not None:
+            self._remembered[digest] = _Remembered(principal, issuer, issuer.keys)
+            if len(self._remembered) > MAX_REMEMBERED:
+                self._remembered.popitem(last=False)
+        return principal
+
+    def _issuer_of(self, token: str) -> Issuer:
+        _, claims = unverified(token)
+        name = claims.get("iss")
+        found = self._issuers.get(name) if isinstance(name, str) else None
+        if found is None:
+            raise invalid("the token is of an issuer that is not trusted here")
+        return found
+
+    def _count(self, alias: str | None, outcome: str) -> None:
+        self._outcomes.labels(alias or "none", outcome).inc()
+
+    def _look(self) -> None:
+        """Read again what changed."""
+        self._looked_at = self._ticks()
+        for file, take in ((self._policy_file, self._take_policy), (self._tokens_file, self._take_tokens)):
+            if file is None or not (file.failure or file.changed()):
+                continue
+            try:
+                take(file)
+            except ConfigurationError as error:
+                if file.failure != error.detail:
+                    _log.error("%s; what it said before stays in force", error.detail)
+                file.failure = error.detail
+                self._stale.labels(file.name).set(1)
+            else:
+                file.failure = None
+                _log.info("read the %s file %s again", file.name, file.path)
+
+    def _take_policy(self, file: _Watched) -> None:
+        file.note()
+        policy = read_policy(file.path)
+        issuers = {table.url: self._open_issuer(table, file) for table in policy.issuer}
+        dropped = (issuer for issuer in self._issuers.values() if issuer not in issuers.values())
+        self._retired = [issuer for issuer in (*self._retired, *dropped) if issuer.fetching]
+        self._policy, self._issuers = policy, issuers
+        self._remembered.clear()
+        self._stale.labels(file.name).set(0)
+
+    def _open_issuer(self, table: IssuerTable, file: _Watched) -> Issuer:
+        """The issuer as it is open, with its keys, unless the policy now says something else of it."""
+        for path in (table.ca, table.jwks):
+            if path is not None:
+                file.note(path)
+        known = self._issuers.get(table.url)
+        if known is not None and known.table == table and table.ca is None and table.jwks is None:
+            return known
+        return Issuer(
+            table,
+            clock=self._clock,
+            ticks=self._ticks,
+            failed=lambda alias: self._fetch_failures.labels(alias).inc(),
+        )
+
+    def _take_tokens(self, file: _Watched) -> None:
+        file.note()
+        self._tokens = read_tokens(file.path)
+        self._stale.labels(file.name).set(0)
+
+
+class _Watched:
+    """A file, with those that it names, of which is known in what state they were read."""
+
+    def __init__(self, name: str, path: Path) -> None:
+        self.name = name
+        self.path = path
+        self.failure: str | None = None
+        """Why it could not be taken the last time: it is read again until that has passed."""
+        self._states: dict[Path, object] = {}
+
+    def note(self, path: Path | None = None) -> None:
+        """The file is read now; without `path` it is the file itself, and what it named before is forgotten."""
+        if path is None:
+            self._states.clear()
+        self._states[path or self.path] = _state_of(path or self.path)
+
+    def changed(self) -> bool:
+        """Whether any of them is in another state than when it was read."""
+        return any(_state_of(path) != state for path, state in self._states.items())
+
+
+def _state_of(path: Path) -> object:
+    """What tells one content of a file from another without reading it. A link is followed."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        return error.errno
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def describe(principal: Principal) -> dict[str, Any]:
+    """A principal for people and `whoami`: the actor, what they may, and until when (seconds since 1970)."""
+    rights: list[Mapping[str, Any]] = [
+        {
+            "can": sorted(grant.rights),
+            "producers": list(grant.packages.producers),
+            "subjects": list(grant.packages.subjects),
+        }
+        for grant in principal.grants
+    ]
+    return {"actor": principal.actor, "rights": rights, "expires_at": principal.expires_at}
