@@ -122,7 +122,8 @@ def _lock(folder: Path | None, identity: dict[str, Any]) -> tuple[int | None, Pa
     try:
         # Not JCS: it would refuse NaN, surrogates and large numbers here, and the registry refuses them with a reason.
         name = blake3(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for each in (folder.parent, folder):  # the mode is that of the last one alone
+            each.mkdir(parents=True, exist_ok=True, mode=0o700)
         for number in range(_MOST_AT_ONCE):
             path = folder / f"{name}.{number}.json"
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

@@ -40,7 +40,7 @@ from services.blobs.resumable.object_parts import PART_BYTES, ObjectParts
 from services.blobs.resumable.states import sweep_states
 from services.blobs.verified_reads import Mistrusted
 from services.runtime.clock import StoreClock
-from services.runtime.files import secure_folder, sync_folder
+from services.runtime.files import PRIVATE_FILE, PRIVATE_FOLDER, secure_folder, sync_folder
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -239,7 +239,7 @@ class LocalBlobStore:
         """See the port."""
 
         def create() -> None:
-            self._root.mkdir(parents=True, exist_ok=True)
+            self._root.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
             secure_folder(self._root)
             self._make_folder(self._incoming)
 
@@ -334,7 +334,7 @@ class LocalBlobStore:
         if folder == self._root or (folder in self._durable_folders and folder.is_dir()):  # it may have been removed
             return
         self._make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(PRIVATE_FOLDER, exist_ok=True)
         sync_folder(folder.parent)
         self._durable_folders.add(folder)
 
@@ -362,7 +362,7 @@ class _Draft:
         self._file = -1
 
     def open(self) -> None:
-        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, PRIVATE_FILE)
 
     def write(self, data: bytes) -> None:
         view = memoryview(data)

@@ -1,6 +1,7 @@
-"""Locks between processes, and folders whose names outlive a power cut.
+"""Locks between processes, folders whose names outlive a power cut, and files that only their owner can read.
 
-The system releases a lock however its holder ends. What lies in a folder whose own name was not synced is lost with it.
+The modes do not depend on the umask, by which the same process writes files of its user, such as those of a pull. The
+system releases a lock however its holder ends. What lies in a folder whose own name was not synced is lost with it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,12 @@ import os
 import time
 from contextlib import suppress
 from pathlib import Path
+
+PRIVATE_FOLDER = 0o700
+"""The mode of folders of ours."""
+
+PRIVATE_FILE = 0o600
+"""The mode of files of ours."""
 
 _POLL_SECONDS = 0.002
 
@@ -31,7 +38,7 @@ class FileLock:
 
     def take(self, timeout_seconds: float = 0.0) -> bool:
         """Take the lock, waiting at most so long; blocks meanwhile. False when another holds it. Raises OSError."""
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE_FILE)
         deadline = time.monotonic() + timeout_seconds
         try:
             while True:
@@ -61,8 +68,19 @@ def make_folder(folder: Path) -> None:
     if folder.is_dir():
         return
     make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(PRIVATE_FOLDER, exist_ok=True)
     sync_folder(folder.parent)
+
+
+def private_file(path: Path) -> Path:
+    """Create an empty file, and its folder, unless they are there. Returns the path. Blocks. Raises OSError.
+
+    What SQLite keeps beside a database gets the mode of the database.
+    """
+    if not path.exists():
+        path.parent.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE_FILE))
+    return path
 
 
 def secure_folder(folder: Path) -> None:

@@ -30,7 +30,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from artifact_store.errors import ArtifactStoreError, ConfigurationError, CorruptError, UnavailableError
 from services.core.lifecycle import RETENTION_CLASSES
-from services.runtime.files import FileLock, make_folder
+from services.runtime.files import FileLock, make_folder, private_file
 from services.views.bulk import on_postgresql
 from services.views.projections import PROJECTIONS, Projection
 from services.views.tables import (
@@ -287,7 +287,7 @@ def _write_ahead(path: Path) -> None:
     if not lock.take(_BUSY_SECONDS):
         raise UnavailableError(f"another process has been preparing {path} for more than {_BUSY_SECONDS} s")
     try:
-        with closing(sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)) as connection:
+        with closing(sqlite3.connect(private_file(path), timeout=_BUSY_SECONDS, isolation_level=None)) as connection:
             _refuse_foreign(path, connection)
             connection.execute("PRAGMA journal_mode = WAL")
     finally:

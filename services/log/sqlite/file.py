@@ -29,7 +29,7 @@ from artifact_store.errors import (
 from artifact_store.events import Event
 from schemas.codec import UndecodableEventError, decode
 from services.log.port import Record
-from services.runtime.files import FileLock, secure_folder
+from services.runtime.files import PRIVATE_FOLDER, FileLock, private_file, secure_folder
 
 PARTITION = 0
 """The only partition."""
@@ -118,8 +118,8 @@ def create_file(path: Path) -> None:
             with closing(_connect(path, "rw")) as connection:
                 if not _is_new(path, connection):
                     return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with write_lock(path), closing(_connect(path, "rwc")) as connection:
+        path.parent.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
+        with write_lock(path), closing(_connect(private_file(path), "rw")) as connection:
             if not _is_new(path, connection):
                 return
             if connection.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):

@@ -31,7 +31,7 @@ from services.log.state.state_file import (
     UnusableStateError,
     remove,
 )
-from services.runtime.files import FileLock
+from services.runtime.files import PRIVATE_FOLDER, FileLock
 
 FROM_FILE = "file"
 FROM_SNAPSHOT = "snapshot"
@@ -196,7 +196,7 @@ def claim(folder: Path, origin: LogPartition, lost: Callable[[Witness], Loss | N
     whatever `lost` raises.
     """
     with _system_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
         numbers = _numbers(folder, origin)
         held = [slot for number in sorted({0, *numbers}) if (slot := _locked(folder, origin, number))]
     files: list[tuple[Slot, StateFile]] = []

@@ -33,6 +33,7 @@ from artifact_store.errors import ArtifactStoreError, UnavailableError
 from services.log.port import PartitionNotOwnedError, SnapshotStore
 from services.log.state.loss import SNAPSHOT, Witness
 from services.log.state.state_file import FORMAT, Anchor, LogPartition, StateFile, copy_file
+from services.runtime.files import PRIVATE_FOLDER, private_file
 
 SNAPSHOT_OFFSETS = 50_000
 """A snapshot is made when the log went on by so many offsets since the last one,"""
@@ -138,7 +139,7 @@ class Snapshots:
         Blocks. Raises SnapshotError, StateFileError, PartitionNotOwnedError.
         """
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
             with TemporaryDirectory(dir=folder, prefix=_TEMPORARY) as temporary:
                 copy = Path(temporary) / "copy.db"
                 self.fetch(snapshot, origin, copy, stopping)
@@ -165,7 +166,7 @@ class Snapshots:
         index = self._index(snapshot, origin, stopping)
         try:
             digests = [part["blake3"] for part in index["parts"]]
-            with target.open("wb") as file:
+            with private_file(target).open("wb") as file:
                 coming = self._begin(self._store.get_object(_part_key(snapshot, 0)))
                 for number, digest in enumerate(digests, start=1):
                     data = self._result(coming, stopping)

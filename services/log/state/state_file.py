@@ -48,6 +48,7 @@ from services.core.state import (
 )
 from services.log.port import PackageExtent
 from services.log.records import AcceptedLoss, AdministrativeHead
+from services.runtime.files import private_file
 
 _APPLICATION_ID = 0x61727470
 FORMAT = 6
@@ -211,8 +212,7 @@ class StateFile:
         """A new file, in place of any that is there."""
         remove(path)
         with _explained(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            return cls(path, _made(_connect(path, "rwc"), origin), origin, Anchor(), 1)
+            return cls(path, _made(_connect(private_file(path), "rw"), origin), origin, Anchor(), 1)
 
     @classmethod
     def in_memory(cls, path: Path, origin: LogPartition) -> Self:
@@ -286,7 +286,7 @@ class StateFile:
         written = self.path.with_name(self.path.name + ".written")
         try:
             remove(written)
-            target = sqlite3.connect(written, isolation_level=None)
+            target = sqlite3.connect(private_file(written), isolation_level=None)
             try:
                 self._connection.backup(target)
             finally:
@@ -614,7 +614,7 @@ def copy_file(source: Path, target: Path) -> None:
             reading.execute("PRAGMA query_only = ON")
             reading.execute("PRAGMA wal_autocheckpoint = 0")
             reading.execute("PRAGMA cache_size = -256")  # every page is read once
-            writing = sqlite3.connect(target, isolation_level=None)
+            writing = sqlite3.connect(private_file(target), isolation_level=None)
             try:
                 writing.execute("PRAGMA synchronous = OFF")
                 writing.execute("PRAGMA cache_size = -256")
