@@ -53,6 +53,23 @@ _MOST_CONFLICTS_SHOWN = 10
 _RENAMED = ".file"
 """The suffix of a file whose path other files need as a folder."""
 
+READ_BY_PROGRAMS = frozenset(
+    {
+        # settings of the shell, and of programs that are started in the folder
+        *(".env", ".envrc", ".npmrc", ".yarnrc", ".yarnrc.yml", ".bazelrc", ".exrc", ".vimrc", ".gdbinit"),
+        # folders whose settings name commands
+        *(".git", ".hg", ".cargo", ".vscode"),
+        # what Python imports unasked
+        *("sitecustomize.py", "usercustomize.py"),
+        # what counts where the destination is a home folder
+        *(".ssh", ".profile", ".bashrc", ".bash_profile", ".zshenv", ".zshrc", ".gitconfig"),
+    }
+)
+"""Names that programs read although nobody names them, and that make them run what is written there.
+
+What people start themselves (`Makefile`, `package.json`, scripts) is not among them.
+"""
+
 _WORTH_STREAMING = 4
 """Use a stream only if at least every fourth of its files is wanted."""
 
@@ -317,7 +334,8 @@ class Landing:
 class Pulled:
     """The result of a pull. `size_bytes` counts every file; `kept` counts the files that were there already.
 
-    `renamed` maps the paths of files that were written elsewhere to where they are.
+    `renamed` maps the paths of files that were written elsewhere to where they are. `read_by_programs` holds the paths,
+    up to a name of `READ_BY_PROGRAMS`, that make commands in the folder act on what the package says.
     """
 
     package_id: UUID
@@ -326,6 +344,7 @@ class Pulled:
     size_bytes: int
     kept: int
     renamed: Mapping[str, str] = field(default_factory=dict)
+    read_by_programs: tuple[str, ...] = ()
 
 
 async def pull(
@@ -375,7 +394,19 @@ async def pull(
     finally:
         folder.close()
     total = sum(file.size_bytes for file in manifest.files)
-    return Pulled(package_id, address, len(manifest.files), total, kept, renamed)
+    warned_of = await asyncio.to_thread(_read_by_programs, manifest.files)
+    return Pulled(package_id, address, len(manifest.files), total, kept, renamed, warned_of)
+
+
+def _read_by_programs(files: Iterable[ManifestFile]) -> tuple[str, ...]:
+    found: set[str] = set()
+    for file in files:
+        parts = file.relative_path.split("/")
+        # Some file systems do not tell upper from lower case.
+        named = next((depth for depth, part in enumerate(parts, start=1) if part.lower() in READ_BY_PROGRAMS), None)
+        if named is not None:
+            found.add("/".join(parts[:named]))
+    return tuple(sorted(found))
 
 
 async def read_manifest(registry: Registry, package_id: UUID, address: ContentAddress) -> Manifest:

@@ -142,8 +142,18 @@ def pull(package: str, destination: Path, *, force: bool, rename: bool, concurre
 
     Equal files that are there already are kept, so that an interrupted pull can be run again.
     """
+    from artifact_store.rules import MAX_PAIRS
+
     settings = invocation().settings()
     done = run(_pull(settings, package, destination, force=force, rename=rename, concurrency=concurrency))
+    if read := done.read_by_programs:
+        shown = ", ".join(map(repr, read[:MAX_PAIRS])) + (
+            f" and {len(read) - MAX_PAIRS:,} more" if read[MAX_PAIRS:] else ""
+        )
+        remark(
+            f"warning: programs that run in {str(destination)!r} read what the package brought and may run commands "
+            f"that it names: {shown}"
+        )
     answer(
         {
             "package_id": str(done.package_id),
@@ -152,6 +162,7 @@ def pull(package: str, destination: Path, *, force: bool, rename: bool, concurre
             "bytes": done.size_bytes,
             "kept": done.kept,
             **({"renamed": dict(done.renamed)} if done.renamed else {}),
+            **({"read_by_programs": list(read)} if read else {}),
         }
     )
 

@@ -95,6 +95,14 @@ def test_pull_gives_the_tree_back(run: Run, tree: Path, tmp_path: Path, package:
     assert (tmp_path / "out" / "a b.txt").read_bytes() == b"hello"
 
 
+def test_pull_warns_of_what_programs_read_unasked(run: Run, tree: Path, tmp_path: Path) -> None:
+    (tree / ".envrc").write_bytes(b"rm -r ~")
+    package = json.loads(run("push", tree, *ABOUT, "--json").stdout)["package_id"]
+    pulled = run("pull", package, tmp_path / "back", "--json")
+    assert json.loads(pulled.stdout)["read_by_programs"] == [".envrc"]
+    assert "may run commands that it names: '.envrc'" in pulled.stderr
+
+
 def test_pull_does_not_replace_what_is_different_unless_it_must(
     run: Run, tmp_path: Path, package: dict[str, Any]
 ) -> None:

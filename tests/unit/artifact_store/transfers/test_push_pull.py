@@ -217,6 +217,17 @@ async def test_what_an_earlier_run_sent_and_arrives_late_is_told(registry: Regis
         await pushed(lagging, tree, state=state)
 
 
+async def test_a_pull_tells_what_programs_read_unasked(registry: Registry, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for path in (".env", "a/.GIT/config", "a/.GIT/hooks/x", "sub/.envrc", "Makefile", ".environment", "git/config"):
+        (source / path).parent.mkdir(parents=True, exist_ok=True)
+        (source / path).write_bytes(b"x")
+    package = (await pushed(registry, source)).package_id
+    pulled = await pull(registry, package, tmp_path / "target")
+    assert pulled.read_by_programs == (".env", "a/.GIT", "sub/.envrc")
+    assert (tmp_path / "target/.env").read_bytes() == b"x"
+
+
 async def test_an_open_package_cannot_be_pulled(registry: Registry, tree: Path, tmp_path: Path) -> None:
     done = await pushed(registry, tree, finalize=False)
     assert done.manifest_digest is None
