@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
+from threading import Event
 from typing import Any
+from uuid import UUID
 
 import pytest
 
@@ -17,7 +20,10 @@ from artifact_store.errors import ConfigurationError, CorruptError, LogIdentityE
 from artifact_store.models import Acknowledgement
 from services.core.commands import Command
 from services.core.limits import Limits
+from services.log.sequencer import queue
 from services.log.sqlite import SqliteLog, SqliteWriter, file
+from services.log.sqlite.driver import SqliteDriver
+from services.log.sqlite.package_states import PackageStates
 from services.runtime.files import FileLock
 from tests.commands import create, finalize, ingest
 from tests.contract.log_invariants import assert_recorded_once, read_valid
@@ -165,10 +171,13 @@ async def test_a_process_that_holds_the_file_pushes_others_back_without_a_trace(
     await writer.submit(ingest(made.package_id, "a"))
 
 
-async def test_a_full_queue_pushes_back_and_keeps_what_it_accepted(path: Path, log: SqliteLog) -> None:
-    writer = SqliteWriter(path, limits=Limits(), put_manifest=no_manifest, max_waiting=10)
+async def test_a_full_queue_pushes_back_and_keeps_what_it_accepted(
+    path: Path, log: SqliteLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = SqliteWriter(path, limits=Limits(), put_manifest=no_manifest)
     await writer.start()
     made = create()
+    monkeypatch.setattr(queue, "MAX_WAITING_BYTES", 10 * queue.size_of(ingest(made.package_id, "a")))
     await writer.submit(made)
     held = FileLock(path.with_name(path.name + ".lock"))
     assert held.take()
@@ -185,6 +194,59 @@ async def test_a_full_queue_pushes_back_and_keeps_what_it_accepted(path: Path, l
     events = await read_valid(log)
     assert len(events) == 1 + len(done) > 10
     assert_recorded_once(events, done)
+
+
+async def test_a_command_whose_commit_was_in_doubt_is_looked_up_and_recorded_once(
+    log: SqliteLog, writer: SqliteWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, doubts = SqliteDriver.commit, iter(["recorded", "not recorded"])
+
+    def in_doubt(driver: SqliteDriver, values: Sequence[bytes]) -> None:
+        doubt = next(doubts, None)
+        if doubt != "not recorded":
+            commit(driver, values)
+        if doubt is not None:
+            raise UnavailableError("the disk gave no answer")
+
+    monkeypatch.setattr(SqliteDriver, "commit", in_doubt)
+    made = create()
+    done = [(command, await writer.submit(command)) for command in (made, ingest(made.package_id, "a"))]
+
+    events = await read_valid(log)
+    assert len(events) == 2
+    assert_recorded_once(events, done)
+
+
+async def test_a_large_package_is_read_while_others_are_written_to(
+    path: Path, log: SqliteLog, writer: SqliteWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = create("large")
+    for command in (large, ingest(large.package_id, *map(str, range(30)))):
+        await writer.submit(command)
+    monkeypatch.setattr("services.log.sqlite.driver.PackageStates", partial(PackageStates, large=20))
+    loading, read = PackageStates.loading, Event()
+
+    def load_late(states: PackageStates, package_id: UUID) -> Any:
+        load = loading(states, package_id)
+
+        def late() -> Any:
+            assert read.wait(30)
+            return load()
+
+        return late
+
+    monkeypatch.setattr(PackageStates, "loading", load_late)
+    another = SqliteWriter(path, limits=Limits(), put_manifest=no_manifest)
+    await another.start()
+    waiting = asyncio.ensure_future(another.submit(ingest(large.package_id, "later", name="later")))
+    await another.submit(create("other"))
+    # What others append meanwhile is read as well.
+    await writer.submit(ingest(large.package_id, "meanwhile", name="meanwhile"))
+    assert not waiting.done()
+    read.set()
+    assert (await waiting).sequence == 33
+    await another.close()
+    assert len(await read_valid(log)) == 34
 
 
 async def test_a_writer_that_is_not_open_takes_nothing(path: Path, log: SqliteLog) -> None:

@@ -12,17 +12,17 @@ from services.log.kafka.connection import KafkaSettings, refusal, spoiled_by_rec
 from services.log.kafka.lease import PartitionLease
 from services.log.kafka.ownership import WriterGroup
 from services.log.kafka.topic import Guard
+from services.log.sequencer.driver import Driver
 from services.log.state.restore import States
 
 
-class KafkaDriver:
+class KafkaDriver(Driver):
     """See `Driver`."""
 
     def __init__(
         self, kafka: KafkaSettings, cluster: Cluster, identity: UUID, states: States, group: WriterGroup, guard: Guard
     ) -> None:
-        self.identity = identity
-        """The topic's id."""
+        self._identity = identity
         self.doubt = Flag()
         """Set while it is not known that the topic is still the log's: nothing is committed."""
         self._kafka = kafka
@@ -30,6 +30,11 @@ class KafkaDriver:
         self._states = states
         self._guard = guard
         self._group = group
+
+    @property
+    def identity(self) -> UUID:
+        """See `Driver`; the topic's id."""
+        return self._identity
 
     def take_over(
         self,

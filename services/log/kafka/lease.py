@@ -11,6 +11,7 @@ answer. Such a leader cannot acknowledge a record for all replicas, so the barri
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -44,9 +45,9 @@ from services.log.records import (
     is_administrative,
     read_record,
 )
-from services.log.sequencer.driver import Staged
+from services.log.sequencer.driver import Lease, Staged
 from services.log.state.loss import FILE, SNAPSHOT, Loss, Witness
-from services.log.state.partition_state import PartitionState, value_digest
+from services.log.state.partition_state import TIDY_SECONDS, PartitionState, value_digest
 from services.log.state.restore import (
     FROM_LOG,
     FROM_SNAPSHOT,
@@ -97,7 +98,7 @@ class _Ahead:
     last_created_at: int = 0
 
 
-class PartitionLease:
+class PartitionLease(Lease):
     """Used by one thread. Every method blocks.
 
     The fold stops before a record that is no event, unless an operator has confirmed it: the lease then takes that
@@ -378,6 +379,12 @@ class PartitionLease:
             self._offer(self.state)
         if self.state.tidy_due:
             self.state.tidy()
+
+    def tidy(self) -> float:
+        """See `Lease`. Raises StateFileError."""
+        self.save_if_due()
+        self.state.put_away()
+        return TIDY_SECONDS if self.state.untidy else math.inf
 
     def close(self) -> None:
         """Throw producer and tail away, save what is certain of the state, and let others have the file.

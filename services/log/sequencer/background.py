@@ -25,8 +25,8 @@ from services.core.decide import Decision, decide
 from services.core.limits import EVENT_OVERHEAD_BYTES, Limits
 from services.core.state import CREATED, PackageState
 from services.log.port import PutManifest
+from services.log.sequencer.driver import State
 from services.log.sequencer.queue import Request
-from services.log.state.partition_state import PartitionState
 from services.log.state.state_file import StateFileError
 from services.runtime.clock import Clock
 
@@ -80,16 +80,18 @@ class BackgroundJobs:
 
     def __init__(
         self,
-        state: PartitionState,
+        state: State,
         *,
+        exclusive: bool,
         limits: Limits,
         clock: Clock,
         put_manifest: PutManifest,
         loop: asyncio.AbstractEventLoop,
         wake: Callable[[], None],
     ) -> None:
-        """`wake` is called in another thread when there may be something for `settle`."""
+        """`wake` is called in another thread when there may be something for `settle`. `exclusive` as of `Lease`."""
         self._state = state
+        self._exclusive = exclusive
         self._limits = limits
         self._clock = clock
         self._put_manifest = put_manifest
@@ -208,7 +210,7 @@ class BackgroundJobs:
         asked = request.asked
         if self._state.away(asked.package_id) and asked.package_id not in self._at_hand:
             return _Job(asked.package_id, _Task.LOAD)
-        if not isinstance(asked, FinalizePackage):
+        if not isinstance(asked, FinalizePackage) or not self._exclusive:
             return None
         made = self._decisions.get(asked.package_id)
         if made is not None and made[0] == asked:
@@ -253,41 +255,42 @@ class BackgroundJobs:
         Thread(target=run, name=f"log-job-{job.task.value}", daemon=True).start()
 
     def _loading(self, job: _Job) -> Callable[[], None]:
-        file = self._state.beside()
+        load = self._state.loading(job.package_id)
 
-        def load() -> None:
-            try:
-                job.loaded = file.load(job.package_id, None, 0)
-            finally:
-                file.close()
+        def run() -> None:
+            job.loaded = load()
 
-        return load
+        return run
 
     def _finalizing_of(self, job: _Job, command: Command, package: PackageState, now: int) -> Callable[[], None]:
         def finalize() -> None:
             decision = decide(package, command, now, self._limits)
             if decision.claim_check is not None:
-                self._put(job, decision.claim_check)
+                self.store(decision.claim_check, job)
                 decision = replace(decision, claim_check=None)
             job.decision = decision
 
         return finalize
 
-    def _put(self, job: _Job, manifest: bytes) -> None:
-        """Make a manifest durable before its event is appended. Blocks. Raises UnavailableError, PushBackError."""
+    def store(self, manifest: bytes, job: _Job | None = None) -> None:
+        """Make a manifest durable before its event is appended; blocks PUT_SECONDS at most.
+
+        Raises UnavailableError and PushBackError: nothing is recorded.
+        """
+        act = _awaited(self._put_manifest, manifest)
         try:
-            act = _awaited(self._put_manifest, manifest)
-            try:
-                job.putting = asyncio.run_coroutine_threadsafe(act, self._loop)
-            except RuntimeError:  # the loop is closed
-                act.close()
-                raise UnavailableError("the process ends; nothing is recorded") from None
+            putting = asyncio.run_coroutine_threadsafe(act, self._loop)
+        except RuntimeError:  # the loop is closed
+            act.close()
+            raise UnavailableError("the process ends; nothing is recorded") from None
+        if job is not None:
+            job.putting = putting
             if job.cancelled:
-                job.putting.cancel()
-            job.putting.result(PUT_SECONDS)
+                putting.cancel()
+        try:
+            putting.result(PUT_SECONDS)
         except (TimeoutError, CancelledError):
-            if job.putting is not None:
-                job.putting.cancel()
+            putting.cancel()
             raise UnavailableError("the manifest could not be stored in time; nothing is recorded") from None
         except ArtifactStoreError:
             raise

@@ -12,6 +12,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import Event as Flag
 from threading import Lock, Thread
@@ -19,7 +20,7 @@ from types import TracebackType
 from typing import Any, cast
 from uuid import UUID
 
-from artifact_store.errors import ArtifactStoreError, PushBackError, RejectedError, UnavailableError
+from artifact_store.errors import ArtifactStoreError, CorruptError, PushBackError, RejectedError, UnavailableError
 from artifact_store.models import Acknowledgement
 from schemas.identifiers import partition_id
 from services.core.commands import Command, IngestFiles
@@ -36,7 +37,7 @@ from services.log.port import (
 from services.log.records import BadRecord, Confirmation
 from services.log.sequencer.answers import Counts, Deadlines, given_up, in_doubt, lost, quarantined, refused, told
 from services.log.sequencer.background import BackgroundJobs
-from services.log.sequencer.driver import Driver, Lease, Staged
+from services.log.sequencer.driver import Driver, Lease, Staged, State
 from services.log.sequencer.queue import (
     CHECK_SECONDS,
     MAX_BATCH_BYTES,
@@ -48,7 +49,6 @@ from services.log.sequencer.queue import (
     runs_of,
 )
 from services.log.state.loss import Loss
-from services.log.state.partition_state import TIDY_SECONDS, PartitionState
 from services.log.state.state_file import Irregular, StateFileError
 from services.runtime.clock import Clock
 from services.runtime.tracing import TRACEPARENT
@@ -81,7 +81,7 @@ class PartitionWriter:
         self.restored_from: str | None = None
         self._trouble: str | None = "it is being taken over"
         self._memory_only: str | None = None
-        self._state: PartitionState | None = None
+        self._state: State | None = None
         """The state, which other threads may ask for extents while commands are served."""
         self._serving_since: float | None = None
         self._failed = 0
@@ -263,6 +263,7 @@ class PartitionWriter:
         )
         jobs = BackgroundJobs(
             lease.state,
+            exclusive=lease.exclusive,
             limits=context.limits,
             clock=context.clock,
             put_manifest=context.put_manifest,
@@ -294,14 +295,12 @@ class PartitionWriter:
                 else:
                     lease.idle()
                 self._record(lease)
-                lease.save_if_due()
-                lease.state.put_away()
+                pause = min(_IDLE_SECONDS, lease.tidy())
                 self._memory_only = lease.state.memory_only
                 back, failed = jobs.settle()
                 self._deliver(failed)
                 self._queue.put_back(back)
                 jobs.begin()
-                pause = TIDY_SECONDS if lease.state.untidy else _IDLE_SECONDS
                 if self._unproven:
                     pause = max(0.0, lease.proof_due - time.monotonic())
         finally:
@@ -391,6 +390,13 @@ class PartitionWriter:
 
     def _serve(self, lease: Lease, jobs: BackgroundJobs, batch: list[Request]) -> None:
         self._serving_since = time.monotonic()
+        package_ids = {request.asked.package_id for request in batch}
+        try:
+            lease.begin_batch(package_ids, appends=not all(isinstance(request.asked, IngestCheck) for request in batch))
+        except ArtifactStoreError as error:  # nothing was tried
+            self._deliver([(request, error) for request in batch])
+            self._serving_since = None
+            return
         try:
             runs = runs_of(self._without_held(jobs, batch))
             batch = [request for run in runs for request in run]
@@ -398,12 +404,13 @@ class PartitionWriter:
         except Exception as error:
             for request in batch:
                 # Not the exception itself, whose traceback holds this batch.
-                request.failed(type(error).__name__, spoiled=self._context.driver.spoiled_by_record(error))
+                request.failed(_name(error), spoiled=self._context.driver.spoiled_by_record(error))
             held = [request for request in jobs.cancel() if request not in batch]
             self._queue.put_back([*batch, *held])
             raise
         finally:
             self._serving_since = None
+            lease.end_batch()
         self._queue.put_back(batch[len(answers) :])
         self._queue.announce(sum(isinstance(answer, str) for answer in answers))
         answered = list(zip(batch, answers, strict=False))
@@ -414,13 +421,14 @@ class PartitionWriter:
 
     def _without_held(self, jobs: BackgroundJobs, batch: Sequence[Request]) -> list[Request]:
         """The requests of the batch that can be decided now, because no background job holds them."""
-        now, refused = [], []
+        now: list[Request] = []
+        refused: list[tuple[Request, _Outcome]] = []
         for request in batch:
             try:
                 if not jobs.holds(request):
                     now.append(request)
-            except PushBackError as error:
-                self._context.counts.pushed_back += 1
+            except (PushBackError, CorruptError) as error:
+                self._context.counts.pushed_back += isinstance(error, PushBackError)
                 refused.append((request, error))
         self._deliver(refused)
         return now
@@ -455,11 +463,14 @@ class PartitionWriter:
         return outcomes, True
 
     def _decide_run(
-        self, state: PartitionState, jobs: BackgroundJobs, run: Sequence[Request], now: int, staged: list[Staged]
+        self, state: State, jobs: BackgroundJobs, run: Sequence[Request], now: int, staged: list[Staged]
     ) -> list[_Outcome]:
         """Commands of one package that add files to it, together if they can be, or any other request."""
         commands = [request.asked for request in run if isinstance(request.asked, IngestFiles)]
-        package = state.package(run[0].asked.package_id) if len(commands) > 1 else None
+        package = None
+        if len(commands) > 1:
+            with suppress(CorruptError):
+                package = state.package(run[0].asked.package_id)
         if package is not None and package.package_id not in state.irregular.quarantined:
             decision = None
             # Which of them it is, and what is wrong with it, is found by deciding each by itself.
@@ -475,13 +486,14 @@ class PartitionWriter:
                 return [acknowledge(package, command) for command in commands]
         return [self._decide(state, jobs, request, now, staged) for request in run]
 
-    def _decide(
-        self, state: PartitionState, jobs: BackgroundJobs, request: Request, now: int, staged: list[Staged]
-    ) -> _Outcome:
+    def _decide(self, state: State, jobs: BackgroundJobs, request: Request, now: int, staged: list[Staged]) -> _Outcome:
         asked, limits = request.asked, self._context.limits
         if isinstance(asked, EndQuestion):
             return state.next_offset
-        package = state.package(asked.package_id, asked.command_id)
+        try:
+            package = state.package(asked.package_id, asked.command_id)
+        except CorruptError as error:
+            return error
         contradicted = state.irregular.quarantined.get(asked.package_id)
         try:
             if contradicted is not None and (package is None or isinstance(asked, IngestCheck)):
@@ -494,7 +506,7 @@ class PartitionWriter:
             if decision.appended is not None and contradicted is not None:
                 raise quarantined(contradicted)
             if decision.claim_check is not None:
-                return UnavailableError("the manifest is not stored yet; retry with the same command id")
+                jobs.store(decision.claim_check)
         except ArtifactStoreError as error:
             return error
         except (MemoryError, OSError) as error:  # that passes
@@ -551,6 +563,10 @@ class PartitionWriter:
 
         if answers and not self._context.loop.is_closed():
             self._context.loop.call_soon_threadsafe(settle)
+
+
+def _name(error: Exception) -> str:
+    return error.detail if isinstance(error, ArtifactStoreError) else type(error).__name__
 
 
 def _needs_proof(outcome: _Outcome) -> bool:

@@ -1,6 +1,8 @@
 """The embedded log of record: one SQLite file with one partition, shared by the processes of one machine.
 
-Reading begins with `log`, appending with `writer`; both work on `file`. Imports the log's `port` and `records`.
+Reading begins with `log`. Appending begins with `writer`, which runs the log's `sequencer` on `driver`, and keeps what
+it knows of packages in `package_states`. All work on `file`. Imports the log's `port`, `records`, `sequencer` and
+`state`.
 """
 
 from services.log.sqlite.log import SqliteLog

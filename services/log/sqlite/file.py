@@ -266,6 +266,14 @@ def sequence_before(connection: sqlite3.Connection, package_id: UUID, offset: in
     return max((numbered(record).sequence for record in _bounded(rows)), default=0)
 
 
+def sequence_of(connection: sqlite3.Connection, package_id: UUID) -> int:
+    """Under which number the log lists the package's last event, 0 if there is none; nothing is decoded."""
+    (last,) = connection.execute(
+        "SELECT CAST(max(sequence) AS INTEGER) FROM events WHERE package_id = ?", (package_id.bytes,)
+    ).fetchone()
+    return last or 0
+
+
 def progress_of(connection: sqlite3.Connection, projection: str) -> Mapping[int, tuple[int, str]]:
     """What the projection has committed: per partition the next offset and the metadata."""
     rows = connection.execute(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from uuid import UUID
@@ -164,6 +165,16 @@ class PartitionState:
     def beside(self) -> StateFile:
         """The file once more, from which another thread loads a package for `adopt`."""
         return self._file.beside()
+
+    def loading(self, package_id: UUID) -> Callable[[], PackageState | None]:
+        """What reads a package that is away, in another thread."""
+        file = self.beside()
+
+        def load() -> PackageState | None:
+            with closing(file):
+                return file.load(package_id, None, 0)
+
+        return load
 
     def extent(self, package_id: UUID) -> PackageExtent | None:
         """Where the package's events lie, as far as that is known; from any thread, while the state is open."""

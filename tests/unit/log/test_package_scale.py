@@ -14,11 +14,12 @@ from services.core.commands import Command, IngestFiles
 from services.core.decide import accept, acknowledge, check_ingest, decide, decide_together
 from services.core.limits import Limits
 from services.core.state import PackageState
+from services.log.sqlite.driver import SqliteDriver
 from services.log.sqlite.file import create_file, open_file
-from services.log.sqlite.writer import Appender
 from services.log.state.partition_state import PartitionState
 from services.log.state.state_file import LogPartition, StateFile
 from tests import commands
+from tests.unit.log.sqlite import batches
 
 FILES = 30_000
 TOGETHER = 500
@@ -79,17 +80,10 @@ class Embedded:
         create_file(folder / "log.db")
         file = open_file(folder / "log.db")
         file.close()
-        self._appender = Appender(
-            folder / "log.db",
-            limits=LIMITS,
-            put_manifest=lambda manifest: None,
-            clock=lambda: 1_000,
-            identity=file.identity,
-        )
+        self._driver = SqliteDriver(folder / "log.db", file.identity)
 
     def __call__(self, command: Command) -> None:
-        (answer,) = self._appender.run([command])
-        assert not isinstance(answer, Exception), answer
+        batches.run(self._driver, [command])
 
 
 @pytest.mark.parametrize("writer", [InMemory, Partition, Embedded])

@@ -56,6 +56,7 @@ async def test_a_finalization_that_another_writer_recorded_meanwhile_is_answered
 
     jobs = BackgroundJobs(
         state,
+        exclusive=True,
         limits=LIMITS,
         clock=lambda: NOW,
         put_manifest=no_manifest,
@@ -94,7 +95,7 @@ async def test_a_recorded_command_for_which_there_is_no_place_aside_is_in_doubt(
     state = PartitionState(StateFile.open(tmp_path / "state.db", PLACE))
     loop = asyncio.get_running_loop()
     jobs = BackgroundJobs(
-        state, limits=LIMITS, clock=lambda: NOW, put_manifest=no_manifest, loop=loop, wake=lambda: None
+        state, exclusive=True, limits=LIMITS, clock=lambda: NOW, put_manifest=no_manifest, loop=loop, wake=lambda: None
     )
     context = SimpleNamespace(loop=loop, submit_seconds=30.0, counts=Counts())
     writer = PartitionWriter(PLACE.partition, cast("Any", context))

@@ -62,14 +62,15 @@ async def test_what_a_failed_transaction_held_is_let_go(writer: PartitionWriter)
     batch = writer._queue.take(1.0)
     assert batch is not None
     jobs = SimpleNamespace(holds=lambda _: False, cancel=list)
+    lease = SimpleNamespace(begin_batch=lambda *_, **__: None, end_batch=lambda: None)
     gc.disable()
     try:
         with suppress(UnavailableError):
-            writer._serve(cast("Any", None), cast("Any", jobs), batch)
+            writer._serve(cast("Any", lease), cast("Any", jobs), batch)
         assert gone[0]() is None, "only the collector of cycles would free it"
     finally:
         gc.enable()
-    assert [(request.failures, request.last_failure) for request in batch] == [(1, "UnavailableError")]
+    assert [(request.failures, request.last_failure) for request in batch] == [(1, "the records were not taken")]
 
 
 @pytest.mark.parametrize(("files", "kind"), [(1, RejectedError), (2, NotAppendedError)])

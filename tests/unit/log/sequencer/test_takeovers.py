@@ -49,8 +49,8 @@ class Scene:
 
             def __init__(self, *_: object, progressed: Callable[[], None], **__: object) -> None:
                 scene.progressed = progressed
-                self.state = SimpleNamespace(untidy=False, irregular=Irregular(), memory_only=None, last_created_at=1)
-                self.restored_from, self.losses, self.stopped = "log", (), None
+                self.state = SimpleNamespace(irregular=Irregular(), memory_only=None, last_created_at=1)
+                self.restored_from, self.exclusive, self.losses, self.stopped = "log", True, (), None
                 self._step = next(left, scene.writer.stop)
                 if getattr(self._step, "__name__", "") != "serve":
                     self._step()
@@ -58,8 +58,9 @@ class Scene:
             def require_whole(self) -> None:
                 pass
 
-            def save_if_due(self) -> None:
+            def tidy(self) -> float:
                 self._step()
+                return 0.0
 
             def idle(self) -> None:
                 pass

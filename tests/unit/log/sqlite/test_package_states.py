@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,16 +13,14 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from artifact_store.models import Acknowledgement
-from services.core.limits import Limits
 from services.log.port import Record
 from services.log.sqlite import file
 from services.log.sqlite import package_states as states
+from services.log.sqlite.driver import SqliteDriver
 from services.log.sqlite.file import package_records_from
 from services.log.sqlite.package_states import PackageStates
-from services.log.sqlite.writer import Appender, Request
-from services.runtime.clock import system_clock
 from tests.commands import create, finalize, ingest
+from tests.unit.log.sqlite.batches import run
 
 LARGE = 20
 
@@ -37,20 +35,12 @@ def connection(tmp_path: Path) -> Iterator[file.LogFile]:
 
 
 @pytest.fixture
-def appender(connection: file.LogFile) -> Iterator[Callable[[], Appender]]:
-    """Opens appenders on the log."""
-    opened: list[Appender] = []
+def appender(connection: file.LogFile) -> Iterator[Callable[[], SqliteDriver]]:
+    """Opens writers on the log."""
+    opened: list[SqliteDriver] = []
 
-    def open_() -> Appender:
-        opened.append(
-            Appender(
-                connection.path,
-                limits=Limits(),
-                put_manifest=lambda _: None,
-                clock=system_clock,
-                identity=connection.identity,
-            )
-        )
+    def open_() -> SqliteDriver:
+        opened.append(SqliteDriver(connection.path, connection.identity))
         return opened[-1]
 
     yield open_
@@ -59,7 +49,7 @@ def appender(connection: file.LogFile) -> Iterator[Callable[[], Appender]]:
 
 
 @pytest.fixture
-def made(appender: Callable[[], Appender]) -> Callable[..., UUID]:
+def made(appender: Callable[[], SqliteDriver]) -> Callable[..., UUID]:
     """Makes a package of so many files, which is so many entries and three more."""
     writing = appender()
 
@@ -87,27 +77,29 @@ def read(made: object, monkeypatch: pytest.MonkeyPatch) -> Counter[UUID]:
     return counted
 
 
-def run(appender: Appender, requests: Sequence[Request]) -> None:
-    """Append a batch of which nothing is refused."""
-    assert all(isinstance(answer, Acknowledgement) for answer in appender.run(requests))
-
-
-def bounded(max_small: int, max_large: int) -> PackageStates:
+def bounded(max_small: int, max_large: int, path: Path) -> PackageStates:
     """States within small bounds, with chances that are always the same."""
-    return PackageStates(max_small=max_small, max_large=max_large, large=LARGE, chance=random.Random(7))
+    return PackageStates(path, max_small=max_small, max_large=max_large, large=LARGE, chance=random.Random(7))
+
+
+def kept_of(connection: file.LogFile, max_small: int, max_large: int) -> PackageStates:
+    """As `bounded`, on this connection."""
+    kept = bounded(max_small, max_large, connection.path)
+    kept.connection = connection.connection
+    return kept
 
 
 def test_small_states_are_forgotten_within_a_bound_and_read_again(
     connection: file.LogFile, made: Callable[..., UUID]
 ) -> None:
     packages = [made(3) for _ in range(10)]
-    kept = bounded(20, 0)
+    kept = kept_of(connection, 20, 0)
     for package_id in packages * 2:
-        state = kept.current(connection.connection, package_id)
+        state = kept.package(package_id)
         assert state is not None
         assert (state.sequence, sorted(state.files)) == (4, ["0", "1", "2"])
         assert sum(one in kept for one in packages) <= 3
-    assert kept.current(connection.connection, uuid4()) is None
+    assert kept.package(uuid4()) is None
 
 
 def test_a_large_package_is_not_forgotten_in_favour_of_any_number_of_small_and_finalized_ones(
@@ -115,22 +107,22 @@ def test_a_large_package_is_not_forgotten_in_favour_of_any_number_of_small_and_f
 ) -> None:
     large, others = made(50), [*(made(3) for _ in range(10)), *(made(40, finalized=True) for _ in range(3))]
     read.clear()
-    kept = bounded(20, 60)
+    kept = kept_of(connection, 20, 60)
     for other in others * 2:
-        kept.pin([other])
-        kept.current(connection.connection, other)
-        kept.pin([large])
-        kept.current(connection.connection, large)
+        kept.pinned = {other}
+        kept.package(other)
+        kept.pinned = {large}
+        kept.package(large)
     assert read[large] == 1
 
 
 def test_large_packages_that_take_turns_within_the_bound_are_read_once(
-    appender: Callable[[], Appender],
+    appender: Callable[[], SqliteDriver],
     made: Callable[..., UUID],
     read: Counter[UUID],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("services.log.sqlite.writer.PackageStates", partial(bounded, 20, 200))
+    monkeypatch.setattr("services.log.sqlite.driver.PackageStates", partial(bounded, 20, 200))
     one, two = made(30), made(30)
     read.clear()
     writing = appender()
@@ -141,12 +133,12 @@ def test_large_packages_that_take_turns_within_the_bound_are_read_once(
 
 
 def test_the_packages_of_a_batch_are_kept_until_it_ends_whatever_they_hold(
-    appender: Callable[[], Appender],
+    appender: Callable[[], SqliteDriver],
     made: Callable[..., UUID],
     read: Counter[UUID],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("services.log.sqlite.writer.PackageStates", partial(bounded, 8, 40))
+    monkeypatch.setattr("services.log.sqlite.driver.PackageStates", partial(bounded, 8, 40))
     packages = [made(files) for files in (3, 4, 5, 30, 40, 50)]
     read.clear()
     writing = appender()
@@ -156,7 +148,7 @@ def test_the_packages_of_a_batch_are_kept_until_it_ends_whatever_they_hold(
 
 
 def test_what_another_process_appended_to_a_package_is_read_before_the_lock_is_taken(
-    appender: Callable[[], Appender], made: Callable[..., UUID], monkeypatch: pytest.MonkeyPatch
+    appender: Callable[[], SqliteDriver], made: Callable[..., UUID], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package_id, writing, other = made(3), appender(), appender()
     run(writing, [ingest(package_id, "a", name="a")])
@@ -178,7 +170,7 @@ def test_what_another_process_appended_to_a_package_is_read_before_the_lock_is_t
             in_lock.append(len(records))
         return records
 
-    monkeypatch.setattr("services.log.sqlite.writer.write_lock", lock)
+    monkeypatch.setattr("services.log.sqlite.driver.write_lock", lock)
     monkeypatch.setattr(states, "package_records_from", read)
     run(writing, [ingest(package_id, "b", name="b")])
     assert in_lock == [0]
@@ -189,9 +181,9 @@ def test_most_turns_read_nothing_again_when_large_packages_take_more_than_there_
 ) -> None:
     packages = [made(50) for _ in range(5)]
     read.clear()
-    kept = bounded(20, 4 * 53)
+    kept = kept_of(connection, 20, 4 * 53)
     for package_id in packages * 40:
-        kept.current(connection.connection, package_id)
+        kept.package(package_id)
     assert read.total() < 200 * 0.6
 
 
@@ -200,7 +192,7 @@ def test_large_packages_that_nobody_uses_any_more_give_way_to_smaller_ones_in_us
 ) -> None:
     unused, used = [made(50) for _ in range(4)], [made(30) for _ in range(3)]
     read.clear()
-    kept = bounded(20, 4 * 53)
+    kept = kept_of(connection, 20, 4 * 53)
     for package_id in unused + used * 40:
-        kept.current(connection.connection, package_id)
+        kept.package(package_id)
     assert all(read[package_id] <= 4 for package_id in used)

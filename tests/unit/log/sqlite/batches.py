@@ -1,0 +1,28 @@
+"""Batches on the embedded log as its sequencer appends them, without its thread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from artifact_store.models import Acknowledgement
+from services.core.commands import Command
+from services.core.decide import acknowledge, decide
+from services.core.limits import Limits
+from services.log.sequencer.driver import Staged
+from services.log.sqlite.driver import SqliteDriver
+from services.runtime.clock import system_clock
+
+
+def run(driver: SqliteDriver, commands: Sequence[Command]) -> list[Acknowledgement]:
+    """Append a batch of which nothing is refused."""
+    driver.begin_batch({command.package_id for command in commands}, appends=True)
+    staged, answers, state = list[Staged](), list[Acknowledgement](), driver.state
+    now = max(system_clock(), state.last_created_at)
+    for command in commands:
+        before = state.package(command.package_id, command.command_id)
+        decision = decide(before, command, now, Limits())
+        answers.append(acknowledge(state.accept(before, decision), command))
+        staged.append(Staged(decision, [None]))
+    driver.commit(driver.hand_over(staged))
+    driver.end_batch()
+    return answers
