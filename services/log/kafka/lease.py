@@ -61,6 +61,7 @@ from services.log.state.restore import (
 )
 from services.log.state.snapshots import Stored
 from services.log.state.state_file import READABLE_FORMATS, Anchor, LogPartition
+from services.runtime.clock import system_clock
 
 INIT_SECONDS = 30.0
 COMMIT_SECONDS = 12.0
@@ -72,8 +73,12 @@ PATIENCE_SECONDS = 15.0
 PROOF_SECONDS = 0.02
 """The least time from one proof to the next: each takes 3 ms, in which nothing can be appended."""
 
-_NO_TIME_MS = 1
-"""The time of the barrier: a wrong clock must neither keep it out nor become the latest time of a partition."""
+_BARRIER_EARLIER_MS = 24 * 3600 * 1000
+"""How long before now a barrier is dated: a clock that is a day ahead neither keeps it out nor dates the partition.
+
+Not much longer: Kafka begins a new segment after a record that is much older than those that follow, and deletes the
+segment by the record's time once somebody sets a retention.
+"""
 
 _CONNECT_SECONDS = 0.05
 """A client that is asked to begin before it is connected looks for its coordinator again only after 0.5 s."""
@@ -419,7 +424,8 @@ class PartitionLease(Lease):
         acknowledged. Transactions of others stay as they are.
         """
         with explaining("establishing the end of a partition"):
-            return self._append_alone(None, None, _NO_TIME_MS, None, commit=False)
+            earlier = max(1, system_clock() // 1000 - _BARRIER_EARLIER_MS)
+            return self._append_alone(None, None, earlier, None, commit=False)
 
     def _restore(self, barrier: int, looking: Future[Stored] | None) -> None:
         """Go on from the best state that stands on the log, and read from there up to the barrier.

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from confluent_kafka import Consumer, TopicPartition
 
 from artifact_store.errors import ConfigurationError, PushBackError, UnavailableError
 from services.cli import main
@@ -231,3 +232,22 @@ class Store:
         """Answer at once."""
         self.clock.heard(system_clock() // 1_000_000, time.monotonic())
         return self.clock.now()
+
+
+async def test_a_take_over_leaves_no_record_behind_that_is_much_older_than_the_events(
+    kafka: Settings, log: KafkaLog
+) -> None:
+    """Kafka would begin a new segment right after it, and delete it first if somebody set a retention."""
+    async with lone_writer(kafka, log) as writer:
+        await settled(writer, create_in(0))
+    options = {"group.id": "no group", "isolation.level": "read_uncommitted", "enable.auto.commit": False}
+    consumer = Consumer({"bootstrap.servers": log.kafka.bootstrap, **options})
+    try:
+        consumer.assign([TopicPartition(log.kafka.topic, 0, 0)])
+        first = await asyncio.to_thread(consumer.consume, 1, 30)
+    finally:
+        consumer.close()
+    (barrier,) = first
+    _, written_ms = barrier.timestamp()
+    assert (barrier.offset(), barrier.key(), barrier.value()) == (0, None, None)
+    assert 23 * HOUR < system_clock() - written_ms * 1_000 < 25 * HOUR
