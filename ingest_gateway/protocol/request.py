@@ -71,7 +71,9 @@ class Call:
         """Parameters can be read once `read_head` has been told which there are."""
         self.gateway = gateway
         self.principal = _NOBODY
-        """Who sends the request, once `authenticate` has found out."""
+        """Who sends the request, once `authenticate` has found out,"""
+        self.registry: DirectRegistry
+        """and the registry as it is for them."""
         self.request = request
         self.target, self._raw_query = _target(request)
         self.began = asyncio.get_running_loop().time()
@@ -119,6 +121,7 @@ class Call:
         if len(given) > 1:
             raise UnauthenticatedError(f"Authorization came {len(given)} times; send one")
         self.principal = await self.gateway.authenticate(given[0] if given else None)
+        self.registry = self.gateway.registry.for_principal(self.principal)
 
     def require(self, right: Right) -> None:
         """Raise ForbiddenError unless the sender has the right on some packages."""
@@ -135,11 +138,6 @@ class Call:
         if named is not None and named != self.principal.actor and not self.principal.local:
             raise ForbiddenError(f"{ACTOR.name} names {named}, but the token is that of {self.principal.actor}")
         return named or self.principal.actor
-
-    @property
-    def registry(self) -> DirectRegistry:
-        """The registry."""
-        return self.gateway.registry
 
     @property
     def client(self) -> str:

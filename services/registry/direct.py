@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
+import copy
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence, Set
 from contextlib import aclosing
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
@@ -19,6 +20,8 @@ from artifact_store.errors import (
     PackageNotFoundError,
     RangeNotSatisfiableError,
     TooLargeError,
+    UnavailableError,
+    UnknownContentError,
 )
 from artifact_store.events import RecordedEvent
 from artifact_store.manifest import ContentAddress, content_key, manifest_digest, to_json
@@ -40,6 +43,7 @@ from schemas import identifiers
 from services.blobs.packs import Placed
 from services.blobs.port import BlobStore
 from services.blobs.resumable.uploads import ResumableUploads
+from services.core.access import EVERYWHERE, Principal, Right, Scope
 from services.core.commands import CreatePackage, FinalizePackage, IngestFiles, StoredFile
 from services.core.limits import Limits
 from services.log.port import EXTENT_SECONDS, CommandWriter, Log, PackageExtent
@@ -52,9 +56,14 @@ Found = TypeVar("Found")
 WAIT_SECONDS = 10.0
 """How long a read waits for the view at most."""
 
+_ASKED_AT_ONCE = 500
+
 
 class DirectRegistry(Registry):
-    """The façade over the parts. `freshen`, where given, brings a view up to the log before it is read."""
+    """The façade over the parts, for a caller with all rights; `for_principal` gives it to one with fewer.
+
+    `freshen`, where given, brings a view up to the log before it is read.
+    """
 
     def __init__(
         self,
@@ -76,6 +85,15 @@ class DirectRegistry(Registry):
         self._freshen = freshen
         self._waits = ViewWaits(queries, log, writer, wait_seconds)
         self._uploads: ResumableUploads | None = None
+        self._readable: Scope = EVERYWHERE
+
+    def for_principal(self, principal: Principal) -> DirectRegistry:
+        """The same registry, in which only what the principal may read is there."""
+        found = copy.copy(self)
+        found._uploads = self.uploads
+        found._readable = principal.scope(Right.READ)
+        found._queries = self._queries.within(found._readable)
+        return found
 
     @property
     def uploads(self) -> ResumableUploads:
@@ -156,10 +174,39 @@ class DirectRegistry(Registry):
         check_text("actor", actor)
         _check_count(len(files))
         await self._writer.check_ingest(package_id, [file.relative_path for file in files], command_id)
+        await self._require_readable(files)
         return await self._record(package_id, await self._bundles.find(files), actor, command_id)
 
     async def known_blobs(self, digests: Sequence[bytes]) -> frozenset[bytes]:
+        if not self._readable.everywhere:
+            digests = list(await self._readable_of(digests, self._queries.readable_blobs))
         return await self._bundles.known(digests)
+
+    async def _require_readable(self, files: Sequence[NamedFile]) -> None:
+        """Raise UnknownContentError unless the caller has these files' bytes, or might read them."""
+        if self._readable.everywhere:
+            return
+        blobs = await self._readable_of([file.blob for file in files], self._queries.readable_blobs)
+        digests = await self._readable_of([file.blake3 for file in files], self._queries.readable_files)
+        for file in files:
+            if file.blob not in blobs or file.blake3 not in digests:
+                raise UnknownContentError(
+                    f"{ContentAddress.of_digest(file.blob)} is not stored here as {file.relative_path!r} needs it; "
+                    "send the bytes"
+                )
+
+    async def _readable_of(
+        self, digests: Sequence[bytes], ask: Callable[[Set[bytes]], Awaitable[frozenset[bytes]]]
+    ) -> frozenset[bytes]:
+        """What of these is in packages that the caller may read; nothing while the views are away."""
+        wanted, found = list(set(digests)), frozenset[bytes]()
+        try:
+            await self._fresh()
+            for start in range(0, len(wanted), _ASKED_AT_ONCE):
+                found |= await ask(set(wanted[start : start + _ASKED_AT_ONCE]))
+        except UnavailableError:
+            return frozenset()
+        return found
 
     async def read_files(
         self,
@@ -379,7 +426,7 @@ class DirectRegistry(Registry):
         if last is not None and last >= sequence:
             return
         if self._freshen is None:
-            await self._waits.for_sequence(package_id, sequence)
+            await self._waits.for_sequence(package_id, sequence, self._readable)
             return
         await self._require_followed(package_id)
         raise beyond_log(package_id, last, sequence)  # the view was brought up to the log just now

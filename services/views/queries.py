@@ -6,21 +6,39 @@ import base64
 import binascii
 import json
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
 import cbor2
-from sqlalchemy import BigInteger, Column, Integer, Row, Select, Text, Tuple, Uuid, literal, select, tuple_
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    ColumnElement,
+    Integer,
+    Row,
+    Select,
+    Text,
+    Tuple,
+    Uuid,
+    and_,
+    false,
+    literal,
+    or_,
+    select,
+    true,
+    tuple_,
+)
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.types import TypeEngine
 
 from artifact_store.canonical import canonical_cbor
 from artifact_store.errors import InvalidRequestError
-from artifact_store.manifest import ContentAddress
+from artifact_store.manifest import ContentAddress, content_key
 from artifact_store.models import DEFAULT_PAGE, MAX_PAGE, File, Package, PackageFilter, Page, Parked, UsageTotal
 from artifact_store.position import Position
 from artifact_store.rules import check_path, check_text
+from services.core.access import EVERYWHERE, Scope
 from services.views.database import Views
 from services.views.engine.checkpoints import read_position
 from services.views.projections import projection_named
@@ -39,6 +57,9 @@ PAGE_BYTES = 1 << 20
 """Most metadata on one page: a thousand packages with all they may hold would be 64 MiB, and ten times that parsed."""
 
 _ROWS_AT_ONCE = 50
+
+NEWEST_PACKAGES = 200
+"""In so many of a reader's newest packages it is looked whether they may know of some bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,33 +113,48 @@ class Retention:
 class Progress:
     """How far the registry view is: its position, and of some packages the last event that it has and what is parked.
 
-    A package that the view does not know is absent.
+    A package that the view does not know is absent. `origins` are the packages' producers and subjects.
     """
 
     position: Position | None
     last_sequences: Mapping[UUID, int]
     parked: Mapping[UUID, Parked]
+    origins: Mapping[UUID, tuple[str, str]] = field(default_factory=dict)
 
 
 class Queries:
     """Questions to the views. What is not there is None or an empty page; each call is one short transaction.
 
+    What lies outside `scope` is not there either: the database itself leaves it out.
+
     Every method may raise UnavailableError, and ConfigurationError when tables are missing.
     """
 
-    def __init__(self, views: Views) -> None:
+    def __init__(self, views: Views, scope: Scope = EVERYWHERE) -> None:
         self._views = views
+        self._scope = scope
+
+    def within(self, scope: Scope) -> Queries:
+        """The same questions, about the packages of this scope alone."""
+        return Queries(self._views, scope)
 
     async def package(self, package_id: UUID) -> Package | None:
         """The package of this id."""
         async with self._views.reading() as connection:
             query = select(artifact_packages).where(artifact_packages.c.id == package_id)
-            row = (await connection.execute(query)).one_or_none()
+            row = (await connection.execute(query.where(*self._visible()))).one_or_none()
             return None if row is None else _package(row, await _marks(connection, package_id))
 
     async def parked(self, package_id: UUID) -> Parked | None:
-        """Where the registry view stopped following the package, known to it or not; None when it follows."""
+        """Where the registry view stopped following the package; None when it follows.
+
+        A package that the view does not know at all is within the scope EVERYWHERE alone.
+        """
         async with self._views.reading() as connection:
+            if visible := self._visible():
+                query = select(artifact_packages.c.id).where(artifact_packages.c.id == package_id, *visible)
+                if (await connection.execute(query)).one_or_none() is None:
+                    return None
             return (await _marks(connection, package_id)).get(package_id)
 
     async def packages(
@@ -132,7 +168,7 @@ class Queries:
         """
         table = artifact_packages.c
         key = (table.created_at, table.id)
-        query = select(artifact_packages).order_by(*(column.desc() for column in key))
+        query = select(artifact_packages).where(*self._visible()).order_by(*(column.desc() for column in key))
         for name in ("producer", "subject", "status", "retention_class", "manifest_digest"):
             wanted = getattr(where, name, None)
             if wanted is not None:
@@ -152,7 +188,8 @@ class Queries:
         Raises InvalidRequestError: a bad cursor or limit.
         """
         table = artifact_files.c
-        query = select(artifact_files).where(table.package_id == package_id).order_by(table.relative_path)
+        query = select(artifact_files).where(table.package_id == package_id, *self._visible(table.package_id))
+        query = query.order_by(table.relative_path)
         if cursor is not None:
             (path,) = read_cursor(cursor, "files", table.relative_path)
             query = query.where(table.relative_path > path)
@@ -161,22 +198,24 @@ class Queries:
 
     async def file(self, file_id: UUID) -> File | None:
         """The file of this id."""
-        row = await self._one(select(artifact_files).where(artifact_files.c.id == file_id))
+        table = artifact_files.c
+        row = await self._one(select(artifact_files).where(table.id == file_id, *self._visible(table.package_id)))
         return _file(row) if row else None
 
     async def file_at(self, package_id: UUID, relative_path: str) -> File | None:
         """The package's file of this path. Raises InvalidPathError, naming the rule that the path breaks."""
         check_path(relative_path)
         table = artifact_files.c
-        row = await self._one(
-            select(artifact_files).where(table.package_id == package_id, table.relative_path == relative_path)
-        )
+        query = select(artifact_files).where(table.package_id == package_id, table.relative_path == relative_path)
+        row = await self._one(query.where(*self._visible(table.package_id)))
         return _file(row) if row else None
 
     async def locations(self, file_id: UUID) -> tuple[Location, ...]:
         """Where the file's bytes lie, in the order of the locations' ids; empty when the file is not known."""
         table = storage_locations.c
         query = select(storage_locations).where(table.artifact_file_id == file_id).order_by(table.id)
+        if visible := self._visible(artifact_files.c.package_id):
+            query = query.join(artifact_files, artifact_files.c.id == table.artifact_file_id).where(*visible)
         async with self._views.reading() as connection:
             rows = (await connection.execute(query)).all()
         return tuple(
@@ -195,7 +234,7 @@ class Queries:
         query = (
             select(artifact_files, places.id.label("place"), places.key, places.offset)
             .join(storage_locations, places.artifact_file_id == files.id)
-            .where(files.package_id == package_id, files.relative_path > after)
+            .where(files.package_id == package_id, files.relative_path > after, *self._visible(files.package_id))
             .order_by(files.relative_path, places.id)
             .limit(limit)
         )
@@ -212,12 +251,16 @@ class Queries:
 
     async def manifest(self, package_id: UUID) -> ManifestLocation | None:
         """Where the manifest of a finalized package is; None for one that is open or not known."""
-        row = await self._one(select(artifact_manifests).where(artifact_manifests.c.package_id == package_id))
+        table = artifact_manifests.c
+        query = select(artifact_manifests).where(table.package_id == package_id, *self._visible(table.package_id))
+        row = await self._one(query)
         return ManifestLocation(ContentAddress(row.digest), row.manifest, row.manifest_key) if row else None
 
     async def retention(self, package_id: UUID) -> Retention | None:
         """How long the package is kept, as far as the retention view has come."""
-        row = await self._one(select(retention_state).where(retention_state.c.package_id == package_id))
+        table = retention_state.c
+        query = select(retention_state).where(table.package_id == package_id, *self._visible(table.package_id))
+        row = await self._one(query)
         if row is None:
             return None
         return Retention(row.package_id, row.retention_class, row.retention_days, row.counted_from, row.retain_until)
@@ -231,11 +274,16 @@ class Queries:
     ) -> Page[UsageTotal]:
         """What came in, by producer, retention class and day, as far as the usage view has come.
 
+        Totals are not kept by subject: a producer's are there where all of its packages are within the scope.
+
         Raises InvalidRequestError: a bad cursor, limit or filter.
         """
         table = usage_totals.c
         key = (table.producer, table.retention_class, table.day)
         query = select(usage_totals).order_by(*key)
+        if not self._scope.everywhere:
+            whole = [packages.producers for packages in self._scope.packages if "*" in packages.subjects]
+            query = query.where(or_(false(), *(self._any(table.producer, patterns) for patterns in whole)))
         for column, wanted in ((table.producer, producer), (table.retention_class, retention_class)):
             if wanted is not None:
                 check_text(column.name, wanted)
@@ -246,25 +294,89 @@ class Queries:
         following = write_cursor("usage", *rows[-1][:3]) if more else None
         return Page(tuple(_usage(row) for row in rows), following)
 
+    async def origins(self, package_ids: Set[UUID]) -> dict[UUID, tuple[str, str]]:
+        """Producer and subject of those of these packages that the view knows."""
+        return dict((await self.progress(package_ids)).origins)
+
+    async def readable_blobs(self, digests: Set[bytes]) -> frozenset[bytes]:
+        """Those of these blobs (BLAKE3) in which a file of the reader's newest packages lies."""
+        by_key = {content_key(digest): digest for digest in digests}
+        files, places = artifact_files.c, storage_locations.c
+        query = select(places.key).join(artifact_files, files.id == places.artifact_file_id)
+        found = await self._all(query.where(files.package_id.in_(self._newest()), places.key.in_(by_key)).distinct())
+        return frozenset(by_key[row.key] for row in found)
+
+    async def readable_files(self, digests: Set[bytes]) -> frozenset[bytes]:
+        """Those of these digests (BLAKE3) that a file of the reader's newest packages has."""
+        table = artifact_files.c
+        query = select(table.blake3).where(table.package_id.in_(self._newest()), table.blake3.in_(digests)).distinct()
+        return frozenset(row.blake3 for row in await self._all(query))
+
     async def progress(self, package_ids: Set[UUID]) -> Progress:
-        """How far the registry view is, and with these packages."""
+        """How far the registry view is, and with these packages, whether they are within the scope or not."""
         table = artifact_packages.c
         sequences: dict[UUID, int] = {}
+        origins: dict[UUID, tuple[str, str]] = {}
         async with self._views.reading() as connection:
             # The position first: the rows are then of there or later.
             position = await read_position(connection, projection_named("registry"))
             wanted = sorted(package_ids)
             for first in range(0, len(wanted), MAX_PAGE):
                 some = wanted[first : first + MAX_PAGE]
-                rows = await connection.execute(select(table.id, table.last_event_sequence).where(table.id.in_(some)))
-                sequences |= {row.id: row.last_event_sequence for row in rows}
-            return Progress(position, sequences, await _marks(connection))
+                query = select(table.id, table.last_event_sequence, table.producer, table.subject)
+                for row in await connection.execute(query.where(table.id.in_(some))):
+                    sequences[row.id] = row.last_event_sequence
+                    origins[row.id] = row.producer, row.subject
+            return Progress(position, sequences, await _marks(connection), origins)
 
     async def checkpoint(self, projection: str) -> Position | None:
         """Where the view stands; None before it has folded from any log. Raises InvalidRequestError: no such view."""
         known = projection_named(projection)
         async with self._views.reading() as connection:
             return await read_position(connection, known)
+
+    def _visible(self, package_id: Column[Any] | None = None) -> tuple[ColumnElement[bool], ...]:
+        """The conditions that leave out the packages outside the scope, or what belongs to them by this column."""
+        if self._scope.everywhere:
+            return ()
+        table = artifact_packages.c
+        within = or_(
+            false(),
+            *(
+                and_(self._any(table.producer, packages.producers), self._any(table.subject, packages.subjects))
+                for packages in self._scope.packages
+            ),
+        )
+        if package_id is None:
+            return (within,)
+        return (select(table.id).where(table.id == package_id, within).exists(),)
+
+    def _any(self, column: Column[Any], patterns: Sequence[str]) -> ColumnElement[bool]:
+        """Whether the column's text has the form of one of the patterns, upper and lower case apart."""
+        if "*" in patterns:
+            return true()
+        exact = [pattern for pattern in patterns if "*" not in pattern]
+        forms = [pattern for pattern in patterns if "*" in pattern]
+        if self._views.dialect == "sqlite":  # its LIKE takes upper and lower case for the same
+            globs = [pattern.replace("[", "[[]").replace("?", "[?]") for pattern in forms]
+            like = [column.op("GLOB")(glob) for glob in globs]
+        else:
+            like = [column.like(_like(pattern), escape="\\") for pattern in forms]
+        return or_(false(), column.in_(exact) if exact else false(), *like)
+
+    def _newest(self) -> Select[Any]:
+        table = artifact_packages.c
+        return (
+            select(table.id)
+            .where(*self._visible())
+            .order_by(table.created_at.desc(), table.id.desc())
+            .limit(NEWEST_PACKAGES)
+        )
+
+    async def _all(self, query: Select[Any]) -> Sequence[Row[Any]]:
+        async with self._views.reading() as connection:
+            found: Sequence[Row[Any]] = (await connection.execute(query)).all()
+        return found
 
     async def _one(self, query: Select[Any]) -> Row[Any] | None:
         async with self._views.reading() as connection:
@@ -290,6 +402,12 @@ class Queries:
                     return rows, True
                 rows.append(row)
         return rows, False
+
+
+def _like(pattern: str) -> str:
+    for special in "\\%_":
+        pattern = pattern.replace(special, "\\" + special)
+    return pattern.replace("*", "%")
 
 
 def _behind(cursor: str, listing: str, key: Sequence[Column[Any]]) -> Tuple:

@@ -23,6 +23,7 @@ from artifact_store.errors import (
 )
 from artifact_store.models import Parked
 from artifact_store.position import Position
+from services.core.access import EVERYWHERE, Scope
 from services.log.port import CommandWriter, Log
 from services.views.queries import Progress, Queries
 
@@ -38,6 +39,8 @@ class _Waiter:
     sequence: int | None
     done: asyncio.Future[None]
     end: Position | None = None
+    scope: Scope = EVERYWHERE
+    """A package outside it is none for the one who waits."""
 
 
 class ViewWaits:
@@ -52,8 +55,8 @@ class ViewWaits:
         self._waiters: set[_Waiter] = set()
         self._looking: asyncio.Task[None] | None = None
 
-    async def for_sequence(self, package_id: UUID, sequence: int) -> None:
-        """Return when the view has the package's event of this number.
+    async def for_sequence(self, package_id: UUID, sequence: int, scope: Scope = EVERYWHERE) -> None:
+        """Return when the view has the package's event of this number. A package outside the scope is not there.
 
         Raises:
             PackageNotFoundError, SequenceBeyondLogError: the log does not hold that event.
@@ -61,17 +64,17 @@ class ViewWaits:
             WaitTimeoutError: the view lags behind. UnavailableError: the database cannot be reached.
         """
         otherwise = f"the registry view did not reach event {sequence} of package {package_id}"
-        await self._wait(package_id, sequence, otherwise)
+        await self._wait(package_id, sequence, otherwise, scope)
 
     async def for_end(self, package_id: UUID | None) -> None:
         """Return when the view holds what the log holds now, of the package's partition or of all.
 
         Raises WaitTimeoutError: the view lags behind. UnavailableError: database or log cannot be reached.
         """
-        await self._wait(package_id, None, "the registry view did not reach the end of the log")
+        await self._wait(package_id, None, "the registry view did not reach the end of the log", EVERYWHERE)
 
-    async def _wait(self, package_id: UUID | None, sequence: int | None, otherwise: str) -> None:
-        waiter = _Waiter(package_id, sequence, asyncio.get_running_loop().create_future())
+    async def _wait(self, package_id: UUID | None, sequence: int | None, otherwise: str, scope: Scope) -> None:
+        waiter = _Waiter(package_id, sequence, asyncio.get_running_loop().create_future(), scope=scope)
         self._waiters.add(waiter)
         if self._looking is None:
             self._looking = asyncio.create_task(self._look(), name="view-waits")
@@ -150,10 +153,12 @@ class ViewWaits:
             if covered:
                 waiter.done.set_result(None)
             return
-        last = progress.last_sequences.get(waiter.package_id)
+        origin = progress.origins.get(waiter.package_id)
+        visible = waiter.scope.everywhere or (origin is not None and waiter.scope.includes(*origin))
+        last = progress.last_sequences.get(waiter.package_id) if visible else None
         if last is not None and last >= waiter.sequence:
             waiter.done.set_result(None)
-        elif waiter.package_id in progress.parked:
+        elif visible and waiter.package_id in progress.parked:
             waiter.done.set_exception(parked_error(waiter.package_id, progress.parked[waiter.package_id]))
         elif covered:
             waiter.done.set_exception(beyond_log(waiter.package_id, last, waiter.sequence))

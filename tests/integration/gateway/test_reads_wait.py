@@ -24,6 +24,7 @@ from artifact_store.manifest import ContentAddress, content_key, manifest_digest
 from artifact_store.models import PackageFilter, Parked
 from artifact_store.position import Position
 from services.blobs.local import LocalBlobStore
+from services.core.access import Grant, Packages, Principal, Right
 from services.core.limits import Limits
 from services.log.port import CommandWriter
 from services.registry.direct import DirectRegistry
@@ -249,6 +250,23 @@ async def test_a_sequence_beyond_the_end_of_the_log_is_refused_at_once(stage: St
             await READS[read](stage.registry, package_id, wait_sequence=4)
         with pytest.raises(PackageNotFoundError):
             await READS[read](stage.registry, UUID(int=7), wait_sequence=1)
+
+
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize("sequence", [1, 4])
+async def test_waiting_for_a_package_that_one_may_not_read_tells_nothing_of_it(
+    stage: Stage, read: str, sequence: int
+) -> None:
+    package_id = a_package(stage)
+    await stage.fold()
+    grant = Grant(frozenset({Right.READ}), Packages(("nobody's",)))
+    stranger = stage.registry.for_principal(Principal("ci:stranger", (grant,)))
+    denied = []
+    for asked in (package_id, UUID(int=7)):
+        with pytest.raises(PackageNotFoundError) as error:
+            await READS[read](stranger, asked, wait_sequence=sequence)
+        denied.append(error.value.detail.replace(str(asked), "it"))
+    assert denied[0] == denied[1]
 
 
 async def test_a_sequence_is_not_refused_before_the_view_holds_what_the_log_held(stage: Stage) -> None:

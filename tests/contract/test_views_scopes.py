@@ -1,0 +1,139 @@
+"""What a scope leaves out: the database finds the packages that `Scope.includes` names, in every query."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+from uuid import UUID, uuid4
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from artifact_store.manifest import ContentAddress, content_key
+from services.core.access import Packages, Scope
+from services.views.bulk import insert_rows
+from services.views.database import Views
+from services.views.queries import NEWEST_PACKAGES, Queries
+from services.views.tables import (
+    artifact_files,
+    artifact_manifests,
+    artifact_packages,
+    retention_state,
+    storage_locations,
+    usage_totals,
+)
+
+TEXTS = ("a", "A", "ab", "aB", "a%", "a_b", "a?", "[a]", "a\\b", "a*", "é", "a'b")
+"""Values with what is special in patterns of either database."""
+
+PATTERNS = st.lists(
+    st.one_of(st.sampled_from(TEXTS), st.text(st.sampled_from("aAbB%_?[]\\*é'"), min_size=0, max_size=4)),
+    min_size=1,
+    max_size=3,
+).map(tuple)
+SCOPES = st.lists(st.builds(Packages, PATTERNS, PATTERNS), max_size=3).map(lambda found: Scope(tuple(found)))
+
+
+async def fill(views: Views) -> dict[UUID, tuple[str, str]]:
+    """A package with one file of every producer and subject; by id."""
+    found = {uuid4(): origin for origin in itertools.product(TEXTS, TEXTS)}
+    packages, files, places, manifests, ends = [], [], [], [], []
+    for number, (package, (producer, subject)) in enumerate(found.items()):
+        digest = package.bytes * 2
+        address = str(ContentAddress.of_digest(digest))
+        packages.append((package, "n", producer, subject, "report", "finalized", "{}", address, 2, "a", number, 9))
+        files.append((file_of(package), package, "path", "x/y", 1, digest, digest, number))
+        places.append((uuid4(), file_of(package), "local", address, content_key(digest), 0, 1, number))
+        manifests.append((package, address, b"", None))
+        ends.append((package, "report", 1, 1, 1, 2))
+    async with views.writing() as connection:
+        await insert_rows(connection, artifact_packages, packages)
+        await insert_rows(connection, artifact_files, files)
+        await insert_rows(connection, storage_locations, places)
+        await insert_rows(connection, artifact_manifests, manifests)
+        await insert_rows(connection, retention_state, ends)
+        await insert_rows(connection, usage_totals, [(producer, "report", 1, 1, 1, 1) for producer in TEXTS])
+    return found
+
+
+def file_of(package: UUID) -> UUID:
+    return UUID(int=package.int ^ 1)
+
+
+@pytest.fixture
+async def views(views_url: str) -> AsyncIterator[Views]:
+    opened = Views(views_url)
+    await opened.migrate()
+    yield opened
+    await opened.close()
+
+
+async def test_lists_show_what_the_scope_includes(views_url: str) -> None:
+    """Each example runs on a loop of its own, in a thread of its own."""
+
+    async def prepared() -> dict[UUID, tuple[str, str]]:
+        opened = Views(views_url)
+        await opened.migrate()
+        found = await fill(opened)
+        await opened.close()
+        return found
+
+    packages = await prepared()
+
+    async def check(scope: Scope) -> None:
+        opened = Views(views_url)
+        try:
+            queries = Queries(opened).within(scope)
+            shown = {package.package_id for package in (await queries.packages(limit=1000)).items}
+            assert shown == {package for package, origin in packages.items() if scope.includes(*origin)}
+            producers = {total.producer for total in (await queries.usage(limit=1000)).items}
+            whole = Scope(tuple(one for one in scope.packages if "*" in one.subjects))
+            assert producers == {producer for producer in TEXTS if whole.includes(producer, "any")}
+        finally:
+            await opened.close()
+
+    @settings(max_examples=60)
+    @given(SCOPES)
+    def scopes(scope: Scope) -> None:
+        asyncio.run(check(scope))
+
+    await asyncio.to_thread(scopes)
+
+
+async def test_nothing_outside_the_scope_is_there(views: Views) -> None:
+    packages = await fill(views)
+    queries = Queries(views).within(Scope((Packages(("a", "A*"), ("ab", "[*")),)))
+    seen = 0
+    for package, (producer, subject) in packages.items():
+        digest = package.bytes * 2
+        visible = producer in ("a", "A") and subject in ("ab", "[a]")
+        seen += visible
+        found = [
+            await queries.package(package) is not None,
+            bool((await queries.files(package)).items),
+            await queries.file(file_of(package)) is not None,
+            await queries.file_at(package, "path") is not None,
+            bool(await queries.locations(file_of(package))),
+            bool(await queries.placed_files(package)),
+            await queries.manifest(package) is not None,
+            await queries.retention(package) is not None,
+            bool(await queries.readable_files({digest})),
+            bool(await queries.readable_blobs({digest})),
+        ]
+        assert found == [visible] * len(found), (producer, subject)
+    assert seen == 4
+
+
+async def test_bytes_are_looked_for_in_the_newest_packages_alone(views: Views) -> None:
+    rows = [
+        (uuid4(), "n", "p", "s", "report", "created", "{}", None, 1, "a", at, None) for at in range(NEWEST_PACKAGES + 1)
+    ]
+    files = [(uuid4(), row[0], "path", "x/y", 1, row[0].bytes * 2, row[0].bytes * 2, 1) for row in rows]
+    async with views.writing() as connection:
+        await insert_rows(connection, artifact_packages, rows)
+        await insert_rows(connection, artifact_files, files)
+    digests = {row[0].bytes * 2 for row in rows}
+    found = await Queries(views).within(Scope((Packages(("p",)),))).readable_files(digests)
+    assert digests - found == {rows[0][0].bytes * 2}
