@@ -32,7 +32,9 @@ from services.blobs.port import Digests
 PIECE_BYTES = 512 * 1024
 """Most bytes that `Intake.take` returns at once; with 64 bodies at a time this keeps what is in flight small."""
 
-_INLINE_BYTES = 64 * 1024  # up to here hashing takes less time than handing the work to a thread
+INLINE_BYTES = 64 * 1024
+"""Up to here hashing takes less time than handing the work to a thread."""
+
 _HASHERS = ThreadPoolExecutor(max_workers=max(2, min(8, os.cpu_count() or 2)), thread_name_prefix="blob-hash")
 
 
@@ -156,7 +158,7 @@ class Intake:
         if self._hashing is not None:
             await self._hashing
             self._hashing = None
-        if len(data) <= _INLINE_BYTES:
+        if len(data) <= INLINE_BYTES:
             self._hash.update(data)
         else:
             self._hashing = self._hash.update_beside((data,))

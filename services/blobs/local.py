@@ -98,6 +98,24 @@ class LocalBlobStore:
             raise
         return self._stored(digests)
 
+    async def store_bytes(self, data: bytes, digests: Digests) -> StoredBlob:
+        """See the port."""
+        key = content_key(digests.blake3)
+        path, draft = self._path(key), _Draft(self._incoming / f"{uuid4()}.part")
+
+        def write() -> None:
+            try:
+                draft.open()
+                draft.write(data)
+                self._keep(draft, path)
+            except BaseException:
+                draft.discard()
+                raise
+
+        await self._work(write)
+        self._mistrusted.discard(key)
+        return self._stored(digests)
+
     async def _store_known(self, intake: Intake, key: str) -> StoredBlob:
         """Take a body that seems to be stored: it must prove to be what was declared, and the file to be the same."""
         there = self.read(key, 0, await self.size(key) or 0)

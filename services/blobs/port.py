@@ -208,6 +208,13 @@ class BlobStore(Protocol):
             Whatever iterating over `body` raises.
         """
 
+    async def store_bytes(self, data: bytes, digests: Digests) -> StoredBlob:
+        """Store bytes that are in memory at their content address; return once they are durable.
+
+        `digests` are theirs, which the caller has computed. Takes no memory of the budget. Leaves behind what `store`
+        leaves. Raises UnavailableError.
+        """
+
     def read(self, key: str, offset: int, length: int) -> AsyncIterator[bytes]:
         """Stream `length` bytes from `offset` of a blob, in chunks of at most 1 MiB.
 

@@ -43,6 +43,7 @@ from schemas import identifiers
 from services.blobs.packs import Placed
 from services.blobs.port import BlobStore
 from services.blobs.resumable.uploads import ResumableUploads
+from services.blobs.shared_packs import SharedPacks, is_small
 from services.core.access import EVERYWHERE, Principal, Right, Scope
 from services.core.commands import CreatePackage, FinalizePackage, IngestFiles, StoredFile
 from services.core.limits import Limits
@@ -80,6 +81,7 @@ class DirectRegistry(Registry):
         self._writer = writer
         self._blobs = blobs
         self._bundles = BundleStore(blobs)
+        self._small = SharedPacks(blobs)
         self._queries = queries
         self._limits = limits
         self._freshen = freshen
@@ -110,6 +112,7 @@ class DirectRegistry(Registry):
     async def close(self) -> None:
         """Wait for what uploads have left to do."""
         await self._waits.close()
+        await self._small.close()
         if self._uploads is not None:
             await self._uploads.close()
 
@@ -156,8 +159,13 @@ class DirectRegistry(Registry):
     ) -> Acknowledgement:
         check_text("actor", actor)
         check_text("media_type", media_type)
-        await self.check_ingest(package_id, relative_path, command_id)
-        blob = await self._blobs.store(body, declared=declared, max_bytes=self._limits.max_file_bytes)
+        check_path(relative_path)
+        kept_as = await self._writer.check_ingest(package_id, [relative_path], command_id)
+        largest = self._limits.max_file_bytes
+        if kept_as is not None and is_small(declared):
+            blob = await self._small.store(body, declared=declared, max_bytes=largest, retention_class=kept_as)
+        else:
+            blob = await self._blobs.store(body, declared=declared, max_bytes=largest)
         return await self._record(package_id, [Placed(relative_path, media_type, blob)], actor, command_id)
 
     async def ingest_files(

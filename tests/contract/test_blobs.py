@@ -21,7 +21,7 @@ from artifact_store.errors import ContentMismatchError, CorruptError, TooLargeEr
 from artifact_store.manifest import content_key
 from artifact_store.models import Declared
 from services.blobs.local import LocalBlobStore
-from services.blobs.port import BlobStore
+from services.blobs.port import BlobStore, Digests
 from services.blobs.s3.requests import Endpoint
 from services.blobs.s3.store import S3BlobStore
 from tests.contract.blobs_stage import (
@@ -69,6 +69,28 @@ async def test_what_is_stored_reads_back_with_its_length_and_both_digests(stage:
 async def test_small_bodies_and_those_with_a_declared_digest_lie_at_their_content_address(store: BlobStore) -> None:
     for data, said in ((some_bytes(100), None), (some_bytes(LARGE), declared(some_bytes(LARGE)))):
         assert (await put(store, data, said)).key == content_key(blake3(data).digest())
+
+
+@pytest.mark.parametrize("size", [0, 4096, MIB])
+async def test_bytes_in_memory_are_stored_once_and_replace_what_was_cut_short(stage: Stage, size: int) -> None:
+    data = some_bytes(size)
+    digests = Digests(size, blake3(data).digest(), hashlib.sha256(data).digest())
+    blob = await stage.store.store_bytes(data, digests)
+    assert blob == await put(stage.store, data)
+    assert await got(stage.store, blob) == data
+    assert stage.holds() == {blob.key}
+    stage.overwrite(blob.key, data[: size // 2])
+    assert await stage.store.store_bytes(data, digests) == blob
+    assert await got(stage.store, blob) == data
+
+
+async def test_bytes_in_memory_need_none_of_the_budget(store: BlobStore) -> None:
+    data = some_bytes(4096)
+    memory = store.parts.memory
+    with memory.share() as all_of_it:
+        await all_of_it.take(memory.free)
+        blob = await store.store_bytes(data, Digests(4096, blake3(data).digest(), hashlib.sha256(data).digest()))
+    assert await got(store, blob) == data
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

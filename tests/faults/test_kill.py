@@ -12,6 +12,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from uuid import UUID
 
@@ -23,6 +24,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from artifact_store.events import FileIngested
 from artifact_store.registry import Registry
 from services.config import Settings
+from services.log.sqlite.file import write_lock
 from services.registry import open_registry
 from services.views.projections import PROJECTIONS
 from services.views.tables import retention_state
@@ -183,3 +185,47 @@ async def test_killing_the_one_embedded_process_loses_and_repeats_nothing(
 ) -> None:
     with serving(embedded_settings, tmp_path) as process:
         await rounds(embedded_settings, process.endpoint, [process], seconds, most_kills=4)
+
+
+async def test_a_gateway_that_is_killed_between_a_pack_and_its_events_has_acknowledged_nothing_of_it(
+    embedded_settings: Settings, tmp_path: Path
+) -> None:
+    """The retries store the files anew and record each once; what lies in the first pack is named by nothing."""
+    log = Path(embedded_settings.log_url.removeprefix("sqlite:///"))
+    blobs = tmp_path / "blobs" / "blobs"
+    contents = {f"{number}.bin": b"content %d" % number * 50 for number in range(16)}
+
+    def objects() -> list[int]:
+        return [path.stat().st_size for path in blobs.rglob("*") if path.is_file()]
+
+    async def stored() -> bool:
+        return sum(objects()) >= sum(map(len, contents.values()))
+
+    with serving(embedded_settings, tmp_path) as process:
+        async with open_registry(Settings(url=process.endpoint)) as registry:
+            packages = [await registry.create_package(f"p{n}", "lab", "faults", "scratch") for n in range(4)]
+            held = ExitStack()
+            held.enter_context(write_lock(log))
+            sending = asyncio.gather(
+                *(
+                    registry.ingest_file(packages[number % 4], path, "application/octet-stream", content)
+                    for number, (path, content) in enumerate(contents.items())
+                )
+            )
+            await until(stored, 30, "the files' bytes were not stored")
+            assert len(objects()) < len(contents), "no files share an object"
+            assert not sending.done()
+            await asyncio.to_thread(process.kill)
+            held.close()
+            await asyncio.to_thread(process.start)
+            files = await sending
+            events = [event async for event in registry.read_events()]
+            ingested = [event.payload for event in events if isinstance(event.payload, FileIngested)]
+            assert {payload.relative_path: payload.file_id for payload in ingested} == dict(
+                zip(contents, files, strict=True)
+            )
+            assert len(ingested) == len(contents)
+            for payload in ingested:
+                content = b"".join([piece async for piece in await registry.get_file(payload.file_id)])
+                assert content == contents[payload.relative_path]
+    output_of(embedded_settings, "verify", "--bytes")

@@ -157,6 +157,12 @@ class S3BlobStore:
             async with pace:
                 return await self._store_held(intake, declared, plan, share)
 
+    async def store_bytes(self, data: bytes, digests: Digests) -> StoredBlob:
+        """See the port."""
+        key = content_key(digests.blake3)
+        await self._put(key, data, digests)
+        return self._stored(key, digests)
+
     async def read(self, key: str, offset: int, length: int) -> AsyncIterator[bytes]:
         """See the port. A connection that is lost is replaced, and reading goes on where it stood."""
         checked_key(key)
@@ -350,11 +356,9 @@ class S3BlobStore:
         if not await intake.at_end():
             await intake.take(1)  # longer than declared: says so
         digests = await intake.digests()
-        key = content_key(digests.blake3)
         with self._memory.share() as share:
             await self._await_turn(share, max(1, size))
-            await self._put(key, data, digests)
-        return self._stored(key, digests)
+            return await self.store_bytes(data, digests)
 
     async def _store_held(self, intake: Intake, declared: Declared, plan: PartPlan, share: Share) -> StoredBlob:
         """Store a body by way of memory, for the first part of which the share has room."""
