@@ -23,6 +23,7 @@ _ALL = (
     trees.INGEST,
     trees.INGEST_LARGE,
     single_puts.PLAN,
+    single_puts.ALONE,
 )
 PLANS = {plan.name: plan for plan in _ALL}
 

@@ -1,16 +1,17 @@
-"""`ingest-single`: files of 4 KiB put one by one, 64 at a time, in files/s.
+"""`ingest-single`: files of 4 KiB put one by one, 64 at a time, in files/s. `ingest-one`: one at a time, p50 in ms.
 
-Ours are `PUT`s to one gateway process, in eight packages: every file is hashed, stored as a blob of its own and
-recorded before it is answered. The baseline are presigned `PUT`s of the same size straight to the same MinIO. Both by
-the same client (aiohttp, 64 kept connections), with addresses and bodies made before the clock starts. No projector
-runs: ingest needs no view.
+Ours are `PUT`s to one gateway process, in eight packages: every file is hashed, stored and recorded before it is
+answered. The baseline of `ingest-single` are presigned `PUT`s of the same size straight to the same store. That of
+`ingest-one` is the sum of what cannot be spared: one such `PUT`, and one command of the gateway's own writer, as
+`append-latency` measures it. All by the same client (aiohttp, kept connections), with addresses and bodies made before
+the clock starts. No projector runs: ingest needs no view.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from random import Random
 from typing import Any
@@ -20,6 +21,8 @@ import aiohttp
 from yarl import URL
 
 from artifact_store.client.client import Client
+from benchmarks.append_latency import AppendLatency
+from benchmarks.copiers import Bucket
 from benchmarks.gateway_stage import Stage, gateway_stage
 from benchmarks.harness import Plan
 from services.config import Settings
@@ -28,6 +31,7 @@ FILES = 4_000
 FILE_BYTES = 4_096
 CONCURRENCY = 64
 PACKAGES = 8
+FILES_ALONE = 300
 
 _MICROS = 1_000_000
 
@@ -42,7 +46,6 @@ class SinglePuts:
         self._stage = stage
         self._draw = Random(7)
         self._found: dict[str, Any] = {}
-        self._stored = 0
 
     def details(self) -> Mapping[str, Any]:
         """How much work it was, and what our last run took."""
@@ -60,41 +63,77 @@ class SinglePuts:
             (URL(f"{base}/{packages[number % PACKAGES]}/files/frame-{number:05}.bin"), body, 201)
             for number, body in enumerate(self._bodies())
         ]
+        objects = await asyncio.to_thread(self._stage.count, "blobs/")
         gateway, client = self._stage.gateway_cpu(), time.process_time()
-        seconds, waits = await _put_all(puts)
+        seconds, waits = await _put_all(puts, CONCURRENCY)
         self._found = {
             "gateway_cpu_micros_a_file": round((self._stage.gateway_cpu() - gateway) / FILES * _MICROS),
             "client_cpu_micros_a_file": round((time.process_time() - client) / FILES * _MICROS),
             "p50_ms": round(waits[len(waits) // 2] * 1_000, 1),
             "p99_ms": round(waits[len(waits) * 99 // 100] * 1_000, 1),
+            "objects": await asyncio.to_thread(self._stage.count, "blobs/") - objects,
         }
-        self._stored += FILES
-        await self._look("blobs/", self._stored)
         return FILES / seconds
 
     async def baseline(self) -> float:
         """Straight to the store."""
-        bucket, prefix = self._stage.bucket, f"copies/{uuid4().hex}"
-        client = bucket.client()
-        puts = [
-            (URL(client.presigned_put_object(bucket.name, f"{prefix}/{number:05}"), encoded=True), body, 200)
-            for number, body in enumerate(self._bodies())
-        ]
-        seconds, _ = await _put_all(puts)
-        await self._look(prefix, FILES)
-        return FILES / seconds
-
-    async def _look(self, prefix: str, expected: int) -> None:
-        """Objects stay until the end: where many were removed a moment ago, making new ones takes longer."""
+        # Objects stay until the end: where many were removed a moment ago, making new ones takes longer.
+        prefix = f"copies/{uuid4().hex}"
+        seconds, _ = await _put_all(_presigned(self._stage.bucket, prefix, self._bodies()), CONCURRENCY)
         found = await asyncio.to_thread(self._stage.count, prefix)
-        assert found == expected, f"{found} objects are there instead of {expected}"
+        assert found == FILES, f"{found} objects are there instead of {FILES}"
+        return FILES / seconds
 
     def _bodies(self) -> Iterator[bytes]:
         """Bytes that were never seen before."""
         return (self._draw.randbytes(FILE_BYTES) for _ in range(FILES))
 
 
-async def _put_all(puts: Sequence[Put]) -> tuple[float, list[float]]:
+class OnePut:
+    """One file after the other; see the module."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        self._draw = Random(8)
+        self._found: dict[str, Any] = {}
+
+    def details(self) -> Mapping[str, Any]:
+        """How much work it was, and what the last baseline was made of."""
+        return {"files": FILES_ALONE, "file_bytes": FILE_BYTES, **self._found}
+
+    async def ours(self) -> float:
+        """Through the gateway."""
+        endpoint = self._stage.gateway.endpoint
+        async with Client(endpoint) as registry:
+            package = await registry.create_package("alone", "benchmark", "single", "scratch")
+        base = f"{endpoint}/v1/packages/{package}/files"
+        puts = [(URL(f"{base}/frame-{number:05}.bin"), body, 201) for number, body in enumerate(self._bodies())]
+        gateway = self._stage.gateway_cpu()
+        _, waits = await _put_all(puts, 1)
+        micros = (self._stage.gateway_cpu() - gateway) / FILES_ALONE * _MICROS
+        self._found["gateway_cpu_micros_a_file"] = round(micros)
+        return waits[FILES_ALONE // 2] * 1_000
+
+    async def baseline(self) -> float:
+        """Straight to the store, and straight to the log."""
+        _, waits = await _put_all(_presigned(self._stage.bucket, f"copies/{uuid4().hex}", self._bodies()), 1)
+        put, append = waits[FILES_ALONE // 2] * 1_000, await AppendLatency(self._stage.settings).ours()
+        self._found |= {"put_ms": round(put, 2), "append_ms": round(append, 2)}
+        return put + append
+
+    def _bodies(self) -> Iterator[bytes]:
+        return (self._draw.randbytes(FILE_BYTES) for _ in range(FILES_ALONE))
+
+
+def _presigned(bucket: Bucket, prefix: str, bodies: Iterable[bytes]) -> list[Put]:
+    client = bucket.client()
+    return [
+        (URL(client.presigned_put_object(bucket.name, f"{prefix}/{number:05}"), encoded=True), body, 200)
+        for number, body in enumerate(bodies)
+    ]
+
+
+async def _put_all(puts: Sequence[Put], concurrency: int) -> tuple[float, list[float]]:
     """Seconds for all, and how long each waited for its answer, sorted."""
     waits = []
     waiting = iter(puts)
@@ -107,10 +146,10 @@ async def _put_all(puts: Sequence[Put]) -> tuple[float, list[float]]:
             assert answer.status == stored, said
             waits.append(time.perf_counter() - began)
 
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=CONCURRENCY)) as session:
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=concurrency)) as session:
         began = time.perf_counter()
         async with asyncio.TaskGroup() as group:
-            for _ in range(CONCURRENCY):
+            for _ in range(concurrency):
                 group.create_task(work(session))
         seconds = time.perf_counter() - began
     return seconds, sorted(waits)
@@ -122,4 +161,11 @@ async def _opened(settings: Settings) -> AsyncIterator[SinglePuts]:
         yield SinglePuts(stage)
 
 
-PLAN = Plan("ingest-single", "files/s", 0.5, _opened)
+@asynccontextmanager
+async def _opened_alone(settings: Settings) -> AsyncIterator[OnePut]:
+    async with gateway_stage(settings, projectors=False) as stage:
+        yield OnePut(stage)
+
+
+PLAN = Plan("ingest-single", "files/s", 2.0, _opened)
+ALONE = Plan("ingest-one", "ms p50", 1.3, _opened_alone, lower_is_better=True)
