@@ -30,7 +30,8 @@ from artifact_store.position import Position
 ByteStream = AsyncIterable[bytes] | Iterable[bytes] | IO[bytes] | bytes
 ManifestFormat = Literal["cbor", "json"]
 
-_ANYONE = "anonymous"
+ANYONE = "anonymous"
+"""The actor when nobody is named. Through a gateway it becomes whoever the gateway takes the sender for."""
 
 
 class Registry(ABC):
@@ -48,7 +49,7 @@ class Registry(ABC):
         producer: str,
         subject: str,
         retention_class: str,
-        actor: str = _ANYONE,
+        actor: str = ANYONE,
         metadata: dict[str, Any] | None = None,
         *,
         command_id: UUID | None = None,
@@ -71,7 +72,7 @@ class Registry(ABC):
         relative_path: str,
         media_type: str,
         stream: ByteStream,
-        actor: str = _ANYONE,
+        actor: str = ANYONE,
         *,
         declared: Declared | None = None,
         command_id: UUID | None = None,
@@ -96,7 +97,7 @@ class Registry(ABC):
         return done.files[0].file_id
 
     async def finalize_package(
-        self, package_id: UUID, actor: str = _ANYONE, *, command_id: UUID | None = None
+        self, package_id: UUID, actor: str = ANYONE, *, command_id: UUID | None = None
     ) -> ContentAddress:
         """Freeze the package and return its manifest's content address.
 

@@ -10,7 +10,7 @@ from aiohttp import web
 
 from artifact_store.documents.resumable_uploads import METHOD_OVERRIDE
 from artifact_store.errors import ArtifactStoreError
-from ingest_gateway.gateway import Authenticate, Gateway, believe
+from ingest_gateway.gateway import Authenticate, Gateway, Logins, believe, nowhere
 from ingest_gateway.health import Checks
 from ingest_gateway.http_metrics import Metrics
 from ingest_gateway.limits.admission import Bounds
@@ -25,7 +25,7 @@ from ingest_gateway.protocol.http_errors import (
 )
 from ingest_gateway.protocol.origins import Origins
 from ingest_gateway.protocol.request import SERVER, Call
-from ingest_gateway.routes import archives, event_feed, files, manifests, operations, packages, tus_uploads
+from ingest_gateway.routes import archives, event_feed, files, identity, manifests, operations, packages, tus_uploads
 from ingest_gateway.siblings import Siblings
 from services.core.access import Right
 from services.log.port import Log
@@ -42,6 +42,7 @@ ROUTES: tuple[Route, ...] = (
     *tus_uploads.ROUTES,
     *manifests.ROUTES,
     *event_feed.ROUTES,
+    *identity.ROUTES,
     *operations.ROUTES,
 )
 
@@ -63,9 +64,12 @@ class App:
         siblings: Siblings | None = None,
         origins: Origins | None = None,
         authenticate: Authenticate = believe,
+        logins: Logins = nowhere,
     ) -> None:
         openapi = document(ROUTES)
-        self.gateway = Gateway(registry, log, checks, bounds, metrics or Metrics(), openapi, siblings, authenticate)
+        self.gateway = Gateway(
+            registry, log, checks, bounds, metrics or Metrics(), openapi, siblings, authenticate, logins
+        )
         self._routes = Routes(ROUTES)
         self._origins = origins or Origins()
 

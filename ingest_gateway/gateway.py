@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from ingest_gateway.event_tail import Tail
 from ingest_gateway.health import Checks, ReadyAnswers
@@ -11,6 +11,7 @@ from ingest_gateway.limits.admission import Admission, Bounds
 from ingest_gateway.limits.followers import Followers
 from ingest_gateway.siblings import Siblings
 from services.core.access import Principal, local_user
+from services.identity.authenticator import LoginChoice
 from services.log.port import Log
 from services.registry.direct import DirectRegistry
 
@@ -28,6 +29,15 @@ async def believe(_authorization: str | None) -> Principal:
     return _LOCAL
 
 
+Logins = Callable[[], Sequence[LoginChoice]]
+"""Tells at which issuers people can log in."""
+
+
+def nowhere() -> Sequence[LoginChoice]:
+    """Nobody can log in."""
+    return ()
+
+
 class Gateway:
     """The registry, and what else the handlers of one gateway use. Belongs to one event loop."""
 
@@ -41,10 +51,12 @@ class Gateway:
         openapi: bytes,
         siblings: Siblings | None = None,
         authenticate: Authenticate = believe,
+        logins: Logins = nowhere,
     ) -> None:
         """`siblings` are the other processes of a gateway of several."""
         self.registry = registry
         self.authenticate = authenticate
+        self.logins = logins
         self.tail = Tail(log, extent=registry.package_extent)
         self.ready = ReadyAnswers(checks)
         self.bounds = bounds

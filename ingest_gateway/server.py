@@ -22,7 +22,7 @@ from aiohttp import web
 
 from artifact_store.errors import ArtifactStoreError, ConfigurationError
 from ingest_gateway.app import App
-from ingest_gateway.gateway import Authenticate, believe
+from ingest_gateway.gateway import Authenticate, Logins, believe, nowhere
 from ingest_gateway.health import Checks
 from ingest_gateway.http_metrics import Metrics
 from ingest_gateway.limits.admission import Bounds, connections_within
@@ -32,6 +32,7 @@ from ingest_gateway.protocol.connections import Server
 from ingest_gateway.protocol.origins import Origins
 from ingest_gateway.siblings import Member, Siblings
 from services.config import Settings
+from services.identity.authenticator import Authenticator
 from services.log.port import Log
 from services.registry.direct import DirectRegistry
 from services.runtime.addresses import ListenAddress
@@ -86,17 +87,22 @@ async def serve(
     settings = opened.settings
     checks = Checks(opened.log.check, opened.blobs.check, opened.writer.ready, opened.views.check)
     address = listen_address(settings)
-    async with listening(
-        opened.registry,
-        opened.log,
-        checks,
-        _bounds(settings),
-        address.host,
-        address.port,
-        metrics=Metrics(opened.metrics),
-        member=member,
-        origins=Origins(settings.allowed_hosts, loopback=address.is_loopback),
-    ) as url:
+    async with (
+        Authenticator.open(settings, opened.metrics) as authenticator,
+        listening(
+            opened.registry,
+            opened.log,
+            checks,
+            _bounds(settings),
+            address.host,
+            address.port,
+            metrics=Metrics(opened.metrics),
+            member=member,
+            origins=Origins(settings.allowed_hosts, loopback=address.is_loopback),
+            authenticate=authenticator.authenticate,
+            logins=lambda: authenticator.logins,
+        ) as url,
+    ):
         print(f"listening on {url}", file=sys.stderr, flush=True)  # noqa: T201 - the line that people wait for
         if ready is not None:
             ready(url)
@@ -129,6 +135,7 @@ async def listening(
     member: Member | None = None,
     origins: Origins | None = None,
     authenticate: Authenticate = believe,
+    logins: Logins = nowhere,
 ) -> AsyncIterator[str]:
     """Listen for the length of the block; yields the URL. Port 0 takes a free one.
 
@@ -140,7 +147,7 @@ async def listening(
     """
     metrics = metrics or Metrics()
     siblings = None if member is None else Siblings(member, metrics.exposition)
-    app = App(registry, log, checks, bounds, metrics, siblings, origins, authenticate)
+    app = App(registry, log, checks, bounds, metrics, siblings, origins, authenticate, logins)
     runner = web.ServerRunner(
         Server(app.handle, app.refuse, app.gateway.admission.connections, app.gateway.admission.heads),
         shutdown_timeout=1.0,
@@ -204,10 +211,11 @@ def listen_address(settings: Settings) -> ListenAddress:
         address = ListenAddress.parse(settings.listen)
     except ValueError:
         raise ConfigurationError("ARTIFACT_STORE_LISTEN must be HOST:PORT, as 127.0.0.1:8080 or [::1]:8080") from None
-    if not settings.insecure and not address.is_loopback:
+    if not (address.is_loopback or settings.insecure or settings.policy or settings.tokens):
         raise ConfigurationError(
             "ARTIFACT_STORE_LISTEN names an interface that others reach, and nothing asks them who they are: "
-            "listen on 127.0.0.1, or set ARTIFACT_STORE_INSECURE=1 where the network itself keeps strangers out"
+            "set ARTIFACT_STORE_POLICY or ARTIFACT_STORE_TOKENS, listen on 127.0.0.1, or set "
+            "ARTIFACT_STORE_INSECURE=1 where the network itself keeps strangers out"
         )
     return address
 

@@ -58,7 +58,7 @@ from artifact_store.models import (
     UsageTotal,
 )
 from artifact_store.position import Position
-from artifact_store.registry import ByteStream, ManifestFormat, Registry
+from artifact_store.registry import ANYONE, ByteStream, ManifestFormat, Registry
 from artifact_store.rules import check_path, check_text, metadata_text
 
 _OPEN = "created"
@@ -130,7 +130,7 @@ class Client(Registry):
         relative_path: str,
         media_type: str,
         stream: ByteStream,
-        actor: str = "anonymous",
+        actor: str = ANYONE,
         *,
         declared: Declared | None = None,
         command_id: UUID | None = None,
@@ -379,9 +379,12 @@ def _check_header(field: str, text: str) -> None:
 
 
 def _write_headers(actor: str, command_id: UUID | None) -> dict[str, str]:
+    key = {http.IDEMPOTENCY_KEY: str(command_id or uuid4())}
+    if actor == ANYONE:  # nobody was named, so the gateway says who it is
+        return key
     check_text("actor", actor)
     _check_header("actor", actor)
-    return {http.ACTOR: actor, http.IDEMPOTENCY_KEY: str(command_id or uuid4())}
+    return {http.ACTOR: actor, **key}
 
 
 def _completed(declared: Declared, body: AsyncIterable[bytes]) -> Declared:

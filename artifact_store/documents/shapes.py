@@ -472,3 +472,33 @@ class KnownBlobsAnswer(Answer):
     def to_digests(self) -> frozenset[bytes]:
         """The digests (32 raw bytes each)."""
         return frozenset(ContentAddress(address).digest for address in self.known)
+
+
+class GrantShape(Answer):
+    """Rights on the packages whose producer and subject match a pattern each."""
+
+    can: list[str]
+    producers: list[str]
+    subjects: list[str]
+
+
+class WhoAmIAnswer(Answer):
+    """Whom the gateway takes the sender for."""
+
+    actor: str
+    rights: list[GrantShape]
+    expires_at: TimeText | None = Field(description="When the token ends; null: never, or there is none")
+
+
+class LoginIssuer(Answer):
+    """An issuer at which people can log in."""
+
+    alias: str
+    url: str
+    client_id: str
+
+
+class LoginAnswer(Answer):
+    """Where people can log in."""
+
+    issuers: list[LoginIssuer]

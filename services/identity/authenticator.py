@@ -14,10 +14,10 @@ import pwd
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
@@ -35,6 +35,9 @@ LOOK_SECONDS = 1.0
 
 MAX_REMEMBERED = 4096
 """Verified tokens that are remembered; the one that was used longest ago is forgotten first."""
+
+_LAST_SECOND = 253_402_300_799.0
+"""The end of the year 9999, after which times cannot be written."""
 
 _HEADER = re.compile(r"(?i:bearer) +([A-Za-z0-9._~+/-]+=*) *")
 
@@ -72,7 +75,7 @@ class LoginChoice:
     """An issuer at which people can log in."""
 
     alias: str
-    issuer: str
+    url: str
     client_id: str
 
 
@@ -102,7 +105,9 @@ class Authenticator:
         ConfigurationError: a file is invalid, or there is nothing to go by.
         """
         if policy is None and tokens is None and anyone is None:
-            raise ConfigurationError("set ARTIFACT_STORE_POLICY or ARTIFACT_STORE_TOKENS: nothing says who may ask")
+            raise ConfigurationError(
+                "nothing says who may use this gateway: set ARTIFACT_STORE_POLICY or ARTIFACT_STORE_TOKENS"
+            )
         self._anyone = anyone if policy is None and tokens is None else None
         self._clock = clock
         self._ticks = ticks
@@ -142,24 +147,14 @@ class Authenticator:
     def open(cls, settings: Settings, metrics: CollectorRegistry | None = None) -> Self:
         """The authenticator of these settings. Blocks while it reads files; asks no issuer.
 
-        Without policy and tokens everyone is the local user with all rights, on loopback; beyond loopback that is
-        refused, unless `settings.insecure` says that everyone may do everything there, as `anonymous`.
-
-        Raises ConfigurationError.
+        Without policy and tokens everyone has all rights: on loopback as the local user, beyond it as `anonymous`, and
+        there only if `settings.insecure` is set. Raises ConfigurationError.
         """
         anyone = None
-        if settings.policy is None and settings.tokens is None:
-            try:
-                loopback = ListenAddress.parse(settings.listen).is_loopback
-            except ValueError as error:
-                raise ConfigurationError(f"ARTIFACT_STORE_LISTEN: {error}") from None
-            if not loopback and not settings.insecure:
-                raise ConfigurationError(
-                    "ARTIFACT_STORE_LISTEN names an interface that others reach, and nothing asks them who they are: "
-                    "set ARTIFACT_STORE_POLICY or ARTIFACT_STORE_TOKENS, or listen on 127.0.0.1, or set "
-                    "ARTIFACT_STORE_INSECURE=1 where the network itself keeps strangers out"
-                )
-            anyone = local_principal() if loopback else local_user("anonymous")
+        if _is_loopback(settings.listen):
+            anyone = local_principal()
+        elif settings.insecure:
+            anyone = local_user("anonymous")
         return cls(policy=settings.policy, tokens=settings.tokens, anyone=anyone, metrics=metrics)
 
     async def authenticate(self, authorization: str | None) -> Principal:
@@ -190,8 +185,11 @@ class Authenticator:
         tables = (issuer.table for issuer in self._issuers.values())
         return tuple(LoginChoice(t.alias, t.url, t.client_id) for t in tables if t.client_id is not None)
 
-    async def close(self) -> None:
-        """Stop what runs in the background."""
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Stop fetching keys."""
         for issuer in (*self._issuers.values(), *self._retired):
             await issuer.close()
 
@@ -232,7 +230,9 @@ class Authenticator:
             return await self._verified(token)
         self._count(alias, "accepted")
         principal = Principal(
-            actor_of(alias, claims["sub"]), policy.grants_of_token(alias, claims), float(claims["exp"])
+            actor_of(alias, claims["sub"]),
+            policy.grants_of_token(alias, claims),
+            min(float(claims["exp"]), _LAST_SECOND),
         )
         if issuer.keys is not None:
             self._remembered[digest] = _Remembered(principal, issuer, issuer.keys)
@@ -299,6 +299,13 @@ class Authenticator:
         self._stale.labels(file.name).set(0)
 
 
+def _is_loopback(listen: str) -> bool:
+    try:
+        return ListenAddress.parse(listen).is_loopback
+    except ValueError:
+        return False
+
+
 class _Watched:
     """A file, with those that it names, of which is known in what state they were read."""
 
@@ -327,16 +334,3 @@ def _state_of(path: Path) -> object:
     except OSError as error:
         return error.errno
     return found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def describe(principal: Principal) -> dict[str, Any]:
-    """A principal for people and `whoami`: the actor, what they may, and until when (seconds since 1970)."""
-    rights: list[Mapping[str, Any]] = [
-        {
-            "can": sorted(grant.rights),
-            "producers": list(grant.packages.producers),
-            "subjects": list(grant.packages.subjects),
-        }
-        for grant in principal.grants
-    ]
-    return {"actor": principal.actor, "rights": rights, "expires_at": principal.expires_at}

@@ -17,7 +17,7 @@ from tests.integration.http_raw import connected
 from tests.integration.tokens import Tokens, bearer, principal
 
 OPEN = {
-    *(("GET", path) for path in ("/healthz", "/readyz", "/metrics", "/openapi.json")),
+    *(("GET", path) for path in ("/healthz", "/readyz", "/metrics", "/openapi.json", "/v1/login")),
     ("OPTIONS", "/v1/packages/{package_id}/uploads"),
     ("OPTIONS", "/v1/packages/{package_id}/uploads/{upload_id}"),
 }
@@ -55,6 +55,9 @@ async def test_every_route_is_refused_to_those_who_may_not_call_it(embedded_sett
             found = {token: await status(gateway, route, token) for token in (None, *TOKENS.principals)}
             if (route.method, route.template) in OPEN:
                 assert not {401, 403} & set(found.values()), name
+                continue
+            if route.access == "identified":
+                assert (found.pop(None), found.pop("expired"), set(found.values())) == (401, 401, {200}), name
                 continue
             assert (found[None], found["expired"], found["nothing"]) == (401, 401, 403), name
             allowed = {token for token, answered in found.items() if answered not in (401, 403)}
@@ -122,6 +125,19 @@ async def test_an_actor_may_not_be_another_than_the_sender(embedded_settings: Se
         async with gateway.session.get("/v1/events", headers=bearer("reader")) as answer:
             (line,) = (await answer.text()).splitlines()
         assert json.loads(line)["actor"] == "ci:writer"
+
+
+async def test_everyone_with_a_token_learns_who_they_are(embedded_settings: Settings) -> None:
+    async with running_gateway(embedded_settings, authenticate=TOKENS) as gateway:
+        async with gateway.session.get("/v1/whoami", headers=bearer("reader")) as answer:
+            assert answer.headers["Cache-Control"] == "no-store"
+            assert await answer.json() == {
+                "actor": "ci:reader",
+                "rights": [{"can": ["read"], "producers": ["*"], "subjects": ["*"]}],
+                "expires_at": None,
+            }
+        async with gateway.session.get("/v1/login") as answer:
+            assert await answer.json() == {"issuers": []}
 
 
 async def test_the_document_says_who_may_call_what(embedded_settings: Settings) -> None:

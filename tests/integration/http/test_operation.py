@@ -212,7 +212,7 @@ async def test_the_document_describes_every_route_and_every_problem(embedded_set
     assert document["openapi"].startswith("3.1")
     operations = {(method, path) for path, methods in document["paths"].items() for method in methods}
     assert ("put", "/v1/packages/{package_id}/files/{relative_path}") in operations
-    assert len(operations) == 26
+    assert len(operations) == 28
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
             for status, found in operation["responses"].items():

@@ -75,9 +75,10 @@ def write_policy(folder: Path, issuer: Provider, more: str = "") -> Path:
 
 @pytest.fixture
 async def gate(tmp_path: Path, issuer: Provider, ticks: Ticks) -> AsyncIterator[Authenticator]:
-    made = Authenticator(policy=write_policy(tmp_path, issuer), tokens=tmp_path / "tokens.json", ticks=ticks)
-    yield made
-    await made.close()
+    async with Authenticator(
+        policy=write_policy(tmp_path, issuer), tokens=tmp_path / "tokens.json", ticks=ticks
+    ) as made:
+        yield made
 
 
 async def refused(gate: Authenticator, authorization: str | None) -> UnauthenticatedError:

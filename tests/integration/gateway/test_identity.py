@@ -1,0 +1,88 @@
+"""A gateway as it is started: who it takes senders for, by the files that its settings name."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from artifact_store.errors import ConfigurationError
+from ingest_gateway import server
+from services.config import Settings
+from services.core.access import Right
+from services.identity.static_tokens import create_token
+from tests.integration.tokens import bearer
+from tests.oidc_provider import CLIENT_ID, provider
+
+PACKAGE = {"name": "n", "producer": "p", "subject": "s", "retention_class": "scratch"}
+
+
+@asynccontextmanager
+async def started(settings: Settings) -> AsyncIterator[aiohttp.ClientSession]:
+    """A client of a gateway of these settings."""
+    stop = asyncio.Event()
+    url: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(server.run(settings, stop=stop, ready=url.set_result))
+        async with aiohttp.ClientSession(await url) as session:
+            yield session
+        stop.set()
+
+
+async def test_on_loopback_without_settings_the_sender_is_the_local_user(embedded_settings: Settings) -> None:
+    async with started(embedded_settings) as client:
+        async with client.get("/v1/whoami") as answer:
+            found = await answer.json()
+        assert found["actor"].startswith("local:")
+        async with client.post("/v1/packages", json=PACKAGE) as answer:
+            assert answer.status == 201
+        async with client.get("/v1/events") as answer:
+            assert f'"actor":"{found["actor"]}"' in await answer.text()
+
+
+async def test_with_policy_and_tokens_each_sender_is_who_the_token_says(
+    embedded_settings: Settings, tmp_path: Path
+) -> None:
+    async with provider() as issuer:
+        policy, tokens = tmp_path / "policy.toml", tmp_path / "tokens.json"
+        policy.write_text(
+            f'[[issuer]]\nalias = "sso"\nurl = "{issuer.url}"\naudience = ["{CLIENT_ID}"]\nclient_id = "{CLIENT_ID}"\n'
+            '[[rule]]\nissuer = "sso"\nclaims = { sub = "ada" }\ncan = ["read"]\n'
+        )
+        _, token = create_token(tokens, "robot", [Right.WRITE], now=time.time())
+        issuer.away = True  # which keeps no gateway from starting
+        async with started(replace(embedded_settings, policy=policy, tokens=tokens)) as client:
+            async with client.get("/v1/whoami") as answer:
+                assert (answer.status, answer.headers["WWW-Authenticate"]) == (401, 'Bearer realm="artifact-store"')
+            async with client.get("/v1/login") as answer:
+                assert await answer.json() == {"issuers": [{"alias": "sso", "url": issuer.url, "client_id": CLIENT_ID}]}
+            async with client.get("/v1/packages", headers=bearer(issuer.token(aud=CLIENT_ID, sub="ada"))) as answer:
+                assert (answer.status, answer.headers["Retry-After"]) == (503, "10")
+            async with client.post("/v1/packages", json=PACKAGE, headers=bearer(token)) as answer:
+                assert answer.status == 201
+            async with client.get("/v1/packages", headers=bearer(token)) as answer:
+                assert answer.status == 403
+            async with client.get("/metrics") as answer:
+                shown = await answer.text()
+        assert 'artifact_store_authentications_total{issuer="token",outcome="accepted"} 2.0' in shown
+        assert 'artifact_store_authentications_total{issuer="sso",outcome="unavailable"} 1.0' in shown
+
+
+async def test_a_policy_that_is_invalid_keeps_a_gateway_from_starting(
+    embedded_settings: Settings, tmp_path: Path
+) -> None:
+    (tmp_path / "policy.toml").write_text("[[issuer]]\nalias = 7\n")
+    with pytest.raises(ConfigurationError, match=r"policy\.toml is invalid: \[\[issuer\]\] 1 \(line 1\), alias"):
+        await server.run(replace(embedded_settings, policy=tmp_path / "policy.toml"), stop=asyncio.Event())
+
+
+def test_beyond_loopback_something_must_say_who_may_ask(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="ARTIFACT_STORE_TOKENS"):
+        server.listen_address(Settings(listen="0.0.0.0:0"))
+    assert not server.listen_address(Settings(listen="0.0.0.0:0", tokens=tmp_path / "tokens.json")).is_loopback
