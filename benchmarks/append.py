@@ -98,7 +98,7 @@ async def _submit_all(writer: KafkaWriter, packages: Sequence[PackageCommands]) 
         for package in waiting:
             await writer.submit(package.create)
             # Not by `gather`, which would cost as much as the writer's own part of the event loop.
-            for answer in [writer.submit(command) for command in package.ingests]:
+            for answer in [asyncio.ensure_future(writer.submit(command)) for command in package.ingests]:
                 await answer
             await writer.submit(package.finalize)
 

@@ -189,12 +189,12 @@ class CommandWriter(Protocol):
     async def start(self) -> None:
         """Begin to serve: join the group of writers, or open the file. Returns before partitions are owned."""
 
-    def submit(self, command: Command) -> Awaitable[Acknowledgement]:
+    async def submit(self, command: Command) -> Acknowledgement:
         """Decide the command and append its events; answer when they are in the log for good and readable.
 
         A repeat of a command id gets the first answer. Wherever the package's writer is, the caller sees only delay.
 
-        Raises, at once or when it is awaited:
+        Raises:
             RejectedError: refused for good; it records nothing.
             AnswerExpiredError, PackageAbandonedError: an earlier try may be recorded, and its answer is not kept.
             PushBackError: nothing recorded, retry after a while.

@@ -3,9 +3,12 @@
 Retrying is safe, because a command carries its id. But once a writer may have tried a command, the log may hold it. A
 refusal by another writer (it is full, or cannot write) is then no answer to the command.
 
+The router stands above the sequencers. A sequencer that cannot answer says so by an error: PartitionNotOwnedError when
+nobody has tried the command, UnavailableError when the log may hold it. The router seeks the answer elsewhere.
+
 The group of writers says who owns which partition. Its coordinator may be away while all owners are well, so the last
-answer is used meanwhile. A process that lost a partition since then refuses its commands (PartitionNotOwnedError): an
-old answer costs time and never an event.
+answer is used meanwhile. A process that lost a partition since then refuses its commands: an old answer costs time and
+never an event.
 """
 
 from __future__ import annotations
@@ -17,58 +20,90 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import TypeVar
 
 from artifact_store.errors import ArtifactStoreError, ConfigurationError, PushBackError, RejectedError, UnavailableError
 from artifact_store.models import Acknowledgement
 from services.core.commands import Command
 from services.log.port import Forwarder, NotAppendedError, PartitionNotOwnedError
 from services.log.sequencer.answers import Counts, in_doubt
-from services.log.sequencer.queue import IngestCheck
+from services.log.sequencer.partition_writer import PartitionWriter
+from services.log.sequencer.queue import EndQuestion, IngestCheck, size_of
 
 CHECK_SECONDS = 12.0
 """How long a question may look for the owner: twice as long as it takes until another owns what a killed one did."""
 
-MAX_BYTES = 32 << 20
-"""About how much memory commands of one partition may take that seek its writer or wait for another process's."""
+MAX_BYTES = 64 << 20
+"""About how much memory requests for one partition may take: twice what its queue holds, for those that are being
+decided or wait for another process."""
 
 _FIRST_PAUSE = 0.02
 _LONGEST_PAUSE = 0.5
 
 _T = TypeVar("_T")
 
-There = Callable[[Forwarder, str], Awaitable[_T]]
-"""Asks the process at this URL."""
-
-Here = Callable[[Command | IngestCheck, int], "asyncio.Future[Acknowledgement | str]"]
-"""Lets this process's writer of the partition carry it out; PartitionNotOwnedError when there is none."""
+Answer = Acknowledgement | str | int | None
+"""To a command; to an `IngestCheck`, the retention class; to an `EndQuestion`, the offset. None: the release of the
+owner does not know the question."""
 
 
 class Router:
     """One for a process; used on its event loop."""
 
-    def __init__(
-        self,
-        owners: Owners,
-        forwarder: Forwarder | None,
-        here: Here,
-        foreign: Callable[[], str | None],
-        counts: Counts,
-        seconds: float,
-    ) -> None:
-        """`foreign` says what makes the topic another log by now; a command is sought for so many seconds."""
+    def __init__(self, owners: Owners, forwarder: Forwarder | None, counts: Counts, seconds: float) -> None:
+        """A command is sought for so many seconds."""
+        self.writers: dict[int, PartitionWriter] = {}
+        """This process's own, by partition. Whoever begins and ends them keeps this up to date, from any thread."""
+        self.foreign: str | None = None
+        """What makes the topic another log by now; nothing is brought to it then."""
         self._owners = owners
         self._forwarder = forwarder
-        self._here = here
-        self._foreign = foreign
         self._counts = counts
         self._seconds = seconds
         self._held: dict[int, int] = {}
         """Bytes of requests that are under way, by partition."""
+        self._under_way = 0
+        self._idle = asyncio.Event()
+        self.closing = False
+        """Whether nothing is taken any more."""
+
+    async def answer(self, partition: int, asked: Command | IngestCheck) -> Answer:
+        """Seek the partition's writer until it has answered.
+
+        Raises as `CommandWriter.submit`; ConfigurationError, CorruptError: the writer cannot write.
+        """
+        if self.closing:
+            raise PushBackError("this gateway is being shut down")
+        with self._room(partition, size_of(asked)), self._counted():
+            return await self._sought(partition, asked)
+
+    async def answer_here(self, partition: int, asked: Command | IngestCheck) -> Answer:
+        """As `answer`, but PartitionNotOwnedError when this process is not the partition's writer."""
+        if self.closing:
+            raise PartitionNotOwnedError("this process hands its partitions over")
+        with self._counted():
+            return await self._here(partition, asked)
+
+    async def close(self) -> None:
+        """Take nothing more; returns when everything that was taken is answered."""
+        self.closing = True
+        while self._under_way:
+            self._idle.clear()
+            await self._idle.wait()
 
     @contextmanager
-    def room(self, partition: int, size: int) -> Iterator[None]:
-        """Hold memory for a request that seeks the partition's writer. Raises PushBackError when others hold it."""
+    def _counted(self) -> Iterator[None]:
+        self._under_way += 1
+        try:
+            yield
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self._idle.set()
+
+    @contextmanager
+    def _room(self, partition: int, size: int) -> Iterator[None]:
+        """Hold memory for a request. Raises PushBackError when others hold it."""
         held = self._held.get(partition, 0)
         if held and held + size > MAX_BYTES:
             self._counts.pushed_back += 1
@@ -79,19 +114,15 @@ class Router:
         finally:
             self._held[partition] -= size
 
-    async def answer(self, partition: int, asked: Command | IngestCheck, there: There[_T], *, doubtful: bool) -> _T:
-        """Seek the partition's writer until it has answered. The log may hold a command that is `doubtful`.
-
-        Raises as `CommandWriter.submit`; ConfigurationError, CorruptError: the writer cannot write.
-        """
-        loop, pause = asyncio.get_running_loop(), _FIRST_PAUSE
+    async def _sought(self, partition: int, asked: Command | IngestCheck) -> Answer:
+        loop, pause, doubtful = asyncio.get_running_loop(), _FIRST_PAUSE, False
         check = isinstance(asked, IngestCheck)
         deadline = loop.time() + (min(CHECK_SECONDS, self._seconds) if check else self._seconds)
         while True:
-            if (foreign := self._foreign()) is not None:
-                raise in_doubt(foreign) if doubtful else UnavailableError(foreign)
+            if self.foreign is not None:
+                raise in_doubt(self.foreign) if doubtful else UnavailableError(self.foreign)
             try:
-                return await self._once(partition, asked, there, deadline)
+                return await self._once(partition, asked, deadline)
             except (RejectedError, NotAppendedError):
                 raise
             except PartitionNotOwnedError as error:
@@ -113,13 +144,13 @@ class Router:
             await asyncio.sleep(pause * random.uniform(0.5, 1.5))
             pause = min(2 * pause, _LONGEST_PAUSE)
 
-    async def _once(self, partition: int, asked: Command | IngestCheck, there: There[_T], deadline: float) -> _T:
+    async def _once(self, partition: int, asked: Command | IngestCheck, deadline: float) -> Answer:
         """What the writer answers, as far as it is known who that is.
 
         Raises what it does; PartitionNotOwnedError: nobody has tried it; TimeoutError: another process gave no answer.
         """
         with suppress(PartitionNotOwnedError):
-            return cast("_T", await self._here(asked, partition))
+            return await self._here(partition, asked)
         try:
             owner = (await self._owners.all()).get(partition)
         except UnavailableError as error:
@@ -128,8 +159,27 @@ class Router:
             raise PartitionNotOwnedError(f"partition {partition} has no writer now")
         if owner.url is None or self._forwarder is None:
             raise PartitionNotOwnedError(f"partition {partition} is written by another process that cannot be reached")
+        there = _asking(self._forwarder, owner.url, partition, asked)
         async with asyncio.timeout_at(deadline):
-            return await self._owners.while_owned(partition, owner, there(self._forwarder, owner.url))
+            return await self._owners.while_owned(partition, owner, there)
+
+    def _here(self, partition: int, asked: Command | IngestCheck) -> asyncio.Future[Acknowledgement | str]:
+        """Let this process's writer answer. Raises PartitionNotOwnedError, and as `PartitionWriter.submit`."""
+        if self.foreign is not None:
+            raise UnavailableError(self.foreign)
+        writer = self.writers.get(partition)
+        if writer is None:
+            raise PartitionNotOwnedError("this process does not write to the package's partition")
+        return writer.submit(asked)
+
+
+def _asking(forwarder: Forwarder, url: str, partition: int, asked: Command | IngestCheck) -> Awaitable[Answer]:
+    """Ask the process at this URL."""
+    if isinstance(asked, EndQuestion):
+        return forwarder.end(url, partition)
+    if isinstance(asked, IngestCheck):
+        return forwarder.check_ingest(url, asked.package_id, asked.relative_paths, asked.command_id)
+    return forwarder.submit(url, asked)
 
 
 _LOOK_SECONDS = 1.0

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from threading import Event as Flag
-from threading import Lock, Thread
+from threading import Thread
 
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 
@@ -42,8 +42,9 @@ _LOG = logging.getLogger(__name__)
 class WriterGroup:
     """This process's membership. Its client id is the URL that other gateways reach it by, or NO_URL, and INTERFACE.
 
-    `assigned` and `revoked` are called in the group's own thread; a partition is given to another when `revoked` has
-    returned, unless it was lost already (the second argument).
+    `assigned`, `revoked` and `look_after` are called in the group's own thread. A partition is given to another when
+    `revoked` has returned, unless it was lost already (the second argument). `look_after` is called all the time, and
+    says why this process should leave its partitions to others; None when it can write.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class WriterGroup:
         url: str | None,
         assigned: Callable[[int], None],
         revoked: Callable[[Sequence[int], bool], None],
+        look_after: Callable[[], str | None],
     ) -> None:
         self.trouble: str | None = "the group of writers was not joined yet"
         self._kafka = kafka
@@ -60,9 +62,9 @@ class WriterGroup:
         self._client_id = (url or NO_URL) + INTERFACE
         self._assigned = assigned
         self._revoked = revoked
+        self._look_after = look_after
         self._closing = Flag()
         self._rejoin = Flag()
-        self._giving_way = Lock()
         self._away_until = -math.inf
         self._away_seconds = AWAY_SECONDS[0]
         self._member_id: str | None = None
@@ -75,25 +77,6 @@ class WriterGroup:
     def rejoin(self) -> None:
         """Leave and join again: the group and this process disagree on who owns what. Does not block."""
         self._rejoin.set()
-
-    def give_way(self, why: str) -> None:
-        """Leave for a while, if there are others who may be able to do what this process is not. Blocks while it asks.
-
-        Who is cut off from one broker alone stays a member, and would hold up its partitions for as long as that lasts.
-        """
-        others: bool | None = False
-        with suppress(ConfigurationError, UnavailableError):
-            others = self._others()
-        now = time.monotonic()
-        with self._giving_way:  # several partitions may be out of reach at a time: this is one absence
-            if not others or now < self._away_until or self._rejoin.is_set() or self._closing.is_set():
-                return
-            if now - self._away_until > AWAY_SECONDS[1]:
-                self._away_seconds = AWAY_SECONDS[0]
-            self._note(f"others are to write for {self._away_seconds:.0f} s: {why}")
-            self._away_until = now + self._away_seconds
-            self._away_seconds = min(2 * self._away_seconds, AWAY_SECONDS[1])
-            self._rejoin.set()
 
     def close(self) -> None:
         """Leave the group at once; blocks until the partitions are handed over."""
@@ -143,6 +126,25 @@ class WriterGroup:
                         "release that cannot read records of the log's own: upgrade it or end it, then try again"
                     )
 
+    def _give_way(self, why: str) -> None:
+        """Leave for a while, if there are others who may be able to do what this process is not. Blocks while it asks.
+
+        A process that is cut off from one broker alone stays a member, and would hold up its partitions for as long as
+        that lasts.
+        """
+        others: bool | None = False
+        with suppress(ConfigurationError, UnavailableError):
+            others = self._others()
+        now = time.monotonic()
+        if not others or self._rejoin.is_set() or self._closing.is_set():
+            return
+        if now - self._away_until > AWAY_SECONDS[1]:
+            self._away_seconds = AWAY_SECONDS[0]
+        self._note(f"others are to write for {self._away_seconds:.0f} s: {why}")
+        self._away_until = now + self._away_seconds
+        self._away_seconds = min(2 * self._away_seconds, AWAY_SECONDS[1])
+        self._rejoin.set()
+
     def _others(self) -> bool | None:
         """Whether gateways that this one can forward to are members; None between two assignments. As `members`."""
         return self._any(lambda member: member.client_id.startswith("http") and not self.is_self(member))
@@ -188,6 +190,8 @@ class WriterGroup:
                 error = message.error() if message is not None else None
                 if error is not None:
                     self._note(explained(error, "staying in the group of writers").detail)
+                if (why := self._look_after()) is not None:
+                    self._give_way(why)
         finally:
             consumer.close()
             self._member_id = None

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from threading import Event as Flag
-from threading import Lock
-from typing import TypeVar, cast
+from typing import cast
 from uuid import UUID
 
-from artifact_store.errors import ArtifactStoreError, ConfigurationError, PushBackError, UnavailableError
+from artifact_store.errors import ArtifactStoreError, ConfigurationError, UnavailableError
 from artifact_store.models import Acknowledgement
 from artifact_store.position import Position
 from services.config import Settings
@@ -33,10 +32,10 @@ from services.log.port import (
     TimedStore,
 )
 from services.log.records import Confirmation
-from services.log.router import Owner, Owners, Router, There
+from services.log.router import Owner, Owners, Router
 from services.log.sequencer.answers import Counts
 from services.log.sequencer.partition_writer import FairLock, PartitionWriter, WriterContext
-from services.log.sequencer.queue import EndQuestion, IngestCheck, Request, size_of
+from services.log.sequencer.queue import EndQuestion, IngestCheck
 from services.log.state.restore import States
 from services.log.state.snapshots import Snapshots
 from services.runtime.clock import Clock, system_clock
@@ -54,8 +53,6 @@ _IDENTITY_SECONDS = 1.0
 
 _GUARD_SECONDS = 10.0
 """How often it is looked whether the topic still keeps what is written to it."""
-
-_T = TypeVar("_T")
 
 
 class KafkaWriter:
@@ -92,23 +89,18 @@ class KafkaWriter:
         self._state_dir = settings.state_dir
         self._snapshot_store = snapshots
         self._snapshots: Snapshots | None = None
-        self._group = WriterGroup(log.kafka, log.cluster, internal_url, self._assigned, self._revoked)
+        self._group = WriterGroup(
+            log.kafka, log.cluster, internal_url, self._assigned, self._revoked, self._look_after_writers
+        )
         self._owners = Owners(self._group.owners)
-        self._writers: dict[int, PartitionWriter] = {}
-        self._assigning = Lock()
-        """Held while a writer begins or goes: one that ends as it begins must not be taken for its successor."""
         self._ending: list[PartitionWriter] = []
         self._context: WriterContext | None = None
         self._times = times
         self._guard = Guard(log.kafka, log.cluster, clock, None if times is None else times.clock)
         self._watching: list[asyncio.Task[None]] = []
-        self._foreign: str | None = None
-        """What makes the topic another log than the one that was opened."""
-        self._in_flight = InFlight()
-        self._moving: set[asyncio.Task[Acknowledgement]] = set()
         self._counts = Counts()
-        self._router = Router(self._owners, forwarder, self._here, lambda: self._foreign, self._counts, submit_seconds)
-        self._closing = False
+        self._router = Router(self._owners, forwarder, self._counts, submit_seconds)
+        self._writers = self._router.writers
 
     async def start(self) -> None:
         """See `CommandWriter`. Raises ConfigurationError when the topic could lose events, UnavailableError."""
@@ -125,8 +117,6 @@ class KafkaWriter:
             clock=self._clock,
             loop=asyncio.get_running_loop(),
             submit_seconds=self._submit_seconds,
-            disowned=self._disowned,
-            give_way=self._group.give_way,
             counts=self._counts,
             fair_lock=FairLock(),
         )
@@ -137,27 +127,17 @@ class KafkaWriter:
             asyncio.create_task(self._watch_guard(), name="log-guard"),
         ]
 
-    def submit(self, command: Command) -> Awaitable[Acknowledgement]:
-        """See `CommandWriter`. What this process's own writer takes needs no task and no coroutine."""
-        if not self._closing and self._foreign is None:
-            writer = self._writers.get(self._log.partition_of(command.package_id))
-            if writer is not None:
-                try:
-                    return cast("Awaitable[Acknowledgement]", writer.submit(command, self._moved))
-                except PushBackError as error:
-                    return _refused(error)
-                except PartitionNotOwnedError:
-                    pass
-        return self._routed(command, _submitting(command))
+    async def submit(self, command: Command) -> Acknowledgement:
+        """See `CommandWriter`."""
+        partition = self._log.partition_of(command.package_id)
+        return cast("Acknowledgement", await self._router.answer(partition, command))
 
     async def check_ingest(
         self, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None
     ) -> str | None:
         """See `CommandWriter`."""
         asked = IngestCheck(package_id, tuple(relative_paths), command_id)
-        return await self._routed(
-            asked, lambda forwarder, url: forwarder.check_ingest(url, package_id, relative_paths, command_id)
-        )
+        return cast("str | None", await self._router.answer(self._log.partition_of(package_id), asked))
 
     async def end(self, partitions: Collection[int]) -> Position:
         """See `CommandWriter`."""
@@ -167,21 +147,13 @@ class KafkaWriter:
         return Position(self._context.driver.identity, dict(zip(partitions, offsets, strict=True)))
 
     async def _end_of(self, partition: int) -> int:
-        if self._closing:
-            raise PushBackError("this gateway is being shut down")
-        asked = EndQuestion()
-        there: There[int | None] = lambda forwarder, url: forwarder.end(url, partition)  # noqa: E731 - its type is told
-        with self._in_flight:
-            end = await self._router.answer(partition, asked, there, doubtful=False)
+        end = cast("int | None", await self._router.answer(partition, EndQuestion()))
         # An owner of the previous release believes the brokers, as all of its reads do.
         return end if end is not None else (await self._log.end()).offsets[partition]
 
     async def end_here(self, partition: int) -> int:
         """As `end`, of one partition, but PartitionNotOwnedError when this process is not its writer."""
-        if self._closing:
-            raise PartitionNotOwnedError("this process hands its partitions over")
-        with self._in_flight:
-            return cast("int", await self._here(EndQuestion(), partition))
+        return cast("int", await self._router.answer_here(partition, EndQuestion()))
 
     async def extent(self, package_id: UUID) -> PackageExtent | None:
         """See `CommandWriter`."""
@@ -206,11 +178,13 @@ class KafkaWriter:
 
     async def submit_here(self, command: Command) -> Acknowledgement:
         """As `submit`, but PartitionNotOwnedError when this process is not the partition's writer."""
-        return cast("Acknowledgement", await self._accepted(command))
+        partition = self._log.partition_of(command.package_id)
+        return cast("Acknowledgement", await self._router.answer_here(partition, command))
 
     async def check_ingest_here(self, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None) -> str:
         """As `check_ingest`, but PartitionNotOwnedError when this process is not the partition's writer."""
-        return cast("str", await self._accepted(IngestCheck(package_id, tuple(relative_paths), command_id)))
+        asked = IngestCheck(package_id, tuple(relative_paths), command_id)
+        return cast("str", await self._router.answer_here(self._log.partition_of(package_id), asked))
 
     async def confirm_here(self, confirmation: Confirmation) -> Acknowledgement:
         """Record what an operator confirmed about a partition that this process writes to; a repeat gets its answer.
@@ -219,7 +193,7 @@ class KafkaWriter:
         refused, nothing is recorded; UnavailableError: the outcome is unknown, confirm it again.
         """
         writer = self._writers.get(confirmation.partition)
-        if writer is None or self._closing:
+        if writer is None or self._router.closing:
             raise PartitionNotOwnedError(f"this process does not write to partition {confirmation.partition}")
         try:
             async with asyncio.timeout(self._submit_seconds):
@@ -232,7 +206,7 @@ class KafkaWriter:
         """See `CommandWriter`."""
         if self._context is None:
             return "the log's writers are not started"
-        if (trouble := self._foreign or self._guard.trouble) is not None:
+        if (trouble := self._router.foreign or self._guard.trouble) is not None:
             return trouble
         owners = await self._owners.all()
         for p in range(await self._log.partitions()):
@@ -268,20 +242,12 @@ class KafkaWriter:
 
     async def close(self) -> None:
         """See `CommandWriter`."""
-        self._closing = True
         for task in self._watching:
             task.cancel()
         await asyncio.gather(*self._watching, return_exceptions=True)
-        await self._all_answered()
+        await self._router.close()
         await asyncio.to_thread(self._close_threads)
         self._owners.close()
-
-    async def _all_answered(self) -> None:
-        """Wait until there is an answer to everything that was taken."""
-        await self._in_flight.none()
-        while open_ := [f for writer in [*self._writers.values(), *self._ending] for f in writer.unanswered()]:
-            await asyncio.wait(open_)
-            await self._in_flight.none()
 
     def _close_threads(self) -> None:
         self._group.close()
@@ -292,64 +258,17 @@ class KafkaWriter:
         if self._snapshots is not None:
             self._snapshots.close(SNAPSHOT_SECONDS)
 
-    async def _accepted(self, asked: Command | IngestCheck) -> Acknowledgement | str:
-        if self._closing:
-            raise PartitionNotOwnedError("this process hands its partitions over")
-        with self._in_flight:
-            return await self._here(asked, self._log.partition_of(asked.package_id))
-
-    def _moved(self, request: Request) -> None:
-        """Find the answer to a command elsewhere that this process's writer took and cannot answer any more."""
-        command = cast("Command", request.asked)
-        task = asyncio.ensure_future(self._sought(command, _submitting(command), doubtful=request.failures > 0))
-        self._moving.add(task)
-
-        def pass_on(task: asyncio.Task[Acknowledgement]) -> None:
-            self._moving.discard(task)
-            error = None if task.cancelled() else task.exception()
-            if request.answer.done():
-                return
-            if task.cancelled():
-                request.answer.cancel()
-            elif error is not None:
-                request.answer.set_exception(error)
-            else:
-                request.answer.set_result(task.result())
-
-        task.add_done_callback(pass_on)
-
-    async def _routed(self, asked: Command | IngestCheck, there: There[_T]) -> _T:
-        """Bring a request to the partition's writer, wherever it is."""
-        if self._closing:
-            raise PushBackError("this gateway is being shut down")
-        with self._router.room(self._log.partition_of(asked.package_id), size_of(asked)):
-            return await self._sought(asked, there)
-
-    async def _sought(self, asked: Command | IngestCheck, there: There[_T], *, doubtful: bool = False) -> _T:
-        with self._in_flight:
-            return await self._router.answer(self._log.partition_of(asked.package_id), asked, there, doubtful=doubtful)
-
-    def _here(self, asked: Command | IngestCheck, partition: int) -> asyncio.Future[Acknowledgement | str]:
-        """Let this process's writer carry it out. Raises PartitionNotOwnedError, and as `PartitionWriter.submit`."""
-        writer = self._writers.get(partition)
-        if self._foreign is not None:
-            raise UnavailableError(self._foreign)
-        if writer is None:
-            raise PartitionNotOwnedError("this process does not write to the package's partition")
-        return writer.submit(asked)
+    # The group's thread calls these three, and nobody else begins or ends a writer.
 
     def _assigned(self, partition: int) -> None:
-        """Called in the group's thread."""
-        if self._context is not None and self._foreign is None:
+        if self._context is not None and self._router.foreign is None:
             writer = PartitionWriter(partition, self._context)
-            with self._assigning:
-                writer.start()
-                self._writers[partition] = writer
+            writer.start()
+            self._writers[partition] = writer
 
     def _revoked(self, partitions: Sequence[int], lost: bool) -> None:
-        """Called in the group's thread. What was lost is another's already, and fenced: waiting would help nobody."""
-        with self._assigning:
-            gone = [writer for p in partitions if (writer := self._writers.pop(p, None)) is not None]
+        """What was lost is another's already, and fenced: waiting would help nobody."""
+        gone = [writer for p in partitions if (writer := self._writers.pop(p, None)) is not None]
         for writer in gone:
             writer.stop()
         if not lost:
@@ -357,13 +276,16 @@ class KafkaWriter:
             _join([writer for writer in gone if not writer.helpless])
         self._ending = [writer for writer in [*self._ending, *gone] if not writer.join(0)]
 
-    def _disowned(self, writer: PartitionWriter) -> None:
-        """Called in a writer's thread, which ends."""
-        with self._assigning:
-            if self._writers.get(writer.partition) is not writer:
-                return  # the group has said so meanwhile, or has given it back
-            del self._writers[writer.partition]
-        self._group.rejoin()
+    def _look_after_writers(self) -> str | None:
+        """Let go of those whose partitions are others'; why this process is to leave its own to others as well."""
+        why: str | None = None
+        for partition, writer in list(self._writers.items()):
+            if writer.disowned:
+                del self._writers[partition]
+                self._group.rejoin()
+            if writer.leave_to_others is not None:
+                why, writer.leave_to_others = writer.leave_to_others, None
+        return why
 
     async def _watch_guard(self) -> None:
         """Look at the topic's settings and the store's clock again and again; no writer waits for the answers."""
@@ -388,13 +310,13 @@ class KafkaWriter:
         while True:
             await asyncio.sleep(_IDENTITY_SECONDS)
             try:
-                self._foreign = opened.difference(await self._log.blocking(self._log.cluster.topic))
+                self._router.foreign = opened.difference(await self._log.blocking(self._log.cluster.topic))
             except UnavailableError:
                 continue
             except ConfigurationError:
                 doubt.set()
                 continue
-            if self._foreign is None:
+            if self._router.foreign is None:
                 doubt.clear()
                 continue
             doubt.set()
@@ -410,40 +332,7 @@ def _join(writers: Sequence[PartitionWriter]) -> None:
         writer.join(max(0.0, deadline - time.monotonic()))
 
 
-def _refused(error: PushBackError) -> asyncio.Future[Acknowledgement]:
-    """An answer that is there already: the caller hears of it where it waits."""
-    answer: asyncio.Future[Acknowledgement] = asyncio.get_running_loop().create_future()
-    answer.set_exception(error)
-    return answer
-
-
-def _submitting(command: Command) -> There[Acknowledgement]:
-    return lambda forwarder, url: forwarder.submit(url, command)
-
-
 def _elsewhere(partition: int, owner: Owner | None) -> PartitionStatus:
     if owner is None or owner.is_self:
         return PartitionStatus(partition, None)
     return PartitionStatus(partition, owner.url or "another process")
-
-
-class InFlight:
-    """Counts requests that no writer of this process holds yet, so that `close` can wait for them."""
-
-    def __init__(self) -> None:
-        self._count = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
-
-    def __enter__(self) -> None:
-        self._count += 1
-        self._idle.clear()
-
-    def __exit__(self, *_: object) -> None:
-        self._count -= 1
-        if not self._count:
-            self._idle.set()
-
-    async def none(self) -> None:
-        """Wait until there is none."""
-        await self._idle.wait()

@@ -24,7 +24,7 @@ from services.core.commands import Command, FinalizePackage
 from services.core.decide import Decision, decide
 from services.core.limits import EVENT_OVERHEAD_BYTES, Limits
 from services.core.state import CREATED, PackageState
-from services.log.port import PutManifest
+from services.log.port import NotAppendedError, PutManifest
 from services.log.sequencer.driver import State
 from services.log.sequencer.queue import Request
 from services.log.state.state_file import StateFileError
@@ -70,8 +70,7 @@ class _Job:
     cancelled: bool = False
     done: bool = False
     loaded: PackageState | None = None
-    decision: Decision | None = None
-    error: ArtifactStoreError | None = None
+    made: Decision | ArtifactStoreError | None = None
     putting: Future[None] | None = None
 
 
@@ -98,7 +97,7 @@ class BackgroundJobs:
         self._loop = loop
         self._wake = wake
         self._jobs: dict[UUID, _Job] = {}
-        self._decisions: dict[UUID, tuple[Command, Decision]] = {}
+        self._decisions: dict[UUID, tuple[Command, Decision | ArtifactStoreError]] = {}
         self._at_hand: set[UUID] = set()
         """Packages whose loading failed: the writer loads them itself, and meets the cause."""
         self._time: int | None = None
@@ -128,42 +127,41 @@ class BackgroundJobs:
         return True
 
     def decision(self, command: Command) -> Decision | None:
-        """What the command becomes, if its manifest was made and stored for it."""
-        made = self._decisions.get(command.package_id) if self._decisions else None
-        if made is None or made[0] != command or made[1].appended is None:
+        """What the command becomes, if its manifest was made and stored for it. Raises what came of that instead."""
+        decided, made = self._decisions.get(command.package_id, (None, None))
+        if decided != command or made is None:
             return None
-        package, first = self._state.package(command.package_id), made[1].events[0]
+        if isinstance(made, ArtifactStoreError):
+            raise made
+        if made.appended is None:
+            return None
+        package, first = self._state.package(command.package_id), made.events[0]
         follows = package is not None and (first.sequence, first.previous_digest) == (
             package.sequence + 1,
             package.digest,
         )
-        return made[1] if follows else None
+        return made if follows else None
 
-    def settle(self) -> tuple[list[Request], list[tuple[Request, ArtifactStoreError]]]:
-        """Requests whose package is ready, to be decided before all others, and those that failed.
+    def settle(self) -> list[Request]:
+        """Requests that need not wait for their package any more, to be decided before all others.
 
         Call it once before every batch: a decision holds for the next batch alone.
         """
         self._decisions.clear()
         self._at_hand.clear()
         back: list[Request] = []
-        failed: list[tuple[Request, ArtifactStoreError]] = []
         for job in [job for job in self._jobs.values() if job.done]:
             del self._jobs[job.package_id]
             if job.task is _Task.LOAD:
                 self._adopt(job)
-            elif job.decision is not None and job.command is not None:
-                self._decisions[job.package_id] = job.command, job.decision
-            for request in job.requests:
-                if job.error is not None and request.asked == job.command:
-                    failed.append((request, job.error))
-                else:
-                    back.append(request)
+            elif job.made is not None and job.command is not None:
+                self._decisions[job.package_id] = job.command, job.made
+            back += job.requests
         at_work = {job.package_id for job in self._jobs.values() if job.running}
         self._state.pinned = {*at_work, *self._decisions}
         if not self._decisions and not self._finalizing():
             self._time = None
-        return back, failed
+        return back
 
     def begin(self) -> None:
         """Begin what may be begun; call it while all of the state is confirmed."""
@@ -244,10 +242,10 @@ class BackgroundJobs:
             try:
                 work()
             except ArtifactStoreError as error:
-                job.error = error
+                job.made = error
             except Exception as error:  # noqa: BLE001 - whatever it is, the command is told and the partition goes on
                 _LOG.exception("package %s could not be worked on", job.package_id)
-                job.error = UnavailableError(f"the package could not be worked on: {type(error).__name__}")
+                job.made = UnavailableError(f"the package could not be worked on: {type(error).__name__}")
             job.done = True
             self._wake()
 
@@ -268,21 +266,21 @@ class BackgroundJobs:
             if decision.claim_check is not None:
                 self.store(decision.claim_check, job)
                 decision = replace(decision, claim_check=None)
-            job.decision = decision
+            job.made = decision
 
         return finalize
 
     def store(self, manifest: bytes, job: _Job | None = None) -> None:
         """Make a manifest durable before its event is appended; blocks PUT_SECONDS at most.
 
-        Raises UnavailableError and PushBackError: nothing is recorded.
+        Raises NotAppendedError, and whatever else of our tree the blob store raises: nothing is recorded.
         """
         act = _awaited(self._put_manifest, manifest)
         try:
             putting = asyncio.run_coroutine_threadsafe(act, self._loop)
         except RuntimeError:  # the loop is closed
             act.close()
-            raise UnavailableError("the process ends; nothing is recorded") from None
+            raise NotAppendedError("the process ends; nothing is recorded") from None
         if job is not None:
             job.putting = putting
             if job.cancelled:
@@ -291,12 +289,14 @@ class BackgroundJobs:
             putting.result(PUT_SECONDS)
         except (TimeoutError, CancelledError):
             putting.cancel()
-            raise UnavailableError("the manifest could not be stored in time; nothing is recorded") from None
+            raise NotAppendedError("the manifest could not be stored in time; nothing is recorded") from None
+        except UnavailableError as error:
+            raise NotAppendedError(f"the manifest could not be stored: {error.detail}; nothing is recorded") from error
         except ArtifactStoreError:
             raise
         # Whatever the blob store's own failure is, the command is not recorded and may be tried again.
         except Exception as error:
-            raise UnavailableError(
+            raise NotAppendedError(
                 f"the manifest could not be stored ({type(error).__name__}); nothing is recorded"
             ) from error
 

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from threading import Event as Flag
@@ -79,6 +79,11 @@ class PartitionWriter:
         self.since: int | None = None
         self.takeover_seconds: float | None = None
         self.restored_from: str | None = None
+        self.disowned = False
+        """Whether it has ended because the group has given its partition to another process."""
+        self.leave_to_others: str | None = None
+        """Why others should write to the partition, set at each failure that this process may be the cause of. Whoever
+        acts on it sets it to None."""
         self._trouble: str | None = "it is being taken over"
         self._memory_only: str | None = None
         self._state: State | None = None
@@ -124,20 +129,18 @@ class PartitionWriter:
         """Begin to take over. Does not block."""
         self._thread.start()
 
-    def submit(
-        self, asked: Command | IngestCheck, moved: Callable[[Request], None] | None = None
-    ) -> asyncio.Future[Acknowledgement | str]:
+    def submit(self, asked: Command | IngestCheck) -> asyncio.Future[Acknowledgement | str]:
         """Put a request into the queue. For the event loop; does not block.
 
         Raises PushBackError, PartitionNotOwnedError.
 
         A command that is not answered in time gets UnavailableError, a question PushBackError. If the partition moves
-        meanwhile, `moved` is called on the event loop and answers the request. Without `moved` the answer is
-        PartitionNotOwnedError, or UnavailableError if a transaction with the command has failed before.
+        meanwhile, the answer is PartitionNotOwnedError, or UnavailableError if a transaction with the command has
+        failed before, so that the log may hold it.
         """
         answer: asyncio.Future[Acknowledgement | str] = self._context.loop.create_future()
         try:
-            self._queue.put(Request(asked, answer, TRACEPARENT.get(), moved))
+            self._queue.put(Request(asked, answer, TRACEPARENT.get()))
         except PushBackError:
             self._context.counts.pushed_back += 1
             raise
@@ -194,7 +197,7 @@ class PartitionWriter:
         )
 
     def stop(self) -> None:
-        """End after the current transaction. Does not block. Waiting requests get PartitionNotOwnedError, or move."""
+        """End after the current transaction. Does not block. Waiting requests are answered as `submit` says."""
         self._stop.set()
         self._let_go()
 
@@ -209,8 +212,7 @@ class PartitionWriter:
                 try:
                     self._hold()
                 except PartitionNotOwnedError:
-                    if not self._stop.is_set():
-                        self._context.disowned(self)
+                    self.disowned = not self._stop.is_set()
                     return
                 # Taking over again is the remedy for every failure: the state read from the log says what has happened.
                 except Exception as error:  # noqa: BLE001 - see above; the cause is shown in `trouble` and logged
@@ -227,7 +229,7 @@ class PartitionWriter:
         self._context.counts.failed_takeovers += served or not isinstance(error, HeldError)
         self._note(error)
         if isinstance(error, HeldError) and error.own_clock and not self._stop.is_set():
-            self._give_way()
+            self._complain()
         if (answer := refused(error)) is not None:
             self._refuse_all(*answer)
             self._went_well()
@@ -236,11 +238,11 @@ class PartitionWriter:
         else:
             self._failed += 1
             if not self._stop.is_set() and time.monotonic() - self._well > _GIVE_WAY_SECONDS:
-                self._give_way()
+                self._complain()
             self._stop.wait(_RETRY_SECONDS[min(self._failed, len(_RETRY_SECONDS)) - 1])
 
-    def _give_way(self) -> None:
-        self._context.give_way(f"partition {self.partition} cannot be written to: {self._trouble}")
+    def _complain(self) -> None:
+        self.leave_to_others = f"partition {self.partition} cannot be written to: {self._trouble}"
 
     def _went_well(self) -> None:
         self._well = time.monotonic()
@@ -278,6 +280,7 @@ class PartitionWriter:
             context.counts.takeovers[lease.restored_from] += 1
             context.counts.takeover_seconds += self.takeover_seconds
             self._failed = 0
+            self.leave_to_others = None
             if not self._whole(lease):
                 return
             context.driver.require(self.partition, self._last_created_at)
@@ -297,9 +300,7 @@ class PartitionWriter:
                 self._record(lease)
                 pause = min(_IDLE_SECONDS, lease.tidy())
                 self._memory_only = lease.state.memory_only
-                back, failed = jobs.settle()
-                self._deliver(failed)
-                self._queue.put_back(back)
+                self._queue.put_back(jobs.settle())
                 jobs.begin()
                 if self._unproven:
                     pause = max(0.0, lease.proof_due - time.monotonic())
@@ -556,8 +557,6 @@ class PartitionWriter:
                     continue
                 if not isinstance(answer, Exception):
                     waiting.set_result(cast("Acknowledgement | str", answer))
-                elif isinstance(answer, PartitionNotOwnedError) and request.moved is not None:
-                    request.moved(request)
                 else:
                     waiting.set_exception(told(request, answer))
 
@@ -585,10 +584,6 @@ class WriterContext:
     loop: asyncio.AbstractEventLoop
     submit_seconds: float
     """How long a request may wait for its answer."""
-    disowned: Callable[[PartitionWriter], None]
-    """Called in the writer's thread when the group has given its partition to another process."""
-    give_way: Callable[[str], None]
-    """Called in the writer's thread with the reason why this process cannot write to the partition. Blocks."""
     counts: Counts
     fair_lock: FairLock
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from threading import Condition, Lock
 from uuid import UUID
@@ -71,7 +71,6 @@ class Request:
         "events",
         "failures",
         "last_failure",
-        "moved",
         "size",
         "spoiled",
         "traceparent",
@@ -82,13 +81,10 @@ class Request:
         asked: Command | IngestCheck,
         answer: asyncio.Future[Acknowledgement | str],
         traceparent: str | None = None,
-        moved: Callable[[Request], None] | None = None,
     ) -> None:
-        """`moved` is told instead of the caller when the partition moves to another process; on the event loop."""
         self.asked = asked
         self.answer = answer
         self.traceparent = traceparent
-        self.moved = moved
         self.came = time.monotonic()
         self.failures = 0
         """How many transactions failed with it."""

@@ -45,8 +45,6 @@ class SqliteWriter:
             clock=self._clock,
             loop=asyncio.get_running_loop(),
             submit_seconds=SUBMIT_SECONDS,
-            disowned=lambda _: None,
-            give_way=lambda _: None,
             counts=Counts(),
             fair_lock=FairLock(),
         )

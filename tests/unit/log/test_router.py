@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 from uuid import UUID
 
@@ -19,10 +20,11 @@ from artifact_store.errors import (
 from artifact_store.models import Acknowledgement
 from services.core.commands import Command
 from services.log import router
-from services.log.port import Forwarder, NotAppendedError, PackageExtent, PartitionNotOwnedError
+from services.log.port import NotAppendedError, PackageExtent, PartitionNotOwnedError
 from services.log.router import Owner, Router
 from services.log.sequencer.answers import Counts
-from services.log.sequencer.queue import IngestCheck
+from services.log.sequencer.partition_writer import PartitionWriter
+from services.log.sequencer.queue import IngestCheck, Request
 from tests.commands import create
 
 MADE = create()
@@ -78,14 +80,14 @@ class There:
         return None
 
 
-def nobody(_asked: object, _partition: int) -> asyncio.Future[Acknowledgement | str]:
-    raise PartitionNotOwnedError("this process writes to nothing")
-
-
-def answering(*answers: Answer) -> Callable[[object, int], asyncio.Future[Acknowledgement | str]]:
+class Here:
     """This process's writer, as `There`."""
-    there = There(*answers)
-    return lambda _asked, _partition: asyncio.ensure_future(there.submit("", MADE))
+
+    def __init__(self, *answers: Answer) -> None:
+        self._there = There(*answers)
+
+    def submit(self, _asked: object) -> asyncio.Future[Acknowledgement]:
+        return asyncio.ensure_future(self._there.submit("", MADE))
 
 
 @pytest.fixture(autouse=True)
@@ -94,16 +96,15 @@ def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(router, "_LONGEST_PAUSE", 0.001)
 
 
-async def sought(
-    there: There,
-    *,
-    known: Known | None = None,
-    here: Callable[..., Any] = nobody,
-    doubtful: bool = False,
-    seconds: float = 30.0,
-) -> Acknowledgement:
-    seeking = Router(cast("Any", known or Known()), there, here, lambda: None, Counts(), seconds)
-    return await seeking.answer(0, MADE, lambda forwarder, url: forwarder.submit(url, MADE), doubtful=doubtful)
+def router_of(there: There, *, known: Known | None = None, here: object = None, seconds: float = 30.0) -> Router:
+    made = Router(cast("Any", known or Known()), there, Counts(), seconds)
+    if here is not None:
+        made.writers[0] = cast("PartitionWriter", here)
+    return made
+
+
+async def sought(there: There, **parts: Any) -> object:
+    return await router_of(there, **parts).answer(0, MADE)
 
 
 @pytest.mark.parametrize("error", [FULL, ConfigurationError("no right to write"), CorruptError("an event is torn")])
@@ -120,17 +121,17 @@ async def test_a_command_that_may_be_recorded_is_sought_until_its_writer_has_roo
     lost: Exception, error: Exception
 ) -> None:
     assert await sought(There(lost, error, MOVED, error, RECORDED)) == RECORDED
-    assert await sought(There(error, MOVED, error, RECORDED), doubtful=True) == RECORDED
+    assert await sought(There(error, MOVED, error, RECORDED), here=Here(lost, MOVED)) == RECORDED
     with pytest.raises(UnavailableError, match="the outcome is unknown") as heard:
         await sought(There(lost, error), seconds=0.2)
     assert type(heard.value) is UnavailableError
 
 
 async def test_what_this_process_s_own_writer_leaves_in_doubt_is_sought_elsewhere() -> None:
-    here = answering(UnavailableError("it stopped; the outcome is unknown"), MOVED)
+    here = Here(UnavailableError("it stopped; the outcome is unknown"), MOVED)
     assert await sought(There(FULL, RECORDED), here=here) == RECORDED
     with pytest.raises(PushBackError):
-        await sought(There(FULL), here=answering(MOVED))
+        await sought(There(FULL), here=Here(MOVED))
 
 
 async def test_an_answer_that_does_not_come_leaves_the_outcome_unknown() -> None:
@@ -152,7 +153,7 @@ async def test_who_the_owner_is_may_be_hidden_for_a_while() -> None:
     with pytest.raises(ConfigurationError):
         await sought(There(RECORDED), known=known)
     known.failures = [ConfigurationError("no right to describe the group")]
-    assert await sought(There(RECORDED), known=known, doubtful=True) == RECORDED
+    assert await sought(There(RECORDED), known=known, here=Here(GONE, MOVED)) == RECORDED
 
 
 @pytest.mark.parametrize(
@@ -162,18 +163,53 @@ async def test_who_the_owner_is_may_be_hidden_for_a_while() -> None:
 async def test_what_the_writer_has_decided_is_the_answer(error: Exception, doubtful: bool) -> None:
     there = There(error)
     with pytest.raises(type(error)) as heard:
-        await sought(there, doubtful=doubtful)
+        await sought(there, here=Here(GONE, MOVED) if doubtful else None)
     assert heard.value is error
     assert there.asked == 1
 
 
 async def test_a_question_leaves_nothing_in_doubt() -> None:
-    there = There(GONE, FULL)
-    seeking = Router(cast("Any", Known()), there, nobody, lambda: None, Counts(), 30.0)
-
-    def there_too(forwarder: Forwarder, url: str) -> Awaitable[str | None]:
-        return forwarder.check_ingest(url, MADE.package_id, ["a"], None)
-
     with pytest.raises(PushBackError) as heard:
-        await seeking.answer(0, QUESTION, there_too, doubtful=False)
+        await router_of(There(GONE, FULL)).answer(0, QUESTION)
     assert heard.value is FULL
+
+
+async def test_commands_of_a_partition_that_moves_are_answered_by_its_new_writer() -> None:
+    """The log may hold the one whose transaction failed, so that a full writer is no answer to it."""
+    context = SimpleNamespace(loop=asyncio.get_running_loop(), submit_seconds=30.0, counts=Counts())
+    writer = PartitionWriter(0, cast("Any", context))
+    seeking = router_of(There(FULL, FULL, RECORDED), here=writer)
+    answers = [asyncio.ensure_future(seeking.answer(0, MADE)) for _ in range(2)]
+    requests: list[Request] = []
+    while len(requests) < len(answers):
+        await asyncio.sleep(0)
+        requests += writer._queue.take(0) or []
+    requests[1].failed("KafkaException", spoiled=False)
+    writer._queue.put_back(requests)
+    writer.stop()
+    async with asyncio.timeout(30):
+        heard = await asyncio.gather(*answers, return_exceptions=True)
+    assert heard == [FULL, RECORDED]
+
+
+async def test_a_router_that_closes_waits_for_what_it_has_taken() -> None:
+    answered = asyncio.Event()
+
+    class Late(There):
+        async def submit(self, url: str, command: Command) -> Acknowledgement:
+            await answered.wait()
+            return await super().submit(url, command)
+
+    seeking = router_of(Late(RECORDED))
+    answer = asyncio.ensure_future(seeking.answer(0, MADE))
+    await asyncio.sleep(0)
+    closing = asyncio.ensure_future(seeking.close())
+    await asyncio.sleep(0)
+    with pytest.raises(PushBackError, match="shut down"):
+        await seeking.answer(0, MADE)
+    with pytest.raises(PartitionNotOwnedError):
+        await seeking.answer_here(0, MADE)
+    assert not closing.done()
+    answered.set()
+    await closing
+    assert answer.result() == RECORDED

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from threading import Barrier, Event, Thread
+from threading import Event
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -56,33 +56,38 @@ def test_the_group_is_joined_again_whatever_went_wrong(
     monkeypatch.setattr(group_module, "make_consumer", make)
     monkeypatch.setattr(group_module, "_REJOIN_SECONDS", 0.0)
     kafka = KafkaSettings.of(Settings(log_url="kafka://127.0.0.1:1/x", state_dir=tmp_path))
-    group = WriterGroup(kafka, cast("Any", None), "gateway", lambda _: None, lambda *_: None)
+    group = WriterGroup(kafka, cast("Any", None), "gateway", lambda _: None, lambda *_: None, lambda: None)
     group.start()
     assert joined.wait(30)
     assert group.trouble is not None
     group.close()
 
 
-def test_several_partitions_that_are_out_of_reach_are_one_absence(
+def test_a_process_whose_writers_cannot_write_leaves_the_group_for_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    all_asked = Barrier(4)
+    """Several writers complain at the same time: this is one absence."""
+    closed = Event()
 
-    def members(_group: str) -> list[Member]:
-        all_asked.wait(20)
-        return [Member("other", "http://127.0.0.1:1", frozenset())]
+    class Leaving(Quiet):
+        def close(self) -> None:
+            closed.set()
 
+    monkeypatch.setattr(group_module, "make_consumer", lambda _: Leaving(Event()))
     kafka = KafkaSettings.of(Settings(log_url="kafka://127.0.0.1:1/x", state_dir=tmp_path))
-    cluster = SimpleNamespace(members=members)
-    group = WriterGroup(kafka, cast("Any", cluster), "gateway", lambda _: None, lambda *_: None)
+    others = [Member("other", "http://127.0.0.1:1", frozenset())]
+    cluster = SimpleNamespace(members=lambda _: others)
+    complaints = iter(["partition 0 cannot be written to", "partition 1 cannot be written to"])
+    group = WriterGroup(
+        kafka, cast("Any", cluster), "gateway", lambda _: None, lambda *_: None, lambda: next(complaints, None)
+    )
     began = time.monotonic()
-    threads = [Thread(target=group.give_way, args=("it cannot be written to",)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
+    group.start()
+    assert closed.wait(30)
     assert 0 < group._away_until - began <= group_module.AWAY_SECONDS[0] + time.monotonic() - began
     assert group._away_seconds == 2 * group_module.AWAY_SECONDS[0]
+    assert "partition 0 cannot be written to" in (group.trouble or "")
+    group.close()
 
 
 @pytest.mark.parametrize(
@@ -95,8 +100,8 @@ def test_who_has_nobody_to_leave_its_partitions_to_does_not_give_way(
 ) -> None:
     kafka = KafkaSettings.of(Settings(log_url="kafka://127.0.0.1:1/x", state_dir=tmp_path))
     cluster = SimpleNamespace(members=lambda _: members)
-    group = WriterGroup(kafka, cast("Any", cluster), "gateway", lambda _: None, lambda *_: None)
-    group.give_way("it cannot be written to")
+    group = WriterGroup(kafka, cast("Any", cluster), "gateway", lambda _: None, lambda *_: None, lambda: None)
+    group._give_way("it cannot be written to")
     assert not group._rejoin.is_set()
     assert group._away_until < time.monotonic()
 
@@ -118,12 +123,12 @@ def test_a_group_that_may_not_be_asked_is_joined_again(tmp_path: Path, monkeypat
 
     kafka = KafkaSettings.of(Settings(log_url="kafka://127.0.0.1:1/x", state_dir=tmp_path))
     cluster = SimpleNamespace(members=members)
-    group = WriterGroup(kafka, cast("Any", cluster), "gateway", lambda _: None, lambda *_: None)
-    group.give_way("it cannot be written to")
+    group = WriterGroup(kafka, cast("Any", cluster), "gateway", lambda _: None, lambda *_: None, lambda: None)
+    group._give_way("it cannot be written to")
     group.start()
     assert joined.wait(30)
     assert len(asked) > 1, "it stayed away for a while, and asked"
-    group.give_way("it cannot be written to")
+    group._give_way("it cannot be written to")
     group.close()
 
 

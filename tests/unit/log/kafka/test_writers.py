@@ -13,7 +13,6 @@ import pytest
 from services.core.limits import Limits
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka import writer as writers
-from services.log.sequencer.partition_writer import PartitionWriter
 from tests.contract.log_stage import no_manifest
 from tests.integration.kafka_stage import kafka_settings
 
@@ -23,7 +22,8 @@ class Writer:
 
     def __init__(self, partition: int, _context: object = None) -> None:
         self.partition = partition
-        self.stopped = False
+        self.stopped = self.disowned = False
+        self.leave_to_others: str | None = None
         self.waited: list[float] = []
 
     def start(self) -> None:
@@ -36,9 +36,6 @@ class Writer:
         self.waited.append(seconds)
         time.sleep(min(seconds, 0.02))
         return False
-
-    def unanswered(self) -> list[object]:
-        return []
 
 
 @pytest.fixture
@@ -57,19 +54,25 @@ def table(process: KafkaWriter) -> dict[int, Any]:
     return cast("dict[int, Any]", process._writers)
 
 
-async def test_a_writer_that_is_disowned_late_takes_its_successor_away_from_nobody(
+async def test_a_writer_whose_partition_is_another_s_is_let_go_and_the_group_joined_again(
     process: KafkaWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rejoined: list[bool] = []
     monkeypatch.setattr(process._group, "rejoin", lambda: rejoined.append(True))
-    first, second = Writer(0), Writer(0)
-    table(process)[0] = second
-    process._disowned(cast("PartitionWriter", first))
-    assert table(process) == {0: second}
-    assert rejoined == []
-    process._disowned(cast("PartitionWriter", second))
-    assert table(process) == {}
-    assert rejoined == [True]
+    own, other = Writer(0), Writer(1)
+    table(process).update({0: own, 1: other})
+    assert process._look_after_writers() is None
+    assert (table(process), rejoined) == ({0: own, 1: other}, [])
+    other.disowned = True
+    assert process._look_after_writers() is None
+    assert (table(process), rejoined) == ({0: own}, [True])
+
+
+async def test_what_a_writer_complains_of_is_heard_once(process: KafkaWriter) -> None:
+    table(process).update({0: Writer(0), 1: Writer(1)})
+    table(process)[1].leave_to_others = "partition 1 cannot be written to"
+    assert process._look_after_writers() == "partition 1 cannot be written to"
+    assert process._look_after_writers() is None
 
 
 async def test_a_writer_without_a_thread_is_not_in_the_table(

@@ -126,26 +126,6 @@ async def test_a_command_whose_transaction_failed_is_in_doubt_when_the_partition
     assert "the outcome is unknown" in str(told[1])
 
 
-async def test_whoever_seeks_a_command_elsewhere_knows_that_its_transaction_failed(writer: PartitionWriter) -> None:
-    moved: list[Request] = []
-    both = asyncio.Event()
-
-    def note(request: Request) -> None:
-        moved.append(request)
-        if len(moved) == 2:
-            both.set()
-
-    for _ in range(2):
-        writer.submit(create_in(0), note)
-    requests = writer._queue.take(1.0) or []
-    requests[1].failed("KafkaException", spoiled=False)
-    writer._queue.put_back(requests)
-    writer.stop()
-    async with asyncio.timeout(30):
-        await both.wait()
-    assert [request.failures for request in moved] == [0, 1]
-
-
 @pytest.mark.parametrize("error", [ConfigurationError("no right to write"), CorruptError("an event is torn")])
 async def test_a_partition_that_refuses_everything_does_not_say_that_what_it_tried_is_not_recorded(
     writer: PartitionWriter, error: Exception
