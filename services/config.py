@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import sys
 from collections.abc import Callable
@@ -34,17 +35,20 @@ _KIB = 1 << 10
 Value = TypeVar("Value")
 
 
-def setting(default: Any, read: Callable[[Any], Value], description: str, *, secret: bool = False) -> Value:
+def setting(
+    default: Any, read: Callable[[Any], Value], description: str, *, secret: Callable[[str], bool] | None = None
+) -> Value:
     """Declare a setting.
 
     Args:
         default: what it is when nobody sets it, as text or as a value.
         read: makes the value from text, or takes one as it is; raises ValueError, which must not show the text.
         description: one sentence for users.
-        secret: it is, or may contain, something secret: `repr` leaves it out, and users are told not to use the flag.
+        secret: whether this text of it is, or contains, something secret; None for a setting that never does. `repr`
+            leaves the setting out, and a flag, which other users can see, must not hold such a text.
     """
     about = {"read": read, "description": description, "secret": secret}
-    declared: Value = field(default=default, repr=not secret, metadata=about)
+    declared: Value = field(default=default, repr=secret is None, metadata=about)
     return declared
 
 
@@ -116,6 +120,26 @@ def hosts(value: Any) -> tuple[str, ...]:
     return found
 
 
+def _always(_: str) -> bool:
+    return True
+
+
+def _in_url(url: str) -> bool:
+    """Whether a URL may hold a password."""
+    return ("@" in url and ":" in url.partition("://")[2].rpartition("@")[0]) or "passw" in url.lower()
+
+
+_SECRET_OPTIONS = re.compile(r"passw|passphrase|secret|\.pem$|oauthbearer\.config$|jaas", re.IGNORECASE)
+
+
+def _in_options(value: str) -> bool:
+    """Whether client settings in JSON hold a secret."""
+    try:
+        return any(_SECRET_OPTIONS.search(name) for name in json.loads(value))
+    except (ValueError, TypeError):
+        return True
+
+
 @dataclass(frozen=True, init=False)
 class Settings:
     """Everything that can be set. Each field is `ARTIFACT_STORE_` plus its name in upper case in the environment.
@@ -137,21 +161,21 @@ class Settings:
     kafka_replication_factor: int = setting(3, whole(1), "Replicas that the topic must have.")
     kafka_min_insync_replicas: int = setting(2, whole(1), "Replicas that must have an event before it counts.")
     kafka_options: dict[str, str | int | float | bool] = setting(
-        "{}", options, "More librdkafka client settings, as a JSON object.", secret=True
+        "{}", options, "More librdkafka client settings, as a JSON object.", secret=_in_options
     )
 
     blobs_url: str = setting(
         "file:./var/blobs", text, "The blob store: file:FOLDER, s3://host:port/BUCKET or s3+http://… without TLS."
     )
-    s3_access_key: str = setting("", header_text, "Access key of the blob store.", secret=True)
-    s3_secret_key: SecretStr = setting("", secret_text, "Secret key of the blob store.", secret=True)
+    s3_access_key: str = setting("", header_text, "Access key of the blob store.", secret=_always)
+    s3_secret_key: SecretStr = setting("", secret_text, "Secret key of the blob store.", secret=_always)
     s3_region: str = setting("us-east-1", text, "Region of the blob store.")
 
     views_url: str = setting(
         "sqlite+aiosqlite:///./var/views.db",
         text,
         "The views: sqlite+aiosqlite:///PATH or postgresql+asyncpg://….",
-        secret=True,
+        secret=_in_url,
     )
     schema_registry_url: str | None = setting(None, text, "A schema registry for the event schemas; not used yet.")
 
@@ -168,7 +192,7 @@ class Settings:
     internal_listen: str = setting("127.0.0.1:0", text, "HOST:PORT for commands that other gateways forward.")
     internal_url: str | None = setting(None, text, "The address at which other gateways reach this one.")
     internal_secret: SecretStr | None = setting(
-        None, secret_text, "The secret that guards forwarded commands, the same for all gateways.", secret=True
+        None, secret_text, "The secret that guards forwarded commands, the same for all gateways.", secret=_always
     )
     state_dir: Path = setting("./var/state", Path, "Folder of the writers' disposable state.")
 
@@ -317,7 +341,7 @@ same name overrides both: `--log-url` is `ARTIFACT_STORE_LOG_URL`. Python takes 
 prefix: `Settings(log_url=…)`. An empty variable counts as not set, and a variable `{PREFIX}*` that is not in this
 table is an error.
 
-Other users of the machine can see flags. These are, or may contain, secrets, so do not set them by a flag:
+Other users of the machine can see flags. So a flag is refused when it holds a secret, which may be in
 {", ".join(secret)}.
 
 | setting | default | meaning |

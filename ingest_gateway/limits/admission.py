@@ -1,7 +1,7 @@
 """Admission: how many connections, transfers, followers and bytes in memory one gateway process takes at a time.
 
 No client gets more than half of the places or of the room of a kind, so that one alone never keeps out all others. A
-client is an IP address: all clients behind a proxy that hides their addresses count as one.
+client is an IPv4 address or a /64 of IPv6: all clients behind a proxy that hides their addresses count as one.
 """
 
 from __future__ import annotations

@@ -7,8 +7,10 @@ gets the answer to one request and is closed. Few such connections exist at a ti
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
+from functools import lru_cache
 from typing import Any
 
 from aiohttp import web
@@ -30,6 +32,8 @@ _CLOSE = {"Connection": "close"}
 
 KEEP_ALIVE_SECONDS = 75.0
 """How long a connection may be idle, or take to send the head of its first request."""
+
+_SITE_BITS = 64
 
 MAX_EXCESS = 128
 """How many connections without a place may exist at a time; further ones are aborted."""
@@ -247,6 +251,15 @@ class Server(web.Server):
 
 
 def client_of(protocol: web.RequestHandler) -> str:
-    """The address of the client, without the port."""
+    """Whom limits count: the client's IPv4 address or IPv6 network."""
     peer = protocol.peername
-    return peer[0] if isinstance(peer, tuple) else ""
+    return _counted_as(peer[0]) if isinstance(peer, tuple) else ""
+
+
+@lru_cache(4096)
+def _counted_as(address: str) -> str:
+    """One site has a whole /64 of IPv6 addresses (RFC 6177), and would be as many clients as it likes by them."""
+    found = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(found, ipaddress.IPv4Address):
+        return address
+    return str(found.ipv4_mapped or ipaddress.ip_network((found, _SITE_BITS), strict=False))

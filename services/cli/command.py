@@ -80,6 +80,11 @@ def common_options(*, shown: tuple[str, ...] = ()) -> Callable[[Decorated], Deco
 
 def _setting(name: str, *, hidden: bool) -> Callable[[Decorated], Decorated]:
     def keep(_context: click.Context, _parameter: click.Parameter, value: object) -> None:
+        if value is not None and declared["secret"] is not None and declared["secret"](str(value)):
+            raise click.UsageError(
+                f"--{name.replace('_', '-')} holds a secret, and other users can see flags: "
+                f"set ARTIFACT_STORE_{name.upper()} in the environment or in a file that --env-file names"
+            )
         if value is not None:
             invocation().overrides[name] = value
 
@@ -87,7 +92,7 @@ def _setting(name: str, *, hidden: bool) -> Callable[[Decorated], Decorated]:
     kind: dict[str, Any] = {"metavar": "VALUE"}
     if declared["read"] is switch:
         kind = {"is_flag": True, "default": None, "flag_value": True}
-    warning = " Other users can see flags: better in the environment." if declared["secret"] else ""
+    warning = "" if declared["secret"] is None else " A secret belongs into the environment: flags can be seen."
     return click.option(
         "--" + name.replace("_", "-"),
         f"setting_{name}",

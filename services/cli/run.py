@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,8 +29,12 @@ _PARTS = ("log_url", "blobs_url", "views_url")
 
 
 def begin_to_run() -> None:
-    """What every process that runs long begins with: it says what happens, with times, and collects garbage rarely."""
+    """What every process that runs long begins with: log lines with times, rare garbage collection, no core dumps.
+
+    A core dump would hold the secrets of the settings and the tokens of requests.
+    """
     collect_rarely()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     logging.basicConfig(stream=sys.stderr, level=logging.INFO)
     for handler in logging.getLogger().handlers:
         handler.setFormatter(VisibleLines(_LOG_LINE))

@@ -118,7 +118,7 @@ def test_brokers_may_be_named_by_ipv6_addresses_in_any_place() -> None:
     [
         ("--log-url", "kafka://[::1:9092/x", "log"),
         ("--blobs-url", "file://[x", "blobs"),
-        ("--views-url", "postgresql+asyncpg://ada:hunter2@localhost:1/x?sslmode=require", "views"),
+        ("--views-url", "postgresql+asyncpg://ada@localhost:1/x?sslmode=require", "views"),
         ("--url", "http://127.0.0.1:99999", "gateway"),
     ],
 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from artifact_store.errors import PushBackError
 from ingest_gateway.limits.admission import Places, Room, TooManyAtOnceError
+from ingest_gateway.protocol.connections import client_of
 
 
 @given(limit=st.integers(1, 9), moves=st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), max_size=60))
@@ -93,3 +96,18 @@ def test_connections_leave_descriptors_for_the_rest(
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) == connections
+
+
+@pytest.mark.parametrize(
+    ("address", "counted"),
+    [
+        ("192.0.2.1", "192.0.2.1"),
+        ("2001:db8:1:2:3::4", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2:ffff::1", "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("::ffff:192.0.2.1", "192.0.2.1"),
+    ],
+)
+def test_all_ipv6_addresses_of_a_site_count_as_one_client(address: str, counted: str) -> None:
+    connection: Any = SimpleNamespace(peername=(address, 1, 0, 0))
+    assert client_of(connection) == counted
