@@ -120,7 +120,7 @@ def metadata_of(pairs: tuple[str, ...], document: str | None) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     if document is not None:
-        found = _json_object(document)
+        found = json_object(document, "--metadata-json")
     given: set[str] = set()
     for pair in pairs:
         key, separator, value = pair.partition("=")
@@ -133,8 +133,8 @@ def metadata_of(pairs: tuple[str, ...], document: str | None) -> dict[str, Any]:
     return found
 
 
-def _json_object(document: str) -> dict[str, Any]:
-    hint = "--metadata-json"
+def json_object(document: str, hint: str) -> dict[str, Any]:
+    """A JSON object, given as such or as the name of its file. Raises click.BadParameter, for the option `hint`."""
     try:
         text = document
         if not document.lstrip().startswith(

@@ -26,6 +26,7 @@ _ADDRESSES = {
     "log": "ARTIFACT_STORE_LOG_URL",
     "blobs": "ARTIFACT_STORE_BLOBS_URL",
     "views": "ARTIFACT_STORE_VIEWS_URL",
+    "identity": "ARTIFACT_STORE_POLICY",
     "gateway": "ARTIFACT_STORE_URL",
 }
 
@@ -70,6 +71,7 @@ async def _examine() -> list[Finding]:
         _looked("log", lambda: _log(settings)),
         _looked("blobs", lambda: _blobs(settings)),
         _looked("views", lambda: _views(settings)),
+        _looked("identity", lambda: _identity(settings)),
     )
     if settings.url is not None:
         url = settings.url
@@ -164,6 +166,29 @@ async def _builds(views: Views) -> list[str]:
         for build in found
         if build is not None
     ]
+
+
+async def _identity(settings: Settings) -> str | None:
+    """Policy and tokens as a gateway reads them, and whether the keys of the policy's issuers can be had."""
+    from artifact_store.errors import ConfigurationError
+    from services.identity.oidc import Issuer
+    from services.identity.policy import Policy, read_policy
+    from services.identity.static_tokens import read_tokens
+
+    if settings.policy is None and settings.tokens is None:
+        return "no policy and no tokens: whoever reaches the gateway may do everything"
+    policy = Policy() if settings.policy is None else read_policy(settings.policy)
+    tokens = [] if settings.tokens is None else list(read_tokens(settings.tokens))
+    if settings.tokens is not None and settings.tokens.exists() and settings.tokens.stat().st_mode & 0o077:
+        raise ConfigurationError(f"others may read or write {settings.tokens}: chmod 600 {settings.tokens}")
+    if not policy.issuer and not tokens:
+        raise ConfigurationError(
+            "nobody can prove who they are: add an [[issuer]] to the policy, or `artifact-store tokens create`"
+        )
+    for table in policy.issuer:
+        async with Issuer(table) as issuer:
+            await issuer.current_keys()
+    return f"{len(policy.issuer)} issuers, {len(policy.rule)} rules, {len(tokens)} static tokens"
 
 
 async def _gateway(url: str) -> str | None:

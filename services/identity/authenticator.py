@@ -191,7 +191,7 @@ class Authenticator:
     async def __aexit__(self, *_: object) -> None:
         """Stop fetching keys."""
         for issuer in (*self._issuers.values(), *self._retired):
-            await issuer.close()
+            await issuer.__aexit__()
 
     def _static(self, token: str) -> Principal:
         found = self._tokens.find(token)

@@ -276,7 +276,10 @@ class Issuer:
         assert self.keys is not None  # noqa: S101 - read from the file or fetched
         return self.keys
 
-    async def close(self) -> None:
+    async def __aenter__(self) -> Issuer:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
         """Stop fetching."""
         if self._fetching is not None:
             self._fetching.cancel()
