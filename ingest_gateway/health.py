@@ -43,7 +43,7 @@ class Checks:
 class PartHealth(BaseModel):
     """The state of one part."""
 
-    state: Literal["ok", "degraded", "missing"]
+    state: Literal["ok", "degraded", "failed"]
     cause: str | None
 
 
@@ -64,12 +64,12 @@ async def readiness(checks: Checks) -> Readiness:
     """Check all parts concurrently. Waits CHECK_SECONDS at most."""
     causes = await asyncio.gather(*(_cause(getattr(checks, name)) for name in COMPONENTS))
     parts = {
-        name: PartHealth(state="ok" if cause is None else "degraded" if name == "views" else "missing", cause=cause)
+        name: PartHealth(state="ok" if cause is None else "degraded" if name == "views" else "failed", cause=cause)
         for name, cause in zip(COMPONENTS, causes, strict=True)
     }
     states = {part.state for part in parts.values()}
     return Readiness(
-        status="unready" if "missing" in states else "degraded" if "degraded" in states else "ready", parts=parts
+        status="unready" if "failed" in states else "degraded" if "degraded" in states else "ready", parts=parts
     )
 
 

@@ -147,8 +147,8 @@ def error_of_answer(status: int, answer_headers: Mapping[str, str], body: bytes)
     """
     try:
         error = error_of(Problem.model_validate_json(body))
-    except ValidationError:  # something between the client and the gateway answered
-        error = _by_status(status, answer_headers)
+    except ValidationError:  # an answer of `/readyz`, or something between the client and the gateway answered
+        error = _by_status(status, answer_headers, body)
     pause = retry_after(answer_headers.get(http.RETRY_AFTER))
     if isinstance(error, PushBackError) and pause is not None:
         error.retry_after = pause
@@ -157,8 +157,28 @@ def error_of_answer(status: int, answer_headers: Mapping[str, str], body: bytes)
     return error
 
 
-def _by_status(status: int, answer_headers: Mapping[str, str]) -> ArtifactStoreError:
-    detail = f"the gateway's address answered with status {status} and no explanation"
+class _Part(BaseModel):
+    state: str
+    cause: str | None
+
+
+class _Readiness(BaseModel):
+    """As `/readyz` answers."""
+
+    status: str
+    parts: Mapping[str, _Part]
+
+
+def _by_status(status: int, answer_headers: Mapping[str, str], body: bytes) -> ArtifactStoreError:
+    try:
+        found = _Readiness.model_validate_json(body)
+    except ValidationError:
+        detail = f"the gateway's address answered with status {status} and no explanation"
+    else:
+        causes = "; ".join(f"{name}: {part.cause}" for name, part in found.parts.items() if part.state != "ok")
+        detail = (
+            f"the gateway is {found.status}: {causes}" if causes else f"the gateway is {found.status}: it is stopping"
+        )
     if status == 416:
         return RangeNotSatisfiableError(detail, _whole_size(answer_headers.get("Content-Range")))
     return _BY_STATUS.get(status, RejectedError if status < 500 else ArtifactStoreError)(detail)

@@ -98,8 +98,9 @@ async def _looked(part: str, look: Callable[[], Awaitable[str | None]]) -> Findi
             part, ok=False, cause=f"no answer within {_PATIENCE_SECONDS:g} s; is it running, is it reachable?"
         )
     except UnavailableError as error:
-        # What says that already knows better; the others have only said that there is no answer.
-        hint = "" if "ARTIFACT_STORE_" in error.detail else f"; is it running, and is {_ADDRESSES[part]} right?"
+        # A gateway that gives its causes runs, and a message that names a setting says what to look at.
+        explained = "ARTIFACT_STORE_" in error.detail or error.detail.startswith("the gateway is ")
+        hint = "" if explained else f"; is it running, and is {_ADDRESSES[part]} right?"
         return Finding(part, ok=False, cause=error.detail + hint)
     except ArtifactStoreError as error:
         return Finding(part, ok=False, cause=error.detail)

@@ -48,13 +48,11 @@ def replay(projection: str, *, in_place: bool, drop: bool, max_parked: int | Non
     given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value and name != "compare"]
     given += ["--verify"] * options["compare"]
     if in_place and (drop or given):
-        raise click.UsageError(
-            "--in-place folds into the view itself, where no other option but --max-parked has a meaning"
-        )
+        raise click.UsageError(f"--in-place takes no option but --max-parked; leave {(given or ['--drop'])[0]} out")
     if drop:
         given += [] if max_parked is None else ["--max-parked"]
         if given:
-            raise click.UsageError(f"--drop only removes: {given[0]} has no meaning beside it")
+            raise click.UsageError(f"--drop takes no other option; leave {given[0]} out")
         _drop(known)
         return
     done = run(_replay(projection, in_place=in_place, max_parked=max_parked, **options))

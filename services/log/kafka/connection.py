@@ -342,8 +342,8 @@ def explained(error: KafkaError, doing: str) -> ArtifactStoreError:
         )
     if code in _NO_TOPIC:
         return ConfigurationError(
-            f"Kafka has no such topic while {doing}; make it by `artifact-store migrate`, "
-            "unless it was deleted: then restore it"
+            f"the topic does not exist ({doing}): run `artifact-store migrate` to create it; "
+            "if it was deleted, restore it from a mirror or backup first"
         )
     if code in _OUTSIDE:
         return OutsideError(f"{doing}: the offset is not in the log any more; it was truncated, re-created or restored")

@@ -212,9 +212,10 @@ class WriterGroup:
         self._hand_over(partitions, lost=True)
 
     def _hand_over(self, partitions: list[TopicPartition], *, lost: bool) -> None:
-        began = time.monotonic()
-        self._revoked([p.partition for p in partitions], lost)
-        _LOG.info("%d partitions were handed over in %.2f s", len(partitions), time.monotonic() - began)
+        began, numbers = time.monotonic(), sorted(p.partition for p in partitions)
+        self._revoked(numbers, lost)
+        ended = "lost to other members" if lost else "given up"
+        _LOG.info("partitions %s were %s in %.2f s", numbers, ended, time.monotonic() - began)
 
     def _note(self, text: str) -> None:
         if text != self.trouble:

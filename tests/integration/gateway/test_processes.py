@@ -127,7 +127,7 @@ async def test_processes_share_address_partitions_and_load_and_outlive_a_dead_on
     assert not any(child.is_running() for child in now)
     said = gateway.log.read_text()
     assert "Traceback" not in said
-    assert said.count("partitions were handed over in") >= PROCESSES
+    assert said.count("were given up in") >= PROCESSES
     assert not psutil.pid_exists(watched)
 
 
@@ -157,7 +157,7 @@ async def test_told_to_end_together_with_the_first_one_processes_hand_over_all_t
     assert await asyncio.to_thread(first.wait, SECONDS) == 0
     said = gateway.log.read_text()[before:]
     assert "Traceback" not in said
-    handed_over = [line for line in said.splitlines() if "partitions were handed over in" in line]
+    handed_over = [line for line in said.splitlines() if "were given up in" in line]
     assert all(any(f" {process.pid} INFO " in line for line in handed_over) for process in others)
 
 

@@ -18,10 +18,12 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from click.testing import CliRunner
 
 from artifact_store.errors import ConfigurationError, UnavailableError
 from ingest_gateway.health import FRESH_SECONDS
 from ingest_gateway.server import run
+from services.cli import main
 from services.config import PREFIX, Settings
 from tests.integration.http_gateway import running_gateway
 from tests.integration.projector_stage import eventually
@@ -47,9 +49,9 @@ async def _away() -> str | None:
     ("part", "status", "overall", "state"),
     [
         ("views", 200, "degraded", "degraded"),
-        ("log", 503, "unready", "missing"),
-        ("blobs", 503, "unready", "missing"),
-        ("writer", 503, "unready", "missing"),
+        ("log", 503, "unready", "failed"),
+        ("blobs", 503, "unready", "failed"),
+        ("writer", 503, "unready", "failed"),
     ],
 )
 async def test_readiness_is_about_writes_and_names_the_cause(
@@ -300,3 +302,12 @@ async def test_a_process_says_where_it_listens_and_ends_when_it_is_told_to(
         assert await follower.read() == b""
     assert await asyncio.wait_for(process.wait(), 20) == 0
     assert await process.stderr.read() == b""
+
+
+async def test_doctor_says_what_a_gateway_that_runs_and_cannot_write_lacks(embedded_settings: Settings) -> None:
+    async with running_gateway(embedded_settings, checks={"log": _away}) as gateway:
+        environment = {**embedded_settings.environment(), "ARTIFACT_STORE_URL": str(gateway.session._base_url)}
+        done = await asyncio.to_thread(CliRunner().invoke, main, ["doctor", "--json"], env=environment)
+    (found,) = (f for f in json.loads(done.stdout)["findings"] if f["part"] == "gateway")
+    assert (done.exit_code, found["ok"]) == (1, False)
+    assert found["cause"] == "the gateway is unready: log: nobody answers"
