@@ -13,9 +13,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -486,12 +486,9 @@ class PartitionLease(Lease):
         if not wanted:
             return
         found: set[bytes] = set()
-        reader = Reader(self._kafka, {self._partition: 0}, self._cluster)
-        try:
-            for record in chain.from_iterable(self._records_to(reader, end)):
+        with closing(self._apart(0, end)) as records:
+            for record in records:
                 found |= wanted & {value_digest(record.value)}
-        finally:
-            reader.close()
         copied = [loss for loss in self.losses if loss.witness.log != self._origin.identity and loss.digest in found]
         self._forget(copied, "this log is a copy, and holds the record elsewhere")
         self.losses = [loss for loss in self.losses if loss not in copied]
@@ -656,6 +653,14 @@ class PartitionLease(Lease):
             if self._stopping():
                 raise PartitionNotOwnedError("the partition was handed over while it was being taken over")
 
+    def _apart(self, start: int, end: int) -> Generator[Record]:
+        """The records between these offsets, by a reader of their own, which ends when the generator is closed."""
+        reader = Reader(self._kafka, {self._partition: start}, self._cluster)
+        try:
+            yield from chain.from_iterable(self._records_to(reader, end))
+        finally:
+            reader.close()
+
     def _fold(self, record: Record) -> None:
         """Fold the record into the state, or stop before it."""
         found = self._read(record)
@@ -693,19 +698,15 @@ class PartitionLease(Lease):
         start = min(offset, self.state.next_offset)
         ahead = _Ahead(max(start, self._end, self._cluster.last_stable([self._partition])[self._partition]))
         aggregate = partition_id(self._origin.identity, self._partition)
-        reader = Reader(self._kafka, {self._partition: start}, self._cluster)
-        try:
-            for records in self._records_to(reader, ahead.end):
-                for record in records:
-                    if not isinstance(found := self._read(record), Event):
-                        continue
-                    if isinstance(found.payload, LogSkipped):
-                        ahead.skips[found.payload.digest] = record.offset, found
-                    if found.package_id == aggregate:
-                        ahead.administrative = AdministrativeHead.of(found)
-                    ahead.last_created_at = max(ahead.last_created_at, found.created_at)
-        finally:
-            reader.close()
+        with closing(self._apart(start, ahead.end)) as records:
+            for record in records:
+                if not isinstance(found := self._read(record), Event):
+                    continue
+                if isinstance(found.payload, LogSkipped):
+                    ahead.skips[found.payload.digest] = record.offset, found
+                if found.package_id == aggregate:
+                    ahead.administrative = AdministrativeHead.of(found)
+                ahead.last_created_at = max(ahead.last_created_at, found.created_at)
         return ahead
 
     def _record_at(self, offset: int) -> Event | BadRecord | None:
@@ -713,13 +714,9 @@ class PartitionLease(Lease):
         end = max(self._end, self._cluster.last_stable([self._partition])[self._partition])
         if not 0 <= offset < end:
             return None
-        reader = Reader(self._kafka, {self._partition: offset}, self._cluster)
-        try:
-            for record in chain.from_iterable(self._records_to(reader, offset + 1)):
-                return self._read(record) if record.offset == offset else None
-        finally:
-            reader.close()
-        return None
+        with closing(self._apart(offset, offset + 1)) as records:
+            found = next(records, None)
+        return self._read(found) if found is not None and found.offset == offset else None
 
     def _offset_of(self, value: bytes, start: int) -> int:
         """Wait until a record of this value, which was committed behind `start`, can be read; its offset."""

@@ -22,6 +22,7 @@ from artifact_store.errors import (
     RejectedError,
     UnavailableError,
 )
+from artifact_store.models import Acknowledgement
 from services.log.port import HeldError, NotAppendedError, PartitionNotOwnedError
 from services.log.sequencer.queue import IngestCheck, Request
 
@@ -30,6 +31,10 @@ REFUSE_SECONDS = 10.0
 
 HELD_SECONDS = 1.0
 """How long everything is refused before the guard is asked again, which costs nothing."""
+
+Outcome = Acknowledgement | Exception | int | str
+"""The answer to a request once its batch is appended. A string: a check passed, and the package is of this retention
+class; an int: the offset where the log ends."""
 
 _UNKNOWN = "the outcome is unknown"
 
@@ -83,13 +88,13 @@ def quarantined(cause: str) -> PackageQuarantinedError:
     )
 
 
-def told(request: Request, error: Exception) -> Exception:
+def told(request: Request, outcome: Outcome) -> Outcome:
     """What the caller hears: a command whose transaction failed may be in the log, unless it was decided since then."""
     if not request.failures or isinstance(request.asked, IngestCheck):
-        return error
-    if isinstance(error, PartitionNotOwnedError | PushBackError | CorruptError | ConfigurationError):
-        return in_doubt(error.detail)
-    return error
+        return outcome
+    if isinstance(outcome, PartitionNotOwnedError | PushBackError | CorruptError | ConfigurationError):
+        return in_doubt(outcome.detail)
+    return outcome
 
 
 def given_up(request: Request, done: int) -> Exception:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from threading import Event as Flag
 from threading import Lock, Thread
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 from uuid import UUID
 
 from artifact_store.errors import ArtifactStoreError, CorruptError, PushBackError, RejectedError, UnavailableError
@@ -35,7 +35,17 @@ from services.log.port import (
     PutManifest,
 )
 from services.log.records import BadRecord, Confirmation
-from services.log.sequencer.answers import Counts, Deadlines, given_up, in_doubt, lost, quarantined, refused, told
+from services.log.sequencer.answers import (
+    Counts,
+    Deadlines,
+    Outcome,
+    given_up,
+    in_doubt,
+    lost,
+    quarantined,
+    refused,
+    told,
+)
 from services.log.sequencer.background import BackgroundJobs
 from services.log.sequencer.driver import Driver, Lease, Staged, State
 from services.log.sequencer.queue import (
@@ -64,11 +74,6 @@ _GIVE_WAY_SECONDS = 20.0
 """After this long without success, the take-over is left to other processes. Electing a leader takes half as long."""
 
 _LOG = logging.getLogger(__name__)
-
-
-_Outcome = Acknowledgement | Exception | int | str
-"""The answer to a request once its batch is appended. A string: a check passed, and the package is of this retention
-class; an int: the offset where the log ends."""
 
 
 class PartitionWriter:
@@ -253,8 +258,7 @@ class PartitionWriter:
         moved = PartitionNotOwnedError("this process does not write to the package's partition any more")
         self._deliver([(request, moved) for request in self._queue.drain()])
         while self._confirmations:
-            _, answer = self._confirmations.popleft()
-            self._answer(answer, moved)
+            self._settle([(self._confirmations.popleft()[1], moved)])
 
     def _hold(self) -> None:
         """One lease: take over, then serve until told to stop."""
@@ -346,7 +350,7 @@ class PartitionWriter:
         """Record what operators confirmed about the partition, and answer them."""
         while self._confirmations:
             confirmation, answer = self._confirmations[0]
-            outcome: Acknowledgement | Exception
+            outcome: Outcome
             try:
                 recorded = lease.record(confirmation, self._context.clock(), self._require_recordable)
                 outcome = Acknowledgement(partition_id(self._context.driver.identity, self.partition), *recorded)
@@ -355,26 +359,14 @@ class PartitionWriter:
             except ArtifactStoreError as error:
                 # It may be recorded: whoever confirms it again is told so.
                 self._confirmations.popleft()
-                self._answer(answer, error)
+                self._settle([(answer, error)])
                 raise
             self._confirmations.popleft()
-            self._answer(answer, outcome)
+            self._settle([(answer, outcome)])
 
     def _require_recordable(self) -> None:
         self._context.driver.require(self.partition, self._last_created_at)
         self._context.driver.require_readers()
-
-    def _answer(self, answer: asyncio.Future[Acknowledgement], outcome: Acknowledgement | Exception) -> None:
-        def settle() -> None:
-            if answer.done():
-                return
-            if isinstance(outcome, Exception):
-                answer.set_exception(outcome)
-            else:
-                answer.set_result(outcome)
-
-        if not self._context.loop.is_closed():
-            self._context.loop.call_soon_threadsafe(settle)
 
     def _is_ours(self) -> bool:
         """Ask the group until it answers; False as well when this writer is to stop."""
@@ -423,7 +415,7 @@ class PartitionWriter:
     def _without_held(self, jobs: BackgroundJobs, batch: Sequence[Request]) -> list[Request]:
         """The requests of the batch that can be decided now, because no background job holds them."""
         now: list[Request] = []
-        refused: list[tuple[Request, _Outcome]] = []
+        refused: list[tuple[Request, Outcome]] = []
         for request in batch:
             try:
                 if not jobs.holds(request):
@@ -436,7 +428,7 @@ class PartitionWriter:
 
     def _answers(
         self, lease: Lease, jobs: BackgroundJobs, runs: Sequence[Sequence[Request]]
-    ) -> tuple[list[_Outcome], bool]:
+    ) -> tuple[list[Outcome], bool]:
         """Decide the requests, append what they become, and only then say so; and whether refusals are proven.
 
         A commit proves that the state was current, and so does `Lease.prove`, which is not called too often:
@@ -445,7 +437,7 @@ class PartitionWriter:
         """
         staged: list[Staged] = []
         with self._context.fair_lock:
-            now, size, outcomes = jobs.now(), 0, list[_Outcome]()
+            now, size, outcomes = jobs.now(), 0, list[Outcome]()
             for run in runs:
                 decided = len(staged)
                 outcomes += self._decide_run(lease.state, jobs, run, now, staged)
@@ -465,7 +457,7 @@ class PartitionWriter:
 
     def _decide_run(
         self, state: State, jobs: BackgroundJobs, run: Sequence[Request], now: int, staged: list[Staged]
-    ) -> list[_Outcome]:
+    ) -> list[Outcome]:
         """Commands of one package that add files to it, together if they can be, or any other request."""
         commands = [request.asked for request in run if isinstance(request.asked, IngestFiles)]
         package = None
@@ -487,7 +479,7 @@ class PartitionWriter:
                 return [acknowledge(package, command) for command in commands]
         return [self._decide(state, jobs, request, now, staged) for request in run]
 
-    def _decide(self, state: State, jobs: BackgroundJobs, request: Request, now: int, staged: list[Staged]) -> _Outcome:
+    def _decide(self, state: State, jobs: BackgroundJobs, request: Request, now: int, staged: list[Staged]) -> Outcome:
         asked, limits = request.asked, self._context.limits
         if isinstance(asked, EndQuestion):
             return state.next_offset
@@ -547,18 +539,21 @@ class PartitionWriter:
             _LOG.warning("partition %d of the log is taken over again: %s", self.partition, text)
         self._trouble = text
 
-    def _deliver(self, answers: Sequence[tuple[Request, _Outcome]]) -> None:
-        """Hand all answers to the event loop at once. Callers that gave up meanwhile get none."""
+    def _deliver(self, answers: Sequence[tuple[Request, Outcome]]) -> None:
+        """Hand all answers to the event loop at once."""
+        self._settle([(request.answer, told(request, outcome)) for request, outcome in answers])
+
+    def _settle(self, answers: Sequence[tuple[asyncio.Future[Any], Outcome]]) -> None:
+        """As `_deliver`. Callers that gave up meanwhile get none."""
 
         def settle() -> None:
-            for request, answer in answers:
-                waiting = request.answer
-                if waiting.done():
+            for answer, outcome in answers:
+                if answer.done():
                     continue
-                if not isinstance(answer, Exception):
-                    waiting.set_result(cast("Acknowledgement | str", answer))
+                if isinstance(outcome, Exception):
+                    answer.set_exception(outcome)
                 else:
-                    waiting.set_exception(told(request, answer))
+                    answer.set_result(outcome)
 
         if answers and not self._context.loop.is_closed():
             self._context.loop.call_soon_threadsafe(settle)
@@ -568,7 +563,7 @@ def _name(error: Exception) -> str:
     return error.detail if isinstance(error, ArtifactStoreError) else type(error).__name__
 
 
-def _needs_proof(outcome: _Outcome) -> bool:
+def _needs_proof(outcome: Outcome) -> bool:
     """Whether the answer would be wrong if another process had appended something meanwhile."""
     return isinstance(outcome, RejectedError | NotAppendedError | int)
 

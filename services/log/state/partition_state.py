@@ -31,6 +31,7 @@ from services.log.state.state_file import (
     Irregular,
     StateFile,
     StateFileError,
+    Summary,
     UnusableStateError,
     remove,
 )
@@ -154,10 +155,9 @@ class PartitionState:
         if found is None:
             self._note_absent(package_id)
             return False
-        status, sequence, _ = found
-        if status != CREATED:
+        if found.status != CREATED:
             return False
-        if sequence > LARGE:
+        if found.sequence > LARGE:
             return True
         self.package(package_id)
         return False
@@ -184,13 +184,14 @@ class PartitionState:
         if not self.shared:
             return None
         with closing(self._file.beside()) as file:
-            return file.extent_of(package_id)
+            found = file.summary_of(package_id)
+        return None if found is None else PackageExtent(found.created_at, found.sequence)
 
     def adopt(self, package: PackageState) -> None:
         """Hold a package in memory that was loaded `beside`, if it is what the file has by now."""
         known = package.package_id in self._packages
-        anchor = (package.status, package.sequence, package.digest)
-        if not known and package.status == CREATED and self._summary_of(package.package_id) == anchor:
+        known_as = Summary(package.status, package.created_at, package.sequence, package.digest)
+        if not known and package.status == CREATED and self._summary_of(package.package_id) == known_as:
             self._hold(package)
 
     def apply(self, event: Event) -> None:
@@ -394,7 +395,7 @@ class PartitionState:
             self._broken = True
             raise
 
-    def _summary_of(self, package_id: UUID) -> tuple[str, int, bytes] | None:
+    def _summary_of(self, package_id: UUID) -> Summary | None:
         try:
             return self._file.summary_of(package_id)
         except UnusableStateError:

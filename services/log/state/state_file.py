@@ -27,7 +27,7 @@ from dataclasses import astuple, dataclass, field
 from itertools import islice
 from pathlib import Path
 from sqlite3 import Connection
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 from uuid import UUID
 
 import cbor2
@@ -46,7 +46,6 @@ from services.core.state import (
     PackageState,
     file_states,
 )
-from services.log.port import PackageExtent
 from services.log.records import AcceptedLoss, AdministrativeHead
 from services.runtime.files import private_file
 
@@ -178,6 +177,15 @@ class Irregular:
     """Packages whose history is contradicted, and by what."""
     accepted: list[AcceptedLoss] = field(default_factory=list)
     """Losses that were accepted in this log."""
+
+
+class Summary(NamedTuple):
+    """Of a package in the file: its status and last event, and when it was created (µs since 1970)."""
+
+    status: str
+    created_at: int
+    sequence: int
+    digest: bytes
 
 
 class StateFile:
@@ -313,12 +321,10 @@ class StateFile:
         Of a finalized one only what this command became, and only if it was finalized after `kept_after` (µs).
         """
         with _explained(self.path, reading=True):
-            row = self._connection.execute(
-                "SELECT body FROM packages WHERE package_id = ?", (package_id.bytes,)
-            ).fetchone()
-            if row is None:
+            found = self._row(package_id)
+            if found is None:
                 return None
-            kind, *values = unsealed(row[0])
+            kind, *values = found
             if kind == CREATED:
                 return self._open_package(package_id, values)
             if kind == ABANDONED:
@@ -327,31 +333,19 @@ class StateFile:
                 return PackageState(*about, ABANDONED, forgotten=True)
             return self._finalized_package(package_id, values, command_id, kept_after)
 
-    def extent_of(self, package_id: UUID) -> PackageExtent | None:
-        """When the package was created and its last event, at little cost; None when there is none."""
+    def summary_of(self, package_id: UUID) -> Summary | None:
+        """What is known of the package at little cost; None when there is none."""
         with _explained(self.path, reading=True):
-            row = self._connection.execute(
-                "SELECT body FROM packages WHERE package_id = ?", (package_id.bytes,)
-            ).fetchone()
-            if row is None:
+            found = self._row(package_id)
+            if found is None:
                 return None
-            kind, *values = unsealed(row[0])
-            first = 2 if kind == FINALIZED else 1  # `_finalized_package` and `_open_package` name the values
-            created_at, _, sequence, *_ = values[first:]
-            return PackageExtent(created_at, sequence)
+            first = 3 if found[0] == FINALIZED else 2  # `_finalized_package` and `_open_package` name the values
+            created_at, _, sequence, digest, *_ = found[first:]
+            return Summary(found[0], created_at, sequence, digest)
 
-    def summary_of(self, package_id: UUID) -> tuple[str, int, bytes] | None:
-        """Status, sequence and digest of the package, at little cost; None when there is none."""
-        with _explained(self.path, reading=True):
-            row = self._connection.execute(
-                "SELECT body FROM packages WHERE package_id = ?", (package_id.bytes,)
-            ).fetchone()
-            if row is None:
-                return None
-            kind, _, _, _, sequence, digest, *_ = found = unsealed(row[0])
-            if kind == FINALIZED:
-                _, _, _, _, _, sequence, digest, *_ = found
-            return kind, sequence, digest
+    def _row(self, package_id: UUID) -> list[Any] | None:
+        row = self._connection.execute("SELECT body FROM packages WHERE package_id = ?", (package_id.bytes,)).fetchone()
+        return None if row is None else unsealed(row[0])
 
     def save(self, changed: Iterable[tuple[PackageState, int]], anchor: Anchor, answers_kept_after: int) -> None:
         """Write packages that changed, each with the sequence up to which the file has it, in one transaction.
