@@ -195,6 +195,13 @@ class Settings:
         None, secret_text, "The secret that guards forwarded commands, the same for all gateways.", secret=_always
     )
     state_dir: Path = setting("./var/state", Path, "Folder of the writers' disposable state.")
+    state_key: SecretStr | None = setting(
+        None,
+        secret_text,
+        "The secret that copies of that state in a bucket are signed with, the same for all gateways. Without it they "
+        "are signed with ARTIFACT_STORE_INTERNAL_SECRET, and without both neither made nor read beyond loopback.",
+        secret=_always,
+    )
 
     policy: Path | None = setting(None, Path, "The policy file: who may do what (TOML).")
     tokens: Path | None = setting(None, Path, "The file of static tokens, which holds only their hashes.")

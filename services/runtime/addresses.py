@@ -11,6 +11,14 @@ from artifact_store.rules import check_host
 _LAST_PORT = 65_535
 
 
+def is_loopback(host: str) -> bool:
+    """Whether the host, without brackets, is this machine by an address or name that no other machine has."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 @dataclass(frozen=True, slots=True)
 class ListenAddress:
     """Where something is served; port 0 takes a free one."""
@@ -35,10 +43,7 @@ class ListenAddress:
     @property
     def is_loopback(self) -> bool:
         """Whether nobody but this machine reaches it."""
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
+        return is_loopback(self.host)
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"

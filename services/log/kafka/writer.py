@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from threading import Event as Flag
 from typing import cast
+from urllib.parse import urlsplit
 from uuid import UUID
+
+from blake3 import blake3
 
 from artifact_store.errors import ArtifactStoreError, ConfigurationError, UnavailableError
 from artifact_store.models import Acknowledgement
@@ -38,7 +42,10 @@ from services.log.sequencer.partition_writer import FairLock, PartitionWriter, W
 from services.log.sequencer.queue import EndQuestion, IngestCheck
 from services.log.state.restore import States
 from services.log.state.snapshots import Snapshots
+from services.runtime.addresses import is_loopback
 from services.runtime.clock import Clock, system_clock
+
+_LOG = logging.getLogger(__name__)
 
 SUBMIT_SECONDS = 30.0
 """How long a command may look for its owner, and how long wait there for its turn; the outcome is unknown then."""
@@ -88,6 +95,13 @@ class KafkaWriter:
         self._submit_seconds = submit_seconds
         self._state_dir = settings.state_dir
         self._snapshot_store = snapshots
+        self._snapshot_key = _snapshot_key(settings)
+        if snapshots is not None and self._snapshot_key is None and not _is_of_this_machine(settings.blobs_url):
+            _LOG.warning(
+                "no copies of the state are made or read, because others may write to the bucket: "
+                "set ARTIFACT_STORE_STATE_KEY to one long random text for all gateways"
+            )
+            self._snapshot_store = None
         self._snapshots: Snapshots | None = None
         self._group = WriterGroup(
             log.kafka, log.cluster, internal_url, self._assigned, self._revoked, self._look_after_writers
@@ -106,7 +120,7 @@ class KafkaWriter:
         """See `CommandWriter`. Raises ConfigurationError when the topic could lose events, UnavailableError."""
         await self._log.check()
         if self._snapshot_store is not None:
-            self._snapshots = Snapshots(self._snapshot_store, asyncio.get_running_loop())
+            self._snapshots = Snapshots(self._snapshot_store, asyncio.get_running_loop(), self._snapshot_key)
         topic = await self._log.blocking(self._log.cluster.topic)
         states = States(self._state_dir, self._snapshots)
         driver = KafkaDriver(self._log.kafka, self._log.cluster, topic.identity, states, self._group, self._guard)
@@ -336,3 +350,19 @@ def _elsewhere(partition: int, owner: Owner | None) -> PartitionStatus:
     if owner is None or owner.is_self:
         return PartitionStatus(partition, None)
     return PartitionStatus(partition, owner.url or "another process")
+
+
+def _snapshot_key(settings: Settings) -> bytes | None:
+    """What snapshots are signed with; None when the settings have no secret for that."""
+    secret = settings.state_key or settings.internal_secret
+    if secret is None:
+        return None
+    return blake3(secret.get_secret_value().encode(), derive_key_context="artifact-store 2026-11 snapshots").digest()
+
+
+def _is_of_this_machine(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme == "file" or is_loopback(parts.hostname or "")
+    except ValueError:
+        return False

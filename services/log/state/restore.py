@@ -12,7 +12,9 @@ which is passed over until the loss is accepted.
 from __future__ import annotations
 
 import logging
+import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -270,6 +272,7 @@ def _looked_at(slot: Slot, origin: LogPartition, lost: Callable[[Witness], Loss 
         remove(slot.path)  # what SQLite kept beside a file that is gone
         return None
     try:
+        _refuse_stranger(slot.path)
         file = StateFile.open(slot.path, origin)
     except ForeignStateError as error:
         if (loss := lost(Witness(FILE, error.log, error.anchor, str(slot.path)))) is not None:
@@ -287,6 +290,13 @@ def _looked_at(slot: Slot, origin: LogPartition, lost: Callable[[Witness], Loss 
     if loss is not None:
         file.close()
     return file if loss is None else loss
+
+
+def _refuse_stranger(path: Path) -> None:
+    """Raises UnusableStateError for a file that another user made or any may change: a writer would believe it."""
+    about = path.stat()
+    if about.st_uid != os.geteuid() or about.st_mode & stat.S_IWOTH:
+        raise UnusableStateError(f"{path} belongs to another user, or any user may write it")
 
 
 def _discard(slot: Slot, origin: LogPartition, error: StateFileError) -> None:

@@ -8,11 +8,15 @@ of them is digests, and zlib takes five times as long as all the rest to make th
 Beside each snapshot lies a witness, `snapshots/witnesses/<topic>/<partition>/<position>-<time>-<log>-<digest>`, whose
 name says which record the state stood on. A writer on any machine finds by it that the log lost that record, also when
 the topic was made again and the log is another one. A writer whose own file proves a loss leaves a witness as well.
+
+Whoever may write to the bucket must not decide what a writer believes. With a key, indexes and witnesses carry a tag,
+BLAKE3 keyed with it. What has no such tag, or a wrong one, is passed over, as if it were not there.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hmac
 import json
 import logging
 import re
@@ -54,7 +58,7 @@ _FORMAT = 1
 _UNNAMED_FORMAT = 4
 """That of state files while names had none."""
 _FOLDER = re.compile(r"([0-9]{1,20})-(?:([0-9]{1,9})-)?[^-/]+")
-_WITNESS = re.compile(r"([0-9]{20})-([0-9]{20})-([0-9a-f]{32})-([0-9a-f]{64})")
+_WITNESS = re.compile(r"(([0-9]{20})-([0-9]{20})-([0-9a-f]{32})-([0-9a-f]{64}))(?:-([0-9a-f]{64}))?")
 _ANSWER_SECONDS = 60.0
 _LIST_SECONDS = 10.0
 """How long a take-over waits for what the store has; without an answer it goes on, for the log has everything."""
@@ -100,8 +104,10 @@ class _Progress:
 class Snapshots:
     """Snapshots of one log. Their work is done in a thread of its own, and by the loop that the store belongs to."""
 
-    def __init__(self, store: SnapshotStore, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, store: SnapshotStore, loop: asyncio.AbstractEventLoop, key: bytes | None = None) -> None:
+        """`key`: 32 bytes that all writers share. Without it, whatever lies in the store is believed."""
         self._store = store
+        self._key = key
         self._loop = loop
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="log-snapshot")
         self._closed = Flag()
@@ -246,13 +252,15 @@ class Snapshots:
                 self._wait(self._store.put_object(_part_key(snapshot, len(parts)), piece))
                 parts.append({"blake3": blake3(piece).hexdigest()})
                 size += len(piece)
-        index = {**_identity(origin), "position": next_offset, "size": size, "parts": parts}
+        index: dict[str, object] = {**_identity(origin), "position": next_offset, "size": size, "parts": parts}
+        if self._key is not None:
+            index["tag"] = _tag(self._key, index)
         self._put_witness(origin, Witness(SNAPSHOT, origin.identity, anchor, snapshot.prefix))
         self._wait(self._store.put_object(f"{snapshot.prefix}index", json.dumps(index).encode()))
 
     def _put_witness(self, origin: LogPartition, witness: Witness) -> None:
         about = {"log": str(witness.log), "topic": origin.topic, "partition": origin.partition, "from": witness.where}
-        self._wait(self._store.put_object(_witness_key(origin, witness), json.dumps(about).encode()))
+        self._wait(self._store.put_object(self._witness_key(origin, witness), json.dumps(about).encode()))
 
     def _remove_witness(self, origin: LogPartition, witness: Witness) -> None:
         """The witness last: while it is there, what is left of its snapshot needs no fetching."""
@@ -261,7 +269,7 @@ class Snapshots:
             found = _snapshot_of(key, of_its_log)
             if found is not None and found.next_offset == witness.anchor.next_offset:
                 self._wait(self._store.delete_object(key))
-        self._wait(self._store.delete_object(_witness_key(origin, witness)))
+        self._wait(self._store.delete_object(self._witness_key(origin, witness)))
 
     def _prune(self, origin: LogPartition, next_offset: int) -> None:
         """Remove what is older than the newest KEPT that end there or before. A part of one may still be on its way.
@@ -281,7 +289,7 @@ class Snapshots:
                 self._wait(self._store.delete_object(key))
                 pruned.add(found.next_offset)
         for key in self._wait(self._store.list_objects(_witnesses(origin))):
-            witness = _witness_of(key)
+            witness = self._witness_of(origin, key)
             if witness is not None and witness.log == origin.identity and witness.anchor.next_offset in pruned:
                 self._wait(self._store.delete_object(key))
 
@@ -294,7 +302,8 @@ class Snapshots:
         keys, witnesses = await asyncio.gather(
             self._store.list_objects(_prefix(origin)), self._store.list_objects(_witnesses(origin))
         )
-        return Stored(_whole_of(keys, origin), [found for key in witnesses if (found := _witness_of(key)) is not None])
+        read = [self._witness_of(origin, key) for key in witnesses]
+        return Stored(_whole_of(keys, origin), [witness for witness in read if witness is not None])
 
     def _index(self, snapshot: Snapshot, origin: LogPartition, stopping: Callable[[], bool]) -> dict[str, Any]:
         data = self._result(self._begin(self._store.get_object(f"{snapshot.prefix}index")), stopping)
@@ -305,7 +314,24 @@ class Snapshots:
         expected = {**_identity(origin), "position": snapshot.next_offset}
         if not isinstance(index, dict) or {name: index.get(name) for name in expected} != expected:
             raise SnapshotError("its index is of another partition, log or format")
+        if self._key is not None and not hmac.compare_digest(str(index.pop("tag", "")), _tag(self._key, index)):
+            raise SnapshotError("its tag is not one of this deployment's key, ARTIFACT_STORE_STATE_KEY")
         return index
+
+    def _witness_key(self, origin: LogPartition, witness: Witness) -> str:
+        anchor = witness.anchor
+        name = f"{anchor.next_offset:020d}-{anchor.last_created_at:020d}-{witness.log.hex}-{anchor.digest.hex()}"
+        return f"{_witnesses(origin)}{name}" + (f"-{_tag(self._key, [*_place(origin), name])}" if self._key else "")
+
+    def _witness_of(self, origin: LogPartition, key: str) -> Witness | None:
+        """The witness whose object this is; None for what others left there."""
+        found = _WITNESS.fullmatch(key.rpartition("/")[2])
+        if found is None:
+            return None
+        if self._key and not hmac.compare_digest(found[6] or "", _tag(self._key, [*_place(origin), found[1]])):
+            return None
+        anchor = Anchor(int(found[2]), bytes.fromhex(found[5]), int(found[3]))
+        return Witness(SNAPSHOT, UUID(found[4]), anchor, key)
 
     def _wait(self, act: Coroutine[Any, Any, _T]) -> _T:
         """Let the loop do it, for the snapshots' thread. Raises SnapshotError, PartitionNotOwnedError at the end."""
@@ -342,6 +368,14 @@ def _identity(origin: LogPartition) -> dict[str, object]:
     return {"format": _FORMAT, "log": str(origin.identity), "topic": origin.topic, "partition": origin.partition}
 
 
+def _place(origin: LogPartition) -> list[object]:
+    return [origin.topic, origin.partition]
+
+
+def _tag(key: bytes, what: object) -> str:
+    return blake3(json.dumps(what, sort_keys=True).encode(), key=key).hexdigest()
+
+
 def _prefix(origin: LogPartition) -> str:
     return f"snapshots/{origin.identity}/{origin.partition}/"
 
@@ -366,21 +400,6 @@ def _whole_of(keys: Iterable[str], origin: LogPartition) -> list[Snapshot]:
 
 def _witnesses(origin: LogPartition) -> str:
     return f"snapshots/witnesses/{origin.topic}/{origin.partition}/"
-
-
-def _witness_key(origin: LogPartition, witness: Witness) -> str:
-    anchor = witness.anchor
-    name = f"{anchor.next_offset:020d}-{anchor.last_created_at:020d}-{witness.log.hex}-{anchor.digest.hex()}"
-    return f"{_witnesses(origin)}{name}"
-
-
-def _witness_of(key: str) -> Witness | None:
-    """The witness whose object this is; None for what others left there."""
-    found = _WITNESS.fullmatch(key.rpartition("/")[2])
-    if found is None:
-        return None
-    anchor = Anchor(int(found[1]), bytes.fromhex(found[4]), int(found[2]))
-    return Witness(SNAPSHOT, UUID(found[3]), anchor, key)
 
 
 def _remove_leftovers(folder: Path) -> None:

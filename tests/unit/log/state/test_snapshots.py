@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -126,3 +127,66 @@ async def test_an_answer_that_is_given_up_because_the_process_ends_is_no_snapsho
     running.cancel()
     with pytest.raises(SnapshotError, match="the process ends"):
         snapshots._result(running, lambda: False)
+
+
+KEY, OTHER = b"k" * 32, b"o" * 32
+
+
+async def fetched(snapshots: Snapshots, stored: Stored, folder: Path) -> list[str]:
+    """What becomes of each snapshot, the newest first."""
+    outcomes = []
+    for snapshot in sorted(stored.snapshots, reverse=True):
+        try:
+            await asyncio.to_thread(snapshots.fetch, snapshot, PLACE, folder / "fetched.db", lambda: False)
+            outcomes.append("used")
+        except SnapshotError as error:
+            outcomes.append(error.detail)
+    return outcomes
+
+
+@pytest.mark.parametrize("forger", [OTHER, None])
+async def test_what_somebody_else_puts_into_the_bucket_is_passed_over(
+    store: Store, tmp_path: Path, forger: bytes | None
+) -> None:
+    loop = asyncio.get_running_loop()
+    ours, forged = Snapshots(store, loop, KEY), Snapshots(store, loop, forger)
+    try:
+        await made(ours, state_at(tmp_path, 20_000), 20_000)
+        await made(forged, state_at(tmp_path, 60_000), 60_000)
+        stored = await found(ours)
+        newest, older = await fetched(ours, stored, tmp_path)
+        assert "its tag is not one of this deployment's key" in newest
+        assert older == "used"
+        assert [witness.anchor.next_offset for witness in stored.witnesses] == [20_000]
+    finally:
+        for each in (ours, forged):
+            await asyncio.to_thread(each.close, 30)
+
+
+@pytest.mark.parametrize("name", ["position", "size", "parts", "partition", "log"])
+async def test_an_index_that_was_changed_is_passed_over(store: Store, tmp_path: Path, name: str) -> None:
+    snapshots = Snapshots(store, asyncio.get_running_loop(), KEY)
+    try:
+        await made(snapshots, state_at(tmp_path, 20_000), 20_000)
+        (key,) = [key for key in store.objects if key.endswith("/index")]
+        index = json.loads(store.objects[key])
+        index[name] = {"position": 30_000, "size": 1, "parts": [], "partition": 4, "log": str(UUID(int=8))}[name]
+        del store.objects[key]
+        store.objects[key.replace("20000", str(index["position"]))] = json.dumps(index).encode()
+        (outcome,) = await fetched(snapshots, await found(snapshots), tmp_path)
+        assert "its tag" in outcome or "its index is of another" in outcome
+    finally:
+        await asyncio.to_thread(snapshots.close, 30)
+
+
+async def test_a_witness_of_another_place_is_none(store: Store, tmp_path: Path) -> None:
+    snapshots = Snapshots(store, asyncio.get_running_loop(), KEY)
+    try:
+        await made(snapshots, state_at(tmp_path, 20_000), 20_000)
+        (key,) = [key for key in store.objects if "/witnesses/" in key]
+        store.objects[key.replace("/3/", "/4/")] = store.objects[key]
+        elsewhere = LogPartition(PLACE.identity, PLACE.topic, 4)
+        stored = await asyncio.to_thread(lambda: snapshots.found(snapshots.look(elsewhere), lambda: False))
+        assert stored.witnesses == []
+    finally:
+        await asyncio.to_thread(snapshots.close, 30)

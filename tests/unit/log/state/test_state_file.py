@@ -121,7 +121,14 @@ def other_partition(path: Path) -> None:
     filled(path, LogPartition(PLACE.identity, PLACE.topic, 2), 1)
 
 
-SPOILING = [truncate, scribble, empty, no_database, other_database, older_format, empty_of_other_log, other_partition]
+def open_to_all(path: Path) -> None:
+    path.chmod(0o666)
+
+
+SPOILING = [
+    *(truncate, scribble, empty, no_database, other_database, older_format, empty_of_other_log, other_partition),
+    open_to_all,
+]
 
 
 @pytest.mark.parametrize("spoil", SPOILING, ids=lambda spoil: spoil.__name__)
