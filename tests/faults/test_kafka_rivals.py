@@ -51,6 +51,7 @@ from tests.integration.kafka_stage import (
     lone_writer,
     open_kafka_log,
     operate,
+    set_on_topic,
 )
 
 pytestmark = pytest.mark.services
@@ -167,7 +168,26 @@ async def test_the_end_that_a_take_over_reads_up_to_is_seen_by_nobody(kafka: Set
     stranger.assign([TopicPartition(log.kafka.topic, 0, 0)])
     barriers = await asyncio.to_thread(stranger.consume, 3, 30.0)
     stranger.close()
-    assert [(b.key(), b.value(), b.timestamp()[1]) for b in barriers] == [(None, None, 1)] * 3
+    assert [(b.key(), b.value()) for b in barriers] == [(None, None)] * 3
+
+
+async def test_a_take_over_leaves_nothing_that_retention_would_delete(kafka: Settings, log: KafkaLog) -> None:
+    """A broker deletes a segment by its latest time, and a log whose beginning is gone is refused for good."""
+    holder = await take_over(kafka, log, 0)
+    await asyncio.to_thread(carry_out, holder, create_in(0))
+    await asyncio.to_thread(holder.close)
+    await asyncio.to_thread(set_on_topic, log, **{"retention.ms": "31536000000"})
+    old = Producer({"bootstrap.servers": log.kafka.bootstrap, "log_level": 3})
+    for decoy in (1, 2):  # one after the other, so that a whole pass over all partitions lies between
+        for time_ms in (1, 0):  # the second has the time of now, and begins a segment
+            old.produce(log.kafka.topic, b"old", b"key", decoy, timestamp=time_ms)
+            assert await asyncio.to_thread(old.flush, 30) == 0
+
+        async def deleted(decoy: int = decoy) -> bool:
+            return (await asyncio.to_thread(log.cluster.earliest, [decoy]))[decoy] > 0
+
+        await until(deleted, 30, "the broker deletes nothing")
+    assert await asyncio.to_thread(log.cluster.earliest, [0]) == {0: 0}
 
 
 async def test_nothing_is_committed_behind_what_the_writer_has_not_read(kafka: Settings, log: KafkaLog) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import confluent_kafka.admin
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient
 
@@ -26,6 +27,9 @@ from services.log.state.state_file import sealed, unsealed
 from services.runtime.clock import system_clock
 from tests.contract.log_stage import PATIENCE_SECONDS, no_manifest
 from tests.integration.conditions import until
+
+# The package's types do not mark what its documentation names as exported.
+_admin: Any = confluent_kafka.admin
 
 PARTITIONS = 3
 
@@ -169,3 +173,13 @@ def operate(log: KafkaLog, act: Callable[[AdminClient], dict[Any, Future[Any]]])
     # The client must outlive its futures.
     for future in act(admin).values():
         future.result(30)
+
+
+def set_on_topic(log: KafkaLog, **settings: str) -> None:
+    """Change settings of the topic, as an operator does. Blocks."""
+    entries = [
+        _admin.ConfigEntry(name, value, incremental_operation=_admin.AlterConfigOpType.SET)
+        for name, value in settings.items()
+    ]
+    resource = _admin.ConfigResource(_admin.ResourceType.TOPIC, log.kafka.topic, incremental_configs=entries)
+    operate(log, lambda admin: admin.incremental_alter_configs([resource]))

@@ -129,6 +129,8 @@ class KafkaBroker(Server):
             "num.io.threads": 4,
             "log.cleaner.dedupe.buffer.size": 16 << 20,
             "file.delete.delay.ms": 1000,
+            "log.initial.task.delay.ms": 500,
+            "log.retention.check.interval.ms": 500,
             "broker.session.timeout.ms": 3000,
             "broker.heartbeat.interval.ms": 500,
             MEMBERS_AWAITED: 0,

@@ -25,7 +25,15 @@ from services.log.kafka.driver import KafkaDriver
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import Projection, ready, settled
 from tests.integration.conditions import until
-from tests.integration.kafka_stage import create_in, kafka_settings, lone_writer, make_anew, open_kafka_log, operate
+from tests.integration.kafka_stage import (
+    create_in,
+    kafka_settings,
+    lone_writer,
+    make_anew,
+    open_kafka_log,
+    operate,
+    set_on_topic,
+)
 from tests.services.process import free_ports
 
 pytestmark = pytest.mark.services
@@ -43,15 +51,6 @@ def kafka(kafka_url: str, tmp_path: Path) -> Settings:
 async def log(kafka: Settings) -> AsyncIterator[KafkaLog]:
     async with open_kafka_log(kafka) as found:
         yield found
-
-
-def set_on_topic(log: KafkaLog, **settings: str) -> None:
-    entries = [
-        _admin.ConfigEntry(name, value, incremental_operation=_admin.AlterConfigOpType.SET)
-        for name, value in settings.items()
-    ]
-    resource = _admin.ConfigResource(_admin.ResourceType.TOPIC, log.kafka.topic, incremental_configs=entries)
-    operate(log, lambda admin: admin.incremental_alter_configs([resource]))
 
 
 async def test_a_topic_that_migrate_made_passes_the_guard_and_migrate_may_be_repeated(log: KafkaLog) -> None:
