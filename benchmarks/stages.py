@@ -26,14 +26,14 @@ from uuid import UUID
 from confluent_kafka import Producer
 
 from benchmarks.workload import package_commands
+from schemas.headers import headers_all
+from schemas.runs import FileRun, encode_all
 from services.config import Settings
-from services.core.commands import Command, IngestFiles
-from services.core.decide import Decision, acknowledge, decide, decide_together
+from services.core.commands import Command, IngestFiles, IngestTogether
+from services.core.decide import acknowledge, decide
 from services.core.limits import Limits
-from services.core.state import PackageState
 from services.log.kafka.cluster import Cluster
 from services.log.kafka.connection import KafkaSettings
-from services.log.kafka.lease import records_of
 from services.log.kafka.tail import Reader
 from services.log.kafka.topic import partition_of
 from services.log.sequencer.partition_writer import PartitionWriter, WriterContext
@@ -83,10 +83,10 @@ class _Broker:
         self._producer.list_topics(self._kafka.topic, timeout=_SECONDS)  # makes it
         self.tail = Reader(self._kafka, {0: 0}, Cluster(self._kafka))
 
-    def produce(self, decision: Decision) -> None:
+    def produce(self, run: FileRun, values: Sequence[bytes]) -> None:
         """As a lease does it."""
-        topic, key, timestamp = self._kafka.topic, decision.package_id, decision.created_at // 1000
-        for value, headers in records_of(decision, [None] * len(decision.commands)):
+        topic, key, timestamp = self._kafka.topic, str(run.package_id).encode(), run.created_at // 1000
+        for value, headers in zip(values, headers_all(run, [None] * len(run.commands)), strict=True):
             self._producer.produce(topic, value, key, 0, timestamp=timestamp, headers=headers)
 
     def flush(self) -> None:
@@ -104,8 +104,8 @@ async def stages(files_a_command: int, passes: int = _PASSES) -> dict[str, float
         for _ in range(passes):
             packages = [package_commands(draw, _FILES, files_a_command) for _ in range(_PACKAGES)]
             _carry_out(state, [package.create for package in packages])
-            decisions = await _ingest(found, state, [command for package in packages for command in package.ingests])
-            _append(found, broker, decisions)
+            decided = await _ingest(found, state, [command for package in packages for command in package.ingests])
+            _append(found, broker, decided)
             last = _carry_out(state, [package.finalize for package in packages])
             state.confirm(0, last)
             with found.timed("checkpoint, once an event"):
@@ -116,8 +116,10 @@ async def stages(files_a_command: int, passes: int = _PASSES) -> dict[str, float
     return {stage: seconds / (_PACKAGES * _FILES) * 1_000_000 for stage, seconds in found.least.items()}
 
 
-async def _ingest(found: _Stages, state: PartitionState, commands: Sequence[Command]) -> list[Decision]:
-    loop, decisions = asyncio.get_running_loop(), []
+async def _ingest(
+    found: _Stages, state: PartitionState, commands: Sequence[Command]
+) -> list[tuple[FileRun, list[bytes]]]:
+    loop, decided = asyncio.get_running_loop(), []
     # Its thread is not started: what it would do is done here.
     writer = PartitionWriter(0, cast("WriterContext", SimpleNamespace(loop=loop, submit_seconds=_SECONDS)))
     waiting: RequestQueue = writer._queue
@@ -134,30 +136,31 @@ async def _ingest(found: _Stages, state: PartitionState, commands: Sequence[Comm
     with found.timed("bring a package's commands together"):
         runs = runs_of(batch)
     for run in runs:
-        own = [cast("IngestFiles", request.asked) for request in run]
+        own = tuple(cast("IngestFiles", request.asked) for request in run)
         with found.timed("look up the package's state"):
             before = state.package(own[0].package_id)
-        with found.timed("decide: rules, ids, digests, Avro, manifest items"):
-            made = decide_together(cast("PackageState", before), own, _NOW, _LIMITS)
-        decision = cast("Decision", made)
+        with found.timed("decide: rules, ids, digests"):
+            events = cast("FileRun", decide(before, IngestTogether(own[0].package_id, own), _NOW, _LIMITS))
+        with found.timed("encode"):
+            values = encode_all(events)
         with found.timed("fold into the state"):
-            after = state.accept(before, decision)
+            after = state.fold(before, events)
         with found.timed("acknowledge"):
             settled += [(request, acknowledge(after, command)) for request, command in zip(run, own, strict=True)]
-        decisions.append(decision)
+        decided.append((events, values))
     waited = asyncio.gather(*answers)
     with found.timed("settle and wake up"):
         writer._deliver(settled)
         await waited
-    return decisions
+    return decided
 
 
-def _append(found: _Stages, broker: _Broker, decisions: Sequence[Decision]) -> None:
+def _append(found: _Stages, broker: _Broker, decided: Sequence[tuple[FileRun, list[bytes]]]) -> None:
     with found.timed("headers and produce"):
-        for decision in decisions:
-            broker.produce(decision)
+        for run, its_values in decided:
+            broker.produce(run, its_values)
     broker.flush()
-    values = [value for decision in decisions for value in decision.values]
+    values = [value for _, its_values in decided for value in its_values]
     seen: list[bytes | None] = []
     with found.timed("read back and compare"):
         while len(seen) < len(values):
@@ -171,9 +174,9 @@ def _carry_out(state: PartitionState, commands: Sequence[Command]) -> bytes:
     value = b""
     for command in commands:
         package = state.package(command.package_id)
-        decision = decide(package, command, _NOW, _LIMITS)
-        state.accept(package, decision)
-        value = decision.values[-1]
+        events = decide(package, command, _NOW, _LIMITS)
+        state.fold(package, events)
+        value = encode_all(events)[-1]
     return value
 
 

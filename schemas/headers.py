@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
+from itertools import islice
 
 from artifact_store.events import Event
+from schemas.runs import FileRun, commands_of, first_of
 
 CONTENT_TYPE = b"avro/binary"
 SOURCE = b"artifact-store"
@@ -20,47 +23,40 @@ Headers = dict[str, str | bytes | None]
 
 def headers(event: Event, traceparent: str | None = None) -> Headers:
     """The headers of the event's record; `traceparent` as W3C Trace Context has it."""
-    found = RecordHeaders(event.event_type, str(event.package_id).encode(), event.created_at)
-    found.begin_command(str(event.command_id).encode(), event.command_count, traceparent)
-    return found.of(event.command_index, str(event.event_id).encode())
+    return next(headers_all([event], [traceparent]))
 
 
-class RecordHeaders:
-    """The headers of events of one type, package and time, one after the other. Identifiers are text."""
+def headers_all(events: Sequence[Event], traceparents: Sequence[str | None]) -> Iterator[Headers]:
+    """The headers of each event's record: one mapping, which changes with the next event. A trace for each command.
 
-    __slots__ = ("_headers",)
-
-    def __init__(self, event_type: str, package_id: bytes, created_at: int) -> None:
-        kind, version = split_type(event_type)
-        self._headers: Headers = {
-            "event_type": kind.encode(),
-            "event_version": version.encode(),
-            "command_id": None,
-            "command_index": None,
-            "command_count": None,
-            "content-type": CONTENT_TYPE,
-            "ce_specversion": b"1.0",
-            "ce_id": None,
-            "ce_source": SOURCE,
-            "ce_type": event_type.encode(),
-            "ce_subject": package_id,
-            "ce_time": _rfc3339(created_at),
-        }
-
-    def begin_command(self, command_id: bytes, command_count: int, traceparent: str | None = None) -> None:
-        """The events of this command are next."""
-        found = self._headers
-        found["command_id"], found["command_count"] = command_id, b"%d" % command_count
+    The events are of one type, package and time.
+    """
+    shared = first_of(events)
+    kind, version = split_type(shared.event_type)
+    found: Headers = {
+        "event_type": kind.encode(),
+        "event_version": version.encode(),
+        "command_id": None,
+        "command_index": None,
+        "command_count": None,
+        "content-type": CONTENT_TYPE,
+        "ce_specversion": b"1.0",
+        "ce_id": None,
+        "ce_source": SOURCE,
+        "ce_type": shared.event_type.encode(),
+        "ce_subject": str(shared.package_id).encode(),
+        "ce_time": _rfc3339(shared.created_at),
+    }
+    event_ids = iter(events.event_ids if isinstance(events, FileRun) else [str(e.event_id).encode() for e in events])
+    for command, traceparent in zip(commands_of(events), traceparents, strict=True):
+        found["command_id"] = str(command.command_id).encode()
+        found["command_count"] = b"%d" % command.command_count
+        found.pop("traceparent", None)
         if traceparent is not None:
             found["traceparent"] = traceparent.encode()
-        elif "traceparent" in found:
-            del found["traceparent"]
-
-    def of(self, command_index: int, event_id: bytes) -> Headers:
-        """The headers of one event, which change with the next call."""
-        found = self._headers
-        found["command_index"], found["ce_id"] = b"%d" % command_index, event_id
-        return found
+        for index, event_id in enumerate(islice(event_ids, len(command)), command.command_index):
+            found["command_index"], found["ce_id"] = b"%d" % index, event_id
+            yield found
 
 
 def split_type(event_type: str) -> tuple[str, str]:

@@ -141,7 +141,7 @@ def history(commands: Iterable[Command], limits: Limits | None = None) -> list[E
     state: PackageState | None = None
     events: list[Event] = []
     for now, command in enumerate(commands, 1):
-        for event in decide(state, command, now * 1000, limits or Limits()).events:
+        for event in decide(state, command, now * 1000, limits or Limits()):
             state = evolve(state, event)
             events.append(event)
     return events

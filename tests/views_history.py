@@ -84,7 +84,7 @@ class History:
     def _decide(self, command: Command, limits: Limits | None = None) -> None:
         self._now += self._random.randrange(1, 1000)
         state = self._states.get(command.package_id)
-        for event in decide(state, command, self._now, limits or Limits()).events:
+        for event in decide(state, command, self._now, limits or Limits()):
             state = evolve(state, event)
             self.events.append(event)
         assert state is not None

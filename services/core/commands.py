@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from uuid import UUID
 
+from schemas.runs import StoredFile
+
+__all__ = ["Command", "CreatePackage", "FinalizePackage", "IngestFiles", "IngestTogether", "StoredFile"]
+
 
 @dataclass(frozen=True, slots=True)
 class CreatePackage:
@@ -21,25 +25,6 @@ class CreatePackage:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredFile:
-    """A file whose bytes are durable and verified: `length` bytes from `offset` of `key`, `stored_at` in µs since 1970.
-
-    Digests are 32 raw bytes.
-    """
-
-    relative_path: str
-    media_type: str
-    size_bytes: int
-    blake3: bytes
-    sha256: bytes
-    backend_id: str
-    key: str
-    offset: int
-    length: int
-    stored_at: int
-
-
-@dataclass(frozen=True, slots=True)
 class IngestFiles:
     """Add files to a package, all or none, in this order."""
 
@@ -47,6 +32,14 @@ class IngestFiles:
     command_id: UUID
     actor: str
     files: tuple[StoredFile, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class IngestTogether:
+    """New commands that add files to one package, decided as one: all of them or none."""
+
+    package_id: UUID
+    commands: tuple[IngestFiles, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,18 +1,13 @@
-"""decide: what a command becomes, given the state of its package; and the answer once it has become that."""
+"""decide: which events a command becomes, given the state of its package; and the answer once it has become them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import chain, count
 from uuid import UUID
-
-import cbor2
 
 from artifact_store.errors import (
     AnswerExpiredError,
     CommandReusedError,
-    CorruptError,
     DuplicateRelativePathError,
     IllegalPackageStateError,
     InvalidRequestError,
@@ -34,153 +29,51 @@ from artifact_store.events import (
 )
 from artifact_store.manifest import ContentAddress, content_key, manifest_digest
 from artifact_store.models import Acknowledgement, IngestedFile
-from artifact_store.rules import Unportable, add_folders, check_metadata_size, check_paths, check_text, folders_above
+from artifact_store.rules import add_folders, check_metadata_size, check_paths, check_text, folders_above
 from schemas import identifiers
-from schemas.codec import EncodedEvents, decode, encode
-from schemas.digests import DIGEST_BYTES, event_digest, items_digest, payload_digest
-from schemas.ingested import EncodedIngested, PackagePieces, ingested
-from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles, StoredFile
-from services.core.evolve import evolve
-from services.core.freezing import item_file_id, manifest_of
+from schemas.digests import DIGEST_BYTES, items_digest, payload_digest
+from schemas.runs import CommandFiles, FileRun
+from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles, IngestTogether
+from services.core.freezing import manifest_item, manifest_of
 from services.core.lifecycle import MICROS_PER_DAY, retention_class
 from services.core.limits import ANSWERS_KEPT_MICROS, EVENT_OVERHEAD_BYTES, MAX_IDLE_MICROS, Limits
-from services.core.state import ABANDONED, CREATED, CommandState, PackageState, file_states
+from services.core.state import ABANDONED, CREATED, CommandState, PackageState
 
 
-@dataclass(slots=True)
-class Decision:
-    """What commands of one package become: events to append, none when the log has them all already; all of one type.
+def decide(state: PackageState | None, command: Command | IngestTogether, now: int, limits: Limits) -> Sequence[Event]:
+    """Decide which events the command becomes; `now` in µs since 1970, not before the partition's last event.
 
-    `created_at` is their time, `package_id` and `command_ids` are text. `claim_check` is a manifest that must be
-    durable under its content-addressed key before.
-    """
-
-    event_type: str = ""
-    created_at: int = 0
-    package_id: bytes = b""
-    commands: Sequence[Command] = ()
-    command_ids: Sequence[bytes] = ()
-    done: int = 0
-    """How many events of the command, which is the only one then, the log has already."""
-    appended: EncodedEvents | None = None
-    event: Event | None = None
-    """What is appended, if it is one event that ingests no file."""
-    claim_check: bytes | None = None
-    unportable: Unportable | None = None
-    """What the answer to a finalization says of the package's paths."""
-
-    @property
-    def events(self) -> tuple[Event, ...]:
-        """The events, those that ingest files read from their records."""
-        return tuple(map(decode, self.values)) if self.event is None else (self.event,)
-
-    @property
-    def counts(self) -> Sequence[int]:
-        """How many events each command becomes in all."""
-        return [len(_files(command)) or 1 for command in self.commands]
-
-    @property
-    def event_ids(self) -> Sequence[bytes]:
-        """Their identifiers, as text."""
-        return () if self.appended is None else self.appended.event_ids
-
-    @property
-    def values(self) -> Sequence[bytes]:
-        """Their records' values."""
-        return () if self.appended is None else self.appended.values
-
-    @property
-    def digests(self) -> tuple[bytes, ...]:
-        """Their chain digests."""
-        return () if self.appended is None else tuple(self.appended.digests)
-
-
-def decide(state: PackageState | None, command: Command, now: int, limits: Limits) -> Decision:
-    """Decide what the command becomes; `now` in µs since 1970, not before the partition's last event.
-
-    A command whose events the state holds already becomes nothing: it is a retry. One of which the state holds a part
-    becomes the rest.
+    None when the package has them already: the command is a retry. If it has some of them, the rest.
 
     Raises:
         RejectedError: one of its classes; nothing is recorded.
         PushBackError: another command of the package is unfinished.
     """
+    if isinstance(command, IngestTogether):
+        return _ingest_together(state, command, now, limits)
     known = None if state is None else _known(state, command)
-    if known is not None and known.done == known.count:
-        return Decision()
-    if state is not None and state.unfinished is not None and state.unfinished != command.command_id:
-        raise PushBackError(f"package {command.package_id} waits for the retry of a command that is not whole", 1.0)
-    match command:
-        case IngestFiles():
-            done = known.done if known is not None else 0
-            opened = _require_open(state, command.package_id, command.command_id, now, limits)
-            return _ingest(opened, [command], done, now, limits)
-        case CreatePackage():
-            return _create(state, command, now, limits)
-        case FinalizePackage():
-            opened = _require_open(state, command.package_id, command.command_id, now, limits)
-            return _finalize(opened, command, now, limits)
-
-
-def decide_together(state: PackageState, commands: Sequence[IngestFiles], now: int, limits: Limits) -> Decision | None:
-    """What commands of one package become that `decide` would take one after the other, in a third of the time.
-
-    None if one of them is a retry, or others wait for one. Raises as `decide` when one of them, whichever it is, would
-    be refused. Then each is to be decided by itself.
-    """
-    new = {command.command_id for command in commands}
-    if len(new) < len(commands) or state.unfinished is not None or not state.commands.keys().isdisjoint(new):
-        return None
-    return _ingest(_require_open(state, state.package_id, None, now, limits), commands, 0, now, limits)
-
-
-def accept(state: PackageState | None, decision: Decision) -> PackageState:
-    """The state after the events of a decision that was made on it: what `evolve` would give for one after the other.
-
-    The state is changed in place and returned. Raises CorruptError when the decision was made on another one.
-    """
-    appended = decision.appended
-    if not isinstance(appended, EncodedIngested):
-        if appended is not None and decision.event is not None:
-            return evolve(state, decision.event, appended.digests[0], decision.unportable)
-        if state is None:
-            raise CorruptError("a command without a package became nothing")
-        return state
-    package = decision.package_id.decode()
-    if state is None:
-        raise CorruptError(f"package {package}: event {appended.first_sequence} precedes its creation")
-    if appended.first_sequence != state.sequence + 1:
-        raise CorruptError(f"package {package}: event {appended.first_sequence} follows event {state.sequence}")
-    digests, paths = appended.digests, list[str]()
-    for command in decision.commands:
-        files = _files(command)[decision.done :]
-        own = [file.relative_path for file in files]
-        paths += own
-        state.total_bytes += sum([file.size_bytes for file in files])
-        known = state.commands.get(command.command_id)
-        if known is None:
-            known = state.commands[command.command_id] = CommandState(FILE_INGESTED, command.actor, len(files))
-        known.done = known.count
-        known.last_sequence, known.last_digest = state.sequence + len(paths), digests[len(paths) - 1]
-        known.paths += own
-    kept = zip(count(appended.first_sequence), digests, appended.manifest_items, appended.receipt_items, strict=False)
-    state.add_files(paths, file_states(kept))
-    state.sequence, state.digest = state.sequence + len(paths), digests[-1]
-    state.unfinished = None
-    state.last_event_at = decision.created_at
-    return state
+    done = 0 if known is None else known.done
+    if known is not None and done == known.count:
+        return ()
+    _require_whole(state, command.command_id)
+    if isinstance(command, CreatePackage):
+        return _create(state, command, now, limits)
+    opened = _require_open(state, command.package_id, command.command_id, now, limits)
+    if isinstance(command, FinalizePackage):
+        return _finalize(opened, command, now, limits)
+    return _ingest(opened, [command], done, now, limits)
 
 
 def acknowledge(state: PackageState, command: Command) -> Acknowledgement:
     """The answer to a command all of whose events the state holds."""
     done = state.commands[command.command_id]
-    if isinstance(command, IngestFiles):
-        files = _answered(state, done, command) if done.answered else _ingested(state, command)
-        return Acknowledgement(command.package_id, done.last_sequence, done.last_digest, files)
-    if isinstance(command, FinalizePackage):
-        of_package = (), state.manifest_digest, *state.unportable
-        return Acknowledgement(command.package_id, done.last_sequence, done.last_digest, *of_package)
-    return Acknowledgement(command.package_id, done.last_sequence, done.last_digest)
+    last = command.package_id, done.last_sequence, done.last_digest
+    match command:
+        case IngestFiles():
+            return Acknowledgement(*last, _ingested(state, done, command))
+        case FinalizePackage():
+            return Acknowledgement(*last, (), state.manifest_digest, *state.find_unportable())
+    return Acknowledgement(*last)
 
 
 def check_ingest(
@@ -204,7 +97,7 @@ def check_ingest(
     return state.created.retention_class
 
 
-def _create(state: PackageState | None, command: CreatePackage, now: int, limits: Limits) -> Decision:
+def _create(state: PackageState | None, command: CreatePackage, now: int, limits: Limits) -> list[Event]:
     if state is not None:
         if state.forgotten:
             raise _abandoned(state) if state.status == ABANDONED else _expired(state, command.command_id)
@@ -218,15 +111,29 @@ def _create(state: PackageState | None, command: CreatePackage, now: int, limits
     payload = PackageCreated(
         command.name, command.producer, command.subject, command.retention_class, kept.days, command.metadata
     )
-    return _single(command, PACKAGE_CREATED, payload, payload_digest(payload), now, 0, NO_DIGEST)
+    return [_event(command, PACKAGE_CREATED, payload, payload_digest(payload), now, 0, NO_DIGEST)]
 
 
-def _ingest(state: PackageState, commands: Sequence[IngestFiles], done: int, now: int, limits: Limits) -> Decision:
-    left = [command.files[done:] if done else command.files for command in commands]
-    files = list(chain.from_iterable(left))
-    for actor in {command.actor for command in commands}:
+def _ingest_together(state: PackageState | None, together: IngestTogether, now: int, limits: Limits) -> Sequence[Event]:
+    """What the commands would become one after the other, if each of them is new."""
+    opened = _require_open(state, together.package_id, None, now, limits)
+    _require_whole(opened, None)
+    new = {command.command_id for command in together.commands}
+    if len(new) < len(together.commands) or not opened.commands.keys().isdisjoint(new):
+        raise CommandReusedError("a command that may be a retry is decided by itself")
+    return _ingest(opened, together.commands, 0, now, limits)
+
+
+def _ingest(state: PackageState, commands: Sequence[IngestFiles], done: int, now: int, limits: Limits) -> FileRun:
+    """The events of the commands' files; of the only one, those after the first `done`."""
+    parts = [
+        CommandFiles(command.command_id, command.actor, done, len(command.files), command.files[done:])
+        for command in commands
+    ]
+    files = [file for part in parts for file in part.files]
+    for actor in {part.actor for part in parts}:
         check_text("actor", actor)
-    if not all(command.files for command in commands):
+    if not all(part.files for part in parts):
         raise InvalidRequestError("a command must ingest at least one file")
     for media_type in {file.media_type for file in files}:
         check_text("media_type", media_type)
@@ -238,21 +145,10 @@ def _ingest(state: PackageState, commands: Sequence[IngestFiles], done: int, now
     # The rest of a command that is torn was accepted with its first events, perhaps by older rules.
     if not done:
         _check_tree(state, paths, limits)
-    pieces = state.pieces
-    if pieces is None:
-        pieces = state.pieces = PackagePieces(state.package_id)
-    command_ids = [str(command.command_id).encode() for command in commands]
-    appended = ingested(
-        pieces,
-        [(text, c.actor, own, len(c.files)) for text, c, own in zip(command_ids, commands, left, strict=True)],
-        created_at=now,
-        sequence=state.sequence,
-        digest=state.digest,
-    )
-    return Decision(FILE_INGESTED, now, pieces.text, commands, command_ids, done, appended)
+    return FileRun.of_files(state.package_id, parts, sequence=state.sequence + 1, created_at=now, previous=state.digest)
 
 
-def _finalize(state: PackageState, command: FinalizePackage, now: int, limits: Limits) -> Decision:
+def _finalize(state: PackageState, command: FinalizePackage, now: int, limits: Limits) -> list[Event]:
     check_text("actor", command.actor)
     now = max(now, state.last_event_at)
     manifest = manifest_of(state, now)
@@ -264,35 +160,42 @@ def _finalize(state: PackageState, command: FinalizePackage, now: int, limits: L
         file_count=len(state.files),
         total_bytes=state.total_bytes,
     )
-    decision = _single(command, PACKAGE_FINALIZED, payload, digest, now, state.sequence, state.digest)
-    decision.claim_check = None if inline else manifest
-    decision.unportable = state.find_unportable()
-    return decision
+    return [_event(command, PACKAGE_FINALIZED, payload, digest, now, state.sequence, state.digest)]
 
 
-def _single(
-    command: Command, event_type: str, payload: Payload, digest: bytes, now: int, sequence: int, previous: bytes
-) -> Decision:
-    """A command's only event, which follows the one of this sequence and chain digest; `digest` is the payload's."""
-    event = Event(
-        event_id=identifiers.event_id(command.package_id, sequence + 1),
+def _event(
+    command: Command,
+    event_type: str,
+    payload: Payload,
+    payload_digest: bytes,
+    now: int,
+    sequence: int,
+    previous_digest: bytes,
+    index: int = 0,
+    count: int = 1,
+) -> Event:
+    """Event `index` of `count` of the command, which follows the one of this sequence and chain digest."""
+    package_id = command.package_id
+    return Event(
+        event_id=identifiers.event_id(package_id, sequence + 1),
         event_type=event_type,
-        package_id=command.package_id,
+        package_id=package_id,
         sequence=sequence + 1,
         created_at=now,
         actor=command.actor,
         command_id=command.command_id,
-        command_index=0,
-        command_count=1,
-        payload_digest=digest,
-        previous_digest=previous,
+        command_index=index,
+        command_count=count,
+        payload_digest=payload_digest,
+        previous_digest=previous_digest,
         payload=payload,
     )
-    event_id, package_id, command_id = (
-        str(identifier).encode() for identifier in (event.event_id, event.package_id, event.command_id)
-    )
-    appended = EncodedEvents(event.sequence, [event_id], [encode(event)], [event_digest(event)])
-    return Decision(event_type, now, package_id, [command], [command_id], 0, appended, event)
+
+
+def _require_whole(state: PackageState | None, command_id: UUID | None) -> None:
+    """Raise PushBackError while the package waits for the retry of another command, of which it has only a part."""
+    if state is not None and state.unfinished not in (None, command_id):
+        raise PushBackError(f"package {state.package_id} waits for the retry of a command that is not whole", 1.0)
 
 
 def _require_open(
@@ -384,63 +287,38 @@ def _known(state: PackageState, command: Command) -> CommandState | None:
 
 def _same_files(state: PackageState, known: CommandState, command: IngestFiles) -> bool:
     """Whether they are those of the command that is known, as far as it came."""
+    try:
+        items = [
+            manifest_item(str(identifiers.file_id(state.package_id, file.relative_path)), file)
+            for file in command.files
+        ]
+    except ValueError:  # they are such that no record can hold
+        return False
     at = 0
     for answered in known.answered:
-        files = command.files[at : at + len(answered.event_digests) // DIGEST_BYTES]
-        try:
-            same = items_digest(_items(state, files)) == answered.items_digest
-        except ValueError:  # they are such that no record can hold
-            same = False
-        if not same:
+        end = at + len(answered.event_digests) // DIGEST_BYTES
+        if items_digest(items[at:end]) != answered.items_digest:
             return False
-        at += len(files)
-    return all(_same_file(state, path, file) for path, file in zip(known.paths, command.files, strict=False))
+        at = end
+    return all(state.files[path].manifest_item == item for path, item in zip(known.paths, items, strict=False))
 
 
-def _items(state: PackageState, files: Sequence[StoredFile]) -> Sequence[bytes]:
-    """Their items in the manifest."""
-    pieces = PackagePieces(state.package_id)
-    return ingested(pieces, [(b"", "", files, len(files))], created_at=0, sequence=0, digest=NO_DIGEST).manifest_items
-
-
-def _same_file(state: PackageState, path: str, file: StoredFile) -> bool:
-    was = cbor2.loads(state.files[path].manifest_item)
-    return bool(
-        path == file.relative_path
-        and was["media_type"] == file.media_type
-        and was["blake3"] == file.blake3.hex()
-        and was["sha256"] == file.sha256.hex()
-        and was["size_bytes"] == file.size_bytes
-    )
-
-
-def _ingested(state: PackageState, command: IngestFiles) -> tuple[IngestedFile, ...]:
-    """What became of the files, which is the same in the command as in the log."""
-    of_package, found = state.files, []
-    for file in command.files:
-        path = file.relative_path
-        sequence, event_digest, item, _ = of_package[path]
-        values = item_file_id(item), path, file.size_bytes, file.blake3, file.sha256, sequence, event_digest
-        found.append(IngestedFile(*values))
-    return tuple(found)
-
-
-def _answered(state: PackageState, done: CommandState, command: IngestFiles) -> tuple[IngestedFile, ...]:
-    """The same, from what is left of them."""
-    digests = b"".join(answered.event_digests for answered in done.answered)
+def _ingested(state: PackageState, done: CommandState, command: IngestFiles) -> tuple[IngestedFile, ...]:
+    """What became of the files of a command: its events follow each other."""
+    digests = [state.files[path].event_digest for path in done.paths]
+    for answered in done.answered:
+        joined = answered.event_digests
+        digests += [joined[at : at + DIGEST_BYTES] for at in range(0, len(joined), DIGEST_BYTES)]
+    package_id, first = state.package_id, done.last_sequence - done.count + 1
     return tuple(
         IngestedFile(
-            identifiers.file_id(state.package_id, file.relative_path),
+            identifiers.file_id(package_id, file.relative_path),
             file.relative_path,
             file.size_bytes,
             file.blake3,
             file.sha256,
-            done.last_sequence - done.count + place + 1,
-            digests[place * DIGEST_BYTES : (place + 1) * DIGEST_BYTES],
+            sequence,
+            digest,
         )
-        for place, file in enumerate(command.files)
+        for sequence, (file, digest) in enumerate(zip(command.files, digests, strict=True), first)
     )
-
-
-def _files(command: Command) -> tuple[StoredFile, ...]:
-    return command.files if isinstance(command, IngestFiles) else ()

@@ -2,34 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import count
+
 from artifact_store.errors import CorruptError
-from artifact_store.events import Event, FileIngested, PackageCreated, PackageFinalized
-from artifact_store.rules import Unportable
+from artifact_store.events import NO_DIGEST, PACKAGE_CREATED, Event, FileIngested, PackageCreated, PackageFinalized
 from schemas.digests import event_digest
-from services.core.freezing import manifest_items
+from schemas.runs import CommandFiles, FileRun, commands_of
+from services.core.freezing import manifest_item, receipt_item
 from services.core.state import CREATED, FINALIZED, CommandState, FileState, PackageState
 
 
-def evolve(
-    state: PackageState | None, event: Event, digest: bytes | None = None, unportable: Unportable | None = None
-) -> PackageState:
+def evolve(state: PackageState | None, event: Event | FileRun) -> PackageState:
     """Apply the event; `state` is None before the first. The state is changed in place and returned.
-
-    `digest` is the event's chain digest, and `unportable` what a finalization finds in the package, for a caller that
-    has just computed them.
 
     Raises:
         CorruptError: the event cannot follow the state: a gap in the sequence, a broken chain, an impossible order.
             The state is as it was.
     """
-    digest = digest or event_digest(event)
-    payload = event.payload
+    if isinstance(event, Event) and isinstance(event.payload, FileIngested):
+        event = FileRun.of(event, event.payload)
     if state is None:
-        if not isinstance(payload, PackageCreated) or event.sequence != 1:
-            raise CorruptError(f"package {event.package_id}: {event.event_type} {event.sequence} precedes its creation")
-        state = PackageState(event.package_id, payload, event.created_at, event.created_at, 0, bytes(32))
-    elif isinstance(payload, PackageCreated):
+        state = _created(event)
+    elif event.event_type == PACKAGE_CREATED:
         raise CorruptError(f"package {event.package_id} is created twice")
+    _check_follows(state, event)
+    commands = commands_of(event)
+    _check_commands(state, event, commands)
+    if isinstance(event, FileRun):
+        _add_files(state, event)
+        digests = event.digests
+    else:
+        digests = (event_digest(event),)
+        if isinstance(event.payload, PackageFinalized):
+            state.status = FINALIZED
+            state.manifest_digest = event.payload_digest
+    for command in commands:
+        known = state.commands.get(command.command_id)
+        if known is None:
+            known = CommandState(event.event_type, command.actor, command.command_count)
+            state.commands[command.command_id] = known
+        state.sequence += len(command)
+        known.done += len(command)
+        known.last_sequence, known.last_digest = state.sequence, digests[state.sequence - event.sequence]
+        known.paths += [file.relative_path for file in command.files]
+        state.unfinished = None if known.done == known.count else command.command_id
+    state.digest = digests[-1]
+    state.last_event_at = event.created_at
+    return state
+
+
+def evolve_all(state: PackageState | None, events: Sequence[Event]) -> PackageState:
+    """The state after all of these events. Raises as `evolve`; ValueError without any event or state."""
+    for event in (events,) if isinstance(events, FileRun) else events:
+        state = evolve(state, event)
+    if state is None:
+        raise ValueError("there is no event")
+    return state
+
+
+def _created(event: Event | FileRun) -> PackageState:
+    if isinstance(event, FileRun) or not isinstance(event.payload, PackageCreated):
+        raise CorruptError(f"package {event.package_id}: {event.event_type} {event.sequence} precedes its creation")
+    return PackageState(event.package_id, event.payload, event.created_at, event.created_at, 0, NO_DIGEST)
+
+
+def _check_follows(state: PackageState, event: Event | FileRun) -> None:
     if event.sequence != state.sequence + 1 or event.previous_digest != state.digest:
         raise CorruptError(
             f"package {event.package_id}: event {event.sequence} does not follow event {state.sequence} in the chain"
@@ -38,26 +76,34 @@ def evolve(
         raise CorruptError(f"package {event.package_id}: {event.event_type} follows its finalization")
     if state.forgotten:
         raise CorruptError(f"package {event.package_id}: {event.event_type} follows files that are not kept any more")
-    command = state.commands.get(event.command_id)
-    done = 0 if command is None else command.done
-    if event.command_index != done or (state.unfinished not in (None, event.command_id)):
-        raise CorruptError(f"package {event.package_id}: event {event.sequence} is out of its command's order")
-    match payload:
-        case FileIngested():
-            if payload.relative_path in state.files:
-                raise CorruptError(f"package {event.package_id}: event {event.sequence} ingests a path again")
-            item, receipt = manifest_items(payload)
-            state.add_files([payload.relative_path], [FileState(event.sequence, digest, item, receipt)])
-            state.total_bytes += payload.size_bytes
-        case PackageFinalized():
-            state.status = FINALIZED
-            state.manifest_digest = event.payload_digest
-            state.unportable = state.find_unportable() if unportable is None else unportable
-    _note_command(state, event, digest)
-    state.sequence = event.sequence
-    state.digest = digest
-    state.last_event_at = event.created_at
-    return state
+
+
+def _check_commands(state: PackageState, event: Event | FileRun, commands: Sequence[CommandFiles]) -> None:
+    """The events of a command follow each other, in their order."""
+    unfinished = state.unfinished
+    for command in commands:
+        known = state.commands.get(command.command_id)
+        done = 0 if known is None else known.done
+        if command.command_index != done or unfinished not in (None, command.command_id):
+            raise CorruptError(f"package {event.package_id}: event {event.sequence} is out of its command's order")
+        whole = done + len(command) == command.command_count
+        unfinished = None if whole else command.command_id
+
+
+def _add_files(state: PackageState, run: FileRun) -> None:
+    files = run.files
+    paths = [file.relative_path for file in files]
+    if len({*paths}) < len(paths) or not state.files.keys().isdisjoint(paths):
+        raise CorruptError(f"package {run.package_id}: event {run.sequence} ingests a path again")
+    file_ids, location_ids = map(bytes.decode, run.file_ids), map(bytes.decode, run.location_ids)
+    kept = [
+        FileState(sequence, digest, manifest_item(file_id, file), receipt_item(file_id, location_id, file))
+        for sequence, digest, file, file_id, location_id in zip(
+            count(run.sequence), run.digests, files, file_ids, location_ids, strict=False
+        )
+    ]
+    state.add_files(paths, kept)
+    state.total_bytes += sum([file.size_bytes for file in files])
 
 
 def repeats(state: PackageState | None, event: Event) -> bool:
@@ -90,16 +136,3 @@ def _is_another(state: PackageState, event: Event) -> bool:
         case PackageCreated():
             return (event.sequence, payload, event.created_at) != (1, state.created, state.created_at)
     return True
-
-
-def _note_command(state: PackageState, event: Event, digest: bytes) -> None:
-    command = state.commands.get(event.command_id)
-    if command is None:
-        command = CommandState(event.event_type, event.actor, event.command_count)
-        state.commands[event.command_id] = command
-    command.done += 1
-    command.last_sequence = event.sequence
-    command.last_digest = digest
-    if isinstance(event.payload, FileIngested):
-        command.paths.append(event.payload.relative_path)
-    state.unfinished = None if command.done == command.count else event.command_id

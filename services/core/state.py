@@ -9,8 +9,7 @@ from typing import NamedTuple
 from uuid import UUID
 
 from artifact_store.events import PackageCreated
-from artifact_store.rules import NONE_UNPORTABLE, Unportable, add_folders, unportable
-from schemas.ingested import PackagePieces
+from artifact_store.rules import Unportable, add_folders, unportable
 
 CREATED = "created"
 FINALIZED = "finalized"
@@ -79,8 +78,8 @@ class PackageState:
     status: str = CREATED
     total_bytes: int = 0
     manifest_digest: bytes | None = None
-    unportable: Unportable = NONE_UNPORTABLE
-    """Of a finalized package, for the answer to its finalization."""
+    unportable: Unportable | None = field(default=None, compare=False)
+    """What `find_unportable` found, once it was asked."""
     files: dict[str, FileState] = field(default_factory=dict)
     folders: set[str] = field(default_factory=set)
     """The folders that the files lie in. They follow from `files`, which only `add_files` changes."""
@@ -89,8 +88,6 @@ class PackageState:
     """Whether the package's commands are not known any more, because the time in which they are answered is over."""
     unfinished: UUID | None = None
     """A command of which the log holds fewer events than it counts; only its retry is taken until it is whole."""
-    pieces: PackagePieces | None = field(default=None, compare=False, repr=False)
-    """What the package's events share, once it was needed."""
 
     @property
     def entries(self) -> int:
@@ -101,6 +98,7 @@ class PackageState:
         """Add files by their paths, with the folders that they lie in. Raises ValueError: they are not as many."""
         self.files.update(zip(paths, files, strict=True))
         add_folders(self.folders, paths)
+        self.unportable = None
 
     def remains(self) -> PackageState:
         """What is kept of the package once its commands are not answered any more."""
@@ -118,5 +116,7 @@ class PackageState:
         )
 
     def find_unportable(self) -> Unportable:
-        """What of its files cannot be unpacked everywhere; takes as long as `unportable`."""
-        return unportable(self.files, self.folders)
+        """What of its files cannot be unpacked everywhere; takes as long as `unportable`, the first time."""
+        if self.unportable is None:
+            self.unportable = unportable(self.files, self.folders)
+        return self.unportable

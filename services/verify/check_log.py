@@ -364,7 +364,7 @@ def differs(event: Event, head: Head, *, known_path: bool) -> str | None:
     try:
         if isinstance(event.payload, PackageCreated):
             check_text("retention_class", event.payload.retention_class)
-        (made,) = decide(_state(event, head, known_path), _command(event), event.created_at, _NO_LIMITS).events
+        (made,) = decide(_state(event, head, known_path), _command(event), event.created_at, _NO_LIMITS)
     except (ArtifactStoreError, ValueError) as error:
         return f"the core rejects the command: {error}"
     made = replace(made, command_index=event.command_index, command_count=event.command_count)

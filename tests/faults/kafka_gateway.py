@@ -18,7 +18,6 @@ from confluent_kafka import Producer
 from artifact_store.events import PackageCreated
 from ingest_gateway.peers.membership import kafka_writer
 from services.config import Settings
-from services.core.decide import Decision
 from services.core.limits import Limits
 from services.log.kafka import KafkaLog, lease
 from services.log.sequencer.driver import Staged
@@ -41,8 +40,8 @@ def say(word: str) -> None:
     print(word, flush=True)  # noqa: T201 - the process's way to tell the test
 
 
-def _creates_held(decision: Decision) -> bool:
-    return any(isinstance(e.payload, PackageCreated) and e.payload.name == HOLD for e in decision.events)
+def _creates_held(staged: Staged) -> bool:
+    return any(isinstance(e.payload, PackageCreated) and e.payload.name == HOLD for e in staged.events)
 
 
 def hold_at(step: str) -> None:
@@ -61,7 +60,7 @@ def hold_at(step: str) -> None:
     )
 
     def held_hand_over(self: lease.PartitionLease, staged: Sequence[Staged]) -> list[bytes]:
-        _holding.now = any(_creates_held(decision) for decision, _ in staged)
+        _holding.now = any(map(_creates_held, staged))
         hold("decided")
         return hand_over(self, staged)
 

@@ -24,13 +24,15 @@ from artifact_store.errors import (
     RejectedError,
     UnavailableError,
 )
+from artifact_store.events import Event
 from artifact_store.models import Acknowledgement
 from benchmarks.kafka_topics import read_records
-from schemas.codec import EncodedEvents, decode, encode
+from schemas.codec import decode, encode
 from schemas.headers import headers
+from schemas.runs import encode_all
 from services.config import Settings
-from services.core.commands import Command, FinalizePackage, IngestFiles
-from services.core.decide import Decision, decide, decide_together
+from services.core.commands import Command, FinalizePackage, IngestFiles, IngestTogether
+from services.core.decide import decide
 from services.core.limits import Limits
 from services.log.kafka import KafkaLog, KafkaWriter, lease
 from services.log.kafka.cluster import Cluster
@@ -115,14 +117,19 @@ def carry_out(holder: PartitionLease, command: Command) -> None:
     """Decide a command and append what it becomes."""
     now = max(system_clock(), holder.state.last_created_at)
     package = holder.state.package(command.package_id)
-    decision = decide(package, command, now, Limits())
-    holder.state.accept(package, decision)
-    append(holder, decision)
+    events = decide(package, command, now, Limits())
+    holder.state.fold(package, events)
+    append(holder, events)
 
 
-def append(holder: PartitionLease, decision: Decision) -> None:
-    """Append a decision's events in a transaction of their own."""
-    holder.commit(holder.hand_over([Staged(decision, [None])]))
+def append(holder: PartitionLease, events: Sequence[Event]) -> None:
+    """Append a command's events in a transaction of their own."""
+    holder.commit(holder.hand_over([staged(events, None)]))
+
+
+def staged(events: Sequence[Event], *traceparents: str | None) -> Staged:
+    """The events as they are handed over."""
+    return Staged(events, encode_all(events), traceparents)
 
 
 async def test_who_was_cut_off_can_append_nothing_more_and_its_successor_knows_all_it_wrote(
@@ -194,9 +201,9 @@ async def test_nothing_is_committed_behind_what_the_writer_has_not_read(kafka: S
     """As when the take-over's end was not the end: somebody's event lies between it and the first transaction."""
     made, late = create_in(0), create_in(0)
     holder = await take_over(kafka, log, 0)
-    decision = decide(None, made, system_clock(), Limits())
+    (event,) = decide(None, made, system_clock(), Limits())
     stranger = Producer({"bootstrap.servers": log.kafka.bootstrap, "log_level": 3})
-    stranger.produce(log.kafka.topic, decision.values[0], decision.package_id, 0)
+    stranger.produce(log.kafka.topic, encode(event), str(event.package_id), 0)
     assert await asyncio.to_thread(stranger.flush, 30) == 0
     with pytest.raises(UnavailableError, match="another process has written to the partition"):
         await asyncio.to_thread(carry_out, holder, late)
@@ -444,20 +451,16 @@ async def test_records_say_of_which_command_they_are_although_several_were_decid
     )
     now, package = max(system_clock(), holder.state.last_created_at), holder.state.package(made.package_id)
     assert package is not None
-    together = decide_together(package, several, now, Limits())
-    assert together is not None
-    holder.state.accept(package, together)
+    together = decide(package, IngestTogether(made.package_id, tuple(several)), now, Limits())
+    holder.state.fold(package, together)
     traces = [f"00-{number:032x}-{number:016x}-01" for number in (1, 2)]
-    given = [Staged(together, [traces[0], None, traces[1]])]
-    whole = decide(package, torn, now, Limits())
-    begun = whole.appended
-    assert begun is not None
-    first = EncodedEvents(begun.first_sequence, begun.event_ids[:1], begun.values[:1], begun.digests[:1])
-    holder.state.apply(decode(first.values[0]))
-    given.append(Staged(replace(whole, appended=first), [None]))
+    given = [staged(together, traces[0], None, traces[1])]
+    first = decide(package, torn, now, Limits())[:1]
+    holder.state.apply(first[0])
+    given.append(staged(first, None))
     rest = decide(package, torn, now, Limits())
-    holder.state.accept(package, rest)
-    given.append(Staged(rest, [traces[0]]))
+    holder.state.fold(package, rest)
+    given.append(staged(rest, traces[0]))
     await asyncio.to_thread(lambda: holder.commit(holder.hand_over(given)))
     await asyncio.to_thread(holder.close)
     found = (await asyncio.to_thread(read_records, log.kafka))[0][1:]
@@ -479,10 +482,8 @@ async def test_a_package_without_a_beginning_stops_no_other(kafka: Settings, log
     made = create_in(0)
     await asyncio.to_thread(carry_out, holder, made)
     torn = create_in(0)
-    decision = decide(None, torn, system_clock(), Limits())
-    assert decision.appended is not None
-    gap = replace(decision.appended, values=[encode(replace(decision.events[0], sequence=2))])
-    await asyncio.to_thread(append, holder, replace(decision, appended=gap))
+    (created,) = decide(None, torn, system_clock(), Limits())
+    await asyncio.to_thread(append, holder, [replace(created, sequence=2)])
     await asyncio.to_thread(holder.close)
     async with lone_writer(kafka, log) as writer:
         with pytest.raises(PackageQuarantinedError):

@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Self, TypeVar
 from uuid import UUID
@@ -27,10 +27,10 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from artifact_store.errors import CorruptError, InvalidRequestError, LogIdentityError, UnavailableError
 from artifact_store.events import Event, LogSkipped, LossAccepted
 from schemas.codec import encode
-from schemas.headers import Headers, RecordHeaders
+from schemas.headers import Headers, headers_all
 from schemas.headers import headers as headers_of
 from schemas.identifiers import partition_id
-from services.core.decide import Decision
+from schemas.runs import first_of
 from services.log.kafka.cluster import Cluster
 from services.log.kafka.connection import KafkaSettings, explaining, make_producer
 from services.log.kafka.tail import Reader
@@ -221,9 +221,9 @@ class PartitionLease(Lease):
         producer.poll(0)  # hands over what the client has to log
         producer.begin_transaction()
         values: list[bytes] = []
-        for decision, traceparents in staged:
-            self._produce(producer, decision, traceparents)
-            values += decision.values
+        for each in staged:
+            self._produce(producer, each)
+            values += each.values
         return values
 
     def commit(self, values: Sequence[bytes]) -> None:
@@ -553,11 +553,12 @@ class PartitionLease(Lease):
         if self._states.snapshots is not None and state.shared:
             self._states.snapshots.offer(self._origin, state.path, state.next_offset, closing=closing)
 
-    def _produce(self, producer: Producer, decision: Decision, traceparents: Sequence[str | None]) -> None:
-        topic, partition, key = self._kafka.topic, self._partition, decision.package_id
-        timestamp = decision.created_at // 1000
+    def _produce(self, producer: Producer, staged: Staged) -> None:
+        topic, partition = self._kafka.topic, self._partition
+        first = first_of(staged.events)
+        key, timestamp = str(first.package_id).encode(), first.created_at // 1000
         delivered = None if self._first_committed else _into(self._delivered)
-        for value, headers in records_of(decision, traceparents):
+        for value, headers in zip(staged.values, headers_all(staged.events, staged.traceparents), strict=True):
             try:
                 producer.produce(topic, value, key, partition, delivered, timestamp=timestamp, headers=headers)
             except BufferError:
@@ -771,16 +772,6 @@ def _into(offsets: list[int]) -> _Delivered:
             offsets.append(offset)
 
     return note
-
-
-def records_of(decision: Decision, traceparents: Sequence[str | None]) -> Iterator[tuple[bytes, Headers]]:
-    """The value and headers of each record, which change with the next one; a trace for each command."""
-    headers = RecordHeaders(decision.event_type, decision.package_id, decision.created_at)
-    records = zip(decision.event_ids, decision.values, strict=True)
-    for command_id, count, traceparent in zip(decision.command_ids, decision.counts, traceparents, strict=True):
-        headers.begin_command(command_id, count, traceparent)
-        for index, (event_id, value) in enumerate(islice(records, count - decision.done), decision.done):
-            yield value, headers.of(index, event_id)
 
 
 def _open(part: _T | None) -> _T:

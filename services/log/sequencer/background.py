@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 from threading import Thread
 from uuid import UUID
 
 from artifact_store.errors import ArtifactStoreError, PushBackError, UnavailableError
+from artifact_store.events import Event
 from services.core.commands import Command, FinalizePackage
-from services.core.decide import Decision, decide
+from services.core.decide import decide
+from services.core.freezing import claim_check
 from services.core.limits import EVENT_OVERHEAD_BYTES, Limits
 from services.core.state import CREATED, PackageState
 from services.log.port import NotAppendedError, PutManifest
@@ -70,7 +72,7 @@ class _Job:
     cancelled: bool = False
     done: bool = False
     loaded: PackageState | None = None
-    made: Decision | ArtifactStoreError | None = None
+    made: Sequence[Event] | ArtifactStoreError = ()
     putting: Future[None] | None = None
 
 
@@ -97,7 +99,7 @@ class BackgroundJobs:
         self._loop = loop
         self._wake = wake
         self._jobs: dict[UUID, _Job] = {}
-        self._decisions: dict[UUID, tuple[Command, Decision | ArtifactStoreError]] = {}
+        self._decisions: dict[UUID, tuple[Command, Sequence[Event] | ArtifactStoreError]] = {}
         self._at_hand: set[UUID] = set()
         """Packages whose loading failed: the writer loads them itself, and meets the cause."""
         self._time: int | None = None
@@ -126,21 +128,19 @@ class BackgroundJobs:
         job.size += request.size
         return True
 
-    def decision(self, command: Command) -> Decision | None:
+    def events(self, command: Command) -> Sequence[Event]:
         """What the command becomes, if its manifest was made and stored for it. Raises what came of that instead."""
-        decided, made = self._decisions.get(command.package_id, (None, None))
-        if decided != command or made is None:
-            return None
+        decided, made = self._decisions.get(command.package_id, (None, ()))
+        if decided != command or not made:
+            return ()
         if isinstance(made, ArtifactStoreError):
             raise made
-        if made.appended is None:
-            return None
-        package, first = self._state.package(command.package_id), made.events[0]
+        package, first = self._state.package(command.package_id), made[0]
         follows = package is not None and (first.sequence, first.previous_digest) == (
             package.sequence + 1,
             package.digest,
         )
-        return made if follows else None
+        return made if follows else ()
 
     def settle(self) -> list[Request]:
         """Requests that need not wait for their package any more, to be decided before all others.
@@ -154,7 +154,7 @@ class BackgroundJobs:
             del self._jobs[job.package_id]
             if job.task is _Task.LOAD:
                 self._adopt(job)
-            elif job.made is not None and job.command is not None:
+            elif job.made and job.command is not None:
                 self._decisions[job.package_id] = job.command, job.made
             back += job.requests
         at_work = {job.package_id for job in self._jobs.values() if job.running}
@@ -262,11 +262,11 @@ class BackgroundJobs:
 
     def _finalizing_of(self, job: _Job, command: Command, package: PackageState, now: int) -> Callable[[], None]:
         def finalize() -> None:
-            decision = decide(package, command, now, self._limits)
-            if decision.claim_check is not None:
-                self.store(decision.claim_check, job)
-                decision = replace(decision, claim_check=None)
-            job.made = decision
+            events = decide(package, command, now, self._limits)
+            if (manifest := claim_check(package, events)) is not None:
+                self.store(manifest, job)
+            package.find_unportable()  # for the answer; the package remembers it
+            job.made = events
 
         return finalize
 

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 from uuid import UUID
 
 from artifact_store.errors import ArtifactStoreError, InvalidRequestError
-from services.core.decide import Decision
+from artifact_store.events import Event
 from services.core.state import PackageState
 from services.log.port import PackageExtent
 from services.log.records import AdministrativeHead, BadRecord, Confirmation
@@ -21,11 +21,13 @@ from services.log.state.state_file import Irregular
 
 
 class Staged(NamedTuple):
-    """Commands that were decided and folded into the state, and that wait to be appended."""
+    """Events of one package that were folded into its state, and that wait to be appended."""
 
-    decision: Decision
+    events: Sequence[Event]
+    values: Sequence[bytes]
+    """Their record values."""
     traceparents: Sequence[str | None]
-    """One for each command."""
+    """One for each command that they are of."""
 
 
 class State(Protocol):
@@ -51,8 +53,8 @@ class State(Protocol):
         the lease.
         """
 
-    def accept(self, before: PackageState | None, decision: Decision) -> PackageState:
-        """Fold in what was just decided on `before`."""
+    def fold(self, before: PackageState | None, events: Sequence[Event]) -> PackageState:
+        """Fold in events that were just decided on `before`."""
 
     def extent(self, package_id: UUID) -> PackageExtent | None:
         """Where the package's events lie, as far as that is known. From any thread, while the lease lasts."""

@@ -23,8 +23,10 @@ from uuid import UUID
 from artifact_store.errors import ArtifactStoreError, CorruptError, PushBackError, RejectedError, UnavailableError
 from artifact_store.models import Acknowledgement
 from schemas.identifiers import partition_id
-from services.core.commands import Command, IngestFiles
-from services.core.decide import acknowledge, check_ingest, decide, decide_together
+from schemas.runs import encode_all
+from services.core.commands import Command, IngestFiles, IngestTogether
+from services.core.decide import acknowledge, check_ingest, decide
+from services.core.freezing import claim_check
 from services.core.limits import Limits
 from services.log.port import (
     HeldError,
@@ -442,7 +444,7 @@ class PartitionWriter:
                 decided = len(staged)
                 outcomes += self._decide_run(lease.state, jobs, run, now, staged)
                 # How large manifests are is known only now.
-                size += sum(sum(map(len, decision.values)) for decision, _ in staged[decided:])
+                size += sum(sum(map(len, each.values)) for each in staged[decided:])
                 if size > MAX_BATCH_BYTES:
                     break
             values = lease.hand_over(staged) if staged else []
@@ -459,23 +461,23 @@ class PartitionWriter:
         self, state: State, jobs: BackgroundJobs, run: Sequence[Request], now: int, staged: list[Staged]
     ) -> list[Outcome]:
         """Commands of one package that add files to it, together if they can be, or any other request."""
-        commands = [request.asked for request in run if isinstance(request.asked, IngestFiles)]
+        commands = tuple(request.asked for request in run if isinstance(request.asked, IngestFiles))
         package = None
         if len(commands) > 1:
             with suppress(CorruptError):
                 package = state.package(run[0].asked.package_id)
         if package is not None and package.package_id not in state.irregular.quarantined:
-            decision = None
             # Which of them it is, and what is wrong with it, is found by deciding each by itself.
             try:
-                decision = decide_together(package, commands, now, self._context.limits)
+                events = decide(package, IngestTogether(package.package_id, commands), now, self._context.limits)
+                values = encode_all(events)
             except ArtifactStoreError:
                 pass
             except Exception:  # noqa: BLE001 - see above; the cause is logged whole
                 _LOG.exception("commands of package %s cannot be decided together", package.package_id)
-            if decision is not None:
-                package = state.accept(package, decision)
-                staged.append(Staged(decision, [request.traceparent for request in run]))
+            else:
+                package = state.fold(package, events)
+                staged.append(Staged(events, values, [request.traceparent for request in run]))
                 return [acknowledge(package, command) for command in commands]
         return [self._decide(state, jobs, request, now, staged) for request in run]
 
@@ -493,13 +495,17 @@ class PartitionWriter:
                 raise quarantined(contradicted)
             if isinstance(asked, IngestCheck):
                 return check_ingest(package, asked.package_id, asked.relative_paths, asked.command_id, now, limits)
-            decision = jobs.decision(asked) or decide(package, asked, now, limits)
-            if decision.appended is not None and request.failures > TOGETHER:
-                return given_up(request, decision.done)
-            if decision.appended is not None and contradicted is not None:
+            events, manifest = jobs.events(asked), None
+            if not events:
+                events = decide(package, asked, now, limits)
+                manifest = None if package is None else claim_check(package, events)
+            if events and request.failures > TOGETHER:
+                return given_up(request, events[0].command_index)
+            if events and contradicted is not None:
                 raise quarantined(contradicted)
-            if decision.claim_check is not None:
-                jobs.store(decision.claim_check)
+            values = encode_all(events)
+            if manifest is not None:
+                jobs.store(manifest)
         except ArtifactStoreError as error:
             return error
         except (MemoryError, OSError) as error:  # that passes
@@ -509,9 +515,9 @@ class PartitionWriter:
         except Exception as error:  # noqa: BLE001 - see above; the cause is logged whole
             _LOG.exception("a command of package %s cannot be decided", asked.package_id)
             return RejectedError(f"the command cannot be carried out: {type(error).__name__}")
-        if decision.appended is not None:
-            package = state.accept(package, decision)
-            staged.append(Staged(decision, [request.traceparent]))
+        if events:
+            package = state.fold(package, events)
+            staged.append(Staged(events, values, [request.traceparent]))
         elif package is None:
             return UnavailableError("the package's state was lost; retry with the same command id")
         return acknowledge(package, asked)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from itertools import chain, count, repeat
+from itertools import count, repeat
 from pathlib import Path
 from uuid import UUID
 
 from blake3 import blake3
 
 from artifact_store.errors import CorruptError, PushBackError, UnavailableError
+from schemas.runs import commands_of, first_of
 from services.log.sequencer.driver import Driver, Lease, Staged
 from services.log.sqlite.file import LogFile, decoded, end_offset, file_errors, open_file, records_from, write_lock
 from services.log.sqlite.package_states import PackageStates
@@ -91,23 +92,18 @@ class SqliteDriver(Driver, Lease):
         """See `Lease`. Raises UnavailableError."""
         values: list[bytes] = []
         with self._in_doubt():
-            for decision, _ in staged:
-                if decision.appended is None:
-                    continue
-                commands = chain.from_iterable(
-                    repeat(command.command_id.bytes, events - decision.done)
-                    for command, events in zip(decision.commands, decision.counts, strict=True)
-                )
+            for events, encoded, _ in staged:
+                first = first_of(events)
                 rows = zip(
                     count(self._states.next_offset + len(values)),
-                    repeat(decision.commands[0].package_id.bytes),
-                    count(decision.appended.first_sequence),
-                    commands,
-                    decision.values,
+                    repeat(first.package_id.bytes),
+                    count(first.sequence),
+                    [command.command_id.bytes for command in commands_of(events) for _ in range(len(command))],
+                    encoded,
                     strict=False,
                 )
                 self._states.connection.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?)", rows)
-                values += decision.values
+                values += encoded
         return values
 
     def commit(self, values: Sequence[bytes]) -> None:

@@ -9,15 +9,15 @@ from __future__ import annotations
 import random
 import sqlite3
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import UUID
 
 from artifact_store.errors import CorruptError
-from services.core.decide import Decision, accept
-from services.core.evolve import evolve
+from artifact_store.events import Event
+from services.core.evolve import evolve, evolve_all
 from services.core.state import FINALIZED, PackageState
 from services.log.sequencer.driver import State
 from services.log.sqlite.file import (
@@ -123,11 +123,11 @@ class PackageStates(State):
             self.adopt(state)
         return state
 
-    def accept(self, before: PackageState | None, decision: Decision) -> PackageState:
+    def fold(self, before: PackageState | None, events: Sequence[Event]) -> PackageState:
         """See `State`."""
-        state = accept(before, decision)
+        state = evolve_all(before, events)
         self.adopt(state)
-        self.last_created_at = max(self.last_created_at, decision.created_at)
+        self.last_created_at = max(self.last_created_at, state.last_event_at)
         return state
 
     def away(self, package_id: UUID) -> bool:

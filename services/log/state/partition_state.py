@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from uuid import UUID
@@ -19,8 +19,7 @@ from blake3 import blake3
 
 from artifact_store.events import Event, LossAccepted
 from schemas.identifiers import partition_id
-from services.core.decide import Decision, accept
-from services.core.evolve import evolve, repeats
+from services.core.evolve import evolve, evolve_all, repeats
 from services.core.limits import ANSWERS_KEPT_MICROS, MAX_IDLE_MICROS
 from services.core.state import ABANDONED, CREATED, FINALIZED, PackageState
 from services.log.port import PackageExtent
@@ -224,13 +223,13 @@ class PartitionState:
         self.irregular.quarantined[event.package_id] = cause
         self._note_passed(event.created_at)
 
-    def accept(self, before: PackageState | None, decision: Decision) -> PackageState:
-        """Fold in what was just decided on `before`, ahead of the log until it is confirmed."""
+    def fold(self, before: PackageState | None, events: Sequence[Event]) -> PackageState:
+        """Fold in events that were just decided on `before`, ahead of the log until they are confirmed."""
         self._ahead = True
-        state = accept(before, decision)
+        state = evolve_all(before, events)
         self._note_change(state, new=before is None)
-        self._unsaved += len(decision.values)
-        self.last_created_at = max(self.last_created_at, decision.created_at)
+        self._unsaved += len(events)
+        self.last_created_at = max(self.last_created_at, state.last_event_at)
         return state
 
     def note_administrative(self, event: Event) -> None:

@@ -826,7 +826,7 @@ def created_values(created: PackageCreated) -> list[Any]:
 
 def package_values(state: PackageState) -> list[list[Any]]:
     """What answers need of a finalized package beside its commands and files."""
-    return [created_values(state.created), list(state.unportable)]
+    return [created_values(state.created), list(state.find_unportable())]
 
 
 def _needed(command: Command, created: list[Any], unportable: Sequence[Any] = ()) -> list[Any] | None:

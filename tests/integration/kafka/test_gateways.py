@@ -19,10 +19,11 @@ from artifact_store.errors import (
     PushBackError,
     UnavailableError,
 )
+from artifact_store.events import Event
 from artifact_store.models import Acknowledgement
 from services.config import Settings
 from services.core import decide as core
-from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles
+from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles, IngestTogether
 from services.core.limits import Limits
 from services.core.state import PackageState
 from services.log.kafka import KafkaLog, KafkaWriter, lease
@@ -191,15 +192,16 @@ async def test_commands_that_add_files_to_a_package_are_decided_together_if_they
 ) -> None:
     asked: list[int] = []
 
-    def together(
-        state: PackageState, commands: Sequence[IngestFiles], now: int, limits: Limits
-    ) -> core.Decision | None:
-        asked.append(len(commands))
-        if case == "the code fails":
-            raise ZeroDivisionError
-        return core.decide_together(state, commands, now, limits)
+    def decide(
+        state: PackageState | None, command: Command | IngestTogether, now: int, limits: Limits
+    ) -> Sequence[Event]:
+        if isinstance(command, IngestTogether):
+            asked.append(len(command.commands))
+            if case == "the code fails":
+                raise ZeroDivisionError
+        return core.decide(state, command, now, limits)
 
-    monkeypatch.setattr("services.log.sequencer.partition_writer.decide_together", together)
+    monkeypatch.setattr("services.log.sequencer.partition_writer.decide", decide)
     made = create_in(0)
     paths = [f"{number}.txt" for number in range(40)]
     if case == "one refused":
@@ -244,7 +246,7 @@ async def test_a_right_that_was_taken_away_and_given_back_is_only_a_delay(
 async def test_a_command_that_the_code_cannot_handle_does_not_disturb_the_others(
     kafka: Settings, log: KafkaLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def explode(state: PackageState | None, command: Command, now: int, limits: Limits) -> core.Decision:
+    def explode(state: PackageState | None, command: Command, now: int, limits: Limits) -> Sequence[Event]:
         if isinstance(command, CreatePackage) and command.name == "poison":
             raise ZeroDivisionError
         return core.decide(state, command, now, limits)

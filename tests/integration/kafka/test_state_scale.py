@@ -72,7 +72,7 @@ def events(shape: Shape) -> Iterator[Event]:
     for _ in range(shape.packages):
         state: PackageState | None = None
         for command in commands(draw, shape.files):
-            for event in decide(state, command, system_clock(), limits).events:
+            for event in decide(state, command, system_clock(), limits):
                 state = evolve(state, event)
                 yield event
 

@@ -58,7 +58,7 @@ class LongLog(MemoryLog):
             if number % OPEN:
                 asked.append(FinalizePackage(made.package_id, uuid5(LOG, f"end {number}"), "ada"))
             for command in asked:
-                for event in decide(state, command, number + 1, Limits()).events:
+                for event in decide(state, command, number + 1, Limits()):
                     state = evolve(state, event)
                     offset += 1
                     record = Record(0, offset - 1, str(event.package_id).encode(), encode(event))

@@ -24,12 +24,14 @@ from artifact_store.errors import (
     TooLargeError,
     UnknownRetentionClassError,
 )
-from artifact_store.events import PackageCreated, PackageFinalized
-from schemas.codec import decode as decoded
+from artifact_store.events import Event, PackageCreated, PackageFinalized
+from artifact_store.manifest import manifest_digest
 from schemas.digests import event_digest
-from services.core.commands import Command, IngestFiles
-from services.core.decide import accept, acknowledge, check_ingest, decide, decide_together
-from services.core.evolve import evolve
+from schemas.runs import FileRun
+from services.core.commands import Command, IngestFiles, IngestTogether
+from services.core.decide import acknowledge, check_ingest, decide
+from services.core.evolve import evolve, evolve_all
+from services.core.freezing import claim_check
 from services.core.limits import MAX_IDLE_MICROS, Limits
 from services.core.state import PackageState
 from tests import commands
@@ -42,7 +44,7 @@ PACKAGE = CREATE.package_id
 def after(*run: Command, limits: Limits = LIMITS) -> PackageState:
     state: PackageState | None = None
     for command in run:
-        for event in decide(state, command, 1_000, limits).events:
+        for event in decide(state, command, 1_000, limits):
             state = evolve(state, event)
     assert state is not None
     return state
@@ -60,7 +62,7 @@ def test_an_unknown_retention_class_is_a_value_error_that_lists_the_known_ones()
     [("raw-evidence", 3650), ("report", 1825), ("build-output", 90), ("scratch", 7), ("permanent", None)],
 )
 def test_the_event_records_the_period_that_the_class_stands_for(name: str, days: int | None) -> None:
-    (event,) = decide(None, commands.create(retention_class=name), 0, LIMITS).events
+    (event,) = decide(None, commands.create(retention_class=name), 0, LIMITS)
     assert isinstance(event.payload, PackageCreated)
     assert event.payload.retention_days == days
 
@@ -125,9 +127,9 @@ def test_a_retry_becomes_nothing_and_gets_the_first_answer() -> None:
     ingest = commands.ingest(PACKAGE, "a", "b")
     state = after(CREATE, ingest)
     first = acknowledge(state, ingest)
-    for event in decide(state, commands.ingest(PACKAGE, "c", name="later"), 0, LIMITS).events:
+    for event in decide(state, commands.ingest(PACKAGE, "c", name="later"), 0, LIMITS):
         evolve(state, event)
-    assert decide(state, ingest, 0, LIMITS).events == ()
+    assert decide(state, ingest, 0, LIMITS) == ()
     assert acknowledge(state, ingest) == first
 
 
@@ -159,13 +161,13 @@ def test_the_check_before_the_body_says_what_decide_would_say() -> None:
 def test_a_torn_command_takes_only_its_own_retry_which_appends_the_rest() -> None:
     ingest = commands.ingest(PACKAGE, "a", "b", "c")
     state = after(CREATE)
-    whole = decide(state, ingest, 1_000, LIMITS).events
+    whole = decide(state, ingest, 1_000, LIMITS)
     evolve(state, whole[0])
     with pytest.raises(PushBackError):
         decide(state, commands.finalize(PACKAGE), 0, LIMITS)
     rest = decide(state, ingest, 1_000, LIMITS)
-    assert rest.events == whole[1:]
-    accept(state, rest)
+    assert [*rest] == [*whole][1:]
+    evolve_all(state, rest)
     assert state == after(CREATE, ingest)
     assert [file.relative_path for file in acknowledge(state, ingest).files] == ["a", "b", "c"]
     assert state.unfinished is None
@@ -182,64 +184,64 @@ def test_commands_become_together_what_they_become_one_after_the_other(
     asked = [commands.ingest(PACKAGE, *paths, name=name) for name, paths in named]
     together, singly = after(*start), after(*start)
     try:
-        values = _one_after_the_other(singly, asked)
+        expected = _one_after_the_other(singly, asked)
     except ArtifactStoreError:
-        values = None
+        expected = None
     try:
-        decision = decide_together(together, asked, 2_000, LIMITS)
+        run = decide(together, IngestTogether(PACKAGE, tuple(asked)), 2_000, LIMITS)
     except ArtifactStoreError:
-        assert values is None
+        assert expected is None or len(expected) < sum(len(command.files) for command in asked), "none is a retry"
         return
-    if decision is None:
-        assert values is None or len(values) < sum(len(command.files) for command in asked), "none of them is a retry"
-        return
-    assert decision.values == values
-    assert decision.digests == tuple(event_digest(decoded(value)) for value in decision.values)
-    assert accept(together, decision) == singly
+    assert isinstance(run, FileRun)
+    assert [*run] == expected
+    assert run.digests == [event_digest(event) for event in run]
+    assert evolve(together, run) == singly
     assert [*together.commands] == [*singly.commands]
     assert [acknowledge(together, command) for command in asked] == [acknowledge(singly, command) for command in asked]
 
 
-def _one_after_the_other(state: PackageState, asked: list[IngestFiles]) -> list[bytes]:
-    """The values of the events that they become."""
-    values: list[bytes] = []
+def _one_after_the_other(state: PackageState, asked: list[IngestFiles]) -> list[Event]:
+    """The events that they become."""
+    events: list[Event] = []
     for command in asked:
-        decision = decide(state, command, 2_000, LIMITS)
-        values += decision.values
-        for event in decision.events:
+        for event in decide(state, command, 2_000, LIMITS):
+            events.append(event)
             evolve(state, event)
-    return values
+    return events
 
 
 def test_commands_are_not_decided_together_while_another_is_not_whole() -> None:
     torn = commands.ingest(PACKAGE, "a", "b", name="torn")
     state = after(CREATE)
-    evolve(state, decide(state, torn, 1_000, LIMITS).events[0])
+    evolve(state, decide(state, torn, 1_000, LIMITS)[0])
     for asked in ([commands.ingest(PACKAGE, "c"), commands.ingest(PACKAGE, "d", name=2)], [torn]):
-        assert decide_together(state, asked, 1_000, LIMITS) is None
+        with pytest.raises(PushBackError):
+            decide(state, IngestTogether(PACKAGE, tuple(asked)), 1_000, LIMITS)
 
 
 def test_a_large_manifest_travels_as_a_claim_check() -> None:
     limits = Limits(inline_manifest_bytes=400)
     state = after(CREATE, commands.ingest(PACKAGE, "a"), limits=limits)
-    decision = decide(state, commands.finalize(PACKAGE), 0, limits)
-    payload = decision.events[0].payload
+    events = decide(state, commands.finalize(PACKAGE), 0, limits)
+    payload = events[0].payload
     assert isinstance(payload, PackageFinalized)
     assert payload.manifest is None
     assert payload.manifest_key is not None
-    assert payload.manifest_key.endswith(decision.events[0].payload_digest.hex())
-    assert decision.claim_check is not None
+    assert payload.manifest_key.endswith(events[0].payload_digest.hex())
+    manifest = claim_check(state, events)
+    assert manifest is not None
+    assert manifest_digest(manifest) == events[0].payload_digest
 
 
 def test_evolve_refuses_what_cannot_follow() -> None:
     state = after(CREATE)
-    first, second = decide(state, commands.ingest(PACKAGE, "a", "b"), 0, LIMITS).events
+    first, second = decide(state, commands.ingest(PACKAGE, "a", "b"), 0, LIMITS)
     with pytest.raises(CorruptError, match="does not follow"):
         evolve(state, second)
     with pytest.raises(CorruptError, match="precedes its creation"):
         evolve(None, first)
     with pytest.raises(CorruptError, match="created twice"):
-        evolve(state, decide(None, CREATE, 0, LIMITS).events[0])
+        evolve(state, decide(None, CREATE, 0, LIMITS)[0])
 
 
 PAIRS = [("a.txt", "a.txt/b"), ("a.txt/b", "a.txt"), ("a", "a/b/c"), ("a/b/c", "a"), ("a/b/c", "a/b")]
@@ -255,7 +257,7 @@ def test_a_path_that_would_be_both_a_file_and_a_folder_is_refused(first: str, se
     with pytest.raises(PathConflictError):
         check_ingest(state, PACKAGE, [second], uuid4(), 1_000, LIMITS)
     with pytest.raises(PathConflictError):
-        decide_together(state, [commands.ingest(PACKAGE, "x", name=3), command], 1_000, LIMITS)
+        decide(state, IngestTogether(PACKAGE, (commands.ingest(PACKAGE, "x", name=3), command)), 1_000, LIMITS)
     with pytest.raises(PathConflictError):
         decide(after(CREATE), commands.ingest(PACKAGE, first, second), 1_000, LIMITS)
 
@@ -263,14 +265,14 @@ def test_a_path_that_would_be_both_a_file_and_a_folder_is_refused(first: str, se
 @pytest.mark.parametrize("path", ["a", "a.txt.b", "a.tx", "a.txu/b", "b/a.txt", "a.txt-/b"])
 def test_paths_that_only_look_alike_are_taken(path: str) -> None:
     state = after(CREATE, commands.ingest(PACKAGE, "a.txt", name=1))
-    assert len(decide(state, commands.ingest(PACKAGE, path, name=2), 1_000, LIMITS).events) == 1
+    assert len(decide(state, commands.ingest(PACKAGE, path, name=2), 1_000, LIMITS)) == 1
 
 
 def with_pair() -> PackageState:
     """A package of a time when a path could be both: its events are put together from two histories."""
     state = after(CREATE, commands.ingest(PACKAGE, "a.txt", name=1))
     hidden, state.files, state.folders = state.files, {}, set()
-    (event,) = decide(state, commands.ingest(PACKAGE, "a.txt/b", name=2), 1_000, LIMITS).events
+    (event,) = decide(state, commands.ingest(PACKAGE, "a.txt/b", name=2), 1_000, LIMITS)
     state.files, state.folders = hidden, set()
     return evolve(state, event)
 
@@ -278,19 +280,19 @@ def with_pair() -> PackageState:
 def test_a_history_that_holds_both_stays_valid_and_takes_what_does_not_add_to_it() -> None:
     state = with_pair()
     assert list(state.files) == ["a.txt", "a.txt/b"]
-    state = accept(state, decide(state, commands.ingest(PACKAGE, "c", name=3), 1_000, LIMITS))
+    state = evolve_all(state, decide(state, commands.ingest(PACKAGE, "c", name=3), 1_000, LIMITS))
     with pytest.raises(PathConflictError):
         decide(state, commands.ingest(PACKAGE, "a.txt/d", name=4), 1_000, LIMITS)
-    assert decide(state, commands.finalize(PACKAGE), 1_000, LIMITS).event is not None
+    assert decide(state, commands.finalize(PACKAGE), 1_000, LIMITS)
 
 
 def test_the_rest_of_a_torn_command_is_taken_although_newer_rules_would_refuse_it() -> None:
     state = after(CREATE)
     whole = commands.ingest(PACKAGE, "a.txt", "a.txt/b")
     replaced = replace(whole, files=(whole.files[0], commands.stored("other")))
-    first, _ = decide(state, replaced, 1_000, LIMITS).events
+    first, _ = decide(state, replaced, 1_000, LIMITS)
     state = evolve(state, first)
-    (rest,) = decide(state, whole, 1_000, LIMITS).events
+    (rest,) = decide(state, whole, 1_000, LIMITS)
     assert rest.command_index == 1
 
 
@@ -301,20 +303,20 @@ def test_a_package_lies_in_a_bounded_number_of_folders() -> None:
     with pytest.raises(TooLargeError, match="at most 1,312 folders"):
         decide(state, commands.ingest(PACKAGE, deep[2], name=2), 1_000, limits)
     again = [path + "b" for path in deep[:2]]
-    assert len(decide(state, commands.ingest(PACKAGE, *again, name=3), 1_000, limits).events) == 2
+    assert len(decide(state, commands.ingest(PACKAGE, *again, name=3), 1_000, limits)) == 2
 
 
 def test_a_finalization_and_its_retries_report_paths_that_differ_only_by_case() -> None:
     command = commands.finalize(PACKAGE)
     before = after(CREATE, commands.ingest(PACKAGE, "README", "readme", "lib/a", "LIB"))
-    decision = decide(before, command, 2_000, LIMITS)
-    state = accept(before, decision)
+    events = decide(before, command, 2_000, LIMITS)
+    state = evolve_all(before, events)
     answer = acknowledge(state, command)
     assert answer.unportable_count == 2
     assert answer.unportable_paths == (("README", "readme"), ("LIB", "lib"))
-    assert acknowledge(accept(state, decide(state, command, 3_000, LIMITS)), command) == answer
+    assert acknowledge(evolve_all(state, decide(state, command, 3_000, LIMITS)), command) == answer
     folded = after(CREATE, commands.ingest(PACKAGE, "README", "readme", "lib/a", "LIB"))
-    assert acknowledge(evolve(folded, decision.events[0]), command) == answer
+    assert acknowledge(evolve(folded, events[0]), command) == answer
 
 
 def test_an_open_package_takes_no_command_once_nothing_came_to_it_for_a_year() -> None:
@@ -322,13 +324,14 @@ def test_an_open_package_takes_no_command_once_nothing_came_to_it_for_a_year() -
     state, late = after(CREATE, known), 1_000 + MAX_IDLE_MICROS
     new: list[Command] = [commands.ingest(PACKAGE, "b", name=2), commands.finalize(PACKAGE)]
     for command in new:
-        assert decide(state, command, late, LIMITS).appended is not None
+        assert decide(state, command, late, LIMITS)
         with pytest.raises(PackageAbandonedError, match=f"package {PACKAGE} is open"):
             decide(state, command, late + 1, LIMITS)
     with pytest.raises(PackageAbandonedError):
         check_ingest(state, PACKAGE, ["b"], uuid4(), late + 1, LIMITS)
+    together = tuple(commands.ingest(PACKAGE, name, name=name) for name in "bc")
     with pytest.raises(PackageAbandonedError):
-        decide_together(state, [commands.ingest(PACKAGE, name, name=name) for name in "bc"], late + 1, LIMITS)
-    assert decide(state, known, late + 1, LIMITS).appended is None, "what is known is answered"
-    (event,) = decide(state, new[0], late + 1, Limits(max_idle_micros=2 * late)).events
+        decide(state, IngestTogether(PACKAGE, together), late + 1, LIMITS)
+    assert not decide(state, known, late + 1, LIMITS), "what is known is answered"
+    (event,) = decide(state, new[0], late + 1, Limits(max_idle_micros=2 * late))
     assert list(evolve(state, event).files) == ["a", "b"], "a history with such a pause is valid"

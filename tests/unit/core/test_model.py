@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from uuid import UUID
 
@@ -25,8 +26,8 @@ from schemas.codec import decode, encode
 from schemas.digests import event_digest, payload_digest_holds
 from services import manifest
 from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles
-from services.core.decide import Decision, accept, acknowledge, decide
-from services.core.evolve import evolve
+from services.core.decide import acknowledge, decide
+from services.core.evolve import evolve, evolve_all
 from services.core.limits import Limits
 from services.core.state import PackageState
 from tests import commands
@@ -73,22 +74,21 @@ class RegistryMachine(RuleBasedStateMachine):
         expected = self.expected_error(command)
         before = len(self.log.get(command.package_id, []))
         state = self.states.get(command.package_id)
-        decision, error = self.decide(state, command)
+        events, error = self.decide(state, command)
         assert (type(error) if error else None) is expected, f"{command}: {error}"
-        if decision is None:
+        if error is not None:
             assert len(self.log.get(command.package_id, [])) == before
             return
-        assert decision.digests == tuple(event_digest(event) for event in decision.events)
-        self.log.setdefault(command.package_id, []).extend(decision.events)
-        self.states[command.package_id] = state = accept(state, decision)
+        self.log.setdefault(command.package_id, []).extend(events)
+        self.states[command.package_id] = state = evolve_all(state, events)
         answer = acknowledge(state, command)
-        self.note(command, answer, len(decision.events))
+        self.note(command, answer, len(events))
 
-    def decide(self, state: PackageState | None, command: Command) -> tuple[Decision | None, RejectedError | None]:
+    def decide(self, state: PackageState | None, command: Command) -> tuple[Sequence[Event], RejectedError | None]:
         try:
             return decide(state, command, self.now, LIMITS), None
         except RejectedError as error:
-            return None, error
+            return (), error
 
     def expected_error(self, command: Command) -> type[RejectedError] | None:
         package = self.model.get(command.package_id)

@@ -35,7 +35,7 @@ def history() -> tuple[list[Entry], list[Event]]:
     state: PackageState | None = None
     entries, events = [], []
     for kind, path, command in commands:
-        (event,) = decide(state, command, 1_000, Limits()).events
+        (event,) = decide(state, command, 1_000, Limits())
         state = evolve(state, event)
         address = ""
         if isinstance(event.payload, FileIngested):

@@ -10,8 +10,10 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from services.core.commands import Command, IngestFiles
-from services.core.decide import accept, acknowledge, check_ingest, decide, decide_together
+from schemas.runs import encode_all
+from services.core.commands import Command, IngestFiles, IngestTogether
+from services.core.decide import acknowledge, check_ingest, decide
+from services.core.evolve import evolve_all
 from services.core.limits import Limits
 from services.core.state import PackageState
 from services.log.sqlite.driver import SqliteDriver
@@ -51,7 +53,7 @@ class InMemory:
             check_ingest(
                 before, command.package_id, [file.relative_path for file in command.files], uuid4(), 1_000, LIMITS
             )
-        after = accept(before, decide(before, command, 1_000, LIMITS))
+        after = evolve_all(before, decide(before, command, 1_000, LIMITS))
         acknowledge(after, command)
         self._states[command.package_id] = after
 
@@ -66,9 +68,9 @@ class Partition:
     def __call__(self, command: Command) -> None:
         state = self._state
         package = state.package(command.package_id, command.command_id)
-        decision = decide(package, command, 1_000, LIMITS)
-        acknowledge(state.accept(package, decision), command)
-        state.confirm(state.next_offset, decision.values[-1])
+        events = decide(package, command, 1_000, LIMITS)
+        acknowledge(state.fold(package, events), command)
+        state.confirm(state.next_offset, encode_all(events)[-1])
         if state.next_offset % 10 == 0:
             state.save()
 
@@ -107,12 +109,10 @@ def test_a_command_costs_no_more_in_a_large_package_than_in_a_small_one(
 
 
 def test_commands_that_are_decided_together_do_not_walk_through_their_package() -> None:
-    state = accept(None, decide(None, CREATE, 1_000, LIMITS))
+    state = evolve_all(None, decide(None, CREATE, 1_000, LIMITS))
     state.files, state.commands = Unwalkable(state.files), Unwalkable(state.commands)
-    together = [commands.ingest(CREATE.package_id, path_of(number), name=number) for number in range(3)]
-    decision = decide_together(state, together, 1_000, LIMITS)
-    assert decision is not None
-    state = accept(state, decision)
+    together = tuple(commands.ingest(CREATE.package_id, path_of(number), name=number) for number in range(3))
+    state = evolve_all(state, decide(state, IngestTogether(CREATE.package_id, together), 1_000, LIMITS))
     assert [acknowledge(state, command).files[0].relative_path for command in together] == list(map(path_of, range(3)))
 
 

@@ -42,7 +42,7 @@ def history() -> list[Event]:
         ]
         state: PackageState | None = None
         for at, command in enumerate(run):
-            for event in decide(state, command, 1_700_000_000_000_000 + at, limits).events:
+            for event in decide(state, command, 1_700_000_000_000_000 + at, limits):
                 state = evolve(state, event)
                 events.append(event)
     return [*events, *administrative()]

@@ -36,13 +36,13 @@ from schemas import identifiers
 from schemas.avro import avro_long
 from schemas.codec import decode, encode, schema_text
 from schemas.digests import event_digest
-from schemas.headers import headers
+from schemas.headers import headers, headers_all
 from schemas.identifiers import Identifier
-from schemas.ingested import PackagePieces, ingested
+from schemas.runs import CommandFiles, FileRun, encode_all
 from services.core.commands import StoredFile
-from services.core.decide import accept, decide
+from services.core.decide import decide
 from services.core.evolve import evolve
-from services.core.freezing import item_file_id, manifest_items
+from services.core.freezing import manifest_item, receipt_item
 from services.core.limits import Limits
 from tests.commands import create, ingest
 
@@ -68,7 +68,9 @@ _EVENT = st.builds(
     payload=_INGESTED,
 )
 _FILES = st.lists(
-    st.builds(StoredFile, _TEXT, _TEXT, _SIZE, _DIGEST, _DIGEST, _TEXT, _TEXT, _SIZE, _SIZE, _LONG), max_size=3
+    st.builds(StoredFile, _TEXT, _TEXT, _SIZE, _DIGEST, _DIGEST, _TEXT, _TEXT, _SIZE, _SIZE, _LONG),
+    min_size=1,
+    max_size=3,
 )
 _SCHEMA = fastavro.parse_schema(json.loads(schema_text(FILE_INGESTED)))
 _CREATED = st.builds(PackageCreated, _TEXT, _TEXT, _TEXT, _TEXT, st.none() | _SIZE, _TEXT)
@@ -102,28 +104,27 @@ def test_an_event_is_encoded_as_the_schema_file_with_its_logical_types_has_it(ev
     st.lists(st.tuples(st.uuids(), _TEXT, _FILES, st.integers(0, 100)), max_size=4),
     st.uuids(),
     _LONG,
-    st.integers(0, 2**40),
+    st.integers(1, 2**40),
     _DIGEST,
 )
-def test_ingested_files_take_the_forms_that_the_general_ways_give(
+def test_a_run_of_files_is_the_events_that_the_plain_way_gives(
     commands: list[tuple[UUID, str, list[StoredFile], int]],
     package_id: UUID,
     created_at: int,
     sequence: int,
     digest: bytes,
 ) -> None:
-    found = ingested(
-        PackagePieces(package_id),
-        [(str(command_id).encode(), actor, files, done + len(files)) for command_id, actor, files, done in commands],
-        created_at=created_at,
+    run = FileRun.of_files(
+        package_id,
+        [CommandFiles(id_, actor, done, done + len(files), files) for id_, actor, files, done in commands],
         sequence=sequence,
-        digest=digest,
+        created_at=created_at,
+        previous=digest,
     )
     events = []
     for command_id, actor, files, done in commands:
         for index, file in enumerate(files, done):
             payload = _payload(package_id, file)
-            sequence += 1
             event = Event(
                 event_id=uuid5(package_id, str(sequence)),
                 event_type=FILE_INGESTED,
@@ -138,15 +139,31 @@ def test_ingested_files_take_the_forms_that_the_general_ways_give(
                 previous_digest=digest,
                 payload=payload,
             )
-            digest = event_digest(event)
-            events.append((event, payload, digest))
-    assert found.first_sequence == sequence - len(events) + 1
-    assert [text.decode() for text in found.event_ids] == [str(event.event_id) for event, _, _ in events]
-    assert found.values == [encode(event) for event, _, _ in events]
-    assert found.digests == [digest for _, _, digest in events]
-    items = list(zip(found.manifest_items, found.receipt_items, strict=True))
-    assert items == [manifest_items(payload) for _, payload, _ in events]
-    assert [item_file_id(item) for item, _ in items] == [payload.file_id for _, payload, _ in events]
+            events.append(event)
+            sequence, digest = sequence + 1, event_digest(event)
+    assert [*run] == events
+    assert len(run) == len(events)
+    assert encode_all(run) == [encode(event) for event in events]
+    assert run.digests == [event_digest(event) for event in events]
+
+
+@given(st.lists(st.tuples(st.uuids(), _FILES, st.integers(0, 100), st.none() | _TEXT), min_size=1, max_size=3))
+def test_a_runs_headers_are_those_of_its_events(commands: list[tuple[UUID, list[StoredFile], int, str | None]]) -> None:
+    parts = [CommandFiles(id_, "ada", done, done + len(files), files) for id_, files, done, _ in commands]
+    run = FileRun.of_files(UUID(int=5), parts, sequence=7, created_at=1_900_000_000_000_000, previous=bytes(32))
+    traces = [trace for _, files, _, trace in commands for _ in files]
+    found = [dict(each) for each in headers_all(run, [trace for _, _, _, trace in commands])]
+    assert found == [headers(event, trace) for event, trace in zip(run, traces, strict=True)]
+
+
+@given(_EVENT)
+def test_an_event_is_a_run_of_its_own(event: Event) -> None:
+    assert isinstance(event.payload, FileIngested)
+    run = FileRun.of(event, event.payload)
+    assert [*run] == [event]
+    assert run[0] == event
+    assert encode_all(run) == [encode(event)]
+    assert run.digests == (event_digest(event),)
 
 
 def _payload(package_id: UUID, file: StoredFile) -> FileIngested:
@@ -169,11 +186,10 @@ def _payload(package_id: UUID, file: StoredFile) -> FileIngested:
     ],
 )
 def test_a_file_that_no_record_can_hold_is_refused(change: dict[str, Any], rule: str) -> None:
-    created = decide(None, create(), 1, Limits())
-    state = accept(None, created)
+    state = evolve(None, decide(None, create(), 1, Limits())[0])
     command = ingest(state.package_id, "a")
     with pytest.raises(ValueError, match=rule):
-        decide(state, replace(command, files=(replace(command.files[0], **change),)), 2, Limits())
+        encode_all(decide(state, replace(command, files=(replace(command.files[0], **change),)), 2, Limits()))
 
 
 @given(_LONG)
@@ -188,10 +204,11 @@ def test_a_text_is_written_as_cbor_has_it(size: int) -> None:
     assert cbor_text(b"x" * size) == canonical_cbor("x" * size)
 
 
-@given(_INGESTED)
-def test_the_items_of_a_manifest_are_canonical(file: FileIngested) -> None:
-    for item in manifest_items(file):
-        assert item == canonical_cbor(cbor2.loads(item))
+@given(st.uuids(), st.uuids(), _FILES)
+def test_the_items_of_a_manifest_are_canonical(file_id: UUID, location_id: UUID, files: list[StoredFile]) -> None:
+    for file in files:
+        for item in (manifest_item(str(file_id), file), receipt_item(str(file_id), str(location_id), file)):
+            assert item == canonical_cbor(cbor2.loads(item))
 
 
 @given(st.uuids(), _TEXT)
@@ -216,14 +233,6 @@ def test_control_characters_and_surrogates_are_those_of_unicode() -> None:
 
 @pytest.mark.parametrize("micros", [0, 1, 999_999, 1_000_000, 1_700_000_000_000_000, 1_700_000_000_000_100])
 def test_the_time_in_the_headers_is_the_events_in_iso_form(micros: int) -> None:
-    event = decide(None, create(), micros, Limits()).events[0]
+    event = decide(None, create(), micros, Limits())[0]
     plain = datetime.fromtimestamp(micros // 1_000_000, UTC).replace(microsecond=micros % 1_000_000)
     assert dict(headers(event))["ce_time"] == plain.isoformat().replace("+00:00", "Z").encode()
-
-
-def test_a_decision_gives_the_chain_digest_of_every_event() -> None:
-    created = decide(None, create(), 1, Limits())
-    state = evolve(None, created.events[0], created.digests[0])
-    added = decide(state, ingest(state.package_id, "a", "b", "c"), 2, Limits())
-    events = [*created.events, *added.events]
-    assert [*created.digests, *added.digests] == [event_digest(event) for event in events]

@@ -55,7 +55,7 @@ def appended(all_commands: list[list[Command]], order: list[int], limits: Limits
             continue
         command = of_package.pop(0)
         try:
-            made = decide(states.get(command.package_id), command, now, limits).events
+            made = decide(states.get(command.package_id), command, now, limits)
         except ConflictError:
             continue
         for event in made:
@@ -122,7 +122,7 @@ def test_a_torn_command_that_its_retry_made_whole_later_is_clean() -> None:
     events: list[Event] = []
     steps: list[tuple[Command, int]] = [(made, 1), (asked, 1), (asked, 9)]
     for now, (command, most) in enumerate(steps, 1):
-        for event in decide(state, command, now, Limits()).events[:most]:
+        for event in decide(state, command, now, Limits())[:most]:
             state = evolve(state, event)
             events.append(event)
     assert [event.command_index for event in events] == [0, 0, 1, 2]

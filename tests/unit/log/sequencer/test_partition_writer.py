@@ -152,6 +152,6 @@ async def test_what_cannot_be_decided_for_want_of_memory_is_not_refused_for_good
     writer._context.limits = Limits()  # type: ignore[misc]  # it is frozen where it is real
     (request,), _ = await taken(writer, 0)
     state = SimpleNamespace(package=lambda *_: None, irregular=Irregular())
-    jobs = SimpleNamespace(decision=lambda _: None)
+    jobs = SimpleNamespace(events=lambda _: ())
     outcome = writer._decide(cast("Any", state), cast("Any", jobs), request, 0, [])
     assert type(outcome) is UnavailableError

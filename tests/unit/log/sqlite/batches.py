@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from artifact_store.models import Acknowledgement
+from schemas.runs import encode_all
 from services.core.commands import Command
 from services.core.decide import acknowledge, decide
 from services.core.limits import Limits
@@ -20,9 +21,9 @@ def run(driver: SqliteDriver, commands: Sequence[Command]) -> list[Acknowledgeme
     now = max(system_clock(), state.last_created_at)
     for command in commands:
         before = state.package(command.package_id, command.command_id)
-        decision = decide(before, command, now, Limits())
-        answers.append(acknowledge(state.accept(before, decision), command))
-        staged.append(Staged(decision, [None]))
+        events = decide(before, command, now, Limits())
+        answers.append(acknowledge(state.fold(before, events), command))
+        staged.append(Staged(events, encode_all(events), [None]))
     driver.commit(driver.hand_over(staged))
     driver.end_batch()
     return answers

@@ -55,7 +55,7 @@ class Writing:
         self.now = now
 
     def run(self, command: Command) -> None:
-        for event in decide(self.state.package(command.package_id), command, self.now, Limits()).events:
+        for event in decide(self.state.package(command.package_id), command, self.now, Limits()):
             self.state.apply(event)
         self.state.confirm(self.state.next_offset, b"record %d" % self.state.next_offset)
 
@@ -347,7 +347,7 @@ def test_an_event_of_a_package_that_was_put_away_sends_the_state_back_to_the_log
     idle = commands.create("idle")
     writing.run(idle)
     package = state.package(idle.package_id)
-    (event,) = decide(package, commands.ingest(idle.package_id, "a"), writing.now, Limits()).events
+    (event,) = decide(package, commands.ingest(idle.package_id, "a"), writing.now, Limits())
     writing.now += MAX_IDLE_MICROS + 1
     writing.run(commands.create("new"))
     state.apply(event)  # not put away yet, although it takes no command: so a history with such a pause is read
@@ -423,7 +423,7 @@ def test_a_command_that_came_in_parts_is_answered_while_its_rows_are_made_answer
     parts = commands.ingest(made.package_id, *"abcdef", name="parts")
     ended, after = commands.finalize(made.package_id), commands.ingest(made.package_id, "g", name="after")
     writing.run(made)
-    events = decide(state.package(made.package_id), parts, writing.now, Limits()).events
+    events = decide(state.package(made.package_id), parts, writing.now, Limits())
     for some in (events[:2], events[2:3], events[3:]):
         for event in some:
             state.apply(event)
@@ -436,7 +436,7 @@ def test_a_command_that_came_in_parts_is_answered_while_its_rows_are_made_answer
     turns = 0
     while True:
         for command, answer in expected.items():
-            assert decide(_known(state, command), command, writing.now, Limits()).appended is None
+            assert not decide(_known(state, command), command, writing.now, Limits())
             assert acknowledge(_known(state, command), command) == answer
         for changed in range(6):
             files = [stored("other") if n == changed else file for n, file in enumerate(parts.files)]
@@ -705,7 +705,7 @@ def test_a_state_that_is_in_memory_goes_back_to_the_disk(tmp_path: Path, monkeyp
 def test_what_is_irregular_in_a_partition_is_kept_with_its_state(tmp_path: Path) -> None:
     writing = Writing(PartitionState(StateFile.create(tmp_path / NAME, PLACE)))
     made = commands.create()
-    created = decide(None, made, 1_000, Limits()).events[0]
+    created = decide(None, made, 1_000, Limits())[0]
     writing.run(made)
     writing.state.apply(created)  # it comes again
     gap = replace(created, sequence=7)

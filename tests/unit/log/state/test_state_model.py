@@ -7,6 +7,7 @@ crashes and opens its file again at random.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from uuid import UUID
 
@@ -19,7 +20,7 @@ from artifact_store.errors import ArtifactStoreError
 from artifact_store.events import Event
 from artifact_store.models import Acknowledgement
 from services.core.commands import Command
-from services.core.decide import Decision, acknowledge, check_ingest, decide
+from services.core.decide import acknowledge, check_ingest, decide
 from services.core.evolve import evolve
 from services.core.limits import ANSWERS_KEPT_MICROS, MAX_IDLE_MICROS, Limits
 from services.core.state import FINALIZED, PackageState
@@ -122,10 +123,10 @@ class StateMachine(RuleBasedStateMachine):
         )
         found = self.state.package(made.package_id, made.command_id)
         try:
-            decision = decide(found, made, self.now, LIMITS)
+            events = decide(found, made, self.now, LIMITS)
         except ArtifactStoreError:
             return
-        self.state.accept(found, decision)
+        self.state.fold(found, events)
         self.state.close()
         self.begin()
 
@@ -144,16 +145,16 @@ class StateMachine(RuleBasedStateMachine):
 
     def run(self, command: Command, torn: int = 0) -> None:
         found = self.state.package(command.package_id, command.command_id)
-        decision = self.decided(found, command)
-        assert decision == self.decided(self.expected(command.package_id), command)
-        if not isinstance(decision, Decision):
+        decided, refused = self.decided(found, command)
+        assert (decided, refused) == self.decided(self.expected(command.package_id), command)
+        if refused is not None:
             return
-        events = decision.events[: len(decision.events) - torn]
+        events = [*decided][: len(decided) - torn]
         if torn:
             for event in events:
                 self.state.apply(event)
         elif events:
-            self.state.accept(found, decision)
+            self.state.fold(found, decided)
         for event in events:
             value = str(event).encode()
             self.model[event.package_id] = evolve(self.model.get(event.package_id), event)
@@ -164,11 +165,11 @@ class StateMachine(RuleBasedStateMachine):
                 self.model[command.package_id], command
             )
 
-    def decided(self, state: PackageState | None, command: Command) -> Decision | tuple[type, str]:
+    def decided(self, state: PackageState | None, command: Command) -> tuple[Sequence[Event], tuple[type, str] | None]:
         try:
-            return decide(state, command, max(self.now, self.state.last_created_at), LIMITS)
+            return decide(state, command, max(self.now, self.state.last_created_at), LIMITS), None
         except ArtifactStoreError as error:
-            return type(error), error.detail
+            return (), (type(error), error.detail)
 
     def answer(self, state: PackageState | None, command: Command) -> Acknowledgement:
         assert state is not None
