@@ -1,4 +1,4 @@
-"""What is asked of the Kafka cluster: the topic's identity and shape, offsets, groups. Every question blocks."""
+"""Questions to the Kafka cluster about the topic, its offsets and consumer groups. All of them block."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ ANSWER_SECONDS = 10.0
 """How long a question waits for its answer."""
 
 _CLIENT_SECONDS = 3.0
-"""How long one client may be silent before another is asked."""
+"""How long one client may take to answer before another one is asked."""
 
 _CONFIRMATIONS = 3
-"""How many clients are asked, at least, before an offset is said to lie outside the log."""
+"""At least so many clients are asked before an offset is reported to lie outside the log."""
 
 _AGAIN_SECONDS = 0.05
 _SPENT = frozenset(
@@ -58,7 +58,7 @@ _SPENT = frozenset(
         KafkaError.NOT_COORDINATOR,
     }
 )
-"""Another client is to be asked: this one is silent, or goes on to ask a coordinator that is none any more."""
+"""Errors after which another client is asked: this one gets no answer, or keeps asking a former coordinator."""
 
 _LED_BY_OTHERS = frozenset(
     {
@@ -66,7 +66,7 @@ _LED_BY_OTHERS = frozenset(
         KafkaError.LEADER_NOT_AVAILABLE,
         KafkaError.FENCED_LEADER_EPOCH,
         KafkaError.UNKNOWN_LEADER_EPOCH,
-        KafkaError._NOENT,  # the client's own word for a partition whose leader is not known yet
+        KafkaError._NOENT,  # how the client reports a partition whose leader it does not know yet
     }
 )
 _MOVING = frozenset(
@@ -84,20 +84,20 @@ _HAS_MEMBERS = frozenset({KafkaError.NON_EMPTY_GROUP, KafkaError.UNKNOWN_MEMBER_
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """The topic as the cluster has it: Kafka's topic id (KIP-516), and `replicas`, the fewest of any partition."""
+    """The topic as described: `identity` is its topic id (KIP-516), `replicas` the fewest of any partition."""
 
     identity: UUID
     partitions: int
     replicas: int
 
     def difference(self, now: Topic) -> str | None:
-        """What makes it another log by now, if anything does."""
+        """Why the topic, as described `now`, is no longer the same log; None if it is."""
         if now.identity != self.identity:
-            return f"the topic was made anew: it was log {self.identity}, it is log {now.identity}"
+            return f"the topic was deleted and created again: it was log {self.identity}, it is log {now.identity}"
         if now.partitions != self.partitions:
             return (
-                f"the topic has {now.partitions} partitions by now, it had {self.partitions}: most packages would go "
-                "on in others than their events are in. Restore it with as many as it had"
+                f"the topic now has {now.partitions} partitions instead of {self.partitions}, so most packages would "
+                "continue in another partition than their events are in. Restore it with its former number"
             )
         return None
 
@@ -112,7 +112,7 @@ class Member:
 
 
 class Cluster:
-    """Questions to the cluster, from any thread; each blocks for ANSWER_SECONDS at most.
+    """Asks the cluster, from any thread. Every question blocks for ANSWER_SECONDS at most.
 
     All raise UnavailableError, and ConfigurationError when the topic or the right to see it is missing.
     """
@@ -124,7 +124,7 @@ class Cluster:
         self._made: AdminClient | None = None
         self._identity: UUID | None = None
         self._epochs: dict[int, int] = {}
-        """The newest leader epoch that has answered for a partition of the topic of `_identity`."""
+        """By partition, the newest leader epoch of any answer so far about the topic with `_identity`."""
         self._confirming = Lock()
         self._confirmed: dict[int, tuple[int, int]] = {}
         self._confirmed_from = -math.inf
@@ -136,7 +136,7 @@ class Cluster:
         identity = UUID(bytes=base64.urlsafe_b64decode(f"{found.topic_id}=="))
         if not identity.int:
             raise ConfigurationError(
-                "the brokers give topics no identity (KIP-516), which tells logs apart: upgrade them"
+                "the brokers do not give topics an id (KIP-516), which is needed to tell logs apart: upgrade them"
             )
         with self._lock:
             if self._identity not in (None, identity):
@@ -145,13 +145,13 @@ class Cluster:
         return Topic(identity, len(found.partitions), min(len(p.replicas) for p in found.partitions))
 
     def topic_settings(self) -> Mapping[str, str]:
-        """The topic's settings in effect, whatever level they come from."""
+        """The settings in effect for the topic, including the cluster's defaults."""
         resource = _admin.ConfigResource(_admin.ResourceType.TOPIC, self._kafka.topic)
         found = self._ask("reading the topic's settings", lambda admin: admin.describe_configs([resource]))
         return {name: entry.value for name, entry in found[resource].items()}
 
     def set_on_topic(self, settings: Mapping[str, str]) -> None:
-        """Change these of the topic's settings. Raises ConfigurationError when the cluster refuses it."""
+        """Change these settings of the topic. Raises ConfigurationError when the cluster refuses."""
         entries = [
             _admin.ConfigEntry(name, value, incremental_operation=_admin.AlterConfigOpType.SET)
             for name, value in settings.items()
@@ -160,7 +160,7 @@ class Cluster:
         self._ask("changing the topic's settings", lambda admin: admin.incremental_alter_configs([resource]))
 
     def create_topic(self, settings: Mapping[str, str]) -> bool:
-        """Create the topic; False when it was there already. Raises ConfigurationError when the cluster refuses it."""
+        """Create the topic; False if it exists already. Raises ConfigurationError when the cluster refuses."""
         kafka = self._kafka
         topic = _admin.NewTopic(kafka.topic, kafka.partitions, kafka.replication_factor, config=dict(settings))
         try:
@@ -178,7 +178,7 @@ class Cluster:
         return True
 
     def _await_topic(self) -> None:
-        """Brokers learn of a new topic one after another; wait until its partitions answer."""
+        """Wait until all partitions of a new topic answer: brokers learn of it one after another."""
         deadline = time.monotonic() + ANSWER_SECONDS
         while True:
             try:
@@ -190,18 +190,18 @@ class Cluster:
             time.sleep(_AGAIN_SECONDS)
 
     def earliest(self, partitions: Iterable[int]) -> dict[int, int]:
-        """Per partition, the first offset that is still there."""
+        """The first offset that each partition still holds."""
         return self._offsets(partitions, _admin.OffsetSpec.earliest(), IsolationLevel.READ_UNCOMMITTED)
 
     def latest_times(self, partitions: Iterable[int]) -> dict[int, int]:
-        """Per partition, the latest time of a record (ms since 1970); a partition without records is absent."""
+        """The latest timestamp in each partition (ms since 1970). A partition without records is absent."""
         spec = _admin.OffsetSpec.max_timestamp()
         request = {TopicPartition(self._kafka.topic, p): spec for p in partitions}
         found = self._ask("asking for times", lambda admin: admin.list_offsets(request), or_nothing=True)
         return {p.partition: result.timestamp for p, result in found.items() if result.timestamp >= 0}
 
     def at_time(self, partition: int, time_ms: int) -> int:
-        """The first offset with a record of this time (ms since 1970) or later; 0 when there is none."""
+        """The first offset whose record has this timestamp (ms since 1970) or a later one; 0 if there is none."""
         place = TopicPartition(self._kafka.topic, partition)
         request = {place: _admin.OffsetSpec.for_timestamp(time_ms)}
         found = self._ask("asking for an offset", lambda admin: admin.list_offsets(request), or_nothing=True)
@@ -209,22 +209,22 @@ class Cluster:
         return max(0, offset)
 
     def last_stable(self, partitions: Iterable[int]) -> dict[int, int]:
-        """Per partition, the offset up to which every transaction is decided; committed readers get this far.
+        """The last stable offset of each partition: read_committed consumers can read up to there.
 
-        A leader that was deposed may answer, with an older end: see `outside`.
+        A deposed leader may answer with an older offset: see `outside`.
         """
         return self._latest(partitions, IsolationLevel.READ_COMMITTED)
 
     def high_watermark(self, partitions: Iterable[int]) -> dict[int, int]:
-        """Per partition, the offset behind the last replicated record, open transactions included."""
+        """The high watermark of each partition: the offset after its last replicated record, committed or not."""
         return self._latest(partitions, IsolationLevel.READ_UNCOMMITTED)
 
     def outside(self, offsets: Mapping[int, int]) -> dict[int, tuple[int, int]]:
-        """Those of the offsets, by partition, that lie outside the log; with its first offset and its last stable one.
+        """The partitions whose offset lies outside the log, each with its first offset and its last stable offset.
 
-        For whoever would otherwise stop for good. A leader that was deposed and does not know it answers with an older
-        end, so new clients ask through each bootstrap server in turn, and the newest leader that any of them knows of
-        is believed. Callers that wait at the same time share the answers.
+        Ask this before stopping for good. A deposed leader that does not know it yet answers with an older end. So new
+        clients ask through each bootstrap server in turn, and the answer of the newest leader counts. Callers that wait
+        at the same time share the answers.
         """
         came = time.monotonic()
         with self._confirming:
@@ -236,13 +236,13 @@ class Cluster:
         return {p: bounds[p] for p, offset in offsets.items() if not bounds[p][0] <= offset <= bounds[p][1]}
 
     def judged(self, error: OutsideError, offsets: Mapping[int, int]) -> ArtifactStoreError:
-        """What it means that a broker does not hold one of these offsets: `error`, unless the newest leader holds them.
+        """The error to raise when a broker does not hold one of these offsets: `error` if the newest leader agrees.
 
-        Raises UnavailableError when nobody can be asked.
+        Otherwise an UnavailableError: another broker may answer. Raises UnavailableError when no broker can be asked.
         """
         if self.outside(offsets):
             return error
-        return UnavailableError("a broker that is cut off from the others does not hold what was to be read")
+        return UnavailableError("a broker that is cut off from the others does not hold the requested records")
 
     def _confirm(self) -> dict[int, tuple[int, int]]:
         partitions = range(self._kafka.partitions)
@@ -251,7 +251,7 @@ class Cluster:
         best: dict[int, tuple[int, int, int]] = {}
         for door in islice(cycle(doors), max(_CONFIRMATIONS, len(doors))):
             admin = make_admin({**self._kafka.admin(), "bootstrap.servers": door})
-            # A server that is down, or leads nowhere, says nothing.
+            # A server that is down or cut off does not count.
             with suppress(KafkaException, TimeoutError):
                 earliest = _answered(self._listed(admin, partitions, spec.earliest(), uncommitted), _CLIENT_SECONDS)
                 latest = _answered(self._listed(admin, partitions, spec.latest(), committed), _CLIENT_SECONDS)
@@ -259,15 +259,15 @@ class Cluster:
                     p, first = place.partition, earliest[place]
                     best[p] = max(best.get(p, (-1, -1, -1)), (_epoch(last), last.offset, first.offset))
         if len(best) < len(partitions):
-            raise UnavailableError("no bootstrap server says where the log begins and ends")
+            raise UnavailableError("no bootstrap server could tell where the log begins and ends")
         self._note_epochs({p: epoch for p, (epoch, _, _) in best.items()})
         return {p: (first, last) for p, (_, last, first) in best.items()}
 
     def committed(self, group: str) -> dict[int, tuple[int, str]]:
-        """What the group has committed, by partition: offset and metadata; a partition without a commit is absent.
+        """The group's committed offset and metadata, by partition. A partition without a commit is absent.
 
-        A consumer that never joins the group asks, not an admin client, which would end the process: librdkafka 2.16.0
-        follows a null pointer when OffsetFetch is answered NOT_COORDINATOR and the client is no consumer
+        A consumer asks, without joining the group, because an admin client can crash the process: librdkafka 2.16.0
+        follows a null pointer when OffsetFetch is answered NOT_COORDINATOR and the client is not a consumer
         (confluentinc/librdkafka#5318).
         """
         partitions = [TopicPartition(self._kafka.topic, p) for p in range(self.topic().partitions)]
@@ -283,7 +283,7 @@ class Cluster:
         return {p.partition: (p.offset, p.metadata or "") for p in found if p.offset >= 0}
 
     def commit(self, group: str, next_offsets: Mapping[int, int], metadata: str) -> bool:
-        """Commit offsets for a group that has no members; False, and nothing is committed, when it has some."""
+        """Commit offsets for a group without members; False if it has members, and then nothing is committed."""
         parts = [TopicPartition(self._kafka.topic, p, offset, metadata) for p, offset in next_offsets.items()]
         request = ConsumerGroupTopicPartitions(group, parts)
         with explaining("committing a group's offsets"):
@@ -300,12 +300,12 @@ class Cluster:
         return True
 
     def groups(self, prefix: str) -> list[str]:
-        """The consumer groups whose names begin with this."""
+        """The consumer groups whose names begin with `prefix`."""
         listed = self._ask("listing consumer groups", lambda admin: {"groups": admin.list_consumer_groups()})["groups"]
         return sorted(found.group_id for found in listed.valid if found.group_id.startswith(prefix))
 
     def members(self, group: str) -> list[Member] | None:
-        """The group's members; None while it is between two assignments."""
+        """The group's members; None while it rebalances."""
         found = self._ask("describing a group", lambda admin: admin.describe_consumer_groups([group]))[group]
         if found.state not in (ConsumerGroupState.STABLE, ConsumerGroupState.EMPTY, ConsumerGroupState.DEAD):
             return None
@@ -316,20 +316,20 @@ class Cluster:
         return frozenset(p.partition for p in parts if p.topic == self._kafka.topic)
 
     def _latest(self, partitions: Iterable[int], isolation: IsolationLevel) -> dict[int, int]:
-        """Refuses what a leader says that is older than one that has answered before."""
+        """Asks again while a leader answers that is older than one that has answered before."""
         partitions, deadline = list(partitions), time.monotonic() + ANSWER_SECONDS
         while True:
             found = self._results(partitions, _admin.OffsetSpec.latest(), isolation)
             if self._note_epochs({p: _epoch(result) for p, result in found.items()}):
                 return {p: result.offset for p, result in found.items()}
             if time.monotonic() > deadline:
-                raise UnavailableError("a broker that leads a partition no more says where it ends")
+                raise UnavailableError("only a former leader answers where a partition ends")
             self._discard(self._admin())
-            self.topic()  # one that was made anew begins with the first epoch again
+            self.topic()  # a topic that was created again starts with the first epoch
             time.sleep(_AGAIN_SECONDS)
 
     def _note_epochs(self, epochs: Mapping[int, int]) -> bool:
-        """Whether none of these leaders is older than one that has answered before."""
+        """Remember the leaders' epochs; False if one of them is older than an earlier answer's."""
         with self._lock:
             if any(epoch < self._epochs.get(p, epoch) for p, epoch in epochs.items() if epoch >= 0):
                 return False
@@ -358,17 +358,17 @@ class Cluster:
     def _answers(
         self, question: Callable[[AdminClient], dict[Any, Future[Any]]], *, or_nothing: bool = False
     ) -> dict[Any, Any]:
-        """Ask, and again while leaders or coordinators move, until ANSWER_SECONDS are over.
+        """Ask, and ask again while leaders or coordinators move, for ANSWER_SECONDS at most.
 
-        With `or_nothing`, that there is no such offset is an answer.
+        With `or_nothing`, "there is no such offset" counts as an answer.
 
-        A client whose broker was restarted may never get an answer about groups again, or keeps to the coordinator that
-        it was; another one does not.
+        After a restart of its broker, a client may never get an answer about groups again, or keep asking the former
+        coordinator. A new client does not.
         """
         deadline = time.monotonic() + ANSWER_SECONDS
         while True:
             admin = self._admin()
-            admin.poll(0)  # hands over what the client has to log
+            admin.poll(0)  # lets the client write its log messages
             try:
                 left = max(_AGAIN_SECONDS, min(_CLIENT_SECONDS, deadline - time.monotonic()))
                 return _answered(question(admin), left, or_nothing=or_nothing)
@@ -390,8 +390,8 @@ class Cluster:
             time.sleep(_AGAIN_SECONDS)
 
     def _look_for_leaders(self, admin: AdminClient) -> None:
-        """A client asks the leaders that it knows again and again, and learns of others only when told to look."""
-        # Asking for metadata of a topic that was deleted could make it anew; describing it does not.
+        """Make the client look up the leaders: by itself it keeps asking those that it knows."""
+        # Asking for the metadata of a deleted topic could create it again; describing it does not.
         for described in admin.describe_topics(TopicCollection([self._kafka.topic])).values():
             with suppress(KafkaException, TimeoutError):
                 described.result(_CLIENT_SECONDS)
@@ -421,14 +421,14 @@ def _answered(futures: Mapping[Any, Future[Any]], seconds: float, *, or_nothing:
 
 
 def _epoch(result: Any) -> int:
-    """The epoch of the leader that has answered; -1 when it does not say."""
+    """The epoch of the leader that answered; -1 if it does not tell."""
     return -1 if result.leader_epoch is None else int(result.leader_epoch)
 
 
 def _answer(future: Future[Any], seconds: float, *, or_nothing: bool) -> Any:
-    """The answer, unless it is none: of a leader whose answer was lost librdkafka gives offset -1001 and no error.
+    """Wait for an answer. When a leader's answer was lost, librdkafka gives offset -1001 and no error: raise then.
 
-    Taken for the end of the log, it would let a writer serve from an empty state.
+    Taken for the end of the log, that offset would let a writer serve from an empty state.
     """
     answer = future.result(seconds)
     if isinstance(answer, _admin.ListOffsetsResultInfo) and answer.offset < (_NO_OFFSET if or_nothing else 0):

@@ -1,11 +1,11 @@
-"""The lease of a partition: the right to append to it, for as long as nobody else takes the partition over.
+"""The lease of a partition: the right to append to it, until somebody else takes the partition over.
 
-It is a fenced producer, a tail of committed records, and the state that both keep true.
+A lease consists of a fenced producer, a reader of committed records (the tail), and the state folded from them.
 
-A take-over has this order: `init_transactions` cuts off every predecessor, a barrier is appended, the partition is read
-up to the barrier, and commands are served. If it read first, a predecessor could still append after what was read. If
-it asked the cluster for the end instead of appending a barrier, a leader that was deposed without knowing it might
-answer. Such a leader cannot acknowledge a record for all replicas, so the barrier's offset is the true end.
+A take-over has four steps: `init_transactions` fences off every predecessor, a barrier record is appended, the
+partition is read up to the barrier, and commands are served. Reading first would be wrong: a predecessor could still
+append after that. Asking the cluster for the end would be wrong too: a deposed leader that does not know it yet may
+answer. Such a leader cannot get a record acknowledged by all in-sync replicas, so the barrier's offset is the true end.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ from services.runtime.clock import system_clock
 
 INIT_SECONDS = 30.0
 COMMIT_SECONDS = 12.0
-"""Longer than the transaction time-out, so that the coordinator has decided before we give up."""
+"""Longer than the transaction time-out, so that the coordinator decides before we give up."""
 
 PATIENCE_SECONDS = 15.0
-"""How long reading may make no progress, as it does below another producer's open transaction."""
+"""Give up reading after this long without progress. Another producer's open transaction can stop it."""
 
 PROOF_SECONDS = 0.02
-"""The least time from one proof to the next: each takes 3 ms, in which nothing can be appended."""
+"""The minimum time between two proofs. Each takes about 3 ms, during which nothing can be appended."""
 
 _BARRIER_EARLIER_MS = 24 * 3600 * 1000
 """How long before now a barrier is dated: a clock that is a day ahead neither keeps it out nor dates the partition.
@@ -81,7 +81,7 @@ segment by the record's time once somebody sets a retention.
 """
 
 _CONNECT_SECONDS = 0.05
-"""A client that is asked to begin before it is connected looks for its coordinator again only after 0.5 s."""
+"""Wait so long before `init_transactions`: a client that is not connected yet waits 0.5 s for its coordinator."""
 
 _READ = 500
 _NOWHERE = -1
@@ -94,23 +94,20 @@ _Delivered = Callable[[KafkaError | None, Message], None]
 
 @dataclass(slots=True)
 class _Ahead:
-    """What lies in the partition up to `end`, beyond where the fold stands."""
+    """What was found in the partition between the end of the state and `end`."""
 
     end: int
     skips: dict[bytes, tuple[int, Event]] = field(default_factory=dict)
-    """By digest of a record that is no event, the last confirmation of it and its offset."""
+    """The last skip of each digest, with the skip's own offset."""
     administrative: AdministrativeHead | None = None
     last_created_at: int = 0
 
 
 class PartitionLease(Lease):
-    """Used by one thread. Every method blocks.
+    """See `Lease`. Every method blocks.
 
-    The fold stops before a record that is no event, unless an operator has confirmed it: the lease then takes that
-    confirmation (`skip`) and nothing else, until nothing is `stopped`.
-
-    Any exception from `hand_over` or `commit` leaves the outcome unknown: close the lease, begin another, and look at
-    its state.
+    The state ends before a record that is not an event, unless an operator has confirmed it. While a lease is `stopped`
+    like that, it takes nothing but the confirmation (`record`).
     """
 
     def __init__(
@@ -125,12 +122,12 @@ class PartitionLease(Lease):
         in_doubt: Callable[[], bool],
         progressed: Callable[[], None],
     ) -> None:
-        """Of `take_over`."""
+        """Use `take_over`."""
         self.restored_from = FROM_LOG
         self._stopped: BadRecord | None = None
-        """The record that the fold stands before."""
+        """The record that the state ends before."""
         self._skips: dict[bytes, tuple[int, Event]] = {}
-        """As `_Ahead.skips`, as far as was looked."""
+        """As `_Ahead.skips`, of all that was looked at so far."""
         self.losses: Sequence[Loss] = ()
         """Acknowledged records that the log lost: nothing may be appended."""
         self._states = states
@@ -144,14 +141,14 @@ class PartitionLease(Lease):
         self._in_doubt = in_doubt
         self._progressed = progressed
         self._first_committed = False
-        """Whether a transaction of this lease was committed."""
+        """Whether this lease has committed a transaction."""
         self._proven = 0.0
-        """When the last proof began, by the monotonic clock."""
+        """When the last proof began, on the monotonic clock (s)."""
         self._delivered: list[int] = []
-        """Offsets of the records of the first transaction."""
+        """The offsets of the records in the first transaction."""
         self._tail: Reader | None = None
         self._tail_at = 0
-        """The offset that the tail gives next; _NOWHERE once it was read on from there."""
+        """The offset of the tail's next record; _NOWHERE once it is not kept track of."""
         self._producer: Producer | None = None
 
     @classmethod
@@ -168,18 +165,19 @@ class PartitionLease(Lease):
         in_doubt: Callable[[], bool],
         progressed: Callable[[], None] = lambda: None,
     ) -> Self:
-        """Take the partition over; blocks until everything before is read, which takes seconds to minutes.
+        """Take the partition over. Blocks until all of it is read, which takes seconds to minutes.
 
-        Nothing happens unless `is_ours` says, right before, that the group has the partition assigned to this process.
-        The lease commits nothing while `in_doubt` says that the topic may be another one by now. It calls `progressed`
-        whenever a part of the work is done for good.
+        `is_ours` is asked right before the fence, and must say that the group has assigned the partition to this
+        process. The lease commits nothing while `in_doubt` says that the topic may have been deleted. It calls
+        `progressed` after each step that need not be repeated if the take-over fails.
 
         Raises:
-            UnavailableError: the cluster cannot be reached, or another's open transaction hides the end of the log.
-                The state file cannot be used.
-            PartitionNotOwnedError: the partition is another's, or `stopping` came true meanwhile.
-            CorruptError: the partition breaks an invariant. LogIdentityError: it is another topic by now.
-            ConfigurationError: no right to write, or no such topic.
+            UnavailableError: the cluster cannot be reached, somebody else's open transaction hides the end of the log,
+                or the state file cannot be used.
+            PartitionNotOwnedError: the partition is assigned to another process, or `stopping` returned True.
+            CorruptError: the partition breaks an invariant.
+            LogIdentityError: the topic was deleted and created again.
+            ConfigurationError: the topic does not exist, or there is no right to write to it.
         """
         lease = cls(
             kafka, cluster, partition, identity, states, stopping=stopping, in_doubt=in_doubt, progressed=progressed
@@ -194,14 +192,16 @@ class PartitionLease(Lease):
         return lease
 
     def _fence(self, is_ours: Callable[[], bool]) -> None:
-        """Cut off every predecessor."""
+        """Fence off every predecessor."""
         self._producer = make_producer(self._kafka.producer(self._partition))
         topic, identity = self._cluster.topic(), self._origin.identity
         if topic.identity != identity:
-            raise LogIdentityError(f"the topic was made anew: it was log {identity}, it is log {topic.identity}")
+            raise LogIdentityError(
+                f"the topic was deleted and created again: it was log {identity}, it is log {topic.identity}"
+            )
         self._partitions = topic.partitions
         time.sleep(_CONNECT_SECONDS)
-        # A process that woke up late must not cut off the rightful owner.
+        # A process that wakes up late must not fence off the rightful owner.
         if not is_ours():
             raise PartitionNotOwnedError("the group has given the partition to another process")
         with explaining("taking over a partition"):
@@ -209,16 +209,16 @@ class PartitionLease(Lease):
 
     @property
     def state(self) -> PartitionState:
-        """What the log says of the partition's packages."""
+        """See `Lease`."""
         return _open(self._state)
 
     def hand_over(self, staged: Sequence[Staged]) -> list[bytes]:
-        """Begin a transaction of events that are folded into the state already; the records' values.
+        """See `Lease`. Waits for brokers only if the events are more than the client's queue holds.
 
-        Brokers are waited for only when they are more than the client holds. Raises whatever the client raises.
+        Raises whatever the client raises.
         """
         producer = _open(self._producer)
-        producer.poll(0)  # hands over what the client has to log
+        producer.poll(0)  # lets the client write its log messages
         producer.begin_transaction()
         values: list[bytes] = []
         for each in staged:
@@ -227,12 +227,13 @@ class PartitionLease(Lease):
         return values
 
     def commit(self, values: Sequence[bytes]) -> None:
-        """End the transaction of these records' values; return when the tail has shown them all.
+        """See `Lease`. Returns once the tail has shown exactly these records.
 
-        Raises whatever the client raises; also UnavailableError when something else is read back, or nothing in time,
-        when the topic may have been deleted, and when the first transaction begins behind events that were not read.
+        Raises whatever the client raises. Raises UnavailableError when the tail shows other records or none in time,
+        when the topic may have been deleted, and when the lease's first transaction lies after events that it has not
+        read.
         """
-        _open(self._producer).flush(COMMIT_SECONDS)  # so that what was sent is where the topic was when it is asked
+        _open(self._producer).flush(COMMIT_SECONDS)  # so that the records were sent before the topic is checked
         if not self._first_committed:
             self._require_all_read()
         self._commit_sent()
@@ -241,14 +242,14 @@ class PartitionLease(Lease):
 
     @property
     def proof_due(self) -> float:
-        """When `prove` may be called next, by the monotonic clock."""
+        """See `Lease`."""
         return self._proven + PROOF_SECONDS
 
     def prove(self) -> None:
-        """Return if nobody has taken over, so that the state is as new as the log was when this was called.
+        """See `Lease`. Raises whatever the client raises, and UnavailableError.
 
-        The proof is a transaction that sends an offset and is aborted: its coordinator refuses who was fenced, and the
-        topic does not grow. Raises whatever the client raises; UnavailableError.
+        The proof is a transaction that sends an offset and is aborted. Its coordinator refuses a fenced producer, and
+        nothing is added to the topic.
         """
         producer, tail = _open(self._producer), _open(self._tail)
         self._proven = time.monotonic()
@@ -258,22 +259,21 @@ class PartitionLease(Lease):
         self.idle()
 
     def idle(self) -> None:
-        """Serve the clients' housekeeping. Raises UnavailableError when another process has written meanwhile."""
+        """See `Lease`."""
         _open(self._producer).poll(0)
         if self._stopped is None and _open(self._tail).take(1, 0):
             raise UnavailableError("another process has written to the partition")
 
     @property
     def stopped(self) -> BadRecord | None:
-        """The record that the fold stands before; None when everything was folded."""
+        """See `Lease`."""
         return self._stopped
 
     def record(self, confirmation: Confirmation, now: int, require_readers: Callable[[], None]) -> AdministrativeHead:
-        """Record what an operator confirmed, and fold up to it; the number and digest of the record, which a repeat
-        finds there already. `now` in µs since 1970.
+        """See `Lease`. Also works while the lease is `stopped`, and reads on up to the new record.
 
-        `require_readers` is called before anything is appended: every member of the installation must be able to read
-        such records. Works also while the fold stands before a bad record.
+        `require_readers` is called before the record is appended: every process of the installation must be able to
+        read it. A confirmation that is recorded already gets the same answer again.
 
         Raises InvalidRequestError: the log contradicts what is confirmed. Raises what `require_readers` raises. Raises
         whatever the client raises, after which the outcome is unknown: close the lease.
@@ -284,7 +284,7 @@ class PartitionLease(Lease):
         require_readers()
         state = self.state
         ahead = self._look_ahead(state.next_offset)
-        # An acceptance covers what states remember from before it, so it is later than all of that.
+        # An acceptance covers the losses of states that are older than it, so its time must be later than theirs.
         lost_until = max([loss.witness.anchor.last_created_at + 1 for loss in self.losses], default=0)
         event = administrative_event(
             found,
@@ -302,7 +302,7 @@ class PartitionLease(Lease):
         return AdministrativeHead.of(event)
 
     def _skip(self, request: Confirmation) -> AdministrativeHead | LogSkipped:
-        """What records that a record is no event: the record of that which is there, or the payload of a new one."""
+        """The payload that records a skip; the head of the existing record if the skip is recorded already."""
         bad = self._record_at(request.offset)
         if not isinstance(bad, BadRecord):
             raise InvalidRequestError(
@@ -322,7 +322,7 @@ class PartitionLease(Lease):
         )
 
     def _acceptance(self, request: AcceptLoss) -> AdministrativeHead | LossAccepted:
-        """What records that an operator accepts a loss, as `_skip`."""
+        """As `_skip`, of the acceptance of a loss."""
         wanted = request.offset, request.digest
         for accepted in self.state.irregular.accepted:
             if (accepted.offset, accepted.digest) == wanted:
@@ -374,10 +374,7 @@ class PartitionLease(Lease):
         _open(self._producer).commit_transaction(COMMIT_SECONDS)
 
     def save_if_due(self) -> None:
-        """Save the state and offer it as a snapshot, if it is time for that; tidy its file a bit.
-
-        Raises StateFileError.
-        """
+        """See `Lease`. Also offers the state as a snapshot, and tidies a part of its file. Raises StateFileError."""
         if self.state.save_due:
             self.state.save()
             self._progressed()
@@ -392,13 +389,13 @@ class PartitionLease(Lease):
         return TIDY_SECONDS if self.state.untidy else math.inf
 
     def close(self) -> None:
-        """Throw producer and tail away, save what is certain of the state, and let others have the file.
+        """See `Lease`. Also lets other processes use the state file.
 
-        An open transaction is left to the next `init_transactions`.
+        An open transaction is left to the next `init_transactions`, which aborts it.
         """
         producer, self._producer = self._producer, None
         if producer is not None:
-            # A producer that was fenced refuses even this; it is going away in any case.
+            # A fenced producer refuses even this.
             with suppress(KafkaException, SystemError):
                 producer.purge()
             del producer
@@ -415,22 +412,23 @@ class PartitionLease(Lease):
                 slot.release()
 
     def _barrier(self) -> int:
-        """Append a record that no reader of committed events sees, acknowledged by all in-sync replicas; its offset.
+        """Append a record in a transaction that is aborted, acknowledged by all in-sync replicas; its offset.
 
-        Every transaction that was committed before lies below it. Aborting it also ends whatever the partition still
-        takes for an open transaction of this transactional id: `init_transactions` says that there is none, but a
-        broker that was killed can come back without the marker of a transaction that its coordinator holds for ended,
-        and the partition would wait for it for ever. Nobody has read what is aborted so, so nothing of it was
-        acknowledged. Transactions of others stay as they are.
+        Every committed transaction lies below this offset, and no reader of committed events sees the record.
+
+        The abort also ends a transaction of this transactional id that only the partition still holds for open. A
+        broker that was killed can come back without the marker of a transaction that the coordinator considers
+        complete. The partition would wait for that marker for ever. Nobody has read such a transaction, so nothing in
+        it was acknowledged. Transactions of other producers are not affected.
         """
         with explaining("establishing the end of a partition"):
             earlier = max(1, system_clock() // 1000 - _BARRIER_EARLIER_MS)
             return self._append_alone(None, None, earlier, None, commit=False)
 
     def _restore(self, barrier: int, looking: Future[Stored] | None) -> None:
-        """Go on from the best state that stands on the log, and read from there up to the barrier.
+        """Start from the best state that agrees with the log, and read from there up to the barrier.
 
-        Whatever remembers a record that the log does not hold is among the `losses`.
+        A state that names a record that the log does not hold proves a loss: it is added to `losses`.
         """
         self._end = barrier + 1
         found = stored(self._states, looking, self._origin, self._stopping)
@@ -460,11 +458,11 @@ class PartitionLease(Lease):
             else:
                 self._begin_at(state.next_offset)
                 try:
-                    self._read_to(barrier + 1)  # with its marker, so that the first transaction begins right there
+                    self._read_to(barrier + 1)  # including its marker, after which the first transaction begins
                 except CorruptError as error:
                     if source == FROM_LOG:
                         raise
-                    # The state may be what is wrong: only the log itself is believed.
+                    # The state itself may be wrong, so read the log from its start.
                     _LOG.warning("the %s of partition %d is discarded: %s", source, self._partition, error.detail)
                 else:
                     self._settle(losses)
@@ -474,14 +472,14 @@ class PartitionLease(Lease):
             self._state = None
 
     def _settle(self, losses: Sequence[Loss]) -> None:
-        """Keep as `losses` those that no operator has accepted, and remove what proves the others."""
+        """Set `losses` to those that no operator has accepted, and remove the evidence of the others."""
         accepted = self.state.irregular.accepted
         settled = [loss for loss in losses if any(loss.accepted_by(a, self._origin.identity) for a in accepted)]
         self._forget(settled, "an operator has accepted that")
         self.losses = [loss for loss in losses if loss not in settled]
 
     def _settle_copied(self, end: int) -> None:
-        """Forget the losses of another log whose records this one holds too, at whatever offset: it is a copy."""
+        """Forget losses of another log whose records this log holds at any offset: then it is a copy of the other."""
         wanted = {loss.digest for loss in self.losses if loss.witness.log != self._origin.identity}
         if not wanted:
             return
@@ -490,11 +488,11 @@ class PartitionLease(Lease):
             for record in records:
                 found |= wanted & {value_digest(record.value)}
         copied = [loss for loss in self.losses if loss.witness.log != self._origin.identity and loss.digest in found]
-        self._forget(copied, "this log is a copy, and holds the record elsewhere")
+        self._forget(copied, "this log is a copy that holds the record at another offset")
         self.losses = [loss for loss in self.losses if loss not in copied]
 
     def _forget(self, losses: Sequence[Loss], why: str) -> None:
-        """Remove what proves these losses."""
+        """Remove the files and snapshots that prove these losses."""
         for loss in losses:
             _LOG.warning("%s: the %s %s is removed; %s", why, loss.witness.kind, loss.witness.where, loss.detail)
             if loss.witness.kind == FILE:
@@ -503,12 +501,12 @@ class PartitionLease(Lease):
             self._states.snapshots.forget(self._origin, [loss.witness for loss in losses])
 
     def _lost_by(self, state: PartitionState, end: int) -> Loss | None:
-        """As `_lost`, for a snapshot that was fetched."""
+        """As `_lost`, for a snapshot that was downloaded."""
         anchor = Anchor(state.next_offset, state.digest, state.last_created_at)
         return self._lost(Witness(SNAPSHOT, self._origin.identity, anchor, state.path.name), end)
 
     def _lost(self, witness: Witness, end: int) -> Loss | None:
-        """What the log, which ends at `end`, lost if it does not hold the record that the witness remembers."""
+        """The loss that the witness proves about the log, which ends at `end`; None if the log holds its record."""
         next_offset = witness.anchor.next_offset
         if not next_offset:
             return None
@@ -529,9 +527,9 @@ class PartitionLease(Lease):
         return None
 
     def _remembered(self, offset: int) -> Record | None:
-        """The committed record at this offset, from a tail that goes on behind it; None when there is none.
+        """The committed record at this offset, None if there is none. Leaves the tail at the next offset.
 
-        Raises CorruptError when the log begins behind it.
+        Raises CorruptError when the log begins after this offset.
         """
         self._begin_at(offset)
         self._tail_at = _NOWHERE
@@ -542,7 +540,7 @@ class PartitionLease(Lease):
         return None
 
     def _begin_at(self, offset: int) -> None:
-        """Let the tail be one that reads from `offset`."""
+        """Make the tail read from `offset`, unless it does so already."""
         if self._tail is not None:
             if self._tail_at == offset:
                 return
@@ -573,7 +571,7 @@ class PartitionLease(Lease):
         headers: Headers,
         delivered: _Delivered | None,
     ) -> None:
-        """The client's queue is full: it drains while we wait."""
+        """Append a record while the client's queue is full: wait for it to drain."""
         deadline = time.monotonic() + COMMIT_SECONDS
         while True:
             producer.poll(_LOOK_SECONDS)
@@ -587,9 +585,9 @@ class PartitionLease(Lease):
                     raise
 
     def _read_back(self, values: Sequence[bytes]) -> int:
-        """Wait for exactly these records, in this order, with nothing between; the offset of the last.
+        """Wait until the tail shows exactly these records in this order; the offset of the last one.
 
-        Each value holds its event's id.
+        Values identify records, because each contains its event's id.
         """
         tail = _open(self._tail)
         deadline = time.monotonic() + PATIENCE_SECONDS
@@ -605,10 +603,10 @@ class PartitionLease(Lease):
         return last
 
     def _require_all_read(self) -> None:
-        """Raise UnavailableError unless everything below the first transaction of the lease was read before it.
+        """Raise UnavailableError unless all records below the lease's first transaction were read.
 
-        Its events were decided on what was read. Later ones follow a commit, which nobody but this writer has a right
-        to, so what lies between is its own.
+        Its events were decided on what was read. Later transactions follow a commit of this producer, which proves that
+        nobody else has appended anything.
         """
         if not self._delivered:
             raise UnavailableError("where the transaction begins is unknown")
@@ -622,7 +620,7 @@ class PartitionLease(Lease):
                 raise UnavailableError(self._cause("what lies before the transaction cannot be read"))
 
     def _read_to(self, target: int) -> int:
-        """Fold what lies before `target` into the state; how many records that were. Stops before a bad record."""
+        """Fold the records before `target` into the state; how many those were. Stops before a bad record."""
         count, self._tail_at = 0, _NOWHERE
         for found in self._records_to(_open(self._tail), target):
             for record in found:
@@ -634,7 +632,7 @@ class PartitionLease(Lease):
         return count
 
     def _records_to(self, reader: Reader, target: int, limit: int = _READ) -> Iterator[Sequence[Record]]:
-        """What the reader finds before `target`, at most `limit` records at a time."""
+        """Read up to `target`, at most `limit` records at a time."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while reader.reached()[self._partition] < target:
             try:
@@ -642,9 +640,9 @@ class PartitionLease(Lease):
             except CorruptError as error:
                 if self._cluster.earliest([self._partition])[self._partition] > reader.reached()[self._partition]:
                     raise
-                # What was read up to is below the barrier: only a leader that was deposed can lack it.
+                # These offsets lie below the barrier, so only a deposed leader can lack them.
                 raise UnavailableError(
-                    f"partition {self._partition} was read from a broker that does not lead it any more"
+                    f"partition {self._partition} was read from a broker that no longer leads it"
                 ) from error
             yield found
             if found:
@@ -655,7 +653,7 @@ class PartitionLease(Lease):
                 raise PartitionNotOwnedError("the partition was handed over while it was being taken over")
 
     def _apart(self, start: int, end: int) -> Generator[Record]:
-        """The records between these offsets, by a reader of their own, which ends when the generator is closed."""
+        """The records from `start` to before `end`, from a reader of their own. Close the generator to close it."""
         reader = Reader(self._kafka, {self._partition: start}, self._cluster)
         try:
             yield from chain.from_iterable(self._records_to(reader, end))
@@ -663,7 +661,7 @@ class PartitionLease(Lease):
             reader.close()
 
     def _fold(self, record: Record) -> None:
-        """Fold the record into the state, or stop before it."""
+        """Fold the record into the state, or stop before it if it is not an event."""
         found = self._read(record)
         if isinstance(found, BadRecord):
             if not self._is_skipped(found):
@@ -677,7 +675,7 @@ class PartitionLease(Lease):
                 self.state.apply(found)
             except CorruptError as error:
                 if self.restored_from != FROM_LOG:
-                    raise  # the state may be what is wrong: only the log itself is believed
+                    raise  # the state itself may be wrong: the caller reads the log from its start
                 place = f"offset {record.offset} of partition {record.partition}"
                 _LOG.error("package %s takes no more events: %s, at %s", found.package_id, error.detail, place)
                 self.state.quarantine(found, f"{error.detail}, at {place}")
@@ -695,7 +693,7 @@ class PartitionLease(Lease):
         return _skip_of(bad, self._skips) is not None
 
     def _look_ahead(self, offset: int) -> _Ahead:
-        """What lies between this offset, or where the fold stands if that is before it, and the end."""
+        """Look at the records from `offset`, or from the end of the state if that is lower, to the end of the log."""
         start = min(offset, self.state.next_offset)
         ahead = _Ahead(max(start, self._end, self._cluster.last_stable([self._partition])[self._partition]))
         aggregate = partition_id(self._origin.identity, self._partition)
@@ -711,7 +709,7 @@ class PartitionLease(Lease):
         return ahead
 
     def _record_at(self, offset: int) -> Event | BadRecord | None:
-        """The record at this offset; None when there is none that is committed."""
+        """The committed record at this offset; None if there is none."""
         end = max(self._end, self._cluster.last_stable([self._partition])[self._partition])
         if not 0 <= offset < end:
             return None
@@ -720,7 +718,7 @@ class PartitionLease(Lease):
         return self._read(found) if found is not None and found.offset == offset else None
 
     def _offset_of(self, value: bytes, start: int) -> int:
-        """Wait until a record of this value, which was committed behind `start`, can be read; its offset."""
+        """Wait until a record with this value can be read at `start` or later; its offset."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         reader = Reader(self._kafka, {self._partition: start}, self._cluster)
         try:
@@ -733,7 +731,7 @@ class PartitionLease(Lease):
         raise UnavailableError(self._cause("a record that was appended is not readable"))
 
     def _read_on(self, target: int) -> None:
-        """Fold from where the state stands up to `target`, as after a stop."""
+        """Read on from the end of the state up to `target`, with a new tail."""
         self._stopped = None
         self._end = max(self._end, target)
         _open(self._tail).close()
@@ -741,8 +739,8 @@ class PartitionLease(Lease):
         try:
             self._read_to(target)
         except CorruptError as error:
-            # The state may be what is wrong, as at a take-over, which finds that out.
-            raise UnavailableError(f"partition {self._partition} is to be read again: {error.detail}") from error
+            # The state itself may be wrong; the next take-over finds that out.
+            raise UnavailableError(f"partition {self._partition} must be read again: {error.detail}") from error
 
     def _cause(self, what: str) -> str:
         partition, kafka = self._partition, self._kafka
@@ -758,13 +756,13 @@ class PartitionLease(Lease):
 
 
 def _skip_of(bad: BadRecord, skips: Mapping[bytes, tuple[int, Event]]) -> Event | None:
-    """The confirmation that covers the record: the last of its digest, if that lies behind it."""
+    """The skip that covers the record: the last one of its digest, if it lies after the record."""
     offset, event = skips.get(bad.digest, (bad.offset, None))
     return event if offset > bad.offset else None
 
 
 def _into(offsets: list[int]) -> _Delivered:
-    """A delivery callback that notes at which offset a record lies; what was not delivered fails the transaction."""
+    """A delivery callback that collects offsets. It ignores failures, because those fail the transaction."""
 
     def note(error: KafkaError | None, message: Message) -> None:
         offset = message.offset()
@@ -776,5 +774,5 @@ def _into(offsets: list[int]) -> _Delivered:
 
 def _open(part: _T | None) -> _T:
     if part is None:
-        raise UnavailableError("the writer's right to the partition has ended")
+        raise UnavailableError("the lease of the partition has ended")
     return part

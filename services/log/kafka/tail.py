@@ -146,7 +146,7 @@ class Watch:
         """Call it after every read, before anything of it is passed on.
 
         Raises:
-            LogIdentityError: the topic was made anew meanwhile: what was read may be of either.
+            LogIdentityError: the topic was deleted and created again meanwhile, so the records may be of either log.
             UnavailableError: nothing has come for PATIENCE_SECONDS, or nobody says which topic it is.
             ConfigurationError: the topic is gone.
         """
@@ -154,7 +154,9 @@ class Watch:
         if at_end or stuck or time.monotonic() > self._looked + IDENTITY_SECONDS:
             now = await self._ask()
             if now != self._identity:
-                raise LogIdentityError(f"the topic was made anew while it was read: it was {self._identity}, is {now}")
+                raise LogIdentityError(
+                    f"the topic was deleted and created again while it was read: it was {self._identity}, is {now}"
+                )
             self._looked = time.monotonic()
         if stuck:
             raise UnavailableError(
