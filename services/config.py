@@ -192,8 +192,16 @@ class Settings:
     internal_listen: str = setting("127.0.0.1:0", text, "HOST:PORT for commands that other gateways forward.")
     internal_url: str | None = setting(None, text, "The address at which other gateways reach this one.")
     internal_secret: SecretStr | None = setting(
-        None, secret_text, "The secret that guards forwarded commands, the same for all gateways.", secret=_always
+        None,
+        secret_text,
+        "The secret that guards forwarded commands until gateways have certificates.",
+        secret=_always,
     )
+    peer_cert: Path | None = setting(
+        None, Path, "This gateway's certificate for other gateways, with the DNS name `artifact-store-gateway` (PEM)."
+    )
+    peer_key: Path | None = setting(None, Path, "The key of that certificate (PEM).")
+    peer_ca: Path | None = setting(None, Path, "The authorities of the gateways' certificates (PEM).")
     state_dir: Path = setting("./var/state", Path, "Folder of the writers' disposable state.")
     state_key: SecretStr | None = setting(
         None,

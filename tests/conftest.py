@@ -40,6 +40,8 @@ property_tests.load_profile("without-deadline")
 
 for _name in [name for name in os.environ if name.startswith(PREFIX)]:
     del os.environ[_name]
+# What the product keeps for this user, it keeps here.
+os.environ["XDG_STATE_HOME"] = str(Path(__file__).parents[1] / "var" / "state-home")
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from uuid import UUID
 
 import aiohttp
 import cbor2
-from pydantic import SecretStr
 
 from artifact_store.errors import InvalidRequestError, PushBackError, UnavailableError
 from artifact_store.models import Acknowledgement
+from ingest_gateway.peers.credentials import PeerCredentials
 from services.core.commands import Command
 from services.core.wire import OLDEST, VERSION, decode_acknowledgement, decode_error, encode_check, encode_command
 from services.log.port import PackageExtent, PartitionStatus
@@ -55,11 +55,8 @@ class _UnknownQuestionError(UnavailableError):
 class HttpForwarder:
     """See `Forwarder`. Used as an asynchronous context manager, which holds the connections."""
 
-    def __init__(self, secret: SecretStr | None) -> None:
-        """`secret` is the one of this deployment's internal listeners; None only on loopback."""
-        self._headers = {"Content-Type": CONTENT_TYPE}
-        if secret is not None:
-            self._headers["Authorization"] = f"Bearer {secret.get_secret_value()}"
+    def __init__(self, credentials: PeerCredentials) -> None:
+        self._credentials = credentials
         self._session: aiohttp.ClientSession | None = None
         self._on_their_way: Counter[str] = Counter()
         self._versions: dict[str, int] = {}
@@ -70,7 +67,7 @@ class HttpForwarder:
             # `_place` bounds them. A bound here would let commands of a partition that hangs hold up those of others.
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=_TOTAL_SECONDS, sock_connect=_CONNECT_SECONDS),
-            headers=self._headers,
+            headers={"Content-Type": CONTENT_TYPE},
         )
         return self
 
@@ -140,11 +137,12 @@ class HttpForwarder:
             raise UnavailableError("forwarding is closed")
         try:
             trace = TRACEPARENT.get()
-            headers = {WIRE_VERSION: str(version), WIRE_READS: str(VERSION)}
+            proof = self._credentials.for_request(owner_url)
+            proof["headers"] |= {WIRE_VERSION: str(version), WIRE_READS: str(VERSION)}
             if trace is not None:
-                headers["traceparent"] = trace
+                proof["headers"]["traceparent"] = trace
             async with self._session.post(
-                owner_url + path, data=BytesIO(body), headers=headers, allow_redirects=False
+                owner_url + path, data=BytesIO(body), allow_redirects=False, **proof
             ) as response:
                 answer = await response.read()
                 status, kind = response.status, response.content_type
@@ -155,8 +153,8 @@ class HttpForwarder:
             ) from error
         if status == 403:
             raise UnavailableError(
-                "the owner of the partition refuses the internal secret: "
-                "set the same ARTIFACT_STORE_INTERNAL_SECRET for every gateway"
+                "the owner of the partition refuses this gateway's certificate or internal secret: give every gateway "
+                "a certificate of the same authority, or the same ARTIFACT_STORE_INTERNAL_SECRET"
             )
         if kind != CONTENT_TYPE and status == 404:
             raise _UnknownQuestionError("the owner of the partition is of a release that does not know the question")

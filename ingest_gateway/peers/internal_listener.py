@@ -1,19 +1,18 @@
 """The internal listener: other gateways send it commands for partitions that this process owns.
 
-Each process has one, by default on loopback. On other interfaces it requires a secret that all gateways share.
+Each process has one, by default on loopback. It carries out nothing for anybody who does not prove to be a gateway.
 """
 
 from __future__ import annotations
 
-import hmac
+import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeVar
 from uuid import UUID
 
 import cbor2
 from aiohttp import web
-from pydantic import SecretStr
 
 from artifact_store.errors import (
     ArtifactStoreError,
@@ -24,6 +23,7 @@ from artifact_store.errors import (
     UnavailableError,
 )
 from artifact_store.models import Acknowledgement
+from ingest_gateway.peers.credentials import PeerCredentials
 from ingest_gateway.peers.forwarding import (
     CHECKS_PATH,
     COMMANDS_PATH,
@@ -48,6 +48,8 @@ from services.log.records import Confirmation
 from services.runtime.addresses import ListenAddress
 from services.runtime.tracing import TRACEPARENT, traceparent
 
+_Message = TypeVar("_Message")
+
 MAX_BODY_BYTES = 32 << 20
 """The largest command: 10,000 files with the longest paths and media types."""
 
@@ -56,6 +58,9 @@ MAX_TAKEN_BYTES = 4 * MAX_BODY_BYTES
 
 MAX_TAKEN = 1024
 """How many commands and questions may be under way here at a time; further ones are pushed back."""
+
+DECODED_AT_ONCE_BYTES = 64 << 10
+"""A longer message is decoded in a thread."""
 
 _EVERYWHERE = frozenset({"0.0.0.0", "::"})  # noqa: S104 - compared with, not listened on
 _DRAIN_SECONDS = 5.0
@@ -95,34 +100,40 @@ def _of_another_release() -> Iterator[None]:
 class InternalListener:
     """Listens from `open` to `close`. Until `serve` is called it answers that it owns no partition."""
 
-    def __init__(self, secret: SecretStr | None) -> None:
+    def __init__(self, credentials: PeerCredentials) -> None:
         self.url = ""
-        self._secret = None if secret is None else f"Bearer {secret.get_secret_value()}".encode()
+        self._credentials = credentials
         self._here: Here | None = None
         self._taken = self._taken_bytes = 0
         self._runner: web.AppRunner | None = None
 
     @classmethod
-    async def open(cls, settings: Settings) -> Self:
+    async def open(cls, settings: Settings, credentials: PeerCredentials) -> Self:
         """Bind `internal_listen` and set `url` to `internal_url`, or else to the bound address.
 
-        Raises ConfigurationError: the address is invalid or taken, others cannot reach it, or it needs a secret.
+        Raises ConfigurationError: the address is invalid or taken, others cannot reach it, or it needs a certificate.
         """
         try:
             address = ListenAddress.parse(settings.internal_listen)
         except ValueError:
             raise ConfigurationError("ARTIFACT_STORE_INTERNAL_LISTEN must be HOST:PORT, as 127.0.0.1:0") from None
-        if settings.internal_secret is None and not address.is_loopback:
+        if credentials.for_loopback_alone and not address.is_loopback:
             raise ConfigurationError(
-                "ARTIFACT_STORE_INTERNAL_LISTEN names an interface that others reach: "
-                "set ARTIFACT_STORE_INTERNAL_SECRET"
+                "ARTIFACT_STORE_INTERNAL_LISTEN names an interface that others reach: set ARTIFACT_STORE_PEER_CERT, "
+                "ARTIFACT_STORE_PEER_KEY and ARTIFACT_STORE_PEER_CA, or ARTIFACT_STORE_INTERNAL_SECRET"
             )
         if settings.internal_url is None and address.host in _EVERYWHERE:
             raise ConfigurationError(
                 "ARTIFACT_STORE_INTERNAL_LISTEN is every interface: say in ARTIFACT_STORE_INTERNAL_URL which address "
                 "other gateways reach this one by"
             )
-        listener = cls(settings.internal_secret)
+        url, secure = settings.internal_url, credentials.server_context is not None
+        if url is not None and secure != url.startswith("https:"):
+            raise ConfigurationError(
+                f"ARTIFACT_STORE_INTERNAL_URL must begin with {'https:' if secure else 'http:'}, because this gateway "
+                f"has {'a' if secure else 'no'} certificate for others"
+            )
+        listener = cls(credentials)
         await listener._bind(address)
         if settings.internal_url is not None:
             listener.url = settings.internal_url.rstrip("/")
@@ -149,19 +160,21 @@ class InternalListener:
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=_DRAIN_SECONDS)
         await self._runner.setup()
         try:
-            await web.TCPSite(self._runner, address.host, address.port).start()
+            context = self._credentials.server_context
+            await web.TCPSite(self._runner, address.host, address.port, ssl_context=context).start()
         except OSError as error:
             await self._runner.cleanup()
             raise ConfigurationError(
                 f"the internal listener cannot have its address ({error.strerror}); set ARTIFACT_STORE_INTERNAL_LISTEN"
             ) from error
-        self.url = f"http://{ListenAddress(*self._runner.addresses[0][:2])}"
+        scheme = "http" if context is None else "https"
+        self.url = f"{scheme}://{ListenAddress(*self._runner.addresses[0][:2])}"
 
     async def _command(self, request: web.Request) -> web.Response:
         async def carry_out(here: Here, body: bytes) -> bytes:
             version = _version_of(request)
             with _of_another_release():
-                command = decode_command(body, version)
+                command = await _decoded(decode_command, body, version)
             return encode_acknowledgement(await here.submit_here(command), version)
 
         return await self._answer(request, carry_out)
@@ -169,7 +182,7 @@ class InternalListener:
     async def _check(self, request: web.Request) -> web.Response:
         async def carry_out(here: Here, body: bytes) -> bytes:
             with _of_another_release():
-                asked = decode_check(body)
+                asked = await _decoded(decode_check, body)
             return (await here.check_ingest_here(*asked)).encode()
 
         return await self._answer(request, carry_out)
@@ -219,12 +232,8 @@ class InternalListener:
             self._taken_bytes -= size
 
     async def _answer(self, request: web.Request, carry_out: Callable[[Here, bytes], Awaitable[bytes]]) -> web.Response:
-        if self._secret is not None:
-            given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
-            if not hmac.compare_digest(given, self._secret):
-                raise web.HTTPForbidden
-        # A page in a browser can send no such type to another origin unasked (Fetch standard, CORS-safelisted headers):
-        # on loopback, where a secret may be missing, this keeps it from posing as a gateway.
+        if not self._credentials.admits(request):
+            raise web.HTTPForbidden
         if request.content_type != CONTENT_TYPE:
             raise web.HTTPUnsupportedMediaType
         TRACEPARENT.set(traceparent(request.headers.get("traceparent")))
@@ -240,6 +249,13 @@ class InternalListener:
         except ArtifactStoreError as error:
             return _message(encode_error(error, _version_of(request, WIRE_READS)), error.status)
         return _message(answer)
+
+
+async def _decoded(decode: Callable[..., _Message], body: bytes, *more: int) -> _Message:
+    """What a message means. Decoding 10,000 files takes tens of milliseconds: that is done beside the event loop."""
+    if len(body) <= DECODED_AT_ONCE_BYTES:
+        return decode(body, *more)
+    return await asyncio.to_thread(decode, body, *more)
 
 
 def _version_of(request: web.Request, header: str = WIRE_VERSION) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from prometheus_client import CollectorRegistry
 
 from artifact_store.errors import ConfigurationError
+from ingest_gateway.peers.credentials import PeerCredentials
 from ingest_gateway.peers.forwarding import HttpForwarder
 from ingest_gateway.peers.internal_listener import InternalListener
 from services.config import Settings
@@ -39,10 +41,11 @@ async def kafka_writer(
     if not isinstance(log, KafkaLog):
         raise ConfigurationError("a Kafka log alone has writers that share its partitions")
     async with AsyncExitStack() as stack:
-        listener = await InternalListener.open(settings)
+        credentials = await asyncio.to_thread(PeerCredentials.of, settings)
+        listener = await InternalListener.open(settings, credentials)
         # Closed last: while the writer finishes, other gateways still learn that partitions move.
         stack.push_async_callback(listener.close)
-        forwarder = await stack.enter_async_context(HttpForwarder(settings.internal_secret))
+        forwarder = await stack.enter_async_context(HttpForwarder(credentials))
         writer = KafkaWriter(
             settings,
             log,

@@ -116,7 +116,7 @@ async def _log(settings: Settings) -> str | None:
         if is_embedded(settings) and not _sqlite_file(settings.log_url).exists():
             return "not there yet; the first command that writes makes it"
         await log.check()
-        for writer in await writers(log, settings.internal_secret) or ():
+        for writer in await writers(log, settings) or ():
             if writer["bad_record"] is not None or writer["lost_record"] is not None:
                 raise CorruptError(writer["trouble"])
         return f"{await log.partitions()} partitions, id {await log.identity()}"

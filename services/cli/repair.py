@@ -252,6 +252,6 @@ async def _confirm(confirmation: Confirmation) -> Acknowledgement:
     settings = invocation().settings()
     opened = open_log(settings)
     try:
-        return await confirm(opened, settings.internal_secret, confirmation)
+        return await confirm(opened, settings, confirmation)
     finally:
         await opened.close()

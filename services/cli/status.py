@@ -15,10 +15,9 @@ from artifact_store.errors import ArtifactStoreError, ConfigurationError, PushBa
 from services.cli.command import LOG_AND_VIEWS, answer, common_options, invocation, log_and_views, run, say, table
 
 if TYPE_CHECKING:
-    from pydantic import SecretStr
-
     from artifact_store.models import Acknowledgement
     from artifact_store.position import Position
+    from services.config import Settings
     from services.log.kafka.cluster import Member
     from services.log.port import Log, PartitionStatus
     from services.log.records import Confirmation
@@ -87,7 +86,7 @@ async def _status() -> dict[str, Any]:
             "partitions": await log.partitions(),
             "end": str(end),
             "projections": projections,
-            "writers": await writers(log, settings.internal_secret),
+            "writers": await writers(log, settings),
         }
 
 
@@ -124,8 +123,8 @@ _AGAIN_SECONDS = 0.2
 _CONFIRM_SECONDS = 15.0
 
 
-async def writers(log: Log, secret: SecretStr | None) -> list[dict[str, Any]] | None:
-    """One object a partition; None for a log that is a file. `secret` guards the internal listeners of the owners.
+async def writers(log: Log, settings: Settings) -> list[dict[str, Any]] | None:
+    """One object a partition; None for a log that is a file. The owners are asked with the credentials of `settings`.
 
     Of a partition whose owner does not answer `trouble` says why. Raises UnavailableError: Kafka cannot be asked.
     """
@@ -136,24 +135,25 @@ async def writers(log: Log, secret: SecretStr | None) -> list[dict[str, Any]] | 
     if not isinstance(log, KafkaLog):
         return None
     owners = {partition: member.client_id for member in await _members(log) for partition in member.partitions}
-    told = await _told({url for url in owners.values() if url.startswith("http")}, secret)
+    told = await _told({url for url in owners.values() if url.startswith("http")}, settings)
     return [_shown(_asked_owner(p, owners.get(p), told)) for p in range(await log.partitions())]
 
 
-async def confirm(log: Log, secret: SecretStr | None, confirmation: Confirmation) -> Acknowledgement:
+async def confirm(log: Log, settings: Settings, confirmation: Confirmation) -> Acknowledgement:
     """Have the gateway that writes to the partition record what an operator confirmed; blocks until it is recorded.
 
     Raises ConfigurationError: the log is a file. UnavailableError: no gateway writes to the partition, or it gives no
     answer; whether it was recorded is unknown then, and confirming it again is safe. Otherwise as
     `KafkaWriter.confirm_here`.
     """
+    from ingest_gateway.peers.credentials import PeerCredentials
     from ingest_gateway.peers.forwarding import HttpForwarder
     from services.log.port import PartitionNotOwnedError
 
     if type(log).__name__ != "KafkaLog":
         raise ConfigurationError("the embedded log is a file that nobody else writes to: restore it from a copy")
     deadline = asyncio.get_running_loop().time() + _CONFIRM_SECONDS
-    async with HttpForwarder(secret) as forwarder:
+    async with HttpForwarder(PeerCredentials.of(settings)) as forwarder:
         while True:
             owners = {p: member.client_id for member in await _members(log) for p in member.partitions}
             owner = owners.get(confirmation.partition, "")
@@ -211,11 +211,12 @@ async def _members(log: Any) -> list[Member]:
         await asyncio.sleep(_AGAIN_SECONDS)
 
 
-async def _told(urls: set[str], secret: SecretStr | None) -> dict[str, Sequence[PartitionStatus] | str]:
+async def _told(urls: set[str], settings: Settings) -> dict[str, Sequence[PartitionStatus] | str]:
     """By owner, what it says of its partitions, or why it says nothing."""
+    from ingest_gateway.peers.credentials import PeerCredentials
     from ingest_gateway.peers.forwarding import HttpForwarder
 
-    async with HttpForwarder(secret) as forwarder:
+    async with HttpForwarder(PeerCredentials.of(settings)) as forwarder:
 
         async def ask(url: str) -> Sequence[PartitionStatus] | str:
             try:

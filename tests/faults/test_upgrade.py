@@ -20,6 +20,7 @@ from uuid import UUID, uuid4
 import aiohttp
 import pytest
 from blake3 import blake3
+from pydantic import SecretStr
 
 from artifact_store.documents.resumable_uploads import encode_metadata
 from services.config import Settings
@@ -173,7 +174,8 @@ async def cluster(
     async with AsyncExitStack() as stack:
         processes = []
         for n, port in enumerate(free_ports(GATEWAYS + 1)):
-            own = replace(settings, state_dir=folder / f"state-{n}")
+            # Gateways of the previous release prove to be gateways only where a secret is set.
+            own = replace(settings, state_dir=folder / f"state-{n}", internal_secret=SecretStr("the same for all"))
             command, listens = ("gateway", True) if n < GATEWAYS else ("projector", False)
             process = AnyRelease(own, folder / f"process-{n}", command, port=port, listens=listens)
             process.released = released

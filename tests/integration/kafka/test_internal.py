@@ -22,6 +22,7 @@ from artifact_store.errors import (
 from artifact_store.models import Acknowledgement
 from ingest_gateway.peers import forwarding
 from ingest_gateway.peers import internal_listener as internal
+from ingest_gateway.peers.credentials import PeerCredentials
 from ingest_gateway.peers.forwarding import CHECKS_PATH, COMMANDS_PATH, CONTENT_TYPE, WIRE_VERSION, HttpForwarder
 from ingest_gateway.peers.internal_listener import MAX_BODY_BYTES, InternalListener
 from services.config import Settings
@@ -87,7 +88,7 @@ class Answering:
 
 @pytest.fixture
 async def listener() -> AsyncIterator[InternalListener]:
-    found = await InternalListener.open(Settings(internal_secret=SECRET))
+    found = await InternalListener.open(Settings(internal_secret=SECRET), PeerCredentials(SECRET))
     yield found
     await found.close()
 
@@ -103,7 +104,7 @@ async def test_commands_and_questions_reach_the_owner_and_its_answer_comes_back(
     listener: InternalListener, writer: Answering
 ) -> None:
     command = ingest(create().package_id, "a", "b")
-    async with HttpForwarder(SECRET) as forwarder:
+    async with HttpForwarder(PeerCredentials(SECRET)) as forwarder:
         answer = await forwarder.submit(listener.url, command)
         assert await forwarder.check_ingest(listener.url, command.package_id, ["ä"], None) == "raw-evidence"
     assert answer == Acknowledgement(command.package_id, 7, bytes(32))
@@ -114,7 +115,7 @@ async def test_a_package_s_extent_comes_from_the_owner_or_not_at_all(
     listener: InternalListener, writer: Answering
 ) -> None:
     package_id = create().package_id
-    async with HttpForwarder(SECRET) as forwarder:
+    async with HttpForwarder(PeerCredentials(SECRET)) as forwarder:
         for writer.extent in (None, PackageExtent(1_700_000_000_000_000, 7), PackageExtent(0)):
             assert await forwarder.extent(listener.url, package_id) == writer.extent
         writer.refusal = PartitionNotOwnedError("moved")
@@ -129,7 +130,7 @@ async def test_an_operators_confirmation_reaches_the_owner_also_below_the_path_o
     listener: InternalListener, writer: Answering
 ) -> None:
     confirmation = SkipRecord(3, 41, b"d" * 32, "ada", "a stray producer", UUID(int=5))
-    async with HttpForwarder(SECRET) as forwarder:
+    async with HttpForwarder(PeerCredentials(SECRET)) as forwarder:
         for url in (listener.url, listener.url + INTERFACE):
             assert await forwarder.confirm(url, confirmation) == Acknowledgement(UUID(int=1), 3, bytes(32))
         await forwarder.submit(listener.url + INTERFACE, create())
@@ -144,7 +145,7 @@ async def test_two_gateways_use_the_newest_version_that_both_know(
         monkeypatch.setattr(module, "VERSION", version)
     command, writer.manifest_digest = create(), b"m" * 32
     first, second = (Acknowledgement(command.package_id, 7, bytes(32), manifest_digest=d) for d in (None, b"m" * 32))
-    async with HttpForwarder(SECRET) as forwarder:
+    async with HttpForwarder(PeerCredentials(SECRET)) as forwarder:
         assert [await forwarder.submit(listener.url, command) for _ in range(2)] == [first, first]
         monkeypatch.setattr(internal, "VERSION", 2)
         assert [await forwarder.submit(listener.url, command) for _ in range(2)] == [first, second]
@@ -173,7 +174,7 @@ async def test_a_refusal_comes_back_as_what_it_was(
     listener: InternalListener, writer: Answering, refusal: Exception
 ) -> None:
     writer.refusal = refusal
-    async with HttpForwarder(SECRET) as forwarder:
+    async with HttpForwarder(PeerCredentials(SECRET)) as forwarder:
         for ask in (
             forwarder.submit(listener.url, create()),
             forwarder.check_ingest(listener.url, create().package_id, ["a"], None),
@@ -184,20 +185,20 @@ async def test_a_refusal_comes_back_as_what_it_was(
 
 
 async def test_an_owner_says_how_its_partitions_are(listener: InternalListener, writer: Answering) -> None:
-    async with HttpForwarder(SECRET) as forwarder:
+    async with HttpForwarder(PeerCredentials(SECRET)) as forwarder:
         found = await forwarder.status(listener.url)
     assert found == [replace(status, owner=listener.url) for status in OWNED]
-    async with HttpForwarder(SecretStr("wrong")) as forwarder:
+    async with HttpForwarder(PeerCredentials(SecretStr("wrong"))) as forwarder:
         with pytest.raises(UnavailableError, match="ARTIFACT_STORE_INTERNAL_SECRET"):
             await forwarder.status(listener.url)
     assert writer.seen == []
 
 
-@pytest.mark.parametrize("secret", [None, SecretStr("wrong"), SecretStr("")])
+@pytest.mark.parametrize("secret", [SecretStr("wrong"), SecretStr("")])
 async def test_without_the_secret_nothing_is_carried_out(
-    listener: InternalListener, writer: Answering, secret: SecretStr | None
+    listener: InternalListener, writer: Answering, secret: SecretStr
 ) -> None:
-    async with HttpForwarder(secret) as forwarder:
+    async with HttpForwarder(PeerCredentials(secret)) as forwarder:
         with pytest.raises(UnavailableError, match="ARTIFACT_STORE_INTERNAL_SECRET"):
             await forwarder.submit(listener.url, create())
         with pytest.raises(UnavailableError, match="ARTIFACT_STORE_INTERNAL_SECRET"):
@@ -206,7 +207,7 @@ async def test_without_the_secret_nothing_is_carried_out(
 
 
 async def test_a_gateway_that_is_only_starting_owns_nothing(listener: InternalListener) -> None:
-    async with HttpForwarder(SECRET) as forwarder:
+    async with HttpForwarder(PeerCredentials(SECRET)) as forwarder:
         with pytest.raises(PartitionNotOwnedError):
             await forwarder.submit(listener.url, create())
 
@@ -227,15 +228,15 @@ async def test_a_body_that_is_no_command_of_this_release_is_for_later(
 
 
 @pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded"])
-async def test_what_a_page_in_a_browser_can_send_unasked_is_refused_even_without_a_secret(kind: str | None) -> None:
-    listener, writer = await InternalListener.open(Settings()), Answering()
+async def test_what_a_page_in_a_browser_can_send_unasked_is_refused(kind: str | None) -> None:
+    listener, writer = await InternalListener.open(Settings(), PeerCredentials.of(Settings())), Answering()
     listener.serve(writer)
     headers = {} if kind is None else {"Content-Type": kind}
     async with (
         aiohttp.ClientSession(headers=headers, skip_auto_headers=["Content-Type"]) as session,
         session.post(listener.url + COMMANDS_PATH, data=encode_command(create())) as answer,
     ):
-        assert answer.status == 415
+        assert answer.status == 403
     await listener.close()
     assert writer.seen == []
 
@@ -244,13 +245,13 @@ async def test_the_largest_command_fits(listener: InternalListener, writer: Answ
     paths = [f"{n:05}{'ä' * 509}" for n in range(10_000)]
     command = ingest(create().package_id, *paths)
     assert len(encode_command(command)) < MAX_BODY_BYTES
-    async with HttpForwarder(SECRET) as forwarder:
+    async with HttpForwarder(PeerCredentials(SECRET)) as forwarder:
         await forwarder.submit(listener.url, command)
     assert writer.seen == [command]
 
 
 async def test_a_gateway_asks_the_owner_where_a_partition_ends(listener: InternalListener, writer: Answering) -> None:
-    async with HttpForwarder(SECRET) as forwarder:
+    async with HttpForwarder(PeerCredentials(SECRET)) as forwarder:
         assert await forwarder.end(listener.url, 5) == 15
         assert writer.seen == [5]
         writer.refusal = PartitionNotOwnedError("it moved")
@@ -261,7 +262,7 @@ async def test_a_gateway_asks_the_owner_where_a_partition_ends(listener: Interna
 async def test_an_owner_of_the_previous_release_does_not_know_where_a_partition_ends(
     listener: InternalListener,
 ) -> None:
-    async with HttpForwarder(SECRET) as forwarder:
+    async with HttpForwarder(PeerCredentials(SECRET)) as forwarder:
         assert await forwarder.end(f"{listener.url}/other", 5) is None
 
 
@@ -290,7 +291,7 @@ async def test_a_process_that_does_not_answer_takes_no_more_than_half_of_what_ma
     monkeypatch.setattr(forwarding, "MAX_FORWARDED", 4)
     waiting = RequestQueue()
     listener.serve(waiting)
-    async with HttpForwarder(SECRET) as forwarder:
+    async with HttpForwarder(PeerCredentials(SECRET)) as forwarder:
         sent = [asyncio.ensure_future(forwarder.submit(listener.url, create(n))) for n in range(2)]
         await waiting.has_seen(2)
         with pytest.raises(PushBackError):
@@ -312,7 +313,7 @@ async def test_a_listener_takes_so_many_commands_at_a_time_and_is_asked_how_it_i
     monkeypatch.setattr(internal, "MAX_TAKEN", 2)
     waiting = RequestQueue()
     listener.serve(waiting)
-    async with HttpForwarder(SECRET) as forwarder:
+    async with HttpForwarder(PeerCredentials(SECRET)) as forwarder:
         sent = [asyncio.ensure_future(forwarder.submit(listener.url, create(n))) for n in range(2)]
         await waiting.has_seen(2)
         with pytest.raises(PushBackError, match="too many commands are forwarded"):
@@ -324,7 +325,7 @@ async def test_a_listener_takes_so_many_commands_at_a_time_and_is_asked_how_it_i
 
 
 async def test_an_owner_that_is_gone_leaves_the_outcome_unknown() -> None:
-    async with HttpForwarder(SECRET) as forwarder:
+    async with HttpForwarder(PeerCredentials(SECRET)) as forwarder:
         with pytest.raises(UnavailableError, match="outcome is unknown"):
             await forwarder.submit(f"http://127.0.0.1:{free_ports(1)[0]}", create())
 
@@ -343,16 +344,18 @@ async def test_an_owner_that_is_gone_leaves_the_outcome_unknown() -> None:
 )
 async def test_a_listener_that_others_could_misuse_or_not_reach_is_refused(settings: Settings, mended: str) -> None:
     with pytest.raises(ConfigurationError, match=mended):
-        await InternalListener.open(settings)
+        await InternalListener.open(settings, PeerCredentials.of(settings))
 
 
 async def test_a_port_that_is_taken_is_a_clear_error(listener: InternalListener) -> None:
     taken = listener.url.removeprefix("http://")
     with pytest.raises(ConfigurationError, match="ARTIFACT_STORE_INTERNAL_LISTEN"):
-        await InternalListener.open(Settings(internal_listen=taken))
+        await InternalListener.open(Settings(internal_listen=taken), PeerCredentials(SECRET))
 
 
 async def test_the_address_that_others_use_can_be_another_than_the_one_that_is_bound() -> None:
-    listener = await InternalListener.open(Settings(internal_url="http://gateway-1.example:9000/"))
+    listener = await InternalListener.open(
+        Settings(internal_url="http://gateway-1.example:9000/"), PeerCredentials(SECRET)
+    )
     await listener.close()
     assert listener.url == "http://gateway-1.example:9000"

@@ -1,0 +1,101 @@
+"""TLS contexts from files, read again when the files change: certificates are renewed without a restart."""
+
+from __future__ import annotations
+
+import logging
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+
+from artifact_store.errors import ConfigurationError
+
+_log = logging.getLogger(__name__)
+
+_Version = tuple[tuple[int, int, int], ...]
+
+
+class ReloadedContext:
+    """A context that follows its files. Files that cannot be used change nothing; that is logged once."""
+
+    def __init__(self, make: Callable[[], ssl.SSLContext], files: tuple[Path, ...], setting: str) -> None:
+        """`make` reads the files; `setting` names them in errors. Blocks. Raises ConfigurationError."""
+        self._make = make
+        self._files = files
+        self._setting = setting
+        self._version = self._seen()
+        try:
+            self._context = make()
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(f"{setting} cannot be used: {_why(error)}") from None
+
+    def current(self) -> ssl.SSLContext:
+        """The context of the files as they are. Looks at their times, and reads them if they changed: a few KiB."""
+        version = self._seen()
+        if version != self._version:
+            self._version = version
+            try:
+                self._context = self._make()
+                _log.info("%s: the files changed and are used from now on", self._setting)
+            except (OSError, ValueError) as error:
+                _log.warning("%s: the files changed and cannot be used: %s", self._setting, _why(error))
+        return self._context
+
+    def _seen(self) -> _Version:
+        found = []
+        for path in self._files:
+            try:
+                about = path.stat()
+                found.append((about.st_mtime_ns, about.st_ino, about.st_size))
+            except OSError:
+                found.append((0, 0, 0))
+        return tuple(found)
+
+
+def serving(
+    certificate: Path, key: Path, *, clients: Path | None = None, demanded: bool = True, setting: str
+) -> ssl.SSLContext:
+    """A context for a listener, whose handshakes use the files as they are then. Blocks. Raises ConfigurationError.
+
+    `clients` is a file of authorities for certificates of clients, which are `demanded`, or else may be missing.
+    """
+
+    def make() -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.load_cert_chain(certificate, key, _no_password)
+        if clients is not None:
+            context.load_verify_locations(clients)
+            context.verify_mode = ssl.CERT_REQUIRED if demanded else ssl.CERT_OPTIONAL
+        return context
+
+    reloaded = ReloadedContext(make, (certificate, key, *(() if clients is None else (clients,))), setting)
+
+    def choose(connection: ssl.SSLObject | ssl.SSLSocket, _name: str | None, _context: ssl.SSLContext) -> None:
+        connection.context = reloaded.current()
+
+    shown = make()
+    shown.sni_callback = choose
+    return shown
+
+
+def asking(authorities: Path, certificate: Path | None, key: Path | None, *, setting: str) -> ReloadedContext:
+    """A context for a client that trusts these `authorities` alone. Blocks. Raises ConfigurationError."""
+
+    def make() -> ssl.SSLContext:
+        context = ssl.create_default_context(cafile=str(authorities))
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if certificate is not None:
+            context.load_cert_chain(certificate, key, _no_password)
+        return context
+
+    files = tuple(path for path in (authorities, certificate, key) if path is not None)
+    return ReloadedContext(make, files, setting)
+
+
+def _no_password() -> str:
+    """Otherwise OpenSSL asks at the terminal, and a server would wait there."""
+    raise ValueError("the key is encrypted: store it without a password in a file that only its user can read")
+
+
+def _why(error: OSError | ValueError) -> str:
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
