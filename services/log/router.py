@@ -31,7 +31,7 @@ from services.log.sequencer.partition_writer import PartitionWriter
 from services.log.sequencer.queue import EndQuestion, IngestCheck, size_of
 
 CHECK_SECONDS = 12.0
-"""How long a question may look for the owner: twice as long as it takes until another owns what a killed one did."""
+"""How long a question is retried: twice as long as it takes until a killed owner has a successor."""
 
 MAX_BYTES = 64 << 20
 """About how much memory requests for one partition may take: twice what its queue holds, for those that are being
@@ -48,29 +48,29 @@ owner does not know the question."""
 
 
 class Router:
-    """One for a process; used on its event loop."""
+    """One for each process. Used on its event loop."""
 
     def __init__(self, owners: Owners, forwarder: Forwarder | None, counts: Counts, seconds: float) -> None:
-        """A command is sought for so many seconds."""
+        """`seconds` is how long a command is retried."""
         self.writers: dict[int, PartitionWriter] = {}
-        """This process's own, by partition. Whoever begins and ends them keeps this up to date, from any thread."""
+        """The writers of this process, by partition. Whoever starts and stops them updates this, from any thread."""
         self.foreign: str | None = None
-        """What makes the topic another log by now; nothing is brought to it then."""
+        """Why the topic is no longer the same log; nothing is written then."""
         self._owners = owners
         self._forwarder = forwarder
         self._counts = counts
         self._seconds = seconds
         self._held: dict[int, int] = {}
-        """Bytes of requests that are under way, by partition."""
+        """Memory of the requests that wait for an answer (bytes), by partition."""
         self._under_way = 0
         self._idle = asyncio.Event()
         self.closing = False
         """Whether nothing is taken any more."""
 
     async def answer(self, partition: int, asked: Command | IngestCheck) -> Answer:
-        """Seek the partition's writer until it has answered.
+        """Ask the partition's writer, wherever it is, until it answers.
 
-        Raises as `CommandWriter.submit`; ConfigurationError, CorruptError: the writer cannot write.
+        Raises as `CommandWriter.submit`, and ConfigurationError or CorruptError when the writer cannot write.
         """
         if self.closing:
             raise PushBackError("this gateway is being shut down")
@@ -103,7 +103,7 @@ class Router:
 
     @contextmanager
     def _room(self, partition: int, size: int) -> Iterator[None]:
-        """Hold memory for a request. Raises PushBackError when others hold it."""
+        """Count the request's memory. Raises PushBackError when there is too little left."""
         held = self._held.get(partition, 0)
         if held and held + size > MAX_BYTES:
             self._counts.pushed_back += 1
@@ -145,9 +145,10 @@ class Router:
             pause = min(2 * pause, _LONGEST_PAUSE)
 
     async def _once(self, partition: int, asked: Command | IngestCheck, deadline: float) -> Answer:
-        """What the writer answers, as far as it is known who that is.
+        """Ask whoever is known as the partition's writer.
 
-        Raises what it does; PartitionNotOwnedError: nobody has tried it; TimeoutError: another process gave no answer.
+        Raises what the writer raises; PartitionNotOwnedError: nobody has tried the request; TimeoutError: another
+        process did not answer.
         """
         with suppress(PartitionNotOwnedError):
             return await self._here(partition, asked)
@@ -183,34 +184,34 @@ def _asking(forwarder: Forwarder, url: str, partition: int, asked: Command | Ing
 
 
 _LOOK_SECONDS = 1.0
-"""How often it is looked whether a forwarded command's owner still is: a frozen one neither answers nor refuses."""
+"""How often to check that the owner of a forwarded command still is: a frozen process never answers."""
 
 _FRESH_SECONDS = 1.0
 _UNSETTLED_SECONDS = 0.1
-"""After so long the group may have something new to say."""
+"""How old an answer of the group may be: usually, and while it rebalances."""
 
 _FAILED_SECONDS = 0.5
-"""The pause before the group is asked again after it did not answer."""
+"""How long to wait before asking a group again that did not answer."""
 
 _PATIENCE_SECONDS = 1.0
-"""How long callers wait for the group's answer while an earlier answer is known."""
+"""How long callers wait for a new answer of the group before they use the earlier one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """A member of the group. `url` is None when it cannot be reached by others."""
+    """A member of the group. `url` is None if others cannot reach it."""
 
     url: str | None
     is_self: bool
 
 
 class Owners:
-    """Asks the group once for all who want to know at the same time."""
+    """Asks the group who owns which partition, once for all callers that wait at the same time."""
 
     def __init__(self, ask: Callable[[], Mapping[int, Owner] | None]) -> None:
-        """`ask` blocks; it returns None between two assignments, and raises UnavailableError, ConfigurationError."""
+        """`ask` blocks. It returns None while the group rebalances, and raises UnavailableError, ConfigurationError."""
         self._ask_group = ask
-        # A thread of its own: a group that keeps still must not hold up what else is asked.
+        # A thread of its own: a group that does not answer must not hold up other questions.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="log-owners")
         self._question: asyncio.Task[None] | None = None
         self._asked_at = 0.0
@@ -218,17 +219,17 @@ class Owners:
         self._known: Mapping[int, Owner] | None = None
         """The group's last answer."""
         self._failure: ArtifactStoreError | None = None
-        """Why there was no answer to the last question."""
+        """Why the last question got no answer."""
         self._until = 0.0
-        """When the group is asked again,"""
+        """When to ask the group again,"""
         self._least = 0.0
-        """and before when it is not, even if what is known has proved wrong."""
+        """and the earliest time to do so if its answer has proved wrong."""
 
     async def all(self) -> Mapping[int, Owner]:
-        """Owner by partition, without those that nobody owns.
+        """The owners by partition. Partitions without an owner are absent.
 
-        While the group cannot be asked, those that it named last. Raises UnavailableError or ConfigurationError when it
-        has not named any yet.
+        While the group does not answer, these are the owners that it named last. Raises UnavailableError or
+        ConfigurationError if it has not answered yet.
         """
         if self._closed:
             raise UnavailableError("this process asks for no owners any more")
@@ -257,14 +258,14 @@ class Owners:
             self._until = self._least = time.monotonic() + _FAILED_SECONDS
             return
         self._failure = None
-        # Between two assignments most partitions stay where they were.
+        # While the group rebalances, most partitions stay where they were.
         if found is not None:
             self._known = found
         self._until = time.monotonic() + (_FRESH_SECONDS if found is not None else _UNSETTLED_SECONDS)
         self._least = time.monotonic() + _UNSETTLED_SECONDS
 
     async def while_owned(self, partition: int, owner: Owner, answer: Awaitable[_T]) -> _T:
-        """Wait for the answer of a partition's owner. Raises UnavailableError once another owns the partition."""
+        """Wait for the answer of a partition's owner. Raises UnavailableError once the partition has another owner."""
         waiting = asyncio.ensure_future(answer)
         looking: asyncio.Future[None] | None = None
         try:
@@ -281,21 +282,21 @@ class Owners:
                 looking.cancel()
 
     async def _goes_elsewhere(self, partition: int, owner: Owner) -> None:
-        """Return once the group says that another owns the partition."""
+        """Return once the group names another owner of the partition."""
         while True:
-            # Who cannot say who owns it does not say that it went elsewhere.
+            # No answer does not mean that the partition has another owner.
             with suppress(UnavailableError, ConfigurationError):
                 if (await self.all()).get(partition, owner) != owner:
                     return
             await asyncio.sleep(_LOOK_SECONDS)
 
     def close(self) -> None:
-        """Ask no more. Does not wait for a question that is under way."""
+        """Stop asking. Does not wait for a running question."""
         self._closed = True
         if self._question is not None:
             self._question.cancel()
         self._thread.shutdown(wait=False)
 
     def forget(self) -> None:
-        """What is remembered has proved wrong; the group is asked again, unless that was a moment ago."""
+        """Ask the group again, unless it was asked a moment ago: its answer has proved wrong."""
         self._until = min(self._until, self._least)

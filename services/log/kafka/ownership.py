@@ -1,6 +1,7 @@
-"""The group of writers: the gateways' consumer group, by which partitions are assigned and owners are found.
+"""The group of writers: the gateways' consumer group, which assigns partitions and tells who owns them.
 
-Assignment decides who tries to write, the fence who may. The group's consumer reads nothing: its partitions are paused.
+The assignment decides who tries to write; the fence decides who may. The group's consumer reads nothing: its partitions
+are paused.
 """
 
 from __future__ import annotations
@@ -21,18 +22,17 @@ from services.log.kafka.connection import INTERFACE, KafkaSettings, explained, k
 from services.log.router import Owner
 
 NO_URL = "artifact-store"
-"""In place of the URL of a gateway that no other can forward to."""
+"""The client id of a gateway that others cannot forward to."""
 
 _POLL_SECONDS = 0.25
 
 _POLL_INTERVAL_MS = 60_000
-"""How long the group waits for a member that keeps still in a rebalance, and a member for the answer that ends one. A
-hand-over takes 15 s at most."""
+"""How long a rebalance waits for a member that does not take part. A hand-over takes 15 s at most."""
 
 _REJOIN_SECONDS = 0.5
 
 AWAY_SECONDS = (30.0, 600.0)
-"""How long a process that cannot write leaves all to others: at first, and at most, twice as long each time."""
+"""How long a process that cannot write stays out of the group: at first, and at most. It doubles each time."""
 
 _LOOK_SECONDS = 2.0
 
@@ -40,7 +40,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class WriterGroup:
-    """This process's membership. Its client id is the URL that other gateways reach it by, or NO_URL, and INTERFACE.
+    """This process's membership. The client id is the URL at which other gateways reach it, or NO_URL; then INTERFACE.
 
     `assigned`, `revoked` and `look_after` are called in the group's own thread. A partition is given to another when
     `revoked` has returned, unless it was lost already (the second argument). `look_after` is called all the time, and
@@ -71,25 +71,25 @@ class WriterGroup:
         self._thread = Thread(target=self._run, name="log-writers", daemon=True)
 
     def start(self) -> None:
-        """Join in the background. Does not block."""
+        """Join, in a thread. Does not block."""
         self._thread.start()
 
     def rejoin(self) -> None:
-        """Leave and join again: the group and this process disagree on who owns what. Does not block."""
+        """Leave and join again, because the group and this process disagree about who owns what. Does not block."""
         self._rejoin.set()
 
     def close(self) -> None:
-        """Leave the group at once; blocks until the partitions are handed over."""
+        """Leave the group. Blocks until the partitions are handed over."""
         self._closing.set()
         if self._thread.ident is not None:
             self._thread.join()
 
     def members(self) -> list[Member] | None:
-        """Who writes to what; None between two assignments. Blocks. Raises UnavailableError."""
+        """The members and their partitions; None while the group rebalances. Blocks. Raises UnavailableError."""
         return self._cluster.members(self._kafka.writers_group)
 
     def owners(self) -> dict[int, Owner] | None:
-        """Owner by partition; None between two assignments. As `members`."""
+        """As `members`, by partition."""
         members = self.members()
         if members is None:
             return None
@@ -101,13 +101,13 @@ class WriterGroup:
         return member.member_id == self._member_id
 
     def holds(self, partition: int) -> bool | None:
-        """Whether the group has the partition assigned to this process; None between two assignments. As `members`."""
+        """Whether the partition is assigned to this process; None while the group rebalances. As `members`."""
         return self._any(lambda member: self.is_self(member) and partition in member.partitions)
 
     def require_readers(self) -> None:
-        """Return if every member of the writers' and the projectors' groups can read administrative records. Blocks.
+        """Return if all members of the writers' and the projectors' groups can read administrative records. Blocks.
 
-        Raises ConflictError, which names one that cannot; PushBackError: nobody can tell now.
+        Raises ConflictError, which names one that cannot, and PushBackError if that cannot be found out now.
         """
         kafka = self._kafka
         try:
@@ -146,7 +146,7 @@ class WriterGroup:
         self._rejoin.set()
 
     def _others(self) -> bool | None:
-        """Whether gateways that this one can forward to are members; None between two assignments. As `members`."""
+        """Whether gateways that this one can forward to are members; None while the group rebalances."""
         return self._any(lambda member: member.client_id.startswith("http") and not self.is_self(member))
 
     def _any(self, wanted: Callable[[Member], bool]) -> bool | None:
@@ -154,7 +154,7 @@ class WriterGroup:
         return None if members is None else any(map(wanted, members))
 
     def _stay_away(self) -> None:
-        """Let others write for as long as was said, and as there are others."""
+        """Stay out of the group for the time that `_give_way` set, while there are other gateways."""
         while (left := self._away_until - time.monotonic()) > 0 and not self._closing.wait(min(left, _LOOK_SECONDS)):
             with suppress(ConfigurationError, UnavailableError):
                 if self._others() is False:
@@ -171,14 +171,14 @@ class WriterGroup:
             except KafkaException as error:
                 found = kafka_error(error)
                 self._note(explained(found, "joining the writers").detail if found else "the group cannot be joined")
-            # Whatever it is, a process that is in no group any more would write to nothing until it is started again.
+            # Whatever it is, join again: outside the group the process would write nothing until it is restarted.
             except Exception as error:  # noqa: BLE001 - see above; the cause is logged whole
                 _LOG.exception("the group of writers was left")
                 self._note(f"the group was left: {type(error).__name__}")
             self._closing.wait(_REJOIN_SECONDS)
 
     def _be_member(self) -> None:
-        """Join, stay until told otherwise, leave."""
+        """Join, and stay until asked to close or to rejoin."""
         bounds = {"max.poll.interval.ms": _POLL_INTERVAL_MS}
         consumer = make_consumer(self._kafka.member(self._kafka.writers_group, self._client_id, bounds))
         try:
@@ -197,7 +197,7 @@ class WriterGroup:
             self._member_id = None
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        # A position is given only so that the client does not look one up.
+        # The offset does not matter; without one the client would look it up.
         consumer.incremental_assign([TopicPartition(p.topic, p.partition, 0) for p in partitions])
         consumer.pause(partitions)
         self._member_id = consumer.memberid()

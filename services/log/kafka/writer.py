@@ -1,4 +1,4 @@
-"""Appending to the log on Kafka: the `CommandWriter` port over the writers of this process and those of others."""
+"""Appending to the log on Kafka: the port `CommandWriter`, on the writers of this process and of others."""
 
 from __future__ import annotations
 
@@ -48,25 +48,25 @@ from services.runtime.clock import Clock, system_clock
 _LOG = logging.getLogger(__name__)
 
 SUBMIT_SECONDS = 30.0
-"""How long a command may look for its owner, and how long wait there for its turn; the outcome is unknown then."""
+"""How long a command is retried, and how long it may wait for its owner's answer. Then its outcome is unknown."""
 
 THIS_PROCESS = "this process"
 
 _HAND_OVER_SECONDS = 15.0
 SNAPSHOT_SECONDS = 20.0
-"""How long `close` waits for snapshots that are being made, once the partitions are handed over."""
+"""How long `close` waits for running snapshots after the partitions are handed over."""
 _IDENTITY_SECONDS = 1.0
-"""How often it is looked whether the topic is still the log's: so much may be written to one that was made anew."""
+"""How often to check that the topic is still the same; so long may events go to one that was created again."""
 
 _GUARD_SECONDS = 10.0
-"""How often it is looked whether the topic still keeps what is written to it."""
+"""How often to check that the topic's settings still keep all events."""
 
 
 class KafkaWriter:
     """See `CommandWriter`. Commands of partitions that another gateway owns go there through `forwarder`.
 
-    `internal_url` is where others reach this process; without it, and without a forwarder, one gateway works alone.
-    The state of its partitions lies in `settings.state_dir`, and copies of it in `snapshots`, if there is such a store.
+    Other gateways reach this process at `internal_url`. Without it, and without a forwarder, one gateway works alone.
+    The state of its partitions is kept in `settings.state_dir`, and copied to `snapshots`, if there is such a store.
     """
 
     def __init__(
@@ -83,9 +83,9 @@ class KafkaWriter:
         times: TimedStore | None = None,
         submit_seconds: float = SUBMIT_SECONDS,
     ) -> None:
-        """Connects to nothing yet. `settings` are those that `log` was made of.
+        """Does not connect yet. `settings` must be those of `log`.
 
-        Nothing is written while the clock differs much from that of `times`.
+        Nothing is written while the clock differs too much from that of `times`.
         """
         self._log = log
         self._limits = limits
@@ -162,7 +162,7 @@ class KafkaWriter:
 
     async def _end_of(self, partition: int) -> int:
         end = cast("int | None", await self._router.answer(partition, EndQuestion()))
-        # An owner of the previous release believes the brokers, as all of its reads do.
+        # An owner of the previous release does not know the question; it trusts the brokers itself.
         return end if end is not None else (await self._log.end()).offsets[partition]
 
     async def end_here(self, partition: int) -> int:
@@ -201,10 +201,10 @@ class KafkaWriter:
         return cast("str", await self._router.answer_here(self._log.partition_of(package_id), asked))
 
     async def confirm_here(self, confirmation: Confirmation) -> Acknowledgement:
-        """Record what an operator confirmed about a partition that this process writes to; a repeat gets its answer.
+        """Record what an operator confirmed about a partition of this process. A repeat gets the same answer.
 
         Waits as long as a command does. Raises PartitionNotOwnedError; ConflictError and InvalidRequestError: it is
-        refused, nothing is recorded; UnavailableError: the outcome is unknown, confirm it again.
+        refused and nothing is recorded; UnavailableError: the outcome is unknown, confirm it again.
         """
         writer = self._writers.get(confirmation.partition)
         if writer is None or self._router.closing:
@@ -241,17 +241,17 @@ class KafkaWriter:
         return [here.get(p) or _elsewhere(p, owners.get(p)) for p in range(await self._log.partitions())]
 
     def status_here(self) -> list[PartitionStatus]:
-        """As `status`, of the partitions that this process writes to; asks nobody and does not block."""
+        """As `status`, of this process's own partitions. Asks nobody and does not block."""
         return [writer.status(THIS_PROCESS) for _, writer in sorted(self._writers.items())]
 
     @property
     def clock_skew_seconds(self) -> float | None:
-        """How far this machine's clock is ahead of the blob store's (negative: behind); None when that is not known."""
+        """How far this machine's clock is ahead of the blob store's (negative: behind); None if that is not known."""
         return self._guard.skew_seconds
 
     @property
     def counts(self) -> Counts:
-        """What the writers of this process have counted since it began."""
+        """The counts of this process's writers since it started."""
         return self._counts
 
     async def close(self) -> None:
@@ -272,7 +272,7 @@ class KafkaWriter:
         if self._snapshots is not None:
             self._snapshots.close(SNAPSHOT_SECONDS)
 
-    # The group's thread calls these three, and nobody else begins or ends a writer.
+    # The group's thread calls the next three methods. Nobody else starts or stops a writer.
 
     def _assigned(self, partition: int) -> None:
         if self._context is not None and self._router.foreign is None:
@@ -281,17 +281,17 @@ class KafkaWriter:
             self._writers[partition] = writer
 
     def _revoked(self, partitions: Sequence[int], lost: bool) -> None:
-        """What was lost is another's already, and fenced: waiting would help nobody."""
+        """Stop these writers. Those that are `lost` are fenced already, so there is no need to wait for them."""
         gone = [writer for p in partitions if (writer := self._writers.pop(p, None)) is not None]
         for writer in gone:
             writer.stop()
         if not lost:
-            # One that is helpless writes nothing, and may wait for an answer for long.
+            # A helpless one writes nothing, and may wait for an answer for long.
             _join([writer for writer in gone if not writer.helpless])
         self._ending = [writer for writer in [*self._ending, *gone] if not writer.join(0)]
 
     def _look_after_writers(self) -> str | None:
-        """Let go of those whose partitions are others'; why this process is to leave its own to others as well."""
+        """Drop writers whose partitions have other owners; why this process should leave its partitions, if so."""
         why: str | None = None
         for partition, writer in list(self._writers.items()):
             if writer.disowned:
@@ -302,7 +302,7 @@ class KafkaWriter:
         return why
 
     async def _watch_guard(self) -> None:
-        """Look at the topic's settings and the store's clock again and again; no writer waits for the answers."""
+        """Check the topic's settings and the store's clock from time to time. No writer waits for the answers."""
         while True:
             await asyncio.sleep(_GUARD_SECONDS)
             await self._look()
@@ -316,10 +316,10 @@ class KafkaWriter:
         await asyncio.gather(self._log.blocking(self._guard.look), hear_time())
 
     async def _watch_topic(self, opened: Topic, doubt: Flag) -> None:
-        """Stop writing when the topic was made anew, or grew: what we know of the packages is not where it should be.
+        """Stop writing when the topic was created again or got more partitions: the states do not match it then.
 
-        A client goes on with another topic of that name as if nothing had been. While there is none, nothing is
-        committed.
+        A Kafka client continues on another topic of the same name without notice. While there is no such topic, nothing
+        is committed.
         """
         while True:
             await asyncio.sleep(_IDENTITY_SECONDS)
@@ -334,13 +334,13 @@ class KafkaWriter:
                 doubt.clear()
                 continue
             doubt.set()
-            # Others may be sound, and find no owner as long as this process is one.
+            # Other gateways may be able to write, but not while this one owns the partitions.
             await asyncio.to_thread(self._group.close)
             return
 
 
 def _join(writers: Sequence[PartitionWriter]) -> None:
-    """Block until they have ended, _HAND_OVER_SECONDS at most for all of them."""
+    """Block until all of them have ended, for _HAND_OVER_SECONDS at most."""
     deadline = time.monotonic() + _HAND_OVER_SECONDS
     for writer in writers:
         writer.join(max(0.0, deadline - time.monotonic()))

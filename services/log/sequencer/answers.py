@@ -1,6 +1,6 @@
-"""What callers are told, and when: errors in place of acknowledgements, deadlines, and counts of both.
+"""What callers hear other than acknowledgements: errors, and when their time is over. Counts of both.
 
-Every error says whether the log may hold the command all the same.
+Every error says whether the log may hold the command nevertheless.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from services.log.port import HeldError, NotAppendedError, PartitionNotOwnedErro
 from services.log.sequencer.queue import IngestCheck, Request
 
 REFUSE_SECONDS = 10.0
-"""How long everything is refused before it is looked whether somebody has mended what was wrong."""
+"""Refuse everything for this long after an error that somebody has to mend, then try again."""
 
 HELD_SECONDS = 1.0
-"""How long everything is refused before the guard is asked again, which costs nothing."""
+"""The same after the guard has refused. Asking it again costs nothing."""
 
 Outcome = Acknowledgement | Exception | int | str
 """The answer to a request once its batch is appended. A string: a check passed, and the package is of this retention
@@ -41,27 +41,27 @@ _UNKNOWN = "the outcome is unknown"
 
 @dataclass(slots=True)
 class Counts:
-    """Totals over all writers of a process; read and added to by any thread."""
+    """Totals over all writers of a process. Any thread may read and increase them."""
 
     takeovers: Counter[str] = field(default_factory=Counter)
-    """By what the state was restored from."""
+    """How many there were, by what the state was restored from."""
     takeover_seconds: float = 0.0
-    """Of all of them together."""
+    """How long all of them took together."""
     failed_takeovers: int = 0
-    """How often a lease or a take-over failed, so that a take-over followed."""
+    """How often a lease or a take-over failed. A take-over follows each time."""
     pushed_back: int = 0
-    """Requests that were told to come again later."""
+    """How many requests were told to come again later."""
 
 
 def in_doubt(detail: str) -> UnavailableError:
-    """The answer to a command that the log may hold or not."""
-    if _UNKNOWN in detail:  # as the process says that it was forwarded to
+    """The answer to a command when it is unknown whether the log holds it."""
+    if _UNKNOWN in detail:  # the process that it was forwarded to says so already
         return UnavailableError(detail)
     return UnavailableError(f"{detail}; {_UNKNOWN}, retry with the same command id")
 
 
 def lost(partition: int) -> LogLostError:
-    """What everyone is told while the partition lacks what it had acknowledged."""
+    """The answer to every request while the partition lacks acknowledged events."""
     return LogLostError(
         f"partition {partition} lost events that it had acknowledged, so nothing is appended to it until an operator "
         "restores the topic or accepts the loss; `artifact-store status` says which"
@@ -69,27 +69,30 @@ def lost(partition: int) -> LogLostError:
 
 
 def refused(error: Exception) -> tuple[Exception, float] | None:
-    """What everyone is told, and for how long (s), when taking over again at once cannot help; None if it may."""
+    """The answer to every request, and for how long (s), if taking over again at once cannot help; None if it may."""
     if isinstance(error, LogIdentityError):
-        return UnavailableError(error.detail), math.inf  # nothing is wrong with what was asked
+        return UnavailableError(error.detail), math.inf  # nothing is wrong with the requests
     if isinstance(error, CorruptError):
         return error, math.inf
     if isinstance(error, HeldError):
         return error, REFUSE_SECONDS if error.own_clock else HELD_SECONDS
     if isinstance(error, ConfigurationError):
-        return error, REFUSE_SECONDS  # somebody may mend it: a right that was taken away, a topic
+        return error, REFUSE_SECONDS  # somebody may mend it, such as a missing right or topic
     return None
 
 
 def quarantined(cause: str) -> PackageQuarantinedError:
-    """The answer to whatever would add to a package whose history is contradicted."""
+    """The answer to a command that would add to a package whose history the log contradicts."""
     return PackageQuarantinedError(
         f"nothing is added to a package whose history the log contradicts ({cause}): publish it as another one"
     )
 
 
 def told(request: Request, outcome: Outcome) -> Outcome:
-    """What the caller hears: a command whose transaction failed may be in the log, unless it was decided since then."""
+    """What the caller hears: `outcome`, unless a transaction with the command failed and nobody has decided it since.
+
+    Then the log may hold it.
+    """
     if not request.failures or isinstance(request.asked, IngestCheck):
         return outcome
     if isinstance(outcome, PartitionNotOwnedError | PushBackError | CorruptError | ConfigurationError):
@@ -98,10 +101,10 @@ def told(request: Request, outcome: Outcome) -> Outcome:
 
 
 def given_up(request: Request, done: int) -> Exception:
-    """The answer to a command that failed together with others and alone, and of which the log holds `done` events."""
+    """The answer to a command that failed together with others and alone. The log holds `done` of its events."""
     if request.spoiled and request.events == 1:
         return RejectedError("Kafka does not take an event of this command; nothing is recorded")
-    # Each of several events may be small enough for the topic, but not what the client sends of them at once.
+    # Each event may be small enough for the topic, and a batch of them too large.
     cause = "max.message.bytes of the topic is too small for it" if request.spoiled else request.last_failure
     failed = f"the command's transaction failed {request.failures} times ({cause})"
     if done:
@@ -110,9 +113,9 @@ def given_up(request: Request, done: int) -> Exception:
 
 
 class Deadlines:
-    """Futures of one partition, which get an error when `seconds` are over; for use on the event loop.
+    """Sets an error on futures that have no answer after `seconds`. For use on the event loop.
 
-    They are answered about in the order in which they came, so that few are remembered beyond their answer.
+    Futures are answered roughly in the order in which they came, so few are remembered for longer than they need.
     """
 
     def __init__(self, seconds: float, late: Callable[[], Exception]) -> None:
@@ -124,15 +127,15 @@ class Deadlines:
 
     @property
     def remembered(self) -> int:
-        """How many futures are held, answered ones included."""
+        """How many futures are remembered, including answered ones."""
         return len(self._open)
 
     def unanswered(self) -> list[asyncio.Future[Any]]:
-        """Those that still wait."""
+        """The futures without an answer."""
         return [answer for _, answer in self._open if not answer.done()]
 
     def watch(self, answer: asyncio.Future[Any]) -> None:
-        """Give the future `seconds` from now."""
+        """Expect an answer within `seconds` from now."""
         loop, waiting = answer.get_loop(), self._open
         while waiting and waiting[0][1].done():
             waiting.popleft()

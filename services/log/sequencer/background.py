@@ -1,11 +1,11 @@
-"""Background jobs for large packages, so that the partition's writer can go on with all others meanwhile.
+"""Background jobs for large packages, during which the partition's writer serves all others.
 
-Two things take long with 100,000 files: reading an open package back from the state file, and making its manifest and
-storing it. Each is done in a thread of its own; requests for that package are held until it is done, and pushed back
-when they are too many. Nothing else changes such a package, so that what the thread found still holds afterwards.
+Two things take long with 100,000 files: reading a package back into memory, and making and storing its manifest. Each
+is done in a thread of its own. Requests for that package are held until it is done, and pushed back if they are too
+many. So nothing else changes the package meanwhile.
 
-A manifest names the time of its event, and times never step back within a partition. So the partition's time stands
-still from the moment that a manifest is begun until its event is appended; others' events get that time meanwhile.
+A manifest contains the time of its event, and times never go back within a partition. So the partition's time stands
+still from when a manifest is begun until its event is appended; events of other packages get that same time.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ from services.log.state.state_file import StateFileError
 from services.runtime.clock import Clock
 
 PUT_SECONDS = 15.0
-"""How long a manifest may take to be stored."""
+"""How long storing a manifest may take."""
 
 AT_A_TIME = 4
-"""How many manifests of a partition are made at a time."""
+"""How many manifests of a partition are made at the same time."""
 
 TOGETHER_MICROS = 1_000_000
-"""How much later than another one a manifest may be begun beside it, so that time does not stand still for ever."""
+"""A manifest is begun beside another one only within this time, so that the partition's time goes on at some point."""
 
 HELD_BYTES = 4 << 20
-"""About how much memory requests for one package may wait in; the next one is pushed back."""
+"""Push a request back if the held requests for its package would take about this much memory."""
 
 MAX_JOBS = 100
-"""How many packages of a partition may wait for their turn."""
+"""How many packages of a partition may have a job at the same time."""
 
 _SURELY_LARGE = 4_096
 _METADATA_GROWTH = 3
-"""A JSON number of few digits may take nine bytes in CBOR."""
+"""How much larger metadata can be in CBOR: a short JSON number may take nine bytes."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class _Task(Enum):
 
 @dataclass(eq=False, slots=True)
 class _Job:
-    """The job for one package: `task` and `command` say what to do, the other fields what came of it."""
+    """The job for one package: `task` and `command` are what to do, the other fields how far it is."""
 
     package_id: UUID
     task: _Task
@@ -77,7 +77,7 @@ class _Job:
 
 
 class BackgroundJobs:
-    """Of one lease; used by the writer's thread alone. No method blocks for longer than a look into the state file."""
+    """The jobs of one lease. Used by the writer's thread; methods block for a look into the state file at most."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class BackgroundJobs:
         loop: asyncio.AbstractEventLoop,
         wake: Callable[[], None],
     ) -> None:
-        """`wake` is called in another thread when there may be something for `settle`. `exclusive` as of `Lease`."""
+        """`wake` is called, in another thread, when a job is done: see `settle`. For `exclusive` see `Lease`."""
         self._state = state
         self._exclusive = exclusive
         self._limits = limits
@@ -101,15 +101,15 @@ class BackgroundJobs:
         self._jobs: dict[UUID, _Job] = {}
         self._decisions: dict[UUID, tuple[Command, Sequence[Event] | ArtifactStoreError]] = {}
         self._at_hand: set[UUID] = set()
-        """Packages whose loading failed: the writer loads them itself, and meets the cause."""
+        """Packages that could not be loaded here: the writer loads them itself and meets the error."""
         self._time: int | None = None
 
     def now(self) -> int:
-        """The time for the partition's next event (µs since 1970)."""
+        """The time of the partition's next event (µs since 1970)."""
         return max(self._clock(), self._state.last_created_at) if self._time is None else self._time
 
     def holds(self, request: Request) -> bool:
-        """Whether the request was taken to wait for its package. Raises PushBackError, StateFileError."""
+        """Hold the request if it must wait for its package; whether it does. Raises PushBackError, StateFileError."""
         package_id = request.asked.package_id
         job = self._jobs.get(package_id) if self._jobs else None
         if job is None:
@@ -143,9 +143,9 @@ class BackgroundJobs:
         return made if follows else ()
 
     def settle(self) -> list[Request]:
-        """Requests that need not wait for their package any more, to be decided before all others.
+        """The requests that need not wait any longer; decide them before all others.
 
-        Call it once before every batch: a decision holds for the next batch alone.
+        Call it before every batch: a decision is valid for the next batch only.
         """
         self._decisions.clear()
         self._at_hand.clear()
@@ -164,7 +164,7 @@ class BackgroundJobs:
         return back
 
     def begin(self) -> None:
-        """Begin what may be begun; call it while all of the state is confirmed."""
+        """Begin waiting jobs that may begin. Call it while all of the state is confirmed."""
         for job in list(self._jobs.values()):
             if job.running:
                 continue
@@ -185,7 +185,7 @@ class BackgroundJobs:
                 self._run(job, self._finalizing_of(job, command, package, self._time))
 
     def cancel(self) -> list[Request]:
-        """Give up everything; the requests that are held, in their order."""
+        """Give up all jobs; the requests that they held, in their order."""
         held = []
         for job in self._jobs.values():
             job.cancelled = True
@@ -201,7 +201,7 @@ class BackgroundJobs:
                 self._state.adopt(job.loaded)
                 return
         except StateFileError:
-            pass  # the writer meets it again when it reads the package itself, and then ends its lease
+            pass  # the writer meets the error when it reads the package itself, and ends its lease
         self._at_hand.add(job.package_id)
 
     def _needed(self, request: Request) -> _Job | None:
@@ -219,7 +219,7 @@ class BackgroundJobs:
         return _Job(asked.package_id, _Task.FINALIZE, asked) if self._may_be_large(package) else None
 
     def _may_be_large(self, package: PackageState) -> bool:
-        """Whether the package's manifest may have to travel as a claim check, or takes long to make."""
+        """Whether the package's manifest may become a claim check, or takes long to make."""
         files, limits = package.files, self._limits
         if len(files) > _SURELY_LARGE:
             return True
@@ -243,13 +243,13 @@ class BackgroundJobs:
                 work()
             except ArtifactStoreError as error:
                 job.made = error
-            except Exception as error:  # noqa: BLE001 - whatever it is, the command is told and the partition goes on
+            except Exception as error:  # noqa: BLE001 - whatever it is, the caller hears of it and the partition goes on
                 _LOG.exception("package %s could not be worked on", job.package_id)
                 job.made = UnavailableError(f"the package could not be worked on: {type(error).__name__}")
             job.done = True
             self._wake()
 
-        # A daemon, as the writer's own thread is: nothing that it does may keep the process.
+        # A daemon, like the writer's own thread: it must not keep the process alive.
         Thread(target=run, name=f"log-job-{job.task.value}", daemon=True).start()
 
     def _loading(self, job: _Job) -> Callable[[], None]:
@@ -271,7 +271,7 @@ class BackgroundJobs:
         return finalize
 
     def store(self, manifest: bytes, job: _Job | None = None) -> None:
-        """Make a manifest durable before its event is appended; blocks PUT_SECONDS at most.
+        """Make a manifest durable before its event is appended. Blocks, for PUT_SECONDS at most.
 
         Raises NotAppendedError, and whatever else of our tree the blob store raises: nothing is recorded.
         """
@@ -294,7 +294,7 @@ class BackgroundJobs:
             raise NotAppendedError(f"the manifest could not be stored: {error.detail}; nothing is recorded") from error
         except ArtifactStoreError:
             raise
-        # Whatever the blob store's own failure is, the command is not recorded and may be tried again.
+        # Whatever the blob store raises, the command is not recorded and may be tried again.
         except Exception as error:
             raise NotAppendedError(
                 f"the manifest could not be stored ({type(error).__name__}); nothing is recorded"

@@ -1,8 +1,8 @@
 """The writer of one partition: a thread that takes waiting commands, decides them and appends their events.
 
-A transaction may fail anywhere between its beginning and its read-back. The writer then always does the same: it gives
-up lease and state, takes the partition over again, and decides the same commands on the state that it reads from the
-log. Commands that the log already holds are recognised by their ids; the others are appended. Nothing is guessed.
+A transaction may fail at any point. The writer then always does the same: it gives up lease and state, takes the
+partition over again, and decides the same commands on the state that it reads from the log. It recognises commands that
+the log already holds by their ids, and appends the others. It never guesses.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ class PartitionWriter:
         self.disowned = False
         """Whether it has ended because the group has given its partition to another process."""
         self.leave_to_others: str | None = None
-        """Why others should write to the partition, set at each failure that this process may be the cause of. Whoever
-        acts on it sets it to None."""
+        """Why others should write to the partition. Set after each failure that this process may be the cause of;
+        whoever acts on it sets it to None."""
         self._trouble: str | None = "it is being taken over"
         self._memory_only: str | None = None
         self._state: State | None = None
@@ -170,7 +170,7 @@ class PartitionWriter:
         return answer
 
     def extent(self, package_id: UUID) -> PackageExtent | None:
-        """Where the package's events lie; None when that is not known now. Blocks for a look into the state file."""
+        """Where the package's events lie; None if that is not known now. Blocks for a look into the state file."""
         state = self._state
         try:
             return None if state is None else state.extent(package_id)
@@ -398,7 +398,7 @@ class PartitionWriter:
             answers, proven = self._answers(lease, jobs, runs)
         except Exception as error:
             for request in batch:
-                # Not the exception itself, whose traceback holds this batch.
+                # Not the exception itself: its traceback keeps this batch alive.
                 request.failed(_name(error), spoiled=self._context.driver.spoiled_by_record(error))
             held = [request for request in jobs.cancel() if request not in batch]
             self._queue.put_back([*batch, *held])
@@ -431,11 +431,11 @@ class PartitionWriter:
     def _answers(
         self, lease: Lease, jobs: BackgroundJobs, runs: Sequence[Sequence[Request]]
     ) -> tuple[list[Outcome], bool]:
-        """Decide the requests, append what they become, and only then say so; and whether refusals are proven.
+        """Decide the requests and append their events; the answers, and whether the refusals among them are proven.
 
-        A commit proves that the state was current, and so does `Lease.prove`, which is not called too often:
-        one proof serves all who wait for it. If the requests become more than one transaction takes, these are the
-        answers of the first of them.
+        A commit proves that the state was current. So does `Lease.prove`, which is called only from time to time: one
+        proof serves all that wait for it. If the events are more than one transaction takes, only the first requests
+        are answered.
         """
         staged: list[Staged] = []
         with self._context.fair_lock:
@@ -460,14 +460,14 @@ class PartitionWriter:
     def _decide_run(
         self, state: State, jobs: BackgroundJobs, run: Sequence[Request], now: int, staged: list[Staged]
     ) -> list[Outcome]:
-        """Commands of one package that add files to it, together if they can be, or any other request."""
+        """Decide a run: commands that add files to one package together if possible, all else one by one."""
         commands = tuple(request.asked for request in run if isinstance(request.asked, IngestFiles))
         package = None
         if len(commands) > 1:
             with suppress(CorruptError):
                 package = state.package(run[0].asked.package_id)
         if package is not None and package.package_id not in state.irregular.quarantined:
-            # Which of them it is, and what is wrong with it, is found by deciding each by itself.
+            # If one of them is refused, deciding each by itself finds out which.
             try:
                 events = decide(package, IngestTogether(package.package_id, commands), now, self._context.limits)
                 values = encode_all(events)
@@ -530,7 +530,7 @@ class PartitionWriter:
         return PushBackError(f"partition {self.partition}: {self.trouble or 'its writer is busy'}", 2.0)
 
     def _refuse_all(self, error: Exception, seconds: float) -> None:
-        """Answer every request with `error` for this many seconds, or until the writer is told to stop."""
+        """Answer every request with `error`, for so many seconds or until the writer is told to stop."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             batch = self._queue.take(min(left, _IDLE_SECONDS))

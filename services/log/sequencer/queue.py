@@ -1,4 +1,4 @@
-"""Requests that wait for a partition's writer: a bounded queue from the event loop to the writer's thread."""
+"""The bounded queue of requests from the event loop to the thread of a partition's writer."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ from services.core.commands import Command, CreatePackage, IngestFiles
 from services.log.port import PartitionNotOwnedError
 
 MAX_WAITING_BYTES = 32 << 20
-"""About how much memory the requests of one partition may wait in; the next one is pushed back."""
+"""Push a request back if the requests of its partition would take about this much memory."""
 
 LONGEST_WAIT_SECONDS = 10.0
-"""Nothing is taken in behind a request that has waited for so long; it is pushed back instead."""
+"""Push requests back while the first in the queue has waited for longer than this."""
 
 CHECK_SECONDS = 5.0
-"""How long a question waits for its answer; nothing is recorded, so that it may as well be asked again later."""
+"""How long a question may wait for its answer. Nothing is recorded, so it can be asked again later."""
 
 MAX_BATCH_EVENTS = 1_000
-"""How many events one transaction takes, or one command if it alone has more."""
+"""The most events in one transaction. A command with more events gets a transaction of its own."""
 
 MAX_BATCH_BYTES = 8 << 20
-"""About how many bytes; what is appended is held several times: decided, encoded, by the client, read back."""
+"""The same in bytes, roughly. Events are in memory several times: decided, encoded, in the client, read back."""
 
 GATHER_SECONDS = 0.05
-"""How long a command waits at most for those that were announced, so that they share its transaction."""
+"""How long a command waits at most for announced ones, to share a transaction with them."""
 
 ANNOUNCED_SECONDS = 0.2
-"""How long after the question whether a file could be ingested its command is expected."""
+"""How long after an `IngestCheck` its command is expected."""
 
 ENOUGH_TOGETHER = 32
-"""So many commands are enough for a transaction: what one costs is small for each of them."""
+"""With this many commands in the queue, nobody waits: the cost of a transaction is small for each of them."""
 
 TOGETHER = 2
-"""How often a command fails together with others before it is tried alone."""
+"""After so many failures together with others, a command is tried alone."""
 
 _EVENT_BYTES = 1_500
 
 
 @dataclass(frozen=True, slots=True)
 class IngestCheck:
-    """The question whether files of these paths could be ingested now."""
+    """Asks whether files with these paths could be ingested now."""
 
     package_id: UUID
     relative_paths: Sequence[str]
@@ -55,7 +55,7 @@ class IngestCheck:
 
 
 class EndQuestion(IngestCheck):
-    """The question where the partition ends; it is about no package."""
+    """Asks where the partition ends. It is about no package."""
 
     def __init__(self) -> None:
         super().__init__(UUID(int=0), (), None)
@@ -87,27 +87,27 @@ class Request:
         self.traceparent = traceparent
         self.came = time.monotonic()
         self.failures = 0
-        """How many transactions failed with it."""
+        """How many transactions with it have failed."""
         self.last_failure = "unknown"
-        """The kind of the last of these failures,"""
+        """What the last of them failed of,"""
         self.spoiled = False
-        """and whether it was for what is in the records."""
+        """and whether its records were the cause, so that the next one will fail too."""
         self.events = 1
-        """How many events it may become."""
+        """How many events it becomes at most."""
         self.size = size_of(asked)
-        """About how many bytes it takes while it waits."""
+        """About how many bytes of memory it takes."""
         if isinstance(asked, IngestFiles):
             self.events = len(asked.files)
 
     def failed(self, kind: str, *, spoiled: bool) -> None:
-        """Count one more transaction that failed with it."""
+        """Count one more failed transaction."""
         self.failures += 1
         self.last_failure = kind
         self.spoiled = spoiled
 
 
 def size_of(asked: Command | IngestCheck) -> int:
-    """About how many bytes a request takes while it waits."""
+    """About how many bytes of memory a request takes."""
     if isinstance(asked, IngestFiles):
         return _EVENT_BYTES * (1 + len(asked.files))
     if isinstance(asked, CreatePackage):
@@ -118,7 +118,7 @@ def size_of(asked: Command | IngestCheck) -> int:
 
 
 def runs_of(batch: Sequence[Request]) -> list[list[Request]]:
-    """The requests in an order that keeps that of each package: commands that add files to one stand together."""
+    """Group commands that add files to the same package. The order within each package is kept."""
     runs: list[list[Request]] = []
     open_runs: dict[UUID, list[Request]] = {}
     for request in batch:
@@ -137,10 +137,9 @@ def runs_of(batch: Sequence[Request]) -> list[list[Request]]:
 class RequestQueue:
     """The queue of one partition. `put` never blocks, `take` does.
 
-    A transaction of one command costs client and brokers about as much as one of many. A file's command follows the
-    question whether it could be ingested; while such commands are expected, those that are there wait a moment for
-    them.
-    A caller that sends one file after the other is never held up: nothing is expected when its command comes.
+    A transaction with one command costs about as much as one with many. The command that ingests a file follows an
+    `IngestCheck`, so it can be expected: commands in the queue wait a moment for those that are on their way. A caller
+    that sends one file after the other never waits, because nothing else is expected when its command comes.
     """
 
     def __init__(self) -> None:
@@ -151,7 +150,7 @@ class RequestQueue:
         self._size = 0
         self._questions = 0
         self._announced: deque[float] = deque()
-        """When commands were announced that have not come yet, the oldest first."""
+        """When the commands that are expected were announced, the oldest first."""
         self._closed = False
         self._woken = False
 
@@ -173,12 +172,12 @@ class RequestQueue:
             if isinstance(request.asked, IngestCheck):
                 self._questions += 1
             elif isinstance(request.asked, IngestFiles) and self._announced:
-                self._announced.pop()  # the newest: one that never comes grows old and is forgotten
+                self._announced.pop()  # the newest, so that a command that never comes is forgotten when it is old
             if self._waited_for and (self._questions or self._waits_until() <= request.came or len(self._queue) == 1):
                 self._changed.notify()
 
     def put_back(self, requests: Iterable[Request]) -> None:
-        """Put requests that were taken already before all others, in their order."""
+        """Put requests that were taken before back to the front, in their order."""
         with self._changed:
             for request in reversed(list(requests)):
                 self._queue.appendleft(request)
@@ -187,22 +186,22 @@ class RequestQueue:
             self._changed.notify()
 
     def announce(self, commands: int) -> None:
-        """So many questions were answered with yes: as many commands are expected soon."""
+        """Expect so many commands soon."""
         if commands:
             with self._lock:
                 self._announced.extend([time.monotonic()] * commands)
 
     def wake(self) -> None:
-        """Let `take` return, with nothing if need be."""
+        """Make `take` return, even with nothing."""
         with self._changed:
             self._woken = True
             self._changed.notify()
 
     def take(self, timeout: float) -> list[Request] | None:
-        """Wait `timeout` seconds for requests and take what fits into one transaction; None once the queue is closed.
+        """Wait `timeout` seconds for requests; take those that fit into one transaction, None if the queue is closed.
 
-        A request that failed before together with others comes alone; questions do not wait for commands that do.
-        Empty when the time is over or `wake` was called.
+        A request that must be tried alone comes alone. Questions do not wait for announced commands. The answer is
+        empty when the time is over or `wake` was called.
         """
         with self._changed:
             now = time.monotonic()
@@ -222,13 +221,13 @@ class RequestQueue:
             return self._questions_alone() if alone else self._next_batch()
 
     def close(self) -> None:
-        """Take no more, and let nothing be taken; what waits is left for `drain`."""
+        """Accept nothing more, and end `take`. What still waits is left for `drain`."""
         with self._changed:
             self._closed = True
             self._changed.notify()
 
     def drain(self) -> list[Request]:
-        """Everything that still waits."""
+        """Remove and return everything that still waits."""
         with self._changed:
             left = list(self._queue)
             self._queue.clear()
@@ -236,7 +235,7 @@ class RequestQueue:
             return left
 
     def _waits_until(self) -> float:
-        """When the oldest request has waited long enough for what is announced; a time that is over if nothing is."""
+        """Until when the oldest request waits for announced commands; in the past if it does not wait."""
         oldest = self._queue[0].came
         while self._announced and self._announced[0] < oldest - ANNOUNCED_SECONDS:
             self._announced.popleft()
@@ -262,7 +261,7 @@ class RequestQueue:
             self._size -= request.size
             self._questions -= isinstance(request.asked, IngestCheck)
             if request.answer.done():
-                continue  # nobody waits any more
+                continue  # its caller gave up
             batch.append(request)
             events += request.events
             size += request.size

@@ -1,7 +1,8 @@
 """The sequencer's driver for the embedded log: every batch is one transaction on the file.
 
-All processes may append, in turns: a lock beside the file is held from before a batch is decided until it is committed,
-and what others appended is read in the same transaction. So a lease needs no fence, and one object is driver and lease.
+All processes may append, in turns. From before a batch is decided until it is committed, the writer holds a lock beside
+the file, and it reads what others appended in the same transaction. So a lease needs no fence, and one object serves as
+driver and lease.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class SqliteDriver(Driver, Lease):
         self._states = PackageStates(path)
         self._batch = ExitStack()
         self._known_end = 0
-        """The end of the log when this process saw it last, with what it had acknowledged until then,"""
+        """The end of the log when this process last saw it, including all that it had acknowledged until then,"""
         self._known_digest = b""
         """and BLAKE3 over the value of the record before it."""
 
@@ -56,7 +57,7 @@ class SqliteDriver(Driver, Lease):
         stopping: Callable[[], bool],
         progressed: Callable[[], None],
     ) -> SqliteDriver:
-        """See `Driver`. What is known of the log's end outlasts a lease."""
+        """See `Driver`. What it knows of the log's end outlasts a lease."""
         return self
 
     def begin_batch(self, package_ids: Collection[UUID], *, appends: bool) -> None:
@@ -70,7 +71,7 @@ class SqliteDriver(Driver, Lease):
         try:
             with file_errors(self._path), ExitStack() as batch:
                 connection = self._opened()
-                # Before the lock is taken: a package with many events takes long.
+                # Before the lock is taken, because it can take long.
                 self._states.read_ahead(package_ids, all_known=end_offset(connection) == self._states.next_offset)
                 if appends:
                     batch.enter_context(write_lock(self._path))
@@ -129,7 +130,7 @@ class SqliteDriver(Driver, Lease):
 
     @contextmanager
     def _in_doubt(self) -> Iterator[None]:
-        """Leave it to the next batches to find out what is wrong: it may be one package's rows alone."""
+        """Raise errors as passing ones: the next batches find out what is wrong, perhaps with one package alone."""
         try:
             yield
         except sqlite3.Error as error:
@@ -141,7 +142,7 @@ class SqliteDriver(Driver, Lease):
                 self._file.connection.execute("ROLLBACK")
 
     def _see_end(self, connection: sqlite3.Connection) -> None:
-        """Learn what other processes appended meanwhile. Raises CorruptError when the log lacks what it had before."""
+        """Learn what other processes have appended. Raises CorruptError when the log lost what it had before."""
         end = end_offset(connection)
         self._require_known(connection, end)
         if end != self._states.next_offset:

@@ -1,8 +1,9 @@
-"""The SQLite file: its tables, queries on its events, and connections to it. Everything but `Readers` blocks.
+"""The SQLite file: its tables, connections to it, and queries on its events. Everything except `Readers` blocks.
 
 The file carries this project's application id, a format number and the log's identity. It is in WAL mode, so that
-reading never waits for writing; a commit is on the disk when it returns (`synchronous=FULL`). Every query's answer is
-bounded in rows and bytes. `Readers` runs queries in a few threads, so that the event loop never waits for a disk.
+readers never wait for a writer, and a commit is on the disk when it returns (`synchronous=FULL`). The answer to every
+query is bounded in rows and bytes. `Readers` runs queries in a few threads, so that the event loop never waits for the
+disk.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ PARTITION = 0
 """The only partition."""
 
 LOCK_SECONDS = 10.0
-"""How long a writer waits for another process to finish its transaction."""
+"""How long a writer waits for the transaction of another process."""
 
 _APPLICATION_ID = 0x61727473
 _FORMAT = 1
@@ -60,7 +61,7 @@ _TABLES = (
 
 
 class LogFile:
-    """One connection to the file; may pass between threads, but serves one at a time."""
+    """A connection to the file. Threads may share it, but only one may use it at a time."""
 
     def __init__(self, path: Path, connection: sqlite3.Connection, identity: UUID) -> None:
         self.path = path
@@ -69,23 +70,23 @@ class LogFile:
         self._inode = _inode(path)
 
     def check_in_place(self) -> None:
-        """Raise UnavailableError when the path names another file by now, or none: writing here would be in vain."""
+        """Raise UnavailableError if the path no longer names the open file: what is written to it would be lost."""
         if _inode(self.path) != self._inode:
             raise UnavailableError(f"the log {self.path} was removed or replaced while it was open")
 
     def close(self) -> None:
-        """Close the connection; blocks while SQLite tidies up. The last one moves the WAL into the file."""
+        """Close the connection. Blocks: the last one to close moves the WAL into the file."""
         self.connection.close()
 
 
 def open_file(path: Path, *, writable: bool = False, identity: UUID | None = None) -> LogFile:
-    """Connect to the log at `path`; blocks. Only a `writable` connection may change it.
+    """Connect to the log at `path`. Blocks. Only a `writable` connection can change it.
 
     Raises:
-        UnavailableError: there is no file, or it cannot be opened.
-        ConfigurationError: it is not a log, or one of a newer version.
+        UnavailableError: the file does not exist or cannot be opened.
+        ConfigurationError: it is not a log, or a newer version made it.
         CorruptError: it is damaged.
-        LogIdentityError: its identity is not the one that is asked for.
+        LogIdentityError: it has another identity than `identity`.
     """
     if not path.exists():
         raise UnavailableError(f"there is no log at {path}; `artifact-store migrate` creates it")
@@ -109,9 +110,9 @@ def open_file(path: Path, *, writable: bool = False, identity: UUID | None = Non
 
 
 def create_file(path: Path) -> None:
-    """Create the log with its folder, or check the one that is there; blocks. Safe for several processes at once.
+    """Create the log and its folder, or check the existing log. Blocks. Several processes may call it at once.
 
-    Raises as `open_file`; PushBackError when another process held the file for too long.
+    Raises as `open_file`, and PushBackError when another process holds the file for too long.
     """
     with file_errors(path):
         if path.exists():
@@ -136,12 +137,12 @@ def create_file(path: Path) -> None:
 
 @contextmanager
 def write_lock(path: Path) -> Iterator[None]:
-    """Hold off every other write and checkpoint of the log, whichever process it is in; blocks until then.
+    """Exclude all other writes to the log and checkpoints of it, in any process. Blocks.
 
     SQLite before 3.51.3 can lose committed pages when one connection checkpoints while another commits (its "WAL-reset
-    bug"); a checkpoint runs behind a commit, outside SQLite's own lock. Under this one they cannot meet.
+    bug"). A checkpoint runs after a commit, outside SQLite's own lock; under this one the two cannot meet.
 
-    Raises PushBackError when another process held the lock for too long.
+    Raises PushBackError when another process holds the lock for more than LOCK_SECONDS.
     """
     lock = FileLock(path.with_name(path.name + ".lock"))
     if not lock.take(LOCK_SECONDS):
@@ -154,7 +155,7 @@ def write_lock(path: Path) -> Iterator[None]:
 
 @contextmanager
 def file_errors(path: Path) -> Iterator[None]:
-    """Tell SQLite's and the system's errors in terms of what the caller should do."""
+    """Translate errors of SQLite and the system into errors that say what the caller should do."""
     try:
         yield
     except sqlite3.Error as error:
@@ -184,14 +185,14 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
         timeout=LOCK_SECONDS,
     )
     connection.execute("PRAGMA synchronous = FULL")
-    # Only macOS knows the difference: there a plain fsync leaves data in the drive's cache.
+    # For macOS alone, where a plain fsync leaves data in the drive's cache.
     connection.execute("PRAGMA fullfsync = ON")
     connection.execute("PRAGMA checkpoint_fullfsync = ON")
     return connection
 
 
 def _is_new(path: Path, connection: sqlite3.Connection) -> bool:
-    """Whether the file is still without tables. Raises ConfigurationError when it belongs to something else."""
+    """Whether the file has no tables yet. Raises ConfigurationError if it is not a log of this version."""
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
@@ -214,22 +215,22 @@ def _inode(path: Path) -> tuple[int, int] | None:
 
 BATCH_RECORDS = 500
 _BATCH_BYTES = 4 << 20
-"""Manifests make records of half a megabyte: a batch ends early when it holds so much."""
+"""A batch ends early with this many bytes, because a record with a manifest takes half a megabyte."""
 
 _COLUMNS = "offset, CAST(package_id AS BLOB), CAST(sequence AS INTEGER), CAST(value AS BLOB)"
-"""Whatever a damaged row holds comes as one of these types, for its readers to tell what it is not."""
+"""A damaged row may hold any type. The casts give readers the types that they expect, and they check the values."""
 
 _NO_END = (1 << 63) - 1
 
 
 def end_offset(connection: sqlite3.Connection) -> int:
-    """The offset behind the last event."""
+    """The offset after the last event."""
     (last,) = connection.execute("SELECT max(offset) FROM events").fetchone()
     return 0 if last is None else last + 1
 
 
 def records_from(connection: sqlite3.Connection, offset: int, end: int | None, limit: int) -> list[Record]:
-    """The records from `offset` on, below `end` if there is one. Raises CorruptError when one between them is gone."""
+    """The records from `offset`, to before `end` if given. Raises CorruptError when one between them is missing."""
     rows = connection.execute(
         f"SELECT {_COLUMNS} FROM events WHERE offset >= ? AND offset < ? ORDER BY offset LIMIT ?",  # noqa: S608 - ours
         (offset, _NO_END if end is None else end, limit),
@@ -238,14 +239,14 @@ def records_from(connection: sqlite3.Connection, offset: int, end: int | None, l
     if found and found[-1].offset != offset + len(found) - 1:  # they are numbered without gaps
         there = {record.offset for record in found}
         gap = next(expected for expected in itertools.count(offset) if expected not in there)
-        raise CorruptError(f"the log's record at offset {gap} is gone, and those behind it are there")
+        raise CorruptError(f"the log's record at offset {gap} is gone, and later ones are there")
     return found
 
 
 def package_records_from(
     connection: sqlite3.Connection, package_id: UUID, sequence: int, end: int | None, limit: int
 ) -> list[Record]:
-    """The package's records behind event number `sequence`, below offset `end` if there is one."""
+    """The package's records after its event number `sequence`, to before offset `end` if given."""
     rows = connection.execute(
         f"SELECT {_COLUMNS} FROM events"  # noqa: S608 - our own
         " WHERE package_id = ? AND sequence > ? AND offset < ? ORDER BY sequence LIMIT ?",
@@ -255,7 +256,7 @@ def package_records_from(
 
 
 def sequence_before(connection: sqlite3.Connection, package_id: UUID, offset: int) -> int:
-    """The number of the package's last event below `offset`, 0 if there is none. Raises as `numbered`."""
+    """The sequence of the package's last event before `offset`, 0 if there is none. Raises as `numbered`."""
     if not offset:
         return 0
     rows = connection.execute(
@@ -267,7 +268,7 @@ def sequence_before(connection: sqlite3.Connection, package_id: UUID, offset: in
 
 
 def sequence_of(connection: sqlite3.Connection, package_id: UUID) -> int:
-    """Under which number the log lists the package's last event, 0 if there is none; nothing is decoded."""
+    """The sequence under which the log lists the package's last event, 0 if there is none. Decodes nothing."""
     (last,) = connection.execute(
         "SELECT CAST(max(sequence) AS INTEGER) FROM events WHERE package_id = ?", (package_id.bytes,)
     ).fetchone()
@@ -275,7 +276,7 @@ def sequence_of(connection: sqlite3.Connection, package_id: UUID) -> int:
 
 
 def progress_of(connection: sqlite3.Connection, projection: str) -> Mapping[int, tuple[int, str]]:
-    """What the projection has committed: per partition the next offset and the metadata."""
+    """What the projection has committed: the next offset and the metadata, by partition."""
     rows = connection.execute(
         "SELECT partition, next_offset, metadata FROM progress WHERE projection = ?", (projection,)
     ).fetchall()
@@ -283,7 +284,7 @@ def progress_of(connection: sqlite3.Connection, projection: str) -> Mapping[int,
 
 
 def store_progress(connection: sqlite3.Connection, projection: str, next_offset: int, metadata: str) -> None:
-    """Write what `progress_of` reads."""
+    """Store what `progress_of` reads."""
     connection.execute(
         "INSERT INTO progress VALUES (?, ?, ?, ?) ON CONFLICT (projection, partition)"
         " DO UPDATE SET next_offset = excluded.next_offset, metadata = excluded.metadata",
@@ -292,7 +293,7 @@ def store_progress(connection: sqlite3.Connection, projection: str, next_offset:
 
 
 def decoded(record: Record) -> Event:
-    """The record's event. Raises CorruptError, which names partition and offset."""
+    """The record's event. Raises CorruptError, which names the record's partition and offset."""
     try:
         return decode(record.value)
     except UndecodableEventError as error:
@@ -302,9 +303,9 @@ def decoded(record: Record) -> Event:
 
 
 def numbered(record: Record) -> Event:
-    """As `decoded`, of a record that was found by its number. Raises CorruptError also if its event has another one.
+    """As `decoded`. Also raises CorruptError if the event has another sequence than the log lists it under.
 
-    Whoever reads on behind the event's number would be given the same record again, or miss others.
+    Reading on after such an event would give the same record again, or miss others.
     """
     event = decoded(record)
     if record.sequence != event.sequence:
@@ -332,7 +333,7 @@ _THREADS = 4
 
 
 class Readers:
-    """Runs queries. Remembers the log's identity from the first connection; another log is refused from then on."""
+    """Runs queries. Remembers the log's identity from the first connection, and refuses another log after that."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -342,11 +343,11 @@ class Readers:
         self._lock = Lock()
 
     async def run(self, work: Callable[[LogFile], _T]) -> _T:
-        """Run `work` in a thread. Raises what it raises, and UnavailableError, ConfigurationError, LogIdentityError."""
+        """Run `work` in a thread. Raises what `work` raises, and as `open_file`."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._run, work)
 
     async def close(self) -> None:
-        """Wait for what is running and close the connections."""
+        """Wait for running queries and close the connections."""
         await asyncio.to_thread(self._pool.shutdown)
         while self._idle:
             self._idle.pop().close()
@@ -358,7 +359,7 @@ class Readers:
                 file.check_in_place()
                 result = work(file)
         except BaseException:
-            # The connection may be what is broken: the next query opens a fresh one.
+            # The connection itself may be broken: the next query opens a new one.
             file.close()
             raise
         with self._lock:

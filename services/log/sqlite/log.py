@@ -1,4 +1,4 @@
-"""Reading the embedded log: the `Log` port on the SQLite file."""
+"""Reading the embedded log: the port `Log` on the SQLite file."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from services.runtime.files import FileLock
 
 _FIELDS = tuple(Event.__slots__)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-"""What a projection may be called: the name becomes part of a file's name."""
+"""The form of a projection's name, which becomes part of a file name."""
 
 
 class SqliteLog:
@@ -101,13 +101,13 @@ class SqliteLog:
     async def subscribe(
         self, projection: str, start_offsets: StartOffsets, settled: Settled | None = None
     ) -> Subscription:
-        """See `Log`. The one partition belongs to one member at a time, in whichever process; the others wait."""
+        """See `Log`. The partition belongs to one member at a time, in any process; the others wait."""
         if not _NAME.fullmatch(projection):
             raise ConfigurationError(f"{projection!r} is no name of a projection")
         return SqliteSubscription(self._path, self._readers, projection, start_offsets, self._poll_seconds)
 
     async def damage(self) -> Sequence[str]:
-        """See `Log`. SQLite looks at every page and looks every event up by package and number, in bounded memory.
+        """See `Log`. SQLite checks every page, and looks up every event by package and sequence, in bounded memory.
 
         Takes a few seconds a GiB, and as long as the disk needs to read it. Until then the `-wal` file only grows.
         """
@@ -124,7 +124,7 @@ class SqliteLog:
         try:
             return await self._readers.run(work)
         except asyncio.CancelledError:
-            for connection in looking:  # or whoever closes the log waits for it
+            for connection in looking:  # so that closing the log does not wait for it
                 with suppress(sqlite3.ProgrammingError):
                     connection.interrupt()
             raise
@@ -173,7 +173,7 @@ class SqliteLog:
 
 
 class _Cursor:
-    """Where one reader stands. Its methods block and are called one after another."""
+    """The place of one reader. Its methods block and are called one after another."""
 
     def __init__(
         self, file: LogFile, since: Position | None, package_id: UUID | None, until: Position | None, follow: bool
@@ -188,7 +188,7 @@ class _Cursor:
         self._sequence = 0 if package_id is None else sequence_before(file.connection, package_id, self._offset)
 
     def next_batch(self, file: LogFile) -> list[RecordedEvent]:
-        """Read on; empty when there is nothing more now."""
+        """Read on; empty if there is nothing more at the moment."""
         if self._package_id is None:
             read, records = decoded, records_from(file.connection, self._offset, self._end, BATCH_RECORDS)
         else:

@@ -1,7 +1,7 @@
-"""The state of the embedded log: package states that a writer keeps between batches, bounded by how much they hold.
+"""The state of the embedded log: a bounded cache of package states, which a writer keeps between batches.
 
-Other processes append too, so that a kept state may lack events. Each is brought up to date from the log before it is
-used, and what is forgotten is read again.
+Other processes append too, so a state in the cache may lack events. It is brought up to date from the log before it is
+used. A state that was dropped from the cache is read from the log again.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from services.log.sqlite.file import (
 from services.log.state.state_file import Irregular
 
 LARGE = 1_000
-"""A state with more entries than this is large: it is never forgotten in favour of smaller ones. An event takes about
-25 µs to read again, so that all others are back within 25 ms."""
+"""A state with more entries than this is large, and never dropped in favour of small ones. Reading an event takes about
+25 µs, so a small state is back within 25 ms."""
 
 MAX_SMALL = 100_000
-"""Entries of all kept states that are small, or finalized, together. An entry is a file, a folder or a command. It
-takes 0.9 KiB where commands bring hundreds of files each, 0.6 KiB where each brings one, so that a file makes two."""
+"""The most entries of all small or finalized states together. An entry is a file, a folder or a command. It takes
+0.9 KiB if commands have hundreds of files each, and 0.6 KiB if each has one, which makes two entries."""
 
 MAX_LARGE = 600_000
-"""Entries of all kept states that are large and open: three packages of 100,000 files that came one by one, six that
-came many at once. At most 550 MiB; the packages of the batch at hand are kept whatever they hold."""
+"""The most entries of all large open states together: three packages of 100,000 files that came one by one, or six
+whose files came many at once. That is at most 550 MiB. The packages of the current batch are kept in any case."""
 
 
 @dataclass
 class _Kept:
-    """States within one bound, the one that was used longest ago first."""
+    """States within one bound, the least recently used one first."""
 
     max_entries: int
     states: OrderedDict[UUID, tuple[PackageState, int]] = field(default_factory=OrderedDict)
@@ -66,7 +66,7 @@ class _Kept:
 
 
 class PackageStates(State):
-    """See `State`. `connection` is where events are read; it is set before anything is asked."""
+    """See `State`. Set `connection`, from which events are read, before anything else."""
 
     connection: sqlite3.Connection
 
@@ -95,13 +95,14 @@ class PackageStates(State):
 
     @property
     def irregular(self) -> Irregular:
-        """See `State`; nothing: what breaks an invariant here has no remedy but a copy of the file."""
+        """See `State`. Always empty: the remedy for what breaks an invariant here is a copy of the file."""
         return self._irregular
 
     def read_ahead(self, package_ids: Collection[UUID], *, all_known: bool) -> None:
-        """Bring these up to date, and keep them for the batch that is about to begin; those that are away excepted.
+        """Bring these packages up to date and keep them for the next batch, except those that are `away`.
 
-        `all_known` says that nothing was appended since the last batch. A broken package is left to its own requests.
+        `all_known` says that nothing was appended since the last batch. The requests for a package that breaks an
+        invariant meet its error later.
         """
         self.pinned = set(package_ids)
         for package_id in self.pinned.intersection(self._small.states):
@@ -113,9 +114,9 @@ class PackageStates(State):
                         self.package(package_id)
 
     def package(self, package_id: UUID, command_id: UUID | None = None) -> PackageState | None:
-        """See `State`: every event of the package that the connection sees. Blocks. Raises as `file_errors`.
+        """See `State`. Includes every event that the connection sees. Blocks. Raises as `file_errors`.
 
-        CorruptError also when the log lists an event of the package in a wrong place.
+        Raises CorruptError also when the log lists an event of the package under a wrong sequence.
         """
         with file_errors(self._path):
             state = _read(self.connection, package_id, self._take(package_id))
@@ -147,10 +148,10 @@ class PackageStates(State):
         return load
 
     def adopt(self, state: PackageState) -> None:
-        """See `State`. Forgets others beyond the bounds."""
+        """See `State`. Drops others beyond the bounds."""
         self._take(state.package_id)
         entries = 1 + state.entries
-        # Of one that is finalized there is nothing to come but a retry.
+        # A finalized package gets nothing but retries.
         if entries > self._large_from and state.status != FINALIZED:
             self._large.put(state, entries)
             self._forget_large(state.package_id)
@@ -159,7 +160,7 @@ class PackageStates(State):
             self._forget_small(state.package_id)
 
     def clear(self) -> None:
-        """Forget everything: a transaction failed, and states may hold events that the log does not."""
+        """Drop everything: a transaction failed, and states may hold events that the log does not."""
         self.last_created_at = self.next_offset = 0
         for kept in (self._small, self._large):
             kept.states.clear()
@@ -172,12 +173,12 @@ class PackageStates(State):
     def _forget_small(self, used: UUID) -> None:
         while self._small.too_much:
             oldest = next(iter(self._small.states))
-            if oldest == used or oldest in self.pinned:  # so is what comes after it
+            if oldest == used or oldest in self.pinned:  # and so are all after it
                 return
             self._small.take(oldest)
 
     def _forget_large(self, used: UUID) -> None:
-        """Forget the smaller of two that are drawn, as the cheaper one to read again.
+        """Draw two states and drop the smaller one, which is cheaper to read again.
 
         When more take turns than there is room for, the one that was used longest ago would be the next to be asked
         for, each time; and if it were the smallest of all, those that nobody uses any more would never go.

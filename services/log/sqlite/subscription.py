@@ -1,4 +1,4 @@
-"""A projection's membership in the embedded log: one member at a time, in whichever process, holds the partition."""
+"""A projection's membership in the embedded log: one member at a time, in any process, has the partition."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from services.runtime.files import FileLock
 
 
 def member_lock(path: Path, projection: str) -> Path:
-    """The file that the one member of a projection's group locks."""
+    """The lock file of the member that has the projection's partition."""
     return path.with_name(f"{path.name}.{projection}.lock")
 
 
@@ -31,7 +31,7 @@ _NOTHING = Batch((), {})
 
 
 class SqliteSubscription:
-    """See `Subscription`. Membership is a lock on a file beside the log, which the system frees when a process dies."""
+    """See `Subscription`. Having the partition is a lock on a file, which the system frees when a process dies."""
 
     def __init__(
         self, path: Path, readers: Readers, projection: str, start_offsets: StartOffsets, poll_seconds: float
@@ -43,7 +43,7 @@ class SqliteSubscription:
         self._poll_seconds = poll_seconds
         self._lock = FileLock(member_lock(path, projection))
         self._next: int | None = None
-        self._told = False  # that nothing was assigned
+        self._told = False  # whether the member heard that it was assigned nothing
         self._progress: LogFile | None = None
 
     @property
@@ -52,7 +52,7 @@ class SqliteSubscription:
         return frozenset() if self._next is None else frozenset({PARTITION})
 
     async def poll(self, max_records: int, timeout_seconds: float) -> Batch:
-        """See `Subscription`. A member without the partition takes it here, once it is free."""
+        """See `Subscription`. A member without the partition takes it here as soon as it is free."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_seconds
         while True:
@@ -69,7 +69,7 @@ class SqliteSubscription:
             await asyncio.sleep(min(self._poll_seconds, left))
 
     async def commit(self, next_offsets: Mapping[int, int], metadata: str) -> None:
-        """See `Subscription`. Raises UnavailableError when the partition is not this member's; PushBackError."""
+        """See `Subscription`. Raises PushBackError, and UnavailableError if this member does not have the partition."""
         if not next_offsets.keys() <= self.assigned:
             raise UnavailableError(f"{self._projection} commits a partition that is another member's")
         if next_offsets:
@@ -119,7 +119,7 @@ class SqliteSubscription:
         with file_errors(self._path):
             if self._progress is None:
                 self._progress = open_file(self._path, writable=True)
-                # For people's eyes only: a power cut may take the last ones away, and no commit waits for the disk.
+                # Only for people to look at, so it does not wait for the disk, and a power cut may lose the last ones.
                 self._progress.connection.execute("PRAGMA synchronous = NORMAL")
             self._progress.check_in_place()
             with write_lock(self._path):

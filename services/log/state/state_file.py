@@ -1,18 +1,18 @@
-"""One partition's state in a SQLite file: what finalized packages need, and open packages whole.
+"""The state of one partition in a SQLite file: open packages as a whole, and what finalized packages still need.
 
 The file is disposable: everything in it comes from the log, and it names the last record that was folded into it. It
-is in WAL mode with `synchronous=NORMAL`: after a crash or a power cut the file is as it was at some moment, never a
-mixture (SQLite, "Write-Ahead Logging"). Other damage (a foreign file, a truncated one, pages that do not fit) is
-noticed when the file is opened or, by a checksum in every row, when the row is read.
+is in WAL mode with `synchronous=NORMAL`: after a crash or a power cut it is as it was at some earlier moment, never a
+mixture (SQLite, "Write-Ahead Logging"). Other damage (another program's file, a truncated one, inconsistent pages) is
+detected when the file is opened or, by a checksum in every row, when a row is read.
 
-A finalized package is one row. Its answers to retries are rows of another table, in the order of finalization; the
-oldest are deleted first. An open package has one row for itself and others for its commands, with the files that they
-brought. When a large package is finalized, these rows are turned into answers bit by bit (`tidy`), and are searched
-until then. When an open package takes no more commands, they are deleted (`put_away`).
+A finalized package is one row. The answers to retries of its commands are rows of another table, in the order of
+finalization; the oldest are deleted first. An open package has one row for itself, and rows for its commands with their
+files. When a large package is finalized, `tidy` turns these rows into answers, some at a time; a retry is looked up in
+both until then. When an open package takes no more commands, `put_away` deletes its rows of commands.
 
-A row is CBOR with a checksum and holds several commands. Rows are written many to a statement: Python's `sqlite3` gives
-the interpreter away several times a statement, and in a busy process it comes back only after other threads have had
-it. With one statement a row, a save took ten times as long.
+A row is CBOR with a checksum and holds several commands. A statement writes many rows, because Python's `sqlite3`
+releases the interpreter several times per statement, and in a busy process other threads run before it comes back. With
+one row per statement, a save took ten times as long.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ from services.runtime.files import private_file
 
 _APPLICATION_ID = 0x61727470
 FORMAT = 6
-"""Of tables and rows; a file of another one is built anew, but for the one before it, which is brought to this one."""
+"""The format of tables and rows. A file of the format before is converted; any other one is discarded."""
 
 _FORMAT_BEFORE = 5
 READABLE_FORMATS = frozenset({_FORMAT_BEFORE, FORMAT})
 
 QUICK_CHECK_BYTES = 32 << 20
-"""A file up to this size is checked page by page when it is opened; it takes about 0.1 s."""
+"""Files up to this size are checked page by page when they are opened, which takes about 0.1 s."""
 
 _DAMAGE = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CONSTRAINT})
 _PASSING = frozenset(
@@ -69,7 +69,7 @@ _PASSING = frozenset(
         sqlite3.SQLITE_CANTOPEN,
     }
 )
-"""What says nothing of the file itself. A state that is thrown away for it would be read from the log for minutes."""
+"""Errors that say nothing about the file. Discarding a state costs minutes of reading the log."""
 
 _NO_ROOM = frozenset(
     {
@@ -81,16 +81,16 @@ _NO_ROOM = frozenset(
         sqlite3.SQLITE_IOERR_TRUNCATE,
     }
 )
-"""Nor do these extended codes: what SQLite makes beside the file found no room, or could not be written."""
+"""Extended codes that do not either: SQLite could not create or write a file beside it."""
 
 _DISK_FULL = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE})
 _DISK_FULL_ERRNO = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 MEMORY_BYTES = 128 << 20
-"""What a state in memory takes at most, beside the packages that `PartitionState` holds."""
+"""The most that a state in memory takes, in addition to the packages in `PartitionState`."""
 
 SPARE_BYTES = 32 << 20
-"""How much must be free beside a state that goes back to the disk, so that it does not fill it again at once."""
+"""How much more room a state in memory needs before it goes back to the disk, so as not to fill it at once."""
 
 _PAGE_BYTES = 4 << 10
 _CACHE_KIB = 2 << 10
@@ -100,21 +100,21 @@ _LOOK_ROWS = 100
 _UNKNOWN = PackageCreated("", "", "", "", None, "{}")
 
 AT_ONCE = 2_000
-"""Of a package with more commands and files than this, so many are made answers at a time; about 20 ms."""
+"""`tidy` turns about so many commands and files into answers at a time, which takes about 20 ms."""
 
 _TABLES = (
-    # One row: what the state belongs to, where it stands, and the number of the next row of answers.
+    # One row: the state's log and partition, its anchor, and the id of the next row of answers.
     "CREATE TABLE about (body BLOB NOT NULL)",
     "CREATE TABLE packages (package_id BLOB PRIMARY KEY, body BLOB NOT NULL) WITHOUT ROWID",
-    # Of some commands, what they became since the last save; `sequence` is their last event's.
+    # Several commands and what became of them; `sequence` is that of their last event.
     """CREATE TABLE commands (package_id BLOB, sequence INTEGER, body BLOB NOT NULL,
         PRIMARY KEY (package_id, sequence)) WITHOUT ROWID""",
-    # Several commands of one package in a row: that makes few rows, and a retry is still found at once.
+    # Each row holds several commands of one package: so there are few rows, and a retry is still found quickly.
     """CREATE TABLE answers (
         id INTEGER PRIMARY KEY, finalized_at INTEGER NOT NULL, command_ids BLOB NOT NULL, body BLOB NOT NULL)""",
-    # One row: what `Irregular` has.
+    # One row: the fields of `Irregular`.
     "CREATE TABLE irregular (body BLOB NOT NULL)",
-    # Finalized packages some of whose commands are no answers yet; `next_answer` is of those that are kept for them.
+    # Finalized packages some of whose commands are not answers yet; `next_answer` is the next id reserved for them.
     """CREATE TABLE untidy (
         id INTEGER PRIMARY KEY, package_id BLOB NOT NULL UNIQUE, finalized_at INTEGER NOT NULL,
         next_answer INTEGER NOT NULL, body BLOB NOT NULL)""",
@@ -122,19 +122,19 @@ _TABLES = (
 
 
 class StateFileError(UnavailableError):
-    """The file cannot be used now. Unless it is a DiskFullError, the partition is taken over again."""
+    """The file cannot be used at the moment. Except for a DiskFullError, the partition is taken over again."""
 
 
 class DiskFullError(StateFileError):
-    """There is no room: what was saved before is whole, and a state can go on in memory until there is."""
+    """The disk is full. What was saved before is intact; the state stays in memory until there is room."""
 
 
 class UnusableStateError(StateFileError):
-    """The file is corrupt, another's, or of another format: it is to be thrown away and built anew."""
+    """The file is damaged, another program's, or of another format: discard it."""
 
 
 class ForeignStateError(StateFileError):
-    """The file is whole, but was folded from another log: the topic was deleted and made again."""
+    """The file is intact, but belongs to another log: the topic was deleted and created again."""
 
     def __init__(self, detail: str, log: UUID, anchor: Anchor) -> None:
         super().__init__(detail)
@@ -144,7 +144,7 @@ class ForeignStateError(StateFileError):
 
 @dataclass(frozen=True, slots=True)
 class LogPartition:
-    """One partition of one topic, which a state is folded from. `identity` is the topic's."""
+    """The partition that a state belongs to. `identity` is the topic's."""
 
     identity: UUID
     topic: str
@@ -153,7 +153,7 @@ class LogPartition:
 
 @dataclass(frozen=True, slots=True)
 class Anchor:
-    """The last record that was folded into a state, by which the state is compared with the log."""
+    """The last record that was folded into a state. The state is compared with the log by it."""
 
     next_offset: int = 0
     """The offset after that record."""
@@ -165,16 +165,16 @@ class Anchor:
 
 @dataclass(slots=True)
 class Irregular:
-    """What a partition held, up to where its state stands, that is no next event of a package."""
+    """The records of a partition, up to the end of its state, that are not the next event of a package."""
 
     administrative: AdministrativeHead | None = None
     """The last administrative record of this log."""
     skipped: int = 0
-    """Records that are no events, passed over as an operator confirmed."""
+    """How many records are not events and are skipped, as an operator confirmed."""
     repeated: int = 0
-    """Events that their packages had already, passed over."""
+    """How many events their packages had already, and are skipped."""
     quarantined: dict[UUID, str] = field(default_factory=dict)
-    """Packages whose history is contradicted, and by what."""
+    """Packages whose history the log contradicts, and how."""
     accepted: list[AcceptedLoss] = field(default_factory=list)
     """Losses that were accepted in this log."""
 
@@ -189,7 +189,7 @@ class Summary(NamedTuple):
 
 
 class StateFile:
-    """Used by one thread at a time; every method blocks and raises StateFileError."""
+    """For use by one thread at a time. Every method blocks, and raises StateFileError."""
 
     def __init__(
         self,
@@ -201,30 +201,30 @@ class StateFile:
         *,
         alone: bool = False,
     ) -> None:
-        """Of `open`, `create` and `in_memory`."""
+        """Use `open`, `create` or `in_memory`."""
         self.path = path
         self.alone = alone
-        """Whether nobody else can open it: it is in memory, or was opened on a full disk. See `shared`."""
+        """Whether nobody else can open it, because it is in memory or was opened on a full disk. See `shared`."""
         self.anchor = anchor
         self._connection = connection
         self.origin = origin
         self._next_answer = next_answer
-        self._looked_at = anchor.digest[:16]  # as good as random, so that processes that end soon come round as well
+        self._looked_at = anchor.digest[:16]  # at random, so that short-lived processes reach all packages in time
         self.irregular = _irregular(connection.execute("SELECT body FROM irregular").fetchone()[0])
-        """As it was when the file was opened; the caller may change it, and `save` writes it."""
+        """Read when the file is opened. The caller may change it, and `save` writes it."""
         self.untidy = connection.execute("SELECT 1 FROM untidy LIMIT 1").fetchone() is not None
         """Whether there is anything for `tidy` to do."""
 
     @classmethod
     def create(cls, path: Path, origin: LogPartition) -> Self:
-        """A new file, in place of any that is there."""
+        """Create the file, replacing an existing one."""
         remove(path)
         with _explained(path):
             return cls(path, _made(_connect(private_file(path), "rw"), origin), origin, Anchor(), 1)
 
     @classmethod
     def in_memory(cls, path: Path, origin: LogPartition) -> Self:
-        """A new state for which the disk has no room. It takes MEMORY_BYTES at most; `shared` brings it to `path`."""
+        """Create a state in memory, for a full disk. It takes MEMORY_BYTES at most; `shared` writes it to `path`."""
         with _explained(path):
             connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
             connection.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
@@ -233,10 +233,10 @@ class StateFile:
 
     @classmethod
     def open(cls, path: Path, origin: LogPartition) -> Self:
-        """The file that is there.
+        """Open the existing file.
 
-        Raises UnusableStateError when it is not a whole state of this topic and partition, ForeignStateError when it is
-        one of another log.
+        Raises UnusableStateError if it is not an intact state of this topic and partition, and ForeignStateError if it
+        belongs to another log.
         """
         with _explained(path, opening=True, reading=True):
             size = path.stat().st_size
@@ -266,7 +266,7 @@ class StateFile:
                 raise
 
     def beside(self) -> Self:
-        """The same file once more, to `load` what was saved from another thread; to be closed by it."""
+        """Another connection to the file, on which another thread can `load` packages. That thread closes it."""
         with _explained(self.path):
             connection = _connect(self.path, "rw")
             try:
@@ -277,9 +277,9 @@ class StateFile:
                 raise
 
     def shared(self) -> Self:
-        """The same state as a file that others can open too, in place of this one.
+        """Replace this state by the same one in a file that others can open too.
 
-        Raises DiskFullError, after which this one is still to be used.
+        Raises DiskFullError, after which this one can still be used.
         """
         with _explained(self.path):
             if self._in_memory:
@@ -311,14 +311,14 @@ class StateFile:
         return not file
 
     def close(self) -> None:
-        """Close the connection; what was saved stays."""
+        """Close the connection. What was saved stays."""
         with _explained(self.path):
             self._connection.close()
 
     def load(self, package_id: UUID, command_id: UUID | None, kept_after: int) -> PackageState | None:
-        """The package; None when there is none.
+        """The package; None if there is none.
 
-        Of a finalized one only what this command became, and only if it was finalized after `kept_after` (µs).
+        A finalized package comes with this command alone, and only if it was finalized after `kept_after` (µs).
         """
         with _explained(self.path, reading=True):
             found = self._row(package_id)
@@ -334,7 +334,7 @@ class StateFile:
             return self._finalized_package(package_id, values, command_id, kept_after)
 
     def summary_of(self, package_id: UUID) -> Summary | None:
-        """What is known of the package at little cost; None when there is none."""
+        """What can be told of the package at little cost; None if there is none."""
         with _explained(self.path, reading=True):
             found = self._row(package_id)
             if found is None:
@@ -348,13 +348,13 @@ class StateFile:
         return None if row is None else unsealed(row[0])
 
     def save(self, changed: Iterable[tuple[PackageState, int]], anchor: Anchor, answers_kept_after: int) -> None:
-        """Write packages that changed, each with the sequence up to which the file has it, in one transaction.
+        """Write changed packages, each with the sequence up to which the file has it, in one transaction.
 
-        Answers of packages that were finalized at `answers_kept_after` (µs) or before are deleted, some at a time.
+        Also deletes some answers of packages that were finalized at `answers_kept_after` (µs) or before.
         """
         with _explained(self.path), self._numbering(), _transaction(self._connection):
             changes = Changes(self._connection)
-            # In the order of their keys, which are spread all over the table.
+            # In the order of the table, in which packages that changed are far apart.
             for state, saved in sorted(changed, key=lambda found: found[0].package_id.bytes):
                 if state.status == FINALIZED:
                     self._save_finalized(changes, state, saved)
@@ -368,7 +368,7 @@ class StateFile:
 
     @contextmanager
     def _numbering(self) -> Iterator[None]:
-        """Take the numbers back that answers got in a transaction that failed."""
+        """Release the ids that answers got in a transaction that failed."""
         first_free = self._next_answer
         try:
             yield
@@ -377,7 +377,7 @@ class StateFile:
             raise
 
     def tidy(self) -> None:
-        """Make some more commands of large finalized packages answers, in a transaction of its own."""
+        """Turn some more commands of large finalized packages into answers, in a transaction of its own."""
         with _explained(self.path, reading=True), _transaction(self._connection):
             execute = self._connection.execute
             row = execute("SELECT * FROM untidy ORDER BY id LIMIT 1").fetchone()
@@ -398,9 +398,9 @@ class StateFile:
         self.untidy = untidy
 
     def put_away(self, idle_before: int) -> set[UUID]:
-        """Drop the files and commands of open packages whose last event lies before `idle_before` (µs); which it was.
+        """Delete files and commands of open packages whose last event is older than `idle_before` (µs); which ones.
 
-        Looks at a few packages and goes on there the next time, in a transaction of its own.
+        Looks at some packages in a transaction of its own, and continues there the next time.
         """
         with _explained(self.path, reading=True), _transaction(self._connection):
             execute = self._connection.execute
@@ -425,7 +425,7 @@ class StateFile:
         return gone
 
     def _next_commands(self, package_id: bytes) -> tuple[list[bytes], int, bool]:
-        """The first rows of the package's commands, the last one's sequence, and whether these are all."""
+        """The first rows of the package's commands, the sequence of the last of them, and whether these are all."""
         found = self._connection.execute(
             "SELECT sequence, body FROM commands WHERE package_id = ? ORDER BY sequence", (package_id,)
         )
@@ -439,7 +439,7 @@ class StateFile:
         return bodies, last, True
 
     def _add_answers(self, changes: Changes, answers: Iterable[Answer], finalized_at: int, number: int) -> int:
-        """Write answers from this number on; the number behind the last."""
+        """Write answers under the ids from `number` on; the next free id."""
         for command_ids, body in answer_rows(answers):
             changes.answers.add(number, finalized_at, command_ids, body)
             number += 1
@@ -472,7 +472,7 @@ class StateFile:
             if saved:
                 changes.answered.add(key)
         else:
-            # As many numbers as `tidy` may need: a row is full, or the last one of a turn.
+            # As many ids as `tidy` may need: each row is full, or the last one of a turn.
             self._next_answer += entries // ROW_ENTRIES + entries // AT_ONCE + 2
             self._save_commands(changes, state, saved)
             self._connection.execute(
@@ -496,9 +496,9 @@ class StateFile:
         changes.packages.add(key, body)
 
     def _purge(self, kept_after: int) -> None:
-        """What goes is at the front, up to the first that is still kept.
+        """Delete answers from the first one up to the first that is still needed.
 
-        Those of one save lie by their packages, not by their time: some may stay for a while longer.
+        The answers of one save are in the order of their packages, not of their time, so some stay a bit longer.
         """
         row = self._connection.execute(
             "SELECT coalesce(min(CASE WHEN finalized_at > ? THEN id END), max(id) + 1) "
@@ -593,7 +593,7 @@ def _irregular(body: bytes) -> Irregular:
 
 
 def _bring_up_to_date(connection: sqlite3.Connection) -> None:
-    """What the format before this one lacks: it stopped at everything irregular, so that there is none before it."""
+    """Convert a file of the format before, which has no `Irregular`: its release stopped at everything irregular."""
     with _transaction(connection):
         connection.execute("CREATE TABLE irregular (body BLOB NOT NULL)")
         connection.execute("INSERT INTO irregular VALUES (?)", (_sealed_irregular(Irregular()),))
@@ -601,7 +601,7 @@ def _bring_up_to_date(connection: sqlite3.Connection) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Write a consistent copy of a state that may be in use, by a connection of its own; blocks."""
+    """Write a consistent copy of a state, which may be in use. Blocks."""
     with _explained(source):
         reading = _connect(source, "rw")
         try:
@@ -620,14 +620,14 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a state with what SQLite keeps beside it. Raises StateFileError."""
+    """Delete a state, with the files that SQLite keeps beside it. Raises StateFileError."""
     with _explained(path):
         for suffix in ("", "-wal", "-shm", "-journal"):
             path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
 def _made(connection: sqlite3.Connection, origin: LogPartition) -> sqlite3.Connection:
-    """The connection, with an empty state in it; closed when that fails."""
+    """Create an empty state on the connection, and return that. Closes it on failure."""
     try:
         with _transaction(connection):
             connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
@@ -643,7 +643,7 @@ def _made(connection: sqlite3.Connection, origin: LogPartition) -> sqlite3.Conne
 
 
 def _connect_with_or_without_room(path: Path) -> tuple[sqlite3.Connection, bool]:
-    """A connection, and whether it shuts others out: a full disk may have no room for the memory that they share."""
+    """A connection, and whether it excludes others: a full disk may have no room for the shared memory file."""
     try:
         return _connect(path, "rw"), False
     except sqlite3.OperationalError as error:
@@ -661,7 +661,7 @@ def _connect(path: Path, mode: str, *, alone: bool = False) -> sqlite3.Connectio
             connection.execute("PRAGMA locking_mode = EXCLUSIVE")
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")
-        # What is deleted need not be overwritten; some systems build SQLite so that it is.
+        # Deleted content need not be overwritten, which is the default on some systems.
         connection.execute("PRAGMA secure_delete = OFF")
         connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
         connection.execute(f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}")
@@ -678,7 +678,7 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
         yield
         connection.execute("COMMIT")
     except BaseException:
-        # The first error is the one to tell.
+        # The first error is the one to report.
         with suppress(sqlite3.Error):
             connection.execute("ROLLBACK")
         raise
@@ -686,7 +686,7 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
 
 @contextmanager
 def _explained(path: Path, *, opening: bool = False, reading: bool = False) -> Iterator[None]:
-    """Tell SQLite's and the system's errors as ours; at opening, all but passing ones say that it is no state."""
+    """Translate errors of SQLite and the system. At opening, all but passing ones mean that it is not a state."""
     try:
         yield
     except sqlite3.Error as error:
@@ -701,40 +701,41 @@ def _explained(path: Path, *, opening: bool = False, reading: bool = False) -> I
         raise kind(f"the state file {path} cannot be used: {error.strerror}") from error
     except DamagedRowError:
         raise UnusableStateError(f"{path.name} holds a damaged row") from None
-    except (KeyError, TypeError, ValueError) as error:  # of a row: its form is another one
+    except (KeyError, TypeError, ValueError) as error:  # the row has an unknown form
         if not reading:
             raise
         raise UnusableStateError(f"{path.name} holds a row that cannot be read: {type(error).__name__}") from error
 
 
 ROW_ENTRIES = 128
-"""A row is closed when it holds so many commands and files, one of answers when it holds so many commands."""
+"""A row of commands holds about so many commands and files, a row of answers so many commands."""
 
 _CHECKSUM = 4
 _ID_BYTES = 16
 
 Command = tuple[bytes, str, str, int, int, int, bytes]
-"""Of one command: its id, and what it became, in the order of `CommandState`."""
+"""A command's id, and what became of it, in the order of `CommandState`."""
 
 Answer = tuple[Command, list[Any] | None, tuple[bytes, bytes] | None]
-"""Of one command: what it became, what else its answer needs, and what is kept of files that it brought.
+"""A command, what else its answer needs, and what is kept of its files.
 
-The second is the creation's fields if it was that, and `Unportable` if it finalized a package that holds any.
+The second is the fields of `PackageCreated` for a creation, and `Unportable` for the finalization of a package that has
+such paths.
 """
 
 
 class DamagedRowError(ValueError):
-    """The checksum of a row is not that of its content."""
+    """The checksum of a row does not match its content."""
 
 
 def sealed(*values: Any) -> bytes:
-    """The values as a row's body."""
+    """The body of a row with these values."""
     content = cbor2.dumps(values)
     return content + zlib.crc32(content).to_bytes(_CHECKSUM)
 
 
 def unsealed(body: bytes) -> list[Any]:
-    """The values of a row's body. Raises DamagedRowError."""
+    """The values in the body of a row. Raises DamagedRowError."""
     content, checksum = body[:-_CHECKSUM], body[-_CHECKSUM:]
     if zlib.crc32(content).to_bytes(_CHECKSUM) != checksum:
         raise DamagedRowError
@@ -743,7 +744,7 @@ def unsealed(body: bytes) -> list[Any]:
 
 
 def command_rows(state: PackageState, saved: int) -> Iterator[tuple[int, bytes]]:
-    """Of an open package what came after the event `saved`, several commands to a row: the last sequence, the body."""
+    """Rows of the package's commands after its event `saved`: the last sequence of each row, and its body."""
     files_of = state.files
     commands: list[Command] = []
     files: list[list[FileState]] = []
@@ -765,7 +766,7 @@ def command_rows(state: PackageState, saved: int) -> Iterator[tuple[int, bytes]]
 
 
 def add_command_row(state: PackageState, body: bytes) -> int:
-    """Put back what `command_rows` gave; how many events that is. Raises as `unsealed`."""
+    """Add the commands in a row of `command_rows`; the number of their events. Raises as `unsealed`."""
     events = 0
     for command, paths, files in _commands(body):
         known = _add_command(state, command)
@@ -776,12 +777,12 @@ def add_command_row(state: PackageState, body: bytes) -> int:
 
 
 def entries_of(body: bytes) -> int:
-    """How many commands and files a row of `command_rows` holds. Raises as `unsealed`."""
+    """The number of commands and files in a row of `command_rows`. Raises as `unsealed`."""
     return sum(1 + len(files) for _, _, files in _commands(body))
 
 
 def answers_of(state: PackageState) -> Iterator[Answer]:
-    """What retries of the package's commands are compared with and answered by."""
+    """What it takes to recognise and answer retries of the package's commands."""
     files_of = state.files
     of_package = package_values(state)
     for command_id, known in state.commands.items():
@@ -790,14 +791,14 @@ def answers_of(state: PackageState) -> Iterator[Answer]:
 
 
 def answers_of_rows(bodies: Iterable[bytes], of_package: Sequence[list[Any]]) -> Iterator[Answer]:
-    """The same, made of rows that `command_rows` gave, and of `package_values`. Raises as `unsealed`."""
+    """The same from rows of `command_rows` and from `package_values`. Raises as `unsealed`."""
     for body in bodies:
         for command, _, files in _commands(body):
             yield command, _needed(command, *of_package), _answered(files)
 
 
 def answer_rows(answers: Iterable[Answer]) -> Iterator[tuple[bytes, bytes]]:
-    """Several commands to a row, that makes few rows: the ids of its commands one behind the other, and its body."""
+    """Rows of answers, each with several commands: the joined ids of the commands, and the body."""
     left = iter(answers)
     while found := list(islice(left, ROW_ENTRIES)):
         commands, needed, answered = zip(*found, strict=True)
@@ -806,7 +807,7 @@ def answer_rows(answers: Iterable[Answer]) -> Iterator[tuple[bytes, bytes]]:
 
 
 def add_answers(state: PackageState, body: bytes, command_id: UUID) -> None:
-    """Put back what `answer_rows` gave of this command. Raises as `unsealed`."""
+    """Add this command from a row of `answer_rows`. Raises as `unsealed`."""
     for command, needed, answered in _commands(body):
         if command[0] != command_id.bytes:
             continue
@@ -820,17 +821,17 @@ def add_answers(state: PackageState, body: bytes, command_id: UUID) -> None:
 
 
 def created_values(created: PackageCreated) -> list[Any]:
-    """The creation's fields in their order."""
+    """The fields of `PackageCreated` in their order."""
     return [getattr(created, name) for name in PackageCreated.__slots__]
 
 
 def package_values(state: PackageState) -> list[list[Any]]:
-    """What answers need of a finalized package beside its commands and files."""
+    """What answers need of a finalized package in addition to its commands and files."""
     return [created_values(state.created), list(state.find_unportable())]
 
 
 def _needed(command: Command, created: list[Any], unportable: Sequence[Any] = ()) -> list[Any] | None:
-    """What of `package_values`, which may come from a file of before there was the second, this command needs."""
+    """The part of `package_values` that this command needs. Older files do not have the second part."""
     if command[1] == PACKAGE_CREATED:
         return created
     return list(unportable) if command[1] == PACKAGE_FINALIZED and unportable and unportable[0] else None
@@ -841,7 +842,7 @@ def _unportable(number: int, pairs: Sequence[Sequence[str]]) -> Unportable:
 
 
 def _add_command(state: PackageState, values: Command) -> CommandState:
-    """The command as the newest row has it, with what those before it have of its files."""
+    """Add a command as the newest row has it, with the files that earlier rows have of it."""
     command_id = UUID(bytes=values[0])
     before = state.commands.get(command_id)
     state.commands[command_id] = command = CommandState(*values[1:])
@@ -864,13 +865,13 @@ def _command(command_id: UUID, command: CommandState) -> Command:
 
 
 def _columns(commands: Iterable[Command]) -> tuple[Any, ...]:
-    """By column, of which those of equal length are one piece each."""
+    """The commands by column. Columns of values of equal length are joined."""
     ids, *between, digests = zip(*commands, strict=True)
     return b"".join(ids), *between, b"".join(digests)
 
 
 def _commands(body: bytes) -> Iterator[tuple[Command, Any, Any]]:
-    """The commands of a row, each with what the row's other two columns have of it. Raises as `unsealed`."""
+    """The commands of a row, each with its values in the row's other two columns. Raises as `unsealed`."""
     (ids, *between, digests), *others = unsealed(body)
     columns = _pieces(ids, _ID_BYTES), *between, _pieces(digests, DIGEST_BYTES)
     return zip(zip(*columns, strict=True), *others, strict=True)
@@ -881,14 +882,14 @@ def _pieces(joined: bytes, size: int) -> list[bytes]:
 
 
 def _answered(files: Sequence[Sequence[Any]]) -> tuple[bytes, bytes] | None:
-    """The values of `Answered`, of files as `command_rows` has them."""
+    """The values of `Answered` for files in the form of `command_rows`."""
     if not files:
         return None
     return items_digest([item for _, _, item, _ in files]), b"".join([digest for _, digest, _, _ in files])
 
 
 def _since(commands: dict[UUID, CommandState], saved: int) -> list[tuple[UUID, CommandState]]:
-    """Those with events after `saved`. They come in the order of their events, so that what is new is at the end."""
+    """The commands with events after `saved`. Commands are in the order of their events, so these are the last ones."""
     found = []
     for item in reversed(commands.items()):
         if item[1].last_sequence <= saved:
@@ -899,17 +900,17 @@ def _since(commands: dict[UUID, CommandState], saved: int) -> list[tuple[UUID, C
 
 
 STATEMENT_ROWS = 64
-"""In one statement; with four columns well below the 999 values that every SQLite takes."""
+"""The most rows in one statement. With four columns this is well below the 999 values that every SQLite accepts."""
 
 STATEMENT_BYTES = 4 << 20
-"""About how many bytes of values wait for their statement."""
+"""A statement is carried out when its values take this many bytes."""
 
 
 class Many:
-    """Gathers rows and carries out a statement for many; the last ones with `flush`. Blocks on the file."""
+    """Gathers rows and writes many with one statement; `flush` writes the last ones. Blocks on the file."""
 
     def __init__(self, connection: Connection, statement: Callable[[str], str], columns: int) -> None:
-        """`statement` is given the places of the rows: `(?, ?), (?, ?)` for two of two columns, `?, ?` for one."""
+        """`statement` gets the placeholders of the rows: `(?, ?), (?, ?)` for two of two columns, `?, ?` for one."""
         self._connection = connection
         self._statement = statement
         self._row = f"({', '.join('?' * columns)})" if columns > 1 else "?"
@@ -917,7 +918,7 @@ class Many:
         self._rows = self._bytes = 0
 
     def add(self, *row: Any) -> None:
-        """One more row. Raises sqlite3.Error of any row so far."""
+        """Add a row. Raises sqlite3.Error, perhaps about an earlier row."""
         self._values += row
         self._rows += 1
         self._bytes += len(row[-1])
@@ -925,23 +926,23 @@ class Many:
             self.flush()
 
     def flush(self) -> None:
-        """Carry it out for the rows that wait. Raises sqlite3.Error."""
+        """Write the rows that wait. Raises sqlite3.Error."""
         if self._rows:
             self._connection.execute(self._statement(", ".join([self._row] * self._rows)), self._values)
             self._values, self._rows, self._bytes = [], 0, 0
 
 
 class Changes:
-    """What a save changes in the tables of a state file."""
+    """The changes of a save to the tables of a state file."""
 
     def __init__(self, connection: Connection) -> None:
         self.packages = Many(connection, "INSERT OR REPLACE INTO packages VALUES {}".format, 2)
         self.commands = Many(connection, "INSERT INTO commands VALUES {}".format, 3)
         self.answers = Many(connection, "INSERT INTO answers VALUES {}".format, 4)
         self.answered = Many(connection, "DELETE FROM commands WHERE package_id IN ({})".format, 1)
-        """Packages whose commands are answers by now."""
+        """Packages whose commands have become answers."""
 
     def flush(self) -> None:
-        """Carry out what waits. Raises sqlite3.Error."""
+        """Write all rows that wait. Raises sqlite3.Error."""
         for many in (self.packages, self.commands, self.answers, self.answered):
             many.flush()
