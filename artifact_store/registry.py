@@ -81,7 +81,7 @@ class Registry(ABC):
 
         Raises:
             PackageNotFoundError, IllegalPackageStateError, DuplicateRelativePathError, PathConflictError,
-                InvalidPathError: checked before the body is read, and again when it is stored.
+                InvalidPathError: checked before a large body is read, and again when it is stored.
             ContentMismatchError: the bytes are not what `declared` says.
             TooLargeError, CommandReusedError.
         """

@@ -186,6 +186,11 @@ class Call:
         """Whether `body` raises at its end if it is not what the headers declare."""
         return bool(self._digests)
 
+    @property
+    def waits_to_send(self) -> bool:
+        """Whether the client waits for `100 Continue` before it sends the body."""
+        return self._expects
+
     def take_sha256(self) -> bytes | None:
         """The SHA-256 that the headers declare of the content. The caller must check it: `body` no longer does."""
         return self._digests.pop("sha-256", None)

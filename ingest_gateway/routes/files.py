@@ -74,10 +74,17 @@ async def ingest_file(call: Call) -> web.StreamResponse:
     largest = call.gateway.bounds.max_file_bytes
     if said.size_bytes is not None and said.size_bytes > largest:
         raise TooLargeError(f"a file may have {largest:,} bytes here")
-    # The registry asks the writer before it takes the first byte of the body, and the first byte that is taken sends
-    # 100-continue: a client that waits for it is spared an upload that would be refused.
+    # The first byte of the body that is taken sends 100-continue. A client that waits for it is spared an upload that
+    # would be refused, because the registry asks the writer before.
     done = await call.registry.ingest(
-        package_id, relative_path, media_type, call.body(), actor, declared=said, command_id=command_id
+        package_id,
+        relative_path,
+        media_type,
+        call.body(),
+        actor,
+        declared=said,
+        command_id=command_id,
+        ask_first=call.waits_to_send,
     )
     location = f"/v1/packages/{package_id}/files/{quoted(relative_path)}"
     return json_answer(FileIngestedAnswer.of(done), status=201, headers={"Location": location})
@@ -197,8 +204,9 @@ ROUTES = (
             description="The bytes. `Content-Type` becomes the file's media type (absent: application/octet-stream).",
         ),
         problems=(*INGESTING, *READING, *WRITING),
-        description="Package, path and state are checked before the body is read. A body that ends early, differs from "
-        "what is declared or comes with a `Content-Encoding` leaves nothing behind.",
+        description="Package, path and state are checked before `100 Continue` is sent, and again when the bytes are "
+        "stored. A body that ends early, differs from what is declared or comes with a `Content-Encoding` leaves "
+        "nothing behind.",
         tag="files",
         transfer="uploads",
     ),

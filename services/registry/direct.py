@@ -19,6 +19,7 @@ from artifact_store.errors import (
     InvalidRequestError,
     PackageNotFoundError,
     RangeNotSatisfiableError,
+    RejectedError,
     TooLargeError,
     UnavailableError,
     UnknownContentError,
@@ -58,6 +59,7 @@ WAIT_SECONDS = 10.0
 """How long a read waits for the view at most."""
 
 _ASKED_AT_ONCE = 500
+_CLASSES_REMEMBERED = 10_000
 
 
 class DirectRegistry(Registry):
@@ -82,6 +84,8 @@ class DirectRegistry(Registry):
         self._blobs = blobs
         self._bundles = BundleStore(blobs)
         self._small = SharedPacks(blobs)
+        self._classes: dict[tuple[UUID, str], str] = {}
+        """Retention classes by package and actor, of the latest packages that take files of an actor."""
         self._queries = queries
         self._limits = limits
         self._freshen = freshen
@@ -156,17 +160,34 @@ class DirectRegistry(Registry):
         *,
         declared: Declared,
         command_id: UUID | None = None,
+        ask_first: bool = False,
     ) -> Acknowledgement:
+        """See `Registry`. A small body is read before its package's writer is asked, unless `ask_first` is set.
+
+        That is so once the writer has said to this process of which retention class the package is, until it refuses a
+        file of this actor. So whoever is refused again and again has one body stored at most.
+        """
         check_text("actor", actor)
         check_text("media_type", media_type)
         check_path(relative_path)
-        kept_as = await self._writer.check_ingest(package_id, [relative_path], command_id)
+        small, kept_as = is_small(declared), None
+        if small and not ask_first:
+            kept_as = self._classes.get((package_id, actor))
+        if kept_as is None:
+            kept_as = await self._writer.check_ingest(package_id, [relative_path], command_id)
         largest = self._limits.max_file_bytes
-        if kept_as is not None and is_small(declared):
+        if small and kept_as is not None:
+            self._classes[package_id, actor] = kept_as
+            if len(self._classes) > _CLASSES_REMEMBERED:
+                del self._classes[next(iter(self._classes))]
             blob = await self._small.store(body, declared=declared, max_bytes=largest, retention_class=kept_as)
         else:
             blob = await self._blobs.store(body, declared=declared, max_bytes=largest)
-        return await self._record(package_id, [Placed(relative_path, media_type, blob)], actor, command_id)
+        try:
+            return await self._record(package_id, [Placed(relative_path, media_type, blob)], actor, command_id)
+        except RejectedError:
+            self._classes.pop((package_id, actor), None)
+            raise
 
     async def ingest_files(
         self, package_id: UUID, files: Bundle, actor: str, *, command_id: UUID | None = None

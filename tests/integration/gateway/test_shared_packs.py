@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from random import Random
 from uuid import UUID
@@ -11,6 +11,7 @@ from uuid import UUID
 import pytest
 
 from artifact_store import Client
+from artifact_store.archives.bundle import SMALL_FILE_BYTES
 from artifact_store.errors import ContentMismatchError, CorruptError
 from artifact_store.events import FileIngested
 from artifact_store.models import Declared
@@ -109,3 +110,42 @@ async def test_damage_in_a_shared_object_costs_one_file_and_is_healed_by_its_byt
         assert await read(hit) == contents[hit]
         healed = await checked(gateway)
         assert (healed.violations, healed.healed > 0) == ([], True)
+
+
+async def test_the_writer_is_not_asked_about_each_small_file(
+    embedded_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever is refused is asked about again: of what nobody takes, one body lies in the store at most."""
+    async with running_gateway(embedded_settings) as gateway:
+        writer, asked = gateway.parts.writer, list[tuple[UUID, str]]()
+        check = writer.check_ingest
+
+        async def noted(package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None) -> str | None:
+            asked.append((package_id, relative_paths[0]))
+            return await check(package_id, relative_paths, command_id)
+
+        monkeypatch.setattr(writer, "check_ingest", noted)
+        package, other = [
+            await gateway.parts.registry.create_package(name, "lab", "s", "scratch") for name in ("p", "q")
+        ]
+
+        async def put(package: UUID, path: str, data: bytes, **headers: str) -> int:
+            url = f"/v1/packages/{package}/files/{path}"
+            async with gateway.session.put(url, data=data, headers=headers) as answer:
+                return answer.status
+
+        for number in range(5):
+            assert await put(package, f"{number}", b"%d" % number) == 201
+        assert asked == [(package, "0")]
+        assert [await put(package, "0", b"refused %d" % number) for number in range(5)] == [409] * 5
+        assert asked[1:] == [(package, "0")] * 4
+        stored = {path.read_bytes() for path in (tmp_path / "blobs" / "blobs").rglob("*") if path.is_file()}
+        assert stored == {b"0", b"1", b"2", b"3", b"4", b"refused 0"}
+
+        asked.clear()
+        assert await put(package, "5", b"5") == 201
+        assert await put(package, "6", b"6") == 201
+        assert await put(package, "7", b"7", **{"X-Actor": "another"}) == 201
+        assert await put(other, "0", b"0") == 201
+        assert await put(package, "large", bytes(SMALL_FILE_BYTES + 1)) == 201
+        assert asked == [(package, "5"), (package, "7"), (other, "0"), (package, "large")]
