@@ -5,6 +5,7 @@ The client checks them before it sends anything, the gateway before it accepts a
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -85,6 +86,14 @@ def check_host(host: str) -> None:
         host.encode("idna")
     except UnicodeError:
         raise ValueError("the host name is invalid") from None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody but this machine reaches this host, a name or an address without brackets."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def folders_above(path: str) -> Iterator[str]:

@@ -230,7 +230,7 @@ async def registry(settings: Settings) -> AsyncIterator[Registry]:
     if settings.url is not None:
         from artifact_store import Client
 
-        async with Client(settings.url) as remote:
+        async with Client(settings.url, token_file=settings.token_file, ca=settings.ca) as remote:
             yield remote
     elif not is_embedded(settings):
         raise ConfigurationError(

@@ -12,6 +12,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -20,6 +21,7 @@ from pydantic import ValidationError
 from artifact_store.archives.bundle import Bundle, Group, NamedFile
 from artifact_store.client.bodies import BodySource, Sending, send_body, source_of
 from artifact_store.client.downloads import ContentStream, receive_manifest, verified
+from artifact_store.client.login import find_credentials
 from artifact_store.client.many_files import ask_known, name_files, receive_files, send_files
 from artifact_store.client.resumable import RESUMABLE_BYTES, send_resumably
 from artifact_store.client.transport import Answer, Notify, RetryPolicy, Transport, log_retry, read_answer
@@ -73,9 +75,25 @@ class Client(Registry):
     Operations are retried as `policy` says. Once its time is over they raise UnavailableError or PushBackError.
     """
 
-    def __init__(self, url: str, policy: RetryPolicy | None = None, notify: Notify = log_retry) -> None:
-        """`notify` is called before each pause between attempts. Raises ConfigurationError for a malformed URL."""
-        self._transport = Transport(url, policy or RetryPolicy(), notify)
+    def __init__(
+        self,
+        url: str,
+        policy: RetryPolicy | None = None,
+        notify: Notify = log_retry,
+        *,
+        token_file: Path | None = None,
+        ca: Path | None = None,
+    ) -> None:
+        """`notify` is called before each pause between attempts.
+
+        Requests carry the token in `token_file`, else in the file that ARTIFACT_STORE_TOKEN_FILE names, else that of
+        `artifact-store login`. `ca` is a PEM file of authorities to trust beside the system's, else the one that
+        ARTIFACT_STORE_CA names.
+
+        Raises ConfigurationError: the URL is malformed, or a token would be sent to it in the clear.
+        """
+        credentials = find_credentials(url, token_file, ca)
+        self._transport = Transport(url, policy or RetryPolicy(), notify, credentials=credentials, ca=ca)
         self._written = Written()
 
     async def __aenter__(self) -> Client:

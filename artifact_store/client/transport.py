@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 
@@ -22,6 +23,7 @@ from tenacity.wait import wait_random_exponential
 from yarl import URL
 
 from artifact_store.byte_streams import CHUNK_BYTES
+from artifact_store.client.credentials import Credentials, check_secure, trust
 from artifact_store.documents.problem_details import MAX_PROBLEM_BYTES, error_of_answer
 from artifact_store.errors import ArtifactStoreError, ConfigurationError, CorruptError, PushBackError, UnavailableError
 from artifact_store.rules import check_host
@@ -62,8 +64,19 @@ def read_answer(shape: type[Shape], answer: Answer) -> Shape:
 class Transport:
     """Requests to one gateway. Opened and closed with `async with`; used by many tasks of one event loop at a time."""
 
-    def __init__(self, url: str, policy: RetryPolicy, notify: Notify | None = None) -> None:
-        """Raises ConfigurationError when `url` is no plain `http(s)://host[:port][/prefix]`."""
+    def __init__(
+        self,
+        url: str,
+        policy: RetryPolicy,
+        notify: Notify | None = None,
+        *,
+        credentials: Credentials | None = None,
+        ca: Path | None = None,
+    ) -> None:
+        """`credentials` give the token of each request, `ca` names authorities to trust beside the system's.
+
+        Raises ConfigurationError when `url` is no plain `http(s)://host[:port][/prefix]`, or no place to send a token.
+        """
         form = ConfigurationError("the gateway's URL (ARTIFACT_STORE_URL) must have the form http(s)://host[:port]")
         try:
             parts = urlsplit(url)
@@ -77,7 +90,11 @@ class Transport:
             raise form
         if parts.username is not None or parts.password is not None:
             raise ConfigurationError("the gateway's URL (ARTIFACT_STORE_URL) must not hold credentials")
+        if credentials is not None:
+            check_secure(url)
         self.url = url.rstrip("/")
+        self._credentials = credentials
+        self._ca = ca
         self.policy = policy
         self.notify = notify
         self._session: aiohttp.ClientSession | None = None
@@ -85,9 +102,10 @@ class Transport:
         self._calls = asyncio.Semaphore(_AT_ONCE)
 
     async def __aenter__(self) -> Transport:
+        tls = await trust(self._ca) if self.url.startswith("https:") else True
         self._session = aiohttp.ClientSession(
             # No limit here: a request would wait for its connection while its time-out runs.
-            connector=aiohttp.TCPConnector(limit=0, socket_factory=_socket),
+            connector=aiohttp.TCPConnector(limit=0, socket_factory=_socket, ssl=tls),
             cookie_jar=aiohttp.DummyCookieJar(),
             # Digests and ranges refer to the bytes themselves, so nothing may be compressed on the way.
             auto_decompress=False,
@@ -206,11 +224,15 @@ class Transport:
         still = QUIET_SECONDS if endless else self._idle_seconds(answer_seconds)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self.policy.connect_seconds, sock_read=still)
         address = URL(self.url + path + _query_text(query), encoded=True)
+        if self._credentials is not None:
+            headers = {**(headers or {}), "Authorization": f"Bearer {await self._credentials.token()}"}
         try:
             response = await self._session.request(
                 method, address, headers=headers, timeout=timeout, allow_redirects=False, **options
             )
         except (aiohttp.ClientError, TimeoutError) as error:
+            if isinstance(error, aiohttp.ClientResponseError):
+                raise self._lost(error, still) from None  # it holds the request's headers, and so the token
             raise self._lost(error, still) from error
         if not 200 <= response.status < 300:
             raise error_of_answer(response.status, response.headers, await _problem_bytes(response))

@@ -44,6 +44,7 @@ from artifact_store.registry import Registry
 from artifact_store.rules import NONE_UNPORTABLE, PathPair, Unportable
 from artifact_store.transfers.parallel import DEFAULT_CONCURRENCY, NoProgress, TransferProgress, at_once
 from artifact_store.transfers.tree import TreeFile, walk
+from artifact_store.user_files import state_folder
 
 _MOST_AT_ONCE = 64
 
@@ -80,12 +81,7 @@ def default_folder() -> Path | None:
 
     None when the user has no home.
     """
-    named = os.environ.get("XDG_STATE_HOME", "")
-    try:
-        state = Path(named) if named.startswith("/") else Path.home() / ".local" / "state"
-    except RuntimeError:
-        return None
-    return state / "artifact-store" / "pushes"
+    return state_folder("pushes")
 
 
 @contextmanager

@@ -20,9 +20,9 @@ from aiohttp import web
 from pydantic import SecretStr
 
 from artifact_store.errors import ConfigurationError, UnavailableError
+from artifact_store.rules import is_loopback
 from services.config import Settings
 from services.runtime import tls
-from services.runtime.addresses import is_loopback
 
 PEER_NAME = "artifact-store-gateway"
 """The DNS name that the certificate of every gateway has, whatever its host is called."""

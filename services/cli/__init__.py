@@ -7,6 +7,7 @@ import click
 from services.cli.command import Root, common_options
 from services.cli.doctor import doctor
 from services.cli.identity import policy, tokens
+from services.cli.login import login, logout, whoami
 from services.cli.read import manifest, packages, show, tail, usage
 from services.cli.repair import log, parked
 from services.cli.replay import digest, replay
@@ -41,7 +42,7 @@ def main() -> None:
 for _command in (
     *(push, add, finalize, pull, packages, show, manifest, usage, tail),
     *(serve, gateway, projector, migrate),
-    *(tokens, policy),
+    *(login, logout, whoami, tokens, policy),
     *(replay, digest, verify, parked, log, status, doctor),
 ):
     main.add_command(_command)

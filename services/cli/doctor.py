@@ -74,8 +74,7 @@ async def _examine() -> list[Finding]:
         _looked("identity", lambda: _identity(settings)),
     )
     if settings.url is not None:
-        url = settings.url
-        findings.append(await _looked("gateway", lambda: _gateway(url)))
+        findings.append(await _looked("gateway", lambda: _gateway(settings)))
     return [*findings, _disk(settings)]
 
 
@@ -192,12 +191,12 @@ async def _identity(settings: Settings) -> str | None:
     return f"{len(policy.issuer)} issuers, {len(policy.rule)} rules, {len(tokens)} static tokens"
 
 
-async def _gateway(url: str) -> str | None:
-    from artifact_store.client.transport import RetryPolicy, Transport
+async def _gateway(settings: Settings) -> str | None:
+    from services.cli.login import open_transport, who_is
 
-    async with Transport(url, RetryPolicy(total_seconds=5.0)) as transport:
+    async with open_transport(settings, seconds=5.0) as transport:
         await transport.call("GET", "/readyz")
-    return "ready to take writes"
+        return f"ready to take writes; you are {(await who_is(transport)).actor}"
 
 
 def _disk(settings: Settings) -> Finding:

@@ -33,8 +33,8 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from artifact_store.errors import ConfigurationError
+from artifact_store.rules import is_loopback
 from services.core.access import Grant, Packages, Right, matches
-from services.runtime.addresses import ListenAddress
 
 MAX_POLICY_BYTES = 1 << 18
 
@@ -78,12 +78,12 @@ def check_issuer_url(url: str) -> str:
     """An issuer's URL, unchanged. Raises ValueError: it is not https, nor http on loopback."""
     try:
         parts = urlsplit(url)
-        host, port = parts.hostname or "", parts.port
+        host, _ = parts.hostname or "", parts.port
     except ValueError:
         raise ValueError("it is no URL") from None
     if not host or parts.query or parts.fragment or parts.username is not None or not url.isprintable() or " " in url:
         raise ValueError("it must have the form https://host[:port][/path]")
-    if parts.scheme == "http" and ListenAddress(host, port or 80).is_loopback:
+    if parts.scheme == "http" and is_loopback(host):
         return url
     if parts.scheme != "https":
         raise ValueError("it must be https; http is taken on loopback only")

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import re
 import secrets
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -22,6 +20,7 @@ from uuid import uuid4
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from artifact_store.errors import ConfigurationError, InvalidRequestError, NotFoundError, UnavailableError
+from artifact_store.user_files import replace_privately
 from services.core.access import Grant, Packages, Right
 from services.identity.policy import check_name, check_pattern
 from services.runtime.files import FileLock, sync_folder
@@ -186,7 +185,9 @@ def _change(path: Path, change: Callable[[list[StaticToken]], list[StaticToken]]
         path = path.resolve()  # a link stays a link; its target is replaced
         with _locked(path):
             tokens = change(list(read_tokens(path)))
-            _replace(path, _File(format=_FORMAT, tokens=tuple(tokens)).model_dump_json(indent=1).encode() + b"\n")
+            content = _File(format=_FORMAT, tokens=tuple(tokens)).model_dump_json(indent=1).encode()
+            replace_privately(path, content + b"\n")
+            sync_folder(path.parent)
     except OSError as error:
         raise ConfigurationError(f"the tokens file {path} cannot be written: {error.strerror}") from None
 
@@ -200,21 +201,3 @@ def _locked(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Replace the file in one step; only its owner, who stays the same, can read it. Raises OSError."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # 0600
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            if path.exists() and (before := path.stat()).st_uid != os.getuid():
-                os.fchown(descriptor, before.st_uid, before.st_gid)  # root changes what the gateway's user reads
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        with suppress(OSError):
-            Path(name).unlink()
-        raise
-    sync_folder(path.parent)

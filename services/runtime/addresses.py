@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass
 from typing import Self
 
-from artifact_store.rules import check_host
+from artifact_store.rules import check_host, is_loopback
 
 _LAST_PORT = 65_535
-
-
-def is_loopback(host: str) -> bool:
-    """Whether the host, without brackets, is this machine by an address or name that no other machine has."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 @dataclass(frozen=True, slots=True)

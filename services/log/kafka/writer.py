@@ -17,6 +17,7 @@ from blake3 import blake3
 from artifact_store.errors import ArtifactStoreError, ConfigurationError, UnavailableError
 from artifact_store.models import Acknowledgement
 from artifact_store.position import Position
+from artifact_store.rules import is_loopback
 from services.config import Settings
 from services.core.commands import Command
 from services.core.limits import Limits
@@ -42,7 +43,6 @@ from services.log.sequencer.partition_writer import FairLock, PartitionWriter, W
 from services.log.sequencer.queue import EndQuestion, IngestCheck
 from services.log.state.restore import States
 from services.log.state.snapshots import Snapshots
-from services.runtime.addresses import is_loopback
 from services.runtime.clock import Clock, system_clock
 
 _LOG = logging.getLogger(__name__)

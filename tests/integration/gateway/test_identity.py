@@ -17,6 +17,7 @@ from ingest_gateway import server
 from services.config import Settings
 from services.core.access import Right
 from services.identity.static_tokens import create_token
+from tests.integration.processes import COMMAND, command_environment
 from tests.integration.tokens import bearer
 from tests.oidc_provider import CLIENT_ID, provider
 
@@ -72,6 +73,40 @@ async def test_with_policy_and_tokens_each_sender_is_who_the_token_says(
                 shown = await answer.text()
         assert 'artifact_store_authentications_total{issuer="token",outcome="accepted"} 2.0' in shown
         assert 'artifact_store_authentications_total{issuer="sso",outcome="unavailable"} 1.0' in shown
+
+
+async def command(folder: Path, url: str, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of a client's command, whose user's files are in `folder`."""
+    process = await asyncio.create_subprocess_exec(
+        *COMMAND,
+        *arguments,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        cwd=folder,
+        env=command_environment(None, url, folder),
+    )
+    output, errors = await process.communicate()
+    return process.returncode or 0, output.decode(), errors.decode()
+
+
+@pytest.mark.processes
+async def test_a_person_logs_in_from_a_terminal(embedded_settings: Settings, tmp_path: Path) -> None:
+    async with provider() as issuer:
+        policy = tmp_path / "policy.toml"
+        policy.write_text(
+            f'[[issuer]]\nalias = "sso"\nurl = "{issuer.url}"\naudience = ["{CLIENT_ID}"]\nclient_id = "{CLIENT_ID}"\n'
+            '[[rule]]\nissuer = "sso"\nclaims = { sub = "ada" }\ncan = ["read"]\nproducers = ["lab"]\n'
+        )
+        async with started(replace(embedded_settings, policy=policy)) as client:
+            url = str(client._base_url).rstrip("/")
+            code, _, errors = await command(tmp_path, url, "packages")
+            assert (code, "this needs a token" in errors) == (1, True)
+            code, output, errors = await command(tmp_path, url, "login")
+            assert (code, output) == (0, "logged in as sso:ada\n"), errors
+            assert f"open {issuer.url}/activate\nand confirm the code ABCD-EFGH" in errors
+            code, output, errors = await command(tmp_path, url, "whoami")
+            assert "read on packages of lab about *" in output, errors
+            assert (await command(tmp_path, url, "logout"))[:2] == (0, "logged out\n")
 
 
 async def test_a_policy_that_is_invalid_keeps_a_gateway_from_starting(

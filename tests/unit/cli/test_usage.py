@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
 COMMANDS = {
     *("push", "add", "finalize", "pull", "packages", "show", "manifest", "usage", "tail"),
     *("serve", "gateway", "projector", "migrate"),
-    *("tokens", "policy"),
+    *("login", "logout", "whoami", "tokens", "policy"),
     *("replay", "digest", "verify", "parked", "log", "status", "doctor"),
 }
 

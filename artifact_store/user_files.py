@@ -1,0 +1,33 @@
+"""Files of one user: where the client keeps them, and how a file is replaced that nobody else may read."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def state_folder(name: str) -> Path | None:
+    """`artifact-store/NAME` in the user's state folder (XDG Base Directory 0.8); None when the user has no home."""
+    named = os.environ.get("XDG_STATE_HOME", "")
+    try:
+        state = Path(named) if named.startswith("/") else Path.home() / ".local" / "state"
+    except RuntimeError:
+        return None
+    return state / "artifact-store" / name
+
+
+def replace_privately(path: Path, content: bytes) -> None:
+    """Replace the file in one step, or make it. Its owner, who stays the same, alone can read it. Raises OSError."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # only the owner can read it
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            if path.exists() and (before := path.stat()).st_uid != os.geteuid():
+                os.fchown(descriptor, before.st_uid, before.st_gid)  # root changes what another user reads
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
