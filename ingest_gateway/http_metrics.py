@@ -84,9 +84,9 @@ class Metrics:
         self._uploads.set_function(uploads)
         self._downloads.set_function(downloads)
 
-    def refused(self, what: str) -> None:
-        """Count one refusal for lack of a place, by its kind."""
-        self._refused.labels(what).inc()
+    def refused(self, what: str, times: int) -> None:
+        """Count refusals for lack of a place, by their kind; a kind is shown once it was counted, be it 0 times."""
+        self._refused.labels(what).inc(times)
 
     def component(self, name: str, works: bool) -> None:
         """Show whether a component of the process works."""

@@ -43,8 +43,8 @@ _OTHER_DESCRIPTORS = 512
 
 _WANTED_DESCRIPTORS = 65_536
 
-Refused = Callable[[str], None]
-"""Called with the kind of what was refused for lack of a place or of room."""
+Refused = Callable[[str, int], None]
+"""Called with the kind of what was refused for lack of a place or of room, and how often: 0 makes the kind known."""
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,15 @@ class _Shares:
         self.all = 0
         self._refused = refused
         self._of: Counter[str] = Counter()
+        refused(what, 0)
 
     def take(self, client: str, more: int, *, none_left: str, enough: str) -> None:
         """Raises PushBackError with the text `none_left`; TooManyAtOnceError with the text `enough`."""
         if self.all + more > self.limit:
-            self._refused(self.what)
+            self._refused(self.what, 1)
             raise PushBackError(none_left, _RETRY_SECONDS)
         if self._of[client] + more > self.per_client:
-            self._refused(self.what)
+            self._refused(self.what, 1)
             raise TooManyAtOnceError(enough, _RETRY_SECONDS)
         self.all += more
         self._of[client] += more
@@ -108,7 +109,7 @@ class _Shares:
 class Places:
     """A bounded number of places of one kind. Belongs to one event loop."""
 
-    def __init__(self, what: str, limit: int, refused: Refused = lambda _: None) -> None:
+    def __init__(self, what: str, limit: int, refused: Refused = lambda *_: None) -> None:
         self._shares = _Shares(what, limit, refused)
 
     def __len__(self) -> int:
@@ -144,7 +145,7 @@ class Places:
 class Room:
     """A bounded number of bytes that may be held at a time. Belongs to one event loop."""
 
-    def __init__(self, what: str, limit: int, refused: Refused = lambda _: None) -> None:
+    def __init__(self, what: str, limit: int, refused: Refused = lambda *_: None) -> None:
         self._shares = _Shares(what, limit, refused)
 
     @contextmanager

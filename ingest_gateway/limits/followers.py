@@ -20,7 +20,7 @@ def gateway_closes() -> PushBackError:
 class Followers:
     """The places for followers of one gateway. Belongs to one event loop."""
 
-    def __init__(self, limit: int = MAX_FOLLOWERS, refused: Refused = lambda _: None) -> None:
+    def __init__(self, limit: int = MAX_FOLLOWERS, refused: Refused = lambda *_: None) -> None:
         self._places = Places("followers", limit, refused)
         self._stays: set[asyncio.Timeout] = set()
         self._closing = False

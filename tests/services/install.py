@@ -161,6 +161,11 @@ def promtool() -> str:
     return _tool("promtool", "prometheus", "Prometheus")
 
 
+def prometheus_binary() -> str:
+    """The path of Prometheus. Raises ServiceError when it cannot be had."""
+    return _tool("prometheus", "prometheus", "Prometheus")
+
+
 def _tool(name: str, package: str, what: str) -> str:
     if found := shutil.which(name):
         return found

@@ -1,0 +1,73 @@
+"""Prometheus that scrapes given addresses every second and evaluates the alerting rules of the chart."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from tests.services.install import prometheus_binary
+from tests.services.process import Server
+
+RULES = Path(__file__).resolve().parents[2] / "helm" / "artifact-store" / "files" / "alerts.yaml"
+
+
+class PrometheusServer(Server):
+    """One Prometheus. `targets` are the jobs' addresses, HOST:PORT."""
+
+    name: ClassVar[str] = "prometheus"
+
+    def __init__(self, folder: Path, targets: Mapping[str, Sequence[str]], port: int | None = None) -> None:
+        super().__init__(folder, port)
+        self._targets = targets
+
+    @property
+    def endpoint(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def prepare(self) -> None:
+        """Write the configuration."""
+        jobs = [
+            {"job_name": job, "static_configs": [{"targets": list(addresses)}]}
+            for job, addresses in self._targets.items()
+        ]
+        configuration = {
+            "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"},
+            "rule_files": [str(RULES)],
+            "scrape_configs": jobs,
+        }
+        # JSON is YAML.
+        (self.folder / "prometheus.yml").write_text(json.dumps(configuration), encoding="utf-8")
+
+    def command(self) -> list[str]:
+        return [
+            prometheus_binary(),
+            f"--config.file={self.folder}/prometheus.yml",
+            f"--storage.tsdb.path={self.folder}/data",
+            f"--web.listen-address={self.endpoint}",
+        ]
+
+    def environment(self) -> dict[str, str]:
+        return {}
+
+    def answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://{self.endpoint}/-/ready", timeout=2) as answer:
+                return int(answer.status) == 200
+        except OSError:
+            return False
+
+    def query(self, expression: str) -> list[dict[str, Any]]:
+        """The series that the expression gives now. Raises AssertionError when Prometheus refuses it. Blocks."""
+        parameters = urllib.parse.urlencode({"query": expression})
+        try:
+            with urllib.request.urlopen(f"http://{self.endpoint}/api/v1/query?{parameters}", timeout=10) as answer:
+                found = json.load(answer)
+        except urllib.error.HTTPError as error:
+            with error:
+                raise AssertionError(f"{expression}: {error.read().decode()}") from None
+        return list(found["data"]["result"])
