@@ -2,29 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from services.log.kafka.writer import KafkaWriter
+from services.log.port import PartitionStatus
 
 _MICROS = 1_000_000
-_IRREGULAR = {
-    "skipped": (
+_Shown = tuple[float | None, str]
+"""A partition's value, None if it has none, and that of the metric's second label, if it has one."""
+
+_GAUGES: Sequence[tuple[str, str, Sequence[str], Callable[[PartitionStatus], _Shown]]] = (
+    (
+        "artifact_store_partition_owned",
+        "1 while this process takes writes to the partition",
+        (),
+        lambda of: (float(of.since is not None), ""),
+    ),
+    (
+        "artifact_store_partition_owned_since_seconds",
+        "When this process took the partition over, in seconds since 1970",
+        (),
+        lambda of: (None if of.since is None else of.since / _MICROS, ""),
+    ),
+    (
+        "artifact_store_partition_takeover_seconds",
+        "How long the last take-over of the partition took",
+        ("restored_from",),
+        lambda of: (of.takeover_seconds, of.restored_from or ""),
+    ),
+    (
+        "artifact_store_partition_waiting",
+        "Requests that wait for the writer's next turn",
+        (),
+        lambda of: (of.waiting, ""),
+    ),
+    (
+        "artifact_store_partition_memory_only",
+        "1 while the disk has no room for the partition's state file, and what changes is in memory alone",
+        (),
+        lambda of: (float(of.memory_only is not None), ""),
+    ),
+    (
+        "artifact_store_partition_bad_record_offset",
+        "Offset of the record that is no event, before which the partition stands until `artifact-store log skip`",
+        ("digest",),
+        lambda of: (of.bad_offset, of.bad_digest or ""),
+    ),
+    (
+        "artifact_store_partition_lost_record_offset",
+        "Offset of an acknowledged record that the partition lacks; it takes no writes until the loss is accepted",
+        ("digest",),
+        lambda of: (of.lost_offset, of.lost_digest or ""),
+    ),
+    (
         "artifact_store_partition_skipped",
         "Records of the partition that are no events and are passed over, as an operator confirmed",
+        (),
+        lambda of: (of.skipped, ""),
     ),
-    "repeated": (
+    (
         "artifact_store_partition_repeated",
         "Events of the partition that their packages had already, and that are passed over",
+        (),
+        lambda of: (of.repeated, ""),
     ),
-    "quarantined": (
+    (
         "artifact_store_partition_quarantined",
         "Packages of the partition whose history is contradicted: nothing is added to them",
+        (),
+        lambda of: (of.quarantined, ""),
     ),
-}
-"""By the field of `PartitionStatus` that it shows."""
+)
+"""Name, help text, second label, and what a partition shows."""
 
 
 class WriterCollector(Collector):
@@ -35,56 +87,14 @@ class WriterCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """See prometheus_client."""
-        owned = GaugeMetricFamily(
-            "artifact_store_partition_owned", "1 while this process takes writes to the partition", labels=["partition"]
-        )
-        since = GaugeMetricFamily(
-            "artifact_store_partition_owned_since_seconds",
-            "When this process took the partition over, in seconds since 1970",
-            labels=["partition"],
-        )
-        took = GaugeMetricFamily(
-            "artifact_store_partition_takeover_seconds",
-            "How long the last take-over of the partition took",
-            labels=["partition", "restored_from"],
-        )
-        waiting = GaugeMetricFamily(
-            "artifact_store_partition_waiting", "Requests that wait for the writer's next turn", labels=["partition"]
-        )
-        memory_only = GaugeMetricFamily(
-            "artifact_store_partition_memory_only",
-            "1 while the disk has no room for the partition's state file, and what changes is in memory alone",
-            labels=["partition"],
-        )
-        bad = GaugeMetricFamily(
-            "artifact_store_partition_bad_record_offset",
-            "Offset of the record that is no event, before which the partition stands until `artifact-store log skip`",
-            labels=["partition", "digest"],
-        )
-        lost = GaugeMetricFamily(
-            "artifact_store_partition_lost_record_offset",
-            "Offset of an acknowledged record that the partition lacks; it takes no writes until the loss is accepted",
-            labels=["partition", "digest"],
-        )
-        passed = {
-            field: GaugeMetricFamily(name, text, labels=["partition"]) for field, (name, text) in _IRREGULAR.items()
-        }
-        for found in self._writer.status_here():
-            label = str(found.partition)
-            owned.add_metric([label], float(found.since is not None))
-            waiting.add_metric([label], found.waiting)
-            memory_only.add_metric([label], float(found.memory_only is not None))
-            if found.bad_offset is not None:
-                bad.add_metric([label, found.bad_digest or ""], found.bad_offset)
-            if found.lost_offset is not None:
-                lost.add_metric([label, found.lost_digest or ""], found.lost_offset)
-            for name, family in passed.items():
-                family.add_metric([label], getattr(found, name))
-            if found.since is not None:
-                since.add_metric([label], found.since / _MICROS)
-            if found.takeover_seconds is not None:
-                took.add_metric([label, found.restored_from or ""], found.takeover_seconds)
-        yield from (owned, since, took, waiting, memory_only, bad, lost, *passed.values())
+        here = self._writer.status_here()
+        for name, text, further, shown in _GAUGES:
+            gauge = GaugeMetricFamily(name, text, labels=["partition", *further])
+            for of in here:
+                value, label = shown(of)
+                if value is not None:
+                    gauge.add_metric([str(of.partition), label][: 1 + len(further)], value)
+            yield gauge
         if (skew := self._writer.clock_skew_seconds) is not None:
             yield GaugeMetricFamily(
                 "artifact_store_clock_skew_seconds",
