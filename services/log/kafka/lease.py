@@ -557,32 +557,16 @@ class PartitionLease(Lease):
         key, timestamp = str(first.package_id).encode(), first.created_at // 1000
         delivered = None if self._first_committed else _into(self._delivered)
         for value, headers in zip(staged.values, headers_all(staged.events, staged.traceparents), strict=True):
-            try:
-                producer.produce(topic, value, key, partition, delivered, timestamp=timestamp, headers=headers)
-            except BufferError:
-                self._produce_late(producer, value, key, timestamp, headers, delivered)
-
-    def _produce_late(
-        self,
-        producer: Producer,
-        value: bytes,
-        key: bytes,
-        timestamp: int,
-        headers: Headers,
-        delivered: _Delivered | None,
-    ) -> None:
-        """Append a record while the client's queue is full: wait for it to drain."""
-        deadline = time.monotonic() + COMMIT_SECONDS
-        while True:
-            producer.poll(_LOOK_SECONDS)
-            try:
-                producer.produce(
-                    self._kafka.topic, value, key, self._partition, delivered, timestamp=timestamp, headers=headers
-                )
-                return
-            except BufferError:
-                if time.monotonic() > deadline:
-                    raise
+            give_up = math.inf
+            while True:
+                try:
+                    producer.produce(topic, value, key, partition, delivered, timestamp=timestamp, headers=headers)
+                    break
+                except BufferError:  # the client's queue is full: wait for it to drain
+                    if time.monotonic() > give_up:
+                        raise
+                    give_up = min(give_up, time.monotonic() + COMMIT_SECONDS)
+                    producer.poll(_LOOK_SECONDS)
 
     def _read_back(self, values: Sequence[bytes]) -> int:
         """Wait until the tail shows exactly these records in this order; the offset of the last one.

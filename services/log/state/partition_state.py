@@ -82,7 +82,6 @@ class PartitionState:
         self._saved_at = self._tidied_at = time.monotonic()
         self._put_away_at = 0.0
         self._last_value: bytes | None = None
-        self._broken = False
         self._used: set[UUID] = set()
         """Open packages that were asked for since the last save."""
         self.pinned: set[UUID] = set()
@@ -127,7 +126,7 @@ class PartitionState:
         if state is None:
             if package_id in self._absent:
                 return None
-            state = self._loaded(package_id, command_id)
+            state = self._file.load(package_id, command_id, self._kept_after())
             if state is not None and state.status == CREATED:
                 self._hold(state)
             elif state is None:
@@ -150,7 +149,7 @@ class PartitionState:
         """
         if self._file.alone or package_id in self._packages or package_id in self._absent:
             return False
-        found = self._summary_of(package_id)
+        found = self._file.summary_of(package_id)
         if found is None:
             self._note_absent(package_id)
             return False
@@ -190,7 +189,7 @@ class PartitionState:
         """Hold a package in memory that was loaded `beside`, if it is what the file has by now."""
         known = package.package_id in self._packages
         known_as = Summary(package.status, package.created_at, package.sequence, package.digest)
-        if not known and package.status == CREATED and self._summary_of(package.package_id) == known_as:
+        if not known and package.status == CREATED and self._file.summary_of(package.package_id) == known_as:
             self._hold(package)
 
     def apply(self, event: Event) -> None:
@@ -210,7 +209,7 @@ class PartitionState:
             return
         if before is not None and before.status == ABANDONED:
             # A process of a release without this rule went on with it: only the whole log has its files.
-            self._broken = True
+            self._file.broken = True
             raise UnusableStateError(f"the state has put package {package_id} away, and an event of it followed")
         state = evolve(before, event)
         self._ahead = True
@@ -278,9 +277,6 @@ class PartitionState:
             self._note_full(error)
             self._saved_at, self._unsaved = time.monotonic(), 1
             return
-        except UnusableStateError:
-            self._broken = True
-            raise
         for state, _ in changed:
             if state.status == FINALIZED:
                 self._forget(state.package_id)
@@ -329,9 +325,6 @@ class PartitionState:
             self._note_full(error)
             self._tidied_at = time.monotonic() + SAVE_SECONDS
             return
-        except UnusableStateError:
-            self._broken = True
-            raise
         self._tidied_at = time.monotonic()
 
     def put_away(self) -> None:
@@ -346,9 +339,6 @@ class PartitionState:
         except DiskFullError as error:
             self._note_full(error)
             gone = set()
-        except UnusableStateError:
-            self._broken = True
-            raise
         for package_id in gone & self._packages.keys():
             self._forget(package_id)
         self._put_away_at = time.monotonic()
@@ -360,12 +350,12 @@ class PartitionState:
         """
         saved = False
         try:
-            if not self._broken:
+            if not self._file.broken:
                 self.save()
                 saved = not self._ahead and self.memory_only is None
         except StateFileError as error:
             _LOG.warning("the last save was not written: %s", error.detail)
-        self._end(discard=self._broken)
+        self._end(discard=self._file.broken)
         return saved
 
     def discard(self) -> None:
@@ -386,20 +376,6 @@ class PartitionState:
 
     def _kept_after(self) -> int:
         return self.last_created_at - ANSWERS_KEPT_MICROS
-
-    def _loaded(self, package_id: UUID, command_id: UUID | None) -> PackageState | None:
-        try:
-            return self._file.load(package_id, command_id, self._kept_after())
-        except UnusableStateError:
-            self._broken = True
-            raise
-
-    def _summary_of(self, package_id: UUID) -> Summary | None:
-        try:
-            return self._file.summary_of(package_id)
-        except UnusableStateError:
-            self._broken = True
-            raise
 
     def _make_room(self, *held: UUID) -> None:
         """Forget open packages that were not used for long, if there are too many files and commands in memory.

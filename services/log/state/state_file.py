@@ -214,6 +214,8 @@ class StateFile:
         """Read when the file is opened. The caller may change it, and `save` writes it."""
         self.untidy = connection.execute("SELECT 1 FROM untidy LIMIT 1").fetchone() is not None
         """Whether there is anything for `tidy` to do."""
+        self.broken = False
+        """Whether the file has proved to be unusable: delete it when it is closed."""
 
     @classmethod
     def create(cls, path: Path, origin: LogPartition) -> Self:
@@ -320,7 +322,7 @@ class StateFile:
 
         A finalized package comes with this command alone, and only if it was finalized after `kept_after` (µs).
         """
-        with _explained(self.path, reading=True):
+        with self._using(reading=True):
             found = self._row(package_id)
             if found is None:
                 return None
@@ -335,7 +337,7 @@ class StateFile:
 
     def summary_of(self, package_id: UUID) -> Summary | None:
         """What can be told of the package at little cost; None if there is none."""
-        with _explained(self.path, reading=True):
+        with self._using(reading=True):
             found = self._row(package_id)
             if found is None:
                 return None
@@ -352,7 +354,7 @@ class StateFile:
 
         Also deletes some answers of packages that were finalized at `answers_kept_after` (µs) or before.
         """
-        with _explained(self.path), self._numbering(), _transaction(self._connection):
+        with self._using(), self._numbering(), _transaction(self._connection):
             changes = Changes(self._connection)
             # In the order of the table, in which packages that changed are far apart.
             for state, saved in sorted(changed, key=lambda found: found[0].package_id.bytes):
@@ -367,6 +369,16 @@ class StateFile:
         self.anchor = anchor
 
     @contextmanager
+    def _using(self, *, reading: bool = False) -> Iterator[None]:
+        """As `_explained`. Notes when the file is unusable."""
+        try:
+            with _explained(self.path, reading=reading):
+                yield
+        except UnusableStateError:
+            self.broken = True
+            raise
+
+    @contextmanager
     def _numbering(self) -> Iterator[None]:
         """Release the ids that answers got in a transaction that failed."""
         first_free = self._next_answer
@@ -378,7 +390,7 @@ class StateFile:
 
     def tidy(self) -> None:
         """Turn some more commands of large finalized packages into answers, in a transaction of its own."""
-        with _explained(self.path, reading=True), _transaction(self._connection):
+        with self._using(reading=True), _transaction(self._connection):
             execute = self._connection.execute
             row = execute("SELECT * FROM untidy ORDER BY id LIMIT 1").fetchone()
             if row is not None:
@@ -402,7 +414,7 @@ class StateFile:
 
         Looks at some packages in a transaction of its own, and continues there the next time.
         """
-        with _explained(self.path, reading=True), _transaction(self._connection):
+        with self._using(reading=True), _transaction(self._connection):
             execute = self._connection.execute
             rows = execute(
                 "SELECT package_id, body FROM packages WHERE package_id > ? ORDER BY package_id LIMIT ?",
