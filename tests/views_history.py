@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
@@ -44,12 +45,12 @@ class History:
         self._random = random.Random(seed)
         self._now = START
 
-    def create(self, name: str = "package", retention_class: str = "report", **more: str) -> UUID:
+    def create(self, name: str = "package", retention_class: str = "report", **more: Any) -> UUID:
         """Create a package; `more` are further fields of the command."""
         command_id = self._draw()
         package_id = identifiers.package_id("tester", command_id)
-        fields = {"actor": "tester", "name": name, "producer": "build", "subject": "main", "metadata": "{}", **more}
-        self._decide(CreatePackage(package_id, command_id, retention_class=retention_class, **fields))
+        command = CreatePackage(package_id, command_id, "tester", name, "build", "main", retention_class, "{}")
+        self._decide(replace(command, **more))
         return package_id
 
     def ingest(self, package_id: UUID, *paths: str) -> None:

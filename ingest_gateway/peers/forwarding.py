@@ -20,10 +20,21 @@ import cbor2
 from artifact_store.errors import InvalidRequestError, PushBackError, UnavailableError
 from artifact_store.models import Acknowledgement
 from ingest_gateway.peers.credentials import PeerCredentials
-from services.core.commands import Command
-from services.core.wire import OLDEST, VERSION, decode_acknowledgement, decode_error, encode_check, encode_command
+from services.core.access import EVERYTHING, Grants
+from services.core.commands import Command, CreatePackage
+from services.core.decide import require_write
+from services.core.wire import (
+    OLDEST,
+    SAYS_GRANTS,
+    VERSION,
+    decode_acknowledgement,
+    decode_error,
+    encode_check,
+    encode_command,
+)
 from services.log.port import PackageExtent, PartitionStatus
 from services.log.records import AcceptLoss, Confirmation, SkipRecord
+from services.log.sequencer.queue import IngestCheck
 from services.runtime.tracing import TRACEPARENT
 
 CONTENT_TYPE = "application/cbor"
@@ -81,7 +92,7 @@ class HttpForwarder:
     async def submit(self, owner_url: str, command: Command) -> Acknowledgement:
         """See `Forwarder`. Raises PushBackError, before anything is sent, when too many are in flight."""
         with self._place(owner_url):
-            version = self._versions.get(owner_url, OLDEST)
+            version = await self._version_for(owner_url, command)
             answer = await self._post(owner_url, COMMANDS_PATH, encode_command(command, version), version)
         try:
             return decode_acknowledgement(answer, version)
@@ -90,11 +101,19 @@ class HttpForwarder:
             raise UnavailableError("the owner of the partition gave an answer that cannot be read") from error
 
     async def check_ingest(
-        self, owner_url: str, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None
+        self,
+        owner_url: str,
+        package_id: UUID,
+        relative_paths: Sequence[str],
+        command_id: UUID | None,
+        grants: Grants = EVERYTHING,
     ) -> str | None:
         """See `Forwarder`. Raises PushBackError as `submit`."""
+        asked = IngestCheck(package_id, relative_paths, command_id, grants)
         with self._place(owner_url):
-            answer = await self._post(owner_url, CHECKS_PATH, encode_check(package_id, relative_paths, command_id))
+            version = await self._version_for(owner_url, asked)
+            body = encode_check(package_id, relative_paths, command_id, grants, version)
+            answer = await self._post(owner_url, CHECKS_PATH, body, version)
         return answer.decode(errors="replace") or None  # an owner of the previous release answers with nothing
 
     async def status(self, owner_url: str) -> list[PartitionStatus]:
@@ -118,6 +137,28 @@ class HttpForwarder:
         """See `Forwarder`. An owner of the previous release does not know the question: UnavailableError."""
         with self._place(owner_url):
             return decode_extent(await self._post(owner_url, EXTENTS_PATH, package_id.bytes))
+
+    async def _version_for(self, owner_url: str, asked: Command | IngestCheck) -> int:
+        """The version in which to ask the process at this URL.
+
+        A process of the previous release would do whatever is asked. So it is told who may do everything anyway, and
+        commands to create packages, which say all that a check needs. Raises ForbiddenError; PushBackError for others.
+        """
+        version = self._versions.get(owner_url, OLDEST)
+        if version >= SAYS_GRANTS or asked.grants is EVERYTHING:
+            return version
+        if isinstance(asked, CreatePackage):
+            require_write(None, asked)
+            return version
+        await self._post(owner_url, STATUS_PATH, b"")  # its answer says what the process reads
+        version = self._versions.get(owner_url, OLDEST)
+        if version < SAYS_GRANTS:
+            raise PushBackError(
+                "the owner of the partition is a gateway of the previous release, which cannot check what a token may "
+                "do: upgrade all gateways",
+                5.0,
+            )
+        return version
 
     @contextmanager
     def _place(self, owner_url: str) -> Iterator[None]:

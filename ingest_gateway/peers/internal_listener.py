@@ -40,6 +40,7 @@ from ingest_gateway.peers.forwarding import (
     encode_status,
 )
 from services.config import Settings
+from services.core.access import EVERYTHING, Grants
 from services.core.commands import Command
 from services.core.wire import VERSION, decode_check, decode_command, encode_acknowledgement, encode_error
 from services.log.kafka.connection import INTERFACE
@@ -72,7 +73,13 @@ class Here(Protocol):
     async def submit_here(self, command: Command) -> Acknowledgement:
         """As `CommandWriter.submit`; PartitionNotOwnedError when this process is not the owner."""
 
-    async def check_ingest_here(self, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None) -> str:
+    async def check_ingest_here(
+        self,
+        package_id: UUID,
+        relative_paths: Sequence[str],
+        command_id: UUID | None,
+        grants: Grants = EVERYTHING,
+    ) -> str:
         """As `CommandWriter.check_ingest`; PartitionNotOwnedError when this process is not the owner."""
 
     async def confirm_here(self, confirmation: Confirmation) -> Acknowledgement:

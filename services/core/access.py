@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
+from uuid import UUID
+
+from artifact_store.errors import ForbiddenError, PackageNotFoundError
 
 
 class Right(StrEnum):
@@ -76,6 +79,34 @@ class Scope:
 
 EVERYWHERE = Scope((Packages(),))
 
+Grants = tuple[Grant, ...]
+EVERYTHING: Grants = (Grant(frozenset(Right)),)
+"""All rights on all packages."""
+
+
+def scope(grants: Grants, right: Right) -> Scope:
+    """The packages for which these grants give the right."""
+    return Scope(tuple(grant.packages for grant in grants if right in grant.rights))
+
+
+def require(grants: Grants, right: Right, package_id: UUID, origin: tuple[str, str] | None) -> None:
+    """Raise unless the grants give the right for a package of this producer and subject; None: there is no package.
+
+    Raises:
+        PackageNotFoundError: there is none, or none that may be known of, because it may not even be read.
+        ForbiddenError: the package may be read, but the right is missing.
+    """
+    if origin is not None and scope(grants, right).includes(*origin):
+        return
+    if origin is None or not scope(grants, Right.READ).includes(*origin):
+        raise no_package(package_id)
+    raise ForbiddenError(f"the right to {right} does not hold for package {package_id}")
+
+
+def no_package(package_id: UUID) -> PackageNotFoundError:
+    """The error for a package that does not exist, and for one that the caller may not know of."""
+    return PackageNotFoundError(f"there is no package {package_id}")
+
 
 @dataclass(frozen=True, slots=True)
 class Principal:
@@ -83,7 +114,7 @@ class Principal:
 
     actor: str
     """What events name them by: the alias of their issuer, a colon, and their subject there."""
-    grants: tuple[Grant, ...]
+    grants: Grants
     expires_at: float | None = None
     local: bool = False
     """Whether nothing proved who they are: they use this machine, and may act under any name."""
@@ -94,7 +125,7 @@ class Principal:
 
     def scope(self, right: Right) -> Scope:
         """The packages for which they have the right."""
-        return Scope(tuple(grant.packages for grant in self.grants if right in grant.rights))
+        return scope(self.grants, right)
 
 
 def all_rights(actor: str, rights: Iterable[Right] = Right) -> Principal:
@@ -104,4 +135,4 @@ def all_rights(actor: str, rights: Iterable[Right] = Right) -> Principal:
 
 def local_user(actor: str) -> Principal:
     """Whoever uses this machine: they have all rights, and may act under any name."""
-    return Principal(actor, (Grant(frozenset(Right)),), local=True)
+    return Principal(actor, EVERYTHING, local=True)

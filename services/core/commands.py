@@ -1,4 +1,7 @@
-"""Commands: requests that become events or a rejection, and the acknowledgement of what they became."""
+"""Commands: requests that become events or a rejection, and the acknowledgement of what they became.
+
+`grants` are the rights of whoever sends the command, which the package's writer checks.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from schemas.runs import StoredFile
+from services.core.access import EVERYTHING, Grants
 
 __all__ = ["Command", "CreatePackage", "FinalizePackage", "IngestFiles", "IngestTogether", "StoredFile"]
 
@@ -22,6 +26,7 @@ class CreatePackage:
     subject: str
     retention_class: str
     metadata: str
+    grants: Grants = EVERYTHING
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +37,7 @@ class IngestFiles:
     command_id: UUID
     actor: str
     files: tuple[StoredFile, ...]
+    grants: Grants = EVERYTHING
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +55,7 @@ class FinalizePackage:
     package_id: UUID
     command_id: UUID
     actor: str
+    grants: Grants = EVERYTHING
 
 
 Command = CreatePackage | IngestFiles | FinalizePackage

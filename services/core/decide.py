@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 from uuid import UUID
 
 from artifact_store.errors import (
     AnswerExpiredError,
     CommandReusedError,
     DuplicateRelativePathError,
+    ForbiddenError,
     IllegalPackageStateError,
     InvalidRequestError,
     PackageAbandonedError,
-    PackageNotFoundError,
     PathConflictError,
     PushBackError,
     TooLargeError,
@@ -33,6 +34,7 @@ from artifact_store.rules import add_folders, check_metadata_size, check_paths, 
 from schemas import identifiers
 from schemas.digests import DIGEST_BYTES, items_digest, payload_digest
 from schemas.runs import CommandFiles, FileRun
+from services.core.access import EVERYTHING, Grants, Right, no_package, require, scope
 from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles, IngestTogether
 from services.core.freezing import manifest_item, manifest_of
 from services.core.lifecycle import MICROS_PER_DAY, retention_class
@@ -51,6 +53,7 @@ def decide(state: PackageState | None, command: Command | IngestTogether, now: i
     """
     if isinstance(command, IngestTogether):
         return _ingest_together(state, command, now, limits)
+    require_write(state, command)
     known = None if state is None else _known(state, command)
     done = 0 if known is None else known.done
     if known is not None and done == known.count:
@@ -62,6 +65,35 @@ def decide(state: PackageState | None, command: Command | IngestTogether, now: i
     if isinstance(command, FinalizePackage):
         return _finalize(opened, command, now, limits)
     return _ingest(opened, [command], done, now, limits)
+
+
+class FromSomebody(Protocol):
+    """A command or a question about a package, with the rights of whoever sends it."""
+
+    @property
+    def package_id(self) -> UUID:
+        """The package that it is about."""
+
+    @property
+    def grants(self) -> Grants:
+        """What its sender may do."""
+
+
+def require_write(state: PackageState | None, asked: FromSomebody) -> None:
+    """Raise unless the sender may write to the package.
+
+    Raises:
+        ForbiddenError: they may not create a package of this producer and subject, or may only read this one.
+        PackageNotFoundError: they may not know whether there is such a package.
+    """
+    if asked.grants is EVERYTHING:
+        return
+    if isinstance(asked, CreatePackage):
+        if not scope(asked.grants, Right.WRITE).includes(asked.producer, asked.subject):
+            raise ForbiddenError("the right to write does not hold for packages of this producer and subject")
+        return
+    origin = None if state is None else (state.created.producer, state.created.subject)
+    require(asked.grants, Right.WRITE, asked.package_id, origin)
 
 
 def acknowledge(state: PackageState, command: Command) -> Acknowledgement:
@@ -116,6 +148,8 @@ def _create(state: PackageState | None, command: CreatePackage, now: int, limits
 
 def _ingest_together(state: PackageState | None, together: IngestTogether, now: int, limits: Limits) -> Sequence[Event]:
     """What the commands would become one after the other, if each of them is new."""
+    for command in together.commands:
+        require_write(state, command)
     opened = _require_open(state, together.package_id, None, now, limits)
     _require_whole(opened, None)
     new = {command.command_id for command in together.commands}
@@ -203,7 +237,7 @@ def _require_open(
 ) -> PackageState:
     """The package, for this command, which it does not know."""
     if state is None:
-        raise PackageNotFoundError(f"there is no package {package_id}")
+        raise no_package(package_id)
     if state.status == ABANDONED or (state.status == CREATED and now - state.last_event_at > limits.max_idle_micros):
         raise _abandoned(state)
     if state.forgotten and command_id is not None:

@@ -23,9 +23,10 @@ from artifact_store.errors import (
 )
 from artifact_store.models import Acknowledgement, IngestedFile
 from artifact_store.rules import PathPair
+from services.core.access import EVERYTHING, Grant, Grants, Packages, Right
 from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles, StoredFile
 
-VERSION = 2
+VERSION = 3
 """The newest version that this release reads and writes. Raise it when a field is added, and enter that in `_ADDED`."""
 
 OLDEST = 1
@@ -34,10 +35,11 @@ OLDEST = 1
 _ADDED: dict[tuple[str, str], int] = {
     ("Acknowledgement", "unportable_count"): 2,
     ("Acknowledgement", "unportable_paths"): 2,
+    **{(command, "grants"): 3 for command in ("CreatePackage", "IngestFiles", "FinalizePackage")},
 }
 """The version that a field came with, by the names of its shape and its own; the others were there from the first."""
 
-_ADDED_PROBLEMS = {"path-conflict": 2, "answer-expired": 2, "package-abandoned": 2}
+_ADDED_PROBLEMS = {"path-conflict": 2, "answer-expired": 2, "package-abandoned": 2, "forbidden": 3}
 """The version that an error came with, by its problem."""
 
 _COMMANDS: dict[str, type[Command]] = {
@@ -58,12 +60,16 @@ _PARTS: dict[str, type] = {
     "tuple[IngestedFile, ...]": IngestedFile,
     "tuple[PathPair, ...]": PathPair,
 }
+_GRANTS = "Grants"
+
+SAYS_GRANTS = 3
+"""The first version in which a message says what its sender may do."""
 
 _Shape = TypeVar("_Shape")
 
 
 def encode_command(command: Command, version: int = VERSION) -> bytes:
-    """The command as CBOR."""
+    """The command as CBOR. A version before SAYS_GRANTS leaves out the grants."""
     return _dumps([_KINDS[type(command)], _values(command, version)])
 
 
@@ -76,16 +82,28 @@ def decode_command(data: bytes, version: int = VERSION) -> Command:
     return _build(shape, values, version)
 
 
-def encode_check(package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None) -> bytes:
-    """The arguments of `check_ingest` as CBOR."""
-    return _dumps([_plain(package_id), list(relative_paths), _plain(command_id)])
+def encode_check(
+    package_id: UUID,
+    relative_paths: Sequence[str],
+    command_id: UUID | None,
+    grants: Grants = EVERYTHING,
+    version: int = VERSION,
+) -> bytes:
+    """The arguments of `check_ingest` as CBOR; a version before SAYS_GRANTS leaves out the grants."""
+    asked = [_plain(package_id), list(relative_paths), _plain(command_id)]
+    return _dumps([*asked, _plain_grants(grants)] if version >= SAYS_GRANTS else asked)
 
 
-def decode_check(data: bytes) -> tuple[UUID, list[str], UUID | None]:
-    """Read the arguments of `check_ingest`. Raises InvalidRequestError when they are none."""
+def decode_check(data: bytes) -> tuple[UUID, list[str], UUID | None, Grants]:
+    """Read the arguments of `check_ingest`. Raises InvalidRequestError when they are none.
+
+    Who does not say what the sender may do is a gateway of the previous release, which lets everybody do everything.
+    """
     match _loads(data):
-        case [UUID() as package_id, [*paths], (UUID() | None) as command_id] if all(isinstance(p, str) for p in paths):
-            return package_id, paths, command_id
+        case [UUID() as package_id, [*paths], (UUID() | None) as command_id, *grants] if (
+            all(isinstance(p, str) for p in paths) and len(grants) <= 1
+        ):
+            return package_id, paths, command_id, _read_grants(grants[0]) if grants else EVERYTHING
     raise InvalidRequestError("the forwarded question has another form")
 
 
@@ -138,8 +156,31 @@ def _values(value: Any, version: int) -> list[Any]:
     found = []
     for name, kind in _fields(type(value), version):
         part = getattr(value, name)
-        found.append([_values(each, version) for each in part] if kind in _PARTS else _plain(part))
+        if kind == _GRANTS:
+            found.append(_plain_grants(part))
+        else:
+            found.append([_values(each, version) for each in part] if kind in _PARTS else _plain(part))
     return found
+
+
+def _plain_grants(grants: Grants) -> list[Any]:
+    """For each grant its rights, producers and subjects."""
+    return [[sorted(grant.rights), list(grant.packages.producers), list(grant.packages.subjects)] for grant in grants]
+
+
+def _read_grants(values: Any) -> Grants:
+    """Read grants. A right that this release does not know gives nothing. Raises InvalidRequestError."""
+    grants: list[Grant] = []
+    for value in values if isinstance(values, list) else [values]:
+        match value:
+            case [[*rights], [*producers], [*subjects]] if all(
+                isinstance(text, str) for text in (*rights, *producers, *subjects)
+            ):
+                known = frozenset(right for right in Right if right in rights)
+                grants.append(Grant(known, Packages(tuple(producers), tuple(subjects))))
+            case _:
+                raise InvalidRequestError("the forwarded rights have another form")
+    return EVERYTHING if tuple(grants) == EVERYTHING else tuple(grants)
 
 
 def _fields(shape: Any, version: int) -> list[tuple[str, str]]:
@@ -164,7 +205,9 @@ def _build(shape: type[_Shape], values: Any, version: int) -> _Shape:
         raise InvalidRequestError(f"the forwarded {shape.__name__} has another form")
     built: dict[str, Any] = {}
     for (name, kind), value in zip(expected, values, strict=True):
-        if kind in _PARTS and isinstance(value, list):
+        if kind == _GRANTS:
+            built[name] = _read_grants(value)
+        elif kind in _PARTS and isinstance(value, list):
             built[name] = tuple(_build(_PARTS[kind], part, version) for part in value)
         elif isinstance(value, _TYPES.get(kind, ())) and not isinstance(value, bool):
             built[name] = value

@@ -15,6 +15,7 @@ from artifact_store.errors import PushBackError, UnavailableError
 from artifact_store.events import RecordedEvent
 from artifact_store.models import Acknowledgement
 from artifact_store.position import Position
+from services.core.access import EVERYTHING, Grants
 from services.core.commands import Command
 from services.runtime.clock import StoreClock
 
@@ -202,7 +203,11 @@ class CommandWriter(Protocol):
         """
 
     async def check_ingest(
-        self, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None
+        self,
+        package_id: UUID,
+        relative_paths: Sequence[str],
+        command_id: UUID | None,
+        grants: Grants = EVERYTHING,
     ) -> str | None:
         """Ask the package's writer whether files of these paths could be ingested now.
 
@@ -338,6 +343,11 @@ class Forwarder(Protocol):
         """As `CommandWriter.extent`, at the owner; UnavailableError when it does not answer or is not the owner."""
 
     async def check_ingest(
-        self, owner_url: str, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None
+        self,
+        owner_url: str,
+        package_id: UUID,
+        relative_paths: Sequence[str],
+        command_id: UUID | None,
+        grants: Grants = EVERYTHING,
     ) -> str | None:
         """As `CommandWriter.check_ingest`, at the owner; PartitionNotOwnedError when it is not the owner any more."""

@@ -13,8 +13,10 @@ from artifact_store.archives.bundle import MAX_BUNDLE_FILES, Bundle, Group, Name
 from artifact_store.byte_streams import joined
 from artifact_store.errors import (
     ArtifactStoreError,
+    ConflictError,
     CorruptError,
     FileNotFoundInRegistryError,
+    ForbiddenError,
     IllegalPackageStateError,
     InvalidRequestError,
     PackageNotFoundError,
@@ -45,7 +47,7 @@ from services.blobs.packs import Placed
 from services.blobs.port import BlobStore
 from services.blobs.resumable.uploads import ResumableUploads
 from services.blobs.shared_packs import SharedPacks, is_small
-from services.core.access import EVERYWHERE, Principal, Right, Scope
+from services.core.access import EVERYTHING, EVERYWHERE, Grants, Principal, Right, Scope
 from services.core.commands import CreatePackage, FinalizePackage, IngestFiles, StoredFile
 from services.core.limits import Limits
 from services.log.port import EXTENT_SECONDS, CommandWriter, Log, PackageExtent
@@ -92,11 +94,13 @@ class DirectRegistry(Registry):
         self._waits = ViewWaits(queries, log, writer, wait_seconds)
         self._uploads: ResumableUploads | None = None
         self._readable: Scope = EVERYWHERE
+        self._grants: Grants = EVERYTHING
 
     def for_principal(self, principal: Principal) -> DirectRegistry:
-        """The same registry, in which only what the principal may read is there."""
+        """The same registry, in which only what the principal may read is there, and they write what they may."""
         found = copy.copy(self)
-        found._uploads = self.uploads
+        found._grants = EVERYTHING if principal.grants == EVERYTHING else principal.grants
+        found._uploads = self.uploads.for_caller(found.check_ingest, found._record_upload, found._may_write)
         found._readable = principal.scope(Right.READ)
         found._queries = self._queries.within(found._readable)
         return found
@@ -143,12 +147,13 @@ class DirectRegistry(Registry):
                 subject=subject,
                 retention_class=retention_class,
                 metadata=metadata_text(metadata, self._limits.max_metadata_bytes),
+                grants=self._grants,
             )
         )
 
     async def check_ingest(self, package_id: UUID, relative_path: str, command_id: UUID | None = None) -> None:
         check_path(relative_path)
-        await self._writer.check_ingest(package_id, [relative_path], command_id)
+        await self._writer.check_ingest(package_id, [relative_path], command_id, self._grants)
 
     async def ingest(
         self,
@@ -174,7 +179,7 @@ class DirectRegistry(Registry):
         if small and not ask_first:
             kept_as = self._classes.get((package_id, actor))
         if kept_as is None:
-            kept_as = await self._writer.check_ingest(package_id, [relative_path], command_id)
+            kept_as = await self._writer.check_ingest(package_id, [relative_path], command_id, self._grants)
         largest = self._limits.max_file_bytes
         if small and kept_as is not None:
             self._classes[package_id, actor] = kept_as
@@ -193,7 +198,7 @@ class DirectRegistry(Registry):
         self, package_id: UUID, files: Bundle, actor: str, *, command_id: UUID | None = None
     ) -> Acknowledgement:
         check_text("actor", actor)
-        await self._writer.check_ingest(package_id, [], command_id)
+        await self._writer.check_ingest(package_id, [], command_id, self._grants)
         placed = await self._bundles.store(_bounded(files), self._limits.max_file_bytes)
         return await self._record(package_id, placed, actor, command_id)
 
@@ -202,7 +207,8 @@ class DirectRegistry(Registry):
     ) -> Acknowledgement:
         check_text("actor", actor)
         _check_count(len(files))
-        await self._writer.check_ingest(package_id, [file.relative_path for file in files], command_id)
+        paths = [file.relative_path for file in files]
+        await self._writer.check_ingest(package_id, paths, command_id, self._grants)
         await self._require_readable(files)
         return await self._record(package_id, await self._bundles.find(files), actor, command_id)
 
@@ -261,7 +267,7 @@ class DirectRegistry(Registry):
 
     async def finalize(self, package_id: UUID, actor: str, *, command_id: UUID | None = None) -> Acknowledgement:
         check_text("actor", actor)
-        return await self._writer.submit(FinalizePackage(package_id, command_id or uuid4(), actor))
+        return await self._writer.submit(FinalizePackage(package_id, command_id or uuid4(), actor, self._grants))
 
     async def get_package(self, package_id: UUID, *, wait_sequence: int | None = None) -> Package:
         package = await self._seen(package_id, lambda: self._queries.package(package_id), wait_sequence)
@@ -407,10 +413,23 @@ class DirectRegistry(Registry):
             )
             for file in placed
         )
-        return await self._writer.submit(IngestFiles(package_id, command_id or uuid4(), actor, files))
+        command = IngestFiles(package_id, command_id or uuid4(), actor, files, self._grants)
+        return await self._writer.submit(command)
 
     async def _record_upload(self, package_id: UUID, file: Placed, actor: str, command_id: UUID) -> Acknowledgement:
         return await self._record(package_id, [file], actor, command_id)
+
+    async def _may_write(self, package_id: UUID) -> bool:
+        """Whether the caller may write to the package, in whatever state it is."""
+        if self._grants is EVERYTHING:
+            return True
+        try:
+            await self._writer.check_ingest(package_id, [], None, self._grants)
+        except (PackageNotFoundError, ForbiddenError):
+            return False
+        except ConflictError:
+            pass
+        return True
 
     async def _fresh(self, view: str = "registry") -> None:
         if self._freshen is not None:

@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -76,21 +77,13 @@ async def lone_writer(settings: Settings, log: KafkaLog, **options: Any) -> Asyn
         await writer.close()
 
 
-def create_in(partition: int, **changes: str) -> CreatePackage:
+def create_in(partition: int, **changes: Any) -> CreatePackage:
     """A creation that no other equals, whose package lies in this partition."""
     while True:
         id_ = uuid4()
         package = identifiers.package_id("ada", id_)
         if partition_of(package, PARTITIONS) == partition:
-            values = {
-                "name": "run 1",
-                "producer": "lab",
-                "subject": "sample 7",
-                "retention_class": "report",
-                "metadata": "{}",
-                **changes,
-            }
-            return CreatePackage(package, id_, "ada", **values)
+            return replace(CreatePackage(package, id_, "ada", "run 1", "lab", "sample 7", "report", "{}"), **changes)
 
 
 async def owned(writer: KafkaWriter) -> set[int]:

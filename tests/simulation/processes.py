@@ -18,6 +18,7 @@ from artifact_store.models import Acknowledgement
 from artifact_store.position import Position
 from projector import runner
 from services.config import Settings
+from services.core.access import EVERYTHING, Grants
 from services.core.commands import Command
 from services.core.limits import Limits
 from services.log.kafka.log import KafkaLog
@@ -245,10 +246,15 @@ class Forwarding:
         return await self._at(owner_url, lambda writer: writer.submit_here(command))
 
     async def check_ingest(
-        self, owner_url: str, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None
+        self,
+        owner_url: str,
+        package_id: UUID,
+        relative_paths: Sequence[str],
+        command_id: UUID | None,
+        grants: Grants = EVERYTHING,
     ) -> str | None:
         return await self._at(
-            owner_url, lambda writer: writer.check_ingest_here(package_id, relative_paths, command_id)
+            owner_url, lambda writer: writer.check_ingest_here(package_id, relative_paths, command_id, grants)
         )
 
     async def end(self, owner_url: str, partition: int) -> int | None:

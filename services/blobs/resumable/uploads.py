@@ -8,6 +8,7 @@ HOLD_SECONDS, as after a crash, the next one takes over, and the first can commi
 from __future__ import annotations
 
 import asyncio
+import copy
 import hashlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -48,6 +49,7 @@ _SAVE_SECONDS = 30.0  # for storing what has come of a request that was cut off
 _log = logging.getLogger(__name__)
 
 CheckIngest = Callable[[UUID, str, UUID | None], Awaitable[None]]
+MayWrite = Callable[[UUID], Awaitable[bool]]
 Record = Callable[[UUID, Placed, str, UUID], Awaitable[Acknowledgement]]
 
 
@@ -88,6 +90,7 @@ class ResumableUploads:
         self._blobs = blobs
         self._check = check
         self._record = record
+        self._may_write: MayWrite | None = None
         self._clock = clock or blobs.clock.now
         self._hold = timedelta(seconds=hold_seconds)
         self._idle = timedelta(seconds=idle_seconds)
@@ -95,6 +98,12 @@ class ResumableUploads:
         self._finishing: WeakValueDictionary[UUID, asyncio.Lock] = WeakValueDictionary()
         self.longest = min(max_file_bytes, self._parts.longest)
         """Most bytes that an upload may have."""
+
+    def for_caller(self, check: CheckIngest, record: Record, may_write: MayWrite) -> ResumableUploads:
+        """The same uploads, for a caller to whom only those are there to whose packages they may write."""
+        found = copy.copy(self)
+        found._check, found._record, found._may_write = check, record, may_write
+        return found
 
     async def create(self, new: NewUpload) -> UploadState:
         """Begin an upload. With a command id, a repeat finds the upload that the first one began, where it stands now.
@@ -288,7 +297,9 @@ class ResumableUploads:
 
     async def _known(self, package_id: UUID, upload_id: UUID, token: str | None = None) -> UploadState:
         """With a token that very upload: once it was removed, another may have begun under its id."""
-        state = await self._alive(upload_id)
+        # Before it is looked for: who may not write to the package is told the same whether it is there or not.
+        visible = token is not None or self._may_write is None or await self._may_write(package_id)
+        state = await self._alive(upload_id) if visible else None
         if state is None or state.package_id != package_id or (token is not None and state.token != token):
             raise UploadNotFoundError(
                 f"package {package_id} has no upload {upload_id}: it expired, was ended or was refused; begin a new one"

@@ -19,6 +19,7 @@ from artifact_store.models import Acknowledgement
 from artifact_store.position import Position
 from artifact_store.rules import is_loopback
 from services.config import Settings
+from services.core.access import EVERYTHING, Grants
 from services.core.commands import Command
 from services.core.limits import Limits
 from services.log.kafka.cluster import Topic
@@ -147,10 +148,14 @@ class KafkaWriter:
         return cast("Acknowledgement", await self._router.answer(partition, command))
 
     async def check_ingest(
-        self, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None
+        self,
+        package_id: UUID,
+        relative_paths: Sequence[str],
+        command_id: UUID | None,
+        grants: Grants = EVERYTHING,
     ) -> str | None:
         """See `CommandWriter`."""
-        asked = IngestCheck(package_id, tuple(relative_paths), command_id)
+        asked = IngestCheck(package_id, tuple(relative_paths), command_id, grants)
         return cast("str | None", await self._router.answer(self._log.partition_of(package_id), asked))
 
     async def end(self, partitions: Collection[int]) -> Position:
@@ -195,9 +200,15 @@ class KafkaWriter:
         partition = self._log.partition_of(command.package_id)
         return cast("Acknowledgement", await self._router.answer_here(partition, command))
 
-    async def check_ingest_here(self, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None) -> str:
+    async def check_ingest_here(
+        self,
+        package_id: UUID,
+        relative_paths: Sequence[str],
+        command_id: UUID | None,
+        grants: Grants = EVERYTHING,
+    ) -> str:
         """As `check_ingest`, but PartitionNotOwnedError when this process is not the partition's writer."""
-        asked = IngestCheck(package_id, tuple(relative_paths), command_id)
+        asked = IngestCheck(package_id, tuple(relative_paths), command_id, grants)
         return cast("str", await self._router.answer_here(self._log.partition_of(package_id), asked))
 
     async def confirm_here(self, confirmation: Confirmation) -> Acknowledgement:

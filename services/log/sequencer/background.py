@@ -19,10 +19,10 @@ from enum import Enum
 from threading import Thread
 from uuid import UUID
 
-from artifact_store.errors import ArtifactStoreError, PushBackError, UnavailableError
+from artifact_store.errors import ArtifactStoreError, PushBackError, RejectedError, UnavailableError
 from artifact_store.events import Event
 from services.core.commands import Command, FinalizePackage
-from services.core.decide import decide
+from services.core.decide import decide, require_write
 from services.core.freezing import claim_check
 from services.core.limits import EVENT_OVERHEAD_BYTES, Limits
 from services.core.state import CREATED, PackageState
@@ -123,7 +123,8 @@ class BackgroundJobs:
             job.requests = [held for held in job.requests if not held.answer.done()]
             job.size = sum(held.size for held in job.requests)
             if job.size + request.size > HELD_BYTES:
-                raise PushBackError(f"package {package_id} is being finalized or loaded; others wait already", 2.0)
+                # Nothing is known yet of what the sender may do, so that this tells nothing of the package.
+                raise PushBackError("too many commands wait for the package's partition", 2.0)
         job.requests.append(request)
         job.size += request.size
         return True
@@ -214,6 +215,10 @@ class BackgroundJobs:
         if made is not None and made[0] == asked:
             return None
         package = self._state.package(asked.package_id, asked.command_id)
+        try:
+            require_write(package, asked)
+        except RejectedError:
+            return None
         if package is None or package.status != CREATED or package.unfinished is not None:
             return None
         return _Job(asked.package_id, _Task.FINALIZE, asked) if self._may_be_large(package) else None

@@ -25,7 +25,7 @@ from artifact_store.models import Acknowledgement
 from schemas.identifiers import partition_id
 from schemas.runs import encode_all
 from services.core.commands import Command, IngestFiles, IngestTogether
-from services.core.decide import acknowledge, check_ingest, decide
+from services.core.decide import acknowledge, check_ingest, decide, require_write
 from services.core.freezing import claim_check
 from services.core.limits import Limits
 from services.log.port import (
@@ -491,6 +491,7 @@ class PartitionWriter:
             return error
         contradicted = state.irregular.quarantined.get(asked.package_id)
         try:
+            require_write(package, asked)  # before anything that tells of the package
             if contradicted is not None and (package is None or isinstance(asked, IngestCheck)):
                 raise quarantined(contradicted)
             if isinstance(asked, IngestCheck):

@@ -12,6 +12,7 @@ from uuid import UUID
 
 from artifact_store.errors import PushBackError
 from artifact_store.models import Acknowledgement
+from services.core.access import EVERYTHING, Grants
 from services.core.commands import Command, CreatePackage, IngestFiles
 from services.log.port import PartitionNotOwnedError
 
@@ -52,6 +53,7 @@ class IngestCheck:
     package_id: UUID
     relative_paths: Sequence[str]
     command_id: UUID | None
+    grants: Grants = EVERYTHING
 
 
 class EndQuestion(IngestCheck):

@@ -11,6 +11,7 @@ from uuid import UUID
 from artifact_store.errors import UnavailableError
 from artifact_store.models import Acknowledgement
 from artifact_store.position import Position
+from services.core.access import EVERYTHING, Grants
 from services.core.commands import Command
 from services.core.limits import Limits
 from services.log.port import PackageExtent, PartitionStatus, PutManifest
@@ -56,9 +57,15 @@ class SqliteWriter:
         """See `CommandWriter`."""
         return cast("Acknowledgement", await self._started().submit(command))
 
-    async def check_ingest(self, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None) -> str:
+    async def check_ingest(
+        self,
+        package_id: UUID,
+        relative_paths: Sequence[str],
+        command_id: UUID | None,
+        grants: Grants = EVERYTHING,
+    ) -> str:
         """See `CommandWriter`."""
-        return cast("str", await self._started().submit(IngestCheck(package_id, relative_paths, command_id)))
+        return cast("str", await self._started().submit(IngestCheck(package_id, relative_paths, command_id, grants)))
 
     async def extent(self, package_id: UUID) -> PackageExtent | None:
         """See `CommandWriter`. Nothing: the file finds a package's events by an index."""

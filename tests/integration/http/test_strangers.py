@@ -6,9 +6,11 @@ the policy leaves out and for one that does not exist, and the two answers are c
 
 from __future__ import annotations
 
+import io
 import random
+import tarfile
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -16,13 +18,15 @@ import pytest
 from blake3 import blake3
 
 from artifact_store.manifest import ContentAddress
-from artifact_store.registry import Registry
+from artifact_store.models import Declared
+from services.blobs.resumable.uploads import NewUpload
 from services.config import Settings
 from services.core.access import Grant, Packages, Principal, Right
+from services.registry.direct import DirectRegistry
 from tests.integration.http_gateway import RunningGateway, running_gateway
-from tests.integration.tokens import Tokens, bearer
+from tests.integration.tokens import Tokens, bearer, principal
 
-POLICIES = 8
+POLICIES = (0, 1, *(pytest.param(seed, marks=pytest.mark.endurance) for seed in range(2, 20)))
 ORIGINS = (("team-a", "main"), ("team-b", "main"), ("Team-a", "main"), ("team_a", "re[l]ease?"), ("team%", "*"))
 """Producers and subjects, with what is special in the patterns of either database."""
 
@@ -82,13 +86,48 @@ READS = (
 )
 
 
-async def publish(registry: Registry, producer: str, subject: str, number: int) -> Shown:
+TUS = (("Tus-Resumable", "1.0.0"),)
+OFFSET = (*TUS, ("Content-Type", "application/offset+octet-stream"), ("Upload-Offset", "0"))
+KEY = (("Idempotency-Key", str(UUID(int=7))),)
+NAMED = (
+    b'{"files": [{"relative_path": "c", "media_type": "x/y", "size_bytes": 5, "content_address": "{digest}", '
+    b'"blob": "{digest}"}]}'
+)
+
+
+def tar() -> bytes:
+    with io.BytesIO() as file:
+        with tarfile.open(fileobj=file, mode="w") as archive:
+            archive.addfile(tarfile.TarInfo("c"), None)
+        return file.getvalue()
+
+
+WRITES = (
+    Request("PUT", "/v1/packages/{package}/files/c", body=b"new"),
+    Request("PUT", "/v1/packages/{package}/files/a/b.txt", KEY, b"a path that is taken"),
+    Request("PUT", "/v1/packages/{package}/files/a", body=b"a path that is a folder"),
+    Request("POST", "/v1/packages/{package}/files", (("Content-Type", "application/x-tar"),), tar()),
+    Request("POST", "/v1/packages/{package}/files", body=NAMED),
+    Request("POST", "/v1/packages/{package}/finalize", KEY),
+    Request(
+        "POST", "/v1/packages/{package}/uploads", (*TUS, ("Upload-Length", "3"), ("Upload-Metadata", "filename Yw=="))
+    ),
+    Request("HEAD", "/v1/packages/{package}/uploads/{upload}", TUS),
+    Request("GET", "/v1/packages/{package}/uploads/{upload}"),
+    Request("PATCH", "/v1/packages/{package}/uploads/{upload}", OFFSET, b"new"),
+    Request("POST", "/v1/packages/{package}/uploads/{upload}", (*OFFSET, ("X-HTTP-Method-Override", "PATCH")), b"new"),
+    Request("DELETE", "/v1/packages/{package}/uploads/{upload}", TUS),
+)
+
+
+async def publish(registry: DirectRegistry, producer: str, subject: str, number: int) -> Shown:
     package = await registry.create_package(f"n{number}", producer, subject, "scratch")
     content = f"{producer} {subject} {number}".encode()
     file = await registry.ingest_file(package, "a/b.txt", "text/plain", content)
+    upload = await registry.uploads.create(NewUpload(package, "d", "x/y", "ada", 3, Declared()))
     if number % 2:
         await registry.finalize_package(package)
-    return Shown(producer, subject, package, file, content, uuid4())
+    return Shown(producer, subject, package, file, content, upload.upload_id)
 
 
 def unknown() -> Shown:
@@ -137,20 +176,36 @@ async def gateway(embedded_settings: Settings, tokens: Tokens) -> AsyncIterator[
         yield running
 
 
-@pytest.mark.parametrize("seed", range(POLICIES))
+@pytest.mark.parametrize("seed", POLICIES)
 async def test_a_foreign_package_is_answered_as_one_that_is_not_there(
     gateway: RunningGateway, tokens: Tokens, seed: int
 ) -> None:
     registry = gateway.parts.registry
-    shown = [await publish(registry, *origin, number) for number, origin in enumerate(ORIGINS * 2)]
+    shown = [await publish(registry, *origin, number) for number, origin in enumerate((*ORIGINS, *ORIGINS[:2]))]
     tokens.principals["t"] = policy = random_policy(random.Random(seed))
     scope = policy.scope(Right.READ)
     foreign = [one for one in shown if not scope.includes(one.producer, one.subject)]
-    for request in READS:
+    events = await gateway.events()
+    for request in (*READS, *WRITES):
         nothing = await answer_of(gateway, request, unknown())
         for one in foreign:
             assert await answer_of(gateway, request, one) == nothing, (policy, one, request)
+    assert await gateway.events() == events
     await check_listings(gateway, [one for one in shown if one not in foreign])
+
+
+async def test_a_digest_gives_neither_the_bytes_nor_word_of_them(gateway: RunningGateway, tokens: Tokens) -> None:
+    registry = gateway.parts.registry
+    own, foreign = [await publish(registry, producer, "main", 0) for producer in ("team-a", "team-b")]
+    tokens.principals["t"] = principal("t", Right.READ, Right.WRITE, producers=("team-a",))
+    known = Request("POST", "/v1/blobs/known", body=b'{"addresses": ["{digest}"]}')
+    named = Request("POST", f"/v1/packages/{own.package_id}/files", body=NAMED)
+    for request in (known, named):
+        nothing = await answer_of(gateway, request, unknown())
+        assert await answer_of(gateway, request, foreign) == nothing
+    assert (await answer_of(gateway, known, own))[2] == b'{"known":["{digest}"]}'
+    renamed = replace(named, body=NAMED.replace(b'"size_bytes": 5', b'"size_bytes": %d' % len(own.content)))
+    assert (await answer_of(gateway, renamed, own))[0] == 201
 
 
 async def check_listings(gateway: RunningGateway, visible: list[Shown]) -> None:

@@ -15,6 +15,7 @@ from pydantic import SecretStr
 from artifact_store.errors import (
     ConfigurationError,
     DuplicateRelativePathError,
+    ForbiddenError,
     PushBackError,
     TooLargeError,
     UnavailableError,
@@ -27,6 +28,7 @@ from ingest_gateway.peers.forwarding import CHECKS_PATH, COMMANDS_PATH, CONTENT_
 from ingest_gateway.peers.internal_listener import MAX_BODY_BYTES, InternalListener
 from services.config import Settings
 from services.core import wire
+from services.core.access import EVERYTHING, Grant, Grants, Packages, Right
 from services.core.commands import Command
 from services.core.wire import decode_error, encode_command
 from services.log.kafka.connection import INTERFACE
@@ -53,6 +55,8 @@ class Answering:
         self.refusal: Exception | None = None
         self.manifest_digest: bytes | None = None
         self.extent: PackageExtent | None = None
+        self.grants: Grants | None = None
+        """Of the last question."""
 
     async def submit_here(self, command: Command) -> Acknowledgement:
         self.seen.append(command)
@@ -60,8 +64,15 @@ class Answering:
             raise self.refusal
         return Acknowledgement(command.package_id, 7, bytes(32), manifest_digest=self.manifest_digest)
 
-    async def check_ingest_here(self, package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None) -> str:
+    async def check_ingest_here(
+        self,
+        package_id: UUID,
+        relative_paths: Sequence[str],
+        command_id: UUID | None,
+        grants: Grants = EVERYTHING,
+    ) -> str:
         self.seen.append((package_id, list(relative_paths), command_id))
+        self.grants = grants
         if self.refusal is not None:
             raise self.refusal
         return "raw-evidence"
@@ -151,6 +162,37 @@ async def test_two_gateways_use_the_newest_version_that_both_know(
         assert [await forwarder.submit(listener.url, command) for _ in range(2)] == [first, second]
         monkeypatch.setattr(internal, "VERSION", 1)  # a process of the release before has taken the address over
         assert [await forwarder.submit(listener.url, command) for _ in range(2)] == [second, first]
+
+
+TEAM = (Grant(frozenset({Right.WRITE}), Packages(("lab",))),)
+
+
+async def test_the_owner_learns_what_the_sender_may_do(listener: InternalListener, writer: Answering) -> None:
+    command = replace(ingest(create().package_id, "a"), grants=TEAM)
+    async with HttpForwarder(PeerCredentials(SECRET)) as forwarder:
+        await forwarder.check_ingest(listener.url, command.package_id, ["a"], None, TEAM)
+        assert writer.grants == TEAM
+        await forwarder.submit(listener.url, command)
+    assert writer.seen[-1] == command
+
+
+async def test_an_owner_that_cannot_check_gets_no_command_that_it_would_have_to_check(
+    listener: InternalListener, writer: Answering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(internal, "VERSION", wire.SAYS_GRANTS - 1)
+    made = create()
+    async with HttpForwarder(PeerCredentials(SECRET)) as forwarder:
+        for ask in (
+            lambda: forwarder.submit(listener.url, replace(ingest(made.package_id, "a"), grants=TEAM)),
+            lambda: forwarder.check_ingest(listener.url, made.package_id, ["a"], None, TEAM),
+        ):
+            with pytest.raises(PushBackError, match="upgrade all gateways"):
+                await ask()
+        with pytest.raises(ForbiddenError):
+            await forwarder.submit(listener.url, replace(made, producer="another", grants=TEAM))
+        assert writer.seen == []
+        await forwarder.submit(listener.url, replace(made, producer="lab", grants=TEAM))  # the forwarder has checked it
+    assert writer.seen == [replace(made, producer="lab")]
 
 
 async def test_a_message_of_a_version_that_is_not_known_is_for_later(

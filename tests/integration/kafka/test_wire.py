@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from uuid import UUID
 
 import cbor2
@@ -25,6 +26,7 @@ from artifact_store.rules import PathPair
 from schemas import identifiers
 from schemas.identifiers import Identifier
 from services.core import wire
+from services.core.access import EVERYTHING, Grant, Grants, Packages, Right
 from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles, StoredFile
 from services.core.wire import (
     decode_acknowledgement,
@@ -45,10 +47,14 @@ NUMBERS = st.integers(0, 2**63 - 1)
 DIGESTS = st.binary(min_size=32, max_size=32)
 STORED = st.builds(StoredFile, TEXTS, TEXTS, NUMBERS, DIGESTS, DIGESTS, TEXTS, TEXTS, NUMBERS, NUMBERS, NUMBERS)
 INGESTED = st.builds(IngestedFile, UUIDS, TEXTS, NUMBERS, DIGESTS, DIGESTS, NUMBERS, DIGESTS)
+PATTERNS = st.lists(TEXTS, min_size=1, max_size=2).map(tuple)
+GRANTS: st.SearchStrategy[Grants] = st.just(EVERYTHING) | st.lists(
+    st.builds(Grant, st.frozensets(st.sampled_from(Right)), st.builds(Packages, PATTERNS, PATTERNS)), max_size=3
+).map(tuple)
 COMMANDS: st.SearchStrategy[Command] = st.one_of(
-    st.builds(CreatePackage, UUIDS, UUIDS, TEXTS, TEXTS, TEXTS, TEXTS, TEXTS, TEXTS),
-    st.builds(IngestFiles, UUIDS, UUIDS, TEXTS, st.lists(STORED, max_size=4).map(tuple)),
-    st.builds(FinalizePackage, UUIDS, UUIDS, TEXTS),
+    st.builds(CreatePackage, UUIDS, UUIDS, TEXTS, TEXTS, TEXTS, TEXTS, TEXTS, TEXTS, GRANTS),
+    st.builds(IngestFiles, UUIDS, UUIDS, TEXTS, st.lists(STORED, max_size=4).map(tuple), GRANTS),
+    st.builds(FinalizePackage, UUIDS, UUIDS, TEXTS, GRANTS),
 )
 ACKNOWLEDGEMENTS = st.builds(
     Acknowledgement,
@@ -75,6 +81,7 @@ def made(cls: type[ArtifactStoreError]) -> ArtifactStoreError:
 @given(COMMANDS)
 def test_a_command_arrives_as_it_was_sent(command: Command) -> None:
     assert decode_command(encode_command(command)) == command
+    assert decode_command(encode_command(command, 2), 2) == replace(command, grants=EVERYTHING)
 
 
 def test_a_field_that_a_later_version_added_stays_out_of_messages_of_the_first() -> None:
@@ -102,7 +109,7 @@ def test_derived_identifiers_arrive_as_what_they_were() -> None:
     answer = Acknowledgement(package, 2, bytes(32), (file,))
     assert decode_command(encode_command(command)) == command
     assert decode_acknowledgement(encode_acknowledgement(answer)) == answer
-    assert decode_check(encode_check(package, ["a"], None)) == (package, ["a"], None)
+    assert decode_check(encode_check(package, ["a"], None)) == (package, ["a"], None, EVERYTHING)
 
 
 @given(ACKNOWLEDGEMENTS)
@@ -110,9 +117,26 @@ def test_an_acknowledgement_arrives_as_it_was_sent(acknowledgement: Acknowledgem
     assert decode_acknowledgement(encode_acknowledgement(acknowledgement)) == acknowledgement
 
 
-@given(UUIDS, st.lists(TEXTS, max_size=5), st.none() | UUIDS)
-def test_a_question_arrives_as_it_was_sent(package: UUID, paths: list[str], command_id: UUID | None) -> None:
-    assert decode_check(encode_check(package, paths, command_id)) == (package, paths, command_id)
+@given(UUIDS, st.lists(TEXTS, max_size=5), st.none() | UUIDS, GRANTS)
+def test_a_question_arrives_as_it_was_sent(
+    package: UUID, paths: list[str], command_id: UUID | None, grants: Grants
+) -> None:
+    asked = package, paths, command_id, grants
+    assert decode_check(encode_check(*asked)) == asked
+
+
+def test_a_question_of_the_previous_release_is_of_somebody_who_may_do_everything() -> None:
+    package = UUID(int=7)
+    assert decode_check(cbor2.dumps([package, ["a"], None])) == (package, ["a"], None, EVERYTHING)
+
+
+def test_a_right_that_is_not_known_here_gives_nothing() -> None:
+    package = UUID(int=7)
+    grants = [[["read", "paint"], ["*"], ["*"]]]
+    assert decode_check(cbor2.dumps([package, [], None, grants]))[3] == (Grant(frozenset({Right.READ})),)
+    for broken in (1, [1], [[["read"], "*", ["*"]]], [[["read"], ["*"]]]):
+        with pytest.raises(InvalidRequestError):
+            decode_check(cbor2.dumps([package, [], None, broken]))
 
 
 @pytest.mark.parametrize("cls", [cls for cls in all_errors() if "problem" in cls.__dict__], ids=lambda cls: cls.problem)

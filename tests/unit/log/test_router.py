@@ -18,6 +18,7 @@ from artifact_store.errors import (
     UnavailableError,
 )
 from artifact_store.models import Acknowledgement
+from services.core.access import EVERYTHING, Grants
 from services.core.commands import Command
 from services.log import router
 from services.log.port import NotAppendedError, PackageExtent, PartitionNotOwnedError
@@ -69,7 +70,14 @@ class There:
             raise answer
         return answer
 
-    async def check_ingest(self, url: str, _package: UUID, _paths: Sequence[str], _command: UUID | None) -> str | None:
+    async def check_ingest(
+        self,
+        url: str,
+        _package: UUID,
+        _paths: Sequence[str],
+        _command: UUID | None,
+        _grants: Grants = EVERYTHING,
+    ) -> str | None:
         await self.submit(url, MADE)
         return None
 
