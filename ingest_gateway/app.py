@@ -28,6 +28,7 @@ from ingest_gateway.protocol.request import SERVER, Call
 from ingest_gateway.routes import archives, event_feed, files, identity, manifests, operations, packages, tus_uploads
 from ingest_gateway.siblings import Siblings
 from services.core.access import Right
+from services.identity.audit import Audit
 from services.log.port import Log
 from services.registry.direct import DirectRegistry
 from services.runtime.tracing import TRACEPARENT, traceparent
@@ -50,6 +51,8 @@ PROBES = frozenset(route.template for route in operations.ROUTES)
 
 _METHODS = frozenset({"GET", "HEAD", "PUT", "POST", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT"})
 
+_REFUSED = frozenset({401, 403})
+
 
 class App:
     """Answers requests by the table of routes. Belongs to one event loop."""
@@ -65,6 +68,7 @@ class App:
         origins: Origins | None = None,
         authenticate: Authenticate = believe,
         logins: Logins = nowhere,
+        audit: Audit | None = None,
     ) -> None:
         openapi = document(ROUTES)
         self.gateway = Gateway(
@@ -72,6 +76,7 @@ class App:
         )
         self._routes = Routes(ROUTES)
         self._origins = origins or Origins()
+        self._audit = audit or Audit(None)
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer a request. An error becomes a problem document or, once an answer has begun, cuts the connection."""
@@ -151,6 +156,15 @@ class App:
         self.gateway.metrics.answered(
             call.template, method, call.status, seconds, call.received, call.sent, timed=call.template not in PROBES
         )
+        if call.identified or call.status in _REFUSED:
+            self._audit.record(
+                principal=call.principal.actor if call.identified else None,
+                action=f"{method} {call.template}",
+                allowed=call.status not in _REFUSED,
+                client=call.client,
+                status=call.status,
+                target=call.target,
+            )
         _access.info("%s %d %.1f ms, %d in, %d out", call, call.status, seconds * 1000, call.received, call.sent)
 
 

@@ -32,6 +32,7 @@ from ingest_gateway.protocol.connections import Server
 from ingest_gateway.protocol.origins import Origins
 from ingest_gateway.siblings import Member, Siblings
 from services.config import Settings
+from services.identity.audit import Audit
 from services.identity.authenticator import Authenticator
 from services.log.port import Log
 from services.registry.direct import DirectRegistry
@@ -89,6 +90,7 @@ async def serve(
     address = listen_address(settings)
     async with (
         Authenticator.open(settings, opened.metrics) as authenticator,
+        Audit(settings.audit_file, opened.metrics) as audit,
         listening(
             opened.registry,
             opened.log,
@@ -101,6 +103,7 @@ async def serve(
             origins=Origins(settings.allowed_hosts, loopback=address.is_loopback),
             authenticate=authenticator.authenticate,
             logins=lambda: authenticator.logins,
+            audit=audit,
         ) as url,
     ):
         print(f"listening on {url}", file=sys.stderr, flush=True)  # noqa: T201 - the line that people wait for
@@ -136,6 +139,7 @@ async def listening(
     origins: Origins | None = None,
     authenticate: Authenticate = believe,
     logins: Logins = nowhere,
+    audit: Audit | None = None,
 ) -> AsyncIterator[str]:
     """Listen for the length of the block; yields the URL. Port 0 takes a free one.
 
@@ -147,7 +151,7 @@ async def listening(
     """
     metrics = metrics or Metrics()
     siblings = None if member is None else Siblings(member, metrics.exposition)
-    app = App(registry, log, checks, bounds, metrics, siblings, origins, authenticate, logins)
+    app = App(registry, log, checks, bounds, metrics, siblings, origins, authenticate, logins, audit)
     runner = web.ServerRunner(
         Server(app.handle, app.refuse, app.gateway.admission.connections, app.gateway.admission.heads),
         shutdown_timeout=1.0,

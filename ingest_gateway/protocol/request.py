@@ -123,6 +123,11 @@ class Call:
         self.principal = await self.gateway.authenticate(given[0] if given else None)
         self.registry = self.gateway.registry.for_principal(self.principal)
 
+    @property
+    def identified(self) -> bool:
+        """Whether it is known who sends the request."""
+        return self.principal is not _NOBODY
+
     def require(self, right: Right) -> None:
         """Raise ForbiddenError unless the sender has the right on some packages."""
         if not self.principal.may(right):

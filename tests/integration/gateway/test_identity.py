@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -58,7 +59,8 @@ async def test_with_policy_and_tokens_each_sender_is_who_the_token_says(
         )
         _, token = create_token(tokens, "robot", [Right.WRITE], now=time.time())
         issuer.away = True  # which keeps no gateway from starting
-        async with started(replace(embedded_settings, policy=policy, tokens=tokens)) as client:
+        settings = replace(embedded_settings, policy=policy, tokens=tokens, audit_file=tmp_path / "audit.jsonl")
+        async with started(settings) as client:
             async with client.get("/v1/whoami") as answer:
                 assert (answer.status, answer.headers["WWW-Authenticate"]) == (401, 'Bearer realm="artifact-store"')
             async with client.get("/v1/login") as answer:
@@ -71,6 +73,12 @@ async def test_with_policy_and_tokens_each_sender_is_who_the_token_says(
                 assert answer.status == 403
             async with client.get("/metrics") as answer:
                 shown = await answer.text()
+        audited = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+        assert [(one["principal"], one["action"], one["status"], one["allowed"]) for one in audited] == [
+            (None, "GET /v1/whoami", 401, False),
+            ("token:robot", "POST /v1/packages", 201, True),
+            ("token:robot", "GET /v1/packages", 403, False),
+        ]
         assert 'artifact_store_authentications_total{issuer="token",outcome="accepted"} 2.0' in shown
         assert 'artifact_store_authentications_total{issuer="sso",outcome="unavailable"} 1.0' in shown
 
