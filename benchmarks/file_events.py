@@ -72,7 +72,7 @@ class _Package:
         self._draw = draw
         self._number = number
         self._command_id = UUID(bytes=draw.randbytes(16), version=4)
-        self._id = identifiers.Identifier.of(identifiers.package_id(_ACTOR, self._command_id))
+        self._id = identifiers.package_id(_ACTOR, self._command_id)
         self._sequence = 0
         self._digest = bytes(32)
 

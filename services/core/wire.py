@@ -193,7 +193,7 @@ def _fields(shape: Any, version: int) -> list[tuple[str, str]]:
 
 
 def _plain(value: Any) -> Any:
-    """The codec knows UUID itself and none of its subclasses, such as an identifier that keeps its text."""
+    """The codec knows UUID itself and none of its subclasses, such as those of database drivers."""
     return UUID(int=value.int) if isinstance(value, UUID) and type(value) is not UUID else value
 
 
@@ -227,7 +227,7 @@ def _dumps(value: Any) -> bytes:
 
 
 def _plain_uuid(encoder: Any, value: Any) -> None:
-    """An identifier that keeps its text goes as any other UUID: cbor2 knows that type alone."""
+    """A subclass of UUID goes as a UUID: cbor2 knows that type alone."""
     if not isinstance(value, UUID):
         raise TypeError(f"{type(value).__name__} is nothing that is forwarded")
     encoder.encode(UUID(int=value.int))

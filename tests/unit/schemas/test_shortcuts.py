@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import unicodedata
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -32,13 +31,10 @@ from artifact_store.events import (
     payload_map,
 )
 from artifact_store.rules import holds_control
-from schemas import identifiers
-from schemas.avro import avro_long
 from schemas.codec import decode, encode, schema_text
 from schemas.digests import event_digest
 from schemas.headers import headers, headers_all
-from schemas.identifiers import Identifier
-from schemas.runs import CommandFiles, FileRun, encode_all
+from schemas.runs import CommandFiles, FileRun, avro_long, encode_all
 from services.core.commands import StoredFile
 from services.core.decide import decide
 from services.core.evolve import evolve
@@ -209,21 +205,6 @@ def test_the_items_of_a_manifest_are_canonical(file_id: UUID, location_id: UUID,
     for file in files:
         for item in (manifest_item(str(file_id), file), receipt_item(str(file_id), str(location_id), file)):
             assert item == canonical_cbor(cbor2.loads(item))
-
-
-@given(st.uuids(), _TEXT)
-def test_a_derived_identifier_is_the_uuid_that_the_standard_library_derives(namespace: UUID, path: str) -> None:
-    derived, plain = identifiers.file_id(namespace, path), uuid5(namespace, f"file:{path}")
-    assert (derived, str(derived), derived.bytes, hash(derived)) == (plain, str(plain), plain.bytes, hash(plain))
-    assert derived.version == 5
-
-
-@given(st.uuids())
-def test_an_identifier_that_keeps_its_text_is_the_same_identifier(plain: UUID) -> None:
-    kept = Identifier.of(plain)
-    assert (kept, str(kept), repr(kept.hex)) == (plain, str(plain), repr(plain.hex))
-    assert Identifier.of(kept) is kept
-    assert str(pickle.loads(pickle.dumps(kept))) == str(plain)  # noqa: S301 - what was pickled a moment ago
 
 
 def test_control_characters_and_surrogates_are_those_of_unicode() -> None:
