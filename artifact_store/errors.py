@@ -40,7 +40,7 @@
     └── ConfigurationError       mend the settings; the text says how
 
 Each class carries its HTTP status, its problem type (RFC 9457, the last part of a stable URN) and the exit code of the
-command line.
+command line, its own or those of its base.
 """
 
 from __future__ import annotations
@@ -60,6 +60,18 @@ class ArtifactStoreError(Exception):
     problem: ClassVar[str] = "internal"
     exit_code: ClassVar[int] = 1
 
+    def __init_subclass__(
+        cls, problem: str | None = None, status: int | None = None, exit_code: int | None = None
+    ) -> None:
+        """Arguments of the class statement; what is not given is that of the base."""
+        super().__init_subclass__()
+        if problem is not None:
+            cls.problem = problem
+        if status is not None:
+            cls.status = status
+        if exit_code is not None:
+            cls.exit_code = exit_code
+
     def __init__(self, *args: object, facts: Mapping[str, str | int] | None = None) -> None:
         super().__init__(*args)
         self.facts: Mapping[str, str | int] = facts or {}
@@ -70,40 +82,27 @@ class ArtifactStoreError(Exception):
         return str(self.args[0]) if self.args else self.__class__.__name__
 
 
-class RejectedError(ArtifactStoreError):
+class RejectedError(ArtifactStoreError, problem="rejected", status=422):
     """The request is refused for good, and records nothing."""
 
-    status = 422
-    problem = "rejected"
 
-
-class InvalidRequestError(RejectedError, ValueError):
+class InvalidRequestError(RejectedError, ValueError, problem="invalid-request", status=400):
     """A field, identifier, cursor or header breaks a rule that the text names."""
 
-    status = 400
-    problem = "invalid-request"
 
-
-class InvalidPathError(InvalidRequestError):
+class InvalidPathError(InvalidRequestError, problem="invalid-path"):
     """A relative path breaks a rule that the text names."""
 
-    problem = "invalid-path"
 
-
-class InvalidPositionError(InvalidRequestError):
+class InvalidPositionError(InvalidRequestError, problem="invalid-position"):
     """A log position cannot be read."""
 
-    problem = "invalid-position"
 
-
-class UnauthenticatedError(RejectedError):
+class UnauthenticatedError(RejectedError, problem="unauthenticated", status=401):
     """The request carries no token, or one that is not accepted. The text never holds the token.
 
     `code` is the error code of RFC 6750 §3.1, None when there was no token at all.
     """
-
-    status = 401
-    problem = "unauthenticated"
 
     def __init__(self, detail: str, code: str | None = None) -> None:
         super().__init__(detail)
@@ -115,11 +114,8 @@ class UnauthenticatedError(RejectedError):
         return bearer_challenge(self.code, self.detail)
 
 
-class ForbiddenError(RejectedError):
+class ForbiddenError(RejectedError, problem="forbidden", status=403):
     """The principal is known and lacks the right. The text names the right."""
-
-    status = 403
-    problem = "forbidden"
 
     @property
     def challenge(self) -> str:
@@ -136,216 +132,144 @@ def bearer_challenge(code: str | None, detail: str) -> str:
     return f'{realm}, error="{code}", error_description="{plain}"'
 
 
-class UnknownRetentionClassError(RejectedError, ValueError):
+class UnknownRetentionClassError(RejectedError, ValueError, problem="unknown-retention-class"):
     """The retention class is not one of the seeded ones."""
 
-    problem = "unknown-retention-class"
 
-
-class NotFoundError(RejectedError):
+class NotFoundError(RejectedError, problem="not-found", status=404):
     """What was asked for does not exist."""
 
-    status = 404
-    problem = "not-found"
 
-
-class PackageNotFoundError(NotFoundError):
+class PackageNotFoundError(NotFoundError, problem="package-not-found"):
     """No such package."""
 
-    problem = "package-not-found"
 
-
-class FileNotFoundInRegistryError(NotFoundError):
+class FileNotFoundInRegistryError(NotFoundError, problem="file-not-found"):
     """No such file in the registry."""
 
-    problem = "file-not-found"
 
-
-class UploadNotFoundError(NotFoundError):
+class UploadNotFoundError(NotFoundError, problem="upload-not-found"):
     """No such upload: it never existed, has expired, was ended, or its bytes were refused."""
 
-    problem = "upload-not-found"
 
-
-class ConflictError(RejectedError):
+class ConflictError(RejectedError, problem="conflict", status=409):
     """The request does not fit the state of the package."""
 
-    status = 409
-    problem = "conflict"
 
-
-class DuplicateRelativePathError(ConflictError):
+class DuplicateRelativePathError(ConflictError, problem="duplicate-relative-path"):
     """The package holds a file of this relative path already."""
 
-    problem = "duplicate-relative-path"
 
-
-class PathConflictError(ConflictError):
+class PathConflictError(ConflictError, problem="path-conflict"):
     """The file's path is a folder of another file of the package, or lies below another file."""
 
-    problem = "path-conflict"
 
-
-class IllegalPackageStateError(ConflictError):
+class IllegalPackageStateError(ConflictError, problem="illegal-package-state"):
     """The package is not in the state that the request needs."""
 
-    problem = "illegal-package-state"
 
-
-class AnswerExpiredError(IllegalPackageStateError):
+class AnswerExpiredError(IllegalPackageStateError, problem="answer-expired"):
     """The package's answers are no longer kept. Its events show whether an earlier attempt was recorded.
 
     `facts` names the package, when it was finalized (µs since 1970) and its manifest.
     """
 
-    problem = "answer-expired"
 
-
-class PackageAbandonedError(IllegalPackageStateError):
+class PackageAbandonedError(IllegalPackageStateError, problem="package-abandoned"):
     """The package was left open for so long after its last event that it takes no more commands.
 
     Repeats get no answer either: its events show whether a command was recorded. `facts` names the package.
     """
 
-    problem = "package-abandoned"
 
-
-class SequenceBeyondLogError(ConflictError):
+class SequenceBeyondLogError(ConflictError, problem="sequence-beyond-log"):
     """A read asked to wait for an event that the log does not hold. Waiting would not help."""
 
-    problem = "sequence-beyond-log"
 
-
-class PackageQuarantinedError(ConflictError):
+class PackageQuarantinedError(ConflictError, problem="package-quarantined"):
     """The log holds an event that contradicts the package's history. Nothing is added to it; publish another one."""
 
-    problem = "package-quarantined"
 
-
-class UploadOffsetError(ConflictError):
+class UploadOffsetError(ConflictError, problem="upload-offset"):
     """The upload stands at another offset than the request names."""
 
-    problem = "upload-offset"
 
-
-class ContentMismatchError(RejectedError):
+class ContentMismatchError(RejectedError, problem="content-mismatch"):
     """The bytes that arrived are not those that were declared."""
 
-    problem = "content-mismatch"
+
+class ChecksumMismatchError(RejectedError, problem="checksum-mismatch", status=460):
+    """The bytes of one request do not match its `Upload-Checksum`. The upload has not moved (tus 1.0, "Checksum")."""
 
 
-class ChecksumMismatchError(RejectedError):
-    """The bytes of one request do not match its `Upload-Checksum`. The upload has not moved."""
-
-    status = 460  # tus 1.0, "Checksum"
-    problem = "checksum-mismatch"
-
-
-class UnknownContentError(RejectedError):
+class UnknownContentError(RejectedError, problem="unknown-content"):
     """Bytes named by their digest are not stored here, or not completely. Send them."""
 
-    problem = "unknown-content"
 
-
-class InvalidArchiveError(RejectedError):
+class InvalidArchiveError(RejectedError, problem="invalid-archive"):
     """An archive is malformed, cut off, or holds an entry that no package can; the text names it."""
 
-    problem = "invalid-archive"
 
-
-class CommandReusedError(RejectedError):
+class CommandReusedError(RejectedError, problem="command-reused"):
     """The command id (`Idempotency-Key`) was used before with another request."""
 
-    problem = "command-reused"
 
-
-class TooLargeError(RejectedError):
+class TooLargeError(RejectedError, problem="too-large", status=413):
     """A documented limit is exceeded."""
 
-    status = 413
-    problem = "too-large"
 
-
-class RangeNotSatisfiableError(RejectedError):
+class RangeNotSatisfiableError(RejectedError, problem="range-not-satisfiable", status=416):
     """No byte of the requested range exists (RFC 9110 §15.5.17). `size` is the length of the whole, in bytes."""
-
-    status = 416
-    problem = "range-not-satisfiable"
 
     def __init__(self, detail: str, size: int) -> None:
         super().__init__(detail)
         self.size = size
 
 
-class PushBackError(ArtifactStoreError):
+class PushBackError(ArtifactStoreError, problem="push-back", status=503):
     """The system cannot take more now. Retry after `retry_after` seconds; nothing was recorded."""
-
-    status = 503
-    problem = "push-back"
 
     def __init__(self, detail: str, retry_after: float = 1.0) -> None:
         super().__init__(detail)
         self.retry_after = retry_after
 
 
-class LogLostError(PushBackError):
+class LogLostError(PushBackError, problem="log-lost"):
     """The package's partition has lost acknowledged events. Nothing is appended until an operator decides."""
-
-    problem = "log-lost"
 
     def __init__(self, detail: str, retry_after: float = 60.0) -> None:
         super().__init__(detail, retry_after)
 
 
-class UploadBusyError(PushBackError):
+class UploadBusyError(PushBackError, problem="upload-busy", status=423):
     """Another request is adding to this upload, or did so a moment ago."""
 
-    status = 423
-    problem = "upload-busy"
 
-
-class UnavailableError(ArtifactStoreError):
+class UnavailableError(ArtifactStoreError, problem="unavailable", status=503):
     """A part cannot be reached. Retry with the same command id, perhaps elsewhere: the outcome may be unknown."""
 
-    status = 503
-    problem = "unavailable"
     retry_after: float = 1.0
 
 
-class WaitTimeoutError(UnavailableError):
+class WaitTimeoutError(UnavailableError, problem="wait-timeout", status=504):
     """The view did not reach the requested sequence in time."""
 
-    status = 504
-    problem = "wait-timeout"
 
-
-class CorruptError(ArtifactStoreError):
+class CorruptError(ArtifactStoreError, problem="corrupt"):
     """What was read breaks an invariant. Stop: nothing is skipped, and nothing resets by itself."""
 
-    problem = "corrupt"
 
-
-class BadRecordError(CorruptError):
+class BadRecordError(CorruptError, problem="bad-record"):
     """The log holds a record that is no event. The text names its place, its digest and the command that skips it."""
 
-    problem = "bad-record"
 
-
-class PackageParkedError(CorruptError):
+class PackageParkedError(CorruptError, problem="package-parked"):
     """The view stopped at an event of the package that it cannot read or apply. An operator has to mend it."""
 
-    problem = "package-parked"
 
-
-class LogIdentityError(CorruptError):
+class LogIdentityError(CorruptError, problem="foreign-log", status=400):
     """A position, checkpoint or state file belongs to another log than the one at hand."""
 
-    status = 400
-    problem = "foreign-log"
 
-
-class ConfigurationError(ArtifactStoreError):
+class ConfigurationError(ArtifactStoreError, problem="configuration", exit_code=2):
     """The settings cannot work. The text says what mends them."""
-
-    problem = "configuration"
-    exit_code = 2

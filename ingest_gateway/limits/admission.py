@@ -68,11 +68,8 @@ class Bounds:
     """How often a follower without events gets a sign of life."""
 
 
-class TooManyAtOnceError(PushBackError):
+class TooManyAtOnceError(PushBackError, problem="too-many-at-once", status=429):
     """The client (its address) has as many connections, uploads or downloads under way as one may have."""
-
-    status = 429
-    problem = "too-many-at-once"
 
 
 class _Shares:

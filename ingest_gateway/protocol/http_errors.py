@@ -26,95 +26,56 @@ class ProtocolError(RejectedError):
         self.headers = headers or {}
 
 
-class MalformedHttpError(ProtocolError):
+class MalformedHttpError(ProtocolError, problem="malformed-http", status=400):
     """The message is not valid HTTP, or its framing is broken."""
 
-    status = 400
-    problem = "malformed-http"
 
-
-class IncompleteBodyError(ProtocolError):
+class IncompleteBodyError(ProtocolError, problem="incomplete-body", status=400):
     """The body ended before its announced end."""
 
-    status = 400
-    problem = "incomplete-body"
 
-
-class ForeignOriginError(ProtocolError):
+class ForeignOriginError(ProtocolError, problem="foreign-origin", status=403):
     """A page of another site sent the request."""
 
-    status = 403
-    problem = "foreign-origin"
 
-
-class UnknownResourceError(ProtocolError):
+class UnknownResourceError(ProtocolError, problem="unknown-resource", status=404):
     """No resource has this path."""
 
-    status = 404
-    problem = "unknown-resource"
 
-
-class MethodNotAllowedError(ProtocolError):
+class MethodNotAllowedError(ProtocolError, problem="method-not-allowed", status=405):
     """The resource does not take this method; `Allow` names those it takes."""
 
-    status = 405
-    problem = "method-not-allowed"
 
-
-class NotAcceptableError(ProtocolError):
+class NotAcceptableError(ProtocolError, problem="not-acceptable", status=406):
     """There is no representation that `Accept` takes."""
 
-    status = 406
-    problem = "not-acceptable"
 
-
-class BodyTimeoutError(ProtocolError):
+class BodyTimeoutError(ProtocolError, problem="body-timeout", status=408):
     """The body stood still, or came too slowly, for too long."""
 
-    status = 408
-    problem = "body-timeout"
 
-
-class AnswerTimeoutError(ProtocolError):
+class AnswerTimeoutError(ProtocolError, problem="answer-timeout", status=408):
     """The client took the answer's bytes too slowly, or not at all: it is cut off, and so never told this."""
 
-    status = 408
-    problem = "answer-timeout"
 
-
-class PreconditionFailedError(ProtocolError):
+class PreconditionFailedError(ProtocolError, problem="precondition-failed", status=412):
     """`If-Match` names another representation."""
 
-    status = 412
-    problem = "precondition-failed"
 
-
-class UnsupportedMediaTypeError(ProtocolError):
+class UnsupportedMediaTypeError(ProtocolError, problem="unsupported-media-type", status=415):
     """The body's media type or coding is not taken here."""
 
-    status = 415
-    problem = "unsupported-media-type"
 
-
-class UnknownHostError(ProtocolError):
+class UnknownHostError(ProtocolError, problem="unknown-host", status=421):
     """`Host` is no name of this gateway."""
 
-    status = 421
-    problem = "unknown-host"
 
-
-class ExpectationFailedError(ProtocolError):
+class ExpectationFailedError(ProtocolError, problem="expectation-failed", status=417):
     """`Expect` asks for something other than 100-continue."""
 
-    status = 417
-    problem = "expectation-failed"
 
-
-class HeadTooLargeError(ProtocolError):
+class HeadTooLargeError(ProtocolError, problem="head-too-large", status=431):
     """The request's line and headers have more bytes together than are taken."""
-
-    status = 431
-    problem = "head-too-large"
 
 
 class InvalidFieldsError(InvalidRequestError):

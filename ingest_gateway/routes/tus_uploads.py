@@ -59,11 +59,8 @@ from services.blobs.resumable.uploads import ALGORITHMS, Checksum, NewUpload, ac
 from services.core.access import Right
 
 
-class UnsupportedTusVersionError(ProtocolError):
+class UnsupportedTusVersionError(ProtocolError, problem="unsupported-tus-version", status=412):
     """`Tus-Resumable` is missing or names an unsupported version; `Tus-Version` names the supported ones."""
-
-    status = 412
-    problem = "unsupported-tus-version"
 
 
 def _checksum(text: str) -> Checksum:

@@ -304,16 +304,12 @@ class TimedStore(Protocol):
         """Ask for the store's time, so that `clock` is up to date. Raises UnavailableError."""
 
 
-class PartitionNotOwnedError(UnavailableError):
+class PartitionNotOwnedError(UnavailableError, problem="partition-not-owned"):
     """This process is not the writer of the package's partition now, and has appended nothing; ask the writer."""
 
-    problem = "partition-not-owned"
 
-
-class NotAppendedError(UnavailableError):
+class NotAppendedError(UnavailableError, problem="not-appended"):
     """The writer has tried to append the command's events, in vain, and looked: the log has not got them."""
-
-    problem = "not-appended"
 
 
 class HeldError(PushBackError):

@@ -43,10 +43,8 @@ _CAUSE_CHARACTERS = 500
 _KEY_BYTES = 64
 
 
-class TooManyParkedError(CorruptError):
+class TooManyParkedError(CorruptError, problem="too-many-parked"):
     """A projection would park more packages than it may: something is wrong with more than a few events."""
-
-    problem = "too-many-parked"
 
 
 @dataclass(frozen=True, slots=True)
