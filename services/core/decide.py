@@ -36,10 +36,10 @@ from schemas.digests import DIGEST_BYTES, items_digest, payload_digest
 from schemas.runs import CommandFiles, FileRun
 from services.core.access import EVERYTHING, Grants, Right, no_package, require, scope
 from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles, IngestTogether
-from services.core.freezing import manifest_item, manifest_of
+from services.core.freezing import manifest_of
 from services.core.lifecycle import MICROS_PER_DAY, retention_class
 from services.core.limits import ANSWERS_KEPT_MICROS, EVENT_OVERHEAD_BYTES, MAX_IDLE_MICROS, Limits
-from services.core.state import ABANDONED, CREATED, CommandState, PackageState
+from services.core.state import ABANDONED, CREATED, CommandState, PackageState, manifest_item
 
 
 def decide(state: PackageState | None, command: Command | IngestTogether, now: int, limits: Limits) -> Sequence[Event]:
@@ -94,6 +94,14 @@ def require_write(state: PackageState | None, asked: FromSomebody) -> None:
         return
     origin = None if state is None else (state.created.producer, state.created.subject)
     require(asked.grants, Right.WRITE, asked.package_id, origin)
+
+
+def claim_check(state: PackageState, events: Sequence[Event]) -> bytes | None:
+    """The manifest that must be durable under its key before these events are appended, if one of them names it so."""
+    for event in events if not isinstance(events, FileRun) else ():
+        if isinstance(event.payload, PackageFinalized) and event.payload.manifest is None:
+            return manifest_of(state, event.created_at)
+    return None
 
 
 def acknowledge(state: PackageState, command: Command) -> Acknowledgement:

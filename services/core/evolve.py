@@ -9,8 +9,7 @@ from artifact_store.errors import CorruptError
 from artifact_store.events import NO_DIGEST, PACKAGE_CREATED, Event, FileIngested, PackageCreated, PackageFinalized
 from schemas.digests import event_digest
 from schemas.runs import CommandFiles, FileRun, commands_of
-from services.core.freezing import manifest_item, receipt_item
-from services.core.state import CREATED, FINALIZED, CommandState, FileState, PackageState
+from services.core.state import CREATED, FINALIZED, CommandState, FileState, PackageState, manifest_item, receipt_item
 
 
 def evolve(state: PackageState | None, event: Event | FileRun) -> PackageState:

@@ -1,44 +1,12 @@
-"""Building manifests: the items of one file when it is ingested, the whole when the package is finalized."""
+"""Freezing: the manifest of a package, which is made of what the state keeps of each file."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 
-from artifact_store.canonical import canonical_cbor, cbor_array_head, ordered_cbor
-from artifact_store.events import Event, PackageFinalized
+from artifact_store.canonical import canonical_cbor, cbor_array_head
 from artifact_store.manifest import MANIFEST_VERSION
-from schemas.runs import FileRun, StoredFile
 from services.core.state import FINALIZED, PackageState
-
-
-def manifest_item(file_id: str, file: StoredFile) -> bytes:
-    """The canonical CBOR of a file's entry in `files`."""
-    return ordered_cbor(
-        {
-            "blake3": file.blake3.hex(),
-            "sha256": file.sha256.hex(),
-            "file_id": file_id,
-            "media_type": file.media_type,
-            "size_bytes": file.size_bytes,
-            "relative_path": file.relative_path,
-        }
-    )
-
-
-def receipt_item(file_id: str, location_id: str, file: StoredFile) -> bytes:
-    """The canonical CBOR of a file's entry in `storage_receipts`."""
-    return ordered_cbor(
-        {
-            "key": file.key,
-            "length": file.length,
-            "offset": file.offset,
-            "file_id": file_id,
-            "stored_at": file.stored_at,
-            "backend_id": file.backend_id,
-            "location_id": location_id,
-        }
-    )
 
 
 def manifest_of(state: PackageState, finalized_at: int) -> bytes:
@@ -66,14 +34,6 @@ def manifest_of(state: PackageState, finalized_at: int) -> bytes:
     pieces += _PACKAGE, canonical_cbor(package), _VERSION_AND_RECEIPTS, head
     pieces += [file.receipt_item for file in files]
     return b"".join(pieces)
-
-
-def claim_check(state: PackageState, events: Sequence[Event]) -> bytes | None:
-    """The manifest that must be durable under its key before these events are appended, if one of them names it so."""
-    for event in events if not isinstance(events, FileRun) else ():
-        if isinstance(event.payload, PackageFinalized) and event.payload.manifest is None:
-            return manifest_of(state, event.created_at)
-    return None
 
 
 _FILES = b"\xa4" + canonical_cbor("files")

@@ -8,8 +8,10 @@ from functools import partial
 from typing import NamedTuple
 from uuid import UUID
 
+from artifact_store.canonical import ordered_cbor
 from artifact_store.events import PackageCreated
 from artifact_store.rules import Unportable, add_folders, unportable
+from schemas.runs import StoredFile
 
 CREATED = "created"
 FINALIZED = "finalized"
@@ -33,6 +35,35 @@ file_states: Callable[[Iterable[tuple[int, bytes, bytes, bytes]]], Iterator[File
     map, partial(tuple.__new__, FileState)
 )
 """Of values in their order, without a step of Python for each."""
+
+
+def manifest_item(file_id: str, file: StoredFile) -> bytes:
+    """The canonical CBOR of a file's entry in `files`."""
+    return ordered_cbor(
+        {
+            "blake3": file.blake3.hex(),
+            "sha256": file.sha256.hex(),
+            "file_id": file_id,
+            "media_type": file.media_type,
+            "size_bytes": file.size_bytes,
+            "relative_path": file.relative_path,
+        }
+    )
+
+
+def receipt_item(file_id: str, location_id: str, file: StoredFile) -> bytes:
+    """The canonical CBOR of a file's entry in `storage_receipts`."""
+    return ordered_cbor(
+        {
+            "key": file.key,
+            "length": file.length,
+            "offset": file.offset,
+            "file_id": file_id,
+            "stored_at": file.stored_at,
+            "backend_id": file.backend_id,
+            "location_id": location_id,
+        }
+    )
 
 
 class Answered(NamedTuple):

@@ -25,8 +25,7 @@ from artifact_store.models import Acknowledgement
 from schemas.identifiers import partition_id
 from schemas.runs import encode_all
 from services.core.commands import Command, IngestFiles, IngestTogether
-from services.core.decide import acknowledge, check_ingest, decide, require_write
-from services.core.freezing import claim_check
+from services.core.decide import acknowledge, check_ingest, claim_check, decide, require_write
 from services.core.limits import Limits
 from services.log.port import (
     HeldError,

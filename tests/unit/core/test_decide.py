@@ -29,9 +29,8 @@ from artifact_store.manifest import manifest_digest
 from schemas.digests import event_digest
 from schemas.runs import FileRun
 from services.core.commands import Command, IngestFiles, IngestTogether
-from services.core.decide import acknowledge, check_ingest, decide
+from services.core.decide import acknowledge, check_ingest, claim_check, decide
 from services.core.evolve import evolve, evolve_all
-from services.core.freezing import claim_check
 from services.core.limits import MAX_IDLE_MICROS, Limits
 from services.core.state import PackageState
 from tests import commands

@@ -38,8 +38,8 @@ from schemas.runs import CommandFiles, FileRun, avro_long, encode_all
 from services.core.commands import StoredFile
 from services.core.decide import decide
 from services.core.evolve import evolve
-from services.core.freezing import manifest_item, receipt_item
 from services.core.limits import Limits
+from services.core.state import manifest_item, receipt_item
 from tests.commands import create, ingest
 
 _TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=300)
