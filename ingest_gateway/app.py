@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 from aiohttp import web
 
@@ -49,6 +49,11 @@ ROUTES: tuple[Route, ...] = (
 
 PROBES = frozenset(route.template for route in operations.ROUTES)
 
+METRICS = "/metrics"
+
+Find = Callable[[Call], Awaitable[tuple[Route, Mapping[str, str]]]]
+"""Finds the route of a request and its raw path parameters, and raises when the sender may not call it."""
+
 _METHODS = frozenset({"GET", "HEAD", "PUT", "POST", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT"})
 
 _REFUSED = frozenset({401, 403})
@@ -77,13 +82,25 @@ class App:
         self._routes = Routes(ROUTES)
         self._origins = origins or Origins()
         self._audit = audit or Audit(None)
+        self._apart: Origins | None = None
+
+    def serve_metrics_apart(self, origins: Origins) -> None:
+        """From now on `handle_apart` answers requests for metrics, and `handle` does not."""
+        self._routes = Routes(route for route in ROUTES if route.template != METRICS)
+        self._apart = origins
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer a request. An error becomes a problem document or, once an answer has begun, cuts the connection."""
-        call = Call(self.gateway, request)
+        return await self._handle(Call(self.gateway, request), self._find)
+
+    async def handle_apart(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer a request that came by the listener for metrics and probes, where nobody has tokens."""
+        return await self._handle(Call(self.gateway, request), self._find_apart)
+
+    async def _handle(self, call: Call, find: Find) -> web.StreamResponse:
         with self.gateway.admission.request():
             try:
-                response = await self._answer(call)
+                response = await self._answer(call, find)
                 await self._send(call, response)
             finally:
                 self._record(call)
@@ -106,18 +123,29 @@ class App:
             _log.warning("%s was cut off: %s", call, error.detail)
             raise call.cut() from None
 
-    async def _answer(self, call: Call) -> web.StreamResponse:
+    async def _find(self, call: Call) -> tuple[Route, Mapping[str, str]]:
+        self._origins.check(*_named(call.request))
+        route, values = self._routes.find(call.request.method, call.target)
+        if call.refusal is not None and route.tag != "operation":
+            raise call.refusal
+        call.template = route.template
+        await self._authorize(call, route)
+        return route, values
+
+    async def _find_apart(self, call: Call) -> tuple[Route, Mapping[str, str]]:
+        if self._apart is not None:
+            self._apart.check(*_named(call.request))
+        route, values = _APART.find(call.request.method, call.target)
+        call.template = route.template
+        return route, values
+
+    async def _answer(self, call: Call, find: Find) -> web.StreamResponse:
         request = call.request
         try:
             if "#" in call.target:
                 raise MalformedHttpError("a request target has no fragment")
             TRACEPARENT.set(traceparent(request.headers.get("traceparent")))
-            self._origins.check(request.headers.getall("Host", ()), request.headers.getall("Origin", ()))
-            route, values = self._routes.find(request.method, call.target)
-            if call.refusal is not None and route.tag != "operation":
-                raise call.refusal
-            call.template = route.template
-            await self._authorize(call, route)
+            route, values = await find(call)
             call.read_head(values, route.parameters, takes_body=route.body is not None)
             if route.transfer is None or request.method == "HEAD":
                 return await route.handler(call)
@@ -209,6 +237,13 @@ class Routes:
                 raise MethodNotAllowedError(f"this resource takes {', '.join(allow)}", {"Allow": ", ".join(allow)})
             return route, values
         raise UnknownResourceError("there is no such resource; /openapi.json lists what there is")
+
+
+_APART = Routes(route for route in ROUTES if route.template in {METRICS, "/healthz", "/readyz"})
+
+
+def _named(request: web.BaseRequest) -> tuple[Sequence[str], Sequence[str]]:
+    return request.headers.getall("Host", ()), request.headers.getall("Origin", ())
 
 
 def _match(parts: list[str], segments: list[str]) -> dict[str, str] | None:

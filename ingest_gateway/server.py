@@ -12,6 +12,7 @@ import logging
 import random
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
@@ -25,7 +26,7 @@ from ingest_gateway.app import App
 from ingest_gateway.gateway import Authenticate, Logins, believe, nowhere
 from ingest_gateway.health import Checks
 from ingest_gateway.http_metrics import Metrics
-from ingest_gateway.limits.admission import Bounds, connections_within
+from ingest_gateway.limits.admission import Bounds, Places, connections_within
 from ingest_gateway.peers.forwarding import MAX_FORWARDED
 from ingest_gateway.peers.internal_listener import MAX_TAKEN
 from ingest_gateway.protocol.connections import Server
@@ -36,6 +37,7 @@ from services.identity.audit import Audit
 from services.identity.authenticator import Authenticator
 from services.log.port import Log
 from services.registry.direct import DirectRegistry
+from services.runtime import tls
 from services.runtime.addresses import ListenAddress
 from services.wiring import Parts, is_embedded, parts
 
@@ -43,6 +45,8 @@ _log = logging.getLogger(__name__)
 
 DRAIN_SECONDS = 30.0
 """How long requests under way may go on once the gateway is told to stop."""
+
+_METRICS_CONNECTIONS = 64
 
 _BACKLOG = 1024
 
@@ -101,6 +105,8 @@ async def serve(
             metrics=Metrics(opened.metrics),
             member=member,
             origins=Origins(settings.allowed_hosts, loopback=address.is_loopback),
+            context=_server_context(settings),
+            metrics_at=settings.metrics_listen,
             authenticate=authenticator.authenticate,
             logins=lambda: authenticator.logins,
             audit=audit,
@@ -137,6 +143,8 @@ async def listening(
     drain_seconds: float = DRAIN_SECONDS,
     member: Member | None = None,
     origins: Origins | None = None,
+    context: ssl.SSLContext | None = None,
+    metrics_at: ListenAddress | None = None,
     authenticate: Authenticate = believe,
     logins: Logins = nowhere,
     audit: Audit | None = None,
@@ -144,7 +152,8 @@ async def listening(
     """Listen for the length of the block; yields the URL. Port 0 takes a free one.
 
     With `member`, accepts connections from the member's socket instead of `host` and `port`. `origins` says which hosts
-    requests may name, by default those of loopback.
+    requests may name, by default those of loopback. With `context`, it speaks TLS. With `metrics_at`, metrics are
+    served there alone, and health there as well.
 
     At the end of the block it accepts no new connection, dismisses followers, waits up to `drain_seconds` for requests
     under way, and closes. Raises ConfigurationError: the address is taken or does not exist.
@@ -152,39 +161,70 @@ async def listening(
     metrics = metrics or Metrics()
     siblings = None if member is None else Siblings(member, metrics.exposition)
     app = App(registry, log, checks, bounds, metrics, siblings, origins, authenticate, logins, audit)
+    if metrics_at is not None:
+        app.serve_metrics_apart(Origins(loopback=metrics_at.is_loopback))
+    admission = app.gateway.admission
     runner = web.ServerRunner(
-        Server(app.handle, app.refuse, app.gateway.admission.connections, app.gateway.admission.heads),
-        shutdown_timeout=1.0,
+        Server(app.handle, app.refuse, admission.connections, admission.heads), shutdown_timeout=1.0
     )
     await runner.setup()
+    apart = web.ServerRunner(
+        Server(app.handle_apart, app.refuse, Places("connections for metrics", _METRICS_CONNECTIONS), admission.heads),
+        shutdown_timeout=1.0,
+    )
+    await apart.setup()
     watching = [
         asyncio.create_task(metrics.watch_loop()),
         asyncio.create_task(app.gateway.ready.watch(metrics.component)),
     ]
     try:
         async with siblings.telling() if siblings is not None else nullcontext():
-            site = await _site(runner, host, port) if member is None else await _shared_site(runner, member)
-            yield f"http://{ListenAddress(*runner.addresses[0][:2])}"
+            if metrics_at is not None and (member is None or member.number == 1):  # it has the metrics of all
+                await _site(apart, metrics_at.host, metrics_at.port, None, "ARTIFACT_STORE_METRICS_LISTEN")
+            if member is None:
+                site = await _site(runner, host, port, context)
+            else:
+                site = await _shared_site(runner, member, context)
+            scheme = "http" if context is None else "https"
+            yield f"{scheme}://{ListenAddress(*runner.addresses[0][:2])}"
             await site.stop()
             await app.gateway.drain(drain_seconds)
     finally:
         for task in watching:
             task.cancel()
         await runner.cleanup()
+        await apart.cleanup()
 
 
-async def _site(runner: web.ServerRunner, host: str, port: int) -> web.BaseSite:
-    site = web.TCPSite(runner, host, port, backlog=_BACKLOG)
+def _server_context(settings: Settings) -> ssl.SSLContext | None:
+    """What the gateway speaks TLS by, None without a certificate. Blocks on files. Raises ConfigurationError."""
+    cert, key, clients = settings.tls_cert, settings.tls_key, settings.tls_client_ca
+    if cert is None or key is None:
+        if cert or key or clients:
+            raise ConfigurationError("ARTIFACT_STORE_TLS_CERT and ARTIFACT_STORE_TLS_KEY go together")
+        return None
+    files = "ARTIFACT_STORE_TLS_CERT, ARTIFACT_STORE_TLS_KEY or ARTIFACT_STORE_TLS_CLIENT_CA"
+    return tls.serving(cert, key, clients=clients, setting=files)
+
+
+async def _site(
+    runner: web.ServerRunner,
+    host: str,
+    port: int,
+    context: ssl.SSLContext | None,
+    setting: str = "ARTIFACT_STORE_LISTEN",
+) -> web.BaseSite:
+    site = web.TCPSite(runner, host, port, backlog=_BACKLOG, ssl_context=context)
     try:
         await site.start()
     except OSError as error:
-        raise _no_address(host, port, error) from error
+        raise _no_address(host, port, error, setting) from error
     return site
 
 
-async def _shared_site(runner: web.ServerRunner, member: Member) -> web.BaseSite:
+async def _shared_site(runner: web.ServerRunner, member: Member, context: ssl.SSLContext | None) -> web.BaseSite:
     listener = socket.socket(fileno=member.descriptor)
-    site = web.SockSite(runner, listener, backlog=_TAKEN_AT_ONCE)
+    site = web.SockSite(runner, listener, backlog=_TAKEN_AT_ONCE, ssl_context=context)
     await site.start()
     listener.listen(_BACKLOG)  # SockSite set the queue's length to its backlog too
     return site
@@ -200,10 +240,8 @@ def bound_socket(settings: Settings) -> socket.socket:
         raise _no_address(address.host, address.port, error) from error
 
 
-def _no_address(host: str, port: int, error: OSError) -> ConfigurationError:
-    return ConfigurationError(
-        f"cannot listen on {host}, port {port}: {error.strerror}; ARTIFACT_STORE_LISTEN says where"
-    )
+def _no_address(host: str, port: int, error: OSError, setting: str = "ARTIFACT_STORE_LISTEN") -> ConfigurationError:
+    return ConfigurationError(f"cannot listen on {host}, port {port}: {error.strerror}; {setting} says where")
 
 
 def listen_address(settings: Settings) -> ListenAddress:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from dotenv.parser import Binding
     from pydantic import SecretStr
 
+    from services.runtime.addresses import ListenAddress
+
 PREFIX = "ARTIFACT_STORE_"
 _ENV_FILE = PREFIX + "ENV_FILE"
 _TIB = 1 << 40
@@ -140,6 +142,25 @@ def _in_options(value: str) -> bool:
         return True
 
 
+def address(value: Any) -> ListenAddress:
+    """Read HOST:PORT."""
+    from services.runtime.addresses import ListenAddress
+
+    return value if isinstance(value, ListenAddress) else ListenAddress.parse(text(value))
+
+
+PLAINTEXT = frozenset({"kafka", "s3", "postgresql"})
+"""What can be talked to without TLS beyond loopback."""
+
+
+def services_of(value: Any) -> tuple[str, ...]:
+    """Read names of PLAINTEXT, separated by commas."""
+    found = tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else tuple(value)
+    if not PLAINTEXT.issuperset(found):
+        raise ValueError(f"it must be a list of {', '.join(sorted(PLAINTEXT))}, separated by commas")
+    return found
+
+
 @dataclass(frozen=True, init=False)
 class Settings:
     """Everything that can be set. Each field is `ARTIFACT_STORE_` plus its name in upper case in the environment.
@@ -179,10 +200,28 @@ class Settings:
     )
     schema_registry_url: str | None = setting(None, text, "A schema registry for the event schemas; not used yet.")
 
+    plaintext: tuple[str, ...] = setting(
+        "",
+        services_of,
+        "Of `kafka`, `s3` and `postgresql`, separated by commas: what other machines may be asked without TLS, so that "
+        "everybody between can read and change it.",
+    )
+
     url: str | None = setting(
         None, text, "A gateway that client commands talk to instead of opening log, blobs and views themselves."
     )
     listen: str = setting("127.0.0.1:8080", text, "HOST:PORT to listen on.")
+    tls_cert: Path | None = setting(None, Path, "The gateway's certificate (PEM): it speaks TLS.")
+    tls_key: Path | None = setting(None, Path, "The key of that certificate (PEM).")
+    tls_client_ca: Path | None = setting(
+        None, Path, "Authorities of certificates that every client of the gateway must have (PEM)."
+    )
+    metrics_listen: ListenAddress | None = setting(
+        None,
+        address,
+        "HOST:PORT for /metrics, without TLS and tokens. A gateway serves /healthz and /readyz there too, and /metrics "
+        "nowhere else. Of several projectors each takes the next port.",
+    )
     allowed_hosts: tuple[str, ...] = setting(
         "",
         hosts,

@@ -10,9 +10,11 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from artifact_store.errors import ArtifactStoreError, ConfigurationError, UnavailableError
 from artifact_store.registry import Registry
+from artifact_store.rules import is_loopback
 from services.config import Settings
 from services.core.limits import Limits
 from services.log.port import CommandWriter, Log, PutManifest, SnapshotStore, TimedStore
@@ -74,6 +76,9 @@ def open_log(settings: Settings) -> Log:
         return SqliteLog(_sqlite_path(settings))
     from services.log.kafka import KafkaLog
 
+    _require_tls(
+        settings, "kafka", _kafka_is_private(settings), "set security.protocol in ARTIFACT_STORE_KAFKA_OPTIONS"
+    )
     return KafkaLog(settings)
 
 
@@ -84,6 +89,8 @@ def open_blobs(settings: Settings, clock: Clock = system_clock) -> BlobStore:
     """
     from services.blobs import open as blobs
 
+    private = not settings.blobs_url.startswith("s3+http:") or _is_near(settings.blobs_url)
+    _require_tls(settings, "s3", private, "begin ARTIFACT_STORE_BLOBS_URL with s3://")
     return blobs.open_blobs(settings, clock)
 
 
@@ -95,6 +102,9 @@ def open_views(settings: Settings) -> Views:
     from services.views.database import Views
 
     views = Views(settings.views_url)
+    _require_tls(
+        settings, "postgresql", views.is_private, "end ARTIFACT_STORE_VIEWS_URL in ?ssl=require, or in nothing"
+    )
     if views.dialect == "sqlite" and settings.log_url.startswith(_SQLITE):
         path = Path(str(views.engine.url.database))
         if path.resolve() == Path(settings.log_url.removeprefix(_SQLITE)).resolve():
@@ -246,3 +256,31 @@ def _sqlite_path(settings: Settings) -> Path:
     if not settings.log_url.startswith(_SQLITE) or not path or "?" in path:
         raise ConfigurationError(f"ARTIFACT_STORE_LOG_URL has no known form; accepted are {_FORMS}")
     return Path(os.path.realpath(path))  # locks lie beside the file itself, by whatever link it is reached
+
+
+def _require_tls(settings: Settings, service: str, is_private: bool, mend: str) -> None:
+    if not is_private and service not in settings.plaintext:
+        raise ConfigurationError(
+            f"{service} is on another machine and would be asked without TLS, or without checking who answers: {mend}, "
+            f"or set ARTIFACT_STORE_PLAINTEXT={','.join((*settings.plaintext, service))} where the network is trusted"
+        )
+
+
+def _kafka_is_private(settings: Settings) -> bool:
+    brokers = settings.log_url.partition("://")[2].partition("/")[0].split(",")
+    if all(_is_near(f"//{broker}") for broker in brokers):
+        return True
+    chosen = {name: str(value).lower() for name, value in settings.kafka_options.items()}
+    return (
+        chosen.get("security.protocol", "plaintext").endswith("ssl")
+        and chosen.get("enable.ssl.certificate.verification", "true") == "true"
+        and chosen.get("ssl.endpoint.identification.algorithm", "https") == "https"
+    )
+
+
+def _is_near(url: str) -> bool:
+    """Whether the URL names this machine. One that cannot be read is refused elsewhere."""
+    try:
+        return is_loopback(urlsplit(url).hostname or "localhost")
+    except ValueError:
+        return True

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from ingest_gateway.siblings import Member
     from services.config import Settings
-    from services.runtime.addresses import ListenAddress
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -146,32 +145,14 @@ async def _in_processes(settings: Settings, command: str, processes: int) -> int
         return await run_processes(settings, command, processes, listener, stop)
 
 
-def _listen_address(_context: click.Context, _option: click.Parameter, text: str | None) -> ListenAddress | None:
-    from services.runtime.addresses import ListenAddress
-
-    if text is None:
-        return None
-    try:
-        return ListenAddress.parse(text)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from error
-
-
 @click.command()
 @click.argument("names", metavar="[NAME]...", nargs=-1)
 @click.option(
     "--processes", type=click.IntRange(1, 64), default=1, show_default=True, help="Spread the partitions over so many."
 )
 @max_parked_option
-@click.option(
-    "--metrics-listen",
-    "metrics_at",
-    metavar="HOST:PORT",
-    callback=_listen_address,
-    help="Serve metrics for Prometheus there; with --processes, each at a port of its own from this one on.",
-)
 @click.option("--until-input-ends", is_flag=True, hidden=True)  # for the processes of `--processes`
-@common_options(shown=("log_url", "views_url"))
+@common_options(shown=("log_url", "views_url", "metrics_listen"))
 def projector(names: tuple[str, ...], *, processes: int, until_input_ends: bool, **options: Any) -> None:
     """Run the projections of these names (all without one), until SIGTERM or SIGINT."""
     from services.cli.addressing import known_projection
@@ -180,6 +161,7 @@ def projector(names: tuple[str, ...], *, processes: int, until_input_ends: bool,
         known_projection(name)
     begin_to_run()
     settings = invocation().settings()
+    options["metrics_at"] = settings.metrics_listen
     if processes > 1:
         if code := run(_project_in_processes(settings, names, processes, options)):
             raise click.exceptions.Exit(code)

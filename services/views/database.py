@@ -10,7 +10,9 @@ into an error's text: they may hold secrets or a producer's data.
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
+import ssl
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, closing, contextmanager
@@ -29,6 +31,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from artifact_store.errors import ArtifactStoreError, ConfigurationError, CorruptError, UnavailableError
+from artifact_store.rules import is_loopback
 from services.core.lifecycle import RETENTION_CLASSES
 from services.runtime.files import FileLock, make_folder, private_file
 from services.views.bulk import on_postgresql
@@ -66,6 +69,8 @@ class Views:
         parsed = _parse(url)
         self.dialect = "sqlite" if parsed.drivername == "sqlite+aiosqlite" else "postgresql"
         self.engine = _open_sqlite(parsed) if self.dialect == "sqlite" else _open_postgresql(parsed)
+        self.is_private = _is_private(parsed)
+        """Whether nobody between can read what is said: it is a file, this machine, or TLS."""
         self.max_parked = MAX_PARKED
         """How many packages one projection may park before it stops."""
         self._answer_seconds = answer_seconds
@@ -326,7 +331,25 @@ def _begin_sqlite(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
+_NO_TLS = frozenset({"disable", "allow", "prefer"})
+"""Values of `ssl` by which asyncpg goes on without TLS when the server, or somebody between, has none."""
+
+
+def _is_local(url: URL) -> bool:
+    """Whether the database is asked through a socket or on loopback. asyncpg takes hosts of `PGHOST` as well."""
+    given = url.query.get("host", url.host or os.environ.get("PGHOST", ""))
+    hosts = [host for text in ([given] if isinstance(given, str) else given) for host in str(text).split(",")]
+    names = [host.rpartition(":")[0] if host.count(":") == 1 else host.strip("[]") for host in hosts]
+    return all(not name or name.startswith("/") or is_loopback(name) for name in names)
+
+
+def _is_private(url: URL) -> bool:
+    return url.drivername == "sqlite+aiosqlite" or _is_local(url) or url.query.get("ssl") not in _NO_TLS
+
+
 def _open_postgresql(url: URL) -> AsyncEngine:
+    # Without `ssl` in the URL asyncpg would ask for TLS and go on without it when it gets none.
+    secure = {} if "ssl" in url.query or _is_local(url) else {"ssl": ssl.create_default_context()}
     return _engine(
         url,
         pool_pre_ping=True,  # a database that was restarted costs no request its answer
@@ -334,6 +357,7 @@ def _open_postgresql(url: URL) -> AsyncEngine:
         max_overflow=10,
         pool_timeout=_CONNECT_SECONDS,
         connect_args={
+            **secure,
             "timeout": _CONNECT_SECONDS,
             "command_timeout": _STATEMENT_SECONDS,
             "server_settings": {"application_name": "artifact-store", "jit": "off"},
