@@ -24,7 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from artifact_store.errors import CorruptError, UnavailableError
 from artifact_store.events import Event
 from artifact_store.position import Position
-from schemas.batch import EventBatch, entries_of
+from schemas.runs import EventBatch, entries_of
 from services.log.port import Log, Record
 from services.log.records import Skips
 from services.views.database import DamagedDatabaseError, Views, database_errors

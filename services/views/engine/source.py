@@ -11,8 +11,8 @@ from uuid import UUID
 
 from artifact_store.events import AdministrativePayload, Event, LogSkipped
 from artifact_store.position import Position
-from schemas.batch import EventBatch
 from schemas.codec import UndecodableEventError
+from schemas.runs import EventBatch
 from services.log.port import Log, Record
 from services.log.records import BadRecord, PartitionOf, Skips, misplacement
 

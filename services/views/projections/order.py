@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from artifact_store.errors import CorruptError
 from artifact_store.events import FILE_INGESTED, Event, PackageCreated
-from schemas.batch import Entry, FileFields
+from schemas.runs import Entry, FileFields
 from services.views.bulk import find_rows
 
 

@@ -32,7 +32,7 @@ class Projection(Protocol):
     async def fold(self, connection: AsyncConnection, tables: Tables, events: Sequence[Event]) -> None:
         """Apply events, in order per package, to one build of the tables within the connection's transaction.
 
-        Whoever cares for speed goes over `schemas.batch.entries_of(events)`, where nothing is decoded twice.
+        Whoever cares for speed goes over `schemas.runs.entries_of(events)`, where nothing is decoded twice.
         Touches rows of the events' own packages only. Raises CorruptError when an event does not follow what was folded
         before it: a gap, a repeat, an impossible order.
         """

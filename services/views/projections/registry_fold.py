@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from artifact_store.errors import CorruptError
 from artifact_store.events import Event, PackageCreated, PackageFinalized
 from artifact_store.manifest import ContentAddress
-from schemas.batch import Entry, FileFields, entries_of
+from schemas.runs import Entry, FileFields, entries_of
 from services.core.state import CREATED, FINALIZED
 from services.views.bulk import Row, copy_encoded, insert_rows, on_postgresql, update_rows
 from services.views.projections.order import follows, known_packages

@@ -14,7 +14,7 @@ from sqlalchemy import Table
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from artifact_store.events import Event, PackageCreated, PackageFinalized
-from schemas.batch import Entry, entries_of
+from schemas.runs import Entry, entries_of
 from services.core.lifecycle import retain_until
 from services.views.bulk import insert_rows, update_rows
 from services.views.projections.order import follows, known_packages

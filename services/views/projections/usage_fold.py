@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from artifact_store.errors import CorruptError
 from artifact_store.events import Event, PackageCreated
-from schemas.batch import Entry, FileFields, entries_of
+from schemas.runs import Entry, FileFields, entries_of
 from services.views.bulk import insert_rows, on_postgresql, update_rows, upsert
 from services.views.projections.order import follows, known_packages
 from services.views.projections.port import Tables

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from artifact_store.canonical import MAX_LEVELS, jcs
 from artifact_store.events import FILE_INGESTED, Event, FileIngested, PackageCreated, StorageReceipt, payload_map
-from schemas.batch import EventBatch, FileFields, entries_of, entry_of, read_fields
 from schemas.codec import UndecodableEventError, decode, encode
+from schemas.runs import EventBatch, FileFields, entries_of, entry_of, read_fields
 from tests.views_history import History
 
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=200)
