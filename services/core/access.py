@@ -33,7 +33,13 @@ def matches(pattern: str, value: str) -> bool:
 
 @lru_cache(maxsize=4_096)
 def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(".*".join(map(re.escape, pattern.split("*"))), re.DOTALL)
+    first, *others = map(re.escape, pattern.split("*"))
+    if not others:
+        return re.compile(first)
+    *between, last = others
+    # Each text between two stars may be taken where it comes first. Atomic groups never try another place, which
+    # would take time in a power of the text's length.
+    return re.compile(first + "".join(f"(?>.*?{text})" for text in between) + ".*" + last, re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
