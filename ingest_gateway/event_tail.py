@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence, Set
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,7 +19,9 @@ from artifact_store.documents.event_lines import event_head
 from artifact_store.errors import CorruptError, InvalidPositionError, UnavailableError
 from artifact_store.events import RecordedEvent
 from artifact_store.position import Position
+from services.core.access import EVERYWHERE, Scope
 from services.log.port import Log, PackageExtent
+from services.registry.origins import Origins
 
 ROOM_BYTES = 8 << 20
 """Bytes of the tail that are kept for followers that lag a little."""
@@ -32,6 +34,9 @@ TURN_SECONDS = 10.0
 
 PATIENCE_SECONDS = 2.0
 """Seconds after which a client that takes nothing loses its turn."""
+
+MARK_SECONDS = 5.0
+"""How often a client that sees none of the events is told how far it has come."""
 
 _AT_ONCE_BYTES = 64 * 1024
 _BREATH = 50
@@ -64,39 +69,69 @@ Frame = Callable[[str, bytes, str], bytes]
 """Formats an event for a client, from its type, its `event_head`, and the text of the position after it."""
 
 
+Mark = Callable[[str], bytes]
+"""Formats a position that a client has come to without an event."""
+
+
 class Tail:
     """Reads the log for all followers of a gateway, while there are any. Belongs to one event loop."""
 
-    def __init__(self, log: Log, room_bytes: int = ROOM_BYTES, extent: ExtentOf | None = None) -> None:
-        """`extent` tells where a package's events lie, which spares reading all of its partition."""
+    def __init__(
+        self,
+        log: Log,
+        room_bytes: int = ROOM_BYTES,
+        extent: ExtentOf | None = None,
+        origins: Origins | None = None,
+    ) -> None:
+        """`extent` tells where a package's events lie, which spares reading all of its partition.
+
+        By their `origins` the events of packages are filtered that a client may not see.
+        """
         self._log = log
+        self._origins = origins or Origins()
         self._extent = extent
         self._room_bytes = room_bytes
         self._turns = asyncio.Semaphore(READERS)
         self._followers = 0
         self._run: _Run | None = None
 
-    async def follow(self, since: Position | None, package_id: UUID | None, frame: Frame) -> AsyncGenerator[bytes]:
+    async def follow(
+        self,
+        since: Position | None,
+        package_id: UUID | None,
+        frame: Frame,
+        scope: Scope = EVERYWHERE,
+        mark: Mark | None = None,
+    ) -> AsyncGenerator[bytes]:
         """Events after `since`, of one package or of all, each once, one or more to a piece; never ends.
+
+        Events of packages outside the scope are left out; with `mark`, the client is told now and then how far it has
+        come without seeing any.
 
         The first empty piece means that the follower has caught up. Memory is bounded however slow the caller is.
         Raises as `Log.read`. A record that cannot be decoded does not end a follower of another package, unless the
         follower meets such a record first of all.
         """
-        at = _Standing(since)
+        at, clock = _Standing(since), asyncio.get_running_loop().time
+        marked = clock()
         while True:
             async with self._seat() as seat:
                 # The seat has all events from this moment on; earlier ones are read up to the log's end.
                 while await self._behind(at):
-                    async with feed(self._missed(at, package_id, frame), PATIENCE_SECONDS) as pieces:
+                    missed = self._missed(at, package_id, frame, None, scope, mark)
+                    async with feed(missed, PATIENCE_SECONDS) as pieces:
                         while (piece := await pieces.take()) is not None:
                             yield piece
                 yield b""
                 try:
                     while (found := await seat.take()) is not None:
-                        new, at.position = _framed(found, at.position, package_id, frame)
+                        hidden = await self._origins.hidden({event.package_id for event in found}, scope)
+                        new, at.position = _framed(found, at.position, package_id, frame, hidden)
                         if new:
                             yield b"".join(new)
+                        elif hidden and mark is not None and clock() >= marked + MARK_SECONDS:
+                            marked = clock()
+                            yield mark(str(at.position))
                 except CorruptError:
                     if package_id is None:
                         raise
@@ -104,14 +139,22 @@ class Tail:
             # Or it was too slow, and the events that it missed are no longer kept.
             at.caught_up = False
 
-    async def read(self, since: Position | None, package_id: UUID | None, frame: Frame) -> AsyncGenerator[bytes]:
+    async def read(
+        self,
+        since: Position | None,
+        package_id: UUID | None,
+        frame: Frame,
+        scope: Scope = EVERYWHERE,
+        mark: Mark | None = None,
+    ) -> AsyncGenerator[bytes]:
         """Events after `since` up to where the log ends now, of one package or of all, one or more to a piece.
 
         Takes turns with followers that catch up. Memory is bounded however slow the caller is. Raises as `Log.read`.
+        `scope` and `mark` are those of `follow`.
         """
         at, end = _Standing(since), await self._log.end(since)
         while not at.caught_up:
-            async with feed(self._missed(at, package_id, frame, end), PATIENCE_SECONDS) as pieces:
+            async with feed(self._missed(at, package_id, frame, end, scope, mark), PATIENCE_SECONDS) as pieces:
                 while (piece := await pieces.take()) is not None:
                     yield piece
 
@@ -128,7 +171,13 @@ class Tail:
         return not at.position.covers(end)
 
     async def _missed(
-        self, at: _Standing, package_id: UUID | None, frame: Frame, until: Position | None = None
+        self,
+        at: _Standing,
+        package_id: UUID | None,
+        frame: Frame,
+        until: Position | None,
+        scope: Scope,
+        mark: Mark | None,
     ) -> AsyncGenerator[bytes]:
         """Events from where the client stands to the log's end, or as many as it can read in its turn."""
         extent = None
@@ -139,11 +188,17 @@ class Tail:
         events = self._log.read(at.position, package_id=package_id, extent=extent, until=until)
         async with self._turns, aclosing(events):
             turn_ends = asyncio.get_running_loop().time() + TURN_SECONDS
+            seen = True
             async for event in events:
                 at.position = event.position
-                yield frame(event.event_type, event_head(event), str(event.position))
+                self._origins.note(event)
+                seen = not await self._origins.hidden({event.package_id}, scope)
+                if seen:
+                    yield frame(event.event_type, event_head(event), str(event.position))
                 if self._turns.locked() and asyncio.get_running_loop().time() > turn_ends:
                     return
+        if not seen and mark is not None:
+            yield mark(str(at.position))
         at.caught_up = True
 
     @asynccontextmanager
@@ -151,7 +206,7 @@ class Tail:
         self._followers += 1
         try:
             if self._run is None or self._run.over:
-                self._run = _Run(self._log, self._room_bytes)
+                self._run = _Run(self._log, self._room_bytes, self._origins)
             yield await self._run.seat()
         finally:
             self._followers -= 1
@@ -169,9 +224,12 @@ class _Standing:
 
 
 def _framed(
-    found: Sequence[TailEvent], since: Position | None, package_id: UUID | None, frame: Frame
+    found: Sequence[TailEvent], since: Position | None, package_id: UUID | None, frame: Frame, hidden: Set[UUID]
 ) -> tuple[list[bytes], Position | None]:
-    """Format the events after `since` that the client wants; also returns the position after all of `found`."""
+    """Format the events after `since` that the client wants, those of packages that are `hidden` from it left out.
+
+    Also returns the position after all of `found`.
+    """
     pieces, in_step = [], since is None
     for event in found:
         position, text = event.position, event.position_text
@@ -185,7 +243,7 @@ def _framed(
             if read_before:
                 since = position
                 continue
-        if package_id in (None, event.package_id):
+        if package_id in (None, event.package_id) and event.package_id not in hidden:
             pieces.append(frame(event.event_type, event.head, text))
         since = position
     return pieces, since
@@ -194,8 +252,9 @@ def _framed(
 class _Run:
     """One reader of the log from its end on, until nobody follows or reading fails."""
 
-    def __init__(self, log: Log, room_bytes: int) -> None:
+    def __init__(self, log: Log, room_bytes: int, origins: Origins) -> None:
         self._log = log
+        self._origins = origins
         self._room_bytes = room_bytes
         self._kept: deque[TailEvent] = deque()
         self._kept_bytes = 0
@@ -259,6 +318,7 @@ class _Run:
                     await asyncio.sleep(0)
 
     def _keep(self, event: RecordedEvent, partition: int) -> None:
+        self._origins.note(event)
         position = event.position
         kept = TailEvent(
             partition,

@@ -57,7 +57,7 @@ class Gateway:
         self.registry = registry
         self.authenticate = authenticate
         self.logins = logins
-        self.tail = Tail(log, extent=registry.package_extent)
+        self.tail = Tail(log, extent=registry.package_extent, origins=registry.origins)
         self.ready = ReadyAnswers(checks)
         self.bounds = bounds
         self.metrics = metrics

@@ -29,14 +29,16 @@ class Followers:
         return len(self._places)
 
     @asynccontextmanager
-    async def stay(self, client: str) -> AsyncIterator[None]:
+    async def stay(self, client: str, until: float | None = None) -> AsyncIterator[None]:
         """Hold a place for the length of the block. The block ends early, without an error, when the gateway closes.
+
+        It also does at `until`, by the event loop's clock.
 
         Raises as `Places.take`; PushBackError when the gateway closes.
         """
         if self._closing:
             raise gateway_closes()
-        scope = asyncio.timeout(None)
+        scope = asyncio.timeout_at(until)
         try:
             with self._places.place(client):
                 async with scope:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 from urllib.parse import parse_qsl, urlencode
@@ -28,6 +30,7 @@ from artifact_store.errors import (
     PushBackError,
     TooLargeError,
     UnauthenticatedError,
+    UnavailableError,
 )
 from artifact_store.manifest import ContentAddress
 from artifact_store.models import DEFAULT_PAGE, MAX_PAGE, Declared
@@ -132,6 +135,39 @@ class Call:
         """Raise ForbiddenError unless the sender has the right on some packages."""
         if not self.principal.may(right):
             raise ForbiddenError(f"{self.principal.actor} does not have the right to {right}")
+
+    @property
+    def valid_until(self) -> float | None:
+        """When the sender's token ends, by the event loop's clock; None: never."""
+        ends = self.principal.expires_at
+        return None if ends is None else asyncio.get_running_loop().time() + ends - time.time()
+
+    def require_valid(self) -> None:
+        """Raise UnauthenticatedError once the sender's token has ended."""
+        if self.principal.expires_at is not None and self.principal.expires_at <= time.time():
+            raise UnauthenticatedError("the token has expired", "invalid_token")
+
+    @asynccontextmanager
+    async def while_valid(self) -> AsyncIterator[None]:
+        """Raise UnauthenticatedError within the block once the sender's token has ended."""
+        scope = asyncio.timeout_at(self.valid_until)
+        try:
+            async with scope:
+                yield
+        except TimeoutError:
+            if scope.expired():
+                raise UnauthenticatedError("the token has expired", "invalid_token") from None
+            raise
+
+    async def still_may(self) -> bool:
+        """Whether the sender may do what they could when the request came: a token can be revoked, a policy changed."""
+        try:
+            found = await self.gateway.authenticate(self.request.headers.get("Authorization"))
+        except UnauthenticatedError:
+            return False
+        except UnavailableError:
+            return True
+        return found.grants == self.principal.grants
 
     @property
     def actor(self) -> str:

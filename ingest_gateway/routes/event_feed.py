@@ -31,7 +31,9 @@ async def get_events(call: Call) -> web.StreamResponse:
     """GET /v1/events."""
     since = call.header(LAST_EVENT_ID) or call.query(SINCE)
     package_id, follow = call.query(OF_PACKAGE), call.query(FOLLOW)
+    scope = call.principal.scope(Right.READ)
     media_type = choose(call.list_header("Accept"), (LINES, EVENT_STREAM))
+    mark = _mark if media_type == EVENT_STREAM else None
     response = web.StreamResponse(
         headers={"Content-Type": media_type, "Cache-Control": "no-store", "Vary": "Accept", "X-Accel-Buffering": "no"}
     )
@@ -40,16 +42,16 @@ async def get_events(call: Call) -> web.StreamResponse:
         return response
     if not follow:
         with call.gateway.admission.reads.place(call.client):
-            async with feed(call.gateway.tail.read(since, package_id, FRAMES[media_type])) as lines:
+            events = call.gateway.tail.read(since, package_id, FRAMES[media_type], scope, mark)
+            async with feed(events) as lines, call.while_valid():
                 await _send_all(call, response, lines)
     else:
-        async with (
-            call.gateway.followers.stay(call.client),
-            feed(call.gateway.tail.follow(since, package_id, FRAMES[media_type])) as lines,
-        ):
+        events = call.gateway.tail.follow(since, package_id, FRAMES[media_type], scope, mark)
+        async with call.gateway.followers.stay(call.client, call.valid_until), feed(events) as lines:
             await _send_all(call, response, lines)
     if not response.prepared or call.sent_in_part:
         # The follower was dismissed before its first event or within one: the answer must not look complete.
+        call.require_valid()
         raise gateway_closes()
     await call.finish(response)
     return response
@@ -58,9 +60,14 @@ async def get_events(call: Call) -> web.StreamResponse:
 async def _send_all(call: Call, response: web.StreamResponse, lines: Feed) -> None:
     piece = await _next(call, response, lines)  # most failures show here, before the head is sent
     await call.start(response)
+    clock, looked = asyncio.get_running_loop().time, asyncio.get_running_loop().time()
     while piece is not None:
         if piece:
             await call.send(response, piece)
+        if clock() >= looked + call.gateway.bounds.heartbeat_seconds:
+            if not await call.still_may():
+                return
+            looked = clock()
         piece = await _next(call, response, lines)
 
 
@@ -83,6 +90,11 @@ def _line(_: str, head: bytes, position: str) -> bytes:
 def _server_sent(event_type: str, head: bytes, position: str) -> bytes:
     line = line_of(head, position)
     return b"id: %b\nevent: %b\ndata: %b\n\n" % (position.encode(), event_type.encode(), line)
+
+
+def _mark(position: str) -> bytes:
+    """A position without an event: the client goes on there when it connects again (HTML standard, "id" field)."""
+    return b"id: %b\n\n" % position.encode()
 
 
 FRAMES: Mapping[str, Frame] = {LINES: _line, EVENT_STREAM: _server_sent}
@@ -109,7 +121,9 @@ ROUTES = (
         description="In order per package. Without `follow` the answer ends where the log ended when the request came. "
         "A follower that falls behind is waited for as long as it takes 1 KiB/s of what there is; should it take "
         "less, or reading fail, the connection is cut, and the last position that was seen leads on. A server-sent "
-        "event has the position as `id`, the type as `event`; comments keep a quiet connection open.",
+        "event has the position as `id`, the type as `event`; comments keep a quiet connection open. Events of "
+        "packages that the token may not read are left out, and an `id` alone says that they were passed over. The "
+        "answer ends when the token does, or loses its rights.",
         tag="events",
     ),
 )

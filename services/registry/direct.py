@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence, Set
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence, Set
+from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
@@ -26,7 +26,7 @@ from artifact_store.errors import (
     UnavailableError,
     UnknownContentError,
 )
-from artifact_store.events import RecordedEvent
+from artifact_store.events import PackageCreated, RecordedEvent
 from artifact_store.manifest import ContentAddress, content_key, manifest_digest, to_json
 from artifact_store.models import (
     DEFAULT_PAGE,
@@ -52,6 +52,7 @@ from services.core.commands import CreatePackage, FinalizePackage, IngestFiles, 
 from services.core.limits import Limits
 from services.log.port import EXTENT_SECONDS, CommandWriter, Log, PackageExtent
 from services.registry.bundle_store import BundleStore
+from services.registry.origins import Origins
 from services.views.queries import PlacedFile, Queries
 from services.views.waiting import ViewWaits, beyond_log, parked_error
 
@@ -94,6 +95,7 @@ class DirectRegistry(Registry):
         self._waits = ViewWaits(queries, log, writer, wait_seconds)
         self._uploads: ResumableUploads | None = None
         self._readable: Scope = EVERYWHERE
+        self.origins = Origins(self._find_origins)
         self._grants: Grants = EVERYTHING
 
     def for_principal(self, principal: Principal) -> DirectRegistry:
@@ -376,7 +378,26 @@ class DirectRegistry(Registry):
         events = self._log.read(since, package_id=package_id, extent=extent, follow=follow, poll_seconds=poll_seconds)
         async with aclosing(events):
             async for event in events:
-                yield event
+                self.origins.note(event)
+                if not await self.origins.hidden({event.package_id}, self._readable):
+                    yield event
+
+    async def _find_origins(self, package_ids: Set[UUID]) -> Mapping[UUID, tuple[str, str]]:
+        """Producer and subject of these packages, from the view or else from the log.
+
+        A package of which the log holds no creation is absent. Raises UnavailableError, CorruptError.
+        """
+        found: dict[UUID, tuple[str, str]] = {}
+        with suppress(UnavailableError):
+            found = await self._queries.origins(package_ids)
+        for package_id in package_ids - found.keys():
+            extent = await self.package_extent(package_id)
+            async with aclosing(self._log.read(package_id=package_id, extent=extent)) as events:
+                async for event in events:
+                    if isinstance(event.payload, PackageCreated):
+                        found[package_id] = event.payload.producer, event.payload.subject
+                    break
+        return found
 
     async def package_extent(self, package_id: UUID) -> PackageExtent | None:
         """Where the package's events lie, as far as that can be learned at once; None: nothing is known."""

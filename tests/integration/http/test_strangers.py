@@ -7,6 +7,7 @@ the policy leaves out and for one that does not exist, and the two answers are c
 from __future__ import annotations
 
 import io
+import json
 import random
 import tarfile
 from collections.abc import AsyncIterator, Mapping
@@ -76,6 +77,7 @@ READS = (
     Request("GET", "/v1/packages/{package}/archive"),
     Request("GET", "/v1/packages/{package}/archive?after=a&largest=5"),
     Request("HEAD", "/v1/packages/{package}/archive"),
+    Request("GET", "/v1/events?package_id={package}"),
     Request("GET", "/v1/files/{file}"),
     Request("GET", "/v1/files/{file}/content"),
     Request("GET", "/v1/files/{file}/content", (("Range", "bytes=1-2"),)),
@@ -217,6 +219,13 @@ async def check_listings(gateway: RunningGateway, visible: list[Shown]) -> None:
         assert {item["package_id"] for item in found} == {
             str(one.package_id) for one in visible if (one.producer, one.subject) == (producer, subject)
         }
+
+    async with gateway.session.get("/v1/events", headers=bearer("t")) as answer:
+        events = [json.loads(line) for line in (await answer.text()).splitlines()]
+    assert {event["package_id"] for event in events} == ids
+    assert [event["id"] for event in events] == [
+        str(event.event_id) async for event in gateway.parts.log.read() if str(event.package_id) in ids
+    ]
 
 
 async def items(gateway: RunningGateway, target: str, **params: str) -> list[dict[str, Any]]:

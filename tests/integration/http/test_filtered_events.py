@@ -1,0 +1,126 @@
+"""Events for those who may not read all of them: filtered, with positions that go on, and ended with the token."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from uuid import UUID
+
+import aiohttp
+import pytest
+
+from artifact_store.documents.event_lines import parse_event
+from artifact_store.errors import UnavailableError
+from artifact_store.position import Position
+from services.config import Settings
+from services.core.access import Right
+from tests.integration.http_gateway import RunningGateway, running_gateway
+from tests.integration.tokens import Tokens, bearer, principal
+
+OWN = principal("t", Right.READ, producers=("own",))
+HEARTBEAT_SECONDS = 0.05
+
+
+@pytest.fixture
+def tokens() -> Tokens:
+    return Tokens(t=OWN)
+
+
+@pytest.fixture
+async def gateway(embedded_settings: Settings, tokens: Tokens) -> AsyncIterator[RunningGateway]:
+    async with running_gateway(embedded_settings, authenticate=tokens, heartbeat_seconds=HEARTBEAT_SECONDS) as running:
+        yield running
+
+
+async def create(gateway: RunningGateway, *producers: str) -> list[UUID]:
+    registry = gateway.parts.registry
+    return [await registry.create_package("n", producer, "s", "scratch") for producer in producers]
+
+
+async def read(gateway: RunningGateway, since: str | None = None) -> list[tuple[UUID, str]]:
+    """Package and position of each event."""
+    params = {} if since is None else {"since": since}
+    async with gateway.session.get("/v1/events", params=params, headers=bearer("t")) as answer:
+        assert answer.status == 200
+        events = [parse_event(line) for line in (await answer.read()).splitlines()]
+    return [(event.package_id, str(event.position)) for event in events]
+
+
+async def test_positions_go_on_over_what_is_left_out(gateway: RunningGateway) -> None:
+    own, _, _, later = await create(gateway, "own", "foreign", "foreign", "own")
+    first, second = await read(gateway)
+    assert (first[0], second[0]) == (own, later)
+    end = await gateway.parts.log.end()
+    assert Position.parse(second[1]) == end
+    assert await read(gateway, second[1]) == []
+
+
+@pytest.mark.parametrize("known", [True, False])
+async def test_events_after_a_creation_that_was_not_seen_are_filtered_too(
+    gateway: RunningGateway, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = gateway.parts.registry
+    own, foreign = await create(gateway, "own", "foreign")
+    since = str(await gateway.parts.log.end())
+    for package in (own, foreign):
+        await registry.finalize_package(package)
+    if known:
+        await registry.list_packages()  # which brings the view up to the log
+    else:
+
+        async def away(*_: object) -> dict[UUID, tuple[str, str]]:
+            raise UnavailableError("the database is away")
+
+        monkeypatch.setattr("services.views.queries.Queries.origins", away)
+    assert [package for package, _ in await read(gateway, since)] == [own]
+
+
+async def test_a_follower_sees_its_own_events_alone_and_hears_how_far_it_has_come(
+    gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ingest_gateway.event_tail.MARK_SECONDS", 0.0)
+    await create(gateway, "foreign")
+    headers = {**bearer("t"), "Accept": "text/event-stream"}
+    async with gateway.session.get("/v1/events?follow=true", headers=headers) as answer, asyncio.timeout(30):
+        assert await mark(answer) == await gateway.parts.log.end()  # after what was there
+        await create(gateway, "foreign")
+        while await mark(answer) != await gateway.parts.log.end():  # and after what comes
+            pass
+        (own,) = await create(gateway, "own")
+        block = b""
+        while b"data:" not in block:
+            block = await answer.content.readuntil(b"\n\n")
+    assert str(own).encode() in block
+
+
+async def mark(answer: aiohttp.ClientResponse) -> Position:
+    """The position that the next block without an event names."""
+    while True:
+        block = (await answer.content.readuntil(b"\n\n")).decode().strip()
+        assert "data:" not in block
+        if block.startswith("id: "):
+            return Position.parse(block.removeprefix("id: "))
+
+
+async def test_a_stream_ends_with_the_token(gateway: RunningGateway, tokens: Tokens) -> None:
+    tokens.principals["t"] = replace(OWN, expires_at=time.time() + 1.0)
+    await create(gateway, "own")
+    async with gateway.session.get("/v1/events?follow=true", headers=bearer("t")) as answer, asyncio.timeout(30):
+        assert len((await answer.read()).splitlines()) == 1
+    assert time.time() >= (tokens.principals["t"].expires_at or 0.0)
+    async with gateway.session.get("/v1/events", headers=bearer("t")) as answer:
+        assert answer.status == 401
+
+
+@pytest.mark.parametrize("change", ["revoked", "fewer rights"])
+async def test_a_stream_ends_when_its_rights_do(gateway: RunningGateway, tokens: Tokens, change: str) -> None:
+    await create(gateway, "own")
+    async with gateway.session.get("/v1/events?follow=true", headers=bearer("t")) as answer, asyncio.timeout(30):
+        await answer.content.readline()
+        if change == "revoked":
+            del tokens.principals["t"]
+        else:
+            tokens.principals["t"] = principal("t", Right.READ, producers=("other",))
+        assert await answer.read() == b""
