@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from uuid import UUID, uuid5
 
+from artifact_store.manifest import content_key
 from schemas import identifiers
 from services.core.commands import CreatePackage, FinalizePackage, IngestFiles, StoredFile
 
@@ -28,7 +29,7 @@ def create(name: str | int = "create", actor: str = "ada", **changes: str) -> Cr
 def stored(path: str, content: bytes = b"x" * 32, media_type: str = "text/plain") -> StoredFile:
     """A stored file whose digests are derived from `content` without hashing it: only their identity counts here."""
     mark = (content + bytes(32))[:32]
-    return StoredFile(path, media_type, len(content), mark, mark[::-1], "local", f"blobs/{path}", 0, len(content), 7)
+    return StoredFile(path, media_type, len(content), mark, mark[::-1], "local", content_key(mark), 0, len(content), 7)
 
 
 def ingest(package_id: UUID, *paths: str, name: str | int = "ingest", actor: str = "ada") -> IngestFiles:

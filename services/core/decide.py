@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Protocol
 from uuid import UUID
@@ -35,7 +36,7 @@ from schemas import identifiers
 from schemas.digests import DIGEST_BYTES, items_digest, payload_digest
 from schemas.runs import CommandFiles, FileRun
 from services.core.access import EVERYTHING, Grants, Right, no_package, require, scope
-from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles, IngestTogether
+from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles, IngestTogether, StoredFile
 from services.core.freezing import manifest_of
 from services.core.lifecycle import MICROS_PER_DAY, retention_class
 from services.core.limits import ANSWERS_KEPT_MICROS, EVENT_OVERHEAD_BYTES, MAX_IDLE_MICROS, Limits
@@ -182,12 +183,36 @@ def _ingest(state: PackageState, commands: Sequence[IngestFiles], done: int, now
     largest = max([file.size_bytes for file in files])
     if largest > limits.max_file_bytes:
         raise TooLargeError(f"a file is {largest:,} bytes; the limit is {limits.max_file_bytes:,}")
+    for file in files:
+        _check_receipt(file)
     paths = [file.relative_path for file in files]
     _check_paths(state, paths, limits)
     # The rest of a command that is torn was accepted with its first events, perhaps by older rules.
     if not done:
         _check_tree(state, paths, limits)
     return FileRun.of_files(state.package_id, parts, sequence=state.sequence + 1, created_at=now, previous=state.digest)
+
+
+_MAX_KEY_CHARACTERS = 512
+_BLOB_KEY = re.compile(r"(?:blobs|uploads)(?:/[A-Za-z0-9_-][A-Za-z0-9._-]*)+")
+
+
+def _check_receipt(file: StoredFile) -> None:
+    """Raise InvalidRequestError for a receipt that no store of ours gives, whichever gateway sent it.
+
+    Readers ask the store for what an event names: it must be a blob, and as long as the file.
+    """
+    if (
+        len(file.key) > _MAX_KEY_CHARACTERS
+        or not _BLOB_KEY.fullmatch(file.key)
+        or file.offset < 0
+        or file.size_bytes < 0
+        or file.length != file.size_bytes
+        or len(file.blake3) != DIGEST_BYTES
+        or len(file.sha256) != DIGEST_BYTES
+    ):
+        raise InvalidRequestError(f"the receipt of {file.relative_path!r} names no bytes of a blob")
+    check_text("backend_id", file.backend_id)
 
 
 def _finalize(state: PackageState, command: FinalizePackage, now: int, limits: Limits) -> list[Event]:

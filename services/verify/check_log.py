@@ -20,6 +20,7 @@ from artifact_store.rules import check_path, check_text
 from schemas.codec import UndecodableEventError, decode
 from schemas.digests import event_digest, payload_digest, payload_digest_holds, record_digest
 from schemas.identifiers import event_id, package_id
+from services.blobs.port import checked_key
 from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles, StoredFile
 from services.core.decide import decide
 from services.core.lifecycle import RETENTION_CLASSES
@@ -262,6 +263,10 @@ class Histories:
 
     def _check_file(self, event: Event, payload: FileIngested, place: str) -> bool:
         """Whether the path was there before."""
+        try:
+            checked_key(payload.receipt.key)
+        except CorruptError as error:
+            self._complain("blob-key", place, error.detail)
         self._check_payload_digest(event, payload, place)
         try:
             check_path(payload.relative_path)

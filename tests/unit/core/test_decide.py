@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -334,3 +335,26 @@ def test_an_open_package_takes_no_command_once_nothing_came_to_it_for_a_year() -
     assert not decide(state, known, late + 1, LIMITS), "what is known is answered"
     (event,) = decide(state, new[0], late + 1, Limits(max_idle_micros=2 * late))
     assert list(evolve(state, event).files) == ["a", "b"], "a history with such a pause is valid"
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"key": "snapshots/x/0/index"},
+        {"key": "resumable/x"},
+        {"key": "blobs/../snapshots/x"},
+        {"key": "blobs//x"},
+        {"key": "/etc/passwd"},
+        {"key": "blobs/" + "x" * 512},
+        {"offset": -1},
+        {"length": 31},
+        {"length": -32, "size_bytes": -32},
+        {"blake3": b"short"},
+        {"sha256": b""},
+        {"backend_id": "a\nb"},
+    ],
+)
+def test_a_receipt_that_no_store_gives_is_refused_whoever_sent_it(forged: dict[str, Any]) -> None:
+    command = commands.ingest(PACKAGE, "a")
+    with pytest.raises(InvalidRequestError):
+        decide(after(CREATE), replace(command, files=(replace(command.files[0], **forged),)), 2_000, LIMITS)

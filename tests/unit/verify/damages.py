@@ -278,7 +278,7 @@ def a_blob_is_gone(scene: Scene) -> None:
 @damage("blob-missing")
 def a_key_has_a_longer_name_than_a_file_can_have(scene: Scene) -> None:
     scene.blob("a").unlink()
-    at(scene, 1, changed(scene.events[1], key="k" * 300))
+    at(scene, 1, changed(scene.events[1], key="blobs/" + "k" * 300))
 
 
 @damage("blob-missing")
