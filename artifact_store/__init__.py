@@ -28,10 +28,12 @@ if TYPE_CHECKING:
         ConfigurationError,
         CorruptError,
         DuplicateRelativePathError,
+        ForbiddenError,
         IllegalPackageStateError,
         PackageNotFoundError,
         PushBackError,
         RejectedError,
+        UnauthenticatedError,
         UnavailableError,
     )
     from artifact_store.events import RecordedEvent
@@ -55,6 +57,7 @@ __all__ = [
     "DuplicateRelativePathError",
     "File",
     "FileSource",
+    "ForbiddenError",
     "IllegalPackageStateError",
     "Manifest",
     "Package",
@@ -69,6 +72,7 @@ __all__ = [
     "Registry",
     "RejectedError",
     "RetryPolicy",
+    "UnauthenticatedError",
     "UnavailableError",
     "pull",
     "push",

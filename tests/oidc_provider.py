@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 import warnings
 from collections import Counter
@@ -122,14 +123,14 @@ def new_key(name: str, kind: str = "EC") -> jwk.Key:
 
 
 @asynccontextmanager
-async def provider() -> AsyncIterator[Provider]:
-    """A provider that listens for the length of the block."""
+async def provider(tls: ssl.SSLContext | None = None) -> AsyncIterator[Provider]:
+    """A provider that listens for the length of the block; over https with `tls`."""
     made = Provider()
     runner = web.ServerRunner(web.Server(made.answer), shutdown_timeout=0.1)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
+    site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)
     await site.start()
-    made.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    made.url = f"{'https' if tls else 'http'}://127.0.0.1:{runner.addresses[0][1]}"
     try:
         yield made
     finally:

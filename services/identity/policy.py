@@ -21,8 +21,10 @@ up; nothing takes one away. Every key is checked: one that is unknown or mistype
 
 from __future__ import annotations
 
+import os
 import re
 import ssl
+import stat
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -232,13 +234,24 @@ def read_policy(path: Path) -> Policy:
     Relative paths in it are relative to its folder. Raises ConfigurationError, which names the place in the file.
     """
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_POLICY_BYTES + 1)
+        raw = read_trusted(path, MAX_POLICY_BYTES)
     except OSError as error:
         raise ConfigurationError(f"the policy {path} cannot be read: {error.strerror}") from None
-    if len(raw) > MAX_POLICY_BYTES:
-        raise ConfigurationError(f"the policy {path} is larger than {MAX_POLICY_BYTES >> 10} KiB")
     return parse_policy(raw, path)
+
+
+def read_trusted(path: Path, max_bytes: int) -> bytes:
+    """The content of a file that gives rights. Blocks.
+
+    Raises ConfigurationError: every user of the machine may write it, or it is too large; OSError.
+    """
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_mode & stat.S_IWOTH:
+            raise ConfigurationError(f"others may write {path}: chmod o-w {path}")
+        raw = file.read(max_bytes + 1)
+    if len(raw) > max_bytes:
+        raise ConfigurationError(f"{path} is larger than {max_bytes >> 10} KiB")
+    return raw
 
 
 def parse_policy(raw: bytes, path: Path) -> Policy:

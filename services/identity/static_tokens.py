@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from artifact_store.errors import ConfigurationError, InvalidRequestError, NotFoundError, UnavailableError
 from artifact_store.user_files import replace_privately
 from services.core.access import Grant, Packages, Right
-from services.identity.policy import check_name, check_pattern
+from services.identity.policy import check_name, check_pattern, read_trusted
 from services.runtime.files import FileLock, sync_folder
 
 PREFIX = "artst_"
@@ -109,14 +109,11 @@ def is_static(token: str) -> bool:
 def read_tokens(path: Path) -> TokenSet:
     """The tokens in the file; none when there is no file. Blocks. Raises ConfigurationError."""
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_FILE_BYTES + 1)
+        raw = read_trusted(path, MAX_FILE_BYTES)
     except FileNotFoundError:
         return NO_TOKENS
     except OSError as error:
         raise ConfigurationError(f"the tokens file {path} cannot be read: {error.strerror}") from None
-    if len(raw) > MAX_FILE_BYTES:
-        raise ConfigurationError(f"the tokens file {path} is larger than {MAX_FILE_BYTES >> 20} MiB")
     try:
         found = _File.model_validate_json(raw)
     except ValidationError as error:

@@ -7,8 +7,10 @@ import base64
 import hashlib
 import hmac
 import json
+import ssl
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,9 @@ from services.config import Settings
 from services.core.access import Principal, Right
 from services.identity import oidc
 from services.identity.authenticator import LOOK_SECONDS, Authenticator, actor_of
+from services.identity.policy import parse_policy
 from services.identity.static_tokens import create_token, revoke_tokens
+from tests.certificates import Authority
 from tests.oidc_provider import AUDIENCE, Provider, new_key, provider
 
 POLICY = """
@@ -328,6 +332,21 @@ async def test_a_discovery_document_that_cannot_be_right_is_not_used(
     assert issuer.asked["/keys"] == 0
 
 
+@pytest.mark.parametrize(("more", "known"), [('ca = "authority.pem"', True), ("", False), ('ca = "other.pem"', False)])
+async def test_an_issuer_is_believed_only_by_its_certificate(more: str, known: bool, tmp_path: Path) -> None:
+    Authority(tmp_path, "other")
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(*Authority(tmp_path).issue("issuer", "127.0.0.1"))
+    async with provider(tls) as issuer:
+        gate = Authenticator(policy=write_policy(tmp_path, issuer, more))
+        if known:
+            assert (await gate.authenticate(f"Bearer {issuer.token()}")).actor == "ci:job-7"
+        else:
+            with pytest.raises(UnavailableError, match="certificate verify failed"):
+                await gate.authenticate(f"Bearer {issuer.token()}")
+            assert not issuer.asked
+
+
 async def test_keys_in_a_file_need_no_issuer_and_are_read_again(tmp_path: Path, issuer: Provider, ticks: Ticks) -> None:
     keys = tmp_path / "keys.json"
 
@@ -396,6 +415,33 @@ def test_any_json_as_header_or_keys_is_refused_in_words(value: Any) -> None:
         assert claims == {"iss": "x"}
     with pytest.raises(ValueError, match="key"):
         oidc.read_keys(value, ["ES256"])
+
+
+TOML_KEYS = st.sampled_from(
+    ["issuer", "rule", "principal", "alias", "url", "audience", "claims", "can", "jwks", "ca", "name", "typ"]
+)
+TOML_VALUES = st.recursive(
+    st.booleans() | st.integers(-9, 9) | st.sampled_from(["ci", "read", "*", "https://a.example", "a\u0000", "[::1"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(TOML_KEYS, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def toml(value: Any) -> str:
+    """A value as TOML has it inline."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name} = {toml(one)}" for name, one in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    return json.dumps(value)
+
+
+@property_tests(max_examples=60)
+@given(st.dictionaries(TOML_KEYS, TOML_VALUES, max_size=3) | st.binary(max_size=60))
+def test_any_policy_is_taken_or_refused_by_an_error_of_ours(value: Any) -> None:
+    raw = value if isinstance(value, bytes) else "\n".join(f"{k} = {toml(v)}" for k, v in value.items()).encode()
+    with suppress(ConfigurationError):
+        assert not parse_policy(raw, Path("policy.toml")).rule  # a whole issuer is not made by chance
 
 
 # --- static tokens ---
@@ -470,6 +516,15 @@ async def test_a_file_that_became_invalid_changes_nothing_and_shows(
     assert rights(await gate.authenticate(tokens[0])) == {Right.READ, Right.DISPOSE}
     await refused(gate, tokens[1])
     assert (shown("policy"), shown("tokens")) == (0, 0)
+
+
+@pytest.mark.parametrize("name", ["policy.toml", "tokens.json"])
+async def test_a_file_that_others_may_write_gives_nobody_rights(name: str, tmp_path: Path, issuer: Provider) -> None:
+    policy, tokens = write_policy(tmp_path, issuer), tmp_path / "tokens.json"
+    create_token(tokens, "backup", [Right.READ], now=time.time())
+    (tmp_path / name).chmod(0o646)
+    with pytest.raises(ConfigurationError, match=rf"others may write .*{name}: chmod o-w"):
+        Authenticator(policy=policy, tokens=tokens)
 
 
 # --- who everyone is without settings ---

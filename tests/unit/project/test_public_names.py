@@ -23,6 +23,7 @@ EXPORTED = {
         *("BodySource", "BytesSource", "FileSource", "Declared", "Acknowledgement"),
         *("Package", "PackageFilter", "Page", "File", "Manifest", "ContentAddress", "Position", "RecordedEvent"),
         *("ArtifactStoreError", "RejectedError", "PushBackError", "UnavailableError", "CorruptError"),
+        *("UnauthenticatedError", "ForbiddenError"),
         *("ConfigurationError", "PackageNotFoundError", "DuplicateRelativePathError", "IllegalPackageStateError"),
     },
     "projector": {
