@@ -74,9 +74,8 @@ class Call:
         """Parameters can be read once `read_head` has been told which there are."""
         self.gateway = gateway
         self.principal = _NOBODY
-        """Who sends the request, once `authenticate` has found out,"""
-        self.registry: DirectRegistry
-        """and the registry as it is for them."""
+        """Who sends the request, once `authenticate` has found out."""
+        self._registry: DirectRegistry | None = None
         self.request = request
         self.target, self._raw_query = _target(request)
         self.began = asyncio.get_running_loop().time()
@@ -124,7 +123,7 @@ class Call:
         if len(given) > 1:
             raise UnauthenticatedError(f"Authorization came {len(given)} times; send one")
         self.principal = await self.gateway.authenticate(given[0] if given else None)
-        self.registry = self.gateway.registry.for_principal(self.principal)
+        self._registry = None
 
     @property
     def identified(self) -> bool:
@@ -135,6 +134,13 @@ class Call:
         """Raise ForbiddenError unless the sender has the right on some packages."""
         if not self.principal.may(right):
             raise ForbiddenError(f"{self.principal.actor} does not have the right to {right}")
+
+    @property
+    def registry(self) -> DirectRegistry:
+        """The registry as it is for the sender."""
+        if self._registry is None:
+            self._registry = self.gateway.registry.for_principal(self.principal)
+        return self._registry
 
     @property
     def valid_until(self) -> float | None:
