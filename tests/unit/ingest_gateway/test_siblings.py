@@ -14,11 +14,12 @@ from services.config import Settings
 
 
 def samples(text: bytes) -> dict[tuple[str, str, str], float]:
-    """Value by name, process and status."""
+    """Value by name, process and status, without what the process uses of the machine, which changes at each look."""
     return {
         (sample.name, sample.labels["process"], sample.labels.get("status", "")): sample.value
         for family in text_string_to_metric_families(text.decode())
         for sample in family.samples
+        if not sample.name.startswith("process_")
     }
 
 
