@@ -121,6 +121,7 @@ class Router:
         while True:
             if self.foreign is not None:
                 raise in_doubt(self.foreign) if doubtful else UnavailableError(self.foreign)
+            own = self.writers.get(partition)
             try:
                 return await self._once(partition, asked, deadline)
             except (RejectedError, NotAppendedError):
@@ -130,6 +131,8 @@ class Router:
             except TimeoutError:
                 trouble, doubtful = "the partition's writer gave no answer in time", not check
             except UnavailableError as error:
+                if own is not None and not own.ended:
+                    raise  # the partition is still this process's, so this is its writer's answer
                 trouble, doubtful = error.detail, not check
             except ArtifactStoreError as error:
                 if not doubtful:

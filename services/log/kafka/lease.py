@@ -89,7 +89,6 @@ _LOOK_SECONDS = 0.02
 
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
-_Delivered = Callable[[KafkaError | None, Message], None]
 
 
 @dataclass(slots=True)
@@ -144,8 +143,8 @@ class PartitionLease(Lease):
         """Whether this lease has committed a transaction."""
         self._proven = 0.0
         """When the last proof began, on the monotonic clock (s)."""
-        self._delivered: list[int] = []
-        """The offsets of the records in the first transaction."""
+        self._delivered = _Delivered()
+        """Of the first transaction."""
         self._tail: Reader | None = None
         self._tail_at = 0
         """The offset of the tail's next record; _NOWHERE once it is not kept track of."""
@@ -353,19 +352,17 @@ class PartitionLease(Lease):
 
         Raises whatever the client raises, and UnavailableError when not all in-sync replicas have acknowledged it.
         """
-        producer, offsets = _open(self._producer), list[int]()
+        producer, delivered = _open(self._producer), _Delivered()
         producer.begin_transaction()
         producer.produce(
-            self._kafka.topic, value, key, self._partition, _into(offsets), timestamp=timestamp, headers=headers
+            self._kafka.topic, value, key, self._partition, delivered, timestamp=timestamp, headers=headers
         )
         producer.flush(COMMIT_SECONDS)
         if commit:
             self._commit_sent()
         else:
             producer.abort_transaction(COMMIT_SECONDS)
-        if not offsets:
-            raise UnavailableError(f"the replicas of partition {self._partition} did not acknowledge a record")
-        return offsets[0]
+        return delivered.first(f"the replicas of partition {self._partition} did not acknowledge a record")
 
     def _commit_sent(self) -> None:
         """Commit what was sent and flushed. Raises whatever the client raises, and UnavailableError."""
@@ -555,7 +552,7 @@ class PartitionLease(Lease):
         topic, partition = self._kafka.topic, self._partition
         first = first_of(staged.events)
         key, timestamp = str(first.package_id).encode(), first.created_at // 1000
-        delivered = None if self._first_committed else _into(self._delivered)
+        delivered = None if self._first_committed else self._delivered
         for value, headers in zip(staged.values, headers_all(staged.events, staged.traceparents), strict=True):
             give_up = math.inf
             while True:
@@ -587,15 +584,12 @@ class PartitionLease(Lease):
         return last
 
     def _require_all_read(self) -> None:
-        """Raise UnavailableError unless all records below the lease's first transaction were read.
+        """Raise unless all records below the lease's first transaction were read.
 
         Its events were decided on what was read. Later transactions follow a commit of this producer, which proves that
         nobody else has appended anything.
         """
-        if not self._delivered:
-            raise UnavailableError("where the transaction begins is unknown")
-        first, tail = min(self._delivered), _open(self._tail)
-        self._delivered.clear()
+        first, tail = self._delivered.first("where the transaction begins is unknown"), _open(self._tail)
         deadline = time.monotonic() + PATIENCE_SECONDS
         while tail.reached()[self._partition] < first:
             if tail.take(1, _LOOK_SECONDS):
@@ -745,15 +739,27 @@ def _skip_of(bad: BadRecord, skips: Mapping[bytes, tuple[int, Event]]) -> Event 
     return event if offset > bad.offset else None
 
 
-def _into(offsets: list[int]) -> _Delivered:
-    """A delivery callback that collects offsets. It ignores failures, because those fail the transaction."""
+class _Delivered:
+    """A delivery callback, which collects the offsets of a transaction's records and the last error."""
 
-    def note(error: KafkaError | None, message: Message) -> None:
+    def __init__(self) -> None:
+        self._offsets: list[int] = []
+        self._error: KafkaError | None = None
+
+    def __call__(self, error: KafkaError | None, message: Message) -> None:
         offset = message.offset()
-        if error is None and offset is not None and offset >= 0:
-            offsets.append(offset)
+        if error is not None:
+            self._error = error
+        elif offset is not None and offset >= 0:
+            self._offsets.append(offset)
 
-    return note
+    def first(self, otherwise: str) -> int:
+        """The lowest offset. Raises KafkaException if a record was refused, UnavailableError if none was delivered."""
+        if self._error is not None:
+            raise KafkaException(self._error)
+        if not self._offsets:
+            raise UnavailableError(otherwise)
+        return min(self._offsets)
 
 
 def _open(part: _T | None) -> _T:

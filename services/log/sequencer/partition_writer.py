@@ -124,6 +124,11 @@ class PartitionWriter:
         return self._failed > 0
 
     @property
+    def ended(self) -> bool:
+        """Whether it takes no more requests, because the partition goes to another process."""
+        return self.disowned or self._stop.is_set()
+
+    @property
     def trouble(self) -> str | None:
         """Why it cannot write now; None when it can."""
         began = self._serving_since

@@ -91,6 +91,8 @@ class There:
 class Here:
     """This process's writer, as `There`."""
 
+    ended = True
+
     def __init__(self, *answers: Answer) -> None:
         self._there = There(*answers)
 
@@ -140,6 +142,15 @@ async def test_what_this_process_s_own_writer_leaves_in_doubt_is_sought_elsewher
     assert await sought(There(FULL, RECORDED), here=here) == RECORDED
     with pytest.raises(PushBackError):
         await sought(There(FULL), here=Here(MOVED))
+
+
+async def test_what_this_process_s_own_writer_says_of_a_partition_that_it_keeps_is_the_answer() -> None:
+    refused = UnavailableError("Kafka refuses the time of an event; the outcome is unknown")
+    here = Here(refused)
+    here.ended = False
+    with pytest.raises(UnavailableError) as heard:
+        await sought(There(RECORDED), here=here)
+    assert heard.value is refused
 
 
 async def test_an_answer_that_does_not_come_leaves_the_outcome_unknown() -> None:
