@@ -14,6 +14,7 @@ from ingest_gateway.gateway import Authenticate, Gateway, Logins, believe, nowhe
 from ingest_gateway.health import Checks
 from ingest_gateway.http_metrics import Metrics
 from ingest_gateway.limits.admission import Bounds
+from ingest_gateway.limits.quotas import Quota
 from ingest_gateway.protocol.declaration import Access, Route, document
 from ingest_gateway.protocol.http_errors import (
     AnswerTimeoutError,
@@ -149,6 +150,8 @@ class App:
             call.read_head(values, route.parameters, takes_body=route.body is not None)
             if route.transfer is None or request.method == "HEAD":
                 return await route.handler(call)
+            if route.transfer == "uploads":
+                self.gateway.quotas.require(Quota.BYTES, call.principal.actor)
             with self.gateway.admission.transfers[route.transfer].place(call.client):
                 return await route.handler(call)
         except ArtifactStoreError as error:

@@ -9,6 +9,7 @@ from ingest_gateway.health import Checks, ReadyAnswers
 from ingest_gateway.http_metrics import Metrics
 from ingest_gateway.limits.admission import Admission, Bounds
 from ingest_gateway.limits.followers import Followers
+from ingest_gateway.limits.quotas import Quota, Quotas
 from ingest_gateway.siblings import Siblings
 from services.core.access import Principal, local_user
 from services.identity.authenticator import LoginChoice
@@ -64,6 +65,7 @@ class Gateway:
         self.openapi = openapi
         self.siblings = siblings
         self.admission = Admission(bounds, metrics.refused)
+        self.quotas = Quotas({Quota(name): most for name, most in bounds.quotas.items()}, metrics.refused)
         self.followers = Followers(bounds.max_followers, metrics.refused)
         transfers = self.admission.transfers
         metrics.watch(

@@ -27,6 +27,7 @@ from ingest_gateway.gateway import Authenticate, Logins, believe, nowhere
 from ingest_gateway.health import Checks
 from ingest_gateway.http_metrics import Metrics
 from ingest_gateway.limits.admission import Bounds, Places, connections_within
+from ingest_gateway.limits.quotas import Quota
 from ingest_gateway.peers.forwarding import MAX_FORWARDED
 from ingest_gateway.peers.internal_listener import MAX_TAKEN
 from ingest_gateway.protocol.connections import Server
@@ -122,11 +123,18 @@ async def serve(
 
 def _bounds(settings: Settings) -> Bounds:
     forwarded = 0 if is_embedded(settings) else MAX_FORWARDED + MAX_TAKEN
+    quotas = {
+        Quota.PACKAGES: settings.quota_packages,
+        Quota.BYTES: settings.quota_bytes,
+        Quota.METADATA_BYTES: settings.quota_metadata_bytes,
+        Quota.RESUMABLE_UPLOADS: settings.quota_resumable_uploads,
+    }
     return Bounds(
         settings.max_file_bytes,
         settings.max_metadata_bytes,
         max_connections=connections_within(settings.max_connections, forwarded),
         max_uploads=settings.max_uploads,
+        quotas={quota: most for quota, most in quotas.items() if most is not None},
     )
 
 

@@ -261,6 +261,14 @@ class Settings:
     max_file_bytes: int = setting(5 * _TIB, whole(0), "Size of the largest file that is accepted, in bytes.")
     max_files_per_package: int = setting(100_000, whole(1), "Most files in a package.")
     max_metadata_bytes: int = setting(64 * _KIB, whole(2), "Most bytes of metadata in a package.")
+    quota_packages: int | None = setting(
+        None,
+        whole(1),
+        "Packages that one principal may create in an hour through one gateway process.",
+    )
+    quota_bytes: int | None = setting(None, whole(1), "The same for bytes of request bodies.")
+    quota_metadata_bytes: int | None = setting(None, whole(1), "The same for bytes of metadata.")
+    quota_resumable_uploads: int | None = setting(None, whole(1), "The same for resumable uploads that are begun.")
     max_connections: int = setting(
         2048, whole(1), "Connections to one gateway process, at most half of them from one address."
     )

@@ -12,7 +12,7 @@ import resource
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from artifact_store.errors import PushBackError
@@ -64,6 +64,8 @@ class Bounds:
     """How long a body may make no progress, and the time over which its pace is measured; the same for answers."""
     body_bytes_per_second: float = 1024.0
     """The slowest pace at which a client may send a body or take an answer."""
+    quotas: Mapping[str, int] = field(default_factory=dict)
+    """What a principal may use in an hour, by the names of `quotas.Quota`."""
     heartbeat_seconds: float = 10.0
     """How often a follower without events gets a sign of life."""
 

@@ -22,6 +22,7 @@ from artifact_store.errors import (
     UnavailableError,
 )
 from ingest_gateway.limits.admission import TooManyAtOnceError, Transfer
+from ingest_gateway.limits.quotas import QuotaExceededError
 from ingest_gateway.protocol.http_errors import (
     ExpectationFailedError,
     ForeignOriginError,
@@ -97,6 +98,7 @@ _ANYWHERE = (
     UnknownHostError,
     HeadTooLargeError,
     TooManyAtOnceError,
+    QuotaExceededError,
     PushBackError,
 )
 """Problems of every route: a malformed request, an unknown expectation, and a gateway that is full."""

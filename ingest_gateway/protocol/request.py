@@ -38,6 +38,7 @@ from artifact_store.position import Position
 from artifact_store.rules import MAX_TEXT_CHARACTERS, check_path, check_text
 from ingest_gateway.gateway import Gateway
 from ingest_gateway.limits.admission import Bounds
+from ingest_gateway.limits.quotas import Quota
 from ingest_gateway.protocol.connections import Connection, client_of
 from ingest_gateway.protocol.http_errors import (
     AnswerTimeoutError,
@@ -322,6 +323,7 @@ class Call:
             if hashes:
                 await _update(hashes, chunk)
             self.received += len(chunk)
+            self.gateway.quotas.count(Quota.BYTES, self.principal.actor, len(chunk))
             waited += clock() - began
             got += len(chunk)
             yield chunk

@@ -33,6 +33,7 @@ from artifact_store.errors import (
     WaitTimeoutError,
 )
 from artifact_store.models import DEFAULT_PAGE, PackageFilter
+from ingest_gateway.limits.quotas import Quota
 from ingest_gateway.protocol.declaration import Body, Route, Success
 from ingest_gateway.protocol.http_errors import BodyTimeoutError, IncompleteBodyError, UnsupportedMediaTypeError
 from ingest_gateway.protocol.request import (
@@ -61,7 +62,12 @@ from services.log.port import NotAppendedError
 async def create_package(call: Call) -> web.StreamResponse:
     """POST /v1/packages."""
     command_id, actor = call.header(IDEMPOTENCY_KEY), call.actor
+    quotas, principal = call.gateway.quotas, call.principal.actor
+    for quota in (Quota.PACKAGES, Quota.METADATA_BYTES):
+        quotas.require(quota, principal)
     wanted = await call.json(CreatePackageRequest)
+    quotas.count(Quota.PACKAGES, principal, 1)
+    quotas.count(Quota.METADATA_BYTES, principal, call.received)
     done = await call.registry.create(
         wanted.name,
         wanted.producer,

@@ -25,6 +25,7 @@ from artifact_store.errors import (
     UploadOffsetError,
     WaitTimeoutError,
 )
+from ingest_gateway.limits.quotas import Quota
 from ingest_gateway.protocol.declaration import BINARY, Body, Handler, Route, Schema, Success
 from ingest_gateway.protocol.http_errors import (
     MethodNotAllowedError,
@@ -184,6 +185,8 @@ async def begin_upload(call: Call) -> web.StreamResponse:
     if call.checked and call.request.can_read_body and not has_body:
         raise UnsupportedMediaTypeError(f"the body must be {CONTENT_TYPE}", {"Accept": CONTENT_TYPE})
     checksum = call.header(UPLOAD_CHECKSUM)
+    call.gateway.quotas.require(Quota.RESUMABLE_UPLOADS, call.principal.actor)
+    call.gateway.quotas.count(Quota.RESUMABLE_UPLOADS, call.principal.actor, 1)
     state = await call.registry.uploads.create(
         NewUpload(
             package_id=package_id,

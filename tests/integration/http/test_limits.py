@@ -308,3 +308,32 @@ async def test_small_uploads_pass_large_ones_that_hold_all_the_memory(
                 async with gateway.session.put(f"/v1/packages/{package}/files/{n}", data=bytes(size)) as answer:
                     assert answer.status == 201
         assert reading == before, "large uploads came to an end meanwhile: the test shows nothing"
+
+
+@pytest.mark.parametrize(
+    ("quota", "most"), [("packages", 2), ("bytes", 150), ("metadata bytes", 150), ("resumable uploads", 2)]
+)
+async def test_a_principal_that_used_its_quota_is_told_when_to_come_again(
+    embedded_settings: Settings, quota: str, most: int
+) -> None:
+    about = {"name": "n", "producer": "p", "subject": "s", "retention_class": "scratch", "metadata": {"k": "v" * 20}}
+    async with running_gateway(embedded_settings, quotas={quota: most}) as gateway:
+        package = await gateway.parts.registry.create_package("n", "p", "s", "scratch")
+        where = f"/v1/packages/{package}"
+        statuses = []
+        for number in range(3):
+            if quota == "bytes":
+                asking = gateway.session.put(f"{where}/files/{number}", data=bytes(100))
+            elif quota == "resumable uploads":
+                begins = {"Tus-Resumable": "1.0.0", "Upload-Length": "9", "Upload-Metadata": f"filename {'YWJj'[:4]}"}
+                asking = gateway.session.post(f"{where}/uploads", headers=begins)
+            else:
+                asking = gateway.session.post("/v1/packages", json=about)
+            async with asking as answer:
+                statuses.append(answer.status)
+                if answer.status == 429:
+                    assert (await answer.json())["type"].endswith("quota-exceeded")
+                    assert int(answer.headers["Retry-After"]) >= 1
+        assert statuses == [201, 201, 429]
+        async with gateway.session.get("/v1/packages") as answer:
+            assert answer.status == 200
