@@ -184,7 +184,9 @@ class Call:
         """
         named = self.header(ACTOR)
         if named is not None and named != self.principal.actor and not self.principal.local:
-            raise ForbiddenError(f"{ACTOR.name} names {named}, but the token is that of {self.principal.actor}")
+            raise ForbiddenError(
+                f"{ACTOR.name} names {named}, but the token is that of {self.principal.actor}; leave {ACTOR.name} out"
+            )
         return named or self.principal.actor
 
     @property
