@@ -80,8 +80,8 @@ class Lease(Protocol):
     restored_from: str = "log"
     """What the state was made of: a file, a snapshot, or the whole log."""
     exclusive: bool = True
-    """Whether nobody else can append while the lease lasts. Otherwise a large manifest, which names the time of its
-    event, is stored while its batch is decided and not beside the partition."""
+    """Whether nobody else can append while the lease lasts. Otherwise every batch is enclosed by `begin_batch` and
+    `end_batch`, and a large manifest, which names the time of its event, is stored between the two."""
     losses: Sequence[Loss] = ()
     """Acknowledged records that the log lost: nothing may be appended."""
 

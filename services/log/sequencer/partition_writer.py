@@ -388,14 +388,14 @@ class PartitionWriter:
         return False
 
     def _serve(self, lease: Lease, jobs: BackgroundJobs, batch: list[Request]) -> None:
+        if not lease.exclusive:
+            appends = not all(isinstance(request.asked, IngestCheck) for request in batch)
+            try:
+                lease.begin_batch({request.asked.package_id for request in batch}, appends=appends)
+            except ArtifactStoreError as error:  # nothing was tried
+                self._deliver([(request, error) for request in batch])
+                return
         self._serving_since = time.monotonic()
-        package_ids = {request.asked.package_id for request in batch}
-        try:
-            lease.begin_batch(package_ids, appends=not all(isinstance(request.asked, IngestCheck) for request in batch))
-        except ArtifactStoreError as error:  # nothing was tried
-            self._deliver([(request, error) for request in batch])
-            self._serving_since = None
-            return
         try:
             runs = runs_of(self._without_held(jobs, batch))
             batch = [request for run in runs for request in run]
@@ -409,7 +409,8 @@ class PartitionWriter:
             raise
         finally:
             self._serving_since = None
-            lease.end_batch()
+            if not lease.exclusive:
+                lease.end_batch()
         self._queue.put_back(batch[len(answers) :])
         self._queue.announce(sum(isinstance(answer, str) for answer in answers))
         answered = list(zip(batch, answers, strict=False))
