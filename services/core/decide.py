@@ -27,7 +27,6 @@ from artifact_store.events import (
     Event,
     PackageCreated,
     PackageFinalized,
-    Payload,
 )
 from artifact_store.manifest import ContentAddress, content_key, manifest_digest
 from artifact_store.models import Acknowledgement, IngestedFile
@@ -46,10 +45,11 @@ from services.core.state import ABANDONED, CREATED, CommandState, PackageState, 
 def decide(state: PackageState | None, command: Command | IngestTogether, now: int, limits: Limits) -> Sequence[Event]:
     """Decide which events the command becomes; `now` in µs since 1970, not before the partition's last event.
 
-    None when the package has them already: the command is a retry. If it has some of them, the rest.
+    A command whose events the package has already is a retry and becomes nothing. If the package has some of them, the
+    command becomes the rest. Events with a `claim_check` wait until it is stored.
 
     Raises:
-        RejectedError: one of its classes; nothing is recorded.
+        RejectedError: one of its classes; nothing is recorded. ValueError: no record can hold a file's values.
         PushBackError: another command of the package is unfinished.
     """
     if isinstance(command, IngestTogether):
@@ -98,10 +98,10 @@ def require_write(state: PackageState | None, asked: FromSomebody) -> None:
 
 
 def claim_check(state: PackageState, events: Sequence[Event]) -> bytes | None:
-    """The manifest that must be durable under its key before these events are appended, if one of them names it so."""
-    for event in events if not isinstance(events, FileRun) else ():
-        if isinstance(event.payload, PackageFinalized) and event.payload.manifest is None:
-            return manifest_of(state, event.created_at)
+    """The manifest that must be durable under its key before these events are appended; None if they need none."""
+    last = None if isinstance(events, FileRun) or not events else events[-1]
+    if last is not None and isinstance(last.payload, PackageFinalized) and last.payload.manifest is None:
+        return manifest_of(state, last.created_at)
     return None
 
 
@@ -152,7 +152,7 @@ def _create(state: PackageState | None, command: CreatePackage, now: int, limits
     payload = PackageCreated(
         command.name, command.producer, command.subject, command.retention_class, kept.days, command.metadata
     )
-    return [_event(command, PACKAGE_CREATED, payload, payload_digest(payload), now, 0, NO_DIGEST)]
+    return _only_event(command, payload, payload_digest(payload), now, None)
 
 
 def _ingest_together(state: PackageState | None, together: IngestTogether, now: int, limits: Limits) -> Sequence[Event]:
@@ -227,36 +227,30 @@ def _finalize(state: PackageState, command: FinalizePackage, now: int, limits: L
         file_count=len(state.files),
         total_bytes=state.total_bytes,
     )
-    return [_event(command, PACKAGE_FINALIZED, payload, digest, now, state.sequence, state.digest)]
+    return _only_event(command, payload, digest, now, state)
 
 
-def _event(
-    command: Command,
-    event_type: str,
-    payload: Payload,
-    payload_digest: bytes,
-    now: int,
-    sequence: int,
-    previous_digest: bytes,
-    index: int = 0,
-    count: int = 1,
-) -> Event:
-    """Event `index` of `count` of the command, which follows the one of this sequence and chain digest."""
-    package_id = command.package_id
-    return Event(
-        event_id=identifiers.event_id(package_id, sequence + 1),
-        event_type=event_type,
-        package_id=package_id,
-        sequence=sequence + 1,
-        created_at=now,
-        actor=command.actor,
-        command_id=command.command_id,
-        command_index=index,
-        command_count=count,
-        payload_digest=payload_digest,
-        previous_digest=previous_digest,
-        payload=payload,
-    )
+def _only_event(
+    command: Command, payload: PackageCreated | PackageFinalized, digest: bytes, now: int, state: PackageState | None
+) -> list[Event]:
+    """The event that the command becomes, after those of the state; `digest` is the payload's."""
+    sequence, previous = (1, NO_DIGEST) if state is None else (state.sequence + 1, state.digest)
+    return [
+        Event(
+            event_id=identifiers.event_id(command.package_id, sequence),
+            event_type=PACKAGE_CREATED if isinstance(payload, PackageCreated) else PACKAGE_FINALIZED,
+            package_id=command.package_id,
+            sequence=sequence,
+            created_at=now,
+            actor=command.actor,
+            command_id=command.command_id,
+            command_index=0,
+            command_count=1,
+            payload_digest=digest,
+            previous_digest=previous,
+            payload=payload,
+        )
+    ]
 
 
 def _require_whole(state: PackageState | None, command_id: UUID | None) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import NamedTuple
 from uuid import UUID
 
@@ -29,12 +28,6 @@ class FileState(NamedTuple):
     event_digest: bytes
     manifest_item: bytes
     receipt_item: bytes
-
-
-file_states: Callable[[Iterable[tuple[int, bytes, bytes, bytes]]], Iterator[FileState]] = partial(
-    map, partial(tuple.__new__, FileState)
-)
-"""Of values in their order, without a step of Python for each."""
 
 
 def manifest_item(file_id: str, file: StoredFile) -> bytes:

@@ -44,7 +44,6 @@ from services.core.state import (
     CommandState,
     FileState,
     PackageState,
-    file_states,
 )
 from services.log.records import AcceptedLoss, AdministrativeHead
 from services.runtime.files import private_file
@@ -782,7 +781,7 @@ def add_command_row(state: PackageState, body: bytes) -> int:
     events = 0
     for command, paths, files in _commands(body):
         known = _add_command(state, command)
-        state.add_files(paths, file_states(files))
+        state.add_files(paths, map(FileState._make, files))
         known.paths += paths
         events += len(files) or 1
     return events
