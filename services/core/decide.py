@@ -349,10 +349,7 @@ def _known(state: PackageState, command: Command) -> CommandState | None:
 def _same_files(state: PackageState, known: CommandState, command: IngestFiles) -> bool:
     """Whether they are those of the command that is known, as far as it came."""
     try:
-        items = [
-            manifest_item(str(identifiers.file_id(state.package_id, file.relative_path)), file)
-            for file in command.files
-        ]
+        items = [manifest_item(str(file_id), file) for file_id, file in _identified(command)]
     except ValueError:  # they are such that no record can hold
         return False
     at = 0
@@ -370,16 +367,13 @@ def _ingested(state: PackageState, done: CommandState, command: IngestFiles) -> 
     for answered in done.answered:
         joined = answered.event_digests
         digests += [joined[at : at + DIGEST_BYTES] for at in range(0, len(joined), DIGEST_BYTES)]
-    package_id, first = state.package_id, done.last_sequence - done.count + 1
+    rows = zip(_identified(command), digests, strict=True)
     return tuple(
-        IngestedFile(
-            identifiers.file_id(package_id, file.relative_path),
-            file.relative_path,
-            file.size_bytes,
-            file.blake3,
-            file.sha256,
-            sequence,
-            digest,
-        )
-        for sequence, (file, digest) in enumerate(zip(command.files, digests, strict=True), first)
+        IngestedFile(file_id, file.relative_path, file.size_bytes, file.blake3, file.sha256, sequence, digest)
+        for sequence, ((file_id, file), digest) in enumerate(rows, done.last_sequence - done.count + 1)
     )
+
+
+def _identified(command: IngestFiles) -> list[tuple[UUID, StoredFile]]:
+    """The command's files, each with its identifier."""
+    return [(identifiers.file_id(command.package_id, file.relative_path), file) for file in command.files]
