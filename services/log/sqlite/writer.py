@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import cast
 from uuid import UUID
@@ -75,11 +76,8 @@ class SqliteWriter:
         """See `CommandWriter`. The file has one writer at a time, and whoever reads it sees all of it."""
 
         def look() -> Position:
-            file = open_file(self._path)
-            try:
+            with closing(open_file(self._path)) as file:
                 return Position(file.identity, {PARTITION: end_offset(file.connection)})
-            finally:
-                file.close()
 
         return await asyncio.to_thread(look)
 
@@ -103,9 +101,8 @@ class SqliteWriter:
 
     def _prepare(self) -> UUID:
         create_file(self._path)
-        file = open_file(self._path)
-        file.close()
-        return file.identity
+        with closing(open_file(self._path)) as file:
+            return file.identity
 
     def _started(self) -> PartitionWriter:
         if self._writer is None:
