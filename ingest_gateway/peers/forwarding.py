@@ -192,7 +192,7 @@ class HttpForwarder:
             raise UnavailableError(
                 f"the owner of the partition cannot be reached ({type(error).__name__}); the outcome is unknown"
             ) from error
-        if status == 403:
+        if kind != CONTENT_TYPE and status == 403:  # otherwise it is what the owner says of the command
             raise UnavailableError(
                 "the owner of the partition refuses this gateway's certificate or internal secret: give every gateway "
                 "a certificate of the same authority, or the same ARTIFACT_STORE_INTERNAL_SECRET"

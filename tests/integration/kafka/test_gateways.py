@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -15,6 +16,7 @@ import pytest
 from artifact_store.errors import (
     ConfigurationError,
     DuplicateRelativePathError,
+    ForbiddenError,
     PackageNotFoundError,
     PushBackError,
     UnavailableError,
@@ -23,6 +25,7 @@ from artifact_store.events import Event
 from artifact_store.models import Acknowledgement
 from services.config import Settings
 from services.core import decide as core
+from services.core.access import Grant, Right
 from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles, IngestTogether
 from services.core.limits import Limits
 from services.core.state import PackageState
@@ -93,6 +96,15 @@ async def test_refusals_are_the_same_wherever_they_are_asked_for(kafka: Settings
                     await writer.check_ingest(made.package_id, ["a"], None)
                 with pytest.raises(PackageNotFoundError):
                     await writer.submit(FinalizePackage(unknown.package_id, uuid4(), "ada"))
+                # And so are those of senders who may not write to the package, or not even know of it.
+                for right, refusal in ((Right.READ, ForbiddenError), (Right.OPERATE, PackageNotFoundError)):
+                    grants = (Grant(frozenset({right})),)
+                    with pytest.raises(refusal):
+                        await writer.check_ingest(made.package_id, ["b"], None, grants)
+                    with pytest.raises(refusal):
+                        await writer.submit(FinalizePackage(made.package_id, uuid4(), "ada", grants))
+                    with pytest.raises(ForbiddenError):
+                        await writer.submit(replace(create_in(partition), grants=grants))
 
 
 async def test_who_owns_what_is_shown_to_operators(kafka: Settings, log: KafkaLog) -> None:

@@ -210,7 +210,13 @@ async def test_a_message_of_a_version_that_is_not_known_is_for_later(
 
 
 @pytest.mark.parametrize(
-    "refusal", [DuplicateRelativePathError("it is there"), PushBackError("full", 3.0), PartitionNotOwnedError("moved")]
+    "refusal",
+    [
+        DuplicateRelativePathError("it is there"),
+        ForbiddenError("not there"),
+        PushBackError("full", 3.0),
+        PartitionNotOwnedError("moved"),
+    ],
 )
 async def test_a_refusal_comes_back_as_what_it_was(
     listener: InternalListener, writer: Answering, refusal: Exception
