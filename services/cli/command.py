@@ -113,6 +113,12 @@ def _keep_quiet(_context: click.Context, _parameter: click.Parameter, value: boo
     invocation().quiet |= value
 
 
+ACTOR = click.option(
+    "--actor", help="Who does it, in place of you; through a gateway that takes the right to delegate."
+)
+"""For every command that records an event."""
+
+
 def metadata_of(pairs: tuple[str, ...], document: str | None) -> dict[str, Any]:
     """Metadata from `--metadata K=V` (values are text) over `--metadata-json` (a JSON object, or the file of one).
 

@@ -175,7 +175,7 @@ def explain(
 
     Nothing is verified: this says what a token of these claims may do if the gateway accepts it.
     """
-    from services.identity.authenticator import actor_of
+    from services.identity.actors import actor_of
     from services.identity.policy import STATIC_ALIAS
 
     if (producer is None) != (subject is None):

@@ -98,10 +98,10 @@ async def _whoami() -> WhoAmIAnswer:
     if settings.url is None:
         from artifact_store.documents.shapes import GrantShape, WhoAmIAnswer
         from services.core.access import Right
-        from services.identity.authenticator import local_principal
+        from services.identity.actors import local_actor
 
         everything = GrantShape(can=sorted(Right), producers=["*"], subjects=["*"])
-        return WhoAmIAnswer(actor=local_principal().actor, rights=[everything], expires_at=None)
+        return WhoAmIAnswer(actor=local_actor(), rights=[everything], expires_at=None)
     async with open_transport(settings) as transport:
         return await who_is(transport)
 

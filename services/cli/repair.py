@@ -9,6 +9,7 @@ from uuid import uuid4
 import click
 
 from services.cli.command import (
+    ACTOR,
     LOG_AND_VIEWS,
     answer,
     common_options,
@@ -179,7 +180,7 @@ def _of_one_record(command: Callable[..., None]) -> Callable[..., None]:
     """What names the record, and who says so why."""
     for add in (
         common_options(shown=("log_url", "internal_secret")),
-        click.option("--actor", default="anonymous", show_default=True, help="Who does it."),
+        ACTOR,
         click.option("--reason", default="", help="Why; recorded with it."),
         click.option("--digest", required=True, metavar="HEX", help="The record's digest, as `status` shows it."),
         click.argument("offset", type=click.IntRange(0)),
@@ -191,7 +192,7 @@ def _of_one_record(command: Callable[..., None]) -> Callable[..., None]:
 
 @log.command()
 @_of_one_record
-def skip(partition: int, offset: int, digest: str, reason: str, actor: str) -> None:
+def skip(partition: int, offset: int, digest: str, reason: str, actor: str | None) -> None:
     """Pass over one record that is no event, for good.
 
     A record that somebody else wrote to the topic, and that cannot be deleted, stops its partition. Find out who wrote
@@ -201,14 +202,14 @@ def skip(partition: int, offset: int, digest: str, reason: str, actor: str) -> N
     from services.log.records import SkipRecord
 
     _confirmed(
-        SkipRecord(partition, offset, _digest(digest), actor, reason, uuid4()),
+        SkipRecord(partition, offset, _digest(digest), _acting(actor), reason, uuid4()),
         f"partition {partition} passes over the record at offset {offset}",
     )
 
 
 @log.command("accept-loss")
 @_of_one_record
-def accept_loss(partition: int, offset: int, digest: str, reason: str, actor: str) -> None:
+def accept_loss(partition: int, offset: int, digest: str, reason: str, actor: str | None) -> None:
     """Go on without events that the partition lost after it had acknowledged them, for good.
 
     OFFSET and --digest name the record that is missing, as `status` shows it. First try to bring the records back. The
@@ -217,9 +218,15 @@ def accept_loss(partition: int, offset: int, digest: str, reason: str, actor: st
     from services.log.records import AcceptLoss
 
     _confirmed(
-        AcceptLoss(partition, offset, _digest(digest), actor, reason, uuid4()),
+        AcceptLoss(partition, offset, _digest(digest), _acting(actor), reason, uuid4()),
         f"partition {partition} goes on without the record that was at offset {offset}",
     )
+
+
+def _acting(actor: str | None) -> str:
+    from services.identity.actors import local_actor
+
+    return actor or local_actor()
 
 
 def _digest(text: str) -> bytes:

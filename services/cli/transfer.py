@@ -12,6 +12,7 @@ from uuid import UUID
 import click
 
 from services.cli.command import (
+    ACTOR,
     answer,
     common_options,
     invocation,
@@ -45,7 +46,7 @@ _CONCURRENCY = click.option(
 @click.option("--retention-class", required=True, help="How long it is kept: report, raw-evidence, scratch …")
 @click.option("--metadata", multiple=True, metavar="KEY=VALUE", help="Metadata, as text; may be repeated.")
 @click.option("--metadata-json", metavar="JSON|FILE", help="Metadata as a JSON object, or the file of one.")
-@click.option("--actor", default="anonymous", show_default=True, help="Who does it.")
+@ACTOR
 @click.option("--no-finalize", is_flag=True, help="Leave the package open, for `add` and `finalize`.")
 @click.option("--new", "fresh", is_flag=True, help="Begin anew, even if an equal push was interrupted.")
 @_CONCURRENCY
@@ -58,6 +59,7 @@ def push(
     no_finalize: bool,
     fresh: bool,
     concurrency: int,
+    actor: str | None,
     **about: str,
 ) -> None:
     """Create a package, stream the file or tree at PATH into it, and finalize it.
@@ -65,8 +67,10 @@ def push(
     Paths in the package are relative to PATH. Links to files inside the tree are followed, others refused; empty
     folders, owners and modes are not kept. A push that was interrupted goes on where it was when it is run again.
     """
-    described = {**about, "metadata": metadata_of(metadata, metadata_json)}
+    from services.identity.actors import actor_here
+
     settings = invocation().settings()
+    described = {**about, "actor": actor_here(settings, actor), "metadata": metadata_of(metadata, metadata_json)}
     done = run(
         _push(settings, path.absolute(), described, finalize=not no_finalize, fresh=fresh, concurrency=concurrency),
         many_bytes=True,
@@ -193,17 +197,15 @@ async def _pull(
 
 _STANDARD_INPUT = Path("-")
 
-_ACTOR = click.option("--actor", default="anonymous", show_default=True, help="Who does it.")
-
 
 @click.command()
 @click.argument("package", metavar="PACKAGE_ID")
 @click.argument("file", metavar="FILE|-", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--path", "relative_path", help="Its path in the package; the file's name when it is not given.")
 @click.option("--media-type", help="Its media type; guessed from the path when it is not given.")
-@_ACTOR
+@ACTOR
 @common_options(shown=("url",))
-def add(package: str, file: Path, *, relative_path: str | None, media_type: str | None, actor: str) -> None:
+def add(package: str, file: Path, *, relative_path: str | None, media_type: str | None, actor: str | None) -> None:
     """Add one file to a package that is open; `-` reads it from standard input, and a pipe is read to its end."""
     from artifact_store.manifest import ContentAddress
     from services.cli.addressing import package_id
@@ -212,7 +214,11 @@ def add(package: str, file: Path, *, relative_path: str | None, media_type: str 
         if file == _STANDARD_INPUT:
             raise click.UsageError("standard input has no name: --path says where it goes")
         relative_path = file.name
-    done = run(_add(invocation().settings(), package_id(package), file, relative_path, media_type, actor))
+    from services.identity.actors import actor_here
+
+    settings = invocation().settings()
+    acting = actor_here(settings, actor)
+    done = run(_add(settings, package_id(package), file, relative_path, media_type, acting))
     stored = done.files[0]
     answer(
         {
@@ -259,14 +265,16 @@ async def _add(
 
 @click.command()
 @click.argument("package", metavar="PACKAGE_ID")
-@_ACTOR
+@ACTOR
 @common_options(shown=("url",))
-def finalize(package: str, *, actor: str) -> None:
+def finalize(package: str, *, actor: str | None) -> None:
     """Freeze a package that is open; prints the content address of its manifest."""
     from artifact_store.manifest import ContentAddress
     from services.cli.addressing import package_id
+    from services.identity.actors import actor_here
 
-    done = run(_finalize(invocation().settings(), package_id(package), actor))
+    settings = invocation().settings()
+    done = run(_finalize(settings, package_id(package), actor_here(settings, actor)))
     manifest = None if done.manifest_digest is None else ContentAddress.of_digest(done.manifest_digest)
     answer(
         {

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import pwd
 import re
 import time
 from collections import OrderedDict
@@ -22,10 +20,10 @@ from typing import Self
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from artifact_store.errors import ConfigurationError, UnauthenticatedError, UnavailableError
-from artifact_store.rules import MAX_TEXT_CHARACTERS, holds_control
 from services.config import Settings
 from services.core.access import Principal, local_user
-from services.identity.oidc import MAX_TOKEN_BYTES, Issuer, Keys, invalid, looks_like_email, unverified
+from services.identity.actors import actor_of, local_actor
+from services.identity.oidc import MAX_TOKEN_BYTES, Issuer, Keys, invalid, unverified
 from services.identity.policy import STATIC_ALIAS, IssuerTable, Policy, read_policy
 from services.identity.static_tokens import NO_TOKENS, TokenSet, is_static, read_tokens
 from services.runtime.addresses import ListenAddress
@@ -42,32 +40,6 @@ _LAST_SECOND = 253_402_300_799.0
 _HEADER = re.compile(r"(?i:bearer) +([A-Za-z0-9._~+/-]+=*) *")
 
 _log = logging.getLogger(__name__)
-
-
-def actor_of(alias: str, subject: str) -> str:
-    """What events name a principal by: `alias:subject`, the same for every token that the subject ever has.
-
-    Some subjects are replaced by their digest, as `alias:~` and 64 hex digits: those that are too long or hold control
-    characters, and e-mail addresses, which must not get into a log that forgets nothing.
-    """
-    actor = f"{alias}:{subject}"
-    plain = (
-        subject
-        and not subject.startswith("~")
-        and len(actor) <= MAX_TEXT_CHARACTERS
-        and not holds_control(subject)
-        and not looks_like_email(subject)
-    )
-    return actor if plain else f"{alias}:~{hashlib.sha256(subject.encode(errors='surrogatepass')).hexdigest()}"
-
-
-def local_principal() -> Principal:
-    """The user that this process runs as, with all rights."""
-    try:
-        name = pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:  # a container's user often has no name
-        name = str(os.getuid())
-    return local_user(actor_of("local", name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +124,7 @@ class Authenticator:
         """
         anyone = None
         if _is_loopback(settings.listen):
-            anyone = local_principal()
+            anyone = local_user(local_actor())
         elif settings.insecure:
             anyone = local_user("anonymous")
         return cls(policy=settings.policy, tokens=settings.tokens, anyone=anyone, metrics=metrics)

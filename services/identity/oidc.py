@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import re
 import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -370,11 +369,3 @@ class Issuer:
         if not isinstance(found, dict):
             raise UnavailableError(f"{address} answered with something that is no JSON object")
         return found
-
-
-_EMAIL = re.compile(r"[^@\s]+@[^@\s]+\.[^@\s]+")
-
-
-def looks_like_email(subject: str) -> bool:
-    """Whether a subject has the form of an e-mail address."""
-    return _EMAIL.fullmatch(subject) is not None

@@ -204,3 +204,13 @@ def test_doctor_looks_at_policy_and_tokens(folder: Path, monkeypatch: pytest.Mon
     monkeypatch.delenv("ARTIFACT_STORE_POLICY")
     monkeypatch.delenv("ARTIFACT_STORE_TOKENS")
     assert "may do everything" in doctor()["cause"]
+
+
+def test_on_embedded_parts_the_actor_is_the_local_user_unless_another_is_named(folder: Path) -> None:
+    about = ("--name", "n", "--producer", "p", "--subject", "s", "--retention-class", "scratch")
+    call("push", "policy.toml", *about)
+    call("push", "policy.toml", *about, "--actor", "ada")
+    actors = [json.loads(line)["actor"] for line in call("tail", "--json").stdout.splitlines()]
+    me = shown("whoami")["actor"]
+    assert me.startswith("local:")
+    assert actors == [me] * 3 + ["ada"] * 3

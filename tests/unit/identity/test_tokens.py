@@ -25,7 +25,8 @@ from artifact_store.errors import ConfigurationError, UnauthenticatedError, Unav
 from services.config import Settings
 from services.core.access import Principal, Right
 from services.identity import oidc
-from services.identity.authenticator import LOOK_SECONDS, Authenticator, actor_of
+from services.identity.actors import actor_of
+from services.identity.authenticator import LOOK_SECONDS, Authenticator
 from services.identity.policy import parse_policy
 from services.identity.static_tokens import create_token, revoke_tokens
 from tests.certificates import Authority
@@ -254,6 +255,16 @@ async def test_a_token_that_was_remembered_is_refused_once_it_has_expired(tmp_pa
     await gate.authenticate(token)
     clock.now += issuer.lifetime + oidc.LEEWAY_SECONDS + 1
     assert "expired" in (await refused(gate, token)).detail
+
+
+async def test_only_so_many_tokens_are_remembered(
+    gate: Authenticator, issuer: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.identity.authenticator.MAX_REMEMBERED", 2)
+    tokens = [f"Bearer {issuer.token(jti=name)}" for name in "abc"]
+    first = [await gate.authenticate(token) for token in (tokens[0], tokens[1], tokens[0], tokens[2])]
+    assert await gate.authenticate(tokens[0]) is first[0]
+    assert await gate.authenticate(tokens[1]) is not first[1]  # the one that was used longest ago
 
 
 async def test_a_new_key_is_fetched_once_for_all_and_not_again_at_once(
