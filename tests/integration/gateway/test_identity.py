@@ -17,10 +17,11 @@ from artifact_store.errors import ConfigurationError
 from ingest_gateway import server
 from services.config import Settings
 from services.core.access import Right
-from services.identity.static_tokens import create_token
+from services.identity.static_tokens import create_token, revoke_tokens
 from tests.integration.processes import COMMAND, command_environment
 from tests.integration.tokens import bearer
 from tests.oidc_provider import CLIENT_ID, provider
+from tests.unit.identity.test_tokens import BAD, write_policy
 
 PACKAGE = {"name": "n", "producer": "p", "subject": "s", "retention_class": "scratch"}
 
@@ -81,6 +82,24 @@ async def test_with_policy_and_tokens_each_sender_is_who_the_token_says(
         ]
         assert 'artifact_store_authentications_total{issuer="token",outcome="accepted"} 2.0' in shown
         assert 'artifact_store_authentications_total{issuer="sso",outcome="unavailable"} 1.0' in shown
+
+
+async def test_no_bad_token_gets_past_a_gateway(embedded_settings: Settings, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens.json"
+    made, revoked = create_token(tokens, "gone", list(Right), now=time.time())
+    revoke_tokens(tokens, made.id)
+    async with provider() as issuer:
+        policy = write_policy(tmp_path, issuer)
+        bad = {kind: make(issuer) for kind, (make, _) in BAD.items()} | {"revoked": revoked}
+        async with started(replace(embedded_settings, policy=policy, tokens=tokens)) as client:
+            for kind, token in bad.items():
+                for method, path in (("POST", "/v1/packages"), ("GET", "/v1/events?follow=true")):
+                    async with client.request(method, path, headers=bearer(token)) as answer:
+                        assert answer.status == 401, kind
+                        assert 'error="invalid_token"' in answer.headers["WWW-Authenticate"]
+                        assert token not in await answer.text() + str(answer.headers)
+            async with client.get("/v1/packages", headers=bearer(issuer.token())) as answer:
+                assert answer.status == 200
 
 
 async def command(folder: Path, url: str, *arguments: str) -> tuple[int, str, str]:
