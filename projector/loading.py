@@ -16,6 +16,7 @@ import pickle
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass
 
 from artifact_store.errors import ArtifactStoreError, UnavailableError
@@ -24,9 +25,9 @@ from services.config import Settings
 from services.log.port import Log
 from services.runtime.processes import PYTHON
 from services.views.database import Views
-from services.views.engine.apply import apply, fold_range
+from services.views.engine.apply import apply
 from services.views.engine.checkpoints import Checkpoint
-from services.views.engine.source import DecodedBatch
+from services.views.engine.source import read_ahead, read_range
 from services.views.projections import Projection
 
 Told = Callable[[int, Mapping[int, int]], None]
@@ -42,8 +43,8 @@ async def load(
     *,
     pace: Pace,
     told: Told,
-) -> Checkpoint:
-    """Fold what lies between the generation's checkpoint and `ends`, exactly that; returns the checkpoint behind it.
+) -> None:
+    """Fold what lies between the generation's checkpoint and `ends`, exactly that.
 
     Raises:
         StaleCheckpointError: another has moved the generation, or it is not there any more.
@@ -51,16 +52,14 @@ async def load(
         UnavailableError: the log or the database cannot be reached.
     """
     overlaps = views.dialect != "sqlite"
-
-    async def put(batch: DecodedBatch, at: Checkpoint) -> Checkpoint:
-        await pace.wait(len(batch.records))
-        after = await apply(views, projection, batch, since=at)
-        told(len(batch.records), batch.next_offsets)
-        if not overlaps:  # SQLite has one writer: if this one never paused, nobody else would get in
-            await asyncio.sleep(0)
-        return after
-
-    return await fold_range(log, since, ends, put, batch_events=pace.batch_events, read_ahead=overlaps)
+    source = read_range(log, since, ends, batch_events=pace.batch_events)
+    async with aclosing(read_ahead(source) if overlaps else source) as batches:
+        async for batch in batches:
+            await pace.wait(len(batch))
+            await apply(views, projection, batch)
+            told(len(batch), batch.ends)
+            if not overlaps:  # SQLite has one writer: if this one never paused, nobody else would get in
+                await asyncio.sleep(0)
 
 
 @dataclass(frozen=True, slots=True)

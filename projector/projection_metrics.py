@@ -49,7 +49,7 @@ class ProjectorMetrics(Collector):
         self._times: dict[str, dict[int, float]] = {name: {} for name in self._events}
 
     def folded(self, name: str, events: int, last_times: Mapping[int, int]) -> None:
-        """So many events more are in the view; `last_times` as in `DecodedBatch`."""
+        """So many events more are in the view; `last_times` as in `EventBatch`."""
         self._events[name] += events
         for partition, micros in last_times.items():
             self._came_to(name, partition, micros / _MICROS)

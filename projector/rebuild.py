@@ -14,7 +14,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from services.config import Settings
 from services.log.port import Log
 from services.views.database import Views
 from services.views.digest import ViewDigest, digest_tables, digest_view, keep_tables
-from services.views.engine.apply import apply_within, catch_up, fold_range
+from services.views.engine.apply import apply_within, catch_up
 from services.views.engine.build_tables import analyze, create_index, index_statements
 from services.views.engine.checkpoints import (
     Checkpoint,
@@ -56,7 +56,7 @@ from services.views.engine.generations import (
     reset,
     switch,
 )
-from services.views.engine.source import DecodedBatch
+from services.views.engine.source import read_range
 from services.views.projections import Projection, projection_named
 from services.wiring import open_log, open_views
 
@@ -470,18 +470,15 @@ class _Rebuild:
 
     async def _fold_within(self, connection: AsyncConnection, at: Checkpoint, ends: Mapping[int, int]) -> None:
         """What the live view is ahead by, while it is held: little, or it is better done before."""
-
-        async def put(batch: DecodedBatch, since: Checkpoint) -> Checkpoint:
-            most = self._views.max_parked
-            after = await apply_within(connection, self._projection, batch, since=since, max_parked=most)
-            self._meter.note(len(batch.records), batch.next_offsets)
-            return after
-
         missing = sum(end - at.position.offsets.get(p, 0) for p, end in ends.items())
         if missing > 2 * _NEAR_EVENTS:
             raise UnavailableError(f"the live view is {missing} offsets ahead")
-        if missing:
-            await fold_range(self._log, at, ends, put)
+        if not missing:
+            return
+        async with aclosing(read_range(self._log, at, ends)) as batches:
+            async for batch in batches:
+                await apply_within(connection, self._projection, batch, max_parked=self._views.max_parked)
+                self._meter.note(len(batch), batch.ends)
 
     def _processes(self, end: Position) -> int:
         """How many processes to load in: several where they do not stand in each other's way."""

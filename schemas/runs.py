@@ -2,14 +2,14 @@
 
 Nearly every event is one of a file, and they come by the thousand. For those, this module does what `codec`, `digests`
 and `identifiers` do for any event, in a third to a fifth of the time. Writers make a `FileRun` of a command's files and
-give it to `encode_all`; readers of many events use an `EventBatch`. Property tests hold both to the plain way: the same
+give it to `encode_all`; readers of many events use `read_entry`. Property tests hold both to the plain way: the same
 events, bytes and digests.
 """
 
 from __future__ import annotations
 
 from binascii import unhexlify
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, count
@@ -19,14 +19,7 @@ from uuid import UUID
 from blake3 import blake3
 
 from artifact_store.canonical import cbor_integer, cbor_text, is_jcs_object
-from artifact_store.events import (
-    FILE_INGESTED,
-    AdministrativePayload,
-    Event,
-    FileIngested,
-    PackageCreated,
-    StorageReceipt,
-)
+from artifact_store.events import FILE_INGESTED, Event, FileIngested, PackageCreated, StorageReceipt
 from schemas.codec import UndecodableEventError, decode, encode, framing
 from schemas.digests import DIGEST_BYTES, event_digest
 from schemas.identifiers import DERIVED_BYTES, derived_all
@@ -412,97 +405,34 @@ Entry = FileFields | Event
 """An event: of an ingested file the fields, of any other type all of it."""
 
 
-class EventBatch(Sequence[Event]):
-    """Events that were read, in log order. Going over them decodes those of files in full, one at a time; `entries` has
-    them at a quarter of the cost.
+def read_entry(value: bytes, key: bytes | None = None, packages: dict[bytes, UUID] | None = None) -> Entry:
+    """Read a record value; `key` is the record's, and `packages` the same in every call, as `read_fields` wants it.
+
+    Raises UndecodableEventError. Also when `key` is not the id of the package, and for what no writer writes and nobody
+    could be shown.
     """
-
-    __slots__ = ("_packages", "_values", "entries")
-
-    entries: list[Entry]
-
-    def __init__(self, values: Iterable[bytes] = ()) -> None:
-        """From record values. Raises UndecodableEventError."""
-        self.entries = []
-        self._values: list[bytes] = []
-        self._packages: dict[bytes, UUID] = {}
-        for value in values:
-            self.append(value)
-
-    def append(self, value: bytes, key: bytes | None = None) -> Entry:
-        """Read one more record value, and keep it unless it is an administrative record, which is no package's.
-
-        Raises UndecodableEventError, after which the batch is as it was. Also when `key`, the record's, is not its
-        package's id, and for what no writer writes and nobody could be shown.
-        """
-        fields = read_fields(value, self._packages)
-        entry = entry_of(decode(value)) if fields is None else fields
-        if entry.created_at < 0:
-            raise UndecodableEventError("its time lies before 1970")
-        created = entry.payload if isinstance(entry, Event) and isinstance(entry.payload, PackageCreated) else None
-        if created is not None and not is_jcs_object(created.metadata):
-            raise UndecodableEventError("its metadata is not a JSON object that has a JCS form")
-        # The quick reader keeps packages by their ids as they are written.
-        known = key is None or self._packages.get(key) is entry.package_id
-        if not known and key != str(entry.package_id).encode():
-            raise UndecodableEventError("its key is not its package's id")
-        if not (isinstance(entry, Event) and isinstance(entry.payload, AdministrativePayload)):
-            self.entries.append(entry)
-            self._values.append(value)
-        return entry
-
-    def drop_last(self) -> None:
-        """Forget what was appended last."""
-        del self.entries[-1], self._values[-1]
-
-    def select(self, indexes: Iterable[int]) -> EventBatch:
-        """A batch of the events at these indexes, in this order."""
-        part = EventBatch()
-        for i in indexes:
-            part.entries.append(self.entries[i])
-            part._values.append(self._values[i])
-        return part
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __iter__(self) -> Iterator[Event]:
-        for entry, value in zip(self.entries, self._values, strict=True):
-            yield entry if isinstance(entry, Event) else decode(value)
-
-    @overload
-    def __getitem__(self, index: int) -> Event: ...
-    @overload
-    def __getitem__(self, index: slice) -> EventBatch: ...
-    def __getitem__(self, index: int | slice) -> Event | EventBatch:
-        if isinstance(index, slice):
-            return self.select(range(len(self))[index])
-        entry = self.entries[index]
-        return entry if isinstance(entry, Event) else decode(self._values[index])
+    packages = {} if packages is None else packages
+    entry: Entry = read_fields(value, packages) or entry_of(decode(value))
+    if entry.created_at < 0:
+        raise UndecodableEventError("its time lies before 1970")
+    if (
+        isinstance(entry, Event)
+        and isinstance(entry.payload, PackageCreated)
+        and not is_jcs_object(entry.payload.metadata)
+    ):
+        raise UndecodableEventError("its metadata is not a JSON object that has a JCS form")
+    # The quick reader keeps packages by their ids as they are written.
+    known = key is None or packages.get(key) is entry.package_id
+    if not known and key != str(entry.package_id).encode():
+        raise UndecodableEventError("its key is not its package's id")
+    return entry
 
 
 def entry_of(event: Event) -> Entry:
     """The event as an entry."""
-    return fields_of(event, event.payload) if isinstance(event.payload, FileIngested) else event
-
-
-def entries_of(events: Sequence[Event]) -> Sequence[Entry]:
-    """The events as entries, in their order."""
-    return events.entries if isinstance(events, EventBatch) else [entry_of(event) for event in events]
-
-
-_UUID_LENGTH = 36 << 1
-"""The Avro length of a UUID's text."""
-
-_NOT_SHORT = 0x81
-"""Bits of a first byte that say: more bytes follow, or the number is negative."""
-
-_LONGEST = 10
-_LONG_VALUES = 1 << 64
-
-
-def fields_of(event: Event, file: FileIngested) -> FileFields:
-    """The fields of an event that was decoded; `file` is its payload."""
+    file = event.payload
+    if not isinstance(file, FileIngested):
+        return event
     receipt = file.receipt
     return FileFields(
         event.package_id,
@@ -523,11 +453,21 @@ def fields_of(event: Event, file: FileIngested) -> FileFields:
     )
 
 
+_UUID_LENGTH = 36 << 1
+"""The Avro length of a UUID's text."""
+
+_NOT_SHORT = 0x81
+"""Bits of a first byte that say: more bytes follow, or the number is negative."""
+
+_LONGEST = 10
+_LONG_VALUES = 1 << 64
+
+
 def read_fields(value: bytes, packages: dict[bytes, UUID]) -> FileFields | None:
     """The fields of a record value that is a `v1.file.ingested` in single-object encoding.
 
     None when anything about it is unusual, or it is another event: then the general codec finds out what it is. Never
-    less strict than that codec, also in what no fold needs: whoever asks for the whole event afterwards must get it.
+    less strict than that codec, also in what no fold needs: a record that others cannot read must not reach a view.
     `packages` keeps package ids by their texts, in lower case, so that all events of one package share one object.
     """
     try:

@@ -15,14 +15,20 @@ from sqlalchemy import select
 from artifact_store.events import Event
 from artifact_store.manifest import content_key
 from schemas import identifiers
+from schemas.codec import encode
+from schemas.runs import entry_of
 from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles, StoredFile
 from services.core.decide import decide
 from services.core.evolve import evolve
 from services.core.lifecycle import RETENTION_CLASSES
 from services.core.limits import Limits
 from services.core.state import PackageState
+from services.log.port import Record
 from services.views.database import Views
-from services.views.projections import PROJECTIONS
+from services.views.engine.apply import apply_within
+from services.views.engine.checkpoints import Checkpoint
+from services.views.engine.source import EventBatch
+from services.views.projections import PROJECTIONS, Projection
 
 START = 1_750_000_000_000_000
 """The time of the first event, in µs since 1970."""
@@ -99,6 +105,23 @@ def batches(events: Sequence[Event], size: int) -> Iterator[Sequence[Event]]:
     """The events in runs of `size`."""
     for start in range(0, len(events), size):
         yield events[start : start + size]
+
+
+async def apply_whole(
+    views: Views, projection: Projection, events: Sequence[Event], ends: Mapping[int, int], *, since: Checkpoint
+) -> Checkpoint:
+    """Apply the events as one batch of the first of these partitions; an event that is refused parks no package.
+
+    Raises as `apply`; CorruptError, which says why an event is refused.
+    """
+    partition = next(iter(ends))
+    first = since.position.offsets.get(partition, 0)
+    records = [
+        Record(partition, first + i, str(event.package_id).encode(), encode(event)) for i, event in enumerate(events)
+    ]
+    batch = EventBatch(since, ends, records, [entry_of(event) for event in events])
+    async with views.writing() as connection:
+        return await apply_within(connection, projection, batch, max_parked=0, whole=True)
 
 
 async def view_rows(views: Views) -> Mapping[str, list[tuple[Any, ...]]]:

@@ -117,8 +117,8 @@ async def _retry(packages: Sequence[str], projection: str | None) -> bool:
 
     whole = True
     async with log_and_views() as (log, views):
+        from services.views.engine.apply import retry as fold_again
         from services.views.engine.parking import list_marks
-        from services.views.engine.parking import retry as fold_again
 
         marks = await list_marks(views, _known(projection))
         if unknown := set(packages) - {mark.package for mark in marks}:

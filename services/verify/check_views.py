@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import aclosing
 
 from sqlalchemy.exc import DBAPIError
 
@@ -12,10 +13,10 @@ from services.log.port import Log
 from services.verify.report import Report
 from services.views.database import Views
 from services.views.digest import digest_view
-from services.views.engine.apply import apply, fold_range
-from services.views.engine.checkpoints import Checkpoint, load_checkpoint
+from services.views.engine.apply import apply
+from services.views.engine.checkpoints import load_checkpoint
 from services.views.engine.parking import list_marks
-from services.views.engine.source import DecodedBatch
+from services.views.engine.source import read_range
 from services.views.projections import Projection
 
 _BATCH_EVENTS = 1000
@@ -63,8 +64,6 @@ async def _fold_up_to(log: Log, fresh: Views, projection: Projection, until: Pos
     """Fold exactly the events before `until`, in batches."""
     fresh.max_parked = sys.maxsize  # as many as there are: the view that is compared may have been allowed to
     checkpoint = await load_checkpoint(fresh, projection, until.log)
-
-    async def put(batch: DecodedBatch, at: Checkpoint) -> Checkpoint:
-        return await apply(fresh, projection, batch, since=at)
-
-    await fold_range(log, checkpoint, until.offsets, put, batch_events=_BATCH_EVENTS)
+    async with aclosing(read_range(log, checkpoint, until.offsets, batch_events=_BATCH_EVENTS)) as batches:
+        async for batch in batches:
+            await apply(fresh, projection, batch)

@@ -10,10 +10,9 @@ from artifact_store.errors import ConfigurationError
 from projector.rebuild import replay_view
 from schemas.codec import encode
 from services.views.database import Views
-from services.views.engine.apply import apply, catch_up
+from services.views.engine.apply import catch_up
 from services.views.engine.generations import begin_build
 from services.views.engine.parking import list_marks
-from services.views.engine.source import DecodedBatch
 from services.views.projections import PROJECTIONS
 from services.views.tables import (
     artifact_files,
@@ -23,7 +22,7 @@ from services.views.tables import (
     projection_generations,
 )
 from tests.memory_log import MemoryLog
-from tests.views_history import History, view_rows
+from tests.views_history import History, apply_whole, view_rows
 
 REGISTRY = PROJECTIONS["registry"]
 
@@ -72,7 +71,7 @@ async def test_a_build_whose_progress_was_lost_is_begun_anew(views: Views, log: 
     build = await begin_build(views, REGISTRY, log.id)
     first = History().fill(packages=3, files=2).events[0]
     behind = {log.partition_of(first.package_id): 1}
-    await apply(views, REGISTRY, DecodedBatch(events=[first], next_offsets=behind), since=build.checkpoint)
+    await apply_whole(views, REGISTRY, [first], behind, since=build.checkpoint)
     await drop(views, projection_checkpoints)
     await views.create_missing()
     await replay_view(views, log, REGISTRY)

@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
-from projector import runner as assignment
 from services.log.kafka import lease as lease_module
 from services.log.kafka.cluster import Cluster
 from services.log.kafka.lease import COMMIT_SECONDS, INIT_SECONDS, PartitionLease
 from services.log.kafka.topic import Guard
 from services.log.router import Owners
 from services.log.state.partition_state import PartitionState
+from services.views.engine import source as assignment
 from tests.simulation.clients import Producer, World
 
 _Patch = tuple[object, str, object]

@@ -17,6 +17,7 @@ from artifact_store.events import Event
 from artifact_store.models import Acknowledgement
 from artifact_store.position import Position
 from projector import runner
+from schemas.codec import decode
 from services.config import Settings
 from services.core.access import EVERYTHING, Grants
 from services.core.commands import Command
@@ -27,7 +28,7 @@ from services.log.port import PackageExtent
 from services.log.records import Confirmation
 from services.views.engine import apply, checkpoints, generations
 from services.views.engine.checkpoints import Checkpoint, LastRecord, StaleCheckpointError
-from services.views.engine.source import DecodedBatch
+from services.views.engine.source import EventBatch
 from services.views.projections import projection_named
 from tests.simulation.checker import Checker
 from tests.simulation.kafka import Cluster
@@ -309,19 +310,19 @@ async def _live_row(connection: Database, _: object, **__: object) -> Any:
     return SimpleNamespace(generation=connection.generation, log=connection.log)
 
 
-async def _apply(views: Database, _: object, batch: DecodedBatch, *, since: Checkpoint) -> Checkpoint:
+async def _apply(views: Database, _: object, batch: EventBatch) -> Checkpoint:
     await views.pause()
-    expected = since.position.offsets
-    if views.generation != since.generation or any(
-        views.offsets.get(p, 0) != expected.get(p, 0) for p in batch.next_offsets
+    expected = batch.since.position.offsets
+    if views.generation != batch.since.generation or any(
+        views.offsets.get(p, 0) != expected.get(p, 0) for p in batch.ends
     ):
         raise StaleCheckpointError("the view does not stand there")
-    for event in batch.events:
-        _fold(views, event)
-    views.offsets.update(batch.next_offsets)
+    for record in batch.records:
+        _fold(views, decode(record.value))
+    views.offsets.update(batch.ends)
     views.last.update({p: LastRecord.of(record) for p, record in batch.last_records().items()})
     await views.pause()  # the answer to the commit
-    return Checkpoint(since.generation, Position(since.position.log, {**expected, **batch.next_offsets}), views.last)
+    return batch.after
 
 
 def _fold(views: Database, event: Event) -> None:

@@ -1,24 +1,30 @@
-"""Applying: one batch in one transaction, one batch into the live view, a range of the log, and all that the log holds.
+"""Applying: what a source has read goes into a view, each batch in one transaction with the checkpoint.
 
-`apply` folds a batch and moves the checkpoint in one transaction; everything else here calls it. `catch_up` brings a
-view up to the log's end in the caller's own process, for the embedded parts and for replays. Any number of processes
-may do it at once, beside projectors: the checkpoint's guard lets one fold of a batch through, and the others find that
-the view has moved and go on from there.
+`apply` does that for any generation; projectors, replays and catch-ups all call it. `fold` applies to the live view,
+and then retries the parked packages that may go on. `catch_up` brings a view up to the log's end in the caller's own
+process, for the embedded parts and for replays. Any number of processes may do it at once, beside projectors: the
+checkpoint's guard lets one fold of a batch through, and the others find that the view has moved and go on from there.
+
+`retry` folds what waits in the log for a parked package, a batch at a time, each in one transaction with the mark. It
+goes on at the mark and moves it, so nothing is folded twice. It reads the log before it locks the view: folds of the
+package's partition wait for the database alone, however long the log takes.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Collection
 from contextlib import aclosing
-from typing import Any
+from dataclasses import dataclass, replace
+from uuid import UUID
 
-from sqlalchemy import update
+from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from artifact_store.errors import CorruptError, LogIdentityError
+from artifact_store.errors import CorruptError, LogIdentityError, UnavailableError
 from artifact_store.position import Position
-from services.log.port import Log
+from services.log.port import Log, Record
+from services.log.records import Skips
 from services.views.bulk import upsert
 from services.views.database import DamagedDatabaseError, Views
 from services.views.engine.checkpoints import (
@@ -31,45 +37,50 @@ from services.views.engine.checkpoints import (
     require_same_log,
     tables_of,
 )
-from services.views.engine.parking import Parking, TooManyParkedError, read_marks, retry_confirmed
-from services.views.engine.source import DecodedBatch, read_range
-from services.views.projections import Projection
+from services.views.engine.parking import (
+    Mark,
+    Parking,
+    TooManyParkedError,
+    forget_mark,
+    key_name,
+    list_marks,
+    read_marks,
+)
+from services.views.engine.source import BATCH_EVENTS, EventBatch, read_range
+from services.views.projections import Projection, projection_named
 from services.views.tables import projection_checkpoints
 
 
-async def apply(views: Views, projection: Projection, batch: DecodedBatch, *, since: Checkpoint) -> Checkpoint:
+async def apply(views: Views, projection: Projection, batch: EventBatch) -> Checkpoint:
     """Fold the batch and move the checkpoint, in one transaction; returns the checkpoint after it.
 
-    The batch was read from `since`, in the partitions that its `next_offsets` name. The generation may be the live one
-    or one that is being built. An event that cannot be read or applied parks its package, up to `views.max_parked`
-    packages. In a batch without records, which only tests make, it is an error.
+    The generation may be the live one or one that is being built. An event that cannot be read or applied parks its
+    package, up to `views.max_parked` packages.
 
     Raises:
-        StaleCheckpointError: the view does not stand at `since` in one of these partitions, or there is no such
-            generation any more; nothing was changed.
+        StaleCheckpointError: the view does not stand where the batch begins, in one of its partitions, or there is no
+            such generation any more; nothing was changed.
         CorruptError: too many packages would be parked; nothing was changed.
         UnavailableError: the transaction may or may not be there; the checkpoint tells.
     """
     most = views.max_parked
     try:
         async with views.writing() as connection:
-            return await apply_within(connection, projection, batch, since=since, max_parked=most, whole=True)
+            return await apply_within(connection, projection, batch, max_parked=most, whole=True)
     except (LogIdentityError, DamagedDatabaseError, TooManyParkedError):
         raise
     except CorruptError:
-        if not batch.records:
-            raise
+        pass
     # Good batches never pay for this: after a failure, PostgreSQL's transactions only go on from a savepoint.
     async with views.writing() as connection:
-        return await apply_within(connection, projection, batch, since=since, max_parked=most)
+        return await apply_within(connection, projection, batch, max_parked=most)
 
 
 async def apply_within(
     connection: AsyncConnection,
     projection: Projection,
-    batch: DecodedBatch,
+    batch: EventBatch,
     *,
-    since: Checkpoint,
     max_parked: int,
     whole: bool = False,
 ) -> Checkpoint:
@@ -77,37 +88,37 @@ async def apply_within(
 
     With `whole`, which is the fast way, one event that cannot be applied fails the batch with CorruptError.
     """
-    tables = await tables_of(connection, projection, since)
-    last = {p: LastRecord.of(record) for p, record in batch.last_records().items()}
-    for partition in sorted(batch.next_offsets):  # one order for all, so that no two wait for each other
-        await _advance(connection, projection, since, partition, batch.next_offsets[partition], last.get(partition))
+    generation = batch.since.generation
+    tables = await tables_of(connection, projection, batch.since)
+    last = batch.last_records()
+    for partition in sorted(batch.ends):  # one order for all, so that no two wait for each other
+        await _advance(connection, projection, batch, partition, last.get(partition))
     # After the guard, which waits for a retry that is under way: the marks are those that it leaves.
-    marks = await read_marks(connection, since.generation)
-    parking = Parking(connection, projection, tables, since.generation, max_parked, marks)
-    if not whole:
-        await parking.fold(batch)
-    elif events := parking.pass_over(batch) if batch.records else batch.events:
-        await projection.fold(connection, tables, events)
+    parking = Parking(connection, projection, tables, generation, max_parked, await read_marks(connection, generation))
+    await parking.fold(batch, whole=whole)
     await parking.save()
-    position = Position(since.position.log, {**since.position.offsets, **batch.next_offsets})
-    return Checkpoint(since.generation, position, {**since.last, **last})
+    return batch.after
 
 
 async def _advance(
     connection: AsyncConnection,
     projection: Projection,
-    since: Checkpoint,
+    batch: EventBatch,
     partition: int,
-    following: int,
-    last: LastRecord | None,
+    record: Record | None,
 ) -> None:
-    """Move one partition's offset from where the batch begins. Raises StaleCheckpointError when it is not there."""
-    table, expected = projection_checkpoints, since.position.offsets.get(partition, 0)
-    changed: dict[str, object] = {"next_offset": following}
-    if last is not None:
+    """Move one partition's offset from where the batch begins, behind `record`, the last one of the partition in it.
+
+    Raises StaleCheckpointError when the view does not stand there.
+    """
+    table, generation = projection_checkpoints, batch.since.generation
+    expected = batch.since.position.offsets.get(partition, 0)
+    changed: dict[str, object] = {"next_offset": batch.ends[partition]}
+    if record is not None:
+        last = LastRecord.of(record)
         changed |= {"last_offset": last.offset, "last_digest": last.digest}
     if expected == 0:  # which an absent row means as well
-        row = {"generation": since.generation, "partition": partition, "projection": projection.name, **changed}
+        row = {"generation": generation, "partition": partition, "projection": projection.name, **changed}
         put = upsert(connection, table).values(row)
         moved = await connection.execute(
             put.on_conflict_do_update(
@@ -115,63 +126,25 @@ async def _advance(
             )
         )
     else:
-        mine = (table.c.generation == since.generation, table.c.partition == partition)
+        mine = (table.c.generation == generation, table.c.partition == partition)
         moved = await connection.execute(update(table).where(*mine, table.c.next_offset == expected).values(changed))
     if moved.rowcount != 1:
         raise StaleCheckpointError(f"the view {projection.name} is not at {expected} of partition {partition}")
 
 
-BATCH_EVENTS = 2000
-
-Progress = Callable[[int, Position], None]
-"""Called after each batch with how many events were folded so far, and where the view stands."""
-
-Put = Callable[[DecodedBatch, Checkpoint], Coroutine[Any, Any, Checkpoint]]
-"""Applies a batch that was read from this checkpoint; returns the checkpoint after it."""
-
-
-async def fold(views: Views, log: Log, projection: Projection, batch: DecodedBatch, *, since: Checkpoint) -> Checkpoint:
+async def fold(views: Views, log: Log, projection: Projection, batch: EventBatch) -> Checkpoint:
     """Apply a batch to the live view, then retry the packages that its confirmations let go on.
 
-    Raises as `apply` and `retry_confirmed`.
+    Raises as `apply` and `retry`.
     """
-    at = await apply(views, projection, batch, since=since)
+    at = await apply(views, projection, batch)
     if batch.confirmed:
-        await retry_confirmed(views, log, projection, batch.confirmed)
+        await _retry_confirmed(views, log, projection, batch.confirmed)
     return at
 
 
-async def fold_range(
-    log: Log,
-    since: Checkpoint,
-    ends: Mapping[int, int],
-    put: Put,
-    *,
-    batch_events: int = BATCH_EVENTS,
-    read_ahead: bool = False,
-) -> Checkpoint:
-    """Read what lies between a checkpoint and `ends`, exactly that, and `put` it batch by batch.
-
-    Returns the checkpoint after the last batch. With `read_ahead` the next batch is read and decoded while one is being
-    put. A failure to read it waits for that: the checkpoint tells how far the view has come.
-
-    Raises as `put` and `Log.scan`.
-    """
-    at = since
-    putting: asyncio.Task[Checkpoint] | None = None
-    try:
-        async with aclosing(read_range(log, since.position, ends, batch_events=batch_events)) as batches:
-            async for batch in batches:
-                if putting is not None:
-                    at = await putting
-                if read_ahead:
-                    putting = asyncio.create_task(put(batch, at))
-                else:
-                    at = await put(batch, at)
-        return at if putting is None else await putting
-    finally:
-        if putting is not None and not putting.done():
-            await asyncio.wait([putting])
+Progress = Callable[[int, Position], None]
+"""Called after each batch with how many events were folded so far, and where the view stands."""
 
 
 async def catch_up(
@@ -192,15 +165,6 @@ async def catch_up(
     """
     identity = await log.identity()
     total = 0
-
-    async def put(batch: DecodedBatch, at: Checkpoint) -> Checkpoint:
-        nonlocal total
-        after = await fold(views, log, projection, batch, since=at)
-        total += len(batch.records)
-        if progress is not None:
-            progress(total, after.position)
-        return after
-
     async with views.folding[projection.name]:
         while True:
             checkpoint = await load_checkpoint(views, projection, identity)
@@ -212,6 +176,129 @@ async def catch_up(
                 return total
             await check_continues(log, projection.name, checkpoint, end.offsets, end=end)
             try:
-                await fold_range(log, checkpoint, end.offsets, put, batch_events=batch_events)
+                async with aclosing(read_range(log, checkpoint, end.offsets, batch_events=batch_events)) as batches:
+                    async for batch in batches:
+                        after = await fold(views, log, projection, batch)
+                        total += len(batch)
+                        if progress is not None:
+                            progress(total, after.position)
             except StaleCheckpointError:
                 continue  # another folds as well: go on from where it has come to
+
+
+_CHASES = 3
+"""How often what came meanwhile is read without a lock, before folds wait for the last of it."""
+
+_LOCKED_SECONDS = 5.0
+"""How long folds wait at most while that is read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retried:
+    """What a retry came to: how many events were folded, and the mark of a package that is parked again."""
+
+    package: str
+    projection: str
+    events: int
+    mark: Mark | None
+
+
+async def retry(views: Views, log: Log, mark: Mark) -> Retried:
+    """Fold what waits behind the mark, up to where the view stands. Marks of one partition: the earliest first.
+
+    Blocks until the package is followed again or parked at its next bad event. When it fails, what was folded by then
+    stays, and the mark has moved behind it.
+
+    Raises:
+        StaleCheckpointError: the mark is not there any more or has moved, or the view was folded again since.
+        CorruptError, LogIdentityError: the log is not the one that the view was folded from.
+        UnavailableError: the log or the database cannot be reached.
+    """
+    projection = projection_named(mark.projection)
+    identity = await log.identity()
+    checkpoint = await load_checkpoint(views, projection, identity)
+    await check_continues(log, projection.name, checkpoint, [mark.partition])
+    skips = Skips(log)
+    folded, chases = 0, 0
+    batch = EventBatch(_at(mark, identity), {mark.partition: mark.offset})
+    while True:
+        end = (await load_checkpoint(views, projection, identity)).position.offsets.get(mark.partition, 0)
+        batch = await _read_waiting(log, mark, batch.after, end, skips)
+        at = batch.ends[mark.partition]
+        chases += at == end
+        async with views.writing() as connection:
+            tables = await tables_of(connection, projection, batch.since)
+            end = await _hold_partition(connection, mark)
+            marks = await read_marks(connection, mark.generation)
+            found = marks.pop(mark.key, None)
+            if found is None or not await forget_mark(connection, mark):
+                raise StaleCheckpointError(
+                    f"{mark.package} is not parked in {mark.projection} at offset {mark.offset} any more"
+                )
+            most = max(views.max_parked, len(marks) + 1)  # a projector was allowed as many as there are
+            parking = Parking(connection, projection, tables, mark.generation, most, marks)
+            await parking.fold(batch)
+            done = len(batch)
+            if at < end and found.events > done and chases > _CHASES:
+                batch = await _read_locked(log, mark, batch.after, end, skips)
+                at = batch.ends[mark.partition]
+                await parking.fold(batch)
+                done += len(batch)
+            again = parking.marks.get(mark.key)
+            done -= 0 if again is None else again.events
+            folded, left = folded + done, found.events - done
+            if again is not None:
+                parking.marks[mark.key] = replace(again, events=left)
+            elif at < end and left:
+                parking.marks[mark.key] = replace(found, offset=at, events=left)
+            await parking.save()
+        if again is not None or mark.key not in parking.marks:
+            return Retried(mark.package, mark.projection, folded, parking.marks.get(mark.key))
+        mark = parking.marks[mark.key]
+
+
+async def _hold_partition(connection: AsyncConnection, mark: Mark) -> int:
+    """Let no fold of the mark's partition begin until the transaction ends; where the view stands in it."""
+    table = projection_checkpoints.c
+    query = select(table.next_offset).where(table.generation == mark.generation, table.partition == mark.partition)
+    end: int = (await connection.execute(query.with_for_update())).scalar_one()
+    return end
+
+
+def _at(mark: Mark, log: UUID) -> Checkpoint:
+    return Checkpoint(mark.generation, Position(log, {mark.partition: mark.offset}))
+
+
+async def _read_waiting(log: Log, mark: Mark, since: Checkpoint, end: int, skips: Skips) -> EventBatch:
+    """What waits for the mark's package between these offsets, or the first of it."""
+
+    def waits(record: Record) -> bool:
+        return key_name(record.key)[0] == mark.package
+
+    reading = read_range(log, since, {mark.partition: end}, batch_events=BATCH_EVENTS, only=waits, skips=skips)
+    async with aclosing(reading) as batches:
+        return await anext(batches, EventBatch(since, since.position.offsets))
+
+
+async def _read_locked(log: Log, mark: Mark, since: Checkpoint, end: int, skips: Skips) -> EventBatch:
+    """As `_read_waiting`, for the little that came since. Raises UnavailableError when the log takes too long."""
+    try:
+        async with asyncio.timeout(_LOCKED_SECONDS):
+            return await _read_waiting(log, mark, since, end, skips)
+    except TimeoutError:
+        raise UnavailableError(
+            f"{mark.package} takes events faster than they are read from the log; retry it when it takes fewer"
+        ) from None
+
+
+async def _retry_confirmed(views: Views, log: Log, projection: Projection, partitions: Collection[int]) -> None:
+    """Retry the marks of the live view that stand on a record which an operator has confirmed to be no event.
+
+    What waits behind such a record then goes on by itself.
+    """
+    skips, identity = Skips(log), await log.identity()
+    for mark in await list_marks(views, projection.name):
+        if mark.partition in partitions:
+            batch = await _read_waiting(log, mark, _at(mark, identity), mark.offset + 1, skips)
+            if not len(batch):
+                await retry(views, log, mark)

@@ -52,9 +52,14 @@ from services.views.engine.checkpoints import (
     read_offsets,
     read_progress,
 )
-from services.views.engine.parking import forget_marks
 from services.views.projections import Projection
-from services.views.tables import metadata, projection_builds, projection_checkpoints, projection_generations
+from services.views.tables import (
+    metadata,
+    parked_packages,
+    projection_builds,
+    projection_checkpoints,
+    projection_generations,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -358,5 +363,5 @@ async def _reset(connection: AsyncConnection, projection: Projection, expected: 
 
 async def forget_progress(connection: AsyncConnection, generation: UUID) -> None:
     """Remove checkpoints and marks of a generation that is given up."""
-    await connection.execute(delete(projection_checkpoints).where(projection_checkpoints.c.generation == generation))
-    await forget_marks(connection, generation)
+    for table in (projection_checkpoints, parked_packages):
+        await connection.execute(delete(table).where(table.c.generation == generation))

@@ -3,17 +3,11 @@
 A mark says where a package stopped and why; the log keeps the bytes. What the view holds of a parked package is what
 a fold of its events before the mark makes. Which event is to blame does not depend on how batches were cut: a batch
 that fails is halved until the event is found at which a fold in log order would have stopped.
-
-`retry` folds what waits in the log, a batch at a time, each in one transaction with the mark. It goes on at the mark
-and moves it, so nothing is folded twice. It reads the log before it locks the view: folds of the package's partition
-wait for the database alone, however long the log takes.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from uuid import UUID
 
@@ -21,23 +15,13 @@ from blake3 import blake3
 from sqlalchemy import delete, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from artifact_store.errors import CorruptError, UnavailableError
-from artifact_store.events import Event
-from artifact_store.position import Position
-from schemas.runs import EventBatch, entries_of
-from services.log.port import Log, Record
-from services.log.records import Skips
+from artifact_store.errors import CorruptError
+from schemas.runs import Entry
+from services.log.port import Record
 from services.views.database import DamagedDatabaseError, Views, database_errors
-from services.views.engine.checkpoints import (
-    Checkpoint,
-    StaleCheckpointError,
-    check_continues,
-    load_checkpoint,
-    tables_of,
-)
-from services.views.engine.source import BATCH_BYTES, DecodedBatch, decode
-from services.views.projections import Projection, Tables, projection_named
-from services.views.tables import parked_packages, projection_checkpoints, projection_generations
+from services.views.engine.source import EventBatch
+from services.views.projections import Projection, Tables
+from services.views.tables import parked_packages, projection_generations
 
 _CAUSE_CHARACTERS = 500
 _KEY_BYTES = 64
@@ -116,11 +100,6 @@ async def forget_mark(connection: AsyncConnection, mark: Mark) -> bool:
     return (await connection.execute(delete(parked_packages).where(*mine))).rowcount == 1
 
 
-async def forget_marks(connection: AsyncConnection, generation: UUID) -> None:
-    """Remove the marks of a generation that is given up."""
-    await connection.execute(delete(parked_packages).where(parked_packages.c.generation == generation))
-
-
 class Parking:
     """Folds around what cannot be applied, within one transaction, and moves the marks; used once."""
 
@@ -143,38 +122,20 @@ class Parking:
         """By partition and package; what `save` writes."""
         self._before = dict(marks)
 
-    def pass_over(self, batch: DecodedBatch) -> Sequence[Event]:
-        """The events that do not wait, as far as can be seen before they are folded; counts those that do.
+    async def fold(self, batch: EventBatch, *, whole: bool = False) -> None:
+        """Fold what can be folded and park the rest. With `whole`, park nothing but what is unreadable.
 
-        Raises TooManyParkedError as `fold` does.
+        Raises TooManyParkedError, after which the transaction must not be committed; UnavailableError. With `whole`
+        also CorruptError, when an event cannot be applied.
         """
-        entries = entries_of(batch.events)
-        parked = {mark.package_id for mark in self.marks.values()}
-        if not batch.unreadable and not (parked and any(entry.package_id in parked for entry in entries)):
-            return batch.events
-        left: list[int] = []
-        number = -1
-        for i, record in enumerate(batch.records):
-            if i in batch.unreadable:
-                self._park(record, batch.unreadable[i])
-                continue
-            number += 1
-            if not self._waits(record, entries[number].package_id):
-                left.append(number)
-        return batch.events.select(left) if isinstance(batch.events, EventBatch) else [batch.events[n] for n in left]
-
-    async def fold(self, batch: DecodedBatch) -> None:
-        """Fold what can be folded and park the rest.
-
-        Raises TooManyParkedError, after which the transaction must not be committed; UnavailableError.
-        """
-        events: list[tuple[Record, Event]] = []
-        for record, event in batch:
-            if isinstance(event, Event):
-                events.append((record, event))
-            else:
-                self._park(record, event)
-        await self._fold(events)
+        for record, cause in batch.unreadable:
+            self._park(record, cause)
+        if whole:
+            _, events = self._following(batch.records, batch.events)
+            if events:
+                await self._projection.fold(self._connection, self._tables, events)
+        else:
+            await self._fold(batch.records, batch.events)
 
     async def save(self) -> None:
         """Write the marks that have changed. Each `fold` may be followed by others before that."""
@@ -187,21 +148,21 @@ class Parking:
             await self._connection.execute(insert(table), [_row(mark) for mark in changed])
         self._before = dict(self.marks)
 
-    async def _fold(self, events: Sequence[tuple[Record, Event]]) -> None:
-        left = [(record, event) for record, event in events if not self._waits(record, event.package_id)]
-        if not left:
+    async def _fold(self, records: Sequence[Record], events: Sequence[Entry]) -> None:
+        records, events = self._following(records, events)
+        if not events:
             return
-        cause = await self._try([event for _, event in left])
+        cause = await self._try(events)
         if cause is None:
             return
-        if len(left) == 1:
-            self._park(left[0][0], cause)
+        if len(events) == 1:
+            self._park(records[0], cause)
             return
-        middle = len(left) // 2
-        await self._fold(left[:middle])
-        await self._fold(left[middle:])
+        middle = len(events) // 2
+        await self._fold(records[:middle], events[:middle])
+        await self._fold(records[middle:], events[middle:])
 
-    async def _try(self, events: Sequence[Event]) -> str | None:
+    async def _try(self, events: Sequence[Entry]) -> str | None:
         """Fold all of the events, or none; then why not."""
         try:
             async with self._connection.begin_nested():
@@ -213,10 +174,18 @@ class Parking:
             return error.detail
         return None
 
+    def _following(
+        self, records: Sequence[Record], events: Sequence[Entry]
+    ) -> tuple[Sequence[Record], Sequence[Entry]]:
+        """Without the events that lie behind their package's mark; those are counted."""
+        parked = {mark.package_id for mark in self.marks.values()}
+        if not parked or not any(event.package_id in parked for event in events):
+            return records, events
+        left = [i for i, record in enumerate(records) if not self._waits(record, events[i].package_id)]
+        return [records[i] for i in left], [events[i] for i in left]
+
     def _waits(self, record: Record, package_id: UUID) -> bool:
         """Whether a package's event lies behind its mark; it is counted then."""
-        if not self.marks:
-            return False
         key = (record.partition, str(package_id))
         mark = self.marks.get(key)
         if mark is None or record.offset < mark.offset:
@@ -258,124 +227,3 @@ def _row(mark: Mark) -> dict[str, object]:
 
 def _mark(row: Mapping[str, object]) -> Mark:
     return Mark(**row)  # type: ignore[arg-type]  # the columns are the fields
-
-
-_BATCH_EVENTS = 2000
-
-_CHASES = 3
-"""How often what came meanwhile is read without a lock, before folds wait for the last of it."""
-
-_LOCKED_SECONDS = 5.0
-"""How long folds wait at most while that is read."""
-
-
-@dataclass(frozen=True, slots=True)
-class Retried:
-    """What a retry came to: how many events were folded, and the mark of a package that is parked again."""
-
-    package: str
-    projection: str
-    events: int
-    mark: Mark | None
-
-
-async def retry(views: Views, log: Log, mark: Mark) -> Retried:
-    """Fold what waits behind the mark, up to where the view stands. Marks of one partition: the earliest first.
-
-    Blocks until the package is followed again or parked at its next bad event. When it fails, what was folded by then
-    stays, and the mark has moved behind it.
-
-    Raises:
-        StaleCheckpointError: the mark is not there any more or has moved, or the view was folded again since.
-        CorruptError, LogIdentityError: the log is not the one that the view was folded from.
-        UnavailableError: the log or the database cannot be reached.
-    """
-    projection = projection_named(mark.projection)
-    identity = await log.identity()
-    checkpoint = await load_checkpoint(views, projection, identity)
-    await check_continues(log, projection.name, checkpoint, [mark.partition])
-    here = Checkpoint(mark.generation, Position(identity, {}))
-    skips = Skips(log)
-    folded, chases, at = 0, 0, mark.offset
-    while True:
-        end = (await load_checkpoint(views, projection, identity)).position.offsets.get(mark.partition, 0)
-        batch, at = await _read(log, mark, at, end, skips)
-        chases += at == end
-        async with views.writing() as connection:
-            tables = await tables_of(connection, projection, here)
-            end = await _hold_partition(connection, mark)
-            marks = await read_marks(connection, mark.generation)
-            found = marks.pop(mark.key, None)
-            if found is None or not await forget_mark(connection, mark):
-                raise StaleCheckpointError(
-                    f"{mark.package} is not parked in {mark.projection} at offset {mark.offset} any more"
-                )
-            most = max(views.max_parked, len(marks) + 1)  # a projector was allowed as many as there are
-            parking = Parking(connection, projection, tables, mark.generation, most, marks)
-            await parking.fold(batch)
-            done = len(batch.records)
-            if at < end and found.events > done and chases > _CHASES:
-                batch, at = await _read_locked(log, mark, at, end, skips)
-                await parking.fold(batch)
-                done += len(batch.records)
-            again = parking.marks.get(mark.key)
-            done -= 0 if again is None else again.events
-            folded, left = folded + done, found.events - done
-            if again is not None:
-                parking.marks[mark.key] = replace(again, events=left)
-            elif at < end and left:
-                parking.marks[mark.key] = replace(found, offset=at, events=left)
-            await parking.save()
-        if again is not None or mark.key not in parking.marks:
-            return Retried(mark.package, mark.projection, folded, parking.marks.get(mark.key))
-        mark = parking.marks[mark.key]
-
-
-async def _hold_partition(connection: AsyncConnection, mark: Mark) -> int:
-    """Let no fold of the mark's partition begin until the transaction ends; where the view stands in it."""
-    table = projection_checkpoints.c
-    query = select(table.next_offset).where(table.generation == mark.generation, table.partition == mark.partition)
-    end: int = (await connection.execute(query.with_for_update())).scalar_one()
-    return end
-
-
-async def _read(log: Log, mark: Mark, start: int, end: int, skips: Skips) -> tuple[DecodedBatch, int]:
-    """What waits between these offsets, or the first of it, and the offset behind what was read."""
-    waiting: list[Record] = []
-    size, at = 0, start
-    async with aclosing(log.scan({mark.partition: start}, {mark.partition: end})) as batches:
-        async for batch in batches:
-            for record in batch.records:
-                if key_name(record.key)[0] == mark.package:
-                    waiting.append(record)
-                    size += len(record.value)
-            at = batch.next_offsets.get(mark.partition, at)
-            if len(waiting) >= _BATCH_EVENTS or size >= BATCH_BYTES:
-                break
-    return await decode(log, waiting, skips), at
-
-
-async def _read_locked(log: Log, mark: Mark, start: int, end: int, skips: Skips) -> tuple[DecodedBatch, int]:
-    """As `_read`, for the little that came since. Raises UnavailableError when the log takes too long."""
-    try:
-        async with asyncio.timeout(_LOCKED_SECONDS):
-            return await _read(log, mark, start, end, skips)
-    except TimeoutError:
-        raise UnavailableError(
-            f"{mark.package} takes events faster than they are read from the log; retry it when it takes fewer"
-        ) from None
-
-
-async def retry_confirmed(views: Views, log: Log, projection: Projection, partitions: Collection[int]) -> None:
-    """Retry the marks of the live view that stand on a record which an operator has confirmed to be no event.
-
-    To be called once confirmations in these partitions were read: what waits behind such a record goes on by itself.
-    Raises as `retry`.
-    """
-    skips = Skips(log)
-    marks = [mark for mark in await list_marks(views, projection.name) if mark.partition in partitions]
-    for mark in marks:
-        async with aclosing(log.scan({mark.partition: mark.offset}, {mark.partition: mark.offset + 1})) as batches:
-            records = [record async for batch in batches for record in batch.records]
-        if DecodedBatch.of(records, log.partition_of).unreadable and not (await decode(log, records, skips)).records:
-            await retry(views, log, mark)

@@ -1,151 +1,450 @@
-"""Reading for the engine: records from the log, decoded where they can be, each kept with what it was."""
+"""Sources: what the engine reads. A range of the log, one package of it, or the share that a group assigns.
+
+Each gives `EventBatch`es, which say what was read, from where, and how far that goes. `read_range` reads up to given
+offsets, of all packages or of some. `Assignment` is one membership in a projection's group. The view's own checkpoint
+says where its reading begins; what is committed to the log's group is only for people to see. They may reset it to
+the log's start as a whole: then the view is emptied and folded again. Any other change of theirs stops the projector.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, replace
 from typing import Self
 from uuid import UUID
 
+from artifact_store.errors import CorruptError, PushBackError, UnavailableError
 from artifact_store.events import AdministrativePayload, Event, LogSkipped
 from artifact_store.position import Position
 from schemas.codec import UndecodableEventError
-from schemas.runs import EventBatch
-from services.log.port import Log, Record
+from schemas.runs import Entry, read_entry
+from services.log.port import Batch, Log, Record, Subscription
 from services.log.records import BadRecord, PartitionOf, Skips, misplacement
+from services.views.database import Views
+from services.views.engine.checkpoints import (
+    Checkpoint,
+    StaleCheckpointError,
+    check_continues,
+    folds_again,
+    live_row,
+    load_checkpoint,
+    require_same_log,
+)
+from services.views.engine.generations import reset
+from services.views.projections import Projection
 
-BATCH_BYTES = 8 << 20
-"""A batch ends early when its records have so many bytes, so that memory is bounded: manifests are large."""
+logger = logging.getLogger(__name__)
 
 _FEW = 20
 """So few records are decoded sooner than a thread takes them."""
 
 
 @dataclass(frozen=True, slots=True)
-class DecodedBatch:
-    """Records in log order per partition, the events in them in the same order, and the offsets to go on from.
+class EventBatch:
+    """What a source has read: events in log order per partition, and how far each partition is read with that.
 
-    `next_offsets` names the partitions that the batch moves, also those of which it has no record. `unreadable` tells
-    the cause, by the index of the record. Administrative records are left out, and so are records that an operator
-    confirmed to be no events. `confirmed` are the partitions in which such a confirmation was read.
+    `since` is where it was read from. `ends` has the offsets to go on from, of the partitions that the batch moves; it
+    may have no record of one of them. `records` and `events` go together. `unreadable` are the records that hold no
+    event, each with the reason. Left out are administrative records, and records that an operator has confirmed to be
+    no events; `confirmed` are the partitions in which such a confirmation was read.
     """
 
+    since: Checkpoint
+    ends: Mapping[int, int]
     records: Sequence[Record] = ()
-    events: Sequence[Event] = ()
-    next_offsets: Mapping[int, int] = field(default_factory=dict)
-    unreadable: Mapping[int, str] = field(default_factory=dict)
+    events: Sequence[Entry] = ()
+    unreadable: Sequence[tuple[Record, str]] = ()
     confirmed: frozenset[int] = frozenset()
 
     @classmethod
     def of(
-        cls, records: Sequence[Record], partition_of: PartitionOf, next_offsets: Mapping[int, int] | None = None
+        cls, records: Sequence[Record], partition_of: PartitionOf, *, since: Checkpoint, ends: Mapping[int, int]
     ) -> Self:
         """Decode the records. Blocks for as long as that takes.
 
         An event under a key that is not its package's id, or in another partition than its package's, is unreadable.
         """
-        events = EventBatch()
+        packages: dict[bytes, UUID] = {}
         kept: list[Record] = []
-        unreadable: dict[int, str] = {}
+        events: list[Entry] = []
+        unreadable: list[tuple[Record, str]] = []
         confirmed: set[int] = set()
         belongs: set[tuple[int, UUID]] = set()
         for record in records:
             try:
-                entry = events.append(record.value, record.key)
+                entry = read_entry(record.value, record.key, packages)
             except UndecodableEventError as error:
-                unreadable[len(kept)] = f"it cannot be read: {error}"
-                kept.append(record)
+                unreadable.append((record, f"it cannot be read: {error}"))
                 continue
+            place = record.partition, entry.package_id
             payload = entry.payload if isinstance(entry, Event) else None
             administrative = isinstance(payload, AdministrativePayload)
-            place = record.partition, entry.package_id
             if administrative or place not in belongs:
                 cause = misplacement(record, entry.package_id, payload, partition_of)
                 if cause is not None:
-                    if not administrative:
-                        events.drop_last()
-                    unreadable[len(kept)] = cause
-                elif administrative:
-                    if isinstance(payload, LogSkipped):
-                        confirmed.add(record.partition)
+                    unreadable.append((record, cause))
                     continue
-                else:
-                    belongs.add(place)
+                belongs.add(place)
+            if administrative:
+                if isinstance(payload, LogSkipped):
+                    confirmed.add(record.partition)
+                continue
             kept.append(record)
-        return cls(kept, events, next_offsets or {}, unreadable, frozenset(confirmed))
+            events.append(entry)
+        return cls(since, ends, kept, events, unreadable, frozenset(confirmed))
 
-    async def passing_over(self, skips: Skips) -> Self:
-        """Without the records that an operator has confirmed to be no events. Raises as `Skips.covers`."""
-        bad = {i: BadRecord.of(self.records[i], cause) for i, cause in self.unreadable.items()}
-        passed = {i for i, record in bad.items() if await skips.covers(record)}
-        if not passed:
-            return self
-        kept = [i for i in range(len(self.records)) if i not in passed]
-        unreadable = {at: self.unreadable[i] for at, i in enumerate(kept) if i in self.unreadable}
-        return replace(self, records=[self.records[i] for i in kept], unreadable=unreadable)
+    def __len__(self) -> int:
+        return len(self.records) + len(self.unreadable)
 
-    def __iter__(self) -> Iterator[tuple[Record, Event | str]]:
-        """Each record with its event, or with the cause why there is none."""
-        events = iter(self.events)
-        for i, record in enumerate(self.records):
-            yield record, self.unreadable[i] if i in self.unreadable else next(events)
+    @property
+    def after(self) -> Checkpoint:
+        """Where a view stands once the batch is applied."""
+        log, offsets = self.since.position.log, self.since.position.offsets
+        return Checkpoint(self.since.generation, Position(log, {**offsets, **self.ends}))
 
     def last_times(self) -> Mapping[int, int]:
         """When the last event of each partition was recorded, in µs since 1970."""
         times: dict[int, int] = {}
-        at = len(self.events)
-        for i in range(len(self.records) - 1, -1, -1):
-            if i not in self.unreadable:
-                at -= 1
-                times.setdefault(self.records[i].partition, self.events[at].created_at)
-            if len(times) == len(self.next_offsets):
+        for record, event in zip(reversed(self.records), reversed(self.events), strict=True):
+            times.setdefault(record.partition, event.created_at)
+            if len(times) == len(self.ends):
                 break
         return times
 
     def last_records(self) -> Mapping[int, Record]:
         """The last record of each partition."""
-        return {record.partition: record for record in self.records}
-
-
-async def read_range(
-    log: Log, since: Position, ends: Mapping[int, int], *, batch_events: int, batch_bytes: int = BATCH_BYTES
-) -> AsyncGenerator[DecodedBatch]:
-    """Read on from `since`, in these partitions, exactly to `ends`: offsets without events lie there as well.
-
-    A batch has at most so many events or bytes, but at least one record. Decoding takes place in a thread.
-
-    Raises as `Log.scan`.
-    """
-    skips = Skips(log)
-    starts = {p: since.offsets.get(p, 0) for p, end in ends.items() if since.offsets.get(p, 0) < end}
-    records: list[Record] = []
-    behind: dict[int, int] = {}
-    size = 0
-    async with aclosing(log.scan(starts, ends)) as batches:
-        async for batch in batches:
-            for record in batch.records:
-                if records and (len(records) >= batch_events or size + len(record.value) > batch_bytes):
-                    yield await decode(log, records, skips, {**behind, record.partition: record.offset})
-                    records, behind, size = [], {}, 0
-                records.append(record)
-                behind[record.partition] = record.offset + 1
-                size += len(record.value)
-            behind.update(batch.next_offsets)
-    if behind:
-        yield await decode(log, records, skips, behind)
+        last = {record.partition: record for record in self.records}
+        for record, _ in self.unreadable:
+            if record.partition not in last or last[record.partition].offset < record.offset:
+                last[record.partition] = record
+        return last
 
 
 async def decode(
-    log: Log, records: Sequence[Record], skips: Skips, next_offsets: Mapping[int, int] | None = None
-) -> DecodedBatch:
+    log: Log, records: Sequence[Record], skips: Skips, *, since: Checkpoint, ends: Mapping[int, int]
+) -> EventBatch:
     """Decode the records, in a thread if they are many, and leave out those that an operator confirmed to be no events.
 
     Raises as `Skips.covers`.
     """
-    if len(records) <= _FEW:
-        batch = DecodedBatch.of(records, log.partition_of, next_offsets)
-    else:
-        batch = await asyncio.to_thread(DecodedBatch.of, records, log.partition_of, next_offsets)
-    return await batch.passing_over(skips) if batch.unreadable else batch
+
+    def work() -> EventBatch:
+        return EventBatch.of(records, log.partition_of, since=since, ends=ends)
+
+    batch = work() if len(records) <= _FEW else await asyncio.to_thread(work)
+    bad = [(r, cause) for r, cause in batch.unreadable if not await skips.covers(BadRecord.of(r, cause))]
+    return replace(batch, unreadable=bad) if batch.unreadable else batch
+
+
+BATCH_EVENTS = 2000
+
+BATCH_BYTES = 8 << 20
+"""A batch ends early when its records have so many bytes, so that memory is bounded: manifests are large."""
+
+
+async def read_range(
+    log: Log,
+    since: Checkpoint,
+    ends: Mapping[int, int],
+    *,
+    batch_events: int = BATCH_EVENTS,
+    only: Callable[[Record], bool] | None = None,
+    skips: Skips | None = None,
+) -> AsyncGenerator[EventBatch]:
+    """Read on from `since`, in these partitions, exactly to `ends`: offsets without events lie there as well.
+
+    A batch has at most `batch_events` records and BATCH_BYTES, but at least one record. With `only`, the other records
+    are passed over. Decoding takes place in a thread. `skips` are those of an earlier reading of the same log.
+
+    Raises as `Log.scan`.
+    """
+    skips = skips or Skips(log)
+    offsets = since.position.offsets
+    starts = {p: offsets.get(p, 0) for p, end in ends.items() if offsets.get(p, 0) < end}
+    records: list[Record] = []
+    reached: dict[int, int] = {}
+    size = 0
+    async with aclosing(log.scan(starts, ends)) as batches:
+        async for batch in batches:
+            for record in batch.records:
+                if only is not None and not only(record):
+                    continue
+                if records and (len(records) >= batch_events or size + len(record.value) > BATCH_BYTES):
+                    full = {**reached, record.partition: record.offset}
+                    found = await decode(log, records, skips, since=since, ends=full)
+                    yield found
+                    since, records, reached, size = found.after, [], {}, 0
+                records.append(record)
+                reached[record.partition] = record.offset + 1
+                size += len(record.value)
+            reached.update(batch.next_offsets)
+    if reached:
+        yield await decode(log, records, skips, since=since, ends=reached)
+
+
+async def read_ahead(batches: AsyncGenerator[EventBatch]) -> AsyncGenerator[EventBatch]:
+    """The same batches; the next one is read and decoded while the caller works on the one before.
+
+    A failure to read is raised when the caller asks for the batch that it concerns; if the caller fails first, its own
+    failure counts.
+    """
+    async with aclosing(batches):
+        reading = asyncio.create_task(_next(batches))
+        try:
+            while (batch := await reading) is not None:
+                reading = asyncio.create_task(_next(batches))
+                yield batch
+        finally:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+
+
+async def _next(batches: AsyncGenerator[EventBatch]) -> EventBatch | None:
+    return await anext(batches, None)
+
+
+_ASSIGNED_RECORDS = 10_000
+_ASSIGNED_BYTES = 4 << 20
+"""A batch ends when it has as many records or bytes as this; the last poll may go over it by what it brings."""
+
+_POLL_SECONDS = 0.25
+_POLL_RECORDS = 2_500
+_FEWEST_RECORDS = 10
+"""So many are asked for in one poll; fewer, when those before them were so large that more might not fit."""
+
+_FIRST_SIZE = 16 << 10
+"""What a record is taken to have before one was seen, in bytes: little in the first poll costs nothing."""
+
+IDENTITY_SECONDS = 5.0
+"""How often the log's identity and the view's generation are asked for when nothing comes."""
+
+_RESET_SECONDS = 10.0
+"""How long an assignment may wait for those who read a view that is to be folded again; the next one tries again."""
+
+
+class Assignment:
+    """One membership in a projection's group: reads the projection's share of the log. Used by one task at a time."""
+
+    def __init__(
+        self,
+        views: Views,
+        log: Log,
+        projection: Projection,
+        settled: Callable[[], Awaitable[None]],
+    ) -> None:
+        """`settled` is waited for before an assignment begins or ends: it returns when no batch is on its way into the
+        view.
+        """
+        self._views = views
+        self._log = log
+        self._projection = projection
+        self._settled = settled
+        self._identity: UUID | None = None
+        self._generation: UUID | None = None
+        self._reset = False
+        self._next: dict[int, int] = {}
+        self._unclaimed: dict[int, int] = {}
+        self._subscription: Subscription | None = None
+        self._skips = Skips(log)
+        self._unshown: dict[int, int] = {}
+        self._usual_size = _FIRST_SIZE
+        self._looked = time.monotonic()
+        self._quiet_since: float | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether partitions were assigned, be it none, and nothing has come from them for IDENTITY_SECONDS.
+
+        Before that nobody can tell: what is assigned has yet to arrive.
+        """
+        return self._quiet_since is not None and time.monotonic() > self._quiet_since + IDENTITY_SECONDS
+
+    async def join(self) -> None:
+        """Join the group; partitions are assigned while polling.
+
+        Raises LogIdentityError, UnavailableError, ConfigurationError.
+        """
+        self._identity = await self._log.identity()
+        checkpoint = await load_checkpoint(self._views, self._projection, self._identity)
+        self._generation = checkpoint.generation
+        self._subscription = await self._log.subscribe(self._projection.name, self._start_offsets, self._settled)
+
+    async def batches(self, stop: asyncio.Event) -> AsyncGenerator[EventBatch]:
+        """Read until told to stop, and show now and then how far `applied` has come; raises as `next_batch`."""
+        while not stop.is_set():
+            await self.show()
+            yield await self.next_batch(_POLL_SECONDS)
+
+    async def next_batch(self, timeout_seconds: float) -> EventBatch:
+        """Wait until there is something to apply; an empty batch, which moves nothing, when the time is over.
+
+        Raises:
+            StaleCheckpointError: what is assigned cannot be read on from here, or the view has another generation by
+                now; join again.
+            CorruptError: the log does not go on from what the view has folded.
+            LogIdentityError: the log was made anew since the membership began.
+            UnavailableError: the log or the database cannot be reached.
+        """
+        records: list[Record] = []
+        starts: dict[int, int] = {}
+        ends: dict[int, int] = {}
+        size = 0
+        while True:
+            async with self._of_one_log():
+                polled = await self._joined().poll(self._most(size), 0.0 if ends else timeout_seconds)
+            self._check(polled, ends)
+            if gone := ends.keys() - self._joined().assigned:  # for whoever has them now to read
+                records = [record for record in records if record.partition not in gone]
+                for partition in gone:
+                    del starts[partition], ends[partition]
+            if self._unclaimed:
+                await self._claim()
+            for partition, offset in polled.next_offsets.items():
+                starts.setdefault(partition, self._next[partition])
+                ends[partition] = self._next[partition] = offset
+            records += polled.records
+            if polled.records:
+                brought = sum(len(record.value) for record in polled.records)
+                size += brought
+                self._usual_size = brought // len(polled.records)
+            if not polled.next_offsets or len(records) >= _ASSIGNED_RECORDS or size >= _ASSIGNED_BYTES:
+                break
+        if not ends:
+            # A client that misses that its topic was deleted and made anew may wait for minutes without a word.
+            if time.monotonic() > self._looked + IDENTITY_SECONDS:
+                await self._require_same_log()
+                await self._require_same_generation()
+            return EventBatch(self._checkpoint({}), {})
+        self._quiet_since = time.monotonic()
+        batch = await decode(self._log, records, self._skips, since=self._checkpoint(starts), ends=ends)
+        await self._require_same_log()
+        return batch
+
+    def applied(self, batch: EventBatch) -> None:
+        """The view holds the batch: the next `show` shows it. May be called while another task reads or shows."""
+        self._unshown.update(batch.ends)
+
+    async def show(self) -> None:
+        """Commit what the view holds to the group, with the view's generation, for the log's own tools.
+
+        Also where an assignment began when another went without showing it. What cannot be shown now is kept for the
+        next time.
+        """
+        assigned = self._joined().assigned
+        self._unshown = {p: offset for p, offset in self._unshown.items() if p in assigned}
+        shown = dict(self._unshown)
+        if not shown:
+            return
+        try:
+            await self._joined().commit(shown, str(self._generation))
+        except (UnavailableError, PushBackError) as error:  # only shown: the view has it, and it is tried again
+            logger.info("%s: progress was not shown: %s", self._projection.name, error.detail)
+        else:  # what was applied meanwhile has yet to be shown
+            self._unshown = {p: offset for p, offset in self._unshown.items() if shown.get(p) != offset}
+
+    async def leave(self) -> None:
+        """Leave the group at once."""
+        subscription, self._subscription = self._subscription, None
+        if subscription is not None:
+            await subscription.close()
+
+    async def _start_offsets(self, partitions: Sequence[int]) -> Mapping[int, int]:
+        await self._settled()
+        if self._identity is None:
+            raise StaleCheckpointError("asked for offsets before joining")
+        checkpoint = await load_checkpoint(self._views, self._projection, self._identity)
+        if checkpoint.generation != self._generation:
+            self._reset = True  # partitions that are held already stand in the older generation: join anew for all
+        name = self._projection.name
+        if partitions:
+            await check_continues(self._log, name, checkpoint, partitions)
+        # Asked for after the checkpoint: what another member claims and folds meanwhile must not look like a reset.
+        committed = await self._log.committed(name)
+        if not self._reset and folds_again(name, committed, checkpoint.position, range(await self._log.partitions())):
+            await self._begin_anew(checkpoint.generation)
+        starts = {p: checkpoint.position.offsets.get(p, 0) for p in partitions}
+        self._unclaimed.update({p: offset for p, offset in starts.items() if p in committed and not committed[p][1]})
+        self._next.update(starts)
+        self._unshown.update({p: offset for p, offset in starts.items() if committed.get(p, (0, ""))[0] != offset})
+        self._quiet_since = time.monotonic()
+        if starts:
+            logger.info("%s: assigned partitions %s", self._projection.name, starts)
+        return starts
+
+    async def _begin_anew(self, generation: UUID) -> None:
+        """Empty the view, because an operator has reset the whole group to the log's start.
+
+        Of several members that see this one resets the view, which is still of the generation that was looked at; the
+        others, and the next assignment of all of them, find a view that stands at the start. Always raises
+        StaleCheckpointError.
+        """
+        name = self._projection.name
+        logger.warning(
+            "%s: the group was reset to the log's start with other tools: the view is emptied and folded again", name
+        )
+        await reset(self._views, self._projection, expected=generation, patience_seconds=_RESET_SECONDS)
+        raise StaleCheckpointError(f"the view {name} begins anew")
+
+    async def _claim(self) -> None:
+        """Commit, under the view's generation, where reading begins in partitions whose offset somebody else has set.
+
+        Before anything is folded there: whoever is assigned them next must not take that offset for a fresh rewind.
+        """
+        assigned = self._joined().assigned
+        claimed = {p: offset for p, offset in self._unclaimed.items() if p in assigned}
+        self._unclaimed.clear()
+        if claimed:
+            await self._joined().commit(claimed, str(self._generation))
+
+    def _most(self, size: int) -> int:
+        """How many records to ask for when a batch has this many bytes, going by the size of the last ones."""
+        fitting = (_ASSIGNED_BYTES - size) // max(1, self._usual_size)
+        return max(_FEWEST_RECORDS, min(_POLL_RECORDS, fitting))
+
+    def _check(self, batch: Batch, ends: Mapping[int, int]) -> None:
+        """Refuse what does not go on from where reading stands: a rebalance came between."""
+        moved = any(self._next[p] != offset for p, offset in ends.items())
+        firsts = {record.partition: record.offset for record in reversed(batch.records)}
+        early = any(offset < self._next.get(p, 0) for p, offset in firsts.items())
+        if self._reset or moved or early:
+            raise StaleCheckpointError(f"the partitions of {self._projection.name} were assigned anew")
+
+    @asynccontextmanager
+    async def _of_one_log(self) -> AsyncIterator[None]:
+        """What looks like a log that was cut may be another one: LogIdentityError then, instead of CorruptError."""
+        try:
+            yield
+        except CorruptError:
+            await self._require_same_log()
+            raise
+
+    async def _require_same_log(self) -> None:
+        """Asked behind the reading: a log that is still the same was so while it was read, since no identity returns.
+
+        A client goes on at its offset when a topic was deleted and made anew under its feet, as if nothing had been.
+        """
+        if self._identity is None:
+            raise StaleCheckpointError("read before joining")
+        require_same_log(self._projection, self._identity, await self._log.identity())
+        self._looked = time.monotonic()
+
+    async def _require_same_generation(self) -> None:
+        """Without a batch there is no guard that would tell: what a reset has emptied might stay so until one comes."""
+        async with self._views.reading() as connection:
+            live = await live_row(connection, self._projection)
+        if live.generation != self._generation:
+            raise StaleCheckpointError(f"the view {self._projection.name} has another generation by now")
+
+    def _checkpoint(self, starts: Mapping[int, int]) -> Checkpoint:
+        if self._generation is None or self._identity is None:
+            raise StaleCheckpointError("read before joining")
+        return Checkpoint(self._generation, Position(self._identity, starts))
+
+    def _joined(self) -> Subscription:
+        if self._subscription is None:
+            raise StaleCheckpointError("read before joining")
+        return self._subscription

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 from uuid import UUID
 
@@ -16,7 +16,7 @@ from services.views.bulk import find_rows
 
 
 async def known_packages(
-    connection: AsyncConnection, key: Column[UUID], columns: Sequence[Column[Any]], events: Iterable[Entry]
+    connection: AsyncConnection, key: Column[UUID], columns: Sequence[Column[Any]], events: Sequence[Entry]
 ) -> dict[UUID, tuple[Any, ...]]:
     """What a view holds of the events' packages: from package id to the values of `columns`.
 
@@ -24,12 +24,10 @@ async def known_packages(
     of one that is there already fails by itself. The events are then folded one by one, and it is seen that this one
     comes again.
     """
-    events = list(events)
     if len(events) == 1:
-        wanted = [events[0].package_id]
-        return {row[0]: row[1:] for row in await find_rows(connection, [key, *columns], wanted)}
+        return {row[0]: row[1:] for row in await find_rows(connection, [key, *columns], [events[0].package_id])}
     begun: set[UUID] = set()
-    wanted = []
+    wanted: list[UUID] = []
     last: UUID | None = None
     for event in events:
         package_id = event.package_id

@@ -8,7 +8,7 @@ from typing import Protocol
 from sqlalchemy import Table
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from artifact_store.events import Event
+from schemas.runs import Entry
 
 Tables = Mapping[str, Table]
 """One build of a projection's tables, by the names that they have, or will have, when it is the live one."""
@@ -29,10 +29,9 @@ class Projection(Protocol):
     def tables(self) -> Sequence[Table]:
         """The tables that are the projection's alone, in the order of its digest."""
 
-    async def fold(self, connection: AsyncConnection, tables: Tables, events: Sequence[Event]) -> None:
+    async def fold(self, connection: AsyncConnection, tables: Tables, events: Sequence[Entry]) -> None:
         """Apply events, in order per package, to one build of the tables within the connection's transaction.
 
-        Whoever cares for speed goes over `schemas.runs.entries_of(events)`, where nothing is decoded twice.
         Touches rows of the events' own packages only. Raises CorruptError when an event does not follow what was folded
-        before it: a gap, a repeat, an impossible order.
+        before it: a gap, or an impossible order. An event that comes again is passed over.
         """

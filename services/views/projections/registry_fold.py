@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from artifact_store.errors import CorruptError
 from artifact_store.events import Event, PackageCreated, PackageFinalized
 from artifact_store.manifest import ContentAddress
-from schemas.runs import Entry, FileFields, entries_of
+from schemas.runs import Entry, FileFields
 from services.core.state import CREATED, FINALIZED
 from services.views.bulk import Row, copy_encoded, insert_rows, on_postgresql, update_rows
 from services.views.projections.order import follows, known_packages
@@ -44,14 +44,13 @@ class RegistryProjection:
     layout = 1
     tables: Sequence[Table] = (artifact_packages, artifact_files, storage_locations, artifact_manifests)
 
-    async def fold(self, connection: AsyncConnection, tables: Tables, events: Sequence[Event]) -> None:
+    async def fold(self, connection: AsyncConnection, tables: Tables, events: Sequence[Entry]) -> None:
         """As `Projection.fold`: a few statements a batch, however many events there are."""
         packages = tables["artifact_packages"]
         columns = (packages.c.last_event_sequence, packages.c.status)
-        entries = entries_of(events)
-        known = await known_packages(connection, packages.c.id, columns, entries)
+        known = await known_packages(connection, packages.c.id, columns, events)
         changes = {package_id: _Change(*found) for package_id, found in known.items()}
-        files, manifests = _follow_all(changes, entries)
+        files, manifests = _follow_all(changes, events)
         await insert_rows(connection, packages, [_package(c.created, c) for c in changes.values() if c.created])
         await insert_files(connection, tables["artifact_files"], tables["storage_locations"], files)
         await insert_rows(connection, tables["artifact_manifests"], manifests)

@@ -14,7 +14,7 @@ from sqlalchemy import Table
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from artifact_store.events import Event, PackageCreated, PackageFinalized
-from schemas.runs import Entry, entries_of
+from schemas.runs import Entry
 from services.core.lifecycle import retain_until
 from services.views.bulk import insert_rows, update_rows
 from services.views.projections.order import follows, known_packages
@@ -38,15 +38,14 @@ class RetentionProjection:
     layout = 1
     tables: Sequence[Table] = (retention_state,)
 
-    async def fold(self, connection: AsyncConnection, tables: Tables, events: Sequence[Event]) -> None:
+    async def fold(self, connection: AsyncConnection, tables: Tables, events: Sequence[Entry]) -> None:
         """As `Projection.fold`: at most three statements a batch."""
         table = tables["retention_state"]
         row = table.c
         columns = (row.last_event_sequence, row.retention_class, row.retention_days, row.counted_from)
-        entries = entries_of(events)
-        known = await known_packages(connection, row.package_id, columns, entries)
+        known = await known_packages(connection, row.package_id, columns, events)
         changes = {package_id: _Change(*found) for package_id, found in known.items()}
-        _follow_all(changes, entries)
+        _follow_all(changes, events)
         await insert_rows(
             connection,
             table,

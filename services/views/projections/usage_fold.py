@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from artifact_store.errors import CorruptError
 from artifact_store.events import Event, PackageCreated
-from schemas.runs import Entry, FileFields, entries_of
+from schemas.runs import Entry, FileFields
 from services.views.bulk import insert_rows, on_postgresql, update_rows, upsert
 from services.views.projections.order import follows, known_packages
 from services.views.projections.port import Tables
@@ -46,16 +46,15 @@ class UsageProjection:
     layout = 1
     tables: Sequence[Table] = (usage_totals, usage_packages)
 
-    async def fold(self, connection: AsyncConnection, tables: Tables, events: Sequence[Event]) -> None:
+    async def fold(self, connection: AsyncConnection, tables: Tables, events: Sequence[Entry]) -> None:
         """As `Projection.fold`. The totals come last: until the transaction ends, other folds of them wait."""
         table = tables["usage_packages"]
         row = table.c
         columns = (row.last_event_sequence, row.producer, row.retention_class)
-        entries = entries_of(events)
-        known = await known_packages(connection, row.package_id, columns, entries)
+        known = await known_packages(connection, row.package_id, columns, events)
         packages = {package_id: _Package(*found) for package_id, found in known.items()}
         totals: dict[_Key, list[int]] = {}
-        _follow_all(packages, totals, entries)
+        _follow_all(packages, totals, events)
         begun = [
             (package_id, p.producer, p.retention_class, p.last_sequence)
             for package_id, p in packages.items()

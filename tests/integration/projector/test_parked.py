@@ -27,10 +27,10 @@ from services.log.port import Batch
 from services.registry import open_registry
 from services.views.database import Views
 from services.views.digest import digest_view
-from services.views.engine.apply import catch_up
+from services.views.engine.apply import catch_up, retry
 from services.views.engine.checkpoints import StaleCheckpointError
 from services.views.engine.generations import reset
-from services.views.engine.parking import Mark, TooManyParkedError, list_marks, retry
+from services.views.engine.parking import Mark, TooManyParkedError, list_marks
 from services.views.projections import PROJECTIONS, Tables
 from services.views.projections.registry_fold import RegistryProjection
 from services.views.queries import Queries
@@ -355,7 +355,7 @@ class _Interrupted(MemoryLog):
 async def test_folds_go_on_while_a_retry_reads_the_log(
     views: Views, reference: Views, monkeypatch: pytest.MonkeyPatch, batch_events: int
 ) -> None:
-    monkeypatch.setattr("services.views.engine.parking._BATCH_EVENTS", batch_events)
+    monkeypatch.setattr("services.views.engine.apply.BATCH_EVENTS", batch_events)
     log, history = _Interrupted(partitions=1), History().fill(packages=5, files=20)
     package_id = history.events[0].package_id
     later = [event for event in history.events if event.package_id != package_id][-30:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -23,7 +24,7 @@ from services.views.digest import digest_view
 from services.views.engine.apply import apply, catch_up, fold
 from services.views.engine.checkpoints import Checkpoint, load_checkpoint
 from services.views.engine.generations import reset
-from services.views.engine.source import DecodedBatch
+from services.views.engine.source import read_range
 from services.views.projections import PROJECTIONS
 from services.views.projections.registry_fold import RegistryProjection
 from services.views.tables import artifact_files
@@ -101,9 +102,8 @@ async def test_a_crash_between_the_view_and_the_log_applies_nothing_twice(views:
     log, history = MemoryLog(partitions=1), History().fill(packages=4, files=2)
     log.append(*history.events)
     at = await load_checkpoint(views, REGISTRY, log.id)
-    await apply(
-        views, REGISTRY, DecodedBatch(events=history.events[:9], next_offsets={0: 10}), since=at
-    )  # 5 events, a hole, 4 events
+    async with aclosing(read_range(log, at, {0: 10})) as batches:  # 5 events, a hole, 4 events
+        await apply(views, REGISTRY, await anext(batches))
     assert log.groups == {}
     async with projecting(views, log, REGISTRY):
         await covers(views, REGISTRY, await log.end())
@@ -181,7 +181,7 @@ async def test_a_reset_under_a_running_projector_folds_everything_again(views: V
 async def test_a_reset_under_projectors_to_which_nothing_comes_folds_everything_again(
     views: Views, reference: Views, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("projector.runner.IDENTITY_SECONDS", 0.1)
+    monkeypatch.setattr("services.views.engine.source.IDENTITY_SECONDS", 0.1)
     log = MemoryLog()
     log.append(*History().fill(packages=6, files=3).events)
     async with projecting(views, log, REGISTRY, times=2):
@@ -216,7 +216,7 @@ async def test_another_log_under_the_view_stops_the_projector(views: Views) -> N
 async def test_another_log_in_the_place_of_a_silent_one_stops_the_projector(
     views: Views, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("projector.runner.IDENTITY_SECONDS", 0.1)
+    monkeypatch.setattr("services.views.engine.source.IDENTITY_SECONDS", 0.1)
     log = MemoryLog()
     log.append(*History().fill(packages=2, files=2).events)
     running = asyncio.create_task(run_projection(views, log, REGISTRY, asyncio.Event()))
@@ -346,7 +346,7 @@ async def test_a_projector_says_that_it_folds_again_before_the_view_is_empty(
         said.append("is emptied and folded again" in caplog.text)
         return await reset(*given, **named)
 
-    monkeypatch.setattr("projector.runner.reset", watched)
+    monkeypatch.setattr("services.views.engine.source.reset", watched)
     async with projecting(views, log, REGISTRY):
         await eventually(_returned(log), "every partition carries a generation again")
     assert said == [True]

@@ -16,7 +16,7 @@ from services.views.database import Views
 from services.views.engine.apply import apply, catch_up
 from services.views.engine.checkpoints import StaleCheckpointError, load_checkpoint, tables_of
 from services.views.engine.generations import building
-from services.views.engine.source import DecodedBatch
+from services.views.engine.source import EventBatch
 from services.views.projections import PROJECTIONS
 from services.views.queries import Queries
 from services.views.tables import artifact_packages
@@ -113,7 +113,7 @@ async def test_a_switch_waits_for_a_fold_that_is_under_way_and_the_next_waits_fo
             await tables_of(connection, REGISTRY, at)
             replaying = asyncio.create_task(replay_view(views, log, REGISTRY))
             await eventually(lambda: waiting(1), "the switch waits for the fold")
-            late = asyncio.create_task(apply(views, REGISTRY, DecodedBatch(events=[], next_offsets={}), since=at))
+            late = asyncio.create_task(apply(views, REGISTRY, EventBatch(at, {})))
             await eventually(lambda: waiting(2), "the next fold waits for the switch")
         await replaying
         with pytest.raises(StaleCheckpointError):

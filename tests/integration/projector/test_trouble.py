@@ -139,7 +139,7 @@ async def test_a_projector_whose_fold_always_fails_never_seems_to_go_on(
 async def test_a_projector_whose_log_is_away_does_not_run_until_it_is_back(
     views: Views, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("projector.runner.IDENTITY_SECONDS", 0.1)
+    monkeypatch.setattr("services.views.engine.source.IDENTITY_SECONDS", 0.1)
     log, stop = MemoryLog(), asyncio.Event()
     metrics = _Watched(views, log)
     running = asyncio.create_task(run_projection(views, log, REGISTRY, stop, metrics))
@@ -157,7 +157,7 @@ async def test_a_projector_whose_log_is_away_does_not_run_until_it_is_back(
 async def test_a_projector_that_has_nothing_to_fold_goes_on_once_that_is_known(
     views: Views, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("projector.runner.IDENTITY_SECONDS", 0.1)
+    monkeypatch.setattr("services.views.engine.source.IDENTITY_SECONDS", 0.1)
     log, stop = _LateLog(), asyncio.Event()
     metrics = _Watched(views, log)
     running = asyncio.create_task(run_projection(views, log, REGISTRY, stop, metrics))

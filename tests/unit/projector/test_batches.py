@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from artifact_store.events import PackageFinalized
-from projector.runner import Assignment
 from services.views.database import Views
+from services.views.engine.source import Assignment
 from services.views.projections import PROJECTIONS
 from tests.memory_log import MemoryLog
 from tests.views_history import History
@@ -39,10 +40,37 @@ async def test_a_batch_ends_by_its_bytes_when_manifests_are_large(views: Views) 
     assignment = Assignment(views, log, REGISTRY, settled)
     await assignment.join()
     sizes: list[tuple[int, int]] = []
-    while (found := await assignment.next_batch(0.01)) is not None:
-        batch, _ = found
-        sizes.append((len(batch.records), sum(len(record.value) for record in batch.records)))
+    while len(batch := await assignment.next_batch(0.01)):
+        sizes.append((len(batch), sum(len(record.value) for record in batch.records)))
     await assignment.leave()
     assert sum(events for events, _ in sizes) == len(small) + len(large)
     assert max(events for events, _ in sizes) > 100
     assert max(size for _, size in sizes) <= 4 * MIB + 2 * 3 * MIB  # a full batch, and what one poll may bring of each
+
+
+async def test_progress_that_is_made_while_other_progress_is_shown_is_shown_next(
+    views: Views, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, history = MemoryLog(partitions=1, every=1000), History().fill(packages=4, files=2)
+    assignment = Assignment(views, log, REGISTRY, settled)
+    await assignment.join()
+    batches = []
+    for events in (history.events[:5], history.events[5:9]):
+        log.append(*events)
+        batches.append(await assignment.next_batch(1.0))
+    first, second = batches
+    (member,) = log.members
+    commit = member.commit
+
+    async def slow(next_offsets: Mapping[int, int], metadata: str) -> None:
+        assignment.applied(second)
+        await commit(next_offsets, metadata)
+
+    assignment.applied(first)
+    with monkeypatch.context() as patch:
+        patch.setattr(member, "commit", slow)
+        await assignment.show()
+    assert [offset for offset, _ in log.groups["registry"].values()] == [5]
+    await assignment.show()
+    assert [offset for offset, _ in log.groups["registry"].values()] == [9]
+    await assignment.leave()

@@ -15,12 +15,10 @@ from artifact_store.events import Event
 from artifact_store.manifest import ContentAddress
 from services.views.database import Views
 from services.views.digest import digest_view
-from services.views.engine.apply import apply
 from services.views.engine.checkpoints import load_checkpoint
 from services.views.engine.generations import reset
-from services.views.engine.source import DecodedBatch
 from services.views.projections import PROJECTIONS
-from tests.views_history import History
+from tests.views_history import History, apply_whole
 
 LOG = UUID(int=7)
 PARTITIONS = 3
@@ -60,7 +58,7 @@ async def digest_of(url: str, name: str, batches: Sequence[tuple[int, Sequence[E
         at = await load_checkpoint(views, projection, LOG)
         for partition, events in batches:
             behind = {partition: at.position.offsets.get(partition, 0) + len(events)}
-            at = await apply(views, projection, DecodedBatch(events=events, next_offsets=behind), since=at)
+            at = await apply_whole(views, projection, events, behind, since=at)
         return (await digest_view(views, projection)).digest
     finally:
         await views.close()

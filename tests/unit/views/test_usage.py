@@ -13,13 +13,11 @@ from sqlalchemy import select
 
 from artifact_store.events import Event, FileIngested
 from services.views.database import Views
-from services.views.engine.apply import apply
 from services.views.engine.checkpoints import load_checkpoint
-from services.views.engine.source import DecodedBatch
 from services.views.projections import PROJECTIONS
 from services.views.projections.usage_fold import DAY
 from services.views.tables import usage_totals
-from tests.views_history import START, History
+from tests.views_history import START, History, apply_whole
 
 LOG = UUID(int=7)
 USAGE = PROJECTIONS["usage"]
@@ -35,7 +33,7 @@ async def fold(views: Views, events: Sequence[Event], partition: int = 0) -> Non
     """Apply the events as the next ones of the partition."""
     at = await load_checkpoint(views, USAGE, LOG)
     behind = {partition: at.position.offsets.get(partition, 0) + len(events)}
-    await apply(views, USAGE, DecodedBatch(events=events, next_offsets=behind), since=at)
+    await apply_whole(views, USAGE, events, behind, since=at)
 
 
 async def totals(views: Views) -> list[tuple[str, str, int, int, int, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from typing import Any
+from uuid import UUID
 
 import pytest
 from hypothesis import given
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from artifact_store.canonical import MAX_LEVELS, jcs
 from artifact_store.events import FILE_INGESTED, Event, FileIngested, PackageCreated, StorageReceipt, payload_map
 from schemas.codec import UndecodableEventError, decode, encode
-from schemas.runs import EventBatch, FileFields, entries_of, entry_of, read_fields
+from schemas.runs import FileFields, entry_of, read_entry, read_fields
 from tests.views_history import History
 
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=200)
@@ -44,9 +45,9 @@ def test_fields_are_those_of_the_decoded_event(event: Event) -> None:
     assert fields == entry_of(decode(value))
     if event.created_at < 0:
         with pytest.raises(UndecodableEventError, match="1970"):
-            EventBatch([value])
+            read_entry(value)
     else:
-        assert list(EventBatch([value])) == [event]
+        assert read_entry(value) == fields
 
 
 def _broken(value: bytes, field: str) -> bytes:
@@ -71,7 +72,7 @@ def test_an_identifier_whose_dashes_hide_what_it_lacks_is_no_identifier(field: s
     value = encode(event).replace(text, b"-" + text[1:])
     assert read_fields(value, {}) is None
     with pytest.raises(UndecodableEventError):
-        EventBatch([value])
+        read_entry(value)
 
 
 @pytest.mark.parametrize("event", History().fill(2, 1).events, ids=lambda event: event.event_type)
@@ -117,20 +118,15 @@ def test_what_is_not_as_written_is_refused_or_read_as_the_general_codec_reads_it
 
 def test_every_type_of_event_comes_back() -> None:
     events = History().fill(packages=4, files=2).events
-    batch = EventBatch(map(encode, events))
-    assert list(batch) == events
-    assert [batch[i] for i in range(len(batch))] == events
-    assert list(batch[3:9]) == events[3:9]
-    assert list(entries_of(batch)) == list(entries_of(events))
-    assert {type(entry) for entry in batch.entries} == {FileFields, Event}
+    entries = [read_entry(encode(event)) for event in events]
+    assert entries == [entry_of(event) for event in events]
+    assert {type(entry) for entry in entries} == {FileFields, Event}
 
 
-def test_what_cannot_be_read_leaves_the_batch_as_it_was() -> None:
-    batch = EventBatch()
+def test_what_cannot_be_read_is_refused() -> None:
     broken = encode(next(e for e in History().fill(1, 1).events if e.event_type == FILE_INGESTED))[:-1]
     with pytest.raises(UndecodableEventError):
-        batch.append(broken)
-    assert (len(batch), list(batch)) == (0, [])
+        read_entry(broken)
 
 
 def test_an_identifier_that_is_none_is_refused() -> None:
@@ -138,7 +134,7 @@ def test_an_identifier_that_is_none_is_refused() -> None:
     value = encode(event).replace(str(event.package_id).encode(), b"z" * 36)
     assert read_fields(value, {}) is None
     with pytest.raises(UndecodableEventError):
-        EventBatch([value])
+        read_entry(value)
 
 
 _numbers = st.integers() | st.floats() | st.sampled_from([2**53, 2**53 + 1, -(2**53), 2.0**53, 1e300, 1e-300])
@@ -178,7 +174,7 @@ def _taken(metadata: str) -> bool:
     event = History().fill(1, 1).events[0]
     assert isinstance(event.payload, PackageCreated)
     try:
-        EventBatch([encode(replace(event, payload=replace(event.payload, metadata=metadata)))])
+        read_entry(encode(replace(event, payload=replace(event.payload, metadata=metadata))))
     except UndecodableEventError:
         return False
     return True
@@ -187,8 +183,8 @@ def _taken(metadata: str) -> bool:
 @pytest.mark.parametrize("event", History().fill(2, 1).events, ids=lambda event: event.event_type)
 def test_a_time_before_1970_is_refused_whatever_reads_it(event: Event) -> None:
     with pytest.raises(UndecodableEventError, match="1970"):
-        EventBatch([encode(replace(event, created_at=-1))])
-    assert len(EventBatch([encode(replace(event, created_at=0))])) == 1
+        read_entry(encode(replace(event, created_at=-1)))
+    assert read_entry(encode(replace(event, created_at=0))).created_at == 0
 
 
 @pytest.mark.parametrize(
@@ -198,7 +194,7 @@ def test_metadata_that_nobody_could_be_shown_is_refused(text: str) -> None:
     event = History().fill(1, 1).events[0]
     assert isinstance(event.payload, PackageCreated)
     with pytest.raises(UndecodableEventError, match="metadata"):
-        EventBatch([encode(replace(event, payload=replace(event.payload, metadata=text)))])
+        read_entry(encode(replace(event, payload=replace(event.payload, metadata=text))))
 
 
 @pytest.mark.parametrize("event", History().fill(2, 1).events, ids=lambda event: event.event_type)
@@ -206,10 +202,9 @@ def test_a_key_is_the_package_s_id_as_it_is_written_although_the_event_writes_it
     key = str(event.package_id).encode()
     value = encode(event)
     odd = value.replace(key, key.upper())
-    batch = EventBatch([value])
+    packages: dict[bytes, UUID] = {}
     for spelled in (value, odd):
-        batch.append(spelled, key)
+        assert read_entry(spelled, key, packages).package_id == event.package_id
         for _ in range(2):
             with pytest.raises(UndecodableEventError, match="key"):
-                batch.append(spelled, key.upper())
-    assert {entry.package_id for entry in batch.entries} == {event.package_id}
+                read_entry(spelled, key.upper(), packages)
