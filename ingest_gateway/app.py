@@ -99,12 +99,13 @@ class App:
         return await self._handle(Call(self.gateway, request), self._find_apart)
 
     async def _handle(self, call: Call, find: Find) -> web.StreamResponse:
-        with self.gateway.admission.request():
-            try:
-                response = await self._answer(call, find)
-                await self._send(call, response)
-            finally:
-                self._record(call)
+        self.gateway.admission.begin()
+        try:
+            response = await self._answer(call, find)
+            await self._send(call, response)
+        finally:
+            self._record(call)
+            self.gateway.admission.end()
         return response
 
     def refuse(self, request: web.BaseRequest, why: ArtifactStoreError) -> web.StreamResponse:
@@ -152,8 +153,12 @@ class App:
                 return await route.handler(call)
             if route.transfer == "uploads":
                 self.gateway.quotas.require(Quota.BYTES, call.principal.actor)
-            with self.gateway.admission.transfers[route.transfer].place(call.client):
+            places, client = self.gateway.admission.transfers[route.transfer], call.client
+            places.take(client)
+            try:
                 return await route.handler(call)
+            finally:
+                places.give(client)
         except ArtifactStoreError as error:
             if not call.begun:
                 return answer_of(error)
@@ -173,7 +178,7 @@ class App:
         A method that a header puts in the place of the request's own needs its own route's rights as well.
         """
         meant = call.request.headers.getall(METHOD_OVERRIDE, ())
-        wanted = {route.access, *self._routes.access(route.template, meant)}
+        wanted = {route.access, *self._routes.access(route.template, meant)} if meant else {route.access}
         if wanted == {"open"}:
             return
         await call.authenticate()
@@ -216,7 +221,9 @@ class Routes:
             if route.method in methods:
                 raise ValueError(f"{route.method} {route.template} is declared twice")
             methods[route.method] = route
-        self._templates = [(template, template.split("/")) for template in self._resources]
+        self._root = _Node()
+        for template in self._resources:
+            self._root.add(template.split("/"), template)
 
     def access(self, template: str, methods: Iterable[str]) -> set[Access]:
         """Who may call the resource of this template by any of these methods."""
@@ -228,18 +235,62 @@ class Routes:
 
         Raises UnknownResourceError, MethodNotAllowedError.
         """
-        segments = path.split("/")
-        for template, parts in self._templates:
-            values = _match(parts, segments)
-            if values is None:
-                continue
-            methods = self._resources[template]
-            route = methods.get("GET" if method == "HEAD" else method)
-            if route is None:
-                allow = sorted(methods.keys() | ({"HEAD"} if "GET" in methods else set()))
-                raise MethodNotAllowedError(f"this resource takes {', '.join(allow)}", {"Allow": ", ".join(allow)})
-            return route, values
-        raise UnknownResourceError("there is no such resource; /openapi.json lists what there is")
+        values: dict[str, str] = {}
+        template = self._root.find(path.split("/"), values)
+        if template is None:
+            raise UnknownResourceError("there is no such resource; /openapi.json lists what there is")
+        methods = self._resources[template]
+        route = methods.get("GET" if method == "HEAD" else method)
+        if route is None:
+            allow = sorted(methods.keys() | ({"HEAD"} if "GET" in methods else set()))
+            raise MethodNotAllowedError(f"this resource takes {', '.join(allow)}", {"Allow": ", ".join(allow)})
+        return route, values
+
+
+class _Node:
+    """What may follow some segments of a path: certain segments, else any one, else any number of them."""
+
+    __slots__ = ("any", "certain", "name", "rest", "template")
+
+    def __init__(self) -> None:
+        self.template: str | None = None
+        """The template that ends here,"""
+        self.rest: str | None = None
+        """and the one that goes on to the path's end."""
+        self.certain: dict[str, _Node] = {}
+        self.name = ""
+        """The name of the parameter that any segment is."""
+        self.any: _Node | None = None
+
+    def add(self, parts: list[str], template: str) -> None:
+        if not parts:
+            self.template = template
+        elif parts == [_REST]:
+            self.rest = template
+        elif not parts[0].startswith("{"):
+            self.certain.setdefault(parts[0], _Node()).add(parts[1:], template)
+        else:
+            if self.any is None:
+                self.name, self.any = parts[0][1:-1], _Node()
+            if self.name != parts[0][1:-1]:
+                raise ValueError(f"{template} calls a parameter by another name than other routes do")
+            self.any.add(parts[1:], template)
+
+    def find(self, segments: list[str], values: dict[str, str]) -> str | None:
+        """The template of a path. Puts the path's parameters into `values`."""
+        node = self
+        for at, segment in enumerate(segments):
+            below = node.certain.get(segment)
+            if below is None and node.rest is not None:
+                values[_REST[1:-1]] = "/".join(segments[at:])
+                return node.rest
+            if below is None:
+                below = node.any
+                if below is None or not segment:
+                    return None
+                values[node.name] = segment
+            node = below
+        return node.template
 
 
 _APART = Routes(route for route in ROUTES if route.template in {METRICS, "/healthz", "/readyz"})
@@ -247,20 +298,3 @@ _APART = Routes(route for route in ROUTES if route.template in {METRICS, "/healt
 
 def _named(request: web.BaseRequest) -> tuple[Sequence[str], Sequence[str]]:
     return request.headers.getall("Host", ()), request.headers.getall("Origin", ())
-
-
-def _match(parts: list[str], segments: list[str]) -> dict[str, str] | None:
-    rest = parts[-1] == _REST
-    if len(segments) < len(parts) or (len(segments) > len(parts) and not rest):
-        return None
-    values: dict[str, str] = {}
-    for part, segment in zip(parts, segments, strict=False):
-        if part.startswith("{") and part != _REST and not segment:
-            return None
-        if part.startswith("{"):
-            values[part[1:-1]] = segment
-        elif part != segment:
-            return None
-    if rest:
-        values[_REST[1:-1]] = "/".join(segments[len(parts) - 1 :])
-    return values

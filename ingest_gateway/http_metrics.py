@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -16,12 +17,23 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 _LAG_INTERVAL = 1.0
 
 
+class _Series(NamedTuple):
+    """What is counted of answers with the same labels. Finding it by them costs more than counting."""
+
+    requests: Counter
+    seconds: Histogram | None
+    received: Counter
+    sent: Counter
+
+
 class Metrics:
     """The gateway's metrics. Labels are route templates, never paths, so their number is bounded."""
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         """`registry` may already hold the metrics of other parts; all are exposed together."""
         self.registry = registry or new_registry()
+        self._series: dict[tuple[str, str, int], _Series] = {}
+        """By route, method and status."""
         self._requests = Counter(
             "artifact_store_http_requests",
             "Requests that were answered",
@@ -96,13 +108,21 @@ class Metrics:
         self, route: str, method: str, status: int, seconds: float, received: int, sent: int, *, timed: bool = True
     ) -> None:
         """Count one request; the numbers of bytes are those of the bodies. Probes are counted and not `timed`."""
-        self._requests.labels(route, method, str(status)).inc()
-        if timed:
-            self._seconds.labels(route, method).observe(seconds)
+        series = self._series.get((route, method, status))
+        if series is None:
+            series = self._series[route, method, status] = _Series(
+                self._requests.labels(route, method, str(status)),
+                self._seconds.labels(route, method) if timed else None,
+                self._received.labels(route),
+                self._sent.labels(route),
+            )
+        series.requests.inc()
+        if series.seconds is not None:
+            series.seconds.observe(seconds)
         if received:
-            self._received.labels(route).inc(received)
+            series.received.inc(received)
         if sent:
-            self._sent.labels(route).inc(sent)
+            series.sent.inc(sent)
 
     async def watch_loop(self) -> None:
         """Measure the event loop's lag, once a second, until cancelled."""

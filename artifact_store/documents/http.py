@@ -10,6 +10,7 @@ import binascii
 import hashlib
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from urllib.parse import quote, unquote_to_bytes
 from uuid import UUID
 
@@ -114,6 +115,7 @@ def unquoted(raw: str) -> str:
         raise InvalidPathError("a relative path must be UTF-8") from None
 
 
+@lru_cache(4_096)
 def parse_id(name: str, text: str) -> UUID:
     """An identifier in its one canonical form. Raises InvalidRequestError, which names `name`."""
     if not _UUID.fullmatch(text):

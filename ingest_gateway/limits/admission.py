@@ -147,25 +147,37 @@ class Room:
     def __init__(self, what: str, limit: int, refused: Refused = lambda *_: None) -> None:
         self._shares = _Shares(what, limit, refused)
 
+        self._none_left = f"this gateway can hold no more {what} now"
+        self._enough = f"one address may send no more {what} at a time"
+
+    def take(self, client: str, more: int) -> None:
+        """Take more bytes for this client, which `give` gives back.
+
+        Raises PushBackError: there is no room. TooManyAtOnceError: the client holds as much as one may.
+        """
+        self._shares.take(client, more, none_left=self._none_left, enough=self._enough)
+
+    def give(self, client: str, less: int) -> None:
+        """Give back bytes that this client holds."""
+        self._shares.give(client, less)
+
     @contextmanager
     def share(self, client: str) -> Iterator[Callable[[int], None]]:
         """Yields a function that takes more bytes for this client; all are given back at the end of the block.
 
-        The function raises PushBackError: there is no room. TooManyAtOnceError: the client holds as much as one may.
+        The function raises as `take`.
         """
-        held, shares = 0, self._shares
-        none_left = f"this gateway can hold no more {shares.what} now"
-        enough = f"one address may send no more {shares.what} at a time"
+        held = 0
 
         def take(more: int) -> None:
             nonlocal held
-            shares.take(client, more, none_left=none_left, enough=enough)
+            self.take(client, more)
             held += more
 
         try:
             yield take
         finally:
-            shares.give(client, held)
+            self.give(client, held)
 
 
 class Admission:
@@ -191,17 +203,16 @@ class Admission:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    @contextmanager
-    def request(self) -> Iterator[None]:
-        """Count a request as under way for the length of the block."""
+    def begin(self) -> None:
+        """Count a request as under way, until `end`."""
         self.in_flight += 1
         self._idle.clear()
-        try:
-            yield
-        finally:
-            self.in_flight -= 1
-            if not self.in_flight:
-                self._idle.set()
+
+    def end(self) -> None:
+        """A request that `begin` counted is answered."""
+        self.in_flight -= 1
+        if not self.in_flight:
+            self._idle.set()
 
     async def drain(self, seconds: float) -> None:
         """Wait up to `seconds` until every request is answered. From now on answers close their connections."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import ExitStack
 from functools import lru_cache
 from typing import Any
 
@@ -138,8 +137,8 @@ class _BoundedParser:
         self._room = room
         self._client = client
         self._is_idle = is_idle
-        self._held = ExitStack()
-        self._take: Callable[[int], None] | None = None
+        self._held = 0
+        """Bytes of the room that are taken."""
         self._head = 0  # bytes of the head that has begun
         self._body: Any = None  # where the body goes that has begun
         self._left: int | None = None  # bytes that it lacks, None where chunks tell its end
@@ -171,8 +170,9 @@ class _BoundedParser:
 
     def release(self) -> None:
         """Give back all room."""
-        self._held.close()
-        self._take = None
+        if self._held:
+            self._room.give(self._client, self._held)
+            self._held = 0
 
     def _step(self, data: bytes, at: int) -> int:
         """How many of the bytes from `at` on may be parsed at once."""
@@ -212,13 +212,13 @@ class _BoundedParser:
     def _hold(self, size: int, *, more: int) -> None:
         if size > HEAD_BYTES:
             raise _RefusedHeadError(HeadTooLargeError(f"the head of a request may have {HEAD_BYTES:,} bytes", _CLOSE))
-        if self._take is None or (size == more and self._is_idle()):
-            self._held.close()
-            self._take = self._held.enter_context(self._room.share(self._client))
+        if size == more and self._is_idle():
+            self.release()
         try:
-            self._take(more)
+            self._room.take(self._client, more)
         except PushBackError as error:
             raise _RefusedHeadError(error) from None
+        self._held += more
 
 
 class Server(web.Server):

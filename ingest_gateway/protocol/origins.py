@@ -8,12 +8,14 @@ page that sends to another name shows itself by `Origin` (Fetch standard).
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 from ingest_gateway.protocol.http_errors import ForeignOriginError, MalformedHttpError, UnknownHostError
 
 _ALWAYS_LOCAL = ("localhost",)
+_REMEMBERED = 256
 _MEND = "name it in ARTIFACT_STORE_ALLOWED_HOSTS"
 
 
@@ -24,12 +26,16 @@ class Origins:
         """Unless the gateway listens on `loopback`, no `allowed_hosts` means that any host will do."""
         self._allowed = frozenset(host.lower() for host in allowed_hosts)
         self._any = not loopback and not allowed_hosts
+        self._checked = lru_cache(_REMEMBERED)(self._check)
 
-    def check(self, hosts: Collection[str], origins: Collection[str]) -> None:
+    def check(self, hosts: Iterable[str], origins: Iterable[str]) -> None:
         """Check all values of `Host` and `Origin`. What sends neither is no page in a browser.
 
         Raises MalformedHttpError, UnknownHostError, ForeignOriginError.
         """
+        self._checked(tuple(hosts), tuple(origins))
+
+    def _check(self, hosts: tuple[str, ...], origins: tuple[str, ...]) -> None:
         if len(hosts) > 1 or len(origins) > 1:
             raise MalformedHttpError("a request has one Host and one Origin at most")
         host = next(iter(hosts), "").lower()

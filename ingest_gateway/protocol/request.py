@@ -17,6 +17,7 @@ from urllib.parse import parse_qsl, urlencode
 from uuid import UUID
 
 from aiohttp import HttpVersion11, web
+from multidict import istr
 from pydantic import BaseModel
 
 from artifact_store.documents import http as names
@@ -62,6 +63,11 @@ _PARSED_AT_ONCE_BYTES = 64 * 1024  # a larger JSON body is parsed beside the eve
 
 _HASHED_AT_ONCE_BYTES = 64 * 1024  # of a larger chunk a thread computes digests that were declared
 _MD5 = "md5"
+
+_DIGEST_HEADERS = tuple(
+    istr(name) for name in ("Digest", names.CONTENT_DIGEST, names.REPR_DIGEST, names.CONTENT_MD5, "Trailer")
+)
+_CODINGS = (istr("Content-Encoding"), istr("Transfer-Encoding"))
 
 _NOBODY = Principal("nobody", ())
 _MAX_QUERY_FIELDS = 32
@@ -246,7 +252,10 @@ class Call:
         return self._digests.pop("sha-256", None)
 
     def _declare_digests(self, parameters: Collection[Parameter[Any]]) -> None:
-        if "Digest" in self.request.headers:
+        headers = self.request.headers
+        if not any([name in headers for name in _DIGEST_HEADERS]):  # noqa: C419 - no generator for each request
+            return
+        if "Digest" in headers:
             raise InvalidRequestError(
                 "Digest (RFC 3230) is obsolete and not checked: declare Content-Digest (RFC 9530)"
             )
@@ -270,6 +279,21 @@ class Call:
     def same_with(self, **changes: str) -> str:
         """This request's target with query parameters changed: a relative reference for a `Link`."""
         return f"{self.target}?{urlencode({**self._query, **changes})}"
+
+    def _receive(self, data: bytes) -> None:
+        self.received += len(data)
+        self.gateway.quotas.count(Quota.BYTES, self.principal.actor, len(data))
+
+    def held_body(self) -> bytes | None:
+        """The whole body, if all of it has come and nothing needs to be done about it; None: read it from `body`."""
+        content, headers = self.request.content, self.request.headers
+        if self._expects or self._digests or not content.is_eof() or content.exception() is not None:
+            return None
+        if _CODINGS[0] in headers or _CODINGS[1] in headers:
+            return None
+        data = content.read_nowait()
+        self._receive(data)
+        return data
 
     async def body(self, *, coded: bool = False) -> AsyncIterator[bytes]:
         """The body as it arrives. Sends 100-continue first if the client waits for it.
@@ -324,8 +348,7 @@ class Call:
                 return
             if hashes:
                 await _update(hashes, chunk)
-            self.received += len(chunk)
-            self.gateway.quotas.count(Quota.BYTES, self.principal.actor, len(chunk))
+            self._receive(chunk)
             waited += clock() - began
             got += len(chunk)
             yield chunk
@@ -746,6 +769,8 @@ def held(response: web.StreamResponse) -> bytes:
 JSON = "application/json"
 SERVER = "artifact-store"
 """The value of `Server`, without a version."""
+NOT_KEPT: Mapping[str, str] = {"Cache-Control": "no-store"}
+"""For an answer that the next event may change."""
 IMMUTABLE = "private, max-age=31536000, immutable"
 """`Cache-Control` of a representation that never changes; private, because reading will need a permission."""
 
@@ -759,7 +784,7 @@ def json_answer(
 ) -> web.Response:
     """The answer as JSON. It must not be cached, because the next event may change it."""
     body = answer.model_dump_json().encode()
-    return bytes_answer(body, media_type, status=status, headers={"Cache-Control": "no-store", **(headers or {})})
+    return bytes_answer(body, media_type, status=status, headers={**NOT_KEPT, **(headers or {})})
 
 
 def bytes_answer(

@@ -47,6 +47,7 @@ from ingest_gateway.protocol.request import (
     JSON,
     LIMIT,
     LOCATION,
+    NOT_KEPT,
     PACKAGE_ID,
     RANGE,
     RELATIVE_PATH,
@@ -58,6 +59,7 @@ from ingest_gateway.protocol.request import (
     json_answer,
 )
 from ingest_gateway.routes.packages import INGESTING, READING, WRITING, link_to_next
+from services.blobs.shared_packs import is_small
 from services.core.access import Right
 
 ANY_MEDIA_TYPE = "application/octet-stream"
@@ -66,7 +68,6 @@ ANY_MEDIA_TYPE = "application/octet-stream"
 async def ingest_file(call: Call) -> web.StreamResponse:
     """PUT /v1/packages/{package_id}/files/{relative_path}."""
     package_id, relative_path = call.path(PACKAGE_ID), call.path(RELATIVE_PATH)
-    check_path(relative_path)
     command_id, actor = call.header(IDEMPOTENCY_KEY), call.actor
     media_type = call.request.headers.get("Content-Type", ANY_MEDIA_TYPE)
     check_text("Content-Type", media_type)
@@ -76,18 +77,20 @@ async def ingest_file(call: Call) -> web.StreamResponse:
         raise TooLargeError(f"a file may have {largest:,} bytes here")
     # The first byte of the body that is taken sends 100-continue. A client that waits for it is spared an upload that
     # would be refused, because the registry asks the writer before.
+    held = call.held_body() if is_small(said) else None
     done = await call.registry.ingest(
         package_id,
         relative_path,
         media_type,
-        call.body(),
+        call.body() if held is None else held,
         actor,
         declared=said,
         command_id=command_id,
         ask_first=call.waits_to_send,
     )
     location = f"/v1/packages/{package_id}/files/{quoted(relative_path)}"
-    return json_answer(FileIngestedAnswer.of(done), status=201, headers={"Location": location})
+    headers = {"Location": location, **NOT_KEPT}
+    return bytes_answer(FileIngestedAnswer.json_of(done), JSON, status=201, headers=headers)
 
 
 async def list_files(call: Call) -> web.StreamResponse:

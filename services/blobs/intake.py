@@ -66,6 +66,15 @@ class BodyHash:
         return Digests(self._length, self._blake3.digest(), self._sha256.digest())
 
 
+async def digests_of(data: bytes) -> Digests:
+    """Of bytes in memory; beside the event loop if they are many."""
+    if len(data) <= INLINE_BYTES:
+        return Digests(len(data), blake3(data).digest(), hashlib.sha256(data).digest())
+    whole = BodyHash()
+    await whole.update_beside((data,))
+    return whole.digests()
+
+
 def check_declared(found: Digests, declared: Declared) -> None:
     """Raise ContentMismatchError if a body is not what was declared."""
     if declared.size_bytes is not None and found.length != declared.size_bytes:

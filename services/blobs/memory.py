@@ -134,8 +134,7 @@ class ByteBudget:
         """Wait until `amount` bytes are free and it is this caller's turn. Raises ValueError above the limit."""
         if amount > self.limit:
             raise ValueError(f"{amount} bytes can never be free in a budget of {self.limit}")
-        if not self._waiting and amount <= self._free:
-            self._free -= amount
+        if self.take_at_once(amount):
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((amount, turn))
@@ -147,6 +146,13 @@ class ByteBudget:
             else:
                 self._grant()  # those behind may fit where this one did not
             raise
+
+    def take_at_once(self, amount: int) -> bool:
+        """Take `amount` bytes if they are free and nobody waits; whether they were taken."""
+        if self._waiting or amount > self._free:
+            return False
+        self._free -= amount
+        return True
 
     def give(self, amount: int) -> None:
         """Give bytes back."""
@@ -179,11 +185,19 @@ class Share:
 
     async def take(self, amount: int) -> None:
         """Wait for `amount` bytes of the budget."""
+        if not self.take_at_once(amount):
+            await self._budget.take(amount)
+            self._held += amount
+
+    def take_at_once(self, amount: int) -> bool:
+        """Take `amount` bytes of the budget without waiting; whether they were taken."""
         if not self.held and self._budget.take_small(amount):
             self._small = amount
-            return
-        await self._budget.take(amount)
+            return True
+        if not self._budget.take_at_once(amount):
+            return False
         self._held += amount
+        return True
 
     async def take_in_turn(
         self, amount: int, *, others: str, nothing: str, retry_after: float, seconds: float = TURN_SECONDS
@@ -192,6 +206,8 @@ class Share:
 
         Raises PushBackError, which says that `others` held it, and what was done with none of the body: `nothing`.
         """
+        if self.take_at_once(amount):
+            return
         try:
             async with asyncio.timeout(seconds):
                 await self.take(amount)

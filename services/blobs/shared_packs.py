@@ -17,8 +17,9 @@ from collections.abc import AsyncIterable
 from dataclasses import dataclass, field
 
 from artifact_store.archives.bundle import SMALL_FILE_BYTES
+from artifact_store.errors import TooLargeError
 from artifact_store.models import Declared
-from services.blobs.intake import INLINE_BYTES, LOOK_SECONDS, MIB, BodyHash, Intake, Pace
+from services.blobs.intake import LOOK_SECONDS, MIB, Intake, Pace, check_declared, digests_of
 from services.blobs.memory import TURN_SECONDS, Share
 from services.blobs.port import BlobStore, Digests, StoredBlob
 
@@ -66,14 +67,17 @@ class SharedPacks:
         self._storing: set[asyncio.Task[None]] = set()
 
     async def store(
-        self, body: AsyncIterable[bytes], *, declared: Declared, max_bytes: int, retention_class: str
+        self, body: AsyncIterable[bytes] | bytes, *, declared: Declared, max_bytes: int, retention_class: str
     ) -> StoredBlob:
         """As `BlobStore.store`, for a body that `is_small`, in a pack with others of the retention class."""
         size = declared.size_bytes
         if size is None or not is_small(declared):
             raise ValueError("a body that shares a pack is small, and its size is declared")
         with self._memory.share() as share:
-            if size <= _READ_FIRST_BYTES:
+            if isinstance(body, bytes):
+                held = await _take(body, declared, max_bytes)
+                await self._await_turn(share, max(1, size))
+            elif size <= _READ_FIRST_BYTES:
                 held = await _read(Intake(body, declared=declared, max_bytes=max_bytes), size)
                 await self._await_turn(share, max(1, size))
             else:
@@ -139,6 +143,15 @@ class _Held:
     digests: Digests
 
 
+async def _take(data: bytes, declared: Declared, max_bytes: int) -> _Held:
+    """As `_read`, of a body that is there."""
+    if len(data) > max_bytes:
+        raise TooLargeError(f"the body is larger than the {max_bytes} bytes that are taken")
+    digests = await digests_of(data)
+    check_declared(digests, declared)
+    return _Held(data, digests)
+
+
 async def _read(intake: Intake, size: int) -> _Held:
     data = await intake.take(size)
     if not await intake.at_end():
@@ -189,12 +202,7 @@ class _Pack:
         if len(bodies) == 1:
             return bodies[0].data, bodies[0].digests
         data = b"".join([held.data for held in bodies])
-        whole = BodyHash()
-        if len(data) <= INLINE_BYTES:
-            whole.update(data)
-        else:
-            await whole.update_beside((data,))
-        return data, whole.digests()
+        return data, await digests_of(data)
 
     def settle(self, stored: StoredBlob) -> None:
         """Tell everyone who still waits where their body lies."""

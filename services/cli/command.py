@@ -185,12 +185,26 @@ def visible(text: str) -> str:
 
     A path need not be UTF-8: what is not is shown by its code too.
     """
+    if text.isascii() and text.isprintable():
+        return text
     shown = _OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
     return shown.encode(errors="backslashreplace").decode()
 
 
 class VisibleLines(logging.Formatter):
     """Log lines in which no name can hide, or end, what is said."""
+
+    def __init__(self, fmt: str | None = None) -> None:
+        super().__init__(fmt)
+        self._second = (0, "")
+        """The last second that was written, and how: lines come many a second."""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802 - as below
+        """See `logging.Formatter`."""
+        second = int(record.created)
+        if self._second[0] != second:
+            self._second = second, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+        return f"{self._second[1]},{int(record.msecs):03d}"
 
     def format(self, record: logging.LogRecord) -> str:
         """See `logging.Formatter`."""

@@ -34,6 +34,9 @@ def begin_to_run() -> None:
     """
     collect_rarely()
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    # What our lines do not show is not looked up for each of them ("Optimization" in Python's Logging HOWTO).
+    logging._srcfile = None
+    logging.logThreads = logging.logMultiprocessing = False
     logging.basicConfig(stream=sys.stderr, level=logging.INFO)
     for handler in logging.getLogger().handlers:
         handler.setFormatter(VisibleLines(_LOG_LINE))

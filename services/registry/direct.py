@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
 from artifact_store.archives.bundle import MAX_BUNDLE_FILES, Bundle, Group, NamedFile, StreamedFile
-from artifact_store.byte_streams import joined
+from artifact_store.byte_streams import from_any, joined
 from artifact_store.errors import (
     ArtifactStoreError,
     ConflictError,
@@ -100,8 +100,10 @@ class DirectRegistry(Registry):
 
     def for_principal(self, principal: Principal) -> DirectRegistry:
         """The same registry, in which only what the principal may read is there, and they write what they may."""
+        if principal.grants == EVERYTHING:
+            return self
         found = copy.copy(self)
-        found._grants = EVERYTHING if principal.grants == EVERYTHING else principal.grants
+        found._grants = principal.grants
         found._uploads = self.uploads.for_caller(found.check_ingest, found._record_upload, found._may_write)
         found._readable = principal.scope(Right.READ)
         found._queries = self._queries.within(found._readable)
@@ -162,7 +164,7 @@ class DirectRegistry(Registry):
         package_id: UUID,
         relative_path: str,
         media_type: str,
-        body: AsyncIterable[bytes],
+        body: AsyncIterable[bytes] | bytes,
         actor: str,
         *,
         declared: Declared,
@@ -189,7 +191,8 @@ class DirectRegistry(Registry):
                 del self._classes[next(iter(self._classes))]
             blob = await self._small.store(body, declared=declared, max_bytes=largest, retention_class=kept_as)
         else:
-            blob = await self._blobs.store(body, declared=declared, max_bytes=largest)
+            stream = from_any(body) if isinstance(body, bytes) else body
+            blob = await self._blobs.store(stream, declared=declared, max_bytes=largest)
         try:
             return await self._record(package_id, [Placed(relative_path, media_type, blob)], actor, command_id)
         except RejectedError:
