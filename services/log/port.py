@@ -216,6 +216,12 @@ class CommandWriter(Protocol):
         Raises as `submit`: PackageNotFoundError, IllegalPackageStateError, DuplicateRelativePathError, TooLargeError.
         """
 
+    def announce(self, package_id: UUID) -> None:
+        """Say that a command that adds a file to the package comes as soon as its bytes are stored.
+
+        Those that are there may wait for it a moment, to share a transaction. Does not block, and promises nothing.
+        """
+
     async def end(self, partitions: Collection[int]) -> Position:
         """A position behind every event of these partitions that was acknowledged before the call.
 

@@ -184,6 +184,8 @@ class DirectRegistry(Registry):
             kept_as = self._classes.get((package_id, actor))
         if kept_as is None:
             kept_as = await self._writer.check_ingest(package_id, [relative_path], command_id, self._grants)
+        elif isinstance(body, bytes):
+            self._writer.announce(package_id)
         largest = self._limits.max_file_bytes
         if small and kept_as is not None:
             self._classes[package_id, actor] = kept_as

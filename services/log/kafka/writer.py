@@ -158,6 +158,12 @@ class KafkaWriter:
         asked = IngestCheck(package_id, tuple(relative_paths), command_id, grants)
         return cast("str | None", await self._router.answer(self._log.partition_of(package_id), asked))
 
+    def announce(self, package_id: UUID) -> None:
+        """See `CommandWriter`. Other processes' writers are not told."""
+        writer = self._writers.get(self._log.partition_of(package_id))
+        if writer is not None:
+            writer.announce()
+
     async def end(self, partitions: Collection[int]) -> Position:
         """See `CommandWriter`."""
         if self._context is None:

@@ -159,6 +159,10 @@ class PartitionWriter:
         deadlines.watch(answer)
         return answer
 
+    def announce(self) -> None:
+        """Say that a command is about to be submitted. For the event loop; does not block."""
+        self._queue.announce(1)
+
     def confirm(self, confirmation: Confirmation) -> asyncio.Future[Acknowledgement]:
         """Record an operator's confirmation. For the event loop; does not block.
 

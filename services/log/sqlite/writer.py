@@ -68,6 +68,9 @@ class SqliteWriter:
         """See `CommandWriter`."""
         return cast("str", await self._started().submit(IngestCheck(package_id, relative_paths, command_id, grants)))
 
+    def announce(self, package_id: UUID) -> None:
+        """See `CommandWriter`. A write to the file takes so long that others gather meanwhile."""
+
     async def extent(self, package_id: UUID) -> PackageExtent | None:
         """See `CommandWriter`. Nothing: the file finds a package's events by an index."""
         return None
