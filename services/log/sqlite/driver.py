@@ -146,6 +146,7 @@ class SqliteDriver(Driver, Lease):
         end = end_offset(connection)
         self._require_known(connection, end)
         if end != self._states.next_offset:
+            self._states.outdate()
             last = records_from(connection, end - 1, None, 1)[0]
             self._states.last_created_at = decoded(last).created_at
             self._states.next_offset = self._known_end = end

@@ -48,15 +48,16 @@ class _Kept:
     """States within one bound, the least recently used one first."""
 
     max_entries: int
-    states: OrderedDict[UUID, tuple[PackageState, int]] = field(default_factory=OrderedDict)
+    states: OrderedDict[UUID, tuple[PackageState, int, int]] = field(default_factory=OrderedDict)
+    """Each with its entries, and the turn of the log in which it had all events."""
     entries: int = 0
 
-    def put(self, state: PackageState, entries: int) -> None:
-        self.states[state.package_id] = (state, entries)
+    def put(self, state: PackageState, entries: int, turn: int) -> None:
+        self.states[state.package_id] = (state, entries, turn)
         self.entries += entries
 
     def take(self, package_id: UUID) -> PackageState | None:
-        state, entries = self.states.pop(package_id, (None, 0))
+        state, entries, _ = self.states.pop(package_id, (None, 0, 0))
         self.entries -= entries
         return state
 
@@ -85,6 +86,8 @@ class PackageStates(State):
         self.pinned = set()
         self._path = path
         self._irregular = Irregular()
+        self._turn = 1
+        """Counts how often others have appended. A state lacks nothing until the next time."""
         self._small = _Kept(max_small)
         self._large = _Kept(max_large)
         self._large_from = large
@@ -107,6 +110,8 @@ class PackageStates(State):
         self.pinned = set(package_ids)
         for package_id in self.pinned.intersection(self._small.states):
             self._small.states.move_to_end(package_id)
+        if not all_known:
+            self.outdate()
         for package_id in package_ids:
             if not all_known or package_id not in self:
                 with suppress(CorruptError):
@@ -118,16 +123,23 @@ class PackageStates(State):
 
         Raises CorruptError also when the log lists an event of the package under a wrong sequence.
         """
+        kept = self._small.states.get(package_id) or self._large.states.get(package_id)
+        if kept is not None and kept[2] == self._turn:
+            return kept[0]
         with file_errors(self._path):
             state = _read(self.connection, package_id, self._take(package_id))
         if state is not None:
-            self.adopt(state)
+            self._keep(state, self._turn)
         return state
+
+    def outdate(self) -> None:
+        """Others have appended: states may lack events, and are brought up to date when they are asked for."""
+        self._turn += 1
 
     def fold(self, before: PackageState | None, events: Sequence[Event]) -> PackageState:
         """See `State`."""
         state = evolve_all(before, events)
-        self.adopt(state)
+        self._keep(state, self._turn)
         self.last_created_at = max(self.last_created_at, state.last_event_at)
         return state
 
@@ -147,16 +159,20 @@ class PackageStates(State):
 
         return load
 
-    def adopt(self, state: PackageState) -> None:
-        """See `State`. Drops others beyond the bounds."""
+    def adopt(self, package: PackageState) -> None:
+        """See `State`."""
+        self._keep(package, 0)
+
+    def _keep(self, state: PackageState, turn: int) -> None:
+        """Put the state into the cache, and drop others beyond the bounds."""
         self._take(state.package_id)
         entries = 1 + state.entries
         # A finalized package gets nothing but retries.
         if entries > self._large_from and state.status != FINALIZED:
-            self._large.put(state, entries)
+            self._large.put(state, entries, turn)
             self._forget_large(state.package_id)
         else:
-            self._small.put(state, entries)
+            self._small.put(state, entries, turn)
             self._forget_small(state.package_id)
 
     def clear(self) -> None:
