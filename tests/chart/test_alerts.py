@@ -75,6 +75,6 @@ def test_the_chart_gives_the_rules_and_every_metrics_port_to_the_operator_when_a
         assert monitor["metadata"]["labels"]["release"] == "prometheus"
         ports = {port["name"] for container in pod["spec"]["containers"] for port in container["ports"]}
         watched = {endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]}
-        assert watched == {name for name in ports if name == "http" or name.startswith("metrics")}
+        assert watched == {name for name in ports if name.startswith("metrics")}
     assert len(monitors) == len(pods)
     assert {"PodMonitor", "PrometheusRule"}.isdisjoint(document["kind"] for document in render())

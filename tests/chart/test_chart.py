@@ -52,6 +52,10 @@ SECRET_NAMES = {
 }
 
 
+MOUNTED = {PREFIX + name for name in ("POLICY", "TOKENS", "TLS_CERT", "TLS_KEY", "PEER_CERT", "PEER_KEY", "PEER_CA")}
+"""Settings that are files, which values of the gateway mount."""
+
+
 @pytest.fixture(scope="module", params=sorted(SETS))
 def values(request: pytest.FixtureRequest) -> list[Path]:
     """The files of one value set."""
@@ -148,7 +152,9 @@ def test_every_process_accepts_its_settings(
             for name, value in environment(container, documents).items():
                 patch.setenv(name, value)
             settings = Settings.from_env()
-        assert {name: getattr(settings, name.removeprefix(PREFIX).lower()) for name in wanted} == wanted
+        for name, value in wanted.items():
+            field = name.removeprefix(PREFIX).lower()
+            assert getattr(settings, field) == declarations()[field].metadata["read"](value)
 
 
 def test_a_gateway_listens_for_others_and_tells_them_its_pod_address(documents: list[dict[str, Any]]) -> None:
@@ -157,7 +163,9 @@ def test_a_gateway_listens_for_others_and_tells_them_its_pod_address(documents: 
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert found["ARTIFACT_STORE_LISTEN"] == f"0.0.0.0:{ports['http']}"
     assert found["ARTIFACT_STORE_INTERNAL_LISTEN"] == f"0.0.0.0:{ports['internal']}"
-    assert found["ARTIFACT_STORE_INTERNAL_URL"] == f"http://{POD_ADDRESS}:{ports['internal']}"
+    scheme = "https" if "ARTIFACT_STORE_PEER_CERT" in found else "http"
+    assert found["ARTIFACT_STORE_INTERNAL_URL"] == f"{scheme}://{POD_ADDRESS}:{ports['internal']}"
+    assert found["ARTIFACT_STORE_METRICS_LISTEN"] == f"0.0.0.0:{ports['metrics']}"
     writable = {mount["mountPath"] for mount in container["volumeMounts"]}
     assert found["ARTIFACT_STORE_STATE_DIR"] in writable
 
@@ -233,10 +241,9 @@ def test_every_setting_is_given_decided_or_secret(documents: list[dict[str, Any]
     given = set(schema["settings"]["properties"]) | secrets
     (gateway,) = containers(_named(documents, "Deployment", "-gateway"))
     decided = {entry["name"] for entry in gateway["env"] if entry["name"].startswith(PREFIX)}
-    # Only clients are pointed at a gateway, a pod needs no file of settings, and to listen without authentication is a
-    # value of its own.
-    elsewhere = {"ARTIFACT_STORE_URL", "ARTIFACT_STORE_ENV_FILE", "ARTIFACT_STORE_INSECURE"}
-    assert given | decided | elsewhere == KNOWN_NAMES
+    # Clients alone are pointed at a gateway and send tokens, and a pod needs no file of settings.
+    elsewhere = {PREFIX + name for name in ("URL", "TOKEN_FILE", "CA", "ENV_FILE", "TLS_CLIENT_CA")}
+    assert given | decided | elsewhere | MOUNTED | {"ARTIFACT_STORE_INSECURE"} == KNOWN_NAMES
 
 
 def test_nothing_secret_is_rendered(documents: list[dict[str, Any]]) -> None:
@@ -258,7 +265,7 @@ def test_every_pod_trusts_the_given_authority() -> None:
     kafka = json.loads(_named(documents, "ConfigMap")["data"]["ARTIFACT_STORE_KAFKA_OPTIONS"])
     for spec in (spec for document in documents for spec in pod_specs(document)):
         (container,) = spec["containers"]
-        (volume,) = (volume for volume in spec["volumes"] if "configMap" in volume)
+        (volume,) = (volume for volume in spec["volumes"] if volume["name"] == "trusted")
         (mount,) = (mount for mount in container["volumeMounts"] if mount["name"] == volume["name"])
         (item,) = volume["configMap"]["items"]
         assert (volume["configMap"]["name"], item["key"]) == ("authority", "ca.crt")
@@ -271,7 +278,7 @@ def test_every_pod_trusts_the_given_authority() -> None:
 def test_without_an_authority_the_system_is_trusted() -> None:
     documents = render(SETS["default"])
     assert not any("SSL_CERT_FILE" in environment(container, documents) for container in _containers(documents))
-    assert not any("configMap" in v for d in documents for spec in pod_specs(d) for v in spec["volumes"])
+    assert not any(v["name"] == "trusted" for d in documents for spec in pod_specs(d) for v in spec["volumes"])
 
 
 def test_every_pod_is_confined(documents: list[dict[str, Any]]) -> None:
@@ -293,7 +300,11 @@ def test_kubernetes_adds_no_settings_of_its_own(documents: list[dict[str, Any]])
 
 
 def test_the_migration_needs_nothing_of_the_release_it_runs_before(documents: list[dict[str, Any]]) -> None:
-    created = {document["metadata"]["name"] for document in documents if document["kind"] == "ServiceAccount"}
+    created = {
+        document["metadata"]["name"]
+        for document in documents
+        if document["kind"] == "ServiceAccount" and "helm.sh/hook" not in document["metadata"].get("annotations", {})
+    }
     for job in (document for document in documents if document["kind"] == "Job"):
         (spec,) = pod_specs(job)
         (container,) = spec["containers"]
@@ -309,6 +320,37 @@ def test_the_migration_has_the_settings_of_the_processes(documents: list[dict[st
     for job in (document for document in documents if document["kind"] == "Job"):
         (container,) = containers(job)
         assert settings.items() <= environment(container, documents).items()
+
+
+def test_each_component_has_an_account_a_secret_and_a_network_policy_of_its_own() -> None:
+    documents = render(SETS["default"])
+    accounts = {d["metadata"]["name"] for d in documents if d["kind"] == "ServiceAccount"}
+    pods = {d["metadata"]["name"]: d["spec"]["template"] for d in documents if any(pod_specs(d))}
+    by_component: dict[str, set[tuple[str, frozenset[str]]]] = {}
+    for template in pods.values():
+        component = template["metadata"]["labels"]["app.kubernetes.io/component"].partition("-")[0]
+        (container,) = template["spec"]["containers"]
+        sources = [entry.get("valueFrom", {}) for entry in container["env"]]
+        secrets = [source["secretKeyRef"]["name"] for source in sources if "secretKeyRef" in source]
+        by_component.setdefault(component, set()).add((template["spec"]["serviceAccountName"], frozenset(secrets)))
+    assert by_component == {
+        name: {(f"shelf-artifact-store-{name}", frozenset({f"artifact-store-{name}"}))}
+        for name in ("gateway", "projector", "migration")
+    }
+    assert accounts == {account for found in by_component.values() for account, _ in found}
+    policies = [d["spec"]["podSelector"]["matchLabels"] for d in documents if d["kind"] == "NetworkPolicy"]
+    for template in pods.values():
+        assert len([p for p in policies if p.items() <= template["metadata"]["labels"].items()]) == 1
+
+
+def test_only_gateways_reach_the_internal_listener_and_nothing_reaches_the_migration() -> None:
+    policies = {d["metadata"]["name"]: d["spec"] for d in render(SETS["full"]) if d["kind"] == "NetworkPolicy"}
+    gateway = policies["shelf-artifact-store-gateway"]
+    (internal,) = (rule for rule in gateway["ingress"] if rule["ports"] == [{"port": 8081, "endPort": 8084}])
+    assert internal["from"] == [{"podSelector": gateway["podSelector"]}]
+    assert policies["shelf-artifact-store-migration"]["ingress"] == []
+    assert all(rule.get("from") for policy in policies.values() for rule in policy["ingress"])
+    assert all(policy["policyTypes"] == ["Ingress", "Egress"] for policy in policies.values())
 
 
 def test_selectors_find_their_own_pods_only(documents: list[dict[str, Any]]) -> None:

@@ -38,10 +38,16 @@ def test_the_values_install_the_image_that_was_pushed(values: list[Path]) -> Non
 
 
 def test_the_secret_has_the_keys_that_the_chart_looks_for() -> None:
-    wanted = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))["secrets"].values()
-    (name,) = re.findall(r"create secret generic (\S+)", COMMANDS)
-    given = {(name, key) for key in re.findall(r"--from-literal=([\w-]+)=", COMMANDS)}
-    assert given == {(where["name"], where["key"]) for where in wanted if where is not None}
+    values = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
+    keys = {name: where["key"] for name, where in values["secrets"].items() if where is not None}
+    views = {keys["ARTIFACT_STORE_VIEWS_URL"]}
+    store = {keys["ARTIFACT_STORE_S3_ACCESS_KEY"], keys["ARTIFACT_STORE_S3_SECRET_KEY"]}
+    made = re.findall(r"create secret generic (\S+)((?: +--from-literal=\S+)+)", COMMANDS)
+    assert {name: set(re.findall(r"--from-literal=([\w-]+)=", rest)) for name, rest in made} == {
+        values["gateway"]["secretName"]: {*keys.values()},
+        values["projector"]["secretName"]: views,
+        values["migration"]["secretName"]: views | store,
+    }
 
 
 def test_commands_run_in_pods_that_there_are(values: list[Path]) -> None:

@@ -31,14 +31,14 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- end }}
 {{- end }}
 
-{{/* Environment entries that point into existing Secrets. Takes {root, names}. */}}
+{{/* Environment entries that point into existing Secrets. Takes {root, of, names}; `of` has the component's secretName. */}}
 {{- define "artifact-store.secretEnv" -}}
 {{- range $name := .names }}
 {{- with get $.root.Values.secrets $name }}
 - name: {{ $name }}
   valueFrom:
     secretKeyRef:
-      name: {{ .name }}
+      name: {{ .name | default $.of.secretName }}
       key: {{ .key }}
 {{- end }}
 {{- end }}
@@ -85,9 +85,10 @@ securityContext:
     drop: [ALL]
 {{- end }}
 
-{{/* The account that is there while the release runs; empty means the namespace's default one. */}}
+{{/* The account of a component; empty means the namespace's default one. Takes {root, component}. */}}
 {{- define "artifact-store.serviceAccountName" -}}
-{{ .Values.serviceAccount.name | default (ternary (include "artifact-store.fullname" .) "" .Values.serviceAccount.create) }}
+{{- $name := .root.Values.serviceAccount.name -}}
+{{- if .root.Values.serviceAccount.create }}{{ $name | default (include "artifact-store.fullname" .root) }}-{{ .component }}{{ else }}{{ $name }}{{ end -}}
 {{- end }}
 
 {{/* Certificates of a private authority, where aiohttp, the S3 SDK (both through OpenSSL's defaults) and asyncpg look. Kafka's
