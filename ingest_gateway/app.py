@@ -15,6 +15,7 @@ from ingest_gateway.health import Checks
 from ingest_gateway.http_metrics import Metrics
 from ingest_gateway.limits.admission import Bounds
 from ingest_gateway.limits.quotas import Quota
+from ingest_gateway.protocol.allowed_hosts import AllowedHosts
 from ingest_gateway.protocol.declaration import Access, Route, document
 from ingest_gateway.protocol.http_errors import (
     AnswerTimeoutError,
@@ -24,9 +25,8 @@ from ingest_gateway.protocol.http_errors import (
     answer_of,
     internal,
 )
-from ingest_gateway.protocol.origins import Origins
 from ingest_gateway.protocol.request import SERVER, Call
-from ingest_gateway.routes import archives, event_feed, files, identity, manifests, operations, packages, tus_uploads
+from ingest_gateway.routes import archives, event_feed, files, manifests, operations, packages, tus_uploads, whoami
 from ingest_gateway.siblings import Siblings
 from services.core.access import Right
 from services.identity.audit import Audit
@@ -44,7 +44,7 @@ ROUTES: tuple[Route, ...] = (
     *tus_uploads.ROUTES,
     *manifests.ROUTES,
     *event_feed.ROUTES,
-    *identity.ROUTES,
+    *whoami.ROUTES,
     *operations.ROUTES,
 )
 
@@ -71,7 +71,7 @@ class App:
         bounds: Bounds,
         metrics: Metrics | None = None,
         siblings: Siblings | None = None,
-        origins: Origins | None = None,
+        allowed_hosts: AllowedHosts | None = None,
         authenticate: Authenticate = believe,
         logins: Logins = nowhere,
         audit: Audit | None = None,
@@ -81,14 +81,14 @@ class App:
             registry, log, checks, bounds, metrics or Metrics(), openapi, siblings, authenticate, logins
         )
         self._routes = Routes(ROUTES)
-        self._origins = origins or Origins()
+        self._allowed_hosts = allowed_hosts or AllowedHosts()
         self._audit = audit or Audit(None)
-        self._apart: Origins | None = None
+        self._apart: AllowedHosts | None = None
 
-    def serve_metrics_apart(self, origins: Origins) -> None:
+    def serve_metrics_apart(self, allowed_hosts: AllowedHosts) -> None:
         """From now on `handle_apart` answers requests for metrics, and `handle` does not."""
         self._routes = Routes(route for route in ROUTES if route.template != METRICS)
-        self._apart = origins
+        self._apart = allowed_hosts
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer a request. An error becomes a problem document or, once an answer has begun, cuts the connection."""
@@ -126,7 +126,7 @@ class App:
             raise call.cut() from None
 
     async def _find(self, call: Call) -> tuple[Route, Mapping[str, str]]:
-        self._origins.check(*_named(call.request))
+        self._allowed_hosts.check(*_named(call.request))
         route, values = self._routes.find(call.request.method, call.target)
         if call.refusal is not None and route.tag != "operation":
             raise call.refusal

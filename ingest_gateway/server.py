@@ -30,8 +30,8 @@ from ingest_gateway.limits.admission import Bounds, Places, connections_within
 from ingest_gateway.limits.quotas import Quota
 from ingest_gateway.peers.forwarding import MAX_FORWARDED
 from ingest_gateway.peers.internal_listener import MAX_TAKEN
+from ingest_gateway.protocol.allowed_hosts import AllowedHosts
 from ingest_gateway.protocol.connections import Server
-from ingest_gateway.protocol.origins import Origins
 from ingest_gateway.siblings import Member, Siblings
 from services.config import Settings
 from services.identity.audit import Audit
@@ -105,7 +105,7 @@ async def serve(
             address.port,
             metrics=Metrics(opened.metrics),
             member=member,
-            origins=Origins(settings.allowed_hosts, loopback=address.is_loopback),
+            allowed_hosts=AllowedHosts(settings.allowed_hosts, loopback=address.is_loopback),
             context=_server_context(settings),
             metrics_at=settings.metrics_listen,
             authenticate=authenticator.authenticate,
@@ -150,7 +150,7 @@ async def listening(
     metrics: Metrics | None = None,
     drain_seconds: float = DRAIN_SECONDS,
     member: Member | None = None,
-    origins: Origins | None = None,
+    allowed_hosts: AllowedHosts | None = None,
     context: ssl.SSLContext | None = None,
     metrics_at: ListenAddress | None = None,
     authenticate: Authenticate = believe,
@@ -159,8 +159,8 @@ async def listening(
 ) -> AsyncIterator[str]:
     """Listen for the length of the block; yields the URL. Port 0 takes a free one.
 
-    With `member`, accepts connections from the member's socket instead of `host` and `port`. `origins` says which hosts
-    requests may name, by default those of loopback. With `context`, it speaks TLS. With `metrics_at`, metrics are
+    With `member`, accepts connections from the member's socket instead of `host` and `port`. `allowed_hosts` says which
+    hosts requests may name, by default those of loopback. With `context`, it speaks TLS. With `metrics_at`, metrics are
     served there alone, and health there as well.
 
     At the end of the block it accepts no new connection, dismisses followers, waits up to `drain_seconds` for requests
@@ -168,9 +168,9 @@ async def listening(
     """
     metrics = metrics or Metrics()
     siblings = None if member is None else Siblings(member, metrics.exposition)
-    app = App(registry, log, checks, bounds, metrics, siblings, origins, authenticate, logins, audit)
+    app = App(registry, log, checks, bounds, metrics, siblings, allowed_hosts, authenticate, logins, audit)
     if metrics_at is not None:
-        app.serve_metrics_apart(Origins(loopback=metrics_at.is_loopback))
+        app.serve_metrics_apart(AllowedHosts(loopback=metrics_at.is_loopback))
     admission = app.gateway.admission
     runner = web.ServerRunner(
         Server(app.handle, app.refuse, admission.connections, admission.heads), shutdown_timeout=1.0

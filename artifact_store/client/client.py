@@ -20,8 +20,8 @@ from pydantic import ValidationError
 
 from artifact_store.archives.bundle import Bundle, Group, NamedFile
 from artifact_store.client.bodies import BodySource, Sending, send_body, source_of
+from artifact_store.client.device_login import find_credentials
 from artifact_store.client.downloads import ContentStream, receive_manifest, verified
-from artifact_store.client.login import find_credentials
 from artifact_store.client.many_files import ask_known, name_files, receive_files, send_files
 from artifact_store.client.resumable import RESUMABLE_BYTES, send_resumably
 from artifact_store.client.transport import Answer, Notify, RetryPolicy, Transport, log_retry, read_answer

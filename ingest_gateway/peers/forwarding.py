@@ -19,7 +19,7 @@ import cbor2
 
 from artifact_store.errors import InvalidRequestError, PushBackError, UnavailableError
 from artifact_store.models import Acknowledgement
-from ingest_gateway.peers.credentials import PeerCredentials
+from ingest_gateway.peers.authentication import PeerCredentials
 from services.core.access import EVERYTHING, Grants
 from services.core.commands import Command, CreatePackage
 from services.core.decide import require_write

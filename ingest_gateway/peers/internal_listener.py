@@ -23,7 +23,7 @@ from artifact_store.errors import (
     UnavailableError,
 )
 from artifact_store.models import Acknowledgement
-from ingest_gateway.peers.credentials import PeerCredentials
+from ingest_gateway.peers.authentication import PeerCredentials
 from ingest_gateway.peers.forwarding import (
     CHECKS_PATH,
     COMMANDS_PATH,

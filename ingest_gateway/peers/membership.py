@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from prometheus_client import CollectorRegistry
 
 from artifact_store.errors import ConfigurationError
-from ingest_gateway.peers.credentials import PeerCredentials
+from ingest_gateway.peers.authentication import PeerCredentials
 from ingest_gateway.peers.forwarding import HttpForwarder
 from ingest_gateway.peers.internal_listener import InternalListener
 from services.config import Settings

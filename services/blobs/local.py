@@ -40,7 +40,7 @@ from services.blobs.resumable.object_parts import PART_BYTES, ObjectParts
 from services.blobs.resumable.states import sweep_states
 from services.blobs.verified_reads import Mistrusted
 from services.runtime.clock import StoreClock
-from services.runtime.files import PRIVATE_FILE, PRIVATE_FOLDER, secure_folder, sync_folder
+from services.runtime.file_system import PRIVATE_FILE, PRIVATE_FOLDER, secure_folder, sync_folder
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")

@@ -6,13 +6,13 @@ import click
 
 from services.cli.command import Root, common_options
 from services.cli.doctor import doctor
-from services.cli.identity import policy, tokens
 from services.cli.login import login, logout, whoami
 from services.cli.read import manifest, packages, show, tail, usage
 from services.cli.repair import log, parked
 from services.cli.replay import digest, replay
 from services.cli.run import gateway, migrate, projector, serve
 from services.cli.status import status
+from services.cli.tokens import policy, tokens
 from services.cli.transfer import add, finalize, pull, push
 from services.cli.verify import verify
 from services.config import declarations

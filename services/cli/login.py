@@ -9,7 +9,7 @@ import click
 from services.cli.command import answer, common_options, invocation, remark, run
 
 if TYPE_CHECKING:
-    from artifact_store.client.login import Prompt
+    from artifact_store.client.device_login import Prompt
     from artifact_store.client.transport import Transport
     from artifact_store.documents.shapes import LoginIssuer, WhoAmIAnswer
     from services.config import Settings
@@ -29,7 +29,7 @@ def login(issuer: str | None) -> None:
 
 
 async def _login(alias: str | None) -> WhoAmIAnswer:
-    from artifact_store.client.login import log_in
+    from artifact_store.client.device_login import log_in
     from artifact_store.client.transport import RetryPolicy, Transport, read_answer
     from artifact_store.documents.shapes import LoginAnswer
 
@@ -70,7 +70,7 @@ def _show(prompt: Prompt) -> None:
 @common_options(shown=("url",))
 def logout() -> None:
     """Forget the login at the gateway of --url. The issuer may know the session for longer."""
-    from artifact_store.client.login import forget_login
+    from artifact_store.client.device_login import forget_login
 
     forgotten = forget_login(_url(invocation().settings()))
     answer({"logged_out": forgotten}, "logged out" if forgotten else "nobody was logged in")
@@ -116,7 +116,7 @@ async def who_is(transport: Transport) -> WhoAmIAnswer:
 
 def open_transport(settings: Settings, *, seconds: float = 60.0, stored: bool = False) -> Transport:
     """Requests to the gateway of the settings, with the user's credentials; `stored`: with those of the login alone."""
-    from artifact_store.client.login import find_credentials, stored_login
+    from artifact_store.client.device_login import find_credentials, stored_login
     from artifact_store.client.transport import RetryPolicy, Transport
 
     url = _url(settings)

@@ -146,7 +146,7 @@ async def confirm(log: Log, settings: Settings, confirmation: Confirmation) -> A
     answer; whether it was recorded is unknown then, and confirming it again is safe. Otherwise as
     `KafkaWriter.confirm_here`.
     """
-    from ingest_gateway.peers.credentials import PeerCredentials
+    from ingest_gateway.peers.authentication import PeerCredentials
     from ingest_gateway.peers.forwarding import HttpForwarder
     from services.log.port import PartitionNotOwnedError
 
@@ -213,7 +213,7 @@ async def _members(log: Any) -> list[Member]:
 
 async def _told(urls: set[str], settings: Settings) -> dict[str, Sequence[PartitionStatus] | str]:
     """By owner, what it says of its partitions, or why it says nothing."""
-    from ingest_gateway.peers.credentials import PeerCredentials
+    from ingest_gateway.peers.authentication import PeerCredentials
     from ingest_gateway.peers.forwarding import HttpForwarder
 
     async with HttpForwarder(PeerCredentials.of(settings)) as forwarder:

@@ -23,7 +23,7 @@ from artifact_store.errors import ConfigurationError, InvalidRequestError, NotFo
 from artifact_store.user_files import replace_privately
 from services.core.access import Grant, Packages, Right
 from services.identity.policy import check_name, check_pattern, read_trusted
-from services.runtime.files import FileLock, sync_folder
+from services.runtime.file_system import FileLock, sync_folder
 
 PREFIX = "artst_"
 """What every static token begins with, so that secret scanners recognise one: this and 64 hex digits."""

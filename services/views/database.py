@@ -33,7 +33,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from artifact_store.errors import ArtifactStoreError, ConfigurationError, CorruptError, UnavailableError
 from artifact_store.rules import is_loopback
 from services.core.lifecycle import RETENTION_CLASSES
-from services.runtime.files import FileLock, make_folder, private_file
+from services.runtime.file_system import FileLock, make_folder, private_file
 from services.views.bulk import on_postgresql
 from services.views.projections import PROJECTIONS, Projection
 from services.views.tables import (

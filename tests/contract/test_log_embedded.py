@@ -24,7 +24,7 @@ from services.log.sequencer import queue
 from services.log.sqlite import SqliteLog, SqliteWriter, file
 from services.log.sqlite.driver import SqliteDriver
 from services.log.sqlite.package_states import PackageStates
-from services.runtime.files import FileLock
+from services.runtime.file_system import FileLock
 from tests.commands import create, finalize, ingest
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_process import hold_projection, process, reports_of, write, write_with_little_room

@@ -12,7 +12,7 @@ import pytest
 
 from services.config import Settings
 from services.log.sqlite import file
-from services.runtime.files import secure_folder
+from services.runtime.file_system import secure_folder
 from services.wiring import open_blobs, open_views, parts
 
 Steps = list[Path | int]

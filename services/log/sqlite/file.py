@@ -30,7 +30,7 @@ from artifact_store.errors import (
 from artifact_store.events import Event
 from schemas.codec import UndecodableEventError, decode
 from services.log.port import Record
-from services.runtime.files import PRIVATE_FOLDER, FileLock, private_file, secure_folder
+from services.runtime.file_system import PRIVATE_FOLDER, FileLock, private_file, secure_folder
 
 PARTITION = 0
 """The only partition."""

@@ -33,7 +33,7 @@ from services.log.sqlite.file import (
     write_lock,
 )
 from services.log.sqlite.subscription import SqliteSubscription, member_lock
-from services.runtime.files import FileLock
+from services.runtime.file_system import FileLock
 
 _FIELDS = tuple(Event.__slots__)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")

@@ -19,7 +19,7 @@ from services.log.sqlite.file import (
     store_progress,
     write_lock,
 )
-from services.runtime.files import FileLock
+from services.runtime.file_system import FileLock
 
 
 def member_lock(path: Path, projection: str) -> Path:

@@ -33,7 +33,7 @@ from services.log.state.state_file import (
     UnusableStateError,
     remove,
 )
-from services.runtime.files import PRIVATE_FOLDER, FileLock
+from services.runtime.file_system import PRIVATE_FOLDER, FileLock
 
 FROM_FILE = "file"
 FROM_SNAPSHOT = "snapshot"

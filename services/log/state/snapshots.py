@@ -37,7 +37,7 @@ from artifact_store.errors import ArtifactStoreError, UnavailableError
 from services.log.port import PartitionNotOwnedError, SnapshotStore
 from services.log.state.loss import SNAPSHOT, Witness
 from services.log.state.state_file import FORMAT, Anchor, LogPartition, StateFile, copy_file
-from services.runtime.files import PRIVATE_FOLDER, private_file
+from services.runtime.file_system import PRIVATE_FOLDER, private_file
 
 SNAPSHOT_OFFSETS = 50_000
 """A snapshot is made when the log went on by so many offsets since the last one,"""

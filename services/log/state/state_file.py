@@ -46,7 +46,7 @@ from services.core.state import (
     PackageState,
 )
 from services.log.records import AcceptedLoss, AdministrativeHead
-from services.runtime.files import private_file
+from services.runtime.file_system import private_file
 
 _APPLICATION_ID = 0x61727470
 FORMAT = 6

@@ -24,7 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from artifact_store.errors import PushBackError, UnavailableError
 from artifact_store.position import Position
-from services.runtime.files import FileLock
+from services.runtime.file_system import FileLock
 from services.views.bulk import on_postgresql
 from services.views.database import (
     LockedError,

@@ -23,7 +23,7 @@ from artifact_store.errors import (
 from artifact_store.models import Acknowledgement
 from ingest_gateway.peers import forwarding
 from ingest_gateway.peers import internal_listener as internal
-from ingest_gateway.peers.credentials import PeerCredentials
+from ingest_gateway.peers.authentication import PeerCredentials
 from ingest_gateway.peers.forwarding import CHECKS_PATH, COMMANDS_PATH, CONTENT_TYPE, WIRE_VERSION, HttpForwarder
 from ingest_gateway.peers.internal_listener import MAX_BODY_BYTES, InternalListener
 from services.config import Settings

@@ -17,7 +17,7 @@ from aiohttp import web
 
 from artifact_store.errors import ConfigurationError, UnavailableError
 from artifact_store.models import Acknowledgement
-from ingest_gateway.peers.credentials import PEER_NAME, PeerCredentials
+from ingest_gateway.peers.authentication import PEER_NAME, PeerCredentials
 from ingest_gateway.peers.forwarding import COMMANDS_PATH, CONTENT_TYPE, HttpForwarder
 from ingest_gateway.peers.internal_listener import InternalListener
 from services.config import Settings

@@ -219,6 +219,18 @@ def test_no_modules_of_a_package_import_each_other_in_a_circle(package: str, bus
     TopologicalSorter(graph).prepare()  # raises CycleError
 
 
+def test_a_file_s_name_says_which_file_it_is() -> None:
+    """Adapters of one port have files of the same names, and ports and drivers are called that everywhere."""
+    adapters = ("services.log.kafka", "services.log.sqlite")
+    public = "services.manifest"  # which programs import beside `artifact_store.manifest`
+    places: dict[str, set[str]] = {}
+    for name, path in (found for package in OURS for found in modules(package)):
+        if path.stem not in ("__init__", "__main__", "port", "driver", "errors") and name != public:
+            folder = "services.log" if within(name, adapters) else name.rpartition(".")[0]
+            places.setdefault(path.stem, set()).add(folder)
+    assert {name: folders for name, folders in places.items() if len(folders) > 1} == {}
+
+
 def test_the_folders_of_unit_tests_are_those_of_what_they_test() -> None:
     """Two are of their own: `project` tests documents and structure, `harness` what tests and benchmarks run on."""
     there = {name.removeprefix("services.") for package in OURS for name, _ in modules(package)}

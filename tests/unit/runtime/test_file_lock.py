@@ -11,7 +11,7 @@ import pytest
 from artifact_store.errors import PushBackError
 from services.config import Settings
 from services.log.sqlite import file
-from services.runtime.files import FileLock
+from services.runtime.file_system import FileLock
 from services.wiring import open_log, open_writer
 from tests.commands import create
 from tests.contract.log_stage import Projection, no_manifest
@@ -19,7 +19,7 @@ from tests.contract.log_stage import Projection, no_manifest
 _FORKED = """
 import os, sys
 from pathlib import Path
-from services.runtime.files import FileLock
+from services.runtime.file_system import FileLock
 
 path = Path(sys.argv[1])
 held = FileLock(path)

@@ -13,9 +13,9 @@ import pytest
 from aiohttp import web
 
 from artifact_store import Client, ConfigurationError, RetryPolicy
-from artifact_store.client import login
+from artifact_store.client import device_login
 from artifact_store.client.credentials import TokenFile
-from artifact_store.client.login import Login, Prompt, find_credentials, forget_login, log_in, stored_login
+from artifact_store.client.device_login import Login, Prompt, find_credentials, forget_login, log_in, stored_login
 from artifact_store.documents.shapes import LoginIssuer
 from artifact_store.errors import ArtifactStoreError, UnauthenticatedError, UnavailableError
 from tests.oidc_provider import CLIENT_ID, Provider, provider
@@ -159,12 +159,12 @@ async def test_a_login_that_is_about_to_end_is_renewed_once_for_all(issuer: Prov
     issuer.lifetime = 30
     await logged_in(issuer)
     issuer.lifetime = 300
-    first, second = Login(login._file_of(URL)), Login(login._file_of(URL))  # type: ignore[arg-type]  # there is a home
+    first, second = Login(device_login._file_of(URL)), Login(device_login._file_of(URL))  # type: ignore[arg-type]  # there is a home
     asked = issuer.asked["/token"]
     tokens = await asyncio.gather(first.token(), second.token(), first.token(), second.token())
     assert len(set(tokens)) == 1
     assert issuer.asked["/token"] == asked + 1
-    assert json.loads(login._file_of(URL).read_text())["refresh_token"] == issuer.refresh_token  # type: ignore[union-attr]
+    assert json.loads(device_login._file_of(URL).read_text())["refresh_token"] == issuer.refresh_token  # type: ignore[union-attr]
 
 
 async def test_a_login_goes_on_while_the_issuer_is_away_until_its_token_expires(issuer: Provider) -> None:
@@ -200,7 +200,7 @@ async def test_an_issuer_that_cannot_be_right_is_not_used(
 
 
 async def test_a_login_that_nobody_confirms_ends(issuer: Provider, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(login, "_number", lambda *_: 0.0)  # the code is good for no time
+    monkeypatch.setattr(device_login, "_number", lambda *_: 0.0)  # the code is good for no time
     with pytest.raises(UnauthenticatedError, match="in time"):
         await logged_in(issuer)
     assert stored_login(URL) is None

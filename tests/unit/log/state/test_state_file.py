@@ -38,7 +38,7 @@ from services.log.state.state_file import (
     UnusableStateError,
     copy_file,
 )
-from services.runtime.files import FileLock
+from services.runtime.file_system import FileLock
 from tests import commands
 from tests.commands import stored
 

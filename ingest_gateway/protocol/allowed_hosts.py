@@ -19,7 +19,7 @@ _REMEMBERED = 256
 _MEND = "name it in ARTIFACT_STORE_ALLOWED_HOSTS"
 
 
-class Origins:
+class AllowedHosts:
     """The hosts that requests may name. One without a port stands for any port."""
 
     def __init__(self, allowed_hosts: Collection[str] = (), *, loopback: bool = True) -> None:
