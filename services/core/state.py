@@ -65,7 +65,7 @@ class Answered(NamedTuple):
     items_digest: bytes
     """BLAKE3 over their items in the manifest."""
     event_digests: bytes
-    """One behind the other."""
+    """One after the other."""
 
 
 @dataclass(slots=True)
