@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from random import Random
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -52,7 +53,9 @@ async def test_files_of_several_packages_share_objects_by_retention_class(gatewa
             package, said = packages[number % len(packages)], wrong if number == 5 else None
             return await client.ingest_file(package, f"{number}.bin", "x/y", contents[number], declared=said)
 
-        sent = await asyncio.gather(*map(send, range(FILES)), return_exceptions=True)
+        # Each package's first file is asked about, one package after the other: they are not together yet.
+        sent: list[UUID | BaseException] = [await send(number) for number in range(len(packages))]
+        sent += await asyncio.gather(*map(send, range(len(packages), FILES)), return_exceptions=True)
         assert isinstance(sent[5], ContentMismatchError)
         files = {number: id_ for number, id_ in enumerate(sent) if isinstance(id_, UUID)}
         assert len(files) == FILES - 1
@@ -120,9 +123,9 @@ async def test_the_writer_is_not_asked_about_each_small_file(
         writer, asked = gateway.parts.writer, list[tuple[UUID, str]]()
         check = writer.check_ingest
 
-        async def noted(package_id: UUID, relative_paths: Sequence[str], command_id: UUID | None) -> str | None:
+        async def noted(package_id: UUID, relative_paths: Sequence[str], *more: Any) -> str | None:
             asked.append((package_id, relative_paths[0]))
-            return await check(package_id, relative_paths, command_id)
+            return await check(package_id, relative_paths, *more)
 
         monkeypatch.setattr(writer, "check_ingest", noted)
         package, other = [

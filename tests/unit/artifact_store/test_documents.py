@@ -85,6 +85,13 @@ def test_a_line_that_is_no_event_is_corrupt() -> None:
             parse_event(line)
 
 
+@pytest.mark.parametrize("path", ["a.csv", "ordner/größe 3.bin", 'quoted "and" back\\slashed', "\u2028\U0001f9ea"])
+def test_the_answer_that_is_sent_most_often_is_the_one_of_its_shape(path: str) -> None:
+    file = IngestedFile(uuid4(), path, 4_096, bytes(range(32)), bytes(range(1, 33)), 7, bytes(range(2, 34)))
+    done = Acknowledgement(uuid4(), 7, file.event_digest, files=(file,))
+    assert FileIngestedAnswer.json_of(done) == FileIngestedAnswer.of(done).model_dump_json().encode()
+
+
 def test_acknowledgements_survive_the_way_over_http() -> None:
     created = Acknowledgement(uuid4(), 1, bytes(range(32)))
     assert PackageCreatedAnswer.model_validate_json(
