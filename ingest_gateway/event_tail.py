@@ -197,7 +197,8 @@ class Tail:
                     yield frame(event.event_type, event_head(event), str(event.position))
                 if self._turns.locked() and asyncio.get_running_loop().time() > turn_ends:
                     return
-        if not seen and mark is not None:
+        # Of one package that is hidden, even a position would tell that there is such a package.
+        if not seen and mark is not None and package_id is None:
             yield mark(str(at.position))
         at.caught_up = True
 

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import aiohttp
 import pytest
@@ -93,6 +93,18 @@ async def test_a_follower_sees_its_own_events_alone_and_hears_how_far_it_has_com
         while b"data:" not in block:
             block = await answer.content.readuntil(b"\n\n")
     assert str(own).encode() in block
+
+
+@pytest.mark.parametrize("media_type", ["text/event-stream", "application/x-ndjson"])
+async def test_nothing_tells_whether_there_is_a_package_that_may_not_be_read(
+    gateway: RunningGateway, media_type: str
+) -> None:
+    (foreign,) = await create(gateway, "foreign")
+    headers = {**bearer("t"), "Accept": media_type}
+    for package_id in (foreign, uuid4()):
+        params = {"package_id": str(package_id)}
+        async with gateway.session.get("/v1/events", params=params, headers=headers) as answer:
+            assert (answer.status, await answer.read()) == (200, b"")
 
 
 async def mark(answer: aiohttp.ClientResponse) -> Position:
