@@ -150,7 +150,7 @@ def read_keys(document: object, algorithms: Sequence[str]) -> Keys:
 
 
 def _usable(listed: Sequence[object], algorithms: Sequence[str]) -> Iterator[jwk.Key]:
-    types = {_KEY_TYPES[algorithm[:2]] for algorithm in algorithms}
+    types = [_KEY_TYPES[algorithm[:2]] for algorithm in algorithms]  # no set: an entry may name a list as its type
     for entry in listed:
         if not isinstance(entry, dict) or entry.get("kty") not in types:
             continue

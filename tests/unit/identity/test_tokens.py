@@ -385,6 +385,8 @@ async def test_keys_that_prove_little_or_are_not_for_signatures_are_not_used(iss
         {"kty": "RSA", "n": "a" * 9000, "e": "AQAB", "kid": "long"},
         {"kty": "EC", "crv": "P-256", "x": "AA", "y": "AA", "kid": "off the curve"},
         {"kty": "XX", "kid": "new"},
+        {**good, "kty": ["EC"], "kid": "of no type"},
+        {**good, "kid": ["a list"]},
         {**good, "use": "enc", "kid": "for encryption"},
         {**good, "alg": "HS256", "kid": "as a secret"},
     ]
