@@ -204,7 +204,7 @@ class Authenticator:
         principal = Principal(
             actor_of(alias, claims["sub"]),
             policy.grants_of_token(alias, claims),
-            min(float(claims["exp"]), _LAST_SECOND),
+            float(min(claims["exp"], _LAST_SECOND)),
         )
         if issuer.keys is not None:
             self._remembered[digest] = _Remembered(principal, issuer, issuer.keys)

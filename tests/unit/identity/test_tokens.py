@@ -111,6 +111,11 @@ async def test_a_sound_token_is_the_subject_with_the_rights_of_its_claims(
     assert (other.actor, rights(other)) == ("ci:somebody", set())
 
 
+async def test_an_expiry_beyond_all_calendars_is_the_last_second(gate: Authenticator, issuer: Provider) -> None:
+    principal = await gate.authenticate(f"Bearer {issuer.token(exp=10**400)}")
+    assert principal.expires_at == 253_402_300_799.0
+
+
 def part(value: Any) -> str:
     """A part of a compact token."""
     raw = value if isinstance(value, bytes) else json.dumps(value).encode()
