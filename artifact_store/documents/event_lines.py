@@ -115,7 +115,7 @@ class _EventShape(Answer):
     command_count: int = Field(ge=1)
     payload_digest: Hex32
     previous_digest: Hex32
-    position: str = Field(description="Where reading goes on behind this event")
+    position: str = Field(description="Where reading continues after this event")
 
 
 class PackageCreatedEvent(_EventShape):

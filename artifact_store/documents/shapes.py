@@ -40,11 +40,11 @@ Size = Annotated[int, Field(ge=0, description="Bytes")]
 TAR = "application/x-tar"
 
 MAX_KNOWN = 1_000
-"""About so many blobs one request may ask."""
+"""How many blobs one request may ask about."""
 
 
 class Request(BaseModel):
-    """A request: nothing unknown, nothing converted."""
+    """A request. Unknown fields and values of other types are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -194,7 +194,7 @@ class PackageFinalizedAnswer(Answer):
 
 
 class ParkedAnswer(Answer):
-    """Where and why the view stopped following a package: so many of its events are not shown."""
+    """Where and why the view stopped following a package. `events` of its events are not shown."""
 
     partition: Count
     offset: Count
@@ -410,7 +410,7 @@ class IngestNamedRequest(Request):
 
 
 class IngestedFileAnswer(Answer):
-    """One file of many whose bytes and event are durable."""
+    """One of many files whose bytes and events are durable."""
 
     file_id: UUID
     relative_path: str
@@ -422,7 +422,7 @@ class IngestedFileAnswer(Answer):
 
 
 class FilesIngestedAnswer(Answer):
-    """Many files' bytes and events are durable; `sequence` and `event_digest` are those of the last."""
+    """The bytes and events of many files are durable. `sequence` and `event_digest` are those of the last file."""
 
     package_id: UUID
     files: list[IngestedFileAnswer]
@@ -477,7 +477,7 @@ class KnownBlobsRequest(Request):
 
 
 class KnownBlobsAnswer(Answer):
-    """Those of the blobs that are stored, in no order."""
+    """The blobs that are stored, in no particular order."""
 
     known: list[AddressText]
 
@@ -495,11 +495,13 @@ class GrantShape(Answer):
 
 
 class WhoAmIAnswer(Answer):
-    """Whom the gateway takes the sender for."""
+    """Who the sender is, as the gateway sees it."""
 
     actor: str
     rights: list[GrantShape]
-    expires_at: TimeText | None = Field(description="When the token ends; null: never, or there is none")
+    expires_at: TimeText | None = Field(
+        description="When the token expires; null if it never does, or there is no token"
+    )
 
 
 class LoginIssuer(Answer):

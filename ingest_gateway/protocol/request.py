@@ -627,35 +627,35 @@ LIMIT = Parameter(
     "Most items in the answer",
     {"type": "integer", "minimum": 1, "maximum": MAX_PAGE, "default": DEFAULT_PAGE},
 )
-CURSOR = Parameter("cursor", "query", str, "`next` of the page before", {"type": "string"})
+CURSOR = Parameter("cursor", "query", str, "`next` of the previous page", {"type": "string"})
 WAIT_SEQUENCE = Parameter(
     "wait_sequence",
     "query",
     _number("wait_sequence", 1, _MAX_LONG),
-    "Wait, bounded, until the view has the package's event of this number",
+    "Wait, for a limited time, until the view has the package's event with this number",
     {"type": "integer", "format": "int64", "minimum": 1, "maximum": _MAX_LONG},
 )
 AFTER = Parameter(
     "after",
     "query",
     _path("after"),
-    "Only files behind this path, by the bytes of UTF-8",
+    "Only files after this path, in the order of their UTF-8 bytes",
     {"type": "string", "minLength": 1, "maxLength": 1024},
 )
 LARGEST = Parameter(
     "largest",
     "query",
     _number("largest", 0, _MAX_LONG),
-    "Only files of at most so many bytes",
+    "Only files of at most this many bytes",
     {"type": "integer", "format": "int64", "minimum": 0, "maximum": _MAX_LONG},
 )
-SINCE = Parameter("since", "query", Position.parse, "Position of the last event that was seen", {"type": "string"})
+SINCE = Parameter("since", "query", Position.parse, "Position of the last event that you have seen", {"type": "string"})
 OF_PACKAGE = Parameter("package_id", "query", _id("package_id"), "Only events of this package", _UUID_SCHEMA)
 FOLLOW = Parameter(
     "follow",
     "query",
     lambda text: _one_of("follow", ("true", "false"))(text) == "true",
-    "Go on at the log's end, for ever",
+    "Wait for new events at the log's end instead of closing",
     {"type": "boolean", "default": False},
 )
 
@@ -663,8 +663,8 @@ IDEMPOTENCY_KEY = Parameter(
     names.IDEMPOTENCY_KEY,
     "header",
     _key,
-    "Names this write, so that a repeat answers as the first did, until 24 hours after the package is finalized; with "
-    "another request it is refused",
+    "Identifies this write. A repeat gets the first answer, until 24 hours after the package is finalized; the same "
+    "key with a different request is refused",
     {"type": "string", "format": "uuid"},
 )
 ACTOR = Parameter(
@@ -711,7 +711,7 @@ CONTENT_MD5 = Parameter(
     names.CONTENT_MD5,
     "header",
     parse_content_md5,
-    "MD5 that the content must have as it is sent, in base64 (RFC 1864): against damage on the way only",
+    "MD5 that the content must have as it is sent, in base64 (RFC 1864). It only guards against damage in transit",
     {"type": "string"},
 )
 DIGESTS = (CONTENT_DIGEST, REPR_DIGEST, CONTENT_MD5)
@@ -721,14 +721,14 @@ LAST_EVENT_ID = Parameter(
     names.LAST_EVENT_ID,
     "header",
     Position.parse,
-    "As `since`, sent by an event source that reconnects; wins over `since`, which its URL still holds",
+    "Same as `since`, sent by an event source that reconnects; it overrides `since`, which is still in the URL",
     {"type": "string"},
 )
 RANGE = Parameter(
     "Range",
     "header",
     str,
-    "One range of bytes (RFC 9110 §14). A malformed one, several, or another unit are ignored: the whole is answered",
+    "One range of bytes (RFC 9110 §14). Malformed or multiple ranges and other units are ignored: all is sent",
     {"type": "string"},
 )
 IF_RANGE = Parameter(

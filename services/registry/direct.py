@@ -174,7 +174,7 @@ class DirectRegistry(Registry):
         """See `Registry`. A small body is read before its package's writer is asked, unless `ask_first` is set.
 
         That is so once the writer has said to this process of which retention class the package is, until it refuses a
-        file of this actor. So whoever is refused again and again has one body stored at most.
+        file of this actor. So a client that is refused repeatedly has at most one body stored.
         """
         check_text("actor", actor)
         check_text("media_type", media_type)

@@ -38,7 +38,7 @@ async def check_view(log: Log, views: Views, fresh: Views, projection: Projectio
         report.add("view-position", place, f"cannot be compared: {error.detail}")
         return
     except _UNREADABLE as error:  # what else was found is not to be lost for it
-        report.add("view", place, f"cannot be read: a value is none of its column ({type(error).__name__})")
+        report.add("view", place, f"cannot be read: a value does not fit its column ({type(error).__name__})")
         return
     if found.position is None:  # it has folded nothing yet, or says so
         if found.rows:

@@ -189,7 +189,7 @@ class Notes:
         self._db.execute("INSERT INTO repeats VALUES (?, ?, ?, ?, ?)", row)
 
     def repeats_end(self) -> dict[int, int]:
-        """By partition, the offset behind the last event that came again."""
+        """By partition, the offset after the last repeated event."""
         return dict(self._db.execute("SELECT partition, max(offset) + 1 FROM repeats GROUP BY partition").fetchall())
 
     def take_repeats(self, event: Event) -> list[tuple[int, bytes]]:

@@ -15,8 +15,8 @@ KINDS = {
     "undecodable": "a record is no event that can be read, and no operator has confirmed that (`log skip`)",
     "administrative": "the administrative records of a partition are not numbered 1, 2, 3 … or not chained",
     "partition": "an event does not lie in the partition of its package",
-    "key": "a record's key is not its package's id: whoever reads by package misses the event, and views park it",
-    "listed": "the embedded log lists an event under another number than its own: whoever reads by package stops there",
+    "key": "a record's key is not its package's id: readers of the package miss the event, and views park it",
+    "listed": "the embedded log lists an event under another number than its own: readers of the package stop there",
     "created-at": "created_at decreases within a partition",
     "sequence": "a package's events are not numbered 1, 2, 3 …",
     "repeated-event": "an event has the number that an earlier one of its package has, and is another record",
@@ -99,7 +99,7 @@ class Report:
     kept: int = 1000
     expected_blobs: int = 0
     expected_bytes: int = 0
-    """How much there is to look at, for whoever shows the progress."""
+    """How much there is to check, for progress displays."""
 
     def add(self, kind: str, place: str, detail: str) -> None:
         """Note a violation. Raises KeyError for a kind that is not in KINDS."""

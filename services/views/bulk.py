@@ -28,7 +28,7 @@ _TYPES: dict[type[TypeEngine[Any]], str] = {
     Text: "text",
 }
 _ROWS_AT_ONCE = 250
-"""So many encoded rows are sent in one message of the `COPY`."""
+"""How many encoded rows one message of the `COPY` has."""
 
 # PostgreSQL documentation, COPY, "Binary Format": signature, flags, length of the extension; and the trailer.
 _COPY_HEAD = b"PGCOPY\n\xff\r\n\0" + bytes(8)

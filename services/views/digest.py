@@ -32,7 +32,7 @@ _ROWS_AT_ONCE = 1000
 
 @dataclass(frozen=True, slots=True)
 class ViewDigest:
-    """The digest of one view, how many rows it covers, and the position that the view had reached (None: nowhere)."""
+    """A view's digest, the number of rows it covers, and the view's position (None: it has folded nothing)."""
 
     projection: str
     digest: ContentAddress
@@ -89,7 +89,7 @@ async def _rows(connection: AsyncConnection, query: Select[Any]) -> AsyncGenerat
             async for part in result.partitions():
                 yield part
         return
-    driver = await driver_of(connection)  # its own cursor, for its time-out: the first rows may come behind a long sort
+    driver = await driver_of(connection)  # its own cursor, for its time-out: the first rows may come after a long sort
     cursor = await driver.cursor(str(query.compile(dialect=connection.dialect)), timeout=LONG_SECONDS)
     while rows := await cursor.fetch(_ROWS_AT_ONCE, timeout=LONG_SECONDS):
         yield rows

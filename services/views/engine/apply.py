@@ -71,7 +71,7 @@ async def apply(views: Views, projection: Projection, batch: EventBatch) -> Chec
         raise
     except CorruptError:
         pass
-    # Good batches never pay for this: after a failure, PostgreSQL's transactions only go on from a savepoint.
+    # Savepoints cost time, and only a batch with a bad event needs them.
     async with views.writing() as connection:
         return await apply_within(connection, projection, batch, max_parked=most)
 
@@ -84,16 +84,16 @@ async def apply_within(
     max_parked: int,
     whole: bool = False,
 ) -> Checkpoint:
-    """As `apply`, in a transaction of the caller's, which must not go on when this raises.
+    """Do what `apply` does within the caller's transaction, which must be rolled back if this raises.
 
-    With `whole`, which is the fast way, one event that cannot be applied fails the batch with CorruptError.
+    With `whole`, which is faster, one event that cannot be applied fails the whole batch with CorruptError.
     """
     generation = batch.since.generation
     tables = await tables_of(connection, projection, batch.since)
     last = batch.last_records()
     for partition in sorted(batch.ends):  # one order for all, so that no two wait for each other
         await _advance(connection, projection, batch, partition, last.get(partition))
-    # After the guard, which waits for a retry that is under way: the marks are those that it leaves.
+    # Read after the guard, which waits for a running retry: its changes to the marks are seen.
     parking = Parking(connection, projection, tables, generation, max_parked, await read_marks(connection, generation))
     await parking.fold(batch, whole=whole)
     await parking.save()
@@ -107,9 +107,9 @@ async def _advance(
     partition: int,
     record: Record | None,
 ) -> None:
-    """Move one partition's offset from where the batch begins, behind `record`, the last one of the partition in it.
+    """Move one partition's offset from the batch's beginning to its end. `record` is the partition's last one in it.
 
-    Raises StaleCheckpointError when the view does not stand there.
+    Raises StaleCheckpointError: the view is not at the batch's beginning.
     """
     table, generation = projection_checkpoints, batch.since.generation
     expected = batch.since.position.offsets.get(partition, 0)
@@ -144,7 +144,7 @@ async def fold(views: Views, log: Log, projection: Projection, batch: EventBatch
 
 
 Progress = Callable[[int, Position], None]
-"""Called after each batch with how many events were folded so far, and where the view stands."""
+"""Called after each batch with the number of events folded so far and the view's position."""
 
 
 async def catch_up(
@@ -156,7 +156,7 @@ async def catch_up(
     batch_events: int = BATCH_EVENTS,
     progress: Progress | None = None,
 ) -> int:
-    """Return when the view covers `until` (None: the log's end as of the call); how many events were folded here.
+    """Fold until the view covers `until` (None: the log's end at the call). Returns how many events this call folded.
 
     Raises:
         LogIdentityError: the view was folded from another log.
@@ -183,7 +183,7 @@ async def catch_up(
                         if progress is not None:
                             progress(total, after.position)
             except StaleCheckpointError:
-                continue  # another folds as well: go on from where it has come to
+                continue  # another process folds too: continue from its checkpoint
 
 
 _CHASES = 3
@@ -204,13 +204,13 @@ class Retried:
 
 
 async def retry(views: Views, log: Log, mark: Mark) -> Retried:
-    """Fold what waits behind the mark, up to where the view stands. Marks of one partition: the earliest first.
+    """Fold the package's events from the mark to the view's position. Retry the marks of a partition in log order.
 
-    Blocks until the package is followed again or parked at its next bad event. When it fails, what was folded by then
-    stays, and the mark has moved behind it.
+    Blocks until the package is followed again, or is parked at its next bad event. If this raises, the events folded so
+    far remain, and the mark has moved past them.
 
     Raises:
-        StaleCheckpointError: the mark is not there any more or has moved, or the view was folded again since.
+        StaleCheckpointError: the mark is gone or has moved, or the view has been folded again since.
         CorruptError, LogIdentityError: the log is not the one that the view was folded from.
         UnavailableError: the log or the database cannot be reached.
     """
@@ -258,7 +258,7 @@ async def retry(views: Views, log: Log, mark: Mark) -> Retried:
 
 
 async def _hold_partition(connection: AsyncConnection, mark: Mark) -> int:
-    """Let no fold of the mark's partition begin until the transaction ends; where the view stands in it."""
+    """Block folds of the mark's partition until the transaction ends. Returns the view's offset in the partition."""
     table = projection_checkpoints.c
     query = select(table.next_offset).where(table.generation == mark.generation, table.partition == mark.partition)
     end: int = (await connection.execute(query.with_for_update())).scalar_one()
@@ -270,7 +270,7 @@ def _at(mark: Mark, log: UUID) -> Checkpoint:
 
 
 async def _read_waiting(log: Log, mark: Mark, since: Checkpoint, end: int, skips: Skips) -> EventBatch:
-    """What waits for the mark's package between these offsets, or the first of it."""
+    """Read the records of the mark's package between these offsets, or the first of them if they are many."""
 
     def waits(record: Record) -> bool:
         return key_name(record.key)[0] == mark.package
@@ -281,7 +281,7 @@ async def _read_waiting(log: Log, mark: Mark, since: Checkpoint, end: int, skips
 
 
 async def _read_locked(log: Log, mark: Mark, since: Checkpoint, end: int, skips: Skips) -> EventBatch:
-    """As `_read_waiting`, for the little that came since. Raises UnavailableError when the log takes too long."""
+    """Do what `_read_waiting` does for the few records that arrived since. Raises UnavailableError after too long."""
     try:
         async with asyncio.timeout(_LOCKED_SECONDS):
             return await _read_waiting(log, mark, since, end, skips)
@@ -292,9 +292,9 @@ async def _read_locked(log: Log, mark: Mark, since: Checkpoint, end: int, skips:
 
 
 async def _retry_confirmed(views: Views, log: Log, projection: Projection, partitions: Collection[int]) -> None:
-    """Retry the marks of the live view that stand on a record which an operator has confirmed to be no event.
+    """Retry the live view's marks whose record an operator has confirmed to be no event.
 
-    What waits behind such a record then goes on by itself.
+    Their packages then continue without another command.
     """
     skips, identity = Skips(log), await log.identity()
     for mark in await list_marks(views, projection.name):

@@ -26,7 +26,7 @@ from services.views.engine.checkpoints import SUFFIX, building_tables
 from services.views.projections import Projection
 
 _READERS_MILLISECONDS = 50
-"""How long readers are waited for at each table, and those behind them wait, before all of it is let go."""
+"""How long to wait for readers of each table before giving up. New readers queue up during that time."""
 
 _BEYOND_DEADLOCKS = """
     SELECT set_config('lock_timeout', CAST(CAST(setting AS integer) + 4000 AS text), true)
@@ -75,7 +75,7 @@ async def take_long(connection: AsyncConnection) -> None:
 
 
 async def create_index(connection: AsyncConnection, statement: str, *, memory_mib: int, workers: int) -> None:
-    """Run one of `index_statements` with so much memory and so many workers of the database's beside it."""
+    """Run one of `index_statements` with this much memory and this many parallel workers of the database."""
     if not on_postgresql(connection):
         await connection.execute(text(statement))
         return
@@ -115,8 +115,8 @@ async def hold_off_vacuums(connection: AsyncConnection, tables: Collection[str])
 async def lock_live_tables(connection: AsyncConnection, projection: Projection) -> None:
     """Take the live tables from readers, to drop or empty them, until the transaction ends.
 
-    Waits for those who read one of them for a moment only, since whoever comes meanwhile waits behind. Raises
-    LockedError through `Views.writing` when that was too short: try again. SQLite's readers keep what they see.
+    Waits only briefly for readers, because new readers queue up behind the lock. Raises LockedError through
+    `Views.writing` if that was too short: try again. On SQLite, readers keep their snapshot and nobody waits.
     """
     if on_postgresql(connection):
         names = ", ".join(table.name for table in projection.tables)
@@ -234,7 +234,7 @@ async def inheritance_of(connection: AsyncConnection, table: Table) -> Sequence[
     if refused := await _found(connection, _REFUSED, asked):
         raise ConfigurationError(
             f"the views database: {table.name} has what the table in its place would not have: {', '.join(refused)}; "
-            "remove it, and make it anew behind this"
+            "remove it, and create it again afterwards"
         )
     return await _found(connection, _INHERITED, {**asked, "columns": table.columns.keys()})
 

@@ -1,7 +1,7 @@
 """Generations: a view is emptied (`reset`), or one is built beside the live one and takes its place (`switch`).
 
 A build is known by its row in `projection_builds`; `apply` moves its rows and checkpoint as it moves the live one's.
-The live generation's row is only ever updated: whoever waits for its lock finds it again and sees what has changed.
+The live generation's row is updated and never replaced: a transaction that waited for its lock sees what has changed.
 """
 
 from __future__ import annotations

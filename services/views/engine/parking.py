@@ -89,7 +89,7 @@ async def list_marks(views: Views, projection: str | None = None) -> list[Mark]:
 
 
 async def forget_mark(connection: AsyncConnection, mark: Mark) -> bool:
-    """Remove one mark; whether it was there, and at this offset: one that another retry has moved is not this one."""
+    """Remove one mark, unless another retry has removed or moved it. Returns whether this removed it."""
     table = parked_packages.c
     mine = (
         table.generation == mark.generation,
@@ -101,7 +101,7 @@ async def forget_mark(connection: AsyncConnection, mark: Mark) -> bool:
 
 
 class Parking:
-    """Folds around what cannot be applied, within one transaction, and moves the marks; used once."""
+    """Folds a batch within one transaction, parks what cannot be applied, and updates the marks. Used once."""
 
     def __init__(
         self,
@@ -112,14 +112,14 @@ class Parking:
         most: int,
         marks: Mapping[tuple[int, str], Mark],
     ) -> None:
-        """`most` is how many packages may be parked; `marks` are those that are, as the database has them."""
+        """At most `most` packages may be parked. `marks` are those in the database."""
         self._connection = connection
         self._projection = projection
         self._tables = tables
         self._generation = generation
         self._most = most
         self.marks = dict(marks)
-        """By partition and package; what `save` writes."""
+        """By partition and package. `save` writes them."""
         self._before = dict(marks)
 
     async def fold(self, batch: EventBatch, *, whole: bool = False) -> None:
@@ -138,7 +138,7 @@ class Parking:
             await self._fold(batch.records, batch.events)
 
     async def save(self) -> None:
-        """Write the marks that have changed. Each `fold` may be followed by others before that."""
+        """Write the marks that have changed. There may be several calls of `fold` before."""
         changed = [mark for key, mark in self.marks.items() if self._before.get(key) != mark]
         table = parked_packages
         for mark in changed:
@@ -163,7 +163,7 @@ class Parking:
         await self._fold(records[middle:], events[middle:])
 
     async def _try(self, events: Sequence[Entry]) -> str | None:
-        """Fold all of the events, or none; then why not."""
+        """Fold all of the events or none. Returns why they were refused, or None."""
         try:
             async with self._connection.begin_nested():
                 with database_errors():
@@ -177,7 +177,7 @@ class Parking:
     def _following(
         self, records: Sequence[Record], events: Sequence[Entry]
     ) -> tuple[Sequence[Record], Sequence[Entry]]:
-        """Without the events that lie behind their package's mark; those are counted."""
+        """Leave out the events after their package's mark, and count them in the mark."""
         parked = {mark.package_id for mark in self.marks.values()}
         if not parked or not any(event.package_id in parked for event in events):
             return records, events
@@ -185,7 +185,7 @@ class Parking:
         return [records[i] for i in left], [events[i] for i in left]
 
     def _waits(self, record: Record, package_id: UUID) -> bool:
-        """Whether a package's event lies behind its mark; it is counted then."""
+        """Whether the event lies after its package's mark. If so, the mark counts it."""
         key = (record.partition, str(package_id))
         mark = self.marks.get(key)
         if mark is None or record.offset < mark.offset:

@@ -40,7 +40,7 @@ from services.views.projections import Projection
 logger = logging.getLogger(__name__)
 
 _FEW = 20
-"""So few records are decoded sooner than a thread takes them."""
+"""Up to this many records are decoded on the event loop: handing them to a thread would take longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +143,7 @@ async def decode(
 BATCH_EVENTS = 2000
 
 BATCH_BYTES = 8 << 20
-"""A batch ends early when its records have so many bytes, so that memory is bounded: manifests are large."""
+"""A batch ends early once its records have this many bytes. Manifests are large, and this bounds memory."""
 
 
 async def read_range(
@@ -209,21 +209,21 @@ async def _next(batches: AsyncGenerator[EventBatch]) -> EventBatch | None:
 
 _ASSIGNED_RECORDS = 10_000
 _ASSIGNED_BYTES = 4 << 20
-"""A batch ends when it has as many records or bytes as this; the last poll may go over it by what it brings."""
+"""A batch ends once it has this many records or bytes. Its last poll may exceed them by what that poll returns."""
 
 _POLL_SECONDS = 0.25
 _POLL_RECORDS = 2_500
 _FEWEST_RECORDS = 10
-"""So many are asked for in one poll; fewer, when those before them were so large that more might not fit."""
+"""A poll asks for this many records at least. It asks for _POLL_RECORDS unless the last records were large."""
 
 _FIRST_SIZE = 16 << 10
-"""What a record is taken to have before one was seen, in bytes: little in the first poll costs nothing."""
+"""The assumed size of a record in bytes before the first one has been read. A small first poll costs nothing."""
 
 IDENTITY_SECONDS = 5.0
-"""How often the log's identity and the view's generation are asked for when nothing comes."""
+"""How often the log's identity and the view's generation are checked while no records arrive."""
 
 _RESET_SECONDS = 10.0
-"""How long an assignment may wait for those who read a view that is to be folded again; the next one tries again."""
+"""How long an assignment may wait for readers of a view that must be emptied. The next assignment tries again."""
 
 
 class Assignment:
@@ -236,9 +236,7 @@ class Assignment:
         projection: Projection,
         settled: Callable[[], Awaitable[None]],
     ) -> None:
-        """`settled` is waited for before an assignment begins or ends: it returns when no batch is on its way into the
-        view.
-        """
+        """Before an assignment begins or ends, `settled` is awaited. It returns when no batch is being applied."""
         self._views = views
         self._log = log
         self._projection = projection
@@ -257,9 +255,9 @@ class Assignment:
 
     @property
     def idle(self) -> bool:
-        """Whether partitions were assigned, be it none, and nothing has come from them for IDENTITY_SECONDS.
+        """Whether there was an assignment, even an empty one, and no record has arrived for IDENTITY_SECONDS.
 
-        Before that nobody can tell: what is assigned has yet to arrive.
+        False until then: the records of assigned partitions may not have arrived yet.
         """
         return self._quiet_since is not None and time.monotonic() > self._quiet_since + IDENTITY_SECONDS
 
@@ -274,19 +272,19 @@ class Assignment:
         self._subscription = await self._log.subscribe(self._projection.name, self._start_offsets, self._settled)
 
     async def batches(self, stop: asyncio.Event) -> AsyncGenerator[EventBatch]:
-        """Read until told to stop, and show now and then how far `applied` has come; raises as `next_batch`."""
+        """Read until `stop` is set, and show the progress that `applied` reports. Raises as `next_batch`."""
         while not stop.is_set():
             await self.show()
             yield await self.next_batch(_POLL_SECONDS)
 
     async def next_batch(self, timeout_seconds: float) -> EventBatch:
-        """Wait until there is something to apply; an empty batch, which moves nothing, when the time is over.
+        """Wait until there is something to apply. After `timeout_seconds`, return an empty batch, which moves nothing.
 
         Raises:
-            StaleCheckpointError: what is assigned cannot be read on from here, or the view has another generation by
-                now; join again.
-            CorruptError: the log does not go on from what the view has folded.
-            LogIdentityError: the log was made anew since the membership began.
+            StaleCheckpointError: the assigned partitions do not continue from here, or the view has a new generation:
+                join again.
+            CorruptError: the log does not continue from what the view has folded.
+            LogIdentityError: the log was created again since the membership began.
             UnavailableError: the log or the database cannot be reached.
         """
         records: list[Record] = []
@@ -314,7 +312,7 @@ class Assignment:
             if not polled.next_offsets or len(records) >= _ASSIGNED_RECORDS or size >= _ASSIGNED_BYTES:
                 break
         if not ends:
-            # A client that misses that its topic was deleted and made anew may wait for minutes without a word.
+            # A client may not notice for minutes that its topic was deleted and created again.
             if time.monotonic() > self._looked + IDENTITY_SECONDS:
                 await self._require_same_log()
                 await self._require_same_generation()
@@ -329,10 +327,10 @@ class Assignment:
         self._unshown.update(batch.ends)
 
     async def show(self) -> None:
-        """Commit what the view holds to the group, with the view's generation, for the log's own tools.
+        """Commit the view's progress to the group, with the view's generation, so that the log's own tools show it.
 
-        Also where an assignment began when another went without showing it. What cannot be shown now is kept for the
-        next time.
+        This includes the offset at which an assignment began, if its previous owner did not show it. If the commit
+        fails, the next call tries again.
         """
         assigned = self._joined().assigned
         self._unshown = {p: offset for p, offset in self._unshown.items() if p in assigned}
@@ -358,7 +356,7 @@ class Assignment:
             raise StaleCheckpointError("asked for offsets before joining")
         checkpoint = await load_checkpoint(self._views, self._projection, self._identity)
         if checkpoint.generation != self._generation:
-            self._reset = True  # partitions that are held already stand in the older generation: join anew for all
+            self._reset = True  # partitions that this member already has belong to the older generation: join again
         name = self._projection.name
         if partitions:
             await check_continues(self._log, name, checkpoint, partitions)
@@ -378,21 +376,20 @@ class Assignment:
     async def _begin_anew(self, generation: UUID) -> None:
         """Empty the view, because an operator has reset the whole group to the log's start.
 
-        Of several members that see this one resets the view, which is still of the generation that was looked at; the
-        others, and the next assignment of all of them, find a view that stands at the start. Always raises
-        StaleCheckpointError.
+        If several members see the reset, one of them empties the view: only for that one, the view still has the
+        expected generation. The others find it empty at their next assignment. Always raises StaleCheckpointError.
         """
         name = self._projection.name
         logger.warning(
             "%s: the group was reset to the log's start with other tools: the view is emptied and folded again", name
         )
         await reset(self._views, self._projection, expected=generation, patience_seconds=_RESET_SECONDS)
-        raise StaleCheckpointError(f"the view {name} begins anew")
+        raise StaleCheckpointError(f"the view {name} begins again")
 
     async def _claim(self) -> None:
-        """Commit, under the view's generation, where reading begins in partitions whose offset somebody else has set.
+        """Commit where reading begins, with the view's generation, in partitions whose offset another tool has set.
 
-        Before anything is folded there: whoever is assigned them next must not take that offset for a fresh rewind.
+        This happens before anything is folded there. Otherwise the next owner would take that offset for a new reset.
         """
         assigned = self._joined().assigned
         claimed = {p: offset for p, offset in self._unclaimed.items() if p in assigned}
@@ -401,21 +398,21 @@ class Assignment:
             await self._joined().commit(claimed, str(self._generation))
 
     def _most(self, size: int) -> int:
-        """How many records to ask for when a batch has this many bytes, going by the size of the last ones."""
+        """How many records to ask for next when the batch has `size` bytes, estimated from the last records."""
         fitting = (_ASSIGNED_BYTES - size) // max(1, self._usual_size)
         return max(_FEWEST_RECORDS, min(_POLL_RECORDS, fitting))
 
     def _check(self, batch: Batch, ends: Mapping[int, int]) -> None:
-        """Refuse what does not go on from where reading stands: a rebalance came between."""
+        """Refuse records that do not continue from the last offsets, because of a rebalance in between."""
         moved = any(self._next[p] != offset for p, offset in ends.items())
         firsts = {record.partition: record.offset for record in reversed(batch.records)}
         early = any(offset < self._next.get(p, 0) for p, offset in firsts.items())
         if self._reset or moved or early:
-            raise StaleCheckpointError(f"the partitions of {self._projection.name} were assigned anew")
+            raise StaleCheckpointError(f"the partitions of {self._projection.name} were assigned again")
 
     @asynccontextmanager
     async def _of_one_log(self) -> AsyncIterator[None]:
-        """What looks like a log that was cut may be another one: LogIdentityError then, instead of CorruptError."""
+        """Raise LogIdentityError instead of CorruptError if the log that looks truncated is in fact another log."""
         try:
             yield
         except CorruptError:
@@ -423,9 +420,9 @@ class Assignment:
             raise
 
     async def _require_same_log(self) -> None:
-        """Asked behind the reading: a log that is still the same was so while it was read, since no identity returns.
+        """Check the log's identity after reading. Identities never return, so the log was the same while it was read.
 
-        A client goes on at its offset when a topic was deleted and made anew under its feet, as if nothing had been.
+        A Kafka client notices nothing when its topic is deleted and created again: it continues at its offset.
         """
         if self._identity is None:
             raise StaleCheckpointError("read before joining")
@@ -433,11 +430,11 @@ class Assignment:
         self._looked = time.monotonic()
 
     async def _require_same_generation(self) -> None:
-        """Without a batch there is no guard that would tell: what a reset has emptied might stay so until one comes."""
+        """Check the view's generation. While no batch comes nothing else does, and a reset view would stay empty."""
         async with self._views.reading() as connection:
             live = await live_row(connection, self._projection)
         if live.generation != self._generation:
-            raise StaleCheckpointError(f"the view {self._projection.name} has another generation by now")
+            raise StaleCheckpointError(f"the view {self._projection.name} has a new generation")
 
     def _checkpoint(self, starts: Mapping[int, int]) -> Checkpoint:
         if self._generation is None or self._identity is None:

@@ -58,7 +58,7 @@ class RegistryProjection:
 
 
 def _follow_all(changes: dict[UUID, _Change], entries: Sequence[Entry]) -> tuple[list[FileFields], list[Row]]:
-    """Bring `changes` behind the events; the files among them, and the rows of manifests."""
+    """Update `changes` by the events. Returns the files among them, and the rows of manifests."""
     files: list[FileFields] = []
     manifests: list[Row] = []
     change: _Change | None = None
@@ -128,7 +128,7 @@ async def _update(connection: AsyncConnection, packages: Table, changes: dict[UU
     await update_rows(connection, columns, finalized)
 
 
-# PostgreSQL documentation, COPY, "Binary Format": the number of columns, then each value behind its length.
+# PostgreSQL documentation, COPY, "Binary Format": the number of columns, then each value after its length.
 _SHAPES = 1024
 _ADDRESS = b"blake3:"
 _ADDRESS_BYTES = len(_ADDRESS) + 64
