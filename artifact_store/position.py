@@ -98,6 +98,8 @@ class Position:
     def _read_previous(cls, raw: bytes) -> Self:
         """The canonical CBOR array [identity, {partition: offset}]."""
         log, offsets = cbor2.loads(raw)
+        if not isinstance(log, bytes):  # UUID would take a text of 16 characters, and fail on it by an assertion
+            raise TypeError("the identity is no byte string")
         position = cls(UUID(bytes=log), dict(offsets))
         if not all(_is_count(p) and _is_count(o) for p, o in position.offsets.items()):
             raise ValueError("not a position")

@@ -52,6 +52,8 @@ WIRE_VERSION = "Artifact-Store-Wire-Version"
 
 _CONFIRMATIONS: dict[str, type[Confirmation]] = {"skip": SkipRecord, "accept-loss": AcceptLoss}
 
+_UNREADABLE = (cbor2.CBORDecodeError, ValueError, TypeError, RecursionError, OverflowError)
+
 MAX_FORWARDED = 1024
 """How many commands and questions may be in flight, at most half of them to one process: each has a connection."""
 
@@ -218,7 +220,7 @@ def decode_end(data: bytes) -> int:
     """Read the number of a partition or an offset. Raises UnavailableError when it is neither."""
     try:
         found = cbor2.loads(data)
-    except (cbor2.CBORDecodeError, ValueError, TypeError):
+    except _UNREADABLE:
         found = None
     if type(found) is not int or found < 0:
         raise UnavailableError("another gateway sent what is no number of a partition or record")
@@ -238,7 +240,7 @@ def decode_extent(data: bytes) -> PackageExtent | None:
                 return None
             case [int() as created_at, (int() | None) as last_sequence]:
                 return PackageExtent(created_at, last_sequence)
-    except (cbor2.CBORDecodeError, ValueError, TypeError):
+    except _UNREADABLE:
         pass
     raise UnavailableError("the owner of the partition gave an answer that cannot be read")
 
@@ -253,9 +255,11 @@ def decode_confirmation(data: bytes) -> Confirmation:
     """Read what `encode_confirmation` gave. Raises InvalidRequestError when it is of another release."""
     try:
         found = cbor2.loads(data)
-        shape = _CONFIRMATIONS[found.pop("kind")]
-        return shape(**{**found, "command_id": UUID(bytes=found["command_id"])})
-    except (cbor2.CBORDecodeError, AttributeError, KeyError, ValueError, TypeError) as error:
+        shape, command_id = _CONFIRMATIONS[found.pop("kind")], found["command_id"]
+        if not isinstance(command_id, bytes):
+            raise TypeError("the command id is no byte string")
+        return shape(**{**found, "command_id": UUID(bytes=command_id)})
+    except (*_UNREADABLE, AttributeError, KeyError) as error:
         raise InvalidRequestError("a confirmation cannot be read") from error
 
 
@@ -269,5 +273,5 @@ def decode_status(data: bytes, owner: str) -> list[PartitionStatus]:
     try:
         known = len(fields(PartitionStatus)) - 2
         return [PartitionStatus(partition, owner, *rest[:known]) for partition, *rest in cbor2.loads(data)]
-    except (cbor2.CBORDecodeError, ValueError, TypeError) as error:
+    except _UNREADABLE as error:
         raise UnavailableError("the owner of the partition gave an answer that cannot be read") from error

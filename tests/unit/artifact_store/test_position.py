@@ -77,6 +77,7 @@ def test_a_damaged_text_is_refused_or_another_position_never_the_same(position: 
         text_of([LOG.bytes, {0: 1}, 2]),
         text_of([LOG.bytes[:15], {0: 1}]),
         text_of([str(LOG), {0: 1}]),
+        text_of(["sixteen letters.", {0: 1}]),
         text_of([LOG.bytes, [0, 1]]),
         text_of([LOG.bytes, {0: -1}]),
         text_of([LOG.bytes, {-1: 0}]),
