@@ -25,14 +25,14 @@ FILES = 64
 CLASSES = ("scratch", "scratch", "raw-evidence")
 
 
-@pytest.fixture(
-    params=[
-        "embedded",
-        pytest.param("real", marks=[pytest.mark.services, pytest.mark.processes]),
-    ]
-)
-async def gateway(request: pytest.FixtureRequest) -> AsyncIterator[RunningGateway]:
-    settings: Settings = request.getfixturevalue(f"{request.param}_settings")
+@pytest.fixture(params=["embedded", pytest.param("real", marks=[pytest.mark.services, pytest.mark.processes])])
+def settings(request: pytest.FixtureRequest) -> Settings:
+    found: Settings = request.getfixturevalue(f"{request.param}_settings")
+    return found
+
+
+@pytest.fixture
+async def gateway(settings: Settings) -> AsyncIterator[RunningGateway]:
     await asyncio.to_thread(output_of, settings, "migrate")
     async with running_gateway(settings, wait_seconds=30.0) as running:
         yield running
