@@ -13,9 +13,8 @@ from artifact_store.errors import ArtifactStoreError
 from ingest_gateway.gateway import Authenticate, Gateway, Logins, believe, nowhere
 from ingest_gateway.health import Checks
 from ingest_gateway.http_metrics import Metrics
-from ingest_gateway.limits.admission import Bounds
-from ingest_gateway.limits.quotas import Quota
-from ingest_gateway.protocol.allowed_hosts import AllowedHosts
+from ingest_gateway.limits.admission import Bounds, Quota
+from ingest_gateway.protocol.connections import AllowedHosts
 from ingest_gateway.protocol.declaration import Access, Route, document
 from ingest_gateway.protocol.http_errors import (
     AnswerTimeoutError,

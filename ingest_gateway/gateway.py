@@ -7,9 +7,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from ingest_gateway.event_tail import Tail
 from ingest_gateway.health import Checks, ReadyAnswers
 from ingest_gateway.http_metrics import Metrics
-from ingest_gateway.limits.admission import Admission, Bounds
+from ingest_gateway.limits.admission import Admission, Bounds, Quota, Quotas
 from ingest_gateway.limits.followers import Followers
-from ingest_gateway.limits.quotas import Quota, Quotas
 from ingest_gateway.siblings import Siblings
 from services.core.access import Principal, local_user
 from services.identity.authenticator import LoginChoice

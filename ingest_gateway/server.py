@@ -26,12 +26,10 @@ from ingest_gateway.app import App
 from ingest_gateway.gateway import Authenticate, Logins, believe, nowhere
 from ingest_gateway.health import Checks
 from ingest_gateway.http_metrics import Metrics
-from ingest_gateway.limits.admission import Bounds, Places, connections_within
-from ingest_gateway.limits.quotas import Quota
+from ingest_gateway.limits.admission import Bounds, Places, Quota, connections_within
 from ingest_gateway.peers.forwarding import MAX_FORWARDED
 from ingest_gateway.peers.internal_listener import MAX_TAKEN
-from ingest_gateway.protocol.allowed_hosts import AllowedHosts
-from ingest_gateway.protocol.connections import Server
+from ingest_gateway.protocol.connections import AllowedHosts, Server
 from ingest_gateway.siblings import Member, Siblings
 from services.config import Settings
 from services.identity.audit import Audit

@@ -21,8 +21,7 @@ from artifact_store.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
-from ingest_gateway.limits.admission import TooManyAtOnceError, Transfer
-from ingest_gateway.limits.quotas import QuotaExceededError
+from ingest_gateway.limits.admission import QuotaExceededError, TooManyAtOnceError, Transfer
 from ingest_gateway.protocol.http_errors import (
     ExpectationFailedError,
     ForeignOriginError,

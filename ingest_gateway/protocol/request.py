@@ -38,8 +38,7 @@ from artifact_store.models import DEFAULT_PAGE, MAX_PAGE, Declared
 from artifact_store.position import Position
 from artifact_store.rules import MAX_TEXT_CHARACTERS, check_path, check_text
 from ingest_gateway.gateway import Gateway
-from ingest_gateway.limits.admission import Bounds
-from ingest_gateway.limits.quotas import Quota
+from ingest_gateway.limits.admission import Bounds, Quota
 from ingest_gateway.protocol.connections import Connection, client_of
 from ingest_gateway.protocol.http_errors import (
     AnswerTimeoutError,

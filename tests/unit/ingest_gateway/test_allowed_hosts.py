@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ingest_gateway.protocol.allowed_hosts import AllowedHosts
+from ingest_gateway.protocol.connections import AllowedHosts
 from ingest_gateway.protocol.http_errors import ForeignOriginError, MalformedHttpError, UnknownHostError
 
 LOCAL = ("localhost", "LOCALHOST:8080", "127.0.0.1:8080", "[::1]:8080", "[::1]", "127.0.0.1", "192.0.2.7:80")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from ingest_gateway.limits.quotas import _MOST_KNOWN, Quota, QuotaExceededError, Quotas
+from ingest_gateway.limits.admission import _MOST_KNOWN, Quota, QuotaExceededError, Quotas
 
 
 @dataclass
