@@ -12,6 +12,7 @@ one concerns the others.
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections import defaultdict, deque
 from collections.abc import AsyncIterable
 from dataclasses import dataclass, field
@@ -33,6 +34,9 @@ _READ_FIRST_BYTES = 64 * 1024
 """A body that is no longer is read before it takes memory of the budget: its connection may hold as much already."""
 
 _RETRY_SECONDS = 5.0
+
+SALT_BYTES = 32
+"""Random bytes at the end of a pack of several bodies."""
 
 
 def is_small(declared: Declared) -> bool:
@@ -197,11 +201,14 @@ class _Pack:
         return pack if pack._waiting else None
 
     async def content(self) -> tuple[bytes, Digests]:
-        """The bytes of the pack, with their digests."""
+        """The bytes of the pack, with their digests; behind several bodies come random bytes.
+
+        Events name the digest of the pack. Without the random bytes, who knows one body could guess the others by it.
+        """
         bodies = [held for held, _ in self._bodies.values()]
         if len(bodies) == 1:
             return bodies[0].data, bodies[0].digests
-        data = b"".join([held.data for held in bodies])
+        data = b"".join([*(held.data for held in bodies), secrets.token_bytes(SALT_BYTES)])
         return data, await digests_of(data)
 
     def settle(self, stored: StoredBlob) -> None:

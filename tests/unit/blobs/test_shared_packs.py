@@ -17,7 +17,7 @@ from artifact_store.manifest import content_key
 from artifact_store.models import Declared
 from services.blobs.local import LocalBlobStore
 from services.blobs.port import Digests, StoredBlob
-from services.blobs.shared_packs import SharedPacks, is_small
+from services.blobs.shared_packs import SALT_BYTES, SharedPacks, is_small
 
 CLASS = "scratch"
 MIB = 1 << 20
@@ -97,6 +97,11 @@ async def got(store: LocalBlobStore, blob: StoredBlob) -> bytes:
     return await joined(store.read(blob.key, blob.offset, blob.length))
 
 
+def without_salt(pack: bytes) -> bytes:
+    """The bodies of a pack of several."""
+    return pack[:-SALT_BYTES]
+
+
 def bodies(count: int) -> list[bytes]:
     return [b"body %d " % number * (number + 1) for number in range(count)]
 
@@ -112,11 +117,21 @@ async def test_those_that_come_together_share_an_object_from_the_first(store: He
     packs = SharedPacks(store)
     many = bodies(64)
     blobs = await asyncio.gather(*(put(packs, data) for data in many))
-    assert store.packs == [b"".join(many)]
-    assert {blob.key for blob in blobs} == {content_key(blake3(b"".join(many)).digest())}
+    (pack,) = store.packs
+    assert without_salt(pack) == b"".join(many)
+    assert {blob.key for blob in blobs} == {content_key(blake3(pack).digest())}
     for data, blob in zip(many, blobs, strict=True):
         assert await got(store, blob) == data
         assert (blob.blake3, blob.sha256) == (blake3(data).digest(), hashlib.sha256(data).digest())
+
+
+async def test_the_address_of_an_object_does_not_tell_what_others_sent(store: HeldStore) -> None:
+    packs = SharedPacks(store)
+    _, mine = await asyncio.gather(put(packs, b"pin=4711"), put(packs, b"mine"))
+    assert mine.offset == len(b"pin=4711")
+    assert mine.key != content_key(blake3(b"pin=4711mine").digest())
+    _, again = await asyncio.gather(put(packs, b"pin=4711"), put(packs, b"mine"))
+    assert again.key != mine.key
 
 
 async def test_those_that_come_while_others_are_stored_gather(store: HeldStore) -> None:
@@ -127,13 +142,14 @@ async def test_those_that_come_while_others_are_stored_gather(store: HeldStore) 
         later = [put(packs, data) for data in bodies(10)]
         await asyncio.sleep(0)
     await asyncio.gather(first, *later)
-    assert store.packs == [b"first", b"".join(bodies(10))]
+    first_pack, second_pack = store.packs
+    assert (first_pack, without_salt(second_pack)) == (b"first", b"".join(bodies(10)))
 
 
 async def test_equal_bytes_lie_in_a_pack_once(store: HeldStore) -> None:
     packs = SharedPacks(store)
     blobs = await asyncio.gather(*(put(packs, data) for data in (b"same", b"other", b"same", b"", b"same")))
-    assert store.packs == [b"sameother"]
+    assert [without_salt(pack) for pack in store.packs] == [b"sameother"]
     assert blobs[0] == blobs[2] == blobs[4]
     assert [await got(store, blob) for blob in blobs] == [b"same", b"other", b"same", b"", b"same"]
 
@@ -183,7 +199,7 @@ async def test_a_body_that_is_not_what_was_declared_fails_alone(store: HeldStore
     with pytest.raises(ContentMismatchError):
         await wrong
     assert [await got(store, blob) for blob in await asyncio.gather(*good)] == many
-    assert store.packs == [b"".join(many)]
+    assert [without_salt(pack) for pack in store.packs] == [b"".join(many)]
 
 
 @pytest.mark.parametrize("size", [1_000, 100_000], ids=["read first", "with memory first"])
@@ -211,7 +227,8 @@ async def test_a_sender_that_leaves_takes_nothing_from_the_others(store: HeldSto
                 await leaving
     assert await got(store, await second) == b"second"
     assert await got(store, await fourth) == b"fourth"
-    assert store.packs == [b"firstsecond", b"fourth"]
+    shared, alone = store.packs
+    assert (without_salt(shared), alone) == (b"firstsecond", b"fourth")
 
 
 async def test_a_pack_that_cannot_be_stored_fails_for_all_of_it_and_for_no_later_one(store: HeldStore) -> None:
@@ -227,7 +244,7 @@ async def test_a_pack_has_a_bounded_size(store: HeldStore) -> None:
     packs = SharedPacks(store, pack_bytes=1_000)
     many = [bytes([number]) * 400 for number in range(5)] + [bytes(3_000)]
     blobs = await asyncio.gather(*(put(packs, data) for data in many))
-    assert [len(pack) for pack in store.packs] == [800, 800, 400, 3_000]
+    assert [len(pack) for pack in store.packs] == [800 + SALT_BYTES, 800 + SALT_BYTES, 400, 3_000]
     assert [await got(store, blob) for blob in blobs] == many
 
 
