@@ -184,8 +184,9 @@ def _payload(package_id: UUID, file: StoredFile) -> FileIngested:
 def test_a_file_that_no_record_can_hold_is_refused(change: dict[str, Any], rule: str) -> None:
     state = evolve(None, decide(None, create(), 1, Limits())[0])
     command = ingest(state.package_id, "a")
+    part = CommandFiles(command.command_id, command.actor, 0, 1, (replace(command.files[0], **change),))
     with pytest.raises(ValueError, match=rule):
-        encode_all(decide(state, replace(command, files=(replace(command.files[0], **change),)), 2, Limits()))
+        encode_all(FileRun.of_files(state.package_id, [part], sequence=2, created_at=2, previous=state.digest))
 
 
 @given(_LONG)
