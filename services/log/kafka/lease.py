@@ -46,7 +46,7 @@ from services.log.records import (
     read_record,
 )
 from services.log.sequencer.driver import Lease, Staged
-from services.log.state.loss import FILE, SNAPSHOT, Loss, Witness
+from services.log.state.loss import FILE, MEMORY, SNAPSHOT, Loss, Witness
 from services.log.state.partition_state import TIDY_SECONDS, PartitionState, value_digest
 from services.log.state.restore import (
     FROM_LOG,
@@ -139,12 +139,14 @@ class PartitionLease(Lease):
         self._stopping = stopping
         self._in_doubt = in_doubt
         self._progressed = progressed
+        self._restored = False
+        """Whether the state has all of the log."""
         self._first_committed = False
         """Whether this lease has committed a transaction."""
         self._proven = 0.0
         """When the last proof began, on the monotonic clock (s)."""
         self._delivered = _Delivered()
-        """Of the first transaction."""
+        """Of the transaction: the first record, in the lease's first transaction all of them."""
         self._tail: Reader | None = None
         self._tail_at = 0
         """The offset of the tail's next record; _NOWHERE once it is not kept track of."""
@@ -219,9 +221,10 @@ class PartitionLease(Lease):
         producer = _open(self._producer)
         producer.poll(0)  # lets the client write its log messages
         producer.begin_transaction()
+        self._delivered = delivered = _Delivered()
         values: list[bytes] = []
         for each in staged:
-            self._produce(producer, each)
+            self._produce(producer, each, None if values and self._first_committed else delivered)
             values += each.values
         return values
 
@@ -229,12 +232,10 @@ class PartitionLease(Lease):
         """See `Lease`. Returns once the tail has shown exactly these records.
 
         Raises whatever the client raises. Raises UnavailableError when the tail shows other records or none in time,
-        when the topic may have been deleted, and when the lease's first transaction lies after events that it has not
-        read.
+        when the topic may have been deleted, and when the transaction does not begin where reading has ended.
         """
         _open(self._producer).flush(COMMIT_SECONDS)  # so that the records were sent before the topic is checked
-        if not self._first_committed:
-            self._require_all_read()
+        self._require_all_read()
         self._commit_sent()
         self._first_committed = True
         self.state.confirm(self._read_back(values), values[-1])
@@ -402,11 +403,22 @@ class PartitionLease(Lease):
                 tail.close()
         finally:
             state, self._state = self._state, None
-            if state is not None and state.close():
-                self._offer(state, closing=True)
+            if state is not None:
+                self._remember(state)
+                if state.close():
+                    self._offer(state, closing=True)
             slot, self._slot = self._slot, None
             if slot is not None:
                 slot.release()
+
+    def _remember(self, state: PartitionState) -> None:
+        """Keep in memory which record was read last: a state that is in doubt is not saved up to it.
+
+        What was remembered before stays while the log has not been read, and while it lacks something.
+        """
+        if self._restored and self._stopped is None and not self.losses and state.anchor.next_offset:
+            witness = Witness(MEMORY, self._origin.identity, state.anchor, "of this process")
+            self._states.remembered[self._partition] = witness
 
     def _barrier(self) -> int:
         """Append a record in a transaction that is aborted, acknowledged by all in-sync replicas; its offset.
@@ -433,13 +445,16 @@ class PartitionLease(Lease):
         losses = [loss for witness in remembered if (loss := self._lost(witness, barrier)) is not None]
         claimed = claim(self._states.folder, self._origin, lambda witness: self._lost(witness, barrier))
         self._slot = claimed.slot
+        own = list(claimed.losses)
+        in_memory = self._states.remembered.get(self._partition)
+        if in_memory is not None and (loss := self._lost(in_memory, barrier)) is not None:
+            own += [loss] if loss.key not in {found.key for found in own} else []
         known = {loss.key for loss in losses}
         if self._states.snapshots is not None:
-            files = [loss.witness for loss in claimed.losses if loss.key not in known]
-            self._states.snapshots.testify(self._origin, files)
+            self._states.snapshots.testify(self._origin, [loss.witness for loss in own if loss.key not in known])
         lost = {loss.witness.anchor.next_offset for loss in losses if loss.witness.log == self._origin.identity}
-        of_files = {loss.key for loss in claimed.losses}
-        losses = [*claimed.losses, *(loss for loss in losses if loss.key not in of_files)]
+        known = {loss.key for loss in own}
+        losses = [*own, *(loss for loss in losses if loss.key not in known)]
         usable = [
             s
             for s in found.snapshots
@@ -464,6 +479,7 @@ class PartitionLease(Lease):
                 else:
                     self._settle(losses)
                     self._settle_copied(barrier)
+                    self._restored = True
                     return
             state.discard()
             self._state = None
@@ -494,6 +510,8 @@ class PartitionLease(Lease):
             _LOG.warning("%s: the %s %s is removed; %s", why, loss.witness.kind, loss.witness.where, loss.detail)
             if loss.witness.kind == FILE:
                 discard(Path(loss.witness.where))
+            elif loss.witness.kind == MEMORY:
+                self._states.remembered.pop(self._partition, None)
         if self._states.snapshots is not None:
             self._states.snapshots.forget(self._origin, [loss.witness for loss in losses])
 
@@ -548,11 +566,11 @@ class PartitionLease(Lease):
         if self._states.snapshots is not None and state.shared:
             self._states.snapshots.offer(self._origin, state.path, state.next_offset, closing=closing)
 
-    def _produce(self, producer: Producer, staged: Staged) -> None:
+    def _produce(self, producer: Producer, staged: Staged, delivered: _Delivered | None) -> None:
+        """Send the records of some events; `delivered` is called for the first, before any commit for each."""
         topic, partition = self._kafka.topic, self._partition
         first = first_of(staged.events)
         key, timestamp = str(first.package_id).encode(), first.created_at // 1000
-        delivered = None if self._first_committed else self._delivered
         for value, headers in zip(staged.values, headers_all(staged.events, staged.traceparents), strict=True):
             give_up = math.inf
             while True:
@@ -564,6 +582,7 @@ class PartitionLease(Lease):
                         raise
                     give_up = min(give_up, time.monotonic() + COMMIT_SECONDS)
                     producer.poll(_LOOK_SECONDS)
+            delivered = None if self._first_committed else delivered
 
     def _read_back(self, values: Sequence[bytes]) -> int:
         """Wait until the tail shows exactly these records in this order; the offset of the last one.
@@ -584,12 +603,19 @@ class PartitionLease(Lease):
         return last
 
     def _require_all_read(self) -> None:
-        """Raise unless all records below the lease's first transaction were read.
+        """Raise unless the transaction begins where reading has ended.
 
-        Its events were decided on what was read. Later transactions follow a commit of this producer, which proves that
-        nobody else has appended anything.
+        Its events were decided on what was read. A log that has lost some of that takes them all the same, from a
+        producer of which no record is left in it. Whether others have appended anything is looked at before the first
+        transaction of a lease alone: later ones follow a commit of this producer.
         """
         first, tail = self._delivered.first("where the transaction begins is unknown"), _open(self._tail)
+        if first < self.state.next_offset:
+            raise UnavailableError(
+                f"partition {self._partition} ends at {first}, although it was read up to {self.state.next_offset}"
+            )
+        if self._first_committed:
+            return
         deadline = time.monotonic() + PATIENCE_SECONDS
         while tail.reached()[self._partition] < first:
             if tail.take(1, _LOOK_SECONDS):

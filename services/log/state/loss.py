@@ -15,6 +15,7 @@ from services.log.state.state_file import Anchor
 
 FILE = "file"
 SNAPSHOT = "snapshot"
+MEMORY = "memory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +23,12 @@ class Witness:
     """A state that remembers a record of the log."""
 
     kind: str
-    """FILE or SNAPSHOT."""
+    """FILE, SNAPSHOT or MEMORY."""
     log: UUID
     """The log that the state was folded from."""
     anchor: Anchor
     where: str
-    """The file's path, or the object's key."""
+    """The file's path, or the object's key; of MEMORY, whose it is."""
 
 
 @dataclass(frozen=True, slots=True)

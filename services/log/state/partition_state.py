@@ -111,6 +111,13 @@ class PartitionState:
         """The digest of the record before `next_offset`, as it was when the state was saved."""
         return self._file.anchor.digest
 
+    @property
+    def anchor(self) -> Anchor:
+        """The last record that was read from the log, as the next save names it."""
+        if self._last_value is None:
+            return self._file.anchor
+        return Anchor(self.next_offset, value_digest(self._last_value), self.last_created_at)
+
     def package(self, package_id: UUID, command_id: UUID | None = None) -> PackageState | None:
         """The package, None when the partition has no event of it.
 
@@ -267,7 +274,7 @@ class PartitionState:
         """
         if self._ahead or self._last_value is None:
             return
-        anchor = Anchor(self.next_offset, value_digest(self._last_value), self.last_created_at)
+        anchor = self.anchor
         changed = [(self._packages[package_id], self._saved[package_id]) for package_id in self._changed]
         try:
             self._file.save(changed, anchor, self._kept_after())

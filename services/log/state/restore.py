@@ -18,7 +18,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from services.log.state.loss import FILE, Loss, Witness
@@ -52,6 +52,8 @@ class States:
 
     folder: Path
     snapshots: Snapshots | None = None
+    remembered: dict[int, Witness] = field(default_factory=dict)
+    """By partition, the record that a writer of this process read last. It may be newer than what a file stands on."""
 
 
 def candidates(
