@@ -5,6 +5,7 @@ It reads the copies of the true leaders, below their last stable offsets, and sh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from uuid import UUID
 
@@ -15,13 +16,15 @@ from artifact_store.events import (
     AdministrativePayload,
     Event,
     FileIngested,
+    LossAccepted,
 )
 from artifact_store.models import Acknowledgement
 from schemas.codec import UndecodableEventError, decode
 from schemas.digests import event_digest
 from services.core.commands import Command, IngestFiles
 from services.log.kafka.topic import partition_of
-from tests.simulation.kafka import Cluster, Entry
+from tests.simulation.kafka import Cluster, Entry, Replica
+from tests.simulation.scheduler import Process
 
 Answered = tuple[UUID, UUID]
 """A command: its package and its id."""
@@ -52,6 +55,20 @@ class _Seen:
     time: int = 0
 
 
+STORE = "the store"
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Something that remembers a record which the log has lost: who has it must not write, and must not lose it."""
+
+    partition: int
+    log: UUID
+    offset: int
+    holder: Process | str
+    """A process, whose writer has read the record; by name a gateway, which has a state file of it; or STORE."""
+
+
 class Checker:
     """Raises ViolationError as soon as something is wrong."""
 
@@ -63,7 +80,16 @@ class Checker:
         self.events = 0
         self.foreign: list[set[int]] = [set() for _ in cluster.partitions]
         """Offsets of records that a stranger has put there, which are no events."""
+        self.repeated: list[set[int]] = [set() for _ in cluster.partitions]
+        """Offsets of events that a mirror has put there once more."""
+        self.evidence: list[Evidence] = []
+        """Of losses that no operator has accepted."""
+        self.is_kept: Callable[[Evidence], bool] = lambda _: True
+        """Whether the evidence is still where it was."""
         self.violation: str | None = None
+        self._gone: set[bytes] = set()
+        """Digests of events that the log has lost."""
+        self._gone_commands: set[Answered] = set()
         self._cluster = cluster
         self._seen = [_Seen() for _ in cluster.partitions]
 
@@ -94,6 +120,51 @@ class Checker:
         self.look()
         return self._seen[number].end
 
+    def lost(self, number: int, copy: Replica, evidence: list[Evidence]) -> None:
+        """A partition has lost its tail, or all that it had: from now on it is what this copy has."""
+        parts = len(self._seen)
+        before = {found: h for found, h in self.histories.items() if partition_of(found, parts) == number}
+        for package_id, history in before.items():
+            del self.histories[package_id]
+            self.events -= len(history.digests)
+        for marked in (self.foreign[number], self.repeated[number]):
+            marked.intersection_update(range(len(copy.log)))
+        self._seen[number] = seen = _Seen()
+        for offset in range(min([len(copy.log), *copy.open.values()])):
+            seen.offset, seen.last = offset + 1, copy.log[offset]
+            if seen.last.control is None and offset not in copy.aborted:
+                self._follow(number, offset, seen.last, seen)
+        for package_id, history in before.items():
+            left = self.histories.get(package_id, History())
+            self._gone.update(history.digests[len(left.digests) :])
+            self._gone_commands |= {(package_id, command) for command in history.commands.keys() - left.commands.keys()}
+        for name in self._gone_commands & self.acknowledged.keys():
+            del self.acknowledged[name]
+        self.evidence += evidence
+
+    def _accepted(self, number: int, payload: LossAccepted) -> None:
+        """An operator has accepted a loss; until now nothing that proves it may have gone."""
+        ours = [found for found in self.evidence if found.partition == number]
+        for found in ours:
+            if not self.is_kept(found):
+                raise self.broken(f"{found.holder} has thrown away what proves that partition {number} lost events")
+        for found in ours:
+            another = payload.previous_log is not None and payload.previous_log == found.log
+            if another or (payload.previous_log is None and found.offset <= payload.expected_offset):
+                self.evidence.remove(found)
+
+    def _require_ignorance(self, number: int, sender: Process | None) -> None:
+        """Who can know that the partition lost events does not write to it."""
+        for found in self.evidence:
+            if sender is None or found.partition != number:
+                continue
+            # A frozen process may have heard nothing from the store in time.
+            awake = sender.frozen_until + 30.0 < self._cluster.scheduler.now
+            if found.holder in (sender, sender.name) or (found.holder == STORE and awake):
+                raise self.broken(
+                    f"{sender.name} writes to partition {number}, which lost the record at offset {found.offset}"
+                )
+
     def _follow(self, number: int, offset: int, entry: Entry, seen: _Seen) -> None:
         place = f"offset {offset} of partition {number}"
         try:
@@ -104,7 +175,14 @@ class Checker:
             raise self.broken(f"{place} cannot be read: {error}") from None
         if isinstance(event.payload, AdministrativePayload):
             seen.time = max(seen.time, event.created_at)
+            if isinstance(event.payload, LossAccepted):
+                self._accepted(number, event.payload)
             return
+        if offset in self.repeated[number]:
+            if event_digest(event) != self.histories[event.package_id].digests[event.sequence - 1]:
+                raise self.broken(f"{place}: the simulation repeats what was not there")
+            return
+        self._require_ignorance(number, entry.sender)
         self.events += 1
         package_id = event.package_id
         history = self.histories.setdefault(package_id, History())
@@ -141,6 +219,8 @@ class Checker:
         """A writer has acknowledged a command: it is in the log, whole, and any answer before was the same."""
         self.look()
         name = command.package_id, command.command_id
+        if name in self._gone_commands:
+            return  # it was in the log, which has lost it since
         history = self.histories.get(command.package_id)
         recorded = history.commands.get(command.command_id, []) if history is not None else []
         count = len(command.files) if isinstance(command, IngestFiles) else 1
@@ -173,6 +253,8 @@ class Checker:
         """A view has folded an event: it is the one that the log has."""
         self.look()
         history = self.histories.get(event.package_id)
+        if event_digest(event) in self._gone:
+            return  # it was read before the log lost it
         if history is None or event.sequence > len(history.digests):
             raise self.broken(f"a view has event {event.sequence} of package {event.package_id}, the log has not")
         if event_digest(event) != history.digests[event.sequence - 1]:

@@ -162,15 +162,20 @@ class _Client:
         broker = self._nearest()
         if not self._cluster.exists:
             raise RefusedError(KafkaError.UNKNOWN_TOPIC_OR_PART)
-        for number, (leader, epoch) in self._request(broker, lambda: self._cluster.metadata(broker), deadline).items():
+        try:
+            leaders = self._request(broker, lambda: self._cluster.metadata(broker), deadline)
+        except RefusedError:
+            self._process.nearest = self._scheduler.rng.randrange(len(self._cluster.brokers))
+            raise
+        for number, (leader, epoch) in leaders.items():
             if epoch >= self._leaders.get(number, (0, -1))[1]:
                 self._leaders[number] = leader, epoch
 
     def _nearest(self) -> int:
-        """The broker that is asked for what all of them know: mostly the same one for all clients of a process."""
+        """The broker that is asked for what all of them know: mostly one that answered the process before."""
         rng = self._scheduler.rng
         brokers = self._doors if self._doors and not self._leaders else range(len(self._cluster.brokers))
-        return brokers[self._process.number % len(brokers)] if rng.random() < 0.7 else rng.choice(brokers)
+        return brokers[self._process.nearest % len(brokers)] if rng.random() < 0.9 else rng.choice(brokers)
 
     def _at_leader(self, number: int, act: Callable[[Replica], _T], deadline: float) -> _T:
         """Ask a partition's leader, looking for another one as long as there is time. Raises RefusedError."""
@@ -259,9 +264,8 @@ class Producer(_Client):
         if self._name is not None and not self._open:
             raise _failed(KafkaError._STATE)
         stamp = timestamp or self._process.wall_clock() // 1000
-        entry = Entry(
-            key.encode() if isinstance(key, str) else key, value, dict(headers or {}), stamp, self._id, self._epoch
-        )
+        coded = key.encode() if isinstance(key, str) else key
+        entry = Entry(coded, value, dict(headers or {}), stamp, self._id, self._epoch, sender=self._process)
         self._waiting.append((partition, entry, on_delivery or callback))
 
     def poll(self, timeout: float = 0) -> int:
@@ -439,6 +443,8 @@ class Consumer(_Client):
         self._positions: dict[int, int] = {}
         self._epochs: dict[int, int] = {}
         """The leader epoch of what lies before a position, where it is known."""
+        self._validated: dict[int, int] = {}
+        """The leader epoch for which it was looked whether a position is still in the log."""
         self._moved: set[int] = set()
         self._paused: set[int] = set()
         self._turn = 0
@@ -466,6 +472,7 @@ class Consumer(_Client):
         self._given = True
         for p in partitions:
             self._positions[p.partition] = p.offset
+            self._validated.pop(p.partition, None)
             epoch: Any = p.leader_epoch
             if epoch is not None and epoch >= 0:
                 self._epochs[p.partition] = epoch
@@ -478,6 +485,7 @@ class Consumer(_Client):
     def _drop(self, number: int) -> None:
         self._positions.pop(number, None)
         self._epochs.pop(number, None)
+        self._validated.pop(number, None)
         self._moved.discard(number)
         self._paused.discard(number)
 
@@ -489,6 +497,7 @@ class Consumer(_Client):
 
     def seek(self, partition: TopicPartition) -> None:
         self._positions[partition.partition] = partition.offset
+        self._validated.pop(partition.partition, None)
 
     def position(self, partitions: Iterable[TopicPartition]) -> list[TopicPartition]:
         """Only what was consumed moves it, markers that follow included."""
@@ -563,7 +572,13 @@ class Consumer(_Client):
         replica = cluster.leader_of(number, broker, epoch=epoch)
         if epoch < self._epochs.get(number, -1):
             raise RefusedError(KafkaError.UNKNOWN_LEADER_EPOCH)
-        position = self._positions[number]
+        position, read_in = self._positions[number], self._epochs.get(number, -1)
+        if epoch > self._validated.get(number, -1):
+            # As OffsetForLeaderEpoch tells: what was read under an older leader may have been cut off since.
+            ends = (o for o in range(min(position, len(replica.log))) if replica.log[o].leader_epoch > read_in)
+            if read_in >= 0 and next(ends, position) < position:
+                raise RefusedError(KafkaError.OFFSET_OUT_OF_RANGE)
+            self._validated[number] = epoch
         if position > len(replica.log) or position < 0:
             raise RefusedError(KafkaError.OFFSET_OUT_OF_RANGE)
         end = replica.stable if self._committed_only else replica.high

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from uuid import UUID
 
-from artifact_store.errors import PushBackError, UnavailableError
+from artifact_store.errors import InvalidRequestError, PushBackError, UnavailableError
+from schemas.codec import decode
 from services.log.port import Record
-from services.log.records import BadRecord, SkipRecord
+from services.log.records import AcceptLoss, BadRecord, SkipRecord, is_administrative
+from tests.simulation.checker import STORE, Evidence
 from tests.simulation.clients import Network
-from tests.simulation.kafka import Entry, RefusedError
-from tests.simulation.processes import PROJECTION, Stage, call
+from tests.simulation.kafka import SESSION_SECONDS, Entry, RefusedError, Replica
+from tests.simulation.processes import GUARD_SECONDS, PROJECTION, Gateway, Projector, Stage, call
 from tests.simulation.scheduler import Process
+
+
+@dataclass(frozen=True, slots=True)
+class Focus:
+    """What a run looks at most; without any it looks at everything."""
+
+    kinds: tuple[str, ...] = ()
+    """Kinds of faults that come often, while others are rare."""
+    calm: bool = False
+    """Whether few clients work slowly, so that more time passes in as many steps."""
 
 
 @dataclass(eq=False)
@@ -127,16 +139,22 @@ class Faults:
         rng.choice(self.stage.projectors).process.freeze(20.0 * rng.random())
 
     def depose_broker(self) -> None:
-        """Cut a broker off from controller and peers; clients reach it still."""
+        """Cut a broker off from controller and peers; clients reach it still, and some at first nobody else."""
         cluster, rng = self.stage.cluster, self.stage.scheduler.rng
         if not self._brokers_well():
             return
-        broker = rng.choice(cluster.brokers)
+        leaders = [broker for broker in cluster.brokers if any(p.leader == broker.number for p in cluster.partitions)]
+        broker = rng.choice(leaders or cluster.brokers)
         others = [other.name for other in cluster.brokers if other is not broker]
-        self._for(1.0, rng.choice((6.0, 20.0, 60.0)), cluster.cut((broker.name, o) for o in [*others, "controller"]))
+        alone, more = rng.choice((0.0, rng.uniform(8.0, 12.0))), rng.uniform(2.0, rng.choice((6.0, 12.0, 40.0)))
+        self._for(alone + more, alone + more, cluster.cut((broker.name, o) for o in [*others, "controller"]))
+        if alone:
+            gateway = rng.choice(self.stage.gateways)
+            self._for(alone, alone, cluster.cut((gateway.name, other) for other in others))
         for _ in range(rng.choice((0, 1, 2, 3))):  # where the network is bad, more goes wrong
-            act = rng.choice((self.expel_member, self.kill_gateway, self.end_gateway))
-            self.stage.scheduler.after(rng.uniform(3.0, 40.0), partial(self._unless_stopped, act))
+            act = rng.choice((self.expel_member, self.kill_gateway, self.end_gateway, self.end_gateway))
+            when = max(SESSION_SECONDS, alone) + more * rng.random() / 2
+            self.stage.scheduler.after(when, partial(self._unless_stopped, act))
 
     def kill_broker(self) -> None:
         cluster = self.stage.cluster
@@ -201,7 +219,7 @@ class Faults:
             settings[name] = before
             stage.unsafe_since = None
 
-        self._for(5.0, stage.scheduler.rng.choice((20.0, 150.0)), mend)
+        self._for(*stage.scheduler.rng.choice(((5.0, 20.0), (GUARD_SECONDS + 5.0, GUARD_SECONDS + 40.0))), mend)
 
     def append_garbage(self) -> None:
         """A stranger's committed record that is no event; an operator confirms it after a while."""
@@ -211,7 +229,10 @@ class Faults:
         if leader is None or stage.bad_records or leader.high < len(leader.log):
             return
         entry = Entry(b"stranger", rng.randbytes(18), None, 0)
-        offset = cluster.append(leader, partition, [entry], None) - 1
+        try:
+            offset = cluster.append(leader, partition, [entry], None) - 1
+        except RefusedError:
+            return
         cluster.replicate(partition)
         if leader.high <= offset:
             leader.cut(offset)  # it could not be committed
@@ -237,10 +258,182 @@ class Faults:
         await asyncio.sleep(30.0)  # until everybody has seen it
         stage.bad_records -= 1
 
+    def repeat_events(self) -> None:
+        """A mirror puts events there once more that the partition has already."""
+        cluster, rng = self.stage.cluster, self.stage.scheduler.rng
+        number = rng.choice(cluster.partitions).number
+        leader = cluster.truth(number)
+        if leader is None or leader.high < len(leader.log) or leader.open:
+            return
+        events = self._events(leader, number, 60)
+        if not events:
+            return
+        first = rng.randrange(len(events))
+        copies = [
+            Entry(entry.key, entry.value, entry.headers, entry.timestamp)
+            for entry in (leader.log[offset] for offset in events[first : first + rng.randrange(1, 6)])
+        ]
+        begins = len(leader.log)
+        try:
+            ends = cluster.append(leader, number, copies, None)
+        except RefusedError:
+            return
+        cluster.replicate(number)
+        if leader.high < ends:
+            leader.cut(begins)  # it could not be committed
+        else:
+            self.stage.checker.repeated[number].update(range(begins, ends))
+
+    def _events(self, copy: Replica, number: int, most: int) -> list[int]:
+        """Offsets of the last events of packages that are committed, `most` offsets back at most."""
+        checker = self.stage.checker
+        odd = checker.foreign[number] | checker.repeated[number]
+        found = range(max(0, min(copy.stable, len(copy.log)) - most), min(copy.stable, len(copy.log)))
+        return [
+            offset
+            for offset in found
+            if (entry := copy.log[offset]).control is None
+            and entry.sender is not None
+            and entry.value
+            and offset not in copy.aborted
+            and offset not in odd
+            and not is_administrative(decode(entry.value))
+        ]
+
+    def lose_tail(self) -> None:
+        """A partition loses its newest events, under running gateways or without; or the topic is made again.
+
+        What is left on disks, in the memory of writers and in the store proves the loss. After a while an operator
+        accepts it and has the views folded again.
+        """
+        stage, cluster, rng = self.stage, self.stage.cluster, self.stage.scheduler.rng
+        if stage.views_behind_loss or stage.checker.evidence or stage.bad_records:
+            return
+        if stage.foreign_offset or stage.whole_reset or not stage.checker.events or stage.unsafe_since is not None:
+            return
+        gateways_down, again = rng.choice(((False, False), (False, False), (True, False), (True, True)))
+        stage.views_behind_loss = True
+        for broker in cluster.brokers:
+            cluster.stop_broker(broker.number)
+        if gateways_down:
+            self._kill_all(stage.gateways)
+
+        def act() -> None:
+            if gateways_down:
+                self._kill_all(stage.gateways)
+            if again:
+                self._kill_all(stage.projectors)
+            for broker in cluster.brokers:
+                cluster.stop_broker(broker.number)
+                if again:
+                    cluster.start_broker(broker.number)
+            if again:
+                self._make_again()
+            else:
+                self._cut_one()
+                for broker in cluster.brokers:
+                    cluster.start_broker(broker.number)
+            for gateway in stage.gateways:
+                gateway.start()
+            for projector in stage.projectors:
+                projector.start()
+            self._for(10.0, 30.0, self._fold_again)
+
+        self._for(0.5, 3.0, act)
+
+    @staticmethod
+    def _kill_all(processes: Sequence[Gateway | Projector]) -> None:
+        for process in processes:
+            process.kill()
+
+    def _cut_one(self) -> None:
+        stage, cluster, rng = self.stage, self.stage.cluster, self.stage.scheduler.rng
+        number = rng.choice(cluster.partitions).number
+        copy = cluster.partitions[number].replicas[min(cluster.partitions[number].isr)]
+        events = self._events(copy, number, rng.choice((5, 30)))
+        if not events:
+            return
+        length = min([rng.choice(events), *copy.open.values()])
+        if rng.random() < 0.5:  # all that the last writer has appended
+            last = next(entry for entry in reversed(copy.log) if entry.sender is not None)
+            length = min(length, next(o for o, entry in enumerate(copy.log) if entry.sender is last.sender))
+        # A stranger's transaction whose marker is lost would stay open until its operator ends it.
+        ended = {entry.producer for entry in copy.log[:length] if entry.control is not None}
+        for offset, entry in enumerate(copy.log[:length]):
+            if entry.sender is None and entry.control is None and entry.transactional and entry.producer not in ended:
+                length = offset
+                break
+        log = cluster.identity
+        evidence = []
+        for gateway in stage.gateways:
+            holders: list[tuple[Process | str, int]] = [(gateway.process, gateway.has_read(number))]
+            holders += [(gateway.name, offset) for of, offset in gateway.remembered(number) if of == log]
+            evidence += [Evidence(number, log, offset, holder) for holder, offset in holders if offset >= length]
+        evidence += [found for found in self._of_store(number) if found.log == log and found.offset >= length]
+        self._lost(number, cluster.lose_tail(number, length), evidence)
+
+    def _make_again(self) -> None:
+        stage, cluster = self.stage, self.stage.cluster
+        evidence = {
+            partition.number: [
+                *(
+                    Evidence(partition.number, log, offset, gateway.name)
+                    for gateway in stage.gateways
+                    for log, offset in gateway.remembered(partition.number)
+                    if offset >= 0
+                ),
+                *self._of_store(partition.number),
+            ]
+            for partition in cluster.partitions
+        }
+        cluster.make_again()
+        for number, found in evidence.items():
+            self._lost(number, cluster.partitions[number].replicas[0], found)
+
+    def _of_store(self, number: int) -> list[Evidence]:
+        store = self.stage.store
+        return [] if store is None else [Evidence(number, log, o, STORE) for log, o in store.remembered(number)]
+
+    def _lost(self, number: int, copy: Replica, evidence: list[Evidence]) -> None:
+        stage = self.stage
+        stage.losses[number] = stage.losses.get(number, 0) + 1
+        stage.checker.lost(number, copy, evidence)
+        if stage.operator is None:
+            stage.operator = operator = Process(stage.scheduler, "operator of losses")
+            operator.loop.create_task(self._accept(operator))
+
+    async def _accept(self, operator: Process) -> None:
+        """Accept, some time after it is shown, whatever a writer says is lost."""
+        stage, rng = self.stage, self.stage.scheduler.rng
+        while True:
+            await asyncio.sleep(rng.uniform(2.0, 8.0))
+            for gateway in stage.gateways:
+                for status in gateway.writer.status_here() if gateway.writer is not None else ():
+                    if status.lost_offset is None or status.lost_digest is None:
+                        continue
+                    number, command_id = status.partition, UUID(int=rng.getrandbits(128), version=4)
+                    if not stage.losses.get(number):
+                        stage.checker.broken(f"partition {number} is said to have lost offset {status.lost_offset}")
+                    digest = bytes.fromhex(status.lost_digest)
+                    loss = AcceptLoss(number, status.lost_offset, digest, "operator", "power was lost", command_id)
+                    with suppress(UnavailableError, PushBackError, InvalidRequestError, TimeoutError):
+                        async with asyncio.timeout(20.0):
+                            await call(stage, operator, gateway.process, partial(gateway.confirm, loss))
+
+    def _fold_again(self) -> None:
+        """What `artifact-store replay` does after a loss, in place."""
+        stage = self.stage
+        self._kill_all(stage.projectors)
+        stage.projectors[0].database.empty()
+        for projector in stage.projectors:
+            projector.failure = None
+            projector.start()
+        stage.views_behind_loss = False
+
     def set_group(self) -> None:
         """An operator stops the projectors and sets their group to an offset, or all of it to the log's start."""
         stage, rng = self.stage, self.stage.scheduler.rng
-        if stage.foreign_offset or stage.whole_reset:
+        if stage.foreign_offset or stage.whole_reset or stage.views_behind_loss:
             return
         for projector in stage.projectors:
             projector.kill()
@@ -251,13 +444,14 @@ class Faults:
         def act() -> None:
             if group.members or len(group.offsets) < len(stage.cluster.partitions):
                 stage.whole_reset = stage.foreign_offset = False
-            else:
-                chosen = rng.choice(sorted(group.offsets))
-                for number, (offset, _) in list(group.offsets.items()):
-                    if stage.whole_reset:
-                        group.offsets[number] = 0, ""
-                    elif number == chosen:
-                        group.offsets[number] = rng.choice((0, rng.randrange(offset + 1))), ""
+                start()
+                return
+            chosen = rng.choice(sorted(group.offsets))
+            for number, (offset, _) in list(group.offsets.items()):
+                if stage.whole_reset:
+                    group.offsets[number] = 0, ""
+                elif number == chosen:
+                    group.offsets[number] = rng.choice((0, rng.randrange(offset + 1))), ""
             start()
             self._for(10.0, 20.0, put_right)
 
@@ -350,5 +544,7 @@ KINDS: dict[str, tuple[float, Callable[[Faults], None]]] = {
     "settings change": (0.3, Faults.change_settings),
     "a stranger's committed record": (0.3, Faults.append_garbage),
     "a tool sets a group": (0.5, Faults.set_group),
+    "a mirror repeats": (0.3, Faults.repeat_events),
+    "the log loses its tail": (0.3, Faults.lose_tail),
     "a stranger's open transaction": (1, Faults.open_transaction),
 }

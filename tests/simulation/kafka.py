@@ -55,6 +55,7 @@ class Entry:
     sequence: int = -1
     control: str | None = None
     leader_epoch: int = 0
+    sender: Process | None = None
 
     @property
     def transactional(self) -> bool:
@@ -280,6 +281,29 @@ class Cluster:
         self.brokers[number].alive = True
         for partition in self.partitions:
             partition.replicas[number].follows = None
+
+    def lose_tail(self, number: int, length: int) -> Replica:
+        """Let every copy of a partition end at this offset at the latest, as if all brokers had lost power.
+
+        For when no broker is up; a copy that all others follow from now on.
+        """
+        partition = self.partitions[number]
+        for replica in partition.replicas:
+            if len(replica.log) > length:
+                replica.cut(length)
+        return partition.replicas[min(partition.isr)]
+
+    def make_again(self) -> None:
+        """Delete the topic and make it again: another identity, and nothing in it. For when no client has it open."""
+        self.identity = uuid.UUID(int=self.scheduler.rng.getrandbits(128), version=4)
+        self.partitions = [self._partition(partition.number) for partition in self.partitions]
+        for group in self.groups.values():
+            group.offsets.clear()
+        for found in self.transactions.values():
+            found.marking += 1
+            found.partitions, found.left, found.offsets = set(), set(), {}
+            if found.state == "ongoing" or found.state.startswith("prepare"):
+                found.state = "complete-abort"
 
     def truth(self, number: int) -> Replica | None:
         """The copy of the leader by the controller's word, if it leads by now."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from services.log.kafka import lease as lease_module
@@ -15,9 +15,11 @@ from services.log.kafka.cluster import Cluster
 from services.log.kafka.lease import COMMIT_SECONDS, INIT_SECONDS, PartitionLease
 from services.log.kafka.topic import Guard
 from services.log.router import Owners
+from services.log.state import partition_state
 from services.log.state.partition_state import PartitionState
 from services.views.engine import source as assignment
 from tests.simulation.clients import Producer, World
+from tests.simulation.faults import Focus
 
 _Patch = tuple[object, str, object]
 
@@ -37,7 +39,7 @@ def mutated(name: str | None) -> Iterator[None]:
 
 
 def _end_by_list_offsets() -> list[_Patch]:
-    """A take-over asks the cluster for the end, which a deposed leader may answer."""
+    """A take-over asks the cluster for the end, and believes whichever broker answers."""
 
     def barrier(self: Any) -> int:
         return int(self._cluster.high_watermark([self._partition])[self._partition]) - 1
@@ -46,6 +48,7 @@ def _end_by_list_offsets() -> list[_Patch]:
         (PartitionLease, "_barrier", barrier),
         (PartitionLease, "_require_all_read", lambda _: None),
         (Cluster, "_note_epochs", lambda *_: True),
+        (Cluster, "judged", lambda _, error, __: error),
     ]
 
 
@@ -67,7 +70,7 @@ def _restore_before_fence() -> list[_Patch]:
 
     def restore_then_fence(self: Any, barrier: int, looking: Any) -> None:
         restore(self, barrier, looking)
-        World.scheduler.sleep(2.0)  # what reading a long partition takes
+        World.scheduler.sleep(5.0)  # what reading a long partition takes
         self._producer.fence()
 
     return [
@@ -144,6 +147,26 @@ def _bad_record_closes_partition() -> list[_Patch]:
     return [(PartitionLease, "_is_skipped", lambda *_: False)]
 
 
+def _loss_overlooked() -> list[_Patch]:
+    """A state whose record the log does not hold is thrown away, and the log is believed."""
+    return [(PartitionLease, "_lost", lambda *_: None)]
+
+
+def _memory_forgotten() -> list[_Patch]:
+    """A writer that takes over again has forgotten what it had read itself, as far as no state file has it."""
+    return [(PartitionLease, "_remember", lambda *_: None)]
+
+
+def _append_to_a_shorter_log() -> list[_Patch]:
+    """A writer commits what it decided although the log ends before what it was decided on."""
+    return [(PartitionLease, "_require_all_read", lambda _: None)]
+
+
+def _repeat_is_a_contradiction() -> list[_Patch]:
+    """An event that its package has already, as mirrors that repeat make, is taken for a wrong one."""
+    return [(partition_state, "repeats", lambda *_: False)]
+
+
 def _any_rewind_empties_the_view() -> list[_Patch]:
     """One partition whose offset a tool has set back is enough for the view to be emptied and folded again."""
 
@@ -155,23 +178,28 @@ def _any_rewind_empties_the_view() -> list[_Patch]:
 
 @dataclass(frozen=True, slots=True)
 class Mutation:
-    """A mistake, and the kinds of faults that are to come more often than others while it is looked for."""
+    """A mistake, and what a run that looks for it looks at most."""
 
     patches: Callable[[], list[_Patch]]
-    focus: tuple[str, ...] = ()
+    focus: Focus = field(default_factory=Focus)
 
 
-_DEPOSED = ("cut a broker off from controller and peers", "expel a member", "end a gateway")
-_OVERLAP = ("freeze a gateway", "expel a member", "cut a process off from brokers")
+_DEPOSED = Focus(("cut a broker off from controller and peers",))
+_LOSS = Focus(("the log loses its tail", "kill a gateway", "freeze a gateway"))
+_OVERLAP = Focus(("freeze a gateway", "expel a member", "cut a process off from brokers"))
 
 MUTATIONS = {
     "end-by-list-offsets": Mutation(_end_by_list_offsets, _DEPOSED),
-    "refuse-without-proof": Mutation(_no_proof, ("freeze a gateway",)),
+    "refuse-without-proof": Mutation(_no_proof, Focus(("freeze a gateway",))),
     "restore-before-fence": Mutation(_restore_before_fence, _OVERLAP),
     "acknowledge-before-read-back": Mutation(_acknowledge_before_read_back),
-    "guard-only-at-start": Mutation(_guard_only_at_start, ("settings change",)),
-    "owners-forgotten": Mutation(_owners_forgotten, ("members of groups untold",)),
-    "bad-record-closes-partition": Mutation(_bad_record_closes_partition, ("a stranger's committed record",)),
-    "any-rewind-empties-the-view": Mutation(_any_rewind_empties_the_view, ("a tool sets a group",)),
-    "state-ahead-of-log": Mutation(_state_ahead_of_log, ("answers lost", "late repeats", "kill a broker")),
+    "guard-only-at-start": Mutation(_guard_only_at_start, Focus(("settings change",), calm=True)),
+    "owners-forgotten": Mutation(_owners_forgotten, Focus(("members of groups untold",), calm=True)),
+    "bad-record-closes-partition": Mutation(_bad_record_closes_partition, Focus(("a stranger's committed record",))),
+    "loss-overlooked": Mutation(_loss_overlooked, Focus(("the log loses its tail",))),
+    "memory-forgotten": Mutation(_memory_forgotten, Focus(("the log loses its tail",))),
+    "append-to-a-shorter-log": Mutation(_append_to_a_shorter_log, _LOSS),
+    "repeat-is-a-contradiction": Mutation(_repeat_is_a_contradiction, Focus(("a mirror repeats", "kill a gateway"))),
+    "any-rewind-empties-the-view": Mutation(_any_rewind_empties_the_view, Focus(("a tool sets a group",))),
+    "state-ahead-of-log": Mutation(_state_ahead_of_log, Focus(("answers lost", "late repeats", "kill a broker"))),
 }

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Seque
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 from uuid import UUID
@@ -23,14 +24,16 @@ from services.core.access import EVERYTHING, Grants
 from services.core.commands import Command
 from services.core.limits import Limits
 from services.log.kafka.log import KafkaLog
+from services.log.kafka.topic import partition_of
 from services.log.kafka.writer import KafkaWriter
 from services.log.port import PackageExtent
 from services.log.records import Confirmation
+from services.log.state.state_file import ForeignStateError, LogPartition, StateFile, StateFileError
 from services.views.engine import apply, checkpoints, generations
 from services.views.engine.checkpoints import Checkpoint, LastRecord, StaleCheckpointError
 from services.views.engine.source import EventBatch
 from services.views.projections import projection_named
-from tests.simulation.checker import Checker
+from tests.simulation.checker import STORE, Checker, Evidence
 from tests.simulation.kafka import Cluster
 from tests.simulation.scheduler import Process, Scheduler
 
@@ -39,6 +42,7 @@ _T = TypeVar("_T")
 LIMITS = Limits(inline_manifest_bytes=6_000)
 """Manifests of a few files are large already, so that they are made beside the partition."""
 
+TOPIC = "sim.events"
 PROJECTION = "registry"
 
 GUARD_SECONDS = 60.0
@@ -68,11 +72,63 @@ class Stage:
     """Whether an operator's tool has set a projection's whole group to the log's start."""
     foreign_offset: bool = False
     """Whether such a tool has set a part of it, to wherever."""
+    store: Store | None = None
+    """Where writers leave snapshots, if they do."""
+    losses: dict[int, int] = field(default_factory=dict)
+    """By partition, how often it has lost what was acknowledged."""
+    views_behind_loss: bool = False
+    """Whether the views may still have what the log has lost."""
+    operator: Process | None = None
+
+    def is_kept(self, found: Evidence) -> bool:
+        """Whether evidence of a loss is still where it was."""
+        if not isinstance(found.holder, str):
+            return True
+        holder = self.store if found.holder == STORE else next(g for g in self.gateways if g.name == found.holder)
+        remembered = holder.remembered(found.partition) if holder is not None else []
+        return any(log == found.log and offset >= found.offset for log, offset in remembered)
+
+    def losses_of(self, package_id: UUID) -> int:
+        """As `losses`, of the package's partition."""
+        return self.losses.get(partition_of(package_id, len(self.cluster.partitions)), 0)
 
     @property
     def calm_seconds(self) -> float:
         """For how long no fault has begun or ended."""
         return self.scheduler.now - self.disturbed
+
+
+class Store:
+    """The blob store, as far as snapshots need it. It never fails."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.objects: dict[str, bytes] = {}
+        self._scheduler = scheduler
+
+    async def put_object(self, key: str, data: bytes) -> None:
+        await self._pause()
+        self.objects[key] = data
+        await self._pause()
+
+    async def get_object(self, key: str) -> bytes | None:
+        await self._pause()
+        return self.objects.get(key)
+
+    async def list_objects(self, prefix: str) -> list[str]:
+        await self._pause()
+        return sorted(key for key in self.objects if key.startswith(prefix))
+
+    async def delete_object(self, key: str) -> None:
+        await self._pause()
+        self.objects.pop(key, None)
+
+    def remembered(self, partition: int) -> list[tuple[UUID, int]]:
+        """Of the witnesses of a partition: the log, and the offset of the record that it had last."""
+        names = [key.rpartition("/")[2] for key in self.objects if f"witnesses/{TOPIC}/{partition}/" in key]
+        return [(UUID(log), int(place) - 1) for place, _, log, _ in (name.split("-") for name in names)]
+
+    async def _pause(self) -> None:
+        await asyncio.sleep(self._scheduler.rng.random() * 0.01)
 
 
 class Gateway:
@@ -92,6 +148,31 @@ class Gateway:
     def running(self) -> bool:
         return self.process.alive
 
+    def remembered(self, partition: int) -> list[tuple[UUID, int]]:
+        """Of the state files of a partition: the log, and the offset of the record that they stand on."""
+        origin = LogPartition(self._stage.cluster.identity, TOPIC, partition)
+        found = []
+        with TemporaryDirectory(dir=self._stage.folder) as folder:
+            for path in sorted(self._state_dir.glob(f"{TOPIC}-{partition}.*db*")):
+                shutil.copy(path, folder)
+            for path in sorted(Path(folder).glob("*.db")):
+                try:
+                    file = StateFile.open(path, origin)
+                except ForeignStateError as error:
+                    found.append((error.log, error.anchor.next_offset - 1))
+                except StateFileError:
+                    continue
+                else:
+                    found.append((origin.identity, file.anchor.next_offset - 1))
+                    file.close()
+        return found
+
+    def has_read(self, partition: int) -> int:
+        """The offset of the record that its writer has read last; -1 while it serves nothing there."""
+        writers: Any = getattr(self.writer, "_writers", {}) if self.running else {}
+        state = getattr(writers.get(partition), "_state", None)
+        return -1 if state is None else int(state.next_offset) - 1
+
     @property
     def _state_dir(self) -> Path:
         return self._stage.folder / f"{self.name}-{self._starts}"
@@ -104,6 +185,9 @@ class Gateway:
         self._starts += 1
         if left.exists() and not empty_disk:
             left.rename(self._state_dir)
+        if empty_disk:
+            checker = self._stage.checker
+            checker.evidence = [found for found in checker.evidence if found.holder != self.name]
         self.process = process = Process(self._stage.scheduler, self.name)
         process.clock_ahead = self.clock_ahead
         process.loop.create_task(self._serve(process), name=self.name)
@@ -120,6 +204,7 @@ class Gateway:
             clock=process.wall_clock,
             forwarder=Forwarding(self._stage, process),
             internal_url=self.url,
+            snapshots=self._stage.store,
         )
         while True:
             try:
@@ -289,6 +374,12 @@ class Database:
     resets: int = 0
     max_parked: int | None = None
 
+    def empty(self) -> None:
+        """Let the view begin again, as a replay does."""
+        self.generation = UUID(int=self.stage.scheduler.rng.getrandbits(128), version=4)
+        self.log = None
+        self.offsets, self.last, self.packages = {}, {}, {}
+
     @asynccontextmanager
     async def reading(self, **_: object) -> AsyncIterator[Any]:
         await self.pause()
@@ -317,8 +408,10 @@ async def _apply(views: Database, _: object, batch: EventBatch) -> Checkpoint:
         views.offsets.get(p, 0) != expected.get(p, 0) for p in batch.ends
     ):
         raise StaleCheckpointError("the view does not stand there")
+    repeated = views.stage.checker.repeated
     for record in batch.records:
-        _fold(views, decode(record.value))
+        if record.offset not in repeated[record.partition]:
+            _fold(views, decode(record.value))
     views.offsets.update(batch.ends)
     views.last.update({p: LastRecord.of(record) for p, record in batch.last_records().items()})
     await views.pause()  # the answer to the commit
@@ -341,9 +434,7 @@ async def _reset(views: Database, _: object, *, expected: UUID | None = None, **
         raise StaleCheckpointError("the view was reset meanwhile")
     if not views.stage.whole_reset:
         views.stage.checker.broken("a view was emptied, although nobody has set its whole group to the log's start")
-    views.generation = UUID(int=views.stage.scheduler.rng.getrandbits(128), version=4)
-    views.log = None
-    views.offsets, views.last, views.packages = {}, {}, {}
+    views.empty()
     views.resets += 1
     return views.generation
 

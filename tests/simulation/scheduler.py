@@ -15,6 +15,7 @@ import concurrent.futures
 import contextvars
 import gc
 import random
+import secrets
 import sys
 import threading
 import time as real_time
@@ -48,6 +49,8 @@ class Process:
     def __init__(self, scheduler: Scheduler, name: str) -> None:
         self.name = name
         self.number = scheduler.next_number()
+        self.nearest = self.number
+        """Which broker it asks first, among those that there are."""
         self.alive = True
         self.frozen_until = 0.0
         self.clock_ahead = 0.0
@@ -655,6 +658,16 @@ class _Random:
         return getattr(_scheduler().rng, name)
 
 
+class _Secrets:
+    """In place of the module `secrets`."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(secrets, name)
+
+    def token_hex(self, count: int) -> str:
+        return _scheduler().rng.randbytes(count).hex()
+
+
 _current: list[Scheduler] = []
 
 
@@ -666,6 +679,7 @@ _STAND_INS: tuple[tuple[object, object], ...] = (
     (real_time, _Time()),
     (asyncio, _Asyncio()),
     (random, _Random()),
+    (secrets, _Secrets()),
     (threading.Thread, Thread),
     (threading.Event, Event),
     (threading.Lock, Lock),

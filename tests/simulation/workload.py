@@ -30,6 +30,10 @@ _PATIENCE_SECONDS = 20.0
 """How long a client waits for one answer."""
 
 
+class _PackageLostError(Exception):
+    """The log has lost events of the package: whoever fills it begins another one."""
+
+
 class Client:
     """One client, which works until `stop` is set and then finishes what it has begun."""
 
@@ -44,37 +48,45 @@ class Client:
         self._think_seconds = think_seconds
         self._rng = stage.scheduler.rng
         self._made: list[tuple[Command, Acknowledgement]] = []
+        self._losses: dict[UUID, int] = {}
+        """By package, how often its partition had lost something when it was begun."""
 
     async def work(self) -> None:
         """Fill one package after the other."""
         while not self.stop:
-            package_id = await self._create()
-            files = self._rng.choice((0, 1, 2, 3, 5, 8))
-            first = self._ingest(package_id, 0) if files else None
-            for number in range(files):
-                command = first if number == 0 and first is not None else self._ingest(package_id, number)
-                if self._rng.random() < 0.3:
-                    await self._ask(command)
-                await self._settled(command)
-                await self._look_back(package_id)
-                await asyncio.sleep(self._think_seconds * self._rng.random())
-            if self._rng.random() < 0.8:
-                finalize = FinalizePackage(package_id, self._id(), self._actor)
-                if self._rng.random() < 0.1:  # two of them at a time: one wins
-                    await asyncio.gather(
-                        self._settled(finalize, may_fail=True),
-                        self._settled(replace(finalize, command_id=self._id()), may_fail=True),
-                    )
-                else:
-                    await self._settled(finalize)
-                if first is not None and self._rng.random() < 0.2:
-                    late = replace(first, command_id=self._id())
-                    await self._settled(late, may_fail=True)
+            with suppress(_PackageLostError):
+                await self._fill_one()
         self.done = True
+
+    async def _fill_one(self) -> None:
+        """One package, from its creation to its finalization."""
+        package_id = await self._create()
+        files = self._rng.choice((0, 1, 2, 3, 5, 8))
+        first = self._ingest(package_id, 0) if files else None
+        for number in range(files):
+            command = first if number == 0 and first is not None else self._ingest(package_id, number)
+            if self._rng.random() < 0.3:
+                await self._ask(command)
+            await self._settled(command)
+            await self._look_back(package_id)
+            await asyncio.sleep(self._think_seconds * self._rng.random())
+        if self._rng.random() < 0.8:
+            finalize = FinalizePackage(package_id, self._id(), self._actor)
+            if self._rng.random() < 0.1:  # two of them at a time: one wins
+                await asyncio.gather(
+                    self._settled(finalize, may_fail=True),
+                    self._settled(replace(finalize, command_id=self._id()), may_fail=True),
+                )
+            else:
+                await self._settled(finalize)
+            if first is not None and self._rng.random() < 0.2:
+                late = replace(first, command_id=self._id())
+                await self._settled(late, may_fail=True)
 
     async def _create(self) -> UUID:
         command_id = self._id()
         package_id = identifiers.package_id(self._actor, command_id)
+        self._losses[package_id] = self._stage.losses_of(package_id)
         command = CreatePackage(
             package_id, command_id, self._actor, "run", "lab", "sample", self._rng.choice(("report", "scratch")), "{}"
         )
@@ -88,6 +100,8 @@ class Client:
         if not self._made or self._rng.random() < 0.6:
             return
         command, answer = self._rng.choice(self._made[-20:])
+        if self._is_lost(command.package_id):
+            return
         again = await self._settled(command)
         if again != answer:
             self._stage.checker.broken(f"command {command.command_id} was answered in two ways")
@@ -99,11 +113,11 @@ class Client:
         """The proven end of a partition lies behind all that was in it before the question."""
         gateway, checker = self._rng.choice(self._stage.gateways), self._stage.checker
         partition = self._rng.randrange(len(self._stage.cluster.partitions))
-        least = checker.end(partition)
+        least, losses = checker.end(partition), self._stage.losses.get(partition, 0)
         with suppress(UnavailableError, PushBackError, TimeoutError, CorruptError):
             async with asyncio.timeout(_PATIENCE_SECONDS):
                 end = await call(self._stage, self._process, gateway.process, lambda: gateway.end(partition))
-            if end < least:
+            if end < least and losses == self._stage.losses.get(partition, 0):
                 checker.broken(f"partition {partition} was said to end at {end}; it had events up to {least} before")
 
     async def _settled(self, command: Command, *, may_fail: bool = False) -> Acknowledgement | None:
@@ -123,14 +137,16 @@ class Client:
                 self._refused(command, error, expected=expected, may_fail=may_fail)
                 return None
             except LogLostError as error:
-                checker.broken(f"a writer takes the log for cut short: {error.detail}")
+                if not self._stage.losses_of(command.package_id):
+                    checker.broken(f"a writer takes the log for cut short: {error.detail}")
             except PushBackError:
                 pass
             except UnavailableError as error:
                 in_doubt = True
                 self._excuse(began, error)
             except ArtifactStoreError as error:
-                if not self._stage.bad_records:
+                lost = isinstance(error, CorruptError) and self._stage.losses_of(command.package_id)
+                if not self._stage.bad_records and not lost:
                     checker.broken(f"{type(error).__name__}: {error.detail}")
                     return None
             else:
@@ -146,6 +162,16 @@ class Client:
                 return await call(self._stage, self._process, gateway.process, lambda: gateway.submit(command))
         except TimeoutError:
             raise UnavailableError("no answer in time") from None
+        finally:
+            self._require_whole(command.package_id)
+
+    def _is_lost(self, package_id: UUID) -> bool:
+        """Whether its partition has lost something since the package was begun."""
+        return self._losses[package_id] != self._stage.losses_of(package_id)
+
+    def _require_whole(self, package_id: UUID) -> None:
+        if self._is_lost(package_id):
+            raise _PackageLostError
 
     def _excuse(self, began: float, error: UnavailableError) -> None:
         """While nobody says who the members are, commands still find the owner that was known."""
@@ -184,11 +210,13 @@ class Client:
         except (UnavailableError, PushBackError, TimeoutError, CorruptError):
             return
         except PackageNotFoundError:
+            self._require_whole(command.package_id)
             if expected:
                 checker.broken(f"package {command.package_id} is in the log, and was not found")
         except (IllegalPackageStateError, DuplicateRelativePathError) as error:
             checker.broken(f"a new file of package {command.package_id} was refused: {error.detail}")
         else:
+            self._require_whole(command.package_id)
             if not checker.exists(command.package_id):
                 checker.broken(f"package {command.package_id} was found, and is not in the log")
 
