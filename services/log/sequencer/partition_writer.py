@@ -20,7 +20,14 @@ from types import TracebackType
 from typing import Any
 from uuid import UUID
 
-from artifact_store.errors import ArtifactStoreError, CorruptError, PushBackError, RejectedError, UnavailableError
+from artifact_store.errors import (
+    ArtifactStoreError,
+    CorruptError,
+    LogIdentityError,
+    PushBackError,
+    RejectedError,
+    UnavailableError,
+)
 from artifact_store.models import Acknowledgement
 from schemas.identifiers import partition_id
 from schemas.runs import encode_all
@@ -245,7 +252,10 @@ class PartitionWriter:
         self._note(error)
         if isinstance(error, HeldError) and error.own_clock and not self._stop.is_set():
             self._complain()
-        if (answer := refused(error)) is not None:
+        # A log that contradicts a lease which has served may have lost events: the next take-over says which, or raises
+        # the same again.
+        contradicted = isinstance(error, CorruptError) and not isinstance(error, LogIdentityError)
+        if (answer := refused(error)) is not None and not (served and contradicted):
             self._refuse_all(*answer)
             self._went_well()
         elif served:
