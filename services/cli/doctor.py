@@ -26,6 +26,7 @@ _ADDRESSES = {
     "log": "ARTIFACT_STORE_LOG_URL",
     "blobs": "ARTIFACT_STORE_BLOBS_URL",
     "views": "ARTIFACT_STORE_VIEWS_URL",
+    "groups": "ARTIFACT_STORE_LOG_URL",
     "identity": "ARTIFACT_STORE_POLICY",
     "gateway": "ARTIFACT_STORE_URL",
 }
@@ -43,7 +44,10 @@ class Finding:
 @click.command()
 @common_options(shown=("log_url", "blobs_url", "views_url", "url"))
 def doctor() -> None:
-    """Look at settings, log, blobs, views and disk; say what is wrong and what mends it. Exit code 1 if anything is."""
+    """Look at settings, log, blobs, views, groups and disk; say what is wrong and what mends it.
+
+    Exit code 1 if anything is wrong.
+    """
     findings = run(_examine())
     if invocation().as_json:
         answer({"ok": all(f.ok for f in findings), "findings": [asdict(f) for f in findings]})
@@ -73,6 +77,8 @@ async def _examine() -> list[Finding]:
         _looked("views", lambda: _views(settings)),
         _looked("identity", lambda: _identity(settings)),
     )
+    if all(finding.ok for finding in findings):  # without log or views there is nothing to compare
+        findings.append(await _looked("groups", lambda: _groups(settings)))
     if settings.url is not None:
         findings.append(await _looked("gateway", lambda: _gateway(settings)))
     return [*findings, _disk(settings)]
@@ -116,8 +122,8 @@ async def _log(settings: Settings) -> str | None:
             return "not there yet; the first command that writes makes it"
         await log.check()
         for writer in await writers(log, settings) or ():
-            if writer["bad_record"] is not None or writer["lost_record"] is not None:
-                raise CorruptError(writer["trouble"])
+            if writer["trouble"] is not None:
+                raise CorruptError(f"partition {writer['partition']} takes no writes: {writer['trouble']}")
         return f"{await log.partitions()} partitions, id {await log.identity()}"
     finally:
         await log.close()
@@ -151,6 +157,27 @@ async def _views(settings: Settings) -> str | None:
         return ", ".join([views.dialect, *await _builds(views)])
     finally:
         await views.close()
+
+
+async def _groups(settings: Settings) -> str | None:
+    """Offsets that other tools have set for projectors' groups. Raises CorruptError when a projector stops for them."""
+    from artifact_store.position import Position
+    from services.cli.command import log_and_views
+    from services.cli.status import group_note
+    from services.views.projections import PROJECTIONS
+    from services.views.queries import Queries
+
+    files = [url for url in (settings.log_url, settings.views_url) if url.startswith("sqlite")]
+    if not all(_sqlite_file(url).exists() for url in files):
+        return "not there yet"
+    notes = []
+    async with log_and_views() as (log, views):
+        stands = Position(await log.identity(), {})
+        for name in PROJECTIONS:
+            position = await Queries(views).checkpoint(name)
+            if (note := await group_note(log, name, position or stands)) is not None:
+                notes.append(f"{name}: {note}")
+    return "; ".join(notes) or None
 
 
 async def _builds(views: Views) -> list[str]:

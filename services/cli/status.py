@@ -91,15 +91,24 @@ async def _status() -> dict[str, Any]:
 
 
 async def _group(log: Log, name: str, stands: Position) -> str | None:
-    """What the next projector does because of offsets that other tools have set for its group; None: nothing."""
+    """As `group_note`, with what stops the projector as a text like any other."""
     from artifact_store.errors import CorruptError
-    from services.views.engine.checkpoints import folds_again
 
     try:
-        if folds_again(name, await log.committed(name), stands, range(await log.partitions())):
-            return "the group was reset to the log's start: a projector empties the view and folds it again"
+        return await group_note(log, name, stands)
     except CorruptError as error:
         return error.detail
+
+
+async def group_note(log: Log, name: str, stands: Position) -> str | None:
+    """What the next projector does because other tools have reset its group to the log's start; None: nothing.
+
+    Raises CorruptError: they have set it to another offset, which stops the projector.
+    """
+    from services.views.engine.checkpoints import folds_again
+
+    if folds_again(name, await log.committed(name), stands, range(await log.partitions())):
+        return "the group was reset to the log's start: a projector empties the view and folds it again"
     return None
 
 

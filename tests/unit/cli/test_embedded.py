@@ -224,6 +224,10 @@ def test_status_says_what_a_projector_does_about_a_group_that_other_tools_have_s
     assert text in found.pop("registry")
     assert set(found.values()) == {None}
     assert text in run("status").stdout
+    doctor = json.loads(run("doctor", "--json", code=1 if offset else 0).stdout)
+    (groups,) = (finding for finding in doctor["findings"] if finding["part"] == "groups")
+    assert groups["ok"] is (offset == 0)
+    assert text in groups["cause"]
 
     run("replay", "registry")
     assert {p["group"] for p in json.loads(run("status", "--json").stdout)["projections"]} == {None}
@@ -234,7 +238,7 @@ def test_doctor_finds_nothing_wrong_before_and_after_the_parts_are_made(run: Run
     run("push", tree, *ABOUT)
     found = json.loads(run("doctor", "--json").stdout)
     assert {finding["part"] for finding in found["findings"]} == {
-        *("python", "settings", "identity", "log", "blobs", "views", "disk"),
+        *("python", "settings", "identity", "log", "blobs", "views", "groups", "disk"),
     }
 
 
