@@ -104,7 +104,9 @@ class DirectRegistry(Registry):
             return self
         found = copy.copy(self)
         found._grants = principal.grants
-        found._uploads = self.uploads.for_caller(found.check_ingest, found._record_upload, found._may_write)
+        found._uploads = self.uploads.for_caller(
+            principal.actor, found.check_ingest, found._record_upload, found._may_write
+        )
         found._readable = principal.scope(Right.READ)
         found._queries = self._queries.within(found._readable)
         return found

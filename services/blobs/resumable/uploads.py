@@ -90,6 +90,8 @@ class ResumableUploads:
         self._blobs = blobs
         self._check = check
         self._record = record
+        self._actor: str | None = None
+        """Whose uploads alone are there; None: everybody's."""
         self._may_write: MayWrite | None = None
         self._clock = clock or blobs.clock.now
         self._hold = timedelta(seconds=hold_seconds)
@@ -99,10 +101,10 @@ class ResumableUploads:
         self.longest = min(max_file_bytes, self._parts.longest)
         """Most bytes that an upload may have."""
 
-    def for_caller(self, check: CheckIngest, record: Record, may_write: MayWrite) -> ResumableUploads:
-        """The same uploads, for a caller to whom only those are there to whose packages they may write."""
+    def for_caller(self, actor: str, check: CheckIngest, record: Record, may_write: MayWrite) -> ResumableUploads:
+        """The same uploads for a caller who sees only their own, and only while they may write to the package."""
         found = copy.copy(self)
-        found._check, found._record, found._may_write = check, record, may_write
+        found._actor, found._check, found._record, found._may_write = actor, check, record, may_write
         return found
 
     async def create(self, new: NewUpload) -> UploadState:
@@ -300,6 +302,8 @@ class ResumableUploads:
         # Before it is looked for: who may not write to the package is told the same whether it is there or not.
         visible = token is not None or self._may_write is None or await self._may_write(package_id)
         state = await self._alive(upload_id) if visible else None
+        if state is not None and self._actor is not None and state.actor != self._actor:
+            state = None  # its event would name an actor who did not send these bytes
         if state is None or state.package_id != package_id or (token is not None and state.token != token):
             raise UploadNotFoundError(
                 f"package {package_id} has no upload {upload_id}: it expired, was ended or was refused; begin a new one"

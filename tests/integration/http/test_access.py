@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from dataclasses import replace
 from uuid import uuid4
@@ -125,6 +126,28 @@ async def test_an_actor_may_not_be_another_than_the_sender(embedded_settings: Se
         async with gateway.session.get("/v1/events", headers=bearer("reader")) as answer:
             (line,) = (await answer.text()).splitlines()
         assert json.loads(line)["actor"] == "ci:writer"
+
+
+async def test_an_upload_takes_no_bytes_of_another_sender(embedded_settings: Settings) -> None:
+    """Both may write to the package; the event of the file names who began the upload."""
+    tokens = Tokens(ada=principal("ada", Right.WRITE), bob=principal("bob", Right.WRITE))
+    package = {"name": "n", "producer": "p", "subject": "s", "retention_class": "scratch"}
+    tus = {"Tus-Resumable": "1.0.0"}
+    async with running_gateway(embedded_settings, authenticate=tokens) as gateway:
+        async with gateway.session.post("/v1/packages", json=package, headers=bearer("ada")) as answer:
+            uploads = f"{answer.headers['Location']}/uploads"
+        begun = {**tus, **bearer("ada"), "Upload-Length": "2", "Upload-Metadata": f"relative_path {_base64('u')}"}
+        async with gateway.session.post(uploads, headers=begun) as answer:
+            assert answer.status == 201, await answer.text()
+            upload = answer.headers["Location"]
+        part = {**tus, "Upload-Offset": "0", "Content-Type": "application/offset+octet-stream"}
+        for token, expected in (("bob", 404), ("ada", 204)):
+            async with gateway.session.patch(upload, data=b"ok", headers={**part, **bearer(token)}) as answer:
+                assert answer.status == expected, await answer.text()
+
+
+def _base64(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
 
 
 async def test_everyone_with_a_token_learns_who_they_are(embedded_settings: Settings) -> None:
