@@ -19,7 +19,7 @@ class Right(StrEnum):
     WRITE = "write"
     """Create packages, ingest files, finalize."""
     DELEGATE = "delegate"
-    """Name another actor."""
+    """Act under another actor's name. Nothing uses it yet."""
     DISPOSE = "dispose"
     """Hold, release, expire, restore."""
     SUBSCRIBE = "subscribe"
@@ -27,7 +27,7 @@ class Right(StrEnum):
 
 
 def matches(pattern: str, value: str) -> bool:
-    """Whether `value` has the form of `pattern`, in which `*` stands for any text and all else for itself."""
+    """Whether `value` matches `pattern`: `*` matches any text, every other character only itself."""
     return _compiled(pattern).fullmatch(value) is not None
 
 
@@ -37,8 +37,8 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     if not others:
         return re.compile(first)
     *between, last = others
-    # Each text between two stars may be taken where it comes first. Atomic groups never try another place, which
-    # would take time in a power of the text's length.
+    # It is enough to match each text between two stars where it first occurs. Atomic groups never try another place:
+    # backtracking would take time in a power of the text's length.
     return re.compile(first + "".join(f"(?>.*?{text})" for text in between) + ".*" + last, re.DOTALL)
 
 
@@ -76,7 +76,7 @@ class Scope:
 
     @property
     def everywhere(self) -> bool:
-        """Whether the right holds for every package there may be."""
+        """Whether the right holds for every possible package."""
         return any("*" in packages.producers and "*" in packages.subjects for packages in self.packages)
 
     def __bool__(self) -> bool:
@@ -96,11 +96,13 @@ def scope(grants: Grants, right: Right) -> Scope:
 
 
 def require(grants: Grants, right: Right, package_id: UUID, origin: tuple[str, str] | None) -> None:
-    """Raise unless the grants give the right for a package of this producer and subject; None: there is no package.
+    """Raise unless the grants give the right on the package.
+
+    `origin` is its producer and subject; None if there is no such package.
 
     Raises:
-        PackageNotFoundError: there is none, or none that may be known of, because it may not even be read.
-        ForbiddenError: the package may be read, but the right is missing.
+        PackageNotFoundError: there is no such package, or the caller may not even read it.
+        ForbiddenError: the caller may read the package, but lacks the right.
     """
     if origin is not None and scope(grants, right).includes(*origin):
         return
@@ -119,11 +121,11 @@ class Principal:
     """Who asks, and what they may do. `expires_at` is when their token ends, in seconds since 1970."""
 
     actor: str
-    """What events name them by: the alias of their issuer, a colon, and their subject there."""
+    """Their name in events: the alias of their issuer, a colon, and their subject at that issuer."""
     grants: Grants
     expires_at: float | None = None
     local: bool = False
-    """Whether nothing proved who they are: they use this machine, and may act under any name."""
+    """Whether they are an unauthenticated user of this machine, who may act under any name."""
 
     def may(self, right: Right) -> bool:
         """Whether they have the right for any package at all."""

@@ -1,6 +1,6 @@
-"""Commands: requests that become events or a rejection, and the acknowledgement of what they became.
+"""Commands: what callers ask the registry to write. `decide` turns each into events or rejects it.
 
-`grants` are the rights of whoever sends the command, which the package's writer checks.
+`grants` are the sender's rights. The package's writer checks them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class IngestFiles:
 
 @dataclass(frozen=True, slots=True)
 class IngestTogether:
-    """New commands that add files to one package, decided as one: all of them or none."""
+    """Several commands that add files to one package, decided together: all or none. None of them may be a retry."""
 
     package_id: UUID
     commands: tuple[IngestFiles, ...]

@@ -1,4 +1,8 @@
-"""decide: which events a command becomes, given the state of its package; and the answer once it has become them."""
+"""decide: which events a command becomes, given the state of its package.
+
+Also the answer to a command that has become its events (`acknowledge`), and the check before an upload
+(`check_ingest`).
+"""
 
 from __future__ import annotations
 
@@ -43,14 +47,15 @@ from services.core.state import ABANDONED, CREATED, CommandState, PackageState, 
 
 
 def decide(state: PackageState | None, command: Command | IngestTogether, now: int, limits: Limits) -> Sequence[Event]:
-    """Decide which events the command becomes; `now` in µs since 1970, not before the partition's last event.
+    """Return the events that the command becomes. `now` is in µs since 1970, not before the partition's last event.
 
-    A command whose events the package has already is a retry and becomes nothing. If the package has some of them, the
-    command becomes the rest. Events with a `claim_check` wait until it is stored.
+    A retry, whose events the package already has, becomes no events. If the package has only some of them, the command
+    becomes the rest. If the events need a manifest in the blob store (see `claim_check`), store it before appending.
 
     Raises:
-        RejectedError: one of its classes; nothing is recorded. ValueError: no record can hold a file's values.
-        PushBackError: another command of the package is unfinished.
+        RejectedError: one of its subclasses; nothing is recorded.
+        PushBackError: only a part of another command of the package is recorded so far.
+        ValueError: a file has a value that no record can hold.
     """
     if isinstance(command, IngestTogether):
         return _ingest_together(state, command, now, limits)
@@ -69,7 +74,7 @@ def decide(state: PackageState | None, command: Command | IngestTogether, now: i
 
 
 class FromSomebody(Protocol):
-    """A command or a question about a package, with the rights of whoever sends it."""
+    """A command or a question about a package, with its sender's rights."""
 
     @property
     def package_id(self) -> UUID:
@@ -84,8 +89,8 @@ def require_write(state: PackageState | None, asked: FromSomebody) -> None:
     """Raise unless the sender may write to the package.
 
     Raises:
-        ForbiddenError: they may not create a package of this producer and subject, or may only read this one.
-        PackageNotFoundError: they may not know whether there is such a package.
+        ForbiddenError: the sender may not create packages of this producer and subject, or may only read this package.
+        PackageNotFoundError: the sender may not even learn whether there is such a package.
     """
     if asked.grants is EVERYTHING:
         return
@@ -98,7 +103,7 @@ def require_write(state: PackageState | None, asked: FromSomebody) -> None:
 
 
 def claim_check(state: PackageState, events: Sequence[Event]) -> bytes | None:
-    """The manifest that must be durable under its key before these events are appended; None if they need none."""
+    """The manifest to store under its content key before these events are appended; None if they need none."""
     last = None if isinstance(events, FileRun) or not events else events[-1]
     if last is not None and isinstance(last.payload, PackageFinalized) and last.payload.manifest is None:
         return manifest_of(state, last.created_at)
@@ -106,7 +111,7 @@ def claim_check(state: PackageState, events: Sequence[Event]) -> bytes | None:
 
 
 def acknowledge(state: PackageState, command: Command) -> Acknowledgement:
-    """The answer to a command all of whose events the state holds."""
+    """The answer to a command whose events are all in the state."""
     done = state.commands[command.command_id]
     last = command.package_id, done.last_sequence, done.last_digest
     match command:
@@ -125,10 +130,10 @@ def check_ingest(
     now: int,
     limits: Limits,
 ) -> str:
-    """Raise what `decide` would for files of these paths, before any byte of them is read.
+    """Raise what `decide` would raise for files with these paths, before any byte of them is read.
 
-    A command id that the package knows passes: only the bytes can tell whether the request is the same. Returns the
-    package's retention class.
+    Returns the package's retention class. A command id that the package already has passes: whether this is the same
+    request, only the bytes can show.
     """
     if state is not None and command_id in state.commands:
         return state.created.retention_class
@@ -156,7 +161,7 @@ def _create(state: PackageState | None, command: CreatePackage, now: int, limits
 
 
 def _ingest_together(state: PackageState | None, together: IngestTogether, now: int, limits: Limits) -> Sequence[Event]:
-    """What the commands would become one after the other, if each of them is new."""
+    """The events that these commands would become one after the other. Each of them must be new."""
     for command in together.commands:
         require_write(state, command)
     opened = _require_open(state, together.package_id, None, now, limits)
@@ -168,7 +173,7 @@ def _ingest_together(state: PackageState | None, together: IngestTogether, now: 
 
 
 def _ingest(state: PackageState, commands: Sequence[IngestFiles], done: int, now: int, limits: Limits) -> FileRun:
-    """The events of the commands' files; of the only one, those after the first `done`."""
+    """The events for the commands' files. Of a single command, the first `done` files have theirs already."""
     parts = [
         CommandFiles(command.command_id, command.actor, done, len(command.files), command.files[done:])
         for command in commands
@@ -187,7 +192,7 @@ def _ingest(state: PackageState, commands: Sequence[IngestFiles], done: int, now
         _check_receipt(file)
     paths = [file.relative_path for file in files]
     _check_paths(state, paths, limits)
-    # The rest of a command that is torn was accepted with its first events, perhaps by older rules.
+    # The rest of a partly recorded command was accepted with its first events, perhaps under older rules.
     if not done:
         _check_tree(state, paths, limits)
     return FileRun.of_files(state.package_id, parts, sequence=state.sequence + 1, created_at=now, previous=state.digest)
@@ -198,9 +203,9 @@ _BLOB_KEY = re.compile(r"(?:blobs|uploads)(?:/[A-Za-z0-9_-][A-Za-z0-9._-]*)+")
 
 
 def _check_receipt(file: StoredFile) -> None:
-    """Raise InvalidRequestError for a receipt that no store of ours gives, whichever gateway sent it.
+    """Raise InvalidRequestError for a receipt that none of our stores issues: another gateway may have sent it.
 
-    Readers ask the store for what an event names: it must be a blob, and as long as the file.
+    Readers fetch whatever an event names, so it must be a blob, and exactly as long as the file.
     """
     if (
         len(file.key) > _MAX_KEY_CHARACTERS
@@ -233,7 +238,7 @@ def _finalize(state: PackageState, command: FinalizePackage, now: int, limits: L
 def _only_event(
     command: Command, payload: PackageCreated | PackageFinalized, digest: bytes, now: int, state: PackageState | None
 ) -> list[Event]:
-    """The event that the command becomes, after those of the state; `digest` is the payload's."""
+    """The one event that the command becomes, the next one after `state`. `digest` is the digest of the payload."""
     sequence, previous = (1, NO_DIGEST) if state is None else (state.sequence + 1, state.digest)
     return [
         Event(
@@ -254,7 +259,7 @@ def _only_event(
 
 
 def _require_whole(state: PackageState | None, command_id: UUID | None) -> None:
-    """Raise PushBackError while the package waits for the retry of another command, of which it has only a part."""
+    """Raise PushBackError while another command of the package is only partly recorded: its retry must come first."""
     if state is not None and state.unfinished not in (None, command_id):
         raise PushBackError(f"package {state.package_id} waits for the retry of a command that is not whole", 1.0)
 
@@ -262,7 +267,7 @@ def _require_whole(state: PackageState | None, command_id: UUID | None) -> None:
 def _require_open(
     state: PackageState | None, package_id: UUID, command_id: UUID | None, now: int, limits: Limits
 ) -> PackageState:
-    """The package, for this command, which it does not know."""
+    """The package, if it takes this command, which is new to it. Raises RejectedError."""
     if state is None:
         raise no_package(package_id)
     if state.status == ABANDONED or (state.status == CREATED and now - state.last_event_at > limits.max_idle_micros):
@@ -275,7 +280,7 @@ def _require_open(
 
 
 def _expired(state: PackageState, command_id: UUID) -> AnswerExpiredError:
-    """What is known when a command may be a retry of one that the package has forgotten."""
+    """The error for a command that may be a retry of one whose answer is no longer kept."""
     package_id, manifest = state.package_id, ContentAddress.of_digest(state.manifest_digest or NO_DIGEST)
     return AnswerExpiredError(
         f"package {package_id} was finalized more than {ANSWERS_KEPT_MICROS // 3_600_000_000} hours ago, with the "
@@ -326,7 +331,10 @@ def _check_tree(state: PackageState, relative_paths: Sequence[str], limits: Limi
 
 
 def _known(state: PackageState, command: Command) -> CommandState | None:
-    """What the command has become before, once it is sure that it was the same request."""
+    """What an earlier try of the command has become; None if there was none.
+
+    Raises CommandReusedError: the earlier try was a different request.
+    """
     known = state.commands.get(command.command_id)
     if known is None:
         return None
@@ -347,10 +355,10 @@ def _known(state: PackageState, command: Command) -> CommandState | None:
 
 
 def _same_files(state: PackageState, known: CommandState, command: IngestFiles) -> bool:
-    """Whether they are those of the command that is known, as far as it came."""
+    """Whether these are the files of the earlier try, as far as that was recorded."""
     try:
         items = [manifest_item(str(file_id), file) for file_id, file in _identified(command)]
-    except ValueError:  # they are such that no record can hold
+    except ValueError:  # no record can hold these values, so they were not recorded
         return False
     at = 0
     for answered in known.answered:
@@ -362,7 +370,7 @@ def _same_files(state: PackageState, known: CommandState, command: IngestFiles) 
 
 
 def _ingested(state: PackageState, done: CommandState, command: IngestFiles) -> tuple[IngestedFile, ...]:
-    """What became of the files of a command: its events follow each other."""
+    """The recorded files of a command. Its events are consecutive, so the last sequence gives all the others."""
     digests = [state.files[path].event_digest for path in done.paths]
     for answered in done.answered:
         joined = answered.event_digests

@@ -13,11 +13,11 @@ from services.core.state import CREATED, FINALIZED, CommandState, FileState, Pac
 
 
 def evolve(state: PackageState | None, event: Event | FileRun) -> PackageState:
-    """Apply the event; `state` is None before the first. The state is changed in place and returned.
+    """Apply the event to the state, which is changed in place and returned; None is the state before the first event.
 
     Raises:
         CorruptError: the event cannot follow the state: a gap in the sequence, a broken chain, an impossible order.
-            The state is as it was.
+            The state is unchanged.
     """
     if isinstance(event, Event) and isinstance(event.payload, FileIngested):
         event = FileRun.of(event, event.payload)
@@ -52,7 +52,7 @@ def evolve(state: PackageState | None, event: Event | FileRun) -> PackageState:
 
 
 def evolve_all(state: PackageState | None, events: Sequence[Event]) -> PackageState:
-    """The state after all of these events. Raises as `evolve`; ValueError without any event or state."""
+    """The state after all of these events. Raises as `evolve`; ValueError if there is neither an event nor a state."""
     for event in (events,) if isinstance(events, FileRun) else events:
         state = evolve(state, event)
     if state is None:
@@ -78,7 +78,7 @@ def _check_follows(state: PackageState, event: Event | FileRun) -> None:
 
 
 def _check_commands(state: PackageState, event: Event | FileRun, commands: Sequence[CommandFiles]) -> None:
-    """The events of a command follow each other, in their order."""
+    """Raise CorruptError unless the events of each command are consecutive and in order."""
     unfinished = state.unfinished
     for command in commands:
         known = state.commands.get(command.command_id)
@@ -106,12 +106,13 @@ def _add_files(state: PackageState, run: FileRun) -> None:
 
 
 def repeats(state: PackageState | None, event: Event) -> bool:
-    """Whether the package has the event already: its number is taken, and by this event as far as the state tells.
+    """Whether the package already has this event.
 
-    Of an open package the state tells it of every event, of a finalized one of the last.
+    It has an event with this sequence, and the two are compared as far as the state allows: for an open package that is
+    every event, for a finalized one only the last.
 
     Raises:
-        CorruptError: the number is that of another event, or none.
+        CorruptError: the package has another event with this sequence, or the sequence is below 1.
     """
     if state is None or event.sequence > state.sequence:
         return False

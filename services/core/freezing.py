@@ -1,4 +1,4 @@
-"""Freezing: the manifest of a package, which is made of what the state keeps of each file."""
+"""Freezing: builds the manifest of a package from the encoded items that the state keeps of each file."""
 
 from __future__ import annotations
 

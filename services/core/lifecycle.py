@@ -1,4 +1,8 @@
-"""Retention: the seeded classes, and how long a package must be kept, computed from events alone."""
+"""Retention: the seeded classes, and how long a package must be kept, computed from events alone.
+
+A new class is one more row in `RETENTION_CLASSES`; `artifact-store migrate` copies the rows into the views. Every
+package records the days of its class when it is created, so a changed number applies to later packages only.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ MICROS_PER_DAY = 86_400 * 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class RetentionClass:
-    """A seeded class. `days` None means for ever; an immutable class forbids early expiry."""
+    """A seeded class. `days` is None if its packages are kept for ever. An immutable class forbids early expiry."""
 
     name: str
     days: int | None
@@ -40,5 +44,5 @@ def retention_class(name: str) -> RetentionClass:
 
 
 def retain_until(counted_from: int, days: int | None) -> int | None:
-    """When a package may go: µs since 1970, `days` of 24 hours after `counted_from` (µs); None means never."""
+    """When a package may expire, in µs since 1970: `days` of 24 hours after `counted_from`; None means never."""
     return None if days is None else counted_from + days * MICROS_PER_DAY

@@ -1,4 +1,4 @@
-"""Limits that decide checks: how large a command's events may be."""
+"""The limits that `decide` enforces: sizes and counts, and how long packages and answers are kept."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from dataclasses import dataclass
 from artifact_store.rules import MAX_PATH_BYTES
 
 INLINE_MANIFEST_BYTES = 512 * 1024
-"""A manifest above this travels as a claim check."""
+"""A larger manifest is stored as a blob, and its event holds only the blob's key: a claim check."""
 
 EVENT_OVERHEAD_BYTES = 16 * 1024
 """Room for everything in an event but metadata or manifest: six texts of 256 characters, a path, digests, headers."""
 
-
 ANSWERS_KEPT_MICROS = 24 * 3600 * 1_000_000
-"""How long after its finalization a package's commands are known, by the time of the partition's newest event."""
-
+"""How long after a package's finalization retries of its commands are answered. The partition's newest event tells the
+time."""
 
 MAX_IDLE_MICROS = 365 * 24 * 3600 * 1_000_000
-"""How long after its last event an open package takes commands. Then a writer need not keep its files any more."""
+"""How long an open package takes commands after its last event. After that, the writer need not keep its files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +33,7 @@ class Limits:
 
     @property
     def max_folders_per_package(self) -> int:
-        """How many folders the files of a package may lie in: four for each file, and one path as deep as can be.
+        """How many folders the files of a package may lie in: four for each file, and those of one path at its deepest.
 
         The writer keeps the name of each folder, and a path of 1,024 bytes may have 511 of them.
         """

@@ -15,13 +15,13 @@ from schemas.runs import StoredFile
 CREATED = "created"
 FINALIZED = "finalized"
 ABANDONED = "abandoned"
-"""Of an open package whose files are not kept any more, because it takes no command: see `MAX_IDLE_MICROS`."""
+"""An open package that takes no more commands, so that its files are no longer kept here: see `MAX_IDLE_MICROS`."""
 
 
 class FileState(NamedTuple):
-    """What is kept of one file: its place in the chain and its two manifest items, ready encoded.
+    """What the state keeps of one file: its place in the chain, and its two manifest items, already encoded.
 
-    Keeping the encoded items spreads the cost of a manifest over the ingests, so that finalizing is a sort and a join.
+    Encoding them early spreads the cost of a manifest over the ingests: finalizing only sorts and joins.
     """
 
     sequence: int
@@ -60,7 +60,7 @@ def receipt_item(file_id: str, location_id: str, file: StoredFile) -> bytes:
 
 
 class Answered(NamedTuple):
-    """What is kept of files of a finalized package, for retries of their command: those of one command, in order."""
+    """What the state keeps of consecutive files of one command, once their package is finalized, to answer retries."""
 
     items_digest: bytes
     """BLAKE3 over their items in the manifest."""
@@ -70,9 +70,9 @@ class Answered(NamedTuple):
 
 @dataclass(slots=True)
 class CommandState:
-    """What a command has become so far: `done` of `count` events, the last of which is number `last_sequence`.
+    """What a command has become so far: `done` of `count` events, the last of which has the sequence `last_sequence`.
 
-    Its events follow each other: while one is not whole, no other of the package is taken.
+    The events of a command are consecutive: until it is complete, its package takes no other command.
     """
 
     event_type: str
@@ -83,7 +83,7 @@ class CommandState:
     last_digest: bytes = b""
     paths: list[str] = field(default_factory=list)
     answered: tuple[Answered, ...] = ()
-    """In place of `paths` and the package's files, once it is finalized and no longer in memory."""
+    """Replaces `paths`, and the package's `files`, once the package is finalized and no longer in memory."""
 
 
 @dataclass(slots=True)
@@ -103,15 +103,15 @@ class PackageState:
     total_bytes: int = 0
     manifest_digest: bytes | None = None
     unportable: Unportable | None = field(default=None, compare=False)
-    """What `find_unportable` found, once it was asked."""
+    """The result of `find_unportable`; None until it is called."""
     files: dict[str, FileState] = field(default_factory=dict)
     folders: set[str] = field(default_factory=set)
-    """The folders that the files lie in. They follow from `files`, which only `add_files` changes."""
+    """The folders that the files lie in, derived from `files`. Only `add_files` changes the two."""
     commands: dict[UUID, CommandState] = field(default_factory=dict)
     forgotten: bool = False
-    """Whether the package's commands are not known any more, because the time in which they are answered is over."""
+    """Whether the package's commands and files are no longer kept, because retries are no longer answered."""
     unfinished: UUID | None = None
-    """A command of which the log holds fewer events than it counts; only its retry is taken until it is whole."""
+    """The command that is only partly recorded, if there is one; until it is complete, only its retry is taken."""
 
     @property
     def entries(self) -> int:
@@ -119,13 +119,16 @@ class PackageState:
         return len(self.files) + len(self.folders) + len(self.commands)
 
     def add_files(self, paths: Sequence[str], files: Iterable[FileState]) -> None:
-        """Add files by their paths, with the folders that they lie in. Raises ValueError: they are not as many."""
+        """Add files by their paths, with the folders that they lie in.
+
+        Raises ValueError: there are not as many files as paths.
+        """
         self.files.update(zip(paths, files, strict=True))
         add_folders(self.folders, paths)
         self.unportable = None
 
     def remains(self) -> PackageState:
-        """What is kept of the package once its commands are not answered any more."""
+        """The package as it is kept once its commands are no longer answered: without files and commands."""
         return PackageState(
             self.package_id,
             self.created,
@@ -140,7 +143,7 @@ class PackageState:
         )
 
     def find_unportable(self) -> Unportable:
-        """What of its files cannot be unpacked everywhere; takes as long as `unportable`, the first time."""
+        """Which of its files cannot be unpacked on every system. Only the first call takes as long as `unportable`."""
         if self.unportable is None:
             self.unportable = unportable(self.files, self.folders)
         return self.unportable

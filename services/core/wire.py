@@ -1,9 +1,9 @@
-"""Commands, acknowledgements and errors as CBOR, for the way between two gateways of one deployment.
+"""Commands, acknowledgements and errors as CBOR, as the gateways of one deployment send them to each other.
 
-Not a public format, but a versioned one: gateways of two adjacent releases forward commands to each other while one is
-replaced by the other. A message has the values of its shape's fields in their order. A field that is added later has a
-default, and is left out of messages of the versions before it. A message of a version that the reader does not know is
-refused, never guessed at. Identifiers are CBOR tag 37 (binary UUID).
+The format is internal but versioned: during an upgrade, gateways of two adjacent releases forward commands to each
+other. A message is the list of the values of its class's fields, in order. A field that was added later has a default,
+and messages of earlier versions leave it out. A reader refuses a version that it does not know, and never guesses.
+Identifiers are CBOR tag 37 (binary UUID).
 """
 
 from __future__ import annotations
@@ -30,17 +30,20 @@ VERSION = 3
 """The newest version that this release reads and writes. Raise it when a field is added, and enter that in `_ADDED`."""
 
 OLDEST = 1
-"""The newest version that the previous release knows: for what is stored, and for gateways that have not answered."""
+"""The oldest version that this release reads and writes, which is the newest one that the previous release knows.
+
+Stored messages have this version, and so do messages to gateways that have not said yet which version they know.
+"""
 
 _ADDED: dict[tuple[str, str], int] = {
     ("Acknowledgement", "unportable_count"): 2,
     ("Acknowledgement", "unportable_paths"): 2,
     **{(command, "grants"): 3 for command in ("CreatePackage", "IngestFiles", "FinalizePackage")},
 }
-"""The version that a field came with, by the names of its shape and its own; the others were there from the first."""
+"""The version that added a field, by the names of class and field. All other fields are in version 1."""
 
 _ADDED_PROBLEMS = {"path-conflict": 2, "answer-expired": 2, "package-abandoned": 2, "forbidden": 3}
-"""The version that an error came with, by its problem."""
+"""The version that added an error, by its problem type."""
 
 _COMMANDS: dict[str, type[Command]] = {
     "create-package": CreatePackage,
@@ -63,7 +66,7 @@ _PARTS: dict[str, type] = {
 _GRANTS = "Grants"
 
 SAYS_GRANTS = 3
-"""The first version in which a message says what its sender may do."""
+"""The first version whose messages hold the sender's grants."""
 
 _Shape = TypeVar("_Shape")
 
@@ -74,7 +77,7 @@ def encode_command(command: Command, version: int = VERSION) -> bytes:
 
 
 def decode_command(data: bytes, version: int = VERSION) -> Command:
-    """Read a command. Raises InvalidRequestError when it is none of this version, or the version is not known."""
+    """Read a command. Raises InvalidRequestError if it is not a command of this version, or the version is unknown."""
     kind, values = _pair(_loads(data))
     shape = _COMMANDS.get(kind) if isinstance(kind, str) else None
     if shape is None:
@@ -95,9 +98,9 @@ def encode_check(
 
 
 def decode_check(data: bytes) -> tuple[UUID, list[str], UUID | None, Grants]:
-    """Read the arguments of `check_ingest`. Raises InvalidRequestError when they are none.
+    """Read the arguments of `check_ingest`. Raises InvalidRequestError if the message holds something else.
 
-    Who does not say what the sender may do is a gateway of the previous release, which lets everybody do everything.
+    A message without grants comes from a gateway of a release that lets everybody do everything.
     """
     match _loads(data):
         case [UUID() as package_id, [*paths], (UUID() | None) as command_id, *grants] if (
@@ -120,7 +123,7 @@ def decode_acknowledgement(data: bytes, version: int = VERSION) -> Acknowledgeme
 def encode_error(error: ArtifactStoreError, version: int = VERSION) -> bytes:
     """The error's problem, text, numbers and facts as CBOR.
 
-    An error that the version does not know goes as the nearest kind that it knows.
+    An error that the version does not know is sent as its nearest base class that it knows.
     """
     known = (getattr(kind, "problem", ArtifactStoreError.problem) for kind in type(error).__mro__)
     problem = next(name for name in known if _ADDED_PROBLEMS.get(name, OLDEST) <= max(version, OLDEST))
@@ -129,7 +132,7 @@ def encode_error(error: ArtifactStoreError, version: int = VERSION) -> bytes:
 
 
 def decode_error(data: bytes) -> ArtifactStoreError:
-    """Rebuild an error as the class of its problem; UnavailableError when the bytes tell of none that is known."""
+    """Rebuild an error from its problem type; UnavailableError if that is unknown or the bytes cannot be read."""
     try:
         problem, detail, retry_after, size, *facts = _loads(data)
     except (InvalidRequestError, TypeError, ValueError):
@@ -152,7 +155,7 @@ def _error_classes(root: type[ArtifactStoreError] = ArtifactStoreError) -> Itera
 
 
 def _values(value: Any, version: int) -> list[Any]:
-    """The values of the fields in their order; tuples of our own shapes as lists of the same."""
+    """The values of the fields in their order. A tuple of our own classes becomes a list of such lists."""
     found = []
     for name, kind in _fields(type(value), version):
         part = getattr(value, name)
@@ -169,7 +172,7 @@ def _plain_grants(grants: Grants) -> list[Any]:
 
 
 def _read_grants(values: Any) -> Grants:
-    """Read grants. A right that this release does not know gives nothing. Raises InvalidRequestError."""
+    """Read grants. A right that this release does not know is ignored. Raises InvalidRequestError."""
     grants: list[Grant] = []
     for value in values if isinstance(values, list) else [values]:
         match value:
@@ -184,7 +187,7 @@ def _read_grants(values: Any) -> Grants:
 
 
 def _fields(shape: Any, version: int) -> list[tuple[str, str]]:
-    """Names and types of the fields of a dataclass or named tuple that a version has, in their order."""
+    """Names and types of a class's fields in this version, in order. It is a dataclass or a named tuple."""
     return [
         (name, getattr(kind, "__forward_arg__", kind))
         for name, kind in shape.__annotations__.items()
@@ -193,7 +196,7 @@ def _fields(shape: Any, version: int) -> list[tuple[str, str]]:
 
 
 def _plain(value: Any) -> Any:
-    """The codec knows UUID itself and none of its subclasses, such as those of database drivers."""
+    """Make a plain UUID of a subclass, such as database drivers return: cbor2 encodes only UUID itself."""
     return UUID(int=value.int) if isinstance(value, UUID) and type(value) is not UUID else value
 
 
@@ -227,7 +230,7 @@ def _dumps(value: Any) -> bytes:
 
 
 def _plain_uuid(encoder: Any, value: Any) -> None:
-    """A subclass of UUID goes as a UUID: cbor2 knows that type alone."""
+    """Encode a subclass of UUID as a UUID: cbor2 encodes only that type itself."""
     if not isinstance(value, UUID):
         raise TypeError(f"{type(value).__name__} is nothing that is forwarded")
     encoder.encode(UUID(int=value.int))
