@@ -1,6 +1,6 @@
-"""What callers hear other than acknowledgements: errors, and when their time is over. Counts of both.
+"""Answers other than acknowledgements: the errors, and the deadlines after which a caller gets one.
 
-Every error says whether the log may hold the command nevertheless.
+Every error says whether the log may hold the command nevertheless. `Counts` are the totals that metrics show.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from services.log.port import HeldError, NotAppendedError, PartitionNotOwnedErro
 from services.log.sequencer.queue import IngestCheck, Request
 
 REFUSE_SECONDS = 10.0
-"""Refuse everything for this long after an error that somebody has to mend, then try again."""
+"""After an error that an operator has to fix, refuse every request for this long, then take over again."""
 
 HELD_SECONDS = 1.0
-"""The same after the guard has refused. Asking it again costs nothing."""
+"""The same after `Driver.require` has refused, which costs nothing to ask again."""
 
 Outcome = Acknowledgement | Exception | int | str
-"""The answer to a request once its batch is appended. A string: a check passed, and the package is of this retention
-class; an int: the offset where the log ends."""
+"""The answer to a request once its batch is appended. To a command, an acknowledgement; to an `IngestCheck`, the
+package's retention class; to an `EndQuestion`, the offset where the partition ends; to any of them, an error."""
 
 _UNKNOWN = "the outcome is unknown"
 
@@ -44,13 +44,13 @@ class Counts:
     """Totals over all writers of a process. Any thread may read and increase them."""
 
     takeovers: Counter[str] = field(default_factory=Counter)
-    """How many there were, by what the state was restored from."""
+    """Take-overs, by what the state was restored from."""
     takeover_seconds: float = 0.0
-    """How long all of them took together."""
+    """How long all take-overs took together."""
     failed_takeovers: int = 0
-    """How often a lease or a take-over failed. A take-over follows each time."""
+    """Leases and take-overs that failed. Each is followed by another take-over."""
     pushed_back: int = 0
-    """How many requests were told to come again later."""
+    """Requests that were answered with PushBackError."""
 
 
 def in_doubt(detail: str) -> UnavailableError:
@@ -69,7 +69,7 @@ def lost(partition: int) -> LogLostError:
 
 
 def refused(error: Exception) -> tuple[Exception, float] | None:
-    """The answer to every request, and for how long (s), if taking over again at once cannot help; None if it may."""
+    """The error to refuse every request with, and for how many seconds; None if another take-over may help at once."""
     if isinstance(error, LogIdentityError):
         return UnavailableError(error.detail), math.inf  # nothing is wrong with the requests
     if isinstance(error, CorruptError):
@@ -77,7 +77,7 @@ def refused(error: Exception) -> tuple[Exception, float] | None:
     if isinstance(error, HeldError):
         return error, REFUSE_SECONDS if error.own_clock else HELD_SECONDS
     if isinstance(error, ConfigurationError):
-        return error, REFUSE_SECONDS  # somebody may mend it, such as a missing right or topic
+        return error, REFUSE_SECONDS  # an operator may fix it, such as a missing right or topic
     return None
 
 
@@ -89,9 +89,10 @@ def quarantined(cause: str) -> PackageQuarantinedError:
 
 
 def told(request: Request, outcome: Outcome) -> Outcome:
-    """What the caller hears: `outcome`, unless a transaction with the command failed and nobody has decided it since.
+    """The answer for the caller: `outcome`, or that the outcome is unknown.
 
-    Then the log may hold it.
+    It is unknown if a transaction with the command has failed, and `outcome` is an error that came before the command
+    was decided again: the log may hold the command.
     """
     if not request.failures or isinstance(request.asked, IngestCheck):
         return outcome
@@ -101,10 +102,10 @@ def told(request: Request, outcome: Outcome) -> Outcome:
 
 
 def given_up(request: Request, done: int) -> Exception:
-    """The answer to a command that failed together with others and alone. The log holds `done` of its events."""
+    """The answer to a command whose transactions failed, with others and alone. The log holds `done` of its events."""
     if request.spoiled and request.events == 1:
         return RejectedError("Kafka does not take an event of this command; nothing is recorded")
-    # Each event may be small enough for the topic, and a batch of them too large.
+    # Each event may be small enough for the topic while a batch of them is too large.
     cause = "max.message.bytes of the topic is too small for it" if request.spoiled else request.last_failure
     failed = f"the command's transaction failed {request.failures} times ({cause})"
     if done:
@@ -115,7 +116,7 @@ def given_up(request: Request, done: int) -> Exception:
 class Deadlines:
     """Sets an error on futures that have no answer after `seconds`. For use on the event loop.
 
-    Futures are answered roughly in the order in which they came, so few are remembered for longer than they need.
+    Futures are answered roughly in the order in which they came, so answered ones are forgotten soon.
     """
 
     def __init__(self, seconds: float, late: Callable[[], Exception]) -> None:

@@ -1,8 +1,8 @@
 """Background jobs for large packages, during which the partition's writer serves all others.
 
 Two things take long with 100,000 files: reading a package back into memory, and making and storing its manifest. Each
-is done in a thread of its own. Requests for that package are held until it is done, and pushed back if they are too
-many. So nothing else changes the package meanwhile.
+is done in a thread of its own. Requests for that package are held until then, and pushed back if they are too many. So
+nothing else changes the package meanwhile.
 
 A manifest contains the time of its event, and times never go back within a partition. So the partition's time stands
 still from when a manifest is begun until its event is appended; events of other packages get that same time.
@@ -38,7 +38,7 @@ AT_A_TIME = 4
 """How many manifests of a partition are made at the same time."""
 
 TOGETHER_MICROS = 1_000_000
-"""A manifest is begun beside another one only within this time, so that the partition's time goes on at some point."""
+"""While a manifest is made, others are begun only within this time, so that the partition's time goes on eventually."""
 
 HELD_BYTES = 4 << 20
 """Push a request back if the held requests for its package would take about this much memory."""
@@ -76,7 +76,10 @@ class _Job:
 
 
 class BackgroundJobs:
-    """The jobs of one lease. Used by the writer's thread; methods block for a look into the state file at most."""
+    """The jobs of one lease. Used by the writer's thread.
+
+    Methods block for a look into the state file at most; only `store` blocks for longer.
+    """
 
     def __init__(
         self,
@@ -99,16 +102,21 @@ class BackgroundJobs:
         self._wake = wake
         self._jobs: dict[UUID, _Job] = {}
         self._decisions: dict[UUID, tuple[Command, Sequence[Event] | ArtifactStoreError]] = {}
+        """By package: the command whose manifest was made for the next batch, and its events or what went wrong."""
         self._at_hand: set[UUID] = set()
-        """Packages that could not be loaded here: the writer loads them itself and meets the error."""
+        """Packages that a job could not load: for one batch the writer loads them itself, and meets the error."""
         self._time: int | None = None
+        """The partition's time while it stands still; None while it follows the clock."""
 
     def now(self) -> int:
         """The time of the partition's next event (µs since 1970)."""
         return max(self._clock(), self._state.last_created_at) if self._time is None else self._time
 
     def holds(self, request: Request) -> bool:
-        """Hold the request if it must wait for its package; whether it does. Raises PushBackError, StateFileError."""
+        """Hold the request if it must wait for its package. Returns whether it is held.
+
+        Raises PushBackError, StateFileError; CorruptError as `State.package`.
+        """
         package_id = request.asked.package_id
         job = self._jobs.get(package_id) if self._jobs else None
         if job is None:
@@ -122,14 +130,14 @@ class BackgroundJobs:
             job.requests = [held for held in job.requests if not held.answer.done()]
             job.size = sum(held.size for held in job.requests)
             if job.size + request.size > HELD_BYTES:
-                # Nothing is known yet of what the sender may do, so that this tells nothing of the package.
+                # The sender's rights are not checked yet, so the text must not reveal anything about the package.
                 raise PushBackError("too many commands wait for the package's partition", 2.0)
         job.requests.append(request)
         job.size += request.size
         return True
 
     def events(self, command: Command) -> Sequence[Event]:
-        """What the command becomes, if its manifest was made and stored for it. Raises what came of that instead."""
+        """The events of a command whose manifest a job has made and stored, if one has. Raises the job's error."""
         decided, made = self._decisions.get(command.package_id, (None, ()))
         if decided != command or not made:
             return ()
@@ -143,7 +151,7 @@ class BackgroundJobs:
         return made if follows else ()
 
     def settle(self) -> list[Request]:
-        """The requests that need not wait any longer; decide them before all others.
+        """Return the requests that need not wait any longer. Decide them before all others.
 
         Call it before every batch: a decision is valid for the next batch only.
         """
@@ -164,7 +172,7 @@ class BackgroundJobs:
         return back
 
     def begin(self) -> None:
-        """Begin waiting jobs that may begin. Call it while all of the state is confirmed."""
+        """Start the waiting jobs that may run now. Call it while all of the state is confirmed."""
         for job in list(self._jobs.values()):
             if job.running:
                 continue
@@ -185,7 +193,7 @@ class BackgroundJobs:
                 self._run(job, self._finalizing_of(job, command, package, self._time))
 
     def cancel(self) -> list[Request]:
-        """Give up all jobs; the requests that they held, in their order."""
+        """Give up all jobs. Returns the requests that they held, in order."""
         held = []
         for job in self._jobs.values():
             job.cancelled = True

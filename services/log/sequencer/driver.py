@@ -1,7 +1,11 @@
-"""What a log must do for its sequencer: give a lease of a partition, and append batches under it.
+"""The sequencer's port to a log: a `Driver` gives a `Lease` of a partition, and batches are appended under the lease.
 
-A driver decides nothing about commands. Everything here blocks. The drivers inherit from `Driver` and `Lease`: what one
-log has no need of does nothing here.
+A driver decides nothing about commands. Methods block unless they say otherwise. Drivers inherit from `Driver` and
+`Lease`; what only one of the logs needs does nothing here.
+
+For each batch, the writer reads `Lease.state`, decides, and calls `hand_over` and `commit`. On a lease that is not
+`exclusive`, `begin_batch` and `end_batch` enclose this. A batch that appends nothing may need `prove` instead. `idle`
+and `tidy` are called between batches.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ class Staged(NamedTuple):
     values: Sequence[bytes]
     """Their record values."""
     traceparents: Sequence[str | None]
-    """One for each command that they are of."""
+    """One for each of the commands that became these events."""
 
 
 class State(Protocol):
@@ -38,19 +42,19 @@ class State(Protocol):
     next_offset: int
     """Where the log ends, as far as it was read."""
     memory_only: str | None
-    """Why the newest part of the state is in memory alone, where it is saved to a disk; None when it is not."""
+    """Why the newest changes are in memory only (a full disk, say); None while they are saved, or need not be."""
     pinned: set[UUID]
     """Packages that stay in memory."""
 
     @property
     def irregular(self) -> Irregular:
-        """What the partition held that is no next event of a package."""
+        """The partition's records that are not the next event of a package: skipped, repeated, or contradicting."""
 
     def package(self, package_id: UUID, command_id: UUID | None = None) -> PackageState | None:
-        """The package, with what this command became; None when the partition has no event of it.
+        """The package, with what this command has become; None if the partition has no event of the package.
 
-        Raises CorruptError when the package's history breaks an invariant: others are sound. Any other exception ends
-        the lease.
+        Raises CorruptError if the package's history breaks an invariant; other packages can be written to. Any other
+        exception ends the lease.
         """
 
     def fold(self, before: PackageState | None, events: Sequence[Event]) -> PackageState:
@@ -64,10 +68,10 @@ class State(Protocol):
         """Whether the package is large and not in memory, so that `package` would take long. Raises as `package`."""
 
     def loading(self, package_id: UUID) -> Callable[[], PackageState | None]:
-        """What reads a package that is away, in another thread."""
+        """A function that reads a package that is `away`, for another thread to call."""
 
     def adopt(self, package: PackageState) -> None:
-        """Hold a package that was read so, if it is still what the log says."""
+        """Keep a package in memory that such a function has read, unless its state is another one by now."""
 
 
 class Lease(Protocol):
@@ -80,8 +84,8 @@ class Lease(Protocol):
     restored_from: str = "log"
     """What the state was made of: a file, a snapshot, or the whole log."""
     exclusive: bool = True
-    """Whether nobody else can append while the lease lasts. Otherwise every batch is enclosed by `begin_batch` and
-    `end_batch`, and a large manifest, which names the time of its event, is stored between the two."""
+    """Whether nobody else can append while the lease lasts. If not, `begin_batch` and `end_batch` enclose every batch,
+    and a large manifest, which holds the time of its event, is stored between the two."""
     losses: Sequence[Loss] = ()
     """Acknowledged records that the log lost: nothing may be appended."""
 
@@ -91,13 +95,13 @@ class Lease(Protocol):
 
     @property
     def stopped(self) -> BadRecord | None:
-        """The record, no event, that the state ends before; None when the state has all of the log."""
+        """The record that is not an event and before which the state ends; None if the state has all of the log."""
         return None
 
     def begin_batch(self, package_ids: Collection[UUID], *, appends: bool) -> None:
         """Bring the state of these packages up to date. With `appends`, nobody else appends until `end_batch`.
 
-        Raises errors of our tree, after which nothing was tried and the lease goes on.
+        Raises ArtifactStoreError: nothing was tried, and the lease goes on.
         """
         return
 
@@ -106,10 +110,10 @@ class Lease(Protocol):
         return
 
     def hand_over(self, staged: Sequence[Staged]) -> list[bytes]:
-        """Begin a transaction with these events; the values of their records."""
+        """Begin a transaction and put these events into it. Returns the values of their records, for `commit`."""
 
     def commit(self, values: Sequence[bytes]) -> None:
-        """End the transaction; returns when its records, which have these values, are in the log for good."""
+        """Commit the transaction. Returns once its records, which have these values, are in the log for good."""
 
     @property
     def proof_due(self) -> float:
@@ -117,11 +121,11 @@ class Lease(Protocol):
         return 0.0
 
     def prove(self) -> None:
-        """Return if nobody else had appended anything when this was called."""
+        """Return if nobody else had appended anything when this was called; else raise, which ends the lease."""
         return
 
     def idle(self) -> None:
-        """Do what connections need. Raises UnavailableError when another process has appended something."""
+        """Keep connections alive while no requests come. Raises UnavailableError if another process has appended."""
         return
 
     def record(self, confirmation: Confirmation, now: int, require_readers: Callable[[], None]) -> AdministrativeHead:
@@ -134,11 +138,11 @@ class Lease(Protocol):
         return
 
     def tidy(self) -> float:
-        """As `save_if_due`, between two batches; and after how many seconds there is more to do."""
+        """As `save_if_due`, with other upkeep between two batches. Returns in how many seconds there is more to do."""
         return math.inf
 
     def close(self) -> None:
-        """Give the right up, and save what is certain of the state."""
+        """Give up the lease, and save the confirmed part of the state."""
 
 
 class Driver(Protocol):
@@ -156,14 +160,22 @@ class Driver(Protocol):
         stopping: Callable[[], bool],
         progressed: Callable[[], None],
     ) -> Lease:
-        """Take the partition over, and read all of it. Raises errors of our tree."""
+        """Take the partition over, and read all of it, which may take minutes.
+
+        `is_ours` tells whether the partition is still assigned to this process, `stopping` whether to give up.
+        `progressed` is called after each step that need not be repeated if the take-over fails. Raises
+        ArtifactStoreError.
+        """
 
     def holds(self, partition: int) -> bool | None:
         """Whether the partition is assigned to this process; None when that is not known now."""
         return True
 
     def require(self, partition: int, last_created_at: int) -> None:
-        """Return if events may be appended after one of this time (µs). Does not block. Raises HeldError."""
+        """Return if events may be appended now, after one of this time (µs since 1970). Does not block.
+
+        Raises HeldError while the log's settings or a clock could cost events.
+        """
         return
 
     def require_readers(self) -> None:
@@ -171,9 +183,9 @@ class Driver(Protocol):
         return
 
     def refusal(self, error: BaseException) -> ArtifactStoreError | None:
-        """What an exception of the log's client means, if somebody has to mend something; None for all others."""
+        """The error of ours for an exception of the log's client that an operator has to fix; None for all others."""
         return None
 
     def spoiled_by_record(self, error: BaseException) -> bool:
-        """Whether a transaction failed for what is in its records, so that trying them again cannot help."""
+        """Whether a transaction failed because of its records, so that trying them again cannot help."""
         return False

@@ -3,6 +3,9 @@
 A transaction may fail at any point. The writer then always does the same: it gives up lease and state, takes the
 partition over again, and decides the same commands on the state that it reads from the log. It recognises commands that
 the log already holds by their ids, and appends the others. It never guesses.
+
+Read it from the outside in: `_run` holds one lease after another, `_hold` serves one lease, `_serve` one batch. Below
+it, `_answers` decides and appends a batch, `_decide_run` a run, `_decide` one request. `_after` handles every failure.
 """
 
 from __future__ import annotations
@@ -79,29 +82,33 @@ _SLOW_SECONDS = 5.0
 """`trouble` mentions a transaction that takes longer than this."""
 
 _GIVE_WAY_SECONDS = 20.0
-"""After this long without success, the take-over is left to other processes. Electing a leader takes half as long."""
+"""After this long without success, leave the partition to other processes. Electing a leader takes half as long."""
 
 _LOG = logging.getLogger(__name__)
 
 
 class PartitionWriter:
-    """Starts with `start`; `stop` only asks it to end, `join` waits for that."""
+    """The writer of one partition. `start` begins its thread, `stop` asks it to end, `join` waits for that."""
 
     def __init__(self, partition: int, context: WriterContext) -> None:
         self.partition = partition
         self.since: int | None = None
+        """When its lease began to serve (µs since 1970); None while it has none."""
         self.takeover_seconds: float | None = None
+        """How long the last take-over took."""
         self.restored_from: str | None = None
+        """What the state was made of then: see `Lease`."""
         self.disowned = False
         """Whether it has ended because the group has given its partition to another process."""
         self.leave_to_others: str | None = None
-        """Why others should write to the partition. Set after each failure that this process may be the cause of;
-        whoever acts on it sets it to None."""
+        """Why another process should write to the partition. Set after failures that this process may be the cause of;
+        whoever acts on it sets it back to None."""
         self._trouble: str | None = "it is being taken over"
         self._memory_only: str | None = None
         self._state: State | None = None
         """The state, which other threads may ask for extents while commands are served."""
         self._serving_since: float | None = None
+        """When the batch that is being served began, on the monotonic clock (s); None between batches."""
         self._failed = 0
         """How many take-overs in a row have failed."""
         self._well = time.monotonic()
@@ -111,7 +118,7 @@ class PartitionWriter:
         self._context = context
         self._queue = RequestQueue()
         self._unproven: list[Request] = []
-        """Refused requests: they are answered once it is proved that the state is current."""
+        """Requests that were refused without a proof: every batch decides them again, until there is one."""
         self._confirmations: deque[tuple[Confirmation, asyncio.Future[Acknowledgement]]] = deque()
         self._bad: BadRecord | None = None
         """The record that is not an event and that stops the partition."""
@@ -121,8 +128,8 @@ class PartitionWriter:
         self._deadlines = Deadlines(context.submit_seconds, self._late)
         self._checks = Deadlines(min(CHECK_SECONDS, context.submit_seconds), self._late_check)
         self._stop = Flag()
-        # A daemon: a thread that hangs in a call to a frozen broker must not keep the process alive. Its fence protects
-        # the log.
+        # A daemon: a thread that hangs in a call to a frozen broker must not keep the process alive. The fence of the
+        # next writer protects the log.
         self._thread = Thread(target=self._run, name=f"log-write-{partition}", daemon=True)
 
     @property
@@ -252,8 +259,8 @@ class PartitionWriter:
         self._note(error)
         if isinstance(error, HeldError) and error.own_clock and not self._stop.is_set():
             self._complain()
-        # A log that contradicts a lease which has served may have lost events: the next take-over says which, or raises
-        # the same again.
+        # A log that contradicts a lease that has served may have lost events. The next take-over finds out which, or
+        # raises the same error again.
         contradicted = isinstance(error, CorruptError) and not isinstance(error, LogIdentityError)
         if (answer := refused(error)) is not None and not (served and contradicted):
             self._refuse_all(*answer)
@@ -267,6 +274,7 @@ class PartitionWriter:
             self._stop.wait(_RETRY_SECONDS[min(self._failed, len(_RETRY_SECONDS)) - 1])
 
     def _complain(self) -> None:
+        """Ask that another process takes the partition."""
         self.leave_to_others = f"partition {self.partition} cannot be written to: {self._trouble}"
 
     def _went_well(self) -> None:
@@ -335,7 +343,7 @@ class PartitionWriter:
             lease.close()
 
     def _require_guard(self, batch: Sequence[Request]) -> None:
-        """Raise HeldError when nothing may be appended; the batch is then back in the queue, to be refused."""
+        """Raise HeldError when nothing may be appended. The batch goes back to the queue, to be refused from there."""
         try:
             self._context.driver.require(self.partition, self._last_created_at)
         except HeldError:
@@ -343,10 +351,10 @@ class PartitionWriter:
             raise
 
     def _whole(self, lease: Lease) -> bool:
-        """Refuse everything but operators' confirmations while the partition needs one.
+        """Wait for an operator's confirmation if the partition needs one, and refuse all requests meanwhile.
 
-        It stands before a record that is no event, or it lost what it had acknowledged. False when the writer is told
-        to stop meanwhile.
+        It needs one if the state ends before a record that is not an event, or if the log lost acknowledged events.
+        Returns True once all is well; False when the writer is told to stop.
         """
         while lease.stopped is not None or lease.losses:
             self._bad, self._losses = lease.stopped, lease.losses
@@ -389,7 +397,7 @@ class PartitionWriter:
         self._context.driver.require_readers()
 
     def _is_ours(self) -> bool:
-        """Ask the group until it answers; False as well when this writer is to stop."""
+        """Ask the driver until it knows whether the partition is ours. Also False when this writer is to stop."""
         while not self._stop.is_set():
             try:
                 answer = self._context.driver.holds(self.partition)
@@ -402,6 +410,7 @@ class PartitionWriter:
         return False
 
     def _serve(self, lease: Lease, jobs: BackgroundJobs, batch: list[Request]) -> None:
+        """Decide a batch, append its events, and answer. On a failure the whole batch goes back to the queue."""
         if not lease.exclusive:
             appends = not all(isinstance(request.asked, IngestCheck) for request in batch)
             try:
@@ -450,11 +459,12 @@ class PartitionWriter:
     def _answers(
         self, lease: Lease, jobs: BackgroundJobs, runs: Sequence[Sequence[Request]]
     ) -> tuple[list[Outcome], bool]:
-        """Decide the requests and append their events; the answers, and whether the refusals among them are proven.
+        """Decide the requests and append their events. Returns the answers, and whether refusals among them are proven.
 
-        A commit proves that the state was current. So does `Lease.prove`, which is called only from time to time: one
-        proof serves all that wait for it. If the events are more than one transaction takes, only the first requests
-        are answered.
+        A refusal is wrong if another process has taken the partition over and appended something: it needs a proof that
+        the state was current. A commit is one. `Lease.prove` is another; it is called only from time to time, and then
+        serves all refusals that wait. If the events are more than one transaction takes, only the first requests get
+        answers; `_serve` puts the others back.
         """
         staged: list[Staged] = []
         with self._context.fair_lock:
@@ -479,7 +489,7 @@ class PartitionWriter:
     def _decide_run(
         self, state: State, jobs: BackgroundJobs, run: Sequence[Request], now: int, staged: list[Staged]
     ) -> list[Outcome]:
-        """Decide a run: commands that add files to one package together if possible, all else one by one."""
+        """Decide a run and stage its events. Several commands are decided together, or one by one if that fails."""
         commands = tuple(request.asked for request in run if isinstance(request.asked, IngestFiles))
         package = None
         if len(commands) > 1:
@@ -501,6 +511,7 @@ class PartitionWriter:
         return [self._decide(state, jobs, request, now, staged) for request in run]
 
     def _decide(self, state: State, jobs: BackgroundJobs, request: Request, now: int, staged: list[Staged]) -> Outcome:
+        """Decide one request and stage its events. Returns its answer, which holds once they are appended."""
         asked, limits = request.asked, self._context.limits
         if isinstance(asked, EndQuestion):
             return state.next_offset
@@ -510,7 +521,7 @@ class PartitionWriter:
             return error
         contradicted = state.irregular.quarantined.get(asked.package_id)
         try:
-            require_write(package, asked)  # before anything that tells of the package
+            require_write(package, asked)  # before anything that reveals something about the package
             if contradicted is not None and (package is None or isinstance(asked, IngestCheck)):
                 raise quarantined(contradicted)
             if isinstance(asked, IngestCheck):
@@ -528,7 +539,7 @@ class PartitionWriter:
                 jobs.store(manifest)
         except ArtifactStoreError as error:
             return error
-        except (MemoryError, OSError) as error:  # that passes
+        except (MemoryError, OSError) as error:  # it may pass
             cause = type(error).__name__
             return UnavailableError(f"the command cannot be decided now ({cause}); retry with the same command id")
         # Nothing was appended; one command that the code cannot handle must not stop the partition.
@@ -550,7 +561,7 @@ class PartitionWriter:
         return PushBackError(f"partition {self.partition}: {self.trouble or 'its writer is busy'}", 2.0)
 
     def _refuse_all(self, error: Exception, seconds: float) -> None:
-        """Answer every request with `error`, for so many seconds or until the writer is told to stop."""
+        """Answer every request with `error`, for this many seconds or until the writer is told to stop."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             batch = self._queue.take(min(left, _IDLE_SECONDS))
@@ -570,7 +581,7 @@ class PartitionWriter:
         self._settle([(request.answer, told(request, outcome)) for request, outcome in answers])
 
     def _settle(self, answers: Sequence[tuple[asyncio.Future[Any], Outcome]]) -> None:
-        """As `_deliver`. Callers that gave up meanwhile get none."""
+        """Set these futures on the event loop. Futures of callers that gave up meanwhile are left alone."""
 
         def settle() -> None:
             for answer, outcome in answers:
@@ -590,7 +601,7 @@ def _name(error: Exception) -> str:
 
 
 def _needs_proof(outcome: Outcome) -> bool:
-    """Whether the answer would be wrong if another process had appended something meanwhile."""
+    """Whether the answer may be wrong if another process has appended something: it rests on the state alone."""
     return isinstance(outcome, RejectedError | NotAppendedError | int)
 
 
@@ -613,9 +624,9 @@ class FairLock:
     """A lock that threads get in the order in which they asked for it, unlike `threading.Lock`. Not reentrant.
 
     Writers hold it while they decide a batch and hand it to the client, and not while they wait for brokers. Python
-    runs one thread at a time anyway, but threads that are all busy take the interpreter from each other every 5 ms, and
-    the Kafka client asks for it once for every record that was delivered. With six busy writers that took a fifth of
-    their time (docs/benchmarks.md).
+    runs one thread at a time anyway, but busy threads take the interpreter's lock from each other every 5 ms, and the
+    Kafka client needs it once for every delivered record. With six busy writers that took a fifth of their time
+    (docs/benchmarks.md).
     """
 
     def __init__(self) -> None:

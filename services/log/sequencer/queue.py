@@ -17,7 +17,7 @@ from services.core.commands import Command, CreatePackage, IngestFiles
 from services.log.port import PartitionNotOwnedError
 
 MAX_WAITING_BYTES = 32 << 20
-"""Push a request back if the requests of its partition would take about this much memory."""
+"""Push a request back if the waiting requests of its partition would take more memory than about this."""
 
 LONGEST_WAIT_SECONDS = 10.0
 """Push requests back while the first in the queue has waited for longer than this."""
@@ -32,16 +32,16 @@ MAX_BATCH_BYTES = 8 << 20
 """The same in bytes, roughly. Events are in memory several times: decided, encoded, in the client, read back."""
 
 GATHER_SECONDS = 0.05
-"""How long a command waits at most for announced ones, to share a transaction with them."""
+"""How long a command waits at most for announced commands, to share a transaction with them."""
 
 ANNOUNCED_SECONDS = 0.2
 """How long after an `IngestCheck` its command is expected."""
 
 ENOUGH_TOGETHER = 32
-"""With this many commands in the queue, nobody waits: the cost of a transaction is small for each of them."""
+"""With this many commands in the queue, none waits for others: each one's share of a transaction is small."""
 
 TOGETHER = 2
-"""After so many failures together with others, a command is tried alone."""
+"""After this many failed transactions with others, a command gets a transaction of its own."""
 
 _EVENT_BYTES = 1_500
 
@@ -57,7 +57,7 @@ class IngestCheck:
 
 
 class EndQuestion(IngestCheck):
-    """Asks where the partition ends. It is about no package."""
+    """Asks where the partition ends. It concerns no package, but is queued and timed like an `IngestCheck`."""
 
     def __init__(self) -> None:
         super().__init__(UUID(int=0), (), None)
@@ -91,9 +91,9 @@ class Request:
         self.failures = 0
         """How many transactions with it have failed."""
         self.last_failure = "unknown"
-        """What the last of them failed of,"""
+        """Why the last of them failed."""
         self.spoiled = False
-        """and whether its records were the cause, so that the next one will fail too."""
+        """Whether the records of the last of them were the cause, so that the next one will fail too."""
         self.events = 1
         """How many events it becomes at most."""
         self.size = size_of(asked)
@@ -139,9 +139,9 @@ def runs_of(batch: Sequence[Request]) -> list[list[Request]]:
 class RequestQueue:
     """The queue of one partition. `put` never blocks, `take` does.
 
-    A transaction with one command costs about as much as one with many. The command that ingests a file follows an
-    `IngestCheck`, so it can be expected: commands in the queue wait a moment for those that are on their way. A caller
-    that sends one file after the other never waits, because nothing else is expected when its command comes.
+    A transaction with one command costs about as much as one with many. Most commands that ingest a file are announced:
+    by an `IngestCheck` that passed, or by `announce`. Commands in the queue wait a moment for those that are announced.
+    A caller that sends one file after the other never waits: when its command comes, nothing else is announced.
     """
 
     def __init__(self) -> None:
@@ -160,7 +160,7 @@ class RequestQueue:
         return len(self._queue)
 
     def put(self, request: Request) -> None:
-        """Raises PushBackError when the queue is full, PartitionNotOwnedError when it is closed."""
+        """Add a request. Raises PushBackError when the queue is full, PartitionNotOwnedError when it is closed."""
         with self._lock:
             if self._closed:
                 raise PartitionNotOwnedError("this process does not write to the package's partition any more")
@@ -188,7 +188,7 @@ class RequestQueue:
             self._changed.notify()
 
     def announce(self, commands: int) -> None:
-        """Expect so many commands soon."""
+        """Expect this many commands soon."""
         if commands:
             with self._lock:
                 self._announced.extend([time.monotonic()] * commands)
@@ -200,10 +200,10 @@ class RequestQueue:
             self._changed.notify()
 
     def take(self, timeout: float) -> list[Request] | None:
-        """Wait `timeout` seconds for requests; take those that fit into one transaction, None if the queue is closed.
+        """Wait up to `timeout` seconds for requests, and take those that fit into one transaction.
 
-        A request that must be tried alone comes alone. Questions do not wait for announced commands. The answer is
-        empty when the time is over or `wake` was called.
+        Returns None once the queue is closed. The list may be empty when the time is over or `wake` was called. A
+        request that must be tried alone is returned alone. Questions do not wait for announced commands.
         """
         with self._changed:
             now = time.monotonic()
