@@ -5,9 +5,9 @@ and then retries the parked packages that may go on. `catch_up` brings a view up
 process, for the embedded parts and for replays. Any number of processes may do it at once, beside projectors: the
 checkpoint's guard lets one fold of a batch through, and the others find that the view has moved and go on from there.
 
-`retry` folds what waits in the log for a parked package, a batch at a time, each in one transaction with the mark. It
-goes on at the mark and moves it, so nothing is folded twice. It reads the log before it locks the view: folds of the
-package's partition wait for the database alone, however long the log takes.
+`retry` folds the events that wait in the log for a parked package. It begins at the mark and moves it, each batch in
+one transaction with the mark, so nothing is folded twice. It reads the log before it locks the view, so that folds of
+the package's partition wait for the database alone, however slow the log is.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ async def apply(views: Views, projection: Projection, batch: EventBatch) -> Chec
     package, up to `views.max_parked` packages.
 
     Raises:
-        StaleCheckpointError: the view does not stand where the batch begins, in one of its partitions, or there is no
-            such generation any more; nothing was changed.
+        StaleCheckpointError: in one of the batch's partitions the view does not stand where the batch begins, or the
+            generation is gone; nothing was changed.
         CorruptError: too many packages would be parked; nothing was changed.
-        UnavailableError: the transaction may or may not be there; the checkpoint tells.
+        UnavailableError: the transaction may or may not have been committed; the checkpoint tells.
     """
     most = views.max_parked
     try:
@@ -86,7 +86,8 @@ async def apply_within(
 ) -> Checkpoint:
     """Do what `apply` does within the caller's transaction, which must be rolled back if this raises.
 
-    With `whole`, which is faster, one event that cannot be applied fails the whole batch with CorruptError.
+    With `whole`, which is faster, one event that cannot be applied fails the batch with CorruptError. Unreadable
+    records are parked either way.
     """
     generation = batch.since.generation
     tables = await tables_of(connection, projection, batch.since)
@@ -107,9 +108,9 @@ async def _advance(
     partition: int,
     record: Record | None,
 ) -> None:
-    """Move one partition's offset from the batch's beginning to its end. `record` is the partition's last one in it.
+    """The guard: move one partition's offset from the batch's beginning to its end, if that is where the view stands.
 
-    Raises StaleCheckpointError: the view is not at the batch's beginning.
+    `record` is the partition's last one in the batch. Raises StaleCheckpointError: the view stands elsewhere.
     """
     table, generation = projection_checkpoints, batch.since.generation
     expected = batch.since.position.offsets.get(partition, 0)
@@ -117,7 +118,7 @@ async def _advance(
     if record is not None:
         last = LastRecord.of(record)
         changed |= {"last_offset": last.offset, "last_digest": last.digest}
-    if expected == 0:  # which an absent row means as well
+    if expected == 0:  # an absent row means 0 too
         row = {"generation": generation, "partition": partition, "projection": projection.name, **changed}
         put = upsert(connection, table).values(row)
         moved = await connection.execute(
@@ -133,7 +134,7 @@ async def _advance(
 
 
 async def fold(views: Views, log: Log, projection: Projection, batch: EventBatch) -> Checkpoint:
-    """Apply a batch to the live view, then retry the packages that its confirmations let go on.
+    """Apply a batch to the live view. Then retry the parked packages that confirmations in the batch let go on.
 
     Raises as `apply` and `retry`.
     """
@@ -187,15 +188,15 @@ async def catch_up(
 
 
 _CHASES = 3
-"""How often what came meanwhile is read without a lock, before folds wait for the last of it."""
+"""How often `retry` reads the events that arrived meanwhile without a lock, before it lets folds wait for the last."""
 
 _LOCKED_SECONDS = 5.0
-"""How long folds wait at most while that is read."""
+"""How long folds wait at most while the last events are read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Retried:
-    """What a retry came to: how many events were folded, and the mark of a package that is parked again."""
+    """The result of a retry: how many events were folded, and the mark if the package is parked again."""
 
     package: str
     projection: str
@@ -235,7 +236,7 @@ async def retry(views: Views, log: Log, mark: Mark) -> Retried:
                 raise StaleCheckpointError(
                     f"{mark.package} is not parked in {mark.projection} at offset {mark.offset} any more"
                 )
-            most = max(views.max_parked, len(marks) + 1)  # a projector was allowed as many as there are
+            most = max(views.max_parked, len(marks) + 1)  # a projector with a higher limit may have parked more
             parking = Parking(connection, projection, tables, mark.generation, most, marks)
             await parking.fold(batch)
             done = len(batch)

@@ -1,12 +1,12 @@
-"""The tables of a generation that is not live yet: made bare, indexed last, and put in the place of the live ones.
+"""The tables of a build: created without indexes, indexed last, and finally put in the place of the live ones.
 
-The live tables always have the plain names. Those of a build have a suffix, and their indexes have a suffix of the
-generation's, because SQLite cannot rename an index and cannot have two indexes of one name.
+The live tables always have the plain names. The tables of a build have a suffix, and their indexes have a suffix for
+the generation, because SQLite cannot rename an index and cannot have two indexes of one name.
 
-A table that takes a live one's place gets its owner, rights and comments: people read the tables with SQL, and the
-operator who replays may be another than who made them. Anything else that stands on the live table and would be lost
-is refused before the table is dropped. Indexes, statistics and storage settings that others have added are not looked
-for, and go with the table.
+A table that replaces a live one gets its owner, rights and comments: people read the tables with SQL, and the operator
+who replays may not be the one who created them. If the live table has anything else that would be lost, such as a
+trigger or a policy, the replacement is refused before the table is dropped. Indexes, statistics and storage settings
+that others have added are not looked for, and are lost with the table.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ _BEYOND_DEADLOCKS = """
     SELECT set_config('lock_timeout', CAST(CAST(setting AS integer) + 4000 AS text), true)
     FROM pg_settings WHERE name = 'deadlock_timeout'
 """
-"""How long vacuums are waited for: 5 s, or more where the server looks for deadlocks later; in ms."""
+"""Sets how long to wait for vacuums, in ms: 4 s longer than `deadlock_timeout`, which is 1 s by default."""
 
 LONG_SECONDS = 24 * 3600.0
 """A large index takes longer than any other statement may, and so does what a digest has to sort."""
 
 
 async def create_tables(connection: AsyncConnection, projection: Projection, generation: UUID) -> None:
-    """Make the build's tables, with no more indexes than its folds look anything up in."""
+    """Create the build's tables, with only the indexes that its folds need to look rows up."""
     await drop_tables(connection, projection)
     for table in projection.tables:
-        if not on_postgresql(connection):  # where a primary key cannot be added later
+        if not on_postgresql(connection):  # SQLite cannot add a primary key later
             await connection.execute(CreateTable(building_tables(projection)[table.name]))
             continue
         columns = [Column(c.name, c.type, nullable=c.nullable) for c in table.columns]
@@ -52,13 +52,13 @@ async def create_tables(connection: AsyncConnection, projection: Projection, gen
 
 
 async def drop_tables(connection: AsyncConnection, projection: Projection) -> None:
-    """Remove the build's tables, where they are."""
+    """Remove the build's tables, as far as they exist."""
     for table in projection.tables:
         await connection.execute(text(f"DROP TABLE IF EXISTS {table.name}{SUFFIX}"))
 
 
 def index_statements(table: Table, generation: UUID, dialect: Dialect) -> Iterator[str]:
-    """What makes the indexes of the build's table of this one.
+    """The statements that create the indexes of this table in the build.
 
     Each can be repeated, and may run beside the others.
     """
@@ -69,7 +69,7 @@ def index_statements(table: Table, generation: UUID, dialect: Dialect) -> Iterat
 
 
 async def take_long(connection: AsyncConnection) -> None:
-    """Let the transaction's statements take their time, whatever bound the server has for this user's statements."""
+    """Lift the server's time limit for statements, for the rest of the transaction."""
     if on_postgresql(connection):
         await connection.execute(text("SET LOCAL statement_timeout = 0"))
 
@@ -87,9 +87,9 @@ async def create_index(connection: AsyncConnection, statement: str, *, memory_mi
 
 
 async def analyze(connection: AsyncConnection, table: Table) -> None:
-    """Let PostgreSQL know what is in the build's table of this one, so that it plans well from the first query on.
+    """Analyze this table in the build, so that PostgreSQL plans well from the first query on.
 
-    In the columns that are looked for; looking through the others, as digests, takes twice as long.
+    Only the columns that queries look rows up by: with the others, such as digests, this takes twice as long.
     """
     if on_postgresql(connection):
         indexed = {column.name for index in table.indexes for column in index.columns}
@@ -99,10 +99,10 @@ async def analyze(connection: AsyncConnection, table: Table) -> None:
 
 
 async def hold_off_vacuums(connection: AsyncConnection, tables: Collection[str]) -> None:
-    """Let nobody vacuum or analyze those of these tables that are there until the transaction ends; call it first.
+    """Keep vacuum and analyze off these tables, as far as they exist, until the transaction ends. Call it first.
 
-    PostgreSQL ends a vacuum of its own for a lock that has been waited for longer than `deadlock_timeout` (1 s), and
-    for none that gives up before. Neither readers nor folds wait meanwhile. Raises LockedError as `lock_live_tables`.
+    PostgreSQL cancels an autovacuum only for a lock that has waited longer than `deadlock_timeout` (1 s), so a shorter
+    wait would be in vain. Neither readers nor folds wait meanwhile. Raises LockedError as `lock_live_tables`.
     """
     if not on_postgresql(connection):
         return
@@ -113,7 +113,7 @@ async def hold_off_vacuums(connection: AsyncConnection, tables: Collection[str])
 
 
 async def lock_live_tables(connection: AsyncConnection, projection: Projection) -> None:
-    """Take the live tables from readers, to drop or empty them, until the transaction ends.
+    """Lock readers out of the live tables until the transaction ends, to drop or empty them.
 
     Waits only briefly for readers, because new readers queue up behind the lock. Raises LockedError through
     `Views.writing` if that was too short: try again. On SQLite, readers keep their snapshot and nobody waits.
@@ -125,9 +125,9 @@ async def lock_live_tables(connection: AsyncConnection, projection: Projection) 
 
 
 async def replace_live_tables(connection: AsyncConnection, projection: Projection, generation: UUID) -> None:
-    """Drop the live tables and give the build's their names, in the connection's transaction.
+    """Drop the live tables and give their names to the build's tables, in the connection's transaction.
 
-    Raises as `inheritance_of`, which says what goes over.
+    Raises as `inheritance_of`, which says what the build's tables inherit.
     """
     for table in projection.tables:
         name = table.name
@@ -148,7 +148,7 @@ def _suffix(generation: UUID) -> str:
 
 
 def _key(table: Table, generation: UUID) -> Index:
-    """The index of the primary key, which becomes one when the build becomes the live one."""
+    """The unique index that becomes the primary key when the build becomes live."""
     aside = Table(table.name + SUFFIX, MetaData(), *(Column(c.name, c.type) for c in table.columns))
     columns = [aside.c[column.name] for column in table.primary_key.columns]
     return Index(f"{table.name}_pkey{_suffix(generation)}", *columns, unique=True)
@@ -224,9 +224,9 @@ _GIVEN_BY_DEFAULT = text(
 
 
 async def inheritance_of(connection: AsyncConnection, table: Table) -> Sequence[str]:
-    """The statements that give the live table's owner, rights and comments to the one that takes its place.
+    """The statements that give the live table's owner, rights and comments to the table that replaces it.
 
-    Raises ConfigurationError when there is something on the live table that would be lost with it.
+    Raises ConfigurationError if the live table has anything else that would be lost with it.
     """
     if not on_postgresql(connection):
         return ()
@@ -240,7 +240,7 @@ async def inheritance_of(connection: AsyncConnection, table: Table) -> Sequence[
 
 
 async def inherit(connection: AsyncConnection, table: Table, statements: Sequence[str]) -> None:
-    """Give the table that has taken the live one's place, and its name, what that left, and no right beyond it."""
+    """Run these statements on the table that has replaced the live one, after revoking its default rights."""
     if not on_postgresql(connection):
         return
     for statement in (*await _found(connection, _GIVEN_BY_DEFAULT, {"name": table.name}), *statements):

@@ -1,13 +1,13 @@
 """Checkpoints: how far a view has come, and whether the log still goes on from there.
 
-Two things keep an outdated fold from writing. The offsets that it starts from must be those of the checkpoint, so of
-two folds of one batch only one is applied. And its generation must still be there, live or being built, so a fold
-that began before a reset or a switch cannot write into the tables that took its place.
+Two things keep an outdated fold from writing. The offsets that it starts from must be those of the checkpoint: this is
+the guard (`apply`), so of two folds of one batch only one is applied. And its generation must still be there, live or
+being built (`tables_of`), so a fold that began before a reset or a switch cannot write into the new tables.
 
-The guard (`check_continues`) compares a checkpoint with the log before anything is added. The log's identity tells
-another log. A log that was restored from an older copy keeps its identity; it ends before the checkpoint or, once it
-was written on, holds another record where the view folded its last one. Both are refused, because what would be
-folded has another past than what the view holds. Nothing resets by itself.
+Before anything is folded, the checkpoint is compared with the log. Another log has another identity
+(`require_same_log`). A log that was restored from an older copy keeps its identity, but it ends before the checkpoint
+or, after others have written to it, holds another record where the view folded its last one (`check_continues`). All
+of these are refused: the view would mix two histories. Nothing resets by itself.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from services.views.projections import Projection, Tables
 from services.views.tables import projection_builds, projection_checkpoints, projection_generations
 
 _FOLDS_SECONDS = 10
-"""How long folds that are under way are waited for; no other begins meanwhile."""
+"""How long to wait for running folds; no new one begins meanwhile."""
 
 
 class StaleCheckpointError(UnavailableError):
-    """The view does not stand where the batch begins: another has moved it. Nothing was applied; read it again."""
+    """The view does not stand where the batch begins: another fold has moved it. Nothing was applied; read again."""
 
     problem = "stale-checkpoint"
 
@@ -122,10 +122,11 @@ async def read_progress(connection: AsyncConnection, generation: UUID) -> tuple[
 
 
 async def hold_live(connection: AsyncConnection, projection: Projection) -> Row[Any]:
-    """Wait for folds into the live generation and let no other begin until the transaction ends; a build's go on.
+    """Wait for running folds into the live generation, and let none begin until the transaction ends.
 
-    Returns the row of the live generation. Neither readers nor other projections wait. Raises LockedError through
-    `Views.writing` when the folds take too long; TablesError when there is no live generation yet.
+    Returns the row of the live generation. Folds into a build go on, and neither readers nor other projections wait.
+    Raises LockedError through `Views.writing` when the folds take too long; TablesError when there is no live
+    generation yet.
     """
     if on_postgresql(connection):
         await _bound_waiting(connection)
@@ -136,7 +137,7 @@ async def hold_all_folds(connection: AsyncConnection, projection: Projection) ->
     """As `hold_live`, for folds into a build too."""
     if on_postgresql(connection):
         await _bound_waiting(connection)
-        # Folds hold the live row together and may follow each other without a gap; this lock has a queue.
+        # Folds share the lock of the live row, and may follow each other without a gap. This lock has a queue.
         await connection.execute(text(f"SELECT pg_advisory_xact_lock({_FOLDING})"), _folding(projection))
     return await live_row(connection, projection, lock=True)
 
@@ -146,7 +147,7 @@ async def _bound_waiting(connection: AsyncConnection) -> None:
 
 
 async def live_row(connection: AsyncConnection, projection: Projection, *, lock: bool = False) -> Row[Any]:
-    """The row of the live generation. With `lock` it stands still until the transaction ends.
+    """The row of the live generation. With `lock` nobody else can change it until the transaction ends.
 
     Raises TablesError when there is none yet.
     """
@@ -165,7 +166,7 @@ def _folding(projection: Projection) -> dict[str, str]:
 
 
 async def tables_of(connection: AsyncConnection, projection: Projection, since: Checkpoint) -> Tables:
-    """The tables of the checkpoint's generation; it stays what it is, live or being built, until the transaction ends.
+    """The tables of the checkpoint's generation, which stays live, or a build, until the transaction ends.
 
     Raises StaleCheckpointError when there is no such generation any more.
     """
@@ -176,7 +177,7 @@ async def tables_of(connection: AsyncConnection, projection: Projection, since: 
         query = select(table.c.log).where(*mine, table.c.log == since.position.log).with_for_update(read=True)
         if (await connection.execute(query)).one_or_none() is not None:
             if table is projection_builds and on_postgresql(connection):
-                # Nobody sees a build: a server that dies may lose its last batches, whole, with their checkpoint.
+                # Nobody reads a build. A server that crashes may lose its last batches, each with its checkpoint.
                 await connection.execute(text("SET LOCAL synchronous_commit TO off"))
             return tables(projection)
     raise StaleCheckpointError(f"the view {projection.name} was reset: this fold is of an older generation")
@@ -185,10 +186,10 @@ async def tables_of(connection: AsyncConnection, projection: Projection, since: 
 async def check_continues(
     log: Log, name: str, checkpoint: Checkpoint, partitions: Iterable[int], *, end: Position | None = None
 ) -> None:
-    """Return if the log goes on, in these partitions, from what the view `name` has folded; reads a record of each.
+    """Return if the log continues, in these partitions, what the view `name` has folded. Reads a record of each.
 
-    `end` is the log's, from after the checkpoint; without it the log is asked. Raises CorruptError, which names the
-    replay that would accept the log as it is; UnavailableError.
+    `end` is the end of the log, read after the checkpoint; without it the log is asked. Raises CorruptError, which
+    names the replay that would accept the log as it is; UnavailableError.
     """
     wanted = sorted(set(partitions))
     offsets = {p: checkpoint.position.offsets[p] for p in wanted if p in checkpoint.position.offsets}
@@ -224,12 +225,12 @@ def folds_again(
 ) -> bool:
     """Whether an operator has set the group of the view `name` back to the log's start with the log's own tools.
 
-    `committed` is what the group has, read after `stands`, where the view stands. Our commits carry metadata, and those
-    tools write none. An offset that they have set to where the view stands changes nothing. An offset that is missing
-    (deleted, or expired) says nothing.
+    `committed` is what the group has, read after `stands`, where the view stands. Our commits carry metadata; those of
+    other tools have none. Setting an offset to where the view stands changes nothing. A missing offset (deleted, or
+    expired) says nothing.
 
-    Raises CorruptError: some offsets were set, but not those of all partitions to the start. The view cannot follow:
-    it cannot take one partition out of totals, and skips nothing.
+    Raises CorruptError: some offsets were set, but not those of all partitions to the start. The view cannot follow
+    that: it cannot take one partition out of its totals, and it never skips an event.
     """
     set_by_others = {p: offset for p, (offset, metadata) in committed.items() if not metadata}
     foreign = {p: offset for p, offset in set_by_others.items() if offset != stands.offsets.get(p, 0)}
@@ -270,17 +271,17 @@ SUFFIX = "__building"
 
 
 def live_tables(projection: Projection) -> Tables:
-    """The live build."""
+    """The tables of the live generation, by their names."""
     return {table.name: table for table in projection.tables}
 
 
 def building_tables(projection: Projection) -> Tables:
-    """The build beside the live one; indexes and constraints in it are not those that it really has."""
+    """The tables of the build, by their live names. The database may lack indexes and constraints that these show."""
     return _aside(tuple(projection.tables))
 
 
 @lru_cache(maxsize=64)
 def _aside(tables: tuple[Table, ...]) -> Tables:
-    """Always the same objects for the same tables: SQLAlchemy keeps what it has compiled for them."""
+    """Cached, because SQLAlchemy caches compiled statements by these objects."""
     aside = MetaData()
     return {table.name: table.to_metadata(aside, name=table.name + SUFFIX) for table in tables}

@@ -112,10 +112,10 @@ async def read_live(connection: AsyncConnection, projection: Projection) -> Live
 
 @asynccontextmanager
 async def building(views: Views, projection: Projection) -> AsyncIterator[None]:
-    """Be the only one that builds this projection, whichever process it is in.
+    """Hold the lock for building this projection, among all processes.
 
-    Raises PushBackError, which says who the other is. The lock spares double work and nothing else: that two builders
-    who met were harmless is the checkpoint's guard.
+    Raises PushBackError, which says who holds it. The lock only saves double work: should two builders meet, the
+    checkpoint's guard keeps them harmless.
     """
     if views.dialect == "sqlite":
         path = Path(str(views.engine.url.database))
@@ -148,15 +148,15 @@ async def building(views: Views, projection: Projection) -> AsyncIterator[None]:
             try:
                 with database_errors():
                     await connection.execute(text("SELECT pg_advisory_unlock(hashtextextended(:name, 0))"), key)
-            except UnavailableError as error:  # the lock went with its connection; what was done meanwhile counts
+            except UnavailableError as error:  # the lock ended with its connection; what was done meanwhile counts
                 logger.info("%s: the lock of its builder was lost: %s", projection.name, error.detail)
 
 
 async def begin_build(views: Views, projection: Projection, log: UUID, *, bare: bool = True) -> Build:
-    """Make the empty tables of a new generation, in place of those of a build that is there.
+    """Create the empty tables of a new generation, in place of those of an earlier build.
 
-    A `bare` build gets its indexes last. With all of them from the start, rows that no key allows are met when they are
-    folded, and not when it is too late to tell whose they are.
+    A `bare` build gets its indexes last. With all indexes from the start, a row that violates a key fails while it is
+    folded, when it can still be told which package it belongs to.
     """
     generation = uuid4()
     row = {"projection": projection.name, "generation": generation, "layout": projection.layout, "log": log}
@@ -174,7 +174,7 @@ async def begin_build(views: Views, projection: Projection, log: UUID, *, bare: 
 
 
 async def adopt_build(views: Views, build: Build) -> None:
-    """Say that this process goes on with the build. Raises StaleCheckpointError when it is not there any more."""
+    """Record that this process goes on with the build. Raises StaleCheckpointError if the build is gone."""
     async with views.writing() as connection:
         mine = projection_builds.c.generation == build.generation
         if (
@@ -184,14 +184,14 @@ async def adopt_build(views: Views, build: Build) -> None:
 
 
 async def drop_build(views: Views, projection: Projection) -> bool:
-    """Remove the projection's build; whether there was one. Folds into it that are under way come to their end."""
+    """Remove the projection's build, after running folds into it. Returns whether there was one."""
     async with views.writing() as connection:
         return await _forget(connection, projection)
 
 
 @asynccontextmanager
 async def held(views: Views, projection: Projection) -> AsyncIterator[None]:
-    """Let no fold move the live view meanwhile, where another connection can write beside that: not on SQLite."""
+    """Keep folds from moving the live view within the block. Does nothing on SQLite, which has only one writer."""
     if views.dialect == "sqlite":
         yield
         return
@@ -211,9 +211,9 @@ LogEnd = Callable[[], Awaitable[Position]]
 async def switch(views: Views, projection: Projection, generation: UUID, log_end: LogEnd, fold_to: FoldTo) -> None:
     """Make the build the live generation and drop the one that was, in one transaction.
 
-    Holds every fold of the projection off, lets `fold_to` fold what the live view is ahead by, and takes the tables
-    when nobody reads them. `log_end` is asked once the live view stands still, so that all it has folded lies before
-    that end; a live view that claims to be beyond it, or is of another log, says nothing.
+    Holds all folds of the projection off, lets `fold_to` fold what the live view is ahead by, and replaces the tables
+    when nobody reads them. `log_end` is called once the live view cannot move, so that all it has folded lies before
+    that end. A live view that is beyond that end is followed only up to it, and one of another log not at all.
 
     Raises:
         UnavailableError: folds or readers took too long, or the live view is still ahead of the build; nothing was
@@ -236,7 +236,7 @@ async def switch(views: Views, projection: Projection, generation: UUID, log_end
         reached = Position(row.log, await read_offsets(connection, generation))
         if missing := ahead(live, reached, end):
             raise UnavailableError(f"the live {projection.name} is ahead of the build, at {missing}")
-        if views.dialect == "postgresql":  # from here on people rely on it, and on all that was written before
+        if views.dialect == "postgresql":  # readers rely on the build from here on: this commit makes all of it durable
             await connection.execute(text("SET LOCAL synchronous_commit TO DEFAULT"))
         await lock_live_tables(connection, projection)
         await replace_live_tables(connection, projection, generation)
@@ -287,7 +287,7 @@ _LONGEST_PAUSE = 1.0
 
 
 class Attempts:
-    """The time that there is for one undertaking, and the pauses within."""
+    """The time limit of something that is tried several times, and the pauses in between."""
 
     def __init__(self, seconds: float) -> None:
         """The time begins now."""
@@ -304,7 +304,7 @@ class Attempts:
 
 
 _RESET_SECONDS = 600.0
-"""How long a reset looks for a moment in which nobody reads and no fold takes long."""
+"""How long a reset waits for a moment in which nobody reads and no fold takes long."""
 
 
 async def reset(
@@ -312,13 +312,13 @@ async def reset(
 ) -> UUID:
     """Empty the projection's tables and begin a new generation at the log's start; returns its id.
 
-    One transaction, in a moment in which nobody reads the tables: readers find them empty behind it, on PostgreSQL also
-    those whose snapshot is older. Folds that are under way come to their end, later ones of the old generation fail at
-    their guard. Tables of another layout are made anew.
+    One transaction, in a moment in which nobody reads the tables. Afterwards readers find them empty, on PostgreSQL
+    even readers with an older snapshot. Running folds end first; later folds of the old generation are refused as
+    stale. Tables of another layout are created again.
 
     Raises:
         StaleCheckpointError: `expected` is not the live generation; nothing was changed.
-        UnavailableError: there was no such moment for so long, or the database cannot be reached.
+        UnavailableError: there was no such moment within `patience_seconds`, or the database cannot be reached.
         ConfigurationError: tables of another layout cannot be dropped, for what others have put on them.
     """
     attempts = Attempts(patience_seconds)

@@ -1,8 +1,8 @@
 """Parked packages: one event that a projection cannot read or apply stops its package, and no other.
 
-A mark says where a package stopped and why; the log keeps the bytes. What the view holds of a parked package is what
-a fold of its events before the mark makes. Which event is to blame does not depend on how batches were cut: a batch
-that fails is halved until the event is found at which a fold in log order would have stopped.
+A mark says where a package stopped and why; the log keeps the bytes. The view holds the package as its events before
+the mark have left it. Which event is to blame does not depend on how batches were cut: a batch that fails is halved
+until the event is found at which a fold in log order would have stopped.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Mark:
 
     @property
     def key(self) -> tuple[int, str]:
-        """What it is known by within its generation."""
+        """What identifies it within its generation."""
         return self.partition, self.package
 
 
@@ -101,7 +101,7 @@ async def forget_mark(connection: AsyncConnection, mark: Mark) -> bool:
 
 
 class Parking:
-    """Folds a batch within one transaction, parks what cannot be applied, and updates the marks. Used once."""
+    """Folds batches within one transaction, parks what cannot be applied, and updates the marks."""
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class Parking:
         self._before = dict(marks)
 
     async def fold(self, batch: EventBatch, *, whole: bool = False) -> None:
-        """Fold what can be folded and park the rest. With `whole`, park nothing but what is unreadable.
+        """Fold what can be folded and park the rest. With `whole`, park only unreadable records.
 
         Raises TooManyParkedError, after which the transaction must not be committed; UnavailableError. With `whole`
         also CorruptError, when an event cannot be applied.

@@ -1,9 +1,9 @@
 """Sources: what the engine reads. A range of the log, one package of it, or the share that a group assigns.
 
 Each gives `EventBatch`es, which say what was read, from where, and how far that goes. `read_range` reads up to given
-offsets, of all packages or of some. `Assignment` is one membership in a projection's group. The view's own checkpoint
-says where its reading begins; what is committed to the log's group is only for people to see. They may reset it to
-the log's start as a whole: then the view is emptied and folded again. Any other change of theirs stops the projector.
+offsets, of all packages or of some. `Assignment` is one membership in a projection's consumer group: it begins reading
+at the view's own checkpoint. The offsets that it commits to the group only show progress to people. An operator may
+reset all of them to the log's start: then the view is emptied and folded again. Any other change stops the projector.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ _FEW = 20
 
 @dataclass(frozen=True, slots=True)
 class EventBatch:
-    """What a source has read: events in log order per partition, and how far each partition is read with that.
+    """What a source has read: events, in log order per partition, and how far they take each partition.
 
-    `since` is where it was read from. `ends` has the offsets to go on from, of the partitions that the batch moves; it
-    may have no record of one of them. `records` and `events` go together. `unreadable` are the records that hold no
-    event, each with the reason. Left out are administrative records, and records that an operator has confirmed to be
-    no events; `confirmed` are the partitions in which such a confirmation was read.
+    `since` is where reading began. `ends` has the offset to go on from for each partition that the batch moves, even if
+    the batch has no record of that partition. `records` and `events` are parallel. `unreadable` are records that hold
+    no event, each with the reason. Left out are administrative records, and records that an operator has confirmed to
+    be no events; `confirmed` are the partitions in which such a confirmation was read.
     """
 
     since: Checkpoint
@@ -155,7 +155,7 @@ async def read_range(
     only: Callable[[Record], bool] | None = None,
     skips: Skips | None = None,
 ) -> AsyncGenerator[EventBatch]:
-    """Read on from `since`, in these partitions, exactly to `ends`: offsets without events lie there as well.
+    """Read from `since` exactly to `ends`, in the partitions of `ends`, which may be offsets without an event.
 
     A batch has at most `batch_events` records and BATCH_BYTES, but at least one record. With `only`, the other records
     are passed over. Decoding takes place in a thread. `skips` are those of an earlier reading of the same log.
@@ -242,16 +242,25 @@ class Assignment:
         self._projection = projection
         self._settled = settled
         self._identity: UUID | None = None
+        """The log's identity when this joined."""
         self._generation: UUID | None = None
+        """The view's live generation when this joined."""
         self._reset = False
+        """Whether the view has another generation by now, so that this must join again."""
         self._next: dict[int, int] = {}
+        """The offset to read next, by partition."""
         self._unclaimed: dict[int, int] = {}
+        """Where reading begins in partitions whose committed offset another tool has set: see `_claim`."""
         self._subscription: Subscription | None = None
         self._skips = Skips(log)
         self._unshown: dict[int, int] = {}
+        """Offsets that the view has reached and that are not committed to the group yet."""
         self._usual_size = _FIRST_SIZE
+        """The average size of a record in the last poll, in bytes."""
         self._looked = time.monotonic()
+        """When the log's identity was last checked, on the monotonic clock (s)."""
         self._quiet_since: float | None = None
+        """When records or an assignment last arrived, on the monotonic clock (s); None before the first."""
 
     @property
     def idle(self) -> bool:
@@ -295,7 +304,7 @@ class Assignment:
             async with self._of_one_log():
                 polled = await self._joined().poll(self._most(size), 0.0 if ends else timeout_seconds)
             self._check(polled, ends)
-            if gone := ends.keys() - self._joined().assigned:  # for whoever has them now to read
+            if gone := ends.keys() - self._joined().assigned:  # their new owners read these records
                 records = [record for record in records if record.partition not in gone]
                 for partition in gone:
                     del starts[partition], ends[partition]
@@ -323,7 +332,7 @@ class Assignment:
         return batch
 
     def applied(self, batch: EventBatch) -> None:
-        """The view holds the batch: the next `show` shows it. May be called while another task reads or shows."""
+        """Note that the view holds the batch, for the next `show`. May be called while another task reads or shows."""
         self._unshown.update(batch.ends)
 
     async def show(self) -> None:
@@ -351,6 +360,10 @@ class Assignment:
             await subscription.close()
 
     async def _start_offsets(self, partitions: Sequence[int]) -> Mapping[int, int]:
+        """Where to begin reading newly assigned partitions: at the view's checkpoint. Also notices an operator's reset.
+
+        Raises StaleCheckpointError: the view was emptied just now, so join again. CorruptError as `next_batch`.
+        """
         await self._settled()
         if self._identity is None:
             raise StaleCheckpointError("asked for offsets before joining")
@@ -430,7 +443,7 @@ class Assignment:
         self._looked = time.monotonic()
 
     async def _require_same_generation(self) -> None:
-        """Check the view's generation. While no batch comes nothing else does, and a reset view would stay empty."""
+        """Check the view's generation. While no batch comes, nothing else checks it, and a reset view stays empty."""
         async with self._views.reading() as connection:
             live = await live_row(connection, self._projection)
         if live.generation != self._generation:
