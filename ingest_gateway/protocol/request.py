@@ -1,4 +1,4 @@
-"""One HTTP request: its parameters and its body are read here, and its answer is made and sent here.
+"""One HTTP request: reads its parameters and its body, makes its answer and sends it.
 
 Each parameter is declared once, for reading requests and for the OpenAPI document.
 """
@@ -58,9 +58,9 @@ Shape = TypeVar("Shape", bound=Request)
 MAX_JSON_BYTES = 1 << 20
 """Most bytes of a JSON body beyond what metadata may take."""
 
-_PARSED_AT_ONCE_BYTES = 64 * 1024  # a larger JSON body is parsed beside the event loop
+_PARSED_AT_ONCE_BYTES = 64 * 1024  # a larger JSON body is parsed in a thread
 
-_HASHED_AT_ONCE_BYTES = 64 * 1024  # of a larger chunk a thread computes digests that were declared
+_HASHED_AT_ONCE_BYTES = 64 * 1024  # a larger chunk is hashed in a thread
 _MD5 = "md5"
 
 _DIGEST_HEADERS = tuple(
@@ -77,7 +77,7 @@ class Call:
     """One HTTP request, from its head to the end of its answer. Belongs to one task."""
 
     def __init__(self, gateway: Gateway, request: web.BaseRequest) -> None:
-        """Parameters can be read once `read_head` has been told which there are."""
+        """Call `read_head` before reading query parameters, path parameters or the body."""
         self.gateway = gateway
         self.principal = _NOBODY
         """Who sends the request, once `authenticate` has found out."""
@@ -110,7 +110,7 @@ class Call:
         Raises:
             InvalidRequestError: a query parameter is not among `parameters`, or a digest cannot be checked here.
             ContentMismatchError: digests contradict each other, or there is no body.
-            ExpectationFailedError.
+            ExpectationFailedError: the client expects something else than 100-continue.
         """
         self._path = path
         self._query = _query(self._raw_query, {p.name for p in parameters if p.place == "query"})
@@ -143,7 +143,7 @@ class Call:
 
     @property
     def registry(self) -> DirectRegistry:
-        """The registry as it is for the sender."""
+        """The registry, limited to what the sender may read and write."""
         if self._registry is None:
             self._registry = self.gateway.registry.for_principal(self.principal)
         return self._registry
@@ -172,7 +172,7 @@ class Call:
             raise
 
     async def still_may(self) -> bool:
-        """Whether the sender may do what they could when the request came: a token can be revoked, a policy changed."""
+        """Whether the sender still has the rights that they had at first: a token may be revoked, a policy changed."""
         try:
             found = await self.gateway.authenticate(self.request.headers.get("Authorization"))
         except UnauthenticatedError:
@@ -284,7 +284,7 @@ class Call:
         self.gateway.quotas.count(Quota.BYTES, self.principal.actor, len(data))
 
     def held_body(self) -> bytes | None:
-        """The whole body, if all of it has come and nothing needs to be done about it; None: read it from `body`."""
+        """The whole body, if it has arrived and needs neither decoding nor a digest check; None: read it by `body`."""
         content, headers = self.request.content, self.request.headers
         if self._expects or self._digests or not content.is_eof() or content.exception() is not None:
             return None
@@ -353,7 +353,7 @@ class Call:
             yield chunk
 
     async def json(self, shape: type[Shape], *, limit: int = 0) -> Shape:
-        """The JSON body in this shape. `limit` raises the usual limit of its bytes.
+        """The JSON body in this shape. It may have `limit` bytes if that is more than usual.
 
         No body at all reads as an empty object when every field has a default.
 
@@ -747,7 +747,7 @@ SENT_AT_ONCE_BYTES = 256 * 1024
 
 
 async def taken(writing: Awaitable[None], size: int, bounds: Bounds) -> None:
-    """Wait until `size` bytes are written.
+    """Wait for `writing`, which writes `size` bytes.
 
     Raises ConnectionError; AnswerTimeoutError: the client takes less than `Bounds.body_bytes_per_second`, measured over
     at least `Bounds.body_idle_seconds`. Only time spent waiting for the client counts.
@@ -771,7 +771,7 @@ SERVER = "artifact-store"
 NOT_KEPT: Mapping[str, str] = {"Cache-Control": "no-store"}
 """For an answer that the next event may change."""
 IMMUTABLE = "private, max-age=31536000, immutable"
-"""`Cache-Control` of a representation that never changes; private, because reading will need a permission."""
+"""`Cache-Control` of a representation that never changes; private, because reading needs a right."""
 
 LOCATION: Mapping[str, Any] = {"type": "string", "format": "uri-reference"}
 ETAG: Mapping[str, Any] = {"type": "string", "pattern": '^"[^"]+"$'}

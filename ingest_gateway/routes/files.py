@@ -75,8 +75,8 @@ async def ingest_file(call: Call) -> web.StreamResponse:
     largest = call.gateway.bounds.max_file_bytes
     if said.size_bytes is not None and said.size_bytes > largest:
         raise TooLargeError(f"a file may have {largest:,} bytes here")
-    # The first byte of the body that is taken sends 100-continue. A client that waits for it is spared an upload that
-    # would be refused, because the registry asks the writer before.
+    # Reading the body sends 100 Continue. If the client waits for that, the registry asks the writer first, so that the
+    # client never sends a file that would be refused.
     held = call.held_body() if is_small(said) else None
     done = await call.registry.ingest(
         package_id,
@@ -142,7 +142,7 @@ async def get_content(call: Call) -> web.StreamResponse:
     if request.method == "HEAD":
         await call.start(response)
         return response
-    # Most failures show here. Once the status is sent, a failure can only cut the connection.
+    # Most failures are raised here. Once the status is sent, a failure can only cut the connection.
     chunks = await call.registry.open_content(file.file_id, 0 if part is None else part.offset, length)
     async with aclosing(chunks):
         await call.start(response)

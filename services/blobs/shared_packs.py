@@ -1,12 +1,12 @@
 """Small bodies that arrive at the same time share an object of the store, as commands share a transaction.
 
-A store writes a thousand small objects a second at best, whatever their size. So the small bodies of one retention
-class that are complete while others are being stored wait for those and then become one pack: a blob like any other, at
-the key of its own BLAKE3, in which each body has its place (docs/decisions/shared-packs.md). No timer is involved. A
-body that comes alone is stored at once, at the key of its own BLAKE3.
+A store writes a thousand small objects a second at best, whatever their size. So while packs of a retention class are
+being stored, the small bodies of that class gather, and then become one pack: a blob like any other, under the key of
+its own BLAKE3, in which each body has a range (docs/decisions/shared-packs.md). There is no timer: a body that comes
+alone is stored at once, under the key of its own BLAKE3.
 
-A body joins a pack once all of it is in memory and proved to be what was declared. So neither a slow body nor a wrong
-one concerns the others.
+A body joins a pack only when all of it is in memory and matches what was declared. So a slow or wrong body never
+affects the others.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from services.blobs.memory import TURN_SECONDS, Share
 from services.blobs.port import BlobStore, Digests, StoredBlob
 
 SHARED_PACK_BYTES = 4 * MIB
-"""Most bytes of a pack. So much memory is copied for a pack under way, beside the bodies themselves."""
+"""Most bytes of a pack. A pack that is being stored takes this much memory in addition to its bodies."""
 
 PACKS_AT_ONCE = 2
 """How many packs of a retention class are stored at a time; further bodies gather meanwhile."""
 
 _READ_FIRST_BYTES = 64 * 1024
-"""A body that is no longer is read before it takes memory of the budget: its connection may hold as much already."""
+"""A body of at most this size is read before it takes memory of the budget: its connection may hold as much anyway."""
 
 _RETRY_SECONDS = 5.0
 
@@ -40,7 +40,7 @@ SALT_BYTES = 32
 
 
 def is_small(declared: Declared) -> bool:
-    """Whether a body of which this is declared may share a pack."""
+    """Whether a body with this declaration may share a pack."""
     return declared.size_bytes is not None and declared.size_bytes <= SMALL_FILE_BYTES
 
 
@@ -93,7 +93,7 @@ class SharedPacks:
             return await self._join(held, self._lanes[retention_class])
 
     async def close(self) -> None:
-        """Wait for the packs that are being stored, whose bodies' senders may be gone."""
+        """Wait for the packs that are being stored, even if the senders of their bodies are gone."""
         while self._storing:
             await asyncio.wait(self._storing)
 
@@ -141,14 +141,14 @@ class SharedPacks:
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """A body that is in memory, and is what was declared."""
+    """A body that is completely in memory and matches what was declared."""
 
     data: bytes
     digests: Digests
 
 
 async def _take(data: bytes, declared: Declared, max_bytes: int) -> _Held:
-    """As `_read`, of a body that is there."""
+    """As `_read`, for a body that is in memory already."""
     if len(data) > max_bytes:
         raise TooLargeError(f"the body is larger than the {max_bytes} bytes that are taken")
     digests = await digests_of(data)
@@ -178,7 +178,7 @@ class _Lane:
 
 
 class _Pack:
-    """Bodies one behind the other, equal ones once, and who waits for each."""
+    """Bodies one after the other, equal ones once, and the futures that wait for them."""
 
     def __init__(self) -> None:
         self._bodies: dict[bytes, tuple[_Held, int]] = {}
@@ -201,9 +201,10 @@ class _Pack:
         return pack if pack._waiting else None
 
     async def content(self) -> tuple[bytes, Digests]:
-        """The bytes of the pack, with their digests; behind several bodies come random bytes.
+        """The bytes of the pack, with their digests. Several bodies are followed by random bytes.
 
-        Events name the digest of the pack. Without the random bytes, who knows one body could guess the others by it.
+        Events name the digest of the pack. Without the random bytes, somebody who knows one body could use the digest
+        to guess the others.
         """
         bodies = [held for held, _ in self._bodies.values()]
         if len(bodies) == 1:

@@ -173,10 +173,11 @@ class DirectRegistry(Registry):
         command_id: UUID | None = None,
         ask_first: bool = False,
     ) -> Acknowledgement:
-        """See `Registry`. A small body is read before its package's writer is asked, unless `ask_first` is set.
+        """See `Registry`. The package's writer is asked before the body is read, with one exception.
 
-        That is so once the writer has said to this process of which retention class the package is, until it refuses a
-        file of this actor. So a client that is refused repeatedly has at most one body stored.
+        It is not asked about a small body, unless `ask_first` is set, once it has told this process the package's
+        retention class: from then on until it rejects a file of this actor. So a client whose files are rejected
+        repeatedly gets at most one body stored.
         """
         check_text("actor", actor)
         check_text("media_type", media_type)

@@ -69,7 +69,7 @@ from services.runtime.clock import Clock, StoreClock, system_clock
 PROBE_KEY = "health/write-probe"
 _RETRY_SECONDS = 5.0
 _SMALL_BYTES = 64 * 1024
-"""A body that is no longer is read before it takes memory of the budget: its connection may hold as much already."""
+"""A body of at most this size is read before it takes memory of the budget: its connection may hold as much anyway."""
 _ASK_FIRST_BYTES = 256 * 1024  # from here on asking whether a blob is there costs less than sending it
 _READ_PAUSE_SECONDS = 0.2
 _LISTED_AT_ONCE = 1000
