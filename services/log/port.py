@@ -28,7 +28,7 @@ class Record(NamedTuple):
     key: bytes
     value: bytes
     sequence: int | None = None
-    """By which number the log finds it in its package; None for a log that finds nothing by numbers."""
+    """The number under which the log keeps the record in its package; None for a log that keeps no such numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class Subscription(Protocol):
         """The partitions that are this member's now."""
 
     async def commit(self, next_offsets: Mapping[int, int], metadata: str) -> None:
-        """Show the progress in the log's own tools; called after the view holds it. Not what a restart goes by."""
+        """Show the progress in the log's own tools, once the view holds it. A restart does not go by it."""
 
     async def close(self) -> None:
         """Leave the group at once, so that others take over without waiting for a time-out."""
@@ -98,10 +98,10 @@ class Log(Protocol):
         """The partition that holds the package's events. Raises UnavailableError before the log was reached once."""
 
     async def end(self, covering: Position | None = None) -> Position:
-        """The position behind the last committed event of every partition. Raises UnavailableError.
+        """The position after the last committed event of every partition. Raises UnavailableError.
 
-        A broker that is cut off from the others may answer, with an older end. One that does not cover `covering`, a
-        position that the caller has seen, is asked for again, of others, before it is believed.
+        A broker that is cut off from the others may answer with an older end. If an end does not cover `covering`, a
+        position that the caller has seen, other brokers are asked before it is believed.
         """
 
     def read(
@@ -127,7 +127,7 @@ class Log(Protocol):
     def scan(self, starts: Mapping[int, int], ends: Mapping[int, int]) -> AsyncGenerator[Batch]:
         """Read the records of some partitions, undecoded: of each in `starts` from there to its offset in `ends`.
 
-        For those who read much and decode it elsewhere. `ends` must not lie beyond the log's end; the last
+        For callers that read much and decode it elsewhere. `ends` must not lie beyond the log's end; the last
         `next_offsets` of every partition is its end. Memory is bounded by a batch.
 
         Raises (on iteration): UnavailableError (within a bound), LogIdentityError (the log is made anew meanwhile),
@@ -139,14 +139,15 @@ class Log(Protocol):
     ) -> Subscription:
         """Join the projection's consumer group. Raises UnavailableError.
 
-        `settled` is waited for, within a bound, before partitions go over to another member: it then begins behind what
-        this one has folded, where it would otherwise read the same and be refused.
+        Before partitions go to another member, `settled` is awaited, within a bound. That member then begins after what
+        this one has folded; otherwise it would read the same records, and its folds would be refused.
         """
 
     async def damage(self) -> Sequence[str]:
-        """What is broken of what the log lies in, and its records do not show, in words; blocks no writer.
+        """Damage to the log's storage that its records do not show, in words. Blocks no writer.
 
-        Nothing of a log whose servers look after that. Raises UnavailableError; CorruptError when it cannot be told.
+        Always empty for a log whose servers look after that. Raises UnavailableError; CorruptError when it cannot be
+        told.
         """
 
     async def committed(self, projection: str) -> Mapping[int, tuple[int, str]]:
@@ -211,19 +212,19 @@ class CommandWriter(Protocol):
     ) -> str | None:
         """Ask the package's writer whether files of these paths could be ingested now.
 
-        Returns the package's retention class; None when its writer is of a release that does not say it.
+        Returns the package's retention class; None if its writer is of a release that does not tell it.
 
         Raises as `submit`: PackageNotFoundError, IllegalPackageStateError, DuplicateRelativePathError, TooLargeError.
         """
 
     def announce(self, package_id: UUID) -> None:
-        """Say that a command that adds a file to the package comes as soon as its bytes are stored.
+        """Say that a command that adds a file to the package will come as soon as the bytes are stored.
 
-        Those that are there may wait for it a moment, to share a transaction. Does not block, and promises nothing.
+        Commands in the queue may wait a moment for it, to share a transaction. Does not block, and promises nothing.
         """
 
     async def end(self, partitions: Collection[int]) -> Position:
-        """A position behind every event of these partitions that was acknowledged before the call.
+        """A position after every event of these partitions that was acknowledged before the call.
 
         Their writers prove it: `Log.end` may ask a broker that is cut off from the others. Raises UnavailableError and
         PushBackError when a partition has no writer that can.
@@ -232,7 +233,7 @@ class CommandWriter(Protocol):
     async def extent(self, package_id: UUID) -> PackageExtent | None:
         """Where the package's events lie, as its writer knows; None when that cannot be learned at once.
 
-        Blocks for EXTENT_SECONDS at most, and never raises for what is away.
+        Waits for EXTENT_SECONDS at most. Never raises because something cannot be reached.
         """
 
     async def ready(self) -> str | None:
@@ -269,14 +270,13 @@ class PartitionStatus:
     quarantined: int = 0
     """Packages whose history is contradicted: nothing is added to them."""
     bad_offset: int | None = None
-    """Where the record lies that is no event and that nobody has confirmed: the partition stands before it,"""
+    """Offset of the record that is no event and that nobody has confirmed yet: the partition stands before it."""
     bad_digest: str | None = None
-    """and its digest (64 hex digits), by which `artifact-store log skip` confirms it."""
+    """Digest of that record (64 hex digits), by which `artifact-store log skip` confirms it."""
     lost_offset: int | None = None
-    """Where a record lay that was acknowledged and that the partition lacks: nothing is appended until an operator has
-    accepted that,"""
+    """Offset of an acknowledged record that the partition lacks: nothing is appended until an operator accepts that."""
     lost_digest: str | None = None
-    """and its digest (64 hex digits), by which `artifact-store log accept-loss` does."""
+    """Digest of that record (64 hex digits), by which `artifact-store log accept-loss` accepts it."""
 
 
 PutManifest = Callable[[bytes], Awaitable[None]]
@@ -315,7 +315,7 @@ class PartitionNotOwnedError(UnavailableError, problem="partition-not-owned"):
 
 
 class NotAppendedError(UnavailableError, problem="not-appended"):
-    """The writer has tried to append the command's events, in vain, and looked: the log has not got them."""
+    """The command's events could not be appended, and the writer has made sure that the log does not hold them."""
 
 
 class HeldError(PushBackError):
@@ -338,7 +338,7 @@ class Forwarder(Protocol):
     async def end(self, owner_url: str, partition: int) -> int | None:
         """The offset of `CommandWriter.end`, from the owner; PartitionNotOwnedError when it is not the owner any more.
 
-        None: it is of a release that cannot prove it.
+        None if the owner is of a release that cannot prove it.
         """
 
     async def extent(self, owner_url: str, package_id: UUID) -> PackageExtent | None:

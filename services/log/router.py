@@ -1,10 +1,10 @@
-"""Brings a request to the writer of its partition, in this process or another, and tries again until it is found.
+"""Brings a request to the writer of its partition, in this process or another, and retries until that one answers.
 
 Retrying is safe, because a command carries its id. But once a writer may have tried a command, the log may hold it. A
 refusal by another writer (it is full, or cannot write) is then no answer to the command.
 
 The router stands above the sequencers. A sequencer that cannot answer says so by an error: PartitionNotOwnedError when
-nobody has tried the command, UnavailableError when the log may hold it. The router seeks the answer elsewhere.
+nobody has tried the command, UnavailableError when the log may hold it. The router then asks elsewhere.
 
 The group of writers says who owns which partition. Its coordinator may be away while all owners are well, so the last
 answer is used meanwhile. A process that lost a partition since then refuses its commands: an old answer costs time and
@@ -224,9 +224,9 @@ class Owners:
         self._failure: ArtifactStoreError | None = None
         """Why the last question got no answer."""
         self._until = 0.0
-        """When to ask the group again,"""
+        """When to ask the group again, on the monotonic clock (s)."""
         self._least = 0.0
-        """and the earliest time to do so if its answer has proved wrong."""
+        """The earliest time to ask it again if its answer has proved wrong."""
 
     async def all(self) -> Mapping[int, Owner]:
         """The owners by partition. Partitions without an owner are absent.
