@@ -73,7 +73,7 @@ def decide(state: PackageState | None, command: Command | IngestTogether, now: i
     return _ingest(opened, [command], done, now, limits)
 
 
-class FromSomebody(Protocol):
+class Authorized(Protocol):
     """A command or a question about a package, with its sender's rights."""
 
     @property
@@ -85,7 +85,7 @@ class FromSomebody(Protocol):
         """What its sender may do."""
 
 
-def require_write(state: PackageState | None, asked: FromSomebody) -> None:
+def require_write(state: PackageState | None, asked: Authorized) -> None:
     """Raise unless the sender may write to the package.
 
     Raises:

@@ -37,7 +37,7 @@ PUT_SECONDS = 15.0
 AT_A_TIME = 4
 """How many manifests of a partition are made at the same time."""
 
-TOGETHER_MICROS = 1_000_000
+MANIFEST_WINDOW_MICROS = 1_000_000
 """While a manifest is made, others are begun only within this time, so that the partition's time goes on eventually."""
 
 HELD_BYTES = 4 << 20
@@ -245,7 +245,7 @@ class BackgroundJobs:
     def _may_finalize(self) -> bool:
         if self._time is None:
             return True
-        return self._finalizing() < AT_A_TIME and self._clock() < self._time + TOGETHER_MICROS
+        return self._finalizing() < AT_A_TIME and self._clock() < self._time + MANIFEST_WINDOW_MICROS
 
     def _run(self, job: _Job, work: Callable[[], None]) -> None:
         job.running = True

@@ -4,8 +4,9 @@ A transaction may fail at any point. The writer then always does the same: it gi
 partition over again, and decides the same commands on the state that it reads from the log. It recognises commands that
 the log already holds by their ids, and appends the others. It never guesses.
 
-Read it from the outside in: `_run` holds one lease after another, `_hold` serves one lease, `_serve` one batch. Below
-it, `_answers` decides and appends a batch, `_decide_run` a run, `_decide` one request. `_after` handles every failure.
+Read it from the outside in: `_run` holds one lease after another, `_hold` serves one lease, `_serve` one batch.
+Below it, `_answers` decides and appends a batch, `_decide_run` a run, `_decide` one request. `_recover` handles every
+failure.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ from services.log.sequencer.background import BackgroundJobs
 from services.log.sequencer.driver import Driver, Lease, Staged, State
 from services.log.sequencer.queue import (
     CHECK_SECONDS,
+    FAILURES_BEFORE_ALONE,
     MAX_BATCH_BYTES,
-    TOGETHER,
     EndQuestion,
     IngestCheck,
     Request,
@@ -111,7 +112,7 @@ class PartitionWriter:
         """When the batch that is being served began, on the monotonic clock (s); None between batches."""
         self._failed = 0
         """How many take-overs in a row have failed."""
-        self._well = time.monotonic()
+        self._last_success = time.monotonic()
         """When something last succeeded: a lease, or a step of a long take-over."""
         self._last_created_at = 0
         """The time (µs since 1970) of the last event that was read from the partition; 0 before any was."""
@@ -245,13 +246,13 @@ class PartitionWriter:
                     return
                 # Taking over again is the remedy for every failure: the state read from the log says what has happened.
                 except Exception as error:  # noqa: BLE001 - see above; the cause is shown in `trouble` and logged
-                    self._after(error)
+                    self._recover(error)
                 finally:
                     self.since = None
         finally:
             self._let_go()
 
-    def _after(self, error: Exception) -> None:
+    def _recover(self, error: Exception) -> None:
         """Handle a failed lease or take-over; returns when it is time for the next one."""
         served, self.since = self.since is not None, None
         error = self._context.driver.refusal(error) or error
@@ -264,12 +265,12 @@ class PartitionWriter:
         contradicted = isinstance(error, CorruptError) and not isinstance(error, LogIdentityError)
         if (answer := refused(error)) is not None and not (served and contradicted):
             self._refuse_all(*answer)
-            self._went_well()
+            self._succeeded()
         elif served:
-            self._went_well()
+            self._succeeded()
         else:
             self._failed += 1
-            if not self._stop.is_set() and time.monotonic() - self._well > _GIVE_WAY_SECONDS:
+            if not self._stop.is_set() and time.monotonic() - self._last_success > _GIVE_WAY_SECONDS:
                 self._complain()
             self._stop.wait(_RETRY_SECONDS[min(self._failed, len(_RETRY_SECONDS)) - 1])
 
@@ -277,8 +278,8 @@ class PartitionWriter:
         """Ask that another process takes the partition."""
         self.leave_to_others = f"partition {self.partition} cannot be written to: {self._trouble}"
 
-    def _went_well(self) -> None:
-        self._well = time.monotonic()
+    def _succeeded(self) -> None:
+        self._last_success = time.monotonic()
 
     def _let_go(self) -> None:
         """Close the queue and answer what waits at once: the current transaction may take long."""
@@ -293,7 +294,7 @@ class PartitionWriter:
         context, began = self._context, time.monotonic()
         context.driver.require(self.partition, self._last_created_at)
         lease = context.driver.take_over(
-            self.partition, is_ours=self._is_ours, stopping=self._stop.is_set, progressed=self._went_well
+            self.partition, is_ours=self._is_ours, stopping=self._stop.is_set, progressed=self._succeeded
         )
         jobs = BackgroundJobs(
             lease.state,
@@ -313,7 +314,7 @@ class PartitionWriter:
             context.counts.takeover_seconds += self.takeover_seconds
             self._failed = 0
             self.leave_to_others = None
-            if not self._whole(lease):
+            if not self._await_confirmations(lease):
                 return
             context.driver.require(self.partition, self._last_created_at)
             self.since = context.clock()
@@ -350,7 +351,7 @@ class PartitionWriter:
             self._queue.put_back(batch)
             raise
 
-    def _whole(self, lease: Lease) -> bool:
+    def _await_confirmations(self, lease: Lease) -> bool:
         """Wait for an operator's confirmation if the partition needs one, and refuse all requests meanwhile.
 
         It needs one if the state ends before a record that is not an event, or if the log lost acknowledged events.
@@ -530,7 +531,7 @@ class PartitionWriter:
             if not events:
                 events = decide(package, asked, now, limits)
                 manifest = None if package is None else claim_check(package, events)
-            if events and request.failures > TOGETHER:
+            if events and request.failures > FAILURES_BEFORE_ALONE:
                 return given_up(request, events[0].command_index)
             if events and contradicted is not None:
                 raise quarantined(contradicted)

@@ -40,7 +40,7 @@ ANNOUNCED_SECONDS = 0.2
 ENOUGH_TOGETHER = 32
 """With this many commands in the queue, none waits for others: each one's share of a transaction is small."""
 
-TOGETHER = 2
+FAILURES_BEFORE_ALONE = 2
 """After this many failed transactions with others, a command gets a transaction of its own."""
 
 _EVENT_BYTES = 1_500
@@ -255,7 +255,7 @@ class RequestQueue:
         events = size = 0
         while self._queue:
             request = self._queue[0]
-            alone = request.failures >= TOGETHER
+            alone = request.failures >= FAILURES_BEFORE_ALONE
             full = events + request.events > MAX_BATCH_EVENTS or size + request.size > MAX_BATCH_BYTES
             if batch and (alone or full):
                 break
