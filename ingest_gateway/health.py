@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -91,9 +92,13 @@ class ReadyAnswers:
                 self._until = loop.time() + FRESH_SECONDS
             return self._found
 
-    async def watch(self, show: Callable[[str, bool], None]) -> None:
-        """Check every WATCH_SECONDS and call `show` with each component and whether it works, until cancelled."""
-        while True:
+    async def watch(self, show: Callable[[str, bool], None], stop: asyncio.Event) -> None:
+        """Check every WATCH_SECONDS and call `show` with each component and whether it works, until `stop` is set.
+
+        A check that is under way then comes to its end, which takes CHECK_SECONDS at most: cut off, it would leave a
+        connection of the database's client behind.
+        """
+        while not stop.is_set():
             try:
                 for name, part in (await self.now()).parts.items():
                     show(name, part.state == "ok")
@@ -101,7 +106,8 @@ class ReadyAnswers:
                 _log.exception("a readiness check failed")
                 for name in COMPONENTS:
                     show(name, False)
-            await asyncio.sleep(WATCH_SECONDS)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), WATCH_SECONDS)
 
 
 async def _cause(check: Check) -> str | None:

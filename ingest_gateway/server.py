@@ -179,10 +179,8 @@ async def listening(
         shutdown_timeout=1.0,
     )
     await apart.setup()
-    watching = [
-        asyncio.create_task(metrics.watch_loop()),
-        asyncio.create_task(app.gateway.ready.watch(metrics.component)),
-    ]
+    lag, stopped = asyncio.create_task(metrics.watch_loop()), asyncio.Event()
+    watching = asyncio.create_task(app.gateway.ready.watch(metrics.component, stopped))
     try:
         async with siblings.telling() if siblings is not None else nullcontext():
             if metrics_at is not None and (member is None or member.number == 1):  # it has the metrics of all
@@ -196,10 +194,11 @@ async def listening(
             await site.stop()
             await app.gateway.drain(drain_seconds)
     finally:
-        for task in watching:
-            task.cancel()
+        lag.cancel()
+        stopped.set()
         await runner.cleanup()
         await apart.cleanup()
+        await watching
 
 
 def _server_context(settings: Settings) -> ssl.SSLContext | None:

@@ -17,8 +17,10 @@ import pytest
 from minio import MinioAdmin
 from minio.credentials.providers import StaticProvider
 
+from ingest_gateway.health import CHECK_SECONDS, FRESH_SECONDS
 from services.config import Settings
 from tests.faults.store_uploads import Stage, Upload, stage_on
+from tests.integration.conditions import until
 from tests.services.minio import MinioServer
 
 pytestmark = [pytest.mark.services, pytest.mark.processes]
@@ -96,8 +98,13 @@ async def assert_given_up(
     for upload in uploads:
         assert upload.acknowledged is None
         assert problem in upload.problems[0]["detail"]
-    status, why = await readiness(stage)
-    assert (status, unready in why) == (503, True)
+
+    async def told() -> bool:
+        status, why = await readiness(stage)
+        return (status, unready in why) == (503, True)
+
+    # What was found a moment before is still told.
+    await until(told, FRESH_SECONDS + CHECK_SECONDS, "the gateway seems ready")
 
 
 async def test_a_store_that_stops_in_the_middle_of_uploads(stage: Stage) -> None:

@@ -19,7 +19,10 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from http.client import HTTPException
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, TypeVar
+
+from pydantic import SecretStr
 
 from services.config import Settings
 from services.views.projections import PROJECTIONS
@@ -233,6 +236,7 @@ def _settings(folder: Path, log_url: str, minio: MinioServer, postgres: Postgres
         s3_region=REGION,
         views_url=postgres.url(),
         state_dir=folder / "state",
+        internal_secret=SecretStr(token_hex(16)),  # commands keep a home of their own and with it a secret of their own
     )
 
 

@@ -82,6 +82,7 @@ def folder() -> Iterator[Path]:
         yield Path(name)
 
 
+@pytest.mark.endurance
 @pytest.mark.services
 def test_two_gibibytes_go_in_and_out_in_little_memory(real_settings: Settings, tmp_path: Path, folder: Path) -> None:
     small, large = folder / "small.bin", folder / "large.bin"
