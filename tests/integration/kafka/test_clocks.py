@@ -6,10 +6,8 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -24,7 +22,7 @@ from services.wiring import open_blobs, open_log, parts
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import ready, settled
 from tests.integration.conditions import until
-from tests.integration.kafka_stage import create_in, gateway, kafka_settings, lone_writer, open_kafka_log, owned
+from tests.integration.kafka_stage import create_in, gateway, lone_writer, open_kafka_log, owned
 
 pytestmark = pytest.mark.services
 
@@ -39,17 +37,6 @@ class Clock:
 
     def __call__(self) -> int:
         return system_clock() + self.wrong
-
-
-@pytest.fixture
-def kafka(kafka_url: str, tmp_path: Path) -> Settings:
-    return kafka_settings(kafka_url, tmp_path)
-
-
-@pytest.fixture
-async def log(kafka: Settings) -> AsyncIterator[KafkaLog]:
-    async with open_kafka_log(kafka) as found:
-        yield found
 
 
 @pytest.fixture(autouse=True)

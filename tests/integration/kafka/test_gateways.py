@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -40,7 +39,6 @@ from tests.integration.kafka_stage import (
     PARTITIONS,
     create_in,
     gateway,
-    kafka_settings,
     lone_writer,
     open_kafka_log,
     owned,
@@ -51,17 +49,6 @@ from tests.standstill import Standstill
 pytestmark = pytest.mark.services
 
 HAND_OVER_SECONDS = 2.0
-
-
-@pytest.fixture
-def kafka(kafka_url: str, tmp_path: Path) -> Settings:
-    return kafka_settings(kafka_url, tmp_path)
-
-
-@pytest.fixture
-async def log(kafka: Settings) -> AsyncIterator[KafkaLog]:
-    async with open_kafka_log(kafka) as found:
-        yield found
 
 
 async def test_gateways_share_the_partitions_and_take_each_other_s_commands(kafka: Settings, log: KafkaLog) -> None:

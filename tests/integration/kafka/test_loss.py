@@ -56,17 +56,6 @@ from tests.services.kafka import KafkaBroker
 pytestmark = pytest.mark.services
 
 
-@pytest.fixture
-def kafka(kafka_url: str, tmp_path: Path) -> Settings:
-    return kafka_settings(kafka_url, tmp_path)
-
-
-@pytest.fixture
-async def log(kafka: Settings) -> AsyncIterator[KafkaLog]:
-    async with open_kafka_log(kafka) as found:
-        yield found
-
-
 async def fill(kafka: Settings, log: KafkaLog, store: BlobStore | None = None) -> None:
     """Some packages in every partition, acknowledged, and a state file of each on the disk."""
     async with lone_writer(kafka, log, snapshots=store) as writer:

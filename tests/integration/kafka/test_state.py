@@ -34,26 +34,13 @@ from tests.integration.conditions import until
 from tests.integration.kafka_stage import (
     PARTITIONS,
     create_in,
-    kafka_settings,
     lone_writer,
-    open_kafka_log,
     state_about,
 )
 
 pytestmark = pytest.mark.services
 
 Answered = list[tuple[Command, Acknowledgement]]
-
-
-@pytest.fixture
-def kafka(kafka_url: str, tmp_path: Path) -> Settings:
-    return kafka_settings(kafka_url, tmp_path)
-
-
-@pytest.fixture
-async def log(kafka: Settings) -> AsyncIterator[KafkaLog]:
-    async with open_kafka_log(kafka) as found:
-        yield found
 
 
 @asynccontextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import shutil
 import threading
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
@@ -30,7 +29,6 @@ from tests.integration.kafka_stage import (
     kafka_settings,
     lone_writer,
     make_anew,
-    open_kafka_log,
     operate,
     set_on_topic,
 )
@@ -40,17 +38,6 @@ pytestmark = pytest.mark.services
 
 # The package's types do not mark what its documentation names as exported.
 _admin: Any = confluent_kafka.admin
-
-
-@pytest.fixture
-def kafka(kafka_url: str, tmp_path: Path) -> Settings:
-    return kafka_settings(kafka_url, tmp_path)
-
-
-@pytest.fixture
-async def log(kafka: Settings) -> AsyncIterator[KafkaLog]:
-    async with open_kafka_log(kafka) as found:
-        yield found
 
 
 async def test_a_topic_that_migrate_made_passes_the_guard_and_migrate_may_be_repeated(log: KafkaLog) -> None:
