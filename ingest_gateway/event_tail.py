@@ -36,7 +36,7 @@ PATIENCE_SECONDS = 2.0
 """Seconds after which a client that takes nothing loses its turn."""
 
 MARK_SECONDS = 5.0
-"""How often a client that sees none of the events is told how far it has come."""
+"""How often a client whose events are all filtered out gets its position."""
 
 _AT_ONCE_BYTES = 64 * 1024
 _BREATH = 50
@@ -105,8 +105,8 @@ class Tail:
     ) -> AsyncGenerator[bytes]:
         """Events after `since`, of one package or of all, each once, one or more to a piece; never ends.
 
-        Events of packages outside the scope are left out; with `mark`, the client is told now and then how far it has
-        come without seeing any.
+        Events of packages outside the scope are left out. With `mark`, a client gets its position now and then while
+        events are left out.
 
         The first empty piece means that the follower has caught up. Memory is bounded however slow the caller is.
         Raises as `Log.read`. A record that cannot be decoded does not end a follower of another package, unless the

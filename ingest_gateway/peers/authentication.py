@@ -1,8 +1,8 @@
 """How the gateways of one deployment know each other: by certificates, or by a secret that they share.
 
 Certificates prove both sides. A secret proves who asks, but not who answers: whoever joins the group of writers can
-advertise an address of its own and is told the secret. It is meant for loopback, and for the time until every gateway
-has a certificate. On loopback, gateways of one user share a secret that the first of them makes.
+advertise an address of its own, and other gateways then send the secret there. Use a secret on loopback, or until every
+gateway has a certificate. On loopback, gateways of one user share a secret that the first of them makes.
 """
 
 from __future__ import annotations

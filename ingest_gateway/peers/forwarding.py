@@ -143,8 +143,9 @@ class HttpForwarder:
     async def _version_for(self, owner_url: str, asked: Command | IngestCheck) -> int:
         """The version in which to ask the process at this URL.
 
-        A process of the previous release would do whatever is asked. So it is told who may do everything anyway, and
-        commands to create packages, which say all that a check needs. Raises ForbiddenError; PushBackError for others.
+        A process of the previous release checks no rights. So it gets only commands of senders with all rights, and
+        commands to create packages, which this process can check by itself. Raises ForbiddenError when that check
+        fails, PushBackError for all other commands.
         """
         version = self._versions.get(owner_url, OLDEST)
         if version >= SAYS_GRANTS or asked.grants is EVERYTHING:
