@@ -512,6 +512,13 @@ class Consumer(_Client):
 
     # --- reading ---
 
+    def list_topics(self, topic: str, timeout: float = -1) -> None:
+        """Only looks for the leaders."""
+        try:
+            self._refresh(self._scheduler.now + (10.0 if timeout < 0 else timeout))
+        except RefusedError as error:
+            raise _failed(error.code) from None
+
     def poll(self, timeout: float = -1) -> Message | None:
         found = self.consume(1, timeout)
         return found[0] if found else None

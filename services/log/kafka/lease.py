@@ -70,6 +70,9 @@ COMMIT_SECONDS = 12.0
 PATIENCE_SECONDS = 15.0
 """Give up reading after this long without progress. Another producer's open transaction can stop it."""
 
+_LEADERS_SECONDS = 1.0
+"""Look for the leaders again whenever reading makes no progress for so long."""
+
 PROOF_SECONDS = 0.02
 """The minimum time between two proofs. Each takes about 3 ms, during which nothing can be appended."""
 
@@ -590,13 +593,12 @@ class PartitionLease(Lease):
         Values identify records, because each contains its event's id.
         """
         tail = _open(self._tail)
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        wait = _Wait(tail)
         seen = last = 0
         while seen < len(values):
-            left = deadline - time.monotonic()
-            if left <= 0:
+            found, last = tail.take_exactly(len(values) - seen, _LEADERS_SECONDS)
+            if not found and wait.is_over():
                 raise UnavailableError(self._cause("events that were appended are not readable"))
-            found, last = tail.take_exactly(len(values) - seen, left)
             if found != values[seen : seen + len(found)]:
                 raise UnavailableError(f"partition {self._partition} holds another event before offset {last + 1}")
             seen += len(found)
@@ -616,11 +618,11 @@ class PartitionLease(Lease):
             )
         if self._first_committed:
             return
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        wait = _Wait(tail)
         while tail.reached()[self._partition] < first:
             if tail.take(1, _LOOK_SECONDS):
                 raise UnavailableError("another process has written to the partition")
-            if time.monotonic() > deadline:
+            if wait.is_over():
                 raise UnavailableError(self._cause("what lies before the transaction cannot be read"))
 
     def _read_to(self, target: int) -> int:
@@ -637,7 +639,7 @@ class PartitionLease(Lease):
 
     def _records_to(self, reader: Reader, target: int, limit: int = _READ) -> Iterator[Sequence[Record]]:
         """Read up to `target`, at most `limit` records at a time."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        wait = _Wait(reader)
         while reader.reached()[self._partition] < target:
             try:
                 found = reader.take(limit, _LOOK_SECONDS)
@@ -650,8 +652,8 @@ class PartitionLease(Lease):
                 ) from error
             yield found
             if found:
-                deadline = time.monotonic() + PATIENCE_SECONDS
-            elif time.monotonic() > deadline:
+                wait = _Wait(reader)
+            elif wait.is_over():
                 raise UnavailableError(self._cause("the end of the log cannot be read"))
             if self._stopping():
                 raise PartitionNotOwnedError("the partition was handed over while it was being taken over")
@@ -723,10 +725,10 @@ class PartitionLease(Lease):
 
     def _offset_of(self, value: bytes, start: int) -> int:
         """Wait until a record with this value can be read at `start` or later; its offset."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
         reader = Reader(self._kafka, {self._partition: start}, self._cluster)
+        wait = _Wait(reader)
         try:
-            while time.monotonic() < deadline:
+            while not wait.is_over():
                 for record in reader.take(_READ, _LOOK_SECONDS):
                     if record.value == value:
                         return record.offset
@@ -786,6 +788,28 @@ class _Delivered:
         if not self._offsets:
             raise UnavailableError(otherwise)
         return min(self._offsets)
+
+
+class _Wait:
+    """A wait for records that the log is known to hold.
+
+    A reader that has learned of a deposed leader gets no error from it and no record either, so the wait makes it look
+    for the leaders again and again.
+    """
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        began = time.monotonic()
+        self._until = began + PATIENCE_SECONDS
+        self._looked = began
+
+    def is_over(self) -> bool:
+        """Whether PATIENCE_SECONDS have passed. May block for a second while it looks for the leaders."""
+        now = time.monotonic()
+        if now > self._looked + _LEADERS_SECONDS:
+            self._reader.look_for_leaders(_LEADERS_SECONDS)
+            self._looked = time.monotonic()
+        return now > self._until
 
 
 def _open(part: _T | None) -> _T:

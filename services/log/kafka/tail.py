@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from uuid import UUID
 
-from confluent_kafka import Consumer, Message, TopicPartition
+from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
 
 from artifact_store.errors import LogIdentityError, UnavailableError
 from services.log.kafka.cluster import Cluster
@@ -57,6 +57,14 @@ class Reader:
         """Per partition the offset to read next: behind all that was taken, and behind markers that follow it."""
         with explaining(_DOING):
             return {**self._starts, **positions(self._consumer, self._parts)}
+
+    def look_for_leaders(self, timeout: float) -> None:
+        """Ask any broker who leads the partitions, for `timeout` seconds at most. An answer that is older is ignored.
+
+        The client asks by itself only every five minutes, and after an error. A deposed leader gives none.
+        """
+        with suppress(KafkaException):
+            self._consumer.list_topics(self._parts[0].topic, timeout)
 
     def offsets_for_transaction(self) -> tuple[list[TopicPartition], object]:
         """Arguments for a producer's `send_offsets_to_transaction`: any offset, for a group that nobody joins."""
