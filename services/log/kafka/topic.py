@@ -14,8 +14,8 @@ A package's events are all in one partition, which `partition_of` computes from 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from uuid import UUID
 
@@ -74,7 +74,7 @@ def check(kafka: KafkaSettings, cluster: Cluster, *, starting: bool = True) -> T
     _check_replication(kafka)
     topic = cluster.topic()
     settings = cluster.topic_settings()
-    troubles = [*_shape_troubles(kafka, topic), *hazards(kafka, cluster, settings)]
+    troubles = [*_shape_troubles(kafka, topic), *hazards(kafka, topic, settings), *losses(cluster, topic)]
     if starting and (too_free := needless(kafka, cluster, settings)) is not None:
         troubles.append(too_free)
     if troubles:
@@ -82,22 +82,25 @@ def check(kafka: KafkaSettings, cluster: Cluster, *, starting: bool = True) -> T
     return topic
 
 
-def hazards(kafka: KafkaSettings, cluster: Cluster, settings: Mapping[str, str]) -> list[str]:
-    """What about the topic and its `settings` could lose events or has lost some, each with what mends it; blocks.
+def hazards(kafka: KafkaSettings, topic: Topic, settings: Mapping[str, str]) -> list[str]:
+    """What about the topic and its `settings` could lose events, each with what mends it."""
+    return [*_replica_troubles(kafka, topic), *_setting_troubles(kafka, settings)]
 
-    Two questions to the cluster, however many partitions there are. Raises UnavailableError, and ConfigurationError
-    when the topic or the right to see it is missing.
+
+def losses(cluster: Cluster, topic: Topic) -> list[str]:
+    """What the topic has lost, with what mends it; blocks. Asks the leaders of all partitions.
+
+    Raises UnavailableError, and ConfigurationError when the topic or the right to see it is missing.
     """
-    topic = cluster.topic()
-    troubles = [*_replica_troubles(kafka, topic), *_setting_troubles(kafka, settings)]
     lost = {p: offset for p, offset in cluster.earliest(range(topic.partitions)).items() if offset > 0}
-    if lost:
-        troubles.append(
-            f"partitions {', '.join(map(str, sorted(lost)))} do not begin at offset 0: events are gone. Restore the "
-            "topic from a mirror or backup, or begin a new log: another prefix in ARTIFACT_STORE_LOG_URL, then "
-            "`artifact-store migrate`"
-        )
-    return troubles
+    if not lost:
+        return []
+    trouble = (
+        f"partitions {', '.join(map(str, sorted(lost)))} do not begin at offset 0: events are gone. Restore the "
+        "topic from a mirror or backup, or begin a new log: another prefix in ARTIFACT_STORE_LOG_URL, then "
+        "`artifact-store migrate`"
+    )
+    return [trouble]
 
 
 def unfit(kafka: KafkaSettings, troubles: Sequence[str]) -> str:
@@ -196,6 +199,7 @@ class Guard:
         self._clock = clock
         self._store = store
         self._trouble: str | None = None
+        self._losses: list[str] = []
         self._ahead_seconds = FAR_SECONDS
         """How far the last event of a partition may be ahead of our clock."""
         self._needless: str | None = None
@@ -212,21 +216,36 @@ class Guard:
         return None if ahead is None else ahead / _MICROS
 
     def look(self) -> None:
-        """Look at the topic again; keeps what was known when the cluster does not say. Blocks. Never raises."""
+        """Look at the topic again; keeps what was known when the cluster does not say. Blocks. Never raises.
+
+        Any broker knows the settings. Only its leader knows what a partition holds: one that cannot be reached must not
+        hide that the settings have changed.
+        """
+        with self._asking("settings"):
+            settings, topic = self._cluster.topic_settings(), self._cluster.topic()
+            unsafe = hazards(self._kafka, topic, settings)
+            self._trouble_is([*unsafe, *self._losses])
+            allowed = times_ahead_ms(settings)
+            # An operator lets Kafka take a time that is far ahead, and so do we.
+            self._ahead_seconds = FAR_SECONDS if allowed <= TIMES_AHEAD_MS else allowed / 1000
+            with self._asking("partitions"):
+                self._losses = losses(self._cluster, topic)
+                self._trouble_is([*unsafe, *self._losses])
+                self._needless_is(needless(self._kafka, self._cluster, settings))
+
+    @contextmanager
+    def _asking(self, what: str) -> Iterator[None]:
         try:
-            settings = self._cluster.topic_settings()
-            troubles = hazards(self._kafka, self._cluster, settings)
-            too_free = needless(self._kafka, self._cluster, settings)
+            yield
         except (UnavailableError, ConfigurationError) as error:
-            _LOG.debug("the topic's settings could not be looked at: %s", error.detail)
-            return
+            _LOG.debug("the topic's %s could not be looked at: %s", what, error.detail)
         except Exception:  # noqa: BLE001 - the process goes on writing, and the cause is logged whole
-            _LOG.exception("the topic's settings could not be looked at")
-            return
+            _LOG.exception("the topic's %s could not be looked at", what)
+
+    def _trouble_is(self, troubles: Sequence[str]) -> None:
         self._trouble = unfit(self._kafka, troubles) if troubles else None
-        allowed = times_ahead_ms(settings)
-        # An operator lets Kafka take a time that is far ahead, and so do we.
-        self._ahead_seconds = FAR_SECONDS if allowed <= TIMES_AHEAD_MS else allowed / 1000
+
+    def _needless_is(self, too_free: str | None) -> None:
         if too_free is not None and too_free != self._needless:
             _LOG.warning("topic %s: %s; until then no gateway can start", self._kafka.topic, too_free)
         self._needless = too_free

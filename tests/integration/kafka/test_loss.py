@@ -166,7 +166,7 @@ async def test_a_partition_whose_beginning_was_deleted_with_the_rest_is_refused_
     behind = [TopicPartition(log.kafka.topic, 0, (await log.end()).offsets[0])]
     await asyncio.to_thread(operate, log, lambda admin: admin.delete_records(behind))
     monkeypatch.setattr("services.log.kafka.topic.check", lambda _, cluster, **__: cluster.topic())
-    monkeypatch.setattr("services.log.kafka.topic.hazards", lambda *_: [])
+    monkeypatch.setattr("services.log.kafka.topic.losses", lambda *_: [])
     async with lone_writer(kafka, log) as writer:
 
         async def refused() -> bool:

@@ -54,6 +54,7 @@ class Cluster:
         self.set_settings: Mapping[str, str] | None = None
         self.alter_failure: Exception | None = None
         self.failure: Exception | None = None
+        self.leader_failure: Exception | None = None
         self.questions: list[str] = []
 
     def topic(self) -> Topic:
@@ -66,6 +67,8 @@ class Cluster:
 
     def earliest(self, _partitions: Iterable[int]) -> dict[int, int]:
         self._answer("earliest")
+        if self.leader_failure is not None:
+            raise self.leader_failure
         return self.begins
 
     def latest_times(self, _partitions: Iterable[int]) -> dict[int, int]:
@@ -176,6 +179,24 @@ def test_a_cluster_that_does_not_answer_changes_nothing(cluster: Cluster, guard:
     guard.look()
     with pytest.raises(HeldError):
         guard.require(0, NOON)
+
+
+def test_a_leader_that_is_out_of_reach_hides_neither_a_changed_setting_nor_a_known_loss(
+    cluster: Cluster, guard: Guard
+) -> None:
+    cluster.begins[1] = 7
+    guard.look()
+    cluster.leader_failure = UnavailableError("no answer")
+    cluster.settings["retention.ms"] = "1"
+    guard.look()
+    with pytest.raises(HeldError) as held:
+        guard.require(0, NOON)
+    assert "retention.ms=1" in held.value.detail
+    assert "partitions 1 do not begin at offset 0" in held.value.detail
+    cluster.settings["retention.ms"] = SOUND["retention.ms"]
+    guard.look()
+    assert "partitions 1 do not begin" in (guard.trouble or "")
+    assert "retention.ms" not in (guard.trouble or "")
 
 
 def test_looking_costs_the_same_for_any_number_of_partitions_and_requiring_nothing(
