@@ -456,14 +456,22 @@ class Faults:
             self._for(10.0, 20.0, put_right)
 
         def put_right() -> None:
-            """Say by a commit as the projectors make them that the view's own checkpoint holds."""
+            """Say by a commit as the projectors make them that the view's own checkpoint holds.
+
+            A whole reset stays: nobody takes it back before a projector has come to follow it.
+            """
+            if stage.whole_reset and all(place == (0, "") for place in group.offsets.values()):
+                if not self._stopped:
+                    self._for(10.0, 20.0, put_right)
+                return
             if stage.foreign_offset:
                 for projector in stage.projectors:
                     projector.kill()
                 group.members.clear()
                 group.state = "Empty"
                 database = stage.projectors[0].database
-                group.offsets.update({p: (o, str(database.generation)) for p, o in database.offsets.items()})
+                stands = {p: database.offsets.get(p, 0) for p in group.offsets}
+                group.offsets.update({p: (offset, str(database.generation)) for p, offset in stands.items()})
                 start()
             stage.whole_reset = stage.foreign_offset = False
 
