@@ -113,7 +113,7 @@ async def _looked(part: str, look: Callable[[], Awaitable[str | None]]) -> Findi
 
 async def _log(settings: Settings) -> str | None:
     from artifact_store.errors import CorruptError
-    from services.cli.status import writers
+    from services.cli.status import passed_over, writers
     from services.wiring import is_embedded, open_log
 
     log = open_log(settings)
@@ -121,10 +121,13 @@ async def _log(settings: Settings) -> str | None:
         if is_embedded(settings) and not _sqlite_file(settings.log_url).exists():
             return "not there yet; the first command that writes makes it"
         await log.check()
+        remarks = [f"{await log.partitions()} partitions, id {await log.identity()}"]
         for writer in await writers(log, settings) or ():
             if writer["trouble"] is not None:
                 raise CorruptError(f"partition {writer['partition']} takes no writes: {writer['trouble']}")
-        return f"{await log.partitions()} partitions, id {await log.identity()}"
+            if (irregular := passed_over(writer)) is not None:
+                remarks.append(irregular)
+        return "; ".join(remarks)
     finally:
         await log.close()
 

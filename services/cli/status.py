@@ -50,9 +50,8 @@ def status() -> None:
     else:
         table(COLUMNS, [row(writer) for writer in found["writers"]])
         for writer in found["writers"]:
-            if any(writer[name] for name in ("skipped", "repeated", "quarantined")):
-                text = "partition {partition}: {skipped} records skipped, {repeated} repeated, {quarantined} packages"
-                say(f"{text} quarantined".format(**writer))
+            if (irregular := passed_over(writer)) is not None:
+                say(irregular)
 
 
 async def _status() -> dict[str, Any]:
@@ -177,6 +176,14 @@ async def confirm(log: Log, settings: Settings, confirmation: Confirmation) -> A
             if asyncio.get_running_loop().time() > deadline:
                 raise trouble
             await asyncio.sleep(_AGAIN_SECONDS)
+
+
+def passed_over(writer: Mapping[str, Any]) -> str | None:
+    """What the partition holds that is passed over, of one of `writers`; None when there is no such record."""
+    if not any(writer[name] for name in ("skipped", "repeated", "quarantined")):
+        return None
+    text = "partition {partition}: {skipped} records skipped, {repeated} repeated, {quarantined} packages quarantined"
+    return text.format(**writer)
 
 
 def row(writer: Mapping[str, Any]) -> tuple[object, ...]:

@@ -411,6 +411,10 @@ def test_operators_see_the_record_everywhere_and_confirm_it_by_one_command(
         assert (report["skipped"], report["administrative"], report["violation_count"]) == (1, 1, 0)
         writer = json.loads(output_of(deployment, "status", "--json"))["writers"][PARTITION]
         assert (writer["skipped"], writer["bad_record"]) == (1, None)
+        assert metrics_of(gateway)[f'artifact_store_partition_skipped{{partition="{PARTITION}"}}'] == 1
+        shown = f"partition {PARTITION}: 1 records skipped, 0 repeated, 0 packages quarantined"
+        for command in ("status", "doctor"):
+            assert shown in output_of(deployment, command).decode()
         # Folded again from zero, beside the live view, it is the same.
         replayed = json.loads(output_of(deployment, "replay", "registry", "--json"))
         assert replayed["projection"] == "registry"
