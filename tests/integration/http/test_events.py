@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any, cast
+from uuid import UUID
 
 import aiohttp
 import pytest
@@ -16,6 +17,7 @@ from ingest_gateway.event_tail import Frame
 from ingest_gateway.limits.followers import Followers
 from ingest_gateway.routes import event_feed as events
 from services.config import Settings
+from services.registry.direct import DirectRegistry
 from tests.integration.conditions import until
 from tests.integration.http_gateway import RunningGateway, running_gateway
 from tests.integration.http_raw import STALLING_BYTES, connected
@@ -79,6 +81,23 @@ async def test_one_package_can_be_read_alone(gateway: RunningGateway) -> None:
     lines = await _lines(gateway, package_id=package)
     assert [json.loads(line)["sequence"] for line in lines] == [1, 2, 3]
     assert {json.loads(line)["package_id"] for line in lines} == {package}
+
+
+async def test_a_request_for_one_package_asks_where_in_the_log_it_lies(
+    embedded_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    async def extent(_: DirectRegistry, package_id: UUID) -> None:
+        asked.append(str(package_id))
+
+    monkeypatch.setattr(DirectRegistry, "package_extent", extent)
+    async with running_gateway(embedded_settings) as gateway:
+        package = await _publish(gateway)
+        await _lines(gateway)
+        assert asked == []
+        assert len(await _lines(gateway, package_id=package)) == 3
+    assert asked == [package]
 
 
 async def test_a_stream_has_the_position_as_id_and_goes_on_behind_it(gateway: RunningGateway) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sqlite3
 import subprocess
@@ -13,19 +14,20 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from blake3 import blake3
 
-from artifact_store.errors import AnswerExpiredError, IllegalPackageStateError
+from artifact_store.errors import AnswerExpiredError, IllegalPackageStateError, PackageAbandonedError
 from artifact_store.manifest import ContentAddress
 from artifact_store.models import Acknowledgement
 from services.blobs.local import LocalBlobStore
 from services.blobs.port import BlobStore
 from services.config import Settings
 from services.core.commands import Command, FinalizePackage, IngestFiles
-from services.core.limits import ANSWERS_KEPT_MICROS
+from services.core.limits import ANSWERS_KEPT_MICROS, MAX_IDLE_MICROS
 from services.core.state import CREATED
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.state import snapshots
-from services.log.state.state_file import sealed, unsealed
+from services.log.state.state_file import FORMAT, sealed, unsealed
 from services.wiring import open_blobs
 from tests.commands import stored
 from tests.contract.log_invariants import assert_recorded_once, read_valid
@@ -111,14 +113,16 @@ async def test_a_restart_without_files_goes_on_from_the_log(kafka: Settings, log
 
 
 @pytest.mark.usefixtures("every_close_makes_a_snapshot")
-@pytest.mark.parametrize("where", ["local", "s3"])
+@pytest.mark.parametrize("where", ["local", "s3", "local, of the format before"])
 async def test_an_empty_disk_goes_on_from_a_snapshot(
-    kafka: Settings, log: KafkaLog, where: str, request: pytest.FixtureRequest, store: BlobStore
+    kafka: Settings, log: KafkaLog, where: str, request: pytest.FixtureRequest, store: BlobStore, tmp_path: Path
 ) -> None:
     if where == "s3":
         store = open_blobs(Settings(**request.getfixturevalue("s3_bucket")))
     async with writer_on(kafka, log, store) as writer:
         done = await fill(writer)
+    if "before" in where:
+        await bring_to_the_format_before(store, f"snapshots/{await log.identity()}/", tmp_path / "copy.db")
     shutil.rmtree(kafka.state_dir)
     async with writer_on(kafka, log, store) as writer:
         assert await restored_from(writer) == {"snapshot"}
@@ -126,6 +130,24 @@ async def test_an_empty_disk_goes_on_from_a_snapshot(
     assert_recorded_once(await read_valid(log), done)
     if where == "s3":
         await store.close()
+
+
+async def bring_to_the_format_before(store: BlobStore, prefix: str, path: Path) -> None:
+    """Replace the snapshots, each of one part, by what the release before would have made of the same state."""
+    for key in [key for key in await store.list_objects(prefix) if key.endswith("/index")]:
+        folder = key.removesuffix("index")
+        path.write_bytes(await store.get_object(f"{folder}000000") or b"")
+        with closing(sqlite3.connect(path)) as connection, connection:
+            connection.execute("DROP TABLE irregular")
+            connection.execute(f"PRAGMA user_version = {FORMAT - 1}")
+        part = path.read_bytes()
+        index = json.loads(await store.get_object(key) or b"")
+        index |= {"size": len(part), "parts": [{"blake3": blake3(part).hexdigest()}]}
+        before = folder.replace(f"-{FORMAT}-", f"-{FORMAT - 1}-")
+        await store.put_object(f"{before}000000", part)
+        await store.put_object(f"{before}index", json.dumps(index).encode())
+        for name in ("index", "000000"):
+            await store.delete_object(f"{folder}{name}")
 
 
 @pytest.mark.usefixtures("every_close_makes_a_snapshot")
@@ -393,6 +415,33 @@ async def test_a_state_is_saved_while_the_writer_is_idle(
             return bool(found[0])
 
         await until(saved, PATIENCE_SECONDS, "the state is not saved")
+
+
+async def test_an_open_package_that_nothing_came_to_for_a_year_goes_from_the_file_while_the_writer_serves(
+    kafka: Settings, log: KafkaLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SAVE_SECONDS", "PUT_AWAY_SECONDS"):
+        monkeypatch.setattr(f"services.log.state.partition_state.{name}", 0.1)
+    monkeypatch.setattr("services.log.sequencer.partition_writer._IDLE_SECONDS", 0.1)
+    now = 1_700_000_000_000_000
+    async with lone_writer(kafka, log, clock=lambda: now) as writer:
+        await ready(writer)
+        made = create_in(0)
+        added = IngestFiles(made.package_id, uuid4(), "ada", (stored("a"), stored("b")))
+        await writer.submit(made)
+        await writer.submit(added)
+        now += MAX_IDLE_MICROS + 1
+        other = create_in(0)
+        await writer.submit(other)
+
+        async def gone() -> bool:
+            with closing(sqlite3.connect(files(kafka)[0])) as connection:
+                left = connection.execute("SELECT package_id FROM commands").fetchall()
+            return left == [(other.package_id.bytes,)]
+
+        await until(gone, PATIENCE_SECONDS, "its commands stay in the file")
+        with pytest.raises(PackageAbandonedError):
+            await writer.submit(added)
 
 
 async def test_a_retry_is_answered_for_a_day_after_finalization_and_refused_later(

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from artifact_store import position as position_module
 from artifact_store.canonical import canonical_cbor
 from artifact_store.errors import InvalidPositionError, LogIdentityError
 from artifact_store.position import MAX_TEXT, Position
@@ -123,6 +124,26 @@ def test_a_position_of_1024_partitions_fits_in_6_kib(offset: Callable[[], int]) 
     random.seed(1024)
 
     assert len(str(Position(LOG, {p: offset() for p in range(1024)}))) < 6 * 1024
+
+
+def test_the_position_after_the_next_event_encodes_the_offsets_around_that_event_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    position = Position(LOG, {p: 10**9 + p for p in range(1024)})
+    str(position)
+    encoded: list[tuple[dict[int, int], int]] = []
+    packed = position_module._packed
+
+    def counted(found: dict[int, int], block: int) -> bytes:
+        encoded.append((found, block))
+        return packed(found, block)
+
+    monkeypatch.setattr(position_module, "_packed", counted)
+    for partition in range(0, 1024, 100):
+        position = position.after(partition, 10**9 + 2_000)
+        str(position)
+
+    assert len(encoded) == len(range(0, 1024, 100))
 
 
 @given(offsets, st.lists(st.tuples(st.integers(0, 1023), st.integers(0, 2**62)), max_size=20))

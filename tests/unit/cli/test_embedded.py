@@ -16,6 +16,7 @@ from blake3 import blake3
 from artifact_store.manifest import decode
 from services.cli.verify import progress_line
 from services.config import Settings
+from services.core import decide
 from services.verify import Report
 from services.views.projections import PROJECTIONS
 from tests.unit.cli.conftest import Run
@@ -57,6 +58,21 @@ def test_push_and_finalize_warn_of_paths_that_are_one_name_elsewhere(run: Run, t
     frozen = run("finalize", package)
     assert "warning: paths differ only by case" in frozen.stderr
     assert "unportable count" in frozen.stdout
+
+
+def test_pull_renames_a_file_that_lies_in_the_place_of_a_folder_if_told_to(
+    run: Run, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = json.loads(run("push", tree, *ABOUT, "--no-finalize", "--json").stdout)["package_id"]
+    with monkeypatch.context() as before_the_rule:
+        before_the_rule.setattr(decide, "_check_tree", lambda *_: None)
+        run("add", package, tree / "a b.txt", "--path", "sub")
+    run("finalize", package)
+    out = tmp_path / "out"
+    assert "--rename" in run("pull", package, out, code=1).stderr
+    pulled = json.loads(run("pull", package, out, "--rename", "--json").stdout)
+    assert pulled["renamed"] == {"sub": "sub.file"}
+    assert (out / "sub.file").read_bytes() == b"hello"
 
 
 def test_push_without_finalizing_leaves_the_package_open(run: Run, tree: Path) -> None:

@@ -74,6 +74,19 @@ async def test_a_skip_covers_what_lies_before_it_in_its_partition_and_nothing_el
     assert not await Skips(log).covers(again)
 
 
+async def test_a_skip_holds_in_a_copy_of_the_log_whatever_the_offsets_are_there() -> None:
+    log, copy = MemoryLog(partitions=1), MemoryLog(partitions=1, every=1, hole=3)
+    for value in (b"other", GARBAGE):
+        log.append_raw(0, value)
+    log.append_administrative(skip_of(log, log.take(0, 1, 1)[0][0]))
+    for record in log.take(0, 0, 10)[0]:
+        copy.append_raw(0, record.value, record.key)
+    other, garbage = [BadRecord.of(record, "no event") for record in copy.take(0, 0, 10)[0][:2]]
+    assert garbage.offset == 4, "it lay at offset 1"
+    skips = Skips(copy)
+    assert [await skips.covers(bad) for bad in (garbage, other)] == [True, False]
+
+
 async def test_views_go_on_behind_a_record_once_it_is_confirmed_and_are_those_of_a_log_without_it(
     tmp_path: Path,
 ) -> None:

@@ -13,6 +13,9 @@ import pytest
 from services.core.limits import Limits
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka import writer as writers
+from services.log.kafka.writer_metrics import WriterCollector
+from services.log.port import PartitionStatus
+from services.log.sequencer.answers import Counts
 from tests.contract.log_stage import no_manifest
 from tests.integration.kafka_stage import kafka_settings
 
@@ -99,3 +102,15 @@ async def test_writers_that_hang_are_waited_for_together(process: KafkaWriter, m
     process._close_threads()
     assert all(writer.stopped for writer in hanging)
     assert sum(min(writer.waited[0], 0.02) for writer in hanging) <= 0.05 + 0.02
+
+
+def test_metrics_show_what_a_partition_passes_over_and_what_stops_it() -> None:
+    status = PartitionStatus(
+        2, "this process", skipped=1, repeated=3, quarantined=4, bad_offset=5, bad_digest="ab", lost_offset=6
+    )
+    writer = SimpleNamespace(status_here=lambda: [status], clock_skew_seconds=None, counts=Counts())
+    samples = [sample for metric in WriterCollector(cast("Any", writer)).collect() for sample in metric.samples]
+    shown = {s.name.removeprefix("artifact_store_partition_"): s for s in samples if s.labels.get("partition") == "2"}
+    wanted = {"skipped": 1, "repeated": 3, "quarantined": 4, "bad_record_offset": 5, "lost_record_offset": 6}
+    assert {name: shown[name].value for name in wanted} == wanted
+    assert shown["bad_record_offset"].labels["digest"] == "ab"
