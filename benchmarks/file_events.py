@@ -29,6 +29,7 @@ from services.log.kafka.topic import partition_of, record_key
 UNDER_WAY = 60
 RUN = 10
 
+_CREATED = PackageCreated("run", "lab/spectrometer-3", "sample", "raw-evidence", 3650, "{}")
 _ACTOR = "pipeline@lab.example"
 _START = 1_900_000_000_000_000
 _QUEUE = 100_000
@@ -137,11 +138,10 @@ def _send(kafka: KafkaSettings, amount: Amount) -> None:
     producer = Producer(config)
     for sent, event in enumerate(file_events(amount)):
         package = event.package_id
+        given = headers(event, UUID(int=1), _CREATED)
         partition = partition_of(package, kafka.partitions)
         millis = event.created_at // 1000
-        producer.produce(
-            kafka.topic, encode(event), record_key(package), partition, timestamp=millis, headers=headers(event)
-        )
+        producer.produce(kafka.topic, encode(event), record_key(package), partition, timestamp=millis, headers=given)
         if sent % 1000 == 0:
             producer.poll(0)
             if len(producer) > _QUEUE:

@@ -25,6 +25,7 @@ from uuid import UUID
 
 from confluent_kafka import Producer
 
+from artifact_store.events import PackageCreated
 from benchmarks.workload import package_commands
 from schemas.headers import headers_all
 from schemas.runs import FileRun, encode_all
@@ -42,6 +43,7 @@ from services.log.state.partition_state import PartitionState
 from services.log.state.state_file import LogPartition, StateFile
 from services.runtime.processes import collect_rarely
 
+_CREATED = PackageCreated("run", "lab/spectrometer-3", "sample-1", "raw-evidence", 3650, "{}")
 _PACKAGES = 15
 _FILES = 64
 _PASSES = 100
@@ -86,7 +88,8 @@ class _Broker:
     def produce(self, run: FileRun, values: Sequence[bytes]) -> None:
         """As a lease does it."""
         topic, key, timestamp = self._kafka.topic, str(run.package_id).encode(), run.created_at // 1000
-        for value, headers in zip(values, headers_all(run, [None] * len(run.commands)), strict=True):
+        of_each = headers_all(run, UUID(int=1), _CREATED, [None] * len(run.commands))
+        for value, headers in zip(values, of_each, strict=True):
             self._producer.produce(topic, value, key, 0, timestamp=timestamp, headers=headers)
 
     def flush(self) -> None:

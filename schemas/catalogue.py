@@ -7,38 +7,34 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from schemas.codec import EVENT_TYPES, schema_text
+from schemas.codec import EVENT_TYPES, schema_fingerprint, schema_text
+from schemas.headers import event_version
 
 _INTRODUCTION = """# Event catalogue
 
-Generated from `schemas/*.avsc` by `make docs`; do not edit. Every record value is an event in Avro single-object
-encoding: `C3 01`, the eight-byte little-endian CRC-64-AVRO fingerprint of the schema, the datum. The key is the package
-id as text. Headers repeat type and version (`event_type`, `event_version`), the command (`command_id`, `command_index`,
-`command_count`) and the CloudEvents attributes (`ce_*`, `content-type`), so that a consumer can route without decoding;
-`traceparent` (W3C Trace Context) is there where the request carried one.
+Generated from `schemas/*.avsc` by `make docs`; do not edit. [Following packages from outside](subscribing.md) says how
+to read the topic `PREFIX.events`: **with `isolation.level=read_committed`**, or you see events that never happened. It
+also says what headers records have, how events may change, and how digests are computed.
 
-Read with `isolation.level=read_committed`. Most consumers default to `read_uncommitted`, which also shows events that
-were never recorded, and records without key and value that writers append in aborted transactions: skip what has no
-value.
+## Schemas
 
-Events of the types `v1.log.*` belong to no package. They record what an operator confirmed about one partition of the
-log, lie in that partition whatever their key, and carry the id of the partition in place of a package's. A consumer of
-packages ignores them; one that meets a record that it cannot read finds in the partition, further on, the
-`v1.log.skipped` with its digest, once an operator has confirmed it.
+A record's value is `C3 01`, the fingerprint of its schema, and the event in Avro. Fingerprints are CRC-64-AVRO,
+little-endian, as they stand in the value.
 
-Digests are recomputed like this:
-
-- `payload_digest` is BLAKE3 over the payload as a canonical CBOR map (RFC 8949 §4.2) of its fields by name: identifiers
-  and metadata as text, digests as byte strings, timestamps as integer microseconds, absent values as null. In
-  `v1.package.finalized` it is BLAKE3 over the manifest, which makes it the package's content address.
-- `previous_digest` is BLAKE3 over the canonical CBOR array of the preceding event's `event_type`, `package_id`,
-  `sequence`, `created_at`, `actor`, `command_id`, `payload_digest`, `previous_digest`; 32 zero bytes in the first.
+| event type | version | fingerprint | file |
+| --- | --- | --- | --- |
 """
 
 
 def catalogue() -> str:
     """The whole document."""
-    return "\n".join([_INTRODUCTION, *(line for event_type in EVENT_TYPES for line in _event(event_type))])
+    events = (line for event_type in EVENT_TYPES for line in _event(event_type))
+    return "\n".join([_INTRODUCTION + "\n".join(map(_fingerprint, EVENT_TYPES)), "", *events])
+
+
+def _fingerprint(event_type: str) -> str:
+    mark = schema_fingerprint(event_type).hex()
+    return f"| `{event_type}` | {event_version(event_type)} | `{mark}` | `schemas/{event_type}.avsc` |"
 
 
 def _event(event_type: str) -> Iterator[str]:

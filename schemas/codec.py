@@ -82,6 +82,11 @@ def framing(event_type: str) -> bytes:
     return _WRITERS[event_type][1]
 
 
+def schema_fingerprint(event_type: str) -> bytes:
+    """The 8-byte fingerprint of the schema that events of this type are written with, as records carry it."""
+    return framing(event_type)[len(_SINGLE_OBJECT) :]
+
+
 def decode(value: bytes, resolve: ResolveSchemaId | None = None) -> Event:
     """Read a record value.
 

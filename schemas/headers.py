@@ -9,60 +9,77 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from itertools import islice
+from uuid import UUID
 
-from artifact_store.events import Event
+from artifact_store.events import Event, PackageCreated
+from schemas.codec import schema_fingerprint
+from schemas.digests import event_digest
 from schemas.runs import FileRun, commands_of, first_of
 
 CONTENT_TYPE = b"avro/binary"
-SOURCE = b"artifact-store"
+
+_SOURCE = "urn:artifact-store:log:"
+_SCHEMA = "urn:artifact-store:schema:"
 
 
 Headers = dict[str, str | bytes | None]
 """By name, in a fixed order; typed as the Kafka client has them, the values are bytes."""
 
 
-def headers(event: Event, traceparent: str | None = None) -> Headers:
-    """The headers of the event's record; `traceparent` as W3C Trace Context has it."""
-    return next(headers_all([event], [traceparent]))
+def headers(event: Event, log: UUID, created: PackageCreated | None, traceparent: str | None = None) -> Headers:
+    """The headers of the event's record; `traceparent` as W3C Trace Context has it. See `headers_all`."""
+    return next(headers_all([event], log, created, [traceparent]))
 
 
-def headers_all(events: Sequence[Event], traceparents: Sequence[str | None]) -> Iterator[Headers]:
+def headers_all(
+    events: Sequence[Event], log: UUID, created: PackageCreated | None, traceparents: Sequence[str | None]
+) -> Iterator[Headers]:
     """The headers of each event's record: one mapping, which changes with the next event. A trace for each command.
 
-    The events are of one type, package and time.
+    The events are of one type, package and time. `log` is the log's identity. `created` is what the package was created
+    as; None for administrative events, which have no package.
     """
     shared = first_of(events)
-    kind, version = split_type(shared.event_type)
     found: Headers = {
-        "event_type": kind.encode(),
-        "event_version": version.encode(),
+        "event_type": shared.event_type.encode(),
+        "event_version": event_version(shared.event_type).encode(),
         "command_id": None,
         "command_index": None,
         "command_count": None,
         "content-type": CONTENT_TYPE,
         "ce_specversion": b"1.0",
         "ce_id": None,
-        "ce_source": SOURCE,
+        "ce_source": f"{_SOURCE}{log}".encode(),
         "ce_type": shared.event_type.encode(),
         "ce_subject": str(shared.package_id).encode(),
         "ce_time": _rfc3339(shared.created_at),
+        "ce_dataschema": dataschema(shared.event_type).encode(),
     }
-    event_ids = iter(events.event_ids if isinstance(events, FileRun) else [str(e.event_id).encode() for e in events])
+    if created is not None:
+        found["producer"] = created.producer.encode()
+        found["subject"] = created.subject.encode()
+        found["retention_class"] = created.retention_class.encode()
+    digests = iter(events.digests if isinstance(events, FileRun) else map(event_digest, events))
     for command, traceparent in zip(commands_of(events), traceparents, strict=True):
         found["command_id"] = str(command.command_id).encode()
         found["command_count"] = b"%d" % command.command_count
         found.pop("traceparent", None)
         if traceparent is not None:
             found["traceparent"] = traceparent.encode()
-        for index, event_id in enumerate(islice(event_ids, len(command)), command.command_index):
-            found["command_index"], found["ce_id"] = b"%d" % index, event_id
+        for index, digest in enumerate(islice(digests, len(command)), command.command_index):
+            found["command_index"], found["ce_id"] = b"%d" % index, digest.hex().encode()
             yield found
 
 
-def split_type(event_type: str) -> tuple[str, str]:
-    """`v1.file.ingested` → (`file.ingested`, `1`)."""
-    version, _, kind = event_type.partition(".")
-    return kind, version.removeprefix("v")
+def event_version(event_type: str) -> str:
+    """`v1.file.ingested` → `1`."""
+    return event_type.partition(".")[0].removeprefix("v")
+
+
+@lru_cache(64)
+def dataschema(event_type: str) -> str:
+    """The URN of the schema that events of this type are written with: it ends with the fingerprint in hex."""
+    return f"{_SCHEMA}{schema_fingerprint(event_type).hex()}"
 
 
 @lru_cache(8)

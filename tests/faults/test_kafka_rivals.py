@@ -24,7 +24,7 @@ from artifact_store.errors import (
     RejectedError,
     UnavailableError,
 )
-from artifact_store.events import Event
+from artifact_store.events import Event, PackageCreated
 from artifact_store.models import Acknowledgement
 from benchmarks.kafka_topics import read_records
 from schemas.codec import decode, encode
@@ -127,9 +127,12 @@ def append(holder: PartitionLease, events: Sequence[Event]) -> None:
     holder.commit(holder.hand_over([staged(events, None)]))
 
 
+CREATED = PackageCreated("n", "p", "s", "scratch", 7, "{}")
+
+
 def staged(events: Sequence[Event], *traceparents: str | None) -> Staged:
     """The events as they are handed over."""
-    return Staged(events, encode_all(events), traceparents)
+    return Staged(events, encode_all(events), traceparents, CREATED)
 
 
 async def test_who_was_cut_off_can_append_nothing_more_and_its_successor_knows_all_it_wrote(
@@ -464,6 +467,7 @@ async def test_records_say_of_which_command_they_are_although_several_were_decid
     await asyncio.to_thread(lambda: holder.commit(holder.hand_over(given)))
     await asyncio.to_thread(holder.close)
     found = (await asyncio.to_thread(read_records, log.kafka))[0][1:]
+    identity = await log.identity()
     expected = [
         (command.command_id, index, len(command.files), trace)
         for command, trace in zip(several, (traces[0], None, traces[1]), strict=True)
@@ -474,7 +478,7 @@ async def test_records_say_of_which_command_they_are_although_several_were_decid
     for record, (command_id, index, count, trace) in zip(found, expected, strict=True):
         event = decode(record.value)
         assert (event.command_id, event.command_index, event.command_count) == (command_id, index, count)
-        assert record.headers == list(headers(event, trace).items())
+        assert record.headers == list(headers(event, identity, CREATED, trace).items())
 
 
 async def test_a_package_without_a_beginning_stops_no_other(kafka: Settings, log: KafkaLog) -> None:

@@ -54,6 +54,12 @@ def rabin(text: str) -> bytes:
     return crc.to_bytes(8, "little")
 
 
+def fingerprint_of(event_type: str) -> str:
+    """The fingerprint of an event type's `.avsc` file, in hex."""
+    schema = json.loads((SCHEMAS / f"{event_type}.avsc").read_text(encoding="utf-8"))
+    return rabin(to_parsing_canonical_form(schema)).hex()
+
+
 def load_schemas() -> dict[bytes, tuple[str, Any]]:
     """Event type and parsed schema of every `.avsc` file, by fingerprint; each file is complete in itself."""
     found = {}

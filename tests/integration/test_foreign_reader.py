@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -18,11 +19,13 @@ import pytest
 from minio import Minio
 
 from services.config import Settings
+from tests.documents import ROOT, blocks
 from tests.integration.foreign import (
     ForeignEvent,
     canonical,
     chain_digest,
     digest,
+    fingerprint_of,
     murmur2,
     partition_of,
     rabin,
@@ -137,11 +140,31 @@ async def test_a_foreign_consumer_reads_and_proves_every_event(producer: Produce
         else:
             assert (last["manifest"], last["manifest_key"]) == (manifest, None)
 
+    assert await printed_addresses(url.netloc, f"{url.path.strip('/')}.events", len(written.addresses)) == {
+        (address, package_id) for package_id, address in written.addresses.items()
+    }
+
     periods = {found[0].payload["name"]: found[0].payload["retention_days"] for found in packages.values()}
     assert periods["for ever"] is None
     assert periods["open"] == REPORT_DAYS
     receipt = packages[large_id][1].payload
     assert await asyncio.to_thread(stored, real_settings, receipt) == receipt["relative_path"].encode()
+
+
+async def printed_addresses(servers: str, topic: str, count: int) -> set[tuple[str, str]]:
+    """Addresses and packages that the script of the guide prints first."""
+    script = blocks("docs/subscribing.md")["addresses"]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", script, servers, topic, cwd=ROOT, stdout=asyncio.subprocess.PIPE
+    )
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(60):
+            lines = [(await process.stdout.readline()).decode().split() for _ in range(count)]
+    finally:
+        process.kill()
+        await process.wait()
+    return {(address, package_id) for address, package_id in lines}
 
 
 def record_is_right(event: ForeignEvent, partitions: int) -> None:
@@ -153,21 +176,24 @@ def record_is_right(event: ForeignEvent, partitions: int) -> None:
     assert value["event_id"] == str(uuid5(UUID(value["package_id"]), str(value["sequence"])))
     assert value["actor"] == "ada"
 
-    version, _, kind = value["event_type"].partition(".")
+    event_type = value["event_type"]
     expected = {
-        "event_type": kind,
-        "event_version": version.removeprefix("v"),
+        "event_type": event_type,
+        "event_version": event_type.partition(".")[0].removeprefix("v"),
         "command_id": value["command_id"],
         "command_index": str(value["command_index"]),
         "command_count": str(value["command_count"]),
         "ce_specversion": "1.0",
-        "ce_id": value["event_id"],
-        "ce_type": value["event_type"],
+        "ce_id": chain_digest(value).hex(),
+        "ce_type": event_type,
         "ce_subject": value["package_id"],
+        "ce_dataschema": f"urn:artifact-store:schema:{fingerprint_of(event_type)}",
+        "producer": "lab",
+        "subject": "s",
         "traceparent": TRACEPARENT,
     }
     assert {name: event.headers.get(name) for name in expected} == expected
-    assert event.headers["ce_source"] != ""
+    assert event.headers["ce_source"].startswith("urn:artifact-store:log:")
     assert event.headers["ce_time"].endswith("Z")
     assert event.headers["content-type"] != ""
     assert (value["command_index"], value["command_count"]) == (0, 1)

@@ -12,13 +12,13 @@ import pytest
 
 from services.cli import main
 from services.config import PREFIX, Settings
+from tests.documents import ROOT, blocks
 from tests.integration.processes import serving
 
 pytestmark = pytest.mark.processes
 
-ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = dict(re.findall(r"<!-- run: (\w+) -->\n```\w+\n(.*?)```", README, re.DOTALL))
+BLOCKS = blocks("README.md")
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_the_client_example_pushes_and_pulls(
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     with serving(embedded_settings, tmp_path) as process:
         code = BLOCKS["client"].replace("localhost:8080", f"127.0.0.1:{process.port}")
-        command = [ROOT / ".venv/bin/python", "-W", "error", "-c", code]
+        command = [str(ROOT / ".venv/bin/python"), "-W", "error", "-c", code]
         done = subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=True
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +17,9 @@ from services.cli import main
 from services.config import Settings
 from services.views.projections import PROJECTIONS
 from services.views.tables import metadata
+from tests.documents import blocks
 
-PAGE = (Path(__file__).parents[2] / "docs" / "write-a-projection.md").read_text(encoding="utf-8")
-BLOCKS = dict(re.findall(r"<!-- run: (\w+) -->\n```\w+\n(.*?)```", PAGE, re.DOTALL))
+BLOCKS = blocks("docs/write-a-projection.md")
 
 
 @pytest.fixture

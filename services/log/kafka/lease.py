@@ -299,7 +299,9 @@ class PartitionLease(Lease):
         value = encode(event)
         with explaining("recording what an operator confirmed"):
             timestamp = event.created_at // 1000
-            self._append_alone(value, str(event.package_id), timestamp, headers_of(event), commit=True)
+            self._append_alone(
+                value, str(event.package_id), timestamp, headers_of(event, self._origin.identity, None), commit=True
+            )
         self._read_on(self._offset_of(value, ahead.end) + 1)
         self._settle(self.losses)
         return AdministrativeHead.of(event)
@@ -574,7 +576,8 @@ class PartitionLease(Lease):
         topic, partition = self._kafka.topic, self._partition
         first = first_of(staged.events)
         key, timestamp = str(first.package_id).encode(), first.created_at // 1000
-        for value, headers in zip(staged.values, headers_all(staged.events, staged.traceparents), strict=True):
+        of_each = headers_all(staged.events, self._origin.identity, staged.created, staged.traceparents)
+        for value, headers in zip(staged.values, of_each, strict=True):
             give_up = math.inf
             while True:
                 try:

@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 from uuid import UUID
 
 from artifact_store.errors import ArtifactStoreError, InvalidRequestError
-from artifact_store.events import Event
+from artifact_store.events import Event, PackageCreated
 from services.core.state import PackageState
 from services.log.port import PackageExtent
 from services.log.records import AdministrativeHead, BadRecord, Confirmation
@@ -32,6 +32,8 @@ class Staged(NamedTuple):
     """Their record values."""
     traceparents: Sequence[str | None]
     """One for each of the commands that became these events."""
+    created: PackageCreated
+    """What the package was created as."""
 
 
 class State(Protocol):

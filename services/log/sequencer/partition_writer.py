@@ -507,7 +507,7 @@ class PartitionWriter:
                 _LOG.exception("commands of package %s cannot be decided together", package.package_id)
             else:
                 package = state.fold(package, events)
-                staged.append(Staged(events, values, [request.traceparent for request in run]))
+                staged.append(Staged(events, values, [request.traceparent for request in run], package.created))
                 return [acknowledge(package, command) for command in commands]
         return [self._decide(state, jobs, request, now, staged) for request in run]
 
@@ -549,7 +549,7 @@ class PartitionWriter:
             return RejectedError(f"the command cannot be carried out: {type(error).__name__}")
         if events:
             package = state.fold(package, events)
-            staged.append(Staged(events, values, [request.traceparent]))
+            staged.append(Staged(events, values, [request.traceparent], package.created))
         elif package is None:
             return UnavailableError("the package's state was lost; retry with the same command id")
         return acknowledge(package, asked)

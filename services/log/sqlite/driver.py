@@ -93,7 +93,7 @@ class SqliteDriver(Driver, Lease):
         """See `Lease`. Raises UnavailableError."""
         values: list[bytes] = []
         with self._in_doubt():
-            for events, encoded, _ in staged:
+            for events, encoded, _, _ in staged:
                 first = first_of(events)
                 rows = zip(
                     count(self._states.next_offset + len(values)),

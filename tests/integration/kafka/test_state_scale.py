@@ -86,7 +86,8 @@ def produce(kafka: KafkaSettings, shape: Shape) -> int:
         if count % TRANSACTION == 1:
             producer.begin_transaction()
         key, value = record_key(event.package_id), encode(event)
-        producer.produce(kafka.topic, value, key, 0, timestamp=event.created_at // 1000, headers=headers(event))
+        given, timestamp = headers(event, UUID(int=1), None), event.created_at // 1000
+        producer.produce(kafka.topic, value, key, 0, timestamp=timestamp, headers=given)
         if count % TRANSACTION == 0:
             producer.commit_transaction(60)
     if count % TRANSACTION:

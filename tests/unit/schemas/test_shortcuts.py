@@ -70,6 +70,8 @@ _FILES = st.lists(
 )
 _SCHEMA = fastavro.parse_schema(json.loads(schema_text(FILE_INGESTED)))
 _CREATED = st.builds(PackageCreated, _TEXT, _TEXT, _TEXT, _TEXT, st.none() | _SIZE, _TEXT)
+_LOG = UUID(int=9)
+_ORIGIN = PackageCreated("n", "häll", "s", "scratch", 7, "{}")
 _FINALIZED = st.builds(PackageFinalized, st.none() | st.binary(), st.none() | _TEXT, _SIZE, _SIZE)
 
 
@@ -148,8 +150,8 @@ def test_a_runs_headers_are_those_of_its_events(commands: list[tuple[UUID, list[
     parts = [CommandFiles(id_, "ada", done, done + len(files), files) for id_, files, done, _ in commands]
     run = FileRun.of_files(UUID(int=5), parts, sequence=7, created_at=1_900_000_000_000_000, previous=bytes(32))
     traces = [trace for _, files, _, trace in commands for _ in files]
-    found = [dict(each) for each in headers_all(run, [trace for _, _, _, trace in commands])]
-    assert found == [headers(event, trace) for event, trace in zip(run, traces, strict=True)]
+    found = [dict(each) for each in headers_all(run, _LOG, _ORIGIN, [trace for _, _, _, trace in commands])]
+    assert found == [headers(event, _LOG, _ORIGIN, trace) for event, trace in zip(run, traces, strict=True)]
 
 
 @given(_EVENT)
@@ -217,4 +219,4 @@ def test_control_characters_and_surrogates_are_those_of_unicode() -> None:
 def test_the_time_in_the_headers_is_the_events_in_iso_form(micros: int) -> None:
     event = decide(None, create(), micros, Limits())[0]
     plain = datetime.fromtimestamp(micros // 1_000_000, UTC).replace(microsecond=micros % 1_000_000)
-    assert dict(headers(event))["ce_time"] == plain.isoformat().replace("+00:00", "Z").encode()
+    assert headers(event, _LOG, None)["ce_time"] == plain.isoformat().replace("+00:00", "Z").encode()

@@ -22,8 +22,9 @@ def run(driver: SqliteDriver, commands: Sequence[Command]) -> list[Acknowledgeme
     for command in commands:
         before = state.package(command.package_id, command.command_id)
         events = decide(before, command, now, Limits())
-        answers.append(acknowledge(state.fold(before, events), command))
-        staged.append(Staged(events, encode_all(events), [None]))
+        after = state.fold(before, events)
+        answers.append(acknowledge(after, command))
+        staged.append(Staged(events, encode_all(events), [None], after.created))
     driver.commit(driver.hand_over(staged))
     driver.end_batch()
     return answers

@@ -1,0 +1,14 @@
+"""The documents' examples that tests run: each has `<!-- run: NAME -->` on the line before it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(page: str) -> dict[str, str]:
+    """The examples of a page, by name."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return dict(re.findall(r"<!-- run: (\w+) -->\n```\w+\n(.*?)```", text, re.DOTALL))
