@@ -502,6 +502,7 @@ def _query(raw: str, known: Collection[str]) -> dict[str, str]:
 Place = Literal["path", "query", "header"]
 
 _UUID = re.compile(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
+_FINGERPRINT = re.compile(r"[0-9a-f]{16}")
 _DIGITS = re.compile(r"[0-9]{1,19}")
 _MAX_LONG = 2**63 - 1
 
@@ -564,6 +565,12 @@ def _path(name: str) -> Callable[[str], str]:
     return parse
 
 
+def _fingerprint(text: str) -> str:
+    if not _FINGERPRINT.fullmatch(text):
+        raise InvalidRequestError("fingerprint must be 16 lower-case hex digits")
+    return text
+
+
 def _key(text: str) -> UUID:
     if not _UUID.fullmatch(text):
         raise InvalidRequestError(f"{names.IDEMPOTENCY_KEY} must be a UUID")
@@ -598,6 +605,15 @@ RELATIVE_PATH = Parameter(
     "bytes of UTF-8. Slashes stand as they are (an encoded one is refused); everything else may be percent-encoded.",
     {"type": "string", "minLength": 1, "maxLength": 1024},
     "report.txt",
+)
+
+FINGERPRINT = Parameter(
+    "fingerprint",
+    "path",
+    _fingerprint,
+    "CRC-64-AVRO of the schema, as record values hold it: 16 hex digits",
+    {"type": "string", "pattern": "^[0-9a-f]{16}$"},
+    "adaac9728b7e0cb9",
 )
 
 PRODUCER = Parameter("producer", "query", _text("producer"), "Only packages of this producer", _SHORT_TEXT)

@@ -12,6 +12,7 @@ from artifact_store.errors import (
     InvalidPositionError,
     InvalidRequestError,
     LogIdentityError,
+    NotFoundError,
     PushBackError,
     UnavailableError,
 )
@@ -20,7 +21,19 @@ from ingest_gateway.limits.followers import gateway_closes
 from ingest_gateway.protocol.declaration import Route, Success
 from ingest_gateway.protocol.http_errors import NotAcceptableError
 from ingest_gateway.protocol.negotiation import choose
-from ingest_gateway.protocol.request import FOLLOW, LAST_EVENT_ID, OF_PACKAGE, SINCE, Call
+from ingest_gateway.protocol.request import (
+    ETAG,
+    FINGERPRINT,
+    FOLLOW,
+    IMMUTABLE,
+    JSON,
+    LAST_EVENT_ID,
+    OF_PACKAGE,
+    SINCE,
+    Call,
+    bytes_answer,
+)
+from schemas.codec import EVENT_TYPES, schema_fingerprint, schema_text
 from services.core.access import Right
 
 LINES = "application/x-ndjson"
@@ -101,7 +114,29 @@ FRAMES: Mapping[str, Frame] = {LINES: _line, EVENT_STREAM: _server_sent}
 """The format of an event, by media type."""
 
 
+async def get_schema(call: Call) -> web.StreamResponse:
+    """GET /v1/schemas/{fingerprint}."""
+    fingerprint = call.path(FINGERPRINT)
+    for event_type in EVENT_TYPES:
+        if schema_fingerprint(event_type).hex() == fingerprint:
+            headers = {"Cache-Control": IMMUTABLE, "ETag": f'"{fingerprint}"'}
+            return bytes_answer(schema_text(event_type).encode(), JSON, headers=headers)
+    raise NotFoundError(f"no schema of this release has the fingerprint {fingerprint}")
+
+
 ROUTES = (
+    Route(
+        "GET",
+        "/v1/schemas/{fingerprint}",
+        get_schema,
+        "Show the Avro schema with this fingerprint",
+        (Success(200, "The schema", {JSON: {"type": "object"}}, {"ETag": ETAG}),),
+        access="open",
+        parameters=(FINGERPRINT,),
+        problems=(InvalidRequestError, NotFoundError),
+        description="The fingerprint is the one that record values and the header `ce_dataschema` hold.",
+        tag="events",
+    ),
     Route(
         "GET",
         "/v1/events",

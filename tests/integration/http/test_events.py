@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any, cast
@@ -16,8 +18,11 @@ from artifact_store.documents.event_lines import parse_event
 from ingest_gateway.event_tail import Frame
 from ingest_gateway.limits.followers import Followers
 from ingest_gateway.routes import event_feed as events
+from schemas.codec import EVENT_TYPES, schema_fingerprint, schema_text
+from schemas.digests import event_digest
 from services.config import Settings
 from services.registry.direct import DirectRegistry
+from tests.documents import blocks
 from tests.integration.conditions import until
 from tests.integration.http_gateway import RunningGateway, running_gateway
 from tests.integration.http_raw import STALLING_BYTES, connected
@@ -211,6 +216,33 @@ async def test_a_follower_that_is_let_go_within_an_event_is_cut_off(
             await closing
     assert len(rest) < STALLING_BYTES
     assert not rest.endswith(b"0\r\n\r\n"), "a clean end within a line"
+
+
+async def test_digests_are_computed_from_json_as_the_guide_says(gateway: RunningGateway) -> None:
+    first, second = [await _publish(gateway) for _ in range(2)]
+    lines = await _lines(gateway)
+    script = [sys.executable, "-c", blocks("docs/subscribing.md")["check"]]
+    done = await asyncio.to_thread(subprocess.run, script, input=b"\n".join(lines), capture_output=True, check=True)
+    heads = {event.package_id: event for event in map(parse_event, lines)}
+    expected = {str(package_id): event_digest(event).hex() for package_id, event in heads.items()}
+    assert dict(line.split() for line in done.stdout.decode().splitlines()) == expected
+    assert expected.keys() == {first, second}
+    changed = b"\n".join(lines).replace(b'"actor":"anonymous"', b'"actor":"eve"', 1)
+    done = await asyncio.to_thread(subprocess.run, script, input=changed, capture_output=True, check=False)
+    assert b"is not what was written" in done.stderr
+
+
+def test_positions_and_offsets_map_as_the_guide_says() -> None:
+    exec(blocks("docs/subscribing.md")["position"], {})  # noqa: S102 - the guide's own example
+
+
+async def test_a_schema_is_served_by_its_fingerprint(gateway: RunningGateway) -> None:
+    for event_type in EVENT_TYPES:
+        async with gateway.session.get(f"/v1/schemas/{schema_fingerprint(event_type).hex()}") as answer:
+            assert (answer.status, await answer.text()) == (200, schema_text(event_type))
+    for fingerprint, status in (("0" * 16, 404), ("nothing", 400)):
+        async with gateway.session.get(f"/v1/schemas/{fingerprint}") as answer:
+            assert answer.status == status
 
 
 async def test_a_log_that_breaks_cuts_the_stream(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
