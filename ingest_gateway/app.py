@@ -160,7 +160,7 @@ class App:
                 places.give(client)
         except ArtifactStoreError as error:
             if not call.begun:
-                return answer_of(error)
+                return event_feed.call_back(call, error) or answer_of(error)
             _log.warning("%s was cut off: %s", call, error.detail)
         except Exception as error:
             if isinstance(error, ConnectionError) and request.transport is None:

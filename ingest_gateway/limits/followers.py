@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack, asynccontextmanager
 
 from artifact_store.errors import PushBackError
 from ingest_gateway.limits.admission import MAX_FOLLOWERS, Places, Refused
@@ -29,10 +29,11 @@ class Followers:
         return len(self._places)
 
     @asynccontextmanager
-    async def stay(self, client: str, until: float | None = None) -> AsyncIterator[None]:
+    async def stay(self, client: str, until: float | None = None) -> AsyncIterator[Callable[[], None]]:
         """Hold a place for the length of the block. The block ends early, without an error, when the gateway closes.
 
-        It also does at `until`, by the event loop's clock.
+        It also does at `until`, by the event loop's clock, and when the function is called that this yields: the place
+        is free at once then, although the block takes a while to end.
 
         Raises as `Places.take`; PushBackError when the gateway closes.
         """
@@ -40,10 +41,16 @@ class Followers:
             raise gateway_closes()
         scope = asyncio.timeout_at(until)
         try:
-            with self._places.place(client):
+            with ExitStack() as place:
+                place.enter_context(self._places.place(client))
+
+                def leave() -> None:
+                    place.close()
+                    _end(scope)
+
                 async with scope:
                     self._stays.add(scope)
-                    yield
+                    yield leave
         except TimeoutError:
             if not scope.expired():
                 raise
@@ -53,6 +60,10 @@ class Followers:
     def dismiss(self) -> None:
         """End every follower's block, and take no more followers."""
         self._closing = True
-        now = asyncio.get_running_loop().time()
         for scope in list(self._stays):
-            scope.reschedule(now)
+            _end(scope)
+
+
+def _end(scope: asyncio.Timeout) -> None:
+    if not scope.expired():
+        scope.reschedule(asyncio.get_running_loop().time())

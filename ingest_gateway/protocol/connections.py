@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
@@ -55,7 +56,7 @@ EXCESS_SECONDS = 10.0
 class Connection(web.RequestHandler):
     """One client's connection. `refusal` says why it has no place; None when it has one."""
 
-    __slots__ = ("_client", "_heads", "_server", "refusal")
+    __slots__ = ("_client", "_heads", "_leaving", "_server", "refusal")
 
     def __init__(self, server: Server) -> None:
         super().__init__(
@@ -70,6 +71,7 @@ class Connection(web.RequestHandler):
         self._server = server
         self._client: str | None = None
         self._heads: _BoundedParser | None = None
+        self._leaving: set[Callable[[], None]] = set()
         self.refusal: PushBackError | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -95,6 +97,17 @@ class Connection(web.RequestHandler):
             self._server.places.give(self._client)
             self._client = None
         self._server.excess.discard(self)
+        for leave in tuple(self._leaving):
+            leave()
+
+    @contextmanager
+    def when_lost(self, leave: Callable[[], None]) -> Iterator[None]:
+        """Call `leave` as soon as the connection is lost, if that happens during the block."""
+        self._leaving.add(leave)
+        try:
+            yield
+        finally:
+            self._leaving.discard(leave)
 
     def handle_error(
         self,

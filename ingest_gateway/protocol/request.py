@@ -10,7 +10,7 @@ import hashlib
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 from urllib.parse import parse_qsl, urlencode
@@ -180,6 +180,19 @@ class Call:
         except UnavailableError:
             return True
         return found.grants == self.principal.grants
+
+    @contextmanager
+    def when_client_leaves(self, leave: Callable[[], None]) -> Iterator[None]:
+        """Call `leave` as soon as the client's connection is lost. Raises ConnectionResetError when it is already."""
+        self.require_client()
+        protocol = self.request.protocol
+        with protocol.when_lost(leave) if isinstance(protocol, Connection) else nullcontext():
+            yield
+
+    def require_client(self) -> None:
+        """Raise ConnectionResetError once the client's connection is lost."""
+        if self.request.transport is None:
+            raise ConnectionResetError("the client went away")
 
     @property
     def actor(self) -> str:
@@ -735,8 +748,9 @@ DIGESTS = (CONTENT_DIGEST, REPR_DIGEST, CONTENT_MD5)
 LAST_EVENT_ID = Parameter(
     names.LAST_EVENT_ID,
     "header",
-    Position.parse,
-    "Same as `since`, sent by an event source that reconnects; it overrides `since`, which is still in the URL",
+    lambda text: Position.parse(text) if text else None,
+    "Same as `since`, sent by an event source that reconnects; it overrides `since`, which is still in the URL. An "
+    "empty one counts as absent",
     {"type": "string"},
 )
 RANGE = Parameter(

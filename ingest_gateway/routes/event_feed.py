@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Mapping
 
 from aiohttp import web
 
 from artifact_store.documents.event_lines import EventShape, line_of
+from artifact_store.documents.problem_details import problem_of
 from artifact_store.errors import (
+    ArtifactStoreError,
     InvalidPositionError,
     InvalidRequestError,
     LogIdentityError,
@@ -28,6 +31,7 @@ from ingest_gateway.protocol.request import (
     IMMUTABLE,
     JSON,
     LAST_EVENT_ID,
+    NOT_KEPT,
     OF_PACKAGE,
     SINCE,
     Call,
@@ -36,8 +40,11 @@ from ingest_gateway.protocol.request import (
 from schemas.codec import EVENT_TYPES, schema_fingerprint, schema_text
 from services.core.access import Right
 
+EVENTS = "/v1/events"
 LINES = "application/x-ndjson"
 EVENT_STREAM = "text/event-stream"
+
+_RETRY_SECONDS = 5.0
 
 
 async def get_events(call: Call) -> web.StreamResponse:
@@ -60,13 +67,37 @@ async def get_events(call: Call) -> web.StreamResponse:
                 await _send_all(call, response, lines)
     else:
         events = call.gateway.tail.follow(since, package_id, FRAMES[media_type], scope, mark)
-        async with call.gateway.followers.stay(call.client, call.valid_until), feed(events) as lines:
-            await _send_all(call, response, lines)
+        async with call.gateway.followers.stay(call.client, call.valid_until) as leave, feed(events) as lines:
+            with call.when_client_leaves(leave):
+                await _send_all(call, response, lines)
+        call.require_client()
     if not response.prepared or call.sent_in_part:
         # The follower was dismissed before its first event or within one: the answer must not look complete.
         call.require_valid()
         raise gateway_closes()
     await call.finish(response)
+    return response
+
+
+def call_back(call: Call, error: ArtifactStoreError) -> web.Response | None:
+    """The answer to an event source that is refused for lack of room, by which it tries again; None for all others.
+
+    By the HTML standard, an event source gives up for good at any status but 200. At the end of an answer it waits for
+    the time in the field `retry`, connects again, and sends its `Last-Event-ID`.
+    """
+    if not isinstance(error, PushBackError | UnavailableError) or call.target != EVENTS or call.request.method != "GET":
+        return None
+    try:
+        if choose(call.list_header("Accept"), (LINES, EVENT_STREAM)) != EVENT_STREAM:
+            return None
+    except NotAcceptableError:
+        return None
+    why = problem_of(error)
+    text = " ".join(f"{why.status} {why.type}: {why.detail}".split())
+    # Event sources that were refused together do not all come back together.
+    millis = int((why.retry_after or _RETRY_SECONDS) * random.uniform(1000, 2000))
+    response = bytes_answer(f": {text}\nretry: {millis}\n\n".encode(), EVENT_STREAM, headers=NOT_KEPT)
+    response.force_close()
     return response
 
 
@@ -90,10 +121,8 @@ async def _next(call: Call, response: web.StreamResponse, lines: Feed) -> bytes 
         async with asyncio.timeout(call.gateway.bounds.heartbeat_seconds):
             return await lines.take()
     except TimeoutError:
-        if call.request.transport is None:
-            raise ConnectionResetError("the follower went away") from None
-        # A comment keeps proxies from closing the connection; lines of JSON have none.
-        return b":\n\n" if response.content_type == EVENT_STREAM else b""
+        # Keeps proxies from closing the connection: readers pass over comments and empty lines.
+        return b":\n\n" if response.content_type == EVENT_STREAM else b"\n"
 
 
 def _line(_: str, head: bytes, position: str) -> bytes:
@@ -139,7 +168,7 @@ ROUTES = (
     ),
     Route(
         "GET",
-        "/v1/events",
+        EVENTS,
         get_events,
         "Read or follow events",
         (Success(200, "One event a line, or one a server-sent event", {LINES: EventShape, EVENT_STREAM: {}}),),
@@ -156,7 +185,9 @@ ROUTES = (
         description="In order per package. Without `follow` the answer ends where the log ended when the request came. "
         "A follower that falls behind is waited for as long as it takes 1 KiB/s of what there is; should it take "
         "less, or reading fail, the connection is cut, and the last position that was seen leads on. A server-sent "
-        "event has the position as `id`, the type as `event`; comments keep a quiet connection open. Events of "
+        "event has the position as `id`, the type as `event`; comments and empty lines keep a quiet connection open. "
+        "An event source that is refused for lack of room (429, 503) gets 200, `retry` and the end of the answer "
+        "instead, so that it tries again. Events of "
         "packages that the token may not read are left out, and an `id` alone says that they were passed over. The "
         "answer ends when the token does, or loses its rights.",
         tag="events",

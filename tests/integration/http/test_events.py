@@ -49,7 +49,14 @@ async def _publish(gateway: RunningGateway) -> str:
 async def _lines(gateway: RunningGateway, **query: str) -> list[bytes]:
     async with gateway.session.get("/v1/events", params=query) as answer:
         assert (answer.status, answer.content_type) == (200, "application/x-ndjson")
-        return (await answer.read()).splitlines()
+        return [line for line in (await answer.read()).splitlines() if line]
+
+
+async def _line(answer: aiohttp.ClientResponse) -> bytes:
+    """The next line that is not empty."""
+    while not (line := await answer.content.readline()).strip():
+        pass
+    return line
 
 
 def _stream_events(text: str) -> list[dict[str, Any]]:
@@ -121,9 +128,9 @@ async def test_a_stream_has_the_position_as_id_and_goes_on_behind_it(gateway: Ru
 async def test_a_follower_sees_what_was_and_what_comes(gateway: RunningGateway) -> None:
     await _publish(gateway)
     async with gateway.session.get("/v1/events?follow=true") as answer:
-        before = [parse_event(await answer.content.readline()) for _ in range(3)]
+        before = [parse_event(await _line(answer)) for _ in range(3)]
         package = await _publish(gateway)
-        after = [parse_event(await answer.content.readline()) for _ in range(3)]
+        after = [parse_event(await _line(answer)) for _ in range(3)]
     assert [event.sequence for event in before] == [1, 2, 3]
     assert [str(event.package_id) for event in after] == [package] * 3
 
@@ -132,6 +139,55 @@ async def test_a_follower_of_a_quiet_log_gets_its_head_at_once_and_comments_to_s
     async with gateway.session.get("/v1/events?follow=true", headers=_STREAM) as answer:
         assert answer.status == 200
         assert await answer.content.readline() == b":\n"
+
+
+@pytest.mark.parametrize("media_type", ["text/event-stream", "application/x-ndjson"])
+async def test_a_followers_place_is_free_as_soon_as_its_connection_is_closed(
+    embedded_settings: Settings, media_type: str
+) -> None:
+    async with running_gateway(embedded_settings, max_followers=2) as gateway:  # one from each address
+        for _ in range(50):
+            async with connected(gateway.port) as follower:
+                follower.send("GET /v1/events?follow=true", f"Accept: {media_type}")
+                status, headers = await follower.head()
+                assert (status, headers["content-type"], "content-length" in headers) == (200, media_type, False)
+
+
+async def test_an_event_source_that_finds_no_room_gets_an_answer_after_which_it_tries_again(
+    gateway: RunningGateway,
+) -> None:
+    staying = [await gateway.session.get("/v1/events?follow=true") for _ in range(3)]
+    async with gateway.session.get("/v1/events?follow=true", headers=_STREAM) as answer:
+        assert (answer.status, answer.content_type) == (200, "text/event-stream")
+        assert answer.headers["Connection"] == "close"
+        comment, retry, end = (await answer.text()).split("\n", 2)
+    assert comment.startswith(": 429 urn:artifact-store:problem:too-many-at-once: ")
+    assert int(retry.removeprefix("retry: ")) >= 1000
+    assert end == "\n"
+    for follower in staying:
+        follower.close()
+
+
+@pytest.mark.parametrize("query", ["?since=nowhere", "?package_id=nothing", "?unknown=1"])
+async def test_an_event_source_is_told_of_its_mistakes_by_the_status(gateway: RunningGateway, query: str) -> None:
+    async with gateway.session.get(f"/v1/events{query}", headers=_STREAM) as answer:
+        assert (answer.status, answer.content_type) == (400, "application/problem+json")
+
+
+async def test_an_empty_last_event_id_counts_as_absent(gateway: RunningGateway) -> None:
+    await _publish(gateway)
+    lines = await _lines(gateway)
+    params, headers = {"since": json.loads(lines[0])["position"]}, {"Last-Event-ID": ""}
+    async with gateway.session.get("/v1/events", params=params, headers=headers) as answer:
+        assert answer.status == 200
+        assert [line for line in (await answer.read()).splitlines() if line] == lines[1:]
+
+
+async def test_empty_lines_keep_a_follower_of_lines_connected(gateway: RunningGateway) -> None:
+    async with gateway.session.get("/v1/events?follow=true") as answer:
+        assert [await answer.content.readline() for _ in range(2)] == [b"\n", b"\n"]
+        package = await _publish(gateway)
+        assert str(parse_event(await _line(answer)).package_id) == package
 
 
 async def test_followers_are_bounded_and_their_places_become_free(gateway: RunningGateway) -> None:

@@ -44,7 +44,7 @@ async def read(gateway: RunningGateway, since: str | None = None) -> list[tuple[
     params = {} if since is None else {"since": since}
     async with gateway.session.get("/v1/events", params=params, headers=bearer("t")) as answer:
         assert answer.status == 200
-        events = [parse_event(line) for line in (await answer.read()).splitlines()]
+        events = [parse_event(line) for line in (await answer.read()).splitlines() if line]
     return [(event.package_id, str(event.position)) for event in events]
 
 
@@ -104,7 +104,7 @@ async def test_nothing_tells_whether_there_is_a_package_that_may_not_be_read(
     for package_id in (foreign, uuid4()):
         params = {"package_id": str(package_id)}
         async with gateway.session.get("/v1/events", params=params, headers=headers) as answer:
-            assert (answer.status, await answer.read()) == (200, b"")
+            assert (answer.status, (await answer.read()).strip(b":\n")) == (200, b"")
 
 
 async def mark(answer: aiohttp.ClientResponse) -> Position:
@@ -120,7 +120,7 @@ async def test_a_stream_ends_with_the_token(gateway: RunningGateway, tokens: Tok
     tokens.principals["t"] = replace(OWN, expires_at=time.time() + 1.0)
     await create(gateway, "own")
     async with gateway.session.get("/v1/events?follow=true", headers=bearer("t")) as answer, asyncio.timeout(30):
-        assert len((await answer.read()).splitlines()) == 1
+        assert len((await answer.read()).split()) == 1
     assert time.time() >= (tokens.principals["t"].expires_at or 0.0)
     async with gateway.session.get("/v1/events", headers=bearer("t")) as answer:
         assert answer.status == 401
@@ -130,9 +130,10 @@ async def test_a_stream_ends_with_the_token(gateway: RunningGateway, tokens: Tok
 async def test_a_stream_ends_when_its_rights_do(gateway: RunningGateway, tokens: Tokens, change: str) -> None:
     await create(gateway, "own")
     async with gateway.session.get("/v1/events?follow=true", headers=bearer("t")) as answer, asyncio.timeout(30):
-        await answer.content.readline()
+        while not (await answer.content.readline()).strip():
+            pass
         if change == "revoked":
             del tokens.principals["t"]
         else:
             tokens.principals["t"] = principal("t", Right.READ, producers=("other",))
-        assert await answer.read() == b""
+        assert (await answer.read()).strip() == b""
