@@ -180,7 +180,7 @@ class App:
         wanted = {route.access, *self._routes.access(route.template, meant)} if meant else {route.access}
         if wanted == {"open"}:
             return
-        await call.authenticate()
+        await call.authenticate(route.cookie)
         for right in wanted:
             if isinstance(right, Right):
                 call.require(right)

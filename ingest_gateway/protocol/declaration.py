@@ -83,6 +83,8 @@ class Route:
     description: str = ""
     tag: str = "packages"
     transfer: Transfer | None = None
+    cookie: str | None = None
+    """The cookie in which the token may come, for pages whose browser sends no `Authorization`."""
 
     @property
     def operation_id(self) -> str:
@@ -103,6 +105,7 @@ _ANYWHERE = (
 """Problems of every route: a malformed request, an unknown expectation, and a gateway that is full."""
 
 _SCHEME = "bearer"
+_COOKIE_SCHEME = "cookie"
 _BEARER = {
     "type": "http",
     "scheme": "bearer",
@@ -124,7 +127,10 @@ def document(routes: Iterable[Route]) -> bytes:
     """The OpenAPI document in JSON."""
     schemas: dict[str, Any] = {}
     paths: dict[str, dict[str, Any]] = {}
+    schemes: dict[str, Any] = {_SCHEME: _BEARER}
     for route in routes:
+        if route.cookie is not None:
+            schemes[_COOKIE_SCHEME] = {"type": "apiKey", "in": "cookie", "name": route.cookie}
         paths.setdefault(route.template, {})[route.method.lower()] = _operation(route, schemas)
     return json.dumps(
         {
@@ -145,7 +151,7 @@ def document(routes: Iterable[Route]) -> bytes:
                 {"name": "operation", "description": "For those who run it"},
             ],
             "paths": paths,
-            "components": {"schemas": schemas, "securitySchemes": {_SCHEME: _BEARER}},
+            "components": {"schemas": schemas, "securitySchemes": schemes},
         },
         ensure_ascii=False,
     ).encode()
@@ -165,7 +171,7 @@ def _operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
         },
     }
     if route.access != "open":
-        found["security"] = [{_SCHEME: []}, {}]
+        found["security"] = [{_SCHEME: []}, *([{_COOKIE_SCHEME: []}] if route.cookie else []), {}]
     if isinstance(route.access, Right):
         found["x-right"] = str(route.access)
     if route.description:

@@ -81,6 +81,7 @@ class Call:
         self.gateway = gateway
         self.principal = _NOBODY
         """Who sends the request, once `authenticate` has found out."""
+        self._authorization: str | None = None
         self._registry: DirectRegistry | None = None
         self.request = request
         self.target, self._raw_query = _target(request)
@@ -123,13 +124,24 @@ class Call:
                 _check(_hashes(self._digests), self._digests)
         self._expects = expect is not None and self.request.version >= HttpVersion11
 
-    async def authenticate(self) -> None:
-        """Find out who sends the request. Raises UnauthenticatedError, UnavailableError."""
+    async def authenticate(self, cookie: str | None = None) -> None:
+        """Find out who sends the request. Raises UnauthenticatedError, UnavailableError.
+
+        The token is that of `Authorization`, else that of the cookie of this name.
+        """
         given = self.request.headers.getall("Authorization", ())
         if len(given) > 1:
             raise UnauthenticatedError(f"Authorization came {len(given)} times; send one")
-        self.principal = await self.gateway.authenticate(given[0] if given else None)
+        self._authorization = given[0] if given else None
+        if not given and cookie is not None and (token := self.request.cookies.get(cookie)) is not None:
+            self._authorization = f"Bearer {token}"
+        self.principal = await self.gateway.authenticate(self._authorization)
         self._registry = None
+
+    @property
+    def token(self) -> str | None:
+        """The token that the sender was authenticated by, None if none was sent."""
+        return None if self._authorization is None else self._authorization.partition(" ")[2].strip()
 
     @property
     def identified(self) -> bool:
@@ -174,7 +186,7 @@ class Call:
     async def still_may(self) -> bool:
         """Whether the sender still has the rights that they had at first: a token may be revoked, a policy changed."""
         try:
-            found = await self.gateway.authenticate(self.request.headers.get("Authorization"))
+            found = await self.gateway.authenticate(self._authorization)
         except UnauthenticatedError:
             return False
         except UnavailableError:

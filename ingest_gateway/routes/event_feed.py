@@ -34,6 +34,7 @@ from ingest_gateway.protocol.request import (
     NOT_KEPT,
     OF_PACKAGE,
     SINCE,
+    TEXT,
     Call,
     bytes_answer,
 )
@@ -43,6 +44,13 @@ from services.core.access import Right
 EVENTS = "/v1/events"
 LINES = "application/x-ndjson"
 EVENT_STREAM = "text/event-stream"
+
+COOKIE = "artifact-store-events"
+COOKIE_SECONDS = 3600
+"""How long a browser keeps the cookie; a token that ends earlier takes it along."""
+
+MAX_COOKIE_BYTES = 3800
+"""Browsers keep 4,096 bytes of a cookie, its name and attributes included."""
 
 _RETRY_SECONDS = 5.0
 
@@ -143,6 +151,31 @@ FRAMES: Mapping[str, Frame] = {LINES: _line, EVENT_STREAM: _server_sent}
 """The format of an event, by media type."""
 
 
+async def make_cookie(call: Call) -> web.StreamResponse:
+    """POST /v1/events/cookie."""
+    answer = web.Response(status=204, headers=NOT_KEPT)
+    if call.token is None:  # a gateway that asks nobody for a token
+        return answer
+    if len(call.token) > MAX_COOKIE_BYTES:
+        raise InvalidRequestError(f"browsers keep no cookie of a token that has more than {MAX_COOKIE_BYTES:,} bytes")
+    ends = call.valid_until
+    left = COOKIE_SECONDS if ends is None else int(ends - asyncio.get_running_loop().time())
+    _set_cookie(answer, call.token, min(COOKIE_SECONDS, max(0, left)))
+    return answer
+
+
+async def delete_cookie(_: Call) -> web.StreamResponse:
+    """DELETE /v1/events/cookie."""
+    answer = web.Response(status=204, headers=NOT_KEPT)
+    _set_cookie(answer, "", 0)
+    return answer
+
+
+def _set_cookie(answer: web.Response, value: str, seconds: int) -> None:
+    """Set the cookie for this feed alone: no script reads it, and a browser sends it for pages of this site only."""
+    answer.set_cookie(COOKIE, value, max_age=seconds, path=EVENTS, secure=True, httponly=True, samesite="Strict")
+
+
 async def get_schema(call: Call) -> web.StreamResponse:
     """GET /v1/schemas/{fingerprint}."""
     fingerprint = call.path(FINGERPRINT)
@@ -154,6 +187,29 @@ async def get_schema(call: Call) -> web.StreamResponse:
 
 
 ROUTES = (
+    Route(
+        "POST",
+        f"{EVENTS}/cookie",
+        make_cookie,
+        "Let a browser's EventSource follow events",
+        (Success(204, "The browser has the cookie", headers={"Set-Cookie": TEXT}),),
+        access="identified",
+        problems=(InvalidRequestError, UnavailableError),
+        description="An `EventSource` cannot send `Authorization`. This puts the token of the request into a cookie, which "
+        f"the browser sends to `{EVENTS}` alone, and which no script can read. It is kept for an hour, and no longer "
+        "than the token: a page that follows for longer asks again. The token is checked each time. Browsers keep "
+        "the cookie over https, and over http on localhost.",
+        tag="events",
+    ),
+    Route(
+        "DELETE",
+        f"{EVENTS}/cookie",
+        delete_cookie,
+        "Have the browser forget the cookie",
+        (Success(204, "The browser has forgotten it", headers={"Set-Cookie": TEXT}),),
+        access="open",
+        tag="events",
+    ),
     Route(
         "GET",
         "/v1/schemas/{fingerprint}",
@@ -173,6 +229,7 @@ ROUTES = (
         "Read or follow events",
         (Success(200, "One event a line, or one a server-sent event", {LINES: EventShape, EVENT_STREAM: {}}),),
         access=Right.READ,
+        cookie=COOKIE,
         parameters=(SINCE, OF_PACKAGE, FOLLOW, LAST_EVENT_ID),
         problems=(
             InvalidRequestError,

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from http.cookies import Morsel
 from uuid import UUID, uuid4
 
 import aiohttp
@@ -14,6 +15,7 @@ import pytest
 from artifact_store.documents.event_lines import parse_event
 from artifact_store.errors import UnavailableError
 from artifact_store.position import Position
+from ingest_gateway.routes.event_feed import COOKIE
 from services.config import Settings
 from services.core.access import Right
 from tests.integration.http_gateway import RunningGateway, running_gateway
@@ -137,3 +139,53 @@ async def test_a_stream_ends_when_its_rights_do(gateway: RunningGateway, tokens:
         else:
             tokens.principals["t"] = principal("t", Right.READ, producers=("other",))
         assert (await answer.read()).strip() == b""
+
+
+async def cookie_of(gateway: RunningGateway, token: str) -> Morsel[str]:
+    async with gateway.session.post("/v1/events/cookie", headers=bearer(token)) as answer:
+        assert answer.status == 204
+        return answer.cookies[COOKIE]
+
+
+async def test_a_browser_follows_by_a_cookie_that_only_the_feed_takes(gateway: RunningGateway) -> None:
+    own, _ = await create(gateway, "own", "foreign")
+    cookie = await cookie_of(gateway, "t")
+    assert (cookie["path"], cookie["samesite"], cookie["max-age"]) == ("/v1/events", "Strict", "3600")
+    assert cookie["secure"]
+    assert cookie["httponly"]
+    headers = {"Cookie": f"{COOKIE}={cookie.value}"}
+    async with gateway.session.get("/v1/events", headers=headers) as answer:
+        assert answer.status == 200
+        events = [parse_event(line) for line in (await answer.read()).splitlines() if line]
+    assert [event.package_id for event in events] == [own]
+    for method, path in (("GET", "/v1/packages"), ("POST", "/v1/packages"), ("POST", "/v1/events/cookie")):
+        async with gateway.session.request(method, path, headers=headers) as answer:
+            assert answer.status == 401
+    async with gateway.session.get("/v1/events") as answer:
+        assert answer.status == 401
+
+
+async def test_the_cookie_lives_no_longer_than_the_token_and_ends_with_it(
+    gateway: RunningGateway, tokens: Tokens
+) -> None:
+    tokens.principals["t"] = replace(OWN, expires_at=time.time() + 100)
+    cookie = await cookie_of(gateway, "t")
+    assert 0 < int(cookie["max-age"]) <= 100
+    headers = {"Cookie": f"{COOKIE}={cookie.value}"}
+    async with gateway.session.get("/v1/events?follow=true", headers=headers) as answer, asyncio.timeout(30):
+        assert answer.status == 200
+        del tokens.principals["t"]
+        await answer.read()
+    async with gateway.session.get("/v1/events", headers=headers) as answer:
+        assert answer.status == 401
+
+
+async def test_a_browser_can_be_made_to_forget_the_cookie(gateway: RunningGateway) -> None:
+    async with gateway.session.delete("/v1/events/cookie") as answer:
+        assert (answer.status, answer.cookies[COOKIE]["max-age"]) == (204, "0")
+
+
+async def test_a_token_that_no_cookie_holds_is_refused(gateway: RunningGateway, tokens: Tokens) -> None:
+    tokens.principals["x" * 4000] = OWN
+    async with gateway.session.post("/v1/events/cookie", headers=bearer("x" * 4000)) as answer:
+        assert answer.status == 400
