@@ -38,8 +38,15 @@ Access = Right | Literal["open", "identified"]
 
 Schema = Mapping[str, Any]
 
-BINARY: Schema = {}
-"""Schema of bytes: the media type alone describes them (OpenAPI 3.1 §4.8.14.3)."""
+BINARY: Schema = {"type": "string", "format": "binary"}
+"""Schema of bytes. OpenAPI 3.1 needs none, but generators of clients take a body without one for JSON."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A body of items, each in this shape (a pydantic type), that may have no end."""
+
+    item: Any
 
 
 @dataclass(frozen=True)
@@ -213,9 +220,7 @@ def _successes(successes: Iterable[Success], schemas: dict[str, Any]) -> dict[st
     for success in successes:
         answer: dict[str, Any] = {"description": success.description}
         if success.content:
-            answer["content"] = {
-                media_type: {"schema": _schema(shape, schemas)} for media_type, shape in success.content.items()
-            }
+            answer["content"] = {media_type: _media(shape, schemas) for media_type, shape in success.content.items()}
         if success.headers:
             answer["headers"] = {name: {"schema": schema} for name, schema in success.headers.items()}
         found[str(success.status)] = answer
@@ -237,6 +242,13 @@ def _problems(kinds: Iterable[type[ArtifactStoreError]], schemas: dict[str, Any]
         if any(issubclass(kind, PushBackError | UnavailableError) for kind in of_status):
             answer["headers"] = {RETRY_AFTER: {"schema": {"type": "integer", "minimum": 1}}}
         yield str(status), answer
+
+
+def _media(shape: Any, schemas: dict[str, Any]) -> dict[str, Any]:
+    """Generators must not read a stream as one JSON value. OpenAPI 3.2 calls the schema of an item `itemSchema`."""
+    if isinstance(shape, Stream):
+        return {"schema": BINARY, "x-itemSchema": _schema(shape.item, schemas)}
+    return {"schema": _schema(shape, schemas)}
 
 
 def _schema(shape: Any, schemas: dict[str, Any]) -> Mapping[str, Any]:

@@ -21,7 +21,7 @@ from artifact_store.errors import (
 )
 from ingest_gateway.event_tail import Feed, Frame, feed
 from ingest_gateway.limits.followers import gateway_closes
-from ingest_gateway.protocol.declaration import Route, Success
+from ingest_gateway.protocol.declaration import Route, Stream, Success
 from ingest_gateway.protocol.http_errors import NotAcceptableError
 from ingest_gateway.protocol.negotiation import choose
 from ingest_gateway.protocol.request import (
@@ -195,7 +195,7 @@ ROUTES = (
         (Success(204, "The browser has the cookie", headers={"Set-Cookie": TEXT}),),
         access="identified",
         problems=(InvalidRequestError, UnavailableError),
-        description="An `EventSource` cannot send `Authorization`. This puts the token of the request into a cookie, which "
+        description="An `EventSource` cannot send `Authorization`. This puts the request's token into a cookie, which "
         f"the browser sends to `{EVENTS}` alone, and which no script can read. It is kept for an hour, and no longer "
         "than the token: a page that follows for longer asks again. The token is checked each time. Browsers keep "
         "the cookie over https, and over http on localhost.",
@@ -227,7 +227,13 @@ ROUTES = (
         EVENTS,
         get_events,
         "Read or follow events",
-        (Success(200, "One event a line, or one a server-sent event", {LINES: EventShape, EVENT_STREAM: {}}),),
+        (
+            Success(
+                200,
+                "One event a line, or one a server-sent event",
+                {LINES: Stream(EventShape), EVENT_STREAM: Stream(EventShape)},
+            ),
+        ),
         access=Right.READ,
         cookie=COOKIE,
         parameters=(SINCE, OF_PACKAGE, FOLLOW, LAST_EVENT_ID),

@@ -203,8 +203,8 @@ ROUTES = (
         access=Right.WRITE,
         parameters=(PACKAGE_ID, RELATIVE_PATH, IDEMPOTENCY_KEY, ACTOR, CONTENT_ADDRESS, *DIGESTS),
         body=Body(
-            {"*/*": BINARY},
-            description="The bytes. `Content-Type` becomes the file's media type (absent: application/octet-stream).",
+            {ANY_MEDIA_TYPE: BINARY},
+            description="The bytes. Any other `Content-Type` may be sent: it becomes the file's media type.",
         ),
         problems=(*INGESTING, *READING, *WRITING),
         description="Package, path and state are checked before `100 Continue` is sent, and again when the bytes are "
@@ -250,8 +250,12 @@ ROUTES = (
         get_content,
         "Read a file's bytes",
         (
-            Success(200, "The whole", {"*/*": BINARY}, {"ETag": ETAG, "Repr-Digest": TEXT, "Accept-Ranges": TEXT}),
-            Success(206, "The range", {"*/*": BINARY}, {"ETag": ETAG, "Content-Range": TEXT, "Accept-Ranges": TEXT}),
+            Success(
+                200, "The whole", {ANY_MEDIA_TYPE: BINARY}, {"ETag": ETAG, "Repr-Digest": TEXT, "Accept-Ranges": TEXT}
+            ),
+            Success(
+                206, "The range", {ANY_MEDIA_TYPE: BINARY}, {"ETag": ETAG, "Content-Range": TEXT, "Accept-Ranges": TEXT}
+            ),
             Success(304, "The client has it", headers={"ETag": ETAG}),
         ),
         access=Right.READ,

@@ -75,7 +75,7 @@ RESUMABLE = Parameter(
     "header",
     str,
     "The version of tus that the client speaks",
-    {"type": "string", "const": names.VERSION},
+    {"type": "string", "enum": [names.VERSION]},
     names.VERSION,
 )
 UPLOAD_LENGTH = Parameter(

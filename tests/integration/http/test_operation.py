@@ -11,10 +11,11 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -214,7 +215,17 @@ async def test_the_document_describes_every_route_and_every_problem(embedded_set
     assert document["openapi"].startswith("3.1")
     operations = {(method, path) for path, methods in document["paths"].items() for method in methods}
     assert ("put", "/v1/packages/{package_id}/files/{relative_path}") in operations
-    assert len(operations) == 28
+    assert len(operations) == 31
+    for content in _contents(document):
+        assert "*/*" not in content
+        assert all(media["schema"] for media in content.values())
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            assert not [p["name"] for p in operation["parameters"] if "const" in p["schema"]], (method, path)
+    (events,) = [m["get"] for path, m in document["paths"].items() if path == "/v1/events"]
+    for media in events["responses"]["200"]["content"].values():
+        assert media["schema"] == {"type": "string", "format": "binary"}
+        assert media["x-itemSchema"]["discriminator"]["propertyName"] == "type"
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
             for status, found in operation["responses"].items():
@@ -223,6 +234,15 @@ async def test_the_document_describes_every_route_and_every_problem(embedded_set
     references = set(_references(document))
     assert references
     assert references <= {f"#/components/schemas/{name}" for name in document["components"]["schemas"]}
+
+
+def _contents(node: Any) -> Iterator[dict[str, Any]]:
+    """Every `content` of the document: media types and what they hold."""
+    if isinstance(node, dict):
+        if isinstance(node.get("content"), dict):
+            yield node["content"]
+        for value in node.values():
+            yield from _contents(value)
 
 
 def _references(value: object) -> list[str]:
