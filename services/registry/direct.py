@@ -26,7 +26,7 @@ from artifact_store.errors import (
     UnavailableError,
     UnknownContentError,
 )
-from artifact_store.events import PackageCreated, RecordedEvent
+from artifact_store.events import FileIngested, PackageCreated, RecordedEvent
 from artifact_store.manifest import ContentAddress, content_key, manifest_digest, to_json
 from artifact_store.models import (
     DEFAULT_PAGE,
@@ -44,7 +44,7 @@ from artifact_store.registry import ManifestFormat, Registry
 from artifact_store.rules import check_path, check_text, metadata_text
 from schemas import identifiers
 from services.blobs.packs import Placed
-from services.blobs.port import BlobStore
+from services.blobs.port import BlobStore, StoredBlob
 from services.blobs.resumable.uploads import ResumableUploads
 from services.blobs.shared_packs import SharedPacks, is_small
 from services.core.access import EVERYTHING, EVERYWHERE, Grants, Principal, Right, Scope
@@ -219,8 +219,45 @@ class DirectRegistry(Registry):
         _check_count(len(files))
         paths = [file.relative_path for file in files]
         await self._writer.check_ingest(package_id, paths, command_id, self._grants)
-        await self._require_readable(files)
-        return await self._record(package_id, await self._bundles.find(files), actor, command_id)
+        try:
+            await self._require_readable(files)
+        except UnknownContentError:
+            placed = await self._recorded(package_id, files, command_id)
+            if placed is None:
+                raise
+        else:
+            placed = await self._bundles.find(files)
+        return await self._record(package_id, placed, actor, command_id)
+
+    async def _recorded(
+        self, package_id: UUID, files: Sequence[NamedFile], command_id: UUID | None
+    ) -> list[Placed] | None:
+        """These files as an earlier try of the command recorded them; None if there was none, or with other files.
+
+        A retry must get the first answer although the views do not show yet, or no longer, that the caller may read the
+        files. Only the package's own events are read: a look at the named blobs would tell which of them are stored.
+        """
+        try:
+            await self._writer.check_ingest(package_id, [file.relative_path for file in files], None, self._grants)
+        except RejectedError:
+            pass  # as a new command it would be refused, so it may be a retry
+        else:
+            return None
+        found: dict[str, FileIngested] = {}
+        extent = await self.package_extent(package_id)
+        async with aclosing(self._log.read(package_id=package_id, extent=extent)) as events:
+            async for event in events:
+                if event.command_id == command_id and isinstance(event.payload, FileIngested):
+                    found[event.payload.relative_path] = event.payload
+        placed = []
+        for file in files:
+            was = found.get(file.relative_path)
+            if was is None or (was.size_bytes, was.blake3) != (file.size_bytes, file.blake3):
+                return None
+            place = was.receipt
+            blob = StoredBlob(place.backend_id, place.key, place.offset, place.length, was.blake3, was.sha256)
+            placed.append(Placed(file.relative_path, file.media_type, blob))
+        return placed
 
     async def known_blobs(self, digests: Sequence[bytes]) -> frozenset[bytes]:
         if not self._readable.everywhere:

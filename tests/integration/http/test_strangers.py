@@ -24,6 +24,8 @@ from services.blobs.resumable.uploads import NewUpload
 from services.config import Settings
 from services.core.access import Grant, Packages, Principal, Right
 from services.registry.direct import DirectRegistry
+from services.views import queries
+from services.views.tables import artifact_packages
 from tests.integration.http_gateway import RunningGateway, running_gateway
 from tests.integration.tokens import Tokens, bearer, principal
 
@@ -208,6 +210,30 @@ async def test_a_digest_gives_neither_the_bytes_nor_word_of_them(gateway: Runnin
     assert (await answer_of(gateway, known, own))[2] == b'{"known":["{digest}"]}'
     renamed = replace(named, body=NAMED.replace(b'"size_bytes": 5', b'"size_bytes": %d' % len(own.content)))
     assert (await answer_of(gateway, renamed, own))[0] == 201
+
+
+@pytest.mark.parametrize("lacking", ["the view is empty", "newer packages came"])
+async def test_a_repeat_gets_the_first_answer_although_the_view_shows_nothing_of_its_bytes(
+    gateway: RunningGateway, tokens: Tokens, monkeypatch: pytest.MonkeyPatch, lacking: str
+) -> None:
+    registry = gateway.parts.registry
+    known, own, foreign = [await publish(registry, producer, "main", 0) for producer in ("team-a", "team-a", "team-b")]
+    tokens.principals["t"] = principal("t", Right.READ, Right.WRITE, producers=("team-a",))
+    body = NAMED.replace(b'"size_bytes": 5', b'"size_bytes": %d' % len(known.content))
+    named = Request("POST", f"/v1/packages/{own.package_id}/files", KEY, body)
+    first = await answer_of(gateway, named, known)
+    assert first[0] == 201
+    if lacking == "the view is empty":
+        async with gateway.parts.views.writing() as connection:
+            await connection.execute(artifact_packages.delete())
+    else:
+        monkeypatch.setattr(queries, "NEWEST_PACKAGES", 1)
+        await publish(registry, "team-a", "main", 2)
+    assert await answer_of(gateway, named, known) == first
+    # The key does not open other bytes, nor does it tell which are stored.
+    refused = await answer_of(gateway, named, unknown())
+    assert refused[0] == 422
+    assert await answer_of(gateway, named, foreign) == refused
 
 
 async def check_listings(gateway: RunningGateway, visible: list[Shown]) -> None:
