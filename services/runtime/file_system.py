@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -81,6 +82,17 @@ def private_file(path: Path) -> Path:
         path.parent.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE_FILE))
     return path
+
+
+def only_we_write(path: Path) -> bool:
+    """Whether nobody but this process's user, its group and root may change a file or folder. Blocks. Raises OSError.
+
+    The group counts as ours, because Kubernetes lets the group of a pod write to its volumes (`fsGroup`).
+    """
+    about = path.stat()
+    by_others = about.st_mode & stat.S_IWOTH
+    by_a_group = about.st_mode & stat.S_IWGRP and about.st_gid != os.getegid()
+    return about.st_uid in (0, os.geteuid()) and not by_others and not by_a_group
 
 
 def secure_folder(folder: Path) -> None:

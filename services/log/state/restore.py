@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -31,9 +30,10 @@ from services.log.state.state_file import (
     StateFile,
     StateFileError,
     UnusableStateError,
+    files_of,
     remove,
 )
-from services.runtime.file_system import PRIVATE_FOLDER, FileLock
+from services.runtime.file_system import PRIVATE_FOLDER, FileLock, only_we_write
 
 FROM_FILE = "file"
 FROM_SNAPSHOT = "snapshot"
@@ -172,6 +172,10 @@ def _beside(slot: Slot) -> Path:
     return slot.path.with_name(slot.path.name + _FETCHED)
 
 
+class ExposedFolderError(StateFileError):
+    """The folder of the states belongs to another user, or other users may write to it."""
+
+
 class Slot:
     """A path for a state file that this process alone uses, until `release`."""
 
@@ -196,11 +200,11 @@ class Claim:
 def claim(folder: Path, origin: LogPartition, lost: Callable[[Witness], Loss | None]) -> Claim:
     """Take a slot for the partition. Blocks, but waits for no lock.
 
-    `lost` says what the log lost if it does not hold the record that a state stands on. Raises StateFileError, and
-    whatever `lost` raises.
+    `lost` says what the log lost if it does not hold the record that a state stands on. Raises as
+    `require_own_folder`, StateFileError, and whatever `lost` raises.
     """
+    require_own_folder(folder)
     with _system_errors(folder):
-        folder.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
         numbers = _numbers(folder, origin)
         held = [slot for number in sorted({0, *numbers}) if (slot := _locked(folder, origin, number))]
     files: list[tuple[Slot, StateFile]] = []
@@ -228,6 +232,23 @@ def claim(folder: Path, origin: LogPartition, lost: Callable[[Witness], Loss | N
         raise
     _release([slot for slot in held if slot is not kept])
     return Claim(kept, file, losses)
+
+
+def require_own_folder(folder: Path) -> None:
+    """Create the folder of the states, or check the one that is there. Blocks.
+
+    A writer believes what its files say, and SQLite what lies beside them. Raises ExposedFolderError; StateFileError:
+    the folder cannot be used.
+    """
+    with _system_errors(folder):
+        folder.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
+        if only_we_write(folder):
+            return
+    raise ExposedFolderError(
+        f"ARTIFACT_STORE_STATE_DIR {folder} belongs to another user, or other users may write to it: what they put "
+        "there would decide what this writer answers. Make the folder this user's own and closed to others (chown, "
+        "chmod go-w), remove what is not yours in it, or name another folder"
+    )
 
 
 def discard(path: Path) -> None:
@@ -295,10 +316,10 @@ def _looked_at(slot: Slot, origin: LogPartition, lost: Callable[[Witness], Loss 
 
 
 def _refuse_stranger(path: Path) -> None:
-    """Raises UnusableStateError for a file that another user made or any may change: a writer would believe it."""
-    about = path.stat()
-    if about.st_uid != os.geteuid() or about.st_mode & stat.S_IWOTH:
-        raise UnusableStateError(f"{path} belongs to another user, or any user may write it")
+    """Raises UnusableStateError for a state that another user made or may change: a writer would believe it."""
+    for file in files_of(path):  # SQLite takes what lies beside it for its newest part
+        if file.exists() and (file.stat().st_uid != os.geteuid() or not only_we_write(file)):
+            raise UnusableStateError(f"{file} belongs to another user, or others may write it")
 
 
 def _discard(slot: Slot, origin: LogPartition, error: StateFileError) -> None:

@@ -633,8 +633,13 @@ def copy_file(source: Path, target: Path) -> None:
 def remove(path: Path) -> None:
     """Delete a state, with the files that SQLite keeps beside it. Raises StateFileError."""
     with _explained(path):
-        for suffix in ("", "-wal", "-shm", "-journal"):
-            path.with_name(path.name + suffix).unlink(missing_ok=True)
+        for file in files_of(path):
+            file.unlink(missing_ok=True)
+
+
+def files_of(path: Path) -> list[Path]:
+    """The file of a state, and those that SQLite keeps beside it, whether they are there or not."""
+    return [path.with_name(path.name + suffix) for suffix in ("", "-wal", "-shm", "-journal")]
 
 
 def _made(connection: sqlite3.Connection, origin: LogPartition) -> sqlite3.Connection:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -12,7 +14,12 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from artifact_store.errors import AnswerExpiredError, CommandReusedError, CorruptError, PackageAbandonedError
+from artifact_store.errors import (
+    AnswerExpiredError,
+    CommandReusedError,
+    CorruptError,
+    PackageAbandonedError,
+)
 from artifact_store.events import LogSkipped
 from services.core.commands import Command, IngestFiles
 from services.core.decide import acknowledge, decide
@@ -24,7 +31,7 @@ from services.log.state import partition_state as state_module
 from services.log.state import state_file as state_file_module
 from services.log.state.loss import Loss, Witness
 from services.log.state.partition_state import PartitionState
-from services.log.state.restore import Slot, claim
+from services.log.state.restore import ExposedFolderError, Slot, claim
 from services.log.state.state_file import (
     FORMAT,
     STATEMENT_BYTES,
@@ -44,6 +51,8 @@ from tests.commands import stored
 
 PLACE = LogPartition(UUID(int=7), "t.events", 3)
 NAME = "t.events-3.db"
+ANOTHER = (65_534, 65_534)
+"""A user and a group that are not this process's."""
 PACKAGES = 40
 
 
@@ -125,9 +134,21 @@ def open_to_all(path: Path) -> None:
     path.chmod(0o666)
 
 
+def newest_part_of_another(path: Path) -> None:
+    """A `-wal` file, with which SQLite would see a state without packages."""
+    rogue = path.with_name("rogue.db")
+    shutil.copy(path, rogue)
+    with closing(sqlite3.connect(rogue, isolation_level=None)) as connection:
+        connection.execute("DELETE FROM packages")
+        planted = path.with_name(path.name + "-wal")
+        shutil.copy(rogue.with_name(rogue.name + "-wal"), planted)
+        planted.chmod(0o666)
+    rogue.unlink()
+
+
 SPOILING = [
     *(truncate, scribble, empty, no_database, other_database, older_format, empty_of_other_log, other_partition),
-    open_to_all,
+    *(open_to_all, newest_part_of_another),
 ]
 
 
@@ -372,6 +393,41 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     (tmp_path / "state").write_text("a file")
     with pytest.raises(state_file_module.StateFileError, match="ARTIFACT_STORE_STATE_DIR"):
         claimed(tmp_path / "state")
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o702])
+def test_a_folder_that_others_may_write_to_is_refused(tmp_path: Path, mode: int) -> None:
+    """SQLite would take a `-wal` file that lies there for the newest part of the state."""
+    folder = tmp_path / "state"
+    filled(folder / NAME)
+    folder.chmod(mode)
+    with pytest.raises(ExposedFolderError, match=r"ARTIFACT_STORE_STATE_DIR .* other users may write to it"):
+        claimed(folder)
+    folder.chmod(0o700)
+    slot, file = claimed(folder)
+    assert file is not None
+    file.close()
+    slot.release()
+
+
+def test_a_folder_of_another_user_or_open_to_a_strange_group_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "state"
+    filled(folder / NAME)
+    own_group = os.getegid()
+    folder.chmod(0o2770)  # as Kubernetes makes it for the group of a pod
+    slot, file = claimed(folder)
+    assert file is not None
+    file.close()
+    slot.release()
+    monkeypatch.setattr(os, "getegid", lambda: own_group + 1)
+    with pytest.raises(ExposedFolderError):
+        claimed(folder)
+    folder.chmod(0o700)
+    os.chown(folder, *ANOTHER) if os.geteuid() == 0 else monkeypatch.setattr(os, "geteuid", lambda: ANOTHER[0])
+    with pytest.raises(ExposedFolderError, match="belongs to another user"):
+        claimed(folder)
 
 
 def test_a_copy_of_a_state_in_use_is_a_whole_state(tmp_path: Path) -> None:
