@@ -151,7 +151,7 @@ class App:
             if route.transfer is None or request.method == "HEAD":
                 return await route.handler(call)
             if route.transfer == "uploads":
-                self.gateway.quotas.require(Quota.BYTES, call.principal.actor)
+                self.gateway.quotas.require(Quota.BYTES, call.counted_as)
             places, client = self.gateway.admission.transfers[route.transfer], call.client
             places.take(client)
             try:

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from ingest_gateway.event_tail import Tail
 from ingest_gateway.health import Checks, ReadyAnswers
 from ingest_gateway.http_metrics import Metrics
-from ingest_gateway.limits.admission import Admission, Bounds, Quota, Quotas
+from ingest_gateway.limits.admission import Admission, Bounds, OpenUploads, Quota, Quotas
 from ingest_gateway.limits.followers import Followers
 from ingest_gateway.siblings import Siblings
 from services.core.access import Principal, local_user
@@ -65,6 +65,7 @@ class Gateway:
         self.siblings = siblings
         self.admission = Admission(bounds, metrics.refused)
         self.quotas = Quotas({Quota(name): most for name, most in bounds.quotas.items()}, metrics.refused)
+        self.open_uploads = OpenUploads(bounds.quotas.get(Quota.OPEN_UPLOADS), metrics.refused)
         self.followers = Followers(bounds.max_followers, metrics.refused)
         transfers = self.admission.transfers
         metrics.watch(

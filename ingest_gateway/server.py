@@ -126,6 +126,7 @@ def _bounds(settings: Settings) -> Bounds:
         Quota.BYTES: settings.quota_bytes,
         Quota.METADATA_BYTES: settings.quota_metadata_bytes,
         Quota.RESUMABLE_UPLOADS: settings.quota_resumable_uploads,
+        Quota.OPEN_UPLOADS: settings.quota_open_uploads,
     }
     return Bounds(
         settings.max_file_bytes,

@@ -269,6 +269,9 @@ class Settings:
     quota_bytes: int | None = setting(None, whole(1), "The same for bytes of request bodies.")
     quota_metadata_bytes: int | None = setting(None, whole(1), "The same for bytes of metadata.")
     quota_resumable_uploads: int | None = setting(None, whole(1), "The same for resumable uploads that are begun.")
+    quota_open_uploads: int | None = setting(
+        None, whole(1), "Resumable uploads that one principal may hold open at a time at one gateway process."
+    )
     max_connections: int = setting(
         2048, whole(1), "Connections to one gateway process, at most half of them from one address."
     )

@@ -6,7 +6,8 @@ client is an IPv4 address or a /64 of IPv6: all clients behind a proxy that hide
 Quotas bound how much one principal may add to the registry in an hour, through one gateway process. They are counted
 in memory: neither PostgreSQL nor another gateway is asked, so writes go on without either, and a process that starts
 again counts from zero. With N processes a principal gets up to N times as much. What is not used comes back over the
-hour. A body that has begun is never cut off for it: what it takes beyond the quota is owed.
+hour. A body that has begun is never cut off for it: what it takes beyond the quota is owed. `OpenUploads` bounds the
+resumable uploads that one principal holds open at a time. Where nothing proves who sends, an address is the principal.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ import math
 import resource
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import islice
 from typing import Literal
+from uuid import UUID
 
-from artifact_store.errors import PushBackError
+from artifact_store.errors import ArtifactStoreError, PushBackError
+from services.blobs.port import IDLE_SECONDS
 from services.registry.bundle_store import BUNDLES_AT_ONCE
 
 _log = logging.getLogger(__name__)
@@ -262,10 +266,12 @@ class Quota(StrEnum):
     METADATA_BYTES = "metadata bytes"
     RESUMABLE_UPLOADS = "resumable uploads"
     """That are begun: each may lie open for a day."""
+    OPEN_UPLOADS = "open uploads"
+    """Resumable ones at a time; see `OpenUploads`."""
 
 
 class QuotaExceededError(PushBackError):
-    """The principal used what it may use in an hour."""
+    """The principal used what it may use in an hour, or holds as many resumable uploads open as it may."""
 
     status = 429
     problem = "quota-exceeded"
@@ -321,3 +327,73 @@ class Quotas:
         for quota, principal in list(self._used):
             if not self._now(quota, principal, self.limits[quota]):
                 del self._used[quota, principal]
+
+
+_LOOKED_AT = 16
+_OPEN_RETRY_SECONDS = 30.0
+
+
+@dataclass(slots=True)
+class OpenUploads:
+    """The resumable uploads that each principal holds open, by this gateway process. Belongs to one event loop.
+
+    An upload may end at another process. So a principal that holds as many as it may is not refused before the blob
+    store was asked for some of them, those that have not been asked for longest first.
+    """
+
+    limit: int | None = None
+    refused: Refused = lambda _, __: None
+    clock: Callable[[], float] = time.monotonic
+    _held: dict[str, dict[UUID, float]] = field(default_factory=dict)
+    """By principal the uploads and when each would be swept."""
+
+    async def take(self, principal: str, upload_id: UUID, is_open: Callable[[UUID], Awaitable[bool]]) -> bool:
+        """Count an upload that is about to begin, until `end`; whether it was not counted already.
+
+        `is_open` asks the store for another one. Raises QuotaExceededError: the principal holds as many others as it
+        may.
+        """
+        if self.limit is None or upload_id in self._held.get(principal, ()):
+            return False
+        if self._count(principal) >= self.limit:
+            for known in list(islice(self._held[principal], _LOOKED_AT)):
+                if not await _is_open(known, is_open):
+                    self.end(principal, known)
+                    break
+                self.touch(principal, known)
+        if self._count(principal) >= self.limit:
+            self.refused(f"quota of {Quota.OPEN_UPLOADS}", 1)
+            raise QuotaExceededError(
+                f"{principal} holds {self.limit:,} resumable uploads open at this gateway: finish or end some",
+                _OPEN_RETRY_SECONDS,
+            )
+        self.touch(principal, upload_id)
+        return True
+
+    def touch(self, principal: str, upload_id: UUID) -> None:
+        """The upload is open now."""
+        if self.limit is not None:
+            held = self._held.setdefault(principal, {})
+            held.pop(upload_id, None)
+            held[upload_id] = self.clock() + IDLE_SECONDS
+
+    def end(self, principal: str, upload_id: UUID) -> None:
+        """The upload became a file, or is gone. Nothing happens if it was not counted."""
+        held = self._held.get(principal, {})
+        held.pop(upload_id, None)
+        if not held:
+            self._held.pop(principal, None)
+
+    def _count(self, principal: str) -> int:
+        now = self.clock()
+        for upload_id, swept_at in list(self._held.get(principal, {}).items()):
+            if swept_at <= now:
+                self.end(principal, upload_id)
+        return len(self._held.get(principal, ()))
+
+
+async def _is_open(upload_id: UUID, is_open: Callable[[UUID], Awaitable[bool]]) -> bool:
+    try:
+        return await is_open(upload_id)
+    except ArtifactStoreError:
+        return True  # nobody can tell now

@@ -220,6 +220,11 @@ class Call:
         return named or self.principal.actor
 
     @property
+    def counted_as(self) -> str:
+        """Whom quotas count: the sender or, where nothing proves who that is, the client's address."""
+        return self.client if self.principal.local else self.principal.actor
+
+    @property
     def client(self) -> str:
         """The client's address, to which limits apply."""
         return client_of(self.request.protocol)
@@ -306,7 +311,7 @@ class Call:
 
     def _receive(self, data: bytes) -> None:
         self.received += len(data)
-        self.gateway.quotas.count(Quota.BYTES, self.principal.actor, len(data))
+        self.gateway.quotas.count(Quota.BYTES, self.counted_as, len(data))
 
     def held_body(self) -> bytes | None:
         """The whole body, if it has arrived and needs neither decoding nor a digest check; None: read it by `body`."""

@@ -62,7 +62,7 @@ from services.log.port import NotAppendedError
 async def create_package(call: Call) -> web.StreamResponse:
     """POST /v1/packages."""
     command_id, actor = call.header(IDEMPOTENCY_KEY), call.actor
-    quotas, principal = call.gateway.quotas, call.principal.actor
+    quotas, principal = call.gateway.quotas, call.counted_as
     for quota in (Quota.PACKAGES, Quota.METADATA_BYTES):
         quotas.require(quota, principal)
     wanted = await call.json(CreatePackageRequest)

@@ -185,20 +185,27 @@ async def begin_upload(call: Call) -> web.StreamResponse:
     if call.checked and call.request.can_read_body and not has_body:
         raise UnsupportedMediaTypeError(f"the body must be {CONTENT_TYPE}", {"Accept": CONTENT_TYPE})
     checksum = call.header(UPLOAD_CHECKSUM)
-    call.gateway.quotas.require(Quota.RESUMABLE_UPLOADS, call.principal.actor)
-    call.gateway.quotas.count(Quota.RESUMABLE_UPLOADS, call.principal.actor, 1)
-    state = await call.registry.uploads.create(
-        NewUpload(
-            package_id=package_id,
-            relative_path=paths[0],
-            media_type=next((said[key] for key in MEDIA_TYPE if said.get(key)), ANY_MEDIA_TYPE),
-            actor=call.actor,
-            length=length,
-            declared=declared(length, call.header(CONTENT_ADDRESS), _file_sha256(call)),
-            command_id=call.header(IDEMPOTENCY_KEY),
-            metadata=call.request.headers[names.UPLOAD_METADATA],
-        )
+    new = NewUpload(
+        package_id=package_id,
+        relative_path=paths[0],
+        media_type=next((said[key] for key in MEDIA_TYPE if said.get(key)), ANY_MEDIA_TYPE),
+        actor=call.actor,
+        length=length,
+        declared=declared(length, call.header(CONTENT_ADDRESS), _file_sha256(call)),
+        command_id=call.header(IDEMPOTENCY_KEY),
+        metadata=call.request.headers[names.UPLOAD_METADATA],
     )
+    quotas, uploads, sender = call.gateway.quotas, call.registry.uploads, call.counted_as
+    quotas.require(Quota.RESUMABLE_UPLOADS, sender)
+    begins = await call.gateway.open_uploads.take(sender, new.upload_id, uploads.is_open)
+    quotas.count(Quota.RESUMABLE_UPLOADS, sender, 1)
+    try:
+        state = await uploads.create(new)
+    except BaseException:
+        if begins:
+            call.gateway.open_uploads.end(sender, new.upload_id)
+        raise
+    _count(call, state)
     if has_body and not state.offset and call.request.can_read_body:
         state = await _append(call, state.upload_id, 0, checksum)
     return web.Response(status=201, headers={"Location": _location(state), **_headers(call, state)})
@@ -211,6 +218,7 @@ async def show_upload(call: Call) -> web.StreamResponse:
     if wait_sequence is not None:
         await call.registry.get_package(package_id, wait_sequence=wait_sequence)
     state = await call.registry.uploads.find(package_id, upload_id)
+    _count(call, state)
     done = acknowledgement_of(state)
     answer = UploadAnswer(
         upload_id=state.upload_id,
@@ -265,7 +273,7 @@ async def _add(call: Call) -> web.StreamResponse:
 
 
 async def _append(call: Call, upload_id: UUID, offset: int, checksum: Checksum | None) -> UploadState:
-    return await call.registry.uploads.append(
+    state = await call.registry.uploads.append(
         call.path(PACKAGE_ID),
         upload_id,
         offset,
@@ -274,6 +282,14 @@ async def _append(call: Call, upload_id: UUID, offset: int, checksum: Checksum |
         checksum=checksum,
         whole=call.checked,
     )
+    _count(call, state)
+    return state
+
+
+def _count(call: Call, state: UploadState) -> None:
+    """Count the upload as one that the sender holds open, unless it is a file by now."""
+    count = call.gateway.open_uploads.touch if state.answer is None else call.gateway.open_uploads.end
+    count(call.counted_as, state.upload_id)
 
 
 def _file_sha256(call: Call) -> bytes | None:
@@ -285,6 +301,7 @@ def _file_sha256(call: Call) -> bytes | None:
 
 async def _end(call: Call) -> web.StreamResponse:
     await call.registry.uploads.remove(call.path(PACKAGE_ID), call.path(UPLOAD_ID))
+    call.gateway.open_uploads.end(call.counted_as, call.path(UPLOAD_ID))
     return web.Response(status=204)
 
 

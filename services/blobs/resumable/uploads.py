@@ -13,7 +13,7 @@ import hashlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Protocol
 from uuid import UUID, uuid4, uuid5
@@ -65,6 +65,13 @@ class NewUpload:
     declared: Declared
     command_id: UUID | None = None
     metadata: str | None = None
+    drawn: UUID = field(default_factory=uuid4)
+    """Its id unless a command id gives one."""
+
+    @property
+    def upload_id(self) -> UUID:
+        """The id that it gets, the same for each try of the command."""
+        return self.drawn if self.command_id is None else uuid5(self.package_id, f"upload:{self.command_id}")
 
 
 class ResumableUploads:
@@ -120,11 +127,9 @@ class ResumableUploads:
         if new.length > self.longest:
             raise TooLargeError(f"an upload may have {self.longest:,} bytes here")
         await self._check(new.package_id, new.relative_path, new.command_id)
-        key = new.command_id
-        upload_id = uuid4() if key is None else uuid5(new.package_id, f"upload:{key}")
-        found = None if key is None else await self._alive(upload_id)
+        found = None if new.command_id is None else await self._alive(new.upload_id)
         if found is None:
-            found = await self._begin(upload_id, new)
+            found = await self._begin(new.upload_id, new)
         if not _same(found, new):
             raise CommandReusedError("the command id was used for another upload")
         return await self.finished(found)
@@ -209,6 +214,14 @@ class ResumableUploads:
                     return state if state.answer is not None else await self._finish(state, digests)
                 except SupersededError:  # another process does the same
                     continue
+
+    async def is_open(self, upload_id: UUID) -> bool:
+        """Whether there is such an upload, of any caller, that is not a file yet.
+
+        Raises UnavailableError, CorruptError.
+        """
+        state = await self._alive(upload_id)
+        return state is not None and state.answer is None
 
     def expires_at(self, state: UploadState) -> datetime:
         """When an upload that nobody touches any more is removed (aware)."""

@@ -13,9 +13,11 @@ import artifact_store
 from ingest_gateway.protocol import connections
 from services.blobs.memory import TURN_SECONDS
 from services.config import Settings
+from services.core.access import Right
 from tests.integration.conditions import until
 from tests.integration.http_gateway import RunningGateway, running_gateway
 from tests.integration.http_raw import SECONDS, STALLING_BYTES, Client, RawAnswer, connected
+from tests.integration.tokens import Tokens, bearer, principal
 
 ME, YOU, THEM = "127.0.0.1", "127.0.0.2", "127.0.0.3"
 """Clients: loopback has many addresses."""
@@ -337,3 +339,48 @@ async def test_a_principal_that_used_its_quota_is_told_when_to_come_again(
         assert statuses == [201, 201, 429]
         async with gateway.session.get("/v1/packages") as answer:
             assert answer.status == 200
+
+
+TUS = {"Tus-Resumable": "1.0.0", "Upload-Metadata": "filename YWJj"}
+BYTES = {**TUS, "Upload-Offset": "0", "Content-Type": "application/offset+octet-stream"}
+
+
+async def test_open_uploads_are_counted_by_address_where_nobody_proves_who_they_are(
+    embedded_settings: Settings,
+) -> None:
+    async with running_gateway(embedded_settings, quotas={"open uploads": 2}) as gateway:
+        package = await new_package(gateway)
+
+        async def begin(address: str = ME, key: UUID | None = None, name: str = "YWJj") -> RawAnswer:
+            begins = {**TUS, "Upload-Metadata": f"filename {name}", "Upload-Length": "2", "Content-Length": "0"}
+            if key is not None:
+                begins["Idempotency-Key"] = str(key)
+            async with client(gateway, address) as one:
+                one.send(f"POST /v1/packages/{package}/uploads", *(f"{name}: {text}" for name, text in begins.items()))
+                return await one.answer()
+
+        key = uuid4()
+        first, second = await begin(key=key), await begin(name="ZGVm")
+        assert refused(await begin(), 429, "quota-exceeded")
+        assert (await begin(key=key)).headers["location"] == first.headers["location"]  # a repeat is no further one
+        assert (await begin(key=key, name="eHl6")).status == 422  # nor does one that is refused make room
+        assert refused(await begin(), 429, "quota-exceeded")
+        assert (await begin(YOU)).status == 201
+        async with gateway.session.delete(first.headers["location"], headers=TUS) as answer:
+            assert answer.status == 204
+        third = await begin()
+        assert third.status == 201
+        assert refused(await begin(), 429, "quota-exceeded")
+        async with gateway.session.patch(second.headers["location"], headers=BYTES, data=b"ok") as answer:
+            assert answer.status == 204
+        assert (await begin(name="Z2hp")).status == 201
+
+
+async def test_open_uploads_of_one_token_are_no_quota_of_another(embedded_settings: Settings) -> None:
+    tokens = Tokens(ada=principal("ada", Right.WRITE), bob=principal("bob", Right.WRITE))
+    async with running_gateway(embedded_settings, authenticate=tokens, quotas={"open uploads": 1}) as gateway:
+        package = await new_package(gateway)
+        for token, status in (("ada", 201), ("ada", 429), ("bob", 201)):
+            begins = {**TUS, **bearer(token), "Upload-Length": "2"}
+            async with gateway.session.post(f"/v1/packages/{package}/uploads", headers=begins) as answer:
+                assert answer.status == status
