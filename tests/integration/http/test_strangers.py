@@ -99,10 +99,10 @@ NAMED = (
 )
 
 
-def tar() -> bytes:
+def tar(name: str = "c") -> bytes:
     with io.BytesIO() as file:
         with tarfile.open(fileobj=file, mode="w") as archive:
-            archive.addfile(tarfile.TarInfo("c"), None)
+            archive.addfile(tarfile.TarInfo(name), None)
         return file.getvalue()
 
 
