@@ -6,23 +6,27 @@ the policy leaves out and for one that does not exist, and the two answers are c
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import random
 import tarfile
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 from blake3 import blake3
 
+from artifact_store.archives.bundle import HeldFiles, SmallFile
+from artifact_store.byte_streams import joined
+from artifact_store.events import FileIngested
 from artifact_store.manifest import ContentAddress
 from artifact_store.models import Declared
 from services.blobs.resumable.uploads import NewUpload
 from services.config import Settings
-from services.core.access import Grant, Packages, Principal, Right
+from services.core.access import Grant, Packages, Principal, Right, Scope
 from services.registry.direct import DirectRegistry
 from services.views import queries
 from services.views.tables import artifact_packages
@@ -49,15 +53,43 @@ class Shown:
     file_id: UUID
     content: bytes
     upload_id: UUID
+    command_id: UUID
+    """Of the command that ingested the file."""
+    blob: str
+    """The address of what the file lies in, from `offset` on."""
+    offset: int
+    manifest: str
+    """The manifest's address, or one that nothing has."""
+    created_at: int
 
     @property
     def digest(self) -> str:
-        return str(ContentAddress.of_digest(blake3(self.content).digest()))
+        return address(self.content)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What stands for which placeholder in a `Request`."""
+        return {
+            "{package}": str(self.package_id),
+            "{file}": str(self.file_id),
+            "{upload}": str(self.upload_id),
+            "{command}": str(self.command_id),
+            "{digest}": self.digest,
+            "{blob}": self.blob,
+            "{offset}": str(self.offset),
+            "{size}": str(len(self.content)),
+            "{manifest}": self.manifest,
+            "{content}": self.content.decode("latin-1"),
+        }
+
+
+def address(content: bytes) -> str:
+    return str(ContentAddress.of_digest(blake3(content).digest()))
 
 
 @dataclass(frozen=True)
 class Request:
-    """One request; `{package}`, `{file}`, `{upload}` and `{digest}` stand for a package, its file, upload and bytes."""
+    """One request; the placeholders in it are those of `Shown.names`."""
 
     method: str
     target: str
@@ -87,16 +119,27 @@ READS = (
     Request("GET", "/v1/files/{file}/content", (("If-None-Match", '"{digest}"'),)),
     Request("HEAD", "/v1/files/{file}/content"),
     Request("POST", "/v1/blobs/known", body=b'{"addresses": ["{digest}"]}'),
+    Request("POST", "/v1/blobs/known", body=b'{"addresses": ["{blob}", "{manifest}"]}'),
+    Request("GET", "/v1/packages?manifest_digest={manifest}"),
+    Request("GET", f"/v1/packages/{{package}}/files?cursor={queries.write_cursor('files', 'a')}"),
+    Request("GET", "/v1/events?package_id={package}", (("Accept", "text/event-stream"),)),
+    Request("HEAD", "/v1/events?package_id={package}"),
+    Request("GET", "/v1/packages/{package}/files/a/b.txt?wait_sequence=2"),
+    Request("GET", "/v1/packages/{package}/manifest?wait_sequence=3"),
+    Request("GET", "/v1/packages/{package}/archive?wait_sequence=3"),
 )
 
 
 TUS = (("Tus-Resumable", "1.0.0"),)
+ADDRESS = (("X-Content-Address", "{digest}"),)
 OFFSET = (*TUS, ("Content-Type", "application/offset+octet-stream"), ("Upload-Offset", "0"))
 KEY = (("Idempotency-Key", str(UUID(int=7))),)
+THEIR_KEY = (("Idempotency-Key", "{command}"),)
 NAMED = (
-    b'{"files": [{"relative_path": "c", "media_type": "x/y", "size_bytes": 5, "content_address": "{digest}", '
+    b'{"files": [{"relative_path": "c", "media_type": "x/y", "size_bytes": {size}, "content_address": "{digest}", '
     b'"blob": "{digest}"}]}'
 )
+NAMED_WHERE_IT_LIES = NAMED.replace(b'"blob": "{digest}"', b'"blob": "{blob}", "offset": {offset}')
 
 
 def tar(name: str = "c") -> bytes:
@@ -113,6 +156,9 @@ WRITES = (
     Request("POST", "/v1/packages/{package}/files", (("Content-Type", "application/x-tar"),), tar()),
     Request("POST", "/v1/packages/{package}/files", body=NAMED),
     Request("POST", "/v1/packages/{package}/finalize", KEY),
+    Request("PUT", "/v1/packages/{package}/files/a/b.txt", THEIR_KEY, b"{content}"),
+    Request("POST", "/v1/packages/{package}/finalize", THEIR_KEY),
+    Request("PUT", "/v1/packages/{package}/files/c", (("X-Content-Address", "{digest}"),), b"{content}"),
     Request(
         "POST", "/v1/packages/{package}/uploads", (*TUS, ("Upload-Length", "3"), ("Upload-Metadata", "filename Yw=="))
     ),
@@ -126,25 +172,35 @@ WRITES = (
 
 async def publish(registry: DirectRegistry, producer: str, subject: str, number: int) -> Shown:
     package = await registry.create_package(f"n{number}", producer, subject, "scratch")
-    content = f"{producer} {subject} {number}".encode()
-    file = await registry.ingest_file(package, "a/b.txt", "text/plain", content)
+    content = f"{producer} {subject} {number}".encode().ljust(32)
+    command = uuid4()
+    files = [SmallFile("a/b.txt", "text/plain", content), SmallFile("a/c.txt", "text/plain", uuid4().bytes)]
+    bundle = HeldFiles(files[: 1 + number % 2])  # two lie in one pack
+    done = await registry.ingest_files(package, bundle, "ada", command_id=command)
     upload = await registry.uploads.create(NewUpload(package, "d", "x/y", "ada", 3, Declared()))
-    if number % 2:
-        await registry.finalize_package(package)
-    return Shown(producer, subject, package, file, content, upload.upload_id)
+    manifest = str(await registry.finalize_package(package)) if number % 2 else address(uuid4().bytes)
+    created_at = (await registry.get_package(package)).created_at
+    events = [event.payload async for event in registry.read_events(package_id=package)]
+    place = next(payload.receipt for payload in events if isinstance(payload, FileIngested))
+    lies = await joined(registry._blobs.read(place.key, 0, await registry._blobs.size(place.key) or 0))
+    return Shown(
+        *(producer, subject, package, done.files[0].file_id, content, upload.upload_id, command),
+        *(address(lies), place.offset, manifest, created_at),
+    )
 
 
 def unknown() -> Shown:
-    return Shown("", "", uuid4(), uuid4(), uuid4().bytes, uuid4())
+    """What is not there."""
+    content = uuid4().hex.encode()
+    ids = [uuid4() for _ in range(4)]
+    return Shown("", "", ids[0], ids[1], content, ids[2], ids[3], address(b"x" + content), 0, address(b""), 0)
 
 
 async def answer_of(gateway: RunningGateway, request: Request, of: Shown) -> tuple[int, Mapping[str, str], bytes]:
     """The answer, in which identifiers and digests stand as they do in the request."""
-    names = {str(of.package_id): "{package}", str(of.file_id): "{file}", str(of.upload_id): "{upload}"}
-    names[of.digest] = "{digest}"
 
     def filled(text: str) -> str:
-        for value, name in names.items():
+        for name, value in of.names.items():
             text = text.replace(name, value)
         return text
 
@@ -156,8 +212,9 @@ async def answer_of(gateway: RunningGateway, request: Request, of: Shown) -> tup
         request.method, filled(request.target), headers={**headers, **bearer("t")}, data=body or None
     ) as answer:
         found = await answer.read()
-        for value, name in names.items():
-            found = found.replace(value.encode(), name.encode())
+        for name, value in of.names.items():
+            if len(value) > 30:  # no number; a file that lies alone has the address of its blob
+                found = found.replace(value.encode("latin-1"), b"{digest}" if name == "{blob}" else name.encode())
         return answer.status, {k: v for k, v in answer.headers.items() if k not in ("Date", "Content-Length")}, found
 
 
@@ -194,8 +251,18 @@ async def test_a_foreign_package_is_answered_as_one_that_is_not_there(
         nothing = await answer_of(gateway, request, unknown())
         for one in foreign:
             assert await answer_of(gateway, request, one) == nothing, (policy, one, request)
+    for one in foreign:
+        listed = [
+            await answer_of(gateway, Request("GET", f"/v1/packages?limit=2&cursor={cursor}"), one)
+            for cursor in (queries.write_cursor("packages", one.created_at, id_) for id_ in (one.package_id, uuid4()))
+        ]
+        assert listed[0] == listed[1], (policy, one)
     assert await gateway.events() == events
-    await check_listings(gateway, [one for one in shown if one not in foreign])
+    visible = [one for one in shown if one not in foreign]
+    await check_listings(gateway, visible, policy)
+    writable = [await publish(registry, one.producer, one.subject, 100) for one in visible[:1]]
+    for own in writable:
+        await check_bytes(gateway, own, foreign)
 
 
 async def test_a_digest_gives_neither_the_bytes_nor_word_of_them(gateway: RunningGateway, tokens: Tokens) -> None:
@@ -208,8 +275,7 @@ async def test_a_digest_gives_neither_the_bytes_nor_word_of_them(gateway: Runnin
         nothing = await answer_of(gateway, request, unknown())
         assert await answer_of(gateway, request, foreign) == nothing
     assert (await answer_of(gateway, known, own))[2] == b'{"known":["{digest}"]}'
-    renamed = replace(named, body=NAMED.replace(b'"size_bytes": 5', b'"size_bytes": %d' % len(own.content)))
-    assert (await answer_of(gateway, renamed, own))[0] == 201
+    assert (await answer_of(gateway, named, own))[0] == 201
 
 
 @pytest.mark.parametrize("lacking", ["the view is empty", "newer packages came"])
@@ -219,8 +285,7 @@ async def test_a_repeat_gets_the_first_answer_although_the_view_shows_nothing_of
     registry = gateway.parts.registry
     known, own, foreign = [await publish(registry, producer, "main", 0) for producer in ("team-a", "team-a", "team-b")]
     tokens.principals["t"] = principal("t", Right.READ, Right.WRITE, producers=("team-a",))
-    body = NAMED.replace(b'"size_bytes": 5', b'"size_bytes": %d' % len(known.content))
-    named = Request("POST", f"/v1/packages/{own.package_id}/files", KEY, body)
+    named = Request("POST", f"/v1/packages/{own.package_id}/files", KEY, NAMED)
     first = await answer_of(gateway, named, known)
     assert first[0] == 201
     if lacking == "the view is empty":
@@ -236,32 +301,74 @@ async def test_a_repeat_gets_the_first_answer_although_the_view_shows_nothing_of
     assert await answer_of(gateway, named, foreign) == refused
 
 
-async def check_listings(gateway: RunningGateway, visible: list[Shown]) -> None:
+async def check_bytes(gateway: RunningGateway, own: Shown, foreign: list[Shown]) -> None:
+    """Who writes to a package of their own learns nothing of the bytes of others: naming or sending them tells nothing.
+
+    An answer that records something is compared without the event's digest, in which there is a time.
+    """
+    files = f"/v1/packages/{own.package_id}/files"
+    tus = f"/v1/packages/{own.package_id}/uploads"
+    for number, one in enumerate(foreign):
+        for body in (NAMED, NAMED_WHERE_IT_LIES):
+            request = Request("POST", files, body=body)
+            assert await answer_of(gateway, request, one) == await answer_of(gateway, request, unknown()), one
+        for headers in ((), (("X-Content-Address", "{digest}"),)):
+            answers = []
+            for of, name in ((one, "known"), (unknown(), "new")):
+                sent = Request("PUT", f"{files}/{name}-{number}-{len(headers)}", headers, b"{content}")
+                status, told, body = await answer_of(gateway, sent, of)
+                answers.append((status, sorted(told), sorted(json.loads(body)), b"{digest}" in body))
+            assert answers[0] == answers[1], one
+        begun = []
+        for of in (one, unknown()):
+            name = base64.b64encode(f"tus {uuid4()}".encode()).decode()
+            begins = (*TUS, ("Upload-Length", "{size}"), ("Upload-Metadata", f"filename {name}"))
+            status, told, body = await answer_of(gateway, Request("POST", tus, (*begins, *ADDRESS)), of)
+            begun.append((status, sorted(told), told["Upload-Offset"], body))
+        assert begun[0] == begun[1], one  # the bytes are asked for, whether they are stored or not
+
+
+async def check_listings(gateway: RunningGateway, visible: list[Shown], policy: Principal) -> None:
     """Lists, counts and streams show the visible packages and no others."""
     ids = {str(one.package_id) for one in visible}
-    assert {item["package_id"] for item in await items(gateway, "/v1/packages?limit=3")} == ids
+    for limit in (1, 3):
+        assert [item["package_id"] for item in await items(gateway, f"/v1/packages?limit={limit}", page=limit)] == [
+            str(one.package_id) for one in reversed(visible)
+        ]
+    whole = Scope(tuple(one for one in policy.scope(Right.READ).packages if "*" in one.subjects))
+    assert {total["producer"] for total in await items(gateway, "/v1/usage?limit=1", page=1)} == {
+        producer for producer, _ in ORIGINS if whole.includes(producer, "any")
+    }
     for producer, subject in ORIGINS:
         found = await items(gateway, "/v1/packages", producer=producer, subject=subject)
         assert {item["package_id"] for item in found} == {
             str(one.package_id) for one in visible if (one.producer, one.subject) == (producer, subject)
         }
 
-    async with gateway.session.get("/v1/events", headers=bearer("t")) as answer:
-        events = [json.loads(line) for line in (await answer.text()).splitlines()]
-    assert {event["package_id"] for event in events} == ids
-    assert [event["id"] for event in events] == [
-        str(event.event_id) async for event in gateway.parts.log.read() if str(event.package_id) in ids
-    ]
+    recorded = [event async for event in gateway.parts.log.read()]
+    for start in (None, recorded[len(recorded) // 2]):
+        since = {} if start is None else {"since": str(start.position)}
+        rest = recorded if start is None else recorded[recorded.index(start) + 1 :]
+        wanted = [str(event.event_id) for event in rest if str(event.package_id) in ids]
+        async with gateway.session.get("/v1/events", params=since, headers=bearer("t")) as answer:
+            assert [json.loads(line)["id"] for line in (await answer.text()).splitlines()] == wanted
+        sent = {**bearer("t"), "Accept": "text/event-stream"}
+        async with gateway.session.get("/v1/events", params=since, headers=sent) as answer:
+            lines = [line.partition(": ") for line in (await answer.text()).splitlines() if line]
+        assert {field for field, _, _ in lines} <= {"id", "event", "data"}
+        assert [json.loads(value)["id"] for field, _, value in lines if field == "data"] == wanted
 
 
-async def items(gateway: RunningGateway, target: str, **params: str) -> list[dict[str, Any]]:
-    """All items of a listing, page by page."""
+async def items(gateway: RunningGateway, target: str, *, page: int = 0, **params: str) -> list[dict[str, Any]]:
+    """All items of a listing, page by page; but for the last, pages have `page` items if that is said."""
     found: list[dict[str, Any]] = []
     following: str | None = target
     while following is not None:
         async with gateway.session.get(following, params=params or None, headers=bearer("t")) as answer:
             assert answer.status == 200
-            found += (await answer.json())["items"]
+            listed = (await answer.json())["items"]
+            found += listed
             following = str(answer.links["next"]["url"]) if "next" in answer.links else None
+            assert not page or following is None or len(listed) == page
         params = {}
     return found
