@@ -246,7 +246,8 @@ class Settings:
         None,
         secret_text,
         "The secret that copies of that state in a bucket are signed with, the same for all gateways. Without it they "
-        "are signed with ARTIFACT_STORE_INTERNAL_SECRET, and without both neither made nor read beyond loopback.",
+        "are signed with ARTIFACT_STORE_INTERNAL_SECRET, and without both neither made nor read beyond loopback. It "
+        "also signs the states of resumable uploads.",
         secret=_always,
     )
 

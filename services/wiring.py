@@ -222,6 +222,7 @@ async def parts(settings: Settings, *, clock: Clock = system_clock) -> AsyncIter
             blobs,
             Queries(views),
             limits=limits_of(settings),
+            upload_key=_upload_key(settings),
             freshen=freshen if embedded else None,
         )
         stack.push_async_callback(opened.close)
@@ -256,6 +257,16 @@ def _sqlite_path(settings: Settings) -> Path:
     if not settings.log_url.startswith(_SQLITE) or not path or "?" in path:
         raise ConfigurationError(f"ARTIFACT_STORE_LOG_URL has no known form; accepted are {_FORMS}")
     return Path(os.path.realpath(path))  # locks lie beside the file itself, by whatever link it is reached
+
+
+def _upload_key(settings: Settings) -> bytes | None:
+    """What states of resumable uploads are signed with; None when the settings have no key for that."""
+    if settings.state_key is None:
+        return None
+    from blake3 import blake3
+
+    secret = settings.state_key.get_secret_value().encode()
+    return blake3(secret, derive_key_context="artifact-store 2026-11 resumable uploads").digest()
 
 
 def _require_tls(settings: Settings, service: str, is_private: bool, mend: str) -> None:

@@ -68,7 +68,8 @@ _CLASSES_REMEMBERED = 10_000
 class DirectRegistry(Registry):
     """The façade over the parts, for a caller with all rights; `for_principal` gives it to one with fewer.
 
-    `freshen`, where given, brings a view up to the log before it is read.
+    `upload_key` signs the states of resumable uploads. `freshen`, where given, brings a view up to the log before it is
+    read.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class DirectRegistry(Registry):
         queries: Queries,
         *,
         limits: Limits,
+        upload_key: bytes | None = None,
         freshen: Callable[[str], Awaitable[None]] | None = None,
         wait_seconds: float = WAIT_SECONDS,
     ) -> None:
@@ -91,6 +93,7 @@ class DirectRegistry(Registry):
         """Retention classes by package and actor, of the latest packages that take files of an actor."""
         self._queries = queries
         self._limits = limits
+        self._upload_key = upload_key
         self._freshen = freshen
         self._waits = ViewWaits(queries, log, writer, wait_seconds)
         self._uploads: ResumableUploads | None = None
@@ -120,6 +123,7 @@ class DirectRegistry(Registry):
                 check=self.check_ingest,
                 record=self._record_upload,
                 max_file_bytes=self._limits.max_file_bytes,
+                key=self._upload_key,
             )
         return self._uploads
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
 from pathlib import Path
 from uuid import UUID, uuid4
@@ -24,7 +24,9 @@ from artifact_store.errors import (
     UploadNotFoundError,
     UploadOffsetError,
 )
+from artifact_store.manifest import content_key
 from artifact_store.models import Declared
+from services.blobs.port import StoredBlob
 from services.blobs.resumable import states as upload_states
 from services.blobs.resumable.states import NewerStateError, SupersededError, UploadState, UploadStates
 from services.blobs.resumable.uploads import HOLD_SECONDS, Checksum, ResumableUploads, acknowledgement_of
@@ -414,3 +416,65 @@ async def test_an_upload_that_a_newer_release_continued_is_left_to_it(
     with monkeypatch.context() as newer:
         newer.setattr(upload_states, "FORM", upload_states.FORM + 1)
         assert await scene.sweep() == 1
+
+
+KEY, OTHER = b"k" * 32, b"o" * 32
+
+
+def rename(state: UploadState) -> UploadState:
+    return state.model_copy(update={"relative_path": "elsewhere"})
+
+
+def impersonate(state: UploadState) -> UploadState:
+    return state.model_copy(update={"actor": "somebody else"})
+
+
+def lie_about_bytes(state: UploadState) -> UploadState:
+    lie = StoredBlob("local", content_key(b"f" * 32), 0, state.length, b"f" * 32, b"f" * 32)
+    return state.model_copy(update={"stored": lie, "held": state.length})
+
+
+@pytest.mark.parametrize("forger", [None, OTHER])
+@pytest.mark.parametrize("forged", [rename, impersonate, lie_about_bytes], ids=lambda forged: forged.__name__)
+async def test_a_state_that_somebody_else_puts_into_the_bucket_is_no_upload(
+    scene: Scene, forged: Callable[[UploadState], UploadState], forger: bytes | None
+) -> None:
+    """It would make an event name what nobody verified, in the name of whom it likes."""
+    store, ours = scene.stage.store, UploadStates(scene.stage.store, KEY)
+    one, other = [
+        ResumableUploads(
+            store, check=scene.log.check, record=scene.log.record, max_file_bytes=1 << 40, clock=scene.clock, key=KEY
+        )
+        for _ in range(2)
+    ]
+    upload = (await one.create(new(10))).upload_id
+    await send(one, upload, bytes(10), 0, 4)
+    state = await ours.load(upload)
+    assert state is not None
+    await UploadStates(store, forger).replace(forged(state))
+    with pytest.raises(UploadNotFoundError):
+        await other.find(PACKAGE, upload)
+    with pytest.raises(UploadNotFoundError):
+        await send(other, upload, bytes(10), 4, 10)
+    assert scene.log.recorded == {}
+
+    again = (await one.create(new(10))).upload_id  # what is signed goes on as ever, at any gateway with the key
+    await send(one, again, bytes(10), 0, 4)
+    await send(other, again, bytes(10), 4, 10)
+    await check_recorded(scene, bytes(10))
+    for gateway in (one, other):
+        await gateway.close()
+
+
+async def test_a_state_of_another_upload_is_none_although_its_tag_is_ours(scene: Scene) -> None:
+    store, ours = scene.stage.store, UploadStates(scene.stage.store, KEY)
+    gateway = ResumableUploads(
+        store, check=scene.log.check, record=scene.log.record, max_file_bytes=1 << 40, clock=scene.clock, key=KEY
+    )
+    upload = (await gateway.create(new(10))).upload_id
+    (key,) = await store.list_objects(f"resumable/{upload}/")
+    moved = uuid4()
+    await store.put_object(key.replace(str(upload), str(moved)), await store.get_object(key) or b"")
+    assert await ours.load(moved) is None
+    assert await ours.load(upload) is not None
+    await gateway.close()

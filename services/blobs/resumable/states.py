@@ -6,10 +6,15 @@ that it follows is still there and no later one is, since a writer that stood st
 number that was used, and removed, long ago, or go on with an upload that was removed beside one that was begun since
 under its id. Only then are older states removed, or the new one if it should not be. This needs no more of a store than
 objects that are created once, and no clock.
+
+Whoever may write to the bucket must not decide what an event names: a state tells digests of bytes, an actor and a
+path. With a key, states end in a tag, BLAKE3 keyed with it over the object's name and the rest. A state without that
+tag, or with a wrong one, is passed over: there is no such upload.
 """
 
 from __future__ import annotations
 
+import hmac
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
@@ -23,9 +28,13 @@ from artifact_store.errors import ArtifactStoreError, CorruptError, UnavailableE
 from artifact_store.models import Declared
 from services.blobs.port import RESUMABLE, BlobStore, Part, PartsKey, StoredBlob
 
-FORM = 1
-"""The newest form of a state that this release reads, and the one that it writes: a field that earlier releases may not
-ignore raises it."""
+FORM = 2
+"""The newest form of a state that this release reads. A field that earlier releases may not ignore raises it."""
+
+_UNTAGGED, _TAGGED = 1, 2
+"""The forms that it writes, without a key and with one. An earlier release would leave out the tag."""
+
+_TAG = b',"tag":"'
 
 _STATE = "state-"
 _READS = 10
@@ -46,7 +55,7 @@ class UploadState(BaseModel):
     model_config = ConfigDict(frozen=True, ser_json_bytes="hex", val_json_bytes="hex")
 
     number: int = Field(default=0, exclude=True)
-    form: int = FORM
+    form: int = _UNTAGGED
     nonce: UUID = Field(default_factory=uuid4)
     """Makes every state differ from every other, so that its writer can tell whether it was written."""
 
@@ -116,17 +125,25 @@ class UploadState(BaseModel):
 class UploadStates:
     """The states in one blob store."""
 
-    def __init__(self, blobs: BlobStore) -> None:
+    def __init__(self, blobs: BlobStore, key: bytes | None = None) -> None:
+        """`key`: 32 bytes that all gateways share. Without it, whatever lies in the store is believed."""
         self._blobs = blobs
+        self._key = key
 
     async def load(self, upload_id: UUID) -> UploadState | None:
-        """The newest state, None if there is no such upload. Raises UnavailableError, CorruptError."""
+        """The newest state, None if there is no such upload. Raises UnavailableError, CorruptError.
+
+        A state that others wrote into the store is none.
+        """
         for _ in range(_READS):
             numbers = _numbers(await self._blobs.list_objects(_folder(upload_id)))
             if not numbers:
                 return None
             data = await self._blobs.get_object(_key(upload_id, numbers[-1]))
             if data is not None:  # otherwise its successor was written meanwhile
+                if not self._is_authentic(_key(upload_id, numbers[-1]), data):
+                    _log.warning("the state of upload %s is passed over: it has no valid tag", upload_id)
+                    return None
                 return None if (found := _read(data, numbers[-1])).gone else found
         raise UnavailableError(f"upload {upload_id} changes too fast to be read: retry")
 
@@ -187,7 +204,7 @@ class UploadStates:
 
     async def _write(self, state: UploadState, *, follows: UploadState | None) -> None:
         key = _key(state.upload_id, state.number)
-        if not await self._blobs.create_object(key, state.model_dump_json().encode()):
+        if not await self._blobs.create_object(key, self._sealed(key, state)):
             raise SupersededError(f"upload {state.upload_id} was changed by another request")
         keys = await self._blobs.list_objects(_folder(state.upload_id))
         numbers = _numbers(keys)
@@ -197,6 +214,24 @@ class UploadStates:
             raise SupersededError(f"upload {state.upload_id} was changed by another request")
         for number in numbers[:-1]:
             await self._blobs.delete_object(_key(state.upload_id, number))
+
+    def _sealed(self, key: str, state: UploadState) -> bytes:
+        """The state as its object has it, with a tag if there is a key."""
+        if self._key is None:
+            return state.model_dump_json().encode()
+        body = state.model_copy(update={"form": max(state.form, _TAGGED)}).model_dump_json().encode()
+        return body[:-1] + _TAG + self._tag(self._key, key, body) + b'"}'
+
+    def _is_authentic(self, key: str, data: bytes) -> bool:
+        """Whether a gateway with this one's key wrote the object, under this name. Everything is without a key."""
+        if self._key is None:
+            return True
+        body, _, tag = data.rpartition(_TAG)
+        return hmac.compare_digest(tag, self._tag(self._key, key, body + b"}") + b'"}')
+
+    @staticmethod
+    def _tag(secret: bytes, key: str, body: bytes) -> bytes:
+        return blake3(key.encode() + b"\n" + body, key=secret).hexdigest().encode()
 
     async def _newest(self, upload_id: UUID) -> UploadState | None:
         """As `load`, also one that is gone: its removal was cut off."""

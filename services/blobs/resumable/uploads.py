@@ -84,16 +84,18 @@ class ResumableUploads:
         check: CheckIngest,
         record: Record,
         max_file_bytes: int,
+        key: bytes | None = None,
         clock: Callable[[], datetime] | None = None,
         hold_seconds: float = HOLD_SECONDS,
         idle_seconds: float = IDLE_SECONDS,
     ) -> None:
         """`check` asks the writer as before a single request's body, `record` submits the command.
 
-        Gateways share uploads, so all go by the store's clock; tests give another `clock`.
+        `key` is that of `UploadStates`. Gateways share uploads, so all go by the store's clock; tests give another
+        `clock`.
         """
         self._parts = blobs.parts
-        self._states = UploadStates(blobs)
+        self._states = UploadStates(blobs, key)
         self._blobs = blobs
         self._check = check
         self._record = record
