@@ -15,6 +15,7 @@ from ingest_gateway.peers.internal_listener import InternalListener
 from services.config import Settings
 from services.core.limits import Limits
 from services.log.kafka import KafkaLog, KafkaWriter
+from services.log.kafka.group_process import GroupProcess
 from services.log.kafka.writer_metrics import WriterCollector
 from services.log.port import Log, PutManifest, SnapshotStore, TimedStore
 from services.runtime.clock import Clock
@@ -45,6 +46,8 @@ async def kafka_writer(
         listener = await InternalListener.open(settings, credentials)
         # Closed last: while the writer finishes, other gateways still learn that partitions move.
         stack.push_async_callback(listener.close)
+        groups = GroupProcess(log.kafka)
+        stack.callback(groups.close)
         forwarder = await stack.enter_async_context(HttpForwarder(credentials))
         writer = KafkaWriter(
             settings,
@@ -56,6 +59,7 @@ async def kafka_writer(
             internal_url=listener.url,
             snapshots=snapshots,
             times=times,
+            describe_group=groups.members,
         )
         stack.push_async_callback(writer.close)
         listener.serve(writer)

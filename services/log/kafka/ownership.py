@@ -44,7 +44,8 @@ class WriterGroup:
 
     `assigned`, `revoked` and `look_after` are called in the group's own thread. A partition is given to another when
     `revoked` has returned, unless it was lost already (the second argument). `look_after` is called all the time, and
-    says why this process should leave its partitions to others; None when it can write.
+    says why this process should leave its partitions to others; None when it can write. `describe` gives the members of
+    a group, as `Cluster.members`.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class WriterGroup:
         assigned: Callable[[int], None],
         revoked: Callable[[Sequence[int], bool], None],
         look_after: Callable[[], str | None],
+        describe: Callable[[str], list[Member] | None],
     ) -> None:
         self.trouble: str | None = "the group of writers was not joined yet"
         self._kafka = kafka
@@ -63,6 +65,7 @@ class WriterGroup:
         self._assigned = assigned
         self._revoked = revoked
         self._look_after = look_after
+        self._describe = describe
         self._closing = Flag()
         self._rejoin = Flag()
         self._away_until = -math.inf
@@ -86,7 +89,7 @@ class WriterGroup:
 
     def members(self) -> list[Member] | None:
         """The members and their partitions; None while the group rebalances. Blocks. Raises UnavailableError."""
-        return self._cluster.members(self._kafka.writers_group)
+        return self._describe(self._kafka.writers_group)
 
     def owners(self) -> dict[int, Owner] | None:
         """As `members`, by partition."""
@@ -113,7 +116,7 @@ class WriterGroup:
         try:
             projectors = self._cluster.groups(kafka.projector_group(""))
             groups = [(kafka.writers_group, "gateway"), *((group, "projector") for group in projectors)]
-            found = [(group, role, self._cluster.members(group)) for group, role in groups]
+            found = [(group, role, self._describe(group)) for group, role in groups]
         except (UnavailableError, ConfigurationError) as error:
             raise PushBackError(f"who could read it cannot be told: {error.detail}") from error
         for group, role, members in found:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from threading import Event as Flag
 from typing import cast
@@ -22,7 +22,7 @@ from services.config import Settings
 from services.core.access import EVERYTHING, Grants
 from services.core.commands import Command
 from services.core.limits import Limits
-from services.log.kafka.cluster import Topic
+from services.log.kafka.cluster import Member, Topic
 from services.log.kafka.driver import KafkaDriver
 from services.log.kafka.log import KafkaLog
 from services.log.kafka.ownership import WriterGroup
@@ -83,10 +83,12 @@ class KafkaWriter:
         snapshots: SnapshotStore | None = None,
         times: TimedStore | None = None,
         submit_seconds: float = SUBMIT_SECONDS,
+        describe_group: Callable[[str], list[Member] | None] | None = None,
     ) -> None:
         """Does not connect yet. `settings` must be those of `log`.
 
-        Nothing is written while the clock differs too much from that of `times`.
+        Nothing is written while the clock differs too much from that of `times`. The members of groups are asked of
+        the log's cluster, or by `describe_group` in its place.
         """
         self._log = log
         self._limits = limits
@@ -105,7 +107,13 @@ class KafkaWriter:
             self._snapshot_store = None
         self._snapshots: Snapshots | None = None
         self._group = WriterGroup(
-            log.kafka, log.cluster, internal_url, self._assigned, self._revoked, self._look_after_writers
+            log.kafka,
+            log.cluster,
+            internal_url,
+            self._assigned,
+            self._revoked,
+            self._look_after_writers,
+            describe_group or log.cluster.members,
         )
         self._owners = Owners(self._group.owners)
         self._ending: list[PartitionWriter] = []

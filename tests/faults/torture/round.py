@@ -158,7 +158,9 @@ class Round:
                 await chosen.act(scene)
         # What a fault took away does not come back, whatever the cause: a finding, and the round goes on.
         except Exception as error:  # noqa: BLE001 - see above
-            self.verdict.violation(f"after `{chosen.name}`: {type(error).__name__}: {error}")
+            text = f"after `{chosen.name}`: {type(error).__name__}: {error}"
+            self.verdict.violation(text)
+            self.say(f"VIOLATION {text}")
         finally:
             self.windows.append(Window(chosen.name, began, time.monotonic()))
         await asyncio.sleep(scene.rng.uniform(*_REST_SECONDS))

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -56,7 +55,9 @@ def test_the_group_is_joined_again_whatever_went_wrong(
     monkeypatch.setattr(group_module, "make_consumer", make)
     monkeypatch.setattr(group_module, "_REJOIN_SECONDS", 0.0)
     kafka = KafkaSettings.of(Settings(log_url="kafka://127.0.0.1:1/x", state_dir=tmp_path))
-    group = WriterGroup(kafka, cast("Any", None), "gateway", lambda _: None, lambda *_: None, lambda: None)
+    group = WriterGroup(
+        kafka, cast("Any", None), "gateway", lambda _: None, lambda *_: None, lambda: None, lambda _: None
+    )
     group.start()
     assert joined.wait(30)
     assert group.trouble is not None
@@ -76,10 +77,15 @@ def test_a_process_whose_writers_cannot_write_leaves_the_group_for_a_while(
     monkeypatch.setattr(group_module, "make_consumer", lambda _: Leaving(Event()))
     kafka = KafkaSettings.of(Settings(log_url="kafka://127.0.0.1:1/x", state_dir=tmp_path))
     others = [Member("other", "http://127.0.0.1:1", frozenset())]
-    cluster = SimpleNamespace(members=lambda _: others)
     complaints = iter(["partition 0 cannot be written to", "partition 1 cannot be written to"])
     group = WriterGroup(
-        kafka, cast("Any", cluster), "gateway", lambda _: None, lambda *_: None, lambda: next(complaints, None)
+        kafka,
+        cast("Any", None),
+        "gateway",
+        lambda _: None,
+        lambda *_: None,
+        lambda: next(complaints, None),
+        lambda _: others,
     )
     began = time.monotonic()
     group.start()
@@ -99,8 +105,9 @@ def test_who_has_nobody_to_leave_its_partitions_to_does_not_give_way(
     tmp_path: Path, members: list[Member] | None
 ) -> None:
     kafka = KafkaSettings.of(Settings(log_url="kafka://127.0.0.1:1/x", state_dir=tmp_path))
-    cluster = SimpleNamespace(members=lambda _: members)
-    group = WriterGroup(kafka, cast("Any", cluster), "gateway", lambda _: None, lambda *_: None, lambda: None)
+    group = WriterGroup(
+        kafka, cast("Any", None), "gateway", lambda _: None, lambda *_: None, lambda: None, lambda _: members
+    )
     group._give_way("it cannot be written to")
     assert not group._rejoin.is_set()
     assert group._away_until < time.monotonic()
@@ -122,8 +129,7 @@ def test_a_group_that_may_not_be_asked_is_joined_again(tmp_path: Path, monkeypat
         raise ConfigurationError("no right to describe the group")
 
     kafka = KafkaSettings.of(Settings(log_url="kafka://127.0.0.1:1/x", state_dir=tmp_path))
-    cluster = SimpleNamespace(members=members)
-    group = WriterGroup(kafka, cast("Any", cluster), "gateway", lambda _: None, lambda *_: None, lambda: None)
+    group = WriterGroup(kafka, cast("Any", None), "gateway", lambda _: None, lambda *_: None, lambda: None, members)
     group._give_way("it cannot be written to")
     group.start()
     assert joined.wait(30)

@@ -1,0 +1,133 @@
+"""Who the members of a consumer group are, asked by a process of its own.
+
+librdkafka aborts the process that describes a group when the connection to the group's coordinator breaks in the wrong
+moment (confluentinc/librdkafka#4605; #5397 is a mend that is not released). A gateway asks all the time, and must not
+end with its client. So a child asks, and is started again when it has ended.
+
+The two speak in lines of JSON: the connection's settings, then the name of a group for each question. The settings go
+through the pipe, so that no secret is among the arguments. The child ends with its standard input.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from selectors import EVENT_READ, DefaultSelector
+from threading import Lock
+from typing import IO, Any, cast
+
+from artifact_store.errors import ArtifactStoreError, ConfigurationError, UnavailableError
+from services.log.kafka.cluster import ANSWER_SECONDS, Cluster, Member
+from services.log.kafka.connection import KafkaSettings
+
+_CHILD = "from services.log.kafka.group_process import main; main()"
+_CHILD_SECONDS = ANSWER_SECONDS + 5.0
+"""A child that has not answered after so long is ended: its client may be stuck, or the process frozen."""
+
+_PIECE_BYTES = 65_536
+
+
+class GroupProcess:
+    """Describes groups by a child. Every method may be called from any thread."""
+
+    def __init__(self, kafka: KafkaSettings) -> None:
+        """Starts nothing yet."""
+        self._kafka = kafka
+        self._asking = Lock()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._last: dict[str, tuple[float, Mapping[str, Any]]] = {}
+        """By group, when it was last asked for, and the answer."""
+
+    def members(self, group: str) -> list[Member] | None:
+        """As `Cluster.members`. Blocks for twice _CHILD_SECONDS at most. Who waits at the same time shares an answer.
+
+        Raises UnavailableError, ConfigurationError.
+        """
+        came = time.monotonic()
+        with self._asking:
+            asked, answer = self._last.get(group, (-math.inf, {}))
+            if asked < came:
+                asked, answer = time.monotonic(), self._answer(group)
+                self._last[group] = asked, answer
+        if (detail := answer.get("error")) is not None:
+            raise ConfigurationError(detail) if answer["lasting"] else UnavailableError(detail)
+        found = answer["members"]
+        return None if found is None else [Member(m, client_id, frozenset(parts)) for m, client_id, parts in found]
+
+    def close(self) -> None:
+        """End the child."""
+        with self._asking:
+            self._end()
+
+    def _answer(self, group: str) -> Mapping[str, Any]:
+        line = json.dumps(group).encode() + b"\n"
+        for _ in range(2):  # the child may have ended since the last question, or end at this one
+            child = self._child or self._start()
+            try:
+                cast("IO[bytes]", child.stdin).write(line)
+                found: Mapping[str, Any] = json.loads(_line(cast("IO[bytes]", child.stdout).fileno(), _CHILD_SECONDS))
+            except (BrokenPipeError, EOFError):
+                self._end()
+            except TimeoutError:
+                self._end()
+                break
+            else:
+                return found
+        return {"error": "nobody says who the members of the group are", "lasting": False}
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        # -P: no module of the current folder may take the place of one of ours.
+        command = [sys.executable, "-P", "-c", _CHILD]
+        child = subprocess.Popen(  # noqa: S603 - nothing in it comes from outside
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+        )
+        self._child = child
+        with suppress(BrokenPipeError):
+            cast("IO[bytes]", child.stdin).write(json.dumps(asdict(self._kafka)).encode() + b"\n")
+        return child
+
+    def _end(self) -> None:
+        child, self._child = self._child, None
+        if child is not None:
+            child.kill()
+            with child:  # closes the pipes and waits
+                pass
+
+
+def _line(pipe: int, seconds: float) -> bytes:
+    """What comes up to the end of a line. Raises EOFError when the pipe ends, TimeoutError when the time is over."""
+    deadline = time.monotonic() + seconds
+    found = b""
+    with DefaultSelector() as selector:
+        selector.register(pipe, EVENT_READ)
+        while not found.endswith(b"\n"):
+            if not selector.select(max(0.0, deadline - time.monotonic())):
+                raise TimeoutError
+            if not (piece := os.read(pipe, _PIECE_BYTES)):
+                raise EOFError
+            found += piece
+    return found
+
+
+def main() -> None:
+    """The child: answers until its standard input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the parent too, which ends us
+    cluster = Cluster(KafkaSettings(**json.loads(sys.stdin.buffer.readline())))
+    for line in sys.stdin.buffer:
+        answer: Mapping[str, Any]
+        try:
+            members = cluster.members(json.loads(line))
+            told = None if members is None else [(m.member_id, m.client_id, sorted(m.partitions)) for m in members]
+            answer = {"members": told}
+        except ArtifactStoreError as error:
+            answer = {"error": error.detail, "lasting": isinstance(error, ConfigurationError)}
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
