@@ -6,8 +6,9 @@
         pushed = await push(registry, Path("results"), name="run 12", producer="lab",
                             subject="sample 7", retention_class="raw-evidence")
 
-`Client` has every operation of `Registry` and talks to a gateway over HTTP. `push` and `pull` move whole trees of
-files. `artifact_store.errors` holds one tree of errors, cut by what the caller does next.
+`Client` has every operation of `Registry` and talks to a gateway over HTTP. `Client.stream` bundles files that come one
+by one. `push` and `pull` move whole trees of files. `SyncClient` is for programs without an event loop.
+`artifact_store.errors` holds one tree of errors, cut by what the caller does next.
 
 This package imports neither `schemas` nor `services`, nor any dependency that only the server needs. They import it.
 Start reading at `registry.py`, which lists the operations; then `client/client.py`, `transfers/push.py` and
@@ -20,8 +21,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from artifact_store.client.blocking import SyncClient
     from artifact_store.client.bodies import BodySource, BytesSource, FileSource
     from artifact_store.client.client import Client
+    from artifact_store.client.stream import FileStream
     from artifact_store.client.transport import RetryPolicy
     from artifact_store.errors import (
         ArtifactStoreError,
@@ -57,6 +60,7 @@ __all__ = [
     "DuplicateRelativePathError",
     "File",
     "FileSource",
+    "FileStream",
     "ForbiddenError",
     "IllegalPackageStateError",
     "Manifest",
@@ -72,6 +76,7 @@ __all__ = [
     "Registry",
     "RejectedError",
     "RetryPolicy",
+    "SyncClient",
     "UnauthenticatedError",
     "UnavailableError",
     "pull",
@@ -79,8 +84,10 @@ __all__ = [
 ]
 
 _MODULES = {
+    "client.blocking": ("SyncClient",),
     "client.bodies": ("BodySource", "BytesSource", "FileSource"),
     "client.client": ("Client",),
+    "client.stream": ("FileStream",),
     "client.transport": ("RetryPolicy",),
     "events": ("RecordedEvent",),
     "manifest": ("ContentAddress", "Manifest"),

@@ -56,6 +56,13 @@ def check_text(field: str, value: str) -> None:
         raise InvalidRequestError(f"{field} must not hold control characters or surrogates")
 
 
+def check_header_text(field: str, value: str) -> None:
+    """As `check_text`, for a text that travels in a header, where a space at either end would be lost."""
+    check_text(field, value)
+    if value != value.strip(" \t"):
+        raise InvalidRequestError(f"{field} must not begin or end with a space: it travels in a header")
+
+
 def metadata_text(metadata: Any, max_bytes: int) -> str:
     """Bring metadata, a JSON object, to JCS form.
 

@@ -24,6 +24,8 @@ from artifact_store.client.device_login import find_credentials
 from artifact_store.client.downloads import ContentStream, receive_manifest, verified
 from artifact_store.client.many_files import ask_known, name_files, receive_files, send_files
 from artifact_store.client.resumable import RESUMABLE_BYTES, send_resumably
+from artifact_store.client.spool import SPOOL_BYTES, Spool
+from artifact_store.client.stream import MEMORY_BYTES, FileStream, MemoryBacklog
 from artifact_store.client.transport import Answer, Notify, RetryPolicy, Transport, log_retry, read_answer
 from artifact_store.documents import http
 from artifact_store.documents.http import quoted
@@ -61,7 +63,7 @@ from artifact_store.models import (
 )
 from artifact_store.position import Position
 from artifact_store.registry import ANYONE, ByteStream, ManifestFormat, Registry
-from artifact_store.rules import check_path, check_text, metadata_text
+from artifact_store.rules import check_header_text, check_path, check_text, metadata_text
 
 _OPEN = "created"
 _log = logging.getLogger(__name__)
@@ -181,8 +183,7 @@ class Client(Registry):
         Raises UnavailableError when the connection was lost with such a stream: the outcome is unknown.
         """
         check_path(relative_path)
-        check_text("media_type", media_type)
-        _check_header("media_type", media_type)
+        check_header_text("media_type", media_type)
         command = command_id or uuid4()
         declared = _completed(declared, body)
         length = declared.size_bytes
@@ -261,6 +262,34 @@ class Client(Registry):
         """As `Registry.read_files`. After a lost connection it continues after the last complete file."""
         wait = self._wait(package_id, wait_sequence)
         return receive_files(self._transport, package_id, after, largest, wait)
+
+    def stream(
+        self,
+        package_id: UUID,
+        actor: str = ANYONE,
+        *,
+        spool: Path | str | None = None,
+        max_bytes: int | None = None,
+    ) -> FileStream:
+        """Add many files to a package, one by one; they travel together. Use it inside `async with`.
+
+            async with registry.stream(package_id) as files:
+                await files.add("frame-00001.bin", data)
+
+        `spool` is a folder of one producer, in which files wait that are not acknowledged yet; they outlive this
+        process. Without it they wait in memory, and the stream ends with UnavailableError once the gateway was away
+        for the policy's `total_seconds`. `max_bytes` is how much may wait: 1 GiB in a spool, 64 MiB in memory.
+        """
+        backlog = MemoryBacklog() if spool is None else Spool(Path(spool), package_id)
+        default = MEMORY_BYTES if spool is None else SPOOL_BYTES
+        return FileStream(
+            self,
+            package_id,
+            actor,
+            backlog,
+            max_bytes=default if max_bytes is None else max_bytes,
+            pause_seconds=self._transport.policy.longest_pause_seconds,
+        )
 
     async def finalize(self, package_id: UUID, actor: str, *, command_id: UUID | None = None) -> Acknowledgement:
         answer = await self._transport.call(
@@ -391,17 +420,11 @@ async def _nothing() -> AsyncIterator[bytes]:
         yield chunk
 
 
-def _check_header(field: str, text: str) -> None:
-    if text != text.strip(" \t"):
-        raise InvalidRequestError(f"{field} must not begin or end with a space: it travels in a header")
-
-
 def _write_headers(actor: str, command_id: UUID | None) -> dict[str, str]:
     key = {http.IDEMPOTENCY_KEY: str(command_id or uuid4())}
     if actor == ANYONE:  # nobody was named, so the gateway says who it is
         return key
-    check_text("actor", actor)
-    _check_header("actor", actor)
+    check_header_text("actor", actor)
     return {http.ACTOR: actor, **key}
 
 

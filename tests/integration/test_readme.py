@@ -18,7 +18,7 @@ from tests.integration.processes import serving
 pytestmark = pytest.mark.processes
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = blocks("README.md")
+BLOCKS = blocks("README.md") | blocks("packaging/client/README.md")
 
 
 @pytest.fixture
@@ -85,18 +85,25 @@ def test_the_http_examples_are_answered(
     assert "v1.package.created" in out
 
 
-def test_the_client_example_pushes_and_pulls(
+def test_the_client_examples_push_pull_and_stream(
     embedded_settings: Settings, environment: dict[str, str], tmp_path: Path
 ) -> None:
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     with serving(embedded_settings, tmp_path) as process:
-        code = BLOCKS["client"].replace("localhost:8080", f"127.0.0.1:{process.port}")
-        command = [str(ROOT / ".venv/bin/python"), "-W", "error", "-c", code]
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=True
-        )
+
+        def said(block: str) -> str:
+            code = re.sub(r"(localhost|127\.0\.0\.1):8080", f"127.0.0.1:{process.port}", BLOCKS[block])
+            command = [str(ROOT / ".venv/bin/python"), "-W", "error", "-c", code]
+            done = subprocess.run(
+                command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=True
+            )
+            return str(done.stdout)
+
+        pushed = said("client")
+        assert re.fullmatch(r"blake3:[0-9a-f]{64}\n", said("stream"))
+        assert re.fullmatch(r"frames/099\.csv\nblake3:[0-9a-f]{64}\n", said("spool"))
     copied = [path for path in (tmp_path / "copy").rglob("*") if path.is_file()]
-    assert re.fullmatch(rf"blake3:[0-9a-f]{{64}} {len(copied)}\n", done.stdout)
+    assert re.fullmatch(rf"blake3:[0-9a-f]{{64}} {len(copied)}\n", pushed)
 
 
 def test_every_make_target_that_the_readme_names_exists() -> None:

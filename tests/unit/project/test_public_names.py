@@ -19,7 +19,7 @@ EXPORTED = {
         *("PackageNotFoundError", "DuplicateRelativePathError", "IllegalPackageStateError"),
     },
     "artifact_store": {
-        *("Client", "Registry", "RetryPolicy", "push", "Pushed", "pull", "Pulled"),
+        *("Client", "SyncClient", "FileStream", "Registry", "RetryPolicy", "push", "Pushed", "pull", "Pulled"),
         *("BodySource", "BytesSource", "FileSource", "Declared", "Acknowledgement"),
         *("Package", "PackageFilter", "Page", "File", "Manifest", "ContentAddress", "Position", "RecordedEvent"),
         *("ArtifactStoreError", "RejectedError", "PushBackError", "UnavailableError", "CorruptError"),
