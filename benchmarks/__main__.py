@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import sys
 
-from benchmarks import append, append_latency, catch_up, fan_out, rebuild, single_puts, trees
+from benchmarks import append, append_latency, catch_up, fan_out, rebuild, single_puts, streams, trees
 from benchmarks.harness import measure
 from benchmarks.result import table
 from services.config import PREFIX, Settings
@@ -24,6 +24,7 @@ _ALL = (
     trees.INGEST_LARGE,
     single_puts.PLAN,
     single_puts.ALONE,
+    streams.PLAN,
 )
 PLANS = {plan.name: plan for plan in _ALL}
 

@@ -33,7 +33,7 @@ CONCURRENCY = 64
 PACKAGES = 8
 FILES_ALONE = 300
 
-_MICROS = 1_000_000
+MICROS = 1_000_000
 
 Put = tuple[URL, bytes, int]
 """Address, body, and the status that says that it is stored."""
@@ -65,10 +65,10 @@ class SinglePuts:
         ]
         objects = await asyncio.to_thread(self._stage.count, "blobs/")
         gateway, client = self._stage.gateway_cpu(), time.process_time()
-        seconds, waits = await _put_all(puts, CONCURRENCY)
+        seconds, waits = await put_all(puts, CONCURRENCY)
         self._found = {
-            "gateway_cpu_micros_a_file": round((self._stage.gateway_cpu() - gateway) / FILES * _MICROS),
-            "client_cpu_micros_a_file": round((time.process_time() - client) / FILES * _MICROS),
+            "gateway_cpu_micros_a_file": round((self._stage.gateway_cpu() - gateway) / FILES * MICROS),
+            "client_cpu_micros_a_file": round((time.process_time() - client) / FILES * MICROS),
             "p50_ms": round(waits[len(waits) // 2] * 1_000, 1),
             "p99_ms": round(waits[len(waits) * 99 // 100] * 1_000, 1),
             "objects": await asyncio.to_thread(self._stage.count, "blobs/") - objects,
@@ -79,7 +79,7 @@ class SinglePuts:
         """Straight to the store."""
         # Objects stay until the end: where many were removed a moment ago, making new ones takes longer.
         prefix = f"copies/{uuid4().hex}"
-        seconds, _ = await _put_all(_presigned(self._stage.bucket, prefix, self._bodies()), CONCURRENCY)
+        seconds, _ = await put_all(presigned(self._stage.bucket, prefix, self._bodies()), CONCURRENCY)
         found = await asyncio.to_thread(self._stage.count, prefix)
         assert found == FILES, f"{found} objects are there instead of {FILES}"
         return FILES / seconds
@@ -109,14 +109,14 @@ class OnePut:
         base = f"{endpoint}/v1/packages/{package}/files"
         puts = [(URL(f"{base}/frame-{number:05}.bin"), body, 201) for number, body in enumerate(self._bodies())]
         gateway = self._stage.gateway_cpu()
-        _, waits = await _put_all(puts, 1)
-        micros = (self._stage.gateway_cpu() - gateway) / FILES_ALONE * _MICROS
+        _, waits = await put_all(puts, 1)
+        micros = (self._stage.gateway_cpu() - gateway) / FILES_ALONE * MICROS
         self._found["gateway_cpu_micros_a_file"] = round(micros)
         return waits[FILES_ALONE // 2] * 1_000
 
     async def baseline(self) -> float:
         """Straight to the store, and straight to the log."""
-        _, waits = await _put_all(_presigned(self._stage.bucket, f"copies/{uuid4().hex}", self._bodies()), 1)
+        _, waits = await put_all(presigned(self._stage.bucket, f"copies/{uuid4().hex}", self._bodies()), 1)
         put, append = waits[FILES_ALONE // 2] * 1_000, await AppendLatency(self._stage.settings).ours()
         self._found |= {"put_ms": round(put, 2), "append_ms": round(append, 2)}
         return put + append
@@ -125,7 +125,7 @@ class OnePut:
         return (self._draw.randbytes(FILE_BYTES) for _ in range(FILES_ALONE))
 
 
-def _presigned(bucket: Bucket, prefix: str, bodies: Iterable[bytes]) -> list[Put]:
+def presigned(bucket: Bucket, prefix: str, bodies: Iterable[bytes]) -> list[Put]:
     client = bucket.client()
     return [
         (URL(client.presigned_put_object(bucket.name, f"{prefix}/{number:05}"), encoded=True), body, 200)
@@ -133,7 +133,7 @@ def _presigned(bucket: Bucket, prefix: str, bodies: Iterable[bytes]) -> list[Put
     ]
 
 
-async def _put_all(puts: Sequence[Put], concurrency: int) -> tuple[float, list[float]]:
+async def put_all(puts: Sequence[Put], concurrency: int) -> tuple[float, list[float]]:
     """Seconds for all, and how long each waited for its answer, sorted."""
     waits = []
     waiting = iter(puts)
