@@ -185,9 +185,10 @@ class HttpForwarder:
             proof["headers"] |= {WIRE_VERSION: str(version), WIRE_READS: str(VERSION)}
             if trace is not None:
                 proof["headers"]["traceparent"] = trace
-            async with self._session.post(
-                owner_url + path, data=BytesIO(body), allow_redirects=False, **proof
-            ) as response:
+            # aiohttp sends a body, even an empty one, in a task of its own. If the connection goes meanwhile, the error
+            # of an empty body is lost in that task, and Python logs it for each request.
+            data = BytesIO(body) if body else None
+            async with self._session.post(owner_url + path, data=data, allow_redirects=False, **proof) as response:
                 answer = await response.read()
                 status, kind = response.status, response.content_type
                 self._note_version(owner_url, response.headers.get(WIRE_VERSION, ""))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from io import BytesIO
@@ -122,6 +123,48 @@ async def test_commands_and_questions_reach_the_owner_and_its_answer_comes_back(
     assert writer.seen == [command, (command.package_id, ["ä"], None)]
 
 
+TEAM = (Grant(frozenset({Right.WRITE}), Packages(("lab",))),)
+ASKED = 40
+
+
+class Peer:
+    """A gateway that answers every request with an empty list, and that goes away."""
+
+    def __init__(self) -> None:
+        self._connections: list[asyncio.StreamWriter] = []
+
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._connections.append(writer)
+        while await reader.read(1 << 16):
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/cbor\r\nContent-Length: 1\r\n\r\n\x80")
+
+    def go(self) -> None:
+        """Close all connections, which clients hear of when they have been handed the next request to send."""
+        for connection in self._connections:
+            connection.close()
+
+
+@pytest.mark.parametrize("command", [None, replace(ingest(create().package_id, "a"), grants=TEAM)])
+async def test_a_peer_that_goes_away_leaves_no_error_that_nobody_hears(command: Command | None) -> None:
+    """Connections that were kept from earlier questions close after the next request took them."""
+    loop, peer, unheard = asyncio.get_running_loop(), Peer(), list[str]()
+    loop.set_exception_handler(lambda _, context: unheard.append(context["message"]))
+    server = await asyncio.start_server(peer.answer, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server, HttpForwarder(PeerCredentials(SECRET)) as forwarder:
+
+        async def ask() -> None:
+            await (forwarder.status(url) if command is None else forwarder.submit(url, command))
+
+        await asyncio.gather(*(forwarder.status(url) for _ in range(ASKED)))
+        peer.go()
+        await asyncio.sleep(0)  # now the sockets are closed, and the clients have not looked
+        answers = await asyncio.gather(*(ask() for _ in range(ASKED)), return_exceptions=True)
+    assert {type(answer) for answer in answers} == {UnavailableError}
+    gc.collect()
+    assert unheard == []
+
+
 async def test_a_package_s_extent_comes_from_the_owner_or_not_at_all(
     listener: InternalListener, writer: Answering
 ) -> None:
@@ -162,9 +205,6 @@ async def test_two_gateways_use_the_newest_version_that_both_know(
         assert [await forwarder.submit(listener.url, command) for _ in range(2)] == [first, second]
         monkeypatch.setattr(internal, "VERSION", 1)  # a process of the release before has taken the address over
         assert [await forwarder.submit(listener.url, command) for _ in range(2)] == [second, first]
-
-
-TEAM = (Grant(frozenset({Right.WRITE}), Packages(("lab",))),)
 
 
 async def test_the_owner_learns_what_the_sender_may_do(listener: InternalListener, writer: Answering) -> None:
