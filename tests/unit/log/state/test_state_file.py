@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from artifact_store.errors import (
     PackageAbandonedError,
 )
 from artifact_store.events import LogSkipped
+from artifact_store.models import Acknowledgement
 from services.core.commands import Command, IngestFiles
 from services.core.decide import acknowledge, decide
 from services.core.limits import ANSWERS_KEPT_MICROS, MAX_IDLE_MICROS, Limits
@@ -34,6 +35,7 @@ from services.log.state.partition_state import PartitionState
 from services.log.state.restore import ExposedFolderError, Slot, claim
 from services.log.state.state_file import (
     FORMAT,
+    READABLE_FORMATS,
     STATEMENT_BYTES,
     STATEMENT_ROWS,
     DiskFullError,
@@ -54,6 +56,7 @@ NAME = "t.events-3.db"
 ANOTHER = (65_534, 65_534)
 """A user and a group that are not this process's."""
 PACKAGES = 40
+GOLDEN = Path(__file__).parent / "golden" / "format-5.db"
 
 
 class Writing:
@@ -116,10 +119,17 @@ def other_database(path: Path) -> None:
     connection.close()
 
 
-def older_format(path: Path) -> None:
-    connection = sqlite3.connect(path)
-    connection.execute("PRAGMA user_version = 0")
-    connection.close()
+def of_format(path: Path, number: int) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(f"PRAGMA user_version = {number}")
+
+
+def format_too_old(path: Path) -> None:
+    of_format(path, min(READABLE_FORMATS) - 1)
+
+
+def format_too_new(path: Path) -> None:
+    of_format(path, FORMAT + 1)
 
 
 def empty_of_other_log(path: Path) -> None:
@@ -147,8 +157,8 @@ def newest_part_of_another(path: Path) -> None:
 
 
 SPOILING = [
-    *(truncate, scribble, empty, no_database, other_database, older_format, empty_of_other_log, other_partition),
-    *(open_to_all, newest_part_of_another),
+    *(truncate, scribble, empty, no_database, other_database, format_too_old, format_too_new),
+    *(empty_of_other_log, other_partition, open_to_all, newest_part_of_another),
 ]
 
 
@@ -785,15 +795,67 @@ def test_what_is_irregular_in_a_partition_is_kept_with_its_state(tmp_path: Path)
     state.close()
 
 
-def test_a_file_of_the_format_before_is_brought_to_this_one(tmp_path: Path) -> None:
-    path = filled(tmp_path / NAME)
-    connection = sqlite3.connect(path)
-    with connection:
-        connection.execute("DROP TABLE irregular")
-        connection.execute(f"PRAGMA user_version = {FORMAT - 1}")
-    connection.close()
-    for _ in range(2):
-        state = PartitionState(StateFile.open(path, PLACE))
-        assert state.irregular == Irregular()
-        assert state.package(commands.create(3).package_id) is not None
-        state.close()
+def golden_history() -> list[Command]:
+    """The commands in `golden/format-5.db`, which release 0b69710 wrote. They lead to rows in every table.
+
+    One package is open, one is finalized, and one is finalized with commands that `tidy` has not made answers of yet.
+    """
+    opened, small, large = (commands.create(name) for name in ("open", "small", "large"))
+    return [
+        *(opened, commands.ingest(opened.package_id, "a", "b", name="open files")),
+        *(small, commands.ingest(small.package_id, "a", name="small file")),
+        *(commands.finalize(small.package_id, "small end"), large),
+        commands.ingest(large.package_id, *(str(n) for n in range(30)), name="large files"),
+        commands.finalize(large.package_id, "large end"),
+    ]
+
+
+def answers_of_all(state: PartitionState, history: Sequence[Command]) -> list[Acknowledgement]:
+    """What retries of these commands are told."""
+    answers = []
+    for command in history:
+        package = _known(state, command)
+        assert list(decide(package, command, 1_000, Limits())) == [], "it would be recorded a second time"
+        answers.append(acknowledge(package, command))
+    return answers
+
+
+def test_a_file_of_the_format_before_is_converted_and_continued_from(tmp_path: Path) -> None:
+    shutil.copy(GOLDEN, tmp_path / NAME)
+    slot, file = claimed(tmp_path)
+    assert file is not None
+    assert file.irregular == Irregular()
+    converted, fresh = PartitionState(file), PartitionState(StateFile.create(tmp_path / "fresh.db", PLACE))
+    history, writing = golden_history(), [Writing(converted), Writing(fresh)]
+    for command in history:
+        writing[1].run(command)
+    fresh.save()
+    more: list[Command] = [
+        commands.ingest(history[0].package_id, "c", name="more"),
+        commands.finalize(history[0].package_id, "open end"),
+        commands.create("new"),
+    ]
+    assert converted.anchor == fresh.anchor
+    assert answers_of_all(converted, history) == answers_of_all(fresh, history)
+    for command in more:
+        for each in writing:
+            each.run(command)
+    history += more
+    assert converted.anchor == fresh.anchor
+    assert answers_of_all(converted, history) == answers_of_all(fresh, history)
+    while converted.untidy:
+        converted.tidy()
+    assert answers_of_all(converted, history) == answers_of_all(fresh, history)
+    assert converted.close()
+    assert format_of(slot.path) == FORMAT
+    again = PartitionState(StateFile.open(slot.path, PLACE))
+    assert answers_of_all(again, history) == answers_of_all(fresh, history)
+    for state in (again, fresh):
+        state.discard()
+    slot.release()
+
+
+def format_of(path: Path) -> int:
+    with closing(sqlite3.connect(path)) as connection:
+        (found,) = connection.execute("PRAGMA user_version").fetchone()
+    return int(found)
