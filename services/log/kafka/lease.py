@@ -342,7 +342,7 @@ class PartitionLease(Lease):
         return LossAccepted(
             identity,
             self._partition,
-            witness.kind,
+            witness.evidence,
             None if witness.log == identity else witness.log,
             loss.offset,
             loss.digest,

@@ -30,6 +30,11 @@ class Witness:
     where: str
     """The file's path, or the object's key; of MEMORY, whose it is."""
 
+    @property
+    def evidence(self) -> str:
+        """What `v1.log.loss_accepted` names it: FILE, which stands for every state of a writer, or SNAPSHOT."""
+        return FILE if self.kind == MEMORY else self.kind
+
 
 @dataclass(frozen=True, slots=True)
 class Loss:

@@ -7,9 +7,10 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from artifact_store.events import Event, LossAccepted
+from artifact_store.events import LOSS_ACCEPTED, Event, LossAccepted
+from schemas.codec import schema_text
 from services.log.records import AcceptedLoss, AdministrativeHead, administrative_event
-from services.log.state.loss import FILE, Loss, Witness
+from services.log.state.loss import FILE, MEMORY, SNAPSHOT, Loss, Witness
 from services.log.state.partition_state import PartitionState
 from services.log.state.state_file import Anchor, LogPartition, StateFile
 
@@ -51,6 +52,12 @@ def test_an_acceptance_covers_what_was_lost_of_its_log_before_it(found: Loss, co
 )
 def test_an_acceptance_covers_all_of_a_topic_that_was_deleted(found: Loss, covered: bool) -> None:
     assert found.accepted_by(accepted(BEFORE, 100, 60), LOG) is covered
+
+
+@pytest.mark.parametrize(("kind", "evidence"), [(FILE, "file"), (SNAPSHOT, "snapshot"), (MEMORY, "file")])
+def test_what_proves_a_loss_is_recorded_by_a_name_that_the_schema_has(kind: str, evidence: str) -> None:
+    assert Witness(kind, LOG, Anchor(101, MARK, 50), "somewhere").evidence == evidence
+    assert f"`{evidence}`" in schema_text(LOSS_ACCEPTED)
 
 
 def test_a_state_remembers_what_was_accepted_in_its_log(tmp_path: Path) -> None:
