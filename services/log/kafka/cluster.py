@@ -93,7 +93,10 @@ class Topic:
     def difference(self, now: Topic) -> str | None:
         """Why the topic, as described `now`, is no longer the same log; None if it is."""
         if now.identity != self.identity:
-            return f"the topic was deleted and created again: it was log {self.identity}, it is log {now.identity}"
+            return (
+                f"the topic was deleted and created again: it was log {self.identity}, it is log {now.identity}. "
+                "Restart the gateways: they then say what is lost"
+            )
         if now.partitions != self.partitions:
             return (
                 f"the topic now has {now.partitions} partitions instead of {self.partitions}, so most packages would "

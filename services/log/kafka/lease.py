@@ -37,6 +37,7 @@ from services.log.kafka.tail import Reader
 from services.log.kafka.topic import partition_of
 from services.log.port import PartitionNotOwnedError, Record
 from services.log.records import (
+    AcceptedLoss,
     AcceptLoss,
     AdministrativeHead,
     BadRecord,
@@ -102,6 +103,8 @@ class _Ahead:
     skips: dict[bytes, tuple[int, Event]] = field(default_factory=dict)
     """The last skip of each digest, with the skip's own offset."""
     administrative: AdministrativeHead | None = None
+    accepted: list[AcceptedLoss] = field(default_factory=list)
+    """Losses that were accepted in this log."""
     last_created_at: int = 0
 
 
@@ -201,7 +204,8 @@ class PartitionLease(Lease):
         topic, identity = self._cluster.topic(), self._origin.identity
         if topic.identity != identity:
             raise LogIdentityError(
-                f"the topic was deleted and created again: it was log {identity}, it is log {topic.identity}"
+                f"the topic was deleted and created again: it was log {identity}, it is log {topic.identity}. "
+                "Restart the gateways: they then say what is lost"
             )
         self._partitions = topic.partitions
         time.sleep(_CONNECT_SECONDS)
@@ -329,7 +333,9 @@ class PartitionLease(Lease):
     def _acceptance(self, request: AcceptLoss) -> AdministrativeHead | LossAccepted:
         """As `_skip`, of the acceptance of a loss."""
         wanted = request.offset, request.digest
-        for accepted in self.state.irregular.accepted:
+        # The state of a stopped partition ends before what was accepted meanwhile.
+        ahead = [] if self._stopped is None else self._look_ahead(self.state.next_offset).accepted
+        for accepted in (*self.state.irregular.accepted, *ahead):
             if (accepted.offset, accepted.digest) == wanted:
                 return accepted.head
         loss = next((loss for loss in self.losses if (loss.offset, loss.digest) == wanted), None)
@@ -478,7 +484,7 @@ class PartitionLease(Lease):
                     self._read_to(barrier + 1)  # including its marker, after which the first transaction begins
                 except CorruptError as error:
                     if source == FROM_LOG:
-                        raise
+                        raise CorruptError(f"{error.detail}. Restore the topic from a mirror or a backup") from error
                     # The state itself may be wrong, so read the log from its start.
                     _LOG.warning("the %s of partition %d is discarded: %s", source, self._partition, error.detail)
                 else:
@@ -714,6 +720,8 @@ class PartitionLease(Lease):
                     ahead.skips[found.payload.digest] = record.offset, found
                 if found.package_id == aggregate:
                     ahead.administrative = AdministrativeHead.of(found)
+                    if isinstance(found.payload, LossAccepted):
+                        ahead.accepted.append(AcceptedLoss.of(found, found.payload))
                 ahead.last_created_at = max(ahead.last_created_at, found.created_at)
         return ahead
 

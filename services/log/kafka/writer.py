@@ -228,8 +228,7 @@ class KafkaWriter:
     async def confirm_here(self, confirmation: Confirmation) -> Acknowledgement:
         """Record what an operator confirmed about a partition of this process. A repeat gets the same answer.
 
-        Waits as long as a command does. Raises PartitionNotOwnedError; ConflictError and InvalidRequestError: it is
-        refused and nothing is recorded; UnavailableError: the outcome is unknown, confirm it again.
+        Waits while the partition is being taken over, as long as a command does. Raises as `PartitionWriter.confirm`.
         """
         writer = self._writers.get(confirmation.partition)
         if writer is None or self._router.closing:
@@ -239,7 +238,9 @@ class KafkaWriter:
                 return await writer.confirm(confirmation)
         except TimeoutError:
             trouble = writer.trouble or "its writer gave no answer in time"
-            raise UnavailableError(f"partition {confirmation.partition}: {trouble}") from None
+            raise UnavailableError(
+                f"partition {confirmation.partition}: {trouble}; whether it is recorded is unknown: confirm it again"
+            ) from None
 
     async def ready(self) -> str | None:
         """See `CommandWriter`."""

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from artifact_store.errors import (
+    ArtifactStoreError,
     ConfigurationError,
+    ConflictError,
     CorruptError,
     LogIdentityError,
     LogLostError,
@@ -68,7 +70,7 @@ def lost(partition: int) -> LogLostError:
     )
 
 
-def refused(error: Exception) -> tuple[Exception, float] | None:
+def refused(error: Exception) -> tuple[ArtifactStoreError, float] | None:
     """The error to refuse every request with, and for how many seconds; None if another take-over may help at once."""
     if isinstance(error, LogIdentityError):
         return UnavailableError(error.detail), math.inf  # nothing is wrong with the requests
@@ -79,6 +81,18 @@ def refused(error: Exception) -> tuple[Exception, float] | None:
     if isinstance(error, ConfigurationError):
         return error, REFUSE_SECONDS  # an operator may fix it, such as a missing right or topic
     return None
+
+
+def unrecorded(partition: int, error: ArtifactStoreError) -> ArtifactStoreError:
+    """The answer to an operator's confirmation that was not recorded because of `error`.
+
+    A PushBackError stays one where trying again may help: the cause may pass, or another process may have none. What
+    only an operator can mend is a ConflictError.
+    """
+    held = isinstance(error, HeldError) and not error.own_clock
+    if isinstance(error, RejectedError | PushBackError) and not held:
+        return error
+    return ConflictError(f"nothing is recorded in partition {partition} until this is mended: {error.detail}")
 
 
 def quarantined(cause: str) -> PackageQuarantinedError:

@@ -57,6 +57,7 @@ from services.log.sequencer.answers import (
     quarantined,
     refused,
     told,
+    unrecorded,
 )
 from services.log.sequencer.background import BackgroundJobs
 from services.log.sequencer.driver import Driver, Lease, Staged, State
@@ -181,14 +182,17 @@ class PartitionWriter:
     def confirm(self, confirmation: Confirmation) -> asyncio.Future[Acknowledgement]:
         """Record an operator's confirmation. For the event loop; does not block.
 
-        The future is done once the record is in the log and folded. Awaiting it raises PartitionNotOwnedError, or an
-        error of our tree that says why it is refused or that the outcome is unknown.
+        The future is done once the record is in the log and folded. A confirmation waits while the partition is being
+        taken over. It is recorded although commands are refused, if it is what the partition waits for.
+
+        Awaiting it raises ConflictError, InvalidRequestError: nothing is recorded; PartitionNotOwnedError,
+        PushBackError: nothing is recorded now, ask again; any other error of our tree: the outcome is unknown.
         """
         answer: asyncio.Future[Acknowledgement] = self._context.loop.create_future()
-        if self._stop.is_set():
-            answer.set_exception(PartitionNotOwnedError("this process does not write to the partition any more"))
+        self._confirmations.append((confirmation, answer))
+        if self.ended:  # nobody may come to take it
+            self._refuse_confirmations(_moved())
         else:
-            self._confirmations.append((confirmation, answer))
             self._queue.wake()
         return answer
 
@@ -284,10 +288,8 @@ class PartitionWriter:
     def _let_go(self) -> None:
         """Close the queue and answer what waits at once: the current transaction may take long."""
         self._queue.close()
-        moved = PartitionNotOwnedError("this process does not write to the package's partition any more")
-        self._deliver([(request, moved) for request in self._queue.drain()])
-        while self._confirmations:
-            self._settle([(self._confirmations.popleft()[1], moved)])
+        self._deliver([(request, _moved()) for request in self._queue.drain()])
+        self._refuse_confirmations(_moved())
 
     def _hold(self) -> None:
         """One lease: take over, then serve until told to stop."""
@@ -377,21 +379,34 @@ class PartitionWriter:
 
     def _record(self, lease: Lease) -> None:
         """Record what operators confirmed about the partition, and answer them."""
-        while self._confirmations:
-            confirmation, answer = self._confirmations[0]
+        while (found := self._next_confirmation()) is not None:
+            confirmation, answer = found
             outcome: Outcome
             try:
                 recorded = lease.record(confirmation, self._context.clock(), self._require_recordable)
                 outcome = Acknowledgement(partition_id(self._context.driver.identity, self.partition), *recorded)
             except (RejectedError, PushBackError) as error:
-                outcome = error
-            except ArtifactStoreError as error:
+                outcome = unrecorded(self.partition, error)
+            except Exception as error:
                 # It may be recorded: whoever confirms it again is told so.
-                self._confirmations.popleft()
-                self._settle([(answer, error)])
+                unknown = error if isinstance(error, ArtifactStoreError) else in_doubt(_name(error))
+                self._settle([(answer, unknown)])
                 raise
-            self._confirmations.popleft()
             self._settle([(answer, outcome)])
+
+    def _next_confirmation(self) -> tuple[Confirmation, asyncio.Future[Acknowledgement]] | None:
+        """Take the oldest confirmation that somebody still waits for; None if there is none. For any thread."""
+        with suppress(IndexError):
+            while True:
+                confirmation, answer = self._confirmations.popleft()
+                if not answer.done():
+                    return confirmation, answer
+        return None
+
+    def _refuse_confirmations(self, error: Exception) -> None:
+        """Answer all confirmations that wait with `error`: nothing is recorded."""
+        while (found := self._next_confirmation()) is not None:
+            self._settle([(found[1], error)])
 
     def _require_recordable(self) -> None:
         self._context.driver.require(self.partition, self._last_created_at)
@@ -561,10 +576,14 @@ class PartitionWriter:
         self._context.counts.pushed_back += 1
         return PushBackError(f"partition {self.partition}: {self.trouble or 'its writer is busy'}", 2.0)
 
-    def _refuse_all(self, error: Exception, seconds: float) -> None:
-        """Answer every request with `error`, for this many seconds or until the writer is told to stop."""
+    def _refuse_all(self, error: ArtifactStoreError, seconds: float) -> None:
+        """Answer every request with `error`, for this many seconds or until the writer is told to stop.
+
+        Confirmations are refused as well. There is no lease to record them under.
+        """
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
+            self._refuse_confirmations(unrecorded(self.partition, error))
             batch = self._queue.take(min(left, _IDLE_SECONDS))
             if batch is None:
                 return
@@ -599,6 +618,10 @@ class PartitionWriter:
 
 def _name(error: Exception) -> str:
     return error.detail if isinstance(error, ArtifactStoreError) else type(error).__name__
+
+
+def _moved() -> PartitionNotOwnedError:
+    return PartitionNotOwnedError("this process does not write to the package's partition any more")
 
 
 def _needs_proof(outcome: Outcome) -> bool:

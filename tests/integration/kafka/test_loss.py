@@ -7,7 +7,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,21 +17,23 @@ import pytest
 from confluent_kafka import Producer, TopicPartition
 from pydantic import SecretStr
 
-from artifact_store.errors import CorruptError, InvalidRequestError, LogLostError
-from artifact_store.events import LossAccepted
-from schemas.codec import decode
+from artifact_store.errors import ConflictError, CorruptError, InvalidRequestError, LogLostError
+from artifact_store.events import Event, LossAccepted
 from services.blobs.port import BlobStore
 from services.config import Settings
 from services.log.kafka import KafkaLog, KafkaWriter
+from services.log.kafka.lease import PartitionLease
 from services.log.kafka.tail import Reader
 from services.log.port import PartitionStatus, Record
-from services.log.records import AcceptLoss
+from services.log.records import AcceptLoss, AdministrativeHead, Confirmation, SkipRecord, read_record
 from services.log.state import snapshots
-from services.log.state.state_file import LogPartition, StateFile
+from services.log.state.loss import MEMORY, Witness
+from services.log.state.restore import States
+from services.log.state.state_file import Anchor, LogPartition, StateFile
 from tests.contract.log_invariants import read_valid
 from tests.contract.log_stage import PATIENCE_SECONDS, ready
 from tests.integration.conditions import until
-from tests.integration.kafka.test_bad_records import created, wait
+from tests.integration.kafka.test_bad_records import bad_record, created, stray, wait
 from tests.integration.kafka_stage import (
     PARTITIONS,
     create_in,
@@ -54,6 +56,9 @@ from tests.integration.processes import (
 from tests.services.kafka import KafkaBroker
 
 pytestmark = pytest.mark.services
+
+AT_ONCE_SECONDS = 10.0
+"""An answer that needs no take-over comes within this time, and not at the end of `SUBMIT_SECONDS`."""
 
 
 async def fill(kafka: Settings, log: KafkaLog, store: BlobStore | None = None) -> None:
@@ -176,6 +181,9 @@ async def test_a_partition_whose_beginning_was_deleted_with_the_rest_is_refused_
         await until(refused, PATIENCE_SECONDS, "it is written to")
         with pytest.raises(CorruptError):
             await writer.submit(create_in(0))
+        async with asyncio.timeout(AT_ONCE_SECONDS):
+            with pytest.raises(ConflictError, match=r"in the log any more.* Restore the topic"):
+                await writer.confirm_here(AcceptLoss(0, offset, bytes(32), "ada", "", uuid4()))
         await writer.submit(create_in(1))
     with state_about(path) as about:
         assert about[3] - 1 == offset
@@ -326,9 +334,43 @@ async def accept(writer: KafkaWriter, shown: Mapping[int, PartitionStatus]) -> N
 
 async def losses_accepted(log: KafkaLog) -> list[LossAccepted]:
     end = (await log.end()).offsets
-    values = [r.value async for batch in log.scan(dict.fromkeys(end, 0), end) for r in batch.records]
-    payloads = [decode(value).payload for value in values]
-    return [payload for payload in payloads if isinstance(payload, LossAccepted)]
+    records = [r async for batch in log.scan(dict.fromkeys(end, 0), end) for r in batch.records]
+    events = [found for r in records if isinstance(found := read_record(r, log.partition_of), Event)]
+    return [event.payload for event in events if isinstance(event.payload, LossAccepted)]
+
+
+async def test_a_loss_that_a_process_remembers_is_accepted_once_before_a_record_that_stops_the_partition(
+    kafka: Settings, log: KafkaLog
+) -> None:
+    await fill(kafka, log)
+    bad = await bad_record(log, 0, await asyncio.to_thread(stray, kafka, partition=0))
+    skip = SkipRecord(0, bad.offset, bad.digest, "ada", "a stray producer", uuid4())
+    identity = await log.identity()
+    witness = Witness(MEMORY, identity, Anchor(bad.offset + 1_000, bytes(32), 1), "of this process")
+    lease = await asyncio.to_thread(
+        lambda: PartitionLease.take_over(
+            log.kafka,
+            log.cluster,
+            0,
+            identity,
+            States(kafka.state_dir, remembered={0: witness}),
+            is_ours=lambda: True,
+            stopping=lambda: False,
+            in_doubt=lambda: False,
+        )
+    )
+    with closing(lease):
+        accepting = AcceptLoss(0, bad.offset + 999, bytes(32), "ada", "the disk burned", uuid4())
+
+        async def record(confirmation: Confirmation) -> AdministrativeHead:
+            return await asyncio.to_thread(lease.record, confirmation, 1, lambda: None)
+
+        assert bad == lease.stopped
+        found = [(await record(confirmation)).sequence for confirmation in (accepting, accepting, skip, accepting)]
+        assert found == [1, 1, 2, 1], "a repeat gets the first answer"
+        assert not lease.losses
+    [recorded] = await losses_accepted(log)
+    assert (recorded.evidence, recorded.expected_offset) == ("file", accepting.offset)
 
 
 @pytest.mark.usefixtures("every_close_makes_a_snapshot")

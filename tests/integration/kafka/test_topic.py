@@ -9,18 +9,27 @@ from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any, cast
+from uuid import uuid4
 
 import confluent_kafka.admin
 import pytest
 from confluent_kafka import Producer, TopicPartition
 
-from artifact_store.errors import ConfigurationError, CorruptError, LogIdentityError, PushBackError, UnavailableError
+from artifact_store.errors import (
+    ConfigurationError,
+    ConflictError,
+    CorruptError,
+    LogIdentityError,
+    PushBackError,
+    UnavailableError,
+)
 from artifact_store.position import Position
 from services.config import Settings
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka import tail as watch
 from services.log.kafka.cluster import Topic
 from services.log.kafka.driver import KafkaDriver
+from services.log.records import SkipRecord
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import Projection, ready, settled
 from tests.integration.conditions import until
@@ -343,6 +352,9 @@ async def test_writers_stop_on_a_topic_that_could_lose_events_and_go_on_once_it_
         cause = await refused(writer, log, f"{name}={value}")
         assert f"--add-config {name}={sound}" in cause
         assert cause in (await writer.ready() or "")
+        with pytest.raises(ConflictError) as confirmed:  # at once, and not as an answer that asks for patience
+            await writer.confirm_here(SkipRecord(0, 0, bytes(32), "ada", "", uuid4()))
+        assert cause in confirmed.value.detail
         assert [status.trouble for status in await writer.status()] == [cause] * 3
         await asyncio.to_thread(set_on_topic, log, **{name: sound})
         await ready(writer)

@@ -8,17 +8,28 @@ import time
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 from uuid import uuid4
 
 import pytest
+from confluent_kafka import KafkaError, KafkaException
 
-from artifact_store.errors import ConfigurationError, CorruptError, RejectedError, UnavailableError
+from artifact_store.errors import (
+    ArtifactStoreError,
+    ConfigurationError,
+    ConflictError,
+    CorruptError,
+    RejectedError,
+    UnavailableError,
+)
+from artifact_store.models import Acknowledgement
 from services.core.commands import IngestFiles
 from services.core.limits import Limits
 from services.log.kafka.connection import spoiled_by_record
-from services.log.port import NotAppendedError, PartitionNotOwnedError
+from services.log.port import HeldError, NotAppendedError, PartitionNotOwnedError
+from services.log.records import AdministrativeHead, SkipRecord
 from services.log.sequencer import partition_writer as writer_module
 from services.log.sequencer.answers import Counts, given_up
 from services.log.sequencer.partition_writer import PartitionWriter
@@ -128,7 +139,7 @@ async def test_a_command_whose_transaction_failed_is_in_doubt_when_the_partition
 
 @pytest.mark.parametrize("error", [ConfigurationError("no right to write"), CorruptError("an event is torn")])
 async def test_a_partition_that_refuses_everything_does_not_say_that_what_it_tried_is_not_recorded(
-    writer: PartitionWriter, error: Exception
+    writer: PartitionWriter, error: ArtifactStoreError
 ) -> None:
     requests, answers = await taken(writer, 0, 1)
     writer._queue.put_back(requests)
@@ -139,6 +150,73 @@ async def test_a_partition_that_refuses_everything_does_not_say_that_what_it_tri
     assert str(error) in str(told[1])
     writer.stop()
     await refusing
+
+
+SKIP = SkipRecord(0, 5, bytes(32), "ada", "a stray producer", uuid4())
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (ConfigurationError("no right to write"), ConflictError),
+        (CorruptError("the log begins at offset 7"), ConflictError),
+        (UnavailableError("the topic was created again: restart the gateways"), ConflictError),
+        (HeldError("the topic compacts"), ConflictError),
+        (HeldError("this machine's clock is wrong", own_clock=True), HeldError),  # another process may have none
+    ],
+)
+async def test_a_partition_that_refuses_everything_tells_an_operator_at_once_what_mends_it(
+    writer: PartitionWriter, error: ArtifactStoreError, kind: type[Exception]
+) -> None:
+    before = writer.confirm(SKIP)
+    refusing = asyncio.ensure_future(asyncio.to_thread(writer._refuse_all, error, 3_600.0))
+    told = await heard(before)
+    told += await heard(writer.confirm(SKIP))
+    assert kinds(told) == [kind, kind]
+    assert all(error.detail in str(answer) for answer in told)
+    writer.stop()
+    await refusing
+
+
+async def test_a_confirmation_is_not_left_with_a_writer_that_has_ended(writer: PartitionWriter) -> None:
+    before = writer.confirm(SKIP)
+    writer.stop()
+    assert kinds(await heard(before, writer.confirm(SKIP))) == [PartitionNotOwnedError] * 2
+
+
+async def test_a_confirmation_is_not_left_with_a_writer_whose_partition_is_another_s(writer: PartitionWriter) -> None:
+    writer.disowned = True
+    assert kinds(await heard(writer.confirm(SKIP))) == [PartitionNotOwnedError]
+
+
+async def test_a_confirmation_whose_operator_has_gone_is_not_recorded_later(writer: PartitionWriter) -> None:
+    recorded: list[object] = []
+    gone, waits = writer.confirm(SKIP), writer.confirm(replace(SKIP, offset=9))
+    gone.cancel()
+
+    def record(confirmation: SkipRecord, *_: object) -> AdministrativeHead:
+        recorded.append(confirmation.offset)
+        return AdministrativeHead(1, bytes(32))
+
+    writer._context.driver.identity = uuid4()  # type: ignore[misc]  # it is read-only where it is real
+    writer._context.clock = lambda: 1  # type: ignore[misc]  # it is frozen where it is real
+    await asyncio.to_thread(writer._record, cast("Any", SimpleNamespace(record=record)))
+    assert kinds(await heard(waits)) == [Acknowledgement]
+    assert recorded == [9]
+
+
+async def test_a_confirmation_that_may_be_recorded_is_in_doubt(writer: PartitionWriter) -> None:
+    answer = writer.confirm(SKIP)
+
+    def record(*_: object) -> AdministrativeHead:
+        raise KafkaException(KafkaError(KafkaError._TIMED_OUT))
+
+    writer._context.clock = lambda: 1  # type: ignore[misc]  # it is frozen where it is real
+    with pytest.raises(KafkaException):
+        await asyncio.to_thread(writer._record, cast("Any", SimpleNamespace(record=record)))
+    told = await heard(answer)
+    assert kinds(told) == [UnavailableError]
+    assert "the outcome is unknown" in str(told[0])
 
 
 @pytest.mark.parametrize("error", [MemoryError(), BlockingIOError()])
