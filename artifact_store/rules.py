@@ -1,4 +1,4 @@
-"""Rules for what a caller names: short texts, metadata, relative paths and hosts.
+"""Rules for what a caller names: short texts, metadata, relative paths, numbers and hosts.
 
 The client checks them before it sends anything, the gateway before it accepts anything.
 """
@@ -21,6 +21,11 @@ _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 """Unicode's categories Cc and Cs, which are closed for good (Unicode Character Encoding Stability Policies)."""
 
 MAX_PATH_BYTES = 1024
+
+MAX_NUMBER = 2**63 - 1
+"""The largest number that is taken from outside: Avro, SQL and HTTP clients hold it in 64 bits."""
+
+_NUMBER = re.compile("[0-9]{1,19}")
 
 MAX_PAIRS = 10
 """At most this many clashing paths are named; all are counted."""
@@ -85,6 +90,16 @@ def check_metadata_size(text: str, max_bytes: int) -> None:
     size = len(text.encode())
     if size > max_bytes:
         raise TooLargeError(f"metadata is {size:,} bytes in JCS form; the limit is {max_bytes:,}")
+
+
+def parse_number(text: str) -> int | None:
+    """The number that these decimal digits are; None for any other text, and above MAX_NUMBER.
+
+    Use this for headers and parameters. `int` also takes signs, blanks, underscores and the digits of other scripts,
+    and raises ValueError for more than 4,300 digits.
+    """
+    number = int(text) if _NUMBER.fullmatch(text) else None
+    return number if number is not None and number <= MAX_NUMBER else None
 
 
 def check_host(host: str) -> None:

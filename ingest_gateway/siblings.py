@@ -28,6 +28,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from artifact_store.errors import ConfigurationError
+from artifact_store.rules import parse_number
 from services.config import Settings
 from services.runtime.processes import PYTHON, Command, RestartRule
 from services.runtime.processes import run_processes as run_all
@@ -166,16 +167,17 @@ def internal_addresses(settings: Settings, number: int, processes: int) -> dict[
     Raises ConfigurationError: no fixed port for `internal_url` to name, or not enough ports.
     """
     host, _, port = settings.internal_listen.rpartition(":")
-    if not port.isascii() or not port.isdigit() or int(port) == 0:  # an invalid port is refused where it is used
+    first = parse_number(port)
+    if not first:  # an invalid port is refused where it is used
         if settings.internal_url is not None:
             raise ConfigurationError(
                 "with several processes ARTIFACT_STORE_INTERNAL_URL needs a fixed port in "
                 "ARTIFACT_STORE_INTERNAL_LISTEN: each process takes the next one"
             )
         return {}
-    if int(port) + processes - 1 > 65_535:
+    if first + processes - 1 > 65_535:
         raise ConfigurationError(f"ARTIFACT_STORE_INTERNAL_LISTEN leaves no ports for {processes} processes")
-    found = {"internal_listen": f"{host}:{int(port) + number - 1}"}
+    found = {"internal_listen": f"{host}:{first + number - 1}"}
     if settings.internal_url is not None:
         found["internal_url"] = _counted_up(settings.internal_url, number - 1)
     return found

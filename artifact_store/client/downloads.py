@@ -10,6 +10,7 @@ from blake3 import blake3
 
 from artifact_store.client.transport import Transport, unavailable
 from artifact_store.errors import CorruptError, UnavailableError
+from artifact_store.rules import parse_number
 
 _BARREN_CONNECTIONS = 5
 """Give up after this many connections in a row without a byte."""
@@ -17,7 +18,7 @@ _BARREN_CONNECTIONS = 5
 MAX_MANIFEST_BYTES = 1 << 30
 """A file takes at most 6 KB of a manifest's longer form, and a gateway takes 100,000 files by default."""
 
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/(?:[0-9]{1,19}|\*)")
 
 
 class ContentStream(AsyncIterator[bytes]):
@@ -101,8 +102,10 @@ class ContentStream(AsyncIterator[bytes]):
         tag = response.headers.get("ETag", "").removeprefix("W/").strip('"')
         self.address = tag if tag.startswith("blake3:") else self.address
         if not ranged:
-            if response.content_length is not None:
-                self._end = response.content_length
+            if (length := response.headers.get("Content-Length")) is not None:
+                self._end = parse_number(length)
+                if self._end is None:
+                    raise CorruptError("the gateway's answer has a Content-Length that is no number")
             return
         found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
         if response.status != 206 or found is None or int(found[1]) != self._position:

@@ -20,6 +20,7 @@ from artifact_store.documents.resumable_uploads import UploadAnswer, encode_meta
 from artifact_store.documents.shapes import FileIngestedAnswer
 from artifact_store.errors import ArtifactStoreError, CorruptError, PushBackError, UnavailableError, UploadNotFoundError
 from artifact_store.errors import UploadOffsetError as MovedError
+from artifact_store.rules import parse_number
 
 RESUMABLE_BYTES = 64 << 20
 """Files from this length on are sent in this way, if they can be read from any offset."""
@@ -71,10 +72,10 @@ async def _begin(transport: Transport, package_id: UUID, headers: Mapping[str, s
         return await transport.attempt("POST", path, headers=headers, answer_seconds=patience)
 
     answer = await with_retries(transport.policy, begin, notify=transport.notify, transfer=True)
-    path, offset = answer.headers.get("Location", ""), answer.headers.get(names.UPLOAD_OFFSET, "")
-    if not path.startswith("/") or not offset.isdecimal():
+    path, offset = answer.headers.get("Location", ""), parse_number(answer.headers.get(names.UPLOAD_OFFSET, ""))
+    if not path.startswith("/") or offset is None:
         raise CorruptError("the gateway's answer names no upload: is the URL that of a gateway?")
-    return _Where(path, int(offset))
+    return _Where(path, offset)
 
 
 class _Upload:

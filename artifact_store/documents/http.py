@@ -6,7 +6,6 @@ Digests follow RFC 9530 and RFC 1864. A path is quoted once and read back exactl
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import re
 from collections.abc import Callable
@@ -85,7 +84,7 @@ def _digest(what: str, text: str, length: int) -> bytes:
         found = base64.b64decode(
             text + "=" * (-len(text) % 4), validate=True
         )  # padding may be left out: RFC 9651 §4.2.7
-    except binascii.Error:
+    except ValueError:  # it is not ASCII, or not base64
         raise InvalidRequestError(f"{what} is not in base64") from None
     if len(found) != length:
         raise InvalidRequestError(f"{what} must have {length} bytes, not {len(found)}")

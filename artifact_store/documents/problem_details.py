@@ -24,6 +24,7 @@ from artifact_store.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
+from artifact_store.rules import parse_number
 
 MEDIA_TYPE = "application/problem+json"
 TYPE_PREFIX = "urn:artifact-store:problem:"
@@ -188,7 +189,7 @@ def retry_after(text: str | None) -> float | None:
     """Seconds to wait by `Retry-After` (RFC 9110 §10.2.3: seconds, or a date); None when it is absent or broken."""
     if text is None:
         return None
-    if re.fullmatch(r"\d{1,9}(\.\d+)?", text):
+    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?", text):
         return float(text)
     try:
         return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
@@ -198,5 +199,5 @@ def retry_after(text: str | None) -> float | None:
 
 def _whole_size(content_range: str | None) -> int:
     """The length in `Content-Range: bytes */N` (RFC 9110 §14.4), 0 when it is not said."""
-    match = re.fullmatch(r"bytes \*/(\d+)", content_range or "")
-    return int(match[1]) if match else 0
+    unit, _, size = (content_range or "").partition("/")
+    return (unit == "bytes *" and parse_number(size)) or 0

@@ -6,7 +6,6 @@ tus itself does not say what became of an upload. GET does, with an `UploadAnswe
 from __future__ import annotations
 
 import base64
-import binascii
 import re
 from collections.abc import Mapping
 from uuid import UUID
@@ -74,7 +73,7 @@ def decode_metadata(text: str) -> dict[str, str]:
             raise InvalidRequestError(f"{UPLOAD_METADATA} names {key[:64]!r} twice")
         try:
             found[key] = base64.b64decode(match["value"] or "", validate=True).decode()
-        except (binascii.Error, UnicodeDecodeError):
+        except ValueError:
             raise InvalidRequestError(f"{UPLOAD_METADATA}: {key[:64]!r} is not UTF-8 in base64") from None
     return found
 
@@ -84,5 +83,5 @@ def parse_checksum(text: str) -> tuple[str, bytes]:
     algorithm, _, digest = text.partition(" ")
     try:
         return algorithm, base64.b64decode(digest, validate=True)
-    except binascii.Error:
+    except ValueError:  # it is not ASCII, or not base64
         raise InvalidRequestError(f"{UPLOAD_CHECKSUM} must be an algorithm and a digest in base64") from None

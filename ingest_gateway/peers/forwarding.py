@@ -19,6 +19,7 @@ import cbor2
 
 from artifact_store.errors import InvalidRequestError, PushBackError, UnavailableError
 from artifact_store.models import Acknowledgement
+from artifact_store.rules import parse_number
 from ingest_gateway.peers.authentication import PeerCredentials
 from services.core.access import EVERYTHING, Grants
 from services.core.commands import Command, CreatePackage
@@ -211,7 +212,7 @@ class HttpForwarder:
 
     def _note_version(self, owner_url: str, newest: str) -> None:
         """Replace the version known for this URL: a process of another release may have taken it over."""
-        known = min(int(newest), VERSION) if newest.isascii() and newest.isdecimal() else OLDEST
+        known = min(parse_number(newest) or OLDEST, VERSION)
         if known > OLDEST:
             self._versions[owner_url] = known
         else:

@@ -23,6 +23,7 @@ from artifact_store.errors import (
     UnavailableError,
 )
 from artifact_store.models import Acknowledgement
+from artifact_store.rules import parse_number
 from ingest_gateway.peers.authentication import PeerCredentials
 from ingest_gateway.peers.forwarding import (
     CHECKS_PATH,
@@ -247,7 +248,7 @@ class InternalListener:
         try:
             if self._here is None:
                 raise PartitionNotOwnedError("this process is only starting")
-            with self._room(MAX_BODY_BYTES if request.content_length is None else request.content_length):
+            with self._room(_length_of(request)):
                 try:
                     body = await request.read()
                 except web.HTTPRequestEntityTooLarge:
@@ -256,6 +257,15 @@ class InternalListener:
         except ArtifactStoreError as error:
             return _message(encode_error(error, _version_of(request, WIRE_READS)), error.status)
         return _message(answer)
+
+
+def _length_of(request: web.Request) -> int:
+    """The most bytes that the body can have. Raises HTTPBadRequest when its length is no number."""
+    named = request.headers.get("Content-Length")
+    length = MAX_BODY_BYTES if named is None else parse_number(named)
+    if length is None:
+        raise web.HTTPBadRequest
+    return length
 
 
 async def _decoded(decode: Callable[..., _Message], body: bytes, *more: int) -> _Message:
@@ -267,8 +277,7 @@ async def _decoded(decode: Callable[..., _Message], body: bytes, *more: int) -> 
 
 def _version_of(request: web.Request, header: str = WIRE_VERSION) -> int:
     """The version of the message. Gateways that do not send the header write and read the first one."""
-    named = request.headers.get(header, "1")
-    return int(named) if named.isascii() and named.isdecimal() else 0
+    return parse_number(request.headers.get(header, "1")) or 0
 
 
 def _message(body: bytes, status: int = 200) -> web.Response:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -23,6 +23,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import BadHttpMessage
 
 from artifact_store.errors import ArtifactStoreError, PushBackError
+from artifact_store.rules import parse_number
 from ingest_gateway.limits.admission import Places, Room
 from ingest_gateway.protocol.http_errors import (
     ForeignOriginError,
@@ -216,8 +217,7 @@ class _BoundedParser:
             self._hold(size, more=max(0, size - self._head))
             behind -= body.total_bytes + (size if self._body is not None else 0)
             self._head, self._body = 0, body
-            length = "" if message.chunked else message.headers.get("Content-Length", "0")
-            self._left = int(length) - body.total_bytes if length.isdecimal() else None
+            self._left = None if message.chunked else _length_of(message.headers) - body.total_bytes
         if not found and self._body is not None and self._left is not None:
             self._left -= len(piece)
             behind = -self._left
@@ -243,6 +243,14 @@ class _BoundedParser:
         except PushBackError as error:
             raise _RefusedHeadError(error) from None
         self._held += more
+
+
+def _length_of(headers: Mapping[str, str]) -> int:
+    """The body's length. Raises _RefusedHeadError for what `int` cannot read: aiohttp's parser takes any digits."""
+    length = parse_number(headers.get("Content-Length", "0"))
+    if length is None:
+        raise _RefusedHeadError(MalformedHttpError("Content-Length is no number of at most 19 digits", _CLOSE))
+    return length
 
 
 class Server(web.Server):

@@ -36,7 +36,7 @@ from artifact_store.errors import (
 from artifact_store.manifest import ContentAddress
 from artifact_store.models import DEFAULT_PAGE, MAX_PAGE, Declared
 from artifact_store.position import Position
-from artifact_store.rules import MAX_TEXT_CHARACTERS, check_path, check_text
+from artifact_store.rules import MAX_NUMBER, MAX_TEXT_CHARACTERS, check_path, check_text, parse_number
 from ingest_gateway.gateway import Gateway
 from ingest_gateway.limits.admission import Bounds, Quota
 from ingest_gateway.protocol.connections import Connection, client_of
@@ -533,8 +533,6 @@ Place = Literal["path", "query", "header"]
 
 _UUID = re.compile(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 _FINGERPRINT = re.compile(r"[0-9a-f]{16}")
-_DIGITS = re.compile(r"[0-9]{1,19}")
-_MAX_LONG = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -572,16 +570,17 @@ def _one_of(name: str, allowed: tuple[str, ...]) -> Callable[[str], str]:
 
 def _number(name: str, low: int, high: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        if not _DIGITS.fullmatch(text) or not low <= int(text) <= high:
+        number = parse_number(text)
+        if number is None or not low <= number <= high:
             raise InvalidRequestError(f"{name} must be a whole number from {low} to {high}")
-        return int(text)
+        return number
 
     return parse
 
 
 def whole_number(name: str) -> Callable[[str], int]:
     """A parser for a number of bytes."""
-    return _number(name, 0, _MAX_LONG)
+    return _number(name, 0, MAX_NUMBER)
 
 
 def _path(name: str) -> Callable[[str], str]:
@@ -676,9 +675,9 @@ CURSOR = Parameter("cursor", "query", str, "`next` of the previous page", {"type
 WAIT_SEQUENCE = Parameter(
     "wait_sequence",
     "query",
-    _number("wait_sequence", 1, _MAX_LONG),
+    _number("wait_sequence", 1, MAX_NUMBER),
     "Wait, for a limited time, until the view has the package's event with this number",
-    {"type": "integer", "format": "int64", "minimum": 1, "maximum": _MAX_LONG},
+    {"type": "integer", "format": "int64", "minimum": 1, "maximum": MAX_NUMBER},
 )
 AFTER = Parameter(
     "after",
@@ -690,9 +689,9 @@ AFTER = Parameter(
 LARGEST = Parameter(
     "largest",
     "query",
-    _number("largest", 0, _MAX_LONG),
+    _number("largest", 0, MAX_NUMBER),
     "Only files of at most this many bytes",
-    {"type": "integer", "format": "int64", "minimum": 0, "maximum": _MAX_LONG},
+    {"type": "integer", "format": "int64", "minimum": 0, "maximum": MAX_NUMBER},
 )
 SINCE = Parameter("since", "query", Position.parse, "Position of the last event that you have seen", {"type": "string"})
 OF_PACKAGE = Parameter("package_id", "query", _id("package_id"), "Only events of this package", _UUID_SCHEMA)

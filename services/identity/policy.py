@@ -262,7 +262,7 @@ def parse_policy(raw: bytes, path: Path) -> Policy:
         tables = tomllib.loads(text)
     except UnicodeDecodeError:
         raise fault("it is not UTF-8") from None
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: an integer of more digits than `int` takes
         raise fault(f"it is not TOML: {error}") from None
     try:
         found = Policy.model_validate(tables)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
-from artifact_store.rules import check_host, is_loopback
+from artifact_store.rules import check_host, is_loopback, parse_number
 
 _LAST_PORT = 65_535
 
@@ -22,10 +22,11 @@ class ListenAddress:
         """Read `HOST:PORT`, an IPv6 address in brackets. Raises ValueError."""
         host, _, port = text.rpartition(":")
         host = host.removeprefix("[").removesuffix("]")
-        if not host or not port.isascii() or not port.isdigit() or int(port) > _LAST_PORT:
+        number = parse_number(port)
+        if not host or number is None or number > _LAST_PORT:
             raise ValueError("it must be HOST:PORT, as 127.0.0.1:9464 or [::1]:9464")
         check_host(host)
-        return cls(host, int(port))
+        return cls(host, number)
 
     def of_process(self, number: int) -> ListenAddress:
         """That of one of several processes, counted from 0: they take as many ports from the first on."""

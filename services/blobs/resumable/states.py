@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from artifact_store.errors import ArtifactStoreError, CorruptError, UnavailableError
 from artifact_store.models import Declared
+from artifact_store.rules import parse_number
 from services.blobs.port import RESUMABLE, BlobStore, Part, PartsKey, StoredBlob
 
 FORM = 2
@@ -285,8 +286,8 @@ def _key(upload_id: UUID, number: int) -> str:
 
 def _numbers(keys: Sequence[str]) -> list[int]:
     names = (key.rpartition("/")[2] for key in keys)
-    numbers = (name.removeprefix(_STATE) for name in names if name.startswith(_STATE))
-    return sorted(int(number) for number in numbers if number.isdecimal())
+    numbers = (parse_number(name.removeprefix(_STATE)) for name in names if name.startswith(_STATE))
+    return sorted(number for number in numbers if number is not None)
 
 
 def _uploads(keys: Sequence[str]) -> list[UUID]:

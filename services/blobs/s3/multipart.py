@@ -22,6 +22,7 @@ from xml.sax.saxutils import escape
 
 from artifact_store.errors import CorruptError, TooLargeError, UnavailableError, UploadNotFoundError
 from artifact_store.models import Declared
+from artifact_store.rules import parse_number
 from services.blobs.intake import MIB, PIECE_BYTES, Cleanups, Intake, PartPlan, check_declared
 from services.blobs.memory import ByteBudget, PartBuffer, Share
 from services.blobs.port import UPLOADS, BlobStore, Digests, Part, PartsKey, StoredBlob
@@ -249,12 +250,16 @@ async def find_object(requests: S3Requests, key: str, attempts: int | None = Non
     if found.status == 404:
         return None
 
+    length = parse_number(found.headers.get("Content-Length", ""))
+    if length is None:
+        raise UnavailableError(f"the blob store names no length of {key}")
+
     def checksum(name: str) -> str | None:
         told = found.headers.get(name)
         return None if told is None or "-" in told else told  # one that ends in -3 was made of those of three parts
 
     return StoredObject(
-        int(found.headers["Content-Length"]),
+        length,
         found.headers.get("ETag", ""),
         checksum(CHECKSUM_CRC32),
         checksum(CHECKSUM_SHA256),

@@ -362,7 +362,7 @@ class S3Requests:
 
     def _note_time(self, date: str | None, sent: float) -> None:
         """Learn the store's time from the answer's `Date` (RFC 9110 §6.6.1), refusals included."""
-        with suppress(ValueError):
+        with suppress(ValueError, OverflowError):
             if date is not None:
                 self.clock.heard(int(parsedate_to_datetime(date).timestamp()), sent)
 

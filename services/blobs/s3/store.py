@@ -26,6 +26,7 @@ from minio.error import MinioException, S3Error
 from artifact_store.errors import ConfigurationError, CorruptError, UnavailableError
 from artifact_store.manifest import content_key
 from artifact_store.models import Declared
+from artifact_store.rules import parse_number
 from services.blobs.intake import LOOK_SECONDS, MAX_PARTS, MIB, PIECE_BYTES, Cleanups, Intake, Pace, PartPlan
 from services.blobs.memory import TURN_SECONDS, ByteBudget, PartBuffer, Share
 from services.blobs.port import (
@@ -479,7 +480,7 @@ class S3BlobStore:
 
 def _total(content_range: str | None) -> int:
     """Length of the whole out of `bytes 0-9/100` (RFC 9110 §14.4)."""
-    _, _, total = (content_range or "").rpartition("/")
-    if not total.isdecimal():
-        raise UnavailableError(f"the blob store names no length in Content-Range {content_range!r}")
-    return int(total)
+    total = parse_number((content_range or "").rpartition("/")[2])
+    if total is None:
+        raise UnavailableError(f"the blob store names no length in Content-Range {(content_range or '')[:80]!r}")
+    return total

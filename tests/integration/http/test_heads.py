@@ -59,6 +59,17 @@ async def test_a_head_that_is_as_long_as_it_may_be_is_taken_again_and_again(gate
             assert (await client.answer()).status == 200
 
 
+@pytest.mark.parametrize("length", ["0" * 5_000 + "5", "9" * 5_000, "٣", "+5", "5_0"])
+async def test_a_length_that_is_no_plain_number_is_malformed(gateway: RunningGateway, length: str) -> None:
+    request = await put(gateway, f"Content-Length: {length}", b"12345")
+    async with connected(gateway.port) as client:
+        client.writer.write(request)
+        answer = await client.answer()
+        assert (answer.status, answer.problem()["type"].rpartition(":")[2]) == (400, "malformed-http")
+        assert answer.headers["connection"] == "close"
+        assert await client.is_closed()
+
+
 FRAMINGS = pytest.mark.parametrize(
     ("framing", "body"),
     [

@@ -241,7 +241,7 @@ async def test_a_message_of_a_version_that_is_not_known_is_for_later(
     headers = {"Authorization": f"Bearer {SECRET.get_secret_value()}", "Content-Type": CONTENT_TYPE}
     body = encode_command(create())
     async with aiohttp.ClientSession(headers=headers) as session:
-        for version in (str(wire.VERSION + 1), "0", "-1", "one"):
+        for version in (str(wire.VERSION + 1), "0", "-1", "one", "٣", "9" * 5_000):
             named = {WIRE_VERSION: version}
             async with session.post(listener.url + COMMANDS_PATH, data=BytesIO(body), headers=named) as answer:
                 assert answer.status == UnavailableError.status
@@ -313,6 +313,33 @@ async def test_a_body_that_is_no_command_of_this_release_is_for_later(
         async with session.get(listener.url + COMMANDS_PATH) as answer:
             assert answer.status == 405
     assert writer.seen == []
+
+
+async def test_a_length_that_is_no_plain_number_is_refused(listener: InternalListener, writer: Answering) -> None:
+    body = encode_command(create())
+    head = (
+        f"POST {COMMANDS_PATH} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {SECRET.get_secret_value()}\r\n"
+        f"Content-Type: {CONTENT_TYPE}\r\nContent-Length: {'0' * 5_000}{len(body)}\r\n\r\n"
+    )
+    port = int(listener.url.rpartition(":")[2])
+    reader, sender = await asyncio.open_connection("127.0.0.1", port)
+    sender.write(head.encode() + body)
+    assert (await reader.readline()).split()[1] == b"400"
+    sender.close()
+    assert writer.seen == []
+
+
+async def test_an_error_for_a_version_that_is_no_number_is_written_in_the_oldest(
+    listener: InternalListener, writer: Answering
+) -> None:
+    writer.refusal = ForbiddenError("not there")
+    for reads in ("9" * 5_000, "one", "٣"):
+        headers = {"Authorization": f"Bearer {SECRET.get_secret_value()}", forwarding.WIRE_READS: reads}
+        async with (
+            aiohttp.ClientSession(headers={"Content-Type": CONTENT_TYPE, **headers}) as session,
+            session.post(listener.url + COMMANDS_PATH, data=BytesIO(encode_command(create(), 1))) as answer,
+        ):
+            assert type(decode_error(await answer.read())).__name__ == "RejectedError"
 
 
 @pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded"])

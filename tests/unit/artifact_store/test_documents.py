@@ -12,6 +12,7 @@ from artifact_store.documents import times
 from artifact_store.documents.event_lines import event_line, parse_event
 from artifact_store.documents.http import parse_content_md5, parse_digests, parse_id, quoted, repr_digest, unquoted
 from artifact_store.documents.problem_details import Problem, error_of, problem, problem_of
+from artifact_store.documents.resumable_uploads import parse_checksum
 from artifact_store.documents.shapes import (
     FileAnswer,
     FileIngestedAnswer,
@@ -34,7 +35,7 @@ from artifact_store.events import FileIngested, PackageCreated, PackageFinalized
 from artifact_store.manifest import ContentAddress
 from artifact_store.models import Acknowledgement, File, IngestedFile, Package
 from artifact_store.position import Position
-from artifact_store.rules import PathPair
+from artifact_store.rules import PathPair, parse_number
 
 _TIME = 1_767_225_600_123_456
 
@@ -204,8 +205,22 @@ def test_a_malformed_digest_is_refused(value: str) -> None:
         READ(value)
 
 
+def test_a_checksum_of_an_upload_is_an_algorithm_and_base64() -> None:
+    assert parse_checksum("sha1 AAAA") == ("sha1", bytes(3))
+    for other in ("sha1 ?", "sha1 ää==", "sha1 AAA"):
+        with pytest.raises(InvalidRequestError, match="Upload-Checksum"):
+            parse_checksum(other)
+
+
+@pytest.mark.parametrize("text", ["", "-1", "+1", " 1", "1_0", "٣", "²", "1.0", "9" * 19, "0" * 20, "9" * 5_000])
+def test_a_number_is_decimal_digits_of_64_bits(text: str) -> None:
+    assert parse_number(text) is None
+    assert parse_number(str(2**63 - 1)) == 2**63 - 1
+    assert parse_number("007") == 7
+
+
 def test_content_md5_is_sixteen_bytes_in_base64() -> None:
     assert parse_content_md5("AAAAAAAAAAAAAAAAAAAAAA==") == bytes(16)
-    for other in ("", "AAAA", "?", "0" * 32):
+    for other in ("", "AAAA", "?", "0" * 32, "ä" * 24):
         with pytest.raises(InvalidRequestError, match="Content-MD5"):
             parse_content_md5(other)

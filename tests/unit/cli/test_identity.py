@@ -107,6 +107,7 @@ def test_a_valid_policy_is_counted() -> None:
 
 BROKEN = {
     "no TOML": ("[[issuer]\n", "it is not TOML: "),
+    "endless number": (f"a = {'9' * 5_000}\n", "it is not TOML: "),
     "unknown key": (
         POLICY.replace("audience =", "audiences ="),
         "[[issuer]] 1 (line 2), audience: this key is missing",
