@@ -9,7 +9,12 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from aiohttp import web
 
 from artifact_store.documents.resumable_uploads import METHOD_OVERRIDE
-from artifact_store.errors import ArtifactStoreError
+from artifact_store.errors import (
+    ArtifactStoreError,
+    FileNotFoundInRegistryError,
+    PackageNotFoundError,
+    UploadNotFoundError,
+)
 from ingest_gateway.gateway import Authenticate, Gateway, Logins, believe, nowhere
 from ingest_gateway.health import Checks
 from ingest_gateway.http_metrics import Metrics
@@ -160,6 +165,7 @@ class App:
                 places.give(client)
         except ArtifactStoreError as error:
             if not call.begun:
+                call.refused_by = error
                 return event_feed.call_back(call, error) or answer_of(error)
             _log.warning("%s was cut off: %s", call, error.detail)
         except Exception as error:
@@ -192,16 +198,33 @@ class App:
             call.template, method, call.status, seconds, call.received, call.sent, timed=call.template not in PROBES
         )
         if call.identified or call.status in _REFUSED:
+            unseen = _is_unseen(call)
             self._audit.record(
                 principal=call.principal.actor if call.identified else None,
                 action=f"{method} {call.template}",
-                allowed=call.status not in _REFUSED,
+                allowed=call.status not in _REFUSED and not unseen,
                 client=call.client,
                 status=call.status,
                 target=call.target,
+                unseen=unseen or None,
             )
         _access.info("%s %d %.1f ms, %d in, %d out", call, call.status, seconds * 1000, call.received, call.sent)
 
+
+def _is_unseen(call: Call) -> bool:
+    """Whether the request was for a package, file or upload that is missing, or that its sender may not know of.
+
+    Which of the two it was is not looked up, so that strangers cannot make the gateway ask the views for it.
+    """
+    if call.principal.scope(Right.READ).everywhere:
+        return False
+    error = call.refused_by
+    if isinstance(error, FileNotFoundInRegistryError):  # by its path it is sought in a package that the sender may read
+        return not call.template.startswith(_PACKAGE)
+    return isinstance(error, PackageNotFoundError | UploadNotFoundError)
+
+
+_PACKAGE = "/v1/packages/{package_id}"
 
 _REST = "{relative_path}"
 

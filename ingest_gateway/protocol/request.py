@@ -24,6 +24,7 @@ from artifact_store.documents import http as names
 from artifact_store.documents.http import HASHES, UUID_PATTERN, parse_content_md5, parse_digests, parse_id, unquoted
 from artifact_store.documents.shapes import Request
 from artifact_store.errors import (
+    ArtifactStoreError,
     ContentMismatchError,
     ForbiddenError,
     InvalidPathError,
@@ -88,6 +89,8 @@ class Call:
         self.began = asyncio.get_running_loop().time()
         self.status = 0
         """The answer's status; 0 until there is one, and when the answer was cut off."""
+        self.refused_by: ArtifactStoreError | None = None
+        """The error that the answer stands for."""
         self.received = 0
         self.sent_in_part = False
         """Whether sending stopped within a piece of the answer."""

@@ -84,6 +84,33 @@ async def test_with_policy_and_tokens_each_sender_is_who_the_token_says(
         assert 'artifact_store_authentications_total{issuer="sso",outcome="unavailable"} 1.0' in shown
 
 
+async def test_what_a_sender_may_not_know_of_is_no_allowed_request_in_the_audit_stream(
+    embedded_settings: Settings, tmp_path: Path
+) -> None:
+    tokens, file = tmp_path / "tokens.json", tmp_path / "audit.jsonl"
+    _, all_rights = create_token(tokens, "all", list(Right), now=time.time())
+    _, of_team = create_token(tokens, "team", [Right.READ, Right.WRITE], producers=["team"], now=time.time())
+    async with started(replace(embedded_settings, tokens=tokens, audit_file=file)) as client:
+        for producer, token in (("other", all_rights), ("team", of_team)):
+            async with client.post(
+                "/v1/packages", json={**PACKAGE, "producer": producer}, headers=bearer(token)
+            ) as made:
+                package = (await made.json())["package_id"]
+            path = f"/v1/packages/{package}/files/a"
+            async with client.put(path, data=b"x", headers=bearer(all_rights)) as put:
+                file_id = (await put.json())["file_id"]
+            targets = (f"/v1/packages/{package}", path, f"/v1/files/{file_id}", f"/v1/packages/{package}/files/b")
+            for target in targets:
+                async with client.get(target, headers=bearer(of_team)) as answer:
+                    await answer.read()
+            async with client.post(f"/v1/packages/{package}/finalize", headers=bearer(of_team)) as answer:
+                await answer.read()
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    team = [(one["status"], one["allowed"], one.get("unseen")) for one in lines if one["principal"] == "token:team"]
+    assert team[:5] == [(404, False, True)] * 5
+    assert team[5:] == [(201, True, None), *[(200, True, None)] * 3, (404, True, None), (200, True, None)]
+
+
 async def test_no_bad_token_gets_past_a_gateway(embedded_settings: Settings, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.json"
     made, revoked = create_token(tokens, "gone", list(Right), now=time.time())
