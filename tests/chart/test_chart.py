@@ -52,7 +52,10 @@ SECRET_NAMES = {
 }
 
 
-MOUNTED = {PREFIX + name for name in ("POLICY", "TOKENS", "TLS_CERT", "TLS_KEY", "PEER_CERT", "PEER_KEY", "PEER_CA")}
+MOUNTED = {
+    PREFIX + name
+    for name in ("POLICY", "TOKENS", "TLS_CERT", "TLS_KEY", "TLS_CLIENT_CA", "PEER_CERT", "PEER_KEY", "PEER_CA")
+}
 """Settings that are files, which values of the gateway mount."""
 
 
@@ -243,7 +246,7 @@ def test_every_setting_is_given_decided_or_secret(documents: list[dict[str, Any]
     (gateway,) = containers(_named(documents, "Deployment", "-gateway"))
     decided = {entry["name"] for entry in gateway["env"] if entry["name"].startswith(PREFIX)}
     # Clients alone are pointed at a gateway and send tokens, and a pod needs no file of settings.
-    elsewhere = {PREFIX + name for name in ("URL", "TOKEN_FILE", "CA", "ENV_FILE", "TLS_CLIENT_CA")}
+    elsewhere = {PREFIX + name for name in ("URL", "TOKEN_FILE", "CA", "ENV_FILE")}
     assert given | decided | elsewhere | MOUNTED | {"ARTIFACT_STORE_INSECURE"} == KNOWN_NAMES
 
 
@@ -274,6 +277,23 @@ def test_every_pod_trusts_the_given_authority() -> None:
         place = f"{mount['mountPath']}/{item['path']}"
         # OpenSSL's name for the S3 store, libpq's for PostgreSQL; Kafka's client has none and needs its own option.
         assert (found["SSL_CERT_FILE"], found["PGSSLROOTCERT"], kafka["ssl.ca.location"]) == (place, place, place)
+
+
+def test_every_file_that_a_setting_of_the_gateway_names_is_mounted_for_reading() -> None:
+    documents = render(SETS["full"])
+    deployment = _named(documents, "Deployment", "-gateway")
+    ((container,), (spec,)) = containers(deployment), pod_specs(deployment)
+    found = environment(container, documents)
+    assert found.keys() >= MOUNTED
+    mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"] if mount.get("readOnly")}
+    volumes = {volume["name"]: volume for volume in spec["volumes"]}
+    for name in MOUNTED:
+        folder, _, file = found[name].rpartition("/")
+        volume = volumes[mounts[folder]["name"]]
+        items = volume.get("configMap", volume.get("secret")).get("items")
+        assert items is None or [item["path"] for item in items] == [file], name
+    clients = volumes["clients"]["configMap"]
+    assert (clients["name"], clients["items"][0]["key"]) == ("clients", "authorities.pem")
 
 
 def test_without_an_authority_the_system_is_trusted() -> None:
