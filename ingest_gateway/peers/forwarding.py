@@ -5,26 +5,29 @@ Bytes of files are never forwarded.
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from io import BytesIO
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TypeVar
 from uuid import UUID
 
 import aiohttp
 import cbor2
+from pydantic import TypeAdapter
 
 from artifact_store.errors import InvalidRequestError, PushBackError, UnavailableError
 from artifact_store.models import Acknowledgement
-from artifact_store.rules import parse_number
+from artifact_store.rules import MAX_NUMBER, check_text, parse_number
 from ingest_gateway.peers.authentication import PeerCredentials
 from services.core.access import EVERYTHING, Grants
 from services.core.commands import Command, CreatePackage
-from services.core.decide import require_write
+from services.core.decide import may_answer, require_write
 from services.core.wire import (
+    LAST_TIME,
     OLDEST,
     SAYS_GRANTS,
     VERSION,
@@ -53,10 +56,25 @@ WIRE_VERSION = "Artifact-Store-Wire-Version"
 
 _CONFIRMATIONS: dict[str, type[Confirmation]] = {"skip": SkipRecord, "accept-loss": AcceptLoss}
 
+_STATUS = TypeAdapter(PartitionStatus)
+_TOLD = [field.name for field in fields(PartitionStatus) if field.name != "owner"]
+"""What a process says of each of its partitions, in this order."""
+
+_Message = TypeVar("_Message")
+
 _UNREADABLE = (cbor2.CBORDecodeError, ValueError, TypeError, RecursionError, OverflowError)
 
 MAX_FORWARDED = 1024
 """How many commands and questions may be in flight, at most half of them to one process: each has a connection."""
+
+DECODED_AT_ONCE_BYTES = 64 << 10
+"""A longer message is decoded in a thread."""
+
+_ANSWER_BYTES = 64 << 10
+"""How long an answer may be beyond the question's own length: to each file of a command it says less than that did."""
+
+_STATUS_BYTES = 4 << 20
+"""The same of a process's partitions: some hundred bytes for each."""
 
 _CONNECT_SECONDS = 2.0
 _TOTAL_SECONDS = 40.0
@@ -81,7 +99,8 @@ class HttpForwarder:
             # `_place` bounds them. A bound here would let commands of a partition that hangs hold up those of others.
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=_TOTAL_SECONDS, sock_connect=_CONNECT_SECONDS),
-            headers={"Content-Type": CONTENT_TYPE},
+            headers={"Content-Type": CONTENT_TYPE, "Accept-Encoding": "identity"},
+            auto_decompress=False,  # an answer is no longer than it looks
         )
         return self
 
@@ -97,11 +116,7 @@ class HttpForwarder:
         with self._place(owner_url):
             version = await self._version_for(owner_url, command)
             answer = await self._post(owner_url, COMMANDS_PATH, encode_command(command, version), version)
-        try:
-            return decode_acknowledgement(answer, version)
-        except InvalidRequestError as error:
-            # The command may well be recorded, so this is no rejection.
-            raise UnavailableError("the owner of the partition gave an answer that cannot be read") from error
+        return await decoded(_acknowledgement_of, answer, command, version)
 
     async def check_ingest(
         self,
@@ -117,16 +132,16 @@ class HttpForwarder:
             version = await self._version_for(owner_url, asked)
             body = encode_check(package_id, relative_paths, command_id, grants, version)
             answer = await self._post(owner_url, CHECKS_PATH, body, version)
-        return answer.decode(errors="replace") or None  # an owner of the previous release answers with nothing
+        return decode_class(answer)
 
     async def status(self, owner_url: str) -> list[PartitionStatus]:
         """The state of the partitions that the process at this URL owns. Raises UnavailableError."""
-        return decode_status(await self._post(owner_url, STATUS_PATH, b""), owner_url)
+        return decode_status(await self._ask_status(owner_url), owner_url)
 
     async def confirm(self, owner_url: str, confirmation: Confirmation) -> Acknowledgement:
         """Have the partition's owner record what an operator confirmed. Raises as `KafkaWriter.confirm_here`."""
         answer = await self._post(owner_url, CONFIRMATIONS_PATH, encode_confirmation(confirmation))
-        return decode_acknowledgement(answer, OLDEST)
+        return _read_acknowledgement(answer, OLDEST)
 
     async def end(self, owner_url: str, partition: int) -> int | None:
         """See `Forwarder`. Raises PushBackError as `submit`."""
@@ -154,7 +169,7 @@ class HttpForwarder:
         if isinstance(asked, CreatePackage):
             require_write(None, asked)
             return version
-        await self._post(owner_url, STATUS_PATH, b"")  # its answer says what the process reads
+        await self._ask_status(owner_url)  # its answer says what the process reads
         version = self._versions.get(owner_url, OLDEST)
         if version < SAYS_GRANTS:
             raise PushBackError(
@@ -177,7 +192,13 @@ class HttpForwarder:
             if not on_their_way[owner_url]:
                 del on_their_way[owner_url]
 
-    async def _post(self, owner_url: str, path: str, body: bytes, version: int = OLDEST) -> bytes:
+    async def _ask_status(self, owner_url: str) -> bytes:
+        return await self._post(owner_url, STATUS_PATH, b"", most=_STATUS_BYTES)
+
+    async def _post(
+        self, owner_url: str, path: str, body: bytes, version: int = OLDEST, most: int = _ANSWER_BYTES
+    ) -> bytes:
+        """The answer, which may be `most` bytes longer than the body. Raises what it says, and UnavailableError."""
         if self._session is None:
             raise UnavailableError("forwarding is closed")
         try:
@@ -190,7 +211,7 @@ class HttpForwarder:
             # of an empty body is lost in that task, and Python logs it for each request.
             data = BytesIO(body) if body else None
             async with self._session.post(owner_url + path, data=data, allow_redirects=False, **proof) as response:
-                answer = await response.read()
+                answer = await _read(response, len(body) + most)
                 status, kind = response.status, response.content_type
                 self._note_version(owner_url, response.headers.get(WIRE_VERSION, ""))
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
@@ -219,13 +240,65 @@ class HttpForwarder:
             self._versions.pop(owner_url, None)
 
 
+async def decoded(decode: Callable[..., _Message], body: bytes, *more: Any) -> _Message:
+    """What a message means. Decoding 10,000 files takes tens of milliseconds: that is done beside the event loop."""
+    if len(body) <= DECODED_AT_ONCE_BYTES:
+        return decode(body, *more)
+    return await asyncio.to_thread(decode, body, *more)
+
+
+async def _read(response: aiohttp.ClientResponse, most: int) -> bytes:
+    """The body of an answer. Raises UnavailableError when it is longer, or packed."""
+    found = bytearray()
+    if "Content-Encoding" not in response.headers:
+        async for piece in response.content.iter_any():
+            found += piece
+            if len(found) > most:
+                break
+        else:
+            return bytes(found)
+    raise _unreadable()
+
+
+def _unreadable() -> UnavailableError:
+    """No rejection: a command may well be recorded, whatever the answer is."""
+    return UnavailableError("the owner of the partition gave an answer that cannot be read")
+
+
+def _read_acknowledgement(data: bytes, version: int) -> Acknowledgement:
+    try:
+        return decode_acknowledgement(data, version)
+    except InvalidRequestError as error:
+        raise _unreadable() from error
+
+
+def _acknowledgement_of(data: bytes, command: Command, version: int) -> Acknowledgement:
+    """The answer to this command. Raises UnavailableError when it is that to another one."""
+    found = _read_acknowledgement(data, version)
+    if not may_answer(found, command):
+        raise UnavailableError("the owner of the partition gave the answer to another command")
+    return found
+
+
+def decode_class(data: bytes) -> str | None:
+    """Read the name of a retention class, None of an owner that does not tell it. Raises UnavailableError."""
+    if not data:
+        return None
+    try:
+        name = data.decode()
+        check_text("retention_class", name)
+    except ValueError:  # InvalidRequestError is one
+        raise _unreadable() from None
+    return name
+
+
 def decode_end(data: bytes) -> int:
     """Read the number of a partition or an offset. Raises UnavailableError when it is neither."""
     try:
         found = cbor2.loads(data)
     except _UNREADABLE:
         found = None
-    if type(found) is not int or found < 0:
+    if type(found) is not int or not 0 <= found <= MAX_NUMBER:
         raise UnavailableError("another gateway sent what is no number of a partition or record")
     return found
 
@@ -241,11 +314,13 @@ def decode_extent(data: bytes) -> PackageExtent | None:
         match cbor2.loads(data):
             case None:
                 return None
-            case [int() as created_at, (int() | None) as last_sequence]:
-                return PackageExtent(created_at, last_sequence)
+            case [int() as created_at, (int() | None) as last] if 0 <= created_at <= LAST_TIME and (
+                last is None or 0 < last <= MAX_NUMBER
+            ):
+                return PackageExtent(created_at, last)
     except _UNREADABLE:
         pass
-    raise UnavailableError("the owner of the partition gave an answer that cannot be read")
+    raise _unreadable()
 
 
 def encode_confirmation(confirmation: Confirmation) -> bytes:
@@ -257,13 +332,20 @@ def encode_confirmation(confirmation: Confirmation) -> bytes:
 def decode_confirmation(data: bytes) -> Confirmation:
     """Read what `encode_confirmation` gave. Raises InvalidRequestError when it is of another release."""
     try:
-        found = cbor2.loads(data)
-        shape, command_id = _CONFIRMATIONS[found.pop("kind")], found["command_id"]
-        if not isinstance(command_id, bytes):
-            raise TypeError("the command id is no byte string")
-        return shape(**{**found, "command_id": UUID(bytes=command_id)})
-    except (*_UNREADABLE, AttributeError, KeyError) as error:
-        raise InvalidRequestError("a confirmation cannot be read") from error
+        match cbor2.loads(data):
+            case {
+                "kind": "skip" | "accept-loss" as kind,
+                "partition": int() as partition,
+                "offset": int() as offset,
+                "digest": bytes() as digest,
+                "actor": str() as actor,
+                "reason": str() as reason,
+                "command_id": bytes() as command_id,
+            }:
+                return _CONFIRMATIONS[kind](partition, offset, digest, actor, reason, UUID(bytes=command_id))
+    except _UNREADABLE:
+        pass
+    raise InvalidRequestError("a confirmation cannot be read")
 
 
 def encode_status(found: Sequence[PartitionStatus]) -> bytes:
@@ -274,7 +356,9 @@ def encode_status(found: Sequence[PartitionStatus]) -> bytes:
 def decode_status(data: bytes, owner: str) -> list[PartitionStatus]:
     """Read what `encode_status` gave. Raises UnavailableError when it is of another release."""
     try:
-        known = len(fields(PartitionStatus)) - 2
-        return [PartitionStatus(partition, owner, *rest[:known]) for partition, *rest in cbor2.loads(data)]
-    except _UNREADABLE as error:
-        raise UnavailableError("the owner of the partition gave an answer that cannot be read") from error
+        return [
+            _STATUS.validate_python(dict(zip(_TOLD, values, strict=False)) | {"owner": owner})
+            for values in cbor2.loads(data)
+        ]
+    except _UNREADABLE as error:  # pydantic's error is a ValueError
+        raise _unreadable() from error

@@ -5,10 +5,9 @@ Each process has one, by default on loopback. It carries out nothing for anybody
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol, Self, TypeVar
+from typing import Protocol, Self
 from uuid import UUID
 
 import cbor2
@@ -37,6 +36,7 @@ from ingest_gateway.peers.forwarding import (
     WIRE_VERSION,
     decode_confirmation,
     decode_end,
+    decoded,
     encode_extent,
     encode_status,
 )
@@ -50,8 +50,6 @@ from services.log.records import Confirmation
 from services.runtime.addresses import ListenAddress
 from services.runtime.tracing import TRACEPARENT, traceparent
 
-_Message = TypeVar("_Message")
-
 MAX_BODY_BYTES = 32 << 20
 """The largest command: 10,000 files with the longest paths and media types."""
 
@@ -60,9 +58,6 @@ MAX_TAKEN_BYTES = 4 * MAX_BODY_BYTES
 
 MAX_TAKEN = 1024
 """How many commands and questions may be under way here at a time; further ones are pushed back."""
-
-DECODED_AT_ONCE_BYTES = 64 << 10
-"""A longer message is decoded in a thread."""
 
 _EVERYWHERE = frozenset({"0.0.0.0", "::"})  # noqa: S104 - compared with, not listened on
 _DRAIN_SECONDS = 5.0
@@ -182,7 +177,7 @@ class InternalListener:
         async def carry_out(here: Here, body: bytes) -> bytes:
             version = _version_of(request)
             with _of_another_release():
-                command = await _decoded(decode_command, body, version)
+                command = await decoded(decode_command, body, version)
             return encode_acknowledgement(await here.submit_here(command), version)
 
         return await self._answer(request, carry_out)
@@ -190,7 +185,7 @@ class InternalListener:
     async def _check(self, request: web.Request) -> web.Response:
         async def carry_out(here: Here, body: bytes) -> bytes:
             with _of_another_release():
-                asked = await _decoded(decode_check, body)
+                asked = await decoded(decode_check, body)
             return (await here.check_ingest_here(*asked)).encode()
 
         return await self._answer(request, carry_out)
@@ -266,13 +261,6 @@ def _length_of(request: web.Request) -> int:
     if length is None:
         raise web.HTTPBadRequest
     return length
-
-
-async def _decoded(decode: Callable[..., _Message], body: bytes, *more: int) -> _Message:
-    """What a message means. Decoding 10,000 files takes tens of milliseconds: that is done beside the event loop."""
-    if len(body) <= DECODED_AT_ONCE_BYTES:
-        return decode(body, *more)
-    return await asyncio.to_thread(decode, body, *more)
 
 
 def _version_of(request: web.Request, header: str = WIRE_VERSION) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Protocol
 from uuid import UUID
 
+from artifact_store.canonical import is_jcs_object
 from artifact_store.errors import (
     AnswerExpiredError,
     CommandReusedError,
@@ -34,7 +35,15 @@ from artifact_store.events import (
 )
 from artifact_store.manifest import ContentAddress, content_key, manifest_digest
 from artifact_store.models import Acknowledgement, IngestedFile
-from artifact_store.rules import add_folders, check_metadata_size, check_paths, check_text, folders_above
+from artifact_store.rules import (
+    MAX_NUMBER,
+    MAX_PAIRS,
+    add_folders,
+    check_metadata_size,
+    check_paths,
+    check_text,
+    folders_above,
+)
 from schemas import identifiers
 from schemas.digests import DIGEST_BYTES, items_digest, payload_digest
 from schemas.runs import CommandFiles, FileRun
@@ -122,6 +131,31 @@ def acknowledge(state: PackageState, command: Command) -> Acknowledgement:
     return Acknowledgement(*last)
 
 
+def may_answer(given: Acknowledgement, command: Command) -> bool:
+    """Whether another process's acknowledgement can be that of this command.
+
+    What the command itself says is compared. Whether its events are in the log, only the log shows.
+    """
+    files = _identified(command) if isinstance(command, IngestFiles) else []
+    first = given.sequence - max(0, len(files) - 1)
+    digests = [given.event_digest, *(file.event_digest for file in given.files)]
+    manifest = given.manifest_digest
+    return (
+        given.package_id == command.package_id
+        and (first == 1 if isinstance(command, CreatePackage) else 1 < first <= given.sequence <= MAX_NUMBER)
+        and all(len(digest) == DIGEST_BYTES for digest in digests)
+        and (not files or digests[-1] == given.event_digest)
+        and (manifest is not None and len(manifest) == DIGEST_BYTES) == isinstance(command, FinalizePackage)
+        and len(given.unportable_paths) <= MAX_PAIRS
+        and len(given.unportable_paths) <= given.unportable_count <= MAX_NUMBER
+        and [file[:6] for file in given.files]
+        == [
+            (file_id, file.relative_path, file.size_bytes, file.blake3, file.sha256, sequence)
+            for sequence, (file_id, file) in enumerate(files, first)
+        ]
+    )
+
+
 def check_ingest(
     state: PackageState | None,
     package_id: UUID,
@@ -151,6 +185,8 @@ def _create(state: PackageState | None, command: CreatePackage, now: int, limits
     for name in ("name", "producer", "subject", "actor"):
         check_text(name, getattr(command, name))
     check_metadata_size(command.metadata, limits.max_metadata_bytes)
+    if not is_jcs_object(command.metadata):  # another gateway may have sent it, and readers stop at such an event
+        raise InvalidRequestError("metadata must be a JSON object in JCS form")
     if len(command.metadata.encode()) + EVENT_OVERHEAD_BYTES > limits.max_event_bytes:
         raise TooLargeError("the event would be larger than the log takes; send less metadata")
     kept = retention_class(command.retention_class)

@@ -8,7 +8,7 @@ Identifiers are CBOR tag 37 (binary UUID).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -22,7 +22,7 @@ from artifact_store.errors import (
     UnavailableError,
 )
 from artifact_store.models import Acknowledgement, IngestedFile
-from artifact_store.rules import PathPair
+from artifact_store.rules import MAX_NUMBER, MAX_TEXT_CHARACTERS, PathPair
 from services.core.access import EVERYTHING, Grant, Grants, Packages, Right
 from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles, StoredFile
 
@@ -34,6 +34,13 @@ OLDEST = 1
 
 Stored messages have this version, and so do messages to gateways that have not said yet which version they know.
 """
+
+MAX_DETAIL_CHARACTERS = 4_096
+MAX_RETRY_SECONDS = 3_600.0
+"""How much of an error's text is read, and how long it may ask to wait."""
+
+LAST_TIME = 253_402_300_799_999_999
+"""The last µs of the year 9999, after which times cannot be written."""
 
 _ADDED: dict[tuple[str, str], int] = {
     ("Acknowledgement", "unportable_count"): 2,
@@ -132,20 +139,46 @@ def encode_error(error: ArtifactStoreError, version: int = VERSION) -> bytes:
 
 
 def decode_error(data: bytes) -> ArtifactStoreError:
-    """Rebuild an error from its problem type; UnavailableError if that is unknown or the bytes cannot be read."""
+    """Rebuild an error from its problem type; UnavailableError if that is unknown or the bytes cannot be read.
+
+    Numbers and facts that no such error has are left out.
+    """
     try:
-        problem, detail, retry_after, size, *facts = _loads(data)
-    except (InvalidRequestError, TypeError, ValueError):
-        return UnavailableError("the owner of the partition gave an answer that cannot be read")
+        found = _loads(data)
+    except InvalidRequestError:
+        found = None
+    match found:
+        case [str() as problem, str() as detail, retry_after, size, *more]:
+            pass
+        case _:
+            return UnavailableError("the owner of the partition gave an answer that cannot be read")
     shape = next((cls for cls in _error_classes() if cls.__dict__.get("problem") == problem), UnavailableError)
+    detail = detail[:MAX_DETAIL_CHARACTERS]
     if shape is RangeNotSatisfiableError:
-        return RangeNotSatisfiableError(str(detail), int(size or 0))
+        return RangeNotSatisfiableError(detail, size if type(size) is int and 0 <= size <= MAX_NUMBER else 0)
     if shape is PushBackError:
-        return PushBackError(str(detail), float(retry_after or 1.0))
-    error = shape(str(detail))
-    if facts and isinstance(facts[0], dict):
-        error.facts = facts[0]
+        waits = type(retry_after) in (int, float) and 0 < retry_after <= MAX_RETRY_SECONDS
+        return PushBackError(detail, float(retry_after) if waits else 1.0)
+    error = shape(detail)
+    facts = more[0] if more and isinstance(more[0], dict) else {}
+    error.facts = {name: facts[name] for name, check in _FACTS.items() if name in facts and check(facts[name])}
     return error
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= MAX_TEXT_CHARACTERS
+
+
+def _is_time(value: object) -> bool:
+    return type(value) is int and 0 <= value <= LAST_TIME
+
+
+_FACTS: dict[str, Callable[[object], bool]] = {
+    "package_id": _is_text,
+    "finalized_at": _is_time,
+    "manifest_digest": _is_text,
+}
+"""The facts that errors have, and what they can be."""
 
 
 def _error_classes(root: type[ArtifactStoreError] = ArtifactStoreError) -> Iterator[type[ArtifactStoreError]]:

@@ -21,21 +21,22 @@ from artifact_store.errors import (
     TooLargeError,
     UnavailableError,
 )
-from artifact_store.models import Acknowledgement
+from artifact_store.models import Acknowledgement, IngestedFile
 from ingest_gateway.peers import forwarding
 from ingest_gateway.peers import internal_listener as internal
 from ingest_gateway.peers.authentication import PeerCredentials
 from ingest_gateway.peers.forwarding import CHECKS_PATH, COMMANDS_PATH, CONTENT_TYPE, WIRE_VERSION, HttpForwarder
 from ingest_gateway.peers.internal_listener import MAX_BODY_BYTES, InternalListener
+from schemas.identifiers import file_id
 from services.config import Settings
 from services.core import wire
 from services.core.access import EVERYTHING, Grant, Grants, Packages, Right
-from services.core.commands import Command
+from services.core.commands import Command, CreatePackage, FinalizePackage
 from services.core.wire import decode_error, encode_command
 from services.log.kafka.connection import INTERFACE
 from services.log.port import PackageExtent, PartitionNotOwnedError, PartitionStatus
 from services.log.records import Confirmation, SkipRecord
-from tests.commands import create, ingest
+from tests.commands import create, finalize, ingest
 from tests.integration.conditions import until
 from tests.services.process import free_ports
 
@@ -48,13 +49,34 @@ OWNED = (
 )
 
 
+def answer_to(command: Command, manifest_digest: bytes = bytes(32)) -> Acknowledgement:
+    """What the owner of a package answers once the events of the command are in the log, from number 7 on."""
+    if isinstance(command, CreatePackage):
+        return Acknowledgement(command.package_id, 1, bytes(32))
+    if isinstance(command, FinalizePackage):
+        return Acknowledgement(command.package_id, 7, bytes(32), manifest_digest=manifest_digest)
+    files = tuple(
+        IngestedFile(
+            file_id(command.package_id, file.relative_path),
+            file.relative_path,
+            file.size_bytes,
+            file.blake3,
+            file.sha256,
+            number,
+            bytes(32),
+        )
+        for number, file in enumerate(command.files, 7)
+    )
+    return Acknowledgement(command.package_id, files[-1].sequence, bytes(32), files)
+
+
 class Answering:
-    """A writer that answers every command with the same acknowledgement, or raises."""
+    """A writer that acknowledges every command, or raises."""
 
     def __init__(self) -> None:
         self.seen: list[object] = []
         self.refusal: Exception | None = None
-        self.manifest_digest: bytes | None = None
+        self.unportable_count = 0
         self.extent: PackageExtent | None = None
         self.grants: Grants | None = None
         """Of the last question."""
@@ -63,7 +85,7 @@ class Answering:
         self.seen.append(command)
         if self.refusal is not None:
             raise self.refusal
-        return Acknowledgement(command.package_id, 7, bytes(32), manifest_digest=self.manifest_digest)
+        return answer_to(command, b"m" * 32)._replace(unportable_count=self.unportable_count)
 
     async def check_ingest_here(
         self,
@@ -119,7 +141,7 @@ async def test_commands_and_questions_reach_the_owner_and_its_answer_comes_back(
     async with HttpForwarder(PeerCredentials(SECRET)) as forwarder:
         answer = await forwarder.submit(listener.url, command)
         assert await forwarder.check_ingest(listener.url, command.package_id, ["ä"], None) == "raw-evidence"
-    assert answer == Acknowledgement(command.package_id, 7, bytes(32))
+    assert answer == answer_to(command)
     assert writer.seen == [command, (command.package_id, ["ä"], None)]
 
 
@@ -194,11 +216,13 @@ async def test_an_operators_confirmation_reaches_the_owner_also_below_the_path_o
 async def test_two_gateways_use_the_newest_version_that_both_know(
     listener: InternalListener, writer: Answering, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wire, "_ADDED", {("Acknowledgement", "manifest_digest"): 2})
+    monkeypatch.setattr(wire, "_ADDED", {("Acknowledgement", "unportable_count"): 2})
     for module, version in ((wire, 2), (forwarding, 2), (internal, 1)):
         monkeypatch.setattr(module, "VERSION", version)
-    command, writer.manifest_digest = create(), b"m" * 32
-    first, second = (Acknowledgement(command.package_id, 7, bytes(32), manifest_digest=d) for d in (None, b"m" * 32))
+    command = finalize(create().package_id)
+    writer.unportable_count = 5
+    second = answer_to(command, b"m" * 32)._replace(unportable_count=5)
+    first = second._replace(unportable_count=0)
     async with HttpForwarder(PeerCredentials(SECRET)) as forwarder:
         assert [await forwarder.submit(listener.url, command) for _ in range(2)] == [first, first]
         monkeypatch.setattr(internal, "VERSION", 2)

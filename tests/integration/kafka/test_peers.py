@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import shutil
 import ssl
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
+from uuid import UUID
 
 import aiohttp
+import cbor2
 import pytest
 from aiohttp import web
+from pydantic import SecretStr
 
-from artifact_store.errors import ConfigurationError, UnavailableError
+from artifact_store.errors import ArtifactStoreError, ConfigurationError, UnavailableError
 from artifact_store.models import Acknowledgement
+from artifact_store.rules import PathPair
+from ingest_gateway.peers import forwarding
 from ingest_gateway.peers.authentication import PEER_NAME, PeerCredentials
-from ingest_gateway.peers.forwarding import COMMANDS_PATH, CONTENT_TYPE, HttpForwarder
+from ingest_gateway.peers.forwarding import COMMANDS_PATH, CONTENT_TYPE, WIRE_VERSION, HttpForwarder
 from ingest_gateway.peers.internal_listener import InternalListener
+from ingest_gateway.protocol.http_errors import answer_of
+from ingest_gateway.protocol.request import held
 from services.config import Settings
-from services.core.wire import encode_acknowledgement, encode_command
+from services.core.commands import Command
+from services.core.wire import VERSION, encode_acknowledgement, encode_command
 from services.runtime import tls
 from tests.certificates import Authority
-from tests.commands import create
-from tests.integration.kafka.test_internal import Answering
+from tests.commands import create, finalize, ingest
+from tests.integration.kafka.test_internal import Answering, answer_to
 
 SECRET = "correct horse battery staple"
 
@@ -91,6 +101,199 @@ async def rogue(context: ssl.SSLContext | None) -> AsyncIterator[Rogue]:
         await runner.cleanup()
 
 
+@dataclass
+class Liar:
+    """A gateway that others trust, and that answers what it likes."""
+
+    url: str = ""
+    body: bytes = b""
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+    endless: bool = False
+    sent: int = 0
+    """Bytes of endless answers that went out."""
+    cut_off: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        await request.read()
+        if not self.endless:
+            return web.Response(body=self.body, status=self.status, content_type=CONTENT_TYPE, headers=self.headers)
+        response = web.StreamResponse(headers={"Content-Type": CONTENT_TYPE})
+        await response.prepare(request)
+        try:
+            while self.sent < 256 << 20:
+                await response.write(bytes(1 << 20))
+                self.sent += 1 << 20
+        finally:
+            self.cut_off.set()
+        return response
+
+
+@pytest.fixture
+async def liar() -> AsyncIterator[Liar]:
+    found = Liar()
+    runner = web.ServerRunner(web.Server(found.answer))
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    found.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    yield found
+    await runner.cleanup()
+
+
+@pytest.fixture
+async def forwarder() -> AsyncIterator[HttpForwarder]:
+    async with HttpForwarder(PeerCredentials(SecretStr(SECRET))) as made:
+        yield made
+
+
+PACKAGE = create().package_id
+MADE, FILLED, FROZEN = create(), ingest(PACKAGE, "a", "b"), finalize(PACKAGE)
+RIGHT: dict[Command, Acknowledgement] = {command: answer_to(command) for command in (MADE, FILLED, FROZEN)}
+
+
+def changed_file(**changes: object) -> Acknowledgement:
+    first, second = RIGHT[FILLED].files
+    return RIGHT[FILLED]._replace(files=(first._replace(**changes), second))  # type: ignore[arg-type]
+
+
+LIES: list[tuple[Command, Acknowledgement]] = [
+    *((command, answer._replace(package_id=UUID(int=7))) for command, answer in RIGHT.items()),
+    *((command, answer._replace(event_digest=b"short")) for command, answer in RIGHT.items()),
+    *((command, answer._replace(sequence=0)) for command, answer in RIGHT.items()),
+    *((command, answer._replace(sequence=1 << 70)) for command, answer in RIGHT.items()),
+    (MADE, RIGHT[FILLED]),
+    (MADE, RIGHT[FROZEN]),
+    (FILLED, RIGHT[MADE]),
+    (FILLED, RIGHT[FROZEN]),
+    (FROZEN, RIGHT[MADE]),
+    (FILLED, RIGHT[FILLED]._replace(files=RIGHT[FILLED].files[:1])),
+    (FILLED, RIGHT[FILLED]._replace(files=RIGHT[FILLED].files[::-1])),
+    (FILLED, changed_file(file_id=UUID(int=7))),
+    (FILLED, changed_file(relative_path="c")),
+    (FILLED, changed_file(size_bytes=7)),
+    (FILLED, changed_file(blake3=bytes(32))),
+    (FILLED, changed_file(sha256=bytes(32))),
+    (FILLED, changed_file(sequence=9)),
+    (FILLED, changed_file(event_digest=b"")),
+    (FROZEN, RIGHT[FROZEN]._replace(manifest_digest=b"short")),
+    (FROZEN, RIGHT[FROZEN]._replace(unportable_count=-1)),
+    (FROZEN, RIGHT[FROZEN]._replace(unportable_count=99, unportable_paths=(PathPair("a", "A"),) * 11)),
+]
+
+
+async def test_a_peer_cannot_acknowledge_what_is_not_the_command(liar: Liar, forwarder: HttpForwarder) -> None:
+    liar.headers = {WIRE_VERSION: str(VERSION)}
+    liar.body = encode_acknowledgement(RIGHT[MADE], 1)
+    await forwarder.submit(liar.url, MADE)  # from now on it is asked in the newest version
+    for command, answer in RIGHT.items():
+        liar.body = encode_acknowledgement(answer)
+        assert await forwarder.submit(liar.url, command) == answer
+    for command, lie in LIES:
+        liar.body = encode_acknowledgement(lie)
+        with pytest.raises(UnavailableError):
+            await forwarder.submit(liar.url, command)
+
+
+async def test_an_answer_without_end_is_cut_off(liar: Liar, forwarder: HttpForwarder) -> None:
+    for ask in (
+        lambda: forwarder.submit(liar.url, FILLED),
+        lambda: forwarder.check_ingest(liar.url, PACKAGE, ["a"], None),
+        lambda: forwarder.status(liar.url),
+        lambda: forwarder.end(liar.url, 1),
+        lambda: forwarder.extent(liar.url, PACKAGE),
+    ):
+        liar.endless, liar.sent = True, 0
+        liar.cut_off.clear()
+        with pytest.raises(UnavailableError):
+            await ask()
+        await liar.cut_off.wait()
+        assert liar.sent < 64 << 20
+
+
+async def test_a_packed_answer_is_not_unpacked(liar: Liar, forwarder: HttpForwarder) -> None:
+    liar.body, liar.headers = gzip.compress(encode_acknowledgement(RIGHT[MADE], 1)), {"Content-Encoding": "gzip"}
+    with pytest.raises(UnavailableError, match="cannot be read"):
+        await forwarder.submit(liar.url, MADE)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        ["push-back", "why", float("inf"), None],
+        ["push-back", "why", float("nan"), None],
+        ["push-back", "why", -1, None],
+        ["push-back", "why", "soon", None],
+        ["range-not-satisfiable", "why", None, "x"],
+        ["range-not-satisfiable", "why", None, -1],
+        ["range-not-satisfiable", "why", None, 1 << 70],
+        ["answer-expired", "why", None, None, {"finalized_at": 1 << 70}],
+        ["answer-expired", "why", None, None, {"finalized_at": "x", "package_id": [], 7: 7, "detail": "x", "size": 1}],
+        ["conflict", ["why"], None, None],
+        [["conflict"], "why", None, None],
+        ["conflict", "why" * 100_000, None, None],
+        [],
+    ],
+    ids=str,
+)
+async def test_whatever_a_peer_says_of_an_error_can_be_told_to_the_client(
+    liar: Liar, forwarder: HttpForwarder, said: object
+) -> None:
+    liar.body, liar.status = cbor2.dumps(said)[: 60 << 10], 503
+    with pytest.raises(ArtifactStoreError) as refused:
+        await forwarder.submit(liar.url, MADE)
+    answer = answer_of(refused.value)
+    assert 400 <= answer.status <= 503
+    assert len(held(answer)) < 10_000
+
+
+@pytest.mark.parametrize("answer", [-1, 1 << 70, True, "7", None, [7], 7.5])
+async def test_an_end_that_is_none_is_not_believed(liar: Liar, forwarder: HttpForwarder, answer: object) -> None:
+    liar.body = cbor2.dumps(answer)
+    with pytest.raises(UnavailableError):
+        await forwarder.end(liar.url, 3)
+
+
+@pytest.mark.parametrize("answer", [[-1, 1], [1 << 70, 1], [1, 0], [1, 1 << 70], [1], ["1", 1], 7, [[]]])
+async def test_an_extent_that_is_none_is_not_believed(liar: Liar, forwarder: HttpForwarder, answer: object) -> None:
+    liar.body = cbor2.dumps(answer)
+    with pytest.raises(UnavailableError):
+        await forwarder.extent(liar.url, PACKAGE)
+
+
+@pytest.mark.parametrize("answer", [b"x" * 257, b"a\nb", b"\xff"])
+async def test_a_retention_class_that_is_none_is_not_believed(
+    liar: Liar, forwarder: HttpForwarder, answer: bytes
+) -> None:
+    liar.body = answer
+    with pytest.raises(UnavailableError):
+        await forwarder.check_ingest(liar.url, PACKAGE, ["a"], None)
+
+
+@pytest.mark.parametrize("answer", [7, [7], [["x"]], [[{}]], [[3, "since"]], [[3, 1, 1, "file", [1]]]])
+async def test_a_state_of_partitions_that_is_none_is_not_believed(
+    liar: Liar, forwarder: HttpForwarder, answer: object
+) -> None:
+    liar.body = cbor2.dumps(answer)
+    with pytest.raises(UnavailableError):
+        await forwarder.status(liar.url)
+
+
+async def test_a_long_answer_is_read_beside_the_event_loop(
+    liar: Liar, forwarder: HttpForwarder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, threads = forwarding.decode_acknowledgement, []
+
+    def decode(data: bytes, version: int) -> Acknowledgement:
+        threads.append(threading.get_ident())
+        return read(data, version)
+
+    monkeypatch.setattr(forwarding, "decode_acknowledgement", decode)
+    for command in (ingest(PACKAGE, *(f"{number:05}" for number in range(1_000))), MADE):
+        liar.body = encode_acknowledgement(answer_to(command), 1)
+        assert await forwarder.submit(liar.url, command) == answer_to(command)
+    assert [thread == threading.get_ident() for thread in threads] == [False, True]
+
+
 async def status_of(url: str, headers: dict[str, str]) -> int:
     """What a command with these headers is answered."""
     body = BytesIO(encode_command(create()))
@@ -106,7 +309,7 @@ async def test_gateways_with_certificates_need_no_secret(authorities: Authoritie
     async with owner(settings) as (url, writer), HttpForwarder(PeerCredentials.of(settings)) as forwarder:
         assert url.startswith("https://")
         command = create()
-        assert (await forwarder.submit(url, command)).sequence == 7
+        assert await forwarder.submit(url, command) == answer_to(command)
         assert writer.seen == [command]
 
 

@@ -81,6 +81,12 @@ def test_oversized_metadata_is_refused() -> None:
         decide(None, commands.create(metadata='{"k":"' + "v" * 65_536 + '"}'), 0, LIMITS)
 
 
+@pytest.mark.parametrize("metadata", ["", "x", "[]", "1", '{"a":1e999}', '{"a":9007199254740993}', '{"a":"\\ud800"}'])
+def test_metadata_that_no_reader_takes_is_refused(metadata: str) -> None:
+    with pytest.raises(InvalidRequestError, match="metadata"):
+        decide(None, commands.create(metadata=metadata), 0, LIMITS)
+
+
 def test_metadata_that_the_log_could_not_take_is_refused_even_when_the_setting_allows_it() -> None:
     roomy = Limits(max_metadata_bytes=10_000_000)
     with pytest.raises(TooLargeError, match="larger than the log takes"):
