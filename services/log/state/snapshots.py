@@ -22,7 +22,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -307,16 +307,7 @@ class Snapshots:
 
     def _index(self, snapshot: Snapshot, origin: LogPartition, stopping: Callable[[], bool]) -> dict[str, Any]:
         data = self._result(self._begin(self._store.get_object(f"{snapshot.prefix}index")), stopping)
-        try:
-            index = json.loads(data or b"")
-        except ValueError:
-            raise SnapshotError("its index cannot be read") from None
-        expected = {**_identity(origin), "position": snapshot.next_offset}
-        if not isinstance(index, dict) or {name: index.get(name) for name in expected} != expected:
-            raise SnapshotError("its index is of another partition, log or format")
-        if self._key is not None and not hmac.compare_digest(str(index.pop("tag", "")), _tag(self._key, index)):
-            raise SnapshotError("its tag is not one of this deployment's key, ARTIFACT_STORE_STATE_KEY")
-        return index
+        return read_index(data or b"", {**_identity(origin), "position": snapshot.next_offset}, self._key)
 
     def _witness_key(self, origin: LogPartition, witness: Witness) -> str:
         anchor = witness.anchor
@@ -366,6 +357,24 @@ class Snapshots:
 
 def _identity(origin: LogPartition) -> dict[str, object]:
     return {"format": _FORMAT, "log": str(origin.identity), "topic": origin.topic, "partition": origin.partition}
+
+
+def read_index(data: bytes, expected: Mapping[str, object], key: bytes | None) -> dict[str, Any]:
+    """A snapshot's index, whose tag is of this `key` and which says what is `expected`. Raises SnapshotError.
+
+    Whoever may write to the bucket may have written it.
+    """
+    try:
+        index = json.loads(data)
+        if not isinstance(index, dict) or {name: index.get(name) for name in expected} != expected:
+            raise SnapshotError("its index is of another partition, log or format")
+        if key is not None:
+            tag = str(index.pop("tag", "")).encode(errors="surrogatepass")
+            if not hmac.compare_digest(tag, _tag(key, index).encode()):
+                raise SnapshotError("its tag is not one of this deployment's key, ARTIFACT_STORE_STATE_KEY")
+    except (ValueError, RecursionError):
+        raise SnapshotError("its index cannot be read") from None
+    return index
 
 
 def _place(origin: LogPartition) -> list[object]:

@@ -179,6 +179,21 @@ async def test_an_index_that_was_changed_is_passed_over(store: Store, tmp_path: 
         await asyncio.to_thread(snapshots.close, 30)
 
 
+@pytest.mark.parametrize(
+    "index", [b'"tag": "\xc3\xa4"', b'"tag": "\\ud800"', b'"x": ' + b"[" * 50_000, b'"x": ' + b"9" * 5_000]
+)
+async def test_an_index_that_cannot_be_read_is_passed_over(store: Store, tmp_path: Path, index: bytes) -> None:
+    snapshots = Snapshots(store, asyncio.get_running_loop(), KEY)
+    try:
+        await made(snapshots, state_at(tmp_path, 20_000), 20_000)
+        (key,) = [key for key in store.objects if key.endswith("/index")]
+        store.objects[key] = store.objects[key].rpartition(b', "tag"')[0] + b", " + index + b"}"
+        (outcome,) = await fetched(snapshots, await found(snapshots), tmp_path)
+        assert "its tag" in outcome or "its index cannot be read" in outcome
+    finally:
+        await asyncio.to_thread(snapshots.close, 30)
+
+
 async def test_a_witness_of_another_place_is_none(store: Store, tmp_path: Path) -> None:
     snapshots = Snapshots(store, asyncio.get_running_loop(), KEY)
     try:
