@@ -118,7 +118,7 @@ def decode(data: bytes) -> Manifest:
                 for r in raw["storage_receipts"]
             ),
         )
-    except (ValueError, KeyError, TypeError, AttributeError, cbor2.CBORDecodeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, cbor2.CBORDecodeError) as error:
         raise CorruptError(f"the manifest cannot be read: {type(error).__name__}") from error
 
 

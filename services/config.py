@@ -107,7 +107,7 @@ def options(value: Any) -> dict[str, str | int | float | bool]:
     """Read a JSON object of texts, numbers and booleans."""
     try:
         found = json.loads(value) if isinstance(value, str) else value
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError("it is not JSON") from None
     if not isinstance(found, dict) or not all(isinstance(value, str | int | float) for value in found.values()):
         raise ValueError("it must be a JSON object whose values are text, numbers or booleans")

@@ -243,7 +243,7 @@ def _tokens_of(
 
 def _expiry(token: str) -> float:
     """When an ID token expires. It came from the issuer over TLS, so nothing of it is checked here."""
-    with suppress(ValueError, IndexError, KeyError, TypeError):
+    with suppress(ValueError, IndexError, KeyError, TypeError, OverflowError, RecursionError):
         body = token.split(".")[1]
         return float(json.loads(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))["exp"])
     raise UnavailableError("the issuer gave an ID token that is no JSON Web Token")

@@ -22,7 +22,7 @@ from datetime import datetime, timedelta
 from uuid import UUID, uuid4
 
 from blake3 import blake3
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from artifact_store.errors import ArtifactStoreError, CorruptError, UnavailableError
 from artifact_store.models import Declared
@@ -74,8 +74,8 @@ class UploadState(BaseModel):
 
     token: str
     part_bytes: int
-    created_at: datetime
-    active_at: datetime
+    created_at: AwareDatetime
+    active_at: AwareDatetime
     parts: tuple[Part, ...] = ()
     next_number: int = 1
     """Parts of this number and above were put by nobody."""

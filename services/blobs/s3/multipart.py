@@ -75,9 +75,11 @@ class UploadRecord:
         try:
             fields = json.loads(text)
             started_at, active_at = (datetime.fromisoformat(fields[name]) for name in ("started_at", "active_at"))
+            if started_at.tzinfo is None or active_at.tzinfo is None:
+                raise ValueError("a time lacks its offset from UTC")
             completed = fields.get("completed") is True
             return cls(str(fields["key"]), str(fields["upload_id"]), started_at, active_at, completed)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CorruptError(f"not the record of an upload: {error}") from error
 
 

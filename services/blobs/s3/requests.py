@@ -179,7 +179,7 @@ def parse_xml(body: bytes) -> ElementTree.Element | None:
         return None
     try:
         root = ElementTree.fromstring(body.strip())  # noqa: S314 - the configured store's answers; expat bounds entities
-    except ElementTree.ParseError:
+    except (ElementTree.ParseError, LookupError, ValueError):  # the last two for an encoding that is not known
         return None
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
