@@ -30,8 +30,12 @@ test-fast: lint ## Lint, types and the quick tests of parts that need no service
 	@$(PYTHON) -m pytest -n 2 --dist loadfile -m "not services and not processes and not slow and not endurance" tests/unit tests/contract
 
 .PHONY: endurance
-endurance: $(DEV) ## The tests that take long, on real services
+endurance: $(DEV) ## The tests that take long, on real services; FUZZ_SECONDS=seconds for each decoder (600)
 	@$(SERVICES) run -- $(PYTHON) -m pytest -m endurance --timeout=0
+
+.PHONY: fuzz
+fuzz: $(DEV) ## Decoders tried by a guided fuzzer (Linux, x86-64); DURATION=seconds for each (60), ONLY=name for one
+	@$(PYTHON) -m tests.fuzz $(if $(DURATION),--seconds $(DURATION)) $(if $(ONLY),"$(ONLY)")
 
 .PHONY: torture
 torture: $(DEV) ## Random faults under load, then the oracle; DURATION=seconds (60), SEED=number to repeat, ONLY=kind

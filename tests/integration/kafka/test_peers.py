@@ -31,7 +31,7 @@ from ingest_gateway.protocol.http_errors import answer_of
 from ingest_gateway.protocol.request import held
 from services.config import Settings
 from services.core.commands import Command
-from services.core.wire import VERSION, encode_acknowledgement, encode_command
+from services.core.wire import VERSION, decode_acknowledgement, encode_acknowledgement, encode_command
 from services.runtime import tls
 from tests.certificates import Authority
 from tests.commands import create, finalize, ingest
@@ -281,11 +281,11 @@ async def test_a_state_of_partitions_that_is_none_is_not_believed(
 async def test_a_long_answer_is_read_beside_the_event_loop(
     liar: Liar, forwarder: HttpForwarder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, threads = forwarding.decode_acknowledgement, []
+    threads = []
 
     def decode(data: bytes, version: int) -> Acknowledgement:
         threads.append(threading.get_ident())
-        return read(data, version)
+        return decode_acknowledgement(data, version)
 
     monkeypatch.setattr(forwarding, "decode_acknowledgement", decode)
     for command in (ingest(PACKAGE, *(f"{number:05}" for number in range(1_000))), MADE):
