@@ -201,10 +201,9 @@ async def test_an_event_that_does_not_belong_where_it_lies_is_none(kafka_url: st
     settings = kafka_settings(kafka_url, tmp_path)
     async with open_kafka_log(settings) as log, gateway(settings, log) as writer:
         await serving(writer)
-        made = await writer.submit(create_in(0))
-        end = (await log.end()).offsets
-        values = [r.value async for batch in log.scan({0: 0}, {0: end[0]}) for r in batch.records]
-        value = values[0]
+        source = PARTITION if kind == "key" else 0
+        made = await writer.submit(create_in(source))
+        value = (await records_of(log, source))[0].value
         key = str(made.package_id) if kind == "partition" else str(create_in(PARTITION).package_id)
         offset = await asyncio.to_thread(stray, settings, value=value, key=key.encode())
         await stands_after_submit(writer, offset)

@@ -81,6 +81,7 @@ def test_a_path_that_is_taken_stays_inside_and_round_trips(path: str) -> None:
         (["LIB", "lib/a", "lib/b"], [("LIB", "lib")]),
         (["stra\u00dfe", "STRASSE"], [("stra\u00dfe", "STRASSE")]),
         (["\ufb01le", "file"], [("\ufb01le", "file")]),
+        (["\uff21", "a"], [("\uff21", "a")]),
         (["\u0130", "i\u0307x"], []),
         (["\uac00", "\u3131"], []),
     ],

@@ -274,18 +274,20 @@ def test_paths_that_only_look_alike_are_taken(path: str) -> None:
     assert len(decide(state, commands.ingest(PACKAGE, path, name=2), 1_000, LIMITS)) == 1
 
 
-def with_pair() -> PackageState:
+def with_pair(first: str, second: str) -> PackageState:
     """A package of a time when a path could be both: its events are put together from two histories."""
-    state = after(CREATE, commands.ingest(PACKAGE, "a.txt", name=1))
-    hidden, state.files, state.folders = state.files, {}, set()
-    (event,) = decide(state, commands.ingest(PACKAGE, "a.txt/b", name=2), 1_000, LIMITS)
-    state.files, state.folders = hidden, set()
+    state = after(CREATE, commands.ingest(PACKAGE, first, name=1))
+    files, folders = state.files, state.folders
+    state.files, state.folders = {}, set()
+    (event,) = decide(state, commands.ingest(PACKAGE, second, name=2), 1_000, LIMITS)
+    state.files, state.folders = files, folders
     return evolve(state, event)
 
 
-def test_a_history_that_holds_both_stays_valid_and_takes_what_does_not_add_to_it() -> None:
-    state = with_pair()
-    assert list(state.files) == ["a.txt", "a.txt/b"]
+@pytest.mark.parametrize(("first", "second"), [("a.txt", "a.txt/b"), ("a.txt/b", "a.txt")])
+def test_a_history_that_holds_both_stays_valid_and_takes_what_does_not_add_to_it(first: str, second: str) -> None:
+    state = with_pair(first, second)
+    assert list(state.files) == [first, second]
     state = evolve_all(state, decide(state, commands.ingest(PACKAGE, "c", name=3), 1_000, LIMITS))
     with pytest.raises(PathConflictError):
         decide(state, commands.ingest(PACKAGE, "a.txt/d", name=4), 1_000, LIMITS)
