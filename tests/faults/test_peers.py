@@ -97,4 +97,12 @@ async def test_a_take_over_reads_all_that_was_recorded_although_a_deposed_leader
                 async with lone_writer(other, successors) as successor:
                     assert await insist(successor, commands[1]) == done[1][1]
                     done.append((commands[2], await insist(successor, commands[2])))
+
+            async def rejoined() -> bool:
+                """Until it has heard of its deposition, it tells readers an old end too."""
+                door = Cluster(replace(log.kafka, bootstrap=deposed.endpoint))
+                known = await asyncio.to_thread(door.last_stable, [PARTITION])
+                return known[PARTITION] > old[PARTITION]
+
+            await until(rejoined, SECONDS, "the deposed leader hears nothing")
         assert_recorded_once(await read_valid(log), done)
