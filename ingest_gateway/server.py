@@ -163,7 +163,9 @@ async def listening(
     served there alone, and health there as well.
 
     At the end of the block it accepts no new connection, dismisses followers, waits up to `drain_seconds` for requests
-    under way, and closes. Raises ConfigurationError: the address is taken or does not exist.
+    under way and for clients that may be sending another one, and closes.
+
+    Raises ConfigurationError: the address is taken or does not exist.
     """
     metrics = metrics or Metrics()
     siblings = None if member is None else Siblings(member, metrics.exposition)
@@ -171,9 +173,8 @@ async def listening(
     if metrics_at is not None:
         app.serve_metrics_apart(AllowedHosts(loopback=metrics_at.is_loopback))
     admission = app.gateway.admission
-    runner = web.ServerRunner(
-        Server(app.handle, app.refuse, admission.connections, admission.heads), shutdown_timeout=1.0
-    )
+    server = Server(app.handle, app.refuse, admission.connections, admission.heads)
+    runner = web.ServerRunner(server, shutdown_timeout=1.0)
     await runner.setup()
     apart = web.ServerRunner(
         Server(app.handle_apart, app.refuse, Places("connections for metrics", _METRICS_CONNECTIONS), admission.heads),
@@ -193,7 +194,11 @@ async def listening(
             scheme = "http" if context is None else "https"
             yield f"{scheme}://{ListenAddress(*runner.addresses[0][:2])}"
             await site.stop()
+            deadline = asyncio.get_running_loop().time() + drain_seconds
             await app.gateway.drain(drain_seconds)
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(deadline):
+                    await server.let_go()
     finally:
         lag.cancel()
         stopped.set()

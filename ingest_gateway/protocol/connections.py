@@ -45,6 +45,11 @@ _CLOSE = {"Connection": "close"}
 KEEP_ALIVE_SECONDS = 75.0
 """How long a connection may be idle, or take to send the head of its first request."""
 
+QUIET_SECONDS = 0.5
+"""How long a connection has been idle when a gateway that stops closes it."""
+
+_LOOK_SECONDS = 0.02
+
 _SITE_BITS = 64
 
 MAX_EXCESS = 128
@@ -135,6 +140,12 @@ class Connection(web.RequestHandler):
         """Whether no request is being answered or waits for its answer."""
         return self._current_request is None and not self._messages
 
+    def quiet_since(self) -> float | None:
+        """When the last answer ended, on the event loop's clock (s); None while a request is under way or has begun."""
+        if self._waiter is None or self._waiter.done() or self._heads is None or self._heads.has_begun:
+            return None
+        return self._next_keepalive_close_time - KEEP_ALIVE_SECONDS
+
     def cut(self) -> None:
         """Abort the connection."""
         if self.transport is not None:
@@ -192,6 +203,11 @@ class _BoundedParser:
                 tail += data[at:]
                 break
         return messages, upgraded, tail
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether bytes of a head have come, and not yet its end."""
+        return self._head > 0
 
     def release(self) -> None:
         """Give back all room."""
@@ -272,6 +288,20 @@ class Server(web.Server):
 
     def __call__(self) -> web.RequestHandler:
         return Connection(self)
+
+    async def let_go(self) -> None:
+        """Close every connection once it has been quiet for QUIET_SECONDS. Returns when none is left.
+
+        A client that is told to go away by `Connection: close` does not come back on the connection. But one that was
+        told nothing may be sending its next request at this moment, and would lose it.
+        """
+        loop = asyncio.get_running_loop()
+        while self.connections:
+            for connection in self.connections:
+                since = connection.quiet_since() if isinstance(connection, Connection) else None
+                if since is not None and loop.time() - since >= QUIET_SECONDS:
+                    connection.force_close()
+            await asyncio.sleep(_LOOK_SECONDS)
 
     def exceeded(self, connection: Connection) -> None:
         """Keep a connection without a place for EXCESS_SECONDS, or abort it when there are too many."""

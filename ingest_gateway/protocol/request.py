@@ -426,8 +426,9 @@ class Call:
     async def start(self, response: web.StreamResponse) -> None:
         """Send the head of a streamed answer."""
         response.headers["Server"] = SERVER
-        if self.request.version < HttpVersion11 and response.content_length is None:
-            response.force_close()  # its end is that of the connection: HTTP/1.0 has no chunks
+        endless = self.request.version < HttpVersion11 and response.content_length is None
+        if endless or self.gateway.admission.draining:
+            response.force_close()  # the end of an answer without chunks (HTTP/1.0) is that of the connection
         await response.prepare(self.request)
 
     async def send(self, response: web.StreamResponse, data: bytes) -> None:

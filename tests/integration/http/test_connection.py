@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
+from contextlib import AsyncExitStack
 
 import pytest
 
@@ -95,6 +97,44 @@ async def test_who_takes_no_json_is_cut_off_and_keeps_the_gateway_no_longer(
             cut = 'method="GET",route="/v1/packages/{package_id}/files",status="0"'
             assert f"artifact_store_http_requests_total{{{cut}}} 1.0" in await answer.text()
         assert len(await client.rest()) < 30 * sum(map(len, paths))
+
+
+async def refuses(port: int) -> None:
+    """Wait until the gateway has begun to stop: it takes no new connection."""
+
+    async def closed() -> bool:
+        try:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+        except ConnectionRefusedError:
+            return True
+        except ConnectionResetError:  # it stopped while this one waited to be taken
+            return False
+        writer.close()
+        return False
+
+    await until(closed, SECONDS, "the gateway still listens")
+
+
+@pytest.mark.parametrize("what", ["/healthz", "/v1/events"])
+async def test_a_client_that_goes_on_while_the_gateway_stops_is_answered_and_told_to_leave(
+    embedded_settings: Settings, what: str
+) -> None:
+    """Any client may send its next request on a kept connection while the gateway closes it, and would lose it."""
+    async with AsyncExitStack() as stack:
+        async with running_gateway(embedded_settings) as gateway:
+            client, idle = [await stack.enter_async_context(connected(gateway.port)) for _ in range(2)]
+            for each in (client, idle):
+                each.send("GET /healthz")
+                assert (await each.answer()).headers.get("connection") != "close"
+
+            async def go_on() -> dict[str, str]:
+                await refuses(gateway.port)
+                client.send(f"GET {what}")
+                return (await client.head())[1]
+
+            going_on = asyncio.create_task(go_on())
+        assert (await going_on)["connection"] == "close"
+        assert await idle.is_closed()
 
 
 async def test_what_is_no_http_is_logged_and_counted_and_learns_no_versions(
