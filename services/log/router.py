@@ -14,6 +14,7 @@ never an event.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -29,9 +30,6 @@ from services.log.port import Forwarder, NotAppendedError, PartitionNotOwnedErro
 from services.log.sequencer.answers import Counts, in_doubt
 from services.log.sequencer.partition_writer import PartitionWriter
 from services.log.sequencer.queue import EndQuestion, IngestCheck, size_of
-
-CHECK_SECONDS = 12.0
-"""How long a question is retried: twice as long as it takes until a killed owner has a successor."""
 
 MAX_BYTES = 64 << 20
 """About how much memory requests for one partition may take: twice what its queue holds, for those that are being
@@ -51,7 +49,7 @@ class Router:
     """One for each process. Used on its event loop."""
 
     def __init__(self, owners: Owners, forwarder: Forwarder | None, counts: Counts, seconds: float) -> None:
-        """`seconds` is how long a command is retried."""
+        """`seconds` is how long a request may take, with all retries."""
         self.writers: dict[int, PartitionWriter] = {}
         """The writers of this process, by partition. Whoever starts and stops them updates this, from any thread."""
         self.foreign: str | None = None
@@ -117,7 +115,7 @@ class Router:
     async def _sought(self, partition: int, asked: Command | IngestCheck) -> Answer:
         loop, pause, doubtful = asyncio.get_running_loop(), _FIRST_PAUSE, False
         check = isinstance(asked, IngestCheck)
-        deadline = loop.time() + (min(CHECK_SECONDS, self._seconds) if check else self._seconds)
+        deadline = loop.time() + self._seconds
         while True:
             if self.foreign is not None:
                 raise in_doubt(self.foreign) if doubtful else UnavailableError(self.foreign)
@@ -154,11 +152,14 @@ class Router:
         process did not answer.
         """
         with suppress(PartitionNotOwnedError):
-            return await self._here(partition, asked)
+            return await self._here(partition, asked, deadline)
         try:
-            owner = (await self._owners.all()).get(partition)
+            async with asyncio.timeout_at(deadline):
+                owner = (await self._owners.all()).get(partition)
         except UnavailableError as error:
             raise PartitionNotOwnedError(error.detail) from error
+        except TimeoutError:
+            raise PartitionNotOwnedError("the group of writers did not say in time who owns the partition") from None
         if owner is None or owner.is_self:
             raise PartitionNotOwnedError(f"partition {partition} has no writer now")
         if owner.url is None or self._forwarder is None:
@@ -167,14 +168,16 @@ class Router:
         async with asyncio.timeout_at(deadline):
             return await self._owners.while_owned(partition, owner, there)
 
-    def _here(self, partition: int, asked: Command | IngestCheck) -> asyncio.Future[Acknowledgement | str]:
+    def _here(
+        self, partition: int, asked: Command | IngestCheck, deadline: float = math.inf
+    ) -> asyncio.Future[Acknowledgement | str]:
         """Let this process's writer answer. Raises PartitionNotOwnedError, and as `PartitionWriter.submit`."""
         if self.foreign is not None:
             raise UnavailableError(self.foreign)
         writer = self.writers.get(partition)
         if writer is None:
             raise PartitionNotOwnedError("this process does not write to the package's partition")
-        return writer.submit(asked)
+        return writer.submit(asked, deadline)
 
 
 def _asking(forwarder: Forwarder, url: str, partition: int, asked: Command | IngestCheck) -> Awaitable[Answer]:

@@ -1,5 +1,7 @@
-"""A partition whose writer hardly gets on, under far more load than it takes: memory and waiting are bounded, refusals
-say when to come again, the client library comes again, and what was acknowledged is in the log once.
+"""A partition whose writer hardly gets on, or not at all.
+
+Memory and waiting are bounded, refusals say when to come again, the client library comes again, and what was
+acknowledged is in the log once.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
+from typing import Any
 from uuid import UUID, uuid4
 
 import aiohttp
@@ -24,6 +27,7 @@ from services.log.sequencer.queue import CHECK_SECONDS, MAX_WAITING_BYTES
 from tests.contract.log_invariants import read_valid
 from tests.faults.proxy import END_TXN, Network, ProxiedCluster
 from tests.integration.conditions import until
+from tests.integration.http_gateway import RunningGateway, running_gateway
 from tests.integration.kafka_stage import kafka_settings, open_kafka_log
 from tests.integration.processes import ProductProcess, output_of
 
@@ -44,6 +48,9 @@ SLACK_SECONDS = 5.0
 """For the machine: the gateway's only core decodes all of these requests."""
 
 BUSY = (429, 503)
+
+LONGEST_SECONDS = 10.0
+"""Clients that wait no longer hear the cause."""
 
 
 @dataclass
@@ -149,8 +156,75 @@ async def overload(settings: Settings, network: Network, process: ProductProcess
     assert flood.statuses[201] > 0
     assert any(flood.statuses[status] for status in BUSY), "nothing was pushed back"
     assert flood.without_retry_after == 0
-    assert flood.longest < SUBMIT_SECONDS + SLACK_SECONDS
+    # The gateway reads and decodes these requests for as long as they may wait for the log.
+    assert flood.longest < 2 * SUBMIT_SECONDS + SLACK_SECONDS
     assert grown < MORE_MEMORY
     # A question that nobody answers is refused early: nothing is recorded by it.
     assert asked[0] in (201, *BUSY)
     assert asked[1] < 2 * (CHECK_SECONDS + SLACK_SECONDS)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a plain client heard of a write, and when."""
+
+    status: int
+    problem: dict[str, str]
+    retry_after: str | None
+    seconds: float
+
+
+async def write(gateway: RunningGateway, method: str, path: str, key: UUID, **body: Any) -> Answered:
+    began, headers = monotonic(), {"Idempotency-Key": str(key)}
+    async with gateway.session.request(method, path, headers=headers, **body) as answer:
+        found = await answer.json()
+        return Answered(answer.status, found, answer.headers.get("Retry-After"), monotonic() - began)
+
+
+@pytest.mark.parametrize(
+    ("fault", "mend"),
+    [("freeze", "thaw"), pytest.param("kill", "start", marks=pytest.mark.endurance)],
+)
+async def test_while_kafka_is_away_every_write_is_answered_in_time_and_told_why(
+    cluster: ProxiedCluster, tmp_path: Path, fault: str, mend: str
+) -> None:
+    broker = cluster.brokers[0]
+    settings = kafka_settings(
+        f"kafka://{broker.endpoint}/away-{fault}",
+        tmp_path,
+        blobs_url=f"file:{tmp_path / 'blobs'}",
+        views_url=f"sqlite+aiosqlite:///{tmp_path / 'views.db'}",
+    )
+    async with open_kafka_log(settings) as log:
+        async with running_gateway(settings) as gateway:
+            await gateway.parts.blobs.migrate()
+            packages = [
+                await gateway.parts.registry.create_package("n", "p", "s", "scratch", "ada", {}) for _ in range(2)
+            ]
+            new = {"name": "n", "producer": "p", "subject": "s", "retention_class": "scratch"}
+            writes: list[tuple[str, str, UUID, dict[str, Any]]] = [
+                *(("POST", "/v1/packages", uuid4(), {"json": new}) for _ in range(4)),
+                ("PUT", f"/v1/packages/{packages[0]}/files/a", uuid4(), {"data": b"x"}),
+                ("POST", f"/v1/packages/{packages[1]}/finalize", uuid4(), {}),
+            ]
+            await asyncio.to_thread(getattr(broker, fault))
+            try:
+                refused = await asyncio.gather(*(write(gateway, m, p, key, **body) for m, p, key, body in writes))
+            finally:
+                await asyncio.to_thread(getattr(broker, mend))
+
+            async def all_done() -> bool:
+                again = await asyncio.gather(*(write(gateway, m, p, key, **body) for m, p, key, body in writes))
+                return all(answer.status in (200, 201) for answer in again)
+
+            await until(all_done, 60, "writes do not go on")
+        recorded = await read_valid(log)
+    for answer in refused:
+        assert answer.status == 503, answer
+        assert answer.seconds < LONGEST_SECONDS, answer
+        assert answer.retry_after is not None
+        assert "partition" in answer.problem["detail"], answer
+        assert "KafkaError" not in answer.problem["detail"]
+    # Nobody knows what became of a command that was on its way.
+    assert all("unknown" in answer.problem["detail"] for answer in (*refused[:4], refused[5])), refused
+    assert len(recorded) == len(packages) + len(writes)

@@ -620,7 +620,8 @@ class PartitionLease(Lease):
         producer of which no record is left in it. Whether others have appended anything is looked at before the first
         transaction of a lease alone: later ones follow a commit of this producer.
         """
-        first, tail = self._delivered.first("where the transaction begins is unknown"), _open(self._tail)
+        late = f"Kafka did not take the records of a transaction within {COMMIT_SECONDS:g} s"
+        first, tail = self._delivered.first(late), _open(self._tail)
         if first < self.state.next_offset:
             raise UnavailableError(
                 f"partition {self._partition} ends at {first}, although it was read up to {self.state.next_offset}"

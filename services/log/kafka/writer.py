@@ -48,8 +48,15 @@ from services.runtime.clock import Clock, system_clock
 
 _LOG = logging.getLogger(__name__)
 
-SUBMIT_SECONDS = 30.0
-"""How long a command is retried, and how long it may wait for its owner's answer. Then its outcome is unknown."""
+SUBMIT_SECONDS = 9.0
+"""How long a request may take, with all retries. Then the outcome of a command is unknown.
+
+Half as long again as it takes until a killed owner has a successor, and less than the 10 s after which many clients and
+proxies give up: they shall hear the cause.
+"""
+
+CONFIRM_SECONDS = 30.0
+"""How long an operator's confirmation may take: all groups of readers are asked first."""
 
 THIS_PROCESS = "this process"
 
@@ -228,13 +235,13 @@ class KafkaWriter:
     async def confirm_here(self, confirmation: Confirmation) -> Acknowledgement:
         """Record what an operator confirmed about a partition of this process. A repeat gets the same answer.
 
-        Waits while the partition is being taken over, as long as a command does. Raises as `PartitionWriter.confirm`.
+        Waits while the partition is being taken over, for CONFIRM_SECONDS at most. Raises as `PartitionWriter.confirm`.
         """
         writer = self._writers.get(confirmation.partition)
         if writer is None or self._router.closing:
             raise PartitionNotOwnedError(f"this process does not write to partition {confirmation.partition}")
         try:
-            async with asyncio.timeout(self._submit_seconds):
+            async with asyncio.timeout(CONFIRM_SECONDS):
                 return await writer.confirm(confirmation)
         except TimeoutError:
             trouble = writer.trouble or "its writer gave no answer in time"

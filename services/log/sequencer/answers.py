@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from itertools import count
 from typing import Any
 
 from artifact_store.errors import (
@@ -128,7 +130,7 @@ def given_up(request: Request, done: int) -> Exception:
 
 
 class Deadlines:
-    """Sets an error on futures that have no answer after `seconds`. For use on the event loop.
+    """Sets an error on futures that have no answer after `seconds`, or earlier where asked. For use on the event loop.
 
     Futures are answered roughly in the order in which they came, so answered ones are forgotten soon.
     """
@@ -137,7 +139,9 @@ class Deadlines:
         """`late` makes the error."""
         self._seconds = seconds
         self._late = late
-        self._open: deque[tuple[float, asyncio.Future[Any]]] = deque()
+        self._open: list[tuple[float, int, asyncio.Future[Any]]] = []
+        """A heap: by the time of the event loop, then in the order in which they came."""
+        self._came = count()
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -147,21 +151,24 @@ class Deadlines:
 
     def unanswered(self) -> list[asyncio.Future[Any]]:
         """The futures without an answer."""
-        return [answer for _, answer in self._open if not answer.done()]
+        return [answer for _, _, answer in self._open if not answer.done()]
 
-    def watch(self, answer: asyncio.Future[Any]) -> None:
-        """Expect an answer within `seconds` from now."""
+    def watch(self, answer: asyncio.Future[Any], until: float = math.inf) -> None:
+        """Expect an answer within `seconds` from now, and before `until` on the event loop's clock (s)."""
         loop, waiting = answer.get_loop(), self._open
-        while waiting and waiting[0][1].done():
-            waiting.popleft()
-        waiting.append((loop.time() + self._seconds, answer))
-        if self._timer is None:
-            self._timer = loop.call_later(self._seconds, self._expire, loop)
+        while waiting and waiting[0][2].done():
+            heappop(waiting)
+        until = min(until, loop.time() + self._seconds)
+        heappush(waiting, (until, next(self._came), answer))
+        if self._timer is None or until < self._timer.when():
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = loop.call_at(until, self._expire, loop)
 
     def _expire(self, loop: asyncio.AbstractEventLoop) -> None:
         now, waiting = loop.time(), self._open
-        while waiting and (waiting[0][1].done() or waiting[0][0] <= now):
-            _, answer = waiting.popleft()
+        while waiting and (waiting[0][2].done() or waiting[0][0] <= now):
+            _, _, answer = heappop(waiting)
             if not answer.done():
                 answer.set_exception(self._late())
         self._timer = loop.call_at(waiting[0][0], self._expire, loop) if waiting else None

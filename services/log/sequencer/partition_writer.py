@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -80,7 +81,7 @@ _IDLE_SECONDS = 5.0
 _ASK_SECONDS = 0.2
 _RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0)
 
-_SLOW_SECONDS = 5.0
+_SLOW_SECONDS = 3.0
 """`trouble` mentions a transaction that takes longer than this."""
 
 _GIVE_WAY_SECONDS = 20.0
@@ -149,30 +150,32 @@ class PartitionWriter:
         """Why it cannot write now; None when it can."""
         began = self._serving_since
         if self._trouble is None and began is not None and (since := time.monotonic() - began) > _SLOW_SECONDS:
-            return f"a transaction has not come to its end for {since:.0f} s"
+            return f"the log has not confirmed a transaction for {since:.0f} s"
         return self._trouble
 
     def start(self) -> None:
         """Begin to take over. Does not block."""
         self._thread.start()
 
-    def submit(self, asked: Command | IngestCheck) -> asyncio.Future[Acknowledgement | str]:
+    def submit(self, asked: Command | IngestCheck, deadline: float = math.inf) -> asyncio.Future[Acknowledgement | str]:
         """Put a request into the queue. For the event loop; does not block.
 
         Raises PushBackError, PartitionNotOwnedError.
 
-        A command that is not answered in time gets UnavailableError, a question PushBackError. If the partition moves
+        A command that is not answered in time, or before `deadline` on the event loop's clock (s), gets
+        UnavailableError, a question PushBackError. If the partition moves
         meanwhile, the answer is PartitionNotOwnedError, or UnavailableError if a transaction with the command has
         failed before, so that the log may hold it.
         """
         answer: asyncio.Future[Acknowledgement | str] = self._context.loop.create_future()
         try:
             self._queue.put(Request(asked, answer, TRACEPARENT.get()))
-        except PushBackError:
+        except PushBackError as error:
             self._context.counts.pushed_back += 1
-            raise
+            trouble = self.trouble
+            raise error if trouble is None else PushBackError(f"{error.detail}: {trouble}", error.retry_after) from None
         deadlines = self._checks if isinstance(asked, IngestCheck) else self._deadlines
-        deadlines.watch(answer)
+        deadlines.watch(answer, deadline)
         return answer
 
     def announce(self) -> None:

@@ -96,7 +96,7 @@ class Here:
     def __init__(self, *answers: Answer) -> None:
         self._there = There(*answers)
 
-    def submit(self, _asked: object) -> asyncio.Future[Acknowledgement]:
+    def submit(self, _asked: object, _deadline: float) -> asyncio.Future[Acknowledgement]:
         return asyncio.ensure_future(self._there.submit("", MADE))
 
 
@@ -209,6 +209,20 @@ async def test_commands_of_a_partition_that_moves_are_answered_by_its_new_writer
     async with asyncio.timeout(30):
         heard = await asyncio.gather(*answers, return_exceptions=True)
     assert heard == [FULL, RECORDED]
+
+
+async def test_a_request_gets_no_more_time_from_the_next_writer_or_from_a_group_that_does_not_answer() -> None:
+    class Unknown(Known):
+        async def all(self) -> Mapping[int, Owner]:
+            await asyncio.Event().wait()
+            raise AssertionError("never reached")
+
+    context = SimpleNamespace(loop=asyncio.get_running_loop(), submit_seconds=30.0, counts=Counts())
+    for here in (PartitionWriter(0, cast("Any", context)), None):
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(UnavailableError, match="the outcome is unknown"):
+            await sought(There(RECORDED), known=Unknown(), here=here, seconds=0.2)
+        assert asyncio.get_running_loop().time() - began < 5.0
 
 
 async def test_a_router_that_closes_waits_for_what_it_has_taken() -> None:

@@ -45,6 +45,19 @@ async def test_every_request_gets_its_whole_time() -> None:
     assert loop.time() - began >= SECONDS * 0.9
 
 
+async def test_one_with_less_time_is_told_before_those_that_came_earlier() -> None:
+    loop = asyncio.get_running_loop()
+    deadlines = Deadlines(3_600, late)
+    early: asyncio.Future[int] = loop.create_future()
+    hurried: asyncio.Future[int] = loop.create_future()
+    deadlines.watch(early)
+    deadlines.watch(hurried, loop.time() + SECONDS)
+    with pytest.raises(UnavailableError):
+        await hurried
+    assert deadlines.unanswered() == [early]
+    early.cancel()
+
+
 async def test_one_that_comes_after_a_quiet_time_is_told_too() -> None:
     loop = asyncio.get_running_loop()
     deadlines = Deadlines(SECONDS, late)

@@ -98,7 +98,7 @@ async def test_a_transaction_that_does_not_end_is_told_of(writer: PartitionWrite
     writer._trouble = None
     assert writer.status("this process").trouble is None
     writer._serving_since = time.monotonic() - 60
-    assert writer.status("this process").trouble == "a transaction has not come to its end for 60 s"
+    assert writer.status("this process").trouble == "the log has not confirmed a transaction for 60 s"
 
 
 def test_what_is_given_up_and_recorded_in_part_is_not_said_to_be_nothing() -> None:
