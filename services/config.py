@@ -73,6 +73,17 @@ _ON = ("1", "true", "t", "yes", "y", "on")
 _OFF = ("0", "false", "f", "no", "n", "off")
 
 
+def one_of(*words: str) -> Callable[[Any], str]:
+    """Read one of these words."""
+
+    def read(value: Any) -> str:
+        if (word := text(value).lower()) not in words:
+            raise ValueError(f"it must be one of {', '.join(words)}")
+        return word
+
+    return read
+
+
 def whole(least: int, most: int = sys.maxsize) -> Callable[[Any], int]:
     """Read a whole number from `least` to `most`."""
 
@@ -249,6 +260,15 @@ class Settings:
         "are signed with ARTIFACT_STORE_INTERNAL_SECRET, and without both neither made nor read beyond loopback. It "
         "also signs the states of resumable uploads.",
         secret=_always,
+    )
+
+    log_level: str = setting(
+        "info",
+        one_of("debug", "info", "warning", "error"),
+        "The least level of log lines: debug, info, warning, error.",
+    )
+    log_format: str = setting(
+        "text", one_of("text", "json"), "How log lines look: `text`, or `json`, which is one JSON object a line."
     )
 
     policy: Path | None = setting(None, Path, "The policy file: who may do what (TOML).")

@@ -24,6 +24,7 @@ import click
 from artifact_store.errors import ArtifactStoreError
 from services.cli.standard_streams import open_missing_streams
 from services.config import Settings, declarations, switch
+from services.runtime.logs import utc
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -192,19 +193,11 @@ def visible(text: str) -> str:
 
 
 class VisibleLines(logging.Formatter):
-    """Log lines in which no name can hide, or end, what is said."""
-
-    def __init__(self, fmt: str | None = None) -> None:
-        super().__init__(fmt)
-        self._second = (0, "")
-        """The last second that was written, and how: lines come many a second."""
+    """Log lines, with times in UTC, in which no name can hide, or end, what is said."""
 
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802 - as below
         """See `logging.Formatter`."""
-        second = int(record.created)
-        if self._second[0] != second:
-            self._second = second, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
-        return f"{self._second[1]},{int(record.msecs):03d}"
+        return utc(record.created)
 
     def format(self, record: logging.LogRecord) -> str:
         """See `logging.Formatter`."""

@@ -13,6 +13,7 @@ import click
 
 from services.cli.command import VisibleLines, answer, common_options, invocation, remark, run
 from services.cli.repair import max_parked_option
+from services.runtime.logs import JsonLines
 from services.runtime.processes import collect_rarely
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ _LOG_LINE = "%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"
 _PARTS = ("log_url", "blobs_url", "views_url")
 
 
-def begin_to_run() -> None:
+def begin_to_run(settings: Settings) -> None:
     """What every process that runs long begins with: log lines with times, rare garbage collection, no core dumps.
 
     A core dump would hold the secrets of the settings and the tokens of requests.
@@ -37,9 +38,9 @@ def begin_to_run() -> None:
     # What our lines do not show is not looked up for each of them ("Optimization" in Python's Logging HOWTO).
     logging._srcfile = None
     logging.logThreads = logging.logMultiprocessing = False
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO)
+    logging.basicConfig(stream=sys.stderr, level=settings.log_level.upper())
     for handler in logging.getLogger().handlers:
-        handler.setFormatter(VisibleLines(_LOG_LINE))
+        handler.setFormatter(JsonLines() if settings.log_format == "json" else VisibleLines(_LOG_LINE))
 
 
 def _several(command: Decorated) -> Decorated:
@@ -65,8 +66,8 @@ def serve(processes: int, member: str | None, max_parked: int | None) -> None:
             "--max-parked is for one process: to share the work, run `gateway` and `projector --max-parked` with "
             "--processes each"
         )
-    begin_to_run()
     settings = invocation().settings()
+    begin_to_run(settings)
     if processes > 1:
         _run_processes(settings, "serve", processes)
     else:
@@ -104,8 +105,8 @@ def gateway(processes: int, member: str | None) -> None:
     With --processes, each process has an internal listener of its own: where that has a fixed port, they take as many
     ports from there on.
     """
-    begin_to_run()
     settings = invocation().settings()
+    begin_to_run(settings)
     if processes > 1:
         _run_processes(settings, "gateway", processes)
     else:
@@ -162,8 +163,8 @@ def projector(names: tuple[str, ...], *, processes: int, until_input_ends: bool,
 
     for name in names:
         known_projection(name)
-    begin_to_run()
     settings = invocation().settings()
+    begin_to_run(settings)
     options["metrics_at"] = settings.metrics_listen
     if processes > 1:
         if code := run(_project_in_processes(settings, names, processes, options)):

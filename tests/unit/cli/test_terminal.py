@@ -7,6 +7,7 @@ import os
 import pty
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -55,9 +56,33 @@ def test_errors_show_it_too(run: Run) -> None:
 
 def test_log_lines_show_it_too() -> None:
     line = f"1\n2{HOSTILE}"
-    code = f"from services.cli.run import begin_to_run; import logging; begin_to_run(); logging.warning({line!r})"
+    code = (
+        "from services.cli.run import begin_to_run; from services.config import Settings; import logging; "
+        f"begin_to_run(Settings()); logging.warning({line!r})"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert f"1\\n2{SHOWN}\n" in done.stderr
+
+
+@pytest.mark.parametrize("level", ["info", "error"])
+def test_log_lines_are_json_in_utc_from_the_level_on_that_is_set(level: str) -> None:
+    code = (
+        "from services.cli.run import begin_to_run; from services.config import Settings; import logging; "
+        f"begin_to_run(Settings(log_format='json', log_level={level!r})); logging.info('fine'); "
+        f"logging.getLogger('a.b').error({f'bad{HOSTILE}'!r})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "TZ": "Asia/Tokyo"},
+    )
+    before = datetime.now(UTC)
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [line["message"] for line in lines] == [*(["fine"] if level == "info" else []), f"bad{HOSTILE}"]
+    assert (lines[-1]["level"], lines[-1]["logger"]) == ("ERROR", "a.b")
+    assert abs(datetime.fromisoformat(lines[-1]["time"]) - before) < timedelta(minutes=5)
 
 
 def test_lines_and_tabs_stay() -> None:

@@ -1,0 +1,60 @@
+"""Log lines: as JSON, in UTC, and how often one that repeats may come."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+
+REPEAT_SECONDS = 60.0
+"""How often a line that repeats may come."""
+
+_MOST_KINDS = 200
+
+
+class Repeats:
+    """Lets one line of a kind pass once in a while, and says how many came in between."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._seen: dict[str, tuple[float, int]] = {}
+
+    def passes(self, line: str, kind: str) -> str | None:
+        """The line to write, or None."""
+        now = self._clock()
+        since, more = self._seen.get(kind, (now - REPEAT_SECONDS, 0))
+        if now - since < REPEAT_SECONDS:
+            self._seen[kind] = since, more + 1
+            return None
+        if len(self._seen) >= _MOST_KINDS:
+            self._seen.clear()
+        self._seen[kind] = now, 0
+        return f"{line} (and {more} times more)" if more else line
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: `time` (UTC), `level`, `logger`, `process`, `message`, and the `fields` of the record.
+
+    A traceback is in `exception`.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See `logging.Formatter`."""
+        found = {
+            "time": utc(record.created),
+            "level": record.levelname,
+            "logger": record.name,
+            "process": record.process,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            found["exception"] = self.formatException(record.exc_info)
+        return json.dumps(found, default=str)
+
+
+def utc(seconds: float) -> str:
+    """A time in seconds since 1970 as RFC 3339 has it, in milliseconds."""
+    whole = int(seconds)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(whole))}.{int((seconds - whole) * 1000):03d}Z"
