@@ -20,43 +20,42 @@ from confluent_kafka.admin import AdminClient
 from artifact_store.errors import ArtifactStoreError, ConfigurationError, CorruptError, UnavailableError
 from services.config import Settings
 from services.log.port import HeldError
+from services.runtime.logs import Repeats
 
 CLIENT_LOGGER = logging.getLogger("services.log.kafka.client")
 """Where the client library's own log lines go; they appear when the client is next polled."""
 
-REPEAT_SECONDS = 60.0
-"""How often the same line of the client library may come; each of its clients says it for itself, again and again."""
+_CLIENT_LINE = re.compile(r"(?P<facility>[A-Z_]+) \[[^\]]*#[a-z]+-\d+\] (?:\[thrd:[^\]]*\]: )?(?P<text>.*)", re.DOTALL)
+"""A line of librdkafka: its facility, which client says it in which thread, and what."""
 
-_CLIENT = re.compile(r"\[[^\]]*#(?:consumer|producer)-[0-9]+\] ")
-_MOST_LINES = 200
+_TOLD_ELSEWHERE = frozenset({"TXNERR", "FATAL", "MAXPOLL"})
+"""Facilities whose lines come back as errors of calls as well, so that our own lines tell the cause."""
 
 _Client = TypeVar("_Client")
 
 
-class Repeats(logging.Filter):
-    """Lets a line pass once in a while, whichever client says it, and says how often it came in between."""
+class ClientLines(logging.Filter):
+    """Makes lines of the client library readable. Each passes once in a while, whichever client says it."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
-        self._clock = clock
-        self._seen: dict[str, tuple[float, int]] = {}
+        self._repeats = Repeats(clock)
 
     def filter(self, record: logging.LogRecord) -> bool:
         """See `logging.Filter`."""
-        line, _, _ = _CLIENT.sub("", record.getMessage()).partition(" (after ")
-        now = self._clock()
-        since, more = self._seen.get(line, (now - REPEAT_SECONDS, 0))
-        if now - since < REPEAT_SECONDS:
-            self._seen[line] = since, more + 1
-            return False
-        if len(self._seen) >= _MOST_LINES:
-            self._seen.clear()
-        self._seen[line] = now, 0
-        record.msg, record.args = f"{line} (and {more} times more)" if more else line, ()
-        return True
+        said = record.getMessage()
+        found = _CLIENT_LINE.fullmatch(said)
+        if found is not None:
+            if found["facility"] in _TOLD_ELSEWHERE and not CLIENT_LOGGER.isEnabledFor(logging.DEBUG):
+                return False
+            said = f"the Kafka client: {found['text']}"
+        line, _, _ = said.partition(" (after ")
+        passed = self._repeats.passes(line, line)
+        record.msg, record.args = passed, ()
+        return passed is not None
 
 
-CLIENT_LOGGER.addFilter(Repeats())
+CLIENT_LOGGER.addFilter(ClientLines())
 
 
 def make_consumer(config: dict[str, Any]) -> Consumer:
@@ -323,6 +322,62 @@ _BAD_RECORD = frozenset(
 )
 
 
+_CAUSES = {
+    **dict.fromkeys((KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._RESOLVE), "no broker is reached"),
+    **dict.fromkeys(
+        (KafkaError._TIMED_OUT, KafkaError._MSG_TIMED_OUT, KafkaError._TIMED_OUT_QUEUE, KafkaError.REQUEST_TIMED_OUT),
+        "the brokers gave no answer in time",
+    ),
+    **dict.fromkeys(
+        (KafkaError.NOT_ENOUGH_REPLICAS, KafkaError.NOT_ENOUGH_REPLICAS_AFTER_APPEND),
+        "fewer replicas are in sync than min.insync.replicas of the topic",
+    ),
+    **dict.fromkeys(
+        (
+            KafkaError.COORDINATOR_NOT_AVAILABLE,
+            KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+            KafkaError.NOT_COORDINATOR,
+            KafkaError._WAIT_COORD,
+        ),
+        "its coordinator is between two brokers",
+    ),
+    **dict.fromkeys(
+        (
+            KafkaError.NOT_LEADER_FOR_PARTITION,
+            KafkaError.LEADER_NOT_AVAILABLE,
+            KafkaError.FENCED_LEADER_EPOCH,
+            KafkaError.UNKNOWN_LEADER_EPOCH,
+        ),
+        "the leader of the partition is between two brokers",
+    ),
+    **dict.fromkeys(
+        (KafkaError._FENCED, KafkaError.INVALID_PRODUCER_EPOCH, KafkaError.PRODUCER_FENCED),
+        "another process has taken over the partition",
+    ),
+    **dict.fromkeys(
+        (
+            KafkaError._STATE,
+            KafkaError._INCONSISTENT,
+            KafkaError._PURGE_QUEUE,
+            KafkaError._PURGE_INFLIGHT,
+            KafkaError.INVALID_TXN_STATE,
+            KafkaError.OUT_OF_ORDER_SEQUENCE_NUMBER,
+        ),
+        "a transaction was interrupted, and the client does not know its end",
+    ),
+}
+"""What operators are told of errors that pass. The client's own texts name its threads and functions."""
+
+
+def cause_of(error: KafkaError) -> str:
+    """What the client's error says, for operators."""
+    code: int = error.code()
+    if (known := _CAUSES.get(code)) is not None:
+        return known
+    name = error.name().lstrip("_")
+    return f"a broker answered {name}" if code > 0 else f"the Kafka client failed with {name}"
+
+
 class OutsideError(CorruptError):
     """The broker that answered does not hold the offset that was to be read, or holds another log up to it."""
 
@@ -347,7 +402,7 @@ def explained(error: KafkaError, doing: str) -> ArtifactStoreError:
         )
     if code in _OUTSIDE:
         return OutsideError(f"{doing}: the offset is not in the log any more; it was truncated, re-created or restored")
-    return UnavailableError(f"Kafka cannot be used for {doing} now: {error.name()}: {error.str()}")
+    return UnavailableError(f"Kafka cannot be used for {doing} now: {cause_of(error)}")
 
 
 def kafka_error(error: BaseException) -> KafkaError | None:

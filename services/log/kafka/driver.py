@@ -8,7 +8,7 @@ from uuid import UUID
 
 from artifact_store.errors import ArtifactStoreError
 from services.log.kafka.cluster import Cluster
-from services.log.kafka.connection import KafkaSettings, refusal, spoiled_by_record
+from services.log.kafka.connection import KafkaSettings, cause_of, kafka_error, refusal, spoiled_by_record
 from services.log.kafka.lease import PartitionLease
 from services.log.kafka.ownership import WriterGroup
 from services.log.kafka.topic import Guard
@@ -72,6 +72,13 @@ class KafkaDriver(Driver):
     def refusal(self, error: BaseException) -> ArtifactStoreError | None:
         """See `Driver`."""
         return refusal(error, "writing")
+
+    def cause(self, error: BaseException) -> str:
+        """See `Driver`."""
+        found = kafka_error(error)
+        if found is None and isinstance(error, SystemError):  # an error was raised in a callback of the client
+            found = kafka_error(error.__cause__ or error.__context__ or error)
+        return super().cause(error) if found is None else cause_of(found)
 
     def spoiled_by_record(self, error: BaseException) -> bool:
         """See `Driver`."""

@@ -200,7 +200,7 @@ class PartitionLease(Lease):
 
     def _fence(self, is_ours: Callable[[], bool]) -> None:
         """Fence off every predecessor."""
-        self._producer = make_producer(self._kafka.producer(self._partition))
+        # A cluster that is away is asked through the one client that all partitions share, before others are made.
         topic, identity = self._cluster.topic(), self._origin.identity
         if topic.identity != identity:
             raise LogIdentityError(
@@ -208,6 +208,7 @@ class PartitionLease(Lease):
                 "Restart the gateways: they then say what is lost"
             )
         self._partitions = topic.partitions
+        self._producer = make_producer(self._kafka.producer(self._partition))
         time.sleep(_CONNECT_SECONDS)
         # A process that wakes up late must not fence off the rightful owner.
         if not is_ours():

@@ -188,6 +188,12 @@ class Driver(Protocol):
         """The error of ours for an exception of the log's client that an operator has to fix; None for all others."""
         return None
 
+    def cause(self, error: BaseException) -> str:
+        """What an exception says to operators. Never empty, and nothing of the log client's own texts."""
+        if isinstance(error, ArtifactStoreError):
+            return error.detail
+        return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
     def spoiled_by_record(self, error: BaseException) -> bool:
         """Whether a transaction failed because of its records, so that trying them again cannot help."""
         return False

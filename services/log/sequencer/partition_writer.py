@@ -75,6 +75,7 @@ from services.log.sequencer.queue import (
 from services.log.state.loss import Loss
 from services.log.state.state_file import Irregular, StateFileError
 from services.runtime.clock import Clock
+from services.runtime.logs import Repeats
 from services.runtime.tracing import TRACEPARENT
 
 _IDLE_SECONDS = 5.0
@@ -86,6 +87,8 @@ _SLOW_SECONDS = 3.0
 
 _GIVE_WAY_SECONDS = 20.0
 """After this long without success, leave the partition to other processes. Electing a leader takes half as long."""
+
+_ASSIGNED = "it is assigned to this process, which reads its state"
 
 _LOG = logging.getLogger(__name__)
 
@@ -106,7 +109,8 @@ class PartitionWriter:
         self.leave_to_others: str | None = None
         """Why another process should write to the partition. Set after failures that this process may be the cause of;
         whoever acts on it sets it back to None."""
-        self._trouble: str | None = "it is being taken over"
+        self._trouble: str | None = _ASSIGNED
+        self._repeats = Repeats()
         self._memory_only: str | None = None
         self._state: State | None = None
         """The state, which other threads may ask for extents while commands are served."""
@@ -298,6 +302,8 @@ class PartitionWriter:
         """One lease: take over, then serve until told to stop."""
         context, began = self._context, time.monotonic()
         context.driver.require(self.partition, self._last_created_at)
+        if self._trouble == _ASSIGNED:
+            _LOG.info("partition %d: taking it over, because it is assigned to this process", self.partition)
         lease = context.driver.take_over(
             self.partition, is_ours=self._is_ours, stopping=self._stop.is_set, progressed=self._succeeded
         )
@@ -323,8 +329,14 @@ class PartitionWriter:
                 return
             context.driver.require(self.partition, self._last_created_at)
             self.since = context.clock()
-            self._trouble = None
+            self._trouble, self._repeats = None, Repeats()
             self._state = lease.state
+            _LOG.info(
+                "partition %d: taken over in %.2f s with the state from the %s",
+                self.partition,
+                self.takeover_seconds,
+                self.restored_from,
+            )
             pause = _IDLE_SECONDS
             self._memory_only = lease.state.memory_only
             while (batch := self._queue.take(pause)) is not None:
@@ -342,6 +354,7 @@ class PartitionWriter:
                 jobs.begin()
                 if self._unproven:
                     pause = max(0.0, lease.proof_due - time.monotonic())
+            _LOG.info("partition %d: given up after %.0f s", self.partition, time.monotonic() - began)
         finally:
             self._queue.put_back([*self._unproven, *jobs.cancel()])
             self._unproven = []
@@ -392,7 +405,8 @@ class PartitionWriter:
                 outcome = unrecorded(self.partition, error)
             except Exception as error:
                 # It may be recorded: whoever confirms it again is told so.
-                unknown = error if isinstance(error, ArtifactStoreError) else in_doubt(_name(error))
+                cause = self._context.driver.cause(error)
+                unknown = error if isinstance(error, ArtifactStoreError) else in_doubt(cause)
                 self._settle([(answer, unknown)])
                 raise
             self._settle([(answer, outcome)])
@@ -443,9 +457,10 @@ class PartitionWriter:
             batch = [request for run in runs for request in run]
             answers, proven = self._answers(lease, jobs, runs)
         except Exception as error:
+            driver = self._context.driver
             for request in batch:
                 # Not the exception itself: its traceback keeps this batch alive.
-                request.failed(_name(error), spoiled=self._context.driver.spoiled_by_record(error))
+                request.failed(driver.cause(error), spoiled=driver.spoiled_by_record(error))
             held = [request for request in jobs.cancel() if request not in batch]
             self._queue.put_back([*batch, *held])
             raise
@@ -594,9 +609,10 @@ class PartitionWriter:
             self._deliver([(request, error) for request in batch])
 
     def _note(self, error: Exception) -> None:
-        text = error.detail if isinstance(error, ArtifactStoreError) else f"{type(error).__name__}: {error}"
-        if text != self._trouble:
-            _LOG.warning("partition %d of the log is taken over again: %s", self.partition, text)
+        text = self._context.driver.cause(error)
+        line = self._repeats.passes(f"partition {self.partition} of the log is taken over again: {text}", text)
+        if line is not None:
+            _LOG.warning("%s", line)
         self._trouble = text
 
     def _deliver(self, answers: Sequence[tuple[Request, Outcome]]) -> None:
@@ -617,10 +633,6 @@ class PartitionWriter:
 
         if answers and not self._context.loop.is_closed():
             self._context.loop.call_soon_threadsafe(settle)
-
-
-def _name(error: Exception) -> str:
-    return error.detail if isinstance(error, ArtifactStoreError) else type(error).__name__
 
 
 def _moved() -> PartitionNotOwnedError:

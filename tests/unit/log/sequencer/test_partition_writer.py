@@ -42,7 +42,7 @@ from tests.integration.kafka_stage import create_in
 @pytest.fixture
 async def writer() -> PartitionWriter:
     """One whose thread does not run, as if it hung in a call."""
-    driver = SimpleNamespace(spoiled_by_record=spoiled_by_record)
+    driver = SimpleNamespace(spoiled_by_record=spoiled_by_record, cause=str)
     context = SimpleNamespace(loop=asyncio.get_running_loop(), submit_seconds=30.0, counts=Counts(), driver=driver)
     return PartitionWriter(0, cast("Any", context))
 

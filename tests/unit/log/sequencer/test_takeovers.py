@@ -76,7 +76,7 @@ class Scene:
             submit_seconds=30.0,
             counts=self.counts,
             clock=lambda: 1,
-            driver=SimpleNamespace(take_over=Lease, require=lambda *_: None, refusal=lambda _: None),
+            driver=SimpleNamespace(take_over=Lease, require=lambda *_: None, refusal=lambda _: None, cause=str),
             **dict.fromkeys(["limits", "put_manifest"]),
         )
         self.writer = PartitionWriter(0, cast("Any", context))
