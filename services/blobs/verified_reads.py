@@ -59,7 +59,7 @@ class SoundReads:
             if blake3(data).digest() == digest:
                 return from_any((data,) if data else ())
             missing = missing or self._mistrust(place)
-        raise missing or CorruptError("the file has no place where its bytes lie")
+        raise _reported(missing)
 
     async def part(self, places: Sequence[Place], offset: int, length: int) -> AsyncGenerator[bytes, None]:
         """`length` bytes from `offset` of the file, from the first place that has so many. Raises as `whole`."""
@@ -69,7 +69,7 @@ class SoundReads:
                 return await _begun(self._read(place, offset, length))
             except (CorruptError, UnavailableError) as error:
                 missing = missing or error
-        raise missing or CorruptError("the file has no place where its bytes lie")
+        raise _reported(missing)
 
     async def _read(self, place: Place, offset: int, length: int) -> AsyncGenerator[bytes, None]:
         """To be begun: so a miss shows in the beginning. No bytes need no place."""
@@ -109,6 +109,14 @@ class SoundReads:
         )
         self._wrong.add(place)
         return CorruptError(f"blob {place[0]} has other bytes than were acknowledged")
+
+
+def _reported(missing: CorruptError | UnavailableError | None) -> CorruptError | UnavailableError:
+    """The error to raise when no place has the bytes. A loss goes to the log as well: somebody has to mend it."""
+    error = missing or CorruptError("the file has no place where its bytes lie")
+    if isinstance(error, CorruptError):
+        _log.error("the bytes of a file are lost: %s; `artifact-store verify` names all", error.detail)
+    return error
 
 
 async def _begun(chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:

@@ -51,14 +51,16 @@ async def test_bytes_come_from_the_first_place_that_has_them(tmp_path: Path, rea
 
 @pytest.mark.parametrize("size", SIZES)
 async def test_without_a_place_that_has_them_there_is_an_error_and_no_byte(
-    tmp_path: Path, reads: SoundReads, size: int
+    tmp_path: Path, reads: SoundReads, size: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = some(size)
     short = put(tmp_path, "uploads/short", data[:-1])
     for places in ([("uploads/missing", 0)], [short], [short, ("uploads/missing", 0)]):
         if size:
-            with pytest.raises(CorruptError, match=r"missing|expected"):
+            caplog.clear()
+            with pytest.raises(CorruptError, match=r"missing|expected") as lost:
                 await reads.whole(places, blake3(data).digest(), size)
+            assert [record.levelname for record in caplog.records if str(lost.value) in record.message] == ["ERROR"]
         else:
             assert await read(reads, places, data) == b""
 
