@@ -21,7 +21,7 @@ from typing import Any
 from sqlalchemy import Table
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from artifact_store.errors import CorruptError, InvalidRequestError, PushBackError, UnavailableError
+from artifact_store.errors import ArtifactStoreError, CorruptError, InvalidRequestError, PushBackError, UnavailableError
 from artifact_store.manifest import ContentAddress
 from artifact_store.position import Position
 from projector.loading import Pace, load, load_in_processes
@@ -133,11 +133,18 @@ async def replay_view(
     began = time.monotonic()
     meter = Meter(progress)
     matches = None
-    await _take_group_over(log, projection)
-    if in_place:
-        await _fold_in_place(views, log, projection, meter)
-    else:
-        matches = await rebuild(views, log, projection, options or RebuildOptions(), meter, settings)
+    logger.info("%s: a replay begins, %s", projection.name, "in place" if in_place else "beside the view")
+    try:
+        await _take_group_over(log, projection)
+        if in_place:
+            await _fold_in_place(views, log, projection, meter)
+        else:
+            matches = await rebuild(views, log, projection, options or RebuildOptions(), meter, settings)
+    except Exception as error:
+        why = error.detail if isinstance(error, ArtifactStoreError) else type(error).__name__
+        took = time.monotonic() - began
+        logger.info("%s: the replay ended after %.1f s and %d events: %s", projection.name, took, meter.events, why)
+        raise
     seconds = time.monotonic() - began
     meter.begin("digest")
     digest = await digest_view(views, projection)

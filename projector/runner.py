@@ -18,6 +18,7 @@ import asyncio
 import logging
 import os
 import random
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import aclosing
 
@@ -135,6 +136,7 @@ class _Run:
     def __init__(self, views: Views, log: Log, projection: Projection, metrics: ProjectorMetrics | None) -> None:
         self.joined = False
         self.progressed = False
+        self._events = 0
         self._views = views
         self._log = log
         self._projection = projection
@@ -144,9 +146,11 @@ class _Run:
 
     async def work(self, stop: asyncio.Event) -> None:
         """Read and fold until told to stop; what was read by then is folded."""
+        name, began, why = self._projection.name, time.monotonic(), "it was cancelled"
         try:
             await self._assignment.join()
             self.joined = True
+            logger.info("%s: following the log", name)
             async with aclosing(read_ahead(self._assignment.batches(stop))) as batches:
                 async for batch in batches:
                     if batch.ends:
@@ -154,14 +158,25 @@ class _Run:
                     elif self._metrics is not None and self._assignment.idle:
                         self._metrics.goes_on(self._projection.name)  # nothing is left to fold: no trouble either
             await self._assignment.show()
+            why = "it was told to stop"
+        except ArtifactStoreError as error:
+            why = error.detail
+            raise
+        except Exception as error:
+            why = f"{type(error).__name__}, which was not foreseen"
+            raise
         finally:
             await self._assignment.leave()
+            if self.joined:
+                seconds = time.monotonic() - began
+                logger.info("%s: stopped following after %.1f s and %d events: %s", name, seconds, self._events, why)
 
     async def _apply(self, batch: EventBatch) -> None:
         async with self._applying:
             await fold(self._views, self._log, self._projection, batch)
         self._assignment.applied(batch)
         self.progressed = True
+        self._events += len(batch)
         if self._metrics is not None:
             self._metrics.folded(self._projection.name, len(batch), batch.last_times())
 
