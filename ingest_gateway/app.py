@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 from aiohttp import web
@@ -29,14 +30,15 @@ from ingest_gateway.protocol.http_errors import (
     answer_of,
     internal,
 )
-from ingest_gateway.protocol.request import SERVER, Call
+from ingest_gateway.protocol.request import Call
 from ingest_gateway.routes import archives, event_feed, files, manifests, operations, packages, tus_uploads, whoami
 from ingest_gateway.siblings import Siblings
 from services.core.access import Right
 from services.identity.audit import Audit
 from services.log.port import Log
 from services.registry.direct import DirectRegistry
-from services.runtime.tracing import TRACEPARENT, traceparent
+from services.runtime.logs import Repeats
+from services.runtime.tracing import TRACEPARENT
 
 _log = logging.getLogger(__name__)
 _access = logging.getLogger("ingest_gateway.access")
@@ -63,6 +65,8 @@ _METHODS = frozenset({"GET", "HEAD", "PUT", "POST", "DELETE", "OPTIONS", "PATCH"
 
 _REFUSED = frozenset({401, 403})
 
+_NUMBER = re.compile(r"[0-9]+")
+
 
 class App:
     """Answers requests by the table of routes. Belongs to one event loop."""
@@ -88,6 +92,7 @@ class App:
         self._allowed_hosts = allowed_hosts or AllowedHosts()
         self._audit = audit or Audit(None)
         self._apart: AllowedHosts | None = None
+        self._failures = Repeats()
 
     def serve_metrics_apart(self, allowed_hosts: AllowedHosts) -> None:
         """From now on `handle_apart` answers requests for metrics, and `handle` does not."""
@@ -117,7 +122,8 @@ class App:
         call = Call(self.gateway, request)
         response = answer_of(why)
         response.force_close()
-        response.headers["Server"] = SERVER
+        call.cause = why.detail
+        call.sign(response)
         call.note(response)
         self._record(call)
         return response
@@ -126,6 +132,7 @@ class App:
         try:
             await call.answer(response)
         except AnswerTimeoutError as error:
+            call.cause = error.detail
             _log.warning("%s was cut off: %s", call, error.detail)
             raise call.cut() from None
 
@@ -150,7 +157,7 @@ class App:
         try:
             if "#" in call.target:
                 raise MalformedHttpError("a request target has no fragment")
-            TRACEPARENT.set(traceparent(request.headers.get("traceparent")))
+            TRACEPARENT.set(call.traceparent)
             route, values = await find(call)
             call.read_head(values, route.parameters, takes_body=route.body is not None)
             if route.transfer is None or request.method == "HEAD":
@@ -164,15 +171,18 @@ class App:
             finally:
                 places.give(client)
         except ArtifactStoreError as error:
+            call.cause = error.detail
             if not call.begun:
                 call.refused_by = error
                 return event_feed.call_back(call, error) or answer_of(error)
             _log.warning("%s was cut off: %s", call, error.detail)
         except Exception as error:
             if isinstance(error, ConnectionError) and request.transport is None:
-                raise  # the client went away: there is nobody to answer
+                call.cause = "the client went away"
+                raise  # there is nobody to answer
             # Unexpected, and this is the outermost frame: log it and answer.
-            _log.exception("%s failed", call)
+            call.cause = f"{type(error).__name__}, which was not foreseen"
+            _log.exception("%s failed, request %s", call, call.request_id)
             if not call.begun:
                 return internal()
         raise call.cut()
@@ -208,7 +218,48 @@ class App:
                 target=call.target,
                 unseen=unseen or None,
             )
-        _access.info("%s %d %.1f ms, %d in, %d out", call, call.status, seconds * 1000, call.received, call.sent)
+        self._log_failure(call, method)
+        trace_id = None if call.traceparent is None else call.traceparent.split("-")[1]
+        about = [f"request {call.request_id}"]
+        if trace_id is not None:
+            about.append(f"trace {trace_id}")
+        if call.cause is not None:
+            about.append(f"because {call.cause}")
+        _access.info(
+            "%s %d %.1f ms, %d in, %d out, %s",
+            call,
+            call.status,
+            seconds * 1000,
+            call.received,
+            call.sent,
+            ", ".join(about),
+            extra={
+                "fields": {
+                    "client": call.client,
+                    "principal": call.principal.actor if call.identified else None,
+                    "method": method,
+                    "route": call.template,
+                    "status": call.status,
+                    "seconds": round(seconds, 6),
+                    "received_bytes": call.received,
+                    "sent_bytes": call.sent,
+                    "request_id": call.request_id,
+                    "trace_id": trace_id,
+                    "cause": call.cause,
+                }
+            },
+        )
+
+    def _log_failure(self, call: Call, method: str) -> None:
+        """Say why a request failed by no fault of its sender, once in a while for each kind of failure."""
+        if call.status < 500 or call.cause is None:
+            return
+        kind = f"{call.status} {method} {call.template}: {_NUMBER.sub('#', call.cause)}"
+        line = self._failures.passes(
+            f"{call.status} for {method} {call.template}, request {call.request_id}: {call.cause}", kind
+        )
+        if line is not None:
+            _log.warning("%s", line)
 
 
 def _is_unseen(call: Call) -> bool:

@@ -23,6 +23,7 @@ REPR_DIGEST = "Repr-Digest"
 CONTENT_MD5 = "Content-MD5"
 RETRY_AFTER = "Retry-After"
 LAST_EVENT_ID = "Last-Event-ID"
+REQUEST_ID = "X-Request-Id"
 
 _SHA256 = "sha-256"
 

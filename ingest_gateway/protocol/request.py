@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import random
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping
@@ -52,6 +53,7 @@ from ingest_gateway.protocol.http_errors import (
 from ingest_gateway.protocol.json_body import parse_json
 from services.core.access import Principal, Right
 from services.registry.direct import DirectRegistry
+from services.runtime.tracing import traceparent
 
 Value = TypeVar("Value")
 Shape = TypeVar("Shape", bound=Request)
@@ -68,6 +70,9 @@ _DIGEST_HEADERS = tuple(
     istr(name) for name in ("Digest", names.CONTENT_DIGEST, names.REPR_DIGEST, names.CONTENT_MD5, "Trailer")
 )
 _CODINGS = (istr("Content-Encoding"), istr("Transfer-Encoding"))
+
+_REQUEST_ID = istr(names.REQUEST_ID)
+_REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9._~:/+=-]{1,128}")
 
 _NOBODY = Principal("nobody", ())
 _MAX_QUERY_FIELDS = 32
@@ -91,6 +96,13 @@ class Call:
         """The answer's status; 0 until there is one, and when the answer was cut off."""
         self.refused_by: ArtifactStoreError | None = None
         """The error that the answer stands for."""
+        self.cause: str | None = None
+        """Why it was not answered as the sender wished."""
+        given = request.headers.get(_REQUEST_ID, "")
+        self.request_id = given if _REQUEST_ID_FORM.fullmatch(given) else f"{random.getrandbits(64):016x}"
+        """Names the request in log lines and in the answer: what the sender gave, or drawn."""
+        self.traceparent = traceparent(request.headers.get("traceparent"))
+        """The trace that the request belongs to, if it belongs to one."""
         self.received = 0
         self.sent_in_part = False
         """Whether sending stopped within a piece of the answer."""
@@ -425,7 +437,7 @@ class Call:
 
     async def start(self, response: web.StreamResponse) -> None:
         """Send the head of a streamed answer."""
-        response.headers["Server"] = SERVER
+        self.sign(response)
         endless = self.request.version < HttpVersion11 and response.content_length is None
         if endless or self.gateway.admission.draining:
             response.force_close()  # the end of an answer without chunks (HTTP/1.0) is that of the connection
@@ -448,7 +460,7 @@ class Call:
         """Send the rest of the answer: all of it unless it was streamed. Waits and raises as `taken`."""
         self.note(response)
         if not response.prepared:
-            response.headers["Server"] = SERVER
+            self.sign(response)
             # The client may still send a body that it announced (RFC 9110 §10.1.1), this process stops, or the
             # connection has no place.
             if self.gateway.admission.draining or self._expects or self.refusal is not None:
@@ -462,6 +474,11 @@ class Call:
                 await taken(response.write(piece), len(piece), self.gateway.bounds)
             body = response.body = b""
         await taken(response.write_eof(), len(body), self.gateway.bounds)
+
+    def sign(self, response: web.StreamResponse) -> None:
+        """Say in the answer who answers, and which request."""
+        response.headers["Server"] = SERVER
+        response.headers[_REQUEST_ID] = self.request_id
 
     def note(self, response: web.StreamResponse) -> None:
         """Record the answer's status and size, for metrics and the access log."""

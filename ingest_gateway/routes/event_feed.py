@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections.abc import Mapping
 
@@ -41,6 +42,8 @@ from ingest_gateway.protocol.request import (
 from schemas.codec import EVENT_TYPES, schema_fingerprint, schema_text
 from services.core.access import Right
 
+_log = logging.getLogger(__name__)
+
 EVENTS = "/v1/events"
 LINES = "application/x-ndjson"
 EVENT_STREAM = "text/event-stream"
@@ -76,9 +79,12 @@ async def get_events(call: Call) -> web.StreamResponse:
     else:
         events = call.gateway.tail.follow(since, package_id, FRAMES[media_type], scope, mark)
         async with call.gateway.followers.stay(call.client, call.valid_until) as leave, feed(events) as lines:
+            _log.info("%s follows events from %s, request %s", call, since or "the log's start", call.request_id)
             with call.when_client_leaves(leave):
                 await _send_all(call, response, lines)
         call.require_client()
+        draining = call.gateway.admission.draining
+        call.cause = "the gateway closes" if draining else "the token has expired or lost its rights"
     if not response.prepared or call.sent_in_part:
         # The follower was dismissed before its first event or within one: the answer must not look complete.
         call.require_valid()

@@ -13,6 +13,7 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
+from datetime import datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from ingest_gateway.health import FRESH_SECONDS
 from ingest_gateway.server import run
 from services.cli import main
 from services.config import PREFIX, Settings
+from services.runtime.logs import JsonLines
 from tests.integration.http_gateway import running_gateway
 from tests.integration.projector_stage import eventually
 
@@ -207,6 +209,36 @@ async def test_the_log_of_access_has_no_queries_and_one_line_a_request(
     lines = [record.getMessage() for record in caplog.records if record.name == "ingest_gateway.access"]
     assert len(lines) == 2
     assert not any("secret" in line or "\n" in line for line in lines)
+
+
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+
+
+async def test_the_log_says_which_request_failed_of_which_trace_and_why(
+    embedded_settings: Settings, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    headers = {"traceparent": f"00-{TRACE}-00f067aa0ba902b7-01", "X-Request-Id": "build-7"}
+    seconds = iter(range(1, 100))
+
+    async def away(*_: object, **__: object) -> None:
+        raise UnavailableError(f"no broker has answered for {next(seconds)} s")
+
+    with caplog.at_level(logging.INFO):
+        async with running_gateway(embedded_settings) as gateway:
+            monkeypatch.setattr(gateway.parts.writer, "submit", away)
+            answers = [await gateway.session.post("/v1/packages", json=_PACKAGE, headers=headers) for _ in range(3)]
+            named = await gateway.session.get("/healthz", headers={"X-Request-Id": "two words"})
+    assert [(answer.status, answer.headers["X-Request-Id"]) for answer in answers] == 3 * [(503, "build-7")]
+    assert re.fullmatch("[0-9a-f]{16}", named.headers["X-Request-Id"]), "what cannot be logged as it is was taken"
+    lines = [record for record in caplog.records if record.name == "ingest_gateway.access"]
+    cause = "no broker has answered for 1 s"
+    assert lines[0].getMessage().endswith(f"request build-7, trace {TRACE}, because {cause}")
+    shown = json.loads(JsonLines().format(lines[0]))
+    assert (shown["status"], shown["request_id"], shown["trace_id"], shown["cause"]) == (503, "build-7", TRACE, cause)
+    assert datetime.fromisoformat(shown["time"]).utcoffset() == timedelta(0)
+    # One warning for all three: they differ by a number alone.
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warnings == [f"503 for POST /v1/packages, request build-7: {cause}"]
 
 
 async def test_the_document_describes_every_route_and_every_problem(embedded_settings: Settings) -> None:
