@@ -28,6 +28,7 @@ from enum import IntEnum
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 from uuid import UUID, uuid4
 from zlib import crc32
@@ -123,6 +124,7 @@ class Spool(Backlog):
         self._queue: list[tuple[_Record, asyncio.Future[int] | None]] = []
         self._writing: asyncio.Task[None] | None = None
         self._failure: UnavailableError | None = None
+        self._rotating = Lock()
 
     async def open(self) -> int:
         """Begin, with what an earlier process left. Returns how many files were ever added.
@@ -228,6 +230,10 @@ class Spool(Backlog):
 
     def _append(self, records: Sequence[_Record]) -> None:
         """Write records to the last segment, and wait until they are on disk. Blocks."""
+        with self._rotating:
+            self._append_alone(records)
+
+    def _append_alone(self, records: Sequence[_Record]) -> None:
         data = b"".join(record.encoded() for record in records)
         files = sum(record.kind is _FILE for record in records)
         reserve = _RESERVE_BYTES if files else 0
@@ -288,8 +294,9 @@ class Spool(Backlog):
 
     def _remove_settled(self) -> None:
         """Remove the segments whose files are all settled, the oldest first, but for the last. Blocks."""
-        while len(self._segments) > 1 and self._segments[0].next <= self.settled:
-            self._remove(self._segments.popleft())
+        with self._rotating:  # the last segment may be about to be ended, and not be the last any more
+            while len(self._segments) > 1 and self._segments[0].next <= self.settled:
+                self._remove(self._segments.popleft())
 
     def _remove(self, segment: _Segment) -> None:
         os.close(segment.descriptor)
@@ -320,16 +327,18 @@ class Spool(Backlog):
 
     def _read(self, count: int | None) -> tuple[list[AddedFile], tuple[_Segment, int]]:
         """The files of the next batch, and where the batch after it begins. Blocks. Raises CorruptError."""
-        start = self._at or (self._segments[0], _HEADER.size)
+        segment, offset = self._at or (self._segments[0], _HEADER.size)
+        while segment.next <= self._taken and segment.following is not None:  # it may be gone
+            segment, offset = segment.following, _HEADER.size
         ends: list[tuple[_Segment, int]] = []
 
         def files() -> Iterator[AddedFile]:
-            for record, segment, end in _records(*start):
+            for record, where, end in _records(segment, offset):
                 if record.kind is _FILE:
-                    ends.append((segment, end))
+                    ends.append((where, end))
                     yield _file(record.body)
 
-        skipped = self._taken - start[0].first if self._at is None else 0
+        skipped = self._taken - segment.first if self._at is None else 0
         found = files()
         deque(islice(found, skipped), maxlen=0)
         ends.clear()

@@ -32,7 +32,7 @@ HASTY = RetryPolicy(total_seconds=0.05, first_pause_seconds=0.001, longest_pause
 
 
 def content(number: int) -> bytes:
-    return b"%d," % number * 1_000
+    return b"%04d," % number * 1_000
 
 
 def expected(numbers: Iterable[int]) -> dict[str, bytes]:
@@ -176,6 +176,28 @@ async def test_many_segments_are_sent_in_order_and_removed(tmp_path: Path) -> No
     assert len(list(tmp_path.glob("*.segment"))) == 1
     await spool.close()
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+async def test_segments_come_and_go_while_files_are_added_and_settled(tmp_path: Path) -> None:
+    count, settled = 40, 0
+    spool = await open_spool(tmp_path, segment_bytes=80 << 10)
+
+    async def add_one_by_one() -> None:
+        for number in range(count):
+            await put(spool, [number])
+
+    adding = asyncio.create_task(add_one_by_one())
+    while settled < count:
+        await spool.arrived.wait()
+        batch = await spool.take()
+        assert {file.relative_path: file.data for file in batch.files} == expected(
+            range(settled, settled + len(batch.files))
+        )
+        await spool.settle(batch, [])
+        settled += len(batch.files)
+    await adding
+    assert len(list(tmp_path.glob("*.segment"))) == 1
+    await spool.close()
 
 
 async def test_settled_files_are_not_sent_after_a_crash(tmp_path: Path) -> None:
