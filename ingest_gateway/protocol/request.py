@@ -91,7 +91,7 @@ class Call:
         self._registry: DirectRegistry | None = None
         self.request = request
         self.target, self._raw_query = _target(request)
-        self.began = asyncio.get_running_loop().time()
+        self.began = self._looked_at = asyncio.get_running_loop().time()
         self.status = 0
         """The answer's status; 0 until there is one, and when the answer was cut off."""
         self.refused_by: ArtifactStoreError | None = None
@@ -174,6 +174,14 @@ class Call:
         if self._registry is None:
             self._registry = self.gateway.registry.for_principal(self.principal)
         return self._registry
+
+    async def lapsed(self) -> bool:
+        """Whether the sender has lost rights that they had at first; that is looked at once in a heartbeat."""
+        now = asyncio.get_running_loop().time()
+        if now < self._looked_at + self.gateway.bounds.heartbeat_seconds:
+            return False
+        self._looked_at = now
+        return not await self.still_may()
 
     @property
     def valid_until(self) -> float | None:
@@ -444,9 +452,14 @@ class Call:
         await response.prepare(self.request)
 
     async def send(self, response: web.StreamResponse, data: bytes) -> None:
-        """Send a piece of a streamed answer. Waits and raises as `taken`."""
+        """Send a piece of a streamed answer. Waits and raises as `taken`.
+
+        Raises UnauthenticatedError once the sender has lost the rights to the answer.
+        """
         rest = memoryview(data)
         while rest:
+            if await self.lapsed():
+                raise UnauthenticatedError("the token has ended, or its rights have changed", "invalid_token")
             piece, rest = rest[:SENT_AT_ONCE_BYTES], rest[SENT_AT_ONCE_BYTES:]
             self.sent_in_part = bool(rest)  # the write below may wait for the client
             await taken(response.write(piece), len(piece), self.gateway.bounds)

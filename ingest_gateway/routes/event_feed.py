@@ -118,14 +118,11 @@ def call_back(call: Call, error: ArtifactStoreError) -> web.Response | None:
 async def _send_all(call: Call, response: web.StreamResponse, lines: Feed) -> None:
     piece = await _next(call, response, lines)  # most failures show here, before the head is sent
     await call.start(response)
-    clock, looked = asyncio.get_running_loop().time, asyncio.get_running_loop().time()
     while piece is not None:
+        if await call.lapsed():
+            return
         if piece:
             await call.send(response, piece)
-        if clock() >= looked + call.gateway.bounds.heartbeat_seconds:
-            if not await call.still_may():
-                return
-            looked = clock()
         piece = await _next(call, response, lines)
 
 
