@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from io import BytesIO
@@ -387,6 +388,23 @@ async def test_the_largest_command_fits(listener: InternalListener, writer: Answ
     async with HttpForwarder(PeerCredentials(SECRET)) as forwarder:
         await forwarder.submit(listener.url, command)
     assert writer.seen == [command]
+
+
+async def test_a_large_command_is_decoded_beside_the_event_loop(
+    listener: InternalListener, writer: Answering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[threading.Thread] = []
+
+    def noted(body: bytes, *more: int) -> Command:
+        threads.append(threading.current_thread())
+        return wire.decode_command(body, *more)
+
+    monkeypatch.setattr(internal, "decode_command", noted)
+    package = create().package_id
+    async with HttpForwarder(PeerCredentials(SECRET)) as forwarder:
+        await forwarder.submit(listener.url, ingest(package, "a"))
+        await forwarder.submit(listener.url, ingest(package, *(f"{n}/{'x' * 500}" for n in range(1_000))))
+    assert [thread is threading.main_thread() for thread in threads] == [True, False]
 
 
 async def test_a_gateway_asks_the_owner_where_a_partition_ends(listener: InternalListener, writer: Answering) -> None:

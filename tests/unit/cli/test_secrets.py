@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import resource
 import socket
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from services.config import PREFIX, Settings
 from services.log.kafka.connection import KafkaSettings
 from services.runtime.processes import Command
 
-SECRETS = {name: f"{name}-nobody-sees" for name in ("sasl", "key", "s3", "access", "views", "internal")}
+SECRETS = {name: f"{name}-nobody-sees" for name in ("sasl", "key", "s3", "access", "views", "internal", "state")}
 OPTIONS = {"security.protocol": "ssl", "sasl.password": SECRETS["sasl"], "ssl.key.pem": SECRETS["key"]}
 ENVIRONMENT = {
     "LOG_URL": "kafka://127.0.0.1:1/x",
@@ -27,6 +28,7 @@ ENVIRONMENT = {
     "S3_SECRET_KEY": SECRETS["s3"],
     "VIEWS_URL": f"postgresql+asyncpg://ada:{SECRETS['views']}@127.0.0.1:1/views",
     "INTERNAL_SECRET": SECRETS["internal"],
+    "STATE_KEY": SECRETS["state"],
     "LISTEN": "127.0.0.1:0",
 }
 
@@ -62,6 +64,7 @@ def test_a_command_that_fails_shows_none(command: str, more: tuple[str, ...], ca
         ("--s3-secret-key", SECRETS["s3"]),
         ("--s3-access-key", SECRETS["access"]),
         ("--internal-secret", SECRETS["internal"]),
+        ("--state-key", SECRETS["state"]),
         ("--views-url", ENVIRONMENT["VIEWS_URL"]),
         ("--views-url", f"postgresql+asyncpg://127.0.0.1/views?password={SECRETS['views']}"),
         ("--kafka-options", ENVIRONMENT["KAFKA_OPTIONS"]),
@@ -84,6 +87,17 @@ def test_a_flag_that_holds_one_is_refused(flag: str, value: str) -> None:
 )
 def test_a_flag_that_holds_none_is_taken(flag: str, value: str) -> None:
     assert "holds a secret" not in CliRunner().invoke(main, ["packages", flag, value]).output
+
+
+@pytest.mark.parametrize("command", ["gateway", "serve", "projector"])
+def test_a_process_that_runs_long_writes_none_into_a_core_dump(command: str) -> None:
+    before = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (before[1], before[1]))
+    try:
+        assert CliRunner().invoke(main, [command]).exit_code in (1, 2)
+        assert resource.getrlimit(resource.RLIMIT_CORE)[0] == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_CORE, before)
 
 
 def test_no_object_shows_one() -> None:
