@@ -39,6 +39,8 @@ from artifact_store.events import (
 from artifact_store.models import Declared, Page
 from artifact_store.position import Position
 from ingest_gateway.app import ROUTES
+from ingest_gateway.routes.event_feed import COOKIE
+from schemas.codec import schema_fingerprint
 from services.blobs.resumable.uploads import NewUpload
 from services.config import Settings
 from services.core.access import EVERYWHERE, Packages, Right, Scope
@@ -48,6 +50,7 @@ from services.log.records import administrative_event
 from services.registry.origins import Origins
 from tests.integration.http.test_strangers import Request, tar
 from tests.integration.http_gateway import RunningGateway, running_gateway
+from tests.integration.http_raw import SECONDS
 from tests.integration.tokens import bearer
 from tests.oidc_provider import AUDIENCE, Provider, provider
 from tests.unit.identity.test_tokens import BAD
@@ -207,6 +210,9 @@ ROWS: dict[tuple[str, str], Row] = {
     ),
     ("GET", "/v1/packages/{package_id}/manifest"): Row(200, 200, 404, 403, "/v1/packages/{done}/manifest"),
     ("GET", "/v1/events"): Row(200, 200, 200, 403),
+    ("POST", "/v1/events/cookie"): Row(204, 204, 204, 204),
+    ("DELETE", "/v1/events/cookie"): Row(204, 204, 204, 204),
+    ("GET", "/v1/schemas/{fingerprint}"): Row(*TO_ALL, f"/v1/schemas/{schema_fingerprint(FILE_INGESTED).hex()}"),
     ("GET", "/v1/whoami"): Row(*TO_ALL),
     **{("GET", path): Row(*TO_ALL) for path in ("/v1/login", "/healthz", "/readyz", "/metrics", "/openapi.json")},
     ("POST", "/v1/packages/{package_id}/finalize"): Row(200, 403, 404, 403, "/v1/packages/{package}/finalize"),
@@ -243,6 +249,20 @@ async def test_every_route_answers_every_sender_as_its_row_says(embedded_setting
             assert await stage.gateway.events() == recorded, (key, "somebody else's request was recorded")
             status, _, body = await asked(stage, "owner", request)
             assert status == row.owner, (key, body)
+
+
+async def test_a_token_in_a_cookie_is_worth_no_more_and_opens_the_feed_alone(
+    embedded_settings: Settings, tmp_path: Path
+) -> None:
+    async with scene(embedded_settings, tmp_path) as stage:
+        for sender, token in stage.tokens.items():
+            cookie = {} if token is None else {"Cookie": f"{COOKIE}={token}"}
+            async with stage.gateway.session.get("/v1/events", headers=cookie) as answer:
+                wanted = 401 if sender in stage.nobody else getattr(ROWS["GET", "/v1/events"], sender)
+                assert answer.status == wanted, sender
+            for path in ("/v1/packages", "/v1/whoami", f"/v1/packages/{stage.names['package']}"):
+                async with stage.gateway.session.get(path, headers=cookie) as answer:
+                    assert answer.status == 401, (sender, path)
 
 
 async def unknown(stage: Scene, sender: str, request: Request) -> bytes:
@@ -390,15 +410,16 @@ async def test_every_call_of_the_client_gives_every_sender_what_its_row_says(
             with pytest.raises(ForbiddenError):
                 await call(clients["powerless"], names)
             for sender, wanted in (("reader", reader), ("another", another)):
-                assert await outcome(call(clients[sender], names)) == wanted, (name, sender)
+                seconds = 0.5 if wanted == "nothing comes" else SECONDS
+                assert await outcome(call(clients[sender], names), seconds) == wanted, (name, sender)
             assert await stage.gateway.events() == recorded, name
             await call(clients["owner"], names)
 
 
-async def outcome(answer: Awaitable[object]) -> str:
+async def outcome(answer: Awaitable[object], seconds: float) -> str:
     """What a call came to, in the words of CALLS."""
     try:
-        async with asyncio.timeout(0.5):
+        async with asyncio.timeout(seconds):
             found = await answer
     except ForbiddenError:
         return "forbidden"
