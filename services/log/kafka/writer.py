@@ -42,8 +42,9 @@ from services.log.router import Owner, Owners, Router
 from services.log.sequencer.answers import Counts
 from services.log.sequencer.partition_writer import FairLock, PartitionWriter, WriterContext
 from services.log.sequencer.queue import EndQuestion, IngestCheck
-from services.log.state.restore import States
+from services.log.state.restore import ExposedFolderError, States, require_own_folder
 from services.log.state.snapshots import Snapshots
+from services.log.state.state_file import StateFileError
 from services.runtime.clock import Clock, system_clock
 
 _LOG = logging.getLogger(__name__)
@@ -133,7 +134,17 @@ class KafkaWriter:
         self._writers = self._router.writers
 
     async def start(self) -> None:
-        """See `CommandWriter`. Raises ConfigurationError when the topic could lose events, UnavailableError."""
+        """See `CommandWriter`.
+
+        Raises ConfigurationError when the topic could lose events, or others may write to the folder of the states;
+        UnavailableError.
+        """
+        try:
+            await asyncio.to_thread(require_own_folder, self._state_dir)
+        except ExposedFolderError as error:
+            raise ConfigurationError(error.detail) from None
+        except StateFileError as error:  # it may pass: each take-over tries again
+            _LOG.warning("%s", error.detail)
         await self._log.check()
         if self._snapshot_store is not None:
             self._snapshots = Snapshots(self._snapshot_store, asyncio.get_running_loop(), self._snapshot_key)

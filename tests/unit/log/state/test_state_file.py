@@ -17,15 +17,18 @@ import pytest
 from artifact_store.errors import (
     AnswerExpiredError,
     CommandReusedError,
+    ConfigurationError,
     CorruptError,
     PackageAbandonedError,
 )
 from artifact_store.events import LogSkipped
 from artifact_store.models import Acknowledgement
+from services.config import Settings
 from services.core.commands import Command, IngestFiles
 from services.core.decide import acknowledge, decide
 from services.core.limits import ANSWERS_KEPT_MICROS, MAX_IDLE_MICROS, Limits
 from services.core.state import CREATED, FINALIZED, PackageState
+from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.port import PackageExtent
 from services.log.records import AdministrativeHead, administrative_event
 from services.log.state import partition_state as state_module
@@ -438,6 +441,23 @@ def test_a_folder_of_another_user_or_open_to_a_strange_group_is_refused(
     os.chown(folder, *ANOTHER) if os.geteuid() == 0 else monkeypatch.setattr(os, "geteuid", lambda: ANOTHER[0])
     with pytest.raises(ExposedFolderError, match="belongs to another user"):
         claimed(folder)
+
+
+async def test_a_gateway_does_not_start_on_a_folder_that_others_may_write_to(tmp_path: Path) -> None:
+    folder = tmp_path / "state"
+    folder.mkdir()
+    folder.chmod(0o777)
+    settings = Settings(log_url="kafka://127.0.0.1:1/t", state_dir=folder)
+    log = KafkaLog(settings)
+
+    async def put_manifest(_manifest: bytes) -> None:
+        raise AssertionError("nothing is finalized")
+
+    writer = KafkaWriter(settings, log, limits=Limits(), put_manifest=put_manifest)
+    with pytest.raises(ConfigurationError, match="ARTIFACT_STORE_STATE_DIR"):
+        await writer.start()
+    await writer.close()
+    await log.close()
 
 
 def test_a_copy_of_a_state_in_use_is_a_whole_state(tmp_path: Path) -> None:
