@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
@@ -11,8 +11,30 @@ from artifact_store.position import Position
 PACKAGE_CREATED = "v1.package.created"
 FILE_INGESTED = "v1.file.ingested"
 PACKAGE_FINALIZED = "v1.package.finalized"
+DELEGATED_PACKAGE_CREATED = "v2.package.created"
+DELEGATED_FILE_INGESTED = "v2.file.ingested"
+DELEGATED_PACKAGE_FINALIZED = "v2.package.finalized"
+"""Version 2 of a type names a principal beside the actor, and is otherwise version 1."""
 LOG_SKIPPED = "v1.log.skipped"
 LOSS_ACCEPTED = "v1.log.loss_accepted"
+
+_DELEGATED = {
+    PACKAGE_CREATED: DELEGATED_PACKAGE_CREATED,
+    FILE_INGESTED: DELEGATED_FILE_INGESTED,
+    PACKAGE_FINALIZED: DELEGATED_PACKAGE_FINALIZED,
+}
+_FIRST_VERSION = {second: first for first, second in _DELEGATED.items()}
+
+
+def type_with(event_type: str, principal: str | None) -> str:
+    """The version of this type (in version 1) that an event with this principal has."""
+    return event_type if principal is None else _DELEGATED[event_type]
+
+
+def first_version(event_type: str) -> str:
+    """The type in version 1: what happened, whoever asked for it."""
+    return _FIRST_VERSION.get(event_type, event_type)
+
 
 NO_DIGEST = bytes(32)
 """`previous_digest` of a package's first event."""
@@ -178,6 +200,9 @@ class Event:
     `created_at` is in µs since 1970-01-01T00:00Z; `command_index` counts from 0 to `command_count` - 1; digests are 32
     raw bytes. With an AdministrativePayload, `package_id` is the id of the partition (`identifiers.partition_id`), and
     `sequence` and `previous_digest` count and chain the partition's administrative records.
+
+    `principal` is who sent the command in the actor's name, by the right to delegate; None when the actor sent it. The
+    types of version 2 have one, those of version 1 do not.
     """
 
     event_id: UUID
@@ -192,6 +217,7 @@ class Event:
     payload_digest: bytes
     previous_digest: bytes
     payload: Payload
+    principal: str | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ from ingest_gateway.protocol.http_errors import (
     answer_of,
     internal,
 )
-from ingest_gateway.protocol.request import Call
+from ingest_gateway.protocol.request import ACTOR, Call
 from ingest_gateway.routes import archives, event_feed, files, manifests, operations, packages, tus_uploads, whoami
 from ingest_gateway.siblings import Siblings
 from services.core.access import Right
@@ -200,6 +200,8 @@ class App:
         for right in wanted:
             if isinstance(right, Right):
                 call.require(right)
+        if ACTOR.name in call.request.headers and ACTOR in route.parameters:
+            call.name_actor()
 
     def _record(self, call: Call) -> None:
         seconds = asyncio.get_running_loop().time() - call.began
@@ -211,6 +213,7 @@ class App:
             unseen = _is_unseen(call)
             self._audit.record(
                 principal=call.principal.actor if call.identified else None,
+                actor=call.actor if call.actor != call.principal.actor else None,
                 action=f"{method} {call.template}",
                 allowed=call.status not in _REFUSED and not unseen,
                 client=call.client,

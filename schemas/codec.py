@@ -4,7 +4,8 @@ A record's value begins with C3 01 and the little-endian CRC-64-AVRO fingerprint
 Canonical Form (Avro 1.12 specification, "Single-object encoding"). The Confluent framing (00 and a big-endian schema
 id) is read as well where a resolver of ids is given.
 
-A new version of an event is a new schema file plus an entry in `_DECODERS`; old bytes are never rewritten.
+A new version of an event is a new schema file plus an entry in `_DECODERS`; old bytes are never rewritten. Version 2
+of a type names a principal beside the actor; version 1 reads as an event without one (`_to_event`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ import fastavro
 from fastavro.schema import fingerprint, to_parsing_canonical_form
 
 from artifact_store.events import (
+    DELEGATED_FILE_INGESTED,
+    DELEGATED_PACKAGE_CREATED,
+    DELEGATED_PACKAGE_FINALIZED,
     FILE_INGESTED,
     LOG_SKIPPED,
     LOSS_ACCEPTED,
@@ -127,6 +131,7 @@ def _to_record(event: Event) -> dict[str, Any]:
         "sequence": event.sequence,
         "created_at": event.created_at,
         "actor": event.actor,
+        "principal": event.principal,
         "command_id": str(event.command_id),
         "command_index": event.command_index,
         "command_count": event.command_count,
@@ -137,6 +142,7 @@ def _to_record(event: Event) -> dict[str, Any]:
 
 
 def _to_event(record: Mapping[str, Any], payload: Payload) -> Event:
+    """The event of any version: what an earlier version does not say has the value that it stood for."""
     return Event(
         event_id=UUID(record["event_id"]),
         event_type=record["event_type"],
@@ -144,6 +150,7 @@ def _to_event(record: Mapping[str, Any], payload: Payload) -> Event:
         sequence=record["sequence"],
         created_at=record["created_at"],
         actor=record["actor"],
+        principal=record.get("principal"),
         command_id=UUID(record["command_id"]),
         command_index=record["command_index"],
         command_count=record["command_count"],
@@ -214,6 +221,9 @@ _DECODERS: dict[str, Callable[[Mapping[str, Any]], Payload]] = {
     PACKAGE_CREATED: _created,
     FILE_INGESTED: _ingested,
     PACKAGE_FINALIZED: _finalized,
+    DELEGATED_PACKAGE_CREATED: _created,
+    DELEGATED_FILE_INGESTED: _ingested,
+    DELEGATED_PACKAGE_FINALIZED: _finalized,
     LOG_SKIPPED: _skipped,
     LOSS_ACCEPTED: _loss_accepted,
 }

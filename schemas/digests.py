@@ -40,6 +40,7 @@ def event_digest(event: Event) -> bytes:
         str(event.command_id),
         event.payload_digest,
         event.previous_digest,
+        event.principal,
     )
 
 
@@ -52,9 +53,11 @@ def chain_digest(
     command_id: str,
     payload_digest: bytes,
     previous_digest: bytes,
+    principal: str | None = None,
 ) -> bytes:
-    """BLAKE3 over the canonical CBOR array of these values, in this order (32 bytes)."""
-    link = [event_type, package_id, sequence, created_at, actor, command_id, payload_digest, previous_digest]
+    """BLAKE3 over the canonical CBOR array of these values, in this order, a principal after the actor (32 bytes)."""
+    who = [actor] if principal is None else [actor, principal]
+    link = [event_type, package_id, sequence, created_at, *who, command_id, payload_digest, previous_digest]
     return blake3(ordered_cbor(link)).digest()
 
 

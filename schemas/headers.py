@@ -11,7 +11,7 @@ from functools import lru_cache
 from itertools import islice
 from uuid import UUID
 
-from artifact_store.events import Event, PackageCreated
+from artifact_store.events import Event, PackageCreated, first_version, type_with
 from schemas.codec import schema_fingerprint
 from schemas.digests import event_digest
 from schemas.runs import FileRun, commands_of, first_of
@@ -36,13 +36,14 @@ def headers_all(
 ) -> Iterator[Headers]:
     """The headers of each event's record: one mapping, which changes with the next event. A trace for each command.
 
-    The events are of one type, package and time. `log` is the log's identity. `created` is what the package was created
-    as; None for administrative events, which have no package.
+    The events are of one package and time, and of one type in any version. `log` is the log's identity. `created` is
+    what the package was created as; None for administrative events, which have no package.
     """
     shared = first_of(events)
+    event_type = first_version(shared.event_type)
     found: Headers = {
-        "event_type": shared.event_type.encode(),
-        "event_version": event_version(shared.event_type).encode(),
+        "event_type": None,
+        "event_version": None,
         "command_id": None,
         "command_index": None,
         "command_count": None,
@@ -50,10 +51,10 @@ def headers_all(
         "ce_specversion": b"1.0",
         "ce_id": None,
         "ce_source": f"{_SOURCE}{log}".encode(),
-        "ce_type": shared.event_type.encode(),
+        "ce_type": None,
         "ce_subject": str(shared.package_id).encode(),
         "ce_time": _rfc3339(shared.created_at),
-        "ce_dataschema": dataschema(shared.event_type).encode(),
+        "ce_dataschema": None,
     }
     if created is not None:
         found["producer"] = created.producer.encode()
@@ -61,6 +62,7 @@ def headers_all(
         found["retention_class"] = created.retention_class.encode()
     digests = iter(events.digests if isinstance(events, FileRun) else map(event_digest, events))
     for command, traceparent in zip(commands_of(events), traceparents, strict=True):
+        found |= _of_type(type_with(event_type, command.principal))
         found["command_id"] = str(command.command_id).encode()
         found["command_count"] = b"%d" % command.command_count
         found.pop("traceparent", None)
@@ -80,6 +82,17 @@ def event_version(event_type: str) -> str:
 def dataschema(event_type: str) -> str:
     """The URN of the schema that events of this type are written with: it ends with the fingerprint in hex."""
     return f"{_SCHEMA}{schema_fingerprint(event_type).hex()}"
+
+
+@lru_cache(8)
+def _of_type(event_type: str) -> Headers:
+    """The headers that follow from the type. Do not change them."""
+    return {
+        "event_type": event_type.encode(),
+        "event_version": event_version(event_type).encode(),
+        "ce_type": event_type.encode(),
+        "ce_dataschema": dataschema(event_type).encode(),
+    }
 
 
 @lru_cache(8)

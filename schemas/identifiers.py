@@ -20,9 +20,12 @@ DERIVED_BYTES = 20
 """From one of `derived_all` to the next."""
 
 
-def package_id(actor: str, command_id: UUID) -> UUID:
-    """The id of the package that this command of this actor creates, so that a retry finds it again."""
-    return uuid5(uuid5(_PACKAGES, actor), str(command_id))
+def package_id(sender: str, command_id: UUID) -> UUID:
+    """The id of the package that this command creates, so that a retry finds it again.
+
+    `sender` is the actor; with a principal, who acts in the actor's name, the principal.
+    """
+    return uuid5(uuid5(_PACKAGES, sender), str(command_id))
 
 
 def partition_id(log: UUID, partition: int) -> UUID:

@@ -19,7 +19,15 @@ from uuid import UUID
 from blake3 import blake3
 
 from artifact_store.canonical import cbor_integer, cbor_text, is_jcs_object
-from artifact_store.events import FILE_INGESTED, Event, FileIngested, PackageCreated, StorageReceipt
+from artifact_store.events import (
+    DELEGATED_FILE_INGESTED,
+    FILE_INGESTED,
+    Event,
+    FileIngested,
+    PackageCreated,
+    StorageReceipt,
+    type_with,
+)
 from schemas.codec import UndecodableEventError, decode, encode, framing
 from schemas.digests import DIGEST_BYTES, event_digest
 from schemas.identifiers import DERIVED_BYTES, derived_all
@@ -54,6 +62,8 @@ class CommandFiles:
     command_count: int
     files: Sequence[StoredFile]
     """None of a command that became another event."""
+    principal: str | None = None
+    """See `Event`: with one, the events are of version 2."""
 
     def __len__(self) -> int:
         """How many events they are."""
@@ -69,6 +79,7 @@ class FileRun(Sequence[Event]):
     """
 
     event_type: ClassVar[str] = FILE_INGESTED
+    """In version 1; each command says which version its events have."""
 
     package_id: UUID
     sequence: int
@@ -111,7 +122,7 @@ class FileRun(Sequence[Event]):
             receipt.length,
             receipt.stored_at,
         )
-        command = CommandFiles(event.command_id, event.actor, event.command_index, event.command_count, (stored,))
+        command = _part_of(event, (stored,))
         event_id, file_id, location_id = (
             (str(identifier).encode(),) for identifier in (event.event_id, file.file_id, receipt.location_id)
         )
@@ -147,6 +158,7 @@ class FileRun(Sequence[Event]):
             strict=False,
         )
         for command in self.commands:
+            event_type = type_with(FILE_INGESTED, command.principal)
             for index, file in enumerate(command.files, command.command_index):
                 sequence, event_id, file_id, location_id, payload_digest, previous_digest = next(columns)
                 location = UUID(location_id.decode())
@@ -154,7 +166,7 @@ class FileRun(Sequence[Event]):
                 about = file.relative_path, file.media_type, file.size_bytes, file.blake3, file.sha256
                 yield Event(
                     UUID(event_id.decode()),
-                    FILE_INGESTED,
+                    event_type,
                     self.package_id,
                     sequence,
                     self.created_at,
@@ -165,6 +177,7 @@ class FileRun(Sequence[Event]):
                     payload_digest,
                     previous_digest,
                     FileIngested(UUID(file_id.decode()), *about, at),
+                    principal=command.principal,
                 )
 
     @overload
@@ -184,10 +197,12 @@ def commands_of(events: Event | Sequence[Event]) -> Sequence[CommandFiles]:
     """The commands that the events are of, in their order."""
     if isinstance(events, FileRun):
         return events.commands
-    return [
-        CommandFiles(event.command_id, event.actor, event.command_index, event.command_count, ())
-        for event in ([events] if isinstance(events, Event) else events)
-    ]
+    return [_part_of(event, ()) for event in ([events] if isinstance(events, Event) else events)]
+
+
+def _part_of(event: Event, files: Sequence[StoredFile]) -> CommandFiles:
+    """The part of the event's command that became the event."""
+    return CommandFiles(event.command_id, event.actor, event.command_index, event.command_count, files, event.principal)
 
 
 def encode_all(events: Sequence[Event]) -> list[bytes]:
@@ -263,6 +278,11 @@ def _payload_digests(
     return found
 
 
+_LINK = b"\x88" + cbor_text(FILE_INGESTED.encode())
+_DELEGATED_LINK = b"\x89" + cbor_text(DELEGATED_FILE_INGESTED.encode())
+"""An array of eight values, and of nine; see `chain_digest`."""
+
+
 def _chain(
     package_id: UUID,
     commands: Sequence[CommandFiles],
@@ -272,10 +292,12 @@ def _chain(
     digest: bytes,
 ) -> list[bytes]:
     found = []
-    package = b"\x88" + cbor_text(FILE_INGESTED.encode()) + cbor_text(str(package_id).encode())
+    package_text = cbor_text(str(package_id).encode())
     left = iter(payload_digests)
     for command in commands:
-        about = cbor_integer(created_at), _text(command.actor)[1], cbor_text(str(command.command_id).encode())
+        who = [_text(name)[1] for name in (command.actor, command.principal) if name is not None]
+        package = (_LINK if command.principal is None else _DELEGATED_LINK) + package_text
+        about = cbor_integer(created_at), *who, cbor_text(str(command.command_id).encode())
         shared = b"".join((*about, _DIGEST_HEAD))
         for _, payload_digest in zip(command.files, left, strict=False):
             link = package, cbor_integer(sequence), shared, payload_digest, _DIGEST_HEAD, digest
@@ -326,16 +348,23 @@ def avro_text(encoded: bytes) -> bytes:
 _IDENTIFIER_AVRO = b"\x48"
 _BEGINNING = framing(FILE_INGESTED) + _IDENTIFIER_AVRO
 _TYPE = avro_text(FILE_INGESTED.encode()) + _IDENTIFIER_AVRO
+_DELEGATED_BEGINNING = framing(DELEGATED_FILE_INGESTED) + _IDENTIFIER_AVRO
+_DELEGATED_TYPE = avro_text(DELEGATED_FILE_INGESTED.encode()) + _IDENTIFIER_AVRO
 
 
 def _encode(run: FileRun) -> list[bytes]:
-    """The order of the fields is that of the schema file."""
-    package, created_at = _TYPE + str(run.package_id).encode(), avro_long(run.created_at)
+    """The order of the fields is that of the schema files."""
+    package_id, created_at = str(run.package_id).encode(), avro_long(run.created_at)
     previous = chain((run.previous_digest,), run.digests)
     left = zip(run.event_ids, run.file_ids, run.location_ids, run.payload_digests, previous, strict=False)
     values, sequence = [], run.sequence
     for command in run.commands:
-        about = created_at, _text(command.actor)[0], _IDENTIFIER_AVRO, str(command.command_id).encode()
+        beginning, package = _BEGINNING, _TYPE + package_id
+        who = _text(command.actor)[0]
+        if command.principal is not None:
+            beginning, package = _DELEGATED_BEGINNING, _DELEGATED_TYPE + package_id
+            who += _text(command.principal)[0]
+        about = created_at, who, _IDENTIFIER_AVRO, str(command.command_id).encode()
         shared, index, number = b"".join(about), command.command_index, avro_long(command.command_count)
         for file, (event_id, file_id, location_id, payload_digest, previous_digest) in zip(
             command.files, left, strict=False
@@ -343,7 +372,7 @@ def _encode(run: FileRun) -> list[bytes]:
             values.append(
                 b"".join(
                     (
-                        _BEGINNING,
+                        beginning,
                         event_id,
                         package,
                         avro_long(sequence),
@@ -466,7 +495,8 @@ _LONG_VALUES = 1 << 64
 def read_fields(value: bytes, packages: dict[bytes, UUID]) -> FileFields | None:
     """The fields of a record value that is a `v1.file.ingested` in single-object encoding.
 
-    None when anything about it is unusual, or it is another event: then the general codec finds out what it is. Never
+    None when anything about it is unusual, such as a principal, or it is another event: then the general codec finds
+    out what it is. Never
     less strict than that codec, also in what no fold needs: a record that others cannot read must not reach a view.
     `packages` keeps package ids by their texts, in lower case, so that all events of one package share one object.
     """

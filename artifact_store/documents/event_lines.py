@@ -27,6 +27,8 @@ from artifact_store.events import (
     Payload,
     RecordedEvent,
     StorageReceipt,
+    first_version,
+    type_with,
 )
 from artifact_store.position import Position
 
@@ -110,6 +112,9 @@ class _EventShape(Answer):
     sequence: SequenceNumber
     created_at: TimeText
     actor: str
+    principal: str | None = Field(
+        default=None, description="Who sent the command in the actor's name; in types of version 2 alone"
+    )
     command_id: UUID
     command_index: int = Field(ge=0)
     command_count: int = Field(ge=1)
@@ -121,21 +126,21 @@ class _EventShape(Answer):
 class PackageCreatedEvent(_EventShape):
     """A package was created."""
 
-    type: Literal["v1.package.created"]
+    type: Literal["v1.package.created", "v2.package.created"]
     payload: PackageCreatedPayload
 
 
 class FileIngestedEvent(_EventShape):
     """A file was ingested."""
 
-    type: Literal["v1.file.ingested"]
+    type: Literal["v1.file.ingested", "v2.file.ingested"]
     payload: FileIngestedPayload
 
 
 class PackageFinalizedEvent(_EventShape):
     """A package was finalized."""
 
-    type: Literal["v1.package.finalized"]
+    type: Literal["v1.package.finalized", "v2.package.finalized"]
     payload: PackageFinalizedPayload
 
 
@@ -163,6 +168,7 @@ def event_head(event: Event) -> bytes:
         "sequence": event.sequence,
         "created_at": times.to_text(event.created_at),
         "actor": event.actor,
+        **({} if event.principal is None else {"principal": event.principal}),
         "command_id": str(event.command_id),
         "command_index": event.command_index,
         "command_count": event.command_count,
@@ -178,6 +184,8 @@ def parse_event(line: bytes | str) -> RecordedEvent:
     """Read such a line. Raises CorruptError when it is no event that this version knows."""
     try:
         shape = _ADAPTER.validate_json(line)
+        if shape.type != type_with(first_version(shape.type), shape.principal):
+            raise ValueError("version and principal do not belong together")
         return RecordedEvent(
             event_id=shape.id,
             event_type=shape.type,
@@ -185,6 +193,7 @@ def parse_event(line: bytes | str) -> RecordedEvent:
             sequence=shape.sequence,
             created_at=times.from_text(shape.created_at),
             actor=shape.actor,
+            principal=shape.principal,
             command_id=shape.command_id,
             command_index=shape.command_index,
             command_count=shape.command_count,

@@ -497,7 +497,8 @@ class GrantShape(Answer):
 class WhoAmIAnswer(Answer):
     """Who the sender is, as the gateway sees it."""
 
-    actor: str
+    actor: str = Field(description="In whose name they write: another than `principal` if `X-Actor` names one")
+    principal: str | None = Field(default=None, description="Whom the gateway takes them for")
     rights: list[GrantShape]
     expires_at: TimeText | None = Field(
         description="When the token expires; null if it never does, or there is no token"

@@ -30,6 +30,7 @@ from services.core.wire import (
     LAST_TIME,
     OLDEST,
     SAYS_GRANTS,
+    SAYS_PRINCIPAL,
     VERSION,
     decode_acknowledgement,
     decode_error,
@@ -125,12 +126,13 @@ class HttpForwarder:
         relative_paths: Sequence[str],
         command_id: UUID | None,
         grants: Grants = EVERYTHING,
+        principal: str | None = None,
     ) -> str | None:
         """See `Forwarder`. Raises PushBackError as `submit`."""
-        asked = IngestCheck(package_id, relative_paths, command_id, grants)
+        asked = IngestCheck(package_id, relative_paths, command_id, grants, principal)
         with self._place(owner_url):
             version = await self._version_for(owner_url, asked)
-            body = encode_check(package_id, relative_paths, command_id, grants, version)
+            body = encode_check(package_id, relative_paths, command_id, grants, principal, version)
             answer = await self._post(owner_url, CHECKS_PATH, body, version)
         return decode_class(answer)
 
@@ -159,22 +161,26 @@ class HttpForwarder:
     async def _version_for(self, owner_url: str, asked: Command | IngestCheck) -> int:
         """The version in which to ask the process at this URL.
 
-        A process of the previous release checks no rights. So it gets only commands of senders with all rights, and
-        commands to create packages, which this process can check by itself. Raises ForbiddenError when that check
-        fails, PushBackError for all other commands.
+        A process of the previous release checks no rights, and records no principal beside the actor. So it gets only
+        commands without a principal, of senders with all rights, and commands to create packages, which this process
+        can check by itself. Raises ForbiddenError when that check fails, PushBackError for all other commands.
         """
+        needed = OLDEST if asked.grants is EVERYTHING else SAYS_GRANTS
+        if asked.principal is not None:
+            needed = SAYS_PRINCIPAL
         version = self._versions.get(owner_url, OLDEST)
-        if version >= SAYS_GRANTS or asked.grants is EVERYTHING:
+        if version >= needed:
             return version
-        if isinstance(asked, CreatePackage):
+        if isinstance(asked, CreatePackage) and asked.principal is None:
             require_write(None, asked)
             return version
         await self._ask_status(owner_url)  # its answer says what the process reads
         version = self._versions.get(owner_url, OLDEST)
-        if version < SAYS_GRANTS:
+        if version < needed:
+            lacks = "check what a token may do" if asked.principal is None else "record who sent a command for another"
             raise PushBackError(
-                "the owner of the partition is a gateway of the previous release, which cannot check what a token may "
-                "do: upgrade all gateways",
+                f"the owner of the partition is a gateway of the previous release, which cannot {lacks}: upgrade all "
+                "gateways",
                 5.0,
             )
         return version

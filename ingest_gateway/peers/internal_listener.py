@@ -75,6 +75,7 @@ class Here(Protocol):
         relative_paths: Sequence[str],
         command_id: UUID | None,
         grants: Grants = EVERYTHING,
+        principal: str | None = None,
     ) -> str:
         """As `CommandWriter.check_ingest`; PartitionNotOwnedError when this process is not the owner."""
 

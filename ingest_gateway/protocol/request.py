@@ -88,6 +88,8 @@ class Call:
         self.principal = _NOBODY
         """Who sends the request, once `authenticate` has found out."""
         self._authorization: str | None = None
+        self._named: str | None = None
+        """Whom `X-Actor` names in place of the sender, once `name_actor` has read it."""
         self._registry: DirectRegistry | None = None
         self.request = request
         self.target, self._raw_query = _target(request)
@@ -172,7 +174,8 @@ class Call:
     def registry(self) -> DirectRegistry:
         """The registry, limited to what the sender may read and write."""
         if self._registry is None:
-            self._registry = self.gateway.registry.for_principal(self.principal)
+            delegates = self._named is not None and not self.principal.local
+            self._registry = self.gateway.registry.for_principal(self.principal, delegates=delegates)
         return self._registry
 
     async def lapsed(self) -> bool:
@@ -229,18 +232,26 @@ class Call:
         if self.request.transport is None:
             raise ConnectionResetError("the client went away")
 
-    @property
-    def actor(self) -> str:
-        """Who acts: the sender; or, from this machine alone, whoever `X-Actor` names.
+    def name_actor(self) -> None:
+        """Read whom `X-Actor` names as the actor.
 
-        Raises ForbiddenError: `X-Actor` names another than the sender. InvalidRequestError.
+        Raises InvalidRequestError, and ForbiddenError when that is not the sender, who may delegate for no package.
         """
         named = self.header(ACTOR)
-        if named is not None and named != self.principal.actor and not self.principal.local:
+        if named is None or named == self.principal.actor:
+            return
+        self._named = named
+        # From this machine alone, nothing proves who sends: whoever it is says who they are.
+        if not self.principal.local and not self.principal.may(Right.DELEGATE):
             raise ForbiddenError(
-                f"{ACTOR.name} names {named}, but the token is that of {self.principal.actor}; leave {ACTOR.name} out"
+                f"{ACTOR.name} names {named}, and {self.principal.actor} does not have the right to {Right.DELEGATE}: "
+                f"leave {ACTOR.name} out"
             )
-        return named or self.principal.actor
+
+    @property
+    def actor(self) -> str:
+        """Who acts: the sender, or whoever `X-Actor` names."""
+        return self._named or self.principal.actor
 
     @property
     def counted_as(self) -> str:
@@ -749,8 +760,9 @@ ACTOR = Parameter(
     names.ACTOR,
     "header",
     _text(names.ACTOR),
-    "Who acts, in UTF-8",
-    {**_SHORT_TEXT, "default": "anonymous"},
+    "In whose name the sender acts, in UTF-8; absent: in their own. Another's needs the right to delegate, and the "
+    "event then names both",
+    _SHORT_TEXT,
 )
 CONTENT_ADDRESS = Parameter(
     names.CONTENT_ADDRESS,

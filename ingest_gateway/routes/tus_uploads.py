@@ -190,6 +190,7 @@ async def begin_upload(call: Call) -> web.StreamResponse:
         relative_path=paths[0],
         media_type=next((said[key] for key in MEDIA_TYPE if said.get(key)), ANY_MEDIA_TYPE),
         actor=call.actor,
+        principal=call.registry.principal,
         length=length,
         declared=declared(length, call.header(CONTENT_ADDRESS), _file_sha256(call)),
         command_id=call.header(IDEMPOTENCY_KEY),

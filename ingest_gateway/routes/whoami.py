@@ -8,7 +8,7 @@ from artifact_store.documents import times
 from artifact_store.documents.shapes import GrantShape, LoginAnswer, LoginIssuer, WhoAmIAnswer
 from artifact_store.errors import UnavailableError
 from ingest_gateway.protocol.declaration import Route, Success
-from ingest_gateway.protocol.request import JSON, Call, json_answer
+from ingest_gateway.protocol.request import ACTOR, JSON, Call, json_answer
 
 
 async def whoami(call: Call) -> web.StreamResponse:
@@ -16,7 +16,8 @@ async def whoami(call: Call) -> web.StreamResponse:
     found = call.principal
     return json_answer(
         WhoAmIAnswer(
-            actor=found.actor,
+            actor=call.actor,
+            principal=found.actor,
             rights=[
                 GrantShape(
                     can=sorted(grant.rights),
@@ -51,6 +52,7 @@ ROUTES = (
         "Show whom the gateway takes the sender for, and what they may do",
         (Success(200, "The principal", {JSON: WhoAmIAnswer}),),
         access="identified",
+        parameters=(ACTOR,),
         problems=(UnavailableError,),
         tag="operation",
     ),

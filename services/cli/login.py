@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from services.cli.command import answer, common_options, invocation, remark, run
+from services.cli.command import ACTOR, answer, common_options, invocation, remark, run
 
 if TYPE_CHECKING:
     from artifact_store.client.device_login import Prompt
@@ -77,10 +77,11 @@ def logout() -> None:
 
 
 @click.command()
+@ACTOR
 @common_options(shown=("url", "token_file", "ca"))
-def whoami() -> None:
+def whoami(*, actor: str | None) -> None:
     """Show whom the gateway of --url takes you for, and what you may do; without --url, who you are on this machine."""
-    found = run(_whoami())
+    found = run(_whoami(actor))
     if invocation().as_json:
         answer(found.model_dump())
         return
@@ -88,12 +89,13 @@ def whoami() -> None:
         f"{', '.join(grant.can)} on packages of {', '.join(grant.producers)} about {', '.join(grant.subjects)}"
         for grant in found.rights
     ]
-    answer({"actor": found.actor, "rights": "; ".join(rights) or "none", "expires_at": found.expires_at})
+    who = {"actor": found.actor, "principal": found.principal}
+    answer({**who, "rights": "; ".join(rights) or "none", "expires_at": found.expires_at})
     if not rights:
         remark("no rule of the gateway's policy matches you: ask its operator for rights")
 
 
-async def _whoami() -> WhoAmIAnswer:
+async def _whoami(actor: str | None) -> WhoAmIAnswer:
     settings = invocation().settings()
     if settings.url is None:
         from artifact_store.documents.shapes import GrantShape, WhoAmIAnswer
@@ -101,17 +103,19 @@ async def _whoami() -> WhoAmIAnswer:
         from services.identity.actors import local_actor
 
         everything = GrantShape(can=sorted(Right), producers=["*"], subjects=["*"])
-        return WhoAmIAnswer(actor=local_actor(), rights=[everything], expires_at=None)
+        return WhoAmIAnswer(actor=actor or local_actor(), principal=local_actor(), rights=[everything], expires_at=None)
     async with open_transport(settings) as transport:
-        return await who_is(transport)
+        return await who_is(transport, actor)
 
 
-async def who_is(transport: Transport) -> WhoAmIAnswer:
-    """Whom the gateway takes the sender for."""
+async def who_is(transport: Transport, actor: str | None = None) -> WhoAmIAnswer:
+    """Whom the gateway takes the sender for, when they act in this actor's name."""
     from artifact_store.client.transport import read_answer
+    from artifact_store.documents import http
     from artifact_store.documents.shapes import WhoAmIAnswer
 
-    return read_answer(WhoAmIAnswer, await transport.call("GET", "/v1/whoami"))
+    headers = {} if actor is None else {http.ACTOR: actor}
+    return read_answer(WhoAmIAnswer, await transport.call("GET", "/v1/whoami", headers=headers))
 
 
 def open_transport(settings: Settings, *, seconds: float = 60.0, stored: bool = False) -> Transport:

@@ -19,7 +19,7 @@ class Right(StrEnum):
     WRITE = "write"
     """Create packages, ingest files, finalize."""
     DELEGATE = "delegate"
-    """Act under another actor's name. Nothing uses it yet."""
+    """Write in another actor's name."""
     DISPOSE = "dispose"
     """Hold, release, expire, restore."""
     SUBSCRIBE = "subscribe"

@@ -1,6 +1,7 @@
 """Commands: what callers ask the registry to write. `decide` turns each into events or rejects it.
 
-`grants` are the sender's rights. The package's writer checks them.
+`grants` are the sender's rights. The package's writer checks them. `principal` is the sender, when they act in the
+actor's name by the right to delegate; None when the actor sends the command.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ __all__ = ["Command", "CreatePackage", "FinalizePackage", "IngestFiles", "Ingest
 
 @dataclass(frozen=True, slots=True)
 class CreatePackage:
-    """Create a package. `metadata` is a JSON object in JCS form; `package_id` is derived from actor and command id."""
+    """Create a package. `metadata` is a JSON object in JCS form; `package_id` is that of `identifiers.package_id`."""
 
     package_id: UUID
     command_id: UUID
@@ -27,6 +28,7 @@ class CreatePackage:
     retention_class: str
     metadata: str
     grants: Grants = EVERYTHING
+    principal: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,7 @@ class IngestFiles:
     actor: str
     files: tuple[StoredFile, ...]
     grants: Grants = EVERYTHING
+    principal: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,7 @@ class FinalizePackage:
     command_id: UUID
     actor: str
     grants: Grants = EVERYTHING
+    principal: str | None = None
 
 
 Command = CreatePackage | IngestFiles | FinalizePackage

@@ -32,6 +32,7 @@ from artifact_store.events import (
     Event,
     PackageCreated,
     PackageFinalized,
+    type_with,
 )
 from artifact_store.manifest import ContentAddress, content_key, manifest_digest
 from artifact_store.models import Acknowledgement, IngestedFile
@@ -93,22 +94,32 @@ class Authorized(Protocol):
     def grants(self) -> Grants:
         """What its sender may do."""
 
+    @property
+    def principal(self) -> str | None:
+        """The sender, when they act in another's name."""
+
 
 def require_write(state: PackageState | None, asked: Authorized) -> None:
-    """Raise unless the sender may write to the package.
+    """Raise unless the sender may write to the package, and in another's name if they do that.
 
     Raises:
-        ForbiddenError: the sender may not create packages of this producer and subject, or may only read this package.
+        ForbiddenError: the sender lacks the right for packages of this producer and subject, or for this package, which
+            they may read.
         PackageNotFoundError: the sender may not even learn whether there is such a package.
     """
     if asked.grants is EVERYTHING:
         return
     if isinstance(asked, CreatePackage):
-        if not scope(asked.grants, Right.WRITE).includes(asked.producer, asked.subject):
-            raise ForbiddenError("the right to write does not hold for packages of this producer and subject")
-        return
-    origin = None if state is None else (state.created.producer, state.created.subject)
-    require(asked.grants, Right.WRITE, asked.package_id, origin)
+        origin, packages = (asked.producer, asked.subject), "packages of this producer and subject"
+        if not scope(asked.grants, Right.WRITE).includes(*origin):
+            raise ForbiddenError(f"the right to write does not hold for {packages}")
+    else:
+        if state is None:
+            raise no_package(asked.package_id)
+        origin, packages = (state.created.producer, state.created.subject), f"package {asked.package_id}"
+        require(asked.grants, Right.WRITE, asked.package_id, origin)
+    if asked.principal is not None and not scope(asked.grants, Right.DELEGATE).includes(*origin):
+        raise ForbiddenError(f"the right to delegate does not hold for {packages}")
 
 
 def claim_check(state: PackageState, events: Sequence[Event]) -> bytes | None:
@@ -182,8 +193,9 @@ def _create(state: PackageState | None, command: CreatePackage, now: int, limits
         if state.forgotten:
             raise _abandoned(state) if state.status == ABANDONED else _expired(state, command.command_id)
         raise CommandReusedError("a package of this id exists, made by another request")
-    for name in ("name", "producer", "subject", "actor"):
+    for name in ("name", "producer", "subject"):
         check_text(name, getattr(command, name))
+    _check_who([command])
     check_metadata_size(command.metadata, limits.max_metadata_bytes)
     if not is_jcs_object(command.metadata):  # another gateway may have sent it, and readers stop at such an event
         raise InvalidRequestError("metadata must be a JSON object in JCS form")
@@ -211,12 +223,13 @@ def _ingest_together(state: PackageState | None, together: IngestTogether, now: 
 def _ingest(state: PackageState, commands: Sequence[IngestFiles], done: int, now: int, limits: Limits) -> FileRun:
     """The events for the commands' files. Of a single command, the first `done` files have theirs already."""
     parts = [
-        CommandFiles(command.command_id, command.actor, done, len(command.files), command.files[done:])
+        CommandFiles(
+            command.command_id, command.actor, done, len(command.files), command.files[done:], command.principal
+        )
         for command in commands
     ]
     files = [file for part in parts for file in part.files]
-    for actor in {part.actor for part in parts}:
-        check_text("actor", actor)
+    _check_who(commands)
     if not all(part.files for part in parts):
         raise InvalidRequestError("a command must ingest at least one file")
     for media_type in {file.media_type for file in files}:
@@ -232,6 +245,14 @@ def _ingest(state: PackageState, commands: Sequence[IngestFiles], done: int, now
     if not done:
         _check_tree(state, paths, limits)
     return FileRun.of_files(state.package_id, parts, sequence=state.sequence + 1, created_at=now, previous=state.digest)
+
+
+def _check_who(commands: Sequence[Command]) -> None:
+    for actor in {command.actor for command in commands}:
+        check_text("actor", actor)
+    for principal in {command.principal for command in commands}:
+        if principal is not None:
+            check_text("principal", principal)
 
 
 _MAX_KEY_CHARACTERS = 512
@@ -257,7 +278,7 @@ def _check_receipt(file: StoredFile) -> None:
 
 
 def _finalize(state: PackageState, command: FinalizePackage, now: int, limits: Limits) -> list[Event]:
-    check_text("actor", command.actor)
+    _check_who([command])
     now = max(now, state.last_event_at)
     manifest = manifest_of(state, now)
     digest = manifest_digest(manifest)
@@ -276,14 +297,16 @@ def _only_event(
 ) -> list[Event]:
     """The one event that the command becomes, the next one after `state`. `digest` is the digest of the payload."""
     sequence, previous = (1, NO_DIGEST) if state is None else (state.sequence + 1, state.digest)
+    event_type = PACKAGE_CREATED if isinstance(payload, PackageCreated) else PACKAGE_FINALIZED
     return [
         Event(
             event_id=identifiers.event_id(command.package_id, sequence),
-            event_type=PACKAGE_CREATED if isinstance(payload, PackageCreated) else PACKAGE_FINALIZED,
+            event_type=type_with(event_type, command.principal),
             package_id=command.package_id,
             sequence=sequence,
             created_at=now,
             actor=command.actor,
+            principal=command.principal,
             command_id=command.command_id,
             command_index=0,
             command_count=1,
@@ -385,7 +408,7 @@ def _known(state: PackageState, command: Command) -> CommandState | None:
             same = same and _same_files(state, known, command)
         case FinalizePackage():
             same = known.event_type == PACKAGE_FINALIZED
-    if not same or known.actor != command.actor:
+    if not same or (known.actor, known.principal) != (command.actor, command.principal):
         raise CommandReusedError(f"command id {command.command_id} was used before with another request")
     return known
 

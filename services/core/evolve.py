@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from itertools import count
 
 from artifact_store.errors import CorruptError
-from artifact_store.events import NO_DIGEST, PACKAGE_CREATED, Event, FileIngested, PackageCreated, PackageFinalized
+from artifact_store.events import (
+    NO_DIGEST,
+    PACKAGE_CREATED,
+    Event,
+    FileIngested,
+    PackageCreated,
+    PackageFinalized,
+    first_version,
+)
 from schemas.digests import event_digest
 from schemas.runs import CommandFiles, FileRun, commands_of
 from services.core.state import CREATED, FINALIZED, CommandState, FileState, PackageState, manifest_item, receipt_item
@@ -21,9 +29,10 @@ def evolve(state: PackageState | None, event: Event | FileRun) -> PackageState:
     """
     if isinstance(event, Event) and isinstance(event.payload, FileIngested):
         event = FileRun.of(event, event.payload)
+    event_type = first_version(event.event_type)
     if state is None:
         state = _created(event)
-    elif event.event_type == PACKAGE_CREATED:
+    elif event_type == PACKAGE_CREATED:
         raise CorruptError(f"package {event.package_id} is created twice")
     _check_follows(state, event)
     commands = commands_of(event)
@@ -39,7 +48,7 @@ def evolve(state: PackageState | None, event: Event | FileRun) -> PackageState:
     for command in commands:
         known = state.commands.get(command.command_id)
         if known is None:
-            known = CommandState(event.event_type, command.actor, command.command_count)
+            known = CommandState(event_type, command.actor, command.command_count, principal=command.principal)
             state.commands[command.command_id] = known
         state.sequence += len(command)
         known.done += len(command)

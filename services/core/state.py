@@ -76,6 +76,7 @@ class CommandState:
     """
 
     event_type: str
+    """In version 1."""
     actor: str
     count: int
     done: int = 0
@@ -84,6 +85,8 @@ class CommandState:
     paths: list[str] = field(default_factory=list)
     answered: tuple[Answered, ...] = ()
     """Replaces `paths`, and the package's `files`, once the package is finalized and no longer in memory."""
+    principal: str | None = None
+    """Who sent it in the actor's name; None: the actor."""
 
 
 @dataclass(slots=True)

@@ -26,7 +26,7 @@ from artifact_store.rules import MAX_NUMBER, MAX_TEXT_CHARACTERS, PathPair
 from services.core.access import EVERYTHING, Grant, Grants, Packages, Right
 from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles, StoredFile
 
-VERSION = 3
+VERSION = 4
 """The newest version that this release reads and writes. Raise it when a field is added, and enter that in `_ADDED`."""
 
 OLDEST = 1
@@ -46,6 +46,7 @@ _ADDED: dict[tuple[str, str], int] = {
     ("Acknowledgement", "unportable_count"): 2,
     ("Acknowledgement", "unportable_paths"): 2,
     **{(command, "grants"): 3 for command in ("CreatePackage", "IngestFiles", "FinalizePackage")},
+    **{(command, "principal"): 4 for command in ("CreatePackage", "IngestFiles", "FinalizePackage")},
 }
 """The version that added a field, by the names of class and field. All other fields are in version 1."""
 
@@ -64,6 +65,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "bytes": (bytes,),
     "bytes | None": (bytes, type(None)),
+    "str | None": (str, type(None)),
 }
 _PARTS: dict[str, type] = {
     "tuple[StoredFile, ...]": StoredFile,
@@ -75,11 +77,17 @@ _GRANTS = "Grants"
 SAYS_GRANTS = 3
 """The first version whose messages hold the sender's grants."""
 
+SAYS_PRINCIPAL = 4
+"""The first version whose messages name a principal beside the actor."""
+
 _Shape = TypeVar("_Shape")
 
 
 def encode_command(command: Command, version: int = VERSION) -> bytes:
-    """The command as CBOR. A version before SAYS_GRANTS leaves out the grants."""
+    """The command as CBOR. A version before SAYS_GRANTS leaves out the grants, one before SAYS_PRINCIPAL the principal.
+
+    So never send a command with a principal in an earlier version: the event would not say who sent it.
+    """
     return _dumps([_KINDS[type(command)], _values(command, version)])
 
 
@@ -97,23 +105,34 @@ def encode_check(
     relative_paths: Sequence[str],
     command_id: UUID | None,
     grants: Grants = EVERYTHING,
+    principal: str | None = None,
     version: int = VERSION,
 ) -> bytes:
-    """The arguments of `check_ingest` as CBOR; a version before SAYS_GRANTS leaves out the grants."""
+    """The arguments of `check_ingest` as CBOR, without those that the version does not know: see `encode_command`."""
     asked = [_plain(package_id), list(relative_paths), _plain(command_id)]
-    return _dumps([*asked, _plain_grants(grants)] if version >= SAYS_GRANTS else asked)
+    if version >= SAYS_GRANTS:
+        asked.append(_plain_grants(grants))
+    if version >= SAYS_PRINCIPAL:
+        asked.append(principal)
+    return _dumps(asked)
 
 
-def decode_check(data: bytes) -> tuple[UUID, list[str], UUID | None, Grants]:
+def decode_check(data: bytes) -> tuple[UUID, list[str], UUID | None, Grants, str | None]:
     """Read the arguments of `check_ingest`. Raises InvalidRequestError if the message holds something else.
 
     A message without grants comes from a gateway of a release that lets everybody do everything.
     """
     match _loads(data):
-        case [UUID() as package_id, [*paths], (UUID() | None) as command_id, *grants] if (
-            all(isinstance(p, str) for p in paths) and len(grants) <= 1
+        case [UUID() as package_id, [*paths], (UUID() | None) as command_id, *added] if all(
+            isinstance(p, str) for p in paths
         ):
-            return package_id, paths, command_id, _read_grants(grants[0]) if grants else EVERYTHING
+            match added:
+                case []:
+                    return package_id, paths, command_id, EVERYTHING, None
+                case [grants]:
+                    return package_id, paths, command_id, _read_grants(grants), None
+                case [grants, (str() | None) as principal]:
+                    return package_id, paths, command_id, _read_grants(grants), principal
     raise InvalidRequestError("the forwarded question has another form")
 
 

@@ -7,7 +7,8 @@ has who looked, who was refused and who administered.
     {"time": "2026-01-31T12:00:00.000001Z", "principal": "ci:job-7", "action": "GET /v1/packages/{package_id}",
      "allowed": true, "client": "10.1.2.3", "status": 200, "target": "/v1/packages/…"}
 
-`"unseen": true` is added to a 404 for what is missing, or hidden from this principal.
+`"unseen": true` is added to a 404 for what is missing, or hidden from this principal. `actor` is added where the sender
+names another actor.
 """
 
 from __future__ import annotations

@@ -209,10 +209,12 @@ class CommandWriter(Protocol):
         relative_paths: Sequence[str],
         command_id: UUID | None,
         grants: Grants = EVERYTHING,
+        principal: str | None = None,
     ) -> str | None:
         """Ask the package's writer whether files of these paths could be ingested now.
 
-        Returns the package's retention class; None if its writer is of a release that does not tell it.
+        `grants` and `principal` are those that the command would have. Returns the package's retention class; None if
+        its writer is of a release that does not tell it.
 
         Raises as `submit`: PackageNotFoundError, IllegalPackageStateError, DuplicateRelativePathError, TooLargeError.
         """
@@ -351,5 +353,6 @@ class Forwarder(Protocol):
         relative_paths: Sequence[str],
         command_id: UUID | None,
         grants: Grants = EVERYTHING,
+        principal: str | None = None,
     ) -> str | None:
         """As `CommandWriter.check_ingest`, at the owner; PartitionNotOwnedError when it is not the owner any more."""

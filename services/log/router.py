@@ -185,7 +185,9 @@ def _asking(forwarder: Forwarder, url: str, partition: int, asked: Command | Ing
     if isinstance(asked, EndQuestion):
         return forwarder.end(url, partition)
     if isinstance(asked, IngestCheck):
-        return forwarder.check_ingest(url, asked.package_id, asked.relative_paths, asked.command_id, asked.grants)
+        return forwarder.check_ingest(
+            url, asked.package_id, asked.relative_paths, asked.command_id, asked.grants, asked.principal
+        )
     return forwarder.submit(url, asked)
 
 

@@ -90,7 +90,7 @@ class DirectRegistry(Registry):
         self._bundles = BundleStore(blobs)
         self._small = SharedPacks(blobs)
         self._classes: dict[tuple[UUID, str], str] = {}
-        """Retention classes by package and actor, of the latest packages that take files of an actor."""
+        """Retention classes by package and sender, of the latest packages that take files of a sender."""
         self._queries = queries
         self._limits = limits
         self._upload_key = upload_key
@@ -100,15 +100,24 @@ class DirectRegistry(Registry):
         self._readable: Scope = EVERYWHERE
         self.origins = Origins(self._find_origins)
         self._grants: Grants = EVERYTHING
+        self.principal: str | None = None
+        """Who writes in the name of the actors that are given; None: the actors themselves."""
 
-    def for_principal(self, principal: Principal) -> DirectRegistry:
-        """The same registry, in which only what the principal may read is there, and they write what they may."""
-        if principal.grants == EVERYTHING:
+    def for_principal(self, principal: Principal, *, delegates: bool = False) -> DirectRegistry:
+        """The same registry, in which only what the principal may read is there, and they write what they may.
+
+        With `delegates`, events name the principal beside the actors that are given.
+        """
+        if principal.grants == EVERYTHING and not delegates:
             return self
-        found = copy.copy(self)
+        found, uploads = copy.copy(self), self.uploads
+        found.principal = principal.actor if delegates else None
+        found._uploads = uploads
+        if principal.grants == EVERYTHING:
+            return found
         found._grants = principal.grants
-        found._uploads = self.uploads.for_caller(
-            principal.actor, found.check_ingest, found._record_upload, found._may_write
+        found._uploads = uploads.for_caller(
+            principal.actor, found._check_upload, found._record_upload, found._may_write
         )
         found._readable = principal.scope(Right.READ)
         found._queries = self._queries.within(found._readable)
@@ -120,7 +129,7 @@ class DirectRegistry(Registry):
         if self._uploads is None:
             self._uploads = ResumableUploads(
                 self._blobs,
-                check=self.check_ingest,
+                check=self._check_upload,
                 record=self._record_upload,
                 max_file_bytes=self._limits.max_file_bytes,
                 key=self._upload_key,
@@ -149,7 +158,7 @@ class DirectRegistry(Registry):
         command = command_id or uuid4()
         return await self._writer.submit(
             CreatePackage(
-                package_id=identifiers.package_id(actor, command),
+                package_id=identifiers.package_id(self.principal or actor, command),
                 command_id=command,
                 actor=actor,
                 name=name,
@@ -158,12 +167,21 @@ class DirectRegistry(Registry):
                 retention_class=retention_class,
                 metadata=metadata_text(metadata, self._limits.max_metadata_bytes),
                 grants=self._grants,
+                principal=self.principal,
             )
         )
 
     async def check_ingest(self, package_id: UUID, relative_path: str, command_id: UUID | None = None) -> None:
+        await self._check_upload(package_id, relative_path, command_id, self.principal)
+
+    async def _check_upload(
+        self, package_id: UUID, relative_path: str, command_id: UUID | None, principal: str | None
+    ) -> None:
         check_path(relative_path)
-        await self._writer.check_ingest(package_id, [relative_path], command_id, self._grants)
+        await self._writer.check_ingest(package_id, [relative_path], command_id, self._grants, principal)
+
+    async def _ask_writer(self, package_id: UUID, paths: Sequence[str], command_id: UUID | None) -> str | None:
+        return await self._writer.check_ingest(package_id, paths, command_id, self._grants, self.principal)
 
     async def ingest(
         self,
@@ -180,22 +198,22 @@ class DirectRegistry(Registry):
         """See `Registry`. The package's writer is asked before the body is read, with one exception.
 
         It is not asked about a small body, unless `ask_first` is set, once it has told this process the package's
-        retention class: from then on until it rejects a file of this actor. So a client whose files are rejected
+        retention class: from then on until it rejects a file of this sender. So a client whose files are rejected
         repeatedly gets at most one body stored.
         """
         check_text("actor", actor)
         check_text("media_type", media_type)
         check_path(relative_path)
-        small, kept_as = is_small(declared), None
+        small, kept_as, sender = is_small(declared), None, self.principal or actor
         if small and not ask_first:
-            kept_as = self._classes.get((package_id, actor))
+            kept_as = self._classes.get((package_id, sender))
         if kept_as is None:
-            kept_as = await self._writer.check_ingest(package_id, [relative_path], command_id, self._grants)
+            kept_as = await self._ask_writer(package_id, [relative_path], command_id)
         elif isinstance(body, bytes):
             self._writer.announce(package_id)
         largest = self._limits.max_file_bytes
         if small and kept_as is not None:
-            self._classes[package_id, actor] = kept_as
+            self._classes[package_id, sender] = kept_as
             if len(self._classes) > _CLASSES_REMEMBERED:
                 del self._classes[next(iter(self._classes))]
             blob = await self._small.store(body, declared=declared, max_bytes=largest, retention_class=kept_as)
@@ -203,18 +221,19 @@ class DirectRegistry(Registry):
             stream = from_any(body) if isinstance(body, bytes) else body
             blob = await self._blobs.store(stream, declared=declared, max_bytes=largest)
         try:
-            return await self._record(package_id, [Placed(relative_path, media_type, blob)], actor, command_id)
+            placed = [Placed(relative_path, media_type, blob)]
+            return await self._record(package_id, placed, actor, command_id, self.principal)
         except RejectedError:
-            self._classes.pop((package_id, actor), None)
+            self._classes.pop((package_id, sender), None)
             raise
 
     async def ingest_files(
         self, package_id: UUID, files: Bundle, actor: str, *, command_id: UUID | None = None
     ) -> Acknowledgement:
         check_text("actor", actor)
-        await self._writer.check_ingest(package_id, [], command_id, self._grants)
+        await self._ask_writer(package_id, [], command_id)
         placed = await self._bundles.store(_bounded(files), self._limits.max_file_bytes)
-        return await self._record(package_id, placed, actor, command_id)
+        return await self._record(package_id, placed, actor, command_id, self.principal)
 
     async def ingest_named(
         self, package_id: UUID, files: Sequence[NamedFile], actor: str, *, command_id: UUID | None = None
@@ -222,7 +241,7 @@ class DirectRegistry(Registry):
         check_text("actor", actor)
         _check_count(len(files))
         paths = [file.relative_path for file in files]
-        await self._writer.check_ingest(package_id, paths, command_id, self._grants)
+        await self._ask_writer(package_id, paths, command_id)
         try:
             await self._require_readable(files)
         except UnknownContentError:
@@ -231,7 +250,7 @@ class DirectRegistry(Registry):
                 raise
         else:
             placed = await self._bundles.find(files)
-        return await self._record(package_id, placed, actor, command_id)
+        return await self._record(package_id, placed, actor, command_id, self.principal)
 
     async def _recorded(
         self, package_id: UUID, files: Sequence[NamedFile], command_id: UUID | None
@@ -242,7 +261,7 @@ class DirectRegistry(Registry):
         files. Only the package's own events are read: a look at the named blobs would tell which of them are stored.
         """
         try:
-            await self._writer.check_ingest(package_id, [file.relative_path for file in files], None, self._grants)
+            await self._ask_writer(package_id, [file.relative_path for file in files], None)
         except RejectedError:
             pass  # as a new command it would be refused, so it may be a retry
         else:
@@ -318,7 +337,8 @@ class DirectRegistry(Registry):
 
     async def finalize(self, package_id: UUID, actor: str, *, command_id: UUID | None = None) -> Acknowledgement:
         check_text("actor", actor)
-        return await self._writer.submit(FinalizePackage(package_id, command_id or uuid4(), actor, self._grants))
+        command = FinalizePackage(package_id, command_id or uuid4(), actor, self._grants, self.principal)
+        return await self._writer.submit(command)
 
     async def get_package(self, package_id: UUID, *, wait_sequence: int | None = None) -> Package:
         package = await self._seen(package_id, lambda: self._queries.package(package_id), wait_sequence)
@@ -464,7 +484,12 @@ class DirectRegistry(Registry):
         return None if package is None else PackageExtent(package.created_at)
 
     async def _record(
-        self, package_id: UUID, placed: Sequence[Placed], actor: str, command_id: UUID | None
+        self,
+        package_id: UUID,
+        placed: Sequence[Placed],
+        actor: str,
+        command_id: UUID | None,
+        principal: str | None,
     ) -> Acknowledgement:
         """The command that names bytes which are durable by now."""
         now = self._blobs.clock.micros()  # a receipt is the store's word
@@ -483,11 +508,13 @@ class DirectRegistry(Registry):
             )
             for file in placed
         )
-        command = IngestFiles(package_id, command_id or uuid4(), actor, files, self._grants)
+        command = IngestFiles(package_id, command_id or uuid4(), actor, files, self._grants, principal)
         return await self._writer.submit(command)
 
-    async def _record_upload(self, package_id: UUID, file: Placed, actor: str, command_id: UUID) -> Acknowledgement:
-        return await self._record(package_id, [file], actor, command_id)
+    async def _record_upload(
+        self, package_id: UUID, file: Placed, actor: str, command_id: UUID, principal: str | None
+    ) -> Acknowledgement:
+        return await self._record(package_id, [file], actor, command_id, principal)
 
     async def _may_write(self, package_id: UUID) -> bool:
         """Whether the caller may write to the package, in whatever state it is."""

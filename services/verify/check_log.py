@@ -241,11 +241,19 @@ class Histories:
         if command is None:
             if not self._notes.note_command(event.package_id, event.command_id):
                 self._complain("repeated-command", place, f"command {event.command_id} was applied before")
-            command = OpenCommand(event.command_id, event.actor, event.event_type, event.command_count)
-        found = (event.command_index, event.command_count, event.actor, event.event_type)
+            command = OpenCommand(
+                event.command_id, event.actor, event.event_type, event.command_count, principal=event.principal
+            )
+        found = (event.command_index, event.command_count, event.actor, event.principal, event.event_type)
         count = event.command_count
         possible = count >= 1 if isinstance(event.payload, FileIngested) else count == 1
-        if not possible or found != (command.done, command.count, command.actor, command.event_type):
+        if not possible or found != (
+            command.done,
+            command.count,
+            command.actor,
+            command.principal,
+            command.event_type,
+        ):
             self._complain(
                 "command-order", place, f"is not part {command.done} of {command.count} of command {event.command_id}"
             )
@@ -254,8 +262,8 @@ class Histories:
 
     def _check_created(self, event: Event, payload: PackageCreated, place: str) -> None:
         self._check_payload_digest(event, payload, place)
-        if event.sequence == 1 and event.package_id != package_id(event.actor, event.command_id):
-            self._complain("package-id", place, "package_id is not derived from actor and command")
+        if event.sequence == 1 and event.package_id != package_id(event.principal or event.actor, event.command_id):
+            self._complain("package-id", place, "package_id is not derived from sender and command")
         if not _is_jcs_object(payload.metadata):
             self._complain("metadata", place, "metadata is not a JSON object in JCS form")
         if payload.retention_days is not None and payload.retention_days < 0:
@@ -395,20 +403,20 @@ def _state(event: Event, head: Head, known_path: bool) -> PackageState | None:
 
 
 def _command(event: Event) -> Command:
-    package, command, actor = event.package_id, event.command_id, event.actor
+    package, command, actor, principal = event.package_id, event.command_id, event.actor, event.principal
     match event.payload:
         case PackageCreated() as made:
             about = (made.name, made.producer, made.subject, RETENTION_CLASSES[0].name, made.metadata)
-            return CreatePackage(package, command, actor, *about)
+            return CreatePackage(package, command, actor, *about, principal=principal)
         case FileIngested() as file:
             at = file.receipt
             stored = StoredFile(
                 *(file.relative_path, file.media_type, file.size_bytes, file.blake3, file.sha256),
                 *(at.backend_id, at.key, at.offset, at.length, at.stored_at),
             )
-            return IngestFiles(package, command, actor, (stored,))
+            return IngestFiles(package, command, actor, (stored,), principal=principal)
         case PackageFinalized():
-            return FinalizePackage(package, command, actor)
+            return FinalizePackage(package, command, actor, principal=principal)
     raise ValueError(f"no command becomes {event.event_type}")
 
 

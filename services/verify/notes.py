@@ -50,6 +50,7 @@ class OpenCommand:
     event_type: str
     count: int
     done: int = 0
+    principal: str | None = None
 
 
 @dataclass(slots=True)
@@ -261,7 +262,7 @@ def _packed(head: Head) -> list[object]:
 
 
 def _fields(command: OpenCommand) -> tuple[object, ...]:
-    return (command.actor, command.event_type, command.count, command.done)
+    return (command.actor, command.event_type, command.count, command.done, command.principal)
 
 
 def _head(packed: bytes, command: bytes | None) -> Head:

@@ -28,7 +28,7 @@ KINDS = {
     "repeated-command": "a command was applied a second time",
     "command-order": "an event is not the next one of its command",
     "unfinished-command": "a command at the end of a package's history waits for its retry",
-    "package-id": "package_id is not derived from actor and command",
+    "package-id": "package_id is not derived from sender and command",
     "payload-digest": "payload_digest is not that of the payload",
     "metadata": "metadata is not a JSON object in JCS form",
     "retention": "the period of the retention class, as it is recorded, is no period",

@@ -34,20 +34,24 @@ class Log:
     failures: list[Exception] = field(default_factory=list)
     checks: int = 0
 
-    async def check(self, package_id: UUID, relative_path: str, command_id: UUID | None) -> None:
+    async def check(
+        self, package_id: UUID, relative_path: str, command_id: UUID | None, _principal: str | None = None
+    ) -> None:
         """As `check_ingest`."""
         self.checks += 1
         if relative_path in self.recorded and self.recorded[relative_path][0] != command_id:
             raise DuplicateRelativePathError(relative_path)
 
-    async def record(self, package_id: UUID, file: Placed, actor: str, command_id: UUID) -> Acknowledgement:
+    async def record(
+        self, package_id: UUID, file: Placed, actor: str, command_id: UUID, principal: str | None = None
+    ) -> Acknowledgement:
         """As the command of a PUT."""
         await self.check(package_id, file.relative_path, command_id)
         self.recorded.setdefault(file.relative_path, (command_id, file))
         if self.failures:
             raise self.failures.pop()
         blob = self.recorded[file.relative_path][1].blob
-        file_id = identifiers.package_id(actor, command_id)
+        file_id = identifiers.package_id(principal or actor, command_id)
         done = IngestedFile(file_id, file.relative_path, blob.length, blob.blake3, blob.sha256, 2, b"d" * 32)
         return Acknowledgement(package_id, 2, b"d" * 32, files=(done,))
 

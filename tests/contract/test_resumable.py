@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import random
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from uuid import UUID, uuid4
@@ -397,6 +398,19 @@ async def test_memory_is_bounded_by_two_parts_an_upload(tmp_path: Path) -> None:
     assert memory.free == memory.limit
     assert {log.blob(str(n)).blake3 for n in range(3)} == {blake3(data).digest()}
     await stage.store.close()
+
+
+async def test_the_release_before_leaves_an_upload_in_another_s_name_alone(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would record the file without its sender. All other uploads are kept in the form that it reads."""
+    own = await scene.begin(10)
+    begun = await scene.one.create(replace(new(10, path="b"), principal="ci:bot"))
+    assert (begun.sender, (await scene.other.find(PACKAGE, own)).sender) == ("ci:bot", "me")
+    monkeypatch.setattr(upload_states, "FORM", upload_states.WITH_PRINCIPAL - 1)
+    assert (await scene.other.find(PACKAGE, own)).upload_id == own
+    with pytest.raises(NewerStateError):
+        await scene.other.find(PACKAGE, begun.upload_id)
 
 
 async def test_an_upload_that_a_newer_release_continued_is_left_to_it(

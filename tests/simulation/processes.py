@@ -338,10 +338,10 @@ class Forwarding:
         relative_paths: Sequence[str],
         command_id: UUID | None,
         grants: Grants = EVERYTHING,
+        principal: str | None = None,
     ) -> str | None:
-        return await self._at(
-            owner_url, lambda writer: writer.check_ingest_here(package_id, relative_paths, command_id, grants)
-        )
+        asked = package_id, relative_paths, command_id, grants, principal
+        return await self._at(owner_url, lambda writer: writer.check_ingest_here(*asked))
 
     async def end(self, owner_url: str, partition: int) -> int | None:
         return await self._at(owner_url, lambda writer: writer.end_here(partition))

@@ -29,11 +29,12 @@ from artifact_store.models import Declared
 from artifact_store.rules import parse_number
 from services.blobs.port import RESUMABLE, BlobStore, Part, PartsKey, StoredBlob
 
-FORM = 2
+FORM = 3
 """The newest form of a state that this release reads. A field that earlier releases may not ignore raises it."""
 
-_UNTAGGED, _TAGGED = 1, 2
-"""The forms that it writes, without a key and with one. An earlier release would leave out the tag."""
+UNTAGGED, _TAGGED, WITH_PRINCIPAL = 1, 2, 3
+"""The forms that it writes: without a key, with one, and with a principal. An earlier release would leave out the tag
+or the principal."""
 
 _TAG = b',"tag":"'
 
@@ -56,7 +57,7 @@ class UploadState(BaseModel):
     model_config = ConfigDict(frozen=True, ser_json_bytes="hex", val_json_bytes="hex")
 
     number: int = Field(default=0, exclude=True)
-    form: int = _UNTAGGED
+    form: int = UNTAGGED
     nonce: UUID = Field(default_factory=uuid4)
     """Makes every state differ from every other, so that its writer can tell whether it was written."""
 
@@ -65,6 +66,8 @@ class UploadState(BaseModel):
     relative_path: str
     media_type: str
     actor: str
+    principal: str | None = None
+    """Who began it in the actor's name; None: the actor."""
     command_id: UUID
     length: int
     blake3: str | None
@@ -91,6 +94,11 @@ class UploadState(BaseModel):
     """The blob that it became: from here on an event may name it."""
     answer: str | None = None
     """The acknowledgement of the command that named it, as hex of the oldest version in `services.core.wire`."""
+
+    @property
+    def sender(self) -> str:
+        """Whose upload it is."""
+        return self.principal or self.actor
 
     @property
     def offset(self) -> int:

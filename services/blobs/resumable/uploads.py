@@ -39,7 +39,14 @@ from services.blobs.intake import PIECE_BYTES, BodyHash, Cleanups, Pace
 from services.blobs.memory import PartBuffer, Share
 from services.blobs.packs import Placed
 from services.blobs.port import IDLE_SECONDS, BlobStore, Digests, Part
-from services.blobs.resumable.states import SupersededError, UploadState, UploadStates, tail_key
+from services.blobs.resumable.states import (
+    UNTAGGED,
+    WITH_PRINCIPAL,
+    SupersededError,
+    UploadState,
+    UploadStates,
+    tail_key,
+)
 from services.core.wire import OLDEST, decode_acknowledgement, encode_acknowledgement
 
 HOLD_SECONDS = 10.0
@@ -48,9 +55,11 @@ HOLD_SECONDS = 10.0
 _SAVE_SECONDS = 30.0  # for storing what has come of a request that was cut off
 _log = logging.getLogger(__name__)
 
-CheckIngest = Callable[[UUID, str, UUID | None], Awaitable[None]]
+CheckIngest = Callable[[UUID, str, UUID | None, str | None], Awaitable[None]]
+"""Package, path, command id, principal."""
 MayWrite = Callable[[UUID], Awaitable[bool]]
-Record = Callable[[UUID, Placed, str, UUID], Awaitable[Acknowledgement]]
+Record = Callable[[UUID, Placed, str, UUID, str | None], Awaitable[Acknowledgement]]
+"""Package, file, actor, command id, principal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +74,8 @@ class NewUpload:
     declared: Declared
     command_id: UUID | None = None
     metadata: str | None = None
+    principal: str | None = None
+    """Who begins it in the actor's name; None: the actor."""
     drawn: UUID = field(default_factory=uuid4)
     """Its id unless a command id gives one."""
 
@@ -99,7 +110,7 @@ class ResumableUploads:
         self._blobs = blobs
         self._check = check
         self._record = record
-        self._actor: str | None = None
+        self._sender: str | None = None
         """Whose uploads alone are there; None: everybody's."""
         self._may_write: MayWrite | None = None
         self._clock = clock or blobs.clock.now
@@ -110,10 +121,10 @@ class ResumableUploads:
         self.longest = min(max_file_bytes, self._parts.longest)
         """Most bytes that an upload may have."""
 
-    def for_caller(self, actor: str, check: CheckIngest, record: Record, may_write: MayWrite) -> ResumableUploads:
+    def for_caller(self, sender: str, check: CheckIngest, record: Record, may_write: MayWrite) -> ResumableUploads:
         """The same uploads for a caller who sees only their own, and only while they may write to the package."""
         found = copy.copy(self)
-        found._actor, found._check, found._record, found._may_write = actor, check, record, may_write
+        found._sender, found._check, found._record, found._may_write = sender, check, record, may_write
         return found
 
     async def create(self, new: NewUpload) -> UploadState:
@@ -128,7 +139,7 @@ class ResumableUploads:
         check_text("media_type", new.media_type)
         if new.length > self.longest:
             raise TooLargeError(f"an upload may have {self.longest:,} bytes here")
-        await self._check(new.package_id, new.relative_path, new.command_id)
+        await self._check(new.package_id, new.relative_path, new.command_id, new.principal)
         found = None if new.command_id is None else await self._alive(new.upload_id)
         if found is None:
             found = await self._begin(new.upload_id, new)
@@ -172,7 +183,7 @@ class ResumableUploads:
             raise TooLargeError(f"{state.length - offset:,} bytes of the upload are missing, {size:,} were sent")
         if not state.complete:
             self._require_free(state)
-            await self._check(package_id, state.relative_path, state.command_id)
+            await self._check(package_id, state.relative_path, state.command_id, state.principal)
             if size == 0:
                 return state
             appending = Appending(self._blobs, self._states, state, self._clock, self._cleanups, checksum, whole=whole)
@@ -242,6 +253,8 @@ class ResumableUploads:
             relative_path=new.relative_path,
             media_type=new.media_type,
             actor=new.actor,
+            principal=new.principal,
+            form=UNTAGGED if new.principal is None else WITH_PRINCIPAL,
             command_id=new.command_id or uuid4(),
             length=new.length,
             blake3=_hex(new.declared.blake3),
@@ -297,7 +310,7 @@ class ResumableUploads:
                 raise UploadNotFoundError(f"the bytes of upload {state.upload_id} were removed: begin a new one")
         try:
             placed = Placed(state.relative_path, state.media_type, stored)
-            done = await self._record(state.package_id, placed, state.actor, state.command_id)
+            done = await self._record(state.package_id, placed, state.actor, state.command_id, state.principal)
         except RejectedError:
             # Only of a command that was never tried before is it certain that no event names what was stored.
             await (self._states.remove_with_blob(state) if first else self._states.remove(state))
@@ -317,8 +330,8 @@ class ResumableUploads:
         # Before it is looked for: who may not write to the package is told the same whether it is there or not.
         visible = token is not None or self._may_write is None or await self._may_write(package_id)
         state = await self._alive(upload_id) if visible else None
-        if state is not None and self._actor is not None and state.actor != self._actor:
-            state = None  # its event would name an actor who did not send these bytes
+        if state is not None and self._sender is not None and state.sender != self._sender:
+            state = None  # its event would name somebody who did not send these bytes
         if state is None or state.package_id != package_id or (token is not None and state.token != token):
             raise UploadNotFoundError(
                 f"package {package_id} has no upload {upload_id}: it expired, was ended or was refused; begin a new one"
@@ -351,8 +364,8 @@ def _hex(digest: bytes | None) -> str | None:
 
 
 def _same(state: UploadState, new: NewUpload) -> bool:
-    said = (new.package_id, new.relative_path, new.media_type, new.actor, new.length)
-    known = (state.package_id, state.relative_path, state.media_type, state.actor, state.length)
+    said = (new.package_id, new.relative_path, new.media_type, new.actor, new.principal, new.length)
+    known = (state.package_id, state.relative_path, state.media_type, state.actor, state.principal, state.length)
     return said == known and (_hex(new.declared.blake3), _hex(new.declared.sha256)) == (state.blake3, state.sha256)
 
 

@@ -107,12 +107,21 @@ MAX_RECORD_BYTES = 1_048_588
 TOPIC_MAX_MESSAGE_BYTES = 2 << 20
 """`max.message.bytes` of a topic that `migrate` makes: a batch of one largest record fits with its framing."""
 
-INTERFACE = "/v2"
-"""What client ids of gateways and projectors end with that can read administrative records.
+READS_ADMINISTRATIVE = 2
+READS_PRINCIPALS = 3
+INTERFACE = "/v3"
+"""What client ids of gateways and projectors end with, so that others know which records they can read.
 
-As the end of a gateway's URL it is part of every path of its internal listener, so that gateways without it can forward
-to one that has it.
+From `/v2` on that includes administrative records, from `/v3` on events with a principal. As the end of a gateway's URL
+it is part of every path of its internal listener, so that gateways of every release can forward to it.
 """
+
+
+def interface_of(client_id: str) -> int:
+    """The number in what a client id ends with; 1 for releases whose client ids end with none."""
+    _, mark, number = client_id.rpartition("/v")
+    return int(number) if mark and number.isascii() and number.isdecimal() else 1
+
 
 _REFUSED = {
     "plugin.library.paths": "it loads code from a file",

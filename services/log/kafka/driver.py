@@ -8,7 +8,14 @@ from uuid import UUID
 
 from artifact_store.errors import ArtifactStoreError
 from services.log.kafka.cluster import Cluster
-from services.log.kafka.connection import KafkaSettings, cause_of, kafka_error, refusal, spoiled_by_record
+from services.log.kafka.connection import (
+    READS_ADMINISTRATIVE,
+    KafkaSettings,
+    cause_of,
+    kafka_error,
+    refusal,
+    spoiled_by_record,
+)
 from services.log.kafka.lease import PartitionLease
 from services.log.kafka.ownership import WriterGroup
 from services.log.kafka.topic import Guard
@@ -63,7 +70,7 @@ class KafkaDriver(Driver):
 
     def require_readers(self) -> None:
         """See `Driver`. Raises ConflictError, PushBackError."""
-        self._group.require_readers()
+        self._group.require_readers(READS_ADMINISTRATIVE)
 
     def require(self, partition: int, last_created_at: int) -> None:
         """See `Driver`."""

@@ -18,7 +18,16 @@ from confluent_kafka import Consumer, KafkaException, TopicPartition
 
 from artifact_store.errors import ConfigurationError, ConflictError, PushBackError, UnavailableError
 from services.log.kafka.cluster import Cluster, Member
-from services.log.kafka.connection import INTERFACE, KafkaSettings, explained, kafka_error, make_consumer
+from services.log.kafka.connection import (
+    INTERFACE,
+    READS_ADMINISTRATIVE,
+    READS_PRINCIPALS,
+    KafkaSettings,
+    explained,
+    interface_of,
+    kafka_error,
+    make_consumer,
+)
 from services.log.router import Owner
 
 NO_URL = "artifact-store"
@@ -35,6 +44,11 @@ AWAY_SECONDS = (30.0, 600.0)
 """How long a process that cannot write stays out of the group: at first, and at most. It doubles each time."""
 
 _LOOK_SECONDS = 2.0
+
+_RECORDS = {
+    READS_ADMINISTRATIVE: "records of the log's own",
+    READS_PRINCIPALS: "events that name a principal beside the actor",
+}
 
 _LOG = logging.getLogger(__name__)
 
@@ -107,10 +121,11 @@ class WriterGroup:
         """Whether the partition is assigned to this process; None while the group rebalances. As `members`."""
         return self._any(lambda member: self.is_self(member) and partition in member.partitions)
 
-    def require_readers(self) -> None:
-        """Return if all members of the writers' and the projectors' groups can read administrative records. Blocks.
+    def require_readers(self, interface: int) -> None:
+        """Return if all members of the writers' and the projectors' groups can read such records. Blocks.
 
-        Raises ConflictError, which names one that cannot, and PushBackError if that cannot be found out now.
+        `interface` is READS_ADMINISTRATIVE or READS_PRINCIPALS. Raises ConflictError, which names one that cannot, and
+        PushBackError if that cannot be found out now.
         """
         kafka = self._kafka
         try:
@@ -123,10 +138,10 @@ class WriterGroup:
             if members is None:
                 raise PushBackError(f"the group {group} is between two assignments; try again in a moment")
             for member in members:
-                if not member.client_id.endswith(INTERFACE):
+                if interface_of(member.client_id) < interface:
                     raise ConflictError(
                         f"the {role} {member.client_id} (member {member.member_id} of the group {group}) is of a "
-                        "release that cannot read records of the log's own: upgrade it or end it, then try again"
+                        f"release that cannot read {_RECORDS[interface]}: upgrade it or end it, then try again"
                     )
 
     def _give_way(self, why: str) -> None:

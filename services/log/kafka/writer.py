@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
@@ -14,7 +15,13 @@ from uuid import UUID
 
 from blake3 import blake3
 
-from artifact_store.errors import ArtifactStoreError, ConfigurationError, UnavailableError
+from artifact_store.errors import (
+    ArtifactStoreError,
+    ConfigurationError,
+    ConflictError,
+    PushBackError,
+    UnavailableError,
+)
 from artifact_store.models import Acknowledgement
 from artifact_store.position import Position
 from artifact_store.rules import is_loopback
@@ -23,6 +30,7 @@ from services.core.access import EVERYTHING, Grants
 from services.core.commands import Command
 from services.core.limits import Limits
 from services.log.kafka.cluster import Member, Topic
+from services.log.kafka.connection import READS_PRINCIPALS
 from services.log.kafka.driver import KafkaDriver
 from services.log.kafka.log import KafkaLog
 from services.log.kafka.ownership import WriterGroup
@@ -66,6 +74,9 @@ SNAPSHOT_SECONDS = 20.0
 """How long `close` waits for running snapshots after the partitions are handed over."""
 _IDENTITY_SECONDS = 1.0
 """How often to check that the topic is still the same; so long may events go to one that was created again."""
+
+_READERS_SECONDS = 5.0
+"""How long an answer about who can read events with a principal counts. Commands without one never ask."""
 
 _GUARD_SECONDS = 10.0
 """How often to check that the topic's settings still keep all events."""
@@ -132,6 +143,11 @@ class KafkaWriter:
         self._counts = Counts()
         self._router = Router(self._owners, forwarder, self._counts, submit_seconds)
         self._writers = self._router.writers
+        self._readers_asked = asyncio.Lock()
+        self._readers_known = -math.inf
+        """When it was last asked, on the monotonic clock (s), whether every process reads events with a principal."""
+        self._readers_lack: str | None = None
+        """The answer, with what mends that; None if every process can."""
 
     async def start(self) -> None:
         """See `CommandWriter`.
@@ -169,7 +185,8 @@ class KafkaWriter:
         ]
 
     async def submit(self, command: Command) -> Acknowledgement:
-        """See `CommandWriter`."""
+        """See `CommandWriter`. PushBackError also while a process runs that could not read the command's events."""
+        await self._require_readers(command)
         partition = self._log.partition_of(command.package_id)
         return cast("Acknowledgement", await self._router.answer(partition, command))
 
@@ -179,10 +196,31 @@ class KafkaWriter:
         relative_paths: Sequence[str],
         command_id: UUID | None,
         grants: Grants = EVERYTHING,
+        principal: str | None = None,
     ) -> str | None:
-        """See `CommandWriter`."""
-        asked = IngestCheck(package_id, tuple(relative_paths), command_id, grants)
+        """See `CommandWriter`. PushBackError as `submit`."""
+        asked = IngestCheck(package_id, tuple(relative_paths), command_id, grants, principal)
+        await self._require_readers(asked)
         return cast("str | None", await self._router.answer(self._log.partition_of(package_id), asked))
+
+    async def _require_readers(self, asked: Command | IngestCheck) -> None:
+        """Return if every process of the installation can read the events that this would become.
+
+        Gateways and projectors of the release before cannot read those with a principal: they would take them for
+        foreign records, and stop. Raises PushBackError, which names one of them.
+        """
+        if asked.principal is None:
+            return
+        async with self._readers_asked:
+            if time.monotonic() >= self._readers_known + _READERS_SECONDS:
+                try:
+                    await self._log.blocking(lambda: self._group.require_readers(READS_PRINCIPALS))
+                    self._readers_lack = None
+                except (ConflictError, PushBackError) as error:
+                    self._readers_lack = error.detail
+                self._readers_known = time.monotonic()
+            if self._readers_lack is not None:
+                raise PushBackError(f"nobody can act in another's name now: {self._readers_lack}", _READERS_SECONDS)
 
     def announce(self, package_id: UUID) -> None:
         """See `CommandWriter`. Other processes' writers are not told."""
@@ -238,9 +276,10 @@ class KafkaWriter:
         relative_paths: Sequence[str],
         command_id: UUID | None,
         grants: Grants = EVERYTHING,
+        principal: str | None = None,
     ) -> str:
         """As `check_ingest`, but PartitionNotOwnedError when this process is not the partition's writer."""
-        asked = IngestCheck(package_id, tuple(relative_paths), command_id, grants)
+        asked = IngestCheck(package_id, tuple(relative_paths), command_id, grants, principal)
         return cast("str", await self._router.answer_here(self._log.partition_of(package_id), asked))
 
     async def confirm_here(self, confirmation: Confirmation) -> Acknowledgement:

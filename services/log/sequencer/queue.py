@@ -54,6 +54,8 @@ class IngestCheck:
     relative_paths: Sequence[str]
     command_id: UUID | None
     grants: Grants = EVERYTHING
+    principal: str | None = None
+    """Who would send them in another's name; see `services.core.commands`."""
 
 
 class EndQuestion(IngestCheck):

@@ -64,9 +64,11 @@ class SqliteWriter:
         relative_paths: Sequence[str],
         command_id: UUID | None,
         grants: Grants = EVERYTHING,
+        principal: str | None = None,
     ) -> str:
         """See `CommandWriter`."""
-        return cast("str", await self._started().submit(IngestCheck(package_id, relative_paths, command_id, grants)))
+        asked = IngestCheck(package_id, relative_paths, command_id, grants, principal)
+        return cast("str", await self._started().submit(asked))
 
     def announce(self, package_id: UUID) -> None:
         """See `CommandWriter`. A write to the file takes so long that others gather meanwhile."""

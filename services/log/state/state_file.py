@@ -729,8 +729,8 @@ ROW_ENTRIES = 128
 _CHECKSUM = 4
 _ID_BYTES = 16
 
-Command = tuple[bytes, str, str, int, int, int, bytes]
-"""A command's id, and what became of it, in the order of `CommandState`."""
+Command = tuple[bytes, str, str | list[str], int, int, int, bytes]
+"""A command's id, and what became of it, in the order of `CommandState`; actor and principal where there are both."""
 
 Answer = tuple[Command, list[Any] | None, tuple[bytes, bytes] | None]
 """A command, what else its answer needs, and what is kept of its files.
@@ -859,9 +859,13 @@ def _unportable(number: int, pairs: Sequence[Sequence[str]]) -> Unportable:
 
 def _add_command(state: PackageState, values: Command) -> CommandState:
     """Add a command as the newest row has it, with the files that earlier rows have of it."""
-    command_id = UUID(bytes=values[0])
+    id_bytes, event_type, who, count, done, last_sequence, last_digest = values
+    command_id = UUID(bytes=id_bytes)
+    actor, principal = (who, None) if isinstance(who, str) else who
     before = state.commands.get(command_id)
-    state.commands[command_id] = command = CommandState(*values[1:])
+    state.commands[command_id] = command = CommandState(
+        event_type, actor, count, done, last_sequence, last_digest, principal=principal
+    )
     if before is not None:
         command.paths += before.paths
         command.answered += before.answered
@@ -872,7 +876,7 @@ def _command(command_id: UUID, command: CommandState) -> Command:
     return (
         command_id.bytes,
         command.event_type,
-        command.actor,
+        command.actor if command.principal is None else [command.actor, command.principal],
         command.count,
         command.done,
         command.last_sequence,

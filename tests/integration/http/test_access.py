@@ -190,6 +190,7 @@ async def test_everyone_with_a_token_learns_who_they_are(embedded_settings: Sett
             assert answer.headers["Cache-Control"] == "no-store"
             assert await answer.json() == {
                 "actor": "ci:reader",
+                "principal": "ci:reader",
                 "rights": [{"can": ["read"], "producers": ["*"], "subjects": ["*"]}],
                 "expires_at": None,
             }

@@ -25,6 +25,9 @@ from artifact_store.archives.bundle import HeldFiles, NamedFile, SmallFile
 from artifact_store.byte_streams import from_any, joined
 from artifact_store.errors import ForbiddenError, NotFoundError, UnauthenticatedError
 from artifact_store.events import (
+    DELEGATED_FILE_INGESTED,
+    DELEGATED_PACKAGE_CREATED,
+    DELEGATED_PACKAGE_FINALIZED,
     FILE_INGESTED,
     LOG_SKIPPED,
     LOSS_ACCEPTED,
@@ -43,7 +46,7 @@ from ingest_gateway.routes.event_feed import COOKIE
 from schemas.codec import schema_fingerprint
 from services.blobs.resumable.uploads import NewUpload
 from services.config import Settings
-from services.core.access import EVERYWHERE, Packages, Right, Scope
+from services.core.access import EVERYWHERE, Packages, Right, Scope, all_rights
 from services.identity.authenticator import Authenticator
 from services.identity.static_tokens import create_token, revoke_tokens
 from services.log.records import administrative_event
@@ -274,7 +277,11 @@ async def unknown(stage: Scene, sender: str, request: Request) -> bytes:
     return body
 
 
-EVENTS = {PACKAGE_CREATED: True, FILE_INGESTED: True, PACKAGE_FINALIZED: True, LOG_SKIPPED: False, LOSS_ACCEPTED: False}
+EVENTS = {
+    **dict.fromkeys((PACKAGE_CREATED, FILE_INGESTED, PACKAGE_FINALIZED), True),
+    **dict.fromkeys((DELEGATED_PACKAGE_CREATED, DELEGATED_FILE_INGESTED, DELEGATED_PACKAGE_FINALIZED), True),
+    **dict.fromkeys((LOG_SKIPPED, LOSS_ACCEPTED), False),
+}
 """Every kind of event, and whether who may read only its producer's packages sees it; who may read all sees all."""
 
 
@@ -283,15 +290,30 @@ async def test_every_kind_of_event_is_seen_by_those_who_may_read_its_package(
 ) -> None:
     assert EVENTS.keys() == {path.stem for path in SCHEMAS.glob("*.avsc")}, "a kind of event has no row"
     async with scene(embedded_settings, tmp_path) as stage:
+        stage.names["delegated"] = await _delegated(stage.gateway)
         for accept in ("application/x-ndjson", "text/event-stream"):
-            for target in ("/v1/events", "/v1/events?package_id={done}"):
+            for target, version in (
+                ("/v1/events", "v"),
+                ("/v1/events?package_id={done}", "v1."),
+                ("/v1/events?package_id={delegated}", "v2."),
+            ):
                 request = Request("GET", target, (("Accept", accept),))
                 shown = {sender: await asked(stage, sender, request) for sender in ("reader", "another", "powerless")}
                 for kind, of_a_package in EVENTS.items():
-                    assert (kind.encode() in shown["reader"][2]) == of_a_package, (kind, target)
+                    expected = of_a_package and kind.startswith(version)
+                    assert (kind.encode() in shown["reader"][2]) == expected, (kind, target)
                 assert (shown["another"][0], shown["another"][2].partition(b"id: ")[0]) == (200, b"")
                 assert b"data:" not in shown["another"][2]
                 assert shown["powerless"][0] == 403
+
+
+async def _delegated(gateway: RunningGateway) -> str:
+    """A package that somebody filled in another's name."""
+    registry = gateway.parts.registry.for_principal(all_rights("ci:bot"), delegates=True)
+    package = await registry.create_package("secret", "team-a", "main", "scratch", "ci:owner")
+    await registry.ingest_file(package, "a/b.txt", "text/plain", b"bytes", "ci:owner")
+    await registry.finalize_package(package, "ci:owner")
+    return str(package)
 
 
 def test_records_of_the_log_itself_are_for_those_who_may_read_everything() -> None:

@@ -80,7 +80,8 @@ class Answering:
         self.unportable_count = 0
         self.extent: PackageExtent | None = None
         self.grants: Grants | None = None
-        """Of the last question."""
+        self.principal: str | None = None
+        """Of the last question, like `grants`."""
 
     async def submit_here(self, command: Command) -> Acknowledgement:
         self.seen.append(command)
@@ -94,9 +95,10 @@ class Answering:
         relative_paths: Sequence[str],
         command_id: UUID | None,
         grants: Grants = EVERYTHING,
+        principal: str | None = None,
     ) -> str:
         self.seen.append((package_id, list(relative_paths), command_id))
-        self.grants = grants
+        self.grants, self.principal = grants, principal
         if self.refusal is not None:
             raise self.refusal
         return "raw-evidence"
@@ -258,6 +260,29 @@ async def test_an_owner_that_cannot_check_gets_no_command_that_it_would_have_to_
         assert writer.seen == []
         await forwarder.submit(listener.url, replace(made, producer="lab", grants=TEAM))  # the forwarder has checked it
     assert writer.seen == [replace(made, producer="lab")]
+
+
+async def test_the_owner_learns_who_sends_a_command_in_the_name_of_another(
+    listener: InternalListener, writer: Answering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = replace(ingest(create().package_id, "a"), principal="ci:bot")
+    async with HttpForwarder(PeerCredentials(SECRET)) as forwarder:
+        await forwarder.submit(listener.url, command)
+        assert writer.seen == [command]
+        await forwarder.check_ingest(listener.url, command.package_id, ["a"], None, EVERYTHING, "ci:bot")
+        assert writer.principal == "ci:bot"
+    writer.seen.clear()
+    # An owner that would record the command without its sender gets none.
+    monkeypatch.setattr(internal, "VERSION", wire.SAYS_PRINCIPAL - 1)
+    async with HttpForwarder(PeerCredentials(SECRET)) as forwarder:
+        for delegated in (command, replace(create(), principal="ci:bot"), replace(command, grants=TEAM)):
+            with pytest.raises(PushBackError, match="upgrade all gateways"):
+                await forwarder.submit(listener.url, delegated)
+        with pytest.raises(PushBackError, match="upgrade all gateways"):
+            await forwarder.check_ingest(listener.url, command.package_id, ["a"], None, EVERYTHING, "ci:bot")
+        assert writer.seen == []
+        await forwarder.submit(listener.url, replace(command, principal=None))
+    assert writer.seen == [replace(command, principal=None)]
 
 
 async def test_a_message_of_a_version_that_is_not_known_is_for_later(

@@ -54,10 +54,11 @@ PATTERNS = st.lists(TEXTS, min_size=1, max_size=2).map(tuple)
 GRANTS: st.SearchStrategy[Grants] = st.just(EVERYTHING) | st.lists(
     st.builds(Grant, st.frozensets(st.sampled_from(Right)), st.builds(Packages, PATTERNS, PATTERNS)), max_size=3
 ).map(tuple)
+NAMES = st.none() | TEXTS
 COMMANDS: st.SearchStrategy[Command] = st.one_of(
-    st.builds(CreatePackage, UUIDS, UUIDS, TEXTS, TEXTS, TEXTS, TEXTS, TEXTS, TEXTS, GRANTS),
-    st.builds(IngestFiles, UUIDS, UUIDS, TEXTS, st.lists(STORED, max_size=4).map(tuple), GRANTS),
-    st.builds(FinalizePackage, UUIDS, UUIDS, TEXTS, GRANTS),
+    st.builds(CreatePackage, UUIDS, UUIDS, TEXTS, TEXTS, TEXTS, TEXTS, TEXTS, TEXTS, GRANTS, NAMES),
+    st.builds(IngestFiles, UUIDS, UUIDS, TEXTS, st.lists(STORED, max_size=4).map(tuple), GRANTS, NAMES),
+    st.builds(FinalizePackage, UUIDS, UUIDS, TEXTS, GRANTS, NAMES),
 )
 ACKNOWLEDGEMENTS = st.builds(
     Acknowledgement,
@@ -84,7 +85,8 @@ def made(cls: type[ArtifactStoreError]) -> ArtifactStoreError:
 @given(COMMANDS)
 def test_a_command_arrives_as_it_was_sent(command: Command) -> None:
     assert decode_command(encode_command(command)) == command
-    assert decode_command(encode_command(command, 2), 2) == replace(command, grants=EVERYTHING)
+    assert decode_command(encode_command(command, 3), 3) == replace(command, principal=None)
+    assert decode_command(encode_command(command, 2), 2) == replace(command, grants=EVERYTHING, principal=None)
 
 
 def test_a_field_that_a_later_version_added_stays_out_of_messages_of_the_first() -> None:
@@ -112,7 +114,7 @@ def test_derived_identifiers_arrive_as_what_they_were() -> None:
     answer = Acknowledgement(package, 2, bytes(32), (file,))
     assert decode_command(encode_command(command)) == command
     assert decode_acknowledgement(encode_acknowledgement(answer)) == answer
-    assert decode_check(encode_check(package, ["a"], None)) == (package, ["a"], None, EVERYTHING)
+    assert decode_check(encode_check(package, ["a"], None)) == (package, ["a"], None, EVERYTHING, None)
 
 
 @given(ACKNOWLEDGEMENTS)
@@ -120,17 +122,18 @@ def test_an_acknowledgement_arrives_as_it_was_sent(acknowledgement: Acknowledgem
     assert decode_acknowledgement(encode_acknowledgement(acknowledgement)) == acknowledgement
 
 
-@given(UUIDS, st.lists(TEXTS, max_size=5), st.none() | UUIDS, GRANTS)
+@given(UUIDS, st.lists(TEXTS, max_size=5), st.none() | UUIDS, GRANTS, NAMES)
 def test_a_question_arrives_as_it_was_sent(
-    package: UUID, paths: list[str], command_id: UUID | None, grants: Grants
+    package: UUID, paths: list[str], command_id: UUID | None, grants: Grants, principal: str | None
 ) -> None:
-    asked = package, paths, command_id, grants
+    asked = package, paths, command_id, grants, principal
     assert decode_check(encode_check(*asked)) == asked
+    assert decode_check(encode_check(*asked, wire.SAYS_GRANTS)) == (*asked[:-1], None)
 
 
 def test_a_question_of_the_previous_release_is_of_somebody_who_may_do_everything() -> None:
     package = UUID(int=7)
-    assert decode_check(cbor2.dumps([package, ["a"], None])) == (package, ["a"], None, EVERYTHING)
+    assert decode_check(cbor2.dumps([package, ["a"], None])) == (package, ["a"], None, EVERYTHING, None)
 
 
 def test_a_right_that_is_not_known_here_gives_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
+from dataclasses import replace
 from uuid import UUID, uuid4
 
 import pytest
@@ -31,7 +32,15 @@ from artifact_store.errors import (
     RejectedError,
     UnavailableError,
 )
-from artifact_store.events import FileIngested, PackageCreated, PackageFinalized, Payload, RecordedEvent, StorageReceipt
+from artifact_store.events import (
+    FileIngested,
+    PackageCreated,
+    PackageFinalized,
+    Payload,
+    RecordedEvent,
+    StorageReceipt,
+    type_with,
+)
 from artifact_store.manifest import ContentAddress
 from artifact_store.models import Acknowledgement, File, IngestedFile, Package
 from artifact_store.position import Position
@@ -77,7 +86,13 @@ def test_an_event_survives_the_way_over_http(event_type: str, payload: Payload) 
     )
     line = event_line(event)
     assert b"\n" not in line
+    assert b'"principal"' not in line
     assert parse_event(line) == event
+    delegated = replace(event, event_type=type_with(event_type, "çi:bot"), principal="çi:bot")
+    assert parse_event(event_line(delegated)) == delegated
+    for wrong in (replace(delegated, event_type=event_type), replace(delegated, principal=None)):
+        with pytest.raises(CorruptError):
+            parse_event(event_line(wrong))
 
 
 def test_a_line_that_is_no_event_is_corrupt() -> None:

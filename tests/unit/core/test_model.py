@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from uuid import UUID
 
 import pytest
@@ -35,6 +35,7 @@ from tests import commands
 LIMITS = Limits(max_files_per_package=6)
 NAMES = st.integers(0, 2)
 COMMAND_NAMES = st.integers(0, 5)
+SENDERS = st.sampled_from([None, None, None, "ci:bot", "ci:other"])
 PATHS = st.sampled_from(["a", "A", "b", "a/b", "a/b/c", "é", "z" * 40, "dir/file.txt"])
 
 
@@ -62,13 +63,15 @@ class RegistryMachine(RuleBasedStateMachine):
         self.now += tick
         self.run(commands.create(name, subject=subject))
 
-    @rule(package=NAMES, name=COMMAND_NAMES, paths=st.lists(PATHS, min_size=1, max_size=3))
-    def ingest(self, package: int, name: int, paths: list[str]) -> None:
-        self.run(commands.ingest(commands.create(package).package_id, *paths, name=name))
+    @rule(package=NAMES, name=COMMAND_NAMES, paths=st.lists(PATHS, min_size=1, max_size=3), sender=SENDERS)
+    def ingest(self, package: int, name: int, paths: list[str], sender: str | None) -> None:
+        command = commands.ingest(commands.create(package).package_id, *paths, name=name)
+        self.run(replace(command, principal=sender))
 
-    @rule(package=NAMES, name=COMMAND_NAMES)
-    def finalize(self, package: int, name: int) -> None:
-        self.run(commands.finalize(commands.create(package).package_id, name=name))
+    @rule(package=NAMES, name=COMMAND_NAMES, sender=SENDERS)
+    def finalize(self, package: int, name: int, sender: str | None) -> None:
+        command = commands.finalize(commands.create(package).package_id, name=name)
+        self.run(replace(command, principal=sender))
 
     def run(self, command: Command) -> None:
         expected = self.expected_error(command)

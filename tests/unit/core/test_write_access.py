@@ -68,6 +68,22 @@ def test_one_creates_packages_of_ones_own_producers_and_subjects_alone() -> None
     decide(None, replace(CREATE, producer="another lab", grants=READER_ELSEWHERE_A_WRITER), 0, Limits())
 
 
+def test_another_name_needs_the_right_to_delegate_for_the_package() -> None:
+    state = after(CREATE)
+    elsewhere = (*WRITER, *grants(Right.DELEGATE, Right.READ, producer="another lab"))
+    for command, known in ((CREATE, None), (commands.ingest(PACKAGE, "a"), state), (commands.finalize(PACKAGE), state)):
+        delegated = replace(command, principal="ci:bot")
+        for denied in (WRITER, (*WRITER, *READER), elsewhere):
+            with pytest.raises(ForbiddenError, match="the right to delegate does not hold"):
+                decide(known, replace(delegated, grants=denied), 0, Limits())
+            decide(known, replace(command, grants=denied), 0, Limits())
+        for denied in (STRANGER, grants(Right.DELEGATE)):
+            with pytest.raises((ForbiddenError, PackageNotFoundError)):
+                decide(known, replace(delegated, grants=denied), 0, Limits())
+        decide(known, replace(delegated, grants=grants(Right.WRITE, Right.DELEGATE)), 0, Limits())
+        decide(known, replace(delegated, grants=(*WRITER, *grants(Right.DELEGATE))), 0, Limits())
+
+
 def test_who_may_write_need_not_be_able_to_read() -> None:
     state = after(CREATE)
     for command in (commands.ingest(PACKAGE, "a"), commands.finalize(PACKAGE)):

@@ -77,6 +77,7 @@ class There:
         _paths: Sequence[str],
         _command: UUID | None,
         _grants: Grants = EVERYTHING,
+        _principal: str | None = None,
     ) -> str | None:
         await self.submit(url, MADE)
         return None

@@ -17,7 +17,16 @@ import fastavro
 import pytest
 from fastavro.schema import fingerprint, to_parsing_canonical_form
 
-from artifact_store.events import Event, LogSkipped, LossAccepted
+from artifact_store.events import (
+    DELEGATED_FILE_INGESTED,
+    DELEGATED_PACKAGE_CREATED,
+    DELEGATED_PACKAGE_FINALIZED,
+    FILE_INGESTED,
+    Event,
+    LogSkipped,
+    LossAccepted,
+)
+from schemas import identifiers
 from schemas.codec import EVENT_TYPES, UndecodableEventError, decode, encode, schema_text
 from schemas.digests import event_digest, payload_digest_holds
 from schemas.runs import CommandFiles, FileRun
@@ -53,7 +62,25 @@ def history() -> list[Event]:
             for event in decided:
                 state = evolve(state, event)
                 events.append(event)
-    return [*events, *administrative()]
+    return [*events, *administrative(), *delegated()]
+
+
+def delegated() -> list[Event]:
+    """A history of a package in which a principal acts in another's name, and once in their own."""
+    id_ = commands.command_id("three")
+    created = replace(commands.create("three"), package_id=identifiers.package_id("ci:bot", id_), principal="ci:bot")
+    package_id, state, events = created.package_id, None, list[Event]()
+    run: list[Command] = [
+        created,
+        replace(commands.ingest(package_id, "data/é.bin", "b", name="files"), principal="ci:bot"),
+        commands.ingest(package_id, "c", name="own", actor="ci:bot"),
+        replace(commands.finalize(package_id), principal="ci:bot"),
+    ]
+    for at, command in enumerate(run):
+        for event in decide(state, command, 1_700_000_000_000_005 + at, Limits()):
+            state = evolve(state, event)
+            events.append(event)
+    return events
 
 
 def _ingested(state: PackageState, command: IngestFiles, now: int) -> Sequence[Event]:
@@ -97,6 +124,28 @@ def test_old_bytes_still_read_and_hold_their_digests(path: Path) -> None:
     assert event.payload_digest.hex() == facts["payload_digest"]
     assert event_digest(event).hex() == facts["event_digest"]
     assert payload_digest_holds(event) in (True, None)
+
+
+def test_version_1_reads_as_an_event_that_its_actor_sent() -> None:
+    for path in VALUES:
+        event = decode(path.read_bytes())
+        assert (event.principal is not None) == event.event_type.startswith("v2.")
+        assert event.principal in (None, "ci:bot")
+
+
+def test_an_event_is_written_in_version_2_only_with_a_principal() -> None:
+    types = [event.event_type for event in delegated()]
+    assert types == [
+        DELEGATED_PACKAGE_CREATED,
+        *[DELEGATED_FILE_INGESTED] * 2,
+        FILE_INGESTED,
+        DELEGATED_PACKAGE_FINALIZED,
+    ]
+
+
+def test_who_sent_a_command_cannot_be_changed_without_a_trace() -> None:
+    event = delegated()[1]
+    assert event_digest(replace(event, principal="ci:eve")) != event_digest(event)
 
 
 def test_the_same_history_still_gives_the_same_bytes() -> None:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from artifact_store.canonical import canonical_cbor, cbor_text, ordered_cbor
 from artifact_store.events import (
+    DELEGATED_FILE_INGESTED,
     FILE_INGESTED,
     Event,
     FileIngested,
@@ -29,6 +30,7 @@ from artifact_store.events import (
     Payload,
     StorageReceipt,
     payload_map,
+    type_with,
 )
 from artifact_store.rules import holds_control
 from schemas.codec import decode, encode, schema_text
@@ -48,10 +50,16 @@ _LONG = st.integers(-(2**63), 2**63 - 1)
 _DIGEST = st.binary(min_size=32, max_size=32)
 _RECEIPT = st.builds(StorageReceipt, st.uuids(), _TEXT, _TEXT, _SIZE, _SIZE, _SIZE)
 _INGESTED = st.builds(FileIngested, st.uuids(), _TEXT, _TEXT, _SIZE, _DIGEST, _DIGEST, _RECEIPT)
+
+
+def _event(principal: str | None, **fields: Any) -> Event:
+    return Event(event_type=type_with(FILE_INGESTED, principal), principal=principal, **fields)
+
+
 _EVENT = st.builds(
-    Event,
+    _event,
+    principal=st.none() | _TEXT,
     event_id=st.uuids(),
-    event_type=st.just(FILE_INGESTED),
     package_id=st.uuids(),
     sequence=_LONG,
     created_at=_LONG,
@@ -68,7 +76,10 @@ _FILES = st.lists(
     min_size=1,
     max_size=3,
 )
-_SCHEMA = fastavro.parse_schema(json.loads(schema_text(FILE_INGESTED)))
+_SCHEMAS = {
+    event_type: fastavro.parse_schema(json.loads(schema_text(event_type)))
+    for event_type in (FILE_INGESTED, DELEGATED_FILE_INGESTED)
+}
 _CREATED = st.builds(PackageCreated, _TEXT, _TEXT, _TEXT, _TEXT, st.none() | _SIZE, _TEXT)
 _LOG = UUID(int=9)
 _ORIGIN = PackageCreated("n", "häll", "s", "scratch", 7, "{}")
@@ -93,20 +104,20 @@ def test_a_payloads_map_is_written_in_canonical_order(payload: Payload) -> None:
 def test_an_event_is_encoded_as_the_schema_file_with_its_logical_types_has_it(event: Event) -> None:
     out = BytesIO()
     record = {**asdict(event), "payload": payload_map(event.payload)}
-    fastavro.schemaless_writer(out, _SCHEMA, record)
+    fastavro.schemaless_writer(out, _SCHEMAS[event.event_type], record)
     assert encode(event)[10:] == out.getvalue()
     assert decode(encode(event)) == event
 
 
 @given(
-    st.lists(st.tuples(st.uuids(), _TEXT, _FILES, st.integers(0, 100)), max_size=4),
+    st.lists(st.tuples(st.uuids(), _TEXT, _FILES, st.integers(0, 100), st.none() | _TEXT), max_size=4),
     st.uuids(),
     _LONG,
     st.integers(1, 2**40),
     _DIGEST,
 )
 def test_a_run_of_files_is_the_events_that_the_plain_way_gives(
-    commands: list[tuple[UUID, str, list[StoredFile], int]],
+    commands: list[tuple[UUID, str, list[StoredFile], int, str | None]],
     package_id: UUID,
     created_at: int,
     sequence: int,
@@ -114,22 +125,23 @@ def test_a_run_of_files_is_the_events_that_the_plain_way_gives(
 ) -> None:
     run = FileRun.of_files(
         package_id,
-        [CommandFiles(id_, actor, done, done + len(files), files) for id_, actor, files, done in commands],
+        [CommandFiles(id_, actor, done, done + len(files), files, who) for id_, actor, files, done, who in commands],
         sequence=sequence,
         created_at=created_at,
         previous=digest,
     )
     events = []
-    for command_id, actor, files, done in commands:
+    for command_id, actor, files, done, principal in commands:
         for index, file in enumerate(files, done):
             payload = _payload(package_id, file)
             event = Event(
                 event_id=uuid5(package_id, str(sequence)),
-                event_type=FILE_INGESTED,
+                event_type=type_with(FILE_INGESTED, principal),
                 package_id=package_id,
                 sequence=sequence,
                 created_at=created_at,
                 actor=actor,
+                principal=principal,
                 command_id=command_id,
                 command_index=index,
                 command_count=done + len(files),
@@ -145,12 +157,20 @@ def test_a_run_of_files_is_the_events_that_the_plain_way_gives(
     assert run.digests == [event_digest(event) for event in events]
 
 
-@given(st.lists(st.tuples(st.uuids(), _FILES, st.integers(0, 100), st.none() | _TEXT), min_size=1, max_size=3))
-def test_a_runs_headers_are_those_of_its_events(commands: list[tuple[UUID, list[StoredFile], int, str | None]]) -> None:
-    parts = [CommandFiles(id_, "ada", done, done + len(files), files) for id_, files, done, _ in commands]
+@given(
+    st.lists(
+        st.tuples(st.uuids(), _FILES, st.integers(0, 100), st.none() | _TEXT, st.sampled_from([None, "ci:bot"])),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_a_runs_headers_are_those_of_its_events(
+    commands: list[tuple[UUID, list[StoredFile], int, str | None, str | None]],
+) -> None:
+    parts = [CommandFiles(id_, "ada", done, done + len(files), files, who) for id_, files, done, _, who in commands]
     run = FileRun.of_files(UUID(int=5), parts, sequence=7, created_at=1_900_000_000_000_000, previous=bytes(32))
-    traces = [trace for _, files, _, trace in commands for _ in files]
-    found = [dict(each) for each in headers_all(run, _LOG, _ORIGIN, [trace for _, _, _, trace in commands])]
+    traces = [trace for _, files, _, trace, _ in commands for _ in files]
+    found = [dict(each) for each in headers_all(run, _LOG, _ORIGIN, [trace for _, _, _, trace, _ in commands])]
     assert found == [headers(event, _LOG, _ORIGIN, trace) for event, trace in zip(run, traces, strict=True)]
 
 

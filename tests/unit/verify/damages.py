@@ -12,7 +12,7 @@ from uuid import uuid4
 from blake3 import blake3
 
 from artifact_store.errors import CorruptError
-from artifact_store.events import Event
+from artifact_store.events import DELEGATED_FILE_INGESTED, DELEGATED_PACKAGE_CREATED, Event
 from artifact_store.manifest import content_key
 from services.log.port import Batch, Record
 from services.log.records import AdministrativeHead
@@ -102,6 +102,24 @@ def a_link_is_broken(scene: Scene) -> None:
 @damage("chain")
 def an_event_has_another_actor_than_when_it_was_linked(scene: Scene) -> None:
     scene.events[1] = replace(scene.events[1], actor="eve")
+
+
+@damage("chain")
+def a_sender_was_put_beside_the_actor_later(scene: Scene) -> None:
+    scene.events[1] = replace(scene.events[1], event_type=DELEGATED_FILE_INGESTED, principal="eve")
+
+
+@damage("command-order")
+def a_command_has_two_senders(scene: Scene) -> None:
+    second = replace(scene.events[2], event_type=DELEGATED_FILE_INGESTED, principal="bob")
+    third = replace(scene.events[3], event_type=DELEGATED_FILE_INGESTED, principal="eve")
+    scene.events = chained([*scene.events[:2], second, third])
+
+
+@damage("package-id")
+def a_package_id_is_derived_from_the_actor_in_place_of_the_sender(scene: Scene) -> None:
+    made = replace(scene.events[0], event_type=DELEGATED_PACKAGE_CREATED, principal="eve")
+    scene.events = chained([made, *scene.open[1:]])
 
 
 @damage("event-id")

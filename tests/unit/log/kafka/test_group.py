@@ -6,17 +6,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from confluent_kafka import KafkaError, KafkaException
 
-from artifact_store.errors import ConfigurationError, UnavailableError
+from artifact_store.errors import ConfigurationError, ConflictError, PushBackError, UnavailableError
 from services.config import Settings
 from services.log.kafka import connection as clients
 from services.log.kafka import ownership as group_module
 from services.log.kafka.cluster import Member
-from services.log.kafka.connection import KafkaSettings
+from services.log.kafka.connection import INTERFACE, READS_ADMINISTRATIVE, READS_PRINCIPALS, KafkaSettings
 from services.log.kafka.ownership import NO_URL, WriterGroup
 
 
@@ -111,6 +112,35 @@ def test_who_has_nobody_to_leave_its_partitions_to_does_not_give_way(
     group._give_way("it cannot be written to")
     assert not group._rejoin.is_set()
     assert group._away_until < time.monotonic()
+
+
+def test_a_member_that_could_not_read_a_record_keeps_it_from_being_written(tmp_path: Path) -> None:
+    kafka = KafkaSettings.of(Settings(log_url="kafka://127.0.0.1:1/x", state_dir=tmp_path))
+    own = Member("own", f"http://127.0.0.1:1{INTERFACE}", frozenset())
+    groups: dict[str, list[Member] | None] = {
+        kafka.writers_group: [own],
+        kafka.projector_group("registry"): [Member("fold", f"artifact-store-projector{INTERFACE}", frozenset())],
+    }
+    cluster = SimpleNamespace(groups=lambda prefix: [group for group in groups if prefix in group])
+    group = WriterGroup(
+        kafka, cast("Any", cluster), "gateway", lambda _: None, lambda *_: None, lambda: None, groups.__getitem__
+    )
+    for reads in (READS_ADMINISTRATIVE, READS_PRINCIPALS):
+        group.require_readers(reads)
+    for name, refused in (("http://old:1", {2, 3}), ("http://new:2/v2", {3}), ("artifact-store-projector/v2", {3})):
+        for joined in (kafka.writers_group, kafka.projector_group("registry")):
+            before = groups[joined]
+            groups[joined] = [own, Member("other", name, frozenset())]
+            for reads in (READS_ADMINISTRATIVE, READS_PRINCIPALS):
+                if reads not in refused:
+                    group.require_readers(reads)
+                    continue
+                with pytest.raises(ConflictError, match=f"{name} .*upgrade it or end it"):
+                    group.require_readers(reads)
+            groups[joined] = before
+    groups[kafka.projector_group("registry")] = None
+    with pytest.raises(PushBackError, match="between two assignments"):
+        group.require_readers(READS_PRINCIPALS)
 
 
 def test_a_group_that_may_not_be_asked_is_joined_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import AsyncMock
 
 import pytest
 
+from artifact_store.errors import ConflictError, PushBackError
+from services.core.access import EVERYTHING
 from services.core.limits import Limits
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka import writer as writers
+from services.log.kafka.connection import READS_PRINCIPALS
 from services.log.kafka.writer_metrics import WriterCollector
 from services.log.port import PartitionStatus
 from services.log.sequencer.answers import Counts
+from tests.commands import create
 from tests.contract.log_stage import no_manifest
 from tests.integration.kafka_stage import kafka_settings
 
@@ -69,6 +75,38 @@ async def test_a_writer_whose_partition_is_another_s_is_let_go_and_the_group_joi
     other.disowned = True
     assert process._look_after_writers() is None
     assert (table(process), rejoined) == ({0: own}, [True])
+
+
+async def test_no_command_in_another_s_name_is_taken_while_a_process_cannot_read_its_events(
+    process: KafkaWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The release before would take such an event for a foreign record, and stop."""
+    answers = AsyncMock()
+    monkeypatch.setattr(process._log, "partition_of", lambda _: 0)
+    monkeypatch.setattr(process._router, "answer", answers)
+    old, asked = ["http://old:1/v2"], list[int]()
+
+    def require_readers(interface: int) -> None:
+        asked.append(interface)
+        if old:
+            raise ConflictError(f"the gateway {old[0]} is of a release that cannot read them")
+
+    monkeypatch.setattr(process._group, "require_readers", require_readers)
+    made = create()
+    delegated = replace(made, principal="ci:bot")
+    with pytest.raises(PushBackError, match="http://old:1/v2"):
+        await process.submit(delegated)
+    with pytest.raises(PushBackError, match="http://old:1/v2"):
+        await process.check_ingest(made.package_id, ["a"], None, EVERYTHING, "ci:bot")
+    assert (answers.await_count, asked) == (0, [READS_PRINCIPALS]), "one answer serves for a while"
+    await process.submit(made)
+    await process.check_ingest(made.package_id, ["a"], None)
+    assert (answers.await_count, asked) == (2, [READS_PRINCIPALS]), "others are never held up"
+    old.clear()
+    monkeypatch.setattr(writers, "_READERS_SECONDS", 0.0)
+    await process.submit(delegated)
+    await process.check_ingest(made.package_id, ["a"], None, EVERYTHING, "ci:bot")
+    assert answers.await_count == 4
 
 
 async def test_what_a_writer_complains_of_is_heard_once(process: KafkaWriter) -> None:

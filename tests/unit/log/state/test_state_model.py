@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from uuid import UUID
 
@@ -33,6 +34,7 @@ LIMITS = Limits(max_files_per_package=6)
 PLACE = LogPartition(UUID(int=7), "t.events", 3)
 NAMES = st.integers(0, 3)
 COMMAND_NAMES = st.integers(0, 5)
+SENDERS = st.sampled_from([None, None, "ci:bot", "ci:other"])
 PATHS = st.sampled_from(["a", "A", "b", "a/b", "é", "É", "z" * 40, "dir/file.txt"])
 TICKS = st.sampled_from([0, 1, 1, 5, ANSWERS_KEPT_MICROS // 2, ANSWERS_KEPT_MICROS, MAX_IDLE_MICROS])
 
@@ -65,14 +67,17 @@ class StateMachine(RuleBasedStateMachine):
         name=COMMAND_NAMES,
         paths=st.lists(PATHS, min_size=1, max_size=3),
         torn=st.sampled_from([0, 0, 1]),
+        sender=SENDERS,
     )
-    def ingest(self, package: int, name: int, paths: list[str], torn: int) -> None:
-        self.run(commands.ingest(commands.create(package).package_id, *paths, name=name), torn)
+    def ingest(self, package: int, name: int, paths: list[str], torn: int, sender: str | None = None) -> None:
+        command = commands.ingest(commands.create(package).package_id, *paths, name=name)
+        self.run(replace(command, principal=sender), torn)
 
-    @rule(package=NAMES, name=COMMAND_NAMES, tick=TICKS)
-    def finalize(self, package: int, name: int, tick: int) -> None:
+    @rule(package=NAMES, name=COMMAND_NAMES, tick=TICKS, sender=SENDERS)
+    def finalize(self, package: int, name: int, tick: int, sender: str | None = None) -> None:
         self.now += tick
-        self.run(commands.finalize(commands.create(package).package_id, name=name))
+        command = commands.finalize(commands.create(package).package_id, name=name)
+        self.run(replace(command, principal=sender))
 
     @rule(package=NAMES, name=COMMAND_NAMES, paths=st.lists(PATHS, max_size=3))
     def check(self, package: int, name: int, paths: list[str]) -> None:
