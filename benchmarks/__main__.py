@@ -23,6 +23,7 @@ _ALL = (
     trees.INGEST,
     trees.INGEST_LARGE,
     single_puts.PLAN,
+    single_puts.WITH_TOKENS,
     single_puts.ALONE,
     streams.PLAN,
 )

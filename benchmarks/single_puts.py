@@ -5,6 +5,9 @@ answered. The baseline of `ingest-single` are presigned `PUT`s of the same size 
 `ingest-one` is the sum of what cannot be spared: one such `PUT`, and one command of the gateway's own writer, as
 `append-latency` measures it. All by the same client (aiohttp, kept connections), with addresses and bodies made before
 the clock starts. No projector runs: ingest needs no view.
+
+`ingest-single-tokens`: the `PUT`s of `ingest-single` with a token of an OIDC issuer, to a gateway that a policy tells
+who may write; the baseline are the same `PUT`s to another gateway, which asks nobody who they are.
 """
 
 from __future__ import annotations
@@ -13,7 +16,10 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
 from random import Random
+from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
@@ -26,6 +32,7 @@ from benchmarks.copiers import Bucket
 from benchmarks.gateway_stage import Stage, gateway_stage
 from benchmarks.harness import Plan
 from services.config import Settings
+from tests.oidc_provider import AUDIENCE, provider
 
 FILES = 4_000
 FILE_BYTES = 4_096
@@ -35,6 +42,20 @@ FILES_ALONE = 300
 
 MICROS = 1_000_000
 
+_TOKEN_SECONDS = 86_400
+
+_POLICY = """\
+[[issuer]]
+alias = "ci"
+url = "{url}"
+audience = ["{audience}"]
+[[rule]]
+issuer = "ci"
+claims = {{ sub = "job-*" }}
+can = ["read", "write"]
+producers = ["bench*"]
+"""
+
 Put = tuple[URL, bytes, int]
 """Address, body, and the status that says that it is stored."""
 
@@ -42,8 +63,10 @@ Put = tuple[URL, bytes, int]
 class SinglePuts:
     """The same files by two ways; see the module."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: Stage, token_file: Path | None = None) -> None:
+        """Requests to the gateway carry the token in `token_file`."""
         self._stage = stage
+        self._token_file = token_file
         self._draw = Random(7)
         self._found: dict[str, Any] = {}
 
@@ -53,7 +76,7 @@ class SinglePuts:
 
     async def ours(self) -> float:
         """Through the gateway."""
-        async with Client(self._stage.gateway.endpoint) as registry:
+        async with Client(self._stage.gateway.endpoint, token_file=self._token_file) as registry:
             packages = [
                 await registry.create_package(f"single-{number}", "benchmark", "single", "scratch")
                 for number in range(PACKAGES)
@@ -65,7 +88,8 @@ class SinglePuts:
         ]
         objects = await asyncio.to_thread(self._stage.count, "blobs/")
         gateway, client = self._stage.gateway_cpu(), time.process_time()
-        seconds, waits = await put_all(puts, CONCURRENCY)
+        token = None if self._token_file is None else self._token_file.read_text()
+        seconds, waits = await put_all(puts, CONCURRENCY, token)
         self._found = {
             "gateway_cpu_micros_a_file": round((self._stage.gateway_cpu() - gateway) / FILES * MICROS),
             "client_cpu_micros_a_file": round((time.process_time() - client) / FILES * MICROS),
@@ -87,6 +111,26 @@ class SinglePuts:
     def _bodies(self) -> Iterator[bytes]:
         """Bytes that were never seen before."""
         return (self._draw.randbytes(FILE_BYTES) for _ in range(FILES))
+
+
+class TokenPuts:
+    """The same files with and without tokens; see the module."""
+
+    def __init__(self, with_tokens: SinglePuts, without: SinglePuts) -> None:
+        self._with = with_tokens
+        self._without = without
+
+    def details(self) -> Mapping[str, Any]:
+        """How much work it was, and what the last run of each took."""
+        return {**self._with.details(), "without": self._without.details()}
+
+    async def ours(self) -> float:
+        """To the gateway that asks for tokens."""
+        return await self._with.ours()
+
+    async def baseline(self) -> float:
+        """To the gateway that does not."""
+        return await self._without.ours()
 
 
 class OnePut:
@@ -133,8 +177,9 @@ def presigned(bucket: Bucket, prefix: str, bodies: Iterable[bytes]) -> list[Put]
     ]
 
 
-async def put_all(puts: Sequence[Put], concurrency: int) -> tuple[float, list[float]]:
+async def put_all(puts: Sequence[Put], concurrency: int, token: str | None = None) -> tuple[float, list[float]]:
     """Seconds for all, and how long each waited for its answer, sorted."""
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     waits = []
     waiting = iter(puts)
 
@@ -146,7 +191,8 @@ async def put_all(puts: Sequence[Put], concurrency: int) -> tuple[float, list[fl
             assert answer.status == stored, said
             waits.append(time.perf_counter() - began)
 
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=concurrency)) as session:
+    connector = aiohttp.TCPConnector(limit=concurrency)
+    async with aiohttp.ClientSession(connector=connector, headers=headers) as session:
         began = time.perf_counter()
         async with asyncio.TaskGroup() as group:
             for _ in range(concurrency):
@@ -167,5 +213,19 @@ async def _opened_alone(settings: Settings) -> AsyncIterator[OnePut]:
         yield OnePut(stage)
 
 
+@asynccontextmanager
+async def _opened_with_tokens(settings: Settings) -> AsyncIterator[TokenPuts]:
+    with TemporaryDirectory(prefix="artifact-store-bench-") as folder:
+        policy, token_file = Path(folder) / "policy.toml", Path(folder) / "token"
+        async with provider() as issuer, gateway_stage(settings, projectors=False) as open_stage:
+            issuer.lifetime = _TOKEN_SECONDS
+            policy.write_text(_POLICY.format(url=issuer.url, audience=AUDIENCE), encoding="utf-8")
+            token_file.write_text(issuer.token(), encoding="utf-8")
+            guarded = replace(settings, policy=policy)
+            async with gateway_stage(guarded, projectors=False) as stage:
+                yield TokenPuts(SinglePuts(stage, token_file), SinglePuts(open_stage))
+
+
 PLAN = Plan("ingest-single", "files/s", 2.0, _opened)
+WITH_TOKENS = Plan("ingest-single-tokens", "files/s", 0.9, _opened_with_tokens)
 ALONE = Plan("ingest-one", "ms p50", 1.3, _opened_alone, lower_is_better=True)

@@ -270,9 +270,9 @@ def _is_unseen(call: Call) -> bool:
 
     Which of the two it was is not looked up, so that strangers cannot make the gateway ask the views for it.
     """
-    if call.principal.scope(Right.READ).everywhere:
-        return False
     error = call.refused_by
+    if error is None or call.principal.scope(Right.READ).everywhere:
+        return False
     if isinstance(error, FileNotFoundInRegistryError):  # by its path it is sought in a package that the sender may read
         return not call.template.startswith(_PACKAGE)
     return isinstance(error, PackageNotFoundError | UploadNotFoundError)
