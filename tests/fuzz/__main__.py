@@ -10,16 +10,19 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import subprocess
 import sys
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from services.config import PREFIX
 from tests.services.shared import VAR
 
-FOLDER = VAR / "fuzz"
+if TYPE_CHECKING:
+    from tests.fuzz.decoders import Decoder
+
 SECONDS = 60
 INPUT_SECONDS = 10
 INPUT_BYTES = 8192
@@ -34,79 +37,68 @@ _SHOWN_BYTES = 500
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code: 0 no decoder mistook anything, 1 one did, 2 wrong usage."""
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="decoders; without one: all")
-    parser.add_argument("--seconds", type=int, default=SECONDS, help="for each")
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args(arguments)
-    if given.here:
-        _fuzz_here(given.names[0], given.seconds)
-    names = given.names or _names()
-    failed = [name for name in names if not fuzz(name, given.seconds)]
-    if failed:
-        print(f"mistaken by {', '.join(failed)}")  # noqa: T201 - a tool for the terminal
-    return 1 if failed else 0
-
-
-def fuzz(name: str, seconds: int, folder: Path = FOLDER) -> bool:
-    """Try one decoder for so long; whether it mistook nothing. Prints what was done. Blocks."""
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.fuzz", name, "--here", "--seconds", str(seconds)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env={key: value for key, value in os.environ.items() if not key.startswith(PREFIX)} | {_FOLDER: str(folder)},
-        check=False,
-    )
-    done = _DONE.search(run.stdout)
-    if run.returncode == 0 and done is not None:
-        print(f"{name}: {int(done[1]):,} inputs reached {done[2]} branches", flush=True)  # noqa: T201
-        return True
-    print(run.stdout[-8_000:])  # noqa: T201
-    for path in sorted(_folder_of(name, folder).glob("mistaken-*")):
-        print(f"{name}: {path}: {path.read_bytes()[:_SHOWN_BYTES]!r}", flush=True)  # noqa: T201
-    return False
-
-
-_FOLDER = "FUZZ_FOLDER"
-
-
-def _folder_of(name: str, folder: Path) -> Path:
-    return folder / name.replace(" ", "-")
-
-
-def _names() -> list[str]:
-    from tests.fuzz.decoders import decoders
-
-    return list(decoders(FOLDER))
-
-
-def _fuzz_here(name: str, seconds: int) -> None:
-    """Try the decoder in this process, which ends with that."""
     import atheris  # has no build for some systems
 
     with atheris.instrument_imports(include=_WATCHED):
         from tests.fuzz.decoders import PLANTED, decoders
-    folder = _folder_of(name, Path(os.environ[_FOLDER]))
-    corpus, seeds = folder / "corpus", folder / "seeds"
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="decoders; without one: all")
+    parser.add_argument("--seconds", type=int, default=SECONDS, help="for each")
+    parser.add_argument("--folder", type=Path, default=VAR / "fuzz", help="for what is kept")
+    given = parser.parse_args(arguments)
+    for name in [name for name in os.environ if name.startswith(PREFIX)]:
+        del os.environ[name]
+    with TemporaryDirectory() as scratch:
+        known = decoders(Path(scratch))
+        if unknown := [name for name in given.names if name not in (*known, "planted")]:
+            parser.error(f"there is no decoder {', '.join(unknown)}; there are {', '.join(known)}")
+        failed = [
+            name
+            for name in given.names or known
+            if not _fuzz(known.get(name, PLANTED), name, given.folder / name.replace(" ", "-"), given.seconds)
+        ]
+    return 1 if failed else 0
+
+
+def _fuzz(decoder: Decoder, name: str, folder: Path, seconds: int) -> bool:
+    """Try the decoder for so long; whether it mistook nothing. Prints what was done. Blocks."""
+    corpus, seeds, log = folder / "corpus", folder / "seeds", folder / "log"
     for each in (corpus, seeds):
         each.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory() as scratch:
-        decoder = PLANTED if name == "planted" else decoders(Path(scratch))[name]
-        for seed in (*decoder.corpus, *decoder.mistaken):
-            if len(seed) <= INPUT_BYTES:
-                (seeds / sha256(seed).hexdigest()[:16]).write_bytes(seed)
-        options = {
-            "max_total_time": seconds,
-            "timeout": INPUT_SECONDS,
-            "rss_limit_mb": MEMORY_MIB,
-            "max_len": INPUT_BYTES,
-            "artifact_prefix": f"{folder}/mistaken-",
-        }
-        flags = [f"-{option}={value}" for option, value in options.items()]
-        atheris.Setup(["fuzz", *flags, str(corpus), str(seeds)], decoder.attempt)
-        atheris.Fuzz()
+    for seed in (*decoder.corpus, *decoder.mistaken):
+        if len(seed) <= INPUT_BYTES:
+            (seeds / sha256(seed).hexdigest()[:16]).write_bytes(seed)
+    options = {
+        "max_total_time": seconds,
+        "timeout": INPUT_SECONDS,
+        "rss_limit_mb": MEMORY_MIB,
+        "max_len": INPUT_BYTES,
+        "artifact_prefix": f"{folder}/mistaken-",
+    }
+    child = os.fork()
+    if not child:
+        _run_fuzzer([f"-{name}={value}" for name, value in options.items()], [corpus, seeds], decoder.attempt, log)
+    _, status = os.waitpid(child, 0)
+    shown = log.read_text(errors="replace")
+    done = _DONE.search(shown)
+    if status == 0 and done is not None:
+        print(f"{name}: {int(done[1]):,} inputs reached {done[2]} branches", flush=True)  # noqa: T201 - a tool
+        return True
+    print(f"{shown[-8_000:]}\n{name} was mistaken; exit status {status}")  # noqa: T201
+    for path in sorted(folder.glob("mistaken-*")):
+        print(f"{path}: {path.read_bytes()[:_SHOWN_BYTES]!r}", flush=True)  # noqa: T201
+    return False
+
+
+def _run_fuzzer(flags: list[str], folders: list[Path], attempt: Callable[[bytes], None], log: Path) -> None:
+    """Feed the decoder in this process, which ends with that."""
+    import atheris
+
+    target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    atheris.Setup(["fuzz", *flags, *map(str, folders)], attempt)
+    atheris.Fuzz()
 
 
 if __name__ == "__main__":
