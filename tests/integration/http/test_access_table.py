@@ -374,6 +374,7 @@ CALLS: dict[str, tuple[Use, str, str]] = {
     ),
     "ingest_files": (lambda c, n: c.ingest_files(n["package"], _bundle(), "anonymous"), "forbidden", "not found"),
     "ingest_named": (lambda c, n: c.ingest_named(n["package"], _named(), "anonymous"), "forbidden", "not found"),
+    "stream": (lambda c, n: _streamed(c, n["package"]), "forbidden", "not found"),
     "known_blobs": (lambda c, n: c.known_blobs([_digest()]), "forbidden", "empty"),
     "get_package": (lambda c, n: c.get_package(n["package"]), "", "not found"),
     "list_packages": (lambda c, n: c.list_packages(), "", "empty"),
@@ -398,6 +399,11 @@ The reader gets an answer where the text is empty. The owner gets one everywhere
 
 async def _bytes(content: Awaitable[AsyncIterator[bytes]]) -> bytes:
     return await joined(await content)
+
+
+async def _streamed(client: artifact_store.Client, package_id: UUID) -> None:
+    async with client.stream(package_id) as files:
+        await (await files.add(f"stream/{uuid4()}", b"bytes"))
 
 
 async def _first(events: Any) -> object:
