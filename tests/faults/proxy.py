@@ -19,6 +19,8 @@ from tests.services.kafka import KafkaCluster
 from tests.services.process import free_ports
 
 PRODUCE, FETCH, LIST_OFFSETS, ADD_PARTITIONS_TO_TXN, END_TXN = 0, 1, 2, 24, 26
+GROUP_REQUESTS = (11, 12, 13, 14, 15)
+"""JoinGroup, Heartbeat, LeaveGroup, SyncGroup, DescribeGroups: what a group's coordinator answers."""
 
 _WAITING_FRAMES = 256
 _LAST_ANSWERS_SECONDS = 10.0
@@ -56,6 +58,8 @@ class Network:
         self.lost: Counter[int] = Counter()
         """How many answers to each kind were lost."""
         self.late: dict[int, float] = {}
+        self.withheld: frozenset[int] = frozenset()
+        self.released = asyncio.Event()
         self.losing: frozenset[int] = frozenset()
         self.latency = 0.0
         self.audible = asyncio.Event()
@@ -107,6 +111,17 @@ class Network:
             yield
         finally:
             self.late = {}
+
+    @contextmanager
+    def withholding(self, *kinds: int) -> Iterator[None]:
+        """Within the block requests of these kinds do not get through. They reach the broker when it ends."""
+        self.withheld = frozenset(kinds)
+        self.released.clear()
+        try:
+            yield
+        finally:
+            self.withheld = frozenset()
+            self.released.set()
 
     @contextmanager
     def losing_answers(self, *kinds: int) -> Iterator[None]:
@@ -207,6 +222,8 @@ class _Connection:
             if (left := due - loop.time()) > 0:
                 await asyncio.sleep(left)
             await self._network.audible.wait()
+            if _kind(frame) in self._network.withheld:
+                await self._network.released.wait()
             self._asked.append(_kind(frame))
             self._answered.clear()
             self._to_broker.write(frame)

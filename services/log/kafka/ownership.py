@@ -224,18 +224,23 @@ class WriterGroup:
             self._assigned(p.partition)
 
     def _on_revoke(self, _: Consumer, partitions: list[TopicPartition]) -> None:
-        self._hand_over(partitions, lost=False)
+        began, numbers = time.monotonic(), _numbers(partitions)
+        self._revoked(numbers, False)
+        _LOG.info("partitions %s were given up in %.2f s", numbers, time.monotonic() - began)
 
     def _on_lost(self, _: Consumer, partitions: list[TopicPartition]) -> None:
-        self._hand_over(partitions, lost=True)
-
-    def _hand_over(self, partitions: list[TopicPartition], *, lost: bool) -> None:
-        began, numbers = time.monotonic(), sorted(p.partition for p in partitions)
-        self._revoked(numbers, lost)
-        ended = "lost to other members" if lost else "given up"
-        _LOG.info("partitions %s were %s in %.2f s", numbers, ended, time.monotonic() - began)
+        """Also called while the coordinator is away: the client counts the session by its own clock."""
+        self._revoked(_numbers(partitions), True)
+        self._note(
+            f"partitions {_numbers(partitions)} were lost: the group's coordinator did not hear from this process, or "
+            "did not answer it, for session.timeout.ms"
+        )
 
     def _note(self, text: str) -> None:
         if text != self.trouble:
             _LOG.warning("group of writers: %s", text)
         self.trouble = text
+
+
+def _numbers(partitions: Sequence[TopicPartition]) -> list[int]:
+    return sorted(p.partition for p in partitions)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
 from artifact_store.errors import ConfigurationError, ConflictError, PushBackError, UnavailableError
 from services.config import Settings
@@ -166,6 +166,26 @@ def test_a_group_that_may_not_be_asked_is_joined_again(tmp_path: Path, monkeypat
     assert len(asked) > 1, "it stayed away for a while, and asked"
     group._give_way("it cannot be written to")
     group.close()
+
+
+def test_a_process_that_lost_its_partitions_says_why_until_it_gets_some(tmp_path: Path) -> None:
+    lost: list[tuple[Sequence[int], bool]] = []
+    kafka = KafkaSettings.of(Settings(log_url="kafka://127.0.0.1:1/x", state_dir=tmp_path))
+    group = WriterGroup(
+        kafka,
+        cast("Any", None),
+        "gateway",
+        lambda _: None,
+        lambda *given: lost.append(given),
+        lambda: None,
+        lambda _: None,
+    )
+    group._on_lost(cast("Any", None), [TopicPartition("x.events", number) for number in (2, 0)])
+    assert lost == [([0, 2], True)]
+    assert "partitions [0, 2] were lost" in (group.trouble or "")
+    member = SimpleNamespace(incremental_assign=lambda _: None, pause=lambda _: None, memberid=lambda: "me")
+    group._on_assign(cast("Any", member), [])
+    assert group.trouble is None
 
 
 @pytest.mark.parametrize(
