@@ -222,7 +222,7 @@ async def staged(folder: Path, *, keep: Callable[[], bool], own_mounts: bool = F
 
 def _small_disk(folder: Path) -> Path:
     folder.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK_MIB}m", "none", folder], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK_MIB}m,mode=700", "none", folder], check=True)
     return folder
 
 
