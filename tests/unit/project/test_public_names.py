@@ -8,7 +8,7 @@ from importlib import import_module
 import pytest
 from sqlalchemy import Table
 
-from artifact_store import Client
+from artifact_store import Client, FileStream, SyncClient
 from services.config import Settings
 from services.registry import Registry
 from services.views import tables
@@ -62,6 +62,18 @@ def test_settings_and_manifests_are_read_by_these_names() -> None:
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_an_operation_of_the_registry_takes_these_arguments(operation: str, owner: type[Registry]) -> None:
     assert set(OPERATIONS[operation]) <= set(inspect.signature(getattr(owner, operation)).parameters)
+
+
+@pytest.mark.parametrize("operation", [*OPERATIONS, "stream", "get_package", "list_packages", "list_files"])
+def test_the_client_without_a_loop_takes_the_same_arguments(operation: str) -> None:
+    blocking, asynchronous = (inspect.signature(getattr(owner, operation)) for owner in (SyncClient, Client))
+    assert list(blocking.parameters) == list(asynchronous.parameters)
+
+
+def test_a_stream_is_opened_and_filled_by_these_names() -> None:
+    assert list(inspect.signature(Client.stream).parameters) == ["self", "package_id", "actor", "spool", "max_bytes"]
+    assert list(inspect.signature(FileStream.add).parameters) == ["self", "relative_path", "data", "media_type"]
+    assert list(inspect.signature(FileStream.flush).parameters) == ["self"]
 
 
 def test_the_tables_of_the_views_have_these_names() -> None:
