@@ -11,6 +11,8 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from uuid import UUID
 
@@ -27,6 +29,7 @@ from tests.integration.http_gateway import running_gateway
 pytestmark = pytest.mark.processes
 
 _LONGEST_REQUEST_BYTES = 1 << 20
+_PATIENCE_SECONDS = 120.0
 
 
 class Producers:
@@ -40,9 +43,8 @@ class Producers:
     async def run_and_kill(self, attempt: int) -> None:
         """Start one, and kill it once it has confirmed some of its files, or a moment after the last."""
         lines = self._draw.choice((0, self._draw.randrange(FILES), FILES))
-        process = await self._start(f"{attempt}")
-        assert process.stdout is not None
-        async with asyncio.timeout(60):
+        async with self._running(f"{attempt}") as process:
+            assert process.stdout is not None
             for _ in range(lines):
                 line = await process.stdout.readline()
                 assert line, "the producer ended by itself"
@@ -54,15 +56,22 @@ class Producers:
 
     async def send_the_rest(self) -> None:
         """Start one that only sends, and ends."""
-        process = await self._start("")
-        async with asyncio.timeout(60):
+        async with self._running("") as process:
             assert await process.wait() == 0
 
-    async def _start(self, attempt: str) -> asyncio.subprocess.Process:
-        return await asyncio.create_subprocess_exec(
+    @asynccontextmanager
+    async def _running(self, attempt: str) -> AsyncIterator[asyncio.subprocess.Process]:
+        process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-W", "error", "-m", "tests.faults.spool_producer", *self._arguments, attempt),
             stdout=subprocess.PIPE,
         )
+        try:
+            async with asyncio.timeout(_PATIENCE_SECONDS):
+                yield process
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.communicate()
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(100, marks=pytest.mark.endurance)])
