@@ -8,20 +8,20 @@ from the shared tail. Clients that read to the log's end and stop share the same
 from __future__ import annotations
 
 import asyncio
+import heapq
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence, Set
-from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
-from typing import NamedTuple
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Self
 from uuid import UUID
 
 from artifact_store.documents.event_lines import event_head
-from artifact_store.errors import CorruptError, InvalidPositionError, UnavailableError
-from artifact_store.events import RecordedEvent
+from artifact_store.errors import CorruptError, InvalidPositionError, InvalidRequestError, UnavailableError
+from artifact_store.events import PackageFinalized, RecordedEvent
 from artifact_store.position import Position
-from services.core.access import EVERYWHERE, Scope
 from services.log.port import Log, PackageExtent
-from services.registry.origins import Origins
+from services.registry.origins import EventFilter, Origins
 
 ROOM_BYTES = 8 << 20
 """Bytes of the tail that are kept for followers that lag a little."""
@@ -38,6 +38,9 @@ PATIENCE_SECONDS = 2.0
 MARK_SECONDS = 5.0
 """How often a client whose events are all filtered out gets its position."""
 
+MOST_BY_TIME = 64
+"""Of so many partitions events are read in the order of time, which takes a reader for each."""
+
 _AT_ONCE_BYTES = 64 * 1024
 _BREATH = 50
 """Events after which reading yields to the event loop."""
@@ -46,7 +49,21 @@ _EVENT_BYTES, _OFFSET_BYTES = 500, 100
 """Estimated bytes of memory for an event beside its texts, and for each offset of its position."""
 
 
-class TailEvent(NamedTuple):
+Frame = Callable[[str, bytes, str], bytes]
+"""Formats an event for a client, from its type, its `event_head`, and the text of the position after it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a client gets events."""
+
+    frame: Frame
+    manifests: bool = True
+    """Whether events that finalize packages hold their manifests."""
+
+
+@dataclass(slots=True)
+class TailEvent:
     """One event of the tail. `position` is the position after it and after all events that the tail had before it."""
 
     partition: int
@@ -54,19 +71,39 @@ class TailEvent(NamedTuple):
     package_id: UUID
     event_type: str
     head: bytes
+    lean_head: bytes
+    """Without a manifest."""
     position: Position
     position_text: str
+    _pieces: dict[Form, bytes] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, event: RecordedEvent, partition: int) -> Self:
+        """The event, which lies in this partition, put into JSON."""
+        position, head = event.position, event_head(event)
+        lean = event_head(event, manifest=False) if isinstance(event.payload, PackageFinalized) else head
+        offset = position.offsets[partition] - 1
+        return cls(partition, offset, event.package_id, event.event_type, head, lean, position, str(position))
 
     @property
     def size(self) -> int:
-        """Estimated bytes of memory."""
-        return len(self.head) + len(self.position_text) + _OFFSET_BYTES * len(self.position.offsets) + _EVENT_BYTES
+        """Estimated bytes of memory, with what it becomes as a line and as a server-sent event."""
+        texts = 3 * (len(self.head) + len(self.position_text))
+        return texts + _OFFSET_BYTES * len(self.position.offsets) + _EVENT_BYTES
+
+    def piece(self, form: Form) -> bytes:
+        """What a client gets that stands where the tail does; made once for all of them."""
+        found = self._pieces.get(form)
+        if found is None:
+            found = self._pieces[form] = self.piece_at(form, self.position_text)
+        return found
+
+    def piece_at(self, form: Form, position: str) -> bytes:
+        """What a client gets that has read further in some partition, so that the event takes it to `position`."""
+        return form.frame(self.event_type, self.head if form.manifests else self.lean_head, position)
 
 
 ExtentOf = Callable[[UUID], Awaitable[PackageExtent | None]]
-
-Frame = Callable[[str, bytes, str], bytes]
-"""Formats an event for a client, from its type, its `event_head`, and the text of the position after it."""
 
 
 Mark = Callable[[str], bytes]
@@ -85,7 +122,7 @@ class Tail:
     ) -> None:
         """`extent` tells where a package's events lie, which spares reading all of its partition.
 
-        By their `origins` the events of packages are filtered that a client may not see.
+        By their `origins` the events of packages are filtered.
         """
         self._log = log
         self._origins = origins or Origins()
@@ -95,45 +132,51 @@ class Tail:
         self._followers = 0
         self._run: _Run | None = None
 
-    async def follow(
-        self,
-        since: Position | None,
-        package_id: UUID | None,
-        frame: Frame,
-        scope: Scope = EVERYWHERE,
-        mark: Mark | None = None,
-    ) -> AsyncGenerator[bytes]:
-        """Events after `since`, of one package or of all, each once, one or more to a piece; never ends.
+    async def end(self, since: Position | None = None) -> Position:
+        """Where the log ends now. Raises as `Log.end`."""
+        return await self._log.end(since)
 
-        Events of packages outside the scope are left out. With `mark`, a client gets its position now and then while
-        events are left out.
+    async def at_time(self, created_at: int) -> Position:
+        """See `Log`."""
+        return await self._log.at_time(created_at)
+
+    async def follow(
+        self, since: Position | None, wanted: EventFilter, form: Form, mark: Mark | None = None
+    ) -> AsyncGenerator[bytes]:
+        """Wanted events after `since`, each once, one or more to a piece; never ends.
+
+        With `mark`, a client gets its position now and then while events are passed over.
 
         The first empty piece means that the follower has caught up. Memory is bounded however slow the caller is.
         Raises as `Log.read`. A record that cannot be decoded does not end a follower of another package, unless the
         follower meets such a record first of all.
         """
         at, clock = _Standing(since), asyncio.get_running_loop().time
-        marked = clock()
+        if wanted.package_id is not None:
+            mark = None  # of a package that is hidden, even a position would tell that there is such a package
+        marked, untold = clock(), False
         while True:
             async with self._seat() as seat:
                 # The seat has all events from this moment on; earlier ones are read up to the log's end.
                 while await self._behind(at):
-                    missed = self._missed(at, package_id, frame, None, scope, mark)
+                    missed = self._missed(at, wanted, form, None, mark)
                     async with feed(missed, PATIENCE_SECONDS) as pieces:
                         while (piece := await pieces.take()) is not None:
                             yield piece
                 yield b""
                 try:
-                    while (found := await seat.take()) is not None:
-                        hidden = await self._origins.hidden({event.package_id for event in found}, scope)
-                        new, at.position = _framed(found, at.position, package_id, frame, hidden)
+                    due = marked + MARK_SECONDS
+                    while (found := await seat.take(due if untold and mark is not None else None)) is not None:
+                        hidden = await self._origins.hidden({event.package_id for event in found}, wanted)
+                        new, at.position, passed_over = _framed(found, at.position, wanted, form, hidden)
                         if new:
                             yield b"".join(new)
-                        elif hidden and mark is not None and clock() >= marked + MARK_SECONDS:
-                            marked = clock()
+                        untold = passed_over if found else untold
+                        if untold and mark is not None and clock() >= (due := marked + MARK_SECONDS):
+                            marked, untold = clock(), False
                             yield mark(str(at.position))
                 except CorruptError:
-                    if package_id is None:
+                    if wanted.package_id is None:
                         raise
                     # It may be another package's record: this one's later events can still be read from the log.
             # Or it was too slow, and the events that it missed are no longer kept.
@@ -142,19 +185,22 @@ class Tail:
     async def read(
         self,
         since: Position | None,
-        package_id: UUID | None,
-        frame: Frame,
-        scope: Scope = EVERYWHERE,
+        until: Position,
+        wanted: EventFilter,
+        form: Form,
         mark: Mark | None = None,
+        *,
+        by_time: bool = False,
     ) -> AsyncGenerator[bytes]:
-        """Events after `since` up to where the log ends now, of one package or of all, one or more to a piece.
+        """Wanted events after `since` up to `until`, one or more to a piece; those of all partitions `by_time`.
 
         Takes turns with followers that catch up. Memory is bounded however slow the caller is. Raises as `Log.read`.
-        `scope` and `mark` are those of `follow`.
+        `mark` is that of `follow`.
         """
-        at, end = _Standing(since), await self._log.end(since)
+        at = _Standing(since)
         while not at.caught_up:
-            async with feed(self._missed(at, package_id, frame, end, scope, mark), PATIENCE_SECONDS) as pieces:
+            missed = self._missed(at, wanted, form, until, mark, by_time=by_time)
+            async with feed(missed, PATIENCE_SECONDS) as pieces:
                 while (piece := await pieces.take()) is not None:
                     yield piece
 
@@ -173,28 +219,35 @@ class Tail:
     async def _missed(
         self,
         at: _Standing,
-        package_id: UUID | None,
-        frame: Frame,
+        wanted: EventFilter,
+        form: Form,
         until: Position | None,
-        scope: Scope,
         mark: Mark | None,
+        *,
+        by_time: bool = False,
     ) -> AsyncGenerator[bytes]:
         """Events from where the client stands to the log's end, or as many as it can read in its turn."""
-        extent = None
+        package_id, extent = wanted.package_id, None
         if package_id is not None and self._extent is not None:
             extent = await self._extent(package_id)
             if extent is not None and until is None:
                 extent = PackageExtent(extent.created_at)  # a follower must have all up to the tail
-        events = self._log.read(at.position, package_id=package_id, extent=extent, until=until)
+        if by_time and until is not None and package_id is None:
+            events = in_order_of_time(self._log, at.position, until)
+        else:
+            events = self._log.read(at.position, package_id=package_id, extent=extent, until=until)
         async with self._turns, aclosing(events):
             turn_ends = asyncio.get_running_loop().time() + TURN_SECONDS
             seen = True
             async for event in events:
                 at.position = event.position
                 self._origins.note(event)
-                seen = not await self._origins.hidden({event.package_id}, scope)
+                seen = wanted.takes(event.package_id, event.event_type) and not await self._origins.hidden(
+                    {event.package_id}, wanted
+                )
                 if seen:
-                    yield frame(event.event_type, event_head(event), str(event.position))
+                    head = event_head(event, manifest=form.manifests)
+                    yield form.frame(event.event_type, head, str(event.position))
                 if self._turns.locked() and asyncio.get_running_loop().time() > turn_ends:
                     return
         # Of one package that is hidden, even a position would tell that there is such a package.
@@ -224,16 +277,52 @@ class _Standing:
     caught_up: bool = False
 
 
-def _framed(
-    found: Sequence[TailEvent], since: Position | None, package_id: UUID | None, frame: Frame, hidden: Set[UUID]
-) -> tuple[list[bytes], Position | None]:
-    """Format the events after `since` that the client wants, those of packages that are `hidden` from it left out.
+async def in_order_of_time(log: Log, since: Position | None, until: Position) -> AsyncGenerator[RecordedEvent]:
+    """Events after `since` up to `until` by `created_at`, of equal times by partition.
 
-    Also returns the position after all of `found`.
+    Within a partition they are in this order already. Each partition has a reader of its own until the end. Raises as
+    `Log.read`; InvalidRequestError when there are too many partitions.
     """
-    pieces, in_step = [], since is None
+    offsets = {} if since is None else dict(since.offsets)
+    if since is not None:
+        since.require(until.log)
+        if not until.covers(since):
+            raise InvalidPositionError("the position is beyond the end of the log")
+    behind = [p for p, end in until.offsets.items() if offsets.get(p, 0) < end]
+    if len(behind) > MOST_BY_TIME:
+        raise InvalidRequestError(
+            f"by time, events of {MOST_BY_TIME} partitions can be read at most, and these lie in {len(behind)}: "
+            "read them as they lie, and sort them by created_at"
+        )
+    async with AsyncExitStack() as readers:
+        waiting: list[tuple[int, int, RecordedEvent, AsyncGenerator[RecordedEvent]]] = []
+
+        async def wait_for_next(partition: int, events: AsyncGenerator[RecordedEvent]) -> None:
+            event = await anext(events, None)
+            if event is not None:
+                heapq.heappush(waiting, (event.created_at, partition, event, events))
+
+        for p in behind:
+            alone = Position(until.log, {**until.offsets, p: offsets.get(p, 0)})
+            events = log.read(alone, until=until)
+            await wait_for_next(p, await readers.enter_async_context(aclosing(events)))
+        while waiting:
+            _, partition, event, events = heapq.heappop(waiting)
+            offsets[partition] = event.position.offsets[partition]
+            yield replace(event, position=Position(until.log, dict(offsets)))
+            await wait_for_next(partition, events)
+
+
+def _framed(
+    found: Sequence[TailEvent], since: Position | None, wanted: EventFilter, form: Form, hidden: Set[UUID]
+) -> tuple[list[bytes], Position | None, bool]:
+    """Format the wanted events after `since`, those of packages that are `hidden` from the client left out.
+
+    Also returns the position after all of `found`, and whether the last one was passed over.
+    """
+    pieces, in_step, passed_over = [], since is None, False
     for event in found:
-        position, text = event.position, event.position_text
+        position, text = event.position, None
         if not in_step and since is not None:
             # Catching up may have read this event already, and may have read further than the tail in some partition.
             read_before = event.offset < since.offsets.get(event.partition, 0)
@@ -244,10 +333,11 @@ def _framed(
             if read_before:
                 since = position
                 continue
-        if package_id in (None, event.package_id) and event.package_id not in hidden:
-            pieces.append(frame(event.event_type, event.head, text))
+        passed_over = not wanted.takes(event.package_id, event.event_type) or event.package_id in hidden
+        if not passed_over:
+            pieces.append(event.piece(form) if text is None else event.piece_at(form, text))
         since = position
-    return pieces, since
+    return pieces, since, passed_over
 
 
 class _Run:
@@ -320,16 +410,7 @@ class _Run:
 
     def _keep(self, event: RecordedEvent, partition: int) -> None:
         self._origins.note(event)
-        position = event.position
-        kept = TailEvent(
-            partition,
-            position.offsets[partition] - 1,
-            event.package_id,
-            event.event_type,
-            event_head(event),
-            position,
-            str(position),
-        )
+        kept = TailEvent.of(event, partition)
         self._kept.append(kept)
         self._kept_bytes += kept.size
         while self._kept_bytes > self._room_bytes and len(self._kept) > 1:
@@ -355,12 +436,19 @@ class _Seat:
         self._run = run
         self._number = number
 
-    async def take(self) -> Sequence[TailEvent] | None:
+    async def take(self, until: float | None = None) -> Sequence[TailEvent] | None:
         """Wait for events and return some, in order; None when events were dropped before they were taken.
 
-        Raises what reading raised.
+        Returns none when `until` has come, by the event loop's clock. Raises what reading raised.
         """
-        found = await self._run.take(self._number)
+        scope = asyncio.timeout_at(until)
+        try:
+            async with scope:
+                found = await self._run.take(self._number)
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            return ()
         if found is not None:
             self._number += len(found)
         return found

@@ -82,6 +82,14 @@ class MemoryLog:
         self._reach()
         return Position(self.id, dict(enumerate(self._ends)))
 
+    async def at_time(self, created_at: int) -> Position:
+        self._reach()
+        found = dict(enumerate(self._ends))
+        for partition, records in enumerate(self._records):
+            times = [(decode(record.value).created_at, record.offset) for record in records]
+            found[partition] = next((offset for time, offset in times if time >= created_at), found[partition])
+        return Position(self.id, found)
+
     async def read(
         self,
         since: Position | None = None,

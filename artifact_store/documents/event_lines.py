@@ -159,8 +159,11 @@ def line_of(head: bytes, position: str) -> bytes:
     return b'%b%b"}' % (head, position.encode())
 
 
-def event_head(event: Event) -> bytes:
-    """The line up to its position, which differs between followers. Uses plain dictionaries, which are fast."""
+def event_head(event: Event, *, manifest: bool = True) -> bytes:
+    """The line up to its position, which differs between followers. Uses plain dictionaries, which are fast.
+
+    Without `manifest`, a manifest that the event holds is left out.
+    """
     shape = {
         "type": event.event_type,
         "id": str(event.event_id),
@@ -174,7 +177,7 @@ def event_head(event: Event) -> bytes:
         "command_count": event.command_count,
         "payload_digest": event.payload_digest.hex(),
         "previous_digest": event.previous_digest.hex(),
-        "payload": _payload(event.payload),
+        "payload": _payload(event.payload, manifest=manifest),
         "position": "",
     }
     return json.dumps(shape, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()[:-2]
@@ -206,7 +209,7 @@ def parse_event(line: bytes | str) -> RecordedEvent:
         raise CorruptError(f"this is no event that can be read: {type(error).__name__}") from error
 
 
-def _payload(payload: Payload) -> dict[str, Any]:
+def _payload(payload: Payload, *, manifest: bool) -> dict[str, Any]:
     match payload:
         case PackageCreated():
             return {
@@ -236,9 +239,9 @@ def _payload(payload: Payload) -> dict[str, Any]:
                 },
             }
         case PackageFinalized():
-            manifest = payload.manifest
+            inline = payload.manifest if manifest else None
             return {
-                "manifest": None if manifest is None else base64.b64encode(manifest).decode(),
+                "manifest": None if inline is None else base64.b64encode(inline).decode(),
                 "manifest_key": payload.manifest_key,
                 "file_count": payload.file_count,
                 "total_bytes": payload.total_bytes,

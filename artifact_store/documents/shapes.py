@@ -65,6 +65,12 @@ class CreatePackageRequest(Request):
     metadata: dict[str, Any] = Field(default_factory=dict)
 
 
+class EndAnswer(Answer):
+    """Where the log ends."""
+
+    position: str
+
+
 class NothingRequest(Request):
     """A request without fields: no body, or an empty object."""
 

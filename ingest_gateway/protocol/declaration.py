@@ -200,10 +200,10 @@ def _parameter(parameter: Parameter[Any]) -> dict[str, Any]:
         "in": parameter.place,
         "required": parameter.place == "path",
         "description": parameter.description,
-        "schema": parameter.schema,
+        "schema": {"type": "array", "items": parameter.schema} if parameter.repeats else parameter.schema,
     }
     if parameter.example is not None:
-        found["example"] = parameter.example
+        found["example"] = [parameter.example] if parameter.repeats else parameter.example
     return found
 
 

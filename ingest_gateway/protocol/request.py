@@ -10,7 +10,7 @@ import hashlib
 import random
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
@@ -22,6 +22,7 @@ from multidict import istr
 from pydantic import BaseModel
 
 from artifact_store.documents import http as names
+from artifact_store.documents import times
 from artifact_store.documents.http import HASHES, UUID_PATTERN, parse_content_md5, parse_digests, parse_id, unquoted
 from artifact_store.documents.shapes import Request
 from artifact_store.errors import (
@@ -112,6 +113,7 @@ class Call:
         self._held = 0
         self._path: Mapping[str, str] = {}
         self._query: Mapping[str, str] = {}
+        self._repeated: Mapping[str, Sequence[str]] = {}
         self.template = "none"
         """The template of its route, which labels its metrics."""
         self._expects = "Expect" in request.headers  # whether the client still waits for a 100-continue
@@ -131,7 +133,10 @@ class Call:
             ExpectationFailedError: the client expects something else than 100-continue.
         """
         self._path = path
-        self._query = _query(self._raw_query, {p.name for p in parameters if p.place == "query"})
+        of_query = [p for p in parameters if p.place == "query"]
+        self._query, self._repeated = _query(
+            self._raw_query, {p.name for p in of_query}, {p.name for p in of_query if p.repeats}
+        )
         expect = self.request.headers.get("Expect")
         if expect is not None and expect.lower() != "100-continue":
             raise ExpectationFailedError("the only expectation that is met is 100-continue")
@@ -287,6 +292,10 @@ class Call:
         """The value of a query parameter, None when it is absent. Raises InvalidRequestError."""
         text = self._query.get(parameter.name)
         return None if text is None else parameter.parse(text)
+
+    def query_all(self, parameter: Parameter[Value]) -> list[Value]:
+        """The values of a query parameter that may repeat. Raises InvalidRequestError."""
+        return [parameter.parse(text) for text in self._repeated.get(parameter.name, ())]
 
     def header(self, parameter: Parameter[Value]) -> Value | None:
         """The value of a header that may come once, None when it is absent. Raises InvalidRequestError."""
@@ -549,9 +558,10 @@ def _check(hashes: Mapping[str, hashlib._Hash], declared: Mapping[str, bytes]) -
             )
 
 
-def _query(raw: str, known: Collection[str]) -> dict[str, str]:
+def _query(raw: str, known: Collection[str], repeating: Collection[str]) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """The parameters that come once, and those that may repeat."""
     if not raw:
-        return {}
+        return {}, {}
     try:
         # Bytes that are not UTF-8 are errors here rather than replacement characters.
         pairs = parse_qsl(
@@ -564,20 +574,25 @@ def _query(raw: str, known: Collection[str]) -> dict[str, str]:
     except ValueError:
         raise InvalidRequestError("the query is malformed: name=value pairs in percent-encoded UTF-8") from None
     found: dict[str, str] = {}
+    repeated: dict[str, list[str]] = {}
     for name, value in pairs:
+        if name in repeating:
+            repeated.setdefault(name, []).append(value)
+            continue
         if name not in known:
             takes = f"this takes {', '.join(sorted(known))}" if known else "this takes none"
             raise InvalidRequestError(f"unknown query parameter {name[:64]!a}: {takes}")
         if name in found:
             raise InvalidRequestError(f"query parameter {name} came twice")
         found[name] = value
-    return found
+    return found, repeated
 
 
 Place = Literal["path", "query", "header"]
 
 _UUID = re.compile(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 _FINGERPRINT = re.compile(r"[0-9a-f]{16}")
+_EVENT_TYPE = re.compile(r"v[1-9][0-9]{0,3}\.[a-z_]{1,32}\.[a-z_]{1,32}")
 
 
 @dataclass(frozen=True)
@@ -590,6 +605,8 @@ class Parameter(Generic[Value]):
     description: str
     schema: dict[str, Any]
     example: Any = field(default=None)
+    repeats: bool = False
+    """Whether a query may hold it several times; `schema` is that of one value."""
 
 
 def _id(name: str) -> Callable[[str], UUID]:
@@ -611,6 +628,16 @@ def _one_of(name: str, allowed: tuple[str, ...]) -> Callable[[str], str]:
         return text
 
     return parse
+
+
+def _boolean(name: str) -> Callable[[str], bool]:
+    return lambda text: _one_of(name, ("true", "false"))(text) == "true"
+
+
+def _event_type(text: str) -> str:
+    if not _EVENT_TYPE.fullmatch(text):
+        raise InvalidRequestError("type must be an event's, such as v1.package.finalized")
+    return text
 
 
 def _number(name: str, low: int, high: int) -> Callable[[str], int]:
@@ -738,12 +765,79 @@ LARGEST = Parameter(
     "Only files of at most this many bytes",
     {"type": "integer", "format": "int64", "minimum": 0, "maximum": MAX_NUMBER},
 )
-SINCE = Parameter("since", "query", Position.parse, "Position of the last event that you have seen", {"type": "string"})
+NOW: Literal["now"] = "now"
+
+
+def _since(text: str) -> Position | int | Literal["now"]:
+    if text == NOW:
+        return NOW
+    if "T" not in text[:11] or ":" not in text:  # no position has a colon
+        return Position.parse(text)
+    try:
+        return times.from_text(text.replace(" ", "+"))  # a plus that was not percent-encoded
+    except (ValueError, OverflowError):
+        raise InvalidRequestError("since must be a position, an RFC 3339 time with its offset, or `now`") from None
+
+
+SINCE = Parameter(
+    "since",
+    "query",
+    _since,
+    "Where to begin: after the event of this position; at this time (RFC 3339, to the millisecond); or `now`, at the "
+    "log's end. Absent: at the log's start",
+    {"type": "string"},
+)
+OF_PRODUCER = Parameter(
+    "producer", "query", _text("producer"), "Only events of packages of these producers", _SHORT_TEXT, repeats=True
+)
+OF_SUBJECT = Parameter(
+    "subject", "query", _text("subject"), "Only events of packages about these subjects", _SHORT_TEXT, repeats=True
+)
+OF_RETENTION_CLASS = Parameter(
+    "retention_class",
+    "query",
+    _text("retention_class"),
+    "Only events of packages that were created with these retention classes",
+    _SHORT_TEXT,
+    repeats=True,
+)
+OF_TYPE = Parameter(
+    "type",
+    "query",
+    _event_type,
+    "Only events of these types; one that this release does not know matches nothing",
+    {"type": "string", "pattern": f"^{_EVENT_TYPE.pattern}$"},
+    "v1.package.finalized",
+    repeats=True,
+)
+ORDER = Parameter(
+    "order",
+    "query",
+    _one_of("order", ("log", "time")),
+    "`time`: all events by `created_at`, which takes the gateway longer. `log`: in order per package, and otherwise as "
+    "they are found, partition by partition. Without `follow`",
+    {"type": "string", "enum": ["log", "time"], "default": "log"},
+)
+MANIFESTS = Parameter(
+    "manifests",
+    "query",
+    _boolean("manifests"),
+    "Whether `v1.package.finalized` holds the manifest; without, `payload_digest` is its address all the same",
+    {"type": "boolean", "default": True},
+)
+POSITIONS = Parameter(
+    "positions",
+    "query",
+    _boolean("positions"),
+    'Add lines `{"type":"position","position":…}` while events are passed over. Server-sent events have them always, '
+    "as an `id` alone",
+    {"type": "boolean", "default": False},
+)
 OF_PACKAGE = Parameter("package_id", "query", _id("package_id"), "Only events of this package", _UUID_SCHEMA)
 FOLLOW = Parameter(
     "follow",
     "query",
-    lambda text: _one_of("follow", ("true", "false"))(text) == "true",
+    _boolean("follow"),
     "Wait for new events at the log's end instead of closing",
     {"type": "boolean", "default": False},
 )

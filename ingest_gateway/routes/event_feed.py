@@ -11,6 +11,7 @@ from aiohttp import web
 
 from artifact_store.documents.event_lines import EventShape, line_of
 from artifact_store.documents.problem_details import problem_of
+from artifact_store.documents.shapes import EndAnswer
 from artifact_store.errors import (
     ArtifactStoreError,
     InvalidPositionError,
@@ -20,7 +21,8 @@ from artifact_store.errors import (
     PushBackError,
     UnavailableError,
 )
-from ingest_gateway.event_tail import Feed, Frame, feed
+from artifact_store.position import Position
+from ingest_gateway.event_tail import Feed, Form, Frame, feed
 from ingest_gateway.limits.followers import gateway_closes
 from ingest_gateway.protocol.declaration import Route, Stream, Success
 from ingest_gateway.protocol.http_errors import NotAcceptableError
@@ -32,19 +34,32 @@ from ingest_gateway.protocol.request import (
     IMMUTABLE,
     JSON,
     LAST_EVENT_ID,
+    MANIFESTS,
     NOT_KEPT,
+    NOW,
     OF_PACKAGE,
+    OF_PRODUCER,
+    OF_RETENTION_CLASS,
+    OF_SUBJECT,
+    OF_TYPE,
+    ORDER,
+    POSITIONS,
     SINCE,
     TEXT,
     Call,
     bytes_answer,
+    json_answer,
 )
 from schemas.codec import EVENT_TYPES, schema_fingerprint, schema_text
 from services.core.access import Right
+from services.registry.origins import EventFilter
 
 _log = logging.getLogger(__name__)
 
 EVENTS = "/v1/events"
+LOG_END = "X-Log-End"
+"""The header of the position at which the log ended when the request came."""
+
 LINES = "application/x-ndjson"
 EVENT_STREAM = "text/event-stream"
 
@@ -60,24 +75,40 @@ _RETRY_SECONDS = 5.0
 
 async def get_events(call: Call) -> web.StreamResponse:
     """GET /v1/events."""
-    since = call.header(LAST_EVENT_ID) or call.query(SINCE)
-    package_id, follow = call.query(OF_PACKAGE), call.query(FOLLOW)
-    scope = call.principal.scope(Right.READ)
+    since, end = await _start(call)
+    follow, by_time = call.query(FOLLOW), call.query(ORDER) == "time"
+    if follow and by_time:
+        raise InvalidRequestError("order=time is for what is there already: leave out follow")
+    wanted = EventFilter(
+        call.query(OF_PACKAGE),
+        call.principal.scope(Right.READ),
+        producers=frozenset(call.query_all(OF_PRODUCER)),
+        subjects=frozenset(call.query_all(OF_SUBJECT)),
+        retention_classes=frozenset(call.query_all(OF_RETENTION_CLASS)),
+        types=frozenset(call.query_all(OF_TYPE)),
+    )
     media_type = choose(call.list_header("Accept"), (LINES, EVENT_STREAM))
-    mark = _mark if media_type == EVENT_STREAM else None
+    form = Form(FRAMES[media_type], manifests=call.query(MANIFESTS) is not False)
+    mark = _mark if media_type == EVENT_STREAM else _position_line if call.query(POSITIONS) else None
     response = web.StreamResponse(
-        headers={"Content-Type": media_type, "Cache-Control": "no-store", "Vary": "Accept", "X-Accel-Buffering": "no"}
+        headers={
+            "Content-Type": media_type,
+            "Cache-Control": "no-store",
+            "Vary": "Accept",
+            "X-Accel-Buffering": "no",
+            LOG_END: str(end),
+        }
     )
     if call.request.method == "HEAD":
         await call.start(response)
         return response
     if not follow:
         with call.gateway.admission.reads.place(call.client):
-            events = call.gateway.tail.read(since, package_id, FRAMES[media_type], scope, mark)
+            events = call.gateway.tail.read(since, end, wanted, form, mark, by_time=by_time)
             async with feed(events) as lines, call.while_valid():
                 await _send_all(call, response, lines)
     else:
-        events = call.gateway.tail.follow(since, package_id, FRAMES[media_type], scope, mark)
+        events = call.gateway.tail.follow(since, wanted, form, mark)
         async with call.gateway.followers.stay(call.client, call.valid_until) as leave, feed(events) as lines:
             _log.info("%s follows events from %s, request %s", call, since or "the log's start", call.request_id)
             with call.when_client_leaves(leave):
@@ -91,6 +122,23 @@ async def get_events(call: Call) -> web.StreamResponse:
         raise gateway_closes()
     await call.finish(response)
     return response
+
+
+async def _start(call: Call) -> tuple[Position | None, Position]:
+    """The position to begin after, None at the log's start, and where the log ends now."""
+    asked = call.header(LAST_EVENT_ID) or call.query(SINCE)
+    tail = call.gateway.tail
+    end = await tail.end(asked if isinstance(asked, Position) else None)
+    if asked == NOW:
+        return end, end
+    if isinstance(asked, int):
+        return await tail.at_time(asked), end
+    return asked, end
+
+
+async def get_end(call: Call) -> web.StreamResponse:
+    """GET /v1/events/end."""
+    return json_answer(EndAnswer(position=str(await call.gateway.tail.end())))
 
 
 def call_back(call: Call, error: ArtifactStoreError) -> web.Response | None:
@@ -150,6 +198,11 @@ def _mark(position: str) -> bytes:
     return b"id: %b\n\n" % position.encode()
 
 
+def _position_line(position: str) -> bytes:
+    """The same as a line of JSON, for who asks for it."""
+    return b'{"type":"position","position":"%b"}\n' % position.encode()
+
+
 FRAMES: Mapping[str, Frame] = {LINES: _line, EVENT_STREAM: _server_sent}
 """The format of an event, by media type."""
 
@@ -190,6 +243,17 @@ async def get_schema(call: Call) -> web.StreamResponse:
 
 
 ROUTES = (
+    Route(
+        "GET",
+        f"{EVENTS}/end",
+        get_end,
+        "Show where the log ends",
+        (Success(200, "The position after the last event", {JSON: EndAnswer}),),
+        access=Right.READ,
+        problems=(UnavailableError,),
+        description="`since` takes it, to follow from there.",
+        tag="events",
+    ),
     Route(
         "POST",
         f"{EVENTS}/cookie",
@@ -235,11 +299,24 @@ ROUTES = (
                 200,
                 "One event a line, or one a server-sent event",
                 {LINES: Stream(EventShape), EVENT_STREAM: Stream(EventShape)},
+                {LOG_END: TEXT},
             ),
         ),
         access=Right.READ,
         cookie=COOKIE,
-        parameters=(SINCE, OF_PACKAGE, FOLLOW, LAST_EVENT_ID),
+        parameters=(
+            SINCE,
+            FOLLOW,
+            OF_PACKAGE,
+            OF_PRODUCER,
+            OF_SUBJECT,
+            OF_RETENTION_CLASS,
+            OF_TYPE,
+            MANIFESTS,
+            ORDER,
+            POSITIONS,
+            LAST_EVENT_ID,
+        ),
         problems=(
             InvalidRequestError,
             InvalidPositionError,
@@ -248,7 +325,8 @@ ROUTES = (
             PushBackError,
             UnavailableError,
         ),
-        description="In order per package. Without `follow` the answer ends where the log ended when the request came. "
+        description="In order per package. Without `follow` the answer ends where the log ended when the request came; "
+        f"`{LOG_END}` says where that was, whatever was filtered out. "
         "A follower that falls behind is waited for as long as it takes 1 KiB/s of what there is; should it take "
         "less, or reading fail, the connection is cut, and the last position that was seen leads on. A server-sent "
         "event has the position as `id`, the type as `event`; comments and empty lines keep a quiet connection open. "

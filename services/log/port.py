@@ -104,6 +104,12 @@ class Log(Protocol):
         position that the caller has seen, other brokers are asked before it is believed.
         """
 
+    async def at_time(self, created_at: int) -> Position:
+        """The position from which events of this time (µs since 1970) and later ones are read.
+
+        To the millisecond: earlier events of the same millisecond may follow it. Raises UnavailableError.
+        """
+
     def read(
         self,
         since: Position | None = None,

@@ -52,7 +52,7 @@ from services.core.commands import CreatePackage, FinalizePackage, IngestFiles, 
 from services.core.limits import Limits
 from services.log.port import EXTENT_SECONDS, CommandWriter, Log, PackageExtent
 from services.registry.bundle_store import BundleStore
-from services.registry.origins import Origins
+from services.registry.origins import EventFilter, Origin, Origins
 from services.views.queries import PlacedFile, Queries
 from services.views.waiting import ViewWaits, beyond_log, parked_error
 
@@ -448,23 +448,24 @@ class DirectRegistry(Registry):
         async with aclosing(events):
             async for event in events:
                 self.origins.note(event)
-                if not await self.origins.hidden({event.package_id}, self._readable):
+                if not await self.origins.hidden({event.package_id}, EventFilter(scope=self._readable)):
                     yield event
 
-    async def _find_origins(self, package_ids: Set[UUID]) -> Mapping[UUID, tuple[str, str]]:
-        """Producer and subject of these packages, from the view or else from the log.
+    async def _find_origins(self, package_ids: Set[UUID]) -> Mapping[UUID, Origin]:
+        """Origins of these packages, from the view or else from the log.
 
         A package of which the log holds no creation is absent. Raises UnavailableError, CorruptError.
         """
-        found: dict[UUID, tuple[str, str]] = {}
+        found: dict[UUID, Origin] = {}
         with suppress(UnavailableError):
-            found = await self._queries.origins(package_ids)
+            known = await self._queries.origins(package_ids)
+            found = {package_id: Origin(*origin) for package_id, origin in known.items()}
         for package_id in package_ids - found.keys():
             extent = await self.package_extent(package_id)
             async with aclosing(self._log.read(package_id=package_id, extent=extent)) as events:
                 async for event in events:
-                    if isinstance(event.payload, PackageCreated):
-                        found[package_id] = event.payload.producer, event.payload.subject
+                    if isinstance(created := event.payload, PackageCreated):
+                        found[package_id] = Origin(created.producer, created.subject, created.retention_class)
                     break
         return found
 

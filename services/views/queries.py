@@ -113,13 +113,14 @@ class Retention:
 class Progress:
     """How far the registry view is: its position, and of some packages the last event that it has and what is parked.
 
-    A package that the view does not know is absent. `origins` are the packages' producers and subjects.
+    A package that the view does not know is absent. `origins` are the packages' producers, subjects
+    and retention classes.
     """
 
     position: Position | None
     last_sequences: Mapping[UUID, int]
     parked: Mapping[UUID, Parked]
-    origins: Mapping[UUID, tuple[str, str]] = field(default_factory=dict)
+    origins: Mapping[UUID, tuple[str, str, str]] = field(default_factory=dict)
 
 
 class Queries:
@@ -294,8 +295,8 @@ class Queries:
         following = write_cursor("usage", *rows[-1][:3]) if more else None
         return Page(tuple(_usage(row) for row in rows), following)
 
-    async def origins(self, package_ids: Set[UUID]) -> dict[UUID, tuple[str, str]]:
-        """Producer and subject of those of these packages that the view knows."""
+    async def origins(self, package_ids: Set[UUID]) -> dict[UUID, tuple[str, str, str]]:
+        """Producer, subject and retention class of those of these packages that the view knows."""
         return dict((await self.progress(package_ids)).origins)
 
     async def readable_blobs(self, digests: Set[bytes]) -> frozenset[bytes]:
@@ -316,17 +317,19 @@ class Queries:
         """How far the registry view is, and with these packages, whether they are within the scope or not."""
         table = artifact_packages.c
         sequences: dict[UUID, int] = {}
-        origins: dict[UUID, tuple[str, str]] = {}
+        origins: dict[UUID, tuple[str, str, str]] = {}
         async with self._views.reading() as connection:
             # The position first: the rows are then of there or later.
             position = await read_position(connection, projection_named("registry"))
             wanted = sorted(package_ids)
             for first in range(0, len(wanted), MAX_PAGE):
                 some = wanted[first : first + MAX_PAGE]
-                query = select(table.id, table.last_event_sequence, table.producer, table.subject)
+                query = select(
+                    table.id, table.last_event_sequence, table.producer, table.subject, table.retention_class
+                )
                 for row in await connection.execute(query.where(table.id.in_(some))):
                     sequences[row.id] = row.last_event_sequence
-                    origins[row.id] = row.producer, row.subject
+                    origins[row.id] = row.producer, row.subject, row.retention_class
             return Progress(position, sequences, await _marks(connection), origins)
 
     async def checkpoint(self, projection: str) -> Position | None:

@@ -310,6 +310,17 @@ async def test_times_never_step_back_even_when_the_clock_does(stage: Stage) -> N
     assert len(await read_valid(stage.log)) == 30
 
 
+async def test_reading_can_begin_at_a_time(stage: Stage) -> None:
+    await fill(stage, packages=3)
+    events = sorted([event async for event in stage.log.read()], key=lambda event: event.created_at)
+    for at in (0, events[4].created_at, events[-1].created_at, events[-1].created_at + 1_000):
+        start = await stage.log.at_time(at)
+        found = {event.event_id async for event in stage.log.read(start)}
+        needed = {event.event_id for event in events if event.created_at >= at}
+        same_millisecond = {event.event_id for event in events if event.created_at // 1_000 == at // 1_000}
+        assert needed <= found <= needed | same_millisecond
+
+
 async def test_closing_a_writer_finishes_what_it_accepted(stage: Stage) -> None:
     made = create()
     async with stage.writer() as writer:

@@ -130,7 +130,7 @@ def _read_heads() -> Callable[[bytes], object]:
         bounded = _BoundedParser(parser, room, "client", lambda: True)
         for start in range(0, len(data), 700):
             for message, _ in bounded.feed_data(data[start : start + 700])[0]:
-                _query(message.path.partition("?")[2], {"limit"})
+                _query(message.path.partition("?")[2], {"limit", "type"}, {"type"})
                 AllowedHosts(("store.example",)).check(message.headers.getall("Host", ()), ())
 
     return read

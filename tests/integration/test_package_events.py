@@ -14,7 +14,7 @@ import pytest
 
 from artifact_store.documents.event_lines import parse_event
 from artifact_store.events import RecordedEvent
-from ingest_gateway.event_tail import Tail
+from ingest_gateway.event_tail import Form, Tail
 from ingest_gateway.routes.event_feed import FRAMES, LINES
 from services.blobs.local import LocalBlobStore
 from services.config import Settings
@@ -24,6 +24,7 @@ from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka.tail import Reader
 from services.log.port import CommandWriter, PackageExtent, Record
 from services.registry.direct import DirectRegistry
+from services.registry.origins import EventFilter
 from services.views.database import Views
 from services.views.engine.apply import catch_up
 from services.views.projections import PROJECTIONS
@@ -35,6 +36,7 @@ from tests.services.process import free_ports
 
 pytestmark = pytest.mark.services
 
+AS_LINES = Form(FRAMES[LINES])
 FILLER = 1_000
 """Events before the package, and as many behind it, in its partition."""
 
@@ -120,8 +122,11 @@ async def test_a_packages_events_are_read_without_its_partition_and_without_the_
         assert len(stage.records) < FILLER
 
         stage.records.clear()
-        tail = Tail(stage.log, extent=registry.package_extent)
-        async with asyncio.timeout(30), aclosing(tail.read(None, stage.package_id, FRAMES[LINES])) as pieces:
+        tail, wanted = Tail(stage.log, extent=registry.package_extent), EventFilter(stage.package_id)
+        async with (
+            asyncio.timeout(30),
+            aclosing(tail.read(None, await stage.log.end(), wanted, AS_LINES)) as pieces,
+        ):
             lines = [line async for piece in pieces for line in piece.splitlines()]
         assert [parse_event(line).sequence for line in lines] == [1, 2, 3]
         assert len(stage.records) < FILLER
@@ -131,7 +136,10 @@ async def test_a_follower_of_a_package_reads_from_its_creation_to_the_end(stage:
     stage.records.clear()
     tail = Tail(stage.log, extent=stage.registry(stage.writers[0]).package_extent)
     lines: list[bytes] = []
-    async with asyncio.timeout(30), aclosing(tail.follow(None, stage.package_id, FRAMES[LINES])) as pieces:
+    async with (
+        asyncio.timeout(30),
+        aclosing(tail.follow(None, EventFilter(stage.package_id), AS_LINES)) as pieces,
+    ):
         while piece := await anext(pieces):
             lines += piece.splitlines()
         before = len(stage.records)

@@ -203,13 +203,14 @@ class Cluster:
         found = self._ask("asking for times", lambda admin: admin.list_offsets(request), or_nothing=True)
         return {p.partition: result.timestamp for p, result in found.items() if result.timestamp >= 0}
 
-    def at_time(self, partition: int, time_ms: int) -> int:
-        """The first offset whose record has this timestamp (ms since 1970) or a later one; 0 if there is none."""
-        place = TopicPartition(self._kafka.topic, partition)
-        request = {place: _admin.OffsetSpec.for_timestamp(time_ms)}
+    def at_time(self, partitions: Iterable[int], time_ms: int) -> dict[int, int]:
+        """The first offset of each partition whose record has this timestamp (ms since 1970) or a later one.
+
+        A partition without such a record is absent.
+        """
+        request = {TopicPartition(self._kafka.topic, p): _admin.OffsetSpec.for_timestamp(time_ms) for p in partitions}
         found = self._ask("asking for an offset", lambda admin: admin.list_offsets(request), or_nothing=True)
-        offset: int = found[place].offset
-        return max(0, offset)
+        return {place.partition: answer.offset for place, answer in found.items() if answer.offset >= 0}
 
     def last_stable(self, partitions: Iterable[int]) -> dict[int, int]:
         """The last stable offset of each partition: read_committed consumers can read up to there.

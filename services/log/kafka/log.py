@@ -69,6 +69,12 @@ class KafkaLog:
             ends.update(await self._confirmed(beyond))
         return Position(found.identity, ends)
 
+    async def at_time(self, created_at: int) -> Position:
+        """See `Log`. Records' timestamps are the times of their events."""
+        end = await self.end()
+        found = await self.blocking(lambda: self.cluster.at_time(end.offsets, created_at // 1000))
+        return Position(end.log, {p: min(offset, found.get(p, offset)) for p, offset in end.offsets.items()})
+
     async def read(
         self,
         since: Position | None = None,
@@ -104,9 +110,9 @@ class KafkaLog:
             if extent is not None:
                 last = None if follow else extent.last_sequence
                 ((p, start),) = starts.items()
-                begins = await self.blocking(lambda: self.cluster.at_time(p, extent.created_at // 1000))
+                begins = await self.blocking(lambda: self.cluster.at_time([p], extent.created_at // 1000))
                 # The record before a position is most likely the event that the reader saw last: it tells its number.
-                starts = {p: max(start - 1 if last is not None and start else start, min(begins, ends[p]))}
+                starts = {p: max(start - 1 if last is not None and start else start, min(begins.get(p, 0), ends[p]))}
         reading = _Reading(self, starts, None if follow else ends, key, position, last)
         try:
             while (events := await reading.some()) is not None:

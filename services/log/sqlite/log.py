@@ -67,6 +67,23 @@ class SqliteLog:
         """See `Log`."""
         return await self._readers.run(lambda file: Position(file.identity, {PARTITION: end_offset(file.connection)}))
 
+    async def at_time(self, created_at: int) -> Position:
+        """See `Log`. Looks at as many events as the number of all has binary digits: times never decrease."""
+
+        def work(file: LogFile) -> Position:
+            earliest, end = 0, end_offset(file.connection)
+            latest = end
+            while earliest < latest:
+                middle = (earliest + latest) // 2
+                record = next(iter(records_from(file.connection, middle, end, 1)))
+                if decoded(record).created_at < created_at:
+                    earliest = record.offset + 1
+                else:
+                    latest = middle
+            return Position(file.identity, {PARTITION: earliest})
+
+        return await self._readers.run(work)
+
     async def read(
         self,
         since: Position | None = None,

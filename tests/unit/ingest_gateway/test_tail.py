@@ -12,17 +12,25 @@ from uuid import UUID
 
 import pytest
 
-from artifact_store.documents.event_lines import parse_event
-from artifact_store.errors import CorruptError, InvalidPositionError, LogIdentityError, UnavailableError
-from artifact_store.events import Event, RecordedEvent
+from artifact_store.documents.event_lines import event_head, parse_event
+from artifact_store.errors import (
+    CorruptError,
+    InvalidPositionError,
+    InvalidRequestError,
+    LogIdentityError,
+    UnavailableError,
+)
+from artifact_store.events import Event, PackageCreated, RecordedEvent
 from artifact_store.position import Position
-from ingest_gateway.event_tail import Tail
+from ingest_gateway.event_tail import Form, Tail, in_order_of_time
 from ingest_gateway.routes.event_feed import FRAMES, LINES
 from schemas.codec import encode
+from services.registry.origins import EventFilter
 from tests.integration.conditions import until
 from tests.memory_log import MemoryLog
 from tests.views_history import History
 
+AS_LINES = Form(FRAMES[LINES])
 EVENTS = tuple(History().fill(packages=12, files=4).events)
 PACKAGES = sorted({event.package_id for event in EVENTS})
 
@@ -37,7 +45,10 @@ async def _followed(
 ) -> list[RecordedEvent]:
     """The next events, `count` of them, as a follower gets them."""
     found: list[RecordedEvent] = []
-    async with asyncio.timeout(60), aclosing(tail.follow(since, package_id, FRAMES[LINES])) as pieces:
+    async with (
+        asyncio.timeout(60),
+        aclosing(tail.follow(since, EventFilter(package_id), AS_LINES)) as pieces,
+    ):
         while len(found) < count:
             found += [parse_event(line) for line in (await anext(pieces)).splitlines()]
     return found
@@ -46,8 +57,15 @@ async def _followed(
 class _Follower:
     """One that takes pieces when it is told to."""
 
-    def __init__(self, tail: Tail, since: Position | None = None, package_id: UUID | None = None) -> None:
-        self._pieces = tail.follow(since, package_id, FRAMES[LINES])
+    def __init__(
+        self,
+        tail: Tail,
+        since: Position | None = None,
+        package_id: UUID | None = None,
+        wanted: EventFilter | None = None,
+        form: Form | None = None,
+    ) -> None:
+        self._pieces = tail.follow(since, wanted or EventFilter(package_id), form or AS_LINES)
         self.found: list[RecordedEvent] = []
 
     async def take(self) -> bool:
@@ -304,7 +322,7 @@ async def test_who_reads_to_the_end_takes_turns_and_ends_where_the_log_ended_whe
 
     async def read() -> list[RecordedEvent]:
         found: list[RecordedEvent] = []
-        async with aclosing(tail.read(None, None, FRAMES[LINES])) as pieces:
+        async with aclosing(tail.read(None, await log.end(), EventFilter(), AS_LINES)) as pieces:
             async for piece in pieces:
                 if not found:
                     log.append(*EVENTS[-5:])
@@ -329,10 +347,78 @@ async def test_who_reads_to_the_end_and_takes_nothing_holds_no_reader(
     async def closed() -> bool:
         return not log.readers
 
-    async with asyncio.timeout(60), aclosing(Tail(log).read(None, None, FRAMES[LINES])) as pieces:
+    async with asyncio.timeout(60), aclosing(Tail(log).read(None, await log.end(), EventFilter(), AS_LINES)) as pieces:
         found = [parse_event(line) for line in (await anext(pieces)).splitlines()]
         assert log.readers == 1
         await until(closed, 60, "the reader is closed")
         async for piece in pieces:
             found += [parse_event(line) for line in piece.splitlines()]
     assert _ids(found) == _ids([event async for event in log.read()])
+
+
+async def test_events_of_all_partitions_can_be_read_in_the_order_of_time(log: MemoryLog) -> None:
+    log.append(*EVENTS)  # made one after the other, so that history goes from partition to partition and back
+    end = await log.end()
+    assert [event.event_id async for event in log.read()] != _ids(EVENTS), "one partition after the other"
+    async with aclosing(Tail(log).read(None, end, EventFilter(), AS_LINES, by_time=True)) as pieces:
+        found = [parse_event(line) async for piece in pieces for line in piece.splitlines()]
+    assert _ids(found) == _ids(EVENTS)
+    for count in (1, 20, len(found) - 1):
+        rest = [event async for event in in_order_of_time(log, found[count - 1].position, end)]
+        assert _ids(rest) == _ids(EVENTS[count:])
+    assert [event async for event in in_order_of_time(log, end, end)] == []
+    with pytest.raises(InvalidPositionError):
+        await anext(in_order_of_time(log, end.after(0, 1_000), end))
+    assert log.readers == 0
+
+
+async def test_the_order_of_time_is_refused_for_very_many_partitions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ingest_gateway.event_tail.MOST_BY_TIME", 2)
+    log = MemoryLog()
+    log.append(*EVENTS)
+    with pytest.raises(InvalidRequestError, match="2 partitions"):
+        await anext(in_order_of_time(log, None, await log.end()))
+
+
+async def test_an_event_is_put_into_json_and_framed_once_however_many_listen(
+    log: MemoryLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: Counter[UUID] = Counter()
+    framed: Counter[tuple[str, str]] = Counter()
+
+    def counted_head(event: RecordedEvent, *, manifest: bool = True) -> bytes:
+        encoded[event.event_id] += 1
+        return event_head(event, manifest=manifest)
+
+    def counting(name: str) -> Form:
+        def frame(event_type: str, head: bytes, position: str) -> bytes:
+            framed[name, position] += 1
+            return FRAMES[LINES](event_type, head, position)
+
+        return Form(frame)
+
+    payloads = {event.package_id: event.payload for event in EVENTS if event.sequence == 1}
+
+    def of_p0(event: Event) -> bool:
+        created = payloads[event.package_id]
+        return isinstance(created, PackageCreated) and created.producer == "p0"
+
+    monkeypatch.setattr("ingest_gateway.event_tail.event_head", counted_head)
+    tail, types = Tail(log), sorted({event.event_type for event in EVENTS})
+    filters = [EventFilter(types=frozenset([name])) for name in types] + [EventFilter(producers=frozenset(["p0"]))]
+    forms = [counting("a"), counting("b")]
+    followers = [_Follower(tail, wanted=wanted, form=form) for wanted in filters for form in forms for _ in range(5)]
+    for follower in followers:
+        await follower.join()
+    log.append(*EVENTS)
+    for follower, wanted in zip(followers, [w for w in filters for _ in range(10)], strict=True):
+        expected = [
+            event for event in EVENTS if event.event_type in wanted.types or (not wanted.types and of_p0(event))
+        ]
+        while len(follower.found) < len(expected):
+            await follower.take()
+        assert sorted(_ids(follower.found)) == sorted(_ids(expected))
+        await follower.leave()
+    finalized = {event.event_id for event in EVENTS if event.event_type == "v1.package.finalized"}
+    assert encoded == {event.event_id: 2 if event.event_id in finalized else 1 for event in EVENTS}
+    assert set(framed.values()) == {1}
