@@ -142,7 +142,9 @@ class Deadlines:
         self._open: list[tuple[float, int, asyncio.Future[Any]]] = []
         """A heap: by the time of the event loop, then in the order in which they came."""
         self._came = count()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._rings = math.inf
+        """When the timer rings, by the event loop's clock (s); infinity without one."""
 
     @property
     def remembered(self) -> int:
@@ -160,10 +162,8 @@ class Deadlines:
             heappop(waiting)
         until = min(until, loop.time() + self._seconds)
         heappush(waiting, (until, next(self._came), answer))
-        if self._timer is None or until < self._timer.when():
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer = loop.call_at(until, self._expire, loop)
+        if until < self._rings:
+            self._ring(loop, until)
 
     def _expire(self, loop: asyncio.AbstractEventLoop) -> None:
         now, waiting = loop.time(), self._open
@@ -171,4 +171,10 @@ class Deadlines:
             _, _, answer = heappop(waiting)
             if not answer.done():
                 answer.set_exception(self._late())
-        self._timer = loop.call_at(waiting[0][0], self._expire, loop) if waiting else None
+        self._ring(loop, waiting[0][0] if waiting else math.inf)
+
+    def _ring(self, loop: asyncio.AbstractEventLoop, at: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = loop.call_at(at, self._expire, loop) if at < math.inf else None
+        self._rings = at

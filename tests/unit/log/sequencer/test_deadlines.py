@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+import uvloop
 
 from artifact_store.errors import UnavailableError
 from services.log.sequencer.answers import Deadlines
@@ -76,3 +77,19 @@ async def test_answered_requests_are_forgotten_long_before_their_time() -> None:
         deadlines.watch(answer)
         answer.set_result(number)
     assert deadlines.remembered == 1
+
+
+def test_one_whose_time_is_over_when_it_comes_is_told_under_uvloop_too() -> None:
+    """uvloop's `call_at` of a time that has passed gives a handle that does not say when it rings."""
+
+    async def both() -> list[object]:
+        loop = asyncio.get_running_loop()
+        deadlines = Deadlines(SECONDS, late)
+        answers: list[asyncio.Future[int]] = [loop.create_future() for _ in range(2)]
+        for answer in answers:
+            deadlines.watch(answer, loop.time() - 1)
+        return await asyncio.gather(*answers, return_exceptions=True)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        found = runner.run(both())
+    assert [type(outcome) for outcome in found] == [UnavailableError] * 2
