@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from uuid import UUID
 
-from artifact_store.errors import InvalidRequestError, PushBackError, UnavailableError
+from artifact_store.errors import ConflictError, InvalidRequestError, PushBackError, UnavailableError
 from schemas.codec import decode
 from services.log.port import Record
 from services.log.records import AcceptLoss, BadRecord, SkipRecord, is_administrative
@@ -250,7 +250,8 @@ class Faults:
         stage = self.stage
         while True:
             gateway = stage.scheduler.rng.choice(stage.gateways)
-            with suppress(UnavailableError, PushBackError, TimeoutError):
+            # A conflict: the topic's settings could lose events now.
+            with suppress(UnavailableError, PushBackError, ConflictError, TimeoutError):
                 async with asyncio.timeout(20.0):
                     await call(stage, operator, gateway.process, partial(gateway.confirm, skip))
                 break
@@ -416,7 +417,7 @@ class Faults:
                         stage.checker.broken(f"partition {number} is said to have lost offset {status.lost_offset}")
                     digest = bytes.fromhex(status.lost_digest)
                     loss = AcceptLoss(number, status.lost_offset, digest, "operator", "power was lost", command_id)
-                    with suppress(UnavailableError, PushBackError, InvalidRequestError, TimeoutError):
+                    with suppress(UnavailableError, PushBackError, ConflictError, InvalidRequestError, TimeoutError):
                         async with asyncio.timeout(20.0):
                             await call(stage, operator, gateway.process, partial(gateway.confirm, loss))
 
