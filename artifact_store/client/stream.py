@@ -206,7 +206,8 @@ class Added(Awaitable[IngestedFile]):
 
     def __await__(self) -> Generator[object, None, IngestedFile]:
         self.awaited = True
-        return asyncio.shield(self._done).__await__()
+        # A generator, which keeps this object: the stream does not, and would not settle one that is gone.
+        return (yield from asyncio.shield(self._done).__await__())
 
     def settle(self, found: IngestedFile | Exception) -> None:
         """Give the acknowledgement, or the error."""
