@@ -123,8 +123,8 @@ def digest(data: bytes) -> bytes:
 
 def chain_digest(value: Mapping[str, Any]) -> bytes:
     """What the next event of the package must carry as `previous_digest`."""
-    names = "event_type package_id sequence created_at actor command_id payload_digest previous_digest"
-    return digest(canonical([value[name] for name in names.split()]))
+    names = "event_type package_id sequence created_at actor principal command_id payload_digest previous_digest"
+    return digest(canonical([value[name] for name in names.split() if name in value]))
 
 
 def rebuilt_manifest(events: list[ForeignEvent]) -> bytes:

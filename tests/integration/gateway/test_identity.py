@@ -72,6 +72,9 @@ async def test_with_policy_and_tokens_each_sender_is_who_the_token_says(
                 assert answer.status == 201
             async with client.get("/v1/packages", headers=bearer(token)) as answer:
                 assert answer.status == 403
+            named = {**bearer(token), "X-Actor": "sso:ada"}
+            async with client.post("/v1/packages", json=PACKAGE, headers=named) as answer:
+                assert answer.status == 403
             async with client.get("/metrics") as answer:
                 shown = await answer.text()
         audited = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
@@ -79,8 +82,10 @@ async def test_with_policy_and_tokens_each_sender_is_who_the_token_says(
             (None, "GET /v1/whoami", 401, False),
             ("token:robot", "POST /v1/packages", 201, True),
             ("token:robot", "GET /v1/packages", 403, False),
+            ("token:robot", "POST /v1/packages", 403, False),
         ]
-        assert 'artifact_store_authentications_total{issuer="token",outcome="accepted"} 2.0' in shown
+        assert [one.get("actor") for one in audited] == [None, None, None, "sso:ada"]
+        assert 'artifact_store_authentications_total{issuer="token",outcome="accepted"} 3.0' in shown
         assert 'artifact_store_authentications_total{issuer="sso",outcome="unavailable"} 1.0' in shown
 
 

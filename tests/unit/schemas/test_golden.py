@@ -15,8 +15,10 @@ from uuid import UUID
 
 import fastavro
 import pytest
+from blake3 import blake3
 from fastavro.schema import fingerprint, to_parsing_canonical_form
 
+from artifact_store.canonical import canonical_cbor
 from artifact_store.events import (
     DELEGATED_FILE_INGESTED,
     DELEGATED_PACKAGE_CREATED,
@@ -145,6 +147,10 @@ def test_an_event_is_written_in_version_2_only_with_a_principal() -> None:
 
 def test_who_sent_a_command_cannot_be_changed_without_a_trace() -> None:
     event = delegated()[1]
+    who = [event.actor, "ci:bot"]
+    about = [event.event_type, str(event.package_id), event.sequence, event.created_at]
+    link = [*about, *who, str(event.command_id), event.payload_digest, event.previous_digest]
+    assert event_digest(event) == blake3(canonical_cbor(link)).digest()
     assert event_digest(replace(event, principal="ci:eve")) != event_digest(event)
 
 
