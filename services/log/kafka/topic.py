@@ -210,6 +210,11 @@ class Guard:
         return self._trouble or (None if self._store is None else self._store.trouble())
 
     @property
+    def drifted(self) -> bool:
+        """Whether the topic's settings are others than they should be."""
+        return self._trouble is not None or self._needless is not None
+
+    @property
     def skew_seconds(self) -> float | None:
         """How far this machine's clock is ahead of the blob store's (negative: behind); None when that is not known."""
         ahead = None if self._store is None else self._store.ahead()

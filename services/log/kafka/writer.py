@@ -137,6 +137,7 @@ class KafkaWriter:
         self._owners = Owners(self._group.owners)
         self._ending: list[PartitionWriter] = []
         self._context: WriterContext | None = None
+        self._partitions = 0
         self._times = times
         self._guard = Guard(log.kafka, log.cluster, clock, None if times is None else times.clock)
         self._watching: list[asyncio.Task[None]] = []
@@ -165,6 +166,7 @@ class KafkaWriter:
         if self._snapshot_store is not None:
             self._snapshots = Snapshots(self._snapshot_store, asyncio.get_running_loop(), self._snapshot_key)
         topic = await self._log.blocking(self._log.cluster.topic)
+        self._partitions = topic.partitions
         states = States(self._state_dir, self._snapshots)
         driver = KafkaDriver(self._log.kafka, self._log.cluster, topic.identity, states, self._group, self._guard)
         self._context = WriterContext(
@@ -326,6 +328,16 @@ class KafkaWriter:
     def status_here(self) -> list[PartitionStatus]:
         """As `status`, of this process's own partitions. Asks nobody and does not block."""
         return [writer.status(THIS_PROCESS) for _, writer in sorted(self._writers.items())]
+
+    @property
+    def partitions(self) -> int:
+        """How many partitions the log has; 0 before `start`."""
+        return self._partitions
+
+    @property
+    def drifted(self) -> bool:
+        """Whether the topic's settings are others than they should be."""
+        return self._guard.drifted
 
     @property
     def clock_skew_seconds(self) -> float | None:

@@ -16,12 +16,6 @@ _Shown = tuple[float | None, str]
 
 _GAUGES: Sequence[tuple[str, str, Sequence[str], Callable[[PartitionStatus], _Shown]]] = (
     (
-        "artifact_store_partition_owned",
-        "1 while this process takes writes to the partition",
-        (),
-        lambda of: (float(of.since is not None), ""),
-    ),
-    (
         "artifact_store_partition_owned_since_seconds",
         "When this process took the partition over, in seconds since 1970",
         (),
@@ -47,13 +41,13 @@ _GAUGES: Sequence[tuple[str, str, Sequence[str], Callable[[PartitionStatus], _Sh
     ),
     (
         "artifact_store_partition_bad_record_offset",
-        "Offset of the record that is no event, before which the partition stands until `artifact-store log skip`",
+        "Offset of the record that is no event and stops the partition until `artifact-store log skip`; absent if none",
         ("digest",),
         lambda of: (of.bad_offset, of.bad_digest or ""),
     ),
     (
         "artifact_store_partition_lost_record_offset",
-        "Offset of an acknowledged record that the partition lacks; it takes no writes until the loss is accepted",
+        "Offset of an acknowledged record that is gone; no writes until the loss is accepted. Absent without one",
         ("digest",),
         lambda of: (of.lost_offset, of.lost_digest or ""),
     ),
@@ -80,7 +74,7 @@ _GAUGES: Sequence[tuple[str, str, Sequence[str], Callable[[PartitionStatus], _Sh
 
 
 class WriterCollector(Collector):
-    """What one `KafkaWriter` says of itself. Partitions that others own are others' to tell."""
+    """What one `KafkaWriter` says of itself. Of partitions that others own it says only that it does not own them."""
 
     def __init__(self, writer: KafkaWriter) -> None:
         self._writer = writer
@@ -88,6 +82,22 @@ class WriterCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """See prometheus_client."""
         here = self._writer.status_here()
+        serving = {of.partition for of in here if of.since is not None}
+        owned = GaugeMetricFamily(
+            "artifact_store_partition_owned",
+            "1 while this process takes writes to the partition; the sum over all gateways is 1 for each, and 0 while "
+            "it is taken over or refuses everything",
+            labels=["partition"],
+        )
+        for partition in range(self._writer.partitions):
+            owned.add_metric([str(partition)], float(partition in serving))
+        yield owned
+        yield GaugeMetricFamily("artifact_store_partitions", "Partitions of the log", value=self._writer.partitions)
+        yield GaugeMetricFamily(
+            "artifact_store_log_settings_drifted",
+            "1 while settings of the topic are others than they should be; `artifact-store doctor` says which",
+            value=float(self._writer.drifted),
+        )
         for name, text, further, shown in _GAUGES:
             gauge = GaugeMetricFamily(name, text, labels=["partition", *further])
             for of in here:
@@ -98,7 +108,8 @@ class WriterCollector(Collector):
         if (skew := self._writer.clock_skew_seconds) is not None:
             yield GaugeMetricFamily(
                 "artifact_store_clock_skew_seconds",
-                "How far this machine's clock is ahead of the blob store's; negative when it is behind",
+                "How far this machine's clock is ahead of the blob store's, negative when it is behind, 0 while they "
+                "agree to the second. Beyond 300 nothing is written. Absent with `file:` blobs",
                 value=skew,
             )
         yield from self._totals()
@@ -118,6 +129,12 @@ class WriterCollector(Collector):
             "artifact_store_failed_takeovers",
             "Leases and take-overs of partitions that failed, so that a take-over followed",
             value=counts.failed_takeovers,
+        )
+        yield CounterMetricFamily(
+            "artifact_store_events_appended", "Events that this process appended to the log", value=counts.appended
+        )
+        yield CounterMetricFamily(
+            "artifact_store_transactions", "Transactions that appended these events", value=counts.transactions
         )
         yield CounterMetricFamily(
             "artifact_store_pushed_back", "Requests that were told to come again later", value=counts.pushed_back

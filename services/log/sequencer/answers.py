@@ -55,6 +55,10 @@ class Counts:
     """Leases and take-overs that failed. Each is followed by another take-over."""
     pushed_back: int = 0
     """Requests that were answered with PushBackError."""
+    appended: int = 0
+    """Events that were appended."""
+    transactions: int = 0
+    """Transactions that appended them."""
 
 
 def in_doubt(detail: str) -> UnavailableError:

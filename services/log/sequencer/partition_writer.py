@@ -513,6 +513,9 @@ class PartitionWriter:
             values = lease.hand_over(staged) if staged else []
         if staged:
             lease.commit(values)
+            counts = self._context.counts
+            counts.appended += len(values)
+            counts.transactions += 1
             return outcomes, True
         if time.monotonic() < lease.proof_due:
             return outcomes, False

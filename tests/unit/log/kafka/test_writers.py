@@ -11,6 +11,7 @@ from typing import Any, cast
 from unittest.mock import AsyncMock
 
 import pytest
+from prometheus_client.samples import Sample
 
 from artifact_store.errors import ConflictError, PushBackError
 from services.core.access import EVERYTHING
@@ -142,12 +143,39 @@ async def test_writers_that_hang_are_waited_for_together(process: KafkaWriter, m
     assert sum(min(writer.waited[0], 0.02) for writer in hanging) <= 0.05 + 0.02
 
 
+def samples_of(*statuses: PartitionStatus, drifted: bool = False) -> list[Sample]:
+    """What the metrics of a process with these partitions of six show."""
+    writer = SimpleNamespace(
+        status_here=lambda: statuses, partitions=6, drifted=drifted, clock_skew_seconds=None, counts=Counts(appended=7)
+    )
+    return [sample for metric in WriterCollector(cast("Any", writer)).collect() for sample in metric.samples]
+
+
+def test_metrics_have_every_partition_also_while_this_process_writes_to_none() -> None:
+    """An alert on a sum of 0 does not see a partition that is absent."""
+    owned = "artifact_store_partition_owned"
+    for statuses, wanted in (
+        ([], [0.0] * 6),
+        ([PartitionStatus(1, "this process", since=1), PartitionStatus(2, "this process")], [0.0, 1.0, *[0.0] * 4]),
+    ):
+        samples = samples_of(*statuses)
+        shown = {s.labels["partition"]: s.value for s in samples if s.name == owned}
+        assert [shown[str(partition)] for partition in range(6)] == wanted
+        assert [s.value for s in samples if s.name == "artifact_store_partitions"] == [6]
+    assert [s.value for s in samples_of() if s.name == "artifact_store_events_appended_total"] == [7]
+
+
+@pytest.mark.parametrize("drifted", [False, True])
+def test_metrics_say_whether_the_settings_of_the_topic_drifted(drifted: bool) -> None:
+    shown = {s.name: s.value for s in samples_of(drifted=drifted)}
+    assert shown["artifact_store_log_settings_drifted"] == drifted
+
+
 def test_metrics_show_what_a_partition_passes_over_and_what_stops_it() -> None:
     status = PartitionStatus(
         2, "this process", skipped=1, repeated=3, quarantined=4, bad_offset=5, bad_digest="ab", lost_offset=6
     )
-    writer = SimpleNamespace(status_here=lambda: [status], clock_skew_seconds=None, counts=Counts())
-    samples = [sample for metric in WriterCollector(cast("Any", writer)).collect() for sample in metric.samples]
+    samples = samples_of(status)
     shown = {s.name.removeprefix("artifact_store_partition_"): s for s in samples if s.labels.get("partition") == "2"}
     wanted = {"skipped": 1, "repeated": 3, "quarantined": 4, "bad_record_offset": 5, "lost_record_offset": 6}
     assert {name: shown[name].value for name in wanted} == wanted
