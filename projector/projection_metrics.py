@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from prometheus_client import start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -22,7 +22,9 @@ from services.log.port import Log
 from services.runtime.addresses import ListenAddress
 from services.runtime.metrics import new_registry
 from services.views.database import Views
+from services.views.engine.generations import read_build
 from services.views.engine.parking import list_marks
+from services.views.projections import projection_named
 from services.views.queries import Queries
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,16 @@ _MICROS = 1_000_000
 _ANSWER_SECONDS = 8.0
 """How long log and database may take to answer; with the second in which the event
 loop may be busy, less than Prometheus waits for a scrape (10 s)."""
+
+
+class _Standing(NamedTuple):
+    """How far a view is."""
+
+    position: Position | None
+    parked: int
+    """Packages that are parked."""
+    replayed_to: Position | None
+    """Where its replay is; None without one."""
 
 
 class ProjectorMetrics(Collector):
@@ -75,7 +87,8 @@ class ProjectorMetrics(Collector):
         )
         running = GaugeMetricFamily(
             "artifact_store_projection_running",
-            "1 while this process runs the projection, 0 when it could not go on, until it has folded again",
+            "1 while this process runs the projection, 0 when it could not go on, until it has folded again or has had "
+            "nothing to fold for 5 s",
             labels=["projection"],
         )
         for name, number in self._events.items():
@@ -88,22 +101,29 @@ class ProjectorMetrics(Collector):
         """Nothing of what cannot be found out now: an old number would look like a good one."""
         up = GaugeMetricFamily(
             "artifact_store_component_up",
-            "1 if a component that the process needs has answered this scrape",
+            "Projector: 1 if a component has answered this scrape",
             labels=["component"],
         )
         seconds = GaugeMetricFamily(
             "artifact_store_projection_lag_seconds",
-            "Age of the oldest event that may be missing in the view; 0 at the log's end",
+            "Age of the oldest event that may be missing in the view, 0 at the log's end; absent before this process "
+            "has seen the view's progress. Of several processes the lowest counts",
             labels=["projection", "partition"],
         )
         lag = GaugeMetricFamily(
             "artifact_store_projection_lag",
-            "Offsets between where the view stands in a partition and its end",
+            "Offsets between where the view stands in a partition and its end. Of several processes the highest counts",
             labels=["projection", "partition"],
         )
         parked = GaugeMetricFamily(
             "artifact_store_projection_parked_packages",
             "Packages that the view could not follow",
+            labels=["projection"],
+        )
+        replay = GaugeMetricFamily(
+            "artifact_store_projection_replay_lag",
+            "Offsets that a replay has yet to fold; absent without one. If it stands still, its process is gone: "
+            "`artifact-store replay` goes on with it",
             labels=["projection"],
         )
         now = time.time()
@@ -119,28 +139,33 @@ class ProjectorMetrics(Collector):
         yield up
         if views is None:
             return
-        for name, (position, marks) in views.items():
-            parked.add_metric([name], marks)
+        for name, standing in views.items():
+            parked.add_metric([name], standing.parked)
             if end is None:
                 continue
-            for partition, behind in end.left_behind(position).items():
+            if standing.replayed_to is not None:
+                replay.add_metric([name], sum(end.left_behind(standing.replayed_to).values()))
+            for partition, behind in end.left_behind(standing.position).items():
                 labels = [name, str(partition)]
                 lag.add_metric(labels, behind)
                 if not behind:
                     self._came_to(name, partition, now)
                 if (moment := self._times[name].get(partition)) is not None:
                     seconds.add_metric(labels, max(0.0, now - moment) if behind else 0.0)
-        yield from (lag, seconds, parked)
+        yield from (lag, seconds, parked, replay)
 
-    async def _ask(self) -> tuple[Position | None, Mapping[str, tuple[Position | None, int]] | None]:
+    async def _ask(self) -> tuple[Position | None, Mapping[str, _Standing] | None]:
         """The log's end, and by projection where its view stands and how many packages are parked."""
         return await asyncio.gather(self._within("log", self._log.end()), self._within("views", self._of_views()))
 
-    async def _of_views(self) -> Mapping[str, tuple[Position | None, int]]:
-        return {
-            name: (await self._queries.checkpoint(name), len(await list_marks(self._views, name)))
-            for name in self._events
-        }
+    async def _of_views(self) -> Mapping[str, _Standing]:
+        return {name: await self._standing(name) for name in self._events}
+
+    async def _standing(self, name: str) -> _Standing:
+        async with self._views.reading() as connection:
+            build = await read_build(connection, projection_named(name))
+        parked = len(await list_marks(self._views, name))
+        return _Standing(await self._queries.checkpoint(name), parked, None if build is None else build.position)
 
     async def _within(self, component: str, asked: Awaitable[Answer]) -> Answer | None:
         """What it says, None if it does not within _ANSWER_SECONDS."""

@@ -18,6 +18,7 @@ from services.config import Settings
 from services.runtime.addresses import ListenAddress
 from services.views.database import Views
 from services.views.engine.apply import catch_up
+from services.views.engine.generations import begin_build
 from services.views.projections import PROJECTIONS
 from tests.integration.processes import output_of, started
 from tests.integration.projector_stage import covers, eventually
@@ -36,7 +37,8 @@ def look(url: str) -> dict[str, float]:
         text = answer.read().decode()
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
     assert any(sample.name == "process_cpu_seconds_total" for sample in samples)
-    samples = [s for s in samples if not s.name.startswith(("process_", "artifact_store_build_info"))]
+    general = ("process_", "artifact_store_build_info", "artifact_store_operation_")
+    samples = [s for s in samples if not s.name.startswith(general)]
     return {" ".join((sample.name, *sample.labels.values())): sample.value for sample in samples}
 
 
@@ -108,6 +110,20 @@ async def test_the_age_of_what_may_be_missing_is_shown_in_seconds(
         history.create()
         log.append(history.events[-1])
         assert await age() == pytest.approx(1)
+
+
+async def test_what_a_replay_has_yet_to_fold_is_shown_while_there_is_one(
+    views: Views, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    log, history, replay = MemoryLog(partitions=1), History().fill(packages=1, files=2), "_replay_lag registry"
+    log.append(*history.events)
+    async with served(ProjectorMetrics(views, log, ["registry"]), ANYWHERE):
+        (url,) = urls(caplog.text)
+        assert not any(name.endswith(replay) for name in await asyncio.to_thread(look, url))
+        await begin_build(views, REGISTRY, log.id)
+        found = await asyncio.to_thread(look, url)
+    assert found[f"artifact_store_projection{replay}"] == found["artifact_store_projection_lag 0 registry"] > 0
 
 
 async def test_what_cannot_be_asked_now_is_left_out_and_what_stopped_is_told(
