@@ -36,13 +36,13 @@ class Metrics:
         """By route, method and status."""
         self._requests = Counter(
             "artifact_store_http_requests",
-            "Requests that were answered",
+            "Requests that were answered; status 0 is an answer that was cut off",
             ("route", "method", "status"),
             registry=self.registry,
         )
         self._seconds = Histogram(
             "artifact_store_http_request_seconds",
-            "From the request's head to the end of its answer",
+            "From a request's head to the end of its answer: followers stay long, and probes are not in it",
             ("route", "method"),
             buckets=_SECONDS,
             registry=self.registry,
@@ -54,7 +54,9 @@ class Metrics:
             "artifact_store_http_sent_bytes", "Bytes of answers' bodies", ("route",), registry=self.registry
         )
         self._in_flight = Gauge(
-            "artifact_store_http_in_flight", "Requests that are being answered", registry=self.registry
+            "artifact_store_http_in_flight",
+            "Requests that are being answered, those of followers too",
+            registry=self.registry,
         )
         self._followers = Gauge("artifact_store_http_followers", "Clients that follow events", registry=self.registry)
         self._connections = Gauge(
@@ -70,13 +72,14 @@ class Metrics:
         )
         self._up = Gauge(
             "artifact_store_component_up",
-            "1 while a component that the process needs worked when it was last asked, at most 10 s ago",
+            "Gateway: 1 while a component works, as `/readyz` saw it at most 10 s ago. Without `views` only reads "
+            "suffer, without another one nothing is written",
             ("component",),
             registry=self.registry,
         )
         self._lag = Gauge(
             "artifact_store_event_loop_lag_seconds",
-            "How much later than asked for a timer of the event loop fired",
+            "How late the process is: above 0.1 s for long, it has too much to do",
             registry=self.registry,
         )
 
@@ -95,6 +98,14 @@ class Metrics:
         self._connections.set_function(connections)
         self._uploads.set_function(uploads)
         self._downloads.set_function(downloads)
+
+    def watch_database(self, in_use: Callable[[], float]) -> None:
+        """Set the function that gives the number of database connections in use at each scrape."""
+        Gauge(
+            "artifact_store_database_connections",
+            "Connections to the views' database that this process uses now, of 15 at most",
+            registry=self.registry,
+        ).set_function(in_use)
 
     def refused(self, what: str, times: int) -> None:
         """Count refusals for lack of a place, by their kind; a kind is shown once it was counted, be it 0 times."""

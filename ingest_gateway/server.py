@@ -91,6 +91,8 @@ async def serve(
     settings = opened.settings
     checks = Checks(opened.log.check, opened.blobs.check, opened.writer.ready, opened.views.check)
     address = listen_address(settings)
+    metrics = Metrics(opened.metrics)
+    metrics.watch_database(lambda: opened.views.connections_in_use)
     async with (
         Authenticator.open(settings, opened.metrics) as authenticator,
         Audit(settings.audit_file, opened.metrics) as audit,
@@ -101,7 +103,7 @@ async def serve(
             _bounds(settings),
             address.host,
             address.port,
-            metrics=Metrics(opened.metrics),
+            metrics=metrics,
             member=member,
             allowed_hosts=AllowedHosts(settings.allowed_hosts, loopback=address.is_loopback),
             context=_server_context(settings),

@@ -24,6 +24,7 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 from prometheus_client import Metric, generate_latest
+from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
@@ -34,7 +35,6 @@ from services.runtime.processes import PYTHON, Command, RestartRule
 from services.runtime.processes import run_processes as run_all
 
 _PATIENCE_SECONDS = 2.0
-_UP = "artifact_store_process_up"
 
 
 class Siblings:
@@ -94,11 +94,15 @@ class _Families(Collector):
 
 def merged(texts: Mapping[int, bytes | None]) -> bytes:
     """Merge expositions by process number; every sample gets the label `process`. None: a process is down."""
-    up = Metric(_UP, "Whether the process gave its metrics", "gauge")
-    families = {_UP: up}
+    up = GaugeMetricFamily(
+        "artifact_store_process_up",
+        "Of several processes behind one address: 0 for one that did not answer",
+        labels=["process"],
+    )
+    families: dict[str, Metric] = {up.name: up}
     for number, text in texts.items():
         label = {"process": str(number)}
-        up.add_sample(_UP, label, 0.0 if text is None else 1.0)
+        up.add_metric([str(number)], 0.0 if text is None else 1.0)
         for family in text_string_to_metric_families((text or b"").decode()):
             into = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
             for sample in family.samples:

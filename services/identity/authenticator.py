@@ -86,7 +86,7 @@ class Authenticator:
         registry = metrics or CollectorRegistry()
         self._outcomes = Counter(
             "artifact_store_authentications",
-            "Tokens that were looked at",
+            "Tokens that were looked at; `unavailable` while the keys of the issuer cannot be had",
             ("issuer", "outcome"),
             registry=registry,
         )

@@ -1,15 +1,31 @@
-"""Where a process's metrics are collected: its use of the machine and its release are among them from the beginning."""
+"""Where a process's metrics are collected: its use of the machine and its release are among them from the beginning.
+
+`catalogue` is `docs/metrics.md`, generated from all code that defines metrics (`python -m services.runtime.metrics`).
+"""
 
 from __future__ import annotations
 
+import ast
 import platform
+import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Gauge, ProcessCollector, disable_created_metrics
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from services.runtime.clock import DURATIONS, TIMINGS, Timings
 
 
 def new_registry() -> CollectorRegistry:
-    """A registry with `process_*` and `artifact_store_build_info`; counters in it have no `_created` beside them."""
+    """A registry with `process_*`, `artifact_store_build_info` and the operations of components.
+
+    Counters in it have no `_created` beside them.
+    """
     disable_created_metrics()  # type: ignore[no-untyped-call]
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
@@ -20,7 +36,34 @@ def new_registry() -> CollectorRegistry:
         registry=registry,
     )
     build.labels(_release(), platform.python_version()).set(1)
+    registry.register(OperationsCollector())
     return registry
+
+
+class OperationsCollector(Collector):
+    """Shows how long operations of components took: of the log, the blob store and the views' database."""
+
+    def __init__(self, timings: Timings = TIMINGS) -> None:
+        self._timings = timings
+
+    def collect(self) -> Iterator[Metric]:
+        """See prometheus_client."""
+        seconds = HistogramMetricFamily(
+            "artifact_store_operation_seconds",
+            "How long operations of a component took, whether or not they failed",
+            labels=("component", "operation"),
+        )
+        failures = CounterMetricFamily(
+            "artifact_store_operation_failures",
+            "Operations of a component that failed",
+            labels=("component", "operation"),
+        )
+        for labels, found in sorted(self._timings.found.items()):
+            bounds = (*map(str, DURATIONS), "+Inf")
+            buckets = list(zip(bounds, accumulate(found.counts), strict=True))
+            seconds.add_metric(labels, buckets, found.seconds)
+            failures.add_metric(labels, found.failures)
+        yield from (seconds, failures)
 
 
 def _release() -> str:
@@ -28,3 +71,67 @@ def _release() -> str:
         return version("artifact-store")
     except PackageNotFoundError:  # run from a copy of the sources that is not installed
         return "unknown"
+
+
+_KINDS = {"Counter": "counter", "Gauge": "gauge", "Histogram": "histogram"}
+_INTRODUCTION = """# Metrics
+
+Generated from the code by `make docs`; do not edit. Every process also has `process_*`: processor time, memory, open
+files and start. Labels have few values, and none that a client chooses.
+
+| metric | type | labels | meaning |
+| --- | --- | --- | --- |
+"""
+
+
+class _Defined(NamedTuple):
+    """A metric as the code defines it."""
+
+    name: str
+    kind: str
+    labels: str
+    meaning: str
+
+
+def catalogue() -> str:
+    """The whole document. Reads the source."""
+    root = Path(__file__).parents[2]
+    files = sorted(
+        path for folder in ("ingest_gateway", "projector", "services") for path in (root / folder).rglob("*.py")
+    )
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for source in (path.read_text(encoding="utf-8") for path in files):
+        for node in ast.walk(ast.parse(source)) if '"artifact_store_' in source else ():
+            if (metric := _defined(node)) is not None:
+                meanings = found.setdefault((metric.name, metric.kind, metric.labels), [])
+                if metric.meaning not in meanings:
+                    meanings.append(metric.meaning)
+    rows = [
+        f"| `{name}` | {kind} | {labels} | {'; '.join(said)} |" for (name, kind, labels), said in sorted(found.items())
+    ]
+    return _INTRODUCTION + "\n".join(rows) + "\n"
+
+
+def _defined(node: ast.AST) -> _Defined | None:
+    """The metric that a call, or a row of a table, defines: name, text and labels."""
+    kind, values, further = "gauge", list[ast.expr](), list[str]()
+    if isinstance(node, ast.Tuple):
+        values, further = node.elts, ["partition"]
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        kind = _KINDS.get(node.func.id.removesuffix("MetricFamily"), "")
+        values = [*node.args, *(each.value for each in node.keywords if each.arg == "labels")]
+    if not kind or len(values) < 2:
+        return None
+    name, text = values[0], values[1]
+    if not (isinstance(name, ast.Constant) and isinstance(text, ast.Constant)):
+        return None
+    if not (isinstance(name.value, str) and name.value.startswith("artifact_store_") and isinstance(text.value, str)):
+        return None
+    if len(values) > 2 and isinstance(values[2], ast.Tuple | ast.List):
+        further += [str(each.value) for each in values[2].elts if isinstance(each, ast.Constant)]
+    shown = f"{name.value}_total" if kind == "counter" else name.value
+    return _Defined(shown, kind, ", ".join(f"`{label}`" for label in further), text.value)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(catalogue())

@@ -15,7 +15,7 @@ import sqlite3
 import ssl
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
-from contextlib import asynccontextmanager, closing, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,12 @@ from sqlalchemy.engine import URL, Connection, Dialect, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.pool import QueuePool
 
 from artifact_store.errors import ArtifactStoreError, ConfigurationError, CorruptError, UnavailableError
 from artifact_store.rules import is_loopback
 from services.core.lifecycle import RETENTION_CLASSES
+from services.runtime.clock import TIMINGS
 from services.runtime.file_system import FileLock, make_folder, private_file
 from services.views.bulk import on_postgresql
 from services.views.projections import PROJECTIONS, Projection
@@ -78,6 +80,12 @@ class Views:
         self.folding: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         """One lock a projection: folds of one process wait for each other here instead of racing to the guard."""
 
+    @property
+    def connections_in_use(self) -> int:
+        """How many connections of this process are in use, of 15 at most."""
+        pool = self.engine.pool
+        return pool.checkedout() if isinstance(pool, QueuePool) else 0
+
     @asynccontextmanager
     async def reading(self, *, snapshot: bool = False, long: bool = False) -> AsyncIterator[AsyncConnection]:
         """A connection to read by. With `snapshot` all statements see one state of the database.
@@ -86,7 +94,7 @@ class Views:
 
         Raises UnavailableError, ConfigurationError (tables are missing), also for what is raised inside.
         """
-        with database_errors():
+        with database_errors(), nullcontext() if long else TIMINGS.of("views", "read"):
             async with asyncio.timeout(None if long else self._answer_seconds), self.engine.connect() as connection:
                 if snapshot and self.dialect == "postgresql":  # a transaction on SQLite is a snapshot anyway
                     await connection.execution_options(isolation_level="REPEATABLE READ")
@@ -99,7 +107,7 @@ class Views:
         Raises UnavailableError (after which a commit may or may not have happened), CorruptError (a row that is there
         already, or a value that no column takes), ConfigurationError (tables are missing).
         """
-        with database_errors():
+        with database_errors(), TIMINGS.of("views", "write"):
             async with self._writing.begin() as connection:
                 yield connection
 

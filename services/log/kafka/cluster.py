@@ -35,6 +35,7 @@ from services.log.kafka.connection import (
     make_admin,
     make_consumer,
 )
+from services.runtime.clock import TIMINGS
 
 # The package's types neither cover all that its documentation names nor mark it as exported.
 _admin: Any = confluent_kafka.admin
@@ -356,7 +357,7 @@ class Cluster:
     def _ask(
         self, doing: str, question: Callable[[AdminClient], dict[Any, Future[Any]]], *, or_nothing: bool = False
     ) -> dict[Any, Any]:
-        with explaining(doing):
+        with explaining(doing), TIMINGS.of("log", "question"):
             return self._answers(question, or_nothing=or_nothing)
 
     def _answers(

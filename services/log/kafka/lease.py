@@ -62,7 +62,7 @@ from services.log.state.restore import (
 )
 from services.log.state.snapshots import Stored
 from services.log.state.state_file import READABLE_FORMATS, Anchor, LogPartition
-from services.runtime.clock import system_clock
+from services.runtime.clock import TIMINGS, system_clock
 
 INIT_SECONDS = 30.0
 COMMIT_SECONDS = 12.0
@@ -242,11 +242,14 @@ class PartitionLease(Lease):
         Raises whatever the client raises. Raises UnavailableError when the tail shows other records or none in time,
         when the topic may have been deleted, and when the transaction does not begin where reading has ended.
         """
-        _open(self._producer).flush(COMMIT_SECONDS)  # so that the records were sent before the topic is checked
-        self._require_all_read()
-        self._commit_sent()
+        with TIMINGS.of("log", "commit"):
+            _open(self._producer).flush(COMMIT_SECONDS)  # so that the records were sent before the topic is checked
+            self._require_all_read()
+            self._commit_sent()
         self._first_committed = True
-        self.state.confirm(self._read_back(values), values[-1])
+        with TIMINGS.of("log", "read_back"):
+            last = self._read_back(values)
+        self.state.confirm(last, values[-1])
 
     @property
     def proof_due(self) -> float:
