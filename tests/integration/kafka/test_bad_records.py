@@ -155,6 +155,7 @@ async def test_a_partition_stands_before_garbage_until_it_is_confirmed_and_nobod
             await writer.submit(create_in(partition))
         events = [event async for event in log.read()]
         assert first.package_id in {event.package_id for event in events}
+        assert {event.event_type for event in events} == {"v1.package.created"}, "readers see no administrative record"
         # Followers tell by it which partition an event lies in, whatever was passed over in between.
         for one, two in pairwise(event.position.offsets for event in events):
             assert len([p for p, offset in two.items() if one.get(p) != offset]) == 1
