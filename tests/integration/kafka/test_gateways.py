@@ -265,7 +265,7 @@ async def test_commands_reach_their_owner_while_the_group_s_coordinator_is_away(
     async with open_kafka_log(kafka) as cut, gateway(kafka, log) as one, gateway(kafka, cut) as two:
         others, _ = await shared(one, two)
         other = others.pop()
-        away = CoordinatorAway(monkeypatch, cut)
+        away = CoordinatorAway(monkeypatch, two)
         done: list[tuple[Command, Acknowledgement]] = []
 
         async def written_unasked() -> bool:
@@ -290,8 +290,8 @@ async def test_a_command_that_the_last_known_owner_refuses_is_recorded_by_the_ne
     ):
         of_one, of_two = await shared(one, two)
         # The third is given one of the two partitions that either of them has.
-        loser, before, asker, cut = (one, of_one, two, second) if len(of_one) > len(of_two) else (two, of_two, one, log)
-        away = CoordinatorAway(monkeypatch, cut)
+        loser, before, asker = (one, of_one, two) if len(of_one) > len(of_two) else (two, of_two, one)
+        away = CoordinatorAway(monkeypatch, asker)
         refused = asyncio.Event()
         carry_out = loser.submit_here
 
@@ -319,12 +319,13 @@ async def test_a_command_that_the_last_known_owner_refuses_is_recorded_by_the_ne
 
 
 class CoordinatorAway:
-    """Questions about the group that one log's client asks come to nothing until `ends`; leaders answer."""
+    """Questions about the group that one process asks come to nothing until `ends`; leaders answer."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, log: KafkaLog) -> None:
-        self._members, self._cluster, self._monkeypatch = log.cluster.members, log.cluster, monkeypatch
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, writer: KafkaWriter) -> None:
+        self._group, self._monkeypatch = writer._group, monkeypatch
+        self._describe = self._group._describe
         self.asked = 0
-        monkeypatch.setattr(log.cluster, "members", self._unanswered)
+        monkeypatch.setattr(self._group, "_describe", self._unanswered)
 
     def _unanswered(self, _group: str) -> None:
         self.asked += 1
@@ -332,4 +333,4 @@ class CoordinatorAway:
 
     def ends(self) -> None:
         """The coordinator answers again."""
-        self._monkeypatch.setattr(self._cluster, "members", self._members)
+        self._monkeypatch.setattr(self._group, "_describe", self._describe)
