@@ -130,6 +130,9 @@ READS = (
 )
 
 
+OF_EACH_ANSWER = ("Date", "Content-Length", "X-Request-ID")
+"""Headers that differ from answer to answer."""
+
 TUS = (("Tus-Resumable", "1.0.0"),)
 ADDRESS = (("X-Content-Address", "{digest}"),)
 OFFSET = (*TUS, ("Content-Type", "application/offset+octet-stream"), ("Upload-Offset", "0"))
@@ -215,7 +218,7 @@ async def answer_of(gateway: RunningGateway, request: Request, of: Shown) -> tup
         for name, value in of.names.items():
             if len(value) > 30:  # no number; a file that lies alone has the address of its blob
                 found = found.replace(value.encode("latin-1"), b"{digest}" if name == "{blob}" else name.encode())
-        return answer.status, {k: v for k, v in answer.headers.items() if k not in ("Date", "Content-Length")}, found
+        return answer.status, {k: v for k, v in answer.headers.items() if k not in OF_EACH_ANSWER}, found
 
 
 def random_policy(dice: random.Random) -> Principal:
