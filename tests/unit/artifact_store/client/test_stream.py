@@ -22,6 +22,7 @@ from artifact_store.errors import (
     TooLargeError,
     UnavailableError,
 )
+from artifact_store.models import IngestedFile
 from tests.unit.artifact_store.client.failing_gateway import (
     FILE,
     PACKAGE,
@@ -244,6 +245,17 @@ async def test_a_block_that_raises_drops_what_waits() -> None:
             await added
         with pytest.raises(ConfigurationError, match="closed"):
             await files.add("b", b"")
+
+
+async def test_a_file_can_be_awaited_as_soon_as_it_is_added() -> None:
+    recorder = Recorder()
+    async with stream_to(recorder.records) as (files, _):
+        ingested = await asyncio.wait_for(wait_twice(files), 10)
+    assert (ingested.relative_path, recorder.files) == ("a", {"a": b"a"})
+
+
+async def wait_twice(files: FileStream) -> IngestedFile:
+    return await (await files.add("a", b"a"))
 
 
 async def test_a_handle_that_nobody_keeps_takes_no_memory() -> None:
