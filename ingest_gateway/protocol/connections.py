@@ -195,9 +195,11 @@ class _BoundedParser:
                 found, upgraded, tail = self._parser.feed_data(piece)
                 self._count(piece, found)
             except BadHttpMessage:
-                self._failed = True
-                self.release()
+                self._fail()
                 raise
+            except (IndexError, ValueError):  # yarl raises IndexError for a target such as http://[::1]@/
+                self._fail()
+                raise _RefusedHeadError(MalformedHttpError("the request target is no URL", _CLOSE)) from None
             messages += found
             if upgraded or at == len(data):
                 tail += data[at:]
@@ -208,6 +210,10 @@ class _BoundedParser:
     def has_begun(self) -> bool:
         """Whether bytes of a head have come, and not yet its end."""
         return self._head > 0
+
+    def _fail(self) -> None:
+        self._failed = True
+        self.release()
 
     def release(self) -> None:
         """Give back all room."""

@@ -202,7 +202,10 @@ def decoders(folder: Path) -> dict[str, Decoder]:
                 b"GET http://[::1]/healthz HTTP/1.1\r\nHost: [::1]\r\n\r\nGET / HTTP/1.0\r\n\r\n",
             ),
             (ArtifactStoreError, BadHttpMessage),
-            (b"PUT / HTTP/1.1\r\nHost: x\r\nContent-Length: " + b"0" * 5_000 + b"5\r\n\r\n12345",),
+            (
+                b"PUT / HTTP/1.1\r\nHost: x\r\nContent-Length: " + b"0" * 5_000 + b"5\r\n\r\n12345",
+                b"GET http://[::1]@/healthz HTTP/1.1\r\nHost: x\r\n\r\n",
+            ),
         ),
         "position": Decoder(_of_text(Position.parse), (str(Position(UUID(int=7), {0: 5, 3: 1 << 40})).encode(),)),
         "cursor": Decoder(

@@ -70,6 +70,14 @@ async def test_a_length_that_is_no_plain_number_is_malformed(gateway: RunningGat
         assert await client.is_closed()
 
 
+async def test_a_target_that_is_no_url_is_malformed(gateway: RunningGateway) -> None:
+    async with connected(gateway.port) as client:
+        client.writer.write(b"GET http://[::1]@/healthz HTTP/1.1\r\nHost: [::1]\r\n\r\n")
+        answer = await client.answer()
+        assert (answer.status, answer.problem()["type"].rpartition(":")[2]) == (400, "malformed-http")
+        assert await client.is_closed()
+
+
 FRAMINGS = pytest.mark.parametrize(
     ("framing", "body"),
     [
