@@ -1,17 +1,10 @@
-"""Clocks: passed in wherever time is needed, so that tests can set them; and what is known of a store's own clock.
-
-`TIMINGS` say how long operations of components took. `services.runtime.metrics` shows them.
-"""
+"""Clocks: passed in wherever time is needed, so that tests can set them; and what is known of a store's own clock."""
 
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from datetime import UTC, datetime
-from threading import Lock
 
 Clock = Callable[[], int]
 """Gives the time in µs since 1970-01-01T00:00Z."""
@@ -84,50 +77,3 @@ class StoreClock:
     def now(self) -> datetime:
         """As `micros`, aware."""
         return datetime.fromtimestamp(self.micros() / _MICROS, UTC)
-
-
-DURATIONS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-"""Upper bounds of the classes that durations are counted in (s)."""
-
-
-@dataclass(slots=True)
-class Durations:
-    """How long the operations of one kind took, and how many of them failed."""
-
-    counts: list[int] = field(default_factory=lambda: [0] * (len(DURATIONS) + 1))
-    """By class; the last is for what took longer than the last bound."""
-    seconds: float = 0.0
-    """All of them together."""
-    failures: int = 0
-
-
-class Timings:
-    """Durations by component and operation, since the process began. For any thread."""
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._found: dict[tuple[str, str], Durations] = {}
-
-    @property
-    def found(self) -> Mapping[tuple[str, str], Durations]:
-        """All so far."""
-        return dict(self._found)
-
-    @contextmanager
-    def of(self, component: str, operation: str) -> Iterator[None]:
-        """Time what is in the block. It has failed if the block raises."""
-        began, failed = time.monotonic(), True
-        try:
-            yield
-            failed = False
-        finally:
-            took = time.monotonic() - began
-            with self._lock:
-                durations = self._found.setdefault((component, operation), Durations())
-                durations.counts[bisect_left(DURATIONS, took)] += 1
-                durations.seconds += took
-                durations.failures += failed
-
-
-TIMINGS = Timings()
-"""Those of this process."""

@@ -34,8 +34,8 @@ from sqlalchemy.pool import QueuePool
 from artifact_store.errors import ArtifactStoreError, ConfigurationError, CorruptError, UnavailableError
 from artifact_store.rules import is_loopback
 from services.core.lifecycle import RETENTION_CLASSES
-from services.runtime.clock import TIMINGS
 from services.runtime.file_system import FileLock, make_folder, private_file
+from services.runtime.metrics import OPERATION_FAILURES, OPERATION_SECONDS
 from services.views.bulk import on_postgresql
 from services.views.projections import PROJECTIONS, Projection
 from services.views.tables import (
@@ -56,6 +56,11 @@ _LOST = -1
 """The layout of a projection that lost a table, of its own or of what keeps account of it: the table is made anew, but
 empty beside others that are not.
 """
+
+_READ_SECONDS = OPERATION_SECONDS.labels("views", "read")
+_READ_FAILURES = OPERATION_FAILURES.labels("views", "read")
+_WRITE_SECONDS = OPERATION_SECONDS.labels("views", "write")
+_WRITE_FAILURES = OPERATION_FAILURES.labels("views", "write")
 
 
 class Views:
@@ -94,7 +99,7 @@ class Views:
 
         Raises UnavailableError, ConfigurationError (tables are missing), also for what is raised inside.
         """
-        with database_errors(), nullcontext() if long else TIMINGS.of("views", "read"):
+        with database_errors(), nullcontext() if long else _READ_SECONDS.time(), _READ_FAILURES.count_exceptions():
             async with asyncio.timeout(None if long else self._answer_seconds), self.engine.connect() as connection:
                 if snapshot and self.dialect == "postgresql":  # a transaction on SQLite is a snapshot anyway
                     await connection.execution_options(isolation_level="REPEATABLE READ")
@@ -107,7 +112,7 @@ class Views:
         Raises UnavailableError (after which a commit may or may not have happened), CorruptError (a row that is there
         already, or a value that no column takes), ConfigurationError (tables are missing).
         """
-        with database_errors(), TIMINGS.of("views", "write"):
+        with database_errors(), _WRITE_SECONDS.time(), _WRITE_FAILURES.count_exceptions():
             async with self._writing.begin() as connection:
                 yield connection
 

@@ -74,4 +74,4 @@ async def test_an_event_enters_few_modules_from_record_to_commit(real_settings: 
     await views.close()
     await log.close()
     assert "services.views.projections.registry_fold" in found
-    assert len(found) <= MOST_FOR_AN_EVENT, sorted(found)
+    assert len(found) <= MOST_FOR_AN_EVENT, "\n".join(sorted(found))

@@ -43,7 +43,8 @@ from yarl import URL
 
 from artifact_store.errors import UnavailableError
 from services.blobs.memory import PartBuffer
-from services.runtime.clock import TIMINGS, Clock, StoreClock, system_clock
+from services.runtime.clock import Clock, StoreClock, system_clock
+from services.runtime.metrics import OPERATION_FAILURES, OPERATION_SECONDS
 
 ATTEMPTS = 4
 CONNECT_SECONDS = 5.0
@@ -229,7 +230,8 @@ class S3Requests:
         limit = patience(_length(body), seconds)
         writes, began = method in ("PUT", "POST"), asyncio.get_running_loop().time()
         try:
-            with TIMINGS.of("blobs", method.lower()):
+            kind = "blobs", method.lower()
+            with OPERATION_SECONDS.labels(*kind).time(), OPERATION_FAILURES.labels(*kind).count_exceptions():
                 answer = await self.retry(once, attempts=1 if isinstance(body, Relay) else attempts, seconds=limit)
         except UnavailableError:
             self._wrote_at = None if writes else self._wrote_at

@@ -35,7 +35,10 @@ from services.log.kafka.connection import (
     make_admin,
     make_consumer,
 )
-from services.runtime.clock import TIMINGS
+from services.runtime.metrics import OPERATION_FAILURES, OPERATION_SECONDS
+
+_SECONDS = OPERATION_SECONDS.labels("log", "question")
+_FAILURES = OPERATION_FAILURES.labels("log", "question")
 
 # The package's types neither cover all that its documentation names nor mark it as exported.
 _admin: Any = confluent_kafka.admin
@@ -357,7 +360,7 @@ class Cluster:
     def _ask(
         self, doing: str, question: Callable[[AdminClient], dict[Any, Future[Any]]], *, or_nothing: bool = False
     ) -> dict[Any, Any]:
-        with explaining(doing), TIMINGS.of("log", "question"):
+        with explaining(doing), _SECONDS.time(), _FAILURES.count_exceptions():
             return self._answers(question, or_nothing=or_nothing)
 
     def _answers(

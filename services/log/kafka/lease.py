@@ -62,7 +62,8 @@ from services.log.state.restore import (
 )
 from services.log.state.snapshots import Stored
 from services.log.state.state_file import READABLE_FORMATS, Anchor, LogPartition
-from services.runtime.clock import TIMINGS, system_clock
+from services.runtime.clock import system_clock
+from services.runtime.metrics import OPERATION_FAILURES, OPERATION_SECONDS
 
 INIT_SECONDS = 30.0
 COMMIT_SECONDS = 12.0
@@ -90,6 +91,11 @@ _CONNECT_SECONDS = 0.05
 _READ = 500
 _NOWHERE = -1
 _LOOK_SECONDS = 0.02
+
+_COMMIT_TIME = OPERATION_SECONDS.labels("log", "commit")
+_COMMIT_FAILURES = OPERATION_FAILURES.labels("log", "commit")
+_READ_BACK_TIME = OPERATION_SECONDS.labels("log", "read_back")
+_READ_BACK_FAILURES = OPERATION_FAILURES.labels("log", "read_back")
 
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -242,12 +248,12 @@ class PartitionLease(Lease):
         Raises whatever the client raises. Raises UnavailableError when the tail shows other records or none in time,
         when the topic may have been deleted, and when the transaction does not begin where reading has ended.
         """
-        with TIMINGS.of("log", "commit"):
+        with _COMMIT_TIME.time(), _COMMIT_FAILURES.count_exceptions():
             _open(self._producer).flush(COMMIT_SECONDS)  # so that the records were sent before the topic is checked
             self._require_all_read()
             self._commit_sent()
         self._first_committed = True
-        with TIMINGS.of("log", "read_back"):
+        with _READ_BACK_TIME.time(), _READ_BACK_FAILURES.count_exceptions():
             last = self._read_back(values)
         self.state.confirm(last, values[-1])
 

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import pytest
-from prometheus_client import CollectorRegistry
 
-from services.runtime.clock import DURATIONS, StoreClock, Timings
-from services.runtime.metrics import OperationsCollector
+from services.runtime.clock import StoreClock
 
 SECOND = 1_000_000
 DAY = 86_400 * SECOND
@@ -80,21 +78,3 @@ def test_an_answer_that_was_long_on_its_way_says_nothing(store: StoreClock, mach
     machine.passes(10)
     store.heard(NOON - 86_400, sent)
     assert store.ahead() is None
-
-
-def test_operations_of_components_are_timed_and_their_failures_counted() -> None:
-    timings, registry = Timings(), CollectorRegistry()
-    registry.register(OperationsCollector(timings))
-    for _ in range(3):
-        with timings.of("log", "commit"):
-            pass
-    with pytest.raises(OSError, match="no broker"), timings.of("log", "commit"):
-        raise OSError("no broker")
-    commit = {"component": "log", "operation": "commit"}
-    assert registry.get_sample_value("artifact_store_operation_failures_total", commit) == 1
-    assert registry.get_sample_value("artifact_store_operation_seconds_count", commit) == 4
-    assert registry.get_sample_value("artifact_store_operation_seconds_bucket", {**commit, "le": "+Inf"}) == 4
-    assert (
-        registry.get_sample_value("artifact_store_operation_seconds_bucket", {**commit, "le": str(DURATIONS[-1])}) == 4
-    )
-    assert registry.get_sample_value("artifact_store_operation_seconds_count", {**commit, "operation": "read"}) is None
