@@ -10,6 +10,9 @@ from tests.integration.processes import ProductProcess
 PREVIOUS = "0b69710ae021cc0eb57e8449875e6fdcbd79d122"
 """The commit that this release must be able to share a cluster with."""
 
+_UNKNOWN = ("ARTIFACT_STORE_LOG_FORMAT", "ARTIFACT_STORE_LOG_LEVEL")
+"""Settings that the previous release refuses."""
+
 _PRODUCT = ("schemas", "services", "ingest_gateway", "projector")
 _ROOT = Path(__file__).parents[2]
 
@@ -35,5 +38,7 @@ class AnyRelease(ProductProcess):
     released: PreviousRelease | None = None
 
     def environment(self) -> dict[str, str]:
-        previous = self.released.environment if self.released is not None else {}
-        return {**super().environment(), **previous}
+        given = super().environment()
+        if self.released is None:
+            return given
+        return {name: value for name, value in given.items() if name not in _UNKNOWN} | self.released.environment
