@@ -22,6 +22,7 @@ from artifact_store.errors import (
 from artifact_store.models import Acknowledgement
 from schemas import identifiers
 from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles, StoredFile
+from services.log.kafka.writer import SUBMIT_SECONDS
 from services.log.port import NotAppendedError
 from tests.simulation.processes import Gateway, Stage, call
 from tests.simulation.scheduler import Process
@@ -179,7 +180,7 @@ class Client:
         since, waited = stage.untold_since, now - began
         if since is None or now > stage.cluster.away_until["describe"] or stage.disturbed > since or stage.unsafe_since:
             return
-        if began > since and waited >= _PATIENCE_SECONDS - 1:
+        if began > since and waited >= SUBMIT_SECONDS - 1:
             stage.checker.broken(
                 f"no owner was found in {waited:.0f} s while nobody told the group's members: {error.detail}"
             )
