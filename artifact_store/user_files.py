@@ -1,4 +1,4 @@
-"""Files of one user: where the client keeps them, and how a file is replaced that nobody else may read."""
+"""Files of one user: where the client keeps them, how one is replaced privately, and how names become durable."""
 
 from __future__ import annotations
 
@@ -31,3 +31,12 @@ def replace_privately(path: Path, content: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable. Blocks. Raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -36,6 +36,7 @@ from zlib import crc32
 from artifact_store.byte_streams import to_its_end
 from artifact_store.client.stream import FILE_BYTES, AddedFile, Backlog, Batch, Refusal, first_batch
 from artifact_store.errors import ConfigurationError, CorruptError, PushBackError, UnavailableError
+from artifact_store.user_files import sync_folder
 
 SPOOL_BYTES = 1 << 30
 """Most bytes that a spool holds, unless its stream says otherwise. On disk it may be two segments more."""
@@ -272,7 +273,7 @@ class Spool(Backlog):
             head = _HEADER.pack(_MAGIC, self._package_id.bytes, first, 0)[:-4]
             _write_at(descriptor, head + crc32(head).to_bytes(4), 0)
             os.fsync(descriptor)
-            _sync_folder(self._folder)
+            sync_folder(self._folder)
         except BaseException:
             os.close(descriptor)
             path.unlink()
@@ -301,7 +302,7 @@ class Spool(Backlog):
     def _remove(self, segment: _Segment) -> None:
         os.close(segment.descriptor)
         segment.path.unlink()
-        _sync_folder(self._folder)
+        sync_folder(self._folder)
 
     def _keep(self, command_id: UUID, refused: Sequence[Refusal]) -> None:
         """Keep refused files where people find them. Blocks."""
@@ -321,7 +322,7 @@ class Spool(Backlog):
                     kept.flush()
                     os.fsync(kept.fileno())
             _log.warning("%r was refused and is kept in %s: %s", file.relative_path, folder, error.detail)
-        _sync_folder(folder)
+        sync_folder(folder)
 
     # --- reading ---
 
@@ -527,11 +528,3 @@ def _allocate(descriptor: int, size: int) -> None:
 def _sync(descriptor: int) -> None:
     sync: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
     sync(descriptor)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

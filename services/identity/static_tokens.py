@@ -20,10 +20,10 @@ from uuid import uuid4
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from artifact_store.errors import ConfigurationError, InvalidRequestError, NotFoundError, UnavailableError
-from artifact_store.user_files import replace_privately
+from artifact_store.user_files import replace_privately, sync_folder
 from services.core.access import Grant, Packages, Right
 from services.identity.policy import check_name, check_pattern, read_trusted
-from services.runtime.file_system import FileLock, sync_folder
+from services.runtime.file_system import FileLock
 
 PREFIX = "artst_"
 """What every static token begins with, so that secret scanners recognise one: this and 64 hex digits."""

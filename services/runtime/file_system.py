@@ -13,6 +13,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from artifact_store.user_files import sync_folder
+
 PRIVATE_FOLDER = 0o700
 """The mode of folders of ours."""
 
@@ -105,12 +107,3 @@ def secure_folder(folder: Path) -> None:
         folder = folder.parent
         with suppress(PermissionError):  # one that we may not read is not where we made anything
             sync_folder(folder)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable. Blocks. Raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
