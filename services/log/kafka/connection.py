@@ -18,6 +18,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Producer
 from confluent_kafka.admin import AdminClient
 
 from artifact_store.errors import ArtifactStoreError, ConfigurationError, CorruptError, UnavailableError
+from artifact_store.rules import parse_number
 from services.config import Settings
 from services.log.port import HeldError
 from services.runtime.logs import Repeats
@@ -119,8 +120,9 @@ it is part of every path of its internal listener, so that gateways of every rel
 
 def interface_of(client_id: str) -> int:
     """The number in what a client id ends with; 1 for releases whose client ids end with none."""
-    _, mark, number = client_id.rpartition("/v")
-    return int(number) if mark and number.isascii() and number.isdecimal() else 1
+    _, mark, text = client_id.rpartition("/v")
+    number = parse_number(text) if mark else None
+    return 1 if number is None else number
 
 
 _REFUSED = {
