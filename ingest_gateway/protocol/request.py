@@ -630,8 +630,11 @@ def _one_of(name: str, allowed: tuple[str, ...]) -> Callable[[str], str]:
     return parse
 
 
-def _boolean(name: str) -> Callable[[str], bool]:
-    return lambda text: _one_of(name, ("true", "false"))(text) == "true"
+def _flag(name: str, description: str, *, default: bool) -> Parameter[bool]:
+    """A query parameter that is `true` or `false`."""
+    parse = _one_of(name, ("true", "false"))
+    schema = {"type": "boolean", "default": default}
+    return Parameter(name, "query", lambda text: parse(text) == "true", description, schema)
 
 
 def _event_type(text: str) -> str:
@@ -818,29 +821,19 @@ ORDER = Parameter(
     "they are found, partition by partition. Without `follow`",
     {"type": "string", "enum": ["log", "time"], "default": "log"},
 )
-MANIFESTS = Parameter(
+MANIFESTS = _flag(
     "manifests",
-    "query",
-    _boolean("manifests"),
     "Whether `v1.package.finalized` holds the manifest; without, `payload_digest` is its address all the same",
-    {"type": "boolean", "default": True},
+    default=True,
 )
-POSITIONS = Parameter(
+POSITIONS = _flag(
     "positions",
-    "query",
-    _boolean("positions"),
     'Add lines `{"type":"position","position":…}` while events are passed over. Server-sent events have them always, '
     "as an `id` alone",
-    {"type": "boolean", "default": False},
+    default=False,
 )
 OF_PACKAGE = Parameter("package_id", "query", _id("package_id"), "Only events of this package", _UUID_SCHEMA)
-FOLLOW = Parameter(
-    "follow",
-    "query",
-    _boolean("follow"),
-    "Wait for new events at the log's end instead of closing",
-    {"type": "boolean", "default": False},
-)
+FOLLOW = _flag("follow", "Wait for new events at the log's end instead of closing", default=False)
 
 IDEMPOTENCY_KEY = Parameter(
     names.IDEMPOTENCY_KEY,
