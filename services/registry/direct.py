@@ -52,8 +52,8 @@ from services.core.commands import CreatePackage, FinalizePackage, IngestFiles, 
 from services.core.limits import Limits
 from services.log.port import EXTENT_SECONDS, CommandWriter, Log, PackageExtent
 from services.registry.bundle_store import BundleStore
-from services.registry.origins import EventFilter, Origin, Origins
-from services.views.queries import PlacedFile, Queries
+from services.registry.origins import EventFilter, Origins
+from services.views.queries import Origin, PlacedFile, Queries
 from services.views.waiting import ViewWaits, beyond_log, parked_error
 
 Found = TypeVar("Found")
@@ -458,14 +458,13 @@ class DirectRegistry(Registry):
         """
         found: dict[UUID, Origin] = {}
         with suppress(UnavailableError):
-            known = await self._queries.origins(package_ids)
-            found = {package_id: Origin(*origin) for package_id, origin in known.items()}
+            found = await self._queries.origins(package_ids)
         for package_id in package_ids - found.keys():
             extent = await self.package_extent(package_id)
             async with aclosing(self._log.read(package_id=package_id, extent=extent)) as events:
                 async for event in events:
-                    if isinstance(created := event.payload, PackageCreated):
-                        found[package_id] = Origin(created.producer, created.subject, created.retention_class)
+                    if isinstance(event.payload, PackageCreated):
+                        found[package_id] = Origin.of(event.payload)
                     break
         return found
 

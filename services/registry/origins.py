@@ -4,22 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Set
 from dataclasses import dataclass
-from typing import NamedTuple
 from uuid import UUID
 
 from artifact_store.events import AdministrativePayload, PackageCreated, RecordedEvent
 from services.core.access import EVERYWHERE, Scope
+from services.views.queries import Origin
 
 REMEMBERED = 20_000
 """Packages whose origins are remembered."""
-
-
-class Origin(NamedTuple):
-    """What a package was created as, as far as events are filtered by it."""
-
-    producer: str
-    subject: str
-    retention_class: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +63,7 @@ class Origins:
         """Learn what the event tells."""
         payload = event.payload
         if isinstance(payload, PackageCreated):
-            self._remember({event.package_id: Origin(payload.producer, payload.subject, payload.retention_class)})
+            self._remember({event.package_id: Origin.of(payload)})
         elif isinstance(payload, AdministrativePayload):
             self._remember({event.package_id: None})  # a partition's: it belongs to no producer
 

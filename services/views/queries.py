@@ -7,7 +7,7 @@ import binascii
 import json
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, Self
 from uuid import UUID
 
 import cbor2
@@ -34,6 +34,7 @@ from sqlalchemy.types import TypeEngine
 
 from artifact_store.canonical import canonical_cbor
 from artifact_store.errors import InvalidRequestError
+from artifact_store.events import PackageCreated
 from artifact_store.manifest import ContentAddress, content_key
 from artifact_store.models import DEFAULT_PAGE, MAX_PAGE, File, Package, PackageFilter, Page, Parked, UsageTotal
 from artifact_store.position import Position
@@ -109,18 +110,30 @@ class Retention:
     retain_until: int | None
 
 
+class Origin(NamedTuple):
+    """What a package was created as, as far as rights and filters of events go by it."""
+
+    producer: str
+    subject: str
+    retention_class: str
+
+    @classmethod
+    def of(cls, created: PackageCreated) -> Self:
+        """That of the package that this event created."""
+        return cls(created.producer, created.subject, created.retention_class)
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
     """How far the registry view is: its position, and of some packages the last event that it has and what is parked.
 
-    A package that the view does not know is absent. `origins` are the packages' producers, subjects
-    and retention classes.
+    A package that the view does not know is absent.
     """
 
     position: Position | None
     last_sequences: Mapping[UUID, int]
     parked: Mapping[UUID, Parked]
-    origins: Mapping[UUID, tuple[str, str, str]] = field(default_factory=dict)
+    origins: Mapping[UUID, Origin] = field(default_factory=dict)
 
 
 class Queries:
@@ -295,8 +308,8 @@ class Queries:
         following = write_cursor("usage", *rows[-1][:3]) if more else None
         return Page(tuple(_usage(row) for row in rows), following)
 
-    async def origins(self, package_ids: Set[UUID]) -> dict[UUID, tuple[str, str, str]]:
-        """Producer, subject and retention class of those of these packages that the view knows."""
+    async def origins(self, package_ids: Set[UUID]) -> dict[UUID, Origin]:
+        """The origins of those of these packages that the view knows."""
         return dict((await self.progress(package_ids)).origins)
 
     async def readable_blobs(self, digests: Set[bytes]) -> frozenset[bytes]:
@@ -317,7 +330,7 @@ class Queries:
         """How far the registry view is, and with these packages, whether they are within the scope or not."""
         table = artifact_packages.c
         sequences: dict[UUID, int] = {}
-        origins: dict[UUID, tuple[str, str, str]] = {}
+        origins: dict[UUID, Origin] = {}
         async with self._views.reading() as connection:
             # The position first: the rows are then of there or later.
             position = await read_position(connection, projection_named("registry"))
@@ -329,7 +342,7 @@ class Queries:
                 )
                 for row in await connection.execute(query.where(table.id.in_(some))):
                     sequences[row.id] = row.last_event_sequence
-                    origins[row.id] = row.producer, row.subject, row.retention_class
+                    origins[row.id] = Origin(row.producer, row.subject, row.retention_class)
             return Progress(position, sequences, await _marks(connection), origins)
 
     async def checkpoint(self, projection: str) -> Position | None:

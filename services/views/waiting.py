@@ -154,7 +154,9 @@ class ViewWaits:
                 waiter.done.set_result(None)
             return
         origin = progress.origins.get(waiter.package_id)
-        visible = waiter.scope.everywhere or (origin is not None and waiter.scope.includes(*origin[:2]))
+        visible = waiter.scope.everywhere or (
+            origin is not None and waiter.scope.includes(origin.producer, origin.subject)
+        )
         last = progress.last_sequences.get(waiter.package_id) if visible else None
         if last is not None and last >= waiter.sequence:
             waiter.done.set_result(None)
