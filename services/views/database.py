@@ -99,7 +99,9 @@ class Views:
 
         Raises UnavailableError, ConfigurationError (tables are missing), also for what is raised inside.
         """
-        with database_errors(), nullcontext() if long else _READ_SECONDS.time(), _READ_FAILURES.count_exceptions():
+        timed = nullcontext() if long else _READ_SECONDS.time()
+        counted = nullcontext() if long else _READ_FAILURES.count_exceptions()
+        with database_errors(), timed, counted:
             async with asyncio.timeout(None if long else self._answer_seconds), self.engine.connect() as connection:
                 if snapshot and self.dialect == "postgresql":  # a transaction on SQLite is a snapshot anyway
                     await connection.execution_options(isolation_level="REPEATABLE READ")
