@@ -295,12 +295,13 @@ class PartitionLease(Lease):
         Raises InvalidRequestError: the log contradicts what is confirmed. Raises what `require_readers` raises. Raises
         whatever the client raises, after which the outcome is unknown: close the lease.
         """
-        found = self._acceptance(confirmation) if isinstance(confirmation, AcceptLoss) else self._skip(confirmation)
+        state = self.state
+        ahead = self._look_ahead(state.next_offset)
+        accepts = isinstance(confirmation, AcceptLoss)
+        found = self._acceptance(confirmation, ahead) if accepts else self._skip(confirmation)
         if isinstance(found, AdministrativeHead):
             return found
         require_readers()
-        state = self.state
-        ahead = self._look_ahead(state.next_offset)
         # An acceptance covers the losses of states that are older than it, so its time must be later than theirs.
         lost_until = max([loss.witness.anchor.last_created_at + 1 for loss in self.losses], default=0)
         event = administrative_event(
@@ -340,12 +341,10 @@ class PartitionLease(Lease):
             self._origin.identity, bad.partition, bad.offset, bad.digest, bad.size_bytes, bad.cause, request.reason
         )
 
-    def _acceptance(self, request: AcceptLoss) -> AdministrativeHead | LossAccepted:
-        """As `_skip`, of the acceptance of a loss."""
+    def _acceptance(self, request: Confirmation, ahead: _Ahead) -> AdministrativeHead | LossAccepted:
+        """As `_skip`, of the acceptance of a loss. `ahead` is what lies behind the state of a stopped partition."""
         wanted = request.offset, request.digest
-        # The state of a stopped partition ends before what was accepted meanwhile.
-        ahead = [] if self._stopped is None else self._look_ahead(self.state.next_offset).accepted
-        for accepted in (*self.state.irregular.accepted, *ahead):
+        for accepted in (*self.state.irregular.accepted, *ahead.accepted):
             if (accepted.offset, accepted.digest) == wanted:
                 return accepted.head
         loss = next((loss for loss in self.losses if (loss.offset, loss.digest) == wanted), None)
