@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from selectors import EVENT_READ, DefaultSelector
 from threading import Lock
@@ -70,8 +69,8 @@ class GroupProcess:
     def _answer(self, group: str) -> Mapping[str, Any]:
         line = json.dumps(group).encode() + b"\n"
         for _ in range(2):  # the child may have ended since the last question, or end at this one
-            child = self._child or self._start()
             try:
+                child = self._child or self._start()
                 cast("IO[bytes]", child.stdin).write(line)
                 found: Mapping[str, Any] = json.loads(_line(cast("IO[bytes]", child.stdout).fileno(), _CHILD_SECONDS))
             except (BrokenPipeError, EOFError):
@@ -90,8 +89,7 @@ class GroupProcess:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
         )
         self._child = child
-        with suppress(BrokenPipeError):
-            cast("IO[bytes]", child.stdin).write(json.dumps(asdict(self._kafka)).encode() + b"\n")
+        cast("IO[bytes]", child.stdin).write(json.dumps(asdict(self._kafka)).encode() + b"\n")
         return child
 
     def _end(self) -> None:
