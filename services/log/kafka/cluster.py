@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
@@ -11,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import cycle, islice
 from threading import Lock
-from typing import Any
+from typing import Any, Generic, TypeVar
 from uuid import UUID
 
 import confluent_kafka.admin
@@ -36,6 +35,8 @@ from services.log.kafka.connection import (
     make_consumer,
 )
 from services.runtime.metrics import OPERATION_FAILURES, OPERATION_SECONDS
+
+_Answer = TypeVar("_Answer")
 
 _SECONDS = OPERATION_SECONDS.labels("log", "question")
 _FAILURES = OPERATION_FAILURES.labels("log", "question")
@@ -118,6 +119,25 @@ class Member:
     partitions: frozenset[int]
 
 
+class Shared(Generic[_Answer]):
+    """A question whose answer is shared by those who wait for it at the same time. For any thread."""
+
+    def __init__(self, ask: Callable[[], _Answer]) -> None:
+        self._ask = ask
+        self._asking = Lock()
+        self._last: tuple[float, _Answer] | None = None
+        """When the question was last asked, on the monotonic clock (s), and the answer."""
+
+    def answer(self) -> _Answer:
+        """The answer to a question that was asked after this call began. Blocks. Raises what asking raises."""
+        came = time.monotonic()
+        with self._asking:
+            if self._last is None or self._last[0] < came:
+                asked = time.monotonic()
+                self._last = asked, self._ask()
+            return self._last[1]
+
+
 class Cluster:
     """Asks the cluster, from any thread. Every question blocks for ANSWER_SECONDS at most.
 
@@ -132,9 +152,7 @@ class Cluster:
         self._identity: UUID | None = None
         self._epochs: dict[int, int] = {}
         """By partition, the newest leader epoch of any answer so far about the topic with `_identity`."""
-        self._confirming = Lock()
-        self._confirmed: dict[int, tuple[int, int]] = {}
-        self._confirmed_from = -math.inf
+        self._bounds = Shared(self._confirm)
 
     def topic(self) -> Topic:
         """Describe the topic. Raises ConfigurationError: the brokers are too old."""
@@ -234,13 +252,7 @@ class Cluster:
         clients ask through each bootstrap server in turn, and the answer of the newest leader counts. Callers that wait
         at the same time share the answers.
         """
-        came = time.monotonic()
-        with self._confirming:
-            if self._confirmed_from < came:
-                began = time.monotonic()
-                self._confirmed = self._confirm()
-                self._confirmed_from = began
-            bounds = self._confirmed
+        bounds = self._bounds.answer()
         return {p: bounds[p] for p, offset in offsets.items() if not bounds[p][0] <= offset <= bounds[p][1]}
 
     def judged(self, error: OutsideError, offsets: Mapping[int, int]) -> ArtifactStoreError:

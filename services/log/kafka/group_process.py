@@ -11,7 +11,6 @@ through the pipe, so that no secret is among the arguments. The child ends with 
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -19,12 +18,13 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from selectors import EVENT_READ, DefaultSelector
 from threading import Lock
 from typing import IO, Any, cast
 
 from artifact_store.errors import ArtifactStoreError, ConfigurationError, UnavailableError
-from services.log.kafka.cluster import ANSWER_SECONDS, Cluster, Member
+from services.log.kafka.cluster import ANSWER_SECONDS, Cluster, Member, Shared
 from services.log.kafka.connection import KafkaSettings
 
 _CHILD = "from services.log.kafka.group_process import main; main()"
@@ -42,20 +42,15 @@ class GroupProcess:
         self._kafka = kafka
         self._asking = Lock()
         self._child: subprocess.Popen[bytes] | None = None
-        self._last: dict[str, tuple[float, Mapping[str, Any]]] = {}
-        """By group, when it was last asked for, and the answer."""
+        self._answers: dict[str, Shared[Mapping[str, Any]]] = {}
+        """By group."""
 
     def members(self, group: str) -> list[Member] | None:
         """As `Cluster.members`. Blocks for twice _CHILD_SECONDS at most. Who waits at the same time shares an answer.
 
         Raises UnavailableError, ConfigurationError.
         """
-        came = time.monotonic()
-        with self._asking:
-            asked, answer = self._last.get(group, (-math.inf, {}))
-            if asked < came:
-                asked, answer = time.monotonic(), self._answer(group)
-                self._last[group] = asked, answer
+        answer = self._answers.setdefault(group, Shared(partial(self._answer, group))).answer()
         if (detail := answer.get("error")) is not None:
             raise ConfigurationError(detail) if answer["lasting"] else UnavailableError(detail)
         found = answer["members"]
@@ -67,6 +62,10 @@ class GroupProcess:
             self._end()
 
     def _answer(self, group: str) -> Mapping[str, Any]:
+        with self._asking:
+            return self._asked(group)
+
+    def _asked(self, group: str) -> Mapping[str, Any]:
         line = json.dumps(group).encode() + b"\n"
         for _ in range(2):  # the child may have ended since the last question, or end at this one
             try:
