@@ -294,15 +294,17 @@ class Spool(Backlog):
         segment.size = segment.end + len(ended)
 
     def _remove_settled(self) -> None:
-        """Remove the segments whose files are all settled, the oldest first, but for the last. Blocks."""
+        """As `_remove`, while records are written: the last segment stays. Blocks."""
         with self._rotating:  # the last segment may be about to be ended, and not be the last any more
-            while len(self._segments) > 1 and self._segments[0].next <= self.settled:
-                self._remove(self._segments.popleft())
+            self._remove(1)
 
-    def _remove(self, segment: _Segment) -> None:
-        os.close(segment.descriptor)
-        segment.path.unlink()
-        sync_folder(self._folder)
+    def _remove(self, kept: int = 0) -> None:
+        """Remove the segments whose files are all settled, the oldest first, but for the last `kept` ones."""
+        while len(self._segments) > kept and self._segments[0].next <= self.settled:
+            segment = self._segments.popleft()
+            os.close(segment.descriptor)
+            segment.path.unlink()
+            sync_folder(self._folder)
 
     def _keep(self, command_id: UUID, refused: Sequence[Refusal]) -> None:
         """Keep refused files where people find them. Blocks."""
@@ -397,8 +399,7 @@ class Spool(Backlog):
             raise ConfigurationError(f"the spool {self._folder} holds {left:,} files of package {foreign}")
         self._planned = {number: plan for number, plan in self._planned.items() if number >= self.settled}
         self._taken = self.settled
-        while self._segments and self._segments[0].next <= self.settled:
-            self._remove(self._segments.popleft())
+        self._remove()
 
     def _scan(self, segment: _Segment) -> None:
         """Find the end of a segment, and what its batches and marks say. Raises CorruptError."""
@@ -436,8 +437,7 @@ class Spool(Backlog):
             with suppress(OSError):  # the next process ends it
                 if last.end + _RECORD.size < last.size:
                     self._end(last)
-                while self._segments and self._segments[0].next <= self.settled:
-                    self._remove(self._segments.popleft())
+                self._remove()
         self._let_go()
 
     def _let_go(self) -> None:
