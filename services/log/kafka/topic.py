@@ -236,7 +236,10 @@ class Guard:
             with self._asking("partitions"):
                 self._losses = losses(self._cluster, topic)
                 self._trouble_is([*unsafe, *self._losses])
-                self._needless_is(needless(self._kafka, self._cluster, settings))
+                too_free = needless(self._kafka, self._cluster, settings)
+                if too_free is not None and too_free != self._needless:
+                    _LOG.warning("topic %s: %s; until then no gateway can start", self._kafka.topic, too_free)
+                self._needless = too_free
 
     @contextmanager
     def _asking(self, what: str) -> Iterator[None]:
@@ -249,11 +252,6 @@ class Guard:
 
     def _trouble_is(self, troubles: Sequence[str]) -> None:
         self._trouble = unfit(self._kafka, troubles) if troubles else None
-
-    def _needless_is(self, too_free: str | None) -> None:
-        if too_free is not None and too_free != self._needless:
-            _LOG.warning("topic %s: %s; until then no gateway can start", self._kafka.topic, too_free)
-        self._needless = too_free
 
     def require(self, partition: int, last_created_at: int) -> None:
         """Return if events may be appended now, after one of this time (µs). Does not block. Raises HeldError."""
