@@ -23,8 +23,10 @@ from confluent_kafka.admin import AdminClient
 from hypothesis import settings as property_tests
 
 from services.config import PREFIX, Settings
+from services.log.kafka import KafkaLog
 from services.views.database import Views
 from tests.buckets import Bucket
+from tests.integration.kafka_stage import kafka_settings, open_kafka_log
 from tests.services.seaweed import SeaweedServer
 from tests.services.shared import read_environment
 
@@ -93,6 +95,19 @@ def kafka_url(endpoints: Endpoints) -> Iterator[str]:
         except KafkaException as error:
             if error.args[0].code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
                 raise
+
+
+@pytest.fixture
+def kafka(kafka_url: str, tmp_path: Path) -> Settings:
+    """A Kafka log of the test's own, whose topic is not made yet."""
+    return kafka_settings(kafka_url, tmp_path)
+
+
+@pytest.fixture
+async def log(kafka: Settings) -> AsyncIterator[KafkaLog]:
+    """That log, with its topic."""
+    async with open_kafka_log(kafka) as found:
+        yield found
 
 
 @pytest.fixture

@@ -6,10 +6,9 @@ import asyncio
 import base64
 import os
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -49,9 +48,7 @@ from tests.integration.kafka_stage import (
     create_in,
     cut_off,
     foreign_transaction,
-    kafka_settings,
     lone_writer,
-    open_kafka_log,
     operate,
     set_on_topic,
 )
@@ -60,17 +57,6 @@ pytestmark = pytest.mark.services
 
 # The package's types do not mark what its documentation names as exported.
 _admin: Any = confluent_kafka.admin
-
-
-@pytest.fixture
-def kafka(kafka_url: str, tmp_path: Path) -> Settings:
-    return kafka_settings(kafka_url, tmp_path)
-
-
-@pytest.fixture
-async def log(kafka: Settings) -> AsyncIterator[KafkaLog]:
-    async with open_kafka_log(kafka) as found:
-        yield found
 
 
 class DeposedLeader(Cluster):

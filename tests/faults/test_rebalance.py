@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from services.config import Settings
 from tests.contract.log_stage import ready
 from tests.faults.callers import Callers
-from tests.integration.kafka_stage import gateway, kafka_settings, open_kafka_log, shared
+from tests.integration.kafka_stage import gateway, open_kafka_log, shared
 
 pytestmark = pytest.mark.services
 
 MOVES = 3
-
-
-@pytest.fixture
-def kafka(kafka_url: str, tmp_path: Path) -> Settings:
-    return kafka_settings(kafka_url, tmp_path)
 
 
 async def test_batches_go_on_while_gateways_come_and_go(kafka: Settings) -> None:

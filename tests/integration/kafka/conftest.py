@@ -9,21 +9,7 @@ import pytest
 
 from services.blobs.local import LocalBlobStore
 from services.blobs.port import BlobStore
-from services.config import Settings
-from services.log.kafka import KafkaLog
 from services.log.state import snapshots
-from tests.integration.kafka_stage import kafka_settings, open_kafka_log
-
-
-@pytest.fixture
-def kafka(kafka_url: str, tmp_path: Path) -> Settings:
-    return kafka_settings(kafka_url, tmp_path)
-
-
-@pytest.fixture
-async def log(kafka: Settings) -> AsyncIterator[KafkaLog]:
-    async with open_kafka_log(kafka) as found:
-        yield found
 
 
 @pytest.fixture
