@@ -298,8 +298,8 @@ class Server(web.Server):
     async def let_go(self) -> None:
         """Close every connection once it has been quiet for QUIET_SECONDS. Returns when none is left.
 
-        A client that is told to go away by `Connection: close` does not come back on the connection. But one that was
-        told nothing may be sending its next request at this moment, and would lose it.
+        After an answer with `Connection: close`, a client sends no other request on that connection. After any other
+        answer it may be sending one at this moment, which would be lost.
         """
         loop = asyncio.get_running_loop()
         while self.connections:

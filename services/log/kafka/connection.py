@@ -377,7 +377,7 @@ _CAUSES = {
         "a transaction was interrupted, and the client does not know its end",
     ),
 }
-"""What operators are told of errors that pass. The client's own texts name its threads and functions."""
+"""Our words for temporary errors. The client's own texts name its threads and functions."""
 
 
 def cause_of(error: KafkaError) -> str:

@@ -598,9 +598,9 @@ class PartitionWriter:
         return PushBackError(f"partition {self.partition}: {self.trouble or 'its writer is busy'}", 2.0)
 
     def _refuse_all(self, error: ArtifactStoreError, seconds: float) -> None:
-        """Answer every request with `error`, for this many seconds or until the writer is told to stop.
+        """Answer every request with `error`, for this many seconds or until `stop`.
 
-        Confirmations are refused as well. There is no lease to record them under.
+        Confirmations are refused as well, because without a lease nothing can be recorded.
         """
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
