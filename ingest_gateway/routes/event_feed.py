@@ -78,7 +78,7 @@ async def get_events(call: Call) -> web.StreamResponse:
     since, end = await _start(call)
     follow, by_time = call.query(FOLLOW), call.query(ORDER) == "time"
     if follow and by_time:
-        raise InvalidRequestError("order=time is for what is there already: leave out follow")
+        raise InvalidRequestError("order=time reads only what the log has now: leave out follow")
     wanted = EventFilter(
         call.query(OF_PACKAGE),
         call.principal.scope(Right.READ),
