@@ -151,8 +151,6 @@ class PartitionLease(Lease):
         self._stopping = stopping
         self._in_doubt = in_doubt
         self._progressed = progressed
-        self._restored = False
-        """Whether the state has all of the log."""
         self._first_committed = False
         """Whether this lease has committed a transaction."""
         self._proven = 0.0
@@ -256,6 +254,7 @@ class PartitionLease(Lease):
         with _READ_BACK_TIME.time(), _READ_BACK_FAILURES.count_exceptions():
             last = self._read_back(values)
         self.state.confirm(last, values[-1])
+        self._remember()
 
     @property
     def proof_due(self) -> float:
@@ -319,6 +318,7 @@ class PartitionLease(Lease):
             )
         self._read_on(self._offset_of(value, ahead.end) + 1)
         self._settle(self.losses)
+        self._remember()
         return AdministrativeHead.of(event)
 
     def _skip(self, request: Confirmation) -> AdministrativeHead | LogSkipped:
@@ -424,20 +424,22 @@ class PartitionLease(Lease):
         finally:
             state, self._state = self._state, None
             if state is not None:
-                self._remember(state)
                 if state.close():
                     self._offer(state, closing=True)
             slot, self._slot = self._slot, None
             if slot is not None:
                 slot.release()
 
-    def _remember(self, state: PartitionState) -> None:
+    def _remember(self) -> None:
         """Keep in memory which record was read last: a state that is in doubt is not saved up to it.
 
-        What was remembered before stays while the log has not been read, and while it lacks something.
+        This is done at each commit and not when the lease closes: while a call to Kafka keeps it from closing, the
+        group may assign the partition to this process again. What was remembered before stays while the log has not
+        been read, and while it lacks something.
         """
-        if self._restored and self._stopped is None and not self.losses and state.anchor.next_offset:
-            witness = Witness(MEMORY, self._origin.identity, state.anchor, "of this process")
+        anchor = self.state.anchor
+        if self._stopped is None and not self.losses and anchor.next_offset:
+            witness = Witness(MEMORY, self._origin.identity, anchor, "of this process")
             self._states.remembered[self._partition] = witness
 
     def _barrier(self) -> int:
@@ -499,7 +501,7 @@ class PartitionLease(Lease):
                 else:
                     self._settle(losses)
                     self._settle_copied(barrier)
-                    self._restored = True
+                    self._remember()
                     return
             state.discard()
             self._state = None

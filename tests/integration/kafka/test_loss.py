@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 from confluent_kafka import Producer, TopicPartition
@@ -339,6 +339,41 @@ async def losses_accepted(log: KafkaLog) -> list[LossAccepted]:
     return [event.payload for event in events if isinstance(event.payload, LossAccepted)]
 
 
+async def test_a_process_remembers_what_a_lease_has_read_before_the_lease_closes(
+    kafka: Settings, log: KafkaLog
+) -> None:
+    # A call to Kafka may keep a lease from closing while the group assigns its partition to the process again.
+    await fill(kafka, log)
+    states = States(kafka.state_dir)
+    with closing(await leased(log, await log.identity(), states)) as lease:
+        before = states.remembered[0].anchor
+        assert before == lease.state.anchor
+        assert before.next_offset > 0
+        bad = await bad_record(log, 0, await asyncio.to_thread(stray, kafka, partition=0))
+    with closing(await leased(log, await log.identity(), states)) as lease:
+        assert states.remembered[0].anchor == before, "it stops before the stranger's record"
+        skip = SkipRecord(0, bad.offset, bad.digest, "ada", "a stray producer", uuid4())
+        await asyncio.to_thread(lease.record, skip, 1, lambda: None)
+        assert states.remembered[0].anchor == lease.state.anchor
+        assert lease.state.anchor.next_offset > bad.offset
+
+
+async def leased(log: KafkaLog, identity: UUID, states: States) -> PartitionLease:
+    """Take partition 0 over."""
+    return await asyncio.to_thread(
+        lambda: PartitionLease.take_over(
+            log.kafka,
+            log.cluster,
+            0,
+            identity,
+            states,
+            is_ours=lambda: True,
+            stopping=lambda: False,
+            in_doubt=lambda: False,
+        )
+    )
+
+
 async def test_a_loss_that_a_process_remembers_is_accepted_once_before_a_record_that_stops_the_partition(
     kafka: Settings, log: KafkaLog
 ) -> None:
@@ -347,18 +382,7 @@ async def test_a_loss_that_a_process_remembers_is_accepted_once_before_a_record_
     skip = SkipRecord(0, bad.offset, bad.digest, "ada", "a stray producer", uuid4())
     identity = await log.identity()
     witness = Witness(MEMORY, identity, Anchor(bad.offset + 1_000, bytes(32), 1), "of this process")
-    lease = await asyncio.to_thread(
-        lambda: PartitionLease.take_over(
-            log.kafka,
-            log.cluster,
-            0,
-            identity,
-            States(kafka.state_dir, remembered={0: witness}),
-            is_ours=lambda: True,
-            stopping=lambda: False,
-            in_doubt=lambda: False,
-        )
-    )
+    lease = await leased(log, identity, States(kafka.state_dir, remembered={0: witness}))
     with closing(lease):
         accepting = AcceptLoss(0, bad.offset + 999, bytes(32), "ada", "the disk burned", uuid4())
 
