@@ -63,10 +63,10 @@ class MemoryLog:
         assert isinstance(event.payload, AdministrativePayload)
         self.append_raw(event.payload.partition, encode(event), str(event.package_id).encode())
 
-    def truncate(self, partition: int) -> None:
-        """Lose every record of the partition, as a restore from an older copy would."""
-        self._records[partition].clear()
-        self._ends[partition] = 0
+    def truncate(self, partition: int, end: int = 0) -> None:
+        """Lose the records of the partition from this offset on, as a restore from an older copy would."""
+        self._records[partition] = [record for record in self._records[partition] if record.offset < end]
+        self._ends[partition] = end
 
     async def identity(self) -> UUID:
         self._reach()

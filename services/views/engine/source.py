@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Self
@@ -249,6 +249,10 @@ class Assignment:
         """Whether the view has another generation by now, so that this must join again."""
         self._next: dict[int, int] = {}
         """The offset to read next, by partition."""
+        self._unproven: set[int] = set()
+        """Assigned partitions from which nothing has been read yet: see `_prove`."""
+        self._began: Checkpoint | None = None
+        """Where the view stood at the last assignment."""
         self._unclaimed: dict[int, int] = {}
         """Where reading begins in partitions whose committed offset another tool has set: see `_claim`."""
         self._subscription: Subscription | None = None
@@ -328,6 +332,7 @@ class Assignment:
             return EventBatch(self._checkpoint({}), {})
         self._quiet_since = time.monotonic()
         batch = await decode(self._log, records, self._skips, since=self._checkpoint(starts), ends=ends)
+        await self._prove(ends.keys())
         await self._require_same_log()
         return batch
 
@@ -373,6 +378,8 @@ class Assignment:
         name = self._projection.name
         if partitions:
             await check_continues(self._log, name, checkpoint, partitions)
+            self._unproven.update(partitions)
+            self._began = checkpoint
         # Asked for after the checkpoint: what another member claims and folds meanwhile must not look like a reset.
         committed = await self._log.committed(name)
         if not self._reset and folds_again(name, committed, checkpoint.position, range(await self._log.partitions())):
@@ -398,6 +405,18 @@ class Assignment:
         )
         await reset(self._views, self._projection, expected=generation, patience_seconds=_RESET_SECONDS)
         raise StaleCheckpointError(f"the view {name} begins again")
+
+    async def _prove(self, partitions: Iterable[int]) -> None:
+        """Check once more, after the first batch of a partition, that the log continues what the view has folded.
+
+        The log may lose its newest events after the assignment's own check, and grow beyond where reading begins.
+        From the first batch on, the client notices that: it then knows the leader epoch of its place (KIP-320).
+        """
+        read_first = self._unproven.intersection(partitions)
+        if read_first and self._began is not None:
+            async with self._of_one_log():
+                await check_continues(self._log, self._projection.name, self._began, read_first)
+            self._unproven -= read_first
 
     async def _claim(self) -> None:
         """Commit where reading begins, with the view's generation, in partitions whose offset another tool has set.

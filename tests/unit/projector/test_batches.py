@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from artifact_store.errors import CorruptError
 from artifact_store.events import PackageFinalized
 from services.views.database import Views
+from services.views.engine.apply import catch_up
 from services.views.engine.source import Assignment
 from services.views.projections import PROJECTIONS
 from tests.memory_log import MemoryLog
@@ -73,4 +75,19 @@ async def test_progress_that_is_made_while_other_progress_is_shown_is_shown_next
     assert [offset for offset, _ in log.groups["registry"].values()] == [5]
     await assignment.show()
     assert [offset for offset, _ in log.groups["registry"].values()] == [9]
+    await assignment.leave()
+
+
+async def test_a_log_that_loses_its_tail_and_grows_before_the_first_batch_is_refused(views: Views) -> None:
+    # The assignment's check came too early, and the place has no leader epoch yet by which a client would notice.
+    log, history = MemoryLog(partitions=1, every=1000), History().fill(packages=2, files=4)
+    log.append(*history.events[:5])
+    await catch_up(views, log, REGISTRY)
+    assignment = Assignment(views, log, REGISTRY, settled)
+    await assignment.join()
+    assert len(await assignment.next_batch(0.01)) == 0
+    log.truncate(0, end=3)
+    log.append(*History(1).fill(packages=2, files=4).events[:5])
+    with pytest.raises(CorruptError, match="folded a record at offset 4 of partition 0 that the log does not hold"):
+        await assignment.next_batch(1.0)
     await assignment.leave()
