@@ -423,9 +423,8 @@ class PartitionLease(Lease):
                 tail.close()
         finally:
             state, self._state = self._state, None
-            if state is not None:
-                if state.close():
-                    self._offer(state, closing=True)
+            if state is not None and state.close():
+                self._offer(state, closing=True)
             slot, self._slot = self._slot, None
             if slot is not None:
                 slot.release()
