@@ -65,6 +65,10 @@ MAX_JSON_BYTES = 1 << 20
 _PARSED_AT_ONCE_BYTES = 64 * 1024  # a larger JSON body is parsed in a thread
 
 _HASHED_AT_ONCE_BYTES = 64 * 1024  # a larger chunk is hashed in a thread
+
+RIGHTS_SECONDS = 1.0
+"""How old what is known of the sender's rights may be when a body goes on or ends."""
+
 _MD5 = "md5"
 
 _DIGEST_HEADERS = tuple(
@@ -224,6 +228,27 @@ class Call:
             return True
         return found.grants == self.principal.grants
 
+    async def _require_rights(self) -> None:
+        """Raise UnauthenticatedError or ForbiddenError if the sender has lost rights since the request came.
+
+        A token that expires meanwhile is no loss: it was good when the request came, and many tokens live for less time
+        than a large body takes.
+        """
+        now = asyncio.get_running_loop().time()
+        if now < self._looked_at + RIGHTS_SECONDS:
+            return
+        self._looked_at, ends = now, self.valid_until
+        if ends is not None and ends <= now:
+            return
+        try:
+            found = await self.gateway.authenticate(self._authorization)
+        except UnauthenticatedError:
+            raise UnauthenticatedError("the token was revoked before the body ended", "invalid_token") from None
+        except UnavailableError:
+            return
+        if not set(self.principal.grants) <= set(found.grants):
+            raise ForbiddenError(f"{self.principal.actor} lost rights before the body ended")
+
     @contextmanager
     def when_client_leaves(self, leave: Callable[[], None]) -> Iterator[None]:
         """Call `leave` as soon as the client's connection is lost. Raises ConnectionResetError when it is already."""
@@ -372,6 +397,7 @@ class Call:
 
         Raises:
             IncompleteBodyError, MalformedHttpError, BodyTimeoutError: the body did not come to its end.
+            UnauthenticatedError, ForbiddenError: the sender has lost rights before its end.
             UnsupportedMediaTypeError: it has a Content-Encoding, which only `coded` bodies may have.
             ContentMismatchError: it is not what the headers declare.
         """
@@ -415,6 +441,7 @@ class Call:
                 raise MalformedHttpError("the body's framing is broken", {"Connection": "close"}) from None
             except OSError:
                 raise IncompleteBodyError("the body ended before its announced end") from None
+            await self._require_rights()
             if not chunk:
                 _check(hashes, self._digests)
                 return

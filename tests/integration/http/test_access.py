@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import time
 from contextlib import suppress
 from dataclasses import replace
 from uuid import uuid4
@@ -13,10 +14,13 @@ import pytest
 
 from artifact_store.events import PACKAGE_CREATED
 from ingest_gateway.app import ROUTES
+from ingest_gateway.protocol import request
 from ingest_gateway.protocol.declaration import Route
 from schemas.codec import schema_fingerprint
 from services.config import Settings
 from services.core.access import Right
+from tests.integration.conditions import until
+from tests.integration.http.test_strangers import tar
 from tests.integration.http_gateway import RunningGateway, running_gateway
 from tests.integration.http_raw import SECONDS, STALLING_BYTES, connected
 from tests.integration.tokens import Tokens, bearer, principal
@@ -178,6 +182,69 @@ async def test_a_download_ends_with_the_rights_to_it(embedded_settings: Settings
                     while piece := await client.reader.read(1 << 20):
                         came += len(piece)
             assert came < STALLING_BYTES
+
+
+TUS = ("Tus-Resumable: 1.0.0", "Content-Type: application/offset+octet-stream")
+BODIES = (
+    ("PUT {package}/files/a", b"a file"),
+    ("POST {package}/files", tar("b"), "Content-Type: application/x-tar"),
+    ("POST {package}/uploads", b"a file", *TUS, "Upload-Length: 6", "Upload-Metadata: filename Yw=="),
+    (
+        "POST /v1/packages",
+        b'{"name": "n", "producer": "p", "subject": "s", "retention_class": "scratch"}',
+        "Content-Type: application/json",
+    ),
+)
+"""Requests that become one event each: line, body and headers."""
+
+
+@pytest.mark.parametrize(("change", "answered"), [("revoked", 401), ("fewer rights", 403), ("more rights", 201)])
+async def test_what_loses_its_right_before_its_last_byte_is_not_recorded(
+    embedded_settings: Settings, monkeypatch: pytest.MonkeyPatch, change: str, answered: int
+) -> None:
+    monkeypatch.setattr(request, "RIGHTS_SECONDS", 0.0)
+    sound, other = (principal("t", Right.WRITE, producers=(producer,)) for producer in ("p", "other"))
+    tokens = Tokens()
+    async with running_gateway(embedded_settings, authenticate=tokens) as gateway:
+        package = await gateway.parts.registry.create_package("n", "p", "s", "scratch")
+        for line, body, *headers in BODIES:
+            tokens.principals["t"] = sound
+            recorded = await gateway.events()
+            async with connected(gateway.port) as client:
+                headers += ["Authorization: Bearer t", "Expect: 100-continue", f"Content-Length: {len(body)}"]
+                client.send(line.format(package=f"/v1/packages/{package}"), *headers)
+                await client.may_go_on()  # the sender has the right until here
+                client.writer.write(body[:-1])
+                if change == "revoked":
+                    del tokens.principals["t"]
+                else:
+                    kept = sound.grants if change == "more rights" else ()
+                    tokens.principals["t"] = replace(sound, grants=(*other.grants, *kept))
+                client.writer.write(body[-1:])
+                assert (await client.answer()).status == answered, line
+            assert await gateway.events() == recorded + (answered == 201), line
+
+
+async def test_what_outlives_its_token_is_recorded(
+    embedded_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens of issuers often live for less time than an upload takes."""
+    monkeypatch.setattr(request, "RIGHTS_SECONDS", 0.0)
+    ends = time.time() + 0.5
+    tokens = Tokens(t=replace(principal("t", Right.WRITE), expires_at=ends))
+
+    async def expired() -> bool:
+        return time.time() > ends
+
+    async with running_gateway(embedded_settings, authenticate=tokens) as gateway:
+        package = await gateway.parts.registry.create_package("n", "p", "s", "scratch")
+        async with connected(gateway.port) as client:
+            headers = ("Authorization: Bearer t", "Expect: 100-continue", "Content-Length: 1")
+            client.send(f"PUT /v1/packages/{package}/files/a", *headers)
+            await client.may_go_on()
+            await until(expired, 5, "time stands still")
+            client.writer.write(b"a")
+            assert (await client.answer()).status == 201
 
 
 def _base64(text: str) -> str:
