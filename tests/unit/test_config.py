@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from artifact_store.errors import ConfigurationError
 from services.config import PREFIX, Settings, table
 
 SECRET = "w0rd-that-nobody-sees"
+
+ANOTHER = 65_534
+"""A user that this process does not run as."""
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +65,16 @@ def test_a_named_file_that_others_may_write_is_refused(nowhere: Path, mode: int)
         Settings.from_env(env_file="settings")
 
 
+def test_a_named_file_of_another_user_is_refused(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (nowhere / "settings").write_text(f"{PREFIX}LISTEN=127.0.0.1:1\n")
+    if os.geteuid() == 0:
+        os.chown("settings", ANOTHER, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: ANOTHER)
+    with pytest.raises(ConfigurationError, match="settings is not read, because it belongs to another user"):
+        Settings.from_env(env_file="settings")
+
+
 def test_a_named_file_must_be_there(nowhere: Path) -> None:
     with pytest.raises(ConfigurationError, match="settings cannot be read: No such file"):
         Settings.from_env(env_file="settings")
@@ -70,6 +84,7 @@ def test_a_process_of_our_own_needs_no_file_again(nowhere: Path, monkeypatch: py
     (nowhere / ".env").write_text(f"{PREFIX}LISTEN=127.0.0.1:1\n")
     for name, value in Settings.from_env(env_file=".env").environment().items():
         monkeypatch.setenv(name, value)
+    (nowhere / ".env").unlink()  # as a pipe is gone once it was read
     assert Settings.from_env().listen == "127.0.0.1:1"
 
 

@@ -106,8 +106,11 @@ async def test_a_full_disk_loses_records_and_says_so_once(
 
 
 async def test_without_a_file_nothing_happens() -> None:
-    async with Audit(None) as audit:
-        ask(audit)
+    metrics = CollectorRegistry()
+    async with Audit(None, metrics, max_waiting=1) as audit:
+        for _ in range(3):
+            ask(audit)
+    assert lost(metrics) == 0
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:

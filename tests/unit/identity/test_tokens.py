@@ -28,7 +28,7 @@ from services.identity import oidc
 from services.identity.actors import actor_of
 from services.identity.authenticator import LOOK_SECONDS, Authenticator
 from services.identity.policy import parse_policy
-from services.identity.static_tokens import create_token, revoke_tokens
+from services.identity.static_tokens import PREFIX, create_token, is_static, revoke_tokens
 from tests.certificates import Authority
 from tests.oidc_provider import AUDIENCE, Provider, new_key, provider
 
@@ -109,6 +109,21 @@ async def test_a_sound_token_is_the_subject_with_the_rights_of_its_claims(
     assert principal.expires_at == pytest.approx(time.time() + 300, abs=5)
     other = await gate.authenticate(f"bearer  {issuer.token(sub='somebody')} ")
     assert (other.actor, rights(other)) == ("ci:somebody", set())
+
+
+async def test_each_issuer_vouches_for_its_own_subjects_alone(tmp_path: Path, issuer: Provider) -> None:
+    async with provider() as company:
+        path = write_policy(tmp_path, issuer)
+        mapped = '[[rule]]\nissuer = "sso"\nclaims = { sub = "job-7" }\ncan = ["operate"]\n'
+        path.write_text(
+            f'{path.read_text()}[[issuer]]\nalias = "sso"\nurl = "{company.url}"\naudience = ["{AUDIENCE}"]\n{mapped}'
+        )
+        async with Authenticator(policy=path) as gate:
+            of_ci, of_company = [await gate.authenticate(f"Bearer {one.token()}") for one in (issuer, company)]
+            assert (of_ci.actor, rights(of_ci)) == ("ci:job-7", {Right.READ, Right.WRITE})
+            assert (of_company.actor, rights(of_company)) == ("sso:job-7", {Right.OPERATE})
+            for signs, other in ((issuer, company), (company, issuer)):
+                await refused(gate, f"Bearer {signs.token(iss=other.url)}")
 
 
 async def test_an_expiry_beyond_all_calendars_is_the_last_second(gate: Authenticator, issuer: Provider) -> None:
@@ -485,6 +500,13 @@ async def test_a_static_token_works_until_it_is_revoked(tmp_path: Path, gate: Au
     path.unlink()
     ticks.look_again()
     await refused(gate, f"Bearer {other}")
+
+
+def test_no_part_of_a_static_token_can_be_guessed(tmp_path: Path) -> None:
+    made = [create_token(tmp_path / "tokens.json", "n", [], now=0)[1] for _ in range(40)]
+    assert all(is_static(token) for token in made)
+    assert all(len(set(digits)) > 1 for digits in zip(*(token[len(PREFIX) :] for token in made), strict=True))
+    assert len(made[0]) == len(PREFIX) + 256 // 4
 
 
 async def test_a_static_token_expires(tmp_path: Path) -> None:
