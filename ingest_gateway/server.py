@@ -95,7 +95,6 @@ async def serve(
     metrics.watch_database(lambda: opened.views.connections_in_use)
     async with (
         Authenticator.open(settings, opened.metrics) as authenticator,
-        Audit(settings.audit_file, opened.metrics) as audit,
         listening(
             opened.registry,
             opened.log,
@@ -110,7 +109,7 @@ async def serve(
             metrics_at=settings.metrics_listen,
             authenticate=authenticator.authenticate,
             logins=lambda: authenticator.logins,
-            audit=audit,
+            audit=opened.audit,
         ) as url,
     ):
         print(f"listening on {url}", file=sys.stderr, flush=True)  # noqa: T201 - the line that people wait for

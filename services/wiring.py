@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from services.blobs.port import BlobStore
+    from services.identity.audit import Audit
     from services.registry.direct import DirectRegistry
     from services.views.database import Views
 
@@ -49,6 +50,7 @@ class Parts:
     registry: DirectRegistry
     metrics: CollectorRegistry
     """Where parts show what they count."""
+    audit: Audit
 
 
 def limits_of(settings: Settings) -> Limits:
@@ -125,12 +127,13 @@ async def open_writer(
     snapshots: SnapshotStore | None = None,
     times: TimedStore | None = None,
     metrics: CollectorRegistry | None = None,
+    audit: Audit | None = None,
 ) -> AsyncIterator[CommandWriter]:
     """The writer to the log, started; with Kafka, a member of the group of writers with its internal listener.
 
     `snapshots` is where a Kafka writer leaves copies of its state, and finds one when it has none; while its clock
-    differs much from that of `times` it writes nothing. In `metrics` it
-    shows what it does.
+    differs much from that of `times` it writes nothing. In `metrics` it shows what it does, and in `audit` what the
+    internal listener refused and what operators confirmed.
     """
     if is_embedded(settings):
         from services.log.sqlite import SqliteWriter
@@ -155,6 +158,7 @@ async def open_writer(
         snapshots=snapshots,
         times=times,
         metrics=metrics,
+        audit=audit,
     ) as owned:
         yield owned
 
@@ -169,6 +173,7 @@ async def parts(settings: Settings, *, clock: Clock = system_clock) -> AsyncIter
     from artifact_store.byte_streams import from_any
     from artifact_store.manifest import manifest_digest
     from artifact_store.models import Declared
+    from services.identity.audit import Audit
     from services.registry.direct import DirectRegistry
     from services.runtime.metrics import new_registry
     from services.views.engine.apply import catch_up
@@ -213,8 +218,18 @@ async def parts(settings: Settings, *, clock: Clock = system_clock) -> AsyncIter
                 await catch_up(views, log, projection)
 
         metrics = new_registry()
+        audit = await stack.enter_async_context(Audit(settings.audit_file, metrics, clock=clock))
         writer = await stack.enter_async_context(
-            open_writer(settings, log, put_manifest, clock=clock, snapshots=blobs, times=blobs, metrics=metrics)
+            open_writer(
+                settings,
+                log,
+                put_manifest,
+                clock=clock,
+                snapshots=blobs,
+                times=blobs,
+                metrics=metrics,
+                audit=audit,
+            )
         )
         opened = DirectRegistry(
             log,
@@ -226,7 +241,7 @@ async def parts(settings: Settings, *, clock: Clock = system_clock) -> AsyncIter
             freshen=freshen if embedded else None,
         )
         stack.push_async_callback(opened.close)
-        yield Parts(settings, log, writer, blobs, views, opened, metrics)
+        yield Parts(settings, log, writer, blobs, views, opened, metrics, audit)
         if embedded:
             try:
                 await catch_up_all()

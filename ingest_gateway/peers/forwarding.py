@@ -329,10 +329,15 @@ def decode_extent(data: bytes) -> PackageExtent | None:
     raise _unreadable()
 
 
+def kind_of(confirmation: Confirmation) -> str:
+    """What the command is called by which an operator confirms this."""
+    return next(kind for kind, shape in _CONFIRMATIONS.items() if type(confirmation) is shape)
+
+
 def encode_confirmation(confirmation: Confirmation) -> bytes:
     """What an operator confirmed, as CBOR."""
-    kind = next(kind for kind, shape in _CONFIRMATIONS.items() if type(confirmation) is shape)
-    return cbor2.dumps({**asdict(confirmation), "kind": kind, "command_id": confirmation.command_id.bytes})
+    named = {"kind": kind_of(confirmation), "command_id": confirmation.command_id.bytes}
+    return cbor2.dumps({**asdict(confirmation), **named})
 
 
 def decode_confirmation(data: bytes) -> Confirmation:

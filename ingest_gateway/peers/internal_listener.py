@@ -39,11 +39,13 @@ from ingest_gateway.peers.forwarding import (
     decoded,
     encode_extent,
     encode_status,
+    kind_of,
 )
 from services.config import Settings
 from services.core.access import EVERYTHING, Grants
 from services.core.commands import Command
 from services.core.wire import VERSION, decode_check, decode_command, encode_acknowledgement, encode_error
+from services.identity.audit import Audit
 from services.log.kafka.connection import INTERFACE
 from services.log.port import PackageExtent, PartitionNotOwnedError, PartitionStatus
 from services.log.records import Confirmation
@@ -104,15 +106,17 @@ def _of_another_release() -> Iterator[None]:
 class InternalListener:
     """Listens from `open` to `close`. Until `serve` is called it answers that it owns no partition."""
 
-    def __init__(self, credentials: PeerCredentials) -> None:
+    def __init__(self, credentials: PeerCredentials, audit: Audit | None = None) -> None:
+        """`audit` has who was refused, and what operators confirmed."""
         self.url = ""
         self._credentials = credentials
+        self._audit = audit or Audit(None)
         self._here: Here | None = None
         self._taken = self._taken_bytes = 0
         self._runner: web.AppRunner | None = None
 
     @classmethod
-    async def open(cls, settings: Settings, credentials: PeerCredentials) -> Self:
+    async def open(cls, settings: Settings, credentials: PeerCredentials, audit: Audit | None = None) -> Self:
         """Bind `internal_listen` and set `url` to `internal_url`, or else to the bound address.
 
         Raises ConfigurationError: the address is invalid or taken, others cannot reach it, or it needs a certificate.
@@ -137,7 +141,7 @@ class InternalListener:
                 f"ARTIFACT_STORE_INTERNAL_URL must begin with {'https:' if secure else 'http:'}, because this gateway "
                 f"has {'a' if secure else 'no'} certificate for others"
             )
-        listener = cls(credentials)
+        listener = cls(credentials, audit)
         await listener._bind(address)
         if settings.internal_url is not None:
             listener.url = settings.internal_url.rstrip("/")
@@ -195,7 +199,22 @@ class InternalListener:
         async def carry_out(here: Here, body: bytes) -> bytes:
             with _of_another_release():
                 confirmation = decode_confirmation(body)
-            return encode_acknowledgement(await here.confirm_here(confirmation), _version_of(request))
+            status = 200
+            try:
+                return encode_acknowledgement(await here.confirm_here(confirmation), _version_of(request))
+            except ArtifactStoreError as error:
+                status = error.status
+                raise
+            finally:
+                self._audit.record(
+                    principal=None,  # the credentials are those of the deployment
+                    actor=confirmation.actor,
+                    action=f"log {kind_of(confirmation)}",
+                    allowed=True,
+                    client=request.remote or "",
+                    status=status,
+                    target=f"{confirmation.partition} {confirmation.offset}",
+                )
 
         return await self._answer(request, carry_out)
 
@@ -237,6 +256,13 @@ class InternalListener:
 
     async def _answer(self, request: web.Request, carry_out: Callable[[Here, bytes], Awaitable[bytes]]) -> web.Response:
         if not self._credentials.admits(request):
+            self._audit.record(
+                principal=None,
+                action=f"POST {request.path}",
+                allowed=False,
+                client=request.remote or "",
+                status=web.HTTPForbidden.status_code,
+            )
             raise web.HTTPForbidden
         if request.content_type != CONTENT_TYPE:
             raise web.HTTPUnsupportedMediaType

@@ -14,6 +14,7 @@ from ingest_gateway.peers.forwarding import HttpForwarder
 from ingest_gateway.peers.internal_listener import InternalListener
 from services.config import Settings
 from services.core.limits import Limits
+from services.identity.audit import Audit
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka.group_process import GroupProcess
 from services.log.kafka.writer_metrics import WriterCollector
@@ -32,10 +33,12 @@ async def kafka_writer(
     snapshots: SnapshotStore | None = None,
     times: TimedStore | None = None,
     metrics: CollectorRegistry | None = None,
+    audit: Audit | None = None,
 ) -> AsyncIterator[KafkaWriter]:
     """A started member of the group of writers for the length of the block, at whose end it hands its partitions over.
 
-    It writes nothing while its clock differs much from that of `times`. Its own metrics are added to `metrics`.
+    It writes nothing while its clock differs much from that of `times`. Its own metrics are added to `metrics`. `audit`
+    has what its internal listener refuses, and what operators confirm there.
 
     Raises ConfigurationError: the topic could lose events, or the internal listener cannot open; UnavailableError.
     """
@@ -43,7 +46,7 @@ async def kafka_writer(
         raise ConfigurationError("a Kafka log alone has writers that share its partitions")
     async with AsyncExitStack() as stack:
         credentials = await asyncio.to_thread(PeerCredentials.of, settings)
-        listener = await InternalListener.open(settings, credentials)
+        listener = await InternalListener.open(settings, credentials, audit)
         # Closed last: while the writer finishes, other gateways still learn that partitions move.
         stack.push_async_callback(listener.close)
         groups = GroupProcess(log.kafka)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from services.cli.command import answer, common_options, invocation, remark, say, table
+from services.cli.command import answer, common_options, invocation, remark, run, say, table
 from services.core.access import Right
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 _RIGHTS = ", ".join(Right)
 _COLUMNS = ("id", "name", "can", "producers", "subjects", "created", "expires")
 _MOST_CLAIMS_BYTES = 64 << 10
+
+Changed = TypeVar("Changed")
 
 
 @click.group()
@@ -56,14 +59,19 @@ def create(
 
     rights = _rights([*can, *more])
     with as_usage():
-        made, token = create_token(
-            _tokens_file(),
+        file = _tokens_file()
+        made, token = _recorded(
+            "tokens create",
             name,
-            rights,
-            producers=producers or ("*",),
-            subjects=subjects or ("*",),
-            days=expires,
-            now=time.time(),
+            lambda: create_token(
+                file,
+                name,
+                rights,
+                producers=producers or ("*",),
+                subjects=subjects or ("*",),
+                days=expires,
+                now=time.time(),
+            ),
         )
     if not rights:
         remark(f"the token has no right of its own; those of [[principal]] {name} in the policy hold")
@@ -95,11 +103,26 @@ def revoke(which: str) -> None:
     """Revoke the token of this id, or every token of this name."""
     from services.identity.static_tokens import revoke_tokens
 
-    revoked = revoke_tokens(_tokens_file(), which)
+    file = _tokens_file()
+    revoked = _recorded("tokens revoke", which, lambda: revoke_tokens(file, which))
     answer(
         {"revoked": [token.id for token in revoked]},
         "\n".join(f"revoked {token.id} of {token.name}" for token in revoked),
     )
+
+
+def _recorded(action: str, about: str, change: Callable[[], Changed]) -> Changed:
+    """What `change` returns. The audit stream has it, if the settings name one; that is opened first."""
+    from services.identity.actors import local_actor
+    from services.identity.audit import Audit
+
+    async def work() -> Changed:
+        async with Audit(invocation().settings().audit_file) as audit:
+            done = change()
+            audit.record(principal=local_actor(), action=action, allowed=True, client="localhost", target=about)
+            return done
+
+    return run(work())
 
 
 def _tokens_file() -> Path:

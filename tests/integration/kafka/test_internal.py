@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import threading
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from io import BytesIO
+from pathlib import Path
 from uuid import UUID
 
 import aiohttp
@@ -26,7 +28,14 @@ from artifact_store.models import Acknowledgement, IngestedFile
 from ingest_gateway.peers import forwarding
 from ingest_gateway.peers import internal_listener as internal
 from ingest_gateway.peers.authentication import PeerCredentials
-from ingest_gateway.peers.forwarding import CHECKS_PATH, COMMANDS_PATH, CONTENT_TYPE, WIRE_VERSION, HttpForwarder
+from ingest_gateway.peers.forwarding import (
+    CHECKS_PATH,
+    COMMANDS_PATH,
+    CONFIRMATIONS_PATH,
+    CONTENT_TYPE,
+    WIRE_VERSION,
+    HttpForwarder,
+)
 from ingest_gateway.peers.internal_listener import MAX_BODY_BYTES, InternalListener
 from schemas.identifiers import file_id
 from services.config import Settings
@@ -34,9 +43,10 @@ from services.core import wire
 from services.core.access import EVERYTHING, Grant, Grants, Packages, Right
 from services.core.commands import Command, CreatePackage, FinalizePackage
 from services.core.wire import decode_error, encode_command
+from services.identity.audit import Audit
 from services.log.kafka.connection import INTERFACE
 from services.log.port import PackageExtent, PartitionNotOwnedError, PartitionStatus
-from services.log.records import Confirmation, SkipRecord
+from services.log.records import AcceptLoss, Confirmation, SkipRecord
 from tests.commands import create, finalize, ingest
 from tests.integration.conditions import until
 from tests.services.process import free_ports
@@ -342,6 +352,32 @@ async def test_without_the_secret_nothing_is_carried_out(
         with pytest.raises(UnavailableError, match="ARTIFACT_STORE_INTERNAL_SECRET"):
             await forwarder.check_ingest(listener.url, create().package_id, ["a"], None)
     assert writer.seen == []
+
+
+async def test_the_audit_stream_has_who_is_refused_and_what_operators_confirm(tmp_path: Path) -> None:
+    file, settings = tmp_path / "audit.jsonl", Settings(internal_secret=SECRET)
+    async with Audit(file) as audit:
+        listener = await InternalListener.open(settings, PeerCredentials(SECRET), audit)
+        listener.serve(Answering())
+        about = (3, 41, b"d" * 32, "ada", "a stray producer", UUID(int=5))
+        async with HttpForwarder(PeerCredentials(SecretStr("a guess"))) as stranger:
+            with pytest.raises(UnavailableError):
+                await stranger.submit(listener.url, create())
+            with pytest.raises(UnavailableError):
+                await stranger.confirm(listener.url, SkipRecord(*about))
+        async with HttpForwarder(PeerCredentials(SECRET)) as forwarder:
+            await forwarder.submit(listener.url, create())  # the gateway that it came to has recorded it
+            for confirmation in (SkipRecord(*about), AcceptLoss(*about)):
+                await forwarder.confirm(listener.url, confirmation)
+        await listener.close()
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(one["action"], one["allowed"], one["status"], one.get("actor"), one.get("target")) for one in found] == [
+        (f"POST {COMMANDS_PATH}", False, 403, None, None),
+        (f"POST {CONFIRMATIONS_PATH}", False, 403, None, None),
+        ("log skip", True, 200, "ada", "3 41"),
+        ("log accept-loss", True, 200, "ada", "3 41"),
+    ]
+    assert {(one["principal"], one["client"]) for one in found} == {(None, "127.0.0.1")}
 
 
 async def test_a_gateway_that_is_only_starting_owns_nothing(listener: InternalListener) -> None:

@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 from joserfc import jwk
 
 from services.cli import main
+from services.identity.actors import local_actor
 from services.identity.authenticator import Authenticator
 
 POLICY = """
@@ -75,6 +76,19 @@ def test_a_token_is_made_shown_once_listed_and_revoked(folder: Path) -> None:
     assert shown("tokens", "revoke", made["id"]) == {"revoked": [made["id"]]}
     assert call("tokens", "list").stdout == ""
     call("tokens", "revoke", made["id"], code=1)
+
+
+def test_the_audit_stream_has_who_made_and_revoked_tokens(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call("tokens", "create", "unrecorded", "read")
+    monkeypatch.setenv("ARTIFACT_STORE_AUDIT_FILE", "audit.jsonl")
+    token = shown("tokens", "create", "robot", "read")["token"]
+    call("tokens", "revoke", "robot")
+    call("tokens", "revoke", "robot", code=1)  # there is none any more
+    text = (folder / "audit.jsonl").read_text()
+    found = [json.loads(line) for line in text.splitlines()]
+    assert [(one["action"], one["target"]) for one in found] == [("tokens create", "robot"), ("tokens revoke", "robot")]
+    assert {one["principal"] for one in found} == {local_actor()}
+    assert token not in text
 
 
 @pytest.mark.parametrize("rights", [["--can", "read,write"], ["--can", "read", "write"]])
