@@ -17,7 +17,7 @@ from artifact_store.registry import Registry
 from artifact_store.rules import is_loopback
 from services.config import Settings
 from services.core.limits import Limits
-from services.log.port import CommandWriter, Log, PutManifest, SnapshotStore, TimedStore
+from services.log.port import CommandWriter, Log, LogFiller, PutManifest, SnapshotStore, TimedStore
 from services.runtime.clock import Clock, system_clock
 
 if TYPE_CHECKING:
@@ -30,7 +30,17 @@ if TYPE_CHECKING:
 
 # Adapters are imported where they are chosen: loading all of them takes longer than most commands run.
 
-__all__ = ["Parts", "limits_of", "open_blobs", "open_log", "open_views", "open_writer", "parts", "registry"]
+__all__ = [
+    "Parts",
+    "limits_of",
+    "open_blobs",
+    "open_filler",
+    "open_log",
+    "open_views",
+    "open_writer",
+    "parts",
+    "registry",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -82,6 +92,19 @@ def open_log(settings: Settings) -> Log:
         settings, "kafka", _kafka_is_private(settings), "set security.protocol in ARTIFACT_STORE_KAFKA_OPTIONS"
     )
     return KafkaLog(settings)
+
+
+def open_filler(settings: Settings, log: Log) -> LogFiller:
+    """What fills `log`, which `open_log` opened by the same settings, with records from elsewhere."""
+    if is_embedded(settings):
+        from services.log.sqlite import SqliteFiller
+
+        return SqliteFiller(_sqlite_path(settings))
+    from services.log.kafka import KafkaFiller, KafkaLog
+
+    if not isinstance(log, KafkaLog):
+        raise TypeError("the log is not that of the settings")
+    return KafkaFiller(log)
 
 
 def open_blobs(settings: Settings, clock: Clock = system_clock) -> BlobStore:

@@ -132,7 +132,9 @@ class MemoryLog:
         finally:
             self.readers -= 1
 
-    async def scan(self, starts: Mapping[int, int], ends: Mapping[int, int]) -> AsyncGenerator[Batch]:
+    async def scan(
+        self, starts: Mapping[int, int], ends: Mapping[int, int], *, headers: bool = False
+    ) -> AsyncGenerator[Batch]:
         at = dict(starts)
         while behind := {p: at[p] for p in at if at[p] < ends[p]}:
             self._reach()

@@ -29,6 +29,10 @@ class Record(NamedTuple):
     value: bytes
     sequence: int | None = None
     """The number under which the log keeps the record in its package; None for a log that keeps no such numbers."""
+    timestamp: int = 0
+    """When the record was made (ms since 1970), if the scan was to give `headers`."""
+    headers: Sequence[tuple[str, str | bytes | None]] = ()
+    """The record's Kafka headers in their order, if the scan was to give them. A log without any derives them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +134,14 @@ class Log(Protocol):
             the end), UnavailableError (within a bound), CorruptError (a record cannot be decoded).
         """
 
-    def scan(self, starts: Mapping[int, int], ends: Mapping[int, int]) -> AsyncGenerator[Batch]:
+    def scan(
+        self, starts: Mapping[int, int], ends: Mapping[int, int], *, headers: bool = False
+    ) -> AsyncGenerator[Batch]:
         """Read the records of some partitions, undecoded: of each in `starts` from there to its offset in `ends`.
 
         For callers that read much and decode it elsewhere. `ends` must not lie beyond the log's end; the last
-        `next_offsets` of every partition is its end. Memory is bounded by a batch.
+        `next_offsets` of every partition is its end. Memory is bounded by a batch. Only with `headers` do the records
+        have their time and headers.
 
         Raises (on iteration): UnavailableError (within a bound), LogIdentityError (the log is made anew meanwhile),
             CorruptError (records before a start, or behind it, are gone).
@@ -335,6 +342,30 @@ class HeldError(PushBackError):
     def __init__(self, detail: str, *, own_clock: bool = False) -> None:
         super().__init__(detail, _HELD_SECONDS)
         self.own_clock = own_clock
+
+
+class LogFiller(Protocol):
+    """Fills a log that has no writer with records that were made elsewhere, in transactions. For one task."""
+
+    async def begin(self) -> None:
+        """Fence off every earlier filler and writer of the log.
+
+        Raises ConflictError: a process writes to the log now. ConfigurationError: the log could lose events.
+        UnavailableError.
+        """
+
+    async def append(self, partition: int, records: Sequence[Record]) -> None:
+        """Append these records' keys, values, times and headers to the partition in one transaction.
+
+        Of a record only these count, not its own partition and offset. May be called for several partitions at a time.
+        Raises UnavailableError: whether they were appended is unknown. ConflictError: somebody else has appended.
+        """
+
+    async def settle(self) -> None:
+        """Wait until everything that was appended can be read. Raises UnavailableError (within a bound)."""
+
+    async def close(self) -> None:
+        """Release connections."""
 
 
 class Forwarder(Protocol):

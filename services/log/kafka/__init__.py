@@ -2,11 +2,13 @@
 
 Reading begins with `log`, appending with `writer`: it joins the group of writers (`ownership`), and runs a sequencer's
 `PartitionWriter` for each partition that it is given. `driver` gives each a `lease` to append under. `topic` and
-`cluster` say what the topic is and must be, `connection` makes clients, `tail` and `subscription` read. This folder
-alone imports the Kafka client; it may import everything in `services.log` but `sqlite`.
+`cluster` say what the topic is and must be, `connection` makes clients, `tail` and `subscription` read. `filler` takes
+records that were made elsewhere. This folder alone imports the Kafka client; it may import everything in `services.log`
+but `sqlite`.
 """
 
+from services.log.kafka.filler import KafkaFiller
 from services.log.kafka.log import KafkaLog
 from services.log.kafka.writer import KafkaWriter
 
-__all__ = ["KafkaLog", "KafkaWriter"]
+__all__ = ["KafkaFiller", "KafkaLog", "KafkaWriter"]

@@ -121,7 +121,9 @@ class KafkaLog:
         finally:
             await reading.close()
 
-    async def scan(self, starts: Mapping[int, int], ends: Mapping[int, int]) -> AsyncGenerator[Batch]:
+    async def scan(
+        self, starts: Mapping[int, int], ends: Mapping[int, int], *, headers: bool = False
+    ) -> AsyncGenerator[Batch]:
         """See `Log`. One consumer and one thread while the caller iterates."""
         wanted = {p: start for p, start in starts.items() if start < ends[p]}
         if not wanted:
@@ -130,7 +132,7 @@ class KafkaLog:
         reached = await self._checked_ends(wanted, {p: ends[p] for p in wanted})
         if short := [p for p in wanted if ends[p] > reached[p]]:
             raise CorruptError(f"partition {short[0]} ends at offset {reached[short[0]]}: what lay behind it is gone")
-        scanning = _Scan(self, wanted, ends, watch)
+        scanning = _Scan(self, wanted, ends, watch, headers=headers)
         with ThreadPoolExecutor(1, thread_name_prefix="log-scan") as thread:
             loop = asyncio.get_running_loop()
             try:
@@ -227,8 +229,11 @@ def recorded(event: Event, position: Position) -> RecordedEvent:
 class _Scan:
     """Partitions read from one offset to another, undecoded. Every method blocks; for one thread."""
 
-    def __init__(self, log: KafkaLog, starts: Mapping[int, int], ends: Mapping[int, int], watch: Watch) -> None:
+    def __init__(
+        self, log: KafkaLog, starts: Mapping[int, int], ends: Mapping[int, int], watch: Watch, *, headers: bool
+    ) -> None:
         self._log = log
+        self._headers = headers
         self._watch = watch
         self._at = dict(starts)
         self._ends = {p: ends[p] for p in starts}
@@ -246,7 +251,8 @@ class _Scan:
         began = time.monotonic()
         if self._reader is None:
             self._reader = Reader(self._log.kafka, self._at, self._log.cluster)
-        found = [r for r in self._reader.take(_SCAN_BATCH, _POLL_SECONDS) if r.offset < self._ends[r.partition]]
+        taken = self._reader.take(_SCAN_BATCH, _POLL_SECONDS, headers=self._headers)
+        found = [r for r in taken if r.offset < self._ends[r.partition]]
         reached = {p: min(offset, self._ends[p]) for p, offset in self._reader.reached().items()}
         self._watch.took(reached, time.monotonic() - began)
         moved = {p: offset for p, offset in reached.items() if offset > self._at[p]}

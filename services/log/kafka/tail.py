@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from typing import Any
 from uuid import UUID
 
 from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
@@ -32,13 +33,13 @@ class Reader:
         with explaining(_DOING):
             self._consumer.assign(self._parts)
 
-    def take(self, limit: int, timeout: float) -> list[Record]:
-        """What is there, `limit` at most, after waiting `timeout` seconds at most for the first.
+    def take(self, limit: int, timeout: float, *, headers: bool = False) -> list[Record]:
+        """What is there, `limit` at most, after waiting `timeout` seconds at most for the first; see `records`.
 
         Raises UnavailableError; CorruptError when the offset to read is not in the log; ConfigurationError.
         """
         with self._reading():
-            return records(take_messages(self._consumer, limit, timeout))
+            return records(take_messages(self._consumer, limit, timeout), headers=headers)
 
     def take_exactly(self, count: int, timeout: float) -> tuple[list[bytes | None], int]:
         """Wait until `count` records are there, `timeout` seconds at most; fewer when the time is over.
@@ -94,16 +95,22 @@ def take_messages(consumer: Consumer, limit: int, timeout: float) -> list[Messag
     return found
 
 
-def records(messages: Iterable[Message]) -> list[Record]:
-    """The records; an error among the messages is raised as an error of our tree."""
+def records(messages: Iterable[Message], *, headers: bool = False) -> list[Record]:
+    """The records, with times and headers if asked; an error among the messages is raised as an error of our tree."""
     found = []
     for message in messages:
         partition, offset = message.partition(), message.offset()
         if message.error() is not None or partition is None or offset is None:
             _checked(message)
         else:
-            found.append(Record(partition, offset, message.key() or b"", message.value() or b""))
+            record = Record(partition, offset, message.key() or b"", message.value() or b"")
+            found.append(_whole(record, message) if headers else record)
     return found
+
+
+def _whole(record: Record, message: Message) -> Record:
+    found: Any = message.headers() or ()
+    return record._replace(timestamp=message.timestamp()[1], headers=tuple(found))
 
 
 def _checked(message: Message) -> int:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import re
 import sqlite3
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from uuid import UUID
 
 from artifact_store.errors import ConfigurationError, CorruptError, InvalidPositionError
-from artifact_store.events import Event, RecordedEvent
+from artifact_store.events import Event, PackageCreated, RecordedEvent
 from artifact_store.position import Position
+from schemas.headers import headers as headers_of
 from services.log.port import Batch, PackageExtent, Record, Settled, StartOffsets, Subscription
 from services.log.sqlite.file import (
     BATCH_RECORDS,
@@ -105,11 +107,16 @@ class SqliteLog:
                     return
                 await asyncio.sleep(poll_seconds)
 
-    async def scan(self, starts: Mapping[int, int], ends: Mapping[int, int]) -> AsyncGenerator[Batch]:
+    async def scan(
+        self, starts: Mapping[int, int], ends: Mapping[int, int], *, headers: bool = False
+    ) -> AsyncGenerator[Batch]:
         """See `Log`."""
         at, end = starts.get(PARTITION, 0), ends.get(PARTITION, 0)
+        derived = _DerivedHeaders() if headers else None
         while at < end:
             records = await self._readers.run(_between(at, end))
+            if derived is not None:
+                records = await self._readers.run(derived.added_to(records))
             if not records:
                 raise CorruptError("the log is shorter than it was: what was read before is not in it any more")
             at = records[-1].offset + 1
@@ -230,6 +237,39 @@ class _Cursor:
 
 def _between(offset: int, end: int) -> Callable[[LogFile], list[Record]]:
     return lambda file: records_from(file.connection, offset, end, BATCH_RECORDS)
+
+
+_REMEMBERED = 10_000
+"""Of so many packages it is remembered how they were created."""
+
+
+class _DerivedHeaders:
+    """The headers that a Kafka log would have given to the records. For one scan."""
+
+    def __init__(self) -> None:
+        self._created: OrderedDict[UUID, PackageCreated] = OrderedDict()
+
+    def added_to(self, records: list[Record]) -> Callable[[LogFile], list[Record]]:
+        """The records with time and headers. Raises CorruptError when one is no event."""
+        return lambda file: [self._with_headers(file, record) for record in records]
+
+    def _with_headers(self, file: LogFile, record: Record) -> Record:
+        event = decoded(record)
+        found = headers_of(event, file.identity, self._creation(file, event))
+        return record._replace(timestamp=event.created_at // 1000, headers=tuple(found.items()))
+
+    def _creation(self, file: LogFile, event: Event) -> PackageCreated | None:
+        package = event.package_id
+        created = event.payload if isinstance(event.payload, PackageCreated) else self._created.pop(package, None)
+        if created is None:
+            for record in package_records_from(file.connection, package, 0, None, 1):
+                payload = decoded(record).payload
+                created = payload if isinstance(payload, PackageCreated) else None
+        if created is not None:
+            self._created[package] = created
+            if len(self._created) > _REMEMBERED:
+                self._created.popitem(last=False)
+        return created
 
 
 def _start(since: Position, identity: UUID, end: int) -> int:

@@ -339,7 +339,9 @@ async def test_a_retry_while_events_arrive_loses_and_doubles_nothing(
 class _Interrupted(MemoryLog):
     """Does something whenever a retry has read a batch and not yet gone on."""
 
-    async def scan(self, starts: Mapping[int, int], ends: Mapping[int, int]) -> AsyncGenerator[Batch]:
+    async def scan(
+        self, starts: Mapping[int, int], ends: Mapping[int, int], *, headers: bool = False
+    ) -> AsyncGenerator[Batch]:
         async with aclosing(super().scan(starts, ends)) as batches:
             async for batch in batches:
                 meanwhile, self.meanwhile = self.meanwhile, None

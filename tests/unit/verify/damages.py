@@ -45,7 +45,9 @@ def at(scene: Scene, index: int, event: Event) -> None:
 class TornLog(MemoryLog):
     """A log that has lost what came behind its last record."""
 
-    async def scan(self, starts: Mapping[int, int], ends: Mapping[int, int]) -> AsyncGenerator[Batch]:
+    async def scan(
+        self, starts: Mapping[int, int], ends: Mapping[int, int], *, headers: bool = False
+    ) -> AsyncGenerator[Batch]:
         async for batch in super().scan(starts, ends):
             yield batch
         raise CorruptError("records are gone")
