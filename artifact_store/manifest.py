@@ -51,6 +51,15 @@ def content_key(blake3: bytes) -> str:
     return f"blobs/blake3/{text[:2]}/{text[2:4]}/{text}"
 
 
+def digest_of_key(key: str) -> bytes | None:
+    """The BLAKE3 digest (32 raw bytes) that a content-addressed key names; None for every other key."""
+    try:
+        digest = bytes.fromhex(key.rpartition("/")[2])
+    except ValueError:
+        return None
+    return digest if key == content_key(digest) else None
+
+
 @dataclass(frozen=True, slots=True)
 class ManifestPackage:
     """The package as the manifest names it; times in µs since 1970, UTC."""

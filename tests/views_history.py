@@ -64,6 +64,15 @@ class History:
         files = tuple(stored_file(path, self._random.randbytes(8), self._now) for path in paths)
         self._decide(IngestFiles(package_id, self._draw(), "tester", files))
 
+    def ingest_stored(self, package_id: UUID, files: Sequence[StoredFile]) -> None:
+        """Ingest files that are stored, in one command."""
+        self._decide(IngestFiles(package_id, self._draw(), "tester", tuple(files)))
+
+    def take(self) -> Sequence[Event]:
+        """All events so far; they and their packages are forgotten."""
+        taken, self.events, self._states = self.events, [], {}
+        return taken
+
     def finalize(self, package_id: UUID, *, inline: bool = True) -> None:
         """Finalize the package; with `inline` False its manifest is a claim check."""
         limits = Limits() if inline else Limits(inline_manifest_bytes=0)

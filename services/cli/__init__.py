@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import click
 
+from services.cli.archive import log
 from services.cli.command import Root, common_options
 from services.cli.doctor import doctor
 from services.cli.login import login, logout, whoami
 from services.cli.read import manifest, packages, show, tail, usage
-from services.cli.repair import log, parked
+from services.cli.repair import parked
 from services.cli.replay import digest, replay
 from services.cli.run import gateway, migrate, projector, serve
 from services.cli.status import status

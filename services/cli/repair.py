@@ -173,7 +173,11 @@ def _known(projection: str | None) -> str | None:
 @click.group()
 @common_options()
 def log() -> None:
-    """Confirm what stops a partition of the log, through the running gateway that writes to it."""
+    """Repair, back up, restore and copy the log.
+
+    `skip` and `accept-loss` confirm what stops a partition, through the running gateway that writes to it. The others
+    open the log themselves.
+    """
 
 
 def _of_one_record(command: Callable[..., None]) -> Callable[..., None]:

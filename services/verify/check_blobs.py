@@ -18,7 +18,7 @@ from itertools import groupby
 from blake3 import blake3
 
 from artifact_store.errors import ArtifactStoreError, CorruptError, UnavailableError
-from artifact_store.manifest import content_key
+from artifact_store.manifest import content_key, digest_of_key
 from artifact_store.models import Declared
 from services.blobs.port import BlobStore
 from services.blobs.resumable.states import UploadStates
@@ -98,7 +98,7 @@ class BlobCheck:
         except UnavailableError as error:
             await self._complain_unreadable(claims, error)
             return
-        address = _address(key)
+        address = digest_of_key(key)
         damaged = bool(found.broken) and not found.sound if address is None else found.digest != address
         if not damaged:
             await self._complain(found.broken, "blob-claim", "is whole and has other digests")
@@ -125,7 +125,7 @@ class BlobCheck:
             size = await self._blobs.size(aside) or 0  # an upload may have put bytes of another length there
             again = await self._read(aside, size, claims)
             await self._keep(aside, [claim for claim in again.sound if claim not in sound])
-            address = _address(key)
+            address = digest_of_key(key)
             if again.digest == address:
                 whole = self._blobs.read(aside, 0, size)
                 await self._blobs.store(whole, declared=Declared(size, address), max_bytes=size)
@@ -193,15 +193,6 @@ class BlobCheck:
 
 def _fits(claim: Claim, size: int) -> bool:
     return size == claim.length if claim.whole else size >= claim.start + claim.length
-
-
-def _address(key: str) -> bytes | None:
-    """The BLAKE3 digest (32 raw bytes) that a content-addressed key names."""
-    try:
-        digest = bytes.fromhex(key.rpartition("/")[2])
-    except ValueError:
-        return None
-    return digest if key == content_key(digest) else None
 
 
 _log = logging.getLogger(__name__)

@@ -1,0 +1,140 @@
+"""Archives of many events: the time grows as their number does, memory does not, and a registry is restored from one.
+
+`pytest -s` shows what was measured.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from artifact_store.byte_streams import from_any
+from artifact_store.models import Declared
+from services.blobs.port import BlobStore
+from services.config import Settings
+from services.log.kafka import KafkaFiller, KafkaLog
+from services.wiring import open_blobs, open_log
+from tests.archives import FILES, as_records, digests_of, long_history
+from tests.buckets import Bucket
+from tests.conftest import Endpoints
+from tests.integration.kafka.test_archive import another
+from tests.integration.kafka_stage import open_kafka_log
+
+pytestmark = [pytest.mark.services, pytest.mark.processes, pytest.mark.endurance]
+
+FEW, MANY = (int(os.environ.get("ARCHIVE_EVENTS", "300000")) // part for part in (3, 1))
+MOST_MIB = 350
+MORE_MIB = 48
+"""Most memory of a command, and how much more it may take for three times as many events."""
+
+_PER_FLUSH = 50
+"""So many packages are written at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a command took and printed. `processor` and `wall` in s, `mib` at its most."""
+
+    wall: float
+    processor: float
+    mib: float
+    answer: Mapping[str, Any]
+
+
+def measured(settings: Settings, *arguments: str | Path) -> Run:
+    """Run a command in a process of its own."""
+    began = time.monotonic()
+    command = [sys.executable, "-m", "services.cli", *map(str, arguments), "--json", "--quiet"]
+    environment = {**os.environ, **settings.environment()}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with process.stdout as printed:
+        told = printed.read()
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0, told
+    found = Run(time.monotonic() - began, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024, json.loads(told))
+    print(f"{' '.join(map(str, arguments[:2]))}: {found}")  # noqa: T201 - figures for people
+    return found
+
+
+async def fill(log: KafkaLog, events: int, blobs: BlobStore | None = None) -> None:
+    """Fill the log with packages of 100 events each, and the store with their packs."""
+    identity, filler = await log.identity(), KafkaFiller(log)
+    await filler.begin()
+    waiting: dict[int, list[Any]] = {}
+    backend = "local" if blobs is None else blobs.backend_id
+    for number, (made, pack) in enumerate(long_history(events // (FILES + 2), backend), 1):
+        partition = log.partition_of(made[0].package_id)
+        waiting.setdefault(partition, []).extend(as_records(made, identity, partition))
+        if blobs is not None:
+            await blobs.store(from_any(pack), declared=Declared(len(pack)), max_bytes=len(pack))
+        if number % _PER_FLUSH == 0 or number == events // (FILES + 2):
+            for p, records in waiting.items():
+                await filler.append(p, records)
+            waiting.clear()
+    await filler.settle()
+    await filler.close()
+
+
+async def test_time_grows_as_the_events_do_and_memory_does_not(kafka: Settings, tmp_path: Path) -> None:
+    runs: dict[int, list[Run]] = {}
+    for events in (FEW, MANY):
+        async with another(kafka, f"from-{events}") as log, another(kafka, f"to-{events}", kafka_partitions=5) as new:
+            await log.migrate()
+            await fill(log, events)
+            source = replace(kafka, log_url=f"{kafka.log_url}-from-{events}")
+            target = replace(kafka, log_url=f"{kafka.log_url}-to-{events}", kafka_partitions=5)
+            file = replace(kafka, log_url=f"sqlite:///{tmp_path}/{events}.db")
+            archive = tmp_path / f"{events}.archive"
+            runs[events] = [
+                await asyncio.to_thread(measured, source, "log", "export", archive),
+                await asyncio.to_thread(measured, target, "log", "import", archive),
+                await asyncio.to_thread(measured, file, "log", "import", archive),
+            ]
+            assert [run.answer["events"] for run in runs[events]] == [events] * 3
+            if events == MANY:
+                embedded = open_log(file)
+                digests = [await digests_of(each, tmp_path) for each in (log, new, embedded)]
+                await embedded.close()
+                assert digests[0] == digests[1] == digests[2]
+    for few, many in zip(runs[FEW], runs[MANY], strict=True):
+        # The processor's time, because others may use the machine meanwhile.
+        assert many.processor <= 1.25 * MANY / FEW * few.processor
+        assert many.mib <= min(MOST_MIB, few.mib + MORE_MIB)
+
+
+async def test_a_registry_is_restored_into_an_empty_cluster(
+    real_settings: Settings, endpoints: Endpoints, tmp_path: Path
+) -> None:
+    keys = (endpoints.s3_access_key, endpoints.s3_secret_key, endpoints.s3_region)
+    blobs = open_blobs(real_settings)
+    async with open_kafka_log(real_settings) as log, another(real_settings, "restored") as restored:
+        await fill(log, MANY, blobs)
+        await blobs.close()
+        archive = tmp_path / "all.archive"
+        exported = await asyncio.to_thread(measured, real_settings, "log", "export", archive, "--blobs")
+        with Bucket(endpoints.s3, *keys) as bucket:
+            settings = replace(real_settings, log_url=f"{real_settings.log_url}-restored", **bucket.settings)
+            imported = await asyncio.to_thread(measured, settings, "log", "import", archive, "--blobs")
+            assert await digests_of(log, tmp_path) == await digests_of(restored, tmp_path)
+            views = replace(settings, views_url=f"sqlite+aiosqlite:///{tmp_path}/views.db")
+            await asyncio.to_thread(measured, views, "migrate")
+            for projection in ("registry", "retention", "usage"):
+                await asyncio.to_thread(measured, views, "replay", projection, "--in-place")
+            verified = await asyncio.to_thread(measured, views, "verify", "--bytes")
+    assert imported.answer["digest"] == exported.answer["digest"]
+    assert verified.answer["violation_count"] == verified.answer["healed"] == 0
+    assert verified.answer["files"] == MANY // (FILES + 2) * FILES
+    assert exported.mib < MOST_MIB
+    assert imported.mib < MOST_MIB
