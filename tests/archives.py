@@ -107,9 +107,9 @@ def long_history(packages: int, backend_id: str = "local") -> Iterator[tuple[Seq
         pack, at, files = b"".join(contents), 0, []
         key = content_key(blake3(pack).digest())
         for i, content in enumerate(contents):
-            about = (len(content), blake3(content).digest(), hashlib.sha256(content).digest())
-            where = (backend_id, key, at, len(content), START)
-            files.append(StoredFile(f"run/{i:03}.csv", "text/csv", *about, *where))
+            size, digest, sha256 = len(content), blake3(content).digest(), hashlib.sha256(content).digest()
+            name = f"run/{i:03}.csv"
+            files.append(StoredFile(name, "text/csv", size, digest, sha256, backend_id, key, at, size, START))
             at += len(content)
         history.ingest_stored(package_id, files)
         history.finalize(package_id)

@@ -146,7 +146,7 @@ async def test_a_deposed_leader_that_lacks_records_is_no_proof_of_a_loss(
     asked: Counter[tuple[int, ...]] = Counter()
 
     class FromDeposedLeader(Reader):
-        def take(self, limit: int, timeout: float) -> list[Record]:
+        def take(self, limit: int, timeout: float, *, headers: bool = False) -> list[Record]:
             asked[tuple(self.reached())] += 1
             if asked[tuple(self.reached())] == 1:
                 raise CorruptError("the offset is not in the log any more")
