@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     )
     from artifact_store.events import RecordedEvent
     from artifact_store.manifest import ContentAddress, Manifest
-    from artifact_store.models import Acknowledgement, Declared, File, Package, PackageFilter, Page
+    from artifact_store.models import Acknowledgement, Declared, EventFilter, File, Package, PackageFilter, Page
     from artifact_store.position import Position
     from artifact_store.registry import Registry
     from artifact_store.transfers.pull import Pulled, pull
@@ -58,6 +58,7 @@ __all__ = [
     "CorruptError",
     "Declared",
     "DuplicateRelativePathError",
+    "EventFilter",
     "File",
     "FileSource",
     "FileStream",
@@ -91,7 +92,7 @@ _MODULES = {
     "client.transport": ("RetryPolicy",),
     "events": ("RecordedEvent",),
     "manifest": ("ContentAddress", "Manifest"),
-    "models": ("Acknowledgement", "Declared", "File", "Package", "PackageFilter", "Page"),
+    "models": ("Acknowledgement", "Declared", "EventFilter", "File", "Package", "PackageFilter", "Page"),
     "position": ("Position",),
     "registry": ("Registry",),
     "transfers.pull": ("Pulled", "pull"),

@@ -5,7 +5,7 @@ They are the same from the database and over HTTP.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Set
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 from uuid import UUID
@@ -70,6 +70,39 @@ class PackageFilter:
     status: str | None = None
     retention_class: str | None = None
     manifest_digest: ContentAddress | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EventFilter:
+    """Which events to read: those that have one of the values of each field. An empty set stands for all values.
+
+    Producers, subjects and retention classes are those that packages were created with. The feed over HTTP, `Registry`
+    and the command line filter by it.
+    """
+
+    package_id: UUID | None = None
+    producers: Set[str] = frozenset()
+    subjects: Set[str] = frozenset()
+    retention_classes: Set[str] = frozenset()
+    types: Set[str] = frozenset()
+    """Types with their versions, such as `v1.package.finalized`."""
+
+    @property
+    def needs_origins(self) -> bool:
+        """Whether an event alone does not tell: what its package was created with decides as well."""
+        return bool(self.producers or self.subjects or self.retention_classes)
+
+    def takes(self, package_id: UUID, event_type: str) -> bool:
+        """Whether it takes events of this type and package, as far as the event alone tells."""
+        return self.package_id in (None, package_id) and (not self.types or event_type in self.types)
+
+    def includes(self, producer: str, subject: str, retention_class: str) -> bool:
+        """Whether it takes events of packages that were created with these."""
+        return (
+            (not self.producers or producer in self.producers)
+            and (not self.subjects or subject in self.subjects)
+            and (not self.retention_classes or retention_class in self.retention_classes)
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Sequence
-from typing import IO, Any, Literal
+from dataclasses import replace
+from datetime import datetime
+from typing import IO, Any, Literal, TypeAlias
 from uuid import UUID
 
 from artifact_store.archives.bundle import Bundle, Group, NamedFile
 from artifact_store.byte_streams import from_any
+from artifact_store.documents import times
 from artifact_store.errors import InvalidRequestError, PackageNotFoundError
 from artifact_store.events import RecordedEvent
 from artifact_store.manifest import ContentAddress
@@ -19,6 +22,7 @@ from artifact_store.models import (
     DEFAULT_PAGE,
     Acknowledgement,
     Declared,
+    EventFilter,
     File,
     Package,
     PackageFilter,
@@ -29,6 +33,43 @@ from artifact_store.position import Position
 
 ByteStream = AsyncIterable[bytes] | Iterable[bytes] | IO[bytes] | bytes
 ManifestFormat = Literal["cbor", "json"]
+Order = Literal["log", "time"]
+
+NOW: Literal["now"] = "now"
+"""The log's end, at the time of the request."""
+
+Since: TypeAlias = Position | datetime | str | None
+"""Where a reader asks to begin: after a position, at a time, at the log's end (`now`), or at its start (None).
+
+A text is one of the first three, as HTTP and the command line take it: a position, an RFC 3339 time, `now`.
+"""
+
+Start: TypeAlias = Position | int | Literal["now"] | None
+"""The same, with a time in µs since 1970."""
+
+
+def start_of(since: Since) -> Start:
+    """Read where to begin. Raises InvalidPositionError; InvalidRequestError for a time without its offset from UTC."""
+    if isinstance(since, datetime):
+        since = since.isoformat()
+    if not isinstance(since, str):
+        return since
+    if since == NOW:
+        return NOW
+    if "T" not in since[:11] or ":" not in since:  # no position has a colon
+        return Position.parse(since)
+    try:
+        return times.from_text(since.replace(" ", "+"))  # a plus that was not percent-encoded
+    except (ValueError, OverflowError):
+        raise InvalidRequestError("since must be a position, an RFC 3339 time with its offset, or `now`") from None
+
+
+def start_text(start: Start) -> str | None:
+    """The text that `start_of` reads again; None for the log's start."""
+    if isinstance(start, int):
+        return times.to_text(start)
+    return None if start is None else str(start)
+
 
 ANYONE = "anonymous"
 """The actor when nobody is named. Through a gateway it becomes whoever the gateway takes the sender for."""
@@ -120,20 +161,24 @@ class Registry(ABC):
         since_sequence: int = 0,
         poll_interval_seconds: float = 0.5,
         package_id: UUID | None = None,
-        since: Position | str | None = None,
+        since: Since = None,
+        *,
+        where: EventFilter | None = None,
     ) -> AsyncIterator[RecordedEvent]:
         """Follow events for as long as the caller iterates; in order per package.
 
-        `since_sequence` skips a package's events up to that number, and needs `package_id`. `since` continues after a
-        position. `poll_interval_seconds` is how late an event of the embedded log may be seen.
+        `since_sequence` skips a package's events up to that number, and needs `package_id`. `since` and `where` are
+        those of `read_events`. `poll_interval_seconds` is how late an event of the embedded log may be seen.
 
         Raises:
-            InvalidRequestError: a sequence without a package. InvalidPositionError, LogIdentityError: a bad `since`.
+            InvalidRequestError: a sequence without a package, or a bad `since`. InvalidPositionError, LogIdentityError:
+                a position that is no place in this log.
         """
         if since_sequence and package_id is None:
             raise InvalidRequestError("since_sequence needs a package_id: sequences count within a package")
-        position = Position.parse(since) if isinstance(since, str) else since
-        events = self.read_events(position, package_id=package_id, follow=True, poll_seconds=poll_interval_seconds)
+        events = self.read_events(
+            since, package_id=package_id, where=where, follow=True, poll_seconds=poll_interval_seconds
+        )
         async for event in events:
             if event.sequence > since_sequence:
                 yield event
@@ -281,13 +326,33 @@ class Registry(ABC):
     @abstractmethod
     def read_events(
         self,
-        since: Position | None = None,
+        since: Since = None,
         *,
         package_id: UUID | None = None,
+        where: EventFilter | None = None,
         follow: bool = False,
+        order: Order = "log",
         poll_seconds: float = 0.1,
     ) -> AsyncIterator[RecordedEvent]:
-        """Events after `since`, up to the log's end at the time of the call; with `follow`, without end."""
+        """Events that `where` takes, from `since` up to the log's end at the time of the call; with `follow`, on.
+
+        `package_id` asks for one package, as the same field of `where` does. Order `log` is that of the log: in order
+        per package, otherwise partition by partition. Order `time` is by `created_at`, and excludes `follow`.
+
+        Raises (on iteration) InvalidRequestError, InvalidPositionError, LogIdentityError, UnavailableError.
+        """
+
+
+def filter_of(where: EventFilter | None, package_id: UUID | None, order: Order, *, follow: bool) -> EventFilter:
+    """The filter of `read_events` with these arguments. Raises InvalidRequestError if they exclude each other."""
+    if follow and order == "time":
+        raise InvalidRequestError("the order of time is that of what the log has now: leave out follow")
+    where = where or EventFilter()
+    if package_id is None:
+        return where
+    if where.package_id not in (None, package_id):
+        raise InvalidRequestError("the filter names another package than package_id")
+    return replace(where, package_id=package_id)
 
 
 async def find_frozen(registry: Registry, manifest: ContentAddress) -> UUID:

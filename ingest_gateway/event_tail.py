@@ -8,20 +8,20 @@ from the shared tail. Clients that read to the log's end and stop share the same
 from __future__ import annotations
 
 import asyncio
-import heapq
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence, Set
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Self
 from uuid import UUID
 
 from artifact_store.documents.event_lines import event_head
-from artifact_store.errors import CorruptError, InvalidPositionError, InvalidRequestError, UnavailableError
+from artifact_store.errors import CorruptError, InvalidPositionError, UnavailableError
 from artifact_store.events import PackageFinalized, RecordedEvent
+from artifact_store.models import EventFilter
 from artifact_store.position import Position
 from services.log.port import Log, PackageExtent
-from services.registry.origins import EventFilter, Origins
+from services.registry.origins import Origins, in_order_of_time
 
 ROOM_BYTES = 8 << 20
 """Bytes of the tail that are kept for followers that lag a little."""
@@ -37,9 +37,6 @@ PATIENCE_SECONDS = 2.0
 
 MARK_SECONDS = 5.0
 """How often a client whose events are all filtered out gets its position."""
-
-MOST_BY_TIME = 64
-"""Of so many partitions events are read in the order of time, which takes a reader for each."""
 
 _AT_ONCE_BYTES = 64 * 1024
 _BREATH = 50
@@ -241,10 +238,7 @@ class Tail:
             seen = True
             async for event in events:
                 at.position = event.position
-                self._origins.note(event)
-                seen = wanted.takes(event.package_id, event.event_type) and not await self._origins.hidden(
-                    {event.package_id}, wanted
-                )
+                seen = await self._origins.shows(event, wanted)
                 if seen:
                     head = event_head(event, manifest=form.manifests)
                     yield form.frame(event.event_type, head, str(event.position))
@@ -275,42 +269,6 @@ class _Standing:
 
     position: Position | None
     caught_up: bool = False
-
-
-async def in_order_of_time(log: Log, since: Position | None, until: Position) -> AsyncGenerator[RecordedEvent]:
-    """Events after `since` up to `until` by `created_at`, of equal times by partition.
-
-    Within a partition they are in this order already. Each partition has a reader of its own until the end. Raises as
-    `Log.read`; InvalidRequestError when there are too many partitions.
-    """
-    offsets = {} if since is None else dict(since.offsets)
-    if since is not None:
-        since.require(until.log)
-        if not until.covers(since):
-            raise InvalidPositionError("the position is beyond the end of the log")
-    behind = [p for p, end in until.offsets.items() if offsets.get(p, 0) < end]
-    if len(behind) > MOST_BY_TIME:
-        raise InvalidRequestError(
-            f"by time, events of {MOST_BY_TIME} partitions can be read at most, and these lie in {len(behind)}: "
-            "read them as they lie, and sort them by created_at"
-        )
-    async with AsyncExitStack() as readers:
-        waiting: list[tuple[int, int, RecordedEvent, AsyncGenerator[RecordedEvent]]] = []
-
-        async def wait_for_next(partition: int, events: AsyncGenerator[RecordedEvent]) -> None:
-            event = await anext(events, None)
-            if event is not None:
-                heapq.heappush(waiting, (event.created_at, partition, event, events))
-
-        for p in behind:
-            alone = Position(until.log, {**until.offsets, p: offsets.get(p, 0)})
-            events = log.read(alone, until=until)
-            await wait_for_next(p, await readers.enter_async_context(aclosing(events)))
-        while waiting:
-            _, partition, event, events = heapq.heappop(waiting)
-            offsets[partition] = event.position.offsets[partition]
-            yield replace(event, position=Position(until.log, dict(offsets)))
-            await wait_for_next(partition, events)
 
 
 def _framed(

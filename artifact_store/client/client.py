@@ -55,14 +55,23 @@ from artifact_store.models import (
     DEFAULT_PAGE,
     Acknowledgement,
     Declared,
+    EventFilter,
     File,
     Package,
     PackageFilter,
     Page,
     UsageTotal,
 )
-from artifact_store.position import Position
-from artifact_store.registry import ANYONE, ByteStream, ManifestFormat, Registry
+from artifact_store.registry import (
+    ANYONE,
+    ByteStream,
+    ManifestFormat,
+    Order,
+    Registry,
+    Since,
+    filter_of,
+    start_of,
+)
 from artifact_store.rules import check_header_text, check_path, check_text, metadata_text
 
 _OPEN = "created"
@@ -383,10 +392,12 @@ class Client(Registry):
 
     def read_events(
         self,
-        since: Position | None = None,
+        since: Since = None,
         *,
         package_id: UUID | None = None,
+        where: EventFilter | None = None,
         follow: bool = False,
+        order: Order = "log",
         poll_seconds: float = 0.1,
     ) -> AsyncIterator[RecordedEvent]:
         """As `Registry.read_events`. A gateway sends events as they come, so `poll_seconds` has no effect."""
@@ -394,7 +405,8 @@ class Client(Registry):
             follow_events,  # its models take time to load, and only readers of events need them
         )
 
-        return follow_events(self._transport, since, package_id, follow=follow)
+        wanted = filter_of(where, package_id, order, follow=follow)
+        return follow_events(self._transport, start_of(since), wanted, follow=follow, order=order)
 
     async def _below(self, package_id: UUID, path: str, wait_sequence: int | None, **query: object) -> Answer:
         """GET something below a package, once the view shows what this client wrote."""

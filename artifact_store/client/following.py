@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from uuid import UUID
 
 import aiohttp
 
 from artifact_store.client.transport import Transport, unavailable
-from artifact_store.documents.event_lines import parse_event
+from artifact_store.documents.event_lines import parse_event, position_in
+from artifact_store.documents.http import LOG_END
 from artifact_store.errors import CorruptError, UnavailableError
 from artifact_store.events import RecordedEvent
+from artifact_store.models import EventFilter
 from artifact_store.position import Position
+from artifact_store.registry import NOW, Order, Start, start_text
 
 _LONGEST_LINE_BYTES = 16 << 20
 _BARREN_CONNECTIONS = 5
@@ -23,29 +25,46 @@ _PAUSE_SECONDS = 0.5
 
 
 async def follow_events(
-    transport: Transport, since: Position | None, package_id: UUID | None, *, follow: bool
+    transport: Transport, start: Start, wanted: EventFilter, *, follow: bool, order: Order = "log"
 ) -> AsyncIterator[RecordedEvent]:
-    """Events after `since`, as `Registry.read_events` promises: each once, over any number of connections.
+    """Events from `start` on, as `Registry.read_events` promises: each once, over any number of connections.
 
     Raises what the answer stands for, UnavailableError when the gateway stays away, CorruptError for a line that is no
     event.
     """
-    position = since
+    named = {
+        "producer": sorted(wanted.producers),
+        "subject": sorted(wanted.subjects),
+        "retention_class": sorted(wanted.retention_classes),
+        "type": sorted(wanted.types),
+    }
+    asked = {
+        "package_id": wanted.package_id,
+        **named,
+        "positions": "true" if any(named.values()) else None,
+        "order": order if order == "time" else None,
+        "follow": "true" if follow else None,
+    }
     barren = 0
     while True:
         began = time.monotonic()
-        query = {"since": position, "package_id": package_id, "follow": "true" if follow else None}
         response = await transport.open(
             "/v1/events",
-            query=query,
+            query={"since": start_text(start), **asked},
             headers={"Accept": "application/x-ndjson"},
             endless=follow,
         )
         try:
+            if start == NOW and LOG_END in response.headers:
+                # After a lost connection, `now` would be later.
+                start = Position.parse(response.headers[LOG_END])
             async for line in _lines(transport, response):
-                event = parse_event(line)
                 barren = 0
-                position = event.position
+                if (passed := position_in(line)) is not None:
+                    start = passed  # events were passed over, and need not be looked through again
+                    continue
+                event = parse_event(line)
+                start = event.position
                 yield event
             if not follow:
                 return

@@ -283,7 +283,7 @@ def _socket(address: aiohttp.AddrInfoType) -> socket.socket:
 
 def _query_text(query: Mapping[str, object] | None) -> str:
     given = {name: value for name, value in (query or {}).items() if value is not None}
-    return "?" + urlencode(given, quote_via=quote) if given else ""
+    return "?" + urlencode(given, doseq=True, quote_via=quote) if given else ""
 
 
 def log_retry(error: ArtifactStoreError, seconds: float) -> None:

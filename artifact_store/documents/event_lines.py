@@ -16,7 +16,7 @@ from pydantic import Base64Bytes, Field, TypeAdapter
 from artifact_store.canonical import jcs
 from artifact_store.documents import times
 from artifact_store.documents.shapes import Answer, Hex32, SequenceNumber, Size, TimeText
-from artifact_store.errors import CorruptError
+from artifact_store.errors import CorruptError, InvalidPositionError
 from artifact_store.events import (
     Event,
     FileIngested,
@@ -157,6 +157,24 @@ def event_line(event: RecordedEvent) -> bytes:
 def line_of(head: bytes, position: str) -> bytes:
     """The event's line, from its head and the text of the position after it."""
     return b'%b%b"}' % (head, position.encode())
+
+
+_POSITION_LINE = b'{"type":"position","position":"'
+
+
+def position_line(position: str) -> bytes:
+    """The line of a position that a reader has come to without an event, without the line's end."""
+    return b'%b%b"}' % (_POSITION_LINE, position.encode())
+
+
+def position_in(line: bytes) -> Position | None:
+    """The position of such a line; None for the line of an event. Raises CorruptError when there is none."""
+    if not line.startswith(_POSITION_LINE):
+        return None
+    try:
+        return Position.parse(json.loads(line)["position"])
+    except (ValueError, KeyError, TypeError, InvalidPositionError) as error:
+        raise CorruptError("this is no position that can be read") from error
 
 
 def event_head(event: Event, *, manifest: bool = True) -> bytes:

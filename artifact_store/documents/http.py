@@ -24,6 +24,8 @@ CONTENT_MD5 = "Content-MD5"
 RETRY_AFTER = "Retry-After"
 LAST_EVENT_ID = "Last-Event-ID"
 REQUEST_ID = "X-Request-Id"
+LOG_END = "X-Log-End"
+"""The header of the position at which the log ended when the request came."""
 
 _SHA256 = "sha-256"
 

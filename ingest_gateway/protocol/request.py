@@ -22,7 +22,6 @@ from multidict import istr
 from pydantic import BaseModel
 
 from artifact_store.documents import http as names
-from artifact_store.documents import times
 from artifact_store.documents.http import HASHES, UUID_PATTERN, parse_content_md5, parse_digests, parse_id, unquoted
 from artifact_store.documents.shapes import Request
 from artifact_store.errors import (
@@ -39,6 +38,7 @@ from artifact_store.errors import (
 from artifact_store.manifest import ContentAddress
 from artifact_store.models import DEFAULT_PAGE, MAX_PAGE, Declared
 from artifact_store.position import Position
+from artifact_store.registry import start_of
 from artifact_store.rules import MAX_NUMBER, MAX_TEXT_CHARACTERS, check_path, check_text, parse_number
 from ingest_gateway.gateway import Gateway
 from ingest_gateway.limits.admission import Bounds, Quota
@@ -795,24 +795,10 @@ LARGEST = Parameter(
     "Only files of at most this many bytes",
     {"type": "integer", "format": "int64", "minimum": 0, "maximum": MAX_NUMBER},
 )
-NOW: Literal["now"] = "now"
-
-
-def _since(text: str) -> Position | int | Literal["now"]:
-    if text == NOW:
-        return NOW
-    if "T" not in text[:11] or ":" not in text:  # no position has a colon
-        return Position.parse(text)
-    try:
-        return times.from_text(text.replace(" ", "+"))  # a plus that was not percent-encoded
-    except (ValueError, OverflowError):
-        raise InvalidRequestError("since must be a position, an RFC 3339 time with its offset, or `now`") from None
-
-
 SINCE = Parameter(
     "since",
     "query",
-    _since,
+    start_of,
     "Where to begin: after the event of this position; at this time (RFC 3339, to the millisecond); or `now`, at the "
     "log's end. Absent: at the log's start",
     {"type": "string"},

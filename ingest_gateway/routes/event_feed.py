@@ -9,7 +9,8 @@ from collections.abc import Mapping
 
 from aiohttp import web
 
-from artifact_store.documents.event_lines import EventShape, line_of
+from artifact_store.documents.event_lines import EventShape, line_of, position_line
+from artifact_store.documents.http import LOG_END
 from artifact_store.documents.problem_details import problem_of
 from artifact_store.documents.shapes import EndAnswer
 from artifact_store.errors import (
@@ -22,6 +23,7 @@ from artifact_store.errors import (
     UnavailableError,
 )
 from artifact_store.position import Position
+from artifact_store.registry import NOW
 from ingest_gateway.event_tail import Feed, Form, Frame, feed
 from ingest_gateway.limits.followers import gateway_closes
 from ingest_gateway.protocol.declaration import Route, Stream, Success
@@ -36,7 +38,6 @@ from ingest_gateway.protocol.request import (
     LAST_EVENT_ID,
     MANIFESTS,
     NOT_KEPT,
-    NOW,
     OF_PACKAGE,
     OF_PRODUCER,
     OF_RETENTION_CLASS,
@@ -52,14 +53,11 @@ from ingest_gateway.protocol.request import (
 )
 from schemas.codec import EVENT_TYPES, schema_fingerprint, schema_text
 from services.core.access import Right
-from services.registry.origins import EventFilter
+from services.registry.origins import ScopedFilter
 
 _log = logging.getLogger(__name__)
 
 EVENTS = "/v1/events"
-LOG_END = "X-Log-End"
-"""The header of the position at which the log ended when the request came."""
-
 LINES = "application/x-ndjson"
 EVENT_STREAM = "text/event-stream"
 
@@ -79,9 +77,9 @@ async def get_events(call: Call) -> web.StreamResponse:
     follow, by_time = call.query(FOLLOW), call.query(ORDER) == "time"
     if follow and by_time:
         raise InvalidRequestError("order=time reads only what the log has now: leave out follow")
-    wanted = EventFilter(
+    wanted = ScopedFilter(
         call.query(OF_PACKAGE),
-        call.principal.scope(Right.READ),
+        scope=call.principal.scope(Right.READ),
         producers=frozenset(call.query_all(OF_PRODUCER)),
         subjects=frozenset(call.query_all(OF_SUBJECT)),
         retention_classes=frozenset(call.query_all(OF_RETENTION_CLASS)),
@@ -200,7 +198,7 @@ def _mark(position: str) -> bytes:
 
 def _position_line(position: str) -> bytes:
     """The same as a line of JSON, for who asks for it."""
-    return b'{"type":"position","position":"%b"}\n' % position.encode()
+    return position_line(position) + b"\n"
 
 
 FRAMES: Mapping[str, Frame] = {LINES: _line, EVENT_STREAM: _server_sent}

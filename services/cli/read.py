@@ -12,8 +12,9 @@ from services.cli.command import answer, common_options, invocation, remark, run
 
 if TYPE_CHECKING:
     from artifact_store.events import RecordedEvent
-    from artifact_store.models import File, Package, PackageFilter
+    from artifact_store.models import EventFilter, File, Package, PackageFilter
     from artifact_store.position import Position
+    from artifact_store.registry import Order
 
 _TOTALS = ("producer", "retention class", "day", "packages", "files", "bytes")
 _COLUMNS = ("package", "status", "retention class", "created", "producer", "subject", "name")
@@ -153,35 +154,68 @@ async def _manifest(text: str, form: str) -> None:
 
 
 @click.command()
-@click.option("--since", metavar="POSITION", help="Go on behind this position.")
+@click.option("--since", metavar="POSITION|TIME|now", help="Begin there: `now` is the end, a TIME is in RFC 3339.")
 @click.option("--package", metavar="PACKAGE_ID", help="Only events of this package.")
+@click.option("--producer", multiple=True, help="Only events of packages of this producer; may be repeated.")
+@click.option("--subject", multiple=True, help="Only events of packages about this subject; may be repeated.")
+@click.option("--retention-class", multiple=True, help="Only events of packages of this class; may be repeated.")
+@click.option("--type", "types", multiple=True, help="Only events of this type (v1.file.ingested); may be repeated.")
+@click.option(
+    "--order",
+    type=click.Choice(["log", "time"]),
+    default="log",
+    help="Partition by partition as the log has them (default), or by the time of the event.",
+)
 @click.option("--follow", "-f", is_flag=True, help="Wait for more, until interrupted.")
 @common_options(shown=("url",))
-def tail(since: str | None, package: str | None, *, follow: bool) -> None:
-    """Print events in the order of the log; with --json one object a line, each with its position."""
+def tail(
+    since: str | None,
+    package: str | None,
+    producer: tuple[str, ...],
+    subject: tuple[str, ...],
+    retention_class: tuple[str, ...],
+    types: tuple[str, ...],
+    order: Order,
+    *,
+    follow: bool,
+) -> None:
+    """Print events, in order per package; with --json one object a line, each with its position."""
+    from artifact_store.models import EventFilter
+    from services.cli.addressing import package_id
+
+    if follow and order == "time":
+        raise click.UsageError("--order time is for what the log has now: leave out --follow")
+    wanted = EventFilter(
+        None if package is None else package_id(package),
+        frozenset(producer),
+        frozenset(subject),
+        frozenset(retention_class),
+        frozenset(types),
+    )
     try:
-        run(_tail(since, package, follow=follow))
+        run(_tail(since, wanted, order, follow=follow))
     except KeyboardInterrupt:
         if not follow:  # that is how following ends
             raise
 
 
-async def _tail(since: str | None, package: str | None, *, follow: bool) -> None:
+async def _tail(since: str | None, wanted: EventFilter, order: Order, *, follow: bool) -> None:
     from artifact_store.documents.event_lines import event_line
     from artifact_store.position import Position
-    from services.cli.addressing import as_usage, package_id
+    from artifact_store.registry import start_of
+    from services.cli.addressing import as_usage
     from services.cli.standard_streams import end_as_interrupted
     from services.registry import open_registry
 
     asked = invocation()
     with as_usage():
-        position = None if since is None else Position.parse(since)
-    of_package = None if package is None else package_id(package)
+        start = start_of(since)
+    position = start if isinstance(start, Position) else None
     if follow:
         end_as_interrupted()
     try:
         async with open_registry(asked.settings()) as registry:
-            async for event in registry.read_events(position, package_id=of_package, follow=follow):
+            async for event in registry.read_events(since, where=wanted, follow=follow, order=order):
                 position = event.position
                 say(event_line(event).decode() if asked.as_json else _event_text(event))
     except asyncio.CancelledError:

@@ -33,14 +33,14 @@ from artifact_store.models import (
     MAX_PAGE,
     Acknowledgement,
     Declared,
+    EventFilter,
     File,
     Package,
     PackageFilter,
     Page,
     UsageTotal,
 )
-from artifact_store.position import Position
-from artifact_store.registry import ManifestFormat, Registry
+from artifact_store.registry import ManifestFormat, Order, Registry, Since, filter_of, start_of
 from artifact_store.rules import check_path, check_text, metadata_text
 from schemas import identifiers
 from services.blobs.packs import Placed
@@ -52,7 +52,7 @@ from services.core.commands import CreatePackage, FinalizePackage, IngestFiles, 
 from services.core.limits import Limits
 from services.log.port import EXTENT_SECONDS, CommandWriter, Log, PackageExtent
 from services.registry.bundle_store import BundleStore
-from services.registry.origins import EventFilter, Origins
+from services.registry.origins import Origins, ScopedFilter, in_order_of_time, position_of
 from services.views.queries import Origin, PlacedFile, Queries
 from services.views.waiting import ViewWaits, beyond_log, parked_error
 
@@ -437,18 +437,29 @@ class DirectRegistry(Registry):
 
     async def read_events(
         self,
-        since: Position | None = None,
+        since: Since = None,
         *,
         package_id: UUID | None = None,
+        where: EventFilter | None = None,
         follow: bool = False,
+        order: Order = "log",
         poll_seconds: float = 0.1,
     ) -> AsyncGenerator[RecordedEvent]:
+        asked = filter_of(where, package_id, order, follow=follow)
+        wanted = ScopedFilter(
+            asked.package_id, asked.producers, asked.subjects, asked.retention_classes, asked.types, self._readable
+        )
+        position, package_id = await position_of(self._log, start_of(since)), asked.package_id
         extent = None if package_id is None else await self.package_extent(package_id)
-        events = self._log.read(since, package_id=package_id, extent=extent, follow=follow, poll_seconds=poll_seconds)
+        if order == "time" and package_id is None:
+            events = in_order_of_time(self._log, position, await self._log.end())
+        else:
+            events = self._log.read(
+                position, package_id=package_id, extent=extent, follow=follow, poll_seconds=poll_seconds
+            )
         async with aclosing(events):
             async for event in events:
-                self.origins.note(event)
-                if not await self.origins.hidden({event.package_id}, EventFilter(scope=self._readable)):
+                if await self.origins.shows(event, wanted):
                     yield event
 
     async def _find_origins(self, package_ids: Set[UUID]) -> Mapping[UUID, Origin]:

@@ -1,48 +1,44 @@
-"""What of the events a client gets, and the producers, subjects and retention classes of packages that decide it."""
+"""Which events a client gets and in which order, and the origins of packages by which they are filtered."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Set
-from dataclasses import dataclass
+import heapq
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Set
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass, replace
 from uuid import UUID
 
+from artifact_store.errors import InvalidPositionError, InvalidRequestError
 from artifact_store.events import AdministrativePayload, PackageCreated, RecordedEvent
+from artifact_store.models import EventFilter
+from artifact_store.position import Position
+from artifact_store.registry import NOW, Start
 from services.core.access import EVERYWHERE, Scope
+from services.log.port import Log
 from services.views.queries import Origin
 
 REMEMBERED = 20_000
 """Packages whose origins are remembered."""
 
+MOST_BY_TIME = 64
+"""Of so many partitions events are read in the order of time, which takes a reader for each."""
+
 
 @dataclass(frozen=True, slots=True)
-class EventFilter:
-    """The events that a client asks for and may see. An empty set of names stands for all of them."""
+class ScopedFilter(EventFilter):
+    """The events that a client asks for, of the packages that it may read."""
 
-    package_id: UUID | None = None
     scope: Scope = EVERYWHERE
-    """The packages that the client may read."""
-    producers: frozenset[str] = frozenset()
-    subjects: frozenset[str] = frozenset()
-    retention_classes: frozenset[str] = frozenset()
-    types: frozenset[str] = frozenset()
 
     @property
     def needs_origins(self) -> bool:
-        """Whether packages are told apart by their origins."""
-        return bool(self.producers or self.subjects or self.retention_classes) or not self.scope.everywhere
+        """See `EventFilter`."""
+        return not self.scope.everywhere or super(ScopedFilter, self).needs_origins
 
-    def takes(self, package_id: UUID, event_type: str) -> bool:
-        """Whether it takes events of this type and package, as far as that can be told without the origin."""
-        return self.package_id in (None, package_id) and (not self.types or event_type in self.types)
-
-    def includes(self, origin: Origin) -> bool:
-        """Whether it takes events of packages of this origin."""
-        return (
-            (not self.producers or origin.producer in self.producers)
-            and (not self.subjects or origin.subject in self.subjects)
-            and (not self.retention_classes or origin.retention_class in self.retention_classes)
-            and self.scope.includes(origin.producer, origin.subject)
-        )
+    def includes(self, producer: str, subject: str, retention_class: str) -> bool:
+        """See `EventFilter`."""
+        asked = super(ScopedFilter, self).includes(producer, subject, retention_class)
+        return asked and self.scope.includes(producer, subject)
 
 
 FindOrigins = Callable[[Set[UUID]], Awaitable[Mapping[UUID, Origin]]]
@@ -67,6 +63,12 @@ class Origins:
         elif isinstance(payload, AdministrativePayload):
             self._remember({event.package_id: None})  # a partition's: it belongs to no producer
 
+    async def shows(self, event: RecordedEvent, wanted: EventFilter) -> bool:
+        """Whether the filter takes the event. Learns what it tells. Raises UnavailableError."""
+        self.note(event)
+        takes = wanted.takes(event.package_id, event.event_type)
+        return takes and not await self.hidden({event.package_id}, wanted)
+
     async def hidden(self, package_ids: Set[UUID], wanted: EventFilter) -> Set[UUID]:
         """Those of these packages that the filter leaves out, or whose origin nobody knows. Raises UnavailableError."""
         if not wanted.needs_origins:
@@ -76,9 +78,52 @@ class Origins:
             found: Mapping[UUID, Origin] = {} if self._find is None else await self._find(asked)
             self._remember({package_id: found.get(package_id) for package_id in asked})
         origins = {package_id: self._known.get(package_id) for package_id in package_ids}
-        return {id_ for id_, origin in origins.items() if origin is None or not wanted.includes(origin)}
+        return {id_ for id_, origin in origins.items() if origin is None or not wanted.includes(*origin)}
 
     def _remember(self, origins: Mapping[UUID, Origin | None]) -> None:
         self._known.update(origins)
         while len(self._known) > max(REMEMBERED, len(origins)):
             del self._known[next(iter(self._known))]
+
+
+async def in_order_of_time(log: Log, since: Position | None, until: Position) -> AsyncGenerator[RecordedEvent]:
+    """Events after `since` up to `until` by `created_at`, of equal times by partition.
+
+    Within a partition they are in this order already. Each partition has a reader of its own until the end. Raises as
+    `Log.read`; InvalidRequestError when there are too many partitions.
+    """
+    offsets = {} if since is None else dict(since.offsets)
+    if since is not None:
+        since.require(until.log)
+        if not until.covers(since):
+            raise InvalidPositionError("the position is beyond the end of the log")
+    behind = [p for p, end in until.offsets.items() if offsets.get(p, 0) < end]
+    if len(behind) > MOST_BY_TIME:
+        raise InvalidRequestError(
+            f"by time, events of {MOST_BY_TIME} partitions can be read at most, and these lie in {len(behind)}: "
+            "read them as they lie, and sort them by created_at"
+        )
+    async with AsyncExitStack() as readers:
+        waiting: list[tuple[int, int, RecordedEvent, AsyncGenerator[RecordedEvent]]] = []
+
+        async def wait_for_next(partition: int, events: AsyncGenerator[RecordedEvent]) -> None:
+            event = await anext(events, None)
+            if event is not None:
+                heapq.heappush(waiting, (event.created_at, partition, event, events))
+
+        for p in behind:
+            alone = Position(until.log, {**until.offsets, p: offsets.get(p, 0)})
+            events = log.read(alone, until=until)
+            await wait_for_next(p, await readers.enter_async_context(aclosing(events)))
+        while waiting:
+            _, partition, event, events = heapq.heappop(waiting)
+            offsets[partition] = event.position.offsets[partition]
+            yield replace(event, position=Position(until.log, dict(offsets)))
+            await wait_for_next(partition, events)
+
+
+async def position_of(log: Log, start: Start) -> Position | None:
+    """The position from which a reader that begins at `start` reads. Raises UnavailableError."""
+    if start == NOW:
+        return await log.end()
+    return await log.at_time(start) if isinstance(start, int) else start

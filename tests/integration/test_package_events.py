@@ -14,6 +14,7 @@ import pytest
 
 from artifact_store.documents.event_lines import parse_event
 from artifact_store.events import RecordedEvent
+from artifact_store.models import EventFilter
 from ingest_gateway.event_tail import Form, Tail
 from ingest_gateway.routes.event_feed import FRAMES, LINES
 from services.blobs.local import LocalBlobStore
@@ -24,7 +25,6 @@ from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka.tail import Reader
 from services.log.port import CommandWriter, PackageExtent, Record
 from services.registry.direct import DirectRegistry
-from services.registry.origins import EventFilter
 from services.views.database import Views
 from services.views.engine.apply import catch_up
 from services.views.projections import PROJECTIONS

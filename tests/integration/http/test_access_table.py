@@ -50,7 +50,7 @@ from services.core.access import EVERYWHERE, Packages, Right, Scope, all_rights
 from services.identity.authenticator import Authenticator
 from services.identity.static_tokens import create_token, revoke_tokens
 from services.log.records import administrative_event
-from services.registry.origins import EventFilter, Origins
+from services.registry.origins import Origins, ScopedFilter
 from tests.integration.http.test_strangers import Request, tar
 from tests.integration.http_gateway import RunningGateway, running_gateway
 from tests.integration.http_raw import SECONDS
@@ -336,8 +336,8 @@ async def _check_hidden(event: Event) -> None:
     values = {one.name: getattr(event, one.name) for one in fields(event)}
     origins.note(RecordedEvent(**values, position=Position(UUID(int=9), {})))
     everything_by_parts = Scope((Packages(("a*", "*b")), Packages(("*",), ("main",))))
-    assert await origins.hidden({event.package_id}, EventFilter(scope=everything_by_parts)) == {event.package_id}
-    assert await origins.hidden({event.package_id}, EventFilter(scope=EVERYWHERE)) == set()
+    assert await origins.hidden({event.package_id}, ScopedFilter(scope=everything_by_parts)) == {event.package_id}
+    assert await origins.hidden({event.package_id}, ScopedFilter(scope=EVERYWHERE)) == set()
 
 
 Use = Callable[[artifact_store.Client, dict[str, UUID]], Awaitable[object]]

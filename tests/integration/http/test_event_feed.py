@@ -5,15 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
+from urllib.parse import parse_qs
 from uuid import UUID
 
 import aiohttp
 import pytest
 
+from artifact_store import Client
 from artifact_store.documents import times
 from artifact_store.documents.event_lines import parse_event
+from artifact_store.errors import InvalidRequestError
 from artifact_store.events import PackageFinalized, RecordedEvent
+from artifact_store.models import EventFilter
 from services.config import Settings
 from tests.integration.http_gateway import RunningGateway, running_gateway
 
@@ -43,6 +48,68 @@ async def read(gateway: RunningGateway, query: str, media_type: str = LINES) -> 
         lines = (await answer.text()).splitlines()
         data = [line.removeprefix("data: ") for line in lines if line.startswith(("{", "data: "))]
         return [json.loads(line) for line in data], answer.headers["X-Log-End"]
+
+
+async def test_programs_filter_as_http_does(gateway: RunningGateway) -> None:
+    """In this process, and through the gateway."""
+    events = await recorded(gateway)
+    names = {event.package_id: event.payload.name for event in events if event.sequence == 1}  # type: ignore[union-attr]
+    async with Client(gateway.url) as client:
+        for query, wanted, types in FILTERS:
+            asked = parse_qs(query)
+            where = EventFilter(
+                producers=set(asked.get("producer", ())),
+                subjects=set(asked.get("subject", ())),
+                retention_classes=set(asked.get("retention_class", ())),
+                types=set(asked.get("type", ())),
+            )
+            expected = [
+                event
+                for event in events
+                if names[event.package_id] in wanted and (types is None or event.event_type in types)
+            ]
+            for registry in (client, gateway.parts.registry):
+                assert [event async for event in registry.read_events(where=where)] == expected, query
+        alone = EventFilter(events[0].package_id, types={events[2].event_type})
+        for registry in (client, gateway.parts.registry):
+            assert [event async for event in registry.read_events(where=alone)] == [events[2]]
+            assert [e async for e in registry.read_events(package_id=alone.package_id, where=alone)] == [events[2]]
+            with pytest.raises(InvalidRequestError, match="another package"):
+                await anext(aiter(registry.read_events(package_id=events[-1].package_id, where=alone)))
+
+
+async def test_programs_begin_where_http_does(gateway: RunningGateway) -> None:
+    events = await recorded(gateway)
+    at = events[4]
+    moment = datetime.fromtimestamp(0, UTC) + timedelta(microseconds=at.created_at)
+    async with Client(gateway.url) as client:
+        for registry in (client, gateway.parts.registry):
+            for since in (moment, moment.isoformat(), times.to_text(at.created_at)):
+                found = [event async for event in registry.read_events(since)]
+                assert at in found
+                assert all(event.created_at // 1_000 >= at.created_at // 1_000 for event in found)
+            assert [event async for event in registry.read_events("now")] == []
+            assert [event async for event in registry.read_events(str(at.position))] == events[5:]
+            in_time = [event async for event in registry.read_events(order="time")]
+            assert [event.event_id for event in in_time] == [event.event_id for event in events]
+            with pytest.raises(InvalidRequestError):
+                await anext(aiter(registry.read_events("yesterday")))
+            with pytest.raises(InvalidRequestError):
+                await anext(aiter(registry.read_events(moment.replace(tzinfo=None))))
+            with pytest.raises(InvalidRequestError):
+                await anext(aiter(registry.read_events(order="time", follow=True)))
+
+
+async def test_programs_follow_what_they_filter(gateway: RunningGateway) -> None:
+    end, wanted = await gateway.parts.log.end(), EventFilter(producers={"b"})
+    async with Client(gateway.url) as client, asyncio.timeout(60):
+        for registry in (client, gateway.parts.registry):
+            events = registry.tail_events(0, 0.01, since=end, where=wanted)
+            await gateway.parts.registry.create_package("later", "a", "y", "scratch")
+            ours = await gateway.parts.registry.create_package("later", "b", "y", "scratch")
+            event = await anext(events)
+            assert event.package_id == ours
+            end = event.position
 
 
 FILTERS = [

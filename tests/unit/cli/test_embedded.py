@@ -172,6 +172,26 @@ def test_the_manifest_is_written_byte_for_byte(run: Run, package: dict[str, Any]
     assert decode(text.encode()) == decode(cbor)
 
 
+def test_events_are_filtered_and_put_in_order(run: Run, tree: Path, package: dict[str, Any]) -> None:
+    about = ("--name", "n", "--producer", "q", "--subject", "t", "--retention-class", "report")
+    other = json.loads(run("push", tree, *about, "--json").stdout)["package_id"]
+
+    def seen(*options: str) -> list[tuple[str, int]]:
+        events = [json.loads(line) for line in run("tail", "--json", *options).stdout.splitlines()]
+        return [(event["package_id"], event["sequence"]) for event in events]
+
+    ours = package["package_id"]
+    for option, value in (("--producer", "q"), ("--subject", "t"), ("--retention-class", "report")):
+        assert seen(option, value) == [(other, number) for number in range(1, 5)]
+    created = "v1.package.created"
+    assert seen("--producer", "p", "--producer", "q", "--type", created) == [(ours, 1), (other, 1)]
+    assert seen("--package", ours, "--producer", "q") == []
+    assert seen("--order", "time") == seen() == seen("--since", "2000-01-01T00:00:00Z")
+    assert seen("--since", "now") == []
+    assert run("tail", "--order", "time", "--follow", code=2).stdout == ""
+    assert run("tail", "--since", "yesterday", code=2).stdout == ""
+
+
 def test_events_are_one_a_line_and_go_on_behind_a_position(run: Run, package: dict[str, Any]) -> None:
     events = [json.loads(line) for line in run("tail", "--json").stdout.splitlines()]
     assert [event["sequence"] for event in events] == [1, 2, 3, 4]

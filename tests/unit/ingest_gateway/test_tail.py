@@ -21,11 +21,12 @@ from artifact_store.errors import (
     UnavailableError,
 )
 from artifact_store.events import Event, PackageCreated, RecordedEvent
+from artifact_store.models import EventFilter
 from artifact_store.position import Position
-from ingest_gateway.event_tail import Form, Tail, in_order_of_time
+from ingest_gateway.event_tail import Form, Tail
 from ingest_gateway.routes.event_feed import FRAMES, LINES
 from schemas.codec import encode
-from services.registry.origins import EventFilter
+from services.registry.origins import in_order_of_time
 from tests.integration.conditions import until
 from tests.memory_log import MemoryLog
 from tests.views_history import History
@@ -373,7 +374,7 @@ async def test_events_of_all_partitions_can_be_read_in_the_order_of_time(log: Me
 
 
 async def test_the_order_of_time_is_refused_for_very_many_partitions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ingest_gateway.event_tail.MOST_BY_TIME", 2)
+    monkeypatch.setattr("services.registry.origins.MOST_BY_TIME", 2)
     log = MemoryLog()
     log.append(*EVENTS)
     with pytest.raises(InvalidRequestError, match="2 partitions"):

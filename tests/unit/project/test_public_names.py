@@ -21,7 +21,17 @@ EXPORTED = {
     "artifact_store": {
         *("Client", "SyncClient", "FileStream", "Registry", "RetryPolicy", "push", "Pushed", "pull", "Pulled"),
         *("BodySource", "BytesSource", "FileSource", "Declared", "Acknowledgement"),
-        *("Package", "PackageFilter", "Page", "File", "Manifest", "ContentAddress", "Position", "RecordedEvent"),
+        *(
+            "EventFilter",
+            "Package",
+            "PackageFilter",
+            "Page",
+            "File",
+            "Manifest",
+            "ContentAddress",
+            "Position",
+            "RecordedEvent",
+        ),
         *("ArtifactStoreError", "RejectedError", "PushBackError", "UnavailableError", "CorruptError"),
         *("UnauthenticatedError", "ForbiddenError"),
         *("ConfigurationError", "PackageNotFoundError", "DuplicateRelativePathError", "IllegalPackageStateError"),
@@ -37,7 +47,7 @@ OPERATIONS = {
     "finalize_package": ("package_id", "actor"),
     "get_manifest_bytes": ("package_id", "format"),
     "get_file": ("file_id",),
-    "tail_events": ("since_sequence", "poll_interval_seconds", "package_id", "since"),
+    "tail_events": ("since_sequence", "poll_interval_seconds", "package_id", "since", "where"),
 }
 TABLES = {
     *("artifact_packages", "artifact_files", "artifact_manifests", "storage_locations"),

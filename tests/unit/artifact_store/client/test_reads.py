@@ -10,15 +10,18 @@ from uuid import UUID, uuid4
 import pytest
 from aiohttp import web
 from blake3 import blake3
+from yarl import URL
 
 from artifact_store.client import downloads as content_module
 from artifact_store.client import transport as transport_module
 from artifact_store.client.client import Written
 from artifact_store.client.following import follow_events
 from artifact_store.client.transport import Transport
-from artifact_store.documents.event_lines import event_line
+from artifact_store.documents.event_lines import event_line, position_in, position_line
+from artifact_store.documents.http import LOG_END
 from artifact_store.errors import CorruptError, FileNotFoundInRegistryError, RangeNotSatisfiableError, UnavailableError
 from artifact_store.events import FileIngested, RecordedEvent, StorageReceipt
+from artifact_store.models import EventFilter
 from artifact_store.position import Position
 from tests.unit.artifact_store.client.failing_gateway import (
     FILE,
@@ -282,12 +285,48 @@ async def test_events_come_each_once_over_lost_connections() -> None:
 
 async def test_following_goes_on_when_the_gateway_ends_the_answer() -> None:
     async with failing_gateway(lines(until=3), lines()) as gateway, Transport(gateway.url, QUICK) as transport:
-        events = follow_events(transport, None, PACKAGE, follow=True)
+        events = follow_events(transport, None, EventFilter(PACKAGE), follow=True)
         async with asyncio.timeout(30):
             assert [await anext(events) for _ in range(6)] == EVENTS
         await events.aclose()  # type: ignore[attr-defined]  # a generator
     assert "follow=true" in gateway.seen[0].raw_path
     assert f"package_id={PACKAGE}" in gateway.seen[0].raw_path
+
+
+async def test_following_what_is_new_or_wanted_goes_on_from_where_reading_was() -> None:
+    """`now` is the log's end of the first request, and what the filter passed over is not looked through again."""
+
+    async def cut(position: Position | None, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={LOG_END: str(EVENTS[0].position)})
+        await response.prepare(request)
+        if position is not None:
+            await response.write(position_line(str(position)) + b"\n\n")
+        assert request.transport is not None
+        request.transport.close()
+        return response
+
+    async def begins(request: web.Request, _body: bytes) -> web.StreamResponse:
+        return await cut(None, request)
+
+    async def passes_over(request: web.Request, _body: bytes) -> web.StreamResponse:
+        return await cut(EVENTS[3].position, request)
+
+    async with failing_gateway(begins, passes_over, lines()) as gateway, client_of(gateway) as registry:
+        events = registry.tail_events(
+            since="now", where=EventFilter(producers={"a&b", "c"}, types={"v1.file.ingested"})
+        )
+        async with asyncio.timeout(30):
+            assert await anext(events) == EVENTS[4]
+    asked = [URL(seen.raw_path, encoded=True).query for seen in gateway.seen]
+    assert [query["since"] for query in asked] == ["now", str(EVENTS[0].position), str(EVENTS[3].position)]
+    assert asked[0].getall("producer") == ["a&b", "c"]
+    assert (asked[0]["type"], asked[0]["positions"]) == ("v1.file.ingested", "true")
+
+
+@pytest.mark.parametrize("said", ["no position", str(EVENTS[0].position)[:-4]])
+def test_a_position_line_without_a_position_is_an_error(said: str) -> None:
+    with pytest.raises(CorruptError):
+        position_in(position_line(said))
 
 
 async def test_a_line_that_is_no_event_is_an_error() -> None:
@@ -308,7 +347,7 @@ async def test_a_quiet_log_is_followed_over_any_number_of_connections_that_lived
     lost: list[Answering] = [lines(cut_within=True, until=0)] * 6
     policy = replace(QUICK, idle_seconds=idle_seconds)
     async with failing_gateway(*lost, lines()) as gateway, Transport(gateway.url, policy) as transport:
-        events = follow_events(transport, None, None, follow=True)
+        events = follow_events(transport, None, EventFilter(), follow=True)
         async with asyncio.timeout(30):
             if given_up:
                 with pytest.raises(UnavailableError):
@@ -329,7 +368,7 @@ async def test_a_gateway_that_keeps_still_for_long_is_asked_anew(monkeypatch: py
         return response
 
     async with failing_gateway(freezes, lines()) as gateway, Transport(gateway.url, QUICK) as transport:
-        events = follow_events(transport, None, None, follow=True)
+        events = follow_events(transport, None, EventFilter(), follow=True)
         async with asyncio.timeout(30):
             assert await anext(events) == EVENTS[0]
         await events.aclose()  # type: ignore[attr-defined]  # a generator
