@@ -22,6 +22,7 @@ _ALL = (
     fan_out.PLAN,
     trees.INGEST,
     trees.INGEST_LARGE,
+    trees.INGEST_LARGE_DIRECT,
     single_puts.PLAN,
     single_puts.WITH_TOKENS,
     single_puts.ALONE,

@@ -6,7 +6,7 @@ import asyncio
 import os
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
@@ -18,6 +18,7 @@ from benchmarks.copiers import Bucket
 from benchmarks.kafka_topics import fresh_topic
 from benchmarks.views_database import fresh_views
 from services.config import Settings
+from tests.buckets import direct_settings
 from tests.integration.processes import ProductProcess, deployed, output_of
 
 
@@ -45,8 +46,11 @@ class Stage:
 
 
 @asynccontextmanager
-async def gateway_stage(settings: Settings, *, projectors: bool) -> AsyncIterator[Stage]:
-    """The stage, everything on it fresh; all of it goes at the end."""
+async def gateway_stage(settings: Settings, *, projectors: bool, direct: bool = False) -> AsyncIterator[Stage]:
+    """The stage, everything on it fresh; all of it goes at the end.
+
+    If `direct` is set, clients send parts of large files straight to the store.
+    """
     bucket = replace(Bucket.of(settings), name=f"bench-{uuid4().hex[:12]}")
     url, _, _ = settings.blobs_url.rpartition("/")
     with (
@@ -57,11 +61,22 @@ async def gateway_stage(settings: Settings, *, projectors: bool) -> AsyncIterato
         async with fresh_views(on_topic) as fresh:
             own = replace(fresh, blobs_url=f"{url}/{bucket.name}")
             try:
-                with _running(own, Path(folder) / "processes", projectors=projectors) as gateway:
+                with (
+                    _public(own) if direct else nullcontext(own) as reachable,
+                    _running(reachable, Path(folder) / "processes", projectors=projectors) as gateway,
+                ):
                     yield Stage(own, bucket, gateway, Path(folder))
             finally:
                 await asyncio.to_thread(clear, bucket, "")
                 await asyncio.to_thread(bucket.client().remove_bucket, bucket.name)
+
+
+@contextmanager
+def _public(settings: Settings) -> Iterator[Settings]:
+    """The settings with a store that clients can reach."""
+    bucket = {**vars(settings), "s3_secret_key": settings.s3_secret_key.get_secret_value()}
+    with direct_settings(bucket) as public:
+        yield Settings(**{**vars(settings), **public})
 
 
 @contextmanager

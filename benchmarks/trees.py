@@ -1,6 +1,8 @@
-"""`ingest-tree`, `pull-tree` and `ingest-large`: files on disk into the registry and back, against plain copies.
+"""`ingest-tree`, `pull-tree`, `ingest-large`, `ingest-large-direct`: files on disk into the registry and back, against
+plain copies.
 
 The trees have 10,000 files of 4 KiB and count in files/s; `ingest-large` has four files of 256 MiB and counts in MiB/s.
+With `ingest-large-direct` their bytes go straight to the store, and the gateway reads them back.
 Ours is the command line as users run it, the start of Python and all of its hashing, recording and finalizing
 included, against one gateway in a process of its own. Ingest needs no view: while files go in, no projector runs, as
 `catch-up` measures those; a tree comes out once its view is there. The baseline is the best of three programs that
@@ -126,7 +128,10 @@ class Ingest(Copies):
         """`artifact-store push`."""
         tree = await asyncio.to_thread(self._fresh_files)
         rate = await self._measured("artifact-store push", lambda: self._push(tree))
-        await asyncio.to_thread(self._make_room, tree, "blobs/")
+        if self._load is LARGE:
+            found = await asyncio.to_thread(self._stage.count, "uploads/")
+            assert found == self._load.files, f"{found} large files are there instead of {self._load.files}"
+        await asyncio.to_thread(self._make_room, tree, "uploads/")
         return rate
 
     async def baseline(self) -> float:
@@ -190,10 +195,10 @@ def _children_cpu() -> float:
     return times.children_user + times.children_system
 
 
-def _plan(name: str, target: float, load: Load, way: type[Ingest] | type[Pull]) -> Plan:
+def _plan(name: str, target: float, load: Load, way: type[Ingest] | type[Pull], *, direct: bool = False) -> Plan:
     @asynccontextmanager
     async def opened(settings: Settings) -> AsyncIterator[Ingest | Pull]:
-        async with gateway_stage(settings, projectors=way is Pull) as stage:
+        async with gateway_stage(settings, projectors=way is Pull, direct=direct) as stage:
             yield await asyncio.to_thread(way, stage, load, copiers(stage.bucket, print))
 
     return Plan(name, load.unit, target, opened)
@@ -202,3 +207,4 @@ def _plan(name: str, target: float, load: Load, way: type[Ingest] | type[Pull]) 
 INGEST = _plan("ingest-tree", 5.0, TREE, Ingest)
 PULL = _plan("pull-tree", 2.0, TREE, Pull)
 INGEST_LARGE = _plan("ingest-large", 0.5, LARGE, Ingest)
+INGEST_LARGE_DIRECT = _plan("ingest-large-direct", 1.0, LARGE, Ingest, direct=True)

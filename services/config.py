@@ -202,6 +202,19 @@ class Settings:
     s3_access_key: str = setting("", header_text, "Access key of the blob store.", secret=_always)
     s3_secret_key: SecretStr = setting("", secret_text, "Secret key of the blob store.", secret=_always)
     s3_region: str = setting("us-east-1", text, "Region of the blob store.")
+    s3_public_url: str | None = setting(
+        None,
+        text,
+        "https://HOST[:PORT] at which clients reach the bucket's store: they then send large files straight to it.",
+    )
+    s3_public_access_key: str = setting(
+        "",
+        header_text,
+        "Access key that signs clients' requests to that address: one that may only write below `uploads/`. Without "
+        "it, gateways sign with their own.",
+        secret=_always,
+    )
+    s3_public_secret_key: SecretStr = setting("", secret_text, "Its secret key.", secret=_always)
 
     views_url: str = setting(
         "sqlite+aiosqlite:///./var/views.db",

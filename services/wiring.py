@@ -116,6 +116,13 @@ def open_blobs(settings: Settings, clock: Clock = system_clock) -> BlobStore:
 
     private = not settings.blobs_url.startswith("s3+http:") or _is_near(settings.blobs_url)
     _require_tls(settings, "s3", private, "begin ARTIFACT_STORE_BLOBS_URL with s3://")
+    public = settings.s3_public_url or ""
+    _require_tls(
+        settings,
+        "s3",
+        not public.startswith("http:") or _is_near(public),
+        "begin ARTIFACT_STORE_S3_PUBLIC_URL with https:",
+    )
     return blobs.open_blobs(settings, clock)
 
 

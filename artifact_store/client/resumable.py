@@ -7,6 +7,7 @@ does a later run of an interrupted push, which needs to remember nothing else.
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from artifact_store.client.bodies import BodySource, Sending
+from artifact_store.client.direct_parts import DirectParts
 from artifact_store.client.transport import Answer, Transport, read_answer, unavailable, with_retries
 from artifact_store.documents import resumable_uploads as names
 from artifact_store.documents.resumable_uploads import UploadAnswer, encode_metadata
@@ -27,6 +29,7 @@ RESUMABLE_BYTES = 64 << 20
 
 _BEGINNINGS = 3
 _READ_BACK_BYTES_PER_SECOND = 32 << 20
+_log = logging.getLogger(__name__)
 _TUS = {names.TUS_RESUMABLE: names.VERSION}
 
 
@@ -34,6 +37,8 @@ _TUS = {names.TUS_RESUMABLE: names.VERSION}
 class _Where:
     path: str
     offset: int
+    direct_part_bytes: int | None
+    """How large parts are that may go straight to the blob store; None if they may not."""
 
 
 async def send_resumably(
@@ -75,7 +80,7 @@ async def _begin(transport: Transport, package_id: UUID, headers: Mapping[str, s
     path, offset = answer.headers.get("Location", ""), parse_number(answer.headers.get(names.UPLOAD_OFFSET, ""))
     if not path.startswith("/") or offset is None:
         raise CorruptError("the gateway's answer names no upload: is the URL that of a gateway?")
-    return _Where(path, offset)
+    return _Where(path, offset, parse_number(answer.headers.get(names.UPLOAD_DIRECT, "")) or None)
 
 
 class _Upload:
@@ -85,6 +90,7 @@ class _Upload:
         self._transport = transport
         self._path = where.path
         self._offset = where.offset
+        self._direct_part_bytes = where.direct_part_bytes
         self._source = source
         self._length = length
         self._patience = patience
@@ -96,6 +102,8 @@ class _Upload:
         pause = self._transport.policy.first_pause_seconds
         while True:
             try:
+                if self._offset < self._length and self._direct_part_bytes is not None:
+                    await self._add_directly(self._direct_part_bytes)
                 if self._offset < self._length:
                     await self._add()
                 return await self._outcome()
@@ -116,6 +124,19 @@ class _Upload:
                     if moved
                     else min(2 * pause, self._transport.policy.longest_pause_seconds)
                 )
+
+    async def _add_directly(self, part_bytes: int) -> None:
+        """Send parts straight to the blob store as long as that moves the upload on."""
+        while self._offset < self._length and self._transport.may_use_store:
+            stood = self._offset
+            parts = DirectParts(self._transport, self._path, self._source, stood, part_bytes, self._patience)
+            try:
+                await parts.send()
+            finally:
+                self._offset = parts.offset
+            if self._offset == stood:
+                _log.info("the blob store takes no parts from here: sending them through the gateway")
+                self._transport.store_failed()
 
     async def _add(self) -> None:
         left = self._length - self._offset

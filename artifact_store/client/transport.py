@@ -30,6 +30,8 @@ from artifact_store.rules import check_host
 
 _READ_AHEAD_BYTES = 256 * 1024
 _AT_ONCE = 128
+_AT_STORE = 2
+_STORE_AWAY_SECONDS = 300.0
 
 QUIET_SECONDS = 120.0
 """Request an endless answer again after this silence: a frozen gateway keeps its connections open."""
@@ -100,6 +102,8 @@ class Transport:
         self._session: aiohttp.ClientSession | None = None
         self._bodies = asyncio.Semaphore(_AT_ONCE)
         self._calls = asyncio.Semaphore(_AT_ONCE)
+        self._at_store = asyncio.Semaphore(_AT_STORE)
+        self._store_away_until = 0.0
 
     async def __aenter__(self) -> Transport:
         tls = await trust(self._ca) if self.url.startswith("https:") else True
@@ -122,6 +126,39 @@ class Transport:
     def turn(self) -> asyncio.Semaphore:
         """Hold this while sending a body: it limits how many are sent at a time. Other calls do not wait for it."""
         return self._bodies
+
+    @property
+    def may_use_store(self) -> bool:
+        """Whether parts of large files may go straight to the blob store: not for a while after it took none."""
+        return time.monotonic() >= self._store_away_until
+
+    def store_failed(self) -> None:
+        """Send nothing to the blob store for a while."""
+        self._store_away_until = time.monotonic() + _STORE_AWAY_SECONDS
+
+    def store_turn(self) -> asyncio.Semaphore:
+        """Hold this while sending a file's parts to the blob store: it limits how many parts are in memory."""
+        return self._at_store
+
+    async def put_to_store(self, url: str, headers: Mapping[str, str], data: AsyncIterable[bytes]) -> str | None:
+        """PUT a part to an address that the gateway has signed; the `ETag` of the answer, None if it was not taken.
+
+        The token stays here. Raises UnavailableError when there is no answer.
+        """
+        if self._session is None:
+            raise ConfigurationError("the client is closed; use it inside `async with`")
+        if self.url.startswith("https:") and not url.startswith("https:"):
+            return None  # it would leave in the clear what goes to the gateway encrypted
+        policy = self.policy
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=policy.connect_seconds, sock_read=policy.idle_seconds)
+        put = self._session.put
+        try:
+            address = URL(url, encoded=True)
+            async with put(address, headers=headers, data=data, timeout=timeout, allow_redirects=False) as response:
+                await response.read()
+                return response.headers.get("ETag") if response.status == 200 else None
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:  # whose texts may hold the signature
+            raise unavailable(f"the blob store took no part: {type(error).__name__}") from None
 
     async def call(
         self,

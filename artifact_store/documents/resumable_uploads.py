@@ -1,6 +1,7 @@
 """Resumable uploads by tus 1.0 (https://tus.io/protocols/resumable-upload): its headers, and our JSON beside them.
 
-tus itself does not say what became of an upload. GET does, with an `UploadAnswer`.
+tus itself does not say what became of an upload. GET does, with an `UploadAnswer`. Nor does it know of parts that go
+straight to the blob store: those are sent to addresses that the gateway signs, in exchange for a `DirectPartsRequest`.
 """
 
 from __future__ import annotations
@@ -8,11 +9,12 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Mapping
+from typing import Annotated
 from uuid import UUID
 
 from pydantic import Field
 
-from artifact_store.documents.shapes import Answer, FileIngestedAnswer, Size, TimeText
+from artifact_store.documents.shapes import Answer, FileIngestedAnswer, Request, Size, TimeText
 from artifact_store.errors import InvalidRequestError
 
 VERSION = "1.0.0"
@@ -29,6 +31,9 @@ UPLOAD_LENGTH = "Upload-Length"
 UPLOAD_METADATA = "Upload-Metadata"
 UPLOAD_CHECKSUM = "Upload-Checksum"
 UPLOAD_EXPIRES = "Upload-Expires"
+UPLOAD_DIRECT = "Upload-Direct"
+"""Ours: how large the parts are that may be sent straight to the blob store. Absent where that is not possible."""
+
 METHOD_OVERRIDE = "X-HTTP-Method-Override"
 
 RELATIVE_PATH = ("relative_path", "filename")
@@ -52,6 +57,50 @@ class UploadAnswer(Answer):
     created_at: TimeText
     expires_at: TimeText = Field(description="When it is removed if nothing more comes; its file stays")
     file: FileIngestedAnswer | None = None
+
+
+MAX_DIRECT_PARTS = 64
+"""How many parts one request may name as sent, and how many as wanted."""
+
+Crc32 = Annotated[int, Field(ge=0, le=0xFFFFFFFF, description="CRC-32 of the part's bytes (as zlib has it)")]
+Number = Annotated[int, Field(ge=1, le=100_000_000)]
+
+
+class WantedPart(Request):
+    """A part that is to be sent straight to the store: its length and checksum, which its address is signed for."""
+
+    length: Size
+    crc32: Crc32
+
+
+class SentPart(WantedPart):
+    """A part that the store has taken, with the `ETag` of its answer."""
+
+    number: Number
+    etag: str = Field(min_length=1, max_length=128, pattern=r"^[ -~]+$")
+
+
+class DirectPartsRequest(Request):
+    """Parts that were sent, from `offset` on, and those behind them that are to be sent next."""
+
+    offset: Size
+    sent: list[SentPart] = Field(default_factory=list, max_length=MAX_DIRECT_PARTS)
+    wanted: list[WantedPart] = Field(default_factory=list, max_length=MAX_DIRECT_PARTS)
+
+
+class DirectPartAnswer(Answer):
+    """Where one part goes: PUT its bytes to `url` with these headers."""
+
+    number: Number
+    url: str
+    headers: dict[str, str]
+
+
+class DirectPartsAnswer(Answer):
+    """An address for each wanted part, in their order; none where the rest has to come through the gateway."""
+
+    offset: Size = Field(description="Bytes that are recorded as sent")
+    parts: list[DirectPartAnswer]
 
 
 def encode_metadata(values: Mapping[str, str]) -> str:

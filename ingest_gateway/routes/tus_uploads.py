@@ -12,7 +12,15 @@ from aiohttp import web
 from artifact_store.documents import http as headers_
 from artifact_store.documents import resumable_uploads as names
 from artifact_store.documents import times
-from artifact_store.documents.resumable_uploads import CONTENT_TYPE, MEDIA_TYPE, RELATIVE_PATH, UploadAnswer
+from artifact_store.documents.resumable_uploads import (
+    CONTENT_TYPE,
+    MEDIA_TYPE,
+    RELATIVE_PATH,
+    DirectPartAnswer,
+    DirectPartsAnswer,
+    DirectPartsRequest,
+    UploadAnswer,
+)
 from artifact_store.documents.shapes import FileIngestedAnswer
 from artifact_store.errors import (
     ArtifactStoreError,
@@ -55,6 +63,7 @@ from ingest_gateway.protocol.request import (
 )
 from ingest_gateway.routes.files import ANY_MEDIA_TYPE
 from ingest_gateway.routes.packages import INGESTING, READING, WRITING
+from services.blobs.port import DirectPart
 from services.blobs.resumable.states import UploadState
 from services.blobs.resumable.uploads import ALGORITHMS, Checksum, NewUpload, acknowledgement_of
 from services.core.access import Right
@@ -209,7 +218,11 @@ async def begin_upload(call: Call) -> web.StreamResponse:
     _count(call, state)
     if has_body and not state.offset and call.request.can_read_body:
         state = await _append(call, state.upload_id, 0, checksum)
-    return web.Response(status=201, headers={"Location": _location(state), **_headers(call, state)})
+    headers = {"Location": _location(state), **_headers(call, state)}
+    direct = await uploads.direct_part_bytes(state)
+    if direct is not None:
+        headers[names.UPLOAD_DIRECT] = str(direct)
+    return web.Response(status=201, headers=headers)
 
 
 @spoken
@@ -242,6 +255,25 @@ async def show_upload(call: Call) -> web.StreamResponse:
 async def add_to_upload(call: Call) -> web.StreamResponse:
     """PATCH /v1/packages/{package_id}/uploads/{upload_id}."""
     return await _add(call)
+
+
+async def send_parts_directly(call: Call) -> web.StreamResponse:
+    """POST /v1/packages/{package_id}/uploads/{upload_id}/parts."""
+    package_id, upload_id = call.path(PACKAGE_ID), call.path(UPLOAD_ID)
+    asked = await call.json(DirectPartsRequest)
+    state, given = await call.registry.uploads.send_direct(
+        package_id,
+        upload_id,
+        asked.offset,
+        [(DirectPart(part.number, part.length, part.crc32), part.etag) for part in asked.sent],
+        [(part.length, part.crc32) for part in asked.wanted],
+    )
+    # These bytes come by another way, which this process does not see.
+    call.gateway.quotas.count(Quota.BYTES, call.counted_as, sum(part.length for part, _ in given))
+    _count(call, state)
+    parts = [DirectPartAnswer(number=part.number, url=at.url, headers=dict(at.headers)) for part, at in given]
+    answer = DirectPartsAnswer(offset=state.offset, parts=parts)
+    return json_answer(answer, headers={"Cache-Control": "no-store"})
 
 
 @spoken
@@ -371,7 +403,7 @@ ROUTES = (
         _RESOURCE,
         begin_upload,
         "Begin an upload in several requests (tus 1.0, creation)",
-        (Success(201, "It has begun", headers={"Location": LOCATION, **_TOLD}),),
+        (Success(201, "It has begun", headers={"Location": LOCATION, **_TOLD, names.UPLOAD_DIRECT: _SIZE}),),
         access=Right.WRITE,
         parameters=(
             PACKAGE_ID,
@@ -449,6 +481,22 @@ ROUTES = (
         parameters=(PACKAGE_ID, UPLOAD_ID, RESUMABLE),
         problems=(InvalidRequestError, UploadNotFoundError, UploadBusyError, UnsupportedTusVersionError, *WRITING),
         tag="files",
+    ),
+    Route(
+        "POST",
+        _UPLOAD + "/parts",
+        send_parts_directly,
+        "Name parts that were sent straight to the blob store, and get addresses for the next ones",
+        (Success(200, "Where the next parts go", {JSON: DirectPartsAnswer}),),
+        access=Right.WRITE,
+        parameters=(PACKAGE_ID, UPLOAD_ID),
+        body=Body({JSON: DirectPartsRequest}, example={"offset": 0, "wanted": [{"length": 11, "crc32": 222957957}]}),
+        problems=(*INGESTING, UploadNotFoundError, UploadOffsetError, UploadBusyError, *READING, *WRITING),
+        description="For uploads whose creation was answered with `Upload-Direct`, which says how large each part but "
+        "the last is. An address takes this one part for fifteen minutes. When the last part is named, all bytes "
+        "are read back, and the file is put into its package before the answer. Bytes may come by PATCH at any time.",
+        tag="files",
+        transfer="uploads",
     ),
     Route(
         "POST",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from artifact_store.errors import ConfigurationError
@@ -12,6 +14,9 @@ from services.blobs.memory import ByteBudget
 from services.blobs.port import BlobStore
 from services.config import Settings
 from services.runtime.clock import Clock, system_clock
+
+if TYPE_CHECKING:
+    from services.blobs.s3.requests import Endpoint
 
 _MEMORY_BYTES = 64 << 20
 """What all uploads of a process may hold in memory on their way to a bucket, and"""
@@ -42,6 +47,8 @@ def open_blobs(settings: Settings, clock: Clock = system_clock) -> BlobStore:
             raise _wrong("a file: URL names a folder of this machine: file:./relative or file:///absolute")
         if not url.path:
             raise _wrong("the folder is missing")
+        if settings.s3_public_url is not None:
+            raise ConfigurationError("ARTIFACT_STORE_S3_PUBLIC_URL needs a bucket in ARTIFACT_STORE_BLOBS_URL")
         return LocalBlobStore(Path(unquote(url.path)))
     if url.scheme not in {"s3", "s3+http"}:
         raise _wrong(
@@ -63,19 +70,47 @@ def open_blobs(settings: Settings, clock: Clock = system_clock) -> BlobStore:
     from services.blobs.s3.requests import Endpoint
     from services.blobs.s3.store import S3BlobStore  # loads the SDK, which a folder does without
 
-    name = f"[{host}]" if ":" in host else host
+    endpoint = Endpoint(
+        host=_netloc(host, port),
+        bucket=bucket,
+        secure=url.scheme == "s3",
+        access_key=settings.s3_access_key,
+        secret_key=settings.s3_secret_key.get_secret_value(),
+        region=settings.s3_region,
+    )
     return S3BlobStore(
-        Endpoint(
-            host=name if port is None else f"{name}:{port}",
-            bucket=bucket,
-            secure=url.scheme == "s3",
-            access_key=settings.s3_access_key,
-            secret_key=settings.s3_secret_key.get_secret_value(),
-            region=settings.s3_region,
-        ),
+        endpoint,
         memory=ByteBudget(_MEMORY_BYTES, small=_SMALL_MEMORY_BYTES),
         own_clock=clock,
+        public=_public(settings, endpoint),
     )
+
+
+def _public(settings: Settings, endpoint: Endpoint) -> Endpoint | None:
+    """Where clients reach the store, None if they do not. Raises ConfigurationError."""
+    if settings.s3_public_url is None:
+        return None
+    try:
+        url = urlsplit(settings.s3_public_url)
+        host, port = url.hostname, url.port
+    except ValueError:
+        host = None
+    if not host or url.scheme not in {"https", "http"} or url.path.strip("/") or url.query or url.username is not None:
+        raise ConfigurationError(
+            "ARTIFACT_STORE_S3_PUBLIC_URL must have the form https://HOST[:PORT], without a bucket"
+        )
+    secret = settings.s3_public_secret_key.get_secret_value()
+    if bool(settings.s3_public_access_key) != bool(secret):
+        raise ConfigurationError(
+            "ARTIFACT_STORE_S3_PUBLIC_ACCESS_KEY and ARTIFACT_STORE_S3_PUBLIC_SECRET_KEY belong together: one is unset"
+        )
+    own = {"access_key": settings.s3_public_access_key, "secret_key": secret} if secret else {}
+    return replace(endpoint, host=_netloc(host, port), secure=url.scheme == "https", **own)
+
+
+def _netloc(host: str, port: int | None) -> str:
+    name = f"[{host}]" if ":" in host else host
+    return name if port is None else f"{name}:{port}"
 
 
 def _wrong(reason: str) -> ConfigurationError:

@@ -9,7 +9,7 @@ objects of the product's own, below `snapshots/` and `resumable/`, which no even
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
@@ -120,6 +120,26 @@ class Part:
     etag: str
 
 
+@dataclass(frozen=True, slots=True)
+class DirectPart:
+    """A part that a client sends straight to the store: its number, its length in bytes, and its CRC-32."""
+
+    number: int
+    length: int
+    crc32: int
+
+
+@dataclass(frozen=True, slots=True)
+class PartAddress:
+    """A signed PUT: its URL, and the headers that it must have. Whoever holds it may send that one part."""
+
+    url: str
+    headers: Mapping[str, str]
+
+    def __repr__(self) -> str:
+        return f"PartAddress({self.url.partition('?')[0]})"
+
+
 class PartStore(Protocol):
     """Parts of uploads that span requests and processes, until they become one blob. Belongs to one event loop.
 
@@ -151,6 +171,19 @@ class PartStore(Protocol):
     async def put(self, where: PartsKey, number: int, part: PartBuffer) -> str:
         """Store a part durably; gives its `etag`. Raises UploadNotFoundError, as `assemble`; UnavailableError."""
 
+    async def takes_direct(self, where: PartsKey) -> bool:
+        """Whether clients can send parts of this upload straight to the store, by `addresses`. Raises nothing."""
+
+    def addresses(self, where: PartsKey, parts: Sequence[DirectPart]) -> list[PartAddress]:
+        """Signed requests for these parts, once `takes_direct` is true. They expire after ADDRESS_SECONDS.
+
+        The store takes a request with other bytes only if these have the same length and CRC-32. So what the parts
+        become has to be read back before an event names it, which `assemble` does.
+        """
+
+    def sent(self, part: DirectPart, etag: str) -> Part:
+        """The part as `assemble` takes it, with the ETag that the store gave the client."""
+
     async def assemble(
         self, where: PartsKey, parts: Sequence[Part], *, declared: Declared, digests: Digests | None = None
     ) -> StoredBlob:
@@ -162,8 +195,8 @@ class PartStore(Protocol):
 
         Raises:
             ContentMismatchError: length or a digest differs from what was declared, the length always.
-            UploadNotFoundError: parts are missing, for good. CorruptError: what they became cannot be read.
-            UnavailableError.
+            UploadNotFoundError: parts are missing or were replaced, for good.
+            CorruptError: what they became cannot be read. UnavailableError.
         """
 
     def blob_key(self, where: PartsKey) -> str | None:
@@ -175,6 +208,9 @@ class PartStore(Protocol):
         Raises UnavailableError.
         """
 
+
+ADDRESS_SECONDS = 900
+"""How long a `PartAddress` can be used, by the store's clock."""
 
 PROVEN_SECONDS = 30.0
 """How long a write that succeeded shows that the store takes writes."""

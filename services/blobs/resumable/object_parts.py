@@ -12,7 +12,7 @@ from artifact_store.errors import TooLargeError, UploadNotFoundError
 from artifact_store.models import Declared
 from services.blobs.intake import LARGEST_PART, MAX_PARTS, MIB
 from services.blobs.memory import ByteBudget, PartBuffer
-from services.blobs.port import RESUMABLE, BlobStore, Digests, Part, PartsKey, StoredBlob
+from services.blobs.port import RESUMABLE, BlobStore, Digests, DirectPart, Part, PartAddress, PartsKey, StoredBlob
 
 PART_BYTES = 8 * MIB
 _MEMORY_BYTES = 96 * MIB
@@ -55,6 +55,18 @@ class ObjectParts:
         """See the port."""
         await self._blobs.put_object(_key(where, number), part.read(0, len(part)))
         return ""
+
+    async def takes_direct(self, where: PartsKey) -> bool:
+        """See the port. They are objects of the gateways."""
+        return False
+
+    def addresses(self, where: PartsKey, parts: Sequence[DirectPart]) -> list[PartAddress]:
+        """See the port."""
+        raise ValueError("parts that are objects of their own come through a gateway")
+
+    def sent(self, part: DirectPart, etag: str) -> Part:
+        """See the port."""
+        raise ValueError("parts that are objects of their own come through a gateway")
 
     async def assemble(
         self, where: PartsKey, parts: Sequence[Part], *, declared: Declared, digests: Digests | None = None

@@ -11,7 +11,7 @@ import asyncio
 import copy
 import hashlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -38,7 +38,7 @@ from artifact_store.rules import check_path, check_text
 from services.blobs.intake import PIECE_BYTES, BodyHash, Cleanups, Pace
 from services.blobs.memory import PartBuffer, Share
 from services.blobs.packs import Placed
-from services.blobs.port import IDLE_SECONDS, BlobStore, Digests, Part
+from services.blobs.port import IDLE_SECONDS, BlobStore, Digests, DirectPart, Part, PartAddress
 from services.blobs.resumable.states import (
     UNTAGGED,
     WITH_PRINCIPAL,
@@ -197,6 +197,69 @@ class ResumableUploads:
                 raise
             return await self.finished(state, appending.digests)
         return await self.finished(state)
+
+    async def direct_part_bytes(self, state: UploadState) -> int | None:
+        """How large the parts are that a client may send straight to the store by `send_direct`; None: it may not."""
+        may = not state.complete and state.tail is None and await self._parts.takes_direct(state.where)
+        return state.part_bytes if may else None
+
+    async def send_direct(
+        self,
+        package_id: UUID,
+        upload_id: UUID,
+        offset: int,
+        sent: Sequence[tuple[DirectPart, str]],
+        wanted: Sequence[tuple[int, int]],
+    ) -> tuple[UploadState, list[tuple[DirectPart, PartAddress]]]:
+        """Add parts that the client has `sent` to the store, with their ETags, and give addresses of further ones.
+
+        Parts follow each other from `offset` on, the `wanted` ones, each a length and a CRC-32, behind those that were
+        sent. No addresses are given when the store cannot be used so now, or no bytes are missing: then the upload goes
+        on with `append`. The last part finishes the upload. What the client says of the bytes is not believed: all of
+        them are read back and hashed.
+
+        Raises:
+            UploadNotFoundError, UploadOffsetError, UploadBusyError: as `append`.
+            InvalidRequestError: a part has another length than its place demands, or a number that was not given out.
+            TooLargeError: all numbers of parts are used up. UnavailableError; what the command is refused for.
+        """
+        state = await self._known(package_id, upload_id)
+        if offset != state.offset:
+            raise UploadOffsetError(f"the upload stands at {state.offset}, not at {offset}: go on from there")
+        if state.complete:
+            return await self.finished(state), []
+        self._require_free(state)
+        await self._check(package_id, state.relative_path, state.command_id, state.principal)
+        if await self.direct_part_bytes(state) is None:
+            return state, []
+        held, last = state.held, max((part.number for part in state.parts), default=0)
+        for part, _ in sent:
+            held = _behind(state, held, part.length)
+            if not last < part.number < state.next_number:
+                raise InvalidRequestError(f"part {part.number} was not given out, or not in this order")
+            last = part.number
+        end, numbered = held, []
+        for number, (length, crc32) in enumerate(wanted, state.next_number):
+            end = _behind(state, end, length)
+            numbered.append(DirectPart(number, length, crc32))
+        if state.next_number + len(wanted) > self._parts.max_number + 1:
+            raise TooLargeError("the upload was interrupted too often: begin a new one")
+        parts = (*state.parts, *(self._parts.sent(part, etag) for part, etag in sent))
+        try:
+            # Before an address leaves: whoever goes on with the upload uses other numbers.
+            state = await self._states.replace(
+                state,
+                parts=parts,
+                held=held,
+                next_number=state.next_number + len(wanted),
+                holder=None,
+                active_at=self._clock(),
+            )
+        except SupersededError as error:
+            raise UploadBusyError(error.detail) from None
+        if state.complete:
+            return await self.finished(state), []
+        return state, list(zip(numbered, self._parts.addresses(state.where, numbered), strict=True))
 
     async def remove(self, package_id: UUID, upload_id: UUID) -> None:
         """Forget an upload and what came of it; a file that it became stays.
@@ -357,6 +420,14 @@ class ResumableUploads:
 def acknowledgement_of(state: UploadState) -> Acknowledgement | None:
     """The answer to the command that named the upload's file, None before that."""
     return None if state.answer is None else decode_acknowledgement(bytes.fromhex(state.answer), OLDEST)
+
+
+def _behind(state: UploadState, at: int, length: int) -> int:
+    """Where a part at this offset ends. Raises InvalidRequestError: parts at that offset have another length."""
+    right = min(state.part_bytes, state.length - at)
+    if length != right or not right:
+        raise InvalidRequestError(f"a part at offset {at:,} must have {right:,} bytes, not {length:,}")
+    return at + length
 
 
 def _hex(digest: bytes | None) -> str | None:
@@ -565,9 +636,9 @@ class Appending:
             )
 
     async def _save_buffer(self) -> dict[str, Any]:
-        """The last bytes: as a part if the upload is complete with it, as a tail if not."""
+        """The last bytes: as a part if they fill one, or complete the upload; as a tail if not."""
         buffer = self._filled()
-        if self._start() + len(buffer) == self._state.length:
+        if self._room == 0:
             await self._send()
             await self._settle()
             return self._moved()

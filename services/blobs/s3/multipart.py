@@ -12,21 +12,17 @@ import asyncio
 import hashlib
 import json
 import logging
-import zlib
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
-from uuid import UUID, uuid4
+from uuid import uuid4
 from xml.sax.saxutils import escape
 
-from artifact_store.errors import CorruptError, TooLargeError, UnavailableError, UploadNotFoundError
-from artifact_store.models import Declared
+from artifact_store.errors import CorruptError, UnavailableError
 from artifact_store.rules import parse_number
-from services.blobs.intake import MIB, PIECE_BYTES, Cleanups, Intake, PartPlan, check_declared
-from services.blobs.memory import ByteBudget, PartBuffer, Share
-from services.blobs.port import UPLOADS, BlobStore, Digests, Part, PartsKey, StoredBlob
-from services.blobs.resumable.object_parts import ObjectParts
+from services.blobs.intake import PIECE_BYTES, Intake, PartPlan
+from services.blobs.memory import PartBuffer, Share
+from services.blobs.port import UPLOADS
 from services.blobs.s3.requests import (
     CHECKSUM_CRC32,
     CHECKSUM_SHA256,
@@ -44,7 +40,12 @@ _COMPLETE_SECONDS = 120.0  # a store may have to put thousands of parts together
 OK = frozenset({200})
 GONE = frozenset({200, 204, 404})
 _BETWEEN = " "  # CRC-32 and ETag in the tag of a part
+_REFUSED_PARTS = {"InvalidPart", "InvalidPartOrder", "EntityTooSmall", "InvalidArgument", "MalformedXML"}
 _log = logging.getLogger(__name__)
+
+
+class PartsRefusedError(UnavailableError):
+    """The store does not have the parts that were named: they were replaced, removed, or never there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +287,12 @@ async def put_part(requests: S3Requests, key: str, upload_id: str, number: int, 
     """Store a part and return its tag: CRC-32 and ETag, for `complete_upload`. Raises UnavailableError."""
     query = {"uploadId": upload_id, "partNumber": str(number)}
     answer = await requests.send("PUT", key, OK, query=query, body=body)
-    return f"{crc32_text(body.crc32)}{_BETWEEN}{answer.headers.get('ETag', '')}"
+    return part_tag(body.crc32, answer.headers.get("ETag", ""))
+
+
+def part_tag(crc32: int, etag: str) -> str:
+    """A part's CRC-32 and the ETag that the store gave it, as `complete_upload` takes them."""
+    return f"{crc32_text(crc32)}{_BETWEEN}{etag}"
 
 
 async def complete_upload(
@@ -294,7 +300,7 @@ async def complete_upload(
 ) -> None:
     """Make parts (number and tag, by number) an object of `length` bytes, in place of one that is there.
 
-    Returns if the object is there, whoever completed the upload. Raises UnavailableError.
+    Returns if the object is there, whoever completed the upload. Raises UnavailableError, PartsRefusedError.
     """
     tags = [(number, *_parted(tag)) for number, tag in parts]
     body = f"<CompleteMultipartUpload>{''.join(_listed(*tag) for tag in tags)}</CompleteMultipartUpload>".encode()
@@ -303,14 +309,16 @@ async def complete_upload(
         answer = await requests.send(
             "POST",
             key,
-            frozenset({200, 404}),
+            frozenset({200, 400, 404}),
             query={"uploadId": upload_id},
             body=body,
             attempts=1,
             seconds=_COMPLETE_SECONDS,
         )
+        if answer.code in _REFUSED_PARTS:
+            raise PartsRefusedError(str(requests.unavailable(f"has not the parts of an upload ({answer.code})")))
         root = parse_xml(answer.body)
-        if answer.status == 200 and (root is None or root.tag == "Error"):
+        if answer.status != 404 and (root is None or root.tag == "Error"):
             # The status is sent before the outcome is known (S3 API, CompleteMultipartUpload).
             raise StoreTroubleError(
                 str(requests.unavailable(f"failed to complete an upload ({answer.code or 'no reason given'})"))
@@ -348,145 +356,3 @@ async def remove_upload(requests: S3Requests, record_key: str, record: UploadRec
     """Abort an upload and remove its record, in this order; one that is completed or aborted already stays so."""
     await requests.send("DELETE", record.key, GONE, query={"uploadId": record.upload_id})
     await requests.send("DELETE", record_key, GONE)
-
-
-_BEFORE_UPLOAD_ID = "/"  # between the name and the id of the multipart upload
-_SPARE = 5  # one number in so many is kept for those that interruptions waste
-
-
-class S3Parts:
-    """See `PartStore`."""
-
-    def __init__(
-        self,
-        blobs: BlobStore,
-        requests: S3Requests,
-        *,
-        part_bytes: int,
-        held_bytes: int,
-        max_parts: int,
-        memory: ByteBudget,
-    ) -> None:
-        """The bounds are those of `S3BlobStore`."""
-        self._blobs = blobs
-        self._requests = requests
-        self._part_bytes = part_bytes
-        self._held_bytes = held_bytes
-        self._max_parts = max_parts
-        self._memory = memory
-        self._cleanups = Cleanups()
-        self._small = ObjectParts(blobs, part_bytes=part_bytes, memory=memory)
-
-    @property
-    def memory(self) -> ByteBudget:
-        """See the port."""
-        return self._memory
-
-    @property
-    def longest(self) -> int:
-        """See the port."""
-        return self._planned * self._held_bytes
-
-    @property
-    def max_number(self) -> int:
-        """See the port."""
-        return self._max_parts
-
-    def part_bytes(self, length: int) -> int:
-        """See the port."""
-        if length > self.longest:
-            raise TooLargeError(f"an upload that can be resumed may have {self.longest:,} bytes here: send it by PUT")
-        fitting = -(-length // self._planned)
-        return min(self._held_bytes, max(self._part_bytes, -(-fitting // MIB) * MIB))
-
-    async def begin(self, upload_id: UUID, length: int) -> str:
-        """See the port. Cancelled, it still learns the name of the multipart upload, and ends it: nobody else could."""
-        if length <= self.part_bytes(length):
-            return await self._small.begin(upload_id, length)
-        name = uuid4()
-        key = f"{UPLOADS}{name}"
-        beginning = asyncio.ensure_future(begin_upload(self._requests, key))
-        try:
-            upload = await asyncio.shield(beginning)
-        except asyncio.CancelledError:
-            await self._cleanups.run(self._end(key, beginning))
-            raise
-        return f"{name}{_BEFORE_UPLOAD_ID}{upload}"
-
-    async def _end(self, key: str, beginning: asyncio.Future[str]) -> None:
-        await self._requests.send("DELETE", key, GONE, query={"uploadId": await beginning})
-
-    async def put(self, where: PartsKey, number: int, part: PartBuffer) -> str:
-        """See the port."""
-        key, upload = _place(where)
-        if key is None:
-            return await self._small.put(where, number, part)
-        async with self._upload(key, upload):
-            return await put_part(self._requests, key, upload, number, part)
-
-    async def assemble(
-        self, where: PartsKey, parts: Sequence[Part], *, declared: Declared, digests: Digests | None = None
-    ) -> StoredBlob:
-        """See the port."""
-        key, upload = _place(where)
-        if key is None:
-            return await self._small.assemble(where, parts, declared=declared)
-        if declared.size_bytes is None:
-            raise ValueError("the length of an upload is known")
-        length = declared.size_bytes
-        listed = sorted((part.number, part.etag) for part in parts)
-        async with self._upload(key, upload):
-            await complete_upload(self._requests, key, upload, listed, length)
-        if digests is None:
-            intake = Intake(self._blobs.read(key, 0, length), declared=declared, max_bytes=length)
-            crc32 = 0
-            while piece := await intake.take(PIECE_BYTES):
-                crc32 = zlib.crc32(piece, crc32)
-            digests = await intake.digests()
-            there = await find_object(self._requests, key)
-            if there is not None and there.crc32 not in (None, crc32_text(crc32)):
-                raise StoreTroubleError(str(self._requests.unavailable(f"gave other bytes of {key} than were put")))
-        else:
-            check_declared(digests, declared)
-        return StoredBlob(self._blobs.backend_id, key, 0, digests.length, digests.blake3, digests.sha256)
-
-    def blob_key(self, where: PartsKey) -> str | None:
-        """See the port."""
-        return _place(where)[0]
-
-    async def discard(self, where: PartsKey, *, blob: bool) -> None:
-        """See the port."""
-        key, upload = _place(where)
-        if key is None:
-            await self._small.discard(where, blob=blob)
-            return
-        await self._requests.send("DELETE", key, GONE, query={"uploadId": upload})
-        if blob:
-            await self._requests.send("DELETE", key, GONE)
-
-    @asynccontextmanager
-    async def _upload(self, key: str, upload: str) -> AsyncIterator[None]:
-        """Raises UploadNotFoundError where the block fails because the store has neither the upload nor its object.
-
-        Stores remove multipart uploads by themselves, however active: MinIO 24 hours after they were begun.
-        """
-        try:
-            yield
-        except StoreTroubleError:
-            raise
-        except UnavailableError:
-            query = {"uploadId": upload, "max-parts": "1"}
-            answer = await self._requests.send("GET", key, frozenset({200, 404}), query=query, attempts=1)
-            if answer.code != "NoSuchUpload" or await find_object(self._requests, key, attempts=1) is not None:
-                raise
-            raise UploadNotFoundError("the blob store has removed what came of this upload: begin a new one") from None
-
-    @property
-    def _planned(self) -> int:
-        return max(1, self._max_parts - self._max_parts // _SPARE)
-
-
-def _place(where: PartsKey) -> tuple[str | None, str]:
-    """Key and id of the multipart upload; no key of parts that are objects."""
-    name, multipart, upload = where.token.partition(_BEFORE_UPLOAD_ID)
-    return (f"{UPLOADS}{name}", upload) if multipart else (None, "")

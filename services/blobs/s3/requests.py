@@ -4,7 +4,7 @@ The MinIO SDK signs (with a fixed region, so that signing asks the store nothing
 that is put comes with a checksum among the signed headers, or behind it where it passes through: the store refuses
 bytes that were altered on the way. The payload itself is not signed, which would be one more SHA-256 for large parts.
 A signature is a credential for some minutes: it stays inside this file, and no error text or chained exception shows
-it.
+it. `presign` alone hands one out, in an address that is meant for a client.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cached_property
 from typing import Any, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 from weakref import WeakSet
 from xml.etree import ElementTree
 
@@ -31,7 +31,7 @@ import urllib3
 from minio import Minio
 from minio.credentials.credentials import Credentials
 from minio.signer import sign_v4_s3
-from minio.time import to_amz_date
+from minio.time import to_amz_date, to_signer_date
 from tenacity import (
     AsyncRetrying,
     retry_if_exception_type,
@@ -289,6 +289,35 @@ class S3Requests:
                     self._judge("GET", key, answer, frozenset({404, 416}))
                 yield response
 
+    def presign(
+        self, key: str, query: Mapping[str, str], headers: Mapping[str, str], seconds: int, now: datetime
+    ) -> str:
+        """The URL of a PUT that anyone may send with exactly these headers for `seconds` from `now` on."""
+        scope = f"{to_signer_date(now)}/{self.endpoint.region}/s3/aws4_request"
+        named = ("host", *(name.lower() for name in headers))
+        asked = {
+            **query,
+            "X-Amz-Algorithm": "AWS4-HMAC-SHA256",
+            "X-Amz-Credential": f"{self.endpoint.access_key}/{scope}",
+            "X-Amz-Date": to_amz_date(now),
+            "X-Amz-Expires": str(seconds),
+            "X-Amz-SignedHeaders": ";".join(sorted(named)),
+        }
+        url = self._url(key, asked)
+        split = urlsplit(url)
+        # The text that is signed differs from that of a signature in headers by these parameters alone.
+        signed = self._signature("PUT", split, {**headers, "Host": split.netloc}, _UNSIGNED, now)
+        return f"{url}&X-Amz-Signature={signed['Authorization'].rpartition('=')[2]}"
+
+    async def put_presigned(self, url: str, headers: Mapping[str, str], body: bytes) -> Answer:
+        """Send a PUT to such a URL, once, as a client would. Raises UnavailableError without an answer."""
+        with _Explained(self, ANSWER_SECONDS):
+            async with (
+                asyncio.timeout(ANSWER_SECONDS),
+                self._opened().put(URL(url, encoded=True), headers=headers, data=body, allow_redirects=False) as found,
+            ):
+                return Answer(found.status, found.headers, await found.read())
+
     async def close(self) -> None:
         """Close the connections."""
         if self._session is not None:
@@ -402,26 +431,31 @@ class S3Requests:
         payload: str = _UNSIGNED,
     ) -> tuple[URL, dict[str, str]]:
         """The address, and the headers with a signature over all of them but the length."""
-        asked = "&".join(f"{name}={quote(value, safe='')}" for name, value in query.items())
-        url = f"{self._bucket_url}{quote(key)}{'?' if asked else ''}{asked}"
+        url = self._url(key, query)
         split = urlsplit(url)
         now = datetime.now(UTC)
+        named = {**headers, "Host": split.netloc, "x-amz-date": to_amz_date(now), "x-amz-content-sha256": payload}
+        # Anything re-quoted would break the signature.
+        return URL(url, encoded=True), self._signature(method, split, named, payload, now)
+
+    def _url(self, key: str, query: Mapping[str, str]) -> str:
+        asked = "&".join(f"{name}={quote(value, safe='')}" for name, value in query.items())
+        return f"{self._bucket_url}{quote(key)}{'?' if asked else ''}{asked}"
+
+    def _signature(
+        self, method: str, url: SplitResult, headers: Mapping[str, str], payload: str, now: datetime
+    ) -> dict[str, str]:
+        """The headers with `Authorization`."""
         signed = sign_v4_s3(
             method=method,
-            url=split,
+            url=url,
             region=self.endpoint.region,
-            headers={
-                **headers,
-                "Host": split.netloc,
-                "x-amz-date": to_amz_date(now),
-                "x-amz-content-sha256": payload,
-            },
+            headers=dict(headers),
             credentials=Credentials(self.endpoint.access_key, self.endpoint.secret_key),
             content_sha256=payload,
             date=now,
         )
-        # Anything re-quoted would break the signature.
-        return URL(url, encoded=True), {name: str(value) for name, value in signed.items()}
+        return {name: str(value) for name, value in signed.items()}
 
     def _opened(self) -> aiohttp.ClientSession:
         if self._session is None:

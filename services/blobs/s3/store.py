@@ -45,12 +45,13 @@ from services.blobs.resumable.states import sweep_states
 from services.blobs.s3.multipart import (
     RECORDS,
     MultipartUpload,
-    S3Parts,
     UploadRecord,
     fill,
     find_object,
     remove_upload,
 )
+from services.blobs.s3.part_addresses import PROBE_KEY, DirectAccess
+from services.blobs.s3.parts import S3Parts
 from services.blobs.s3.requests import (
     ANSWER_SECONDS,
     ATTEMPTS,
@@ -67,7 +68,6 @@ from services.blobs.s3.requests import (
 from services.blobs.verified_reads import Mistrusted
 from services.runtime.clock import Clock, StoreClock, system_clock
 
-PROBE_KEY = "health/write-probe"
 _RETRY_SECONDS = 5.0
 _SMALL_BYTES = 64 * 1024
 """A body of at most this size is read before it takes memory of the budget: its connection may hold as much anyway."""
@@ -97,6 +97,7 @@ class S3BlobStore:
         look_seconds: float = LOOK_SECONDS,
         clock: Callable[[], datetime] | None = None,
         own_clock: Clock = system_clock,
+        public: Endpoint | None = None,
     ) -> None:
         """Connects at the first request.
 
@@ -111,6 +112,7 @@ class S3BlobStore:
             look_seconds: how often slow uploads are looked for while others wait for memory.
             clock: the time that is written into records of uploads (aware); the store's if not given.
             own_clock: this machine's, with which the store's is compared.
+            public: where clients reach the store, and the key that signs for it, if they are to send parts themselves.
         """
         self._part_bytes = part_bytes
         self._held_bytes = held_bytes
@@ -125,6 +127,8 @@ class S3BlobStore:
         self._clock = clock or self._requests.clock.now
         self._cleanups = Cleanups()
         self._mistrusted = Mistrusted[str]()
+        public_requests = None if public is None else S3Requests(public, own_clock=own_clock)
+        self._direct = None if public_requests is None else DirectAccess(self._requests, public_requests)
         self._parts = S3Parts(
             self,
             self._requests,
@@ -132,6 +136,7 @@ class S3BlobStore:
             held_bytes=held_bytes,
             max_parts=max_parts,
             memory=self._memory,
+            direct=self._direct,
         )
 
     @property
@@ -340,6 +345,8 @@ class S3BlobStore:
     async def close(self) -> None:
         """See the port."""
         await self._cleanups.drain()
+        if self._direct is not None:
+            await self._direct.close()
         await self._requests.close()
 
     async def _await_turn(self, share: Share, amount: int) -> None:

@@ -204,6 +204,12 @@ ROWS: dict[tuple[str, str], Row] = {
     ),
     ("OPTIONS", UPLOAD): Row(204, 204, 204, 204, "/v1/packages/{package}/uploads/{added}"),
     ("GET", UPLOAD): Row(200, 403, 404, 403, "/v1/packages/{package}/uploads/{added}"),
+    ("POST", UPLOAD + "/parts"): Row(
+        *(200, 403, 404, 403),
+        "/v1/packages/{package}/uploads/{added}/parts",
+        (("Content-Type", "application/json"),),
+        b'{"offset": 0}',
+    ),
     ("PATCH", UPLOAD): Row(204, 403, 404, 403, "/v1/packages/{package}/uploads/{added}", OFFSET, b"new"),
     ("DELETE", UPLOAD): Row(204, 403, 404, 403, "/v1/packages/{package}/uploads/{ended}", TUS),
     ("POST", UPLOAD): Row(

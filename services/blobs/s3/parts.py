@@ -1,0 +1,194 @@
+"""Uploads that span requests, as multipart uploads of a bucket: see `PartStore`.
+
+Parts come through a gateway, or from clients straight to the store. In both cases they become one object under a key of
+the upload's own, by a completion that only a gateway can send, and what can be read of that object is hashed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from uuid import UUID, uuid4
+
+from artifact_store.errors import ContentMismatchError, TooLargeError, UnavailableError, UploadNotFoundError
+from artifact_store.models import Declared
+from services.blobs.intake import MIB, PIECE_BYTES, Cleanups, Intake, check_declared
+from services.blobs.memory import ByteBudget, PartBuffer
+from services.blobs.port import UPLOADS, BlobStore, Digests, DirectPart, Part, PartAddress, PartsKey, StoredBlob
+from services.blobs.resumable.object_parts import ObjectParts
+from services.blobs.s3.multipart import (
+    GONE,
+    PartsRefusedError,
+    begin_upload,
+    complete_upload,
+    find_object,
+    part_tag,
+    put_part,
+)
+from services.blobs.s3.part_addresses import DirectAccess
+from services.blobs.s3.requests import S3Requests, StoreTroubleError, crc32_text
+
+_BEFORE_UPLOAD_ID = "/"  # between the name and the id of the multipart upload
+_SPARE = 5  # one number in so many is kept for those that interruptions waste
+
+
+class S3Parts:
+    """See `PartStore`."""
+
+    def __init__(
+        self,
+        blobs: BlobStore,
+        requests: S3Requests,
+        *,
+        part_bytes: int,
+        held_bytes: int,
+        max_parts: int,
+        memory: ByteBudget,
+        direct: DirectAccess | None = None,
+    ) -> None:
+        """The bounds are those of `S3BlobStore`; clients can send parts themselves if there is `direct` access."""
+        self._blobs = blobs
+        self._requests = requests
+        self._part_bytes = part_bytes
+        self._held_bytes = held_bytes
+        self._max_parts = max_parts
+        self._memory = memory
+        self._direct = direct
+        self._cleanups = Cleanups()
+        self._small = ObjectParts(blobs, part_bytes=part_bytes, memory=memory)
+
+    @property
+    def memory(self) -> ByteBudget:
+        """See the port."""
+        return self._memory
+
+    @property
+    def longest(self) -> int:
+        """See the port."""
+        return self._planned * self._held_bytes
+
+    @property
+    def max_number(self) -> int:
+        """See the port."""
+        return self._max_parts
+
+    def part_bytes(self, length: int) -> int:
+        """See the port."""
+        if length > self.longest:
+            raise TooLargeError(f"an upload that can be resumed may have {self.longest:,} bytes here: send it by PUT")
+        fitting = -(-length // self._planned)
+        return min(self._held_bytes, max(self._part_bytes, -(-fitting // MIB) * MIB))
+
+    async def begin(self, upload_id: UUID, length: int) -> str:
+        """See the port. Cancelled, it still learns the name of the multipart upload, and ends it: nobody else could."""
+        if length <= self.part_bytes(length):
+            return await self._small.begin(upload_id, length)
+        name = uuid4()
+        key = f"{UPLOADS}{name}"
+        beginning = asyncio.ensure_future(begin_upload(self._requests, key))
+        try:
+            upload = await asyncio.shield(beginning)
+        except asyncio.CancelledError:
+            await self._cleanups.run(self._end(key, beginning))
+            raise
+        return f"{name}{_BEFORE_UPLOAD_ID}{upload}"
+
+    async def _end(self, key: str, beginning: asyncio.Future[str]) -> None:
+        await self._requests.send("DELETE", key, GONE, query={"uploadId": await beginning})
+
+    async def put(self, where: PartsKey, number: int, part: PartBuffer) -> str:
+        """See the port."""
+        key, upload = _place(where)
+        if key is None:
+            return await self._small.put(where, number, part)
+        async with self._upload(key, upload):
+            return await put_part(self._requests, key, upload, number, part)
+
+    async def takes_direct(self, where: PartsKey) -> bool:
+        """See the port."""
+        return self._direct is not None and _place(where)[0] is not None and await self._direct.usable()
+
+    def addresses(self, where: PartsKey, parts: Sequence[DirectPart]) -> list[PartAddress]:
+        """See the port."""
+        key, upload = _place(where)
+        if key is None or self._direct is None:
+            raise ValueError("this upload takes no parts from clients")
+        return [self._direct.address(key, upload, part) for part in parts]
+
+    def sent(self, part: DirectPart, etag: str) -> Part:
+        """See the port."""
+        return Part(part.number, part_tag(part.crc32, etag))
+
+    async def assemble(
+        self, where: PartsKey, parts: Sequence[Part], *, declared: Declared, digests: Digests | None = None
+    ) -> StoredBlob:
+        """See the port."""
+        key, upload = _place(where)
+        if key is None:
+            return await self._small.assemble(where, parts, declared=declared)
+        if declared.size_bytes is None:
+            raise ValueError("the length of an upload is known")
+        length = declared.size_bytes
+        listed = sorted((part.number, part.etag) for part in parts)
+        async with self._upload(key, upload):
+            await complete_upload(self._requests, key, upload, listed, length)
+        if digests is None:
+            intake = Intake(self._blobs.read(key, 0, length), declared=declared, max_bytes=length)
+            crc32 = 0
+            while piece := await intake.take(PIECE_BYTES):
+                crc32 = zlib.crc32(piece, crc32)
+            digests = await intake.digests()
+            there = await find_object(self._requests, key)
+            if there is not None and there.length != length:
+                raise ContentMismatchError(f"the parts have {there.length:,} bytes, {length:,} were declared")
+            if there is not None and there.crc32 not in (None, crc32_text(crc32)):
+                raise StoreTroubleError(str(self._requests.unavailable(f"gave other bytes of {key} than were put")))
+        else:
+            check_declared(digests, declared)
+        return StoredBlob(self._blobs.backend_id, key, 0, digests.length, digests.blake3, digests.sha256)
+
+    def blob_key(self, where: PartsKey) -> str | None:
+        """See the port."""
+        return _place(where)[0]
+
+    async def discard(self, where: PartsKey, *, blob: bool) -> None:
+        """See the port."""
+        key, upload = _place(where)
+        if key is None:
+            await self._small.discard(where, blob=blob)
+            return
+        await self._requests.send("DELETE", key, GONE, query={"uploadId": upload})
+        if blob:
+            await self._requests.send("DELETE", key, GONE)
+
+    @asynccontextmanager
+    async def _upload(self, key: str, upload: str) -> AsyncIterator[None]:
+        """Raises UploadNotFoundError where the block fails because the store has neither the upload nor its object.
+
+        So it does where the store has other parts than were named: a client may have replaced one. Stores remove
+        multipart uploads by themselves, however active: MinIO 24 hours after they were begun.
+        """
+        try:
+            yield
+        except PartsRefusedError:
+            raise UploadNotFoundError("parts of this upload were replaced or removed: begin a new one") from None
+        except StoreTroubleError:
+            raise
+        except UnavailableError:
+            query = {"uploadId": upload, "max-parts": "1"}
+            answer = await self._requests.send("GET", key, frozenset({200, 404}), query=query, attempts=1)
+            if answer.code != "NoSuchUpload" or await find_object(self._requests, key, attempts=1) is not None:
+                raise
+            raise UploadNotFoundError("the blob store has removed what came of this upload: begin a new one") from None
+
+    @property
+    def _planned(self) -> int:
+        return max(1, self._max_parts - self._max_parts // _SPARE)
+
+
+def _place(where: PartsKey) -> tuple[str | None, str]:
+    """Key and id of the multipart upload; no key of parts that are objects."""
+    name, multipart, upload = where.token.partition(_BEFORE_UPLOAD_ID)
+    return (f"{UPLOADS}{name}", upload) if multipart else (None, "")
