@@ -88,7 +88,7 @@ def whole(records: Mapping[int, Sequence[Record]]) -> dict[int, list[tuple[objec
 async def test_an_import_keeps_partitions_where_counts_agree_and_digests_everywhere(
     kafka: Settings, log: KafkaLog, tmp_path: Path
 ) -> None:
-    events = await fill(log)
+    events = await fill(log, packages=4)
     path = tmp_path / "log.archive"
     done = await export_log(log, path)
     before, digests = await records_of(log), await digests_of(log, tmp_path)
@@ -136,7 +136,7 @@ async def test_a_gateway_goes_on_where_an_import_ended(kafka: Settings, log: Kaf
         assert [event.sequence async for event in new.read()] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("answer_lost", [False, True])
+@pytest.mark.parametrize("answer_lost", [True, pytest.param(False, marks=pytest.mark.endurance)])
 async def test_a_copy_that_ended_early_goes_on_and_has_each_record_once(
     kafka: Settings, log: KafkaLog, monkeypatch: pytest.MonkeyPatch, answer_lost: bool
 ) -> None:

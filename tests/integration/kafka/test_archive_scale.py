@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,19 +25,23 @@ from services.blobs.port import BlobStore
 from services.config import Settings
 from services.log.kafka import KafkaFiller, KafkaLog
 from services.wiring import open_blobs, open_log
-from tests.archives import FILES, as_records, digests_of, long_history
+from tests.archives import FILES, as_records, digests_of, long_history, records_of
 from tests.buckets import Bucket
 from tests.conftest import Endpoints
-from tests.integration.kafka.test_archive import another
+from tests.integration.kafka.test_archive import another, whole
 from tests.integration.kafka_stage import open_kafka_log
 
 pytestmark = [pytest.mark.services, pytest.mark.processes, pytest.mark.endurance]
 
 FEW, MANY = (int(os.environ.get("ARCHIVE_EVENTS", "300000")) // part for part in (3, 1))
+KILLED = 20_000
+"""So many records has a topic whose copying is killed."""
+
 MOST_MIB = 350
 MORE_MIB = 48
 """Most memory of a command, and how much more it may take for three times as many events."""
 
+_LOOK_SECONDS = 0.1
 _PER_FLUSH = 50
 """So many packages are written at a time."""
 
@@ -56,16 +61,26 @@ def measured(settings: Settings, *arguments: str | Path) -> Run:
     began = time.monotonic()
     command = [sys.executable, "-m", "services.cli", *map(str, arguments), "--json", "--quiet"]
     environment = {**os.environ, **settings.environment()}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    with process.stdout as printed:
+    most = 0.0
+    with tempfile.TemporaryFile("w+") as printed:
+        process = subprocess.Popen(command, env=environment, stdout=printed)
+        while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
+            most = max(most, _most_mib(process.pid))
+            time.sleep(_LOOK_SECONDS)
+        _, status, used = ended
+        process.returncode = os.waitstatus_to_exitcode(status)
+        printed.seek(0)
         told = printed.read()
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0, told
-    found = Run(time.monotonic() - began, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024, json.loads(told))
+    found = Run(time.monotonic() - began, used.ru_utime + used.ru_stime, most, json.loads(told))
     print(f"{' '.join(map(str, arguments[:2]))}: {found}")  # noqa: T201 - figures for people
     return found
+
+
+def _most_mib(pid: int) -> float:
+    """The most memory that the process has had since its program began: `ru_maxrss` counts what it was forked from."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    return next((int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM:")), 0.0)
 
 
 async def fill(log: KafkaLog, events: int, blobs: BlobStore | None = None) -> None:
@@ -114,12 +129,31 @@ async def test_time_grows_as_the_events_do_and_memory_does_not(kafka: Settings, 
         assert many.mib <= min(MOST_MIB, few.mib + MORE_MIB)
 
 
+async def test_a_copy_that_is_killed_again_and_again_has_each_record_once(kafka: Settings, log: KafkaLog) -> None:
+    await fill(log, KILLED)
+    source = await records_of(log)
+    command = [sys.executable, "-m", "services.cli", "log", "copy", log.kafka.prefix, f"{log.kafka.prefix}-copy"]
+    environment = {**os.environ, **kafka.environment()}
+    async with another(kafka, "copy") as copy:
+        await copy.migrate()
+        for share in (0.1, 0.3, 0.5, 0.7, 0.9):
+            process = await asyncio.create_subprocess_exec(*command, env=environment)
+            while sum((await copy.end()).offsets.values()) < share * KILLED:
+                assert process.returncode is None
+                await asyncio.sleep(_LOOK_SECONDS)
+            process.kill()
+            await process.wait()
+        done = await asyncio.to_thread(measured, kafka, *command[3:])
+        assert whole(await records_of(copy)) == whole(source)
+    assert 0.9 * KILLED / 2 < done.answer["resumed"] < done.answer["records"] == KILLED
+
+
 async def test_a_registry_is_restored_into_an_empty_cluster(
     real_settings: Settings, endpoints: Endpoints, tmp_path: Path
 ) -> None:
     keys = (endpoints.s3_access_key, endpoints.s3_secret_key, endpoints.s3_region)
     blobs = open_blobs(real_settings)
-    async with open_kafka_log(real_settings) as log, another(real_settings, "restored") as restored:
+    async with open_kafka_log(real_settings) as log, another(real_settings, "restored"):
         await fill(log, MANY, blobs)
         await blobs.close()
         archive = tmp_path / "all.archive"
@@ -127,12 +161,12 @@ async def test_a_registry_is_restored_into_an_empty_cluster(
         with Bucket(endpoints.s3, *keys) as bucket:
             settings = replace(real_settings, log_url=f"{real_settings.log_url}-restored", **bucket.settings)
             imported = await asyncio.to_thread(measured, settings, "log", "import", archive, "--blobs")
-            assert await digests_of(log, tmp_path) == await digests_of(restored, tmp_path)
             views = replace(settings, views_url=f"sqlite+aiosqlite:///{tmp_path}/views.db")
             await asyncio.to_thread(measured, views, "migrate")
             for projection in ("registry", "retention", "usage"):
                 await asyncio.to_thread(measured, views, "replay", projection, "--in-place")
             verified = await asyncio.to_thread(measured, views, "verify", "--bytes")
+        assert verified.answer["views"] == await digests_of(log, tmp_path)
     assert imported.answer["digest"] == exported.answer["digest"]
     assert verified.answer["violation_count"] == verified.answer["healed"] == 0
     assert verified.answer["files"] == MANY // (FILES + 2) * FILES
