@@ -81,7 +81,8 @@ docs: $(RUN) ## The pages that are generated: the catalogues of events and metri
 lock: $(DEV) ## Lock the dependencies again; UPGRADE=1 for newer versions
 	@$(COMPILE) $(if $(UPGRADE),--upgrade) requirements/build.in -o requirements/build.txt
 	@$(COMPILE) $(if $(UPGRADE),--upgrade) pyproject.toml -o requirements/run.txt
-	@$(COMPILE) $(if $(UPGRADE),--upgrade) -c requirements/run.txt --extra dev pyproject.toml -o requirements/dev.txt
+	@$(COMPILE) $(if $(UPGRADE),--upgrade) -c requirements/run.txt --extra traces pyproject.toml -o requirements/traces.txt
+	@$(COMPILE) $(if $(UPGRADE),--upgrade) -c requirements/traces.txt --extra dev --extra traces pyproject.toml -o requirements/dev.txt
 
 # --- the virtual environment: made once, filled again when a lock file changes ---
 

@@ -37,6 +37,7 @@ from services.core.access import Right
 from services.identity.audit import Audit
 from services.log.port import Log
 from services.registry.direct import DirectRegistry
+from services.runtime import tracing
 from services.runtime.logs import Repeats
 from services.runtime.tracing import TRACEPARENT
 
@@ -109,6 +110,9 @@ class App:
 
     async def _handle(self, call: Call, find: Find) -> web.StreamResponse:
         self.gateway.admission.begin()
+        tracer = tracing.tracer
+        if tracer is not None and call.target not in PROBES:
+            call.begin_span(tracer)
         try:
             response = await self._answer(call, find)
             await self._send(call, response)
@@ -222,6 +226,7 @@ class App:
                 unseen=unseen or None,
             )
         self._log_failure(call, method)
+        call.end_span(method)
         trace_id = None if call.traceparent is None else call.traceparent.split("-")[1]
         about = [f"request {call.request_id}"]
         if trace_id is not None:

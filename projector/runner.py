@@ -25,7 +25,8 @@ from contextlib import aclosing
 from artifact_store.errors import ArtifactStoreError, CorruptError, PushBackError, UnavailableError
 from projector.projection_metrics import ProjectorMetrics, served
 from services.config import Settings
-from services.log.port import Log
+from services.log.port import Log, Record
+from services.runtime import tracing
 from services.runtime.addresses import ListenAddress
 from services.runtime.processes import PYTHON, Command, RestartRule
 from services.runtime.processes import run_processes as run_all
@@ -173,12 +174,39 @@ class _Run:
 
     async def _apply(self, batch: EventBatch) -> None:
         async with self._applying:
+            tracer = tracing.tracer
+            began = 0 if tracer is None else time.time_ns()
             await fold(self._views, self._log, self._projection, batch)
+        if tracer is not None:
+            self._make_spans(tracer, batch, began)
         self._assignment.applied(batch)
         self.progressed = True
         self._events += len(batch)
         if self._metrics is not None:
             self._metrics.folded(self._projection.name, len(batch), batch.last_times())
+
+    def _make_spans(self, tracer: tracing.Tracer, batch: EventBatch, began: int) -> None:
+        """A span of the fold for each traced command whose events are in the batch, below that of their appending."""
+        commands: dict[str, list[Record]] = {}
+        for record in batch.records:
+            parent = next((value for name, value in record.headers if name == "traceparent"), None)
+            if isinstance(parent, bytes) and tracing.sampled(known := parent.decode("ascii", "replace")):
+                commands.setdefault(known, []).append(record)
+        topic = self._log.topic or ""
+        for parent, records in commands.items():
+            attributes: dict[str, str | int] = {
+                "messaging.system": "kafka",
+                "messaging.operation.name": "process",
+                "messaging.operation.type": "process",
+                "messaging.destination.name": topic,
+                "messaging.destination.partition.id": str(records[0].partition),
+                "messaging.kafka.message.key": records[0].key.decode("ascii", "replace"),
+                "messaging.kafka.offset": records[0].offset,
+                "messaging.batch.message_count": len(records),
+                "messaging.consumer.group.name": f"{topic.removesuffix('.events')}.projector.{self._projection.name}",
+                "artifact_store.projection": self._projection.name,
+            }
+            tracer.begin(f"process {topic}", "consumer", parent, attributes, since=began).end()
 
     async def _settled(self) -> None:
         async with self._applying:

@@ -75,6 +75,10 @@ class MemoryLog:
     async def partitions(self) -> int:
         return len(self._records)
 
+    @property
+    def topic(self) -> None:
+        return None
+
     def partition_of(self, package_id: UUID) -> int:
         return package_id.int % len(self._records)
 

@@ -40,6 +40,7 @@ from services.core.wire import (
 from services.log.port import PackageExtent, PartitionStatus
 from services.log.records import AcceptLoss, Confirmation, SkipRecord
 from services.log.sequencer.queue import IngestCheck
+from services.runtime import tracing
 from services.runtime.tracing import TRACEPARENT
 
 CONTENT_TYPE = "application/cbor"
@@ -205,6 +206,14 @@ class HttpForwarder:
         self, owner_url: str, path: str, body: bytes, version: int = OLDEST, most: int = _ANSWER_BYTES
     ) -> bytes:
         """The answer, which may be `most` bytes longer than the body. Raises what it says, and UnavailableError."""
+        tracer = tracing.tracer
+        if tracer is None:
+            return await self._send(owner_url, path, body, version, most)
+        attributes = {"http.request.method": "POST", "url.full": owner_url + path, **tracing.server_of(owner_url)}
+        with tracer.step("POST", "client", attributes):
+            return await self._send(owner_url, path, body, version, most)
+
+    async def _send(self, owner_url: str, path: str, body: bytes, version: int, most: int) -> bytes:
         if self._session is None:
             raise UnavailableError("forwarding is closed")
         try:

@@ -49,6 +49,7 @@ from services.identity.audit import Audit
 from services.log.kafka.connection import INTERFACE
 from services.log.port import PackageExtent, PartitionNotOwnedError, PartitionStatus
 from services.log.records import Confirmation
+from services.runtime import tracing
 from services.runtime.addresses import ListenAddress
 from services.runtime.tracing import TRACEPARENT, traceparent
 
@@ -267,6 +268,16 @@ class InternalListener:
         if request.content_type != CONTENT_TYPE:
             raise web.HTTPUnsupportedMediaType
         TRACEPARENT.set(traceparent(request.headers.get("traceparent")))
+        tracer = tracing.tracer
+        if tracer is None:
+            return await self._answered(request, carry_out)
+        attributes = {"http.request.method": "POST", "http.route": request.path, "url.path": request.path}
+        with tracer.step(f"POST {request.path}", "server", {**attributes, "url.scheme": request.scheme}):
+            return await self._answered(request, carry_out)
+
+    async def _answered(
+        self, request: web.Request, carry_out: Callable[[Here, bytes], Awaitable[bytes]]
+    ) -> web.Response:
         try:
             if self._here is None:
                 raise PartitionNotOwnedError("this process is only starting")

@@ -54,7 +54,7 @@ from ingest_gateway.protocol.http_errors import (
 from ingest_gateway.protocol.json_body import parse_json
 from services.core.access import Principal, Right
 from services.registry.direct import DirectRegistry
-from services.runtime.tracing import traceparent
+from services.runtime.tracing import Span, Tracer, traceparent
 
 Value = TypeVar("Value")
 Shape = TypeVar("Shape", bound=Request)
@@ -110,6 +110,7 @@ class Call:
         """Names the request in log lines and in the answer: what the sender gave, or drawn."""
         self.traceparent = traceparent(request.headers.get("traceparent"))
         """The trace that the request belongs to, if it belongs to one."""
+        self._span: Span | None = None
         self.received = 0
         self.sent_in_part = False
         """Whether sending stopped within a piece of the answer."""
@@ -127,6 +128,41 @@ class Call:
         """Client, method and path on one line: escaped, bounded, and without the query."""
         path = self.target[:2048].encode("unicode_escape").decode()
         return f"{self.request.remote} {self.request.method[:32]} {path}"
+
+    def begin_span(self, tracer: Tracer) -> None:
+        """Begin the request's own span, which `traceparent` is from now on."""
+        protocol = "1.0" if self.request.version < HttpVersion11 else "1.1"
+        method = self.request.method[:32]
+        attributes = {
+            "http.request.method": method,
+            "url.scheme": self.request.scheme,
+            "url.path": self.target[:2048],
+            "client.address": self.client,
+            "network.protocol.version": protocol,
+            "artifact_store.request_id": self.request_id,
+        }
+        self._span = tracer.begin(method, "server", self.traceparent, attributes)
+        self.traceparent = self._span.traceparent
+
+    def end_span(self, method: str) -> None:
+        """End it, if there is one, with what came of the request."""
+        if self._span is None:
+            return
+        attributes: dict[str, str | int] = {
+            "http.request.method": method if method != "other" else "_OTHER",
+            "http.request.body.size": self.received,
+            "http.response.body.size": self.sent,
+        }
+        if self.template != "none":
+            attributes["http.route"] = self.template
+        if self.status:
+            attributes["http.response.status_code"] = self.status
+        failed = self.status >= 500 or not self.status
+        self._span.end(
+            attributes,
+            name=f"{method if method != 'other' else 'HTTP'} {self.template}" if self.template != "none" else None,
+            error=(str(self.status) if self.status else "no answer") if failed else None,
+        )
 
     def read_head(self, path: Mapping[str, str], parameters: Collection[Parameter[Any]], *, takes_body: bool) -> None:
         """Read the head as a route declares it; `path` holds the raw path parameters.

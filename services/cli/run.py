@@ -15,6 +15,7 @@ from services.cli.command import VisibleLines, answer, common_options, invocatio
 from services.cli.repair import max_parked_option
 from services.runtime.logs import JsonLines
 from services.runtime.processes import collect_rarely
+from services.runtime.tracing import exporting
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -71,7 +72,8 @@ def serve(processes: int, member: str | None, max_parked: int | None) -> None:
     if processes > 1:
         _run_processes(settings, "serve", processes)
     else:
-        _end(run(_serve(settings, member, max_parked), many_bytes=True))
+        with exporting("artifact-store"):
+            _end(run(_serve(settings, member, max_parked), many_bytes=True))
 
 
 async def _serve(settings: Settings, member: str | None, max_parked: int | None) -> Mapping[str, Exception]:
@@ -110,7 +112,8 @@ def gateway(processes: int, member: str | None) -> None:
     if processes > 1:
         _run_processes(settings, "gateway", processes)
     else:
-        run(_gateway(settings, member), many_bytes=True)
+        with exporting("artifact-store-gateway"):
+            run(_gateway(settings, member), many_bytes=True)
 
 
 async def _gateway(settings: Settings, member: str | None) -> None:
@@ -170,7 +173,8 @@ def projector(names: tuple[str, ...], *, processes: int, until_input_ends: bool,
         if code := run(_project_in_processes(settings, names, processes, options)):
             raise click.exceptions.Exit(code)
     else:
-        _end(run(_project(settings, names, options, until_input_ends)))
+        with exporting("artifact-store-projector"):
+            _end(run(_project(settings, names, options, until_input_ends)))
 
 
 async def _project(

@@ -32,7 +32,8 @@ class Record(NamedTuple):
     timestamp: int = 0
     """When the record was made (ms since 1970), if the scan was to give `headers`."""
     headers: Sequence[tuple[str, str | bytes | None]] = ()
-    """The record's Kafka headers in their order, if the scan was to give them. A log without any derives them."""
+    """The record's Kafka headers in their order, if the scan was to give them, or while this process makes spans. A
+    log without any derives them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,10 @@ class PackageExtent:
 
 class Log(Protocol):
     """Reading the log of record. Only committed events are seen, in order per partition."""
+
+    @property
+    def topic(self) -> str | None:
+        """What Kafka calls the log; None for a log that is not in Kafka."""
 
     async def identity(self) -> UUID:
         """The log's own id: Kafka's topic id, or the id inside the SQLite file. Raises UnavailableError."""

@@ -53,6 +53,7 @@ from services.core.limits import Limits
 from services.log.port import EXTENT_SECONDS, CommandWriter, Log, PackageExtent
 from services.registry.bundle_store import BundleStore
 from services.registry.origins import Origins, ScopedFilter, in_order_of_time, position_of
+from services.runtime.tracing import traced
 from services.views.queries import Origin, PlacedFile, Queries
 from services.views.waiting import ViewWaits, beyond_log, parked_error
 
@@ -216,10 +217,11 @@ class DirectRegistry(Registry):
             self._classes[package_id, sender] = kept_as
             if len(self._classes) > _CLASSES_REMEMBERED:
                 del self._classes[next(iter(self._classes))]
-            blob = await self._small.store(body, declared=declared, max_bytes=largest, retention_class=kept_as)
+            storing = self._small.store(body, declared=declared, max_bytes=largest, retention_class=kept_as)
         else:
             stream = from_any(body) if isinstance(body, bytes) else body
-            blob = await self._blobs.store(stream, declared=declared, max_bytes=largest)
+            storing = self._blobs.store(stream, declared=declared, max_bytes=largest)
+        blob = await traced("store blob", storing)
         try:
             placed = [Placed(relative_path, media_type, blob)]
             return await self._record(package_id, placed, actor, command_id, self.principal)
@@ -232,7 +234,7 @@ class DirectRegistry(Registry):
     ) -> Acknowledgement:
         check_text("actor", actor)
         await self._ask_writer(package_id, [], command_id)
-        placed = await self._bundles.store(_bounded(files), self._limits.max_file_bytes)
+        placed = await traced("store blobs", self._bundles.store(_bounded(files), self._limits.max_file_bytes))
         return await self._record(package_id, placed, actor, command_id, self.principal)
 
     async def ingest_named(

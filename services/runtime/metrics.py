@@ -46,13 +46,14 @@ def new_registry() -> CollectorRegistry:
         ("version", "python"),
         registry=registry,
     )
-    build.labels(_release(), platform.python_version()).set(1)
+    build.labels(release(), platform.python_version()).set(1)
     registry.register(OPERATION_SECONDS)
     registry.register(OPERATION_FAILURES)
     return registry
 
 
-def _release() -> str:
+def release() -> str:
+    """The version of the product that is installed."""
     try:
         return version("artifact-store")
     except PackageNotFoundError:  # run from a copy of the sources that is not installed

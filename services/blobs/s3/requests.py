@@ -43,6 +43,7 @@ from yarl import URL
 
 from artifact_store.errors import UnavailableError
 from services.blobs.memory import PartBuffer
+from services.runtime import tracing
 from services.runtime.clock import Clock, StoreClock, system_clock
 from services.runtime.metrics import OPERATION_FAILURES, OPERATION_SECONDS
 
@@ -232,12 +233,20 @@ class S3Requests:
         try:
             kind = "blobs", method.lower()
             with OPERATION_SECONDS.labels(*kind).time(), OPERATION_FAILURES.labels(*kind).count_exceptions():
-                answer = await self.retry(once, attempts=1 if isinstance(body, Relay) else attempts, seconds=limit)
+                sending = self.retry(once, attempts=1 if isinstance(body, Relay) else attempts, seconds=limit)
+                tracer = tracing.tracer
+                answer = await (sending if tracer is None else self._traced(tracer, method, key, sending))
         except UnavailableError:
             self._wrote_at = None if writes else self._wrote_at
             raise
         self._wrote_at = began if writes else self._wrote_at
         return answer
+
+    async def _traced(self, tracer: tracing.Tracer, method: str, key: str, sending: Awaitable[Answer]) -> Answer:
+        url = self._bucket_url + quote(key)  # without the query, which may hold a signature
+        attributes = {"http.request.method": method, "url.full": url, **tracing.server_of(url)}
+        with tracer.step(method, "client", attributes):
+            return await sending
 
     def wrote_within(self, seconds: float) -> bool:
         """Whether the last request that writes has succeeded, and began within so many seconds."""

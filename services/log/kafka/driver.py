@@ -30,6 +30,7 @@ class KafkaDriver(Driver):
         self, kafka: KafkaSettings, cluster: Cluster, identity: UUID, states: States, group: WriterGroup, guard: Guard
     ) -> None:
         self._identity = identity
+        self.topic = kafka.topic
         self.doubt = Flag()
         """Set while it is not known that the topic is still the log's: nothing is committed."""
         self._kafka = kafka

@@ -46,6 +46,11 @@ class KafkaLog:
         self._passed = False
         """Whether the topic has passed the check."""
 
+    @property
+    def topic(self) -> str:
+        """See `Log`."""
+        return self.kafka.topic
+
     async def identity(self) -> UUID:
         """See `Log`."""
         return (await self._look()).identity

@@ -17,6 +17,7 @@ from artifact_store.errors import LogIdentityError, UnavailableError
 from services.log.kafka.cluster import Cluster
 from services.log.kafka.connection import KafkaSettings, OutsideError, explained, explaining, make_consumer
 from services.log.port import Record
+from services.runtime import tracing
 
 _DOING = "reading the log"
 
@@ -96,8 +97,12 @@ def take_messages(consumer: Consumer, limit: int, timeout: float) -> list[Messag
 
 
 def records(messages: Iterable[Message], *, headers: bool = False) -> list[Record]:
-    """The records, with times and headers if asked; an error among the messages is raised as an error of our tree."""
+    """The records, with times and headers if asked or while this process makes spans.
+
+    An error among the messages is raised as an error of our tree.
+    """
     found = []
+    headers = headers or tracing.tracer is not None
     for message in messages:
         partition, offset = message.partition(), message.offset()
         if message.error() is not None or partition is None or offset is None:

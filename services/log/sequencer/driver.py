@@ -90,6 +90,8 @@ class Lease(Protocol):
     and a large manifest, which holds the time of its event, is stored between the two."""
     losses: Sequence[Loss] = ()
     """Acknowledged records that the log lost: nothing may be appended."""
+    committed_at: int | None = None
+    """When the last transaction was committed, which was then read back (ns since 1970); None: nothing is read back."""
 
     @property
     def state(self) -> State:
@@ -149,6 +151,9 @@ class Lease(Protocol):
 
 class Driver(Protocol):
     """A log that is written to under leases; shared by the sequencers of a process."""
+
+    topic: str | None = None
+    """What the log is called where others can read it; None where nobody else reads it."""
 
     @property
     def identity(self) -> UUID:

@@ -74,9 +74,10 @@ from services.log.sequencer.queue import (
 )
 from services.log.state.loss import Loss
 from services.log.state.state_file import Irregular, StateFileError
+from services.runtime import tracing
 from services.runtime.clock import Clock
 from services.runtime.logs import Repeats
-from services.runtime.tracing import TRACEPARENT
+from services.runtime.tracing import TRACEPARENT, Tracer
 
 _IDLE_SECONDS = 5.0
 _ASK_SECONDS = 0.2
@@ -512,7 +513,11 @@ class PartitionWriter:
                     break
             values = lease.hand_over(staged) if staged else []
         if staged:
+            tracer = tracing.tracer
+            began = 0 if tracer is None else time.time_ns()
             lease.commit(values)
+            if tracer is not None:
+                _end_spans(tracer, runs, began, lease.committed_at)
             counts = self._context.counts
             counts.appended += len(values)
             counts.transactions += 1
@@ -543,7 +548,7 @@ class PartitionWriter:
                 _LOG.exception("commands of package %s cannot be decided together", package.package_id)
             else:
                 package = state.fold(package, events)
-                staged.append(Staged(events, values, [request.traceparent for request in run], package.created))
+                staged.append(Staged(events, values, self._traceparents(run, len(events)), package.created))
                 return [acknowledge(package, command) for command in commands]
         return [self._decide(state, jobs, request, now, staged) for request in run]
 
@@ -585,10 +590,38 @@ class PartitionWriter:
             return RejectedError(f"the command cannot be carried out: {type(error).__name__}")
         if events:
             package = state.fold(package, events)
-            staged.append(Staged(events, values, [request.traceparent], package.created))
+            staged.append(Staged(events, values, self._traceparents([request], len(events)), package.created))
         elif package is None:
             return UnavailableError("the package's state was lost; retry with the same command id")
         return acknowledge(package, asked)
+
+    def _traceparents(self, run: Sequence[Request], events: int) -> list[str | None]:
+        """The trace contexts for the records of these commands, which become so many events together."""
+        if (tracer := tracing.tracer) is None:
+            return [request.traceparent for request in run]
+        for request in run:
+            if request.traceparent is not None and tracing.sampled(request.traceparent):
+                self._begin_span(tracer, request, request.traceparent, events if len(run) == 1 else request.events)
+        return [request.traceparent if request.span is None else request.span.traceparent for request in run]
+
+    def _begin_span(self, tracer: Tracer, request: Request, parent: str, events: int) -> None:
+        """Begin the span of appending, and make one of the time that the command has waited for it."""
+        since = tracing.since_1970(request.came)
+        tracer.begin("queue", "internal", parent, since=since).end()
+        topic = self._context.driver.topic
+        if topic is None:
+            request.span = tracer.begin("append", "internal", parent)
+            return
+        attributes: dict[str, str | int] = {
+            "messaging.system": "kafka",
+            "messaging.operation.name": "send",
+            "messaging.operation.type": "send",
+            "messaging.destination.name": topic,
+            "messaging.destination.partition.id": str(self.partition),
+            "messaging.kafka.message.key": str(request.asked.package_id),
+            "messaging.batch.message_count": events,
+        }
+        request.span = tracer.begin(f"send {topic}", "producer", parent, attributes)
 
     def _late(self) -> Exception:
         return in_doubt(f"partition {self.partition}: {self.trouble or 'its writer gave no answer in time'}")
@@ -640,6 +673,22 @@ class PartitionWriter:
 
 def _moved() -> PartitionNotOwnedError:
     return PartitionNotOwnedError("this process does not write to the package's partition any more")
+
+
+def _end_spans(tracer: Tracer, runs: Sequence[Sequence[Request]], began: int, committed: int | None) -> None:
+    """End the spans of commands whose events are in the log, with the steps in which they came there.
+
+    `began` and `committed` in ns since 1970. The steps are those of the transaction, the same for all of its commands.
+    """
+    now = time.time_ns()
+    for run in runs:
+        for request in run:
+            span, request.span = request.span, None
+            if span is not None:
+                tracer.begin("commit", "internal", span.traceparent, since=began).end(at=committed or now)
+                if committed is not None:
+                    tracer.begin("read back", "internal", span.traceparent, since=committed).end(at=now)
+                span.end(at=now)
 
 
 def _needs_proof(outcome: Outcome) -> bool:

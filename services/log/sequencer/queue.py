@@ -15,6 +15,7 @@ from artifact_store.models import Acknowledgement
 from services.core.access import EVERYTHING, Grants
 from services.core.commands import Command, CreatePackage, IngestFiles
 from services.log.port import PartitionNotOwnedError
+from services.runtime.tracing import Span
 
 MAX_WAITING_BYTES = 32 << 20
 """Push a request back if the waiting requests of its partition would take more memory than about this."""
@@ -76,6 +77,7 @@ class Request:
         "failures",
         "last_failure",
         "size",
+        "span",
         "spoiled",
         "traceparent",
     )
@@ -89,6 +91,8 @@ class Request:
         self.asked = asked
         self.answer = answer
         self.traceparent = traceparent
+        self.span: Span | None = None
+        """That of appending its events, from when they are decided until they are in the log."""
         self.came = time.monotonic()
         self.failures = 0
         """How many transactions with it have failed."""
@@ -105,6 +109,9 @@ class Request:
 
     def failed(self, kind: str, *, spoiled: bool) -> None:
         """Count one more failed transaction."""
+        if self.span is not None:
+            self.span.end(error=kind)
+            self.span = None
         self.failures += 1
         self.last_failure = kind
         self.spoiled = spoiled

@@ -61,6 +61,11 @@ class SqliteLog:
         """Always one."""
         return 1
 
+    @property
+    def topic(self) -> None:
+        """See `Log`."""
+        return None
+
     def partition_of(self, package_id: UUID) -> int:
         """Always the only one."""
         return PARTITION
