@@ -14,7 +14,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import chain
@@ -60,7 +59,6 @@ from services.log.state.restore import (
     stored,
     witnesses,
 )
-from services.log.state.snapshots import Stored
 from services.log.state.state_file import READABLE_FORMATS, Anchor, LogPartition
 from services.runtime.clock import system_clock
 from services.runtime.metrics import OPERATION_FAILURES, OPERATION_SECONDS
@@ -155,8 +153,8 @@ class PartitionLease(Lease):
         """Whether this lease has committed a transaction."""
         self._proven = 0.0
         """When the last proof began, on the monotonic clock (s)."""
-        self._delivered = _Delivered()
-        """Of the transaction: the first record, in the lease's first transaction all of them."""
+        self._delivered = _Delivered(0)
+        """What Kafka has said of the transaction's records."""
         self._tail: Reader | None = None
         self._tail_at = 0
         """The offset of the tail's next record; _NOWHERE once it is not kept track of."""
@@ -194,9 +192,8 @@ class PartitionLease(Lease):
             kafka, cluster, partition, identity, states, stopping=stopping, in_doubt=in_doubt, progressed=progressed
         )
         try:
-            looking = None if states.snapshots is None else states.snapshots.look(lease._origin)
             lease._fence(is_ours)
-            lease._restore(lease._barrier(), looking)
+            lease._restore(lease._barrier())
         except BaseException:
             lease.close()
             raise
@@ -233,10 +230,11 @@ class PartitionLease(Lease):
         producer = _open(self._producer)
         producer.poll(0)  # lets the client write its log messages
         producer.begin_transaction()
-        self._delivered = delivered = _Delivered()
+        count = sum(len(each.values) for each in staged)
+        self._delivered = _Delivered(count)
         values: list[bytes] = []
         for each in staged:
-            self._produce(producer, each, None if values and self._first_committed else delivered)
+            self._produce(producer, each, len(values))
             values += each.values
         return values
 
@@ -373,7 +371,7 @@ class PartitionLease(Lease):
 
         Raises whatever the client raises, and UnavailableError when not all in-sync replicas have acknowledged it.
         """
-        producer, delivered = _open(self._producer), _Delivered()
+        producer, delivered = _open(self._producer), _Delivered(1)
         producer.begin_transaction()
         producer.produce(
             self._kafka.topic, value, key, self._partition, delivered, timestamp=timestamp, headers=headers
@@ -455,13 +453,14 @@ class PartitionLease(Lease):
             earlier = max(1, system_clock() // 1000 - _BARRIER_EARLIER_MS)
             return self._append_alone(None, None, earlier, None, commit=False)
 
-    def _restore(self, barrier: int, looking: Future[Stored] | None) -> None:
+    def _restore(self, barrier: int) -> None:
         """Start from the best state that agrees with the log, and read from there up to the barrier.
 
-        A state that names a record that the log does not hold proves a loss: it is added to `losses`.
+        A state that names a record that the log does not hold proves a loss: it is added to `losses`. The store is
+        asked now and not before the barrier: else it could get a state, and the log lose its record, in between.
         """
         self._end = barrier + 1
-        found = stored(self._states, looking, self._origin, self._stopping)
+        found = stored(self._states, self._origin, self._stopping)
         remembered = witnesses(self._states, found, self._origin, barrier, self._stopping)
         losses = [loss for witness in remembered if (loss := self._lost(witness, barrier)) is not None]
         claimed = claim(self._states.folder, self._origin, lambda witness: self._lost(witness, barrier))
@@ -587,13 +586,14 @@ class PartitionLease(Lease):
         if self._states.snapshots is not None and state.shared:
             self._states.snapshots.offer(self._origin, state.path, state.next_offset, closing=closing)
 
-    def _produce(self, producer: Producer, staged: Staged, delivered: _Delivered | None) -> None:
-        """Send the records of some events; `delivered` is called for the first, before any commit for each."""
+    def _produce(self, producer: Producer, staged: Staged, number: int) -> None:
+        """Send the records of some events; the first is record `number` of the transaction, counted from 0."""
         topic, partition = self._kafka.topic, self._partition
         first = first_of(staged.events)
         key, timestamp = str(first.package_id).encode(), first.created_at // 1000
         of_each = headers_all(staged.events, self._origin.identity, staged.created, staged.traceparents)
-        for value, headers in zip(staged.values, of_each, strict=True):
+        for at, (value, headers) in enumerate(zip(staged.values, of_each, strict=True), number):
+            delivered = self._delivered.of(at)
             give_up = math.inf
             while True:
                 try:
@@ -604,7 +604,6 @@ class PartitionLease(Lease):
                         raise
                     give_up = min(give_up, time.monotonic() + COMMIT_SECONDS)
                     producer.poll(_LOOK_SECONDS)
-            delivered = None if self._first_committed else delivered
 
     def _read_back(self, values: Sequence[bytes]) -> int:
         """Wait until the tail shows exactly these records in this order; the offset of the last one.
@@ -790,11 +789,20 @@ def _skip_of(bad: BadRecord, skips: Mapping[bytes, tuple[int, Event]]) -> Event 
 
 
 class _Delivered:
-    """A delivery callback, which collects the offsets of a transaction's records and the last error."""
+    """Where Kafka has put a transaction's records, or the last error: collected as delivery callbacks.
 
-    def __init__(self) -> None:
+    Only the first and the last record have one: a callback for each would cost time. If another is refused, the
+    commit fails.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
         self._offsets: list[int] = []
         self._error: KafkaError | None = None
+
+    def of(self, number: int) -> Self | None:
+        """The callback of this record, counted from 0; None if it needs none."""
+        return self if number in {0, self._count - 1} else None
 
     def __call__(self, error: KafkaError | None, message: Message) -> None:
         offset = message.offset()
@@ -804,12 +812,19 @@ class _Delivered:
             self._offsets.append(offset)
 
     def first(self, otherwise: str) -> int:
-        """The lowest offset. Raises KafkaException if a record was refused, UnavailableError if none was delivered."""
+        """The offset of the first record.
+
+        Raises KafkaException if a record was refused, and UnavailableError if not all were delivered, or if the log has
+        lost some of them since: it may take the others all the same.
+        """
         if self._error is not None:
             raise KafkaException(self._error)
-        if not self._offsets:
+        if len(self._offsets) < min(2, self._count):
             raise UnavailableError(otherwise)
-        return min(self._offsets)
+        first, last = self._offsets[0], self._offsets[-1]
+        if last < first + self._count - 1:
+            raise UnavailableError(f"the log lost records behind offset {first} while a transaction was sent")
+        return first
 
 
 class _Wait:

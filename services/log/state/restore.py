@@ -15,7 +15,6 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,17 +93,15 @@ def _fresh(slot: Slot, origin: LogPartition) -> StateFile:
         return StateFile.in_memory(slot.path, origin)
 
 
-def stored(
-    states: States, looking: Future[Stored] | None, origin: LogPartition, stopping: Callable[[], bool]
-) -> Stored:
-    """What the store was found to have; nothing, and a line in the log, when it gives no answer.
+def stored(states: States, origin: LogPartition, stopping: Callable[[], bool]) -> Stored:
+    """What the store has of the partition; nothing, and a line in the log, when it gives no answer.
 
     Blocks. Raises PartitionNotOwnedError when `stopping` came true.
     """
-    if states.snapshots is None or looking is None:
+    if states.snapshots is None:
         return Stored()
     try:
-        return states.snapshots.found(looking, stopping)
+        return states.snapshots.look(origin, stopping)
     except SnapshotError as error:
         _LOG.warning("no snapshot of partition %d can be looked for: %s", origin.partition, error.detail)
         return Stored()

@@ -129,13 +129,12 @@ class Snapshots:
         """A writer went on from the snapshot that ends there: it need not be made again."""
         self._progress[partition] = _Progress(next_offset, time.monotonic())
 
-    def look(self, origin: LogPartition) -> Future[Stored]:
-        """Begin to ask the store what it has of the partition, for `found`. Does not block."""
-        return self._begin(self._look(origin))
+    def look(self, origin: LogPartition, stopping: Callable[[], bool]) -> Stored:
+        """What the store has of the partition.
 
-    def found(self, looking: Future[Stored], stopping: Callable[[], bool]) -> Stored:
-        """The answer; blocks, for some seconds at most. Raises SnapshotError, PartitionNotOwnedError."""
-        return self._result(looking, stopping, _LIST_SECONDS)
+        Blocks, for some seconds at most. Raises SnapshotError; PartitionNotOwnedError when `stopping` came true.
+        """
+        return self._result(self._begin(self._look(origin)), stopping, _LIST_SECONDS)
 
     def witness_of(
         self, snapshot: Snapshot, origin: LogPartition, folder: Path, stopping: Callable[[], bool]
