@@ -472,7 +472,7 @@ class Cluster:
                 sequence = 0
             if first.sequence < sequence:
                 return self._appended_before(replica, first.producer, first.epoch, entries[-1].sequence)
-            if first.sequence > sequence and first.producer in replica.producers and first.epoch == epoch:
+            if first.sequence > sequence and first.producer in replica.producers:
                 raise RefusedError(KafkaError.OUT_OF_ORDER_SEQUENCE_NUMBER)
             if owner is not None and first.producer not in replica.open:
                 self._check_ongoing(owner, first, number)

@@ -68,8 +68,8 @@ def _restore_before_fence() -> list[_Patch]:
         def fence(self) -> None:
             super().init_transactions(INIT_SECONDS)
 
-    def restore_then_fence(self: Any, barrier: int, looking: Any) -> None:
-        restore(self, barrier, looking)
+    def restore_then_fence(self: Any, barrier: int) -> None:
+        restore(self, barrier)
         World.scheduler.sleep(5.0)  # what reading a long partition takes
         self._producer.fence()
 

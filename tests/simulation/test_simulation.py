@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.simulation.faults import Focus
 from tests.simulation.mutations import MUTATIONS
 from tests.simulation.simulation import run
 
@@ -48,4 +49,12 @@ def test_promises_hold_through_many_faults(hundred: int) -> None:
     """10,000,000 steps in all."""
     for seed in range(1_000 + 100 * hundred, 1_100 + 100 * hundred):
         result = run(seed, STEPS)
+        assert result.violation is None, result
+
+
+@pytest.mark.endurance
+@pytest.mark.parametrize("further", [(), ("expel a member",), ("cut a process off from brokers", "freeze a projector")])
+def test_promises_hold_although_the_log_loses_its_tail_again_and_again(further: tuple[str, ...]) -> None:
+    for seed in range(3_000, 3_200):
+        result = run(seed, SEARCH_STEPS, focus=Focus(("the log loses its tail", *further)))
         assert result.violation is None, result

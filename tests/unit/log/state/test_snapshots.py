@@ -81,7 +81,7 @@ async def made(snapshots: Snapshots, path: Path, position: int) -> None:
 
 
 async def found(snapshots: Snapshots) -> Stored:
-    return await asyncio.to_thread(lambda: snapshots.found(snapshots.look(PLACE), lambda: False))
+    return await asyncio.to_thread(lambda: snapshots.look(PLACE, lambda: False))
 
 
 async def test_objects_of_others_among_the_snapshots_are_left_alone(
@@ -201,7 +201,7 @@ async def test_a_witness_of_another_place_is_none(store: Store, tmp_path: Path) 
         (key,) = [key for key in store.objects if "/witnesses/" in key]
         store.objects[key.replace("/3/", "/4/")] = store.objects[key]
         elsewhere = LogPartition(PLACE.identity, PLACE.topic, 4)
-        stored = await asyncio.to_thread(lambda: snapshots.found(snapshots.look(elsewhere), lambda: False))
+        stored = await asyncio.to_thread(lambda: snapshots.look(elsewhere, lambda: False))
         assert stored.witnesses == []
     finally:
         await asyncio.to_thread(snapshots.close, 30)
