@@ -6,11 +6,12 @@ They are the same from the database and over HTTP.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 from uuid import UUID
 
 from artifact_store.manifest import ContentAddress
+from artifact_store.position import Position
 from artifact_store.rules import PathPair
 
 Item = TypeVar("Item")
@@ -155,8 +156,9 @@ class IngestedFile(NamedTuple):
     event_digest: bytes
 
 
-class Acknowledgement(NamedTuple):
-    """The result of a command whose events are in the log for good. A retry gets the same one.
+@dataclass(slots=True, unsafe_hash=True)
+class Acknowledgement:
+    """The result of a command whose events are in the log for good. A retry gets an equal one.
 
     `sequence` and `event_digest` belong to the command's last event. `files` are the files that it ingested. The
     other fields are set when it finalized a package: `manifest_digest` (32 raw bytes), and how many paths differ from
@@ -170,3 +172,9 @@ class Acknowledgement(NamedTuple):
     manifest_digest: bytes | None = None
     unportable_count: int = 0
     unportable_paths: tuple[PathPair, ...] = ()
+    position: Position | None = field(default=None, compare=False)
+    """From here on everything is read that came after the command, and nothing of the command itself.
+
+    Events of other packages that came in the second before may be read as well. None when it is not known: a log on
+    Kafka does not tell it to a retry of a command that was recorded before.
+    """

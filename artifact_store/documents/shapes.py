@@ -19,6 +19,7 @@ from artifact_store.documents import times
 from artifact_store.errors import CorruptError
 from artifact_store.manifest import ContentAddress
 from artifact_store.models import Acknowledgement, File, IngestedFile, Package, Page, Parked, UsageTotal
+from artifact_store.position import Position
 from artifact_store.rules import MAX_PAIRS, PathPair
 
 Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="32 bytes in lower-case hex")]
@@ -75,6 +76,16 @@ class NothingRequest(Request):
     """A request without fields: no body, or an empty object."""
 
 
+WrittenAt = Annotated[
+    str | None,
+    Field(
+        description="`since` takes it: reading goes on after this write, and misses nothing that came after it. Events "
+        "of other packages that came in the second before may come as well. Null when it is not known, which can be so "
+        "in the answer to a repeat"
+    ),
+]
+
+
 class PackageCreatedAnswer(Answer):
     """A package was created."""
 
@@ -82,6 +93,7 @@ class PackageCreatedAnswer(Answer):
     status: str
     sequence: SequenceNumber
     event_digest: Hex32
+    position: WrittenAt = None
 
     @classmethod
     def of(cls, done: Acknowledgement) -> Self:
@@ -91,11 +103,14 @@ class PackageCreatedAnswer(Answer):
             status="created",
             sequence=done.sequence,
             event_digest=done.event_digest.hex(),
+            position=_text_of(done.position),
         )
 
     def to_acknowledgement(self) -> Acknowledgement:
         """The acknowledgement again."""
-        return Acknowledgement(self.package_id, self.sequence, bytes.fromhex(self.event_digest))
+        return Acknowledgement(
+            self.package_id, self.sequence, bytes.fromhex(self.event_digest), position=_position_of(self.position)
+        )
 
 
 class FileIngestedAnswer(Answer):
@@ -109,6 +124,7 @@ class FileIngestedAnswer(Answer):
     size_bytes: Size
     sequence: SequenceNumber
     event_digest: Hex32
+    position: WrittenAt = None
 
     @classmethod
     def of(cls, done: Acknowledgement) -> Self:
@@ -123,17 +139,19 @@ class FileIngestedAnswer(Answer):
             size_bytes=file.size_bytes,
             sequence=file.sequence,
             event_digest=file.event_digest.hex(),
+            position=_text_of(done.position),
         )
 
     @classmethod
     def json_of(cls, done: Acknowledgement) -> bytes:
         """The JSON of `of`, without the way over the shape: it is the answer that is sent most often."""
         (file,) = done.files
+        position = "null" if done.position is None else f'"{done.position}"'
         return (
             f'{{"package_id":"{done.package_id}","file_id":"{file.file_id}",'
             f'"relative_path":{json_string(file.relative_path)},"content_address":"blake3:{file.blake3.hex()}",'
             f'"sha256":"{file.sha256.hex()}","size_bytes":{file.size_bytes},"sequence":{file.sequence},'
-            f'"event_digest":"{file.event_digest.hex()}"}}'
+            f'"event_digest":"{file.event_digest.hex()}","position":{position}}}'
         ).encode()
 
     def to_acknowledgement(self) -> Acknowledgement:
@@ -147,7 +165,8 @@ class FileIngestedAnswer(Answer):
             sequence=self.sequence,
             event_digest=bytes.fromhex(self.event_digest),
         )
-        return Acknowledgement(self.package_id, self.sequence, file.event_digest, files=(file,))
+        position = _position_of(self.position)
+        return Acknowledgement(self.package_id, self.sequence, file.event_digest, (file,), position=position)
 
 
 class ClashingPaths(Answer):
@@ -164,6 +183,7 @@ class PackageFinalizedAnswer(Answer):
     manifest_digest: AddressText
     sequence: SequenceNumber
     event_digest: Hex32
+    position: WrittenAt = None
     unportable_count: Count = Field(
         0, description="How many paths differ from another one of the package only by case or by Unicode form"
     )
@@ -183,6 +203,7 @@ class PackageFinalizedAnswer(Answer):
             manifest_digest=ContentAddress.of_digest(done.manifest_digest),
             sequence=done.sequence,
             event_digest=done.event_digest.hex(),
+            position=_text_of(done.position),
             unportable_count=done.unportable_count,
             unportable_paths=[ClashingPaths(path=path, other=other) for path, other in done.unportable_paths],
         )
@@ -196,6 +217,7 @@ class PackageFinalizedAnswer(Answer):
             manifest_digest=ContentAddress(self.manifest_digest).digest,
             unportable_count=self.unportable_count,
             unportable_paths=tuple(PathPair(clash.path, clash.other) for clash in self.unportable_paths),
+            position=_position_of(self.position),
         )
 
 
@@ -434,6 +456,7 @@ class FilesIngestedAnswer(Answer):
     files: list[IngestedFileAnswer]
     sequence: SequenceNumber
     event_digest: Hex32
+    position: WrittenAt = None
 
     @classmethod
     def of(cls, done: Acknowledgement) -> Self:
@@ -452,7 +475,11 @@ class FilesIngestedAnswer(Answer):
             for file in done.files
         ]
         return cls.model_construct(
-            package_id=done.package_id, files=files, sequence=done.sequence, event_digest=done.event_digest.hex()
+            package_id=done.package_id,
+            files=files,
+            sequence=done.sequence,
+            event_digest=done.event_digest.hex(),
+            position=_text_of(done.position),
         )
 
     def to_acknowledgement(self) -> Acknowledgement:
@@ -469,7 +496,8 @@ class FilesIngestedAnswer(Answer):
             )
             for file in self.files
         )
-        return Acknowledgement(self.package_id, self.sequence, bytes.fromhex(self.event_digest), files=files)
+        digest, position = bytes.fromhex(self.event_digest), _position_of(self.position)
+        return Acknowledgement(self.package_id, self.sequence, digest, files, position=position)
 
 
 class KnownBlobsRequest(Request):
@@ -523,3 +551,12 @@ class LoginAnswer(Answer):
     """Where people can log in."""
 
     issuers: list[LoginIssuer]
+
+
+def _text_of(position: Position | None) -> str | None:
+    return None if position is None else str(position)
+
+
+def _position_of(text: str | None) -> Position | None:
+    """The position in an answer. Raises InvalidPositionError."""
+    return None if text is None else Position.parse(text)

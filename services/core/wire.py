@@ -22,11 +22,12 @@ from artifact_store.errors import (
     UnavailableError,
 )
 from artifact_store.models import Acknowledgement, IngestedFile
+from artifact_store.position import Position
 from artifact_store.rules import MAX_NUMBER, MAX_TEXT_CHARACTERS, PathPair
 from services.core.access import EVERYTHING, Grant, Grants, Packages, Right
 from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles, StoredFile
 
-VERSION = 4
+VERSION = 5
 """The newest version that this release reads and writes. Raise it when a field is added, and enter that in `_ADDED`."""
 
 OLDEST = 1
@@ -47,6 +48,7 @@ _ADDED: dict[tuple[str, str], int] = {
     ("Acknowledgement", "unportable_paths"): 2,
     **{(command, "grants"): 3 for command in ("CreatePackage", "IngestFiles", "FinalizePackage")},
     **{(command, "principal"): 4 for command in ("CreatePackage", "IngestFiles", "FinalizePackage")},
+    ("Acknowledgement", "position"): 5,
 }
 """The version that added a field, by the names of class and field. All other fields are in version 1."""
 
@@ -73,6 +75,7 @@ _PARTS: dict[str, type] = {
     "tuple[PathPair, ...]": PathPair,
 }
 _GRANTS = "Grants"
+_POSITION = "Position | None"
 
 SAYS_GRANTS = 3
 """The first version whose messages hold the sender's grants."""
@@ -208,11 +211,13 @@ def _error_classes(root: type[ArtifactStoreError] = ArtifactStoreError) -> Itera
 
 def _values(value: Any, version: int) -> list[Any]:
     """The values of the fields in their order. A tuple of our own classes becomes a list of such lists."""
-    found = []
+    found: list[Any] = []
     for name, kind in _fields(type(value), version):
         part = getattr(value, name)
         if kind == _GRANTS:
             found.append(_plain_grants(part))
+        elif kind == _POSITION:
+            found.append(None if part is None else str(part))
         else:
             found.append([_values(each, version) for each in part] if kind in _PARTS else _plain(part))
     return found
@@ -262,6 +267,8 @@ def _build(shape: type[_Shape], values: Any, version: int) -> _Shape:
     for (name, kind), value in zip(expected, values, strict=True):
         if kind == _GRANTS:
             built[name] = _read_grants(value)
+        elif kind == _POSITION and isinstance(value, str | None):
+            built[name] = None if value is None else Position.parse(value)
         elif kind in _PARTS and isinstance(value, list):
             built[name] = tuple(_build(_PARTS[kind], part, version) for part in value)
         elif isinstance(value, _TYPES.get(kind, ())) and not isinstance(value, bool):

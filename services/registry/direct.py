@@ -48,10 +48,11 @@ from services.blobs.port import BlobStore, StoredBlob
 from services.blobs.resumable.uploads import ResumableUploads
 from services.blobs.shared_packs import SharedPacks, is_small
 from services.core.access import EVERYTHING, EVERYWHERE, Grants, Principal, Right, Scope
-from services.core.commands import CreatePackage, FinalizePackage, IngestFiles, StoredFile
+from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles, StoredFile
 from services.core.limits import Limits
 from services.log.port import EXTENT_SECONDS, CommandWriter, Log, PackageExtent
 from services.registry.bundle_store import BundleStore
+from services.registry.known_end import KnownEnd
 from services.registry.origins import Origins, ScopedFilter, in_order_of_time, position_of
 from services.runtime.tracing import traced
 from services.views.queries import Origin, PlacedFile, Queries
@@ -97,6 +98,7 @@ class DirectRegistry(Registry):
         self._upload_key = upload_key
         self._freshen = freshen
         self._waits = ViewWaits(queries, log, writer, wait_seconds)
+        self._end = KnownEnd(log)
         self._uploads: ResumableUploads | None = None
         self._readable: Scope = EVERYWHERE
         self.origins = Origins(self._find_origins)
@@ -140,6 +142,7 @@ class DirectRegistry(Registry):
     async def close(self) -> None:
         """Wait for what uploads have left to do."""
         await self._waits.close()
+        await self._end.close()
         await self._small.close()
         if self._uploads is not None:
             await self._uploads.close()
@@ -157,7 +160,7 @@ class DirectRegistry(Registry):
     ) -> Acknowledgement:
         check_text("actor", actor)
         command = command_id or uuid4()
-        return await self._writer.submit(
+        return await self._write(
             CreatePackage(
                 package_id=identifiers.package_id(self.principal or actor, command),
                 command_id=command,
@@ -340,7 +343,7 @@ class DirectRegistry(Registry):
     async def finalize(self, package_id: UUID, actor: str, *, command_id: UUID | None = None) -> Acknowledgement:
         check_text("actor", actor)
         command = FinalizePackage(package_id, command_id or uuid4(), actor, self._grants, self.principal)
-        return await self._writer.submit(command)
+        return await self._write(command)
 
     async def get_package(self, package_id: UUID, *, wait_sequence: int | None = None) -> Package:
         package = await self._seen(package_id, lambda: self._queries.package(package_id), wait_sequence)
@@ -522,7 +525,13 @@ class DirectRegistry(Registry):
             for file in placed
         )
         command = IngestFiles(package_id, command_id or uuid4(), actor, files, self._grants, principal)
-        return await self._writer.submit(command)
+        return await self._write(command)
+
+    async def _write(self, command: Command) -> Acknowledgement:
+        before = await self._end.before_write()
+        done = await self._writer.submit(command)
+        done.position = self._end.after(done.position, before)
+        return done
 
     async def _record_upload(
         self, package_id: UUID, file: Placed, actor: str, command_id: UUID, principal: str | None

@@ -24,6 +24,7 @@ from artifact_store.events import FILE_INGESTED, PACKAGE_CREATED, PACKAGE_FINALI
 from artifact_store.manifest import content_key, manifest_digest
 from artifact_store.manifest import decode as decode_manifest
 from artifact_store.models import Acknowledgement
+from artifact_store.position import Position
 from services.core.commands import Command
 from services.runtime.clock import system_clock
 from tests.commands import create, finalize, ingest, stored
@@ -64,6 +65,23 @@ async def test_what_is_acknowledged_can_be_read_at_once(stage: Stage) -> None:
             command = ingest(made.package_id, f"{number}", name=number) if number else made
             await settled(writer, command)
             assert len([event async for event in stage.log.read()]) == before + 1
+
+
+async def test_an_answer_says_from_where_its_partition_is_read_on(stage: Stage) -> None:
+    made = create()
+    together = [ingest(made.package_id, f"{n}-a", f"{n}-b", name=f"{n}") for n in range(20)]
+    async with stage.writer() as writer:
+        done: Done = [(made, await settled(writer, made))]
+        others = [create(f"other {n}") for n in range(5)]
+        commands: list[Command] = [*together, *others]
+        done += zip(commands, await asyncio.gather(*(settled(writer, command) for command in commands)), strict=True)
+        last = {(event.package_id, event.sequence): event.position async for event in stage.log.read()}
+        for command, answer in done:
+            partition = stage.log.partition_of(command.package_id)
+            after = last[answer.package_id, answer.sequence]
+            assert answer.position == Position(after.log, {partition: after.offsets[partition]})
+            again = await settled(writer, command)
+            assert again.position in (answer.position, None)
 
 
 async def test_a_repeated_command_gets_the_first_answer_and_adds_nothing(stage: Stage) -> None:

@@ -165,3 +165,18 @@ async def test_the_view_says_where_a_package_begins_when_no_writer_does(stage: S
     assert found == everything
     assert [event.sequence for event in found] == [1, 2, 3]
     assert FILLER <= len(stage.records) <= FILLER + 10
+
+
+async def test_reading_goes_on_after_a_write_through_any_gateway(stage: Stage) -> None:
+    """Also when another gateway writes to the package's partition, and when events lie in other partitions."""
+    one, two = (stage.registry(writer) for writer in stage.writers)
+    for number in range(12):
+        await two.create(f"before {number}", "p", "s", "scratch", "ada", {})
+        done = await one.create(f"mine {number}", "p", "s", "scratch", "ada", {})
+        later = await two.create(f"after {number}", "p", "s", "scratch", "ada", {})
+        assert done.position is not None
+        seen = [event.package_id for event in await _events(stage.log.read(done.position))]
+        assert later.package_id in seen
+        assert done.package_id not in seen
+    for registry in (one, two):
+        await registry.close()

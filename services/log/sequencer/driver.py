@@ -119,6 +119,10 @@ class Lease(Protocol):
     def commit(self, values: Sequence[bytes]) -> None:
         """Commit the transaction. Returns once its records, which have these values, are in the log for good."""
 
+    def offset_of(self, package_id: UUID, sequence: int) -> int | None:
+        """The offset of an event that was appended earlier; None for a log that cannot tell at once."""
+        return None
+
     @property
     def proof_due(self) -> float:
         """When `prove` may be called next, by the monotonic clock (s)."""

@@ -34,8 +34,9 @@ from artifact_store.errors import (
     UnavailableError,
 )
 from artifact_store.models import Acknowledgement
+from artifact_store.position import Position
 from schemas.identifiers import partition_id
-from schemas.runs import encode_all
+from schemas.runs import encode_all, first_of
 from services.core.commands import Command, IngestFiles, IngestTogether
 from services.core.decide import acknowledge, check_ingest, claim_check, decide, require_write
 from services.core.limits import Limits
@@ -521,12 +522,37 @@ class PartitionWriter:
             counts = self._context.counts
             counts.appended += len(values)
             counts.transactions += 1
+            self._place(outcomes, lease, staged)
             return outcomes, True
+        self._place(outcomes, lease)
         if time.monotonic() < lease.proof_due:
             return outcomes, False
         if any(map(_needs_proof, outcomes)):
             lease.prove()
         return outcomes, True
+
+    def _place(self, outcomes: Sequence[Outcome], lease: Lease, staged: Sequence[Staged] = ()) -> None:
+        """Set the positions of acknowledgements, after `staged` was committed.
+
+        Nothing lies among the records of a transaction: its fence keeps other writers out.
+        """
+        first = lease.state.next_offset - sum(len(each.values) for each in staged)
+        runs: dict[UUID, list[tuple[int, int, int]]] = {}
+        for each in staged:
+            start = first_of(each.events)
+            runs.setdefault(start.package_id, []).append((start.sequence, start.sequence + len(each.values), first))
+            first += len(each.values)
+        identity = self._context.driver.identity
+        for done in outcomes:
+            if not isinstance(done, Acknowledgement):
+                continue
+            for begin, end, offset in runs.get(done.package_id, ()):
+                if begin <= done.sequence < end:
+                    done.position = Position(identity, {self.partition: offset + done.sequence - begin + 1})
+                    break
+            else:
+                known = lease.offset_of(done.package_id, done.sequence)
+                done.position = None if known is None else Position(identity, {self.partition: known + 1})
 
     def _decide_run(
         self, state: State, jobs: BackgroundJobs, run: Sequence[Request], now: int, staged: list[Staged]

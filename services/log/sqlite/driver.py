@@ -19,7 +19,16 @@ from blake3 import blake3
 from artifact_store.errors import CorruptError, PushBackError, UnavailableError
 from schemas.runs import commands_of, first_of
 from services.log.sequencer.driver import Driver, Lease, Staged
-from services.log.sqlite.file import LogFile, decoded, end_offset, file_errors, open_file, records_from, write_lock
+from services.log.sqlite.file import (
+    LogFile,
+    decoded,
+    end_offset,
+    file_errors,
+    offset_of,
+    open_file,
+    records_from,
+    write_lock,
+)
 from services.log.sqlite.package_states import PackageStates
 
 
@@ -113,6 +122,11 @@ class SqliteDriver(Driver, Lease):
             self._states.connection.execute("COMMIT")
         self._states.next_offset += len(values)
         self._known_end, self._known_digest = self._states.next_offset, _digest(values[-1])
+
+    def offset_of(self, package_id: UUID, sequence: int) -> int | None:
+        """See `Lease`. Raises UnavailableError."""
+        with self._in_doubt():
+            return offset_of(self._states.connection, package_id, sequence)
 
     def close(self) -> None:
         """See `Lease`. Closes the connection and forgets the states."""

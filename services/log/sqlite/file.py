@@ -267,6 +267,13 @@ def sequence_before(connection: sqlite3.Connection, package_id: UUID, offset: in
     return max((numbered(record).sequence for record in _bounded(rows)), default=0)
 
 
+def offset_of(connection: sqlite3.Connection, package_id: UUID, sequence: int) -> int | None:
+    """The offset of the package's event of this number, None if there is none."""
+    query = "SELECT offset FROM events WHERE package_id = ? AND sequence = ?"
+    row = connection.execute(query, (package_id.bytes, sequence)).fetchone()
+    return None if row is None else int(row[0])
+
+
 def sequence_of(connection: sqlite3.Connection, package_id: UUID) -> int:
     """The sequence under which the log lists the package's last event, 0 if there is none. Decodes nothing."""
     (last,) = connection.execute(

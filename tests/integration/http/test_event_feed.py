@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import parse_qs
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import aiohttp
 import pytest
@@ -20,6 +20,7 @@ from artifact_store.errors import InvalidRequestError
 from artifact_store.events import PackageFinalized, RecordedEvent
 from artifact_store.models import EventFilter
 from services.config import Settings
+from tests.integration.http.test_archive import tar_of
 from tests.integration.http_gateway import RunningGateway, running_gateway
 
 LINES, STREAM = "application/x-ndjson", "text/event-stream"
@@ -176,6 +177,33 @@ async def test_reading_begins_now_at_a_time_or_at_the_end_that_was_asked_for(gat
     async with gateway.session.get(f"/v1/events?{query}") as answer, asyncio.timeout(60):
         later = await gateway.parts.registry.create_package("later", "a", "y", "scratch")
         assert (await event_of(answer.content)).package_id == later
+
+
+async def test_every_write_says_where_reading_goes_on_after_it(gateway: RunningGateway) -> None:
+    async def position(method: str, path: str, **request: Any) -> str:
+        headers = {"Idempotency-Key": str(uuid4()), **request.pop("headers", {})}
+        answers = []
+        for _ in range(2):  # the second is a repeat
+            async with gateway.session.request(method, path, headers=headers, **request) as answer:
+                assert answer.status in (200, 201), await answer.text()
+                answers.append(await answer.json())
+        assert answers[0] == answers[1]
+        packages.append(answers[0]["package_id"])
+        found: str = answers[0]["position"]
+        assert found == (await read(gateway, ""))[0][-1]["position"]
+        assert (await read(gateway, f"since={found}"))[0] == []
+        return found
+
+    packages: list[str] = []
+    about = {"name": "n", "producer": "p", "subject": "s", "retention_class": "scratch"}
+    first = await position("POST", "/v1/packages", json=about)
+    package = f"/v1/packages/{packages[0]}"
+    await position("PUT", f"{package}/files/a", data=b"a")
+    archive = tar_of({"b": b"b", "c": b"c"})
+    await position("POST", f"{package}/files", data=archive, headers={"Content-Type": "application/x-tar"})
+    await position("POST", f"{package}/finalize")
+    rest, _ = await read(gateway, f"since={first}")
+    assert [event["sequence"] for event in rest] == [2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("query", ["since=2026-01-01T00:00", "since=yesterday", "type=x", "order=time&follow=true"])

@@ -123,7 +123,7 @@ async def test_a_partition_stands_before_garbage_until_it_is_confirmed_and_nobod
         await stands(writer, offset)
         with pytest.raises(BadRecordError, match=f"log skip {PARTITION} {offset} --digest [0-9a-f]{{64}}"):
             await writer.submit(later)
-        assert await writer.submit(create_in(0)), "other partitions go on"
+        await writer.submit(create_in(0))  # other partitions go on
         assert f"log skip {PARTITION} {offset}" in (await writer.ready() or "")
         with pytest.raises(BadRecordError):
             await read_all(log)

@@ -97,7 +97,7 @@ class Answering:
         self.seen.append(command)
         if self.refusal is not None:
             raise self.refusal
-        return answer_to(command, b"m" * 32)._replace(unportable_count=self.unportable_count)
+        return replace(answer_to(command, b"m" * 32), unportable_count=self.unportable_count)
 
     async def check_ingest_here(
         self,
@@ -234,8 +234,8 @@ async def test_two_gateways_use_the_newest_version_that_both_know(
         monkeypatch.setattr(module, "VERSION", version)
     command = finalize(create().package_id)
     writer.unportable_count = 5
-    second = answer_to(command, b"m" * 32)._replace(unportable_count=5)
-    first = second._replace(unportable_count=0)
+    second = replace(answer_to(command, b"m" * 32), unportable_count=5)
+    first = replace(second, unportable_count=0)
     async with HttpForwarder(PeerCredentials(SECRET)) as forwarder:
         assert [await forwarder.submit(listener.url, command) for _ in range(2)] == [first, first]
         monkeypatch.setattr(internal, "VERSION", 2)

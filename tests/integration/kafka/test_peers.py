@@ -153,21 +153,21 @@ RIGHT: dict[Command, Acknowledgement] = {command: answer_to(command) for command
 
 def changed_file(**changes: object) -> Acknowledgement:
     first, second = RIGHT[FILLED].files
-    return RIGHT[FILLED]._replace(files=(first._replace(**changes), second))  # type: ignore[arg-type]
+    return replace(RIGHT[FILLED], files=(first._replace(**changes), second))  # type: ignore[arg-type]
 
 
 LIES: list[tuple[Command, Acknowledgement]] = [
-    *((command, answer._replace(package_id=UUID(int=7))) for command, answer in RIGHT.items()),
-    *((command, answer._replace(event_digest=b"short")) for command, answer in RIGHT.items()),
-    *((command, answer._replace(sequence=0)) for command, answer in RIGHT.items()),
-    *((command, answer._replace(sequence=1 << 70)) for command, answer in RIGHT.items()),
+    *((command, replace(answer, package_id=UUID(int=7))) for command, answer in RIGHT.items()),
+    *((command, replace(answer, event_digest=b"short")) for command, answer in RIGHT.items()),
+    *((command, replace(answer, sequence=0)) for command, answer in RIGHT.items()),
+    *((command, replace(answer, sequence=1 << 70)) for command, answer in RIGHT.items()),
     (MADE, RIGHT[FILLED]),
     (MADE, RIGHT[FROZEN]),
     (FILLED, RIGHT[MADE]),
     (FILLED, RIGHT[FROZEN]),
     (FROZEN, RIGHT[MADE]),
-    (FILLED, RIGHT[FILLED]._replace(files=RIGHT[FILLED].files[:1])),
-    (FILLED, RIGHT[FILLED]._replace(files=RIGHT[FILLED].files[::-1])),
+    (FILLED, replace(RIGHT[FILLED], files=RIGHT[FILLED].files[:1])),
+    (FILLED, replace(RIGHT[FILLED], files=RIGHT[FILLED].files[::-1])),
     (FILLED, changed_file(file_id=UUID(int=7))),
     (FILLED, changed_file(relative_path="c")),
     (FILLED, changed_file(size_bytes=7)),
@@ -175,9 +175,9 @@ LIES: list[tuple[Command, Acknowledgement]] = [
     (FILLED, changed_file(sha256=bytes(32))),
     (FILLED, changed_file(sequence=9)),
     (FILLED, changed_file(event_digest=b"")),
-    (FROZEN, RIGHT[FROZEN]._replace(manifest_digest=b"short")),
-    (FROZEN, RIGHT[FROZEN]._replace(unportable_count=-1)),
-    (FROZEN, RIGHT[FROZEN]._replace(unportable_count=99, unportable_paths=(PathPair("a", "A"),) * 11)),
+    (FROZEN, replace(RIGHT[FROZEN], manifest_digest=b"short")),
+    (FROZEN, replace(RIGHT[FROZEN], unportable_count=-1)),
+    (FROZEN, replace(RIGHT[FROZEN], unportable_count=99, unportable_paths=(PathPair("a", "A"),) * 11)),
 ]
 
 

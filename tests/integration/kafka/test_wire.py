@@ -22,6 +22,7 @@ from artifact_store.errors import (
     UnavailableError,
 )
 from artifact_store.models import Acknowledgement, IngestedFile
+from artifact_store.position import Position
 from artifact_store.rules import PathPair
 from schemas import identifiers
 from services.core import wire
@@ -69,6 +70,7 @@ ACKNOWLEDGEMENTS = st.builds(
     st.none() | DIGESTS,
     NUMBERS,
     st.lists(st.builds(PathPair, TEXTS, TEXTS), max_size=3).map(tuple),
+    st.none() | st.builds(Position, st.uuids(), st.dictionaries(st.integers(0, 99), st.integers(0, 2**60))),
 )
 
 
@@ -93,7 +95,7 @@ def test_a_field_that_a_later_version_added_stays_out_of_messages_of_the_first()
     clashes = (PathPair("README", "readme"),)
     answer = Acknowledgement(UUID(int=1), 7, bytes(32), (), b"m" * 32, 1, clashes)
     first, second = encode_acknowledgement(answer, 1), encode_acknowledgement(answer, 2)
-    assert decode_acknowledgement(first, 1) == answer._replace(unportable_count=0, unportable_paths=())
+    assert decode_acknowledgement(first, 1) == replace(answer, unportable_count=0, unportable_paths=())
     assert decode_acknowledgement(second, 2) == answer
     for data, version in ((first, 2), (second, 1)):
         with pytest.raises(InvalidRequestError, match="another form"):
@@ -119,7 +121,9 @@ def test_derived_identifiers_arrive_as_what_they_were() -> None:
 
 @given(ACKNOWLEDGEMENTS)
 def test_an_acknowledgement_arrives_as_it_was_sent(acknowledgement: Acknowledgement) -> None:
-    assert decode_acknowledgement(encode_acknowledgement(acknowledgement)) == acknowledgement
+    found = decode_acknowledgement(encode_acknowledgement(acknowledgement))
+    assert (found, found.position) == (acknowledgement, acknowledgement.position)
+    assert decode_acknowledgement(encode_acknowledgement(acknowledgement, 4), 4).position is None
 
 
 @given(UUIDS, st.lists(TEXTS, max_size=5), st.none() | UUIDS, GRANTS, NAMES)

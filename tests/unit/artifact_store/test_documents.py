@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from base64 import b64encode
 from dataclasses import replace
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
@@ -17,6 +18,7 @@ from artifact_store.documents.resumable_uploads import parse_checksum
 from artifact_store.documents.shapes import (
     FileAnswer,
     FileIngestedAnswer,
+    FilesIngestedAnswer,
     PackageAnswer,
     PackageCreatedAnswer,
     PackageFinalizedAnswer,
@@ -104,23 +106,28 @@ def test_a_line_that_is_no_event_is_corrupt() -> None:
 @pytest.mark.parametrize("path", ["a.csv", "ordner/größe 3.bin", 'quoted "and" back\\slashed', "\u2028\U0001f9ea"])
 def test_the_answer_that_is_sent_most_often_is_the_one_of_its_shape(path: str) -> None:
     file = IngestedFile(uuid4(), path, 4_096, bytes(range(32)), bytes(range(1, 33)), 7, bytes(range(2, 34)))
-    done = Acknowledgement(uuid4(), 7, file.event_digest, files=(file,))
-    assert FileIngestedAnswer.json_of(done) == FileIngestedAnswer.of(done).model_dump_json().encode()
+    for position in (None, Position(uuid4(), {0: 3, 5: 2**40})):
+        done = Acknowledgement(uuid4(), 7, file.event_digest, files=(file,), position=position)
+        assert FileIngestedAnswer.json_of(done) == FileIngestedAnswer.of(done).model_dump_json().encode()
 
 
 def test_acknowledgements_survive_the_way_over_http() -> None:
     created = Acknowledgement(uuid4(), 1, bytes(range(32)))
-    assert PackageCreatedAnswer.model_validate_json(
-        PackageCreatedAnswer.of(created).model_dump_json()
-    ).to_acknowledgement() == (created)
     file = IngestedFile(uuid4(), "a/b", 5, bytes(range(32)), bytes(32), 2, bytes(32))
     ingested = Acknowledgement(created.package_id, 2, file.event_digest, files=(file,))
-    shape = FileIngestedAnswer.model_validate_json(FileIngestedAnswer.of(ingested).model_dump_json())
-    assert shape.to_acknowledgement() == ingested
     clashes = 7, (PathPair("README", "readme"), PathPair("a", "A"))
     finalized = Acknowledgement(created.package_id, 3, bytes(32), (), bytes(range(32)), *clashes)
-    done = PackageFinalizedAnswer.model_validate_json(PackageFinalizedAnswer.of(finalized).model_dump_json())
-    assert done.to_acknowledgement() == finalized
+    shapes: list[tuple[Any, Acknowledgement]] = [
+        (PackageCreatedAnswer, created),
+        (FileIngestedAnswer, ingested),
+        (FilesIngestedAnswer, ingested),
+        (PackageFinalizedAnswer, finalized),
+    ]
+    for shape, done in shapes:
+        for position in (None, Position(uuid4(), {0: 3, 5: 2**40})):
+            done.position = position
+            found = shape.model_validate_json(shape.of(done).model_dump_json()).to_acknowledgement()
+            assert (found, found.position) == (done, position)
 
 
 def test_packages_and_files_survive_the_way_over_http() -> None:
