@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from prometheus_client import start_http_server
@@ -181,15 +182,19 @@ class ProjectorMetrics(Collector):
 
 
 @asynccontextmanager
-async def served(metrics: ProjectorMetrics, address: ListenAddress | None) -> AsyncIterator[None]:
+async def served(
+    metrics: ProjectorMetrics, address: ListenAddress | None, certificates: Mapping[str, Path] | None = None
+) -> AsyncIterator[None]:
     """Serve the metrics over HTTP inside the block, in threads; not at all without an address.
+
+    When the `certificates` in these files, by setting, end is among them.
 
     Raises ConfigurationError: the address cannot be had.
     """
     if address is None:
         yield
         return
-    registry = new_registry()
+    registry = new_registry(certificates)
     registry.register(metrics)
     try:
         server, thread = start_http_server(address.port, address.host, registry)

@@ -66,7 +66,7 @@ async def run_projectors(
     try:
         metrics = ProjectorMetrics(views, log, [projection.name for projection in projections])
         runs = [_reported(views, log, projection, stop, metrics) for projection in projections]
-        async with served(metrics, metrics_at):
+        async with served(metrics, metrics_at, settings.certificates()):
             outcomes = zip(projections, await asyncio.gather(*runs), strict=True)
         return {projection.name: error for projection, error in outcomes if error is not None}
     finally:

@@ -348,6 +348,15 @@ class Settings:
         values.update({name: value for name, value in overrides.items() if value is not None})
         return cls(**values)
 
+    def certificates(self) -> dict[str, Path]:
+        """The files of certificates that are set, of authorities too, by the name of the setting."""
+        names = ("tls_cert", "tls_client_ca", "peer_cert", "peer_ca", "ca")
+        found = {f"{PREFIX}{name.upper()}": path for name in names if (path := getattr(self, name)) is not None}
+        for name in ("ssl.certificate.location", "ssl.ca.location"):
+            if Path(str(self.kafka_options.get(name, ""))).is_file():
+                found[f"{PREFIX}KAFKA_OPTIONS {name}"] = Path(str(self.kafka_options[name]))
+        return found
+
     def environment(self) -> dict[str, str]:
         """The environment variables that stand for these settings, secrets included: for a process of our own.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,12 +158,14 @@ async def open_writer(
     times: TimedStore | None = None,
     metrics: CollectorRegistry | None = None,
     audit: Audit | None = None,
+    checks: Mapping[str, Callable[[], Awaitable[None]]] | None = None,
 ) -> AsyncIterator[CommandWriter]:
     """The writer to the log, started; with Kafka, a member of the group of writers with its internal listener.
 
     `snapshots` is where a Kafka writer leaves copies of its state, and finds one when it has none; while its clock
     differs much from that of `times` it writes nothing. In `metrics` it shows what it does, and in `audit` what the
-    internal listener refused and what operators confirmed.
+    internal listener refused and what operators confirmed. With `checks`, of `blobs` and `views`, it
+    tells operators how its process is.
     """
     if is_embedded(settings):
         from services.log.sqlite import SqliteWriter
@@ -189,6 +191,7 @@ async def open_writer(
         times=times,
         metrics=metrics,
         audit=audit,
+        checks=checks,
     ) as owned:
         yield owned
 
@@ -247,7 +250,7 @@ async def parts(settings: Settings, *, clock: Clock = system_clock) -> AsyncIter
             for projection in PROJECTIONS.values():
                 await catch_up(views, log, projection)
 
-        metrics = new_registry()
+        metrics = new_registry(settings.certificates())
         audit = await stack.enter_async_context(Audit(settings.audit_file, metrics, clock=clock))
         writer = await stack.enter_async_context(
             open_writer(
@@ -259,6 +262,7 @@ async def parts(settings: Settings, *, clock: Clock = system_clock) -> AsyncIter
                 times=blobs,
                 metrics=metrics,
                 audit=audit,
+                checks={"blobs": blobs.check, "views": views.check},
             )
         )
         opened = DirectRegistry(

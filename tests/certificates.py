@@ -18,7 +18,9 @@ _LIFE = timedelta(days=36_500)
 class Authority:
     """Signs certificates, and writes them to its folder."""
 
-    def __init__(self, folder: Path, name: str = "authority") -> None:
+    def __init__(self, folder: Path, name: str = "authority", *, ends: datetime = _EPOCH + _LIFE) -> None:
+        """Its own certificate, and what it issues, is valid until `ends`."""
+        self._ends = ends
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._key = ec.generate_private_key(ec.SECP256R1())
@@ -58,7 +60,7 @@ class Authority:
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
             .not_valid_before(_EPOCH)
-            .not_valid_after(_EPOCH + _LIFE)
+            .not_valid_after(self._ends)
             .add_extension(constraints, critical=True)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)

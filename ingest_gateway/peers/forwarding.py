@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from io import BytesIO
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -49,6 +49,7 @@ CHECKS_PATH = "/checks"
 EXTENTS_PATH = "/extents"
 ENDS_PATH = "/ends"
 STATUS_PATH = "/status"
+PROCESS_PATH = "/process"
 CONFIRMATIONS_PATH = "/confirmations"
 WIRE_READS = "Artifact-Store-Wire-Reads"
 """The header with the newest version that the sender can read. Errors are sent in that version."""
@@ -58,7 +59,24 @@ WIRE_VERSION = "Artifact-Store-Wire-Version"
 
 _CONFIRMATIONS: dict[str, type[Confirmation]] = {"skip": SkipRecord, "accept-loss": AcceptLoss}
 
+
+@dataclass(frozen=True, slots=True)
+class ProcessStatus:
+    """What a gateway process says of itself; later releases add fields, with defaults."""
+
+    release: str
+    components: Mapping[str, str | None]
+    """By component, why it does not work; None if it does. As `/readyz` says."""
+    clock_skew_seconds: float | None
+    """How far the process's clock is ahead of the blob store's (negative: behind); None if that is not known."""
+    state_free_bytes: int | None
+    """Free space on the disk of the process's state; None if it has no state yet."""
+    certificates: Mapping[str, float]
+    """When its certificates end, in seconds since 1970, by setting."""
+
+
 _STATUS = TypeAdapter(PartitionStatus)
+_PROCESS = TypeAdapter(ProcessStatus)
 _TOLD = [field.name for field in fields(PartitionStatus) if field.name != "owner"]
 """What a process says of each of its partitions, in this order."""
 
@@ -140,6 +158,13 @@ class HttpForwarder:
     async def status(self, owner_url: str) -> list[PartitionStatus]:
         """The state of the partitions that the process at this URL owns. Raises UnavailableError."""
         return decode_status(await self._ask_status(owner_url), owner_url)
+
+    async def process(self, owner_url: str) -> ProcessStatus | None:
+        """What the process at this URL says of itself; None if its release cannot tell. Raises UnavailableError."""
+        try:
+            return decode_process(await self._post(owner_url, PROCESS_PATH, b""))
+        except _UnknownQuestionError:
+            return None
 
     async def confirm(self, owner_url: str, confirmation: Confirmation) -> Acknowledgement:
         """Have the partition's owner record what an operator confirmed. Raises as `KafkaWriter.confirm_here`."""
@@ -380,5 +405,18 @@ def decode_status(data: bytes, owner: str) -> list[PartitionStatus]:
             _STATUS.validate_python(dict(zip(_TOLD, values, strict=False)) | {"owner": owner})
             for values in cbor2.loads(data)
         ]
+    except _UNREADABLE as error:  # pydantic's error is a ValueError
+        raise _unreadable() from error
+
+
+def encode_process(found: ProcessStatus) -> bytes:
+    """What a process says of itself, as CBOR."""
+    return cbor2.dumps(asdict(found))
+
+
+def decode_process(data: bytes) -> ProcessStatus:
+    """Read what `encode_process` gave. Raises UnavailableError when it is of another release."""
+    try:
+        return _PROCESS.validate_python(cbor2.loads(data))
     except _UNREADABLE as error:  # pydantic's error is a ValueError
         raise _unreadable() from error

@@ -31,13 +31,16 @@ from ingest_gateway.peers.forwarding import (
     CONTENT_TYPE,
     ENDS_PATH,
     EXTENTS_PATH,
+    PROCESS_PATH,
     STATUS_PATH,
     WIRE_READS,
     WIRE_VERSION,
+    ProcessStatus,
     decode_confirmation,
     decode_end,
     decoded,
     encode_extent,
+    encode_process,
     encode_status,
     kind_of,
 )
@@ -95,6 +98,10 @@ class Here(Protocol):
         """The state of the partitions that this process owns."""
 
 
+About = Callable[[], Awaitable[ProcessStatus]]
+"""Tells how this process is."""
+
+
 @contextmanager
 def _of_another_release() -> Iterator[None]:
     """A message that cannot be read is from another release: not the client's fault; it ends once all are upgraded."""
@@ -113,6 +120,7 @@ class InternalListener:
         self._credentials = credentials
         self._audit = audit or Audit(None)
         self._here: Here | None = None
+        self._about: About | None = None
         self._taken = self._taken_bytes = 0
         self._runner: web.AppRunner | None = None
 
@@ -148,9 +156,9 @@ class InternalListener:
             listener.url = settings.internal_url.rstrip("/")
         return listener
 
-    def serve(self, here: Here) -> None:
-        """Carry out requests with this writer from now on."""
-        self._here = here
+    def serve(self, here: Here, about: About | None = None) -> None:
+        """Carry out requests with this writer from now on; `about` answers operators who ask how the process is."""
+        self._here, self._about = here, about
 
     async def close(self) -> None:
         """Wait a few seconds at most for requests under way, and release the port."""
@@ -165,6 +173,7 @@ class InternalListener:
             app.router.add_post(prefix + EXTENTS_PATH, self._extent)
             app.router.add_post(prefix + ENDS_PATH, self._end)
             app.router.add_post(prefix + STATUS_PATH, self._status)
+            app.router.add_post(prefix + PROCESS_PATH, self._process)
             app.router.add_post(prefix + CONFIRMATIONS_PATH, self._confirmation)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=_DRAIN_SECONDS)
         await self._runner.setup()
@@ -238,6 +247,14 @@ class InternalListener:
     async def _status(self, request: web.Request) -> web.Response:
         async def carry_out(here: Here, _: bytes) -> bytes:
             return encode_status(here.status_here())
+
+        return await self._answer(request, carry_out)
+
+    async def _process(self, request: web.Request) -> web.Response:
+        async def carry_out(_: Here, __: bytes) -> bytes:
+            if self._about is None:
+                raise UnavailableError("this process cannot tell how it is")
+            return encode_process(await self._about())
 
         return await self._answer(request, carry_out)
 

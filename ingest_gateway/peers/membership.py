@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from prometheus_client import CollectorRegistry
 
 from artifact_store.errors import ConfigurationError
+from ingest_gateway.health import Check, Checks, readiness
 from ingest_gateway.peers.authentication import PeerCredentials
-from ingest_gateway.peers.forwarding import HttpForwarder
+from ingest_gateway.peers.forwarding import HttpForwarder, ProcessStatus
 from ingest_gateway.peers.internal_listener import InternalListener
 from services.config import Settings
 from services.core.limits import Limits
@@ -19,7 +20,9 @@ from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka.group_process import GroupProcess
 from services.log.kafka.writer_metrics import WriterCollector
 from services.log.port import Log, PutManifest, SnapshotStore, TimedStore
+from services.runtime import tls
 from services.runtime.clock import Clock
+from services.runtime.metrics import release
 
 
 @asynccontextmanager
@@ -34,11 +37,13 @@ async def kafka_writer(
     times: TimedStore | None = None,
     metrics: CollectorRegistry | None = None,
     audit: Audit | None = None,
+    checks: Mapping[str, Check] | None = None,
 ) -> AsyncIterator[KafkaWriter]:
     """A started member of the group of writers for the length of the block, at whose end it hands its partitions over.
 
     It writes nothing while its clock differs much from that of `times`. Its own metrics are added to `metrics`. `audit`
-    has what its internal listener refuses, and what operators confirm there.
+    has what its internal listener refuses, and what operators confirm there. With `checks`, of `blobs` and `views`, it
+    tells operators how the whole process is.
 
     Raises ConfigurationError: the topic could lose events, or the internal listener cannot open; UnavailableError.
     """
@@ -65,7 +70,20 @@ async def kafka_writer(
             describe_group=groups.members,
         )
         stack.push_async_callback(writer.close)
-        listener.serve(writer)
+
+        async def about() -> ProcessStatus:
+            others = checks or {}
+            found = await readiness(Checks(log.check, others["blobs"], writer.ready, others["views"]))
+            ends = await asyncio.to_thread(tls.all_ends, settings.certificates())
+            return ProcessStatus(
+                release(),
+                {name: part.cause for name, part in found.parts.items()},
+                writer.clock_skew_seconds,
+                writer.state_free_bytes,
+                ends,
+            )
+
+        listener.serve(writer, None if checks is None else about)
         if metrics is not None:
             collector = WriterCollector(writer)
             metrics.register(collector)

@@ -258,9 +258,36 @@ class ProgressLine:
             click.echo("\r\x1b[2K", err=True, nl=False)
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print rows for people: a table on a terminal, tabs between the values elsewhere."""
+_WIDTH = 80
+_WORD = re.compile(r"[^\s`]*`[^`]*`\S*|\S+")
+"""A command in backquotes is one word: it can be copied whole."""
+
+
+def say_wrapped(text: str, *, first: str = "", indent: int = 0) -> None:
+    """Print text after `first`: on one line, and on a terminal on lines of at most 80 columns, others indented.
+
+    A longer word has a line of its own.
+    """
     if not sys.stdout.isatty():
+        say(first + text)
+        return
+    lines, line = [], first
+    for word in _WORD.findall(text):
+        if len(line) + len(word) > _WIDTH and line.strip() and line != first:
+            lines.append(line.rstrip())
+            line = " " * indent
+        line += f"{word} "
+    say("\n".join([*lines, line.rstrip()]))
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, headed: bool = False) -> None:
+    """Print rows for people: a table on a terminal, tabs between the values elsewhere.
+
+    The names of the columns are above a table, and above the rest if it is `headed`.
+    """
+    if not sys.stdout.isatty():
+        if headed:
+            say("\t".join(columns))
         for row in rows:
             say("\t".join(_plain(value) for value in row))
         return

@@ -1,32 +1,47 @@
-"""`doctor`: what is wrong with this set-up, and what mends it. Starts nothing and changes nothing."""
+"""`doctor`: what is wrong with an installation, and what mends it. Starts nothing and changes nothing.
+
+It looks at log, blobs and views from this machine, and asks all gateways what they see.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import shutil
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from services.cli.command import answer, common_options, invocation, run, say
+from services.cli.command import answer, common_options, invocation, run, say, say_wrapped
+from services.cli.status import (
+    build_note,
+    certificate_notes,
+    endpoint,
+    irregular,
+    processes,
+    projections,
+    room_needed,
+    troubles_of,
+    writers,
+)
 
 if TYPE_CHECKING:
     from services.config import Settings
-    from services.views.database import Views
 
 _PYTHON = (3, 11)
 _PATIENCE_SECONDS = 20.0
-_LEAST_FREE_BYTES = 1 << 30
 _ADDRESSES = {
     "log": "ARTIFACT_STORE_LOG_URL",
     "blobs": "ARTIFACT_STORE_BLOBS_URL",
     "views": "ARTIFACT_STORE_VIEWS_URL",
     "groups": "ARTIFACT_STORE_LOG_URL",
+    "projections": "ARTIFACT_STORE_LOG_URL",
+    "gateways": "ARTIFACT_STORE_LOG_URL",
+    "partitions": "ARTIFACT_STORE_LOG_URL",
     "identity": "ARTIFACT_STORE_POLICY",
     "gateway": "ARTIFACT_STORE_URL",
 }
@@ -34,135 +49,232 @@ _ADDRESSES = {
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at; `cause` says what is wrong and what mends it."""
+    """One part of the installation: what is wrong with it and what mends that, and what else there is to say."""
 
     part: str
-    ok: bool
-    cause: str | None = None
+    wrong: Sequence[str] = ()
+    remarks: Sequence[str] = ()
+
+    def shown(self) -> dict[str, Any]:
+        """For `--json`: `cause` is all that is wrong, or else the remarks."""
+        return {"part": self.part, "ok": not self.wrong, "cause": "; ".join(self.wrong or self.remarks) or None}
+
+    def say(self) -> None:
+        """For people: a line or more for each thing."""
+        for text in self.wrong:
+            say_wrapped(text, first=f"WRONG  {self.part}: ", indent=7)
+        for text in self.remarks:
+            say_wrapped(text, first=f"{'       ' if self.wrong else 'ok     '}{self.part}: ", indent=7)
+        if not (self.wrong or self.remarks):
+            say(f"ok     {self.part}")
+
+
+@dataclass(slots=True)
+class Seen:
+    """What is seen of one part, as it is looked at."""
+
+    wrong: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+
+Look = Callable[["Settings", Seen], Awaitable[None]]
+"""Looks at a part. An error of the tree that it raises is wrong too."""
 
 
 @click.command()
-@common_options(shown=("log_url", "blobs_url", "views_url", "url"))
+@common_options(shown=("log_url", "blobs_url", "views_url", "url", "internal_secret"))
 def doctor() -> None:
-    """Look at settings, log, blobs, views, groups and disk; say what is wrong and what mends it.
+    """Say what is wrong with the installation and what mends it.
 
-    Exit code 1 if anything is wrong.
+    Looks at settings, certificates, disk, log, blobs, views, projections and their groups, and asks all gateways how
+    they and their partitions are, for which ARTIFACT_STORE_INTERNAL_SECRET must be theirs. Exit code 1 if anything is
+    wrong.
     """
     findings = run(_examine())
+    ok = not any(finding.wrong for finding in findings)
     if invocation().as_json:
-        answer({"ok": all(f.ok for f in findings), "findings": [asdict(f) for f in findings]})
+        answer({"ok": ok, "findings": [finding.shown() for finding in findings]})
     else:
         for finding in findings:
-            say(f"{'ok   ' if finding.ok else 'WRONG'}  {finding.part}{_said(finding)}")
-    if not all(finding.ok for finding in findings):
+            finding.say()
+    if not ok:
         click.get_current_context().exit(1)
-
-
-def _said(finding: Finding) -> str:
-    return "" if finding.cause is None else f": {finding.cause}"
 
 
 async def _examine() -> list[Finding]:
     from artifact_store.errors import ConfigurationError
+    from services.wiring import is_embedded
 
     findings = [_python()]
     try:
         settings = invocation().settings()
     except ConfigurationError as error:
-        return [*findings, Finding("settings", ok=False, cause=error.detail)]
-    findings.append(Finding("settings", ok=True))
-    findings += await asyncio.gather(
-        _looked("log", lambda: _log(settings)),
-        _looked("blobs", lambda: _blobs(settings)),
-        _looked("views", lambda: _views(settings)),
-        _looked("identity", lambda: _identity(settings)),
-    )
-    if all(finding.ok for finding in findings):  # without log or views there is nothing to compare
-        findings.append(await _looked("groups", lambda: _groups(settings)))
+        return [*findings, Finding("settings", [error.detail])]
+    findings.append(Finding("settings"))
+    looks = (("log", _log), ("blobs", _blobs), ("views", _views), ("identity", _identity))
+    parts = await asyncio.gather(*(_looked(part, look, settings) for part, look in looks))
+    findings += parts
+    log_works, views_work = not parts[0].wrong, not parts[2].wrong
+    if log_works and not is_embedded(settings):
+        findings += await asyncio.gather(
+            _looked("partitions", _partitions, settings), _looked("gateways", _gateways, settings)
+        )
+    if log_works and views_work:
+        findings += [await _looked("projections", _projections, settings), await _looked("groups", _groups, settings)]
     if settings.url is not None:
-        findings.append(await _looked("gateway", lambda: _gateway(settings)))
+        findings.append(await _looked("gateway", _gateway, settings))
+    if files := settings.certificates():
+        from services.runtime.tls import all_ends
+
+        findings.append(Finding("certificates", certificate_notes(all_ends(files)), [f"{len(files)} files"]))
     return [*findings, _disk(settings)]
 
 
 def _python() -> Finding:
     found = ".".join(map(str, sys.version_info[:3]))
     if sys.version_info < _PYTHON:
-        return Finding("python", ok=False, cause=f"{found} is too old; 3.11 or newer is needed")
-    return Finding("python", ok=True, cause=found)
+        return Finding("python", [f"{found} is too old; 3.11 or newer is needed"])
+    return Finding("python", remarks=[found])
 
 
-async def _looked(part: str, look: Callable[[], Awaitable[str | None]]) -> Finding:
-    """What `look` finds: an error of the tree is what is wrong, a text a remark."""
+async def _looked(part: str, look: Look, settings: Settings) -> Finding:
     from artifact_store.errors import ArtifactStoreError, UnavailableError
 
+    seen = Seen()
     try:
         async with asyncio.timeout(_PATIENCE_SECONDS):
-            return Finding(part, ok=True, cause=await look())
+            await look(settings, seen)
     except TimeoutError:
-        return Finding(
-            part, ok=False, cause=f"no answer within {_PATIENCE_SECONDS:g} s; is it running, is it reachable?"
-        )
+        seen.wrong.append(f"no answer within {_PATIENCE_SECONDS:g} s; is it running, is it reachable?")
     except UnavailableError as error:
         # A gateway that gives its causes runs, and a message that names a setting says what to look at.
         explained = "ARTIFACT_STORE_" in error.detail or error.detail.startswith("the gateway is ")
         hint = "" if explained else f"; is it running, and is {_ADDRESSES[part]} right?"
-        return Finding(part, ok=False, cause=error.detail + hint)
+        seen.wrong.append(error.detail + hint)
     except ArtifactStoreError as error:
-        return Finding(part, ok=False, cause=error.detail)
+        seen.wrong.append(error.detail)
+    return Finding(part, seen.wrong, seen.remarks)
 
 
-async def _log(settings: Settings) -> str | None:
-    from artifact_store.errors import CorruptError
-    from services.cli.status import passed_over, writers
+_NOT_THERE = "not there yet; the first command that writes makes it"
+
+
+async def _log(settings: Settings, seen: Seen) -> None:
     from services.wiring import is_embedded, open_log
 
+    seen.remarks.append(endpoint(settings.log_url))
     log = open_log(settings)
     try:
         if is_embedded(settings) and not _sqlite_file(settings.log_url).exists():
-            return "not there yet; the first command that writes makes it"
+            seen.remarks.append(_NOT_THERE)
+            return
         await log.check()
-        remarks = [f"{await log.partitions()} partitions, id {await log.identity()}"]
-        for writer in await writers(log, settings) or ():
-            if writer["trouble"] is not None:
-                raise CorruptError(f"partition {writer['partition']} takes no writes: {writer['trouble']}")
-            if (irregular := passed_over(writer)) is not None:
-                remarks.append(irregular)
-        return "; ".join(remarks)
+        seen.remarks.append(f"{await log.partitions()} partitions, id {await log.identity()}")
     finally:
         await log.close()
 
 
-async def _blobs(settings: Settings) -> str | None:
+async def _partitions(settings: Settings, seen: Seen) -> None:
+    from services.wiring import open_log
+
+    log = open_log(settings)
+    try:
+        for writer in await writers(log, settings) or ():
+            name = f"partition {writer['partition']}"
+            if writer["trouble"] is not None:
+                seen.wrong.append(f"{name} takes no writes: {writer['trouble']}")
+            if writer["memory_only"] is not None:
+                seen.wrong.append(f"{name}: {writer['memory_only']}")
+            if writer["quarantined"]:
+                seen.wrong.append(
+                    f"{name}: {writer['quarantined']} packages take no writes, because the log contradicts their "
+                    "history: `artifact-store verify` names them"
+                )
+            if (passed := irregular(writer)) is not None:
+                seen.remarks.append(f"{name}: {passed}")
+    finally:
+        await log.close()
+
+
+async def _gateways(settings: Settings, seen: Seen) -> None:
+    from services.wiring import open_log
+
+    log = open_log(settings)
+    try:
+        found = await processes(log, settings) or []
+    finally:
+        await log.close()
+    for process in found:
+        seen.wrong += [f"{process['url']}: {trouble}" for trouble in troubles_of(process)]
+    releases = sorted({process["release"] for process in found if process["trouble"] is None})
+    seen.remarks.append(f"{len(found)} processes{', release ' if releases else ''}{' and '.join(releases)}")
+    if len(releases) > 1:
+        seen.remarks.append("an upgrade is not complete: adjacent releases may run beside each other until it is")
+
+
+async def _blobs(settings: Settings, seen: Seen) -> None:
     from artifact_store.errors import ConfigurationError
     from services.wiring import open_blobs
 
+    seen.remarks.append(endpoint(settings.blobs_url))
     blobs = open_blobs(settings)
     try:
         if blobs.backend_id == "local" and not _local_folder(settings).exists():
-            return "not there yet; the first command that writes makes it"
+            seen.remarks.append(_NOT_THERE)
+            return
         await blobs.now()  # a clock that is wrong makes the store refuse what follows
         if (trouble := blobs.clock.trouble()) is not None:
             raise ConfigurationError(trouble)
         await blobs.check()
-        return blobs.backend_id
     finally:
         await blobs.close()
 
 
-async def _views(settings: Settings) -> str | None:
+async def _views(settings: Settings, seen: Seen) -> None:
     from services.wiring import open_views
 
+    seen.remarks.append(endpoint(settings.views_url))
     if settings.views_url.startswith("sqlite") and not _sqlite_file(settings.views_url).exists():
-        return "not there yet; the first command that writes makes it"
+        seen.remarks.append(_NOT_THERE)
+        return
     views = open_views(settings)
     try:
         await views.check()
-        return ", ".join([views.dialect, *await _builds(views)])
     finally:
         await views.close()
 
 
-async def _groups(settings: Settings) -> str | None:
+def _is_there(settings: Settings) -> bool:
+    files = [url for url in (settings.log_url, settings.views_url) if url.startswith("sqlite")]
+    return all(_sqlite_file(url).exists() for url in files)
+
+
+async def _projections(settings: Settings, seen: Seen) -> None:
+    """Whether the views follow this log, and who folds them."""
+    from services.cli.command import log_and_views
+
+    if not _is_there(settings):
+        seen.remarks.append(_NOT_THERE)
+        return
+    async with log_and_views() as (log, views):
+        found = await projections(log, views, await log.end())
+    for p in found:
+        name, build = p["projection"], p["building"]
+        if p["trouble"] is not None:
+            seen.wrong.append(f"{name}: {p['trouble']}")
+        if p["parked"]:
+            seen.wrong.append(f"{name}: {p['parked']} packages are parked: `artifact-store parked` says why")
+        if p["projectors"] == [] and p["behind"]:
+            seen.wrong.append(
+                f"{name}: no process runs it, and it is {p['behind']} events behind: start "
+                f"`artifact-store projector {name}`"
+            )
+        if build is not None:
+            (seen.remarks if build["running"] else seen.wrong).append(f"{name}: {build_note(name, build)}")
+        seen.remarks.append(f"{name}: {p['behind']} events behind")
+
+
+async def _groups(settings: Settings, seen: Seen) -> None:
     """Offsets that other tools have set for projectors' groups. Raises CorruptError when a projector stops for them."""
     from artifact_store.position import Position
     from services.cli.command import log_and_views
@@ -170,35 +282,18 @@ async def _groups(settings: Settings) -> str | None:
     from services.views.projections import PROJECTIONS
     from services.views.queries import Queries
 
-    files = [url for url in (settings.log_url, settings.views_url) if url.startswith("sqlite")]
-    if not all(_sqlite_file(url).exists() for url in files):
-        return "not there yet"
-    notes = []
+    if not _is_there(settings):
+        seen.remarks.append("not there yet")
+        return
     async with log_and_views() as (log, views):
         stands = Position(await log.identity(), {})
         for name in PROJECTIONS:
             position = await Queries(views).checkpoint(name)
             if (note := await group_note(log, name, position or stands)) is not None:
-                notes.append(f"{name}: {note}")
-    return "; ".join(notes) or None
+                seen.remarks.append(f"{name}: {note}")
 
 
-async def _builds(views: Views) -> list[str]:
-    """What is being built beside the live views, or was left by a replay that ended early."""
-    from services.views.engine.generations import read_build
-    from services.views.projections import PROJECTIONS
-
-    async with views.reading(snapshot=True) as connection:
-        found = [await read_build(connection, projection) for projection in PROJECTIONS.values()]
-    return [
-        f"{build.projection} is built anew by {build.builder} (`artifact-store replay {build.projection}` goes on with "
-        "it if that has ended, --drop removes it)"
-        for build in found
-        if build is not None
-    ]
-
-
-async def _identity(settings: Settings) -> str | None:
+async def _identity(settings: Settings, seen: Seen) -> None:
     """Policy and tokens as a gateway reads them, and whether the keys of the policy's issuers can be had."""
     from artifact_store.errors import ConfigurationError
     from services.identity.oidc import Issuer
@@ -206,7 +301,8 @@ async def _identity(settings: Settings) -> str | None:
     from services.identity.static_tokens import read_tokens
 
     if settings.policy is None and settings.tokens is None:
-        return "no policy and no tokens: whoever reaches the gateway may do everything"
+        seen.remarks.append("no policy and no tokens: whoever reaches the gateway may do everything")
+        return
     policy = Policy() if settings.policy is None else read_policy(settings.policy)
     tokens = [] if settings.tokens is None else list(read_tokens(settings.tokens))
     if settings.tokens is not None and settings.tokens.exists() and settings.tokens.stat().st_mode & 0o077:
@@ -218,15 +314,15 @@ async def _identity(settings: Settings) -> str | None:
     for table in policy.issuer:
         async with Issuer(table) as issuer:
             await issuer.current_keys()
-    return f"{len(policy.issuer)} issuers, {len(policy.rule)} rules, {len(tokens)} static tokens"
+    seen.remarks.append(f"{len(policy.issuer)} issuers, {len(policy.rule)} rules, {len(tokens)} static tokens")
 
 
-async def _gateway(settings: Settings) -> str | None:
+async def _gateway(settings: Settings, seen: Seen) -> None:
     from services.cli.login import open_transport, who_is
 
     async with open_transport(settings, seconds=5.0) as transport:
         await transport.call("GET", "/readyz")
-        return f"ready to take writes; you are {(await who_is(transport)).actor}"
+        seen.remarks.append(f"{settings.url} takes writes; you are {(await who_is(transport)).actor}")
 
 
 def _disk(settings: Settings) -> Finding:
@@ -238,10 +334,8 @@ def _disk(settings: Settings) -> Finding:
         with suppress(ValueError):  # an address that cannot be read was found before
             folders.append(_local_folder(settings))
     free = {folder: shutil.disk_usage(_nearest(folder)).free for folder in folders}
-    tight = [f"{folder}: {left >> 20} MiB" for folder, left in free.items() if left < _LEAST_FREE_BYTES]
-    if tight:
-        return Finding("disk", ok=False, cause=f"less than 1 GiB is free at {', '.join(tight)}; make room")
-    return Finding("disk", ok=True, cause=f"{min(free.values()) >> 30} GiB free")
+    tight = [f"the disk of {folder} {room}" for folder, left in free.items() if (room := room_needed(left)) is not None]
+    return Finding("disk", tight, [f"{min(free.values()) >> 30} GiB free on this machine"])
 
 
 def _sqlite_file(url: str) -> Path:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from ingest_gateway.siblings import Member
     from services.config import Settings
+    from services.log.port import Log
+    from services.views.database import Views
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -227,9 +229,28 @@ def _end(stopped: Mapping[str, Exception]) -> None:
 def migrate() -> None:
     """Create or check topic, bucket, tables and seeds. Safe to repeat.
 
-    Succeeds when a view's tables have another layout, and says that it must be replayed: an upgrade migrates first.
+    Succeeds when a view's tables have another layout, or were folded from another log, and says that it must be
+    replayed: an upgrade migrates first.
     """
     answer(run(_migrate(invocation().settings())))
+
+
+async def _of_another_log(log: Log, views: Views) -> dict[str, str]:
+    """The views that were folded from another log: why they cannot be used, and what mends it."""
+    from artifact_store.errors import LogIdentityError
+    from services.views.engine.checkpoints import read_position, require_same_log
+    from services.views.projections import PROJECTIONS
+
+    found, now = {}, await log.identity()
+    for name, projection in PROJECTIONS.items():
+        try:
+            async with views.reading() as connection:
+                position = await read_position(connection, projection)
+            if position is not None:
+                require_same_log(projection, position.log, now)
+        except LogIdentityError as error:
+            found[name] = error.detail
+    return found
 
 
 async def _migrate(settings: Settings) -> dict[str, Any]:
@@ -245,6 +266,7 @@ async def _migrate(settings: Settings) -> dict[str, Any]:
         await log.migrate()
         await blobs.migrate()
         outdated = await views.create_missing()
+        outdated = {**await _of_another_log(log, views), **outdated}
         for why in outdated.values():
             remark(f"warning: {why}")
         return {

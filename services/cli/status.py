@@ -1,92 +1,189 @@
-"""`status`: how far the views are, who writes to each partition, and what holds it up.
+"""`status`: how far the views are, which processes run, who writes to each partition, and what holds it up.
 
-The group of writers says who owns a partition; each owner says itself since when and how it is.
+The groups say who owns a partition and who runs a projection; each gateway says itself how it is.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from artifact_store.errors import ArtifactStoreError, ConfigurationError, PushBackError, UnavailableError
-from services.cli.command import LOG_AND_VIEWS, answer, common_options, invocation, log_and_views, run, say, table
+from services.cli.command import (
+    LOG_AND_VIEWS,
+    answer,
+    common_options,
+    invocation,
+    log_and_views,
+    run,
+    say,
+    say_wrapped,
+    table,
+)
 
 if TYPE_CHECKING:
     from artifact_store.models import Acknowledgement
     from artifact_store.position import Position
+    from ingest_gateway.peers.forwarding import ProcessStatus
     from services.config import Settings
+    from services.log.kafka import KafkaLog
     from services.log.kafka.cluster import Member
     from services.log.port import Log, PartitionStatus
     from services.log.records import Confirmation
     from services.views.database import Views
     from services.views.projections import Projection
 
+_Told = TypeVar("_Told")
+
 
 @click.command()
 @common_options(shown=(*LOG_AND_VIEWS, "internal_secret"))
 def status() -> None:
-    """How far each projection is behind the log, and which gateway writes to which partition.
+    """How far each projection is behind the log, which processes run, and which gateway writes to which partition.
 
-    Each owner is asked at its internal listener since when, how long it took to take over, and from what it restored
-    the writer's state: `file`, `snapshot` or `log`. ARTIFACT_STORE_INTERNAL_SECRET must be theirs.
+    Each gateway is asked at its internal listener how it is, and of its partitions since when, how long it took to take
+    over, and from what it restored the writer's state: `file`, `snapshot` or `log`. ARTIFACT_STORE_INTERNAL_SECRET must
+    be theirs.
     """
     found = run(_status())
     if invocation().as_json:
         answer(found)
         return
-    say(f"log {found['log']}, {found['partitions']} partitions")
-    columns = ("projection", "behind", "parked")
-    table(("projection", "events behind", "packages parked"), [[p[c] for c in columns] for p in found["projections"]])
-    for p in found["projections"]:
-        if p["group"] is not None:
-            say(f"{p['projection']}: {p['group']}")
-        if (build := p["building"]) is not None:
-            say(f"{p['projection']} is built anew by {build['builder']}, {build['behind']} events behind")
-    if found["writers"] is None:
-        say("the log is a file: whoever writes holds its lock")
+    where = found["endpoints"]
+    say(f"log    {where['log']}\n       {found['partitions']} partitions, id {found['log']}")
+    say(f"blobs  {where['blobs']}\nviews  {where['views']}\n")
+    if found["views_trouble"] is None:
+        _say_projections(found["projections"])
     else:
-        table(COLUMNS, [row(writer) for writer in found["writers"]])
-        for writer in found["writers"]:
-            if (irregular := passed_over(writer)) is not None:
-                say(irregular)
+        say_wrapped(found["views_trouble"], first="views: ", indent=2)
+    if found["writers"] is None:
+        say("\nthe log is a file: whoever writes holds its lock")
+        return
+    say("")
+    table(("gateway", "release", "clock skew", "disk"), map(_process_row, found["processes"]), headed=True)
+    for process in found["processes"]:
+        for trouble in troubles_of(process):
+            say_wrapped(trouble, first=f"{process['url']}: ", indent=2)
+    say("")
+    table(COLUMNS, [row(writer) for writer in found["writers"]], headed=True)
+    for writer in found["writers"]:
+        _say_writer(writer)
+
+
+def _say_projections(projections: Sequence[Mapping[str, Any]]) -> None:
+    columns = ("projection", "behind", "parked")
+    rows = [[*(p[c] for c in columns), _counted(p["projectors"])] for p in projections]
+    table(("projection", "events behind", "packages parked", "projectors"), rows, headed=True)
+    for p in projections:
+        build = p["building"]
+        for note in (p["trouble"], p["group"], None if build is None else build_note(p["projection"], build)):
+            if note is not None:
+                say_wrapped(note, first=f"{p['projection']}: ", indent=2)
+
+
+def _counted(releases: Sequence[str] | None) -> str | None:
+    """How many processes there are of each release."""
+    if releases is None:
+        return None
+    return ", ".join(f"{number} of {release}" for release, number in sorted(Counter(releases).items())) or "none"
+
+
+def _process_row(process: Mapping[str, Any]) -> tuple[object, ...]:
+    skew, free = process["clock_skew_seconds"], process["state_free_bytes"]
+    return (
+        process["url"],
+        process["release"],
+        None if skew is None else f"{skew:+.0f} s",
+        None if free is None else f"{free / 2**30:,.1f} GiB free",
+    )
+
+
+def _say_writer(writer: Mapping[str, Any]) -> None:
+    for note in (writer["trouble"], writer["memory_only"], irregular(writer)):
+        if note is not None:
+            say_wrapped(note, first=f"partition {writer['partition']}: ", indent=2)
 
 
 async def _status() -> dict[str, Any]:
+    settings = invocation().settings()
+    async with log_and_views() as (log, views):
+        end, trouble = await log.end(), None
+        try:
+            found = await projections(log, views, end)
+        except (UnavailableError, ConfigurationError) as error:  # who writes is known without the views
+            found, trouble = [], error.detail
+        return {
+            "endpoints": endpoints(settings),
+            "log": str(end.log),
+            "partitions": await log.partitions(),
+            "end": str(end),
+            "projections": found,
+            "views_trouble": trouble,
+            "processes": await processes(log, settings),
+            "writers": await writers(log, settings),
+        }
+
+
+def endpoints(settings: Settings) -> dict[str, str]:
+    """Where log, blobs and views are, without users and passwords."""
+    return {name: endpoint(getattr(settings, f"{name}_url")) for name in ("log", "blobs", "views")}
+
+
+def endpoint(url: str) -> str:
+    """The URL without user, password and options."""
+    scheme, mark, rest = url.partition("://")
+    return f"{scheme}{mark}{rest.rpartition('@')[2].partition('?')[0]}"
+
+
+async def projections(log: Log, views: Views, end: Position) -> list[dict[str, Any]]:
+    """One object a projection: how far it is behind `end`, who runs it, and what is wrong with it."""
     from artifact_store.position import Position
     from services.views.engine.parking import list_marks
     from services.views.projections import PROJECTIONS
     from services.views.queries import Queries
-    from services.wiring import is_embedded
 
-    settings = invocation().settings()
-    async with log_and_views() as (log, views):
-        end, embedded = await log.end(), is_embedded(settings)
-        queries = Queries(views)
-        projections = []
-        for name, projection in PROJECTIONS.items():
-            position = await queries.checkpoint(name)
-            projections.append(
-                {
-                    "projection": name,
-                    "position": None if position is None else str(position),
-                    "behind": sum(end.left_behind(position).values()),
-                    # Who reads a file commits nothing: what a view stands on is its checkpoint.
-                    "committed_behind": None if embedded else sum((await log.lag(name)).values()),
-                    "parked": len(await list_marks(views, name)),
-                    "group": await _group(log, name, position or Position(end.log, {})),
-                    "building": await _building(views, projection, end),
-                }
-            )
-        return {
-            "log": str(end.log),
-            "partitions": await log.partitions(),
-            "end": str(end),
-            "projections": projections,
-            "writers": await writers(log, settings),
-        }
+    found, kafka = [], _kafka(log)
+    for name, projection in PROJECTIONS.items():
+        position = await Queries(views).checkpoint(name)
+        found.append(
+            {
+                "projection": name,
+                "position": None if position is None else str(position),
+                "behind": sum(end.left_behind(position).values()),
+                # Who reads a file commits nothing: what a view stands on is its checkpoint.
+                "committed_behind": None if kafka is None else sum((await log.lag(name)).values()),
+                "parked": len(await list_marks(views, name)),
+                # The releases of the processes that run it.
+                "projectors": None if kafka is None else await _projectors(kafka, name),
+                "trouble": await _trouble(log, views, projection),
+                "group": await _group(log, name, position or Position(end.log, {})),
+                "building": await _building(views, projection, end),
+            }
+        )
+    return found
+
+
+async def _projectors(log: KafkaLog, name: str) -> list[str]:
+    """The releases of the processes that run the projection; that of those which do not tell it is `unknown`."""
+    from services.log.kafka.connection import release_of
+
+    return [release_of(m.client_id) or "unknown" for m in await _members(log, log.kafka.projector_group(name))]
+
+
+async def _trouble(log: Log, views: Views, projection: Projection) -> str | None:
+    """Why the view cannot go on in this log."""
+    from artifact_store.errors import CorruptError
+    from services.views.engine.checkpoints import check_follows
+
+    try:
+        await check_follows(log, views, projection)
+    except (ConfigurationError, CorruptError) as error:
+        return error.detail
+    return None
 
 
 async def _group(log: Log, name: str, stands: Position) -> str | None:
@@ -113,22 +210,46 @@ async def group_note(log: Log, name: str, stands: Position) -> str | None:
 
 async def _building(views: Views, projection: Projection, end: Position) -> dict[str, Any] | None:
     """The generation that is built beside the live one, or was left by a replay that ended early."""
-    from services.views.engine.generations import read_build
+    from services.views.engine.generations import is_being_built, read_build
 
     async with views.reading(snapshot=True) as connection:
         build = await read_build(connection, projection)
     if build is None:
         return None
-    behind = sum(end.left_behind(build.position).values())
-    return {"builder": build.builder, "position": str(build.position), "behind": behind}
+    return {
+        "builder": build.builder,
+        "position": str(build.position),
+        "behind": sum(end.left_behind(build.position).values()),
+        "running": await is_being_built(views, projection),
+    }
 
 
-COLUMNS = ("partition", "writer", "since", "taken over in s", "state from", "waiting", "trouble")
+def build_note(name: str, build: Mapping[str, Any]) -> str:
+    """What there is to say of a build."""
+    if build["running"]:
+        return f"a replay by {build['builder']} is running, {build['behind']} events behind"
+    return (
+        f"a replay by {build['builder']} ended early, {build['behind']} events behind: `artifact-store replay {name}` "
+        f"goes on with it, `artifact-store replay {name} --drop` removes what it has built"
+    )
 
-_ANSWER_SECONDS = 3.0
+
+COLUMNS = ("partition", "writer", "since", "taken over in s", "state from", "waiting")
+
+_ANSWER_SECONDS = 5.0
+"""How long a gateway may take to answer: it gives each of its components 3 s."""
+
 _SETTLED_SECONDS = 5.0
 _AGAIN_SECONDS = 0.2
 _CONFIRM_SECONDS = 15.0
+
+
+def _kafka(log: Log) -> KafkaLog | None:
+    if type(log).__name__ != "KafkaLog":  # importing it to ask would load librdkafka for a file
+        return None
+    from services.log.kafka import KafkaLog
+
+    return log if isinstance(log, KafkaLog) else None
 
 
 async def writers(log: Log, settings: Settings) -> list[dict[str, Any]] | None:
@@ -136,15 +257,74 @@ async def writers(log: Log, settings: Settings) -> list[dict[str, Any]] | None:
 
     Of a partition whose owner does not answer `trouble` says why. Raises UnavailableError: Kafka cannot be asked.
     """
-    if type(log).__name__ != "KafkaLog":  # importing it to ask would load librdkafka for a file
+    if (kafka := _kafka(log)) is None:
         return None
-    from services.log.kafka import KafkaLog
-
-    if not isinstance(log, KafkaLog):
-        return None
-    owners = {partition: member.client_id for member in await _members(log) for partition in member.partitions}
-    told = await _told({url for url in owners.values() if url.startswith("http")}, settings)
+    owners = {p: member.client_id for member in await _gateways(kafka) for p in member.partitions}
+    told = await _told(owners.values(), settings, lambda forwarder, url: forwarder.status(url))
     return [_shown(_asked_owner(p, owners.get(p), told)) for p in range(await log.partitions())]
+
+
+async def processes(log: Log, settings: Settings) -> list[dict[str, Any]] | None:
+    """One object a gateway process: its release, and what it says of itself. As `writers`."""
+    if (kafka := _kafka(log)) is None:
+        return None
+    urls = sorted(member.client_id for member in await _gateways(kafka))
+    told = await _told(urls, settings, lambda forwarder, url: forwarder.process(url))
+    return [_process_shown(url, told.get(url, "it has no address to ask")) for url in urls]
+
+
+def _process_shown(url: str, told: ProcessStatus | str | None) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from ingest_gateway.peers.forwarding import ProcessStatus
+
+    if isinstance(told, ProcessStatus):
+        return {"url": url, **asdict(told), "trouble": None}
+    nothing = ProcessStatus("unknown", {}, None, None, {})
+    return {"url": url, **asdict(nothing), "trouble": told or "its release does not tell how it is: upgrade it"}
+
+
+_SKEW_SECONDS = 5.0
+_LEAST_FREE_BYTES = 1 << 30
+_CERTIFICATE_DAYS = 14
+
+
+def troubles_of(process: Mapping[str, Any]) -> list[str]:
+    """What is wrong with one of `processes`, of all that it says."""
+    found = [] if process["trouble"] is None else [process["trouble"]]
+    found += [f"{name}: {cause}" for name, cause in process["components"].items() if cause is not None]
+    if abs(skew := process["clock_skew_seconds"] or 0.0) > _SKEW_SECONDS:
+        found.append(
+            f"its clock is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} the blob store's: set the one that "
+            "is wrong, best by NTP on both"
+        )
+    if (room := room_needed(process["state_free_bytes"])) is not None:
+        found.append(f"the disk of ARTIFACT_STORE_STATE_DIR {room}")
+    return [*found, *certificate_notes(process["certificates"])]
+
+
+def room_needed(free_bytes: int | None) -> str | None:
+    """What is wrong with a disk that has so much room; None if nothing is."""
+    if free_bytes is None or free_bytes >= _LEAST_FREE_BYTES:
+        return None
+    return f"has {free_bytes >> 20} MiB free: make room for at least 1 GiB"
+
+
+def certificate_notes(ends: Mapping[str, float]) -> list[str]:
+    """The certificates that have ended or are about to, by setting; `ends` are in seconds since 1970."""
+    import time
+
+    from artifact_store.documents.times import to_text
+
+    found = []
+    for setting, end in ends.items():
+        left = (end - time.time()) / 86_400
+        if not end:
+            found.append(f"the file of {setting} cannot be read or holds no certificate")
+        elif left < _CERTIFICATE_DAYS:
+            when = f"ended at {to_text(int(end * 1e6))}" if left <= 0 else f"ends in {left:.0f} days"
+            found.append(f"the certificate in {setting} {when}: put a new one into the file, no restart is needed")
+    return found
 
 
 async def confirm(log: Log, settings: Settings, confirmation: Confirmation) -> Acknowledgement:
@@ -158,12 +338,12 @@ async def confirm(log: Log, settings: Settings, confirmation: Confirmation) -> A
     from ingest_gateway.peers.forwarding import HttpForwarder
     from services.log.port import PartitionNotOwnedError
 
-    if type(log).__name__ != "KafkaLog":
+    if (kafka := _kafka(log)) is None:
         raise ConfigurationError("the embedded log is a file that nobody else writes to: restore it from a copy")
     deadline = asyncio.get_running_loop().time() + _CONFIRM_SECONDS
     async with HttpForwarder(PeerCredentials.of(settings)) as forwarder:
         while True:
-            owners = {p: member.client_id for member in await _members(log) for p in member.partitions}
+            owners = {p: member.client_id for member in await _gateways(kafka) for p in member.partitions}
             owner = owners.get(confirmation.partition, "")
             trouble: ArtifactStoreError = UnavailableError(
                 f"no gateway that can be asked writes to partition {confirmation.partition}: start one, then try again"
@@ -178,18 +358,18 @@ async def confirm(log: Log, settings: Settings, confirmation: Confirmation) -> A
             await asyncio.sleep(_AGAIN_SECONDS)
 
 
-def passed_over(writer: Mapping[str, Any]) -> str | None:
-    """What the partition holds that is passed over, of one of `writers`; None when there is no such record."""
+def irregular(writer: Mapping[str, Any]) -> str | None:
+    """What the partition of one of `writers` holds that is passed over; None when there is no such record."""
     if not any(writer[name] for name in ("skipped", "repeated", "quarantined")):
         return None
-    text = "partition {partition}: {skipped} records skipped, {repeated} repeated, {quarantined} packages quarantined"
-    return text.format(**writer)
+    return "{skipped} records skipped, {repeated} repeated, {quarantined} packages quarantined".format(**writer)
 
 
 def row(writer: Mapping[str, Any]) -> tuple[object, ...]:
     """One of `writers` under COLUMNS."""
-    names = ("partition", "owner", "since", "takeover_seconds", "restored_from", "waiting")
-    return (*(writer[name] for name in names), writer["trouble"] or writer["memory_only"])
+    since = None if writer["since"] is None else f"{writer['since'][:19]}Z"
+    names = ("takeover_seconds", "restored_from", "waiting")
+    return (writer["partition"], writer["owner"], since, *(writer[name] for name in names))
 
 
 def _shown(status: PartitionStatus) -> dict[str, Any]:
@@ -215,35 +395,41 @@ def _shown(status: PartitionStatus) -> dict[str, Any]:
     }
 
 
-async def _members(log: Any) -> list[Member]:
-    """The members of the group of writers, once it is not between two assignments; none if it stays so."""
-    kafka, cluster = log.kafka, log.cluster
+async def _gateways(log: KafkaLog) -> list[Member]:
+    return await _members(log, log.kafka.writers_group)
+
+
+async def _members(log: KafkaLog, group: str) -> list[Member]:
+    """The members of a group, once it is not between two assignments; none if it stays so."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + _SETTLED_SECONDS
     while True:
-        members: list[Member] | None = await log.blocking(lambda: cluster.members(kafka.writers_group))
+        members = await log.blocking(lambda: log.cluster.members(group))
         if members is not None or loop.time() > deadline:
             return members or []
         await asyncio.sleep(_AGAIN_SECONDS)
 
 
-async def _told(urls: set[str], settings: Settings) -> dict[str, Sequence[PartitionStatus] | str]:
-    """By owner, what it says of its partitions, or why it says nothing."""
+async def _told(
+    urls: Iterable[str], settings: Settings, question: Callable[[Any, str], Awaitable[_Told]]
+) -> dict[str, _Told | str]:
+    """By URL of a gateway, its answer to a question that a forwarder asks, or why there is none."""
     from ingest_gateway.peers.authentication import PeerCredentials
     from ingest_gateway.peers.forwarding import HttpForwarder
 
     async with HttpForwarder(PeerCredentials.of(settings)) as forwarder:
 
-        async def ask(url: str) -> Sequence[PartitionStatus] | str:
+        async def ask(url: str) -> _Told | str:
             try:
                 async with asyncio.timeout(_ANSWER_SECONDS):
-                    return await forwarder.status(url)
+                    return await question(forwarder, url)
             except TimeoutError:
-                return f"its owner gave no answer within {_ANSWER_SECONDS:g} s"
+                return f"the gateway gave no answer within {_ANSWER_SECONDS:g} s"
             except UnavailableError as error:
                 return error.detail
 
-        return dict(zip(urls, await asyncio.gather(*(ask(url) for url in urls)), strict=True))
+        asked = sorted({url for url in urls if url.startswith("http")})
+        return dict(zip(asked, await asyncio.gather(*map(ask, asked)), strict=True))
 
 
 def _asked_owner(

@@ -8,11 +8,16 @@ from __future__ import annotations
 import ast
 import platform
 import sys
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from services.runtime.tls import all_ends
 
 OPERATION_SECONDS = Histogram(
     "artifact_store_operation_seconds",
@@ -32,10 +37,27 @@ OPERATION_FAILURES = Counter(
 """See `OPERATION_SECONDS`."""
 
 
-def new_registry() -> CollectorRegistry:
+class _Certificates(Collector):
+    """When certificates end, read from their files at each scrape: a few KiB."""
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self._files = files
+
+    def collect(self) -> Iterator[Metric]:
+        gauge = GaugeMetricFamily(
+            "artifact_store_certificate_end_seconds",
+            "When the certificates in a file end, in seconds since 1970; 0 if the file cannot be read",
+            labels=["setting"],
+        )
+        for setting, end in all_ends(self._files).items():
+            gauge.add_metric([setting], end)
+        yield gauge
+
+
+def new_registry(certificates: Mapping[str, Path] | None = None) -> CollectorRegistry:
     """A registry with `process_*`, `artifact_store_build_info` and the operations of components.
 
-    Counters in it have no `_created` beside them.
+    It shows when the certificates in these files, by setting, end. Counters in it have no `_created` beside them.
     """
     disable_created_metrics()  # type: ignore[no-untyped-call]
     registry = CollectorRegistry()
@@ -47,6 +69,8 @@ def new_registry() -> CollectorRegistry:
         registry=registry,
     )
     build.labels(release(), platform.python_version()).set(1)
+    if certificates:
+        registry.register(_Certificates(certificates))
     registry.register(OPERATION_SECONDS)
     registry.register(OPERATION_FAILURES)
     return registry

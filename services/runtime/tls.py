@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from artifact_store.errors import ConfigurationError
@@ -12,6 +12,38 @@ from artifact_store.errors import ConfigurationError
 _log = logging.getLogger(__name__)
 
 _Version = tuple[tuple[int, int, int], ...]
+
+
+def ends(certificates: Path) -> float:
+    """When the certificates in a file (PEM) end, in seconds since 1970. Blocks.
+
+    That is the first to end of a certificate with its chain, and the last one of a file of authorities, where one that
+    is being replaced may end. Raises ConfigurationError: the file cannot be read, or holds no certificate.
+    """
+    from cryptography import x509  # takes longer to load than most commands run
+
+    try:
+        found = x509.load_pem_x509_certificates(certificates.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"the certificates in {certificates} cannot be read: {_why(error)}") from None
+    times = [each.not_valid_after_utc.timestamp() for each in found]
+    try:
+        of_authorities = found[0].extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except (x509.ExtensionNotFound, ValueError):
+        of_authorities = False
+    return max(times) if of_authorities else min(times)
+
+
+def all_ends(files: Mapping[str, Path]) -> dict[str, float]:
+    """As `ends`, by setting, for `Settings.certificates`. A file that cannot be read has ended long ago. Blocks."""
+    found = {}
+    for setting, path in files.items():
+        try:
+            found[setting] = ends(path)
+        except ConfigurationError as error:
+            _log.debug("%s: %s", setting, error.detail)
+            found[setting] = 0.0
+    return found
 
 
 class ReloadedContext:

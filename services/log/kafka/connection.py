@@ -117,6 +117,15 @@ From `/v2` on that includes administrative records, from `/v3` on events with a 
 it is part of every path of its internal listener, so that gateways of every release can forward to it.
 """
 
+PROJECTOR = "artifact-store-projector/"
+"""What client ids of projectors begin with; their release follows."""
+
+
+def release_of(client_id: str) -> str | None:
+    """The release of the projector with this client id; None if it does not say."""
+    release, mark, _ = client_id.removeprefix(PROJECTOR).rpartition("/v")
+    return release if mark and client_id.startswith(PROJECTOR) else None
+
 
 def interface_of(client_id: str) -> int:
     """The number in what a client id ends with; 1 for releases whose client ids end with none."""

@@ -12,9 +12,18 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from artifact_store.errors import ArtifactStoreError, CorruptError, UnavailableError
 from services.log.kafka.cluster import Cluster
-from services.log.kafka.connection import INTERFACE, KafkaSettings, OutsideError, explaining, kafka_error, make_consumer
+from services.log.kafka.connection import (
+    INTERFACE,
+    PROJECTOR,
+    KafkaSettings,
+    OutsideError,
+    explaining,
+    kafka_error,
+    make_consumer,
+)
 from services.log.kafka.tail import places, records, take_messages
 from services.log.port import Batch, Settled, StartOffsets
+from services.runtime.metrics import release
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +103,7 @@ class KafkaSubscription:
         return await self._loop.run_in_executor(self._thread, call)
 
     def _join(self) -> None:
-        self._consumer = make_consumer(self._kafka.member(self._group, f"artifact-store-projector{INTERFACE}", _BOUNDS))
+        self._consumer = make_consumer(self._kafka.member(self._group, f"{PROJECTOR}{release()}{INTERFACE}", _BOUNDS))
         with explaining("joining the projection's group"):
             self._consumer.subscribe(
                 [self._kafka.topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import shutil
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
@@ -343,6 +344,14 @@ class KafkaWriter:
     def clock_skew_seconds(self) -> float | None:
         """How far this machine's clock is ahead of the blob store's (negative: behind); None if that is not known."""
         return self._guard.skew_seconds
+
+    @property
+    def state_free_bytes(self) -> int | None:
+        """Free space on the disk of the writers' state; None while its folder is not there. Asks the system alone."""
+        try:
+            return shutil.disk_usage(self._state_dir).free
+        except OSError:
+            return None
 
     @property
     def counts(self) -> Counts:

@@ -112,6 +112,10 @@ class WriterCollector(Collector):
                 "agree to the second. Beyond 300 nothing is written. Absent with `file:` blobs",
                 value=skew,
             )
+        if (free := self._writer.state_free_bytes) is not None:
+            yield GaugeMetricFamily(
+                "artifact_store_state_free_bytes", "Free space on the disk of the writers' state", value=free
+            )
         yield from self._totals()
 
     def _totals(self) -> Iterator[Metric]:

@@ -96,6 +96,22 @@ def require_same_log(projection: Projection, folded: UUID, now: UUID) -> None:
         )
 
 
+async def check_follows(log: Log, views: Views, projection: Projection) -> None:
+    """Return if a projector could go on with the view in this log. Changes nothing.
+
+    Raises as `load_checkpoint` and `check_continues`.
+    """
+    async with views.reading(snapshot=True) as connection:
+        await check_layouts(connection, [projection])
+        live = await live_row(connection, projection)
+        offsets, last = await read_progress(connection, live.generation)
+        owner, generation = live.log, live.generation
+    if owner is not None:
+        now = await log.identity()
+        require_same_log(projection, owner, now)
+        await check_continues(log, projection.name, Checkpoint(generation, Position(now, offsets), last), offsets)
+
+
 async def read_position(connection: AsyncConnection, projection: Projection) -> Position | None:
     """Where the view stands; None before it has folded from any log."""
     live = await live_row(connection, projection)

@@ -111,17 +111,19 @@ async def read_live(connection: AsyncConnection, projection: Projection) -> Live
 
 
 @asynccontextmanager
-async def building(views: Views, projection: Projection) -> AsyncIterator[None]:
+async def building(
+    views: Views, projection: Projection, *, patience_seconds: float = _GONE_SECONDS
+) -> AsyncIterator[None]:
     """Hold the lock for building this projection, among all processes.
 
-    Raises PushBackError, which says who holds it. The lock only saves double work: should two builders meet, the
-    checkpoint's guard keeps them harmless.
+    Raises PushBackError, which says who holds it, if another still does after `patience_seconds`. The lock only saves
+    double work: should two builders meet, the checkpoint's guard keeps them harmless.
     """
     if views.dialect == "sqlite":
         path = Path(str(views.engine.url.database))
         lock = FileLock(path.with_name(f"{path.name}.{projection.name}.building.lock"))
         with database_errors():
-            taken = await asyncio.to_thread(lock.take, _GONE_SECONDS)
+            taken = await asyncio.to_thread(lock.take, patience_seconds)
         if not taken:
             raise await _busy(views, projection)
         try:
@@ -136,7 +138,7 @@ async def building(views: Views, projection: Projection) -> AsyncIterator[None]:
             await connection.execution_options(isolation_level="AUTOCOMMIT")
             key = {"name": f"artifact-store building {projection.name}"}
             locked = text("SELECT pg_try_advisory_lock(hashtextextended(:name, 0))")
-            deadline = time.monotonic() + _GONE_SECONDS
+            deadline = time.monotonic() + patience_seconds
             while not (await connection.execute(locked, key)).scalar_one():
                 if time.monotonic() > deadline:
                     raise await _busy(views, projection)
@@ -150,6 +152,18 @@ async def building(views: Views, projection: Projection) -> AsyncIterator[None]:
                     await connection.execute(text("SELECT pg_advisory_unlock(hashtextextended(:name, 0))"), key)
             except UnavailableError as error:  # the lock ended with its connection; what was done meanwhile counts
                 logger.info("%s: the lock of its builder was lost: %s", projection.name, error.detail)
+
+
+async def is_being_built(views: Views, projection: Projection) -> bool:
+    """Whether a process builds this projection now; a build without one was left by a replay that ended early.
+
+    Raises UnavailableError.
+    """
+    try:
+        async with building(views, projection, patience_seconds=0.0):
+            return False
+    except PushBackError:
+        return True
 
 
 async def begin_build(views: Views, projection: Projection, log: UUID, *, bare: bool = True) -> Build:

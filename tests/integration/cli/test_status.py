@@ -6,6 +6,7 @@ import json
 import time
 import urllib.request
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,12 @@ def test_every_partition_is_shown_whichever_process_writes_to_it(kafka: Settings
         wait_for_all(one)
         fill(one)
         alone = status_of(kafka)["writers"]
-        stranger = status_of(replace(kafka, internal_secret=SecretStr("guess")))["writers"]
+        by_stranger = status_of(replace(kafka, internal_secret=SecretStr("guess")))
+        stranger = by_stranger["writers"]
         with ProductProcess(kafka, tmp_path / "two", "gateway", port=ports[1]) as two:
             counted = wait_for_all(one, two)
-            shared = status_of(kafka)["writers"]
+            found = status_of(kafka)
+            shared, processes = found["writers"], found["processes"]
             text = output_of(kafka, "status").decode()
     for writer in (*alone, *shared):
         assert before < from_text(writer["since"]) / 1e6 < time.time()
@@ -81,7 +84,14 @@ def test_every_partition_is_shown_whichever_process_writes_to_it(kafka: Settings
     (second,) = {w["owner"] for w in shared} - {first}
     # It found the files that the first one left; with a disk of its own it would have been the log.
     assert {w["restored_from"] for w in shared if w["owner"] == second} == {FROM_FILE}
-    assert text.count(second) == sum(w["owner"] == second for w in shared)
+    assert text.count(second) == 1 + sum(w["owner"] == second for w in shared)  # once as a process
+    assert {p["url"] for p in processes} == {first, second}
+    for process in processes:
+        assert process["release"] == version("artifact-store")
+        assert process["components"] == dict.fromkeys(("log", "blobs", "writer", "views"))
+        assert abs(process["clock_skew_seconds"]) < 5
+        assert process["state_free_bytes"] > 0
+    assert ["ARTIFACT_STORE_INTERNAL_SECRET" in p["trouble"] for p in by_stranger["processes"]] == [True]
     totals = [sum(v for k, v in found.items() if k.startswith(TAKEOVERS)) for found in counted]
     assert totals[0] >= PARTITIONS
     assert totals[1] >= 1

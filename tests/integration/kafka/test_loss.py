@@ -537,6 +537,7 @@ def test_operators_see_the_loss_everywhere_and_accept_it_by_one_command(
         after = [created(gateway) for _ in range(12)]
         events = [json.loads(line) for line in output_of(None, "tail", "--json", url=gateway.endpoint).splitlines()]
         assert {event["package_id"] for event in events} == {*before, *after}
-        assert run_command(deployment, "doctor").returncode == 0
+        findings = json.loads(run_command(deployment, "doctor", "--json").stdout)["findings"]
+        assert {f["part"] for f in findings if not f["ok"]} <= {"projections"}  # which nobody runs here
         report = json.loads(run_command(deployment, "verify", "--json").stdout)
         assert (report["administrative"], report["violation_count"]) == (1, 0)

@@ -274,7 +274,7 @@ def test_doctor_finds_nothing_wrong_before_and_after_the_parts_are_made(run: Run
     run("push", tree, *ABOUT)
     found = json.loads(run("doctor", "--json").stdout)
     assert {finding["part"] for finding in found["findings"]} == {
-        *("python", "settings", "identity", "log", "blobs", "views", "groups", "disk"),
+        *("python", "settings", "identity", "log", "blobs", "views", "projections", "groups", "disk"),
     }
 
 

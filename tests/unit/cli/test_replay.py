@@ -49,8 +49,8 @@ def test_a_difference_is_exit_code_1_and_shown_until_somebody_decides(run: Run, 
     assert [(p["projection"], p["building"] and p["building"]["behind"]) for p in shown] == [
         (name, 0 if name == "registry" else None) for name in PROJECTIONS
     ]
-    assert "registry is built anew by process" in run("status").stdout
-    assert "registry is built anew by process" in run("doctor").stdout
+    assert "registry: a replay by process" in run("status").stdout
+    assert "ended early" in run("doctor", code=1).stdout
     assert json.loads(run("replay", "registry", "--drop", "--json").stdout) == {
         "projection": "registry",
         "dropped": True,

@@ -146,7 +146,12 @@ async def test_writers_that_hang_are_waited_for_together(process: KafkaWriter, m
 def samples_of(*statuses: PartitionStatus, drifted: bool = False) -> list[Sample]:
     """What the metrics of a process with these partitions of six show."""
     writer = SimpleNamespace(
-        status_here=lambda: statuses, partitions=6, drifted=drifted, clock_skew_seconds=None, counts=Counts(appended=7)
+        status_here=lambda: statuses,
+        partitions=6,
+        drifted=drifted,
+        clock_skew_seconds=None,
+        state_free_bytes=None,
+        counts=Counts(appended=7),
     )
     return [sample for metric in WriterCollector(cast("Any", writer)).collect() for sample in metric.samples]
 
