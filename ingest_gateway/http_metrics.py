@@ -107,6 +107,14 @@ class Metrics:
             registry=self.registry,
         ).set_function(in_use)
 
+    def watch_memory(self, in_use: Callable[[], float]) -> None:
+        """Set the function that gives how much of the memory for uploads is in use at each scrape."""
+        Gauge(
+            "artifact_store_upload_memory_bytes",
+            "Memory that uploads to a bucket use now, of 64 MiB at most; who needs more waits",
+            registry=self.registry,
+        ).set_function(in_use)
+
     def refused(self, what: str, times: int) -> None:
         """Count refusals for lack of a place, by their kind; a kind is shown once it was counted, be it 0 times."""
         self._refused.labels(what).inc(times)

@@ -93,6 +93,7 @@ async def serve(
     address = listen_address(settings)
     metrics = Metrics(opened.metrics)
     metrics.watch_database(lambda: opened.views.connections_in_use)
+    metrics.watch_memory(lambda: opened.blobs.parts.memory.limit - opened.blobs.parts.memory.free)
     async with (
         Authenticator.open(settings, opened.metrics) as authenticator,
         listening(

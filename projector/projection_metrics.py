@@ -23,7 +23,7 @@ from services.log.port import Log
 from services.runtime.addresses import ListenAddress
 from services.runtime.metrics import new_registry
 from services.views.database import Views
-from services.views.engine.generations import read_build
+from services.views.engine.generations import is_being_built, read_build
 from services.views.engine.parking import list_marks
 from services.views.projections import projection_named
 from services.views.queries import Queries
@@ -46,6 +46,8 @@ class _Standing(NamedTuple):
     """Packages that are parked."""
     replayed_to: Position | None
     """Where its replay is; None without one."""
+    replaying: bool
+    """Whether a process runs it."""
 
 
 class ProjectorMetrics(Collector):
@@ -123,8 +125,12 @@ class ProjectorMetrics(Collector):
         )
         replay = GaugeMetricFamily(
             "artifact_store_projection_replay_lag",
-            "Offsets that a replay has yet to fold; absent without one. If it stands still, its process is gone: "
-            "`artifact-store replay` goes on with it",
+            "Offsets that a replay has yet to fold; absent without one",
+            labels=["projection"],
+        )
+        building = GaugeMetricFamily(
+            "artifact_store_projection_replay_running",
+            "1 while a process builds a replay, 0 if it ended early and left its build; absent without one",
             labels=["projection"],
         )
         now = time.time()
@@ -146,6 +152,7 @@ class ProjectorMetrics(Collector):
                 continue
             if standing.replayed_to is not None:
                 replay.add_metric([name], sum(end.left_behind(standing.replayed_to).values()))
+                building.add_metric([name], float(standing.replaying))
             for partition, behind in end.left_behind(standing.position).items():
                 labels = [name, str(partition)]
                 lag.add_metric(labels, behind)
@@ -153,7 +160,7 @@ class ProjectorMetrics(Collector):
                     self._came_to(name, partition, now)
                 if (moment := self._times[name].get(partition)) is not None:
                     seconds.add_metric(labels, max(0.0, now - moment) if behind else 0.0)
-        yield from (lag, seconds, parked, replay)
+        yield from (lag, seconds, parked, replay, building)
 
     async def _ask(self) -> tuple[Position | None, Mapping[str, _Standing] | None]:
         """The log's end, and by projection where its view stands and how many packages are parked."""
@@ -166,7 +173,11 @@ class ProjectorMetrics(Collector):
         async with self._views.reading() as connection:
             build = await read_build(connection, projection_named(name))
         parked = len(await list_marks(self._views, name))
-        return _Standing(await self._queries.checkpoint(name), parked, None if build is None else build.position)
+        position = await self._queries.checkpoint(name)
+        if build is None:
+            return _Standing(position, parked, None, replaying=False)
+        replaying = await is_being_built(self._views, projection_named(name))
+        return _Standing(position, parked, build.position, replaying)
 
     async def _within(self, component: str, asked: Awaitable[Answer]) -> Answer | None:
         """What it says, None if it does not within _ANSWER_SECONDS."""

@@ -17,6 +17,7 @@ import traceback
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -118,6 +119,15 @@ ACTOR = click.option(
     "--actor", help="Who does it, in place of you; through a gateway that takes the right to delegate."
 )
 """For every command that records an event."""
+
+
+metrics_file_option = click.option(
+    "--metrics-file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write metrics of this run into FILE.prom, for the textfile collector of Prometheus's node exporter.",
+    metavar="FILE.prom",
+)
+"""For commands that run to their end and take long."""
 
 
 def metadata_of(pairs: tuple[str, ...], document: str | None) -> dict[str, Any]:

@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from services.cli.command import ProgressLine, answer, common_options, invocation, run
+from services.cli.command import ProgressLine, answer, common_options, invocation, metrics_file_option, run
 from services.cli.repair import max_parked_option
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from projector.rebuild import ReplayProgress, ReplayResult
+    from services.runtime.metrics import RunMetrics
     from services.views.projections import Projection
 
 
@@ -32,8 +35,17 @@ if TYPE_CHECKING:
     metavar="EVENTS",
     help="Fold no more events a second, to spare the database.",
 )
+@metrics_file_option
 @common_options(shown=("log_url", "views_url"))
-def replay(projection: str, *, in_place: bool, drop: bool, max_parked: int | None, **options: Any) -> None:
+def replay(
+    projection: str,
+    *,
+    in_place: bool,
+    drop: bool,
+    max_parked: int | None,
+    metrics_file: Path | None,
+    **options: Any,
+) -> None:
     """Fold a projection again from the log's start.
 
     A new generation of its tables is built beside the view, which is read and kept up to date meanwhile, and takes its
@@ -55,7 +67,10 @@ def replay(projection: str, *, in_place: bool, drop: bool, max_parked: int | Non
             raise click.UsageError(f"--drop takes no other option; leave {given[0]} out")
         _drop(known)
         return
-    done = run(_replay(projection, in_place=in_place, max_parked=max_parked, **options))
+    from services.runtime.metrics import RunMetrics
+
+    with RunMetrics(metrics_file, f"replay {projection}") as metrics:
+        done = run(_replay(metrics, projection, in_place=in_place, max_parked=max_parked, **options))
     answer(
         {
             "projection": done.projection,
@@ -70,7 +85,7 @@ def replay(projection: str, *, in_place: bool, drop: bool, max_parked: int | Non
 
 
 async def _replay(
-    projection: str, *, in_place: bool, max_parked: int | None, compare: bool, **options: Any
+    metrics: RunMetrics, projection: str, *, in_place: bool, max_parked: int | None, compare: bool, **options: Any
 ) -> ReplayResult:
     from projector import RebuildOptions
     from projector import replay as fold_again
@@ -81,6 +96,8 @@ async def _replay(
         def tell(seen: ReplayProgress) -> None:
             nonlocal phase
             before, phase = phase, seen.phase
+            if phase == "load":
+                metrics.progress(seen.done, seen.total)
             line.tell(lambda: _line(seen, options["max_rate"]), at_once=phase != before)
 
         return await fold_again(

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from services.cli.command import ProgressLine, answer, common_options, invocation, run, say
+from services.cli.command import ProgressLine, answer, common_options, invocation, metrics_file_option, run, say
 from services.cli.standard_streams import end_as_interrupted
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from services.runtime.metrics import RunMetrics
     from services.verify import Report
 
 _MIB = 1 << 20
@@ -24,13 +27,18 @@ _MIB = 1 << 20
 @click.option(
     "--remove-orphans", is_flag=True, help="Remove large uploads of yesterday and before that no event names."
 )
+@metrics_file_option
 @common_options(shown=("log_url", "blobs_url", "views_url"))
-def verify(*, check_bytes: bool, remove_orphans: bool) -> None:
+def verify(*, check_bytes: bool, remove_orphans: bool, metrics_file: Path | None) -> None:
     """Read log, blobs and views and name every broken invariant; exit code 1 if there is any.
 
     With --bytes, damaged blobs are moved below `damaged/` in the blob store: sending the same bytes again heals them.
     """
-    report = run(_verify(check_bytes=check_bytes, remove_orphans=remove_orphans))
+    from services.runtime.metrics import RunMetrics
+
+    with RunMetrics(metrics_file, "verify --bytes" if check_bytes else "verify") as metrics:
+        report = run(_verify(metrics, check_bytes=check_bytes, remove_orphans=remove_orphans))
+        metrics.found(report.violation_count)
     found = report.as_json()
     if invocation().as_json:
         answer(found)
@@ -43,7 +51,7 @@ def verify(*, check_bytes: bool, remove_orphans: bool) -> None:
         click.get_current_context().exit(1)
 
 
-async def _verify(*, check_bytes: bool, remove_orphans: bool) -> Report:
+async def _verify(metrics: RunMetrics, *, check_bytes: bool, remove_orphans: bool) -> Report:
     end_as_interrupted()
     from services.verify import verify as check
     from services.wiring import open_blobs, open_log, open_views
@@ -57,6 +65,10 @@ async def _verify(*, check_bytes: bool, remove_orphans: bool) -> Report:
         began = time.monotonic()
 
         def tell(report: Report) -> None:
+            done, total = (
+                (report.bytes, report.expected_bytes) if check_bytes else (report.blobs, report.expected_blobs)
+            )
+            metrics.progress(done or 0, total)
             line.tell(lambda: progress_line(report, time.monotonic() - began))
 
         return await check(log, blobs, views, check_bytes=check_bytes, remove_orphans=remove_orphans, progress=tell)

@@ -6,18 +6,33 @@
 from __future__ import annotations
 
 import ast
+import logging
+import math
+import os
 import platform
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from services.runtime.tls import all_ends
+
+_LOG = logging.getLogger(__name__)
 
 OPERATION_SECONDS = Histogram(
     "artifact_store_operation_seconds",
@@ -84,11 +99,115 @@ def release() -> str:
         return "unknown"
 
 
+_WRITE_SECONDS = 5.0
+
+
+class RunMetrics:
+    """Metrics of a command that runs to its end, in a file for the textfile collector of Prometheus's node exporter.
+
+    The file is replaced as a whole: when the run begins, every 5 s at most while it goes on, and when it ends. When the
+    last run succeeded is taken over from the file that was there. Without a file nothing happens. Methods block for a
+    small write.
+    """
+
+    def __init__(self, file: Path | None, run: str) -> None:
+        """`run` names the command, and what it is about."""
+        self._file = file
+        self._registry = CollectorRegistry()
+        self._written = -math.inf
+        self._wrong = 0
+        active = Gauge(
+            "artifact_store_run_active",
+            "1 while the command runs; a run that was killed leaves it so, and the file does not change any more",
+            ("run",),
+            registry=self._registry,
+        )
+        begin = Gauge(
+            "artifact_store_run_begin_seconds",
+            "When the last run began, in seconds since 1970",
+            ("run",),
+            registry=self._registry,
+        )
+        progress = Gauge(
+            "artifact_store_run_progress_ratio",
+            "How much of its longest part the run has done, from 0 to 1",
+            ("run",),
+            registry=self._registry,
+        )
+        problems = Gauge(
+            "artifact_store_run_problems",
+            "What the last run found wrong: violations, or 1 for a run that failed",
+            ("run",),
+            registry=self._registry,
+        )
+        success = Gauge(
+            "artifact_store_run_last_success_seconds",
+            "When a run last ended without a problem, in seconds since 1970; 0 if none has",
+            ("run",),
+            registry=self._registry,
+        )
+        self._active, self._begin, self._progress, self._problems, self._success = (
+            gauge.labels(run) for gauge in (active, begin, progress, problems, success)
+        )
+
+    def __enter__(self) -> Self:
+        """Raises OSError: the file cannot be written."""
+        if self._file is not None:
+            self._success.set(self._last_success())
+            self._active.set(1)
+            self._begin.set_to_current_time()
+            self._write()
+        return self
+
+    def progress(self, done: float, total: float) -> None:
+        """So much of the longest part is done."""
+        if total > 0:
+            self._progress.set(min(1.0, done / total))
+        if time.monotonic() >= self._written + _WRITE_SECONDS:
+            self._try_to_write()
+
+    def found(self, problems: int) -> None:
+        """So much is wrong."""
+        self._wrong = problems
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._active.set(0)
+        wrong = self._wrong or int(kind is not None)
+        self._problems.set(wrong)
+        if not wrong:
+            self._progress.set(1)
+            self._success.set_to_current_time()
+        self._try_to_write()
+
+    def _try_to_write(self) -> None:
+        try:
+            self._write()
+        except OSError as error:  # the run is worth more than the file
+            _LOG.warning("the metrics could not be written to %s: %s", self._file, error.strerror)
+
+    def _write(self) -> None:
+        self._written = time.monotonic()
+        if self._file is not None:
+            fresh = self._file.with_name(f".{self._file.name}.{os.getpid()}")  # one that the collector passes over
+            fresh.write_bytes(generate_latest(self._registry))
+            fresh.chmod(0o644)
+            fresh.replace(self._file)
+
+    def _last_success(self) -> float:
+        try:
+            text = "" if self._file is None else self._file.read_text(encoding="utf-8")
+            families = {family.name: family for family in text_string_to_metric_families(text)}
+            return families["artifact_store_run_last_success_seconds"].samples[0].value
+        except (OSError, ValueError, KeyError, IndexError):
+            return 0.0
+
+
 _KINDS = {"Counter": "counter", "Gauge": "gauge", "Histogram": "histogram"}
 _INTRODUCTION = """# Metrics
 
 Generated from the code by `make docs`; do not edit. Every process also has `process_*`: processor time, memory, open
-files and start. Labels have few values, and none that a client chooses.
+files and start. Labels have few values, and none that a client chooses. `artifact_store_run_*` are in the file that
+`--metrics-file` names to a command that runs to its end.
 
 | metric | type | labels | meaning |
 | --- | --- | --- | --- |

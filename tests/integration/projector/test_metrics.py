@@ -18,7 +18,7 @@ from services.config import Settings
 from services.runtime.addresses import ListenAddress
 from services.views.database import Views
 from services.views.engine.apply import catch_up
-from services.views.engine.generations import begin_build
+from services.views.engine.generations import begin_build, building
 from services.views.projections import PROJECTIONS
 from tests.integration.processes import output_of, started
 from tests.integration.projector_stage import covers, eventually
@@ -123,6 +123,10 @@ async def test_what_a_replay_has_yet_to_fold_is_shown_while_there_is_one(
         assert not any(name.endswith(replay) for name in await asyncio.to_thread(look, url))
         await begin_build(views, REGISTRY, log.id)
         found = await asyncio.to_thread(look, url)
+        async with building(views, REGISTRY):
+            goes_on = await asyncio.to_thread(look, url)
+    assert found["artifact_store_projection_replay_running registry"] == 0
+    assert goes_on["artifact_store_projection_replay_running registry"] == 1
     assert found[f"artifact_store_projection{replay}"] == found["artifact_store_projection_lag 0 registry"] > 0
 
 

@@ -298,6 +298,18 @@ def test_doctor_says_which_setting_names_a_part_that_gives_no_answer(run: Run) -
     assert wrong["gateway"].endswith("is it running, and is ARTIFACT_STORE_URL right?")
 
 
+@pytest.mark.parametrize("command", [("verify", "--bytes"), ("replay", "registry")])
+def test_a_command_that_takes_long_writes_metrics(
+    run: Run, package: dict[str, Any], tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    file = tmp_path / "run.prom"
+    run(*command, "--metrics-file", file)
+    text = file.read_text(encoding="utf-8")
+    assert f'artifact_store_run_active{{run="{" ".join(command)}"}} 0.0' in text
+    assert f'artifact_store_run_problems{{run="{" ".join(command)}"}} 0.0' in text
+    assert f'artifact_store_run_progress_ratio{{run="{" ".join(command)}"}} 1.0' in text
+
+
 def test_migrating_twice_is_harmless(run: Run) -> None:
     assert run("migrate", "--json").stdout == run("migrate", "--json").stdout
 
