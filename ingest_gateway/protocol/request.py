@@ -264,11 +264,12 @@ class Call:
             return True
         return found.grants == self.principal.grants
 
-    async def _require_rights(self) -> None:
-        """Raise UnauthenticatedError or ForbiddenError if the sender has lost rights since the request came.
+    async def _look_again(self) -> None:
+        """Go on with the rights that the sender has by now.
 
-        A token that expires meanwhile is no loss: it was good when the request came, and many tokens live for less time
-        than a large body takes.
+        A token that has only expired still counts: many live for less time than a large body takes.
+
+        Raises UnauthenticatedError: the token was revoked. ForbiddenError: the sender had all rights, and has fewer.
         """
         now = asyncio.get_running_loop().time()
         if now < self._looked_at + RIGHTS_SECONDS:
@@ -282,8 +283,9 @@ class Call:
             raise UnauthenticatedError("the token was revoked before the body ended", "invalid_token") from None
         except UnavailableError:
             return
-        if not set(self.principal.grants) <= set(found.grants):
-            raise ForbiddenError(f"{self.principal.actor} lost rights before the body ended")
+        if found.grants != self.principal.grants:
+            self.registry.limit_again(found)
+            self.principal = found
 
     @contextmanager
     def when_client_leaves(self, leave: Callable[[], None]) -> Iterator[None]:
@@ -433,7 +435,7 @@ class Call:
 
         Raises:
             IncompleteBodyError, MalformedHttpError, BodyTimeoutError: the body did not come to its end.
-            UnauthenticatedError, ForbiddenError: the sender has lost rights before its end.
+            UnauthenticatedError, ForbiddenError: see `_look_again`.
             UnsupportedMediaTypeError: it has a Content-Encoding, which only `coded` bodies may have.
             ContentMismatchError: it is not what the headers declare.
         """
@@ -477,7 +479,7 @@ class Call:
                 raise MalformedHttpError("the body's framing is broken", {"Connection": "close"}) from None
             except OSError:
                 raise IncompleteBodyError("the body ended before its announced end") from None
-            await self._require_rights()
+            await self._look_again()
             if not chunk:
                 _check(hashes, self._digests)
                 return

@@ -118,13 +118,25 @@ class DirectRegistry(Registry):
         found._uploads = uploads
         if principal.grants == EVERYTHING:
             return found
-        found._grants = principal.grants
         found._uploads = uploads.for_caller(
             principal.actor, found._check_upload, found._record_upload, found._may_write
         )
-        found._readable = principal.scope(Right.READ)
-        found._queries = self._queries.within(found._readable)
+        found._limit(principal)
         return found
+
+    def limit_again(self, principal: Principal) -> None:
+        """From now on the principal has these rights: what is under way is decided by them.
+
+        Raises ForbiddenError: they had all rights, and have fewer.
+        """
+        if self._grants is EVERYTHING:
+            raise ForbiddenError(f"{principal.actor} does not have all rights any more")
+        self._limit(principal)
+
+    def _limit(self, principal: Principal) -> None:
+        self._grants = principal.grants
+        self._readable = principal.scope(Right.READ)
+        self._queries = self._queries.within(self._readable)
 
     @property
     def uploads(self) -> ResumableUploads:

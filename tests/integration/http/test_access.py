@@ -8,6 +8,7 @@ import json
 import time
 from contextlib import suppress
 from dataclasses import replace
+from types import SimpleNamespace
 from uuid import uuid4
 
 import pytest
@@ -18,8 +19,7 @@ from ingest_gateway.protocol import request
 from ingest_gateway.protocol.declaration import Route
 from schemas.codec import schema_fingerprint
 from services.config import Settings
-from services.core.access import Right
-from tests.integration.conditions import until
+from services.core.access import Right, all_rights
 from tests.integration.http.test_strangers import tar
 from tests.integration.http_gateway import RunningGateway, running_gateway
 from tests.integration.http_raw import SECONDS, STALLING_BYTES, connected
@@ -198,17 +198,21 @@ BODIES = (
 """Requests that become one event each: line, body and headers."""
 
 
-@pytest.mark.parametrize(("change", "answered"), [("revoked", 401), ("fewer rights", 403), ("more rights", 201)])
+@pytest.mark.parametrize(
+    ("change", "answered"),
+    [("revoked", {401}), ("fewer rights", {403, 404}), ("none of all", {403}), ("another rule", {201})],
+)
 async def test_what_loses_its_right_before_its_last_byte_is_not_recorded(
-    embedded_settings: Settings, monkeypatch: pytest.MonkeyPatch, change: str, answered: int
+    embedded_settings: Settings, monkeypatch: pytest.MonkeyPatch, change: str, answered: set[int]
 ) -> None:
     monkeypatch.setattr(request, "RIGHTS_SECONDS", 0.0)
-    sound, other = (principal("t", Right.WRITE, producers=(producer,)) for producer in ("p", "other"))
+    before = all_rights("ci:t") if change == "none of all" else principal("t", Right.WRITE, producers=("p",))
+    after = principal("t", Right.WRITE, producers=("p*",) if change == "another rule" else ("other",))
     tokens = Tokens()
     async with running_gateway(embedded_settings, authenticate=tokens) as gateway:
         package = await gateway.parts.registry.create_package("n", "p", "s", "scratch")
         for line, body, *headers in BODIES:
-            tokens.principals["t"] = sound
+            tokens.principals["t"] = before
             recorded = await gateway.events()
             async with connected(gateway.port) as client:
                 headers += ["Authorization: Bearer t", "Expect: 100-continue", f"Content-Length: {len(body)}"]
@@ -218,11 +222,10 @@ async def test_what_loses_its_right_before_its_last_byte_is_not_recorded(
                 if change == "revoked":
                     del tokens.principals["t"]
                 else:
-                    kept = sound.grants if change == "more rights" else ()
-                    tokens.principals["t"] = replace(sound, grants=(*other.grants, *kept))
+                    tokens.principals["t"] = after
                 client.writer.write(body[-1:])
-                assert (await client.answer()).status == answered, line
-            assert await gateway.events() == recorded + (answered == 201), line
+                assert (await client.answer()).status in answered, line
+            assert await gateway.events() == recorded + (answered == {201}), line
 
 
 async def test_what_outlives_its_token_is_recorded(
@@ -230,19 +233,16 @@ async def test_what_outlives_its_token_is_recorded(
 ) -> None:
     """Tokens of issuers often live for less time than an upload takes."""
     monkeypatch.setattr(request, "RIGHTS_SECONDS", 0.0)
-    ends = time.time() + 0.5
+    ends = time.time() + 60
     tokens = Tokens(t=replace(principal("t", Right.WRITE), expires_at=ends))
-
-    async def expired() -> bool:
-        return time.time() > ends
-
     async with running_gateway(embedded_settings, authenticate=tokens) as gateway:
         package = await gateway.parts.registry.create_package("n", "p", "s", "scratch")
         async with connected(gateway.port) as client:
             headers = ("Authorization: Bearer t", "Expect: 100-continue", "Content-Length: 1")
             client.send(f"PUT /v1/packages/{package}/files/a", *headers)
             await client.may_go_on()
-            await until(expired, 5, "time stands still")
+            monkeypatch.setattr(request, "time", SimpleNamespace(time=lambda: ends + 1))
+            del tokens.principals["t"]  # nobody takes it any more
             client.writer.write(b"a")
             assert (await client.answer()).status == 201
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import MISSING, fields
 
 import pytest
 from hypothesis import given
@@ -112,6 +113,11 @@ def test_routes_are_found_by_raw_segments() -> None:
     with pytest.raises(MethodNotAllowedError) as refused:
         routes.find("HEAD", "/v1/packages/x/finalize")
     assert refused.value.headers == {"Allow": "POST"}
+
+
+def test_a_route_has_to_say_who_may_call_it() -> None:
+    access = next(declared for declared in fields(Route) if declared.name == "access")
+    assert access.default is access.default_factory is MISSING
 
 
 def test_every_template_names_exactly_its_path_parameters() -> None:
