@@ -11,12 +11,12 @@ from uuid import UUID
 
 from artifact_store.events import (
     NO_DIGEST,
-    PACKAGE_CREATED,
-    PACKAGE_FINALIZED,
     AdministrativePayload,
     Event,
     FileIngested,
     LossAccepted,
+    PackageCreated,
+    PackageFinalized,
 )
 from artifact_store.models import Acknowledgement
 from schemas.codec import UndecodableEventError, decode
@@ -200,7 +200,7 @@ class Checker:
             )
         if event.previous_digest != (history.digests[-1] if history.digests else NO_DIGEST):
             raise self.broken(f"{place}: the chain of package {package_id} is broken")
-        if (event.event_type == PACKAGE_CREATED) != (event.sequence == 1):
+        if isinstance(event.payload, PackageCreated) != (event.sequence == 1):
             raise self.broken(f"{place}: package {package_id} does not begin with its creation")
         if history.finalized:
             raise self.broken(f"{place}: package {package_id} goes on after its finalization")
@@ -217,7 +217,7 @@ class Checker:
             raise self.broken(f"{place}: command {event.command_id} is recorded, and was refused")
         whole.append(event)
         seen.time, seen.end = event.created_at, offset + 1
-        history.finalized = event.event_type == PACKAGE_FINALIZED
+        history.finalized = isinstance(event.payload, PackageFinalized)
         history.digests.append(event_digest(event))
 
     def answered(self, command: Command, answer: Acknowledgement) -> None:
@@ -233,6 +233,11 @@ class Checker:
             raise self.broken(f"command {command.command_id} was acknowledged; the log has {len(recorded)} of {count}")
         if answer.sequence != recorded[-1].sequence or answer.event_digest != history.digests[answer.sequence - 1]:
             raise self.broken(f"command {command.command_id} was acknowledged as another event than the log has")
+        senders = {(event.actor, event.principal) for event in recorded}
+        if senders != {(command.actor, command.principal)}:
+            raise self.broken(
+                f"command {command.command_id} was acknowledged to {command.principal}: it is of {senders}"
+            )
         before = self.acknowledged.setdefault(name, (command, answer))
         if before[1] != answer:
             raise self.broken(f"command {command.command_id} was answered in two ways")

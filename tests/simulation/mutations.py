@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
+from services.core import decide as decide_module
 from services.log.kafka import lease as lease_module
 from services.log.kafka.cluster import Cluster
 from services.log.kafka.lease import COMMIT_SECONDS, INIT_SECONDS, PartitionLease
@@ -167,6 +168,17 @@ def _repeat_is_a_contradiction() -> list[_Patch]:
     return [(partition_state, "repeats", lambda *_: False)]
 
 
+def _answers_to_anybody() -> list[_Patch]:
+    """Whoever sends a command in an actor's name gets the answer to another's command of the same id."""
+    known: Callable[[Any, Any], Any] = vars(decide_module)["_known"]
+
+    def known_by_its_actor(state: Any, command: Any) -> Any:
+        found = state.commands.get(command.command_id)
+        return known(state, command if found is None else replace(command, principal=found.principal))
+
+    return [(decide_module, "_known", known_by_its_actor)]
+
+
 def _any_rewind_empties_the_view() -> list[_Patch]:
     """One partition whose offset a tool has set back is enough for the view to be emptied and folded again."""
 
@@ -200,6 +212,7 @@ MUTATIONS = {
     "memory-forgotten": Mutation(_memory_forgotten, Focus(("the log loses its tail",))),
     "append-to-a-shorter-log": Mutation(_append_to_a_shorter_log, _LOSS),
     "repeat-is-a-contradiction": Mutation(_repeat_is_a_contradiction, Focus(("a mirror repeats", "kill a gateway"))),
+    "answers-to-anybody": Mutation(_answers_to_anybody),
     "any-rewind-empties-the-view": Mutation(_any_rewind_empties_the_view, Focus(("a tool sets a group",))),
     "state-ahead-of-log": Mutation(_state_ahead_of_log, Focus(("answers lost", "late repeats", "kill a broker"))),
 }

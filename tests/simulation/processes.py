@@ -21,7 +21,7 @@ from projector import runner
 from schemas.codec import decode
 from services.config import Settings
 from services.core.access import EVERYTHING, Grants
-from services.core.commands import Command
+from services.core.commands import Command, IngestFiles
 from services.core.limits import Limits
 from services.log.kafka.log import KafkaLog
 from services.log.kafka.topic import partition_of
@@ -268,11 +268,12 @@ class Gateway:
             raise UnavailableError("the gateway is starting")
         return (await self.writer.end([partition])).offsets[partition]
 
-    async def check_ingest(self, package_id: UUID, paths: Sequence[str], command_id: UUID | None) -> None:
-        """As `submit`."""
+    async def check_ingest(self, command: IngestFiles) -> None:
+        """As `submit`, the question that comes before it."""
         if self.writer is None:
             raise UnavailableError("the gateway is starting")
-        await self.writer.check_ingest(package_id, paths, command_id)
+        paths = [file.relative_path for file in command.files]
+        await self.writer.check_ingest(command.package_id, paths, command.command_id, command.grants, command.principal)
 
 
 async def _stored(manifest: bytes) -> None:

@@ -45,7 +45,9 @@ class Client:
         self.unanswered: Command | None = None
         self._stage = stage
         self._process = process
-        self._number = number
+        self._actor = f"client {number}"
+        self._principal = f"token:service-{number}" if number % 5 == 4 else None
+        """Who sends its commands, in the actor's name; None: the actor."""
         self._think_seconds = think_seconds
         self._rng = stage.scheduler.rng
         self._made: list[tuple[Command, Acknowledgement]] = []
@@ -72,7 +74,7 @@ class Client:
             await self._look_back(package_id)
             await asyncio.sleep(self._think_seconds * self._rng.random())
         if self._rng.random() < 0.8:
-            finalize = FinalizePackage(package_id, self._id(), self._actor)
+            finalize = FinalizePackage(package_id, self._id(), self._actor, principal=self._principal)
             if self._rng.random() < 0.1:  # two of them at a time: one wins
                 await asyncio.gather(
                     self._settled(finalize, may_fail=True),
@@ -86,10 +88,12 @@ class Client:
 
     async def _create(self) -> UUID:
         command_id = self._id()
-        package_id = identifiers.package_id(self._actor, command_id)
+        package_id = identifiers.package_id(self._principal or self._actor, command_id)
         self._losses[package_id] = self._stage.losses_of(package_id)
         command = CreatePackage(
-            package_id, command_id, self._actor, "run", "lab", "sample", self._rng.choice(("report", "scratch")), "{}"
+            *(package_id, command_id, self._actor, "run", "lab", "sample"),
+            *(self._rng.choice(("report", "scratch")), "{}"),
+            principal=self._principal,
         )
         if self._rng.random() < 0.1:  # asked for in vain, before it is there
             await self._ask(self._ingest(package_id, 0), exists=False)
@@ -106,6 +110,10 @@ class Client:
         again = await self._settled(command)
         if again != answer:
             self._stage.checker.broken(f"command {command.command_id} was answered in two ways")
+        if self._principal is not None:
+            stranger = replace(command, principal="token:stranger")  # in the same actor's name
+            if await self._settled(stranger, may_fail=True) is not None:
+                self._stage.checker.broken(f"command {command.command_id} was answered to another sender")
         if isinstance(command, IngestFiles):
             await self._settled(replace(command, command_id=self._id()), may_fail=True)
         await self._ask_for_end()
@@ -197,17 +205,11 @@ class Client:
     async def _ask(self, command: IngestFiles, *, exists: bool = True) -> None:
         """Ask before the bytes are sent."""
         gateway = self._rng.choice(self._stage.gateways)
-        paths = [file.relative_path for file in command.files]
         checker = self._stage.checker
         expected = checker.exists(command.package_id)
         try:
             async with asyncio.timeout(_PATIENCE_SECONDS):
-                await call(
-                    self._stage,
-                    self._process,
-                    gateway.process,
-                    lambda: gateway.check_ingest(command.package_id, paths, command.command_id),
-                )
+                await call(self._stage, self._process, gateway.process, lambda: gateway.check_ingest(command))
         except (UnavailableError, PushBackError, TimeoutError, CorruptError):
             return
         except PackageNotFoundError:
@@ -223,11 +225,7 @@ class Client:
 
     def _ingest(self, package_id: UUID, number: int) -> IngestFiles:
         files = tuple(_file(f"{number}/{n}.txt") for n in range(self._rng.choice((1, 1, 1, 2, 4))))
-        return IngestFiles(package_id, self._id(), self._actor, files)
-
-    @property
-    def _actor(self) -> str:
-        return f"client {self._number}"
+        return IngestFiles(package_id, self._id(), self._actor, files, principal=self._principal)
 
     def _id(self) -> UUID:
         return UUID(int=self._rng.getrandbits(128), version=4)
