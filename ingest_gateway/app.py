@@ -16,7 +16,7 @@ from artifact_store.errors import (
     PackageNotFoundError,
     UploadNotFoundError,
 )
-from ingest_gateway.gateway import Authenticate, Gateway, Logins, believe, nowhere
+from ingest_gateway.gateway import Authenticate, Gateway, Logins, Subscribing, believe, nowhere
 from ingest_gateway.health import Checks
 from ingest_gateway.http_metrics import Metrics
 from ingest_gateway.limits.admission import Bounds, Quota
@@ -31,7 +31,17 @@ from ingest_gateway.protocol.http_errors import (
     internal,
 )
 from ingest_gateway.protocol.request import ACTOR, Call
-from ingest_gateway.routes import archives, event_feed, files, manifests, operations, packages, tus_uploads, whoami
+from ingest_gateway.routes import (
+    archives,
+    event_feed,
+    files,
+    manifests,
+    operations,
+    packages,
+    tus_uploads,
+    webhook_subscriptions,
+    whoami,
+)
 from ingest_gateway.siblings import Siblings
 from services.core.access import Right
 from services.identity.audit import Audit
@@ -51,6 +61,7 @@ ROUTES: tuple[Route, ...] = (
     *tus_uploads.ROUTES,
     *manifests.ROUTES,
     *event_feed.ROUTES,
+    *webhook_subscriptions.ROUTES,
     *whoami.ROUTES,
     *operations.ROUTES,
 )
@@ -84,10 +95,11 @@ class App:
         authenticate: Authenticate = believe,
         logins: Logins = nowhere,
         audit: Audit | None = None,
+        subscribing: Subscribing | None = None,
     ) -> None:
         openapi = document(ROUTES)
         self.gateway = Gateway(
-            registry, log, checks, bounds, metrics or Metrics(), openapi, siblings, authenticate, logins
+            registry, log, checks, bounds, metrics or Metrics(), openapi, siblings, authenticate, logins, subscribing
         )
         self._routes = Routes(ROUTES)
         self._allowed_hosts = allowed_hosts or AllowedHosts()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 
 from ingest_gateway.event_tail import Tail
 from ingest_gateway.health import Checks, ReadyAnswers
@@ -14,6 +15,8 @@ from services.core.access import Principal, local_user
 from services.identity.authenticator import LoginChoice
 from services.log.port import Log
 from services.registry.direct import DirectRegistry
+from services.webhooks.subscriptions import Subscriptions
+from services.webhooks.targets import Targets
 
 Authenticate = Callable[[str | None], Awaitable[Principal]]
 """Tells who sends a request, from the value of its `Authorization`, None without one.
@@ -38,6 +41,14 @@ def nowhere() -> Sequence[LoginChoice]:
     return ()
 
 
+@dataclass(frozen=True, slots=True)
+class Subscribing:
+    """What subscriptions are kept in, and where their targets may lie."""
+
+    store: Subscriptions
+    targets: Targets
+
+
 class Gateway:
     """The registry, and what else the handlers of one gateway use. Belongs to one event loop."""
 
@@ -52,8 +63,10 @@ class Gateway:
         siblings: Siblings | None = None,
         authenticate: Authenticate = believe,
         logins: Logins = nowhere,
+        subscribing: Subscribing | None = None,
     ) -> None:
-        """`siblings` are the other processes of a gateway of several."""
+        """`siblings` are the other processes of a gateway of several. `subscribing`: None keeps no subscriptions."""
+        self.subscribing = subscribing
         self.registry = registry
         self.authenticate = authenticate
         self.logins = logins

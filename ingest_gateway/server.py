@@ -23,7 +23,7 @@ from aiohttp import web
 
 from artifact_store.errors import ArtifactStoreError, ConfigurationError
 from ingest_gateway.app import App
-from ingest_gateway.gateway import Authenticate, Logins, believe, nowhere
+from ingest_gateway.gateway import Authenticate, Logins, Subscribing, believe, nowhere
 from ingest_gateway.health import Checks
 from ingest_gateway.http_metrics import Metrics
 from ingest_gateway.limits.admission import Bounds, Places, Quota, connections_within
@@ -38,6 +38,8 @@ from services.log.port import Log
 from services.registry.direct import DirectRegistry
 from services.runtime import tls
 from services.runtime.addresses import ListenAddress
+from services.webhooks.subscriptions import Subscriptions
+from services.webhooks.targets import Targets
 from services.wiring import Parts, is_embedded, parts
 
 _log = logging.getLogger(__name__)
@@ -111,6 +113,7 @@ async def serve(
             authenticate=authenticator.authenticate,
             logins=lambda: authenticator.logins,
             audit=opened.audit,
+            subscribing=Subscribing(Subscriptions(opened.views), Targets(settings.webhook_allow)),
         ) as url,
     ):
         print(f"listening on {url}", file=sys.stderr, flush=True)  # noqa: T201 - the line that people wait for
@@ -157,6 +160,7 @@ async def listening(
     authenticate: Authenticate = believe,
     logins: Logins = nowhere,
     audit: Audit | None = None,
+    subscribing: Subscribing | None = None,
 ) -> AsyncIterator[str]:
     """Listen for the length of the block; yields the URL. Port 0 takes a free one.
 
@@ -171,7 +175,7 @@ async def listening(
     """
     metrics = metrics or Metrics()
     siblings = None if member is None else Siblings(member, metrics.exposition)
-    app = App(registry, log, checks, bounds, metrics, siblings, allowed_hosts, authenticate, logins, audit)
+    app = App(registry, log, checks, bounds, metrics, siblings, allowed_hosts, authenticate, logins, audit, subscribing)
     if metrics_at is not None:
         app.serve_metrics_apart(AllowedHosts(loopback=metrics_at.is_loopback))
     admission = app.gateway.admission

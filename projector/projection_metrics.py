@@ -8,20 +8,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Mapping
-from contextlib import asynccontextmanager
-from pathlib import Path
+from collections.abc import Awaitable, Iterable, Iterator, Mapping
 from typing import NamedTuple, TypeVar
 
-from prometheus_client import start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from artifact_store.errors import ArtifactStoreError, ConfigurationError
+from artifact_store.errors import ArtifactStoreError
 from artifact_store.position import Position
 from services.log.port import Log
-from services.runtime.addresses import ListenAddress
-from services.runtime.metrics import new_registry
 from services.views.database import Views
 from services.views.engine.generations import is_being_built, read_build
 from services.views.engine.parking import list_marks
@@ -190,31 +185,3 @@ class ProjectorMetrics(Collector):
             cause = error.detail
         logger.info("the metrics lack the progress of projections, because the %s failed: %s", component, cause)
         return None
-
-
-@asynccontextmanager
-async def served(
-    metrics: ProjectorMetrics, address: ListenAddress | None, certificates: Mapping[str, Path] | None = None
-) -> AsyncIterator[None]:
-    """Serve the metrics over HTTP inside the block, in threads; not at all without an address.
-
-    When the `certificates` in these files, by setting, end is among them.
-
-    Raises ConfigurationError: the address cannot be had.
-    """
-    if address is None:
-        yield
-        return
-    registry = new_registry(certificates)
-    registry.register(metrics)
-    try:
-        server, thread = start_http_server(address.port, address.host, registry)
-    except OSError as error:
-        raise ConfigurationError(f"--metrics-listen: cannot listen on {address}: {error.strerror}") from error
-    logger.info("metrics at http://%s/metrics", ListenAddress(address.host, server.server_port))
-    try:
-        yield
-    finally:
-        await asyncio.to_thread(server.shutdown)
-        server.server_close()
-        await asyncio.to_thread(thread.join)

@@ -23,11 +23,12 @@ from collections.abc import Iterable, Sequence
 from contextlib import aclosing
 
 from artifact_store.errors import ArtifactStoreError, CorruptError, PushBackError, UnavailableError
-from projector.projection_metrics import ProjectorMetrics, served
+from projector.projection_metrics import ProjectorMetrics
 from services.config import Settings
 from services.log.port import Log, Record
 from services.runtime import tracing
 from services.runtime.addresses import ListenAddress
+from services.runtime.metrics import new_registry, served
 from services.runtime.processes import PYTHON, Command, RestartRule
 from services.runtime.processes import run_processes as run_all
 from services.views.database import TablesError, Views
@@ -66,7 +67,9 @@ async def run_projectors(
     try:
         metrics = ProjectorMetrics(views, log, [projection.name for projection in projections])
         runs = [_reported(views, log, projection, stop, metrics) for projection in projections]
-        async with served(metrics, metrics_at, settings.certificates()):
+        shown = new_registry(settings.certificates())
+        shown.register(metrics)
+        async with served(shown, metrics_at):
             outcomes = zip(projections, await asyncio.gather(*runs), strict=True)
         return {projection.name: error for projection, error in outcomes if error is not None}
     finally:

@@ -50,7 +50,7 @@ def headers_all(
         "content-type": CONTENT_TYPE,
         "ce_specversion": b"1.0",
         "ce_id": None,
-        "ce_source": f"{_SOURCE}{log}".encode(),
+        "ce_source": source(log).encode(),
         "ce_type": None,
         "ce_subject": str(shared.package_id).encode(),
         "ce_time": _rfc3339(shared.created_at),
@@ -71,6 +71,11 @@ def headers_all(
         for index, digest in enumerate(islice(digests, len(command)), command.command_index):
             found["command_index"], found["ce_id"] = b"%d" % index, digest.hex().encode()
             yield found
+
+
+def source(log: UUID) -> str:
+    """The URN of the log of this identity, by which events of different installations are told apart."""
+    return f"{_SOURCE}{log}"
 
 
 def event_version(event_type: str) -> str:

@@ -125,6 +125,17 @@ def options(value: Any) -> dict[str, str | int | float | bool]:
     return dict(found)
 
 
+def networks(value: Any) -> tuple[str, ...]:
+    """Read networks in CIDR notation, separated by commas."""
+    from ipaddress import ip_network
+
+    found = tuple(text.strip() for text in value.split(",") if text.strip()) if isinstance(value, str) else tuple(value)
+    try:
+        return tuple(str(ip_network(text)) for text in found)
+    except ValueError:
+        raise ValueError("it must be a list of networks like 10.1.0.0/16, separated by commas") from None
+
+
 def hosts(value: Any) -> tuple[str, ...]:
     """Read HOST or HOST:PORT, separated by commas."""
     found = tuple(host.strip() for host in value.split(",") if host.strip()) if isinstance(value, str) else tuple(value)
@@ -291,6 +302,12 @@ class Settings:
     )
     token_file: Path | None = setting(None, Path, "A file with the token that client commands send to the gateway.")
     ca: Path | None = setting(None, Path, "A PEM file of authorities that clients trust in addition to the system's.")
+
+    webhook_allow: tuple[str, ...] = setting(
+        "",
+        networks,
+        "Networks beyond the public ones that webhooks may be sent to, over http too: CIDR, separated by commas.",
+    )
 
     max_file_bytes: int = setting(5 * _TIB, whole(0), "Size of the largest file that is accepted, in bytes.")
     max_files_per_package: int = setting(100_000, whole(1), "Most files in a package.")

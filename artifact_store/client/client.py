@@ -26,6 +26,7 @@ from artifact_store.client.many_files import ask_known, name_files, receive_file
 from artifact_store.client.resumable import RESUMABLE_BYTES, send_resumably
 from artifact_store.client.spool import SPOOL_BYTES, Spool
 from artifact_store.client.stream import MEMORY_BYTES, FileStream, MemoryBacklog
+from artifact_store.client.subscribing import SubscriptionsClient
 from artifact_store.client.transport import Answer, Notify, RetryPolicy, Transport, log_retry, read_answer
 from artifact_store.documents import http
 from artifact_store.documents.http import quoted
@@ -106,6 +107,11 @@ class Client(Registry):
         credentials = find_credentials(url, token_file, ca)
         self._transport = Transport(url, policy or RetryPolicy(), notify, credentials=credentials, ca=ca)
         self._written = Written()
+
+    @property
+    def subscriptions(self) -> SubscriptionsClient:
+        """Subscriptions: events that the gateway's side sends to a URL."""
+        return SubscriptionsClient(self._transport)
 
     async def __aenter__(self) -> Client:
         await self._transport.__aenter__()

@@ -1,12 +1,13 @@
--- The roles of the processes, and what each may do with the views. Run it once, as an administrator, in the database that
--- ARTIFACT_STORE_VIEWS_URL names, before `artifact-store migrate`; it may be repeated. Then give each role a way to log in:
+-- The roles of the processes, and what each may do with the views. Run it as an administrator in the database that
+-- ARTIFACT_STORE_VIEWS_URL names, before `artifact-store migrate` and once more after it, for the tables of webhooks; it may
+-- be repeated. Then give each role a way to log in:
 --   ALTER ROLE artifact_store_gateway PASSWORD '…';  -- or certificates: pg_hba.conf with `hostssl … cert`
 -- In pg_hba.conf let these roles in by `hostssl` lines alone, so that none of them can log in without TLS.
 
 DO $$
 DECLARE name text;
 BEGIN
-  FOREACH name IN ARRAY ARRAY['owner', 'migrate', 'replay', 'projector', 'gateway', 'verify'] LOOP
+  FOREACH name IN ARRAY ARRAY['owner', 'migrate', 'replay', 'projector', 'gateway', 'verify', 'webhooks'] LOOP
     IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'artifact_store_' || name) THEN
       EXECUTE format('CREATE ROLE %I NOSUPERUSER NOCREATEDB NOCREATEROLE', 'artifact_store_' || name);
     END IF;
@@ -14,7 +15,7 @@ BEGIN
   EXECUTE format('REVOKE ALL ON DATABASE %I FROM PUBLIC', current_database());
   EXECUTE format(
     'GRANT CONNECT ON DATABASE %I TO artifact_store_migrate, artifact_store_replay, artifact_store_projector, '
-    'artifact_store_gateway, artifact_store_verify', current_database());
+    'artifact_store_gateway, artifact_store_verify, artifact_store_webhooks', current_database());
   EXECUTE format('GRANT TEMPORARY ON DATABASE %I TO artifact_store_projector, artifact_store_owner', current_database());
 END $$;
 
@@ -23,6 +24,7 @@ ALTER ROLE artifact_store_replay LOGIN;
 ALTER ROLE artifact_store_projector LOGIN;
 ALTER ROLE artifact_store_gateway LOGIN;
 ALTER ROLE artifact_store_verify LOGIN;
+ALTER ROLE artifact_store_webhooks LOGIN;
 
 -- Tables are made by `migrate` and `replay` alone, and belong to one role whichever of them made them.
 REVOKE ALL ON SCHEMA public FROM PUBLIC;
@@ -32,10 +34,24 @@ ALTER ROLE artifact_store_migrate SET role = 'artifact_store_owner';
 ALTER ROLE artifact_store_replay SET role = 'artifact_store_owner';
 
 -- Projectors write rows; gateways and the oracle read them.
-GRANT USAGE ON SCHEMA public TO artifact_store_projector, artifact_store_gateway, artifact_store_verify;
+GRANT USAGE ON SCHEMA public
+  TO artifact_store_projector, artifact_store_gateway, artifact_store_verify, artifact_store_webhooks;
 ALTER DEFAULT PRIVILEGES FOR ROLE artifact_store_owner IN SCHEMA public
   GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO artifact_store_projector;
 ALTER DEFAULT PRIVILEGES FOR ROLE artifact_store_owner IN SCHEMA public
-  GRANT SELECT ON TABLES TO artifact_store_gateway, artifact_store_verify;
+  GRANT SELECT ON TABLES TO artifact_store_gateway, artifact_store_verify, artifact_store_webhooks;
 GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO artifact_store_projector;
-GRANT SELECT ON ALL TABLES IN SCHEMA public TO artifact_store_gateway, artifact_store_verify;
+GRANT SELECT ON ALL TABLES IN SCHEMA public
+  TO artifact_store_gateway, artifact_store_verify, artifact_store_webhooks;
+
+-- Subscriptions belong to no view: gateways change them, the process `webhooks` saves what it delivered, and nobody else
+-- reads their secrets.
+DO $$
+DECLARE name text;
+BEGIN
+  FOR name IN SELECT tablename FROM pg_tables WHERE schemaname = 'public' AND tablename LIKE 'webhook\_%' LOOP
+    EXECUTE format('REVOKE ALL ON %I FROM artifact_store_projector, artifact_store_verify', name);
+    EXECUTE format(
+      'GRANT SELECT, INSERT, UPDATE, DELETE ON %I TO artifact_store_gateway, artifact_store_webhooks', name);
+  END LOOP;
+END $$;

@@ -154,6 +154,7 @@ def document(routes: Iterable[Route]) -> bytes:
                 {"name": "packages", "description": "Packages and their manifests"},
                 {"name": "files", "description": "Files and their bytes"},
                 {"name": "events", "description": "What happened"},
+                {"name": "subscriptions", "description": "Events sent to URLs"},
                 {"name": "usage", "description": "What came in"},
                 {"name": "operation", "description": "For those who run it"},
             ],

@@ -11,8 +11,9 @@ from services.cli.login import login, logout, whoami
 from services.cli.read import manifest, packages, show, tail, usage
 from services.cli.repair import parked
 from services.cli.replay import digest, replay
-from services.cli.run import gateway, migrate, projector, serve
+from services.cli.run import gateway, migrate, projector, serve, webhooks
 from services.cli.status import status
+from services.cli.subscribe import subscriptions
 from services.cli.tokens import policy, tokens
 from services.cli.transfer import add, finalize, pull, push
 from services.cli.verify import verify
@@ -42,7 +43,8 @@ def main() -> None:
 
 for _command in (
     *(push, add, finalize, pull, packages, show, manifest, usage, tail),
-    *(serve, gateway, projector, migrate),
+    *(serve, gateway, projector, webhooks, migrate),
+    subscriptions,
     *(login, logout, whoami, tokens, policy),
     *(replay, digest, verify, parked, log, status, doctor),
 ):

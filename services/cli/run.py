@@ -1,4 +1,4 @@
-"""`serve`, `gateway`, `projector` and `migrate`: the processes that the product consists of, and what they stand on."""
+"""`serve`, `gateway`, `projector`, `webhooks` and `migrate`: the product's processes, and what they stand on."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from services.runtime.tracing import exporting
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from prometheus_client import CollectorRegistry
 
     from ingest_gateway.siblings import Member
     from services.config import Settings
@@ -63,7 +65,10 @@ def _several(command: Decorated) -> Decorated:
 @max_parked_option
 @common_options(shown=(*_PARTS, "listen"))
 def serve(processes: int, member: str | None, max_parked: int | None) -> None:
-    """Run gateway and projections, until SIGTERM or SIGINT: in one process, or in several that share the work."""
+    """Run gateway, projections and webhooks, until SIGTERM or SIGINT: in one process, or in several.
+
+    Of several processes one sends webhooks, and the others share the rest of the work.
+    """
     if processes > 1 and max_parked is not None:
         raise click.UsageError(
             "--max-parked is for one process: to share the work, run `gateway` and `projector --max-parked` with "
@@ -90,11 +95,12 @@ async def _serve(settings: Settings, member: str | None, max_parked: int | None)
         try:
             async with asyncio.TaskGroup() as tasks:
                 projecting = tasks.create_task(run_projectors(settings, [], stop, max_parked=max_parked))
+                delivering = tasks.create_task(_deliver(settings, stop))
                 try:
                     await server.run(settings, stop=stop, member=one_of)
                 finally:
                     stop.set()
-                    await asyncio.wait([projecting])  # what is folded comes to its end; nothing is cut off
+                    await asyncio.wait([projecting, delivering])  # what is folded comes to its end; nothing is cut off
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None  # what went wrong first ended the other: people need that one alone
         return projecting.result()
@@ -204,6 +210,49 @@ async def _project_in_processes(
         return await run_processes(settings, names, processes, stop, **options)
 
 
+@click.command()
+@common_options(shown=("log_url", "views_url", "policy", "tokens", "webhook_allow", "metrics_listen"))
+def webhooks() -> None:
+    """Send events to the URLs of subscriptions, until SIGTERM or SIGINT.
+
+    One process sends at a time; others that run beside it take its place within seconds. Policy and tokens must be
+    those of the gateways: the owners' rights follow from them.
+    """
+    settings = invocation().settings()
+    begin_to_run(settings)
+    run(_webhooks(settings))
+
+
+async def _webhooks(settings: Settings) -> None:
+    from ingest_gateway.server import stopped_by_signals
+    from services.runtime.metrics import new_registry, served
+
+    with stopped_by_signals() as stop:
+        registry = new_registry()
+        async with served(registry, settings.metrics_listen):
+            await _deliver(settings, stop, registry)
+
+
+async def _deliver(settings: Settings, stop: asyncio.Event, registry: CollectorRegistry | None = None) -> None:
+    from contextlib import AsyncExitStack
+
+    from ingest_gateway.server import listen_address
+    from services.identity.authenticator import Authenticator
+    from services.webhooks.deliverer import Deliverer, DeliveryMetrics
+    from services.webhooks.targets import Targets
+    from services.wiring import open_log, open_views
+
+    listen_address(settings)
+    async with AsyncExitStack() as stack:
+        log, views = open_log(settings), open_views(settings)
+        for part in (log, views):
+            stack.push_async_callback(part.close)
+        authenticator = await stack.enter_async_context(Authenticator.open(settings))
+        targets = await stack.enter_async_context(Targets(settings.webhook_allow))
+        deliverer = Deliverer(log, views, targets, authenticator.grants_of, metrics=DeliveryMetrics(registry))
+        await deliverer.run(stop)
+
+
 class _SettingsError(click.ClickException):
     """What went wrong is for the settings to mend."""
 
@@ -257,6 +306,7 @@ async def _migrate(settings: Settings) -> dict[str, Any]:
     from contextlib import AsyncExitStack
 
     from services.views.projections import PROJECTIONS
+    from services.webhooks.subscriptions import create_tables
     from services.wiring import open_blobs, open_log, open_views
 
     async with AsyncExitStack() as stack:
@@ -267,6 +317,7 @@ async def _migrate(settings: Settings) -> dict[str, Any]:
         await blobs.migrate()
         outdated = await views.create_missing()
         outdated = {**await _of_another_log(log, views), **outdated}
+        await create_tables(views)
         for why in outdated.values():
             remark(f"warning: {why}")
         return {

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
+from typing import Any
 from uuid import UUID
 
 from artifact_store.errors import ForbiddenError, PackageNotFoundError
@@ -126,6 +127,8 @@ class Principal:
     expires_at: float | None = None
     local: bool = False
     """Whether they are an unauthenticated user of this machine, who may act under any name."""
+    basis: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """What their rights follow from, nothing secret. `Authenticator.grants_of` finds their rights by it later."""
 
     def may(self, right: Right) -> bool:
         """Whether they have the right for any package at all."""

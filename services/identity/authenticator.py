@@ -12,20 +12,20 @@ import logging
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from artifact_store.errors import ConfigurationError, UnauthenticatedError, UnavailableError
 from services.config import Settings
-from services.core.access import Principal, local_user
+from services.core.access import Grants, Principal, local_user
 from services.identity.actors import actor_of, local_actor
 from services.identity.oidc import MAX_TOKEN_BYTES, Issuer, Keys, invalid, unverified
 from services.identity.policy import STATIC_ALIAS, IssuerTable, Policy, read_policy
-from services.identity.static_tokens import NO_TOKENS, TokenSet, is_static, read_tokens
+from services.identity.static_tokens import NO_TOKENS, StaticToken, TokenSet, is_static, read_tokens
 from services.runtime.addresses import ListenAddress
 
 LOOK_SECONDS = 1.0
@@ -151,6 +151,24 @@ class Authenticator:
             raise UnauthenticatedError("the Authorization header must be `Bearer TOKEN`", "invalid_token")
         return self._static(match[1]) if is_static(match[1]) else await self._verified(match[1])
 
+    def grants_of(self, basis: Mapping[str, Any]) -> Grants:
+        """The rights that follow from a principal's `basis` now, long after their request; none once they are gone.
+
+        A static token counts until it is revoked or expires. Claims of an issuer's token count beyond the token's end:
+        the policy says what they give. Whoever asked a gateway without policy and tokens has rights only where there is
+        neither now, and nobody else has any there. Blocks while it reads files that changed.
+        """
+        if self._anyone is not None:
+            return () if basis else self._anyone.grants
+        if self._ticks() - self._looked_at >= LOOK_SECONDS:
+            self._look()
+        if (token_id := basis.get("token")) is not None:
+            found = next((token for token in self._tokens if token.id == token_id), None)
+            return () if found is None or self._has_expired(found) else self._static_grants(found)
+        if (alias := basis.get("issuer")) is not None:
+            return self._policy.grants_of_token(alias, basis.get("claims", {}))
+        return ()
+
     @property
     def logins(self) -> tuple[LoginChoice, ...]:
         """The issuers at which people can log in."""
@@ -167,15 +185,22 @@ class Authenticator:
 
     def _static(self, token: str) -> Principal:
         found = self._tokens.find(token)
-        if found is None or (found.expires_at is not None and found.expires_at <= self._clock()):
+        if found is None or self._has_expired(found):
             self._count(STATIC_ALIAS, "refused")
             raise invalid("the token is not known: it was revoked, has expired, or is of another gateway")
         self._count(STATIC_ALIAS, "accepted")
         return Principal(
             actor_of(STATIC_ALIAS, found.name),
-            (*found.grants, *self._policy.grants_of_name(found.name)),
+            self._static_grants(found),
             None if found.expires_at is None else float(found.expires_at),
+            basis={"token": found.id},
         )
+
+    def _has_expired(self, token: StaticToken) -> bool:
+        return token.expires_at is not None and token.expires_at <= self._clock()
+
+    def _static_grants(self, token: StaticToken) -> Grants:
+        return (*token.grants, *self._policy.grants_of_name(token.name))
 
     async def _verified(self, token: str) -> Principal:
         digest = hashlib.sha256(token.encode()).digest()
@@ -205,6 +230,10 @@ class Authenticator:
             actor_of(alias, claims["sub"]),
             policy.grants_of_token(alias, claims),
             float(min(claims["exp"], _LAST_SECOND)),
+            basis={
+                "issuer": alias,
+                "claims": {name: claims[name] for name in policy.claims_of(alias) if name in claims},
+            },
         )
         if issuer.keys is not None:
             self._remembered[digest] = _Remembered(principal, issuer, issuer.keys)

@@ -223,6 +223,10 @@ class Policy(_Table):
         """What a token of this issuer gives by its claims, which must have been verified."""
         return tuple(rule.grant for rule in self.rule if rule.issuer == alias and rule.mismatch(claims) is None)
 
+    def claims_of(self, alias: str) -> frozenset[str]:
+        """The names of the claims by which rules tell this issuer's tokens apart."""
+        return frozenset(name for rule in self.rule if rule.issuer == alias for name in rule.claims)
+
     def grants_of_name(self, name: str) -> tuple[Grant, ...]:
         """What the policy adds to the static tokens of this name."""
         return tuple(principal.grant for principal in self.principal if principal.name == name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence, Set
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
@@ -26,7 +26,7 @@ from artifact_store.errors import (
     UnavailableError,
     UnknownContentError,
 )
-from artifact_store.events import FileIngested, PackageCreated, RecordedEvent
+from artifact_store.events import FileIngested, RecordedEvent
 from artifact_store.manifest import ContentAddress, content_key, manifest_digest, to_json
 from artifact_store.models import (
     DEFAULT_PAGE,
@@ -53,7 +53,7 @@ from services.core.limits import Limits
 from services.log.port import EXTENT_SECONDS, CommandWriter, Log, PackageExtent
 from services.registry.bundle_store import BundleStore
 from services.registry.known_end import KnownEnd
-from services.registry.origins import Origins, ScopedFilter, in_order_of_time, position_of
+from services.registry.origins import Origins, ScopedFilter, find_origins, in_order_of_time, position_of
 from services.runtime.tracing import traced
 from services.views.queries import Origin, PlacedFile, Queries
 from services.views.waiting import ViewWaits, beyond_log, parked_error
@@ -480,21 +480,7 @@ class DirectRegistry(Registry):
                     yield event
 
     async def _find_origins(self, package_ids: Set[UUID]) -> Mapping[UUID, Origin]:
-        """Origins of these packages, from the view or else from the log.
-
-        A package of which the log holds no creation is absent. Raises UnavailableError, CorruptError.
-        """
-        found: dict[UUID, Origin] = {}
-        with suppress(UnavailableError):
-            found = await self._queries.origins(package_ids)
-        for package_id in package_ids - found.keys():
-            extent = await self.package_extent(package_id)
-            async with aclosing(self._log.read(package_id=package_id, extent=extent)) as events:
-                async for event in events:
-                    if isinstance(event.payload, PackageCreated):
-                        found[package_id] = Origin.of(event.payload)
-                    break
-        return found
+        return await find_origins(package_ids, self._queries, self._log, self.package_extent)
 
     async def package_extent(self, package_id: UUID) -> PackageExtent | None:
         """Where the package's events lie, as far as that can be learned at once; None: nothing is known."""

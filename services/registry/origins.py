@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Set
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass, replace
 from uuid import UUID
 
-from artifact_store.errors import InvalidPositionError, InvalidRequestError
+from artifact_store.errors import InvalidPositionError, InvalidRequestError, UnavailableError
 from artifact_store.events import AdministrativePayload, PackageCreated, RecordedEvent
 from artifact_store.models import EventFilter
 from artifact_store.position import Position
 from artifact_store.registry import NOW, Start
 from services.core.access import EVERYWHERE, Scope
-from services.log.port import Log
-from services.views.queries import Origin
+from services.log.port import Log, PackageExtent
+from services.views.queries import Origin, Queries
 
 REMEMBERED = 20_000
 """Packages whose origins are remembered."""
@@ -39,6 +39,30 @@ class ScopedFilter(EventFilter):
         """See `EventFilter`."""
         asked = super(ScopedFilter, self).includes(producer, subject, retention_class)
         return asked and self.scope.includes(producer, subject)
+
+
+ExtentOf = Callable[[UUID], Awaitable[PackageExtent | None]]
+"""Tells where a package's events lie, as far as that is known."""
+
+
+async def find_origins(
+    package_ids: Set[UUID], queries: Queries, log: Log, extent: ExtentOf | None = None
+) -> Mapping[UUID, Origin]:
+    """Origins of these packages, from the view or else from the log.
+
+    A package of which the log holds no creation is absent. Raises UnavailableError, CorruptError.
+    """
+    found: dict[UUID, Origin] = {}
+    with suppress(UnavailableError):
+        found = await queries.origins(package_ids)
+    for package_id in package_ids - found.keys():
+        known = None if extent is None else await extent(package_id)
+        async with aclosing(log.read(package_id=package_id, extent=known)) as events:
+            async for event in events:
+                if isinstance(event.payload, PackageCreated):
+                    found[package_id] = Origin.of(event.payload)
+                break
+    return found
 
 
 FindOrigins = Callable[[Set[UUID]], Awaitable[Mapping[UUID, Origin]]]
@@ -73,12 +97,19 @@ class Origins:
         """Those of these packages that the filter leaves out, or whose origin nobody knows. Raises UnavailableError."""
         if not wanted.needs_origins:
             return frozenset()
+        origins = await self._of(package_ids)
+        return {id_ for id_, origin in origins.items() if origin is None or not wanted.includes(*origin)}
+
+    async def of(self, package_id: UUID) -> Origin | None:
+        """The package's origin, None if nobody knows it. Raises UnavailableError."""
+        return (await self._of({package_id}))[package_id]
+
+    async def _of(self, package_ids: Set[UUID]) -> Mapping[UUID, Origin | None]:
         asked = package_ids - self._known.keys()
         if asked:
             found: Mapping[UUID, Origin] = {} if self._find is None else await self._find(asked)
             self._remember({package_id: found.get(package_id) for package_id in asked})
-        origins = {package_id: self._known.get(package_id) for package_id in package_ids}
-        return {id_ for id_, origin in origins.items() if origin is None or not wanted.includes(*origin)}
+        return {package_id: self._known.get(package_id) for package_id in package_ids}
 
     def _remember(self, origins: Mapping[UUID, Origin | None]) -> None:
         self._known.update(origins)

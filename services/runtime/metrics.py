@@ -6,16 +6,18 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import logging
 import math
 import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from prometheus_client import (
     CollectorRegistry,
@@ -25,12 +27,17 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
     generate_latest,
+    start_http_server,
 )
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
+from artifact_store.errors import ConfigurationError
 from services.runtime.tls import all_ends
+
+if TYPE_CHECKING:
+    from services.runtime.addresses import ListenAddress
 
 _LOG = logging.getLogger(__name__)
 
@@ -89,6 +96,30 @@ def new_registry(certificates: Mapping[str, Path] | None = None) -> CollectorReg
     registry.register(OPERATION_SECONDS)
     registry.register(OPERATION_FAILURES)
     return registry
+
+
+@asynccontextmanager
+async def served(registry: CollectorRegistry, address: ListenAddress | None) -> AsyncIterator[None]:
+    """Serve the registry's metrics over HTTP inside the block, in threads; not at all without an address.
+
+    Raises ConfigurationError: the address cannot be had.
+    """
+    if address is None:
+        yield
+        return
+    from services.runtime.addresses import ListenAddress  # the command line's help must not load what that loads
+
+    try:
+        server, thread = start_http_server(address.port, address.host, registry)
+    except OSError as error:
+        raise ConfigurationError(f"--metrics-listen: cannot listen on {address}: {error.strerror}") from error
+    _LOG.info("metrics at http://%s/metrics", ListenAddress(address.host, server.server_port))
+    try:
+        yield
+    finally:
+        await asyncio.to_thread(server.shutdown)
+        server.server_close()
+        await asyncio.to_thread(thread.join)
 
 
 def release() -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import aiohttp
 
-from ingest_gateway.gateway import Authenticate, believe
+from ingest_gateway.gateway import Authenticate, Subscribing, believe
 from ingest_gateway.health import Check, Checks
 from ingest_gateway.limits.admission import Bounds
 from ingest_gateway.server import listening
@@ -18,6 +18,8 @@ from services.registry.direct import DirectRegistry
 from services.views.engine.apply import catch_up
 from services.views.projections import PROJECTIONS
 from services.views.queries import Queries
+from services.webhooks.subscriptions import Subscriptions
+from services.webhooks.targets import Targets
 from services.wiring import Parts, limits_of, parts
 
 
@@ -73,7 +75,13 @@ async def running_gateway(
         limits = Bounds(settings.max_file_bytes, settings.max_metadata_bytes, **bounds)
         async with (
             listening(
-                registry, opened.log, looked_at, limits, drain_seconds=drain_seconds, authenticate=authenticate
+                registry,
+                opened.log,
+                looked_at,
+                limits,
+                drain_seconds=drain_seconds,
+                authenticate=authenticate,
+                subscribing=Subscribing(Subscriptions(opened.views), Targets(settings.webhook_allow)),
             ) as url,
             aiohttp.ClientSession(url) as session,
         ):

@@ -39,7 +39,7 @@ from artifact_store.events import (
     LossAccepted,
     RecordedEvent,
 )
-from artifact_store.models import Declared, Page
+from artifact_store.models import Declared, EventFilter, Page
 from artifact_store.position import Position
 from ingest_gateway.app import ROUTES
 from ingest_gateway.routes.event_feed import COOKIE
@@ -51,6 +51,7 @@ from services.identity.authenticator import Authenticator
 from services.identity.static_tokens import create_token, revoke_tokens
 from services.log.records import administrative_event
 from services.registry.origins import Origins, ScopedFilter
+from services.webhooks.subscriptions import Subscriptions
 from tests.integration.http.test_strangers import Request, tar
 from tests.integration.http_gateway import RunningGateway, running_gateway
 from tests.integration.http_raw import SECONDS
@@ -68,9 +69,9 @@ audience = ["{audience}"]
 """ + "".join(
     f'[[rule]]\nissuer = "ci"\nclaims = {{{{ sub = "{sub}" }}}}\ncan = {can}\nproducers = ["{producer}"]\n'
     for sub, can, producer in (
-        ("owner", '["read", "write"]', "team-a"),
+        ("owner", '["read", "write", "subscribe"]', "team-a"),
         ("reader", '["read"]', "team-a"),
-        ("another", '["read", "write"]', "team-b"),
+        ("another", '["read", "write", "subscribe"]', "team-b"),
     )
 )
 
@@ -128,6 +129,9 @@ async def _filled(gateway: RunningGateway) -> dict[str, str]:
     for name in ("added", "ended", "overridden"):
         new = NewUpload(package, name, "x/y", "ci:owner", 3, Declared())
         names[name] = (await registry.uploads.create(new)).upload_id
+    kept, end = Subscriptions(gateway.parts.views), await gateway.parts.log.end()
+    made = await kept.create("ci:owner", {}, "https://receiver.example/", EventFilter(), end)
+    names["subscription"] = made.subscription_id
     return {name: str(value) for name, value in names.items()} | {"digest": f"blake3:{blake3(b'bytes').hexdigest()}"}
 
 
@@ -173,6 +177,8 @@ OFFSET = (*TUS, ("Content-Type", "application/offset+octet-stream"), ("Upload-Of
 TO_ALL = (200, 200, 200, 200)
 UPLOADS = "/v1/packages/{package_id}/uploads"
 UPLOAD = UPLOADS + "/{upload_id}"
+SUBSCRIPTIONS = "/v1/subscriptions"
+SUBSCRIPTION = SUBSCRIPTIONS + "/{subscription_id}"
 
 ROWS: dict[tuple[str, str], Row] = {
     ("POST", "/v1/packages"): Row(
@@ -218,6 +224,19 @@ ROWS: dict[tuple[str, str], Row] = {
         (*TUS, ("X-HTTP-Method-Override", "DELETE")),
     ),
     ("GET", "/v1/packages/{package_id}/manifest"): Row(200, 200, 404, 403, "/v1/packages/{done}/manifest"),
+    ("POST", SUBSCRIPTIONS): Row(*(201, 403, 201, 403), body=b'{"url": "https://receiver.example/"}'),
+    ("GET", SUBSCRIPTIONS): Row(200, 403, 200, 403),
+    ("GET", SUBSCRIPTION): Row(200, 403, 404, 403, "/v1/subscriptions/{subscription}"),
+    ("PATCH", SUBSCRIPTION): Row(
+        *(200, 403, 404, 403), "/v1/subscriptions/{subscription}", body=b'{"url": "https://other.example/"}'
+    ),
+    ("POST", f"{SUBSCRIPTION}/rotate"): Row(200, 403, 404, 403, "/v1/subscriptions/{subscription}/rotate"),
+    ("POST", f"{SUBSCRIPTION}/test"): Row(202, 403, 404, 403, "/v1/subscriptions/{subscription}/test"),
+    ("POST", f"{SUBSCRIPTION}/redeliver"): Row(
+        *(202, 403, 404, 403), "/v1/subscriptions/{subscription}/redeliver", body=b'{"since": "2026-01-01T00:00:00Z"}'
+    ),
+    ("GET", f"{SUBSCRIPTION}/deliveries"): Row(200, 403, 404, 403, "/v1/subscriptions/{subscription}/deliveries"),
+    ("DELETE", SUBSCRIPTION): Row(204, 403, 404, 403, "/v1/subscriptions/{subscription}"),
     ("GET", "/v1/events"): Row(200, 200, 200, 403),
     ("GET", "/v1/events/end"): Row(200, 200, 200, 403),
     ("POST", "/v1/events/cookie"): Row(204, 204, 204, 204),

@@ -9,13 +9,15 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from artifact_store.errors import ConfigurationError
-from projector.projection_metrics import ProjectorMetrics, served
+from projector.projection_metrics import ProjectorMetrics
 from projector.runner import run_projection
 from services.config import Settings
 from services.runtime.addresses import ListenAddress
+from services.runtime.metrics import new_registry, served
 from services.views.database import Views
 from services.views.engine.apply import catch_up
 from services.views.engine.generations import begin_build, building
@@ -42,6 +44,12 @@ def look(url: str) -> dict[str, float]:
     return {" ".join((sample.name, *sample.labels.values())): sample.value for sample in samples}
 
 
+def shown(metrics: ProjectorMetrics) -> CollectorRegistry:
+    registry = new_registry()
+    registry.register(metrics)
+    return registry
+
+
 def urls(said: str) -> list[str]:
     """The addresses that a log names."""
     return re.findall(r"metrics at (http://\S+)", said)
@@ -53,7 +61,7 @@ async def test_what_was_folded_is_left_and_parked_is_shown(views: Views, caplog:
     log.append(*history.events)
     log.append_raw(1, b"no event", b"no package")
     metrics = ProjectorMetrics(views, log, ["registry"])
-    async with served(metrics, ANYWHERE):
+    async with served(shown(metrics), ANYWHERE):
         (url,) = urls(caplog.text)
         before = await asyncio.to_thread(look, url)
         end = (await log.end()).offsets
@@ -91,7 +99,7 @@ async def test_the_age_of_what_may_be_missing_is_shown_in_seconds(
     now, log, history = START / 1_000_000, MemoryLog(partitions=1), History().fill(packages=1, files=2)
     monkeypatch.setattr("projector.projection_metrics.time.time", lambda: now)
     metrics = ProjectorMetrics(views, log, ["registry"])
-    async with served(metrics, ANYWHERE):
+    async with served(shown(metrics), ANYWHERE):
         (url,) = urls(caplog.text)
 
         async def age() -> float | None:
@@ -118,7 +126,7 @@ async def test_what_a_replay_has_yet_to_fold_is_shown_while_there_is_one(
     caplog.set_level("INFO")
     log, history, replay = MemoryLog(partitions=1), History().fill(packages=1, files=2), "_replay_lag registry"
     log.append(*history.events)
-    async with served(ProjectorMetrics(views, log, ["registry"]), ANYWHERE):
+    async with served(shown(ProjectorMetrics(views, log, ["registry"])), ANYWHERE):
         (url,) = urls(caplog.text)
         assert not any(name.endswith(replay) for name in await asyncio.to_thread(look, url))
         await begin_build(views, REGISTRY, log.id)
@@ -140,7 +148,7 @@ async def test_what_cannot_be_asked_now_is_left_out_and_what_stopped_is_told(
     metrics.stopped("registry")
     metrics.folded("registry", 0, {})
     log.unavailable = True
-    async with served(metrics, ANYWHERE):
+    async with served(shown(metrics), ANYWHERE):
         (url,) = urls(caplog.text)
         found = await asyncio.to_thread(look, url)
     assert found == {
@@ -158,10 +166,10 @@ async def test_what_cannot_be_asked_now_is_left_out_and_what_stopped_is_told(
 async def test_an_address_that_is_taken_is_refused(views: Views, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     metrics = ProjectorMetrics(views, MemoryLog(), ["registry"])
-    async with served(metrics, ANYWHERE):
+    async with served(shown(metrics), ANYWHERE):
         port = int(urls(caplog.text)[0].rpartition(":")[2].removesuffix("/metrics"))
         with pytest.raises(ConfigurationError, match=f"cannot listen on 127.0.0.1:{port}"):
-            async with served(metrics, ListenAddress("127.0.0.1", port)):
+            async with served(shown(metrics), ListenAddress("127.0.0.1", port)):
                 pass
 
 

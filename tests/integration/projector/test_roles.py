@@ -7,16 +7,20 @@ import shutil
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from uuid import UUID, uuid4
 
 import asyncpg
 import pytest
 from sqlalchemy import text
 
 from artifact_store.errors import ArtifactStoreError
+from artifact_store.models import EventFilter
+from artifact_store.position import Position
 from projector.rebuild import replay_view
 from services.views.database import Views
 from services.views.engine.apply import catch_up
 from services.views.projections import PROJECTIONS
+from services.webhooks.subscriptions import Subscriptions, create_tables
 from tests.certificates import Authority
 from tests.memory_log import MemoryLog
 from tests.services.postgres import USER, PostgresServer
@@ -25,7 +29,7 @@ from tests.views_history import History
 pytestmark = pytest.mark.services
 
 SQL = Path(__file__).parents[3] / "docs" / "security" / "postgresql.sql"
-LOGINS = ("migrate", "replay", "projector", "gateway", "verify")
+LOGINS = ("migrate", "replay", "projector", "gateway", "verify", "webhooks")
 REGISTRY = PROJECTIONS["registry"]
 
 
@@ -110,6 +114,28 @@ async def test_each_process_works_as_its_role_and_does_nothing_beyond(server: Tl
                 await catch_up(views, log, PROJECTIONS["retention"])
             with pytest.raises(ArtifactStoreError):
                 await replay_view(views, log, REGISTRY)
+
+
+async def test_gateways_and_webhooks_alone_know_subscriptions(server: TlsServer) -> None:
+    async with as_role(server, "migrate") as views:
+        await views.migrate()
+        await create_tables(views)
+    await give_rights(server)
+    position = Position(UUID(int=1), {})
+    async with as_role(server, "gateway") as views:
+        made = await Subscriptions(views).create("ci:bot", {}, "https://receiver.example/", EventFilter(), position)
+    async with as_role(server, "webhooks") as views:
+        kept, me = Subscriptions(views), uuid4()
+        assert await kept.claim(me, await kept.beat())
+        assert await kept.save(me, [])
+        assert [one.subscription_id for one in (await kept.load())[0]] == [made.subscription_id]
+        assert await packages(views) >= 0
+        with pytest.raises(ArtifactStoreError):
+            await catch_up(views, MemoryLog(), REGISTRY)
+    for role in ("projector", "verify"):
+        async with as_role(server, role) as views:
+            with pytest.raises(ArtifactStoreError):
+                await Subscriptions(views).load()
 
 
 async def test_no_role_gets_in_without_tls(server: TlsServer) -> None:

@@ -22,7 +22,8 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
 
 COMMANDS = {
     *("push", "add", "finalize", "pull", "packages", "show", "manifest", "usage", "tail"),
-    *("serve", "gateway", "projector", "migrate"),
+    *("serve", "gateway", "projector", "webhooks", "migrate"),
+    "subscriptions",
     *("login", "logout", "whoami", "tokens", "policy"),
     *("replay", "digest", "verify", "parked", "log", "status", "doctor"),
 }

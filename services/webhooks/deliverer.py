@@ -1,0 +1,548 @@
+"""The process that delivers: it reads the log once for all subscriptions, and gives each its events.
+
+One process delivers at a time; others stand by. It holds a row with a heartbeat and saves nothing once another
+holds it, so two never move the same cursor. A process that vanished is replaced after LAPSE_SECONDS.
+
+The newest events are read by one tail and kept for a while. A subscription that is behind them reads on from the log by
+itself, of which a few do at a time, and then joins the tail. A subscription without room leaves the tail and costs
+nothing until it has room again. Progress is saved once a second; what was delivered after the last time is delivered
+again if the process dies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Mapping
+from contextlib import aclosing, suppress
+from dataclasses import replace
+from typing import Any
+from uuid import UUID, uuid4
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from artifact_store.errors import ArtifactStoreError, UnavailableError
+from artifact_store.events import AdministrativePayload, PackageFinalized, RecordedEvent
+from artifact_store.position import Position
+from services.core.access import Grants
+from services.log.port import Log
+from services.registry.origins import Origins, find_origins
+from services.runtime.clock import Clock, system_clock
+from services.views.database import Views
+from services.views.queries import Queries
+from services.webhooks.messages import CONTENT_TYPE, TEST_TYPE, signed_headers, test_body
+from services.webhooks.outbox import Message, Outbox, Policy
+from services.webhooks.subscriptions import Beat, Kind, Order, Progress, State, Subscription, Subscriptions
+from services.webhooks.targets import Answer, Targets
+
+logger = logging.getLogger(__name__)
+
+LAPSE_SECONDS = 10.0
+"""After this long without a heartbeat another process may take over."""
+
+_RENEW_SECONDS = 2.0
+_LATE_SECONDS = 5.0
+"""A process that could not save for this long stops delivering before another may begin."""
+
+_SAVE_SECONDS = 1.0
+_LOOK_SECONDS = 0.5
+_RIGHTS_SECONDS = 1.0
+_STANDBY_SECONDS = 2.0
+_AGAIN_SECONDS = 5.0
+_END_SECONDS = 5.0
+
+_KEPT_EVENTS = 5_000
+_KEPT_BYTES = 16 << 20
+"""So many of the newest events are kept in memory."""
+
+_EVENT_BYTES = 2_000
+_NEAR_EVENTS = 5_000
+"""The tail begins at the earliest cursor that has at most so many events left, so that a restart reads them once."""
+
+_READERS = 8
+"""Subscriptions that read the log for themselves at a time."""
+
+_TURN_SECONDS = 10.0
+_PATIENCE_SECONDS = 2.0
+_BREATH = 20
+
+GrantsOf = Callable[[Mapping[str, Any]], Grants]
+"""The rights that follow from a principal's `basis` now; see `Authenticator.grants_of`."""
+
+
+class _LostError(Exception):
+    """Another process delivers, or may by now."""
+
+
+class DeliveryMetrics:
+    """What Prometheus learns."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        registry = registry or CollectorRegistry()
+        self.attempts = Counter(
+            "artifact_store_webhook_attempts",
+            "Attempts to deliver an event, by outcome; `parked` counts packages that were given up",
+            ("outcome",),
+            registry=registry,
+        )
+        self.seconds = Histogram(
+            "artifact_store_webhook_delivery_seconds",
+            "From an event's creation to its acceptance by a receiver at the first attempt",
+            registry=registry,
+            buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3600),
+        )
+        self.subscriptions = Gauge(
+            "artifact_store_webhook_subscriptions",
+            "Subscriptions by what they do: `served`, `behind` the newest events, or `idle` (paused, disabled, without "
+            "rights)",
+            ("state",),
+            registry=registry,
+        )
+        self.parked = Gauge(
+            "artifact_store_webhook_parked_packages",
+            "Packages that subscriptions hold back until their owners act",
+            registry=registry,
+        )
+        self.delivering = Gauge(
+            "artifact_store_webhook_deliverer",
+            "1 in the process that delivers, 0 in one that stands by",
+            registry=registry,
+        )
+
+
+class Deliverer:
+    """Delivers events to all subscriptions of one views database. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        log: Log,
+        views: Views,
+        targets: Targets,
+        grants_of: GrantsOf,
+        *,
+        policy: Policy | None = None,
+        metrics: DeliveryMetrics | None = None,
+        clock: Clock = system_clock,
+    ) -> None:
+        """`targets` must be open."""
+        self._log = log
+        self._store = Subscriptions(views, clock)
+        self._targets = targets
+        self._grants_of = grants_of
+        self._policy = policy or Policy()
+        self._metrics = metrics or DeliveryMetrics()
+        self._clock = clock
+        self._queries = Queries(views)
+        self._me = uuid4()
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Deliver, or stand by, until `stop` is set; returns when requests under way have ended.
+
+        Failures of log and database are logged and tried again, whatever they are.
+        """
+        while not stop.is_set():
+            pause = _STANDBY_SECONDS
+            try:
+                if await self._take_over(stop):
+                    await self._lead(stop)
+            except _LostError as error:
+                logger.warning("webhooks: %s", error)
+            except ArtifactStoreError as error:
+                pause = _AGAIN_SECONDS
+                logger.warning("webhooks: %s; trying again in %g s", error.detail, pause)
+            except Exception:  # a mistake in this program must not end delivery for good
+                pause = _AGAIN_SECONDS
+                logger.exception("webhooks: a mistake in this program; trying again in %g s", pause)
+            await _wait(stop, pause)
+
+    async def _take_over(self, stop: asyncio.Event) -> bool:
+        """Stand by until this process may deliver. Whether it may; False when it is to stop."""
+        seen: Beat | None = None
+        since = 0.0
+        while not stop.is_set():
+            found = await self._store.beat()
+            if seen is None or (found.holder, found.beat) != (seen.holder, seen.beat):
+                seen, since = found, time.monotonic()
+            if found.holder is None or time.monotonic() - since > LAPSE_SECONDS:
+                if await self._store.claim(self._me, found):
+                    return True
+                seen = None
+            else:
+                await _wait(stop, _STANDBY_SECONDS)
+        return False
+
+    async def _lead(self, stop: asyncio.Event) -> None:
+        logger.info("webhooks: this process delivers")
+        self._metrics.delivering.set(1)
+        lead = _Lead(
+            self._log,
+            self._store,
+            self._targets,
+            self._grants_of,
+            self._policy,
+            self._metrics,
+            self._clock,
+            self._queries,
+            self._me,
+        )
+        ending = asyncio.create_task(stop.wait())
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                working = [tasks.create_task(work) for work in (lead.follow(), lead.watch(), lead.save_regularly())]
+                await asyncio.wait([ending, *working], return_when=asyncio.FIRST_COMPLETED)
+                for task in working:
+                    task.cancel()
+            await lead.close(_END_SECONDS)
+            await lead.save()
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        finally:
+            ending.cancel()
+            await lead.close(0.0)
+            self._metrics.delivering.set(0)
+            with suppress(ArtifactStoreError):
+                await self._store.release(self._me)
+
+
+class _Lead:
+    """One time of being the process that delivers."""
+
+    def __init__(
+        self,
+        log: Log,
+        store: Subscriptions,
+        targets: Targets,
+        grants_of: GrantsOf,
+        policy: Policy,
+        metrics: DeliveryMetrics,
+        clock: Clock,
+        queries: Queries,
+        me: UUID,
+    ) -> None:
+        self._log = log
+        self._store = store
+        self._targets = targets
+        self._grants_of = grants_of
+        self._policy = policy
+        self._metrics = metrics
+        self._clock = clock
+        self._me = me
+        self._origins = Origins(lambda ids: find_origins(ids, queries, log))
+        self._outboxes: dict[UUID, Outbox] = {}
+        self._joined: set[Outbox] = set()
+        self._reading: dict[Outbox, asyncio.Task[None]] = {}
+        self._readers = asyncio.Semaphore(_READERS)
+        self._ordered: dict[UUID, asyncio.Task[None]] = {}
+        self._done: dict[UUID, list[UUID]] = {}
+        self._loaded = asyncio.Event()
+        self._kept: deque[Message] = deque()
+        self._kept_bytes = 0
+        self._kept_from: dict[int, int] | None = None
+        self._tail = asyncio.Event()
+        self._saved_at = time.monotonic()
+
+    # Subscriptions.
+
+    async def watch(self) -> None:
+        """Load subscriptions, and take what owners and operators change, within a second."""
+        changes, looked = -1, 0.0
+        while True:
+            beat = await self._store.beat()
+            if beat.holder != self._me:
+                raise _LostError("another process delivers now")
+            if beat.changes != changes:
+                await self._load()
+                changes = beat.changes
+                self._loaded.set()
+            if time.monotonic() - looked >= _RIGHTS_SECONDS:
+                looked = time.monotonic()
+                await self._look_at_rights()
+                self._show()
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    async def _load(self) -> None:
+        identity = await self._log.identity()
+        found, held = await self._store.load()
+        there = {one.subscription_id: one for one in found}
+        for subscription_id, outbox in tuple(self._outboxes.items()):
+            known = there.get(subscription_id)
+            if known is None or known.epoch != outbox.subscription.epoch:
+                await self._drop(outbox)
+        for subscription in found:
+            served = self._outboxes.get(subscription.subscription_id)
+            if served is None:
+                self._open(subscription, held.get(subscription.subscription_id, []), identity)
+            elif _changed(subscription, served.subscription):
+                served.change(subscription)
+        for order in await self._store.orders():
+            ordering = self._outboxes.get(order.subscription_id)
+            if ordering is not None and order.order_id not in self._ordered:
+                self._ordered[order.order_id] = asyncio.create_task(self._carry_out(order, ordering))
+
+    def _open(self, subscription: Subscription, held: list[Any], identity: UUID) -> None:
+        outbox = Outbox(
+            subscription,
+            held,
+            policy=self._policy,
+            post=self._post,
+            read_package=self._read_package,
+            clock=self._clock,
+            delivered=self._count,
+        )
+        self._outboxes[subscription.subscription_id] = outbox
+        self._grant(outbox)
+        if subscription.position.log != identity:
+            outbox.suspend(
+                f"its cursor is of log {subscription.position.log}, this is log {identity}: redeliver from a time or "
+                "position of this log"
+            )
+            return
+        self._reading[outbox] = asyncio.create_task(self._serve(outbox))
+
+    async def _drop(self, outbox: Outbox) -> None:
+        del self._outboxes[outbox.subscription.subscription_id]
+        self._joined.discard(outbox)
+        await outbox.close()
+        reading = self._reading.pop(outbox, None)
+        if reading is not None:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+
+    async def _look_at_rights(self) -> None:
+        for number, outbox in enumerate(tuple(self._outboxes.values()), 1):
+            if outbox in self._reading:
+                self._grant(outbox)
+            if number % _BREATH == 0:
+                await asyncio.sleep(0)
+
+    def _grant(self, outbox: Outbox) -> None:
+        outbox.set_rights(self._grants_of(outbox.subscription.basis))
+
+    def _show(self) -> None:
+        served = sum(outbox.is_active() and not outbox.behind.is_set() for outbox in self._outboxes.values())
+        active = sum(outbox.is_active() for outbox in self._outboxes.values())
+        for state, count in (
+            ("served", served),
+            ("behind", active - served),
+            ("idle", len(self._outboxes) - active),
+        ):
+            self._metrics.subscriptions.labels(state).set(count)
+        self._metrics.parked.set(sum(outbox.parked for outbox in self._outboxes.values()))
+
+    # Events.
+
+    async def follow(self) -> None:
+        """Read the newest events for all subscriptions that stand there, through failures of the log."""
+        await self._loaded.wait()
+        while True:
+            try:
+                await self._follow()
+            except ArtifactStoreError as error:
+                logger.warning("webhooks: no event is read: %s; trying again in %g s", error.detail, _AGAIN_SECONDS)
+            self._tail.clear()
+            self._kept.clear()
+            self._kept_bytes, self._kept_from = 0, None
+            for outbox in self._joined:
+                outbox.behind.set()
+            self._joined.clear()
+            await asyncio.sleep(_AGAIN_SECONDS)
+
+    async def _follow(self) -> None:
+        start = self._start(await self._log.end())
+        self._kept_from = dict(start.offsets)
+        self._tail.set()
+        count = 0
+        async with aclosing(self._log.read(start, follow=True)) as events:
+            async for message in self._messages(events, start):
+                self._keep(message)
+                for outbox in tuple(self._joined):
+                    if not outbox.offer(message):
+                        self._joined.discard(outbox)
+                count += 1
+                if count % _BREATH == 0 or len(self._joined) > _BREATH:
+                    await asyncio.sleep(0)
+
+    def _start(self, end: Position) -> Position:
+        """The log's end, or before it where subscriptions that are nearly there stand."""
+        offsets = dict(end.offsets)
+        for outbox in self._outboxes.values():
+            at = outbox.reading
+            if outbox in self._reading and outbox.is_active() and sum(end.left_behind(at).values()) <= _NEAR_EVENTS:
+                offsets = {p: min(offset, at.offsets.get(p, 0)) for p, offset in offsets.items()}
+        return Position(end.log, offsets)
+
+    def _keep(self, message: Message) -> None:
+        self._kept.append(message)
+        self._kept_bytes += _size(message)
+        while len(self._kept) > _KEPT_EVENTS or (self._kept_bytes > _KEPT_BYTES and len(self._kept) > 1):
+            oldest = self._kept.popleft()
+            self._kept_bytes -= _size(oldest)
+            if self._kept_from is not None:
+                self._kept_from[oldest.partition] = oldest.offset + 1
+
+    async def _messages(self, events: AsyncIterable[RecordedEvent], since: Position) -> AsyncGenerator[Message]:
+        """The packages' events as messages; records of the log itself belong to no package and are left out."""
+        before = since.offsets
+        async for event in events:
+            offsets = event.position.offsets
+            partition = self._log.partition_of(event.package_id)
+            if offsets.get(partition) == before.get(partition):
+                # A record with a wrong key is in another partition than its package.
+                partition = next(p for p, offset in offsets.items() if offset != before.get(p))
+            before = offsets
+            self._origins.note(event)
+            if isinstance(event.payload, AdministrativePayload):
+                continue
+            origin = await self._origins.of(event.package_id)
+            if origin is not None:
+                yield Message(event, partition, origin)
+
+    async def _serve(self, outbox: Outbox) -> None:
+        """Keep the outbox in the tail, and read from the log for it whenever it is behind."""
+        while True:
+            await outbox.behind.wait()
+            await outbox.room.wait()
+            await self._tail.wait()
+            if self._join(outbox):
+                continue
+            try:
+                async with self._readers:
+                    await self._read_on(outbox)
+            except ArtifactStoreError as error:
+                logger.warning("subscription %s: %s", outbox.subscription.subscription_id, error.detail)
+                if not isinstance(error, UnavailableError):
+                    outbox.suspend(error.detail)
+                await asyncio.sleep(_AGAIN_SECONDS)
+
+    def _join(self, outbox: Outbox) -> bool:
+        """Give the outbox the newest events, and those that come; False when it is behind the kept ones."""
+        if self._kept_from is None or not outbox.covers(self._kept_from):
+            return False
+        for message in self._kept:
+            if not outbox.offer(message):
+                return True  # there is no room; it tries again once there is
+        outbox.behind.clear()
+        self._joined.add(outbox)
+        return True
+
+    async def _read_on(self, outbox: Outbox) -> None:
+        since = outbox.reading
+        until = await self._log.end(since)
+        turn_ends = time.monotonic() + _TURN_SECONDS
+        async with aclosing(self._log.read(since, until=until)) as events:
+            async for message in self._messages(events, since):
+                while not outbox.offer(message):
+                    try:
+                        async with asyncio.timeout(_PATIENCE_SECONDS):
+                            await outbox.room.wait()
+                    except TimeoutError:
+                        return
+                if self._readers.locked() and time.monotonic() > turn_ends:
+                    return
+        outbox.pass_to(until)
+
+    async def _read_package(self, package_id: UUID, since: Position, until: Position) -> AsyncGenerator[Message]:
+        async with self._readers, aclosing(self._log.read(since, package_id=package_id, until=until)) as events:
+            async for message in self._messages(events, since):
+                yield message
+
+    # Requests.
+
+    async def _post(self, subscription: Subscription, name: str, body: bytes) -> Answer:
+        now = self._clock()
+        headers = signed_headers(name, now // 1_000_000, body, subscription.signing(now))
+        return await self._targets.send(subscription.url, body, {"Content-Type": CONTENT_TYPE, **headers})
+
+    def _count(self, message: Message, outcome: str, first: bool) -> None:
+        self._metrics.attempts.labels(outcome).inc()
+        if outcome == "delivered" and first:
+            self._metrics.seconds.observe(max(0.0, (self._clock() - message.event.created_at) / 1_000_000))
+
+    async def _carry_out(self, order: Order, outbox: Outbox) -> None:
+        try:
+            if order.kind is Kind.TEST:
+                identity = await self._log.identity()
+                subscription_id = order.subscription_id
+                body = test_body(order.order_id, subscription_id, identity, self._clock())
+                await outbox.test(order.order_id, TEST_TYPE, body)
+            elif order.package_id is not None and order.partition is not None and order.offset is not None:
+                await self._repeat(order.package_id, order.partition, order.offset, outbox)
+        except ArtifactStoreError as error:
+            logger.warning("subscription %s: %s", order.subscription_id, error.detail)
+        self._done.setdefault(order.subscription_id, []).append(order.order_id)
+
+    async def _repeat(self, package_id: UUID, partition: int, offset: int, outbox: Outbox) -> None:
+        if outbox.unpark(package_id, offset):
+            return
+        since, until = outbox.at(partition, offset), outbox.at(partition, offset + 1)
+        async with aclosing(self._read_package(package_id, since, until)) as messages:
+            async for message in messages:
+                await outbox.repeat(message)
+
+    # Saving.
+
+    async def save_regularly(self) -> None:
+        """Save progress once a second, and a heartbeat. Raises _LostError once another process may deliver."""
+        while True:
+            await asyncio.sleep(_SAVE_SECONDS)
+            await self.save()
+
+    async def save(self) -> None:
+        """Save what was done since the last time."""
+        progress: list[Progress] = []
+        for subscription_id, outbox in self._outboxes.items():
+            orders = self._done.pop(subscription_id, None)
+            found = outbox.take_progress(force=orders is not None)
+            if found is not None:
+                progress.append(replace(found, orders=tuple(orders or ())))
+        if not progress and time.monotonic() - self._saved_at < _RENEW_SECONDS:
+            return
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(_LATE_SECONDS):
+                held = await self._store.save(self._me, progress)
+        except TimeoutError:
+            raise _LostError(f"progress could not be saved within {_LATE_SECONDS:g} s") from None
+        if not held:
+            raise _LostError("another process delivers now")
+        self._saved_at = began
+        for one in progress:
+            for order in one.orders:
+                self._ordered.pop(order, None)
+
+    async def close(self, seconds: float) -> None:
+        """Send nothing more; requests under way may go on for so many seconds."""
+        tasks = [*self._reading.values(), *self._ordered.values()]
+        self._reading.clear()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(outbox.close(seconds) for outbox in self._outboxes.values()))
+
+
+def _changed(new: Subscription, known: Subscription) -> bool:
+    """Whether somebody changed the subscription; what the deliverer itself writes does not count."""
+    return (
+        replace(
+            new,
+            position=known.position,
+            deliveries=known.deliveries,
+            trouble=known.trouble,
+            created_at=known.created_at,
+        )
+        != known
+        and not (new.state is State.DISABLED and known.state is State.DISABLED)
+    ) or new.resumes != known.resumes
+
+
+def _size(message: Message) -> int:
+    payload = message.event.payload
+    manifest = payload.manifest if isinstance(payload, PackageFinalized) else None
+    return _EVENT_BYTES + len(manifest or b"")
+
+
+async def _wait(stop: asyncio.Event, seconds: float) -> None:
+    with suppress(TimeoutError):
+        await asyncio.wait_for(stop.wait(), seconds)

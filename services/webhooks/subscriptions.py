@@ -1,0 +1,722 @@
+"""Subscriptions and what belongs to them: secrets, cursors, packages that are held back, deliveries, orders.
+
+They are kept in tables of the views' database that belong to no projection, so that no replay empties them. Gateways
+change subscriptions; the one process that delivers changes cursors, held packages and deliveries. Where both change the
+same row, a subscription's `epoch` tells which of them came later: a gateway that moves a cursor counts it up, and what
+the deliverer still has of the epoch before is dropped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+from uuid import UUID, uuid4, uuid5
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Index,
+    Integer,
+    MetaData,
+    Row,
+    Select,
+    Table,
+    Text,
+    Uuid,
+    bindparam,
+    delete,
+    func,
+    insert,
+    inspect,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.engine import Connection
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from artifact_store.documents.subscription_shapes import Filters
+from artifact_store.errors import CommandReusedError, ConflictError, InvalidPositionError, NotFoundError
+from artifact_store.models import EventFilter
+from artifact_store.position import Position
+from services.runtime.clock import Clock, system_clock
+from services.views.database import Views
+from services.webhooks.messages import new_secret
+
+MOST_OF_OWNER = 2_000
+"""Subscriptions that one principal may have."""
+
+OVERLAP_SECONDS = 86_400
+"""How long messages are also signed with the secret before the newest one."""
+
+KEPT_DELIVERIES = 500
+"""Of each subscription's deliveries so many are kept, the newest ones."""
+
+_MOST_SECRETS = 5
+_NAMESPACE = UUID("0b2f6a4e-6f0d-4b55-9f0c-53f1f7b0a1d2")
+_MICROS = 1_000_000
+_LOCK = 0x77656268  # any number, the same for every process of ours
+
+metadata = MetaData()
+
+webhook_subscriptions = Table(
+    "webhook_subscriptions",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("owner", Text, nullable=False),
+    Column("basis", Text, nullable=False),
+    Column("url", Text, nullable=False),
+    Column("filters", Text, nullable=False),
+    Column("secrets", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("cause", Text),
+    Column("resumes", BigInteger, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+)
+Index("webhook_subscriptions_by_owner", webhook_subscriptions.c.owner, webhook_subscriptions.c.id)
+
+webhook_cursors = Table(
+    "webhook_cursors",
+    metadata,
+    Column("subscription_id", Uuid, primary_key=True),
+    Column("epoch", BigInteger, nullable=False),
+    Column("position", Text, nullable=False),
+    Column("deliveries", BigInteger, nullable=False),
+    Column("trouble", Text),
+)
+"""How far a subscription has come: all events before `position` are delivered, not wanted, or held back.
+
+`deliveries` counts the attempts so far, which numbers them. `trouble` is why nothing is delivered now.
+"""
+
+webhook_held = Table(
+    "webhook_held",
+    metadata,
+    Column("subscription_id", Uuid, primary_key=True),
+    Column("package_id", Uuid, primary_key=True),
+    Column("partition", Integer, nullable=False),
+    Column("offset", BigInteger, nullable=False),
+    Column("sequence", BigInteger),
+    Column("attempts", Integer, nullable=False),
+    Column("since", BigInteger, nullable=False),
+    Column("next_at", BigInteger, nullable=False),
+    Column("parked", Boolean, nullable=False),
+    Column("cause", Text, nullable=False),
+)
+"""Packages whose events from `offset` on wait in the log, because the first of them was not taken."""
+
+webhook_deliveries = Table(
+    "webhook_deliveries",
+    metadata,
+    Column("subscription_id", Uuid, primary_key=True),
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("kind", Text, nullable=False),
+    Column("event_id", Uuid, nullable=False),
+    Column("event_type", Text, nullable=False),
+    Column("package_id", Uuid),
+    Column("sequence", BigInteger),
+    Column("partition", Integer),
+    Column("offset", BigInteger),
+    Column("attempt", Integer, nullable=False),
+    Column("begun_at", BigInteger, nullable=False),
+    Column("milliseconds", BigInteger, nullable=False),
+    Column("status", Integer),
+    Column("answer", Text),
+    Column("error", Text),
+)
+
+webhook_orders = Table(
+    "webhook_orders",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("subscription_id", Uuid, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("package_id", Uuid),
+    Column("partition", Integer),
+    Column("offset", BigInteger),
+    Column("created_at", BigInteger, nullable=False),
+)
+"""What owners asked for beside the stream: a test, or one event again. The deliverer removes what it has done."""
+
+webhook_deliverer = Table(
+    "webhook_deliverer",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("holder", Uuid),
+    Column("beat", BigInteger, nullable=False),
+    Column("changes", BigInteger, nullable=False),
+)
+"""One row: which process delivers, its heartbeat, and a counter of changes that it has yet to look at."""
+
+
+class State(StrEnum):
+    """What a subscription's owner, or its receiver, wants of it."""
+
+    ACTIVE = "active"
+    PAUSED = "paused"
+    DISABLED = "disabled"
+    """The receiver answered that it is gone for good (410). Resuming makes it active again."""
+
+
+class Kind(StrEnum):
+    """Why something was sent."""
+
+    EVENT = "event"
+    REPEAT = "repeat"
+    """An event again, as its owner asked."""
+    TEST = "test"
+
+
+@dataclass(frozen=True, slots=True)
+class Secret:
+    """A secret that messages are signed with, until `until` (µs since 1970; None: the newest)."""
+
+    secret: str
+    until: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Subscription:
+    """One subscription: where events go, which ones, and in whose right."""
+
+    subscription_id: UUID
+    owner: str
+    basis: Mapping[str, Any]
+    """What the owner's rights follow from: see `Principal.basis`."""
+    url: str
+    wanted: EventFilter
+    secrets: tuple[Secret, ...]
+    state: State
+    cause: str | None
+    resumes: int
+    """How often somebody resumed it: each time, what waits for its next attempt is tried at once."""
+    created_at: int
+    epoch: int
+    position: Position
+    deliveries: int
+    trouble: str | None = None
+
+    def signing(self, now: int) -> tuple[str, ...]:
+        """The secrets to sign with now (µs since 1970), the newest first."""
+        return tuple(one.secret for one in self.secrets if one.until is None or one.until > now)
+
+
+@dataclass(slots=True)
+class HeldPackage:
+    """A package of which a subscription has yet to get the events from `offset` on.
+
+    `since` is when the first attempt failed, `next_at` when the next one is due (µs since 1970).
+    """
+
+    package_id: UUID
+    partition: int
+    offset: int
+    sequence: int | None
+    attempts: int
+    since: int
+    next_at: int
+    parked: bool
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One attempt and what came of it. `status` and `answer` are the receiver's, `error` is why there is none."""
+
+    kind: Kind
+    event_id: UUID
+    event_type: str
+    package_id: UUID | None
+    sequence: int | None
+    partition: int | None
+    offset: int | None
+    attempt: int
+    begun_at: int
+    milliseconds: int
+    status: int | None = None
+    answer: str | None = None
+    error: str | None = None
+    number: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Something to send beside the stream: a test, or the event at `offset` again."""
+
+    order_id: UUID
+    subscription_id: UUID
+    kind: Kind
+    package_id: UUID | None
+    partition: int | None
+    offset: int | None
+
+
+@dataclass(slots=True)
+class Progress:
+    """What the deliverer saves of one subscription."""
+
+    subscription_id: UUID
+    epoch: int
+    position: Position
+    deliveries: int
+    trouble: str | None
+    held: Mapping[UUID, HeldPackage]
+    """Packages whose row changed, as they are now."""
+    released: frozenset[UUID]
+    """Packages whose row is to go."""
+    made: Sequence[Delivery] = ()
+    gone: str | None = None
+    """Why the receiver wants nothing any more; the subscription is then disabled."""
+    orders: Sequence[UUID] = field(default=())
+    """Orders that are done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """The deliverer's row."""
+
+    holder: UUID | None
+    beat: int
+    changes: int
+
+
+async def create_tables(views: Views) -> None:
+    """Create the tables and columns that are missing. Safe to repeat, also by several processes at once.
+
+    Raises as `Views.writing`.
+    """
+    async with views.writing() as connection:
+        if views.dialect == "postgresql":  # two that create one table at once would collide in the catalogue
+            await connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+        await connection.run_sync(_create)
+
+
+def _create(connection: Connection) -> None:
+    metadata.create_all(connection)
+    there = inspect(connection)
+    for table in metadata.tables.values():
+        known = {column["name"] for column in there.get_columns(table.name)}
+        for column in (column for column in table.columns if column.name not in known):
+            kind = column.type.compile(connection.dialect)
+            connection.execute(text(f"ALTER TABLE {table.name} ADD COLUMN {column.name} {kind}"))
+    if connection.execute(select(webhook_deliverer.c.id)).first() is None:
+        connection.execute(insert(webhook_deliverer).values(id=1, holder=None, beat=0, changes=0))
+
+
+class Subscriptions:
+    """The subscriptions in one views database. What it raises beside its own errors is as `Views.reading`."""
+
+    def __init__(self, views: Views, clock: Clock = system_clock) -> None:
+        self._views = views
+        self._clock = clock
+
+    # What gateways do.
+
+    async def create(
+        self,
+        owner: str,
+        basis: Mapping[str, Any],
+        url: str,
+        wanted: EventFilter,
+        position: Position,
+        key: UUID | None = None,
+    ) -> Subscription:
+        """Make a subscription that gets events after `position`. A repeat of its owner's `key` gets the first one.
+
+        Raises ConflictError: the owner has too many. CommandReusedError: the key came with another URL or filter.
+        """
+        table = webhook_subscriptions
+        made = Subscription(
+            uuid4() if key is None else uuid5(_NAMESPACE, f"{key} {owner}"),
+            owner,
+            basis,
+            url,
+            wanted,
+            (Secret(new_secret()),),
+            State.ACTIVE,
+            cause=None,
+            resumes=0,
+            created_at=self._clock(),
+            epoch=1,
+            position=position,
+            deliveries=0,
+        )
+        async with self._views.writing() as connection:
+            with suppress(NotFoundError):
+                first = await _found(connection, made.subscription_id, owner)
+                if (first.url, first.wanted) != (url, wanted):
+                    raise CommandReusedError("this Idempotency-Key made another subscription: use a new one")
+                return first
+            count = await connection.execute(select(func.count()).select_from(table).where(table.c.owner == owner))
+            if count.scalar_one() >= MOST_OF_OWNER:
+                raise ConflictError(
+                    f"{owner} has {MOST_OF_OWNER:,} subscriptions, which is the most: delete some first"
+                )
+            await connection.execute(insert(table).values(id=made.subscription_id, **_columns(made)))
+            await connection.execute(
+                insert(webhook_cursors).values(
+                    subscription_id=made.subscription_id, epoch=1, position=str(position), deliveries=0
+                )
+            )
+            await _announce(connection)
+        return made
+
+    async def find(self, subscription_id: UUID, owner: str | None) -> Subscription:
+        """The subscription, if it is of this owner (None: of anybody). Raises NotFoundError."""
+        async with self._views.reading() as connection:
+            return await _found(connection, subscription_id, owner)
+
+    async def page(self, owner: str | None, limit: int, after: UUID | None = None) -> list[Subscription]:
+        """Subscriptions of this owner, or of anybody, by their ids."""
+        query = _joined().order_by(webhook_subscriptions.c.id).limit(limit)
+        if owner is not None:
+            query = query.where(webhook_subscriptions.c.owner == owner)
+        if after is not None:
+            query = query.where(webhook_subscriptions.c.id > after)
+        async with self._views.reading() as connection:
+            return [_subscription(row) for row in await connection.execute(query)]
+
+    async def change(
+        self,
+        subscription_id: UUID,
+        owner: str | None,
+        *,
+        state: State | None = None,
+        url: str | None = None,
+        wanted: EventFilter | None = None,
+        basis: Mapping[str, Any] | None = None,
+    ) -> Subscription:
+        """Change what is given. Resuming tries at once what waits for its next attempt. Raises NotFoundError."""
+        changes: dict[str, Any] = {}
+        if state is not None:
+            changes |= {"state": state, "cause": None}
+        if state is State.ACTIVE:
+            changes["resumes"] = webhook_subscriptions.c.resumes + 1
+        if url is not None:
+            changes["url"] = url
+        if wanted is not None:
+            changes["filters"] = Filters.of(wanted).model_dump_json()
+        if basis is not None:
+            changes["basis"] = json.dumps(basis)
+        async with self._views.writing() as connection:
+            await _found(connection, subscription_id, owner)
+            if changes:
+                table = webhook_subscriptions
+                await connection.execute(update(table).where(table.c.id == subscription_id).values(**changes))
+            await _announce(connection)
+            return await _found(connection, subscription_id, owner)
+
+    async def rotate(self, subscription_id: UUID, owner: str | None) -> Subscription:
+        """Make a new secret, the first one of the result; the one before counts for OVERLAP_SECONDS more.
+
+        Raises NotFoundError.
+        """
+        async with self._views.writing() as connection:
+            found = await _found(connection, subscription_id, owner)
+            now = self._clock()
+            before, *older = (one for one in found.secrets if one.until is None or one.until > now)
+            ended = Secret(before.secret, now + OVERLAP_SECONDS * _MICROS)
+            secrets = (Secret(new_secret()), ended, *older)[:_MOST_SECRETS]
+            table = webhook_subscriptions
+            await connection.execute(
+                update(table).where(table.c.id == subscription_id).values(secrets=_secrets_text(secrets))
+            )
+            await _announce(connection)
+            return await _found(connection, subscription_id, owner)
+
+    async def remove(self, subscription_id: UUID, owner: str | None) -> None:
+        """Delete the subscription with all that belongs to it. Raises NotFoundError."""
+        async with self._views.writing() as connection:
+            await _found(connection, subscription_id, owner)
+            for table in (webhook_cursors, webhook_held, webhook_deliveries, webhook_orders):
+                await connection.execute(delete(table).where(table.c.subscription_id == subscription_id))
+            subscriptions = webhook_subscriptions
+            await connection.execute(delete(subscriptions).where(subscriptions.c.id == subscription_id))
+            await _announce(connection)
+
+    async def rewind(self, subscription_id: UUID, owner: str | None, position: Position) -> Subscription:
+        """Deliver again everything after `position`.
+
+        Raises NotFoundError. InvalidPositionError: the subscription has not come so far.
+        """
+        held = webhook_held.c
+        async with self._views.writing() as connection:
+            found = await _found(connection, subscription_id, owner, lock=True)
+            if found.position.log == position.log and not found.position.covers(position):
+                raise InvalidPositionError(
+                    "the subscription has not come as far as this position: it gets what follows"
+                )
+            for row in (
+                await connection.execute(select(webhook_held).where(held.subscription_id == subscription_id))
+            ).all():
+                if row.offset >= position.offsets.get(row.partition, 0) or found.position.log != position.log:
+                    await connection.execute(
+                        delete(webhook_held).where(
+                            held.subscription_id == subscription_id, held.package_id == row.package_id
+                        )
+                    )
+            cursors = webhook_cursors
+            await connection.execute(
+                update(cursors)
+                .where(cursors.c.subscription_id == subscription_id)
+                .values(epoch=cursors.c.epoch + 1, trouble=None, position=str(position))
+            )
+            await _announce(connection)
+            return await _found(connection, subscription_id, owner)
+
+    async def order_test(self, subscription_id: UUID, owner: str | None) -> UUID:
+        """Ask for a test message; returns its id. Raises NotFoundError."""
+        async with self._views.writing() as connection:
+            await _found(connection, subscription_id, owner)
+            return await self._order(connection, subscription_id, Kind.TEST)
+
+    async def order_repeat(self, subscription_id: UUID, owner: str | None, event_id: UUID) -> None:
+        """Ask for one event again. If it is what its package waits for, the package goes on after it.
+
+        Raises NotFoundError, also when the deliveries that are kept do not have the event.
+        """
+        made = webhook_deliveries.c
+        async with self._views.writing() as connection:
+            await _found(connection, subscription_id, owner)
+            row = (
+                await connection.execute(
+                    select(made.package_id, made.partition, made.offset)
+                    .where(made.subscription_id == subscription_id, made.event_id == event_id)
+                    .where(made.kind != Kind.TEST)
+                    .limit(1)
+                )
+            ).first()
+            if row is None:
+                raise NotFoundError(
+                    f"the last {KEPT_DELIVERIES} deliveries of the subscription have no event {event_id}: "
+                    "redeliver from a position or time instead"
+                )
+            await self._order(connection, subscription_id, Kind.REPEAT, row)
+
+    async def _order(
+        self, connection: AsyncConnection, subscription_id: UUID, kind: Kind, event: Row[*tuple[Any, ...]] | None = None
+    ) -> UUID:
+        order_id = uuid4()
+        of = {} if event is None else {name: getattr(event, name) for name in ("package_id", "partition", "offset")}
+        await connection.execute(
+            insert(webhook_orders).values(
+                id=order_id, subscription_id=subscription_id, kind=kind, created_at=self._clock(), **of
+            )
+        )
+        await _announce(connection)
+        return order_id
+
+    async def deliveries(self, subscription_id: UUID, limit: int, before: int | None = None) -> list[Delivery]:
+        """The subscription's deliveries with numbers below `before`, the newest first."""
+        made = webhook_deliveries.c
+        query = select(webhook_deliveries).where(made.subscription_id == subscription_id)
+        if before is not None:
+            query = query.where(made.number < before)
+        async with self._views.reading() as connection:
+            rows = await connection.execute(query.order_by(made.number.desc()).limit(limit))
+            return [_delivery(row) for row in rows]
+
+    async def held(self, subscription_ids: Iterable[UUID]) -> dict[UUID, list[HeldPackage]]:
+        """The packages that these subscriptions hold back, by subscription."""
+        async with self._views.reading() as connection:
+            return await _held(connection, list(subscription_ids))
+
+    # What the deliverer does.
+
+    async def beat(self) -> Beat:
+        """The deliverer's row."""
+        table = webhook_deliverer.c
+        async with self._views.reading() as connection:
+            row = (await connection.execute(select(table.holder, table.beat, table.changes))).one()
+            return Beat(row.holder, row.beat, row.changes)
+
+    async def claim(self, me: UUID, seen: Beat) -> bool:
+        """Become the one that delivers, in place of who held the row as it was `seen`. Whether that succeeded."""
+        table = webhook_deliverer
+        async with self._views.writing() as connection:
+            before = table.c.holder.is_(None) if seen.holder is None else table.c.holder == seen.holder
+            done = await connection.execute(
+                update(table).where(before, table.c.beat == seen.beat).values(holder=me, beat=seen.beat + 1)
+            )
+            return done.rowcount == 1
+
+    async def release(self, me: UUID) -> None:
+        """Let another process deliver at once."""
+        table = webhook_deliverer
+        async with self._views.writing() as connection:
+            await connection.execute(update(table).where(table.c.holder == me).values(holder=None))
+
+    async def load(self) -> tuple[list[Subscription], dict[UUID, list[HeldPackage]]]:
+        """All subscriptions, and the packages that they hold back."""
+        async with self._views.reading(snapshot=True, long=True) as connection:
+            found = [_subscription(row) for row in await connection.execute(_joined())]
+            return found, await _held(connection, None)
+
+    async def orders(self) -> list[Order]:
+        """Orders that are not done, the oldest first."""
+        async with self._views.reading() as connection:
+            rows = await connection.execute(select(webhook_orders).order_by(webhook_orders.c.created_at))
+            return [Order(r.id, r.subscription_id, Kind(r.kind), r.package_id, r.partition, r.offset) for r in rows]
+
+    async def save(self, me: UUID, progress: Sequence[Progress]) -> bool:
+        """Save what the deliverer has done, in one transaction, and its heartbeat. False: another delivers by now.
+
+        Of a subscription that was deleted, or whose epoch has passed, only the deliveries are kept.
+        """
+        table, cursors = webhook_deliverer, webhook_cursors
+        async with self._views.writing() as connection:
+            beat = update(table).where(table.c.holder == me).values(beat=table.c.beat + 1)
+            if (await connection.execute(beat)).rowcount != 1:
+                return False
+            if not progress:
+                return True
+            ids = [one.subscription_id for one in progress]
+            query = select(cursors.c.subscription_id, cursors.c.epoch).where(cursors.c.subscription_id.in_(ids))
+            epochs = {row.subscription_id: row.epoch for row in await connection.execute(query.with_for_update())}
+            current = [one for one in progress if epochs.get(one.subscription_id) == one.epoch]
+            await _save_cursors(connection, current)
+            await _save_held(connection, current)
+            await _save_deliveries(connection, [one for one in progress if one.subscription_id in epochs])
+            for one in current:
+                if one.gone is not None:
+                    subscriptions = webhook_subscriptions
+                    await connection.execute(
+                        update(subscriptions)
+                        .where(subscriptions.c.id == one.subscription_id)
+                        .values(state=State.DISABLED, cause=one.gone)
+                    )
+            if done := [order for one in progress for order in one.orders]:
+                await connection.execute(delete(webhook_orders).where(webhook_orders.c.id.in_(done)))
+            return True
+
+
+async def _announce(connection: AsyncConnection) -> None:
+    """Have the deliverer look."""
+    table = webhook_deliverer
+    await connection.execute(update(table).values(changes=table.c.changes + 1))
+
+
+async def _save_cursors(connection: AsyncConnection, progress: Sequence[Progress]) -> None:
+    cursors = webhook_cursors
+    rows = [
+        {"of": one.subscription_id, "p": str(one.position), "n": one.deliveries, "t": one.trouble} for one in progress
+    ]
+    if rows:
+        await connection.execute(
+            update(cursors)
+            .where(cursors.c.subscription_id == bindparam("of"))
+            .values(position=bindparam("p"), deliveries=bindparam("n"), trouble=bindparam("t")),
+            rows,
+        )
+
+
+async def _save_held(connection: AsyncConnection, progress: Sequence[Progress]) -> None:
+    held = webhook_held
+    gone = [
+        {"of": one.subscription_id, "package": package_id}
+        for one in progress
+        for package_id in (*one.released, *one.held)
+    ]
+    if gone:
+        await connection.execute(
+            delete(held).where(held.c.subscription_id == bindparam("of"), held.c.package_id == bindparam("package")),
+            gone,
+        )
+    rows = [{"subscription_id": one.subscription_id, **asdict(row)} for one in progress for row in one.held.values()]
+    if rows:
+        await connection.execute(insert(held), rows)
+
+
+async def _save_deliveries(connection: AsyncConnection, progress: Sequence[Progress]) -> None:
+    made = webhook_deliveries
+    rows = [{"subscription_id": one.subscription_id, **asdict(row)} for one in progress for row in one.made]
+    if not rows:
+        return
+    await connection.execute(insert(made), rows)
+    old = [
+        {"of": one.subscription_id, "last": one.made[-1].number - KEPT_DELIVERIES}
+        for one in progress
+        if one.made and one.made[-1].number > KEPT_DELIVERIES
+    ]
+    if old:
+        await connection.execute(
+            delete(made).where(made.c.subscription_id == bindparam("of"), made.c.number <= bindparam("last")), old
+        )
+
+
+def _joined() -> Select[Any]:
+    subscriptions, cursors = webhook_subscriptions, webhook_cursors
+    return select(
+        subscriptions, cursors.c.epoch, cursors.c.position, cursors.c.deliveries, cursors.c.trouble
+    ).join_from(subscriptions, cursors, subscriptions.c.id == cursors.c.subscription_id)
+
+
+async def _found(
+    connection: AsyncConnection, subscription_id: UUID, owner: str | None, *, lock: bool = False
+) -> Subscription:
+    query = _joined().where(webhook_subscriptions.c.id == subscription_id)
+    if owner is not None:
+        query = query.where(webhook_subscriptions.c.owner == owner)
+    row = (await connection.execute(query.with_for_update() if lock else query)).first()
+    if row is None:
+        raise NotFoundError(f"there is no subscription {subscription_id}")
+    return _subscription(row)
+
+
+async def _held(connection: AsyncConnection, ids: Sequence[UUID] | None) -> dict[UUID, list[HeldPackage]]:
+    query = select(webhook_held).order_by(webhook_held.c.since)
+    if ids is not None:
+        query = query.where(webhook_held.c.subscription_id.in_(ids))
+    found: dict[UUID, list[HeldPackage]] = {}
+    for row in await connection.execute(query):
+        values = row._asdict()
+        found.setdefault(values.pop("subscription_id"), []).append(HeldPackage(**values))
+    return found
+
+
+def _columns(made: Subscription) -> dict[str, Any]:
+    return {
+        "owner": made.owner,
+        "basis": json.dumps(made.basis),
+        "url": made.url,
+        "filters": Filters.of(made.wanted).model_dump_json(),
+        "secrets": _secrets_text(made.secrets),
+        "state": made.state,
+        "cause": made.cause,
+        "resumes": made.resumes,
+        "created_at": made.created_at,
+    }
+
+
+def _subscription(row: Row[*tuple[Any, ...]]) -> Subscription:
+    return Subscription(
+        subscription_id=row.id,
+        owner=row.owner,
+        basis=json.loads(row.basis),
+        url=row.url,
+        wanted=Filters.model_validate_json(row.filters).to_filter(),
+        secrets=tuple(Secret(**one) for one in json.loads(row.secrets)),
+        state=State(row.state),
+        cause=row.cause,
+        resumes=row.resumes,
+        created_at=row.created_at,
+        epoch=row.epoch,
+        position=Position.parse(row.position),
+        deliveries=row.deliveries,
+        trouble=row.trouble,
+    )
+
+
+def _delivery(row: Row[*tuple[Any, ...]]) -> Delivery:
+    values = row._asdict()
+    del values["subscription_id"]
+    return Delivery(**{**values, "kind": Kind(row.kind)})
+
+
+def _secrets_text(secrets: Iterable[Secret]) -> str:
+    return json.dumps([asdict(one) for one in secrets])
