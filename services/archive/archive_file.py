@@ -260,7 +260,7 @@ class Archive:
         self._file: BinaryIO = path.open("rb")
         try:
             self.contents, self._first = self._open()
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             self._file.close()
             raise CorruptError(f"{path} is damaged: its header or footer is not one") from error
         except BaseException:
@@ -294,7 +294,7 @@ class Archive:
                 sections[partition] = Section(begun.offset, begun.before, begun.count + len(records))
                 yield records
             elif kind == _BLOBS:
-                pieces = [BlobPiece(*piece) for piece in value]
+                pieces = self._read_pieces(value, place)
                 begun = blobs or Section(place, before, 0)
                 blobs = Section(begun.offset, begun.before, begun.count + len(pieces))
                 yield pieces
@@ -321,9 +321,11 @@ class Archive:
             return
         at, digest, left = section.offset, section.before, section.count
         while left > 0:
+            place = at
             _, value, digest, at = self._block(at, digest)
-            left -= len(value)
-            yield from (BlobPiece(*piece) for piece in value)
+            found = self._read_pieces(value, place)
+            left -= len(found)
+            yield from found
 
     def _open(self) -> tuple[Contents, tuple[bytes, int]]:
         """The contents, and where the blocks after the header begin."""
@@ -364,6 +366,13 @@ class Archive:
             left_out=footer["left_out"],
             digest=last,
         )
+        sections = [*contents.sections.values(), *([] if contents.blobs is None else [contents.blobs])]
+        numbers = [contents.partitions, *contents.end, *contents.end.values(), *contents.sections]
+        numbers += [number for section in sections for number in (section.offset, section.count)]
+        numbers += [count for _, count in contents.schemas.values()]
+        marks = [*contents.schemas, *(section.before for section in sections)]
+        if not all(map(_is_number, numbers)) or not all(type(mark) is bytes for mark in marks):
+            raise ValueError("a value has another type")
         return contents, (digest, at)
 
     def _block(self, at: int, before: bytes | None) -> tuple[bytes, Any, bytes, int]:
@@ -384,7 +393,7 @@ class Archive:
             if len(plain) != plain_bytes:
                 raise ValueError("another length")
             value = cbor2.loads(plain)
-        except (zstd.ZstdError, EOFError, ValueError, cbor2.CBORDecodeError) as error:
+        except (zstd.ZstdError, EOFError, ValueError, TypeError, RecursionError, cbor2.CBORDecodeError) as error:
             raise self._damaged(at, "cannot be read") from error
         return kind, value, digest, at + _HEAD.size + stored_bytes + _DIGEST_BYTES
 
@@ -397,12 +406,41 @@ class Archive:
             ]
         except (ValueError, TypeError, IndexError) as error:
             raise self._damaged(at, "holds no records") from error
-        if not found:
+        if not found or not all(map(_is_record, found)):
             raise self._damaged(at, "holds no records")
+        return found
+
+    def _read_pieces(self, value: Any, at: int) -> list[BlobPiece]:
+        try:
+            found = [BlobPiece(*piece) for piece in value]
+        except TypeError as error:
+            raise self._damaged(at, "holds no pieces of blobs") from error
+        if not found or not all(map(_is_piece, found)):
+            raise self._damaged(at, "holds no pieces of blobs")
         return found
 
     def _damaged(self, at: int, what: str) -> CorruptError:
         return CorruptError(f"{self.path} is damaged: the block at byte {at} {what}")
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _is_record(record: ArchivedRecord) -> bool:
+    return (
+        _is_number(record.partition)
+        and _is_number(record.offset)
+        and _is_number(record.time)
+        and type(record.key) is bytes
+        and type(record.value) is bytes
+        and all(type(name) is str and (value is None or type(value) is bytes) for name, value in record.headers)
+    )
+
+
+def _is_piece(piece: BlobPiece) -> bool:
+    numbers = _is_number(piece.length) and _is_number(piece.start)
+    return numbers and type(piece.digest) is bytes and len(piece.digest) == _DIGEST_BYTES and type(piece.data) is bytes
 
 
 def _chained(before: bytes, head: bytes, stored: bytes) -> bytes:

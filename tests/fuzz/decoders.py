@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import struct
 import sys
+import tempfile
 from base64 import urlsafe_b64encode
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from uuid import UUID
 
@@ -17,6 +20,7 @@ import cbor2
 from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http_exceptions import BadHttpMessage
 from aiohttp.http_parser import HttpRequestParser
+from blake3 import blake3
 
 from artifact_store import manifest
 from artifact_store.archives.bundle import SmallFile
@@ -39,7 +43,10 @@ from ingest_gateway.protocol.json_body import parse_json
 from ingest_gateway.protocol.negotiation import choose, not_modified, requested
 from ingest_gateway.protocol.request import _query, held
 from schemas import codec
+from schemas.codec import schema_fingerprint
 from schemas.runs import entry_of, read_entry
+from services.archive import Archive, check_archive
+from services.archive.archive_file import MAGIC, ArchivedRecord, ArchiveWriter, BlobPiece, Contents
 from services.blobs.resumable.states import UploadState, _read
 from services.blobs.s3 import multipart, requests
 from services.config import Settings
@@ -57,6 +64,7 @@ from services.views.queries import read_cursor, write_cursor
 from services.views.tables import artifact_packages
 from tests import commands
 from tests.unit.core.test_decide import after
+from tests.views_history import History
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -98,6 +106,46 @@ def _read_archive(data: bytes) -> None:
     for start in range(0, len(data), 700):
         list(reader.feed(data[start : start + 700]))
     reader.close()
+
+
+@cache
+def _log_archive() -> dict[bytes, bytes]:
+    """The blocks of a whole archive of a log, by their kinds."""
+    events, blob = History(1).fill(packages=1, files=1).events, b"bytes of a file"
+    about = {schema_fingerprint(event.event_type): (event.event_type, 1) for event in events}
+    contents = Contents(UUID(int=1), 1, {0: 9}, backend="local", schemas=about, package_count=1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "log.archive"
+        with ArchiveWriter(path, contents, {}) as archive:
+            for offset, event in enumerate(events):
+                key, found = str(event.package_id).encode(), (("event_type", event.event_type.encode()),)
+                archive.add(ArchivedRecord(0, offset, event.created_at, key, codec.encode(event), found))
+            archive.add_piece(BlobPiece(blake3(blob).digest(), len(blob), 0, blob))
+            archive.finish()
+        data, at, blocks = path.read_bytes(), len(MAGIC), dict[bytes, bytes]()
+    while at < len(data) - 16:
+        kind, stored, _ = struct.unpack_from("<cII", data, at)
+        blocks[kind] = zstd.decompress(data[at + 9 : at + 9 + stored])
+        at += 9 + stored + 32
+    return blocks
+
+
+def _read_log_archive(path: Path) -> Callable[[bytes], object]:
+    """Puts the input, whose first byte names a block, in the block's place, with the digests that it then has."""
+
+    def read(data: bytes) -> None:
+        written, digest, at = MAGIC, bytes(32), 0
+        for kind, valid in _log_archive().items():
+            content = data[1:] if kind == data[:1] else valid
+            at, stored = len(written), zstd.compress(content)
+            head = struct.pack("<cII", kind, len(stored), len(content))
+            digest = blake3(digest + head + stored).digest()
+            written += head + stored + digest
+        path.write_bytes(written + struct.pack("<Q", at) + b"ASLOGEND")
+        with Archive(path) as archive:
+            asyncio.run(check_archive(archive))
+
+    return read
 
 
 def _read_coded(coding: str) -> Callable[[bytes], object]:
@@ -191,6 +239,9 @@ def decoders(folder: Path) -> dict[str, Decoder]:
         "avro": Decoder(codec.decode, golden, (codec.UndecodableEventError, ArtifactStoreError)),
         "record": Decoder(_read_record, golden),
         "manifest": Decoder(manifest.decode, (_manifest(), manifest.to_json(_manifest())), mistaken=(_deep(b"{"),)),
+        "log archive": Decoder(
+            _read_log_archive(folder / "log.archive"), tuple(kind + block for kind, block in _log_archive().items())
+        ),
         "tar": Decoder(_read_archive, (tar_of_small(files) + END,)),
         "gzip": Decoder(_read_coded("gzip"), (packed, packed * 2)),
         "zstd": Decoder(_read_coded("zstd"), (framed, framed * 2)),
