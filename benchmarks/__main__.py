@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import sys
 
-from benchmarks import append, append_latency, catch_up, fan_out, rebuild, single_puts, streams, trees
+from benchmarks import append, append_latency, catch_up, fan_out, rebuild, single_gets, single_puts, streams, trees
 from benchmarks.harness import measure
 from benchmarks.result import table
 from services.config import PREFIX, Settings
@@ -27,6 +27,7 @@ _ALL = (
     single_puts.WITH_TOKENS,
     single_puts.ALONE,
     streams.PLAN,
+    single_gets.PLAN,
 )
 PLANS = {plan.name: plan for plan in _ALL}
 

@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 from aiohttp import web
 
+from artifact_store.byte_streams import joined
 from artifact_store.documents.http import quoted, repr_digest
 from artifact_store.documents.shapes import FileAnswer, FileIngestedAnswer, FilePageAnswer
 from artifact_store.errors import (
@@ -63,6 +64,9 @@ from services.blobs.shared_packs import is_small
 from services.core.access import Right
 
 ANY_MEDIA_TYPE = "application/octet-stream"
+
+_AT_ONCE_BYTES = 64 * 1024
+"""Contents of at most this length are sent together with the head of the answer."""
 
 
 async def ingest_file(call: Call) -> web.StreamResponse:
@@ -123,7 +127,8 @@ _MEDIA_TYPE = re.compile(rf"{_TOKEN}/{_TOKEN}(?:[ \t]*;[\x20-\x7e\t]*)?")
 
 async def get_content(call: Call) -> web.StreamResponse:
     """GET and HEAD /v1/files/{file_id}/content."""
-    file = await call.registry.get_file_record(call.path(FILE_ID))
+    found = await call.registry.find_content(call.path(FILE_ID))
+    file = found.file
     tag = ContentAddress.of_digest(file.blake3)
     headers = _headers(file, tag)
     request = call.request
@@ -137,14 +142,17 @@ async def get_content(call: Call) -> web.StreamResponse:
         headers["Content-Range"] = part.content_range
     if length == 0:
         return bytes_answer(b"", headers.pop("Content-Type"), headers=headers)
-    response = web.StreamResponse(status=200 if part is None else 206, headers=headers)
+    status = 200 if part is None else 206
+    response = web.StreamResponse(status=status, headers=headers)
     response.content_length = length
     if request.method == "HEAD":
         await call.start(response)
         return response
     # Most failures are raised here. Once the status is sent, a failure can only cut the connection.
-    chunks = await call.registry.open_content(file.file_id, 0 if part is None else part.offset, length)
+    chunks = await call.registry.read_content(found, 0 if part is None else part.offset, length)
     async with aclosing(chunks):
+        if length <= _AT_ONCE_BYTES:
+            return bytes_answer(await joined(chunks), headers.pop("Content-Type"), status=status, headers=headers)
         await call.start(response)
         async for chunk in chunks:
             await call.send(response, chunk)

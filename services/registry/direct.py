@@ -55,7 +55,7 @@ from services.registry.bundle_store import BundleStore
 from services.registry.known_end import KnownEnd
 from services.registry.origins import Origins, ScopedFilter, find_origins, in_order_of_time, position_of
 from services.runtime.tracing import traced
-from services.views.queries import Origin, PlacedFile, Queries
+from services.views.queries import FoundFile, Origin, PlacedFile, Queries
 from services.views.waiting import ViewWaits, beyond_log, parked_error
 
 Found = TypeVar("Found")
@@ -156,6 +156,7 @@ class DirectRegistry(Registry):
         await self._waits.close()
         await self._end.close()
         await self._small.close()
+        await self._bundles.reads.close()
         if self._uploads is not None:
             await self._uploads.close()
 
@@ -404,10 +405,7 @@ class DirectRegistry(Registry):
         return await self._queries.files(package_id, limit=limit, cursor=cursor)
 
     async def get_file_record(self, file_id: UUID) -> File:
-        file = await self._seen(None, lambda: self._queries.file(file_id), None, settled=True)
-        if file is None:
-            raise FileNotFoundInRegistryError(f"there is no file {file_id}")
-        return file
+        return (await self.find_content(file_id)).file
 
     async def get_file_at(self, package_id: UUID, relative_path: str, *, wait_sequence: int | None = None) -> File:
         check_path(relative_path)
@@ -420,17 +418,29 @@ class DirectRegistry(Registry):
             raise FileNotFoundInRegistryError(f"package {package_id} has no file {relative_path!r}")
         return file
 
+    async def find_content(self, file_id: UUID) -> FoundFile:
+        """The file and where its bytes lie, for `read_content`. Raises as `get_file_record`."""
+        found = await self._seen(None, lambda: self._queries.found_file(file_id), None, settled=True)
+        if found is None:
+            raise FileNotFoundInRegistryError(f"there is no file {file_id}")
+        return found
+
     async def open_content(
         self, file_id: UUID, offset: int = 0, length: int | None = None
     ) -> AsyncGenerator[bytes, None]:
-        file = await self.get_file_record(file_id)
+        return await self.read_content(await self.find_content(file_id), offset, length)
+
+    async def read_content(
+        self, found: FoundFile, offset: int = 0, length: int | None = None
+    ) -> AsyncGenerator[bytes, None]:
+        """As `open_content`, of a file that `find_content` has found."""
+        file = found.file
         if offset < 0 or (length is not None and length < 0):
             raise InvalidRequestError("offset and length of a range must not be negative")
         if offset > file.size_bytes or (offset == file.size_bytes and offset > 0):
             raise RangeNotSatisfiableError(f"the file has {file.size_bytes:,} bytes", file.size_bytes)
         wanted = min(file.size_bytes - offset, file.size_bytes if length is None else length)
-        places = [(place.key, place.offset) for place in await self._queries.locations(file_id)]
-        places.append((content_key(file.blake3), 0))
+        places = (*found.places, (content_key(file.blake3), 0))
         if wanted == file.size_bytes:
             return await self._bundles.reads.whole(places, file.blake3, wanted)
         return await self._bundles.reads.part(places, offset, wanted)

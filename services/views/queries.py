@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import copy
 import json
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ from artifact_store.rules import check_path, check_text
 from services.core.access import EVERYWHERE, Scope
 from services.views.database import Views
 from services.views.engine.checkpoints import read_position
+from services.views.lookups import Lookups
 from services.views.projections import projection_named
 from services.views.tables import (
     artifact_files,
@@ -64,17 +66,6 @@ NEWEST_PACKAGES = 200
 
 
 @dataclass(frozen=True, slots=True)
-class Location:
-    """Where one file's bytes lie."""
-
-    backend_id: str
-    content_address: ContentAddress
-    key: str
-    offset: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
 class PlacedFile:
     """A file and where its bytes lie: `size_bytes` from `offset` of `key`; `blake3` is its own (32 raw bytes)."""
 
@@ -85,6 +76,14 @@ class PlacedFile:
     blake3: bytes
     key: str
     offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class FoundFile:
+    """A file's metadata, and where its bytes lie: keys and offsets, in the order of the locations' ids."""
+
+    file: File
+    places: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,10 +146,13 @@ class Queries:
     def __init__(self, views: Views, scope: Scope = EVERYWHERE) -> None:
         self._views = views
         self._scope = scope
+        self._lookups = Lookups[Scope, FoundFile](lambda scope, wanted: self.within(scope)._found_files(wanted))
 
     def within(self, scope: Scope) -> Queries:
         """The same questions, about the packages of this scope alone."""
-        return Queries(self._views, scope)
+        found = copy.copy(self)
+        found._scope = scope
+        return found
 
     async def package(self, package_id: UUID) -> Package | None:
         """The package of this id."""
@@ -210,11 +212,24 @@ class Queries:
         rows, more = await self._page(query, limit)
         return Page(tuple(_file(row) for row in rows), write_cursor("files", rows[-1].relative_path) if more else None)
 
-    async def file(self, file_id: UUID) -> File | None:
-        """The file of this id."""
-        table = artifact_files.c
-        row = await self._one(select(artifact_files).where(table.id == file_id, *self._visible(table.package_id)))
-        return _file(row) if row else None
+    async def found_file(self, file_id: UUID) -> FoundFile | None:
+        """The file of this id and where its bytes lie. Callers at the same time share a transaction."""
+        return await self._lookups.find(self._scope, file_id)
+
+    async def _found_files(self, file_ids: Set[UUID]) -> dict[UUID, FoundFile]:
+        files, places = artifact_files.c, storage_locations.c
+        query = (
+            select(artifact_files, places.key, places.offset)
+            .outerjoin(storage_locations, places.artifact_file_id == files.id)
+            .where(files.id.in_(file_ids), *self._visible(files.package_id))
+            .order_by(files.id, places.id)
+        )
+        found: dict[UUID, FoundFile] = {}
+        for row in await self._all(query):
+            known = found.get(row.id) or FoundFile(_file(row), ())
+            place = () if row.key is None else ((row.key, row.offset),)
+            found[row.id] = FoundFile(known.file, (*known.places, *place))
+        return found
 
     async def file_at(self, package_id: UUID, relative_path: str) -> File | None:
         """The package's file of this path. Raises InvalidPathError, naming the rule that the path breaks."""
@@ -223,19 +238,6 @@ class Queries:
         query = select(artifact_files).where(table.package_id == package_id, table.relative_path == relative_path)
         row = await self._one(query.where(*self._visible(table.package_id)))
         return _file(row) if row else None
-
-    async def locations(self, file_id: UUID) -> tuple[Location, ...]:
-        """Where the file's bytes lie, in the order of the locations' ids; empty when the file is not known."""
-        table = storage_locations.c
-        query = select(storage_locations).where(table.artifact_file_id == file_id).order_by(table.id)
-        if visible := self._visible(artifact_files.c.package_id):
-            query = query.join(artifact_files, artifact_files.c.id == table.artifact_file_id).where(*visible)
-        async with self._views.reading() as connection:
-            rows = (await connection.execute(query)).all()
-        return tuple(
-            Location(row.backend_id, ContentAddress(row.content_address), row.key, row.offset, row.length)
-            for row in rows
-        )
 
     async def placed_files(
         self, package_id: UUID, after: str = "", largest: int | None = None, limit: int = MAX_PAGE

@@ -11,13 +11,14 @@ import pytest
 
 from artifact_store.errors import CorruptError, InvalidRequestError, LogIdentityError
 from artifact_store.events import Event
+from artifact_store.manifest import content_key
 from artifact_store.position import Position
 from services.core.lifecycle import MICROS_PER_DAY
 from services.views.database import Views
 from services.views.engine.checkpoints import Checkpoint, StaleCheckpointError, load_checkpoint
 from services.views.engine.generations import reset
 from services.views.projections import PROJECTIONS, projection_named
-from services.views.queries import ManifestLocation, Queries
+from services.views.queries import FoundFile, ManifestLocation, Queries
 from tests.views_history import History, apply_whole, view_rows
 
 LOG = UUID(int=7)
@@ -54,11 +55,9 @@ async def test_a_package_appears_as_its_events_tell(views: Views) -> None:
     assert (package.created_at, package.finalized_at) == (history.events[0].created_at, history.events[-1].created_at)
     files = await queries.files(package_id)
     assert [file.relative_path for file in files.items] == ["a.txt", "b.txt"]
-    assert await queries.file(files.items[0].file_id) == files.items[0]
     assert await queries.file_at(package_id, "a.txt") == files.items[0]
-    (location,) = await queries.locations(files.items[0].file_id)
-    assert location.content_address.digest == files.items[0].blake3
-    assert (location.offset, location.length) == (0, files.items[0].size_bytes)
+    found = await queries.found_file(files.items[0].file_id)
+    assert found == FoundFile(files.items[0], ((content_key(files.items[0].blake3), 0),))
     manifest = await queries.manifest(package_id)
     assert manifest is not None
     assert manifest.inline is not None
@@ -80,11 +79,10 @@ async def test_a_manifest_by_claim_check_keeps_its_key_alone(views: Views) -> No
 async def test_what_is_not_there_is_none_or_empty(views: Views) -> None:
     queries, nobody = Queries(views), UUID(int=1)
     assert await queries.package(nobody) is None
-    assert await queries.file(nobody) is None
+    assert await queries.found_file(nobody) is None
     assert await queries.file_at(nobody, "a") is None
     assert await queries.manifest(nobody) is None
     assert await queries.retention(nobody) is None
-    assert await queries.locations(nobody) == ()
     assert (await queries.files(nobody)).items == ()
     assert await queries.checkpoint("registry") is None
 
