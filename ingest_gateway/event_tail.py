@@ -8,16 +8,18 @@ from the shared tail. Clients that read to the log's end and stop share the same
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+import math
+from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence, Set
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Self
 from uuid import UUID
 
-from artifact_store.documents.event_lines import event_head
+from artifact_store.documents.event_lines import event_head, event_heads
 from artifact_store.errors import CorruptError, InvalidPositionError, UnavailableError
-from artifact_store.events import PackageFinalized, RecordedEvent
+from artifact_store.events import RecordedEvent
 from artifact_store.models import EventFilter
 from artifact_store.position import Position
 from services.log.port import Log, PackageExtent
@@ -38,7 +40,10 @@ PATIENCE_SECONDS = 2.0
 MARK_SECONDS = 5.0
 """How often a client whose events are all filtered out gets its position."""
 
-_AT_ONCE_BYTES = 64 * 1024
+_AT_ONCE_BYTES = 48 * 1024
+"""So that what a follower gets at once does not exceed what a connection buffers before it waits, 64 KiB."""
+
+_AT_ONCE_EVENTS = 1000
 _BREATH = 50
 """Events after which reading yields to the event loop."""
 
@@ -50,9 +55,9 @@ Frame = Callable[[str, bytes, str], bytes]
 """Formats an event for a client, from its type, its `event_head`, and the text of the position after it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Form:
-    """How a client gets events."""
+    """How a client gets events. Followers with the same object share what is made for them."""
 
     frame: Frame
     manifests: bool = True
@@ -77,8 +82,8 @@ class TailEvent:
     @classmethod
     def of(cls, event: RecordedEvent, partition: int) -> Self:
         """The event, which lies in this partition, put into JSON."""
-        position, head = event.position, event_head(event)
-        lean = event_head(event, manifest=False) if isinstance(event.payload, PackageFinalized) else head
+        position = event.position
+        head, lean = event_heads(event)
         offset = position.offsets[partition] - 1
         return cls(partition, offset, event.package_id, event.event_type, head, lean, position, str(position))
 
@@ -138,46 +143,63 @@ class Tail:
         return await self._log.at_time(created_at)
 
     async def follow(
-        self, since: Position | None, wanted: EventFilter, form: Form, mark: Mark | None = None
+        self,
+        since: Position | None,
+        wanted: EventFilter,
+        form: Form,
+        mark: Mark | None = None,
+        *,
+        quiet_seconds: float = math.inf,
     ) -> AsyncGenerator[bytes]:
         """Wanted events after `since`, each once, one or more to a piece; never ends.
 
         With `mark`, a client gets its position now and then while events are passed over.
 
-        The first empty piece means that the follower has caught up. Memory is bounded however slow the caller is.
-        Raises as `Log.read`. A record that cannot be decoded does not end a follower of another package, unless the
-        follower meets such a record first of all.
+        The first empty piece means that the follower has caught up; another one comes whenever there was nothing for
+        `quiet_seconds`. Memory is bounded however slow the caller is. Raises as `Log.read`. A record that cannot be
+        decoded does not end a follower of another package, unless the follower meets such a record first of all.
         """
         at, clock = _Standing(since), asyncio.get_running_loop().time
         if wanted.package_id is not None:
             mark = None  # of a package that is hidden, even a position would tell that there is such a package
         marked, untold = clock(), False
         while True:
-            async with self._seat() as seat:
+            async with self._seat(wanted, form) as seat:
                 # The seat has all events from this moment on; earlier ones are read up to the log's end.
                 while await self._behind(at):
                     missed = self._missed(at, wanted, form, None, mark)
                     async with feed(missed, PATIENCE_SECONDS) as pieces:
-                        while (piece := await pieces.take()) is not None:
+                        while (piece := await pieces.take_within(quiet_seconds)) is not None:
                             yield piece
+                at.in_step = seat.is_abreast_of(at.position)
                 yield b""
+                given = clock()
                 try:
-                    due = marked + MARK_SECONDS
-                    while (found := await seat.take(due if untold and mark is not None else None)) is not None:
-                        hidden = await self._origins.hidden({event.package_id for event in found}, wanted)
-                        new, at.position, passed_over = _framed(found, at.position, wanted, form, hidden)
-                        if new:
-                            yield b"".join(new)
-                        untold = passed_over if found else untold
-                        if untold and mark is not None and clock() >= (due := marked + MARK_SECONDS):
-                            marked, untold = clock(), False
+                    while True:
+                        marks = mark is not None and untold
+                        due = given + quiet_seconds
+                        if not await seat.wait(min(due, marked + MARK_SECONDS) if marks else due):
+                            found = None
+                        elif (found := await seat.take(at)) is None:
+                            break
+                        if found is not None:
+                            untold = found.passed_over
+                            if found.data:
+                                given = clock()
+                                yield found.data
+                        if mark is not None and untold and clock() >= marked + MARK_SECONDS:
+                            given = marked = clock()
+                            untold = False
                             yield mark(str(at.position))
+                        if clock() >= given + quiet_seconds:
+                            given = clock()
+                            yield b""
                 except CorruptError:
                     if wanted.package_id is None:
                         raise
                     # It may be another package's record: this one's later events can still be read from the log.
             # Or it was too slow, and the events that it missed are no longer kept.
-            at.caught_up = False
+            at.caught_up = at.in_step = False
 
     async def read(
         self,
@@ -250,12 +272,13 @@ class Tail:
         at.caught_up = True
 
     @asynccontextmanager
-    async def _seat(self) -> AsyncIterator[_Seat]:
+    async def _seat(self, wanted: EventFilter, form: Form) -> AsyncIterator[_Seat]:
         self._followers += 1
         try:
             if self._run is None or self._run.over:
                 self._run = _Run(self._log, self._room_bytes, self._origins)
-            yield await self._run.seat()
+            with await self._run.seat(wanted, form) as seat:
+                yield seat
         finally:
             self._followers -= 1
             if not self._followers and self._run is not None:
@@ -269,33 +292,21 @@ class _Standing:
 
     position: Position | None
     caught_up: bool = False
+    in_step: bool = False
+    """Whether the client has nothing that the tail does not have: its positions are those of the tail."""
 
 
-def _framed(
-    found: Sequence[TailEvent], since: Position | None, wanted: EventFilter, form: Form, hidden: Set[UUID]
-) -> tuple[list[bytes], Position | None, bool]:
-    """Format the wanted events after `since`, those of packages that are `hidden` from the client left out.
+@dataclass(slots=True)
+class _Found:
+    """What a follower gets of some events of the tail."""
 
-    Also returns the position after all of `found`, and whether the last one was passed over.
-    """
-    pieces, in_step, passed_over = [], since is None, False
-    for event in found:
-        position, text = event.position, None
-        if not in_step and since is not None:
-            # Catching up may have read this event already, and may have read further than the tail in some partition.
-            read_before = event.offset < since.offsets.get(event.partition, 0)
-            in_step = position.covers(since)
-            if not in_step:
-                position = position.furthest(since)
-                text = str(position)
-            if read_before:
-                since = position
-                continue
-        passed_over = not wanted.takes(event.package_id, event.event_type) or event.package_id in hidden
-        if not passed_over:
-            pieces.append(event.piece(form) if text is None else event.piece_at(form, text))
-        since = position
-    return pieces, since, passed_over
+    data: bytes
+    end: int
+    """The number of the event after them."""
+    position: Position | None
+    """The position after them."""
+    passed_over: bool
+    """Whether the last of them was passed over."""
 
 
 class _Run:
@@ -303,13 +314,18 @@ class _Run:
 
     def __init__(self, log: Log, room_bytes: int, origins: Origins) -> None:
         self._log = log
-        self._origins = origins
+        self.origins = origins
         self._room_bytes = room_bytes
         self._kept: deque[TailEvent] = deque()
         self._kept_bytes = 0
         self._first = 0  # the number of the oldest that is kept
         self._begun = asyncio.Event()
-        self._news = asyncio.Event()
+        self.position: Position
+        """The position after the last event that was read; there is one once reading has begun."""
+        self._waiting: set[asyncio.Future[None]] = set()
+        self._channels: dict[tuple[EventFilter, Form], _Channel] = {}
+        self._pieces: OrderedDict[tuple[_Channel, int], _Found] = OrderedDict()
+        self._pieces_bytes = 0
         self._task = asyncio.create_task(self._read())
         self._task.add_done_callback(self._ended)
 
@@ -318,31 +334,64 @@ class _Run:
         """Whether it has stopped reading."""
         return self._task.done()
 
-    async def seat(self) -> _Seat:
+    @property
+    def end(self) -> int:
+        """The number of the next event."""
+        return self._first + len(self._kept)
+
+    async def seat(self, wanted: EventFilter, form: Form) -> _Seat:
         """A seat after all events read so far. Raises what reading raised."""
         await self._begun.wait()
-        self._require()
-        return _Seat(self, self._first + len(self._kept))
+        self.require()
+        channel = self._channels.get((wanted, form))
+        if channel is None:
+            channel = self._channels[wanted, form] = _Channel(self, wanted, form)
+        channel.seats += 1
+        return _Seat(self, channel, self.end)
 
-    async def take(self, number: int) -> Sequence[TailEvent] | None:
-        """Wait for events from this number on and return some; None when the first of them is no longer kept."""
-        while number >= self._first + len(self._kept):
-            self._require()
-            await self._news.wait()
+    def leave(self, channel: _Channel) -> None:
+        """Give back a seat."""
+        channel.seats -= 1
+        if not channel.seats:
+            self._channels.pop((channel.wanted, channel.form), None)
+
+    def events(self, number: int) -> Sequence[TailEvent] | None:
+        """Events from this number on, up to _AT_ONCE_EVENTS; None when the first of them is no longer kept."""
         if number < self._first:
             return None
-        found, size = [], 0
-        for i in range(number - self._first, len(self._kept)):
-            found.append(event := self._kept[i])
-            size += len(event.head)
-            if size >= _AT_ONCE_BYTES:
-                break
+        start = number - self._first
+        return list(islice(self._kept, start, start + _AT_ONCE_EVENTS))
+
+    async def shared(self, channel: _Channel, number: int) -> _Found | None:
+        """What followers of a channel get that are in step and stand before this event; made once.
+
+        None when the event is no longer kept. There must be such an event.
+        """
+        found = self._pieces.get((channel, number))
+        if found is None:
+            found = await channel.make(number, None)
+            if found is not None and channel.seats > 1 and (channel, number) not in self._pieces:
+                self._pieces[channel, number] = found
+                self._pieces_bytes += len(found.data) + _EVENT_BYTES
+                while self._pieces_bytes > self._room_bytes and len(self._pieces) > 1:
+                    self._pieces_bytes -= len(self._pieces.popitem(last=False)[1].data) + _EVENT_BYTES
         return found
 
-    def _require(self) -> None:
+    def require(self) -> None:
+        """Raise what reading raised, if it is over."""
         if self.over:
             self._task.result()
             raise UnavailableError("the log is not followed any more")
+
+    def wait(self) -> asyncio.Future[None]:
+        """A future that is done when there is another event, or reading is over. Pass it to `forget` in any case."""
+        waiting = asyncio.get_running_loop().create_future()
+        self._waiting.add(waiting)
+        return waiting
+
+    def forget(self, waiting: asyncio.Future[None]) -> None:
+        """See `wait`."""
+        self._waiting.discard(waiting)
 
     async def close(self) -> None:
         """Stop reading; returns once the log's reader is closed."""
@@ -350,7 +399,7 @@ class _Run:
         await asyncio.wait([self._task])
 
     async def _read(self) -> None:
-        end = await self._log.end()
+        self.position = end = await self._log.end()
         self._begun.set()
         before, count = end.offsets, 0
         async with aclosing(self._log.read(end, follow=True)) as events:
@@ -367,8 +416,9 @@ class _Run:
                     await asyncio.sleep(0)
 
     def _keep(self, event: RecordedEvent, partition: int) -> None:
-        self._origins.note(event)
+        self.origins.note(event)
         kept = TailEvent.of(event, partition)
+        self.position = event.position
         self._kept.append(kept)
         self._kept_bytes += kept.size
         while self._kept_bytes > self._room_bytes and len(self._kept) > 1:
@@ -377,8 +427,10 @@ class _Run:
         self._wake()
 
     def _wake(self) -> None:
-        self._news.set()
-        self._news = asyncio.Event()
+        waiting, self._waiting = self._waiting, set()
+        for each in waiting:
+            if not each.done():
+                each.set_result(None)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled():
@@ -387,28 +439,116 @@ class _Run:
         self._wake()
 
 
-class _Seat:
-    """One follower's place in the tail."""
+class _Channel:
+    """The followers of a run that want the same events in the same form."""
 
-    def __init__(self, run: _Run, number: int) -> None:
+    def __init__(self, run: _Run, wanted: EventFilter, form: Form) -> None:
         self._run = run
-        self._number = number
+        self.wanted = wanted
+        self.form = form
+        self.seats = 0
 
-    async def take(self, until: float | None = None) -> Sequence[TailEvent] | None:
-        """Wait for events and return some, in order; None when events were dropped before they were taken.
+    async def make(self, number: int, at: _Standing | None) -> _Found | None:
+        """What a follower gets that stands before this event: so many events that they come to _AT_ONCE_BYTES.
 
-        Returns none when `until` has come, by the event loop's clock. Raises what reading raised.
+        With `at`, the follower may have read some of them, or be further than the tail in some partition. None when
+        the event is no longer kept.
         """
-        scope = asyncio.timeout_at(until)
-        try:
-            async with scope:
-                found = await self._run.take(self._number)
-        except TimeoutError:
-            if not scope.expired():
-                raise
-            return ()
+        events = self._run.events(number)
+        if events is None:
+            return None
+        wanted, form = self.wanted, self.form
+        hidden: Set[UUID] = frozenset()
+        if wanted.needs_origins:
+            hidden = await self._run.origins.hidden({event.package_id for event in events}, wanted)
+        pieces: list[bytes] = []
+        since = None if at is None else at.position
+        in_step, size, end, passed_over = since is None, 0, number, False
+        position = since
+        for event in events:
+            position, text, end = event.position, None, end + 1
+            if not in_step and since is not None:
+                # Catching up may have read this event, and may have read further than the tail in some partition.
+                read_before = event.offset < since.offsets.get(event.partition, 0)
+                in_step = position.covers(since)
+                if not in_step:
+                    position = position.furthest(since)
+                    text = str(position)
+                since = position
+                if read_before:
+                    continue
+            passed_over = not wanted.takes(event.package_id, event.event_type) or event.package_id in hidden
+            if not passed_over:
+                pieces.append(event.piece(form) if text is None else event.piece_at(form, text))
+                size += len(pieces[-1])
+                if size >= _AT_ONCE_BYTES:
+                    break
+        if at is not None:
+            at.in_step = in_step
+        return _Found(b"".join(pieces), end, position, passed_over)
+
+
+class _Seat:
+    """One follower's place in the tail. Use it inside `with`."""
+
+    def __init__(self, run: _Run, channel: _Channel, number: int) -> None:
+        self._run = run
+        self._channel = channel
+        self._number = number
+        self._waiting: asyncio.Future[None] | None = None
+        self._alarm: asyncio.TimerHandle | None = None
+        """Wakes the follower. It is left alone when events come, since most timers would be set in vain."""
+
+    def __enter__(self) -> _Seat:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._run.leave(self._channel)
+        if self._alarm is not None:
+            self._alarm.cancel()
+
+    async def wait(self, until: float) -> bool:
+        """Wait for an event. Returns False when `until` has come, by the event loop's clock, and there is none.
+
+        Raises what reading raised.
+        """
+        run, loop = self._run, asyncio.get_running_loop()
+        while self._number >= run.end:
+            run.require()
+            if loop.time() >= until:
+                return False
+            if until < math.inf and (self._alarm is None or self._alarm.when() > until):
+                if self._alarm is not None:
+                    self._alarm.cancel()
+                self._alarm = loop.call_at(until, self._ring)
+            self._waiting = run.wait()
+            try:
+                await self._waiting
+            finally:
+                run.forget(self._waiting)
+        return True
+
+    def _ring(self) -> None:
+        self._alarm = None
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+    def is_abreast_of(self, position: Position | None) -> bool:
+        """Whether no event of the tail waits for the follower, who has read up to there, and no further than it."""
+        run = self._run
+        return self._number == run.end and (position is None or run.position.covers(position))
+
+    async def take(self, at: _Standing) -> _Found | None:
+        """What the follower gets next of the events that are there, in order; None when some were dropped before.
+
+        Moves `at` on.
+        """
+        if at.in_step:
+            found = await self._run.shared(self._channel, self._number)
+        else:
+            found = await self._channel.make(self._number, at)
         if found is not None:
-            self._number += len(found)
+            self._number, at.position = found.end, found.position
         return found
 
 
@@ -443,6 +583,19 @@ class Feed:
         if not self._reader.done():
             self._news.clear()
         return piece
+
+    async def take_within(self, seconds: float) -> bytes | None:
+        """As `take`, and no bytes as well when there was nothing for so many seconds."""
+        if math.isinf(seconds):
+            return await self.take()
+        scope = asyncio.timeout(seconds)
+        try:
+            async with scope:
+                return await self.take()
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            return b""
 
     async def close(self) -> None:
         """Stop reading; returns once the source is closed."""

@@ -201,6 +201,16 @@ def event_head(event: Event, *, manifest: bool = True) -> bytes:
     return json.dumps(shape, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()[:-2]
 
 
+def event_heads(event: Event) -> tuple[bytes, bytes]:
+    """The head with the manifest that the event holds, and the head without it. The event is encoded once."""
+    lean = event_head(event, manifest=False)
+    payload = event.payload
+    if not isinstance(payload, PackageFinalized) or payload.manifest is None:
+        return lean, lean
+    # No text in JSON contains this, since its quotation marks would be escaped there.
+    return lean.replace(b'"manifest":null', b'"manifest":"%b"' % base64.b64encode(payload.manifest), 1), lean
+
+
 def parse_event(line: bytes | str) -> RecordedEvent:
     """Read such a line. Raises CorruptError when it is no event that this version knows."""
     try:

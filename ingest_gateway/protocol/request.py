@@ -541,6 +541,14 @@ class Call:
 
         Raises UnauthenticatedError once the sender has lost the rights to the answer.
         """
+        transport = self.request.transport
+        if len(data) <= BUFFERED_BYTES and transport is not None and not transport.get_write_buffer_size():
+            # The connection takes it at once, so there is no client to wait for.
+            if await self.lapsed():
+                raise UnauthenticatedError("the token has ended, or its rights have changed", "invalid_token")
+            await response.write(data)
+            self._streamed += len(data)
+            return
         rest = memoryview(data)
         while rest:
             if await self.lapsed():
@@ -971,6 +979,9 @@ def declared(size: int | None, address: ContentAddress | None, sha256: bytes | N
     """What a producer declares of the bytes, from the values of headers."""
     return Declared(size_bytes=size, blake3=None if address is None else address.digest, sha256=sha256)
 
+
+BUFFERED_BYTES = 60 * 1024
+"""Less than what a connection buffers before it makes writers wait: 64 KiB, the lengths of chunks among them."""
 
 SENT_AT_ONCE_BYTES = 256 * 1024
 """Most bytes that are sent at once. The longer the piece, the later a client is found that takes nothing."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
 
 from aiohttp import web
 
@@ -86,7 +87,7 @@ async def get_events(call: Call) -> web.StreamResponse:
         types=frozenset(call.query_all(OF_TYPE)),
     )
     media_type = choose(call.list_header("Accept"), (LINES, EVENT_STREAM))
-    form = Form(FRAMES[media_type], manifests=call.query(MANIFESTS) is not False)
+    form = FORMS[media_type, call.query(MANIFESTS) is not False]
     mark = _mark if media_type == EVENT_STREAM else _position_line if call.query(POSITIONS) else None
     response = web.StreamResponse(
         headers={
@@ -106,11 +107,12 @@ async def get_events(call: Call) -> web.StreamResponse:
             async with feed(events) as lines, call.while_valid():
                 await _send_all(call, response, lines)
     else:
-        events = call.gateway.tail.follow(since, wanted, form, mark)
-        async with call.gateway.followers.stay(call.client, call.valid_until) as leave, feed(events) as lines:
+        quiet = call.gateway.bounds.heartbeat_seconds
+        events = call.gateway.tail.follow(since, wanted, form, mark, quiet_seconds=quiet)
+        async with call.gateway.followers.stay(call.client, call.valid_until) as leave, aclosing(events):
             _log.info("%s follows events from %s, request %s", call, since or "the log's start", call.request_id)
             with call.when_client_leaves(leave):
-                await _send_all(call, response, lines)
+                await _send_on(call, response, events)
         call.require_client()
         draining = call.gateway.admission.draining
         call.cause = "the gateway closes" if draining else "the token has expired or lost its rights"
@@ -178,8 +180,21 @@ async def _next(call: Call, response: web.StreamResponse, lines: Feed) -> bytes 
         async with asyncio.timeout(call.gateway.bounds.heartbeat_seconds):
             return await lines.take()
     except TimeoutError:
-        # Keeps proxies from closing the connection: readers pass over comments and empty lines.
-        return b":\n\n" if response.content_type == EVENT_STREAM else b"\n"
+        return _SIGNS_OF_LIFE[response.content_type]
+
+
+async def _send_on(call: Call, response: web.StreamResponse, events: AsyncIterator[bytes]) -> None:
+    """Send what a follower gets, and a sign of life for each empty piece but the first."""
+    sign = _SIGNS_OF_LIFE[response.content_type]
+    async for piece in events:
+        if not response.prepared:  # most failures show before the first piece
+            await call.start(response)
+        elif await call.lapsed():
+            return
+        elif not piece:
+            await call.send(response, sign)
+        if piece:
+            await call.send(response, piece)
 
 
 def _line(_: str, head: bytes, position: str) -> bytes:
@@ -203,6 +218,12 @@ def _position_line(position: str) -> bytes:
 
 FRAMES: Mapping[str, Frame] = {LINES: _line, EVENT_STREAM: _server_sent}
 """The format of an event, by media type."""
+
+FORMS = {(name, manifests): Form(frame, manifests) for name, frame in FRAMES.items() for manifests in (True, False)}
+"""How clients get events, by media type and whether manifests are among them."""
+
+_SIGNS_OF_LIFE = {LINES: b"\n", EVENT_STREAM: b":\n\n"}
+"""Keep proxies from closing the connection: readers pass over comments and empty lines."""
 
 
 async def make_cookie(call: Call) -> web.StreamResponse:

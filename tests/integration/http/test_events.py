@@ -8,14 +8,14 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from typing import Any, cast
+from typing import Any
 from uuid import UUID
 
 import aiohttp
 import pytest
 
 from artifact_store.documents.event_lines import parse_event
-from ingest_gateway.event_tail import Frame
+from ingest_gateway.event_tail import Form
 from ingest_gateway.limits.followers import Followers
 from ingest_gateway.routes import event_feed as events
 from schemas.codec import EVENT_TYPES, schema_fingerprint, schema_text
@@ -259,7 +259,7 @@ async def test_a_follower_that_is_let_go_within_an_event_is_cut_off(
         asyncio.get_running_loop().call_later(0, dismissed.set)
 
     monkeypatch.setattr(Followers, "dismiss", told)
-    monkeypatch.setitem(cast("dict[str, Frame]", events.FRAMES), events.LINES, lambda *_: bytes(STALLING_BYTES))
+    monkeypatch.setitem(events.FORMS, (events.LINES, True), Form(lambda *_: bytes(STALLING_BYTES)))
     async with AsyncExitStack() as stack:
         gateway = await stack.enter_async_context(running_gateway(embedded_settings))
         await _publish(gateway)

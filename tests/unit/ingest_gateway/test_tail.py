@@ -23,10 +23,13 @@ from artifact_store.errors import (
 from artifact_store.events import Event, PackageCreated, RecordedEvent
 from artifact_store.models import EventFilter
 from artifact_store.position import Position
+from ingest_gateway import event_tail
 from ingest_gateway.event_tail import Form, Tail
 from ingest_gateway.routes.event_feed import FRAMES, LINES
-from schemas.codec import encode
-from services.registry.origins import in_order_of_time
+from schemas.codec import decode, encode
+from services.core.access import Packages, Scope
+from services.registry.origins import ScopedFilter, in_order_of_time
+from services.views.queries import Origin
 from tests.integration.conditions import until
 from tests.memory_log import MemoryLog
 from tests.views_history import History
@@ -381,45 +384,72 @@ async def test_the_order_of_time_is_refused_for_very_many_partitions(monkeypatch
         await anext(in_order_of_time(log, None, await log.end()))
 
 
-async def test_an_event_is_put_into_json_and_framed_once_however_many_listen(
+async def test_an_event_is_decoded_encoded_and_framed_once_however_many_listen(
     log: MemoryLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    decoded: Counter[bytes] = Counter()
     encoded: Counter[UUID] = Counter()
     framed: Counter[tuple[str, str]] = Counter()
+    joined: Counter[tuple[object, int]] = Counter()
+
+    def counted_decode(value: bytes) -> Event:
+        decoded[value] += 1
+        return decode(value)
 
     def counted_head(event: RecordedEvent, *, manifest: bool = True) -> bytes:
         encoded[event.event_id] += 1
         return event_head(event, manifest=manifest)
 
-    def counting(name: str) -> Form:
+    def counting(name: str, *, manifests: bool) -> Form:
         def frame(event_type: str, head: bytes, position: str) -> bytes:
             framed[name, position] += 1
             return FRAMES[LINES](event_type, head, position)
 
-        return Form(frame)
+        return Form(frame, manifests)
 
-    payloads = {event.package_id: event.payload for event in EVENTS if event.sequence == 1}
+    make = event_tail._Channel.make
 
-    def of_p0(event: Event) -> bool:
-        created = payloads[event.package_id]
-        return isinstance(created, PackageCreated) and created.producer == "p0"
+    async def counted_make(channel: event_tail._Channel, number: int, at: object) -> object:
+        joined[channel, number] += at is None
+        return await make(channel, number, at)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("ingest_gateway.event_tail.event_head", counted_head)
-    tail, types = Tail(log), sorted({event.event_type for event in EVENTS})
-    filters = [EventFilter(types=frozenset([name])) for name in types] + [EventFilter(producers=frozenset(["p0"]))]
-    forms = [counting("a"), counting("b")]
-    followers = [_Follower(tail, wanted=wanted, form=form) for wanted in filters for form in forms for _ in range(5)]
+    monkeypatch.setattr("tests.memory_log.decode", counted_decode)
+    monkeypatch.setattr("artifact_store.documents.event_lines.event_head", counted_head)
+    monkeypatch.setattr(event_tail._Channel, "make", counted_make)
+    origins = {e.package_id: e.payload for e in EVENTS if isinstance(e.payload, PackageCreated)}
+    one = next(iter(origins.values()))
+    types = sorted({event.event_type for event in EVENTS})
+    filters = [
+        *(EventFilter(types=frozenset([name])) for name in types),
+        EventFilter(producers=frozenset([one.producer])),
+        EventFilter(subjects=frozenset([one.subject])),
+        EventFilter(retention_classes=frozenset([one.retention_class])),
+        EventFilter(next(iter(origins))),
+        ScopedFilter(types=frozenset(types[:2]), scope=Scope((Packages((one.producer,), ("*",)),))),
+        EventFilter(),
+    ]
+    tail, forms = Tail(log), [counting("whole", manifests=True), counting("lean", manifests=False)]
+    asked = [(wanted, form) for wanted in filters for form in forms for _ in range(5)]
+    followers = [_Follower(tail, wanted=wanted, form=form) for wanted, form in asked]
     for follower in followers:
         await follower.join()
-    log.append(*EVENTS)
-    for follower, wanted in zip(followers, [w for w in filters for _ in range(10)], strict=True):
-        expected = [
-            event for event in EVENTS if event.event_type in wanted.types or (not wanted.types and of_p0(event))
-        ]
-        while len(follower.found) < len(expected):
-            await follower.take()
-        assert sorted(_ids(follower.found)) == sorted(_ids(expected))
+    half = len(EVENTS) // 2
+    for some in (EVENTS[:half], EVENTS[half:]):
+        log.append(*some)
+        for follower, (wanted, _) in zip(followers, asked, strict=True):
+            expected = [
+                event
+                for event in some
+                if wanted.takes(event.package_id, event.event_type)
+                and wanted.includes(*Origin.of(origins[event.package_id]))
+            ]
+            follower.found.clear()
+            while len(follower.found) < len(expected):
+                await follower.take()
+            assert sorted(_ids(follower.found)) == sorted(_ids(expected))
+    for follower in followers:
         await follower.leave()
-    finalized = {event.event_id for event in EVENTS if event.event_type == "v1.package.finalized"}
-    assert encoded == {event.event_id: 2 if event.event_id in finalized else 1 for event in EVENTS}
+    assert set(decoded.values()) == {1}
+    assert encoded == dict.fromkeys([event.event_id for event in EVENTS], 1)
     assert set(framed.values()) == {1}
+    assert max(joined.values()) == 1, "what followers with the same filter get is put together once"
