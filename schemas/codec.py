@@ -1,11 +1,11 @@
 """The codec: events to bytes and back, in Avro single-object encoding.
 
 A record's value begins with C3 01 and the little-endian CRC-64-AVRO fingerprint of the writer's schema in Parsing
-Canonical Form (Avro 1.12 specification, "Single-object encoding"). The Confluent framing (00 and a big-endian schema
-id) is read as well where a resolver of ids is given.
+Canonical Form (Avro 1.12 specification, "Single-object encoding"). A topic may hold another framing, which is exchanged
+for this one where records come from it (`services.log.kafka.schema_registry`).
 
-A new version of an event is a new schema file plus an entry in `_DECODERS`; old bytes are never rewritten. Version 2
-of a type names a principal beside the actor; version 1 reads as an event without one (`_to_event`).
+A new version of an event is a new schema file with an entry in `_DECODERS` and one in `UPCASTERS`; old bytes are never
+rewritten. Version 2 of a type names a principal beside the actor; version 1 reads as an event without one.
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ from artifact_store.events import (
 )
 
 _SINGLE_OBJECT = b"\xc3\x01"
-_CONFLUENT = b"\x00"
 _HEAD = 10
 
 
@@ -61,10 +60,6 @@ class EncodedEvents:
     event_ids: Sequence[bytes]
     values: Sequence[bytes]
     digests: Sequence[bytes]
-
-
-ResolveSchemaId = Callable[[int], bytes]
-"""From a schema registry's id to the 8-byte fingerprint of the schema that it stands for."""
 
 
 def schema_text(event_type: str) -> str:
@@ -91,26 +86,25 @@ def schema_fingerprint(event_type: str) -> bytes:
     return framing(event_type)[len(_SINGLE_OBJECT) :]
 
 
-def decode(value: bytes, resolve: ResolveSchemaId | None = None) -> Event:
+def decode(value: bytes) -> Event:
     """Read a record value.
 
     Raises:
         UndecodableEventError: an unknown framing or schema, bytes that do not fit the schema, or a text with a NUL.
     """
-    if value[:2] == _SINGLE_OBJECT:
-        mark, start = value[2:_HEAD], _HEAD
-    elif value[:1] == _CONFLUENT and resolve is not None and len(value) >= 5:
-        mark, start = resolve(int.from_bytes(value[1:5])), 5
-    else:
-        raise UndecodableEventError("the value is not in a framing that is known")
+    if value[:2] != _SINGLE_OBJECT:
+        raise UndecodableEventError("the value is not in the framing of this log")
+    mark = value[2:_HEAD]
     found = _READERS.get(mark)
     if found is None:
         raise UndecodableEventError(f"no schema has the fingerprint {mark.hex()}")
     event_type, schema, decoder = found
     source = BytesIO(value)
-    source.seek(start)
+    source.seek(_HEAD)
     try:
         record = cast("dict[str, Any]", fastavro.schemaless_reader(source, schema, None))
+        for path, value in _UPCASTS[event_type]:
+            _add(record, path, value)
         event = _to_event(record, decoder(record["payload"]))
     except (EOFError, ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UndecodableEventError(f"the value does not fit its schema: {type(error).__name__}") from error
@@ -141,8 +135,15 @@ def _to_record(event: Event) -> dict[str, Any]:
     }
 
 
+def _add(record: dict[str, Any], path: str, value: Any) -> None:
+    """Give an event of an earlier version a field of a later one; `path` as in `UPCASTERS`."""
+    *outer, name = path.split(".")
+    for part in outer:
+        record = record[part]
+    record.setdefault(name, value)
+
+
 def _to_event(record: Mapping[str, Any], payload: Payload) -> Event:
-    """The event of any version: what an earlier version does not say has the value that it stood for."""
     return Event(
         event_id=UUID(record["event_id"]),
         event_type=record["event_type"],
@@ -150,7 +151,7 @@ def _to_event(record: Mapping[str, Any], payload: Payload) -> Event:
         sequence=record["sequence"],
         created_at=record["created_at"],
         actor=record["actor"],
-        principal=record.get("principal"),
+        principal=record.get("principal"),  # administrative events have none
         command_id=UUID(record["command_id"]),
         command_index=record["command_index"],
         command_count=record["command_count"],
@@ -228,9 +229,33 @@ _DECODERS: dict[str, Callable[[Mapping[str, Any]], Payload]] = {
     LOSS_ACCEPTED: _loss_accepted,
 }
 
+UPCASTERS: dict[str, dict[str, Any]] = {
+    DELEGATED_PACKAGE_CREATED: {"principal": None},
+    DELEGATED_FILE_INGESTED: {"principal": None},
+    DELEGATED_PACKAGE_FINALIZED: {"principal": None},
+}
+"""By type, the fields that this version added to the one before it (`payload.NAME` for one of the payload), each with
+the value that events of earlier versions stand for.
+"""
+
 EVENT_TYPES = tuple(_DECODERS)
 """Every event type that this version reads."""
 
+
+def kind_and_version(event_type: str) -> tuple[str, int]:
+    """`v2.file.ingested` → `file.ingested`, 2. Raises ValueError."""
+    version, _, kind = event_type.partition(".")
+    return kind, int(version.removeprefix("v"))
+
+
+def _later(event_type: str) -> list[tuple[str, Any]]:
+    """What `UPCASTERS` adds in the versions after this one, the next version first."""
+    kind, version = kind_and_version(event_type)
+    later = sorted((v, t) for t in UPCASTERS for k, v in [kind_and_version(t)] if k == kind and v > version)
+    return [field for _, each in later for field in UPCASTERS[each].items()]
+
+
+_UPCASTS = {_type: _later(_type) for _type in _DECODERS}
 _WRITERS: dict[str, tuple[Any, bytes]] = {}
 _READERS: dict[bytes, tuple[str, Any, Callable[[Mapping[str, Any]], Payload]]] = {}
 

@@ -171,7 +171,7 @@ def address(value: Any) -> ListenAddress:
     return value if isinstance(value, ListenAddress) else ListenAddress.parse(text(value))
 
 
-PLAINTEXT = frozenset({"kafka", "s3", "postgresql"})
+PLAINTEXT = frozenset({"kafka", "s3", "postgresql", "schema-registry"})
 """What can be talked to without TLS beyond loopback."""
 
 
@@ -233,13 +233,19 @@ class Settings:
         "The views: sqlite+aiosqlite:///PATH or postgresql+asyncpg://….",
         secret=_in_url,
     )
-    schema_registry_url: str | None = setting(None, text, "A schema registry for the event schemas; not used yet.")
+    schema_registry_url: str | None = setting(
+        None,
+        text,
+        "A schema registry with Confluent's interface, http(s)://host:port. `migrate` registers the event schemas "
+        "there; a topic that it makes then has Confluent's framing for good.",
+        secret=_in_url,
+    )
 
     plaintext: tuple[str, ...] = setting(
         "",
         services_of,
-        "Of `kafka`, `s3` and `postgresql`, separated by commas: what other machines may be asked without TLS, so that "
-        "everybody between can read and change it.",
+        "Of `kafka`, `s3`, `postgresql` and `schema-registry`, separated by commas: what other machines may be asked "
+        "without TLS, so that everybody between can read and change it.",
     )
 
     url: str | None = setting(

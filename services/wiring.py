@@ -91,6 +91,9 @@ def open_log(settings: Settings) -> Log:
     _require_tls(
         settings, "kafka", _kafka_is_private(settings), "set security.protocol in ARTIFACT_STORE_KAFKA_OPTIONS"
     )
+    if settings.schema_registry_url is not None:
+        private = not settings.schema_registry_url.startswith("http:") or _is_near(settings.schema_registry_url)
+        _require_tls(settings, "schema-registry", private, "begin ARTIFACT_STORE_SCHEMA_REGISTRY_URL with https://")
     return KafkaLog(settings)
 
 

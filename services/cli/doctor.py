@@ -31,6 +31,7 @@ from services.cli.status import (
 
 if TYPE_CHECKING:
     from services.config import Settings
+    from services.log.port import Log
 
 _PYTHON = (3, 11)
 _PATIENCE_SECONDS = 20.0
@@ -170,8 +171,24 @@ async def _log(settings: Settings, seen: Seen) -> None:
             return
         await log.check()
         seen.remarks.append(f"{await log.partitions()} partitions, id {await log.identity()}")
+        if settings.schema_registry_url is not None:
+            seen.remarks.append(await _framing(log))
     finally:
         await log.close()
+
+
+async def _framing(log: Log) -> str:
+    """What the schema registry, which has passed the log's check, is good for."""
+    from services.log.kafka import KafkaLog
+
+    if not isinstance(log, KafkaLog):
+        return "the schema registry is not used: it is for a Kafka log"
+    if await log.blocking(log.cluster.framing) is None:
+        return (
+            "the schemas are registered; values stay in single-object encoding, because the topic was made without a "
+            "registry"
+        )
+    return "the schemas are registered, and values carry their ids"
 
 
 async def _partitions(settings: Settings, seen: Seen) -> None:

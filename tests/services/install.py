@@ -22,6 +22,10 @@ from tests.services.process import ServiceError
 
 KAFKA_VERSION = "4.4.0"
 LOG4J_VERSION = "2.25.5"
+KAFKA_TOOLS_VERSION = "4.3.1"
+AVRO_VERSION = "1.12.2"
+APICURIO_VERSION = "3.3.3"
+EVENTSOURCE_PACKAGE = "eventsource@4.0.0"
 # Later releases of MinIO have a broken notification API; the module has no version list, so the commit is named.
 MINIO_RELEASE = "RELEASE.2025-09-07T16-13-09Z"
 MINIO_COMMIT = "07c3a429bfed433e49018cb0f78a52145d4bedeb"
@@ -35,20 +39,13 @@ _OLDEST_GO = (1, 24)
 _OLDEST_JAVA = 17
 _BUILD_SECONDS = 1800.0
 
-_POM = f"""<project xmlns="http://maven.apache.org/POM/4.0.0">
+_POM = """<project xmlns="http://maven.apache.org/POM/4.0.0">
   <modelVersion>4.0.0</modelVersion>
-  <groupId>artifact-store</groupId><artifactId>kafka-for-tests</artifactId><version>1</version>
-  <dependencies>
-    <dependency>
-      <groupId>org.apache.kafka</groupId><artifactId>kafka_2.13</artifactId><version>{KAFKA_VERSION}</version>
-    </dependency>
-    <dependency>
-      <groupId>org.apache.logging.log4j</groupId><artifactId>log4j-slf4j-impl</artifactId>
-      <version>{LOG4J_VERSION}</version>
-    </dependency>
-  </dependencies>
+  <groupId>artifact-store</groupId><artifactId>for-tests</artifactId><version>1</version>
+  <dependencies>{}</dependencies>
 </project>
 """
+_DEPENDENCY = "<dependency><groupId>{}</groupId><artifactId>{}</artifactId><version>{}</version></dependency>"
 
 
 def cache_folder() -> Path:
@@ -58,29 +55,82 @@ def cache_folder() -> Path:
     return folder
 
 
-def java() -> str:
+def java(oldest: int = _OLDEST_JAVA) -> str:
     """The path of a Java runtime that is new enough. Raises ServiceError when there is none."""
-    found = _tool("java", "default-jre-headless", f"a Java runtime, version {_OLDEST_JAVA} or newer")
-    shown = _output([found, "-version"])
-    version = re.search(r'version "(\d+)', shown)
-    if version is None or int(version[1]) < _OLDEST_JAVA:
-        raise ServiceError(f"Kafka needs Java {_OLDEST_JAVA} or newer, {found} is: {shown.splitlines()[0]}")
-    return found
+    first = _tool("java", "default-jre-headless", f"a Java runtime, version {oldest} or newer")
+    for found in (first, *map(str, Path("/usr/lib/jvm").glob("*/bin/java"))):
+        version = re.search(r'version "(\d+)', _output([found, "-version"]))
+        if version is not None and int(version[1]) >= oldest:
+            return found
+    raise ServiceError(f"Java {oldest} or newer is missing: install it (Debian: apt-get install default-jre-headless)")
 
 
 def kafka_jars() -> Path:
     """The folder of Kafka's jars; the first call fetches them (43 MB)."""
-    target = cache_folder() / f"kafka-{KAFKA_VERSION}-log4j-{LOG4J_VERSION}"
+    return _jars(f"kafka-{KAFKA_VERSION}-log4j-{LOG4J_VERSION}", f"org.apache.kafka:kafka_2.13:{KAFKA_VERSION}")
+
+
+def java_client_jars() -> Path:
+    """The folder of Kafka's client and Avro, as a Java consumer uses them; the first call fetches them."""
+    return _jars(
+        f"java-client-{KAFKA_VERSION}-avro-{AVRO_VERSION}",
+        f"org.apache.kafka:kafka-clients:{KAFKA_VERSION}",
+        f"org.apache.avro:avro:{AVRO_VERSION}",
+    )
+
+
+def kafka_tool_jars() -> Path:
+    """The folder of Kafka's own command-line tools; the first call fetches them."""
+    return _jars(f"kafka-tools-{KAFKA_TOOLS_VERSION}", f"org.apache.kafka:kafka-tools:{KAFKA_TOOLS_VERSION}")
+
+
+def _jars(name: str, *artifacts: str) -> Path:
+    """The folder of these artifacts (GROUP:NAME:VERSION) with all that they need, and of a logger; fetched once."""
+    target = cache_folder() / name
     with _once(target) as partial:
         if partial is not None:
             maven = _tool("mvn", "maven", "Apache Maven")
+            wanted = (*artifacts, f"org.apache.logging.log4j:log4j-slf4j-impl:{LOG4J_VERSION}")
             pom = partial / "pom.xml"
-            pom.write_text(_POM, encoding="utf-8")
+            text = _POM.format("".join(_DEPENDENCY.format(*artifact.split(":")) for artifact in wanted))
+            pom.write_text(text, encoding="utf-8")
             plugin = "org.apache.maven.plugins:maven-dependency-plugin:3.8.1:copy-dependencies"
-            _run(
-                [maven, "-B", "-q", "-f", str(pom), plugin, "-DincludeScope=runtime", f"-DoutputDirectory={partial}"],
-                f"fetching Kafka {KAFKA_VERSION}",
-            )
+            command = [maven, "-B", "-q", "-f", str(pom), plugin, "-DincludeScope=runtime"]
+            _run([*command, f"-DoutputDirectory={partial}"], f"fetching {name}")
+    return target
+
+
+def kcat() -> str:
+    """The path of kcat. Raises ServiceError when it cannot be had."""
+    return _tool("kcat", "kcat", "kcat")
+
+
+def node_folder(*packages: str) -> Path:
+    """A folder in which Node finds these npm packages (NAME@VERSION); the first call fetches them."""
+    target = cache_folder() / f"node-{'-'.join(packages)}"
+    with _once(target) as partial:
+        if partial is not None:
+            npm = _tool("npm", "npm", "Node with npm")
+            _run([npm, "install", "--silent", "--prefix", str(partial), *packages], f"fetching {', '.join(packages)}")
+    return target
+
+
+def node() -> str:
+    """The path of Node. Raises ServiceError when it cannot be had."""
+    return _tool("node", "nodejs", "Node")
+
+
+def apicurio_folder() -> Path:
+    """The folder of the Apicurio schema registry; the first call fetches it (158 MB)."""
+    target = cache_folder() / f"apicurio-registry-{APICURIO_VERSION}"
+    with _once(target) as partial:
+        if partial is not None:
+            maven = _tool("mvn", "maven", "Apache Maven")
+            artifact = f"io.apicurio:apicurio-registry-app:{APICURIO_VERSION}:tar.gz:all"
+            plugin = "org.apache.maven.plugins:maven-dependency-plugin:3.8.1:unpack"
+            command = [maven, "-B", "-q", plugin, f"-Dartifact={artifact}", f"-DoutputDirectory={partial}"]
+            marks = f"-DmarkersDirectory={partial / 'markers'}"  # by default they lie where this was called
+            _run([*command, marks], f"fetching Apicurio Registry {APICURIO_VERSION}")
     return target
 
 

@@ -34,6 +34,7 @@ from services.log.kafka.connection import (
     make_admin,
     make_consumer,
 )
+from services.log.kafka.schema_registry import ConfluentFraming, SchemaRegistry
 from services.runtime.metrics import OPERATION_FAILURES, OPERATION_SECONDS
 
 _Answer = TypeVar("_Answer")
@@ -83,6 +84,14 @@ _MOVING = frozenset(
         KafkaError.NOT_CONTROLLER,
     }
 )
+
+FRAMING = "delete.retention.ms"
+"""The topic's setting that says which framing its values have. Kafka has no room for remarks about a topic; this one
+has no effect on a topic that is not compacted, and is set in the same step as the topic is made.
+"""
+
+CONFLUENT = "5"
+"""Its value for Confluent's framing, whose head has five bytes; every other value means single-object encoding."""
 
 _HAS_MEMBERS = frozenset({KafkaError.NON_EMPTY_GROUP, KafkaError.UNKNOWN_MEMBER_ID})
 
@@ -153,6 +162,9 @@ class Cluster:
         self._epochs: dict[int, int] = {}
         """By partition, the newest leader epoch of any answer so far about the topic with `_identity`."""
         self._bounds = Shared(self._confirm)
+        self._framing_lock = Lock()
+        self._framing: ConfluentFraming | None = None
+        self._framing_known = False
 
     def topic(self) -> Topic:
         """Describe the topic. Raises ConfigurationError: the brokers are too old."""
@@ -174,6 +186,30 @@ class Cluster:
         resource = _admin.ConfigResource(_admin.ResourceType.TOPIC, self._kafka.topic)
         found = self._ask("reading the topic's settings", lambda admin: admin.describe_configs([resource]))
         return {name: entry.value for name, entry in found[resource].items()}
+
+    @property
+    def registry(self) -> SchemaRegistry | None:
+        """The schema registry of the settings. Raises ConfigurationError for a URL that cannot be one."""
+        url = self._kafka.schema_registry_url
+        return None if url is None else SchemaRegistry(url, self._kafka.topic)
+
+    def framing(self) -> ConfluentFraming | None:
+        """What exchanges the heads of the topic's values; None for single-object encoding. Asked once, then known.
+
+        Raises ConfigurationError also when the registry that the topic was made with is not in the settings.
+        """
+        with self._framing_lock:
+            if not self._framing_known:
+                if self.topic_settings().get(FRAMING) == CONFLUENT:
+                    registry = self.registry
+                    if registry is None:
+                        raise ConfigurationError(
+                            f"the values of topic {self._kafka.topic} carry ids of a schema registry: set "
+                            "ARTIFACT_STORE_SCHEMA_REGISTRY_URL to the one that the topic was made with"
+                        )
+                    self._framing = ConfluentFraming(registry.ids())
+                self._framing_known = True
+            return self._framing
 
     def set_on_topic(self, settings: Mapping[str, str]) -> None:
         """Change these settings of the topic. Raises ConfigurationError when the cluster refuses."""

@@ -181,6 +181,8 @@ class KafkaSettings:
     replication_factor: int
     min_insync_replicas: int
     options: Mapping[str, str | int | float] = field(repr=False)
+    schema_registry_url: str | None = field(default=None, repr=False)
+    """May hold a password."""
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
@@ -205,6 +207,7 @@ class KafkaSettings:
             replication_factor=settings.kafka_replication_factor,
             min_insync_replicas=settings.kafka_min_insync_replicas,
             options={name: _text(value) for name, value in settings.kafka_options.items()},
+            schema_registry_url=settings.schema_registry_url,
         )
 
     @property

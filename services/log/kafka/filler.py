@@ -68,6 +68,7 @@ class KafkaFiller:
 
     def _append(self, partition: int, records: Sequence[Record]) -> None:
         producer, topic = self._producers[partition], self._log.kafka.topic
+        framing = self._log.cluster.framing()
 
         def delivered(error: KafkaError | None, message: Message) -> None:
             if error is None:
@@ -78,7 +79,7 @@ class KafkaFiller:
             for record in records:
                 producer.produce(
                     topic,
-                    record.value,
+                    record.value if framing is None else framing.sent(record.value),
                     record.key,
                     partition,
                     delivered,

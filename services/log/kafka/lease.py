@@ -32,6 +32,7 @@ from schemas.identifiers import partition_id
 from schemas.runs import first_of
 from services.log.kafka.cluster import Cluster
 from services.log.kafka.connection import KafkaSettings, explaining, make_producer
+from services.log.kafka.schema_registry import ConfluentFraming
 from services.log.kafka.tail import Reader
 from services.log.kafka.topic import partition_of
 from services.log.port import PartitionNotOwnedError, Record
@@ -145,6 +146,7 @@ class PartitionLease(Lease):
         self._state: PartitionState | None = None
         self._kafka = kafka
         self._cluster = cluster
+        self._framing: ConfluentFraming | None = None
         self._partition = partition
         self._stopping = stopping
         self._in_doubt = in_doubt
@@ -209,6 +211,7 @@ class PartitionLease(Lease):
                 "Restart the gateways: they then say what is lost"
             )
         self._partitions = topic.partitions
+        self._framing = self._cluster.framing()
         self._producer = make_producer(self._kafka.producer(self._partition))
         time.sleep(_CONNECT_SECONDS)
         # A process that wakes up late must not fence off the rightful owner.
@@ -373,9 +376,8 @@ class PartitionLease(Lease):
         """
         producer, delivered = _open(self._producer), _Delivered(1)
         producer.begin_transaction()
-        producer.produce(
-            self._kafka.topic, value, key, self._partition, delivered, timestamp=timestamp, headers=headers
-        )
+        sent = value if value is None or self._framing is None else self._framing.sent(value)
+        producer.produce(self._kafka.topic, sent, key, self._partition, delivered, timestamp=timestamp, headers=headers)
         producer.flush(COMMIT_SECONDS)
         if commit:
             self._commit_sent()
@@ -592,7 +594,8 @@ class PartitionLease(Lease):
         first = first_of(staged.events)
         key, timestamp = str(first.package_id).encode(), first.created_at // 1000
         of_each = headers_all(staged.events, self._origin.identity, staged.created, staged.traceparents)
-        for at, (value, headers) in enumerate(zip(staged.values, of_each, strict=True), number):
+        values = staged.values if self._framing is None else map(self._framing.sent, staged.values)
+        for at, (value, headers) in enumerate(zip(values, of_each, strict=True), number):
             delivered = self._delivered.of(at)
             give_up = math.inf
             while True:

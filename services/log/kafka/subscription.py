@@ -128,7 +128,8 @@ class KafkaSubscription:
                 self._leave()
                 raise refused
             # A rebalance may have happened between the records of this very batch.
-            found = [record for record in records(messages) if record.partition in self._reached]
+            all_found = records(messages, self._cluster.framing())
+            found = [record for record in all_found if record.partition in self._reached]
         except OutsideError as error:
             raise self._cluster.judged(error, self._reached) from error
         with explaining("reading the log"):

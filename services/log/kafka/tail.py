@@ -16,6 +16,7 @@ from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
 from artifact_store.errors import LogIdentityError, UnavailableError
 from services.log.kafka.cluster import Cluster
 from services.log.kafka.connection import KafkaSettings, OutsideError, explained, explaining, make_consumer
+from services.log.kafka.schema_registry import ConfluentFraming
 from services.log.port import Record
 from services.runtime import tracing
 
@@ -26,8 +27,9 @@ class Reader:
     """A read_committed consumer of partitions that it is given; used by one thread at a time. Every method blocks."""
 
     def __init__(self, kafka: KafkaSettings, starts: Mapping[int, int], cluster: Cluster) -> None:
-        """`starts`: the offset to begin at, by partition. Raises ConfigurationError."""
+        """`starts`: the offset to begin at, by partition. Raises as `Cluster.framing`."""
         self._cluster = cluster
+        self._framing = cluster.framing()
         self._parts = [TopicPartition(kafka.topic, p, offset) for p, offset in starts.items()]
         self._starts = dict(starts)
         self._consumer = make_consumer(kafka.reader())
@@ -40,7 +42,7 @@ class Reader:
         Raises UnavailableError; CorruptError when the offset to read is not in the log; ConfigurationError.
         """
         with self._reading():
-            return records(take_messages(self._consumer, limit, timeout), headers=headers)
+            return records(take_messages(self._consumer, limit, timeout), self._framing, headers=headers)
 
     def take_exactly(self, count: int, timeout: float) -> tuple[list[bytes | None], int]:
         """Wait until `count` records are there, `timeout` seconds at most; fewer when the time is over.
@@ -53,7 +55,10 @@ class Reader:
             if any(map(Message.error, found)):
                 for message in found:
                     _checked(message)
-            return list(map(Message.value, found)), _checked(found[-1]) if found else 0
+            values: list[bytes | None] = list(map(Message.value, found))
+            if self._framing is not None:
+                values = [None if value is None else self._framing.received(value) for value in values]
+            return values, _checked(found[-1]) if found else 0
 
     def reached(self) -> dict[int, int]:
         """Per partition the offset to read next: behind all that was taken, and behind markers that follow it."""
@@ -96,8 +101,10 @@ def take_messages(consumer: Consumer, limit: int, timeout: float) -> list[Messag
     return found
 
 
-def records(messages: Iterable[Message], *, headers: bool = False) -> list[Record]:
-    """The records, with times and headers if asked or while this process makes spans.
+def records(messages: Iterable[Message], framing: ConfluentFraming | None, *, headers: bool = False) -> list[Record]:
+    """The records, their values in single-object encoding.
+
+    They have times and headers if asked or while this process makes spans.
 
     An error among the messages is raised as an error of our tree.
     """
@@ -108,7 +115,10 @@ def records(messages: Iterable[Message], *, headers: bool = False) -> list[Recor
         if message.error() is not None or partition is None or offset is None:
             _checked(message)
         else:
-            record = Record(partition, offset, message.key() or b"", message.value() or b"")
+            value = message.value() or b""
+            record = Record(
+                partition, offset, message.key() or b"", value if framing is None else framing.received(value)
+            )
             found.append(_whole(record, message) if headers else record)
     return found
 

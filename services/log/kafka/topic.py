@@ -22,7 +22,7 @@ from uuid import UUID
 from confluent_kafka import murmur2
 
 from artifact_store.errors import ConfigurationError, UnavailableError
-from services.log.kafka.cluster import Cluster, Topic
+from services.log.kafka.cluster import CONFLUENT, FRAMING, Cluster, Topic
 from services.log.kafka.connection import MAX_RECORD_BYTES, TOPIC_MAX_MESSAGE_BYTES, KafkaSettings
 from services.log.port import HeldError
 from services.runtime.clock import FAR_SECONDS, Clock, StoreClock, span, system_clock
@@ -37,6 +37,9 @@ _FIXED = {
 """What must be so, word for word: nothing is compacted or deleted, no acknowledged record lost to a stale replica."""
 
 
+_NO_FRAMING = "86400000"
+"""Kafka's default for FRAMING."""
+
 TIMES_AHEAD = "message.timestamp.after.max.ms"
 
 TIMES_AHEAD_MS = 3_600_000
@@ -47,15 +50,20 @@ retries are answered. A gateway whose clock is further ahead cannot write."""
 def migrate(kafka: KafkaSettings, cluster: Cluster) -> Topic:
     """Create the topic or check the one that is there; blocks. Raises as `check`.
 
-    Earlier releases let events have any time: that is mended, unless a partition holds a future time already.
+    A schema registry in the settings gets the schemas first, and a topic that is made then has Confluent's framing for
+    good. Earlier releases let events have any time: that is mended, unless a partition holds a future time already.
     """
     _check_replication(kafka)
+    registry = cluster.registry
+    if registry is not None:
+        registry.register()
     created = cluster.create_topic(
         {
             **_FIXED,
             "min.insync.replicas": str(kafka.min_insync_replicas),
             "max.message.bytes": str(TOPIC_MAX_MESSAGE_BYTES),
             TIMES_AHEAD: str(TIMES_AHEAD_MS),
+            **({} if registry is None else {FRAMING: CONFLUENT}),
         }
     )
     if not created and needless(kafka, cluster, cluster.topic_settings()) is not None:
@@ -68,15 +76,20 @@ def check(kafka: KafkaSettings, cluster: Cluster, *, starting: bool = True) -> T
     """The start-up guard; blocks. A process that is not `starting` any more goes on where only times are too free.
 
     Raises:
-        ConfigurationError: the topic is missing, or could lose or has lost events; all causes, each with what mends it.
-        UnavailableError: the cluster cannot be reached.
+        ConfigurationError: the topic is missing, or could lose or has lost events, or the schema registry is not as
+            `migrate` leaves it; all causes, each with what mends it.
+        UnavailableError: the cluster or the registry cannot be reached.
     """
     _check_replication(kafka)
     topic = cluster.topic()
+    cluster.framing()
     settings = cluster.topic_settings()
     troubles = [*_shape_troubles(kafka, topic), *hazards(kafka, topic, settings), *losses(cluster, topic)]
     if starting and (too_free := needless(kafka, cluster, settings)) is not None:
         troubles.append(too_free)
+    registry = cluster.registry
+    if starting and registry is not None and (trouble := registry.trouble()) is not None:
+        troubles.append(trouble)
     if troubles:
         raise ConfigurationError(unfit(kafka, troubles))
     return topic
@@ -228,7 +241,7 @@ class Guard:
         """
         with self._asking("settings"):
             settings, topic = self._cluster.topic_settings(), self._cluster.topic()
-            unsafe = hazards(self._kafka, topic, settings)
+            unsafe = [*hazards(self._kafka, topic, settings), *self._framing_changed(settings)]
             self._trouble_is([*unsafe, *self._losses])
             allowed = times_ahead_ms(settings)
             # An operator lets Kafka take a time that is far ahead, and so do we.
@@ -240,6 +253,14 @@ class Guard:
                 if too_free is not None and too_free != self._needless:
                     _LOG.warning("topic %s: %s; until then no gateway can start", self._kafka.topic, too_free)
                 self._needless = too_free
+
+    def _framing_changed(self, settings: Mapping[str, str]) -> list[str]:
+        """Whoever starts now would take the topic's values for what they are not."""
+        right = None if self._cluster.framing() is None else CONFLUENT
+        if (settings.get(FRAMING) == CONFLUENT) == (right is not None):
+            return []
+        mend = command(self._kafka, {FRAMING: right or _NO_FRAMING})
+        return [f"{FRAMING}={settings.get(FRAMING)} says that its values have another framing: `{mend}` mends it"]
 
     @contextmanager
     def _asking(self, what: str) -> Iterator[None]:

@@ -46,6 +46,8 @@ UNBOUNDED = str(2**63 - 1)
 class Cluster:
     """A cluster with one topic of three partitions, or none that answers."""
 
+    registry = None
+
     def __init__(self) -> None:
         self.settings = dict(SOUND)
         self.replicas = 3
@@ -64,6 +66,9 @@ class Cluster:
     def topic_settings(self) -> dict[str, str]:
         self._answer("settings")
         return self.settings
+
+    def framing(self) -> None:
+        """Single-object encoding."""
 
     def earliest(self, _partitions: Iterable[int]) -> dict[int, int]:
         self._answer("earliest")
