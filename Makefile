@@ -33,6 +33,10 @@ test-fast: lint ## Lint, types and the quick tests of parts that need no service
 endurance: $(DEV) ## The tests that take long, on real services; FUZZ_SECONDS=seconds for each decoder (600)
 	@$(SERVICES) run -- $(PYTHON) -m pytest -m endurance --timeout=0
 
+.PHONY: schemas
+schemas: $(DEV) ## Whether all versions of all events can be read beside each other, each with its golden files
+	@$(PYTHON) -m tests.schema_versions
+
 .PHONY: fuzz
 fuzz: $(DEV) ## Decoders tried by a guided fuzzer (Linux, x86-64); DURATION=seconds for each (60), ONLY=name for one
 	@$(PYTHON) -m tests.fuzz $(if $(DURATION),--seconds $(DURATION)) $(if $(ONLY),"$(ONLY)")
