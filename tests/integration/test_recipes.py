@@ -1,0 +1,242 @@
+"""The recipes of docs/subscribing.md, run as they are printed: other people's tools on the topic and on the feed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import sys
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import aiohttp
+import pytest
+import pytest_asyncio
+from confluent_kafka.admin import AdminClient
+
+from services.config import Settings
+from tests.conftest import Endpoints
+from tests.documents import ROOT, blocks
+from tests.integration.kafka_stage import kafka_settings
+from tests.integration.processes import ProductProcess, output_of
+from tests.integration.test_foreign_reader import Producer
+from tests.services.apicurio import ApicurioServer
+from tests.services.install import (
+    EVENTSOURCE_PACKAGE,
+    java,
+    java_client_jars,
+    kafka_tool_jars,
+    kcat,
+    node,
+    node_folder,
+)
+
+pytestmark = [pytest.mark.services, pytest.mark.endurance, pytest.mark.asyncio(loop_scope="module")]
+
+RECIPES = blocks("docs/subscribing.md")
+PACKAGES = 7
+FILES = 3
+_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A gateway and what was published through it: manifest addresses by package."""
+
+    settings: Settings
+    gateway: ProductProcess
+    producer: Producer
+
+    @property
+    def brokers(self) -> str:
+        return urlsplit(self.settings.log_url).netloc
+
+    @property
+    def topic(self) -> str:
+        return f"{urlsplit(self.settings.log_url).path.strip('/')}.events"
+
+    @property
+    def addresses(self) -> set[str]:
+        """As the recipes print them."""
+        return {f"{address} {package_id}" for package_id, address in self.producer.written.addresses.items()}
+
+    @property
+    def events(self) -> int:
+        return len(self.producer.written.names) * (FILES + 1) + len(self.producer.written.addresses)
+
+    async def publish(self, name: str) -> None:
+        await self.producer.publish(name, [f"{name}/{n}" for n in range(FILES)])
+
+
+@asynccontextmanager
+async def scene(settings: Settings, folder: Path) -> AsyncIterator[Scene]:
+    """Some finalized packages and an open one."""
+    output_of(settings, "migrate")
+    with ProductProcess(settings, folder / "gateway", "gateway") as gateway:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as session:
+            found = Scene(settings, gateway, Producer(session, gateway.endpoint))
+            for number in range(PACKAGES):
+                await found.publish(f"package {number}")
+            await found.producer.publish("open", ["a", "b", "c"], finalize=False)
+            yield found
+
+
+@contextmanager
+def topic_settings(endpoints: Endpoints, folder: Path, **changes: Any) -> Iterator[Settings]:
+    """A topic of its own, which is deleted afterwards; blobs and views on this machine, which no recipe reads."""
+    prefix = f"test-{uuid4().hex[:12]}"
+    yield kafka_settings(
+        f"kafka://{endpoints.kafka}/{prefix}",
+        folder,
+        blobs_url=f"file:{folder}/blobs",
+        views_url=f"sqlite+aiosqlite:///{folder}/views.db",
+        listen="127.0.0.1:0",
+        **changes,
+    )
+    AdminClient({"bootstrap.servers": endpoints.kafka}).delete_topics([f"{prefix}.events"])[f"{prefix}.events"].result(
+        30
+    )
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def published(endpoints: Endpoints, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Scene]:
+    """On a topic in single-object encoding."""
+    folder = tmp_path_factory.mktemp("recipes")
+    with topic_settings(endpoints, folder) as settings:
+        async with scene(settings, folder) as found:
+            yield found
+
+
+async def first_lines(count: int, *command: str | Path, environment: Mapping[str, str] | None = None) -> list[str]:
+    """What a program that never ends prints first; it is ended then."""
+    process = await asyncio.create_subprocess_exec(
+        *map(str, command), cwd=ROOT, stdout=asyncio.subprocess.PIPE, env={**os.environ, **(environment or {})}
+    )
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(_SECONDS):
+            return [(await process.stdout.readline()).decode().rstrip("\n") for _ in range(count)]
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def whole_output(recipe: str, found: Scene, folder: Path | None = None) -> str:
+    """What a recipe for the shell prints until it ends. Programs of `folder` come first."""
+    path = os.environ["PATH"] if folder is None else f"{folder}:{os.environ['PATH']}"
+    environment = {"BROKERS": found.brokers, "TOPIC": found.topic, "URL": found.gateway.endpoint, "PATH": path}
+    process = await asyncio.create_subprocess_exec(
+        "sh", "-ec", RECIPES[recipe], stdout=asyncio.subprocess.PIPE, env={**os.environ, **environment}
+    )
+    async with asyncio.timeout(_SECONDS):
+        printed, _ = await process.communicate()
+    assert process.returncode == 0
+    return printed.decode()
+
+
+def finalized(lines: list[str]) -> set[str]:
+    """The packages whose finalization these lines name, with all headers of each record."""
+    return {
+        match[0] for line in lines if "v1.package.finalized" in line and (match := re.search(r"[0-9a-f-]{36}", line))
+    }
+
+
+async def test_kcat_lists_what_happened_from_headers(published: Scene) -> None:
+    kcat()
+    lines = (await whole_output("kcat", published)).splitlines()
+    assert len(lines) == published.events
+    assert finalized(lines) == published.producer.written.addresses.keys()
+
+
+async def test_kafkas_console_consumer_lists_what_happened(published: Scene, tmp_path: Path) -> None:
+    script = tmp_path / "bin" / "kafka-console-consumer.sh"
+    script.parent.mkdir()
+    program = f"{java()} -cp '{kafka_tool_jars()}/*' org.apache.kafka.tools.consumer.ConsoleConsumer"
+    script.write_text(f'#!/bin/sh\nexec {program} "$@"\n', encoding="utf-8")
+    script.chmod(0o755)
+    printed = (await whole_output("console", published, script.parent)).splitlines()
+    lines = [line for line in printed if line.startswith("event_type:")]  # our script leaves log lines among them
+    assert len(lines) == published.events
+    assert {line.split()[-1] for line in lines if "v1.package.finalized" in line} == (
+        published.producer.written.addresses.keys()
+    )
+
+
+async def test_a_java_consumer_prints_every_manifest_address(published: Scene, tmp_path: Path) -> None:
+    program = tmp_path / "Addresses.java"
+    program.write_text(RECIPES["java"], encoding="utf-8")
+    command: list[str | Path] = [
+        java(),
+        "-cp",
+        f"{java_client_jars()}/*",
+        program,
+        published.brokers,
+        published.topic,
+        "schemas",
+    ]
+    assert set(await first_lines(PACKAGES, *command)) == published.addresses
+
+
+async def test_curl_reads_the_feed_as_server_sent_events(published: Scene) -> None:
+    events = [block for block in (await whole_output("curl", published)).split("\n\n") if "data:" in block]
+    assert len(events) == published.events
+    fields = [dict(line.split(": ", 1) for line in event.splitlines()) for event in events]
+    said = [json.loads(event["data"]) for event in fields]
+    assert [event["id"] for event in fields] == [event["position"] for event in said]
+    addresses = {
+        f"blake3:{event['payload_digest']} {event['package_id']}"
+        for event in said
+        if event["type"] == "v1.package.finalized"
+    }
+    assert addresses == published.addresses
+
+
+async def test_an_event_source_goes_on_after_a_gateway_restarts(published: Scene, tmp_path: Path) -> None:
+    program = node_folder(EVENTSOURCE_PACKAGE) / f"follow-{os.getpid()}.mjs"
+    program.write_text(RECIPES["node"], encoding="utf-8")
+    process = await asyncio.create_subprocess_exec(
+        node(), program, published.gateway.endpoint, stdout=asyncio.subprocess.PIPE
+    )
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(_SECONDS):
+            lines = [(await process.stdout.readline()).decode().strip() for _ in range(PACKAGES)]
+            for number in range(2):
+                await asyncio.to_thread(published.gateway.restart)
+                await published.publish(f"later {number}")
+                lines.append((await process.stdout.readline()).decode().strip())
+    finally:
+        process.kill()
+        await process.wait()
+        program.unlink()
+    assert sorted(lines) == sorted(published.addresses)
+
+
+async def test_the_cloudevents_sdk_reads_records_as_events(published: Scene) -> None:
+    command = [sys.executable, "-c", RECIPES["cloudevents"], published.brokers, published.topic]
+    lines = [line.split() for line in await first_lines(published.events, *command)]
+    assert len({event_id for event_id, *_ in lines}) == published.events
+    assert {subject for _, kind, subject, _ in lines if kind == "v1.package.finalized"} == (
+        published.producer.written.addresses.keys()
+    )
+    assert set(published.producer.written.event_digests.values()) <= {event_id for event_id, *_ in lines}
+
+
+async def test_confluents_deserializer_prints_every_manifest_address(endpoints: Endpoints, tmp_path: Path) -> None:
+    with (
+        ApicurioServer(tmp_path / "registry") as registry,
+        topic_settings(endpoints, tmp_path, schema_registry_url=registry.endpoint) as settings,
+    ):
+        async with scene(settings, tmp_path) as found:
+            command = [sys.executable, "-c", RECIPES["registry"], found.brokers, found.topic, registry.endpoint]
+            assert set(await first_lines(PACKAGES, *command)) == found.addresses
+            assert b"values carry their ids" in output_of(settings, "doctor")
+            await asyncio.to_thread(registry.stop)
+            await found.publish("without the registry")  # running processes do not need it
