@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from artifact_store.client.client import Client
     from artifact_store.client.stream import FileStream
     from artifact_store.client.transport import RetryPolicy
+    from artifact_store.consumer import DurableConsumer, EventSource, PositionStore, PositionTable
     from artifact_store.errors import (
         ArtifactStoreError,
         ConfigurationError,
@@ -58,7 +59,9 @@ __all__ = [
     "CorruptError",
     "Declared",
     "DuplicateRelativePathError",
+    "DurableConsumer",
     "EventFilter",
+    "EventSource",
     "File",
     "FileSource",
     "FileStream",
@@ -70,6 +73,8 @@ __all__ = [
     "PackageNotFoundError",
     "Page",
     "Position",
+    "PositionStore",
+    "PositionTable",
     "Pulled",
     "PushBackError",
     "Pushed",
@@ -90,6 +95,7 @@ _MODULES = {
     "client.client": ("Client",),
     "client.stream": ("FileStream",),
     "client.transport": ("RetryPolicy",),
+    "consumer": ("DurableConsumer", "EventSource", "PositionStore", "PositionTable"),
     "events": ("RecordedEvent",),
     "manifest": ("ContentAddress", "Manifest"),
     "models": ("Acknowledgement", "Declared", "EventFilter", "File", "Package", "PackageFilter", "Page"),

@@ -323,6 +323,12 @@ class Registry(ABC):
         Raises PackageNotFoundError; IllegalPackageStateError while the package is open.
         """
 
+    def events(
+        self, since: Since = None, *, where: EventFilter | None = None, follow: bool = True
+    ) -> AsyncIterator[RecordedEvent]:
+        """Events as they come: `read_events`, which follows unless told otherwise."""
+        return self.read_events(since, where=where, follow=follow)
+
     @abstractmethod
     def read_events(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from artifact_store.consumer import EventSource
 from artifact_store.errors import DuplicateRelativePathError, IllegalPackageStateError, PackageNotFoundError
 from artifact_store.registry import Registry, find_frozen
 from services.config import Settings
@@ -18,8 +19,25 @@ __all__ = [
     "PackageNotFoundError",
     "Registry",
     "find_frozen",
+    "open_events",
     "open_registry",
 ]
+
+
+@asynccontextmanager
+async def open_events(settings: Settings) -> AsyncIterator[EventSource]:
+    """The events of these settings' log, read without a gateway by a process that may read all of it.
+
+    Raises ConfigurationError.
+    """
+    from services.registry.origins import LogEvents
+    from services.wiring import open_log
+
+    log = open_log(settings)
+    try:
+        yield LogEvents(log)
+    finally:
+        await log.close()
 
 
 @asynccontextmanager

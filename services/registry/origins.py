@@ -12,7 +12,7 @@ from artifact_store.errors import InvalidPositionError, InvalidRequestError, Una
 from artifact_store.events import AdministrativePayload, PackageCreated, RecordedEvent
 from artifact_store.models import EventFilter
 from artifact_store.position import Position
-from artifact_store.registry import NOW, Start
+from artifact_store.registry import NOW, Since, Start, start_of
 from services.core.access import EVERYWHERE, Scope
 from services.log.port import Log, PackageExtent
 from services.views.queries import Origin, Queries
@@ -46,15 +46,15 @@ ExtentOf = Callable[[UUID], Awaitable[PackageExtent | None]]
 
 
 async def find_origins(
-    package_ids: Set[UUID], queries: Queries, log: Log, extent: ExtentOf | None = None
+    package_ids: Set[UUID], queries: Queries | None, log: Log, extent: ExtentOf | None = None
 ) -> Mapping[UUID, Origin]:
-    """Origins of these packages, from the view or else from the log.
+    """Origins of these packages, from the view, if there is one, or else from the log.
 
     A package of which the log holds no creation is absent. Raises UnavailableError, CorruptError.
     """
     found: dict[UUID, Origin] = {}
     with suppress(UnavailableError):
-        found = await queries.origins(package_ids)
+        found = {} if queries is None else await queries.origins(package_ids)
     for package_id in package_ids - found.keys():
         known = None if extent is None else await extent(package_id)
         async with aclosing(log.read(package_id=package_id, extent=known)) as events:
@@ -151,6 +151,25 @@ async def in_order_of_time(log: Log, since: Position | None, until: Position) ->
             offsets[partition] = event.position.offsets[partition]
             yield replace(event, position=Position(until.log, dict(offsets)))
             await wait_for_next(partition, events)
+
+
+class LogEvents:
+    """`Registry.read_events` on a log alone, for who may read all of it. Belongs to one event loop."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._origins = Origins(lambda package_ids: find_origins(package_ids, None, log))
+
+    async def read_events(
+        self, since: Since = None, *, where: EventFilter | None = None, follow: bool = False
+    ) -> AsyncGenerator[RecordedEvent]:
+        """See `Registry.read_events`."""
+        wanted = where or EventFilter()
+        position = await position_of(self._log, start_of(since))
+        async with aclosing(self._log.read(position, package_id=wanted.package_id, follow=follow)) as events:
+            async for event in events:
+                if await self._origins.shows(event, wanted):
+                    yield event
 
 
 async def position_of(log: Log, start: Start) -> Position | None:

@@ -6,10 +6,12 @@ import asyncio
 import json
 import os
 import re
+import sqlite3
 import sys
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,6 +25,7 @@ from confluent_kafka.admin import AdminClient
 from services.config import Settings
 from tests.conftest import Endpoints
 from tests.documents import ROOT, blocks
+from tests.integration.conditions import until
 from tests.integration.kafka_stage import kafka_settings
 from tests.integration.processes import ProductProcess, output_of
 from tests.integration.test_foreign_reader import Producer
@@ -181,7 +184,7 @@ async def test_a_java_consumer_prints_every_manifest_address(published: Scene, t
         published.topic,
         "schemas",
     ]
-    assert set(await first_lines(PACKAGES, *command)) == published.addresses
+    assert set(await first_lines(len(published.addresses), *command)) == published.addresses
 
 
 async def test_curl_reads_the_feed_as_server_sent_events(published: Scene) -> None:
@@ -207,7 +210,7 @@ async def test_an_event_source_goes_on_after_a_gateway_restarts(published: Scene
     assert process.stdout is not None
     try:
         async with asyncio.timeout(_SECONDS):
-            lines = [(await process.stdout.readline()).decode().strip() for _ in range(PACKAGES)]
+            lines = [(await process.stdout.readline()).decode().strip() for _ in published.addresses]
             for number in range(2):
                 await asyncio.to_thread(published.gateway.restart)
                 await published.publish(f"later {number}")
@@ -217,6 +220,43 @@ async def test_an_event_source_goes_on_after_a_gateway_restarts(published: Scene
         await process.wait()
         program.unlink()
     assert sorted(lines) == sorted(published.addresses)
+
+
+@pytest.mark.parametrize("straight", [False, True], ids=["over HTTP", "straight from Kafka"])
+async def test_a_durable_consumer_that_is_killed_counts_each_package_once(
+    published: Scene, tmp_path: Path, straight: bool
+) -> None:
+    program, path = RECIPES["consumer"], tmp_path / "own.db"
+    if straight:  # as the guide says
+        imports = "from services.config import Settings\nfrom services.registry import open_events\n"
+        program = imports + program.replace("Client(url)", "open_events(Settings.from_env())")
+    environment = {**os.environ, **published.settings.environment()}
+
+    async def more_than(count: int) -> bool:
+        return len(counted(path)) > count
+
+    for run in range(3):
+        # The first two are killed somewhere on their way, the last when it has come to the end.
+        before = len(counted(path)) if run < 2 else len(published.addresses)
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", program, published.gateway.endpoint, path, env=environment
+        )
+        try:
+            await published.publish(f"while it runs {run} {straight}")
+            await until(partial(more_than, before), _SECONDS, "the program went no further")
+        finally:
+            process.kill()
+            await process.wait()
+        assert set(counted(path)) <= published.addresses
+    assert set(counted(path)) == published.addresses
+
+
+def counted(path: Path) -> list[str]:
+    """What the program has written down; it may not have made its table yet. A package has one row."""
+    with closing(sqlite3.connect(path)) as database:
+        if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'finalized'").fetchall():
+            return []
+        return [f"{address} {package}" for package, address in database.execute("SELECT * FROM finalized")]
 
 
 async def test_the_cloudevents_sdk_reads_records_as_events(published: Scene) -> None:
@@ -234,9 +274,10 @@ async def test_confluents_deserializer_prints_every_manifest_address(endpoints: 
         ApicurioServer(tmp_path / "registry") as registry,
         topic_settings(endpoints, tmp_path, schema_registry_url=registry.endpoint) as settings,
     ):
+        output_of(settings, "migrate")
+        assert b"values carry their ids" in output_of(settings, "doctor")
         async with scene(settings, tmp_path) as found:
             command = [sys.executable, "-c", RECIPES["registry"], found.brokers, found.topic, registry.endpoint]
             assert set(await first_lines(PACKAGES, *command)) == found.addresses
-            assert b"values carry their ids" in output_of(settings, "doctor")
             await asyncio.to_thread(registry.stop)
             await found.publish("without the registry")  # running processes do not need it

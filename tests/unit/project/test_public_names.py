@@ -8,14 +8,14 @@ from importlib import import_module
 import pytest
 from sqlalchemy import Table
 
-from artifact_store import Client, FileStream, SyncClient
+from artifact_store import Client, DurableConsumer, FileStream, PositionTable, SyncClient
 from services.config import Settings
 from services.registry import Registry
 from services.views import tables
 
 EXPORTED = {
     "services.registry": {
-        *("Registry", "open_registry", "find_frozen"),
+        *("Registry", "open_registry", "open_events", "find_frozen"),
         *("PackageNotFoundError", "DuplicateRelativePathError", "IllegalPackageStateError"),
     },
     "artifact_store": {
@@ -32,6 +32,7 @@ EXPORTED = {
             "Position",
             "RecordedEvent",
         ),
+        *("DurableConsumer", "EventSource", "PositionStore", "PositionTable"),
         *("ArtifactStoreError", "RejectedError", "PushBackError", "UnavailableError", "CorruptError"),
         *("UnauthenticatedError", "ForbiddenError"),
         *("ConfigurationError", "PackageNotFoundError", "DuplicateRelativePathError", "IllegalPackageStateError"),
@@ -78,6 +79,14 @@ def test_an_operation_of_the_registry_takes_these_arguments(operation: str, owne
 def test_the_client_without_a_loop_takes_the_same_arguments(operation: str) -> None:
     blocking, asynchronous = (inspect.signature(getattr(owner, operation)) for owner in (SyncClient, Client))
     assert list(blocking.parameters) == list(asynchronous.parameters)
+
+
+def test_a_durable_consumer_is_made_and_run_by_these_names() -> None:
+    made = inspect.signature(DurableConsumer)
+    assert list(made.parameters) == ["source", "begin", "positions", "where", "since"]
+    assert list(inspect.signature(DurableConsumer.run).parameters) == ["self", "handle", "follow"]
+    assert list(inspect.signature(PositionTable.sqlite3).parameters) == ["consumer", "options"]
+    assert list(inspect.signature(Client.events).parameters) == ["self", "since", "where", "follow"]
 
 
 def test_a_stream_is_opened_and_filled_by_these_names() -> None:
