@@ -21,6 +21,7 @@ import pytest
 
 from artifact_store.byte_streams import from_any
 from artifact_store.models import Declared
+from artifact_store.position import Position
 from services.blobs.port import BlobStore
 from services.config import Settings
 from services.log.kafka import KafkaFiller, KafkaLog
@@ -145,6 +146,8 @@ async def test_a_copy_that_is_killed_again_and_again_has_each_record_once(kafka:
             await process.wait()
         done = await asyncio.to_thread(measured, kafka, *command[3:])
         assert whole(await records_of(copy)) == whole(source)
+        compared = await asyncio.to_thread(measured, kafka, "log", "compare", *command[5:])
+        assert compared.answer == {"records": KILLED, "missing": 0, "repeated": 0}
     assert 0.9 * KILLED / 2 < done.answer["resumed"] < done.answer["records"] == KILLED
 
 
@@ -161,6 +164,10 @@ async def test_a_registry_is_restored_into_an_empty_cluster(
         with Bucket(endpoints.s3, *keys) as bucket:
             settings = replace(real_settings, log_url=f"{real_settings.log_url}-restored", **bucket.settings)
             imported = await asyncio.to_thread(measured, settings, "log", "import", archive, "--blobs")
+            end = await asyncio.to_thread(measured, settings, "log", "position", archive, exported.answer["position"])
+            # Behind the last event of each partition lies the end of its transaction.
+            behind = {p: offset + 1 for p, offset in Position.parse(end.answer["position"]).offsets.items()}
+            assert behind == Position.parse(imported.answer["position"]).offsets
             views = replace(settings, views_url=f"sqlite+aiosqlite:///{tmp_path}/views.db")
             await asyncio.to_thread(measured, views, "migrate")
             for projection in ("registry", "retention", "usage"):
