@@ -154,8 +154,10 @@ class Cluster:
     """
 
     def __init__(self, kafka: KafkaSettings) -> None:
-        """Connects to nothing yet."""
+        """Connects to nothing yet. Raises ConfigurationError for a schema registry's URL that cannot be one."""
         self._kafka = kafka
+        url = kafka.schema_registry_url
+        self.registry = None if url is None else SchemaRegistry(url, kafka.topic)
         self._lock = Lock()
         self._made: AdminClient | None = None
         self._identity: UUID | None = None
@@ -187,12 +189,6 @@ class Cluster:
         found = self._ask("reading the topic's settings", lambda admin: admin.describe_configs([resource]))
         return {name: entry.value for name, entry in found[resource].items()}
 
-    @property
-    def registry(self) -> SchemaRegistry | None:
-        """The schema registry of the settings. Raises ConfigurationError for a URL that cannot be one."""
-        url = self._kafka.schema_registry_url
-        return None if url is None else SchemaRegistry(url, self._kafka.topic)
-
     def framing(self) -> ConfluentFraming | None:
         """What exchanges the heads of the topic's values; None for single-object encoding. Asked once, then known.
 
@@ -201,13 +197,12 @@ class Cluster:
         with self._framing_lock:
             if not self._framing_known:
                 if self.topic_settings().get(FRAMING) == CONFLUENT:
-                    registry = self.registry
-                    if registry is None:
+                    if self.registry is None:
                         raise ConfigurationError(
                             f"the values of topic {self._kafka.topic} carry ids of a schema registry: set "
                             "ARTIFACT_STORE_SCHEMA_REGISTRY_URL to the one that the topic was made with"
                         )
-                    self._framing = ConfluentFraming(registry.ids())
+                    self._framing = ConfluentFraming(self.registry.ids())
                 self._framing_known = True
             return self._framing
 

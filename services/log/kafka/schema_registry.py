@@ -92,6 +92,7 @@ class SchemaRegistry:
             who = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
             self._headers["Authorization"] = f"Basic {base64.b64encode(who.encode()).decode()}"
         self._topic = topic
+        self._ids: dict[str, int] | None = None
 
     def subject(self, event_type: str) -> str:
         """The subject of this event type's schema."""
@@ -108,7 +109,9 @@ class SchemaRegistry:
                 self._ask("PUT", f"/config/{_quoted(subject)}", {"compatibility": COMPATIBILITY})
 
     def ids(self) -> dict[str, int]:
-        """The id of each event type's schema. Raises ConfigurationError when one is not registered."""
+        """The id of each event type's schema, asked once. Raises ConfigurationError when one is not registered."""
+        if self._ids is not None:
+            return self._ids
         found = {event_type: self._id(event_type) for event_type in EVENT_TYPES}
         missing = [self.subject(event_type) for event_type, id_ in found.items() if id_ is None]
         if missing:
@@ -116,7 +119,8 @@ class SchemaRegistry:
                 f"the schema registry lacks the schemas of {', '.join(missing)}: run `artifact-store migrate`, with "
                 "ARTIFACT_STORE_SCHEMA_REGISTRY_URL as it was when the topic was made"
             )
-        return {event_type: id_ for event_type, id_ in found.items() if id_ is not None}
+        self._ids = {event_type: id_ for event_type, id_ in found.items() if id_ is not None}
+        return self._ids
 
     def trouble(self) -> str | None:
         """What about the subjects is not as `register` leaves it, with what mends that. Raises as `ids`."""
