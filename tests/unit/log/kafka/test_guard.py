@@ -215,7 +215,8 @@ def test_looking_costs_the_same_for_any_number_of_partitions_and_requiring_nothi
 
 def driver_of(guard: Guard) -> KafkaDriver:
     """A driver that asks nobody but the guard."""
-    return KafkaDriver(cast("Any", None), cast("Any", None), UUID(int=1), cast("Any", None), cast("Any", None), guard)
+    nobody = cast("Any", None)
+    return KafkaDriver(guard._kafka, nobody, UUID(int=1), nobody, nobody, guard)
 
 
 async def test_a_writer_that_is_held_tells_everyone_and_takes_nothing_over(
