@@ -72,7 +72,7 @@ def way_of_a_file(spans: Sequence[FoundSpan], topic: str, package_id: str) -> No
     queue = one(spans, "queue")
     assert send.kind == "producer"
     assert queue.parent_id == send.parent_id
-    assert {one(spans, name).parent_id for name in ("commit",)} == {send.span_id}
+    assert {one(spans, name).parent_id for name in ("commit", "read back")} == {send.span_id}
     assert send.attributes["messaging.kafka.message.key"] == package_id
     for name in PROJECTIONS:
         fold = one(spans, f"process {topic}", artifact_store__projection=name)

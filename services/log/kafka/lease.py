@@ -61,6 +61,7 @@ from services.log.state.restore import (
     witnesses,
 )
 from services.log.state.state_file import READABLE_FORMATS, Anchor, LogPartition
+from services.runtime import tracing
 from services.runtime.clock import system_clock
 from services.runtime.metrics import OPERATION_FAILURES, OPERATION_SECONDS
 
@@ -251,6 +252,7 @@ class PartitionLease(Lease):
             _open(self._producer).flush(COMMIT_SECONDS)  # so that the records were sent before the topic is checked
             self._require_all_read()
             self._commit_sent()
+        self.committed_at = None if tracing.tracer is None else time.time_ns()
         self._first_committed = True
         with _READ_BACK_TIME.time(), _READ_BACK_FAILURES.count_exceptions():
             last = self._read_back(values)
