@@ -13,21 +13,20 @@ import yaml
 from services.cli import main
 from tests.chart.commands import containers
 from tests.chart.helm import CHART, NEWEST_KUBERNETES, render, template
+from tests.documents import blocks
 
 pytestmark = pytest.mark.timeout(1900)  # as in test_chart.py
 
 GUIDE = (CHART.parents[1] / "docs" / "operating.md").read_text(encoding="utf-8")
 SECTION = GUIDE.partition("\n## Kubernetes\n")[2].partition("\n## ")[0]
-VALUES = re.findall(r"```yaml\n(.*?)```", SECTION, re.DOTALL)
 COMMANDS = "\n".join(re.findall(r"```sh\n(.*?)```", SECTION, re.DOTALL)).replace("\\\n", " ")
 
 
 @pytest.fixture
 def values(tmp_path: Path) -> list[Path]:
     """The guide's values, as a file."""
-    (text,) = VALUES
     path = tmp_path / "values.yaml"
-    path.write_text(text, encoding="utf-8")
+    path.write_text(blocks("docs/operating.md")["values"], encoding="utf-8")
     return [path]
 
 

@@ -81,7 +81,9 @@ def java_client_jars() -> Path:
 
 def kafka_tool_jars() -> Path:
     """The folder of Kafka's own command-line tools; the first call fetches them."""
-    return _jars(f"kafka-tools-{KAFKA_TOOLS_VERSION}", f"org.apache.kafka:kafka-tools:{KAFKA_TOOLS_VERSION}")
+    names = ("kafka-tools", "kafka_2.13")  # the second has the tool for settings
+    wanted = (f"org.apache.kafka:{name}:{KAFKA_TOOLS_VERSION}" for name in names)
+    return _jars(f"kafka-tools-{KAFKA_TOOLS_VERSION}-with-settings", *wanted)
 
 
 def _jars(name: str, *artifacts: str) -> Path:

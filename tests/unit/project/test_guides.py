@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.documents import every_block
+
 ROOT = Path(__file__).parents[3]
 GUIDES = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")))
 BY_FILE = ("CONTRIBUTING.md", "docs/life-of-an-event.md")
@@ -35,3 +37,20 @@ def test_every_number_of_a_format_is_where_the_table_says() -> None:
     numbers = [(name, file) for names, file in rows for name in re.findall(r"`([A-Z_]+)`", names)]
     assert len(numbers) >= 8
     assert [(name, file) for name, file in numbers if not re.search(rf"\b{name}\b", text_of(file))] == []
+
+
+_GUIDE = "docs/operating.md"
+_RUN_BY = ("tests/integration/test_operating_guide.py", "tests/chart/test_operating.py")
+_MOST_EXEMPT = 10
+
+
+def test_every_block_of_the_operating_guide_is_run_or_says_why_not() -> None:
+    found = [re.fullmatch(r"<!-- (run|not run): (.+) -->", line) for line, _ in every_block(_GUIDE)]
+    assert len(found) > 10
+    assert None not in found
+    exempt = [mark[2] for mark in found if mark is not None and mark[1] == "not run"]
+    named = {mark[2] for mark in found if mark is not None and mark[1] == "run"}
+    assert len(exempt) <= _MOST_EXEMPT, exempt
+    assert len(named) == len(found) - len(exempt), "two blocks have one name"
+    tests = "".join(text_of(file) for file in _RUN_BY)
+    assert {name for name in named if f'"{name}"' not in tests} == set()
