@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from http.cookies import Morsel
+from types import SimpleNamespace
 from uuid import UUID, uuid4
 
 import aiohttp
@@ -15,14 +16,17 @@ import pytest
 from artifact_store.documents.event_lines import parse_event
 from artifact_store.errors import UnavailableError
 from artifact_store.position import Position
+from ingest_gateway.protocol import request
 from ingest_gateway.routes.event_feed import COOKIE
 from services.config import Settings
 from services.core.access import Right
 from tests.integration.http_gateway import RunningGateway, running_gateway
+from tests.integration.http_raw import SECONDS, STALLING_BYTES, connected
 from tests.integration.tokens import Tokens, bearer, principal
 
 OWN = principal("t", Right.READ, producers=("own",))
 HEARTBEAT_SECONDS = 0.05
+LAST_CHUNK = b"0\r\n\r\n"
 
 
 @pytest.fixture
@@ -126,6 +130,27 @@ async def test_a_stream_ends_with_the_token(gateway: RunningGateway, tokens: Tok
     assert time.time() >= (tokens.principals["t"].expires_at or 0.0)
     async with gateway.session.get("/v1/events", headers=bearer("t")) as answer:
         assert answer.status == 401
+
+
+async def test_a_stream_ends_with_the_token_also_between_two_heartbeats(
+    embedded_settings: Settings, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(embedded_settings, max_metadata_bytes=1 << 20)
+    async with running_gateway(settings, authenticate=tokens, heartbeat_seconds=600.0) as gateway:
+        size = 900_000
+        for _ in range(STALLING_BYTES // size):  # together more than a client that stalls is sent
+            await gateway.parts.registry.create_package("n", "own", "s", "scratch", metadata={"x": "x" * size})
+        ends = time.time() + 600
+        tokens.principals["t"] = replace(OWN, expires_at=ends)
+        monkeypatch.setattr(request, "time", SimpleNamespace(time=lambda: ends - 0.2))  # is left from any moment on
+        async with connected(gateway.port) as reader, connected(gateway.port) as follower:
+            reader.send("GET /v1/events", "Authorization: Bearer t")
+            assert (await reader.head())[0] == 200
+            follower.send("GET /v1/events?follow=true&since=now", "Authorization: Bearer t")
+            assert (await follower.head())[0] == 200
+            async with asyncio.timeout(SECONDS):
+                assert await follower.reader.readuntil(LAST_CHUNK) == LAST_CHUNK
+            assert len(await reader.rest()) < STALLING_BYTES - size
 
 
 @pytest.mark.parametrize("change", ["revoked", "fewer rights"])

@@ -19,8 +19,9 @@ from uuid import UUID, uuid4
 import pytest
 from blake3 import blake3
 
-from artifact_store.archives.bundle import HeldFiles, SmallFile
+from artifact_store.archives.bundle import HeldFiles, NamedFile, SmallFile
 from artifact_store.byte_streams import joined
+from artifact_store.errors import UnknownContentError
 from artifact_store.events import FileIngested
 from artifact_store.manifest import ContentAddress
 from artifact_store.models import Declared
@@ -279,6 +280,27 @@ async def test_a_digest_gives_neither_the_bytes_nor_word_of_them(gateway: Runnin
         assert await answer_of(gateway, request, foreign) == nothing
     assert (await answer_of(gateway, known, own))[2] == b'{"known":["{digest}"]}'
     assert (await answer_of(gateway, named, own))[0] == 201
+
+
+async def test_what_lies_beside_ones_own_bytes_stays_unknown(gateway: RunningGateway) -> None:
+    """Files of several packages share objects, and one file may lie in several."""
+    registry = gateway.parts.registry
+    theirs, own = [await registry.create_package("n", team, "main", "scratch") for team in ("team-b", "team-a")]
+    first, second, third = (text.ljust(32) for text in (b"first", b"second", b"third"))
+    for folder, other in (("a", second), ("b", third)):
+        files = [SmallFile(f"{folder}/{number}", "x/y", content) for number, content in enumerate((first, other))]
+        await registry.ingest_files(theirs, HeldFiles(files), "ada")
+
+    def named(path: str, content: bytes, *pack: bytes) -> list[NamedFile]:
+        lies = blake3(b"".join(pack)).digest()
+        return [NamedFile(path, "x/y", len(content), blake3(content).digest(), lies, 32 * pack.index(content))]
+
+    await registry.ingest_named(own, named("a", first, first, second), "ada")
+    stranger = registry.for_principal(principal("t", Right.READ, Right.WRITE, producers=("team-a",)))
+    for foreign in (named("b", second, first, second), named("b", first, first, third)):
+        with pytest.raises(UnknownContentError):
+            await stranger.ingest_named(own, foreign, "t")
+    await stranger.ingest_named(own, named("b", first, first, second), "t")
 
 
 @pytest.mark.parametrize("lacking", ["the view is empty", "newer packages came"])
