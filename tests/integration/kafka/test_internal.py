@@ -430,14 +430,16 @@ async def test_an_error_for_a_version_that_is_no_number_is_written_in_the_oldest
 
 @pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded"])
 async def test_what_a_page_in_a_browser_can_send_unasked_is_refused(kind: str | None) -> None:
-    listener, writer = await InternalListener.open(Settings(), PeerCredentials.of(Settings())), Answering()
+    credentials, writer = PeerCredentials.of(Settings()), Answering()
+    listener = await InternalListener.open(Settings(), credentials)
     listener.serve(writer)
-    headers = {} if kind is None else {"Content-Type": kind}
-    async with (
-        aiohttp.ClientSession(headers=headers, skip_auto_headers=["Content-Type"]) as session,
-        session.post(listener.url + COMMANDS_PATH, data=encode_command(create())) as answer,
-    ):
-        assert answer.status == 403
+    proof = credentials.for_request(listener.url)["headers"]
+    async with aiohttp.ClientSession(skip_auto_headers=["Content-Type"]) as session:
+        for sent, status in (({}, 403), (proof, 415)):
+            headers = {**sent, **({} if kind is None else {"Content-Type": kind})}
+            url, command = listener.url + COMMANDS_PATH, encode_command(create())
+            async with session.post(url, data=command, headers=headers) as answer:
+                assert answer.status == status
     await listener.close()
     assert writer.seen == []
 
