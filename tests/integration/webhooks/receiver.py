@@ -87,13 +87,13 @@ class Receiver:
         """Wait until so many requests came, accepted or not."""
         await self.until(lambda: len(self.received) >= count)
 
-    async def until(self, condition: Callable[[], bool]) -> None:
-        """Wait until the condition holds."""
+    async def until(self, condition: Callable[[], bool], seconds: float = SECONDS) -> None:
+        """Wait until the condition holds, for so many seconds at most."""
 
         async def holds() -> bool:
             return condition()
 
-        await until(holds, SECONDS, f"{self.url} did not get what was expected; see what was received")
+        await until(holds, seconds, f"{self.url} did not get what was expected; see what was received")
 
 
 @asynccontextmanager

@@ -15,8 +15,10 @@ from services.registry.direct import DirectRegistry
 from services.webhooks.deliverer import Deliverer, GrantsOf
 from services.webhooks.outbox import Policy
 from services.webhooks.targets import Lookup, Targets
+from services.wiring import is_embedded
 from tests.integration.conditions import until
 from tests.integration.http_gateway import RunningGateway, running_gateway
+from tests.integration.processes import output_of
 from tests.integration.webhooks.receiver import SECONDS, Receiver
 
 LOOPBACK = ("127.0.0.0/8",)
@@ -98,6 +100,8 @@ class Stage:
 async def stage(settings: Settings, **options: Any) -> AsyncIterator[Stage]:
     """A gateway whose subscriptions may go to loopback."""
     allowing = replace(settings, webhook_allow=LOOPBACK)
+    if not is_embedded(settings):
+        await asyncio.to_thread(output_of, settings, "migrate")
     async with running_gateway(allowing, **options) as gateway:
         yield Stage(gateway, allowing)
 

@@ -20,6 +20,7 @@ from tests.integration.webhooks.receiver import Behave, Received, Receiver, rece
 from tests.integration.webhooks.stage import delivering, stage
 
 TIMEOUT = 0.5
+PATIENCE = 60.0
 FORBIDDEN = "127.0.0.2"
 
 
@@ -45,12 +46,10 @@ async def talk_nonsense(got: Received) -> web.StreamResponse | None:
 
 
 async def cut_off(got: Received) -> web.StreamResponse | None:
-    answer = web.StreamResponse(headers={"Content-Length": "100"})
-    await answer.prepare(got.request)
-    await answer.write(b"x")
     assert got.request.transport is not None
-    got.request.transport.abort()
-    return answer
+    got.request.transport.write(b"HTTP/1.1 200 OK\r\nContent-Le")
+    got.request.transport.close()
+    return web.Response()
 
 
 async def never_end(got: Received) -> web.StreamResponse | None:
@@ -143,21 +142,21 @@ async def test_hostile_receivers_get_every_event_in_order_and_harm_nobody(settin
         receivers["moving"] = moving
         names = Moving()
         async with delivering(on, timeout_seconds=TIMEOUT, allowed=("127.0.0.1/32",), look_up=names):
-            packages = [str(await on.publish(files=2)) for _ in range(3)]
-            await receivers["honest"].has(12)
-            wanted = {package: [1, 2, 3, 4] for package in packages}
-            for receiver in receivers.values():
-                await complete(receiver, wanted)
+            packages = [str(await on.publish()) for _ in range(2)]
+            await receivers["honest"].has(6)
+            wanted = {package: [1, 2, 3] for package in packages}
+            for name, receiver in receivers.items():
+                await complete(name, receiver, wanted)
         assert (secret.received, trap.received) == ([], [])
         assert names.asked > 2
-        assert len(receivers["honest"].received) == 12
+        assert len(receivers["honest"].received) == 6
         before = {name: len(receiver.received) for name, receiver in receivers.items()}
         async with delivering(on, allowed=("127.0.0.1/32",), look_up=names):
             await replay(on.settings, "registry")
             await replay(on.settings, "retention")
             last = await on.publish()
-            for receiver in receivers.values():
-                await complete(receiver, {**wanted, str(last): [1, 2, 3]})
+            for name, receiver in receivers.items():
+                await complete(name, receiver, {**wanted, str(last): [1, 2, 3]})
         for name, receiver in receivers.items():
             assert receiver.forged == [], name
             repeats = [got for got in receiver.received[before[name] :] if got.package_id != str(last)]
@@ -178,11 +177,13 @@ def closing(receiver: Receiver) -> Behave:
     return accept
 
 
-async def complete(receiver: Receiver, wanted: dict[str, list[int]]) -> None:
+async def complete(name: str, receiver: Receiver, wanted: dict[str, list[int]]) -> None:
     """Wait until the receiver has all events, and check their order."""
     count = sum(map(len, wanted.values()))
-    await receiver.until(lambda: sum(map(len, arrived(receiver).values())) >= count)
-    assert arrived(receiver) == wanted
+    try:
+        await receiver.until(lambda: sum(map(len, arrived(receiver).values())) >= count, PATIENCE)
+    finally:
+        assert arrived(receiver) == wanted, name
 
 
 @pytest.mark.endurance
@@ -197,4 +198,4 @@ async def test_a_receiver_that_comes_back_gets_what_it_missed(embedded_settings:
             await other.has(80)
             async with receiving(port) as back:
                 back.secrets.extend(first.secrets)
-                await complete(back, {package: [1, 2, 3, 4] for package in packages})
+                await complete("back", back, {package: [1, 2, 3, 4] for package in packages})
