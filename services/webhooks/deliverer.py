@@ -64,6 +64,10 @@ _NEAR_EVENTS = 5_000
 _READERS = 8
 """Subscriptions that read the log for themselves at a time."""
 
+_READ_EVENTS = 100
+_READ_BYTES = 2 << 20
+"""So many events of a held package are read at a time."""
+
 _TURN_SECONDS = 10.0
 _PATIENCE_SECONDS = 2.0
 _BREATH = 20
@@ -443,10 +447,16 @@ class _Lead:
                     return
         outbox.pass_to(until)
 
-    async def _read_package(self, package_id: UUID, since: Position, until: Position) -> AsyncGenerator[Message]:
+    async def _read_package(self, package_id: UUID, since: Position, until: Position) -> list[Message]:
+        found: list[Message] = []
+        size = 0
         async with self._readers, aclosing(self._log.read(since, package_id=package_id, until=until)) as events:
             async for message in self._messages(events, since):
-                yield message
+                found.append(message)
+                size += _size(message)
+                if len(found) >= _READ_EVENTS or size >= _READ_BYTES:
+                    break
+        return found
 
     # Requests.
 
@@ -477,9 +487,8 @@ class _Lead:
         if outbox.unpark(package_id, offset):
             return
         since, until = outbox.at(partition, offset), outbox.at(partition, offset + 1)
-        async with aclosing(self._read_package(package_id, since, until)) as messages:
-            async for message in messages:
-                await outbox.repeat(message)
+        for message in await self._read_package(package_id, since, until):
+            await outbox.repeat(message)
 
     # Saving.
 

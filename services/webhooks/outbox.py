@@ -16,8 +16,7 @@ import asyncio
 import logging
 import random
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -82,8 +81,11 @@ class Message:
 Post = Callable[[Subscription, str, bytes], Awaitable[Answer]]
 """Sends a body under a message id. Raises NotSentError."""
 
-ReadPackage = Callable[[UUID, Position, Position], AsyncGenerator[Message]]
-"""Reads a package's events from the log, after one position up to another. Raises as `Log.read`."""
+ReadPackage = Callable[[UUID, Position, Position], Awaitable[Sequence[Message]]]
+"""Reads a package's events from the log, after one position up to another: the first ones, none when there are none.
+
+Raises as `Log.read`.
+"""
 
 Tell = Callable[[Message, str, bool], None]
 """Told of each attempt: its outcome (`delivered`, `failed` or `parked`), and whether it was the event's first one."""
@@ -336,33 +338,30 @@ class Outbox:
                 if target >= row.offset:
                     self._release(held)
                 return
-            async with aclosing(self._events_of(held, target)) as messages:
-                async for message in messages:
-                    if not self.is_active():
+            messages = await self._next_of(held, target)
+            for message in messages:
+                if not self.is_active():
+                    return
+                row.offset, row.sequence = message.offset, message.event.sequence
+                if self._permits(message):
+                    failure = await self._attempt(message, row.attempts + 1)
+                    if failure is not None:
+                        self._fail_again(held, message, failure)
                         return
-                    row.offset, row.sequence = message.offset, message.event.sequence
-                    if self._permits(message):
-                        failure = await self._attempt(message, row.attempts + 1)
-                        if failure is not None:
-                            self._fail_again(held, message, failure)
-                            return
-                        self._recover(held)
-                    row.offset, row.attempts, held.message = message.offset + 1, 0, None
-                    self._change(held)
-            row.offset = max(row.offset, target)
-            self._change(held)
+                    self._recover(held)
+                row.offset, row.attempts, held.message = message.offset + 1, 0, None
+                self._change(held)
+            if not messages:
+                row.offset = target
+                self._change(held)
 
-    async def _events_of(self, held: _Held, target: int) -> AsyncGenerator[Message]:
-        begin = held.row.offset
-        if held.message is not None and held.message.offset == begin:
-            begin += 1
-            yield held.message
-        if held.skipped_to < begin:
-            return
-        since, until = self.at(held.row.partition, begin), self.at(held.row.partition, target)
-        async with aclosing(self._read_package(held.row.package_id, since, until)) as messages:
-            async for message in messages:
-                yield message
+    async def _next_of(self, held: _Held, target: int) -> Sequence[Message]:
+        """The next events of a held package. No reader is kept while they are sent: a slow receiver takes long."""
+        row = held.row
+        if held.message is not None and held.message.offset == row.offset:
+            return (held.message,)
+        since, until = self.at(row.partition, row.offset), self.at(row.partition, target)
+        return await self._read_package(row.package_id, since, until)
 
     async def _attempt(self, message: Message, attempt: int, kind: Kind = Kind.EVENT) -> _Failure | None:
         """Send the event once; None when it was accepted."""

@@ -158,35 +158,22 @@ async def test_filters_and_rights_decide_what_is_sent_and_lost_rights_end_it(emb
     assert receiver.accepted[-1].package_id == str(last)
 
 
-async def test_410_disables_a_subscription_until_it_is_resumed(embedded_settings: Settings) -> None:
+async def test_retry_after_is_waited_for_and_410_disables_until_it_is_resumed(embedded_settings: Settings) -> None:
+    times: list[float] = []
+
+    async def leave(_: Received) -> web.StreamResponse | None:
+        times.append(asyncio.get_running_loop().time())
+        return web.Response(status=429, headers={"Retry-After": "1"}) if len(times) == 1 else web.Response(status=410)
+
     async with stage(embedded_settings) as on, receiving() as receiver:
-
-        async def gone(_: Received) -> web.StreamResponse | None:
-            return web.Response(status=410)
-
-        receiver.behave = gone
+        receiver.behave = leave
         subscription = await on.subscribe(receiver)
         async with delivering(on):
             package = await on.publish(files=3)
             await on.until_state(subscription, "disabled")
-            assert len(receiver.received) == 1
+            assert times[1] - times[0] >= 1.0
+            assert len(receiver.received) == 2
             receiver.behave = None
             await on.call("PATCH", f"/{subscription}", 200, paused=False)
             await receiver.has(5)
     assert receiver.sequences() == {str(package): [1, 2, 3, 4, 5]}
-
-
-async def test_retry_after_is_waited_for(embedded_settings: Settings) -> None:
-    times: list[float] = []
-    async with stage(embedded_settings) as on, receiving() as receiver:
-
-        async def busy(_: Received) -> web.StreamResponse | None:
-            times.append(asyncio.get_running_loop().time())
-            return web.Response(status=429, headers={"Retry-After": "1"}) if len(times) == 1 else None
-
-        receiver.behave = busy
-        await on.subscribe(receiver, filters={"type": ["v1.package.created"]})
-        async with delivering(on):
-            await on.publish()
-            await receiver.has(1)
-    assert times[1] - times[0] >= 1.0
