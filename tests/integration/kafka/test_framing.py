@@ -16,6 +16,7 @@ from confluent_kafka import Consumer, Producer, TopicPartition
 
 from artifact_store.errors import BadRecordError, ConfigurationError, UnavailableError
 from schemas.codec import encode
+from services.cli.doctor import _framing as remark_of_doctor
 from services.config import Settings
 from services.log.kafka import KafkaLog
 from services.log.kafka.cluster import CONFLUENT, FRAMING
@@ -87,6 +88,7 @@ async def test_values_carry_the_ids_of_their_schemas_where_the_topic_was_made_wi
     read = [event async for event in framed.read()]
     assert [(event["event_type"], event["event_id"]) for event in found] == [(e.event_type, e.event_id) for e in read]
     assert [event.sequence for event in read] == [1, 2, 3]
+    assert "values carry their ids" in await remark_of_doctor(framed)
 
 
 async def test_a_writer_on_an_empty_disk_reads_them_back(registered: Settings, framed: KafkaLog) -> None:
@@ -106,6 +108,7 @@ async def test_a_topic_that_was_made_without_a_registry_keeps_its_framing(
 ) -> None:
     async with open_kafka_log(registered) as later:
         assert len(registry.schemas) == 8  # all types of events
+        assert "stay in single-object encoding" in await remark_of_doctor(later)
         made = create_in(0)
         async with lone_writer(registered, later) as writer:
             await ready(writer)
