@@ -36,8 +36,9 @@ async def gateway(settings: Settings) -> AsyncIterator[str]:
         await running
 
 
-async def status(url: str, context: ssl.SSLContext | None = None) -> int:
-    async with aiohttp.ClientSession() as session, session.get(url, ssl=context or True) as answer:
+async def status(url: str, context: ssl.SSLContext | None = None, host: str | None = None) -> int:
+    headers = {} if host is None else {"Host": host}
+    async with aiohttp.ClientSession() as session, session.get(url, ssl=context or True, headers=headers) as answer:
         return answer.status
 
 
@@ -87,6 +88,8 @@ async def test_metrics_have_a_listener_of_their_own(embedded_settings: Settings)
             path: (await status(url + path), await status(f"http://{at}{path}"))
             for path in ("/metrics", "/healthz", "/readyz", "/v1/packages", "/openapi.json")
         }
+        # A page whose name resolves to this machine names itself as the host.
+        assert await status(f"http://{at}/metrics", host="page.example") == 421
     assert found == {
         "/metrics": (404, 200),
         "/healthz": (200, 200),
