@@ -1,4 +1,4 @@
-"""Prometheus that scrapes given addresses every second and evaluates the alerting rules of the chart."""
+"""Prometheus that scrapes given addresses and evaluates the rules of the chart."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ RULES = Path(__file__).resolve().parents[2] / "helm" / "artifact-store" / "files
 
 
 class PrometheusServer(Server):
-    """One Prometheus. `targets` are the jobs' addresses, HOST:PORT."""
+    """One Prometheus. `targets` are the jobs' addresses, HOST:PORT; each is scraped every `scrape_seconds`."""
 
     name: ClassVar[str] = "prometheus"
 
-    def __init__(self, folder: Path, targets: Mapping[str, Sequence[str]], port: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, targets: Mapping[str, Sequence[str]], port: int | None = None, *, scrape_seconds: int = 1
+    ) -> None:
         super().__init__(folder, port)
         self._targets = targets
+        self._scrape_seconds = scrape_seconds
 
     @property
     def endpoint(self) -> str:
@@ -36,7 +39,11 @@ class PrometheusServer(Server):
             for job, addresses in self._targets.items()
         ]
         configuration = {
-            "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"},
+            "global": {
+                "scrape_interval": f"{self._scrape_seconds}s",
+                "scrape_timeout": f"{self._scrape_seconds}s",
+                "evaluation_interval": "1s",
+            },
             "rule_files": [str(RULES)],
             "scrape_configs": jobs,
         }

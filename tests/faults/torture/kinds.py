@@ -301,7 +301,7 @@ async def stranger(scene: Scene) -> None:
     stage, partition = scene.stage, scene.rng.randrange(PARTITIONS)
     value = b"no event " + uuid4().bytes
     stage.strays.append(value)
-    offset = await in_thread(lambda: _stray(stage, partition, value))
+    offset = await in_thread(lambda: stray(stage, partition, value))
     digest = record_digest(b"", value).hex()
     skip = f"log skip {partition} {offset} --digest {digest}"
     if scene.rng.random() < 0.8:
@@ -420,7 +420,7 @@ def _in_memory(gateway: Part) -> bool:
     return any(value for name, value in metrics_of(gateway).items() if name.startswith(_MEMORY_ONLY))
 
 
-def _stray(stage: Stage, partition: int, value: bytes) -> int:
+def stray(stage: Stage, partition: int, value: bytes) -> int:
     """Append a record as a plain producer does that knows nothing of events; its offset. Blocks."""
     options = {"bootstrap.servers": stage.cluster.endpoint, "enable.idempotence": True, "log_level": 0}
     offsets: list[int | None] = []

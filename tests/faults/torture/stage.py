@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from http.client import HTTPException
 from pathlib import Path
@@ -25,9 +25,12 @@ from typing import Any, TypeVar
 from pydantic import SecretStr
 
 from services.config import Settings
+from services.runtime.addresses import ListenAddress
 from services.views.projections import PROJECTIONS
 from tests.faults.peers import SplitCluster
 from tests.faults.proxy import Network, ProxiedCluster
+from tests.faults.small_disk import SmallDisk
+from tests.faults.store_proxy import StoreProxy
 from tests.faults.torture.leaders import in_sync
 from tests.integration.processes import ProductProcess, get, output_of, readiness
 from tests.services.kafka import KafkaBroker
@@ -61,16 +64,28 @@ class Part(ProductProcess):
     wanted = True
     """Whether it is to run; what is not running although it is wanted has ended by itself."""
 
+    disk: SmallDisk | None = None
+    """A small disk for its state, from its next start on."""
+
+    said_release: str | None = None
+    """The release that it says it is from its next start on; None: its own."""
+
     def prepare(self) -> None:
         """Its clock is right unless it was set."""
         if not self._clock.exists():
             self._clock.write_text("0", encoding="ascii")
 
     def command(self) -> list[str]:
-        return [sys.executable, "-m", "tests.faults.torture.wrong_clock", str(self._clock), *self._arguments]
+        command = [sys.executable, "-m", "tests.faults.torture.wrong_clock", str(self._clock), *self._arguments]
+        return command if self.disk is None else self.disk.command(command)
 
     def environment(self) -> dict[str, str]:
-        return {**super().environment(), "PYTHONPATH": str(ROOT)}
+        said = {} if self.said_release is None else {"SAID_RELEASE": self.said_release}
+        return {**super().environment(), "PYTHONPATH": str(ROOT), **said}
+
+    def change(self, **settings: Any) -> None:
+        """Give it these settings from its next start on."""
+        self._settings = replace(self._settings, **settings)
 
     def answers(self) -> bool:
         return not self._listens or get(f"{self.endpoint}/healthz") == 200
@@ -106,6 +121,10 @@ class Stage:
     projectors: list[Part]
     small_disk: Path | None
     """Where the last gateway's state lies on a small disk of its own, if it does."""
+    store: StoreProxy | None = None
+    """Between the parts and MinIO, if it is."""
+    database: StoreProxy | None = None
+    """Between the parts and PostgreSQL, if it is."""
     ended: list[str] = field(default_factory=list)
     """Processes that ended by themselves, with the end of what they wrote."""
     strays: list[bytes] = field(default_factory=list)
@@ -184,25 +203,50 @@ async def in_thread(call: Callable[[], _T]) -> _T:
 
 
 @asynccontextmanager
-async def staged(folder: Path, *, keep: Callable[[], bool], own_mounts: bool = False) -> AsyncIterator[Stage]:
+async def staged(
+    folder: Path,
+    *,
+    keep: Callable[[], bool],
+    own_mounts: bool = False,
+    proxied: bool = False,
+    minio: MinioServer | None = None,
+    postgres: PostgresServer | None = None,
+) -> AsyncIterator[Stage]:
     """All of it, started; stopped at the end of the block, its data deleted unless `keep` says otherwise.
 
-    `own_mounts`: what this process mounts ends with it, so that one gateway can have a small disk.
+    `own_mounts`: what this process mounts ends with it, so that one gateway can have a small disk. `proxied`: the parts
+    reach MinIO and PostgreSQL through proxies.
     """
     cluster = TorturedCluster(folder / "kafka")
-    minio = MinioServer(folder / "minio")
-    postgres = PostgresServer(folder / "postgres")
+    minio = minio or MinioServer(folder / "minio")
+    postgres = postgres or PostgresServer(folder / "postgres")
     servers = [minio, postgres]
     parts: list[Part] = []
     try:
         await asyncio.gather(in_thread(cluster.start), *(in_thread(server.start) for server in servers))
         settings = _settings(folder, f"kafka://{cluster.endpoint}/torture", minio, postgres)
         await in_thread(lambda: output_of(settings, "migrate"))
-        async with cluster.network() as network:
-            gateways, projectors = _parts(folder, settings, cluster)
+        async with AsyncExitStack() as stack:
+            network = await stack.enter_async_context(cluster.network())
+            store = database = None
+            through = settings
+            if proxied:
+                store, database = StoreProxy(minio.endpoint), StoreProxy(postgres.endpoint)
+                store_at = await stack.enter_async_context(store.listening())
+                database_at = await stack.enter_async_context(database.listening())
+                through = replace(
+                    settings,
+                    blobs_url=settings.blobs_url.replace(minio.endpoint, store_at),
+                    views_url=settings.views_url.replace(postgres.endpoint, database_at),
+                )
+            gateways, projectors = _parts(folder, through, cluster)
             parts += [*gateways, *projectors]
             small_disk = _small_disk(gateways[-1].folder / "state") if own_mounts else None
-            stage = Stage(folder, settings, cluster, network, minio, postgres, gateways, projectors, small_disk)
+            stage = Stage(
+                *(folder, settings, cluster, network, minio, postgres, gateways, projectors, small_disk),
+                store=store,
+                database=database,
+            )
             await asyncio.gather(*(in_thread(part.start) for part in parts))
             yield stage
             for part in parts:
@@ -250,7 +294,12 @@ def _parts(folder: Path, settings: Settings, cluster: TorturedCluster) -> tuple[
             own["log_url"] = f"kafka://{cluster.proxied_endpoint}/torture"
         gateways.append(Part(replace(settings, **own), home, "gateway", port=ports[n]))
     projectors = [
-        Part(settings, folder / name, "projector", name, listens=False, port=port)
+        Part(
+            replace(settings, metrics_listen=ListenAddress("127.0.0.1", port)),
+            *(folder / name, "projector", name),
+            listens=False,
+            port=port,
+        )
         for name, port in zip(PROJECTIONS, ports[GATEWAYS:], strict=True)
     ]
     return gateways, projectors

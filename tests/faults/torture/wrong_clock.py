@@ -1,11 +1,13 @@
 """A process of the product whose clock can be set while it runs, as nobody can set the clock of one process alone.
 
 `python -m tests.faults.torture.wrong_clock FILE ARGUMENT…` runs `artifact-store ARGUMENT…`. FILE says by how many
-seconds its clock is ahead (negative: behind). It is read at the start, and again after each SIGUSR1.
+seconds its clock is ahead (negative: behind). It is read at the start, and again after each SIGUSR1. With SAID_RELEASE
+in its environment it says that it is of that release.
 """
 
 from __future__ import annotations
 
+import os
 import runpy
 import signal
 import sys
@@ -14,6 +16,7 @@ from datetime import datetime, tzinfo
 from pathlib import Path
 
 from services.blobs.s3 import requests
+from services.runtime import metrics
 
 
 def main(file: Path) -> None:
@@ -30,6 +33,8 @@ def main(file: Path) -> None:
         def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]  # no subclass leaves here
             return datetime.fromtimestamp(time.time(), tz)
 
+    if (said := os.environ.get("SAID_RELEASE")) is not None:
+        metrics.version = lambda distribution_name: said  # type: ignore[attr-defined]  # imported there
     signal.signal(signal.SIGUSR1, read)
     read()
     time.time = lambda: right() + ahead

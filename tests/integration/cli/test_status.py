@@ -88,7 +88,7 @@ def test_every_partition_is_shown_whichever_process_writes_to_it(kafka: Settings
     assert {p["url"] for p in processes} == {first, second}
     for process in processes:
         assert process["release"] == version("artifact-store")
-        assert process["components"] == dict.fromkeys(("log", "blobs", "writer", "views"))
+        assert set(process["components"]) == {"log", "blobs", "writer", "views"}
         assert abs(process["clock_skew_seconds"]) < 5
         assert process["state_free_bytes"] > 0
     assert ["ARTIFACT_STORE_INTERNAL_SECRET" in p["trouble"] for p in by_stranger["processes"]] == [True]
