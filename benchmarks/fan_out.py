@@ -60,6 +60,9 @@ _APART_SECONDS = 0.02
 _FILE, _CREATED, _FINALIZED = "v1.file.ingested", "v1.package.created", "v1.package.finalized"
 _PRODUCERS = [f"lab/spectrometer-{number}" for number in range(4)]
 _CLASSES = ("scratch", "report", "raw-evidence")
+_DATA = b"\ndata: "
+"""What each event has once."""
+
 _TIME = re.compile(rb'"created_at":"([^"]+)"')
 
 FILTERS: Sequence[EventFilter] = (
@@ -99,12 +102,13 @@ class _Reader:
 
     async def read(self, answer: aiohttp.ClientResponse, *, keep: bool = False, timed: bool = False) -> int:
         """How many events came, once all have; the HTTP chunks are kept if asked for, and delays noted."""
-        seen, chunk = 0, bytearray()
+        seen, chunk, before = 0, bytearray(), b""
         async with asyncio.timeout(_SECONDS):
             while seen < self.expected:
                 piece, ends = await answer.content.readchunk()
                 assert piece or ends, "the stream has ended"
-                seen += piece.count(b"\ndata: ")
+                seen += piece.count(_DATA) + (before + piece[: len(_DATA) - 1]).count(_DATA)
+                before = (before + piece[1 - len(_DATA) :])[1 - len(_DATA) :]
                 if keep:
                     chunk += piece
                     if ends and chunk:
@@ -179,7 +183,7 @@ class FanOut:
             await self.ours()
         file = self._stage.folder / "chunks.cbor"
         file.write_bytes(cbor2.dumps(self._chunks))
-        events = [sum(chunk.count(b"\ndata: ") for chunk in chunks) for chunks in self._chunks]
+        events = [sum(chunk.count(_DATA) for chunk in chunks) for chunks in self._chunks]
         async with AsyncExitStack() as stack:
             url, server = stack.enter_context(_bare_server(file))
             session = await stack.enter_async_context(_session(url))
