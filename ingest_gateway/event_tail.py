@@ -44,8 +44,11 @@ _AT_ONCE_BYTES = 48 * 1024
 """So that what a follower gets at once does not exceed what a connection buffers before it waits, 64 KiB."""
 
 _AT_ONCE_EVENTS = 1000
-_BREATH = 50
+_BREATH = 200
 """Events after which reading yields to the event loop."""
+
+_LENIENT_SECONDS = 2.0
+"""How long reading waits in all while most followers need the oldest events, until they have caught up again."""
 
 _EVENT_BYTES, _OFFSET_BYTES = 500, 100
 """Estimated bytes of memory for an event beside its texts, and for each offset of its position."""
@@ -326,6 +329,9 @@ class _Run:
         self._channels: dict[tuple[EventFilter, Form], _Channel] = {}
         self._pieces: OrderedDict[tuple[_Channel, int], _Found] = OrderedDict()
         self._pieces_bytes = 0
+        self._seats: set[_Seat] = set()
+        self._waited = 0.0
+        """Seconds that reading has waited for followers since most of them were last near the end."""
         self._task = asyncio.create_task(self._read())
         self._task.add_done_callback(self._ended)
 
@@ -347,10 +353,12 @@ class _Run:
         if channel is None:
             channel = self._channels[wanted, form] = _Channel(self, wanted, form)
         channel.seats += 1
-        return _Seat(self, channel, self.end)
+        self._seats.add(seat := _Seat(self, channel, self.end))
+        return seat
 
-    def leave(self, channel: _Channel) -> None:
+    def leave(self, seat: _Seat, channel: _Channel) -> None:
         """Give back a seat."""
+        self._seats.discard(seat)
         channel.seats -= 1
         if not channel.seats:
             self._channels.pop((channel.wanted, channel.form), None)
@@ -414,6 +422,20 @@ class _Run:
                 count += 1
                 if count % _BREATH == 0:
                     await asyncio.sleep(0)
+                    await self._be_lenient()
+
+    async def _be_lenient(self) -> None:
+        """Wait while most followers still need the oldest events, which are dropped next, so that they do not all catch
+        up by themselves. A few slow ones are not waited for, and many only for _LENIENT_SECONDS."""
+        while len(self._kept) > 2 * _BREATH and self._kept_bytes > self._room_bytes * 3 // 4:
+            soon_dropped = self._first + len(self._kept) // 2
+            if 2 * sum(seat.number < soon_dropped for seat in self._seats) <= len(self._seats):
+                self._waited = 0.0
+                return
+            if self._waited >= _LENIENT_SECONDS:
+                return
+            self._waited += _LOOK_SECONDS
+            await asyncio.sleep(_LOOK_SECONDS)
 
     def _keep(self, event: RecordedEvent, partition: int) -> None:
         self.origins.note(event)
@@ -494,7 +516,8 @@ class _Seat:
     def __init__(self, run: _Run, channel: _Channel, number: int) -> None:
         self._run = run
         self._channel = channel
-        self._number = number
+        self.number = number
+        """The number of the event that the follower gets next."""
         self._waiting: asyncio.Future[None] | None = None
         self._alarm: asyncio.TimerHandle | None = None
         """Wakes the follower. It is left alone when events come, since most timers would be set in vain."""
@@ -503,7 +526,7 @@ class _Seat:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._run.leave(self._channel)
+        self._run.leave(self, self._channel)
         if self._alarm is not None:
             self._alarm.cancel()
 
@@ -513,7 +536,7 @@ class _Seat:
         Raises what reading raised.
         """
         run, loop = self._run, asyncio.get_running_loop()
-        while self._number >= run.end:
+        while self.number >= run.end:
             run.require()
             if loop.time() >= until:
                 return False
@@ -536,7 +559,7 @@ class _Seat:
     def is_abreast_of(self, position: Position | None) -> bool:
         """Whether no event of the tail waits for the follower, who has read up to there, and no further than it."""
         run = self._run
-        return self._number == run.end and (position is None or run.position.covers(position))
+        return self.number == run.end and (position is None or run.position.covers(position))
 
     async def take(self, at: _Standing) -> _Found | None:
         """What the follower gets next of the events that are there, in order; None when some were dropped before.
@@ -544,13 +567,15 @@ class _Seat:
         Moves `at` on.
         """
         if at.in_step:
-            found = await self._run.shared(self._channel, self._number)
+            found = await self._run.shared(self._channel, self.number)
         else:
-            found = await self._channel.make(self._number, at)
+            found = await self._channel.make(self.number, at)
         if found is not None:
-            self._number, at.position = found.end, found.position
+            self.number, at.position = found.end, found.position
         return found
 
+
+_LOOK_SECONDS = 0.01
 
 AHEAD_BYTES = 64 * 1024
 """Bytes that may wait for a slow client; beyond them reading pauses. One more event may exceed it."""

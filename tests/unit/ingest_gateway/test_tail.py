@@ -384,6 +384,24 @@ async def test_the_order_of_time_is_refused_for_very_many_partitions(monkeypatch
         await anext(in_order_of_time(log, None, await log.end()))
 
 
+async def test_reading_does_not_run_away_from_most_followers() -> None:
+    """A burst that is larger than what is kept: nobody has to read the log by themselves."""
+    log, events = MemoryLog(), History().fill(packages=60, files=20).events
+    tail = Tail(log, room_bytes=2 << 20)
+    followers = [_Follower(tail) for _ in range(3)]
+    for follower in followers:
+        await follower.join()
+    log.append(*events)
+    while min(len(follower.found) for follower in followers) < len(events):
+        for follower in followers:
+            if len(follower.found) < len(events):
+                await follower.take()
+            assert log.readers == 1
+    for follower in followers:
+        assert sorted(_ids(follower.found)) == sorted(_ids(events))
+        await follower.leave()
+
+
 async def test_an_event_is_decoded_encoded_and_framed_once_however_many_listen(
     log: MemoryLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
