@@ -23,8 +23,10 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 
 {{/* The settings that are no secret, as a YAML map of texts. Helm reads numbers as floats: 5e12 must not stay one. */}}
 {{- define "artifact-store.settings" -}}
-{{- if and .Values.secrets.ARTIFACT_STORE_KAFKA_OPTIONS (hasKey .Values.settings "ARTIFACT_STORE_KAFKA_OPTIONS") -}}
-{{- fail "give the Kafka options once: ARTIFACT_STORE_KAFKA_OPTIONS in settings or in secrets" -}}
+{{- range $name := list "ARTIFACT_STORE_KAFKA_OPTIONS" "ARTIFACT_STORE_SCHEMA_REGISTRY_URL" -}}
+{{- if and (get $.Values.secrets $name) (hasKey $.Values.settings $name) -}}
+{{- fail (printf "give %s once: in settings or in secrets" $name) -}}
+{{- end -}}
 {{- end -}}
 {{- range $name, $value := .Values.settings }}
 {{ $name }}: {{ if kindIs "map" $value }}{{ toJson $value | quote }}{{ else if kindIs "float64" $value }}{{ int64 $value | quote }}{{ else }}{{ $value | quote }}{{ end }}
