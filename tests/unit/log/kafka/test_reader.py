@@ -25,7 +25,10 @@ def beyond() -> Iterator[Reader]:
 
 
 class Agreeing(Cluster):
-    """Whatever lies outside of one broker's log lies outside of every broker's."""
+    """Whatever lies outside of one broker's log lies outside of every broker's. The played broker has no settings."""
+
+    def framing(self) -> None:
+        """See `Cluster`."""
 
     def outside(self, offsets: Mapping[int, int]) -> dict[int, tuple[int, int]]:
         """See `Cluster`."""
