@@ -144,12 +144,15 @@ class Upload:
             await self._send(session, 0, self._body[: self._half])
 
     async def finish(self) -> None:
-        """Send the other half to the second gateway; both then tell the same of it."""
+        """Send the other half to the second gateway; both then tell the same of it, in fields that both know."""
         async with aiohttp.ClientSession(self._urls[1]) as session:
             await self._send(session, self._half, self._body[self._half :])
         first, second = await self._told()
+        files = first.pop("file"), second.pop("file")
         assert first == second
-        assert first["file"]["content_address"] == f"blake3:{blake3(self._body).hexdigest()}"
+        known = files[0].keys() & files[1].keys()
+        assert {name: files[0][name] for name in known} == {name: files[1][name] for name in known}
+        assert files[0]["content_address"] == f"blake3:{blake3(self._body).hexdigest()}"
 
     async def _told(self) -> list[dict[str, Any]]:
         found = []
