@@ -14,6 +14,7 @@ from pathlib import Path
 from tests.drills.carry_out import Outcome, carry_out
 from tests.drills.drills import DRILLS, Drill
 from tests.drills.scene import installation
+from tests.faults.torture.__main__ import until_told
 
 
 async def run(drills: Sequence[Drill], folder: Path) -> list[Outcome]:
@@ -37,7 +38,7 @@ def main(names: Sequence[str]) -> int:
     """Returns the exit code."""
     chosen = [drill for drill in DRILLS if not names or any(name in drill.name for name in names)]
     with tempfile.TemporaryDirectory(prefix="artifact-store-drills-") as folder:
-        outcomes = asyncio.run(run(chosen, Path(folder)))
+        outcomes = asyncio.run(until_told(run(chosen, Path(folder))))
     return int(not outcomes or any(outcome.wrong for outcome in outcomes))
 
 

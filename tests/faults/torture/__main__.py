@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from tests.faults.torture.kinds import KINDS, Kind
 from tests.faults.torture.load import LoadSettings
@@ -67,7 +68,10 @@ def _may_mount() -> bool:
     )
 
 
-async def until_told(under_fire: Coroutine[None, None, Result]) -> Result | None:
+_Found = TypeVar("_Found")
+
+
+async def until_told(under_fire: Coroutine[None, None, _Found]) -> _Found | None:
     """The result, or None when a signal came: then all that was started is ended first."""
     task, loop = asyncio.ensure_future(under_fire), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
