@@ -263,7 +263,7 @@ def test_nothing_secret_is_rendered(documents: list[dict[str, Any]]) -> None:
 
 def test_a_projector_holds_no_key_that_it_does_not_need(documents: list[dict[str, Any]]) -> None:
     projectors = [c for c in _containers(documents) if "projector" in c["command"]]
-    needed = {"ARTIFACT_STORE_VIEWS_URL", "ARTIFACT_STORE_KAFKA_OPTIONS"}
+    needed = {"ARTIFACT_STORE_VIEWS_URL", "ARTIFACT_STORE_KAFKA_OPTIONS", "ARTIFACT_STORE_SCHEMA_REGISTRY_URL"}
     assert all(secret_names(container) <= needed for container in projectors)
 
 
