@@ -165,7 +165,7 @@ class Tail:
         at, clock = _Standing(since), asyncio.get_running_loop().time
         if wanted.package_id is not None:
             mark = None  # of a package that is hidden, even a position would tell that there is such a package
-        marked, untold = clock(), False
+        marked, untold, joined = clock(), False, False
         while True:
             async with self._seat(wanted, form) as seat:
                 # The seat has all events from this moment on; earlier ones are read up to the log's end.
@@ -175,7 +175,9 @@ class Tail:
                         while (piece := await pieces.take_within(quiet_seconds)) is not None:
                             yield piece
                 at.in_step = seat.is_abreast_of(at.position)
-                yield b""
+                if not joined:
+                    joined = True
+                    yield b""
                 given = clock()
                 try:
                     while True:
