@@ -39,6 +39,7 @@ from artifact_store.models import Acknowledgement, IngestedFile
 from artifact_store.rules import (
     MAX_NUMBER,
     MAX_PAIRS,
+    MAX_PATH_BYTES,
     add_folders,
     check_metadata_size,
     check_paths,
@@ -384,7 +385,9 @@ def _check_tree(state: PackageState, relative_paths: Sequence[str], limits: Limi
             for folder in folders_above(path):
                 if folder in files:
                     raise PathConflictError(f"package {state.package_id}: {path!r} cannot lie in {folder!r}, a file")
-    most = limits.max_folders_per_package
+    # Four for each file, and those of one path at its deepest: the writer keeps the name of each folder, and a path of
+    # 1,024 bytes may have 511 of them.
+    most = 4 * limits.max_files_per_package + MAX_PATH_BYTES // 2
     if len(known) + len(folders) > most and len(known) + len(folders - known) > most:
         raise TooLargeError(f"the files of a package lie in at most {most:,} folders")
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from artifact_store.rules import MAX_PATH_BYTES
-
 INLINE_MANIFEST_BYTES = 512 * 1024
 """A larger manifest is stored as a blob, and its event holds only the blob's key: a claim check."""
 
@@ -30,11 +28,3 @@ class Limits:
     max_event_bytes: int = 1_000_000
     inline_manifest_bytes: int = INLINE_MANIFEST_BYTES
     max_idle_micros: int = MAX_IDLE_MICROS
-
-    @property
-    def max_folders_per_package(self) -> int:
-        """How many folders the files of a package may lie in: four for each file, and those of one path at its deepest.
-
-        The writer keeps the name of each folder, and a path of 1,024 bytes may have 511 of them.
-        """
-        return 4 * self.max_files_per_package + MAX_PATH_BYTES // 2

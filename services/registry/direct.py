@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import math
+import time
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence, Set
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
@@ -40,6 +42,7 @@ from artifact_store.models import (
     Page,
     UsageTotal,
 )
+from artifact_store.position import Position
 from artifact_store.registry import ManifestFormat, Order, Registry, Since, filter_of, start_of
 from artifact_store.rules import check_path, check_text, metadata_text
 from schemas import identifiers
@@ -52,7 +55,6 @@ from services.core.commands import Command, CreatePackage, FinalizePackage, Inge
 from services.core.limits import Limits
 from services.log.port import EXTENT_SECONDS, CommandWriter, Log, PackageExtent
 from services.registry.bundle_store import BundleStore
-from services.registry.known_end import KnownEnd
 from services.registry.origins import Origins, ScopedFilter, find_origins, in_order_of_time, position_of
 from services.runtime.tracing import traced
 from services.views.queries import FoundFile, Origin, PlacedFile, Queries
@@ -65,6 +67,69 @@ WAIT_SECONDS = 10.0
 
 _ASKED_AT_ONCE = 500
 _CLASSES_REMEMBERED = 10_000
+
+
+FRESH_SECONDS = 1.0
+"""How old the known end may be: so much of other packages may be read again."""
+
+PATIENCE_SECONDS = 0.2
+"""How long writes wait for an answer of the log. They do not depend on it: partitions of others may be away."""
+
+
+class KnownEnd:
+    """Where the log ends, as far as a gateway has to know it for the positions in its answers to writes.
+
+    A writer knows the offset of its own partition alone. A reader that goes on after a write must begin in the other
+    partitions where they ended before the write, or earlier: what others did because of it came later. The log is asked
+    once a second at most, and only while there are writes. Belongs to one event loop.
+    """
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._known: Position | None = None
+        self._since = -math.inf
+        """When the question was asked whose answer is known, on the monotonic clock (s)."""
+        self._question: asyncio.Task[None] | None = None
+        self._asked = -math.inf
+        self._alone = False
+        """Whether the log has one partition, so that writers know all."""
+
+    async def before_write(self) -> Position | None:
+        """An end of the log that is not later than now; None when it is not known, or need not be."""
+        if self._alone:
+            return None
+        now = time.monotonic()
+        idle = self._question is None or self._question.done()
+        if idle and now > max(self._since, self._asked) + FRESH_SECONDS / 2:
+            self._question = asyncio.create_task(self._ask(now), name="log-end")
+            self._asked = now
+        if self._question is not None and now > self._since + FRESH_SECONDS:
+            await asyncio.wait([self._question], timeout=max(0.0, self._asked + PATIENCE_SECONDS - now))
+        return self._known
+
+    def after(self, written: Position | None, before: Position | None) -> Position | None:
+        """The position after a write: `written` names its own partition alone, `before` is of `before_write`."""
+        if written is None or self._alone:
+            return written
+        if before is None or before.log != written.log:
+            return None
+        ((partition, offset),) = written.offsets.items()
+        known = self._known
+        if known is not None and known.log == written.log and known.offsets.get(partition, 0) < offset:
+            self._known = known.after(partition, offset - 1)
+        return before.after(partition, offset - 1)
+
+    async def _ask(self, now: float) -> None:
+        with suppress(ArtifactStoreError):  # writes have their own errors
+            self._alone = await self._log.partitions() == 1
+            if not self._alone:
+                self._known, self._since = await self._log.end(self._known), now
+
+    async def close(self) -> None:
+        """Stop asking; returns once that is done."""
+        if self._question is not None:
+            self._question.cancel()
+            await asyncio.wait([self._question])
 
 
 class DirectRegistry(Registry):

@@ -440,8 +440,7 @@ class PartitionLease(Lease):
         """
         anchor = self.state.anchor
         if self._stopped is None and not self.losses and anchor.next_offset:
-            witness = Witness(MEMORY, self._origin.identity, anchor, "of this process")
-            self._states.remembered[self._partition] = witness
+            self._states.remembered[self._partition] = self._origin.identity, anchor
 
     def _barrier(self) -> int:
         """Append a record in a transaction that is aborted, acknowledged by all in-sync replicas; its offset.
@@ -470,9 +469,9 @@ class PartitionLease(Lease):
         claimed = claim(self._states.folder, self._origin, lambda witness: self._lost(witness, barrier))
         self._slot = claimed.slot
         own = list(claimed.losses)
-        in_memory = self._states.remembered.get(self._partition)
-        if in_memory is not None and (loss := self._lost(in_memory, barrier)) is not None:
-            own += [loss] if loss.key not in {found.key for found in own} else []
+        if (read := self._states.remembered.get(self._partition)) is not None:
+            loss = self._lost(Witness(MEMORY, *read, "of this process"), barrier)
+            own += [loss] if loss is not None and loss.key not in {found.key for found in own} else []
         known = {loss.key for loss in losses}
         if self._states.snapshots is not None:
             self._states.snapshots.testify(self._origin, [loss.witness for loss in own if loss.key not in known])

@@ -18,11 +18,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from uuid import UUID
 
 from services.log.state.loss import FILE, Loss, Witness
 from services.log.state.partition_state import PartitionState
 from services.log.state.snapshots import Snapshot, SnapshotError, Snapshots, Stored
 from services.log.state.state_file import (
+    Anchor,
     DiskFullError,
     ForeignStateError,
     LogPartition,
@@ -51,8 +53,8 @@ class States:
 
     folder: Path
     snapshots: Snapshots | None = None
-    remembered: dict[int, Witness] = field(default_factory=dict)
-    """By partition, the record that a writer of this process read last. It may be newer than what a file stands on."""
+    remembered: dict[int, tuple[UUID, Anchor]] = field(default_factory=dict)
+    """By partition, the log and the record that a writer of this process read last, maybe newer than any file."""
 
 
 def candidates(

@@ -230,12 +230,16 @@ async def test_what_is_known_beforehand_is_said_before_the_body(gateway: Running
 async def test_a_repeat_answers_as_the_first_did(gateway: RunningGateway) -> None:
     package_id = await package(gateway)
     headers = {**TAR, "Idempotency-Key": str(uuid4()), "X-Actor": "somebody"}
-    first = await send(gateway, package_id, tar_of(FILES), headers)
-    assert await send(gateway, package_id, tar_of(FILES), headers) == first
+
+    async def sent() -> dict[str, Any]:  # without the position: a log on Kafka does not know it for a repeat
+        return {**await send(gateway, package_id, tar_of(FILES), headers), "position": None}
+
+    first = await sent()
+    assert await sent() == first
     problem = await send(gateway, package_id, tar_of({"a": b"1"}), headers, status=422)
     assert problem["type"].endswith(":command-reused")
     await finalized(gateway, package_id)
-    assert await send(gateway, package_id, tar_of(FILES), headers) == first
+    assert await sent() == first
     assert {event.actor async for event in gateway.parts.log.read() if 1 < event.sequence <= len(FILES)} == {"somebody"}
 
 

@@ -27,7 +27,6 @@ from services.log.kafka.tail import Reader
 from services.log.port import PartitionStatus, Record
 from services.log.records import AcceptLoss, AdministrativeHead, Confirmation, SkipRecord, read_record
 from services.log.state import snapshots
-from services.log.state.loss import MEMORY, Witness
 from services.log.state.restore import States
 from services.log.state.state_file import Anchor, LogPartition, StateFile
 from tests.contract.log_invariants import read_valid
@@ -346,15 +345,15 @@ async def test_a_process_remembers_what_a_lease_has_read_before_the_lease_closes
     await fill(kafka, log)
     states = States(kafka.state_dir)
     with closing(await leased(log, await log.identity(), states)) as lease:
-        before = states.remembered[0].anchor
+        before = states.remembered[0][1]
         assert before == lease.state.anchor
         assert before.next_offset > 0
         bad = await bad_record(log, 0, await asyncio.to_thread(stray, kafka, partition=0))
     with closing(await leased(log, await log.identity(), states)) as lease:
-        assert states.remembered[0].anchor == before, "it stops before the stranger's record"
+        assert states.remembered[0][1] == before, "it stops before the stranger's record"
         skip = SkipRecord(0, bad.offset, bad.digest, "ada", "a stray producer", uuid4())
         await asyncio.to_thread(lease.record, skip, 1, lambda: None)
-        assert states.remembered[0].anchor == lease.state.anchor
+        assert states.remembered[0][1] == lease.state.anchor
         assert lease.state.anchor.next_offset > bad.offset
 
 
@@ -381,8 +380,8 @@ async def test_a_loss_that_a_process_remembers_is_accepted_once_before_a_record_
     bad = await bad_record(log, 0, await asyncio.to_thread(stray, kafka, partition=0))
     skip = SkipRecord(0, bad.offset, bad.digest, "ada", "a stray producer", uuid4())
     identity = await log.identity()
-    witness = Witness(MEMORY, identity, Anchor(bad.offset + 1_000, bytes(32), 1), "of this process")
-    lease = await leased(log, identity, States(kafka.state_dir, remembered={0: witness}))
+    read = identity, Anchor(bad.offset + 1_000, bytes(32), 1)
+    lease = await leased(log, identity, States(kafka.state_dir, remembered={0: read}))
     with closing(lease):
         accepting = AcceptLoss(0, bad.offset + 999, bytes(32), "ada", "the disk burned", uuid4())
 

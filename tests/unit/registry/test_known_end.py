@@ -8,8 +8,8 @@ import time
 import pytest
 
 from artifact_store.position import Position
-from services.registry import known_end
-from services.registry.known_end import KnownEnd
+from services.registry import direct
+from services.registry.direct import KnownEnd
 from tests.memory_log import MemoryLog
 from tests.views_history import History
 
@@ -31,7 +31,7 @@ async def write(end: KnownEnd, log: MemoryLog, number: int) -> Position | None:
 
 
 async def test_what_others_write_after_a_write_is_read_and_the_write_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(known_end, "FRESH_SECONDS", 0.0)
+    monkeypatch.setattr(direct, "FRESH_SECONDS", 0.0)
     log = MemoryLog(3)
     end = KnownEnd(log)
     for number in range(0, len(EVENTS) - 1, 2):
@@ -43,7 +43,7 @@ async def test_what_others_write_after_a_write_is_read_and_the_write_is_not(monk
 
 
 async def test_the_log_is_asked_seldom_and_what_its_own_writers_told_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(known_end, "FRESH_SECONDS", 3_600.0)
+    monkeypatch.setattr(direct, "FRESH_SECONDS", 3_600.0)
     log = MemoryLog(3)
     end = KnownEnd(log)
     for number in range(len(EVENTS)):
@@ -67,7 +67,7 @@ async def test_a_log_that_does_not_answer_holds_up_no_write(monkeypatch: pytest.
     began = time.monotonic()
     for _ in range(100):
         assert await end.before_write() is None
-    assert time.monotonic() - began < 10 * known_end.PATIENCE_SECONDS
+    assert time.monotonic() - began < 10 * direct.PATIENCE_SECONDS
     await end.close()
 
 
