@@ -9,7 +9,7 @@ and none behind it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -34,6 +34,33 @@ PartitionOf = Callable[[UUID], int]
 """The partition that a package's events belong in."""
 
 _SKIPPED_FRAMING = framing(LOG_SKIPPED)
+
+
+_FIRST_SIZE = 16 << 10
+"""The assumed size of a record in bytes before the first one has been read. A small first batch costs nothing."""
+
+_FEWEST_RECORDS = 10
+
+
+class BatchSize:
+    """How many records to ask for next, so that a batch holds about so many bytes. Estimated from the last records."""
+
+    def __init__(self, max_bytes: int, max_records: int) -> None:
+        self._bytes = max_bytes
+        self._records = max_records
+        self._usual = _FIRST_SIZE
+
+    def most(self, bytes_at_hand: int = 0) -> int:
+        """The number, at least 10; `bytes_at_hand` are in the batch already."""
+        fitting = (self._bytes - bytes_at_hand) // max(1, self._usual)
+        return max(_FEWEST_RECORDS, min(self._records, fitting))
+
+    def took(self, records: Sequence[Record]) -> int:
+        """Note what came; how many bytes that is."""
+        size = sum(len(record.value) for record in records)
+        if records:
+            self._usual = size // len(records)
+        return size
 
 
 @dataclass(frozen=True, slots=True)

@@ -228,8 +228,11 @@ class KafkaSettings:
         """For questions about topic, offsets and groups."""
         return self._client("artifact-store")
 
-    def reader(self) -> dict[str, Any]:
-        """A consumer that is given its partitions and sees committed events alone; it never resets by itself."""
+    def reader(self, own: Mapping[str, int] | None = None) -> dict[str, Any]:
+        """A consumer that is given its partitions and sees committed events alone; it never resets by itself.
+
+        `own` is what this reader does otherwise than others, unless options say it.
+        """
         return {
             "fetch.wait.max.ms": 500,
             # A broker that keeps still is given up after so long, and its partitions' new leaders are looked for: by
@@ -241,6 +244,7 @@ class KafkaSettings:
             "queued.min.messages": 20_000,
             "fetch.queue.backoff.ms": 20,
             "check.crcs": True,
+            **(own or {}),
             **self._client("artifact-store"),
             # The client wants a name although it joins no group.
             "group.id": f"{self.prefix}.readers",
@@ -259,9 +263,7 @@ class KafkaSettings:
             "session.timeout.ms": SESSION_TIMEOUT_MS,
             # A member learns of a rebalance by its heartbeat: this bounds how long a hand-over takes.
             "heartbeat.interval.ms": 500,
-            **self.reader(),
-            **own,
-            **self.options,
+            **self.reader(own),
             "client.id": client_id,
             "group.id": group,
             "group.protocol": "classic",

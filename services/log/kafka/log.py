@@ -19,13 +19,16 @@ from services.log.kafka import topic
 from services.log.kafka.cluster import Cluster, Topic
 from services.log.kafka.connection import KafkaSettings
 from services.log.kafka.subscription import KafkaSubscription
-from services.log.kafka.tail import Reader, Watch
+from services.log.kafka.tail import ONE_OF_MANY, Reader, Watch
 from services.log.kafka.topic import partition_of, record_key
 from services.log.port import Batch, PackageExtent, Settled, StartOffsets
-from services.log.records import BadRecord, Skips, is_administrative, read_record
+from services.log.records import BadRecord, BatchSize, Skips, is_administrative, read_record
 
 _FIELDS = tuple(field.name for field in fields(Event))
-_BATCH = 500
+_BATCH_RECORDS = 500
+_BATCH_BYTES = 1 << 20
+"""What a reader holds at a time, as records and as events. A gateway may have many readers whose clients are slow."""
+
 _SCAN_BATCH = 2000
 _REMEMBERED = 10_000
 """Of so many packages a reader knows the last number, to pass over records that come again."""
@@ -292,6 +295,7 @@ class _Reading:
         self._position = position
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="log-read")
         self._reader: Reader | None = None
+        self._size = BatchSize(_BATCH_BYTES, _BATCH_RECORDS)
         self._done = False
         self._skips = Skips(log)
         self._stopped: BadRecord | None = None
@@ -324,9 +328,11 @@ class _Reading:
 
     def _take(self) -> list[RecordedEvent | BadRecord]:
         if self._reader is None:
-            self._reader = Reader(self._log.kafka, self._starts, self._log.cluster)
+            self._reader = Reader(self._log.kafka, self._starts, self._log.cluster, ONE_OF_MANY)
         began, events = time.monotonic(), list[RecordedEvent | BadRecord]()
-        for record in self._reader.take(_BATCH, _POLL_SECONDS if self._ends is None else 0.05):
+        taken = self._reader.take(self._size.most(), _POLL_SECONDS if self._ends is None else 0.05)
+        self._size.took(taken)
+        for record in taken:
             if self._ends is not None and record.offset >= self._ends[record.partition]:
                 continue
             if record.offset < self._since.get(record.partition, 0):

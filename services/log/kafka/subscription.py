@@ -21,7 +21,7 @@ from services.log.kafka.connection import (
     kafka_error,
     make_consumer,
 )
-from services.log.kafka.tail import places, records, take_messages
+from services.log.kafka.tail import ONE_OF_MANY, places, records, take_messages
 from services.log.port import Batch, Settled, StartOffsets
 from services.runtime.metrics import release
 
@@ -29,13 +29,6 @@ logger = logging.getLogger(__name__)
 
 _START_SECONDS = 30.0
 """How long the projection may take to say where an assignment begins, or to fold what it has read before one ends."""
-
-_BOUNDS = {
-    "queued.max.messages.kbytes": 4 << 10,
-    "fetch.max.bytes": 4 << 20,
-    "fetch.message.max.bytes": 1 << 20,
-}
-"""A process is a member of several groups: what waits in each of them is bounded more closely than a lone reader's."""
 
 _LOST = frozenset(
     {
@@ -103,7 +96,9 @@ class KafkaSubscription:
         return await self._loop.run_in_executor(self._thread, call)
 
     def _join(self) -> None:
-        self._consumer = make_consumer(self._kafka.member(self._group, f"{PROJECTOR}{release()}{INTERFACE}", _BOUNDS))
+        self._consumer = make_consumer(
+            self._kafka.member(self._group, f"{PROJECTOR}{release()}{INTERFACE}", ONE_OF_MANY)
+        )
         with explaining("joining the projection's group"):
             self._consumer.subscribe(
                 [self._kafka.topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost

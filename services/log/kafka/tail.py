@@ -22,17 +22,29 @@ from services.runtime import tracing
 
 _DOING = "reading the log"
 
+ONE_OF_MANY = {
+    "queued.max.messages.kbytes": 4 << 10,
+    "fetch.max.bytes": 4 << 20,
+    "fetch.message.max.bytes": 1 << 20,
+}
+"""Bounds what waits in a consumer more closely than for a lone reader: where a process has many of them."""
+
 
 class Reader:
     """A read_committed consumer of partitions that it is given; used by one thread at a time. Every method blocks."""
 
-    def __init__(self, kafka: KafkaSettings, starts: Mapping[int, int], cluster: Cluster) -> None:
-        """`starts`: the offset to begin at, by partition. Raises as `Cluster.framing`."""
+    def __init__(
+        self, kafka: KafkaSettings, starts: Mapping[int, int], cluster: Cluster, own: Mapping[str, int] | None = None
+    ) -> None:
+        """`starts`: the offset to begin at, by partition; `own` as in `KafkaSettings.reader`.
+
+        Raises as `Cluster.framing`.
+        """
         self._cluster = cluster
         self._framing = cluster.framing()
         self._parts = [TopicPartition(kafka.topic, p, offset) for p, offset in starts.items()]
         self._starts = dict(starts)
-        self._consumer = make_consumer(kafka.reader())
+        self._consumer = make_consumer(kafka.reader(own))
         with explaining(_DOING):
             self._consumer.assign(self._parts)
 

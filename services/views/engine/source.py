@@ -23,7 +23,7 @@ from artifact_store.position import Position
 from schemas.codec import UndecodableEventError
 from schemas.runs import Entry, read_entry
 from services.log.port import Batch, Log, Record, Subscription
-from services.log.records import BadRecord, PartitionOf, Skips, misplacement
+from services.log.records import BadRecord, BatchSize, PartitionOf, Skips, misplacement
 from services.views.database import Views
 from services.views.engine.checkpoints import (
     Checkpoint,
@@ -213,11 +213,7 @@ _ASSIGNED_BYTES = 4 << 20
 
 _POLL_SECONDS = 0.25
 _POLL_RECORDS = 2_500
-_FEWEST_RECORDS = 10
-"""A poll asks for this many records at least. It asks for _POLL_RECORDS unless the last records were large."""
-
-_FIRST_SIZE = 16 << 10
-"""The assumed size of a record in bytes before the first one has been read. A small first poll costs nothing."""
+"""A poll asks for this many records at most."""
 
 IDENTITY_SECONDS = 5.0
 """How often the log's identity and the view's generation are checked while no records arrive."""
@@ -259,8 +255,7 @@ class Assignment:
         self._skips = Skips(log)
         self._unshown: dict[int, int] = {}
         """Offsets that the view has reached and that are not committed to the group yet."""
-        self._usual_size = _FIRST_SIZE
-        """The average size of a record in the last poll, in bytes."""
+        self._size = BatchSize(_ASSIGNED_BYTES, _POLL_RECORDS)
         self._looked = time.monotonic()
         """When the log's identity was last checked, on the monotonic clock (s)."""
         self._quiet_since: float | None = None
@@ -306,7 +301,7 @@ class Assignment:
         size = 0
         while True:
             async with self._of_one_log():
-                polled = await self._joined().poll(self._most(size), 0.0 if ends else timeout_seconds)
+                polled = await self._joined().poll(self._size.most(size), 0.0 if ends else timeout_seconds)
             self._check(polled, ends)
             if gone := ends.keys() - self._joined().assigned:  # their new owners read these records
                 records = [record for record in records if record.partition not in gone]
@@ -318,10 +313,7 @@ class Assignment:
                 starts.setdefault(partition, self._next[partition])
                 ends[partition] = self._next[partition] = offset
             records += polled.records
-            if polled.records:
-                brought = sum(len(record.value) for record in polled.records)
-                size += brought
-                self._usual_size = brought // len(polled.records)
+            size += self._size.took(polled.records)
             if not polled.next_offsets or len(records) >= _ASSIGNED_RECORDS or size >= _ASSIGNED_BYTES:
                 break
         if not ends:
@@ -428,11 +420,6 @@ class Assignment:
         self._unclaimed.clear()
         if claimed:
             await self._joined().commit(claimed, str(self._generation))
-
-    def _most(self, size: int) -> int:
-        """How many records to ask for next when the batch has `size` bytes, estimated from the last records."""
-        fitting = (_ASSIGNED_BYTES - size) // max(1, self._usual_size)
-        return max(_FEWEST_RECORDS, min(_POLL_RECORDS, fitting))
 
     def _check(self, batch: Batch, ends: Mapping[int, int]) -> None:
         """Refuse records that do not continue from the last offsets, because of a rebalance in between."""
