@@ -533,19 +533,15 @@ class Appending:
             await share.take_in_turn(first, others="uploads under way", nothing="taken", retry_after=_RETRY_SECONDS)
             self._state = await self._states.replace(self._state, **self._claim())
             try:
-                try:
-                    async with Pace(body, lambda: self._parts.memory.contended, size=len) as pace:
-                        await self._load_tail()
-                        await self._take(pace, share)
-                    self._verify()
-                except BaseException as error:
-                    keep = not self._whole and not isinstance(error, TooLargeError)
-                    await self._cleanups.run(self._save(keep=keep))
-                    raise
-                await self._save(keep=True)
-            finally:
-                if self._buffer is not None:
-                    self._buffer.close()
+                async with Pace(body, lambda: self._parts.memory.contended, size=len) as pace:
+                    await self._load_tail()
+                    await self._take(pace, share)
+                self._verify()
+            except BaseException as error:
+                keep = not self._whole and not isinstance(error, TooLargeError)
+                await self._cleanups.run(self._save(keep=keep))
+                raise
+            await self._save(keep=True)
         return self._state
 
     async def _take(self, body: Pace[bytes], share: Share) -> None:
@@ -622,7 +618,10 @@ class Appending:
                 self._done, self._done_bytes = [], 0
 
     async def _save(self, *, keep: bool) -> None:
-        """Store what has come, and let go of the upload. Without `keep` it stands where it was committed last."""
+        """Store what has come, and let go of the upload. Without `keep` it stands where it was committed last.
+
+        The caller may leave meanwhile, so the buffer is closed here.
+        """
         moved: dict[str, Any] = {}
         try:
             await self._settle()
@@ -631,6 +630,8 @@ class Appending:
         finally:
             if keep and self._done and not moved:
                 moved = self._moved()
+            if self._buffer is not None:
+                self._buffer.close()
             self._state = await self._states.replace(
                 self._state, **moved, holder=None, next_number=self._unused(), active_at=self._clock()
             )
