@@ -185,16 +185,16 @@ async def _next(call: Call, response: web.StreamResponse, lines: Feed) -> bytes 
 
 async def _send_on(call: Call, response: web.StreamResponse, events: AsyncIterator[bytes]) -> None:
     """Send what a follower gets, and a sign of life for each empty piece but the first."""
-    sign = _SIGNS_OF_LIFE[response.content_type]
+    sign, caught_up = _SIGNS_OF_LIFE[response.content_type], False
     async for piece in events:
         if not response.prepared:  # most failures show before the first piece
             await call.start(response)
         elif await call.lapsed():
             return
-        elif not piece:
-            await call.send(response, sign)
-        if piece:
-            await call.send(response, piece)
+        if piece or caught_up:
+            await call.send(response, piece or sign)
+        else:
+            caught_up = True
 
 
 def _line(_: str, head: bytes, position: str) -> bytes:
