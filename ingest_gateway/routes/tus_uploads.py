@@ -489,7 +489,7 @@ ROUTES = (
         "Name parts that were sent straight to the blob store, and get addresses for the next ones",
         (Success(200, "Where the next parts go", {JSON: DirectPartsAnswer}),),
         access=Right.WRITE,
-        parameters=(PACKAGE_ID, UPLOAD_ID),
+        parameters=(PACKAGE_ID, UPLOAD_ID, *DIGESTS),
         body=Body({JSON: DirectPartsRequest}, example={"offset": 0, "wanted": [{"length": 11, "crc32": 222957957}]}),
         problems=(*INGESTING, UploadNotFoundError, UploadOffsetError, UploadBusyError, *READING, *WRITING),
         description="For uploads whose creation was answered with `Upload-Direct`, which says how large each part but "
