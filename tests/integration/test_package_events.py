@@ -69,8 +69,8 @@ async def stage(kafka_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     records: list[Record] = []
     take = Reader.take
 
-    def counted(self: Reader, limit: int, timeout: float) -> list[Record]:
-        found = take(self, limit, timeout)
+    def counted(self: Reader, limit: int, timeout: float, *, headers: bool = False) -> list[Record]:
+        found = take(self, limit, timeout, headers=headers)
         records.extend(found)
         return found
 

@@ -39,13 +39,14 @@ TOKENS = Tokens(
     reader=principal("reader", Right.READ),
     writer=principal("writer", Right.WRITE),
     operator=principal("operator", Right.OPERATE, Right.DISPOSE, Right.DELEGATE, Right.SUBSCRIBE),
+    subscriber=principal("subscriber", Right.READ, Right.SUBSCRIBE),
     nothing=principal("nothing"),
 )
 
 
 def target(route: Route) -> str:
     """A path of the route, with identifiers of what is not there."""
-    ids = {name: uuid4() for name in ("package_id", "file_id", "upload_id")}
+    ids = {name: uuid4() for name in ("package_id", "file_id", "upload_id", "subscription_id")}
     fingerprint = schema_fingerprint(PACKAGE_CREATED).hex()
     return route.template.format(**ids, relative_path="a/b", fingerprint=fingerprint)
 
@@ -75,7 +76,11 @@ async def test_every_route_is_refused_to_those_who_may_not_call_it(embedded_sett
                 continue
             assert (found[None], found["expired"], found["nothing"]) == (401, 401, 403), name
             allowed = {token for token, answered in found.items() if answered not in (401, 403)}
-            assert allowed == ({"reader"} if route.method == "GET" and "uploads" not in name else {"writer"}), name
+            reads = route.method == "GET" and "uploads" not in name
+            wanted = {"reader", "subscriber"} if reads else {"writer"}
+            if route.access is Right.SUBSCRIBE:  # to have events sent takes the right to read them, too
+                wanted = {"subscriber"} | ({"operator"} if route.template != "/v1/subscriptions" or reads else set())
+            assert allowed == wanted, name
         assert await gateway.events() == 0
 
 

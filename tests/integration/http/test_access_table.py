@@ -414,6 +414,7 @@ CALLS: dict[str, tuple[Use, str, str]] = {
     "read_files": (lambda c, n: _all(c.read_files(n["done"])), "", "not found"),
     "read_events": (lambda c, n: _all(c.read_events()), "", "empty"),
     "tail_events": (lambda c, n: _first(c.tail_events()), "", "nothing comes"),
+    "events": (lambda c, n: _first(c.events(None)), "", "nothing comes"),
     "finalize": (lambda c, n: c.finalize(n["other"], "anonymous"), "forbidden", "not found"),
     "finalize_package": (lambda c, n: c.finalize_package(n["package"]), "forbidden", "not found"),
 }

@@ -247,7 +247,7 @@ async def test_the_document_describes_every_route_and_every_problem(embedded_set
     assert document["openapi"].startswith("3.1")
     operations = {(method, path) for path, methods in document["paths"].items() for method in methods}
     assert ("put", "/v1/packages/{package_id}/files/{relative_path}") in operations
-    assert len(operations) == 32
+    assert len(operations) == 42
     for content in _contents(document):
         assert "*/*" not in content
         assert all(media["schema"] for media in content.values())
