@@ -51,9 +51,9 @@ class BatchSize:
         self._usual = _FIRST_SIZE
 
     def most(self, bytes_at_hand: int = 0) -> int:
-        """The number, at least 10; `bytes_at_hand` are in the batch already."""
+        """The number, at least 10 if so many may be asked for; `bytes_at_hand` are in the batch already."""
         fitting = (self._bytes - bytes_at_hand) // max(1, self._usual)
-        return max(_FEWEST_RECORDS, min(self._records, fitting))
+        return min(self._records, max(_FEWEST_RECORDS, fitting))
 
     def took(self, records: Sequence[Record]) -> int:
         """Note what came; how many bytes that is."""

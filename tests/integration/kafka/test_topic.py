@@ -268,7 +268,7 @@ async def test_a_topic_that_is_made_anew_while_it_is_read_is_noticed(
     async with lone_writer(kafka, log) as writer:
         await ready(writer)
         await asyncio.gather(*(writer.submit(create_in(n % 3)) for n in range(30)))
-    monkeypatch.setattr("services.log.kafka.log._BATCH", 5)
+    monkeypatch.setattr("services.log.kafka.log._BATCH_RECORDS", 5)
     reading = log.read(follow=follow)
     await anext(reading)
     await make_anew(log)
