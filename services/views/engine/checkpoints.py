@@ -69,11 +69,7 @@ async def load_checkpoint(views: Views, projection: Projection, log: UUID) -> Ch
     Raises LogIdentityError (it was folded from another log), UnavailableError, TablesError (its tables are missing or
     of another layout).
     """
-    async with views.reading(snapshot=True) as connection:
-        await check_layouts(connection, [projection])
-        live = await live_row(connection, projection)
-        offsets, last = await read_progress(connection, live.generation)
-        generation, owner = live.generation, live.log
+    generation, owner, offsets, last = await _read_live(views, projection)
     if owner is None:
         async with views.writing() as connection:
             await connection.execute(
@@ -84,6 +80,16 @@ async def load_checkpoint(views: Views, projection: Projection, log: UUID) -> Ch
         return await load_checkpoint(views, projection, log)
     require_same_log(projection, owner, log)
     return Checkpoint(generation, Position(log, offsets), last)
+
+
+async def _read_live(
+    views: Views, projection: Projection
+) -> tuple[UUID, UUID | None, dict[int, int], dict[int, LastRecord]]:
+    """The live generation, the log that it was folded from, and its progress. Raises UnavailableError, TablesError."""
+    async with views.reading(snapshot=True) as connection:
+        await check_layouts(connection, [projection])
+        live = await live_row(connection, projection)
+        return live.generation, live.log, *await read_progress(connection, live.generation)
 
 
 def require_same_log(projection: Projection, folded: UUID, now: UUID) -> None:
@@ -101,11 +107,7 @@ async def check_follows(log: Log, views: Views, projection: Projection) -> None:
 
     Raises as `load_checkpoint` and `check_continues`.
     """
-    async with views.reading(snapshot=True) as connection:
-        await check_layouts(connection, [projection])
-        live = await live_row(connection, projection)
-        offsets, last = await read_progress(connection, live.generation)
-        owner, generation = live.log, live.generation
+    generation, owner, offsets, last = await _read_live(views, projection)
     if owner is not None:
         now = await log.identity()
         require_same_log(projection, owner, now)
