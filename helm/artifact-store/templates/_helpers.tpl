@@ -28,9 +28,6 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- fail (printf "give %s once: in settings or in secrets" $name) -}}
 {{- end -}}
 {{- end -}}
-{{- if and .Values.secrets.ARTIFACT_STORE_SCHEMA_REGISTRY_URL (hasKey .Values.settings "ARTIFACT_STORE_SCHEMA_REGISTRY_URL") -}}
-{{- fail "give the schema registry once: ARTIFACT_STORE_SCHEMA_REGISTRY_URL in settings or in secrets" -}}
-{{- end -}}
 {{- range $name, $value := .Values.settings }}
 {{ $name }}: {{ if kindIs "map" $value }}{{ toJson $value | quote }}{{ else if kindIs "float64" $value }}{{ int64 $value | quote }}{{ else }}{{ $value | quote }}{{ end }}
 {{- end }}
