@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from services.runtime.logs import Repeats
-from services.runtime.metrics import release
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -91,6 +90,8 @@ class Tracer:
     def __init__(self, provider: TracerProvider) -> None:
         from opentelemetry.trace import SpanKind
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        from services.runtime.metrics import release
 
         self._tracer = provider.get_tracer("artifact-store", release())
         self._kinds = {kind.name.lower(): kind for kind in SpanKind}
@@ -216,6 +217,8 @@ def _provider(service: str) -> TracerProvider | None:
             "OTEL_* variables ask for traces, but OpenTelemetry is not installed: pip install 'artifact-store[traces]'"
         )
         return None
+    from services.runtime.metrics import release  # the command line's help must not load what that loads
+
     quiet = _Quiet()
     for logger in EXPORTERS:
         logging.getLogger(logger).addFilter(quiet)
