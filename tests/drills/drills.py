@@ -42,6 +42,17 @@ async def _by_itself(_: Scene) -> None:
     """The runbook says to bring back what is away, which the end of the failure does."""
 
 
+def _printed(command: str, *more: str) -> Mend:
+    """Runs the command of ours that `doctor` prints and that begins so, with `more` after it."""
+
+    async def mend(scene: Scene) -> None:
+        printed = recipe((await scene.doctor())[1], f"artifact-store {command}")
+        code, said = await scene.command(*printed[1:], *more)
+        assert code == 0, said
+
+    return mend
+
+
 @dataclass(frozen=True)
 class Drill:
     """One failure.
@@ -462,12 +473,6 @@ async def drifted_times(scene: Scene) -> AsyncIterator[None]:
         await _set_on_topic(scene, "message.timestamp.after.max.ms", "3600000")
 
 
-async def _skip(scene: Scene) -> None:
-    command = recipe((await scene.doctor())[1], "artifact-store log skip")
-    code, said = await scene.command(*command[1:], "--reason", "a drill")
-    assert code == 0, said
-
-
 @drill(
     "a foreign record",
     "ForeignRecord",
@@ -477,18 +482,12 @@ async def _skip(scene: Scene) -> None:
     ready=("writer: partition 1 .*artifact-store log skip 1",),
     log=("artifact-store log skip 1",),
     runbook="artifact-store log skip PARTITION OFFSET --digest DIGEST",
-    mend=_skip,
+    mend=_printed("log skip", "--reason", "a drill"),
 )
 async def foreign_record(scene: Scene) -> AsyncIterator[None]:
     scene.stage.strays.append(b"no event")
     await in_thread(lambda: stray(scene.stage, 1, b"no event"))
     yield
-
-
-async def _accept_loss(scene: Scene) -> None:
-    command = recipe((await scene.doctor())[1], "artifact-store log accept-loss")
-    code, said = await scene.command(*command[1:], "--reason", "a drill")
-    assert code == 0, said
 
 
 @drill(
@@ -500,7 +499,7 @@ async def _accept_loss(scene: Scene) -> None:
     ready=("writer: partition 2 .*artifact-store log accept-loss 2",),
     log=("artifact-store log accept-loss 2",),
     runbook="before you accept the loss",
-    mend=_accept_loss,
+    mend=_printed("log accept-loss", "--reason", "a drill"),
 )
 async def record_lost(scene: Scene) -> AsyncIterator[None]:
     """What a writer knows that it acknowledged lies beyond the partition's end."""
@@ -519,12 +518,6 @@ async def record_lost(scene: Scene) -> AsyncIterator[None]:
 # --- views ---
 
 
-async def _replay_usage(scene: Scene) -> None:
-    command = recipe((await scene.doctor())[1], "artifact-store replay usage")
-    code, said = await scene.command(*command[1:])
-    assert code == 0, said
-
-
 @drill(
     "a view of another log",
     "TargetDown",
@@ -533,7 +526,7 @@ async def _replay_usage(scene: Scene) -> None:
     status=("usage: usage was folded from log",),
     log=("usage stops: usage was folded from log",),
     runbook="Its last log lines and its exit code say why it ended",
-    mend=_replay_usage,
+    mend=_printed("replay usage"),
 )
 async def another_log(scene: Scene) -> AsyncIterator[None]:
     usage = list(PROJECTIONS).index("usage")
@@ -566,19 +559,13 @@ async def views_gone(scene: Scene) -> AsyncIterator[None]:
     yield
 
 
-async def _replay_registry(scene: Scene) -> None:
-    command = recipe((await scene.doctor())[1], "artifact-store replay registry")
-    code, said = await scene.command(*command[1:])
-    assert code == 0, said
-
-
 @drill(
     "a replay ended early",
     "ReplayEndedEarly",
     doctor=("WRONG  projections: registry: a replay by process .* ended early",),
     status=("registry: a replay by process .* ended early",),
     runbook="goes on where it was",
-    mend=_replay_registry,
+    mend=_printed("replay registry"),
 )
 async def replay_killed(scene: Scene) -> AsyncIterator[None]:
     environment = {**scene.stage.settings.environment(), "PATH": "/usr/bin:/bin"}
