@@ -99,11 +99,11 @@ async def _hear(scene: Scene, drill: Drill, outcome: Outcome) -> None:
 
 
 def _runbook(drill: Drill) -> list[str]:
-    """The first alert that has one: does its section say what mends this failure?"""
+    """Whether the section of one of its alerts says what mends this failure."""
     if not drill.runbook:
         return []
     sections = RUNBOOKS.read_text(encoding="utf-8").split("\n## ")
-    found = [s for s in sections if s.partition("\n")[0].removeprefix("ArtifactStore") in drill.also]
+    found = [s for s in sections if s.partition("\n")[0].removeprefix("ArtifactStore") in drill.alerts | drill.also]
     said = " ".join(" ".join(found).split())
     return (
         [] if re.search(re.escape(drill.runbook).replace(r"\|", "|"), said) else [f"no runbook says {drill.runbook!r}"]

@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 
@@ -70,7 +71,7 @@ class Scene:
 
     async def readiness(self) -> str:
         """What all gateways that answer say at `/readyz`: the names of components with their causes."""
-        return "\n".join(await asyncio.gather(*(in_thread(lambda g=g: _ready(g)) for g in self.gateways)))  # type: ignore[misc]  # bound early
+        return "\n".join(await asyncio.gather(*(in_thread(partial(_ready, gateway)) for gateway in self.gateways)))
 
     def logged(self) -> str:
         """What all gateways and projectors have logged since the drill began."""

@@ -98,7 +98,7 @@ def trace_receiver() -> Iterator[TraceReceiver]:
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, format: str, *arguments: object) -> None:  # noqa: A002 - as above
+        def log_message(self, format: str, *arguments: object) -> None:  # noqa: A002 - as http.server names it
             """Nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
