@@ -15,13 +15,13 @@ from __future__ import annotations
 import fcntl
 import os
 import sys
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from struct import Struct
 from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple, Self
+from typing import Any, BinaryIO, NamedTuple, Self, TypeVar
 from uuid import UUID
 
 import cbor2
@@ -54,6 +54,8 @@ _START = bytes(_DIGEST_BYTES)
 
 _HEADER, _RECORDS, _BLOBS, _FOOTER = b"H", b"R", b"B", b"F"
 
+_Item = TypeVar("_Item")
+
 
 class ArchivedRecord(NamedTuple):
     """One event as it lay in the archived log. `time` is the event's, in µs since 1970."""
@@ -77,13 +79,18 @@ class BlobPiece(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Where blocks of one kind lie that follow one another: of one partition, or the blobs'."""
+    """Consecutive blocks of one kind: the records of one partition, or the pieces of all blobs."""
 
     offset: int
+    """Where the first of them begins."""
     before: bytes
     """The chain's digest before the first of them."""
-    count: int
+    count: int = 0
     """How many records, or pieces of blobs."""
+
+    def extended(self, more: int) -> Section:
+        """The section once a block of so many more records or pieces follows."""
+        return Section(self.offset, self.before, self.count + more)
 
 
 @dataclass(slots=True)
@@ -229,13 +236,13 @@ class ArchiveWriter:
         contents = self._contents
         if self._records:
             partition = self._records[0].partition
-            section = contents.sections.get(partition, Section(self._at, self._digest, 0))
-            contents.sections[partition] = Section(section.offset, section.before, section.count + len(self._records))
+            section = contents.sections.get(partition) or Section(self._at, self._digest)
+            contents.sections[partition] = section.extended(len(self._records))
             contents.events += len(self._records)
             self._write(_RECORDS, _packed_records(self._records))
         if self._pieces:
-            blobs = contents.blobs or Section(self._at, self._digest, 0)
-            contents.blobs = Section(blobs.offset, blobs.before, blobs.count + len(self._pieces))
+            section = contents.blobs or Section(self._at, self._digest)
+            contents.blobs = section.extended(len(self._pieces))
             self._write(_BLOBS, [list(piece) for piece in self._pieces])
         self._records, self._pieces, self._held = [], [], 0
 
@@ -290,13 +297,12 @@ class Archive:
             if kind == _RECORDS:
                 records = self._read_records(value, place)
                 partition = records[0].partition
-                begun = sections.get(partition, Section(place, before, 0))
-                sections[partition] = Section(begun.offset, begun.before, begun.count + len(records))
+                section = sections.get(partition) or Section(place, before)
+                sections[partition] = section.extended(len(records))
                 yield records
             elif kind == _BLOBS:
                 pieces = self._read_pieces(value, place)
-                begun = blobs or Section(place, before, 0)
-                blobs = Section(begun.offset, begun.before, begun.count + len(pieces))
+                blobs = (blobs or Section(place, before)).extended(len(pieces))
                 yield pieces
             else:
                 raise self._damaged(place, "is of no kind that this release knows")
@@ -305,25 +311,19 @@ class Archive:
 
     def records(self, partition: int) -> Generator[ArchivedRecord]:
         """The records of one partition in order. Readers of several partitions may take turns."""
-        section = self.contents.sections[partition]
-        at, digest, left = section.offset, section.before, section.count
-        while left > 0:
-            place = at
-            _, value, digest, at = self._block(at, digest)
-            found = self._read_records(value, place)
-            left -= len(found)
-            yield from found
+        yield from self._items(self.contents.sections[partition], self._read_records)
 
     def pieces(self) -> Generator[BlobPiece]:
         """The pieces of all blobs in order."""
-        section = self.contents.blobs
-        if section is None:
-            return
+        if self.contents.blobs is not None:
+            yield from self._items(self.contents.blobs, self._read_pieces)
+
+    def _items(self, section: Section, read: Callable[[Any, int], list[_Item]]) -> Iterator[_Item]:
         at, digest, left = section.offset, section.before, section.count
         while left > 0:
             place = at
             _, value, digest, at = self._block(at, digest)
-            found = self._read_pieces(value, place)
+            found = read(value, place)
             left -= len(found)
             yield from found
 
