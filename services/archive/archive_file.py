@@ -164,7 +164,6 @@ class ArchiveWriter:
         self._records: list[ArchivedRecord] = []
         self._pieces: list[BlobPiece] = []
         self._held = 0
-        self._seen: dict[bytes, int] = {}
         header = {
             "format": FORMAT,
             "log": contents.log.bytes,
@@ -189,6 +188,7 @@ class ArchiveWriter:
         if self._records and self._records[0].partition != record.partition:
             self._flush()
         self._records.append(record)
+        self._contents.events += 1
         self._held += len(record.value) + len(record.key)
         if self._held >= BLOCK_BYTES:
             self._flush()
@@ -238,7 +238,6 @@ class ArchiveWriter:
             partition = self._records[0].partition
             section = contents.sections.get(partition) or Section(self._at, self._digest)
             contents.sections[partition] = section.extended(len(self._records))
-            contents.events += len(self._records)
             self._write(_RECORDS, _packed_records(self._records))
         if self._pieces:
             section = contents.blobs or Section(self._at, self._digest)

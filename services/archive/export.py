@@ -124,17 +124,14 @@ class _Events:
                 self._archive.add(
                     ArchivedRecord(partition, record.offset, event.created_at, record.key, record.value, record.headers)
                 )
-                self._count += 1
-                if self._count % _LET_OTHERS_RUN == 0:
-                    progress(Progress("events", self._count, total))
+                if contents.events % _LET_OTHERS_RUN == 0:
+                    progress(Progress("events", contents.events, total))
                     await asyncio.sleep(0)
         if self._keys is not None and (missing := set(self._keys.values()) - seen):
             raise PackageNotFoundError(f"the log has no event of package {min(missing, key=str)}")
         contents.package_count = self._chains.packages
         contents.schemas = self._types
         contents.left_out = {} if self._keys is not None else self._left_out
-
-    _count = 0
 
     def _wanted(self) -> Sequence[int]:
         if self._keys is None:
