@@ -24,10 +24,10 @@ DigestOf = Callable[[Record], bytes]
 """What of a record counts when two logs are compared."""
 
 _MARK_EVERY = 1_000
-"""After so many records the chain's digest is kept, so that a difference can be named,"""
+"""After so many records the chain's digest is kept as a mark: a difference is found between two marks."""
 
 _MOST_MARKS = 4_096
-"""and after twice as many once a partition has so many marks."""
+"""Once a partition has so many marks, every other one is dropped, and they are kept half as often from then on."""
 
 
 class PackageChains:
@@ -90,6 +90,10 @@ class PartitionChain:
     every: int = _MARK_EVERY
     """How many records lie between two marks."""
 
+    def has_same(self, other: PartitionChain) -> bool:
+        """Whether both have the same records in the same order."""
+        return (self.count, self.digest) == (other.count, other.digest)
+
     def add(self, digest: bytes, offset: int) -> None:
         """The next record."""
         self.count, self.next_offset = self.count + 1, offset + 1
@@ -103,11 +107,11 @@ class PartitionChain:
 class Follower:
     """Compares a log, of which the chains are known, record by record with what it should begin with."""
 
-    def __init__(self, copy: Mapping[int, PartitionChain], partitions: int, name: str) -> None:
+    def __init__(self, copy: Mapping[int, PartitionChain], name: str) -> None:
         """`copy` has the chains of the log that is judged, whose `name` is for messages."""
         self._copy = copy
         self._name = name
-        self.seen = {partition: PartitionChain() for partition in range(partitions)}
+        self.seen = {partition: PartitionChain() for partition in copy}
         """The chains of what the log should hold."""
 
     def covers(self, partition: int, digest: bytes, offset: int) -> bool:

@@ -77,7 +77,7 @@ async def copy_log(
     await filler.settle()
     progress(Progress("reading back", 0))
     for p, chain in (await partition_chains(target, by_all, headers=True)).items():
-        if (chain.count, chain.digest) != (whole[p].count, whole[p].digest):
+        if not chain.has_same(whole[p]):
             raise CorruptError(f"partition {p} of the target does not hold what was copied: somebody else wrote to it")
     resumed = sum(chain.count for chain in there.values())
     return Copied(await target.identity(), resumed + copied, resumed, len(skip))
@@ -110,7 +110,7 @@ async def _matched(
     left = sum(chain.count for chain in there.values())
     if not left:
         return starts
-    follower = Follower(there, len(there), "the target")
+    follower = Follower(there, "the target")
     async with aclosing(scanned(source, ends, headers=True)) as records:
         async for record in records:
             if (record.partition, record.offset) in skip:
@@ -153,7 +153,7 @@ async def compare_logs(original: Log, copy: Log) -> Comparison:
                 repeated += 1
             else:
                 there[record.partition].add(by_all(record), record.offset)
-    follower = Follower(there, len(there), "the copy")
+    follower = Follower(there, "the copy")
     with Notes() as notes:
         async for record in scanned(original, ends, headers=True):
             if not _came_again(notes, record):

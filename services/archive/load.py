@@ -183,7 +183,7 @@ async def import_archive(
     await log.migrate()
     await filler.begin()
     there = await partition_chains(log, by_content)
-    follower = Follower(there, len(there), "the log")
+    follower = Follower(there, "the log")
     async for partition, record in _placed(archive, log, progress, "comparing"):
         follower.covers(partition, record_digest(record.key, record.value), record.offset)
     follower.finish()
@@ -205,8 +205,7 @@ async def import_archive(
     await filler.settle()
     progress(Progress("reading back", 0))
     for partition, chain in (await partition_chains(log, by_content)).items():
-        wanted = follower.seen[partition]
-        if (chain.count, chain.digest) != (wanted.count, wanted.digest):
+        if not chain.has_same(follower.seen[partition]):
             raise CorruptError(f"partition {partition} of the log does not hold what was imported: somebody else wrote")
     end = await log.end()
     resumed = sum(chain.count for chain in there.values())
@@ -362,6 +361,6 @@ async def _offsets_after(
             if chain.count in wanted[p]:
                 found[p][chain.count] = chain.next_offset
     for p, chain in chains.items():
-        if (there[p].count, there[p].digest) != (chain.count, chain.digest):
+        if not there[p].has_same(chain):
             raise CorruptError(f"partition {p} of the log does not begin with the events of the archive")
     return found
