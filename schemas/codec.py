@@ -41,8 +41,11 @@ from artifact_store.events import (
     payload_map,
 )
 
-_SINGLE_OBJECT = b"\xc3\x01"
-_HEAD = 10
+SINGLE_OBJECT = b"\xc3\x01"
+"""What every record value begins with; the fingerprint of its schema follows."""
+
+HEAD_BYTES = 10
+"""How long both are together: the Avro record follows."""
 
 
 class UndecodableEventError(ValueError):
@@ -83,7 +86,12 @@ def framing(event_type: str) -> bytes:
 
 def schema_fingerprint(event_type: str) -> bytes:
     """The 8-byte fingerprint of the schema that events of this type are written with, as records carry it."""
-    return framing(event_type)[len(_SINGLE_OBJECT) :]
+    return fingerprint_of(framing(event_type))
+
+
+def fingerprint_of(value: bytes) -> bytes:
+    """The 8-byte fingerprint in a record value, of the schema that it was written with."""
+    return value[len(SINGLE_OBJECT) : HEAD_BYTES]
 
 
 def decode(value: bytes) -> Event:
@@ -92,19 +100,19 @@ def decode(value: bytes) -> Event:
     Raises:
         UndecodableEventError: an unknown framing or schema, bytes that do not fit the schema, or a text with a NUL.
     """
-    if value[:2] != _SINGLE_OBJECT:
+    if not value.startswith(SINGLE_OBJECT):
         raise UndecodableEventError("the value is not in the framing of this log")
-    mark = value[2:_HEAD]
+    mark = fingerprint_of(value)
     found = _READERS.get(mark)
     if found is None:
         raise UndecodableEventError(f"no schema has the fingerprint {mark.hex()}")
     event_type, schema, decoder = found
     source = BytesIO(value)
-    source.seek(_HEAD)
+    source.seek(HEAD_BYTES)
     try:
         record = cast("dict[str, Any]", fastavro.schemaless_reader(source, schema, None))
-        for path, value in _UPCASTS[event_type]:
-            _add(record, path, value)
+        for path, stands_for in _UPCASTS[event_type]:
+            _add(record, path, stands_for)
         event = _to_event(record, decoder(record["payload"]))
     except (EOFError, ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UndecodableEventError(f"the value does not fit its schema: {type(error).__name__}") from error
@@ -263,5 +271,5 @@ for _type, _decoder in _DECODERS.items():
     _schema = json.loads(schema_text(_type))
     _mark = bytes.fromhex(fingerprint(to_parsing_canonical_form(_schema), "CRC-64-AVRO"))
     _parsed = fastavro.parse_schema(_without_logical_types(_schema))
-    _WRITERS[_type] = (_parsed, _SINGLE_OBJECT + _mark)
+    _WRITERS[_type] = (_parsed, SINGLE_OBJECT + _mark)
     _READERS[_mark] = (_type, _parsed, _decoder)

@@ -23,7 +23,7 @@ from artifact_store.byte_streams import joined
 from artifact_store.errors import CorruptError, PackageNotFoundError
 from artifact_store.events import Event, FileIngested, PackageFinalized
 from artifact_store.manifest import content_key, digest_of_key
-from schemas.codec import EVENT_TYPES, schema_fingerprint, schema_text
+from schemas.codec import EVENT_TYPES, fingerprint_of, schema_fingerprint, schema_text
 from services.archive.archive_file import ArchivedRecord, ArchiveWriter, BlobPiece, Contents
 from services.archive.chains import PackageChains, scanned
 from services.blobs.port import BlobStore
@@ -36,8 +36,6 @@ _READ_AT_ONCE = 8
 """How many blobs of PACK_BYTES at most are read at a time."""
 
 _LET_OTHERS_RUN = 1_000
-_MARK = slice(2, 10)
-"""Where a record's value has the fingerprint of its schema."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +116,7 @@ class _Events:
                 if not self._chains.follow(event, f"at offset {record.offset} of partition {partition}"):
                     self._left_out["repeated"] += 1
                     continue
-                self._note(event, record.value[_MARK])
+                self._note(event, fingerprint_of(record.value))
                 if self._keys is not None:
                     seen.add(event.package_id)
                 self._archive.add(

@@ -22,7 +22,7 @@ from artifact_store.errors import ConfigurationError, CorruptError
 from artifact_store.events import Event
 from artifact_store.models import Declared
 from artifact_store.position import Position
-from schemas.codec import EVENT_TYPES, UndecodableEventError, decode, schema_fingerprint
+from schemas.codec import EVENT_TYPES, UndecodableEventError, decode, fingerprint_of, schema_fingerprint
 from schemas.digests import record_digest
 from services.archive.archive_file import Archive, ArchivedRecord, BlobPiece
 from services.archive.chains import (
@@ -126,8 +126,9 @@ class _Check:
         if not self._chains.follow(event, where):
             raise CorruptError(f"the event {where} comes again")
         self._last = place
-        _, count = self._types.get(record.value[2:10], ("", 0))
-        self._types[record.value[2:10]] = event.event_type, count + 1
+        mark = fingerprint_of(record.value)
+        _, count = self._types.get(mark, ("", 0))
+        self._types[mark] = event.event_type, count + 1
         self.events += 1
 
     def _take_piece(self, piece: BlobPiece) -> None:

@@ -19,15 +19,13 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from artifact_store.errors import ConfigurationError, CorruptError, UnavailableError
-from schemas.codec import EVENT_TYPES, framing, schema_text
+from schemas.codec import EVENT_TYPES, HEAD_BYTES, SINGLE_OBJECT, framing, schema_text
 
 COMPATIBILITY = "FULL_TRANSITIVE"
 """What the registry checks before it takes another schema under one of our subjects."""
 
 _HEAD = 5
-_SINGLE_OBJECT_HEAD = 10
 _MAGIC = b"\0"
-_SINGLE_OBJECT = b"\xc3\x01"
 
 _CONTENT_TYPE = "application/vnd.schemaregistry.v1+json"
 _ANSWER_SECONDS = 10.0
@@ -47,10 +45,10 @@ class ConfluentFraming:
 
         Raises CorruptError for a value of another log that is no event there and would be one here, or the reverse.
         """
-        head = self._sent.get(value[:_SINGLE_OBJECT_HEAD])
+        head = self._sent.get(value[:HEAD_BYTES])
         if head is not None:
-            return head + value[_SINGLE_OBJECT_HEAD:]
-        found = value[len(_MAGIC) :] if value.startswith(_MAGIC + _SINGLE_OBJECT) else value
+            return head + value[HEAD_BYTES:]
+        found = value[len(_MAGIC) :] if value.startswith(_MAGIC + SINGLE_OBJECT) else value
         if self.received(found) != value:
             raise CorruptError("a value cannot be told apart from others in Confluent's framing")
         return found
@@ -61,7 +59,7 @@ class ConfluentFraming:
         if mark is not None:
             return mark + value[_HEAD:]
         # The other framing would be read if it were passed on, and then the topic would hold both.
-        return _MAGIC + value if value.startswith(_SINGLE_OBJECT) else value
+        return _MAGIC + value if value.startswith(SINGLE_OBJECT) else value
 
 
 class SchemaRegistry:
