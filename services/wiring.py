@@ -92,7 +92,7 @@ def open_log(settings: Settings) -> Log:
         settings, "kafka", _kafka_is_private(settings), "set security.protocol in ARTIFACT_STORE_KAFKA_OPTIONS"
     )
     if settings.schema_registry_url is not None:
-        private = not settings.schema_registry_url.startswith("http:") or _is_near(settings.schema_registry_url)
+        private = _is_private(settings.schema_registry_url)
         _require_tls(settings, "schema-registry", private, "begin ARTIFACT_STORE_SCHEMA_REGISTRY_URL with https://")
     return KafkaLog(settings)
 
@@ -117,15 +117,10 @@ def open_blobs(settings: Settings, clock: Clock = system_clock) -> BlobStore:
     """
     from services.blobs import open as blobs
 
-    private = not settings.blobs_url.startswith("s3+http:") or _is_near(settings.blobs_url)
+    private = _is_private(settings.blobs_url, "s3+http:")
     _require_tls(settings, "s3", private, "begin ARTIFACT_STORE_BLOBS_URL with s3://")
-    public = settings.s3_public_url or ""
-    _require_tls(
-        settings,
-        "s3",
-        not public.startswith("http:") or _is_near(public),
-        "begin ARTIFACT_STORE_S3_PUBLIC_URL with https:",
-    )
+    private = _is_private(settings.s3_public_url or "")
+    _require_tls(settings, "s3", private, "begin ARTIFACT_STORE_S3_PUBLIC_URL with https:")
     return blobs.open_blobs(settings, clock)
 
 
@@ -341,6 +336,11 @@ def _kafka_is_private(settings: Settings) -> bool:
         and chosen.get("enable.ssl.certificate.verification", "true") == "true"
         and chosen.get("ssl.endpoint.identification.algorithm", "https") == "https"
     )
+
+
+def _is_private(url: str, plain: str = "http:") -> bool:
+    """Whether nobody between can read what is sent to the URL: it names this machine, or does not begin in `plain`."""
+    return not url.startswith(plain) or _is_near(url)
 
 
 def _is_near(url: str) -> bool:
