@@ -165,14 +165,13 @@ class ProjectorMetrics(Collector):
         return {name: await self._standing(name) for name in self._events}
 
     async def _standing(self, name: str) -> _Standing:
+        projection = projection_named(name)
         async with self._views.reading() as connection:
-            build = await read_build(connection, projection_named(name))
+            build = await read_build(connection, projection)
         parked = len(await list_marks(self._views, name))
         position = await self._queries.checkpoint(name)
-        if build is None:
-            return _Standing(position, parked, None, replaying=False)
-        replaying = await is_being_built(self._views, projection_named(name))
-        return _Standing(position, parked, build.position, replaying)
+        replaying = build is not None and await is_being_built(self._views, projection)
+        return _Standing(position, parked, None if build is None else build.position, replaying)
 
     async def _within(self, component: str, asked: Awaitable[Answer]) -> Answer | None:
         """What it says, None if it does not within _ANSWER_SECONDS."""
