@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -31,22 +31,21 @@ class TracedProcess(ProductProcess):
         return {**super().environment(), **self.otel}
 
 
-async def upload(create_at: str, put_at: Sequence[str], trace: Callable[[int], str]) -> str:
-    """Create a package, and put a file into it through each of these gateways, each in a trace of its own."""
+async def upload(url: str) -> str:
+    """Create a package at this gateway, and put a file into it in a trace of a sender's."""
     async with aiohttp.ClientSession() as session:
-        async with session.post(f"{create_at}/v1/packages", json=_PACKAGE) as answer:
+        async with session.post(f"{url}/v1/packages", json=_PACKAGE) as answer:
             assert answer.status == 201, await answer.text()
             package_id: str = (await answer.json())["package_id"]
-        for n, url in enumerate(put_at):
-            headers = {"traceparent": f"00-{trace(n)}-{SENDER}-01", "Authorization": "Bearer not-to-be-seen"}
-            path = f"/v1/packages/{package_id}/files/{n}.txt"
-            async with session.put(url + path, data=b"some bytes", headers=headers) as answer:
-                assert answer.status == 201, await answer.text()
+        headers = {"traceparent": f"00-{TRACE}-{SENDER}-01", "Authorization": "Bearer not-to-be-seen"}
+        path = f"/v1/packages/{package_id}/files/0.txt"
+        async with session.put(url + path, data=b"some bytes", headers=headers) as answer:
+            assert answer.status == 201, await answer.text()
     return package_id
 
 
 def one(spans: Sequence[FoundSpan], name: str, **attributes: str) -> FoundSpan:
-    """The only span of this name and these attributes (`_` for the dots in their names)."""
+    """The only span of this name and these attributes (`__` for the dots in their names)."""
     found = [
         span
         for span in spans
@@ -58,7 +57,7 @@ def one(spans: Sequence[FoundSpan], name: str, **attributes: str) -> FoundSpan:
 
 
 def way_of_a_file(spans: Sequence[FoundSpan], topic: str, package_id: str) -> None:
-    """Hold that the spans are one trace from the request to every view, and return nothing."""
+    """Assert that the spans are one trace from the request to every view."""
     request = one(spans, _PUT)
     assert (request.parent_id, request.kind) == (SENDER, "server")
     assert request.attributes["http.response.status_code"] == 201
@@ -94,7 +93,7 @@ async def test_a_trace_shows_the_way_of_a_file_from_request_to_views(real_settin
             "OTEL_BSP_SCHEDULE_DELAY": "100",
         }
         with process:
-            package_id = await upload(process.endpoint, [process.endpoint], lambda _: TRACE)
+            package_id = await upload(process.endpoint)
             names = [_PUT, *len(PROJECTIONS) * [f"process {topic}"]]
             spans = await asyncio.to_thread(receiver.trace, TRACE, names)
         every = receiver.spans()
