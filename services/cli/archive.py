@@ -12,7 +12,7 @@ from uuid import UUID
 
 import click
 
-from services.cli.command import ProgressLine, answer, common_options, invocation, run, say
+from services.cli.command import ProgressLine, answer, common_options, invocation, package_id, run, say
 from services.cli.repair import log
 from services.cli.standard_streams import end_as_interrupted
 
@@ -42,7 +42,6 @@ def export(file: Path, packages: Sequence[str], *, blobs: bool) -> None:
     Each package's chain of events is proved on the way. Gateways may run meanwhile. An export that was interrupted
     leaves no FILE and begins again; what it had written is in FILE.part.
     """
-    from services.cli.addressing import package_id
 
     found = run(_export(file, [package_id(package) for package in packages], blobs=blobs))
     answer({"file": str(file), "bytes": file.stat().st_size, **found})

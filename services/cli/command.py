@@ -1,7 +1,8 @@
-"""What every command stands on: its flags, what it prints, and how its errors become messages and exit codes.
+"""What every command stands on: its flags and arguments, what it prints, and how its errors become exit codes.
 
-A setting is a flag of the same name, before or after the command. Results go to standard output, as text or JSON;
-progress and errors go to standard error. `run` is the one place where an error becomes a message and an exit code.
+A setting is a flag of the same name, before or after the command. A package is named by its id, or by the content
+address of its manifest. Results go to standard output, as text or JSON; progress and errors go to standard error. `run`
+is the one place where an error becomes a message and an exit code.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import UUID
 
 import click
 
-from artifact_store.errors import ArtifactStoreError
+from artifact_store.errors import ArtifactStoreError, InvalidRequestError
 from services.cli.standard_streams import open_missing_streams
 from services.config import Settings, declarations, switch
 from services.runtime.logs import utc
@@ -30,10 +32,13 @@ from services.runtime.logs import utc
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+    from artifact_store.manifest import ContentAddress
+    from artifact_store.registry import Registry
     from artifact_store.rules import PathPair
     from artifact_store.transfers.parallel import TransferProgress
     from services.log.port import Log
     from services.views.database import Views
+    from services.views.projections import Projection
 
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -169,6 +174,51 @@ def json_object(document: str, hint: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise click.BadParameter("it must be a JSON object", param_hint=hint)
     return value
+
+
+@contextmanager
+def as_usage() -> Iterator[None]:
+    """What an argument breaks a rule with is wrong usage: raises click.BadParameter for InvalidRequestError."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        raise click.BadParameter(error.detail) from None
+
+
+def package_or_address(text: str) -> UUID | ContentAddress:
+    """Read either. Raises click.BadParameter."""
+    from artifact_store.manifest import ContentAddress
+
+    if text.startswith("blake3:"):
+        with as_usage():
+            return ContentAddress.parse(text)
+    return package_id(text)
+
+
+def package_id(text: str) -> UUID:
+    """Read an id. Raises click.BadParameter."""
+    try:
+        return UUID(text)
+    except ValueError:
+        raise click.BadParameter(f"{text[:80]!r} is no package id; `artifact-store packages` lists them") from None
+
+
+async def find_package(registry: Registry, text: str) -> UUID:
+    """The id of the package that is named. Raises PackageNotFoundError, click.BadParameter."""
+    from artifact_store.registry import find_frozen
+
+    which = package_or_address(text)
+    if isinstance(which, UUID):
+        return which
+    return await find_frozen(registry, which)
+
+
+def known_projection(name: str) -> Projection:
+    """The projection of this name. Raises click.BadParameter, which lists the known ones."""
+    from services.views.projections import projection_named  # loads SQLAlchemy, which clients of a gateway do without
+
+    with as_usage():
+        return projection_named(name)
 
 
 _SECONDS_ON_A_TERMINAL = 0.2

@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from services.cli.command import answer, common_options, invocation, remark, run, say, table
+from services.cli.command import (
+    answer,
+    as_usage,
+    common_options,
+    find_package,
+    invocation,
+    package_id,
+    remark,
+    run,
+    say,
+    table,
+)
 
 if TYPE_CHECKING:
     from artifact_store.events import RecordedEvent
@@ -107,7 +118,6 @@ def show(package: str) -> None:
 async def _show(text: str) -> None:
     from artifact_store.documents.shapes import FileAnswer, PackageAnswer
     from artifact_store.models import MAX_PAGE, all_pages
-    from services.cli.addressing import find_package
     from services.registry import open_registry
 
     asked = invocation()
@@ -141,7 +151,6 @@ def manifest(package: str, form: str | None) -> None:
 
 
 async def _manifest(text: str, form: str) -> None:
-    from services.cli.addressing import find_package
     from services.registry import open_registry
 
     async with open_registry(invocation().settings()) as registry:
@@ -181,7 +190,6 @@ def tail(
 ) -> None:
     """Print events, in order per package; with --json one object a line, each with its position."""
     from artifact_store.models import EventFilter
-    from services.cli.addressing import package_id
 
     if follow and order == "time":
         raise click.UsageError("--order time is for what the log has now: leave out --follow")
@@ -203,7 +211,6 @@ async def _tail(since: str | None, wanted: EventFilter, order: Order, *, follow:
     from artifact_store.documents.event_lines import event_line
     from artifact_store.position import Position
     from artifact_store.registry import start_of
-    from services.cli.addressing import as_usage
     from services.cli.standard_streams import end_as_interrupted
     from services.registry import open_registry
 

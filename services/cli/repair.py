@@ -14,6 +14,7 @@ from services.cli.command import (
     answer,
     common_options,
     invocation,
+    known_projection,
     log_and_views,
     remark,
     run,
@@ -165,7 +166,6 @@ def _shown(mark: Mark) -> dict[str, Any]:
 
 
 def _known(projection: str | None) -> str | None:
-    from services.cli.addressing import known_projection
 
     return None if projection is None else known_projection(projection).name
 

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from services.cli.command import ProgressLine, answer, common_options, invocation, metrics_file_option, run
+from services.cli.command import (
+    ProgressLine,
+    answer,
+    common_options,
+    invocation,
+    known_projection,
+    metrics_file_option,
+    run,
+)
 from services.cli.repair import max_parked_option
 
 if TYPE_CHECKING:
@@ -52,7 +60,6 @@ def replay(
     place when it is nowhere behind. An interrupted replay goes on where it was. Exit code 1 if --verify finds a
     difference; both are kept then.
     """
-    from services.cli.addressing import known_projection
 
     known = known_projection(projection)
     if options["even_if_different"] and not options["compare"]:
@@ -139,7 +146,6 @@ def _duration(seconds: float) -> str:
 @common_options(shown=("views_url",))
 def digest(projection: str) -> None:
     """The canonical digest of a view: equal for equal content, on every database."""
-    from services.cli.addressing import known_projection
 
     answer(run(_digest(known_projection(projection))))
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from services.cli.command import VisibleLines, answer, common_options, invocation, remark, run
+from services.cli.command import VisibleLines, answer, common_options, invocation, known_projection, remark, run
 from services.cli.repair import max_parked_option
 from services.runtime.logs import JsonLines
 from services.runtime.processes import collect_rarely
@@ -170,7 +170,6 @@ async def _in_processes(settings: Settings, command: str, processes: int) -> int
 @common_options(shown=("log_url", "views_url", "metrics_listen"))
 def projector(names: tuple[str, ...], *, processes: int, until_input_ends: bool, **options: Any) -> None:
     """Run the projections of these names (all without one), until SIGTERM or SIGINT."""
-    from services.cli.addressing import known_projection
 
     for name in names:
         known_projection(name)

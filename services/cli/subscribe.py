@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from services.cli.command import answer, common_options, invocation, remark, run, say, table
+from services.cli.command import answer, as_usage, common_options, invocation, remark, run, say, table
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -198,7 +198,6 @@ def _answer(found: BaseModel) -> None:
 
 def _id(text: str) -> Any:
     from artifact_store.documents.http import parse_id
-    from services.cli.addressing import as_usage
 
     with as_usage():
         return parse_id("ID", text)

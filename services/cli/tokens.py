@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from services.cli.command import answer, common_options, invocation, remark, run, say, table
+from services.cli.command import answer, as_usage, common_options, invocation, remark, run, say, table
 from services.core.access import Right
 
 if TYPE_CHECKING:
@@ -54,7 +54,6 @@ def create(
     Events name its holder `token:NAME`. To replace a token, make another one of the same name, hand it out, and revoke
     the old one by its id. Without --can it has the rights that the policy gives to its name.
     """
-    from services.cli.addressing import as_usage
     from services.identity.static_tokens import create_token
 
     rights = _rights([*can, *more])

@@ -17,6 +17,8 @@ from services.cli.command import (
     common_options,
     invocation,
     metadata_of,
+    package_id,
+    package_or_address,
     remark,
     run,
     transfer_progress,
@@ -175,7 +177,6 @@ async def _pull(
     settings: Settings, package: str, destination: Path, *, force: bool, rename: bool, concurrency: int
 ) -> Pulled:
     from artifact_store import pull as pull_package
-    from services.cli.addressing import package_or_address
     from services.registry import open_registry
     from services.runtime.processes import collect_rarely
 
@@ -208,7 +209,6 @@ _STANDARD_INPUT = Path("-")
 def add(package: str, file: Path, *, relative_path: str | None, media_type: str | None, actor: str | None) -> None:
     """Add one file to a package that is open; `-` reads it from standard input, and a pipe is read to its end."""
     from artifact_store.manifest import ContentAddress
-    from services.cli.addressing import package_id
 
     if relative_path is None:
         if file == _STANDARD_INPUT:
@@ -270,7 +270,6 @@ async def _add(
 def finalize(package: str, *, actor: str | None) -> None:
     """Freeze a package that is open; prints the content address of its manifest."""
     from artifact_store.manifest import ContentAddress
-    from services.cli.addressing import package_id
     from services.identity.actors import actor_here
 
     settings = invocation().settings()
