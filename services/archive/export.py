@@ -154,19 +154,16 @@ class _Events:
         if backend is None:
             return
         match event.payload:
-            case FileIngested(receipt=at) as file:
-                if at.backend_id != backend:
+            case FileIngested() as file:
+                if file.receipt.backend_id != backend:
                     raise CorruptError(
                         f"event {event.sequence} of package {event.package_id} names bytes in the storage backend "
-                        f"{at.backend_id}, and ARTIFACT_STORE_BLOBS_URL names one of {backend}"
+                        f"{file.receipt.backend_id}, and ARTIFACT_STORE_BLOBS_URL names one of {backend}"
                     )
-                about = (file.blake3, file.sha256, at.key == content_key(file.blake3))
-                place = (at.key, at.offset, at.length)
-                path = file.relative_path
-                self._notes.note_claim(Claim(*place, *about, event.package_id, event.sequence, path))
+                self._notes.note_claim(Claim.of_file(event, file))
             case PackageFinalized(manifest_key=str(key)):
-                about = (event.payload_digest, b"", True)
-                self._notes.note_claim(Claim(key, 0, -1, *about, event.package_id, event.sequence, ""))
+                digest, package, sequence = event.payload_digest, event.package_id, event.sequence
+                self._notes.note_claim(Claim(key, 0, -1, digest, b"", True, package, sequence, ""))
 
 
 async def _add_blobs(

@@ -212,7 +212,7 @@ class Histories:
                 self._check_created(event, payload, place)
             case FileIngested():
                 known_path = self._check_file(event, payload, place)
-                claim = _claim_of(event, payload)
+                claim = Claim.of_file(event, payload)
             case PackageFinalized():
                 claim = self._check_finalized(event, payload, head, place)
         judged = self._named == named and not _names_no_key(payload)
@@ -342,13 +342,6 @@ class Histories:
         head.sequence = event.sequence
         head.digest = event_digest(event)
         head.last_at = event.created_at
-
-
-def _claim_of(event: Event, file: FileIngested) -> Claim:
-    at = file.receipt
-    whole = at.offset == 0 and at.key == content_key(file.blake3)
-    path, sequence = file.relative_path, event.sequence
-    return Claim(at.key, at.offset, at.length, file.blake3, file.sha256, whole, event.package_id, sequence, path)
 
 
 def _is_jcs_object(text: str) -> bool:

@@ -18,7 +18,8 @@ from uuid import UUID
 import cbor2
 
 from artifact_store.errors import UnavailableError
-from artifact_store.events import NO_DIGEST, Event, PackageCreated
+from artifact_store.events import NO_DIGEST, Event, FileIngested, PackageCreated
+from artifact_store.manifest import content_key
 from schemas.digests import record_digest
 from services.log.port import Record
 
@@ -83,6 +84,14 @@ class Claim:
     package_id: UUID
     sequence: int
     path: str
+
+    @classmethod
+    def of_file(cls, event: Event, file: FileIngested) -> Self:
+        """What the event of this file says."""
+        at = file.receipt
+        whole = at.offset == 0 and at.key == content_key(file.blake3)
+        place, digests = (at.key, at.offset, at.length), (file.blake3, file.sha256)
+        return cls(*place, *digests, whole, event.package_id, event.sequence, file.relative_path)
 
     @property
     def place(self) -> str:
