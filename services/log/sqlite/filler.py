@@ -28,7 +28,7 @@ class SqliteFiller:
         await asyncio.to_thread(self._append, records)
 
     async def settle(self) -> None:
-        """See `LogFiller`. It can be."""
+        """See `LogFiller`. What is committed can be read at once."""
 
     async def close(self) -> None:
         """See `LogFiller`."""
@@ -39,20 +39,16 @@ class SqliteFiller:
 
     def _append(self, records: Sequence[Record]) -> None:
         events = [decoded(record) for record in records]
-        with file_errors(self._path), closing(open_file(self._path, writable=True)) as file, write_lock(self._path):
+        # A transaction that is not committed ends with its connection, before the lock is released.
+        with file_errors(self._path), write_lock(self._path), closing(open_file(self._path, writable=True)) as file:
             file.connection.execute("BEGIN IMMEDIATE")
-            try:
-                end = end_offset(file.connection)
-                if end != self._end:
-                    raise ConflictError(f"another process has written to {self._path}: end it, and try again")
-                rows = [
-                    (offset, event.package_id.bytes, event.sequence, event.command_id.bytes, record.value)
-                    for offset, (event, record) in enumerate(zip(events, records, strict=True), end)
-                ]
-                file.connection.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?)", rows)
-                file.connection.execute("COMMIT")
-            except BaseException:
-                if file.connection.in_transaction:
-                    file.connection.execute("ROLLBACK")
-                raise
+            end = end_offset(file.connection)
+            if end != self._end:
+                raise ConflictError(f"another process has written to {self._path}: end it, and try again")
+            rows = [
+                (offset, event.package_id.bytes, event.sequence, event.command_id.bytes, record.value)
+                for offset, (event, record) in enumerate(zip(events, records, strict=True), end)
+            ]
+            file.connection.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?)", rows)
+            file.connection.execute("COMMIT")
         self._end = end + len(records)
