@@ -49,16 +49,19 @@ class KafkaFiller:
 
     async def settle(self) -> None:
         """See `LogFiller`. The brokers write a transaction's end to its partitions after the commit was answered."""
-        async with asyncio.timeout(COMMIT_SECONDS):
-            while self._last:
-                ends = await self._log.blocking(lambda: self._log.cluster.last_stable(self._last))
-                self._last = {p: offset for p, offset in self._last.items() if ends[p] <= offset}
-                if self._last:
-                    await asyncio.sleep(_AGAIN_SECONDS)
+        with explaining("waiting until what was appended can be read"):
+            await asyncio.wait_for(self._settled(), COMMIT_SECONDS)
 
     async def close(self) -> None:
         """See `LogFiller`. An open transaction is aborted by whoever fences it, or by its time-out."""
         self._producers.clear()
+
+    async def _settled(self) -> None:
+        while self._last:
+            ends = await self._log.blocking(lambda: self._log.cluster.last_stable(self._last))
+            self._last = {p: offset for p, offset in self._last.items() if ends[p] <= offset}
+            if self._last:
+                await asyncio.sleep(_AGAIN_SECONDS)
 
     def _fence(self, partition: int) -> None:
         producer = make_producer(self._log.kafka.producer(partition))

@@ -216,6 +216,21 @@ async def test_a_mirror_that_repeats_records_counts_as_a_copy_and_one_that_lacks
 
 
 @pytest.mark.endurance
+async def test_a_filler_says_so_when_what_it_appended_cannot_be_read_in_time(
+    kafka: Settings, log: KafkaLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    producer = Producer({**log.kafka.producer(0), "transactional.id": "somebody else's"})
+    await asyncio.to_thread(producer.init_transactions, 30)
+    producer.begin_transaction()
+    producer.produce(log.kafka.topic, b"never committed", b"stray", 0)
+    await asyncio.to_thread(producer.flush, 30)
+    monkeypatch.setattr("services.log.kafka.filler.COMMIT_SECONDS", 3.0)
+    with pytest.raises(UnavailableError, match="no answer in time while waiting until what was appended can be read"):
+        await append(log, {0: [Record(0, 0, b"key", b"value")]})
+    await asyncio.to_thread(producer.abort_transaction, 30)
+
+
+@pytest.mark.endurance
 async def test_an_export_leaves_out_what_was_never_committed(kafka: Settings, log: KafkaLog, tmp_path: Path) -> None:
     events = await fill(log, packages=1)
     producer = Producer({**log.kafka.producer(0), "transactional.id": "somebody else's"})
