@@ -256,10 +256,10 @@ class Guard:
 
     def _framing_changed(self, settings: Mapping[str, str]) -> list[str]:
         """Whoever starts now would take the topic's values for what they are not."""
-        right = None if self._cluster.framing() is None else CONFLUENT
-        if (settings.get(FRAMING) == CONFLUENT) == (right is not None):
+        right = _NO_FRAMING if self._cluster.framing() is None else CONFLUENT
+        if (settings.get(FRAMING) == CONFLUENT) == (right == CONFLUENT):
             return []
-        mend = command(self._kafka, {FRAMING: right or _NO_FRAMING})
+        mend = command(self._kafka, {FRAMING: right})
         return [f"{FRAMING}={settings.get(FRAMING)} says that its values have another framing: `{mend}` mends it"]
 
     @contextmanager
