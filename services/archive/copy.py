@@ -62,9 +62,9 @@ async def copy_log(
     await filler.begin()
     there = await partition_chains(target, by_all, headers=True)
     starts = await _matched(source, end.offsets, there, skip)
-    total = sum(end.offsets.values())
-    waiting, whole = Batches(filler), {p: PartitionChain(chain.count, chain.digest) for p, chain in there.items()}
-    copied = 0
+    total = sum(end.offsets.values()) - sum(starts.values())
+    waiting, copied = Batches(filler), 0
+    whole = {p: PartitionChain(chain.count, chain.digest) for p, chain in there.items()}
     async for record in scanned(source, end.offsets, starts=starts, headers=True):
         if (record.partition, record.offset) in skip:
             continue
@@ -72,7 +72,7 @@ async def copy_log(
         await waiting.add(record.partition, record)
         copied += 1
         if copied % _TELL_EVERY == 0:
-            progress(Progress("copying", copied, total - sum(starts.values())))
+            progress(Progress("copying", copied, total))
     await waiting.flush()
     await filler.settle()
     progress(Progress("reading back", 0))
@@ -84,11 +84,11 @@ async def copy_log(
 
 
 async def _require_record(log: Log, partition: int, offset: int, end: int) -> None:
-    if offset < end:
-        async for record in scanned(log, {partition: offset + 1}, starts={partition: offset}):
-            if record.offset == offset:
-                return
-    raise NotFoundError(f"the source has no record at offset {offset} of partition {partition} that could be skipped")
+    there = scanned(log, {partition: offset + 1}, starts={partition: offset})
+    if offset >= end or not [record async for record in there]:
+        raise NotFoundError(
+            f"the source has no record at offset {offset} of partition {partition} that could be skipped"
+        )
 
 
 async def _require_pair(original: Log, copy: Log) -> None:
