@@ -21,7 +21,7 @@ from typing import Protocol
 
 from aiohttp import web
 
-from artifact_store.errors import ArtifactStoreError, ConfigurationError
+from artifact_store.errors import ArtifactStoreError, ConfigurationError, UnavailableError
 from ingest_gateway.app import App
 from ingest_gateway.gateway import Authenticate, Logins, Subscribing, believe, nowhere
 from ingest_gateway.health import Checks
@@ -38,7 +38,8 @@ from services.log.port import Log
 from services.registry.direct import DirectRegistry
 from services.runtime import tls
 from services.runtime.addresses import ListenAddress
-from services.webhooks.subscriptions import Subscriptions
+from services.views.database import Views
+from services.webhooks.subscriptions import Subscriptions, create_tables
 from services.webhooks.targets import Targets
 from services.wiring import Parts, is_embedded, parts
 
@@ -96,6 +97,8 @@ async def serve(
     metrics = Metrics(opened.metrics)
     metrics.watch_database(lambda: opened.views.connections_in_use)
     metrics.watch_memory(lambda: opened.blobs.parts.memory.limit - opened.blobs.parts.memory.free)
+    if is_embedded(settings):
+        await _create_subscriptions(opened.views)
     async with (
         Authenticator.open(settings, opened.metrics) as authenticator,
         listening(
@@ -122,6 +125,16 @@ async def serve(
         async with swept_regularly(opened.blobs):
             await stop.wait()
         _log.info("stopping: no new connections, finishing what is under way")
+
+
+async def _create_subscriptions(views: Views) -> None:
+    """Create the tables of subscriptions, which `migrate` creates where the parts are not embedded."""
+    try:
+        await create_tables(views)
+    except UnavailableError:
+        if views.dialect == "sqlite":
+            raise
+        # A database of its own may be away; opening the parts has said so.
 
 
 def _bounds(settings: Settings) -> Bounds:

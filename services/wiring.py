@@ -210,7 +210,6 @@ async def parts(settings: Settings, *, clock: Clock = system_clock) -> AsyncIter
     from services.views.engine.apply import catch_up
     from services.views.projections import PROJECTIONS
     from services.views.queries import Queries
-    from services.webhooks.subscriptions import create_tables
 
     async with AsyncExitStack() as stack:
         blobs = open_blobs(settings, clock)
@@ -225,7 +224,6 @@ async def parts(settings: Settings, *, clock: Clock = system_clock) -> AsyncIter
             await blobs.migrate()
             try:
                 await views.migrate()
-                await create_tables(views)
             except UnavailableError as error:
                 if views.dialect == "sqlite":
                     raise

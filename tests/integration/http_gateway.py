@@ -18,9 +18,9 @@ from services.registry.direct import DirectRegistry
 from services.views.engine.apply import catch_up
 from services.views.projections import PROJECTIONS
 from services.views.queries import Queries
-from services.webhooks.subscriptions import Subscriptions
+from services.webhooks.subscriptions import Subscriptions, create_tables
 from services.webhooks.targets import Targets
-from services.wiring import Parts, limits_of, parts
+from services.wiring import Parts, is_embedded, limits_of, parts
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ async def running_gateway(
     `authenticate` tells who asks.
     """
     async with parts(settings) as opened:
+        if is_embedded(settings):
+            await create_tables(opened.views)
 
         async def freshen(view: str) -> None:
             await catch_up(opened.views, opened.log, PROJECTIONS[view])
