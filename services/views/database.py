@@ -158,7 +158,8 @@ class Views:
             await connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
         missing = await connection.run_sync(_missing_tables)
         await connection.run_sync(metadata.create_all)
-        await connection.run_sync(_add_columns)
+        # A view's own tables never change: they are folded again.
+        await connection.run_sync(add_missing_columns, [projection_checkpoints])
         table = projection_generations.c
         known = {row.projection: row for row in await connection.execute(select(projection_generations))}
         progress = missing & {projection_checkpoints, parked_packages}
@@ -203,13 +204,14 @@ def _missing_tables(connection: Connection) -> set[Table]:
     return {table for table in metadata.tables.values() if not there.has_table(table.name)}
 
 
-def _add_columns(connection: Connection) -> None:
-    """Add what a later version keeps beside a checkpoint; a view's own tables never change, they are folded again."""
-    table = projection_checkpoints
-    there = {column["name"] for column in inspect(connection).get_columns(table.name)}
-    for column in (column for column in table.columns if column.name not in there):
-        kind = column.type.compile(connection.dialect)
-        connection.execute(text(f"ALTER TABLE {table.name} ADD COLUMN {column.name} {kind}"))
+def add_missing_columns(connection: Connection, tables: Iterable[Table]) -> None:
+    """Add the columns that these tables lack because an earlier version created them."""
+    there = inspect(connection)
+    for table in tables:
+        known = {column["name"] for column in there.get_columns(table.name)}
+        for column in (column for column in table.columns if column.name not in known):
+            kind = column.type.compile(connection.dialect)
+            connection.execute(text(f"ALTER TABLE {table.name} ADD COLUMN {column.name} {kind}"))
 
 
 async def check_layouts(connection: AsyncConnection, projections: Iterable[Projection]) -> None:

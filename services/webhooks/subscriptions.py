@@ -32,7 +32,6 @@ from sqlalchemy import (
     delete,
     func,
     insert,
-    inspect,
     select,
     text,
     update,
@@ -45,7 +44,7 @@ from artifact_store.errors import CommandReusedError, ConflictError, InvalidPosi
 from artifact_store.models import EventFilter
 from artifact_store.position import Position
 from services.runtime.clock import Clock, system_clock
-from services.views.database import Views
+from services.views.database import Views, add_missing_columns
 from services.webhooks.messages import new_secret
 
 MOST_OF_OWNER = 2_000
@@ -298,12 +297,7 @@ async def create_tables(views: Views) -> None:
 
 def _create(connection: Connection) -> None:
     metadata.create_all(connection)
-    there = inspect(connection)
-    for table in metadata.tables.values():
-        known = {column["name"] for column in there.get_columns(table.name)}
-        for column in (column for column in table.columns if column.name not in known):
-            kind = column.type.compile(connection.dialect)
-            connection.execute(text(f"ALTER TABLE {table.name} ADD COLUMN {column.name} {kind}"))
+    add_missing_columns(connection, metadata.tables.values())
     if connection.execute(select(webhook_deliverer.c.id)).first() is None:
         connection.execute(insert(webhook_deliverer).values(id=1, holder=None, beat=0, changes=0))
 
