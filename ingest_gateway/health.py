@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import BaseModel
 
 from artifact_store.errors import ArtifactStoreError
+from services.runtime.processes import wait_for_stop
 
 _log = logging.getLogger(__name__)
 
@@ -106,8 +106,7 @@ class ReadyAnswers:
                 _log.exception("a readiness check failed")
                 for name in COMPONENTS:
                     show(name, False)
-            with suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), WATCH_SECONDS)
+            await wait_for_stop(stop, WATCH_SECONDS)
 
 
 async def _cause(check: Check) -> str | None:

@@ -29,7 +29,7 @@ from services.log.port import Log, Record
 from services.runtime import tracing
 from services.runtime.addresses import ListenAddress
 from services.runtime.metrics import new_registry, served
-from services.runtime.processes import PYTHON, Command, RestartRule
+from services.runtime.processes import PYTHON, Command, RestartRule, wait_for_stop
 from services.runtime.processes import run_processes as run_all
 from services.views.database import TablesError, Views
 from services.views.engine.apply import fold
@@ -97,13 +97,13 @@ async def run_projection(
             await run.work(stop)
         except StaleCheckpointError as error:
             logger.info("%s: %s; reading on from the view's checkpoint", projection.name, error.detail)
-            await _wait(stop, random.uniform(0, _FIRST_PAUSE))
+            await wait_for_stop(stop, random.uniform(0, _FIRST_PAUSE))
         except (UnavailableError, PushBackError) as error:
             if metrics is not None and isinstance(error, UnavailableError):
                 metrics.stopped(projection.name)
             pause = _FIRST_PAUSE if run.progressed else min(2 * pause, _LONGEST_PAUSE)
             logger.warning("%s: %s; trying again in %.1f s", projection.name, error.detail, pause)
-            await _wait(stop, pause)
+            await wait_for_stop(stop, pause)
         except ArtifactStoreError as error:
             may_pass = joined or run.joined or isinstance(error, TablesError)
             if isinstance(error, CorruptError) or not may_pass:
@@ -119,7 +119,7 @@ async def run_projection(
 async def _in_trouble(projection: Projection, stop: asyncio.Event, metrics: ProjectorMetrics | None) -> None:
     if metrics is not None:
         metrics.stopped(projection.name)
-    await _wait(stop, _LONGEST_PAUSE)
+    await wait_for_stop(stop, _LONGEST_PAUSE)
 
 
 async def _reported(
@@ -214,13 +214,6 @@ class _Run:
     async def _settled(self) -> None:
         async with self._applying:
             return
-
-
-async def _wait(stop: asyncio.Event, seconds: float) -> None:
-    try:
-        await asyncio.wait_for(stop.wait(), seconds)
-    except TimeoutError:
-        return
 
 
 _RULE = RestartRule(final=frozenset({1, 2}), all_or_none=False)

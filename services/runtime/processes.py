@@ -55,6 +55,12 @@ class RestartRule:
     sound_seconds: float = 60.0
 
 
+async def wait_for_stop(stop: asyncio.Event, seconds: float) -> None:
+    """Wait until `stop` is set, for so many seconds at most."""
+    with suppress(TimeoutError):
+        await asyncio.wait_for(stop.wait(), seconds)
+
+
 async def run_processes(
     commands: Sequence[Command],
     rule: RestartRule,
@@ -135,10 +141,7 @@ class _Watched:
                 logger.error("process %d died (exit code %d) for the %dth time in a row", self._number, code, deaths)
                 return self._given_up(max(code, 1))
             logger.error("process %d died (exit code %d), starting it again in %.1f s", self._number, code, pause)
-            try:
-                await asyncio.wait_for(self._stop.wait(), pause)
-            except TimeoutError:
-                continue
+            await wait_for_stop(self._stop, pause)
         return 0
 
     def _given_up(self, code: int) -> int:

@@ -30,6 +30,7 @@ from services.core.access import Grants
 from services.log.port import Log
 from services.registry.origins import Origins, find_origins
 from services.runtime.clock import Clock, system_clock
+from services.runtime.processes import wait_for_stop
 from services.views.database import Views
 from services.views.queries import Queries
 from services.webhooks.messages import CONTENT_TYPE, TEST_TYPE, signed_headers, test_body
@@ -159,7 +160,7 @@ class Deliverer:
             except Exception:  # a mistake in this program must not end delivery for good
                 pause = _AGAIN_SECONDS
                 logger.exception("webhooks: a mistake in this program; trying again in %g s", pause)
-            await _wait(stop, pause)
+            await wait_for_stop(stop, pause)
 
     async def _take_over(self, stop: asyncio.Event) -> bool:
         """Stand by until this process may deliver. Whether it may; False when it is to stop."""
@@ -174,7 +175,7 @@ class Deliverer:
                     return True
                 seen = None
             else:
-                await _wait(stop, _STANDBY_SECONDS)
+                await wait_for_stop(stop, _STANDBY_SECONDS)
         return False
 
     async def _lead(self, stop: asyncio.Event) -> None:
@@ -550,8 +551,3 @@ def _size(message: Message) -> int:
     payload = message.event.payload
     manifest = payload.manifest if isinstance(payload, PackageFinalized) else None
     return _EVENT_BYTES + len(manifest or b"")
-
-
-async def _wait(stop: asyncio.Event, seconds: float) -> None:
-    with suppress(TimeoutError):
-        await asyncio.wait_for(stop.wait(), seconds)
