@@ -9,8 +9,6 @@ clock starts.
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from random import Random
@@ -25,7 +23,7 @@ from artifact_store.models import MAX_PAGE, all_pages
 from artifact_store.registry import ANYONE
 from benchmarks.gateway_stage import Stage, gateway_stage
 from benchmarks.harness import Plan
-from benchmarks.single_puts import CONCURRENCY, FILE_BYTES, FILES, MICROS, presigned, put_all
+from benchmarks.single_puts import CONCURRENCY, FILE_BYTES, FILES, presigned, put_all, send_all, with_costs
 from services.config import Settings
 
 _ROUNDS = 5
@@ -50,14 +48,7 @@ class SingleGets:
         """Through the gateway."""
         addresses = list(next(self._packages))
         self._draw.shuffle(addresses)
-        gateway, client = self._stage.gateway_cpu(), time.process_time()
-        seconds, waits = await _get_all(addresses)
-        self._found = {
-            "gateway_cpu_micros_a_file": round((self._stage.gateway_cpu() - gateway) / FILES * MICROS),
-            "client_cpu_micros_a_file": round((time.process_time() - client) / FILES * MICROS),
-            "p50_ms": round(waits[len(waits) // 2] * 1_000, 1),
-            "p99_ms": round(waits[len(waits) * 99 // 100] * 1_000, 1),
-        }
+        seconds, self._found = await with_costs(self._stage, _get_all(addresses))
         return FILES / seconds
 
     async def baseline(self) -> float:
@@ -69,25 +60,14 @@ class SingleGets:
 
 
 async def _get_all(addresses: Sequence[URL]) -> tuple[float, list[float]]:
-    """Seconds for all, and how long each took, sorted."""
-    waits = []
-    waiting = iter(addresses)
+    """As `send_all`."""
 
-    async def work(session: aiohttp.ClientSession) -> None:
-        for address in waiting:
-            began = time.perf_counter()
-            async with session.get(address) as answer:
-                body = await answer.read()
-            assert (answer.status, len(body)) == (200, FILE_BYTES)
-            waits.append(time.perf_counter() - began)
+    async def get(session: aiohttp.ClientSession, address: URL) -> None:
+        async with session.get(address) as answer:
+            body = await answer.read()
+        assert (answer.status, len(body)) == (200, FILE_BYTES)
 
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=CONCURRENCY)) as session:
-        began = time.perf_counter()
-        async with asyncio.TaskGroup() as group:
-            for _ in range(CONCURRENCY):
-                group.create_task(work(session))
-        seconds = time.perf_counter() - began
-    return seconds, sorted(waits)
+    return await send_all(addresses, get, CONCURRENCY)
 
 
 async def _package(stage: Stage, number: int, draw: Random) -> list[URL]:

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import aiohttp
@@ -56,6 +56,8 @@ can = ["read", "write"]
 producers = ["bench*"]
 """
 
+Item = TypeVar("Item")
+
 Put = tuple[URL, bytes, int]
 """Address, body, and the status that says that it is stored."""
 
@@ -87,16 +89,9 @@ class SinglePuts:
             for number, body in enumerate(self._bodies())
         ]
         objects = await asyncio.to_thread(self._stage.count, "blobs/")
-        gateway, client = self._stage.gateway_cpu(), time.process_time()
         token = None if self._token_file is None else self._token_file.read_text()
-        seconds, waits = await put_all(puts, CONCURRENCY, token)
-        self._found = {
-            "gateway_cpu_micros_a_file": round((self._stage.gateway_cpu() - gateway) / FILES * MICROS),
-            "client_cpu_micros_a_file": round((time.process_time() - client) / FILES * MICROS),
-            "p50_ms": round(waits[len(waits) // 2] * 1_000, 1),
-            "p99_ms": round(waits[len(waits) * 99 // 100] * 1_000, 1),
-            "objects": await asyncio.to_thread(self._stage.count, "blobs/") - objects,
-        }
+        seconds, costs = await with_costs(self._stage, put_all(puts, CONCURRENCY, token))
+        self._found = {**costs, "objects": await asyncio.to_thread(self._stage.count, "blobs/") - objects}
         return FILES / seconds
 
     async def baseline(self) -> float:
@@ -179,16 +174,31 @@ def presigned(bucket: Bucket, prefix: str, bodies: Iterable[bytes]) -> list[Put]
 
 async def put_all(puts: Sequence[Put], concurrency: int, token: str | None = None) -> tuple[float, list[float]]:
     """Seconds for all, and how long each waited for its answer, sorted."""
+
+    async def put(session: aiohttp.ClientSession, each: Put) -> None:
+        address, body, stored = each
+        async with session.put(address, data=body) as answer:
+            said = await answer.read()
+        assert answer.status == stored, said
+
+    return await send_all(puts, put, concurrency, token)
+
+
+async def send_all(
+    items: Iterable[Item],
+    send: Callable[[aiohttp.ClientSession, Item], Awaitable[None]],
+    concurrency: int,
+    token: str | None = None,
+) -> tuple[float, list[float]]:
+    """Send one request for each item. Seconds for all, and how long each waited for its answer, sorted."""
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     waits = []
-    waiting = iter(puts)
+    waiting = iter(items)
 
     async def work(session: aiohttp.ClientSession) -> None:
-        for address, body, stored in waiting:
+        for item in waiting:
             began = time.perf_counter()
-            async with session.put(address, data=body) as answer:
-                said = await answer.read()
-            assert answer.status == stored, said
+            await send(session, item)
             waits.append(time.perf_counter() - began)
 
     connector = aiohttp.TCPConnector(limit=concurrency)
@@ -199,6 +209,18 @@ async def put_all(puts: Sequence[Put], concurrency: int, token: str | None = Non
                 group.create_task(work(session))
         seconds = time.perf_counter() - began
     return seconds, sorted(waits)
+
+
+async def with_costs(stage: Stage, sending: Awaitable[tuple[float, list[float]]]) -> tuple[float, dict[str, Any]]:
+    """Seconds for the requests of FILES files to the gateway, and what each of them cost."""
+    gateway, client = stage.gateway_cpu(), time.process_time()
+    seconds, waits = await sending
+    return seconds, {
+        "gateway_cpu_micros_a_file": round((stage.gateway_cpu() - gateway) / FILES * MICROS),
+        "client_cpu_micros_a_file": round((time.process_time() - client) / FILES * MICROS),
+        "p50_ms": round(waits[len(waits) // 2] * 1_000, 1),
+        "p99_ms": round(waits[len(waits) * 99 // 100] * 1_000, 1),
+    }
 
 
 @asynccontextmanager
