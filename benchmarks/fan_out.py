@@ -14,7 +14,6 @@ import re
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -45,6 +44,7 @@ from services.core.state import PackageState
 from services.log.kafka import KafkaLog
 from services.log.kafka.topic import partition_of
 from services.runtime.clock import system_clock
+from services.views.queries import Origin
 from tests.services.process import free_ports
 
 READERS = 500
@@ -87,14 +87,13 @@ class _Record:
     partition: int
     sent: SentRecord
     event_type: str
-    origin: tuple[str, str, str]
+    origin: Origin
 
 
 @dataclass(slots=True)
 class _Reader:
     """What one reader has to get, and what it got."""
 
-    kind: int
     expected: int
     chunks: list[bytes] = field(default_factory=list)
     delays: list[float] = field(default_factory=list)
@@ -148,7 +147,8 @@ class FanOut:
                 await stack.enter_async_context(session.get("/v1/events", params=_query(FILTERS[kind])))
                 for kind in _kinds()
             ]
-            readers = [_Reader(kind, _count(records, FILTERS[kind])) for kind in _kinds()]
+            expected = [_count(records, wanted) for wanted in FILTERS]
+            readers = [_Reader(expected[kind]) for kind in _kinds()]
             producers = await asyncio.to_thread(self._hand_over, records)
             cpu = self._stage.gateway_cpu()
             began = time.perf_counter()
@@ -190,7 +190,7 @@ class FanOut:
             answers = [await stack.enter_async_context(session.get(f"/{kind}")) for kind in _kinds()]
             for answer in answers:
                 assert await answer.content.readuntil(b"\n\n") == b":\n\n"
-            readers = [_Reader(kind, events[kind]) for kind in _kinds()]
+            readers = [_Reader(events[kind]) for kind in _kinds()]
             idle = server.cpu_times()
             began = time.perf_counter()
             reading = asyncio.gather(*(r.read(a) for r, a in zip(readers, answers, strict=True)))
@@ -223,7 +223,7 @@ class FanOut:
             events = decide(state, command, system_clock(), Limits())
             state = evolve_all(state, events)
             first, made = first_of(events), state.created
-            origin = (made.producer, made.subject, made.retention_class)
+            origin = Origin.of(made)
             partition = partition_of(first.package_id, self._log.kafka.partitions)
             of_each = headers_all(events, log, made, [None])
             for value, heads in zip(encode_all(events), of_each, strict=True):
@@ -247,11 +247,9 @@ class FanOut:
         """Create one package every _APART_SECONDS; how long each took to each reader, in seconds, sorted."""
         kafka = self._log.kafka
         creations = [self._life(0)[:1] for _ in range(DELAYS)]
-        readers = [
-            _Reader(kind, _count([record for c in creations for record in self._records(log, c)], FILTERS[kind]))
-            for kind in range(len(FILTERS))
-        ]
-        readers = [_Reader(kind, readers[kind].expected) for kind in _kinds()]
+        records = [record for commands in creations for record in self._records(log, commands)]
+        expected = [_count(records, wanted) for wanted in FILTERS]
+        readers = [_Reader(expected[kind]) for kind in _kinds()]
         reading = asyncio.gather(*(r.read(a, timed=True) for r, a in zip(readers, answers, strict=True)))
         producers = [await asyncio.to_thread(_stranger, self._log, p) for p in range(kafka.partitions)]
         due = time.perf_counter()
@@ -284,11 +282,11 @@ def _query(wanted: EventFilter) -> list[tuple[str, str]]:
 
 
 def _count(records: Sequence[_Record], wanted: EventFilter) -> int:
-    found: Counter[bool] = Counter(
+    """How many of the records a filter takes."""
+    return sum(
         (not wanted.types or record.event_type in wanted.types) and wanted.includes(*record.origin)
         for record in records
     )
-    return found[True]
 
 
 def _stranger(log: KafkaLog, partition: int) -> Producer:
