@@ -76,7 +76,7 @@ def _public(settings: Settings) -> Iterator[Settings]:
     """The settings with a store that clients can reach."""
     bucket = {**vars(settings), "s3_secret_key": settings.s3_secret_key.get_secret_value()}
     with direct_settings(bucket) as public:
-        yield Settings(**{**vars(settings), **public})
+        yield replace(settings, **public)
 
 
 @contextmanager
@@ -109,5 +109,5 @@ def clear(bucket: Bucket, prefix: str, expected: int | None = None) -> None:
     """As `Stage.clear`."""
     client = bucket.client()
     keys = [str(item.object_name) for item in client.list_objects(bucket.name, prefix=prefix, recursive=True)]
-    assert expected is None or len(keys) == expected, f"{len(keys)} objects were copied instead of {expected}"
+    assert expected is None or len(keys) == expected, f"{len(keys)} objects are there instead of {expected}"
     assert list(client.remove_objects(bucket.name, map(DeleteObject, keys))) == []
