@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 
 from prometheus_client import CollectorRegistry
 
@@ -70,23 +71,26 @@ async def kafka_writer(
             describe_group=groups.members,
         )
         stack.push_async_callback(writer.close)
-
-        async def about() -> ProcessStatus:
-            others = checks or {}
-            found = await readiness(Checks(log.check, others["blobs"], writer.ready, others["views"]))
-            ends = await asyncio.to_thread(tls.all_ends, settings.certificates())
-            return ProcessStatus(
-                release(),
-                {name: part.cause for name, part in found.parts.items()},
-                writer.clock_skew_seconds,
-                writer.state_free_bytes,
-                ends,
-            )
-
-        listener.serve(writer, None if checks is None else about)
+        if checks is None:
+            listener.serve(writer)
+        else:
+            listener.serve(writer, partial(_about, settings, writer, Checks(log.check, writer=writer.ready, **checks)))
         if metrics is not None:
             collector = WriterCollector(writer)
             metrics.register(collector)
             stack.callback(metrics.unregister, collector)
         await writer.start()
         yield writer
+
+
+async def _about(settings: Settings, writer: KafkaWriter, checks: Checks) -> ProcessStatus:
+    """How this process is, for operators."""
+    found = await readiness(checks)
+    ends = await asyncio.to_thread(tls.all_ends, settings.certificates())
+    return ProcessStatus(
+        release(),
+        {name: part.cause for name, part in found.parts.items()},
+        writer.clock_skew_seconds,
+        writer.state_free_bytes,
+        ends,
+    )
