@@ -116,6 +116,7 @@ async def _status() -> dict[str, Any]:
             found = await projections(log, views, end)
         except (UnavailableError, ConfigurationError) as error:  # who writes is known without the views
             found, trouble = [], error.detail
+        told = await asyncio.gather(processes(log, settings), writers(log, settings))
         return {
             "endpoints": endpoints(settings),
             "log": str(end.log),
@@ -123,8 +124,8 @@ async def _status() -> dict[str, Any]:
             "end": str(end),
             "projections": found,
             "views_trouble": trouble,
-            "processes": await processes(log, settings),
-            "writers": await writers(log, settings),
+            "processes": told[0],
+            "writers": told[1],
         }
 
 
