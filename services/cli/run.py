@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from services.cli.command import VisibleLines, answer, common_options, invocation, known_projection, remark, run
+from services.cli.command import (
+    VisibleLines,
+    answer,
+    common_options,
+    invocation,
+    known_projection,
+    log_and_views,
+    remark,
+    run,
+)
 from services.cli.repair import max_parked_option
 from services.runtime.logs import JsonLines
 from services.runtime.processes import collect_rarely
@@ -233,21 +242,17 @@ async def _webhooks(settings: Settings) -> None:
 
 
 async def _deliver(settings: Settings, stop: asyncio.Event, registry: CollectorRegistry | None = None) -> None:
-    from contextlib import AsyncExitStack
-
     from ingest_gateway.server import listen_address
     from services.identity.authenticator import Authenticator
     from services.webhooks.deliverer import Deliverer, DeliveryMetrics
     from services.webhooks.targets import Targets
-    from services.wiring import open_log, open_views
 
-    listen_address(settings)
-    async with AsyncExitStack() as stack:
-        log, views = open_log(settings), open_views(settings)
-        for part in (log, views):
-            stack.push_async_callback(part.close)
-        authenticator = await stack.enter_async_context(Authenticator.open(settings))
-        targets = await stack.enter_async_context(Targets(settings.webhook_allow))
+    listen_address(settings)  # refuses what a gateway refuses: an open address where nobody has to prove who they are
+    async with (
+        log_and_views() as (log, views),
+        Authenticator.open(settings) as authenticator,
+        Targets(settings.webhook_allow) as targets,
+    ):
         deliverer = Deliverer(log, views, targets, authenticator.grants_of, metrics=DeliveryMetrics(registry))
         await deliverer.run(stop)
 
