@@ -209,9 +209,11 @@ class InternalListener:
         async def carry_out(here: Here, body: bytes) -> bytes:
             with _of_another_release():
                 confirmation = decode_confirmation(body)
-            status = 200
+            status = 500
             try:
-                return encode_acknowledgement(await here.confirm_here(confirmation), _version_of(request))
+                recorded = await here.confirm_here(confirmation)
+                status = 200
+                return encode_acknowledgement(recorded, _version_of(request))
             except ArtifactStoreError as error:
                 status = error.status
                 raise

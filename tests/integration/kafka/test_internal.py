@@ -115,6 +115,8 @@ class Answering:
 
     async def confirm_here(self, confirmation: Confirmation) -> Acknowledgement:
         self.seen.append(confirmation)
+        if self.refusal is not None:
+            raise self.refusal
         return Acknowledgement(UUID(int=1), 3, bytes(32))
 
     async def end_here(self, partition: int) -> int:
@@ -358,7 +360,8 @@ async def test_the_audit_stream_has_who_is_refused_and_what_operators_confirm(tm
     file, settings = tmp_path / "audit.jsonl", Settings(internal_secret=SECRET)
     async with Audit(file) as audit:
         listener = await InternalListener.open(settings, PeerCredentials(SECRET), audit)
-        listener.serve(Answering())
+        writer = Answering()
+        listener.serve(writer)
         about = (3, 41, b"d" * 32, "ada", "a stray producer", UUID(int=5))
         async with HttpForwarder(PeerCredentials(SecretStr("a guess"))) as stranger:
             with pytest.raises(UnavailableError):
@@ -369,6 +372,9 @@ async def test_the_audit_stream_has_who_is_refused_and_what_operators_confirm(tm
             await forwarder.submit(listener.url, create())  # the gateway that it came to has recorded it
             for confirmation in (SkipRecord(*about), AcceptLoss(*about)):
                 await forwarder.confirm(listener.url, confirmation)
+            for writer.refusal in (PushBackError("its queue is full"), RuntimeError("a mistake")):
+                with pytest.raises((PushBackError, UnavailableError)):
+                    await forwarder.confirm(listener.url, SkipRecord(*about))
         await listener.close()
     found = [json.loads(line) for line in file.read_text().splitlines()]
     assert [(one["action"], one["allowed"], one["status"], one.get("actor"), one.get("target")) for one in found] == [
@@ -376,6 +382,8 @@ async def test_the_audit_stream_has_who_is_refused_and_what_operators_confirm(tm
         (f"POST {CONFIRMATIONS_PATH}", False, 403, None, None),
         ("log skip", True, 200, "ada", "3 41"),
         ("log accept-loss", True, 200, "ada", "3 41"),
+        ("log skip", True, PushBackError.status, "ada", "3 41"),
+        ("log skip", True, 500, "ada", "3 41"),
     ]
     assert {(one["principal"], one["client"]) for one in found} == {(None, "127.0.0.1")}
 
