@@ -7,7 +7,6 @@ import random
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from uuid import UUID
 
 from blake3 import blake3
 
@@ -35,9 +34,14 @@ async def digests_of(log: Log, folder: Path) -> Mapping[str, str]:
         await views.migrate()
         for projection in PROJECTIONS.values():
             await catch_up(views, log, projection)
-        return {name: str((await digest_view(views, projection)).digest) for name, projection in PROJECTIONS.items()}
+        return await view_digests(views)
     finally:
         await views.close()
+
+
+async def view_digests(views: Views) -> Mapping[str, str]:
+    """The digest of every view as it is."""
+    return {name: str((await digest_view(views, projection)).digest) for name, projection in PROJECTIONS.items()}
 
 
 async def records_of(log: Log) -> dict[int, list[Record]]:
@@ -116,19 +120,13 @@ def long_history(packages: int, backend_id: str = "local") -> Iterator[tuple[Seq
         yield history.take(), pack
 
 
-def as_records(events: Sequence[Event], log_id: UUID, partition: int) -> list[Record]:
-    """The records of one package's events, as a gateway writes them."""
-    created = events[0].payload
-    assert isinstance(created, PackageCreated)
-    return [
-        Record(
-            partition,
-            0,
-            str(event.package_id).encode(),
-            encode(event),
-            None,
-            event.created_at // 1000,
-            tuple(headers(event, log_id, created).items()),
-        )
-        for event in events
-    ]
+async def as_records(log: Log, events: Sequence[Event]) -> dict[int, list[Record]]:
+    """The records of whole packages by partition, as gateways write them to the log."""
+    created = {event.package_id: event.payload for event in events if isinstance(event.payload, PackageCreated)}
+    identity, found = await log.identity(), dict[int, list[Record]]()
+    for event in events:
+        partition, key = log.partition_of(event.package_id), str(event.package_id).encode()
+        about = tuple(headers(event, identity, created[event.package_id]).items())
+        record = Record(partition, 0, key, encode(event), None, event.created_at // 1000, about)
+        found.setdefault(partition, []).append(record)
+    return found

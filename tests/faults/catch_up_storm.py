@@ -27,9 +27,8 @@ from schemas.codec import encode
 from services.config import Settings
 from services.log.kafka import KafkaLog
 from services.views.database import Views
-from services.views.digest import digest_view
-from services.views.engine.apply import catch_up
 from services.views.projections import PROJECTIONS
+from tests.archives import view_digests
 from tests.integration.processes import ProductProcess
 from tests.integration.projector_stage import eventually, position_of
 from tests.services.postgres import PostgresServer
@@ -71,22 +70,6 @@ def write_history(log: KafkaLog, events: int) -> int:
         for start in range(0, len(records), _PER_TRANSACTION):
             send_transaction(producer, log.kafka.topic, partition, records[start : start + _PER_TRANSACTION])
     return len(history)
-
-
-async def digests(views: Views) -> Mapping[str, str]:
-    """The digest of every view."""
-    return {name: str((await digest_view(views, projection)).digest) for name, projection in PROJECTIONS.items()}
-
-
-async def undisturbed(url: str, log: KafkaLog) -> Mapping[str, str]:
-    """The digests of one fold that nothing disturbs, in this process."""
-    views = Views(url)
-    await views.migrate()
-    for projection in PROJECTIONS.values():
-        await catch_up(views, log, projection)
-    found = await digests(views)
-    await views.close()
-    return found
 
 
 async def fresh_database(server: PostgresServer) -> str:
@@ -139,7 +122,7 @@ class CatchUp:
             await eventually(lambda: _shown(log), "no lag is left in Kafka's own tools", _PATIENCE_SECONDS)
         finally:
             await asyncio.to_thread(self._projector.stop)
-        found = await digests(self._views)
+        found = await view_digests(self._views)
         await self._views.close()
         return found
 

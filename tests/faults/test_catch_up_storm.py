@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.catch_up_storm import QUICK, CatchUp, Storm, fresh_database, undisturbed, write_history
+from tests.archives import digests_of
+from tests.faults.catch_up_storm import QUICK, CatchUp, Storm, fresh_database, write_history
 from tests.integration.kafka_stage import kafka_settings, open_kafka_log
 from tests.services.postgres import PostgresServer
 
@@ -29,7 +30,7 @@ async def test_the_views_are_those_of_one_undisturbed_fold(storm: Storm, kafka_u
     draw = random.Random(storm.events)
     async with open_kafka_log(settings) as log:
         await asyncio.to_thread(write_history, log, storm.events)
-        expected = await undisturbed(f"sqlite+aiosqlite:///{tmp_path}/reference.db", log)
+        expected = await digests_of(log, tmp_path)
         with PostgresServer(tmp_path / "postgres") as server:
             for number in range(storm.catch_ups):
                 url = await fresh_database(server)

@@ -13,16 +13,13 @@ import pytest
 from confluent_kafka import Producer
 
 from artifact_store.errors import ConfigurationError, ConflictError, CorruptError, NotFoundError, UnavailableError
-from artifact_store.events import Event, PackageCreated
-from schemas.codec import encode
-from schemas.headers import headers
+from artifact_store.events import Event
 from services.archive import Archive, compare_logs, copy_log, export_log, import_archive, load, translate
 from services.config import Settings
 from services.log.kafka import KafkaFiller, KafkaLog
-from services.log.kafka.topic import record_key
 from services.log.port import Record
 from services.log.records import SkipRecord
-from tests.archives import EndsEarly, digests_of, records_of
+from tests.archives import EndsEarly, as_records, digests_of, records_of
 from tests.commands import command_id, create, finalize, ingest
 from tests.contract.log_stage import settled
 from tests.integration.kafka_stage import lone_writer
@@ -50,14 +47,7 @@ def _delete(log: KafkaLog) -> None:
 async def fill(log: KafkaLog, packages: int = 6, seed: int = 3) -> Sequence[Event]:
     """Fill the log as gateways would."""
     events = History(seed).fill(packages=packages, files=2).events
-    created = {e.package_id: e.payload for e in events if isinstance(e.payload, PackageCreated)}
-    identity, waiting = await log.identity(), dict[int, list[Record]]()
-    for event in events:
-        found = tuple(headers(event, identity, created[event.package_id]).items())
-        key, p = record_key(event.package_id), log.partition_of(event.package_id)
-        record = Record(p, 0, key, encode(event), None, event.created_at // 1000, found)
-        waiting.setdefault(p, []).append(record)
-    await append(log, waiting)
+    await append(log, await as_records(log, events))
     return events
 
 

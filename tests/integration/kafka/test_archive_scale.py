@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from artifact_store.byte_streams import from_any
+from artifact_store.events import Event
 from artifact_store.models import Declared
 from artifact_store.position import Position
 from services.blobs.port import BlobStore
@@ -86,17 +87,16 @@ def _most_mib(pid: int) -> float:
 
 async def fill(log: KafkaLog, events: int, blobs: BlobStore | None = None) -> None:
     """Fill the log with packages of 100 events each, and the store with their packs."""
-    identity, filler = await log.identity(), KafkaFiller(log)
+    filler = KafkaFiller(log)
     await filler.begin()
-    waiting: dict[int, list[Any]] = {}
+    waiting: list[Event] = []
     backend = "local" if blobs is None else blobs.backend_id
     for number, (made, pack) in enumerate(long_history(events // (FILES + 2), backend), 1):
-        partition = log.partition_of(made[0].package_id)
-        waiting.setdefault(partition, []).extend(as_records(made, identity, partition))
+        waiting += made
         if blobs is not None:
             await blobs.store(from_any(pack), declared=Declared(len(pack)), max_bytes=len(pack))
         if number % _PER_FLUSH == 0 or number == events // (FILES + 2):
-            for p, records in waiting.items():
+            for p, records in (await as_records(log, waiting)).items():
                 await filler.append(p, records)
             waiting.clear()
     await filler.settle()
