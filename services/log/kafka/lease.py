@@ -23,7 +23,7 @@ from uuid import UUID
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
-from artifact_store.errors import CorruptError, InvalidRequestError, LogIdentityError, UnavailableError
+from artifact_store.errors import CorruptError, InvalidRequestError, LogIdentityError, PushBackError, UnavailableError
 from artifact_store.events import Event, LogSkipped, LossAccepted
 from schemas.codec import encode
 from schemas.headers import Headers, headers_all
@@ -71,6 +71,8 @@ COMMIT_SECONDS = 12.0
 
 PATIENCE_SECONDS = 15.0
 """Give up reading after this long without progress. Another producer's open transaction can stop it."""
+
+_HIDDEN_RETRY_SECONDS = 5.0
 
 _LEADERS_SECONDS = 1.0
 """Look for the leaders again whenever reading makes no progress for so long."""
@@ -294,8 +296,9 @@ class PartitionLease(Lease):
         `require_readers` is called before the record is appended: every process of the installation must be able to
         read it. A confirmation that is recorded already gets the same answer again.
 
-        Raises InvalidRequestError: the log contradicts what is confirmed. Raises what `require_readers` raises. Raises
-        whatever the client raises, after which the outcome is unknown: close the lease.
+        Raises InvalidRequestError: the log contradicts what is confirmed. Raises PushBackError: an open transaction
+        hides the record. Raises what `require_readers` raises. Raises whatever the client raises, after which the
+        outcome is unknown: close the lease.
         """
         state = self.state
         ahead = self._look_ahead(state.next_offset)
@@ -740,8 +743,18 @@ class PartitionLease(Lease):
         return ahead
 
     def _record_at(self, offset: int) -> Event | BadRecord | None:
-        """The committed record at this offset; None if there is none."""
-        end = max(self._end, self._cluster.last_stable([self._partition])[self._partition])
+        """The committed record at this offset; None if there is none.
+
+        Raises PushBackError: an open transaction keeps the record from being read, and perhaps from being committed.
+        """
+        only = [self._partition]
+        end = max(self._end, self._cluster.last_stable(only)[self._partition])
+        if end <= offset < self._cluster.high_watermark(only)[self._partition]:
+            raise PushBackError(
+                f"the record at offset {offset} of partition {self._partition} is hidden by an open transaction: try "
+                "again when that has ended",
+                _HIDDEN_RETRY_SECONDS,
+            )
         if not 0 <= offset < end:
             return None
         with closing(self._apart(offset, offset + 1)) as records:

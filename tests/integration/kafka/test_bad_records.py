@@ -23,6 +23,7 @@ from artifact_store.errors import (
     ConflictError,
     InvalidRequestError,
     PackageQuarantinedError,
+    PushBackError,
     UnavailableError,
 )
 from artifact_store.models import Acknowledgement
@@ -39,6 +40,7 @@ from tests.integration.conditions import until
 from tests.integration.kafka_stage import (
     PARTITIONS,
     create_in,
+    foreign_transaction,
     gateway,
     kafka_settings,
     lone_writer,
@@ -161,6 +163,21 @@ async def test_a_partition_stands_before_garbage_until_it_is_confirmed_and_nobod
             assert len([p for p, offset in two.items() if one.get(p) != offset]) == 1
         rest = [event.package_id async for event in log.read(events[2].position)]
         assert sorted(rest) == sorted(event.package_id for event in events[3:])
+
+
+@pytest.mark.services
+async def test_a_record_behind_an_open_transaction_is_not_said_to_be_missing(kafka_url: str, tmp_path: Path) -> None:
+    settings = kafka_settings(kafka_url, tmp_path)
+    async with open_kafka_log(settings) as log, gateway(settings, log) as writer:
+        await serving(writer)
+        with foreign_transaction(log, PARTITION):
+            offset = await asyncio.to_thread(stray, settings)
+            bad = BadRecord.of(Record(PARTITION, offset, b"", GARBAGE), "it is no event")
+            with pytest.raises(PushBackError, match=f"offset {offset} .* hidden by an open transaction"):
+                await writer.confirm_here(skip_of(bad))
+            with pytest.raises(InvalidRequestError, match="holds no record"):
+                await writer.confirm_here(replace(skip_of(bad), offset=offset + 1))
+        assert (await writer.confirm_here(skip_of(bad))).sequence == 1
 
 
 @pytest.mark.services
