@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ import confluent_kafka
 import confluent_kafka.admin
 from confluent_kafka import ConsumerGroupState, IsolationLevel, KafkaError, KafkaException, TopicPartition
 
-from tests.simulation.kafka import Cluster, Entry, Member, RefusedError, Replica
+from tests.simulation.kafka import Broker, Cluster, Entry, Member, RefusedError, Replica
 from tests.simulation.scheduler import Killed, Process, Scheduler
 
 _T = TypeVar("_T")
@@ -322,14 +323,16 @@ class Producer(_Client):
 
             def end() -> None:
                 if scheduler.rng.random() < network.late_requests:
-                    scheduler.after(scheduler.rng.random() * network.late_seconds, again)
+                    coordinator = self._cluster.brokers[self._cluster.coordinator["transaction"]]
+                    late = partial(again, coordinator, coordinator.starts)
+                    scheduler.after(scheduler.rng.random() * network.late_seconds, late)
                 self._cluster.end_transaction(name, producer, epoch, outcome)
 
-            def again() -> None:
-                try:
-                    self._cluster.end_transaction(name, producer, epoch, outcome)
-                except RefusedError:
+            def again(at: Broker, starts: int) -> None:
+                if at.number != self._cluster.coordinator["transaction"] or at.starts != starts:
                     return
+                with suppress(RefusedError):
+                    self._cluster.end_transaction(name, producer, epoch, outcome)
 
             self._coordinated(end, deadline)
         self._open = False

@@ -13,10 +13,11 @@ from artifact_store.errors import ConflictError, InvalidRequestError, PushBackEr
 from schemas.codec import decode
 from services.log.port import Record
 from services.log.records import AcceptLoss, BadRecord, SkipRecord, is_administrative
+from services.log.state.partition_state import value_digest
 from tests.simulation.checker import STORE, Evidence
 from tests.simulation.clients import Network
 from tests.simulation.kafka import SESSION_SECONDS, Entry, RefusedError, Replica
-from tests.simulation.processes import GUARD_SECONDS, PROJECTION, Gateway, Projector, Stage, call
+from tests.simulation.processes import GUARD_SECONDS, PROJECTION, Gateway, Projector, Stage, Store, call
 from tests.simulation.scheduler import Process
 
 
@@ -226,7 +227,7 @@ class Faults:
         stage, cluster, rng = self.stage, self.stage.cluster, self.stage.scheduler.rng
         partition = rng.choice(cluster.partitions).number
         leader = cluster.truth(partition)
-        if leader is None or stage.bad_records or leader.high < len(leader.log):
+        if leader is None or stage.bad_records or stage.views_behind_loss or leader.high < len(leader.log):
             return
         entry = Entry(b"stranger", rng.randbytes(18), None, 0)
         try:
@@ -365,12 +366,16 @@ class Faults:
                 length = offset
                 break
         log = cluster.identity
-        evidence = []
-        for gateway in stage.gateways:
-            holders: list[tuple[Process | str, int]] = [(gateway.process, gateway.has_read(number))]
-            holders += [(gateway.name, offset) for of, offset in gateway.remembered(number) if of == log]
-            evidence += [Evidence(number, log, offset, holder) for holder, offset in holders if offset >= length]
-        evidence += [found for found in self._of_store(number) if found.log == log and found.offset >= length]
+        holders: list[tuple[Process | str, int]] = [
+            (gateway.process, gateway.has_read(number)) for gateway in stage.gateways
+        ]
+        rememberers: list[tuple[str, Gateway | Store]] = [(gateway.name, gateway) for gateway in stage.gateways]
+        if stage.store is not None:
+            rememberers.append((STORE, stage.store))
+        # What an earlier loss took proves nothing of this one.
+        there = {(log, offset, value_digest(entry.value or b"")) for offset, entry in enumerate(copy.log)}
+        holders += [(name, found[1]) for name, of in rememberers for found in of.remembered(number) if found in there]
+        evidence = [Evidence(number, log, offset, holder) for holder, offset in holders if offset >= length]
         self._lost(number, cluster.lose_tail(number, length), evidence)
 
     def _make_again(self) -> None:
@@ -380,7 +385,7 @@ class Faults:
                 *(
                     Evidence(partition.number, log, offset, gateway.name)
                     for gateway in stage.gateways
-                    for log, offset in gateway.remembered(partition.number)
+                    for log, offset, _ in gateway.remembered(partition.number)
                     if offset >= 0
                 ),
                 *self._of_store(partition.number),
@@ -393,7 +398,11 @@ class Faults:
 
     def _of_store(self, number: int) -> list[Evidence]:
         store = self.stage.store
-        return [] if store is None else [Evidence(number, log, o, STORE) for log, o in store.remembered(number)]
+        return (
+            []
+            if store is None
+            else [Evidence(number, log, offset, STORE) for log, offset, _ in store.remembered(number)]
+        )
 
     def _lost(self, number: int, copy: Replica, evidence: list[Evidence]) -> None:
         stage = self.stage

@@ -148,6 +148,7 @@ class Broker:
     alive: bool = True
     heard: float = 0.0
     fenced: bool = False
+    starts: int = 1
 
     @property
     def name(self) -> str:
@@ -277,8 +278,9 @@ class Cluster:
             self.stir(partition.number)
 
     def start_broker(self, number: int) -> None:
-        """Start it again."""
+        """Start it again. Requests that were on their way to it are gone."""
         self.brokers[number].alive = True
+        self.brokers[number].starts += 1
         for partition in self.partitions:
             partition.replicas[number].follows = None
 

@@ -86,7 +86,7 @@ class Stage:
             return True
         holder = self.store if found.holder == STORE else next(g for g in self.gateways if g.name == found.holder)
         remembered = holder.remembered(found.partition) if holder is not None else []
-        return any(log == found.log and offset >= found.offset for log, offset in remembered)
+        return any(log == found.log and offset >= found.offset for log, offset, _ in remembered)
 
     def losses_of(self, package_id: UUID) -> int:
         """As `losses`, of the package's partition."""
@@ -96,6 +96,10 @@ class Stage:
     def calm_seconds(self) -> float:
         """For how long no fault has begun or ended."""
         return self.scheduler.now - self.disturbed
+
+
+Remembered = tuple[UUID, int, bytes]
+"""A record that something remembers: its log, its offset, and the BLAKE3 of its value."""
 
 
 class Store:
@@ -122,10 +126,11 @@ class Store:
         await self._pause()
         self.objects.pop(key, None)
 
-    def remembered(self, partition: int) -> list[tuple[UUID, int]]:
-        """Of the witnesses of a partition: the log, and the offset of the record that it had last."""
+    def remembered(self, partition: int) -> list[Remembered]:
+        """What the witnesses of a partition remember."""
         names = [key.rpartition("/")[2] for key in self.objects if f"witnesses/{TOPIC}/{partition}/" in key]
-        return [(UUID(log), int(place) - 1) for place, _, log, _ in (name.split("-") for name in names)]
+        parts = (name.split("-") for name in names)
+        return [(UUID(log), int(place) - 1, bytes.fromhex(digest)) for place, _, log, digest in parts]
 
     async def _pause(self) -> None:
         await asyncio.sleep(self._scheduler.rng.random() * 0.01)
@@ -148,10 +153,10 @@ class Gateway:
     def running(self) -> bool:
         return self.process.alive
 
-    def remembered(self, partition: int) -> list[tuple[UUID, int]]:
-        """Of the state files of a partition: the log, and the offset of the record that they stand on."""
+    def remembered(self, partition: int) -> list[Remembered]:
+        """What the state files of a partition stand on."""
         origin = LogPartition(self._stage.cluster.identity, TOPIC, partition)
-        found = []
+        found: list[Remembered] = []
         with TemporaryDirectory(dir=self._stage.folder) as folder:
             for path in sorted(self._state_dir.glob(f"{TOPIC}-{partition}.*db*")):
                 shutil.copy(path, folder)
@@ -159,11 +164,11 @@ class Gateway:
                 try:
                     file = StateFile.open(path, origin)
                 except ForeignStateError as error:
-                    found.append((error.log, error.anchor.next_offset - 1))
+                    found.append((error.log, error.anchor.next_offset - 1, error.anchor.digest))
                 except StateFileError:
                     continue
                 else:
-                    found.append((origin.identity, file.anchor.next_offset - 1))
+                    found.append((origin.identity, file.anchor.next_offset - 1, file.anchor.digest))
                     file.close()
         return found
 
