@@ -156,6 +156,12 @@ class Position:
         if self.log != log:
             raise LogIdentityError(f"the position is of log {self.log}, this is log {log}: it says nothing here")
 
+    def require_within(self, end: Position) -> None:
+        """Raise LogIdentityError unless the position is of the log of `end`, InvalidPositionError if it is after it."""
+        self.require(end.log)
+        if not end.covers(self):
+            raise InvalidPositionError("the position is beyond the end of the log")
+
 
 def _packed(offsets: Mapping[int, int], block: int) -> bytes:
     """The offsets of one block: how many partitions it has, the least value, and by how much each is above it.

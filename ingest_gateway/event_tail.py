@@ -18,7 +18,7 @@ from typing import Self
 from uuid import UUID
 
 from artifact_store.documents.event_lines import event_head, event_heads
-from artifact_store.errors import CorruptError, InvalidPositionError, UnavailableError
+from artifact_store.errors import CorruptError, UnavailableError
 from artifact_store.events import RecordedEvent
 from artifact_store.models import EventFilter
 from artifact_store.position import Position
@@ -235,9 +235,7 @@ class Tail:
         end = await self._log.end(at.position)
         if at.position is None:
             return any(end.offsets.values())
-        at.position.require(end.log)
-        if not end.covers(at.position):
-            raise InvalidPositionError("the position is beyond the end of the log")
+        at.position.require_within(end)
         return not at.position.covers(end)
 
     async def _missed(

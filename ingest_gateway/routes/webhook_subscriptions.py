@@ -195,16 +195,11 @@ def _sees(call: Call) -> str | None:
 
 
 async def _position(call: Call, since: str) -> Position:
-    asked, tail = SINCE.parse(since), call.gateway.tail
-    if isinstance(asked, int):
-        return await tail.at_time(asked)
-    end = await tail.end(asked if isinstance(asked, Position) else None)
-    if not isinstance(asked, Position):
-        return end
-    asked.require(end.log)
-    if not end.covers(asked):
-        raise InvalidPositionError("the position is beyond the end of the log")
-    return asked
+    start, tail = SINCE.parse(since), call.gateway.tail
+    if isinstance(start, Position):
+        start.require_within(await tail.end(start))
+        return start
+    return await tail.at_time(start) if isinstance(start, int) else await tail.end()
 
 
 def _filter(filters: Filters) -> EventFilter:

@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass, replace
 from uuid import UUID
 
-from artifact_store.errors import InvalidPositionError, InvalidRequestError, UnavailableError
+from artifact_store.errors import InvalidRequestError, UnavailableError
 from artifact_store.events import AdministrativePayload, PackageCreated, RecordedEvent
 from artifact_store.models import EventFilter
 from artifact_store.position import Position
@@ -125,9 +125,7 @@ async def in_order_of_time(log: Log, since: Position | None, until: Position) ->
     """
     offsets = {} if since is None else dict(since.offsets)
     if since is not None:
-        since.require(until.log)
-        if not until.covers(since):
-            raise InvalidPositionError("the position is beyond the end of the log")
+        since.require_within(until)
     behind = [p for p, end in until.offsets.items() if offsets.get(p, 0) < end]
     if len(behind) > MOST_BY_TIME:
         raise InvalidRequestError(
