@@ -22,7 +22,7 @@ from artifact_store.errors import CorruptError, UnavailableError
 from artifact_store.events import RecordedEvent
 from artifact_store.models import EventFilter
 from artifact_store.position import Position
-from services.log.port import Log, PackageExtent
+from services.log.port import Log, PackageExtent, partition_read
 from services.registry.origins import Origins, in_order_of_time
 
 ROOM_BYTES = 8 << 20
@@ -412,13 +412,8 @@ class _Run:
         before, count = end.offsets, 0
         async with aclosing(self._log.read(end, follow=True)) as events:
             async for event in events:
-                offsets = event.position.offsets
-                partition = self._log.partition_of(event.package_id)
-                if offsets.get(partition) == before.get(partition):
-                    # A record with a wrong key is in another partition than its package.
-                    partition = next(p for p, offset in offsets.items() if offset != before.get(p))
-                self._keep(event, partition)
-                before = offsets
+                self._keep(event, partition_read(self._log, event, before))
+                before = event.position.offsets
                 count += 1
                 if count % _BREATH == 0:
                     await asyncio.sleep(0)

@@ -197,6 +197,16 @@ class Log(Protocol):
         """Release connections and threads; blocks until done."""
 
 
+def partition_read(log: Log, event: RecordedEvent, before: Mapping[int, int]) -> int:
+    """The partition in which a reader found the event. `before` is how far it had read until then, by partition."""
+    offsets = event.position.offsets
+    partition = log.partition_of(event.package_id)
+    if offsets.get(partition) != before.get(partition):
+        return partition
+    # A record with a wrong key is in another partition than its package.
+    return next(p for p, offset in offsets.items() if offset != before.get(p))
+
+
 _HELD_SECONDS = 10.0
 
 EXTENT_SECONDS = 1.0

@@ -27,7 +27,7 @@ from artifact_store.errors import ArtifactStoreError, UnavailableError
 from artifact_store.events import AdministrativePayload, PackageFinalized, RecordedEvent
 from artifact_store.position import Position
 from services.core.access import Grants
-from services.log.port import Log
+from services.log.port import Log, partition_read
 from services.registry.origins import Origins, find_origins
 from services.runtime.clock import Clock, system_clock
 from services.runtime.processes import wait_for_stop
@@ -391,12 +391,8 @@ class _Lead:
         """The packages' events as messages; records of the log itself belong to no package and are left out."""
         before = since.offsets
         async for event in events:
-            offsets = event.position.offsets
-            partition = self._log.partition_of(event.package_id)
-            if offsets.get(partition) == before.get(partition):
-                # A record with a wrong key is in another partition than its package.
-                partition = next(p for p, offset in offsets.items() if offset != before.get(p))
-            before = offsets
+            partition = partition_read(self._log, event, before)
+            before = event.position.offsets
             self._origins.note(event)
             if isinstance(event.payload, AdministrativePayload):
                 continue
