@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence, Set
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence, Set
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -23,7 +23,7 @@ from artifact_store.events import RecordedEvent
 from artifact_store.models import EventFilter
 from artifact_store.position import Position
 from services.log.port import Log, PackageExtent, partition_read
-from services.registry.origins import Origins, in_order_of_time
+from services.registry.origins import ExtentOf, Origins, in_order_of_time
 
 ROOM_BYTES = 8 << 20
 """Bytes of the tail that are kept for followers that lag a little."""
@@ -106,9 +106,6 @@ class TailEvent:
     def piece_at(self, form: Form, position: str) -> bytes:
         """What a client gets that has read further in some partition, so that the event takes it to `position`."""
         return form.frame(self.event_type, self.head if form.manifests else self.lean_head, position)
-
-
-ExtentOf = Callable[[UUID], Awaitable[PackageExtent | None]]
 
 
 Mark = Callable[[str], bytes]
