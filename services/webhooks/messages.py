@@ -53,12 +53,12 @@ def message_id(event: RecordedEvent) -> str:
     return event_digest(event).hex()
 
 
-def event_body(event: RecordedEvent, log: UUID, origin: Origin) -> bytes:
-    """The event as a CloudEvent. `log` is the log's identity."""
+def event_body(event: RecordedEvent, name: str, origin: Origin) -> bytes:
+    """The event as a CloudEvent. `name` is its message id."""
     attributes = {
         "specversion": "1.0",
-        "id": message_id(event),
-        "source": source(log),
+        "id": name,
+        "source": source(event.position.log),
         "type": event.event_type,
         "subject": str(event.package_id),
         "time": times.to_text(event.created_at),

@@ -57,25 +57,24 @@ class Policy:
 
 
 class Message:
-    """An event on its way to all subscriptions that want it. Its body is made once."""
+    """An event on its way to all subscriptions that want it. What is sent is made once."""
 
-    __slots__ = ("_body", "event", "message_id", "offset", "origin", "partition")
+    __slots__ = ("_sent", "event", "offset", "origin", "partition")
 
     def __init__(self, event: RecordedEvent, partition: int, origin: Origin) -> None:
         self.event = event
         self.partition = partition
         self.offset = event.position.offsets[partition] - 1
         self.origin = origin
-        self.message_id = ""
-        self._body: bytes | None = None
+        self._sent: tuple[str, bytes] | None = None
 
     @property
-    def body(self) -> bytes:
-        """The CloudEvent."""
-        if self._body is None:
-            self.message_id = message_id(self.event)
-            self._body = event_body(self.event, self.event.position.log, self.origin)
-        return self._body
+    def sent(self) -> tuple[str, bytes]:
+        """The message id, and the CloudEvent under it."""
+        if self._sent is None:
+            name = message_id(self.event)
+            self._sent = name, event_body(self.event, name, self.origin)
+        return self._sent
 
 
 Post = Callable[[Subscription, str, bytes], Awaitable[Answer]]
@@ -365,7 +364,7 @@ class Outbox:
 
     async def _attempt(self, message: Message, attempt: int, kind: Kind = Kind.EVENT) -> _Failure | None:
         """Send the event once; None when it was accepted."""
-        body, event = message.body, message.event
+        (name, body), event = message.sent, message.event
         delivery = Delivery(
             kind,
             event.event_id,
@@ -378,7 +377,7 @@ class Outbox:
             self._clock(),
             0,
         )
-        failure = await self._sent(delivery, message.message_id, body)
+        failure = await self._sent(delivery, name, body)
         self._failing = failure is not None
         self._delivered(message, "delivered" if failure is None else "failed", attempt == 1)
         return failure
