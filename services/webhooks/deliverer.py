@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -132,15 +133,13 @@ class Deliverer:
         clock: Clock = system_clock,
     ) -> None:
         """`targets` must be open."""
-        self._log = log
         self._store = Subscriptions(views, clock)
-        self._targets = targets
-        self._grants_of = grants_of
-        self._policy = policy or Policy()
         self._metrics = metrics or DeliveryMetrics()
-        self._clock = clock
-        self._queries = Queries(views)
         self._me = uuid4()
+        policy, queries = policy or Policy(), Queries(views)
+        self._begin = partial(
+            _Lead, log, self._store, targets, grants_of, policy, self._metrics, clock, queries, self._me
+        )
 
     async def run(self, stop: asyncio.Event) -> None:
         """Deliver, or stand by, until `stop` is set; returns when requests under way have ended.
@@ -181,17 +180,7 @@ class Deliverer:
     async def _lead(self, stop: asyncio.Event) -> None:
         logger.info("webhooks: this process delivers")
         self._metrics.delivering.set(1)
-        lead = _Lead(
-            self._log,
-            self._store,
-            self._targets,
-            self._grants_of,
-            self._policy,
-            self._metrics,
-            self._clock,
-            self._queries,
-            self._me,
-        )
+        lead = self._begin()
         ending = asyncio.create_task(stop.wait())
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -244,7 +233,8 @@ class _Lead:
         self._loaded = asyncio.Event()
         self._kept: deque[Message] = deque()
         self._kept_bytes = 0
-        self._kept_from: dict[int, int] | None = None
+        self._kept_from: dict[int, int] = {}
+        """From which offset on, by partition, the newest events are kept while `_tail` is set."""
         self._tail = asyncio.Event()
         self._saved_at = time.monotonic()
 
@@ -348,7 +338,7 @@ class _Lead:
                 logger.warning("webhooks: no event is read: %s; trying again in %g s", error.detail, _AGAIN_SECONDS)
             self._tail.clear()
             self._kept.clear()
-            self._kept_bytes, self._kept_from = 0, None
+            self._kept_bytes = 0
             for outbox in self._joined:
                 outbox.behind.set()
             self._joined.clear()
@@ -384,8 +374,7 @@ class _Lead:
         while len(self._kept) > _KEPT_EVENTS or (self._kept_bytes > _KEPT_BYTES and len(self._kept) > 1):
             oldest = self._kept.popleft()
             self._kept_bytes -= _size(oldest)
-            if self._kept_from is not None:
-                self._kept_from[oldest.partition] = oldest.offset + 1
+            self._kept_from[oldest.partition] = oldest.offset + 1
 
     async def _messages(self, events: AsyncIterable[RecordedEvent], since: Position) -> AsyncGenerator[Message]:
         """The packages' events as messages; records of the log itself belong to no package and are left out."""
@@ -419,7 +408,7 @@ class _Lead:
 
     def _join(self, outbox: Outbox) -> bool:
         """Give the outbox the newest events, and those that come; False when it is behind the kept ones."""
-        if self._kept_from is None or not outbox.covers(self._kept_from):
+        if not (self._tail.is_set() and outbox.covers(self._kept_from)):
             return False
         for message in self._kept:
             if not outbox.offer(message):
