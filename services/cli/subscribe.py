@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -13,7 +12,6 @@ from services.cli.command import answer, as_usage, common_options, invocation, r
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from artifact_store import Client
     from artifact_store.client.subscribing import SubscriptionsClient
     from artifact_store.models import EventFilter
 
@@ -173,23 +171,14 @@ def delete(subscription_id: str) -> None:
 
 
 def _asked(work: Callable[[SubscriptionsClient], Awaitable[Result]]) -> Result:
+    from artifact_store.client.subscribing import SubscriptionsClient
+    from services.cli.login import open_transport
+
     async def asked() -> Result:
-        async with _client() as client:
-            return await work(client.subscriptions)
+        async with open_transport(invocation().settings()) as transport:
+            return await work(SubscriptionsClient(transport))
 
     return run(asked())
-
-
-@asynccontextmanager
-async def _client() -> AsyncIterator[Client]:
-    from artifact_store import Client
-    from artifact_store.errors import ConfigurationError
-
-    settings = invocation().settings()
-    if settings.url is None:
-        raise ConfigurationError("name the gateway by --url or ARTIFACT_STORE_URL")
-    async with Client(settings.url, token_file=settings.token_file, ca=settings.ca) as client:
-        yield client
 
 
 def _answer(found: BaseModel) -> None:
