@@ -7,6 +7,7 @@ from uuid import UUID
 
 from pydantic import Field
 
+from artifact_store.documents.http import UUID_PATTERN
 from artifact_store.documents.shapes import Answer, Request, SequenceNumber, TimeText
 from artifact_store.models import EventFilter
 
@@ -24,7 +25,7 @@ Since = Annotated[
 class Filters(Request):
     """Which events are wanted: those that match one value of each list that is not empty, by exact value."""
 
-    package_id: str | None = Field(default=None, pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
+    package_id: str | None = Field(default=None, pattern=UUID_PATTERN)
     producer: Names = Field(default_factory=list)
     subject: Names = Field(default_factory=list)
     retention_class: Names = Field(default_factory=list)
@@ -71,7 +72,7 @@ class ChangeSubscriptionRequest(Request):
 class RedeliverRequest(Request):
     """What to deliver again: one event, or everything after a position or time. Exactly one of the two."""
 
-    event_id: str | None = Field(default=None, pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
+    event_id: str | None = Field(default=None, pattern=UUID_PATTERN)
     since: Since | None = None
 
 
