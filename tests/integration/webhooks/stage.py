@@ -69,23 +69,14 @@ class Stage:
         await until(held, SECONDS, "nothing is held back")
         return found[0]
 
-    async def until_trouble(self, subscription: str, trouble: str | None) -> None:
-        """Wait until the subscription shows this trouble."""
+    async def until_shown(self, subscription: str, **wanted: str | None) -> None:
+        """Wait until the subscription shows these values."""
 
         async def shown() -> bool:
-            found = (await self.call("GET", f"/{subscription}", 200))["trouble"]
-            return bool(found == trouble)
+            found = await self.call("GET", f"/{subscription}", 200)
+            return all(found[name] == value for name, value in wanted.items())
 
-        await until(shown, SECONDS, f"the subscription does not show {trouble!r}")
-
-    async def until_state(self, subscription: str, state: str) -> None:
-        """Wait until the subscription is in this state."""
-
-        async def shown() -> bool:
-            found = (await self.call("GET", f"/{subscription}", 200))["state"]
-            return bool(found == state)
-
-        await until(shown, SECONDS, f"the subscription is not {state}")
+        await until(shown, SECONDS, f"the subscription does not show {wanted}")
 
     async def publish(self, files: int = 1, producer: str = "ci") -> UUID:
         """A finalized package, which takes two events more than it has files."""

@@ -149,7 +149,7 @@ async def test_filters_and_rights_decide_what_is_sent_and_lost_rights_end_it(emb
             wanted = await on.publish(producer="team-a")
             await receiver.has(1)
             grants.clear()
-            await on.until_trouble(subscription, "the owner has lost the right to subscribe and read")
+            await on.until_shown(subscription, trouble="the owner has lost the right to subscribe and read")
             await on.publish(producer="team-a")
             grants.append(Grant(frozenset({Right.READ, Right.SUBSCRIBE})))
             last = await on.publish(producer="team-c")
@@ -170,7 +170,7 @@ async def test_retry_after_is_waited_for_and_410_disables_until_it_is_resumed(em
         subscription = await on.subscribe(receiver)
         async with delivering(on):
             package = await on.publish(files=3)
-            await on.until_state(subscription, "disabled")
+            await on.until_shown(subscription, state="disabled")
             assert times[1] - times[0] >= 1.0
             assert len(receiver.received) == 2
             receiver.behave = None
