@@ -124,7 +124,7 @@ class Tail:
     ) -> None:
         """`extent` tells where a package's events lie, which spares reading all of its partition.
 
-        By their `origins` the events of packages are filtered.
+        Events are filtered by the `origins` of their packages.
         """
         self._log = log
         self._origins = origins or Origins()

@@ -55,7 +55,7 @@ class SubscriptionsClient:
         )
 
     async def list(self, *, limit: int = DEFAULT_PAGE, cursor: str | None = None) -> Page[SubscriptionAnswer]:
-        """A page of one's own subscriptions, for operators of everybody's."""
+        """A page of your subscriptions; operators see everybody's."""
         query = {"limit": limit, "cursor": cursor}
         found = read_answer(SubscriptionPageAnswer, await self._transport.call("GET", _PATH, query=query))
         return Page(tuple(found.items), found.next)

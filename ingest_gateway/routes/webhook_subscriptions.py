@@ -1,4 +1,4 @@
-"""Subscriptions: who wants events sent to a URL makes one here, looks at its deliveries, and changes or deletes it.
+"""Subscriptions: owners make them to have events sent to a URL, change and delete them, and look at their deliveries.
 
 Each belongs to its owner, the principal who made it. Operators see all of them, and may pause and delete them; they
 cannot have somebody else's events sent elsewhere.
@@ -293,7 +293,7 @@ ROUTES = (
         "GET",
         _ALL,
         list_subscriptions,
-        "List subscriptions, for operators everybody's",
+        "List your subscriptions; operators see everybody's",
         (Success(200, "A page", {JSON: SubscriptionPageAnswer}, {"Link": TEXT}),),
         access=Right.SUBSCRIBE,
         parameters=(LIMIT, CURSOR),

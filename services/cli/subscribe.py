@@ -59,7 +59,7 @@ def create(target: str, since: str, **filters: Any) -> None:
 @subscriptions.command(name="list")
 @common_options(shown=_SHOWN)
 def list_() -> None:
-    """List your subscriptions, as an operator everybody's."""
+    """List your subscriptions; operators see everybody's."""
     from artifact_store.models import MAX_PAGE, all_pages
 
     async def work(on: SubscriptionsClient) -> list[Any]:

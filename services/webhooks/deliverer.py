@@ -3,10 +3,9 @@
 One process delivers at a time; others stand by. It holds a row with a heartbeat and saves nothing once another
 holds it, so two never move the same cursor. A process that vanished is replaced after LAPSE_SECONDS.
 
-The newest events are read by one tail and kept for a while. A subscription that is behind them reads on from the log by
-itself, of which a few do at a time, and then joins the tail. A subscription without room leaves the tail and costs
-nothing until it has room again. Progress is saved once a second; what was delivered after the last time is delivered
-again if the process dies.
+One tail reads the newest events and keeps them for a while. A subscription that is further behind reads the log itself
+until it can join the tail; a few do so at a time. A subscription without room leaves the tail and costs nothing until
+it has room again. Progress is saved once a second. If the process dies, what was delivered since is delivered again.
 """
 
 from __future__ import annotations
@@ -57,18 +56,18 @@ _END_SECONDS = 5.0
 
 _KEPT_EVENTS = 5_000
 _KEPT_BYTES = 16 << 20
-"""So many of the newest events are kept in memory."""
+"""How many of the newest events are kept in memory, and how many bytes of them."""
 
 _EVENT_BYTES = 2_000
 _NEAR_EVENTS = 5_000
 """The tail begins at the earliest cursor that has at most so many events left, so that a restart reads them once."""
 
 _READERS = 8
-"""Subscriptions that read the log for themselves at a time."""
+"""How many subscriptions may read the log themselves at a time."""
 
 _READ_EVENTS = 100
 _READ_BYTES = 2 << 20
-"""So many events of a held package are read at a time."""
+"""How many events of a held package are read at a time, and how many bytes of them."""
 
 _TURN_SECONDS = 10.0
 _PATIENCE_SECONDS = 2.0
@@ -83,7 +82,7 @@ class _LostError(Exception):
 
 
 class DeliveryMetrics:
-    """What Prometheus learns."""
+    """The deliverer's metrics for Prometheus."""
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         registry = registry or CollectorRegistry()
@@ -162,7 +161,7 @@ class Deliverer:
             await wait_for_stop(stop, pause)
 
     async def _take_over(self, stop: asyncio.Event) -> bool:
-        """Stand by until this process may deliver. Whether it may; False when it is to stop."""
+        """Stand by until this process may deliver. Returns False if it is told to stop first."""
         seen: Beat | None = None
         since = 0.0
         while not stop.is_set():
@@ -201,7 +200,7 @@ class Deliverer:
 
 
 class _Lead:
-    """One time of being the process that delivers."""
+    """One term of this process as the one that delivers."""
 
     def __init__(
         self,
@@ -241,7 +240,7 @@ class _Lead:
     # Subscriptions.
 
     async def watch(self) -> None:
-        """Load subscriptions, and take what owners and operators change, within a second."""
+        """Load subscriptions, and apply what owners and operators change within a second."""
         changes, looked = -1, 0.0
         while True:
             beat = await self._store.beat()
@@ -329,7 +328,7 @@ class _Lead:
     # Events.
 
     async def follow(self) -> None:
-        """Read the newest events for all subscriptions that stand there, through failures of the log."""
+        """Read the newest events for all subscriptions that have come that far. Goes on after failures of the log."""
         await self._loaded.wait()
         while True:
             try:
@@ -360,7 +359,7 @@ class _Lead:
                     await asyncio.sleep(0)
 
     def _start(self, end: Position) -> Position:
-        """The log's end, or before it where subscriptions that are nearly there stand."""
+        """Where the tail begins: at the log's end, or earlier for subscriptions that are nearly there."""
         offsets = dict(end.offsets)
         for outbox in self._outboxes.values():
             at = outbox.reading
@@ -407,7 +406,7 @@ class _Lead:
                 await asyncio.sleep(_AGAIN_SECONDS)
 
     def _join(self, outbox: Outbox) -> bool:
-        """Give the outbox the newest events, and those that come; False when it is behind the kept ones."""
+        """Give the outbox the kept events and those that follow. Returns False if it lacks earlier ones."""
         if not (self._tail.is_set() and outbox.covers(self._kept_from)):
             return False
         for message in self._kept:

@@ -73,7 +73,7 @@ def event_body(event: RecordedEvent, name: str, origin: Origin) -> bytes:
 
 
 def test_body(test_id: UUID, subscription_id: UUID, log: UUID, now: int) -> bytes:
-    """A CloudEvent that tells of nothing, by which an owner tries a receiver. `now` is in µs since 1970."""
+    """A CloudEvent without an event, for owners to try a receiver. `now` is in µs since 1970."""
     return json.dumps(
         {
             "specversion": "1.0",

@@ -87,7 +87,7 @@ Raises as `Log.read`.
 """
 
 Tell = Callable[[Message, str, bool], None]
-"""Told of each attempt: its outcome (`delivered`, `failed` or `parked`), and whether it was the event's first one."""
+"""Called with an attempt's outcome (`delivered`, `failed` or `parked`), and whether it was the event's first one."""
 
 
 @dataclass(slots=True)
@@ -310,7 +310,7 @@ class Outbox:
         if self._closed:
             return
         if self.is_active() and package_id in self._queues:
-            self._make_ready(package_id)  # an event came while the last one was on its way to its end
+            self._make_ready(package_id)  # an event came while the last one was being finished
         self._send_more()
         self._note_room()
 
@@ -455,7 +455,7 @@ class Outbox:
         asyncio.get_running_loop().call_soon(self._schedule, held)
 
     def unpark(self, package_id: UUID, offset: int) -> bool:
-        """Try the package at once, if this is the event that it waits for. Whether it is."""
+        """Try the package at once if it waits for this event. Returns whether it does."""
         held = self._held.get(package_id)
         if held is None or held.row.offset != offset or not held.row.attempts:
             return False

@@ -51,10 +51,10 @@ MOST_OF_OWNER = 2_000
 """Subscriptions that one principal may have."""
 
 OVERLAP_SECONDS = 86_400
-"""How long messages are also signed with the secret before the newest one."""
+"""How long messages are also signed with the previous secret."""
 
 KEPT_DELIVERIES = 500
-"""Of each subscription's deliveries so many are kept, the newest ones."""
+"""How many deliveries of each subscription are kept: the newest ones."""
 
 _MOST_SECRETS = 5
 _NAMESPACE = UUID("0b2f6a4e-6f0d-4b55-9f0c-53f1f7b0a1d2")
@@ -406,7 +406,7 @@ class Subscriptions:
             return await _found(connection, subscription_id, owner)
 
     async def rotate(self, subscription_id: UUID, owner: str | None) -> Subscription:
-        """Make a new secret, the first one of the result; the one before counts for OVERLAP_SECONDS more.
+        """Make a new secret, which comes first in the result. The previous one stays valid for OVERLAP_SECONDS.
 
         Raises NotFoundError.
         """
@@ -530,7 +530,7 @@ class Subscriptions:
             return Beat(row.holder, row.beat, row.changes)
 
     async def claim(self, me: UUID, seen: Beat) -> bool:
-        """Become the one that delivers, in place of who held the row as it was `seen`. Whether that succeeded."""
+        """Take over from the process that held the row when it was `seen`. Returns whether that succeeded."""
         table = webhook_deliverer
         async with self._views.writing() as connection:
             before = table.c.holder.is_(None) if seen.holder is None else table.c.holder == seen.holder
@@ -558,9 +558,9 @@ class Subscriptions:
             return [Order(r.id, r.subscription_id, Kind(r.kind), r.package_id, r.partition, r.offset) for r in rows]
 
     async def save(self, me: UUID, progress: Sequence[Progress]) -> bool:
-        """Save what the deliverer has done, in one transaction, and its heartbeat. False: another delivers by now.
+        """Save what the deliverer has done and its heartbeat, in one transaction. Returns False if another delivers.
 
-        Of a subscription that was deleted, or whose epoch has passed, only the deliveries are kept.
+        Of a subscription whose epoch has passed, only the deliveries are saved; of one that was deleted, nothing.
         """
         table, cursors = webhook_deliverer, webhook_cursors
         async with self._views.writing() as connection:

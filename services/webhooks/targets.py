@@ -28,12 +28,12 @@ from artifact_store.errors import InvalidRequestError
 
 MAX_URL_CHARACTERS = 2_048
 MAX_ANSWER_BYTES = 1_024
-"""So much of an answer is read, and kept with the delivery."""
+"""How much of an answer is read, and kept with the delivery."""
 
 _NAT64 = IPv6Network("64:ff9b::/96")
 _LOCAL_NAT64 = IPv6Network("64:ff9b:1::/48")
 _HOSTS_OF_CLOUDS = frozenset({IPv4Address("168.63.129.16")})
-"""Public addresses at which machines of a cloud reach what is for themselves alone (Azure's host agent)."""
+"""Public addresses that serve only the machines of a cloud (Azure's host agent)."""
 
 _HOSTS_REMEMBERED = 10_000
 
