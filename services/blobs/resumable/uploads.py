@@ -176,9 +176,7 @@ class ResumableUploads:
             ChecksumMismatchError. TooLargeError: the body is longer than what is missing.
             PushBackError, UnavailableError; whatever iterating over `body` raises; what the command is refused for.
         """
-        state = await self._known(package_id, upload_id)
-        if offset != state.offset:
-            raise UploadOffsetError(f"the upload stands at {state.offset}, not at {offset}: go on from there")
+        state = await self._standing_at(package_id, upload_id, offset)
         if size is not None and size > state.length - offset:
             raise TooLargeError(f"{state.length - offset:,} bytes of the upload are missing, {size:,} were sent")
         if not state.complete:
@@ -223,9 +221,7 @@ class ResumableUploads:
             InvalidRequestError: a part has another length than its place demands, or a number that was not given out.
             TooLargeError: all numbers of parts are used up. UnavailableError; what the command is refused for.
         """
-        state = await self._known(package_id, upload_id)
-        if offset != state.offset:
-            raise UploadOffsetError(f"the upload stands at {state.offset}, not at {offset}: go on from there")
+        state = await self._standing_at(package_id, upload_id, offset)
         if state.complete:
             return await self.finished(state), []
         self._require_free(state)
@@ -399,6 +395,13 @@ class ResumableUploads:
             raise UploadNotFoundError(
                 f"package {package_id} has no upload {upload_id}: it expired, was ended or was refused; begin a new one"
             )
+        return state
+
+    async def _standing_at(self, package_id: UUID, upload_id: UUID, offset: int) -> UploadState:
+        """The upload, which has so many bytes. Raises UploadNotFoundError, UploadOffsetError."""
+        state = await self._known(package_id, upload_id)
+        if offset != state.offset:
+            raise UploadOffsetError(f"the upload stands at {state.offset}, not at {offset}: go on from there")
         return state
 
     async def _alive(self, upload_id: UUID) -> UploadState | None:
