@@ -243,7 +243,7 @@ class S3Requests:
         return answer
 
     async def _traced(self, tracer: tracing.Tracer, method: str, key: str, sending: Awaitable[Answer]) -> Answer:
-        url = self._bucket_url + quote(key)  # without the query, which may hold a signature
+        url = self._url(key, {})  # without the query, which may hold a signature
         attributes = {"http.request.method": method, "url.full": url, **tracing.server_of(url)}
         with tracer.step(method, "client", attributes):
             return await sending
