@@ -272,8 +272,7 @@ async def send_parts_directly(call: Call) -> web.StreamResponse:
     call.gateway.quotas.count(Quota.BYTES, call.counted_as, sum(part.length for part, _ in given))
     _count(call, state)
     parts = [DirectPartAnswer(number=part.number, url=at.url, headers=dict(at.headers)) for part, at in given]
-    answer = DirectPartsAnswer(offset=state.offset, parts=parts)
-    return json_answer(answer, headers={"Cache-Control": "no-store"})
+    return json_answer(DirectPartsAnswer(offset=state.offset, parts=parts))
 
 
 @spoken
