@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,13 +48,13 @@ _ADDRESSES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Finding:
     """One part of the installation: what is wrong with it and what mends that, and what else there is to say."""
 
     part: str
-    wrong: Sequence[str] = ()
-    remarks: Sequence[str] = ()
+    wrong: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
     def shown(self) -> dict[str, Any]:
         """For `--json`: `cause` is all that is wrong, or else the remarks."""
@@ -70,16 +70,8 @@ class Finding:
             say(f"ok     {self.part}")
 
 
-@dataclass(slots=True)
-class Seen:
-    """What is seen of one part, as it is looked at."""
-
-    wrong: list[str] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
-
-
-Look = Callable[["Settings", Seen], Awaitable[None]]
-"""Looks at a part. An error of the tree that it raises is wrong too."""
+Look = Callable[["Settings", Finding], Awaitable[None]]
+"""Looks at a part, and adds what it sees to the finding. An error of the tree that it raises is wrong too."""
 
 
 @click.command()
@@ -141,38 +133,38 @@ def _python() -> Finding:
 async def _looked(part: str, look: Look, settings: Settings) -> Finding:
     from artifact_store.errors import ArtifactStoreError, UnavailableError
 
-    seen = Seen()
+    finding = Finding(part)
     try:
         async with asyncio.timeout(_PATIENCE_SECONDS):
-            await look(settings, seen)
+            await look(settings, finding)
     except TimeoutError:
-        seen.wrong.append(f"no answer within {_PATIENCE_SECONDS:g} s; is it running, is it reachable?")
+        finding.wrong.append(f"no answer within {_PATIENCE_SECONDS:g} s; is it running, is it reachable?")
     except UnavailableError as error:
         # A gateway that gives its causes runs, and a message that names a setting says what to look at.
         explained = "ARTIFACT_STORE_" in error.detail or error.detail.startswith("the gateway is ")
         hint = "" if explained else f"; is it running, and is {_ADDRESSES[part]} right?"
-        seen.wrong.append(error.detail + hint)
+        finding.wrong.append(error.detail + hint)
     except ArtifactStoreError as error:
-        seen.wrong.append(error.detail)
-    return Finding(part, seen.wrong, seen.remarks)
+        finding.wrong.append(error.detail)
+    return finding
 
 
 _NOT_THERE = "not there yet; the first command that writes makes it"
 
 
-async def _log(settings: Settings, seen: Seen) -> None:
+async def _log(settings: Settings, finding: Finding) -> None:
     from services.wiring import is_embedded, open_log
 
-    seen.remarks.append(endpoint(settings.log_url))
+    finding.remarks.append(endpoint(settings.log_url))
     log = open_log(settings)
     try:
         if is_embedded(settings) and not _sqlite_file(settings.log_url).exists():
-            seen.remarks.append(_NOT_THERE)
+            finding.remarks.append(_NOT_THERE)
             return
         await log.check()
-        seen.remarks.append(f"{await log.partitions()} partitions, id {await log.identity()}")
+        finding.remarks.append(f"{await log.partitions()} partitions, id {await log.identity()}")
         if settings.schema_registry_url is not None:
-            seen.remarks.append(await _framing(log))
+            finding.remarks.append(await _framing(log))
     finally:
         await log.close()
 
@@ -191,7 +183,7 @@ async def _framing(log: Log) -> str:
     return "the schemas are registered, and values carry their ids"
 
 
-async def _partitions(settings: Settings, seen: Seen) -> None:
+async def _partitions(settings: Settings, finding: Finding) -> None:
     from services.wiring import open_log
 
     log = open_log(settings)
@@ -199,21 +191,21 @@ async def _partitions(settings: Settings, seen: Seen) -> None:
         for writer in await writers(log, settings) or ():
             name = f"partition {writer['partition']}"
             if writer["trouble"] is not None:
-                seen.wrong.append(f"{name} takes no writes: {writer['trouble']}")
+                finding.wrong.append(f"{name} takes no writes: {writer['trouble']}")
             if writer["memory_only"] is not None:
-                seen.wrong.append(f"{name}: {writer['memory_only']}")
+                finding.wrong.append(f"{name}: {writer['memory_only']}")
             if writer["quarantined"]:
-                seen.wrong.append(
+                finding.wrong.append(
                     f"{name}: {writer['quarantined']} packages take no writes, because the log contradicts their "
                     "history: `artifact-store verify` names them"
                 )
             if (passed := irregular(writer)) is not None:
-                seen.remarks.append(f"{name}: {passed}")
+                finding.remarks.append(f"{name}: {passed}")
     finally:
         await log.close()
 
 
-async def _gateways(settings: Settings, seen: Seen) -> None:
+async def _gateways(settings: Settings, finding: Finding) -> None:
     from services.wiring import open_log
 
     log = open_log(settings)
@@ -222,22 +214,22 @@ async def _gateways(settings: Settings, seen: Seen) -> None:
     finally:
         await log.close()
     for process in found:
-        seen.wrong += [f"{process['url']}: {trouble}" for trouble in troubles_of(process)]
+        finding.wrong += [f"{process['url']}: {trouble}" for trouble in troubles_of(process)]
     releases = sorted({process["release"] for process in found if process["trouble"] is None})
-    seen.remarks.append(f"{len(found)} processes{', release ' if releases else ''}{' and '.join(releases)}")
+    finding.remarks.append(f"{len(found)} processes{', release ' if releases else ''}{' and '.join(releases)}")
     if len(releases) > 1:
-        seen.remarks.append("an upgrade is not complete: adjacent releases may run beside each other until it is")
+        finding.remarks.append("an upgrade is not complete: adjacent releases may run beside each other until it is")
 
 
-async def _blobs(settings: Settings, seen: Seen) -> None:
+async def _blobs(settings: Settings, finding: Finding) -> None:
     from artifact_store.errors import ConfigurationError
     from services.wiring import open_blobs
 
-    seen.remarks.append(endpoint(settings.blobs_url))
+    finding.remarks.append(endpoint(settings.blobs_url))
     blobs = open_blobs(settings)
     try:
         if blobs.backend_id == "local" and not _local_folder(settings).exists():
-            seen.remarks.append(_NOT_THERE)
+            finding.remarks.append(_NOT_THERE)
             return
         await blobs.now()  # a clock that is wrong makes the store refuse what follows
         if (trouble := blobs.clock.trouble()) is not None:
@@ -247,12 +239,12 @@ async def _blobs(settings: Settings, seen: Seen) -> None:
         await blobs.close()
 
 
-async def _views(settings: Settings, seen: Seen) -> None:
+async def _views(settings: Settings, finding: Finding) -> None:
     from services.wiring import open_views
 
-    seen.remarks.append(endpoint(settings.views_url))
+    finding.remarks.append(endpoint(settings.views_url))
     if settings.views_url.startswith("sqlite") and not _sqlite_file(settings.views_url).exists():
-        seen.remarks.append(_NOT_THERE)
+        finding.remarks.append(_NOT_THERE)
         return
     views = open_views(settings)
     try:
@@ -266,32 +258,32 @@ def _is_there(settings: Settings) -> bool:
     return all(_sqlite_file(url).exists() for url in files)
 
 
-async def _projections(settings: Settings, seen: Seen) -> None:
+async def _projections(settings: Settings, finding: Finding) -> None:
     """Whether the views follow this log, and who folds them."""
     from services.cli.command import log_and_views
 
     if not _is_there(settings):
-        seen.remarks.append(_NOT_THERE)
+        finding.remarks.append(_NOT_THERE)
         return
     async with log_and_views() as (log, views):
         found = await projections(log, views, await log.end())
     for p in found:
         name, build = p["projection"], p["building"]
         if p["trouble"] is not None:
-            seen.wrong.append(f"{name}: {p['trouble']}")
+            finding.wrong.append(f"{name}: {p['trouble']}")
         if p["parked"]:
-            seen.wrong.append(f"{name}: {p['parked']} packages are parked: `artifact-store parked` says why")
+            finding.wrong.append(f"{name}: {p['parked']} packages are parked: `artifact-store parked` says why")
         if p["projectors"] == [] and p["behind"]:
-            seen.wrong.append(
+            finding.wrong.append(
                 f"{name}: no process runs it, and it is {p['behind']} events behind: start "
                 f"`artifact-store projector {name}`"
             )
         if build is not None:
-            (seen.remarks if build["running"] else seen.wrong).append(f"{name}: {build_note(name, build)}")
-        seen.remarks.append(f"{name}: {p['behind']} events behind")
+            (finding.remarks if build["running"] else finding.wrong).append(f"{name}: {build_note(name, build)}")
+        finding.remarks.append(f"{name}: {p['behind']} events behind")
 
 
-async def _groups(settings: Settings, seen: Seen) -> None:
+async def _groups(settings: Settings, finding: Finding) -> None:
     """Offsets that other tools have set for projectors' groups. Raises CorruptError when a projector stops for them."""
     from artifact_store.position import Position
     from services.cli.command import log_and_views
@@ -300,17 +292,17 @@ async def _groups(settings: Settings, seen: Seen) -> None:
     from services.views.queries import Queries
 
     if not _is_there(settings):
-        seen.remarks.append("not there yet")
+        finding.remarks.append("not there yet")
         return
     async with log_and_views() as (log, views):
         stands = Position(await log.identity(), {})
         for name in PROJECTIONS:
             position = await Queries(views).checkpoint(name)
             if (note := await group_note(log, name, position or stands)) is not None:
-                seen.remarks.append(f"{name}: {note}")
+                finding.remarks.append(f"{name}: {note}")
 
 
-async def _identity(settings: Settings, seen: Seen) -> None:
+async def _identity(settings: Settings, finding: Finding) -> None:
     """Policy and tokens as a gateway reads them, and whether the keys of the policy's issuers can be had."""
     from artifact_store.errors import ConfigurationError
     from services.identity.oidc import Issuer
@@ -318,7 +310,7 @@ async def _identity(settings: Settings, seen: Seen) -> None:
     from services.identity.static_tokens import read_tokens
 
     if settings.policy is None and settings.tokens is None:
-        seen.remarks.append("no policy and no tokens: whoever reaches the gateway may do everything")
+        finding.remarks.append("no policy and no tokens: whoever reaches the gateway may do everything")
         return
     policy = Policy() if settings.policy is None else read_policy(settings.policy)
     tokens = [] if settings.tokens is None else list(read_tokens(settings.tokens))
@@ -331,15 +323,15 @@ async def _identity(settings: Settings, seen: Seen) -> None:
     for table in policy.issuer:
         async with Issuer(table) as issuer:
             await issuer.current_keys()
-    seen.remarks.append(f"{len(policy.issuer)} issuers, {len(policy.rule)} rules, {len(tokens)} static tokens")
+    finding.remarks.append(f"{len(policy.issuer)} issuers, {len(policy.rule)} rules, {len(tokens)} static tokens")
 
 
-async def _gateway(settings: Settings, seen: Seen) -> None:
+async def _gateway(settings: Settings, finding: Finding) -> None:
     from services.cli.login import open_transport, who_is
 
     async with open_transport(settings, seconds=5.0) as transport:
         await transport.call("GET", "/readyz")
-        seen.remarks.append(f"{settings.url} takes writes; you are {(await who_is(transport)).actor}")
+        finding.remarks.append(f"{settings.url} takes writes; you are {(await who_is(transport)).actor}")
 
 
 def _disk(settings: Settings) -> Finding:
