@@ -6,6 +6,7 @@ The groups say who owns a partition and who runs a projection; each gateway says
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -313,8 +314,6 @@ def room_needed(free_bytes: int | None) -> str | None:
 
 def certificate_notes(ends: Mapping[str, float]) -> list[str]:
     """The certificates that have ended or are about to, by setting; `ends` are in seconds since 1970."""
-    import time
-
     from artifact_store.documents.times import to_text
 
     found = []
