@@ -78,7 +78,7 @@ class DurableConsumer(Generic[Transaction]):
         """Handle events in order per package, without end; without `follow`, up to the log's end.
 
         While it follows, an UnavailableError or PushBackError of the source or of `handle` makes it wait and go on.
-        What else `handle` and the database raise ends it, with the event not handled.
+        Anything else that `handle` or the database raises ends it, and the event is not handled.
 
         Raises:
             ConflictError: another consumer has moved the position.
@@ -124,12 +124,11 @@ class PositionTable:
         self._fetch = fetch
         first, second, third = marks
         self._create = f"CREATE TABLE IF NOT EXISTS {table} (consumer TEXT PRIMARY KEY, position TEXT NOT NULL)"
-        # The table's name and the placeholders are the program's own.
-        self._select = f"SELECT position FROM {table} WHERE consumer = {first}"  # noqa: S608
+        self._select = f"SELECT position FROM {table} WHERE consumer = {first}"  # noqa: S608 - the program's own names
         values = f"(consumer, position) VALUES ({first}, {second})"
         self._insert = f"INSERT INTO {table} {values} ON CONFLICT DO NOTHING RETURNING consumer"
         still = f"consumer = {second} AND position = {third}"
-        self._update = f"UPDATE {table} SET position = {first} WHERE {still} RETURNING consumer"  # noqa: S608
+        self._update = f"UPDATE {table} SET position = {first} WHERE {still} RETURNING consumer"  # noqa: S608 - as above
 
     @classmethod
     def asyncpg(cls, consumer: str, **options: str) -> Self:

@@ -41,10 +41,10 @@ END = b"ASLOGEND"
 FORMAT = 1
 
 BLOCK_BYTES = 256 * 1024
-"""A block is closed once it holds so many bytes."""
+"""A block is written once it holds this many bytes."""
 
 _MOST_BYTES = 16 << 20
-"""No block has more: a reader refuses one before it takes the memory."""
+"""The most bytes of a block: a reader refuses a larger one before it takes memory for it."""
 
 _LEVEL = 3
 _HEAD = Struct("<cII")
@@ -114,7 +114,7 @@ class Contents:
     blob_count: int = 0
     blob_bytes: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
-    """What of the log is no event, or came again, and is not in the archive."""
+    """How many records of the log the archive does not hold, by reason: `skipped`, `repeated`, `administrative`."""
     digest: bytes = b""
     """The archive's own digest, which proves all of it."""
 
@@ -140,7 +140,7 @@ class ArchiveWriter:
     """
 
     def __init__(self, path: Path, contents: Contents, schemas: Mapping[bytes, str]) -> None:
-        """`schemas`: the Avro schemas by fingerprint, for who reads the archive in years.
+        """`schemas`: the Avro schemas by fingerprint, for those who read the archive years later.
 
         Raises ConflictError: there is a file of this name. OSError.
         """
@@ -268,7 +268,7 @@ class Archive:
             self.contents, self._first = self._open()
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             self._file.close()
-            raise CorruptError(f"{path} is damaged: its header or footer is not one") from error
+            raise CorruptError(f"{path} is damaged: its header or footer cannot be understood") from error
         except BaseException:
             self._file.close()
             raise
@@ -282,7 +282,7 @@ class Archive:
     def prove(self) -> Iterator[list[ArchivedRecord] | list[BlobPiece]]:
         """Every block in order, proved by the chain of digests up to the footer.
 
-        The digest is that of `contents` in the end, or CorruptError is raised: header and footer are proved only then.
+        Header and footer are proved once all blocks were read. Raises CorruptError then, too, if they are damaged.
         """
         digest, at = self._first
         contents = self.contents
@@ -304,7 +304,7 @@ class Archive:
                 blobs = (blobs or Section(place, before)).extended(len(pieces))
                 yield pieces
             else:
-                raise self._damaged(place, "is of no kind that this release knows")
+                raise self._damaged(place, "has a kind that this release does not know")
         if digest != contents.digest or sections != contents.sections or blobs != contents.blobs:
             raise CorruptError(f"{self.path} is damaged: its footer is not that of its blocks")
 
@@ -344,7 +344,7 @@ class Archive:
                 f"{self.path} has format {header.get('format')}, this release reads {FORMAT}: use a newer release"
             )
         if trailer[0] >= size:
-            raise CorruptError(f"{self.path} is damaged: its last bytes name no place in it")
+            raise CorruptError(f"{self.path} is damaged: its last bytes point to a place outside it")
         kind, footer, last, _ = self._block(trailer[0], None)
         if kind != _FOOTER:
             raise self._damaged(trailer[0], "is no footer")
@@ -382,7 +382,7 @@ class Archive:
             raise self._damaged(at, "is cut off")
         kind, stored_bytes, plain_bytes = _HEAD.unpack(head)
         if max(stored_bytes, plain_bytes) > _MOST_BYTES:
-            raise self._damaged(at, "says that it is larger than any block is")
+            raise self._damaged(at, "claims to be larger than any block may be")
         stored = self._file.read(stored_bytes)
         digest = self._file.read(_DIGEST_BYTES)
         if before is not None and _chained(before, head, stored) != digest:

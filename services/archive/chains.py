@@ -21,7 +21,7 @@ from services.log.port import Log, Record
 from services.verify.notes import Notes
 
 DigestOf = Callable[[Record], bytes]
-"""What of a record counts when two logs are compared."""
+"""The digest by which records of two logs are compared."""
 
 _MARK_EVERY = 1_000
 """After so many records the chain's digest is kept as a mark: a difference is found between two marks."""
@@ -64,7 +64,7 @@ class PackageChains:
 
 
 def came_again(notes: Notes, event: Event) -> bool:
-    """Whether the event's package, or partition, had its number before: readers pass over it. For one task's notes."""
+    """Whether the package, or partition, had an event of this number before: readers pass over it. Notes the event."""
     head, _ = notes.head(event.package_id)
     if 1 <= event.sequence <= head.sequence:
         return True
@@ -105,7 +105,7 @@ class PartitionChain:
 
 
 class Follower:
-    """Compares a log, of which the chains are known, record by record with what it should begin with."""
+    """Checks that a log, of which the chains are known, holds the first of the records that follow, and no others."""
 
     def __init__(self, copy: Mapping[int, PartitionChain], name: str) -> None:
         """`copy` has the chains of the log that is judged, whose `name` is for messages."""
@@ -169,11 +169,11 @@ async def scanned(
 
 
 def by_content(record: Record) -> bytes:
-    """A record's key and value count: what is left of it in any log."""
+    """The digest of key and value, which every log keeps."""
     return record_digest(record.key, record.value)
 
 
 def by_all(record: Record) -> bytes:
-    """Key, value, time and headers count: what a copy of a topic keeps."""
+    """The digest of key, value, time and headers, which a copy of a topic keeps."""
     about = [record.key, record.value, record.timestamp, [list(header) for header in record.headers]]
     return blake3(ordered_cbor(about)).digest()

@@ -44,7 +44,7 @@ async def copy_log(
     skip: Collection[Place] = (),
     progress: Tell = lambda _: None,
 ) -> Copied:
-    """Copy the records that the source has now to the target, which `filler` fills, but for those to `skip`.
+    """Copy the records that the source has now to the target, which `filler` fills, except those to `skip`.
 
     The target is created when it is missing. It must be empty, or hold the beginning of the same copy: then the copy
     goes on, and each record is in the target once, however often it was ended. In the end the target is read back.
@@ -105,7 +105,7 @@ async def _require_pair(original: Log, copy: Log) -> None:
 async def _matched(
     source: Log, ends: Mapping[int, int], there: dict[int, PartitionChain], skip: Collection[Place]
 ) -> dict[int, int]:
-    """By partition, the offset of the source after what the target holds. Raises CorruptError: it holds others."""
+    """By partition, the source's offset after what the target holds. Raises CorruptError: it holds something else."""
     starts = dict.fromkeys(ends, 0)
     left = sum(chain.count for chain in there.values())
     if not left:
@@ -126,7 +126,7 @@ async def _matched(
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Of a copy that begins as its original does: the original's records, how many the copy lacks, and repeats."""
+    """How many records the original has, how many of them the copy lacks at its end, and how many it repeats."""
 
     records: int
     missing: int

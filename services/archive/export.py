@@ -169,9 +169,9 @@ class _Events:
 async def _add_blobs(
     notes: Notes, blobs: BlobStore, archive: ArchiveWriter, contents: Contents, progress: Tell
 ) -> None:
-    """Add what events name: of a whole log the objects, of some packages their own bytes alone.
+    """Add the bytes that events name: of a whole log all objects, of some packages the bytes of their files alone.
 
-    Several packages share an object, and whoever gets the archive of one is not to get bytes of the others.
+    Packages may share an object, and the archive of one must not hold bytes of another.
     """
     total, _ = notes.totals()
     reads = _Reads(blobs, objects=contents.packages is None)

@@ -151,7 +151,7 @@ class _Check:
         found = (self.events, self._chains.packages, self._types, self._blobs, self._blob_bytes, self._blob)
         said = (contents.events, contents.package_count, contents.schemas, contents.blob_count, contents.blob_bytes)
         if found != (*said, None):
-            raise CorruptError(f"{self._path} is damaged: its footer does not say what it holds")
+            raise CorruptError(f"{self._path} is damaged: its footer contradicts what it holds")
 
 
 async def import_archive(

@@ -30,10 +30,10 @@ class Record(NamedTuple):
     sequence: int | None = None
     """The number under which the log keeps the record in its package; None for a log that keeps no such numbers."""
     timestamp: int = 0
-    """When the record was made (ms since 1970), if the scan was to give `headers`."""
+    """When the record was made (ms since 1970). Set whenever `headers` are."""
     headers: Sequence[tuple[str, str | bytes | None]] = ()
-    """The record's Kafka headers in their order, if the scan was to give them, or while this process makes spans. A
-    log without any derives them."""
+    """The record's Kafka headers in their order, if the scan was asked for them, or while this process makes spans. A
+    log that keeps no headers derives them."""
 
 
 @dataclass(frozen=True, slots=True)

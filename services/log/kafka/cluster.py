@@ -154,7 +154,7 @@ class Cluster:
     """
 
     def __init__(self, kafka: KafkaSettings) -> None:
-        """Connects to nothing yet. Raises ConfigurationError for a schema registry's URL that cannot be one."""
+        """Connects to nothing yet. Raises ConfigurationError for an invalid URL of the schema registry."""
         self._kafka = kafka
         url = kafka.schema_registry_url
         self.registry = None if url is None else SchemaRegistry(url, kafka.topic)

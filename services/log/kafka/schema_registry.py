@@ -33,7 +33,7 @@ _MAX_ANSWER_BYTES = 1 << 20
 
 
 class ConfluentFraming:
-    """Exchanges the heads of values. Both directions together change no event and let no two values become one."""
+    """Exchanges the heads of values. `received` gives back what `sent` was given, and no two values become one."""
 
     def __init__(self, ids: Mapping[str, int]) -> None:
         """`ids`: the registry's id of each event type's schema."""
@@ -72,7 +72,7 @@ class SchemaRegistry:
     """
 
     def __init__(self, url: str, topic: str) -> None:
-        """`url` may hold a user and a password. Raises ConfigurationError for a URL that cannot be one."""
+        """`url` may hold a user and a password. Raises ConfigurationError for an invalid URL."""
         try:
             parts = urlsplit(url)
             self._host, self._port = parts.hostname or "", parts.port

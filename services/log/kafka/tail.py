@@ -114,11 +114,9 @@ def take_messages(consumer: Consumer, limit: int, timeout: float) -> list[Messag
 
 
 def records(messages: Iterable[Message], framing: ConfluentFraming | None, *, headers: bool = False) -> list[Record]:
-    """The records, their values in single-object encoding.
+    """The records, with values in single-object encoding. Raises an error among the messages as one of our tree.
 
-    They have times and headers if asked or while this process makes spans.
-
-    An error among the messages is raised as an error of our tree.
+    They have times and headers if asked for, or while this process makes spans.
     """
     found = []
     headers = headers or tracing.tracer is not None

@@ -255,7 +255,7 @@ class Guard:
                 self._needless = too_free
 
     def _framing_changed(self, settings: Mapping[str, str]) -> list[str]:
-        """Whoever starts now would take the topic's values for what they are not."""
+        """Trouble if the setting no longer names the values' framing: a process that starts would misread them."""
         right = _NO_FRAMING if self._cluster.framing() is None else CONFLUENT
         if (settings.get(FRAMING) == CONFLUENT) == (right == CONFLUENT):
             return []

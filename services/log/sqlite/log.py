@@ -245,7 +245,7 @@ def _between(offset: int, end: int) -> Callable[[LogFile], list[Record]]:
 
 
 _REMEMBERED = 10_000
-"""Of so many packages it is remembered how they were created."""
+"""For how many packages it is remembered how they were created."""
 
 
 class _DerivedHeaders:
