@@ -98,7 +98,7 @@ async def serve(
     metrics.watch_database(lambda: opened.views.connections_in_use)
     metrics.watch_memory(lambda: opened.blobs.parts.memory.limit - opened.blobs.parts.memory.free)
     if is_embedded(settings):
-        await _create_subscriptions(opened.views)
+        await create_subscriptions(opened.views)
     async with (
         Authenticator.open(settings, opened.metrics) as authenticator,
         listening(
@@ -127,7 +127,7 @@ async def serve(
         _log.info("stopping: no new connections, finishing what is under way")
 
 
-async def _create_subscriptions(views: Views) -> None:
+async def create_subscriptions(views: Views) -> None:
     """Create the tables of subscriptions, which `migrate` creates where the parts are not embedded."""
     try:
         await create_tables(views)

@@ -12,13 +12,13 @@ import aiohttp
 from ingest_gateway.gateway import Authenticate, Subscribing, believe
 from ingest_gateway.health import Check, Checks
 from ingest_gateway.limits.admission import Bounds
-from ingest_gateway.server import listening
+from ingest_gateway.server import create_subscriptions, listening
 from services.config import Settings
 from services.registry.direct import DirectRegistry
 from services.views.engine.apply import catch_up
 from services.views.projections import PROJECTIONS
 from services.views.queries import Queries
-from services.webhooks.subscriptions import Subscriptions, create_tables
+from services.webhooks.subscriptions import Subscriptions
 from services.webhooks.targets import Targets
 from services.wiring import Parts, is_embedded, limits_of, parts
 
@@ -58,7 +58,7 @@ async def running_gateway(
     """
     async with parts(settings) as opened:
         if is_embedded(settings):
-            await create_tables(opened.views)
+            await create_subscriptions(opened.views)
 
         async def freshen(view: str) -> None:
             await catch_up(opened.views, opened.log, PROJECTIONS[view])
