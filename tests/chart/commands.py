@@ -13,7 +13,8 @@ from tests.chart.helm import DEFAULT, render
 GATEWAY = ("artifact-store", "gateway")
 MIGRATE = ("artifact-store", "migrate")
 PROJECTORS = {name: ("artifact-store", "projector", name, "--metrics-listen", "0.0.0.0:9464") for name in PROJECTIONS}
-STARTED = frozenset({GATEWAY, MIGRATE, *PROJECTORS.values()})
+WEBHOOKS = ("artifact-store", "webhooks")
+STARTED = frozenset({GATEWAY, MIGRATE, WEBHOOKS, *PROJECTORS.values()})
 
 
 def rendered_commands(values: Sequence[Path] = DEFAULT) -> list[tuple[str, ...]]:

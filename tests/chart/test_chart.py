@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,7 @@ def test_annotations_reach_the_pods_of_their_component_alone() -> None:
             component = metadata["labels"]["app.kubernetes.io/component"]
             marks[component] = metadata["annotations"]["example.com/scrape"]
     projectors = {f"projector-{name}": "projector" for name in PROJECTIONS}
-    assert marks == {"gateway": "gateway", "migration": "migration", **projectors}
+    assert marks == {"gateway": "gateway", "migration": "migration", "webhooks": "webhooks", **projectors}
 
 
 def test_a_gateway_has_time_for_an_orderly_end(documents: list[dict[str, Any]]) -> None:
@@ -261,10 +262,11 @@ def test_nothing_secret_is_rendered(documents: list[dict[str, Any]]) -> None:
         assert not plain & (SECRET_NAMES | {"ARTIFACT_STORE_VIEWS_URL", "ARTIFACT_STORE_S3_ACCESS_KEY"})
 
 
-def test_a_projector_holds_no_key_that_it_does_not_need(documents: list[dict[str, Any]]) -> None:
-    projectors = [c for c in _containers(documents) if "projector" in c["command"]]
+@pytest.mark.parametrize("command", ["projector", "webhooks"])
+def test_processes_that_touch_no_blob_hold_no_key_of_the_store(command: str, documents: list[dict[str, Any]]) -> None:
+    found = [c for c in _containers(documents) if command in c["command"]]
     needed = {"ARTIFACT_STORE_VIEWS_URL", "ARTIFACT_STORE_KAFKA_OPTIONS", "ARTIFACT_STORE_SCHEMA_REGISTRY_URL"}
-    assert all(secret_names(container) <= needed for container in projectors)
+    assert all(secret_names(container) <= needed for container in found)
 
 
 def test_every_pod_trusts_the_given_authority() -> None:
@@ -282,21 +284,71 @@ def test_every_pod_trusts_the_given_authority() -> None:
         assert (found["SSL_CERT_FILE"], found["PGSSLROOTCERT"], kafka["ssl.ca.location"]) == (place, place, place)
 
 
-def test_every_file_that_a_setting_of_the_gateway_names_is_mounted_for_reading() -> None:
+RIGHTS = {"ARTIFACT_STORE_POLICY", "ARTIFACT_STORE_TOKENS"}
+"""Settings that webhooks must share with gateways: the rights of subscriptions' owners follow from them."""
+
+
+@pytest.mark.parametrize(("component", "named"), [("gateway", MOUNTED), ("webhooks", RIGHTS)])
+def test_every_file_that_a_setting_names_is_mounted_for_reading(component: str, named: set[str]) -> None:
     documents = render(SETS["full"])
-    deployment = _named(documents, "Deployment", "-gateway")
+    deployment = _named(documents, "Deployment", f"-{component}")
     ((container,), (spec,)) = containers(deployment), pod_specs(deployment)
     found = environment(container, documents)
-    assert found.keys() >= MOUNTED
+    assert found.keys() & MOUNTED == named
     mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"] if mount.get("readOnly")}
     volumes = {volume["name"]: volume for volume in spec["volumes"]}
-    for name in MOUNTED:
+    for name in named:
         folder, _, file = found[name].rpartition("/")
         volume = volumes[mounts[folder]["name"]]
         items = volume.get("configMap", volume.get("secret")).get("items")
         assert items is None or [item["path"] for item in items] == [file], name
-    clients = volumes["clients"]["configMap"]
-    assert (clients["name"], clients["items"][0]["key"]) == ("clients", "authorities.pem")
+    if component == "gateway":
+        clients = volumes["clients"]["configMap"]
+        assert (clients["name"], clients["items"][0]["key"]) == ("clients", "authorities.pem")
+
+
+def test_webhooks_decide_by_the_rights_that_gateways_decide_by(documents: list[dict[str, Any]]) -> None:
+    by_component = {
+        d["metadata"]["name"].rpartition("-")[2]: (environment(container, documents), d["spec"]["template"]["spec"])
+        for d in documents
+        if d["kind"] == "Deployment" and "projector" not in d["metadata"]["name"]
+        for container in containers(d)
+    }
+    if "webhooks" not in by_component:
+        assert "-webhooks" not in str(documents), "nothing of a component that does not run is rendered"
+        return
+    shared = []
+    for found, spec in by_component.values():
+        volumes = [volume for volume in spec["volumes"] if volume["name"] in ("policy", "tokens")]
+        shared.append(({name: found[name] for name in RIGHTS & found.keys()}, volumes))
+    assert shared[0] == shared[1]
+
+
+def test_webhooks_reach_the_public_networks_and_those_that_are_allowed_and_nothing_else_does() -> None:
+    documents = render([*SETS["default"], VALUES / "bounded" / "egress.yaml"])
+    policies = {d["metadata"]["name"]: d["spec"]["egress"] for d in documents if d["kind"] == "NetworkPolicy"}
+    own = policies.pop("shelf-artifact-store-webhooks")
+    parts = [{"ports": [{"port": 9093}]}]
+    assert all(egress == parts for egress in policies.values())
+    assert own[0] == parts[0]
+    blocks = [peer["ipBlock"] for rule in own[1:] for peer in rule["to"]]
+    networks = [(ip_network(block["cidr"]), [ip_network(text) for text in block.get("except", ())]) for block in blocks]
+
+    def allowed(text: str) -> bool:
+        address = ip_address(text)
+        return any(address in net and not any(address in one for one in without) for net, without in networks)
+
+    assert [allowed(text) for text in ("203.0.114.9", "2606:4700::1", "10.1.2.3", "10.2.3.4", "fd00::1")] == [True] * 5
+    assert [allowed(text) for text in ("10.2.3.5", "169.254.169.254", "192.168.1.1", "fd00::2")] == [False] * 4
+
+
+def test_the_probes_of_webhooks_ask_for_what_the_process_serves() -> None:
+    (container,) = containers(_named(render(), "Deployment", "-webhooks"))
+    found = environment(container, render())
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert found["ARTIFACT_STORE_METRICS_LISTEN"] == f"0.0.0.0:{ports['metrics']}"
+    for probe in ("livenessProbe", "readinessProbe"):
+        assert container[probe]["httpGet"] == {"path": "/metrics", "port": "metrics"}
 
 
 def test_without_an_authority_the_system_is_trusted() -> None:
@@ -359,7 +411,7 @@ def test_each_component_has_an_account_a_secret_and_a_network_policy_of_its_own(
         by_component.setdefault(component, set()).add((template["spec"]["serviceAccountName"], frozenset(secrets)))
     assert by_component == {
         name: {(f"shelf-artifact-store-{name}", frozenset({f"artifact-store-{name}"}))}
-        for name in ("gateway", "projector", "migration")
+        for name in ("gateway", "projector", "webhooks", "migration")
     }
     assert accounts == {account for found in by_component.values() for account, _ in found}
     policies = [d["spec"]["podSelector"]["matchLabels"] for d in documents if d["kind"] == "NetworkPolicy"]
@@ -384,7 +436,7 @@ def test_selectors_find_their_own_pods_only(documents: list[dict[str, Any]]) -> 
         selector = document["spec"]["selector"]
         labels = selector.get("matchLabels", selector)
         chosen = [name for name, of_pod in pods.items() if labels.items() <= of_pod.items()]
-        own = document["metadata"]["name"] if document["kind"] in ("Deployment", "PodMonitor") else gateway
+        own = document["metadata"]["name"] if document["kind"] != "Service" else gateway
         assert chosen == [own]
 
 
@@ -392,10 +444,38 @@ def test_the_service_leaves_the_internal_listener_out(documents: list[dict[str, 
     assert [port["targetPort"] for port in _named(documents, "Service")["spec"]["ports"]] == ["http"]
 
 
-def test_a_drain_leaves_a_gateway_only_where_there_are_several(documents: list[dict[str, Any]]) -> None:
-    several = _named(documents, "Deployment", "-gateway")["spec"]["replicas"] > 1
+def test_a_drain_takes_one_pod_at_a_time_of_every_component_that_has_several(documents: list[dict[str, Any]]) -> None:
+    several = {d["metadata"]["name"] for d in documents if d["kind"] == "Deployment" and d["spec"]["replicas"] > 1}
     budgets = [document for document in documents if document["kind"] == "PodDisruptionBudget"]
-    assert [budget["spec"]["maxUnavailable"] for budget in budgets] == [1] * several
+    assert {budget["metadata"]["name"] for budget in budgets} == several
+    assert {budget["spec"]["maxUnavailable"] for budget in budgets} <= {1}
+
+
+def test_pods_are_spread_over_nodes_unless_told_otherwise() -> None:
+    for name, wanted in (
+        ("default", "kubernetes.io/hostname"),
+        ("full", "topology.kubernetes.io/zone"),
+        ("minimal", None),
+    ):
+        for document in (d for d in render(SETS[name]) if d["kind"] == "Deployment"):
+            spread = document["spec"]["template"]["spec"].get("topologySpreadConstraints", [])
+            assert [one["topologyKey"] for one in spread] == ([wanted] if wanted else [])
+            assert [one["labelSelector"] for one in spread] == [document["spec"]["selector"]] * len(spread)
+
+
+def test_every_component_that_serves_metrics_has_a_monitor() -> None:
+    documents = render(SETS["full"])
+    serving = {
+        d["metadata"]["name"]: {p["name"] for c in containers(d) for p in c["ports"] if p["name"].startswith("metrics")}
+        for d in documents
+        if d["kind"] == "Deployment"
+    }
+    monitors = {
+        d["metadata"]["name"]: {endpoint["port"] for endpoint in d["spec"]["podMetricsEndpoints"]}
+        for d in documents
+        if d["kind"] == "PodMonitor"
+    }
+    assert monitors == serving
 
 
 def test_a_changed_setting_starts_new_pods() -> None:

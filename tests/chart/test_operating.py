@@ -45,6 +45,7 @@ def test_the_secret_has_the_keys_that_the_chart_looks_for() -> None:
     assert {name: set(re.findall(r"--from-literal=([\w-]+)=", rest)) for name, rest in made} == {
         values["gateway"]["secretName"]: {*keys.values()},
         values["projector"]["secretName"]: views,
+        values["webhooks"]["secretName"]: views,
         values["migration"]["secretName"]: views | store,
     }
 

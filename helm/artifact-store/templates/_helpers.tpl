@@ -120,3 +120,63 @@ client looks nowhere by itself: its options name the file. The three parts go in
     items: [{key: {{ .key }}, path: trusted.pem}]
 {{- end }}
 {{- end }}
+
+{{/* Policy and tokens, which say who may do what. The processes that go by them must see the same. */}}
+{{- define "artifact-store.rightsEnv" -}}
+{{- if .Values.gateway.policy }}
+- name: ARTIFACT_STORE_POLICY
+  value: /etc/artifact-store-policy/policy.toml
+{{- end }}
+{{- if .Values.gateway.tokens }}
+- name: ARTIFACT_STORE_TOKENS
+  value: /etc/artifact-store-tokens/tokens
+{{- end }}
+{{- end }}
+
+{{- define "artifact-store.rightsMount" -}}
+{{- range $name := list "policy" "tokens" }}
+{{- if get $.Values.gateway $name }}
+- name: {{ $name }}
+  mountPath: /etc/artifact-store-{{ $name }}
+  readOnly: true
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "artifact-store.rightsVolume" -}}
+{{- with .Values.gateway.policy }}
+- name: policy
+  configMap:
+    name: {{ .name }}
+    items: [{key: {{ .key }}, path: policy.toml}]
+{{- end }}
+{{- with .Values.gateway.tokens }}
+- name: tokens
+  secret:
+    secretName: {{ .name }}
+    items: [{key: {{ .key }}, path: tokens}]
+{{- end }}
+{{- end }}
+
+{{/* Spreads the pods of a component over nodes or zones, as far as there is room. Takes {root, component, of}. Pods of an
+older version do not count: they are about to go. */}}
+{{- define "artifact-store.spread" -}}
+{{- with .of.spreadOver }}
+topologySpreadConstraints:
+  - topologyKey: {{ . }}
+    maxSkew: 1
+    whenUnsatisfiable: ScheduleAnyway
+    matchLabelKeys: [pod-template-hash]
+    labelSelector:
+      matchLabels:
+        {{- include "artifact-store.selector" $ | nindent 8 }}
+{{- end }}
+{{- end }}
+
+{{/* The components that run, as a JSON list. */}}
+{{- define "artifact-store.running" -}}
+{{- $components := list "gateway" }}
+{{- range .Values.projector.projections }}{{ $components = append $components (printf "projector-%s" .) }}{{ end }}
+{{- if .Values.webhooks.enabled }}{{ $components = append $components "webhooks" }}{{ end }}
+{{- toJson $components }}
+{{- end }}
