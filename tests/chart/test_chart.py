@@ -43,8 +43,9 @@ from tests.services.process import ServiceError
 # Helm is built in the first test that needs it, where `python -m tests.chart` has not done so before.
 pytestmark = pytest.mark.timeout(1900)
 
-OPERATOR = "monitoring.coreos.com/v1"
+OPERATORS = ("monitoring.coreos.com/v1", "keda.sh/v1alpha1")
 """Whose objects Kubernetes itself has no schema for."""
+WORKLOADS = ("Deployment", "StatefulSet")
 SETS = value_sets()
 WRONG = sorted((VALUES / "wrong").glob("*.yaml"))
 KNOWN_NAMES = {PREFIX + name.upper() for name in declarations()}
@@ -99,14 +100,14 @@ def test_lint_finds_nothing_to_warn_of(values: list[Path]) -> None:
 
 @pytest.mark.parametrize("version", [OLDEST_KUBERNETES, NEWEST_KUBERNETES])
 def test_every_object_is_valid(values: list[Path], version: str) -> None:
-    rendered = [document for document in render(values, version) if document["apiVersion"] != OPERATOR]
+    rendered = [document for document in render(values, version) if document["apiVersion"] not in OPERATORS]
     assert [kubernetes_validate.validate(document, version, strict=True) for document in rendered] == [version] * len(
         rendered
     )
 
 
 def test_validation_refuses_a_field_that_kubernetes_does_not_know(documents: list[dict[str, Any]]) -> None:
-    gateway = _named(documents, "Deployment", "-gateway")
+    gateway = _gateway(documents)
     misspelt = {**gateway, "spec": {**gateway["spec"], "replica": 1}}
     with pytest.raises(kubernetes_validate.ValidationError, match="replica"):
         kubernetes_validate.validate(misspelt, NEWEST_KUBERNETES, strict=True)
@@ -165,7 +166,7 @@ def test_every_process_accepts_its_settings(
 
 
 def test_a_gateway_listens_for_others_and_tells_them_its_pod_address(documents: list[dict[str, Any]]) -> None:
-    (container,) = containers(_named(documents, "Deployment", "-gateway"))
+    (container,) = containers(_gateway(documents))
     found = environment(container, documents)
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert found["ARTIFACT_STORE_LISTEN"] == f"0.0.0.0:{ports['http']}"
@@ -179,7 +180,7 @@ def test_a_gateway_listens_for_others_and_tells_them_its_pod_address(documents: 
 
 
 def test_every_process_of_a_gateway_has_an_internal_port(values: list[Path], documents: list[dict[str, Any]]) -> None:
-    (container,) = containers(_named(documents, "Deployment", "-gateway"))
+    (container,) = containers(_gateway(documents))
     processes = int(container["args"][-1]) if "args" in container else 1
     assert processes == (4 if "full" in {path.stem for path in values} else 1)
     ports = sorted(p["containerPort"] for p in container["ports"] if p["name"].startswith("internal"))
@@ -189,7 +190,7 @@ def test_every_process_of_a_gateway_has_an_internal_port(values: list[Path], doc
 def test_projections_are_spread_and_every_process_shows_its_metrics() -> None:
     for name, replicas, ports in (("default", 1, [9464]), ("minimal", 1, []), ("full", 3, [9100, 9101, 9102, 9103])):
         documents = render(SETS[name])
-        deployments = [d for d in documents if d["kind"] == "Deployment" and "-projector-" in d["metadata"]["name"]]
+        deployments = [d for d in documents if d["kind"] in WORKLOADS and "-projector-" in d["metadata"]["name"]]
         assert deployments
         for deployment in deployments:
             (container,) = containers(deployment)
@@ -212,7 +213,7 @@ def test_annotations_reach_the_pods_of_their_component_alone() -> None:
 
 
 def test_a_gateway_has_time_for_an_orderly_end(documents: list[dict[str, Any]]) -> None:
-    spec = _named(documents, "Deployment", "-gateway")["spec"]["template"]["spec"]
+    spec = _gateway(documents)["spec"]["template"]["spec"]
     (container,) = spec["containers"]
     # Aborted requests have a second, partitions 15 s until they are handed over, the internal listener 5 s.
     needed = DRAIN_SECONDS + 1 + 15 + SNAPSHOT_SECONDS + 5
@@ -221,19 +222,19 @@ def test_a_gateway_has_time_for_an_orderly_end(documents: list[dict[str, Any]]) 
 
 
 def test_a_gateway_comes_into_the_service_when_it_can_write_and_stays_there(documents: list[dict[str, Any]]) -> None:
-    (container,) = containers(_named(documents, "Deployment", "-gateway"))
+    (container,) = containers(_gateway(documents))
     asked = [container[probe]["httpGet"]["path"] for probe in ("startupProbe", "livenessProbe", "readinessProbe")]
     assert asked == ["/readyz", "/healthz", "/healthz"]
 
 
 def test_no_probe_gives_up_before_a_part_that_keeps_still_is_given_up(documents: list[dict[str, Any]]) -> None:
-    (container,) = containers(_named(documents, "Deployment", "-gateway"))
+    (container,) = containers(_gateway(documents))
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
         assert container[probe]["timeoutSeconds"] > CHECK_SECONDS, probe
 
 
 def test_the_memory_of_a_gateway_is_enough_for_its_bounds(documents: list[dict[str, Any]]) -> None:
-    (container,) = containers(_named(documents, "Deployment", "-gateway"))
+    (container,) = containers(_gateway(documents))
     (settings,) = (document["data"] for document in documents if document["kind"] == "ConfigMap")
     processes = int(container["args"][-1]) if "args" in container else 1
     partitions = int(settings.get("ARTIFACT_STORE_KAFKA_PARTITIONS", Settings().kafka_partitions))
@@ -247,7 +248,7 @@ def test_every_setting_is_given_decided_or_secret(documents: list[dict[str, Any]
     secrets = set(schema["secrets"]["properties"])
     assert secrets == {PREFIX + name.upper() for name, found in declarations().items() if found.metadata["secret"]}
     given = set(schema["settings"]["properties"]) | secrets
-    (gateway,) = containers(_named(documents, "Deployment", "-gateway"))
+    (gateway,) = containers(_gateway(documents))
     decided = {entry["name"] for entry in gateway["env"] if entry["name"].startswith(PREFIX)}
     # Clients alone are pointed at a gateway and send tokens, and a pod needs no file of settings.
     elsewhere = {PREFIX + name for name in ("URL", "TOKEN_FILE", "CA", "ENV_FILE")}
@@ -311,7 +312,7 @@ def test_webhooks_decide_by_the_rights_that_gateways_decide_by(documents: list[d
     by_component = {
         d["metadata"]["name"].rpartition("-")[2]: (environment(container, documents), d["spec"]["template"]["spec"])
         for d in documents
-        if d["kind"] == "Deployment" and "projector" not in d["metadata"]["name"]
+        if d["kind"] in WORKLOADS and "projector" not in d["metadata"]["name"]
         for container in containers(d)
     }
     if "webhooks" not in by_component:
@@ -431,7 +432,7 @@ def test_only_gateways_reach_the_internal_listener_and_nothing_reaches_the_migra
 
 def test_selectors_find_their_own_pods_only(documents: list[dict[str, Any]]) -> None:
     pods = {d["metadata"]["name"]: d["spec"]["template"]["metadata"]["labels"] for d in documents if any(pod_specs(d))}
-    gateway = _named(documents, "Deployment", "-gateway")["metadata"]["name"]
+    gateway = _gateway(documents)["metadata"]["name"]
     for document in (d for d in documents if "selector" in d.get("spec", {})):
         selector = document["spec"]["selector"]
         labels = selector.get("matchLabels", selector)
@@ -445,7 +446,7 @@ def test_the_service_leaves_the_internal_listener_out(documents: list[dict[str, 
 
 
 def test_a_drain_takes_one_pod_at_a_time_of_every_component_that_has_several(documents: list[dict[str, Any]]) -> None:
-    several = {d["metadata"]["name"] for d in documents if d["kind"] == "Deployment" and d["spec"]["replicas"] > 1}
+    several = {d["metadata"]["name"] for d in documents if d["kind"] in WORKLOADS and d["spec"].get("replicas", 2) > 1}
     budgets = [document for document in documents if document["kind"] == "PodDisruptionBudget"]
     assert {budget["metadata"]["name"] for budget in budgets} == several
     assert {budget["spec"]["maxUnavailable"] for budget in budgets} <= {1}
@@ -457,10 +458,48 @@ def test_pods_are_spread_over_nodes_unless_told_otherwise() -> None:
         ("full", "topology.kubernetes.io/zone"),
         ("minimal", None),
     ):
-        for document in (d for d in render(SETS[name]) if d["kind"] == "Deployment"):
+        for document in (d for d in render(SETS[name]) if d["kind"] in WORKLOADS):
             spread = document["spec"]["template"]["spec"].get("topologySpreadConstraints", [])
             assert [one["topologyKey"] for one in spread] == ([wanted] if wanted else [])
             assert [one["labelSelector"] for one in spread] == [document["spec"]["selector"]] * len(spread)
+
+
+def test_every_pod_has_the_priority_that_is_given() -> None:
+    for name, wanted in (("default", None), ("full", "store")):
+        given = {spec.get("priorityClassName") for document in render(SETS[name]) for spec in pod_specs(document)}
+        assert given == {wanted}
+
+
+def test_what_is_scaled_by_what_it_has_to_do_leaves_the_number_of_pods_to_the_scaler() -> None:
+    documents = render(SETS["scaled"])
+    workloads = {d["metadata"]["name"]: d for d in documents if d["kind"] in WORKLOADS}
+    scalers = [d for d in documents if d["kind"] in ("HorizontalPodAutoscaler", "ScaledObject")]
+    targets = {d["spec"]["scaleTargetRef"]["name"]: d for d in scalers}
+    assert targets.keys() == {name for name, workload in workloads.items() if "replicas" not in workload["spec"]}
+    assert targets.keys() == workloads.keys() - {"shelf-artifact-store-webhooks"}
+    gateway = targets["shelf-artifact-store-gateway"]["spec"]
+    assert (gateway["scaleTargetRef"]["kind"], gateway["minReplicas"], gateway["maxReplicas"]) == ("StatefulSet", 2, 6)
+    (rules,) = (d["spec"] for d in documents if d["kind"] == "PrometheusRule")
+    recorded = {rule.get("record") for group in rules["groups"] for rule in group["rules"]}
+    for projection in PROJECTIONS:
+        spec = targets[f"shelf-artifact-store-projector-{projection}"]["spec"]
+        (trigger,) = spec["triggers"]
+        rule, _, label = trigger["metadata"]["query"].partition("{")
+        assert rule in recorded
+        assert label == f'projection="{projection}"}}'
+        assert (spec["minReplicaCount"], spec["maxReplicaCount"], trigger["metadata"]["threshold"]) == (1, 6, "30")
+
+
+def test_state_that_is_kept_lies_where_the_gateway_looks_for_it() -> None:
+    spec = _gateway(render(SETS["scaled"]))["spec"]
+    (claim,) = spec["volumeClaimTemplates"]
+    (container,) = spec["template"]["spec"]["containers"]
+    assert claim["spec"]["resources"]["requests"] == {"storage": "4Gi"}
+    assert claim["spec"]["storageClassName"] == "fast"
+    assert claim["metadata"]["name"] not in {volume["name"] for volume in spec["template"]["spec"]["volumes"]}
+    (mount,) = (m for m in container["volumeMounts"] if m["name"] == claim["metadata"]["name"])
+    (folder,) = (e["value"] for e in container["env"] if e["name"] == "ARTIFACT_STORE_STATE_DIR")
+    assert Path(folder).parent.as_posix() == mount["mountPath"]
 
 
 def test_every_component_that_serves_metrics_has_a_monitor() -> None:
@@ -468,7 +507,7 @@ def test_every_component_that_serves_metrics_has_a_monitor() -> None:
     serving = {
         d["metadata"]["name"]: {p["name"] for c in containers(d) for p in c["ports"] if p["name"].startswith("metrics")}
         for d in documents
-        if d["kind"] == "Deployment"
+        if d["kind"] in WORKLOADS
     }
     monitors = {
         d["metadata"]["name"]: {endpoint["port"] for endpoint in d["spec"]["podMetricsEndpoints"]}
@@ -480,7 +519,7 @@ def test_every_component_that_serves_metrics_has_a_monitor() -> None:
 
 def test_a_changed_setting_starts_new_pods() -> None:
     before, after = (
-        {_settings_mark(d) for d in render(SETS[name]) if d["kind"] == "Deployment"} for name in ("default", "full")
+        {_settings_mark(d) for d in render(SETS[name]) if d["kind"] in WORKLOADS} for name in ("default", "full")
     )
     assert len(before) == len(after) == 1
     assert before != after
@@ -488,6 +527,12 @@ def test_a_changed_setting_starts_new_pods() -> None:
 
 def _named(documents: list[dict[str, Any]], kind: str, suffix: str = "") -> dict[str, Any]:
     (found,) = (d for d in documents if d["kind"] == kind and d["metadata"]["name"].endswith(suffix))
+    return found
+
+
+def _gateway(documents: list[dict[str, Any]]) -> dict[str, Any]:
+    """Deployment or StatefulSet."""
+    (found,) = (d for d in documents if d["kind"] in WORKLOADS and d["metadata"]["name"].endswith("-gateway"))
     return found
 
 

@@ -173,6 +173,18 @@ topologySpreadConstraints:
 {{- end }}
 {{- end }}
 
+{{/* What a component's pods have in their spec besides. Takes {root, component, of}. */}}
+{{- define "artifact-store.placement" -}}
+{{- with include "artifact-store.serviceAccountName" (dict "root" .root "component" (splitList "-" .component | first)) }}
+serviceAccountName: {{ . }}
+{{- end }}
+{{- with .of.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+terminationGracePeriodSeconds: {{ .of.terminationGracePeriodSeconds | int64 }}
+{{- include "artifact-store.spread" . }}
+{{- end }}
+
 {{/* The components that run, as a JSON list. */}}
 {{- define "artifact-store.running" -}}
 {{- $components := list "gateway" }}
