@@ -80,20 +80,20 @@ class ProjectorMetrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """See prometheus_client, which calls it in a thread of its server's; blocks for _ANSWER_SECONDS at most."""
+        progress = list(self._progress())  # first: what happens while it waits for answers is shown at once
         events = CounterMetricFamily(
             "artifact_store_projection_events", "Events that this process folded", labels=["projection"]
         )
         running = GaugeMetricFamily(
             "artifact_store_projection_running",
-            "1 while this process runs the projection, 0 when it could not go on, until it has folded again or has had "
-            "nothing to fold for 5 s",
+            "1 while this process runs the projection, 0 when it could not go on or a batch takes longer than 10 s, "
+            "until it has folded again or has had nothing to fold for 5 s",
             labels=["projection"],
         )
         for name, number in self._events.items():
             events.add_metric([name], number)
             running.add_metric([name], float(self._running[name]))
-        yield from (events, running)
-        yield from self._progress()
+        yield from (events, running, *progress)
 
     def _progress(self) -> Iterator[Metric]:
         """Nothing of what cannot be found out now: an old number would look like a good one."""

@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 10.0
+_STUCK_SECONDS = 10.0
+"""A batch that takes longer to fold is reported: a frozen database may give no answer for minutes."""
 
 
 async def run_projectors(
@@ -179,7 +181,11 @@ class _Run:
         async with self._applying:
             tracer = tracing.tracer
             began = 0 if tracer is None else time.time_ns()
-            await fold(self._views, self._log, self._projection, batch)
+            report = asyncio.get_running_loop().call_later(_STUCK_SECONDS, self._report_stuck, len(batch))
+            try:
+                await fold(self._views, self._log, self._projection, batch)
+            finally:
+                report.cancel()
         if tracer is not None:
             self._make_spans(tracer, batch, began)
         self._assignment.applied(batch)
@@ -187,6 +193,16 @@ class _Run:
         self._events += len(batch)
         if self._metrics is not None:
             self._metrics.folded(self._projection.name, len(batch), batch.last_times())
+
+    def _report_stuck(self, events: int) -> None:
+        name = self._projection.name
+        if self._metrics is not None:
+            self._metrics.stopped(name)
+        logger.warning(
+            "%s: folding %d events has taken more than %g s and goes on: the database is frozen or slow, or another "
+            "transaction holds a lock on the view's tables",
+            *(name, events, _STUCK_SECONDS),
+        )
 
     def _make_spans(self, tracer: tracing.Tracer, batch: EventBatch, began: int) -> None:
         """A span of the fold for each traced command whose events are in the batch, below that of their appending."""

@@ -154,6 +154,27 @@ async def test_a_projector_whose_log_is_away_does_not_run_until_it_is_back(
     await running
 
 
+async def test_a_projector_whose_database_is_locked_by_others_does_not_run_until_it_folds(
+    views: Views, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("services.views.engine.source.IDENTITY_SECONDS", 0.1)
+    monkeypatch.setattr("projector.runner._STUCK_SECONDS", 0.05)
+    log, stop, history = MemoryLog(), asyncio.Event(), History().fill(packages=2, files=1)
+    metrics = _Watched(views, log)
+    running = asyncio.create_task(run_projection(views, log, REGISTRY, stop, metrics))
+    await eventually(_counted(metrics, "goes on", 1), "it runs")
+    async with views.writing() as connection:
+        await connection.execute(update(projection_generations).values(projection=projection_generations.c.projection))
+        log.append(*history.events)
+        await eventually(_counted(metrics, "stopped", 1), "it is stuck")
+        metrics.told.clear()
+    await eventually(_counted(metrics, "goes on", 1), "it runs again")
+    await covers(views, REGISTRY, await log.end())
+    stop.set()
+    await running
+    assert "registry: folding 6 events has taken more than 0.05 s" in caplog.text
+
+
 async def test_a_projector_that_has_nothing_to_fold_goes_on_once_that_is_known(
     views: Views, monkeypatch: pytest.MonkeyPatch
 ) -> None:
