@@ -165,9 +165,16 @@ async def away(*servers: Server) -> AsyncIterator[None]:
         await asyncio.gather(*(in_thread(server.start) for server in servers))
 
 
-class _ViewsOnSmallDisk(SmallPostgres):
-    """Its tables are on the small disk."""
+class _BlobsOnSmallDisk(SmallMinio):
+    """Takes what an hour of light load writes."""
 
+    mib = 1024
+
+
+class _ViewsOnSmallDisk(SmallPostgres):
+    """Its tables are on the small disk, which takes what an hour of light load writes, twice for a replay."""
+
+    mib = 256
     _made = False
 
     def start(self) -> None:
@@ -183,7 +190,7 @@ class _ViewsOnSmallDisk(SmallPostgres):
 @asynccontextmanager
 async def installation(folder: Path) -> AsyncIterator[Stage]:
     """Everything that drills need, under light load."""
-    minio, postgres = SmallMinio(folder / "minio"), _ViewsOnSmallDisk(folder / "postgres")
+    minio, postgres = _BlobsOnSmallDisk(folder / "minio"), _ViewsOnSmallDisk(folder / "postgres")
     async with staged(folder, keep=lambda: False, proxied=True, minio=minio, postgres=postgres) as stage:
         clients = [asyncio.create_task(_publish(stage, n)) for n in range(_CLIENTS)]
         try:

@@ -54,12 +54,14 @@ class SmallDisk:
 
 
 class SmallMinio(MinioServer):
-    """MinIO with a disk of 256 MiB."""
+    """MinIO with a small disk."""
+
+    mib = 256
 
     @property
     def disk(self) -> SmallDisk:
         """Where its data is."""
-        return SmallDisk(self.folder / "disk", 256)
+        return SmallDisk(self.folder / "disk", self.mib)
 
     def prepare(self) -> None:
         super().prepare()
@@ -71,14 +73,15 @@ class SmallMinio(MinioServer):
 
 
 class SmallPostgres(PostgresServer):
-    """PostgreSQL whose database `views` has its tables on a disk of 32 MiB; started by root."""
+    """PostgreSQL whose database `views` has its tables on a small disk; started by root."""
 
+    mib = 32
     _prepared = False
 
     @property
     def disk(self) -> SmallDisk:
         """Where the tables are."""
-        return SmallDisk(self.home / "small", 32)
+        return SmallDisk(self.home / "small", self.mib)
 
     def prepare(self) -> None:
         super().prepare()
