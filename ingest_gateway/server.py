@@ -20,6 +20,7 @@ from datetime import datetime
 from typing import Protocol
 
 from aiohttp import web
+from prometheus_client import CollectorRegistry
 
 from artifact_store.errors import ArtifactStoreError, ConfigurationError, UnavailableError
 from ingest_gateway.app import App
@@ -62,21 +63,22 @@ async def run(
     stop: asyncio.Event | None = None,
     ready: Callable[[str], None] | None = None,
     member: Member | None = None,
+    metrics: CollectorRegistry | None = None,
 ) -> None:
     """Open the parts that the settings name and run a gateway on them until `stop` is set.
 
     Without `stop`, SIGTERM and SIGINT end it. `ready` is called with the URL once the gateway listens. `member`: this
-    is one of several processes of a gateway.
+    is one of several processes of a gateway. `metrics` may hold those of others in this process; all are shown.
 
     Raises ConfigurationError: the settings forbid the interface, or the address is taken; UnavailableError.
     """
     listen_address(settings)
     if stop is None:
         with stopped_by_signals() as stopped:
-            async with parts(settings) as opened:
+            async with parts(settings, metrics=metrics) as opened:
                 await serve(opened, stopped, ready=ready, member=member)
     else:
-        async with parts(settings) as opened:
+        async with parts(settings, metrics=metrics) as opened:
             await serve(opened, stop, ready=ready, member=member)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager
 from typing import NamedTuple, TypeVar
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -17,6 +18,7 @@ from prometheus_client.registry import Collector
 from artifact_store.errors import ArtifactStoreError
 from artifact_store.position import Position
 from services.log.port import Log
+from services.runtime.processes import wait_for_stop
 from services.views.database import Views
 from services.views.engine.generations import is_being_built, read_build
 from services.views.engine.parking import list_marks
@@ -28,6 +30,7 @@ logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 
 _MICROS = 1_000_000
+_LOOK_SECONDS = 5.0
 _ANSWER_SECONDS = 8.0
 """How long log and database may take to answer; with the second in which the event
 loop may be busy, less than Prometheus waits for a scrape (10 s)."""
@@ -45,11 +48,28 @@ class _Standing(NamedTuple):
     """Whether a process runs it."""
 
 
+class _Found(NamedTuple):
+    """What log and database said; None for what gave no answer."""
+
+    since: float
+    """When they were asked, in seconds since 1970."""
+    end: Position | None
+    """The log's end."""
+    views: Mapping[str, _Standing] | None
+    """How far each view is, by projection."""
+
+
 class ProjectorMetrics(Collector):
     """What the projections of one process have done, and what they have yet to do."""
 
-    def __init__(self, views: Views, log: Log, names: Iterable[str]) -> None:
-        """Must be made on the event loop, which log and database are asked on."""
+    def __init__(self, views: Views, log: Log, names: Iterable[str], *, alone: bool = True) -> None:
+        """Must be made on the event loop, which log and database are asked on.
+
+        `alone`: at each scrape, which does not run on that loop. Otherwise the process is a gateway too: it shows the
+        components itself, and how far views are is what `looking_regularly` saw last.
+        """
+        self._alone = alone
+        self._seen = _Found(0.0, None, None)
         self._views = views
         self._queries = Queries(views)
         self._log = log
@@ -128,17 +148,19 @@ class ProjectorMetrics(Collector):
             "1 while a process builds a replay, 0 if it ended early and left its build; absent without one",
             labels=["projection"],
         )
-        now = time.time()
-        asked = asyncio.run_coroutine_threadsafe(self._ask(), self._loop)
-        try:
-            end, views = asked.result(_ANSWER_SECONDS + 1)
-        except TimeoutError:  # the event loop itself is busy for so long
-            asked.cancel()
-            logger.info("the metrics lack the progress of projections, because the process has too much to do")
-            return
-        up.add_metric(["log"], float(end is not None))
-        up.add_metric(["views"], float(views is not None))
-        yield up
+        if self._alone:
+            asked = asyncio.run_coroutine_threadsafe(self._ask(), self._loop)
+            try:
+                now, end, views = asked.result(_ANSWER_SECONDS + 1)
+            except TimeoutError:  # the event loop itself is busy for so long
+                asked.cancel()
+                logger.info("the metrics lack the progress of projections, because the process has too much to do")
+                return
+            up.add_metric(["log"], float(end is not None))
+            up.add_metric(["views"], float(views is not None))
+            yield up
+        else:
+            now, end, views = self._seen
         if views is None:
             return
         for name, standing in views.items():
@@ -157,9 +179,37 @@ class ProjectorMetrics(Collector):
                     seconds.add_metric(labels, max(0.0, now - moment) if behind else 0.0)
         yield from (lag, seconds, parked, replay, building)
 
-    async def _ask(self) -> tuple[Position | None, Mapping[str, _Standing] | None]:
+    @asynccontextmanager
+    async def looking_regularly(self) -> AsyncIterator[None]:
+        """Within the block, look every 5 s how far views are, unless each scrape does."""
+        if self._alone:
+            yield
+            return
+
+        stop = asyncio.Event()
+
+        async def look() -> None:
+            while not stop.is_set():
+                try:
+                    self._seen = await self._ask()
+                except Exception:  # a mistake is logged, and numbers that grow old are not shown
+                    logger.exception("the progress of projections could not be found out")
+                    self._seen = _Found(0.0, None, None)
+                await wait_for_stop(stop, _LOOK_SECONDS)
+
+        looking = asyncio.create_task(look())
+        try:
+            yield
+        finally:
+            stop.set()
+            await looking
+
+    async def _ask(self) -> _Found:
         """The log's end, and by projection where its view stands and how many packages are parked."""
-        return await asyncio.gather(self._within("log", self._log.end()), self._within("views", self._of_views()))
+        since = time.time()
+        return _Found(
+            since, *await asyncio.gather(self._within("log", self._log.end()), self._within("views", self._of_views()))
+        )
 
     async def _of_views(self) -> Mapping[str, _Standing]:
         return {name: await self._standing(name) for name in self._events}

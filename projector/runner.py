@@ -22,6 +22,8 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import aclosing
 
+from prometheus_client import CollectorRegistry
+
 from artifact_store.errors import ArtifactStoreError, CorruptError, PushBackError, UnavailableError
 from projector.projection_metrics import ProjectorMetrics
 from services.config import Settings
@@ -53,11 +55,13 @@ async def run_projectors(
     *,
     max_parked: int | None = None,
     metrics_at: ListenAddress | None = None,
+    metrics_in: CollectorRegistry | None = None,
 ) -> dict[str, ArtifactStoreError]:
     """Run several projections (no names: all) until `stop` is set; blocks until they have left their groups.
 
-    `max_parked` is how many packages each may park; Prometheus finds at `metrics_at` what they do. Returns those that
-    could not go on, with the reason; each is logged when it happens, and the others go on.
+    `max_parked` is how many packages each may park; Prometheus finds at `metrics_at` what they do. `metrics_in` shows
+    it with what else this process does. Returns those that could not go on, with the reason; each is logged when it
+    happens, and the others go on.
 
     Raises InvalidRequestError: there is no projection of that name. ConfigurationError: settings that cannot work,
     or an address that cannot be had.
@@ -67,11 +71,12 @@ async def run_projectors(
     if max_parked is not None:
         views.max_parked = max_parked
     try:
-        metrics = ProjectorMetrics(views, log, [projection.name for projection in projections])
+        alone = metrics_in is None
+        metrics = ProjectorMetrics(views, log, [projection.name for projection in projections], alone=alone)
         runs = [_reported(views, log, projection, stop, metrics) for projection in projections]
-        shown = new_registry(settings.certificates())
+        shown = metrics_in or new_registry(settings.certificates())
         shown.register(metrics)
-        async with served(shown, metrics_at):
+        async with served(shown, metrics_at), metrics.looking_regularly():
             outcomes = zip(projections, await asyncio.gather(*runs), strict=True)
         return {projection.name: error for projection, error in outcomes if error is not None}
     finally:

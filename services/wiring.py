@@ -195,8 +195,12 @@ async def open_writer(
 
 
 @asynccontextmanager
-async def parts(settings: Settings, *, clock: Clock = system_clock) -> AsyncIterator[Parts]:
+async def parts(
+    settings: Settings, *, clock: Clock = system_clock, metrics: CollectorRegistry | None = None
+) -> AsyncIterator[Parts]:
     """Open every part and the registry on them. The embedded parts are created when they are missing.
+
+    What they do is shown in `metrics`, by default in a registry of their own.
 
     Raises:
         ConfigurationError: settings that cannot work. UnavailableError: an embedded part cannot be opened.
@@ -248,7 +252,7 @@ async def parts(settings: Settings, *, clock: Clock = system_clock) -> AsyncIter
             for projection in PROJECTIONS.values():
                 await catch_up(views, log, projection)
 
-        metrics = new_registry(settings.certificates())
+        metrics = metrics or new_registry(settings.certificates())
         audit = await stack.enter_async_context(Audit(settings.audit_file, metrics, clock=clock))
         writer = await stack.enter_async_context(
             open_writer(

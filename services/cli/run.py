@@ -95,18 +95,22 @@ def serve(processes: int, member: str | None, max_parked: int | None) -> None:
 async def _serve(settings: Settings, member: str | None, max_parked: int | None) -> Mapping[str, Exception]:
     from ingest_gateway import server
     from projector import run_projectors
+    from services.runtime.metrics import new_registry
     from services.wiring import is_embedded
 
     if is_embedded(settings):
         await _migrate(settings)  # before gateway and projections open the same new files at the same time
+    metrics = new_registry(settings.certificates())
     with server.stopped_by_signals(watched=member is not None) as stop:
         one_of = _member(member, stop)
         try:
             async with asyncio.TaskGroup() as tasks:
-                projecting = tasks.create_task(run_projectors(settings, [], stop, max_parked=max_parked))
-                delivering = tasks.create_task(_deliver(settings, stop))
+                projecting = tasks.create_task(
+                    run_projectors(settings, [], stop, max_parked=max_parked, metrics_in=metrics)
+                )
+                delivering = tasks.create_task(_deliver(settings, stop, metrics))
                 try:
-                    await server.run(settings, stop=stop, member=one_of)
+                    await server.run(settings, stop=stop, member=one_of, metrics=metrics)
                 finally:
                     stop.set()
                     await asyncio.wait([projecting, delivering])  # what is folded comes to its end; nothing is cut off
@@ -236,12 +240,12 @@ async def _webhooks(settings: Settings) -> None:
     from services.runtime.metrics import new_registry, served
 
     with stopped_by_signals() as stop:
-        registry = new_registry()
+        registry = new_registry(settings.certificates())
         async with served(registry, settings.metrics_listen):
             await _deliver(settings, stop, registry)
 
 
-async def _deliver(settings: Settings, stop: asyncio.Event, registry: CollectorRegistry | None = None) -> None:
+async def _deliver(settings: Settings, stop: asyncio.Event, registry: CollectorRegistry) -> None:
     from ingest_gateway.server import listen_address
     from services.identity.authenticator import Authenticator
     from services.webhooks.deliverer import Deliverer, DeliveryMetrics

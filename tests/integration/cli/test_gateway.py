@@ -8,20 +8,24 @@ import signal
 import socket
 import subprocess
 import time
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from services.config import Settings
+from services.views.projections import PROJECTIONS
 from tests import trees
 from tests.integration.processes import (
     COMMAND,
+    ProductProcess,
     command_environment,
     output_of,
     run_command,
     serving,
 )
+from tests.services.process import becomes_true
 
 pytestmark = pytest.mark.processes
 
@@ -53,8 +57,26 @@ def test_a_tree_goes_through_a_gateway_and_back(embedded_settings: Settings, tre
         events = output_of(None, "tail", "--json", url=url).splitlines()
         assert {json.loads(event)["actor"] for event in events} == {"Åda"}
         again = output_of(None, "manifest", pushed["package_id"], "--format", "json", url=url)
+        _shows_projections_and_webhooks(gateway)
     # And the same from the files themselves, once the gateway has let go of them.
     assert output_of(embedded_settings, "manifest", pushed["package_id"], "--format", "json") == again
+
+
+def _shows_projections_and_webhooks(process: ProductProcess) -> None:
+    """`serve` gives the metrics of all that it runs, each once."""
+
+    def shown() -> list[str]:
+        with urllib.request.urlopen(f"{process.endpoint}/metrics", timeout=10) as answer:  # noqa: S310 - of our own
+            return [line.rpartition(" ")[0] for line in answer.read().decode().splitlines() if line[0] != "#"]
+
+    wanted = {
+        "artifact_store_webhook_deliverer",
+        *(f'artifact_store_projection_running{{projection="{name}"}}' for name in PROJECTIONS),
+        *(f'artifact_store_projection_lag{{partition="0",projection="{name}"}}' for name in PROJECTIONS),
+    }
+    assert becomes_true(lambda: wanted <= set(shown()), 30)
+    names = shown()
+    assert len(names) == len(set(names))
 
 
 def test_an_address_that_can_be_no_gateway_is_wrong_usage() -> None:
