@@ -6,12 +6,14 @@ Alerts are named without `ArtifactStore`. Texts are regular expressions.
 from __future__ import annotations
 
 import re
+import resource
 import signal
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import asyncpg
 
@@ -24,6 +26,7 @@ from tests.faults.torture.leaders import set_on_topic
 from tests.faults.torture.stage import SMALL_DISK_MIB, Part, in_thread
 from tests.integration.kafka_stage import state_about
 from tests.integration.processes import COMMAND
+from tests.services.process import Server
 
 ALERT_SECONDS = 60.0
 """How long an alert may take."""
@@ -163,6 +166,29 @@ async def kafka_away(scene: Scene) -> AsyncIterator[None]:
 async def kafka_frozen(scene: Scene) -> AsyncIterator[None]:
     with frozen(*scene.stage.cluster.brokers):
         yield
+
+
+@drill(
+    "Kafka full",
+    "CannotWrite",
+    _WRITES | {"ProjectionStopped", "ProjectionBehind"},
+    doctor=("WRONG  log: ",),
+    ready=("log: ",),
+    log=("no broker is reached|gave no answer in time|cannot be reached",),
+    runbook="A broker whose disk is full ends: make room, then start it again",
+)
+async def kafka_full(scene: Scene) -> AsyncIterator[None]:
+    """No broker can write to a file any more, so each ends, as it does on a full disk."""
+    brokers = scene.stage.cluster.brokers
+    for broker in brokers:
+        resource.prlimit(broker.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    assert await scene.becomes(partial(_ended, *brokers), ALERT_SECONDS), "brokers go on without room"
+    async with away(*brokers):
+        yield
+
+
+async def _ended(*servers: Server) -> bool:
+    return not any(server.running for server in servers)
 
 
 @drill(
