@@ -1,4 +1,4 @@
-"""Gateways of two adjacent releases share a cluster while one is replaced by the other, in both directions.
+"""Processes of two adjacent releases share a cluster while one is replaced by the other, and taken back.
 
 Producers, a follower and an unfinished upload go on throughout: nothing is lost, and nobody waits longer than for a
 take-over.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -31,7 +33,7 @@ from tests.faults.torture.clients import PlainClient
 from tests.faults.torture.oracle import Verdict, caught_up, read_log, verify
 from tests.faults.torture.work import CREATE, FINALIZE, INGEST, Entry, Work, creation
 from tests.integration.conditions import until
-from tests.integration.processes import metrics_of, output_of, partitions_of
+from tests.integration.processes import metrics_of, partitions_of
 from tests.services.process import free_ports
 from tests.standstill import Standstill
 
@@ -198,37 +200,11 @@ async def spread(gateways: Sequence[AnyRelease], settings: Settings) -> None:
     await until(there, 60, "the gateways do not share the partitions")
 
 
-async def replaced(
-    settings: Settings, folder: Path, before: PreviousRelease | None, after: PreviousRelease | None
-) -> None:
-    """Replace each process of one release by one of the other, on the same state, while everybody goes on."""
-    await asyncio.to_thread(output_of, settings, "migrate")
-    async with cluster(settings, folder, before) as processes:
-        gateways = processes[:GATEWAYS]
-        urls = [gateway.endpoint for gateway in gateways]
-        upload = Upload(*urls)
-        await upload.begin()
-        async with PlainClient(urls) as client:
-            load, follower = WholePackages(client), Follower(urls)
-            await load.settle()
-            for process in processes:
-                longest = await longest_wait(settings, process, after, gateways, load)
-                assert longest < TAKEOVER_SECONDS, f"a command waited {longest:.1f} s"
-                if process is gateways[0]:
-                    await upload.finish()
-            await load.end(settings, others=[upload.package_id])
-            events = await asyncio.to_thread(lambda: list(read_log(settings)))
-            await follower.end({str(event.event_id) for event in events})
-        if after is None:
-            assert not [m for gateway in gateways for m in metrics_of(gateway) if _FROM_LOG in m]
-
-        async def all_seen() -> bool:
-            return await asyncio.to_thread(caught_up, settings)
-
-        await until(all_seen, 60, "the projections do not catch up")
-        verdict = Verdict()
-        await asyncio.to_thread(verify, settings, verdict)
-        assert verdict.clean, verdict.said
+def migrate(settings: Settings, folder: Path, released: PreviousRelease | None) -> None:
+    """Run `migrate` of that release, or of this one. Blocks."""
+    command = AnyRelease(settings, folder, "migrate")
+    command.released = released
+    subprocess.run(command.command(), env={**os.environ, **command.environment()}, check=True, timeout=120)
 
 
 async def longest_wait(
@@ -249,13 +225,41 @@ async def longest_wait(
     return load.longest(moment) - machine.longest(moment)
 
 
-async def test_gateways_are_upgraded_one_by_one_under_load(
+async def test_an_upgrade_and_its_rollback_are_done_one_process_at_a_time_under_load(
     real_settings: Settings, tmp_path: Path, previous: PreviousRelease
 ) -> None:
-    await replaced(real_settings, tmp_path, previous, None)
+    """In the order of the operating guide, on the same state, while everybody goes on."""
+    await asyncio.to_thread(migrate, real_settings, tmp_path / "before", previous)
+    async with cluster(real_settings, tmp_path, previous) as processes:
+        *gateways, projector = processes
+        urls = [gateway.endpoint for gateway in gateways]
+        uploads: list[UUID] = []
 
+        async def replaced(order: Sequence[AnyRelease], after: PreviousRelease | None, load: Load) -> None:
+            upload = Upload(*urls)
+            await upload.begin()
+            for process in order:
+                longest = await longest_wait(real_settings, process, after, gateways, load)
+                assert longest < TAKEOVER_SECONDS, f"a command waited {longest:.1f} s"
+                if process is gateways[0]:
+                    await upload.finish()
+            uploads.append(upload.package_id)
 
-async def test_an_upgrade_is_taken_back_one_by_one_under_load(
-    real_settings: Settings, tmp_path: Path, previous: PreviousRelease
-) -> None:
-    await replaced(real_settings, tmp_path, None, previous)
+        async with PlainClient(urls) as client:
+            load, follower = WholePackages(client), Follower(urls)
+            await load.settle()
+            await asyncio.to_thread(migrate, real_settings, tmp_path / "after", None)
+            await replaced([projector, *gateways], None, load)
+            assert not [m for gateway in gateways for m in metrics_of(gateway) if _FROM_LOG in m]
+            await replaced([*gateways, projector], previous, load)
+            await load.end(real_settings, others=uploads)
+            events = await asyncio.to_thread(lambda: list(read_log(real_settings)))
+            await follower.end({str(event.event_id) for event in events})
+
+        async def all_seen() -> bool:
+            return await asyncio.to_thread(caught_up, real_settings)
+
+        await until(all_seen, 60, "the projections do not catch up")
+        verdict = Verdict()
+        await asyncio.to_thread(verify, real_settings, verdict)
+        assert verdict.clean, verdict.said
