@@ -76,10 +76,11 @@ run: $(DEV) ## The whole product on the real services, until interrupted
 setup: $(DEV) ## The virtual environment for development, in .venv
 
 .PHONY: docs
-docs: $(RUN) ## The pages that are generated: the catalogues of events and metrics, the settings
+docs: $(DEV) ## The pages that are generated: the catalogues of events and metrics, the settings, the chart's README
 	@$(PYTHON) -m schemas.catalogue > docs/events.md
 	@$(PYTHON) -m services.config > docs/settings.md
 	@$(PYTHON) -m services.runtime.metrics > docs/metrics.md
+	@$(PYTHON) -m tests.chart.readme > helm/artifact-store/README.md
 
 .PHONY: lock
 lock: $(DEV) ## Lock the dependencies again; UPGRADE=1 for newer versions
