@@ -6,6 +6,7 @@ It looks at log, blobs and views from this machine, and asks all gateways what t
 from __future__ import annotations
 
 import asyncio
+import importlib
 import shutil
 import sys
 from collections.abc import Awaitable, Callable
@@ -104,6 +105,7 @@ async def _examine() -> list[Finding]:
     except ConfigurationError as error:
         return [*findings, Finding("settings", [error.detail])]
     findings.append(Finding("settings"))
+    _import_what_looks_need(embedded=is_embedded(settings))
     looks = (("log", _log), ("blobs", _blobs), ("views", _views), ("identity", _identity))
     parts = await asyncio.gather(*(_looked(part, look, settings) for part, look in looks))
     findings += parts
@@ -121,6 +123,15 @@ async def _examine() -> list[Finding]:
 
         findings.append(Finding("certificates", certificate_notes(all_ends(files)), [f"{len(files)} files"]))
     return [*findings, _disk(settings)]
+
+
+def _import_what_looks_need(*, embedded: bool) -> None:
+    """Import before the time of a look runs: it takes a second, and a minute on a machine that has too much to do."""
+    names = ["artifact_store.documents.times", "services.identity.oidc", "services.identity.static_tokens"]
+    names += ["services.blobs.open", "services.views.engine.parking", "services.views.queries"]
+    names += ["services.log.sqlite"] if embedded else ["services.log.kafka", "ingest_gateway.peers.forwarding"]
+    for name in names:
+        importlib.import_module(name)
 
 
 def _python() -> Finding:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
 import sys
 import time
 from datetime import UTC, datetime, timedelta
@@ -24,6 +25,7 @@ from services.views.engine.checkpoints import read_position
 from services.views.engine.generations import begin_build
 from services.views.projections import PROJECTIONS
 from tests.certificates import Authority
+from tests.integration.processes import command_environment, run_command
 from tests.unit.cli.conftest import Run
 from tests.unit.cli.test_embedded import ABOUT
 
@@ -54,6 +56,32 @@ def test_the_views_are_found_whatever_their_url_says_behind_the_path(
 )
 def test_an_endpoint_is_shown_without_what_is_secret_in_its_url(url: str, shown: str) -> None:
     assert endpoint(url) == shown
+
+
+def test_doctor_imports_what_is_heavy_before_the_time_of_its_looks_runs(
+    embedded_settings: Settings, tmp_path: Path
+) -> None:
+    """On a machine that has too much to do that takes longer than a part may take to answer."""
+    code = """
+import sys
+from services.cli import main
+doctor = sys.modules["services.cli.doctor"]
+looked, at_first = doctor._looked, []
+def look(*given):
+    at_first.append(set(sys.modules))
+    return looked(*given)
+doctor._looked = look
+try:
+    main(["doctor"])
+finally:
+    print(sorted({name for name in set(sys.modules) - at_first[0]}))
+"""
+    environment = command_environment(embedded_settings, None, tmp_path)
+    assert run_command(embedded_settings, "migrate").returncode == 0
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    *_, later = done.stdout.splitlines()
+    assert "ok     views" in done.stdout, done.stderr
+    assert later == "[]"
 
 
 def test_text_on_a_terminal_is_80_columns_wide_and_a_command_stays_whole(
