@@ -48,6 +48,7 @@ async def carry_out(stage: Stage, drill: Drill, folder: Path) -> Outcome:
             finally:
                 outcome.fired = await scene.fired()
                 outcome.seconds = time.monotonic() - scene.began
+                await scene.all_run()
     except Exception as error:  # noqa: BLE001 - whatever a client or command raises is a finding; the next drill follows
         outcome.wrong.append(f"{type(error).__name__}: {error}")
     if cried := outcome.fired - drill.alerts - drill.also:

@@ -60,6 +60,10 @@ class Scene:
     def _parts(self) -> list[Part]:
         return [*self.gateways, *self.projectors]
 
+    async def all_run(self) -> None:
+        """Start what a drill that failed has left behind."""
+        await asyncio.gather(*(self.stage.up_again(part) for part in self._parts if not part.running))
+
     async def doctor(self) -> tuple[int, str]:
         """The exit code and text of `artifact-store doctor`."""
         return await self.command("doctor")
