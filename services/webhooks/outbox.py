@@ -105,8 +105,6 @@ class _Held:
     """The event at `row.offset`, if it is still at hand."""
     passed: bool = False
     """Whether all events before `row.offset` are accepted and the next one will be offered."""
-    asked_to_wait: bool = False
-    """Whether the receiver said when to try again."""
     timer: asyncio.TimerHandle | None = None
 
 
@@ -440,7 +438,8 @@ class Outbox:
             row.since = now
         row.attempts += 1
         row.cause = failure.cause
-        held.message, held.asked_to_wait = message, failure.retry_after is not None
+        row.asked_to_wait = failure.retry_after is not None
+        held.message = message
         pause = min(policy.longest_pause_seconds, policy.first_pause_seconds * 2.0 ** min(row.attempts - 1, 40))
         pause *= random.uniform(0.5, 1.0)
         row.next_at = now + int(max(pause, failure.retry_after or 0.0) * _MICROS)
@@ -470,7 +469,7 @@ class Outbox:
         if not held.row.attempts:
             return
         for other in self._held.values():
-            if other is not held and not other.asked_to_wait and other.row.attempts:
+            if other is not held and other.row.attempts and not other.row.asked_to_wait:
                 other.row.next_at = min(other.row.next_at, self._clock())
                 self._schedule(other)
 

@@ -106,6 +106,7 @@ webhook_held = Table(
     Column("next_at", BigInteger, nullable=False),
     Column("parked", Boolean, nullable=False),
     Column("cause", Text, nullable=False),
+    Column("asked_to_wait", Boolean),
 )
 """Packages whose events from `offset` on wait in the log, because the first of them was not taken."""
 
@@ -209,7 +210,8 @@ class Subscription:
 class HeldPackage:
     """A package of which a subscription has yet to get the events from `offset` on.
 
-    `since` is when the first attempt failed, `next_at` when the next one is due (µs since 1970).
+    `since` is when the first attempt failed, `next_at` when the next one is due (µs since 1970). `asked_to_wait` tells
+    whether the receiver set that time (`Retry-After`).
     """
 
     package_id: UUID
@@ -221,6 +223,7 @@ class HeldPackage:
     next_at: int
     parked: bool
     cause: str
+    asked_to_wait: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -668,7 +671,7 @@ async def _held(connection: AsyncConnection, ids: Sequence[UUID] | None) -> dict
         query = query.where(webhook_held.c.subscription_id.in_(ids))
     found: dict[UUID, list[HeldPackage]] = {}
     for row in await connection.execute(query):
-        values = row._asdict()
+        values = {**row._asdict(), "asked_to_wait": bool(row.asked_to_wait)}
         found.setdefault(values.pop("subscription_id"), []).append(HeldPackage(**values))
     return found
 
