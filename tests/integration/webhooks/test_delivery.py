@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from functools import partial
+from uuid import UUID
 
 from aiohttp import web
 
@@ -11,6 +13,8 @@ from artifact_store.position import Position
 from projector import replay
 from services.config import Settings
 from services.core.access import Grant, Packages, Right
+from services.runtime.clock import system_clock
+from services.webhooks.subscriptions import Subscriptions
 from tests.integration.webhooks.receiver import Received, receiving
 from tests.integration.webhooks.stage import QUICK, delivering, stage
 
@@ -66,18 +70,19 @@ async def test_nothing_is_lost_or_repeated_over_an_orderly_restart_or_a_rebuild(
             packages.append(await on.publish(files=2))
         async with delivering(on):
             await receiver.has(4 * len(packages))
-            await replay(on.settings, "registry")
-            packages.append(await on.publish())
-            await receiver.has(4 * len(packages) - 1)
-        assert receiver.sequences() == {
-            **{str(package): [1, 2, 3, 4] for package in packages[:-1]},
-            str(packages[-1]): [1, 2, 3],
-        }
+            for in_place in (False, True):
+                await replay(on.settings, "registry", in_place=in_place)
+                packages.append(await on.publish(files=2))
+                await receiver.has(4 * len(packages))
+        async with delivering(on):  # from what is kept: nothing but this package is new
+            packages.append(await on.publish(files=2))
+            await receiver.has(4 * len(packages))
+        assert receiver.sequences() == {str(package): [1, 2, 3, 4] for package in packages}
         assert len(receiver.received) == len(receiver.accepted)
 
 
 async def test_a_parked_package_waits_for_its_owner_and_holds_back_nothing_else(embedded_settings: Settings) -> None:
-    async with stage(embedded_settings) as on, receiving() as receiver:
+    async with stage(embedded_settings) as on, receiving() as receiver, receiving() as other:
         parked = await on.registry.create_package("parked", "ci", "main", "scratch")
         mended = asyncio.Event()
 
@@ -87,6 +92,7 @@ async def test_a_parked_package_waits_for_its_owner_and_holds_back_nothing_else(
 
         receiver.behave = behave
         subscription = await on.subscribe(receiver)
+        await on.subscribe(other)
         async with delivering(on, policy=replace(QUICK, park_after_seconds=0.1)):
             await on.registry.ingest_file(parked, "a", "x/y", b"1")
             held = await on.until_held(subscription, parked=True)
@@ -98,13 +104,15 @@ async def test_a_parked_package_waits_for_its_owner_and_holds_back_nothing_else(
             await on.registry.finalize_package(parked)
             more = await on.publish()
             await receiver.has(6)
+            await other.has(8)
             assert len(receiver.received) == tried + 3
             mended.set()
             (failed, *_) = [one for one in await on.deliveries(subscription) if one["status"] == 400]
             assert failed["answer"] is None, "what a private network answers is shown"
             await on.call("POST", f"/{subscription}/redeliver", 202, event_id=failed["event_id"])
             await receiver.has(8)
-    assert receiver.sequences() == {str(sound): [1, 2, 3], str(more): [1, 2, 3], str(parked): [2, 3]}
+    everything = {str(sound): [1, 2, 3], str(more): [1, 2, 3], str(parked): [2, 3]}
+    assert receiver.sequences() == other.sequences() == everything
 
 
 async def test_owners_pause_rotate_test_and_redeliver(embedded_settings: Settings) -> None:
@@ -165,15 +173,40 @@ async def test_retry_after_is_waited_for_and_410_disables_until_it_is_resumed(em
         times.append(asyncio.get_running_loop().time())
         return web.Response(status=429, headers={"Retry-After": "1"}) if len(times) == 1 else web.Response(status=410)
 
-    async with stage(embedded_settings) as on, receiving() as receiver:
+    async with stage(embedded_settings) as on, receiving() as receiver, receiving() as other:
         receiver.behave = leave
         subscription = await on.subscribe(receiver)
+        await on.subscribe(other)
         async with delivering(on):
             package = await on.publish(files=3)
             await on.until_shown(subscription, state="disabled")
             assert times[1] - times[0] >= 1.0
+        async with delivering(on):
+            later = await on.publish()
+            await other.has(8)
             assert len(receiver.received) == 2
             receiver.behave = None
             await on.call("PATCH", f"/{subscription}", 200, paused=False)
-            await receiver.has(5)
-    assert receiver.sequences() == {str(package): [1, 2, 3, 4, 5]}
+            await receiver.has(8)
+    assert receiver.sequences() == {str(package): [1, 2, 3, 4, 5], str(later): [1, 2, 3]}
+
+
+def earlier(hours: int) -> int:
+    """The time (µs since 1970) so many hours ago."""
+    return system_clock() - hours * 3_600_000_000
+
+
+async def test_the_previous_secret_signs_for_24_hours_and_no_longer(embedded_settings: Settings) -> None:
+    async with stage(embedded_settings) as on, receiving() as within, receiving() as after:
+        for receiver, hours in ((within, 23), (after, 24)):
+            subscription = await on.subscribe(receiver)
+            then = Subscriptions(on.gateway.parts.views, partial(earlier, hours))
+            rotated = await then.rotate(UUID(subscription), None)
+            receiver.secrets[:] = [rotated.secrets[0].secret]
+        async with delivering(on):
+            await on.publish()
+            await within.has(3)
+            await after.has(3)
+    for receiver, signatures in ((within, 2), (after, 1)):
+        assert {len(got.headers["webhook-signature"].split()) for got in receiver.accepted} == {signatures}
+        assert receiver.forged == []
