@@ -52,7 +52,8 @@ STATUS_PATH = "/status"
 PROCESS_PATH = "/process"
 CONFIRMATIONS_PATH = "/confirmations"
 WIRE_READS = "Artifact-Store-Wire-Reads"
-"""The header with the newest version that the sender can read. Errors are sent in that version."""
+"""The header with the newest version that the sender can read. Acknowledgements and errors are sent in that version, or
+in the newest one that the answering process knows."""
 
 WIRE_VERSION = "Artifact-Store-Wire-Version"
 """The header with the version of a message; in answers, the newest version that the process knows. Absent means 1."""
@@ -136,7 +137,8 @@ class HttpForwarder:
         with self._place(owner_url):
             version = await self._version_for(owner_url, command)
             answer = await self._post(owner_url, COMMANDS_PATH, encode_command(command, version), version)
-        return await decoded(_acknowledgement_of, answer, command, version)
+        # Even the first answer says all that both releases know, although the command was in the oldest version.
+        return await decoded(_acknowledgement_of, answer, command, self._versions.get(owner_url, OLDEST))
 
     async def check_ingest(
         self,

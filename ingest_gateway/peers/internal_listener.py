@@ -190,10 +190,10 @@ class InternalListener:
 
     async def _command(self, request: web.Request) -> web.Response:
         async def carry_out(here: Here, body: bytes) -> bytes:
-            version = _version_of(request)
             with _of_another_release():
-                command = await decoded(decode_command, body, version)
-            return encode_acknowledgement(await here.submit_here(command), version)
+                command = await decoded(decode_command, body, _version_of(request))
+            reads = min(_version_of(request, WIRE_READS), VERSION)
+            return encode_acknowledgement(await here.submit_here(command), reads)
 
         return await self._answer(request, carry_out)
 
