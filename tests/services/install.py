@@ -123,6 +123,11 @@ def node() -> str:
     return _tool("node", "nodejs", "Node")
 
 
+def chromium() -> str:
+    """The path of Chromium. Raises ServiceError when it cannot be had."""
+    return _tool("chromium", "chromium", "Chromium")
+
+
 def apicurio_folder() -> Path:
     """The folder of the Apicurio schema registry; the first call fetches it (158 MB)."""
     target = cache_folder() / f"apicurio-registry-{APICURIO_VERSION}"
