@@ -23,7 +23,7 @@ demo: $(RUN) ## The main job on the embedded default, from nothing, with real fi
 
 .PHONY: test
 test: lint chart ## Everything against embedded and real adapters; brings the services up and takes them down
-	@$(SERVICES) run -- $(PYTHON) -m pytest -n 2 --dist loadfile -m "not endurance" --ignore=tests/chart --durations=30
+	@$(SERVICES) run -- $(PYTHON) -m pytest -n 3 --dist loadfile -m "not endurance" --ignore=tests/chart --durations=30
 
 .PHONY: test-fast
 test-fast: lint ## Lint, types and the quick tests of parts that need no service
