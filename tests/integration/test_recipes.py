@@ -35,6 +35,7 @@ from tests.services.install import (
     EVENTSOURCE_PACKAGE,
     java,
     java_client_jars,
+    java_registry_jars,
     kafka_tool_jars,
     kcat,
     node,
@@ -283,3 +284,28 @@ async def test_confluents_deserializer_prints_every_manifest_address(endpoints: 
             await log.close()
             await asyncio.to_thread(registry.stop)
             await found.publish("without the registry")  # running processes do not need it
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def registered(
+    endpoints: Endpoints, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[tuple[Scene, str]]:
+    """On a topic with a schema registry, and the registry's own URL."""
+    folder = tmp_path_factory.mktemp("registered")
+    with (
+        ApicurioServer(folder / "registry") as registry,
+        topic_settings(endpoints, folder, schema_registry_url=registry.endpoint) as settings,
+    ):
+        async with scene(settings, folder) as found:
+            yield found, f"http://127.0.0.1:{registry.port}"
+
+
+async def test_a_java_consumer_with_the_registrys_deserializer_prints_every_manifest_address(
+    registered: tuple[Scene, str], tmp_path: Path
+) -> None:
+    found, registry = registered
+    program = tmp_path / "Registered.java"
+    program.write_text(RECIPES["javaregistry"], encoding="utf-8")
+    command: list[str | Path] = [java(), "-cp", f"{java_registry_jars()}/*", program, found.brokers, found.topic]
+    printed = await first_lines(len(found.addresses), *command, f"{registry}/apis/registry/v3")
+    assert set(printed) == found.addresses

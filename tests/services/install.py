@@ -25,6 +25,7 @@ LOG4J_VERSION = "2.25.5"
 KAFKA_TOOLS_VERSION = "4.3.1"
 AVRO_VERSION = "1.12.2"
 APICURIO_VERSION = "3.3.3"
+APICURIO_CLIENT_VERSION = "3.1.7"
 EVENTSOURCE_PACKAGE = "eventsource@4.0.0"
 # Later releases of MinIO have a broken notification API; the module has no version list, so the commit is named.
 MINIO_RELEASE = "RELEASE.2025-09-07T16-13-09Z"
@@ -77,6 +78,15 @@ def java_client_jars() -> Path:
         f"java-client-{KAFKA_VERSION}-avro-{AVRO_VERSION}",
         f"org.apache.kafka:kafka-clients:{KAFKA_VERSION}",
         f"org.apache.avro:avro:{AVRO_VERSION}",
+    )
+
+
+def java_registry_jars() -> Path:
+    """The folder of Kafka's client and Apicurio's deserializer for Avro; the first call fetches them."""
+    return _jars(
+        f"java-client-{KAFKA_VERSION}-apicurio-{APICURIO_CLIENT_VERSION}",
+        f"org.apache.kafka:kafka-clients:{KAFKA_VERSION}",
+        f"io.apicurio:apicurio-registry-avro-serde-kafka:{APICURIO_CLIENT_VERSION}",
     )
 
 
