@@ -6,18 +6,21 @@ import asyncio
 import json
 import os
 import re
+import signal
 import sqlite3
 import sys
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import uuid4
 
 import aiohttp
+import asyncpg
 import pytest
 import pytest_asyncio
 from confluent_kafka.admin import AdminClient
@@ -33,6 +36,8 @@ from tests.integration.test_foreign_reader import Producer
 from tests.services.apicurio import ApicurioServer
 from tests.services.install import (
     EVENTSOURCE_PACKAGE,
+    connect_jars,
+    connect_plugins,
     java,
     java_client_jars,
     java_registry_jars,
@@ -133,9 +138,17 @@ async def first_lines(count: int, *command: str | Path, environment: Mapping[str
         await process.wait()
 
 
-async def whole_output(recipe: str, found: Scene, folder: Path | None = None) -> str:
-    """What a recipe for the shell prints until it ends. Programs of `folder` come first."""
-    path = os.environ["PATH"] if folder is None else f"{folder}:{os.environ['PATH']}"
+def on_path(folder: Path, script: str, jars: Path, main: str) -> str:
+    """A PATH that begins with a folder in which `script` runs this class, as Kafka's own distribution has it."""
+    program = folder / "bin" / script
+    program.parent.mkdir()
+    program.write_text(f"""#!/bin/sh\nexec {java()} -cp '{jars}/*' {main} "$@"\n""", encoding="utf-8")
+    program.chmod(0o755)
+    return f"{program.parent}:{os.environ['PATH']}"
+
+
+async def whole_output(recipe: str, found: Scene, path: str = os.environ["PATH"]) -> str:
+    """What a recipe for the shell prints until it ends, with this PATH."""
     environment = {"BROKERS": found.brokers, "TOPIC": found.topic, "URL": found.gateway.endpoint, "PATH": path}
     process = await asyncio.create_subprocess_exec(
         "sh", "-ec", RECIPES[recipe], stdout=asyncio.subprocess.PIPE, env={**os.environ, **environment}
@@ -161,12 +174,9 @@ async def test_kcat_lists_what_happened_from_headers(published: Scene) -> None:
 
 
 async def test_kafkas_console_consumer_lists_what_happened(published: Scene, tmp_path: Path) -> None:
-    script = tmp_path / "bin" / "kafka-console-consumer.sh"
-    script.parent.mkdir()
-    program = f"{java()} -cp '{kafka_tool_jars()}/*' org.apache.kafka.tools.consumer.ConsoleConsumer"
-    script.write_text(f'#!/bin/sh\nexec {program} "$@"\n', encoding="utf-8")
-    script.chmod(0o755)
-    printed = (await whole_output("console", published, script.parent)).splitlines()
+    main = "org.apache.kafka.tools.consumer.ConsoleConsumer"
+    path = on_path(tmp_path, "kafka-console-consumer.sh", kafka_tool_jars(), main)
+    printed = (await whole_output("console", published, path)).splitlines()
     lines = [line for line in printed if line.startswith("event_type:")]  # our script leaves log lines among them
     assert len(lines) == published.events
     assert {line.split()[-1] for line in lines if "v1.package.finalized" in line} == (
@@ -309,3 +319,63 @@ async def test_a_java_consumer_with_the_registrys_deserializer_prints_every_mani
     command: list[str | Path] = [java(), "-cp", f"{java_registry_jars()}/*", program, found.brokers, found.topic]
     printed = await first_lines(len(found.addresses), *command, f"{registry}/apis/registry/v3")
     assert set(printed) == found.addresses
+
+
+async def test_kafka_connect_puts_each_event_into_one_row(
+    registered: tuple[Scene, str], postgres_url: str, tmp_path: Path
+) -> None:
+    found, registry = registered
+    database = urlsplit(postgres_url)
+    plugins = tmp_path / "plugins"
+    plugins.mkdir()
+    for folder in connect_plugins():
+        (plugins / folder.name).symlink_to(folder)
+    environment = {
+        "BROKERS": found.brokers,
+        "TOPIC": found.topic,
+        "REGISTRY": registry,
+        "PLUGINS": str(plugins),
+        "DATABASE": f"{database.hostname}:{database.port}{database.path}",
+        "PGUSER": database.username or "",
+        "PGPASSWORD": database.password or "",
+        "PATH": on_path(
+            tmp_path, "connect-standalone.sh", connect_jars(), "org.apache.kafka.connect.cli.ConnectStandalone"
+        ),
+    }
+    connection = await asyncpg.connect(postgres_url.replace("+asyncpg", ""))
+
+    async def all_there() -> bool:
+        if await connection.fetchval("SELECT to_regclass('package_events')") is None:
+            return False
+        return bool(await connection.fetchval("SELECT count(*) FROM package_events") >= found.events)
+
+    try:
+        for run in range(2):  # the second goes on where the first one was killed
+            await found.publish(f"for Connect {run}")
+            process = await asyncio.create_subprocess_exec(
+                "sh", "-ec", RECIPES["connect"], cwd=tmp_path, env={**os.environ, **environment}, process_group=0
+            )
+            try:
+                await until(all_there, _SECONDS, "Connect did not store all events")
+            finally:
+                os.killpg(process.pid, signal.SIGKILL)
+                await process.wait()
+        rows = await connection.fetch("SELECT * FROM package_events")
+    finally:
+        await connection.close()
+    log = KafkaLog(found.settings)
+    wanted = [
+        {
+            "event_id": str(event.event_id),
+            "event_type": event.event_type,
+            "package_id": str(event.package_id),
+            "sequence": event.sequence,
+            "created_at": event.created_at,
+            "actor": event.actor,
+            "command_id": str(event.command_id),
+            "payload_digest": event.payload_digest,
+        }
+        async for event in log.read()
+    ]
+    await log.close()
+    assert sorted(map(dict, rows), key=itemgetter("event_id")) == sorted(wanted, key=itemgetter("event_id"))

@@ -26,6 +26,9 @@ KAFKA_TOOLS_VERSION = "4.3.1"
 AVRO_VERSION = "1.12.2"
 APICURIO_VERSION = "3.3.3"
 APICURIO_CLIENT_VERSION = "3.1.7"
+APICURIO_CONVERTER_VERSION = "2.6.13.Final"
+DEBEZIUM_VERSION = "3.6.0.Final"
+HIBERNATE_VERSION = "7.2.19.Final"
 EVENTSOURCE_PACKAGE = "eventsource@4.0.0"
 # Later releases of MinIO have a broken notification API; the module has no version list, so the commit is named.
 MINIO_RELEASE = "RELEASE.2025-09-07T16-13-09Z"
@@ -47,7 +50,20 @@ _POM = """<project xmlns="http://maven.apache.org/POM/4.0.0">
   <dependencies>{}</dependencies>
 </project>
 """
-_DEPENDENCY = "<dependency><groupId>{}</groupId><artifactId>{}</artifactId><version>{}</version></dependency>"
+_DEPENDENCY = "<dependency><groupId>{}</groupId><artifactId>{}</artifactId><version>{}</version>{}</dependency>"
+_EXCLUSION = "<exclusion><groupId>{}</groupId><artifactId>{}</artifactId></exclusion>"
+
+# Each plugin of Kafka Connect has a class loader of its own; what Connect itself has must come from Connect.
+_OF_CONNECT = ("com.fasterxml.jackson.core:*", "org.apache.kafka:*")
+# Drivers of other databases, what only Debezium's tests use, and what Hibernate has moved to another group.
+_NOT_FOR_POSTGRES = (
+    "com.microsoft.sqlserver:mssql-jdbc",
+    "com.mysql:mysql-connector-j",
+    "com.oracle.database.jdbc:ojdbc11",
+    "io.strimzi:strimzi-test-container",
+    "org.hibernate:hibernate-agroal",
+    "org.mariadb.jdbc:mariadb-java-client",
+)
 
 
 def cache_folder() -> Path:
@@ -90,6 +106,26 @@ def java_registry_jars() -> Path:
     )
 
 
+def connect_jars() -> Path:
+    """The folder of Kafka Connect with its transformations; the first call fetches them."""
+    names = ("connect-runtime", "connect-transforms")
+    return _jars(f"connect-{KAFKA_VERSION}", *(f"org.apache.kafka:{name}:{KAFKA_VERSION}" for name in names))
+
+
+def connect_plugins() -> tuple[Path, ...]:
+    """The folders of the plugins of Kafka Connect: Apicurio's converter for Avro, and Debezium's sink for JDBC.
+
+    The first call fetches them.
+    """
+    converter = f"io.apicurio:apicurio-registry-utils-converter:{APICURIO_CONVERTER_VERSION}"
+    hibernate = [f"org.hibernate.orm:hibernate-{name}:{HIBERNATE_VERSION}" for name in ("core", "agroal")]
+    sink = f"io.debezium:debezium-connector-jdbc:{DEBEZIUM_VERSION}"
+    return (
+        _jars(f"connect-converter-{APICURIO_CONVERTER_VERSION}", converter, without=_OF_CONNECT),
+        _jars(f"connect-sink-{DEBEZIUM_VERSION}", sink, *hibernate, without=(*_OF_CONNECT, *_NOT_FOR_POSTGRES)),
+    )
+
+
 def kafka_tool_jars() -> Path:
     """The folder of Kafka's own command-line tools; the first call fetches them."""
     names = ("kafka-tools", "kafka_2.13")  # the second has the tool for settings
@@ -97,15 +133,20 @@ def kafka_tool_jars() -> Path:
     return _jars(f"kafka-tools-{KAFKA_TOOLS_VERSION}-with-settings", *wanted)
 
 
-def _jars(name: str, *artifacts: str) -> Path:
-    """The folder of these artifacts (GROUP:NAME:VERSION) with all that they need, and of a logger; fetched once."""
+def _jars(name: str, *artifacts: str, without: tuple[str, ...] = ()) -> Path:
+    """The folder of these artifacts (GROUP:NAME:VERSION) with all that they need, and of a logger; fetched once.
+
+    `without` are artifacts (GROUP:NAME) that they name but do not need here.
+    """
     target = cache_folder() / name
     with _once(target) as partial:
         if partial is not None:
             maven = _tool("mvn", "maven", "Apache Maven")
             wanted = (*artifacts, f"org.apache.logging.log4j:log4j-slf4j-impl:{LOG4J_VERSION}")
             pom = partial / "pom.xml"
-            text = _POM.format("".join(_DEPENDENCY.format(*artifact.split(":")) for artifact in wanted))
+            left_out = "".join(_EXCLUSION.format(*artifact.split(":")) for artifact in without)
+            exclusions = f"<exclusions>{left_out}</exclusions>" if without else ""
+            text = _POM.format("".join(_DEPENDENCY.format(*artifact.split(":"), exclusions) for artifact in wanted))
             pom.write_text(text, encoding="utf-8")
             plugin = "org.apache.maven.plugins:maven-dependency-plugin:3.8.1:copy-dependencies"
             command = [maven, "-B", "-q", "-f", str(pom), plugin, "-DincludeScope=runtime"]
