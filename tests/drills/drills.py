@@ -503,7 +503,7 @@ async def drifted_times(scene: Scene) -> AsyncIterator[None]:
 @drill(
     "a foreign record",
     "ForeignRecord",
-    _WRITES | {"ProjectionBehind"},
+    _WRITES | {"ProjectionBehind", "PackagesParked"},  # views park the package that the record's key names
     doctor=("WRONG  partitions: partition 1 takes no writes: .*artifact-store log skip 1 [0-9]+ --digest",),
     status=("partition 1: .*artifact-store log skip 1 [0-9]+ --digest",),
     ready=("writer: partition 1 .*artifact-store log skip 1",),
