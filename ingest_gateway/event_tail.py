@@ -399,9 +399,11 @@ class _Run:
         self._waiting.discard(waiting)
 
     async def close(self) -> None:
-        """Stop reading; returns once the log's reader is closed."""
+        """Stop reading, and forget what was read; returns once the log's reader is closed."""
         self._task.cancel()
         await asyncio.wait([self._task])
+        self._kept.clear()
+        self._pieces.clear()
 
     async def _read(self) -> None:
         self.position = end = await self._log.end()

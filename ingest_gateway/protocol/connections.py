@@ -62,7 +62,7 @@ EXCESS_SECONDS = 10.0
 class Connection(web.RequestHandler):
     """One client's connection. `refusal` says why it has no place; None when it has one."""
 
-    __slots__ = ("_client", "_heads", "_leaving", "_server", "refusal")
+    __slots__ = ("_client", "_cut_off", "_heads", "_leaving", "_server", "refusal")
 
     def __init__(self, server: Server) -> None:
         super().__init__(
@@ -78,6 +78,7 @@ class Connection(web.RequestHandler):
         self._client: str | None = None
         self._heads: _BoundedParser | None = None
         self._leaving: set[Callable[[], None]] = set()
+        self._cut_off: BaseException | None = None
         self.refusal: PushBackError | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -99,12 +100,26 @@ class Connection(web.RequestHandler):
         super().connection_lost(exc)
         if self._heads is not None:
             self._heads.release()
+            self._heads = None  # it refers to this connection
         if self._client is not None:
             self._server.places.give(self._client)
             self._client = None
         self._server.excess.discard(self)
         for leave in tuple(self._leaving):
             leave()
+
+    async def start(self) -> None:
+        """Answer requests until the connection ends.
+
+        An answer that is cut off ends it by an error. The tracebacks of the error and of its cause hold frames, which
+        hold the task, which holds the error. Only a full collection would find that, and all that waits for the client.
+        """
+        try:
+            await super().start()
+        finally:
+            error, self._cut_off = self._cut_off, None
+            while error is not None:
+                error.__traceback__, error = None, error.__context__
 
     @contextmanager
     def when_lost(self, leave: Callable[[], None]) -> Iterator[None]:
@@ -127,7 +142,8 @@ class Connection(web.RequestHandler):
         Raises ConnectionError: an answer has begun, or there is nobody to answer.
         """
         if request.writer.output_size > 0 or status != 400:
-            raise ConnectionResetError("the answer was cut off") from exc
+            self._cut_off = ConnectionResetError("the answer was cut off")
+            raise self._cut_off from exc
         if isinstance(exc, _RefusedHeadError):
             return self._server.refuse(request, exc.reason)
         lines = (message or "").strip().splitlines() or ["it is malformed"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import re
+from collections import Counter
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from uuid import uuid4
@@ -12,6 +14,9 @@ from uuid import uuid4
 import pytest
 
 from artifact_store.archives.tar import END, entry_header, padding
+from ingest_gateway.event_tail import TailEvent
+from ingest_gateway.protocol.connections import Connection
+from ingest_gateway.protocol.request import Call
 from services.blobs.memory import TURN_SECONDS
 from services.config import Settings
 from services.registry.bundle_store import BUNDLES_AT_ONCE
@@ -176,3 +181,34 @@ async def test_a_download_whose_client_goes_away_lets_go_of_its_blob(
             assert (await reader.head())[0] == 200
             assert len(open_blobs(tmp_path / "blobs")) == 1
         await until(nothing_is_open, SECONDS, "a client that is gone kept a blob open")
+
+
+async def test_what_waited_for_clients_goes_with_their_connections(embedded_settings: Settings) -> None:
+    """Without a collection of cycles: a gateway makes few, and until then each cycle keeps what waited for a client."""
+
+    def kept() -> Counter[type]:
+        return Counter(type(each) for each in gc.get_objects() if isinstance(each, Connection | Call | TailEvent))
+
+    async def something_is_read() -> bool:
+        return kept()[TailEvent] > 0
+
+    async def nothing_is_kept() -> bool:
+        return kept() <= before
+
+    async with running_gateway(embedded_settings) as gateway:
+        paths = ["/v1/events?follow=true&since=now"] * 5 + list((await large(gateway)).values())
+        gc.collect()
+        gc.disable()
+        try:
+            before = kept()
+            async with AsyncExitStack() as stack:
+                for path in paths:
+                    reader = await stack.enter_async_context(connected(gateway.port))
+                    reader.send(f"GET {path}")
+                    assert (await reader.head())[0] == 200
+                await gateway.parts.registry.create_package("n", "p", "s", "scratch")
+                await until(something_is_read, SECONDS, "the tail reads nothing")
+                assert kept()[Connection] - before[Connection] == len(paths)
+            await until(nothing_is_kept, SECONDS, "what waited for clients is still there")
+        finally:
+            gc.enable()
