@@ -59,6 +59,10 @@ lint: $(DEV) ## Ruff and mypy --strict on everything
 chart: $(DEV) ## The Helm chart: linted, rendered, validated
 	@$(PYTHON) -m tests.chart
 
+.PHONY: image
+image: $(DEV) ## The container image, built and tried, its bill of materials in var/; TAG=NAME:TAG; needs Docker or podman
+	@$(PYTHON) -m tests.image $(if $(TAG),--tag "$(TAG)")
+
 .PHONY: services
 services: $(DEV) ## Start Kafka, MinIO and PostgreSQL on free ports; DURABLE=1 for a PostgreSQL that syncs to disk
 	@$(SERVICES) start $(START)
@@ -85,6 +89,7 @@ docs: $(DEV) ## The pages that are generated: the catalogues of events and metri
 .PHONY: lock
 lock: $(DEV) ## Lock the dependencies again; UPGRADE=1 for newer versions
 	@$(COMPILE) $(if $(UPGRADE),--upgrade) requirements/build.in -o requirements/build.txt
+	@$(COMPILE) $(if $(UPGRADE),--upgrade) requirements/sbom.in -o requirements/sbom.txt
 	@$(COMPILE) $(if $(UPGRADE),--upgrade) pyproject.toml -o requirements/run.txt
 	@$(COMPILE) $(if $(UPGRADE),--upgrade) -c requirements/run.txt --extra traces pyproject.toml -o requirements/traces.txt
 	@$(COMPILE) $(if $(UPGRADE),--upgrade) -c requirements/traces.txt --extra dev --extra traces pyproject.toml -o requirements/dev.txt

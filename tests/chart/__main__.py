@@ -1,4 +1,4 @@
-"""`python -m tests.chart`: builds Helm when it is not there yet, then runs the tests of this folder."""
+"""`python -m tests.chart`: builds Helm when it is not there yet, then runs the quick tests of this folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main() -> int:
     except ServiceError as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    return int(pytest.main([str(Path(__file__).parent), *sys.argv[1:]]))
+    return int(pytest.main([str(Path(__file__).parent), "-m", "not endurance", *sys.argv[1:]]))
 
 
 if __name__ == "__main__":

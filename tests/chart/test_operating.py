@@ -33,7 +33,7 @@ def values(tmp_path: Path) -> list[Path]:
 def test_the_values_install_the_image_that_was_pushed(values: list[Path]) -> None:
     (pushed,) = re.findall(r"docker push (\S+)", COMMANDS)
     assert {container["image"] for document in render(values) for container in containers(document)} == {pushed}
-    assert f"--tag {pushed} " in COMMANDS
+    assert f"make image TAG={pushed}\n" in COMMANDS
 
 
 def test_the_secret_has_the_keys_that_the_chart_looks_for() -> None:
