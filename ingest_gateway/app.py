@@ -232,7 +232,7 @@ class App:
                 actor=call.actor if call.actor != call.principal.actor else None,
                 action=f"{method} {call.template}",
                 allowed=call.status not in _REFUSED and not unseen,
-                client=call.client,
+                client=call.address,
                 status=call.status,
                 target=call.target,
                 unseen=unseen or None,
@@ -255,7 +255,7 @@ class App:
             ", ".join(about),
             extra={
                 "fields": {
-                    "client": call.client,
+                    "client": call.address,
                     "principal": call.principal.actor if call.identified else None,
                     "method": method,
                     "route": call.template,

@@ -137,7 +137,7 @@ class Call:
             "http.request.method": method,
             "url.scheme": self.request.scheme,
             "url.path": self.target[:2048],
-            "client.address": self.client,
+            "client.address": self.address,
             "network.protocol.version": protocol,
             "artifact_store.request_id": self.request_id,
         }
@@ -328,8 +328,13 @@ class Call:
 
     @property
     def client(self) -> str:
-        """The client's address, to which limits apply."""
+        """Whom limits count: the client's address, for IPv6 its network of 64 bits."""
         return client_of(self.request.protocol)
+
+    @property
+    def address(self) -> str:
+        """Where the request came from, whatever its headers say: the address of the connection's other end."""
+        return self.request.remote or ""
 
     @property
     def refusal(self) -> PushBackError | None:

@@ -15,6 +15,7 @@ import pytest
 
 from artifact_store.errors import ConfigurationError
 from ingest_gateway import server
+from ingest_gateway.protocol.connections import Connection
 from services.config import Settings
 from services.core.access import Right
 from services.identity.static_tokens import create_token, revoke_tokens
@@ -72,7 +73,9 @@ async def test_with_policy_and_tokens_each_sender_is_who_the_token_says(
                 assert answer.status == 201
             async with client.get("/v1/packages", headers=bearer(token)) as answer:
                 assert answer.status == 403
-            named = {**bearer(token), "X-Actor": "sso:ada"}
+            # A sender may write these headers, too: the address in the audit stream is that of the connection.
+            passed_on = {"X-Forwarded-For": "192.0.2.7", "X-Real-IP": "192.0.2.7", "Forwarded": "for=192.0.2.7"}
+            named = {**bearer(token), **passed_on, "X-Actor": "sso:ada"}
             async with client.post("/v1/packages", json=PACKAGE, headers=named) as answer:
                 assert answer.status == 403
             async with client.get("/metrics") as answer:
@@ -85,6 +88,7 @@ async def test_with_policy_and_tokens_each_sender_is_who_the_token_says(
             ("token:robot", "POST /v1/packages", 403, False),
         ]
         assert [one.get("actor") for one in audited] == [None, None, None, "sso:ada"]
+        assert {one["client"] for one in audited} == {"127.0.0.1"}
         assert 'artifact_store_authentications_total{issuer="token",outcome="accepted"} 3.0' in shown
         assert 'artifact_store_authentications_total{issuer="sso",outcome="unavailable"} 1.0' in shown
 
@@ -114,6 +118,17 @@ async def test_what_a_sender_may_not_know_of_is_no_allowed_request_in_the_audit_
     team = [(one["status"], one["allowed"], one.get("unseen")) for one in lines if one["principal"] == "token:team"]
     assert team[:5] == [(404, False, True)] * 5
     assert team[5:] == [(201, True, None), *[(200, True, None)] * 3, (404, True, None), (200, True, None)]
+
+
+async def test_the_audit_stream_has_the_whole_address_also_where_limits_count_its_network(
+    embedded_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, file = "2001:db8:1:2:3::4", tmp_path / "audit.jsonl"
+    monkeypatch.setattr(Connection, "peername", (address, 1, 0, 0))  # not every machine has IPv6
+    settings = replace(embedded_settings, tokens=tmp_path / "tokens.json", audit_file=file)
+    async with started(settings) as client, client.get("/v1/whoami") as answer:
+        assert answer.status == 401
+    assert json.loads(file.read_text())["client"] == address
 
 
 async def test_no_bad_token_gets_past_a_gateway(embedded_settings: Settings, tmp_path: Path) -> None:
