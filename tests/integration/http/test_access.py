@@ -84,6 +84,26 @@ async def test_every_route_is_refused_to_those_who_may_not_call_it(embedded_sett
         assert await gateway.events() == 0
 
 
+async def test_what_is_open_names_no_package_and_nobody(embedded_settings: Settings) -> None:
+    names = {"name": "the-name", "producer": "the-producer", "subject": "the-subject", "retention_class": "scratch"}
+    async with running_gateway(embedded_settings, authenticate=TOKENS) as gateway:
+        async with gateway.session.post("/v1/packages", json=names, headers=bearer("writer")) as answer:
+            package = (await answer.json())["package_id"]
+        async with gateway.session.put(
+            f"/v1/packages/{package}/files/the-path", data=b"x", headers=bearer("writer")
+        ) as answer:
+            file = (await answer.json())["file_id"]
+        for path in (f"/v1/packages/{package}", f"/v1/files/{file}", "/v1/packages?producer=the-producer"):
+            async with gateway.session.get(path, headers=bearer("reader")) as answer:
+                assert answer.status == 200
+        for method, template in OPEN:
+            if method == "GET" and "{" not in template:
+                async with gateway.session.get(template) as answer:
+                    shown = await answer.text()
+                for secret in (package, file, "the-", "ci:writer", "ci:reader"):
+                    assert secret not in shown, template
+
+
 async def test_a_head_request_needs_what_its_get_needs(embedded_settings: Settings) -> None:
     async with running_gateway(embedded_settings, authenticate=TOKENS) as gateway:
         for path in (f"/v1/files/{uuid4()}/content", "/v1/events"):

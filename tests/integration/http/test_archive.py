@@ -290,6 +290,8 @@ async def test_a_package_comes_as_an_archive_by_the_bytes_of_its_paths(gateway: 
     assert list(found) == sorted(FILES, key=str.encode)
     async with gateway.session.get(path) as answer:
         assert answer.headers["ETag"] == f'"tar-1:{digest}"'
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        assert answer.headers["Content-Disposition"].startswith("attachment; ")
         first = await answer.read()
     async with gateway.session.get(path) as answer:
         assert await answer.read() == first

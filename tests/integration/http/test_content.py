@@ -58,6 +58,7 @@ async def test_what_went_in_comes_out_under_its_address(gateway: RunningGateway)
     assert headers["Repr-Digest"] == f"sha-256=:{base64.b64encode(hashlib.sha256(_BODY).digest()).decode()}:"
     assert "immutable" in headers["Cache-Control"]
     assert headers["X-Content-Type-Options"] == "nosniff"
+    assert headers["Content-Security-Policy"] == "sandbox; default-src 'none'"
     assert (
         headers["Content-Disposition"] == "attachment; filename=\"resume.html\"; filename*=UTF-8''r%C3%A9sum%C3%A9.html"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import os
 import shutil
 import ssl
 import threading
@@ -208,10 +209,20 @@ async def test_an_answer_without_end_is_cut_off(liar: Liar, forwarder: HttpForwa
         assert liar.sent < 64 << 20
 
 
-async def test_a_packed_answer_is_not_unpacked(liar: Liar, forwarder: HttpForwarder) -> None:
-    liar.body, liar.headers = gzip.compress(encode_acknowledgement(RIGHT[MADE], 1)), {"Content-Encoding": "gzip"}
+@pytest.mark.parametrize("packed", [True, False])
+async def test_a_packed_answer_is_not_unpacked(liar: Liar, forwarder: HttpForwarder, packed: bool) -> None:
+    answer = encode_acknowledgement(RIGHT[MADE], 1)
+    liar.body, liar.headers = gzip.compress(answer) if packed else answer, {"Content-Encoding": "gzip"}
     with pytest.raises(UnavailableError, match="cannot be read"):
         await forwarder.submit(liar.url, MADE)
+
+
+async def test_a_peer_cannot_send_a_command_elsewhere(liar: Liar, forwarder: HttpForwarder) -> None:
+    async with rogue(None) as elsewhere:
+        liar.status, liar.headers = 307, {"Location": elsewhere.url}
+        with pytest.raises(UnavailableError):
+            await forwarder.submit(liar.url, MADE)
+        assert elsewhere.heard == []
 
 
 @pytest.mark.parametrize(
@@ -403,11 +414,20 @@ async def test_on_loopback_gateways_of_one_user_share_a_secret_that_nobody_else_
             await forwarder.submit("http://192.0.2.1:1", create())
 
 
-async def test_a_secret_that_others_can_read_or_chose_is_not_used(tmp_path: Path) -> None:
+@pytest.mark.parametrize("why", ["others can read it", "it is of another user", "it is a link"])
+async def test_a_secret_that_others_can_read_or_chose_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
     kept = tmp_path / "home" / "artifact-store" / "internal-secret"
     kept.parent.mkdir(parents=True)
-    kept.write_text("chosen by others")
-    kept.chmod(0o644)
+    chosen = tmp_path / "chosen" if why == "it is a link" else kept
+    chosen.write_text("chosen by others")
+    chosen.chmod(0o644 if why == "others can read it" else 0o600)
+    if chosen != kept:
+        kept.symlink_to(chosen)
+    if why == "it is of another user":
+        user = os.geteuid()
+        monkeypatch.setattr(os, "geteuid", lambda: user + 1)
     settings = Settings(state_dir=tmp_path / "state")
     async with owner(settings) as (url, writer):
         async with HttpForwarder(PeerCredentials(local_secret=None)) as forwarder:
