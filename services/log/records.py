@@ -36,9 +36,6 @@ PartitionOf = Callable[[UUID], int]
 _SKIPPED_FRAMING = framing(LOG_SKIPPED)
 
 
-_FIRST_SIZE = 16 << 10
-"""The assumed size of a record in bytes before the first one has been read. A small first batch costs nothing."""
-
 _FEWEST_RECORDS = 10
 
 
@@ -48,7 +45,7 @@ class BatchSize:
     def __init__(self, max_bytes: int, max_records: int) -> None:
         self._bytes = max_bytes
         self._records = max_records
-        self._usual = _FIRST_SIZE
+        self._usual = max_bytes  # until one was read: a small first batch costs nothing
 
     def most(self, bytes_at_hand: int = 0) -> int:
         """The number, at least 10 if so many may be asked for; `bytes_at_hand` are in the batch already."""

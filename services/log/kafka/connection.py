@@ -108,6 +108,23 @@ MAX_RECORD_BYTES = 1_048_588
 TOPIC_MAX_MESSAGE_BYTES = 2 << 20
 """`max.message.bytes` of a topic that `migrate` makes: a batch of one largest record fits with its framing."""
 
+_PACKED = 256
+"""How many bytes of records one byte of a fetch may become: LZ4 packs 255 to 1, where a record repeats itself."""
+
+
+def bounded(queue_bytes: int) -> dict[str, int]:
+    """The settings of a consumer that holds about `queue_bytes` of records that nobody has taken yet.
+
+    The client unpacks all that a fetch brings before it looks at how full its queue is. So a fetch brings only as much
+    of each partition as fills the queue once; but at least one batch of records, however large (KIP-74).
+    """
+    return {
+        "queued.max.messages.kbytes": queue_bytes >> 10,
+        "fetch.message.max.bytes": queue_bytes // _PACKED,
+        "fetch.max.bytes": 4 << 20,
+    }
+
+
 READS_ADMINISTRATIVE = 2
 READS_PRINCIPALS = 3
 INTERFACE = "/v3"
@@ -238,10 +255,9 @@ class KafkaSettings:
             # A broker that keeps still is given up after so long, and its partitions' new leaders are looked for: by
             # default a minute. It has lost its session with the cluster after 9 s.
             "socket.timeout.ms": 10_000,
-            "fetch.message.max.bytes": 4 << 20,
-            # Bounds what one reader holds. A full queue is looked at again after the back-off, by default 1 s.
-            "queued.max.messages.kbytes": 16 << 10,
+            **bounded(16 << 20),
             "queued.min.messages": 20_000,
+            # A full queue is looked at again after so long, by default 1 s.
             "fetch.queue.backoff.ms": 20,
             "check.crcs": True,
             **(own or {}),

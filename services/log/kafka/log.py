@@ -17,9 +17,9 @@ from artifact_store.position import Position
 from services.config import Settings
 from services.log.kafka import topic
 from services.log.kafka.cluster import Cluster, Topic
-from services.log.kafka.connection import KafkaSettings
+from services.log.kafka.connection import KafkaSettings, bounded
 from services.log.kafka.subscription import KafkaSubscription
-from services.log.kafka.tail import ONE_OF_MANY, Reader, Watch
+from services.log.kafka.tail import Reader, Watch
 from services.log.kafka.topic import partition_of, record_key
 from services.log.port import Batch, PackageExtent, Settled, StartOffsets
 from services.log.records import BadRecord, BatchSize, Skips, is_administrative, read_record
@@ -28,6 +28,9 @@ _FIELDS = tuple(field.name for field in fields(Event))
 _BATCH_RECORDS = 500
 _BATCH_BYTES = 1 << 20
 """What a reader holds at a time, as records and as events. A gateway may have many readers whose clients are slow."""
+
+_BOUNDS = bounded(1 << 20)
+"""What the client of such a reader holds beside that."""
 
 _SCAN_BATCH = 2000
 _REMEMBERED = 10_000
@@ -328,7 +331,7 @@ class _Reading:
 
     def _take(self) -> list[RecordedEvent | BadRecord]:
         if self._reader is None:
-            self._reader = Reader(self._log.kafka, self._starts, self._log.cluster, ONE_OF_MANY)
+            self._reader = Reader(self._log.kafka, self._starts, self._log.cluster, _BOUNDS)
         began, events = time.monotonic(), list[RecordedEvent | BadRecord]()
         taken = self._reader.take(self._size.most(), _POLL_SECONDS if self._ends is None else 0.05)
         self._size.took(taken)

@@ -17,15 +17,19 @@ from services.log.kafka.connection import (
     PROJECTOR,
     KafkaSettings,
     OutsideError,
+    bounded,
     explaining,
     kafka_error,
     make_consumer,
 )
-from services.log.kafka.tail import ONE_OF_MANY, places, records, take_messages
+from services.log.kafka.tail import places, records, take_messages
 from services.log.port import Batch, Settled, StartOffsets
 from services.runtime.metrics import release
 
 logger = logging.getLogger(__name__)
+
+_BOUNDS = bounded(4 << 20)
+"""A process is a member of several groups."""
 
 _START_SECONDS = 30.0
 """How long the projection may take to say where an assignment begins, or to fold what it has read before one ends."""
@@ -96,9 +100,7 @@ class KafkaSubscription:
         return await self._loop.run_in_executor(self._thread, call)
 
     def _join(self) -> None:
-        self._consumer = make_consumer(
-            self._kafka.member(self._group, f"{PROJECTOR}{release()}{INTERFACE}", ONE_OF_MANY)
-        )
+        self._consumer = make_consumer(self._kafka.member(self._group, f"{PROJECTOR}{release()}{INTERFACE}", _BOUNDS))
         with explaining("joining the projection's group"):
             self._consumer.subscribe(
                 [self._kafka.topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost

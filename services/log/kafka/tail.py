@@ -22,13 +22,6 @@ from services.runtime import tracing
 
 _DOING = "reading the log"
 
-ONE_OF_MANY = {
-    "queued.max.messages.kbytes": 4 << 10,
-    "fetch.max.bytes": 4 << 20,
-    "fetch.message.max.bytes": 1 << 20,
-}
-"""Bounds what waits in a consumer more closely than for a lone reader: where a process has many of them."""
-
 
 class Reader:
     """A read_committed consumer of partitions that it is given; used by one thread at a time. Every method blocks."""
