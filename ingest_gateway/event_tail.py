@@ -1,8 +1,9 @@
 """The tail of the log, shared by all who follow it through one gateway: read, decoded and put into JSON once.
 
 A reader for every follower would cost threads, connections and descriptors that writes need. A follower has a reader of
-its own only while it catches up: on what came before it, or on what it missed because it was slow. Then it takes events
-from the shared tail. Clients that read to the log's end and stop share the same bounded number of readers.
+its own only while it catches up on events that the tail does not keep any more. All others it takes from the shared
+tail, so that it costs little to come back soon. Clients that read to the log's end and stop share the same bounded
+number of readers.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence, Set
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Self
 from uuid import UUID
 
@@ -165,13 +166,18 @@ class Tail:
         marked, untold, joined = clock(), False, False
         while True:
             async with self._seat(wanted, form) as seat:
-                # The seat has all events from this moment on; earlier ones are read up to the log's end.
-                while await self._behind(at):
+                kept = 0
+                # The seat has all events from this moment on; earlier ones are kept, or are read up to the log's end.
+                while await self._behind(at) and not (kept := seat.go_back(at.position)):
                     missed = self._missed(at, wanted, form, None, mark)
                     async with feed(missed, PATIENCE_SECONDS) as pieces:
                         while (piece := await pieces.take_within(quiet_seconds)) is not None:
                             yield piece
                 at.in_step = seat.is_abreast_of(at.position)
+                while seat.number < kept and (found := await seat.take(at)) is not None:
+                    untold = found.passed_over
+                    if found.data:
+                        yield found.data
                 if not joined:
                     joined = True
                     yield b""
@@ -319,6 +325,8 @@ class _Run:
         self._kept: deque[TailEvent] = deque()
         self._kept_bytes = 0
         self._first = 0  # the number of the oldest that is kept
+        self._kept_from: Position
+        """The position before the oldest that is kept."""
         self._begun = asyncio.Event()
         self.position: Position
         """The position after the last event that was read; there is one once reading has begun."""
@@ -367,6 +375,14 @@ class _Run:
         start = number - self._first
         return list(islice(self._kept, start, start + _AT_ONCE_EVENTS))
 
+    def first_after(self, position: Position) -> int | None:
+        """The number of the first event after this position of the log; None when some of those may not be kept."""
+        if not position.covers(self._kept_from):
+            return None
+        offsets = position.offsets
+        read = takewhile(lambda event: event.offset < offsets.get(event.partition, 0), self._kept)
+        return self._first + sum(1 for _ in read)
+
     async def shared(self, channel: _Channel, number: int) -> _Found | None:
         """What followers of a channel get that are in step and stand before this event; made once.
 
@@ -406,7 +422,7 @@ class _Run:
         self._pieces.clear()
 
     async def _read(self) -> None:
-        self.position = end = await self._log.end()
+        self.position = self._kept_from = end = await self._log.end()
         self._begun.set()
         before, count = end.offsets, 0
         async with aclosing(self._log.read(end, follow=True)) as events:
@@ -438,7 +454,9 @@ class _Run:
         self._kept.append(kept)
         self._kept_bytes += kept.size
         while self._kept_bytes > self._room_bytes and len(self._kept) > 1:
-            self._kept_bytes -= self._kept.popleft().size
+            dropped = self._kept.popleft()
+            self._kept_bytes -= dropped.size
+            self._kept_from = dropped.position
             self._first += 1
         self._wake()
 
@@ -549,6 +567,17 @@ class _Seat:
         self._alarm = None
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
+
+    def go_back(self, position: Position | None) -> int:
+        """Go back to the first event after this position, if all of those are kept. Returns the number after them.
+
+        Returns 0 when they are not all kept. The follower must not have taken anything yet.
+        """
+        number = None if position is None else self._run.first_after(position)
+        if number is None:
+            return 0
+        self.number = number
+        return self._run.end
 
     def is_abreast_of(self, position: Position | None) -> bool:
         """Whether no event of the tail waits for the follower, who has read up to there, and no further than it."""

@@ -169,6 +169,29 @@ async def test_who_stands_still_for_longer_than_the_tail_is_kept_loses_nothing(l
     await quick.leave()
 
 
+async def test_who_comes_back_soon_takes_what_it_missed_from_what_is_kept(
+    log: MemoryLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tail = Tail(log)
+    log.append(*EVENTS[:10])
+    staying, leaving = _Follower(tail), _Follower(tail)
+    for follower in (staying, leaving):
+        await follower.join()
+    log.append(*EVENTS[10:20])
+    while len(leaving.found) < 20:
+        await leaving.take()
+    await leaving.leave()
+    log.append(*EVENTS[20:])
+    while len(staying.found) < len(EVENTS):
+        await staying.take()
+    monkeypatch.setattr(log, "read", None)  # nothing more is read
+    for seen in range(10, 20):
+        back = _Follower(tail, leaving.found[seen].position)
+        await back.join()
+        assert sorted(_ids(back.found)) == sorted(_ids(EVENTS[20:]) + _ids(leaving.found[seen + 1 :]))
+        await back.leave()
+
+
 async def test_one_package_is_followed_alone(log: MemoryLog) -> None:
     tail, package = Tail(log), EVENTS[0].package_id
     wanted = [event for event in EVENTS if event.package_id == package]
