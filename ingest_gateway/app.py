@@ -193,7 +193,7 @@ class App:
                 return event_feed.call_back(call, error) or answer_of(error)
             _log.warning("%s was cut off: %s", call, error.detail)
         except Exception as error:
-            if isinstance(error, ConnectionError) and request.transport is None:
+            if isinstance(error, ConnectionError) and call.client_has_left:
                 call.cause = "the client went away"
                 raise  # there is nobody to answer
             # Unexpected, and this is the outermost frame: log it and answer.

@@ -295,9 +295,15 @@ class Call:
         with protocol.when_lost(leave) if isinstance(protocol, Connection) else nullcontext():
             yield
 
+    @property
+    def client_has_left(self) -> bool:
+        """Whether the client's connection is lost. For a moment it is so although there is a transport still."""
+        transport = self.request.transport
+        return transport is None or transport.is_closing()
+
     def require_client(self) -> None:
         """Raise ConnectionResetError once the client's connection is lost."""
-        if self.request.transport is None:
+        if self.client_has_left:
             raise ConnectionResetError("the client went away")
 
     def name_actor(self) -> None:

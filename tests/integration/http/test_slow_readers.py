@@ -12,6 +12,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from aiohttp import web
 
 from artifact_store.archives.tar import END, entry_header, padding
 from ingest_gateway.event_tail import TailEvent
@@ -181,6 +182,33 @@ async def test_a_download_whose_client_goes_away_lets_go_of_its_blob(
             assert (await reader.head())[0] == 200
             assert len(open_blobs(tmp_path / "blobs")) == 1
         await until(nothing_is_open, SECONDS, "a client that is gone kept a blob open")
+
+
+async def test_a_client_that_leaves_while_it_is_written_to_is_no_failure(
+    embedded_settings: Settings, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send, lost = Call.send, Connection.connection_lost
+
+    def lost_later(connection: Connection, error: BaseException | None) -> None:
+        asyncio.get_running_loop().call_later(0.2, lost, connection, error)
+
+    async def send_as_it_leaves(call: Call, response: web.StreamResponse, data: bytes) -> None:
+        assert call.request.transport is not None
+        call.request.transport.abort()
+        await send(call, response, data)
+
+    async def left() -> bool:
+        return "because the client went away" in caplog.text
+
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(Call, "send", send_as_it_leaves)
+    monkeypatch.setattr(Connection, "connection_lost", lost_later)  # as late as the event loop may tell of it
+    async with running_gateway(embedded_settings) as gateway, connected(gateway.port) as reader:
+        reader.send("GET /v1/events?follow=true&since=now")
+        assert (await reader.head())[0] == 200
+        await gateway.parts.registry.create_package("n", "p", "s", "scratch")
+        await until(left, SECONDS, f"what is logged is {caplog.text}")
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 async def test_what_waited_for_clients_goes_with_their_connections(embedded_settings: Settings) -> None:
