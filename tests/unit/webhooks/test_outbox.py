@@ -166,3 +166,15 @@ async def test_a_package_whose_receiver_said_when_to_come_back_is_not_tried_befo
         assert outbox.unpark(back, receiver.held[back].offset)
         await receiver.until(lambda: receiver.came[3:] == [(back, 1), (other, 1)])
     assert set(receiver.held) == {asked}
+
+
+async def test_resuming_has_everything_sent_to_a_receiver_that_was_gone() -> None:
+    receiver = Receiver()
+    gone = receiver.refuse(410)
+    async with receiver.served(LATER) as outbox:
+        await receiver.offer(outbox)
+        await receiver.until(lambda: receiver.came == [(gone, 1)])
+        receiver.answers.clear()
+        outbox.change(replace(receiver.subscription, resumes=1))
+        await receiver.until(lambda: receiver.came == [(gone, 1)] * 2)
+    assert receiver.held == {}
