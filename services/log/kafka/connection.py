@@ -108,19 +108,17 @@ MAX_RECORD_BYTES = 1_048_588
 TOPIC_MAX_MESSAGE_BYTES = 2 << 20
 """`max.message.bytes` of a topic that `migrate` makes: a batch of one largest record fits with its framing."""
 
-_PACKED = 256
-"""How many bytes of records one byte of a fetch may become: LZ4 packs 255 to 1, where a record repeats itself."""
 
-
-def bounded(queue_bytes: int) -> dict[str, int]:
+def bounded(queue_bytes: int, fetch_bytes: int) -> dict[str, int]:
     """The settings of a consumer that holds about `queue_bytes` of records that nobody has taken yet.
 
-    The client unpacks all that a fetch brings before it looks at how full its queue is. So a fetch brings only as much
-    of each partition as fills the queue once; but at least one batch of records, however large (KIP-74).
+    A fetch brings `fetch_bytes` of each partition as they are packed, or one batch of records that is larger (KIP-74).
+    The client unpacks all of it before it looks at how full its queue is: up to 255 times as much, where LZ4 has packed
+    records that repeat themselves.
     """
     return {
         "queued.max.messages.kbytes": queue_bytes >> 10,
-        "fetch.message.max.bytes": queue_bytes // _PACKED,
+        "fetch.message.max.bytes": fetch_bytes,
         "fetch.max.bytes": 4 << 20,
     }
 
@@ -255,7 +253,7 @@ class KafkaSettings:
             # A broker that keeps still is given up after so long, and its partitions' new leaders are looked for: by
             # default a minute. It has lost its session with the cluster after 9 s.
             "socket.timeout.ms": 10_000,
-            **bounded(16 << 20),
+            **bounded(16 << 20, 256 << 10),
             "queued.min.messages": 20_000,
             # A full queue is looked at again after so long, by default 1 s.
             "fetch.queue.backoff.ms": 20,

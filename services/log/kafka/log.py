@@ -29,8 +29,8 @@ _BATCH_RECORDS = 500
 _BATCH_BYTES = 1 << 20
 """What a reader holds at a time, as records and as events. A gateway may have many readers whose clients are slow."""
 
-_BOUNDS = bounded(1 << 20)
-"""What the client of such a reader holds beside that."""
+_BOUNDS = bounded(1 << 20, 4 << 10)
+"""What the client of such a reader holds beside that, however well its records are packed."""
 
 _SCAN_BATCH = 2000
 _REMEMBERED = 10_000

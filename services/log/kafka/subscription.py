@@ -28,7 +28,7 @@ from services.runtime.metrics import release
 
 logger = logging.getLogger(__name__)
 
-_BOUNDS = bounded(4 << 20)
+_BOUNDS = bounded(4 << 20, 64 << 10)
 """A process is a member of several groups."""
 
 _START_SECONDS = 30.0
