@@ -343,7 +343,7 @@ class Registry(ABC):
         """Events that `where` takes, from `since` up to the log's end at the time of the call; with `follow`, on.
 
         `package_id` asks for one package, as the same field of `where` does. Order `log` is that of the log: in order
-        per package, otherwise partition by partition. Order `time` is by `created_at`, and excludes `follow`.
+        per package, otherwise as partitions are read. Order `time` is by `created_at`, and excludes `follow`.
 
         Raises (on iteration) InvalidRequestError, InvalidPositionError, LogIdentityError, UnavailableError.
         """

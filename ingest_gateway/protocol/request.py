@@ -888,7 +888,7 @@ ORDER = Parameter(
     "query",
     _one_of("order", ("log", "time")),
     "`time`: all events by `created_at`, which takes the gateway longer. `log`: in order per package, and otherwise as "
-    "they are found, partition by partition. Without `follow`",
+    "they are found. Without `follow`",
     {"type": "string", "enum": ["log", "time"], "default": "log"},
 )
 MANIFESTS = _flag(

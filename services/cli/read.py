@@ -173,7 +173,7 @@ async def _manifest(text: str, form: str) -> None:
     "--order",
     type=click.Choice(["log", "time"]),
     default="log",
-    help="Partition by partition as the log has them (default), or by the time of the event.",
+    help="As the partitions of the log are read (default), or by the time of the event.",
 )
 @click.option("--follow", "-f", is_flag=True, help="Wait for more, until interrupted.")
 @common_options(shown=("url",))
