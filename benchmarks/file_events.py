@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from random import Random
 from uuid import UUID
 
-from confluent_kafka import Producer
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from artifact_store.events import FILE_INGESTED, PACKAGE_CREATED, Event, FileIngested, PackageCreated, StorageReceipt
 from artifact_store.manifest import content_key
@@ -31,7 +31,7 @@ RUN = 10
 
 _CREATED = PackageCreated("run", "lab/spectrometer-3", "sample", "raw-evidence", 3650, "{}")
 _ACTOR = "pipeline@lab.example"
-_START = 1_900_000_000_000_000
+_START = 1_700_000_000_000_000
 _QUEUE = 100_000
 
 
@@ -132,7 +132,12 @@ async def filled_topic(settings: Settings, amount: Amount) -> AsyncIterator[Sett
 
 
 def _send(kafka: KafkaSettings, amount: Amount) -> None:
-    """By one idempotent producer, without transactions. Blocks."""
+    """By one idempotent producer, without transactions. Blocks. Raises KafkaException: a record is refused."""
+
+    def told(error: KafkaError | None, _: Message) -> None:
+        if error is not None:
+            raise KafkaException(error)
+
     config = kafka.producer(0)
     del config["transactional.id"], config["transaction.timeout.ms"]
     producer = Producer(config)
@@ -141,7 +146,8 @@ def _send(kafka: KafkaSettings, amount: Amount) -> None:
         given = headers(event, UUID(int=1), _CREATED)
         partition = partition_of(package, kafka.partitions)
         millis = event.created_at // 1000
-        producer.produce(kafka.topic, encode(event), record_key(package), partition, timestamp=millis, headers=given)
+        place = (kafka.topic, encode(event), record_key(package), partition)
+        producer.produce(*place, on_delivery=told, timestamp=millis, headers=given)
         if sent % 1000 == 0:
             producer.poll(0)
             if len(producer) > _QUEUE:
