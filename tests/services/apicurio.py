@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import urllib.request
 from typing import ClassVar
 
 from tests.services.install import apicurio_folder, java
-from tests.services.process import Server
+from tests.services.process import Server, is_ok
 
 _OLDEST_JAVA = 21
 
@@ -30,8 +29,4 @@ class ApicurioServer(Server):
         return [java(_OLDEST_JAVA), *memory, *listen, "-jar", str(apicurio_folder() / "quarkus-run.jar")]
 
     def answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.endpoint}/subjects", timeout=1) as answer:  # noqa: S310 - our own
-                return int(answer.status) == 200
-        except OSError:
-            return False
+        return is_ok(f"{self.endpoint}/subjects")

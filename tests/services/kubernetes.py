@@ -10,8 +10,6 @@ import json
 import os
 import ssl
 import subprocess
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,7 +26,7 @@ from tests.services.install import (
     go_program,
     kubernetes_binaries,
 )
-from tests.services.process import Server, free_ports
+from tests.services.process import Server, free_ports, is_ok
 
 _KWOK = "sigs.k8s.io/kwok"
 _STAGES = (
@@ -65,11 +63,7 @@ class _Part(Server):
 
     def answers(self) -> bool:
         context = ssl._create_unverified_context() if self._health.startswith("https") else None  # noqa: S323 - loopback
-        try:
-            with urllib.request.urlopen(self._health, timeout=1, context=context) as answer:  # noqa: S310  loopback
-                return int(answer.status) == 200
-        except (urllib.error.URLError, OSError):
-            return False
+        return is_ok(self._health, context=context)
 
 
 class Cluster:

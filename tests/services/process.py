@@ -11,8 +11,10 @@ import random
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import time
+import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -75,6 +77,15 @@ def wait_until(condition: Callable[[], bool], seconds: float, otherwise: str) ->
     """Wait for a condition. Blocks; raises ServiceError with the text `otherwise` when it does not come in time."""
     if not becomes_true(condition, seconds):
         raise ServiceError(f"{otherwise} (waited {seconds:.0f} s)")
+
+
+def is_ok(url: str, *, seconds: float = 1, context: ssl.SSLContext | None = None) -> bool:
+    """Whether GET of the URL is answered with 200, within so many seconds. Blocks."""
+    try:
+        with urllib.request.urlopen(url, timeout=seconds, context=context) as answer:  # noqa: S310 - of a server of ours
+            return int(answer.status) == 200
+    except OSError:
+        return False
 
 
 @dataclass(frozen=True)

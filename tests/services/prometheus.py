@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from tests.services.install import prometheus_binary
-from tests.services.process import Server
+from tests.services.process import Server, is_ok
 
 RULES = Path(__file__).resolve().parents[2] / "helm" / "artifact-store" / "files" / "alerts.yaml"
 
@@ -62,11 +62,7 @@ class PrometheusServer(Server):
         return {}
 
     def answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"http://{self.endpoint}/-/ready", timeout=2) as answer:
-                return int(answer.status) == 200
-        except OSError:
-            return False
+        return is_ok(f"http://{self.endpoint}/-/ready", seconds=2)
 
     def query(self, expression: str) -> list[dict[str, Any]]:
         """The series that the expression gives now. Raises AssertionError when Prometheus refuses it. Blocks."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import secrets
-import urllib.request
 from pathlib import Path
 from typing import ClassVar
 
-from tests.services.process import Server
+from tests.services.process import Server, is_ok
 
 REGION = "us-east-1"
 
@@ -35,8 +34,4 @@ class S3Server(Server):
         (self.folder / "data").mkdir(exist_ok=True)
 
     def answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"http://{self.endpoint}{self.health}", timeout=1) as answer:
-                return bool(answer.status == 200)
-        except OSError:  # a URLError is one
-            return False
+        return is_ok(f"http://{self.endpoint}{self.health}")
