@@ -42,7 +42,6 @@ def export(file: Path, packages: Sequence[str], *, blobs: bool) -> None:
     Each package's chain of events is proved on the way. Gateways may run meanwhile. An export that was interrupted
     leaves no FILE and begins again; what it had written is in FILE.part.
     """
-
     found = run(_export(file, [package_id(package) for package in packages], blobs=blobs))
     answer({"file": str(file), "bytes": file.stat().st_size, **found})
 

@@ -166,7 +166,6 @@ def _shown(mark: Mark) -> dict[str, Any]:
 
 
 def _known(projection: str | None) -> str | None:
-
     return None if projection is None else known_projection(projection).name
 
 

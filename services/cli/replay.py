@@ -60,7 +60,6 @@ def replay(
     place when it is nowhere behind. An interrupted replay goes on where it was. Exit code 1 if --verify finds a
     difference; both are kept then.
     """
-
     known = known_projection(projection)
     if options["even_if_different"] and not options["compare"]:
         raise click.UsageError("--even-if-different says what to do after --verify")
@@ -146,7 +145,6 @@ def _duration(seconds: float) -> str:
 @common_options(shown=("views_url",))
 def digest(projection: str) -> None:
     """The canonical digest of a view: equal for equal content, on every database."""
-
     answer(run(_digest(known_projection(projection))))
 
 

@@ -183,7 +183,6 @@ async def _in_processes(settings: Settings, command: str, processes: int) -> int
 @common_options(shown=("log_url", "views_url", "metrics_listen"))
 def projector(names: tuple[str, ...], *, processes: int, until_input_ends: bool, **options: Any) -> None:
     """Run the projections of these names (all without one), until SIGTERM or SIGINT."""
-
     for name in names:
         known_projection(name)
     settings = invocation().settings()
