@@ -10,7 +10,8 @@ RUN := $(VENV)/.run-installed
 DEV := $(VENV)/.dev-installed
 INSTALL := $(PYTHON) -m pip install --quiet --disable-pip-version-check
 SERVICES := $(PYTHON) -m tests.services
-START := $(if $(DURABLE),--durable)
+ON_STORE := $(if $(STORE),--store "$(STORE)")
+START := $(if $(DURABLE),--durable) $(ON_STORE)
 COMPILE := $(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 
 .PHONY: help
@@ -46,8 +47,8 @@ torture: $(DEV) ## Random faults under load, then the oracle; DURATION=seconds (
 	@$(PYTHON) -m tests.faults.torture $(if $(DURATION),--duration $(DURATION)) $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only "$(ONLY)")
 
 .PHONY: bench
-bench: $(DEV) ## The benchmarks, each against its baseline in one run; ONLY=NAME for one (docs/benchmarks.md)
-	@$(SERVICES) run --durable -- $(PYTHON) -m benchmarks $(ONLY)
+bench: $(DEV) ## The benchmarks, each against its baseline in one run; ONLY=NAME for one, STORE=minio|seaweedfs (docs/benchmarks.md)
+	@$(SERVICES) run --durable $(ON_STORE) -- $(PYTHON) -m benchmarks $(ONLY)
 
 .PHONY: lint
 lint: $(DEV) ## Ruff and mypy --strict on everything
@@ -64,7 +65,7 @@ image: $(DEV) ## The container image, built and tried, its bill of materials in 
 	@$(PYTHON) -m tests.image $(if $(TAG),--tag "$(TAG)")
 
 .PHONY: services
-services: $(DEV) ## Start Kafka, MinIO and PostgreSQL on free ports; DURABLE=1 for a PostgreSQL that syncs to disk
+services: $(DEV) ## Start Kafka, the store and PostgreSQL on free ports; STORE=minio|seaweedfs, DURABLE=1 to sync PostgreSQL to disk
 	@$(SERVICES) start $(START)
 
 .PHONY: services-stop

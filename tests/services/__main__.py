@@ -23,14 +23,14 @@ def main(arguments: list[str]) -> int:
             case "install":
                 java(), kafka_jars(), minio_binary(), postgres_binaries(), seaweed_binary()
             case "start":
-                shared.start(durable=options.durable)
+                shared.start(durable=options.durable, store=options.store)
                 _show()
             case "stop":
                 shared.stop()
             case "status":
                 return 0 if _show() else 1
             case "run":
-                return _run(options.command, durable=options.durable)
+                return _run(options.command, durable=options.durable, store=options.store)
     except ServiceError as error:
         print(f"services: {error}", file=sys.stderr)  # noqa: T201  the command's output
         return 1
@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("command", nargs="+", metavar="COMMAND", help="after --")
     for parser_with_choice in (start, run):
         parser_with_choice.add_argument("--durable", action="store_true", help="PostgreSQL forces its writes to disk")
+        parser_with_choice.add_argument("--store", choices=shared.STORES, help="the object store of a new set (minio)")
     return parser
 
 
@@ -63,9 +64,9 @@ def _show() -> bool:
     return all(endpoints.values())
 
 
-def _run(command: list[str], *, durable: bool) -> int:
+def _run(command: list[str], *, durable: bool, store: shared.Store | None) -> int:
     """Leaves alone what ran before. An interrupt or SIGTERM goes to the command, once, and it decides when it ends."""
-    fresh = shared.start(durable=durable)
+    fresh = shared.start(durable=durable, store=store)
     try:
         # In a process group of its own: a terminal's Ctrl-C would reach it a second time otherwise.
         with subprocess.Popen(command, process_group=0) as child:

@@ -47,19 +47,23 @@ def down(state: dict[str, Any]) -> None:
 def status(state: dict[str, Any]) -> dict[str, str | None]:
     """Endpoint by service; None for one that does not run."""
     running = _compose(state, "ps", "--services", "--status", "running").split()
-    names = ("kafka", "minio", "postgres")
-    return {name: f"127.0.0.1:{state[name]['port']}" if name in running else None for name in names}
+    return {
+        name: f"127.0.0.1:{state[name]['port']}" if name in running else None
+        for name in ("kafka", state["store"], "postgres")
+    }
 
 
 def environment(state: dict[str, Any]) -> dict[str, str]:
-    """The variables that compose.yaml leaves open."""
+    """The variables that compose.yaml leaves open, and the profile of the store that is to run."""
+    store = state[state["store"]]
     return {
+        "COMPOSE_PROFILES": state["store"],
         "KAFKA_PORT": str(state["kafka"]["port"]),
         "KAFKA_MEMBERS_AWAITED_MS": str(MEMBERS_AWAITED_MS if state["postgres"]["durable"] else 0),
-        "MINIO_PORT": str(state["minio"]["port"]),
+        "S3_PORT": str(store["port"]),
         "POSTGRES_PORT": str(state["postgres"]["port"]),
-        "S3_ACCESS_KEY": state["minio"]["access_key"],
-        "S3_SECRET_KEY": state["minio"]["secret_key"],
+        "S3_ACCESS_KEY": store["access_key"],
+        "S3_SECRET_KEY": store["secret_key"],
         "POSTGRES_PASSWORD": state["postgres"]["password"],
         "POSTGRES_DURABLE": "on" if state["postgres"]["durable"] else "off",
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.services.install import seaweed_binary
@@ -11,6 +12,9 @@ from tests.services.s3 import S3Server
 _ROLES = ("master", "filer", "volume", "admin")
 """Each listens on a port for HTTP and one for gRPC, as the S3 gateway does."""
 
+INNER_PORTS = 2 * len(_ROLES) + 1
+"""How many ports it listens on beside that of S3."""
+
 
 class SeaweedServer(S3Server):
     """One SeaweedFS, all of its parts in one process."""
@@ -18,10 +22,18 @@ class SeaweedServer(S3Server):
     name = "seaweedfs"
     health = "/healthz"
 
-    def __init__(self, folder: Path, port: int | None = None) -> None:
-        """Keys are drawn at random. See Server for the rest."""
-        super().__init__(folder, port)
-        self._ports = free_ports(2 * len(_ROLES) + 1)
+    def __init__(
+        self,
+        folder: Path,
+        port: int | None = None,
+        access_key: str | None = None,
+        secret_key: str | None = None,
+        *,
+        inner_ports: Sequence[int] | None = None,
+    ) -> None:
+        """Without `inner_ports`, as many as `INNER_PORTS`: free ones. See S3Server for the rest."""
+        super().__init__(folder, port, access_key, secret_key)
+        self._ports = list(inner_ports or free_ports(INNER_PORTS))
 
     def command(self) -> list[str]:
         s3_grpc, *others = self._ports

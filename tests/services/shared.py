@@ -15,14 +15,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from tests.services import docker
 from tests.services.kafka import MEMBERS_AWAITED, MEMBERS_AWAITED_MS, KafkaBroker
 from tests.services.minio import MinioServer
 from tests.services.postgres import PostgresServer
-from tests.services.process import Identity, Server, free_ports, wait_until
-from tests.services.s3 import REGION
+from tests.services.process import Identity, Server, ServiceError, free_ports, wait_until
+from tests.services.s3 import REGION, S3Server
+from tests.services.seaweed import INNER_PORTS, SeaweedServer
 
 ROOT = Path(__file__).resolve().parents[2]
 VAR = ROOT / "var"
@@ -30,17 +31,24 @@ FOLDER = VAR / "services"
 ENVIRONMENT_FILE = VAR / "services.env"
 _STATE_FILE = FOLDER / "state.json"
 
+Store = Literal["minio", "seaweedfs"]
+STORES: tuple[Store, ...] = get_args(Store)
+"""The object stores to choose from; the first runs unless told otherwise."""
 
-def start(*, durable: bool = False) -> bool:
+
+def start(*, durable: bool = False, store: Store | None = None) -> bool:
     """Bring up what does not run and write `var/services.env`; blocks until all of it answers.
 
-    Returns whether anything had to be started. Raises ServiceError when a service cannot be had.
+    Without `store`, the one that the set has, or MinIO for a new set. Returns whether anything had to be started.
+    Raises ServiceError when a service cannot be had, or the set has another store than `store`.
     """
     with _alone():
         state = _read_state()
         if state is None:
-            state = _draw(durable=durable)
+            state = _draw(durable=durable, store=store or STORES[0])
             _write_state(state)
+        elif store not in (None, state["store"]):
+            raise ServiceError(f"the store of this set is {state['store']}: end it first (`make services-stop`)")
         try:
             fresh = _up_in_docker(state) if state["engine"] == "docker" else _up(state)
         finally:
@@ -69,7 +77,7 @@ def status() -> dict[str, str | None]:
     """Endpoint by service; None for one that does not run."""
     state = _read_state()
     if state is None:
-        return {"kafka": None, "minio": None, "postgres": None}
+        return {"kafka": None, STORES[0]: None, "postgres": None}
     if state["engine"] == "docker":
         return docker.status(state)
     return {server.name: server.endpoint if server.running else None for server in _servers(state)}
@@ -96,26 +104,27 @@ def _up_in_docker(state: dict[str, Any]) -> bool:
     return fresh
 
 
-def _draw(*, durable: bool) -> dict[str, Any]:
+def _draw(*, durable: bool, store: Store) -> dict[str, Any]:
     """Ports and keys of a new set."""
-    kafka, controller, minio, postgres = free_ports(4)
-    keys = MinioServer(FOLDER / "minio", minio)
+    kafka, controller, s3, postgres, *inner = free_ports(4 + INNER_PORTS)
+    keys = MinioServer(FOLDER / store, s3)
     password = PostgresServer(FOLDER / "postgres", postgres).password
     return {
         "engine": "docker" if docker.available() else "processes",
         "kafka": {"port": kafka, "controller_port": controller},
-        "minio": {"port": minio, "access_key": keys.access_key, "secret_key": keys.secret_key},
+        "store": store,
+        store: {"port": s3, "access_key": keys.access_key, "secret_key": keys.secret_key, "inner_ports": inner},
         "postgres": {"port": postgres, "password": password, "durable": durable},
     }
 
 
 def _servers(state: dict[str, Any]) -> list[Server]:
-    kafka, minio, postgres = state["kafka"], state["minio"], state["postgres"]
+    kafka, postgres = state["kafka"], state["postgres"]
     home = Path(postgres["home"]) if "home" in postgres else None
     waiting = {MEMBERS_AWAITED: MEMBERS_AWAITED_MS} if postgres["durable"] else None
     servers: list[Server] = [
         KafkaBroker(FOLDER / "kafka", kafka["port"], kafka["controller_port"], options=waiting),
-        MinioServer(FOLDER / "minio", minio["port"], minio["access_key"], minio["secret_key"]),
+        _store(state),
         PostgresServer(FOLDER / "postgres", postgres["port"], postgres["password"], home, durable=postgres["durable"]),
     ]
     for server in servers:
@@ -124,17 +133,23 @@ def _servers(state: dict[str, Any]) -> list[Server]:
     return servers
 
 
+def _store(state: dict[str, Any]) -> S3Server:
+    name, kept = state["store"], state[state["store"]]
+    place = (FOLDER / name, kept["port"], kept["access_key"], kept["secret_key"])
+    return MinioServer(*place) if name == "minio" else SeaweedServer(*place, inner_ports=kept["inner_ports"])
+
+
 def _environment(state: dict[str, Any]) -> dict[str, str]:
-    kafka, minio, postgres = state["kafka"], state["minio"], state["postgres"]
+    kafka, store, postgres = state["kafka"], state[state["store"]], state["postgres"]
     views = PostgresServer(FOLDER / "postgres", postgres["port"], postgres["password"]).url()
     values = {
         "LOG_URL": f"kafka://127.0.0.1:{kafka['port']}/artifacts",
         "KAFKA_PARTITIONS": "6",
         "KAFKA_REPLICATION_FACTOR": "1",
         "KAFKA_MIN_INSYNC_REPLICAS": "1",
-        "BLOBS_URL": f"s3+http://127.0.0.1:{minio['port']}/artifacts",
-        "S3_ACCESS_KEY": minio["access_key"],
-        "S3_SECRET_KEY": minio["secret_key"],
+        "BLOBS_URL": f"s3+http://127.0.0.1:{store['port']}/artifacts",
+        "S3_ACCESS_KEY": store["access_key"],
+        "S3_SECRET_KEY": store["secret_key"],
         "S3_REGION": REGION,
         "VIEWS_URL": views,
         "STATE_DIR": str(VAR / "state"),
