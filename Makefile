@@ -23,8 +23,8 @@ demo: $(RUN) ## The main job on the embedded default, from nothing, with real fi
 	@$(PYTHON) -m tests.demo
 
 .PHONY: test
-test: lint chart ## Everything against embedded and real adapters; brings the services up and takes them down
-	@$(SERVICES) run -- $(PYTHON) -m pytest -n 3 --dist loadfile -m "not endurance" --ignore=tests/chart --durations=30
+test: lint chart ## Everything against embedded and real adapters; starts and stops the services; STORE=minio|seaweedfs
+	@$(SERVICES) run $(ON_STORE) -- $(PYTHON) -m pytest -n 3 --dist loadfile -m "not endurance" --ignore=tests/chart --durations=30
 
 .PHONY: test-fast
 test-fast: lint ## Lint, types and the quick tests of parts that need no service

@@ -10,7 +10,7 @@ from benchmarks import append, append_latency, catch_up, fan_out, rebuild, singl
 from benchmarks.harness import measure
 from benchmarks.result import table
 from services.config import PREFIX, Settings
-from tests.services.shared import VAR, read_environment
+from tests.services.shared import VAR, read_environment, running_store
 
 _ALL = (
     trees.PULL,  # before and long after those that leave many small files to be removed: see `benchmarks.trees`
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
     settings = Settings(**{name.removeprefix(PREFIX).lower(): value for name, value in found.items()})
     results = []
     for name in names:
-        result = asyncio.run(measure(PLANS[name], settings, _note))
+        result = asyncio.run(measure(PLANS[name], settings, _note, running_store()))
         result.write(VAR / "bench")
         results.append(result)
     print(table(results))

@@ -106,4 +106,4 @@ def _forget_group(kafka: KafkaSettings) -> None:
         deleted.result(30)
 
 
-PLAN = plan("catch-up", 0.6, CatchUp)
+PLAN = plan("catch-up", 0.8, CatchUp)

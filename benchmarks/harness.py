@@ -10,13 +10,14 @@ import os
 import platform
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
 from benchmarks.result import Result, Run
 from services.config import Settings
+from tests.services.shared import STORES, Store
 
 _LIBRARIES = ("aiohttp", "asyncpg", "blake3", "cbor2", "confluent-kafka", "fastavro")
 
@@ -36,7 +37,10 @@ class Benchmark(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One benchmark of `python -m benchmarks`. `target` is the ratio to reach, at most when `lower_is_better`."""
+    """One benchmark of `python -m benchmarks`. `target` is the ratio to reach, at most when `lower_is_better`.
+
+    `targets` has another one for stores on which the baseline is another.
+    """
 
     name: str
     unit: str
@@ -44,10 +48,11 @@ class Plan:
     opened: Callable[[Settings], AbstractAsyncContextManager[Benchmark]]
     lower_is_better: bool = False
     rounds: int = 5
+    targets: Mapping[Store, float] = field(default_factory=dict)
 
 
-async def measure(plan: Plan, settings: Settings, note: Callable[[str], None]) -> Result:
-    """Run the benchmark: both ways once uncounted, then by turns, each first as often as second.
+async def measure(plan: Plan, settings: Settings, note: Callable[[str], None], store: Store = STORES[0]) -> Result:
+    """Run the benchmark on this store: both ways once uncounted, then by turns, each first as often as second.
 
     `note` is told of every run as it ends.
     """
@@ -59,9 +64,9 @@ async def measure(plan: Plan, settings: Settings, note: Callable[[str], None]) -
             run = await _round(benchmark, ours_first=number % 2 == 0)
             note(f"{plan.name} {number + 1}/{plan.rounds}: {run.ours:,.2f} to {run.baseline:,.2f} {plan.unit}")
             runs.append(run)
-        return Result(
-            plan.name, plan.unit, plan.target, plan.lower_is_better, runs, environment, dict(benchmark.details())
-        )
+        target = plan.targets.get(store, plan.target)
+        found = dict(benchmark.details())
+        return Result(plan.name, plan.unit, target, plan.lower_is_better, runs, environment, found, store)
 
 
 async def _round(benchmark: Benchmark, *, ours_first: bool) -> Run:

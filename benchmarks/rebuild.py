@@ -54,4 +54,4 @@ class _Watch:
         return {name: round(end - begin, 2) for (name, begin), (_, end) in pairwise(self._phases.items())}
 
 
-PLAN = plan("rebuild", 0.9, Rebuild)
+PLAN = plan("rebuild", 1.1, Rebuild)

@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from tests.services.shared import STORES, Store
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -29,6 +31,7 @@ class Result:
     runs: Sequence[Run]
     environment: Mapping[str, Any]
     details: Mapping[str, Any] = field(default_factory=dict)
+    store: Store = STORES[0]
 
     @property
     def ours(self) -> float:
@@ -51,18 +54,27 @@ class Result:
         return self.ratio <= self.target if self.lower_is_better else self.ratio >= self.target
 
     def write(self, folder: Path) -> Path:
-        """Write `NAME.json` into the folder, which is made when it is missing."""
+        """Write `NAME.json`, or `NAME-STORE.json` on another store than the usual one; makes the folder if need be."""
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.name}.json"
+        path = folder / ("-".join([self.name, *self._other_store]) + ".json")
         found = {**asdict(self), "ours": self.ours, "baseline": self.baseline, "ratio": self.ratio}
         path.write_text(json.dumps({**found, "reached": self.reached}, indent=1) + "\n", encoding="utf-8")
         return path
+
+    @property
+    def label(self) -> str:
+        """The name for readers."""
+        return " on ".join([self.name, *self._other_store])
+
+    @property
+    def _other_store(self) -> list[str]:
+        return [] if self.store == STORES[0] else [self.store]
 
 
 def table(results: Sequence[Result]) -> str:
     """The results as a Markdown table."""
     rows = [
-        f"| {r.name} | {_figure(r.ours)} | {_figure(r.baseline)} | {r.unit} | **{r.ratio:.2f}** | "
+        f"| {r.label} | {_figure(r.ours)} | {_figure(r.baseline)} | {r.unit} | **{r.ratio:.2f}** | "
         f"{_spread(r)} | {'≤' if r.lower_is_better else '≥'} {r.target:g} | {'yes' if r.reached else 'no'} |"
         for r in results
     ]

@@ -248,6 +248,6 @@ async def _opened_with_tokens(settings: Settings) -> AsyncIterator[TokenPuts]:
                 yield TokenPuts(SinglePuts(stage, token_file), SinglePuts(open_stage))
 
 
-PLAN = Plan("ingest-single", "files/s", 2.0, _opened)
+PLAN = Plan("ingest-single", "files/s", 2.0, _opened, targets={"seaweedfs": 1.0})
 WITH_TOKENS = Plan("ingest-single-tokens", "files/s", 0.9, _opened_with_tokens)
 ALONE = Plan("ingest-one", "ms p50", 1.3, _opened_alone, lower_is_better=True)

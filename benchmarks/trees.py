@@ -6,7 +6,7 @@ With `ingest-large-direct` their bytes go straight to the store, and the gateway
 Ours is the command line as users run it, the start of Python and all of its hashing, recording and finalizing
 included, against one gateway in a process of its own. Ingest needs no view: while files go in, no projector runs, as
 `catch-up` measures those; a tree comes out once its view is there. The baseline is the best of three programs that
-merely copy the same files into the same MinIO and back (`benchmarks.copiers`). Files are on disk at both ends; every
+merely copy the same files into the same store and back (`benchmarks.copiers`). Files are on disk at both ends; every
 push is of bytes that the store has never seen.
 
 Small files and their objects are removed at the end of all rounds: where many were removed a moment ago, a file system
@@ -192,16 +192,24 @@ def _children_cpu() -> float:
     return times.children_user + times.children_system
 
 
-def _plan(name: str, target: float, load: Load, way: type[Ingest] | type[Pull], *, direct: bool = False) -> Plan:
+def _plan(
+    name: str,
+    target: float,
+    load: Load,
+    way: type[Ingest] | type[Pull],
+    *,
+    direct: bool = False,
+    on_seaweedfs: float | None = None,
+) -> Plan:
     @asynccontextmanager
     async def opened(settings: Settings) -> AsyncIterator[Ingest | Pull]:
         async with gateway_stage(settings, projectors=way is Pull, direct=direct) as stage:
             yield await asyncio.to_thread(way, stage, load, copiers(stage.bucket, print))
 
-    return Plan(name, load.unit, target, opened)
+    return Plan(name, load.unit, target, opened, targets={"seaweedfs": on_seaweedfs or target})
 
 
-INGEST = _plan("ingest-tree", 5.0, TREE, Ingest)
-PULL = _plan("pull-tree", 2.0, TREE, Pull)
-INGEST_LARGE = _plan("ingest-large", 0.5, LARGE, Ingest)
+INGEST = _plan("ingest-tree", 10.0, TREE, Ingest, on_seaweedfs=2.5)
+PULL = _plan("pull-tree", 5.0, TREE, Pull, on_seaweedfs=2.0)
+INGEST_LARGE = _plan("ingest-large", 0.8, LARGE, Ingest)
 INGEST_LARGE_DIRECT = _plan("ingest-large-direct", 1.0, LARGE, Ingest, direct=True)

@@ -157,6 +157,12 @@ def _environment(state: dict[str, Any]) -> dict[str, str]:
     return {f"ARTIFACT_STORE_{name}": value for name, value in values.items()}
 
 
+def running_store() -> Store:
+    """The object store of the set that was started last."""
+    found: Store = (_read_state() or {"store": STORES[0]})["store"]
+    return found
+
+
 def read_environment() -> dict[str, str]:
     """What `var/services.env` says; empty without it."""
     if not ENVIRONMENT_FILE.exists():

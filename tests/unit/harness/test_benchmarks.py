@@ -86,6 +86,24 @@ def test_a_target_is_reached_from_its_own_side(lower_is_better: bool, reached: b
     assert result.reached is reached
 
 
+def test_a_result_on_another_store_lies_beside_that_on_the_usual_one(tmp_path: Path) -> None:
+    usual = Result("name", "ms", 0.5, False, [Run(1.0, 4.0)], {})
+    other = Result("name", "ms", 0.5, False, [Run(1.0, 4.0)], {}, store="seaweedfs")
+    assert [result.write(tmp_path).name for result in (usual, other)] == ["name.json", "name-seaweedfs.json"]
+    assert "| name on seaweedfs |" in table([other])
+
+
+@pytest.mark.slow
+async def test_a_store_may_have_a_target_of_its_own() -> None:
+    @asynccontextmanager
+    async def opened(_: Settings) -> AsyncIterator[Scripted]:
+        yield Scripted()
+
+    plan = Plan("scripted", "ms", 0.5, opened, rounds=1, targets={"seaweedfs": 0.25})
+    assert (await measure(plan, Settings(), print)).target == 0.5
+    assert (await measure(plan, Settings(), print, "seaweedfs")).target == 0.25
+
+
 def test_the_table_has_a_row_for_every_result() -> None:
     slow = Result("slow", "ms p50", 3.0, True, [Run(4.25, 2.5), Run(5.0, 2.5)], {})
     fast = Result("fast", "events/s", 0.25, False, [Run(20_000.0, 60_000.0)], {})
