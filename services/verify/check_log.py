@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import Callable, Iterator
 from contextlib import aclosing, suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import chain
 from uuid import UUID, uuid5
 
@@ -352,8 +352,7 @@ def _is_jcs_object(text: str) -> bool:
         return False
 
 
-_ENDLESS = 1 << 62
-_NO_LIMITS = Limits(_ENDLESS, _ENDLESS, _ENDLESS, _ENDLESS, _ENDLESS, _ENDLESS)
+_NO_LIMITS = Limits(*[1 << 62] * len(fields(Limits)))
 _SOMETHING = PackageCreated("name", "producer", "subject", "class", None, "{}")
 _FILE = FileState(0, b"", b"", b"")
 _FIELDS = tuple(Event.__slots__)
