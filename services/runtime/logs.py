@@ -30,7 +30,7 @@ class Repeats:
         if len(self._seen) >= _MOST_KINDS:
             self._seen.clear()
         self._seen[kind] = now, 0
-        return f"{line} (and {more} times more)" if more else line
+        return line if not more else f"{line} (and once more)" if more == 1 else f"{line} (and {more} times more)"
 
 
 class JsonLines(logging.Formatter):

@@ -29,6 +29,13 @@ CLIENT_LOGGER = logging.getLogger("services.log.kafka.client")
 _CLIENT_LINE = re.compile(r"(?P<facility>[A-Z_]+) \[[^\]]*#[a-z]+-\d+\] (?:\[thrd:[^\]]*\]: )?(?P<text>.*)", re.DOTALL)
 """A line of librdkafka: its facility, which client says it in which thread, and what."""
 
+_BROKER_LINE = re.compile(
+    r"(?:\w+: )?(?:\w+://)?(?P<address>[^/\s]+:\d+)(?:/\w+)?: (?P<connect>Connect to \S+ failed: )?(?P<why>.*)",
+    re.DOTALL,
+)
+"""What such a line says of a connection that failed. One broker is named several times: as itself, as the coordinator
+of groups or transactions, and as one to begin with."""
+
 _TOLD_ELSEWHERE = frozenset({"TXNERR", "FATAL", "MAXPOLL"})
 """Facilities whose lines come back as errors of calls as well, so that our own lines tell the cause."""
 
@@ -36,7 +43,10 @@ _Client = TypeVar("_Client")
 
 
 class ClientLines(logging.Filter):
-    """Makes lines of the client library readable. Each passes once in a while, whichever client says it."""
+    """Makes lines of the client library readable. Each passes once in a while, whichever client says it.
+
+    That a broker is away is a warning: the others take its place, and what stands still without it says so itself.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
@@ -50,6 +60,12 @@ class ClientLines(logging.Filter):
             if found["facility"] in _TOLD_ELSEWHERE and not CLIENT_LOGGER.isEnabledFor(logging.DEBUG):
                 return False
             said = f"the Kafka client: {found['text']}"
+            broker = _BROKER_LINE.fullmatch(found["text"])
+            if found["facility"] == "FAIL" and broker is not None:
+                record.levelno, record.levelname = logging.WARNING, "WARNING"
+                named = f"the Kafka broker {broker['address']}"
+                how = f"{named} cannot be reached" if broker["connect"] else f"a connection to {named} failed"
+                said = f"{how}: {broker['why']}"
         line, _, _ = said.partition(" (after ")
         passed = self._repeats.passes(line, line)
         record.msg, record.args = passed, ()
