@@ -19,38 +19,38 @@ from services.webhooks.subscriptions import Subscriptions
 from services.webhooks.targets import Targets
 
 Authenticate = Callable[[str | None], Awaitable[Principal]]
-"""Tells who sends a request, from the value of its `Authorization`, None without one.
+"""Finds out who sends a request, from the value of its `Authorization` header (None if it has none).
 
-Raises UnauthenticatedError: the request does not prove who sends it; UnavailableError: that cannot be told now.
+Raises UnauthenticatedError: the request does not prove who sends it; UnavailableError: this cannot be checked now.
 """
 
 _LOCAL = local_user("anonymous")
 
 
 async def believe(_authorization: str | None) -> Principal:
-    """Ask nobody who they are: for a gateway that only this machine reaches."""
+    """Take everyone for a local user with all rights: for a gateway that only this machine reaches."""
     return _LOCAL
 
 
 Logins = Callable[[], Sequence[LoginChoice]]
-"""Tells at which issuers people can log in."""
+"""The issuers at which people can log in."""
 
 
 def nowhere() -> Sequence[LoginChoice]:
-    """Nobody can log in."""
+    """No issuer: nobody can log in."""
     return ()
 
 
 @dataclass(frozen=True, slots=True)
 class Subscribing:
-    """What subscriptions are kept in, and where their targets may lie."""
+    """Where subscriptions are stored, and which targets they may have."""
 
     store: Subscriptions
     targets: Targets
 
 
 class Gateway:
-    """The registry, and what else the handlers of one gateway use. Belongs to one event loop."""
+    """The registry, and everything else that the handlers of one gateway share. Belongs to one event loop."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Gateway:
         logins: Logins = nowhere,
         subscribing: Subscribing | None = None,
     ) -> None:
-        """`siblings` are the other processes of a gateway of several. `subscribing`: None keeps no subscriptions."""
+        """`siblings`: the other processes behind the same address. `subscribing`: None if it keeps no subscriptions."""
         self.subscribing = subscribing
         self.registry = registry
         self.authenticate = authenticate

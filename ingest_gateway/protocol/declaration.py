@@ -73,9 +73,9 @@ class Success:
 class Route:
     """One method of one resource. `{relative_path}` at the end of `template` matches the rest of the path.
 
-    `access` is checked before anything else of a request. On which packages the caller has the right is for the
-    registry to check.
-    `transfer` is the kind of place that a request takes before it is handled. HEAD moves no bytes and takes none.
+    `access` is checked before anything else; the registry checks on which packages the caller has the right.
+    `transfer` is the kind of place (see `limits.admission`) that a request takes before it is handled. HEAD moves no
+    bytes and takes none.
     """
 
     method: str
@@ -117,7 +117,7 @@ _BEARER = {
     "type": "http",
     "scheme": "bearer",
     "description": "A token of an issuer that the gateway's policy names, or a static one. A gateway without a policy "
-    "listens on loopback only, asks for no token, and lets everybody do everything.",
+    "listens on loopback only, asks for no token, and gives everyone all rights.",
 }
 
 _REF = "#/components/schemas/{model}"

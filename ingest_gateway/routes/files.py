@@ -78,7 +78,7 @@ async def ingest_file(call: Call) -> web.StreamResponse:
     said = declared(call.request.content_length, call.header(CONTENT_ADDRESS), call.take_sha256())
     largest = call.gateway.bounds.max_file_bytes
     if said.size_bytes is not None and said.size_bytes > largest:
-        raise TooLargeError(f"a file may have {largest:,} bytes here")
+        raise TooLargeError(f"a file may have at most {largest:,} bytes here")
     # Reading the body sends 100 Continue. If the client waits for that, the registry asks the writer first, so that the
     # client never sends a file that would be refused.
     held = call.held_body() if is_small(said) else None

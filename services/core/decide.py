@@ -178,8 +178,8 @@ def check_ingest(
 ) -> str:
     """Raise what `decide` would raise for files with these paths, before any byte of them is read.
 
-    Returns the package's retention class. A command id that the package already has passes: whether this is the same
-    request, only the bytes can show.
+    Returns the package's retention class. Nothing is raised for a command id that the package already has: only the
+    bytes can show whether the request is the same.
     """
     if state is not None and command_id in state.commands:
         return state.created.retention_class
@@ -193,7 +193,7 @@ def _create(state: PackageState | None, command: CreatePackage, now: int, limits
     if state is not None:
         if state.forgotten:
             raise _abandoned(state) if state.status == ABANDONED else _expired(state, command.command_id)
-        raise CommandReusedError("a package of this id exists, made by another request")
+        raise CommandReusedError("another request has created a package with this id")
     for name in ("name", "producer", "subject"):
         check_text(name, getattr(command, name))
     _check_who([command])
@@ -321,7 +321,9 @@ def _only_event(
 def _require_whole(state: PackageState | None, command_id: UUID | None) -> None:
     """Raise PushBackError while another command of the package is only partly recorded: its retry must come first."""
     if state is not None and state.unfinished not in (None, command_id):
-        raise PushBackError(f"package {state.package_id} waits for the retry of a command that is not whole", 1.0)
+        raise PushBackError(
+            f"package {state.package_id} waits for the retry of a command that is recorded in part", 1.0
+        )
 
 
 def _require_open(
@@ -335,7 +337,7 @@ def _require_open(
     if state.forgotten and command_id is not None:
         raise _expired(state, command_id)
     if state.status != CREATED:
-        raise IllegalPackageStateError(f"package {package_id} is {state.status}; only a package that is open changes")
+        raise IllegalPackageStateError(f"package {package_id} is {state.status}; only an open package can be changed")
     return state
 
 
@@ -344,17 +346,16 @@ def _expired(state: PackageState, command_id: UUID) -> AnswerExpiredError:
     package_id, manifest = state.package_id, ContentAddress.of_digest(state.manifest_digest or NO_DIGEST)
     return AnswerExpiredError(
         f"package {package_id} was finalized more than {ANSWERS_KEPT_MICROS // 3_600_000_000} hours ago, with the "
-        f"manifest {manifest}, and takes no new command. Whether command {command_id} was recorded before that cannot "
-        f"be told here any more: the package's events name their commands, and its manifest lists its files",
+        f"manifest {manifest}, and takes no new command. Whether command {command_id} was recorded before that is no "
+        f"longer known here: the package's events name their commands, and its manifest lists its files",
         facts={"package_id": str(package_id), "finalized_at": state.last_event_at, "manifest_digest": manifest},
     )
 
 
 def _abandoned(state: PackageState) -> PackageAbandonedError:
     return PackageAbandonedError(
-        f"package {state.package_id} is open, and its last event lies more than "
-        f"{MAX_IDLE_MICROS // MICROS_PER_DAY} days back, so that it takes no command any more: create another package. "
-        f"Which commands were recorded before, its events tell",
+        f"package {state.package_id} is open, but its last event is more than {MAX_IDLE_MICROS // MICROS_PER_DAY} days "
+        f"old, so it takes no more commands: create another package. Its events show which commands were recorded",
         facts={"package_id": str(state.package_id)},
     )
 
@@ -367,7 +368,7 @@ def _check_paths(state: PackageState, relative_paths: Sequence[str], limits: Lim
         seen: set[str] = set()
         for path in relative_paths:
             if path in files or path in seen:
-                raise DuplicateRelativePathError(f"package {state.package_id} holds {path!r} already")
+                raise DuplicateRelativePathError(f"package {state.package_id} already holds {path!r}")
             seen.add(path)
     if len(files) + len(new) > limits.max_files_per_package:
         raise TooLargeError(f"a package holds at most {limits.max_files_per_package:,} files")
@@ -381,15 +382,19 @@ def _check_tree(state: PackageState, relative_paths: Sequence[str], limits: Limi
     if not (known.isdisjoint(new) and folders.isdisjoint(new) and files.keys().isdisjoint(folders)):
         for path in relative_paths:
             if path in known or path in folders:
-                raise PathConflictError(f"package {state.package_id}: {path!r} cannot be a file, other files lie in it")
+                raise PathConflictError(
+                    f"package {state.package_id}: {path!r} cannot be a file: it is a folder of other files"
+                )
             for folder in folders_above(path):
                 if folder in files:
-                    raise PathConflictError(f"package {state.package_id}: {path!r} cannot lie in {folder!r}, a file")
+                    raise PathConflictError(
+                        f"package {state.package_id}: {path!r} cannot lie in {folder!r}, which is a file"
+                    )
     # Four for each file, and those of one path at its deepest: the writer keeps the name of each folder, and a path of
     # 1,024 bytes may have 511 of them.
     most = 4 * limits.max_files_per_package + MAX_PATH_BYTES // 2
     if len(known) + len(folders) > most and len(known) + len(folders - known) > most:
-        raise TooLargeError(f"the files of a package lie in at most {most:,} folders")
+        raise TooLargeError(f"a package has at most {most:,} folders")
 
 
 def _known(state: PackageState, command: Command) -> CommandState | None:

@@ -62,7 +62,7 @@ def evolve(state: PackageState | None, event: Event | FileRun) -> PackageState:
 
 def evolve_all(state: PackageState | None, events: Sequence[Event]) -> PackageState:
     """The state after all of these events. Raises as `evolve`; ValueError if there is neither an event nor a state."""
-    for event in (events,) if isinstance(events, FileRun) else events:
+    for event in (events,) if isinstance(events, FileRun) else events:  # a run is folded as one event
         state = evolve(state, event)
     if state is None:
         raise ValueError("there is no event")
@@ -83,7 +83,7 @@ def _check_follows(state: PackageState, event: Event | FileRun) -> None:
     if state.status == FINALIZED:
         raise CorruptError(f"package {event.package_id}: {event.event_type} follows its finalization")
     if state.forgotten:
-        raise CorruptError(f"package {event.package_id}: {event.event_type} follows files that are not kept any more")
+        raise CorruptError(f"package {event.package_id}: {event.event_type} follows files that are no longer kept")
 
 
 def _check_commands(state: PackageState, event: Event | FileRun, commands: Sequence[CommandFiles]) -> None:
@@ -93,7 +93,7 @@ def _check_commands(state: PackageState, event: Event | FileRun, commands: Seque
         known = state.commands.get(command.command_id)
         done = 0 if known is None else known.done
         if command.command_index != done or unfinished not in (None, command.command_id):
-            raise CorruptError(f"package {event.package_id}: event {event.sequence} is out of its command's order")
+            raise CorruptError(f"package {event.package_id}: event {event.sequence} is out of order within its command")
         whole = done + len(command) == command.command_count
         unfinished = None if whole else command.command_id
 
@@ -127,7 +127,7 @@ def repeats(state: PackageState | None, event: Event) -> bool:
         return False
     if event.sequence < 1 or _is_another(state, event):
         raise CorruptError(
-            f"package {event.package_id}: event {event.sequence} is there already, and its content is another one"
+            f"package {event.package_id}: it already has another event {event.sequence}, with different content"
         )
     return True
 

@@ -1,4 +1,4 @@
-"""The registry on its parts: log, writer, blobs and views at hand in this process, without a gateway between."""
+"""The registry on log, writer, blob store and views in this process, without a gateway in between."""
 
 from __future__ import annotations
 
@@ -63,39 +63,39 @@ from services.views.waiting import ViewWaits, beyond_log, parked_error
 Found = TypeVar("Found")
 
 WAIT_SECONDS = 10.0
-"""How long a read waits for the view at most."""
+"""The longest time that a read waits for the view."""
 
 _ASKED_AT_ONCE = 500
 _CLASSES_REMEMBERED = 10_000
 
 
 FRESH_SECONDS = 1.0
-"""How old the known end may be: so much of other packages may be read again."""
+"""How old the known end may be. A reader may see events of other packages again that are no older than this."""
 
 PATIENCE_SECONDS = 0.2
-"""How long writes wait for an answer of the log. They do not depend on it: partitions of others may be away."""
+"""How long writes wait to learn the log's end. They succeed without it, since other partitions may be unavailable."""
 
 
 class KnownEnd:
-    """Where the log ends, as far as a gateway has to know it for the positions in its answers to writes.
+    """Where the log ended recently: a gateway needs this for the positions in its answers to writes.
 
-    A writer knows the offset of its own partition alone. A reader that goes on after a write must begin in the other
-    partitions where they ended before the write, or earlier: what others did because of it came later. The log is asked
-    once a second at most, and only while there are writes. Belongs to one event loop.
+    A writer knows only the offset in its own partition. A reader that continues after a write must begin in the other
+    partitions where they ended before the write, or earlier, to see what others did because of the write. The log is
+    asked at most once a second, and only while there are writes. Belongs to one event loop.
     """
 
     def __init__(self, log: Log) -> None:
         self._log = log
         self._known: Position | None = None
         self._since = -math.inf
-        """When the question was asked whose answer is known, on the monotonic clock (s)."""
+        """When `_known` was asked for, on the monotonic clock (s)."""
         self._question: asyncio.Task[None] | None = None
         self._asked = -math.inf
         self._alone = False
-        """Whether the log has one partition, so that writers know all."""
+        """Whether the log has only one partition, so that its writer knows the whole position."""
 
     async def before_write(self) -> Position | None:
-        """An end of the log that is not later than now; None when it is not known, or need not be."""
+        """Where the log ends now or ended before; None if that is not known, or not needed."""
         if self._alone:
             return None
         now = time.monotonic()
@@ -108,7 +108,7 @@ class KnownEnd:
         return self._known
 
     def after(self, written: Position | None, before: Position | None) -> Position | None:
-        """The position after a write: `written` names its own partition alone, `before` is of `before_write`."""
+        """The position after a write: `written` names only its own partition, `before` is from `before_write`."""
         if written is None or self._alone:
             return written
         if before is None or before.log != written.log:
@@ -133,10 +133,10 @@ class KnownEnd:
 
 
 class DirectRegistry(Registry):
-    """The façade over the parts, for a caller with all rights; `for_principal` gives it to one with fewer.
+    """The façade over the parts, for a caller with all rights; `for_principal` makes one for a caller with fewer.
 
-    `upload_key` signs the states of resumable uploads. `freshen`, where given, brings a view up to the log before it is
-    read.
+    `upload_key` signs the states of resumable uploads. `freshen`, where given, brings a view up to the log's end before
+    it is read.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class DirectRegistry(Registry):
         self._bundles = BundleStore(blobs)
         self._small = SharedPacks(blobs)
         self._classes: dict[tuple[UUID, str], str] = {}
-        """Retention classes by package and sender, of the latest packages that take files of a sender."""
+        """Retention classes by package and sender, for the latest packages that took files of that sender."""
         self._queries = queries
         self._limits = limits
         self._upload_key = upload_key
@@ -169,12 +169,12 @@ class DirectRegistry(Registry):
         self.origins = Origins(self._find_origins)
         self._grants: Grants = EVERYTHING
         self.principal: str | None = None
-        """Who writes in the name of the actors that are given; None: the actors themselves."""
+        """Who writes in the name of the given actors; None if the actors write themselves."""
 
     def for_principal(self, principal: Principal, *, delegates: bool = False) -> DirectRegistry:
-        """The same registry, in which only what the principal may read is there, and they write what they may.
+        """The same registry with the principal's rights: what they may not read is not found.
 
-        With `delegates`, events name the principal beside the actors that are given.
+        With `delegates`, events name the principal beside the given actors.
         """
         if principal.grants == EVERYTHING and not delegates:
             return self
@@ -190,12 +190,12 @@ class DirectRegistry(Registry):
         return found
 
     def limit_again(self, principal: Principal) -> None:
-        """From now on the principal has these rights: what is under way is decided by them.
+        """Give the principal these rights from now on, for requests under way too.
 
-        Raises ForbiddenError: they had all rights, and have fewer.
+        Raises ForbiddenError: they had all rights, and now have fewer.
         """
         if self._grants is EVERYTHING:
-            raise ForbiddenError(f"{principal.actor} does not have all rights any more")
+            raise ForbiddenError(f"{principal.actor} no longer has all rights")
         self._limit(principal)
 
     def _limit(self, principal: Principal) -> None:
@@ -217,7 +217,7 @@ class DirectRegistry(Registry):
         return self._uploads
 
     async def close(self) -> None:
-        """Wait for what uploads have left to do."""
+        """End background work, and wait until it has ended."""
         await self._waits.close()
         await self._end.close()
         await self._small.close()
@@ -340,8 +340,8 @@ class DirectRegistry(Registry):
     ) -> list[Placed] | None:
         """These files as an earlier try of the command recorded them; None if there was none, or with other files.
 
-        A retry must get the first answer although the views do not show yet, or no longer, that the caller may read the
-        files. Only the package's own events are read: a look at the named blobs would tell which of them are stored.
+        A retry must get the first answer even if the views do not show yet, or no longer show, that the caller may read
+        the files. Only the package's own events are read: looking for the named blobs would reveal which are stored.
         """
         try:
             await self._ask_writer(package_id, [file.relative_path for file in files], None)
@@ -386,7 +386,7 @@ class DirectRegistry(Registry):
     async def _readable_of(
         self, digests: Sequence[bytes], ask: Callable[[Set[bytes]], Awaitable[frozenset[bytes]]]
     ) -> frozenset[bytes]:
-        """What of these is in packages that the caller may read; nothing while the views are away."""
+        """Those of the digests that are in packages that the caller may read; none while the views are unavailable."""
         wanted, found = list(set(digests)), frozenset[bytes]()
         try:
             await self._fresh()
@@ -435,7 +435,7 @@ class DirectRegistry(Registry):
     ) -> Page[Package]:
         _check_limit(limit)
         asked = where or PackageFilter()
-        if asked.manifest_digest is not None and cursor is None:  # asked for by name, as `get_package` is
+        if asked.manifest_digest is not None and cursor is None:  # one package, looked up as in `get_package`
 
             async def named() -> Page[Package] | None:
                 page = await self._queries.packages(asked, limit=limit)
@@ -518,7 +518,7 @@ class DirectRegistry(Registry):
         wait_sequence: int | None = None,
     ) -> bytes:
         if format not in ("cbor", "json"):
-            raise InvalidRequestError("a manifest comes as `cbor` or `json`")
+            raise InvalidRequestError("a manifest has the format `cbor` or `json`")
         found = await self._seen(package_id, lambda: self._queries.manifest(package_id), wait_sequence, settled=True)
         if found is None:
             await self.get_package(package_id)
@@ -558,7 +558,7 @@ class DirectRegistry(Registry):
         return await find_origins(package_ids, self._queries, self._log, self.package_extent)
 
     async def package_extent(self, package_id: UUID) -> PackageExtent | None:
-        """Where the package's events lie, as far as that can be learned at once; None: nothing is known."""
+        """Where the package's events lie, as far as that can be found out quickly; None if nothing is known."""
         if self._freshen is not None:
             return None  # the embedded log needs none
         found = await self._writer.extent(package_id)
@@ -580,8 +580,8 @@ class DirectRegistry(Registry):
         command_id: UUID | None,
         principal: str | None,
     ) -> Acknowledgement:
-        """The command that names bytes which are durable by now."""
-        now = self._blobs.clock.micros()  # a receipt is the store's word
+        """Record files whose bytes are durable by now."""
+        now = self._blobs.clock.micros()  # by the store's clock, since the receipt is about what the store did
         files = tuple(
             StoredFile(
                 relative_path=file.relative_path,
@@ -635,11 +635,11 @@ class DirectRegistry(Registry):
         *,
         settled: bool = False,
     ) -> Found | None:
-        """What `read` finds, once the view is where it has to be.
+        """What `read` finds, once the view is recent enough.
 
-        With `wait_sequence` that is the package's event of this number. Without, a read that finds nothing waits until
-        the view holds what the log held when the request came, so that what was acknowledged is never denied. What is
-        `settled` never changes once it is there, so that the view need not be brought up to the log to read it.
+        With `wait_sequence`, the view must hold the package's event with this number. Without it, a read that finds
+        nothing waits until the view holds what the log held when the request came, so that nothing acknowledged is
+        reported as missing. Set `settled` for what never changes once it is there: if it is found, it is current.
         """
         if wait_sequence is not None and package_id is not None:
             await self._wait_sequence(package_id, wait_sequence)
@@ -669,17 +669,17 @@ class DirectRegistry(Registry):
             await self._waits.for_sequence(package_id, sequence, self._readable)
             return
         await self._require_followed(package_id)
-        raise beyond_log(package_id, last, sequence)  # the view was brought up to the log just now
+        raise beyond_log(package_id, last, sequence)  # the view has just been brought up to the log's end
 
     async def _claim(self, key: str | None, digest: ContentAddress) -> bytes:
         if key is None:
-            raise CorruptError(f"the view names no place for manifest {digest}")
+            raise CorruptError(f"the view does not say where manifest {digest} is stored")
         size = await self._blobs.size(key)
         if size is None:
             raise CorruptError(f"the blob of manifest {digest} is missing")
         data = await joined(self._blobs.read(key, 0, size))
         if await asyncio.to_thread(manifest_digest, data) != digest.digest:
-            raise CorruptError(f"the blob of manifest {digest} has other bytes than were acknowledged")
+            raise CorruptError(f"the blob of manifest {digest} does not hold the bytes that were acknowledged")
         return data
 
 
@@ -689,7 +689,7 @@ def _check_limit(limit: int) -> None:
 
 
 async def _bounded(files: Bundle) -> AsyncIterator[Group]:
-    """The bundle, counted as it passes: no more files than one command takes. Their names are for the writer."""
+    """The same bundle. Raises TooLargeError at the file that is one too many for a command."""
     count = 0
     async for group in files:
         count += 1 if isinstance(group, StreamedFile) else len(group)
@@ -699,4 +699,4 @@ async def _bounded(files: Bundle) -> AsyncIterator[Group]:
 
 def _check_count(count: int) -> None:
     if count > MAX_BUNDLE_FILES:
-        raise TooLargeError(f"{count:,} files and more at once; {MAX_BUNDLE_FILES:,} are taken")
+        raise TooLargeError(f"one command adds at most {MAX_BUNDLE_FILES:,} files, and this one has {count:,} or more")

@@ -358,7 +358,7 @@ async def test_a_log_that_is_made_anew_before_its_end_is_known_is_not_folded(
         return await ask()
 
     monkeypatch.setattr(log, "end", end_of_another)
-    with pytest.raises(LogIdentityError, match="made anew"):
+    with pytest.raises(LogIdentityError, match="created again"):
         await catch_up(views, log, REGISTRY)
     assert not any((await view_rows(views)).values())
 

@@ -78,7 +78,7 @@ class _Job:
 class BackgroundJobs:
     """The jobs of one lease. Used by the writer's thread.
 
-    Methods block for a look into the state file at most; only `store` blocks for longer.
+    Methods block no longer than a read of the state file takes; only `store` blocks for longer.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class BackgroundJobs:
             if job is None:
                 return False
             if len(self._jobs) >= MAX_JOBS:
-                raise PushBackError("too many large packages of the partition are worked on", 2.0)
+                raise PushBackError("too many large packages of the partition are being loaded or finalized", 2.0)
             self._jobs[package_id] = job
         elif job.size + request.size > HELD_BYTES:
             job.requests = [held for held in job.requests if not held.answer.done()]
@@ -255,9 +255,9 @@ class BackgroundJobs:
                 work()
             except ArtifactStoreError as error:
                 job.made = error
-            except Exception as error:  # noqa: BLE001 - whatever it is, the caller hears of it and the partition goes on
-                _LOG.exception("package %s could not be worked on", job.package_id)
-                job.made = UnavailableError(f"the package could not be worked on: {type(error).__name__}")
+            except Exception as error:  # noqa: BLE001 - the caller gets an error, and the partition goes on
+                _LOG.exception("the background job of package %s failed", job.package_id)
+                job.made = UnavailableError(f"the background job of the package failed: {type(error).__name__}")
             job.done = True
             self._wake()
 

@@ -150,7 +150,7 @@ class Lease(Protocol):
         return math.inf
 
     def close(self) -> None:
-        """Give up the lease, and save the confirmed part of the state."""
+        """Save the confirmed part of the state, and give up the lease."""
 
 
 class Driver(Protocol):
@@ -198,7 +198,7 @@ class Driver(Protocol):
         return None
 
     def cause(self, error: BaseException) -> str:
-        """What an exception says to operators. Never empty, and nothing of the log client's own texts."""
+        """The text of an exception for operators. Never empty, and without the log client's own texts."""
         if isinstance(error, ArtifactStoreError):
             return error.detail
         return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -168,10 +168,10 @@ class PartitionWriter:
 
         Raises PushBackError, PartitionNotOwnedError.
 
-        A command that is not answered in time, or before `deadline` on the event loop's clock (s), gets
-        UnavailableError, a question PushBackError. If the partition moves
-        meanwhile, the answer is PartitionNotOwnedError, or UnavailableError if a transaction with the command has
-        failed before, so that the log may hold it.
+        A command that has no answer in time, or by `deadline` on the event loop's clock (s), gets UnavailableError; a
+        question gets PushBackError. If the partition moves to another process meanwhile, the answer is
+        PartitionNotOwnedError, or UnavailableError if a transaction with the command has failed before, so that the log
+        may hold it.
         """
         answer: asyncio.Future[Acknowledgement | str] = self._context.loop.create_future()
         try:
@@ -406,7 +406,7 @@ class PartitionWriter:
             except (RejectedError, PushBackError) as error:
                 outcome = unrecorded(self.partition, error)
             except Exception as error:
-                # It may be recorded: whoever confirms it again is told so.
+                # It may be recorded. An operator who confirms it again learns that.
                 cause = self._context.driver.cause(error)
                 unknown = error if isinstance(error, ArtifactStoreError) else in_doubt(cause)
                 self._settle([(answer, unknown)])
@@ -564,13 +564,13 @@ class PartitionWriter:
             with suppress(CorruptError):
                 package = state.package(run[0].asked.package_id)
         if package is not None and package.package_id not in state.irregular.quarantined:
-            # If one of them is refused, deciding each by itself finds out which.
+            # If this fails because one of them is refused, each is decided by itself, which shows which one.
             try:
                 events = decide(package, IngestTogether(package.package_id, commands), now, self._context.limits)
                 values = encode_all(events)
             except ArtifactStoreError:
                 pass
-            except Exception:  # noqa: BLE001 - see above; the cause is logged whole
+            except Exception:  # noqa: BLE001 - see above; the traceback is logged
                 _LOG.exception("commands of package %s cannot be decided together", package.package_id)
             else:
                 package = state.fold(package, events)
@@ -610,8 +610,8 @@ class PartitionWriter:
         except (MemoryError, OSError) as error:  # it may pass
             cause = type(error).__name__
             return UnavailableError(f"the command cannot be decided now ({cause}); retry with the same command id")
-        # Nothing was appended; one command that the code cannot handle must not stop the partition.
-        except Exception as error:  # noqa: BLE001 - see above; the cause is logged whole
+        # Nothing was appended. One command that breaks this code must not stop the partition.
+        except Exception as error:  # noqa: BLE001 - see above; the traceback is logged
             _LOG.exception("a command of package %s cannot be decided", asked.package_id)
             return RejectedError(f"the command cannot be carried out: {type(error).__name__}")
         if events:
@@ -682,7 +682,7 @@ class PartitionWriter:
         self._settle([(request.answer, told(request, outcome)) for request, outcome in answers])
 
     def _settle(self, answers: Sequence[tuple[asyncio.Future[Any], Outcome]]) -> None:
-        """Set these futures on the event loop. Futures of callers that gave up meanwhile are left alone."""
+        """Set these futures on the event loop, except those whose callers have given up meanwhile."""
 
         def settle() -> None:
             for answer, outcome in answers:
@@ -698,7 +698,7 @@ class PartitionWriter:
 
 
 def _moved() -> PartitionNotOwnedError:
-    return PartitionNotOwnedError("this process does not write to the package's partition any more")
+    return PartitionNotOwnedError("this process no longer writes to the package's partition")
 
 
 def _end_spans(tracer: Tracer, runs: Sequence[Sequence[Request]], began: int, committed: int | None) -> None:

@@ -67,7 +67,7 @@ class EndQuestion(IngestCheck):
 
 
 class Request:
-    """A command or a question, and who waits for the answer."""
+    """A command or a question, with the future that its caller awaits."""
 
     __slots__ = (
         "answer",
@@ -172,12 +172,14 @@ class RequestQueue:
         """Add a request. Raises PushBackError when the queue is full, PartitionNotOwnedError when it is closed."""
         with self._lock:
             if self._closed:
-                raise PartitionNotOwnedError("this process does not write to the package's partition any more")
+                raise PartitionNotOwnedError("this process no longer writes to the package's partition")
             if self._queue:
                 if self._size + request.size > MAX_WAITING_BYTES:
                     raise PushBackError("too many commands wait for the package's partition", 2.0)
                 if request.came - self._queue[0].came > LONGEST_WAIT_SECONDS:
-                    raise PushBackError("the package's partition does not get on with what waits for it", 5.0)
+                    raise PushBackError(
+                        "the package's partition makes no progress with the commands that wait for it", 5.0
+                    )
             self._queue.append(request)
             self._size += request.size
             if isinstance(request.asked, IngestCheck):

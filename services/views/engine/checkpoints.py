@@ -96,8 +96,8 @@ def require_same_log(projection: Projection, folded: UUID, now: UUID) -> None:
     """Raise LogIdentityError unless the log that is there `now` is the one that the projection was folded from."""
     if now != folded:
         raise LogIdentityError(
-            f"{projection.name} was folded from log {folded}, this is log {now}: it was made anew, or the URLs are "
-            "those of a log and views that do not belong together; bring that log back, or "
+            f"{projection.name} was folded from log {folded}, but this is log {now}: the log was created again, or the "
+            "URLs name a log and views that do not belong together. Bring that log back, or run "
             f"`artifact-store replay {projection.name}` to fold this one"
         )
 
@@ -224,7 +224,7 @@ async def check_continues(
         if partition not in found or LastRecord.of(found[partition]) != record:
             raise CorruptError(
                 f"the view {name} folded a record at offset {record.offset} of partition {partition} that the log does "
-                f"not hold any more: it was restored from an older copy and written on. {_mend(name)}"
+                f"no longer holds: it was restored from an older copy and written to since. {_mend(name)}"
             )
 
 

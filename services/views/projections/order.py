@@ -20,9 +20,9 @@ async def known_packages(
 ) -> dict[UUID, tuple[Any, ...]]:
     """What a view holds of the events' packages: from package id to the values of `columns`.
 
-    Packages whose first event is among several events are left out: their rows are yet to be inserted, and an insert
-    of one that is there already fails by itself. The events are then folded one by one, and it is seen that this one
-    comes again.
+    When there are several events, packages whose first event is among them are left out: their rows are still to be
+    inserted. If such an event is a repeat, its package has a row already, and the insert fails. The batch is then
+    folded event by event, and the repeat is recognised.
     """
     if len(events) == 1:
         return {row[0]: row[1:] for row in await find_rows(connection, [key, *columns], [events[0].package_id])}
@@ -40,9 +40,9 @@ async def known_packages(
 
 
 def follows(event: Entry, last_sequence: int) -> bool:
-    """Whether the event is the one after `last_sequence` (0: the package is not known); False when it comes again.
+    """Whether the event is the one after `last_sequence` (0: the package is not known); False when it is a repeat.
 
-    An event that comes again, as mirrors repeat records, is to be passed over. Raises CorruptError: it is neither.
+    Mirrors repeat records, so a fold skips a repeated event. Raises CorruptError: it is neither.
     """
     if 1 <= event.sequence <= last_sequence:
         return False

@@ -33,5 +33,5 @@ class Projection(Protocol):
         """Apply events, in order per package, to one build of the tables within the connection's transaction.
 
         Touches rows of the events' own packages only. Raises CorruptError when an event does not follow what was folded
-        before it: a gap, or an impossible order. An event that comes again is passed over.
+        before it: a gap, or an impossible order. A repeated event is skipped.
         """

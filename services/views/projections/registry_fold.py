@@ -1,7 +1,7 @@
 """The registry: packages, files, where their bytes lie, and manifests.
 
 Nearly all of its rows are the two of a file: one in `artifact_files`, one in `storage_locations`. On PostgreSQL they
-are put together as its binary `COPY` has them, straight from the bytes of the record.
+are encoded in the format of its binary `COPY`, straight from the bytes of the record.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _follow_all(changes: dict[UUID, _Change], entries: Sequence[Entry]) -> tuple
 
 def _follow(changes: dict[UUID, _Change], entry: Entry) -> _Change:
     change = changes.get(entry.package_id)
-    if change is None and isinstance(entry, Event):  # `follows` has seen to it: the first event is no file
+    if change is None and isinstance(entry, Event):  # `follows` made sure that the first event is no file
         change = changes[entry.package_id] = _Change(0, CREATED, entry)
     if change is None or change.status != CREATED:
         raise CorruptError(f"package {entry.package_id}: event {entry.sequence} follows its finalization")
@@ -95,7 +95,7 @@ def _follow(changes: dict[UUID, _Change], entry: Entry) -> _Change:
 
 def _package(event: Event, change: _Change) -> Row:
     created = event.payload
-    if not isinstance(created, PackageCreated):  # `follows` has seen to it
+    if not isinstance(created, PackageCreated):  # `follows` has ruled this out
         raise CorruptError(f"package {event.package_id} begins with {event.event_type}")
     return (
         event.package_id,
@@ -142,7 +142,7 @@ def _file_row(path: int, media_type: int) -> Callable[..., bytes]:
 
 @lru_cache(_SHAPES)
 def _location_row(backend_id: int, key: int) -> Callable[..., bytes]:
-    """As `_file_row`, of `storage_locations`; the content address is in two parts."""
+    """As `_file_row`, for `storage_locations`; the content address is in two parts."""
     return Struct(f">h i16s i16s i{backend_id}s i{len(_ADDRESS)}s64s i{key}s iq iq iq").pack
 
 

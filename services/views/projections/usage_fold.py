@@ -1,7 +1,7 @@
 """Usage: how many packages, files and bytes came in, per producer, retention class and day of the events' time.
 
 The totals of one producer are shared by packages of all partitions, so they are only ever added to: whatever order
-packages come in, the sums are the same. An event that were applied twice would show here for good.
+packages come in, the sums are the same. An event that was applied twice would show here for good.
 """
 
 from __future__ import annotations

@@ -222,7 +222,7 @@ async def test_another_log_in_the_place_of_a_silent_one_stops_the_projector(
     running = asyncio.create_task(run_projection(views, log, REGISTRY, asyncio.Event()))
     await covers(views, REGISTRY, await log.end())
     log.id = uuid4()  # and not one record comes
-    with pytest.raises(LogIdentityError, match="made anew"):
+    with pytest.raises(LogIdentityError, match="created again"):
         await asyncio.wait_for(running, WAIT_SECONDS)
 
 

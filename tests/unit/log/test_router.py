@@ -33,7 +33,7 @@ RECORDED = Acknowledgement(MADE.package_id, 1, bytes(32))
 QUESTION = IngestCheck(MADE.package_id, ("a",), None)
 FULL = PushBackError("too many commands wait for the package's partition", 2.0)
 GONE = UnavailableError("the owner of the partition cannot be reached; the outcome is unknown")
-MOVED = PartitionNotOwnedError("this process does not write to the package's partition any more")
+MOVED = PartitionNotOwnedError("this process no longer writes to the package's partition")
 
 Answer = Acknowledgement | Exception
 
