@@ -17,7 +17,7 @@ import pytest
 from artifact_store.models import EventFilter
 from services.config import Settings
 from services.webhooks.outbox import Policy
-from services.webhooks.subscriptions import Subscriptions, create_tables
+from services.webhooks.subscriptions import Subscriptions, create_tables, metadata
 from tests.integration.conditions import until
 from tests.integration.webhooks.stage import Stage, delivering, stage
 
@@ -78,11 +78,11 @@ async def subscribe_all(on: Stage, receivers: Crowd, down: int) -> None:
         await kept.create("ci:load", {}, url, EventFilter(), end)
 
 
-async def measure(settings: Settings, folder: Path, receivers: Crowd, down: int) -> float:
+async def measure(settings: Settings, receivers: Crowd, down: int) -> float:
     """The 99th percentile of the delays of those that are healthy in every run, in seconds."""
-    views_url = f"sqlite+aiosqlite:///{folder}/views.db"
-    own = Settings(log_url=f"sqlite:///{folder}/log.db", blobs_url=settings.blobs_url, views_url=views_url)
-    async with stage(own) as on:
+    async with stage(settings) as on:
+        async with on.gateway.parts.views.writing() as connection:
+            await connection.run_sync(metadata.drop_all)  # the subscriptions of earlier runs
         await create_tables(on.gateway.parts.views)
         await subscribe_all(on, receivers, down)
         async with delivering(on, policy=Policy(), timeout_seconds=15.0):
@@ -108,13 +108,12 @@ async def send(on: Stage, receivers: Crowd, events: int) -> None:
 
 @pytest.mark.endurance
 @pytest.mark.timeout(1200)
-async def test_a_hundred_receivers_that_are_down_delay_nobody(embedded_settings: Settings, tmp_path: Path) -> None:
+async def test_a_hundred_receivers_that_are_down_delay_nobody(settings: Settings) -> None:
     async with crowd() as receivers:
         sound: list[float] = []
         troubled: list[float] = []
-        for run in range(RUNS):
-            for found, down in ((sound, 0), (troubled, DOWN)):
-                folder = tmp_path / f"{run}-{down}"
-                folder.mkdir()
-                found.append(await measure(embedded_settings, folder, receivers, down))
+        for _ in range(RUNS):
+            sound.append(await measure(settings, receivers, 0))
+            troubled.append(await measure(settings, receivers, DOWN))
+    print(f"p99 of the delay without failures {sound}, with them {troubled} s")  # noqa: T201 - for docs/faults.md
     assert min(troubled) <= TIMES * min(sound), (sound, troubled)
