@@ -15,7 +15,7 @@ import sqlite3
 import ssl
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
-from contextlib import asynccontextmanager, closing, contextmanager, nullcontext
+from contextlib import asynccontextmanager, closing, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -525,8 +525,22 @@ class SqliteConnection(aiosqlite.Connection):
             await super().close()
 
 
+class _RollingBack(sqlite3.Connection):
+    """A connection whose transaction ends when it is closed.
+
+    SQLite keeps a closed connection with its transaction and locks until the last of its statements is finalized. The
+    cursor of a task that was cancelled is part of a cycle with the traceback, and so lives until the next collection.
+    """
+
+    def close(self) -> None:
+        with suppress(sqlite3.Error):  # it is closed already, or the file cannot be written
+            if self.in_transaction:
+                self.rollback()
+        super().close()
+
+
 def connect(path: str, **options: Any) -> SqliteConnection:
     """A connection to open by awaiting it, with the options of `sqlite3.connect`."""
-    made = SqliteConnection(lambda: sqlite3.connect(path, **options), iter_chunk_size=64)
+    made = SqliteConnection(lambda: sqlite3.connect(path, factory=_RollingBack, **options), iter_chunk_size=64)
     made._thread.daemon = True  # as SQLAlchemy has it: a connection that was never closed must not hold the process
     return made
