@@ -36,11 +36,8 @@ from benchmarks.workload import package_commands
 from schemas.headers import headers_all
 from schemas.runs import encode_all, first_of
 from services.config import Settings
-from services.core.commands import Command
-from services.core.decide import decide
-from services.core.evolve import evolve_all
-from services.core.limits import Limits
-from services.core.state import PackageState
+from services.core.decide import Command, Limits, decide
+from services.core.state import PackageState, evolve_all
 from services.log.kafka import KafkaLog
 from services.log.kafka.topic import partition_of
 from services.runtime.clock import system_clock

@@ -14,7 +14,7 @@ from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from services.config import Settings
-from services.core.limits import Limits
+from services.core.decide import Limits
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka.cluster import Cluster
 from services.log.kafka.connection import KafkaSettings

@@ -30,9 +30,7 @@ from benchmarks.workload import package_commands
 from schemas.headers import headers_all
 from schemas.runs import FileRun, encode_all
 from services.config import Settings
-from services.core.commands import Command, IngestFiles, IngestTogether
-from services.core.decide import acknowledge, decide
-from services.core.limits import Limits
+from services.core.decide import Command, IngestFiles, IngestTogether, Limits, acknowledge, decide
 from services.log.kafka.cluster import Cluster
 from services.log.kafka.connection import KafkaSettings
 from services.log.kafka.tail import Reader

@@ -9,7 +9,8 @@ from uuid import UUID
 
 from artifact_store.manifest import content_key
 from schemas import identifiers
-from services.core.commands import CreatePackage, FinalizePackage, IngestFiles, StoredFile
+from schemas.runs import StoredFile
+from services.core.decide import CreatePackage, FinalizePackage, IngestFiles
 
 ACTOR = "pipeline@lab.example"
 _STORED_AT = 1_900_000_000_000_000

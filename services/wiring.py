@@ -16,7 +16,7 @@ from artifact_store.errors import ArtifactStoreError, ConfigurationError, Unavai
 from artifact_store.registry import Registry
 from artifact_store.rules import is_loopback
 from services.config import Settings
-from services.core.limits import Limits
+from services.core.decide import Limits
 from services.log.port import CommandWriter, Log, LogFiller, PutManifest, SnapshotStore, TimedStore
 from services.runtime.clock import Clock, system_clock
 

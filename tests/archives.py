@@ -15,9 +15,9 @@ from artifact_store.events import Event, PackageCreated
 from artifact_store.manifest import content_key
 from schemas.codec import encode
 from schemas.headers import headers
+from schemas.runs import StoredFile
 from services.archive import Archive, Loaded, import_archive
 from services.archive.chains import scanned
-from services.core.commands import StoredFile
 from services.log.port import Log, LogFiller, Record
 from services.log.sqlite import SqliteFiller, SqliteLog
 from services.views.database import Views

@@ -7,7 +7,8 @@ from uuid import UUID, uuid5
 
 from artifact_store.manifest import content_key
 from schemas import identifiers
-from services.core.commands import CreatePackage, FinalizePackage, IngestFiles, StoredFile
+from schemas.runs import StoredFile
+from services.core.decide import CreatePackage, FinalizePackage, IngestFiles
 
 _IDS = UUID("00000000-0000-0000-0000-00000000c0de")
 

@@ -21,12 +21,10 @@ from artifact_store.manifest import content_key
 from schemas import identifiers
 from schemas.codec import encode
 from schemas.digests import event_digest, payload_digest
+from schemas.runs import StoredFile
 from services.blobs.local import LocalBlobStore
-from services.core.commands import Command, IngestFiles, StoredFile
-from services.core.decide import decide
-from services.core.evolve import evolve
-from services.core.limits import Limits
-from services.core.state import PackageState
+from services.core.decide import Command, IngestFiles, Limits, decide
+from services.core.state import PackageState, evolve
 from services.log.sqlite import SqliteLog
 from services.verify import Report, verify
 from services.views.database import Views

@@ -16,13 +16,10 @@ from artifact_store.events import Event
 from artifact_store.manifest import content_key
 from schemas import identifiers
 from schemas.codec import encode
-from schemas.runs import entry_of
-from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles, StoredFile
-from services.core.decide import decide
-from services.core.evolve import evolve
+from schemas.runs import StoredFile, entry_of
+from services.core.decide import Command, CreatePackage, FinalizePackage, IngestFiles, Limits, decide
 from services.core.lifecycle import RETENTION_CLASSES
-from services.core.limits import Limits
-from services.core.state import PackageState
+from services.core.state import PackageState, evolve
 from services.log.port import Record
 from services.views.database import Views
 from services.views.engine.apply import apply_within

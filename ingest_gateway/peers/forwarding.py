@@ -24,8 +24,7 @@ from artifact_store.models import Acknowledgement
 from artifact_store.rules import MAX_NUMBER, check_text, parse_number
 from ingest_gateway.peers.authentication import PeerCredentials
 from services.core.access import EVERYTHING, Grants
-from services.core.commands import Command, CreatePackage
-from services.core.decide import may_answer, require_write
+from services.core.decide import Command, CreatePackage, may_answer, require_write
 from services.core.wire import (
     LAST_TIME,
     OLDEST,

@@ -46,7 +46,7 @@ from ingest_gateway.peers.forwarding import (
 )
 from services.config import Settings
 from services.core.access import EVERYTHING, Grants
-from services.core.commands import Command
+from services.core.decide import Command
 from services.core.wire import VERSION, decode_check, decode_command, encode_acknowledgement, encode_error
 from services.identity.audit import Audit
 from services.log.kafka.connection import INTERFACE

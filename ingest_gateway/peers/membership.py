@@ -15,7 +15,7 @@ from ingest_gateway.peers.authentication import PeerCredentials
 from ingest_gateway.peers.forwarding import HttpForwarder, ProcessStatus
 from ingest_gateway.peers.internal_listener import InternalListener
 from services.config import Settings
-from services.core.limits import Limits
+from services.core.decide import Limits
 from services.identity.audit import Audit
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka.group_process import GroupProcess

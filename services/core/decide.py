@@ -1,6 +1,10 @@
 """decide: which events a command becomes, given the state of its package.
 
-Also the answer to a command that has become its events (`acknowledge`), and the check before an upload
+First come the limits that it enforces, and the commands: what callers ask the registry to write. A command's `grants`
+are the sender's rights, which the package's writer checks. `principal` is the sender when they act in the actor's name
+by the right to delegate; None when the actor sends the command.
+
+After `decide` come the answer to a command that has become its events (`acknowledge`), and the check before an upload
 (`check_ingest`).
 """
 
@@ -8,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 from uuid import UUID
 
@@ -48,13 +53,85 @@ from artifact_store.rules import (
 )
 from schemas import identifiers
 from schemas.digests import DIGEST_BYTES, items_digest, payload_digest
-from schemas.runs import CommandFiles, FileRun
+from schemas.runs import CommandFiles, FileRun, StoredFile
 from services.core.access import EVERYTHING, Grants, Right, no_package, require, scope
-from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles, IngestTogether, StoredFile
-from services.core.freezing import manifest_of
 from services.core.lifecycle import MICROS_PER_DAY, retention_class
-from services.core.limits import ANSWERS_KEPT_MICROS, EVENT_OVERHEAD_BYTES, MAX_IDLE_MICROS, Limits
-from services.core.state import ABANDONED, CREATED, CommandState, PackageState, manifest_item
+from services.core.state import ABANDONED, CREATED, CommandState, PackageState, manifest_item, manifest_of
+
+INLINE_MANIFEST_BYTES = 512 * 1024
+"""A larger manifest is stored as a blob, and its event holds only the blob's key: a claim check."""
+
+EVENT_OVERHEAD_BYTES = 16 * 1024
+"""Room for everything in an event but metadata or manifest: six texts of 256 characters, a path, digests, headers."""
+
+ANSWERS_KEPT_MICROS = 24 * 3600 * 1_000_000
+"""How long after a package's finalization retries of its commands are answered. The partition's newest event tells the
+time."""
+
+MAX_IDLE_MICROS = 365 * 24 * 3600 * 1_000_000
+"""How long an open package takes commands after its last event. After that, the writer need not keep its files."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one deployment allows. Sizes in bytes; `max_event_bytes` is what the log takes in one record."""
+
+    max_file_bytes: int = 5 << 40
+    max_files_per_package: int = 100_000
+    max_metadata_bytes: int = 64 << 10
+    max_event_bytes: int = 1_000_000
+    inline_manifest_bytes: int = INLINE_MANIFEST_BYTES
+    max_idle_micros: int = MAX_IDLE_MICROS
+
+
+@dataclass(frozen=True, slots=True)
+class CreatePackage:
+    """Create a package. `metadata` is a JSON object in JCS form; `package_id` is that of `identifiers.package_id`."""
+
+    package_id: UUID
+    command_id: UUID
+    actor: str
+    name: str
+    producer: str
+    subject: str
+    retention_class: str
+    metadata: str
+    grants: Grants = EVERYTHING
+    principal: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class IngestFiles:
+    """Add files to a package, all or none, in this order."""
+
+    package_id: UUID
+    command_id: UUID
+    actor: str
+    files: tuple[StoredFile, ...]
+    grants: Grants = EVERYTHING
+    principal: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class IngestTogether:
+    """Several commands that add files to one package, decided together: all or none. None of them may be a retry."""
+
+    package_id: UUID
+    commands: tuple[IngestFiles, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FinalizePackage:
+    """Freeze a package under its manifest."""
+
+    package_id: UUID
+    command_id: UUID
+    actor: str
+    grants: Grants = EVERYTHING
+    principal: str | None = None
+
+
+Command = CreatePackage | IngestFiles | FinalizePackage
 
 
 def decide(state: PackageState | None, command: Command | IngestTogether, now: int, limits: Limits) -> Sequence[Event]:

@@ -24,8 +24,9 @@ from artifact_store.errors import (
 from artifact_store.models import Acknowledgement, IngestedFile
 from artifact_store.position import Position
 from artifact_store.rules import MAX_NUMBER, MAX_TEXT_CHARACTERS, PathPair
+from schemas.runs import StoredFile
 from services.core.access import EVERYTHING, Grant, Grants, Packages, Right
-from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles, StoredFile
+from services.core.decide import Command, CreatePackage, FinalizePackage, IngestFiles
 
 VERSION = 5
 """The newest version that this release reads and writes. Raise it when a field is added, and enter that in `_ADDED`."""

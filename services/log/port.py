@@ -16,7 +16,7 @@ from artifact_store.events import RecordedEvent
 from artifact_store.models import Acknowledgement
 from artifact_store.position import Position
 from services.core.access import EVERYTHING, Grants
-from services.core.commands import Command
+from services.core.decide import Command
 from services.runtime.clock import StoreClock
 
 

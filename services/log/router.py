@@ -25,7 +25,7 @@ from typing import TypeVar
 
 from artifact_store.errors import ArtifactStoreError, ConfigurationError, PushBackError, RejectedError, UnavailableError
 from artifact_store.models import Acknowledgement
-from services.core.commands import Command
+from services.core.decide import Command
 from services.log.port import Forwarder, NotAppendedError, PartitionNotOwnedError
 from services.log.sequencer.answers import Counts, in_doubt
 from services.log.sequencer.partition_writer import PartitionWriter

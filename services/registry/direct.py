@@ -46,13 +46,13 @@ from artifact_store.position import Position
 from artifact_store.registry import ManifestFormat, Order, Registry, Since, filter_of, start_of
 from artifact_store.rules import check_path, check_text, metadata_text
 from schemas import identifiers
+from schemas.runs import StoredFile
 from services.blobs.packs import Placed
 from services.blobs.port import BlobStore, StoredBlob
 from services.blobs.resumable.uploads import ResumableUploads
 from services.blobs.shared_packs import SharedPacks, is_small
 from services.core.access import EVERYTHING, EVERYWHERE, Grants, Principal, Right, Scope
-from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles, StoredFile
-from services.core.limits import Limits
+from services.core.decide import Command, CreatePackage, FinalizePackage, IngestFiles, Limits
 from services.log.port import EXTENT_SECONDS, CommandWriter, Log, PackageExtent
 from services.registry.bundle_store import BundleStore
 from services.registry.origins import Origins, ScopedFilter, find_origins, in_order_of_time, position_of

@@ -20,11 +20,10 @@ from artifact_store.rules import check_path, check_text
 from schemas.codec import UndecodableEventError, decode
 from schemas.digests import event_digest, payload_digest, payload_digest_holds, record_digest
 from schemas.identifiers import event_id, package_id
+from schemas.runs import StoredFile
 from services.blobs.port import checked_key
-from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles, StoredFile
-from services.core.decide import decide
+from services.core.decide import Command, CreatePackage, FinalizePackage, IngestFiles, Limits, decide
 from services.core.lifecycle import RETENTION_CLASSES
-from services.core.limits import Limits
 from services.core.state import CREATED, FINALIZED, FileState, PackageState
 from services.log.port import Log, Record
 from services.log.records import AdministrativeHead, BadRecord, Skips, is_administrative, read_record

@@ -12,7 +12,7 @@ from uuid import UUID
 from artifact_store.events import FileIngested, RecordedEvent
 from artifact_store.models import Acknowledgement
 from schemas.digests import event_digest
-from services.core.commands import Command, IngestFiles
+from services.core.decide import Command, IngestFiles
 from services.log.port import Log
 from services.verify.check_log import Histories
 from services.verify.notes import Notes

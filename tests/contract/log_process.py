@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from artifact_store.errors import UnavailableError
-from services.core.commands import Command
-from services.core.limits import Limits
+from services.core.decide import Command, Limits
 from services.log.sqlite import SqliteLog, SqliteWriter
 from tests.commands import create, finalize, ingest
 from tests.contract.log_stage import no_manifest, settled

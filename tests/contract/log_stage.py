@@ -14,7 +14,7 @@ from artifact_store.errors import PushBackError, UnavailableError
 from artifact_store.events import Event, RecordedEvent
 from artifact_store.models import Acknowledgement
 from services.config import Settings
-from services.core.commands import Command
+from services.core.decide import Command
 from services.log.port import CommandWriter, Log, PutManifest, Record, Settled, Subscription
 from services.runtime.clock import Clock, system_clock
 from services.wiring import open_log, open_writer

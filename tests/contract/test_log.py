@@ -25,7 +25,7 @@ from artifact_store.manifest import content_key, manifest_digest
 from artifact_store.manifest import decode as decode_manifest
 from artifact_store.models import Acknowledgement
 from artifact_store.position import Position
-from services.core.commands import Command
+from services.core.decide import Command
 from services.runtime.clock import system_clock
 from tests.commands import create, finalize, ingest, stored
 from tests.contract.log_invariants import assert_recorded_once, read_valid

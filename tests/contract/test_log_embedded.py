@@ -18,8 +18,7 @@ import pytest
 
 from artifact_store.errors import ConfigurationError, CorruptError, LogIdentityError, PushBackError, UnavailableError
 from artifact_store.models import Acknowledgement
-from services.core.commands import Command
-from services.core.limits import Limits
+from services.core.decide import Command, Limits
 from services.log.sequencer import queue
 from services.log.sqlite import SqliteLog, SqliteWriter, file
 from services.log.sqlite.driver import SqliteDriver

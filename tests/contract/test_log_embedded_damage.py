@@ -12,7 +12,7 @@ import pytest
 
 from artifact_store.errors import CorruptError
 from artifact_store.position import Position
-from services.core.limits import Limits
+from services.core.decide import Limits
 from services.log.port import Record
 from services.log.sqlite import SqliteLog, SqliteWriter
 from tests.commands import create, ingest

@@ -11,7 +11,7 @@ import pytest
 from artifact_store.errors import CorruptError, InvalidPositionError, LogIdentityError
 from artifact_store.position import Position
 from schemas.codec import decode
-from services.core.commands import Command
+from services.core.decide import Command
 from services.log.port import Record
 from tests.commands import create, finalize, ingest
 from tests.contract.log_invariants import read_valid

@@ -6,7 +6,7 @@ import asyncio
 from uuid import uuid4
 
 from artifact_store.models import Acknowledgement
-from services.core.commands import Command, IngestFiles
+from services.core.decide import Command, IngestFiles
 from services.log.kafka import KafkaLog, KafkaWriter
 from tests.commands import stored
 from tests.contract.log_invariants import assert_recorded_once, read_valid

@@ -18,7 +18,7 @@ from confluent_kafka import Producer
 from artifact_store.events import PackageCreated
 from ingest_gateway.peers.membership import kafka_writer
 from services.config import Settings
-from services.core.limits import Limits
+from services.core.decide import Limits
 from services.log.kafka import KafkaLog, lease
 from services.log.sequencer.driver import Staged
 from services.runtime.clock import system_clock

@@ -14,7 +14,7 @@ from confluent_kafka import Producer
 from artifact_store.errors import PushBackError, UnavailableError
 from artifact_store.models import Acknowledgement
 from services.config import Settings
-from services.core.commands import Command
+from services.core.decide import Command
 from services.log.kafka import KafkaLog, KafkaWriter
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import ready

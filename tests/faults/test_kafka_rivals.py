@@ -30,9 +30,7 @@ from schemas.codec import decode, encode
 from schemas.headers import headers
 from schemas.runs import encode_all
 from services.config import Settings
-from services.core.commands import Command, FinalizePackage, IngestFiles, IngestTogether
-from services.core.decide import decide
-from services.core.limits import Limits
+from services.core.decide import Command, FinalizePackage, IngestFiles, IngestTogether, Limits, decide
 from services.log.kafka import KafkaLog, KafkaWriter, lease
 from services.log.kafka.cluster import Cluster
 from services.log.kafka.lease import PartitionLease

@@ -12,7 +12,7 @@ import pytest
 
 from artifact_store.errors import PushBackError, UnavailableError
 from artifact_store.models import Acknowledgement
-from services.core.commands import Command
+from services.core.decide import Command
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka.cluster import Cluster
 from tests.contract.log_invariants import assert_recorded_once, read_valid

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from artifact_store.models import Acknowledgement
-from services.core.commands import Command
+from services.core.decide import Command
 from services.log.kafka import KafkaWriter
 from tests.contract.log_invariants import assert_recorded_once, read_valid
 from tests.contract.log_stage import PATIENCE_SECONDS, ready

@@ -51,8 +51,7 @@ from services.blobs.resumable.states import UploadState, _read
 from services.blobs.s3 import multipart, requests
 from services.config import Settings
 from services.core import wire
-from services.core.decide import acknowledge, decide
-from services.core.limits import Limits
+from services.core.decide import Limits, acknowledge, decide
 from services.identity.oidc import read_keys, unverified
 from services.identity.policy import parse_policy
 from services.identity.static_tokens import read_tokens

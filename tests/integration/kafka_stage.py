@@ -20,8 +20,7 @@ from artifact_store.errors import ConfigurationError
 from ingest_gateway.peers.membership import kafka_writer
 from schemas import identifiers
 from services.config import Settings
-from services.core.commands import CreatePackage
-from services.core.limits import Limits
+from services.core.decide import CreatePackage, Limits
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka.topic import partition_of
 from services.log.state.state_file import sealed, unsealed

@@ -19,8 +19,7 @@ from ingest_gateway.event_tail import Form, Tail
 from ingest_gateway.routes.event_feed import FRAMES, LINES
 from services.blobs.local import LocalBlobStore
 from services.config import Settings
-from services.core.commands import Command, FinalizePackage, IngestFiles
-from services.core.limits import Limits
+from services.core.decide import Command, FinalizePackage, IngestFiles, Limits
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka.tail import Reader
 from services.log.port import CommandWriter, PackageExtent, Record

@@ -21,8 +21,7 @@ from projector import runner
 from schemas.codec import decode
 from services.config import Settings
 from services.core.access import EVERYTHING, Grants
-from services.core.commands import Command, IngestFiles
-from services.core.limits import Limits
+from services.core.decide import Command, IngestFiles, Limits
 from services.log.kafka.log import KafkaLog
 from services.log.kafka.topic import partition_of
 from services.log.kafka.writer import KafkaWriter

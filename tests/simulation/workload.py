@@ -21,7 +21,8 @@ from artifact_store.errors import (
 )
 from artifact_store.models import Acknowledgement
 from schemas import identifiers
-from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles, StoredFile
+from schemas.runs import StoredFile
+from services.core.decide import Command, CreatePackage, FinalizePackage, IngestFiles
 from services.log.kafka.writer import SUBMIT_SECONDS
 from services.log.port import NotAppendedError
 from tests.simulation.processes import Gateway, Stage, call

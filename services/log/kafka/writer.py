@@ -28,8 +28,7 @@ from artifact_store.position import Position
 from artifact_store.rules import is_loopback
 from services.config import Settings
 from services.core.access import EVERYTHING, Grants
-from services.core.commands import Command
-from services.core.limits import Limits
+from services.core.decide import Command, Limits
 from services.log.kafka.cluster import Member, Topic
 from services.log.kafka.connection import READS_PRINCIPALS
 from services.log.kafka.driver import KafkaDriver

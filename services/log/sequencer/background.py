@@ -21,9 +21,15 @@ from uuid import UUID
 
 from artifact_store.errors import ArtifactStoreError, PushBackError, RejectedError, UnavailableError
 from artifact_store.events import Event
-from services.core.commands import Command, FinalizePackage
-from services.core.decide import claim_check, decide, require_write
-from services.core.limits import EVENT_OVERHEAD_BYTES, Limits
+from services.core.decide import (
+    EVENT_OVERHEAD_BYTES,
+    Command,
+    FinalizePackage,
+    Limits,
+    claim_check,
+    decide,
+    require_write,
+)
 from services.core.state import CREATED, PackageState
 from services.log.port import NotAppendedError, PutManifest
 from services.log.sequencer.driver import State

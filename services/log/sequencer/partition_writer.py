@@ -37,9 +37,17 @@ from artifact_store.models import Acknowledgement
 from artifact_store.position import Position
 from schemas.identifiers import partition_id
 from schemas.runs import encode_all, first_of
-from services.core.commands import Command, IngestFiles, IngestTogether
-from services.core.decide import acknowledge, check_ingest, claim_check, decide, require_write
-from services.core.limits import Limits
+from services.core.decide import (
+    Command,
+    IngestFiles,
+    IngestTogether,
+    Limits,
+    acknowledge,
+    check_ingest,
+    claim_check,
+    decide,
+    require_write,
+)
 from services.log.port import (
     HeldError,
     NotAppendedError,

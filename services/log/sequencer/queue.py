@@ -13,7 +13,7 @@ from uuid import UUID
 from artifact_store.errors import PushBackError
 from artifact_store.models import Acknowledgement
 from services.core.access import EVERYTHING, Grants
-from services.core.commands import Command, CreatePackage, IngestFiles
+from services.core.decide import Command, CreatePackage, IngestFiles
 from services.log.port import PartitionNotOwnedError
 from services.runtime.tracing import Span
 
@@ -56,7 +56,7 @@ class IngestCheck:
     command_id: UUID | None
     grants: Grants = EVERYTHING
     principal: str | None = None
-    """Who would send them in another's name; see `services.core.commands`."""
+    """Who would send them in another's name; see `services.core.decide`."""
 
 
 class EndQuestion(IngestCheck):

@@ -17,8 +17,7 @@ from uuid import UUID
 
 from artifact_store.errors import CorruptError
 from artifact_store.events import Event
-from services.core.evolve import evolve, evolve_all
-from services.core.state import FINALIZED, PackageState
+from services.core.state import FINALIZED, PackageState, evolve, evolve_all
 from services.log.sequencer.driver import State
 from services.log.sqlite.file import (
     BATCH_RECORDS,

@@ -13,8 +13,7 @@ from artifact_store.errors import UnavailableError
 from artifact_store.models import Acknowledgement
 from artifact_store.position import Position
 from services.core.access import EVERYTHING, Grants
-from services.core.commands import Command
-from services.core.limits import Limits
+from services.core.decide import Command, Limits
 from services.log.port import PackageExtent, PartitionStatus, PutManifest
 from services.log.sequencer.answers import Counts
 from services.log.sequencer.partition_writer import FairLock, PartitionWriter, WriterContext

@@ -19,9 +19,8 @@ from blake3 import blake3
 
 from artifact_store.events import Event, LossAccepted
 from schemas.identifiers import partition_id
-from services.core.evolve import evolve, evolve_all, repeats
-from services.core.limits import ANSWERS_KEPT_MICROS, MAX_IDLE_MICROS
-from services.core.state import ABANDONED, CREATED, FINALIZED, PackageState
+from services.core.decide import ANSWERS_KEPT_MICROS, MAX_IDLE_MICROS
+from services.core.state import ABANDONED, CREATED, FINALIZED, PackageState, evolve, evolve_all, repeats
 from services.log.port import PackageExtent
 from services.log.records import AcceptedLoss, AdministrativeHead
 from services.log.state.state_file import (

@@ -25,7 +25,7 @@ from artifact_store.models import PackageFilter, Parked
 from artifact_store.position import Position
 from services.blobs.local import LocalBlobStore
 from services.core.access import Grant, Packages, Principal, Right
-from services.core.limits import Limits
+from services.core.decide import Limits
 from services.log.port import CommandWriter
 from services.registry.direct import DirectRegistry
 from services.views.database import Views

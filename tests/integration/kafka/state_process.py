@@ -17,8 +17,7 @@ import psutil
 from schemas import identifiers
 from services.blobs.port import BlobStore
 from services.config import Settings
-from services.core.commands import CreatePackage, FinalizePackage
-from services.core.limits import Limits
+from services.core.decide import CreatePackage, FinalizePackage, Limits
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka import writer as writers
 from services.wiring import open_blobs

@@ -29,7 +29,7 @@ from artifact_store.errors import (
 from artifact_store.models import Acknowledgement
 from schemas.codec import decode, encode
 from services.config import Settings
-from services.core.commands import Command
+from services.core.decide import Command
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka.connection import make_consumer
 from services.log.port import Record

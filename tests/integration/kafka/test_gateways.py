@@ -25,8 +25,7 @@ from artifact_store.models import Acknowledgement
 from services.config import Settings
 from services.core import decide as core
 from services.core.access import Grant, Right
-from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles, IngestTogether
-from services.core.limits import Limits
+from services.core.decide import Command, CreatePackage, FinalizePackage, IngestFiles, IngestTogether, Limits
 from services.core.state import PackageState
 from services.log.kafka import KafkaLog, KafkaWriter, lease
 from services.log.port import PartitionNotOwnedError

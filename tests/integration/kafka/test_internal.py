@@ -41,7 +41,7 @@ from schemas.identifiers import file_id
 from services.config import Settings
 from services.core import wire
 from services.core.access import EVERYTHING, Grant, Grants, Packages, Right
-from services.core.commands import Command, CreatePackage, FinalizePackage
+from services.core.decide import Command, CreatePackage, FinalizePackage
 from services.core.wire import decode_error, encode_command
 from services.identity.audit import Audit
 from services.log.kafka.connection import INTERFACE

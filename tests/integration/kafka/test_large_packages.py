@@ -16,8 +16,7 @@ from artifact_store.events import PACKAGE_FINALIZED, PackageFinalized
 from artifact_store.manifest import content_key, manifest_digest
 from artifact_store.models import Acknowledgement
 from services.config import Settings
-from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles
-from services.core.limits import EVENT_OVERHEAD_BYTES, Limits
+from services.core.decide import EVENT_OVERHEAD_BYTES, Command, CreatePackage, FinalizePackage, IngestFiles, Limits
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka.lease import PartitionLease
 from services.log.sequencer import background

@@ -22,10 +22,10 @@ from artifact_store.errors import DuplicateRelativePathError
 from artifact_store.manifest import ContentAddress
 from artifact_store.models import Acknowledgement, Declared
 from artifact_store.transfers.pull import pull, read_manifest
+from schemas.runs import StoredFile
 from services.blobs.port import StoredBlob
 from services.config import Settings
-from services.core.commands import Command, FinalizePackage, IngestFiles, StoredFile
-from services.core.limits import INLINE_MANIFEST_BYTES
+from services.core.decide import INLINE_MANIFEST_BYTES, Command, FinalizePackage, IngestFiles
 from services.core.state import FINALIZED
 from services.log.port import CommandWriter
 from services.log.state import partition_state as state

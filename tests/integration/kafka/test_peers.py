@@ -31,7 +31,7 @@ from ingest_gateway.peers.internal_listener import InternalListener
 from ingest_gateway.protocol.http_errors import answer_of
 from ingest_gateway.protocol.request import held
 from services.config import Settings
-from services.core.commands import Command
+from services.core.decide import Command
 from services.core.wire import VERSION, decode_acknowledgement, encode_acknowledgement, encode_command
 from services.runtime import tls
 from tests.certificates import Authority

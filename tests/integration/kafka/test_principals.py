@@ -15,7 +15,7 @@ from artifact_store.errors import CommandReusedError, PushBackError
 from artifact_store.models import Acknowledgement
 from services.config import Settings
 from services.core.access import EVERYTHING
-from services.core.commands import Command, FinalizePackage, IngestFiles
+from services.core.decide import Command, FinalizePackage, IngestFiles
 from services.log.kafka import KafkaLog
 from services.log.kafka import writer as writers
 from tests.commands import stored

@@ -22,8 +22,7 @@ from artifact_store.models import Acknowledgement
 from services.blobs.local import LocalBlobStore
 from services.blobs.port import BlobStore
 from services.config import Settings
-from services.core.commands import Command, FinalizePackage, IngestFiles
-from services.core.limits import ANSWERS_KEPT_MICROS, MAX_IDLE_MICROS
+from services.core.decide import ANSWERS_KEPT_MICROS, MAX_IDLE_MICROS, Command, FinalizePackage, IngestFiles
 from services.core.state import CREATED
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.state import snapshots

@@ -22,12 +22,10 @@ from artifact_store.events import Event
 from schemas import identifiers
 from schemas.codec import encode
 from schemas.headers import headers
+from schemas.runs import StoredFile
 from services.config import Settings
-from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles, StoredFile
-from services.core.decide import decide
-from services.core.evolve import evolve
-from services.core.limits import Limits
-from services.core.state import PackageState
+from services.core.decide import Command, CreatePackage, FinalizePackage, IngestFiles, Limits, decide
+from services.core.state import PackageState, evolve
 from services.log.kafka.connection import KafkaSettings
 from services.log.kafka.topic import record_key
 from services.runtime.clock import system_clock

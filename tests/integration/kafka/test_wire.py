@@ -25,9 +25,10 @@ from artifact_store.models import Acknowledgement, IngestedFile
 from artifact_store.position import Position
 from artifact_store.rules import PathPair
 from schemas import identifiers
+from schemas.runs import StoredFile
 from services.core import wire
 from services.core.access import EVERYTHING, Grant, Grants, Packages, Right
-from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles, StoredFile
+from services.core.decide import Command, CreatePackage, FinalizePackage, IngestFiles
 from services.core.wire import (
     decode_acknowledgement,
     decode_check,

@@ -17,7 +17,7 @@ from artifact_store.errors import CorruptError, InvalidRequestError, LogIdentity
 from projector import run_projection, run_projectors
 from projector.rebuild import replay_view
 from services.config import Settings
-from services.core.limits import Limits
+from services.core.decide import Limits
 from services.log.sqlite import SqliteLog, SqliteWriter
 from services.views.database import Views
 from services.views.digest import digest_view

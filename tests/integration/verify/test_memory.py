@@ -22,11 +22,11 @@ from uuid import UUID, uuid5
 
 from schemas.codec import encode
 from services.blobs.local import LocalBlobStore
-from services.core.commands import FinalizePackage, IngestFiles, StoredFile
+from schemas.runs import StoredFile
+from services.core.decide import FinalizePackage, IngestFiles, Limits
 from artifact_store.manifest import content_key
 from services.core.decide import decide
-from services.core.evolve import evolve
-from services.core.limits import Limits
+from services.core.state import evolve
 from services.log.port import Batch, Record
 from artifact_store.position import Position
 from services.verify import verify

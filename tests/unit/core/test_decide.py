@@ -29,11 +29,18 @@ from artifact_store.events import Event, PackageCreated, PackageFinalized
 from artifact_store.manifest import manifest_digest
 from schemas.digests import event_digest
 from schemas.runs import FileRun
-from services.core.commands import Command, IngestFiles, IngestTogether
-from services.core.decide import acknowledge, check_ingest, claim_check, decide
-from services.core.evolve import evolve, evolve_all
-from services.core.limits import MAX_IDLE_MICROS, Limits
-from services.core.state import PackageState
+from services.core.decide import (
+    MAX_IDLE_MICROS,
+    Command,
+    IngestFiles,
+    IngestTogether,
+    Limits,
+    acknowledge,
+    check_ingest,
+    claim_check,
+    decide,
+)
+from services.core.state import PackageState, evolve, evolve_all
 from tests import commands
 
 LIMITS = Limits()

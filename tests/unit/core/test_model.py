@@ -25,11 +25,8 @@ from artifact_store.models import Acknowledgement
 from schemas.codec import decode, encode
 from schemas.digests import event_digest, payload_digest_holds
 from services import manifest
-from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles
-from services.core.decide import acknowledge, decide
-from services.core.evolve import evolve, evolve_all
-from services.core.limits import Limits
-from services.core.state import PackageState
+from services.core.decide import Command, CreatePackage, FinalizePackage, IngestFiles, Limits, acknowledge, decide
+from services.core.state import PackageState, evolve, evolve_all
 from tests import commands
 
 LIMITS = Limits(max_files_per_package=6)

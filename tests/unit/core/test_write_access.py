@@ -8,9 +8,7 @@ import pytest
 
 from artifact_store.errors import ForbiddenError, PackageNotFoundError
 from services.core.access import Grant, Grants, Packages, Right
-from services.core.commands import Command, IngestTogether
-from services.core.decide import decide, require_write
-from services.core.limits import Limits
+from services.core.decide import Command, IngestTogether, Limits, decide, require_write
 from tests import commands
 from tests.unit.core.test_decide import after
 

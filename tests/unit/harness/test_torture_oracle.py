@@ -10,11 +10,8 @@ import pytest
 
 from artifact_store.events import Event, FileIngested, LogSkipped
 from schemas.digests import event_digest, record_digest
-from services.core.commands import Command, FinalizePackage, IngestFiles
-from services.core.decide import decide
-from services.core.evolve import evolve
-from services.core.limits import Limits
-from services.core.state import PackageState
+from services.core.decide import Command, FinalizePackage, IngestFiles, Limits, decide
+from services.core.state import PackageState, evolve
 from services.log.records import administrative_event
 from tests.commands import create, stored
 from tests.faults.torture.oracle import Verdict, compare

@@ -11,11 +11,8 @@ from uuid import UUID, uuid4
 import pytest
 
 from schemas.runs import encode_all
-from services.core.commands import Command, IngestFiles, IngestTogether
-from services.core.decide import acknowledge, check_ingest, decide
-from services.core.evolve import evolve_all
-from services.core.limits import Limits
-from services.core.state import PackageState
+from services.core.decide import Command, IngestFiles, IngestTogether, Limits, acknowledge, check_ingest, decide
+from services.core.state import PackageState, evolve_all
 from services.log.sqlite.driver import SqliteDriver
 from services.log.sqlite.file import create_file, open_file
 from services.log.state.partition_state import PartitionState

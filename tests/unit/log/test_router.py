@@ -19,7 +19,7 @@ from artifact_store.errors import (
 )
 from artifact_store.models import Acknowledgement
 from services.core.access import EVERYTHING, Grants
-from services.core.commands import Command
+from services.core.decide import Command
 from services.log import router
 from services.log.port import NotAppendedError, PackageExtent, PartitionNotOwnedError
 from services.log.router import Owner, Router

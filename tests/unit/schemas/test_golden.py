@@ -32,11 +32,8 @@ from schemas import identifiers
 from schemas.codec import EVENT_TYPES, UndecodableEventError, decode, encode, schema_text
 from schemas.digests import event_digest, payload_digest_holds
 from schemas.runs import CommandFiles, FileRun
-from services.core.commands import Command, IngestFiles
-from services.core.decide import decide
-from services.core.evolve import evolve
-from services.core.limits import Limits
-from services.core.state import PackageState
+from services.core.decide import Command, IngestFiles, Limits, decide
+from services.core.state import PackageState, evolve
 from services.log.records import AdministrativeHead, administrative_event
 from tests import commands
 

@@ -7,9 +7,8 @@ from uuid import UUID, uuid4
 from schemas.codec import encode
 from schemas.digests import event_digest
 from schemas.headers import headers
-from services.core.decide import decide
-from services.core.evolve import evolve
-from services.core.limits import Limits
+from services.core.decide import Limits, decide
+from services.core.state import evolve
 from tests.commands import create, finalize
 
 LOG = UUID("6f1d7c1e-54a4-5d0b-9a53-6d3f0a4c2b11")

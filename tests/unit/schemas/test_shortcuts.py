@@ -36,12 +36,9 @@ from artifact_store.rules import holds_control
 from schemas.codec import decode, encode, schema_text
 from schemas.digests import event_digest
 from schemas.headers import headers, headers_all
-from schemas.runs import CommandFiles, FileRun, avro_long, encode_all
-from services.core.commands import StoredFile
-from services.core.decide import decide
-from services.core.evolve import evolve
-from services.core.limits import Limits
-from services.core.state import manifest_item, receipt_item
+from schemas.runs import CommandFiles, FileRun, StoredFile, avro_long, encode_all
+from services.core.decide import Limits, decide
+from services.core.state import evolve, manifest_item, receipt_item
 from tests.commands import create, ingest
 
 _TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=300)

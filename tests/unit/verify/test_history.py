@@ -12,11 +12,8 @@ from hypothesis import strategies as st
 from artifact_store.errors import ConflictError
 from artifact_store.events import Event, FileIngested, PackageFinalized
 from artifact_store.rules import metadata_text
-from services.core.commands import Command, CreatePackage, FinalizePackage, IngestFiles
-from services.core.decide import decide
-from services.core.evolve import evolve
-from services.core.limits import Limits
-from services.core.state import PackageState
+from services.core.decide import Command, CreatePackage, FinalizePackage, IngestFiles, Limits, decide
+from services.core.state import PackageState, evolve
 from services.verify.check_log import Histories
 from services.verify.notes import Claim, Notes
 from tests import commands

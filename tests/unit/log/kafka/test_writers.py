@@ -15,7 +15,7 @@ from prometheus_client.samples import Sample
 
 from artifact_store.errors import ConflictError, PushBackError
 from services.core.access import EVERYTHING
-from services.core.limits import Limits
+from services.core.decide import Limits
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka import writer as writers
 from services.log.kafka.connection import READS_PRINCIPALS

@@ -11,9 +11,7 @@ from uuid import UUID
 import pytest
 
 from artifact_store.errors import UnavailableError
-from services.core.commands import Command
-from services.core.decide import acknowledge, decide
-from services.core.limits import Limits
+from services.core.decide import Command, Limits, acknowledge, decide
 from services.log.sequencer import background
 from services.log.sequencer.answers import Counts
 from services.log.sequencer.background import BackgroundJobs

@@ -25,8 +25,7 @@ from artifact_store.errors import (
     UnavailableError,
 )
 from artifact_store.models import Acknowledgement
-from services.core.commands import IngestFiles
-from services.core.limits import Limits
+from services.core.decide import IngestFiles, Limits
 from services.log.kafka.connection import spoiled_by_record
 from services.log.port import HeldError, NotAppendedError, PartitionNotOwnedError
 from services.log.records import AdministrativeHead, SkipRecord

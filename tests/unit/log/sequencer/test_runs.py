@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from services.core.commands import Command
+from services.core.decide import Command
 from services.log.sequencer.queue import IngestCheck, Request, runs_of
 from tests.commands import create, finalize, ingest
 

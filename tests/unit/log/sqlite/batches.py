@@ -6,9 +6,7 @@ from collections.abc import Sequence
 
 from artifact_store.models import Acknowledgement
 from schemas.runs import encode_all
-from services.core.commands import Command
-from services.core.decide import acknowledge, decide
-from services.core.limits import Limits
+from services.core.decide import Command, Limits, acknowledge, decide
 from services.log.sequencer.driver import Staged
 from services.log.sqlite.driver import SqliteDriver
 from services.runtime.clock import system_clock

@@ -24,9 +24,7 @@ from artifact_store.errors import (
 from artifact_store.events import LogSkipped
 from artifact_store.models import Acknowledgement
 from services.config import Settings
-from services.core.commands import Command, IngestFiles
-from services.core.decide import acknowledge, decide
-from services.core.limits import ANSWERS_KEPT_MICROS, MAX_IDLE_MICROS, Limits
+from services.core.decide import ANSWERS_KEPT_MICROS, MAX_IDLE_MICROS, Command, IngestFiles, Limits, acknowledge, decide
 from services.core.state import CREATED, FINALIZED, PackageState
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.port import PackageExtent

@@ -20,11 +20,16 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 from artifact_store.errors import ArtifactStoreError
 from artifact_store.events import Event
 from artifact_store.models import Acknowledgement
-from services.core.commands import Command
-from services.core.decide import acknowledge, check_ingest, decide
-from services.core.evolve import evolve
-from services.core.limits import ANSWERS_KEPT_MICROS, MAX_IDLE_MICROS, Limits
-from services.core.state import FINALIZED, PackageState
+from services.core.decide import (
+    ANSWERS_KEPT_MICROS,
+    MAX_IDLE_MICROS,
+    Command,
+    Limits,
+    acknowledge,
+    check_ingest,
+    decide,
+)
+from services.core.state import FINALIZED, PackageState, evolve
 from services.log.state import state_file as state_file_module
 from services.log.state.partition_state import PartitionState, value_digest
 from services.log.state.state_file import LogPartition, StateFile
