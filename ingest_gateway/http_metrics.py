@@ -36,13 +36,13 @@ class Metrics:
         """By route, method and status."""
         self._requests = Counter(
             "artifact_store_http_requests",
-            "Requests that were answered; status 0 is an answer that was cut off",
+            "Requests by route, method and status; status 0 is an answer that was cut off",
             ("route", "method", "status"),
             registry=self.registry,
         )
         self._seconds = Histogram(
             "artifact_store_http_request_seconds",
-            "From a request's head to the end of its answer: followers stay long, and probes are not in it",
+            "Time from a request's head to the end of its answer. Followers stay long; probes are not counted",
             ("route", "method"),
             buckets=_SECONDS,
             registry=self.registry,
@@ -51,35 +51,33 @@ class Metrics:
             "artifact_store_http_received_bytes", "Bytes of request bodies", ("route",), registry=self.registry
         )
         self._sent = Counter(
-            "artifact_store_http_sent_bytes", "Bytes of answers' bodies", ("route",), registry=self.registry
+            "artifact_store_http_sent_bytes", "Bytes of response bodies", ("route",), registry=self.registry
         )
         self._in_flight = Gauge(
             "artifact_store_http_in_flight",
-            "Requests that are being answered, those of followers too",
+            "Requests in progress, including those of followers",
             registry=self.registry,
         )
         self._followers = Gauge("artifact_store_http_followers", "Clients that follow events", registry=self.registry)
-        self._connections = Gauge(
-            "artifact_store_http_connections", "Connections that have a place", registry=self.registry
-        )
-        self._uploads = Gauge("artifact_store_http_uploads", "Uploads that are under way", registry=self.registry)
-        self._downloads = Gauge("artifact_store_http_downloads", "Downloads that are under way", registry=self.registry)
+        self._connections = Gauge("artifact_store_http_connections", "Open connections", registry=self.registry)
+        self._uploads = Gauge("artifact_store_http_uploads", "Uploads in progress", registry=self.registry)
+        self._downloads = Gauge("artifact_store_http_downloads", "Downloads in progress", registry=self.registry)
         self._refused = Counter(
             "artifact_store_http_refused",
-            "Connections, uploads, downloads, archives, followers and JSON bodies for which there was no place",
+            "Connections, uploads, downloads, archives, followers and JSON bodies refused for lack of capacity",
             ("what",),
             registry=self.registry,
         )
         self._up = Gauge(
             "artifact_store_component_up",
-            "Gateway: 1 while a component works, as `/readyz` saw it at most 10 s ago. Without `views` only reads "
-            "suffer, without another one nothing is written",
+            "Gateway: 1 while a component works, as `/readyz` saw it at most 10 s ago. Without `views`, only reads "
+            "fail; without any other, nothing is written",
             ("component",),
             registry=self.registry,
         )
         self._lag = Gauge(
             "artifact_store_event_loop_lag_seconds",
-            "How late the process is: above 0.1 s for long, it has too much to do",
+            "How late the event loop runs. More than 0.1 s for long means that the process is overloaded",
             registry=self.registry,
         )
 
@@ -103,7 +101,7 @@ class Metrics:
         """Set the function that gives the number of database connections in use at each scrape."""
         Gauge(
             "artifact_store_database_connections",
-            "Connections to the views' database that this process uses now, of 15 at most",
+            "Connections to the views' database that this process is using, at most 15",
             registry=self.registry,
         ).set_function(in_use)
 
@@ -111,7 +109,7 @@ class Metrics:
         """Set the function that gives how much of the memory for uploads is in use at each scrape."""
         Gauge(
             "artifact_store_upload_memory_bytes",
-            "Memory that uploads to a bucket use now, of 64 MiB at most; who needs more waits",
+            "Memory that uploads to a bucket are using, at most 64 MiB; uploads that need more wait",
             registry=self.registry,
         ).set_function(in_use)
 

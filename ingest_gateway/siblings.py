@@ -96,7 +96,7 @@ def merged(texts: Mapping[int, bytes | None]) -> bytes:
     """Merge expositions by process number; every sample gets the label `process`. None: a process is down."""
     up = GaugeMetricFamily(
         "artifact_store_process_up",
-        "Of several processes behind one address: 0 for one that did not answer",
+        "1 for each process behind the same address, 0 for one that did not answer",
         labels=["process"],
     )
     families: dict[str, Metric] = {up.name: up}

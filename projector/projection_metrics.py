@@ -106,8 +106,8 @@ class ProjectorMetrics(Collector):
         )
         running = GaugeMetricFamily(
             "artifact_store_projection_running",
-            "1 while this process runs the projection, 0 when it could not go on or a batch takes longer than 10 s, "
-            "until it has folded again or has had nothing to fold for 5 s",
+            "1 while this process runs the projection. 0 when it could not go on, or a batch takes longer than 10 s, "
+            "until it folds again or has had nothing to fold for 5 s",
             labels=["projection"],
         )
         for name, number in self._events.items():
@@ -119,33 +119,33 @@ class ProjectorMetrics(Collector):
         """Nothing of what cannot be found out now: an old number would look like a good one."""
         up = GaugeMetricFamily(
             "artifact_store_component_up",
-            "Projector: 1 if a component has answered this scrape",
+            "Projector: 1 if a component answered this scrape",
             labels=["component"],
         )
         seconds = GaugeMetricFamily(
             "artifact_store_projection_lag_seconds",
-            "Age of the oldest event that may be missing in the view, 0 at the log's end; absent before this process "
-            "has seen the view's progress. Of several processes the lowest counts",
+            "Age of the oldest event that the view may lack, 0 at the log's end. Absent until this process has seen "
+            "the view's progress. Take the lowest of several processes",
             labels=["projection", "partition"],
         )
         lag = GaugeMetricFamily(
             "artifact_store_projection_lag",
-            "Offsets between where the view stands in a partition and its end. Of several processes the highest counts",
+            "How many offsets the view is behind the end of a partition. Take the highest of several processes",
             labels=["projection", "partition"],
         )
         parked = GaugeMetricFamily(
             "artifact_store_projection_parked_packages",
-            "Packages that the view could not follow",
+            "Packages that are parked in the view",
             labels=["projection"],
         )
         replay = GaugeMetricFamily(
             "artifact_store_projection_replay_lag",
-            "Offsets that a replay has yet to fold; absent without one",
+            "Offsets that a replay still has to fold. Absent if there is no replay",
             labels=["projection"],
         )
         building = GaugeMetricFamily(
             "artifact_store_projection_replay_running",
-            "1 while a process builds a replay, 0 if it ended early and left its build; absent without one",
+            "1 while a process runs a replay, 0 if the replay ended early and left its build. Absent if there is none",
             labels=["projection"],
         )
         if self._alone:

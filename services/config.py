@@ -194,7 +194,7 @@ class Settings:
     env_file: Path | None = setting(
         None,
         Path,
-        "A file of settings, one `ARTIFACT_STORE_NAME=VALUE` a line. `.env` is read only when it is named here.",
+        "A file of settings, one `ARTIFACT_STORE_NAME=VALUE` per line. `.env` is read only when it is named here.",
     )
 
     log_url: str = setting(
@@ -202,7 +202,7 @@ class Settings:
     )
     kafka_partitions: int = setting(6, whole(1, 1024), "Partitions of the topic that `migrate` creates.")
     kafka_replication_factor: int = setting(3, whole(1), "Replicas that the topic must have.")
-    kafka_min_insync_replicas: int = setting(2, whole(1), "Replicas that must have an event before it counts.")
+    kafka_min_insync_replicas: int = setting(2, whole(1), "Replicas that must have an event before it is acknowledged.")
     kafka_options: dict[str, str | int | float | bool] = setting(
         "{}", options, "More librdkafka client settings, as a JSON object.", secret=_in_options
     )
@@ -216,16 +216,18 @@ class Settings:
     s3_public_url: str | None = setting(
         None,
         text,
-        "https://HOST[:PORT] at which clients reach the bucket's store: they then send large files straight to it.",
+        "https://HOST[:PORT] at which clients reach the bucket's store, to send large files straight to it.",
     )
     s3_public_access_key: str = setting(
         "",
         header_text,
-        "Access key that signs clients' requests to that address: one that may only write below `uploads/`. Without "
-        "it, gateways sign with their own.",
+        "Access key that signs clients' requests to that address. It needs no other right than to write below "
+        "`uploads/`. Without it, gateways sign with their own key.",
         secret=_always,
     )
-    s3_public_secret_key: SecretStr = setting("", secret_text, "Its secret key.", secret=_always)
+    s3_public_secret_key: SecretStr = setting(
+        "", secret_text, "The secret key of ARTIFACT_STORE_S3_PUBLIC_ACCESS_KEY.", secret=_always
+    )
 
     views_url: str = setting(
         "sqlite+aiosqlite:///./var/views.db",
@@ -237,44 +239,49 @@ class Settings:
         None,
         text,
         "A schema registry with Confluent's interface, http(s)://host:port. `migrate` registers the event schemas "
-        "there; a topic that it makes then has Confluent's framing for good.",
+        "there. A topic that it creates then has Confluent's framing for good.",
         secret=_in_url,
     )
 
     plaintext: tuple[str, ...] = setting(
         "",
         services_of,
-        "Of `kafka`, `s3`, `postgresql` and `schema-registry`, separated by commas: what other machines may be asked "
-        "without TLS, so that everybody between can read and change it.",
+        "Which of `kafka`, `s3`, `postgresql` and `schema-registry` may be reached on other machines without TLS, "
+        "separated by commas. Everyone on the way can then read and change what is sent.",
     )
 
     url: str | None = setting(
         None, text, "A gateway that client commands talk to instead of opening log, blobs and views themselves."
     )
     listen: str = setting("127.0.0.1:8080", text, "HOST:PORT to listen on.")
-    tls_cert: Path | None = setting(None, Path, "The gateway's certificate (PEM): it speaks TLS.")
+    tls_cert: Path | None = setting(None, Path, "The gateway's certificate (PEM). With it, the gateway speaks TLS.")
     tls_key: Path | None = setting(None, Path, "The key of that certificate (PEM).")
     tls_client_ca: Path | None = setting(
-        None, Path, "Authorities of certificates that every client of the gateway must have (PEM)."
+        None, Path, "Authorities (PEM). Every client of the gateway must then have a certificate from one of them."
     )
     metrics_listen: ListenAddress | None = setting(
         None,
         address,
-        "HOST:PORT for /metrics, without TLS and tokens. A gateway serves /healthz and /readyz there too, and /metrics "
-        "nowhere else. Of several projectors each takes the next port.",
+        "HOST:PORT for /metrics, without TLS and tokens. A gateway then serves /metrics only there, and /healthz and "
+        "/readyz there too. Several projectors take consecutive ports.",
     )
     allowed_hosts: tuple[str, ...] = setting(
         "",
         hosts,
-        "Names that a gateway is reached by: HOST or HOST:PORT, separated by commas. On loopback also `localhost`.",
+        "Names by which clients reach a gateway: HOST or HOST:PORT, separated by commas. `localhost` always works on "
+        "loopback.",
     )
-    insecure: bool = setting(False, switch, "Allow listening on an interface that other machines reach.")
+    insecure: bool = setting(
+        False,
+        switch,
+        "Listen beyond loopback without a policy or tokens: everyone who reaches the gateway may then do everything.",
+    )
     internal_listen: str = setting("127.0.0.1:0", text, "HOST:PORT for commands that other gateways forward.")
     internal_url: str | None = setting(None, text, "The address at which other gateways reach this one.")
     internal_secret: SecretStr | None = setting(
         None,
         secret_text,
-        "The secret that guards forwarded commands until gateways have certificates.",
+        "The secret that protects forwarded commands while gateways have no certificates.",
         secret=_always,
     )
     peer_cert: Path | None = setting(
@@ -286,54 +293,60 @@ class Settings:
     state_key: SecretStr | None = setting(
         None,
         secret_text,
-        "The secret that copies of that state in a bucket are signed with, the same for all gateways. Without it they "
-        "are signed with ARTIFACT_STORE_INTERNAL_SECRET, and without both neither made nor read beyond loopback. It "
-        "also signs the states of resumable uploads.",
+        "The secret that signs copies of that state in a bucket, the same for all gateways. Without it, "
+        "ARTIFACT_STORE_INTERNAL_SECRET signs them. Without both, a bucket on another machine gets no copies, and none "
+        "are read from it. It also signs the states of resumable uploads.",
         secret=_always,
     )
 
     log_level: str = setting(
         "info",
         one_of("debug", "info", "warning", "error"),
-        "The least level of log lines: debug, info, warning, error.",
+        "The lowest level of log lines that are written: debug, info, warning or error.",
     )
     log_format: str = setting(
-        "text", one_of("text", "json"), "How log lines look: `text`, or `json`, which is one JSON object a line."
+        "text", one_of("text", "json"), "The form of log lines: `text`, or `json` for one JSON object per line."
     )
 
     policy: Path | None = setting(None, Path, "The policy file: who may do what (TOML).")
     tokens: Path | None = setting(None, Path, "The file of static tokens, which holds only their hashes.")
     audit_file: Path | None = setting(
-        None, Path, "Where a gateway records who did what, one JSON object a line; nowhere by default."
+        None, Path, "The file in which a gateway records who did what, one JSON object per line."
     )
-    token_file: Path | None = setting(None, Path, "A file with the token that client commands send to the gateway.")
+    token_file: Path | None = setting(None, Path, "The file with the token that client commands send to the gateway.")
     ca: Path | None = setting(None, Path, "A PEM file of authorities that clients trust in addition to the system's.")
 
     webhook_allow: tuple[str, ...] = setting(
         "",
         networks,
-        "Networks beyond the public ones that webhooks may be sent to, over http too: CIDR, separated by commas.",
+        "Networks other than public ones to which webhooks may be sent, over http as well: CIDR, separated by commas.",
     )
 
-    max_file_bytes: int = setting(5 * _TIB, whole(0), "Size of the largest file that is accepted, in bytes.")
-    max_files_per_package: int = setting(100_000, whole(1), "Most files in a package.")
-    max_metadata_bytes: int = setting(64 * _KIB, whole(2), "Most bytes of metadata in a package.")
+    max_file_bytes: int = setting(5 * _TIB, whole(0), "The most bytes that a file may have.")
+    max_files_per_package: int = setting(100_000, whole(1), "The most files that a package may have.")
+    max_metadata_bytes: int = setting(64 * _KIB, whole(2), "The most bytes that a package's metadata may have.")
     quota_packages: int | None = setting(
         None,
         whole(1),
         "Packages that one principal may create in an hour through one gateway process.",
     )
-    quota_bytes: int | None = setting(None, whole(1), "The same for bytes of request bodies.")
-    quota_metadata_bytes: int | None = setting(None, whole(1), "The same for bytes of metadata.")
-    quota_resumable_uploads: int | None = setting(None, whole(1), "The same for resumable uploads that are begun.")
+    quota_bytes: int | None = setting(
+        None, whole(1), "Bytes of request bodies that one principal may send in an hour through one gateway process."
+    )
+    quota_metadata_bytes: int | None = setting(
+        None, whole(1), "Bytes of metadata that one principal may add in an hour through one gateway process."
+    )
+    quota_resumable_uploads: int | None = setting(
+        None, whole(1), "Resumable uploads that one principal may begin in an hour through one gateway process."
+    )
     quota_open_uploads: int | None = setting(
         None, whole(1), "Resumable uploads that one principal may hold open at a time at one gateway process."
     )
     max_connections: int = setting(
-        2048, whole(1), "Connections to one gateway process, at most half of them from one address."
+        2048, whole(1), "Connections that one gateway process takes, at most half of them from one address."
     )
     max_uploads: int = setting(
-        256, whole(1), "Uploads at a time to one gateway process, at most half of them from one address."
+        256, whole(1), "Uploads that one gateway process takes at a time, at most half of them from one address."
     )
 
     def __init__(self, **values: Any) -> None:

@@ -31,13 +31,15 @@ def _version(context: click.Context, _parameter: click.Parameter, value: bool) -
 
 
 @click.group(cls=Root, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
-@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="The version.")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version and exit."
+)
 @common_options(shown=tuple(declarations()))
 def main() -> None:
     """A registry of artifact packages whose log of record is a Kafka topic.
 
-    Every setting is also an environment variable: --log-url is ARTIFACT_STORE_LOG_URL, also in a file that --env-file
-    names.
+    Every setting is a flag and an environment variable: --log-url is ARTIFACT_STORE_LOG_URL. A file of settings is read
+    when --env-file names it.
     """
 
 

@@ -34,13 +34,13 @@ _PLACE = re.compile(r"(\d{1,9}):(\d{1,18})")
 @log.command("export")
 @_FILE
 @click.option("--package", "packages", metavar="ID", multiple=True, help="Only this package; may be repeated.")
-@click.option("--blobs", is_flag=True, help="With the bytes that the events name.")
+@click.option("--blobs", is_flag=True, help="Include the bytes that the events name.")
 @common_options(shown=("log_url", "blobs_url"))
 def export(file: Path, packages: Sequence[str], *, blobs: bool) -> None:
     """Write the log, as it is now, to the new archive FILE.
 
-    Each package's chain of events is proved on the way. Gateways may run meanwhile. An export that was interrupted
-    leaves no FILE and begins again; what it had written is in FILE.part.
+    The export checks each package's chain of events. Gateways may run meanwhile. An interrupted export leaves FILE.part
+    and no FILE; the next one starts from the beginning.
     """
     found = run(_export(file, [package_id(package) for package in packages], blobs=blobs))
     answer({"file": str(file), "bytes": file.stat().st_size, **found})
@@ -48,15 +48,14 @@ def export(file: Path, packages: Sequence[str], *, blobs: bool) -> None:
 
 @log.command("import")
 @_FILE
-@click.option("--blobs", is_flag=True, help="With the archive's bytes, into the blob store.")
+@click.option("--blobs", is_flag=True, help="Put the archive's bytes into the blob store as well.")
 @common_options(shown=("log_url", "blobs_url", "kafka_partitions"))
 def import_(file: Path, *, blobs: bool) -> None:
     """Fill an empty log with the archive FILE.
 
-    The log and the blob store are created when they are missing. The log may have another number of partitions than the
-    exported one, or be another kind of log; its views get the same digests. An archive that is damaged and a log that
-    holds anything else are refused, with nothing written. An import that was interrupted goes on when it is called
-    again.
+    The log and the blob store are created if they are missing. The log may be of another kind than the exported one, or
+    have another number of partitions; its views get the same digests. A damaged archive, or a log that holds anything
+    else, is refused before anything is written. Run an interrupted import again to continue it.
     """
     answer({"file": str(file), **run(_import(file, blobs=blobs))})
 
@@ -65,7 +64,7 @@ def import_(file: Path, *, blobs: bool) -> None:
 @_FILE
 @common_options()
 def check(file: Path) -> None:
-    """Prove an archive: every byte, every event, and the chain of every package."""
+    """Check an archive: every byte, every event, and the chain of every package."""
     answer({"file": str(file), **run(_check(file))})
 
 
@@ -74,10 +73,10 @@ def check(file: Path) -> None:
 @click.argument("positions", metavar="POSITION...", nargs=-1, required=True)
 @common_options(shown=("log_url",))
 def position(file: Path, positions: Sequence[str]) -> None:
-    """Say where positions of the exported log lie in the log that FILE was imported into.
+    """Translate positions of the exported log into positions of the log that FILE was imported into.
 
-    A reader that goes on there misses nothing. POSITION is a position, as events have it, or the offsets of a Kafka
-    consumer by partition: 0:120,1:77,2:98.
+    A reader that continues there misses nothing. POSITION is the position of an event, or a Kafka consumer's offsets by
+    partition: 0:120,1:77,2:98.
     """
     for before, found in zip(positions, run(_translate(file, positions)), strict=True):
         offsets = ",".join(f"{p}:{offset}" for p, offset in sorted(found.offsets.items()))
@@ -90,11 +89,11 @@ def position(file: Path, positions: Sequence[str]) -> None:
 @click.option("--skip", "skips", metavar="PARTITION:OFFSET", multiple=True, help="Leave out this record of SOURCE.")
 @common_options(shown=("log_url", "kafka_partitions", "kafka_options"))
 def copy(source: str, target: str, skips: Sequence[str]) -> None:
-    """Copy the records of one topic to another: partitions, keys, values, headers, times and order are kept.
+    """Copy the records of one topic to another, with their partitions, keys, values, headers, times and order.
 
-    SOURCE and TARGET are the last part of a log URL (PREFIX, on the brokers of ARTIFACT_STORE_LOG_URL) or whole ones
-    (kafka://HOST:PORT/PREFIX). The target is created when it is missing. It must be empty, or hold the beginning of the
-    same copy: a copy that was interrupted, or whose source has grown, goes on when it is called again.
+    SOURCE and TARGET are log URLs (kafka://HOST:PORT/PREFIX), or just a PREFIX on the brokers of
+    ARTIFACT_STORE_LOG_URL. The target is created if it is missing. It must be empty, or hold the beginning of the same
+    copy. Run the command again to continue a copy that was interrupted, or whose source has grown.
     """
     answer(run(_copy(source, target, [_place(skip, "--skip") for skip in skips])))
 
@@ -104,9 +103,9 @@ def copy(source: str, target: str, skips: Sequence[str]) -> None:
 @click.argument("target")
 @common_options(shown=("log_url", "kafka_options"))
 def compare(source: str, target: str) -> None:
-    """Check that TARGET is a copy of what SOURCE begins with, in every partition; exit code 1 if it is not.
+    """Check that every partition of TARGET is a copy of the beginning of SOURCE. Exit code 1 if one is not.
 
-    Events that a mirror has repeated are passed over, as every reader does, and counted. Names as those of `log copy`.
+    Events that a mirror has repeated are skipped and counted. SOURCE and TARGET are named as for `log copy`.
     """
     found = run(_compare(source, target))
     if invocation().as_json:

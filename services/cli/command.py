@@ -76,10 +76,19 @@ def common_options(*, shown: tuple[str, ...] = ()) -> Callable[[Decorated], Deco
         for name in reversed(declarations()):
             command = _setting(name, hidden=name not in shown)(command)
         command = click.option(
-            "--quiet", "-q", is_flag=True, expose_value=False, callback=_keep_quiet, help="No progress, no remarks."
+            "--quiet",
+            "-q",
+            is_flag=True,
+            expose_value=False,
+            callback=_keep_quiet,
+            help="Show neither progress nor remarks.",
         )(command)
         return click.option(
-            "--json", is_flag=True, expose_value=False, callback=_keep_json, help="One JSON object, or one a line."
+            "--json",
+            is_flag=True,
+            expose_value=False,
+            callback=_keep_json,
+            help="Print JSON: one object, or one per line.",
         )(command)
 
     return decorate
@@ -99,7 +108,7 @@ def _setting(name: str, *, hidden: bool) -> Callable[[Decorated], Decorated]:
     kind: dict[str, Any] = {"metavar": "VALUE"}
     if declared["read"] is switch:
         kind = {"is_flag": True, "default": None, "flag_value": True}
-    warning = "" if declared["secret"] is None else " A secret belongs into the environment: flags can be seen."
+    warning = "" if declared["secret"] is None else " Put a secret in the environment: others can see flags."
     return click.option(
         "--" + name.replace("_", "-"),
         f"setting_{name}",
@@ -121,7 +130,7 @@ def _keep_quiet(_context: click.Context, _parameter: click.Parameter, value: boo
 
 
 ACTOR = click.option(
-    "--actor", help="Who does it, in place of you; through a gateway that takes the right to delegate."
+    "--actor", help="Act in this name instead of your own. Through a gateway, this takes the right to delegate."
 )
 """For every command that records an event."""
 
@@ -129,7 +138,7 @@ ACTOR = click.option(
 metrics_file_option = click.option(
     "--metrics-file",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Write metrics of this run into FILE.prom, for the textfile collector of Prometheus's node exporter.",
+    help="Write metrics of this run to FILE.prom, for the textfile collector of Prometheus's node exporter.",
     metavar="FILE.prom",
 )
 """For commands that run to their end and take long."""
@@ -149,7 +158,7 @@ def metadata_of(pairs: tuple[str, ...], document: str | None) -> dict[str, Any]:
         if not separator or not key:
             raise click.BadParameter(f"{pair!r} is not of the form KEY=VALUE", param_hint="--metadata")
         if key in given:
-            raise click.BadParameter(f"the key {key!r} comes twice", param_hint="--metadata")
+            raise click.BadParameter(f"the key {key!r} is given twice", param_hint="--metadata")
         given.add(key)
         found[key] = value
     return found
@@ -168,9 +177,9 @@ def json_object(document: str, hint: str) -> dict[str, Any]:
     except OSError as error:
         raise click.BadParameter(f"{document}: {error.strerror}", param_hint=hint) from None
     except ValueError as error:
-        raise click.BadParameter(f"no JSON: {error}", param_hint=hint) from None
+        raise click.BadParameter(f"not JSON: {error}", param_hint=hint) from None
     except RecursionError:
-        raise click.BadParameter("no JSON that can be read: it is nested too deeply", param_hint=hint) from None
+        raise click.BadParameter("it is nested too deeply to be read as JSON", param_hint=hint) from None
     if not isinstance(value, dict):
         raise click.BadParameter("it must be a JSON object", param_hint=hint)
     return value
@@ -200,7 +209,7 @@ def package_id(text: str) -> UUID:
     try:
         return UUID(text)
     except ValueError:
-        raise click.BadParameter(f"{text[:80]!r} is no package id; `artifact-store packages` lists them") from None
+        raise click.BadParameter(f"{text[:80]!r} is not a package id; `artifact-store packages` lists them") from None
 
 
 async def find_package(registry: Registry, text: str) -> UUID:
@@ -285,8 +294,8 @@ def unportable(count: int, pairs: Sequence[PathPair]) -> dict[str, Any]:
         return {}
     shown = ", ".join(f"{path!r} and {other!r}" for path, other in pairs)
     remark(
-        f"warning: paths differ only by case or Unicode form, and can be unpacked together only where file systems "
-        f"tell them apart: {shown}{f' and {count - len(pairs):,} more' if count > len(pairs) else ''}"
+        f"warning: some paths differ only by case or Unicode form, and can be unpacked together only on file systems "
+        f"that tell them apart: {shown}{f' and {count - len(pairs):,} more' if count > len(pairs) else ''}"
     )
     return {"unportable_count": count, "unportable_paths": [pair._asdict() for pair in pairs]}
 

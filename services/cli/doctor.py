@@ -80,9 +80,9 @@ Look = Callable[["Settings", Finding], Awaitable[None]]
 def doctor() -> None:
     """Say what is wrong with the installation and what mends it.
 
-    Looks at settings, certificates, disk, log, blobs, views, projections and their groups, and asks all gateways how
-    they and their partitions are, for which ARTIFACT_STORE_INTERNAL_SECRET must be theirs. Exit code 1 if anything is
-    wrong.
+    Looks at settings, certificates, disk, log, blobs, views, projections and their groups, and asks all gateways about
+    themselves and their partitions. That needs their ARTIFACT_STORE_INTERNAL_SECRET, or a certificate like theirs. Exit
+    code 1 if anything is wrong.
     """
     findings = run(_examine())
     ok = not any(finding.wrong for finding in findings)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--issuer", metavar="ALIAS", help="Where to log in, if the gateway offers several issuers.")
+@click.option("--issuer", metavar="ALIAS", help="The issuer to log in at, if the gateway offers several.")
 @common_options(shown=("url", "ca"))
 def login(issuer: str | None) -> None:
     """Log in to the gateway of --url as a person, in a browser on any device.
@@ -69,7 +69,7 @@ def _show(prompt: Prompt) -> None:
 @click.command()
 @common_options(shown=("url",))
 def logout() -> None:
-    """Forget the login at the gateway of --url. The issuer may know the session for longer."""
+    """Forget the login at the gateway of --url. The issuer may keep its own session for longer."""
     from artifact_store.client.device_login import forget_login
 
     forgotten = forget_login(_url(invocation().settings()))

@@ -36,7 +36,7 @@ _COLUMNS = ("package", "status", "retention class", "created", "producer", "subj
 @click.option("--subject", help="Only packages about this subject.")
 @click.option("--status", type=click.Choice(["created", "finalized", "expired", "purged"]), help="Only in this state.")
 @click.option("--retention-class", help="Only packages of this retention class.")
-@click.option("--limit", type=click.IntRange(1), help="At most so many; all when it is not given.")
+@click.option("--limit", type=click.IntRange(1), help="List at most this many.  [default: all]")
 @common_options(shown=("url",))
 def packages(
     producer: str | None, subject: str | None, status: str | None, retention_class: str | None, limit: int | None
@@ -82,11 +82,11 @@ def _row(package: Package) -> tuple[object, ...]:
 
 
 @click.command()
-@click.option("--producer", help="Only what came from this producer.")
+@click.option("--producer", help="Only packages of this producer.")
 @click.option("--retention-class", help="Only packages of this retention class.")
 @common_options(shown=("url",))
 def usage(producer: str | None, retention_class: str | None) -> None:
-    """List what came in: packages, files and bytes by producer, retention class and day (UTC)."""
+    """Show how many packages, files and bytes came in, by producer, retention class and day (UTC)."""
     run(_usage(producer, retention_class))
 
 
@@ -140,10 +140,15 @@ def _file_row(file: File) -> tuple[object, ...]:
 
 @click.command()
 @click.argument("package", metavar="PACKAGE_ID|blake3:…")
-@click.option("--format", "form", type=click.Choice(["cbor", "json"]), help="cbor (default; json with --json) or json.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["cbor", "json"]),
+    help="The form of the manifest.  [default: cbor; with --json, json]",
+)
 @common_options(shown=("url",))
 def manifest(package: str, form: str | None) -> None:
-    """Write a finalized package's manifest to standard output, byte for byte unless that is a terminal."""
+    """Write a finalized package's manifest to standard output, byte for byte. CBOR is not written to a terminal."""
     form = form or ("json" if invocation().as_json else "cbor")
     if form == "cbor" and sys.stdout.isatty():
         raise click.UsageError("the manifest is binary and this is a terminal: redirect the output, or --format json")
@@ -163,7 +168,11 @@ async def _manifest(text: str, form: str) -> None:
 
 
 @click.command()
-@click.option("--since", metavar="POSITION|TIME|now", help="Begin there: `now` is the end, a TIME is in RFC 3339.")
+@click.option(
+    "--since",
+    metavar="POSITION|TIME|now",
+    help="Begin after this POSITION, at this TIME (RFC 3339), or `now` at the log's end.",
+)
 @click.option("--package", metavar="PACKAGE_ID", help="Only events of this package.")
 @click.option("--producer", multiple=True, help="Only events of packages of this producer; may be repeated.")
 @click.option("--subject", multiple=True, help="Only events of packages about this subject; may be repeated.")
@@ -173,7 +182,7 @@ async def _manifest(text: str, form: str) -> None:
     "--order",
     type=click.Choice(["log", "time"]),
     default="log",
-    help="As the partitions of the log are read (default), or by the time of the event.",
+    help="`log`: as the partitions are read (default). `time`: by the events' times.",
 )
 @click.option("--follow", "-f", is_flag=True, help="Wait for more, until interrupted.")
 @common_options(shown=("url",))
@@ -188,7 +197,7 @@ def tail(
     *,
     follow: bool,
 ) -> None:
-    """Print events, in order per package; with --json one object a line, each with its position."""
+    """Print events, in order per package. With --json each is one object per line and has its position."""
     from artifact_store.models import EventFilter
 
     if follow and order == "time":

@@ -34,7 +34,7 @@ max_parked_option = click.option(
     "--max-parked",
     type=click.IntRange(0),
     metavar="N",
-    help="Stop when more packages than this would be parked.  [default: 100]",
+    help="Stop before more than N packages are parked.  [default: 100]",
 )
 """For every command that folds views and may stop by it."""
 
@@ -46,10 +46,10 @@ _HEAD_BYTES = 32
 @common_options(shown=("views_url",))
 @click.pass_context
 def parked(context: click.Context) -> None:
-    """List parked packages: those with an event that a projection cannot read or apply. The others go on.
+    """List parked packages: those with an event that a projection cannot read or apply. Others are not affected.
 
-    The log keeps what waits. `parked show` tells more of a package, `parked retry` folds what waits once the cause is
-    mended.
+    The log keeps their waiting events. `parked show` shows more about a package. `parked retry` folds the waiting
+    events once the cause is mended.
     """
     if context.invoked_subcommand is None:
         run(_list(None))
@@ -76,7 +76,7 @@ def show(package: str) -> None:
 @click.option("--projection", help="Only in this projection.")
 @common_options(shown=LOG_AND_VIEWS)
 def retry(packages: Sequence[str], projection: str | None) -> None:
-    """Fold what waits of these packages (of all without one). Exit code 1 if any is parked again."""
+    """Fold the waiting events of these packages, or of all parked ones. Exit code 1 if any is parked again."""
     if not run(_retry(packages, projection)):
         click.get_current_context().exit(1)
 
@@ -174,8 +174,8 @@ def _known(projection: str | None) -> str | None:
 def log() -> None:
     """Repair, back up, restore and copy the log.
 
-    `skip` and `accept-loss` confirm what stops a partition, through the running gateway that writes to it. The others
-    open the log themselves.
+    `skip` and `accept-loss` confirm to the running gateway what stops a partition. The other commands open the log
+    themselves.
     """
 
 
@@ -184,7 +184,7 @@ def _of_one_record(command: Callable[..., None]) -> Callable[..., None]:
     for add in (
         common_options(shown=("log_url", "internal_secret")),
         ACTOR,
-        click.option("--reason", default="", help="Why; recorded with it."),
+        click.option("--reason", default="", help="Why you confirm it; recorded in the log."),
         click.option("--digest", required=True, metavar="HEX", help="The record's digest, as `status` shows it."),
         click.argument("offset", type=click.IntRange(0)),
         click.argument("partition", type=click.IntRange(0)),
@@ -196,11 +196,11 @@ def _of_one_record(command: Callable[..., None]) -> Callable[..., None]:
 @log.command()
 @_of_one_record
 def skip(partition: int, offset: int, digest: str, reason: str, actor: str | None) -> None:
-    """Pass over one record that is no event, for good.
+    """Skip one record that is not an event, for good.
 
-    A record that somebody else wrote to the topic, and that cannot be deleted, stops its partition. Find out who wrote
-    it, and that nothing of value is in it. The confirmation is recorded in the same partition; every writer, reader and
-    view then passes over the record and counts it. A record that is an event is refused.
+    A record that somebody else wrote to the topic stops its partition, and cannot be deleted. First find out who wrote
+    it, and make sure that it holds nothing of value. The confirmation is recorded in the same partition. Every writer,
+    reader and view then skips the record, and counts it. A record that is an event cannot be skipped.
     """
     from services.log.records import SkipRecord
 
@@ -213,10 +213,10 @@ def skip(partition: int, offset: int, digest: str, reason: str, actor: str | Non
 @log.command("accept-loss")
 @_of_one_record
 def accept_loss(partition: int, offset: int, digest: str, reason: str, actor: str | None) -> None:
-    """Go on without events that the partition lost after it had acknowledged them, for good.
+    """Accept for good that the partition lost events that it had acknowledged.
 
-    OFFSET and --digest name the record that is missing, as `status` shows it. First try to bring the records back. The
-    acceptance is recorded in the same partition, the state that remembers the record is deleted, and writing goes on.
+    First try to bring the records back. OFFSET and --digest name the missing record, as `status` shows it. The
+    acceptance is recorded in the same partition, the state that remembers the record is deleted, and writing resumes.
     """
     from services.log.records import AcceptLoss
 

@@ -28,20 +28,26 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("projection")
-@click.option("--in-place", is_flag=True, help="Empty the view first and fold into it; readers see less until then.")
-@click.option("--verify", "compare", is_flag=True, help="Switch only if both digests at one position are equal.")
-@click.option("--even-if-different", is_flag=True, help="With --verify: say what differs, and switch all the same.")
+@click.option(
+    "--in-place",
+    is_flag=True,
+    help="Empty the view first, then fold into it. Readers see an incomplete view meanwhile.",
+)
+@click.option(
+    "--verify", "compare", is_flag=True, help="Switch only if the digests of both views are equal at the same position."
+)
+@click.option("--even-if-different", is_flag=True, help="With --verify: show what differs, and switch anyway.")
 @click.option("--restart", is_flag=True, help="Begin at the log's start, even if an earlier replay was interrupted.")
 @max_parked_option
 @click.option("--drop", is_flag=True, help="Only remove what an interrupted replay has built.")
 @click.option(
-    "--processes", type=click.IntRange(1, 64), metavar="N", help="Load in N processes.  [default: one a core]"
+    "--processes", type=click.IntRange(1, 64), metavar="N", help="Load in N processes.  [default: one per core]"
 )
 @click.option(
     "--max-rate",
     type=click.FloatRange(1),
     metavar="EVENTS",
-    help="Fold no more events a second, to spare the database.",
+    help="Fold at most this many events per second, to spare the database.",
 )
 @metrics_file_option
 @common_options(shown=("log_url", "views_url"))
@@ -56,9 +62,9 @@ def replay(
 ) -> None:
     """Fold a projection again from the log's start.
 
-    A new generation of its tables is built beside the view, which is read and kept up to date meanwhile, and takes its
-    place when it is nowhere behind. An interrupted replay goes on where it was. Exit code 1 if --verify finds a
-    difference; both are kept then.
+    A new generation of its tables is built beside the live view, which is still read and kept up to date. Once it has
+    caught up, it takes the live view's place. An interrupted replay continues where it stopped. If --verify finds a
+    difference, both are kept and the exit code is 1.
     """
     known = known_projection(projection)
     if options["even_if_different"] and not options["compare"]:
@@ -144,7 +150,7 @@ def _duration(seconds: float) -> str:
 @click.argument("projection")
 @common_options(shown=("views_url",))
 def digest(projection: str) -> None:
-    """The canonical digest of a view: equal for equal content, on every database."""
+    """Show the canonical digest of a view. Equal content has an equal digest, on every database."""
     answer(run(_digest(known_projection(projection))))
 
 

@@ -65,7 +65,7 @@ def _several(command: Decorated) -> Decorated:
         type=click.IntRange(1, 64),
         default=1,
         show_default=True,
-        help="So many processes behind one address. Needs a Kafka log.",
+        help="How many processes to run behind one address. More than one needs a Kafka log.",
     )(command)
 
 
@@ -74,9 +74,9 @@ def _several(command: Decorated) -> Decorated:
 @max_parked_option
 @common_options(shown=(*_PARTS, "listen"))
 def serve(processes: int, member: str | None, max_parked: int | None) -> None:
-    """Run gateway, projections and webhooks, until SIGTERM or SIGINT: in one process, or in several.
+    """Run gateway, projections and webhooks until SIGTERM or SIGINT, in one process or in several.
 
-    Of several processes one sends webhooks, and the others share the rest of the work.
+    With several processes, one of them sends the webhooks, and all share the rest of the work.
     """
     if processes > 1 and max_parked is not None:
         raise click.UsageError(
@@ -123,10 +123,10 @@ async def _serve(settings: Settings, member: str | None, max_parked: int | None)
 @_several
 @common_options(shown=(*_PARTS, "listen", "internal_listen", "internal_url", "max_connections", "max_uploads"))
 def gateway(processes: int, member: str | None) -> None:
-    """Run a gateway, until SIGTERM or SIGINT.
+    """Run a gateway until SIGTERM or SIGINT.
 
-    With --processes, each process has an internal listener of its own: where that has a fixed port, they take as many
-    ports from there on.
+    With --processes, each process has an internal listener of its own. If that has a fixed port, the processes take
+    this port and the ones after it.
     """
     settings = invocation().settings()
     begin_to_run(settings)
@@ -176,13 +176,17 @@ async def _in_processes(settings: Settings, command: str, processes: int) -> int
 @click.command()
 @click.argument("names", metavar="[NAME]...", nargs=-1)
 @click.option(
-    "--processes", type=click.IntRange(1, 64), default=1, show_default=True, help="Spread the partitions over so many."
+    "--processes",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    help="How many processes share the partitions.",
 )
 @max_parked_option
 @click.option("--until-input-ends", is_flag=True, hidden=True)  # for the processes of `--processes`
 @common_options(shown=("log_url", "views_url", "metrics_listen"))
 def projector(names: tuple[str, ...], *, processes: int, until_input_ends: bool, **options: Any) -> None:
-    """Run the projections of these names (all without one), until SIGTERM or SIGINT."""
+    """Run the named projections, or all of them, until SIGTERM or SIGINT."""
     for name in names:
         known_projection(name)
     settings = invocation().settings()
@@ -224,10 +228,10 @@ async def _project_in_processes(
 @click.command()
 @common_options(shown=("log_url", "views_url", "policy", "tokens", "webhook_allow", "metrics_listen"))
 def webhooks() -> None:
-    """Send events to the URLs of subscriptions, until SIGTERM or SIGINT.
+    """Send events to the URLs of subscriptions until SIGTERM or SIGINT.
 
-    One process sends at a time; others that run beside it take its place within seconds. Policy and tokens must be
-    those of the gateways: the owners' rights follow from them.
+    Only one process sends at a time; if it ends, another one takes its place within seconds. It needs the gateways'
+    policy and tokens, because the rights of the subscriptions' owners follow from them.
     """
     settings = invocation().settings()
     begin_to_run(settings)
@@ -285,8 +289,8 @@ def _end(stopped: Mapping[str, Exception]) -> None:
 def migrate() -> None:
     """Create or check topic, bucket, tables and seeds. Safe to repeat.
 
-    Succeeds when a view's tables have another layout, or were folded from another log, and says that it must be
-    replayed: an upgrade migrates first.
+    It also succeeds when a view has tables of another layout, or was folded from another log, and then says that the
+    view must be replayed: an upgrade migrates first.
     """
     answer(run(_migrate(invocation().settings())))
 

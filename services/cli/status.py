@@ -44,11 +44,11 @@ _Told = TypeVar("_Told")
 @click.command()
 @common_options(shown=(*LOG_AND_VIEWS, "internal_secret"))
 def status() -> None:
-    """How far each projection is behind the log, which processes run, and which gateway writes to which partition.
+    """Show how far each projection is behind the log, which processes run, and who writes to which partition.
 
-    Each gateway is asked at its internal listener how it is, and of its partitions since when, how long it took to take
-    over, and from what it restored the writer's state: `file`, `snapshot` or `log`. ARTIFACT_STORE_INTERNAL_SECRET must
-    be theirs.
+    Each gateway is asked at its internal listener for its health and, for each partition that it owns, since when, how
+    long the take-over took, and whether the writer's state came from the `file`, a `snapshot` or the `log`. This needs
+    the gateways' ARTIFACT_STORE_INTERNAL_SECRET, or a certificate like theirs.
     """
     found = run(_status())
     if invocation().as_json:

@@ -26,9 +26,9 @@ _ID = click.argument("subscription_id", metavar="ID")
 @click.group()
 @common_options(shown=_SHOWN)
 def subscriptions() -> None:
-    """Have events sent to a URL: webhooks, signed, at least once and in order per package.
+    """Have events sent to a URL as signed webhooks, at least once and in order per package.
 
-    These commands ask the gateway of --url. `webhooks` is the process that sends.
+    These commands talk to the gateway of --url. The process `webhooks` sends the events.
     """
 
 
@@ -49,7 +49,7 @@ def _filtered(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--since", default="now", show_default=True, metavar="POSITION|TIME|now", help="Where to begin.")
 @common_options(shown=_SHOWN)
 def create(target: str, since: str, **filters: Any) -> None:
-    """Have events sent to the URL TARGET. Prints the secret that messages are signed with, this one time."""
+    """Have events sent to the URL TARGET. Prints the secret that signs the messages; it is shown only once."""
     wanted = _filters(**filters)
 
     _answer(_asked(lambda on: on.create(target, wanted, since=since)))
@@ -59,7 +59,7 @@ def create(target: str, since: str, **filters: Any) -> None:
 @subscriptions.command(name="list")
 @common_options(shown=_SHOWN)
 def list_() -> None:
-    """List your subscriptions; operators see everybody's."""
+    """List your subscriptions. Operators see everyone's."""
     from artifact_store.models import MAX_PAGE, all_pages
 
     async def work(on: SubscriptionsClient) -> list[Any]:
@@ -90,7 +90,7 @@ def show(subscription_id: str) -> None:
 @_filtered
 @common_options(shown=_SHOWN)
 def change(subscription_id: str, target: str | None, **filters: Any) -> None:
-    """Change where events go, or which ones: filters that are given replace all filters there were."""
+    """Change where events go, or which ones. Filters that you give replace all earlier filters."""
     wanted = _filters(**filters) if any(filters.values()) else None
     if target is None and wanted is None:
         raise click.UsageError("say what to change: --target or a filter")
@@ -109,7 +109,7 @@ def pause(subscription_id: str) -> None:
 @_ID
 @common_options(shown=_SHOWN)
 def resume(subscription_id: str) -> None:
-    """Go on after a pause or after 410, and try at once what waits for its next attempt."""
+    """Go on after a pause or an answer 410, and retry at once what waits for its next attempt."""
     _answer(_asked(lambda on: on.change(_id(subscription_id), paused=False)))
 
 
@@ -117,7 +117,7 @@ def resume(subscription_id: str) -> None:
 @_ID
 @common_options(shown=_SHOWN)
 def rotate(subscription_id: str) -> None:
-    """Make a new secret. For 24 hours messages are signed with the one before as well."""
+    """Make a new secret. For 24 hours, messages are signed with the previous one as well."""
     _answer(_asked(lambda on: on.rotate(_id(subscription_id))))
 
 
@@ -132,12 +132,12 @@ def test(subscription_id: str) -> None:
 @subscriptions.command()
 @_ID
 @click.argument("event_id", required=False)
-@click.option("--since", metavar="POSITION|TIME", help="Everything after this instead.")
+@click.option("--since", metavar="POSITION|TIME", help="Send everything after this instead.")
 @common_options(shown=_SHOWN)
 def redeliver(subscription_id: str, event_id: str | None, since: str | None) -> None:
     """Send one event again, by its id in `deliveries`, or everything after a position or time.
 
-    A package that waits for the event, parked or not, is tried now and goes on after it.
+    If a package waits for this event, parked or not, the event is tried now, and later ones follow it.
     """
     if (event_id is None) == (since is None):
         raise click.UsageError("give EVENT_ID or --since, and not both")
@@ -147,7 +147,7 @@ def redeliver(subscription_id: str, event_id: str | None, since: str | None) -> 
 
 @subscriptions.command()
 @_ID
-@click.option("--limit", type=click.IntRange(1, 500), default=50, show_default=True, help="At most so many.")
+@click.option("--limit", type=click.IntRange(1, 500), default=50, show_default=True, help="List at most this many.")
 @common_options(shown=_SHOWN)
 def deliveries(subscription_id: str, limit: int) -> None:
     """List attempts and the receiver's answers, the newest first."""

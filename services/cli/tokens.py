@@ -27,9 +27,9 @@ Changed = TypeVar("Changed")
 @click.group()
 @common_options(shown=("tokens",))
 def tokens() -> None:
-    """Make, list and revoke static tokens, on the machine of the gateway.
+    """Create, list and revoke static tokens, on the gateway's machine.
 
-    They are kept in the file that ARTIFACT_STORE_TOKENS names, as hashes. A gateway notices a change within a second.
+    The file that ARTIFACT_STORE_TOKENS names holds their hashes. A gateway notices a change within a second.
     """
 
 
@@ -37,9 +37,24 @@ def tokens() -> None:
 @click.argument("name")
 @click.argument("more", metavar="[RIGHT]...", nargs=-1)
 @click.option("--can", multiple=True, metavar="RIGHT", help=f"A right of the token; may repeat: {_RIGHTS}.")
-@click.option("--producer", "producers", multiple=True, help="Only packages of such producers: a pattern with `*`.")
-@click.option("--subject", "subjects", multiple=True, help="Only packages about such subjects: a pattern with `*`.")
-@click.option("--expires", type=click.FloatRange(0, 36_500, min_open=True), metavar="DAYS", help="Never by default.")
+@click.option(
+    "--producer",
+    "producers",
+    multiple=True,
+    help="Only packages whose producer matches this pattern; `*` matches any text. May be repeated.",
+)
+@click.option(
+    "--subject",
+    "subjects",
+    multiple=True,
+    help="Only packages whose subject matches this pattern; `*` matches any text. May be repeated.",
+)
+@click.option(
+    "--expires",
+    type=click.FloatRange(0, 36_500, min_open=True),
+    metavar="DAYS",
+    help="When it expires.  [default: never]",
+)
 @common_options(shown=("tokens",))
 def create(
     name: str,
@@ -49,10 +64,10 @@ def create(
     subjects: tuple[str, ...],
     expires: float | None,
 ) -> None:
-    """Make a token and print it, this one time.
+    """Create a token and print it. It is shown only once.
 
-    Events name its holder `token:NAME`. To replace a token, make another one of the same name, hand it out, and revoke
-    the old one by its id. Without --can it has the rights that the policy gives to its name.
+    In events, its holder is `token:NAME`. To replace a token, create another one with the same name, hand it out, and
+    revoke the old one by its id. Without --can, the token has the rights that the policy gives to its name.
     """
     from services.identity.static_tokens import create_token
 
@@ -81,7 +96,7 @@ def create(
 @tokens.command(name="list")
 @common_options(shown=("tokens",))
 def list_() -> None:
-    """List the tokens, without what proves them."""
+    """List the tokens without their secrets."""
     from services.identity.static_tokens import read_tokens
 
     found = [{"id": token.id, **_shown(token)} for token in read_tokens(_tokens_file())]
@@ -99,7 +114,7 @@ def list_() -> None:
 @click.argument("which", metavar="ID|NAME")
 @common_options(shown=("tokens",))
 def revoke(which: str) -> None:
-    """Revoke the token of this id, or every token of this name."""
+    """Revoke the token with this id, or every token with this name."""
     from services.identity.static_tokens import revoke_tokens
 
     file = _tokens_file()
@@ -157,7 +172,7 @@ def _shown(token: StaticToken) -> dict[str, Any]:
 @click.group()
 @common_options(shown=("policy",))
 def policy() -> None:
-    """Check the policy file, and explain what it says of a token."""
+    """Check the policy file, and explain what it allows a token."""
 
 
 _FILE = click.argument("file", required=False, type=click.Path(path_type=Path, dir_okay=False))
@@ -167,7 +182,7 @@ _FILE = click.argument("file", required=False, type=click.Path(path_type=Path, d
 @_FILE
 @common_options(shown=("policy",))
 def check(file: Path | None) -> None:
-    """Read the policy as a gateway does, from FILE or the file of the settings. Exit code 2 when it is invalid."""
+    """Check FILE, or the policy that the settings name, as a gateway does. Exit code 2 if it is invalid."""
     found = _policy(file)
     counts = {"issuers": len(found.issuer), "rules": len(found.rule), "principals": len(found.principal)}
     answer({"valid": True, **counts}, f"valid: {', '.join(f'{count} {name}' for name, count in counts.items())}")
@@ -176,12 +191,12 @@ def check(file: Path | None) -> None:
 @policy.command()
 @_FILE
 @click.option("--issuer", metavar="ALIAS", help="The issuer of the claims.")
-@click.option("--claims", metavar="JSON|FILE", help="The claims of a token, as a JSON object or the file of one.")
+@click.option("--claims", metavar="JSON|FILE", help="The claims of a token: a JSON object, or a file that holds one.")
 @click.option(
-    "--token", "token_from", type=click.File("r"), metavar="FILE", help="A file with a token; - is the input."
+    "--token", "token_from", type=click.File("r"), metavar="FILE", help="A file with a token; `-` reads standard input."
 )
-@click.option("--name", help="The name of a static token, in place of claims.")
-@click.option("--producer", help="Tell whether each right holds for packages of this producer …")
+@click.option("--name", help="The name of a static token, instead of claims.")
+@click.option("--producer", help="Show whether each right holds for packages of this producer …")
 @click.option("--subject", help="… and this subject; both or neither.")
 @common_options(shown=("policy",))
 def explain(
@@ -193,9 +208,9 @@ def explain(
     producer: str | None,
     subject: str | None,
 ) -> None:
-    """Show which rules match a token, and which rights result.
+    """Show which rules match a token, and the rights that it gets.
 
-    Nothing is verified: this says what a token of these claims may do if the gateway accepts it.
+    The token is not verified. This shows what a token with these claims may do if the gateway accepts it.
     """
     from services.identity.actors import actor_of
     from services.identity.policy import STATIC_ALIAS

@@ -36,7 +36,11 @@ if TYPE_CHECKING:
 
 
 _CONCURRENCY = click.option(
-    "--concurrency", type=click.IntRange(1, 128), default=16, show_default=True, help="Files at the same time."
+    "--concurrency",
+    type=click.IntRange(1, 128),
+    default=16,
+    show_default=True,
+    help="How many files to transfer at the same time.",
 )
 
 
@@ -45,12 +49,14 @@ _CONCURRENCY = click.option(
 @click.option("--name", required=True, help="What the package is called.")
 @click.option("--producer", required=True, help="Who makes it.")
 @click.option("--subject", required=True, help="What it is about.")
-@click.option("--retention-class", required=True, help="How long it is kept: report, raw-evidence, scratch …")
+@click.option(
+    "--retention-class", required=True, help="Which rule says how long it is kept: report, raw-evidence, scratch …"
+)
 @click.option("--metadata", multiple=True, metavar="KEY=VALUE", help="Metadata, as text; may be repeated.")
-@click.option("--metadata-json", metavar="JSON|FILE", help="Metadata as a JSON object, or the file of one.")
+@click.option("--metadata-json", metavar="JSON|FILE", help="Metadata as a JSON object, or a file that holds one.")
 @ACTOR
 @click.option("--no-finalize", is_flag=True, help="Leave the package open, for `add` and `finalize`.")
-@click.option("--new", "fresh", is_flag=True, help="Begin anew, even if an equal push was interrupted.")
+@click.option("--new", "fresh", is_flag=True, help="Start a new package, even if an equal push was interrupted.")
 @_CONCURRENCY
 @common_options(shown=("url",))
 def push(
@@ -66,8 +72,8 @@ def push(
 ) -> None:
     """Create a package, stream the file or tree at PATH into it, and finalize it.
 
-    Paths in the package are relative to PATH. Links to files inside the tree are followed, others refused; empty
-    folders, owners and modes are not kept. A push that was interrupted goes on where it was when it is run again.
+    Paths in the package are relative to PATH. Links to files inside the tree are followed, others are refused. Empty
+    folders, owners and modes are not kept. Run an interrupted push again, and it continues where it stopped.
     """
     from services.identity.actors import actor_here
 
@@ -109,7 +115,7 @@ async def _push(
     }
     with push_state(default_folder(), identity, fresh=fresh) as state:
         if state.resumed:
-            remark("an equal push was interrupted: going on with its package (--new begins anew)")
+            remark("an equal push was interrupted: continuing with its package (--new starts a new one)")
         try:
             async with open_registry(settings) as registry:
                 with transfer_progress("push") as progress:
@@ -131,7 +137,7 @@ def _say_how_to_go_on(state: PushState) -> None:
     if not state.began:
         return
     if state.kept:
-        remark("the package stays open; run the same command again to go on (--new begins anew)")
+        remark("the package stays open; run the same command again to continue (--new starts a new one)")
     else:
         remark("the package stays open; the push cannot be resumed, because its state could not be kept")
 
@@ -139,14 +145,14 @@ def _say_how_to_go_on(state: PushState) -> None:
 @click.command()
 @click.argument("package", metavar="PACKAGE_ID|blake3:…")
 @click.argument("destination", metavar="DEST", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--force", is_flag=True, help="Replace files that are there and different.")
-@click.option("--rename", is_flag=True, help="Write a file whose path is a folder of other files as PATH.file.")
+@click.option("--force", is_flag=True, help="Replace existing files that differ.")
+@click.option("--rename", is_flag=True, help="If a file's PATH is also a folder of other files, write it as PATH.file.")
 @_CONCURRENCY
 @common_options(shown=("url",))
 def pull(package: str, destination: Path, *, force: bool, rename: bool, concurrency: int) -> None:
     """Download a package into the folder DEST and verify every byte against its manifest.
 
-    Equal files that are there already are kept, so that an interrupted pull can be run again.
+    Files that exist already with the same bytes are kept, so an interrupted pull can be run again.
     """
     from artifact_store.rules import MAX_PAIRS
 
@@ -202,17 +208,17 @@ _STANDARD_INPUT = Path("-")
 @click.command()
 @click.argument("package", metavar="PACKAGE_ID")
 @click.argument("file", metavar="FILE|-", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--path", "relative_path", help="Its path in the package; the file's name when it is not given.")
-@click.option("--media-type", help="Its media type; guessed from the path when it is not given.")
+@click.option("--path", "relative_path", help="Its path in the package.  [default: the file's name]")
+@click.option("--media-type", help="Its media type.  [default: guessed from the path]")
 @ACTOR
 @common_options(shown=("url",))
 def add(package: str, file: Path, *, relative_path: str | None, media_type: str | None, actor: str | None) -> None:
-    """Add one file to a package that is open; `-` reads it from standard input, and a pipe is read to its end."""
+    """Add one file to an open package. `-` reads standard input, and a named pipe is read to its end."""
     from artifact_store.manifest import ContentAddress
 
     if relative_path is None:
         if file == _STANDARD_INPUT:
-            raise click.UsageError("standard input has no name: --path says where it goes")
+            raise click.UsageError("standard input has no name: give its path in the package with --path")
         relative_path = file.name
     from services.identity.actors import actor_here
 
@@ -268,7 +274,7 @@ async def _add(
 @ACTOR
 @common_options(shown=("url",))
 def finalize(package: str, *, actor: str | None) -> None:
-    """Freeze a package that is open; prints the content address of its manifest."""
+    """Freeze an open package, and print the content address of its manifest."""
     from artifact_store.manifest import ContentAddress
     from services.identity.actors import actor_here
 

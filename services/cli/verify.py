@@ -25,14 +25,14 @@ _MIB = 1 << 20
     "--bytes", "check_bytes", is_flag=True, help="Read and hash every blob as well, and set damaged ones aside."
 )
 @click.option(
-    "--remove-orphans", is_flag=True, help="Remove large uploads of yesterday and before that no event names."
+    "--remove-orphans", is_flag=True, help="Remove large bodies that no event names, if they are more than a day old."
 )
 @metrics_file_option
 @common_options(shown=("log_url", "blobs_url", "views_url"))
 def verify(*, check_bytes: bool, remove_orphans: bool, metrics_file: Path | None) -> None:
-    """Read log, blobs and views and name every broken invariant; exit code 1 if there is any.
+    """Check log, blobs and views, and name every broken invariant. Exit code 1 if there is one.
 
-    With --bytes, damaged blobs are moved below `damaged/` in the blob store: sending the same bytes again heals them.
+    With --bytes, damaged blobs are moved below `damaged/` in the blob store. Sending the same bytes again repairs them.
     """
     from services.runtime.metrics import RunMetrics
 

@@ -86,7 +86,7 @@ class Authenticator:
         registry = metrics or CollectorRegistry()
         self._outcomes = Counter(
             "artifact_store_authentications",
-            "Tokens that were looked at; `unavailable` while the keys of the issuer cannot be had",
+            "Tokens that were checked, by outcome; `unavailable` while the issuer's keys cannot be fetched",
             ("issuer", "outcome"),
             registry=registry,
         )
@@ -98,7 +98,7 @@ class Authenticator:
         )
         self._stale = Gauge(
             "artifact_store_identity_file_invalid",
-            "1 while a file cannot be read and what it said before is in force",
+            "1 while a file is invalid or cannot be read, so that its previous content stays in force",
             ("file",),
             registry=registry,
         )

@@ -149,7 +149,7 @@ class RunMetrics:
         self._wrong = 0
         active = Gauge(
             "artifact_store_run_active",
-            "1 while the command runs; a run that was killed leaves it so, and the file does not change any more",
+            "1 while the command runs. A run that was killed leaves it at 1, and its file no longer changes",
             ("run",),
             registry=self._registry,
         )
@@ -161,13 +161,13 @@ class RunMetrics:
         )
         progress = Gauge(
             "artifact_store_run_progress_ratio",
-            "How much of its longest part the run has done, from 0 to 1",
+            "How much of its longest part the run has finished, from 0 to 1",
             ("run",),
             registry=self._registry,
         )
         problems = Gauge(
             "artifact_store_run_problems",
-            "What the last run found wrong: violations, or 1 for a run that failed",
+            "How much the last run found wrong: violations, or 1 if it failed",
             ("run",),
             registry=self._registry,
         )
@@ -237,8 +237,8 @@ _KINDS = {"Counter": "counter", "Gauge": "gauge", "Histogram": "histogram"}
 _INTRODUCTION = """# Metrics
 
 Generated from the code by `make docs`; do not edit. Every process also has `process_*`: processor time, memory, open
-files and start. Labels have few values, and none that a client chooses. `artifact_store_run_*` are in the file that
-`--metrics-file` names to a command that runs to its end.
+files and start time. Labels have few values, and clients choose none of them. `artifact_store_run_*` are in the file
+that `--metrics-file` names, of commands that run to their end.
 
 | metric | type | labels | meaning |
 | --- | --- | --- | --- |

@@ -88,19 +88,19 @@ class DeliveryMetrics:
         registry = registry or CollectorRegistry()
         self.attempts = Counter(
             "artifact_store_webhook_attempts",
-            "Attempts to deliver an event, by outcome; `parked` counts packages that were given up",
+            "Attempts to deliver an event, by outcome; `parked` counts packages that were parked",
             ("outcome",),
             registry=registry,
         )
         self.seconds = Histogram(
             "artifact_store_webhook_delivery_seconds",
-            "From an event's creation to its acceptance by a receiver at the first attempt",
+            "Time from an event's creation until a receiver accepted it at the first attempt",
             registry=registry,
             buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3600),
         )
         self.subscriptions = Gauge(
             "artifact_store_webhook_subscriptions",
-            "Subscriptions by what they do: `served`, `behind` the newest events, or `idle` (paused, disabled, without "
+            "Subscriptions by state: `served`, `behind` the newest events, or `idle` (paused, disabled, or without "
             "rights)",
             ("state",),
             registry=registry,
@@ -112,7 +112,7 @@ class DeliveryMetrics:
         )
         self.delivering = Gauge(
             "artifact_store_webhook_deliverer",
-            "1 in the process that delivers, 0 in one that stands by",
+            "1 in the process that delivers, 0 in those on standby",
             registry=registry,
         )
 

@@ -29,43 +29,43 @@ _GAUGES: Sequence[tuple[str, str, Sequence[str], Callable[[PartitionStatus], _Sh
     ),
     (
         "artifact_store_partition_waiting",
-        "Requests that wait for the writer's next turn",
+        "Requests in the queue of the partition's writer",
         (),
         lambda of: (of.waiting, ""),
     ),
     (
         "artifact_store_partition_memory_only",
-        "1 while the disk has no room for the partition's state file, and what changes is in memory alone",
+        "1 while the disk has no room for the partition's state file, so that changes are only in memory",
         (),
         lambda of: (float(of.memory_only is not None), ""),
     ),
     (
         "artifact_store_partition_bad_record_offset",
-        "Offset of the record that is no event and stops the partition until `artifact-store log skip`; absent if none",
+        "Offset of a record that is no event and stops the partition until `artifact-store log skip`. Absent if none",
         ("digest",),
         lambda of: (of.bad_offset, of.bad_digest or ""),
     ),
     (
         "artifact_store_partition_lost_record_offset",
-        "Offset of an acknowledged record that is gone; no writes until the loss is accepted. Absent without one",
+        "Offset of an acknowledged record that is gone; no writes until the loss is accepted. Absent if none",
         ("digest",),
         lambda of: (of.lost_offset, of.lost_digest or ""),
     ),
     (
         "artifact_store_partition_skipped",
-        "Records of the partition that are no events and are passed over, as an operator confirmed",
+        "Records of the partition that are not events and are skipped, as an operator confirmed",
         (),
         lambda of: (of.skipped, ""),
     ),
     (
         "artifact_store_partition_repeated",
-        "Events of the partition that their packages had already, and that are passed over",
+        "Repeated events of the partition, which are skipped",
         (),
         lambda of: (of.repeated, ""),
     ),
     (
         "artifact_store_partition_quarantined",
-        "Packages of the partition whose history is contradicted: nothing is added to them",
+        "Packages of the partition whose history the log contradicts: they take no more events",
         (),
         lambda of: (of.quarantined, ""),
     ),
@@ -85,8 +85,8 @@ class WriterCollector(Collector):
         serving = {of.partition for of in here if of.since is not None}
         owned = GaugeMetricFamily(
             "artifact_store_partition_owned",
-            "1 while this process takes writes to the partition; the sum over all gateways is 1 for each, and 0 while "
-            "it is taken over or refuses everything",
+            "1 while this process takes writes to the partition. The sum over all gateways is 1 per partition, and 0 "
+            "while it is taken over or refuses all writes",
             labels=["partition"],
         )
         for partition in range(self._writer.partitions):
@@ -95,7 +95,7 @@ class WriterCollector(Collector):
         yield GaugeMetricFamily("artifact_store_partitions", "Partitions of the log", value=self._writer.partitions)
         yield GaugeMetricFamily(
             "artifact_store_log_settings_drifted",
-            "1 while settings of the topic are others than they should be; `artifact-store doctor` says which",
+            "1 while settings of the topic are not as they should be; `artifact-store doctor` says which",
             value=float(self._writer.drifted),
         )
         for name, text, further, shown in _GAUGES:
@@ -108,8 +108,8 @@ class WriterCollector(Collector):
         if (skew := self._writer.clock_skew_seconds) is not None:
             yield GaugeMetricFamily(
                 "artifact_store_clock_skew_seconds",
-                "How far this machine's clock is ahead of the blob store's, negative when it is behind, 0 while they "
-                "agree to the second. Beyond 300 nothing is written. Absent with `file:` blobs",
+                "How many seconds this machine's clock is ahead of the blob store's, negative if behind, 0 if they "
+                "agree to the second. Nothing is written beyond 300. Absent with `file:` blobs",
                 value=skew,
             )
         if (free := self._writer.state_free_bytes) is not None:
@@ -127,11 +127,13 @@ class WriterCollector(Collector):
             takeovers.add_metric([source], number)
         yield takeovers
         yield CounterMetricFamily(
-            "artifact_store_takeover_seconds", "What take-overs took together", value=counts.takeover_seconds
+            "artifact_store_takeover_seconds",
+            "Seconds that all take-overs took together",
+            value=counts.takeover_seconds,
         )
         yield CounterMetricFamily(
             "artifact_store_failed_takeovers",
-            "Leases and take-overs of partitions that failed, so that a take-over followed",
+            "Leases and take-overs of partitions that failed; each is followed by another take-over",
             value=counts.failed_takeovers,
         )
         yield CounterMetricFamily(
@@ -141,5 +143,5 @@ class WriterCollector(Collector):
             "artifact_store_transactions", "Transactions that appended these events", value=counts.transactions
         )
         yield CounterMetricFamily(
-            "artifact_store_pushed_back", "Requests that were told to come again later", value=counts.pushed_back
+            "artifact_store_pushed_back", "Requests that were told to retry later", value=counts.pushed_back
         )

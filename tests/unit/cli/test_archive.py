@@ -97,7 +97,7 @@ def test_what_is_not_there_or_no_archive_is_said(run: Run, tmp_path: Path) -> No
     assert "no.archive: No such file" in run("log", "check", tmp_path / "no.archive", code=1).stderr
     (tmp_path / "text").write_text("a text that is longer than what archives end with")
     assert "is no archive of a log" in run("log", "import", tmp_path / "text", code=1).stderr
-    assert "is no package id" in run("log", "export", tmp_path / "x", "--package", "7", code=2).stderr
+    assert "is not a package id" in run("log", "export", tmp_path / "x", "--package", "7", code=2).stderr
     assert "PARTITION:OFFSET" in run("log", "copy", "a", "b", "--skip", "7", code=2).stderr
     assert "topics are copied" in run("log", "copy", "a", "b", code=2).stderr
 
