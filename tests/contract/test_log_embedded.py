@@ -21,8 +21,7 @@ from artifact_store.models import Acknowledgement
 from services.core.decide import Command, Limits
 from services.log.sequencer import queue
 from services.log.sqlite import SqliteLog, SqliteWriter, file
-from services.log.sqlite.driver import SqliteDriver
-from services.log.sqlite.package_states import PackageStates
+from services.log.sqlite.driver import PackageStates, SqliteDriver
 from services.runtime.file_system import FileLock
 from tests.commands import create, finalize, ingest
 from tests.contract.log_invariants import assert_recorded_once, read_valid

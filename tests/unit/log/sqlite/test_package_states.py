@@ -14,11 +14,9 @@ from uuid import UUID, uuid4
 import pytest
 
 from services.log.port import Record
-from services.log.sqlite import file
-from services.log.sqlite import package_states as states
-from services.log.sqlite.driver import SqliteDriver
+from services.log.sqlite import driver, file
+from services.log.sqlite.driver import PackageStates, SqliteDriver
 from services.log.sqlite.file import package_records_from
-from services.log.sqlite.package_states import PackageStates
 from tests.commands import create, finalize, ingest
 from tests.unit.log.sqlite.batches import run
 
@@ -73,7 +71,7 @@ def read(made: object, monkeypatch: pytest.MonkeyPatch) -> Counter[UUID]:
         counted[package_id] += sequence == 0
         return records_from(connection, package_id, sequence, *bounds)
 
-    monkeypatch.setattr(states, "package_records_from", count)
+    monkeypatch.setattr(driver, "package_records_from", count)
     return counted
 
 
@@ -171,7 +169,7 @@ def test_what_another_process_appended_to_a_package_is_read_before_the_lock_is_t
         return records
 
     monkeypatch.setattr("services.log.sqlite.driver.write_lock", lock)
-    monkeypatch.setattr(states, "package_records_from", read)
+    monkeypatch.setattr(driver, "package_records_from", read)
     run(writing, [ingest(package_id, "b", name="b")])
     assert in_lock == [0]
 
