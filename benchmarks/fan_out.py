@@ -39,7 +39,7 @@ from services.config import Settings
 from services.core.decide import Command, Limits, decide
 from services.core.state import PackageState, evolve_all
 from services.log.kafka import KafkaLog
-from services.log.kafka.topic import partition_of
+from services.log.kafka.connection import partition_of
 from services.runtime.clock import system_clock
 from services.views.queries import Origin
 from tests.services.process import free_ports

@@ -23,8 +23,7 @@ from schemas.codec import encode
 from schemas.digests import event_digest, payload_digest
 from schemas.headers import headers
 from services.config import Settings
-from services.log.kafka.connection import KafkaSettings
-from services.log.kafka.topic import partition_of, record_key
+from services.log.kafka.connection import KafkaSettings, partition_of, record_key
 
 UNDER_WAY = 60
 RUN = 10

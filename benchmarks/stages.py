@@ -32,9 +32,8 @@ from schemas.runs import FileRun, encode_all
 from services.config import Settings
 from services.core.decide import Command, IngestFiles, IngestTogether, Limits, acknowledge, decide
 from services.log.kafka.cluster import Cluster
-from services.log.kafka.connection import KafkaSettings
+from services.log.kafka.connection import KafkaSettings, partition_of
 from services.log.kafka.tail import Reader
-from services.log.kafka.topic import partition_of
 from services.log.sequencer.partition_writer import PartitionWriter, WriterContext
 from services.log.sequencer.queue import Request, RequestQueue, runs_of
 from services.log.state.partition_state import PartitionState

@@ -27,9 +27,8 @@ from artifact_store.errors import ArtifactStoreError, ConfigurationError, PushBa
 from artifact_store.models import Acknowledgement
 from services.core.decide import Command
 from services.log.port import Forwarder, NotAppendedError, PartitionNotOwnedError
-from services.log.sequencer.answers import Counts, in_doubt
 from services.log.sequencer.partition_writer import PartitionWriter
-from services.log.sequencer.queue import EndQuestion, IngestCheck, size_of
+from services.log.sequencer.queue import Counts, EndQuestion, IngestCheck, in_doubt, size_of
 
 MAX_BYTES = 64 << 20
 """About how much memory requests for one partition may take: twice what its queue holds, for those that are being

@@ -19,7 +19,7 @@ from artifact_store.events import PackageCreated
 from ingest_gateway.peers.membership import kafka_writer
 from services.config import Settings
 from services.core.decide import Limits
-from services.log.kafka import KafkaLog, lease
+from services.log.kafka import KafkaLog, driver
 from services.log.sequencer.driver import Staged
 from services.runtime.clock import system_clock
 from tests.contract.log_stage import no_manifest
@@ -54,21 +54,21 @@ def hold_at(step: str) -> None:
             thawed.wait()
 
     hand_over, commit, read_back = (
-        lease.PartitionLease.hand_over,
-        lease.PartitionLease.commit,
-        lease.PartitionLease._read_back,
+        driver.PartitionLease.hand_over,
+        driver.PartitionLease.commit,
+        driver.PartitionLease._read_back,
     )
 
-    def held_hand_over(self: lease.PartitionLease, staged: Sequence[Staged]) -> list[bytes]:
+    def held_hand_over(self: driver.PartitionLease, staged: Sequence[Staged]) -> list[bytes]:
         _holding.now = any(map(_creates_held, staged))
         hold("decided")
         return hand_over(self, staged)
 
-    def held_commit(self: lease.PartitionLease, values: Sequence[bytes]) -> None:
+    def held_commit(self: driver.PartitionLease, values: Sequence[bytes]) -> None:
         commit(self, values)
         hold("read-back")
 
-    def held_read_back(self: lease.PartitionLease, values: Sequence[bytes]) -> int:
+    def held_read_back(self: driver.PartitionLease, values: Sequence[bytes]) -> int:
         hold("committed")
         return read_back(self, values)
 
@@ -81,10 +81,10 @@ def hold_at(step: str) -> None:
     def make_held(config: dict[str, Any]) -> Producer:
         return HeldProducer(config)
 
-    lease.PartitionLease.hand_over = held_hand_over  # type: ignore[method-assign]  # what this program is for
-    lease.PartitionLease.commit = held_commit  # type: ignore[method-assign]  # what this program is for
-    lease.PartitionLease._read_back = held_read_back  # type: ignore[method-assign]  # what this program is for
-    lease.make_producer = make_held  # type: ignore[attr-defined]  # what this program is for
+    driver.PartitionLease.hand_over = held_hand_over  # type: ignore[method-assign]  # what this program is for
+    driver.PartitionLease.commit = held_commit  # type: ignore[method-assign]  # what this program is for
+    driver.PartitionLease._read_back = held_read_back  # type: ignore[method-assign]  # what this program is for
+    driver.make_producer = make_held  # type: ignore[attr-defined]  # what this program is for
 
 
 async def main(step: str | None) -> None:

@@ -17,7 +17,7 @@ from artifact_store.errors import ArtifactStoreError
 from artifact_store.events import Event
 from schemas.codec import encode
 from services.log.kafka import KafkaLog
-from services.log.kafka.topic import record_key
+from services.log.kafka.connection import record_key
 from services.views.database import Views
 from services.views.queries import Queries
 from tests.views_history import History

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from services.log.kafka import KafkaLog, KafkaWriter, lease
+from services.log.kafka import KafkaLog, KafkaWriter, driver
 from services.log.kafka import ownership as group
 from services.log.sequencer import partition_writer as writer
 from tests.contract.log_stage import ready
@@ -41,8 +41,8 @@ async def away(cluster: ProxiedCluster, log: KafkaLog, owner: KafkaWriter) -> in
 async def test_what_cannot_be_written_from_here_is_written_by_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease, "COMMIT_SECONDS", 4.0)
-    monkeypatch.setattr(lease, "INIT_SECONDS", 4.0)
+    monkeypatch.setattr(driver, "COMMIT_SECONDS", 4.0)
+    monkeypatch.setattr(driver, "INIT_SECONDS", 4.0)
     monkeypatch.setattr(writer, "_GIVE_WAY_SECONDS", 3.0)
     monkeypatch.setattr(group, "AWAY_SECONDS", (10.0, 20.0))
     with ProxiedCluster(tmp_path / "cluster") as cluster:

@@ -31,9 +31,9 @@ from schemas.headers import headers
 from schemas.runs import encode_all
 from services.config import Settings
 from services.core.decide import Command, FinalizePackage, IngestFiles, IngestTogether, Limits, decide
-from services.log.kafka import KafkaLog, KafkaWriter, lease
+from services.log.kafka import KafkaLog, KafkaWriter, driver
 from services.log.kafka.cluster import Cluster
-from services.log.kafka.lease import PartitionLease
+from services.log.kafka.driver import PartitionLease
 from services.log.port import PartitionNotOwnedError, Record
 from services.log.sequencer.driver import Staged
 from services.log.state.restore import States
@@ -353,7 +353,7 @@ async def test_refusals_add_nothing_to_the_log_and_share_their_proofs(
         assert await log.end() == before
         done = [(made, await writer.submit(made)) for made in [create_in(1) for _ in range(5)]]
     assert 0 < len(proofs) <= 60  # each of the twenty in a row waits for one, or for two when it comes during one
-    assert all(later - earlier >= lease.PROOF_SECONDS for earlier, later in pairwise(proofs))
+    assert all(later - earlier >= driver.PROOF_SECONDS for earlier, later in pairwise(proofs))
     assert_recorded_once(await read_valid(log), done)
 
 
@@ -369,7 +369,7 @@ async def named(writer: KafkaWriter) -> None:
 async def test_a_stranger_s_open_transaction_bounds_a_take_over_and_is_named(
     kafka: Settings, log: KafkaLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(driver, "PATIENCE_SECONDS", 0.5)
     with foreign_transaction(log, 1):
         async with lone_writer(kafka, log, submit_seconds=3.0) as writer:
             await named(writer)
@@ -388,7 +388,7 @@ async def test_a_stranger_s_open_transaction_bounds_a_take_over_and_is_named(
 async def test_a_command_below_a_stranger_s_transaction_waits_and_is_settled_once_when_it_ends(
     kafka: Settings, log: KafkaLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(driver, "PATIENCE_SECONDS", 0.5)
     async with lone_writer(kafka, log) as writer:
         await ready(writer)
         commands = [create_in(1) for _ in range(20)]

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from artifact_store.errors import UnavailableError
-from services.log.kafka import KafkaLog, lease
+from services.log.kafka import KafkaLog, driver
 from services.log.kafka import cluster as questions
 from tests.contract.log_stage import ready
 from tests.faults.callers import Callers
@@ -41,7 +41,7 @@ every_kind = pytest.mark.parametrize("kind", NAMES, ids=NAMES.values())
 
 @pytest.fixture(autouse=True)
 def quick_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "COMMIT_SECONDS", COMMIT_SECONDS)
+    monkeypatch.setattr(driver, "COMMIT_SECONDS", COMMIT_SECONDS)
 
 
 @pytest.fixture

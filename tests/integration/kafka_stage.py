@@ -22,7 +22,7 @@ from schemas import identifiers
 from services.config import Settings
 from services.core.decide import CreatePackage, Limits
 from services.log.kafka import KafkaLog, KafkaWriter
-from services.log.kafka.topic import partition_of
+from services.log.kafka.connection import partition_of
 from services.log.state.state_file import sealed, unsealed
 from services.runtime.clock import system_clock
 from tests.contract.log_stage import PATIENCE_SECONDS, no_manifest

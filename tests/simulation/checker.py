@@ -22,7 +22,7 @@ from artifact_store.models import Acknowledgement
 from schemas.codec import UndecodableEventError, decode
 from schemas.digests import event_digest
 from services.core.decide import Command, IngestFiles
-from services.log.kafka.topic import partition_of
+from services.log.kafka.connection import partition_of
 from tests.simulation.kafka import Cluster, Entry, Replica
 from tests.simulation.scheduler import Process
 

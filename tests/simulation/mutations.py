@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from services.core import decide as decide_module
-from services.log.kafka import lease as lease_module
+from services.log.kafka import driver as driver_module
 from services.log.kafka.cluster import Cluster
-from services.log.kafka.lease import COMMIT_SECONDS, INIT_SECONDS, PartitionLease
+from services.log.kafka.driver import COMMIT_SECONDS, INIT_SECONDS, PartitionLease
 from services.log.kafka.topic import Guard
 from services.log.router import Owners
 from services.log.state import partition_state
@@ -76,7 +76,7 @@ def _restore_before_fence() -> list[_Patch]:
 
     return [
         *_end_by_last_stable(),
-        (lease_module, "make_producer", LateFence),
+        (driver_module, "make_producer", LateFence),
         (PartitionLease, "_restore", restore_then_fence),
     ]
 

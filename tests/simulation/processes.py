@@ -22,8 +22,8 @@ from schemas.codec import decode
 from services.config import Settings
 from services.core.access import EVERYTHING, Grants
 from services.core.decide import Command, IngestFiles, Limits
+from services.log.kafka.connection import partition_of
 from services.log.kafka.log import KafkaLog
-from services.log.kafka.topic import partition_of
 from services.log.kafka.writer import KafkaWriter
 from services.log.port import PackageExtent
 from services.log.records import Confirmation

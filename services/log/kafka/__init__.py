@@ -1,9 +1,9 @@
 """The log of record on Kafka: one topic, read by committed readers, written by one fenced producer per partition.
 
 Reading begins with `log`, appending with `writer`: it joins the group of writers (`ownership`), and runs a sequencer's
-`PartitionWriter` for each partition that it is given. `driver` gives each a `lease` to append under. `topic` and
-`cluster` say what the topic is and must be, `connection` makes clients, `tail` and `subscription` read. `filler` takes
-records that were made elsewhere. This folder alone imports the Kafka client; it may import everything in `services.log`
+`PartitionWriter` for each partition that it is given. `driver` gives each a lease to append under. `topic` and
+`cluster` say what the topic is and must be, `connection` makes clients, `tail` reads. `filler` takes records that were
+made elsewhere. This folder alone imports the Kafka client; it may import everything in `services.log`
 but `sqlite`.
 """
 

@@ -2,6 +2,8 @@
 
 Clients are made after any fork. Their log lines go to `logging`, and no error shows a secret. Error codes are those of
 the Kafka protocol guide, and librdkafka's own (negative, names with a leading underscore).
+
+A package's events are all in one partition, which `partition_of` computes from its id as the clients would.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
+from uuid import UUID
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, Producer
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, murmur2
 from confluent_kafka.admin import AdminClient
 
 from artifact_store.errors import ArtifactStoreError, ConfigurationError, CorruptError, UnavailableError
@@ -350,6 +353,16 @@ def _check_option(name: str, value: str | float | bool) -> None:
 
 def _text(value: str | int | float | bool) -> str | int | float:
     return str(value).lower() if isinstance(value, bool) else value
+
+
+def record_key(package_id: UUID) -> bytes:
+    """The key of every record of the package: its id as text."""
+    return str(package_id).encode()
+
+
+def partition_of(package_id: UUID, partitions: int) -> int:
+    """murmur2 of the key, made positive, modulo the count: Java's `BuiltInPartitioner.partitionForKey`."""
+    return int(murmur2(record_key(package_id), partitions))
 
 
 _FORBIDDEN = frozenset(

@@ -14,7 +14,7 @@ from confluent_kafka import KafkaError, Message, Producer
 
 from artifact_store.errors import ConflictError
 from services.log.kafka.connection import explaining, make_producer
-from services.log.kafka.lease import COMMIT_SECONDS, INIT_SECONDS
+from services.log.kafka.driver import COMMIT_SECONDS, INIT_SECONDS
 from services.log.kafka.log import KafkaLog
 from services.log.port import Record
 

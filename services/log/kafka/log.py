@@ -17,10 +17,8 @@ from artifact_store.position import Position
 from services.config import Settings
 from services.log.kafka import topic
 from services.log.kafka.cluster import Cluster, Topic
-from services.log.kafka.connection import KafkaSettings, bounded
-from services.log.kafka.subscription import KafkaSubscription
-from services.log.kafka.tail import Reader, Watch
-from services.log.kafka.topic import partition_of, record_key
+from services.log.kafka.connection import KafkaSettings, bounded, partition_of, record_key
+from services.log.kafka.tail import KafkaSubscription, Reader, Watch
 from services.log.port import Batch, PackageExtent, Settled, StartOffsets
 from services.log.records import BadRecord, BatchSize, Skips, is_administrative, read_record
 

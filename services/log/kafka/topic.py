@@ -7,8 +7,6 @@ answer, the guard keeps what it knew.
 Times never decrease within a partition. One event by a clock that is a day ahead would give its time to all events of
 the next day, and retries of everything before it would no longer be answered. So this machine's clock is compared with
 the blob store's and with the partition's last event here, and with the brokers' by a setting of the topic.
-
-A package's events are all in one partition, which `partition_of` computes from its id.
 """
 
 from __future__ import annotations
@@ -17,9 +15,6 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from uuid import UUID
-
-from confluent_kafka import murmur2
 
 from artifact_store.errors import ConfigurationError, UnavailableError
 from services.log.kafka.cluster import CONFLUENT, FRAMING, Cluster, Topic
@@ -293,13 +288,3 @@ class Guard:
             f"is wrong, `{command(self._kafka, needed)}` lets the partition be written to, with that time on all "
             f"events until it is reached; then `{command(self._kafka, usual)}` ends the exception"
         )
-
-
-def record_key(package_id: UUID) -> bytes:
-    """The key of every record of the package: its id as text."""
-    return str(package_id).encode()
-
-
-def partition_of(package_id: UUID, partitions: int) -> int:
-    """murmur2 of the key, made positive, modulo the count: Java's `BuiltInPartitioner.partitionForKey`."""
-    return int(murmur2(record_key(package_id), partitions))

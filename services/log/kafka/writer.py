@@ -30,7 +30,7 @@ from services.config import Settings
 from services.core.access import EVERYTHING, Grants
 from services.core.decide import Command, Limits
 from services.log.kafka.cluster import Member, Topic
-from services.log.kafka.connection import READS_PRINCIPALS
+from services.log.kafka.connection import READS_PRINCIPALS, partition_of
 from services.log.kafka.driver import KafkaDriver
 from services.log.kafka.log import KafkaLog
 from services.log.kafka.ownership import WriterGroup
@@ -47,9 +47,8 @@ from services.log.port import (
 )
 from services.log.records import Confirmation
 from services.log.router import Owner, Owners, Router
-from services.log.sequencer.answers import Counts
 from services.log.sequencer.partition_writer import FairLock, PartitionWriter, WriterContext
-from services.log.sequencer.queue import EndQuestion, IngestCheck
+from services.log.sequencer.queue import Counts, EndQuestion, IngestCheck
 from services.log.state.restore import ExposedFolderError, States, require_own_folder
 from services.log.state.snapshots import Snapshots
 from services.log.state.state_file import StateFileError
@@ -189,7 +188,7 @@ class KafkaWriter:
     async def submit(self, command: Command) -> Acknowledgement:
         """See `CommandWriter`. PushBackError also while a process runs that could not read the command's events."""
         await self._require_readers(command)
-        partition = self._log.partition_of(command.package_id)
+        partition = self._partition_of(command.package_id)
         return cast("Acknowledgement", await self._router.answer(partition, command))
 
     async def check_ingest(
@@ -203,7 +202,7 @@ class KafkaWriter:
         """See `CommandWriter`. PushBackError as `submit`."""
         asked = IngestCheck(package_id, tuple(relative_paths), command_id, grants, principal)
         await self._require_readers(asked)
-        return cast("str | None", await self._router.answer(self._log.partition_of(package_id), asked))
+        return cast("str | None", await self._router.answer(self._partition_of(package_id), asked))
 
     async def _require_readers(self, asked: Command | IngestCheck) -> None:
         """Return if every process of the installation can read the events that this would become.
@@ -226,7 +225,7 @@ class KafkaWriter:
 
     def announce(self, package_id: UUID) -> None:
         """See `CommandWriter`. Other processes' writers are not told."""
-        writer = self._writers.get(self._log.partition_of(package_id))
+        writer = self._writers.get(self._partition_of(package_id))
         if writer is not None:
             writer.announce()
 
@@ -250,7 +249,7 @@ class KafkaWriter:
         """See `CommandWriter`."""
         try:
             async with asyncio.timeout(EXTENT_SECONDS):
-                partition = self._log.partition_of(package_id)
+                partition = self._partition_of(package_id)
                 if partition in self._writers:
                     return await self.extent_here(package_id)
                 owner = (await self._owners.all()).get(partition)
@@ -262,14 +261,14 @@ class KafkaWriter:
 
     async def extent_here(self, package_id: UUID) -> PackageExtent | None:
         """As `extent`, but PartitionNotOwnedError when this process is not the partition's writer."""
-        writer = self._writers.get(self._log.partition_of(package_id))
+        writer = self._writers.get(self._partition_of(package_id))
         if writer is None:
             raise PartitionNotOwnedError("this process does not write to the package's partition")
         return await asyncio.to_thread(writer.extent, package_id)
 
     async def submit_here(self, command: Command) -> Acknowledgement:
         """As `submit`, but PartitionNotOwnedError when this process is not the partition's writer."""
-        partition = self._log.partition_of(command.package_id)
+        partition = self._partition_of(command.package_id)
         return cast("Acknowledgement", await self._router.answer_here(partition, command))
 
     async def check_ingest_here(
@@ -282,7 +281,7 @@ class KafkaWriter:
     ) -> str:
         """As `check_ingest`, but PartitionNotOwnedError when this process is not the partition's writer."""
         asked = IngestCheck(package_id, tuple(relative_paths), command_id, grants, principal)
-        return cast("str", await self._router.answer_here(self._log.partition_of(package_id), asked))
+        return cast("str", await self._router.answer_here(self._partition_of(package_id), asked))
 
     async def confirm_here(self, confirmation: Confirmation) -> Acknowledgement:
         """Record what an operator confirmed about a partition of this process. A repeat gets the same answer.
@@ -300,6 +299,11 @@ class KafkaWriter:
             raise UnavailableError(
                 f"partition {confirmation.partition}: {trouble}; whether it is recorded is unknown: confirm it again"
             ) from None
+
+    def _partition_of(self, package_id: UUID) -> int:
+        if not self._partitions:
+            raise UnavailableError("the log's writers are not started")
+        return partition_of(package_id, self._partitions)
 
     async def ready(self) -> str | None:
         """See `CommandWriter`."""

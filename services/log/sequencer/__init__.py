@@ -12,8 +12,8 @@ Both logs append through it. Its words, in the order in which a request meets th
   they are not answered before a proof.
 - A request is *held* while a background job works on its large package.
 
-Begin with `partition_writer`, one thread for each partition. `queue` holds the requests that wait. `driver` is the port
-to a log: it gives leases and appends under them. `background` loads large packages and stores large manifests, in
-threads of their own. `answers` has errors and deadlines. Imports the log's `port`, `records` and `state`, and nothing
-of Kafka or SQLite.
+Begin with `partition_writer`, one thread for each partition. `queue` holds the requests that wait, their deadlines, and
+the errors that answer them. `driver` is the port to a log: it gives leases and appends under them. `background` loads
+large packages and stores large manifests, in threads of their own. Imports the log's `port`, `records` and `state`, and
+nothing of Kafka or SQLite.
 """

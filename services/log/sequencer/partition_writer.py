@@ -57,29 +57,27 @@ from services.log.port import (
     PutManifest,
 )
 from services.log.records import BadRecord, Confirmation
-from services.log.sequencer.answers import (
-    Counts,
-    Deadlines,
-    Outcome,
-    given_up,
-    in_doubt,
-    lost,
-    quarantined,
-    refused,
-    told,
-    unrecorded,
-)
 from services.log.sequencer.background import BackgroundJobs
 from services.log.sequencer.driver import Driver, Lease, Staged, State
 from services.log.sequencer.queue import (
     CHECK_SECONDS,
     FAILURES_BEFORE_ALONE,
     MAX_BATCH_BYTES,
+    Counts,
+    Deadlines,
     EndQuestion,
     IngestCheck,
+    Outcome,
     Request,
     RequestQueue,
+    given_up,
+    in_doubt,
+    lost,
+    quarantined,
+    refused,
     runs_of,
+    told,
+    unrecorded,
 )
 from services.log.state.loss import Loss
 from services.log.state.state_file import Irregular, StateFileError

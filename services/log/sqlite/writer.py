@@ -15,9 +15,8 @@ from artifact_store.position import Position
 from services.core.access import EVERYTHING, Grants
 from services.core.decide import Command, Limits
 from services.log.port import PackageExtent, PartitionStatus, PutManifest
-from services.log.sequencer.answers import Counts
 from services.log.sequencer.partition_writer import FairLock, PartitionWriter, WriterContext
-from services.log.sequencer.queue import IngestCheck
+from services.log.sequencer.queue import Counts, IngestCheck
 from services.log.sqlite.driver import SqliteDriver
 from services.log.sqlite.file import PARTITION, create_file, end_offset, open_file
 from services.runtime.clock import Clock, system_clock

@@ -20,7 +20,7 @@ from uuid import uuid4
 from confluent_kafka import KafkaException, Producer
 
 from schemas.digests import record_digest
-from services.log.kafka.topic import partition_of
+from services.log.kafka.connection import partition_of
 from tests.faults.proxy import ADD_PARTITIONS_TO_TXN, END_TXN, LIST_OFFSETS, PRODUCE
 from tests.faults.torture.leaders import coordinated_by, leaders, prefer, set_on_topic
 from tests.faults.torture.rudeness import hang_up_half_way, leave_without_answer

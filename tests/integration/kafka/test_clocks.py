@@ -42,7 +42,7 @@ class Clock:
 @pytest.fixture(autouse=True)
 def looked_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.log.kafka.writer._GUARD_SECONDS", 0.2)
-    monkeypatch.setattr("services.log.sequencer.answers.REFUSE_SECONDS", 0.2)
+    monkeypatch.setattr("services.log.sequencer.queue.REFUSE_SECONDS", 0.2)
 
 
 async def allow_times(log: KafkaLog, ahead_ms: int) -> None:

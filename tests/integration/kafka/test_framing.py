@@ -20,7 +20,8 @@ from services.cli.doctor import _framing as remark_of_doctor
 from services.config import Settings
 from services.log.kafka import KafkaLog
 from services.log.kafka.cluster import CONFLUENT, FRAMING
-from services.log.kafka.topic import Guard, partition_of
+from services.log.kafka.connection import partition_of
+from services.log.kafka.topic import Guard
 from services.runtime.clock import system_clock
 from tests import commands
 from tests.contract.log_stage import ready

@@ -27,7 +27,7 @@ from services.core import decide as core
 from services.core.access import Grant, Right
 from services.core.decide import Command, CreatePackage, FinalizePackage, IngestFiles, IngestTogether, Limits
 from services.core.state import PackageState
-from services.log.kafka import KafkaLog, KafkaWriter, lease
+from services.log.kafka import KafkaLog, KafkaWriter, driver
 from services.log.port import PartitionNotOwnedError
 from services.log.sequencer import queue as requests
 from tests.commands import stored
@@ -223,17 +223,17 @@ async def test_commands_that_add_files_to_a_package_are_decided_together_if_they
 async def test_a_right_that_was_taken_away_and_given_back_is_only_a_delay(
     kafka: Settings, log: KafkaLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take_over, refused = lease.PartitionLease.take_over, 0
+    take_over, refused = driver.PartitionLease.take_over, 0
 
-    def without_right(*given: Any, **named: Any) -> lease.PartitionLease:
+    def without_right(*given: Any, **named: Any) -> driver.PartitionLease:
         nonlocal refused
         if refused < PARTITIONS:
             refused += 1
             raise ConfigurationError("Kafka refuses it")
         return take_over(*given, **named)
 
-    monkeypatch.setattr(lease.PartitionLease, "take_over", without_right)
-    monkeypatch.setattr("services.log.sequencer.answers.REFUSE_SECONDS", 0.2)
+    monkeypatch.setattr(driver.PartitionLease, "take_over", without_right)
+    monkeypatch.setattr("services.log.sequencer.queue.REFUSE_SECONDS", 0.2)
     async with lone_writer(kafka, log) as writer:
         await ready(writer)
         answers = await asyncio.gather(*(writer.submit(create_in(n)) for n in range(PARTITIONS)))

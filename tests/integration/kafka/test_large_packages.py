@@ -18,7 +18,7 @@ from artifact_store.models import Acknowledgement
 from services.config import Settings
 from services.core.decide import EVENT_OVERHEAD_BYTES, Command, CreatePackage, FinalizePackage, IngestFiles, Limits
 from services.log.kafka import KafkaLog, KafkaWriter
-from services.log.kafka.lease import PartitionLease
+from services.log.kafka.driver import PartitionLease
 from services.log.sequencer import background
 from services.log.sequencer import partition_writer as writer_module
 from services.log.state import partition_state as state

@@ -22,7 +22,7 @@ from artifact_store.events import Event, LossAccepted
 from services.blobs.port import BlobStore
 from services.config import Settings
 from services.log.kafka import KafkaLog, KafkaWriter
-from services.log.kafka.lease import PartitionLease
+from services.log.kafka.driver import PartitionLease
 from services.log.kafka.tail import Reader
 from services.log.port import PartitionStatus, Record
 from services.log.records import AcceptLoss, AdministrativeHead, Confirmation, SkipRecord, read_record
@@ -152,7 +152,7 @@ async def test_a_deposed_leader_that_lacks_records_is_no_proof_of_a_loss(
             return super().take(limit, timeout)
 
     with monkeypatch.context() as patched:
-        patched.setattr("services.log.kafka.lease.Reader", FromDeposedLeader)
+        patched.setattr("services.log.kafka.driver.Reader", FromDeposedLeader)
         async with lone_writer(kafka, log) as writer:
             await ready(writer)
             assert {status.restored_from for status in await writer.status()} == {"file"}

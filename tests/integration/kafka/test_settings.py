@@ -9,8 +9,7 @@ from confluent_kafka import murmur2
 
 from artifact_store.errors import ConfigurationError
 from services.config import Settings
-from services.log.kafka.connection import KafkaSettings
-from services.log.kafka.topic import partition_of
+from services.log.kafka.connection import KafkaSettings, partition_of
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,7 @@ from schemas.runs import StoredFile
 from services.config import Settings
 from services.core.decide import Command, CreatePackage, FinalizePackage, IngestFiles, Limits, decide
 from services.core.state import PackageState, evolve
-from services.log.kafka.connection import KafkaSettings
-from services.log.kafka.topic import record_key
+from services.log.kafka.connection import KafkaSettings, record_key
 from services.runtime.clock import system_clock
 from tests.integration.kafka_stage import kafka_settings, open_kafka_log, operate
 from tests.services.shared import ROOT

@@ -10,7 +10,7 @@ from typing import cast
 import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
 
-from services.log.kafka.subscription import KafkaSubscription
+from services.log.kafka.tail import KafkaSubscription
 from tests.contract.log_stage import PATIENCE_SECONDS, Projection
 from tests.integration.kafka_stage import PARTITIONS, kafka_settings, open_kafka_log
 

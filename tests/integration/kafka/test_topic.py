@@ -236,7 +236,7 @@ async def test_nothing_is_committed_while_the_topic_is_gone(
             raise ConfigurationError("Kafka has no such topic")
         return topic()
 
-    monkeypatch.setattr("services.log.sequencer.answers.REFUSE_SECONDS", 0.1)
+    monkeypatch.setattr("services.log.sequencer.queue.REFUSE_SECONDS", 0.1)
     async with lone_writer(kafka, log, submit_seconds=3.0) as writer:
         await ready(writer)
         await writer.submit(create_in(0))

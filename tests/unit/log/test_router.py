@@ -23,9 +23,8 @@ from services.core.decide import Command
 from services.log import router
 from services.log.port import NotAppendedError, PackageExtent, PartitionNotOwnedError
 from services.log.router import Owner, Router
-from services.log.sequencer.answers import Counts
 from services.log.sequencer.partition_writer import PartitionWriter
-from services.log.sequencer.queue import IngestCheck, Request
+from services.log.sequencer.queue import Counts, IngestCheck, Request
 from tests.commands import create
 
 MADE = create()

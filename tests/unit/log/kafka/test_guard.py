@@ -18,12 +18,11 @@ from services.config import Settings
 from services.log.kafka import topic
 from services.log.kafka.cluster import Topic
 from services.log.kafka.connection import KafkaSettings
-from services.log.kafka.driver import KafkaDriver
-from services.log.kafka.lease import PartitionLease
+from services.log.kafka.driver import KafkaDriver, PartitionLease
 from services.log.kafka.topic import Guard
 from services.log.port import HeldError
-from services.log.sequencer.answers import Counts
 from services.log.sequencer.partition_writer import PartitionWriter
+from services.log.sequencer.queue import Counts
 from services.runtime.clock import StoreClock
 from tests.integration.kafka_stage import create_in
 

@@ -21,7 +21,7 @@ from services.log.kafka import writer as writers
 from services.log.kafka.connection import READS_PRINCIPALS
 from services.log.kafka.writer_metrics import WriterCollector
 from services.log.port import PartitionStatus
-from services.log.sequencer.answers import Counts
+from services.log.sequencer.queue import Counts
 from tests.commands import create
 from tests.contract.log_stage import no_manifest
 from tests.integration.kafka_stage import kafka_settings
@@ -83,7 +83,7 @@ async def test_no_command_in_another_s_name_is_taken_while_a_process_cannot_read
 ) -> None:
     """The release before would take such an event for a foreign record, and stop."""
     answers = AsyncMock()
-    monkeypatch.setattr(process._log, "partition_of", lambda _: 0)
+    monkeypatch.setattr(process, "_partitions", 1)
     monkeypatch.setattr(process._router, "answer", answers)
     old, asked = ["http://old:1/v2"], list[int]()
 

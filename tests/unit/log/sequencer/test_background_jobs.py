@@ -13,10 +13,9 @@ import pytest
 from artifact_store.errors import UnavailableError
 from services.core.decide import Command, Limits, acknowledge, decide
 from services.log.sequencer import background
-from services.log.sequencer.answers import Counts
 from services.log.sequencer.background import BackgroundJobs
 from services.log.sequencer.partition_writer import PartitionWriter
-from services.log.sequencer.queue import Request
+from services.log.sequencer.queue import Counts, Request
 from services.log.state import partition_state as state_module
 from services.log.state.partition_state import PartitionState
 from services.log.state.state_file import LogPartition, StateFile

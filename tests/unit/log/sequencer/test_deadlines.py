@@ -8,7 +8,7 @@ import pytest
 import uvloop
 
 from artifact_store.errors import UnavailableError
-from services.log.sequencer.answers import Deadlines
+from services.log.sequencer.queue import Deadlines
 
 SECONDS = 0.05
 

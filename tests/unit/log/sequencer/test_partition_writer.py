@@ -30,9 +30,8 @@ from services.log.kafka.connection import spoiled_by_record
 from services.log.port import HeldError, NotAppendedError, PartitionNotOwnedError
 from services.log.records import AdministrativeHead, SkipRecord
 from services.log.sequencer import partition_writer as writer_module
-from services.log.sequencer.answers import Counts, given_up
 from services.log.sequencer.partition_writer import PartitionWriter
-from services.log.sequencer.queue import Request
+from services.log.sequencer.queue import Counts, Request, given_up
 from services.log.state.state_file import Irregular
 from tests.commands import stored
 from tests.integration.kafka_stage import create_in

@@ -11,8 +11,8 @@ import pytest
 
 from artifact_store.errors import ConfigurationError, CorruptError, LogIdentityError, UnavailableError
 from services.log.sequencer import partition_writer as writer_module
-from services.log.sequencer.answers import Counts
 from services.log.sequencer.partition_writer import PartitionWriter
+from services.log.sequencer.queue import Counts
 from services.log.state.state_file import Irregular
 
 
