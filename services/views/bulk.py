@@ -102,8 +102,31 @@ async def update_rows(connection: AsyncConnection, columns: Sequence[Column[Any]
         await connection.exec_driver_sql(statement, _as_sqlite([*changed, key], turned))
 
 
-async def find_rows(connection: AsyncConnection, columns: Sequence[Column[Any]], keys: Sequence[UUID]) -> list[Row]:
-    """The values of `columns` in the rows whose first column, an identifier, is one of `keys`."""
+async def delete_rows(connection: AsyncConnection, columns: Sequence[Column[Any]], rows: Sequence[Row]) -> None:
+    """Delete the rows whose `columns`, all of one table, have the values of one of `rows`."""
+    if not rows:
+        return
+    name = columns[0].table.name
+    if on_postgresql(connection):
+        arrays = ", ".join(f"${i}::{_type_name(column)}[]" for i, column in enumerate(columns, 1))
+        names = ", ".join(f"v{i}" for i in range(len(columns)))
+        same = " AND ".join(f'{name}."{column.name}" = v{i}' for i, column in enumerate(columns))
+        driver = await driver_of(connection)
+        statement = f"DELETE FROM {name} USING unnest({arrays}) AS old ({names}) WHERE {same}"  # noqa: S608 - as above
+        await driver.execute(statement, *map(list, zip(*rows, strict=True)))
+    else:
+        same = " AND ".join(f'"{column.name}" = ?' for column in columns)
+        statement = f"DELETE FROM {name} WHERE {same}"  # noqa: S608 - names of our own tables
+        await connection.exec_driver_sql(statement, _as_sqlite(columns, rows))
+
+
+async def find_rows(
+    connection: AsyncConnection, columns: Sequence[Column[Any]], keys: Sequence[UUID], *, lock: bool = False
+) -> list[Row]:
+    """The values of `columns` in the rows whose first column, an identifier, is one of `keys`.
+
+    With `lock` nobody else changes these rows before the transaction ends; on SQLite a writer is alone anyway.
+    """
     if not keys:
         return []
     key = columns[0]
@@ -111,6 +134,8 @@ async def find_rows(connection: AsyncConnection, columns: Sequence[Column[Any]],
         names = ", ".join(f'"{column.name}"' for column in columns)
         driver = await driver_of(connection)
         statement = f'SELECT {names} FROM {key.table.name} WHERE "{key.name}" = ANY($1::uuid[])'  # noqa: S608 - as above
+        if lock:
+            statement += " FOR UPDATE"
         return [tuple(row) for row in await driver.fetch(statement, keys)]
     found: list[Row] = []
     for start in range(0, len(keys), _CHUNK):
@@ -137,6 +162,9 @@ def _type_name(column: Column[Any]) -> str:
 
 
 async def driver_of(connection: AsyncConnection) -> Any:
-    """asyncpg's own connection, in the transaction that SQLAlchemy has begun."""
+    """asyncpg's own connection, in the transaction of `connection`: SQLAlchemy begins it with its first statement."""
     raw = await connection.get_raw_connection()
-    return raw.driver_connection
+    driver: Any = raw.driver_connection
+    if not driver.is_in_transaction():
+        await connection.execute(select(1))
+    return driver

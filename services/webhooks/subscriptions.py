@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from operator import attrgetter
 from typing import Any
 from uuid import UUID, uuid4, uuid5
 
@@ -28,7 +29,6 @@ from sqlalchemy import (
     Table,
     Text,
     Uuid,
-    bindparam,
     delete,
     func,
     insert,
@@ -44,6 +44,7 @@ from artifact_store.errors import CommandReusedError, ConflictError, InvalidPosi
 from artifact_store.models import EventFilter
 from artifact_store.position import Position
 from services.runtime.clock import Clock, system_clock
+from services.views.bulk import delete_rows, find_rows, insert_rows, update_rows
 from services.views.database import Views, add_missing_columns
 from services.webhooks.messages import new_secret
 
@@ -152,6 +153,11 @@ webhook_deliverer = Table(
     Column("changes", BigInteger, nullable=False),
 )
 """One row: which process delivers, its heartbeat, and a counter of changes that it has yet to look at."""
+
+
+_held_values = attrgetter(*webhook_held.columns.keys()[1:])
+_delivery_values = attrgetter(*webhook_deliveries.columns.keys()[1:])
+"""The values of a HeldPackage and of a Delivery in the order of their table's columns, without the subscription."""
 
 
 class State(StrEnum):
@@ -560,36 +566,56 @@ class Subscriptions:
             rows = await connection.execute(select(webhook_orders).order_by(webhook_orders.c.created_at))
             return [Order(r.id, r.subscription_id, Kind(r.kind), r.package_id, r.partition, r.offset) for r in rows]
 
-    async def save(self, me: UUID, progress: Sequence[Progress]) -> bool:
-        """Save what the deliverer has done and its heartbeat, in one transaction. Returns False if another delivers.
-
-        Of a subscription whose epoch has passed, only the deliveries are saved; of one that was deleted, nothing.
-        """
-        table, cursors = webhook_deliverer, webhook_cursors
+    async def renew(self, me: UUID) -> bool:
+        """Beat, without waiting for a save on PostgreSQL. Returns False if another delivers."""
         async with self._views.writing() as connection:
-            beat = update(table).where(table.c.holder == me).values(beat=table.c.beat + 1)
-            if (await connection.execute(beat)).rowcount != 1:
-                return False
-            if not progress:
-                return True
-            ids = [one.subscription_id for one in progress]
-            query = select(cursors.c.subscription_id, cursors.c.epoch).where(cursors.c.subscription_id.in_(ids))
-            epochs = {row.subscription_id: row.epoch for row in await connection.execute(query.with_for_update())}
-            current = [one for one in progress if epochs.get(one.subscription_id) == one.epoch]
-            await _save_cursors(connection, current)
-            await _save_held(connection, current)
-            await _save_deliveries(connection, [one for one in progress if one.subscription_id in epochs])
-            for one in current:
-                if one.gone is not None:
-                    subscriptions = webhook_subscriptions
-                    await connection.execute(
-                        update(subscriptions)
-                        .where(subscriptions.c.id == one.subscription_id)
-                        .values(state=State.DISABLED, cause=one.gone)
-                    )
-            if done := [order for one in progress for order in one.orders]:
-                await connection.execute(delete(webhook_orders).where(webhook_orders.c.id.in_(done)))
-            return True
+            return await _beat(connection, me)
+
+    async def save(self, me: UUID, progress: Sequence[Progress]) -> bool:
+        """Save what the deliverer has done, in one transaction. Returns False, and saves nothing, if another delivers.
+
+        Of a subscription whose epoch has passed, only the deliveries are saved; of one that was deleted, nothing. Safe
+        to repeat: what was saved before is not saved again.
+        """
+        cursors = webhook_cursors.c
+        try:
+            async with self._views.writing() as connection:
+                ids = [one.subscription_id for one in progress]
+                columns = (cursors.subscription_id, cursors.epoch, cursors.deliveries)
+                rows = await find_rows(connection, columns, ids, lock=True)
+                epochs, made = {row[0]: row[1] for row in rows}, {row[0]: row[2] for row in rows}
+                there = [one for one in progress if one.subscription_id in epochs]
+                current = [one for one in there if one.epoch == epochs[one.subscription_id]]
+                passed = [one for one in there if one.epoch != epochs[one.subscription_id]]
+                await _save_cursors(connection, current, passed, made)
+                await _save_held(connection, current)
+                await _save_deliveries(connection, there, made)
+                for one in current:
+                    if one.gone is not None:
+                        subscriptions = webhook_subscriptions
+                        await connection.execute(
+                            update(subscriptions)
+                            .where(subscriptions.c.id == one.subscription_id)
+                            .values(state=State.DISABLED, cause=one.gone)
+                        )
+                if done := [order for one in progress for order in one.orders]:
+                    await connection.execute(delete(webhook_orders).where(webhook_orders.c.id.in_(done)))
+                # Last, so that the row is held for a moment alone: beats, and gateways that announce a change, need it.
+                if not await _beat(connection, me):
+                    raise _DeposedError
+        except _DeposedError:
+            return False
+        return True
+
+
+class _DeposedError(Exception):
+    """Another process delivers: the transaction is rolled back."""
+
+
+async def _beat(connection: AsyncConnection, me: UUID) -> bool:
+    table = webhook_deliverer
+    done = await connection.execute(update(table).where(table.c.holder == me).values(beat=table.c.beat + 1))
+    return done.rowcount == 1
 
 
 async def _announce(connection: AsyncConnection) -> None:
@@ -598,52 +624,54 @@ async def _announce(connection: AsyncConnection) -> None:
     await connection.execute(update(table).values(changes=table.c.changes + 1))
 
 
-async def _save_cursors(connection: AsyncConnection, progress: Sequence[Progress]) -> None:
-    cursors = webhook_cursors
-    rows = [
-        {"of": one.subscription_id, "p": str(one.position), "n": one.deliveries, "t": one.trouble} for one in progress
-    ]
-    if rows:
-        await connection.execute(
-            update(cursors)
-            .where(cursors.c.subscription_id == bindparam("of"))
-            .values(position=bindparam("p"), deliveries=bindparam("n"), trouble=bindparam("t")),
-            rows,
-        )
+async def _save_cursors(
+    connection: AsyncConnection, current: Sequence[Progress], passed: Sequence[Progress], made: Mapping[UUID, int]
+) -> None:
+    """`made` is how many deliveries were saved before, by subscription."""
+    cursors, texts = webhook_cursors.c, _texts([one.position for one in current])
+    counts = {one.subscription_id: max(one.deliveries, made[one.subscription_id]) for one in (*current, *passed)}
+    await update_rows(
+        connection,
+        (cursors.subscription_id, cursors.position, cursors.deliveries, cursors.trouble),
+        [
+            (one.subscription_id, text, counts[one.subscription_id], one.trouble)
+            for one, text in zip(current, texts, strict=True)
+        ],
+    )
+    await update_rows(
+        connection,
+        (cursors.subscription_id, cursors.deliveries),
+        [(one.subscription_id, counts[one.subscription_id]) for one in passed],
+    )
 
 
-async def _save_held(connection: AsyncConnection, progress: Sequence[Progress]) -> None:
+def _texts(positions: Iterable[Position]) -> list[str]:
+    """The texts of these positions. Most subscriptions have come equally far, so one is made of all that are equal."""
+    made: dict[tuple[Any, ...], str] = {}
+    found = []
+    for position in positions:
+        key = (position.log, *position.offsets.items())
+        if key not in made:
+            made[key] = str(position)
+        found.append(made[key])
+    return found
+
+
+async def _save_held(connection: AsyncConnection, current: Sequence[Progress]) -> None:
     held = webhook_held
-    gone = [
-        {"of": one.subscription_id, "package": package_id}
-        for one in progress
-        for package_id in (*one.released, *one.held)
-    ]
-    if gone:
-        await connection.execute(
-            delete(held).where(held.c.subscription_id == bindparam("of"), held.c.package_id == bindparam("package")),
-            gone,
-        )
-    rows = [{"subscription_id": one.subscription_id, **asdict(row)} for one in progress for row in one.held.values()]
-    if rows:
-        await connection.execute(insert(held), rows)
+    old = [(one.subscription_id, package_id) for one in current for package_id in (*one.released, *one.held)]
+    await delete_rows(connection, (held.c.subscription_id, held.c.package_id), old)
+    rows = [(one.subscription_id, *_held_values(row)) for one in current for row in one.held.values()]
+    await insert_rows(connection, held, rows)
 
 
-async def _save_deliveries(connection: AsyncConnection, progress: Sequence[Progress]) -> None:
-    made = webhook_deliveries
-    rows = [{"subscription_id": one.subscription_id, **asdict(row)} for one in progress for row in one.made]
-    if not rows:
-        return
-    await connection.execute(insert(made), rows)
-    old = [
-        {"of": one.subscription_id, "last": one.made[-1].number - KEPT_DELIVERIES}
-        for one in progress
-        if one.made and one.made[-1].number > KEPT_DELIVERIES
-    ]
-    if old:
-        await connection.execute(
-            delete(made).where(made.c.subscription_id == bindparam("of"), made.c.number <= bindparam("last")), old
-        )
+async def _save_deliveries(connection: AsyncConnection, there: Sequence[Progress], made: Mapping[UUID, int]) -> None:
+    """Save those that are new, and remove as many of the oldest ones where there are too many."""
+    new = [(id_, row) for one in there for row in one.made if row.number > made[id_ := one.subscription_id]]
+    deliveries = webhook_deliveries
+    old = [(id_, row.number - KEPT_DELIVERIES) for id_, row in new if row.number > KEPT_DELIVERIES]
+    await delete_rows(connection, (deliveries.c.subscription_id, deliveries.c.number), old)
+    await insert_rows(connection, deliveries, [(id_, *_delivery_values(row)) for id_, row in new])
 
 
 def _joined() -> Select[Any]:
@@ -659,7 +687,7 @@ async def _found(
     query = _joined().where(webhook_subscriptions.c.id == subscription_id)
     if owner is not None:
         query = query.where(webhook_subscriptions.c.owner == owner)
-    row = (await connection.execute(query.with_for_update() if lock else query)).first()
+    row = (await connection.execute(query.with_for_update(of=webhook_cursors) if lock else query)).first()
     if row is None:
         raise NotFoundError(f"there is no subscription {subscription_id}")
     return _subscription(row)

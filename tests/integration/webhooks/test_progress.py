@@ -1,0 +1,140 @@
+"""What the deliverer saves of all subscriptions."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from uuid import UUID, uuid4
+
+import pytest
+from sqlalchemy import select, text
+
+from artifact_store.models import EventFilter
+from artifact_store.position import Position
+from services.views.database import Views
+from services.webhooks.subscriptions import (
+    KEPT_DELIVERIES,
+    Delivery,
+    HeldPackage,
+    Kind,
+    Progress,
+    Subscription,
+    Subscriptions,
+    create_tables,
+    webhook_cursors,
+)
+from tests.integration.conditions import until
+from tests.integration.webhooks.receiver import SECONDS
+
+START = Position(UUID(int=1), {0: 5, 1: 5})
+ME = uuid4()
+
+
+@pytest.fixture
+async def kept(views: Views) -> Subscriptions:
+    """Subscriptions whose progress ME saves."""
+    await create_tables(views)
+    found = Subscriptions(views)
+    assert await found.claim(ME, await found.beat())
+    return found
+
+
+async def subscribed(kept: Subscriptions) -> Subscription:
+    return await kept.create("ci:bot", {}, "https://receiver.example/", EventFilter(), START)
+
+
+def progress(of: Subscription, first: int, last: int, epoch: int = 1) -> Progress:
+    """Attempts with these numbers, all accepted, and the cursor after them."""
+    event = (uuid4(), "v1.file.ingested", uuid4(), 1, 0)
+    made = [Delivery(Kind.EVENT, *event, n, 1, n, 3, status=200, number=n) for n in range(first, last + 1)]
+    position = Position(START.log, {0: 5 + last, 1: 5})
+    return Progress(of.subscription_id, epoch, position, last, None, {}, frozenset(), made)
+
+
+async def numbers(kept: Subscriptions, of: Subscription) -> list[int]:
+    return [one.number for one in await kept.deliveries(of.subscription_id, 2 * KEPT_DELIVERIES)]
+
+
+async def test_the_newest_deliveries_and_the_held_packages_are_kept(kept: Subscriptions) -> None:
+    one, other = await subscribed(kept), await subscribed(kept)
+    held = [HeldPackage(UUID(int=n), 1, 7, None, 2, n, 9, n == 1, "no answer", asked_to_wait=n == 2) for n in (1, 2)]
+    first = replace(progress(one, 1, KEPT_DELIVERIES - 1), held={row.package_id: row for row in held})
+    of_other = progress(other, 1, 2)
+    assert await kept.save(ME, [first, of_other])
+    assert (await kept.held([one.subscription_id]))[one.subscription_id] == held
+    changed = replace(held[1], attempts=3)
+    second = replace(
+        progress(one, KEPT_DELIVERIES, KEPT_DELIVERIES + 2),
+        held={changed.package_id: changed},
+        released=frozenset({held[0].package_id}),
+    )
+    assert await kept.save(ME, [second])
+    assert await kept.held([one.subscription_id, other.subscription_id]) == {one.subscription_id: [changed]}
+    assert await numbers(kept, one) == list(range(KEPT_DELIVERIES + 2, 2, -1))
+    assert await kept.deliveries(other.subscription_id, 9) == list(reversed(of_other.made))
+
+
+async def test_deliveries_made_before_a_rewind_keep_their_numbers(kept: Subscriptions) -> None:
+    made = await subscribed(kept)
+    await kept.save(ME, [progress(made, 1, 1)])
+    rewound = await kept.rewind(made.subscription_id, None, START)
+    assert await kept.save(ME, [progress(made, 2, 3)])  # what was made in the epoch before
+    ((loaded,), _) = await kept.load()
+    assert (loaded.position, loaded.epoch, loaded.deliveries) == (START, rewound.epoch, 3)
+    assert await kept.save(ME, [progress(made, 4, 4, rewound.epoch)])
+    assert await numbers(kept, made) == [4, 3, 2, 1]
+
+
+async def test_progress_is_saved_once_though_it_is_tried_again(kept: Subscriptions) -> None:
+    made = await subscribed(kept)
+    first = progress(made, 1, 3)
+    for _ in range(2):  # the first time, no answer came
+        assert await kept.save(ME, [first])
+    assert await kept.deliveries(made.subscription_id, 9) == list(reversed(first.made))
+
+
+async def test_who_no_longer_delivers_saves_nothing(kept: Subscriptions) -> None:
+    made = await subscribed(kept)
+    assert await kept.renew(ME)
+    assert await kept.claim(uuid4(), await kept.beat())
+    assert not await kept.renew(ME)
+    assert not await kept.save(ME, [progress(made, 1, 1)])
+    assert await kept.find(made.subscription_id, None) == made
+    assert await numbers(kept, made) == []
+
+
+@asynccontextmanager
+async def cursors_held(views: Views) -> AsyncIterator[None]:
+    """Another transaction has the cursors' rows until the block ends; on SQLite, all there is to write."""
+    async with views.writing() as connection:
+        await connection.execute(select(webhook_cursors).with_for_update())
+        yield
+
+
+@pytest.mark.services
+async def test_neither_a_beat_nor_a_gateway_waits_for_a_save(postgres_url: str) -> None:
+    views = Views(postgres_url)
+    await views.migrate()
+    await create_tables(views)
+    kept = Subscriptions(views)
+    assert await kept.claim(ME, await kept.beat())
+    made = await subscribed(kept)
+    async with cursors_held(views):
+        saving = asyncio.create_task(kept.save(ME, [progress(made, 1, 1)]))
+        waiting = text(
+            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        )
+
+        async def waits() -> bool:
+            async with views.reading() as connection:
+                return bool((await connection.execute(waiting)).scalar_one())
+
+        await until(waits, SECONDS, "the save does not wait")
+        async with asyncio.timeout(SECONDS):
+            assert await kept.renew(ME)
+            await subscribed(kept)
+        assert not saving.done()
+    assert await saving
+    await views.close()
