@@ -1,7 +1,8 @@
 """The process that delivers: it reads the log once for all subscriptions, and gives each its events.
 
 One process delivers at a time; others stand by. It holds a row with a heartbeat and saves nothing once another
-holds it, so two never move the same cursor. A process that vanished is replaced after LAPSE_SECONDS.
+holds it, so two never move the same cursor. A process that vanished is replaced after LAPSE_SECONDS. One that the
+database answers late stays: it sends nothing new until it has beaten and saved, and goes on where it was.
 
 One tail reads the newest events and keeps them for a while. A subscription that is further behind reads the log itself
 until it can join the tail; a few do so at a time. A subscription without room leaves the tail and costs nothing until
@@ -43,11 +44,15 @@ logger = logging.getLogger(__name__)
 LAPSE_SECONDS = 10.0
 """After this long without a heartbeat another process may take over."""
 
-_RENEW_SECONDS = 2.0
-_LATE_SECONDS = 5.0
-"""A process that could not save for this long stops delivering before another may begin."""
+LATE_SECONDS = 5.0
+"""A process that could not beat or not save for this long sends nothing new until it can, and before another may begin.
+"""
 
+_BEAT_SECONDS = 2.0
 _SAVE_SECONDS = 1.0
+_SAVING_SECONDS = 60.0
+"""How long one save may take; longer, and its connection is taken for lost, and another is tried."""
+
 _LOOK_SECONDS = 0.5
 _RIGHTS_SECONDS = 1.0
 _STANDBY_SECONDS = 2.0
@@ -183,18 +188,26 @@ class Deliverer:
         ending = asyncio.create_task(stop.wait())
         try:
             async with asyncio.TaskGroup() as tasks:
-                working = [tasks.create_task(work) for work in (lead.follow(), lead.watch(), lead.save_regularly())]
+                works = (lead.beat(), lead.follow(), lead.watch(), lead.save_regularly())
+                working = [tasks.create_task(work) for work in works]
                 await asyncio.wait([ending, *working], return_when=asyncio.FIRST_COMPLETED)
                 for task in working:
                     task.cancel()
             await lead.close(_END_SECONDS)
-            await lead.save()
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
         finally:
             ending.cancel()
             await lead.close(0.0)
             self._metrics.delivering.set(0)
+            try:
+                async with asyncio.timeout(LAPSE_SECONDS):  # after which another process delivers
+                    await lead.save()
+            except (_LostError, ArtifactStoreError, TimeoutError) as error:
+                logger.warning(
+                    "webhooks: what was delivered last is delivered again, as it was not saved: %s",
+                    str(error) or "the database gives no answer",
+                )
             with suppress(ArtifactStoreError):
                 await self._store.release(self._me)
 
@@ -235,12 +248,54 @@ class _Lead:
         self._kept_from: dict[int, int] = {}
         """From which offset on, by partition, the newest events are kept while `_tail` is set."""
         self._tail = asyncio.Event()
-        self._saved_at = time.monotonic()
+        self._unsaved: list[Progress] = []
+        """What a save that failed had; it may have been saved all the same."""
+        self._beaten_at = self._saved_at = time.monotonic()
+        self._on_time = asyncio.Event()
+        """Set with each beat and each save."""
+
+    # The lead.
+
+    async def beat(self) -> None:
+        """Hold the row, whatever else is slow. Goes on after failures of the database.
+
+        Raises _LostError once another process delivers.
+        """
+        while True:
+            began = time.monotonic()
+            try:
+                async with asyncio.timeout(LATE_SECONDS):
+                    if not await self._store.renew(self._me):
+                        raise _LostError("another process delivers now")
+                self._beaten_at = began
+                self._on_time.set()
+            except TimeoutError:
+                logger.warning("webhooks: the database takes no heartbeat within %g s", LATE_SECONDS)
+            except ArtifactStoreError as error:
+                logger.warning("webhooks: no heartbeat: %s", error.detail)
+            await asyncio.sleep(max(0.0, began + _BEAT_SECONDS - time.monotonic()))
+
+    async def _be_on_time(self) -> None:
+        """Return at once, or, if the last beat or save was too long ago, once both have come."""
+        while time.monotonic() - min(self._beaten_at, self._saved_at) > LATE_SECONDS:
+            self._on_time.clear()
+            await self._on_time.wait()
 
     # Subscriptions.
 
     async def watch(self) -> None:
-        """Load subscriptions, and apply what owners and operators change within a second."""
+        """Load subscriptions, and apply what owners and operators change within a second.
+
+        Goes on after failures of log and database. Raises _LostError once another process delivers.
+        """
+        while True:
+            try:
+                await self._watch()
+            except ArtifactStoreError as error:
+                logger.warning("webhooks: changes are not seen: %s; trying again in %g s", error.detail, _AGAIN_SECONDS)
+            await asyncio.sleep(_AGAIN_SECONDS)
+
+    async def _watch(self) -> None:
         changes, looked = -1, 0.0
         while True:
             beat = await self._store.beat()
@@ -264,7 +319,9 @@ class _Lead:
             known = there.get(subscription_id)
             if known is None or known.epoch != outbox.subscription.epoch:
                 await self._drop(outbox)
-        for subscription in found:
+                if known is not None:  # a save of its last deliveries may be under way
+                    there[subscription_id] = replace(known, deliveries=max(known.deliveries, outbox.taken))
+        for subscription in there.values():
             served = self._outboxes.get(subscription.subscription_id)
             if served is None:
                 self._open(subscription, held.get(subscription.subscription_id, []), identity)
@@ -351,11 +408,13 @@ class _Lead:
         async with aclosing(self._log.read(start, follow=True)) as events:
             async for message in self._messages(events, start):
                 self._keep(message)
-                for outbox in tuple(self._joined):
-                    if not outbox.offer(message):
+                for number, outbox in enumerate(tuple(self._joined), 1):
+                    if outbox in self._joined and not outbox.offer(message):
                         self._joined.discard(outbox)
+                    if number % _BREATH == 0:
+                        await asyncio.sleep(0)
                 count += 1
-                if count % _BREATH == 0 or len(self._joined) > _BREATH:
+                if count % _BREATH == 0:
                     await asyncio.sleep(0)
 
     def _start(self, end: Position) -> Position:
@@ -446,6 +505,7 @@ class _Lead:
     # Requests.
 
     async def _post(self, subscription: Subscription, name: str, body: bytes) -> Answer:
+        await self._be_on_time()
         now = self._clock()
         headers = signed_headers(name, now // 1_000_000, body, subscription.signing(now))
         return await self._targets.send(subscription.url, body, {"Content-Type": CONTENT_TYPE, **headers})
@@ -478,33 +538,50 @@ class _Lead:
     # Saving.
 
     async def save_regularly(self) -> None:
-        """Save progress once a second, and a heartbeat. Raises _LostError once another process may deliver."""
+        """Save progress once a second. Goes on after failures of the database, with what could not be saved.
+
+        Raises _LostError once another process delivers.
+        """
         while True:
             await asyncio.sleep(_SAVE_SECONDS)
-            await self.save()
+            try:
+                await self.save()
+            except ArtifactStoreError as error:
+                logger.warning("webhooks: progress is not saved: %s; trying again", error.detail)
 
     async def save(self) -> None:
-        """Save what was done since the last time."""
+        """Save what was done since the last time, after what could not be saved then.
+
+        Raises _LostError once another process delivers. UnavailableError, and as `Views.writing`.
+        """
+        if self._unsaved:
+            await self._save()
+        self._unsaved = self._take_progress()
+        if self._unsaved:
+            await self._save()
+        self._saved_at = time.monotonic()
+        self._on_time.set()
+
+    def _take_progress(self) -> list[Progress]:
         progress: list[Progress] = []
         for subscription_id, outbox in self._outboxes.items():
             orders = self._done.pop(subscription_id, None)
             found = outbox.take_progress(force=orders is not None)
             if found is not None:
                 progress.append(replace(found, orders=tuple(orders or ())))
-        if not progress and time.monotonic() - self._saved_at < _RENEW_SECONDS:
-            return
-        began = time.monotonic()
+        return progress
+
+    async def _save(self) -> None:
         try:
-            async with asyncio.timeout(_LATE_SECONDS):
-                held = await self._store.save(self._me, progress)
+            async with asyncio.timeout(_SAVING_SECONDS):
+                if not await self._store.save(self._me, self._unsaved):
+                    raise _LostError("another process delivers now")
         except TimeoutError:
-            raise _LostError(f"progress could not be saved within {_LATE_SECONDS:g} s") from None
-        if not held:
-            raise _LostError("another process delivers now")
-        self._saved_at = began
-        for one in progress:
+            raise UnavailableError(f"progress could not be saved within {_SAVING_SECONDS:g} s") from None
+        for one in self._unsaved:
             for order in one.orders:
                 self._ordered.pop(order, None)
+        self._unsaved = []
 
     async def close(self, seconds: float) -> None:
         """Send nothing more; requests under way may go on for so many seconds."""

@@ -134,6 +134,8 @@ class Outbox:
         self.behind.set()
         self.room = asyncio.Event()
         """Set while there is room for more."""
+        self.taken = subscription.deliveries
+        """The number of the last attempt that was saved or taken to be."""
         self._policy = policy
         self._post = post
         self._read_package = read_package
@@ -537,6 +539,7 @@ class Outbox:
             tuple(self._made),
             self._gone,
         )
+        self.taken = self._deliveries
         self._dirty = False
         self._changed.clear()
         self._released.clear()

@@ -1,4 +1,4 @@
-"""What the deliverer saves of all subscriptions."""
+"""What the deliverer saves, and that a database which is slow or breaks off costs it neither its place nor a repeat."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from sqlalchemy import select, text
 
 from artifact_store.models import EventFilter
 from artifact_store.position import Position
+from services.config import Settings
 from services.views.database import Views
+from services.webhooks import deliverer
 from services.webhooks.subscriptions import (
     KEPT_DELIVERIES,
     Delivery,
@@ -26,7 +28,8 @@ from services.webhooks.subscriptions import (
     webhook_cursors,
 )
 from tests.integration.conditions import until
-from tests.integration.webhooks.receiver import SECONDS
+from tests.integration.webhooks.receiver import SECONDS, Receiver, receiving
+from tests.integration.webhooks.stage import Stage, delivering, stage
 
 START = Position(UUID(int=1), {0: 5, 1: 5})
 ME = uuid4()
@@ -111,6 +114,61 @@ async def cursors_held(views: Views) -> AsyncIterator[None]:
     async with views.writing() as connection:
         await connection.execute(select(webhook_cursors).with_for_update())
         yield
+
+
+async def until_sending_stops(on: Stage, receiver: Receiver) -> int:
+    """Publish one package after the other until one is not delivered; returns how many events there are."""
+    events = len(receiver.accepted)
+
+    async def stopped() -> bool:
+        nonlocal events
+        await on.publish(files=0)
+        events += 2
+        try:
+            await receiver.until(lambda: len(receiver.accepted) >= events, 0.5)
+        except AssertionError:
+            return True
+        return False
+
+    await until(stopped, SECONDS, "it sends on, although nothing is saved")
+    return events
+
+
+async def break_off_what_waits(views: Views) -> None:
+    """End the connections that wait for a lock; there is at least one, or there will be."""
+    query = text(
+        "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
+        "WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    )
+
+    async def broken() -> bool:
+        async with views.reading() as connection:
+            return bool((await connection.execute(query)).scalar_one())
+
+    await until(broken, SECONDS, "no save waits")
+
+
+async def test_a_save_that_is_late_or_lost_stops_sending_and_repeats_nothing(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deliverer, "LATE_SECONDS", 0.5)
+    monkeypatch.setattr(deliverer, "_BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(deliverer, "_SAVE_SECONDS", 0.1)
+    async with stage(settings) as on, receiving() as receiver:
+        views = on.gateway.parts.views
+        subscription = await on.subscribe(receiver)
+        async with delivering(on):
+            await on.publish()
+            await receiver.has(3)
+            holder = (await Subscriptions(views).beat()).holder
+            async with cursors_held(views):
+                events = await until_sending_stops(on, receiver)
+                if views.dialect == "postgresql":
+                    await break_off_what_waits(views)
+            await receiver.has(events)
+            assert (await Subscriptions(views).beat()).holder == holder
+        assert max(one["number"] for one in await on.deliveries(subscription)) == events
+    assert len({got.headers["webhook-id"] for got in receiver.received}) == len(receiver.received) == events
 
 
 @pytest.mark.services
