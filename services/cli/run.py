@@ -235,7 +235,7 @@ def webhooks() -> None:
     """
     settings = invocation().settings()
     begin_to_run(settings)
-    run(_webhooks(settings))
+    run(_webhooks(settings), many_bytes=True)
 
 
 async def _webhooks(settings: Settings) -> None:
