@@ -60,7 +60,7 @@ from ingest_gateway.protocol.request import (
     json_answer,
 )
 from ingest_gateway.routes.packages import INGESTING, READING, WRITING, link_to_next
-from services.blobs.shared_packs import is_small
+from services.blobs.packs import is_small
 from services.core.access import Right
 
 ANY_MEDIA_TYPE = "application/octet-stream"

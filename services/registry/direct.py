@@ -47,10 +47,9 @@ from artifact_store.registry import ManifestFormat, Order, Registry, Since, filt
 from artifact_store.rules import check_path, check_text, metadata_text
 from schemas import identifiers
 from schemas.runs import StoredFile
-from services.blobs.packs import Placed
+from services.blobs.packs import Placed, SharedPacks, is_small
 from services.blobs.port import BlobStore, StoredBlob
 from services.blobs.resumable.uploads import ResumableUploads
-from services.blobs.shared_packs import SharedPacks, is_small
 from services.core.access import EVERYTHING, EVERYWHERE, Grants, Principal, Right, Scope
 from services.core.decide import Command, CreatePackage, FinalizePackage, IngestFiles, Limits
 from services.log.port import EXTENT_SECONDS, CommandWriter, Log, PackageExtent

@@ -16,7 +16,7 @@ from artifact_store.archives.bundle import SMALL_FILE_BYTES
 from artifact_store.errors import ContentMismatchError, CorruptError
 from artifact_store.events import FileIngested
 from artifact_store.models import Declared
-from services.blobs.shared_packs import SALT_BYTES
+from services.blobs.packs import SALT_BYTES
 from services.config import Settings
 from services.verify import Report, verify
 from tests.integration.http_gateway import RunningGateway, running_gateway

@@ -16,8 +16,8 @@ from artifact_store.errors import ContentMismatchError, PushBackError, Unavailab
 from artifact_store.manifest import content_key
 from artifact_store.models import Declared
 from services.blobs.local import LocalBlobStore
+from services.blobs.packs import SALT_BYTES, SharedPacks, is_small
 from services.blobs.port import Digests, StoredBlob
-from services.blobs.shared_packs import SALT_BYTES, SharedPacks, is_small
 
 CLASS = "scratch"
 MIB = 1 << 20
