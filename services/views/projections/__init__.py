@@ -1,7 +1,7 @@
 """The projections: one file each. `PROJECTIONS` knows them by their names.
 
 Begin with `port`, which says what a projection is, then read `retention_fold`, the shortest. They write through
-`services.views.bulk` and check the order of events through `order`; they know nothing of the log or the engine.
+`services.views.bulk` and check the order of events through `port`; they know nothing of the log or the engine.
 """
 
 from __future__ import annotations

@@ -1,14 +1,22 @@
-"""What a projection is: a named, deterministic fold of the log into tables of its own."""
+"""What a projection is: a named, deterministic fold of the log into tables of its own.
+
+Every fold makes one check: per package, each event's sequence is the last one plus one. `known_packages` finds the last
+ones, and `follows` compares.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
+from uuid import UUID
 
-from sqlalchemy import Table
+from sqlalchemy import Column, Table
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from schemas.runs import Entry
+from artifact_store.errors import CorruptError
+from artifact_store.events import FILE_INGESTED, Event, PackageCreated
+from schemas.runs import Entry, FileFields
+from services.views.bulk import find_rows
 
 Tables = Mapping[str, Table]
 """One build of a projection's tables, by the names that they have, or will have, when it is the live one."""
@@ -35,3 +43,49 @@ class Projection(Protocol):
         Touches rows of the events' own packages only. Raises CorruptError when an event does not follow what was folded
         before it: a gap, or an impossible order. A repeated event is skipped.
         """
+
+
+async def known_packages(
+    connection: AsyncConnection, key: Column[UUID], columns: Sequence[Column[Any]], events: Sequence[Entry]
+) -> dict[UUID, tuple[Any, ...]]:
+    """What a view holds of the events' packages: from package id to the values of `columns`.
+
+    When there are several events, packages whose first event is among them are left out: their rows are still to be
+    inserted. If such an event is a repeat, its package has a row already, and the insert fails. The batch is then
+    folded event by event, and the repeat is recognised.
+    """
+    if len(events) == 1:
+        return {row[0]: row[1:] for row in await find_rows(connection, [key, *columns], [events[0].package_id])}
+    begun: set[UUID] = set()
+    wanted: list[UUID] = []
+    last: UUID | None = None
+    for event in events:
+        package_id = event.package_id
+        if package_id is not last and package_id not in begun:
+            begun.add(package_id)
+            if event.sequence != 1:
+                wanted.append(package_id)
+        last = package_id
+    return {row[0]: row[1:] for row in await find_rows(connection, [key, *columns], wanted)}
+
+
+def follows(event: Entry, last_sequence: int) -> bool:
+    """Whether the event is the one after `last_sequence` (0: the package is not known); False when it is a repeat.
+
+    Mirrors repeat records, so a fold skips a repeated event. Raises CorruptError: it is neither.
+    """
+    if 1 <= event.sequence <= last_sequence:
+        return False
+    creates = isinstance(event, Event) and isinstance(event.payload, PackageCreated)
+    if event.sequence == last_sequence + 1 and creates == (event.sequence == 1):
+        return True
+    event_type = FILE_INGESTED if isinstance(event, FileFields) else event.event_type
+    if event.sequence != last_sequence + 1:
+        raise CorruptError(
+            f"package {event.package_id}: event {event.sequence} ({event_type}) does not follow "
+            f"event {last_sequence}, the last one that the view has"
+        )
+    raise CorruptError(
+        f"package {event.package_id}: event {event.sequence} is {event_type}; "
+        "the first event, and no other, creates a package"
+    )

@@ -21,8 +21,7 @@ from artifact_store.manifest import ContentAddress
 from schemas.runs import Entry, FileFields
 from services.core.state import CREATED, FINALIZED
 from services.views.bulk import Row, copy_encoded, insert_rows, on_postgresql, update_rows
-from services.views.projections.order import follows, known_packages
-from services.views.projections.port import Tables
+from services.views.projections.port import Tables, follows, known_packages
 from services.views.tables import artifact_files, artifact_manifests, artifact_packages, storage_locations
 
 

@@ -17,8 +17,7 @@ from artifact_store.events import Event, PackageCreated, PackageFinalized
 from schemas.runs import Entry
 from services.core.lifecycle import retain_until
 from services.views.bulk import insert_rows, update_rows
-from services.views.projections.order import follows, known_packages
-from services.views.projections.port import Tables
+from services.views.projections.port import Tables, follows, known_packages
 from services.views.tables import retention_state
 
 

@@ -17,8 +17,7 @@ from artifact_store.errors import CorruptError
 from artifact_store.events import Event, PackageCreated
 from schemas.runs import Entry, FileFields
 from services.views.bulk import insert_rows, on_postgresql, update_rows, upsert
-from services.views.projections.order import follows, known_packages
-from services.views.projections.port import Tables
+from services.views.projections.port import Tables, follows, known_packages
 from services.views.tables import usage_packages, usage_totals
 
 DAY = 86_400_000_000
