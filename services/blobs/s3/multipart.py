@@ -19,18 +19,15 @@ from uuid import uuid4
 from xml.sax.saxutils import escape
 
 from artifact_store.errors import CorruptError, UnavailableError
-from artifact_store.rules import parse_number
 from services.blobs.intake import PIECE_BYTES, Intake, PartPlan
 from services.blobs.memory import PartBuffer, Share
 from services.blobs.port import UPLOADS
 from services.blobs.s3.requests import (
-    CHECKSUM_CRC32,
-    CHECKSUM_SHA256,
-    TELL_CHECKSUM,
     Relay,
     S3Requests,
     StoreTroubleError,
     crc32_text,
+    find_object,
     parse_xml,
 )
 
@@ -235,38 +232,6 @@ async def fill(intake: Intake, size: int) -> PartBuffer:
         part.close()
         raise
     return part
-
-
-@dataclass(frozen=True, slots=True)
-class StoredObject:
-    """What a store says of an object: bytes, ETag, and checksums of the whole in base64 where it keeps them."""
-
-    length: int
-    etag: str
-    crc32: str | None
-    sha256: str | None
-
-
-async def find_object(requests: S3Requests, key: str, attempts: int | None = None) -> StoredObject | None:
-    """What the store says of an object, None if there is none. Raises UnavailableError."""
-    found = await requests.send("HEAD", key, frozenset({200, 404}), headers=TELL_CHECKSUM, attempts=attempts)
-    if found.status == 404:
-        return None
-
-    length = parse_number(found.headers.get("Content-Length", ""))
-    if length is None:
-        raise UnavailableError(f"the blob store names no length of {key}")
-
-    def checksum(name: str) -> str | None:
-        told = found.headers.get(name)
-        return None if told is None or "-" in told else told  # one that ends in -3 was made of those of three parts
-
-    return StoredObject(
-        length,
-        found.headers.get("ETag", ""),
-        checksum(CHECKSUM_CRC32),
-        checksum(CHECKSUM_SHA256),
-    )
 
 
 async def begin_upload(requests: S3Requests, key: str) -> str:

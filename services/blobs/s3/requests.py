@@ -42,6 +42,7 @@ from tenacity import (
 from yarl import URL
 
 from artifact_store.errors import UnavailableError
+from artifact_store.rules import parse_number
 from services.blobs.memory import PartBuffer
 from services.runtime import tracing
 from services.runtime.clock import Clock, StoreClock, system_clock
@@ -538,3 +539,35 @@ def _insecure(error: aiohttp.ClientSSLError) -> str:
 async def _slices(body: PartBuffer) -> AsyncIterator[bytes]:
     for piece in body.pieces(_SLICE):
         yield piece
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """What a store says of an object: bytes, ETag, and checksums of the whole in base64 where it keeps them."""
+
+    length: int
+    etag: str
+    crc32: str | None
+    sha256: str | None
+
+
+async def find_object(requests: S3Requests, key: str, attempts: int | None = None) -> StoredObject | None:
+    """What the store says of an object, None if there is none. Raises UnavailableError."""
+    found = await requests.send("HEAD", key, frozenset({200, 404}), headers=TELL_CHECKSUM, attempts=attempts)
+    if found.status == 404:
+        return None
+
+    length = parse_number(found.headers.get("Content-Length", ""))
+    if length is None:
+        raise UnavailableError(f"the blob store names no length of {key}")
+
+    def checksum(name: str) -> str | None:
+        told = found.headers.get(name)
+        return None if told is None or "-" in told else told  # one that ends in -3 was made of those of three parts
+
+    return StoredObject(
+        length,
+        found.headers.get("ETag", ""),
+        checksum(CHECKSUM_CRC32),
+        checksum(CHECKSUM_SHA256),
+    )

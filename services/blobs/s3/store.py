@@ -47,11 +47,9 @@ from services.blobs.s3.multipart import (
     MultipartUpload,
     UploadRecord,
     fill,
-    find_object,
     remove_upload,
 )
-from services.blobs.s3.part_addresses import PROBE_KEY, DirectAccess
-from services.blobs.s3.parts import S3Parts
+from services.blobs.s3.parts import PROBE_KEY, DirectAccess, S3Parts
 from services.blobs.s3.requests import (
     ANSWER_SECONDS,
     ATTEMPTS,
@@ -63,6 +61,7 @@ from services.blobs.s3.requests import (
     S3Requests,
     StoreTroubleError,
     crc32_text,
+    find_object,
     patience,
 )
 from services.blobs.verified_reads import Mistrusted
