@@ -56,6 +56,8 @@ class Finding:
     part: str
     wrong: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    away: bool = False
+    """Whether it gave no answer."""
 
     def shown(self) -> dict[str, Any]:
         """For `--json`: `cause` is all that is wrong, or else the remarks."""
@@ -109,13 +111,15 @@ async def _examine() -> list[Finding]:
     looks = (("log", _log), ("blobs", _blobs), ("views", _views), ("identity", _identity))
     parts = await asyncio.gather(*(_looked(part, look, settings) for part, look in looks))
     findings += parts
-    log_works, views_work = not parts[0].wrong, not parts[2].wrong
-    if log_works and not is_embedded(settings):
-        findings += await asyncio.gather(
+    log, views_work = parts[0], not parts[2].wrong
+    further: list[Finding] = []
+    if not (log.away or is_embedded(settings)):
+        further += await asyncio.gather(
             _looked("partitions", _partitions, settings), _looked("gateways", _gateways, settings)
         )
-    if log_works and views_work:
-        findings += [await _looked("projections", _projections, settings), await _looked("groups", _groups, settings)]
+    if not log.away and views_work:
+        further += [await _looked("projections", _projections, settings), await _looked("groups", _groups, settings)]
+    findings += [found for found in further if not found.wrong or found.wrong != log.wrong]  # said once
     if settings.url is not None:
         findings.append(await _looked("gateway", _gateway, settings))
     if files := settings.certificates():
@@ -149,8 +153,10 @@ async def _looked(part: str, look: Look, settings: Settings) -> Finding:
         async with asyncio.timeout(_PATIENCE_SECONDS):
             await look(settings, finding)
     except TimeoutError:
+        finding.away = True
         finding.wrong.append(f"no answer within {_PATIENCE_SECONDS:g} s; is it running, is it reachable?")
     except UnavailableError as error:
+        finding.away = True
         # A gateway that gives its causes runs, and a message that names a setting says what to look at.
         explained = "ARTIFACT_STORE_" in error.detail or error.detail.startswith("the gateway is ")
         hint = "" if explained else f"; is it running, and is {_ADDRESSES[part]} right?"

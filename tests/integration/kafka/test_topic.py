@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 import threading
 from dataclasses import replace
@@ -13,6 +14,7 @@ from uuid import uuid4
 
 import confluent_kafka.admin
 import pytest
+from click.testing import CliRunner
 from confluent_kafka import Producer, TopicPartition
 
 from artifact_store.errors import (
@@ -24,6 +26,7 @@ from artifact_store.errors import (
     UnavailableError,
 )
 from artifact_store.position import Position
+from services.cli import main
 from services.config import Settings
 from services.log.kafka import KafkaLog, KafkaWriter
 from services.log.kafka import tail as watch
@@ -38,9 +41,11 @@ from tests.integration.kafka_stage import (
     kafka_settings,
     lone_writer,
     make_anew,
+    open_kafka_log,
     operate,
     set_on_topic,
 )
+from tests.integration.processes import output_of
 from tests.services.process import free_ports
 
 pytestmark = pytest.mark.services
@@ -97,6 +102,27 @@ async def test_a_writer_does_not_start_on_a_topic_that_the_guard_refuses(kafka: 
     with pytest.raises(ConfigurationError, match="retention"):
         async with lone_writer(kafka, log):
             pytest.fail("it started")
+
+
+async def test_doctor_asks_gateways_and_looks_at_views_although_the_topic_has_a_wrong_setting(
+    real_settings: Settings,
+) -> None:
+    missing = await asyncio.to_thread(_doctor, real_settings)
+    assert "artifact-store migrate" in missing["log"]["cause"]
+    assert missing.keys().isdisjoint({"partitions", "projections"})  # each would say just that
+    await asyncio.to_thread(output_of, real_settings, "migrate")
+    async with open_kafka_log(real_settings) as log:
+        await asyncio.to_thread(set_on_topic, log, **{"retention.ms": "86400000"})
+    found = await asyncio.to_thread(_doctor, real_settings)
+    assert "retention.ms=86400000" in found["log"]["cause"]
+    assert found["partitions"]["cause"].startswith("partition 0 takes no writes: no process writes to it")
+    assert (found["gateways"]["cause"], found["projections"]["ok"]) == ("0 processes", True)
+
+
+def _doctor(settings: Settings) -> dict[str, Any]:
+    """The findings, by part."""
+    done = CliRunner().invoke(main, ["doctor", "--json"], env=settings.environment())
+    return {finding["part"]: finding for finding in json.loads(done.stdout)["findings"]}
 
 
 async def test_replication_below_the_settings_is_refused(kafka: Settings, log: KafkaLog) -> None:
