@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.drills.drills import Drill
-from tests.drills.scene import Scene, watched
+from tests.drills.scene import Pace, Scene, watched
 from tests.faults.torture.stage import Stage
 
 RUNBOOKS = Path(__file__).resolve().parents[2] / "docs" / "runbooks.md"
@@ -32,11 +33,11 @@ class Outcome:
         return f"{'ok  ' if not self.wrong else 'FAIL'} {self.name}: {alerts}; {self.seconds:.0f} s in all"
 
 
-async def carry_out(stage: Stage, drill: Drill, folder: Path) -> Outcome:
+async def carry_out(stage: Stage, drill: Drill, folder: Path, pace: Pace | None = None) -> Outcome:
     """Run one drill on an installation that is well, and leave it well."""
     outcome = Outcome(drill.name)
     try:
-        async with watched(stage, folder) as scene:
+        async with watched(stage, folder, pace or Pace()) as scene:
             scene.begin()
             try:
                 async with drill.make(scene):
@@ -85,10 +86,11 @@ async def _hear(scene: Scene, drill: Drill, outcome: Outcome) -> None:
         ("status", drill.status, status),
         ("the log", drill.log, logged),
     ]
-    for name, texts, say in sources:
+
+    async def hear(name: str, texts: Sequence[str], say: Callable[[], Awaitable[str]]) -> None:
         said, missing = "", list(texts)
 
-        async def heard(say: Callable[[], Awaitable[str]] = say, missing: list[str] = missing) -> bool:
+        async def heard() -> bool:
             nonlocal said
             said = await say()
             missing[:] = [text for text in missing if not re.search(text, said, re.MULTILINE)]
@@ -96,6 +98,8 @@ async def _hear(scene: Scene, drill: Drill, outcome: Outcome) -> None:
 
         if texts and not await scene.becomes(heard, _SAID_SECONDS):
             outcome.wrong.append(f"{name} does not say {missing}, but: {said[-3000:]}")
+
+    await asyncio.gather(*(hear(*source) for source in sources))
 
 
 def _runbook(drill: Drill) -> list[str]:

@@ -21,15 +21,27 @@ from tests.faults.small_disk import SmallMinio, SmallPostgres
 from tests.faults.torture.stage import Part, Stage, in_thread, staged
 from tests.integration.processes import run_command
 from tests.services.process import Server
-from tests.services.prometheus import PrometheusServer
-
-SCRAPE_SECONDS = 10
-"""As in production: a projector may take 8 s to give its metrics."""
+from tests.services.prometheus import RULES, PrometheusServer, hastened_rules
 
 _LOOK_SECONDS = 0.5
 _WELL_SECONDS = 150.0
 _CLIENTS = 3
 _PAUSE_SECONDS = 0.4
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast Prometheus is. The default is production's, where a projector may take 8 s to give its metrics."""
+
+    scrape_seconds: int = 10
+    hastened: int = 1
+    """How many times sooner than by the rules of the chart an alert fires once its condition holds."""
+    lingers: frozenset[str] = frozenset()
+    """Alerts whose end is not waited for."""
+
+
+HASTENED = Pace(1, 6, frozenset({"RequestsFail", "ComponentSlow"}))
+"""For a few drills that must not take long. What it does not wait for tells of the whole last minute."""
 
 
 @dataclass
@@ -38,6 +50,7 @@ class Scene:
 
     stage: Stage
     prometheus: PrometheusServer
+    pace: Pace = field(default_factory=Pace)
     began: float = field(default_factory=time.monotonic)
     _read_from: dict[Path, int] = field(default_factory=dict)
 
@@ -118,7 +131,7 @@ class Scene:
 
         async def quiet() -> bool:
             up = await in_thread(lambda: self.prometheus.query("up == 1"))
-            waits = (await self.firing() | await self.pending()) - but
+            waits = (await self.firing() | await self.pending()) - but - self.pace.lingers
             return len(up) == len(self._parts) and not waits and not (await self.readiness()).strip()
 
         if not await self.becomes(quiet, _WELL_SECONDS):
@@ -195,27 +208,43 @@ class _ViewsOnSmallDisk(SmallPostgres):
 async def installation(folder: Path) -> AsyncIterator[Stage]:
     """Everything that drills need, under light load."""
     minio, postgres = _BlobsOnSmallDisk(folder / "minio"), _ViewsOnSmallDisk(folder / "postgres")
-    async with staged(folder, keep=lambda: False, proxied=True, minio=minio, postgres=postgres) as stage:
-        clients = [asyncio.create_task(_publish(stage, n)) for n in range(_CLIENTS)]
-        try:
-            yield stage
-        finally:
-            for client in clients:
-                client.cancel()
-            await asyncio.gather(*clients, return_exceptions=True)
+    async with (
+        staged(folder, keep=lambda: False, proxied=True, minio=minio, postgres=postgres) as stage,
+        _under_load(stage, _CLIENTS),
+    ):
+        yield stage
 
 
 @asynccontextmanager
-async def watched(stage: Stage, folder: Path) -> AsyncIterator[Scene]:
+async def small_installation(folder: Path) -> AsyncIterator[Stage]:
+    """One broker and two gateways, for drills that neither need more nor full disks."""
+    async with staged(folder, keep=lambda: False, brokers=1, gateways=2) as stage, _under_load(stage, 1):
+        yield stage
+
+
+@asynccontextmanager
+async def _under_load(stage: Stage, clients: int) -> AsyncIterator[None]:
+    running = [asyncio.create_task(_publish(stage, n)) for n in range(clients)]
+    try:
+        yield
+    finally:
+        for client in running:
+            client.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+
+@asynccontextmanager
+async def watched(stage: Stage, folder: Path, pace: Pace) -> AsyncIterator[Scene]:
     """A Prometheus that has just begun to watch the installation, which is well."""
     targets = {
         "gateway": [f"127.0.0.1:{part.port}" for part in stage.gateways],
         "projector": [f"127.0.0.1:{part.port}" for part in stage.projectors],
     }
-    prometheus = PrometheusServer(folder, targets, scrape_seconds=SCRAPE_SECONDS)
+    rules = RULES if pace.hastened == 1 else hastened_rules(folder, pace.hastened)
+    prometheus = PrometheusServer(folder, targets, scrape_seconds=pace.scrape_seconds, rules=rules)
     await in_thread(prometheus.start)
     try:
-        scene = Scene(stage, prometheus)
+        scene = Scene(stage, prometheus, pace)
         await scene.well()
         yield scene
     finally:

@@ -1,4 +1,4 @@
-"""What is tortured: three brokers behind a network of our own, MinIO, PostgreSQL, three gateways and all projectors.
+"""What is tortured: brokers behind a network of our own, MinIO, PostgreSQL, gateways and all projectors.
 
 The first gateway reaches the brokers through the network's proxies, the others directly; brokers reach each other
 through proxies of their own. The last gateway may have a small disk for its state. A gateway or projector that
@@ -41,6 +41,7 @@ from tests.services.s3 import REGION
 from tests.services.shared import ROOT
 
 PARTITIONS = 6
+BROKERS = 3
 GATEWAYS = 3
 
 SMALL_DISK_MIB = 96
@@ -211,20 +212,22 @@ async def staged(
     proxied: bool = False,
     minio: MinioServer | None = None,
     postgres: PostgresServer | None = None,
+    brokers: int = BROKERS,
+    gateways: int = GATEWAYS,
 ) -> AsyncIterator[Stage]:
     """All of it, started; stopped at the end of the block, its data deleted unless `keep` says otherwise.
 
     `own_mounts`: what this process mounts ends with it, so that one gateway can have a small disk. `proxied`: the parts
     reach MinIO and PostgreSQL through proxies.
     """
-    cluster = TorturedCluster(folder / "kafka")
+    cluster = TorturedCluster(folder / "kafka", brokers)
     minio = minio or MinioServer(folder / "minio")
     postgres = postgres or PostgresServer(folder / "postgres")
     servers = [minio, postgres]
     parts: list[Part] = []
     try:
         await asyncio.gather(in_thread(cluster.start), *(in_thread(server.start) for server in servers))
-        settings = _settings(folder, f"kafka://{cluster.endpoint}/torture", minio, postgres)
+        settings = _settings(folder, cluster, minio, postgres)
         await in_thread(lambda: output_of(settings, "migrate"))
         async with AsyncExitStack() as stack:
             network = await stack.enter_async_context(cluster.network())
@@ -239,11 +242,11 @@ async def staged(
                     blobs_url=settings.blobs_url.replace(minio.endpoint, store_at),
                     views_url=settings.views_url.replace(postgres.endpoint, database_at),
                 )
-            gateways, projectors = _parts(folder, through, cluster)
-            parts += [*gateways, *projectors]
-            small_disk = _small_disk(gateways[-1].folder / "state") if own_mounts else None
+            writing, projectors = _parts(folder, through, cluster, gateways)
+            parts += [*writing, *projectors]
+            small_disk = _small_disk(writing[-1].folder / "state") if own_mounts else None
             stage = Stage(
-                *(folder, settings, cluster, network, minio, postgres, gateways, projectors, small_disk),
+                *(folder, settings, cluster, network, minio, postgres, writing, projectors, small_disk),
                 store=store,
                 database=database,
             )
@@ -270,10 +273,13 @@ def _small_disk(folder: Path) -> Path:
     return folder
 
 
-def _settings(folder: Path, log_url: str, minio: MinioServer, postgres: PostgresServer) -> Settings:
+def _settings(folder: Path, cluster: TorturedCluster, minio: MinioServer, postgres: PostgresServer) -> Settings:
+    replicas = min(BROKERS, len(cluster.brokers))
     return Settings(
-        log_url=log_url,
+        log_url=f"kafka://{cluster.endpoint}/torture",
         kafka_partitions=PARTITIONS,
+        kafka_replication_factor=replicas,
+        kafka_min_insync_replicas=max(1, replicas - 1),
         blobs_url=f"s3+http://{minio.endpoint}/torture",
         s3_access_key=minio.access_key,
         s3_secret_key=minio.secret_key,
@@ -284,10 +290,10 @@ def _settings(folder: Path, log_url: str, minio: MinioServer, postgres: Postgres
     )
 
 
-def _parts(folder: Path, settings: Settings, cluster: TorturedCluster) -> tuple[list[Part], list[Part]]:
-    ports = free_ports(GATEWAYS + len(PROJECTIONS))
+def _parts(folder: Path, settings: Settings, cluster: TorturedCluster, number: int) -> tuple[list[Part], list[Part]]:
+    ports = free_ports(number + len(PROJECTIONS))
     gateways = []
-    for n in range(GATEWAYS):
+    for n in range(number):
         home = folder / f"gateway-{n}"
         own: dict[str, Any] = {"state_dir": home / "state"}
         if n == 0:
@@ -300,6 +306,6 @@ def _parts(folder: Path, settings: Settings, cluster: TorturedCluster) -> tuple[
             listens=False,
             port=port,
         )
-        for name, port in zip(PROJECTIONS, ports[GATEWAYS:], strict=True)
+        for name, port in zip(PROJECTIONS, ports[number:], strict=True)
     ]
     return gateways, projectors
