@@ -1,4 +1,4 @@
-"""The chart on a real Kubernetes whose nodes are simulated: every object is taken, pods are spread, drains wait."""
+"""The chart on a real Kubernetes whose nodes are simulated: installed, upgraded, taken back, scaled, drained."""
 
 from __future__ import annotations
 
@@ -88,6 +88,17 @@ class Store:
         """How many pods of a component each node has; those without a node are under the empty name."""
         return Counter(pod["spec"].get("nodeName", "") for pod in self.pods(component))
 
+    def specs(self) -> dict[tuple[str, str], Any]:
+        """What every object of the release asks for, by kind and name."""
+        manifest = yaml.safe_load_all(self.helm("get", "manifest", "shelf"))
+        names = [(str(m["kind"]), str(m["metadata"]["name"])) for m in manifest if m is not None]
+        found = {}
+        for kind, name in names:
+            text = self.cluster.kubectl("--namespace", self.namespace, "get", kind, name, "--output", "json")
+            document = json.loads(text)
+            found[kind, name] = document.get("spec", document.get("data"))
+        return found
+
     def available(self, component: str) -> int:
         """How many pods of a component are ready."""
         conditions = [
@@ -171,6 +182,39 @@ def test_pods_stand_on_different_nodes_and_zones_with_their_priority(store: Stor
     assert phases == {"Job": "Succeeded", "ServiceAccount": "Succeeded"}
 
 
+def test_an_upgrade_keeps_gateways_ready_and_a_rollback_gives_back_what_was(store: Store) -> None:
+    store.deploy("install", "gateway.replicas=3")
+    before = store.specs()
+    changed = ("image.tag=0.2.0", "settings.ARTIFACT_STORE_LOG_LEVEL=debug", "gateway.replicas=4", "service.port=81")
+    with Least(store, "gateway") as gateways, Least(store, "webhooks") as webhooks:
+        store.deploy("upgrade", *changed)
+    assert (gateways.seen, webhooks.seen) == (3, 2)
+    after = store.specs()
+    assert after.keys() == before.keys()
+    store.await_pods("gateway", 4, "0.2.0")
+    store.await_pods("webhooks", 2, "0.2.0")
+    store.await_pods("projector-registry", 1, "0.2.0")
+    with Least(store, "gateway") as gateways:
+        store.helm("rollback", "shelf", "1", "--wait", "--timeout=300s")
+    assert gateways.seen >= 3
+    assert store.specs() == before
+    assert before != after
+    store.await_pods("gateway", 3, "0.1.0")
+
+
+def test_a_failed_migration_stops_an_upgrade_before_anything_is_changed(store: Store) -> None:
+    store.deploy("install")
+    before = store.specs()
+    # No node takes the Job's pod, so that it ends at its deadline, as one that waits for Kafka would.
+    store.cluster.kubectl("cordon", *NODES)
+    with pytest.raises(subprocess.CalledProcessError) as failure:
+        store.deploy("upgrade", "image.tag=0.2.0", "migration.deadlineSeconds=10")
+    assert "pre-upgrade hooks failed" in str(failure.value.__notes__)
+    assert store.specs() == before
+    store.cluster.kubectl("uncordon", *NODES)
+    store.deploy("upgrade", "image.tag=0.2.0")
+
+
 def test_a_drain_waits_for_the_budget_and_pods_come_back_elsewhere(store: Store) -> None:
     store.deploy("install", "gateway.replicas=3", "projector.replicas=2")
     first, second, _ = sorted(store.nodes("gateway"))
@@ -192,3 +236,66 @@ def test_a_drain_waits_for_the_budget_and_pods_come_back_elsewhere(store: Store)
         with pytest.raises(subprocess.CalledProcessError) as refusal:
             store.evict(another)
         assert "disruption budget" in str(refusal.value.__notes__)
+
+
+def test_replicas_follow_the_values_and_so_do_the_budgets(store: Store) -> None:
+    def budgets() -> set[str]:
+        found = store.cluster.find("poddisruptionbudgets", store.namespace)
+        return {budget["metadata"]["name"].removeprefix("shelf-artifact-store-") for budget in found}
+
+    store.deploy("install", "gateway.replicas=1", "webhooks.replicas=1")
+    assert budgets() == set()
+    store.deploy("upgrade", "gateway.replicas=5", "webhooks.replicas=3", "projector.replicas=2")
+    for component, count in (("gateway", 5), ("webhooks", 3), ("projector-usage", 2)):
+        store.await_pods(component, count)
+    assert budgets() == {"gateway", "webhooks", "projector-registry", "projector-retention", "projector-usage"}
+    assert max(store.nodes("gateway").values()) == 1
+    store.deploy("upgrade", "gateway.replicas=2", "webhooks.enabled=false")
+    store.await_pods("gateway", 2)
+    store.await_pods("webhooks", 0)
+    assert budgets() == {"gateway"}
+
+
+def test_state_stays_with_its_gateway_and_an_upgrade_leaves_the_scaler_its_number(store: Store) -> None:
+    store.cluster.apply(
+        {
+            "apiVersion": "storage.k8s.io/v1",
+            "kind": "StorageClass",
+            "metadata": {"name": "fast"},
+            "provisioner": "kubernetes.io/no-provisioner",
+            "volumeBindingMode": "WaitForFirstConsumer",
+        },
+        *(
+            {
+                "apiVersion": "v1",
+                "kind": "PersistentVolume",
+                "metadata": {"name": f"state-{number}"},
+                "spec": {
+                    "capacity": {"storage": "4Gi"},
+                    "accessModes": ["ReadWriteOnce"],
+                    "storageClassName": "fast",
+                    "hostPath": {"path": f"/state-{number}"},
+                },
+            }
+            for number in range(4)
+        ),
+    )
+    store.deploy("install", base=VALUES / "scaled.yaml")
+
+    def volumes() -> dict[str, str]:
+        claims = store.cluster.find("persistentvolumeclaims", store.namespace)
+        return {claim["metadata"]["name"]: claim["spec"].get("volumeName", "") for claim in claims}
+
+    first = volumes()
+    assert first.keys() == {f"state-shelf-artifact-store-gateway-{number}" for number in range(2)}
+    assert all(first.values())
+    (node,) = (p["spec"]["nodeName"] for p in store.pods("gateway") if p["metadata"]["name"].endswith("-0"))
+    store.cluster.kubectl("drain", node, "--delete-emptydir-data", "--timeout=120s")
+    store.await_pods("gateway", 2)
+    assert node not in store.nodes("gateway")
+    assert volumes() == first
+    workload = "statefulset/shelf-artifact-store-gateway"
+    store.cluster.kubectl("--namespace", store.namespace, "scale", workload, "--replicas=4")  # as its scaler would
+    store.await_pods("gateway", 4)
+    store.deploy("upgrade", "settings.ARTIFACT_STORE_LOG_LEVEL=debug", base=VALUES / "scaled.yaml")
+    store.await_pods("gateway", 4)
