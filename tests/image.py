@@ -23,7 +23,7 @@ CONTAINERFILE = ROOT / "Containerfile"
 SBOM = "/opt/artifact-store/sbom.cdx.json"
 _LABELS = "org.opencontainers.image"
 _CONFINED = ("--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--tmpfs=/tmp")
-_STATE = "--tmpfs=/var/lib/artifact-store:uid=10001,gid=10001,mode=700"
+_STATE = "--volume=/var/lib/artifact-store"  # nameless, with the owner that the image gives: podman's tmpfs takes none
 
 
 def engine() -> str:
@@ -86,7 +86,7 @@ def _served(engine: str, tag: str) -> Iterator[str]:
         error.add_note(_run(engine, "logs", container))
         raise
     finally:
-        _run(engine, "rm", "--force", container)
+        _run(engine, "rm", "--force", "--volumes", container)
 
 
 def _run(*command: str) -> str:
