@@ -81,7 +81,7 @@ class Store:
 
     def pods(self, component: str) -> list[dict[str, Any]]:
         """The pods of a component that are not about to go."""
-        found = self.cluster.find("pods", self.namespace, SELECTOR.format(component))
+        found = self.cluster.find("v1/pods", self.namespace, SELECTOR.format(component))
         return [pod for pod in found if "deletionTimestamp" not in pod["metadata"]]
 
     def nodes(self, component: str) -> Counter[str]:
@@ -90,14 +90,10 @@ class Store:
 
     def specs(self) -> dict[tuple[str, str], Any]:
         """What every object of the release asks for, by kind and name."""
-        manifest = yaml.safe_load_all(self.helm("get", "manifest", "shelf"))
-        names = [(str(m["kind"]), str(m["metadata"]["name"])) for m in manifest if m is not None]
-        found = {}
-        for kind, name in names:
-            text = self.cluster.kubectl("--namespace", self.namespace, "get", kind, name, "--output", "json")
-            document = json.loads(text)
-            found[kind, name] = document.get("spec", document.get("data"))
-        return found
+        manifest = self.helm("get", "manifest", "shelf")
+        command = ("--namespace", self.namespace, "get", "--output", "json", "--filename", "-")
+        found = json.loads(self.cluster.kubectl(*command, stdin=manifest))["items"]
+        return {(one["kind"], one["metadata"]["name"]): one.get("spec", one.get("data")) for one in found}
 
     def available(self, component: str) -> int:
         """How many pods of a component are ready."""
@@ -124,6 +120,10 @@ class Store:
         """The names of the objects in this YAML, all of which the server would take. Raises CalledProcessError."""
         options = ("--dry-run=server", "--validate=strict", "--output", "name", "--filename", "-")
         return self.cluster.kubectl("--namespace", self.namespace, "create", *options, stdin=text).split()
+
+    def scale(self, workload: str, replicas: int) -> None:
+        """As a scaler does."""
+        self.cluster.kubectl("--namespace", self.namespace, "scale", workload, f"--replicas={replicas}")
 
     def evict(self, pod: str) -> None:
         """As a drain does. Raises CalledProcessError when the budget forbids it."""
@@ -205,7 +205,7 @@ def test_an_upgrade_keeps_gateways_ready_and_a_rollback_gives_back_what_was(stor
 def test_a_failed_migration_stops_an_upgrade_before_anything_is_changed(store: Store) -> None:
     store.deploy("install")
     before = store.specs()
-    # No node takes the Job's pod, so that it ends at its deadline, as one that waits for Kafka would.
+    # No node takes the pod of the Job, which so ends at its deadline, as one that hangs would.
     store.cluster.kubectl("cordon", *NODES)
     with pytest.raises(subprocess.CalledProcessError) as failure:
         store.deploy("upgrade", "image.tag=0.2.0", "migration.deadlineSeconds=10")
@@ -240,7 +240,7 @@ def test_a_drain_waits_for_the_budget_and_pods_come_back_elsewhere(store: Store)
 
 def test_replicas_follow_the_values_and_so_do_the_budgets(store: Store) -> None:
     def budgets() -> set[str]:
-        found = store.cluster.find("poddisruptionbudgets", store.namespace)
+        found = store.cluster.find("policy/v1/poddisruptionbudgets", store.namespace)
         return {budget["metadata"]["name"].removeprefix("shelf-artifact-store-") for budget in found}
 
     store.deploy("install", "gateway.replicas=1", "webhooks.replicas=1")
@@ -283,9 +283,10 @@ def test_state_stays_with_its_gateway_and_an_upgrade_leaves_the_scaler_its_numbe
     store.deploy("install", base=VALUES / "scaled.yaml")
 
     def volumes() -> dict[str, str]:
-        claims = store.cluster.find("persistentvolumeclaims", store.namespace)
+        claims = store.cluster.find("v1/persistentvolumeclaims", store.namespace)
         return {claim["metadata"]["name"]: claim["spec"].get("volumeName", "") for claim in claims}
 
+    store.await_pods("gateway", 2)  # the scaler's least; a workload whose scaler says nothing yet has one
     first = volumes()
     assert first.keys() == {f"state-shelf-artifact-store-gateway-{number}" for number in range(2)}
     assert all(first.values())
@@ -294,8 +295,7 @@ def test_state_stays_with_its_gateway_and_an_upgrade_leaves_the_scaler_its_numbe
     store.await_pods("gateway", 2)
     assert node not in store.nodes("gateway")
     assert volumes() == first
-    workload = "statefulset/shelf-artifact-store-gateway"
-    store.cluster.kubectl("--namespace", store.namespace, "scale", workload, "--replicas=4")  # as its scaler would
+    store.scale("statefulset/shelf-artifact-store-gateway", 4)
     store.await_pods("gateway", 4)
     store.deploy("upgrade", "settings.ARTIFACT_STORE_LOG_LEVEL=debug", base=VALUES / "scaled.yaml")
     store.await_pods("gateway", 4)
