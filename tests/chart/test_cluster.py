@@ -256,6 +256,23 @@ def test_replicas_follow_the_values_and_so_do_the_budgets(store: Store) -> None:
     assert budgets() == {"gateway"}
 
 
+def test_a_scaler_that_is_turned_on_finds_the_pods_that_there_were(store: Store) -> None:
+    store.deploy("install", "gateway.replicas=3", "projector.replicas=2")
+    gateways = "gateway.autoscaling.maxReplicas=6,gateway.autoscaling.cpuPercent=300"
+    address = "projector.autoscaling.prometheus=http://prometheus.monitoring:9090"
+    projectors = f"projector.autoscaling.maxReplicas=6,projector.autoscaling.lagSeconds=30,{address}"
+    given = ("gateway.replicas=3", "projector.replicas=2", gateways, projectors)
+    with Least(store, "gateway") as ready, Least(store, "projector-registry") as folding:
+        store.deploy("upgrade", *given)
+        store.await_pods("gateway", 3)
+    assert (ready.seen, folding.seen) == (3, 2)
+    store.scale("deployment/shelf-artifact-store-gateway", 5)
+    store.await_pods("gateway", 5)
+    with Least(store, "gateway") as ready:
+        store.deploy("upgrade", *given, "settings.ARTIFACT_STORE_LOG_LEVEL=debug")
+    assert ready.seen == 5
+
+
 def test_state_stays_with_its_gateway_and_an_upgrade_leaves_the_scaler_its_number(store: Store) -> None:
     store.cluster.apply(
         {

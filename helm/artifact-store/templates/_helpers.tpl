@@ -185,6 +185,18 @@ terminationGracePeriodSeconds: {{ .of.terminationGracePeriodSeconds | int64 }}
 {{- include "artifact-store.spread" . }}
 {{- end }}
 
+{{/* How many pods a component has. Where a scaler decides, it is the number that the cluster has: Helm would else reset it to
+one when a scaler is turned on. Empty when there is no such workload yet. Takes {root, component, of, kind}. */}}
+{{- define "artifact-store.replicas" -}}
+{{- if not .of.autoscaling -}}
+{{- .of.replicas | int64 -}}
+{{- else -}}
+{{- with lookup "apps/v1" .kind .root.Release.Namespace (printf "%s-%s" (include "artifact-store.fullname" .root) .component) -}}
+{{- .spec.replicas | int64 -}}
+{{- end -}}
+{{- end -}}
+{{- end }}
+
 {{/* The components that run, as a JSON list. */}}
 {{- define "artifact-store.running" -}}
 {{- $components := list "gateway" }}
