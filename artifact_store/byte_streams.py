@@ -44,7 +44,7 @@ def read_chunk(file: IO[bytes]) -> bytes:
     """
     chunk: bytes | None = file.read(CHUNK_BYTES)
     if chunk is None:
-        raise InvalidRequestError("the stream is non-blocking: set it to block")
+        raise InvalidRequestError("the stream is non-blocking: make it blocking")
     return chunk
 
 

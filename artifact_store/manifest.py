@@ -115,7 +115,7 @@ def decode(data: bytes) -> Manifest:
     try:
         raw = json.loads(data) if data[:1] == b"{" else cbor2.loads(data)
         if raw["manifest_version"] != MANIFEST_VERSION:
-            raise CorruptError("the manifest is of a version that is not known")
+            raise CorruptError("the manifest has an unknown version")
         package = dict(raw["package"])
         package["id"] = UUID(package["id"])
         return Manifest(

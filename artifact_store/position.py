@@ -154,7 +154,9 @@ class Position:
     def require(self, log: UUID) -> None:
         """Raise LogIdentityError unless the position is of this log."""
         if self.log != log:
-            raise LogIdentityError(f"the position is of log {self.log}, this is log {log}: it says nothing here")
+            raise LogIdentityError(
+                f"the position belongs to log {self.log}, but this is log {log}: it has no meaning here"
+            )
 
     def require_within(self, end: Position) -> None:
         """Raise LogIdentityError unless the position is of the log of `end`, InvalidPositionError if it is after it."""

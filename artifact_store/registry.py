@@ -149,7 +149,7 @@ class Registry(ABC):
         """
         done = await self.finalize(package_id, actor, command_id=command_id)
         if done.manifest_digest is None:
-            raise InvalidRequestError("the command id belongs to a command that did not finalize")
+            raise InvalidRequestError("the command id belongs to a command that is not a finalization")
         return ContentAddress.of_digest(done.manifest_digest)
 
     async def get_file(self, file_id: UUID) -> AsyncIterator[bytes]:
@@ -175,7 +175,9 @@ class Registry(ABC):
                 a position that is no place in this log.
         """
         if since_sequence and package_id is None:
-            raise InvalidRequestError("since_sequence needs a package_id: sequences count within a package")
+            raise InvalidRequestError(
+                "since_sequence needs a package_id, because sequences are numbers within a package"
+            )
         events = self.read_events(
             since, package_id=package_id, where=where, follow=True, poll_seconds=poll_interval_seconds
         )
@@ -352,12 +354,12 @@ class Registry(ABC):
 def filter_of(where: EventFilter | None, package_id: UUID | None, order: Order, *, follow: bool) -> EventFilter:
     """The filter of `read_events` with these arguments. Raises InvalidRequestError if they exclude each other."""
     if follow and order == "time":
-        raise InvalidRequestError("the order of time is that of what the log has now: leave out follow")
+        raise InvalidRequestError("the order `time` is only for events that the log holds now: leave out follow")
     where = where or EventFilter()
     if package_id is None:
         return where
     if where.package_id not in (None, package_id):
-        raise InvalidRequestError("the filter names another package than package_id")
+        raise InvalidRequestError("the filter and package_id name different packages")
     return replace(where, package_id=package_id)
 
 
@@ -365,5 +367,5 @@ async def find_frozen(registry: Registry, manifest: ContentAddress) -> UUID:
     """The id of the package that was finalized under this manifest. Raises PackageNotFoundError."""
     page = await registry.list_packages(PackageFilter(manifest_digest=manifest), limit=1)
     if not page.items:
-        raise PackageNotFoundError(f"no package is frozen under {manifest}")
+        raise PackageNotFoundError(f"no package has the manifest {manifest}")
     return page.items[0].package_id

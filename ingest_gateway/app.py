@@ -172,7 +172,7 @@ class App:
         request = call.request
         try:
             if "#" in call.target:
-                raise MalformedHttpError("a request target has no fragment")
+                raise MalformedHttpError("a request target must not have a fragment")
             TRACEPARENT.set(call.traceparent)
             route, values = await find(call)
             call.read_head(values, route.parameters, takes_body=route.body is not None)
@@ -331,7 +331,7 @@ class Routes:
         values: dict[str, str] = {}
         template = self._root.find(path.split("/"), values)
         if template is None:
-            raise UnknownResourceError("there is no such resource; /openapi.json lists what there is")
+            raise UnknownResourceError("there is no such resource; /openapi.json lists all of them")
         methods = self._resources[template]
         route = methods.get("GET" if method == "HEAD" else method)
         if route is None:

@@ -402,7 +402,7 @@ class _Run:
         """Raise what reading raised, if it is over."""
         if self.over:
             self._task.result()
-            raise UnavailableError("the log is not followed any more")
+            raise UnavailableError("the log is no longer followed")
 
     def wait(self) -> asyncio.Future[None]:
         """A future that is done when there is another event, or reading is over. Pass it to `forget` in any case."""

@@ -284,11 +284,13 @@ def listen_address(settings: Settings) -> ListenAddress:
     try:
         address = ListenAddress.parse(settings.listen)
     except ValueError:
-        raise ConfigurationError("ARTIFACT_STORE_LISTEN must be HOST:PORT, as 127.0.0.1:8080 or [::1]:8080") from None
+        raise ConfigurationError(
+            "ARTIFACT_STORE_LISTEN must be HOST:PORT, such as 127.0.0.1:8080 or [::1]:8080"
+        ) from None
     if not (address.is_loopback or settings.insecure or settings.policy or settings.tokens):
         raise ConfigurationError(
-            "ARTIFACT_STORE_LISTEN names an interface that others reach, and nothing asks them who they are: "
-            "set ARTIFACT_STORE_POLICY or ARTIFACT_STORE_TOKENS, listen on 127.0.0.1, or set "
+            "ARTIFACT_STORE_LISTEN names an interface that other machines reach, but nothing checks who sends "
+            "requests: set ARTIFACT_STORE_POLICY or ARTIFACT_STORE_TOKENS, listen on 127.0.0.1, or set "
             "ARTIFACT_STORE_INSECURE=1 where the network itself keeps strangers out"
         )
     return address
@@ -351,12 +353,12 @@ async def swept_regularly(
             try:
                 swept = await blobs.sweep(now=await blobs.now())
             except ArtifactStoreError as error:
-                _log.warning("uploads could not be swept and are left to the next time: %s", error.detail)
+                _log.warning("abandoned uploads could not be removed; the next sweep tries again: %s", error.detail)
             except Exception:  # noqa: BLE001 - nobody waits for this task: it is logged, and the next sweep comes
-                _log.exception("sweeping uploads failed")
+                _log.exception("removing abandoned uploads failed")
             else:
                 if swept:
-                    _log.info("swept %d uploads that stood still", swept)
+                    _log.info("removed %d abandoned uploads", swept)
 
     sweeping = asyncio.create_task(sweep())
     try:

@@ -79,13 +79,13 @@ def parse_header(block: bytes, number: int) -> Header:
     # The checksum counts its own field as blanks (POSIX.1-2017 pax, "ustar Interchange Format").
     if number_of(checksum) != sum(block) - sum(checksum) + 8 * 0x20:
         raise InvalidArchiveError(
-            f"entry {number} has a header whose checksum is wrong: no tar archive, or a damaged one"
+            f"entry {number} has a header with a wrong checksum: this is not a tar archive, or it is damaged"
         )
     if magic.startswith(_USTAR):
         if prefix[0]:
             name = prefix.partition(b"\0")[0] + b"/" + name
     elif magic != _GNU and magic.strip(b"\0"):
-        raise InvalidArchiveError(f"entry {number} has a header of an unknown form {magic!r}")
+        raise InvalidArchiveError(f"entry {number} has a header of an unknown format {magic!r}")
     found = number_of(size)
     if found is None:
         raise InvalidArchiveError(f"entry {number}, {shown(name.decode('utf-8', 'backslashreplace'))}, has no size")
@@ -287,7 +287,7 @@ class TarReader:
                 at += BLOCK
                 continue
             if self._zeros:
-                raise InvalidArchiveError(f"behind entry {self._number} something follows a block of zeros")
+                raise InvalidArchiveError(f"after entry {self._number}, something follows a block of zeros")
             header = parse_header(block, self._number + 1)
             body = at + BLOCK
             size = header.size
@@ -325,7 +325,7 @@ class TarReader:
 
     def _end_block(self) -> None:
         if self._extension.count:
-            raise InvalidArchiveError(f"behind entry {self._number} the archive ends after an extension header")
+            raise InvalidArchiveError(f"after entry {self._number}, the archive ends with an extension header")
         self._zeros += 1
 
     def _check_trailing(self, trailing: bytes) -> None:
@@ -376,7 +376,7 @@ class TarReader:
         name = raw if isinstance(raw, str) else self._text(header, raw)
         if header.kind not in _FILES and header.kind != _FOLDER:
             what = _REFUSED.get(header.kind, f"of an unknown kind {header.kind!r}")
-            raise InvalidArchiveError(f"{self._where(name)} is {what}; files and folders are taken")
+            raise InvalidArchiveError(f"{self._where(name)} is {what}; only files and folders are accepted")
         size = self._size(header, name)
         path = name
         while path.startswith("./"):
@@ -400,7 +400,7 @@ class TarReader:
 
     def _admit_folder(self, path: str, size: int, name: str) -> None:
         if size:
-            raise InvalidArchiveError(f"{self._where(name)} is a folder and has {size:,} bytes")
+            raise InvalidArchiveError(f"{self._where(name)} is a folder, but has {size:,} bytes")
         if path not in ("", "."):
             self._check(path, name)
         if self._folders == self._limits.max_files:
@@ -424,7 +424,7 @@ class TarReader:
         if header.size == 0 and said >= OCTAL_LIMIT:
             return said
         raise InvalidArchiveError(
-            f"{self._where(name)} has {header.size:,} bytes by its header and {said:,} by its pax header"
+            f"{self._where(name)} has {header.size:,} bytes by its header, but {said:,} by its pax header"
         )
 
     def _text(self, header: Header, raw: bytes) -> str:

@@ -170,7 +170,7 @@ class FileSource(BodySource):
         """Raise ContentMismatchError unless the file still has its stamp."""
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
-            raise ContentMismatchError(f"{self._path} is no regular file any more")
+            raise ContentMismatchError(f"{self._path} is no longer a regular file")
         if (found.st_size, found.st_mtime_ns) != (self._stamp.size_bytes, self._stamp.modified_ns):
             raise self._changed()
 

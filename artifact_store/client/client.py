@@ -157,7 +157,7 @@ class Client(Registry):
             await self.get_file_at(package_id, relative_path)
         except FileNotFoundInRegistryError:
             return
-        raise DuplicateRelativePathError(f"package {package_id} holds {relative_path!r} already")
+        raise DuplicateRelativePathError(f"package {package_id} already holds {relative_path!r}")
 
     async def ingest_file(
         self,
@@ -227,7 +227,7 @@ class Client(Registry):
         done = read_answer(FileIngestedAnswer, answer).to_acknowledgement()
         sent = declared.blake3 or sending.digest
         if sent is not None and done.files[0].blake3 != sent:
-            raise CorruptError(f"{relative_path!r} arrived as other bytes than were sent; do not finalize {package_id}")
+            raise CorruptError(f"{relative_path!r} did not arrive as it was sent; do not finalize {package_id}")
         return self._acknowledged(done)
 
     async def _ingest_resumably(
@@ -391,7 +391,7 @@ class Client(Registry):
         wait_sequence: int | None = None,
     ) -> bytes:
         if format not in ("cbor", "json"):
-            raise InvalidRequestError("a manifest comes as `cbor` or `json`")
+            raise InvalidRequestError("a manifest has the format `cbor` or `json`")
         query = {"wait_sequence": self._wait(package_id, wait_sequence)}
         accept = {"Accept": f"application/{format}"}
         return await receive_manifest(self._transport, f"/v1/packages/{package_id}/manifest", query, accept)

@@ -61,7 +61,9 @@ class TokenFile:
     def _parse(self, raw: bytes) -> str:
         found = raw.decode("ascii", "replace").strip()
         if len(raw) > _MAX_BYTES or not _TOKEN.fullmatch(found):
-            raise ConfigurationError(f"the file {self.path} holds no token: it must be one line of at most 64 KiB")
+            raise ConfigurationError(
+                f"the file {self.path} does not hold a token: it must be one line of at most 64 KiB"
+            )
         return found
 
 
@@ -69,7 +71,7 @@ def check_secure(url: str) -> None:
     """Raise ConfigurationError when a token that is sent to `url` could be read on its way."""
     parts = urlsplit(url)
     if parts.scheme != "https" and not is_loopback(parts.hostname or ""):
-        raise ConfigurationError(f"{url} is not https: a token is sent over https, or to a loopback address")
+        raise ConfigurationError(f"{url} is not https: a token is sent only over https or to a loopback address")
 
 
 async def trust(ca: Path | None = None) -> ssl.SSLContext:

@@ -157,7 +157,7 @@ async def log_in(url: str, issuer: LoginIssuer, show: Callable[[Prompt], None], 
     check_secure(url)
     path = _file_of(url)
     if path is None:
-        raise ConfigurationError("there is no home folder to keep the login in: set XDG_STATE_HOME")
+        raise ConfigurationError("there is no home folder to store the login in: set XDG_STATE_HOME")
     async with _session(ca) as session:
         endpoints = await _endpoints(session, issuer.url)
         device = await _begin(session, endpoints["device_authorization_endpoint"], issuer.client_id)
@@ -189,7 +189,7 @@ async def _endpoints(session: aiohttp.ClientSession, issuer: str) -> dict[str, s
     found = {name: document.get(name) for name in ("device_authorization_endpoint", "token_endpoint")}
     for name, endpoint in found.items():
         if not isinstance(endpoint, str):
-            raise ConfigurationError(f"the issuer {issuer} has no {name}: people cannot log in there by a device")
+            raise ConfigurationError(f"the issuer {issuer} has no {name}, so people cannot log in there from a device")
         check_secure(endpoint)
     return {name: str(endpoint) for name, endpoint in found.items()}
 
@@ -246,7 +246,7 @@ def _expiry(token: str) -> float:
     with suppress(ValueError, IndexError, KeyError, TypeError, OverflowError, RecursionError):
         body = token.split(".")[1]
         return float(json.loads(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))["exp"])
-    raise UnavailableError("the issuer gave an ID token that is no JSON Web Token")
+    raise UnavailableError("the issuer gave an ID token that is not a JSON Web Token")
 
 
 def _ended(url: str) -> UnauthenticatedError:
@@ -260,7 +260,7 @@ def _reason(answer: Mapping[str, Any], status: int) -> str:
 
 def _web_address(address: str) -> str:
     if urlsplit(address).scheme not in ("https", "http"):
-        raise ConfigurationError("the issuer names an address for the login that is no web page")
+        raise ConfigurationError("the issuer's address for the login is not a web page")
     return address
 
 
@@ -340,7 +340,7 @@ def _write(path: Path, tokens: _Tokens) -> None:
         path.parent.chmod(0o700)
         replace_privately(path, json.dumps(asdict(tokens)).encode())
     except OSError as error:
-        raise ConfigurationError(f"the login cannot be kept in {path}: {error.strerror}") from None
+        raise ConfigurationError(f"the login cannot be stored in {path}: {error.strerror}") from None
 
 
 @asynccontextmanager

@@ -105,11 +105,11 @@ class ContentStream(AsyncIterator[bytes]):
             if (length := response.headers.get("Content-Length")) is not None:
                 self._end = parse_number(length)
                 if self._end is None:
-                    raise CorruptError("the gateway's answer has a Content-Length that is no number")
+                    raise CorruptError("the gateway's answer has a Content-Length that is not a number")
             return
         found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
         if response.status != 206 or found is None or int(found[1]) != self._position:
-            raise CorruptError("the gateway answered with another range than it was asked for")
+            raise CorruptError("the gateway did not answer with the requested range")
         # A range that reaches beyond the end is cut there (RFC 9110 §14.1.2).
         self._end = int(found[2]) + 1
 
@@ -128,7 +128,7 @@ async def receive_manifest(
             while chunk := await transport.read_chunk(response):
                 found += chunk
                 if len(found) > MAX_MANIFEST_BYTES:
-                    raise CorruptError("the gateway sent more bytes than a manifest has")
+                    raise CorruptError("the gateway sent more bytes than a manifest can have")
             return bytes(found)
         except UnavailableError:
             if not left:
@@ -152,6 +152,6 @@ async def verified(chunks: AsyncIterator[bytes], digest: bytes, size_bytes: int 
             raise CorruptError(f"the file has more than the {size_bytes:,} bytes that it should have")
         yield chunk
     if size_bytes is not None and count != size_bytes:
-        raise CorruptError(f"the file has {count:,} bytes and should have {size_bytes:,}")
+        raise CorruptError(f"the file has {count:,} bytes, but should have {size_bytes:,}")
     if hashed.digest() != digest:
         raise CorruptError(f"the bytes that arrived are not those of blake3:{digest.hex()}")

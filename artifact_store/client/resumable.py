@@ -79,7 +79,7 @@ async def _begin(transport: Transport, package_id: UUID, headers: Mapping[str, s
     answer = await with_retries(transport.policy, begin, notify=transport.notify, transfer=True)
     path, offset = answer.headers.get("Location", ""), parse_number(answer.headers.get(names.UPLOAD_OFFSET, ""))
     if not path.startswith("/") or offset is None:
-        raise CorruptError("the gateway's answer names no upload: is the URL that of a gateway?")
+        raise CorruptError("the gateway's answer does not name an upload: is this the URL of a gateway?")
     return _Where(path, offset, parse_number(answer.headers.get(names.UPLOAD_DIRECT, "")) or None)
 
 
@@ -135,7 +135,7 @@ class _Upload:
             finally:
                 self._offset = parts.offset
             if self._offset == stood:
-                _log.info("the blob store takes no parts from here: sending them through the gateway")
+                _log.info("the blob store does not accept parts from here: sending them through the gateway")
                 self._transport.store_failed()
 
     async def _add(self) -> None:

@@ -258,7 +258,7 @@ class Spool(Backlog):
 
     def _broken(self, error: OSError) -> UnavailableError:
         self._failure = UnavailableError(
-            f"the spool {self._folder} cannot be written: {error.strerror}; mend its disk and open it again"
+            f"the spool {self._folder} cannot be written: {error.strerror}; repair its disk and open it again"
         )
         return self._failure
 
@@ -362,7 +362,9 @@ class Spool(Backlog):
             return self._left()
         except BlockingIOError:
             self._let_go()
-            raise ConfigurationError(f"another process uses the spool {self._folder}; give each one its own") from None
+            raise ConfigurationError(
+                f"another process uses the spool {self._folder}; give each process its own"
+            ) from None
         except OSError as error:
             self._let_go()
             raise ConfigurationError(f"the spool {self._folder} cannot be used: {error.strerror}") from error
@@ -419,7 +421,7 @@ class Spool(Backlog):
                     break
             segment.end += _RECORD.size + len(record.body)
         if sealed and segment.end != whole:
-            raise CorruptError(f"{segment.path} is damaged at byte {segment.end:,}; what lies before it can be sent")
+            raise CorruptError(f"{segment.path} is damaged at byte {segment.end:,}; the files before it can be sent")
         if not sealed:
             self._end(segment)
 

@@ -347,7 +347,7 @@ class FileStream:
     async def _make_room(self, size: int) -> None:
         """Wait, first come first served, until the stream may hold so many bytes more."""
         if size > self._max_bytes:
-            raise TooLargeError(f"the stream holds at most {self._max_bytes:,} bytes; send such a file by itself")
+            raise TooLargeError(f"the stream holds at most {self._max_bytes:,} bytes; send larger files one by one")
         async with self._turn:
             self._check()
             while self._held + size > self._max_bytes:
@@ -453,8 +453,7 @@ class FileStream:
         for digest, ingested in zip(digests, done.files, strict=True):
             if ingested.blake3 != digest:
                 raise CorruptError(
-                    f"{ingested.relative_path!r} arrived as other bytes than were sent; do not finalize "
-                    f"{self.package_id}"
+                    f"{ingested.relative_path!r} did not arrive as it was sent; do not finalize {self.package_id}"
                 )
         return done.files
 

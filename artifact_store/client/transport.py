@@ -60,7 +60,9 @@ def read_answer(shape: type[Shape], answer: Answer) -> Shape:
     try:
         return shape.model_validate_json(answer.body)
     except ValidationError:
-        raise CorruptError(f"the gateway's answer is no {shape.__name__}: is the URL that of a gateway?") from None
+        raise CorruptError(
+            f"the gateway's answer is not a valid {shape.__name__}: is this the URL of a gateway?"
+        ) from None
 
 
 class Transport:
@@ -282,7 +284,7 @@ class Transport:
         """The error for a failure below HTTP. `idle_seconds` is how long the answer may be silent."""
         match error:
             case aiohttp.InvalidURL():
-                return ConfigurationError(f"{self.url} is no address that can be used")
+                return ConfigurationError(f"{self.url} is not a usable address")
             case aiohttp.ClientSSLError():
                 return GivenUpError(f"no secure connection to {self.url}: {error}")
             case aiohttp.ClientConnectorError():

@@ -174,7 +174,7 @@ def position_in(line: bytes) -> Position | None:
     try:
         return Position.parse(json.loads(line)["position"])
     except (ValueError, KeyError, TypeError, InvalidPositionError) as error:
-        raise CorruptError("this is no position that can be read") from error
+        raise CorruptError("this is not a readable position") from error
 
 
 def event_head(event: Event, *, manifest: bool = True) -> bytes:
@@ -234,7 +234,7 @@ def parse_event(line: bytes | str) -> RecordedEvent:
             position=Position.parse(shape.position),
         )
     except ValueError as error:
-        raise CorruptError(f"this is no event that can be read: {type(error).__name__}") from error
+        raise CorruptError(f"this is not a readable event: {type(error).__name__}") from error
 
 
 def _payload(payload: Payload, *, manifest: bool) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def parse_digests(name: str) -> Callable[[str], dict[str, bytes]]:
             if algorithm in HASHES:
                 found[algorithm] = _digest(f"{name}: {algorithm}", match["value"], HASHES[algorithm]().digest_size)
         if not found:
-            raise InvalidRequestError(f"{name} names no algorithm that is checked here: declare {' or '.join(HASHES)}")
+            raise InvalidRequestError(f"{name} names no supported algorithm: declare {' or '.join(HASHES)}")
         return found
 
     return parse
@@ -88,7 +88,7 @@ def _digest(what: str, text: str, length: int) -> bytes:
             text + "=" * (-len(text) % 4), validate=True
         )  # padding may be left out: RFC 9651 §4.2.7
     except ValueError:  # it is not ASCII, or not base64
-        raise InvalidRequestError(f"{what} is not in base64") from None
+        raise InvalidRequestError(f"{what} is not base64") from None
     if len(found) != length:
         raise InvalidRequestError(f"{what} must have {length} bytes, not {len(found)}")
     return found
@@ -110,7 +110,7 @@ def unquoted(raw: str) -> str:
     if _ENCODED_SEPARATOR.search(raw):
         raise InvalidPathError("a relative path must not hold encoded separators (%2F)")
     if _PERCENT.search(raw):
-        raise InvalidPathError("a relative path must not hold a '%' that is no percent-encoding")
+        raise InvalidPathError("a relative path must not hold a '%' that does not begin a percent-encoding")
     try:
         return unquote_to_bytes(raw.encode("utf-8", "surrogateescape")).decode("utf-8")
     except UnicodeError:

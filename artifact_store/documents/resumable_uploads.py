@@ -114,9 +114,7 @@ def decode_metadata(text: str) -> dict[str, str]:
     for pair in text.split(","):
         match = _PAIR.fullmatch(pair.strip(" "))
         if match is None:
-            raise InvalidRequestError(
-                f"{UPLOAD_METADATA} must be pairs of a key and a value in base64: `key BASE64, …`"
-            )
+            raise InvalidRequestError(f"{UPLOAD_METADATA} must be pairs of a key and a base64 value: `key BASE64, …`")
         key = match["key"]
         if key in found:
             raise InvalidRequestError(f"{UPLOAD_METADATA} names {key[:64]!r} twice")

@@ -119,11 +119,11 @@ class Destination:
                 return None
             except OSError as error:
                 why = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
-                raise ConflictError(f"{relative_path!r} is there and cannot be taken for a file: {why}") from None
+                raise ConflictError(f"{relative_path!r} exists and cannot be used as a file: {why}") from None
         try:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode):
-                raise ConflictError(f"{relative_path!r} is there and no regular file")
+                raise ConflictError(f"{relative_path!r} exists and is not a regular file")
             if found.st_size != size_bytes:
                 return False
             hashed = blake3()
@@ -150,7 +150,7 @@ class Destination:
             except OSError as error:
                 if error.errno == errno.ENAMETOOLONG:
                     raise ConflictError(
-                        f"nothing was written: {relative_path!r} holds a longer name than this file system takes"
+                        f"nothing was written: {relative_path!r} has a name that is too long for this file system"
                     ) from None
 
     def is_empty(self) -> bool:
@@ -219,7 +219,7 @@ class Destination:
                     return
                 except OSError as error:
                     way = "/".join(above[:depth])
-                    raise ConflictError(f"{way!r} is no folder that can be written into: {error.strerror}") from None
+                    raise ConflictError(f"{way!r} is not a folder that can be written to: {error.strerror}") from None
                 os.close(current)
                 current = below
             yield current, name
@@ -413,10 +413,10 @@ async def read_manifest(registry: Registry, package_id: UUID, address: ContentAd
     """The package's manifest, checked against `address` and for what no package holds. Raises CorruptError."""
     data = await registry.get_manifest_bytes(package_id)
     if manifest_digest(data) != address.digest:
-        raise CorruptError(f"the manifest of package {package_id} is not what {address} stands for")
+        raise CorruptError(f"the manifest of package {package_id} does not have the address {address}")
     manifest = await asyncio.to_thread(decode, data)
     if manifest.package.id != package_id:
-        raise CorruptError(f"the manifest of package {package_id} is that of package {manifest.package.id}")
+        raise CorruptError(f"the manifest of package {package_id} is the one of package {manifest.package.id}")
     await asyncio.to_thread(_check_files, manifest.files)
     return manifest
 
@@ -443,7 +443,7 @@ def _check_files(files: Sequence[ManifestFile]) -> None:
             if file.size_bytes < 0 or len(bytes.fromhex(file.blake3)) != 32:
                 raise ValueError("no size or no digest")
         except (InvalidPathError, ValueError, TypeError, AttributeError) as error:
-            raise CorruptError(f"the manifest's entry {str(file.relative_path)[:100]!r} cannot be: {error}") from None
+            raise CorruptError(f"the manifest's entry {str(file.relative_path)[:100]!r} is invalid: {error}") from None
         if file.relative_path in seen:
             raise CorruptError(f"the manifest names {file.relative_path!r} twice")
         seen.add(file.relative_path)
@@ -496,7 +496,7 @@ def _missing(folder: Destination, files: Sequence[ManifestFile], given_up: Event
     if different:
         more = len(different) - _MOST_CONFLICTS_SHOWN
         shown = ", ".join(map(repr, different[:_MOST_CONFLICTS_SHOWN])) + (f" and {more} more" if more > 0 else "")
-        raise ConflictError(f"nothing was written: other files are there by the name of {shown}")
+        raise ConflictError(f"nothing was written: there are different files with the names {shown}")
     return missing
 
 
@@ -563,13 +563,13 @@ async def _fetch_together(
         async with aclosing(groups):
             async for group in groups:
                 if isinstance(group, StreamedFile):
-                    raise CorruptError(f"{group.relative_path!r} is larger than what was asked for")
+                    raise CorruptError(f"{group.relative_path!r} is larger than requested")
                 found = [(together.files.get(file.relative_path), file.data) for file in group]
                 writing.add(asyncio.create_task(write([(file, data) for file, data in found if file is not None])))
                 await settle(_WRITING_AT_ONCE - 1)
         await settle(0)
     except (UnavailableError, CorruptError) as error:
-        _logger.warning("what is left is fetched file by file: %s", error.detail)
+        _logger.warning("fetching the remaining files one by one: %s", error.detail)
     finally:
         await asyncio.gather(*writing, return_exceptions=True)
     return arrived

@@ -301,7 +301,7 @@ async def push(
     present = await _present(registry, package_id) if current.resumed else {}
     gone = present.keys() - {file.relative_path for file in files}
     if gone:
-        raise ConflictError(f"the interrupted push has sent {min(gone)!r}, which is not there any more")
+        raise ConflictError(f"the interrupted push has sent {min(gone)!r}, which no longer exists")
 
     async def send(item: Batch | TreeFile) -> None:
         nonlocal last
@@ -382,7 +382,7 @@ class _Sender:
             done = await self._registry.ingest_files(self._package_id, bundle, self._actor, command_id=command)
         for file, ingested in zip(held.named, done.files, strict=True):
             if file.blake3 != ingested.blake3:
-                raise CorruptError(f"{file.relative_path!r} arrived as other bytes than were sent; do not finalize")
+                raise CorruptError(f"{file.relative_path!r} did not arrive as it was sent; do not finalize")
         for sent in batch.files:
             self._told.advance(sent.stamp.size_bytes)
             self._told.finish_file()
@@ -439,7 +439,7 @@ async def _present(registry: Registry, package_id: UUID) -> Mapping[str, File]:
         pages = all_pages(lambda cursor: registry.list_files(package_id, limit=MAX_PAGE, cursor=cursor))
         return {file.relative_path: file async for page in pages for file in page.items}
     except UnavailableError as error:
-        raise UnavailableError(f"what the interrupted push has sent cannot be listed now: {error.detail}") from error
+        raise UnavailableError(f"what the interrupted push sent cannot be listed now: {error.detail}") from error
 
 
 async def _compare(file: TreeFile, known: File) -> None:

@@ -97,7 +97,7 @@ def _file(relative_path: str, path: str, root: Path | None, *, link: bool) -> Tr
         path = str(_target(Path(path), root))
     found = os.stat(path)  # noqa: PTH116 - see above
     if not stat.S_ISREG(found.st_mode):
-        raise InvalidRequestError("no regular file")
+        raise InvalidRequestError("not a regular file")
     if not os.access(path, os.R_OK):
         raise InvalidRequestError("it cannot be read")
     return TreeFile(relative_path, path, FileStamp.of(found))

@@ -233,7 +233,7 @@ class Admission:
             async with asyncio.timeout(seconds):
                 await self._idle.wait()
         except TimeoutError:
-            _log.warning("%d requests were not done within %g s; they are cut off", self.in_flight, seconds)
+            _log.warning("%d requests were not finished within %g s; they are cut off", self.in_flight, seconds)
 
 
 def connections_within(wanted: int, forwarded: int = 0) -> int:

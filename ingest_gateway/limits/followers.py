@@ -14,7 +14,7 @@ _RETRY_SECONDS = 5.0
 
 def gateway_closes() -> PushBackError:
     """The error for a follower that is turned away because the gateway closes."""
-    return PushBackError("this gateway closes", _RETRY_SECONDS)
+    return PushBackError("this gateway is stopping", _RETRY_SECONDS)
 
 
 class Followers:

@@ -317,7 +317,7 @@ def _acknowledgement_of(data: bytes, command: Command, version: int) -> Acknowle
     """The answer to this command. Raises UnavailableError when it is that to another one."""
     found = _read_acknowledgement(data, version)
     if not may_answer(found, command):
-        raise UnavailableError("the owner of the partition gave the answer to another command")
+        raise UnavailableError("the owner of the partition answered another command")
     return found
 
 
@@ -340,7 +340,7 @@ def decode_end(data: bytes) -> int:
     except _UNREADABLE:
         found = None
     if type(found) is not int or not 0 <= found <= MAX_NUMBER:
-        raise UnavailableError("another gateway sent what is no number of a partition or record")
+        raise UnavailableError("another gateway sent an invalid number of a partition or record")
     return found
 
 

@@ -133,16 +133,17 @@ class InternalListener:
         try:
             address = ListenAddress.parse(settings.internal_listen)
         except ValueError:
-            raise ConfigurationError("ARTIFACT_STORE_INTERNAL_LISTEN must be HOST:PORT, as 127.0.0.1:0") from None
+            raise ConfigurationError("ARTIFACT_STORE_INTERNAL_LISTEN must be HOST:PORT, such as 127.0.0.1:0") from None
         if credentials.for_loopback_alone and not address.is_loopback:
             raise ConfigurationError(
-                "ARTIFACT_STORE_INTERNAL_LISTEN names an interface that others reach: set ARTIFACT_STORE_PEER_CERT, "
-                "ARTIFACT_STORE_PEER_KEY and ARTIFACT_STORE_PEER_CA, or ARTIFACT_STORE_INTERNAL_SECRET"
+                "ARTIFACT_STORE_INTERNAL_LISTEN names an interface that other machines reach: set "
+                "ARTIFACT_STORE_PEER_CERT, ARTIFACT_STORE_PEER_KEY and ARTIFACT_STORE_PEER_CA, or "
+                "ARTIFACT_STORE_INTERNAL_SECRET"
             )
         if settings.internal_url is None and address.host in _EVERYWHERE:
             raise ConfigurationError(
-                "ARTIFACT_STORE_INTERNAL_LISTEN is every interface: say in ARTIFACT_STORE_INTERNAL_URL which address "
-                "other gateways reach this one by"
+                "ARTIFACT_STORE_INTERNAL_LISTEN names every interface: set ARTIFACT_STORE_INTERNAL_URL to the address "
+                "at which other gateways reach this one"
             )
         url, secure = settings.internal_url, credentials.server_context is not None
         if url is not None and secure != url.startswith("https:"):
@@ -183,7 +184,7 @@ class InternalListener:
         except OSError as error:
             await self._runner.cleanup()
             raise ConfigurationError(
-                f"the internal listener cannot have its address ({error.strerror}); set ARTIFACT_STORE_INTERNAL_LISTEN"
+                f"the internal listener cannot use its address ({error.strerror}); set ARTIFACT_STORE_INTERNAL_LISTEN"
             ) from error
         scheme = "http" if context is None else "https"
         self.url = f"{scheme}://{ListenAddress(*self._runner.addresses[0][:2])}"
@@ -241,7 +242,7 @@ class InternalListener:
             try:
                 package_id = UUID(bytes=body)
             except ValueError:
-                raise UnavailableError("the forwarded question has another form") from None
+                raise UnavailableError("the forwarded question is malformed") from None
             return encode_extent(await here.extent_here(package_id))
 
         return await self._answer(request, carry_out)
@@ -255,7 +256,7 @@ class InternalListener:
     async def _process(self, request: web.Request) -> web.Response:
         async def carry_out(_: Here, __: bytes) -> bytes:
             if self._about is None:
-                raise UnavailableError("this process cannot tell how it is")
+                raise UnavailableError("this process cannot report its health")
             return encode_process(await self._about())
 
         return await self._answer(request, carry_out)
@@ -299,7 +300,7 @@ class InternalListener:
     ) -> web.Response:
         try:
             if self._here is None:
-                raise PartitionNotOwnedError("this process is only starting")
+                raise PartitionNotOwnedError("this process is still starting")
             with self._room(_length_of(request)):
                 try:
                     body = await request.read()

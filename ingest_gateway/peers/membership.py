@@ -49,7 +49,7 @@ async def kafka_writer(
     Raises ConfigurationError: the topic could lose events, or the internal listener cannot open; UnavailableError.
     """
     if not isinstance(log, KafkaLog):
-        raise ConfigurationError("a Kafka log alone has writers that share its partitions")
+        raise ConfigurationError("only a Kafka log has writers that share its partitions")
     async with AsyncExitStack() as stack:
         credentials = await asyncio.to_thread(PeerCredentials.of, settings)
         listener = await InternalListener.open(settings, credentials, audit)

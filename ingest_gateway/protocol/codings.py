@@ -156,7 +156,7 @@ class _Decoding:
         try:
             piece = self._decoder.decompress(self._data[start : self._at], most)
         except (zlib.error, zstd.ZstdError, MemoryError) as error:
-            raise InvalidArchiveError(f"the body is not {self._coding} that can be read: {error}") from None
+            raise InvalidArchiveError(f"the body is not valid {self._coding}: {error}") from None
         if self._decoder.eof:
             self._at -= len(self._decoder.unused_data)
         return piece
@@ -164,7 +164,7 @@ class _Decoding:
     def close(self) -> None:
         """Raises InvalidArchiveError: the body ended within a member or frame, or held none."""
         if self._fresh or not self._decoder.eof:
-            raise InvalidArchiveError(f"the body is cut off: its {self._coding} has no end")
+            raise InvalidArchiveError(f"the body is cut off: its {self._coding} stream is incomplete")
 
     def _count(self, more: int) -> None:
         self._out += more

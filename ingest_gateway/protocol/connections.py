@@ -149,7 +149,7 @@ class Connection(web.RequestHandler):
         lines = (message or "").strip().splitlines() or ["it is malformed"]
         return self._server.refuse(
             request,
-            MalformedHttpError(f"this is not HTTP that can be read: {lines[0][:200]}", _CLOSE),
+            MalformedHttpError(f"this is not valid HTTP: {lines[0][:200]}", _CLOSE),
         )
 
     def _is_idle(self) -> bool:
@@ -215,7 +215,7 @@ class _BoundedParser:
                 raise
             except (IndexError, ValueError):  # yarl raises IndexError for a target such as http://[::1]@/
                 self._fail()
-                raise _RefusedHeadError(MalformedHttpError("the request target is no URL", _CLOSE)) from None
+                raise _RefusedHeadError(MalformedHttpError("the request target is not a URL", _CLOSE)) from None
             messages += found
             if upgraded or at == len(data):
                 tail += data[at:]
@@ -273,7 +273,9 @@ class _BoundedParser:
 
     def _hold(self, size: int, *, more: int) -> None:
         if size > HEAD_BYTES:
-            raise _RefusedHeadError(HeadTooLargeError(f"the head of a request may have {HEAD_BYTES:,} bytes", _CLOSE))
+            raise _RefusedHeadError(
+                HeadTooLargeError(f"the head of a request may have at most {HEAD_BYTES:,} bytes", _CLOSE)
+            )
         if size == more and self._is_idle():
             self.release()
         try:
@@ -287,7 +289,7 @@ def _length_of(headers: Mapping[str, str]) -> int:
     """The body's length. Raises _RefusedHeadError for what `int` cannot read: aiohttp's parser takes any digits."""
     length = parse_number(headers.get("Content-Length", "0"))
     if length is None:
-        raise _RefusedHeadError(MalformedHttpError("Content-Length is no number of at most 19 digits", _CLOSE))
+        raise _RefusedHeadError(MalformedHttpError("Content-Length is not a number of at most 19 digits", _CLOSE))
     return length
 
 
@@ -372,7 +374,7 @@ class AllowedHosts:
 
     def _check(self, hosts: tuple[str, ...], origins: tuple[str, ...]) -> None:
         if len(hosts) > 1 or len(origins) > 1:
-            raise MalformedHttpError("a request has one Host and one Origin at most")
+            raise MalformedHttpError("a request may have only one Host and one Origin")
         host = next(iter(hosts), "").lower()
         if hosts and not self._any and not self._is_ours(host):
             raise UnknownHostError(f"this gateway is not called {host[:255]!a}: if it should be, {_MEND}")

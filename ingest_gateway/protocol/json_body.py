@@ -38,7 +38,7 @@ def parse_json(body: bytes, shape: type[Shape]) -> Shape:
         raise InvalidRequestError("the body is nested too deeply") from None
     except ValueError as error:  # also an integer of thousands of digits, which Python does not read
         detail = f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else "a number"
-        raise InvalidRequestError(f"the body is not JSON that can be read: {detail}") from None
+        raise InvalidRequestError(f"the body is not valid JSON: {detail}") from None
     try:
         return shape.model_validate(value)
     except ValidationError as error:

@@ -113,5 +113,5 @@ def requested(header: str | None, if_range: str | None, tag: str, size: int) -> 
             return None
         length = last - offset + 1
     if length <= 0:
-        raise RangeNotSatisfiableError(f"the file has {size:,} bytes; none lies in the range", size)
+        raise RangeNotSatisfiableError(f"the file has {size:,} bytes; the range holds none of them", size)
     return Slice(offset, length, size)

@@ -179,7 +179,7 @@ class Call:
         )
         expect = self.request.headers.get("Expect")
         if expect is not None and expect.lower() != "100-continue":
-            raise ExpectationFailedError("the only expectation that is met is 100-continue")
+            raise ExpectationFailedError("the only supported expectation is 100-continue")
         if takes_body:
             self._declare_digests(parameters)
             if not self.request.can_read_body:
@@ -193,7 +193,7 @@ class Call:
         """
         given = self.request.headers.getall("Authorization", ())
         if len(given) > 1:
-            raise UnauthenticatedError(f"Authorization came {len(given)} times; send one")
+            raise UnauthenticatedError(f"the request has {len(given)} Authorization headers; send one")
         self._authorization = given[0] if given else None
         if not given and cookie is not None and (token := self.request.cookies.get(cookie)) is not None:
             self._authorization = f"Bearer {token}"
@@ -453,14 +453,12 @@ class Call:
         coding = self.list_header("Content-Encoding")
         if not coded and coding is not None and coding.strip().lower() != "identity":
             raise UnsupportedMediaTypeError(
-                "bodies are taken as they are: no Content-Encoding", {"Accept-Encoding": "identity"}
+                "no Content-Encoding is accepted: send the body as it is", {"Accept-Encoding": "identity"}
             )
         framing = self.list_header("Transfer-Encoding")
         if framing is not None and framing.strip().lower() != "chunked":
             # The parser decodes chunks and nothing else: `gzip, chunked` would be stored as gzip.
-            raise UnsupportedMediaTypeError(
-                "the only Transfer-Encoding that is taken is chunked", {"Connection": "close"}
-            )
+            raise UnsupportedMediaTypeError("the only supported Transfer-Encoding is chunked", {"Connection": "close"})
         if self._expects:
             self._expects = False
             await self.request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -489,7 +487,7 @@ class Call:
             except web.RequestPayloadError:
                 raise MalformedHttpError("the body's framing is broken", {"Connection": "close"}) from None
             except OSError:
-                raise IncompleteBodyError("the body ended before its announced end") from None
+                raise IncompleteBodyError("the body ended before it was complete") from None
             await self._look_again()
             if not chunk:
                 _check(hashes, self._digests)
@@ -656,7 +654,7 @@ def _query(raw: str, known: Collection[str], repeating: Collection[str]) -> tupl
             max_num_fields=_MAX_QUERY_FIELDS,
         )
     except ValueError:
-        raise InvalidRequestError("the query is malformed: name=value pairs in percent-encoded UTF-8") from None
+        raise InvalidRequestError("the query is malformed: send name=value pairs in percent-encoded UTF-8") from None
     found: dict[str, str] = {}
     repeated: dict[str, list[str]] = {}
     for name, value in pairs:

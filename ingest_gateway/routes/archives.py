@@ -105,7 +105,7 @@ async def get_archive(call: Call) -> web.StreamResponse:
     package = await call.registry.get_package(package_id, wait_sequence=call.query(WAIT_SEQUENCE))
     if package.manifest_digest is None or package.finalized_at is None:
         raise IllegalPackageStateError(
-            f"package {package_id} is open; it can be had as an archive once it is finalized"
+            f"package {package_id} is open; it can be read as an archive once it is finalized"
         )
     headers = {
         "Content-Type": TAR,

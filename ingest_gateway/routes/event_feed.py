@@ -77,7 +77,7 @@ async def get_events(call: Call) -> web.StreamResponse:
     since, end = await _start(call)
     follow, by_time = call.query(FOLLOW), call.query(ORDER) == "time"
     if follow and by_time:
-        raise InvalidRequestError("order=time reads only what the log has now: leave out follow")
+        raise InvalidRequestError("order=time is only for events that the log holds now: leave out follow")
     wanted = ScopedFilter(
         call.query(OF_PACKAGE),
         scope=call.principal.scope(Right.READ),
@@ -232,7 +232,7 @@ async def make_cookie(call: Call) -> web.StreamResponse:
     if call.token is None:  # a gateway that asks nobody for a token
         return answer
     if len(call.token) > MAX_COOKIE_BYTES:
-        raise InvalidRequestError(f"browsers keep no cookie of a token that has more than {MAX_COOKIE_BYTES:,} bytes")
+        raise InvalidRequestError(f"browsers do not keep a cookie with a token of more than {MAX_COOKIE_BYTES:,} bytes")
     ends = call.valid_until
     left = COOKIE_SECONDS if ends is None else int(ends - asyncio.get_running_loop().time())
     _set_cookie(answer, call.token, min(COOKIE_SECONDS, max(0, left)))

@@ -186,7 +186,7 @@ async def begin_upload(call: Call) -> web.StreamResponse:
     package_id = call.path(PACKAGE_ID)
     length, said = call.header(UPLOAD_LENGTH), call.header(UPLOAD_METADATA)
     if length is None:
-        raise InvalidRequestError(f"{names.UPLOAD_LENGTH} is missing: the length of an upload is said when it begins")
+        raise InvalidRequestError(f"{names.UPLOAD_LENGTH} is missing: give the length of an upload when you begin it")
     paths = [said[key] for key in RELATIVE_PATH if said is not None and key in said]
     if said is None or not paths:
         raise InvalidRequestError(f"{names.UPLOAD_METADATA} must name the file's {RELATIVE_PATH[0]}")
@@ -290,7 +290,8 @@ async def override_upload(call: Call) -> web.StreamResponse:
     if method == "DELETE":
         return await _end(call)
     raise MethodNotAllowedError(
-        f"POST is taken here with {names.METHOD_OVERRIDE}: PATCH or DELETE", {"Allow": "DELETE, GET, HEAD, PATCH"}
+        f"POST is accepted here only with {names.METHOD_OVERRIDE}: PATCH or DELETE",
+        {"Allow": "DELETE, GET, HEAD, PATCH"},
     )
 
 

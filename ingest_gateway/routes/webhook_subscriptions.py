@@ -158,7 +158,7 @@ async def redeliver(call: Call) -> web.StreamResponse:
     subscription_id, store = call.path(SUBSCRIPTION_ID), _subscribing(call).store
     wanted = await call.json(RedeliverRequest)
     if (wanted.event_id is None) == (wanted.since is None):
-        raise InvalidRequestError("give event_id or since, and not both")
+        raise InvalidRequestError("give either event_id or since")
     if wanted.event_id is not None:
         event_id = UUID(wanted.event_id)
         await store.order_repeat(subscription_id, call.principal.actor, event_id)
@@ -174,7 +174,7 @@ async def list_deliveries(call: Call) -> web.StreamResponse:
     limit, cursor = call.query(LIMIT) or DEFAULT_PAGE, call.query(CURSOR)
     before = None if cursor is None else parse_number(cursor)
     if cursor is not None and before is None:
-        raise InvalidRequestError("cursor must be `next` of the page before")
+        raise InvalidRequestError("cursor must be `next` of the previous page")
     await store.find(subscription_id, call.principal.actor)
     found = await store.deliveries(subscription_id, limit + 1, before)
     more = len(found) > limit
@@ -185,7 +185,7 @@ async def list_deliveries(call: Call) -> web.StreamResponse:
 
 def _subscribing(call: Call) -> Subscribing:
     if call.gateway.subscribing is None:
-        raise UnavailableError("this gateway keeps no subscriptions")
+        raise UnavailableError("this gateway does not serve subscriptions")
     return call.gateway.subscribing
 
 

@@ -153,5 +153,5 @@ async def test_another_record_where_the_view_folded_its_last_one_is_refused(
         async with views.writing() as connection:
             await connection.execute(update(projection_checkpoints).values(last_digest=bytes(32)))
         await asyncio.to_thread(write, log, history.events[42:])
-        with pytest.raises(CorruptError, match="restored from an older copy and written on"):
+        with pytest.raises(CorruptError, match="restored from an older copy and written to since"):
             await catch_up(views, log, REGISTRY)

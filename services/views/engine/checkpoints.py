@@ -223,7 +223,7 @@ async def check_continues(
     for partition, record in last.items():
         if partition not in found or LastRecord.of(found[partition]) != record:
             raise CorruptError(
-                f"the view {name} folded a record at offset {record.offset} of partition {partition} that the log does "
+                f"the view {name} folded a record at offset {record.offset} of partition {partition} that the log "
                 f"no longer holds: it was restored from an older copy and written to since. {_mend(name)}"
             )
 

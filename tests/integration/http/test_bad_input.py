@@ -88,8 +88,8 @@ _METADATA = _json(metadata={})[:-3]  # what stands before the object
 @pytest.mark.parametrize(
     ("body", "fragment"),
     [
-        (b"", "not JSON"),
-        (b"{", "not JSON"),
+        (b"", "not valid JSON"),
+        (b"{", "not valid JSON"),
         (b"\xff{}", "UTF-8"),
         (b"[]", "body"),
         (b"null", "body"),

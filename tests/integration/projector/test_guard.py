@@ -62,13 +62,13 @@ async def test_a_log_that_was_restored_from_an_older_copy_and_written_on_is_refu
     views: Views, log: MemoryLog
 ) -> None:
     restored_and_written_on(log, 10, History(2).fill(packages=9, files=3))
-    await refused(views, log, "restored from an older copy and written on")
+    await refused(views, log, "restored from an older copy and written to since")
 
 
 async def test_a_log_that_lost_its_beginning_up_to_the_checkpoint_is_refused(views: Views, log: MemoryLog) -> None:
     log._records[0].clear()
     log.append(*History(2).fill(packages=2, files=1).events)
-    await refused(views, log, "does not hold any more")
+    await refused(views, log, "no longer holds")
 
 
 async def test_a_view_that_is_folded_again_takes_the_log_as_it_is(views: Views, log: MemoryLog) -> None:

@@ -214,7 +214,9 @@ def test_digests_are_read_of_algorithms_that_are_checked_and_others_beside_them_
 
 @pytest.mark.parametrize("alone", ["md5=:AAAA:", "sha=:AAAA:", "adler=:AAAA:, crc32c=:AAAA:", "x=:AA==:"])
 def test_digests_of_no_algorithm_that_is_checked_are_refused(alone: str) -> None:
-    with pytest.raises(InvalidRequestError, match=r"Content-Digest names no algorithm.*: declare sha-256 or sha-512"):
+    with pytest.raises(
+        InvalidRequestError, match=r"Content-Digest names no supported algorithm: declare sha-256 or sha-512"
+    ):
         READ(alone)
 
 

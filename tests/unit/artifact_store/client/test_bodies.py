@@ -250,5 +250,5 @@ async def test_bytes_that_arrived_as_others_are_noticed() -> None:
         return await ingested(request, b"!" + body[1:])
 
     async with failing_gateway(garbled) as gateway:
-        with pytest.raises(CorruptError, match="arrived as other bytes"):
+        with pytest.raises(CorruptError, match="did not arrive as it was sent"):
             await put(gateway, b"some bytes")

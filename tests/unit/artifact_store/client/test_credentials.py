@@ -117,7 +117,7 @@ async def test_no_error_log_or_text_shows_the_token(home: Path, caplog: pytest.L
 
 @pytest.mark.parametrize("content", ["", "two words", "a\nb", "ä", "x" * (65 << 10)])
 async def test_a_file_without_a_token_is_named_and_not_shown(content: str, home: Path) -> None:
-    with pytest.raises(ConfigurationError, match="holds no token") as caught:
+    with pytest.raises(ConfigurationError, match="does not hold a token") as caught:
         await TokenFile(file_of(home, content)).token()
     assert not content or content not in caught.value.detail
 

@@ -152,7 +152,7 @@ async def test_a_refusal_is_its_own_error_and_is_not_tried_again(
 
 async def test_an_answer_that_is_no_gateways_is_told_as_such() -> None:
     async with failing_gateway(answers(200, {"hello": "world"})) as gateway, client_of(gateway) as registry:
-        with pytest.raises(CorruptError, match="is the URL that of a gateway"):
+        with pytest.raises(CorruptError, match="is this the URL of a gateway"):
             await registry.create_package(*ABOUT)
 
 

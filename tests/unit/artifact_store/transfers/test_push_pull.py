@@ -189,7 +189,7 @@ async def test_what_was_sent_and_is_gone_is_noticed_though_the_view_lags(registr
     state, sent = await interrupted(registry, tree)
     (tree / sent).unlink()
     lagging: Any = Lagging(registry)
-    with pytest.raises(ConflictError, match="not there any more"):
+    with pytest.raises(ConflictError, match="no longer exists"):
         await pushed(lagging, tree, state=state)
 
 

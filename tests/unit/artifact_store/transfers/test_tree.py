@@ -70,8 +70,8 @@ def make_bad(tree: Path, kind: str) -> None:
         ("a link to a folder", "link to a folder"),
         ("a link to nothing", "link to nothing"),
         ("a link to itself", "link to nothing"),
-        ("a pipe", "no regular file"),
-        ("a socket", "no regular file"),
+        ("a pipe", "not a regular file"),
+        ("a socket", "not a regular file"),
     ],
 )
 def test_what_is_no_file_of_the_tree_is_refused_by_name(tmp_path: Path, kind: str, words: str) -> None:
