@@ -13,6 +13,7 @@ import asyncio
 import os
 import sqlite3
 import ssl
+import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, closing, contextmanager, nullcontext, suppress
@@ -26,10 +27,10 @@ import asyncpg
 from asyncpg.exceptions import ClientConfigurationError
 from sqlalchemy import Table, delete, event, insert, inspect, select, text, update
 from sqlalchemy.engine import URL, Connection, Dialect, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InvalidatePoolError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.pool import QueuePool
+from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
 from artifact_store.errors import ArtifactStoreError, ConfigurationError, CorruptError, UnavailableError
 from artifact_store.rules import is_loopback
@@ -49,6 +50,8 @@ from services.views.tables import (
 
 _BUSY_SECONDS = 10
 _CONNECT_SECONDS = 10
+_PROVEN_SECONDS = 1.0
+"""How long a connection counts as alive after it was used."""
 _STATEMENT_SECONDS = 300  # a frozen server must not hold a projector for ever
 MAX_PARKED = 100
 _MIGRATION_LOCK = 0x61727466  # any number, the same for every process of ours
@@ -82,6 +85,9 @@ class Views:
         """How many packages one projection may park before it stops."""
         self._answer_seconds = answer_seconds
         self._writing = self.engine.execution_options(writes=True)
+        self._single = self.engine
+        if self.dialect == "postgresql":  # on SQLite beginning a transaction asks nobody
+            self._single = self.engine.execution_options(isolation_level="AUTOCOMMIT")
         self.folding: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         """One lock a projection: folds of one process wait for each other here instead of racing to the guard."""
 
@@ -92,17 +98,21 @@ class Views:
         return pool.checkedout() if isinstance(pool, QueuePool) else 0
 
     @asynccontextmanager
-    async def reading(self, *, snapshot: bool = False, long: bool = False) -> AsyncIterator[AsyncConnection]:
+    async def reading(
+        self, *, snapshot: bool = False, long: bool = False, single: bool = False
+    ) -> AsyncIterator[AsyncConnection]:
         """A connection to read by. With `snapshot` all statements see one state of the database.
 
-        Unless it is a `long` one, the block must end within the bound for answers.
+        Unless it is a `long` one, the block must end within the bound for answers. A block with a `single` statement,
+        whose result is read at once, needs no transaction: beginning and ending one would ask the database twice more.
 
         Raises UnavailableError, ConfigurationError (tables are missing), also for what is raised inside.
         """
         timed = nullcontext() if long else _READ_SECONDS.time()
         counted = nullcontext() if long else _READ_FAILURES.count_exceptions()
         with database_errors(), timed, counted:
-            async with asyncio.timeout(None if long else self._answer_seconds), self.engine.connect() as connection:
+            engine = self._single if single else self.engine
+            async with asyncio.timeout(None if long else self._answer_seconds), engine.connect() as connection:
                 if snapshot and self.dialect == "postgresql":  # a transaction on SQLite is a snapshot anyway
                     await connection.execution_options(isolation_level="REPEATABLE READ")
                 yield connection
@@ -367,9 +377,8 @@ def _is_private(url: URL) -> bool:
 def _open_postgresql(url: URL) -> AsyncEngine:
     # Without `ssl` in the URL asyncpg would ask for TLS and go on without it when it gets none.
     secure = {} if "ssl" in url.query or _is_local(url) else {"ssl": ssl.create_default_context()}
-    return _engine(
+    engine = _engine(
         url,
-        pool_pre_ping=True,  # a database that was restarted costs no request its answer
         pool_size=5,
         max_overflow=10,
         pool_timeout=_CONNECT_SECONDS,
@@ -380,6 +389,31 @@ def _open_postgresql(url: URL) -> AsyncEngine:
             "server_settings": {"application_name": "artifact-store", "jit": "off"},
         },
     )
+    event.listen(engine.sync_engine, "checkout", partial(_replace_lost, engine.dialect))
+    return engine
+
+
+def _replace_lost(dialect: Dialect, connection: Any, record: ConnectionPoolEntry, _proxy: object) -> None:
+    """Connect anew where a connection is lost: a database that was restarted costs no request its answer.
+
+    A server that ends a connection says so. Only where none may have said it, because the connection was not used for a
+    while, the server is asked, as `pool_pre_ping` asks it each time: that takes three answers.
+    """
+    now = time.monotonic()
+    last, record.info["used"] = record.info.get("used"), now
+    if last is None:  # it was made just now
+        return
+    if not connection.driver_connection.is_closed():
+        if now < last + _PROVEN_SECONDS:
+            return
+        try:
+            dialect.do_ping(connection)
+        except dialect.loaded_dbapi.Error:
+            if not connection.driver_connection.is_closed():
+                raise
+        else:
+            return
+    raise InvalidatePoolError
 
 
 class DamagedDatabaseError(CorruptError):

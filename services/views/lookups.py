@@ -8,9 +8,6 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 from uuid import UUID
 
-_AT_ONCE = 2
-"""How many questions of one kind are under way: one is decoded while the database works on the next."""
-
 _MOST = 500
 """Most files of one question."""
 
@@ -23,9 +20,8 @@ class _Lane(Generic[Found]):
     """Those who wait for answers of one kind."""
 
     waiting: dict[UUID, list[asyncio.Future[Found | None]]] = field(default_factory=dict)
-    under_way: int = 0
-    called: bool = False
-    """Whether `_send` is about to run."""
+    busy: bool = False
+    """Whether a question is under way, or about to be sent."""
 
 
 class Lookups(Generic[Key, Found]):
@@ -46,22 +42,21 @@ class Lookups(Generic[Key, Found]):
         place: asyncio.Future[Found | None] = loop.create_future()
         lane = self._lanes.setdefault(key, _Lane())
         lane.waiting.setdefault(wanted, []).append(place)
-        if not lane.called and lane.under_way < _AT_ONCE:
-            lane.called = True  # after all that is ready now
-            loop.call_soon(self._send, key, lane)
+        if not lane.busy:
+            lane.busy = True
+            loop.call_soon(self._send, key, lane)  # after all that is ready now
         return await place
 
     def _send(self, key: Key, lane: _Lane[Found]) -> None:
-        lane.called = False
-        while lane.waiting and lane.under_way < _AT_ONCE:
-            some = list(lane.waiting)[:_MOST]
-            asked = {wanted: lane.waiting.pop(wanted) for wanted in some}
-            lane.under_way += 1
-            task = asyncio.create_task(self._answer(key, lane, asked))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-        if not lane.under_way and self._lanes.get(key) is lane:
+        """Ask for all who wait, if any. One question is under way at a time: many files cost little more than one."""
+        if not lane.waiting:
             del self._lanes[key]
+            return
+        some = list(lane.waiting)[:_MOST]
+        asked = {wanted: lane.waiting.pop(wanted) for wanted in some}
+        task = asyncio.create_task(self._answer(key, lane, asked))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _answer(
         self, key: Key, lane: _Lane[Found], asked: Mapping[UUID, list[asyncio.Future[Found | None]]]
@@ -83,5 +78,4 @@ class Lookups(Generic[Key, Found]):
                     if not place.done():  # otherwise its caller left
                         place.set_result(found.get(wanted))
         finally:
-            lane.under_way -= 1
             self._send(key, lane)

@@ -23,6 +23,7 @@ from sqlalchemy import (
     Tuple,
     Uuid,
     and_,
+    any_,
     false,
     literal,
     or_,
@@ -30,6 +31,7 @@ from sqlalchemy import (
     true,
     tuple_,
 )
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.types import TypeEngine
 
@@ -135,6 +137,13 @@ class Progress:
     origins: Mapping[UUID, Origin] = field(default_factory=dict)
 
 
+_FOUND_FILES = (
+    select(artifact_files, storage_locations.c.key, storage_locations.c.offset)
+    .outerjoin(storage_locations, storage_locations.c.artifact_file_id == artifact_files.c.id)
+    .order_by(artifact_files.c.id, storage_locations.c.id)
+)
+
+
 class Queries:
     """Questions to the views. What is not there is None or an empty page; each call is one short transaction.
 
@@ -217,13 +226,12 @@ class Queries:
         return await self._lookups.find(self._scope, file_id)
 
     async def _found_files(self, file_ids: Set[UUID]) -> dict[UUID, FoundFile]:
-        files, places = artifact_files.c, storage_locations.c
-        query = (
-            select(artifact_files, places.key, places.offset)
-            .outerjoin(storage_locations, places.artifact_file_id == files.id)
-            .where(files.id.in_(file_ids), *self._visible(files.package_id))
-            .order_by(files.id, places.id)
-        )
+        files = artifact_files.c
+        if self._views.dialect == "postgresql":  # an array is one parameter, so the statement stays the same
+            wanted = files.id == any_(literal(list(file_ids), postgresql.ARRAY(Uuid)))
+        else:
+            wanted = files.id.in_(file_ids)
+        query = _FOUND_FILES.where(wanted, *self._visible(files.package_id))
         found: dict[UUID, FoundFile] = {}
         for row in await self._all(query):
             known = found.get(row.id) or FoundFile(_file(row), ())
@@ -392,12 +400,12 @@ class Queries:
         )
 
     async def _all(self, query: Select[Any]) -> Sequence[Row[Any]]:
-        async with self._views.reading() as connection:
+        async with self._views.reading(single=True) as connection:
             found: Sequence[Row[Any]] = (await connection.execute(query)).all()
         return found
 
     async def _one(self, query: Select[Any]) -> Row[Any] | None:
-        async with self._views.reading() as connection:
+        async with self._views.reading(single=True) as connection:
             found: Row[Any] | None = (await connection.execute(query)).one_or_none()
         return found
 

@@ -40,21 +40,29 @@ async def test_questions_that_come_together_are_asked_together_and_each_kind_apa
     assert sorted(database.asked) == [("a", set(IDS)), ("b", {IDS[0]})]
 
 
-async def test_an_answer_is_never_older_than_its_question() -> None:
+async def test_an_answer_is_never_older_than_its_question_and_one_question_is_asked_at_a_time() -> None:
     database = Database()
     lookups = Lookups(database.ask)
     early = [asyncio.create_task(lookups.find("a", IDS[number])) for number in range(2)]
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    more = asyncio.create_task(lookups.find("a", IDS[2]))
+    late = [asyncio.create_task(lookups.find("a", IDS[number])) for number in (0, 0, 2)]
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    late = [asyncio.create_task(lookups.find("a", IDS[0])) for _ in range(5)]
-    await asyncio.sleep(0)
-    assert [wanted for _, wanted in database.asked] == [set(IDS[:2]), {IDS[2]}]
+    assert [wanted for _, wanted in database.asked] == [set(IDS[:2])]
+    database.rows[IDS[0]] = 1  # after the first question was asked
     database.may.set()
-    await asyncio.gather(*early, more, *late)
-    assert [wanted for _, wanted in database.asked] == [set(IDS[:2]), {IDS[2]}, {IDS[0]}]
+    assert await asyncio.gather(*early, *late) == [1, 0, 1, 1, 0]
+    assert [wanted for _, wanted in database.asked] == [set(IDS[:2]), {IDS[0], IDS[2]}]
+
+
+async def test_a_question_that_nobody_waits_behind_leaves_nothing() -> None:
+    database = Database()
+    database.may.set()
+    lookups = Lookups(database.ask)
+    for _ in range(2):
+        assert await lookups.find("a", IDS[0]) == 0
+    assert not lookups._lanes
 
 
 async def test_one_who_leaves_takes_nothing_from_the_others_and_a_failure_reaches_all() -> None:
