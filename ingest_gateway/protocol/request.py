@@ -550,9 +550,7 @@ class Call:
 
         Raises UnauthenticatedError once the sender has lost the rights to the answer.
         """
-        transport = self.request.transport
-        if len(data) <= BUFFERED_BYTES and transport is not None and not transport.get_write_buffer_size():
-            # The connection takes it at once, so there is no client to wait for.
+        if self._fits(len(data)):
             if await self.lapsed():
                 raise UnauthenticatedError("the token has ended, or its rights have changed", "invalid_token")
             await response.write(data)
@@ -588,7 +586,15 @@ class Call:
                 piece, rest = rest[:SENT_AT_ONCE_BYTES], rest[SENT_AT_ONCE_BYTES:]
                 await taken(response.write(piece), len(piece), self.gateway.bounds)
             body = response.body = b""
-        await taken(response.write_eof(), len(body), self.gateway.bounds)
+        if self._fits(len(body)):
+            await response.write_eof()
+        else:
+            await taken(response.write_eof(), len(body), self.gateway.bounds)
+
+    def _fits(self, size: int) -> bool:
+        """Whether the connection takes so many bytes at once, so that there is no client to wait for."""
+        transport = self.request.transport
+        return size <= BUFFERED_BYTES and transport is not None and not transport.get_write_buffer_size()
 
     def sign(self, response: web.StreamResponse) -> None:
         """Say in the answer who answers, and which request."""

@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from functools import lru_cache
 
 REPEAT_SECONDS = 60.0
 """How often a line that repeats may come."""
@@ -57,4 +58,10 @@ class JsonLines(logging.Formatter):
 def utc(seconds: float) -> str:
     """A time in seconds since 1970 as RFC 3339 has it, in milliseconds."""
     whole = int(seconds)
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(whole))}.{int((seconds - whole) * 1000):03d}Z"
+    return f"{_utc_second(whole)}.{int((seconds - whole) * 1000):03d}Z"
+
+
+@lru_cache(maxsize=2)
+def _utc_second(whole: int) -> str:
+    """Most log lines fall into the second of the line before."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole))
