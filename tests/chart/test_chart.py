@@ -239,7 +239,7 @@ def test_the_memory_of_a_gateway_is_enough_for_its_bounds(documents: list[dict[s
     processes = int(container["args"][-1]) if "args" in container else 1
     partitions = int(settings.get("ARTIFACT_STORE_KAFKA_PARTITIONS", Settings().kafka_partitions))
     # An entry of a partition's state takes about 1 KiB; what a process takes besides is said in docs/operating.md.
-    needed = processes * (700 << 20) + partitions * ((MAX_ENTRIES << 10) + MAX_WAITING_BYTES)
+    needed = processes * (862 << 20) + partitions * ((MAX_ENTRIES << 10) + MAX_WAITING_BYTES)
     assert int(container["resources"]["limits"]["memory"].removesuffix("Gi")) << 30 >= needed
 
 
